@@ -1,0 +1,11 @@
+"""The one exception that people are meant to read."""
+
+
+class AdfmError(Exception):
+    """Something the user can mend.
+
+    The message says what is wrong, where (file, record, key), and what to do. The command line prints it without a
+    traceback and exits with `exit_code`.
+    """
+
+    exit_code = 1

@@ -1,0 +1,78 @@
+"""A stage's output folder: written beside its place, renamed when whole. Every stage writes through here."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from adfm.errors import AdfmError
+
+# One of these lies in every folder that a stage finishes; a folder without any is somebody else's: never replaced.
+FINISHED = (
+    "manifest.json",
+    "conversion.json",
+    "validation.json",
+    "adfm.json",
+    "config.json",
+    "metrics.json",
+    "gate.json",
+)
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or choose a folder on another disk",
+    errno.EDQUOT: "free some of your quota, or choose a folder on another disk",
+    errno.EACCES: "change the permissions, or choose another folder",
+    errno.EPERM: "change the permissions, or choose another folder",
+    errno.EROFS: "choose a folder that can be written",
+}
+
+
+@contextlib.contextmanager
+def atomic_folder(out: Path, keep_partial: bool = False) -> Iterator[Path]:
+    """Gives `<out>.partial` to write into, and renames it to `out` when the block ends without an exception.
+
+    An earlier result at `out` stays as it is until the new one is whole. A block that fails leaves no partial folder,
+    unless it is to be resumed.
+
+    Args:
+        out: The folder to make; its parents are made as needed.
+        keep_partial: Keep the partial folder when the block fails and hand it over, as it was left, the next time.
+
+    Raises:
+        AdfmError: `out` is a file or holds something that no stage wrote; the disk is full or not writable.
+    """
+    out = Path(os.path.abspath(out))
+    partial, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
+    try:
+        if old.exists() and not out.exists():  # killed between the two renames below
+            old.rename(out)
+        _refuse_foreign(out)
+        if partial.exists() and not keep_partial:
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True, exist_ok=True)
+        yield partial
+        if old.exists():
+            shutil.rmtree(old)
+        if out.exists():
+            out.rename(old)
+        partial.rename(out)
+        if old.exists():
+            shutil.rmtree(old)
+    except BaseException as error:
+        if not keep_partial:
+            shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in _REMEDIES:
+            where = error.filename if isinstance(error.filename, str) else out
+            raise AdfmError(f"{where}: {os.strerror(error.errno)}; {_REMEDIES[error.errno]}.") from error
+        raise
+
+
+def _refuse_foreign(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise AdfmError(f"{out} is a file, and a folder is to be written there; choose another name.")
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in FINISHED):
+        raise AdfmError(f"{out} holds files that adfm did not write; empty it or choose another folder.")

@@ -1,0 +1,337 @@
+"""`params.yaml` as typed, documented, validated settings: one class a section, one section a stage.
+
+The defaults are those of the embedded run, so that `Params()` equals the shipped `params.yaml`.
+
+    params = load(Path("params.yaml"), ["train.steps=50", "model.name=/models/qwen"])
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from adfm.errors import AdfmError
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A section of `params.yaml`: unknown keys are errors, values are not coerced across types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Fetch(Section):
+    """Where the raw data set comes from."""
+
+    source: str = "synthetic://"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "synthetic"
+
+
+class Convert(Section):
+    """Raw data set to shards."""
+
+    layout: str = "auto"
+    dilation: Fraction = 0.01
+    connectivity: Literal[4, 8] = 8
+    min_area: NonNegativeInt = 4
+    shard_images: PositiveInt = 1000
+
+
+class Split(Section):
+    """Train, validation and test."""
+
+    validation: Fraction = 0.1
+    test: Fraction = 0.4
+
+    @model_validator(mode="after")
+    def _leaves_some_to_train(self) -> Self:
+        if self.validation + self.test >= 1:
+            raise ValueError("validation + test should be less than 1, or nothing is left to train on")
+        return self
+
+
+class Validate(Section):
+    """What the shards must satisfy before anything is trained on them."""
+
+    min_side: PositiveInt = 16
+    max_side: PositiveInt = 8192
+    max_aspect: PositiveFloat = 8.0
+    min_images_per_split: PositiveInt = 20
+    min_label_share: Fraction = 0.05
+
+
+class Model(Section):
+    """The base model."""
+
+    name: str = "embedded://tiny-base"
+    revision: str | None = None
+    max_pixels: PositiveInt | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class Lora(Section):
+    """The adapter that warm-up creates and GRPO goes on training."""
+
+    r: PositiveInt = 16
+    alpha: PositiveInt = 32
+    dropout: Fraction = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+
+class Warmup(Section):
+    """Supervised cold start."""
+
+    steps: NonNegativeInt = 40
+    batch_size: PositiveInt = 16
+    learning_rate: PositiveFloat = 1e-3
+
+
+class RewardWeights(Section):
+    """Weight of each term in the total reward."""
+
+    format: NonNegativeFloat = 1.0
+    classification: NonNegativeFloat = 1.0
+    localization: NonNegativeFloat = 1.0
+
+
+class Train(Section):
+    """GRPO."""
+
+    profile: Literal["calibrated", "paper"] = "calibrated"
+    weights: RewardWeights = RewardWeights()
+    steps: PositiveInt = 150
+    prompts_per_step: PositiveInt = 12
+    num_generations: Annotated[int, Field(ge=2)] = 8
+    learning_rate: PositiveFloat = 1e-3
+    warmup_ratio: Fraction = 0.03
+    temperature: PositiveFloat = 1.0
+    max_completion_length: PositiveInt = 96
+    beta: NonNegativeFloat = 0.01
+    epsilon: PositiveFloat = 0.2
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "bnpo"] = "dapo"
+    aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    max_grad_norm: PositiveFloat = 1.0
+    micro_batch: PositiveInt | None = None
+    gradient_checkpointing: bool = False
+    checkpoint_every: PositiveInt = 25
+    pictures_every: NonNegativeInt = 25
+
+
+class Evaluate(Section):
+    """Greedy decoding of the test split, and its metrics."""
+
+    split: Literal["train", "validation", "test"] = "test"
+    batch_size: PositiveInt = 96
+    max_new_tokens: PositiveInt = 96
+    bootstrap: PositiveInt = 2000
+    small: Fraction = 0.01
+    large: Fraction = 0.05
+
+    @model_validator(mode="after")
+    def _small_is_smaller(self) -> Self:
+        if self.small > self.large:
+            raise ValueError("small should be at most large")
+        return self
+
+
+class MetricRule(Section):
+    """One metric of the gate."""
+
+    direction: Literal["higher", "lower"] = "higher"
+    floor: float = 0.0
+    max_loss: NonNegativeFloat = 0.01
+    min_gain: NonNegativeFloat = 0.0
+
+
+class Gate(Section):
+    """The promotion gate."""
+
+    accuracy: MetricRule = MetricRule(floor=0.6)
+    iou: MetricRule = MetricRule(floor=0.1)
+    category_max_loss: NonNegativeFloat = 0.1
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    bootstrap: PositiveInt = 2000
+
+
+class Register(Section):
+    """Where runs and versions go in MLflow."""
+
+    experiment: str = "adfm"
+    model: str = "adfm"
+
+
+class Params(Section):
+    """Every setting of a run."""
+
+    seed: NonNegativeInt = 0
+    fetch: Fetch = Fetch()
+    convert: Convert = Convert()
+    split: Split = Split()
+    validate_: Validate = Field(default=Validate(), alias="validate")
+    model: Model = Model()
+    lora: Lora = Lora()
+    warmup: Warmup = Warmup()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    gate: Gate = Gate()
+    register_: Register = Field(default=Register(), alias="register")
+
+
+def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Params:
+    """Reads a settings file and lays `key=value` overrides over it.
+
+    Args:
+        path: A YAML file; keys it leaves out have their defaults. `None`: `params.yaml` of the current folder if there
+            is one.
+        overrides: `key=value` with a dotted key and a YAML value, as in `train.steps=50`; later ones win.
+
+    Raises:
+        AdfmError: The file is missing or not YAML, or keys or values are wrong: all of them are listed.
+    """
+    if path is None and Path("params.yaml").is_file():
+        path = Path("params.yaml")
+    values: dict[str, Any] = {}
+    where: dict[str, str] = {}  # dotted key -> the place that sets it, for messages
+    problems: list[str] = []
+    if path:
+        problems += _read(path, values, where)
+    for override in overrides:
+        problems += _override(override, values, where)
+    try:
+        params = Params.model_validate(_merge(Params().model_dump(by_alias=True), values))
+    except ValidationError as error:
+        problems += _problems(error, where)
+    if problems:
+        raise AdfmError("\n  ".join(["these settings are wrong:", *problems]))
+    return params
+
+
+def flat(params: BaseModel) -> dict[str, object]:
+    """Dotted key -> value for every setting, with the keys of the file."""
+
+    def leaves(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, object]]:
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                yield from leaves(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    return dict(leaves(params.model_dump(by_alias=True), ""))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads `1e-3` as a number; YAML 1.1 has it as text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _read(path: Path, values: dict[str, Any], where: dict[str, str]) -> list[str]:
+    """Adds a file's settings to `values` and their lines to `where`; returns a problem for every key set twice."""
+    try:
+        loader = _Loader(path.read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+        read = loader.construct_document(root) if root else {}
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise AdfmError(f"{path}{line} is not YAML: {error.problem}.") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise AdfmError(f"the settings file {path} cannot be read: {error}.") from error
+    if not isinstance(read, dict):
+        raise AdfmError(f"{path}: sections with keys are expected, as in `train: {{steps: 50}}`.")
+    values.update(read)
+    problems = []
+
+    def walk(node: yaml.Node | None, prefix: str) -> None:
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            name, place = f"{prefix}{key.value}", f"{path} line {key.start_mark.line + 1}"
+            if name in where:
+                problems.append(f"{place}: {name} is set already in line {where[name].split()[-1]}; keep one of them")
+            where[name] = place
+            walk(value, f"{name}.")
+
+    walk(root, "")
+    return problems
+
+
+def _merge(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """`values` over `defaults`, key by key: the default of `gate.iou.floor` is not that of `gate.accuracy.floor`."""
+    merged = dict(defaults)
+    for key, value in values.items():
+        both = isinstance(value, dict) and isinstance(defaults.get(key), dict)
+        merged[key] = _merge(defaults[key], value) if both else value
+    return merged
+
+
+def _override(override: str, values: dict[str, Any], where: dict[str, str]) -> list[str]:
+    """Lays one `key=value` over `values`; returns what is wrong with it, if anything."""
+    key, equals, text = override.partition("=")
+    place = f"--set {override}"
+    if not equals:
+        return [f"{place}: key=value is expected, as in train.steps=50"]
+    if key not in _KEYS:
+        return [f"{place}: {_unknown(key)}"]
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        return [f"{place}: the value is not YAML; put it in quotes of its own"]
+    *sections, name = key.split(".")
+    for depth, section in enumerate(sections, start=1):
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            return []  # the file has a value where a section belongs, which validation reports
+        where[".".join(sections[:depth])] = place
+    values[name] = value
+    where[key] = place
+    return []
+
+
+def _problems(error: ValidationError, where: dict[str, str]) -> list[str]:
+    """One line a key: where, which, what is expected, what is there."""
+    lines: dict[str, str] = {}
+    for detail in error.errors(include_url=False):
+        key = ".".join(str(part) for part in detail["loc"])
+        unknown = detail["type"] == "extra_forbidden"
+        while not unknown and key and key not in where:  # pydantic appends the member of a union, the index in a list
+            key = key.rpartition(".")[0]
+        message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+        if unknown:
+            message = _unknown(key)
+        elif detail["type"] == "model_type":
+            message = f"{key} should be a section with keys, not {detail['input']!r}"
+        elif detail["type"] == "value_error":
+            message = f"{key}: {message}"
+        elif key in lines:  # another member of a union
+            message = f"{lines[key]}; or {message}"
+        else:
+            quotes = detail["type"] == "string_type" and isinstance(detail["input"], int | float)
+            message = f"{key} {message}, not {detail['input']!r}" + " (put it in quotes)" * quotes
+        lines[key] = message
+    return [f"{where.get(key, 'settings')}: {message}" for key, message in lines.items()]
+
+
+def _unknown(key: str) -> str:
+    def likeness(name: str) -> float:
+        return difflib.SequenceMatcher(None, key, name).ratio()
+
+    names = _KEYS if "." in key else _KEYS + _SECTIONS
+    return f"there is no setting {key}; the nearest is {max(names, key=likeness)}"
+
+
+_KEYS = tuple(flat(Params()))
+_SECTIONS = tuple({key.rpartition(".")[0] for key in _KEYS} - {""})
