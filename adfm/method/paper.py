@@ -1,0 +1,126 @@
+"""The reward as published with AD-FM (arXiv 2508.04175, Eq. 5 and 6), with all that the published code pays.
+
+The numbers are the authors'; what is wrong with them, and the project's own reward, is in `rewards.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from adfm.method.coordinates import PUBLISHED, Frame
+from adfm.records import Box, Label
+
+_NUMBER = r"\s*+(\d++(?:\.\d++)?+)\s*+"
+_BOX = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
+_LARGEST = 1e100  # areas stay finite
+
+
+class Terms(NamedTuple):
+    """What a completion earns, term by term, before any weight."""
+
+    format: float
+    classification: float
+    localization: float
+
+    @property
+    def total(self) -> float:
+        """The sum of the terms."""
+        return self.format + self.classification + self.localization
+
+
+def paper(completion: str, label: Label, boxes: Sequence[Box], frame: Frame = PUBLISHED) -> Terms:
+    """The published reward of one completion.
+
+    Args:
+        completion: The model's text.
+        label: The image's label.
+        boxes: Ground-truth boxes, in `frame`.
+        frame: The units of all boxes. The published constants are for 512 x 512, so other frames are scaled to that.
+
+    Returns:
+        `format` in [0, 1.2], `classification` in {0, 0.8, 1}, `localization` in [-0.1, 1].
+    """
+    think = _stage(completion, "think") or ""
+    answer = _stage(completion, "answer")
+    x, y = 512 / frame.width, 512 / frame.height
+    predicted = [_scaled(Box(*(min(float(number), _LARGEST) for number in box)), x, y) for box in _BOX.findall(think)]
+    truth = [_scaled(Box(*box), x, y) for box in boxes] if label == "anomalous" else []
+    return Terms(
+        _format(
+            think.strip(), (_stage(completion, "rethink") or "").strip(), (answer or "").strip().lower(), predicted
+        ),
+        _classification((completion if answer is None else answer).strip().lower(), label),
+        _localization(predicted, truth),
+    )
+
+
+def _scaled(box: Box, x: float, y: float) -> Box:
+    return Box(box.x1 * x, box.y1 * y, box.x2 * x, box.y2 * y)
+
+
+def _stage(completion: str, name: str) -> str | None:
+    """Text from the first opening tag to the next closing one, in any case.
+
+    Two searches, where one lazy expression would try every opening tag again.
+    """
+    opening = re.search(f"<{name}>", completion, re.IGNORECASE)
+    closing = opening and re.compile(f"</{name}>", re.IGNORECASE).search(completion, opening.end())
+    return completion[opening.end() : closing.start()] if opening and closing else None
+
+
+def _format(think: str, rethink: str, answer: str, predicted: list[Box]) -> float:
+    pay = 0.0
+    if think:
+        pay += 0.4 if len(think) > 10 else 0.3
+    if rethink:
+        pay += 0.3 if len(rethink) > 10 else 0.2
+    if answer in ("a", "b"):
+        pay += 0.2
+    elif "a" in answer or "b" in answer:
+        pay += 0.1
+    if predicted:
+        pay += 0.3 if all(max(box) < 505 for box in predicted) else 0.2
+    elif "[" in think and "]" in think:
+        pay += 0.1
+    return pay
+
+
+def _classification(answer: str, label: Label) -> float:
+    right = "a" if label == "anomalous" else "b"
+    if answer == right:
+        return 1.0
+    return 0.8 if right in answer and len(answer) <= 10 else 0.0
+
+
+def _localization(predicted: list[Box], truth: list[Box]) -> float:
+    m, n = len(predicted), len(truth)
+    if n == 0:
+        return {0: 0.0, 1: 0.5}.get(m, -0.1)
+    if m == 0:
+        return 0.0
+    count = {0: 1.0, 1: 0.5}.get(abs(m - n), -0.1)
+    giou = [[_giou(box, true) for true in truth] for box in predicted]
+    reward = sum(giou[i][j] for i, j in best_matching(giou)) / m + 0.3 * count
+    return min(1.0, max(0.0, (reward + 0.5) / 1.5))
+
+
+def _giou(box: Box, true: Box) -> float:
+    """Generalised IoU (arXiv 1902.09630), in [-1, 1]."""
+    hull = Box(min(box.x1, true.x1), min(box.y1, true.y1), max(box.x2, true.x2), max(box.y2, true.y2)).area
+    shared = box.intersection(true)
+    union = box.area + true.area - shared
+    return (shared / union if union > 0 else 0.0) - ((hull - union) / hull if hull > 0 else 0.0)
+
+
+def best_matching(gains: Sequence[Sequence[float]]) -> Iterable[tuple[int, int]]:
+    """The one-to-one matching of as many rows and columns as can be whose `gains` sum to the most (Hungarian)."""
+    if len(gains) == 1:
+        return [(0, max(range(len(gains[0])), key=lambda j: gains[0][j]))]
+    if len(gains[0]) == 1:
+        return [(max(range(len(gains)), key=lambda i: gains[i][0]), 0)]
+    from scipy.optimize import linear_sum_assignment
+
+    rows, columns = linear_sum_assignment(gains, maximize=True)
+    return zip(rows.tolist(), columns.tolist(), strict=True)

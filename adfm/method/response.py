@@ -1,0 +1,84 @@
+"""A completion, read: the regions it names, its examination, its decision.
+
+Rewards and evaluation read with the same eyes.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from adfm.records import Box, Label
+
+_TAG = re.compile(r"</?(?:think|rethink|answer)>", re.IGNORECASE | re.ASCII)
+# Fields hold no bracket and no comma, so that every character is looked at once: no string makes this slow.
+_FOUR_FIELDS = re.compile(r"\[([^\[\],]*+),([^\[\],]*+),([^\[\],]*+),([^\[\],]*+)\]")
+_FARTHEST = 1e6  # beyond any image; areas of such boxes are still exact enough to compare
+
+
+@dataclass(frozen=True)
+class Response:
+    """A completion of three stages, `<think>`, `<rethink>`, `<answer>`, as far as it keeps to them.
+
+    Args:
+        think: Text of the region identification stage; `None` if there is no such stage.
+        rethink: Text of the examination stage; `None` if there is no such stage.
+        answer: `A` (anomalous) or `B` (normal); `None` unless the one answer stage holds that letter and nothing else.
+        boxes: Every box in `think` that has an area, `[x1, y1, x2, y2]` in the model's frame, in the order written.
+            On an image answered `B` they are regions that were examined and rejected.
+        invalid: How many brackets of four numbers in `think` are no box: inverted, empty, not finite.
+        tags: The tags of all stages in the order written, lower case.
+    """
+
+    think: str | None
+    rethink: str | None
+    answer: Literal["A", "B"] | None
+    boxes: tuple[Box, ...]
+    invalid: int
+    tags: tuple[str, ...]
+
+    @property
+    def predicted_label(self) -> Label | None:
+        """The decision as a label; `None` if there is no clean letter."""
+        return None if self.answer is None else "anomalous" if self.answer == "A" else "normal"
+
+
+def parse(completion: str) -> Response:
+    """Read a completion. Any string at all is read, in time linear in its length, without an exception.
+
+    The case of tags and letter and white space around the letter do not matter. A stage reaches from its first opening
+    tag to the next closing one.
+    """
+    found = [(match[0].lower(), match.start(), match.end()) for match in _TAG.finditer(completion)]
+    tags = tuple(tag for tag, _, _ in found)
+
+    def stage(name: str) -> str | None:
+        start = next((end for tag, _, end in found if tag == f"<{name}>"), len(completion))
+        end = next((at for tag, at, _ in found if tag == f"</{name}>" and at >= start), None)
+        return None if end is None else completion[start:end]
+
+    think = stage("think")
+    letter = (stage("answer") or "").strip().lower()
+    answer: Literal["A", "B"] | None = None
+    if tags.count("<answer>") == 1:  # of two answers neither is the decision
+        answer = "A" if letter == "a" else "B" if letter == "b" else None
+    boxes, invalid = _boxes(think or "")
+    return Response(think, stage("rethink"), answer, boxes, invalid, tags)
+
+
+def _boxes(text: str) -> tuple[tuple[Box, ...], int]:
+    """The boxes in `text`, and how many brackets of four numbers are no box."""
+    boxes = []
+    invalid = 0
+    for fields in _FOUR_FIELDS.findall(text):
+        try:
+            box = Box(*map(float, fields))
+        except ValueError:  # words, not numbers
+            continue
+        # Written so that nan fails it.
+        if box.x1 < box.x2 and box.y1 < box.y2 and all(abs(number) <= _FARTHEST for number in box):
+            boxes.append(box)
+        else:
+            invalid += 1
+    return tuple(boxes), invalid

@@ -1,0 +1,135 @@
+"""The project's own reward, `calibrated`, and the choice between it and the published one.
+
+It keeps the idea of AD-FM (a graded reward of several terms, in which localisation tells insight from luck) and mends
+what the published numbers reward by mistake: boxes round everything, neighbouring boxes, missed defects, answers that
+merely contain the letter. Every term lies in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from math import hypot
+from typing import Final
+
+from adfm.method.coordinates import PUBLISHED, Frame
+from adfm.method.paper import Terms, best_matching, paper
+from adfm.method.response import Response, parse
+from adfm.records import Box, Label
+
+__all__ = ["PROFILES", "Terms", "calibrated"]
+
+_STAGES = ("<think>", "</think>", "<rethink>", "</rethink>", "<answer>", "</answer>")
+# What an anomalous image pays of `localization` when nothing is boxed. Boxes that touch no defect earn less, and the
+# farther the less: no place is better than a wrong place, and a near place than a far one.
+_NOTHING_FOUND = 0.05
+# Of the rest, the share paid for overlap that a box round the whole image has as well; so that box earns under 0.15.
+_BY_CHANCE = 0.1
+# What a box in vain takes off the summed IoU: too little to outweigh any overlap worth the name, enough to be felt.
+_IN_VAIN = 1e-3
+# A completion of more boxes points at nothing: none of them is looked at, and all are in vain.
+_MOST_BOXES = 1000
+
+
+def calibrated(completion: str, label: Label, boxes: Sequence[Box], frame: Frame = PUBLISHED) -> Terms:
+    """The project's reward of one completion.
+
+    `format`: a quarter for each stage that is there once and not empty (the answer: a clean letter), the last quarter
+    for all three in their order. `classification`: 1 for the right letter and nothing but the letter. `localization`
+    judges the boxes in `<think>`, whatever the letter; without that stage it is 0:
+
+    - An anomalous image pays 1 for exactly the true boxes: see `_found`. Where its boxes are not known it pays 0
+      whatever is boxed, so that it tips no group.
+    - A normal image pays 1 while no box is in vain, and less for each that is: every box if the answer is `A`, every
+      box but one if it is `B`, since to examine one region and reject it is what the method asks for. Without an
+      answer nothing was rejected, and it pays 0.
+
+    Args:
+        completion: The model's text.
+        label: The image's label.
+        boxes: Ground-truth boxes, in `frame`; ignored on a normal image.
+        frame: The units of all boxes.
+    """
+    response = parse(completion)
+    return Terms(
+        _format(response), float(response.predicted_label == label), _localization(response, label, boxes, frame)
+    )
+
+
+def _format(response: Response) -> float:
+    there = [
+        response.tags.count(f"<{stage}>") == response.tags.count(f"</{stage}>") == 1 and bool((text or "").strip())
+        for stage, text in (("think", response.think), ("rethink", response.rethink), ("answer", response.answer))
+    ]
+    return (sum(there) + (all(there) and response.tags == _STAGES)) / 4
+
+
+def _localization(response: Response, label: Label, truth: Sequence[Box], frame: Frame) -> float:
+    if not (response.think or "").strip():
+        return 0.0
+    if label == "anomalous":
+        return _found(response.boxes, response.invalid, truth, frame) if truth else 0.0
+    if response.answer is None:
+        return 0.0
+    predicted = len(response.boxes) + response.invalid
+    in_vain = predicted if response.answer == "A" else max(0, predicted - 1)
+    return 4 / (4 + in_vain)
+
+
+def _found(boxes: Sequence[Box], invalid: int, truth: Sequence[Box], frame: Frame) -> float:
+    """How well predicted boxes show the true ones: a soft F1 of the best matching, corrected for chance.
+
+    With R = the largest sum, over one-to-one matchings of the m predicted and the n true boxes, of IoU, less
+    `_IN_VAIN` times the distance (0 to 1) of each matched pair that does not touch, and times 1 + the distance to the
+    nearest true box for each predicted box left over:
+
+    - S = 2R / (m + n) is 1 for exactly the true boxes and nothing else. It rises with the IoU of every matched pair,
+      falls with every missed and every spurious box.
+    - S0 is what boxes round the whole image get, repeated as often as it pays (their IoU with a defect is the
+      defect's share of the image). Overlap up to S0 shows nothing; so what is paid grows slowly with S up to S0
+      and fast from there to 1.
+    - R < 0 (nothing is touched) pays the less, the more and the farther boxes are in vain.
+
+    The matching maximises the very sum that is paid for, so that no change of matching can break the order.
+    """
+    n, m = len(truth), len(boxes) + invalid
+    if m > _MOST_BOXES:
+        boxes, invalid = (), m
+    # Sorted, so that not even a last bit depends on the order of boxes.
+    true, predicted = sorted(Box(*box) for box in truth), sorted(boxes)
+    pairs = [[_overlap_and_distance(box, defect, frame) for defect in true] for box in predicted]
+    in_vain = [1 + min(far for _, far in row) for row in pairs]
+    gains = [[iou + _IN_VAIN * (cost - far) for iou, far in row] for row, cost in zip(pairs, in_vain, strict=True)]
+    total = 0.0
+    for i, j in best_matching(gains) if gains else ():
+        iou, in_vain[i] = pairs[i][j]
+        total += iou
+    reward = total - _IN_VAIN * (sum(in_vain) + 2 * invalid)
+    if reward < 0:
+        return _NOTHING_FOUND / (1 - reward / _IN_VAIN)
+    f1 = 2 * reward / (m + n)
+    shares = sorted((defect.area / (frame.width * frame.height) for defect in true), reverse=True)
+    chance = max(2 * share / (n + k) for k, share in enumerate(accumulate(shares), 1))
+    insight = max(0.0, (f1 - chance) / (1 - chance)) if chance < 1 else f1
+    return _NOTHING_FOUND + (1 - _NOTHING_FOUND) * (_BY_CHANCE * f1 + (1 - _BY_CHANCE) * insight)
+
+
+def _overlap_and_distance(box: Box, defect: Box, frame: Frame) -> tuple[float, float]:
+    """IoU of two boxes, and how far apart they are: 0 where they overlap, else in (0, 1).
+
+    Measured between edges: 0.5 at an eighth of the frame's width and height together. A thousandth of the distance
+    between centres is added, so that a box which slides along a defect without coming closer still gets nearer.
+    """
+    width = min(box.x2, defect.x2) - max(box.x1, defect.x1)
+    height = min(box.y2, defect.y2) - max(box.y1, defect.y1)
+    if width > 0 and height > 0:
+        return box.iou(defect), 0.0
+    centres = hypot(box.x1 + box.x2 - defect.x1 - defect.x2, box.y1 + box.y2 - defect.y1 - defect.y2) / 2
+    distance = hypot(min(width, 0.0), min(height, 0.0)) + centres / 1000
+    return 0.0, distance / (distance + (frame.width + frame.height) / 8)
+
+
+PROFILES: Final[dict[str, Callable[..., Terms]]] = {
+    "calibrated": calibrated,
+    "paper": paper,
+}
