@@ -1,0 +1,183 @@
+"""Shards: the converted data set as Parquet files `{train,validation,test}-NNNNN.parquet`.
+
+`datasets.load_dataset("parquet", data_dir=...)` reads them without help: `image` and `mask` are its `Image` features
+with embedded bytes. Nothing after conversion reads images from anywhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from adfm.errors import AdfmError
+from adfm.records import SPLITS, Box, Record
+
+_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+_TEXT = {"dtype": "string", "_type": "Value"}
+_INTEGER = {"dtype": "int32", "_type": "Value"}
+_FEATURES = {
+    "id": _TEXT,
+    "image": {"_type": "Image"},
+    "mask": {"_type": "Image"},
+    "width": _INTEGER,
+    "height": _INTEGER,
+    "dataset": _TEXT,
+    "category": _TEXT,
+    "defect": _TEXT,
+    "label": _TEXT,
+    "boxes": {
+        "_type": "List",
+        "feature": {"_type": "List", "length": 4, "feature": {"dtype": "float64", "_type": "Value"}},
+    },
+    "split": _TEXT,
+    "source": _TEXT,
+    "sha256": _TEXT,
+}
+_TYPES = {
+    "image": _IMAGE,
+    "mask": _IMAGE,
+    "width": pa.int32(),
+    "height": pa.int32(),
+    "boxes": pa.list_(pa.list_(pa.float64(), 4)),
+}
+SCHEMA = pa.schema(
+    [pa.field(name, _TYPES.get(name, pa.string())) for name in _FEATURES],
+    metadata={"huggingface": json.dumps({"info": {"features": _FEATURES}})},
+)
+SMALL = [name for name in SCHEMA.names if name not in ("image", "mask")]
+
+# A row group is what a reader holds in memory at a time.
+_GROUP_ROWS = 100
+_GROUP_BYTES = 64 * 2**20
+
+
+class _Writer:
+    """The open shard of one split."""
+
+    def __init__(self, folder: Path, split: str, shard_images: int) -> None:
+        self._folder, self._split, self._shard_images = folder, split, shard_images
+        self._shards = 0
+        self._images_left = 0
+        self._bytes = 0
+        self._rows: list[dict[str, Any]] = []
+        self._parquet: pq.ParquetWriter | None = None
+
+    def add(self, record: Record) -> None:
+        if self._images_left == 0:
+            self.close()
+            path = self._folder / f"{self._split}-{self._shards:05d}.parquet"
+            # Images are compressed already; statistics and dictionaries of them would only cost.
+            self._parquet = pq.ParquetWriter(
+                path, SCHEMA, compression="none", use_dictionary=["dataset", "category"], write_statistics=SMALL
+            )
+            self._shards += 1
+            self._images_left = self._shard_images
+        self._rows.append(_row(record))
+        self._images_left -= 1
+        self._bytes += len(record.image) + len(record.mask or b"")
+        if len(self._rows) == _GROUP_ROWS or self._bytes >= _GROUP_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows and self._parquet:
+            self._parquet.write_table(pa.Table.from_pylist(self._rows, schema=SCHEMA))
+        self._rows, self._bytes = [], 0
+
+    def close(self) -> None:
+        self._flush()
+        if self._parquet:
+            self._parquet.close()
+
+
+def write(records: Iterable[Record], folder: Path, shard_images: int) -> None:
+    """Writes `records`, in their order, into the shards of their splits; the same records give the same bytes.
+
+    Memory holds one row group (at most 100 images or about 64 MiB) a split, however many records there are.
+
+    Args:
+        records: Any iterable; it is walked once.
+        folder: An existing folder.
+        shard_images: Images a file.
+    """
+    with ExitStack() as stack:
+        writers = {split: _Writer(folder, split, shard_images) for split in SPLITS}
+        for writer in writers.values():
+            stack.callback(writer.close)
+        for record in records:
+            writers[record.split].add(record)
+
+
+def read(folder: Path, split: str | None = None) -> Iterator[Record]:
+    """Yields the records of a split (or of all), in the order in which they were written, a row group at a time.
+
+    Raises:
+        AdfmError: There are no such shards, or one cannot be read.
+    """
+    for rows in batches(folder, split, SCHEMA.names):
+        for row in rows.to_pylist():
+            mask = row["mask"]["bytes"] if row["mask"] else None
+            boxes = tuple(Box(*box) for box in row["boxes"])
+            yield Record(**{**row, "image": row["image"]["bytes"], "mask": mask, "boxes": boxes})
+
+
+def table(folder: Path, split: str | None = None) -> pa.Table:
+    """All columns but `image` and `mask`, without reading those from disk; `.to_pandas()` and `.to_pylist()` work."""
+    return pa.Table.from_batches(batches(folder, split, SMALL), schema=pa.schema([SCHEMA.field(n) for n in SMALL]))
+
+
+def ids(folder: Path, split: str | None = None) -> list[str]:
+    """The ids of a split (or of all), in the order of the shards."""
+    return [id_ for rows in batches(folder, split, ["id"]) for id_ in rows["id"].to_pylist()]
+
+
+def fingerprint(folder: Path, split: str | None = None) -> str:
+    """SHA-256, hex, of what the rows say (images, masks, labels, boxes), whatever their order and files.
+
+    Equal fingerprints mean that two models evaluated on the two folders were evaluated on the same data.
+    """
+    columns = ["id", "sha256", "mask", "label", "boxes", "split", "category", "defect"]
+    lines = []
+    for rows in batches(folder, split, columns):
+        for row in rows.to_pylist():
+            row["mask"] = hashlib.sha256(row["mask"]["bytes"]).hexdigest() if row["mask"] else None
+            row["boxes"] = sorted(row["boxes"])
+            lines.append(json.dumps([row[column] for column in columns]))
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def batches(folder: Path, split: str | None, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """The rows of a split (or of all) as Arrow batches of the columns asked for; what is not asked for is not read.
+
+    Raises:
+        AdfmError: There are no such shards, or one cannot be read.
+    """
+    if split is not None and split not in SPLITS:
+        raise AdfmError(f"there is no split {split!r}; choose one of {', '.join(SPLITS)}.")
+    paths = [path for name in SPLITS if split in (None, name) for path in sorted(folder.glob(f"{name}-*.parquet"))]
+    if not paths:
+        raise AdfmError(
+            f"{folder}: no {split or 'train, validation or test'} shards here; make them with `adfm convert`."
+        )
+    for path in paths:
+        try:
+            with pq.ParquetFile(path) as file:
+                if not file.schema_arrow.equals(SCHEMA):
+                    raise AdfmError(f"{path}: its columns are not those of a shard; make it anew with `adfm convert`.")
+                yield from file.iter_batches(_GROUP_ROWS, columns=columns)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise AdfmError(f"{path} cannot be read ({error}); make it anew with `adfm convert`.") from error
+
+
+def _row(record: Record) -> dict[str, Any]:
+    row = {name: getattr(record, name) for name in SMALL}
+    row["boxes"] = [list(box) for box in record.boxes]
+    row["image"] = {"bytes": record.image, "path": record.source}
+    row["mask"] = None if record.mask is None else {"bytes": record.mask, "path": None}
+    return row

@@ -1,0 +1,267 @@
+"""Runs in MLflow: where they go, what every run carries, and what is said when the server is not there.
+
+`MLFLOW_TRACKING_URI` names a server. Without it, runs and versions go to `mlflow.db` and files to `mlartifacts/`, both
+in the current folder, which `mlflow ui --backend-store-uri sqlite:///mlflow.db` shows.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sqlite3
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from importlib import metadata
+from pathlib import Path
+from platform import python_version
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import yaml
+
+from adfm.errors import AdfmError
+from adfm.params import Params, flat
+
+if TYPE_CHECKING:
+    from mlflow import ActiveRun, MlflowClient
+    from mlflow.entities import Run
+
+LIBRARIES = (
+    *("adfm", "accelerate", "datasets", "dvc", "great_expectations", "mlflow", "numpy", "pandas", "peft", "pillow"),
+    *("pyarrow", "safetensors", "scipy", "tokenizers", "torch", "transformers", "trl"),
+)
+
+_QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+# Work in progress keeps MLflow's own patience (minutes of retries): hours of training outlive a server's restart.
+_PROBE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "8"}
+
+
+def configure() -> str:
+    """Points MLflow at its store and makes sure that the store answers.
+
+    Call it before work starts, so that hours of training do not end at a server that was never there. What the user
+    has set in MLflow's own environment variables is kept.
+
+    Returns:
+        The tracking URI: `MLFLOW_TRACKING_URI`, else the SQLite file `mlflow.db` in the current folder.
+
+    Raises:
+        AdfmError: If the store cannot be reached or refuses, within about ten seconds.
+    """
+    asked = os.environ.get("MLFLOW_TRACKING_URI")
+    # Absolute, because MLflow keeps one connection per URI: a relative one would outlive a change of folder.
+    uri = asked or f"sqlite:///{Path('mlflow.db').resolve()}"
+    for key, value in _QUIET.items():
+        os.environ.setdefault(key, value)
+    import mlflow
+
+    logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])
+    mlflow.set_tracking_uri(uri)
+    if not asked:
+        # MLflow exports what it was given; the next call must look at its own current folder again.
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+    _probe(uri)
+    return uri
+
+
+def client() -> MlflowClient:
+    """MLflow's client, after `configure`."""
+    configure()
+    from mlflow import MlflowClient
+
+    return MlflowClient()
+
+
+@contextmanager
+def start_run(
+    name: str, params: Params, tags: Mapping[str, str] | None = None, run_id: str | None = None
+) -> Iterator[ActiveRun]:
+    """Runs the body as one MLflow run of the experiment `register.experiment`.
+
+    The run carries all of `params` (flattened, and whole as `params.yaml`), the Git commit and the versions of the
+    libraries. It ends FINISHED, FAILED on an exception, or KILLED on a keyboard interrupt.
+
+    Args:
+        name: Name of the run, e.g. `train`.
+        params: Settings to record.
+        tags: Further tags.
+        run_id: A run to go on with, e.g. that of an interrupted training, if the store has it. Else the run that the
+            platform names in `MLFLOW_RUN_ID` is gone on with, if any; else a new one begins. A run that is gone on with
+            keeps the parameters that it has (MLflow cannot change them); its `params.yaml` is replaced.
+
+    Yields:
+        The active run.
+
+    Raises:
+        AdfmError: If the store cannot be reached, or fails in the body.
+    """
+    uri = configure()
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    with store_errors(uri):
+        found = find_run(run_id)
+        go_on = found.info.run_id if found else os.environ.get("MLFLOW_RUN_ID")
+        if go_on:
+            run = mlflow.start_run(run_id=go_on)
+        else:
+            run = mlflow.start_run(run_name=name, experiment_id=experiment(params.register_.experiment))
+        try:
+            mlflow.log_params({key: value for key, value in flat(params).items() if key not in run.data.params})
+            mlflow.log_text(settings(params), "params.yaml")
+            mlflow.set_tags({"stage": name, **code_version(), **libraries(), **(tags or {})})
+            yield run
+            mlflow.end_run()
+        except BaseException as error:
+            # When the store is what failed, the error that is on its way says more than a second one.
+            with _impatient(), suppress(MlflowException):
+                mlflow.end_run("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+
+
+def settings(params: Params) -> str:
+    """All of `params` as the text of a `params.yaml`."""
+    return yaml.safe_dump(params.model_dump(mode="json", by_alias=True), sort_keys=False)
+
+
+@contextmanager
+def store_errors(uri: str) -> Iterator[None]:
+    """Turns MLflow's exceptions in the body into an `AdfmError` that names the store and the remedy."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        shown = _without_login(uri)
+        if uri.startswith("http"):
+            remedy = (
+                "See that the server runs and that MLFLOW_TRACKING_URI is its address (unset it to use mlflow.db in "
+                "the current folder); if it wants a login, set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
+            )
+        else:
+            remedy = (
+                "See that MLFLOW_TRACKING_URI names a server or a database (unset it to use mlflow.db in the current "
+                f"folder); a database that another version of MLflow made needs `mlflow db upgrade {shown}`."
+            )
+        cause = _without_login(" ".join(str(error).rpartition("Caused by ")[2].split()))[:300]
+        raise AdfmError(f"MLflow at {shown} failed: {cause}\n{remedy}") from error
+
+
+def experiment(name: str) -> str:
+    """The id of the experiment `name`, which is made when it is not there.
+
+    Raises:
+        AdfmError: If an experiment of that name was deleted.
+    """
+    import mlflow
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    store = MlflowClient()
+    found = store.get_experiment_by_name(name)
+    if found is None:
+        database = sqlite_file(mlflow.get_tracking_uri())
+        artifacts = database.with_name("mlartifacts").as_uri() if database else None
+        try:
+            return str(store.create_experiment(name, artifact_location=artifacts))
+        except MlflowException as error:
+            found = store.get_experiment_by_name(name)
+            if found is None or error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+    if found.lifecycle_stage == "deleted":
+        raise AdfmError(
+            f"MLflow's experiment {name!r} was deleted; bring it back with "
+            f"`mlflow experiments restore --experiment-id {found.experiment_id}`, or set register.experiment."
+        )
+    return str(found.experiment_id)
+
+
+def find_run(run_id: str | None) -> Run | None:
+    """The run, or `None` when the store does not have it (any more), as after a move to another server."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    if run_id is None:
+        return None
+    try:
+        run = MlflowClient().get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    return run if run.info.lifecycle_stage == "active" else None
+
+
+def code_version() -> dict[str, str]:
+    """`git_commit` of the current folder, and `git_dirty`: whether code or settings differ from it; {} without Git.
+
+    Only `*.py` and `*.yaml` count: the stages themselves change `dvc.lock` and metrics that are kept in Git.
+    """
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return {}
+    dirty = str(bool(_git("status", "--porcelain", "--", ":/*.py", ":/*.yaml"))).lower()
+    return {"git_commit": commit, "git_dirty": dirty, "mlflow.source.git.commit": commit}
+
+
+def libraries() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide a result, as `library.<name>`."""
+    versions = {"library.python": python_version()}
+    for name in LIBRARIES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[f"library.{name}"] = metadata.version(name)
+    return versions
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The database file of a `sqlite:///` URI; `None` for any other."""
+    parts = urlsplit(uri)
+    return Path(parts.path[1:]).resolve() if parts.scheme == "sqlite" and parts.path[1:] else None
+
+
+def _probe(uri: str) -> None:
+    from mlflow import MlflowClient
+
+    path = sqlite_file(uri)
+    if path:
+        # Asked first, because MLflow tries an unusable file for minutes.
+        try:
+            with closing(sqlite3.connect(path, timeout=8)) as database:
+                database.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error as error:
+            raise AdfmError(
+                f"MLflow's database {path} cannot be used: {error}. Make its folder writable and see that there is "
+                "space, move a damaged file away, or name a server in MLFLOW_TRACKING_URI."
+            ) from error
+    with store_errors(uri), _impatient():
+        MlflowClient().search_experiments(max_results=1)
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    added = {key: value for key, value in _PROBE.items() if key not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for key in added:
+            del os.environ[key]
+
+
+def _without_login(text: str) -> str:
+    return re.sub(r"//[^/@\s]+@", "//", text)
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], check=False, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

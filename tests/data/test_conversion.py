@@ -1,0 +1,233 @@
+import hashlib
+import io
+import json
+import shutil
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from adfm.data import conversion, shards, sources
+from adfm.errors import AdfmError
+from adfm.params import Params
+from adfm.records import Record
+
+
+def _converted(raw: Path, **settings: object) -> dict[str, Record]:
+    out = raw.parent / "shards"
+    conversion.convert(raw, out, Params.model_validate({"convert": settings}))
+    return {record.source: record for record in shards.read(out)}
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_records(mvtec_folder: Path) -> None:
+    records = _converted(mvtec_folder)
+    assert len(records) == 48
+    assert len({record.id for record in records.values()}) == 48
+    record = records["bolt/test/hole/003.png"]
+    raw = (mvtec_folder / record.source).read_bytes()
+    assert record.image == raw
+    assert record.sha256 == hashlib.sha256(raw).hexdigest()
+    assert (record.width, record.height) == (48, 32)
+    assert (record.dataset, record.category, record.defect, record.label) == ("tiny", "bolt", "hole", "anomalous")
+    assert record.boxes == ((20, 7, 28, 13),)
+    mask = Image.open(io.BytesIO(record.mask or b""))
+    assert (mask.mode, mask.format, mask.size) == ("L", "PNG", (48, 32))
+    assert (
+        np.asarray(mask).tolist()
+        == np.asarray(Image.open(mvtec_folder / "bolt/ground_truth/hole/003_mask.png")).tolist()
+    )
+    normal = records["bolt/test/good/003.png"]
+    assert (normal.mask, normal.boxes, normal.defect, normal.label) == (None, (), None, "normal")
+    assert all(record.split == "train" for source, record in records.items() if "/train/" in source)
+    assert Counter(r.split for r in records.values()) == {"train": 8 + 20, "validation": 4, "test": 16}
+
+
+def test_the_report_says_what_was_converted_and_how(mvtec_folder: Path) -> None:
+    records = _converted(mvtec_folder, layout="mvtec", dilation=0.1)
+    report = json.loads((mvtec_folder.parent / "shards" / "conversion.json").read_text())
+    assert report["layout"] == {"name": "mvtec", "detected": False}
+    assert report["params"]["convert"]["dilation"] == 0.1
+    assert report["params"]["split"] == {"validation": 0.1, "test": 0.4}
+    assert report["images"] == 48
+    assert report["boxes"] == {"before_dilation": 20, "after_dilation": 20}
+    assert report["fingerprint"] == shards.fingerprint(mvtec_folder.parent / "shards")
+    expected = Counter((r.split, r.category, r.label, r.defect) for r in records.values())
+    assert {tuple(row.values())[:4]: row["images"] for row in report["counts"]} == expected
+
+
+def test_the_same_input_gives_the_same_bytes_wherever_it_lies(mvtec_folder: Path, tmp_path: Path) -> None:
+    _converted(mvtec_folder)
+    sources.fetch(str(mvtec_folder), tmp_path / "elsewhere" / "tiny")  # with a manifest
+    _converted(tmp_path / "elsewhere" / "tiny")
+    assert _contents(mvtec_folder.parent / "shards") == _contents(tmp_path / "elsewhere" / "shards")
+
+
+def test_fragments_are_counted_before_and_after_dilation(mvtec_folder: Path) -> None:
+    mask = np.zeros((32, 48), np.uint8)
+    mask[4:8, 4:8] = mask[4:8, 10:14] = 255
+    Image.fromarray(mask).save(mvtec_folder / "bolt/ground_truth/hole/000_mask.png")
+    records = _converted(mvtec_folder, dilation=0.1)
+    assert records["bolt/test/hole/000.png"].boxes == ((4, 4, 14, 8),)
+    report = json.loads((mvtec_folder.parent / "shards" / "conversion.json").read_text())
+    assert report["boxes"] == {"before_dilation": 21, "after_dilation": 20}
+
+
+@pytest.mark.parametrize("mode", ["RGB.jpg", "L.png", "RGB.png"])
+def test_common_images_are_embedded_byte_for_byte(mvtec_folder: Path, mode: str) -> None:
+    kind, _, extension = mode.partition(".")
+    (mvtec_folder / "bolt/test/good/000.png").unlink()
+    path = mvtec_folder / f"bolt/test/good/000.{extension}"
+    Image.new(kind, (40, 30), 77).save(path)
+    assert _converted(mvtec_folder)[f"bolt/test/good/000.{extension}"].image == path.read_bytes()
+
+
+def test_other_images_become_rgb(mvtec_folder: Path) -> None:
+    folder = mvtec_folder / "bolt/test/good"
+    for path in folder.iterdir():
+        path.unlink()
+    rgb = np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)
+    grey16 = np.linspace(0, 65535, 1200).astype(np.uint16).reshape(30, 40)
+    image = Image.fromarray(rgb)
+    image.save(folder / "a.bmp")
+    image.save(folder / "b.webp", lossless=True)
+    Image.fromarray(np.dstack([rgb, np.full((30, 40), 255, np.uint8)])).save(folder / "c.png")
+    image.convert("CMYK").save(folder / "d.tif")
+    Image.fromarray(grey16).save(folder / "e.png")
+    image.quantize(16).save(folder / "f.png")
+    records = _converted(mvtec_folder)
+
+    def pixels(name: str) -> np.ndarray:
+        decoded = Image.open(io.BytesIO(records[f"bolt/test/good/{name}"].image))
+        assert (decoded.mode, decoded.format) == ("RGB", "PNG")
+        return np.asarray(decoded)
+
+    for name in ("a.bmp", "b.webp", "c.png", "d.tif"):
+        assert pixels(name).tolist() == rgb.tolist(), name
+    assert pixels("e.png").tolist() == np.dstack([(grey16 >> 8).astype(np.uint8)] * 3).tolist()
+    assert pixels("f.png").tolist() == np.asarray(image.quantize(16).convert("RGB")).tolist()
+
+
+@pytest.mark.parametrize(
+    ("orientation", "mask_is_upright"),
+    # Only of quarter turns does the size tell that a mask is upright already.
+    [*((orientation, False) for orientation in range(2, 9)), *((orientation, True) for orientation in range(5, 9))],
+)
+def test_a_turned_photograph_becomes_upright_and_its_mask_with_it(
+    mvtec_folder: Path, orientation: int, mask_is_upright: bool
+) -> None:
+    pixels = np.zeros((30, 40, 3), np.uint8)
+    pixels[4:10, 6:20] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (mvtec_folder / "bolt/test/hole/000.png").unlink()
+    image_path = mvtec_folder / "bolt/test/hole/000.JPG"
+    mask_path = mvtec_folder / "bolt/ground_truth/hole/000_mask.png"
+    Image.fromarray(pixels).save(image_path, quality=100, exif=exif)
+    record = None
+    Image.fromarray(pixels[..., 0]).save(mask_path)
+    if mask_is_upright:
+        record = _converted(mvtec_folder)["bolt/test/hole/000.JPG"]
+        Image.open(io.BytesIO(record.mask or b"")).save(mask_path)
+    upright = _converted(mvtec_folder)["bolt/test/hole/000.JPG"]
+    if record:
+        assert upright == record
+    shown = Image.open(io.BytesIO(upright.image))
+    assert shown.size == (upright.width, upright.height) == ((40, 30) if orientation < 5 else (30, 40))
+    assert shown.getexif().get(0x0112, 1) == 1
+    white = np.argwhere(np.asarray(shown)[..., 0] > 127)
+    (y1, x1), (y2, x2) = white.min(axis=0), white.max(axis=0) + 1
+    assert upright.boxes == ((x1, y1, x2, y2),)
+
+
+def test_bad_files_are_listed_in_full_and_nothing_is_lost(mvtec_folder: Path) -> None:
+    _converted(mvtec_folder)
+    before = _contents(mvtec_folder.parent / "shards")
+    truth = mvtec_folder / "bolt/ground_truth/hole"
+    Image.fromarray(np.zeros((32, 48), np.uint8)).save(truth / "000_mask.png")
+    Image.fromarray(np.full((32, 47), 255, np.uint8)).save(truth / "001_mask.png")
+    (truth / "002_mask.png").write_text("no image")
+    speck = np.zeros((32, 48), np.uint8)
+    speck[3, 3] = 255
+    Image.fromarray(speck).save(truth / "003_mask.png")
+    (mvtec_folder / "bolt/test/good/000.png").write_bytes(b"")
+    truncated = mvtec_folder / "tile/test/stain/000.png"
+    truncated.write_bytes(truncated.read_bytes()[:2000])
+    (mvtec_folder / "tile/test/good/000.png").unlink()
+    (mvtec_folder / "tile/test/good/000.png").symlink_to("nowhere")
+    Image.fromarray(np.zeros((9, 9), np.float32)).save(mvtec_folder / "tile/train/good/9.tif")
+    with pytest.raises(AdfmError) as error:
+        _converted(mvtec_folder)
+    text = str(error.value)
+    assert "8 bad files" in text
+    for part in (
+        "bolt/test/hole/000.png: is anomalous, but its mask",
+        "bolt/test/hole/001.png: is 48x32, but its mask",
+        "is 47x32",
+        "bolt/test/hole/002.png: its mask",
+        "bolt/test/hole/003.png: every defect is smaller than convert.min_area (4 pixels)",
+        "bolt/test/good/000.png: cannot be read",
+        "tile/test/stain/000.png: cannot be read",
+        "tile/test/good/000.png: cannot be read ([Errno 2] No such file",
+        "tile/train/good/9.tif: cannot be read (its pixels are floating point",
+    ):
+        assert part in text
+    assert _contents(mvtec_folder.parent / "shards") == before
+    assert sorted(path.name for path in mvtec_folder.parent.iterdir()) == ["shards", "tiny"]
+
+
+def test_pillow_guards_against_decompression_bombs(mvtec_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)  # an image of more than twice as many is refused
+    with pytest.raises(AdfmError, match="decompression bomb"):
+        _converted(mvtec_folder)
+
+
+def test_a_file_that_changed_since_it_was_fetched(mvtec_folder: Path, tmp_path: Path) -> None:
+    raw = tmp_path / "fetched" / "tiny"
+    sources.fetch(str(mvtec_folder), raw)
+    shutil.copy(raw / "bolt/test/good/000.png", raw / "bolt/test/good/001.png")
+    with pytest.raises(AdfmError, match="bolt/test/good/001.png: is not the file in manifest.json"):
+        _converted(raw)
+
+
+def test_identical_images_share_a_split_but_not_an_id(mvtec_folder: Path) -> None:
+    for number in range(1, 10):
+        shutil.copy(mvtec_folder / "bolt/test/good/000.png", mvtec_folder / f"bolt/test/good/{number:03d}.png")
+    same = [record for source, record in _converted(mvtec_folder).items() if source.startswith("bolt/test/good")]
+    assert len({record.id for record in same}) == 10
+    assert len({record.sha256 for record in same}) == len({record.split for record in same}) == 1
+
+
+def test_no_such_folder_or_layout(tmp_path: Path, mvtec_folder: Path) -> None:
+    with pytest.raises(AdfmError, match="no such folder; get a data set there with `adfm fetch"):
+        conversion.convert(tmp_path / "missing", tmp_path / "out", Params())
+    with pytest.raises(AdfmError, match="no layout 'mvtek'; did you mean 'mvtec'"):
+        _converted(mvtec_folder, layout="mvtek")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(AdfmError, match="Seen there: nothing"):
+        conversion.convert(tmp_path / "empty", tmp_path / "out", Params())
+    assert not (tmp_path / "out").exists()
+
+
+def test_memory_does_not_grow_with_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_GROUP_BYTES", 2**20)
+    noise = np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)
+    folder = tmp_path / "raw" / "bolt" / "train" / "good"
+    folder.mkdir(parents=True)
+    peaks = []
+    for images in (10, 80):
+        for number in range(images):
+            noise[0, 0] = number
+            Image.fromarray(noise).save(folder / f"{number}.png", compress_level=0)
+        tracemalloc.start()
+        conversion.convert(tmp_path / "raw", tmp_path / "out", Params())
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert sum(path.stat().st_size for path in folder.iterdir()) > 20 * 2**20
+    assert peaks[1] < peaks[0] + 3 * 2**20

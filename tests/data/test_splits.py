@@ -1,0 +1,138 @@
+import random
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adfm.data import splits
+from adfm.params import Params
+from adfm.records import SPLITS, Sample
+
+
+def _samples(*parts: tuple[str, str | None, str | None, int]) -> list[Sample]:
+    """`count` samples of each (category, defect, official split)."""
+    samples = []
+    for category, defect, split, count in parts:
+        for number in range(count):
+            source = f"{category}/{split}/{defect or 'good'}/{number:03d}.png"
+            label = "anomalous" if defect else "normal"
+            samples.append(Sample(Path(source), source, "set", category, label, defect, split=split))
+    return samples
+
+
+def _digests(samples: list[Sample]) -> list[str]:
+    return [sample.source for sample in samples]
+
+
+def _params(validation: float = 0.1, test: float = 0.4, seed: int = 0) -> Params:
+    return Params.model_validate({"seed": seed, "split": {"validation": validation, "test": test}})
+
+
+counts = st.lists(
+    st.tuples(st.sampled_from("ab"), st.sampled_from([None, "dent", "hole", "spot"]), st.integers(0, 40)),
+    max_size=8,
+    unique_by=lambda part: part[:2],
+)
+fractions = st.tuples(st.integers(0, 9), st.integers(0, 9)).filter(lambda pair: sum(pair) < 10)
+
+
+@settings(deadline=None)
+@given(parts=counts, tenths=fractions, seed=st.integers(0, 5))
+def test_fractions_hold_in_every_category_and_labels_are_everywhere(
+    parts: list[tuple[str, str | None, int]], tenths: tuple[int, int], seed: int
+) -> None:
+    samples = _samples(*((category, defect, "test", count) for category, defect, count in parts))
+    params = _params(tenths[0] / 10, tenths[1] / 10, seed)
+    assigned = splits.assign(samples, _digests(samples), params)
+    shares = dict(zip(SPLITS, (1 - sum(tenths) / 10, tenths[0] / 10, tenths[1] / 10), strict=True))
+    wanted = [split for split in SPLITS if shares[split] > 1e-9]
+    of_category, of_label, of_defect = (defaultdict[object, Counter[str]](Counter) for _ in range(3))
+    for sample, split in zip(samples, assigned, strict=True):
+        of_category[sample.category][split] += 1
+        of_label[sample.category, sample.label][split] += 1
+        of_defect[sample.category, sample.defect][split] += 1
+    for (_, _), found in of_label.items():
+        assert set(found) <= set(wanted)
+        if found.total() >= len(wanted):
+            assert set(found) == set(wanted)
+    for strata, slack in ((of_category, 1.0), (of_defect, 2.0)):
+        for found in strata.values():
+            for split in SPLITS:
+                # At most two images a label are moved so that every split has the label.
+                assert abs(found[split] - shares[split] * found.total()) < slack + 4
+
+
+@pytest.mark.parametrize(("validation", "test"), [(0.1, 0.4), (0.2, 0.2), (0.15, 0.35), (1 / 3, 1 / 3)])
+def test_fractions_hold_to_an_image_in_every_category_and_to_two_in_every_defect(
+    validation: float, test: float
+) -> None:
+    samples = _samples(
+        ("a", None, "test", 61), ("a", "dent", "test", 23), ("a", "hole", "test", 17), ("a", "spot", "test", 40)
+    )
+    assigned = splits.assign(samples, _digests(samples), _params(validation, test))
+    shares = dict(zip(SPLITS, (1 - validation - test, validation, test), strict=True))
+    for defect in (None, "dent", "hole", "spot"):
+        found = Counter(split for sample, split in zip(samples, assigned, strict=True) if sample.defect == defect)
+        assert all(abs(found[split] - shares[split] * found.total()) < 2 for split in SPLITS)
+    assert all(abs(Counter(assigned)[split] - shares[split] * len(samples)) <= 1 for split in SPLITS)
+
+
+def test_official_train_images_stay_and_the_official_test_part_is_divided() -> None:
+    samples = _samples(("a", None, "train", 30), ("a", None, "test", 20), ("a", "dent", "test", 20))
+    assigned = splits.assign(samples, _digests(samples), _params())
+    assert set(assigned[:30]) == {"train"}
+    assert Counter(assigned[30:]) == {"train": 20, "validation": 4, "test": 16}
+
+
+def test_a_split_that_the_data_set_fixes_is_kept() -> None:
+    samples = _samples(*(("a", defect, split, 3) for defect in (None, "dent") for split in SPLITS))
+    assert splits.assign(samples, _digests(samples), _params()) == [sample.split for sample in samples]
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 1000), rounds=st.integers(0, 3))
+def test_neither_order_nor_names_of_files_matter_but_the_seed_does(seed: int, rounds: int) -> None:
+    samples = _samples(("a", None, "test", 25), ("a", "dent", "test", 25), ("b", None, "test", 9))
+    digests = _digests(samples)
+    assigned = dict(zip(digests, splits.assign(samples, digests, _params(seed=seed)), strict=True))
+    order = list(range(len(samples)))
+    random.Random(rounds).shuffle(order)
+    renamed = [Sample(**{**vars(samples[i]), "source": f"{n}.png"}) for n, i in enumerate(order)]
+    shuffled = [digests[i] for i in order]
+    assert dict(zip(shuffled, splits.assign(renamed, shuffled, _params(seed=seed)), strict=True)) == assigned
+    other = dict(zip(digests, splits.assign(samples, digests, _params(seed=seed + 1)), strict=True))
+    assert other != assigned
+
+
+@settings(deadline=None)
+@given(copies=st.lists(st.integers(0, 20), min_size=40, max_size=40), seed=st.integers(0, 3))
+def test_identical_images_are_never_in_two_splits(copies: list[int], seed: int) -> None:
+    samples = _samples(("a", None, "train", 10), ("a", None, "test", 10), ("b", "dent", "test", 20))
+    digests = [f"{copy}" for copy in copies]
+    of = defaultdict(set)
+    for sample, digest, split in zip(
+        samples, digests, splits.assign(samples, digests, _params(seed=seed)), strict=True
+    ):
+        of[digest].add(split)
+        if {s.split for s, d in zip(samples, digests, strict=True) if d == digest} == {"train"}:
+            assert split == "train", sample
+    assert all(len(found) == 1 for found in of.values())
+
+
+def test_a_train_image_that_is_also_a_test_image_is_divided_with_the_test_part() -> None:
+    samples = _samples(("a", None, "train", 3), ("a", None, "test", 3))
+    digests = ["1", "2", "same", "3", "same", "4"]
+    assigned = splits.assign(samples, digests, _params(validation=0.0, test=0.99))
+    assert assigned[:2] == ["train", "train"]
+    assert assigned[2] == assigned[4]
+    counts = Counter(dict(zip(digests, assigned, strict=True)).values())
+    assert counts == {"train": 3, "test": 2}  # of the three that are divided, one is for train
+
+
+def test_identical_images_in_fixed_splits_go_to_the_most_held_out_one() -> None:
+    samples = _samples(*(("a", None, split, 3) for split in SPLITS))
+    digests = ["x", "y", "1", "y", "2", "3", "x", "4", "5"]
+    train, validation, test = SPLITS
+    assert splits.assign(samples, digests, _params()) == [test, validation, train, *[validation] * 3, *[test] * 3]

@@ -1,0 +1,345 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from adfm.data import shards, validation
+from adfm.errors import AdfmError
+from adfm.params import Params
+from adfm.records import SPLITS, Box, Record
+
+# Great Expectations imports modules that Python has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_:DeprecationWarning")
+
+LIMITS = {"min_side": 16, "max_side": 64, "max_aspect": 2.0, "min_images_per_split": 8, "min_label_share": 0.25}
+PARAMS = Params.model_validate({"validate": LIMITS})
+DEFECTS = ((4, 6, 12, 10), (20, 20, 29, 25))  # x1, y1, x2, y2 of a 32x32 mask
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def picture(name: str, width: int = 32, height: int = 32) -> bytes:
+    seed = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
+    return png(np.random.default_rng(seed).integers(0, 256, (height, width, 3)))
+
+
+def drawn(*boxes: tuple[int, int, int, int], size: int = 32) -> bytes:
+    mask = np.zeros((size, size))
+    for x1, y1, x2, y2 in boxes:
+        mask[y1:y2, x1:x2] = 255
+    return png(mask)
+
+
+def record(name: str, **changes: Any) -> Record:
+    """A faultless record; its name is split/category/label/number."""
+    split, category, label, _ = name.split("/")
+    anomalous = label == "anomalous"
+    image = picture(name)
+    faultless = Record(
+        id=name,
+        image=image,
+        mask=drawn(*DEFECTS) if anomalous else None,
+        width=32,
+        height=32,
+        dataset="parts",
+        category=category,
+        defect="scratch" if anomalous else None,
+        label="anomalous" if anomalous else "normal",
+        boxes=tuple(Box(*map(float, box)) for box in DEFECTS) if anomalous else (),
+        split=split,  # type: ignore[arg-type]
+        source=f"{name}.png",
+        sha256=hashlib.sha256(image).hexdigest(),
+    )
+    return replace(faultless, **changes)
+
+
+def faultless() -> dict[str, Record]:
+    names = [
+        f"{split}/{category}/{label}/{number}"
+        for split in SPLITS
+        for category in ("gear", "weave")
+        for label in ("normal", "anomalous")
+        for number in range(2)
+    ]
+    return {name: record(name) for name in names}
+
+
+def written(records: dict[str, Record], folder: Path) -> Path:
+    folder.mkdir()
+    shards.write(records.values(), folder, shard_images=1000)
+    return folder
+
+
+def run(folder: Path, out: Path, params: Params = PARAMS) -> tuple[bool, dict[str, Any]]:
+    passed = validation.validate(folder, out, params)
+    return passed, json.loads((out / "validation.json").read_text())
+
+
+def failed(report: dict[str, Any]) -> dict[str, list[str]]:
+    return {entry["what"]: entry["ids"] for entry in report["expectations"] if not entry["success"]}
+
+
+def test_a_faultless_set_passes_without_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    passed, report = run(written(faultless(), tmp_path / "shards"), tmp_path / "report")
+    assert passed and report["passed"] and validation.failures(tmp_path / "report") == []
+    assert all(entry["success"] for entry in report["expectations"])
+    assert report["statistics"]["images"] == 24 and report["statistics"]["categories"] == 2
+    assert report["statistics"]["splits"] == {split: {"normal": 4, "anomalous": 4} for split in SPLITS}
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["index.html", "validation.json"]
+    assert ">0.5<" in (tmp_path / "report" / "index.html").read_text()  # the share that was observed
+    assert capfd.readouterr() == ("", "")
+
+
+# One fault a record, so that each expectation must name exactly its own records.
+def boxed(*boxes: tuple[float, float, float, float]) -> dict[str, Any]:
+    return {"boxes": tuple(Box(*box) for box in boxes)}
+
+
+FAULTS: dict[str, dict[str, Any]] = {
+    "train/gear/normal/no id": {"id": None},
+    "train/gear/normal/no dataset": {"dataset": None},
+    "train/gear/normal/no category": {"category": None},
+    "train/gear/normal/no label": {"label": None},
+    "train/gear/normal/no source": {"source": None},
+    "train/gear/normal/no sha256": {"sha256": None},
+    "train/gear/normal/no width": {"width": None},
+    "train/gear/normal/no height": {"height": None},
+    "train/gear/normal/double 1": {"id": "double"},
+    "train/gear/normal/double 2": {"id": "double"},
+    "train/gear/normal/unknown label": {"label": "broken"},
+    "train/gear/normal/damaged": {"image": picture("damaged")[:-200]},
+    "train/gear/normal/empty": {"image": b""},
+    "train/gear/normal/other size": {"image": picture("other size", 32, 31)},
+    "train/gear/normal/narrow": {"image": picture("narrow", 15, 30), "width": 15, "height": 30},
+    "train/gear/normal/low": {"image": picture("low", 30, 15), "width": 30, "height": 15},
+    "train/gear/normal/wide": {"image": picture("wide", 65, 40), "width": 65, "height": 40},
+    "train/gear/normal/high": {"image": picture("high", 40, 65), "width": 40, "height": 65},
+    "train/gear/normal/long": {"image": picture("long", 20, 41), "width": 20, "height": 41},
+    "train/gear/normal/has box": boxed((1, 1, 9, 9)),
+    "train/gear/normal/has defect": {"defect": "scratch"},
+    "train/gear/normal/has mask": {"mask": drawn(DEFECTS[0])},
+    "train/gear/normal/empty mask is fine": {"mask": drawn()},
+    "train/gear/anomalous/no mask is fine": {"mask": None},
+    "train/gear/anomalous/no boxes": {"boxes": ()},
+    "train/gear/anomalous/no defect": {"defect": None},
+    "train/gear/anomalous/outside": boxed(*DEFECTS, (20, 20, 33, 30)),
+    "train/gear/anomalous/negative": boxed(*DEFECTS, (-1, 20, 30, 30)),
+    "train/gear/anomalous/not a number": boxed((float("nan"), 1, 1, 1)),
+    "train/gear/anomalous/no area": boxed(*DEFECTS, (20, 20, 20, 30)),
+    "train/gear/anomalous/inverted": boxed(*DEFECTS, (30, 20, 20, 30)),
+    "train/gear/anomalous/damaged mask": {"mask": drawn(*DEFECTS)[:-30]},
+    "train/gear/anomalous/small mask": {"mask": drawn(*DEFECTS, size=31)},
+    "train/gear/anomalous/colour mask": {"mask": picture("colour mask")},
+    "train/gear/anomalous/empty mask": {"mask": drawn()},
+    "train/gear/anomalous/box beside": boxed(*DEFECTS, (12, 10, 20, 20)),
+    "train/gear/anomalous/inclusive": boxed((4, 6, 11, 9), (20, 20, 28, 24)),
+    "train/gear/anomalous/one missing": boxed(DEFECTS[1]),
+    "train/gear/anomalous/merged is fine": boxed((4, 6, 29, 25)),
+    "train/gear/anomalous/speck is fine": {"mask": drawn(*DEFECTS, (0, 0, 3, 1))},
+    "train/gear/normal/leak": {"image": picture("leak")},
+    "test/gear/normal/leak": {"image": picture("leak")},
+    "train/gear/normal/twice in train is fine": {"image": picture("twice")},
+    "train/weave/normal/twice in train is fine": {"image": picture("twice")},
+    "test/<img src=x>$cost/normal/only in test": {},
+    "train/coin/normal/one label": {},
+    "validation/gear/normal/filed elsewhere": {},  # moved to train below
+}
+EXPECTED = {
+    "every image has its id": ["without id"],
+    "every image has its dataset": ["no dataset"],
+    "every image has its category": ["no category"],
+    "every image has its label": ["no label"],
+    "every image has its source": ["no source"],
+    "every image has its sha256": ["no sha256"],
+    "every image has its width": ["no width"],
+    "every image has its height": ["no height"],
+    "ids are unique": ["double", "double"],
+    "the label is one that is known": ["unknown label"],
+    "the split is the one that the file is named after": ["filed elsewhere"],
+    "the image decodes": ["damaged", "empty"],
+    "the image has the stated width and height": ["no width", "no height", "other size"],
+    "width is 16 to 64": ["narrow", "wide"],
+    "height is 16 to 64": ["low", "high"],
+    "aspect ratio is at most 2": ["no width", "no height", "long"],
+    "normal images have no box": ["has box"],
+    "normal images have no defect type": ["has defect"],
+    "anomalous images have boxes": ["no boxes"],
+    "anomalous images have a defect type": ["no defect"],
+    "boxes lie inside the image": ["outside", "negative", "not a number"],
+    "boxes have an area": ["not a number", "no area", "inverted"],
+    "the mask decodes and has one channel and the image's size": ["damaged mask", "small mask", "colour mask"],
+    "the mask shows a defect if and only if the label is anomalous": ["has mask", "empty mask"],
+    "there is something of the mask in every box": ["box beside"],
+    "defects of 4 mask pixels and more lie in boxes": ["inclusive", "one missing"],
+    "byte-identical images are in one split": ["leak", "leak"],
+    "every category has both labels in train": ["one label", "only in test"],
+}
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report on a set with every fault."""
+    folder = tmp_path_factory.mktemp("faulty")
+    records = faultless() | {name: record(name, **changes) for name, changes in FAULTS.items()}
+    written(records, folder / "shards")
+    path = folder / "shards" / "validation-00000.parquet"
+    table = pq.read_table(path)
+    moved = pa.compute.match_substring(table["id"], "filed elsewhere")
+    split = pa.compute.if_else(moved, "train", table["split"])
+    pq.write_table(table.set_column(table.schema.get_field_index("split"), "split", split), path)
+    assert not validation.validate(folder / "shards", folder / "report", PARAMS)
+    return folder / "report"
+
+
+def test_every_expectation_of_the_suite_is_put_to_the_test(faulty: Path) -> None:
+    report = json.loads((faulty / "validation.json").read_text())
+    found = {entry["what"] for entry in report["expectations"] if entry["failing"] is not None}
+    assert found - {"every image has its split"} == set(EXPECTED)
+
+
+@pytest.mark.parametrize("what", EXPECTED)
+def test_an_expectation_names_exactly_the_records_at_fault(faulty: Path, what: str) -> None:
+    report = json.loads((faulty / "validation.json").read_text())
+    [entry] = [entry for entry in report["expectations"] if entry["what"] == what]
+    assert sorted(id_.split("/")[-1] for id_ in entry["ids"]) == sorted(EXPECTED[what])
+    assert entry["failing"] == len(EXPECTED[what]) and not entry["success"]
+    [line] = [line for line in validation.failures(faulty) if f"{what}: " in line]
+    assert f"{entry['failing']} failing: {', '.join(entry['ids'])}" in line
+    assert line.endswith(f"; {entry['remedy']}.")
+    assert line.startswith("warning: ") == (entry["severity"] == "warning")
+
+
+def test_lines_give_unexpected_values_and_put_warnings_last(faulty: Path) -> None:
+    lines = validation.failures(faulty)
+    assert any("(label: broken)" in line for line in lines)
+    assert any("parts/<img src=x>$cost" in line and "parts/coin" in line for line in lines)
+    assert [line.startswith("warning: ") for line in lines] == [False] * (len(lines) - 2) + [True] * 2
+
+
+def test_the_page_loads_nothing_and_shows_what_failed(faulty: Path) -> None:
+    tags: list[tuple[str, dict[str, str | None]]] = []
+
+    class Tags(HTMLParser):
+        def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+            tags.append((tag, dict(attributes)))
+
+    page = (faulty / "index.html").read_text()
+    Tags().feed(page)
+    assert not {tag for tag, _ in tags} & {"script", "link", "img", "iframe", "object", "embed", "video", "base"}
+    assert not any("src" in attributes for _, attributes in tags)
+    assert all((attributes["href"] or "").startswith("#") for tag, attributes in tags if tag == "a")
+    assert "url(" not in page and "@import" not in page
+    assert ("meta", "default-src 'none'; style-src 'unsafe-inline'") in [(t, a.get("content")) for t, a in tags]
+    for text in (*EXPECTED, "train/gear/anomalous/one missing", "parts/&lt;img src=x&gt;$cost"):
+        assert text in page, text
+
+
+@pytest.mark.parametrize(
+    ("keep", "params", "expected"),
+    [
+        (
+            lambda name: not name.startswith("validation"),
+            PARAMS,
+            ["validation has at least 8 images", "validation has a"],
+        ),
+        (lambda name: name != "test/gear/normal/0", PARAMS, ["test has at least 8 images"]),
+        (
+            lambda name: not name.startswith("validation"),
+            Params.model_validate({"validate": LIMITS, "split": {"validation": 0.0}}),
+            [],
+        ),
+        (
+            lambda name: "train/" not in name or "normal" not in name or name == "train/gear/normal/0",
+            Params.model_validate({"validate": LIMITS | {"min_images_per_split": 5}}),
+            ["train has a share", "warning: every category has both labels in train"],
+        ),
+    ],
+)
+def test_splits_are_large_and_balanced_enough(
+    tmp_path: Path, keep: Callable[[str], bool], params: Params, expected: list[str]
+) -> None:
+    records = {name: record for name, record in faultless().items() if keep(name)}
+    passed, _ = run(written(records, tmp_path / "shards"), tmp_path / "report", params)
+    lines = validation.failures(tmp_path / "report")
+    assert passed == (not expected) and len(lines) == len(expected)
+    assert all(line.startswith(start) for line, start in zip(lines, expected, strict=True)), lines
+
+
+def test_warnings_do_not_fail(tmp_path: Path) -> None:
+    records = {name: replace(record, mask=None) for name, record in faultless().items()}
+    records["train/gear/anomalous/0"] = replace(records["train/gear/anomalous/0"], defect=None)
+    passed, report = run(written(records, tmp_path / "shards"), tmp_path / "report")
+    assert passed and report["passed"]
+    assert failed(report) == {"anomalous images have a defect type": ["train/gear/anomalous/0"]}
+    assert report["statistics"]["failed"] == 0 and report["statistics"]["warnings"] == 1
+
+
+def test_ids_are_listed_up_to_a_limit_and_counted_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "MAX_IDS", 12)
+    names = [f"train/gear/normal/damaged {number}" for number in range(15)]
+    records = {name: record(name, image=name.encode()) for name in names}
+    _, report = run(written(records | faultless(), tmp_path / "shards"), tmp_path / "report")
+    [entry] = [entry for entry in report["expectations"] if entry["what"] == "the image decodes"]
+    assert entry["failing"] == 15 and entry["ids"] == names[:12]
+    assert f"15 failing: {', '.join(names[:10])}, …;" in validation.failures(tmp_path / "report")[0]
+
+
+def _nothing(folder: Path) -> None:
+    pass
+
+
+def _other_columns(folder: Path) -> None:
+    pq.write_table(pa.table({"id": ["a"]}), folder / "train-00000.parquet")
+
+
+def _not_parquet(folder: Path) -> None:
+    (folder / "train-00000.parquet").write_bytes(b"PAR1 and no more")
+
+
+def _no_rows(folder: Path) -> None:
+    pq.write_table(shards.SCHEMA.empty_table(), folder / "train-00000.parquet")
+
+
+def _cut_short(folder: Path) -> None:
+    shards.write(faultless().values(), folder, 1000)
+    path = folder / "test-00000.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("spoil", [_nothing, _other_columns, _not_parquet, _no_rows, _cut_short])
+def test_what_is_not_shards_is_one_error_and_no_report(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    spoil(folder)
+    with pytest.raises(AdfmError, match=r"shards.*adfm convert"):
+        validation.validate(folder, tmp_path / "report", PARAMS)
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(AdfmError, match="nowhere"):
+        validation.validate(tmp_path / "nowhere", tmp_path / "report", PARAMS)
