@@ -1,0 +1,262 @@
+"""GRPO on TRL, with the three terms of the reward, and the figures that show whether a group taught anything.
+
+Group-relative advantages need groups whose completions earn different rewards. *Utilisation* is the share of groups of
+a step whose total rewards are not all equal (compared exactly, over the whole group).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adfm import tracking
+from adfm.data import shards as shards_
+from adfm.errors import AdfmError
+from adfm.files import atomic_folder
+from adfm.method import rewards
+from adfm.method.coordinates import Frame
+from adfm.models import loading
+from adfm.params import Params
+from adfm.records import Box, Label
+from adfm.training import examples
+from adfm.training.warmup import save
+
+if TYPE_CHECKING:
+    import torch
+    from trl import GRPOTrainer
+
+TERMS = ("format", "classification", "localization")
+IDENTITY = "identity.json"
+
+
+def train(shards: Path, model: Path, out: Path, params: Params) -> None:
+    """Go on training the adapter `model` by GRPO, and write it with its processor to `out`.
+
+    Checkpoints lie in `<out>.checkpoint/`. A training that was interrupted goes on from the last of them, if data,
+    model and settings are the same; else it starts anew.
+
+    Args:
+        shards: Folder of shards; the train split is used.
+        model: Folder that warm-up wrote.
+        out: Folder to write: adapter, processor, `adfm.json`, `reward_curves.csv`.
+        params: Reads `model`, `train` and `seed`.
+
+    Raises:
+        AdfmError: Model, shards or tracking store cannot be used, or the batch does not divide.
+    """
+    settings = params.train
+    completions = settings.prompts_per_step * settings.num_generations
+    if settings.micro_batch and completions % settings.micro_batch:
+        raise AdfmError(
+            f"train.micro_batch: {settings.micro_batch} does not divide the {completions} completions of a step "
+            "(train.prompts_per_step * train.num_generations)"
+        )
+    if loading.describe(model) is None:
+        raise AdfmError(f"{model} is not a folder that `adfm warmup` wrote; run that first (warmup.steps may be 0)")
+    from transformers import set_seed
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from adfm.training.watch import write_curves
+
+    set_seed(params.seed)
+    work = out.with_name(out.name + ".checkpoint")
+    run_id = _resume(work, shards, model, params)
+    loaded = loading.load(model, params.model, trainable=True)
+    with atomic_folder(out) as folder, tracking.start_run("train", params, run_id=run_id) as run:
+        _identify(work, shards, model, params, run.info.run_id)
+        count = settings.steps * settings.prompts_per_step
+        data = examples.draw(shards, loaded, count, params.seed + 1, work / "cache")
+        trainer = _trainer(loaded, data, work, params)
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+        save(folder, trainer.accelerator.unwrap_model(trainer.model), loaded, shards, params, "train", run.info.run_id)
+        write_curves(trainer.state.log_history, folder / "reward_curves.csv")
+    shutil.rmtree(work)
+
+
+def _identity(shards: Path, model: Path, params: Params) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be of use."""
+    sections = params.model_dump(mode="json", by_alias=True, include={"seed", "model", "train"})
+    for how_often in ("checkpoint_every", "pictures_every"):
+        sections["train"].pop(how_often)
+    return {"data": shards_.fingerprint(shards, "train"), "model": examples.digest(model), **sections}
+
+
+def _resume(work: Path, shards: Path, model: Path, params: Params) -> str | None:
+    """The MLflow run to go on with; checkpoints of anything else are removed."""
+    file = work / IDENTITY
+    if not file.is_file():
+        shutil.rmtree(work, ignore_errors=True)
+        return None
+    saved = json.loads(file.read_text())
+    if saved["identity"] != _identity(shards, model, params):
+        print(f"{work}: checkpoints of other data, model or settings; starting anew")
+        shutil.rmtree(work)
+        return None
+    return str(saved["mlflow_run_id"])
+
+
+def _identify(work: Path, shards: Path, model: Path, params: Params, run_id: str) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    identity = {"identity": _identity(shards, model, params), "mlflow_run_id": run_id}
+    (work / IDENTITY).write_text(json.dumps(identity, indent=2))
+
+
+def reward_functions(profile: str) -> list[Any]:
+    """One function a term, in TRL's form; a completion is scored once and its three terms are kept."""
+
+    @functools.lru_cache(maxsize=16384)
+    def score(completion: str, label: Label, regions: tuple[Box, ...], frame: Frame) -> rewards.Terms:
+        return rewards.PROFILES[profile](completion, label, regions, frame)
+
+    def function(term: str) -> Callable[..., list[float]]:
+        def reward(
+            completions: list[Any], label: list[Label], regions: list[Any], frame: list[Any], **_: Any
+        ) -> list[float]:
+            return [
+                getattr(score(c[0]["content"], lab, tuple(Box(*b) for b in boxes), Frame(*size)), term)
+                for c, lab, boxes, size in zip(completions, label, regions, frame, strict=True)
+            ]
+
+        reward.__name__ = term
+        return reward
+
+    return [function(term) for term in TERMS]
+
+
+def utilisation(terms: torch.Tensor, weights: torch.Tensor, group: int) -> dict[str, float]:
+    """Shares of the groups of one step, in [0, 1].
+
+    Args:
+        terms: Rewards `[completions, 3]` in the order of `TERMS`; a group's completions stand together.
+        weights: Weight of each term, `[3]`.
+        group: Completions a group.
+
+    Returns:
+        `utilisation`, the same for each term, and the shares of groups whose answers are all right and all wrong.
+    """
+    grouped = terms.nan_to_num().view(-1, group, terms.shape[1])
+    total = grouped @ weights
+    share = {"utilisation": (total != total[:, :1]).any(1)}
+    for i, term in enumerate(TERMS):
+        share[f"utilisation/{term}"] = (grouped[:, :, i] != grouped[:, :1, i]).any(1)
+    right = grouped[:, :, TERMS.index("classification")] == 1
+    share["groups/all_right"], share["groups/all_wrong"] = right.all(1), (~right).all(1)
+    return {name: value.float().mean().item() for name, value in share.items()}
+
+
+def _trainer(loaded: loading.Loaded, data: Any, work: Path, params: Params) -> GRPOTrainer:
+    import mlflow
+    import torch
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from adfm.training.watch import Watch, picture
+
+    settings = params.train
+    group = settings.num_generations
+    completions = settings.prompts_per_step * group
+    micro_batch = settings.micro_batch or completions
+
+    class Trainer(GRPOTrainer):
+        """TRL's trainer, which also logs utilisation, the seconds of each phase, and pictures."""
+
+        def _generate(self, prompts: Any) -> Any:
+            with self._timed("generation"):
+                return super()._generate(prompts)
+
+        def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
+            with self._timed("scoring"):
+                terms = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            weights = self.reward_weights.to(terms.device)
+            for name, value in utilisation(terms, weights, group).items():
+                self._metrics["train"][name].append(value)
+            every, step = settings.pictures_every, self.state.global_step
+            if every and step % every == 0 and self.accelerator.is_main_process:
+                totals = (terms.nan_to_num() @ weights).tolist()
+                each = [
+                    {**row, "completion": c[0]["content"], "reward": total}
+                    for row, c, total in zip(inputs, completions, totals, strict=False)
+                ]
+                firsts = [each[k : k + 4] for k in range(0, min(len(each), 3 * group), group)]
+                mlflow.log_image(
+                    picture([s for first in firsts for s in first]), artifact_file=f"completions/step-{step:05d}.png"
+                )
+            return terms
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            self._loss_begun = time.perf_counter()
+            return super().compute_loss(*args, **kwargs)
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().training_step(*args, **kwargs)
+            self._metrics["train"]["seconds/backward"].append(
+                (time.perf_counter() - self._loss_begun) * self.args.gradient_accumulation_steps
+            )
+            return loss
+
+        def _timed(self, phase: str) -> Any:
+            return _Timer(self._metrics["train"][f"seconds/{phase}"])
+
+    trainer = Trainer(
+        model=loaded.model,
+        reward_funcs=reward_functions(settings.profile),
+        train_dataset=data,
+        processing_class=loaded.processor,
+        callbacks=[
+            Watch("grpo", ["reward", "rewards/classification/mean", "rewards/localization/mean", "utilisation"])
+        ],
+        args=GRPOConfig(
+            output_dir=str(work),
+            max_steps=settings.steps,
+            per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=completions // micro_batch,
+            num_generations=group,
+            max_completion_length=settings.max_completion_length,
+            temperature=settings.temperature,
+            top_k=0,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type=settings.schedule,
+            warmup_steps=round(settings.warmup_ratio * settings.steps),
+            beta=settings.beta,
+            epsilon=settings.epsilon,
+            loss_type=settings.loss_type,
+            scale_rewards=settings.scale_rewards,
+            multi_objective_aggregation=settings.aggregation,
+            reward_weights=[getattr(settings.weights, term) for term in TERMS],
+            max_grad_norm=settings.max_grad_norm,
+            generation_kwargs={
+                "suppress_tokens": [loaded.model.config.image_token_id, loaded.model.config.video_token_id]
+            },
+            shuffle_dataset=False,
+            logging_steps=1,
+            save_steps=settings.checkpoint_every,
+            save_total_limit=2,
+            report_to="none",
+            seed=params.seed,
+            bf16=params.model.dtype == "bfloat16",
+            use_cpu=not torch.cuda.is_available(),
+            gradient_checkpointing=settings.gradient_checkpointing,
+            dataloader_pin_memory=torch.cuda.is_available(),
+        ),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return trainer
+
+
+class _Timer:
+    """Appends the seconds of its block to a list."""
+
+    def __init__(self, seconds: list[float]) -> None:
+        self._seconds = seconds
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds.append(time.perf_counter() - self._start)

@@ -1,0 +1,117 @@
+"""Supervised cold start: a LoRA adapter that has seen the form of the answer on the images of the line.
+
+`warmup.steps: 0` writes an adapter that changes nothing, and GRPO starts from the base: the paper's setting.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from adfm import tracking
+from adfm.data import shards as shards_
+from adfm.files import atomic_folder
+from adfm.method import prompt
+from adfm.models import loading
+from adfm.params import Params
+from adfm.records import Box
+from adfm.training import examples
+
+
+def warmup(shards: Path, out: Path, params: Params) -> None:
+    """Train a new adapter on correct answers, and write it with its processor to `out`.
+
+    Args:
+        shards: Folder of shards; the train split is used.
+        out: Folder to write: adapter, processor, `adfm.json`, `warmup_curves.csv`.
+        params: Reads `model`, `lora`, `warmup` and `seed`.
+
+    Raises:
+        AdfmError: Model, shards or tracking store cannot be used.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import set_seed
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from adfm.training.watch import Watch, write_curves
+
+    set_seed(params.seed)
+    loaded = loading.load(params.model.name, params.model)
+    lora = LoraConfig(
+        r=params.lora.r,
+        lora_alpha=params.lora.alpha,
+        lora_dropout=params.lora.dropout,
+        target_modules=params.lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(loaded.model, lora)
+    settings = params.warmup
+    with atomic_folder(out) as folder, tracking.start_run("warmup", params) as run:
+        history: list[dict[str, Any]] = []
+        if settings.steps:
+            count = settings.steps * settings.batch_size
+            data = examples.draw(shards, loaded, count, params.seed, folder / "cache")
+            trainer = SFTTrainer(
+                model=model,
+                args=SFTConfig(
+                    output_dir=str(folder / "cache"),
+                    max_steps=settings.steps,
+                    per_device_train_batch_size=settings.batch_size,
+                    learning_rate=settings.learning_rate,
+                    lr_scheduler_type="cosine",
+                    warmup_steps=min(10, settings.steps // 4),
+                    max_length=None,
+                    logging_steps=1,
+                    save_strategy="no",
+                    report_to="none",
+                    seed=params.seed,
+                    bf16=params.model.dtype == "bfloat16",
+                    use_cpu=not torch.cuda.is_available(),
+                    gradient_checkpointing=False,
+                    dataloader_pin_memory=torch.cuda.is_available(),
+                ),
+                train_dataset=data.map(
+                    _answer,
+                    fn_kwargs={"step": settings.coordinate_step},
+                    remove_columns=["label", "defect", "regions", "frame"],
+                ),
+                processing_class=loaded.processor,
+                callbacks=[Watch("warm-up", ["loss", "mean_token_accuracy"])],
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.remove_callback(ProgressCallback)
+            trainer.train()
+            history = trainer.state.log_history
+        save(folder, model, loaded, shards, params, "warmup", run.info.run_id)
+        write_curves(history, folder / "warmup_curves.csv")
+
+
+def _answer(row: dict[str, Any], step: int) -> dict[str, Any]:
+    text = prompt.answer(row["label"], [Box(*box) for box in row["regions"]], row["defect"], step)
+    return {"completion": [{"role": "assistant", "content": text}]}
+
+
+def save(
+    folder: Path, model: Any, loaded: loading.Loaded, shards: Path, params: Params, stage: str, run_id: str
+) -> None:
+    """Write adapter, processor and `adfm.json` to `folder`, and nothing else that the training left there."""
+    import shutil
+
+    shutil.rmtree(folder / "cache", ignore_errors=True)
+    model.save_pretrained(folder, selected_adapters=["default"])
+    loaded.processor.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    description = {
+        "stage": stage,
+        "base": {"name": loaded.base.name, "revision": loaded.base.revision},
+        "family": loaded.family,
+        "prompt": prompt.messages(loaded.family),
+        "mlflow_run_id": run_id,
+        "data_fingerprint": shards_.fingerprint(shards),
+        "params": params.model_dump(mode="json", by_alias=True),
+    }
+    (folder / loading.DESCRIPTION).write_text(json.dumps(description, indent=2) + os.linesep)

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adfm.errors import AdfmError
+from adfm.models import loading
+from adfm.params import Model
+from adfm.training import examples
+
+LABELS = st.lists(st.sampled_from(["normal", "anomalous"]), min_size=2, max_size=30).filter(
+    lambda labels: len(set(labels)) == 2
+)
+
+
+@given(LABELS, st.integers(1, 100), st.integers(0, 100))
+def test_labels_take_turns_and_all_images_come_before_any_comes_twice(labels: list[str], count: int, seed: int) -> None:
+    order = examples._balanced(labels, count, seed, Path("shards"))
+    assert len(order) == count
+    assert [labels[i] for i in order] == [("anomalous", "normal")[i % 2] for i in range(count)]
+    for label in ("anomalous", "normal"):
+        drawn = [i for i in order if labels[i] == label]
+        total = labels.count(label)
+        assert len(set(drawn[:total])) == len(drawn[:total])
+
+
+def test_one_label_alone_cannot_be_trained_on() -> None:
+    with pytest.raises(AdfmError, match="no anomalous image"):
+        examples._balanced(["normal"] * 3, 4, 0, Path("shards"))
+
+
+def test_rows_hold_boxes_in_the_models_frame(small_shards: Path, tmp_path: Path) -> None:
+    loaded = loading.load("embedded://tiny-base", Model())
+    data = examples.draw(small_shards, loaded, 12, seed=0, cache=tmp_path)
+    assert data.column_names == ["image", "prompt", "label", "defect", "regions", "frame"]
+    for row in data:
+        assert row["frame"] == [1000, 1000]
+        assert bool(row["regions"]) == (row["label"] == "anomalous")
+        assert all(0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000 for x1, y1, x2, y2 in row["regions"])
+        assert row["image"].size == (128, 128)

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from adfm.models import loading
+from adfm.params import Params
+from adfm.training.warmup import warmup
+
+
+def test_no_steps_change_nothing(small_shards: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    from adfm.evaluation.inference import answer
+
+    warmup(small_shards, tmp_path / "warmup", Params.model_validate({"warmup": {"steps": 0}}))
+    params = Params()
+    images = [Image.new("RGB", (128, 128), colour) for colour in ("gray", "white", "navy")]
+    base = answer(loading.load(params.model.name, params.model), images, 40)
+    warmed = answer(loading.load(tmp_path / "warmup", params.model), images, 40)
+    assert base[0] == warmed[0]
+
+
+def test_warmup_moves_the_adapter_and_says_where_it_comes_from(
+    small_shards: Path, tmp_path: Path, params: Params
+) -> None:
+    from safetensors.torch import load_file
+
+    warmup(small_shards, tmp_path / "warmup", params)
+    weights = load_file(tmp_path / "warmup" / "adapter_model.safetensors")
+    assert any(torch.count_nonzero(w) for name, w in weights.items() if "lora_B" in name)
+    description = json.loads((tmp_path / "warmup" / "adfm.json").read_text())
+    assert description["base"] == {"name": "embedded://tiny-base", "revision": None}
+    assert description["params"]["warmup"]["steps"] == 2
+    assert len((tmp_path / "warmup" / "warmup_curves.csv").read_text().splitlines()) == 3
+    assert not (tmp_path / "warmup" / "cache").exists()
