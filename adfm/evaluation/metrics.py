@@ -1,0 +1,357 @@
+"""What a prediction is worth: localisation of one image, and detection and localisation of a whole table.
+
+The protocol: one greedy answer an image. An answer that cannot be parsed counts as the wrong letter in every metric and
+is never dropped; an image answered `normal` has no predicted box. Localisation is measured on anomalous images only.
+
+Every metric is a function of weighted sums over images, so the value (all weights 1) and its bootstrap resamples
+(weights = how often each image was drawn) come from the same lines of code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adfm.errors import AdfmError
+from adfm.records import Box
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Floats = NDArray[np.float64]
+Measure = Callable[[Floats], dict[str, Floats]]
+
+HEADLINE = ("accuracy", "balanced_accuracy", "recall", "specificity", "auroc", "iou", "box_f1", "parse_rate")
+"""The metrics that tables and figures show; `summarize` has more."""
+
+SIZES = ("small", "medium", "large")
+
+LOCALIZATION = (
+    "iou",
+    "mask_iou",
+    "matched_iou",
+    "true_positives",
+    "false_positives",
+    "false_negatives",
+    "area_share",
+)
+
+MATCH = 0.5
+"""IoU from which a matched box counts as found."""
+
+
+def localize(
+    truth: Sequence[Box], predicted: Sequence[Box], width: int, height: int, mask: NDArray[Any] | None = None
+) -> dict[str, float | int | None]:
+    """Compares predicted boxes with the ground truth of one image.
+
+    All boxes are first put on the pixel grid: clipped to the image, then a pixel belongs to a box if its centre does
+    (an edge at 3.5 rounds to 3, one at 3.51 to 4). A box that holds no pixel after that, or has a coordinate that is
+    not a number, covers nothing; a predicted one still counts as a false positive.
+
+    Args:
+        truth: Ground-truth boxes, original pixels, half-open; empty on a normal image.
+        predicted: Predicted boxes, original pixels; empty on an image answered `normal`.
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
+        mask: Pixel mask of shape (height, width), defect where it is not 0; or `None`.
+
+    Returns:
+        `iou`, union of the predicted boxes against union of the true boxes, in pixels; `mask_iou`, union of the
+        predicted boxes against the mask (`None` without a mask, or with an empty one); `matched_iou`, mean IoU of the
+        min(n, m) pairs of the assignment with the largest total IoU (`None` without a predicted box); `true_positives`,
+        `false_positives`, `false_negatives`, boxes, a pair being true from IoU 0.5; `area_share`, the union of the true
+        boxes as a share of the image. Where there is no truth, all are `None`: nothing is to be located.
+
+    Raises:
+        AdfmError: The mask has another size than the image.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    targets, found = _on_grid(truth, width, height), _on_grid(predicted, width, height)
+    if not len(targets):
+        return dict.fromkeys(LOCALIZATION)
+
+    # Only the grid lines on which some box begins or ends matter: between them coverage is constant.
+    columns, rows = (np.unique(np.concatenate([targets, found])[:, [i, i + 2]]) for i in (0, 1))
+    cells = np.outer(np.diff(rows), np.diff(columns))
+    true, guess = _paint(targets, columns, rows), _paint(found, columns, rows)
+
+    overlap = _pairwise_iou(targets, found)
+    matched = overlap[linear_sum_assignment(overlap, maximize=True)]
+    hits = int((matched >= MATCH).sum())
+    return {
+        "iou": float(cells[true & guess].sum() / cells[true | guess].sum()),
+        "mask_iou": _mask_iou(mask, found, width, height) if mask is not None else None,
+        "matched_iou": float(matched.mean()) if len(matched) else None,
+        "true_positives": hits,
+        "false_positives": len(predicted) - hits,
+        "false_negatives": len(targets) - hits,
+        "area_share": float(cells[true].sum() / (width * height)),
+    }
+
+
+def _on_grid(boxes: Sequence[Box], width: int, height: int) -> NDArray[np.int64]:
+    """Boxes as whole pixels inside the image, (n, 4); those that hold no pixel are left out."""
+    inside = np.clip(np.asarray(boxes, dtype=float).reshape(-1, 4), 0, [width, height, width, height])
+    edges = np.ceil(inside - 0.5)
+    whole = (edges[:, 0] < edges[:, 2]) & (edges[:, 1] < edges[:, 3])
+    return np.asarray(edges[whole], dtype=np.int64)
+
+
+def _paint(boxes: NDArray[np.int64], columns: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """The union of boxes on the grid between the given lines, (len(rows) - 1, len(columns) - 1)."""
+    canvas = np.zeros((len(rows) - 1, len(columns) - 1), dtype=bool)
+    for (x1, x2), (y1, y2) in zip(
+        np.searchsorted(columns, boxes[:, [0, 2]]), np.searchsorted(rows, boxes[:, [1, 3]]), strict=True
+    ):
+        canvas[y1:y2, x1:x2] = True
+    return canvas
+
+
+def _mask_iou(mask: NDArray[Any], found: NDArray[np.int64], width: int, height: int) -> float | None:
+    if mask.shape != (height, width):
+        raise AdfmError(f"A mask of shape {mask.shape} cannot belong to an image of {width} x {height} pixels.")
+    defect = mask != 0
+    if not defect.any():
+        return None
+    guess = _paint(found, np.arange(width + 1), np.arange(height + 1))
+    return float((defect & guess).sum() / (defect | guess).sum())
+
+
+def _pairwise_iou(left: NDArray[np.int64], right: NDArray[np.int64]) -> Floats:
+    """IoU of every box of `left` with every box of `right`, (n, m)."""
+    corner = np.maximum(left[:, None, :2], right[None, :, :2])
+    opposite = np.minimum(left[:, None, 2:], right[None, :, 2:])
+    shared = np.clip(opposite - corner, 0, None).prod(axis=-1)
+    left_area, right_area = ((boxes[:, 2:] - boxes[:, :2]).prod(axis=-1) for boxes in (left, right))
+    return np.asarray(shared / (left_area[:, None] + right_area - shared))
+
+
+def summarize(table: pd.DataFrame, resamples: int, seed: int, small: float, large: float) -> dict[str, Any]:
+    """All metrics of a prediction table, with 95 % percentile bootstrap intervals over images.
+
+    Args:
+        table: Prediction table, one row an image.
+        resamples: Bootstrap resamples.
+        seed: Seed of the resampling; the order of the rows does not matter.
+        small: Defects below this share of the image's area are `small`.
+        large: Defects from this share on are `large`; `medium` are those between.
+
+    Returns:
+        `overall`, and by name `datasets`, `categories`, `defects` (recall and localisation only) and `sizes` (the
+        same). Each has the counts `images`, `anomalous`, `normal`, `unparseable`, and for each metric of `measure` its
+        value and `<metric>_low`, `<metric>_high`; `None` where it is not defined (no such image).
+    """
+    located = ("recall", "miss_rate", "iou", "mask_iou", "matched_iou", "box_f1", "iou_10", "iou_30", "iou_50")
+
+    def described(part: pd.DataFrame, names: Sequence[str] | None = None) -> dict[str, Any]:
+        anomalous = int((part["label"] == "anomalous").sum())
+        counts = {
+            "images": len(part),
+            "anomalous": anomalous,
+            "normal": len(part) - anomalous,
+            "unparseable": int(part["predicted"].isna().sum()),
+        }
+        return counts | _with_intervals(measure(part.sort_values("id")), len(part), resamples, seed, 0.95, names)
+
+    def grouped(keys: pd.Series[Any], names: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+        return {str(key): described(part, names) for key, part in table.groupby(keys, sort=True)}
+
+    share = table["area_share"].astype(float)
+    sizes = {"small": share < small, "medium": (share >= small) & (share < large), "large": share >= large}
+    return {
+        "overall": described(table),
+        "datasets": grouped(table["dataset"]),
+        "categories": grouped(category_names(table)),
+        "defects": grouped(table["defect"], located),
+        "sizes": {size: described(table[chosen], located) for size, chosen in sizes.items() if chosen.any()},
+    }
+
+
+def difference(
+    candidate: pd.DataFrame, reference: pd.DataFrame, resamples: int, seed: int, level: float = 0.95
+) -> dict[str, float | None]:
+    """Candidate minus reference for every metric, by a paired bootstrap: both see the same resampled images.
+
+    Args:
+        candidate: Prediction table.
+        reference: Prediction table of the same images, in any order.
+        resamples: Bootstrap resamples.
+        seed: Seed of the resampling.
+        level: Coverage of the two-sided percentile interval.
+
+    Returns:
+        For each metric of `measure` the difference, and its `<metric>_low` and `<metric>_high`.
+
+    Raises:
+        AdfmError: The tables do not hold the same images.
+    """
+    same_images(candidate, reference)
+    left, right = measure(candidate.sort_values("id")), measure(reference.sort_values("id"))
+
+    def change(weights: Floats) -> dict[str, Floats]:
+        after, before = left(weights), right(weights)
+        return {name: after[name] - before[name] for name in after}
+
+    return _with_intervals(change, len(candidate), resamples, seed, level)
+
+
+def same_images(candidate: pd.DataFrame, reference: pd.DataFrame) -> None:
+    """Raises AdfmError, naming them, where two prediction tables do not hold the same images once each."""
+    for name, table in (("first", candidate), ("second", reference)):
+        if not len(table):
+            raise AdfmError(f"The {name} of the two prediction tables is empty: there is nothing to compare.")
+        if repeated := sorted(table["id"][table["id"].duplicated()].astype(str).unique()):
+            raise AdfmError(f"The {name} of the two prediction tables has ids more than once: {listed(repeated)}.")
+    left, right = set(candidate["id"]), set(reference["id"])
+    if left != right:
+        raise AdfmError(
+            f"The two prediction tables are not of the same images: {len(left - right)} only in the first"
+            f" ({listed(sorted(left - right, key=str)) or 'none'}), {len(right - left)} only in the second"
+            f" ({listed(sorted(right - left, key=str)) or 'none'}). Evaluate both models on the same shards."
+        )
+
+
+def listed(names: Sequence[object], most: int = 10) -> str:
+    """Names for an error message: the first few, and how many more."""
+    more = len(names) - most
+    return ", ".join(map(str, names[:most])) + (f" and {more} more" if more > 0 else "")
+
+
+def category_names(table: pd.DataFrame) -> pd.Series[Any]:
+    """The category of each image; `dataset/category` where the table has more than one data set."""
+    if "dataset" in table and table["dataset"].nunique() > 1:
+        return table["dataset"].astype(str) + "/" + table["category"].astype(str)
+    return table["category"]
+
+
+def values(table: pd.DataFrame) -> dict[str, float | None]:
+    """The metrics of `measure` for a prediction table as it is; `None` where one is not defined."""
+    return {name: _number(value[0]) for name, value in measure(table)(np.ones((1, len(table)))).items()}
+
+
+def measure(table: pd.DataFrame) -> Measure:
+    """The metrics of a prediction table, as a function of how often each image counts.
+
+    Detection takes `anomalous` as the positive class and an unparseable answer as the wrong one: `accuracy`,
+    `balanced_accuracy`, `precision`, `recall`, `specificity`, `f1`, `overkill` (1 - specificity: normal images not
+    passed), `miss_rate` (1 - recall), and `parse_rate`, the share of parseable answers. `auroc` ranks images by
+    `score`, ties counting half; one without a score ranks as wrongly as can be (a defect below, a normal image above
+    all others).
+
+    Localisation is over anomalous images: `iou`, `mask_iou` (where there is a mask) and `matched_iou` (where a box was
+    predicted) are means over images; `iou_10`, `iou_30`, `iou_50` are shares of images with an IoU of at least 0.1,
+    0.3, 0.5; `box_f1` is over all boxes (micro), at IoU 0.5.
+
+    Args:
+        table: Prediction table of n images. Without `score` or a localisation column its metrics are NaN.
+
+    Returns:
+        A function of weights (weightings, n) that gives for each metric an array (weightings,), NaN where it is not
+        defined. `np.ones((1, n))` gives the metrics of the table as it is.
+    """
+    anomalous = (table["label"] == "anomalous").to_numpy(dtype=bool)
+    parsed = table["predicted"].notna().to_numpy(dtype=bool)
+    right = parsed & (table["predicted"].astype(object) == table["label"].astype(object)).to_numpy(dtype=bool)
+    sums: dict[str, NDArray[Any]] = {
+        "images": np.ones(len(table)),
+        "parsed": parsed,
+        "anomalous": anomalous,
+        "normal": ~anomalous,
+        "hits": anomalous & right,
+        "passes": ~anomalous & right,
+    }
+    names = ["score", "iou", "mask_iou", "matched_iou", "true_positives", "false_positives", "false_negatives"]
+    score, *numbers = table.reindex(columns=names).to_numpy(dtype=float, na_value=np.nan).T
+    for name, values in zip(names[1:], numbers, strict=True):
+        sums[name] = np.where(anomalous, np.nan_to_num(values), 0.0)
+        sums[f"has_{name}"] = anomalous & ~np.isnan(values)
+    for percent in (10, 30, 50):
+        sums[f"iou_{percent}"] = sums["has_iou"] & (sums["iou"] >= percent / 100)
+    summands = np.column_stack(list(sums.values())).astype(float)
+    auroc = _auroc(score if "score" in table else None, anomalous)
+
+    def metrics(weights: Floats) -> dict[str, Floats]:
+        total = dict(zip(sums, (weights @ summands).T, strict=True))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            recall, specificity = total["hits"] / total["anomalous"], total["passes"] / total["normal"]
+            flagged = total["hits"] + total["normal"] - total["passes"]
+            boxes = 2 * total["true_positives"] + total["false_positives"] + total["false_negatives"]
+            return {
+                "accuracy": (total["hits"] + total["passes"]) / total["images"],
+                "balanced_accuracy": (recall + specificity) / 2,
+                "precision": total["hits"] / flagged,
+                "recall": recall,
+                "specificity": specificity,
+                "f1": 2 * total["hits"] / (total["anomalous"] + flagged),
+                "auroc": auroc(weights),
+                "parse_rate": total["parsed"] / total["images"],
+                "overkill": 1 - specificity,
+                "miss_rate": 1 - recall,
+                "box_f1": 2 * total["true_positives"] / boxes,
+                **{name: total[name] / total[f"has_{name}"] for name in ("iou", "mask_iou", "matched_iou")},
+                **{name: total[name] / total["has_iou"] for name in ("iou_10", "iou_30", "iou_50")},
+            }
+
+    return metrics
+
+
+def _auroc(score: Floats | None, anomalous: NDArray[np.bool_]) -> Callable[[Floats], Floats]:
+    """Area under the ROC curve as the probability that a defect outranks a normal image (Mann-Whitney)."""
+    if score is None:
+        return lambda weights: np.full(len(weights), np.nan)
+    ranked = ranks(score, anomalous)
+    defects, normals = np.flatnonzero(anomalous), np.flatnonzero(~anomalous)
+    normals = normals[np.argsort(ranked[normals])]
+    first, last = (np.searchsorted(ranked[normals], ranked[defects], side) for side in ("left", "right"))
+
+    def auroc(weights: Floats) -> Floats:
+        # below[:, i]: weight of the i lowest normal images.
+        below = np.zeros((len(weights), len(normals) + 1))
+        np.cumsum(weights[:, normals], axis=1, out=below[:, 1:])
+        wins = (weights[:, defects] * (below[:, first] + below[:, last])).sum(axis=1) / 2
+        return np.asarray(wins / (weights[:, defects].sum(axis=1) * below[:, -1]))
+
+    return auroc
+
+
+def ranks(score: Floats, anomalous: NDArray[np.bool_]) -> Floats:
+    """Scores in [0, 1] to rank images by; a missing one stands where it is most wrong."""
+    return np.where(np.isnan(score), np.where(anomalous, -1.0, 2.0), score)
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _with_intervals(
+    measured: Measure, images: int, resamples: int, seed: int, level: float, names: Sequence[str] | None = None
+) -> dict[str, float | None]:
+    """Each metric with its percentile interval; resamples in which it is not defined are left out."""
+    values = measured(np.ones((1, images)))
+    drawn = [measured(weights) for weights in _resamples(images, resamples, seed)]
+    result: dict[str, float | None] = {}
+    for name in names or values:
+        value = float(values[name][0])
+        draws = np.concatenate([part[name] for part in drawn])
+        draws = draws[~np.isnan(draws)]
+        if np.isnan(value) or not len(draws):
+            result |= {name: None, f"{name}_low": None, f"{name}_high": None}
+        else:
+            low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+            result |= {name: value, f"{name}_low": float(low), f"{name}_high": float(high)}
+    return result
+
+
+def _resamples(images: int, resamples: int, seed: int) -> Iterator[Floats]:
+    """How often each image is drawn in each bootstrap resample, (some resamples, images), a few megabytes at a time."""
+    random = np.random.default_rng(seed)
+    most = max(1, 200_000 // images)
+    for start in range(0, resamples, most):
+        count = min(most, resamples - start)
+        drawn = random.integers(images, size=(count, images)) + images * np.arange(count)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=count * images).reshape(count, images).astype(float)

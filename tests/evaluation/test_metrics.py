@@ -1,0 +1,370 @@
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import sklearn.metrics
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from adfm.errors import AdfmError
+from adfm.evaluation import metrics
+from adfm.records import Box
+
+WIDTH, HEIGHT = 17, 11
+
+
+def predictions(
+    images: int, seed: int = 0, skill: float = 0.8, parsed: float = 0.95, categories: int = 3
+) -> pd.DataFrame:
+    """A prediction table of `images` images; tables of one size differ between seeds only in what was predicted."""
+    fixed, rng = np.random.default_rng(99), np.random.default_rng(seed)
+    anomalous = fixed.permutation(np.arange(images) % 2 == 0)
+    share = np.where(anomalous, fixed.random(images) * 0.1, np.nan)
+    defect = np.where(anomalous, fixed.choice(["scratch", "dent"], images), None)
+    right = rng.random(images) < skill
+    readable = rng.random(images) < parsed
+    flagged = readable & (anomalous == right)
+    iou = np.where(anomalous, np.where(flagged, rng.random(images), 0.0), np.nan)
+    return pd.DataFrame(
+        {
+            "id": [f"{i:05}" for i in range(images)],
+            "dataset": "parts",
+            "category": [f"part-{i % categories}" for i in range(images)],
+            "defect": defect,
+            "label": np.where(anomalous, "anomalous", "normal"),
+            "predicted": np.where(readable, np.where(flagged, "anomalous", "normal"), None),
+            "score": np.where(readable, np.round(0.3 * flagged + 0.7 * rng.random(images), 1), np.nan),
+            "iou": iou,
+            "mask_iou": iou * 0.9,
+            "matched_iou": np.where(iou > 0, iou, np.nan),
+            "true_positives": np.where(anomalous, iou >= 0.5, np.nan),
+            "false_positives": np.where(anomalous, (iou < 0.5) & flagged, np.nan),
+            "false_negatives": np.where(anomalous, iou < 0.5, np.nan),
+            "area_share": share,
+        }
+    )
+
+
+# ------------------------------------------------------------------------------------------------- one image
+
+
+def test_half_shifted_box_has_a_third_of_the_union() -> None:
+    found = metrics.localize([Box(0, 0, 4, 4)], [Box(2, 0, 6, 4)], 10, 10)
+    assert found["iou"] == pytest.approx(1 / 3)
+    assert found["matched_iou"] == pytest.approx(1 / 3)
+    assert (found["true_positives"], found["false_positives"], found["false_negatives"]) == (0, 1, 1)
+    assert found["area_share"] == pytest.approx(0.16)
+    assert found["mask_iou"] is None
+
+
+def test_iou_is_of_unions_and_does_not_depend_on_counts() -> None:
+    halves = [Box(0, 0, 2, 4), Box(2, 0, 4, 4), Box(1, 1, 3, 3)]
+    found = metrics.localize([Box(0, 0, 4, 4)], halves, 10, 10)
+    assert found["iou"] == 1.0
+    assert (found["true_positives"], found["false_positives"], found["false_negatives"]) == (1, 2, 0)
+
+
+def test_nothing_predicted_on_a_defect_is_zero_and_not_undefined() -> None:
+    mask = np.zeros((10, 10), np.uint8)
+    mask[0:4, 0:4] = 255
+    found = metrics.localize([Box(0, 0, 4, 4), Box(6, 6, 8, 8)], [], 10, 10, mask)
+    assert found["iou"] == 0.0 and found["mask_iou"] == 0.0
+    assert found["matched_iou"] is None
+    assert (found["true_positives"], found["false_positives"], found["false_negatives"]) == (0, 0, 2)
+
+
+def test_a_normal_image_has_nothing_to_locate() -> None:
+    found = metrics.localize([], [Box(0, 0, 4, 4)], 10, 10, np.zeros((10, 10), np.uint8))
+    assert set(found) == set(metrics.LOCALIZATION)
+    assert all(value is None for value in found.values())
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        Box(4, 4, 4, 8),
+        Box(8, 8, 4, 4),
+        Box(20, 20, 30, 30),
+        Box(-9, 0, 0, 9),
+        Box(math.nan, 0, 4, 4),
+        Box(math.inf, 0, math.inf, 4),
+        Box(1.6, 1.6, 2.4, 2.4),
+    ],
+)
+def test_a_box_without_a_pixel_covers_nothing_and_counts_as_false(box: Box) -> None:
+    found = metrics.localize([Box(0, 0, 4, 4)], [Box(0, 0, 4, 4), box], 10, 10)
+    assert found["iou"] == 1.0 and found["matched_iou"] == 1.0
+    assert (found["true_positives"], found["false_positives"], found["false_negatives"]) == (1, 1, 0)
+
+
+def test_predicted_boxes_end_at_the_image() -> None:
+    found = metrics.localize([Box(6, 6, 10, 10)], [Box(6, 6, math.inf, 1e300)], 10, 10)
+    assert found["iou"] == 1.0 and found["true_positives"] == 1
+
+
+def test_an_edge_on_a_half_rounds_down() -> None:
+    assert metrics.localize([Box(0, 0, 3, 4)], [Box(0, 0, 3.5, 4)], 10, 10)["iou"] == 1.0
+    assert metrics.localize([Box(0, 0, 4, 4)], [Box(0, 0, 3.51, 4)], 10, 10)["iou"] == 1.0
+
+
+def test_mask_iou_counts_mask_pixels() -> None:
+    mask = np.zeros((10, 10), bool)
+    mask[0, 0:4] = mask[0:4, 0] = True
+    found = metrics.localize([Box(0, 0, 4, 4)], [Box(0, 0, 4, 4)], 10, 10, mask)
+    assert found["iou"] == 1.0
+    assert found["mask_iou"] == pytest.approx(7 / 16)
+
+
+def test_a_mask_of_another_size_is_refused() -> None:
+    with pytest.raises(AdfmError, match=r"\(10, 20\).*10 x 20"):
+        metrics.localize([Box(0, 0, 4, 4)], [], 10, 20, np.ones((10, 20)))
+
+
+def test_pairs_are_assigned_for_the_largest_total() -> None:
+    truth = [Box(0, 0, 10, 10), Box(2, 0, 12, 10)]
+    predicted = [Box(2, 0, 12, 10), Box(4, 0, 14, 10)]
+    best = max((truth[0].iou(a) + truth[1].iou(b)) / 2 for a, b in itertools.permutations(predicted))
+    assert metrics.localize(truth, predicted, 20, 20)["matched_iou"] == pytest.approx(best)
+
+
+coordinate = st.one_of(st.integers(-3, 20).map(float), st.floats(-3, 20))
+boxes = st.lists(st.builds(Box, coordinate, coordinate, coordinate, coordinate), max_size=4)
+
+
+def pixels(box: Box) -> Any:
+    """The pixels whose centre is in a box."""
+    y, x = np.mgrid[:HEIGHT, :WIDTH] + 0.5
+    return (box.x1 <= x) & (x < box.x2) & (box.y1 <= y) & (y < box.y2)
+
+
+def share(left: Any, right: Any) -> float:
+    return float((left & right).sum() / (left | right).sum())
+
+
+@settings(deadline=None)
+@given(boxes, boxes, st.integers(0, 2**32))
+def test_localisation_equals_counting_pixels(truth: list[Box], predicted: list[Box], seed: int) -> None:
+    mask = np.random.default_rng(seed).random((HEIGHT, WIDTH)) < 0.2
+    nothing = np.zeros_like(mask)
+    true, guess = ([drawn for box in side if (drawn := pixels(box)).any()] for side in (truth, predicted))
+    covered, guessed = (np.logical_or.reduce([nothing, *side]) for side in (true, guess))
+    found = metrics.localize(truth, predicted, WIDTH, HEIGHT, mask)
+    if not true:
+        assert set(found.values()) == {None}
+        return
+
+    assert found["iou"] == pytest.approx(share(covered, guessed))
+    assert found["area_share"] == pytest.approx(covered.mean())
+    assert found["mask_iou"] == pytest.approx(share(mask, guessed))
+
+    few, many = sorted([true, guess], key=len)
+    table = [[share(a, b) for b in many] for a in few]
+    totals = [
+        sum(row[at] for row, at in zip(table, chosen, strict=True))
+        for chosen in itertools.permutations(range(len(many)), len(few))
+    ]
+    assert found["matched_iou"] == (pytest.approx(max(totals) / len(few)) if few else None)
+    hits = found["true_positives"]
+    assert hits is not None and 0 <= hits <= len(few)
+    assert hits + (found["false_positives"] or 0) == len(predicted)
+    assert hits + (found["false_negatives"] or 0) == len(true)
+
+
+@settings(deadline=None)
+@given(boxes, boxes, st.randoms())
+def test_the_order_of_boxes_does_not_matter(truth: list[Box], predicted: list[Box], random: Any) -> None:
+    before = metrics.localize(truth, predicted, WIDTH, HEIGHT)
+    after = metrics.localize(random.sample(truth, len(truth)), random.sample(predicted, len(predicted)), WIDTH, HEIGHT)
+    for name in ("iou", "area_share"):
+        assert before[name] == after[name]
+    assert before["matched_iou"] == pytest.approx(after["matched_iou"])
+
+
+@settings(deadline=None)
+@given(boxes)
+def test_the_truth_itself_is_perfect(truth: list[Box]) -> None:
+    found = metrics.localize(truth, truth, WIDTH, HEIGHT)
+    assume(found["iou"] is not None)
+    assert found["iou"] == 1.0 and found["matched_iou"] == 1.0 and found["false_negatives"] == 0
+
+
+# ------------------------------------------------------------------------------------------------- a table
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(4, 60), st.integers(0, 1000), st.floats(0, 1), st.floats(0, 1))
+def test_detection_agrees_with_scikit_learn(images: int, seed: int, skill: float, parsed: float) -> None:
+    table = predictions(images, seed, skill, parsed)
+    truth = (table["label"] == "anomalous").to_numpy()
+    missing = table["predicted"].isna().to_numpy()
+    said = np.where(missing, ~truth, table["predicted"] == "anomalous")  # an unreadable answer is the wrong one
+    score = np.where(missing, np.where(truth, -1, 2), table["score"])
+    found = metrics.values(table)
+    expected = {
+        "accuracy": sklearn.metrics.accuracy_score(truth, said),
+        "balanced_accuracy": sklearn.metrics.balanced_accuracy_score(truth, said),
+        "precision": sklearn.metrics.precision_score(truth, said, zero_division=np.nan),
+        "recall": sklearn.metrics.recall_score(truth, said),
+        "specificity": sklearn.metrics.recall_score(truth, said, pos_label=False),
+        "f1": sklearn.metrics.f1_score(truth, said),
+        "auroc": sklearn.metrics.roc_auc_score(truth, score),
+        "parse_rate": 1 - missing.mean(),
+    }
+    for name, value in expected.items():
+        assert found[name] == (None if np.isnan(value) else pytest.approx(value)), name
+    assert found["overkill"] == pytest.approx(1 - expected["specificity"])
+    assert found["miss_rate"] == pytest.approx(1 - expected["recall"])
+
+
+def test_localisation_of_a_table_is_over_its_anomalous_images() -> None:
+    table = pd.DataFrame(
+        {
+            "id": list("abcde"),
+            "label": ["anomalous"] * 4 + ["normal"],
+            "predicted": ["anomalous", "anomalous", "normal", None, "anomalous"],
+            "iou": [0.5, 0.3, 0.0, 0.0, None],
+            "mask_iou": [0.4, None, 0.0, 0.0, None],
+            "matched_iou": [0.7, 0.3, None, None, None],
+            "true_positives": [2, 0, 0, 0, None],
+            "false_positives": [1, 1, 0, 0, None],
+            "false_negatives": [0, 1, 1, 1, None],
+        }
+    )
+    found = metrics.values(table)
+    assert found["iou"] == pytest.approx(0.2)
+    assert found["mask_iou"] == pytest.approx(0.4 / 3)
+    assert found["matched_iou"] == pytest.approx(0.5)
+    assert [found[f"iou_{p}"] for p in (10, 30, 50)] == [0.5, 0.5, 0.25]
+    assert found["box_f1"] == pytest.approx(4 / 9)
+    assert found["auroc"] is None
+
+
+def test_a_model_that_is_never_understood_is_wrong_everywhere() -> None:
+    table = predictions(40, parsed=0.0)
+    found = metrics.summarize(table, 50, 0, 0.01, 0.05)["overall"]
+    for name in ("accuracy", "balanced_accuracy", "recall", "specificity", "precision", "f1", "auroc", "parse_rate"):
+        assert found[name] == 0.0, name
+    assert found["overkill"] == found["miss_rate"] == 1.0
+    assert found["unparseable"] == found["images"] == 40
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(0, 3), min_size=6, max_size=30), st.integers(0, 1000))
+def test_a_weight_counts_an_image_that_often(counts: list[int], seed: int) -> None:
+    assume(sum(counts))
+    table = predictions(len(counts), seed)
+    weighted = metrics.measure(table)(np.array([counts], dtype=float))
+    repeated = metrics.values(table.loc[np.repeat(table.index, counts)])
+    for name, value in repeated.items():
+        assert weighted[name][0] == pytest.approx(np.nan if value is None else value, nan_ok=True), name
+
+
+def test_summary_does_not_depend_on_the_order_of_rows() -> None:
+    table = predictions(90)
+    shuffled = table.sample(frac=1, random_state=1)
+    assert metrics.summarize(table, 100, 3, 0.01, 0.05) == metrics.summarize(shuffled, 100, 3, 0.01, 0.05)
+
+
+def test_intervals_hold_the_value_and_have_the_width_of_theory() -> None:
+    table = predictions(1000, parsed=1.0)
+    found = metrics.summarize(table, 2000, 0, 0.01, 0.05)["overall"]
+    for name in metrics.HEADLINE:
+        assert found[f"{name}_low"] <= found[name] <= found[f"{name}_high"], name
+    half = 1.96 * math.sqrt(found["accuracy"] * (1 - found["accuracy"]) / 1000)
+    assert found["accuracy_high"] - found["accuracy"] == pytest.approx(half, rel=0.1)
+    assert found["accuracy"] - found["accuracy_low"] == pytest.approx(half, rel=0.1)
+
+
+def test_summary_by_group() -> None:
+    table = predictions(300)
+    found = metrics.summarize(table, 20, 0, 0.01, 0.05)
+    assert set(found["categories"]) == {"part-0", "part-1", "part-2"}
+    for category, values in found["categories"].items():
+        assert values["accuracy"] == metrics.values(table[table["category"] == category])["accuracy"]
+    assert set(found["defects"]) == {"dent", "scratch"}
+    dents = table[table["defect"] == "dent"]
+    assert found["defects"]["dent"]["recall"] == pytest.approx((dents["predicted"] == "anomalous").mean())
+    assert found["defects"]["dent"]["iou"] == pytest.approx(dents["iou"].mean())
+    assert "specificity" not in found["defects"]["dent"]
+    small, large = table["area_share"] < 0.01, table["area_share"] >= 0.05
+    assert [*found["sizes"]] == ["small", "medium", "large"]
+    assert found["sizes"]["small"]["images"] == small.sum() and found["sizes"]["large"]["images"] == large.sum()
+    assert found["sizes"]["large"]["iou"] == pytest.approx(table[large]["iou"].mean())
+    assert sum(size["images"] for size in found["sizes"].values()) == found["overall"]["anomalous"]
+    json.dumps(found, allow_nan=False)
+
+
+def test_sizes_begin_at_their_thresholds() -> None:
+    table = predictions(6).assign(label="anomalous", iou=0.0, area_share=[0.0, 0.009, 0.01, 0.049, 0.05, 1.0])
+    sizes = metrics.summarize(table, 5, 0, 0.01, 0.05)["sizes"]
+    assert {size: values["images"] for size, values in sizes.items()} == {"small": 2, "medium": 2, "large": 2}
+    assert [*metrics.summarize(table, 5, 0, 0.02, 0.02)["sizes"]] == ["small", "large"]
+
+
+def test_what_is_not_defined_is_none() -> None:
+    normal = predictions(40)[lambda t: t["label"] == "normal"]
+    found = metrics.summarize(normal, 20, 0, 0.01, 0.05)
+    assert found["overall"]["recall"] is None and found["overall"]["recall_low"] is None
+    assert found["overall"]["balanced_accuracy"] is None and found["overall"]["auroc"] is None
+    assert found["overall"]["iou"] is None and found["overall"]["box_f1"] is None
+    assert found["overall"]["specificity"] is not None
+    assert found["sizes"] == {} and found["defects"] == {}
+
+
+def test_categories_are_told_apart_by_data_set_only_where_there_are_several() -> None:
+    table = predictions(6)
+    assert metrics.category_names(table).tolist() == table["category"].tolist()
+    table["dataset"] = ["a", "b"] * 3
+    assert metrics.category_names(table).tolist()[:2] == ["a/part-0", "b/part-1"]
+
+
+# ------------------------------------------------------------------------------------------------- two tables
+
+
+def test_a_model_differs_from_itself_by_nothing() -> None:
+    table = predictions(80)
+    found = metrics.difference(table, table.sample(frac=1, random_state=0), 200, 0)
+    assert set(found.values()) == {0.0}
+
+
+def test_difference_is_candidate_minus_reference() -> None:
+    worse, better = predictions(600, 1, skill=0.7), predictions(600, 2, skill=0.9)
+    found = metrics.difference(better, worse, 500, 0)
+    for name in ("accuracy", "balanced_accuracy", "recall", "specificity", "iou"):
+        change, low, high = (found[name + end] for end in ("", "_low", "_high"))
+        after, before = metrics.values(better)[name], metrics.values(worse)[name]
+        assert change is not None and low is not None and high is not None and after is not None and before is not None
+        assert change == pytest.approx(after - before)
+        assert 0 < low < change < high
+    swapped = metrics.difference(worse, better, 500, 0)
+    assert swapped["iou"] == -(found["iou"] or 0)
+    assert swapped["iou_low"] == pytest.approx(-(found["iou_high"] or 0))
+
+
+def test_pairing_makes_the_interval_narrow() -> None:
+    table = predictions(400)
+    changed = table.copy()
+    flipped = table.index[table["predicted"].notna()][:8]
+    changed.loc[flipped, "predicted"] = table.loc[flipped, "predicted"].map(
+        {"normal": "anomalous", "anomalous": "normal"}
+    )
+    paired = metrics.difference(changed, table, 1000, 0)
+    alone = metrics.summarize(table, 1000, 0, 0.01, 0.05)["overall"]
+    width = (paired["accuracy_high"] or 0) - (paired["accuracy_low"] or 0)
+    assert 0 < width < 0.5 * (alone["accuracy_high"] - alone["accuracy_low"])
+
+
+def test_other_images_are_refused_and_named() -> None:
+    table = predictions(10)
+    with pytest.raises(AdfmError, match=r"2 only in the first \(00000, 00001\), 1 only in the second \(00009\)"):
+        metrics.difference(table.iloc[:9], table.iloc[2:], 10, 0)
+    with pytest.raises(AdfmError, match=r"more than once: 00003"):
+        metrics.difference(pd.concat([table, table.iloc[3:4]]), table, 10, 0)
+    with pytest.raises(AdfmError, match="empty"):
+        metrics.difference(table, table.iloc[:0], 10, 0)

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from adfm.evaluation import metrics, plots
+
+
+def png(width: int = 60, height: int = 40, colour: str = "gray") -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (width, height), colour).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def row(number: int, label: str, predicted: str | None, **more: object) -> dict[str, object]:
+    return {
+        "id": f"{number:03}",
+        "category": f"part-{number % 3}",
+        "defect": "scratch" if label == "anomalous" else None,
+        "label": label,
+        "predicted": predicted,
+        "score": None if predicted is None else 0.9 if predicted == "anomalous" else 0.1,
+        "iou": 0.0 if label == "anomalous" else None,
+        "boxes": [[5, 5, 20, 20]] if label == "anomalous" else [],
+        "predicted_boxes": [[8, 6, 24, 19]] if predicted == "anomalous" else [],
+        "completion": f"<think>[8, 6, 24, 19]</think><rethink>{number}</rethink><answer>A</answer>",
+        "area_share": 0.02 if label == "anomalous" else None,
+        **more,
+    }
+
+
+@pytest.fixture
+def table() -> pd.DataFrame:
+    rows = [row(i, "anomalous", "anomalous", iou=0.2 + i / 40) for i in range(20)]
+    rows += [row(20 + i, "anomalous", "anomalous", iou=0.05) for i in range(3)]
+    rows += [row(30 + i, "anomalous", "normal") for i in range(5)]
+    rows += [row(40 + i, "normal", "normal") for i in range(20)]
+    rows += [row(60 + i, "normal", "anomalous") for i in range(5)]
+    rows += [row(70 + i, "normal", None) for i in range(2)]
+    return pd.DataFrame(rows).assign(dataset="parts")
+
+
+def test_the_sheet_shows_right_and_wrong(table: pd.DataFrame) -> None:
+    chosen = plots.choose(table)
+    counts = chosen["outcome"].value_counts().to_dict()
+    assert counts == {"found": 5, "passed": 2, "misplaced": 1, "missed": 2, "flagged": 2}
+    found = chosen[chosen["outcome"] == "found"]
+    assert set(found["category"]) == {"part-0", "part-1", "part-2"}
+    assert found["iou"].max() == table["iou"].max()
+    assert chosen["id"].is_unique
+
+
+def test_others_take_the_places_of_a_kind_that_is_rare(table: pd.DataFrame) -> None:
+    only = table[table["label"] == "normal"]
+    assert plots.choose(only)["outcome"].value_counts().to_dict() == {"passed": 5, "flagged": 5, "unparseable": 2}
+    assert len(plots.choose(table.head(2))) == 2
+
+
+def test_the_choice_does_not_depend_on_the_order_of_rows(table: pd.DataFrame) -> None:
+    assert plots.choose(table.sample(frac=1, random_state=0))["id"].tolist() == plots.choose(table)["id"].tolist()
+
+
+def pixels_of(path: Path) -> Any:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def near(pixels: Any, colour: str) -> Any:
+    """Where the pixels have about a colour."""
+    return np.abs(pixels - [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).max(axis=-1) < 20
+
+
+def test_examples_draw_truth_and_prediction(table: pd.DataFrame, tmp_path: Path) -> None:
+    chosen = plots.choose(table)
+    images = {key: png() for key in chosen["id"]}
+    plots.examples(chosen, images, tmp_path / "all.png")
+    seen = pixels_of(tmp_path / "all.png")
+    assert near(seen, plots.TRUTH).sum() > 1000 and near(seen, plots.PREDICTED).sum() > 1000
+    assert seen.shape[1] > 1000
+    assert (tmp_path / "all.png").stat().st_size < 1_000_000
+
+
+def test_boxes_stand_where_they_should(tmp_path: Path) -> None:
+    rows = pd.DataFrame([row(0, "anomalous", "anomalous", iou=0.9, boxes=[[30, 0, 60, 40]], predicted_boxes=[])])
+    plots.examples(plots.choose(rows), {"000": png(colour="blue")}, tmp_path / "one.png", columns=1)
+    pixels = pixels_of(tmp_path / "one.png")
+    blue, green = near(pixels, "#0000ff"), near(pixels, plots.TRUTH)
+    rows_, columns = np.nonzero(blue)
+    top, bottom, left, right = rows_.min(), rows_.max(), columns.min(), columns.max()
+    inside = np.argwhere(green[top + 20 : bottom - 20])[:, 1]
+    assert inside.min() == pytest.approx((left + right) / 2, abs=6)
+    assert inside.max() == pytest.approx(right, abs=6)
+
+
+@pytest.mark.parametrize(
+    "completion", ["", "$x_{", "<think>" + "long " * 400, "缺陷 ☃ \x07 \ufffd", "[1,2]\n\n<answer>A", "\\frac{"]
+)
+def test_any_completion_can_be_shown(completion: str, tmp_path: Path) -> None:
+    rows = pd.DataFrame([row(0, "anomalous", None, completion=completion, category="$a_", defect="日本")])
+    plots.examples(plots.choose(rows), {"000": png()}, tmp_path / "one.png")
+    assert pixels_of(tmp_path / "one.png").shape[0] < 1500
+
+
+def test_figures_are_drawn_also_where_nothing_is_defined(table: pd.DataFrame, tmp_path: Path) -> None:
+    normal = table[table["label"] == "normal"]
+    for name, part in (("whole", table), ("normal", normal)):
+        tables = {"base": part, "trained": part}
+        found = {key: metrics.summarize(value, 20, 0, 0.01, 0.05) for key, value in tables.items()}
+        overall = {key: value["overall"] for key, value in found.items()}
+        change = {"trained_minus_base": metrics.difference(part, part, 20, 0)}
+        plots.confusion(tables, tmp_path / f"{name}-confusion.png")
+        plots.iou_by_size({key: f["sizes"] for key, f in found.items()}, 0.01, 0.05, tmp_path / f"{name}-sizes.png")
+        plots.comparison(overall, change, tmp_path / f"{name}-comparison.png")
+        plots.comparison(dict([*overall.items()][:1]), {}, tmp_path / f"{name}-alone.png")
+    for path in tmp_path.glob("*.png"):
+        assert pixels_of(path).shape[1] > 300 and path.stat().st_size < 200_000
