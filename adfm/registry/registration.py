@@ -1,0 +1,386 @@
+"""Registration: a trained model becomes a version in MLflow that carries all it is, and the gate's decision on it.
+
+Artifacts of a version, as `models:/<name>/<version>` has them:
+
+    model/          the folder that training wrote: adapter, processor, chat template, prompt (in adfm.json)
+    evaluation/     the folder that evaluation wrote: predictions.parquet, metrics.json, plots
+    params.yaml     the settings as used
+    lineage.json    data, code, libraries and base model
+    gate.json       the decision
+
+Nothing here moves an alias.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from adfm import tracking
+from adfm.data import shards as shards_
+from adfm.errors import AdfmError
+from adfm.evaluation import metrics
+from adfm.files import atomic_folder
+from adfm.method import prompt
+from adfm.models import loading
+from adfm.params import Params
+from adfm.registry import gate
+from adfm.registry.lineage import artifact_digest, lineage
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion
+
+PRODUCTION = "production"
+NOBODY = "none"
+"""Value of the tag `gate_production_version` when nothing was in production."""
+
+_PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
+_MOST_REASONS = 15
+_MOST_TEXT = 5000  # the width of the description's column in MLflow's SQL schema
+
+
+def register(model: Path, shards: Path, evaluation: Path, out: Path, params: Params) -> gate.Decision:
+    """Registers a trained model as a version and lets the gate decide on it.
+
+    A version of the same model with the same evaluation is used again, so a stage that is repeated makes no second one;
+    its approval stands unless the decision is another one now. The verdict is printed.
+
+    Args:
+        model: Folder that training wrote.
+        shards: Folder of shards.
+        evaluation: Folder that evaluation wrote from these shards, with `model` as the candidate.
+        out: Folder to write: `gate.json`, `registration.json`, and `production.parquet` if something is in production:
+            the predictions that the candidate was compared with.
+        params: Reads `register`, `gate`, `evaluate` and `seed`.
+
+    Returns:
+        The decision. The version is registered either way.
+
+    Raises:
+        AdfmError: A folder lacks something, the evaluation is of other data or settings, or MLflow cannot be reached.
+    """
+    tracking.configure()
+    family = _check_model(model)
+    with tracking.start_run("register", params) as run, atomic_folder(out) as partial:
+        from mlflow import MlflowClient
+
+        store, name = MlflowClient(), params.register_.model
+        trained_by = tracking.find_run((loading.describe(model) or {}).get("mlflow_run_id"))
+        origin = lineage(model, shards, params, trained_by)
+        candidate, measured = _read_evaluation(evaluation, shards, origin, params)
+        evaluated = file_digest(evaluation / "predictions.parquet")
+
+        production = holder(store, name)
+        version = _same_version(store, name, origin["artifact_digest"], evaluated)
+        if version and production and version.version == production.version:
+            # It cannot be its own rival; the decision that brought it there stands.
+            decided = json.loads(read_artifact(version, "gate.json"))
+            _write_json(decided, partial / "gate.json")
+        else:
+            decided = _decide(candidate, production, origin, shards, partial, params)
+            _write_json(decided, partial / "gate.json")
+            tags = _tags(decided, origin, measured, evaluated, _protocol(family, params))
+            if version is None:
+                with TemporaryDirectory() as folder:
+                    (Path(folder) / "params.yaml").write_text(tracking.settings(params), encoding="utf-8")
+                    _write_json(origin, Path(folder) / "lineage.json")
+                    _write_json(decided, Path(folder) / "gate.json")
+                    contents = {"": Path(folder), "model": model, "evaluation": evaluation}
+                    version = _create(store, name, contents, tags, measured, trained_by or run)
+            else:
+                _decide_again(store, version, partial / "gate.json", tags)
+            text = _text(decided, origin, measured, str(version.version))
+            store.update_model_version(name, str(version.version), text)
+        registration = {
+            "model": name,
+            "version": str(version.version),
+            "uri": f"models:/{name}/{version.version}",
+            "logged_model": version.source,
+            "run_id": run.info.run_id,
+            "training_run": version.run_id,
+            "gate": "passed" if decided["passed"] else "failed",
+        }
+        _write_json(registration, partial / "registration.json")
+    lines = [f"version {version.version} of {name}: gate {registration['gate']}", *decided["reasons"]]
+    print("\n  - ".join(lines))
+    return gate.Decision(**{field.name: decided[field.name] for field in dataclasses.fields(gate.Decision)})
+
+
+def holder(store: MlflowClient, name: str, alias: str = PRODUCTION) -> ModelVersion | None:
+    """The version of model `name` that `alias` points at; `None` if there is no such alias or model."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        version = store.get_registered_model(name).aliases.get(alias)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    return None if version is None else store.get_model_version(name, str(version))
+
+
+def download(version: ModelVersion, path: str, to: Path) -> Path:
+    """A copy of a version's artifact, a file or a folder, below the folder `to`."""
+    import mlflow
+
+    return Path(
+        mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}/{path}", dst_path=str(to))
+    )
+
+
+def read_artifact(version: ModelVersion, path: str) -> str:
+    """The text of a version's artifact."""
+    with TemporaryDirectory() as folder:
+        return download(version, path, Path(folder)).read_text(encoding="utf-8")
+
+
+def check_unchanged(version: ModelVersion, to: Path) -> Path:
+    """Downloads a version's model folder to the folder `to`, and proves that it is what was registered.
+
+    Raises:
+        AdfmError: The files are not those whose digest the version carries.
+    """
+    folder = download(version, "model", to)
+    digest, registered = artifact_digest(folder), version.tags.get("artifact_digest")
+    if digest != registered:
+        raise AdfmError(
+            f"Version {version.version} of {version.name}: its model files have the digest {digest}, and {registered} "
+            "was registered. Somebody has changed the files or the tag; register the model again with `adfm register`."
+        )
+    return folder
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file, hex."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _check_model(model: Path) -> str:
+    """The model's family; raises when the folder is not one to register."""
+    description = loading.describe(model)
+    if description is None or not any(model.glob("*.safetensors")):
+        raise AdfmError(f"{model} is not a model folder (adfm.json and *.safetensors); make one with `adfm train`.")
+    if pickles := sorted(str(path) for path in model.rglob("*") if path.suffix in _PICKLES):
+        raise AdfmError(f"{', '.join(pickles)}: pickles can run code and are not registered; remove them.")
+    return str(description["family"])
+
+
+def _read_evaluation(
+    evaluation: Path, shards: Path, origin: dict[str, Any], params: Params
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The candidate's predictions and metrics, after proof that they are of these shards, settings and this model."""
+    import pandas as pd
+
+    try:
+        about = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8"))
+        measured = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))[about["candidate"]]
+        predictions = pd.read_parquet(evaluation / "predictions.parquet")
+        done = {
+            "split": about["split"],
+            "max_new_tokens": about["settings"]["max_new_tokens"],
+            "fingerprint of the shards": about["fingerprint"],
+            "digest of the model": about.get("candidate_digest", origin["artifact_digest"]),
+            "images": sorted(predictions["id"]),
+        }
+    except (OSError, ValueError, KeyError) as error:
+        raise AdfmError(f"{evaluation} is not a whole evaluation ({error!r}); make it with `adfm evaluate`.") from error
+    asked = {
+        "split": params.evaluate.split,
+        "max_new_tokens": params.evaluate.max_new_tokens,
+        "fingerprint of the shards": origin["data"]["test"],
+        "digest of the model": origin["artifact_digest"],
+        "images": sorted(shards_.ids(shards, params.evaluate.split)),
+    }
+    if differing := [key for key in asked if asked[key] != done[key]]:
+        raise AdfmError(
+            f"{evaluation} is not an evaluation of this model on {shards} with these settings: {', '.join(differing)} "
+            "differ. Evaluate again with `adfm evaluate`, then register."
+        )
+    return predictions, measured
+
+
+def _protocol(family: str, params: Params) -> str:
+    """What must be equal, besides the data, for two models' predictions to be comparable, as JSON."""
+    asked = hashlib.sha256(json.dumps(prompt.messages(family)).encode()).hexdigest()
+    settings = {"split": params.evaluate.split, "max_new_tokens": params.evaluate.max_new_tokens}
+    return json.dumps({"family": family, **settings, "prompt": asked[:16]})
+
+
+def _decide(
+    candidate: pd.DataFrame,
+    rival: ModelVersion | None,
+    origin: dict[str, Any],
+    shards: Path,
+    partial: Path,
+    params: Params,
+) -> dict[str, Any]:
+    """The gate's decision against the version in production, as JSON values with the circumstances."""
+    production, source = None, None
+    if rival:
+        production, source = _predictions_of(rival, origin["data"]["test"], shards, params)
+        production.to_parquet(partial / "production.parquet")
+    decision = gate.decide(candidate, production, params.gate, params.seed)
+    return dataclasses.asdict(decision) | {
+        "images": len(candidate),
+        "split": params.evaluate.split,
+        "fingerprint": origin["data"]["test"],
+        "production_version": str(rival.version) if rival else None,
+        "production_predictions": source,
+        "decided_at": now(),
+    }
+
+
+def _predictions_of(version: ModelVersion, fingerprint: str, shards: Path, params: Params) -> tuple[pd.DataFrame, str]:
+    """The version's predictions on these shards: its own if they are of the same data and protocol, else new ones."""
+    import pandas as pd
+
+    from adfm.evaluation import inference
+
+    same_protocol = version.tags.get("protocol") in [_protocol(family, params) for family in loading.FAMILIES]
+    with TemporaryDirectory() as folder:
+        if same_protocol and version.tags.get("test_fingerprint") == fingerprint:
+            stored = download(version, "evaluation/predictions.parquet", Path(folder))
+            if file_digest(stored) == version.tags.get("evaluation_digest"):
+                return pd.read_parquet(stored), "as registered"
+        model = check_unchanged(version, Path(folder))
+        # It is judged as the model that it is: with its own precision and image size.
+        own = ((loading.describe(model) or {}).get("params") or {}).get("model", {})
+        kept = {key: own[key] for key in ("dtype", "max_pixels") if key in own}
+        settings = params.model_copy(update={"model": params.model.model_copy(update=kept)})
+        return inference.predict(model, shards, settings, f"version {version.version}"), "evaluated again"
+
+
+def _same_version(store: MlflowClient, name: str, digest: str, evaluated: str) -> ModelVersion | None:
+    same = f"name = '{name}' and tags.artifact_digest = '{digest}' and tags.evaluation_digest = '{evaluated}'"
+    return next(iter(store.search_model_versions(same)), None)
+
+
+def _tags(
+    decided: dict[str, Any], origin: dict[str, Any], measured: dict[str, Any], evaluated: str, protocol: str
+) -> dict[str, str]:
+    tags = {
+        "approval": "pending",
+        "gate": "passed" if decided["passed"] else "failed",
+        "gate_decided_at": decided["decided_at"],
+        "gate_production_version": decided["production_version"] or NOBODY,
+        "artifact_digest": origin["artifact_digest"],
+        "evaluation_digest": evaluated,
+        "test_fingerprint": origin["data"]["test"],
+        "protocol": protocol,
+        "data_fingerprint": origin["data"]["trained_on"],
+        "dvc_md5": origin["data"]["dvc_md5"],
+        "git_commit": origin["git_commit"],
+        "git_dirty": origin["git_dirty"],
+        "base_model": origin["base"]["name"],
+        "base_revision": origin["base"]["revision"],
+        **{metric: measured[metric] and f"{measured[metric]:.4f}" for metric in metrics.HEADLINE},
+    }
+    return {key: str(value) for key, value in tags.items() if value is not None}
+
+
+def _create(
+    store: MlflowClient,
+    name: str,
+    contents: dict[str, Path],
+    tags: dict[str, str],
+    measured: dict[str, Any],
+    run: Run,
+) -> ModelVersion:
+    """A new version, which appears with all its files and tags or not at all."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    logged = mlflow.initialize_logged_model(
+        name="adapter", tags=tags, source_run_id=run.info.run_id, experiment_id=run.info.experiment_id
+    )
+    try:
+        for path, folder in contents.items():
+            store.log_model_artifacts(logged.model_id, str(folder), path or None)
+        found = {metric: measured[metric] for metric in metrics.HEADLINE if measured[metric] is not None}
+        mlflow.log_metrics(found, model_id=logged.model_id)
+    except BaseException:
+        store.finalize_logged_model(logged.model_id, "FAILED")
+        raise
+    store.finalize_logged_model(logged.model_id, "READY")
+    try:
+        store.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    return store.create_model_version(
+        name, logged.model_uri, run_id=run.info.run_id, tags=tags, model_id=logged.model_id
+    )
+
+
+def _decide_again(store: MlflowClient, version: ModelVersion, decision: Path, tags: dict[str, str]) -> None:
+    """Puts a new decision on a version; an approval was of the old one, and is void if the two differ."""
+    if all(version.tags.get(key) == tags[key] for key in ("gate", "gate_production_version")):
+        del tags["approval"]
+    for key, value in tags.items():
+        store.set_model_version_tag(version.name, str(version.version), key, value)
+    store.log_model_artifact(str(version.source).removeprefix("models:/"), str(decision))
+
+
+def _text(decided: dict[str, Any], origin: dict[str, Any], measured: dict[str, Any], version: str) -> str:
+    """What a reviewer reads on the version's page, in Markdown."""
+    rival = decided["production_version"]
+    against = f"version {rival} in production ({decided['production_predictions']})" if rival else "the floors alone"
+    reasons = [f"- {reason}" for reason in decided["reasons"]]
+    if len(reasons) > _MOST_REASONS:
+        reasons[_MOST_REASONS:] = [f"- … and {len(reasons) - _MOST_REASONS} more, in gate.json"]
+    compared = [
+        [
+            name,
+            found["candidate"],
+            found["production"],
+            found["difference"],
+            found["low"],
+            found["high"],
+            found["verdict"],
+        ]
+        for name, found in decided["metrics"].items()
+    ]
+    every = [[m, measured[m], measured[f"{m}_low"], measured[f"{m}_high"]] for m in metrics.HEADLINE]
+    data, code = origin["data"], origin["git_commit"]
+    dirty = ", with changes that are not committed" if origin["git_dirty"] == "true" else ""
+    if decided["passed"]:
+        next_step = (
+            f"**To approve it**, set the tag `approval` to `approved`; then `adfm promote {version}` puts it into "
+            "production. To turn it down, set the tag to `rejected`."
+        )
+    else:
+        next_step = "**It cannot be promoted.** Mend what the reasons name, train, and register again."
+    parts = [
+        f"**Gate {'passed' if decided['passed'] else 'failed'}** on {decided['decided_at']}, judged on "
+        f"{decided['images']} images of the {decided['split']} split against {against}.",
+        "\n".join(reasons),
+        next_step,
+        _table(["gate", "this version", "production", "difference", "at least", "at most", "verdict"], compared),
+        _table(["metric", "value", "95 % from", "to"], every),
+        f"Base model {origin['base']['name']} (revision {origin['base']['revision'] or 'none'}). Trained on data "
+        f"`{data['trained_on']}` (DVC {data['dvc_md5'] or 'unknown'}), with code {code or 'unknown'}{dirty}.",
+    ]
+    return "\n\n".join(parts)[:_MOST_TEXT]
+
+
+def _table(header: list[str], rows: list[list[Any]]) -> str:
+    cells = [["-" if c is None else f"{c:.3f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *cells])
+
+
+def now() -> str:
+    """The time, UTC, to the second, as ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _write_json(content: dict[str, Any], file: Path) -> None:
+    file.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")

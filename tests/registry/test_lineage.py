@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from adfm import tracking
+from adfm.data import shards as shards_
+from adfm.params import Params
+from adfm.registry import lineage
+
+
+def test_digest_is_of_names_and_contents(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a").write_text("1")
+    (folder / "sub" / "b").write_text("2")
+    digest = lineage.artifact_digest(folder)
+    assert len(digest) == 64
+    shutil.copytree(folder, tmp_path / "copy")
+    assert lineage.artifact_digest(tmp_path / "copy") == digest
+    (folder / "a").write_text("3")
+    assert lineage.artifact_digest(folder) != digest
+    (folder / "a").write_text("1")
+    (folder / "sub" / "b").rename(folder / "sub" / "c")
+    assert lineage.artifact_digest(folder) != digest
+    (folder / "sub" / "c").rename(folder / "sub" / "b")
+    assert lineage.artifact_digest(folder) == digest
+    (folder / "empty").touch()
+    assert lineage.artifact_digest(folder) != digest
+
+
+def test_dvc_md5_is_what_dvc_itself_wrote(tmp_path: Path) -> None:
+    command = "mkdir -p data/shards; echo 1 > data/shards/a; echo 22 > data/shards/b"
+    stages = {"stages": {"convert": {"cmd": command, "outs": ["data/shards"]}}}
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump(stages))
+    for arguments in (["init", "--no-scm", "--quiet"], ["repro", "--quiet"]):
+        subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=tmp_path, check=True)
+    shards = tmp_path / "data" / "shards"
+    md5 = yaml.safe_load((tmp_path / "dvc.lock").read_text())["stages"]["convert"]["outs"][0]["md5"]
+    assert md5.endswith(".dir")
+    assert lineage.dvc_md5(shards) == md5
+    assert lineage.dvc_md5(tmp_path / "data") is None
+    (shards / "c").write_text("more, by hand")
+    assert lineage.dvc_md5(shards) is None
+
+
+def test_lineage_of_a_training(store, make_shards, make_model, tmp_path) -> None:
+    shards = make_shards(tmp_path / "shards")
+    with tracking.start_run("train", Params(), {"git_commit": "c0ffee", "library.torch": "1.2.3"}) as run:
+        pass
+    model = make_model(tmp_path / "model", 1.0, shards, run.info.run_id)
+    found = lineage.lineage(model, shards, Params(seed=9), tracking.find_run(run.info.run_id))
+    assert found["artifact_digest"] == lineage.artifact_digest(model)
+    assert found["base"] == {"name": "embedded://tiny-base", "revision": None}
+    assert found["data"]["trained_on"] == found["data"]["judged_on"] == shards_.fingerprint(shards)
+    assert found["data"]["test"] == shards_.fingerprint(shards, "test")
+    assert found["data"]["dvc_md5"] is None
+    # The training's code and libraries, not those of the moment of registration.
+    assert found["git_commit"] == "c0ffee"
+    assert found["libraries"]["torch"] == "1.2.3"
+    assert (found["trained_with"]["seed"], found["judged_with"]["seed"]) == (5, 9)
+    assert found["training_run"] == run.info.run_id
+
+
+def test_lineage_judged_on_other_data(make_shards, make_model, tmp_path) -> None:
+    trained_on, judged_on = make_shards(tmp_path / "trained"), make_shards(tmp_path / "judged", 50)
+    model = make_model(tmp_path / "model", 1.0, trained_on)
+    files = sorted(judged_on.iterdir())
+    size = sum(file.stat().st_size for file in files)
+    out = {"path": "judged", "md5": "d41d.dir", "size": size, "nfiles": len(files)}
+    (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"stages": {"convert": {"outs": [out]}}}))
+    assert lineage.dvc_md5(judged_on) == "d41d.dir"
+    found = lineage.lineage(model, judged_on, Params(), None)
+    assert found["data"]["trained_on"] != found["data"]["judged_on"]
+    assert found["data"]["dvc_md5"] is None
+    assert found["libraries"]["python"] == ".".join(map(str, sys.version_info[:3]))
