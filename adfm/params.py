@@ -68,7 +68,7 @@ class Validate(Section):
     max_side: PositiveInt = 8192
     max_aspect: PositiveFloat = 8.0
     min_images_per_split: PositiveInt = 20
-    min_label_share: Fraction = 0.05
+    min_label_share: Annotated[float, Field(ge=0, le=0.5)] = 0.05
 
 
 class Model(Section):
@@ -94,7 +94,8 @@ class Warmup(Section):
 
     steps: NonNegativeInt = 40
     batch_size: PositiveInt = 16
-    learning_rate: PositiveFloat = 1e-3
+    learning_rate: PositiveFloat = 5e-4
+    coordinate_step: PositiveInt = 10
 
 
 class RewardWeights(Section):

@@ -1,0 +1,271 @@
+"""The command line: `adfm <verb>`, one verb a stage, and the everyday ones. Each calls one function.
+
+adfm fetch synthetic:// data/raw/synthetic
+adfm convert data/raw/synthetic data/shards
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adfm import __version__
+from adfm.errors import AdfmError
+
+if TYPE_CHECKING:
+    from adfm.params import Params
+
+Run = Callable[[argparse.Namespace, "Params"], int | None]
+
+_DESCRIPTION = "Adapt a vision-language model to finding defects: data, training, evaluation, registration."
+
+_EXAMPLE = """\
+from a data set to a registered model, by hand (`make repro` does the same, and runs only what changed):
+  adfm check
+  adfm fetch synthetic:// data/raw/synthetic
+  adfm convert data/raw/synthetic data/shards
+  adfm validate data/shards
+  adfm warmup data/shards models/warmup
+  adfm train data/shards models/warmup models/trained
+  adfm evaluate models/trained data/shards evaluation --compare warmup=models/warmup
+  adfm register models/trained data/shards evaluation registration
+  adfm promote 1
+"""
+
+# Nothing is reported to anyone, and nothing is uploaded that was not asked for. What the user has set is kept.
+_ENVIRONMENT = {
+    "DO_NOT_TRACK": "1",
+    "GX_ANALYTICS_ENABLED": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "TOKENIZERS_PARALLELISM": "false",  # the tokenizer warns at every fork otherwise
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb.
+
+    Args:
+        argv: The arguments; those of the process by default.
+
+    Returns:
+        The exit status: 0, or 1 for an error that was explained on stderr, 130 when interrupted, 141 when nobody reads
+        the output any more. Wrong usage exits with 2, as argparse does.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ.pop("HF_MLFLOW_LOG_ARTIFACTS", None)  # would upload every checkpoint
+    args = _parse(sys.argv[1:] if argv is None else argv)
+    try:
+        from adfm.params import load
+
+        status = args.run(args, load(args.params, args.set)) or 0
+        sys.stdout.flush()
+        return int(status)
+    except AdfmError as error:
+        return _fail(error, error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted; what was finished is kept", 130)
+    except BrokenPipeError:
+        _drop_output()
+        return 141
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _drop_output()
+        return _fail(f"{error.filename or 'output'}: no space is left on the disk; free some and start again.", 1)
+
+
+def _drop_output() -> None:
+    """What stdout did not take is given up; the flush at exit would fail once more, with a traceback."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(message: object, status: int) -> int:
+    print(f"adfm: error: {message}", file=sys.stderr)
+    return status
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "adfm", description=_DESCRIPTION, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"adfm {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="<verb>", required=True, title="verbs")
+
+    def verb(name: str, run: Run, summary: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=summary, description=summary)
+        added.set_defaults(run=run)
+        return added
+
+    add = verb("check", _check, "see that settings, model, MLflow and disk are fit for a run, before it starts")
+    add.add_argument("out", metavar="OUT", type=Path, nargs="?", help="file to write when all is well")
+
+    add = verb("fetch", _fetch, "fetch a raw data set and list it in a manifest")
+    add.add_argument("uri", metavar="URI", help="folder, .zip or .tar archive, s3://bucket/prefix or synthetic://")
+    add.add_argument("out", metavar="DIR", type=Path, help="folder to write")
+
+    add = verb("convert", _convert, "turn a raw data set into Parquet shards: boxes from masks, and splits")
+    add.add_argument("raw", metavar="RAW", type=Path, help="folder of the raw data set")
+    add.add_argument("out", metavar="OUT", type=Path, help="folder to write the shards to")
+    add.add_argument(
+        "--layout",
+        metavar="L",
+        dest="set",
+        type="convert.layout={}".format,
+        action="append",
+        default=[],
+        help="how RAW is laid out; the same as --set convert.layout=L",
+    )
+
+    add = verb("validate", _validate, "judge shards; status 1 and a list of failures if they are not fit to train on")
+    add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
+    add.add_argument(
+        "out", metavar="OUT", type=Path, nargs="?", default=Path("reports/validation"), help="report folder"
+    )
+
+    add = verb("warmup", _warmup, "teach the base model the form of the answer (supervised)")
+    add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
+    add.add_argument("out", metavar="OUT", type=Path, help="folder to write the adapter to")
+
+    add = verb("train", _train, "train by GRPO; goes on from the last checkpoint if it was interrupted")
+    add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
+    add.add_argument("model", metavar="MODEL", type=Path, help="folder that warmup or train wrote")
+    add.add_argument("out", metavar="OUT", type=Path, help="folder to write the adapter to")
+
+    add = verb("evaluate", _evaluate, "let models answer the test split and compare them")
+    add.add_argument(
+        "model", metavar="MODEL", help="the candidate: a folder that warmup or train wrote, or a model name"
+    )
+    add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
+    add.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    add.add_argument(
+        "--compare", metavar="NAME=MODEL", type=_named, action="append", default=[], help="a further model; repeatable"
+    )
+
+    add = verb("register", _register, "register a version in MLflow with the gate's decision; moves nothing")
+    add.add_argument("model", metavar="MODEL", type=Path, help="folder that train wrote")
+    add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
+    add.add_argument("evaluation", metavar="EVALUATION", type=Path, help="folder that evaluate wrote")
+    add.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+
+    add = verb("promote", _promote, "give an approved version the alias production")
+    add.add_argument("version", metavar="VERSION", help="number of the version")
+    add.add_argument("--by", metavar="NAME", help="who promotes; the user of this process by default")
+
+    add = verb("rollback", _rollback, "give the alias production back to the version that had it before")
+    add.add_argument("--to", metavar="VERSION", help="an earlier version; the one before by default")
+    add.add_argument("--by", metavar="NAME", help="who rolls back; the user of this process by default")
+
+    add = verb("score", _score, "print what completions earn, one JSON object a line")
+    add.add_argument("file", metavar="FILE", type=Path, help="JSON lines with completion, label, boxes (512x512 frame)")
+    add.add_argument("--profile", choices=("calibrated", "paper"), help="reward profile; train.profile by default")
+
+    add = verb("tiny-base", _tiny_base, "train the embedded base model anew; goes on if it was interrupted")
+    add.add_argument("out", metavar="OUT", type=Path, help="folder to write the model to")
+
+    for each in verbs.choices.values():
+        each.add_argument(
+            "--params", metavar="FILE", type=Path, help="settings; params.yaml, if there is one, by default"
+        )
+        each.add_argument(
+            "--set",
+            metavar="KEY=VALUE",
+            action="append",
+            default=[],
+            help="a setting, as in train.steps=50; repeatable",
+        )
+    if argv and not argv[0].startswith("-") and argv[0] not in verbs.choices:
+        nearest = difflib.get_close_matches(argv[0], verbs.choices, n=1, cutoff=0)
+        parser.error(f"there is no verb {argv[0]!r}; the nearest is {nearest[0]} (`adfm --help` lists all)")
+    return parser.parse_args(argv)
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, model = text.partition("=")
+    if not (name and equals and model):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=MODEL")
+    return name, model
+
+
+def _check(args: argparse.Namespace, params: Params) -> None:
+    from adfm.preflight import check
+
+    check(params, args.out)
+
+
+def _fetch(args: argparse.Namespace, params: Params) -> None:
+    from adfm.data.sources import fetch
+
+    fetch(args.uri, args.out)
+
+
+def _convert(args: argparse.Namespace, params: Params) -> None:
+    from adfm.data.conversion import convert
+
+    convert(args.raw, args.out, params)
+
+
+def _validate(args: argparse.Namespace, params: Params) -> int:
+    from adfm.data.validation import failures, validate
+
+    fit = validate(args.shards, args.out, params)
+    found = [f"the report is {args.out / 'index.html'}", *failures(args.out)]
+    if not fit:
+        return _fail("\n  ".join([f"{args.shards} is not fit to train on; {found[0]}:", *found[1:]]), 1)
+    print("\n  ".join([f"{args.shards} is fit to train on; {found[0]}", *found[1:]]))
+    return 0
+
+
+def _warmup(args: argparse.Namespace, params: Params) -> None:
+    from adfm.training.warmup import warmup
+
+    warmup(args.shards, args.out, params)
+
+
+def _train(args: argparse.Namespace, params: Params) -> None:
+    from adfm.training.grpo import train
+
+    train(args.shards, args.model, args.out, params)
+
+
+def _evaluate(args: argparse.Namespace, params: Params) -> None:
+    from adfm.evaluation.evaluate import evaluate
+
+    evaluate({**dict(args.compare), "trained": args.model}, args.shards, args.out, params)
+
+
+def _register(args: argparse.Namespace, params: Params) -> None:
+    from adfm.registry.registration import register
+
+    register(args.model, args.shards, args.evaluation, args.out, params)
+
+
+def _promote(args: argparse.Namespace, params: Params) -> None:
+    from adfm.registry.promotion import promote
+
+    promote(args.version, params, args.by)
+
+
+def _rollback(args: argparse.Namespace, params: Params) -> None:
+    from adfm.registry.promotion import rollback
+
+    rollback(params, args.by, args.to)
+
+
+def _score(args: argparse.Namespace, params: Params) -> None:
+    from adfm.method.score import score_file
+
+    score_file(args.file, args.profile or params.train.profile, sys.stdout)
+
+
+def _tiny_base(args: argparse.Namespace, params: Params) -> None:
+    from adfm.training.base import build
+
+    build(args.out, params.seed)

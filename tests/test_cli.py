@@ -1,0 +1,188 @@
+"""The command line: its verbs, its errors and exit codes, and what happens around the functions that it calls."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from adfm.cli import main
+from adfm.params import Train
+
+VERBS = (
+    *("check", "fetch", "convert", "validate", "warmup", "train", "evaluate", "register"),
+    *("promote", "rollback", "score", "tiny-base"),
+)
+HEAVY = "datasets great_expectations matplotlib mlflow numpy pandas peft pydantic scipy sklearn torch transformers trl"
+LINE = json.dumps({"completion": "<answer>B</answer>", "label": "normal", "boxes": []}) + "\n"
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> Path:
+    file = tmp_path / "completions.jsonl"
+    file.write_text(LINE * 3)
+    return file
+
+
+def adfm(*arguments: str | Path, **options: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "adfm", *map(str, arguments)], stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def test_help_lists_every_verb_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, adfm.cli\n"
+        "try: adfm.cli.main(['--help'])\n"
+        f"finally: sys.stderr.write(' '.join(set({HEAVY.split()}) & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stderr == ""
+    assert all(f"\n    {verb} " in found.stdout or f"\n    {verb}\n" in found.stdout for verb in VERBS)
+    assert "adfm evaluate models/trained data/shards evaluation" in found.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_takes_settings(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--params FILE" in shown
+    assert "--set KEY=VALUE" in shown
+
+
+def test_an_unknown_verb_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["trian", "--set", "seed=1"])
+    assert stop.value.code == 2
+    assert "there is no verb 'trian'; the nearest is train" in capsys.readouterr().err
+
+
+def test_without_a_verb_the_usage_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2
+    assert "usage: adfm" in capsys.readouterr().err
+
+
+def test_the_profiles_of_score_are_those_of_the_settings(lines: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for profile in get_args(Train.model_fields["profile"].annotation):
+        assert main(["score", str(lines), "--profile", profile]) == 0
+        by_flag = capsys.readouterr().out
+        assert main(["score", str(lines), "--set", f"train.profile={profile}"]) == 0
+        assert capsys.readouterr().out == by_flag
+        assert len(by_flag.splitlines()) == 3
+
+
+def test_settings_come_from_the_file_that_is_named(
+    lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text("train: {profile: paper}")
+    main(["score", str(lines), "--params", str(tmp_path / "mine.yaml")])
+    from_file = capsys.readouterr().out
+    main(["score", str(lines), "--profile", "paper"])
+    assert capsys.readouterr().out == from_file
+
+
+def test_wrong_settings_stop_every_verb_before_it_starts(lines: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["score", str(lines), "--set", "train.stepz=1", "--set", "seed=x"]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("adfm: error: these settings are wrong:\n")
+    assert "train.steps" in shown.err
+    assert "seed should be" in shown.err
+
+
+def test_an_error_is_one_message_and_a_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fetch", str(tmp_path / "none"), str(tmp_path / "raw")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("adfm: error: ")
+    assert str(tmp_path / "none") in error
+    assert not (tmp_path / "raw").exists()
+
+
+def test_layout_is_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for way in (["--layout", "mvtek"], ["--set", "convert.layout=mvtek"]):
+        assert main(["convert", str(tmp_path), str(tmp_path / "shards"), *way]) == 1
+        assert "mvtec" in capsys.readouterr().err
+
+
+def test_a_comparison_needs_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "models/trained", "data/shards", "evaluation", "--compare", "models/warmup"])
+    assert stop.value.code == 2
+    assert "'models/warmup' is not NAME=MODEL" in capsys.readouterr().err
+
+
+def test_raw_data_becomes_shards_and_every_reason_against_them_is_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fetch", "synthetic://?images=24", "raw"]) == 0
+    assert main(["convert", "raw", "shards", "--layout", "mvtec"]) == 0
+    small = ["--set", "validate.min_images_per_split=1", "--set", "validate.min_label_share=0"]
+    assert main(["validate", "shards", "good", *small]) == 0
+    assert (tmp_path / "good" / "index.html").is_file()
+    capsys.readouterr()
+
+    strict = ["--set", "validate.min_images_per_split=1000", "--set", "validate.min_side=1000"]
+    assert main(["validate", "shards", *strict]) == 1
+    error = capsys.readouterr().err
+    assert "shards is not fit to train on; the report is reports/validation/index.html" in error
+    report = json.loads((tmp_path / "reports" / "validation" / "validation.json").read_text())
+    failed = [entry["what"] for entry in report["expectations"] if not entry["success"]]
+    assert len(failed) >= 4  # three splits too small, and the images
+    assert all(what in error for what in failed)
+
+
+def test_nothing_is_reported_or_uploaded(lines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_MLFLOW_LOG_ARTIFACTS", "1")
+    monkeypatch.setenv("DO_NOT_TRACK", "yes")
+    for name in ("GX_ANALYTICS_ENABLED", "HF_HUB_DISABLE_TELEMETRY", "MLFLOW_DISABLE_TELEMETRY"):
+        monkeypatch.delenv(name, raising=False)
+    main(["score", str(lines)])
+    assert "HF_MLFLOW_LOG_ARTIFACTS" not in os.environ
+    assert os.environ["DO_NOT_TRACK"] == "yes"
+    assert os.environ["GX_ANALYTICS_ENABLED"] == "false"
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
+
+
+def test_a_reader_that_stops_reading_is_no_error(tmp_path: Path) -> None:
+    file = tmp_path / "many.jsonl"
+    file.write_text(LINE * 20000)
+    process = adfm("score", file, stdout=subprocess.PIPE)
+    assert process.stdout and process.stderr
+    process.stdout.readline()
+    process.stdout.close()
+    with process.stderr:
+        assert process.stderr.read() == ""
+    assert process.wait() == 141
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
+def test_a_full_disk_is_one_message(lines: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        process = adfm("score", lines, stdout=full)
+        _, error = process.communicate()
+    assert error == "adfm: error: output: no space is left on the disk; free some and start again.\n"
+    assert process.returncode == 1
+
+
+def test_an_interrupt_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
+    process = adfm("fetch", "synthetic://?images=20000", tmp_path / "raw")
+    while not (tmp_path / "raw.partial").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode == 130
+    assert "adfm: error: interrupted" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "raw").exists()

@@ -1,0 +1,162 @@
+"""Settings: the shipped file, the defaults, overrides, and messages that help."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adfm.errors import AdfmError
+from adfm.params import Params, flat, load
+
+SHIPPED = Path(__file__).parents[1] / "params.yaml"
+DEFAULTS = flat(Params())
+
+
+def written(folder: Path, text: str) -> Path:
+    file = folder / "settings.yaml"
+    file.write_text(text)
+    return file
+
+
+def problems(file: Path | None, *overrides: str) -> list[str]:
+    with pytest.raises(AdfmError) as caught:
+        load(file, overrides)
+    return [line.strip() for line in str(caught.value).splitlines()[1:]]
+
+
+def test_the_shipped_file_is_complete_and_says_the_defaults() -> None:
+    def keys(tree: dict[str, object], prefix: str = "") -> set[str]:
+        nested = ((f"{prefix}{key}", value) for key, value in tree.items())
+        return set().union(*(keys(v, f"{k}.") if isinstance(v, dict) else {k} for k, v in nested))
+
+    assert load(SHIPPED) == Params()
+    assert keys(yaml.safe_load(SHIPPED.read_text())) == set(DEFAULTS)
+
+
+def test_every_key_of_the_shipped_file_has_a_comment() -> None:
+    lines = [line for line in SHIPPED.read_text().splitlines() if line and not line.startswith("#")]
+    assert [line for line in lines if len(line.partition(" # ")[2]) < 5] == []
+
+
+def test_without_a_file_the_one_in_the_current_folder_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load() == Params()
+    (tmp_path / "params.yaml").write_text("seed: 7")
+    assert load().seed == 7
+
+
+def test_what_a_file_or_an_override_leaves_out_keeps_its_own_default(tmp_path: Path) -> None:
+    file = written(tmp_path, "gate: {accuracy: {min_gain: 0.25}}\nseed: 3")
+    params = load(file, ["gate.iou.min_gain=0.5"])
+    assert flat(params) == DEFAULTS | {"gate.accuracy.min_gain": 0.25, "gate.iou.min_gain": 0.5, "seed": 3}
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "0.001", ".1e-2", "1E-03"])
+def test_numbers_as_people_write_them(tmp_path: Path, text: str) -> None:
+    assert load(None, [f"train.learning_rate={text}"]).train.learning_rate == 0.001
+    assert load(written(tmp_path, f"train: {{learning_rate: {text}}}")).train.learning_rate == 0.001
+
+
+def test_a_whole_number_is_a_number() -> None:
+    assert load(None, ["train.temperature=2"]).train.temperature == 2
+
+
+def test_later_overrides_win() -> None:
+    assert load(None, ["seed=1", "seed=2"]).seed == 2
+
+
+def test_every_setting_can_be_overridden() -> None:
+    assert flat(load(None, [f"{key}={yaml.safe_dump(value)}" for key, value in DEFAULTS.items()])) == DEFAULTS
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.sampled_from(sorted(DEFAULTS)), st.integers(0, 100))
+def test_a_key_that_lacks_a_letter_is_named_with_the_right_one(key: str, position: int) -> None:
+    position %= len(key)
+    typo = key[:position] + key[position + 1 :]
+    (problem,) = problems(None, f"{typo}=1")
+    assert problem == f"--set {typo}=1: there is no setting {typo}; the nearest is {key}"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("train:\n  stepz: 3", 2, "there is no setting train.stepz; the nearest is train.steps"),
+        ("trian: {steps: 3}", 1, "there is no setting trian; the nearest is train"),
+        ("train:\n  steps: many", 2, "train.steps should be a valid integer, not 'many'"),
+        ("train: {steps: 1.5}", 1, "train.steps should be a valid integer, not 1.5"),
+        ("seed: true", 1, "seed should be a valid integer, not True"),
+        ("train: {profile: papre}", 1, "train.profile should be 'calibrated' or 'paper', not 'papre'"),
+        ("model:\n  revision: 1234567", 2, "model.revision should be a valid string, not 1234567 (put it in quotes)"),
+        ("train: {beta: -1}", 1, "train.beta should be greater than or equal to 0, not -1"),
+        ("train: {beta: .nan}", 1, "train.beta should be a finite number, not nan"),
+        ("train: fast", 1, "train should be a section with keys, not 'fast'"),
+        ("lora: {target_modules: 3}", 1, "lora.target_modules should be a valid string, not 3 (put it in quotes); or"),
+        ("fetch: {name: ..}", 1, "fetch.name"),
+        ("\nsplit: {validation: 0.5, test: 0.5}", 2, "validation + test should be less than 1"),
+        ("evaluate: {small: 0.2}", 1, "small should be at most large"),
+        ("seed: 1\nseed: 2", 2, "seed is set already in line 1; keep one of them"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_line_and_what_is_expected(
+    tmp_path: Path, text: str, line: int, words: str
+) -> None:
+    file = written(tmp_path, text)
+    (problem,) = problems(file)
+    assert problem.startswith(f"{file} line {line}: ")
+    assert words in problem
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.steps", "--set train.steps: key=value is expected"),
+        ("=3", "--set =3: there is no setting ;"),
+        ("train=3", "--set train=3: there is no setting train;"),
+        ("train.steps.more=3", "there is no setting train.steps.more; the nearest is train.steps"),
+        ("train.steps=[", "--set train.steps=[: the value is not YAML"),
+        ("train.steps=", "--set train.steps=: train.steps should be a valid integer, not None"),
+        ("split.test=0.95", "--set split.test=0.95: split: validation + test should be less than 1"),
+    ],
+)
+def test_a_wrong_override_is_named_with_what_is_expected(override: str, words: str) -> None:
+    (problem,) = problems(None, override)
+    assert problem.startswith(words) or words in problem
+
+
+def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
+    file = written(tmp_path, "train: {steps: 0, beta: low}\nwarmup: 3\nsede: 1")
+    found = problems(file, "gate.confidence=2", "warmup.steps=1", "nonsense")
+    assert len(found) == 6
+    for key in ("train.steps", "train.beta", "warmup", "sede", "gate.confidence", "nonsense"):
+        assert any(key in problem for problem in found)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"seed: 1\ntrain: [", "line 2 is not YAML"),
+        (b"seed: 1\n? [a]\n: 3", "line 2 is not YAML"),
+        (b"seed: \xff", "cannot be read"),
+        (b"- 1", "sections with keys are expected"),
+        (b"1: 2", "Keys should be strings, not 1"),
+        (b"null: 2", "Keys should be strings, not None"),
+    ],
+)
+def test_a_file_that_is_no_settings_file(tmp_path: Path, content: bytes, words: str) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_bytes(content)
+    with pytest.raises(AdfmError) as caught:
+        load(file)
+    assert words in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(AdfmError, match=r"none\.yaml cannot be read"):
+        load(tmp_path / "none.yaml")
+
+
+def test_an_empty_file_says_the_defaults(tmp_path: Path) -> None:
+    assert load(written(tmp_path, "# nothing\n")) == Params()
