@@ -95,6 +95,7 @@ class Warmup(Section):
     steps: NonNegativeInt = 40
     batch_size: PositiveInt = 16
     learning_rate: PositiveFloat = 5e-4
+    anomalous_share: Fraction = 0.25
     coordinate_step: PositiveInt = 10
 
 
@@ -113,7 +114,8 @@ class Train(Section):
     weights: RewardWeights = RewardWeights()
     steps: PositiveInt = 150
     prompts_per_step: PositiveInt = 12
-    num_generations: Annotated[int, Field(ge=2)] = 8
+    num_generations: Annotated[int, Field(ge=2)] = 4
+    anomalous_share: Fraction = 0.5
     learning_rate: PositiveFloat = 1e-3
     warmup_ratio: Fraction = 0.03
     temperature: PositiveFloat = 1.0

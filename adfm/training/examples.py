@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import datasets
 
 
-def draw(shards: Path, loaded: Loaded, count: int, seed: int, cache: Path) -> datasets.Dataset:
-    """`count` training images, as many normal as anomalous, in an order fixed by `seed`.
+def draw(shards: Path, loaded: Loaded, count: int, anomalous_share: float, seed: int, cache: Path) -> datasets.Dataset:
+    """`count` training images in an order fixed by `seed`.
 
     Every image of a label is drawn once before any is drawn again. Images stay on disk until they are used.
 
@@ -27,6 +27,7 @@ def draw(shards: Path, loaded: Loaded, count: int, seed: int, cache: Path) -> da
         shards: Folder of shards; its train split is read.
         loaded: Says in which frame boxes are written.
         count: Rows to draw.
+        anomalous_share: Share of anomalous images, evenly spread.
         seed: Seeds the order.
         cache: Folder for the memory-mapped copy of the split.
 
@@ -40,7 +41,7 @@ def draw(shards: Path, loaded: Loaded, count: int, seed: int, cache: Path) -> da
     import datasets
 
     table = shards_.table(shards, "train").to_pylist()
-    order = _balanced([row["label"] for row in table], count, seed, shards)
+    order = _order([row["label"] for row in table], count, anomalous_share, seed, shards)
     data = datasets.Dataset.from_parquet(
         [str(file) for file in sorted(shards.glob("train-*.parquet"))], cache_dir=str(cache), columns=["image"]
     )
@@ -62,19 +63,25 @@ def draw(shards: Path, loaded: Loaded, count: int, seed: int, cache: Path) -> da
     return data.select(order)
 
 
-def _balanced(labels: list[str], count: int, seed: int, shards: Path) -> list[int]:
-    """Indices that take turns between the labels; each label's own are shuffled anew for each pass over them."""
+def _order(labels: list[str], count: int, share: float, seed: int, shards: Path) -> list[int]:
+    """Indices of `count` images, of which any run holds anomalous ones in the given share.
+
+    Each label's own are shuffled anew for each pass over them.
+    """
     rng = np.random.default_rng(seed)
-    turns = []
-    for label in ("anomalous", "normal"):
+    anomalous = np.diff(np.floor(np.arange(count + 1) * share + 1e-9)).astype(bool)
+    order = np.empty(count, int)
+    for label, places in (("anomalous", anomalous), ("normal", ~anomalous)):
         of_label = np.flatnonzero([value == label for value in labels])
-        if not len(of_label):
+        needed = int(places.sum())
+        if needed and not len(of_label):
             raise AdfmError(
                 f"{shards}: the train split has no {label} image, and training needs both; see split.* in params.yaml"
             )
-        passes = -(-count // (2 * len(of_label)))
-        turns.append(np.concatenate([rng.permutation(of_label) for _ in range(max(1, passes))]))
-    return [int(turns[i % 2][i // 2]) for i in range(count)]
+        passes = -(-needed // max(1, len(of_label)))
+        shuffled = [rng.permutation(of_label) for _ in range(passes)]
+        order[places] = np.concatenate([*shuffled, np.empty(0, int)])[:needed]
+    return order.tolist()
 
 
 def digest(folder: Path) -> str:

@@ -70,7 +70,7 @@ def train(shards: Path, model: Path, out: Path, params: Params) -> None:
     with atomic_folder(out) as folder, tracking.start_run("train", params, run_id=run_id) as run:
         _identify(work, shards, model, params, run.info.run_id)
         count = settings.steps * settings.prompts_per_step
-        data = examples.draw(shards, loaded, count, params.seed + 1, work / "cache")
+        data = examples.draw(shards, loaded, count, settings.anomalous_share, params.seed + 1, work / "cache")
         trainer = _trainer(loaded, data, work, params)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
         save(folder, trainer.accelerator.unwrap_model(trainer.model), loaded, shards, params, "train", run.info.run_id)

@@ -54,7 +54,7 @@ def warmup(shards: Path, out: Path, params: Params) -> None:
         history: list[dict[str, Any]] = []
         if settings.steps:
             count = settings.steps * settings.batch_size
-            data = examples.draw(shards, loaded, count, params.seed, folder / "cache")
+            data = examples.draw(shards, loaded, count, settings.anomalous_share, params.seed, folder / "cache")
             trainer = SFTTrainer(
                 model=model,
                 args=SFTConfig(

@@ -2,18 +2,21 @@ import hashlib
 import io
 import json
 import shutil
+import time
 import tracemalloc
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from adfm.data import conversion, shards, sources
+from adfm.data.readers import READERS
 from adfm.errors import AdfmError
 from adfm.params import Params
-from adfm.records import Record
+from adfm.records import Record, Sample
 
 
 def _converted(raw: Path, **settings: object) -> dict[str, Record]:
@@ -231,3 +234,25 @@ def test_memory_does_not_grow_with_the_images(tmp_path: Path, monkeypatch: pytes
         tracemalloc.stop()
     assert sum(path.stat().st_size for path in folder.iterdir()) > 20 * 2**20
     assert peaks[1] < peaks[0] + 3 * 2**20
+
+
+def test_conversion_keeps_only_a_few_images_ahead_of_a_slow_writer(
+    mvtec_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+    real = conversion._convert
+
+    def convert(sample: Sample, *rest: Any) -> Any:
+        started.append(sample.source)
+        return real(sample, *rest)
+
+    monkeypatch.setattr(conversion, "_convert", convert)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    samples = list(READERS["mvtec"](mvtec_folder))
+    digests = sources.digests(mvtec_folder, [sample.source for sample in samples])
+    results = conversion._converted(samples, digests, ["train"] * len(samples), Params().convert)
+    assert not isinstance(next(results), str)
+    time.sleep(0.5)
+    assert 1 <= len(started) <= 5
+    assert len(list(results)) == len(samples) - 1
+    assert sorted(started) == sorted(sample.source for sample in samples)

@@ -16,11 +16,14 @@ LABELS = st.lists(st.sampled_from(["normal", "anomalous"]), min_size=2, max_size
 )
 
 
-@given(LABELS, st.integers(1, 100), st.integers(0, 100))
-def test_labels_take_turns_and_all_images_come_before_any_comes_twice(labels: list[str], count: int, seed: int) -> None:
-    order = examples._balanced(labels, count, seed, Path("shards"))
+@given(LABELS, st.integers(1, 100), st.floats(0, 1), st.integers(0, 100))
+def test_labels_come_in_their_share_and_all_images_before_any_comes_twice(
+    labels: list[str], count: int, share: float, seed: int
+) -> None:
+    order = examples._order(labels, count, share, seed, Path("shards"))
     assert len(order) == count
-    assert [labels[i] for i in order] == [("anomalous", "normal")[i % 2] for i in range(count)]
+    for run in range(1, count + 1):
+        assert abs(sum(labels[i] == "anomalous" for i in order[:run]) - run * share) < 1 + 1e-6
     for label in ("anomalous", "normal"):
         drawn = [i for i in order if labels[i] == label]
         total = labels.count(label)
@@ -29,12 +32,13 @@ def test_labels_take_turns_and_all_images_come_before_any_comes_twice(labels: li
 
 def test_one_label_alone_cannot_be_trained_on() -> None:
     with pytest.raises(AdfmError, match="no anomalous image"):
-        examples._balanced(["normal"] * 3, 4, 0, Path("shards"))
+        examples._order(["normal"] * 3, 4, 0.5, 0, Path("shards"))
+    assert examples._order(["normal"] * 3, 4, 0.0, 0, Path("shards"))
 
 
 def test_rows_hold_boxes_in_the_models_frame(small_shards: Path, tmp_path: Path) -> None:
     loaded = loading.load("embedded://tiny-base", Model())
-    data = examples.draw(small_shards, loaded, 12, seed=0, cache=tmp_path)
+    data = examples.draw(small_shards, loaded, 12, anomalous_share=0.5, seed=0, cache=tmp_path)
     assert data.column_names == ["image", "prompt", "label", "defect", "regions", "frame"]
     for row in data:
         assert row["frame"] == [1000, 1000]

@@ -81,6 +81,6 @@ def test_the_whole_path(qwen2_5_vl: Path, small_shards: Path, tmp_path: Path, pa
 
 def test_boxes_are_pixels_of_the_resized_image(qwen2_5_vl: Path, small_shards: Path, tmp_path: Path) -> None:
     loaded = loading.load(str(qwen2_5_vl), Params().model)
-    data = examples.draw(small_shards, loaded, 4, seed=0, cache=tmp_path)
+    data = examples.draw(small_shards, loaded, 4, anomalous_share=0.5, seed=0, cache=tmp_path)
     assert [row["frame"] for row in data] == [[tiny.SIDE, tiny.SIDE]] * 4
     assert "pixels" in data[0]["prompt"][1]["content"]
