@@ -17,14 +17,15 @@ help:
 setup: $(INSTALLED)
 
 $(INSTALLED): requirements.txt pyproject.toml
-	@[ -x .venv/bin/python ] || { \
+	@.venv/bin/python -m pip --version >/dev/null 2>&1 || { \
 	  for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
 	    "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
 	    python=; \
 	  done; \
 	  [ -n "$$python" ] || { echo 'make: Python 3.11 or newer with its venv module is needed; install it, or say' \
 	    'where it is: make setup PYTHON=/path/to/python3' >&2; exit 1; }; \
-	  "$$python" -m venv .venv; }
+	  "$$python" -m venv --clear .venv; }
+	@echo 'installing what requirements.txt pins into .venv: a few minutes, 2.5 GB'
 	python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@

@@ -42,7 +42,7 @@ class Convert(Section):
     """Raw data set to shards."""
 
     layout: str = "auto"
-    dilation: Fraction = 0.01
+    dilation: Fraction = 0.04
     connectivity: Literal[4, 8] = 8
     min_area: NonNegativeInt = 4
     shard_images: PositiveInt = 1000
@@ -94,8 +94,8 @@ class Warmup(Section):
 
     steps: NonNegativeInt = 40
     batch_size: PositiveInt = 16
-    learning_rate: PositiveFloat = 5e-4
-    anomalous_share: Fraction = 0.25
+    learning_rate: PositiveFloat = 1e-3
+    anomalous_share: Fraction = 0.125
     coordinate_step: PositiveInt = 10
 
 
@@ -112,7 +112,7 @@ class Train(Section):
 
     profile: Literal["calibrated", "paper"] = "calibrated"
     weights: RewardWeights = RewardWeights()
-    steps: PositiveInt = 150
+    steps: PositiveInt = 120
     prompts_per_step: PositiveInt = 12
     num_generations: Annotated[int, Field(ge=2)] = 4
     anomalous_share: Fraction = 0.5
