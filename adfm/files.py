@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -76,3 +78,13 @@ def _refuse_foreign(out: Path) -> None:
         raise AdfmError(f"{out} is a file, and a folder is to be written there; choose another name.")
     if out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in FINISHED):
         raise AdfmError(f"{out} holds files that adfm did not write; empty it or choose another folder.")
+
+
+def digest(folder: Path) -> str:
+    """SHA-256, hex, over the files of a folder: their relative paths, sorted, and their contents."""
+    total = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with file.open("rb") as content:
+            own = hashlib.file_digest(content, "sha256").hexdigest()
+        total.update(json.dumps([file.relative_to(folder).as_posix(), own]).encode())
+    return total.hexdigest()

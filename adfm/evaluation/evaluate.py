@@ -28,7 +28,7 @@ from adfm import tracking
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.evaluation import inference, metrics, plots
-from adfm.files import atomic_folder
+from adfm.files import atomic_folder, digest
 from adfm.params import Params
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Par
     fingerprint = shards_.fingerprint(shards, params.evaluate.split)
     about = {
         "candidate": candidate,
+        "candidate_digest": digest(Path(models[candidate])) if Path(models[candidate]).is_dir() else None,
         "models": {name: str(model) for name, model in models.items()},
         "split": params.evaluate.split,
         "images": len(shards_.ids(shards, params.evaluate.split)),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +9,7 @@ import yaml
 
 from adfm import tracking
 from adfm.data import shards as shards_
+from adfm.files import digest
 from adfm.models import loading
 from adfm.params import Params
 
@@ -37,7 +36,7 @@ def lineage(model: Path, shards: Path, params: Params, run: Run | None) -> dict[
     trained_on, judged_on = description.get("data_fingerprint"), shards_.fingerprint(shards)
     recorded = run.data.tags if run else tracking.code_version() | tracking.libraries()
     return {
-        "artifact_digest": artifact_digest(model),
+        "artifact_digest": digest(model),
         "base": description.get("base"),
         "data": {
             "trained_on": trained_on,
@@ -54,16 +53,6 @@ def lineage(model: Path, shards: Path, params: Params, run: Run | None) -> dict[
         "judged_with": params.model_dump(mode="json", by_alias=True),
         "training_run": description.get("mlflow_run_id"),
     }
-
-
-def artifact_digest(folder: Path) -> str:
-    """SHA-256, hex, over the files of a folder: their relative paths, sorted, and their contents."""
-    total = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with file.open("rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
-        total.update(json.dumps([file.relative_to(folder).as_posix(), digest]).encode())
-    return total.hexdigest()
 
 
 def dvc_md5(folder: Path) -> str | None:

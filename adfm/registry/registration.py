@@ -25,12 +25,12 @@ from adfm import tracking
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.evaluation import metrics
-from adfm.files import atomic_folder
+from adfm.files import atomic_folder, digest
 from adfm.method import prompt
 from adfm.models import loading
 from adfm.params import Params
 from adfm.registry import gate
-from adfm.registry.lineage import artifact_digest, lineage
+from adfm.registry.lineage import lineage
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -149,10 +149,10 @@ def check_unchanged(version: ModelVersion, to: Path) -> Path:
         AdfmError: The files are not those whose digest the version carries.
     """
     folder = download(version, "model", to)
-    digest, registered = artifact_digest(folder), version.tags.get("artifact_digest")
-    if digest != registered:
+    found, registered = digest(folder), version.tags.get("artifact_digest")
+    if found != registered:
         raise AdfmError(
-            f"Version {version.version} of {version.name}: its model files have the digest {digest}, and {registered} "
+            f"Version {version.version} of {version.name}: its model files have the digest {found}, and {registered} "
             "was registered. Somebody has changed the files or the tag; register the model again with `adfm register`."
         )
     return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,12 +81,3 @@ def _order(labels: list[str], count: int, share: float, seed: int, shards: Path)
         shuffled = [rng.permutation(of_label) for _ in range(passes)]
         order[places] = np.concatenate([*shuffled, np.empty(0, int)])[:needed]
     return order.tolist()
-
-
-def digest(folder: Path) -> str:
-    """SHA-256, hex, of the files of a model folder (names and contents)."""
-    total = hashlib.sha256()
-    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        total.update(file.relative_to(folder).as_posix().encode() + b"\0")
-        total.update(hashlib.sha256(file.read_bytes()).digest())
-    return total.hexdigest()

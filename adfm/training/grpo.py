@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from adfm import tracking
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
-from adfm.files import atomic_folder
+from adfm.files import atomic_folder, digest
 from adfm.method import rewards
 from adfm.method.coordinates import Frame
 from adfm.models import loading
@@ -83,7 +83,7 @@ def _identity(shards: Path, model: Path, params: Params) -> dict[str, Any]:
     sections = params.model_dump(mode="json", by_alias=True, include={"seed", "model", "train"})
     for how_often in ("checkpoint_every", "pictures_every"):
         sections["train"].pop(how_often)
-    return {"data": shards_.fingerprint(shards, "train"), "model": examples.digest(model), **sections}
+    return {"data": shards_.fingerprint(shards, "train"), "model": digest(model), **sections}
 
 
 def _resume(work: Path, shards: Path, model: Path, params: Params) -> str | None:
@@ -193,7 +193,8 @@ def _trainer(loaded: loading.Loaded, data: Any, work: Path, params: Params) -> G
             return super().compute_loss(*args, **kwargs)
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            loss = super().training_step(*args, **kwargs)
+            step: Any = super().training_step  # untyped in TRL
+            loss = step(*args, **kwargs)
             self._metrics["train"]["seconds/backward"].append(
                 (time.perf_counter() - self._loss_begun) * self.args.gradient_accumulation_steps
             )
@@ -240,7 +241,7 @@ def _trainer(loaded: loading.Loaded, data: Any, work: Path, params: Params) -> G
             seed=params.seed,
             bf16=params.model.dtype == "bfloat16",
             use_cpu=not torch.cuda.is_available(),
-            gradient_checkpointing=settings.gradient_checkpointing,
+            activation_checkpointing=settings.gradient_checkpointing,
             dataloader_pin_memory=torch.cuda.is_available(),
         ),
     )

@@ -71,7 +71,7 @@ def warmup(shards: Path, out: Path, params: Params) -> None:
                     seed=params.seed,
                     bf16=params.model.dtype == "bfloat16",
                     use_cpu=not torch.cuda.is_available(),
-                    gradient_checkpointing=False,
+                    activation_checkpointing=False,
                     dataloader_pin_memory=torch.cuda.is_available(),
                 ),
                 train_dataset=data.map(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from adfm import tracking
+from adfm import files, tracking
 from adfm.data import shards as shards_
 from adfm.params import Params
 from adfm.registry import lineage
@@ -18,19 +18,19 @@ def test_digest_is_of_names_and_contents(tmp_path: Path) -> None:
     (folder / "sub").mkdir(parents=True)
     (folder / "a").write_text("1")
     (folder / "sub" / "b").write_text("2")
-    digest = lineage.artifact_digest(folder)
+    digest = files.digest(folder)
     assert len(digest) == 64
     shutil.copytree(folder, tmp_path / "copy")
-    assert lineage.artifact_digest(tmp_path / "copy") == digest
+    assert files.digest(tmp_path / "copy") == digest
     (folder / "a").write_text("3")
-    assert lineage.artifact_digest(folder) != digest
+    assert files.digest(folder) != digest
     (folder / "a").write_text("1")
     (folder / "sub" / "b").rename(folder / "sub" / "c")
-    assert lineage.artifact_digest(folder) != digest
+    assert files.digest(folder) != digest
     (folder / "sub" / "c").rename(folder / "sub" / "b")
-    assert lineage.artifact_digest(folder) == digest
+    assert files.digest(folder) == digest
     (folder / "empty").touch()
-    assert lineage.artifact_digest(folder) != digest
+    assert files.digest(folder) != digest
 
 
 def test_dvc_md5_is_what_dvc_itself_wrote(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_lineage_of_a_training(store, make_shards, make_model, tmp_path) -> None
         pass
     model = make_model(tmp_path / "model", 1.0, shards, run.info.run_id)
     found = lineage.lineage(model, shards, Params(seed=9), tracking.find_run(run.info.run_id))
-    assert found["artifact_digest"] == lineage.artifact_digest(model)
+    assert found["artifact_digest"] == files.digest(model)
     assert found["base"] == {"name": "embedded://tiny-base", "revision": None}
     assert found["data"]["trained_on"] == found["data"]["judged_on"] == shards_.fingerprint(shards)
     assert found["data"]["test"] == shards_.fingerprint(shards, "test")

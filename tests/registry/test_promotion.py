@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from adfm import tracking
+from adfm import files, tracking
 from adfm.errors import AdfmError
 from adfm.params import Params
 from adfm.registry import promotion
-from adfm.registry.lineage import artifact_digest
 from adfm.registry.promotion import history, promote, rollback
 from adfm.registry.registration import register
 
@@ -198,7 +197,7 @@ def test_rollback_to_changed_or_deleted_files(store, add):
     [file] = [
         path
         for path in (store / "mlartifacts" / "models").glob("*/artifacts/model/adfm.json")
-        if tags("1")["artifact_digest"] == artifact_digest(path.parent)
+        if tags("1")["artifact_digest"] == files.digest(path.parent)
     ]
     file.write_text("{}")
     with pytest.raises(AdfmError, match="Version 1 of adfm: its model files"):

@@ -9,11 +9,11 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from adfm import tracking
+from adfm import files, tracking
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.params import Params
-from adfm.registry import lineage, registration
+from adfm.registry import registration
 from adfm.registry.registration import register
 
 PARAMS = Params.model_validate({"gate": {"bootstrap": 200}})
@@ -56,7 +56,7 @@ def test_first_version_carries_everything(store, shards, make_model, make_evalua
     assert version.tags["gate"] == "passed"
     assert version.tags["approval"] == "pending"
     assert version.tags["gate_production_version"] == "none"
-    assert version.tags["artifact_digest"] == lineage.artifact_digest(model)
+    assert version.tags["artifact_digest"] == files.digest(model)
     assert version.tags["data_fingerprint"] == shards_.fingerprint(shards)
     assert version.tags["test_fingerprint"] == shards_.fingerprint(shards, "test")
     assert version.tags["git_commit"] == "c0ffee"
@@ -66,7 +66,7 @@ def test_first_version_carries_everything(store, shards, make_model, make_evalua
 
     carried = registration.download(version, "", tmp_path / "carried")
     for folder, source in (("model", model), ("evaluation", evaluation)):
-        assert lineage.artifact_digest(carried / folder) == lineage.artifact_digest(source)
+        assert files.digest(carried / folder) == files.digest(source)
     assert yaml.safe_load((carried / "params.yaml").read_text()) == PARAMS.model_dump(mode="json", by_alias=True)
     assert json.loads((carried / "lineage.json").read_text())["git_commit"] == "c0ffee"
     gate = json.loads((carried / "gate.json").read_text())
