@@ -112,10 +112,10 @@ class Train(Section):
 
     profile: Literal["calibrated", "paper"] = "calibrated"
     weights: RewardWeights = RewardWeights()
-    steps: PositiveInt = 160
+    steps: PositiveInt = 120
     prompts_per_step: PositiveInt = 12
     num_generations: Annotated[int, Field(ge=2)] = 4
-    anomalous_share: Fraction = 0.65
+    anomalous_share: Fraction = 0.5
     learning_rate: PositiveFloat = 1e-3
     warmup_ratio: Fraction = 0.03
     temperature: PositiveFloat = 1.0
