@@ -488,9 +488,13 @@ def generate(out: Path, seed: int = 0, images: int = 360) -> None:
         raise AdfmError(f"synthetic://?seed={seed}&images={images}: images must be at least 20 and seed at least 0")
     jobs = [job for name in TARGET_CATEGORIES for job in _plan(name, seed, images)]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        draw_into = pool.map(_write, jobs, [out] * len(jobs), chunksize=32)
-        for _ in tqdm(draw_into, total=len(jobs), desc="drawing", unit="image", mininterval=1.0):
-            pass
+        try:
+            written = pool.map(_write, jobs, [out] * len(jobs), chunksize=32)
+            for _ in tqdm(written, total=len(jobs), desc="drawing", unit="image", mininterval=1.0):
+                pass
+        except BaseException:  # an interrupt included: do not wait for what is left to draw
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 @dataclass(frozen=True)
