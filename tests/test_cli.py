@@ -176,12 +176,15 @@ def test_a_full_disk_is_one_message(lines: Path) -> None:
 
 
 def test_an_interrupt_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
-    process = adfm("fetch", "synthetic://?images=20000", tmp_path / "raw")
-    while not (tmp_path / "raw.partial").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate()
+    process = adfm("fetch", "synthetic://?images=1000", tmp_path / "raw")
+    try:
+        while not (tmp_path / "raw.partial").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "adfm: error: interrupted" in error
     assert "Traceback" not in error
