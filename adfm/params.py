@@ -92,10 +92,10 @@ class Lora(Section):
 class Warmup(Section):
     """Supervised cold start."""
 
-    steps: NonNegativeInt = 40
+    steps: NonNegativeInt = 30
     batch_size: PositiveInt = 16
     learning_rate: PositiveFloat = 1e-3
-    anomalous_share: Fraction = 0.125
+    anomalous_share: Fraction = 0.06
     coordinate_step: PositiveInt = 10
 
 
@@ -112,10 +112,10 @@ class Train(Section):
 
     profile: Literal["calibrated", "paper"] = "calibrated"
     weights: RewardWeights = RewardWeights()
-    steps: PositiveInt = 120
+    steps: PositiveInt = 150
     prompts_per_step: PositiveInt = 12
     num_generations: Annotated[int, Field(ge=2)] = 4
-    anomalous_share: Fraction = 0.5
+    anomalous_share: Fraction = 0.55
     learning_rate: PositiveFloat = 1e-3
     warmup_ratio: Fraction = 0.03
     temperature: PositiveFloat = 1.0
@@ -125,7 +125,7 @@ class Train(Section):
     loss_type: Literal["grpo", "dapo", "dr_grpo", "bnpo"] = "dapo"
     aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
     max_grad_norm: PositiveFloat = 1.0
     micro_batch: PositiveInt | None = None
     gradient_checkpointing: bool = False
