@@ -42,9 +42,30 @@ class Box(NamedTuple):
         return shared / union if union > 0 else 0.0
 
 
-@dataclass(frozen=True)
+Polygon = tuple[tuple[float, float], ...]
+"""The corners `(x, y)` of a closed outline."""
+
+
+class Rle(NamedTuple):
+    """A mask as lengths of runs, column by column (COCO's run-length encoding).
+
+    Args:
+        height: Height of the image that it was drawn on, in pixels.
+        width: Its width.
+        counts: Lengths of runs, background and defect by turns, background first; their sum is `height * width`.
+    """
+
+    height: int
+    width: int
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One image of a raw data set, as its reader found it.
+
+    What is marked on an image is either pixel masks, of which conversion makes boxes, or shapes that a person drew:
+    each is one box, and its polygon, where it has one, is the mask too.
 
     Args:
         image: Path of the image file.
@@ -53,8 +74,15 @@ class Sample:
         category: Product category.
         label: `normal` or `anomalous`.
         defect: Defect type; `None` on a normal image.
-        mask: Path of the pixel mask, or `None`.
+        masks: Paths of pixel masks; a defect is what any of them marks.
+        boxes: Boxes drawn by a person, in pixels of the upright image; fractions of its size if `normalized`.
+        polygons: The outlines of some or all of `boxes`, in the same frame.
+        rles: The masks of some or all of `boxes`, on the upright image; they are painted as polygons are.
+        normalized: Whether `boxes` and `polygons` are fractions of the image's width and height.
+        unmarked_is_normal: Whether an image whose masks show nothing is normal, whatever its `label`; otherwise that
+            is an error.
         split: The split that the data set itself fixes, or `None`.
+        group: Images of one physical part share it and never straddle a split; `None` where that is not known.
     """
 
     image: Path
@@ -63,8 +91,14 @@ class Sample:
     category: str
     label: Label
     defect: str | None = None
-    mask: Path | None = None
+    masks: tuple[Path, ...] = ()
+    boxes: tuple[Box, ...] = ()
+    polygons: tuple[Polygon, ...] = ()
+    rles: tuple[Rle, ...] = ()
+    normalized: bool = False
+    unmarked_is_normal: bool = False
     split: str | None = None
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +119,7 @@ class Record:
         split: `train`, `validation` or `test`.
         source: Path within the raw data set.
         sha256: SHA-256 of the raw image file, hex.
+        group: Images of one physical part share it; `None` where that is not known.
     """
 
     id: str
@@ -100,3 +135,4 @@ class Record:
     split: Split
     source: str
     sha256: str
+    group: str | None = None

@@ -6,35 +6,119 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from adfm.data.readers import mvtec
+from adfm.data.readers import (
+    btad,
+    coco,
+    dagm,
+    files,
+    kolektor,
+    labelme,
+    loco,
+    mmad,
+    mvtec,
+    real_iad,
+    table,
+    visa,
+    voc,
+    yolo,
+)
 from adfm.errors import AdfmError
 from adfm.records import Sample
 
-READERS: dict[str, Callable[[Path], Iterator[Sample]]] = {"mvtec": mvtec.read}
-_RECOGNISERS: dict[str, Callable[[Path], bool]] = {"mvtec": mvtec.recognises}
+READERS: dict[str, Callable[[Path], Iterator[Sample]]] = {
+    "mvtec": mvtec.read,
+    "visa-1cls": mvtec.read,
+    "loco": loco.read,
+    "visa": visa.read,
+    "real-iad": real_iad.read,
+    "btad": btad.read,
+    "dagm": dagm.read,
+    "kolektor": kolektor.read,
+    "mmad": mmad.read,
+    "coco": coco.read,
+    "yolo": yolo.read,
+    "voc": voc.read,
+    "labelme": labelme.read,
+    "csv": table.read,
+}
+_RECOGNISERS: dict[str, Callable[[Path], bool]] = {
+    "mvtec": mvtec.recognises,  # visa-1cls is the same
+    "loco": loco.recognises,
+    "visa": visa.recognises,
+    "real-iad": real_iad.recognises,
+    "btad": btad.recognises,
+    "dagm": dagm.recognises,
+    "kolektor": kolektor.recognises,
+    "mmad": mmad.recognises,
+    "coco": coco.recognises,
+    "yolo": yolo.recognises,
+    "voc": voc.recognises,
+    "labelme": labelme.recognises,
+    "csv": table.recognises,
+}
+_FORMS = {
+    "mvtec": "<category>/train/good/*.png, <category>/test/<good or defect>/*.png,"
+    " <category>/ground_truth/<defect>/*_mask.png",
+    "loco": "<category>/validation/good/*.png, <category>/test/logical_anomalies/*.png,"
+    " <category>/ground_truth/logical_anomalies/<image>/*.png",
+    "visa": "<category>/Data/Images/<Normal or Anomaly>/*.JPG, <category>/Data/Masks/Anomaly/*.png, split_csv/1cls.csv",
+    "real-iad": "<category>/OK/<part>/*.jpg, <category>/NG/<defect>/<part>/*.jpg, <category>.json",
+    "btad": "<category>/train/ok/*.png, <category>/test/<ok or ko>/*.png, <category>/ground_truth/ko/*.png",
+    "dagm": "<class>/<Train or Test>/*.PNG, <class>/<Train or Test>/Label/*_label.PNG",
+    "kolektor": "<part>/*.jpg, <part>/*_label.bmp",
+    "mmad": "mmad.json, <data set>/<category>/.../<good or defect>/*",
+    "coco": "annotations/*.json with images, annotations and categories; images/*",
+    "yolo": "images/*, labels/*.txt, data.yaml",
+    "voc": "JPEGImages/*, Annotations/*.xml",
+    "labelme": "*.jpg, *.json with shapes and imagePath",
+    "csv": "*.jpg, one *.csv with the columns image, label, defect, x1, y1, x2, y2",
+}
 
 
-def detect(raw: Path) -> str:
-    """The name of the layout that a raw data set is in.
+def detect(raw: Path) -> tuple[str, str]:
+    """The layout that a raw data set is in, and what was seen there.
+
+    Returns:
+        The name of the layout; some of the folders and files, as one line.
 
     Raises:
-        AdfmError: It is in none that is known; says what was seen.
+        AdfmError: It is in none that is known, or may be in several; says what was seen.
     """
-    for layout, recognises in _RECOGNISERS.items():
-        if recognises(raw):
-            return layout
-    raise AdfmError(
-        f"{raw} is in no layout that adfm knows ({', '.join(READERS)}). Seen there: {_seen(raw)}. mvtec wants"
-        " <category>/train/good/*.png, <category>/test/<good or defect>/*.png and"
-        " <category>/ground_truth/<defect>/*_mask.png."
-    )
+    seen = _seen(raw)
+    found = [layout for layout, recognises in _RECOGNISERS.items() if recognises(raw)]
+    if "mmad" in found:  # its parts are in layouts of their own
+        found = ["mmad"]
+    if "visa" in found:  # a category has a table
+        found = [layout for layout in found if layout != "csv"]
+    if len(found) > 1:
+        raise AdfmError(
+            f"{raw} may be in any of these layouts: {', '.join(found)}. Seen there: {seen}. Say which it is with"
+            f" --layout {found[0]}, or take apart what are two data sets."
+        )
+    if not found:
+        forms = "\n".join(f"  {layout}: {form}" for layout, form in _FORMS.items())
+        raise AdfmError(f"{raw} is in no layout that adfm knows. Seen there: {seen}. The layouts are:\n{forms}")
+    return found[0], seen
 
 
 def _seen(raw: Path) -> str:
-    entries = sorted(path for path in raw.iterdir() if not path.name.startswith("."))
-    folders = [path.name + "/" for path in entries if path.is_dir()]
-    kinds = Counter(path.suffix.lower() or "without extension" for path in entries if path.is_file())
-    more = [f"and {len(folders) - 8} more folders"] if len(folders) > 8 else []
-    return (
-        ", ".join(folders[:8] + more + [f"{count} files {kind}" for kind, count in sorted(kinds.items())]) or "nothing"
-    )
+    """Some folders that hold no folders, and the files at the top."""
+    top = files.root(raw, lambda folder: len(files.folders(folder)) != 1) or raw
+    inside = files.folders(top)
+    deepest = [folder for first in inside[:2] for folder in _deepest(first, depth=3)]
+    shown = [f"{folder.relative_to(raw).as_posix()}/ ({_kinds(folder) or 'no files'})" for folder in deepest[:8]]
+    if len(inside) > 2:
+        shown.append(f"and {len(inside) - 2} more folders")
+    return ", ".join(filter(None, [*shown, _kinds(raw)])) or "nothing"
+
+
+def _deepest(folder: Path, depth: int) -> list[Path]:
+    """The first folder without folders within each of the first few that `folder` holds."""
+    inside = files.folders(folder)[: 4 if depth > 1 else 1]
+    return [found for path in inside for found in _deepest(path, depth - 1)] if inside and depth else [folder]
+
+
+def _kinds(folder: Path) -> str:
+    names = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+    kinds = Counter(path.suffix.lower() or "without extension" for path in names)
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))

@@ -1,4 +1,5 @@
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,10 @@ def test_samples(mvtec_folder: Path) -> None:
     by_source = {sample.source: sample for sample in samples}
     hole = by_source["bolt/test/hole/003.png"]
     assert hole.image == mvtec_folder / "bolt/test/hole/003.png"
-    assert hole.mask == mvtec_folder / "bolt/ground_truth/hole/003_mask.png"
+    assert hole.masks == (mvtec_folder / "bolt/ground_truth/hole/003_mask.png",)
     assert (hole.category, hole.label, hole.defect, hole.split) == ("bolt", "anomalous", "hole", "test")
     good = by_source["tile/train/good/000.png"]
-    assert (good.category, good.label, good.defect, good.mask, good.split) == ("tile", "normal", None, None, "train")
+    assert (good.category, good.label, good.defect, good.masks, good.split) == ("tile", "normal", None, (), "train")
     assert {(s.label, s.split) for s in samples} == {("normal", "train"), ("normal", "test"), ("anomalous", "test")}
 
 
@@ -27,10 +28,10 @@ def test_masks_are_paired_by_name_whatever_their_order_or_extension(mvtec_folder
     (truth / "000_mask.png").rename(truth / "zz_mask.PNG")
     (mvtec_folder / "bolt/test/hole/000.png").rename(mvtec_folder / "bolt/test/hole/zz.JPG")
     (truth / "001_mask.png").rename(truth / "001.bmp")
-    masks = {sample.source: sample.mask for sample in mvtec.read(mvtec_folder)}
-    assert masks["bolt/test/hole/zz.JPG"] == truth / "zz_mask.PNG"
-    assert masks["bolt/test/hole/001.png"] == truth / "001.bmp"
-    assert masks["bolt/test/hole/002.png"] == truth / "002_mask.png"
+    masks = {sample.source: sample.masks for sample in mvtec.read(mvtec_folder)}
+    assert masks["bolt/test/hole/zz.JPG"] == (truth / "zz_mask.PNG",)
+    assert masks["bolt/test/hole/001.png"] == (truth / "001.bmp",)
+    assert masks["bolt/test/hole/002.png"] == (truth / "002_mask.png",)
 
 
 def test_a_data_set_that_nests_its_own_name(mvtec_folder: Path, tmp_path: Path) -> None:
@@ -41,7 +42,7 @@ def test_a_data_set_that_nests_its_own_name(mvtec_folder: Path, tmp_path: Path) 
     assert len(samples) == 48
     assert samples[0].source == "tiny/tiny/bolt/train/good/000.png"
     assert {sample.category for sample in samples} == {"bolt", "tile"}
-    assert readers.detect(outer) == "mvtec"
+    assert readers.detect(outer)[0] == "mvtec"
 
 
 def test_one_category_alone_within_a_folder_or_as_the_folder(mvtec_folder: Path) -> None:
@@ -90,7 +91,24 @@ def test_everything_that_is_wrong_is_listed_in_one_error(mvtec_folder: Path) -> 
     ]
 
 
+def test_memory_does_not_grow_with_the_number_of_categories(tmp_path: Path) -> None:
+    peaks = []
+    for number in (2, 12):
+        raw = tmp_path / str(number)
+        for category in range(number):
+            for name in ("test/good", "test/hole", "ground_truth/hole"):
+                folder = raw / f"c{category:02d}" / name
+                folder.mkdir(parents=True)
+                for image in range(100):
+                    (folder / f"{image:03d}.png").touch()
+        tracemalloc.start()
+        assert sum(1 for _ in mvtec.read(raw)) == number * 200
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0]
+
+
 def test_a_layout_without_an_image(tmp_path: Path) -> None:
     (tmp_path / "bolt" / "train" / "good").mkdir(parents=True)
-    with pytest.raises(AdfmError, match="no image in any <category>/train/good"):
+    with pytest.raises(AdfmError, match="no image in any place of the layout"):
         list(mvtec.read(tmp_path))

@@ -1,0 +1,348 @@
+"""What the readers of drawn annotations share: shapes and what is wrong with them, text and JSON files, names.
+
+A function that meets bad data raises `ValueError` with what is wrong; the reader adds where, and goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from adfm.data.readers.files import folders, images, root
+from adfm.records import Box, Polygon, Rle, Sample, Split
+
+_T = TypeVar("_T")
+
+_NORMAL = frozenset(("normal", "good", "ok"))
+_SPLITS: dict[str, Split] = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+    "testing": "test",
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One defect that a person drew; `name` is its class."""
+
+    name: str
+    box: Box
+    polygons: tuple[Polygon, ...] = ()
+    rle: Rle | None = None
+
+
+def sample(
+    raw: Path, image: Path, shapes: Sequence[Shape], split: Split | None = None, normalized: bool = False
+) -> Sample:
+    """An image with shapes is anomalous, one without is normal; its category is the name of the data set.
+
+    The defect is the class of the shapes; of several classes, their names by the alphabet, joined by `+`.
+    """
+    dataset = raw.resolve().name
+    return Sample(
+        image=image,
+        source=image.relative_to(raw).as_posix(),
+        dataset=dataset,
+        category=dataset,
+        label="anomalous" if shapes else "normal",
+        defect="+".join(sorted({shape.name for shape in shapes})) or None,
+        boxes=tuple(shape.box for shape in shapes),
+        polygons=tuple(polygon for shape in shapes for polygon in shape.polygons),
+        rles=tuple(shape.rle for shape in shapes if shape.rle),
+        normalized=normalized,
+        split=split,
+    )
+
+
+def class_name(value: object) -> str:
+    """The name of a defect's class.
+
+    Raises:
+        ValueError: It is no name, or one that says that nothing is wrong.
+    """
+    name = value.strip() if isinstance(value, str) else ""
+    if not name or not name.isprintable():
+        raise ValueError(f"the class {value!r} is no name")
+    if name.lower() in _NORMAL:
+        raise ValueError(
+            f"its class is {name!r}, but every shape is taken for a defect; delete the shapes of this class,"
+            " an image without any is normal"
+        )
+    return name
+
+
+def number(value: object) -> float:
+    """A finite number of JSON.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e15:  # nan is not below
+        raise ValueError(f"{str(value)[:40]!r} is no finite number")
+    return float(value)
+
+
+def box(x1: float, y1: float, x2: float, y2: float, side: float = math.inf) -> Box:
+    """A box that has an area and touches the image.
+
+    Args:
+        x1: The left side; the others accordingly.
+        y1: The upper side.
+        x2: The right side, one past the last pixel.
+        y2: The lower side.
+        side: Width and height of the image, if known: 1 for a box in fractions of it.
+
+    Raises:
+        ValueError: It is inverted, empty, not finite, or lies outside the image.
+    """
+    shown = f"the box [{x1:g}, {y1:g}, {x2:g}, {y2:g}]"
+    if not all(math.isfinite(value) for value in (x1, y1, x2, y2)):
+        raise ValueError(f"{shown} is not finite")
+    if x2 <= x1 or y2 <= y1:
+        raise ValueError(f"{shown} is inverted or has no area")
+    if x2 <= 0 or y2 <= 0 or x1 >= side or y1 >= side:
+        raise ValueError(f"{shown} lies outside the image")
+    return Box(x1, y1, x2, y2)
+
+
+def enclosing(points: Iterable[tuple[float, float]], side: float = math.inf) -> Box:
+    """The box round some points; see `box`."""
+    xs, ys = zip(*points, strict=True)
+    return box(min(xs), min(ys), max(xs), max(ys), side)
+
+
+def polygon(points: Sequence[tuple[float, float]]) -> Polygon:
+    """A closed outline.
+
+    Raises:
+        ValueError: It has fewer than three corners.
+    """
+    if len(points) < 3:
+        raise ValueError(f"a polygon needs 3 corners, and has {len(points)}")
+    return tuple(points)
+
+
+def member(value: object, key: str, kind: type[_T]) -> _T:
+    """What a JSON object has under a key.
+
+    Raises:
+        ValueError: It is no object, has no such key, or something of another kind there.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"is no JSON object, so that it has no {key!r}")
+    if key not in value:
+        raise ValueError(f"has no {key!r}")
+    if not isinstance(value[key], kind):
+        raise ValueError(f"{key!r} is no {kind.__name__}: {str(value[key])[:40]!r}")
+    return value[key]  # type: ignore[no-any-return]
+
+
+def text(path: Path) -> str:
+    """A UTF-8 file, with or without byte order mark.
+
+    Raises:
+        ValueError: It cannot be read, is empty, or in another encoding.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from error
+    if not content.strip():
+        raise ValueError("is empty")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"line {line}: is not UTF-8 text; save the file with the encoding UTF-8") from error
+
+
+def parsed(path: Path) -> Any:
+    """A JSON file.
+
+    Raises:
+        ValueError: It cannot be read, or is no JSON; says the line and the column.
+    """
+    content = text(path)
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError as error:
+        comma = content[: error.pos].rstrip().endswith(",") and content[error.pos :].lstrip()[:1] in "]}"
+        hint = "; take away the comma before it" if comma else ""
+        raise ValueError(f"line {error.lineno}, column {error.colno}: is no JSON ({error.msg}){hint}") from error
+    except (RecursionError, ValueError) as error:  # brackets nested too deep, an integer of thousands of digits
+        raise ValueError(f"is no JSON that can be read ({error})") from error
+
+
+def mentions(path: Path, *words: bytes) -> bool:
+    """Whether all words are in a file, however large it is."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return all(content.find(word) >= 0 for word in words)
+    except (OSError, ValueError):  # an empty file cannot be mapped
+        return False
+
+
+def split_of(*names: str) -> Split | None:
+    """The split in the first name that has just one: `instances_train2017`, `valid`, `Test` and the like."""
+    for name in names:
+        found = {_SPLITS[word] for word in re.findall("[a-z]+", name.lower()) if word in _SPLITS}
+        if len(found) == 1:
+            return found.pop()
+    return None
+
+
+def folder_names(raw: Path, path: Path) -> list[str]:
+    """The names of the folders between a file and the data set, the nearest first."""
+    return list(path.relative_to(raw).parts[-2::-1])
+
+
+def walk(folder: Path, depth: int = 99, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """A folder and those in it, by name; none of them twice in one another by way of a link.
+
+    Args:
+        folder: Where to begin.
+        depth: How many levels to go down.
+        above: The folders that it is in, resolved.
+    """
+    real = folder.resolve()
+    if real in above:
+        return
+    yield folder
+    for inside in folders(folder) if depth else []:
+        yield from walk(inside, depth - 1, above | {real})
+
+
+def holds(raw: Path, sign: Callable[[Path], bool]) -> bool:
+    """Whether a data set, or a folder not more than two down in it, shows a sign of a layout."""
+    return root(raw, lambda folder: any(map(sign, walk(folder, 2)))) is not None
+
+
+def listing(folder: Path, suffix: str) -> list[Path]:
+    """The files of a folder with a suffix, in upper or lower case, by name; hidden ones do not count."""
+    return sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() == suffix and path.is_file())
+
+
+def partners(raw: Path, folder: Path, own: Container[str], other: Container[str]) -> list[Path]:
+    """Folders where the annotations of a folder of images may be, or the other way round.
+
+    For `a/images/b` and annotations in `labels`: itself, `a/b`, `a/labels/b`; for `a` also `a/labels`.
+
+    Args:
+        raw: The data set.
+        folder: A folder in it.
+        own: Names, in lower case, of folders of its kind.
+        other: Names, in lower case, of folders of the other kind.
+    """
+    parts = folder.relative_to(raw).parts
+    at = max((place for place, part in enumerate(parts) if part.lower() in own), default=len(parts))
+    base, rest = raw.joinpath(*parts[:at]), parts[at + 1 :]
+    beside = [base, *(inside for inside in folders(base) if inside.name.lower() in other)]
+    return list(dict.fromkeys([folder, *(inside.joinpath(*rest) for inside in beside)]))
+
+
+def paired(
+    raw: Path,
+    folder: Path,
+    suffix: str,
+    own: Container[str],
+    other: Container[str],
+    counts: Callable[[Path], bool],
+    problems: list[str],
+) -> Iterator[tuple[Path, Path | None]]:
+    """Yields the images of a folder, each with the annotation file of its name, which may be in a partner folder.
+
+    Args:
+        raw: The data set.
+        folder: A folder in it, which may hold images, annotation files, or both.
+        suffix: Of annotation files, in lower case.
+        own: As in `partners`, for images.
+        other: As in `partners`, for annotation files.
+        counts: Whether a file that belongs to no image is an annotation file.
+        problems: Gets two images or two annotation files of one name, and annotation files without an image.
+    """
+    files: dict[str, list[Path]] = defaultdict(list)
+    pictures: dict[str, list[Path]] = defaultdict(list)
+    for image in images(folder):
+        pictures[image.stem].append(image)
+    for partner in partners(raw, folder, own, other) if pictures else []:
+        for file in listing(partner, suffix):
+            files[file.stem].append(file)
+    for stem, same in pictures.items():
+        for path, several in ((same[0], same[1:]), *((file, files[stem][1:]) for file in files[stem][:1])):
+            if several:
+                others = ", ".join(other.relative_to(raw).as_posix() for other in several)
+                problems.append(f"{path.relative_to(raw).as_posix()}: has the same name as {others}")
+        for image in same:
+            yield image, next(iter(files[stem]), None)
+
+    stems: set[str] | None = None
+    for file in listing(folder, suffix):
+        if stems is None:
+            theirs = [
+                place for place in partners(raw, folder, other, own) if folder in partners(raw, place, own, other)
+            ]
+            stems = {image.stem for place in theirs for image in images(place)}
+        if file.stem not in stems and counts(file):
+            problems.append(f"{file.relative_to(raw).as_posix()}: there is no image {file.stem}.* for it")
+
+
+def near(raw: Path, folder: Path) -> list[Path]:
+    """Folders where the images of an annotation file in `folder` may be: it, the one above, the data set, theirs."""
+    bases = [base for base in (folder, folder.parent, raw) if base.is_relative_to(raw)]
+    found = [*bases, *(inside for base in bases for inside in folders(base))]
+    found += [inside for base in bases for inside in folders(base / "images")]
+    return list(dict.fromkeys(found))
+
+
+def within(raw: Path, folder: Path, name: str, there: Callable[[Path], bool] = Path.is_file) -> Path | None:
+    """What a relative path, seen from a folder, leads to; `None` if that is not there or not in the data set."""
+    path = Path(os.path.normpath(folder.relative_to(raw) / name))
+    if path.is_absolute() or path.parts[:1] == ("..",):
+        return None
+    try:
+        return raw / path if there(raw / path) else None
+    except (OSError, ValueError):  # a name that no file can have
+        return None
+
+
+def locate(raw: Path, name: str, *groups: Sequence[Path]) -> Path:
+    """The image that an annotation file means by a name.
+
+    Args:
+        raw: The data set.
+        name: A path, absolute or relative, with `/` or backslashes; if it leads nowhere, its last part is looked for.
+        groups: Folders to look in; the first group that has the image counts.
+
+    Raises:
+        ValueError: There is no such image in the data set, or there are several.
+    """
+    slashed = name.replace("\\", "/")
+    for tried in dict.fromkeys((name, slashed, PurePosixPath(slashed).name)):
+        for group in groups:
+            found = list(dict.fromkeys(path for folder in group if (path := within(raw, folder, tried))))
+            if len(found) > 1:
+                several = ", ".join(path.relative_to(raw).as_posix() for path in found)
+                raise ValueError(f"the image {name!r} may be any of {several}; write its folder with it")
+            if found:
+                return found[0]
+    raise ValueError(f"there is no image {name!r}, neither beside this file nor in the folders round it")
+
+
+def unlisted(raw: Path, known: Container[Path]) -> Iterator[str]:
+    """One problem for every folder with images other than the known ones."""
+    for folder in walk(raw):
+        names = [image.name for image in images(folder) if image not in known]
+        if names:
+            yield f"{folder.relative_to(raw).as_posix()}: images that are not in the annotations: {', '.join(names)}"

@@ -1,0 +1,235 @@
+"""What readers share: what counts as an image, going through folders in a fixed order, one error for everything."""
+
+from __future__ import annotations
+
+import codecs
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from adfm.errors import AdfmError
+from adfm.records import Sample
+
+IMAGES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"))
+
+T = TypeVar("T")
+
+
+def folders(folder: Path) -> list[Path]:
+    """The folders in a folder, by name.
+
+    Hidden ones (`.x`, `__MACOSX`) do not count, nor do symbolic links that lead back to where they are in.
+
+    Args:
+        folder: May be missing: it has none then.
+
+    Raises:
+        AdfmError: `folder` cannot be read.
+    """
+    if not _is_readable(folder):
+        return []
+    with os.scandir(folder) as entries:
+        inside = [entry for entry in entries if not _is_hidden(entry.name) and os.path.isdir(entry)]
+    return sorted(folder / entry.name for entry in inside if not _leads_back(folder, entry))
+
+
+def images(folder: Path, pattern: str = "*") -> list[Path]:
+    """The images in a folder, by name. Neither hidden ones nor those in hidden folders count.
+
+    Args:
+        folder: May be missing: it has none then.
+        pattern: As of `Path.glob`; `**/*` goes through all folders, but through no symbolic link.
+
+    Raises:
+        AdfmError: `folder` cannot be read.
+    """
+    if not _is_readable(folder):
+        return []
+    return sorted(
+        path
+        for path in folder.glob(pattern)
+        if is_image(path) and not any(_is_hidden(part) for part in path.relative_to(folder).parts)
+    )
+
+
+def is_image(path: Path) -> bool:
+    """Whether the name is an image's, in upper or lower case, and no folder has it."""
+    return path.suffix.lower() in IMAGES and not path.is_dir()
+
+
+def root(raw: Path, holds: Callable[[Path], bool]) -> Path | None:
+    """The folder of the data set: `raw`, or what is reached by going, three times at most, into the only folder.
+
+    Args:
+        raw: Where to begin.
+        holds: Whether a folder is a data set's.
+    """
+    folder = raw
+    for _ in range(3):
+        if holds(folder):
+            return folder
+        inside = folders(folder)
+        if len(inside) != 1:
+            return None
+        folder = inside[0]
+    return folder if holds(folder) else None
+
+
+def categories(raw: Path, is_category: Callable[[Path], bool]) -> list[Path]:
+    """The folders that should be categories: those beside any that is one, or the data set's only one.
+
+    Args:
+        raw: A folder of categories, one category itself, or a folder that `root` leads from to either.
+        is_category: Whether a folder is a category in the layout that is looked for.
+    """
+    if is_category(raw):
+        return [raw]
+    found = root(raw, lambda folder: any(is_category(inside) for inside in folders(folder)))
+    return folders(found) if found else []
+
+
+def named(bases: Sequence[Path], name: str) -> Path | None:
+    """The path that a data set's own file gives, under the first of some folders where it exists, else the first.
+
+    Args:
+        bases: Folders that it may be relative to.
+        name: The path, with `/`.
+
+    Returns:
+        `None` where the path would lead out of the data set, or nowhere.
+    """
+    if name.startswith("/") or ".." in name.split("/") or not name.strip("./") or "\0" in name:
+        return None
+    paths = (base / name for base in bases)
+    return next((path for path in paths if _exists(path)), bases[0] / name)
+
+
+def parse(raw: Path, file: Path, form: TypeAdapter[T], problems: list[str]) -> T | None:
+    """Reads a JSON file of a data set.
+
+    Args:
+        raw: The data set.
+        file: The file, in UTF-8, with or without a byte order mark.
+        form: What should be in it.
+        problems: What is wrong with it is added here, one line each; a line and column where it is no JSON.
+
+    Returns:
+        What is in it, or `None` where something is wrong.
+    """
+    try:
+        return form.validate_json(file.read_bytes().removeprefix(codecs.BOM_UTF8))
+    except ValidationError as error:
+        for detail in error.errors(include_url=False, include_input=False):
+            place = "".join(f"[{part!r}]" for part in detail["loc"])
+            problems.append(f"{file.relative_to(raw).as_posix()}: {place}{' ' if place else ''}{detail['msg']}")
+    except OSError as error:
+        problems.append(f"{file.relative_to(raw).as_posix()}: cannot be read ({error})")
+    return None
+
+
+def checked(
+    raw: Path, layout: str, parts: Iterable[tuple[Path | None, Iterable[Sample]]], problems: list[str]
+) -> Iterator[Sample]:
+    """Yields all samples, and then raises one error about everything that was wrong.
+
+    What is wrong: an image or mask that does not exist, an anomalous image without a mask, an image that comes twice,
+    no image at all, and what the reader itself found. Memory is that of the largest part.
+
+    Args:
+        raw: The data set.
+        layout: Name of its layout.
+        parts: The samples, folder by folder. Every image in a folder has to be the image or the mask of a sample,
+            unless the folder is `None`.
+        problems: What the reader finds; it may add to it until the last sample.
+
+    Raises:
+        AdfmError: There are problems.
+    """
+    empty = True
+    for folder, samples in parts:
+        used: set[Path] = set()
+        for sample in samples:
+            if sample.image in used:
+                problems.append(f"{sample.source}: is named twice")
+            if not _exists(sample.image):
+                problems.append(f"{sample.source}: does not exist")
+            if sample.label == "anomalous" and not sample.masks:
+                problems.append(f"{sample.source}: has no mask")
+            problems += [
+                f"{sample.source}: has no mask {mask.relative_to(raw).as_posix()}"
+                for mask in sample.masks
+                if not _exists(mask)
+            ]
+            used.update((sample.image, *sample.masks))
+            yield sample
+        empty = empty and not used
+        if folder:
+            problems += strays(raw, folder, used)
+    if empty and not problems:
+        problems.append("no image in any place of the layout")
+    refuse(raw, layout, problems)
+
+
+def strays(raw: Path, folder: Path, used: Iterable[Path]) -> list[str]:
+    """One problem for every folder below `folder` that has images other than the `used` ones.
+
+    Masks of normal images, in `ground_truth/good` or `ground_truth/ok`, are no matter.
+    """
+    names: dict[Path, list[str]] = defaultdict(list)
+    for stray in sorted(set(images(folder, "**/*")).difference(used)):
+        if stray.relative_to(folder).parts[:2] not in (("ground_truth", "good"), ("ground_truth", "ok")):
+            names[stray.parent].append(stray.name)
+    return [
+        f"{parent.relative_to(raw).as_posix()}: no place in the layout, or no image for the mask: {', '.join(stray)}"
+        for parent, stray in names.items()
+    ]
+
+
+def refuse(raw: Path, layout: str, problems: Iterable[str]) -> None:
+    """Raises one error that lists everything that is wrong with a data set, if anything is.
+
+    Args:
+        raw: The data set.
+        layout: Name of its layout.
+        problems: One line each, said once; what cannot be printed, such as a newline in a file's name, is escaped.
+
+    Raises:
+        AdfmError: There are problems.
+    """
+    listed = "\n".join(f"  {_printable(problem)}" for problem in dict.fromkeys(problems))
+    if listed:
+        raise AdfmError(
+            f"{raw}: problems in the data set (layout {layout}):\n{listed}\n"
+            "Add what is missing, or take these files away, and convert again."
+        )
+
+
+def _is_readable(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise AdfmError(f"{folder}: cannot be read; change its permissions.")
+    return True
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # its name is too long, for one
+        return False
+
+
+def _leads_back(folder: Path, entry: os.DirEntry[str]) -> bool:
+    return entry.is_symlink() and folder.resolve().is_relative_to((folder / entry.name).resolve())
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "__MACOSX"))
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

@@ -1,0 +1,125 @@
+"""The layout of Real-IAD.
+
+<category>/OK/S0001/<category>_0001_OK_C1_20230922.jpg
+<category>/NG/<defect>/S0002/<category>_0002_NG_C1_20230922.jpg, .png
+<category>.json    (beside the category, or one or two folders deeper)
+
+{"meta": {"normal_class": "OK", "prefix": "<category>/"},
+ "train": [{"category": "...", "anomaly_class": "OK", "image_path": "OK/S0001/....jpg", "mask_path": null}],
+ "test": [...]}
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel, TypeAdapter
+
+from adfm.data.readers import files
+from adfm.records import Sample
+
+
+class _Meta(BaseModel):
+    normal_class: str
+
+
+class _Image(BaseModel):
+    anomaly_class: str
+    image_path: str
+    mask_path: str | None = None
+
+
+class _Category(BaseModel):
+    meta: _Meta
+    train: list[_Image]
+    test: list[_Image]
+
+
+_FORM = TypeAdapter(_Category)
+
+
+def recognises(raw: Path) -> bool:
+    """Whether there is a category in this layout, with its JSON file."""
+    top = files.root(raw, lambda folder: bool(_places(folder)))
+    return top is not None and any(_jsons(top, folder) for place in _places(top) for folder in _folders(place))
+
+
+def read(raw: Path) -> Iterator[Sample]:
+    """Yields the samples, category by category, in the order of its JSON file. `split` is the list that has the image.
+
+    The JSON file is the authority: images that it does not name are left out (that of a single view names a fifth of
+    them). `defect` is its `anomaly_class`. A view of a defective part that has no mask does not show the defect: it is
+    normal, as is one whose mask turns out to be empty. The folder of a part's five views is the `group`.
+
+    The categories may lie in a folder of their own (`realiad_1024`) beside those of the JSON files. Of several JSON
+    files for a category the one in the fewest folders counts, and then the one in a folder called `realiad_jsons`.
+
+    Args:
+        raw: The raw data set; its name is the name of the data set.
+
+    Raises:
+        AdfmError: No image, a category without a JSON file or with several that differ, a file that is no such JSON,
+            or that names images and masks that do not exist: all that was found, in one error, after the last sample.
+    """
+    problems: list[str] = []
+    top = files.root(raw, lambda folder: bool(_places(folder))) or raw
+    places = _places(top)
+    if len(places) > 1:
+        names = ", ".join(place.relative_to(raw).as_posix() for place in places)
+        problems.append(f"the images are there more than once, keep one: {names}")
+    parts = ((None, _category(raw, top, folder, problems)) for place in places[:1] for folder in _folders(place))
+    return files.checked(raw, "real-iad", parts, problems)
+
+
+def _category(raw: Path, top: Path, folder: Path, problems: list[str]) -> Iterator[Sample]:
+    found = _jsons(top, folder)
+    if len({file.read_bytes() for file in found}) > 1:
+        found = [file for file in found if file.parent.name == "realiad_jsons"] or found
+    if len({file.read_bytes() for file in found}) != 1:
+        which = ", ".join(file.relative_to(raw).as_posix() for file in found)
+        what = f"has several JSON files that differ, keep one: {which}" if found else f"has no {folder.name}.json"
+        problems.append(f"{folder.relative_to(raw).as_posix()}: {what}")
+        return
+    content = files.parse(raw, found[0], _FORM, problems)
+    if content is None:
+        return
+    dataset, bases = raw.resolve().name, (folder, folder.parent)
+    for split, listed in (("train", content.train), ("test", content.test)):
+        for entry in listed:
+            image = files.named(bases, entry.image_path)
+            mask = files.named(bases, entry.mask_path) if entry.mask_path else None
+            if image is None or (entry.mask_path and mask is None):
+                path = entry.image_path if image is None else entry.mask_path
+                problems.append(f"{found[0].relative_to(raw).as_posix()}: {path!r} is no path within the data set")
+                continue
+            normal = entry.anomaly_class == content.meta.normal_class or mask is None
+            yield Sample(
+                image=image,
+                source=image.relative_to(raw).as_posix(),
+                dataset=dataset,
+                category=folder.name,
+                label="normal" if normal else "anomalous",
+                defect=None if normal else entry.anomaly_class,
+                masks=() if normal or mask is None else (mask,),
+                unmarked_is_normal=True,
+                split=split,
+                group=image.parent.relative_to(raw).as_posix(),
+            )
+
+
+def _places(folder: Path) -> list[Path]:
+    """The folders that hold categories: this one, or some in it."""
+    return [place for place in (folder, *files.folders(folder)) if _folders(place)]
+
+
+def _folders(place: Path) -> list[Path]:
+    return [folder for folder in files.folders(place) if (folder / "OK").is_dir() or (folder / "NG").is_dir()]
+
+
+def _jsons(top: Path, folder: Path) -> list[Path]:
+    """The JSON files of a category that lie in the fewest folders."""
+    name = glob.escape(f"{folder.name}.json")
+    patterns = (name, f"*/{name}", f"*/*/{name}")
+    return next((found for pattern in patterns if (found := sorted(top.glob(pattern)))), [])

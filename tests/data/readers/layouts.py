@@ -1,0 +1,293 @@
+"""A small data set in every layout, written file by file, with what is true of each of its images."""
+
+import csv
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+
+class Truth(NamedTuple):
+    category: str
+    defect: str | None = None
+    masks: tuple[str, ...] = ()
+    split: str | None = None
+    group: str | None = None
+
+
+Truths = dict[str, Truth]
+
+
+def image(root: Path, name: str, size: tuple[int, int] = (32, 24)) -> str:
+    """An image of noise that differs from file to file."""
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(list(name.encode()))
+    Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(path)
+    return name
+
+
+def mask(root: Path, name: str, value: int = 255, size: tuple[int, int] = (32, 24)) -> str:
+    """A mask with a defect of 4 x 3 pixels in `value`."""
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.zeros((size[1], size[0]), np.uint8)
+    pixels[5:8, 10:14] = value
+    Image.fromarray(pixels).save(path)
+    return name
+
+
+def table(path: Path, rows: Iterable[Iterable[str]], encoding: str = "utf-8") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding=encoding, newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def mvtec(root: Path) -> Truths:
+    truths = {}
+    for category in ("bottle", "metal_nut"):
+        for number in range(3):
+            truths[image(root, f"{category}/train/good/{number:03d}.png")] = Truth(category, split="train")
+        truths[image(root, f"{category}/test/good/000.png")] = Truth(category, split="test")
+        for defect in ("broken_large", "contamination"):
+            drawn = mask(root, f"{category}/ground_truth/{defect}/000_mask.png")
+            truths[image(root, f"{category}/test/{defect}/000.png")] = Truth(category, defect, (drawn,), "test")
+    return truths
+
+
+def mpdd(root: Path) -> Truths:
+    """Extensions in upper and lower case."""
+    truths = {}
+    for name, drawn in (("000.png", "000_mask.PNG"), ("001.PNG", "001_mask.png"), ("002.Png", "002_mask.png")):
+        truth = mask(root, f"bracket_black/ground_truth/hole/{drawn}")
+        truths[image(root, f"bracket_black/test/hole/{name}")] = Truth("bracket_black", "hole", (truth,), "test")
+    truths[image(root, "bracket_black/train/good/000.PNG")] = Truth("bracket_black", split="train")
+    truths[image(root, "bracket_black/test/good/000.png")] = Truth("bracket_black", split="test")
+    return truths
+
+
+def dtd_synthetic(root: Path) -> Truths:
+    """Within two more folders of one name, and beside a file."""
+    truths = {}
+    inside = "DTD-Synthetic/DTD-Synthetic"
+    for category in ("Blotchy_099", "Woven_001"):
+        drawn = mask(root, f"{inside}/{category}/ground_truth/bad/000_mask.png")
+        truths[image(root, f"{inside}/{category}/test/bad/000.png")] = Truth(category, "bad", (drawn,), "test")
+        truths[image(root, f"{inside}/{category}/test/good/000.png")] = Truth(category, split="test")
+        truths[image(root, f"{inside}/{category}/train/good/000.png")] = Truth(category, split="train")
+    (root / "manifest.json").write_text("{}")
+    return truths
+
+
+def goodsad(root: Path) -> Truths:
+    """Photographs, and masks of the same name."""
+    truths = {}
+    for category in ("cigarette_box", "food_package"):
+        drawn = mask(root, f"{category}/ground_truth/opened/0001.png")
+        truths[image(root, f"{category}/test/opened/0001.jpg")] = Truth(category, "opened", (drawn,), "test")
+        truths[image(root, f"{category}/test/good/0001.jpg")] = Truth(category, split="test")
+        truths[image(root, f"{category}/train/good/0001.jpg")] = Truth(category, split="train")
+    return truths
+
+
+def visa_1cls(root: Path) -> Truths:
+    truths = {}
+    for category in ("candle", "pcb1"):
+        drawn = mask(root, f"{category}/ground_truth/bad/000.png", value=1)
+        truths[image(root, f"{category}/test/bad/000.JPG")] = Truth(category, "bad", (drawn,), "test")
+        truths[image(root, f"{category}/test/good/0001.JPG")] = Truth(category, split="test")
+        truths[image(root, f"{category}/train/good/0000.JPG")] = Truth(category, split="train")
+    return truths
+
+
+def loco(root: Path) -> Truths:
+    truths = {}
+    for category in ("breakfast_box", "screw_bag"):
+        for split in ("train", "validation", "test"):
+            truths[image(root, f"{category}/{split}/good/000.png")] = Truth(category, split=split)
+        for defect, number in (("logical_anomalies", 2), ("structural_anomalies", 1)):
+            folder = f"{category}/ground_truth/{defect}/000"
+            drawn = tuple(mask(root, f"{folder}/{part:03d}.png", value=200 + part) for part in range(number))
+            truths[image(root, f"{category}/test/{defect}/000.png")] = Truth(category, defect, drawn, "test")
+    return truths
+
+
+def visa(root: Path) -> Truths:
+    rows = [["object", "split", "label", "image", "mask"]]
+    truths = {}
+    for category in ("candle", "pcb1"):
+        kinds = [["image", "label", "mask"]]
+        for number, split in enumerate(("train", "train", "test")):
+            normal = image(root, f"{category}/Data/Images/Normal/{number:04d}.JPG")
+            truths[normal] = Truth(category, split=split)
+            rows.append([category, split, "normal", normal, ""])
+            kinds.append([normal, "normal", ""])
+        for number, kind in enumerate(("melt", "bubble,scratch")):
+            bad = image(root, f"{category}/Data/Images/Anomaly/{number:03d}.JPG")
+            drawn = mask(root, f"{category}/Data/Masks/Anomaly/{number:03d}.png", value=1 + number)
+            truths[bad] = Truth(category, kind if category == "pcb1" else "anomaly", (drawn,), "test")
+            rows.append([category, "test", "anomaly", bad, drawn])
+            kinds.append([bad, kind, drawn])
+        if category == "pcb1":
+            table(root / category / "image_anno.csv", kinds)
+    table(root / "split_csv/1cls.csv", rows)
+    table(root / "split_csv/2cls_fewshot.csv", rows[:1])
+    return truths
+
+
+def real_iad(root: Path) -> Truths:
+    """`toy` and `toy_brick` begin alike; of the defective part three views of five show the defect."""
+    parts = [("train", "OK", "OK/S0001"), ("test", "OK", "OK/S0002"), ("test", "AK", "NG/AK/S0001")]
+    truths = {}
+    for category in ("toy", "toy_brick"):
+        listed: dict[str, list[dict[str, str | None]]] = {"train": [], "test": []}
+        for split, kind, place in parts:
+            for number in range(1, 6):
+                name = f"{place}/{category}_{place[-4:]}_C{number}_20230922"
+                path = image(root, f"{category}/{name}.jpg")
+                shows = kind == "AK" and number < 4
+                drawn = (mask(root, f"{category}/{name}.png"),) if shows else ()
+                truths[path] = Truth(category, kind if shows else None, drawn, split, f"{category}/{place}")
+                given = f"{name}.png" if shows else "" if number == 5 else None
+                listed[split].append(
+                    {"category": category, "anomaly_class": kind, "image_path": f"{name}.jpg", "mask_path": given}
+                )
+        meta = {"normal_class": "OK", "prefix": f"{category}/", "pre_transform": False}
+        (root / f"{category}.json").write_text(json.dumps({"meta": meta, **listed}))
+    return truths
+
+
+def btad(root: Path) -> Truths:
+    truths = {}
+    for category, kind, drawn_kind in (("01", "bmp", "png"), ("02", "png", "png"), ("03", "bmp", "bmp")):
+        drawn = mask(root, f"{category}/ground_truth/ko/0000.{drawn_kind}")
+        truths[image(root, f"{category}/test/ko/0000.{kind}")] = Truth(category, "ko", (drawn,), "test")
+        truths[image(root, f"{category}/test/ok/0001.{kind}")] = Truth(category, split="test")
+        truths[image(root, f"{category}/train/ok/0000.{kind}")] = Truth(category, split="train")
+    return truths
+
+
+def dagm(root: Path) -> Truths:
+    truths = {}
+    for category in ("Class1", "Class10"):
+        for split in ("Train", "Test"):
+            truths[image(root, f"{category}/{split}/0001.PNG")] = Truth(category, split=split.lower())
+            drawn = mask(root, f"{category}/{split}/Label/0002_label.PNG")
+            bad = image(root, f"{category}/{split}/0002.PNG")
+            truths[bad] = Truth(category, "defect", (drawn,), split.lower())
+            (root / category / split / "Label" / "Labels.txt").write_text("1\n")
+    return truths
+
+
+def kolektor(root: Path) -> Truths:
+    truths = {}
+    for folder in ("kos01", "kos02"):
+        for number in range(3):
+            drawn = mask(root, f"{folder}/Part{number}_label.bmp", value=255 if number == 1 else 0)
+            defect = "defect" if number == 1 else None
+            name = image(root, f"{folder}/Part{number}.jpg")
+            truths[name] = Truth("kolektor", defect, (drawn,), None, folder)
+    return truths
+
+
+def mmad(root: Path) -> Truths:
+    truths = {}
+    listed: dict[str, dict[str, object]] = {}
+
+    def add(name: str, drawn: str | None = None) -> None:
+        """`drawn` is relative to the category, as MMAD has it."""
+        part, category, rest = name.split("/", 2)
+        kind = name.split("/")[-2]
+        image(root, name)
+        masks = (mask(root, f"{part}/{category}/{drawn}"),) if drawn else ()
+        truths[name] = Truth(category, None if kind == "good" else kind, masks, "test")
+        listed[name] = {
+            "image_path": rest,
+            "mask_path": drawn,
+            "conversation": [{"Question": "Is there any defect?", "Answer": "A", "Options": {"A": "Yes.", "B": "No."}}],
+            "similar_templates": ["MVTec-AD/bottle/train/good/000.png"],
+            "random_templates": [],
+        }
+
+    add("DS-MVTec/bottle/image/broken_large/000.png", "mask/broken_large/000_mask.png")
+    add("DS-MVTec/bottle/image/good/000.png")
+    add("MVTec-AD/bottle/test/good/001.png")
+    add("MVTec-LOCO/screw_bag/test/logical_anomalies/000.png", "ground_truth/logical_anomalies/000/000.png")
+    add("VisA/candle/test/bad/000.JPG", "ground_truth/bad/000.png")
+    add("GoodsAD/drink_can/test/opened/001.jpg", "ground_truth/opened/001.png")
+    image(root, "MVTec-AD/bottle/train/good/000.png")  # a template
+    (root / "mmad.json").write_text(json.dumps(listed))
+    return truths
+
+
+def coco(root: Path) -> None:
+    listed = {
+        "images": [{"id": 1, "file_name": "000.jpg", "width": 32, "height": 24}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 5, 4, 3]}],
+        "categories": [{"id": 1, "name": "scratch"}],
+    }
+    image(root, "train/000.jpg")
+    (root / "train/_annotations.coco.json").write_text(json.dumps(listed))
+
+
+def yolo(root: Path) -> None:
+    for split in ("train", "test"):
+        image(root, f"{split}/images/000.jpg")
+        (root / split / "labels").mkdir()
+        (root / split / "labels/000.txt").write_text("0 0.5 0.5 0.25 0.25\n")
+    (root / "data.yaml").write_text("train: train/images\ntest: test/images\nnames: [scratch]\n")
+
+
+def voc(root: Path) -> None:
+    image(root, "JPEGImages/000.jpg")
+    box = "<xmin>11</xmin><ymin>6</ymin><xmax>14</xmax><ymax>8</ymax>"
+    (root / "Annotations").mkdir()
+    (root / "Annotations/000.xml").write_text(
+        f"<annotation><object><name>scratch</name><bndbox>{box}</bndbox></object></annotation>"
+    )
+
+
+def labelme(root: Path) -> None:
+    image(root, "000.jpg")
+    shape = {"label": "scratch", "shape_type": "rectangle", "points": [[10, 5], [14, 8]]}
+    (root / "000.json").write_text(json.dumps({"version": "5.5.0", "imagePath": "000.jpg", "shapes": [shape]}))
+
+
+def own_table(root: Path) -> None:
+    image(root, "images/000.jpg")
+    table(
+        root / "parts.csv",
+        [
+            ["image", "label", "defect", "x1", "y1", "x2", "y2"],
+            ["000.jpg", "anomalous", "scratch", "10", "5", "14", "8"],
+        ],
+    )
+
+
+LAYOUTS: dict[str, tuple[str, Callable[[Path], Truths]]] = {
+    "mvtec": ("mvtec", mvtec),
+    "mpdd": ("mvtec", mpdd),
+    "dtd-synthetic": ("mvtec", dtd_synthetic),
+    "goodsad": ("mvtec", goodsad),
+    "visa-1cls": ("mvtec", visa_1cls),
+    "loco": ("loco", loco),
+    "visa": ("visa", visa),
+    "real-iad": ("real-iad", real_iad),
+    "btad": ("btad", btad),
+    "dagm": ("dagm", dagm),
+    "kolektor": ("kolektor", kolektor),
+    "mmad": ("mmad", mmad),
+}
+"""Data set -> the layout that it is detected as, and its builder."""
+
+DRAWN: dict[str, Callable[[Path], None]] = {
+    "coco": coco,
+    "yolo": yolo,
+    "voc": voc,
+    "labelme": labelme,
+    "csv": own_table,
+}
+"""The layouts of drawn annotations; of these only what tells them apart."""

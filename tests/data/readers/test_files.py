@@ -1,0 +1,121 @@
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+
+from adfm.data.readers import files
+from adfm.errors import AdfmError
+
+
+def test_images_and_folders_are_listed_by_name_without_hidden_ones(tmp_path: Path) -> None:
+    for name in (
+        "b.PNG",
+        "a b'\".jpg",
+        "ä\n.webp",
+        ".c.png",
+        "d.txt",
+        "e",
+        "f.png/g.png",
+        ".h/i.png",
+        "f.png/__MACOSX/j.png",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    assert [path.name for path in files.images(tmp_path)] == ["a b'\".jpg", "b.PNG", "gone.png", "ä\n.webp"]
+    assert [path.name for path in files.images(tmp_path, "**/*")] == [
+        "a b'\".jpg",
+        "b.PNG",
+        "g.png",
+        "gone.png",
+        "ä\n.webp",
+    ]
+    assert files.folders(tmp_path) == [tmp_path / "f.png"]
+    for missing in (tmp_path / "nowhere", tmp_path / "d.txt"):
+        assert files.images(missing) == files.folders(missing) == []
+
+
+def test_links_to_other_folders_are_folders_and_links_back_are_not(tmp_path: Path) -> None:
+    for name in ("data/a", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+    for name, target in (("self", "."), ("up", ".."), ("other", "../elsewhere"), ("twin", "a"), ("dead", "x")):
+        (tmp_path / "data" / name).symlink_to(target)
+    assert [path.name for path in files.folders(tmp_path / "data")] == ["a", "other", "twin"]
+
+
+def test_a_folder_without_permission_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may read everything
+    for listed in (files.images, files.folders):
+        with pytest.raises(AdfmError, match="cannot be read; change its permissions"):
+            listed(tmp_path)
+
+
+def test_the_only_folder_is_gone_into_three_times(tmp_path: Path) -> None:
+    def holds(folder: Path) -> bool:
+        return (folder / "sign").is_dir()
+
+    inner = tmp_path / "a" / "b" / "c"
+    (inner / "sign").mkdir(parents=True)
+    assert files.root(tmp_path, holds) == inner
+    assert files.root(tmp_path.parent, holds) is None
+    assert files.root(inner, holds) == inner
+    (tmp_path / "a" / "other").mkdir()
+    assert files.root(tmp_path, holds) is None
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../x.png", "a/../../x.png", "", ".", "a\0.png"])
+def test_a_path_that_leads_out_or_nowhere(name: str, tmp_path: Path) -> None:
+    assert files.named([tmp_path], name) is None
+
+
+def test_a_path_is_looked_for_in_several_folders(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.png").touch()
+    assert files.named([tmp_path, tmp_path / "a"], "x.png") == tmp_path / "a" / "x.png"
+    assert files.named([tmp_path, tmp_path / "a"], "a/x.png") == tmp_path / "a" / "x.png"
+    for missing in ("y.png", "y" * 300 + ".png"):
+        assert files.named([tmp_path, tmp_path / "a"], missing) == tmp_path / missing
+
+
+@given(st.text())
+def test_no_path_leads_out(name: str) -> None:
+    path = files.named([Path("/data/set")], name)
+    assert path is None or Path(os.path.normpath(path)).is_relative_to("/data/set")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b'{"a": [1,\n 2,]}', "x.json: Invalid JSON: trailing comma at line 2 column 4"),
+        (b"", "x.json: Invalid JSON: EOF while parsing a value at line 1 column 0"),
+        (b'{"a": "b"}', "x.json: ['a'] Input should be a valid array"),
+        (b'{"a": [1, "b"]}', "x.json: ['a'][1] Input should be a valid integer, unable to parse string as an integer"),
+        (b"\xff\xff", "x.json: Invalid JSON: expected value at line 1 column 1"),
+    ],
+)
+def test_what_is_wrong_with_a_json_file(content: bytes, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    problems: list[str] = []
+    assert files.parse(tmp_path, tmp_path / "x.json", TypeAdapter(dict[str, list[int]]), problems) is None
+    assert problems == [problem]
+
+
+def test_json_with_a_byte_order_mark_or_nested_without_end(tmp_path: Path) -> None:
+    problems: list[str] = []
+    (tmp_path / "x.json").write_text('{"a": [1]}', encoding="utf-8-sig")
+    form = TypeAdapter(dict[str, list[int]])
+    assert files.parse(tmp_path, tmp_path / "x.json", form, problems) == {"a": [1]}
+    (tmp_path / "x.json").write_bytes(b"[" * 100_000)
+    assert files.parse(tmp_path, tmp_path / "x.json", form, problems) is None
+    assert files.parse(tmp_path, tmp_path / "gone.json", form, problems) is None
+    assert [problem.split(":")[0] for problem in problems] == ["x.json", "gone.json"]
+
+
+def test_problems_are_one_line_each_and_said_once(tmp_path: Path) -> None:
+    with pytest.raises(AdfmError) as error:
+        files.refuse(tmp_path, "mvtec", ["螺丝.png: a", "b\n\x1b[31m.png: b", "螺丝.png: a"])
+    assert str(error.value).splitlines()[1:-1] == ["  螺丝.png: a", "  b\\n\\x1b[31m.png: b"]
+    files.refuse(tmp_path, "mvtec", [])

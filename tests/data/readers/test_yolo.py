@@ -1,0 +1,224 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adfm.data.readers import yolo
+from tests.data.readers.drawn import NASTY, by_source, never_fails_otherwise, problems, touch
+
+
+def _write(raw: Path, **files: str) -> None:
+    for name, content in files.items():
+        path = raw / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+
+
+def test_samples(tmp_path: Path) -> None:
+    raw = tmp_path / "line"
+    touch(raw, *(f"images/train/{name}.jpg" for name in "abcd"), "images/val/a.png", "images/test/e.png")
+    _write(
+        raw,
+        **{
+            "data.yaml": "path: .\ntrain: images/train\nval: images/val\nnames:\n  0: scratch\n  1: dent\n",
+            "labels/train/a.txt": "1 0.5 0.5 0.25 0.5\n0 0.25 0.25 0.5 0.5\n\n1 0.75 0.75 0.125 0.125\n",
+            "labels/train/b.txt": "",
+            "labels/train/d.txt": "0 0.1 0.2 0.5 0.2 0.5 0.9\n",
+            "labels/val/a.txt": "0 0.5 0.5 1 1",
+        },
+    )
+    assert yolo.recognises(raw)
+    found = by_source(yolo.read, raw)
+    a, b, c, d = (found[f"images/train/{name}.jpg"] for name in "abcd")
+    assert (a.label, a.defect, a.category, a.dataset) == ("anomalous", "dent+scratch", "line", "line")
+    assert a.boxes == ((0.375, 0.25, 0.625, 0.75), (0, 0, 0.5, 0.5), (0.6875, 0.6875, 0.8125, 0.8125))
+    assert (b.label, b.boxes, c.label, c.boxes) == ("normal", (), "normal", ())
+    assert d.polygons == (((0.1, 0.2), (0.5, 0.2), (0.5, 0.9)),)
+    assert d.boxes == ((0.1, 0.2, 0.5, 0.9),)
+    assert all(sample.normalized for sample in found.values())
+    assert found["images/val/a.png"].boxes == ((0, 0, 1, 1),)
+    assert (a.split, found["images/val/a.png"].split, found["images/test/e.png"].split) == (
+        "train",
+        "validation",
+        "test",
+    )
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "split"),
+    [
+        ("a.jpg", "a.txt", None),
+        ("a.jpg", "labels/a.txt", None),
+        ("images/a.jpg", "labels/a.txt", None),
+        ("images/a.jpg", "images/a.txt", None),
+        ("obj_train_data/a.jpg", "obj_train_data/a.txt", "train"),
+        ("valid/images/a.jpg", "valid/labels/a.txt", "validation"),
+        ("images/test/x/a.jpg", "labels/test/x/a.txt", "test"),
+        ("train/a.jpg", "train/labels/a.txt", "train"),
+        ("Images/Train/a.JPG", "Labels/Train/a.txt", "train"),
+    ],
+)
+def test_where_the_text_file_of_an_image_may_be(tmp_path: Path, image: str, label: str, split: str | None) -> None:
+    touch(tmp_path, image)
+    _write(tmp_path, **{label: "3 0.5 0.5 0.5 0.5\n", "README.roboflow.txt": "exported with care\n"})
+    found = by_source(yolo.read, tmp_path)
+    assert (found[image].defect, found[image].boxes, found[image].split) == (
+        "class 3",
+        ((0.25, 0.25, 0.75, 0.75),),
+        split,
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("data.yaml", "names: [a, b]\nnc: 2\n"),
+        ("dataset.yml", "train: ../train/images\nval: /home/me/val\nnames: {0: a, '1': b}\n"),
+        ("classes.txt", "a\nb\n"),
+        ("labels/classes.txt", "a\r\nb\r\n"),
+        ("obj.names", "a\nb\n\n"),
+    ],
+)
+def test_where_the_names_of_the_classes_may_be(tmp_path: Path, file: str, content: str) -> None:
+    touch(tmp_path, "images/1.jpg")
+    _write(tmp_path, **{"labels/1.txt": "1 0.5 0.5 0.5 0.5", file: content})
+    assert by_source(yolo.read, tmp_path)["images/1.jpg"].defect == "b"
+
+
+def test_splits_of_the_yaml_file(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.jpg", "b/2.jpg", "c/3.jpg", "d/train/4.jpg", "e/5.jpg")
+    _write(
+        tmp_path,
+        **{
+            "data.yaml": "train: [./a, ../c]\nval: ['b', c]\ntest: lists/test.txt\nnames: [x]",
+            "lists/test.txt": "./e/5.jpg\ngone.jpg\n",
+            "a/1.txt": "0 0.5 0.5 0.5 0.5",
+        },
+    )
+    splits = {source: sample.split for source, sample in by_source(yolo.read, tmp_path).items()}
+    assert splits == {
+        "a/1.jpg": "train",
+        "b/2.jpg": "validation",
+        "c/3.jpg": None,  # in two of them
+        "d/train/4.jpg": "train",
+        "e/5.jpg": "test",
+    }
+
+
+def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"images/{name}" for name in ("a.jpg", "b.jpg", "c.jpg", "same.jpg", "same.png", "two.jpg")))
+    lines = [
+        "0 0.5 0.5 0.1 0.1 0.93",
+        "0 0.5 0.5 0.1",
+        "0 0.5 0.5 0.1 0.1 0.2 0.2 0.3",
+        "0 0.5 0.5 0.1 0.1 0.2",
+        "0 312 200 50 60",
+        "0 nan 0.5 0.1 0.1",
+        "0 0.5 0.5 -0.1 0.1",
+        "0 0.5 0.5 0 0.1",
+        "0 1.01 0.5 0.01 0.1",
+        "7 0.5 0.5 0.1 0.1",
+        "0.0 0.5 0.5 0.1 0.1",
+        "2 0.5 0.5 0.1 0.1",
+        "0 half 0.5 0.1 0.1",
+        "0 0.5 0.5 0.1 0.1",
+    ]
+    _write(
+        tmp_path,
+        **{
+            "data.yaml": "names: [scratch, dent, ok]",
+            "labels/a.txt": "\n".join(lines),
+            "labels/same.txt": "",
+            "labels/two.txt": "",
+            "images/two.txt": "",
+            "labels/gone.txt": "",
+            "elsewhere/1.txt": "0 0.5 0.5 0.1 0.1",
+        },
+    )
+    (tmp_path / "labels/b.txt").write_bytes("0 0.5 0.5 0.1 0.1\n".encode("utf-16"))
+    (tmp_path / "labels/c.txt").write_text(" \n")
+    confidence = "has 6 numbers: the last is a confidence, and predictions are no labels"
+    assert problems(yolo.read, tmp_path) == [
+        "elsewhere/1.txt: there is no image 1.* for it",
+        f"labels/a.txt: line 1: {confidence}",
+        "labels/a.txt: line 2: is neither class, cx, cy, width, height nor class and points: has 4 numbers",
+        "labels/a.txt: line 3: is neither class, cx, cy, width, height nor class and points: has 8 numbers",
+        f"labels/a.txt: line 4: {confidence}",
+        "labels/a.txt: line 5: 312 is no fraction of the image; write positions and sizes from 0 to 1, not in pixels",
+        "labels/a.txt: line 6: nan is no fraction of the image; write positions and sizes from 0 to 1, not in pixels",
+        "labels/a.txt: line 7: -0.1 is no fraction of the image; write positions and sizes from 0 to 1, not in pixels",
+        "labels/a.txt: line 8: the box [0.5, 0.45, 0.5, 0.55] is inverted or has no area",
+        "labels/a.txt: line 9: the box [1.005, 0.45, 1.015, 0.55] lies outside the image",
+        "labels/a.txt: line 10: the class 7 has no name; there are 0, 1, 2",
+        "labels/a.txt: line 11: the class '0.0' is no whole number from 0",
+        "labels/a.txt: line 12: its class is 'ok', but every shape is taken for a defect; delete the shapes of this"
+        " class, an image without any is normal",
+        "labels/a.txt: line 13: 'half' is no number",
+        "labels/b.txt: line 1: is not UTF-8 text; save the file with the encoding UTF-8",
+        "images/same.jpg: has the same name as images/same.png",
+        "images/two.txt: has the same name as labels/two.txt",
+        "labels/gone.txt: there is no image gone.* for it",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("names: [a\n", "data.yaml: while parsing a flow sequence"),
+        ("names: a", "data.yaml: 'names' is neither a list of names nor names under their numbers"),
+        ("names: {a: 0}", "data.yaml: 'names' is neither a list of names nor names under their numbers"),
+        ("names: [a]\nkpt_shape: [17, 3]", "data.yaml: kpt_shape says that the labels are points of a pose"),
+        ("", "data.yaml: is empty"),
+    ],
+)
+def test_a_bad_yaml_file(tmp_path: Path, content: str, message: str) -> None:
+    touch(tmp_path, "1.jpg")
+    _write(tmp_path, **{"data.yaml": content, "1.txt": "0 0.5 0.5 0.5 0.5"})
+    assert problems(yolo.read, tmp_path)[0].startswith(message)
+
+
+def test_two_lists_of_names(tmp_path: Path) -> None:
+    touch(tmp_path, "1.jpg")
+    _write(tmp_path, **{"data.yaml": "names: [a]", "old/data.yaml": "names: [b]", "1.txt": "0 0.5 0.5 0.5 0.5"})
+    assert problems(yolo.read, tmp_path) == ["data.yaml, old/data.yaml: name the classes differently; keep one of them"]
+
+
+def test_a_data_set_without_any_label_is_not_taken_for_normal(tmp_path: Path) -> None:
+    touch(tmp_path, "images/1.jpg", "images/2.jpg")
+    _write(tmp_path, **{"data.yaml": "names: [a]", "labels/1.txt": ""})
+    assert problems(yolo.read, tmp_path) == [
+        "no image has a text file with a defect, beside it or in labels/ instead of images/"
+    ]
+
+
+_grid = st.integers(0, 1000)
+
+
+@given(st.lists(st.tuples(_grid, _grid, _grid, _grid).filter(lambda c: c[0] != c[1] and c[2] != c[3]), max_size=5))
+@settings(deadline=None, max_examples=40)
+def test_what_is_written_is_read(
+    tmp_path_factory: pytest.TempPathFactory, corners: list[tuple[int, int, int, int]]
+) -> None:
+    raw = tmp_path_factory.mktemp("yolo")
+    touch(raw, "images/1.jpg", "images/2.jpg")
+    boxes = [(min(a, b), min(c, d), max(a, b), max(c, d)) for a, b, c, d in corners]
+    lines = [
+        f"0 {(x1 + x2) / 2000} {(y1 + y2) / 2000} {(x2 - x1) / 1000} {(y2 - y1) / 1000}" for x1, y1, x2, y2 in boxes
+    ]
+    _write(raw, **{"labels/1.txt": "\n".join(lines), "labels/2.txt": "0 0.5 0.5 0.5 0.5"})
+    read = by_source(yolo.read, raw)["images/1.jpg"].boxes
+    assert [side * 1000 for box in read for side in box] == pytest.approx([side for box in boxes for side in box])
+
+
+@given(
+    st.binary()
+    | st.sampled_from(NASTY)
+    | st.lists(st.lists(st.floats() | st.integers(-1, 3), min_size=4, max_size=8), max_size=3).map(
+        lambda lines: "\n".join(" ".join(map(str, line)) for line in lines).encode()
+    ),
+    st.sampled_from(["a.txt", "b.txt", "data.yaml", "classes.txt"]),
+)
+@settings(deadline=None, max_examples=100)
+def test_whatever_is_in_the_file_the_error_is_one_for_people(content: bytes, name: str) -> None:
+    never_fails_otherwise(yolo.read, {"a.txt": b"0 0.5 0.5 0.5 0.5", name: content})
