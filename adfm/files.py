@@ -17,6 +17,7 @@ from adfm.errors import AdfmError
 FINISHED = (
     "manifest.json",
     "conversion.json",
+    "inspection.json",
     "validation.json",
     "adfm.json",
     "config.json",
@@ -27,6 +28,7 @@ FINISHED = (
 _REMEDIES = {
     errno.ENOSPC: "free some space, or choose a folder on another disk",
     errno.EDQUOT: "free some of your quota, or choose a folder on another disk",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f), or choose a folder on another disk",
     errno.EACCES: "change the permissions, or choose another folder",
     errno.EPERM: "change the permissions, or choose another folder",
     errno.EROFS: "choose a folder that can be written",

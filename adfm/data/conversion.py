@@ -1,193 +1,476 @@
-"""Raw data set -> shards: `adfm convert RAW OUT`. The last place where raw images are read."""
+"""Raw data set -> shards: `adfm convert RAW OUT`. The last place where raw images are read.
+
+    adfm convert RAW OUT
+    adfm convert RAW PART1 --part 1/2      on one machine,
+    adfm convert RAW PART2 --part 2/2      on another, and then
+    adfm convert RAW OUT --parts PART1 PART2
+
+Images are looked at in runs of `RUN`, each of which becomes a file of the work folder; then every image is given its
+split; then the shards are written. What is finished when a conversion is killed is not done again.
+"""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-import io
 import json
 import os
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+import shutil
+import sys
+import warnings
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+import PIL
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image
 from tqdm import tqdm
 
-from adfm.data import masks, shards, sources, splits
+from adfm import __version__
+from adfm.data import duplicates, inspection, shards, splits
 from adfm.data.readers import READERS, detect
 from adfm.errors import AdfmError
 from adfm.files import atomic_folder
-from adfm.params import Convert, Params
-from adfm.records import Box, Record, Sample
-from adfm.records import Split as SplitName
+from adfm.params import Params
+from adfm.records import SPLITS, Box, Record, Sample, Split
+
+RUN = 500
+PART = "inspection.json"
+_WORK = "inspected"
+_KEPT = ("mask", "width", "height", "dataset", "category", "defect", "label", "source", "sha256", "group")
+# Near-duplicates that are more than these, in images and as a share of their category, are worth a warning.
+_FEW, _LARGE_SHARE = 10, 0.25
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
-def convert(raw: Path, out: Path, params: Params) -> None:
+def convert(raw: Path, out: Path, params: Params, parts: Sequence[Path] = ()) -> None:
     """Writes the shards of a raw data set and `conversion.json`, which says what was converted and how.
 
-    Every image is decoded once, as proof that it can be. PNG and JPEG files in RGB or grey are embedded byte for byte.
-    All others become RGB PNGs: other formats; palette, CMYK; transparency is dropped; 16 bit grey keeps its upper 8
-    bits; images with an EXIF orientation are turned upright, and their masks with them. Masks become PNGs of 0 and 255.
+    Every image is decoded, as proof that it can be. PNG and JPEG files in RGB or grey are embedded byte for byte. All
+    others become RGB PNGs: other formats; palette, CMYK; transparency is dropped; 16 bit grey keeps its upper 8 bits;
+    images with an EXIF orientation are turned upright, and their masks with them. Masks become PNGs of 0 and 255.
+    Boxes come from the masks; boxes that a person drew are kept as they are, but for what a rounding error lets reach
+    out of the image. Files of several frames or pages are refused, as are images of more pixels than Pillow's guard
+    against decompression bombs lets pass.
 
-    The same raw data and parameters give the same bytes. Memory does not grow with the number of images, but for their
-    paths.
+    The same raw data and parameters give the same bytes, whether in parts or at once, at one go or resumed. In memory
+    are about 300 bytes an image.
 
     Args:
         raw: A folder in a layout that has a reader.
-        out: Folder of the shards.
+        out: Folder of the shards. What is finished of a conversion that was killed or refused lies in `<out>.partial`,
+            and is used the next time, as far as neither files nor parameters have changed.
         params: The sections `convert` and `split`, and `seed`.
+        parts: The folders that `inspect_part` wrote, all of them; without any, the images are looked at here.
 
     Raises:
-        AdfmError: No such folder or layout, or bad data: unreadable images and masks, masks of another size than their
-            image, masks that show nothing; all of them in one error. An earlier result at `out` is left as it is.
+        AdfmError: No such folder, layout or category, or bad data: unreadable images and masks, masks of another size
+            than their image, masks that show nothing, boxes outside; all of them in one error. Parts that are missing,
+            or come from other parameters or data. An earlier result at `out` is left as it is.
     """
+    data = _opened(raw, params)
+    runs = _joined(parts, data, params) if parts else []
+    with _unfinished(out, data) as folder:
+        work = folder / _WORK
+        work.mkdir(exist_ok=True)
+        runs = runs or _inspected(data, work, params)
+        images, pairs = _gathered(runs, work / "thumbnails", params)
+        assigned = splits.assign(images, pairs, params)
+        _write(raw, runs, assigned, folder, params.convert.shard_images)
+        shutil.rmtree(work)
+        report = _report(data, images, pairs, assigned, params) | {"fingerprint": shards.fingerprint(folder)}
+        (folder / "conversion.json").write_text(json.dumps(report, indent=2) + "\n")
+    for warning in report["warnings"]:
+        print(f"adfm: warning: {warning}", file=sys.stderr)
+
+
+def inspect_part(raw: Path, out: Path, params: Params, part: int, of: int) -> None:
+    """Looks at a part of the images: every `of`th run of `RUN`, from the `part`th on.
+
+    Args:
+        raw: A folder in a layout that has a reader; the same one for all parts.
+        out: Folder of the part, for `convert(..., parts=...)`. A part that was killed is resumed.
+        params: The section `convert`; the same for all parts.
+        part: From 1 to `of`.
+        of: How many parts there are.
+
+    Raises:
+        AdfmError: As of `convert`, for the images of this part.
+    """
+    data = _opened(raw, params)
+    with _unfinished(out, data) as folder:
+        _inspected(data, folder, params, part, of)
+        description = {"part": part, "of": of, "settings": _settings(data.layout, params)}
+        (folder / PART).write_text(json.dumps(description, indent=2) + "\n")
+
+
+class _Raw(NamedTuple):
+    folder: Path
+    layout: str
+    seen: str | None  # where the layout was detected
+    images: int
+
+    def samples(self) -> Iterator[Sample]:
+        return READERS[self.layout](self.folder)
+
+
+def _opened(raw: Path, params: Params) -> _Raw:
+    """Goes through the data set once, to know how much there is."""
     if not raw.is_dir():
         raise AdfmError(f"{raw}: no such folder; get a data set there with `adfm fetch URI {raw}`.")
-    layout = _layout(raw, params.convert.layout)
-    samples = sorted(READERS[layout](raw), key=lambda sample: sample.source)
-    digests = sources.digests(raw, [sample.source for sample in samples])
-    assigned = splits.assign(samples, digests, params)
-
-    problems: list[str] = []
-    images: Counter[tuple[str, str, str, str]] = Counter()
-    boxes: Counter[str] = Counter()
-
-    def records() -> Iterator[Record]:
-        for result in _converted(samples, digests, assigned, params.convert):
-            if isinstance(result, str):
-                problems.append(result)
-            elif not problems:
-                record, fragments = result
-                images[record.split, record.category, record.label, record.defect or ""] += 1
-                boxes["before_dilation"] += fragments
-                boxes["after_dilation"] += len(record.boxes)
-                yield record
-
-    with atomic_folder(out) as folder:
-        shards.write(records(), folder, params.convert.shard_images)
-        if problems:
-            listed = "\n".join(f"  {problem}" for problem in problems)
-            raise AdfmError(f"{raw}: {len(problems)} bad files; mend or remove them and convert again:\n{listed}")
-        report = {
-            "dataset": samples[0].dataset,
-            "layout": {"name": layout, "detected": params.convert.layout == "auto"},
-            "params": {
-                "seed": params.seed,
-                "convert": params.convert.model_dump(),
-                "split": params.split.model_dump(),
-            },
-            "images": images.total(),
-            "boxes": dict(boxes),
-            "counts": [
-                {"split": split, "category": category, "label": label, "defect": defect or None, "images": number}
-                for (split, category, label, defect), number in sorted(images.items())
-            ],
-            "fingerprint": shards.fingerprint(folder),
-        }
-        (folder / "conversion.json").write_text(json.dumps(report, indent=2) + "\n")
-
-
-def _layout(raw: Path, name: str) -> str:
-    if name == "auto":
-        return detect(raw)
-    if name not in READERS:
-        near = difflib.get_close_matches(name, [*READERS, "auto"], n=1, cutoff=0)[0]
+    layout, seen = params.convert.layout, None
+    if layout == "auto":
+        layout, seen = detect(raw)
+        print(f"layout {layout}; seen in {raw}: {seen}", file=sys.stderr)
+    elif layout not in READERS:
+        near = difflib.get_close_matches(layout, [*READERS, "auto"], n=1, cutoff=0)[0]
         raise AdfmError(
-            f"convert.layout: there is no layout {name!r}; did you mean {near!r}? Known: auto, {', '.join(READERS)}."
+            f"convert.layout: there is no layout {layout!r}; did you mean {near!r}? Known: auto, {', '.join(READERS)}."
         )
-    return name
+    images, categories = 0, set()
+    try:
+        for sample in READERS[layout](raw):
+            images += 1
+            categories.add(sample.category)
+    except AdfmError:
+        if not images:
+            raise
+        # It comes again when the images have been looked at, and is told together with what they show.
+    unknown = [name for name in params.split.holdout_categories if name not in categories]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], sorted(categories), n=1, cutoff=0)[0]
+        raise AdfmError(
+            f"split.holdout_categories: {raw} has no category {', '.join(map(repr, unknown))}; did you mean {near!r}?"
+            f" There are: {', '.join(sorted(categories))}."
+        )
+    return _Raw(raw, layout, seen, images)
 
 
-# A record and its number of boxes before dilation, or what is wrong with the sample.
-_Result = tuple[Record, int] | str
+@contextmanager
+def _unfinished(out: Path, raw: _Raw) -> Iterator[Path]:
+    """A folder to be resumed, unless the images are so few that it is not worth it."""
+    with atomic_folder(out, keep_partial=raw.images > RUN) as folder, warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield folder
 
 
-def _converted(
-    samples: Sequence[Sample], digests: Sequence[str], assigned: Sequence[SplitName], params: Convert
-) -> Iterator[_Result]:
-    """Converts in threads (Pillow and SciPy free the interpreter lock), in order, a few ahead of the writer."""
-    workers = os.cpu_count() or 1
-    ahead: deque[Future[_Result]] = deque()
-    progress = tqdm(total=len(samples), desc="convert", unit="image", disable=None)
-    with progress, ThreadPoolExecutor(workers) as pool:
-        for job in zip(samples, digests, assigned, strict=True):
-            ahead.append(pool.submit(_convert, *job, params))
-            if len(ahead) > 2 * workers:
+# ------------------------------------------------------------------------------------------------- looking at images
+
+
+def _inspected(raw: _Raw, work: Path, params: Params, part: int = 1, of: int = 1) -> list[Path]:
+    """Looks at the images of a part, as far as that was not done before; returns a file for each run."""
+    settings = _settings(raw.layout, params)
+    refusals: list[AdfmError] = []
+    problems: list[str] = []
+    runs = []
+    total = sum(min(RUN, raw.images - first) for first in range((part - 1) * RUN, raw.images, of * RUN))
+    progress = tqdm(total=total, desc="inspect", unit="image", disable=None)
+    with progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for number, samples in enumerate(_runs(raw.samples(), refusals)):
+            if number % of == part - 1:
+                path = work / f"{number:06d}.parquet"
+                key = _key(pool, raw.folder, samples, settings)
+                if not _is_finished(path, key):
+                    done = map_in_order(pool, partial(inspection.inspect, settings=params.convert), samples)
+                    rows = [row for row in done if progress.update() or True]
+                    _save(rows, path, key)
+                else:
+                    progress.update(len(samples))
+                listed = pq.read_table(path, columns=["problems"])["problems"]
+                problems += [problem for some in listed.to_pylist() for problem in some or ()]
+                runs.append(path)
+    if refusals or problems:
+        raise AdfmError(_refusal(raw, refusals, problems))
+    for path in set(work.iterdir()) - set(runs):
+        path.unlink()
+    return runs
+
+
+def _refusal(raw: _Raw, refusals: list[AdfmError], problems: list[str]) -> str:
+    lines = [str(refusal) for refusal in refusals]
+    if problems:
+        listed = "\n".join(f"  {_printable(problem)}" for problem in problems)
+        what = "bad file" if len(problems) == 1 else "bad files"
+        lines.append(f"{raw.folder}: {len(problems)} {what}; mend or remove them and convert again:\n{listed}")
+    return "\n".join(lines)
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def _runs(samples: Iterable[Sample], refusals: list[AdfmError]) -> Iterator[list[Sample]]:
+    """The samples, `RUN` at a time; what the reader refuses in the end, after those that it accepts."""
+    run = []
+    try:
+        for sample in samples:
+            run.append(sample)
+            if len(run) == RUN:
+                yield run
+                run = []
+    except AdfmError as refusal:
+        refusals.append(refusal)
+    if run:
+        yield run
+
+
+def _settings(layout: str, params: Params) -> dict[str, Any]:
+    """What the result of looking at an image depends on, besides the image."""
+    own = params.convert.model_dump(exclude={"layout", "shard_images"})
+    return {"layout": layout, **own, "adfm": __version__, "pillow": PIL.__version__, "run": RUN}
+
+
+class _Key(NamedTuple):
+    """What tells whether a finished run is that of these files: `content` wherever they lie, `times` in this folder."""
+
+    content: str
+    times: str
+
+
+def _key(pool: ThreadPoolExecutor, raw: Path, samples: Sequence[Sample], settings: dict[str, Any]) -> _Key:
+    content, times = hashlib.sha256(json.dumps(settings).encode()), hashlib.sha256()
+    for of_content, of_times in pool.map(partial(_identity, raw), samples):
+        content.update(of_content.encode())
+        times.update(of_times.encode())
+    return _Key(content.hexdigest(), times.hexdigest())
+
+
+def _identity(raw: Path, sample: Sample) -> tuple[str, str]:
+    sizes, times = [], []
+    for path in (sample.image, *sample.masks):
+        try:
+            found = path.stat()
+        except OSError:
+            sizes.append(-1)
+        else:
+            sizes.append(found.st_size)
+            times.append(found.st_mtime_ns)
+    said = {name: getattr(sample, name) for name in Sample.__slots__ if name not in ("image", "masks")}
+    return repr((said, [os.path.relpath(path, raw) for path in sample.masks], sizes)), repr(times)
+
+
+def _is_finished(path: Path, key: _Key) -> bool:
+    return path.is_file() and _read_key(path) == key
+
+
+def _read_key(path: Path) -> _Key | None:
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (OSError, pa.ArrowInvalid):
+        return None
+    return _Key(metadata.get(b"content", b"").decode(), metadata.get(b"times", b"").decode())
+
+
+def _save(rows: list[dict[str, Any]], path: Path, key: _Key) -> None:
+    table = pa.Table.from_pylist(rows, schema=inspection.SCHEMA).replace_schema_metadata(key._asdict())
+    unfinished = path.with_name(path.name + ".partial")
+    pq.write_table(table, unfinished, compression="zstd")
+    unfinished.rename(path)
+
+
+def map_in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`map` in threads (Pillow, SciPy and hashing free the interpreter lock), only a few items ahead of who uses it."""
+    ahead: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            ahead.append(pool.submit(function, item))
+            if len(ahead) > 2 * (os.cpu_count() or 1):
                 yield ahead.popleft().result()
-                progress.update()
         while ahead:
             yield ahead.popleft().result()
-            progress.update()
+    finally:
+        for future in ahead:
+            future.cancel()
 
 
-def _convert(sample: Sample, digest: str, split: SplitName, params: Convert) -> _Result:
-    try:
-        content = sample.image.read_bytes()
-        encoded, (width, height), orientation = _decoded(content)
-    except Exception as error:  # a damaged file makes Pillow raise nearly anything
-        return f"{sample.source}: cannot be read ({error})"
-    if hashlib.sha256(content).hexdigest() != digest:
-        return f"{sample.source}: is not the file in manifest.json; fetch the data set again"
+# ------------------------------------------------------------------------------------------------------- other parts
 
-    mask: bytes | None = None
-    boxes: list[Box] = []
-    fragments = 0
-    if sample.mask and sample.label == "anomalous":
+
+def _joined(parts: Sequence[Path], raw: _Raw, params: Params) -> list[Path]:
+    """The files of all runs, in order."""
+    wanted = _settings(raw.layout, params)
+    problems: list[str] = []
+    found: dict[int, Path] = {}
+    counts = set()
+    for folder in parts:
         try:
-            pixels = masks.load_mask(sample.mask, orientation)
-            if orientation != 1 and pixels.shape != (height, width):
-                pixels = masks.load_mask(sample.mask)  # drawn on the upright image
-        except Exception as error:
-            return f"{sample.source}: its mask {sample.mask} cannot be read ({error})"
-        if pixels.shape != (height, width):
-            size = f"{pixels.shape[1]}x{pixels.shape[0]}"
-            return f"{sample.source}: is {width}x{height}, but its mask {sample.mask} is {size}"
-        if not pixels.any():
-            return f"{sample.source}: is anomalous, but its mask {sample.mask} shows no defect"
-        mask = _png(Image.fromarray(pixels))
-        boxes = masks.to_boxes(pixels, params.dilation, params.connectivity, params.min_area)
-        fragments = len(masks.to_boxes(pixels, 0, params.connectivity, params.min_area))
-        if not boxes:
-            return f"{sample.source}: every defect is smaller than convert.min_area ({params.min_area} pixels)"
+            description = json.loads((folder / PART).read_text())
+            part, of, settings = description["part"], description["of"], description["settings"]
+        except (OSError, ValueError, KeyError, TypeError):
+            problems.append(f"{folder}: is no part of a conversion, or not finished")
+            continue
+        counts.add(of)
+        if part in found:
+            problems.append(f"{folder}: is part {part} of {of}, and so is {found[part]}")
+        found[part] = folder
+        other = [f"{name} {settings.get(name)!r}" for name in wanted if settings.get(name) != wanted[name]]
+        if other:
+            problems.append(f"{folder}: was made with {', '.join(other)}")
+    if len(counts) > 1:
+        problems.append(f"some are parts of {' and others of '.join(map(str, sorted(counts)))}")
+    of = max(counts, default=0)
+    problems += [f"part {part} of {of} is missing" for part in range(1, of + 1) if part not in found]
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise AdfmError(
+            f"these parts do not make a whole; make them anew with `adfm convert RAW PART --part`:\n{listed}"
+        )
 
-    record = Record(
-        id=hashlib.sha256(f"{sample.source}\n{digest}".encode()).hexdigest()[:16],
-        image=encoded,
-        mask=mask,
-        width=width,
-        height=height,
-        dataset=sample.dataset,
-        category=sample.category,
-        defect=sample.defect,
-        label=sample.label,
-        boxes=tuple(boxes),
+    runs, refusals = [], list[AdfmError]()
+    strangers = set()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for number, samples in enumerate(_runs(raw.samples(), refusals)):
+            folder = found[number % of + 1]
+            path = folder / f"{number:06d}.parquet"
+            key = _read_key(path) if path.is_file() else None
+            if key is None or key.content != _key(pool, raw.folder, samples, wanted).content:
+                strangers.add(folder)
+            runs.append(path)
+    for folder in found.values():
+        if set(folder.glob("*.parquet")) - set(runs):
+            strangers.add(folder)
+    if refusals or strangers:
+        listed = "\n".join(f"  {folder}" for folder in sorted(strangers))
+        other = [f"{raw.folder}: these parts were made from other raw data:\n{listed}"] if strangers else []
+        raise AdfmError("\n".join([*map(str, refusals), *other]))
+    return runs
+
+
+# ---------------------------------------------------------------------------------------------------------- all images
+
+
+def _gathered(runs: Sequence[Path], path: Path, params: Params) -> tuple[pa.Table, NDArray[np.int64]]:
+    """What the splits depend on, of all images, and their near-duplicates; the thumbnails go to a file."""
+    names = [*splits.COLUMNS, "contrast", "fragments", "unmarked"]
+    tables, coarse = [], []
+    with path.open("wb") as file:
+        for run in runs:
+            table = pq.read_table(run, columns=[*names, "boxes", "thumbnail"])
+            thumbnails = np.frombuffer(b"".join(table["thumbnail"].to_pylist()), np.float16)
+            coarse.append(duplicates.coarse(thumbnails.reshape(-1, duplicates.SIDE, duplicates.SIDE)))
+            file.write(thumbnails.tobytes())
+            columns = {name: table[name] for name in names}
+            for name in splits.COLUMNS[:-1]:
+                columns[name] = columns[name].dictionary_encode()
+            tables.append(pa.table(columns | {"boxes": pc.list_value_length(table["boxes"])}))
+    images = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
+    if not params.split.near_duplicates:
+        return images, np.empty((0, 2), np.int64)
+    contrasts = images["contrast"].to_numpy().copy()
+    contrasts[splits.repeated(images["sha256"].combine_chunks())[:, 0]] = 0  # identical ones are together anyhow
+    mapped = np.memmap(path, np.float16, "r").reshape(-1, duplicates.SIDE, duplicates.SIDE)
+    return images, duplicates.near_duplicates(mapped, contrasts, np.concatenate(coarse))
+
+
+# --------------------------------------------------------------------------------------------------- writing the shards
+
+
+def _write(raw: Path, runs: Sequence[Path], assigned: NDArray[np.int8], folder: Path, shard_images: int) -> None:
+    """Writes the shards that are not there yet, in the order in which the images were read."""
+    plan = hashlib.sha256(b"%d" % shard_images + assigned.tobytes())
+    for run in runs:
+        plan.update(repr(_read_key(run)).encode())
+    written = folder / _WORK / "plan"
+    same = written.is_file() and written.read_text() == plan.hexdigest()
+    for path in folder.glob("*.parquet.partial" if same else "*.parquet*"):
+        path.unlink()
+    written.write_text(plan.hexdigest())
+    progress = tqdm(total=len(assigned), desc="write", unit="image", disable=None)
+    with progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for code, split in enumerate(SPLITS):
+            images = np.flatnonzero(assigned == code)
+            for number, first in enumerate(range(0, len(images), shard_images)):
+                path, some = folder / shards.name(split, number), images[first : first + shard_images]
+                if path.is_file():
+                    progress.update(len(some))
+                    continue
+                records = map_in_order(pool, partial(_record, raw, split), _rows(runs, some))
+                shards.write_one((record for record in records if progress.update() or True), path)
+
+
+def _rows(runs: Sequence[Path], images: NDArray[np.int64]) -> Iterator[dict[str, Any]]:
+    columns = [name for name in inspection.SCHEMA.names if name not in ("thumbnail", "contrast", "problems")]
+    for number in np.unique(images // RUN):
+        table = pq.read_table(runs[number], columns=columns)
+        yield from table.take(images[images // RUN == number] % RUN).to_pylist()
+
+
+def _record(raw: Path, split: Split, row: dict[str, Any]) -> Record:
+    try:
+        content = (raw / row["source"]).read_bytes()
+    except OSError as error:
+        raise AdfmError(f"{raw}: {row['source']} cannot be read any more ({error}); convert again.") from error
+    if zlib.crc32(content) != row["crc32"]:
+        raise AdfmError(f"{raw}: {row['source']} has changed since it was looked at; convert again.")
+    return Record(
+        id=hashlib.sha256(f"{row['source']}\n{row['sha256']}".encode()).hexdigest()[:16],
+        image=content if row["embedded"] else inspection.encoded(content),
+        boxes=tuple(Box(*box) for box in row["boxes"]),
         split=split,
-        source=sample.source,
-        sha256=digest,
+        **{name: row[name] for name in _KEPT},
     )
-    return record, fragments
 
 
-def _decoded(content: bytes) -> tuple[bytes, tuple[int, int], int]:
-    """Decodes an image: what to embed, its (width, height), and the EXIF orientation that was undone."""
-    with Image.open(io.BytesIO(content)) as file:
-        file.load()
-        orientation = int(file.getexif().get(ExifTags.Base.Orientation, 1))
-        if orientation == 1 and file.format in ("PNG", "JPEG") and file.mode in ("RGB", "L"):
-            return content, file.size, 1
-        image: Image.Image = ImageOps.exif_transpose(file)
-    if image.mode.startswith("I"):
-        image = Image.fromarray(np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("its pixels are floating point; save it with 8 or 16 bits")
-    image = image.convert("RGB")
-    return _png(image), image.size, orientation
+# ------------------------------------------------------------------------------------------------------------- report
 
 
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
+def _report(
+    raw: _Raw, images: pa.Table, pairs: NDArray[np.int64], assigned: NDArray[np.int8], params: Params
+) -> dict[str, Any]:
+    clusters = duplicates.clusters(pairs)
+    return {
+        "dataset": images["dataset"][0].as_py(),
+        "layout": {"name": raw.layout, "detected": raw.seen is not None, "seen": raw.seen},
+        "params": {
+            "seed": params.seed,
+            "convert": params.convert.model_dump(),
+            "split": params.split.model_dump(),
+        },
+        "images": len(images),
+        "unmarked_images": pc.sum(images["unmarked"]).as_py() or 0,
+        "boxes": {
+            "before_dilation": pc.sum(images["fragments"]).as_py(),
+            "after_dilation": pc.sum(images["boxes"]).as_py(),
+        },
+        "identical_images": len(splits.repeated(images["sha256"].combine_chunks())),
+        "near_duplicates": {"clusters": len(clusters), "images": sum(map(len, clusters))},
+        "counts": _counts(images, assigned),
+        "warnings": _lookalikes(images, clusters),
+    }
+
+
+def _counts(images: pa.Table, assigned: NDArray[np.int8]) -> list[dict[str, Any]]:
+    columns = ["split", "category", "label", "defect"]
+    table = images.select(columns[1:]).add_column(0, "split", pa.array(assigned))
+    found = table.group_by(columns).aggregate([([], "count_all")]).to_pylist()
+    rows = [{name: row[name] for name in columns} | {"images": row["count_all"]} for row in found]
+    for row in rows:
+        row["split"] = SPLITS[row["split"]]
+    return sorted(rows, key=lambda row: [row[name] or "" for name in columns])
+
+
+def _lookalikes(images: pa.Table, clusters: list[NDArray[np.int64]]) -> list[str]:
+    """A warning for every cluster that binds a good part of a category to one split."""
+    of_category = {row["values"]: row["counts"] for row in pc.value_counts(images["category"]).to_pylist()}
+    found = []
+    for cluster in clusters:
+        for row in pc.value_counts(images["category"].take(cluster)).to_pylist() if len(cluster) > _FEW else ():
+            category, total = row["values"], of_category[row["values"]]
+            if row["counts"] > max(_FEW, _LARGE_SHARE * total):
+                found.append(
+                    f"{row['counts']} of the {total} images of {category} look like copies of one picture, so they are"
+                    " all in one split; if they show different parts, set split.near_duplicates to false"
+                )
+    return found

@@ -1,15 +1,17 @@
-"""Pixel masks: from any file to one form, and from that form to boxes."""
+"""Pixel masks: from any file or drawn shape to one form, and from that form to boxes."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageOps
 
-from adfm.records import Box
+from adfm.records import Box, Polygon, Rle
 
 Mask = NDArray[np.uint8]
 
@@ -47,6 +49,41 @@ def load_mask(path: Path, orientation: int = 1) -> Mask:
     return np.where(values > background, np.uint8(255), np.uint8(0))
 
 
+def painted(
+    width: int, height: int, boxes: Iterable[Box], polygons: Iterable[Polygon], rles: Iterable[Rle]
+) -> Mask | None:
+    """Paints the shapes that a person drew.
+
+    A polygon is filled with its outline, and cut off at the boxes. A mask says of every pixel whether it is defective,
+    so there is none if not every box has a shape in it.
+
+    Args:
+        width: Of the mask, in pixels.
+        height: Of the mask, in pixels.
+        boxes: In pixels, half-open, within the mask.
+        polygons: In pixels.
+        rles: Of the mask's size.
+
+    Returns:
+        [height, width], 0 or 255; or `None`.
+    """
+    image = Image.new("L", (width, height))
+    draw = ImageDraw.Draw(image)
+    for polygon in polygons:
+        draw.polygon(polygon, fill=255)
+    shapes = np.asarray(image).copy()
+    for rle in rles:
+        runs = np.resize(np.array([0, 255], np.uint8), len(rle.counts))
+        shapes |= np.repeat(runs, rle.counts).reshape(width, height).T
+    mask = np.zeros_like(shapes)
+    for x1, y1, x2, y2 in boxes:
+        inside = np.s_[int(y1) : math.ceil(y2), int(x1) : math.ceil(x2)]
+        if not shapes[inside].any():
+            return None
+        mask[inside] = shapes[inside]
+    return mask
+
+
 def to_boxes(mask: NDArray[Any], dilation: float, connectivity: int, min_area: int) -> list[Box]:
     """Encloses every defect of a mask; fragments that lie close together are one defect.
 
@@ -64,6 +101,7 @@ def to_boxes(mask: NDArray[Any], dilation: float, connectivity: int, min_area: i
     """
     from scipy import ndimage
 
+    neighbours = ndimage.generate_binary_structure(2, 1 if connectivity == 4 else 2)
     defect = mask != 0
     rows, columns = np.flatnonzero(defect.any(axis=1)), np.flatnonzero(defect.any(axis=0))
     if rows.size == 0:
@@ -72,10 +110,11 @@ def to_boxes(mask: NDArray[Any], dilation: float, connectivity: int, min_area: i
     radius = round(dilation * min(mask.shape)) / 2
     room, top, left = int(radius) + 1, int(rows[0]), int(columns[0])
     defect = np.pad(defect[top : rows[-1] + 1, left : columns[-1] + 1], room)
-    # A pixel lies in the dilated mask exactly when a mask pixel lies within the disk's radius.
-    dilated = ndimage.distance_transform_edt(~defect) <= radius if radius >= 1 else defect
-    labels, _ = ndimage.label(dilated, ndimage.generate_binary_structure(2, 1 if connectivity == 4 else 2))
-    labels[~defect] = 0
+    labels, fragments = ndimage.label(defect, neighbours)
+    if radius >= 1 and fragments > 1:
+        # A pixel lies in the dilated mask exactly when a mask pixel lies within the disk's radius.
+        labels, _ = ndimage.label(ndimage.distance_transform_edt(~defect) <= radius, neighbours)
+        labels[~defect] = 0
     areas = np.bincount(labels.ravel())
     boxes = []
     for number, (y, x) in enumerate(ndimage.find_objects(labels), start=1):

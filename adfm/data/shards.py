@@ -39,6 +39,7 @@ _FEATURES = {
     "split": _TEXT,
     "source": _TEXT,
     "sha256": _TEXT,
+    "group": _TEXT,
 }
 _TYPES = {
     "image": _IMAGE,
@@ -58,42 +59,38 @@ _GROUP_ROWS = 100
 _GROUP_BYTES = 64 * 2**20
 
 
-class _Writer:
-    """The open shard of one split."""
+class _Shard:
+    """A file that records are added to."""
 
-    def __init__(self, folder: Path, split: str, shard_images: int) -> None:
-        self._folder, self._split, self._shard_images = folder, split, shard_images
-        self._shards = 0
-        self._images_left = 0
-        self._bytes = 0
+    def __init__(self, path: Path) -> None:
+        # Images are compressed already; statistics and dictionaries of them would only cost.
+        self._parquet = pq.ParquetWriter(
+            path, SCHEMA, compression="none", use_dictionary=["dataset", "category"], write_statistics=SMALL
+        )
+        self.images = 0
         self._rows: list[dict[str, Any]] = []
-        self._parquet: pq.ParquetWriter | None = None
+        self._bytes = 0
 
     def add(self, record: Record) -> None:
-        if self._images_left == 0:
-            self.close()
-            path = self._folder / f"{self._split}-{self._shards:05d}.parquet"
-            # Images are compressed already; statistics and dictionaries of them would only cost.
-            self._parquet = pq.ParquetWriter(
-                path, SCHEMA, compression="none", use_dictionary=["dataset", "category"], write_statistics=SMALL
-            )
-            self._shards += 1
-            self._images_left = self._shard_images
+        self.images += 1
         self._rows.append(_row(record))
-        self._images_left -= 1
         self._bytes += len(record.image) + len(record.mask or b"")
         if len(self._rows) == _GROUP_ROWS or self._bytes >= _GROUP_BYTES:
             self._flush()
 
     def _flush(self) -> None:
-        if self._rows and self._parquet:
+        if self._rows:
             self._parquet.write_table(pa.Table.from_pylist(self._rows, schema=SCHEMA))
         self._rows, self._bytes = [], 0
 
     def close(self) -> None:
         self._flush()
-        if self._parquet:
-            self._parquet.close()
+        self._parquet.close()
+
+
+def name(split: str, number: int) -> str:
+    """The file name of a shard."""
+    return f"{split}-{number:05d}.parquet"
 
 
 def write(records: Iterable[Record], folder: Path, shard_images: int) -> None:
@@ -107,11 +104,26 @@ def write(records: Iterable[Record], folder: Path, shard_images: int) -> None:
         shard_images: Images a file.
     """
     with ExitStack() as stack:
-        writers = {split: _Writer(folder, split, shard_images) for split in SPLITS}
-        for writer in writers.values():
-            stack.callback(writer.close)
+        opened: dict[str, list[_Shard]] = {split: [] for split in SPLITS}
         for record in records:
-            writers[record.split].add(record)
+            own = opened[record.split]
+            if not own or own[-1].images == shard_images:
+                for full in own[-1:]:
+                    full.close()
+                own.append(_Shard(folder / name(record.split, len(own))))
+                stack.callback(own[-1].close)
+            own[-1].add(record)
+
+
+def write_one(records: Iterable[Record], path: Path) -> None:
+    """Writes one shard: beside its place, and there when it is whole."""
+    unfinished = path.with_name(path.name + ".partial")
+    with ExitStack() as stack:
+        shard = _Shard(unfinished)
+        stack.callback(shard.close)
+        for record in records:
+            shard.add(record)
+    unfinished.rename(path)
 
 
 def read(folder: Path, split: str | None = None) -> Iterator[Record]:

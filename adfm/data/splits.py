@@ -3,84 +3,171 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from typing import cast
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
 
-from adfm.params import Params
-from adfm.records import SPLITS, Sample
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from adfm.params import Params, Split
+from adfm.records import SPLITS
 from adfm.records import Split as SplitName
 
+COLUMNS = ("dataset", "category", "label", "defect", "split", "group", "sha256")
+_TRAIN, _TEST = SPLITS.index("train"), SPLITS.index("test")
 
-def assign(samples: Sequence[Sample], digests: Sequence[str], params: Params) -> list[SplitName]:
-    """Gives every sample its split.
 
-    A data set that fixes train, validation and test keeps them. Otherwise what it fixes as train stays there, and
-    everything else is divided by `params.split`. That suits the habit of MVTec AD and its kin, which have normal images
-    alone to train on: their official test part is what is divided, so the held-out images are always held-out images of
-    the official split, and train gets anomalous images too.
+def assign(images: pa.Table, duplicates: NDArray[np.int64], params: Params) -> NDArray[np.int8]:
+    """Gives every image its split.
 
-    The division keeps the fractions in every category, and as nearly as whole images allow in every label and defect of
-    it. A label with three images or more is in every split. Images are drawn by a hash of the seed and their content,
-    so neither the order nor the names of files matter.
+    **Together**: byte-identical images, `duplicates`, and images of one category with the same `group` go to one split:
+    the most held-out one to which the data set, or `split.holdout_categories`, assigns any of them.
 
-    Byte-identical images go to one split: the most held-out one to which the data set assigns any of them.
+    **Held-out categories** are wholly test.
+
+    **What the data set fixes**: if its train part has defects, every image that has a split keeps it. Validation and
+    test, where the data set has no such part, are drawn from train (and from what has no split), by their shares in
+    `params.split`. If all of it is test, as in MMAD, it stays so. If its train part has normal images alone, as in
+    MVTec AD and its kin, they stay in train, and all the rest is divided by the shares: there must be defects to learn
+    from. So the held-out images are always held-out images of the official split. If nothing is fixed, all is divided.
+
+    **The division** keeps the shares in every category, and as nearly as whole groups allow in every label and defect
+    of it. A label with three groups or more is in every split. Groups are drawn by a hash of the seed and their
+    content, so neither the order nor the names of files matter.
 
     Args:
-        samples: The data set.
-        digests: SHA-256 of every sample's image file.
+        images: One row an image, with `COLUMNS` as in a `Record`; `split` is what the data set fixes, or null.
+        duplicates: [pairs, 2]: further indices of images that go to one split.
         params: Its `seed` and `split` are used.
 
     Returns:
-        One split a sample, in the order of `samples`.
+        [images]: indices into `SPLITS`.
     """
-    copies: dict[str, list[Sample]] = defaultdict(list)
-    for sample, digest in zip(samples, digests, strict=True):
-        copies[digest].append(sample)
-    complete = {sample.split for sample in samples} == set(SPLITS)
+    column = {name: images[name].combine_chunks().dictionary_encode() for name in COLUMNS}
+    fixed = np.full(len(images), -1, np.int8)
+    for number, split in enumerate(SPLITS):
+        fixed[_where(column["split"], split)] = number
+    anomalous = _where(column["label"], "anomalous")
+    keeps = bool((anomalous & (fixed == _TRAIN)).any() or (fixed == _TEST).all())
+    lacking = [name for number, name in enumerate(SPLITS) if not (fixed == number).any()] if keeps else list(SPLITS)
+    fractions = _fractions(params.split, lacking)
+    for name in params.split.holdout_categories:
+        fixed[_where(column["category"], name)] = _TEST
 
-    splits: dict[str, SplitName] = {}
-    pools: dict[tuple[str, str], list[tuple[str, str, str, str]]] = defaultdict(list)
-    for digest, same in copies.items():
-        fixed = {sample.split for sample in same}
-        if complete:
-            splits[digest] = max((cast(SplitName, split) for split in fixed), key=SPLITS.index)
-        elif fixed == {"train"}:
-            splits[digest] = "train"
-        else:
-            one = min(same, key=lambda sample: sample.source)
-            draw = hashlib.sha256(f"{params.seed} {digest}".encode()).hexdigest()
-            pools[one.dataset, one.category].append((one.label, one.defect or "", draw, digest))
+    together = _together(column, duplicates)
+    count = int(together.max(initial=-1)) + 1
+    latest = np.full(count, -1, np.int8)
+    np.maximum.at(latest, together, fixed)
+    all_train = np.ones(count, bool)
+    all_train[together[fixed != _TRAIN]] = False
+    held = np.zeros(count, bool)
+    held[together[np.isin(np.asarray(column["category"]), params.split.holdout_categories)]] = True
+    decided = held | (latest > _TRAIN if keeps else all_train)
 
-    for pool in pools.values():
-        splits.update(_divide(pool, _fractions(params)))
-    return [splits[digest] for digest in digests]
-
-
-def _fractions(params: Params) -> dict[SplitName, float]:
-    validation, test = params.split.validation, params.split.test
-    return {"train": 1 - validation - test, "validation": validation, "test": test}
+    of_group = np.where(decided, latest, np.int8(-1))
+    for pool in _pools(column, together, decided, params.seed):
+        for group, split in _divide(pool, fractions).items():
+            of_group[group] = SPLITS.index(split)
+    return of_group[together]
 
 
-def _divide(pool: list[tuple[str, str, str, str]], fractions: dict[SplitName, float]) -> dict[str, SplitName]:
-    """Divides one category's (label, defect, draw, digest).
+def _where(column: pa.Array, value: str) -> NDArray[np.bool_]:
+    found: NDArray[np.bool_] = pc.equal(column, value).fill_null(False).to_numpy(zero_copy_only=False)
+    return found
 
-    Each next image, label by label and defect by defect, goes to the split that is furthest behind its fraction, so
-    fractions hold at the end of every stratum to about one image.
+
+def _fractions(split: Split, lacking: list[SplitName]) -> dict[SplitName, float]:
+    shares: dict[SplitName, float] = {"train": 0, "validation": split.validation, "test": split.test}
+    shares = {name: share if name in lacking else 0 for name, share in shares.items()}
+    return shares | {"train": 1 - sum(shares.values())}
+
+
+def _together(column: dict[str, pa.Array], duplicates: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[images]: the number of the group of images that go to one split."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    category, group = column["category"], column["group"]
+    groups = pc.add(pc.multiply(category.indices.cast("int64"), len(group.dictionary)), group.indices)
+    pairs = np.concatenate([repeated(column["sha256"]), repeated(groups), duplicates])
+    size = len(groups)
+    edges = coo_array((np.ones(len(pairs), np.int8), (pairs[:, 0], pairs[:, 1])), shape=(size, size))
+    _, numbers = connected_components(edges, directed=False)
+    return np.asarray(numbers, np.int64)
+
+
+def repeated(values: pa.Array) -> NDArray[np.int64]:
+    """[pairs, 2]: every row that repeats a value, and the first row that has it; nulls are equal to nothing."""
+    codes = np.asarray(values.dictionary_encode().indices.fill_null(-1))
+    rows = np.flatnonzero(codes >= 0)
+    _, first, which = np.unique(codes[rows], return_index=True, return_inverse=True)
+    firsts = rows[first[which]]
+    return np.asarray(np.stack([rows, firsts], axis=1)[rows != firsts], np.int64)
+
+
+_Pool = list[tuple[str, str, int, int, int]]  # label, defect, draw, number of the group, its images
+
+
+def _pools(
+    column: dict[str, pa.Array], together: NDArray[np.int64], decided: NDArray[np.bool_], seed: int
+) -> Iterator[_Pool]:
+    """The groups to divide, category by category.
+
+    A group counts as its anomalous image, if it has one, and of those as the one whose SHA-256 is the smallest.
     """
-    splits: dict[str, SplitName] = {}
+    sizes = np.bincount(together, minlength=len(decided))
+    rank = {name: _ranks(column[name]) for name in ("sha256", "dataset", "category", "defect")}
+    normal = ~_where(column["label"], "anomalous")
+    smallest = _first_of_each(together, np.lexsort((rank["sha256"], together)))
+    shown = _first_of_each(together, np.lexsort((rank["defect"], rank["category"], rank["sha256"], normal, together)))
+    open_ = np.flatnonzero(~decided)
+    strata = rank["dataset"][shown[open_]] * (len(normal) + 1) + rank["category"][shown[open_]]
+    for stratum in np.unique(strata):
+        pool = []
+        for group in open_[strata == stratum].tolist():
+            label, defect = (column[name][int(shown[group])].as_py() for name in ("label", "defect"))
+            content = f"{seed} {column['sha256'][int(smallest[group])].as_py()}"
+            draw = int.from_bytes(hashlib.sha256(content.encode()).digest()[:8])
+            pool.append((label, defect or "", draw, group, int(sizes[group])))
+        yield pool
+
+
+def _ranks(column: pa.Array) -> NDArray[np.int64]:
+    """[images]: the place of every value among those of the column, in alphabetical order; 0 for null."""
+    ranks = np.append(np.asarray(pc.rank(column.dictionary)), 0)
+    return np.asarray(ranks[column.indices.fill_null(-1)], np.int64)
+
+
+def _first_of_each(together: NDArray[np.int64], order: NDArray[Any]) -> NDArray[Any]:
+    """[groups]: of every group, the image that comes first in `order`, which has the groups one after another."""
+    _, first = np.unique(together[order], return_index=True)
+    return order[first]
+
+
+def _divide(pool: _Pool, fractions: dict[SplitName, float]) -> dict[int, SplitName]:
+    """Divides one category's groups.
+
+    Each next group, label by label and defect by defect, goes to the split that is furthest behind its fraction, so
+    fractions hold at the end of every stratum to about one group.
+    """
+    splits: dict[int, SplitName] = {}
     counts: Counter[SplitName] = Counter()
-    for seen, (*_, digest) in enumerate(sorted(pool), start=1):
-        split = max(SPLITS, key=lambda name: fractions[name] * seen - counts[name])
-        splits[digest] = split
-        counts[split] += 1
-
     wanted = [split for split in SPLITS if fractions[split] > 1e-9]
+    seen = 0
+    for *_, group, size in sorted(pool):
+        seen += size
+        split = max(wanted, key=lambda name: fractions[name] * seen - counts[name])
+        splits[group] = split
+        counts[split] += size
+
     for label in {label for label, *_ in pool}:
-        members = [digest for its, _, _, digest in sorted(pool, key=lambda item: item[2]) if its == label]
+        members = [group for its, _, _, group, _ in sorted(pool, key=lambda item: item[2]) if its == label]
         for split in wanted if len(members) >= len(wanted) else ():
-            here = Counter(splits[digest] for digest in members)
+            here = Counter(splits[group] for group in members)
             if not here[split]:
                 largest = max(SPLITS, key=lambda name: here[name])
-                splits[next(digest for digest in members if splits[digest] == largest)] = split
+                splits[next(group for group in members if splits[group] == largest)] = split
     return splits

@@ -5,6 +5,7 @@ import shutil
 import time
 import tracemalloc
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from adfm.data import conversion, shards, sources
-from adfm.data.readers import READERS
+from adfm.data import conversion, inspection, shards, sources, splits
 from adfm.errors import AdfmError
-from adfm.params import Params
+from adfm.params import Convert, Params
 from adfm.records import Record, Sample
 
 
@@ -55,9 +55,9 @@ def test_records(mvtec_folder: Path) -> None:
 def test_the_report_says_what_was_converted_and_how(mvtec_folder: Path) -> None:
     records = _converted(mvtec_folder, layout="mvtec", dilation=0.1)
     report = json.loads((mvtec_folder.parent / "shards" / "conversion.json").read_text())
-    assert report["layout"] == {"name": "mvtec", "detected": False}
+    assert report["layout"] == {"name": "mvtec", "detected": False, "seen": None}
     assert report["params"]["convert"]["dilation"] == 0.1
-    assert report["params"]["split"] == {"validation": 0.1, "test": 0.4}
+    assert report["params"]["split"]["validation"] == 0.1
     assert report["images"] == 48
     assert report["boxes"] == {"before_dilation": 20, "after_dilation": 20}
     assert report["fingerprint"] == shards.fingerprint(mvtec_folder.parent / "shards")
@@ -69,7 +69,12 @@ def test_the_same_input_gives_the_same_bytes_wherever_it_lies(mvtec_folder: Path
     _converted(mvtec_folder)
     sources.fetch(str(mvtec_folder), tmp_path / "elsewhere" / "tiny")  # with a manifest
     _converted(tmp_path / "elsewhere" / "tiny")
-    assert _contents(mvtec_folder.parent / "shards") == _contents(tmp_path / "elsewhere" / "shards")
+    one, other = _contents(mvtec_folder.parent / "shards"), _contents(tmp_path / "elsewhere" / "shards")
+    reports = [json.loads(contents.pop("conversion.json")) for contents in (one, other)]
+    assert one == other
+    assert "bolt/train/good/ (4 .png)" in reports[0]["layout"].pop("seen")
+    assert "1 .json" in reports[1]["layout"].pop("seen")
+    assert reports[0] == reports[1]
 
 
 def test_fragments_are_counted_before_and_after_dilation(mvtec_folder: Path) -> None:
@@ -191,12 +196,21 @@ def test_pillow_guards_against_decompression_bombs(mvtec_folder: Path, monkeypat
         _converted(mvtec_folder)
 
 
-def test_a_file_that_changed_since_it_was_fetched(mvtec_folder: Path, tmp_path: Path) -> None:
-    raw = tmp_path / "fetched" / "tiny"
-    sources.fetch(str(mvtec_folder), raw)
-    shutil.copy(raw / "bolt/test/good/000.png", raw / "bolt/test/good/001.png")
-    with pytest.raises(AdfmError, match="bolt/test/good/001.png: is not the file in manifest.json"):
-        _converted(raw)
+def test_a_file_that_changes_while_it_is_converted(mvtec_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = mvtec_folder / "bolt/test/good/001.png"
+    real = splits.assign
+
+    def assign(*arguments: Any) -> Any:
+        shutil.copy(mvtec_folder / "bolt/test/good/000.png", changed)
+        return real(*arguments)
+
+    monkeypatch.setattr(splits, "assign", assign)
+    with pytest.raises(AdfmError, match="bolt/test/good/001.png has changed since it was looked at; convert again"):
+        _converted(mvtec_folder)
+    monkeypatch.setattr(splits, "assign", lambda *arguments: (changed.unlink(missing_ok=True), real(*arguments))[1])
+    with pytest.raises(AdfmError, match="bolt/test/good/001.png cannot be read any more"):
+        _converted(mvtec_folder)
+    assert sorted(path.name for path in mvtec_folder.parent.iterdir()) == ["tiny"]
 
 
 def test_identical_images_share_a_split_but_not_an_id(mvtec_folder: Path) -> None:
@@ -236,23 +250,209 @@ def test_memory_does_not_grow_with_the_images(tmp_path: Path, monkeypatch: pytes
     assert peaks[1] < peaks[0] + 3 * 2**20
 
 
-def test_conversion_keeps_only_a_few_images_ahead_of_a_slow_writer(
-    mvtec_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started: list[str] = []
-    real = conversion._convert
+def test_only_a_few_items_are_ahead_of_a_slow_writer(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
 
-    def convert(sample: Sample, *rest: Any) -> Any:
-        started.append(sample.source)
-        return real(sample, *rest)
+    def double(number: int) -> int:
+        started.append(number)
+        return 2 * number
 
-    monkeypatch.setattr(conversion, "_convert", convert)
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    samples = list(READERS["mvtec"](mvtec_folder))
-    digests = sources.digests(mvtec_folder, [sample.source for sample in samples])
-    results = conversion._converted(samples, digests, ["train"] * len(samples), Params().convert)
-    assert not isinstance(next(results), str)
-    time.sleep(0.5)
-    assert 1 <= len(started) <= 5
-    assert len(list(results)) == len(samples) - 1
-    assert sorted(started) == sorted(sample.source for sample in samples)
+    with ThreadPoolExecutor(2) as pool:
+        results = conversion.map_in_order(pool, double, range(100))
+        assert next(results) == 0
+        time.sleep(0.2)
+        assert 1 <= len(started) <= 5
+        assert list(results) == [2 * number for number in range(1, 100)]
+
+
+class Killed(BaseException):
+    """As good as SIGKILL: nothing catches it."""
+
+
+def _counted(monkeypatch: pytest.MonkeyPatch, until: int = 10**9) -> list[str]:
+    """The sources of the images that are looked at from now on, up to the one at which the conversion is killed."""
+    seen: list[str] = []
+    real = inspection.inspect
+
+    def inspect(sample: Sample, settings: Convert) -> Any:
+        seen.append(sample.source)
+        if len(seen) > until:
+            raise Killed
+        return real(sample, settings)
+
+    monkeypatch.setattr(inspection, "inspect", inspect)
+    return seen
+
+
+def test_a_killed_conversion_goes_on_where_it_was(
+    mvtec_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversion, "RUN", 10)
+    settings = Params.model_validate({"convert": {"shard_images": 5}})
+    conversion.convert(mvtec_folder, tmp_path / "at-once", settings)
+
+    with monkeypatch.context() as patched:
+        _counted(patched, until=24)
+        with pytest.raises(Killed):
+            conversion.convert(mvtec_folder, tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+
+    written: list[Path] = []
+    real = shards.write_one
+
+    def write_one(records: Any, path: Path) -> None:
+        if len(written) == 3:
+            path.with_name(path.name + ".partial").write_bytes(b"half a shard")
+            raise Killed
+        written.append(path)
+        real(records, path)
+
+    with monkeypatch.context() as patched:
+        seen = _counted(patched)
+        patched.setattr(shards, "write_one", write_one)
+        with pytest.raises(Killed):
+            conversion.convert(mvtec_folder, tmp_path / "out", settings)
+    assert len(seen) == 48 - 20
+    assert not (tmp_path / "out").exists()
+
+    finished = {path.name: path.stat().st_ino for path in (tmp_path / "out.partial").glob("*.parquet")}
+    assert len(finished) == 3
+    with monkeypatch.context() as patched:
+        seen = _counted(patched)
+        conversion.convert(mvtec_folder, tmp_path / "out", settings)
+    assert seen == []
+    assert {name: (tmp_path / "out" / name).stat().st_ino for name in finished} == finished
+    assert _contents(tmp_path / "out") == _contents(tmp_path / "at-once")
+
+
+def test_only_what_has_changed_is_looked_at_again(
+    mvtec_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversion, "RUN", 10)
+    bad = mvtec_folder / "tile/test/stain/004.png"
+    good = bad.read_bytes()
+    bad.write_bytes(good[:500])
+    for again in (False, True):
+        with monkeypatch.context() as patched:
+            seen = _counted(patched)
+            with pytest.raises(
+                AdfmError, match="1 bad file; mend or remove them and convert again:\n  tile/test/stain"
+            ):
+                conversion.convert(mvtec_folder, tmp_path / "out", Params())
+        assert len(seen) == (0 if again else 48)
+    bad.write_bytes(good)
+    with monkeypatch.context() as patched:
+        seen = _counted(patched)
+        conversion.convert(mvtec_folder, tmp_path / "out", Params())
+    assert len(seen) == 8  # the last run
+    conversion.convert(mvtec_folder, tmp_path / "at-once", Params())
+    assert _contents(tmp_path / "out") == _contents(tmp_path / "at-once")
+
+
+def test_other_settings_use_nothing_of_what_is_finished(
+    mvtec_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversion, "RUN", 10)
+    with monkeypatch.context() as patched:
+        _counted(patched, until=44)
+        with pytest.raises(Killed):
+            conversion.convert(mvtec_folder, tmp_path / "out", Params())
+    seen = _counted(monkeypatch)
+    conversion.convert(mvtec_folder, tmp_path / "out", Params.model_validate({"convert": {"dilation": 0.0}}))
+    assert len(seen) == 48
+
+
+@pytest.mark.parametrize("of", [1, 3, 7])
+def test_parts_make_the_same_shards(
+    mvtec_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of: int
+) -> None:
+    monkeypatch.setattr(conversion, "RUN", 10)
+    params = Params.model_validate({"convert": {"layout": "mvtec", "shard_images": 7}})
+    conversion.convert(mvtec_folder, tmp_path / "at-once", params)
+    seen = _counted(monkeypatch)
+    parts = [tmp_path / f"part{number}" for number in range(1, of + 1)]
+    for number, part in enumerate(parts, start=1):
+        elsewhere = tmp_path / f"machine{number}" / "tiny"
+        shutil.copytree(mvtec_folder, elsewhere, copy_function=shutil.copyfile)  # with times of its own
+        conversion.inspect_part(elsewhere, part, params, number, of)
+        conversion.inspect_part(elsewhere, part, params, number, of)  # over an earlier result
+    assert Counter(seen).total() == 2 * 48
+    conversion.convert(mvtec_folder, tmp_path / "out", params, parts[::-1])
+    assert Counter(seen).total() == 2 * 48
+    assert _contents(tmp_path / "out") == _contents(tmp_path / "at-once")
+
+
+def test_parts_that_make_no_whole(mvtec_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "RUN", 10)
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+
+    def refused(*parts: Path) -> str:
+        with pytest.raises(AdfmError) as error:
+            conversion.convert(mvtec_folder, tmp_path / "out", Params(), parts)
+        assert not (tmp_path / "out").exists()
+        return str(error.value)
+
+    conversion.inspect_part(mvtec_folder, one, Params(), 1, 2)
+    assert "part 2 of 2 is missing" in refused(one)
+    assert f"{two}: is no part of a conversion" in refused(one, two)
+    conversion.inspect_part(mvtec_folder, two, Params(), 1, 2)
+    assert f"{two}: is part 1 of 2, and so is {one}" in refused(one, two)
+    other = Params.model_validate({"convert": {"dilation": 0.1, "min_area": 9}})
+    conversion.inspect_part(mvtec_folder, two, other, 2, 2)
+    assert f"{two}: was made with dilation 0.1, min_area 9" in refused(one, two)
+    conversion.inspect_part(mvtec_folder, three, Params(), 2, 3)
+    assert "some are parts of 2 and others of 3" in refused(one, three)
+    conversion.inspect_part(mvtec_folder, two, Params(), 2, 2)
+    (mvtec_folder / "bolt/test/hole/004.png").write_bytes(b"")  # in the second run
+    assert f"these parts were made from other raw data:\n  {two}" in refused(one, two)
+    (mvtec_folder / "bolt/test/good/000.png").unlink()
+    assert f"other raw data:\n  {one}\n  {two}" in refused(one, two)
+
+
+def test_a_held_out_category_is_named_as_it_is(mvtec_folder: Path, tmp_path: Path) -> None:
+    params = Params.model_validate({"split": {"holdout_categories": ["tiel"]}})
+    with pytest.raises(AdfmError, match="has no category 'tiel'; did you mean 'tile'. There are: bolt, tile"):
+        conversion.convert(mvtec_folder, tmp_path / "out", params)
+    params = Params.model_validate({"split": {"holdout_categories": ["tile"]}})
+    conversion.convert(mvtec_folder, tmp_path / "out", params)
+    assert {record.split for record in shards.read(tmp_path / "out") if record.category == "tile"} == {"test"}
+
+
+def test_near_duplicates_share_a_split_and_are_reported(mvtec_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = Image.open(mvtec_folder / "bolt/test/good/000.png").resize((480, 320), Image.Resampling.BICUBIC)
+    for number in range(10):
+        picture.save(mvtec_folder / f"bolt/test/good/{number:03d}.png", compress_level=number)
+    for number in range(4):
+        (mvtec_folder / f"bolt/train/good/{number:03d}.png").unlink()
+        picture.save(mvtec_folder / f"bolt/train/good/{number:03d}.jpg", quality=70 + number)
+    copies = [r for source, r in _converted(mvtec_folder).items() if source.startswith("bolt") and "good" in source]
+    assert len({record.split for record in copies}) == 1
+    report = json.loads((mvtec_folder.parent / "shards" / "conversion.json").read_text())
+    assert report["near_duplicates"]["clusters"] == 1
+    assert len(report["warnings"]) == 1
+    assert "images of bolt look like copies of one picture" in report["warnings"][0]
+    assert "adfm: warning: " in capsys.readouterr().err
+
+    params = Params.model_validate({"split": {"near_duplicates": False}})
+    conversion.convert(mvtec_folder, mvtec_folder.parent / "shards", params)
+    report = json.loads((mvtec_folder.parent / "shards" / "conversion.json").read_text())
+    assert report["near_duplicates"] == {"clusters": 0, "images": 0}
+    assert report["warnings"] == []
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "RUN", 50)
+    folder = tmp_path / "raw" / "bolt" / "train" / "good"
+    folder.mkdir(parents=True)
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8), 99).save(buffer, "PNG")
+    peaks = []
+    for images in (100, 800):
+        for number in range(images):
+            (folder / f"{number:05d}.png").write_bytes(buffer.getvalue() + b"%d" % number)
+        tracemalloc.start()
+        conversion.convert(tmp_path / "raw", tmp_path / "out", Params())
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 700 * 1500

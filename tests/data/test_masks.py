@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
+from scipy import ndimage
 
 from adfm.data import masks
 from adfm.records import Box
@@ -66,6 +67,22 @@ def test_dilation_merges_and_does_not_enlarge(mask: np.ndarray, diameter: int, c
         assert box.y1 == min(f.y1 for f in inside) and box.y2 == max(f.y2 for f in inside)
     for y, x in zip(*np.nonzero(mask), strict=True):
         assert any(box.x1 <= x < box.x2 and box.y1 <= y < box.y2 for box in boxes)
+
+
+@settings(deadline=None)
+@given(mask=pictures, diameter=st.integers(2, 8), connectivity=st.sampled_from([4, 8]))
+def test_dilation_is_that_by_an_elliptic_structuring_element(
+    mask: np.ndarray, diameter: int, connectivity: int
+) -> None:
+    y, x = np.mgrid[-4:5, -4:5]
+    room = np.pad(mask, 4)
+    dilated = ndimage.binary_dilation(room, x**2 + y**2 <= (diameter / 2) ** 2)
+    labels, count = ndimage.label(dilated, np.ones((3, 3)) if connectivity == 8 else None)
+    boxes = []
+    for number in range(1, count + 1):
+        ys, xs = np.nonzero(room * (labels == number))
+        boxes.append(Box(xs.min() - 4, ys.min() - 4, xs.max() - 3, ys.max() - 3))
+    assert masks.to_boxes(mask, diameter / min(mask.shape), connectivity, 0) == sorted(boxes)
 
 
 def test_corners_touch_among_eight_neighbours_and_not_among_four() -> None:

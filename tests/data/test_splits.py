@@ -1,7 +1,10 @@
 import random
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +23,18 @@ def _samples(*parts: tuple[str, str | None, str | None, int]) -> list[Sample]:
             label = "anomalous" if defect else "normal"
             samples.append(Sample(Path(source), source, "set", category, label, defect, split=split))
     return samples
+
+
+def _assign(
+    samples: list[Sample], digests: list[str], params: Params, pairs: list[tuple[int, int]] | None = None
+) -> list[str]:
+    rows = [
+        {name: getattr(sample, name, None) for name in splits.COLUMNS} | {"sha256": digest}
+        for sample, digest in zip(samples, digests, strict=True)
+    ]
+    table = pa.Table.from_pylist(rows, schema=pa.schema([(name, pa.string()) for name in splits.COLUMNS]))
+    assigned = splits.assign(table, np.array(pairs or [], np.int64).reshape(-1, 2), params)
+    return [SPLITS[code] for code in assigned]
 
 
 def _digests(samples: list[Sample]) -> list[str]:
@@ -43,9 +58,9 @@ fractions = st.tuples(st.integers(0, 9), st.integers(0, 9)).filter(lambda pair: 
 def test_fractions_hold_in_every_category_and_labels_are_everywhere(
     parts: list[tuple[str, str | None, int]], tenths: tuple[int, int], seed: int
 ) -> None:
-    samples = _samples(*((category, defect, "test", count) for category, defect, count in parts))
+    samples = _samples(*((category, defect, None, count) for category, defect, count in parts))
     params = _params(tenths[0] / 10, tenths[1] / 10, seed)
-    assigned = splits.assign(samples, _digests(samples), params)
+    assigned = _assign(samples, _digests(samples), params)
     shares = dict(zip(SPLITS, (1 - sum(tenths) / 10, tenths[0] / 10, tenths[1] / 10), strict=True))
     wanted = [split for split in SPLITS if shares[split] > 1e-9]
     of_category, of_label, of_defect = (defaultdict[object, Counter[str]](Counter) for _ in range(3))
@@ -68,10 +83,8 @@ def test_fractions_hold_in_every_category_and_labels_are_everywhere(
 def test_fractions_hold_to_an_image_in_every_category_and_to_two_in_every_defect(
     validation: float, test: float
 ) -> None:
-    samples = _samples(
-        ("a", None, "test", 61), ("a", "dent", "test", 23), ("a", "hole", "test", 17), ("a", "spot", "test", 40)
-    )
-    assigned = splits.assign(samples, _digests(samples), _params(validation, test))
+    samples = _samples(("a", None, None, 61), ("a", "dent", None, 23), ("a", "hole", None, 17), ("a", "spot", None, 40))
+    assigned = _assign(samples, _digests(samples), _params(validation, test))
     shares = dict(zip(SPLITS, (1 - validation - test, validation, test), strict=True))
     for defect in (None, "dent", "hole", "spot"):
         found = Counter(split for sample, split in zip(samples, assigned, strict=True) if sample.defect == defect)
@@ -81,28 +94,28 @@ def test_fractions_hold_to_an_image_in_every_category_and_to_two_in_every_defect
 
 def test_official_train_images_stay_and_the_official_test_part_is_divided() -> None:
     samples = _samples(("a", None, "train", 30), ("a", None, "test", 20), ("a", "dent", "test", 20))
-    assigned = splits.assign(samples, _digests(samples), _params())
+    assigned = _assign(samples, _digests(samples), _params())
     assert set(assigned[:30]) == {"train"}
     assert Counter(assigned[30:]) == {"train": 20, "validation": 4, "test": 16}
 
 
 def test_a_split_that_the_data_set_fixes_is_kept() -> None:
     samples = _samples(*(("a", defect, split, 3) for defect in (None, "dent") for split in SPLITS))
-    assert splits.assign(samples, _digests(samples), _params()) == [sample.split for sample in samples]
+    assert _assign(samples, _digests(samples), _params()) == [sample.split for sample in samples]
 
 
 @settings(deadline=None, max_examples=50)
 @given(seed=st.integers(0, 1000), rounds=st.integers(0, 3))
 def test_neither_order_nor_names_of_files_matter_but_the_seed_does(seed: int, rounds: int) -> None:
-    samples = _samples(("a", None, "test", 25), ("a", "dent", "test", 25), ("b", None, "test", 9))
+    samples = _samples(("a", None, None, 25), ("a", "dent", None, 25), ("b", None, None, 9))
     digests = _digests(samples)
-    assigned = dict(zip(digests, splits.assign(samples, digests, _params(seed=seed)), strict=True))
+    assigned = dict(zip(digests, _assign(samples, digests, _params(seed=seed)), strict=True))
     order = list(range(len(samples)))
     random.Random(rounds).shuffle(order)
-    renamed = [Sample(**{**vars(samples[i]), "source": f"{n}.png"}) for n, i in enumerate(order)]
+    renamed = [replace(samples[i], source=f"{n}.png") for n, i in enumerate(order)]
     shuffled = [digests[i] for i in order]
-    assert dict(zip(shuffled, splits.assign(renamed, shuffled, _params(seed=seed)), strict=True)) == assigned
-    other = dict(zip(digests, splits.assign(samples, digests, _params(seed=seed + 1)), strict=True))
+    assert dict(zip(shuffled, _assign(renamed, shuffled, _params(seed=seed)), strict=True)) == assigned
+    other = dict(zip(digests, _assign(samples, digests, _params(seed=seed + 1)), strict=True))
     assert other != assigned
 
 
@@ -112,9 +125,7 @@ def test_identical_images_are_never_in_two_splits(copies: list[int], seed: int) 
     samples = _samples(("a", None, "train", 10), ("a", None, "test", 10), ("b", "dent", "test", 20))
     digests = [f"{copy}" for copy in copies]
     of = defaultdict(set)
-    for sample, digest, split in zip(
-        samples, digests, splits.assign(samples, digests, _params(seed=seed)), strict=True
-    ):
+    for sample, digest, split in zip(samples, digests, _assign(samples, digests, _params(seed=seed)), strict=True):
         of[digest].add(split)
         if {s.split for s, d in zip(samples, digests, strict=True) if d == digest} == {"train"}:
             assert split == "train", sample
@@ -124,7 +135,7 @@ def test_identical_images_are_never_in_two_splits(copies: list[int], seed: int) 
 def test_a_train_image_that_is_also_a_test_image_is_divided_with_the_test_part() -> None:
     samples = _samples(("a", None, "train", 3), ("a", None, "test", 3))
     digests = ["1", "2", "same", "3", "same", "4"]
-    assigned = splits.assign(samples, digests, _params(validation=0.0, test=0.99))
+    assigned = _assign(samples, digests, _params(validation=0.0, test=0.99))
     assert assigned[:2] == ["train", "train"]
     assert assigned[2] == assigned[4]
     counts = Counter(dict(zip(digests, assigned, strict=True)).values())
@@ -132,7 +143,90 @@ def test_a_train_image_that_is_also_a_test_image_is_divided_with_the_test_part()
 
 
 def test_identical_images_in_fixed_splits_go_to_the_most_held_out_one() -> None:
-    samples = _samples(*(("a", None, split, 3) for split in SPLITS))
+    samples = _samples(*(("a", "dent", split, 3) for split in SPLITS))
     digests = ["x", "y", "1", "y", "2", "3", "x", "4", "5"]
     train, validation, test = SPLITS
-    assert splits.assign(samples, digests, _params()) == [test, validation, train, *[validation] * 3, *[test] * 3]
+    assert _assign(samples, digests, _params()) == [test, validation, train, *[validation] * 3, *[test] * 3]
+
+
+def test_a_validation_part_of_normal_images_alone_is_divided_with_the_test_part() -> None:
+    samples = _samples(*(("a", None, split, 20) for split in SPLITS), ("a", "dent", "test", 20))
+    assigned = _assign(samples, _digests(samples), _params())
+    assert set(assigned[:20]) == {"train"}
+    assert Counter(assigned[20:]) == {"train": 30, "validation": 6, "test": 24}
+
+
+@pytest.mark.parametrize(
+    ("fixed", "lacking", "share"),
+    [(("train", "test"), "validation", 0.1), (("train", "validation"), "test", 0.4)],
+)
+def test_a_part_that_the_data_set_lacks_is_drawn_from_a_train_part_with_defects(
+    fixed: tuple[str, str], lacking: str, share: float
+) -> None:
+    samples = _samples(*(("a", defect, split, 50) for split in fixed for defect in (None, "dent")))
+    assigned = _assign(samples, _digests(samples), _params())
+    assert assigned[100:] == [fixed[1]] * 100
+    assert Counter(assigned[:50]) == Counter(assigned[50:100]) == {"train": 50 * (1 - share), lacking: 50 * share}
+
+
+def test_a_set_that_is_all_test_stays_so() -> None:
+    samples = _samples(*(("a", defect, "test", 20) for defect in (None, "dent")))
+    assert set(_assign(samples, _digests(samples), _params())) == {"test"}
+
+
+def test_what_has_no_split_beside_parts_that_are_fixed_is_for_training() -> None:
+    samples = _samples(*(("a", "dent", split, 3) for split in SPLITS), ("a", "dent", None, 3))
+    assert _assign(samples, _digests(samples), _params())[-3:] == ["train"] * 3
+
+
+@pytest.mark.parametrize("official", [None, "train"])
+def test_a_held_out_category_is_wholly_test_and_so_are_copies_of_it(official: str | None) -> None:
+    samples = _samples(*((category, defect, official, 30) for category in "ab" for defect in (None, "dent")))
+    digests = _digests(samples)
+    digests[3] = digests[70]
+    params = Params.model_validate({"split": {"holdout_categories": ["b"]}})
+    assigned = _assign(samples, digests, params, [(75, 9), (9, 11)])
+    assert set(assigned[60:]) == {"test"}
+    assert assigned[3] == assigned[9] == assigned[11] == "test"
+    assert set(assigned[:60]) == set(SPLITS)
+
+
+@settings(deadline=None)
+@given(
+    groups=st.lists(st.none() | st.integers(0, 12), min_size=60, max_size=60),
+    copies=st.lists(st.integers(0, 80), min_size=60, max_size=60),
+    pairs=st.lists(st.tuples(st.integers(0, 59), st.integers(0, 59)), max_size=8),
+    official=st.sampled_from([None, "train"]),
+)
+def test_what_hangs_together_is_in_one_split(
+    groups: list[int | None], copies: list[int], pairs: list[tuple[int, int]], official: str | None
+) -> None:
+    samples = _samples(("a", None, official, 20), ("a", "dent", "test", 20), ("b", "dent", None, 20))
+    samples = [
+        replace(sample, group=None if group is None else f"{group}")
+        for sample, group in zip(samples, groups, strict=True)
+    ]
+    assigned = _assign(samples, [f"{copy}" for copy in copies], _params(), pairs)
+    for one in range(60):
+        for other in range(one):
+            same_group = groups[one] is not None and groups[one] == groups[other]
+            if (
+                copies[one] == copies[other]
+                or (same_group and samples[one].category == samples[other].category)
+                or (one, other) in pairs
+                or (other, one) in pairs
+            ):
+                assert assigned[one] == assigned[other]
+
+
+@settings(deadline=None, max_examples=50)
+@given(sizes=st.lists(st.integers(1, 9), min_size=12, max_size=40), seed=st.integers(0, 5))
+def test_fractions_hold_to_about_a_group(sizes: list[int], seed: int) -> None:
+    samples = _samples(("a", None, None, sum(sizes)))
+    numbers = np.repeat(np.arange(len(sizes)), sizes)
+    samples = [replace(sample, group=f"{number}") for sample, number in zip(samples, numbers, strict=True)]
+    found = Counter(_assign(samples, _digests(samples), _params(0.2, 0.3, seed)))
+    for split, share in zip(SPLITS, (0.5, 0.2, 0.3), strict=True):
+        # Up to one further group is moved to a split that would have none.
+        assert abs(found[split] - share * len(samples)) <= 2 * max(sizes)
+        assert found[split]
