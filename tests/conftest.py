@@ -1,6 +1,12 @@
 """Fixtures that several folders of tests use."""
 
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,3 +46,43 @@ def small_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     synthetic.generate(folder / "raw", images=20)
     convert(folder / "raw", folder / "shards", Params())
     return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real S3 server, which has the users `owner` and `stranger` (scripts/s3-server.sh)."""
+    if not shutil.which("radosgw"):
+        missing = "NOT TESTED: there is no S3 server; install it with scripts/install-test-packages.sh"
+        pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
+    script = Path(__file__).parents[1] / "scripts" / "s3-server.sh"
+    folder = tmp_path_factory.mktemp("s3") / "server"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    subprocess.run([script, "start", folder, str(port)], check=True, timeout=240)
+    yield f"http://127.0.0.1:{port}"
+    subprocess.run([script, "stop", folder], check=True)
+
+
+@pytest.fixture
+def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """A client of the S3 server with an empty bucket `data`; the environment has its address and the owner's keys."""
+    import boto3
+
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "owner")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "owner-secret")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it remembers credentials
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="data")
+    yield client
+    for page in client.get_paginator("list_object_versions").paginate(Bucket="data"):
+        for item in [*page.get("Versions", []), *page.get("DeleteMarkers", [])]:
+            client.delete_object(Bucket="data", Key=item["Key"], VersionId=item["VersionId"])
+    client.delete_bucket(Bucket="data")
+    client.close()

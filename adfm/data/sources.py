@@ -3,6 +3,7 @@
     path/to/folder  file:///path/to/folder      copied
     data.zip  data.tar[.gz|.xz|.zst]            unpacked
     s3://bucket/prefix  s3://bucket/data.zip    downloaded; AWS_ENDPOINT_URL and the usual credentials of boto3
+    dvc://REPO@REV:PATH                         downloaded; a versioned data set: a Git URL or folder, a tag, a path
     synthetic://?seed=0&images=360              drawn
 
 `manifest.json` in the folder says where the files came from and what they are.
@@ -10,34 +11,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import gzip
+import functools
 import hashlib
-import json
-import lzma
 import os
 import posixpath
-import shutil
-import stat
-import tarfile
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import random
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-import pyarrow as pa
 from tqdm import tqdm
 
+from adfm.data import archives
+from adfm.data.manifest import STATE, Ledger
 from adfm.errors import AdfmError
 from adfm.files import atomic_folder
 
-SCHEMES = ("file", "s3", "synthetic")
-ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.zst")
-MANIFEST = "manifest.json"
-_JOURNAL = ".fetched.jsonl"
+SCHEMES = ("file", "s3", "dvc", "synthetic")
 _CONNECTIONS = 16
 
 T = TypeVar("T")
@@ -46,7 +42,7 @@ T = TypeVar("T")
 def fetch(uri: str, out: Path) -> None:
     """Brings a raw data set into a folder, with `manifest.json` {source, files: [{path, size, sha256}]}.
 
-    An interrupted download from S3 goes on where it stopped.
+    An interrupted download from S3 or DVC goes on where it stopped. Memory does not grow with the number of files.
 
     Args:
         uri: Where it is; see the module's docstring.
@@ -60,6 +56,8 @@ def fetch(uri: str, out: Path) -> None:
         _fetch_local(uri, out)
     elif scheme == "s3":
         _fetch_s3(uri, out)
+    elif scheme == "dvc":
+        _fetch_dvc(uri, out)
     elif scheme == "synthetic":
         _fetch_synthetic(uri, out)
     else:
@@ -71,54 +69,22 @@ def fetch(uri: str, out: Path) -> None:
         )
 
 
-def digests(raw: Path, paths: Sequence[str]) -> list[str]:
-    """SHA-256 of files of a fetched folder, from its manifest; what is not in a manifest is read.
-
-    A file that cannot be read has the digest `""`; whoever reads it next says why.
-
-    Args:
-        raw: The folder.
-        paths: Relative to it, with `/`.
-    """
-    known: dict[str, str] = {}
-    if (raw / MANIFEST).is_file():
+def _parallel(work: Callable[[T], None], items: Iterable[T], what: str, stopped: threading.Event) -> None:
+    """Works on items in threads, with few in hand at a time, and sets `stopped` as soon as one has failed."""
+    running: set[Future[None]] = set()
+    with ThreadPoolExecutor(_CONNECTIONS) as pool, tqdm(desc=what, unit="file", disable=None) as progress:
         try:
-            known = {file["path"]: file["sha256"] for file in json.loads((raw / MANIFEST).read_text())["files"]}
-        except (ValueError, KeyError, TypeError):
-            known = {}  # the data set's own file of that name
-    new = [path for path in paths if path not in known]
-    known.update(zip(new, _hashed([raw / path for path in new], unreadable=""), strict=True))
-    return [known[path] for path in paths]
-
-
-def _finish(uri: str, folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-    if not files:
-        raise AdfmError(f"{uri}: holds no file; give a folder, archive or prefix that holds a data set.")
-    entries = [
-        {"path": path.relative_to(folder).as_posix(), "size": path.stat().st_size, "sha256": sha256}
-        for path, sha256 in zip(files, _hashed(files), strict=True)
-    ]
-    (folder / MANIFEST).write_text(json.dumps({"source": uri, "files": entries}, indent=1) + "\n")
-
-
-def _hashed(paths: Sequence[Path], unreadable: str | None = None) -> Iterator[str]:
-    def sha256(path: Path) -> str:
-        try:
-            with path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError:
-            if unreadable is None:
-                raise
-            return unreadable
-
-    with ThreadPoolExecutor() as pool:
-        yield from _progress(pool.map(sha256, paths), "checksums", len(paths))
-
-
-def _progress(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
-    bar: Iterable[T] = tqdm(items, desc=what, total=total, unit="file", disable=None)
-    return bar
+            for item in items:
+                running.add(pool.submit(work, item))
+                if len(running) >= 4 * _CONNECTIONS:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    progress.update(sum(job.result() is None for job in done))
+            for job in running:
+                progress.update(job.result() is None)
+        except BaseException:
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 # ------------------------------------------------------------------------------------------------ folder and archive
@@ -135,250 +101,235 @@ def _fetch_local(uri: str, out: Path) -> None:
     if not path.exists():
         near = difflib.get_close_matches(uri.partition(":")[0], SCHEMES, n=1)
         hint = f" Did you mean {near[0]}://?" if near else ""
-        raise AdfmError(f"{uri}: no such folder or archive; give one that is there, or s3:// or synthetic://.{hint}")
+        raise AdfmError(
+            f"{uri}: no such folder or archive; give one that is there, or s3://, dvc:// or synthetic://.{hint}"
+        )
     if path.is_dir():
         source, target = path.resolve(), out.resolve()
         if source == target or source in target.parents or target in source.parents:
             raise AdfmError(f"{out}: the source {path} lies in it, or it in the source; choose another folder.")
-    elif not path.name.lower().endswith(ARCHIVES):
-        raise AdfmError(f"{uri}: is a file, but no archive that adfm unpacks ({', '.join(ARCHIVES)}); give its folder.")
-    with atomic_folder(out) as folder:
+    elif not archives.is_archive(path.name):
+        known = ", ".join(archives.ENDINGS)
+        raise AdfmError(f"{uri}: is a file, but no archive that adfm unpacks ({known}); give its folder.")
+    with atomic_folder(out) as folder, contextlib.closing(Ledger(folder, uri)) as ledger:
         if path.is_dir():
-            _copy(path, folder)
+            _copy(path, ledger)
         else:
-            _unpack(path, folder)
-        _finish(uri, folder)
+            archives.unpack(path, folder, ledger, uri)
+        ledger.finish({"source": uri})
 
 
-def _copy(source: Path, folder: Path) -> None:
-    for path in _progress(_walk(source), "copy"):
-        if not path.is_file():
-            raise AdfmError(f"{path}: is a link that leads nowhere, or no ordinary file; mend or remove it.")
-        target = folder / path.relative_to(source)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+def _copy(source: Path, ledger: Ledger) -> None:
+    problems = archives.Problems(str(source))
 
+    def copy(job: tuple[Path, str]) -> None:
+        path, name = job
+        with path.open("rb") as content:
+            archives.store(ledger, name, content, problems)
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            if path.is_symlink() and path.resolve() in folder.resolve().parents:
-                raise AdfmError(f"{path}: is a link to a folder that holds it; remove it.")
-            yield from _walk(path)
-        else:
-            yield path
-
-
-class _Member(NamedTuple):
-    """One entry of an archive; `target` is what a link leads to, relative to the archive's root."""
-
-    name: str
-    kind: Literal["file", "folder", "link", "other"]
-    target: str = ""
-    content: IO[bytes] | None = None
-
-
-def _unpack(archive: Path, folder: Path) -> None:
-    """Unpacks without ever making a link: one that leads to a file of the archive becomes a copy of it."""
-    links: dict[str, str] = {}
-    try:
-        members = _zip_members(archive) if archive.name.lower().endswith(".zip") else _tar_members(archive)
-        for member in _progress(members, "unpack"):
-            path = folder / _inside(member.name, f"{archive}: the member")
-            if member.kind == "other":
-                raise AdfmError(
-                    f"{archive}: the member {member.name!r} is a device or a pipe; make an archive of files."
-                )
-            if member.kind == "link":
-                links[member.name] = member.target
-            if member.content:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("wb") as file:
-                    shutil.copyfileobj(member.content, file, 2**20)
-        for name, target in links.items():
-            source = folder / _inside(posixpath.normpath(target), f"{archive}: the member {name!r} is a link, and")
-            if not source.is_file():
-                raise AdfmError(
-                    f"{archive}: the member {name!r} is a link to {target!r}, which is no file of the archive."
-                )
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, path)
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
-        raise AdfmError(f"{archive}: is damaged or encrypted ({error}); get it anew.") from error
-    except OSError as error:
-        if error.errno is None or isinstance(error, (FileExistsError, NotADirectoryError, IsADirectoryError)):
-            raise AdfmError(f"{archive}: is damaged ({error}); get it anew.") from error
-        raise
-
-
-def _zip_members(archive: Path) -> Iterator[_Member]:
-    with zipfile.ZipFile(archive) as file:
-        for info in file.infolist():
-            if stat.S_ISLNK(info.external_attr >> 16):
-                target = file.read(info).decode(errors="replace")
-                yield _Member(info.filename, "link", posixpath.join(posixpath.dirname(info.filename), target))
-            elif info.is_dir():
-                yield _Member(info.filename, "folder")
+    def jobs() -> Iterator[tuple[Path, str]]:
+        for path in _walk(source, (), problems):
+            name = archives.utf8(path.relative_to(source).as_posix())
+            if not path.is_file():
+                problems.add(f"{name!r} is a link that leads nowhere, or no ordinary file")
+            elif complaint := archives.refusal(name):
+                problems.add(f"{name!r} {complaint}")
             else:
-                with file.open(info) as content:
-                    yield _Member(info.filename, "file", content=content)
+                yield path, name
+
+    _parallel(copy, jobs(), "copy", threading.Event())
+    problems.finish()
 
 
-_DECOMPRESSED: dict[str, Callable[[IO[bytes]], Any]] = {
-    "gz": gzip.open,
-    "tgz": gzip.open,
-    "xz": lzma.open,
-    "txz": lzma.open,
-    "zst": lambda raw: pa.CompressedInputStream(raw, "zstd"),
-}
+def _walk(folder: Path, above: tuple[str, ...], problems: archives.Problems) -> Iterator[Path]:
+    above = (*above, os.path.realpath(folder))
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            path = folder / entry.name
+            if not path.is_dir():
+                yield path
+            elif entry.is_symlink() and os.path.realpath(path) in above:
+                problems.add(f"{str(path)!r} is a link to a folder that holds it")
+            else:
+                yield from _walk(path, above, problems)
 
 
-def _tar_members(archive: Path) -> Iterator[_Member]:
-    with archive.open("rb") as raw:
-        ending = archive.name.lower().rpartition(".")[2]
-        stream = cast("IO[bytes]", _DECOMPRESSED[ending](raw) if ending in _DECOMPRESSED else raw)
-        with tarfile.open(fileobj=stream, mode="r|") as file:
-            for info in file:
-                if info.islnk():
-                    yield _Member(info.name, "link", info.linkname)
-                elif info.issym():
-                    yield _Member(info.name, "link", posixpath.join(posixpath.dirname(info.name), info.linkname))
-                elif info.isdir():
-                    yield _Member(info.name, "folder")
-                else:
-                    yield _Member(info.name, "file" if info.isfile() else "other", content=file.extractfile(info))
-        # tarfile takes an archive that is cut off between two members for a shorter one.
-        if stream is raw:
-            raw.seek(-tarfile.BLOCKSIZE, os.SEEK_END)
-            if any(raw.read()):
-                raise tarfile.ReadError("it is cut off")
-        while stream.read(2**20):
-            pass
+# ------------------------------------------------------------------------------------------------------------ downloads
 
 
-def _inside(name: str, who: str) -> str:
-    """`name`, if it is a path within the folder that is written."""
-    if name.startswith("/") or ".." in name.split("/") or "\0" in name:
-        raise AdfmError(f"{who} {name!r} leads out of the folder; this source is not to be trusted.")
-    return name
+class _Content(NamedTuple):
+    """What a source sends of a file: its bytes in pieces, the MD5 of the whole file if it is known, and its version."""
+
+    pieces: Iterable[bytes]
+    md5: str = ""
+    version: str = ""
 
 
-# ---------------------------------------------------------------------------------------------------------------- S3
+class _Item(NamedTuple):
+    """A file of a source: its path in the data set, what tells it from other contents, how to read from a byte on."""
 
-
-class _Object(NamedTuple):
-    key: str
     path: str
-    size: int
-    etag: str
+    tag: str
+    read: Callable[[int], _Content]
+
+
+class _Damaged(Exception):
+    """What arrived is not what the source holds."""
+
+
+def _download(items: Iterable[_Item], ledger: Ledger, again: tuple[type[Exception], ...] = (), tries: int = 1) -> None:
+    """Downloads what no earlier attempt has left whole. Every file grows beside its place and is renamed when whole.
+
+    Args:
+        items: What there is; whatever else the folder holds is removed.
+        ledger: Of what is whole.
+        again: Errors after which a file goes on where it stopped.
+        tries: How many of them in a row may happen to a file without a byte arriving.
+    """
+    parts = ledger.folder / STATE / "parts"
+    parts.mkdir(exist_ok=True)
+    stopped = threading.Event()
+
+    def download(item: _Item) -> None:
+        part = parts / hashlib.sha256(f"{item.path}\n{item.tag}".encode()).hexdigest()
+        arrived, failures, damages = 0, 0, 0
+        while not stopped.is_set():
+            try:
+                return receive(item, part)
+            except _Damaged as error:
+                part.unlink()
+                damages += 1
+                if damages > 2:
+                    raise AdfmError(
+                        f"{item.path}: arrives damaged ({error}); look at the network, and at what is stored there."
+                    ) from None
+            except again:
+                before, arrived = arrived, part.stat().st_size
+                failures = 0 if arrived > before else failures + 1
+                if failures >= tries:
+                    raise
+                if failures:
+                    stopped.wait(min(2**failures, 20) * random.random())
+
+    def receive(item: _Item, part: Path) -> None:
+        sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+        with part.open("a+b") as file:
+            file.seek(0)
+            while chunk := file.read(2**20):
+                sha256.update(chunk)
+                md5.update(chunk)
+            content = item.read(file.tell())
+            for chunk in content.pieces:
+                file.write(chunk)
+                sha256.update(chunk)
+                md5.update(chunk)
+                if stopped.is_set():
+                    return
+            size = file.tell()
+        if content.md5 and content.md5 != md5.hexdigest():
+            raise _Damaged(f"its MD5 is {md5.hexdigest()}, and should be {content.md5}")
+        target = ledger.folder / item.path
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part.replace(target)
+        except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+            raise AdfmError(f"{item.path}: is both a file and a folder there, which no disk can hold.") from error
+        ledger.add(item.path, size, sha256.hexdigest(), item.tag, content.version)
+
+    missing = (item for item in items if not ledger.holds(item.path, item.tag))
+    _parallel(download, missing, "download", stopped)
+    ledger.sweep()
+
+
+# ------------------------------------------------------------------------------------------------------------------- S3
 
 
 def _fetch_s3(uri: str, out: Path) -> None:
     import boto3
-    from boto3.exceptions import Boto3Error
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
 
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    prefix = prefix.strip("/")
     if not bucket:
         raise AdfmError(f"{uri}: names no bucket; write s3://bucket/prefix.")
     settings = Config(
-        connect_timeout=10,
-        read_timeout=60,
-        retries={"mode": "standard", "max_attempts": 4},
-        max_pool_connections=_CONNECTIONS,
+        connect_timeout=10, read_timeout=60, retries={"mode": "standard"}, max_pool_connections=_CONNECTIONS
     )
     try:
         client = boto3.client("s3", config=settings)
     except (BotoCoreError, ValueError) as error:
         raise AdfmError(f"{uri}: {error}; check AWS_ENDPOINT_URL and AWS_PROFILE.") from error
     try:
-        objects = _listed(client, bucket, prefix.strip("/"))
-        if not objects:
+        tries = client.meta.config.retries.get("total_max_attempts", 3)  # AWS_MAX_ATTEMPTS
+        if not client.list_objects_v2(Bucket=bucket, Prefix=_start(prefix), MaxKeys=1).get("Contents"):
             raise AdfmError(f"{uri}: the bucket is there, but nothing under that prefix; check its spelling.")
-        with atomic_folder(out, keep_partial=True) as folder:
-            _download(client, bucket, objects, uri, folder)
-            if prefix.lower().endswith(ARCHIVES):
-                archive = folder / objects[0].path
-                _unpack(archive, folder)
-                archive.unlink()
-            _finish(uri, folder)
-    except (BotoCoreError, ClientError, Boto3Error) as error:
+        with atomic_folder(out, keep_partial=True) as folder, contextlib.closing(Ledger(folder, uri)) as ledger:
+            problems = archives.Problems(uri)
+            _download(_objects(client, bucket, prefix, problems), ledger, (BotoCoreError,), tries)
+            problems.finish()
+            _finish(uri, prefix, ledger, {"source": uri}, "etag")
+    except (BotoCoreError, ClientError) as error:
         raise AdfmError(f"{uri}: {_remedy(error)} ({error})") from error
+    finally:
+        client.close()
 
 
-def _listed(client: Any, bucket: str, prefix: str) -> list[_Object]:
-    """All objects below the prefix; of an archive that object alone, under a hidden name."""
-    if prefix.lower().endswith(ARCHIVES):
-        page = client.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
-        hidden = "." + posixpath.basename(prefix)
-        return [_Object(i["Key"], hidden, i["Size"], i["ETag"]) for i in page.get("Contents", []) if i["Key"] == prefix]
-    start = f"{prefix}/" if prefix else ""
-    objects = []
+def _start(prefix: str) -> str:
+    return f"{prefix}/" if prefix and not archives.is_archive(prefix) else prefix
+
+
+def _finish(uri: str, path: str, ledger: Ledger, source: dict[str, str], tag: str) -> None:
+    """Unpacks what was downloaded if it is an archive, and writes the manifest."""
+    archive = ledger.folder / STATE / posixpath.basename(path)
+    if archive.is_file():
+        archives.unpack(archive, ledger.folder, ledger, uri)
+    ledger.finish(source, tag)
+
+
+def _objects(client: Any, bucket: str, prefix: str, problems: archives.Problems) -> Iterator[_Item]:
+    """All objects below the prefix, as they are listed; of an archive that object alone."""
+    from botocore.exceptions import ClientError, FlexibleChecksumError
+
+    def read(key: str, etag: str, offset: int) -> _Content:
+        rest = {"Range": f"bytes={offset}-"} if offset else {}
+        try:
+            response = client.get_object(Bucket=bucket, Key=key, IfMatch=etag, **rest)
+        except ClientError as error:
+            if error.response["Error"]["Code"] == "InvalidRange":  # all of it was there, but not yet in its place
+                raise _Damaged("it is shorter there") from error
+            raise AdfmError(f"s3://{bucket}/{key}: {_remedy(error)} ({error})") from error
+        if offset and "ContentRange" not in response:
+            raise _Damaged("the server does not go on where it stopped")
+
+        def pieces() -> Iterator[bytes]:
+            with contextlib.closing(response["Body"]) as body:
+                try:
+                    yield from body.iter_chunks(2**20)
+                except FlexibleChecksumError as error:
+                    raise _Damaged(str(error)) from error
+
+        # The ETag is the MD5, unless the object came in parts or is encrypted with a key that the server does not own.
+        plain = re.fullmatch('"[0-9a-f]{32}"', etag) and response.get("ServerSideEncryption", "AES256") == "AES256"
+        md5 = etag.strip('"') if plain and "SSECustomerAlgorithm" not in response else ""
+        version = response.get("VersionId", "")
+        return _Content(pieces(), md5, "" if version == "null" else version)
+
+    start = _start(prefix)
     for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=start):
         for item in page.get("Contents", []):
-            if not item["Key"].endswith("/"):  # the marks that consoles leave for empty folders
-                path = _inside(item["Key"][len(start) :], f"s3://{bucket}: the key")
-                objects.append(_Object(item["Key"], path, item["Size"], item["ETag"]))
-    return objects
-
-
-def _download(client: Any, bucket: str, objects: list[_Object], uri: str, folder: Path) -> None:
-    """Downloads what is missing; the journal, a line a finished file, tells what an earlier attempt left whole."""
-    from boto3.s3.transfer import TransferConfig
-
-    journal = folder / _JOURNAL
-    done = _journalled(journal, uri)
-    kept = {
-        item.path for item in objects if done.get(item.path) == item.etag and _size(folder / item.path) == item.size
-    }
-    for path in folder.rglob("*"):
-        if path.is_file() and path.relative_to(folder).as_posix() not in kept:
-            path.unlink()
-
-    def download(item: _Object) -> _Object:
-        path = folder / item.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        client.download_file(bucket, item.key, str(path), Config=TransferConfig(use_threads=False))
-        if path.stat().st_size != item.size:
-            raise AdfmError(f"s3://{bucket}/{item.key} changed while it was downloaded; fetch again.")
-        return item
-
-    with journal.open("w") as log, ThreadPoolExecutor(_CONNECTIONS) as pool:
-        print(json.dumps({"source": uri}), file=log)
-        for item in objects:
-            if item.path in kept:
-                print(json.dumps({"path": item.path, "etag": item.etag}), file=log, flush=True)
-        jobs = [pool.submit(download, item) for item in objects if item.path not in kept]
-        try:
-            for job in _progress(as_completed(jobs), "download", len(jobs)):
-                item = job.result()
-                print(json.dumps({"path": item.path, "etag": item.etag}), file=log, flush=True)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    journal.unlink()
-
-
-def _journalled(journal: Path, uri: str) -> dict[str, str]:
-    if not journal.is_file():
-        return {}
-    first, *rest = journal.read_text().splitlines() or [""]
-    if first != json.dumps({"source": uri}):
-        return {}
-    done = {}
-    for line in rest:
-        try:
-            entry = json.loads(line)
-        except ValueError:  # the line in which it was killed
-            break
-        done[entry["path"]] = entry["etag"]
-    return done
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1
+            key, etag = item["Key"], item["ETag"]
+            if archives.is_archive(prefix):
+                if key == prefix:
+                    yield _Item(f"{STATE}/{posixpath.basename(key)}", etag, functools.partial(read, key, etag))
+                return
+            path = key[len(start) :]
+            if key.endswith("/"):  # the marks that consoles leave for empty folders
+                continue
+            if complaint := archives.refusal(path):
+                problems.add(f"{key!r} {complaint}")
+            else:
+                yield _Item(path, etag, functools.partial(read, key, etag))
 
 
 def _remedy(error: Exception) -> str:
@@ -390,20 +341,103 @@ def _remedy(error: Exception) -> str:
         return "that is no name of a bucket; write s3://bucket/prefix"
     if not isinstance(error, ClientError):
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "Amazon S3"
-        return f"{endpoint} cannot be reached; check AWS_ENDPOINT_URL and the network"
+        return (
+            f"{endpoint} cannot be reached; check AWS_ENDPOINT_URL and the network, and fetch again: "
+            "what has arrived is kept"
+        )
     code = error.response.get("Error", {}).get("Code", "")
-    if code == "NoSuchBucket":
+    if code in ("NoSuchBucket", "InvalidBucketName"):
         return "there is no such bucket; check its name and AWS_ENDPOINT_URL"
     if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken"):
         return "the server does not accept the credentials; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     if code in ("AccessDenied", "403"):
         return "these credentials may not read there; ask for s3:ListBucket and s3:GetObject"
-    if code in ("404", "NoSuchKey"):
-        return "an object went away while it was to be downloaded; fetch again"
+    if code in ("404", "NoSuchKey", "412", "PreconditionFailed"):
+        return "it changed or went away while it was downloaded; fetch again"
     return "the server refused; check the URI"
 
 
-# --------------------------------------------------------------------------------------------------------- synthetic
+# ------------------------------------------------------------------------------------------------------------------ DVC
+
+
+def _fetch_dvc(uri: str, out: Path) -> None:
+    place, _, path = uri.removeprefix("dvc://").rpartition(":")
+    repo, _, rev = place.rpartition("@")
+    path = posixpath.normpath(path.strip("/"))
+    if not (repo and rev) or ":" in rev or path.startswith("."):
+        raise AdfmError(
+            f"{uri}: write dvc://REPO@REV:PATH: a Git URL or a folder, a tag, branch or commit, and a path in that "
+            "repository, as in dvc://https://git.example.com/images.git@v1.2:data/line-3."
+        )
+    from dvc.api import DVCFileSystem
+    from dvc.repo.open_repo import clean_repos
+
+    if not re.match(r"[\w.+-]+(@|://)", repo):
+        repo = str(Path(repo).expanduser())
+        if not Path(repo).is_dir():
+            raise AdfmError(f"{uri}: there is no folder {repo!r}; give that of a Git repository, or its URL.")
+    try:
+        with _explained(f"{uri}: the repository cannot be opened at {rev!r}; check both, and that Git may read it"):
+            files = DVCFileSystem(repo, rev=rev)
+            commit = files.repo.get_rev()
+        with _explained(f"{uri}: {path!r} cannot be listed; is it there at {rev!r}, and was it pushed (`dvc push`)?"):
+            items = list(_tracked(uri, files, path))
+        with (
+            atomic_folder(out, keep_partial=True) as folder,
+            contextlib.closing(Ledger(folder, f"{uri} {commit}")) as ledger,
+        ):
+            _download(items, ledger)
+            _finish(uri, path, ledger, {"source": uri, "commit": commit}, "md5")
+    finally:
+        clean_repos()
+
+
+def _tracked(uri: str, files: Any, path: str) -> Iterator[_Item]:
+    """The files below a path of a DVC repository; of an archive that file alone."""
+
+    def read(name: str, md5: str, offset: int) -> _Content:
+        def pieces() -> Iterator[bytes]:
+            with (
+                _explained(f"{uri}: {name} is not to be had; it may never have been pushed (`dvc push` where it is)"),
+                files.open(name) as content,
+            ):
+                content.seek(offset)
+                while chunk := content.read(2**20):
+                    yield chunk
+
+        return _Content(pieces(), md5)
+
+    if files.info(path)["type"] == "file":
+        if not archives.is_archive(path):
+            known = ", ".join(archives.ENDINGS)
+            raise AdfmError(f"{uri}: is a file, but no archive that adfm unpacks ({known}); give its folder.")
+        md5 = files.info(path).get("md5", "")
+        yield _Item(f"{STATE}/{posixpath.basename(path)}", md5, functools.partial(read, path, md5))
+        return
+    problems = archives.Problems(uri)
+    for root, _, found in files.walk(path, detail=True):
+        for file, info in found.items():
+            name, md5 = f"{root}/{file}", info.get("md5", "")
+            inside = posixpath.relpath(name, path)
+            if complaint := archives.refusal(inside):
+                problems.add(f"{name!r} {complaint}")
+            else:
+                yield _Item(inside, md5, functools.partial(read, name, md5))
+    problems.finish()
+
+
+@contextlib.contextmanager
+def _explained(message: str) -> Iterator[None]:
+    """Whatever DVC raises (its remotes have dozens of exceptions of their own) as an error of ours."""
+    try:
+        yield
+    except AdfmError:
+        raise
+    except Exception as error:
+        raise AdfmError(f"{message} ({error.__cause__ or error}).") from error
+
+
+# ------------------------------------------------------------------------------------------------------------ synthetic
 
 
 def _fetch_synthetic(uri: str, out: Path) -> None:
@@ -420,6 +454,10 @@ def _fetch_synthetic(uri: str, out: Path) -> None:
         if not value.isdecimal():
             raise AdfmError(f"{uri}: {key} is {value!r}; give a whole number that is not negative.")
         options[key] = int(value)
-    with atomic_folder(out) as folder:
+    with atomic_folder(out) as folder, contextlib.closing(Ledger(folder, uri)) as ledger:
         synthetic.generate(folder, **options)
-        _finish(uri, folder)
+        for path in folder.rglob("*.png"):
+            with path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            ledger.add(path.relative_to(folder).as_posix(), path.stat().st_size, sha256)
+        ledger.finish({"source": uri})

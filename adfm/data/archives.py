@@ -1,0 +1,296 @@
+"""Archives that nobody vouches for: `.zip`, `.tar`, `.tar.gz`, `.tar.xz`, `.tar.zst`.
+
+Nothing is written outside the folder, no link is made, and no archive fills the disk or the memory:
+
+- a name that leads out of the folder, that comes twice, or that no disk takes is refused, as are devices, pipes and
+  encrypted members; all of them are named in one error;
+- a link to a file of the archive becomes a copy of it; any other link is refused;
+- what expands to more than the disk has free, or to more than 1 GiB and 100 times the archive's own size, is refused
+  (photographs hardly shrink when they are packed, and black masks beside them do not change that);
+- a zip's table of contents is read into memory: above 32 MiB, some 300,000 files, the zip is refused. A tar of any
+  number of files is unpacked as it is read.
+"""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import os
+import posixpath
+import shutil
+import stat
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple, Self, cast
+
+import pyarrow as pa
+from tqdm import tqdm
+
+from adfm.data.manifest import STATE, Ledger
+from adfm.errors import AdfmError
+
+ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.zst")
+
+_GROWTH = 100
+_HARMLESS = 2**30
+_TABLE = 32 * 2**20
+_LINKS = 100_000
+_LISTED = 50
+
+
+def is_archive(name: str) -> bool:
+    """Whether a file of that name is taken for an archive."""
+    return name.lower().endswith(ENDINGS)
+
+
+def unpack(archive: Path, folder: Path, ledger: Ledger, who: str) -> None:
+    """Unpacks an archive and enters its files in the ledger.
+
+    Args:
+        archive: The file; its ending says what it is.
+        folder: Where to; the folder of the ledger.
+        ledger: Of what is whole.
+        who: What errors call the archive.
+
+    Raises:
+        AdfmError: It is damaged, encrypted, too large, or not to be trusted; see the module's docstring.
+    """
+    problems = Problems(who)
+    links: dict[str, str] = {}
+    grows = _growth(archive, folder, who)
+    try:
+        for member in _progress(_members(archive, who, grows)):
+            name = utf8(member.name)
+            if complaint := member.complaint or refusal(name):
+                problems.add(f"{name!r} {complaint}")
+            elif member.target is not None:
+                links[name] = utf8(member.target)
+                if len(links) > _LINKS:
+                    raise AdfmError(f"{who}: holds more than {_LINKS} links; make an archive of files.")
+            elif member.content:
+                store(ledger, name, member.content, problems)
+        for name, target in links.items():
+            for _ in range(40):  # a link to a link; some lead round in a circle
+                target = links.get(target, target)
+            source = folder / target
+            if refusal(target) or not source.is_file():
+                problems.add(f"{name!r} is a link to {target!r}, which is no file of the archive")
+                continue
+            grows(source.stat().st_size)
+            with source.open("rb") as content:
+                store(ledger, name, content, problems)
+    except NotImplementedError as error:
+        raise AdfmError(
+            f"{who}: cannot be unpacked ({error}); unpack it by other means and give the folder."
+        ) from error
+    except _DAMAGED as error:
+        raise AdfmError(f"{who}: is damaged ({error}); get it anew.") from error
+    except OSError as error:
+        if error.errno is None:  # gzip's
+            raise AdfmError(f"{who}: is damaged ({error}); get it anew.") from error
+        raise
+    problems.finish()
+
+
+_DAMAGED = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    struct.error,
+    ValueError,
+    OverflowError,
+    RuntimeError,
+)
+
+
+class Problems:
+    """What is wrong with the members of a source, to be said all at once.
+
+    Args:
+        who: What the error calls the source.
+    """
+
+    def __init__(self, who: str) -> None:
+        self._who = who
+        self._found: list[str] = []
+        self._number = 0
+
+    def add(self, problem: str) -> None:
+        """Notes one, to be listed unless there are very many."""
+        self._number += 1
+        if len(self._found) < _LISTED:
+            self._found.append(problem)
+
+    def finish(self) -> None:
+        """Raises an error if there was any.
+
+        Raises:
+            AdfmError: There was one.
+        """
+        if self._number:
+            more = [f"and {self._number - _LISTED} more"] if self._number > _LISTED else []
+            listed = "\n".join(f"  {problem}" for problem in [*self._found, *more])
+            raise AdfmError(f"{self._who}: cannot be taken as it is; mend it, or unpack it by hand:\n{listed}")
+
+
+def utf8(name: str) -> str:
+    """The name itself if it is UTF-8; otherwise its bytes are read as Latin-1, where every byte is a letter."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return name.encode(errors="surrogateescape").decode("latin-1")
+    return name
+
+
+def refusal(name: str) -> str | None:
+    """Why no file of that name (with `/`) is written into a folder; `None` if nothing speaks against it."""
+    parts = name.split("/")
+    if name.startswith("/") or ".." in parts or "\0" in name:
+        return "leads out of the folder; this source is not to be trusted"
+    if posixpath.normpath(name).split("/")[0] == STATE:
+        return "has the name of a folder that adfm uses itself; rename it"
+    if any(len(part.encode()) > 255 for part in parts):
+        return "is longer than the 255 bytes that a disk takes; shorten it"
+    return None
+
+
+def store(ledger: Ledger, name: str, content: IO[bytes], problems: Problems) -> None:
+    """Writes and enters a file, or notes why its place is taken."""
+    try:
+        ledger.store(posixpath.normpath(name), content)
+    except (FileExistsError, NotADirectoryError, IsADirectoryError):
+        problems.add(f"{name!r} is there twice, or is both a file and a folder")
+
+
+def _growth(archive: Path, folder: Path, who: str) -> Callable[[int], None]:
+    """A function that is told of bytes before they are written, and refuses when they become too many."""
+    free = shutil.disk_usage(folder).free
+    most = max(_HARMLESS, _GROWTH * archive.stat().st_size)
+    total = 0
+
+    def grows(size: int) -> None:
+        nonlocal total
+        total += size
+        if total > most:
+            raise AdfmError(
+                f"{who}: expands to more than {_GROWTH} times its size, as no archive of images does; if you trust it, "
+                "unpack it by hand and give the folder."
+            )
+        if total > free:
+            raise AdfmError(
+                f"{who}: needs {total / 1e9:.1f} GB or more, and {free / 1e9:.1f} GB are free at {folder.parent}; free "
+                "some space, or choose a folder on another disk."
+            )
+
+    return grows
+
+
+def _progress(members: Iterator[_Member]) -> Iterator[_Member]:
+    bar: Iterator[_Member] = tqdm(members, desc="unpack", unit="file", disable=None)
+    return bar
+
+
+class _Member(NamedTuple):
+    """One entry of an archive: a file with its content, a link with its target from the archive's root, or a folder."""
+
+    name: str
+    content: IO[bytes] | None = None
+    target: str | None = None
+    complaint: str | None = None
+
+
+def _members(archive: Path, who: str, grows: Callable[[int], None]) -> Iterator[_Member]:
+    if not archive.name.lower().endswith(".zip"):
+        return _tar_members(archive, grows)
+    with archive.open("rb") as raw:
+        end = zipfile._EndRecData(raw)  # type: ignore[attr-defined]
+        if end and end[5] > _TABLE:
+            raise AdfmError(
+                f"{who}: holds too many files for a zip (its table of contents has {end[5] / 2**20:.0f} MiB, and is "
+                f"read into memory up to {_TABLE // 2**20}); make a .tar of them, or give the folder."
+            )
+    return _zip_members(archive, grows)
+
+
+def _zip_members(archive: Path, grows: Callable[[int], None]) -> Iterator[_Member]:
+    with zipfile.ZipFile(archive) as file:
+        grows(sum(info.file_size for info in file.infolist()))
+        for info in file.infolist():
+            name = (
+                info.filename if "/" in info.filename else info.filename.replace("\\", "/")
+            )  # old programs of Windows
+            if info.flag_bits & 1:
+                yield _Member(name, complaint="is encrypted; make an archive without a password")
+            elif stat.S_ISLNK(info.external_attr >> 16):
+                target = file.read(info).decode(errors="surrogateescape")
+                yield _Member(name, target=_joined(name, target))
+            elif info.is_dir():
+                yield _Member(name)
+            else:
+                with file.open(info) as content:
+                    yield _Member(name, content=content)
+
+
+_DECOMPRESSED: dict[str, Callable[[IO[bytes]], Any]] = {
+    "gz": gzip.open,
+    "tgz": gzip.open,
+    "xz": lzma.open,
+    "txz": lzma.open,
+    "zst": lambda raw: pa.CompressedInputStream(raw, "zstd"),
+}
+
+
+def _tar_members(archive: Path, grows: Callable[[int], None]) -> Iterator[_Member]:
+    with archive.open("rb") as raw:
+        ending = archive.name.lower().rpartition(".")[2]
+        stream = cast("IO[bytes]", _DECOMPRESSED[ending](raw) if ending in _DECOMPRESSED else raw)
+        with tarfile.open(fileobj=stream, mode="r|", tarinfo=_TarInfo, encoding="utf-8") as file:
+            while info := file.next():
+                file.members = []  # type: ignore[attr-defined]  # it would keep them all
+                grows(info.size)
+                if info.islnk():
+                    yield _Member(info.name, target=posixpath.normpath(info.linkname))
+                elif info.issym():
+                    yield _Member(info.name, target=_joined(info.name, info.linkname))
+                elif info.isdir():
+                    yield _Member(info.name)
+                elif info.isfile():
+                    yield _Member(info.name, content=file.extractfile(info))
+                else:
+                    yield _Member(info.name, complaint="is a device or a pipe; make an archive of files")
+        # tarfile takes an archive that is cut off between two members for a shorter one.
+        if stream is raw:
+            raw.seek(-tarfile.BLOCKSIZE, os.SEEK_END)
+            if any(raw.read()):
+                raise tarfile.ReadError("it is cut off")
+        while rest := stream.read(2**20):
+            grows(len(rest))
+
+
+class _TarInfo(tarfile.TarInfo):
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """As of `TarInfo`, which goes on to read long names and attributes into memory, as long as they claim to be."""
+        info = super().frombuf(buf, encoding, errors)
+        if info.type in _ATTRIBUTES and info.size > 2**20:
+            raise tarfile.ReadError("a name or its attributes are longer than 1 MiB")
+        return info
+
+
+_ATTRIBUTES = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+
+
+def _joined(name: str, target: str) -> str:
+    return posixpath.normpath(posixpath.join(posixpath.dirname(name), target))

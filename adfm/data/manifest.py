@@ -1,0 +1,162 @@
+"""What a raw data set holds: `manifest.json`, and the ledger from which it is written while the files arrive."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sqlite3
+import threading
+from pathlib import Path
+from typing import IO
+
+from adfm.errors import AdfmError
+
+MANIFEST = "manifest.json"
+STATE = ".fetch"  # folder for what is on its way; gone from a finished data set
+
+
+class Ledger:
+    """The files that are whole in a folder that is being filled; kept on disk, so that a killed fetch can go on.
+
+    It is an SQLite file: memory does not grow with the number of files. Threads may share it.
+
+    Args:
+        folder: The folder that is being filled.
+        source: What it is filled from. The files of another source are removed.
+    """
+
+    def __init__(self, folder: Path, source: str) -> None:
+        self.folder = folder
+        self._lock = threading.Lock()
+        try:
+            self._database = self._opened(source)
+        except sqlite3.OperationalError as error:
+            raise self._unwritable(error) from error
+        except sqlite3.DatabaseError:  # of another source, or the machine went down while it was written
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            self._database = self._opened(source)
+
+    def _opened(self, source: str) -> sqlite3.Connection:
+        path = self.folder / STATE / "ledger.sqlite"
+        path.parent.mkdir(exist_ok=True)
+        # Network file systems often have no locks; one process alone works in this folder.
+        uri = f"{path.resolve().as_uri()}?nolock=1"
+        database = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+        try:
+            database.execute("PRAGMA synchronous = OFF")
+            database.execute("PRAGMA journal_mode = TRUNCATE")
+            database.execute("CREATE TABLE IF NOT EXISTS source (name PRIMARY KEY)")
+            database.execute(
+                "CREATE TABLE IF NOT EXISTS files (path PRIMARY KEY, size, sha256, tag, version, current) WITHOUT ROWID"
+            )
+            database.execute("INSERT OR IGNORE INTO source VALUES (?)", (source,))
+            if database.execute("SELECT count(*) FROM source").fetchone() != (1,):
+                raise sqlite3.DatabaseError(f"not of {source}")
+            database.execute("UPDATE files SET current = 0")
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+    def close(self) -> None:
+        """Leaves the ledger as it is, to go on with it later."""
+        self._database.close()
+
+    def _execute(self, statement: str, *values: object) -> sqlite3.Cursor:
+        with self._lock:
+            try:
+                return self._database.execute(statement, values)
+            except sqlite3.OperationalError as error:
+                raise self._unwritable(error) from error
+
+    def _unwritable(self, error: sqlite3.Error) -> AdfmError:
+        return AdfmError(f"{self.folder}: cannot be written ({error}); free some space or choose another folder.")
+
+    def holds(self, path: str, tag: str) -> bool:
+        """Whether an earlier attempt has left that file whole; from then on it counts as one of this attempt."""
+        row = self._execute("SELECT size FROM files WHERE (path, tag) = (?, ?)", path, tag).fetchone()
+        if row and (file := self.folder / path).is_file() and file.stat().st_size == row[0]:
+            self._execute("UPDATE files SET current = 1 WHERE path = ?", path)
+            return True
+        return False
+
+    def add(self, path: str, size: int, sha256: str, tag: str = "", version: str = "") -> None:
+        """Enters a file that is whole and in its place, or enters it anew.
+
+        Args:
+            path: Relative to the folder, with `/`.
+            size: Bytes.
+            sha256: Of its content, hex.
+            tag: What the source calls this content: an ETag or an MD5.
+            version: What the source calls this version of the file.
+        """
+        self._execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, 1)", path, size, sha256, tag, version)
+
+    def store(self, path: str, content: IO[bytes]) -> None:
+        """Writes and enters a file.
+
+        Raises:
+            FileExistsError: There is one of that name.
+        """
+        target = self.folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sha256 = hashlib.sha256()
+        with target.open("xb") as file:
+            while chunk := content.read(2**20):
+                file.write(chunk)
+                sha256.update(chunk)
+            size = file.tell()
+        self.add(path, size, sha256.hexdigest())
+
+    def sweep(self) -> None:
+        """Removes what earlier attempts have left and this one did not meet."""
+        for root, _, names in os.walk(self.folder, topdown=False):
+            folder = Path(root)
+            if self.folder / STATE in (folder, *folder.parents):
+                continue
+            for name in names:
+                path = (folder / name).relative_to(self.folder).as_posix()
+                if not self._execute("SELECT 1 FROM files WHERE path = ? AND current", path).fetchone():
+                    (folder / name).unlink()
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # if it is empty
+        self._execute("DELETE FROM files WHERE NOT current")
+
+    def finish(self, source: dict[str, str], tag: str = "etag") -> None:
+        """Writes `manifest.json`: facts about the source, and path, size and SHA-256 of every file.
+
+        Args:
+            source: The facts; `source` is its URI.
+            tag: What the tags of the files are called in the manifest.
+
+        Raises:
+            AdfmError: There is no file, or one that has the name of the manifest and is none.
+        """
+        self._execute("DELETE FROM files WHERE path LIKE ?", f"{STATE}/%")
+        own = self.folder / MANIFEST
+        if own.exists():
+            with own.open(encoding="utf-8", errors="replace") as file:
+                if not file.read(100).startswith('{\n "source": '):
+                    raise AdfmError(f"{source['source']}: holds a {MANIFEST}, which adfm writes itself; rename it.")
+            self._execute("DELETE FROM files WHERE path = ?", MANIFEST)
+        rows = self._execute("SELECT path, size, sha256, tag, version FROM files ORDER BY path")
+        with own.open("w", encoding="utf-8") as file:
+            file.write("{\n")
+            for key, value in source.items():
+                file.write(f" {json.dumps(key)}: {json.dumps(value)},\n")
+            file.write(' "files": [')
+            separator = "\n"
+            for path, size, sha256, named, version in rows:
+                entry = {"path": path, "size": size, "sha256": sha256, tag: named, "version": version}
+                file.write(f"{separator}  {json.dumps({key: value for key, value in entry.items() if value != ''})}")
+                separator = ",\n"
+            file.write("\n ]\n}\n")
+        if separator == "\n":
+            own.unlink()
+            raise AdfmError(f"{source['source']}: holds no file; give a folder, archive or prefix with a data set.")
+        self._database.close()
+        shutil.rmtree(self.folder / STATE)

@@ -1,0 +1,353 @@
+import gzip
+import io
+import os
+import shutil
+import stat
+import struct
+import tarfile
+import tracemalloc
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adfm.data import archives, sources
+from adfm.errors import AdfmError
+
+FILES = {"a/b/1.png": b"one", "a/2.png": b"", "z.txt": b"three" * 1000}
+
+
+def _tree(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "manifest.json"
+    }
+
+
+def _tar(path: Path, mode: str = "w", *extra: tuple[tarfile.TarInfo, bytes]) -> Path:
+    with tarfile.open(path, mode) as file:
+        for name, content in FILES.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+        for info, content in extra:
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    return path
+
+
+def _zip(path: Path, *extra: tuple[zipfile.ZipInfo | str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.mkdir("a")
+        for name, content in [*FILES.items(), *extra]:
+            file.writestr(name, content)
+    return path
+
+
+def _zst(path: Path) -> Path:
+    plain = _tar(path.with_name("plain"))
+    with pa.CompressedOutputStream(str(path), "zstd") as file:
+        file.write(plain.read_bytes())
+    plain.unlink()
+    return path
+
+
+ARCHIVES: dict[str, Callable[[Path], Path]] = {
+    "x.zip": _zip,
+    "x.tar": _tar,
+    "x.tar.gz": lambda path: _tar(path, "w:gz"),
+    "x.TGZ": lambda path: _tar(path, "w:gz"),
+    "x.tar.xz": lambda path: _tar(path, "w:xz"),
+    "x.txz": lambda path: _tar(path, "w:xz"),
+    "x.tar.zst": _zst,
+}
+
+
+def _info(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def _zip_link(name: str) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name)
+    info.external_attr = (stat.S_IFLNK | 0o777) << 16
+    return info
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_an_archive(tmp_path: Path, name: str) -> None:
+    sources.fetch(str(ARCHIVES[name](tmp_path / name)), tmp_path / "out")
+    assert _tree(tmp_path / "out") == FILES
+    assert '"z.txt"' in (tmp_path / "out" / "manifest.json").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", name]
+
+
+@pytest.mark.parametrize("name", ["x.zip", "x.tar", "x.tar.gz", "x.tar.xz", "x.tar.zst"])
+def test_an_archive_that_is_cut_off_anywhere(tmp_path: Path, name: str) -> None:
+    whole = ARCHIVES[name](tmp_path / name).read_bytes()
+
+    @settings(deadline=None, max_examples=40)
+    @given(length=st.integers(0, len(whole) - 1))
+    def cut(length: int) -> None:
+        (tmp_path / name).write_bytes(whole[:length])
+        try:
+            sources.fetch(str(tmp_path / name), tmp_path / "out")
+        except AdfmError as error:
+            assert str(tmp_path / name) in str(error)
+            assert [path.name for path in tmp_path.iterdir()] == [name]
+        else:  # only what a tar is filled up with is missing
+            assert name.startswith("x.tar") and _tree(tmp_path / "out") == FILES
+            shutil.rmtree(tmp_path / "out")
+
+    cut()
+
+
+@pytest.mark.parametrize("name", ["x.zip", "x.tar", "x.tar.gz", "x.tar.xz", "x.tar.zst"])
+def test_a_damaged_archive_is_refused_or_holds_only_what_can_be_named(tmp_path: Path, name: str) -> None:
+    whole = ARCHIVES[name](tmp_path / name).read_bytes()
+    outside = tmp_path / "outside"
+    outside.mkdir()
+
+    @settings(deadline=None, max_examples=40)
+    @given(place=st.integers(0, len(whole) - 1), bit=st.integers(0, 7))
+    def flip(place: int, bit: int) -> None:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << bit
+        (tmp_path / name).write_bytes(damaged)
+        try:
+            sources.fetch(str(tmp_path / name), outside / "out")
+        except AdfmError as error:
+            assert str(tmp_path / name) in str(error)
+            assert not any(outside.iterdir())
+        else:
+            assert [path.name for path in outside.iterdir()] == ["out"]
+            shutil.rmtree(outside / "out")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["outside", name]
+
+    flip()
+
+
+def test_links_within_an_archive_become_copies(tmp_path: Path) -> None:
+    links = [
+        (_info("first", tarfile.SYMTYPE, "second"), b""),
+        (_info("second", tarfile.SYMTYPE, "a/b/1.png"), b""),
+        (_info("hard", tarfile.LNKTYPE, "a/b/1.png"), b""),
+        (_info("a/soft", tarfile.SYMTYPE, "../z.txt"), b""),
+    ]
+    sources.fetch(str(_tar(tmp_path / "x.tar", "w", *links)), tmp_path / "tar")
+    one = {"first": b"one", "second": b"one", "hard": b"one"}
+    assert _tree(tmp_path / "tar") == {**FILES, **one, "a/soft": FILES["z.txt"]}
+    sources.fetch(str(_zip(tmp_path / "x.zip", (_zip_link("a/soft"), b"b/1.png"))), tmp_path / "zip")
+    assert _tree(tmp_path / "zip") == {**FILES, "a/soft": b"one"}
+    assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
+
+
+def test_all_members_that_are_not_to_be_trusted_are_named_at_once(tmp_path: Path) -> None:
+    (tmp_path / "outside").write_text("secret")
+    members = {
+        _info("../evil"): "leads out of the folder",
+        _info("a/../../evil"): "leads out of the folder",
+        _info("/tmp/evil"): "leads out of the folder",
+        _info("./.fetch/ledger.sqlite"): "has the name of a folder that adfm uses itself",
+        _info("evil/" + "x" * 256): "is longer than the 255 bytes",
+        _info(
+            "absolute", tarfile.SYMTYPE, "/etc/passwd"
+        ): "is a link to '/etc/passwd', which is no file of the archive",
+        _info("a/up", tarfile.SYMTYPE, "../../outside"): "is a link to '../outside', which is no file",
+        _info("hard", tarfile.LNKTYPE, "../outside"): "is a link to '../outside', which is no file",
+        _info("folder", tarfile.SYMTYPE, "a"): "is a link to 'a', which is no file",
+        _info("missing", tarfile.SYMTYPE, "nowhere"): "is a link to 'nowhere', which is no file",
+        _info("circle", tarfile.SYMTYPE, "circle"): "is a link to 'circle', which is no file",
+        _info("z.txt"): "is there twice",
+        _info("z.txt/inside"): "is both a file and a folder",
+        _info("character", tarfile.CHRTYPE): "is a device or a pipe",
+        _info("block", tarfile.BLKTYPE): "is a device or a pipe",
+        _info("pipe", tarfile.FIFOTYPE): "is a device or a pipe",
+    }
+    archive = _tar(tmp_path / "x.tar", "w", *((member, b"") for member in members))
+    with pytest.raises(AdfmError) as error:
+        sources.fetch(str(archive), tmp_path / "out")
+    for member, says in members.items():
+        [line] = [line for line in str(error.value).splitlines() if line.startswith(f"  {member.name!r} ")]
+        assert says in line
+    assert len(str(error.value).splitlines()) == 1 + len(members)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["outside", "x.tar"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("../evil", b"x"),
+        ("/evil", b"x"),
+        ("..\\evil", b"x"),
+        (_zip_link("evil"), b"/etc/passwd"),
+        (_zip_link("evil"), b"../x.zip"),
+        ("evil/" + "x" * 300, b"x"),
+    ],
+)
+def test_a_zip_member_that_is_not_to_be_trusted(tmp_path: Path, name: Any, content: bytes) -> None:
+    with pytest.raises(AdfmError, match="evil"):
+        sources.fetch(str(_zip(tmp_path / "x.zip", (name, content))), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.zip"]
+
+
+def test_a_link_first_and_then_a_file_through_it(tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    members = [(_info("door", tarfile.SYMTYPE, "../outside"), b""), (_info("door/evil"), b"x")]
+    with pytest.raises(AdfmError, match="door"):
+        sources.fetch(str(_tar(tmp_path / "x.tar", "w", *members)), tmp_path / "out")
+    assert not any((tmp_path / "outside").iterdir())
+
+
+@settings(deadline=None, max_examples=200)
+@given(name=st.text(st.sampled_from("./a\0"), max_size=12))
+def test_no_name_leads_out(name: str) -> None:
+    if not archives.refusal(name):
+        assert "\0" not in name
+        assert os.path.abspath(f"/root/{name}").startswith("/root")
+        assert not os.path.abspath(f"/root/{name}").startswith("/root/.fetch")
+
+
+def test_of_very_many_bad_members_the_first_are_named_and_the_rest_counted(tmp_path: Path) -> None:
+    archive = _tar(tmp_path / "x.tar", "w", *((_info(f"../{number}"), b"") for number in range(60)))
+    with pytest.raises(AdfmError, match=r"'\.\./49' leads out") as error:
+        sources.fetch(str(archive), tmp_path / "out")
+    assert str(error.value).endswith("\n  and 10 more")
+
+
+def test_an_encrypted_zip(tmp_path: Path) -> None:
+    content = bytearray(_zip(tmp_path / "x.zip").read_bytes())
+    for at in range(len(content)):  # the flag in both headers of every member
+        if content[at : at + 4] == b"PK\x03\x04":
+            content[at + 6] |= 1
+        elif content[at : at + 4] == b"PK\x01\x02":
+            content[at + 8] |= 1
+    (tmp_path / "x.zip").write_bytes(content)
+    with pytest.raises(AdfmError, match="(?s)x.zip: .*'a/b/1.png' is encrypted.*'z.txt' is encrypted"):
+        sources.fetch(str(tmp_path / "x.zip"), tmp_path / "out")
+
+
+def test_a_compression_that_python_does_not_know(tmp_path: Path) -> None:
+    content = _zip(tmp_path / "x.zip").read_bytes().replace(struct.pack("<H", 8), struct.pack("<H", 9))  # deflate64
+    (tmp_path / "x.zip").write_bytes(content)
+    with pytest.raises(AdfmError, match="x.zip: cannot be unpacked"):
+        sources.fetch(str(tmp_path / "x.zip"), tmp_path / "out")
+
+
+def test_names_in_other_encodings(tmp_path: Path) -> None:
+    info = _info("gut\udce9.png")  # Latin-1
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.GNU_FORMAT, errors="surrogateescape") as file:
+        file.addfile(info)
+    sources.fetch(str(tmp_path / "x.tar"), tmp_path / "tar")
+    assert list(_tree(tmp_path / "tar")) == ["guté.png"]
+
+    (tmp_path / "x.zip").write_bytes(  # code page 437, in which zip is written when it does not say UTF-8
+        _zip(tmp_path / "x.zip", ("caf_.png", b"x"), ("名前.png", b"y"), ("a\\b.png", b"z"))
+        .read_bytes()
+        .replace(b"caf_.png", b"caf\x82.png")
+    )
+    sources.fetch(str(tmp_path / "x.zip"), tmp_path / "zip")
+    assert _tree(tmp_path / "zip") == {**FILES, "café.png": b"x", "名前.png": b"y", "a/b.png": b"z"}
+
+
+# -------------------------------------------------------------------------------------------------------------- bombs
+
+
+def _zeros(size: int) -> bytes:
+    return gzip.compress(bytes(2**20), 9) * (size // 2**20)  # members of gzip, one after the other
+
+
+def test_a_zip_bomb_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archives, "_HARMLESS", 2**20)
+    monkeypatch.setattr("adfm.data.manifest.Ledger.store", lambda *_: pytest.fail("something was written"))
+    archive = _zip(tmp_path / "x.zip", ("zeros", bytes(2**24)))
+    assert 100 * archive.stat().st_size < 2**24
+    with pytest.raises(AdfmError, match="x.zip: expands to more than 100 times its size"):
+        sources.fetch(str(archive), tmp_path / "out")
+
+
+@pytest.mark.parametrize("ending", ["gz", "xz"])
+def test_a_tar_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    monkeypatch.setattr(archives, "_HARMLESS", 2**20)
+    archive = _tar(tmp_path / f"x.tar.{ending}", f"w:{ending}", (_info("zeros"), bytes(2**23)))
+    with pytest.raises(AdfmError, match="expands to more than 100 times its size"):
+        sources.fetch(str(archive), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == [archive.name]
+
+
+def test_a_bomb_after_the_end_of_a_tar_or_in_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archives, "_HARMLESS", 2**20)
+    archive = _tar(tmp_path / "x.tar.gz", "w:gz")
+    archive.write_bytes(archive.read_bytes() + _zeros(2**25))
+    with pytest.raises(AdfmError, match="expands to more than 100 times its size"):
+        sources.fetch(str(archive), tmp_path / "out")
+
+    info = _info("././@PaxHeader", tarfile.XHDTYPE)
+    info.size = 2**25
+    (tmp_path / "y.tar.gz").write_bytes(gzip.compress(info.tobuf()) + _zeros(2**25))
+    tracemalloc.start()
+    with pytest.raises(AdfmError, match="a name or its attributes are longer than 1 MiB"):
+        sources.fetch(str(tmp_path / "y.tar.gz"), tmp_path / "out")
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
+def test_many_links_to_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archives, "_HARMLESS", 2**20)
+    links = [(_info(f"link{number}", tarfile.LNKTYPE, "z.txt"), b"") for number in range(1000)]
+    with pytest.raises(AdfmError, match="expands to more than 100 times its size"):
+        sources.fetch(str(_tar(tmp_path / "x.tar.xz", "w:xz", *links)), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["x.zip", "x.tar.gz"])
+def test_an_archive_that_does_not_fit_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9000, 5000, 4000))
+    with pytest.raises(AdfmError, match=f"{name}: needs .* GB or more, and .* are free at {tmp_path}; free some space"):
+        sources.fetch(str(ARCHIVES[name](tmp_path / name)), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_black_masks_are_no_bomb(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        for number in range(20):
+            file.writestr(f"{number}_mask.bmp", bytes(2**20))
+    assert 500 * (tmp_path / "x.zip").stat().st_size < 20 * 2**20
+    sources.fetch(str(tmp_path / "x.zip"), tmp_path / "out")
+    assert len(_tree(tmp_path / "out")) == 20
+
+
+def test_memory_does_not_grow_with_the_number_of_entries_of_a_tar(tmp_path: Path) -> None:
+    peaks = []
+    for files in (100, 1000):
+        path = tmp_path / f"{files}.tar"
+        with path.open("wb") as file:
+            for number in range(files):
+                file.write(_info(f"{number % 10}/{number:07d}.png").tobuf())
+                for folder in range(9):
+                    file.write(_info(f"{folder}/{number}", tarfile.DIRTYPE).tobuf())
+            file.write(bytes(1024))
+        tracemalloc.start()
+        sources.fetch(str(path), tmp_path / "out")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(_tree(tmp_path / "out")) == files
+    assert peaks[1] < peaks[0] + 2**20  # the entries of the second would be 10 MiB
+
+
+def test_a_zip_of_too_many_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archives, "_TABLE", 2**20)
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
+        for number in range(15_000):
+            file.writestr(zipfile.ZipInfo(f"category/test/{number:015d}.png"), b"")
+    tracemalloc.start()
+    with pytest.raises(AdfmError, match=r"x.zip: holds too many files for a zip .* make a .tar of them"):
+        sources.fetch(str(tmp_path / "x.zip"), tmp_path / "out")
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
