@@ -3,6 +3,9 @@
 Every row of the shards becomes a row of a small table: its own columns and what its image, mask and boxes are found to
 be (`_facts`). The expectations (`_suite`) are about that table. A failed one of severity `critical` stops a run, one of
 severity `warning` does not. Only this file knows Great Expectations.
+
+A report carries the `statistics` of its shards. Against those of an earlier report, that of the shards on which the
+version in production was trained, drift is measured.
 """
 
 from __future__ import annotations
@@ -15,11 +18,14 @@ import json
 import math
 import os
 import re
+import sys
 import warnings
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -27,7 +33,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from adfm.data import masks, shards
+from adfm import tracking
+from adfm.data import duplicates, pictures, shards
 from adfm.errors import AdfmError
 from adfm.files import atomic_folder
 from adfm.params import Convert, Params
@@ -44,19 +51,61 @@ Array = NDArray[Any]
 MAX_IDS = 1000
 # Ids that a line of `failures` shows.
 _SHOWN_IDS = 10
+# Pictures of failing images that the page shows for an expectation; their side in pixels; characters for all of them.
+_PICTURES = 4
+_PICTURE_SIDE = 200
+_PICTURES_LENGTH = 3_000_000
+
+_PRODUCTION = "production"
 
 
 def validate(folder: Path, out: Path, params: Params) -> bool:
-    """Checks shards and writes the report, whether they pass or not.
+    """Judges shards, writes the report, and logs it as a run in MLflow, whether they pass or not.
+
+    An MLflow that cannot be reached is said and no error: there is no drift from production and no run then.
+
+    Args:
+        folder: The shards.
+        out: Folder of the report, as `judge` writes it; the artifact `validation` of the run.
+        params: Reads `validate`, `convert`, `split` and `register`.
+
+    Returns:
+        Whether every critical expectation holds.
+
+    Raises:
+        AdfmError: There are no shards, they have other columns, or one cannot be read; `validate.reference` is neither
+            `production` nor a report.
+    """
+    reference, reachable = None, True
+    try:
+        tracking.configure()
+    except AdfmError as error:
+        reachable = False
+        print(f"adfm: warning: the validation is not logged, nor compared with production: {error}", file=sys.stderr)
+    if params.validate_.reference == _PRODUCTION:
+        reference = _of_production(params.register_.model) if reachable else None
+    elif params.validate_.reference is not None:
+        reference = _of_file(Path(params.validate_.reference))
+    passed = judge(folder, out, params, reference)
+    if reachable:
+        _log(folder, out, params, passed)
+    return passed
+
+
+def judge(folder: Path, out: Path, params: Params, reference: Mapping[str, Any] | None = None) -> bool:
+    """Judges shards and writes the report, whether they pass or not.
 
     `out` holds `validation.json` (`passed`, `statistics`, and for each of the `expectations` what it says, column,
     severity, success, number and ids of failing images, what was observed, and the remedy), and the same as Great
-    Expectations' Data Docs in `index.html`, a page that needs no network.
+    Expectations' Data Docs with pictures of what failed in `index.html`, a page that needs no network.
+
+    Memory does not grow with the number of images, but for about two kilobytes of facts on each.
 
     Args:
         folder: The shards.
         out: Folder of the report.
         params: The section `validate`; `convert` and `split` say what is expected of boxes and of which splits.
+        reference: The `statistics` of the report that drift is measured against; `None`: it is not.
 
     Returns:
         Whether every critical expectation holds.
@@ -66,14 +115,19 @@ def validate(folder: Path, out: Path, params: Params) -> bool:
     """
     os.environ["GX_ANALYTICS_ENABLED"] = "false"  # Great Expectations reads it when it is imported
     table = _table(folder, params.convert)
+    train = _profile(table[table["split"] == "train"])
     suite = _suite(table, params)
-    result = _run(table, suite)
+    if reference is not None:
+        suite += _drift(table, train, reference["train"], params)
+    result, failing = _run(table, suite)
     entries = _entries(suite, result)
     passed = all(entry["success"] for entry in entries if entry["severity"] == "critical")
-    report = {"passed": passed, "statistics": _statistics(table, entries), "expectations": entries}
+    statistics = _statistics(table, entries) | {"train": train}
+    report = {"passed": passed, "statistics": statistics, "expectations": entries}
+    shown = _pictures(folder, table, failing)
     with atomic_folder(out) as unfinished:
         (unfinished / "validation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        (unfinished / "index.html").write_text(_page(result, _lines(entries)), encoding="utf-8")
+        (unfinished / "index.html").write_text(_page(result, entries, shown), encoding="utf-8")
     return passed
 
 
@@ -83,8 +137,12 @@ def failures(out: Path) -> list[str]:
 
 
 def _lines(entries: list[dict[str, Any]]) -> list[str]:
+    return [_line(entry) for entry in _failed(entries)]
+
+
+def _failed(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     failed = [entry for entry in entries if not entry["success"]]
-    return [_line(entry) for entry in sorted(failed, key=lambda entry: bool(entry["severity"] == "warning"))]
+    return sorted(failed, key=lambda entry: bool(entry["severity"] == "warning"))
 
 
 def _line(entry: dict[str, Any]) -> str:
@@ -105,42 +163,73 @@ def _table(folder: Path, settings: Convert) -> pd.DataFrame:
     small = shards.table(folder).drop_columns(["boxes"]).to_pandas()
     if small.empty:
         raise AdfmError(f"{folder}: the shards hold no images; make them anew with `adfm convert`.")
-    facts: list[dict[str, Any]] = []
+    facts: dict[str, list[Any]] = defaultdict(list)
+    vectors = []
     progress = tqdm(total=len(small), desc="validate", unit="image", disable=None)
-    with progress, ThreadPoolExecutor() as pool, warnings.catch_warnings():
+    with TemporaryFile() as file, progress, ThreadPoolExecutor() as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, on damaged and on huge images: the table says what matters of it
         for split in SPLITS:
             if any(folder.glob(f"{split}-*.parquet")):
                 for batch in shards.batches(folder, split, shards.SCHEMA.names):
-                    facts += pool.map(partial(_facts, split=split, settings=settings), batch.to_pylist())
+                    thumbnails: list[Array] = []
+                    for found, thumbnail in pool.map(
+                        partial(_facts, split=split, settings=settings), batch.to_pylist()
+                    ):
+                        thumbnails.append(thumbnail)
+                        for name, value in found.items():
+                            facts[name].append(value)
+                    file.write(np.stack(thumbnails).tobytes())
+                    vectors.append(duplicates.coarse(np.stack(thumbnails)))
                     progress.update(batch.num_rows)
+        file.flush()
+        copies = pd.Series(facts["image_sha256"], dtype=object).duplicated()  # there is another expectation for them
+        pairs = duplicates.near_duplicates(
+            thumbnails=np.memmap(file, np.float16, "r").reshape(-1, duplicates.SIDE, duplicates.SIDE),
+            contrasts=np.where(copies, 0, np.nan_to_num(facts["contrast"])),
+            vectors=np.concatenate(vectors),
+        )
     table: pd.DataFrame = pd.concat([small, pd.DataFrame(facts)], axis=1)
     table["product"] = table["dataset"] + "/" + table["category"]
     table["is_anomalous"] = (table["label"] == "anomalous").astype(float)
     table["splits_with_image"] = table.groupby("image_sha256")["split"].transform("nunique")
-    # Great Expectations names failing rows by the index, and takes very long over an index that has a name.
-    return table.set_index(table["id"].fillna("without id")).rename_axis(index=None)
+    table["splits_with_part"] = table.groupby(["product", "group"])["split"].transform("nunique")
+    twin: list[str | None] = [None] * len(table)
+    ids, split_of = (table[name].tolist() for name in ("id", "split"))
+    for one, other in pairs.tolist():
+        if split_of[one] != split_of[other]:
+            twin[one], twin[other] = ids[other], ids[one]
+    table["twin_in_other_split"] = pd.Series(twin, dtype=object)
+    return table
 
 
-def _facts(row: dict[str, Any], split: str, settings: Convert) -> dict[str, Any]:
-    """What is found of one row of a shard of `split`; `None` where a question does not arise."""
+def _facts(row: dict[str, Any], split: str, settings: Convert) -> tuple[dict[str, Any], Array]:
+    """What is found of one row of a shard of `split`; `None` where a question does not arise. And its thumbnail."""
     content = row["image"]["bytes"] if row["image"] else None
-    image = _decoded(content)
+    image, its_size = _decoded(content)
     width, height = size = row["width"] or 0, row["height"] or 0
     boxes = np.array(row["boxes"] or [], dtype=float).reshape(-1, 4)
     inside = bool((boxes >= 0).all() and (boxes <= [width, height, width, height]).all())
     solid = bool((boxes[:, :2] < boxes[:, 2:]).all())
-    return {
+    brightness, contrast = math.nan, math.nan
+    thumbnail: Array = np.zeros((duplicates.SIDE, duplicates.SIDE), np.float16)
+    if image:
+        plain = image if image.mode in ("L", "RGB") else image.convert("RGB")
+        brightness = float(np.asarray(plain.resize((32, 32), Image.Resampling.BOX).convert("L")).mean())
+        thumbnail, contrast = duplicates.thumbnail(image)
+    facts = {
         "split_is_of_file": row["split"] == split,
         "image_sha256": hashlib.sha256(content).hexdigest() if content else None,
         "image_decodes": image is not None,
-        "image_has_stated_size": image.size == size if image else None,
+        "image_has_stated_size": its_size == size if image else None,
+        "brightness": brightness,
+        "contrast": contrast,
         "aspect": max(size) / max(1, min(size)),
         "box_count": len(boxes),
         "boxes_inside_image": inside,
         "boxes_have_area": solid,
         **_mask_facts(row, size, boxes if inside and solid else boxes[:0], settings),
     }
+    return facts, thumbnail
 
 
 def _mask_facts(row: dict[str, Any], size: tuple[int, int], boxes: Array, settings: Convert) -> dict[str, bool | None]:
@@ -148,7 +237,7 @@ def _mask_facts(row: dict[str, Any], size: tuple[int, int], boxes: Array, settin
         ("mask_fits_image", "mask_agrees_with_label", "boxes_hold_mask", "boxes_cover_mask")
     )
     if row["mask"]:
-        mask = _decoded(row["mask"]["bytes"])
+        mask, _ = _decoded(row["mask"]["bytes"])
         facts["mask_fits_image"] = mask is not None and mask.mode == "L" and mask.size == size
         if mask and facts["mask_fits_image"]:
             pixels: Array = np.asarray(mask)
@@ -156,20 +245,40 @@ def _mask_facts(row: dict[str, Any], size: tuple[int, int], boxes: Array, settin
             if len(boxes) and pixels.any():
                 parts = [pixels[int(y1) : math.ceil(y2), int(x1) : math.ceil(x2)] for x1, y1, x2, y2 in boxes]
                 facts["boxes_hold_mask"] = all(part.any() for part in parts)
-                # What conversion would box if it merged nothing; merging makes boxes larger and loses none.
-                defects = masks.to_boxes(pixels, 0, settings.connectivity, settings.min_area)
-                signs = np.array([1, 1, -1, -1])  # of the outer box, x1, y1, -x2 and -y2 are the smaller ones
-                facts["boxes_cover_mask"] = all((boxes * signs <= defect * signs).all(1).any() for defect in defects)
+                facts["boxes_cover_mask"] = _covered(pixels, boxes, settings)
     return facts
 
 
-def _decoded(content: bytes | None) -> Image.Image | None:
+def _covered(pixels: Array, boxes: Array, settings: Convert) -> bool:
+    """Whether all pixels of defects of `convert.min_area` pixels and more lie in boxes, if only with a part of them."""
+    from scipy import ndimage
+
+    outside = pixels != 0
+    for x1, y1, x2, y2 in boxes:
+        outside[int(y1) : math.ceil(y2), int(x1) : math.ceil(x2)] = False
+    if not outside.any():
+        return True
+    structure = ndimage.generate_binary_structure(2, 1 if settings.connectivity == 4 else 2)
+    numbers, _ = ndimage.label(pixels, structure)
+    return bool((np.bincount(numbers.ravel())[np.unique(numbers[outside])] < settings.min_area).all())
+
+
+def _decoded(content: bytes | None) -> tuple[Image.Image | None, tuple[int, int] | None]:
+    """The image and its size; a large JPEG is decoded at a smaller scale, for which all of its data are read."""
     try:
         image = Image.open(io.BytesIO(content or b""))
+        size = image.size
+        image.draft("L", (256, 256))
         image.load()
-        return image
+        return image, size
     except Exception:  # a damaged file makes Pillow raise nearly anything
-        return None
+        return None, None
+
+
+def _expect(
+    kind: Callable[..., Expectation], what: str, remedy: str, severity: str = "critical", **arguments: Any
+) -> Expectation:
+    return kind(description=what, meta={"remedy": remedy}, severity=severity, **arguments)
 
 
 def _suite(table: pd.DataFrame, params: Params) -> list[Expectation]:
@@ -177,13 +286,8 @@ def _suite(table: pd.DataFrame, params: Params) -> list[Expectation]:
     from great_expectations import expectations as gxe
     from great_expectations.expectations.row_conditions import Column
 
-    def expect(
-        kind: Callable[..., Expectation], what: str, remedy: str, severity: str = "critical", **arguments: Any
-    ) -> Expectation:
-        return kind(description=what, meta={"remedy": remedy}, severity=severity, **arguments)
-
     def holds(column: str, what: str, remedy: str) -> Expectation:
-        return expect(in_set, what, remedy, column=column, value_set=[True])
+        return _expect(in_set, what, remedy, column=column, value_set=[True])
 
     between, in_set = gxe.ExpectColumnValuesToBeBetween, gxe.ExpectColumnValuesToBeInSet
     null, not_null = gxe.ExpectColumnValuesToBeNull, gxe.ExpectColumnValuesToNotBeNull
@@ -194,9 +298,14 @@ def _suite(table: pd.DataFrame, params: Params) -> list[Expectation]:
     images, share = limits.min_images_per_split, limits.min_label_share
     given = {"train": 1.0, "validation": params.split.validation, "test": params.split.test}
     splits = [split for split in SPLITS if given[split] > 0 or (table["split"] == split).any()]
-    labels = list(get_args(Label))
+    labels, held_out = list(get_args(Label)), params.split.holdout_categories
     in_train = table[(table["split"] == "train") & table["label"].isin(labels)].groupby("product")["label"].nunique()
-    complete = sorted(in_train.index[in_train == len(labels)])
+    complete = {*in_train.index[in_train == len(labels)], *table["product"][table["category"].isin(held_out)]}
+    in_test = {
+        product
+        for product, found in table[table["split"] == "test"].groupby("product")["label"]
+        if all((found == label).sum() >= limits.min_category_images for label in labels)
+    }
 
     again = "convert the data set again"
     relabel = "correct the label or the annotation"
@@ -205,28 +314,30 @@ def _suite(table: pd.DataFrame, params: Params) -> list[Expectation]:
     resize = "resize or remove these, or change validate.min_side or validate.max_side"
     crop = "crop or remove these, or change validate.max_aspect"
     more = "add images, change the section split, or lower validate.min_images_per_split"
+    apart = "put these images into one split, or remove all but one"
+    judged = "add images of the missing label, or lower validate.min_category_images"
     balance = "add images of the rarer label, or lower validate.min_label_share"
 
     suite = [
-        expect(not_null, f"every image has its {name}", again, column=name)
+        _expect(not_null, f"every image has its {name}", again, column=name)
         for name in shards.SMALL
-        if name not in ("defect", "boxes")
+        if name not in ("defect", "boxes", "group")
     ]
     suite += [
-        expect(gxe.ExpectColumnValuesToBeUnique, "ids are unique", "remove the doubles", column="id"),
-        expect(in_set, "the label is one that is known", relabel, column="label", value_set=labels),
+        _expect(gxe.ExpectColumnValuesToBeUnique, "ids are unique", "remove the doubles", column="id"),
+        _expect(in_set, "the label is one that is known", relabel, column="label", value_set=labels),
         holds("split_is_of_file", "the split is the one that the file is named after", again),
         holds("image_decodes", "the image decodes", f"replace or remove it, and {again}"),
         holds("image_has_stated_size", "the image has the stated width and height", again),
-        expect(between, f"width is {low} to {high}", resize, column="width", min_value=low, max_value=high),
-        expect(between, f"height is {low} to {high}", resize, column="height", min_value=low, max_value=high),
-        expect(between, f"aspect ratio is at most {aspect:g}", crop, column="aspect", max_value=aspect),
-        expect(null, "normal images have no defect type", relabel, column="defect", row_condition=normal),
-        expect(in_set, "normal images have no box", relabel, column="box_count", value_set=[0], row_condition=normal),
-        expect(
+        _expect(between, f"width is {low} to {high}", resize, column="width", min_value=low, max_value=high),
+        _expect(between, f"height is {low} to {high}", resize, column="height", min_value=low, max_value=high),
+        _expect(between, f"aspect ratio is at most {aspect:g}", crop, column="aspect", max_value=aspect),
+        _expect(null, "normal images have no defect type", relabel, column="defect", row_condition=normal),
+        _expect(in_set, "normal images have no box", relabel, column="box_count", value_set=[0], row_condition=normal),
+        _expect(
             between, "anomalous images have boxes", relabel, column="box_count", min_value=1, row_condition=anomalous
         ),
-        expect(
+        _expect(
             not_null,
             "anomalous images have a defect type",
             "name it, or metrics by defect type leave them out",
@@ -240,24 +351,50 @@ def _suite(table: pd.DataFrame, params: Params) -> list[Expectation]:
         holds("mask_agrees_with_label", "the mask shows a defect if and only if the label is anomalous", relabel),
         holds("boxes_hold_mask", "there is something of the mask in every box", agree),
         holds("boxes_cover_mask", f"defects of {params.convert.min_area} mask pixels and more lie in boxes", agree),
-        expect(
-            between,
-            "byte-identical images are in one split",
-            "remove the doubles, or put them in one split",
-            column="splits_with_image",
-            max_value=1,
+        _expect(between, "byte-identical images are in one split", apart, column="splits_with_image", max_value=1),
+        _expect(between, "images of one part are in one split", again, column="splits_with_part", max_value=1),
+        _expect(
+            gxe.ExpectColumnDistinctValuesToContainSet,
+            "train has normal and anomalous images",
+            "add images of the missing label, or change the section split",
+            column="label",
+            value_set=labels,
+            row_condition=Column("split") == "train",
         ),
     ]
+    if params.split.near_duplicates:
+        suite.append(
+            _expect(
+                null,
+                "near-identical images are in one split",
+                f"{apart}; if they show different parts, set split.near_duplicates to false",
+                column="twin_in_other_split",
+            )
+        )
+    if held_out:
+        suite.append(
+            _expect(
+                in_set,
+                "held-out categories are in test alone",
+                again,
+                column="split",
+                value_set=["test"],
+                row_condition=Column("category").is_in(held_out),
+            )
+        )
+    if "test" in splits and limits.min_category_images:
+        what = f"every category has {limits.min_category_images} and more images of each label in test"
+        suite.append(_expect(in_set, what, judged, column="product", value_set=sorted(in_test)))
     for split in splits:
         suite += [
-            expect(
+            _expect(
                 gxe.ExpectTableRowCountToBeBetween,
                 f"{split} has at least {images} images",
                 more,
                 min_value=images,
                 row_condition=Column("split") == split,
             ),
-            expect(
+            _expect(
                 gxe.ExpectColumnMeanToBeBetween,
                 f"{split} has a share of anomalous images from {share:g} to {1 - share:g}",
                 balance,
@@ -268,19 +405,81 @@ def _suite(table: pd.DataFrame, params: Params) -> list[Expectation]:
             ),
         ]
     suite.append(
-        expect(
+        _expect(
             in_set,
             "every category has both labels in train",
             "add images of the missing label, or expect less of these categories",
             "warning",
             column="product",
-            value_set=complete,
+            value_set=sorted(complete),
         )
     )
     return suite
 
 
-def _run(table: pd.DataFrame, suite: list[Expectation]) -> ExpectationSuiteValidationResult:
+def _drift(
+    table: pd.DataFrame, train: Mapping[str, Any], before: Mapping[str, Any], params: Params
+) -> list[Expectation]:
+    """Warnings of drift of the training split, `train`, from an earlier one.
+
+    Shares of categories and of defects are compared by `distance`. Of each figure of the images, the mean must lie
+    within `validate.max_shift` standard deviations of the earlier mean: Glass's delta, the difference of the means over
+    the standard deviation of the reference group (Glass, "Primary, Secondary, and Meta-Analysis of Research", 1976), of
+    which 0.2 is called small, 0.5 medium and 0.8 large (Cohen, "Statistical Power Analysis", 1988).
+    """
+    from great_expectations import expectations as gxe
+    from great_expectations.expectations.row_conditions import Column
+
+    limits = params.validate_
+    remedy = "see `statistics` in both reports; if the line has changed, train and evaluate on new images of it"
+    suite = []
+    for name in ("categories", "defects"):
+        table[f"drift_of_{name}"] = distance(train[name], before[name])
+        what = f"the shares of {name} in train are those of the reference, to a distance of {limits.max_drift:g}"
+        kind, column = gxe.ExpectColumnMaxToBeBetween, f"drift_of_{name}"
+        suite.append(_expect(kind, what, remedy, "warning", column=column, max_value=limits.max_drift))
+    for name in _FIGURES:
+        mean, deviation = before[name]["mean"], before[name]["deviation"]
+        if mean is not None:
+            what = f"mean {name} in train is that of the reference, to {limits.max_shift:g} standard deviations"
+            room = max(limits.max_shift * deviation, 1e-6)
+            suite.append(
+                _expect(
+                    gxe.ExpectColumnMeanToBeBetween,
+                    what,
+                    remedy,
+                    "warning",
+                    column=name,
+                    min_value=mean - room,
+                    max_value=mean + room,
+                    row_condition=Column("split") == "train",
+                )
+            )
+    return suite
+
+
+def distance(counts: Mapping[str, int], before: Mapping[str, int]) -> float:
+    """The Jensen-Shannon distance of two distributions p and q, given as counts; 0 if equal, 1 if they share nothing.
+
+    sqrt(1/2 sum p log2(2 p / (p + q)) + 1/2 sum q log2(2 q / (p + q))): the root of the divergence of Lin ("Divergence
+    measures based on the Shannon entropy", IEEE Transactions on Information Theory 37, 1991), which, unlike the
+    population stability index (PSI), is finite when a category is new. For small changes it is sqrt(PSI / (8 ln 2)):
+    0.13 is a PSI of 0.1, commonly read as some change, and 0.21 one of 0.25, a large one.
+    """
+    if not counts or not before:
+        return float(bool(counts) != bool(before))
+    names = sorted({*counts, *before})
+    p, q = (np.array([these.get(name, 0) for name in names], float) for these in (counts, before))
+    p, q = p / p.sum(), q / q.sum()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        parts = [np.where(r > 0, r * np.log2(2 * r / (p + q)), 0).sum() for r in (p, q)]
+    return float(np.sqrt(max(0.0, sum(parts) / 2)))
+
+
+def _run(
+    table: pd.DataFrame, suite: list[Expectation]
+) -> tuple[ExpectationSuiteValidationResult, dict[str, list[int]]]:
+    """The results, in which failing rows go by their ids, and for each expectation the numbers of a few of them."""
     import great_expectations as gx
     from great_expectations.data_context.types.base import ProgressBarsConfig
 
@@ -289,10 +488,19 @@ def _run(table: pd.DataFrame, suite: list[Expectation]) -> ExpectationSuiteValid
     asset = context.data_sources.add_pandas("shards").add_dataframe_asset("images")
     batch = asset.add_batch_definition_whole_dataframe("all").get_batch(batch_parameters={"dataframe": table})
     result = batch.validate(gx.ExpectationSuite(name="shards", expectations=suite), result_format="COMPLETE")
+    ids = table["id"].fillna("without id").tolist()
+    failing = {}
     for found in result.results:
+        # Great Expectations names failing rows by the index, and adds a query for all of them.
+        found.result.pop("unexpected_index_query", None)
+        numbers = found.result.get("unexpected_index_list", [])[:MAX_IDS]
+        if found.expectation_config and not found.success:
+            failing[str(found.expectation_config.description)] = [int(number) for number in numbers[:_PICTURES]]
+        for name in ("unexpected_index_list", "partial_unexpected_index_list"):
+            found.result[name] = [ids[number] for number in found.result.get(name, [])[:MAX_IDS]]
         # Plain values: Data Docs cannot print numpy's.
         found.result = json.loads(json.dumps(found.to_json_dict()["result"]))
-    return result
+    return result, failing
 
 
 def _entries(suite: list[Expectation], result: ExpectationSuiteValidationResult) -> list[dict[str, Any]]:
@@ -319,6 +527,82 @@ def _entries(suite: list[Expectation], result: ExpectationSuiteValidationResult)
     return entries
 
 
+# What is measured of images: mean and standard deviation of the grey values, 0 to 255, of a thumbnail; pixels.
+_FIGURES = ("brightness", "contrast", "width", "height")
+
+
+def _profile(table: pd.DataFrame) -> dict[str, Any]:
+    """What drift is measured by: images of each category and defect, mean and standard deviation of each figure."""
+    defects = table["defect"].fillna(table["label"])
+    profile: dict[str, Any] = {}
+    for name, values in (("categories", table["product"]), ("defects", defects)):
+        profile[name] = {str(value): int(count) for value, count in values.value_counts().sort_index().items()}
+    for name in _FIGURES:
+        figures: Array = table[name].dropna().to_numpy(float)
+        profile[name] = {
+            "mean": float(figures.mean()) if figures.size else None,
+            "deviation": float(figures.std()) if figures.size else None,
+        }
+    return profile
+
+
+def _of_file(path: Path) -> dict[str, Any]:
+    """The statistics of a report, which `path` is the folder or the `validation.json` of."""
+    file = path / "validation.json" if path.is_dir() else path
+    try:
+        return _checked(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise AdfmError(
+            f"validate.reference: {file} is not the report of a validation ({error!r}); make one with `adfm validate`, "
+            "or say production, or null."
+        ) from error
+
+
+def _of_production(model: str) -> dict[str, Any] | None:
+    """The statistics of the shards that the version in production was trained on; `None` if there are none."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    store = mlflow.MlflowClient()
+    try:
+        version = store.get_model_version_by_alias(model, _PRODUCTION)
+        everywhere = [experiment.experiment_id for experiment in store.search_experiments()]
+        filter_ = f"tags.validated = '{version.tags['data_fingerprint']}'"
+        run = store.search_runs(everywhere, filter_, max_results=1)[0].info.run_id
+        with TemporaryDirectory() as folder:
+            artifact = f"runs:/{run}/validation/validation.json"
+            found = mlflow.artifacts.download_artifacts(artifact, dst_path=folder)
+            return _checked(json.loads(Path(found).read_text(encoding="utf-8")))
+    except (MlflowException, OSError, ValueError, LookupError, TypeError) as error:
+        if getattr(error, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":  # nothing is in production
+            print(f"adfm: warning: no drift is measured: production has no report ({error})", file=sys.stderr)
+        return None
+
+
+def _checked(report: Any) -> dict[str, Any]:
+    """The statistics of a report; raises `LookupError` or `TypeError` if they are not such as drift is measured by."""
+    train = report["statistics"]["train"]
+    for name in ("categories", "defects"):
+        sum(train[name].values())
+    for name in _FIGURES:
+        train[name]["mean"], train[name]["deviation"]
+    return dict(report["statistics"])
+
+
+def _log(folder: Path, out: Path, params: Params, passed: bool) -> None:
+    """Logs the report. The tag `validated` is what a report of production is found by; see `_of_production`."""
+    import mlflow
+
+    tags = {"validated": shards.fingerprint(folder)} if passed else {}
+    statistics = json.loads((out / "validation.json").read_text(encoding="utf-8"))["statistics"]
+    try:
+        with tracking.start_run("validate", params, tags):
+            mlflow.log_metrics({f"validation/{name}": statistics[name] for name in ("images", "failed", "warnings")})
+            mlflow.log_artifacts(str(out), "validation")
+    except AdfmError as error:
+        print(f"adfm: warning: the validation is not logged: {error}", file=sys.stderr)
+
+
 def _statistics(table: pd.DataFrame, entries: list[dict[str, Any]]) -> dict[str, Any]:
     failed = [entry["severity"] for entry in entries if not entry["success"]]
     counts = table.groupby(["split", "label"]).size()
@@ -332,9 +616,28 @@ def _statistics(table: pd.DataFrame, entries: list[dict[str, Any]]) -> dict[str,
     }
 
 
-# No script runs and nothing is fetched, whatever a category is called.
-_HEAD = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<style>
+def _pictures(folder: Path, table: pd.DataFrame, failing: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Figures of the first rows that fail each expectation, as many as a page can hold."""
+    wanted = {number for numbers in failing.values() for number in numbers}
+    figures = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, on damaged and on huge images
+        for number, row in pictures.rows(folder, wanted):
+            lines = table[["id", "source", "product", "label", "split"]].iloc[number].fillna("?").tolist()
+            picture = pictures.of_row(row, _PICTURE_SIDE)
+            figures[number] = pictures.figure(picture, lines[0], lines[1], " · ".join(lines[2:]))
+    shown, length = {}, 0
+    for what, numbers in failing.items():
+        shown[what] = "".join(figures[number] for number in numbers)
+        length += len(shown[what])
+        if length > _PICTURES_LENGTH:
+            shown[what] = ""
+    return shown
+
+
+_HEAD = f"""<meta http-equiv="Content-Security-Policy" content="{pictures.POLICY}">
+<style>{pictures.STYLE}</style>"""
+_HEAD += """<style>
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em }
 h5 { font: 600 1.1em monospace; margin: 1.6em 0 .4em } h6 { font-size: 1em; margin: 1em 0 .4em }
 ul { list-style: none; padding: 0; columns: 4 } a { color: #0a58ca; text-decoration: none } i { font-style: normal }
@@ -348,8 +651,8 @@ th, td { border-bottom: 1px solid #ddd; padding: .35em .6em; text-align: left; v
 </style></head>"""
 
 
-def _page(result: ExpectationSuiteValidationResult, lines: list[str]) -> str:
-    """What failed, above Great Expectations' Data Docs page without its scripts and style sheets from the web."""
+def _page(result: ExpectationSuiteValidationResult, entries: list[dict[str, Any]], shown: Mapping[str, str]) -> str:
+    """What failed, with pictures, above Great Expectations' Data Docs without scripts and style sheets from the web."""
     from great_expectations.render.renderer import ValidationResultsPageRenderer
     from great_expectations.render.view import DefaultJinjaPageView
 
@@ -360,6 +663,10 @@ def _page(result: ExpectationSuiteValidationResult, lines: list[str]) -> str:
     page: str = view.render(ValidationResultsPageRenderer().render(result))
     page = re.sub(r"(?s)<(script|style|footer)\b.*?</\1>|<(link|img)\b[^>]*>", "", page)
     page = re.sub(r'(?s)<a href="\.\./[^>]*>(.*?)</a>', r"\1", page)  # to pages of a site that is not there
-    top = "".join(f"<p>{html.escape(line)}</p>" for line in lines or ["All expectations hold."])
+    top = "".join(
+        f'<p>{html.escape(_line(entry))}</p><div class="pictures">{shown[entry["what"]]}</div>'
+        for entry in _failed(entries)
+    )
+    top = top or "<p>All expectations hold.</p>"
     page = page.replace("</head>", _HEAD, 1).replace("<body>", f"<body><h2>Validation of the shards</h2>{top}", 1)
     return re.sub(r"\s*\n\s*", "\n", page)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
+import math
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,8 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from scipy.spatial.distance import jensenshannon
 
+from adfm import tracking
 from adfm.data import shards, validation
 from adfm.errors import AdfmError
 from adfm.params import Params
@@ -38,6 +44,12 @@ def png(pixels: np.ndarray) -> bytes:
 def picture(name: str, width: int = 32, height: int = 32) -> bytes:
     seed = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
     return png(np.random.default_rng(seed).integers(0, 256, (height, width, 3)))
+
+
+def faded(name: str, levels: int, side: int = 32) -> bytes:
+    """The picture with fewer levels of grey: for a person the same one."""
+    with Image.open(io.BytesIO(picture(name, side, side))) as file:
+        return png(np.asarray(file, float) * levels / 255)
 
 
 def drawn(*boxes: tuple[int, int, int, int], size: int = 32) -> bytes:
@@ -88,7 +100,7 @@ def written(records: dict[str, Record], folder: Path) -> Path:
 
 
 def run(folder: Path, out: Path, params: Params = PARAMS) -> tuple[bool, dict[str, Any]]:
-    passed = validation.validate(folder, out, params)
+    passed = validation.judge(folder, out, params)
     return passed, json.loads((out / "validation.json").read_text())
 
 
@@ -157,11 +169,24 @@ FAULTS: dict[str, dict[str, Any]] = {
     "train/gear/anomalous/empty mask": {"mask": drawn()},
     "train/gear/anomalous/box beside": boxed(*DEFECTS, (12, 10, 20, 20)),
     "train/gear/anomalous/inclusive": boxed((4, 6, 11, 9), (20, 20, 28, 24)),
+    "train/gear/anomalous/part of a pixel is fine": boxed((4.9, 6.5, 11.1, 9.2), (20, 20, 29, 25)),
+    "train/gear/anomalous/crossing shapes are fine": {
+        "mask": drawn((4, 6, 20, 10), (10, 2, 14, 16)),
+        **boxed((4, 6, 20, 10), (10, 2, 14, 16)),
+    },
     "train/gear/anomalous/one missing": boxed(DEFECTS[1]),
     "train/gear/anomalous/merged is fine": boxed((4, 6, 29, 25)),
     "train/gear/anomalous/speck is fine": {"mask": drawn(*DEFECTS, (0, 0, 3, 1))},
     "train/gear/normal/leak": {"image": picture("leak")},
     "test/gear/normal/leak": {"image": picture("leak")},
+    "train/gear/normal/twin": {"image": faded("twin", 200)},
+    "validation/gear/normal/twin": {"image": faded("twin", 198)},
+    "train/gear/normal/twin in train is fine 1": {"image": faded("other twin", 200)},
+    "train/gear/normal/twin in train is fine 2": {"image": faded("other twin", 198)},
+    "train/gear/normal/view": {"group": "part 1"},
+    "train/gear/normal/another view": {"group": "part 1"},
+    "test/gear/normal/view": {"group": "part 1"},
+    "test/weave/normal/view of another part is fine": {"group": "part 1"},
     "train/gear/normal/twice in train is fine": {"image": picture("twice")},
     "train/weave/normal/twice in train is fine": {"image": picture("twice")},
     "test/<img src=x>$cost/normal/only in test": {},
@@ -196,6 +221,9 @@ EXPECTED = {
     "there is something of the mask in every box": ["box beside"],
     "defects of 4 mask pixels and more lie in boxes": ["inclusive", "one missing"],
     "byte-identical images are in one split": ["leak", "leak"],
+    "near-identical images are in one split": ["twin", "twin"],
+    "images of one part are in one split": ["view", "another view", "view"],
+    "every category has 1 and more images of each label in test": ["one label", "only in test"],
     "every category has both labels in train": ["one label", "only in test"],
 }
 
@@ -211,7 +239,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     moved = pa.compute.match_substring(table["id"], "filed elsewhere")
     split = pa.compute.if_else(moved, "train", table["split"])
     pq.write_table(table.set_column(table.schema.get_field_index("split"), "split", split), path)
-    assert not validation.validate(folder / "shards", folder / "report", PARAMS)
+    assert not validation.judge(folder / "shards", folder / "report", PARAMS)
     return folder / "report"
 
 
@@ -249,13 +277,76 @@ def test_the_page_loads_nothing_and_shows_what_failed(faulty: Path) -> None:
 
     page = (faulty / "index.html").read_text()
     Tags().feed(page)
-    assert not {tag for tag, _ in tags} & {"script", "link", "img", "iframe", "object", "embed", "video", "base"}
-    assert not any("src" in attributes for _, attributes in tags)
-    assert all((attributes["href"] or "").startswith("#") for tag, attributes in tags if tag == "a")
+    assert not {tag for tag, _ in tags} & {"script", "link", "iframe", "object", "embed", "video", "base"}
+    addresses = [attributes[name] or "" for _, attributes in tags for name in ("src", "href") if name in attributes]
+    assert all(address.startswith(("#", "data:image/jpeg;", "data:image/png;")) for address in addresses)
     assert "url(" not in page and "@import" not in page
-    assert ("meta", "default-src 'none'; style-src 'unsafe-inline'") in [(t, a.get("content")) for t, a in tags]
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    assert ("meta", policy) in [(tag, attributes.get("content")) for tag, attributes in tags]
     for text in (*EXPECTED, "train/gear/anomalous/one missing", "parts/&lt;img src=x&gt;$cost"):
         assert text in page, text
+
+
+def under(page: str, what: str) -> str:
+    """The figures under the line that says that an expectation failed."""
+    return page.split(f"<p>{what}: ", 1)[1].split('<div class="pictures">', 1)[1].split("</div><p>", 1)[0]
+
+
+def test_the_page_shows_what_failed(faulty: Path) -> None:
+    page = (faulty / "index.html").read_text()
+    figures = under(page, "boxes lie inside the image")
+    assert figures.count("<figure") == len(EXPECTED["boxes lie inside the image"]) == 3
+    assert "train/gear/anomalous/outside.png" in figures
+    # the two defects and the box that reaches out of the image of 32x32, in its own pixels, each twice for its halo
+    places = [(4, 6, 8, 4), (20, 20, 9, 5), (20, 20, 13, 10)]
+    for x, y, width, height in places:
+        assert figures.count(f'x="{x}.00" y="{y}.00" width="{width}.00" height="{height}.00"') >= 2
+    encoded = figures.split('src="data:image/jpeg;base64,', 1)[1].split('"', 1)[0]
+    with Image.open(io.BytesIO(base64.b64decode(encoded))) as shown:
+        assert shown.size == (32, 32)
+    assert "does not decode: this is no image" in under(page, "the image decodes")
+
+
+def test_the_page_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"train/gear/normal/narrow {number}" for number in range(8)]
+    records = faultless() | {name: record(name, image=picture("narrow", 10, 31)) for name in names}
+    shards_ = written(records, tmp_path / "shards")
+    what = "the image has the stated width and height"
+    for most, figures in ((1_000_000, 4), (5_000, 0)):
+        monkeypatch.setattr(validation, "_PICTURES_LENGTH", most)
+        run(shards_, tmp_path / "report")
+        page = (tmp_path / "report" / "index.html").read_text()
+        assert f"{what}: 8 failing" in page
+        assert under(page, what).count("<figure") == figures
+
+
+def test_held_out_categories_are_in_test_alone_and_need_nothing_in_train(tmp_path: Path) -> None:
+    records = {name: one for name, one in faultless().items() if "weave" not in name or name.startswith("test")}
+    more = {f"{split}/gear/{label}/9{n}" for split in SPLITS for label in ("normal", "anomalous") for n in range(2)}
+    records |= {name: record(name) for name in more}
+    shards_ = written(records, tmp_path / "shards")
+    settings = {"validate": LIMITS, "split": {"holdout_categories": ["weave"]}}
+    passed, report = run(shards_, tmp_path / "a", Params.model_validate(settings))
+    assert passed and failed(report) == {}
+    settings["split"] = {"holdout_categories": ["gear"]}
+    passed, report = run(shards_, tmp_path / "b", Params.model_validate(settings))
+    astray = sorted(name for name in records if "gear" in name and not name.startswith("test"))
+    assert not passed and sorted(failed(report)["held-out categories are in test alone"]) == astray
+
+
+def test_lookalikes_may_be_allowed(tmp_path: Path) -> None:
+    records = faultless()
+    for name, levels in (("train/gear/normal/0", 200), ("test/gear/normal/0", 198)):
+        records[name] = replace(records[name], image=faded("same", levels))
+    shards_ = written(records, tmp_path / "shards")
+    passed, report = run(shards_, tmp_path / "a")
+    assert not passed
+    assert {name: sorted(ids) for name, ids in failed(report).items()} == {
+        "near-identical images are in one split": ["test/gear/normal/0", "train/gear/normal/0"]
+    }
+    assert run(
+        shards_, tmp_path / "b", Params.model_validate({"validate": LIMITS, "split": {"near_duplicates": False}})
+    )[0]
 
 
 @pytest.mark.parametrize(
@@ -276,6 +367,21 @@ def test_the_page_loads_nothing_and_shows_what_failed(faulty: Path) -> None:
             lambda name: "train/" not in name or "normal" not in name or name == "train/gear/normal/0",
             Params.model_validate({"validate": LIMITS | {"min_images_per_split": 5}}),
             ["train has a share", "warning: every category has both labels in train"],
+        ),
+        (
+            lambda name: "train/" not in name or "normal" in name,
+            Params.model_validate({"validate": LIMITS | {"min_images_per_split": 4, "min_label_share": 0.0}}),
+            ["train has normal and anomalous images", "warning: every category has both labels in train"],
+        ),
+        (
+            lambda name: name not in ("test/gear/normal/0", "test/gear/normal/1"),
+            Params.model_validate({"validate": LIMITS | {"min_images_per_split": 4}}),
+            ["every category has 1 and more images of each label in test"],
+        ),
+        (
+            lambda name: name not in ("test/gear/normal/0", "test/gear/normal/1"),
+            Params.model_validate({"validate": LIMITS | {"min_images_per_split": 4, "min_category_images": 0}}),
+            [],
         ),
     ],
 )
@@ -336,10 +442,156 @@ def test_what_is_not_shards_is_one_error_and_no_report(tmp_path: Path, spoil: Ca
     folder.mkdir()
     spoil(folder)
     with pytest.raises(AdfmError, match=r"shards.*adfm convert"):
-        validation.validate(folder, tmp_path / "report", PARAMS)
+        validation.judge(folder, tmp_path / "report", PARAMS)
     assert not (tmp_path / "report").exists()
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(AdfmError, match="nowhere"):
-        validation.validate(tmp_path / "nowhere", tmp_path / "report", PARAMS)
+        validation.judge(tmp_path / "nowhere", tmp_path / "report", PARAMS)
+
+
+# ---------------------------------------------------------------------------------------------------------------- drift
+
+
+counts = st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 1000), min_size=1)
+
+
+@settings(deadline=None)
+@given(counts, counts)
+def test_the_distance_is_that_of_jensen_and_shannon(p: dict[str, int], q: dict[str, int]) -> None:
+    both = [[these.get(name, 0) for name in "abcdef"] for these in (p, q)]
+    assert validation.distance(p, q) == pytest.approx(jensenshannon(*both, base=2), abs=1e-7)
+    assert validation.distance(p, q) == pytest.approx(validation.distance(q, p))
+    assert 0 <= validation.distance(p, q) <= 1 + 1e-12
+
+
+def test_distances_of_known_shares() -> None:
+    assert validation.distance({"a": 3, "b": 1}, {"a": 300, "b": 100}) == 0
+    assert validation.distance({"a": 1}, {"b": 1}) == 1
+    assert validation.distance({}, {}) == 0
+    assert validation.distance({"a": 1}, {}) == 1
+    # a small change, by its population stability index
+    p, q = {"a": 500, "b": 500}, {"a": 520, "b": 480}
+    index = sum((p[name] - q[name]) / 1000 * math.log(p[name] / q[name]) for name in "ab")
+    assert validation.distance(p, q) == pytest.approx(math.sqrt(index / (8 * math.log(2))), rel=0.01)
+
+
+def drifted(name: str) -> Record:
+    """Wider, higher and darker, with another category and another defect."""
+    one = record(name, image=faded(name, 60, 40), width=40, height=40, mask=None)
+    return replace(one, category="new" if "weave" in name else "gear", defect="hole" if one.defect else None)
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report on the faultless set."""
+    folder = tmp_path_factory.mktemp("before")
+    validation.judge(written(faultless(), folder / "shards"), folder / "report", PARAMS)
+    return folder / "report"
+
+
+def test_drift_is_warned_of_and_does_not_fail(tmp_path: Path, before: Path) -> None:
+    statistics = json.loads((before / "validation.json").read_text())["statistics"]
+    shards_ = written({name: drifted(name) for name in faultless()}, tmp_path / "shards")
+    assert validation.judge(shards_, tmp_path / "report", PARAMS, statistics)
+    lines = validation.failures(tmp_path / "report")
+    figures = ("brightness", "contrast", "width", "height")
+    wanted = ["the shares of categories", "the shares of defects", *(f"mean {figure}" for figure in figures)]
+    assert len(lines) == len(wanted)
+    assert all(line.startswith(f"warning: {what} in train") for line, what in zip(lines, wanted, strict=True)), lines
+
+
+def test_the_same_data_have_not_drifted(tmp_path: Path, before: Path) -> None:
+    statistics = json.loads((before / "validation.json").read_text())["statistics"]
+    assert validation.judge(written(faultless(), tmp_path / "shards"), tmp_path / "report", PARAMS, statistics)
+    assert validation.failures(tmp_path / "report") == []
+    assert len(json.loads((tmp_path / "report" / "validation.json").read_text())["expectations"]) == 6 + len(
+        json.loads((before / "validation.json").read_text())["expectations"]
+    )
+
+
+def test_the_statistics_are_those_of_the_training_images(tmp_path: Path) -> None:
+    records = {name: record(name) for name in ("train/gear/normal/0", "train/weave/anomalous/0", "test/gear/normal/0")}
+    for name, (dark, light) in zip(records, ((0, 100), (100, 240), (0, 0)), strict=True):
+        pixels = np.full((600, 300), dark)
+        pixels[:300] = light
+        records[name] = replace(records[name], image=png(pixels), width=300, height=600, mask=None)
+    run(written(records, tmp_path / "shards"), tmp_path / "report")
+    train = json.loads((tmp_path / "report" / "validation.json").read_text())["statistics"]["train"]
+    # halves of two greys: the mean is half their sum, the contrast half their difference
+    assert train["brightness"] == pytest.approx({"mean": (50 + 170) / 2, "deviation": (170 - 50) / 2}, rel=0.01)
+    assert train["contrast"] == pytest.approx({"mean": (50 + 70) / 2, "deviation": (70 - 50) / 2}, rel=0.01)
+    assert (train["width"], train["height"]) == ({"mean": 300, "deviation": 0}, {"mean": 600, "deviation": 0})
+    assert train["categories"] == {"parts/gear": 1, "parts/weave": 1}
+    assert train["defects"] == {"normal": 1, "scratch": 1}
+
+
+# --------------------------------------------------------------------------------------------------------------- MLflow
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The embedded store, in an empty current folder; made once, because MLflow takes seconds for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.delenv("MLFLOW_RUN_ID", raising=False)
+        patch.chdir(tmp_path_factory.mktemp("store"))
+        tracking.configure()
+        yield Path.cwd()
+
+
+def test_the_reports_are_in_mlflow_and_drift_is_measured_from_production(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards_ = written(faultless(), tmp_path / "shards")
+    assert validation.validate(shards_, tmp_path / "report", PARAMS)
+    client = tracking.client()
+    [run_] = client.search_runs(["1"])
+    assert run_.data.metrics == {"validation/images": 24, "validation/failed": 0, "validation/warnings": 0}
+    artifacts = store / "mlartifacts" / run_.info.run_id / "artifacts" / "validation"
+    for name in ("index.html", "validation.json"):
+        assert (artifacts / name).read_text() == (tmp_path / "report" / name).read_text()
+
+    client.create_registered_model("adfm")
+    tags = {"data_fingerprint": shards.fingerprint(shards_)}
+    version = client.create_model_version("adfm", "somewhere", tags=tags)
+    client.set_registered_model_alias("adfm", "production", version.version)
+    other = written({name: drifted(name) for name in faultless()}, tmp_path / "other")
+    assert validation.validate(other, tmp_path / "report", PARAMS)
+    assert validation.failures(tmp_path / "report")[0].startswith("warning: the shares of categories in train")
+    assert capsys.readouterr().err == ""
+
+
+def test_failed_shards_are_logged_as_such(store: Path, tmp_path: Path) -> None:
+    records = faultless() | {"train/gear/normal/damaged": record("train/gear/normal/damaged", image=b"")}
+    assert not validation.validate(written(records, tmp_path / "shards"), tmp_path / "report", PARAMS)
+    newest = tracking.client().search_runs(["1"])[0]
+    assert newest.data.metrics["validation/failed"] == 1
+    assert newest.info.status == "FINISHED"
+    assert "validated" not in newest.data.tags
+
+
+def test_without_a_server_validation_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert validation.validate(written(faultless(), tmp_path / "shards"), tmp_path / "report", PARAMS)
+    assert (tmp_path / "report" / "validation.json").is_file()
+    said = capsys.readouterr().err
+    assert said.startswith("adfm: warning: the validation is not logged, nor compared with production")
+    assert "127.0.0.1:9" in said
+
+
+def test_a_reference_is_a_report(store: Path, tmp_path: Path, before: Path) -> None:
+    shards_ = written({name: drifted(name) for name in faultless()}, tmp_path / "shards")
+    for reference in (before, before / "validation.json"):
+        params = Params.model_validate({"validate": LIMITS | {"reference": str(reference)}})
+        assert validation.validate(shards_, tmp_path / "report", params)
+        assert len(validation.failures(tmp_path / "report")) == 6
+    for content in ("no JSON", "[]", "{}", '{"statistics": {"train": {"categories": {}}}}'):
+        (tmp_path / "validation.json").write_text(content)
+        params = Params.model_validate({"validate": LIMITS | {"reference": str(tmp_path / "validation.json")}})
+        with pytest.raises(AdfmError, match=r"validate\.reference.*validation\.json is not the report"):
+            validation.validate(shards_, tmp_path / "other", params)
+        assert not (tmp_path / "other").exists()
