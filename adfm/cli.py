@@ -108,7 +108,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add.add_argument("out", metavar="OUT", type=Path, nargs="?", help="file to write when all is well")
 
     add = verb("fetch", _fetch, "fetch a raw data set and list it in a manifest")
-    add.add_argument("uri", metavar="URI", help="folder, .zip or .tar archive, s3://bucket/prefix or synthetic://")
+    add.add_argument(
+        "uri",
+        metavar="URI",
+        help="folder, .zip or .tar archive, s3://bucket/prefix, dvc://REPO@REV:PATH or synthetic://",
+    )
     add.add_argument("out", metavar="DIR", type=Path, help="folder to write")
 
     add = verb("convert", _convert, "turn a raw data set into Parquet shards: boxes from masks, and splits")
@@ -123,12 +127,23 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         default=[],
         help="how RAW is laid out; the same as --set convert.layout=L",
     )
+    several = add.add_mutually_exclusive_group()
+    several.add_argument(
+        "--part", metavar="I/N", type=_part, help="only look at the images of the I-th of N parts, for --parts"
+    )
+    several.add_argument("--parts", metavar="PART", type=Path, nargs="+", default=[], help="folders of all N parts")
 
     add = verb("validate", _validate, "judge shards; status 1 and a list of failures if they are not fit to train on")
     add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
     add.add_argument(
         "out", metavar="OUT", type=Path, nargs="?", default=Path("reports/validation"), help="report folder"
     )
+
+    add = verb("show", _show, "draw a contact sheet of raw data or shards, with boxes and masks")
+    add.add_argument("folder", metavar="DIR", type=Path, help="folder of a raw data set or of shards")
+    add.add_argument("--out", metavar="FILE", type=Path, help="page.html or sheet.png; show-<DIR>.html by default")
+    add.add_argument("--split", choices=("train", "validation", "test"), help="show this split alone")
+    add.add_argument("-n", dest="images", metavar="N", type=int, default=48, help="how many images; 48 by default")
 
     add = verb("warmup", _warmup, "teach the base model the form of the answer (supervised)")
     add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
@@ -194,6 +209,13 @@ def _named(text: str) -> tuple[str, str]:
     return name, model
 
 
+def _part(text: str) -> tuple[int, int]:
+    part, _, of = text.partition("/")
+    if not (part.isdecimal() and of.isdecimal() and 1 <= int(part) <= int(of)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N, as in 2/8")
+    return int(part), int(of)
+
+
 def _check(args: argparse.Namespace, params: Params) -> None:
     from adfm.preflight import check
 
@@ -207,9 +229,12 @@ def _fetch(args: argparse.Namespace, params: Params) -> None:
 
 
 def _convert(args: argparse.Namespace, params: Params) -> None:
-    from adfm.data.conversion import convert
+    from adfm.data.conversion import convert, inspect_part
 
-    convert(args.raw, args.out, params)
+    if args.part:
+        inspect_part(args.raw, args.out, params, *args.part)
+    else:
+        convert(args.raw, args.out, params, args.parts)
 
 
 def _validate(args: argparse.Namespace, params: Params) -> int:
@@ -221,6 +246,12 @@ def _validate(args: argparse.Namespace, params: Params) -> int:
         return _fail("\n  ".join([f"{args.shards} is not fit to train on; {found[0]}:", *found[1:]]), 1)
     print("\n  ".join([f"{args.shards} is fit to train on; {found[0]}", *found[1:]]))
     return 0
+
+
+def _show(args: argparse.Namespace, params: Params) -> None:
+    from adfm.data.show import show
+
+    show(args.folder, args.out, params, args.split, args.images)
 
 
 def _warmup(args: argparse.Namespace, params: Params) -> None:

@@ -53,6 +53,8 @@ class Split(Section):
 
     validation: Fraction = 0.1
     test: Fraction = 0.4
+    holdout_categories: list[str] = []
+    near_duplicates: bool = True
 
     @model_validator(mode="after")
     def _leaves_some_to_train(self) -> Self:
@@ -69,6 +71,10 @@ class Validate(Section):
     max_aspect: PositiveFloat = 8.0
     min_images_per_split: PositiveInt = 20
     min_label_share: Annotated[float, Field(ge=0, le=0.5)] = 0.05
+    min_category_images: NonNegativeInt = 1
+    reference: str | None = "production"
+    max_drift: Fraction = 0.2
+    max_shift: PositiveFloat = 0.5
 
 
 class Model(Section):

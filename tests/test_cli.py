@@ -15,7 +15,7 @@ from adfm.cli import main
 from adfm.params import Train
 
 VERBS = (
-    *("check", "fetch", "convert", "validate", "warmup", "train", "evaluate", "register"),
+    *("check", "fetch", "convert", "validate", "show", "warmup", "train", "evaluate", "register"),
     *("promote", "rollback", "score", "tiny-base"),
 )
 HEAVY = "datasets great_expectations matplotlib mlflow numpy pandas peft pydantic scipy sklearn torch transformers trl"
