@@ -33,7 +33,7 @@ def folders(folder: Path) -> list[Path]:
     if not _is_readable(folder):
         return []
     with os.scandir(folder) as entries:
-        inside = [entry for entry in entries if not _is_hidden(entry.name) and os.path.isdir(entry)]
+        inside = [entry for entry in entries if not _is_hidden(entry.name) and (folder / entry.name).is_dir()]
     return sorted(folder / entry.name for entry in inside if not _leads_back(folder, entry))
 
 
