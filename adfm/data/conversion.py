@@ -65,8 +65,8 @@ def convert(raw: Path, out: Path, params: Params, parts: Sequence[Path] = ()) ->
     out of the image. Files of several frames or pages are refused, as are images of more pixels than Pillow's guard
     against decompression bombs lets pass.
 
-    The same raw data and parameters give the same bytes, whether in parts or at once, at one go or resumed. In memory
-    are about 300 bytes an image.
+    The same raw data and parameters give the same bytes, whether in parts or at once, at one go or resumed. Memory
+    holds some hundred bytes an image, and those thumbnails of likely copies that the system keeps of a mapped file.
 
     Args:
         raw: A folder in a layout that has a reader.

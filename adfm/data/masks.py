@@ -111,14 +111,26 @@ def to_boxes(mask: NDArray[Any], dilation: float, connectivity: int, min_area: i
     room, top, left = int(radius) + 1, int(rows[0]), int(columns[0])
     defect = np.pad(defect[top : rows[-1] + 1, left : columns[-1] + 1], room)
     labels, fragments = ndimage.label(defect, neighbours)
-    if radius >= 1 and fragments > 1:
+    if radius >= 1 and fragments > 1 and _near(ndimage.find_objects(labels), 2 * radius + 1):
         # A pixel lies in the dilated mask exactly when a mask pixel lies within the disk's radius.
         labels, _ = ndimage.label(ndimage.distance_transform_edt(~defect) <= radius, neighbours)
         labels[~defect] = 0
-    areas = np.bincount(labels.ravel())
+    areas = np.bincount(labels[defect])
     boxes = []
     for number, (y, x) in enumerate(ndimage.find_objects(labels), start=1):
         if areas[number] >= min_area:
             box = (x.start + left, y.start + top, x.stop + left, y.stop + top)
             boxes.append(Box(*(float(side - room) for side in box)))
     return sorted(boxes)
+
+
+def _near(fragments: list[tuple[slice, slice]], reach: float) -> bool:
+    """Whether any two fragments can be within reach of each other, judged by their extents."""
+    if len(fragments) > 1000:
+        return True
+    near = np.ones((len(fragments), len(fragments)), bool)
+    for axis in (0, 1):
+        start, stop = np.array([(extent[axis].start, extent[axis].stop) for extent in fragments]).T
+        near &= start[:, None] - stop <= reach
+        near &= start - stop[:, None] <= reach
+    return int(near.sum()) > len(fragments)

@@ -43,7 +43,7 @@ def read(raw: Path) -> Iterator[Sample]:
 
 def _category(raw: Path, folder: Path) -> Iterator[Sample]:
     dataset, category = raw.resolve().name, folder.resolve().name
-    kinds = [("train", folder / "train" / "good"), *(("test", kind) for kind in files.folders(folder / "test"))]
+    kinds = [*(("test", kind) for kind in files.folders(folder / "test")), ("train", folder / "train" / "good")]
     for split, kind in kinds:
         normal = kind.name == "good"
         truth = folder / "ground_truth" / kind.name
