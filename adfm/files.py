@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from adfm.errors import AdfmError
 
@@ -23,6 +24,7 @@ FINISHED = (
     "config.json",
     "metrics.json",
     "gate.json",
+    "report.html",
 )
 
 _REMEDIES = {
@@ -90,3 +92,8 @@ def digest(folder: Path) -> str:
             own = hashlib.file_digest(content, "sha256").hexdigest()
         total.update(json.dumps([file.relative_to(folder).as_posix(), own]).encode())
     return total.hexdigest()
+
+
+def write_json(content: dict[str, Any], file: Path) -> None:
+    """Writes JSON for people and programs: indented, and without `NaN`, which not every program can read."""
+    file.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -142,12 +142,14 @@ class Train(Section):
 class Evaluate(Section):
     """Greedy decoding of the test split, and its metrics."""
 
+    backend: Literal["auto", "transformers", "vllm"] = "auto"
     split: Literal["train", "validation", "test"] = "test"
     batch_size: PositiveInt = 96
     max_new_tokens: PositiveInt = 96
     bootstrap: PositiveInt = 2000
     small: Fraction = 0.01
     large: Fraction = 0.05
+    overkill_limit: Annotated[float, Field(ge=0, lt=1)] = 0.05
 
     @model_validator(mode="after")
     def _small_is_smaller(self) -> Self:
@@ -163,6 +165,7 @@ class MetricRule(Section):
     floor: float = 0.0
     max_loss: NonNegativeFloat = 0.01
     min_gain: NonNegativeFloat = 0.0
+    min_relative_gain: NonNegativeFloat = 0.0
 
 
 class Gate(Section):
@@ -170,6 +173,8 @@ class Gate(Section):
 
     accuracy: MetricRule = MetricRule(floor=0.6)
     iou: MetricRule = MetricRule(floor=0.1)
+    rule: Literal["none_worse_one_better", "none_worse", "all_better"] = "none_worse_one_better"
+    min_images: PositiveInt = 30
     category_max_loss: NonNegativeFloat = 0.1
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     bootstrap: PositiveInt = 2000

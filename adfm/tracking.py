@@ -39,8 +39,6 @@ _QUIET = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "GIT_PYTHON_REFRESH": "quiet",
 }
-# Work in progress keeps MLflow's own patience (minutes of retries): hours of training outlive a server's restart.
-_PROBE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "8"}
 
 
 def configure() -> str:
@@ -121,7 +119,7 @@ def start_run(
             mlflow.end_run()
         except BaseException as error:
             # When the store is what failed, the error that is on its way says more than a second one.
-            with _impatient(), suppress(MlflowException):
+            with impatient(), suppress(MlflowException):
                 mlflow.end_run("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
 
@@ -226,6 +224,26 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(parts.path[1:]).resolve() if parts.scheme == "sqlite" and parts.path[1:] else None
 
 
+@contextmanager
+def impatient(timeout: int = 8, retries: int = 0) -> Iterator[None]:
+    """Lets MLflow's client give up soon in the body, unless its environment variables are set.
+
+    Work in progress keeps MLflow's own patience (minutes of retries): hours of training outlive a server's restart.
+
+    Args:
+        timeout: Seconds to wait for an answer.
+        retries: How often to ask again.
+    """
+    wanted = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries)}
+    added = {key: value for key, value in wanted.items() if key not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for key in added:
+            os.environ.pop(key, None)  # another thread may have been first
+
+
 def _probe(uri: str) -> None:
     from mlflow import MlflowClient
 
@@ -240,19 +258,8 @@ def _probe(uri: str) -> None:
                 f"MLflow's database {path} cannot be used: {error}. Make its folder writable and see that there is "
                 "space, move a damaged file away, or name a server in MLFLOW_TRACKING_URI."
             ) from error
-    with store_errors(uri), _impatient():
+    with store_errors(uri), impatient():
         MlflowClient().search_experiments(max_results=1)
-
-
-@contextmanager
-def _impatient() -> Iterator[None]:
-    added = {key: value for key, value in _PROBE.items() if key not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for key in added:
-            del os.environ[key]
 
 
 def _without_login(text: str) -> str:

@@ -3,12 +3,18 @@
 The folder that it writes; the candidate is the last model:
 
     predictions.parquet, <name>.parquet   one row an image: the candidate's, those of any other model
+    validation/<name>.parquet             the same of the validation split, on which the thresholds are chosen
     metrics.json                          each model's metrics with intervals; candidate minus each other model
     metrics/<name>.json                   the headline alone, one row a model in `dvc metrics show`
     details.json                          the same by data set, category, defect and size of the defect
     evaluation.json                       what was evaluated: models, split, fingerprint of the shards, settings
     comparison.md, comparison.csv         the table that is printed
     plots/                                confusion.csv, roc.csv, iou_by_size.csv for DVC; figures as PNG
+    report/                               report.html, the page for people to look at, and its pictures
+
+The operating point. Besides the letter a model gives a probability, `score`, and a plant may choose from which on an
+image is flagged. For each model the threshold is chosen on the validation split, so that no more normal images are
+flagged than `evaluate.overkill_limit` allows; what it does then is measured on the split that is evaluated.
 """
 
 from __future__ import annotations
@@ -16,8 +22,10 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,28 +36,31 @@ from adfm import tracking
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.evaluation import inference, metrics, plots
-from adfm.files import atomic_folder, digest
+from adfm.evaluation import report as page
+from adfm.evaluation.inference import PREDICTIONS
+from adfm.files import atomic_folder, digest, write_json
+from adfm.models import loading
 from adfm.params import Params
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_BOXES = pa.list_(pa.list_(pa.float64()))
-_COUNT = pa.int64()
-_NUMBER = pa.float64()
-PREDICTIONS = pa.schema(
-    [(name, pa.string()) for name in ("id", "source", "dataset", "category", "defect", "label", "predicted")]
-    + [(name, _NUMBER) for name in ("score", "iou", "mask_iou", "matched_iou")]
-    + [(name, _COUNT) for name in ("true_positives", "false_positives", "false_negatives")]
-    + [("area_share", _NUMBER), ("boxes", _BOXES), ("predicted_boxes", _BOXES), ("completion", pa.string())]
-)
+_AT_THRESHOLD = {
+    "threshold": "threshold",
+    "overkill_at_threshold": "overkill at threshold",
+    "miss_rate_at_threshold": "miss rate at threshold",
+}
 
 
 def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Params) -> None:
     """Lets each model answer the split `params.evaluate.split`, writes all results to `out`, prints the comparison.
 
+    An evaluation that was interrupted goes on where it was when it is started again with the same models, data and
+    settings.
+
     Args:
-        models: Base model names or model folders by the name to show, in the order to show; the last is the candidate.
+        models: Base model names, model folders or registered versions (`models:/adfm@production`) by the name to show,
+            in the order to show; the last is the candidate.
         shards: Folder of shards.
         out: Folder to write.
         params: Reads the sections `evaluate`, `model` and `register`, and `seed`.
@@ -63,34 +74,62 @@ def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Par
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name == "predictions":
             raise AdfmError(f"{name!r} cannot name a model: letters, digits, - and _ only, and not `predictions`.")
     *_, candidate = models
-    fingerprint = shards_.fingerprint(shards, params.evaluate.split)
-    about = {
-        "candidate": candidate,
-        "candidate_digest": digest(Path(models[candidate])) if Path(models[candidate]).is_dir() else None,
-        "models": {name: str(model) for name, model in models.items()},
-        "split": params.evaluate.split,
-        "images": len(shards_.ids(shards, params.evaluate.split)),
-        "fingerprint": fingerprint,
-        "seed": params.seed,
-        "settings": params.evaluate.model_dump(),
-    }
-    tags = {"candidate": candidate, "data_fingerprint": fingerprint}
-    with tracking.start_run("evaluate", params, tags) as run, atomic_folder(out) as partial:
-        _write_json(about | {"mlflow_run_id": run.info.run_id}, partial / "evaluation.json")
-        tables = {name: inference.predict(model, shards, params, name) for name, model in models.items()}
-        for name, table in tables.items():
-            file = partial / f"{'predictions' if name == candidate else name}.parquet"
-            pq.write_table(_typed(table), file)
-        comparison = report(tables, shards, partial, params)
-        _log(partial)
+    kept = out.with_name(f"{out.name}.answers.partial")  # for an evaluation that is interrupted
+    split, tokens = params.evaluate.split, params.evaluate.max_new_tokens
+    fingerprint = shards_.fingerprint(shards, split)
+    # Where validation itself is evaluated, a threshold chosen on it would flatter.
+    with_validation = split != "validation" and any(shards.glob("validation-*.parquet"))
+    splits = [split, "validation"] if with_validation else [split]
+    with TemporaryDirectory() as downloads:
+        local, shown = {}, {}
+        for name, model in models.items():
+            (Path(downloads) / name).mkdir()
+            local[name], shown[name] = loading.fetch(model, Path(downloads) / name)
+            loading.base_of(local[name], params.model)  # before anything is done
+        about = {
+            "candidate": candidate,
+            "candidate_digest": digest(Path(local[candidate])) if Path(local[candidate]).is_dir() else None,
+            "models": shown,
+            "split": split,
+            "images": len(shards_.ids(shards, split)),
+            "fingerprint": fingerprint,
+            "seed": params.seed,
+            "settings": params.evaluate.model_dump(),
+        }
+        tags = {"candidate": candidate, "data_fingerprint": fingerprint}
+        with tracking.start_run("evaluate", params, tags) as run, atomic_folder(out) as partial:
+            answers = {
+                name: inference.predict_splits(model, shards, params, name, splits, kept)
+                for name, model in local.items()
+            }
+            tables = {name: found[split] for name, found in answers.items()}
+            validation = {name: found["validation"] for name, found in answers.items() if len(splits) > 1}
+            write_json(about | {"mlflow_run_id": run.info.run_id}, partial / "evaluation.json")
+            for name, table in tables.items():
+                # Travels with the file, so that the gate can refuse to compare what was not made in the same way.
+                table.attrs = {"split": split, "fingerprint": fingerprint, "max_new_tokens": tokens}
+                _write_table(table, partial / f"{'predictions' if name == candidate else name}.parquet")
+            for name, table in validation.items():
+                _write_table(table, partial / "validation" / f"{name}.parquet")
+            comparison = report(tables, shards, partial, params, validation)
+            page.write(partial, shards, partial / "report")
+            _log(partial)
+        shutil.rmtree(kept, ignore_errors=True)
     print(comparison)
 
 
-def _typed(table: pd.DataFrame) -> pa.Table:
-    return pa.Table.from_pandas(table.reindex(columns=PREDICTIONS.names), schema=PREDICTIONS, preserve_index=False)
+def _write_table(table: pd.DataFrame, file: Path) -> None:
+    file.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pandas(table, schema=PREDICTIONS, preserve_index=False), file)
 
 
-def report(tables: dict[str, pd.DataFrame], shards: Path, out: Path, params: Params) -> str:
+def report(
+    tables: dict[str, pd.DataFrame],
+    shards: Path,
+    out: Path,
+    params: Params,
+    validation: dict[str, pd.DataFrame] | None = None,
+) -> str:
     """Writes everything that follows from prediction tables; returns the comparison as an aligned Markdown table.
 
     Args:
@@ -98,6 +137,7 @@ def report(tables: dict[str, pd.DataFrame], shards: Path, out: Path, params: Par
         shards: The shards, for the pictures.
         out: An existing folder.
         params: Reads the section `evaluate`, and `seed`.
+        validation: Prediction tables of the validation split by model, to choose thresholds on.
     """
     *others, candidate = tables
     settings = params.evaluate
@@ -112,11 +152,20 @@ def report(tables: dict[str, pd.DataFrame], shards: Path, out: Path, params: Par
         )
         for other in reversed(others)
     }
-    _write_json(overall | differences, out / "metrics.json")
-    _write_json(details, out / "details.json")
+    if validation:
+        repeat = (settings.bootstrap, params.seed)
+        at = {name: metrics.threshold(table, settings.overkill_limit) for name, table in validation.items()}
+        for name, table in tables.items():
+            overall[name] |= metrics.operating_point(table, at[name], *repeat)
+        for other in others:
+            differences[f"{candidate}_minus_{other}"] |= metrics.operating_difference(
+                tables[candidate], at[candidate], tables[other], at[other], *repeat
+            )
+    write_json(overall | differences, out / "metrics.json")
+    write_json(details, out / "details.json")
     (out / "metrics").mkdir()
     for name, values in overall.items():
-        _write_json({metric: values[metric] for metric in metrics.HEADLINE}, out / "metrics" / f"{name}.json")
+        write_json({metric: values[metric] for metric in metrics.HEADLINE}, out / "metrics" / f"{name}.json")
 
     folder = out / "plots"
     folder.mkdir()
@@ -129,7 +178,7 @@ def report(tables: dict[str, pd.DataFrame], shards: Path, out: Path, params: Par
     ids = set(shown["id"])
     images = {record.id: record.image for record in shards_.read(shards, settings.split) if record.id in ids}
     plots.examples(shown, images, folder / "examples.png")
-    return _write_comparison(overall, differences, out)
+    return _write_comparison(overall, differences, settings.overkill_limit, out)
 
 
 def _write_plot_data(candidate: pd.DataFrame, sizes: dict[str, dict[str, Any]], folder: Path) -> None:
@@ -149,25 +198,34 @@ def _write_plot_data(candidate: pd.DataFrame, sizes: dict[str, dict[str, Any]], 
     _write_csv(["size", *sizes], rows, folder / "iou_by_size.csv")
 
 
-def _write_comparison(overall: dict[str, Any], differences: dict[str, Any], out: Path) -> str:
+def _write_comparison(overall: dict[str, Any], differences: dict[str, Any], limit: float, out: Path) -> str:
     shown = overall | differences
+    first = overall[[*overall][-1]]
+    titles = {metric: plots.TITLES[metric] for metric in metrics.HEADLINE}
+    titles |= _AT_THRESHOLD if "threshold" in first else {}
     header = ["", *overall, *(name.replace("_minus_", " - ") for name in differences)]
     rows = [
-        [plots.TITLES[metric], *(_cell(values, metric, "+" * (name in differences)) for name, values in shown.items())]
-        for metric in metrics.HEADLINE
+        [title, *(_cell(values, metric, "+" * (name in differences)) for name, values in shown.items())]
+        for metric, title in titles.items()
     ]
     table = _markdown([header, *rows])
     note = (
-        f"{overall[[*overall][-1]]['images']} images. In brackets 95 % bootstrap intervals over images, paired for"
-        " differences."
+        f"{first['images']} images. In brackets 95 % bootstrap intervals over images (images of one part are drawn"
+        " together), paired for differences."
     )
+    if "threshold" in first:
+        note += (
+            " The threshold is the lowest at which no more than"
+            f" {limit:.1%} of the normal images of the validation split are flagged."
+        )
     (out / "comparison.md").write_text(f"{table}\n\n{note}\n", encoding="utf-8")
     _write_csv(
         ["metric", "model", "value", "low", "high"],
         (
-            [metric, name, values[metric], values[f"{metric}_low"], values[f"{metric}_high"]]
-            for metric in metrics.HEADLINE
+            [metric, name, *(values.get(metric + end) for end in ("", "_low", "_high"))]
+            for metric in titles
             for name, values in shown.items()
+            if metric in values
         ),
         out / "comparison.csv",
     )
@@ -175,10 +233,9 @@ def _write_comparison(overall: dict[str, Any], differences: dict[str, Any], out:
 
 
 def _cell(values: dict[str, Any], metric: str, sign: str = "") -> str:
-    if values[metric] is None:
-        return "-"
-    value, low, high = (format(values[key], f"{sign}.3f") for key in (metric, f"{metric}_low", f"{metric}_high"))
-    return f"{value} [{low}, {high}]"
+    found = [values.get(metric + end) for end in ("", "_low", "_high")]
+    shown = [format(value, f"{sign}.3f") for value in found if value is not None]
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]" if len(shown) == 3 else shown[0] if shown else "-"
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -197,10 +254,6 @@ def _log(folder: Path) -> None:
     flat = {f"{name}/{metric}": value for name, values in found.items() for metric, value in values.items()}
     mlflow.log_metrics({key: float(value) for key, value in flat.items() if value is not None})
     mlflow.log_artifacts(str(folder), "evaluation")
-
-
-def _write_json(content: dict[str, Any], file: Path) -> None:
-    file.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _write_csv(header: Sequence[str], rows: Iterable[Sequence[Any]], file: Path) -> None:

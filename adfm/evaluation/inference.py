@@ -1,24 +1,37 @@
 """Batched greedy decoding of a split, and the prediction table.
 
-One row an image: `id source dataset category defect label predicted score iou mask_iou matched_iou true_positives
+One row an image: `id source dataset category defect group label predicted score iou mask_iou matched_iou true_positives
 false_positives false_negatives area_share boxes predicted_boxes completion`. Boxes are original pixels, half-open.
 `predicted` is null where the completion has no clean answer, and such an image counts as wrong everywhere; `score` is
-the probability of `A` against `B` at the answer's token, null where there is none.
+the probability of `A` against `B` at the answer's token, null where there is none; `group` is null where it is not
+known which images show the same part.
+
+A window of a few batches is read at a time, and its images are answered in order of their size, so that a batch is
+padded little or not at all; rows keep the order of the shards. The next batch is decoded and resized in a thread while
+the model writes. A finished window is kept in a file, so that an interrupted evaluation goes on with the next one.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import io
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
+import adfm
 from adfm.data import shards as shards_
+from adfm.errors import AdfmError
 from adfm.evaluation import metrics
 from adfm.method import coordinates, prompt, response
 from adfm.models import loading
@@ -30,62 +43,208 @@ if TYPE_CHECKING:
     import torch
     from transformers import ProcessorMixin
 
-_BEFORE_LETTER = re.compile(r"<answer>\s*", re.IGNORECASE)
+STOP = "</answer>"
+"""A completion ends here."""
+
+_TEXT = ("id", "source", "dataset", "category", "defect", "group", "label", "predicted")
+_BOXES = pa.list_(pa.list_(pa.float64()))
+PREDICTIONS = pa.schema(
+    [(name, pa.string()) for name in _TEXT]
+    + [(name, pa.float64()) for name in ("score", "iou", "mask_iou", "matched_iou")]
+    + [(name, pa.int64()) for name in ("true_positives", "false_positives", "false_negatives")]
+    + [("area_share", pa.float64()), ("boxes", _BOXES), ("predicted_boxes", _BOXES), ("completion", pa.string())]
+)
+
+_BEFORE_LETTER = re.compile(r"<answer>\s*(?=[ab]\s*</answer>)", re.IGNORECASE)
+_WINDOW = 4  # batches that are read, sorted and kept at a time
+
+Answers = tuple[list[str], list[float | None]]
+"""Completions, and for each the probability of `A` against `B` where the letter stands."""
 
 
 def predict(model: str | Path, shards: Path, params: Params, describe: str) -> pd.DataFrame:
-    """Let `model` answer every image of the split `params.evaluate.split`, greedily, one answer an image.
+    """Let `model` answer every image of the split `params.evaluate.split`; as `predict_splits`."""
+    split = params.evaluate.split
+    return predict_splits(model, shards, params, describe, [split])[split]
+
+
+def predict_splits(
+    model: str | Path, shards: Path, params: Params, describe: str, splits: Sequence[str], keep: Path | None = None
+) -> dict[str, pd.DataFrame]:
+    """Let `model` answer every image of some splits, greedily, one answer an image.
 
     Args:
         model: A base model's name, or a folder that warm-up or training wrote.
         shards: Folder of shards.
         params: Reads the sections `model` and `evaluate`.
         describe: What the progress bar says.
+        splits: The splits.
+        keep: Folder for what is finished; what it holds of the same model, data and settings is not done again.
+
+    Returns:
+        The prediction table of each split.
 
     Raises:
-        AdfmError: The model or the shards cannot be loaded.
+        AdfmError: The model or the shards cannot be loaded, or the backend asked for is not there.
     """
-    import pandas as pd
+    vllm = uses_vllm(params)
+    writer: _Writer | None = None
+    tables: dict[str, pd.DataFrame] = {}
+    for split in splits:
+        kept = keep / _key(model, shards, split, params, vllm) if keep else None
+        parts: list[pa.Table] = []
+        total, said = len(shards_.ids(shards, split)), f"{describe}, {split}"
+        with tqdm(total=total, desc=said, unit="image", mininterval=1.0) as progress:
+            windows = _batched(shards_.read(shards, split), _WINDOW * params.evaluate.batch_size)
+            for number, window in enumerate(windows):
+                file = kept / f"{number:06d}.parquet" if kept else None
+                if file and file.is_file():
+                    parts.append(pq.read_table(file))
+                    progress.update(len(window))
+                    continue
+                if writer is None:  # not before: everything may be finished
+                    writer = _Writer(model, params, vllm)
+                parts.append(pa.Table.from_pylist(writer.rows(window, progress.update), schema=PREDICTIONS))
+                if file:
+                    _write_whole(parts[-1], file)
+        tables[split] = pa.concat_tables(parts).to_pandas()
+    return tables
 
-    loaded = loading.load(model, params.model)
-    loaded.model.eval()
-    split = params.evaluate.split
-    total = shards_.table(shards, split).num_rows
-    rows: list[dict[str, Any]] = []
-    with tqdm(total=total, desc=describe, unit="image", mininterval=1.0) as progress:
-        for batch in _batched(shards_.read(shards, split), params.evaluate.batch_size):
-            images = [Image.open(io.BytesIO(record.image)).convert("RGB") for record in batch]
-            completions, scores = answer(loaded, images, params.evaluate.max_new_tokens)
-            rows += [_row(loaded, *row) for row in zip(batch, completions, scores, strict=True)]
-            progress.update(len(batch))
-    return pd.DataFrame(rows)
+
+def _write_whole(table: pa.Table, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    pq.write_table(table, partial)
+    partial.rename(file)
 
 
-def answer(
-    loaded: loading.Loaded, images: list[Image.Image], max_new_tokens: int
-) -> tuple[list[str], list[float | None]]:
+def uses_vllm(params: Params) -> bool:
+    """Whether vLLM does the work: where it is asked for, or with `auto` where it is installed and there is a GPU.
+
+    Raises:
+        AdfmError: It is asked for and not installed.
+    """
+    backend = params.evaluate.backend
+    if backend == "transformers":
+        return False
+    installed = importlib.util.find_spec("vllm") is not None
+    if backend == "vllm" and not installed:
+        raise AdfmError("evaluate.backend is vllm, which is not installed: install it, or set the backend to auto.")
+    if backend == "vllm" or not installed:
+        return installed
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _key(model: str | Path, shards: Path, split: str, params: Params, vllm: bool) -> str:
+    """What decides the predictions, as a name for their folder."""
+    settings = params.evaluate
+    decides = {
+        "code": adfm.__version__,
+        "prompt": [prompt.messages(family) for family in loading.FAMILIES],
+        "model": loading.identity(model, params.model),
+        "how": [params.model.dtype, params.model.max_pixels, settings.batch_size, settings.max_new_tokens, vllm],
+        "data": [split, shards_.fingerprint(shards, split)],
+    }
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
+
+
+class _Writer:
+    """A loaded model that writes rows of the prediction table."""
+
+    def __init__(self, model: str | Path, params: Params, vllm: bool) -> None:
+        self._batch_size = params.evaluate.batch_size
+        tokens = params.evaluate.max_new_tokens
+        self._prepare: Callable[[list[Image.Image]], Any]
+        self._generate: Callable[[Any], Answers]
+        if vllm:
+            from adfm.evaluation import vllm_backend
+
+            self._processor, self._family, self._generate = vllm_backend.load(model, params.model, tokens)
+            self._prepare = lambda images: images
+        else:
+            loaded = loading.load(model, params.model)
+            loaded.model.eval()
+            self._processor, self._family = loaded.processor, loaded.family
+            text = chat_text(loaded.processor, loaded.family)
+            self._prepare = lambda images: _inputs(loaded.processor, text, images)
+            self._generate = lambda inputs: _generate(loaded, inputs, tokens)
+
+    def rows(self, window: Sequence[Record], done: Callable[[int], object]) -> list[dict[str, Any]]:
+        """The rows of a window of records, in its order; `done` is told how many at a time."""
+        patches = self._processor.image_processor.get_number_of_image_patches
+        order = sorted(range(len(window)), key=lambda i: patches(window[i].height, window[i].width))
+        rows: list[dict[str, Any]] = [{}] * len(window)
+
+        def prepared(batch: list[int]) -> Any:
+            return self._prepare([_image(window[i]) for i in batch])
+
+        batches = list(_batched(order, self._batch_size))
+        for batch, inputs in zip(batches, _ahead(prepared, batches), strict=True):
+            for i, completion, score in zip(batch, *self._generate(inputs), strict=True):
+                rows[i] = _row(self._family, self._processor, window[i], completion, score)
+            done(len(batch))
+        return rows
+
+
+def _ahead(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """`work` of each item, the next one already under way in a thread while one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(work, items[0])
+        for item in items[1:]:
+            ready, pending = pending.result(), pool.submit(work, item)
+            yield ready
+        yield pending.result()
+
+
+def answer(loaded: loading.Loaded, images: list[Image.Image], max_new_tokens: int) -> Answers:
     """Greedy completions for `images`, and the probability of `A` against `B` where the letter stands."""
+    text = chat_text(loaded.processor, loaded.family)
+    return _generate(loaded, _inputs(loaded.processor, text, images), max_new_tokens)
+
+
+def _inputs(processor: Any, text: str, images: list[Image.Image]) -> Any:
+    return processor(text=[text] * len(images), images=images, padding=True, return_tensors="pt")
+
+
+def _generate(loaded: loading.Loaded, inputs: Any, max_new_tokens: int) -> Answers:
     import torch
     from transformers import LogitsProcessorList
 
-    processor = loaded.processor
-    inputs = processor(
-        text=[chat_text(processor, loaded.family)] * len(images), images=images, padding=True, return_tensors="pt"
-    ).to(loaded.model.device)
-    letters = _LetterScores(processor)
+    inputs = inputs.to(loaded.model.device)
+    letters = _LetterScores(loaded.processor)
+    tokenizer = loaded.processor.tokenizer
     generate: Any = loaded.model.generate
     with torch.inference_mode():
         output = generate(
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            suppress_tokens=[loaded.model.config.image_token_id, loaded.model.config.video_token_id],
+            suppress_tokens=unwanted(loaded.processor),
+            stop_strings=[STOP],
+            tokenizer=tokenizer,
             logits_processor=LogitsProcessorList([letters]),
         )
     tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
-    completions = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    scores = [letters.at(row, tokens[row], text) for row, text in enumerate(completions)]
+    steps = torch.stack(letters.steps).cpu()
+    completions = [until_stop(text) for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    scores: list[float | None] = []
+    for row, text in enumerate(completions):
+        at = letter_token(tokenizer, tokens[row], text)
+        scores.append(None if at is None else float(steps[at, row]))
     return completions, scores
+
+
+def unwanted(processor: Any) -> list[int]:
+    """Tokens that stand for pictures and cannot be written."""
+    return [processor.image_token_id, processor.video_token_id]
+
+
+def until_stop(completion: str) -> str:
+    """A completion without what follows its end: a last token may reach beyond it."""
+    before, stop, _ = completion.partition(STOP)
+    return before + stop
 
 
 def chat_text(processor: ProcessorMixin, family: str) -> str:
@@ -98,45 +257,51 @@ def chat_text(processor: ProcessorMixin, family: str) -> str:
     return str(processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 
 
-class _LetterScores:
-    """Called by `generate` at every step: keeps two numbers a row, not the scores of the whole vocabulary."""
+def letter_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that write `A`, and those that write `B`, in either case and after white space."""
 
-    def __init__(self, processor: ProcessorMixin) -> None:
-        self._tokenizer = processor.tokenizer
-        self._letters = [self._tokens(letter) for letter in "AB"]
-        self._steps: list[torch.Tensor] = []
-
-    def _tokens(self, letter: str) -> list[int]:
+    def tokens(letter: str) -> list[int]:
         texts = [before + case for before in ("", " ", "\n") for case in (letter, letter.lower())]
-        tokens = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        return sorted({t[0] for t in tokens if len(t) == 1})
+        found = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        return sorted({t[0] for t in found if len(t) == 1})
+
+    return tokens("A"), tokens("B")
+
+
+def letter_token(tokenizer: Any, tokens: Sequence[int], completion: str) -> int | None:
+    """The position in `tokens` at which the letter of the answer is written; `None` if there is no such letter."""
+    before = _BEFORE_LETTER.search(completion)
+    if before is None:
+        return None
+    low, high = 0, len(tokens)
+    while low < high:  # the shortest run of tokens that reaches beyond the letter
+        middle = (low + high) // 2
+        if len(tokenizer.decode(tokens[: middle + 1], skip_special_tokens=True)) > before.end():
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+class _LetterScores:
+    """Called by `generate` at every step: keeps one number a row, not the scores of the whole vocabulary."""
+
+    def __init__(self, processor: Any) -> None:
+        self._letters = letter_tokens(processor.tokenizer)
+        self.steps: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         import torch
 
         a, b = (torch.logsumexp(scores[:, tokens].float(), 1) for tokens in self._letters)
-        self._steps.append(torch.sigmoid(a - b).cpu())
+        self.steps.append(torch.sigmoid(a - b))
         return scores
 
-    def at(self, row: int, tokens: list[int], completion: str) -> float | None:
-        """The score at the token that writes the answer's letter."""
-        if response.parse(completion).answer is None:
-            return None
-        where = _BEFORE_LETTER.search(completion).end()  # type: ignore[union-attr]
-        low, high = 0, len(tokens)
-        while low < high:  # the shortest run of tokens that reaches beyond the letter
-            middle = (low + high) // 2
-            if len(self._tokenizer.decode(tokens[: middle + 1], skip_special_tokens=True)) > where:
-                high = middle
-            else:
-                low = middle + 1
-        return float(self._steps[low][row])
 
-
-def _batched(records: Iterator[Record], size: int) -> Iterator[list[Record]]:
-    batch: list[Record] = []
-    for record in records:
-        batch.append(record)
+def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    batch: list[Any] = []
+    for item in items:
+        batch.append(item)
         if len(batch) == size:
             yield batch
             batch = []
@@ -144,9 +309,13 @@ def _batched(records: Iterator[Record], size: int) -> Iterator[list[Record]]:
         yield batch
 
 
-def _row(loaded: loading.Loaded, record: Record, completion: str, score: float | None) -> dict[str, Any]:
+def _image(record: Record) -> Image.Image:
+    return Image.open(io.BytesIO(record.image)).convert("RGB")
+
+
+def _row(family: str, processor: Any, record: Record, completion: str, score: float | None) -> dict[str, Any]:
     parsed = response.parse(completion)
-    frame = coordinates.frame_of(loaded.family, loaded.processor, record.width, record.height)
+    frame = coordinates.frame_of(family, processor, record.width, record.height)
     predicted = parsed.predicted_label
     # A region that was examined and rejected is no predicted defect.
     boxes = [frame.to_pixels(b, record.width, record.height) for b in parsed.boxes] if predicted == "anomalous" else []
@@ -159,9 +328,10 @@ def _row(loaded: loading.Loaded, record: Record, completion: str, score: float |
         "dataset": record.dataset,
         "category": record.category,
         "defect": record.defect,
+        "group": getattr(record, "group", None),
         "label": record.label,
         "predicted": predicted,
-        "score": score,
+        "score": score if predicted else None,
         **found,
         "boxes": [list(box) for box in record.boxes],
         "predicted_boxes": [list(box) for box in boxes],

@@ -4,7 +4,8 @@ The protocol: one greedy answer an image. An answer that cannot be parsed counts
 is never dropped; an image answered `normal` has no predicted box. Localisation is measured on anomalous images only.
 
 Every metric is a function of weighted sums over images, so the value (all weights 1) and its bootstrap resamples
-(weights = how often each image was drawn) come from the same lines of code.
+(weights = how often each image was drawn) come from the same lines of code. Images of one physical sample (column
+`group`) are drawn together: they are alike, and taken for independent they would make intervals too narrow.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def _pairwise_iou(left: NDArray[np.int64], right: NDArray[np.int64]) -> Floats:
 
 
 def summarize(table: pd.DataFrame, resamples: int, seed: int, small: float, large: float) -> dict[str, Any]:
-    """All metrics of a prediction table, with 95 % percentile bootstrap intervals over images.
+    """All metrics of a prediction table, with 95 % percentile bootstrap intervals.
 
     Args:
         table: Prediction table, one row an image.
@@ -142,9 +143,10 @@ def summarize(table: pd.DataFrame, resamples: int, seed: int, small: float, larg
         large: Defects from this share on are `large`; `medium` are those between.
 
     Returns:
-        `overall`, and by name `datasets`, `categories`, `defects` (recall and localisation only) and `sizes` (the
-        same). Each has the counts `images`, `anomalous`, `normal`, `unparseable`, and for each metric of `measure` its
-        value and `<metric>_low`, `<metric>_high`; `None` where it is not defined (no such image).
+        `overall`, and by name `datasets`, `categories`, `defects` (the images with a defect of that type, against the
+        normal ones of the categories that have it) and `sizes` (recall and localisation only). Each has the counts
+        `images`, `anomalous`, `normal`, `unparseable`, and for each metric of `measure` its value and `<metric>_low`,
+        `<metric>_high`; `None` where it is not defined (no such image).
     """
     located = ("recall", "miss_rate", "iou", "mask_iou", "matched_iou", "box_f1", "iou_10", "iou_30", "iou_50")
 
@@ -156,18 +158,28 @@ def summarize(table: pd.DataFrame, resamples: int, seed: int, small: float, larg
             "normal": len(part) - anomalous,
             "unparseable": int(part["predicted"].isna().sum()),
         }
-        return counts | _with_intervals(measure(part.sort_values("id")), len(part), resamples, seed, 0.95, names)
+        part = part.sort_values("id")
+        return counts | _with_intervals(measure(part), samples(part), resamples, seed, 0.95, names)
 
-    def grouped(keys: pd.Series[Any], names: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-        return {str(key): described(part, names) for key, part in table.groupby(keys, sort=True)}
+    def grouped(keys: pd.Series[Any]) -> dict[str, dict[str, Any]]:
+        return {str(key): described(part) for key, part in table.groupby(keys, sort=True)}
+
+    categories, normal = category_names(table), table["label"] == "normal"
+
+    def with_normals(defect: Any) -> pd.DataFrame:
+        chosen = table["defect"] == defect
+        part: pd.DataFrame = table[chosen | (normal & categories.isin(categories[chosen]))]
+        return part
 
     share = table["area_share"].astype(float)
     sizes = {"small": share < small, "medium": (share >= small) & (share < large), "large": share >= large}
     return {
         "overall": described(table),
         "datasets": grouped(table["dataset"]),
-        "categories": grouped(category_names(table)),
-        "defects": grouped(table["defect"], located),
+        "categories": grouped(categories),
+        "defects": {
+            str(defect): described(with_normals(defect)) for defect in sorted(table["defect"].dropna().unique())
+        },
         "sizes": {size: described(table[chosen], located) for size, chosen in sizes.items() if chosen.any()},
     }
 
@@ -178,7 +190,7 @@ def difference(
     """Candidate minus reference for every metric, by a paired bootstrap: both see the same resampled images.
 
     Args:
-        candidate: Prediction table.
+        candidate: Prediction table; its column `group`, if it has one, is that of both.
         reference: Prediction table of the same images, in any order.
         resamples: Bootstrap resamples.
         seed: Seed of the resampling.
@@ -191,13 +203,83 @@ def difference(
         AdfmError: The tables do not hold the same images.
     """
     same_images(candidate, reference)
-    left, right = measure(candidate.sort_values("id")), measure(reference.sort_values("id"))
+    candidate, reference = candidate.sort_values("id"), reference.sort_values("id")
+    left, right = measure(candidate), measure(reference)
 
     def change(weights: Floats) -> dict[str, Floats]:
         after, before = left(weights), right(weights)
         return {name: after[name] - before[name] for name in after}
 
-    return _with_intervals(change, len(candidate), resamples, seed, level)
+    return _with_intervals(change, samples(candidate), resamples, seed, level)
+
+
+def threshold(table: pd.DataFrame, limit: float) -> float | None:
+    """The lowest threshold of `score` above which no more than a share `limit` of the normal images is flagged.
+
+    An image is flagged if its score is above the threshold. One without a score is not passed either way: a normal one
+    counts as overkill at any threshold.
+
+    Args:
+        table: Prediction table, of images that are not those that the threshold is then judged on.
+        limit: Largest acceptable overkill, in [0, 1).
+
+    Returns:
+        The threshold, the score of a normal image; `None` if no threshold keeps the limit (unparseable answers alone
+        exceed it) or there is no normal image to choose it on.
+    """
+    normal = (table["label"] == "normal").to_numpy(dtype=bool)
+    score = ranks(table["score"].to_numpy(dtype=float, na_value=np.nan), ~normal)
+    passed = np.sort(score[normal])[::-1]
+    allowed = int(np.floor(limit * len(passed) + 1e-9))  # 0.29 * 100 is a little below 29
+    if not len(passed) or passed[allowed] > 1:
+        return None
+    return float(passed[allowed])
+
+
+def judged_at(table: pd.DataFrame, threshold: float) -> pd.DataFrame:
+    """The table with `predicted` as the score says, `anomalous` above the threshold; null without a score."""
+    said = table["score"].gt(threshold).map({True: "anomalous", False: "normal"}).astype(object)
+    judged: pd.DataFrame = table.assign(predicted=said.where(table["score"].notna(), None))
+    return judged
+
+
+def operating_point(table: pd.DataFrame, at: float | None, resamples: int, seed: int) -> dict[str, float | None]:
+    """What a threshold, chosen on other images, does on these.
+
+    Args:
+        table: Prediction table.
+        at: What `threshold` returned.
+        resamples: Bootstrap resamples; the threshold is the same in all of them.
+        seed: Seed of the resampling.
+
+    Returns:
+        `threshold`, and `overkill_at_threshold` and `miss_rate_at_threshold` with `_low` and `_high`; `None` without a
+        threshold.
+    """
+    found = None
+    if at is not None:
+        judged = judged_at(table, at).sort_values("id")
+        found = _with_intervals(measure(judged), samples(judged), resamples, seed, 0.95)
+    return {"threshold": at} | _at_threshold(found)
+
+
+def operating_difference(
+    candidate: pd.DataFrame,
+    at: float | None,
+    reference: pd.DataFrame,
+    reference_at: float | None,
+    resamples: int,
+    seed: int,
+) -> dict[str, float | None]:
+    """Candidate minus reference, each at its own threshold: as `operating_point`, paired as `difference` does."""
+    if at is None or reference_at is None:
+        return _at_threshold(None)
+    return _at_threshold(difference(judged_at(candidate, at), judged_at(reference, reference_at), resamples, seed))
+
+
+def _at_threshold(found: dict[str, float | None] | None) -> dict[str, float | None]:
+    names = [(name, end) for name in ("overkill", "miss_rate") for end in ("", "_low", "_high")]
+    return {f"{name}_at_threshold{end}": found[name + end] if found else None for name, end in names}
 
 
 def same_images(candidate: pd.DataFrame, reference: pd.DataFrame) -> None:
@@ -329,11 +411,16 @@ def _number(value: float) -> float | None:
 
 
 def _with_intervals(
-    measured: Measure, images: int, resamples: int, seed: int, level: float, names: Sequence[str] | None = None
+    measured: Measure,
+    sample: NDArray[np.int64],
+    resamples: int,
+    seed: int,
+    level: float,
+    names: Sequence[str] | None = None,
 ) -> dict[str, float | None]:
     """Each metric with its percentile interval; resamples in which it is not defined are left out."""
-    values = measured(np.ones((1, images)))
-    drawn = [measured(weights) for weights in _resamples(images, resamples, seed)]
+    values = measured(np.ones((1, len(sample))))
+    drawn = [measured(weights) for weights in _resamples(sample, resamples, seed)]
     result: dict[str, float | None] = {}
     for name in names or values:
         value = float(values[name][0])
@@ -347,11 +434,27 @@ def _with_intervals(
     return result
 
 
-def _resamples(images: int, resamples: int, seed: int) -> Iterator[Floats]:
-    """How often each image is drawn in each bootstrap resample, (some resamples, images), a few megabytes at a time."""
+def samples(table: pd.DataFrame) -> NDArray[np.int64]:
+    """The number of each image's physical sample, counted from 0: its `group`; an image without one is its own."""
+    import pandas as pd
+
+    if "group" not in table:
+        return np.arange(len(table))
+    alone = pd.Series([f"image {number}" for number in range(len(table))], index=table.index)
+    named = "group " + table["group"].astype(object).where(table["group"].notna(), "").astype(str)
+    return np.asarray(pd.factorize(named.where(table["group"].notna(), alone))[0])
+
+
+def _resamples(sample: NDArray[np.int64], resamples: int, seed: int) -> Iterator[Floats]:
+    """How often each image is drawn in each bootstrap resample, (some resamples, images), a few megabytes at a time.
+
+    As many physical samples are drawn as there are, each with all its images.
+    """
     random = np.random.default_rng(seed)
-    most = max(1, 200_000 // images)
+    samples = int(sample.max()) + 1
+    most = max(1, 200_000 // len(sample))
     for start in range(0, resamples, most):
         count = min(most, resamples - start)
-        drawn = random.integers(images, size=(count, images)) + images * np.arange(count)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=count * images).reshape(count, images).astype(float)
+        drawn = random.integers(samples, size=(count, samples)) + samples * np.arange(count)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=count * samples).reshape(count, samples)
+        yield times[:, sample].astype(float)

@@ -4,25 +4,31 @@ A *model* is one of:
 - `embedded://tiny-base`, the tiny base model that ships with the package,
 - a local folder of a Qwen2.5-VL or Qwen3-VL model,
 - a hub id, with a pinned revision,
-- a folder that warm-up or training wrote: a LoRA adapter, its processor, and `adfm.json`, which names its base.
+- a folder that warm-up or training wrote: a LoRA adapter, its processor, and `adfm.json`, which names its base,
+- a registered version, `models:/<name>/<version>` or `models:/<name>@<alias>`, which `fetch` makes such a folder of.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adfm import tracking
 from adfm.errors import AdfmError
+from adfm.files import digest
 from adfm.params import Model
 
 if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
     from transformers import PreTrainedModel, ProcessorMixin
 
 EMBEDDED = {"embedded://tiny-base": Path(__file__).parent / "tiny_base"}
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 DESCRIPTION = "adfm.json"
+_REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@]+))")
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,82 @@ def describe(model: Path) -> dict[str, Any] | None:
     return dict(json.loads(file.read_text())) if file.is_file() else None
 
 
+def fetch(model: str | Path, to: Path) -> tuple[str | Path, str]:
+    """Makes a model local: a registered version is downloaded and proved to be what was registered.
+
+    Args:
+        model: Any model, as above.
+        to: An existing folder for what is downloaded.
+
+    Returns:
+        What `load` takes, and the model's name: that of a version has its number also where an alias was given.
+
+    Raises:
+        AdfmError: MLflow cannot be reached, has no such version or alias, or the version's files were changed.
+    """
+    if not str(model).startswith("models:"):
+        return model, str(model)
+    asked = _REGISTERED.fullmatch(str(model))
+    if not asked:
+        raise AdfmError(f"{model} names no version; write models:/adfm/3, or models:/adfm@production for an alias.")
+    with tracking.store_errors(tracking.configure()):
+        version = _version(asked["name"], asked["version"], asked["alias"])
+        return check_unchanged(version, to), f"models:/{version.name}/{version.version}"
+
+
+def _version(name: str, number: str | None, alias: str | None) -> ModelVersion:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    store = MlflowClient()
+    try:
+        aliases = store.get_registered_model(name).aliases
+        if alias is not None and alias not in aliases:
+            known = ", ".join(sorted(aliases)) or "none"
+            raise AdfmError(f"No version of {name} has the alias {alias} in MLflow; there are: {known}.")
+        return store.get_model_version(name, str(number or aliases[str(alias)]))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise AdfmError(
+            f"MLflow has no version {number or f'for {alias}'} of a model {name}: {error.message} See that "
+            "MLFLOW_TRACKING_URI names the right server, and which versions `adfm register` has made there."
+        ) from error
+
+
+def check_unchanged(version: ModelVersion, to: Path) -> Path:
+    """Downloads a version's model folder to the folder `to`, and proves that it is what was registered.
+
+    Raises:
+        AdfmError: The files are not those whose digest the version carries.
+    """
+    import mlflow
+
+    folder = Path(
+        mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}/model", dst_path=str(to))
+    )
+    found, registered = digest(folder), version.tags.get("artifact_digest")
+    if found != registered:
+        raise AdfmError(
+            f"Version {version.version} of {version.name}: its model files have the digest {found}, and "
+            f"{registered or 'none'} was registered. Somebody has changed the files or the tag artifact_digest; "
+            "register the model again with `adfm register`."
+        )
+    return folder
+
+
+def identity(model: str | Path, settings: Model) -> str:
+    """What tells a local or hub model from any other: the digest of its folder, or its name and pinned commit.
+
+    Raises:
+        AdfmError: As `resolve`.
+    """
+    if describe(Path(model)):
+        return digest(Path(model))
+    folder = resolve(str(model), settings.revision)
+    return digest(folder) if str(model) in EMBEDDED or Path(model).is_dir() else f"{model}@{settings.revision}"
+
+
 def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
     """Load a base model, or an adapter on its base.
 
@@ -120,22 +202,12 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
     import torch
     from transformers import AutoModelForImageTextToText
 
-    description = describe(Path(model))
-    base = Model(**{**settings.model_dump(), **(description["base"] if description else {"name": str(model)})})
-    folder = resolve(base.name, base.revision)
+    base, folder = base_of(model, settings)
     network: Any = AutoModelForImageTextToText.from_pretrained(
         folder, dtype=getattr(torch, base.dtype), use_safetensors=True, local_files_only=True
     )
-    family = family_of(folder)
-    processor = processor_class(family).from_pretrained(model if description else folder, local_files_only=True)
-    processor.tokenizer.padding_side = "left"
-    if base.max_pixels is not None:
-        size = processor.image_processor.size
-        processor.image_processor.size = {
-            "shortest_edge": min(size["shortest_edge"], base.max_pixels),
-            "longest_edge": base.max_pixels,
-        }
-    if description:
+    processor = load_processor(model, settings)
+    if describe(Path(model)):
         from peft import PeftModel
 
         try:
@@ -144,7 +216,37 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
             raise AdfmError(f"{model}: its adapter does not fit {base.name} ({error}); train it anew") from error
     if torch.cuda.is_available():
         network = network.to("cuda")
-    return Loaded(network, processor, family, base)
+    return Loaded(network, processor, family_of(folder), base)
+
+
+def base_of(model: str | Path, settings: Model) -> tuple[Model, Path]:
+    """The base of a model, which is the model itself unless it is an adapter, and the folder of its weights.
+
+    Raises:
+        AdfmError: As `resolve`.
+    """
+    description = describe(Path(model))
+    base = Model(**{**settings.model_dump(), **(description["base"] if description else {"name": str(model)})})
+    return base, resolve(base.name, base.revision)
+
+
+def load_processor(model: str | Path, settings: Model) -> Any:
+    """The processor of a model, which reduces images to `max_pixels`; it pads on the left.
+
+    Raises:
+        AdfmError: As `resolve`.
+    """
+    base, folder = base_of(model, settings)
+    source = model if describe(Path(model)) else folder
+    processor = processor_class(family_of(folder)).from_pretrained(source, local_files_only=True)
+    processor.tokenizer.padding_side = "left"
+    if base.max_pixels is not None:
+        size = processor.image_processor.size
+        processor.image_processor.size = {
+            "shortest_edge": min(size["shortest_edge"], base.max_pixels),
+            "longest_edge": base.max_pixels,
+        }
+    return processor
 
 
 def processor_class(family: str) -> Any:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from PIL import Image
 from adfm import tracking
 from adfm.data import shards
 from adfm.errors import AdfmError
-from adfm.evaluation import evaluate, metrics
+from adfm.evaluation import evaluate, inference, metrics
 from adfm.params import Params
 from adfm.records import Box
 
@@ -46,12 +47,22 @@ def test_predictions_are_typed_and_complete(evaluated: Path, small_shards: Path)
 def test_metrics_are_those_of_the_predictions(evaluated: Path) -> None:
     found = read(evaluated / "metrics.json")
     assert list(found) == ["base", "again", "again_minus_base"]
-    expected = metrics.values(pd.read_parquet(evaluated / "predictions.parquet"))
+    table = pd.read_parquet(evaluated / "predictions.parquet")
+    expected = metrics.values(table)
     assert {name: found["again"][name] for name in expected} == pytest.approx(expected)
     assert set(found["again_minus_base"].values()) <= {0.0, None}
+    assert found["again"].items() >= metrics.operating_point(table, found["again"]["threshold"], 50, 0).items()
     assert read(evaluated / "metrics" / "again.json") == {name: found["again"][name] for name in metrics.HEADLINE}
     details = read(evaluated / "details.json")["base"]
     assert set(details) == {"datasets", "categories", "defects", "sizes"} and len(details["categories"]) == 6
+
+
+def test_the_threshold_is_chosen_on_validation(evaluated: Path, small_shards: Path) -> None:
+    table = pd.read_parquet(evaluated / "validation" / "again.parquet")
+    assert table["id"].tolist() == shards.ids(small_shards, "validation")
+    at = metrics.threshold(table, PARAMS.evaluate.overkill_limit)
+    assert read(evaluated / "metrics.json")["again"]["threshold"] == at
+    assert "| overkill at threshold" in (evaluated / "comparison.md").read_text()
 
 
 def test_what_was_evaluated_is_recorded(evaluated: Path, small_shards: Path) -> None:
@@ -60,6 +71,8 @@ def test_what_was_evaluated_is_recorded(evaluated: Path, small_shards: Path) -> 
     assert about["fingerprint"] == shards.fingerprint(small_shards, "test")
     assert about["images"] == len(shards.ids(small_shards, "test"))
     assert about["settings"]["max_new_tokens"] == 40
+    attrs = pd.read_parquet(evaluated / "predictions.parquet").attrs
+    assert attrs == {"split": "test", "fingerprint": about["fingerprint"], "max_new_tokens": 40}
 
 
 def test_plots_hold_the_data_of_the_candidate(evaluated: Path) -> None:
@@ -92,7 +105,12 @@ def test_the_run_is_in_mlflow(evaluated: Path, monkeypatch: pytest.MonkeyPatch) 
     assert run.data.metrics["again/accuracy"] == read(evaluated / "metrics.json")["again"]["accuracy"]
     assert "again_minus_base/accuracy_low" in run.data.metrics
     logged = {file.path for file in client.list_artifacts(run.info.run_id, "evaluation")}
-    assert {"evaluation/predictions.parquet", "evaluation/comparison.md", "evaluation/plots"} <= logged
+    assert {
+        "evaluation/predictions.parquet",
+        "evaluation/comparison.md",
+        "evaluation/plots",
+        "evaluation/report",
+    } <= logged
 
 
 def test_a_model_that_is_not_there_destroys_nothing(
@@ -105,6 +123,45 @@ def test_a_model_that_is_not_there_destroys_nothing(
         evaluate.evaluate({"candidate": tmp_path / "not-there"}, small_shards, evaluated, PARAMS)
     assert (evaluated / "metrics.json").read_bytes() == before
     assert not evaluated.with_name("evaluation.partial").exists()
+
+
+def test_an_interrupted_evaluation_keeps_what_is_finished(
+    evaluated: Path, small_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(evaluated.parent)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    out, original = evaluated.with_name("interrupted"), inference.predict_splits
+
+    def interrupted(model: str, folder: Path, params: Params, describe: str, *rest: Any) -> Any:
+        if describe == "second":
+            raise KeyboardInterrupt
+        return original(model, folder, params, describe, *rest)
+
+    models = {"first": BASE, "second": BASE}
+    monkeypatch.setattr(inference, "predict_splits", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(models, small_shards, out, PARAMS)
+    assert not out.exists() and not out.with_name("interrupted.partial").exists()
+
+    def refused(*_: Any) -> Any:
+        raise AssertionError("everything is finished")
+
+    monkeypatch.setattr(inference, "predict_splits", original)
+    monkeypatch.setattr(inference, "_Writer", refused)
+    evaluate.evaluate(models, small_shards, out, PARAMS)
+    assert read(out / "metrics.json")["second"] == read(evaluated / "metrics.json")["again"]
+    assert not list(out.parent.glob("interrupted*.partial"))
+
+
+def test_validation_itself_is_not_judged_by_a_threshold_chosen_on_it(
+    evaluated: Path, small_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(evaluated.parent)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    params = Params.model_validate({"evaluate": {"split": "validation", "max_new_tokens": 4, "bootstrap": 10}})
+    evaluate.evaluate({"base": BASE}, small_shards, evaluated.with_name("validated"), params)
+    found = read(evaluated.with_name("validated") / "metrics.json")["base"]
+    assert "threshold" not in found and found["images"] == len(shards.ids(small_shards, "validation"))
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "predictions", "..", "a b"])
@@ -154,3 +211,21 @@ def test_the_comparison_shows_models_and_differences(small_shards: Path, tmp_pat
     rows = pd.read_csv(tmp_path / "comparison.csv")
     assert len(rows) == len(metrics.HEADLINE) * 5
     assert ((rows["low"] <= rows["value"]) & (rows["value"] <= rows["high"])).all()
+
+
+def test_the_comparison_shows_each_model_at_its_threshold(small_shards: Path, tmp_path: Path) -> None:
+    tables = {name: constructed(small_shards, right, 0) for name, right in (("base", 0.5), ("trained", 0.95))}
+    tables["mute"] = tables["base"].assign(predicted=None, score=np.nan)
+    tables = {"mute": tables["mute"], "base": tables["base"], "trained": tables["trained"]}
+    text = evaluate.report(tables, small_shards, tmp_path, PARAMS, validation=tables)
+    *_, threshold, overkill, miss_rate = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
+    )
+    assert threshold[0] == "threshold" and threshold[1] == threshold[4] == threshold[5] == "-"
+    found = read(tmp_path / "metrics.json")
+    assert float(threshold[3]) == found["trained"]["threshold"] == pytest.approx(0.1)
+    assert miss_rate[1] == "-" and miss_rate[5] == "-" and miss_rate[4].startswith("-0.")
+    for name, title in (("base", overkill[2]), ("trained", overkill[3])):
+        assert title.startswith(f"{found[name]['overkill_at_threshold']:.3f} [")
+    rows = pd.read_csv(tmp_path / "comparison.csv").set_index(["metric", "model"])
+    assert rows.loc[("overkill_at_threshold", "trained"), "high"] <= 1

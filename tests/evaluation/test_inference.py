@@ -1,16 +1,28 @@
 from __future__ import annotations
 
+import io
+import json
 import math
+import sys
+import types
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any, ClassVar
 
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
+from adfm.data import shards
+from adfm.errors import AdfmError
 from adfm.evaluation import inference
 from adfm.method import response
 from adfm.models import loading
 from adfm.params import Model, Params
+
+BASE = "embedded://tiny-base"
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +31,6 @@ def embedded() -> loading.Loaded:
 
 
 def test_every_image_of_the_split_gets_one_row(small_shards: Path) -> None:
-    from adfm.data import shards
-
     params = Params.model_validate({"evaluate": {"batch_size": 7, "max_new_tokens": 40}})
     table = inference.predict("embedded://tiny-base", small_shards, params, "base")
     assert table["id"].tolist() == shards.ids(small_shards, "test")
@@ -32,10 +42,6 @@ def test_every_image_of_the_split_gets_one_row(small_shards: Path) -> None:
 
 
 def test_answers_do_not_depend_on_the_batch(small_shards: Path, embedded: loading.Loaded) -> None:
-    import io
-
-    from adfm.data import shards
-
     images = [Image.open(io.BytesIO(r.image)).convert("RGB") for r in list(shards.read(small_shards, "test"))[:6]]
     images[1] = images[1].resize((160, 64))
     together, scores = inference.answer(embedded, images, 40)
@@ -59,3 +65,236 @@ def test_score_is_the_probability_of_the_letter_that_is_written(embedded: loadin
         logits = embedded.model(**inputs).logits[0, -1]
     letters = torch.tensor([tokenizer.convert_tokens_to_ids(letter) for letter in "AB"])
     assert math.isclose(score, logits[letters].softmax(0)[0].item(), abs_tol=1e-2)
+
+
+def test_a_completion_ends_at_its_answer_also_where_the_model_would_go_on(embedded: loading.Loaded) -> None:
+    image = Image.new("RGB", (128, 128), "gray")
+    expected = inference.answer(embedded, [image], 40)
+    settings = embedded.model.generation_config
+    end, settings.eos_token_id = settings.eos_token_id, None
+    try:
+        assert inference.answer(embedded, [image], 60) == expected
+    finally:
+        settings.eos_token_id = end
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("a<answer>B</answer>", "a<answer>B</answer>"),
+        ("a<answer>B</answer>\n\nMore <answer>A</answer>", "a<answer>B</answer>"),
+        ("a<answer>B", "a<answer>B"),
+        ("", ""),
+    ],
+)
+def test_what_follows_the_answer_is_dropped(completion: str, expected: str) -> None:
+    assert inference.until_stop(completion) == expected
+
+
+@pytest.mark.parametrize("letter", ["A", " b ", "\n\tB\n", "C", "", "A."])
+@pytest.mark.parametrize("tail", ["</answer>", ""])
+def test_the_letter_is_found_exactly_where_there_is_an_answer(embedded: loading.Loaded, letter: str, tail: str) -> None:
+    tokenizer = embedded.processor.tokenizer
+    completion = f"<think>A [1, 2, 3, 4]</think><answer>{letter}{tail}"
+    tokens = tokenizer(completion)["input_ids"]
+    at = inference.letter_token(tokenizer, tokens, completion)
+    assert (at is None) == (response.parse(completion).answer is None)
+    if at is not None:
+        assert tokenizer.decode(tokens[: at + 1]).rstrip().endswith("<answer>" + letter.rstrip()) or (
+            tokenizer.decode(tokens[: at + 1]).split("<answer>")[1].strip() == letter.strip()
+        )
+
+
+# ------------------------------------------------------------------------------------------------- batches
+
+
+@pytest.fixture
+def mixed(small_shards: Path, tmp_path: Path) -> Path:
+    """The first twelve test images in three sizes, in turn."""
+    import dataclasses
+
+    records = []
+    for number, record in enumerate(list(shards.read(small_shards, "test"))[:12]):
+        size = [(128, 128), (192, 64), (64, 96)][number % 3]
+        png = io.BytesIO()
+        Image.open(io.BytesIO(record.image)).resize(size).save(png, "PNG")
+        records.append(
+            dataclasses.replace(record, image=png.getvalue(), mask=None, width=size[0], height=size[1], boxes=())
+        )
+    shards.write(records, tmp_path, 1000)
+    return tmp_path
+
+
+def test_images_of_one_size_are_answered_together_and_rows_keep_their_order(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    original = inference._inputs
+
+    def spied(processor: Any, text: str, images: list[Image.Image]) -> Any:
+        seen.append([image.size for image in images])
+        return original(processor, text, images)
+
+    monkeypatch.setattr(inference, "_inputs", spied)
+    params = Params.model_validate({"evaluate": {"batch_size": 4, "max_new_tokens": 40}})
+    table = inference.predict(BASE, mixed, params, "base")
+    assert len(seen) == 3 and all(len(set(batch)) == 1 for batch in seen)
+    assert table["id"].tolist() == shards.ids(mixed, "test")
+    loaded = loading.load(BASE, Model())
+    images = [Image.open(io.BytesIO(record.image)).convert("RGB") for record in shards.read(mixed, "test")]
+    assert table["completion"].tolist() == [inference.answer(loaded, [image], 40)[0][0] for image in images]
+
+
+def test_work_ahead_keeps_its_order_and_its_errors() -> None:
+    assert list(inference._ahead(lambda n: 10 // n, [1, 2, 5])) == [10, 5, 2]
+    results = inference._ahead(lambda n: 10 // n, [1, 0, 5])
+    assert next(results) == 10
+    with pytest.raises(ZeroDivisionError):
+        list(results)
+
+
+# ------------------------------------------------------------------------------------------------- resuming
+
+SMALL = Params.model_validate({"evaluate": {"batch_size": 3, "max_new_tokens": 8}})
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many images each call of the model was given; where 99 stands first, the sixth call is interrupted."""
+    calls: list[int] = []
+    original = inference._generate
+
+    def counted(loaded: loading.Loaded, inputs: Any, max_new_tokens: int) -> inference.Answers:
+        if calls[:1] == [99] and len(calls) > 5:
+            raise KeyboardInterrupt
+        calls.append(len(inputs["input_ids"]))
+        return original(loaded, inputs, max_new_tokens)
+
+    monkeypatch.setattr(inference, "_generate", counted)
+    yield calls
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_same_result(
+    small_shards: Path, tmp_path: Path, batches: list[int]
+) -> None:
+    def answered(keep: Path | None) -> dict[str, pd.DataFrame]:
+        return inference.predict_splits(BASE, small_shards, SMALL, "base", ["test", "validation"], keep)
+
+    whole = answered(None)
+    expected = sum(batches)
+    batches[:] = [99]
+    with pytest.raises(KeyboardInterrupt):
+        answered(tmp_path / "kept")
+    finished = len(list((tmp_path / "kept").rglob("*.parquet"))) * 12
+    assert finished == 12  # of the five batches before the interrupt, four are a window
+
+    batches.clear()
+    again = answered(tmp_path / "kept")
+    assert sum(batches) == expected - finished
+    for split, table in whole.items():
+        pd.testing.assert_frame_equal(again[split], table)
+
+    batches.clear()
+    answered(tmp_path / "kept")
+    assert batches == []
+
+
+def test_what_was_finished_with_other_settings_or_data_is_not_used(
+    small_shards: Path, mixed: Path, tmp_path: Path, batches: list[int]
+) -> None:
+    keep = tmp_path / "kept"
+    for changed in ({}, {"max_new_tokens": 7}, {"batch_size": 4}):
+        params = Params.model_validate({"evaluate": {"batch_size": 3, "max_new_tokens": 8, **changed}})
+        batches.clear()
+        inference.predict_splits(BASE, mixed, params, "base", ["test"], keep)
+        assert sum(batches) == 12
+    keys = {inference._key(BASE, folder, "test", SMALL, vllm) for folder in (small_shards, mixed) for vllm in (0, 1)}
+    assert len(keys) == 4
+
+
+# ------------------------------------------------------------------------------------------------- vLLM
+
+
+def test_transformers_is_used_where_vllm_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference.importlib.util, "find_spec", lambda name: None)
+    assert not inference.uses_vllm(Params())
+    with pytest.raises(AdfmError, match="not installed"):
+        inference.uses_vllm(Params.model_validate({"evaluate": {"backend": "vllm"}}))
+
+
+@pytest.mark.parametrize(
+    ("backend", "gpu", "expected"),
+    [("auto", True, True), ("auto", False, False), ("transformers", True, False), ("vllm", False, True)],
+)
+def test_vllm_is_chosen_where_it_is_installed_and_there_is_a_gpu(
+    backend: str, gpu: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference.importlib.util, "find_spec", lambda name: ModuleSpec(name, None))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert inference.uses_vllm(Params.model_validate({"evaluate": {"backend": backend}})) is expected
+
+
+class Engine:
+    """A stand-in for `vllm.LLM` that always writes the same."""
+
+    made: ClassVar[list[dict[str, Any]]] = []
+    asked: ClassVar[list[tuple[Any, ...]]] = []
+    completion = "<think>Suspicious: [0, 0, 500, 500]</think><rethink>It is.</rethink><answer>A</answer>"
+
+    def __init__(self, **options: Any) -> None:
+        self.made.append(options)
+
+    def generate(self, prompts: list[Any], sampling: Any, lora_request: Any, use_tqdm: bool) -> list[Any]:
+        self.asked.append((prompts, sampling, lora_request))
+        tokenizer = loading.load_processor(BASE, Model()).tokenizer
+        tokens = tokenizer(self.completion)["input_ids"]
+        (a, *_), (b, *_) = inference.letter_tokens(tokenizer)
+        known = dict.fromkeys(sampling.logprob_token_ids, types.SimpleNamespace(logprob=-1000.0))
+        known |= {a: types.SimpleNamespace(logprob=math.log(0.6)), b: types.SimpleNamespace(logprob=math.log(0.2))}
+        written = types.SimpleNamespace(text=self.completion + "\n", token_ids=tokens, logprobs=[known] * len(tokens))
+        return [types.SimpleNamespace(outputs=[written]) for _ in prompts]
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> type[Engine]:
+    fake: Any = types.ModuleType("vllm")
+    fake.__spec__ = ModuleSpec("vllm", None)
+    fake.LLM, fake.SamplingParams = Engine, types.SimpleNamespace
+    lora: Any = types.ModuleType("vllm.lora.request")
+    lora.LoRARequest = lambda name, number, path: (name, number, path)
+    for name, module in (("vllm", fake), ("vllm.lora", types.ModuleType("vllm.lora")), ("vllm.lora.request", lora)):
+        monkeypatch.setitem(sys.modules, name, module)
+    Engine.made.clear()
+    Engine.asked.clear()
+    return Engine
+
+
+def test_vllm_gets_the_same_prompts_and_its_answers_are_read_the_same(
+    mixed: Path, vllm: type[Engine], embedded: loading.Loaded
+) -> None:
+    params = Params.model_validate({"evaluate": {"batch_size": 5, "backend": "vllm", "max_new_tokens": 77}})
+    table = inference.predict(BASE, mixed, params, "base")
+    assert set(table["completion"]) == {Engine.completion} and set(table["predicted"]) == {"anomalous"}
+    assert table["score"].tolist() == pytest.approx([0.75] * 12)
+    assert [list(box) for box in table["predicted_boxes"][1]] == [[0, 0, 96, 32]]  # half of 192 x 64
+    prompts = [prompt for asked, _, _ in vllm.asked for prompt in asked]
+    assert {prompt["prompt"] for prompt in prompts} == {inference.chat_text(embedded.processor, embedded.family)}
+    assert [len(asked) for asked, _, _ in vllm.asked] == [5, 5, 2]
+    sampling = vllm.asked[0][1]
+    assert (sampling.temperature, sampling.max_tokens, sampling.stop) == (0, 77, ["</answer>"])
+    assert all(asked[2] is None for asked in vllm.asked) and "enable_lora" not in vllm.made[0]
+
+
+def test_an_adapter_is_a_lora_request_to_vllm(mixed: Path, vllm: type[Engine], tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    loading.load_processor(BASE, Model()).save_pretrained(adapter)
+    (adapter / "adfm.json").write_text(json.dumps({"base": {"name": BASE, "revision": None}}))
+    (adapter / "adapter_config.json").write_text('{"r": 24}')
+    params = Params.model_validate({"evaluate": {"backend": "vllm"}})
+    inference.predict(adapter, mixed, params, "adapter")
+    assert vllm.made[0]["enable_lora"] and vllm.made[0]["max_lora_rank"] == 32
+    assert vllm.made[0]["model"] == str(loading.resolve(BASE, None))
+    assert vllm.asked[0][2] == ("adapter", 1, str(adapter))
+    (adapter / "adapter_config.json").write_text('{"r": 1024}')
+    with pytest.raises(AdfmError, match="rank 512 at most"):
+        inference.predict(adapter, mixed, params, "adapter")

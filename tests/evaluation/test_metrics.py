@@ -291,13 +291,28 @@ def test_summary_by_group() -> None:
     dents = table[table["defect"] == "dent"]
     assert found["defects"]["dent"]["recall"] == pytest.approx((dents["predicted"] == "anomalous").mean())
     assert found["defects"]["dent"]["iou"] == pytest.approx(dents["iou"].mean())
-    assert "specificity" not in found["defects"]["dent"]
+    assert "specificity" not in found["sizes"]["small"]
     small, large = table["area_share"] < 0.01, table["area_share"] >= 0.05
     assert [*found["sizes"]] == ["small", "medium", "large"]
     assert found["sizes"]["small"]["images"] == small.sum() and found["sizes"]["large"]["images"] == large.sum()
     assert found["sizes"]["large"]["iou"] == pytest.approx(table[large]["iou"].mean())
     assert sum(size["images"] for size in found["sizes"].values()) == found["overall"]["anomalous"]
     json.dumps(found, allow_nan=False)
+
+
+def test_a_defect_is_judged_against_the_normal_images_of_the_categories_that_have_it() -> None:
+    table = predictions(300)
+    table.loc[(table["category"] == "part-0") & (table["defect"] == "dent"), "defect"] = "scratch"
+    found = metrics.summarize(table, 20, 0, 0.01, 0.05)["defects"]["dent"]
+    elsewhere = table["category"] != "part-0"
+    part = table[elsewhere & ((table["label"] == "normal") | (table["defect"] == "dent"))]
+    truth, missing = part["label"] == "anomalous", part["predicted"].isna()
+    said = np.where(missing, ~truth, part["predicted"] == "anomalous")
+    score = np.where(missing, np.where(truth, -1, 2), part["score"])
+    assert found["images"] == len(part) and found["anomalous"] == truth.sum()
+    assert found["balanced_accuracy"] == pytest.approx(sklearn.metrics.balanced_accuracy_score(truth, said))
+    assert found["precision"] == pytest.approx(sklearn.metrics.precision_score(truth, said))
+    assert found["auroc"] == pytest.approx(sklearn.metrics.roc_auc_score(truth, score))
 
 
 def test_sizes_begin_at_their_thresholds() -> None:
@@ -322,6 +337,99 @@ def test_categories_are_told_apart_by_data_set_only_where_there_are_several() ->
     assert metrics.category_names(table).tolist() == table["category"].tolist()
     table["dataset"] = ["a", "b"] * 3
     assert metrics.category_names(table).tolist()[:2] == ["a/part-0", "b/part-1"]
+
+
+# ------------------------------------------------------------------------------------------------- samples
+
+
+def test_without_groups_every_image_is_a_sample_of_its_own() -> None:
+    table = predictions(60)
+    assert metrics.samples(table).tolist() == [*range(60)]
+    expected = metrics.summarize(table, 50, 0, 0.01, 0.05)
+    assert metrics.summarize(table.assign(group=None), 50, 0, 0.01, 0.05) == expected
+    assert metrics.summarize(table.assign(group=table["id"]), 50, 0, 0.01, 0.05) == expected
+
+
+def test_images_of_one_group_are_one_sample_and_others_are_not() -> None:
+    table = predictions(6).assign(group=["a", None, "b", "a", None, "image 1"])
+    assert metrics.samples(table).tolist() == [0, 1, 2, 0, 3, 4]
+
+
+def test_whole_samples_are_drawn_and_as_many_as_there_are() -> None:
+    sample = np.array([0, 1, 0, 2, 3, 3, 3])
+    weights = np.concatenate([*metrics._resamples(sample, 500, 0)])
+    assert weights.shape == (500, 7)
+    assert (weights[:, 0] == weights[:, 2]).all() and np.ptp(weights[:, 4:], axis=1).max() == 0
+    assert (weights[:, [0, 1, 3, 4]].sum(axis=1) == 4).all()
+    assert weights.mean(axis=0) == pytest.approx(1, abs=0.2)
+
+
+def test_pictures_of_the_same_part_say_no_more_than_one_of_them() -> None:
+    table = predictions(200)
+    copies = pd.concat([table.assign(id=table["id"] + str(copy), group=table["id"]) for copy in range(4)])
+    once, fourfold = (metrics.summarize(t, 2000, 0, 0.01, 0.05)["overall"] for t in (table, copies))
+    naive = metrics.summarize(copies.drop(columns="group"), 2000, 0, 0.01, 0.05)["overall"]
+
+    def width(found: dict[str, Any]) -> float:
+        return float(found["accuracy_high"] - found["accuracy_low"])
+
+    assert width(fourfold) == pytest.approx(width(once), rel=0.1)
+    assert width(naive) == pytest.approx(width(once) / 2, rel=0.15)
+    changed = copies.assign(predicted="anomalous")
+    paired, alone = (metrics.difference(changed, t, 1000, 0) for t in (copies, copies.drop(columns="group")))
+    assert paired["accuracy"] == alone["accuracy"]
+    whole = metrics.difference(changed.drop(columns="group"), copies, 1000, 0)
+    assert width(paired) == pytest.approx(2 * width(whole), rel=0.2)
+
+
+# ------------------------------------------------------------------------------------------------- operating point
+
+
+def overkill(table: pd.DataFrame, threshold: float) -> float:
+    """Share of normal images that are flagged, or not understood."""
+    normal = table[table["label"] == "normal"]
+    return float(((normal["score"] > threshold) | normal["score"].isna()).mean())
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(2, 60), st.integers(0, 1000), st.floats(0, 0.99), st.floats(0.5, 1))
+def test_the_threshold_is_the_lowest_that_keeps_the_limit(images: int, seed: int, limit: float, parsed: float) -> None:
+    table = predictions(images, seed, parsed=parsed)
+    normal = table[table["label"] == "normal"]
+    keeping = [t for t in normal["score"].dropna() if overkill(table, t) <= limit + 1e-9]
+    assert metrics.threshold(table, limit) == (min(keeping) if keeping else None)
+
+
+def test_there_is_no_threshold_where_none_can_be_chosen() -> None:
+    table = predictions(40)
+    assert metrics.threshold(table[table["label"] == "anomalous"], 0.05) is None
+    assert metrics.threshold(predictions(40, parsed=0.0), 0.05) is None
+    nothing = metrics.operating_point(table, None, 20, 0)
+    assert len(nothing) == 7 and set(nothing.values()) == {None}
+    assert set(metrics.operating_difference(table, 0.5, table, None, 20, 0).values()) == {None}
+
+
+def test_the_operating_point_is_what_the_threshold_does_on_the_other_images() -> None:
+    chosen_on, table = predictions(200, 1), predictions(500, 2)
+    at = metrics.threshold(chosen_on, 0.3)
+    assert at is not None
+    found = metrics.operating_point(table, at, 500, 0)
+    defects = table[table["label"] == "anomalous"]
+    assert found["threshold"] == at
+    assert found["overkill_at_threshold"] == pytest.approx(overkill(table, at))
+    assert found["miss_rate_at_threshold"] == pytest.approx(1 - (defects["score"] > at).mean())
+    for name in ("overkill_at_threshold", "miss_rate_at_threshold"):
+        value, low, high = (found[name + end] for end in ("", "_low", "_high"))
+        assert value is not None and low is not None and high is not None and low < value < high
+
+
+def test_two_operating_points_are_compared_each_at_its_own_threshold() -> None:
+    left, right = predictions(500, 1, skill=0.9), predictions(500, 2, skill=0.6)
+    found = metrics.operating_difference(left, 0.4, right, 0.8, 200, 0)
+    one, other = metrics.operating_point(left, 0.4, 20, 0), metrics.operating_point(right, 0.8, 20, 0)
+    for name in ("overkill_at_threshold", "miss_rate_at_threshold"):
+        assert found[name] == pytest.approx((one[name] or 0) - (other[name] or 0))
+    assert set(metrics.operating_difference(left, 0.4, left, 0.4, 20, 0).values()) == {0.0}
 
 
 # ------------------------------------------------------------------------------------------------- two tables

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from adfm import tracking
 from adfm.errors import AdfmError
+from adfm.files import digest
 from adfm.models import loading
+from adfm.params import Model
 
 
 def test_embedded_model_is_small_and_of_the_real_architecture() -> None:
@@ -52,3 +55,79 @@ def test_folder_without_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_vl"}))
     with pytest.raises(AdfmError, match="no model weights"):
         loading.resolve(str(tmp_path), None)
+
+
+def test_a_model_has_an_identity_that_changes_with_its_files(tmp_path: Path) -> None:
+    embedded = loading.identity("embedded://tiny-base", Model())
+    assert embedded == digest(loading.EMBEDDED["embedded://tiny-base"])
+    (tmp_path / "adfm.json").write_text(json.dumps({"base": {"name": "embedded://tiny-base", "revision": None}}))
+    before = loading.identity(tmp_path, Model())
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+    assert len({embedded, before, loading.identity(tmp_path, Model())}) == 3
+
+
+# ------------------------------------------------------------------------------------------------- registered versions
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with three versions of `parts`: whole, with changed files, and without its digest."""
+    folder = tmp_path_factory.mktemp("registered")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        store = tracking.client()
+        store.create_registered_model("parts")
+        for number in (1, 2, 3):
+            model = folder / str(number) / "model"
+            model.mkdir(parents=True)
+            (model / "adfm.json").write_text(json.dumps({"version": number}))
+            tags = {"artifact_digest": digest(model)} if number < 3 else {}
+            store.create_model_version("parts", model.parent.as_uri(), tags=tags)
+        (folder / "2" / "model" / "adfm.json").write_text("{}")
+        store.set_registered_model_alias("parts", "production", "1")
+    return folder
+
+
+@pytest.fixture
+def here(registered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(registered)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.mark.parametrize("uri", ["models:/parts/1", "models:/parts@production"])
+def test_a_registered_version_is_downloaded(uri: str, here: None, tmp_path: Path) -> None:
+    folder, name = loading.fetch(uri, tmp_path)
+    assert name == "models:/parts/1"
+    assert Path(folder).is_relative_to(tmp_path)
+    assert loading.describe(Path(folder)) == {"version": 1}
+
+
+@pytest.mark.parametrize(
+    ("uri", "says"),
+    [
+        ("models:/parts/2", "changed the files"),
+        ("models:/parts/3", "none was registered"),
+        ("models:/parts/4", "no version 4 of a model parts"),
+        ("models:/parts@previous", "No version of parts has the alias previous in MLflow; there are: production"),
+        ("models:/other/1", "no version 1 of a model other"),
+        ("models:/other@production", "no version for production of a model other"),
+        ("models:/parts", "write models:/adfm/3"),
+        ("models:/parts/Production", "write models:/adfm/3"),
+        ("models:parts@production", "write models:/adfm/3"),
+    ],
+)
+def test_a_version_that_is_not_there_or_not_whole_is_refused(uri: str, says: str, here: None, tmp_path: Path) -> None:
+    with pytest.raises(AdfmError, match=says):
+        loading.fetch(uri, tmp_path)
+
+
+def test_without_a_server_the_error_names_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(AdfmError, match=r"127\.0\.0\.1:9"):
+        loading.fetch("models:/parts/1", tmp_path)
+
+
+@pytest.mark.parametrize("model", ["embedded://tiny-base", "owner/name", "/some/folder"])
+def test_other_models_are_local_already(model: str, tmp_path: Path) -> None:
+    assert loading.fetch(model, tmp_path) == (model, model)
