@@ -1,16 +1,21 @@
 """Fixtures that several folders of tests use."""
 
+from __future__ import annotations
+
 import os
 import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from PIL import Image
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 
 @pytest.fixture
@@ -86,3 +91,24 @@ def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Itera
             client.delete_object(Bucket="data", Key=item["Key"], VersionId=item["VersionId"])
     client.delete_bucket(Bucket="data")
     client.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """The Chromium that the system has, headless and quiet. Without it tests are skipped, and fail where `CI` is set.
+
+    One a module: while it runs, no other test could call `asyncio.run`.
+    """
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        message = "There is no chromium on the PATH: pages are not tested in a browser."
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    from playwright.sync_api import sync_playwright
+
+    quiet = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=[*quiet, "--disable-sync"])
+        yield started
+        started.close()

@@ -1,0 +1,343 @@
+"""The page that a person looks at: `report.html`, and the pictures of the test images beside it.
+
+`report.html` works alone, as an attachment or an artifact in MLflow or Kubeflow: it holds all figures, and of each
+gallery the first few images with pictures and words. Those of all other images are in `images/NNN.js`, which the page
+asks for as they come into view. They are scripts because a page opened from a disk may load these but not other data,
+and hold a megabyte each because an artifact store takes its time over every single file.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
+from itertools import zip_longest
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from adfm.data import shards as shards_
+from adfm.errors import AdfmError
+from adfm.evaluation import metrics, plots
+from adfm.files import atomic_folder
+from adfm.method import response
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SIDE = 512
+"""Pictures are made smaller until neither side is longer, in pixels."""
+
+_RATES = ("precision", "miss_rate", "overkill")
+_AT_THRESHOLD = ("threshold", "miss_rate_at_threshold", "overkill_at_threshold")
+SHOWN = tuple(dict.fromkeys((*metrics.HEADLINE, *_RATES, *_AT_THRESHOLD)))
+OUTCOMES = ("missed", "overkill", "unparseable", "found", "passed")
+
+_FIRST = 12  # of each gallery, in the page itself
+_EMBEDDED_BYTES = 2_000_000
+_FILE_BYTES = 1_000_000
+_MOST_POINTS = 300
+_ANSWERS = ("normal", "anomalous", "unparseable")
+
+
+def write(evaluation: Path, shards: Path, out: Path) -> None:
+    """Writes the page for an evaluation.
+
+    Args:
+        evaluation: Folder with the `evaluation.json`, `metrics.json`, `details.json` and prediction tables that
+            evaluation wrote.
+        shards: The shards that were evaluated, for the pictures.
+        out: Folder to write: `report.html` and `images/`.
+
+    Raises:
+        AdfmError: The evaluation is not whole, or an image of it is not in the shards.
+    """
+    figures, tables = _read(evaluation)
+    candidate, *others = figures["models"]
+    table = tables[candidate].assign(category=metrics.category_names(tables[candidate])).sort_values("id")
+    table = table.assign(outcome=_outcomes(table)).set_index("id", drop=False).rename_axis(None)
+    order, first = _order(table)
+    with atomic_folder(out) as partial, TemporaryFile(dir=partial) as spool:
+        (partial / "images").mkdir()
+        pictures, sizes = _thumbnails(shards, figures["about"]["split"], set(order), spool)
+        completions = table["completion"].to_dict()
+
+        def content(key: str) -> list[str | None]:
+            return [base64.b64encode(pictures(key)).decode(), *_stages(completions[key])]
+
+        embedded, starts = _write_pictures(order, first, content, partial / "images")
+        page = figures | {
+            "confusion": {name: _confusion(each) for name, each in tables.items()},
+            "curves": {name: _curves(each) for name, each in tables.items()},
+            "images": _columns(table.loc[order], sizes),
+            "others": {name: _letters(_outcomes(tables[name]).set_axis(tables[name]["id"])[order]) for name in others},
+            "embedded": embedded,
+            "starts": starts,
+        }
+        (partial / "report.html").write_text(_html(f"Evaluation of {candidate}", page), encoding="utf-8")
+
+
+def _read(evaluation: Path) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
+    """What the page says of the models as a whole, candidate first, and the prediction table of each."""
+    import pandas as pd
+
+    try:
+        about, found, details = (
+            json.loads((evaluation / f"{name}.json").read_text(encoding="utf-8"), parse_constant=lambda _: None)
+            for name in ("evaluation", "metrics", "details")
+        )
+        if not all(isinstance(content, dict) for content in (about, found, details)):
+            raise TypeError("what should be an object is not one")
+        candidate = about["candidate"]
+        models = [candidate, *(name for name in reversed(about["models"]) if name != candidate)]
+        tables = {
+            name: pd.read_parquet(evaluation / f"{'predictions' if name == candidate else name}.parquet")
+            for name in models
+        }
+        for table in tables.values():
+            metrics.same_images(tables[candidate], table)
+        figures = {
+            "about": about,
+            "models": models,
+            "titles": plots.TITLES,
+            "metrics": {
+                name: {
+                    metric: [values.get(metric + end) for end in ("", "_low", "_high")]
+                    for metric in SHOWN
+                    if metric in found[candidate]
+                }
+                for name, values in found.items()
+            },
+            "sizes": {name: details[name]["sizes"] for name in models},
+            "categories": details[candidate]["categories"],
+            "defects": details[candidate]["defects"],
+            "rewards": _rewards(Path(about["models"][candidate]) / "reward_curves.csv"),
+        }
+        if missing := set(models) - figures["metrics"].keys():
+            raise KeyError(*missing)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise AdfmError(f"{evaluation} is not a whole evaluation ({error!r}); make it with `adfm evaluate`.") from error
+    return figures, tables
+
+
+def _outcomes(table: pd.DataFrame) -> pd.Series[Any]:
+    """For each image one of OUTCOMES."""
+    import pandas as pd
+
+    anomalous, said = table["label"] == "anomalous", table["predicted"]
+    choices = {
+        "missed": anomalous & (said == "normal"),
+        "overkill": ~anomalous & (said == "anomalous"),
+        "found": anomalous & (said == "anomalous"),
+        "passed": ~anomalous & (said == "normal"),
+    }
+    words = np.select([there.to_numpy(dtype=bool) for there in choices.values()], list(choices), "unparseable")
+    return pd.Series(words, table.index)
+
+
+def _letters(outcomes: pd.Series[Any]) -> str:
+    return "".join(word[0] for word in outcomes)
+
+
+def _order(table: pd.DataFrame) -> tuple[list[str], int]:
+    """All ids in the order in which their pictures are kept, and how many of them begin a gallery.
+
+    The first of each gallery come first, in turns; then the rest by outcome, those first that are looked at first: the
+    surest of the wrong answers, and found defects from the worst place to the best.
+    """
+    score = table["score"].astype(float).fillna(0.5)
+    key = np.where(table["outcome"] == "found", table["iou"].astype(float), score)
+    key = np.where(table["outcome"] == "overkill", -key, key)
+    ranked = table["id"].to_frame().assign(key=key, place=table["outcome"].map(OUTCOMES.index))
+    ranked = ranked.sort_values(["place", "key", "id"])
+    galleries = [ranked["id"][ranked["place"] == place].tolist() for place in range(len(OUTCOMES))]
+    best = galleries[OUTCOMES.index("found")][::-1]
+    turns = zip_longest(*(gallery[:_FIRST] for gallery in (*galleries, best)))
+    first = list(dict.fromkeys(key for turn in turns for key in turn if key is not None))
+    return list(dict.fromkeys(first + ranked["id"].tolist())), len(first)
+
+
+def _thumbnails(
+    shards: Path, split: str, ids: set[str], spool: BinaryIO
+) -> tuple[Callable[[str], bytes], dict[str, tuple[int, int]]]:
+    """Small JPEGs of the images `ids`, which wait in the file `spool`; and the images' own widths and heights.
+
+    Returns:
+        A function that gives the JPEG of an id, and sizes by id.
+    """
+    places: dict[str, tuple[int, int]] = {}
+    sizes: dict[str, tuple[int, int]] = {}
+    with ThreadPoolExecutor() as pool:
+        for batch in shards_.batches(shards, split, ["id", "image", "width", "height"]):
+            rows = [row for row in batch.to_pylist() if row["id"] in ids]
+            for row, small in zip(rows, pool.map(_smaller, (row["image"]["bytes"] for row in rows)), strict=True):
+                places[row["id"]] = spool.tell(), spool.write(small)
+                sizes[row["id"]] = row["width"], row["height"]
+    if missing := sorted(ids - places.keys()):
+        raise AdfmError(
+            f"{shards} does not hold {len(missing)} of the {len(ids)} evaluated images ({metrics.listed(missing)}); "
+            "name the shards that were evaluated."
+        )
+
+    def picture(key: str) -> bytes:
+        start, length = places[key]
+        spool.seek(start)
+        return spool.read(length)
+
+    return picture, sizes
+
+
+def _smaller(content: bytes) -> bytes:
+    image = Image.open(io.BytesIO(content)).convert("RGB")
+    image.thumbnail((SIDE, SIDE))
+    small = io.BytesIO()
+    image.save(small, "JPEG", quality=82)
+    return small.getvalue()
+
+
+def _write_pictures(
+    order: Sequence[str], first: int, content: Callable[[str], list[str | None]], folder: Path
+) -> tuple[list[list[str | None]], list[int]]:
+    """Writes pictures and words into files of about a megabyte.
+
+    Returns:
+        Those that the page itself holds, and the position in `order` at which each file begins.
+    """
+    embedded: list[list[str | None]] = []
+    left = _EMBEDDED_BYTES
+    for key in order[:first]:
+        row = content(key)
+        left -= sum(len(part or "") for part in row)
+        if left < 0:
+            break
+        embedded.append(row)
+    starts: list[int] = []
+    for start, rows in _files(order, len(embedded), content):
+        text = f"pictures({len(starts)}, {_json(rows)});\n"
+        (folder / f"{len(starts):03d}.js").write_text(text, encoding="utf-8")
+        starts.append(start)
+    return embedded, starts
+
+
+def _files(
+    order: Sequence[str], begin: int, content: Callable[[str], list[str | None]]
+) -> Iterator[tuple[int, list[list[str | None]]]]:
+    """The contents of each file, and the position in `order` at which it begins."""
+    rows: list[list[str | None]] = []
+    size = 0
+    for position in range(begin, len(order)):
+        rows.append(content(order[position]))
+        size += sum(len(part or "") for part in rows[-1])
+        if size >= _FILE_BYTES or position == len(order) - 1:
+            yield position + 1 - len(rows), rows
+            rows, size = [], 0
+
+
+def _stages(completion: str) -> list[str | None]:
+    """What the model wrote in `<think>` and in `<rethink>`; and all of it where it does not keep to the form."""
+    parsed = response.parse(completion)
+    whole = parsed.think is not None and parsed.rethink is not None and parsed.answer is not None
+    return [parsed.think, parsed.rethink, None if whole else completion]
+
+
+def _columns(table: pd.DataFrame, sizes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    """What the page knows of each image without its picture; short, because there are many."""
+
+    def codes(column: str) -> tuple[list[str], list[int]]:
+        values, names = table[column].astype("category").cat.codes, table[column].astype("category").cat.categories
+        return names.tolist(), values.tolist()
+
+    def numbers(column: str) -> list[float | None]:
+        return [None if np.isnan(value) else round(value, 3) for value in table[column].astype(float)]
+
+    def boxes(column: str) -> list[list[float]]:
+        return [
+            [round(float(edge), 1) for box in row if np.isfinite(box).all() for edge in box] for row in table[column]
+        ]
+
+    categories, category = codes("category")
+    defects, defect = codes("defect")
+    return {
+        "id": table["id"].tolist(),
+        "source": table["source"].tolist(),
+        "categories": categories,
+        "category": category,
+        "defects": defects,
+        "defect": defect,
+        "anomalous": (table["label"] == "anomalous").astype(int).tolist(),
+        "outcome": _letters(table["outcome"]),
+        "score": numbers("score"),
+        "iou": numbers("iou"),
+        "size": [sizes[key] for key in table["id"]],
+        "boxes": boxes("boxes"),
+        "predicted": boxes("predicted_boxes"),
+    }
+
+
+def _confusion(table: pd.DataFrame) -> list[list[int]]:
+    """How many of the normal, and of the anomalous, images were answered normal, anomalous, unparseably."""
+    said = table["predicted"].astype(object).where(table["predicted"].isin(_ANSWERS[:2]), _ANSWERS[2])
+    return [
+        [int(((table["label"] == label) & (said == answer)).sum()) for answer in _ANSWERS] for label in _ANSWERS[:2]
+    ]
+
+
+def _curves(table: pd.DataFrame) -> dict[str, list[list[float]]] | None:
+    """Points of the ROC curve (overkill, recall) and the precision-recall curve (recall, precision)."""
+    from sklearn.metrics import precision_recall_curve, roc_curve
+
+    anomalous = (table["label"] == "anomalous").to_numpy(dtype=bool)
+    if anomalous.all() or not anomalous.any():
+        return None
+    score = metrics.ranks(table["score"].to_numpy(dtype=float, na_value=np.nan), anomalous)
+    false_positives, true_positives, _ = roc_curve(anomalous, score)
+    precision, recall, _ = precision_recall_curve(anomalous, score, drop_intermediate=True)
+    return {
+        "roc": _thinned(np.column_stack([false_positives, true_positives])),
+        # The last point is a convention, (0, 1), and of no image.
+        "precision_recall": _thinned(np.column_stack([recall, precision])[:-1]),
+    }
+
+
+def _thinned(points: Any) -> list[list[float]]:
+    chosen = np.unique(np.linspace(0, len(points) - 1, min(len(points), _MOST_POINTS)).round().astype(int))
+    return [[round(float(number), 4) for number in points[at]] for at in chosen]
+
+
+def _rewards(file: Path) -> dict[str, list[list[float]]]:
+    """For each reward that training logged its points (step, mean reward); none for a model that was not trained."""
+    import pandas as pd
+
+    if not file.is_file():
+        return {}
+    history = pd.read_csv(file)
+    terms = [name for name in map(str, history) if name.startswith("rewards/") and name.endswith("/mean")]
+    names = {name: name.removeprefix("rewards/").removesuffix("/mean") for name in ("reward", *terms)}
+    return {
+        short: _thinned(history[["step", name]].dropna().to_numpy()) for name, short in names.items() if name in history
+    }
+
+
+def _html(title: str, page: dict[str, Any]) -> str:
+    def part(name: str) -> str:
+        return (resources.files("adfm.evaluation") / name).read_text(encoding="utf-8")
+
+    text = part("report.html")
+    # The data come last: they may hold anything.
+    fillings = {"title": html.escape(title), "style": part("report.css"), "script": part("report.js")}
+    for name, filling in (fillings | {"data": _json(page)}).items():
+        text = text.replace(f"{{{{ {name} }}}}", filling)
+    return text
+
+
+def _json(content: Any) -> str:
+    """JSON that cannot end the script element that it stands in."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
