@@ -1,18 +1,23 @@
 """The promotion gate: may the candidate take production's place? A pure function of two prediction tables.
 
-The rule. Overall, for accuracy and for IoU:
+Each metric, accuracy and IoU over all images, gets a verdict:
 
-- the candidate must reach the metric's floor;
-- it must not measure worse than production by more than `max_loss` (`worse` otherwise);
-- at least one of the two must be `better`: by `min_gain` or more, and above zero with the required confidence.
+- `worse`: it measures worse than production by more than `max_loss`;
+- `better`: it measures better by `min_gain` and by the share `min_relative_gain` of production's value, and a gain of
+  zero is excluded with the required confidence;
+- `equivalent`: neither.
 
-And in no category may accuracy or IoU fall by more than `category_max_loss`. In a small category chance alone moves the
-metrics far; so a fall counts if the required confidence says that there is a fall at all, and one that may be chance is
-told, not punished. Without a production model the floors alone decide.
+`gate.rule` joins them: by default no metric is `worse` and at least one is `better`. Whatever the rule, every metric
+must reach its floor, and in no category may accuracy or IoU fall by more than `category_max_loss`. Without a production
+model the floors alone decide.
+
+In a small category chance alone moves the metrics far; so a fall counts if the required confidence says that there is a
+fall at all. With many categories some fall by chance; so that confidence is of all of them together (Bonferroni: each
+of k comparisons is judged at 1 - (1 - confidence) / k). A fall that may be chance is told, not punished.
 
 A loss is judged by what was measured, not by the lower end of its interval: a few hundred images cannot prove that one
 point was not lost, and a gate that asked for it would stay shut. The reasons say which loss cannot be excluded, and how
-many images would exclude it.
+many images would exclude it. With fewer than `min_images` normal or anomalous images nothing is judged.
 
 Confidence is that of a paired bootstrap: the same images are drawn again and again for both models; `low` and `high`
 are what the difference falls short of, and exceeds, in `1 - confidence` of the draws.
@@ -22,6 +27,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adfm.errors import AdfmError
@@ -36,6 +42,13 @@ _TITLES = {
     "iou": "IoU (overlap of marked and true defects)",
 }
 _COLUMNS = ("id", "category", "label", "predicted", "iou")
+_RULES = {
+    "none_worse_one_better": "No metric may be worse than in production, and at least one must be better",
+    "none_worse": "No metric may be worse than in production",
+    "all_better": "Every metric must be better than in production",
+}
+# Draws that should lie beyond a bound, so that the bound is more than one extreme draw.
+_BEYOND = 5
 
 
 class Incomparable(AdfmError):
@@ -55,7 +68,7 @@ class Decision:
             the `rule`. Without production, what needs it is `None`.
         categories: For each category: `images`, and for each metric the same five numbers and `fallen`, whether it fell
             by more than the limit, for certain. IoU is `None` where a category has no anomalous image.
-        reasons: The decision in words, first what made it fail.
+        reasons: The decision in words, first what made it fail, last the rule.
     """
 
     passed: bool
@@ -64,43 +77,70 @@ class Decision:
     reasons: list[str]
 
 
+def read(file: Path) -> pd.DataFrame:
+    """A prediction table from a Parquet file, as evaluation writes them.
+
+    Raises:
+        Incomparable: It cannot be read.
+    """
+    import pandas as pd
+
+    try:
+        return pd.read_parquet(file)
+    except (OSError, ValueError, KeyError) as error:
+        raise Incomparable(
+            f"{file} cannot be read as a prediction table ({error}); `adfm evaluate` writes it."
+        ) from error
+
+
 def decide(candidate: pd.DataFrame, production: pd.DataFrame | None, gate: Gate, seed: int = 0) -> Decision:
     """Judges a candidate's predictions against production's on the same images.
 
     Args:
-        candidate: Prediction table: `id`, `category`, `label`, `predicted`, `iou`; `dataset` if there is more than one.
+        candidate: Prediction table: `id`, `category`, `label`, `predicted`, `iou`; `dataset` if there is more than one,
+            `group` where images show one part. `attrs`, where both tables have them, say how they were made.
         production: Prediction table of the model in production, or `None` if there is none yet.
         gate: Floors, tolerances and confidence.
         seed: Seed of the bootstrap; the order of the rows does not matter.
 
     Raises:
-        Incomparable: A table is broken (all that is wrong with it is listed), or the two are not of the same images.
+        Incomparable: A table is broken (all that is wrong with it is listed), the two are not of the same images or
+            were not made in the same way, or there are too few images.
     """
     candidate = _checked(candidate, "candidate")
     if production is not None:
         production = _checked(production, "production")
         _check_pair(candidate, production)
+    _check_enough(candidate, gate.min_images)
 
     rules = {"accuracy": gate.accuracy, "iou": gate.iou}
     failures: list[str] = []
     notes: list[str] = []
 
-    metrics = _compare(candidate, production, gate, seed)
+    metrics = _compare(candidate, production, gate.confidence, gate.bootstrap, seed)
     for name, found in metrics.items():
         found["floor_kept"] = _reaches_floor(found, rules[name])
         found["verdict"] = _verdict(found, rules[name])
         failed = found["verdict"] == "worse" or not found["floor_kept"]
         (failures if failed else notes).append(_sentence(name, found, rules[name], gate, len(candidate)))
         found["rule"] = rules[name].model_dump()
+    verdicts = [found["verdict"] for found in metrics.values()]
     if production is None:
         notes.append("There is no model in production yet: the floors alone decide.")
-    elif not any(found["verdict"] == "better" for found in metrics.values()):
-        failures.append("Neither metric is better than in production: there is nothing to gain from the candidate.")
+    else:
+        notes.append(f"The rule: {_RULES[gate.rule][0].lower()}{_RULES[gate.rule][1:]}.")
+        if gate.rule == "none_worse_one_better" and "better" not in verdicts:
+            failures.append("Neither metric is better than in production: there is nothing to gain from the candidate.")
+        if gate.rule == "all_better" and verdicts != ["better", "better"]:
+            failures.append("Not every metric is better than in production.")
 
+    parts = list(candidate.groupby(category_names(candidate), sort=True))
+    level = 1 - (1 - gate.confidence) / sum(1 + int((part["label"] == "anomalous").any()) for _, part in parts)
+    draws = max(gate.bootstrap, math.ceil(_BEYOND / (1 - level)))
     categories: dict[str, dict[str, Any]] = {}
-    for key, part in candidate.groupby(category_names(candidate), sort=True):
+    for key, part in parts:
         other = None if production is None else production[production["id"].isin(part["id"])]
-        compared = _compare(part, other, gate, seed)
+        compared = _compare(part, other, level, draws, seed)
         categories[str(key)] = {"images": len(part), **compared}
         for name, found in compared.items():
             gain, _, most = _gain(found, rules[name])
@@ -114,17 +154,18 @@ def decide(candidate: pd.DataFrame, production: pd.DataFrame | None, gate: Gate,
                     failures.append(f"{words}.")
                 else:
                     notes.append(f"{words}, but with so few images this may be chance, and it does not count.")
+    notes.sort(key=lambda note: note.startswith("The rule: "))
     return Decision(not failures, metrics, categories, failures + notes)
 
 
 def _compare(
-    candidate: pd.DataFrame, production: pd.DataFrame | None, gate: Gate, seed: int
+    candidate: pd.DataFrame, production: pd.DataFrame | None, confidence: float, resamples: int, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """For each metric both values, the difference, and its bounds, each one-sided at the gate's confidence."""
+    """For each metric both values, the difference, and its bounds, each one-sided at `confidence`."""
     before = dict.fromkeys(_TITLES) if production is None else values(production)
     after, change = values(candidate), {}
     if production is not None:
-        change = difference(candidate, production, gate.bootstrap, seed, level=2 * gate.confidence - 1)
+        change = difference(candidate, production, resamples, seed, level=2 * confidence - 1)
 
     def rounded(value: float | None) -> float | None:
         return None if value is None else round(value, 9)  # 0.9 - 0.89 is to be 0.01
@@ -161,7 +202,8 @@ def _verdict(found: dict[str, Any], rule: MetricRule) -> str:
     gain, least, _ = _gain(found, rule)
     if -gain > rule.max_loss:
         return "worse"
-    return "better" if gain >= rule.min_gain and least > 0 else "equivalent"
+    enough = gain >= rule.min_gain and gain >= rule.min_relative_gain * abs(found["production"])
+    return "better" if enough and least > 0 else "equivalent"
 
 
 def _sentence(name: str, found: dict[str, Any], rule: MetricRule, gate: Gate, images: int) -> str:
@@ -196,14 +238,16 @@ def _checked(table: pd.DataFrame, name: str) -> pd.DataFrame:
         raise Incomparable(f"The {name} table has no column {' and no column '.join(missing)}; it has {there}.")
     if not len(table):
         raise Incomparable(f"The {name} table is empty: evaluate the model first.")
-    table = table[[column for column in (*_COLUMNS, "dataset") if column in table]]
+    table = table[[column for column in (*_COLUMNS, "dataset", "group") if column in table]]
     rows = table["id"].astype(object)
     iou = pd.to_numeric(table["iou"], errors="coerce").astype(float)
     anomalous = table["label"].isin(["anomalous"])
     faults = {
         "a missing id": rows.isna(),
         "an id that occurs more than once": rows.duplicated(keep=False) & rows.notna(),
-        "no category or data set": table.drop(columns=["id", "label", "predicted", "iou"]).isna().any(axis=1),
+        "no category or data set": table.drop(columns=["id", "label", "predicted", "iou", "group"], errors="ignore")
+        .isna()
+        .any(axis=1),
         "a label other than normal and anomalous": ~table["label"].isin(["normal", "anomalous"]),
         "a prediction other than normal, anomalous and null": ~table["predicted"].isin(["normal", "anomalous"])
         & table["predicted"].notna(),
@@ -228,6 +272,12 @@ def _check_pair(candidate: pd.DataFrame, production: pd.DataFrame) -> None:
         same_images(candidate, production)
     except AdfmError as error:
         raise Incomparable(f"Candidate (first) and production (second) cannot be compared. {error}") from error
+    left, right = candidate.attrs, production.attrs
+    if unlike := [key for key in left if key in right and left[key] != right[key]]:
+        raise Incomparable(
+            "Candidate and production were not evaluated in the same way; evaluate both anew with `adfm evaluate`:\n"
+            + "\n".join(f"- {key}: {left[key]} and {right[key]}" for key in unlike)
+        )
     both = candidate.merge(production, on="id", suffixes=("", "_production"))
     wrong = [
         f"- {column}: {listed(sorted(both['id'][differs], key=str))}"
@@ -238,4 +288,13 @@ def _check_pair(candidate: pd.DataFrame, production: pd.DataFrame) -> None:
         raise Incomparable(
             "Candidate and production were evaluated on data that differ for the same ids; evaluate both on the same"
             " shards:\n" + "\n".join(wrong)
+        )
+
+
+def _check_enough(candidate: pd.DataFrame, least: int) -> None:
+    counts = {label: int((candidate["label"] == label).sum()) for label in ("normal", "anomalous")}
+    if few := [f"{count} {label}" for label, count in counts.items() if count < least]:
+        raise Incomparable(
+            f"Too few images to tell two models apart: {' and '.join(few)}; at least {least} of each would do"
+            " (gate.min_images). Evaluate on more."
         )

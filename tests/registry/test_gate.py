@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from adfm.errors import AdfmError
 from adfm.params import Gate, MetricRule
-from adfm.registry.gate import Decision, Incomparable, decide
+from adfm.registry.gate import Decision, Incomparable, decide, read
 
 
 def predictions(images: int = 600, wrong: int = 60, iou: float = 0.4, categories: int = 3) -> pd.DataFrame:
@@ -111,6 +112,28 @@ def test_a_gain_below_the_smallest_is_none() -> None:
     assert verdicts(decide(predictions(wrong=31), predictions(), Gate(accuracy=rule)))[0] == "equivalent"
 
 
+def test_a_gain_below_the_smallest_share_of_production_is_none() -> None:
+    rule = MetricRule(floor=0.1, min_relative_gain=0.25)
+    assert verdicts(decide(predictions(iou=0.5), predictions(iou=0.4), Gate(iou=rule)))[1] == "better"
+    assert verdicts(decide(predictions(iou=0.49), predictions(iou=0.4), Gate(iou=rule)))[1] == "equivalent"
+
+
+@pytest.mark.parametrize(
+    ("rule", "passing"),
+    [
+        ("none_worse_one_better", {("better", "equivalent"), ("better", "better")}),
+        ("none_worse", {("equivalent", "equivalent"), ("better", "equivalent"), ("better", "better")}),
+        ("all_better", {("better", "better")}),
+    ],
+)
+def test_the_rule_joins_the_verdicts(rule: Any, passing: set[tuple[str, str]]) -> None:
+    for wrong, iou in ((60, 0.4), (30, 0.4), (30, 0.5), (90, 0.5)):
+        candidate = predictions(wrong=wrong, iou=iou)
+        decision = decide(candidate, predictions(), Gate(rule=rule))
+        assert decision.passed is (verdicts(decision) in passing)
+        assert "The rule: " in decision.reasons[-1]
+
+
 @pytest.mark.parametrize(("confidence", "verdict"), [(0.97, "better"), (0.985, "equivalent")])
 def test_confidence_is_one_sided(confidence: float, verdict: str) -> None:
     # Four images won of 600, none lost: no gain is drawn with probability (596 / 600) ** 600, 1.8 %.
@@ -131,7 +154,7 @@ def test_direction_lower_turns_the_rule_round() -> None:
 def test_a_category_that_falls_stops_a_better_model() -> None:
     candidate = predictions(wrong=0, categories=12)
     there = candidate.index[candidate["category"] == "part-3"]
-    candidate.loc[there[:6], "predicted"] = candidate.loc[there[:6], "predicted"].map(
+    candidate.loc[there[:8], "predicted"] = candidate.loc[there[:8], "predicted"].map(
         {"normal": "anomalous", "anomalous": "normal"}
     )
     production = predictions(wrong=60, categories=12)
@@ -140,8 +163,20 @@ def test_a_category_that_falls_stops_a_better_model() -> None:
     assert verdicts(decision)[0] == "better" and not decision.passed
     assert decision.categories["part-3"]["accuracy"]["fallen"] and decision.categories["part-3"]["images"] == 50
     assert not decision.categories["part-4"]["accuracy"]["fallen"]
-    assert decision.reasons[0].startswith("part-3: Accuracy") and "worse by 12.0 points" in decision.reasons[0]
-    assert decide(candidate, production, Gate(category_max_loss=0.12)).passed
+    assert decision.reasons[0].startswith("part-3: Accuracy") and "worse by 16.0 points" in decision.reasons[0]
+    assert decide(candidate, production, Gate(category_max_loss=0.16)).passed
+
+
+@pytest.mark.parametrize(("categories", "fallen"), [(2, True), (30, False)])
+def test_among_many_categories_some_fall_by_chance(categories: int, fallen: bool) -> None:
+    # Five images lost of 20: no loss is drawn with probability 0.75 ** 20, 0.3 %; of 60 comparisons each gets 0.08 %.
+    images = 20 * categories
+    candidate, production = (predictions(images, 0, iou=iou, categories=categories) for iou in (0.6, 0.4))
+    lost = candidate.index[candidate["category"] == "part-0"][:5]
+    candidate.loc[lost, "predicted"] = candidate.loc[lost, "label"].map({"normal": "anomalous", "anomalous": "normal"})
+    decision = decide(candidate, production, Gate(min_images=10))
+    assert decision.categories["part-0"]["accuracy"]["difference"] == -0.25
+    assert decision.categories["part-0"]["accuracy"]["fallen"] is fallen
 
 
 def test_a_category_whose_iou_falls_stops_a_better_model() -> None:
@@ -249,6 +284,32 @@ def test_other_images_are_refused() -> None:
         decide(predictions(20), predictions(20).iloc[1:], Gate())
 
 
+def test_too_few_images_are_refused() -> None:
+    with pytest.raises(Incomparable, match="29 normal and 29 anomalous; at least 30 of each"):
+        decide(predictions(58), predictions(58), Gate())
+    assert not decide(predictions(60, 6), predictions(60, 6), Gate()).passed
+
+
+def test_tables_made_in_another_way_are_refused(tmp_path: Path) -> None:
+    candidate, production = predictions(wrong=0), predictions()
+    candidate.attrs = {"prompt": "a", "split": "test"}
+    production.attrs = {"prompt": "b", "split": "test"}
+    for name, table in (("candidate", candidate), ("production", production)):
+        table.to_parquet(tmp_path / name)
+    with pytest.raises(Incomparable, match="not evaluated in the same way(?s:.*)- prompt: a and b$"):
+        decide(read(tmp_path / "candidate"), read(tmp_path / "production"), Gate())
+    production.attrs["prompt"] = "a"
+    assert decide(candidate, production, Gate()).passed
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 and then nothing", None])
+def test_what_is_no_table_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "table").write_bytes(content)
+    with pytest.raises(Incomparable, match="table cannot be read as a prediction table"):
+        read(tmp_path / "table")
+
+
 @pytest.mark.parametrize(("column", "value"), [("label", "normal"), ("category", "other")])
 def test_other_truth_for_an_image_is_refused(column: str, value: str) -> None:
     production = predictions(20)
@@ -260,7 +321,7 @@ def test_other_truth_for_an_image_is_refused(column: str, value: str) -> None:
 
 # ------------------------------------------------------------------------------------------------- properties
 
-FAST = Gate(bootstrap=100)
+FAST = Gate(bootstrap=100, min_images=1)
 answer = st.sampled_from(["normal", "anomalous", None])
 row = st.tuples(answer, answer, st.integers(0, 10), st.integers(0, 10))
 
