@@ -1,7 +1,8 @@
 """Promotion and rollback: the only code that moves the aliases `production` and `previous`.
 
-`previous` is the version to which a rollback returns. Tags of the versions say who moved them, when, and in whose
-place; tags `history.<time>` of the registered model keep every move, one a tag, because a tag holds 5000 characters.
+A promotion checks, writes its step into the history, and then moves the aliases: `adfm.registry.history` says why two
+at once cannot both win. Whoever comes next finishes what a process that died has begun, and puts back an alias that was
+moved by hand.
 """
 
 from __future__ import annotations
@@ -10,28 +11,39 @@ import getpass
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from datetime import UTC, datetime
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from adfm import tracking
 from adfm.errors import AdfmError
+from adfm.models.loading import check_unchanged
 from adfm.params import Params
-from adfm.registry.registration import NOBODY, PRODUCTION, check_unchanged, holder, now
+from adfm.registry import history as history_
+from adfm.registry.alerts import alert
+from adfm.registry.history import Step, decision
+from adfm.registry.registration import NOBODY, PRODUCTION, download, file_digest
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
 PREVIOUS = "previous"
-_HISTORY = "history."
-_PATIENCE = 60  # seconds to wait for another promotion
+_UNDECIDED = ("pending", "withdrawn")
+_MOST_MOVES = 20
+
+
+class Refused(AdfmError):
+    """What was asked may not be done; production is untouched."""
 
 
 def promote(version: str, params: Params, by: str | None = None) -> None:
     """Puts a version into production, if everything that its gate and its reviewer saw is still so.
+
+    A refusal is written into the history. An approval that cannot be followed is set back to `pending`, and the tag
+    `approval_refused` says why.
 
     Args:
         version: Number of the version.
@@ -39,43 +51,54 @@ def promote(version: str, params: Params, by: str | None = None) -> None:
         by: Who promotes; the user of the process if not given.
 
     Raises:
-        AdfmError: The gate did not pass, the approval is missing, production is another one than the gate compared
-            with, or the model's files are not those that were registered. Production is untouched.
+        AdfmError: The gate did not pass, the approval is missing or used up, production is another one than the gate
+            compared with, or the model's files or the gate's decision are not those that were registered. Production is
+            untouched.
+    """
+    with _store() as store:
+        _promote(store, params.register_.model, version, by or _user())
+
+
+def promote_approved(params: Params, by: str | None = None) -> bool:
+    """Does what the reviewers have decided since the last time: promotes what is approved, notes what is rejected.
+
+    The newest approved version comes first. Older ones are then refused, because their gate did not see it.
+
+    Args:
+        params: Reads `register.model`.
+        by: Who promotes; the user of the process if not given.
+
+    Returns:
+        Whether any version was newly approved.
+
+    Raises:
+        Refused: An approval could not be followed; others were.
+        AdfmError: MLflow failed, or a version's files could not be read; the approval stands for the next time.
     """
     name = params.register_.model
-    with _alone() as store, TemporaryDirectory() as folder:
-        candidate, replaced = _version(store, name, version), holder(store, name)
-        number = str(replaced.version) if replaced else NOBODY
-        compared = candidate.tags.get("gate_production_version")
-        refusals = []
-        if number == str(candidate.version):
-            refusals.append("it is in production already")
-        else:
-            if candidate.tags.get("gate") != "passed":
-                refusals.append(f"its tag gate is {candidate.tags.get('gate')!r}, not 'passed': its gate.json says why")
-            if candidate.tags.get("approval") != "approved":
-                refusals.append(
-                    f"its tag approval is {candidate.tags.get('approval')!r}: a reviewer sets it to exactly 'approved'"
-                )
-            if compared != number:
-                refusals.append(
-                    f"its gate compared it with version {compared}, and in production is {number}: run `adfm register` "
-                    "again, so that the gate decides anew"
-                )
-        if refusals:
-            raise AdfmError("\n  - ".join([f"Version {version} of {name} cannot be promoted:", *refusals]))
-        check_unchanged(candidate, Path(folder))
-
-        at, by = now(), by or _user()
-        _tag(store, candidate, promoted_at=at, promoted_by=by, replaced_version=number)
-        if replaced:
-            store.set_registered_model_alias(name, PREVIOUS, number)
-        store.set_registered_model_alias(name, PRODUCTION, str(candidate.version))
-        _record(store, name, at, "promote", str(candidate.version), number, by)
-    print(f"version {version} of {name} is in production; it replaced {number}")
+    errors: list[AdfmError] = []
+    with _store() as store:
+        steps, move, versions = _settle(store, name)
+        approved = []
+        for number in sorted(versions, key=int, reverse=True):
+            version = versions[number]
+            approval = version.tags.get("approval", "pending")
+            if approval == "rejected":
+                history_.note_rejection(store, version, steps)
+            elif approval not in _UNDECIDED and not (move and move.production == number) and not _used(version, steps):
+                approved.append(number)
+        for number in approved:
+            try:
+                _promote(store, name, number, by or _user())
+            except AdfmError as error:
+                errors.append(error)
+    if errors:
+        kind = Refused if all(isinstance(error, Refused) for error in errors) else AdfmError
+        raise kind("\n".join(map(str, errors)))
+    return bool(approved)
 
 
-def rollback(params: Params, by: str | None = None, to: str | None = None) -> None:
+def rollback(params: Params, by: str | None = None, to: str | None = None, why: str = "") -> None:
     """Puts an earlier version back into production; the one that leaves needs a new approval to return.
 
     Afterwards `previous` is the version that the restored one had once replaced, so that one can go back further.
@@ -84,83 +107,268 @@ def rollback(params: Params, by: str | None = None, to: str | None = None) -> No
         params: Reads `register.model`.
         by: Who rolls back; the user of the process if not given.
         to: Number of a version that was in production; without it, the version under `previous`.
+        why: The reason, for the history.
 
     Raises:
         AdfmError: There is nothing to roll back to, `to` never was in production, or its files are not those that were
             registered. Production is untouched.
     """
     name = params.register_.model
-    with _alone() as store, TemporaryDirectory() as folder:
-        leaving = holder(store, name)
-        if leaving is None:
+    with _store() as store:
+        steps, move, versions = _settle(store, name)
+        if move is None or move.production == move.previous == NOBODY:
             raise AdfmError(f"No version of {name} is in production, so there is nothing to roll back.")
-        target = _version(store, name, to) if to else holder(store, name, PREVIOUS)
-        if target is None:
+        leaving = move.production
+        if to is None and move.previous not in versions:
             raise AdfmError(
-                f"Version {leaving.version} of {name} replaced no version that is still there, so there is nothing to "
+                f"Version {leaving} of {name} replaced no version that is still there, so there is nothing to "
                 "roll back to; name a version that was in production with --to."
             )
-        if target.version == leaving.version:
-            raise AdfmError(f"Version {target.version} of {name} is in production already; name another with --to.")
-        if "promoted_at" not in target.tags:
-            raise AdfmError(f"Version {target.version} of {name} was never in production; use `adfm promote`.")
-        check_unchanged(target, Path(folder))
+        target = _version(versions, name, to or move.previous)
+        number = str(target.version)
+        if number == leaving:
+            raise AdfmError(f"Version {number} of {name} is in production already; name another with --to.")
+        if not any(step.production == number and not step.void for step in steps):
+            raise AdfmError(f"Version {number} of {name} was never in production; use `adfm promote`.")
+        with TemporaryDirectory() as folder:
+            check_unchanged(target, Path(folder))
+        before = next((s.replaced for s in reversed(steps) if _promotes(s, number)), NOBODY)
+        previous = before if before in versions else NOBODY
+        state = {"production": number, "previous": previous, "replaced": leaving}
+        step = _append(store, target, "rollback", move, by=by or _user(), why=why, **state)
+        _settle(store, name)
+        if step.void:
+            raise AdfmError(f"Somebody else moved production of {name} meanwhile; see `adfm registry log`.")
+    print(f"version {number} of {name} is in production again; it replaced {leaving}")
+    alert(f"{name}: rolled back from version {leaving} to {number} by {step.by}. {why}".rstrip())
 
-        at, by = now(), by or _user()
-        old, new = str(leaving.version), str(target.version)
-        _tag(store, leaving, approval="withdrawn", rolled_back_at=at, rolled_back_by=by, rolled_back_to=new)
-        _tag(store, target, restored_at=at, restored_by=by, restored_from=old)
-        before = target.tags.get("replaced_version", NOBODY)
-        if before in _versions(store, name):
-            store.set_registered_model_alias(name, PREVIOUS, before)
-        elif holder(store, name, PREVIOUS):
-            store.delete_registered_model_alias(name, PREVIOUS)
-        store.set_registered_model_alias(name, PRODUCTION, new)
-        _record(store, name, at, "rollback", new, old, by)
-    print(f"version {new} of {name} is in production again; it replaced {old}")
 
-
-def history(params: Params) -> list[dict[str, str]]:
-    """Every promotion and rollback, oldest first: `at`, `action`, `version`, `replaced`, `by`.
+def history(params: Params) -> list[Step]:
+    """Every step in the history of production, oldest first.
 
     Raises:
         AdfmError: MLflow cannot be reached.
     """
-    from mlflow import MlflowClient
+    with _store() as store:
+        return history_.read(store, params.register_.model)
 
-    with tracking.store_errors(tracking.configure()):
-        models = MlflowClient().search_registered_models(f"name = '{params.register_.model}'")
-    tags = models[0].tags if models else {}
-    return [json.loads(tags[key]) for key in sorted(tags) if key.startswith(_HISTORY)]
+
+def _promote(store: MlflowClient, name: str, number: str, by: str) -> None:
+    while True:
+        steps, move, versions = _settle(store, name)
+        try:
+            candidate = _version(versions, name, number)
+        except AdfmError as error:
+            if steps:
+                history_.append(store, name, "refuse", number, move.number if move else 0, by=by, why=str(error))
+            raise
+        refusals = _refusals(candidate, steps, move) or _changed(candidate)
+        if not refusals:
+            # To check the files may have taken minutes.
+            steps, move, versions = _settle(store, name)
+            candidate = _version(versions, name, number)
+            refusals = _refusals(candidate, steps, move)
+        if refusals:
+            _refuse(store, candidate, move, refusals, by)
+        replaced = move.production if move else NOBODY
+        why = f"gate passed on {candidate.tags['gate_decided_at']} against version {replaced}"
+        if reason := candidate.tags.get("approval_reason"):
+            why += f"; {reason}"
+        # The version before stays within reach when the one in production was deleted.
+        previous = move.previous if move and replaced == NOBODY else replaced
+        state = {"production": number, "previous": previous, "replaced": replaced}
+        approval_by = candidate.tags.get("approval_by", "")
+        step = _append(store, candidate, "promote", move, by=by, why=why, approval_by=approval_by, **state)
+        _settle(store, name)
+        if not step.void:
+            break
+    print(f"version {number} of {name} is in production; it replaced {replaced}")
+    alert(f"{name}: version {number} is in production, in place of {replaced}; promoted by {by}. {why}")
+
+
+def _refusals(candidate: ModelVersion, steps: list[Step], move: Step | None) -> list[str]:
+    """What the tags and the history have against a promotion."""
+    tags, number = candidate.tags, move.production if move else NOBODY
+    if number == str(candidate.version):
+        return ["it is in production already"]
+    refusals = []
+    if tags.get("gate") != "passed":
+        refusals.append(f"its tag gate is {_quoted(tags.get('gate'))}, not 'passed': its gate.json says why")
+    if tags.get("approval") != "approved":
+        refusals.append(
+            f"its tag approval is {_quoted(tags.get('approval'))}: a reviewer sets it to exactly 'approved' or "
+            "'rejected'"
+        )
+    if tags.get("gate_production_version") != number:
+        refusals.append(
+            f"its gate compared it with version {tags.get('gate_production_version')}, and in production is {number}: "
+            "run `adfm register` again, so that the gate decides anew"
+        )
+    if _used(candidate, steps):
+        refusals.append(
+            "its approval was used: it has been in production since the gate decided, and was replaced; bring it back "
+            f"with `adfm rollback --to {candidate.version}`"
+        )
+    return refusals
+
+
+def _changed(candidate: ModelVersion) -> list[str]:
+    """What has been changed by hand: the gate's decision, the tags that repeat it, or the model's files."""
+    import mlflow
+
+    tags = candidate.tags
+    with TemporaryDirectory() as folder, tracking.store_errors(mlflow.get_tracking_uri()):
+        try:
+            file = download(candidate, "gate.json", Path(folder))
+            if file_digest(file) != tags.get("gate_digest"):
+                return ["its gate.json is not the decision that was registered: run `adfm register` again"]
+            decided = json.loads(file.read_text(encoding="utf-8"))
+            agreed = {
+                "gate": "passed" if decided["passed"] else "failed",
+                "gate_decided_at": decided["decided_at"],
+                "gate_production_version": decided["production_version"] or NOBODY,
+            }
+            if wrong := [f"{key} ({_quoted(tags.get(key))})" for key in agreed if tags.get(key) != agreed[key]]:
+                return [f"its gate.json says otherwise than its tags {', '.join(wrong)}: somebody has changed them"]
+            try:
+                check_unchanged(candidate, Path(folder))
+            except AdfmError as error:
+                return [str(error)]
+        except (ValueError, KeyError, TypeError):
+            return ["its gate.json is not the decision that was registered: run `adfm register` again"]
+        except OSError as error:
+            raise AdfmError(
+                f"Files of version {candidate.version} of {candidate.name} cannot be read: {error}"
+            ) from error
+    return []
+
+
+def _refuse(store: MlflowClient, candidate: ModelVersion, move: Step | None, refusals: list[str], by: str) -> None:
+    """Writes a refusal down, asks for another approval where one was given, and raises it."""
+    name, number = candidate.name, str(candidate.version)
+    message = "\n  - ".join([f"Version {number} of {name} cannot be promoted:", *refusals])
+    why = "; ".join(refusals)
+    _append(store, candidate, "refuse", move, by=by, why=why)
+    approval = candidate.tags.get("approval", "pending")
+    in_production = move is not None and move.production == number
+    if approval not in (*_UNDECIDED, "rejected") and not in_production:
+        _tag(store, candidate, approval="pending", approval_refused=why[:1000])
+        message += "\nIts tag approval is 'pending' again."
+        alert(f"{name}: version {number} was approved and cannot be promoted: {why}")
+    raise Refused(message)
+
+
+def _used(version: ModelVersion, steps: list[Step]) -> bool:
+    """Whether the approval of the version's present decision has brought it into production before.
+
+    A rollback withdraws the approval of the version that leaves; one that is given after it is new.
+    """
+    number = str(version.version)
+    for step in reversed(steps):
+        if step.void or step.action not in history_.MOVES:
+            continue
+        if step.production == number:
+            return step.decision == decision(version)
+        if step.action == "rollback" and step.replaced == number:
+            return False
+    return False
+
+
+def _promotes(step: Step, number: str) -> bool:
+    return step.action == "promote" and step.version == number and not step.void
+
+
+def _settle(store: MlflowClient, name: str) -> tuple[list[Step], Step | None, dict[str, ModelVersion]]:
+    """Makes the aliases agree with the history, and the history with what is there.
+
+    Returns:
+        The history; its last move, `None` if nothing was ever in production; the versions by number.
+    """
+    for _ in range(_MOST_MOVES):
+        steps, versions = history_.read(store, name), _versions(store, name)
+        move = history_.last_move(steps)
+        aliases = {alias: number for alias, number in _aliases(store, name).items() if number in versions}
+        actual, previous = aliases.get(PRODUCTION, NOBODY), aliases.get(PREVIOUS, NOBODY)
+        if move is None:
+            if actual == NOBODY:
+                return steps, None, versions
+            state = {"production": actual, "previous": previous, "decision": decision(versions[actual])}
+            why = "in production when this history began"
+            history_.append(store, name, "found", actual, 0, replaced=NOBODY, why=why, **state)
+        elif move.production != NOBODY and move.production not in versions:
+            state = {"production": NOBODY, "previous": move.previous, "replaced": move.production}
+            why = f"version {move.production}, which was in production, was deleted"
+            history_.append(store, name, "lost", move.production, move.number, why=why, **state)
+            alert(f"{name}: {why}. Nothing is in production; `adfm rollback` brings back version {move.previous}.")
+        elif not move.finished:
+            _apply(store, name, move, versions)
+        elif (actual, previous) != (move.production, move.previous if move.previous in versions else NOBODY):
+            why = (
+                f"by hand, production had been set to {actual} and previous to {previous}; put back to "
+                f"{move.production} and {move.previous}"
+            )
+            state = {"production": move.production, "previous": move.previous, "decision": move.decision}
+            history_.append(store, name, "restore", move.production, move.number, replaced=actual, why=why, **state)
+            print(f"{name}: {why}")
+            alert(f"{name}: {why}")
+        else:
+            return steps, move, versions
+    raise AdfmError(f"The aliases of {name} do not come to rest; see who else moves them, and `adfm registry log`.")
+
+
+def _apply(store: MlflowClient, name: str, move: Step, versions: dict[str, ModelVersion]) -> None:
+    """Aliases and tags as a move has them. Done twice, or by two processes, it does the same."""
+    for alias, number in ((PREVIOUS, move.previous), (PRODUCTION, move.production)):
+        if number in versions:
+            history_.insist(partial(store.set_registered_model_alias, name, alias, number))
+        elif alias in _aliases(store, name):
+            store.delete_registered_model_alias(name, alias)
+    version, replaced = versions.get(move.version), versions.get(move.replaced)
+    if move.action == "promote" and version:
+        approver = {"approval_by": move.approval_by} if move.approval_by else {}
+        _tag(store, version, promoted_at=move.at, promoted_by=move.by, replaced_version=move.replaced, **approver)
+        if "approval_refused" in version.tags:
+            store.delete_model_version_tag(name, move.version, "approval_refused")
+    if move.action == "rollback" and version:
+        _tag(store, version, restored_at=move.at, restored_by=move.by, restored_from=move.replaced)
+    if move.action == "rollback" and replaced:
+        gone = {"rolled_back_at": move.at, "rolled_back_by": move.by, "rolled_back_to": move.version}
+        _tag(store, replaced, approval="withdrawn", **gone)
+    history_.finish(store, name, move)
 
 
 @contextmanager
-def _alone() -> Iterator[MlflowClient]:
-    """MLflow's client, while no other process moves the aliases of the same database file.
-
-    MLflow cannot compare and swap an alias. On a server, where processes of several machines may promote, leave
-    promotion to one of them.
-    """
-    from filelock import FileLock, Timeout
+def _store() -> Iterator[MlflowClient]:
+    """MLflow's client, which does not wait long: what is not done now is done the next time."""
     from mlflow import MlflowClient
 
-    uri = tracking.configure()
-    database = tracking.sqlite_file(uri)
-    try:
-        with FileLock(f"{database}.lock", timeout=_PATIENCE) if database else nullcontext(), tracking.store_errors(uri):
+    with tracking.impatient(timeout=20, retries=2):
+        uri = tracking.configure()
+        with tracking.store_errors(uri):
             yield MlflowClient()
-    except Timeout as error:
-        raise AdfmError(
-            f"Another promotion has held {error.lock_file} for {_PATIENCE} s; see what it waits for."
-        ) from error
+
+
+def _append(store: MlflowClient, about: ModelVersion, action: str, move: Step | None, **content: str) -> Step:
+    follows, number = move.number if move else 0, str(about.version)
+    return history_.append(store, about.name, action, number, follows, decision=decision(about), **content)
+
+
+def _aliases(store: MlflowClient, name: str) -> dict[str, str]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return {alias: str(number) for alias, number in store.get_registered_model(name).aliases.items()}
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return {}
 
 
 def _versions(store: MlflowClient, name: str) -> dict[str, ModelVersion]:
-    return {str(version.version): version for version in store.search_model_versions(f"name = '{name}'")}
+    return {str(version.version): version for version in history_.versions(store, name)}
 
 
-def _version(store: MlflowClient, name: str, number: str) -> ModelVersion:
-    versions = _versions(store, name)
+def _version(versions: dict[str, ModelVersion], name: str, number: str) -> ModelVersion:
     if number not in versions:
         there = ", ".join(sorted(versions, key=int)) or "none yet; `adfm register` makes one"
         raise AdfmError(f"{name} has no version {number}; its versions: {there}.")
@@ -169,15 +377,11 @@ def _version(store: MlflowClient, name: str, number: str) -> ModelVersion:
 
 def _tag(store: MlflowClient, version: ModelVersion, **tags: str) -> None:
     for key, value in tags.items():
-        store.set_model_version_tag(version.name, str(version.version), key, value)
+        history_.insist(partial(store.set_model_version_tag, version.name, str(version.version), key, value))
 
 
-def _record(store: MlflowClient, name: str, at: str, action: str, version: str, replaced: str, by: str) -> None:
-    entry = {"at": at, "action": action, "version": version, "replaced": replaced, "by": by}
-    key = _HISTORY + datetime.now(UTC).strftime(
-        "%Y-%m-%dT%H:%M:%S.%fZ"
-    )  # `at` holds a `+`, which MLflow refuses in keys
-    store.set_registered_model_tag(name, key, json.dumps(entry))
+def _quoted(text: str | None) -> str:
+    return repr(text if text is None or len(text) <= 60 else f"{text[:60]}…")
 
 
 def _user() -> str:

@@ -25,11 +25,13 @@ from adfm import tracking
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.evaluation import metrics
-from adfm.files import atomic_folder, digest
+from adfm.files import atomic_folder, write_json
 from adfm.method import prompt
 from adfm.models import loading
+from adfm.models.loading import check_unchanged
 from adfm.params import Params
-from adfm.registry import gate
+from adfm.registry import gate, history
+from adfm.registry.alerts import alert
 from adfm.registry.lineage import lineage
 
 if TYPE_CHECKING:
@@ -77,27 +79,32 @@ def register(model: Path, shards: Path, evaluation: Path, out: Path, params: Par
         origin = lineage(model, shards, params, trained_by)
         candidate, measured = _read_evaluation(evaluation, shards, origin, params)
         evaluated = file_digest(evaluation / "predictions.parquet")
+        about = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8"))
+        evaluated_by = tracking.find_run(about.get("mlflow_run_id"))
 
         production = holder(store, name)
         version = _same_version(store, name, origin["artifact_digest"], evaluated)
         if version and production and version.version == production.version:
             # It cannot be its own rival; the decision that brought it there stands.
             decided = json.loads(read_artifact(version, "gate.json"))
-            _write_json(decided, partial / "gate.json")
+            write_json(decided, partial / "gate.json")
         else:
             decided = _decide(candidate, production, origin, shards, partial, params)
-            _write_json(decided, partial / "gate.json")
+            if version:
+                decided = _as_before(version, decided)
+            write_json(decided, partial / "gate.json")
             tags = _tags(decided, origin, measured, evaluated, _protocol(family, params))
+            tags["gate_digest"] = file_digest(partial / "gate.json")
             if version is None:
                 with TemporaryDirectory() as folder:
                     (Path(folder) / "params.yaml").write_text(tracking.settings(params), encoding="utf-8")
-                    _write_json(origin, Path(folder) / "lineage.json")
-                    _write_json(decided, Path(folder) / "gate.json")
+                    write_json(origin, Path(folder) / "lineage.json")
+                    write_json(decided, Path(folder) / "gate.json")
                     contents = {"": Path(folder), "model": model, "evaluation": evaluation}
                     version = _create(store, name, contents, tags, measured, trained_by or run)
-            else:
+            elif version.tags.get("gate_digest") != tags["gate_digest"]:
                 _decide_again(store, version, partial / "gate.json", tags)
-            text = _text(decided, origin, measured, str(version.version))
+            text = _text(decided, origin, measured, str(version.version), evaluated_by)
             store.update_model_version(name, str(version.version), text)
         registration = {
             "model": name,
@@ -108,23 +115,24 @@ def register(model: Path, shards: Path, evaluation: Path, out: Path, params: Par
             "training_run": version.run_id,
             "gate": "passed" if decided["passed"] else "failed",
         }
-        _write_json(registration, partial / "registration.json")
+        write_json(registration, partial / "registration.json")
     lines = [f"version {version.version} of {name}: gate {registration['gate']}", *decided["reasons"]]
     print("\n  - ".join(lines))
+    alert("\n- ".join(lines))
     return gate.Decision(**{field.name: decided[field.name] for field in dataclasses.fields(gate.Decision)})
 
 
 def holder(store: MlflowClient, name: str, alias: str = PRODUCTION) -> ModelVersion | None:
-    """The version of model `name` that `alias` points at; `None` if there is no such alias or model."""
+    """The version of model `name` that `alias` points at; `None` if there is no such alias, model or version."""
     from mlflow.exceptions import MlflowException
 
     try:
         version = store.get_registered_model(name).aliases.get(alias)
+        return None if version is None else store.get_model_version(name, str(version))
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return None
-    return None if version is None else store.get_model_version(name, str(version))
 
 
 def download(version: ModelVersion, path: str, to: Path) -> Path:
@@ -140,22 +148,6 @@ def read_artifact(version: ModelVersion, path: str) -> str:
     """The text of a version's artifact."""
     with TemporaryDirectory() as folder:
         return download(version, path, Path(folder)).read_text(encoding="utf-8")
-
-
-def check_unchanged(version: ModelVersion, to: Path) -> Path:
-    """Downloads a version's model folder to the folder `to`, and proves that it is what was registered.
-
-    Raises:
-        AdfmError: The files are not those whose digest the version carries.
-    """
-    folder = download(version, "model", to)
-    found, registered = digest(folder), version.tags.get("artifact_digest")
-    if found != registered:
-        raise AdfmError(
-            f"Version {version.version} of {version.name}: its model files have the digest {found}, and {registered} "
-            "was registered. Somebody has changed the files or the tag; register the model again with `adfm register`."
-        )
-    return folder
 
 
 def file_digest(file: Path) -> str:
@@ -321,16 +313,32 @@ def _create(
     )
 
 
+def _as_before(version: ModelVersion, decided: dict[str, Any]) -> dict[str, Any]:
+    """The decision that the version has, if the new one differs in its time only."""
+    try:
+        stored: dict[str, Any] = json.loads(read_artifact(version, "gate.json"))
+    except ValueError:
+        return decided
+    return stored if isinstance(stored, dict) and stored | {"decided_at": decided["decided_at"]} == decided else decided
+
+
 def _decide_again(store: MlflowClient, version: ModelVersion, decision: Path, tags: dict[str, str]) -> None:
-    """Puts a new decision on a version; an approval was of the old one, and is void if the two differ."""
-    if all(version.tags.get(key) == tags[key] for key in ("gate", "gate_production_version")):
-        del tags["approval"]
-    for key, value in tags.items():
-        store.set_model_version_tag(version.name, str(version.version), key, value)
+    """Puts a new decision on a version; an approval was of the old one and is void."""
+    number = str(version.version)
+    history.note_rejection(store, version)
+    # First and last: one that arrives in between is of a page that showed the old decision.
+    store.set_model_version_tag(version.name, number, "approval", "pending")
     store.log_model_artifact(str(version.source).removeprefix("models:/"), str(decision))
+    for key in ("approval_by", "approval_reason", "approval_refused"):
+        if key in version.tags:
+            store.delete_model_version_tag(version.name, number, key)
+    for key, value in [*tags.items(), ("approval", "pending")]:
+        store.set_model_version_tag(version.name, number, key, value)
 
 
-def _text(decided: dict[str, Any], origin: dict[str, Any], measured: dict[str, Any], version: str) -> str:
+def _text(
+    decided: dict[str, Any], origin: dict[str, Any], measured: dict[str, Any], version: str, evaluated_by: Run | None
+) -> str:
     """What a reviewer reads on the version's page, in Markdown."""
     rival = decided["production_version"]
     against = f"version {rival} in production ({decided['production_predictions']})" if rival else "the floors alone"
@@ -355,7 +363,7 @@ def _text(decided: dict[str, Any], origin: dict[str, Any], measured: dict[str, A
     if decided["passed"]:
         next_step = (
             f"**To approve it**, set the tag `approval` to `approved`; then `adfm promote {version}` puts it into "
-            "production. To turn it down, set the tag to `rejected`."
+            "production. To turn it down, set the tag to `rejected`, and say why in a tag `approval_reason`."
         )
     else:
         next_step = "**It cannot be promoted.** Mend what the reasons name, train, and register again."
@@ -364,12 +372,21 @@ def _text(decided: dict[str, Any], origin: dict[str, Any], measured: dict[str, A
         f"{decided['images']} images of the {decided['split']} split against {against}.",
         "\n".join(reasons),
         next_step,
+        *_report_link(evaluated_by),
         _table(["gate", "this version", "production", "difference", "at least", "at most", "verdict"], compared),
         _table(["metric", "value", "95 % from", "to"], every),
         f"Base model {origin['base']['name']} (revision {origin['base']['revision'] or 'none'}). Trained on data "
         f"`{data['trained_on']}` (DVC {data['dvc_md5'] or 'unknown'}), with code {code or 'unknown'}{dirty}.",
     ]
     return "\n\n".join(parts)[:_MOST_TEXT]
+
+
+def _report_link(run: Run | None) -> list[str]:
+    """Where MLflow's own pages show the report that evaluation logged; nowhere, if its run is in another store."""
+    if run is None:
+        return []
+    place = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}/artifacts/evaluation/report/report.html"
+    return [f"[The report]({place}) shows images with true and predicted boxes beside the model's own words."]
 
 
 def _table(header: list[str], rows: list[list[Any]]) -> str:
@@ -380,7 +397,3 @@ def _table(header: list[str], rows: list[list[Any]]) -> str:
 def now() -> str:
     """The time, UTC, to the second, as ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _write_json(content: dict[str, Any], file: Path) -> None:
-    file.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")

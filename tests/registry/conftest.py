@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from adfm.evaluation import metrics
 from adfm.evaluation.evaluate import PREDICTIONS
 from adfm.params import Params
 from adfm.records import Box, Record
+from adfm.registry.registration import register
 
 
 @pytest.fixture(scope="session")
@@ -50,24 +54,29 @@ def store(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     return tmp_path
 
 
-@pytest.fixture
-def server(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An MLflow server that keeps the artifacts, in a process of its own; `MLFLOW_TRACKING_URI` names it."""
-    home = tmp_path / "server"
+@contextmanager
+def mlflow(home: Path, database: Path, *options: str, **environment: str) -> Iterator[str]:
+    """An MLflow server in a process of its own, which keeps the artifacts and may send webhooks here; its address."""
     home.mkdir()
-    shutil.copy(empty_database, home / "mlflow.db")
+    shutil.copy(database, home / "mlflow.db")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     uri = f"http://127.0.0.1:{port}"
-    options = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    where = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     stores = ["--backend-store-uri", "sqlite:///mlflow.db", "--artifacts-destination", str(home / "files")]
-    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", "NO_PROXY": "127.0.0.1"}
+    webhooks = {
+        "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http",
+        "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
+        "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": base64.urlsafe_b64encode(bytes(32)).decode(),
+        "MLFLOW_WEBHOOK_CACHE_TTL": "1",
+    }
     with (home / "log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", *options, *stores],
+            [sys.executable, "-m", "mlflow", "server", *where, *stores, *options],
             cwd=home,
-            env=os.environ | quiet,
+            env=os.environ | quiet | webhooks | environment,
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -83,13 +92,83 @@ def server(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                 time.sleep(0.1)
         else:
             pytest.fail((home / "log").read_text())
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
-        monkeypatch.chdir(tmp_path)
         yield uri
     finally:
         os.killpg(process.pid, 15)
         process.wait(30)
+
+
+@pytest.fixture(scope="session")
+def start_mlflow() -> Callable[..., AbstractContextManager[str]]:
+    return mlflow
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of an MLflow server; its tests share it, so each takes a registered model of its own."""
+    with mlflow(tmp_path_factory.mktemp("server") / "home", empty_database) as uri:
+        yield uri
+
+
+@pytest.fixture
+def server(mlflow_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same, named by `MLFLOW_TRACKING_URI`."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return mlflow_server
+
+
+@pytest.fixture
+def add(
+    make_shards: Callable[..., Path],
+    make_model: Callable[..., Path],
+    make_evaluation: Callable[..., Path],
+    tmp_path: Path,
+) -> Callable[..., str]:
+    """Registers and, if wanted, approves the next model, which judges `right` of 40 images rightly; its version."""
+    shards = make_shards(tmp_path / "shards")
+
+    def add(right: int, approve: bool = True, model: str = "adfm") -> str:
+        params = Params.model_validate({"gate": {"bootstrap": 200, "min_images": 20}, "register": {"model": model}})
+        folder = make_model(tmp_path / f"model-{right}", float(right), shards)
+        evaluation = make_evaluation(tmp_path / f"evaluation-{right}", shards, right, iou=0.3 + right / 100)
+        register(folder, shards, evaluation, tmp_path / "registration", params)
+        client = tracking.client()
+        number = str(max(int(version.version) for version in client.search_model_versions(f"name = '{model}'")))
+        if approve:
+            client.set_model_version_tag(model, number, "approval", "approved")
+        return number
+
+    return add
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+    """Starts `adfm approvals serve` for a model, in a process of its own that hardly ever polls; its address.
+
+    The server is the one that `MLFLOW_TRACKING_URI` names then.
+    """
+    monkeypatch.setenv("ADFM_WEBHOOK_SECRET", "a secret of the tests")
+    started = []
+
+    def start(model: str, poll: float = 3600) -> str:
+        options = ["--port", "0", "--poll", str(poll), "--set", f"register.model={model}"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "adfm", "approvals", "serve", *options],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(Path(tracking.__file__).parents[1])},
+        )
+        started.append(process)
+        line = process.stdout.readline()
+        return line.split()[-1]
+
+    yield start
+    for process in started:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        process.stdout.close()
 
 
 def _record(number: int, shade: int) -> Record:

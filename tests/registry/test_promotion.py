@@ -1,20 +1,24 @@
 from __future__ import annotations
 
-import multiprocessing
+import json
 import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-from filelock import FileLock
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from adfm import files, tracking
+from adfm.cli import main
 from adfm.errors import AdfmError
 from adfm.params import Params
+from adfm.registry import history as history_
 from adfm.registry import promotion
-from adfm.registry.promotion import history, promote, rollback
+from adfm.registry.promotion import Refused, history, promote, promote_approved, rollback
 from adfm.registry.registration import register
 
-PARAMS = Params.model_validate({"gate": {"bootstrap": 200}})
+PARAMS = Params.model_validate({"gate": {"bootstrap": 200, "min_images": 20}})
 
 
 def aliases() -> dict[str, str]:
@@ -26,26 +30,12 @@ def tags(version: str) -> dict[str, str]:
     return dict(tracking.client().get_model_version("adfm", version).tags)
 
 
+def log() -> list[tuple[str, str, str]]:
+    return [(step.action, step.version, step.replaced) for step in history(PARAMS)]
+
+
 def tag(version: str, key: str, value: str) -> None:
     tracking.client().set_model_version_tag("adfm", version, key, value)
-
-
-@pytest.fixture
-def add(make_shards, make_model, make_evaluation, tmp_path):
-    """Registers and, if wanted, approves the next model, which judges `right` of 40 images rightly."""
-    shards = make_shards(tmp_path / "shards")
-
-    def add(right: int, approve: bool = True) -> str:
-        model = make_model(tmp_path / f"model-{right}", float(right), shards)
-        evaluation = make_evaluation(tmp_path / f"evaluation-{right}", shards, right, iou=0.3 + right / 100)
-        register(model, shards, evaluation, tmp_path / "registration", PARAMS)
-        versions = tracking.client().search_model_versions("name = 'adfm'")
-        number = str(max(int(version.version) for version in versions))
-        if approve:
-            tag(number, "approval", "approved")
-        return number
-
-    return add
 
 
 def test_approved_version_goes_into_production(store, add, capsys):
@@ -62,11 +52,11 @@ def test_approved_version_goes_into_production(store, add, capsys):
     assert aliases() == {"production": "2", "previous": "1"}
     assert tags("2")["replaced_version"] == "1"
     assert tags("2")["promoted_by"]
-    assert [(e["action"], e["version"], e["replaced"]) for e in history(PARAMS)] == [
-        ("promote", "1", "none"),
-        ("promote", "2", "1"),
-    ]
-    assert history(PARAMS)[0]["by"] == "Ada"
+    assert log() == [("promote", "1", "none"), ("promote", "2", "1")]
+    first, second = history(PARAMS)
+    assert (first.by, first.at) == ("Ada", tags("1")["promoted_at"])
+    assert second.why == f"gate passed on {tags('2')['gate_decided_at']} against version 1"
+    assert all(step.finished for step in (first, second))
 
 
 @pytest.mark.parametrize("approval", [None, "pending", "rejected", "Approved", " approved "])
@@ -80,7 +70,8 @@ def test_without_approval_nothing_moves(store, add, approval):
         promote("1", PARAMS)
     assert aliases() == {}
     assert "promoted_at" not in tags("1")
-    assert history(PARAMS) == []
+    assert log() == [("refuse", "1", "")]
+    assert repr(approval) in history(PARAMS)[0].why
 
 
 def test_a_failed_gate_is_not_promoted_and_all_refusals_are_told(store, add):
@@ -131,7 +122,8 @@ def test_what_is_in_production_is_not_promoted_again(store, add):
     promote("1", PARAMS)
     with pytest.raises(AdfmError, match="it is in production already"):
         promote("1", PARAMS)
-    assert len(history(PARAMS)) == 1
+    assert log() == [("promote", "1", "none"), ("refuse", "1", "")]
+    assert tags("1")["approval"] == "approved"
 
 
 def test_rollback_goes_back_step_by_step(store, add):
@@ -155,20 +147,15 @@ def test_rollback_goes_back_step_by_step(store, add):
     with pytest.raises(AdfmError, match="replaced no version that is still there"):
         rollback(PARAMS)
     assert aliases() == {"production": "1"}
-    assert [(e["action"], e["version"], e["replaced"]) for e in history(PARAMS)][3:] == [
-        ("rollback", "2", "3"),
-        ("rollback", "1", "2"),
-    ]
+    assert log()[3:] == [("rollback", "2", "3"), ("refuse", "3", ""), ("rollback", "1", "2")]
 
 
 def test_rollback_to_a_named_version(store, add):
-    for number, right in (("1", 26), ("2", 32), ("3", 40)):
-        add(right)
-        if number != "2":
-            tracking.client().set_model_version_tag(
-                "adfm", number, "gate_production_version", "1" if right > 26 else "none"
-            )
-            promote(number, PARAMS)
+    add(26)
+    promote("1", PARAMS)
+    add(32)
+    add(40)
+    promote("3", PARAMS)
     with pytest.raises(AdfmError, match="Version 2 of adfm was never in production; use `adfm promote`"):
         rollback(PARAMS, to="2")
     with pytest.raises(AdfmError, match="Version 3 of adfm is in production already"):
@@ -208,6 +195,313 @@ def test_rollback_to_changed_or_deleted_files(store, add):
     assert aliases() == {"production": "2"}
 
 
+def test_the_newest_approved_version_is_promoted_and_older_ones_are_asked_again(store, add, capsys):
+    assert not promote_approved(PARAMS)
+    add(26)
+    add(30, approve=False)
+    add(36)
+    with pytest.raises(
+        Refused, match=r"Version 1 of adfm .*\n.*in production is 3.*\nIts tag approval is 'pending' again"
+    ):
+        promote_approved(PARAMS, "cron")
+    assert aliases() == {"production": "3"}
+    assert tags("1")["approval"] == tags("2")["approval"] == "pending"
+    assert "in production is 3: run `adfm register` again" in tags("1")["approval_refused"]
+    assert tags("3")["promoted_by"] == "cron"
+    assert not promote_approved(PARAMS)
+    assert log() == [("promote", "3", "none"), ("refuse", "1", "")]
+
+
+def test_an_approval_serves_once(store, add):
+    """After a rollback past it, a version that is still tagged `approved` does not return by itself."""
+    for right in (26, 32, 40):
+        promote(add(right), PARAMS)
+    rollback(PARAMS, to="1")
+    assert (tags("2")["approval"], tags("2")["gate_production_version"]) == ("approved", "1")
+    assert not promote_approved(PARAMS)
+    with pytest.raises(Refused, match="its approval was used: .* `adfm rollback --to 2`"):
+        promote("2", PARAMS)
+    rollback(PARAMS, to="2", why="the camera was at fault")
+    assert history(PARAMS)[-1].why == "the camera was at fault"
+    # The one that was rolled back may be approved anew.
+    with pytest.raises(Refused, match="approval is 'withdrawn'"):
+        promote("3", PARAMS)
+    tag("3", "approval", "approved")
+    assert promote_approved(PARAMS)
+    assert aliases() == {"production": "3", "previous": "2"}
+
+
+def test_a_rejection_is_kept_with_its_reason(store, add, tmp_path):
+    add(26, approve=False)
+    tag("1", "approval", "rejected")
+    assert not promote_approved(PARAMS)
+    tag("1", "approval_reason", "x" * 5000)
+    tag("1", "approval_by", "Ada")
+    assert not promote_approved(PARAMS)
+    assert not promote_approved(PARAMS)
+    with pytest.raises(Refused, match="approval is 'rejected'"):
+        promote("1", PARAMS)
+    assert tags("1")["approval"] == "rejected"
+    assert [(step.action, step.by, len(step.why)) for step in history(PARAMS)][:2] == [
+        ("reject", "", 0),
+        ("reject", "Ada", 2000),
+    ]
+    assert [step.action for step in history(PARAMS)] == ["reject", "reject", "refuse"]
+    assert aliases() == {}
+
+
+def test_a_rejection_is_kept_when_the_gate_decides_anew(store, add, tmp_path):
+    add(26, approve=False)
+    tag("1", "approval", "rejected")
+    tag("1", "approval_reason", "misses scratches")
+    promote(add(36), PARAMS)
+    register(tmp_path / "model-26", tmp_path / "shards", tmp_path / "evaluation-26", tmp_path / "out", PARAMS)
+    assert tags("1")["approval"] == "pending"
+    assert "approval_reason" not in tags("1")
+    assert [(step.action, step.why) for step in history(PARAMS)][1:] == [("reject", "misses scratches")]
+
+
+@pytest.mark.parametrize(("key", "value"), [("approval", "x" * 5000), ("approval", " Approved ")])
+def test_an_approval_that_is_none_is_asked_for_again(store, add, key, value):
+    add(26, approve=False)
+    tag("1", key, value)
+    with pytest.raises(Refused) as refused:
+        promote_approved(PARAMS)
+    assert len(str(refused.value)) < 400
+    assert tags("1")["approval"] == "pending"
+    assert aliases() == {}
+
+
+def _edit_gate(store: Path, **changes: object) -> Path:
+    [file] = (store / "mlartifacts" / "models").glob("*/artifacts/gate.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return file
+
+
+def test_a_gate_file_edited_by_hand(store, add):
+    add(20)
+    _edit_gate(store, passed=True)
+    tag("1", "gate", "passed")
+    with pytest.raises(Refused, match=r"gate.json is not the decision that was registered"):
+        promote("1", PARAMS)
+    assert aliases() == {}
+    assert "gate.json" in history(PARAMS)[0].why
+    assert tags("1")["approval"] == "pending"
+
+
+def test_gate_tags_edited_by_hand(store, add):
+    add(20)
+    tag("1", "gate", "passed")
+    with pytest.raises(Refused, match=r"gate.json says otherwise than its tags gate \('passed'\)"):
+        promote("1", PARAMS)
+    assert aliases() == {}
+
+
+@pytest.mark.parametrize("text", ["[]", "nonsense"])
+def test_a_broken_gate_file_with_its_digest_in_order(store, add, text):
+    add(26)
+    file = _edit_gate(store)
+    file.write_text(text)
+    from adfm.registry.registration import file_digest
+
+    tag("1", "gate_digest", file_digest(file))
+    with pytest.raises(Refused, match=r"gate.json is not the decision that was registered"):
+        promote("1", PARAMS)
+    assert aliases() == {}
+
+
+def test_a_version_without_tags(store, add):
+    client = tracking.client()
+    add(26)
+    client.create_model_version("adfm", "s3://somewhere/else")
+    assert promote_approved(PARAMS)
+    with pytest.raises(Refused, match=r"(?s)tag gate is None.*tag approval is None.*compared it with version None"):
+        promote("2", PARAMS)
+    tag("2", "approval", "approved")
+    with pytest.raises(Refused, match="tag gate is None"):
+        promote_approved(PARAMS)
+    assert aliases() == {"production": "1"}
+
+
+def test_production_that_was_deleted(store, add):
+    for right in (26, 32, 38):
+        promote(add(right), PARAMS)
+    tracking.client().delete_model_version("adfm", "3")
+    assert aliases() == {"previous": "2"}
+    with pytest.raises(AdfmError, match="adfm has no version 3"):
+        promote("3", PARAMS)
+    assert log()[3:] == [("lost", "3", "3"), ("refuse", "3", "")]
+    rollback(PARAMS)
+    assert aliases() == {"production": "2", "previous": "1"}
+    tracking.client().delete_model_version("adfm", "1")
+    assert not promote_approved(PARAMS)
+    assert aliases() == {"production": "2"}
+
+
+def test_an_alias_on_a_deleted_version(store, add):
+    """MLflow removes the aliases of a version that it deletes; this one was lost by other means."""
+    import sqlite3
+    from contextlib import closing
+
+    promote(add(26), PARAMS)
+    with closing(sqlite3.connect(store / "mlflow.db")) as database:
+        database.execute("UPDATE model_versions SET current_stage = 'Deleted_Internal' WHERE name = 'adfm'")
+        database.commit()
+    assert aliases() == {"production": "1"}
+    add(36)
+    assert tags("2")["gate_production_version"] == "none"
+    promote("2", PARAMS)
+    assert aliases() == {"production": "2"}
+    assert log() == [("promote", "1", "none"), ("lost", "1", "1"), ("promote", "2", "none")]
+
+
+def test_an_alias_that_was_moved_by_hand_is_put_back(store, add, capsys):
+    promote(add(26), PARAMS)
+    promote(add(36), PARAMS)
+    add(30, approve=False)
+    tracking.client().set_registered_model_alias("adfm", "production", "3")
+    assert not promote_approved(PARAMS)
+    assert aliases() == {"production": "2", "previous": "1"}
+    assert "by hand, production had been set to 3" in capsys.readouterr().out
+    tracking.client().delete_registered_model_alias("adfm", "production")
+    assert not promote_approved(PARAMS)
+    assert aliases() == {"production": "2", "previous": "1"}
+    assert log()[2:] == [("restore", "2", "3"), ("restore", "2", "none")]
+
+
+def test_a_history_begins_with_what_is_in_production(store, add):
+    add(26)
+    tracking.client().set_registered_model_alias("adfm", "production", "1")
+    promote(add(36), PARAMS)
+    assert aliases() == {"production": "2", "previous": "1"}
+    assert log() == [("found", "1", "none"), ("promote", "2", "1")]
+
+
+@pytest.mark.parametrize("dies_at", [1, 2, 4, 6])
+def test_what_mlflow_did_not_take_is_finished_by_the_next_that_comes(store, add, monkeypatch, dies_at):
+    """MLflow goes away at the n-th write after the step is in the history, which shows it until it is mended."""
+    promote(add(26), PARAMS)
+    add(36)
+    done = []
+
+    def dying(original):
+        def write(self, *arguments):
+            done.append(arguments)
+            if len(done) == dies_at:
+                raise MlflowException("connection refused")
+            return original(self, *arguments)
+
+        return write
+
+    with monkeypatch.context() as patch:
+        for name in ("set_registered_model_alias", "set_model_version_tag"):
+            patch.setattr(MlflowClient, name, dying(getattr(MlflowClient, name)))
+        with pytest.raises(AdfmError, match="connection refused"):
+            promote("2", PARAMS)
+    assert not history(PARAMS)[-1].finished
+    assert "promote (unfinished)" in history_.table(history(PARAMS))
+    assert not promote_approved(PARAMS)
+    assert aliases() == {"production": "2", "previous": "1"}
+    assert tags("2")["replaced_version"] == "1"
+    assert log() == [("promote", "1", "none"), ("promote", "2", "1")]
+    assert all(step.finished for step in history(PARAMS))
+
+
+def test_when_mlflow_goes_away_before_the_step_is_written_nothing_has_moved(store, add, monkeypatch):
+    promote(add(26), PARAMS)
+    add(36)
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "create_model_version", Mock(side_effect=MlflowException("connection refused")))
+        with pytest.raises(AdfmError, match="connection refused"):
+            promote_approved(PARAMS)
+    assert aliases() == {"production": "1"}
+    assert tags("2")["approval"] == "approved"
+    assert promote_approved(PARAMS)
+    assert aliases() == {"production": "2", "previous": "1"}
+
+
+def test_an_approval_that_is_taken_back_while_files_are_checked(store, add, monkeypatch):
+    add(26)
+    original = promotion.check_unchanged
+
+    def check(*arguments):
+        tag("1", "approval", "rejected")
+        return original(*arguments)
+
+    monkeypatch.setattr(promotion, "check_unchanged", check)
+    with pytest.raises(Refused, match="approval is 'rejected'"):
+        promote("1", PARAMS)
+    assert aliases() == {}
+
+
+def test_the_history_outlives_versions_and_shows_what_was_deleted_of_it(store, add):
+    promote(add(26), PARAMS)
+    promote(add(36), PARAMS)
+    rollback(PARAMS, "Grace", why="too many\nfalse alarms")
+    client = tracking.client()
+    client.delete_registered_model("adfm")
+    assert log() == [("promote", "1", "none"), ("promote", "2", "1"), ("rollback", "1", "2")]
+    client.delete_model_version("adfm-history", "2")
+    lines = history_.table(history(PARAMS)).splitlines()
+    assert lines[0].split() == ["step", "at", "(UTC)", "what", "version", "in", "place", "of", "by", "why"]
+    assert lines[2].split() == ["2", "deleted"]
+    assert lines[3].endswith("Grace  too many false alarms")
+    assert len(lines) == 4
+
+
+def test_what_others_put_into_the_history_is_passed_over(store, add):
+    promote(add(26), PARAMS)
+    tracking.client().create_model_version("adfm-history", "s3://x/y", tags={"action": "promote", "follows": "²"})
+    assert log() == [("promote", "1", "none")]
+    promote(add(36), PARAMS)
+    assert aliases() == {"production": "2", "previous": "1"}
+
+
+def test_of_two_that_write_at_once_the_second_is_void(store, add, monkeypatch):
+    promote(add(26), PARAMS)
+    first, second = add(32), add(36)
+    original = history_.append
+
+    def append(*arguments, **content):
+        monkeypatch.setattr(history_, "append", original)
+        promote(second, PARAMS)
+        return original(*arguments, **content)
+
+    monkeypatch.setattr(history_, "append", append)
+    with pytest.raises(Refused, match="in production is 3"):
+        promote(first, PARAMS)
+    assert aliases() == {"production": "3", "previous": "1"}
+    assert log()[1:] == [("promote", "3", "1"), ("promote", "2", "1"), ("refuse", "2", "")]
+    assert [step.void for step in history(PARAMS)] == [False, False, True, False]
+    assert "promote (void)" in history_.table(history(PARAMS))
+
+    monkeypatch.setattr(history_, "append", lambda *arguments, **content: overtaken(*arguments, **content))
+
+    def overtaken(*arguments, **content):
+        monkeypatch.setattr(history_, "append", original)
+        rollback(PARAMS)
+        return original(*arguments, **content)
+
+    with pytest.raises(AdfmError, match="Somebody else moved production"):
+        rollback(PARAMS)
+    assert aliases() == {"production": "1"}
+
+
+def test_an_approval_that_comes_while_the_gate_decides_anew_is_void(store, add, tmp_path, monkeypatch):
+    add(26, approve=False)
+    promote(add(30), PARAMS)
+    original = MlflowClient.log_model_artifact
+
+    def write(self, *arguments):
+        tag("1", "approval", "approved")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(MlflowClient, "log_model_artifact", write)
+    register(tmp_path / "model-26", tmp_path / "shards", tmp_path / "evaluation-26", tmp_path / "out", PARAMS)
+    assert tags("1")["gate_production_version"] == "2"
+    assert tags("1")["approval"] == "pending"
+
+
 def test_promotions_that_race(store, add):
     """Each was decided on with nothing in production, so only one may win, and the other is told why."""
     add(30)
@@ -230,32 +524,22 @@ def test_promotions_that_race(store, add):
     [loser] = {"1", "2"} - {winner}
     assert f"in production is {winner}" in outcomes[loser]
     assert aliases() == {"production": winner}
-    assert [entry["version"] for entry in history(PARAMS)] == [winner]
+    assert [step.version for step in history(PARAMS) if step.action == "promote" and not step.void] == [winner]
 
 
-def _hold(lock: str, held: multiprocessing.synchronize.Event, release: multiprocessing.synchronize.Event) -> None:
-    with FileLock(lock):
-        held.set()
-        release.wait(60)
-
-
-def test_another_process_that_promotes_is_waited_for_and_named(store, add, monkeypatch):
-    add(28)
-    monkeypatch.setattr(promotion, "_PATIENCE", 0.2)
-    context = multiprocessing.get_context("spawn")
-    held, release = context.Event(), context.Event()
-    other = context.Process(target=_hold, args=(str(store / "mlflow.db.lock"), held, release))
-    other.start()
-    try:
-        assert held.wait(60)
-        with pytest.raises(AdfmError, match=r"Another promotion has held .*mlflow\.db\.lock for 0\.2 s"):
-            promote("1", PARAMS)
-        assert aliases() == {}
-    finally:
-        release.set()
-        other.join()
-    promote("1", PARAMS)
-    assert aliases() == {"production": "1"}
+def test_on_the_command_line(store, add, capsys):
+    assert main(["promote"]) == 0
+    assert capsys.readouterr().out == "no version of adfm is newly approved; nothing to do\n"
+    add(26)
+    assert main(["promote", "--by", "cron"]) == 0
+    assert main(["promote"]) == 0
+    assert capsys.readouterr().out.endswith("no version of adfm is newly approved; nothing to do\n")
+    assert main(["registry", "log"]) == 0
+    assert "promote  1        none         cron  gate passed on " in capsys.readouterr().out
+    assert main(["registry", "log", "--json"]) == 0
+    [step] = json.loads(capsys.readouterr().out)
+    assert (step["action"], step["version"], step["by"], step["finished"]) == ("promote", "1", "cron", True)
+    assert main(["rollback", "--why", "false alarms"]) == 1
 
 
 def test_whole_life_on_a_server(server, add, tmp_path: Path):
@@ -269,8 +553,7 @@ def test_whole_life_on_a_server(server, add, tmp_path: Path):
     assert aliases() == {"production": "2", "previous": "1"}
     rollback(PARAMS, "Grace")
     assert aliases() == {"production": "1"}
-    assert [entry["by"] for entry in history(PARAMS)] == ["Ada", "Ada", "Grace"]
-    assert list((tmp_path / "server" / "files").rglob("adapter_model.safetensors"))
+    assert [step.by for step in history(PARAMS)] == ["Ada", "Ada", "Grace"]
     assert not (tmp_path / "mlflow.db").exists() and not (tmp_path / "mlartifacts").exists()
 
 

@@ -16,7 +16,7 @@ from adfm.params import Params
 from adfm.registry import registration
 from adfm.registry.registration import register
 
-PARAMS = Params.model_validate({"gate": {"bootstrap": 200}})
+PARAMS = Params.model_validate({"gate": {"bootstrap": 200, "min_images": 20}})
 
 
 def versions(name: str = "adfm") -> list[Any]:
@@ -152,7 +152,7 @@ def test_repeated_registration_makes_no_second_version(registered, shards, tmp_p
     [version] = versions()
     assert version.tags["approval"] == "approved"  # the decision is the one that was approved
 
-    stricter = Params.model_validate({"gate": {"bootstrap": 200, "accuracy": {"floor": 0.8}}})
+    stricter = Params.model_validate({"gate": {"bootstrap": 200, "min_images": 20, "accuracy": {"floor": 0.8}}})
     assert not register(model, shards, evaluation, tmp_path / "registration-first", stricter).passed
     [version] = versions()
     assert (version.tags["gate"], version.tags["approval"]) == ("failed", "pending")
@@ -265,7 +265,7 @@ def test_production_is_evaluated_again_when_the_shards_differ(
         {
             "model": {"name": str(tmp_path / "base")},
             "evaluate": {"max_new_tokens": 4, "bootstrap": 20},
-            "gate": {"bootstrap": 200, "accuracy": {"floor": 0.0}, "iou": {"floor": 0.0}},
+            "gate": {"bootstrap": 200, "min_images": 20, "accuracy": {"floor": 0.0}, "iou": {"floor": 0.0}},
         }
     )
     old, new = make_shards(tmp_path / "old", 100), make_shards(tmp_path / "new", 150)
