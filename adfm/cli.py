@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adfm import __version__
 from adfm.errors import AdfmError
@@ -99,10 +99,17 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"adfm {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="<verb>", required=True, title="verbs")
 
-    def verb(name: str, run: Run, summary: str) -> argparse.ArgumentParser:
-        added = verbs.add_parser(name, help=summary, description=summary)
+    leaves: list[argparse.ArgumentParser] = []
+
+    def verb(name: str, run: Run, summary: str, under: Any = verbs) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = under.add_parser(name, help=summary, description=summary)
         added.set_defaults(run=run)
+        leaves.append(added)
         return added
+
+    def group(name: str, summary: str) -> Any:
+        added = verbs.add_parser(name, help=summary, description=summary)
+        return added.add_subparsers(metavar="<verb>", required=True, title="verbs")
 
     add = verb("check", _check, "see that settings, model, MLflow and disk are fit for a run, before it starts")
     add.add_argument("out", metavar="OUT", type=Path, nargs="?", help="file to write when all is well")
@@ -154,9 +161,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add.add_argument("model", metavar="MODEL", type=Path, help="folder that warmup or train wrote")
     add.add_argument("out", metavar="OUT", type=Path, help="folder to write the adapter to")
 
-    add = verb("evaluate", _evaluate, "let models answer the test split and compare them")
+    add = verb("evaluate", _evaluate, "let models answer the test split and compare them; goes on if interrupted")
     add.add_argument(
-        "model", metavar="MODEL", help="the candidate: a folder that warmup or train wrote, or a model name"
+        "model",
+        metavar="MODEL",
+        help="the candidate: a folder that warmup or train wrote, a registered version (models:/adfm@production, "
+        "models:/adfm/3), or a base model's name",
     )
     add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
     add.add_argument("out", metavar="OUT", type=Path, help="folder to write")
@@ -164,19 +174,54 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--compare", metavar="NAME=MODEL", type=_named, action="append", default=[], help="a further model; repeatable"
     )
 
+    add = verb("report", _report, "write the page that shows an evaluation anew; evaluate writes one itself")
+    add.add_argument("evaluation", metavar="EVALUATION", type=Path, help="folder that evaluate wrote")
+    add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of the shards that were evaluated")
+    add.add_argument("out", metavar="OUT", type=Path, help="folder to write: report.html and images/")
+
     add = verb("register", _register, "register a version in MLflow with the gate's decision; moves nothing")
     add.add_argument("model", metavar="MODEL", type=Path, help="folder that train wrote")
     add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
     add.add_argument("evaluation", metavar="EVALUATION", type=Path, help="folder that evaluate wrote")
     add.add_argument("out", metavar="OUT", type=Path, help="folder to write")
 
+    add = verb("gate", _gate, "judge one prediction table against another; exit status 3 if it does not pass")
+    add.add_argument("candidate", metavar="CANDIDATE", type=Path, help="predictions.parquet that evaluate wrote")
+    add.add_argument("production", metavar="PRODUCTION", type=Path, help="the same images, by the model in production")
+
     add = verb("promote", _promote, "give an approved version the alias production")
-    add.add_argument("version", metavar="VERSION", help="number of the version")
+    add.add_argument(
+        "version",
+        metavar="VERSION",
+        nargs="?",
+        help="number of the version; the newest approved one, if any, by default",
+    )
     add.add_argument("--by", metavar="NAME", help="who promotes; the user of this process by default")
 
     add = verb("rollback", _rollback, "give the alias production back to the version that had it before")
     add.add_argument("--to", metavar="VERSION", help="an earlier version; the one before by default")
     add.add_argument("--by", metavar="NAME", help="who rolls back; the user of this process by default")
+    add.add_argument("--why", metavar="TEXT", default="", help="the reason, for the history")
+
+    approvals = group("approvals", "follow what reviewers decide in MLflow")
+    add = verb("serve", _serve_approvals, "promote what is approved, within seconds, until told to end", approvals)
+    add.add_argument(
+        "--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen on; 127.0.0.1 by default"
+    )
+    add.add_argument("--port", metavar="PORT", type=int, default=5080, help="to listen on; 5080 by default")
+    add.add_argument(
+        "--poll",
+        metavar="SECONDS",
+        type=float,
+        default=15,
+        help="look at MLflow as often without a webhook; 15 by default",
+    )
+    add = verb("register-webhook", _register_webhook, "make MLflow send its webhooks to the service", approvals)
+    add.add_argument("url", metavar="URL", help="where MLflow reaches `adfm approvals serve`")
+
+    registry = group("registry", "look at the registered versions")
+    add = verb("log", _registry_log, "print who was in production, when and why", registry)
+    add.add_argument("--json", action="store_true", help="as a list in JSON")
 
     add = verb("score", _score, "print what completions earn, one JSON object a line")
     add.add_argument("file", metavar="FILE", type=Path, help="JSON lines with completion, label, boxes (512x512 frame)")
@@ -185,7 +230,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add = verb("tiny-base", _tiny_base, "train the embedded base model anew; goes on if it was interrupted")
     add.add_argument("out", metavar="OUT", type=Path, help="folder to write the model to")
 
-    for each in verbs.choices.values():
+    for each in leaves:
         each.add_argument(
             "--params", metavar="FILE", type=Path, help="settings; params.yaml, if there is one, by default"
         )
@@ -272,22 +317,68 @@ def _evaluate(args: argparse.Namespace, params: Params) -> None:
     evaluate({**dict(args.compare), "trained": args.model}, args.shards, args.out, params)
 
 
+def _report(args: argparse.Namespace, params: Params) -> None:
+    from adfm.evaluation.report import write
+
+    write(args.evaluation, args.shards, args.out)
+
+
 def _register(args: argparse.Namespace, params: Params) -> None:
     from adfm.registry.registration import register
 
     register(args.model, args.shards, args.evaluation, args.out, params)
 
 
-def _promote(args: argparse.Namespace, params: Params) -> None:
-    from adfm.registry.promotion import promote
+def _gate(args: argparse.Namespace, params: Params) -> int:
+    import dataclasses
+    import json
 
-    promote(args.version, params, args.by)
+    from adfm.registry import gate
+
+    decision = gate.decide(gate.read(args.candidate), gate.read(args.production), params.gate, params.seed)
+    print(json.dumps(dataclasses.asdict(decision), indent=2, allow_nan=False))
+    return 0 if decision.passed else 3
+
+
+def _promote(args: argparse.Namespace, params: Params) -> None:
+    from adfm.registry.promotion import promote, promote_approved
+
+    if args.version is not None:
+        promote(args.version, params, args.by)
+    elif not promote_approved(params, args.by):
+        print(f"no version of {params.register_.model} is newly approved; nothing to do")
 
 
 def _rollback(args: argparse.Namespace, params: Params) -> None:
     from adfm.registry.promotion import rollback
 
-    rollback(params, args.by, args.to)
+    rollback(params, args.by, args.to, args.why)
+
+
+def _serve_approvals(args: argparse.Namespace, params: Params) -> None:
+    from adfm.registry.approvals import serve
+
+    serve(params, args.host, args.port, args.poll)
+
+
+def _register_webhook(args: argparse.Namespace, params: Params) -> None:
+    from adfm.registry.approvals import register_webhook
+
+    register_webhook(args.url, params)
+
+
+def _registry_log(args: argparse.Namespace, params: Params) -> None:
+    from adfm.registry.history import table
+    from adfm.registry.promotion import history
+
+    steps = history(params)
+    if args.json:
+        import dataclasses
+        import json
+
+        print(json.dumps([dataclasses.asdict(step) for step in steps], indent=2))
+    else:
+        print(table(steps))
 
 
 def _score(args: argparse.Namespace, params: Params) -> None:

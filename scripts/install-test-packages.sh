@@ -1,15 +1,15 @@
 #!/bin/sh
-# Installs the system packages that only the tests need: a real S3 server (see s3-server.sh), from Debian or Ubuntu.
+# Installs the system packages that only the tests need: a real S3 server (see s3-server.sh) and a browser, from Debian.
 set -eu
 
-if dpkg-query -W -f '${Status}\n' ceph-common ceph-mon ceph-osd radosgw 2>/dev/null | grep -c 'ok installed' | grep -qx 4; then
-  exit
-fi
+set -- ceph-common ceph-mon ceph-osd radosgw fonts-dejavu-core
+command -v google-chrome >/dev/null || set -- "$@" chromium
+[ "$(dpkg-query -W -f '${Status}\n' "$@" 2>/dev/null | grep -c 'ok installed')" -ne $# ] || exit 0
 [ "$(id -u)" = 0 ] || exec sudo "$0"
 export DEBIAN_FRONTEND=noninteractive
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-{ apt-get update && apt-get install --yes --no-install-recommends ceph-common ceph-mon ceph-osd radosgw; } >"$log" 2>&1 || {
+{ apt-get update && apt-get install --yes --no-install-recommends "$@"; } >"$log" 2>&1 || {
   cat "$log" >&2
   exit 1
 }
