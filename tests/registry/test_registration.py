@@ -111,7 +111,7 @@ def test_long_description_fits_the_column():
     origin = {"base": {"name": "b", "revision": None}, "git_commit": None, "git_dirty": None}
     origin["data"] = {"trained_on": "d", "dvc_md5": None}
     measured = {f"{m}{end}": None for m in registration.metrics.HEADLINE for end in ("", "_low", "_high")}
-    text = registration._text(decided, origin, measured, "1")
+    text = registration._text(decided, origin, measured, "1", None)
     assert len(text) <= 5000
     assert "and 25 more, in gate.json" in text
 

@@ -40,7 +40,7 @@ def test_a_data_set_that_nests_its_own_name(mvtec_folder: Path, tmp_path: Path) 
     (outer / "manifest.json").write_text("{}")
     samples = list(mvtec.read(outer))
     assert len(samples) == 48
-    assert samples[0].source == "tiny/tiny/bolt/train/good/000.png"
+    assert samples[0].source == "tiny/tiny/bolt/test/good/000.png"
     assert {sample.category for sample in samples} == {"bolt", "tile"}
     assert readers.detect(outer)[0] == "mvtec"
 
