@@ -75,22 +75,22 @@ def test_a_signature_of_mlflow_itself_is_taken(client):
 @pytest.mark.parametrize(
     ("body", "headers", "status", "says"),
     [
-        (event(), {}, 401, "lacks the headers"),
-        (event(), signed(event(), secret="another"), 401, "signature"),
-        (event(), signed(event("other")), 401, "signature"),
-        (event(), signed(event()) | {"X-MLflow-Delivery-Id": "d2"}, 401, "signature"),
-        (event(), signed(event()) | {"X-MLflow-Signature": "v1,not base64"}, 401, "signature"),
-        (event(), signed(event()) | {"X-MLflow-Signature": "v2,AAAA"}, 401, "lacks the headers"),
-        (event(), signed(event()) | {"X-MLflow-Timestamp": "soon"}, 401, "lacks the headers"),
-        (event(), signed(event(), at=1e9), 401, "clocks differ"),
-        (event(), signed(event(), at=9e9), 401, "clocks differ"),
-        (b"[]", signed(b"[]"), 400, "body"),
-        (b"{", signed(b"{"), 400, "body"),
-        (b" " * 1_000_001, {}, 413, "bytes"),
+        (event(), dict, 401, "lacks the headers"),
+        (event(), lambda: signed(event(), secret="another"), 401, "signature"),
+        (event(), lambda: signed(event("other")), 401, "signature"),
+        (event(), lambda: signed(event()) | {"X-MLflow-Delivery-Id": "d2"}, 401, "signature"),
+        (event(), lambda: signed(event()) | {"X-MLflow-Signature": "v1,not base64"}, 401, "signature"),
+        (event(), lambda: signed(event()) | {"X-MLflow-Signature": "v2,AAAA"}, 401, "lacks the headers"),
+        (event(), lambda: signed(event()) | {"X-MLflow-Timestamp": "soon"}, 401, "lacks the headers"),
+        (event(), lambda: signed(event(), at=1e9), 401, "clocks differ"),
+        (event(), lambda: signed(event(), at=9e9), 401, "clocks differ"),
+        (b"[]", lambda: signed(b"[]"), 400, "body"),
+        (b"{", lambda: signed(b"{"), 400, "body"),
+        (b" " * 1_000_001, dict, 413, "bytes"),
     ],
 )
 def test_what_is_forged_replayed_or_broken_does_not_ring(client, watch, body, headers, status, says, capsys):
-    answer = client.post("/", content=body, headers=headers)
+    answer = client.post("/", content=body, headers=headers())
     assert answer.status_code == status
     assert says in answer.json()["detail"]
     assert says in capsys.readouterr().out
