@@ -12,7 +12,8 @@ from typing import Literal
 from adfm.records import Box, Label
 
 _TAG = re.compile(r"</?(?:think|rethink|answer)>", re.IGNORECASE | re.ASCII)
-# Fields hold no bracket and no comma, so that every character is looked at once: no string makes this slow.
+# Fields hold no bracket and no comma, so that no character is looked at more than twice: no string makes this slow.
+_COORDINATES = re.compile(r"\[(?=\s*+[+-]?(?:\.?\d|nan|inf)[^\[\],]*+,)", re.IGNORECASE)
 _FOUR_FIELDS = re.compile(r"\[([^\[\],]*+),([^\[\],]*+),([^\[\],]*+),([^\[\],]*+)\]")
 _FARTHEST = 1e6  # beyond any image; areas of such boxes are still exact enough to compare
 
@@ -27,7 +28,8 @@ class Response:
         answer: `A` (anomalous) or `B` (normal); `None` unless the one answer stage holds that letter and nothing else.
         boxes: Every box in `think` that has an area, `[x1, y1, x2, y2]` in the model's frame, in the order written.
             On an image answered `B` they are regions that were examined and rejected.
-        invalid: How many brackets of four numbers in `think` are no box: inverted, empty, not finite.
+        invalid: How many lists of coordinates begin in `think` (a bracket, a number, a comma) and are no box: of more
+            or fewer than four numbers, not closed, inverted, empty, not finite.
         tags: The tags of all stages in the order written, lower case.
     """
 
@@ -61,23 +63,24 @@ def parse(completion: str) -> Response:
     think = stage("think")
     letter = (stage("answer") or "").strip().lower()
     answer: Literal["A", "B"] | None = None
-    if tags.count("<answer>") == 1:  # of two answers neither is the decision
+    if tags.count("<answer>") == tags.count("</answer>") == 1:  # of two answers neither is the decision
         answer = "A" if letter == "a" else "B" if letter == "b" else None
     boxes, invalid = _boxes(think or "")
     return Response(think, stage("rethink"), answer, boxes, invalid, tags)
 
 
 def _boxes(text: str) -> tuple[tuple[Box, ...], int]:
-    """The boxes in `text`, and how many brackets of four numbers are no box."""
+    """The boxes in `text`, and how many lists of coordinates are no box."""
     boxes = []
     invalid = 0
-    for fields in _FOUR_FIELDS.findall(text):
+    for begun in _COORDINATES.finditer(text):
+        fields = _FOUR_FIELDS.match(text, begun.start())
         try:
-            box = Box(*map(float, fields))
-        except ValueError:  # words, not numbers
-            continue
+            box = Box(*map(float, fields.groups())) if fields else None
+        except ValueError:
+            box = None
         # Written so that nan fails it.
-        if box.x1 < box.x2 and box.y1 < box.y2 and all(abs(number) <= _FARTHEST for number in box):
+        if box and box.x1 < box.x2 and box.y1 < box.y2 and all(abs(number) <= _FARTHEST for number in box):
             boxes.append(box)
         else:
             invalid += 1

@@ -259,6 +259,7 @@ def test_5_doing_nothing_is_not_paid_as_localization(completion):
 @example("normal", "abnormal", [])
 @example("anomalous", "normal", [])
 @example("anomalous", "A.", [])
+@example("anomalous", "</ANSWER>", [])
 def test_6_text_that_merely_contains_the_letter_earns_nothing(label, text, truth):
     right = LETTER[label]
     for content in (text, f"{text}{right}", f"{right}{text}"):
