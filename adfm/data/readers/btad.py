@@ -42,18 +42,9 @@ def _category(raw: Path, folder: Path) -> Iterator[Sample]:
     truth = folder / "ground_truth" / "ko"
     masks = {mask.stem: mask for mask in files.images(truth)}
     for split, kind in (("train", "ok"), ("test", "ko"), ("test", "ok")):
-        normal = kind == "ok"
         for image in files.images(folder / split / kind):
-            yield Sample(
-                image=image,
-                source=image.relative_to(raw).as_posix(),
-                dataset=dataset,
-                category=category,
-                label="normal" if normal else "anomalous",
-                defect=None if normal else kind,
-                masks=() if normal else (masks.get(image.stem, truth / f"{image.stem}.png"),),
-                split=split,
-            )
+            mask = masks.get(image.stem, truth / f"{image.stem}.png")
+            yield files.sample(raw, dataset, category, image, None if kind == "ok" else kind, [mask], split)
 
 
 def _is_category(folder: Path) -> bool:

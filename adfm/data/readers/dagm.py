@@ -43,16 +43,8 @@ def _category(raw: Path, folder: Path) -> Iterator[Sample]:
         labels = {label.stem: label for label in files.images(folder / part / "Label")}
         for image in files.images(folder / part):
             label = labels.get(f"{image.stem}_label")
-            yield Sample(
-                image=image,
-                source=image.relative_to(raw).as_posix(),
-                dataset=dataset,
-                category=category,
-                label="anomalous" if label else "normal",
-                defect="defect" if label else None,
-                masks=(label,) if label else (),
-                split=split,
-            )
+            defect, masks = ("defect", [label]) if label else (None, [])
+            yield files.sample(raw, dataset, category, image, defect, masks, split)
 
 
 def _is_category(folder: Path) -> bool:

@@ -7,12 +7,12 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from adfm.errors import AdfmError
-from adfm.records import Sample
+from adfm.records import Sample, Split
 
 IMAGES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"))
 
@@ -90,6 +90,41 @@ def categories(raw: Path, is_category: Callable[[Path], bool]) -> list[Path]:
         return [raw]
     found = root(raw, lambda folder: any(is_category(inside) for inside in folders(folder)))
     return folders(found) if found else []
+
+
+def sample(
+    raw: Path,
+    dataset: str,
+    category: str,
+    image: Path,
+    defect: str | None,
+    masks: Iterable[Path] = (),
+    split: Split | None = None,
+    **more: Any,
+) -> Sample:
+    """An image of a data set that has masks.
+
+    Args:
+        raw: The data set.
+        dataset: Its name.
+        category: The product.
+        image: The image, in `raw`.
+        defect: What is wrong with it; `None` if it is normal.
+        masks: Where the defect is; those of a normal image are dropped.
+        split: The split that the data set fixes.
+        more: Other fields of `Sample`.
+    """
+    return Sample(
+        image=image,
+        source=image.relative_to(raw).as_posix(),
+        dataset=dataset,
+        category=category,
+        label="anomalous" if defect else "normal",
+        defect=defect,
+        masks=tuple(masks) if defect else (),
+        split=split,
+        **more,
+    )
 
 
 def named(bases: Sequence[Path], name: str) -> Path | None:
@@ -200,12 +235,17 @@ def refuse(raw: Path, layout: str, problems: Iterable[str]) -> None:
     Raises:
         AdfmError: There are problems.
     """
-    listed = "\n".join(f"  {_printable(problem)}" for problem in dict.fromkeys(problems))
+    listed = "\n".join(f"  {printable(problem)}" for problem in dict.fromkeys(problems))
     if listed:
         raise AdfmError(
             f"{raw}: problems in the data set (layout {layout}):\n{listed}\n"
             "Add what is missing, or take these files away, and convert again."
         )
+
+
+def printable(text: str) -> str:
+    """The text with what cannot be printed, such as a newline, escaped."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _is_readable(folder: Path) -> bool:
@@ -229,7 +269,3 @@ def _leads_back(folder: Path, entry: os.DirEntry[str]) -> bool:
 
 def _is_hidden(name: str) -> bool:
     return name.startswith((".", "__MACOSX"))
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

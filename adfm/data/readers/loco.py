@@ -42,19 +42,11 @@ def _category(raw: Path, folder: Path) -> Iterator[Sample]:
     dataset, category = raw.resolve().name, folder.resolve().name
     for split in SPLITS:
         for kind in files.folders(folder / split):
-            normal = kind.name == "good"
+            defect = None if kind.name == "good" else kind.name
             for image in files.images(kind):
                 truth = folder / "ground_truth" / kind.name / image.stem
-                yield Sample(
-                    image=image,
-                    source=image.relative_to(raw).as_posix(),
-                    dataset=dataset,
-                    category=category,
-                    label="normal" if normal else "anomalous",
-                    defect=None if normal else kind.name,
-                    masks=() if normal else tuple(files.images(truth)) or (truth / "000.png",),
-                    split=split,
-                )
+                masks = files.images(truth) or [truth / "000.png"]
+                yield files.sample(raw, dataset, category, image, defect, masks, split)
 
 
 def _is_category(folder: Path) -> bool:

@@ -71,16 +71,7 @@ def _samples(raw: Path, root: Path, problems: list[str]) -> Iterator[Sample]:
                 problems.append(f"mmad.json: {entry.mask_path!r}, the mask of {path}, is no path within the data set")
                 continue
             masks = tuple(files.images(mask.parent)) if mask.parent.name == image.stem else (mask,)
-        yield Sample(
-            image=image,
-            source=image.relative_to(raw).as_posix(),
-            dataset=parts[0],
-            category=parts[1],
-            label="normal" if kind == "good" else "anomalous",
-            defect=None if kind == "good" else kind,
-            masks=masks,
-            split="test",
-        )
+        yield files.sample(raw, parts[0], parts[1], image, None if kind == "good" else kind, masks, "test")
 
 
 def _root(raw: Path) -> Path | None:

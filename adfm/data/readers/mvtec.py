@@ -50,16 +50,7 @@ def _category(raw: Path, folder: Path) -> Iterator[Sample]:
         masks = {} if normal else {mask.stem: mask for mask in files.images(truth)}
         for image in files.images(kind):
             mask = masks.get(f"{image.stem}_mask") or masks.get(image.stem) or truth / f"{image.stem}_mask.png"
-            yield Sample(
-                image=image,
-                source=image.relative_to(raw).as_posix(),
-                dataset=dataset,
-                category=category,
-                label="normal" if normal else "anomalous",
-                defect=None if normal else kind.name,
-                masks=() if normal else (mask,),
-                split=split,
-            )
+            yield files.sample(raw, dataset, category, image, None if normal else kind.name, [mask], split)
 
 
 def _is_category(folder: Path) -> bool:

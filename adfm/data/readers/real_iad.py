@@ -95,16 +95,15 @@ def _category(raw: Path, top: Path, folder: Path, problems: list[str]) -> Iterat
                 problems.append(f"{found[0].relative_to(raw).as_posix()}: {path!r} is no path within the data set")
                 continue
             normal = entry.anomaly_class == content.meta.normal_class or mask is None
-            yield Sample(
-                image=image,
-                source=image.relative_to(raw).as_posix(),
-                dataset=dataset,
-                category=folder.name,
-                label="normal" if normal else "anomalous",
-                defect=None if normal else entry.anomaly_class,
-                masks=() if normal or mask is None else (mask,),
+            yield files.sample(
+                raw,
+                dataset,
+                folder.name,
+                image,
+                None if normal else entry.anomaly_class,
+                [mask] if mask else [],
+                split,
                 unmarked_is_normal=True,
-                split=split,
                 group=image.parent.relative_to(raw).as_posix(),
             )
 

@@ -57,16 +57,9 @@ def _category(raw: Path, folder: Path, problems: list[str]) -> Iterator[Sample]:
     listed = _listed(raw, table, folder, problems) if folder != raw and table.is_file() else _found(folder)
     defects = _defects(raw, folder / "image_anno.csv", problems)
     for image in listed:
-        yield Sample(
-            image=image.path,
-            source=image.path.relative_to(raw).as_posix(),
-            dataset=dataset,
-            category=category,
-            label="normal" if image.normal else "anomalous",
-            defect=None if image.normal else defects.get(image.path.name, "anomaly"),
-            masks=(image.mask,) if image.mask else (),
-            split=image.split,
-        )
+        defect = None if image.normal else defects.get(image.path.name, "anomaly")
+        masks = [image.mask] if image.mask else []
+        yield files.sample(raw, dataset, category, image.path, defect, masks, image.split)
 
 
 def _found(folder: Path) -> Iterator[_Image]:
