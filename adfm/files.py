@@ -88,10 +88,14 @@ def digest(folder: Path) -> str:
     """SHA-256, hex, over the files of a folder: their relative paths, sorted, and their contents."""
     total = hashlib.sha256()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with file.open("rb") as content:
-            own = hashlib.file_digest(content, "sha256").hexdigest()
-        total.update(json.dumps([file.relative_to(folder).as_posix(), own]).encode())
+        total.update(json.dumps([file.relative_to(folder).as_posix(), file_digest(file)]).encode())
     return total.hexdigest()
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file, hex."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def write_json(content: dict[str, Any], file: Path) -> None:

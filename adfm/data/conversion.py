@@ -38,9 +38,9 @@ from tqdm import tqdm
 
 from adfm import __version__
 from adfm.data import duplicates, inspection, shards, splits
-from adfm.data.readers import READERS, detect
+from adfm.data.readers import READERS, detect, files
 from adfm.errors import AdfmError
-from adfm.files import atomic_folder
+from adfm.files import atomic_folder, write_json
 from adfm.params import Params
 from adfm.records import SPLITS, Box, Record, Sample, Split
 
@@ -91,7 +91,7 @@ def convert(raw: Path, out: Path, params: Params, parts: Sequence[Path] = ()) ->
         _write(raw, runs, assigned, folder, params.convert.shard_images)
         shutil.rmtree(work)
         report = _report(data, images, pairs, assigned, params) | {"fingerprint": shards.fingerprint(folder)}
-        (folder / "conversion.json").write_text(json.dumps(report, indent=2) + "\n")
+        write_json(report, folder / "conversion.json")
     for warning in report["warnings"]:
         print(f"adfm: warning: {warning}", file=sys.stderr)
 
@@ -113,7 +113,7 @@ def inspect_part(raw: Path, out: Path, params: Params, part: int, of: int) -> No
     with _unfinished(out, data) as folder:
         _inspected(data, folder, params, part, of)
         description = {"part": part, "of": of, "settings": _settings(data.layout, params)}
-        (folder / PART).write_text(json.dumps(description, indent=2) + "\n")
+        write_json(description, folder / PART)
 
 
 class _Raw(NamedTuple):
@@ -201,14 +201,10 @@ def _inspected(raw: _Raw, work: Path, params: Params, part: int = 1, of: int = 1
 def _refusal(raw: _Raw, refusals: list[AdfmError], problems: list[str]) -> str:
     lines = [str(refusal) for refusal in refusals]
     if problems:
-        listed = "\n".join(f"  {_printable(problem)}" for problem in problems)
+        listed = "\n".join(f"  {files.printable(problem)}" for problem in problems)
         what = "bad file" if len(problems) == 1 else "bad files"
         lines.append(f"{raw.folder}: {len(problems)} {what}; mend or remove them and convert again:\n{listed}")
     return "\n".join(lines)
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _runs(samples: Iterable[Sample], refusals: list[AdfmError]) -> Iterator[list[Sample]]:

@@ -96,15 +96,19 @@ def near_duplicates(
 
 def clusters(pairs: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     """The indices of the images that hang together by pairs, cluster by cluster."""
+    images, ends = np.unique(pairs, return_inverse=True)
+    numbers = components(ends.reshape(-1, 2), len(images))
+    order = np.argsort(numbers, kind="stable")
+    return np.split(images[order], np.cumsum(np.bincount(numbers))[:-1]) if len(images) else []
+
+
+def components(pairs: NDArray[np.int64], images: int) -> NDArray[np.int64]:
+    """[images]: the number of the component that each image belongs to, from the [pairs, 2] that hang together."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    images, ends = np.unique(pairs, return_inverse=True)
-    ends = ends.reshape(-1, 2)
-    edges = coo_array((np.ones(len(ends), np.int8), (ends[:, 0], ends[:, 1])), shape=(len(images), len(images)))
-    count, numbers = connected_components(edges, directed=False)
-    order = np.argsort(numbers, kind="stable")
-    return np.split(images[order], np.cumsum(np.bincount(numbers, minlength=count))[:-1]) if count else []
+    edges = coo_array((np.ones(len(pairs), np.int8), (pairs[:, 0], pairs[:, 1])), shape=(images, images))
+    return np.asarray(connected_components(edges, directed=False)[1], np.int64)
 
 
 def _reduced(grey: NDArray[np.float32], side: int) -> NDArray[np.float32]:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from adfm.data import archives
 from adfm.data.manifest import STATE, Ledger
 from adfm.errors import AdfmError
-from adfm.files import atomic_folder
+from adfm.files import atomic_folder, file_digest
 
 SCHEMES = ("file", "s3", "dvc", "synthetic")
 _CONNECTIONS = 16
@@ -457,7 +457,5 @@ def _fetch_synthetic(uri: str, out: Path) -> None:
     with atomic_folder(out) as folder, contextlib.closing(Ledger(folder, uri)) as ledger:
         synthetic.generate(folder, **options)
         for path in folder.rglob("*.png"):
-            with path.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            ledger.add(path.relative_to(folder).as_posix(), path.stat().st_size, sha256)
+            ledger.add(path.relative_to(folder).as_posix(), path.stat().st_size, file_digest(path))
         ledger.finish({"source": uri})

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from adfm.data.duplicates import components
 from adfm.params import Params, Split
 from adfm.records import SPLITS
 from adfm.records import Split as SplitName
@@ -87,16 +88,10 @@ def _fractions(split: Split, lacking: list[SplitName]) -> dict[SplitName, float]
 
 def _together(column: dict[str, pa.Array], duplicates: NDArray[np.int64]) -> NDArray[np.int64]:
     """[images]: the number of the group of images that go to one split."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     category, group = column["category"], column["group"]
     groups = pc.add(pc.multiply(category.indices.cast("int64"), len(group.dictionary)), group.indices)
     pairs = np.concatenate([repeated(column["sha256"]), repeated(groups), duplicates])
-    size = len(groups)
-    edges = coo_array((np.ones(len(pairs), np.int8), (pairs[:, 0], pairs[:, 1])), shape=(size, size))
-    _, numbers = connected_components(edges, directed=False)
-    return np.asarray(numbers, np.int64)
+    return components(pairs, len(groups))
 
 
 def repeated(values: pa.Array) -> NDArray[np.int64]:

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from adfm import tracking
 from adfm.data import duplicates, pictures, shards
 from adfm.errors import AdfmError
-from adfm.files import atomic_folder
+from adfm.files import atomic_folder, write_json
 from adfm.params import Convert, Params
 from adfm.records import SPLITS, Label
 
@@ -126,7 +126,7 @@ def judge(folder: Path, out: Path, params: Params, reference: Mapping[str, Any] 
     report = {"passed": passed, "statistics": statistics, "expectations": entries}
     shown = _pictures(folder, table, failing)
     with atomic_folder(out) as unfinished:
-        (unfinished / "validation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(report, unfinished / "validation.json")
         (unfinished / "index.html").write_text(_page(result, entries, shown), encoding="utf-8")
     return passed
 

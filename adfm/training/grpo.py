@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from adfm import tracking
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
-from adfm.files import atomic_folder, digest
+from adfm.files import atomic_folder, digest, write_json
 from adfm.method import rewards
 from adfm.method.coordinates import Frame
 from adfm.models import loading
@@ -102,8 +102,7 @@ def _resume(work: Path, shards: Path, model: Path, params: Params) -> str | None
 
 def _identify(work: Path, shards: Path, model: Path, params: Params, run_id: str) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    identity = {"identity": _identity(shards, model, params), "mlflow_run_id": run_id}
-    (work / IDENTITY).write_text(json.dumps(identity, indent=2))
+    write_json({"identity": _identity(shards, model, params), "mlflow_run_id": run_id}, work / IDENTITY)
 
 
 def reward_functions(profile: str) -> list[Any]:

@@ -5,14 +5,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 from adfm import tracking
 from adfm.data import shards as shards_
-from adfm.files import atomic_folder
+from adfm.files import atomic_folder, write_json
 from adfm.method import prompt
 from adfm.models import loading
 from adfm.params import Params
@@ -114,4 +112,4 @@ def save(
         "data_fingerprint": shards_.fingerprint(shards),
         "params": params.model_dump(mode="json", by_alias=True),
     }
-    (folder / loading.DESCRIPTION).write_text(json.dumps(description, indent=2) + os.linesep)
+    write_json(description, folder / loading.DESCRIPTION)
