@@ -28,7 +28,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -188,8 +187,7 @@ def _write_plot_data(candidate: pd.DataFrame, sizes: dict[str, dict[str, Any]], 
     answers = zip(candidate["label"], candidate["predicted"].fillna("unparseable"), strict=True)
     _write_csv(["actual", "predicted"], answers, folder / "confusion.csv")
 
-    anomalous = (candidate["label"] == "anomalous").to_numpy(dtype=bool)
-    score = metrics.ranks(candidate["score"].to_numpy(dtype=float, na_value=np.nan), anomalous)
+    anomalous, score = metrics.ranked(candidate)
     curve = roc_curve(anomalous, score)[:2] if 0 < anomalous.sum() < len(anomalous) else ((), ())
     _write_csv(["fpr", "tpr"], zip(*curve, strict=True), folder / "roc.csv")
 

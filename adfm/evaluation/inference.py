@@ -328,7 +328,7 @@ def _row(family: str, processor: Any, record: Record, completion: str, score: fl
         "dataset": record.dataset,
         "category": record.category,
         "defect": record.defect,
-        "group": getattr(record, "group", None),
+        "group": record.group,
         "label": record.label,
         "predicted": predicted,
         "score": score if predicted else None,

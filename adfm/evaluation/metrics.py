@@ -227,9 +227,8 @@ def threshold(table: pd.DataFrame, limit: float) -> float | None:
         The threshold, the score of a normal image; `None` if no threshold keeps the limit (unparseable answers alone
         exceed it) or there is no normal image to choose it on.
     """
-    normal = (table["label"] == "normal").to_numpy(dtype=bool)
-    score = ranks(table["score"].to_numpy(dtype=float, na_value=np.nan), ~normal)
-    passed = np.sort(score[normal])[::-1]
+    anomalous, score = ranked(table)
+    passed = np.sort(score[~anomalous])[::-1]
     allowed = int(np.floor(limit * len(passed) + 1e-9))  # 0.29 * 100 is a little below 29
     if not len(passed) or passed[allowed] > 1:
         return None
@@ -386,10 +385,10 @@ def _auroc(score: Floats | None, anomalous: NDArray[np.bool_]) -> Callable[[Floa
     """Area under the ROC curve as the probability that a defect outranks a normal image (Mann-Whitney)."""
     if score is None:
         return lambda weights: np.full(len(weights), np.nan)
-    ranked = ranks(score, anomalous)
+    scores = _ranks(score, anomalous)
     defects, normals = np.flatnonzero(anomalous), np.flatnonzero(~anomalous)
-    normals = normals[np.argsort(ranked[normals])]
-    first, last = (np.searchsorted(ranked[normals], ranked[defects], side) for side in ("left", "right"))
+    normals = normals[np.argsort(scores[normals])]
+    first, last = (np.searchsorted(scores[normals], scores[defects], side) for side in ("left", "right"))
 
     def auroc(weights: Floats) -> Floats:
         # below[:, i]: weight of the i lowest normal images.
@@ -401,8 +400,13 @@ def _auroc(score: Floats | None, anomalous: NDArray[np.bool_]) -> Callable[[Floa
     return auroc
 
 
-def ranks(score: Floats, anomalous: NDArray[np.bool_]) -> Floats:
-    """Scores in [0, 1] to rank images by; a missing one stands where it is most wrong."""
+def ranked(table: pd.DataFrame) -> tuple[NDArray[np.bool_], Floats]:
+    """Which images are anomalous, and the scores to rank all by; a missing one stands where it is most wrong."""
+    anomalous = (table["label"] == "anomalous").to_numpy(dtype=bool)
+    return anomalous, _ranks(table["score"].to_numpy(dtype=float, na_value=np.nan), anomalous)
+
+
+def _ranks(score: Floats, anomalous: NDArray[np.bool_]) -> Floats:
     return np.where(np.isnan(score), np.where(anomalous, -1.0, 2.0), score)
 
 

@@ -293,10 +293,9 @@ def _curves(table: pd.DataFrame) -> dict[str, list[list[float]]] | None:
     """Points of the ROC curve (overkill, recall) and the precision-recall curve (recall, precision)."""
     from sklearn.metrics import precision_recall_curve, roc_curve
 
-    anomalous = (table["label"] == "anomalous").to_numpy(dtype=bool)
+    anomalous, score = metrics.ranked(table)
     if anomalous.all() or not anomalous.any():
         return None
-    score = metrics.ranks(table["score"].to_numpy(dtype=float, na_value=np.nan), anomalous)
     false_positives, true_positives, _ = roc_curve(anomalous, score)
     precision, recall, _ = precision_recall_curve(anomalous, score, drop_intermediate=True)
     return {
