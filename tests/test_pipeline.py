@@ -46,6 +46,7 @@ SMALL = [
     "evaluate.max_new_tokens=48",
     "evaluate.bootstrap=50",
     "gate.bootstrap=50",
+    "gate.min_images=10",
     "gate.accuracy.floor=0",
     "gate.iou.floor=0",
 ]
