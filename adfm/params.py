@@ -126,7 +126,7 @@ class Train(Section):
     warmup_ratio: Fraction = 0.03
     temperature: PositiveFloat = 1.0
     max_completion_length: PositiveInt = 96
-    beta: NonNegativeFloat = 0.05
+    beta: NonNegativeFloat = 0.02
     epsilon: PositiveFloat = 0.2
     loss_type: Literal["grpo", "dapo", "dr_grpo", "bnpo"] = "dapo"
     aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
