@@ -32,7 +32,7 @@ SIZES = {"PNG": 1024, "JPEG": 900}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=120, help="of each format")
+    parser.add_argument("--images", type=int, default=400, help="of each format")
     parser.add_argument("--formats", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--python", default=sys.executable, help="interpreter for the peer")

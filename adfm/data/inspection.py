@@ -77,7 +77,7 @@ def inspect(sample: Sample, settings: Convert) -> dict[str, Any]:
     return row | {
         "boxes": [list(box) for box in boxes],
         "fragments": fragments,
-        "mask": None if mask is None else png(Image.fromarray(mask)),
+        "mask": None if mask is None else png(Image.fromarray(mask), zlib.Z_RLE),
         "problems": _lines(sample, problems),
     }
 
@@ -100,10 +100,10 @@ def encoded(content: bytes) -> bytes:
         return png(_upright(file))
 
 
-def png(image: Image.Image) -> bytes:
-    """The image as a PNG file."""
+def png(image: Image.Image, strategy: int = zlib.Z_DEFAULT_STRATEGY) -> bytes:
+    """The image as a PNG file; zlib's `strategy` changes its size and the time that it takes."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    image.save(buffer, "PNG", compress_type=strategy)
     return buffer.getvalue()
 
 
