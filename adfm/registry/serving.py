@@ -18,6 +18,7 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,13 @@ def write(folder: Path) -> None:
     Args:
         folder: To make; it is to lie beside `model/` and `params.yaml` in the version.
     """
-    import mlflow
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow's, of its own type hints and its own use of pandas
+        _write(folder)
+
+
+def _write(folder: Path) -> None:
+    import mlflow.pyfunc
     import pandas as pd
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
