@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from adfm.registry.alerts import alert
@@ -156,6 +157,12 @@ def insist(write: Callable[[], object]) -> None:
             if not any(sign in str(error) for sign in _TAKEN) or time.monotonic() > deadline:
                 raise
             time.sleep(random.uniform(0.05, 0.5))
+
+
+def tag(store: MlflowClient, version: ModelVersion, **tags: str) -> None:
+    """Sets tags of a version."""
+    for key, value in tags.items():
+        insist(partial(store.set_model_version_tag, version.name, str(version.version), key, value))
 
 
 def finish(store: MlflowClient, name: str, step: Step) -> None:

@@ -263,7 +263,7 @@ def _decide_anew(
     said = f"{why}; {'approve again' if decided['passed'] else 'it cannot be promoted'}"
     if decision(store.get_model_version(name, number)) == step.decision:
         renew(store, candidate, decided | {"decided_at": first.at}, f"Version {number}: {why}.")
-        _tag(store, candidate, approval_refused=said[:1000])
+        history_.tag(store, candidate, approval_refused=said[:1000])
     alert("\n- ".join([f"{name}: version {number} was approved and cannot be promoted: {said}", *decided["reasons"]]))
     raise Refused(f"Version {number} of {name} cannot be promoted: {said}.\nIts tag approval is 'pending' again.")
 
@@ -308,7 +308,7 @@ def _refuse(store: MlflowClient, candidate: ModelVersion, move: Step | None, ref
     approval = candidate.tags.get("approval", "pending")
     in_production = move is not None and move.production == number
     if approval not in (*_UNDECIDED, "rejected") and not in_production:
-        _tag(store, candidate, approval="pending", approval_refused=why[:1000])
+        history_.tag(store, candidate, approval="pending", approval_refused=why[:1000])
         message += "\nIts tag approval is 'pending' again."
         alert(f"{name}: version {number} was approved and cannot be promoted: {why}")
     raise Refused(message)
@@ -387,14 +387,16 @@ def _apply(store: MlflowClient, name: str, move: Step, versions: dict[str, Model
     version, replaced = versions.get(move.version), versions.get(move.replaced)
     if move.action == "promote" and version:
         approver = {"approval_by": move.approval_by} if move.approval_by else {}
-        _tag(store, version, promoted_at=move.at, promoted_by=move.by, replaced_version=move.replaced, **approver)
+        history_.tag(
+            store, version, promoted_at=move.at, promoted_by=move.by, replaced_version=move.replaced, **approver
+        )
         if "approval_refused" in version.tags:
             store.delete_model_version_tag(name, move.version, "approval_refused")
     if move.action == "rollback" and version:
-        _tag(store, version, restored_at=move.at, restored_by=move.by, restored_from=move.replaced)
+        history_.tag(store, version, restored_at=move.at, restored_by=move.by, restored_from=move.replaced)
     if move.action == "rollback" and replaced:
         gone = {"rolled_back_at": move.at, "rolled_back_by": move.by, "rolled_back_to": move.version}
-        _tag(store, replaced, approval="withdrawn", **gone)
+        history_.tag(store, replaced, approval="withdrawn", **gone)
     history_.finish(store, name, move)
 
 
@@ -434,11 +436,6 @@ def _version(versions: dict[str, ModelVersion], name: str, number: str) -> Model
         there = ", ".join(sorted(versions, key=int)) or "none yet; `adfm register` makes one"
         raise AdfmError(f"{name} has no version {number}; its versions: {there}.")
     return versions[number]
-
-
-def _tag(store: MlflowClient, version: ModelVersion, **tags: str) -> None:
-    for key, value in tags.items():
-        history_.insist(partial(store.set_model_version_tag, version.name, str(version.version), key, value))
 
 
 def _quoted(text: str | None) -> str:

@@ -401,13 +401,13 @@ def _put_decision(store: MlflowClient, version: ModelVersion, decision: Path, ta
     number = str(version.version)
     history.note_rejection(store, version)
     # First and last: one that arrives in between is of a page that showed the old decision.
-    store.set_model_version_tag(version.name, number, "approval", "pending")
+    history.tag(store, version, approval="pending")
     store.log_model_artifact(str(version.source).removeprefix("models:/"), str(decision))
     for key in ("approval_by", "approval_reason", "approval_refused"):
         if key in version.tags:
             store.delete_model_version_tag(version.name, number, key)
-    for key, value in [*tags.items(), ("approval", "pending")]:
-        store.set_model_version_tag(version.name, number, key, value)
+    history.tag(store, version, **tags)
+    history.tag(store, version, approval="pending")
 
 
 def _text(
