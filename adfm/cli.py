@@ -174,6 +174,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--compare", metavar="NAME=MODEL", type=_named, action="append", default=[], help="a further model; repeatable"
     )
 
+    add = verb("predict", _predict, "let a model answer photographs, and draw what it says")
+    add.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="a photograph, or a folder of them")
+    add.add_argument("--model", metavar="MODEL", help="as of evaluate; the registered version in production by default")
+    add.add_argument(
+        "--out", metavar="DIR", type=Path, help="folder for the pictures; `predictions` by default, none with --json"
+    )
+    add.add_argument("--json", action="store_true", help="print a line of JSON for each image")
+
     add = verb("report", _report, "write the page that shows an evaluation anew; evaluate writes one itself")
     add.add_argument("evaluation", metavar="EVALUATION", type=Path, help="folder that evaluate wrote")
     add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of the shards that were evaluated")
@@ -315,6 +323,13 @@ def _evaluate(args: argparse.Namespace, params: Params) -> None:
     from adfm.evaluation.evaluate import evaluate
 
     evaluate({**dict(args.compare), "trained": args.model}, args.shards, args.out, params)
+
+
+def _predict(args: argparse.Namespace, params: Params) -> None:
+    from adfm.predict import predict
+
+    model = args.model or f"models:/{params.register_.model}@production"
+    predict(args.images, model, params, args.out or (None if args.json else Path("predictions")), args.json)
 
 
 def _report(args: argparse.Namespace, params: Params) -> None:

@@ -15,8 +15,8 @@ from adfm.cli import main
 from adfm.params import Train
 
 VERBS = (
-    *("check", "fetch", "convert", "validate", "show", "warmup", "train", "evaluate", "report", "register"),
-    *("gate", "promote", "rollback", "score", "tiny-base"),
+    *("check", "fetch", "convert", "validate", "show", "warmup", "train", "evaluate", "predict"),
+    *("report", "register", "gate", "promote", "rollback", "score", "tiny-base"),
 )
 HEAVY = "datasets great_expectations matplotlib mlflow numpy pandas peft pydantic scipy sklearn torch transformers trl"
 LINE = json.dumps({"completion": "<answer>B</answer>", "label": "normal", "boxes": []}) + "\n"

@@ -100,6 +100,27 @@ def encoded(content: bytes) -> bytes:
         return png(_upright(file))
 
 
+def size(content: bytes) -> tuple[int, int]:
+    """Width and height of the image as it is stored, from its header alone.
+
+    Raises:
+        Exception: As `upright`.
+    """
+    with Image.open(io.BytesIO(content)) as file:
+        return file.size
+
+
+def upright(content: bytes) -> Image.Image:
+    """The image as a model sees it: upright, RGB.
+
+    Raises:
+        Exception: It cannot be decoded, or is not one image: Pillow raises nearly anything.
+    """
+    with Image.open(io.BytesIO(content)) as file:
+        _refuse_pages(file)
+        return _upright(file)
+
+
 def png(image: Image.Image, strategy: int = zlib.Z_DEFAULT_STRATEGY) -> bytes:
     """The image as a PNG file; zlib's `strategy` changes its size and the time that it takes."""
     buffer = io.BytesIO()
@@ -116,9 +137,7 @@ def _decoded(content: bytes) -> dict[str, Any]:
     if not content:
         raise ValueError("it is empty")
     with Image.open(io.BytesIO(content)) as file:
-        frames = getattr(file, "n_frames", 1)
-        if frames > 1 and file.format != "MPO":  # a photograph with a preview of itself
-            raise ValueError(f"it has {frames} frames or pages; save the one that counts by itself")
+        _refuse_pages(file)
         width, height = file.size
         orientation = int(file.getexif().get(ExifTags.Base.Orientation, 1)) if file.format != "PNG" else 1
         embedded = orientation == 1 and file.format in ("PNG", "JPEG", "MPO") and file.mode in ("RGB", "L")
@@ -142,6 +161,12 @@ def _decoded(content: bytes) -> dict[str, Any]:
         "thumbnail": thumbnail.tobytes(),
         "contrast": contrast,
     }
+
+
+def _refuse_pages(file: Image.Image) -> None:
+    frames = getattr(file, "n_frames", 1)
+    if frames > 1 and file.format != "MPO":  # a photograph with a preview of itself
+        raise ValueError(f"it has {frames} frames or pages; save the one that counts by itself")
 
 
 def _upright(file: Image.Image) -> Image.Image:

@@ -20,6 +20,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ from adfm.evaluation import metrics
 from adfm.method import coordinates, prompt, response
 from adfm.models import loading
 from adfm.params import Params
-from adfm.records import Record
+from adfm.records import Box, Label, Record
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,6 +61,26 @@ _WINDOW = 4  # batches that are read, sorted and kept at a time
 
 Answers = tuple[list[str], list[float | None]]
 """Completions, and for each the probability of `A` against `B` where the letter stands."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answers to one image, read.
+
+    Args:
+        predicted: The decision; `None` where the completion has no clean answer.
+        score: The probability of `anomalous` against `normal`; `None` where there is no decision.
+        boxes: The defects, in pixels of the image, half-open, not clipped; none unless it is `anomalous`: a region that
+            was examined and rejected is no defect.
+        read: The completion in its parts.
+        completion: The model's own words.
+    """
+
+    predicted: Label | None
+    score: float | None
+    boxes: list[Box]
+    read: response.Response
+    completion: str
 
 
 def predict(model: str | Path, shards: Path, params: Params, describe: str) -> pd.DataFrame:
@@ -88,7 +109,7 @@ def predict_splits(
         AdfmError: The model or the shards cannot be loaded, or the backend asked for is not there.
     """
     vllm = uses_vllm(params)
-    writer: _Writer | None = None
+    inspector: Inspector | None = None
     tables: dict[str, pd.DataFrame] = {}
     for split in splits:
         kept = keep / _key(model, shards, split, params, vllm) if keep else None
@@ -102,9 +123,9 @@ def predict_splits(
                     parts.append(pq.read_table(file))
                     progress.update(len(window))
                     continue
-                if writer is None:  # not before: everything may be finished
-                    writer = _Writer(model, params, vllm)
-                parts.append(pa.Table.from_pylist(writer.rows(window, progress.update), schema=PREDICTIONS))
+                if inspector is None:  # not before: everything may be finished
+                    inspector = Inspector(model, params)
+                parts.append(pa.Table.from_pylist(_rows(inspector, window, progress.update), schema=PREDICTIONS))
                 if file:
                     _write_whole(parts[-1], file)
         tables[split] = pa.concat_tables(parts).to_pandas()
@@ -150,15 +171,23 @@ def _key(model: str | Path, shards: Path, split: str, params: Params, vllm: bool
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
 
 
-class _Writer:
-    """A loaded model that writes rows of the prediction table."""
+class Inspector:
+    """A loaded model that inspects images.
 
-    def __init__(self, model: str | Path, params: Params, vllm: bool) -> None:
+    Args:
+        model: A base model's name, or a folder that warm-up or training wrote.
+        params: Reads the sections `model` and `evaluate`.
+
+    Raises:
+        AdfmError: The model cannot be loaded, or the backend asked for is not there.
+    """
+
+    def __init__(self, model: str | Path, params: Params) -> None:
         self._batch_size = params.evaluate.batch_size
         tokens = params.evaluate.max_new_tokens
         self._prepare: Callable[[list[Image.Image]], Any]
         self._generate: Callable[[Any], Answers]
-        if vllm:
+        if uses_vllm(params):
             from adfm.evaluation import vllm_backend
 
             self._processor, self._family, self._generate = vllm_backend.load(model, params.model, tokens)
@@ -171,21 +200,42 @@ class _Writer:
             self._prepare = lambda images: _inputs(loaded.processor, text, images)
             self._generate = lambda inputs: _generate(loaded, inputs, tokens)
 
-    def rows(self, window: Sequence[Record], done: Callable[[int], object]) -> list[dict[str, Any]]:
-        """The rows of a window of records, in its order; `done` is told how many at a time."""
+    def answers(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        image: Callable[[int], Image.Image],
+        done: Callable[[int], object] = lambda count: None,
+    ) -> list[Answer]:
+        """Inspects images in batches of like size, one answer an image, greedily.
+
+        Args:
+            sizes: Width and height of each image in pixels.
+            image: Gives the image of that number, RGB; it is asked for in a thread, shortly before it is needed.
+            done: Is told after each batch how many images it had.
+
+        Returns:
+            The answers, in the order of `sizes`.
+        """
         patches = self._processor.image_processor.get_number_of_image_patches
-        order = sorted(range(len(window)), key=lambda i: patches(window[i].height, window[i].width))
-        rows: list[dict[str, Any]] = [{}] * len(window)
+        order = sorted(range(len(sizes)), key=lambda i: patches(sizes[i][1], sizes[i][0]))
+        found: dict[int, Answer] = {}
 
         def prepared(batch: list[int]) -> Any:
-            return self._prepare([_image(window[i]) for i in batch])
+            return self._prepare([image(i) for i in batch])
 
         batches = list(_batched(order, self._batch_size))
         for batch, inputs in zip(batches, _ahead(prepared, batches), strict=True):
             for i, completion, score in zip(batch, *self._generate(inputs), strict=True):
-                rows[i] = _row(self._family, self._processor, window[i], completion, score)
+                found[i] = self._read(completion, score, *sizes[i])
             done(len(batch))
-        return rows
+        return [found[i] for i in range(len(sizes))]
+
+    def _read(self, completion: str, score: float | None, width: int, height: int) -> Answer:
+        parsed = response.parse(completion)
+        frame = coordinates.frame_of(self._family, self._processor, width, height)
+        predicted = parsed.predicted_label
+        boxes = [frame.to_pixels(box, width, height) for box in parsed.boxes] if predicted == "anomalous" else []
+        return Answer(predicted, score if predicted else None, boxes, parsed, completion)
 
 
 def _ahead(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
@@ -313,15 +363,16 @@ def _image(record: Record) -> Image.Image:
     return Image.open(io.BytesIO(record.image)).convert("RGB")
 
 
-def _row(family: str, processor: Any, record: Record, completion: str, score: float | None) -> dict[str, Any]:
-    parsed = response.parse(completion)
-    frame = coordinates.frame_of(family, processor, record.width, record.height)
-    predicted = parsed.predicted_label
-    # A region that was examined and rejected is no predicted defect.
-    boxes = [frame.to_pixels(b, record.width, record.height) for b in parsed.boxes] if predicted == "anomalous" else []
+def _rows(inspector: Inspector, window: Sequence[Record], done: Callable[[int], object]) -> list[dict[str, Any]]:
+    sizes = [(record.width, record.height) for record in window]
+    return list(map(_row, window, inspector.answers(sizes, lambda i: _image(window[i]), done)))
+
+
+def _row(record: Record, answer: Answer) -> dict[str, Any]:
     mask = None if record.mask is None else np.asarray(Image.open(io.BytesIO(record.mask))) > 0
-    anomalous = record.label == "anomalous"
-    found = metrics.localize(record.boxes, boxes, record.width, record.height, mask) if anomalous else {}
+    found: dict[str, Any] = {}
+    if record.label == "anomalous":
+        found = metrics.localize(record.boxes, answer.boxes, record.width, record.height, mask)
     return {
         "id": record.id,
         "source": record.source,
@@ -330,10 +381,10 @@ def _row(family: str, processor: Any, record: Record, completion: str, score: fl
         "defect": record.defect,
         "group": record.group,
         "label": record.label,
-        "predicted": predicted,
-        "score": score if predicted else None,
+        "predicted": answer.predicted,
+        "score": answer.score,
         **found,
         "boxes": [list(box) for box in record.boxes],
-        "predicted_boxes": [list(box) for box in boxes],
-        "completion": completion,
+        "predicted_boxes": [list(box) for box in answer.boxes],
+        "completion": answer.completion,
     }

@@ -144,7 +144,10 @@ def _version(name: str, number: str | None, alias: str | None) -> ModelVersion:
         aliases = store.get_registered_model(name).aliases
         if alias is not None and alias not in aliases:
             known = ", ".join(sorted(aliases)) or "none"
-            raise AdfmError(f"No version of {name} has the alias {alias} in MLflow; there are: {known}.")
+            raise AdfmError(
+                f"No version of {name} has the alias {alias} in MLflow; there are: {known}. `adfm promote` "
+                f"puts an approved version into production; models:/{name}/3 names a version by its number."
+            )
         return store.get_model_version(name, str(number or aliases[str(alias)]))
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":

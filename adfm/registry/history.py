@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from adfm.registry.alerts import alert
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 MOVES = ("found", "promote", "rollback", "restore", "lost")
-"""Steps that say who is in production; the others, `reject` and `refuse`, move nothing."""
+"""Steps that say who is in production; the others, `reject`, `refuse` and `decide`, move nothing."""
 
 _ABOUT = (
     "Who was in production, when and why: one version a step, which `adfm registry log` prints. adfm writes it; nobody "
@@ -48,9 +49,9 @@ class Step:
     Args:
         number: Its place.
         at: When it was written, by the tracking server's clock: UTC, ISO 8601.
-        action: `promote`; `rollback`; `reject`: a reviewer turned the version down; `refuse`: adfm did; `found`: it was
-            in production when the history began; `restore`: an alias had been moved by hand and was put back; `lost`:
-            the version in production was deleted.
+        action: `promote`; `rollback`; `reject`: a reviewer turned the version down; `refuse`: adfm did; `decide`: the
+            gate decided anew, because production had changed; `found`: it was in production when the history began;
+            `restore`: an alias had been moved by hand and was put back; `lost`: the version in production was deleted.
         version: The version that the step is about.
         production: The version in production after a move; `none` if there is none.
         previous: The version to which a rollback returns after a move; `none` if there is none.
@@ -156,6 +157,12 @@ def insist(write: Callable[[], object]) -> None:
             if not any(sign in str(error) for sign in _TAKEN) or time.monotonic() > deadline:
                 raise
             time.sleep(random.uniform(0.05, 0.5))
+
+
+def tag(store: MlflowClient, version: ModelVersion, **tags: str) -> None:
+    """Sets tags of a version."""
+    for key, value in tags.items():
+        insist(partial(store.set_model_version_tag, version.name, str(version.version), key, value))
 
 
 def finish(store: MlflowClient, name: str, step: Step) -> None:

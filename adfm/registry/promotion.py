@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING
 
 from adfm import tracking
 from adfm.errors import AdfmError
+from adfm.files import file_digest
 from adfm.models.loading import check_unchanged
 from adfm.params import Params
 from adfm.registry import history as history_
 from adfm.registry.alerts import alert
 from adfm.registry.history import Step, decision
-from adfm.registry.registration import NOBODY, PRODUCTION, download, file_digest
+from adfm.registry.registration import NOBODY, PRODUCTION, decide_again, download, renew
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -43,7 +44,8 @@ def promote(version: str, params: Params, by: str | None = None) -> None:
     """Puts a version into production, if everything that its gate and its reviewer saw is still so.
 
     A refusal is written into the history. An approval that cannot be followed is set back to `pending`, and the tag
-    `approval_refused` says why.
+    `approval_refused` says why. If production is another one than the gate compared with, the gate decides anew, where
+    the two versions' predictions can be compared, and the reviewer is asked again.
 
     Args:
         version: Number of the version.
@@ -162,11 +164,19 @@ def _promote(store: MlflowClient, name: str, number: str, by: str) -> None:
             if steps:
                 history_.append(store, name, "refuse", number, move.number if move else 0, by=by, why=str(error))
             raise
-        refusals = _refusals(candidate, steps, move) or _changed(candidate)
+        outdated, refusals = _outdated(candidate, steps, move), _refusals(candidate, steps, move)
+        if outdated or not refusals:
+            refusals = _changed(candidate)
+            if refusals and _approval(store, candidate) != candidate.tags.get("approval"):
+                continue  # somebody else lets the gate decide anew, and has set it back before changing anything
+        if outdated and not refusals:
+            refusals = [_decide_anew(store, candidate, move, versions, by)]
         if not refusals:
             # To check the files may have taken minutes.
             steps, move, versions = _settle(store, name)
             candidate = _version(versions, name, number)
+            if _outdated(candidate, steps, move):
+                continue
             refusals = _refusals(candidate, steps, move)
         if refusals:
             _refuse(store, candidate, move, refusals, by)
@@ -202,7 +212,7 @@ def _refusals(candidate: ModelVersion, steps: list[Step], move: Step | None) -> 
     if tags.get("gate_production_version") != number:
         refusals.append(
             f"its gate compared it with version {tags.get('gate_production_version')}, and in production is {number}: "
-            "run `adfm register` again, so that the gate decides anew"
+            "the gate decides anew when it is approved, or with `adfm register`"
         )
     if _used(candidate, steps):
         refusals.append(
@@ -210,6 +220,53 @@ def _refusals(candidate: ModelVersion, steps: list[Step], move: Step | None) -> 
             f"with `adfm rollback --to {candidate.version}`"
         )
     return refusals
+
+
+def _outdated(candidate: ModelVersion, steps: list[Step], move: Step | None) -> bool:
+    """Whether a reviewer wants a version in production whose gate compared it with another than is there now."""
+    number = move.production if move else NOBODY
+    return (
+        candidate.tags.get("approval") == "approved"
+        and candidate.tags.get("gate_production_version", number) != number
+        and number != str(candidate.version)
+        and not _used(candidate, steps)
+    )
+
+
+def _decide_anew(
+    store: MlflowClient, candidate: ModelVersion, move: Step | None, versions: dict[str, ModelVersion], by: str
+) -> str:
+    """Lets the gate decide against today's production, and asks the reviewer again.
+
+    Several may do so at once: the decision follows from the versions, and its time is that of the first step of the
+    history that says so; so all of them write the same.
+
+    Returns:
+        Why it cannot be decided here.
+
+    Raises:
+        Refused: It was decided.
+    """
+    name, number = candidate.name, str(candidate.version)
+    before, after = candidate.tags["gate_production_version"], move.production if move else NOBODY
+    changed = f"its gate compared it with version {before}, and in production is {after}"
+    try:
+        decided = decide_again(candidate, versions.get(after))
+    except AdfmError as error:
+        return f"{changed}; the gate cannot decide anew from what is stored, {error}: run `adfm register` again"
+    except OSError as error:
+        raise AdfmError(f"Files of versions {number} and {after} of {name} cannot be read: {error}") from error
+    why = f"{changed}; decided again against version {after}: gate {'passed' if decided['passed'] else 'failed'}"
+    step = _append(store, candidate, "decide", move, by=by, why=why)
+    same = ("decide", number, step.decision, step.follows)
+    steps = history_.read(store, name)
+    first = next(each for each in steps if (each.action, each.version, each.decision, each.follows) == same)
+    said = f"{why}; {'approve again' if decided['passed'] else 'it cannot be promoted'}"
+    if decision(store.get_model_version(name, number)) == step.decision:
+        renew(store, candidate, decided | {"decided_at": first.at}, f"Version {number}: {why}.")
+        history_.tag(store, candidate, approval_refused=said[:1000])
+    alert("\n- ".join([f"{name}: version {number} was approved and cannot be promoted: {said}", *decided["reasons"]]))
+    raise Refused(f"Version {number} of {name} cannot be promoted: {said}.\nIts tag approval is 'pending' again.")
 
 
 def _changed(candidate: ModelVersion) -> list[str]:
@@ -252,10 +309,15 @@ def _refuse(store: MlflowClient, candidate: ModelVersion, move: Step | None, ref
     approval = candidate.tags.get("approval", "pending")
     in_production = move is not None and move.production == number
     if approval not in (*_UNDECIDED, "rejected") and not in_production:
-        _tag(store, candidate, approval="pending", approval_refused=why[:1000])
+        history_.tag(store, candidate, approval="pending", approval_refused=why[:1000])
         message += "\nIts tag approval is 'pending' again."
         alert(f"{name}: version {number} was approved and cannot be promoted: {why}")
     raise Refused(message)
+
+
+def _approval(store: MlflowClient, version: ModelVersion) -> str | None:
+    """The tag `approval` as it is now."""
+    return store.get_model_version(version.name, str(version.version)).tags.get("approval")
 
 
 def _used(version: ModelVersion, steps: list[Step]) -> bool:
@@ -326,14 +388,16 @@ def _apply(store: MlflowClient, name: str, move: Step, versions: dict[str, Model
     version, replaced = versions.get(move.version), versions.get(move.replaced)
     if move.action == "promote" and version:
         approver = {"approval_by": move.approval_by} if move.approval_by else {}
-        _tag(store, version, promoted_at=move.at, promoted_by=move.by, replaced_version=move.replaced, **approver)
+        history_.tag(
+            store, version, promoted_at=move.at, promoted_by=move.by, replaced_version=move.replaced, **approver
+        )
         if "approval_refused" in version.tags:
             store.delete_model_version_tag(name, move.version, "approval_refused")
     if move.action == "rollback" and version:
-        _tag(store, version, restored_at=move.at, restored_by=move.by, restored_from=move.replaced)
+        history_.tag(store, version, restored_at=move.at, restored_by=move.by, restored_from=move.replaced)
     if move.action == "rollback" and replaced:
         gone = {"rolled_back_at": move.at, "rolled_back_by": move.by, "rolled_back_to": move.version}
-        _tag(store, replaced, approval="withdrawn", **gone)
+        history_.tag(store, replaced, approval="withdrawn", **gone)
     history_.finish(store, name, move)
 
 
@@ -373,11 +437,6 @@ def _version(versions: dict[str, ModelVersion], name: str, number: str) -> Model
         there = ", ".join(sorted(versions, key=int)) or "none yet; `adfm register` makes one"
         raise AdfmError(f"{name} has no version {number}; its versions: {there}.")
     return versions[number]
-
-
-def _tag(store: MlflowClient, version: ModelVersion, **tags: str) -> None:
-    for key, value in tags.items():
-        history_.insist(partial(store.set_model_version_tag, version.name, str(version.version), key, value))
 
 
 def _quoted(text: str | None) -> str:

@@ -7,6 +7,7 @@ Artifacts of a version, as `models:/<name>/<version>` has them:
     params.yaml     the settings as used
     lineage.json    data, code, libraries and base model
     gate.json       the decision
+    MLmodel, …      what makes an MLflow pyfunc of it, which `adfm.registry.serving` loads
 
 Nothing here moves an alias.
 """
@@ -25,12 +26,12 @@ from adfm import tracking
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.evaluation import metrics
-from adfm.files import atomic_folder, write_json
+from adfm.files import atomic_folder, file_digest, write_json
 from adfm.method import prompt
 from adfm.models import loading
 from adfm.models.loading import check_unchanged
-from adfm.params import Params
-from adfm.registry import gate, history
+from adfm.params import Gate, Params
+from adfm.registry import gate, history, serving
 from adfm.registry.alerts import alert
 from adfm.registry.lineage import lineage
 
@@ -45,6 +46,7 @@ NOBODY = "none"
 """Value of the tag `gate_production_version` when nothing was in production."""
 
 _PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
+_STORED = "as registered"  # where production's predictions are from
 _MOST_REASONS = 15
 _MOST_TEXT = 5000  # the width of the description's column in MLflow's SQL schema
 
@@ -93,17 +95,19 @@ def register(model: Path, shards: Path, evaluation: Path, out: Path, params: Par
             if version:
                 decided = _as_before(version, decided)
             write_json(decided, partial / "gate.json")
-            tags = _tags(decided, origin, measured, evaluated, _protocol(family, params))
-            tags["gate_digest"] = file_digest(partial / "gate.json")
+            tags = _tags(origin, measured, evaluated, _protocol(family, params))
+            tags |= _decision_tags(decided, partial / "gate.json")
             if version is None:
-                with TemporaryDirectory() as folder:
-                    (Path(folder) / "params.yaml").write_text(tracking.settings(params), encoding="utf-8")
-                    write_json(origin, Path(folder) / "lineage.json")
-                    write_json(decided, Path(folder) / "gate.json")
-                    contents = {"": Path(folder), "model": model, "evaluation": evaluation}
+                with TemporaryDirectory() as temporary:
+                    folder = Path(temporary) / "version"
+                    serving.write(folder)
+                    (folder / "params.yaml").write_text(tracking.settings(params), encoding="utf-8")
+                    write_json(origin, folder / "lineage.json")
+                    write_json(decided, folder / "gate.json")
+                    contents = {"": folder, "model": model, "evaluation": evaluation}
                     version = _create(store, name, contents, tags, measured, trained_by or run)
             elif version.tags.get("gate_digest") != tags["gate_digest"]:
-                _decide_again(store, version, partial / "gate.json", tags)
+                _put_decision(store, version, partial / "gate.json", tags)
             text = _text(decided, origin, measured, str(version.version), evaluated_by)
             store.update_model_version(name, str(version.version), text)
         registration = {
@@ -120,6 +124,63 @@ def register(model: Path, shards: Path, evaluation: Path, out: Path, params: Par
     print("\n  - ".join(lines))
     alert("\n- ".join(lines))
     return gate.Decision(**{field.name: decided[field.name] for field in dataclasses.fields(gate.Decision)})
+
+
+def decide_again(version: ModelVersion, rival: ModelVersion | None) -> dict[str, Any]:
+    """Lets the gate decide on a version once more, against another version, by the predictions that both carry.
+
+    Args:
+        version: A registered version. The gate has the settings of its decision.
+        rival: The version that is in production now, if any.
+
+    Returns:
+        The decision, as JSON values; all but `decided_at`, which is still that of the earlier one. The same versions
+        give the same decision.
+
+    Raises:
+        AdfmError: Their predictions cannot be compared: they are of other data or another protocol, or are not those
+            that were registered.
+        OSError: Files cannot be read.
+    """
+    try:
+        decided: dict[str, Any] = json.loads(read_artifact(version, "gate.json"))
+        settings, seed = Gate.model_validate(decided["settings"]["gate"]), decided["settings"]["seed"]
+    except (KeyError, ValueError) as error:
+        raise AdfmError("because its gate.json does not have the settings of a gate") from error
+    tables = []
+    for each in [version, rival] if rival else [version]:
+        if any(each.tags.get(key) != version.tags.get(key) for key in ("test_fingerprint", "protocol")):
+            raise AdfmError(f"because version {each.version} was evaluated on other images or in another way")
+        table = _stored_predictions(each)
+        if table is None:
+            raise AdfmError(f"because the predictions of version {each.version} are not those that were registered")
+        tables.append(table)
+    decision = gate.decide(tables[0], tables[1] if rival else None, settings, seed)
+    against = {
+        "production_version": str(rival.version) if rival else None,
+        "production_predictions": _STORED if rival else None,
+    }
+    return decided | dataclasses.asdict(decision) | against
+
+
+def renew(store: MlflowClient, version: ModelVersion, decided: dict[str, Any], why: str) -> None:
+    """Puts a new decision on a version, with its description; an approval was of the old one and is void.
+
+    Args:
+        store: MLflow's client.
+        version: The version.
+        decided: The decision, as `decide_again` gives it, with its own `decided_at`.
+        why: Why it was decided anew, for the description.
+    """
+    with TemporaryDirectory() as folder:
+        write_json(decided, Path(folder) / "gate.json")
+        _put_decision(store, version, Path(folder) / "gate.json", _decision_tags(decided, Path(folder) / "gate.json"))
+    about = json.loads(read_artifact(version, "evaluation/evaluation.json"))
+    measured = json.loads(read_artifact(version, "evaluation/metrics.json"))[about["candidate"]]
+    origin = json.loads(read_artifact(version, "lineage.json"))
+    evaluated_by = tracking.find_run(about.get("mlflow_run_id"))
+    text = _text(decided, origin, measured, str(version.version), evaluated_by)
+    store.update_model_version(version.name, str(version.version), f"{why}\n\n{text}"[:_MOST_TEXT])
 
 
 def holder(store: MlflowClient, name: str, alias: str = PRODUCTION) -> ModelVersion | None:
@@ -148,12 +209,6 @@ def read_artifact(version: ModelVersion, path: str) -> str:
     """The text of a version's artifact."""
     with TemporaryDirectory() as folder:
         return download(version, path, Path(folder)).read_text(encoding="utf-8")
-
-
-def file_digest(file: Path) -> str:
-    """SHA-256 of a file, hex."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _check_model(model: Path) -> str:
@@ -225,6 +280,7 @@ def _decide(
         "images": len(candidate),
         "split": params.evaluate.split,
         "fingerprint": origin["data"]["test"],
+        "settings": {"gate": params.gate.model_dump(), "seed": params.seed},
         "production_version": str(rival.version) if rival else None,
         "production_predictions": source,
         "decided_at": now(),
@@ -233,16 +289,14 @@ def _decide(
 
 def _predictions_of(version: ModelVersion, fingerprint: str, shards: Path, params: Params) -> tuple[pd.DataFrame, str]:
     """The version's predictions on these shards: its own if they are of the same data and protocol, else new ones."""
-    import pandas as pd
-
     from adfm.evaluation import inference
 
     same_protocol = version.tags.get("protocol") in [_protocol(family, params) for family in loading.FAMILIES]
     with TemporaryDirectory() as folder:
         if same_protocol and version.tags.get("test_fingerprint") == fingerprint:
-            stored = download(version, "evaluation/predictions.parquet", Path(folder))
-            if file_digest(stored) == version.tags.get("evaluation_digest"):
-                return pd.read_parquet(stored), "as registered"
+            stored = _stored_predictions(version)
+            if stored is not None:
+                return stored, _STORED
         model = check_unchanged(version, Path(folder))
         # It is judged as the model that it is: with its own precision and image size.
         own = ((loading.describe(model) or {}).get("params") or {}).get("model", {})
@@ -251,19 +305,23 @@ def _predictions_of(version: ModelVersion, fingerprint: str, shards: Path, param
         return inference.predict(model, shards, settings, f"version {version.version}"), "evaluated again"
 
 
+def _stored_predictions(version: ModelVersion) -> pd.DataFrame | None:
+    """The predictions that the version carries; `None` if they are not those that were registered."""
+    import pandas as pd
+
+    with TemporaryDirectory() as folder:
+        stored = download(version, "evaluation/predictions.parquet", Path(folder))
+        return pd.read_parquet(stored) if file_digest(stored) == version.tags.get("evaluation_digest") else None
+
+
 def _same_version(store: MlflowClient, name: str, digest: str, evaluated: str) -> ModelVersion | None:
     same = f"name = '{name}' and tags.artifact_digest = '{digest}' and tags.evaluation_digest = '{evaluated}'"
     return next(iter(store.search_model_versions(same)), None)
 
 
-def _tags(
-    decided: dict[str, Any], origin: dict[str, Any], measured: dict[str, Any], evaluated: str, protocol: str
-) -> dict[str, str]:
+def _tags(origin: dict[str, Any], measured: dict[str, Any], evaluated: str, protocol: str) -> dict[str, str]:
     tags = {
         "approval": "pending",
-        "gate": "passed" if decided["passed"] else "failed",
-        "gate_decided_at": decided["decided_at"],
-        "gate_production_version": decided["production_version"] or NOBODY,
         "artifact_digest": origin["artifact_digest"],
         "evaluation_digest": evaluated,
         "test_fingerprint": origin["data"]["test"],
@@ -277,6 +335,16 @@ def _tags(
         **{metric: measured[metric] and f"{measured[metric]:.4f}" for metric in metrics.HEADLINE},
     }
     return {key: str(value) for key, value in tags.items() if value is not None}
+
+
+def _decision_tags(decided: dict[str, Any], file: Path) -> dict[str, str]:
+    """The tags that repeat a decision, and tell the file that holds it from any other."""
+    return {
+        "gate": "passed" if decided["passed"] else "failed",
+        "gate_decided_at": decided["decided_at"],
+        "gate_production_version": decided["production_version"] or NOBODY,
+        "gate_digest": file_digest(file),
+    }
 
 
 def _create(
@@ -322,18 +390,18 @@ def _as_before(version: ModelVersion, decided: dict[str, Any]) -> dict[str, Any]
     return stored if isinstance(stored, dict) and stored | {"decided_at": decided["decided_at"]} == decided else decided
 
 
-def _decide_again(store: MlflowClient, version: ModelVersion, decision: Path, tags: dict[str, str]) -> None:
+def _put_decision(store: MlflowClient, version: ModelVersion, decision: Path, tags: dict[str, str]) -> None:
     """Puts a new decision on a version; an approval was of the old one and is void."""
     number = str(version.version)
     history.note_rejection(store, version)
     # First and last: one that arrives in between is of a page that showed the old decision.
-    store.set_model_version_tag(version.name, number, "approval", "pending")
+    history.tag(store, version, approval="pending")
     store.log_model_artifact(str(version.source).removeprefix("models:/"), str(decision))
     for key in ("approval_by", "approval_reason", "approval_refused"):
         if key in version.tags:
             store.delete_model_version_tag(version.name, number, key)
-    for key, value in [*tags.items(), ("approval", "pending")]:
-        store.set_model_version_tag(version.name, number, key, value)
+    history.tag(store, version, **tags)
+    history.tag(store, version, approval="pending")
 
 
 def _text(

@@ -147,7 +147,7 @@ def test_an_interrupted_evaluation_keeps_what_is_finished(
         raise AssertionError("everything is finished")
 
     monkeypatch.setattr(inference, "predict_splits", original)
-    monkeypatch.setattr(inference, "_Writer", refused)
+    monkeypatch.setattr(inference, "Inspector", refused)
     evaluate.evaluate(models, small_shards, out, PARAMS)
     assert read(out / "metrics.json")["second"] == read(evaluated / "metrics.json")["again"]
     assert not list(out.parent.glob("interrupted*.partial"))

@@ -93,7 +93,7 @@ def test_a_reviewer_approves_and_rejects_by_clicking(server, add, service, page)
     assert [(step.action, step.version) for step in history(params)] == [
         ("reject", "1"),
         ("promote", "2"),
-        ("refuse", "3"),
+        ("decide", "3"),
     ]
 
 

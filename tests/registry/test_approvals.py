@@ -23,6 +23,7 @@ from adfm.params import Params
 from adfm.registry import approvals
 from adfm.registry.approvals import Watch, application, forged, register_webhook
 from adfm.registry.promotion import history, promote, promote_approved, rollback
+from adfm.registry.registration import read_artifact
 
 SECRET = "a secret of the tests"
 PARAMS = Params()
@@ -256,8 +257,13 @@ def test_fifty_promotions_that_race(server, add, monkeypatch):
     assert [step.number for step in steps] == list(range(1, len(steps) + 1))
     counted = [step for step in steps if step.action == "promote" and not step.void]
     assert [(step.version, step.finished) for step in counted] == [(won[0], True)]
-    assert sum(step.action == "refuse" for step in steps) == 49
-    assert {step.action for step in steps} == {"promote", "refuse"}
+    assert sum(step.action in ("refuse", "decide") for step in steps) == 49
+    assert {step.version for step in steps if step.action == "decide"} == {*versions} - {*won}
+    for number in {*versions} - {*won}:  # whoever decided anew: it is one decision, and waits for an approval
+        version = tracking.client().get_model_version("race", number)
+        assert (version.tags["approval"], version.tags["gate_production_version"]) == ("pending", won[0])
+        decided = read_artifact(version, "gate.json")
+        assert hashlib.sha256(decided.encode()).hexdigest() == version.tags["gate_digest"]
 
 
 def production(model: str) -> str | None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest.mock import Mock
 
 import pytest
@@ -12,11 +13,12 @@ from mlflow.exceptions import MlflowException
 from adfm import files, tracking
 from adfm.cli import main
 from adfm.errors import AdfmError
+from adfm.files import file_digest
 from adfm.params import Params
 from adfm.registry import history as history_
 from adfm.registry import promotion
 from adfm.registry.promotion import Refused, history, promote, promote_approved, rollback
-from adfm.registry.registration import register
+from adfm.registry.registration import download, register
 
 PARAMS = Params.model_validate({"gate": {"bootstrap": 200, "min_images": 20}})
 
@@ -84,19 +86,185 @@ def test_a_failed_gate_is_not_promoted_and_all_refusals_are_told(store, add):
     assert aliases() == {}
 
 
-def test_a_decision_against_another_production_does_not_count(store, add, tmp_path, make_shards):
+def gate_of(version: str) -> dict[str, object]:
+    """The decision that the version carries, which its tags must repeat."""
+    found = tracking.client().get_model_version("adfm", version)
+    with TemporaryDirectory() as folder:
+        file = download(found, "gate.json", Path(folder))
+        assert file_digest(file) == found.tags["gate_digest"]
+        decided = json.loads(file.read_text())
+    assert found.tags["gate"] == ("passed" if decided["passed"] else "failed")
+    assert found.tags["gate_production_version"] == (decided["production_version"] or "none")
+    assert found.tags["gate_decided_at"] == decided["decided_at"]
+    return decided
+
+
+def test_when_production_has_changed_the_gate_decides_anew_and_the_reviewer_is_asked_again(store, add, tmp_path):
+    for right in (26, 36, 34):
+        add(right)
+    promote("1", PARAMS)
+    said = (
+        "its gate compared it with version none, and in production is 1; decided again against version 1: gate passed"
+    )
+    with pytest.raises(Refused, match=rf"Version 2 of adfm cannot be promoted: {said}; approve again"):
+        promote("2", PARAMS, "Ada")
+    assert aliases() == {"production": "1"}
+    assert (tags("2")["approval"], tags("2")["approval_refused"]) == ("pending", f"{said}; approve again")
+    assert log() == [("promote", "1", "none"), ("decide", "2", "")]
+    step = history(PARAMS)[-1]
+    assert (step.by, step.why) == ("Ada", said)
+    decided = gate_of("2")
+    assert (decided["passed"], decided["decided_at"], decided["production_predictions"]) == (
+        True,
+        step.at,
+        "as registered",
+    )
+    assert decided["metrics"]["accuracy"]["production"] == 26 / 40
+    description = tracking.client().get_model_version("adfm", "2").description
+    assert description.startswith(f"Version 2: {said}.\n\n**Gate passed** on {step.at}")
+    assert "against version 1 in production (as registered)" in description
+
+    # Registration, which reads the shards, decides the same, so what is approved now stands.
+    tag("2", "approval", "approved")
+    register(tmp_path / "model-36", tmp_path / "shards", tmp_path / "evaluation-36", tmp_path / "out", PARAMS)
+    assert gate_of("2") == decided
+    assert tags("2")["approval"] == "approved"
+    promote("2", PARAMS)
+    assert aliases() == {"production": "2", "previous": "1"}
+    assert "approval_refused" not in tags("2")
+
+    with pytest.raises(Refused, match=r"decided again against version 2: gate failed; it cannot be promoted"):
+        promote("3", PARAMS)
+    assert not gate_of("3")["passed"]
+    tag("3", "approval", "approved")
+    with pytest.raises(Refused, match="its tag gate is 'failed'"):
+        promote("3", PARAMS)
+    assert aliases() == {"production": "2", "previous": "1"}
+
+
+def test_without_production_the_floors_decide_anew(store, add):
+    promote(add(26), PARAMS)
+    add(36)
+    tracking.client().delete_model_version("adfm", "1")
+    with pytest.raises(Refused, match="decided again against version none: gate passed"):
+        promote("2", PARAMS)
+    assert gate_of("2")["production_predictions"] is None
+    tag("2", "approval", "approved")
+    promote("2", PARAMS)
+    assert aliases() == {"production": "2"}
+
+
+@pytest.mark.parametrize("approval", ["pending", "rejected"])
+def test_what_nobody_has_approved_is_not_decided_anew(store, add, approval):
+    add(36)
+    add(26)
+    promote("2", PARAMS)
+    tag("1", "approval", approval)
+    before = gate_of("1")
+    with pytest.raises(Refused, match="in production is 2: the gate decides anew when it is approved"):
+        promote("1", PARAMS)
+    assert gate_of("1") == before
+    assert tags("1")["approval"] == approval
+
+
+def _spoil_predictions(store: Path, number: str) -> None:
+    [file] = [
+        path
+        for path in (store / "mlartifacts" / "models").glob("*/artifacts/evaluation/predictions.parquet")
+        if file_digest(path) == tags(number)["evaluation_digest"]
+    ]
+    file.write_bytes(b"")
+
+
+def _forget_settings(store: Path, number: str) -> None:
+    for file in (store / "mlartifacts" / "models").glob("*/artifacts/gate.json"):
+        if file_digest(file) == tags(number)["gate_digest"]:
+            decided = json.loads(file.read_text())
+            del decided["settings"]
+            file.write_text(json.dumps(decided))
+            tag(number, "gate_digest", file_digest(file))
+            break
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda store: tag("1", "test_fingerprint", "of other images"), "version 1 was evaluated on other images"),
+        (lambda store: tag("2", "protocol", "{}"), "version 1 was evaluated on other images or in another way"),
+        (lambda store: _spoil_predictions(store, "1"), "the predictions of version 1 are not those"),
+        (lambda store: _spoil_predictions(store, "2"), "the predictions of version 2 are not those"),
+        (lambda store: _forget_settings(store, "2"), "gate.json does not have the settings of a gate"),
+    ],
+)
+def test_what_cannot_be_compared_is_not_decided_anew(store, add, spoil, says):
     add(26)
     add(36)
-    add(34)
+    promote("1", PARAMS)
+    spoil(store)
+    before = tags("2")
+    with pytest.raises(Refused, match=rf"(?s)cannot decide anew.*{says}.*run `adfm register` again.*'pending' again"):
+        promote("2", PARAMS)
+    assert aliases() == {"production": "1"}
+    assert tags("2") == before | {"approval": "pending", "approval_refused": tags("2")["approval_refused"]}
+    assert log()[1:] == [("refuse", "2", "")]
+
+
+def test_the_gate_decides_anew_once_also_if_two_ask(store, add, monkeypatch):
+    add(26)
+    add(36)
+    promote("1", PARAMS)
+    original = history_.append
+
+    def append(*arguments, **content):
+        monkeypatch.setattr(history_, "append", original)
+        with pytest.raises(Refused, match="decided again"):
+            promote("2", PARAMS, "first")
+        tag("2", "approval", "approved")
+        return original(*arguments, **content)
+
+    monkeypatch.setattr(history_, "append", append)
+    with pytest.raises(Refused, match="decided again"):
+        promote("2", PARAMS, "second")
+    assert [(step.action, step.by) for step in history(PARAMS)][1:] == [("decide", "first"), ("decide", "second")]
+    assert gate_of("2")["decided_at"] == history(PARAMS)[1].at
+    assert tags("2")["approval"] == "approved"  # of the decision that stands
     promote("2", PARAMS)
-    with pytest.raises(AdfmError, match=r"compared it with version none, and in production is 2: run `adfm register`"):
-        promote("3", PARAMS)
-    assert aliases() == {"production": "2"}
-    # As the message says: the gate decides anew, on the same version, and what was approved is void.
-    register(tmp_path / "model-26", tmp_path / "shards", tmp_path / "evaluation-26", tmp_path / "out", PARAMS)
-    assert tags("1")["gate"] == "failed"
-    assert tags("1")["approval"] == "pending"
-    assert tags("1")["gate_production_version"] == "2"
+    assert aliases() == {"production": "2", "previous": "1"}
+
+
+def test_a_decision_that_another_is_writing_is_no_change_by_hand(store, add, monkeypatch):
+    add(26)
+    add(36)
+    promote("1", PARAMS)
+    original = promotion._changed
+
+    def changed(candidate):
+        monkeypatch.setattr(promotion, "_changed", original)
+        with pytest.raises(Refused, match="decided again"):
+            promote("2", PARAMS)
+        return original(candidate)
+
+    monkeypatch.setattr(promotion, "_changed", changed)
+    with pytest.raises(Refused, match="approval is 'pending'"):
+        promote("2", PARAMS)
+    gate_of("2")
+    assert "approve again" in tags("2")["approval_refused"]
+
+
+def test_production_that_changes_while_files_are_checked(store, add, monkeypatch):
+    add(26)
+    add(36)
+    original = promotion.check_unchanged
+
+    def check(*arguments):
+        monkeypatch.setattr(promotion, "check_unchanged", original)
+        promote("1", PARAMS)
+        return original(*arguments)
+
+    monkeypatch.setattr(promotion, "check_unchanged", check)
+    with pytest.raises(Refused, match="decided again against version 1: gate passed; approve again"):
+        promote("2", PARAMS)
+    assert aliases() == {"production": "1"}
 
 
 def test_changed_files_are_not_promoted(store, add):
@@ -201,15 +369,15 @@ def test_the_newest_approved_version_is_promoted_and_older_ones_are_asked_again(
     add(30, approve=False)
     add(36)
     with pytest.raises(
-        Refused, match=r"Version 1 of adfm .*\n.*in production is 3.*\nIts tag approval is 'pending' again"
+        Refused, match=r"Version 1 of adfm .*in production is 3; decided again .*\nIts tag approval is 'pending' again"
     ):
         promote_approved(PARAMS, "cron")
     assert aliases() == {"production": "3"}
     assert tags("1")["approval"] == tags("2")["approval"] == "pending"
-    assert "in production is 3: run `adfm register` again" in tags("1")["approval_refused"]
+    assert "decided again against version 3: gate failed" in tags("1")["approval_refused"]
     assert tags("3")["promoted_by"] == "cron"
     assert not promote_approved(PARAMS)
-    assert log() == [("promote", "3", "none"), ("refuse", "1", "")]
+    assert log() == [("promote", "3", "none"), ("decide", "1", "")]
 
 
 def test_an_approval_serves_once(store, add):
@@ -302,8 +470,6 @@ def test_a_broken_gate_file_with_its_digest_in_order(store, add, text):
     add(26)
     file = _edit_gate(store)
     file.write_text(text)
-    from adfm.registry.registration import file_digest
-
     tag("1", "gate_digest", file_digest(file))
     with pytest.raises(Refused, match=r"gate.json is not the decision that was registered"):
         promote("1", PARAMS)
@@ -471,7 +637,7 @@ def test_of_two_that_write_at_once_the_second_is_void(store, add, monkeypatch):
     with pytest.raises(Refused, match="in production is 3"):
         promote(first, PARAMS)
     assert aliases() == {"production": "3", "previous": "1"}
-    assert log()[1:] == [("promote", "3", "1"), ("promote", "2", "1"), ("refuse", "2", "")]
+    assert log()[1:] == [("promote", "3", "1"), ("promote", "2", "1"), ("decide", "2", "")]
     assert [step.void for step in history(PARAMS)] == [False, False, True, False]
     assert "promote (void)" in history_.table(history(PARAMS))
 

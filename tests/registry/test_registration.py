@@ -71,6 +71,9 @@ def test_first_version_carries_everything(store, shards, make_model, make_evalua
     assert json.loads((carried / "lineage.json").read_text())["git_commit"] == "c0ffee"
     gate = json.loads((carried / "gate.json").read_text())
     assert gate == json.loads((tmp_path / "out" / "gate.json").read_text())
+    assert yaml.safe_load((carried / "MLmodel").read_text())["flavors"]["python_function"]["loader_module"] == (
+        "adfm.registry.serving"
+    )
     assert gate["passed"] is True and gate["production_version"] is None and gate["reasons"] == decision.reasons
 
     out = json.loads((tmp_path / "out" / "registration.json").read_text())

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from adfm.errors import AdfmError
-from adfm.records import Sample, Split
+from adfm.records import Sample
 
 IMAGES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"))
 
@@ -99,7 +99,7 @@ def sample(
     image: Path,
     defect: str | None,
     masks: Iterable[Path] = (),
-    split: Split | None = None,
+    split: str | None = None,
     **more: Any,
 ) -> Sample:
     """An image of a data set that has masks.

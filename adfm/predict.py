@@ -1,0 +1,263 @@
+"""What a model says of photographs that nobody has judged: of files on the command line, of bytes in a served model.
+
+It is the path of evaluation: the same prompt, the same batches, the same reading of the answer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+import yaml
+from PIL import Image, ImageDraw
+
+from adfm import tracking
+from adfm.data import inspection, pictures
+from adfm.data.readers import files as readers
+from adfm.errors import AdfmError
+from adfm.evaluation import inference
+from adfm.evaluation.inference import Answer
+from adfm.models import loading
+from adfm.params import Params
+from adfm.records import Box
+
+ENDING = ".answer.png"
+"""Of the names of the pictures that `predict` writes; it takes none of them for a photograph."""
+
+_MOST_PIXELS = 80_000_000  # of an image: 240 MB when decoded
+_MOST_ASPECT = 200  # beyond it the families' processors refuse an image
+_TOGETHER = 100_000_000  # pixels of the images that are in memory at once
+_SIDES = (512, 1600)  # shortest and longest longer side of a picture
+# What a model was registered, or trained, with decides its answers; how many images a batch has does not.
+_OWN = {"model": ("dtype", "max_pixels"), "evaluate": ("max_new_tokens",)}
+
+T = TypeVar("T")
+
+
+def predict(images: Sequence[Path], model: str, params: Params, out: Path | None = None, as_json: bool = False) -> None:
+    """Lets a model answer photographs, prints what it says, and draws it.
+
+    Args:
+        images: Files, and folders, of which every image is taken, also in folders inside.
+        model: A base model's name, a model folder, or a registered version (`models:/adfm@production`).
+        params: Reads `model` and `evaluate`; of a registered or trained model its own precision, image size and length
+            of an answer count.
+        out: Folder for a picture of each answer, `<image>.answer.png`, with boxes and reasoning; none without it.
+        as_json: Print a line of JSON for each image: `image`, what `readable` gives, `model`, `picture`.
+
+    Raises:
+        AdfmError: There is no image, the model cannot be loaded, or images cannot be read: all of them are listed, and
+            the others were answered.
+    """
+    found = _files(images)
+    above = Path(os.path.commonpath([path if path.is_dir() else path.parent for path in map(_absolute, images)]))
+    unreadable: list[str] = []
+    with TemporaryDirectory() as folder:
+        inspector, name = load(model, params, Path(folder))
+        for portion in portions(_read(found, unreadable), params.evaluate.batch_size):
+            for (file, image), answer in zip(portion, answers(inspector, portion), strict=True):
+                said, picture = readable(answer, image.size), None
+                if out:
+                    picture = _save(draw(image, said), out / f"{_absolute(file).relative_to(above)}{ENDING}")
+                if as_json:
+                    told = json.dumps({"image": str(file), **said, "model": name, "picture": picture and str(picture)})
+                else:
+                    told = _told(file, said, picture)
+                print(told, flush=True)
+    if unreadable:
+        raise AdfmError(
+            f"{len(unreadable)} of {len(found)} images cannot be read; replace them, or leave them out:\n  "
+            + "\n  ".join(unreadable)
+        )
+
+
+def load(model: str, params: Params, to: Path) -> tuple[inference.Inspector, str]:
+    """Loads a model to answer as it did when it was judged.
+
+    Args:
+        model: As in `predict`.
+        params: As in `predict`.
+        to: An existing folder for what is downloaded.
+
+    Returns:
+        The model, and its name: that of a version has its number also where an alias was given.
+
+    Raises:
+        AdfmError: It cannot be found or loaded.
+    """
+    local, name = loading.fetch(model, to)
+    if name.startswith("models:"):
+        import mlflow
+
+        with tracking.store_errors(mlflow.get_tracking_uri()):
+            try:
+                text = mlflow.artifacts.load_text(f"{name}/params.yaml")
+            except (OSError, UnicodeDecodeError) as error:
+                raise AdfmError(f"{name}: its params.yaml cannot be read ({error}); register it again.") from error
+        own = yaml.safe_load(text)
+    else:
+        own = (loading.describe(Path(local)) or {}).get("params")
+    return inference.Inspector(local, with_own(params, own)), name
+
+
+def with_own(params: Params, own: Any) -> Params:
+    """`params` with what of a model's own settings, as far as they are known, decides its answers."""
+    values = params.model_dump(by_alias=True)
+    for section, keys in _OWN.items():
+        theirs = own.get(section) if isinstance(own, dict) else None
+        values[section] |= {key: theirs[key] for key in keys if isinstance(theirs, dict) and key in theirs}
+    return Params.model_validate(values)
+
+
+def decode(content: bytes) -> Image.Image:
+    """A photograph as a model sees it: upright, RGB.
+
+    Args:
+        content: A file in any format that Pillow reads.
+
+    Raises:
+        AdfmError: It cannot be decoded, or a model cannot take it in; the message is the reason alone.
+    """
+    if not content:
+        raise AdfmError("it is empty")
+    try:
+        width, height = inspection.size(content)
+        if width * height > _MOST_PIXELS:
+            raise AdfmError(f"it has {width}x{height} pixels, and {_MOST_PIXELS} are the most; make it smaller")
+        if max(width, height) > _MOST_ASPECT * min(width, height):
+            raise AdfmError(f"it is {width}x{height}, too narrow to be looked at as a whole; crop it")
+        return inspection.upright(content)
+    except AdfmError:
+        raise
+    except Exception as error:  # a damaged file makes Pillow raise nearly anything
+        raise AdfmError(inspection.reason(error)) from error
+
+
+def portions(images: Iterable[tuple[T, Image.Image]], batch_size: int) -> Iterator[list[tuple[T, Image.Image]]]:
+    """Images in the order in which they come, as many together as fit into a batch and into memory."""
+    portion: list[tuple[T, Image.Image]] = []
+    pixels = 0
+    for what, image in images:
+        size = image.width * image.height
+        if portion and (len(portion) == batch_size or pixels + size > _TOGETHER):
+            yield portion
+            portion, pixels = [], 0
+        portion.append((what, image))
+        pixels += size
+    if portion:
+        yield portion
+
+
+def answers(inspector: inference.Inspector, portion: Sequence[tuple[Any, Image.Image]]) -> list[Answer]:
+    """The answers to a portion of images, in its order."""
+    return inspector.answers([image.size for _, image in portion], lambda i: portion[i][1])
+
+
+def readable(answer: Answer, size: tuple[int, int]) -> dict[str, Any]:
+    """An answer for people and programs.
+
+    Args:
+        answer: The model's answer.
+        size: Width and height of the upright image in pixels.
+
+    Returns:
+        `label`: `anomalous`, `normal`, or `None` where the model gave no clear answer. `probability` of a defect, or
+        `None` likewise. `boxes`: the defects, `[x1, y1, x2, y2]` in pixels of the upright image, half-open, within it.
+        `reasoning`: what the model saw, and on the next line what it made of it, in its own words and, for coordinates,
+        units; all that it wrote where it did not keep to that form.
+    """
+    width, height = size
+    inside = (
+        Box(max(0.0, box.x1), max(0.0, box.y1), min(float(width), box.x2), min(float(height), box.y2))
+        for box in answer.boxes
+    )
+    stages = [answer.read.think, answer.read.rethink]
+    if answer.predicted is None or None in stages:
+        stages = [answer.completion]
+    return {
+        "label": answer.predicted,
+        "probability": answer.score,
+        "boxes": [[round(side, 2) for side in box] for box in inside if box.area],
+        "reasoning": "\n".join(" ".join(stage.split()) for stage in stages if stage),
+    }
+
+
+def draw(image: Image.Image, said: dict[str, Any]) -> Image.Image:
+    """A photograph with the boxes of an answer on it, and verdict and reasoning under it.
+
+    Args:
+        image: Upright, RGB.
+        said: As `readable` gives it.
+    """
+    side = min(max(*image.size, _SIDES[0]), _SIDES[1])
+    shown = pictures.drawn(pictures.marked(image, image.size, None, said["boxes"]), side)
+    width, font = max(shown.width, _SIDES[0]), side // 36
+    lines = [
+        part
+        for line in [_verdict(said), *said["reasoning"].split("\n")]
+        for part in textwrap.wrap(readers.printable(line), width * 2 // font) or [""]
+    ]
+    margin = font // 2
+    sheet = Image.new("RGB", (width, shown.height + round(len(lines) * font * 1.5) + 2 * margin), "white")
+    sheet.paste(shown, ((width - shown.width) // 2, 0))
+    place = (margin, shown.height + margin)
+    ImageDraw.Draw(sheet).multiline_text(place, "\n".join(lines), "black", font_size=font, spacing=font // 4)
+    return sheet
+
+
+def _files(images: Sequence[Path]) -> list[Path]:
+    missing = [str(path) for path in images if not path.exists()]
+    if missing:
+        raise AdfmError("no such file or folder:\n  " + "\n  ".join(missing))
+    found = [
+        file
+        for path in images
+        for file in (readers.images(path, "**/*") if path.is_dir() else [path])
+        if file == path or not file.name.endswith(ENDING)
+    ]
+    if not found:
+        kinds = ", ".join(sorted(readers.IMAGES))
+        raise AdfmError(f"no image in {', '.join(map(str, images)) or 'nothing'}; images are named {kinds}.")
+    return found
+
+
+def _read(found: Iterable[Path], unreadable: list[str]) -> Iterator[tuple[Path, Image.Image]]:
+    for file in found:
+        try:
+            yield file, decode(file.read_bytes())
+        except AdfmError as error:
+            unreadable.append(f"{readers.printable(str(file))}: {error}")
+        except OSError as error:
+            unreadable.append(f"{readers.printable(str(file))}: {error.strerror}")
+
+
+def _save(picture: Image.Image, file: Path) -> Path:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(file)
+    except OSError as error:
+        raise AdfmError(f"{file}: cannot be written ({error.strerror}); choose another folder with --out.") from error
+    return file
+
+
+def _told(file: Path, said: dict[str, Any], picture: Path | None) -> str:
+    lines = [f"{file}: {_verdict(said)}", *(f"  {line}" for line in said["reasoning"].split("\n"))]
+    if picture:
+        lines.append(f"  {picture}")
+    return "\n".join(map(readers.printable, lines))
+
+
+def _verdict(said: dict[str, Any]) -> str:
+    if said["label"] is None:
+        return "no clear answer"
+    sure = "" if said["probability"] is None else f" (probability of a defect {said['probability']:.2f})"
+    return f"{said['label']}{sure}" + "".join(f" {[round(side) for side in box]}" for box in said["boxes"])
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))

@@ -1,0 +1,270 @@
+"""A registered version as an MLflow pyfunc: `mlflow models serve -m models:/adfm@production --env-manager local`.
+
+The version holds the adapter and names its base; nothing is merged, and nothing is pickled: MLflow imports this module
+and calls `_load_pyfunc`. What comes in is a column `image` of base64, or of URIs. `data:` URIs are always read. Any
+other kind could be used to read what only the server may read, so `ADFM_SERVE_URIS` has to name the places that may be
+read, separated by white space: folders (`/data/line3`), `http(s)://host/path` and `s3://bucket/prefix`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import http.client
+import io
+import os
+import re
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from PIL import Image
+
+import adfm
+from adfm import predict, tracking
+from adfm.errors import AdfmError
+from adfm.evaluation.inference import Inspector
+from adfm.params import Params
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+URIS = "ADFM_SERVE_URIS"
+
+_MOST_BYTES = 256_000_000  # of all the images of a request
+_TIMEOUT = 10  # seconds to wait for a server that has an image
+# Without these the module cannot be imported where the model is served.
+_NEEDED = (
+    *("accelerate", "mlflow", "numpy", "pandas", "peft", "pillow", "pyarrow", "safetensors", "scipy", "tokenizers"),
+    *("torch", "transformers"),
+)
+_REQUIREMENTS = """\
+# These are not enough: adfm itself, of version {version}, is not on PyPI. Install it from its repository, and serve
+# with `--env-manager local` from there. lineage.json says with which commit the model was made.
+"""
+
+
+def write(folder: Path) -> None:
+    """Writes what makes an MLflow pyfunc of a version: `MLmodel`, input example, and lists of requirements.
+
+    Args:
+        folder: To make; it is to lie beside `model/` and `params.yaml` in the version.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow's, of its own type hints and its own use of pandas
+        _write(folder)
+
+
+def _write(folder: Path) -> None:
+    import mlflow.pyfunc
+    import pandas as pd
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema
+    from mlflow.types.schema import Array
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "gray").save(buffer, "PNG")
+    example = pd.DataFrame({"image": [base64.b64encode(buffer.getvalue()).decode()]})
+    signature = ModelSignature(
+        inputs=Schema([ColSpec("string", "image")]),
+        outputs=Schema(
+            [
+                ColSpec("string", "label", required=False),
+                ColSpec("double", "probability", required=False),
+                ColSpec(Array(Array(DataType.double)), "boxes"),
+                ColSpec("string", "reasoning"),
+            ]
+        ),
+    )
+    found = tracking.libraries()
+    pins = [f"{name}=={found[f'library.{name}']}" for name in _NEEDED if f"library.{name}" in found]
+    mlflow.pyfunc.save_model(
+        folder, loader_module=__name__, signature=signature, input_example=example, pip_requirements=pins
+    )
+    file = folder / "requirements.txt"
+    about = _REQUIREMENTS.format(version=adfm.__version__)
+    file.write_text(about + file.read_text(encoding="utf-8"), encoding="utf-8")
+
+
+class Served:
+    """A version that answers requests, one at a time.
+
+    Args:
+        folder: The version's files.
+
+    Raises:
+        AdfmError: It cannot be loaded.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        own = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
+        self._batch_size = int(own["evaluate"]["batch_size"])
+        params = predict.with_own(Params.model_validate({"evaluate": {"batch_size": self._batch_size}}), own)
+        self._inspector = Inspector(folder / "model", params)
+        self._one = threading.Lock()  # MLflow's server has many threads; memory is there for one
+
+    def predict(self, data: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """Answers photographs.
+
+        Args:
+            data: A column `image`, each base64 or a URI.
+            params: There are none.
+
+        Returns:
+            A row an image, in the order of `data`, with `label`, `probability`, `boxes` and `reasoning` as
+            `adfm.predict.readable` gives them.
+
+        Raises:
+            MlflowException: Images cannot be read; all of them are listed, and none was answered. It is the server's
+                answer 400.
+        """
+        import pandas as pd
+        from mlflow.exceptions import MlflowException
+
+        problems: list[str] = []
+        contents = list(_contents(data["image"], problems))
+        rows: list[dict[str, Any]] = []
+        with self._one:
+            for portion in predict.portions(_decoded(contents, problems), self._batch_size):
+                if not problems:  # else it is read on for the sake of a whole list alone
+                    answers = predict.answers(self._inspector, portion)
+                    sizes = [image.size for _, image in portion]
+                    rows += map(predict.readable, answers, sizes)
+        if problems:
+            raise MlflowException.invalid_parameter_value(
+                f"{len(problems)} of {len(data)} images cannot be read, and none was answered. " + " ".join(problems)
+            )
+        return pd.DataFrame(rows, columns=["label", "probability", "boxes", "reasoning"], dtype=object)
+
+
+def _load_pyfunc(path: str) -> Served:
+    """What MLflow calls with the version's folder."""
+    return Served(Path(path))
+
+
+def content(image: str) -> bytes:
+    """The file that an entry of the column `image` stands for.
+
+    Args:
+        image: Base64, or a URI: `data:`, `file:` or an absolute path, `http(s):`, `s3:`.
+
+    Raises:
+        AdfmError: It is neither, may not be read, or cannot be read; the message is the reason alone.
+    """
+    if re.match(r"data:", image, re.IGNORECASE):
+        about, _, text = image.partition(",")
+        return _base64(text) if about.lower().endswith(";base64") else urllib.parse.unquote_to_bytes(text)
+    if "://" in image[:20]:
+        return _read(image)
+    try:
+        return _base64(image)
+    except AdfmError:
+        if image.startswith("/"):
+            return _read(Path(image).as_uri())
+        raise
+
+
+def _contents(images: Iterable[object], problems: list[str]) -> Iterator[tuple[int, bytes]]:
+    total = 0
+    for number, image in enumerate(images, 1):
+        try:
+            found = content(image) if isinstance(image, str) else None
+            if not found:
+                raise AdfmError("it is empty")
+            total += len(found)
+            if total > _MOST_BYTES:
+                raise AdfmError(f"with it, the request has more than {_MOST_BYTES} bytes; send several")
+            yield number, found
+        except AdfmError as error:
+            problems.append(f"Image {number}: {error}.")
+
+
+def _decoded(contents: list[tuple[int, bytes]], problems: list[str]) -> Iterator[tuple[int, Image.Image]]:
+    for number, found in contents:
+        try:
+            yield number, predict.decode(found)
+        except AdfmError as error:
+            problems.append(f"Image {number}: {error}.")
+
+
+def _base64(text: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise AdfmError("it is neither base64 nor a URI") from error
+
+
+def _read(uri: str) -> bytes:
+    if not any(_is_within(uri, place) for place in os.environ.get(URIS, "").split()):
+        raise AdfmError(f"this server may not read there; {URIS} names the places that it may read")
+    parts = urllib.parse.urlsplit(uri)
+    try:
+        if parts.scheme == "file":
+            found = _file(_path(uri))
+        elif parts.scheme == "s3":
+            found = _object(parts.netloc, urllib.parse.unquote(parts.path[1:]))
+        else:
+            # No redirects: they could lead elsewhere.
+            with urllib.request.build_opener(_NoRedirects).open(uri, timeout=_TIMEOUT) as answer:
+                found = bytes(answer.read(_MOST_BYTES + 1))
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise AdfmError(f"it cannot be read ({error})") from error
+    if len(found) > _MOST_BYTES:
+        raise AdfmError(f"it has more than {_MOST_BYTES} bytes")
+    return found
+
+
+def _is_within(uri: str, place: str) -> bool:
+    """Whether a URI lies in a place that may be read, however it is written."""
+    if place.startswith("/"):
+        place = Path(place).as_uri()
+    try:
+        asked, allowed = urllib.parse.urlsplit(uri), urllib.parse.urlsplit(place)
+        if asked.scheme != allowed.scheme or asked.scheme not in ("file", "http", "https", "s3"):
+            return False
+        if asked.scheme == "file":
+            return _path(uri).resolve().is_relative_to(_path(place).resolve())
+    except (OSError, RuntimeError, ValueError):
+        return False
+    path, above = (urllib.parse.unquote(parts.path).rstrip("/") for parts in (asked, allowed))
+    if asked.netloc != allowed.netloc or not asked.netloc or {".", ".."} & {*re.split(r"[/\\]", path)}:
+        return False
+    return path == above or path.startswith(f"{above}/")
+
+
+def _path(uri: str) -> Path:
+    parts = urllib.parse.urlsplit(uri)
+    if parts.netloc not in ("", "localhost"):
+        raise ValueError("it names another host")
+    return Path(urllib.parse.unquote(parts.path))
+
+
+def _file(path: Path) -> bytes:
+    if not path.is_file():  # a pipe would never end
+        raise ValueError("it is no file")
+    with path.open("rb") as file:
+        return file.read(_MOST_BYTES + 1)
+
+
+def _object(bucket: str, key: str) -> bytes:
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        client = boto3.client("s3", config=Config(connect_timeout=_TIMEOUT, read_timeout=_TIMEOUT))
+        with client.get_object(Bucket=bucket, Key=key)["Body"] as body:
+            return bytes(body.read(_MOST_BYTES + 1))
+    except (BotoCoreError, ClientError) as error:
+        raise ValueError(str(error)) from error
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *arguments: Any) -> None:
+        """Follows none; the answer is an error then."""

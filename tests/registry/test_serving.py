@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+import base64
+import http.server
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+import pytest
+from mlflow.exceptions import MlflowException
+from PIL import Image
+
+import adfm
+from adfm import predict, tracking
+from adfm.cli import main
+from adfm.data import synthetic
+from adfm.errors import AdfmError
+from adfm.params import Params
+from adfm.registry import serving
+from adfm.registry.registration import register
+
+BASE = "embedded://tiny-base"
+COLUMNS = ["label", "probability", "boxes", "reasoning"]
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("photographs")
+    synthetic.generate(folder / "raw", images=20)
+    files = sorted((folder / "raw").glob("*/test/*/*.png"))[:4]
+    with Image.open(files[0]) as upright:
+        exif = Image.Exif()
+        exif[0x0112] = 6  # turn it by 90 degrees to the right
+        upright.convert("RGB").transpose(Image.Transpose.ROTATE_90).save(folder / "turned.png", exif=exif)
+    return [*files, folder / "turned.png"]
+
+
+@pytest.fixture(scope="module")
+def adapter(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as training writes it, with an adapter that changes nothing yet."""
+    from peft import LoraConfig, get_peft_model
+
+    from adfm.models import loading
+    from adfm.training.warmup import save
+
+    folder, params = tmp_path_factory.mktemp("adapter"), Params()
+    loaded = loading.load(BASE, params.model)
+    adapted = get_peft_model(loaded.model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    save(folder, adapted, loaded, small_shards, params, "train", "0" * 32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def version(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of a version, as far as a served model needs them."""
+    folder = tmp_path_factory.mktemp("version") / "version"
+    serving.write(folder)
+    shutil.copytree(adapter, folder / "model")
+    (folder / "params.yaml").write_text(tracking.settings(Params()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(version: Path) -> Any:
+    return mlflow.pyfunc.load_model(str(version))
+
+
+def b64(file: Path) -> str:
+    return base64.b64encode(file.read_bytes()).decode()
+
+
+def test_the_version_says_what_goes_in_and_out(version: Path, served: Any) -> None:
+    assert served.metadata.signature.inputs.input_names() == ["image"]
+    assert served.metadata.signature.outputs.input_names() == COLUMNS
+    example = served.input_example
+    assert isinstance(example, pd.DataFrame)
+    assert serving.content(example["image"][0]).startswith(b"\x89PNG")
+    assert list(served.predict(example).columns) == COLUMNS
+    assert not [path for path in version.rglob("*") if path.suffix in (".pkl", ".pickle", ".bin", ".pt", ".py")]
+    requirements = (version / "requirements.txt").read_text()
+    assert "adfm itself" in requirements and "--env-manager local" in requirements
+    assert not any(line.startswith("adfm") for line in requirements.splitlines())
+    # The base is named, not merged.
+    assert json.loads((version / "model" / "adfm.json").read_text())["base"]["name"] == BASE
+    assert not (version / "model" / "model.safetensors").exists()
+
+
+def test_answers_are_those_of_the_command_line(
+    served: Any, adapter: Path, photographs: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", *map(str, photographs), "--model", str(adapter), "--json"]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    rows = served.predict(pd.DataFrame({"image": [b64(file) for file in photographs]})).to_dict("records")
+    assert [[row[key] for key in ("label", "boxes", "reasoning")] for row in rows] == [
+        [line[key] for key in ("label", "boxes", "reasoning")] for line in told
+    ]
+    assert [row["probability"] for row in rows] == pytest.approx([line["probability"] for line in told], abs=1e-4)
+    assert rows[-1]["boxes"] == rows[0]["boxes"]  # turned upright, it is the first one
+
+
+def test_every_image_that_cannot_be_read_is_told(served: Any, photographs: list[Path]) -> None:
+    images = [b64(photographs[0]), "no base64!", "", base64.b64encode(b"no image").decode(), "/etc/passwd"]
+    with pytest.raises(MlflowException) as error:
+        served.predict(pd.DataFrame({"image": images}))
+    assert error.value.get_http_status_code() == 400
+    told = str(error.value)
+    assert told.startswith("4 of 5 images cannot be read, and none was answered.")
+    for part in (
+        "Image 2: it is neither base64 nor a URI.",
+        "Image 3: it is empty.",
+        "Image 4: it is no image.",
+        "Image 5: this server may not read there; ADFM_SERVE_URIS names the places that it may read.",
+    ):
+        assert part in told
+
+
+def test_an_unclear_answer_is_no_label(version: Path, monkeypatch: pytest.MonkeyPatch, photographs: list[Path]) -> None:
+    from adfm.method import response
+
+    model = serving._load_pyfunc(str(version))
+    words = "<think>I do not know"
+    unclear = predict.Answer(None, None, [], response.parse(words), words)
+    monkeypatch.setattr(model._inspector, "answers", lambda sizes, image: [unclear for _ in sizes])
+    found = model.predict(pd.DataFrame({"image": [b64(photographs[0])]}))
+    row = {"label": None, "probability": None, "boxes": [], "reasoning": words}
+    assert found.to_dict("records") == [row]
+    json.dumps(found.to_dict("records"), allow_nan=False)
+
+
+def test_a_request_is_bounded(served: Any, photographs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    size = photographs[0].stat().st_size
+    monkeypatch.setattr(serving, "_MOST_BYTES", size + 10)
+    images = [b64(photographs[0])] * 2
+    assert len(served.predict(pd.DataFrame({"image": images[:1]}))) == 1
+    with pytest.raises(
+        MlflowException, match=f"1 of 2 images .* Image 2: .* more than {size + 10} bytes; send several"
+    ):
+        served.predict(pd.DataFrame({"image": images}))
+
+
+# ---------------------------------------------------------------------------------------------------------------- URIs
+
+
+def test_base64_and_data_uris() -> None:
+    assert serving.content("aGVs\nbG8=") == b"hello"
+    assert serving.content("data:image/png;base64,aGVsbG8=") == b"hello"
+    assert serving.content("DATA:,a%20b") == b"a b"
+    for odd in ("aGVsbG8", "a b c", "data:image/png;base64,!", "picture.png", "\N{SNOWMAN}"):
+        with pytest.raises(AdfmError, match="neither base64 nor a URI"):
+            serving.content(odd)
+
+
+def test_files_are_read_in_named_folders_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "line 3").mkdir()
+    inside, outside = tmp_path / "line 3" / "a.png", tmp_path / "secret.png"
+    inside.write_bytes(b"inside")
+    outside.write_bytes(b"outside")
+    (tmp_path / "line 3" / "link.png").symlink_to(outside)
+    os.mkfifo(tmp_path / "line 3" / "pipe.png")
+    refused = "this server may not read there"
+    with pytest.raises(AdfmError, match=refused):
+        serving.content(inside.as_uri())
+    monkeypatch.setenv(serving.URIS, f"s3://bucket/x {(tmp_path / 'line 3').as_uri()}")
+    assert serving.content(inside.as_uri()) == serving.content(str(inside)) == b"inside"
+    folder = (tmp_path / "line 3").as_uri()
+    for elsewhere in (
+        outside.as_uri(),
+        str(outside),
+        f"{folder}/../secret.png",
+        f"{folder}/%2e%2e/secret.png",
+        f"{folder}/link.png",
+        f"{folder}3/a.png",
+        f"file://host{inside}",
+        "file:///etc/passwd",
+        "ftp://host/a.png",
+        "file://[broken",
+    ):
+        with pytest.raises(AdfmError, match=refused):
+            serving.content(elsewhere)
+    for unreadable in ("pipe.png", "none.png"):
+        with pytest.raises(AdfmError, match="cannot be read"):
+            serving.content(f"{folder}/{unreadable}")
+    monkeypatch.setattr(serving, "_MOST_BYTES", 3)
+    with pytest.raises(AdfmError, match="more than 3 bytes"):
+        serving.content(str(inside))
+
+
+@pytest.fixture
+def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A web server with an image, a redirection, and what nobody is to reach."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(302 if "moved" in self.path else 404 if "none" in self.path else 200)
+            self.send_header("Location", "/secret")
+            self.end_headers()
+            self.wfile.write(self.path.encode())
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_web_addresses_are_read_where_they_are_named(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(serving.URIS, f"{web}/camera/ /data")
+    assert serving.content(f"{web}/camera/1.png?at=3") == b"/camera/1.png?at=3"
+    for elsewhere in (
+        f"{web}/secret",
+        f"{web}/camera/../secret",
+        f"{web}/camera/%2E%2E/secret",
+        f"{web}/camera/..\\secret",
+        f"{web}/cameras",
+        web.replace("http", "https") + "/camera/1.png",
+        web.replace("http://", "http://user@") + "/camera/1.png",
+        "http://169.254.169.254/camera/1.png",
+        "http:///camera/1.png",
+    ):
+        with pytest.raises(AdfmError, match="this server may not read there"):
+            serving.content(elsewhere)
+    for unreadable in ("moved", "none", "a b"):
+        with pytest.raises(AdfmError, match="it cannot be read"):
+            serving.content(f"{web}/camera/{unreadable}")
+
+
+def test_objects_are_read_in_named_buckets(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    s3.put_object(Bucket="data", Key="line 3/a.png", Body=b"inside")
+    with pytest.raises(AdfmError, match="this server may not read there"):
+        serving.content("s3://data/line%203/a.png")
+    monkeypatch.setenv(serving.URIS, "s3://data/line%203")
+    assert serving.content("s3://data/line%203/a.png") == b"inside"
+    with pytest.raises(AdfmError, match="this server may not read there"):
+        serving.content("s3://other/line%203/a.png")
+    with pytest.raises(AdfmError, match=r"it cannot be read .*NoSuchKey"):
+        serving.content("s3://data/line%203/b.png")
+
+
+# ----------------------------------------------------------------------------------------------------- the real server
+
+
+def post(address: str, images: list[str]) -> tuple[int, Any]:
+    body = json.dumps({"dataframe_records": [{"image": image} for image in images]}).encode()
+    request = urllib.request.Request(f"{address}/invocations", body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=120) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.loads(error.read())
+
+
+@pytest.fixture
+def address(store: Path, make_shards: Any, make_evaluation: Any, adapter: Path, tmp_path: Path) -> Iterator[str]:
+    """`mlflow models serve` of a version that was registered and is in production."""
+    shards = make_shards(tmp_path / "shards")
+    params = Params.model_validate({"gate": {"bootstrap": 200, "min_images": 20}})
+    register(adapter, shards, make_evaluation(tmp_path / "evaluation", shards, 36), tmp_path / "out", params)
+    tracking.client().set_registered_model_alias("adfm", "production", "1")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {
+        "MLFLOW_TRACKING_URI": f"sqlite:///{store}/mlflow.db",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(Path(adfm.__file__).parents[1]),
+    }
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/adfm@production"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [*command, "--env-manager", "local", "--port", port],
+            env=environment, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    try:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        for _ in range(1200):
+            try:
+                opener.open(f"http://127.0.0.1:{port}/ping", timeout=5).close()
+                break
+            except OSError:
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.2)
+        else:
+            pytest.fail((tmp_path / "log").read_text())
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait(60)
+
+
+def test_mlflow_serves_the_version_in_production(
+    address: str, photographs: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main(["predict", *map(str, photographs), "--json"]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {line["model"] for line in told} == {"models:/adfm/1"}
+
+    images = [b64(file) for file in photographs]
+    spoilt = [images[0], "no base64!"]
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda sent: post(address, sent), [images, spoilt, images[:1], images[1:2]]))
+    (status, whole), (refused, why), *single = results
+    assert status == 200 and refused == 400
+    assert why["error_code"] == "INVALID_PARAMETER_VALUE"
+    assert "1 of 2 images cannot be read" in why["message"] and "Image 2" in why["message"]
+    answered = [(whole["predictions"], told)]
+    answered += [(body["predictions"], [line]) for (_, body), line in zip(single, told, strict=False)]
+    for rows, lines in answered:
+        assert [[row[key] for key in ("label", "boxes", "reasoning")] for row in rows] == [
+            [line[key] for key in ("label", "boxes", "reasoning")] for line in lines
+        ]
+        assert [row["probability"] for row in rows] == pytest.approx([r["probability"] for r in lines], abs=1e-4)
+    assert post(address, [photographs[0].as_uri()])[0] == 400
