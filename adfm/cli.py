@@ -11,6 +11,7 @@ import difflib
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,7 @@ from a data set to a registered model, by hand (`make repro` does the same, and 
 _ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "GX_ANALYTICS_ENABLED": "false",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",  # of steps that take no time
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "TOKENIZERS_PARALLELISM": "false",  # the tokenizer warns at every fork otherwise
@@ -61,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.pop("HF_MLFLOW_LOG_ARTIFACTS", None)  # would upload every checkpoint
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # said by peft's call
     args = _parse(sys.argv[1:] if argv is None else argv)
     try:
         from adfm.params import load
