@@ -37,7 +37,7 @@ from adfm.data.conversion import convert
 from adfm.method import response
 from adfm.models import loading
 from adfm.params import Params
-from adfm.registry import serving
+from adfm.registry import pyfunc
 
 LEAST = 2.0
 REQUESTS = 100
@@ -104,7 +104,7 @@ def main(folder: Path) -> int:
     params = Params()
     synthetic.generate(folder / "raw")
     convert(folder / "raw", folder / "shards", params)
-    serving.write(folder / "version")
+    pyfunc.write(folder / "version")
     shutil.copytree(loading.EMBEDDED[MODEL], folder / "version" / "model")
     (folder / "version" / "params.yaml").write_text(tracking.settings(params))
     images = {r.id: base64.b64encode(r.image).decode() for r in shards_.read(folder / "shards", "test")}

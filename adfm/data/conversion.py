@@ -193,7 +193,7 @@ def _inspected(raw: _Raw, work: Path, params: Params, part: int = 1, of: int = 1
                 runs.append(path)
     if refusals or problems:
         raise AdfmError(_refusal(raw, refusals, problems))
-    for path in set(work.iterdir()) - set(runs):
+    for path in set(work.glob("*.parquet*")) - set(runs):
         path.unlink()
     return runs
 

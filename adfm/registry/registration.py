@@ -31,7 +31,7 @@ from adfm.method import prompt
 from adfm.models import loading
 from adfm.models.loading import check_unchanged
 from adfm.params import Gate, Params
-from adfm.registry import gate, history, serving
+from adfm.registry import gate, history, pyfunc
 from adfm.registry.alerts import alert
 from adfm.registry.lineage import lineage
 
@@ -100,7 +100,7 @@ def register(model: Path, shards: Path, evaluation: Path, out: Path, params: Par
             if version is None:
                 with TemporaryDirectory() as temporary:
                     folder = Path(temporary) / "version"
-                    serving.write(folder)
+                    pyfunc.write(folder)
                     (folder / "params.yaml").write_text(tracking.settings(params), encoding="utf-8")
                     write_json(origin, folder / "lineage.json")
                     write_json(decided, folder / "gate.json")

@@ -11,14 +11,12 @@ from __future__ import annotations
 import base64
 import binascii
 import http.client
-import io
 import os
 import re
 import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +24,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from PIL import Image
 
-import adfm
-from adfm import predict, tracking
+from adfm import predict
 from adfm.errors import AdfmError
 from adfm.evaluation.inference import Inspector
 from adfm.params import Params
@@ -39,57 +36,6 @@ URIS = "ADFM_SERVE_URIS"
 
 _MOST_BYTES = 256_000_000  # of all the images of a request
 _TIMEOUT = 10  # seconds to wait for a server that has an image
-# Without these the module cannot be imported where the model is served.
-_NEEDED = (
-    *("accelerate", "mlflow", "numpy", "pandas", "peft", "pillow", "pyarrow", "safetensors", "scipy", "tokenizers"),
-    *("torch", "transformers"),
-)
-_REQUIREMENTS = """\
-# These are not enough: adfm itself, of version {version}, is not on PyPI. Install it from its repository, and serve
-# with `--env-manager local` from there. lineage.json says with which commit the model was made.
-"""
-
-
-def write(folder: Path) -> None:
-    """Writes what makes an MLflow pyfunc of a version: `MLmodel`, input example, and lists of requirements.
-
-    Args:
-        folder: To make; it is to lie beside `model/` and `params.yaml` in the version.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MLflow's, of its own type hints and its own use of pandas
-        _write(folder)
-
-
-def _write(folder: Path) -> None:
-    import mlflow.pyfunc
-    import pandas as pd
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, Schema
-    from mlflow.types.schema import Array
-
-    buffer = io.BytesIO()
-    Image.new("RGB", (64, 64), "gray").save(buffer, "PNG")
-    example = pd.DataFrame({"image": [base64.b64encode(buffer.getvalue()).decode()]})
-    signature = ModelSignature(
-        inputs=Schema([ColSpec("string", "image")]),
-        outputs=Schema(
-            [
-                ColSpec("string", "label", required=False),
-                ColSpec("double", "probability", required=False),
-                ColSpec(Array(Array(DataType.double)), "boxes"),
-                ColSpec("string", "reasoning"),
-            ]
-        ),
-    )
-    found = tracking.libraries()
-    pins = [f"{name}=={found[f'library.{name}']}" for name in _NEEDED if f"library.{name}" in found]
-    mlflow.pyfunc.save_model(
-        folder, loader_module=__name__, signature=signature, input_example=example, pip_requirements=pins
-    )
-    file = folder / "requirements.txt"
-    about = _REQUIREMENTS.format(version=adfm.__version__)
-    file.write_text(about + file.read_text(encoding="utf-8"), encoding="utf-8")
 
 
 class Served:

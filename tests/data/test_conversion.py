@@ -316,13 +316,13 @@ def test_a_killed_conversion_goes_on_where_it_was(
     assert len(seen) == 48 - 20
     assert not (tmp_path / "out").exists()
 
-    finished = {path.name: path.stat().st_ino for path in (tmp_path / "out.partial").glob("*.parquet")}
+    finished = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.partial").glob("*.parquet")}
     assert len(finished) == 3
     with monkeypatch.context() as patched:
         seen = _counted(patched)
         conversion.convert(mvtec_folder, tmp_path / "out", settings)
     assert seen == []
-    assert {name: (tmp_path / "out" / name).stat().st_ino for name in finished} == finished
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in finished} == finished
     assert _contents(tmp_path / "out") == _contents(tmp_path / "at-once")
 
 
@@ -455,4 +455,4 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path, monkeypa
         conversion.convert(tmp_path / "raw", tmp_path / "out", Params())
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < peaks[0] + 700 * 1500
+    assert peaks[1] < peaks[0] + 700 * 2500

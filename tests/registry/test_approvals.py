@@ -206,7 +206,10 @@ def test_alerts_of_a_whole_life(store, add, channel):
     assert heads[3].startswith("adfm: version 3 is in production, in place of none; promoted by Ada.")
     assert heads[4:6][1].startswith("adfm: version 4 is in production, in place of 3; promoted by Ada.")
     assert heads[6] == "adfm: version 2 was rejected: misses &lt;!channel&gt; &amp; co"
-    assert heads[7].startswith("adfm: version 1 was approved and cannot be promoted: its tag gate is 'failed'")
+    assert heads[7].startswith(
+        "adfm: version 1 was approved and cannot be promoted: its gate compared it with version none"
+    )
+    assert heads[7].endswith("decided again against version 4: gate failed; it cannot be promoted")
     assert heads[8] == "adfm: rolled back from version 4 to 3 by Grace. false alarms"
     assert len(heads) == 9
 

@@ -29,7 +29,7 @@ from adfm.cli import main
 from adfm.data import synthetic
 from adfm.errors import AdfmError
 from adfm.params import Params
-from adfm.registry import serving
+from adfm.registry import pyfunc, serving
 from adfm.registry.registration import register
 
 BASE = "embedded://tiny-base"
@@ -67,7 +67,7 @@ def adapter(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def version(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of a version, as far as a served model needs them."""
     folder = tmp_path_factory.mktemp("version") / "version"
-    serving.write(folder)
+    pyfunc.write(folder)
     shutil.copytree(adapter, folder / "model")
     (folder / "params.yaml").write_text(tracking.settings(Params()))
     return folder
