@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,7 +50,9 @@ _MOST_REASONS = 15
 _MOST_TEXT = 5000  # the width of the description's column in MLflow's SQL schema
 
 
-def register(model: Path, shards: Path, evaluation: Path, out: Path, params: Params) -> gate.Decision:
+def register(
+    model: Path, shards: Path, evaluation: Path, out: Path, params: Params, tags: Mapping[str, str] | None = None
+) -> gate.Decision:
     """Registers a trained model as a version and lets the gate decide on it.
 
     A version of the same model with the same evaluation is used again, so a stage that is repeated makes no second one;
@@ -62,6 +65,7 @@ def register(model: Path, shards: Path, evaluation: Path, out: Path, params: Par
         out: Folder to write: `gate.json`, `registration.json`, and `production.parquet` if something is in production:
             the predictions that the candidate was compared with.
         params: Reads `register`, `gate`, `evaluate` and `seed`.
+        tags: Further tags of the version, such as the run of the pipeline that made it.
 
     Returns:
         The decision. The version is registered either way.
@@ -93,19 +97,21 @@ def register(model: Path, shards: Path, evaluation: Path, out: Path, params: Par
             if version:
                 decided = _as_before(version, decided)
             write_json(decided, partial / "gate.json")
-            tags = _tags(decided, origin, measured, evaluated, _protocol(family, params))
-            tags["gate_digest"] = file_digest(partial / "gate.json")
+            described = _tags(decided, origin, measured, evaluated, _protocol(family, params))
+            described["gate_digest"] = file_digest(partial / "gate.json")
             if version is None:
                 with TemporaryDirectory() as folder:
                     (Path(folder) / "params.yaml").write_text(tracking.settings(params), encoding="utf-8")
                     write_json(origin, Path(folder) / "lineage.json")
                     write_json(decided, Path(folder) / "gate.json")
                     contents = {"": Path(folder), "model": model, "evaluation": evaluation}
-                    version = _create(store, name, contents, tags, measured, trained_by or run)
-            elif version.tags.get("gate_digest") != tags["gate_digest"]:
-                _decide_again(store, version, partial / "gate.json", tags)
+                    version = _create(store, name, contents, described, measured, trained_by or run)
+            elif version.tags.get("gate_digest") != described["gate_digest"]:
+                _decide_again(store, version, partial / "gate.json", described)
             text = _text(decided, origin, measured, str(version.version), evaluated_by)
             store.update_model_version(name, str(version.version), text)
+        for key, value in (tags or {}).items():
+            store.set_model_version_tag(name, str(version.version), key, value)
         registration = {
             "model": name,
             "version": str(version.version),
