@@ -37,12 +37,15 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ui", metavar="URL", default="", help="of the pages, for links; the host by default")
 
 
-def arguments(args: argparse.Namespace, asked: Params) -> dict[str, Any]:
-    """The pipeline's arguments, but for the settings."""
-    return {"version": args.version, "by": args.by, "ui": args.ui}
+def arguments(args: argparse.Namespace, asked: Params) -> tuple[Any, dict[str, Any]]:
+    """The pipeline and its arguments, but for the settings."""
+    return promotion, {"version": args.version, "by": args.by, "ui": args.ui}
+
+
+PIPELINES = (promotion,)
 
 
 if __name__ == "__main__":
     from pipelines.command import main
 
-    raise SystemExit(main(promotion, options, arguments))
+    raise SystemExit(main(PIPELINES, options, arguments))

@@ -33,6 +33,7 @@ NEEDS = {
     "validate": Needs("2", "8Gi", 2, cached=True),
     "warmup": Needs("4", "16Gi", 6, tries=1, gpu=True),
     "train": Needs("8", "32Gi", 72, tries=1, gpu=True),
+    "train-on-nodes": Needs("1", "4Gi", 72, tries=1),
     "evaluate": Needs("4", "16Gi", 12, tries=1, gpu=True),
     "register": Needs("4", "16Gi", 12, tries=2, gpu=True),
     "promote": Needs("1", "4Gi", 0.5, tries=2),
@@ -58,8 +59,8 @@ SECRETS = {
 
 PULL_SECRET = "adfm-registry"
 SHARED_MEMORY = "8Gi"
-WORKSPACE = "adfm-workspace"
-"""Volume that several machines train on; only used with more than one of them."""
+WORKSPACE, WORKSPACE_CLAIM = "/workspace", "adfm-workspace"
+"""Where the volume is mounted on which several machines train, and its claim; without several it is not asked for."""
 
 
 def give(task: dsl.PipelineTask, name: str) -> dsl.PipelineTask:

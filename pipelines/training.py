@@ -9,9 +9,10 @@ import argparse
 import difflib
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
-from kfp import dsl
+from kfp import dsl, kubernetes
 
 from adfm.params import Params
 from adfm.tasks import fixed_revision
@@ -21,10 +22,10 @@ from components.evaluate.component import evaluate
 from components.fetch.component import fetch
 from components.notify.component import notify
 from components.register.component import register
-from components.train.component import train
+from components.train.component import train, train_on_nodes
 from components.validate.component import validate
 from components.warmup.component import warmup
-from pipelines.tasks import give, give_gpu
+from pipelines.tasks import WORKSPACE, WORKSPACE_CLAIM, give, give_gpu
 
 GPU_IMAGE = os.environ.get("ADFM_GPU_IMAGE", "localhost/adfm:gpu")
 
@@ -43,38 +44,13 @@ def conversion(raw: dsl.Input[dsl.Dataset], parts: list[str], settings: str) -> 
     return converted.outputs["shards"]
 
 
-@dsl.pipeline(name="adfm-training", description="Data, validation, training, evaluation, registration and gate.")
-def training(
-    settings: str = "",
-    data_revision: str = "",
-    parts: list[str] = ["1/2", "2/2"],
-    gpu_type: str = "nvidia.com/gpu",
-    num_gpus: int = 0,
-    num_nodes: int = 1,
-    node_selector: dict[str, Any] = {},
-    tolerations: list[dict[str, Any]] = [],
-    ui: str = "",
-):
-    """The whole path.
-
-    Args:
-        settings: Text of a `params.yaml`; empty: the embedded run.
-        data_revision: What tells this content of `fetch.source` from an earlier one; data stages are cached by it.
-            Empty: what the source says of itself, else the time, and nothing is taken from the cache.
-        parts: Conversion is divided into these, written as I/N.
-        gpu_type: Resource that stands for a GPU on the cluster's nodes.
-        num_gpus: GPUs of a machine; 0: none.
-        num_nodes: Machines that training uses; more than 1 need Kubeflow Trainer.
-        node_selector: Labels of the nodes for the tasks that use GPUs.
-        tolerations: Of taints of those nodes.
-        ui: Address of the pipelines' pages, for the link in the notification.
-    """
-    gpus = (gpu_type, num_gpus, node_selector, tolerations)
+def _path(name: str, settings: Any, revision: Any, parts: Any, ui: Any, gpus: Any, train: Callable[..., Any]) -> None:
+    """The tasks of both; `train` makes the one of shards, warmed-up model and settings."""
     run = dsl.PIPELINE_JOB_ID_PLACEHOLDER
-    told = notify(pipeline="adfm-training", run=run, settings=settings, ui=ui)
+    told = notify(pipeline=name, run=run, settings=settings, ui=ui)
     give(told, "notify")
     with dsl.ExitHandler(told, name="path"):
-        checked = check(settings=settings, revision=data_revision)
+        checked = check(settings=settings, revision=revision)
         give(checked, "check")
         fetched = fetch(source=checked.outputs["source"], revision=checked.outputs["revision"])
         give(fetched, "fetch")
@@ -87,22 +63,11 @@ def training(
         whole = checked.outputs["settings"]
         warmed = warmup(shards=shards, validation=validated.outputs["report"], settings=whole)
         give_gpu(warmed, "warmup", *gpus)
-        trained = train(
-            shards=shards,
-            warmup=warmed.outputs["model"],
-            settings=whole,
-            num_gpus=num_gpus,
-            num_nodes=num_nodes,
-            gpu_type=gpu_type,
-            image=GPU_IMAGE,
-        )
-        give_gpu(trained, "train", *gpus)
-        evaluated = evaluate(
-            shards=shards, warmup=warmed.outputs["model"], model=trained.outputs["model"], settings=whole
-        )
+        model = train(shards, warmed.outputs["model"], whole).outputs["model"]
+        evaluated = evaluate(shards=shards, warmup=warmed.outputs["model"], model=model, settings=whole)
         give_gpu(evaluated, "evaluate", *gpus)
         registered = register(
-            model=trained.outputs["model"],
+            model=model,
             shards=shards,
             evaluation=evaluated.outputs["evaluation"],
             settings=whole,
@@ -110,6 +75,80 @@ def training(
             revision=checked.outputs["revision"],
         )
         give_gpu(registered, "register", *gpus)
+
+
+@dsl.pipeline(name="adfm-training", description="Data, validation, training, evaluation, registration and gate.")
+def training(
+    settings: str = "",
+    data_revision: str = "",
+    parts: list[str] = ["1/2", "2/2"],
+    gpu_type: str = "nvidia.com/gpu",
+    num_gpus: int = 0,
+    node_selector: dict[str, Any] = {},
+    tolerations: list[dict[str, Any]] = [],
+    ui: str = "",
+):
+    """The whole path, each task on one machine.
+
+    Args:
+        settings: Text of a `params.yaml`; empty: the embedded run.
+        data_revision: What tells this content of `fetch.source` from an earlier one; data stages are cached by it.
+            Empty: what the source says of itself, else the time, and nothing is taken from the cache.
+        parts: Conversion is divided into these, written as I/N.
+        gpu_type: Resource that stands for a GPU on the cluster's nodes.
+        num_gpus: GPUs of a machine; 0: none.
+        node_selector: Labels of the nodes for the tasks that use GPUs.
+        tolerations: Of taints of those nodes.
+        ui: Address of the pipelines' pages, for the link in the notification.
+    """
+    gpus = (gpu_type, num_gpus, node_selector, tolerations)
+
+    def on_one(shards: Any, warmed: Any, whole: Any) -> Any:
+        trained = train(shards=shards, warmup=warmed, settings=whole, num_gpus=num_gpus)
+        give_gpu(trained, "train", *gpus)
+        return trained
+
+    _path("adfm-training", settings, data_revision, parts, ui, gpus, on_one)
+
+
+@dsl.pipeline(name="adfm-training-on-nodes", description="As adfm-training; several machines train together.")
+def training_on_nodes(
+    settings: str = "",
+    data_revision: str = "",
+    parts: list[str] = ["1/2", "2/2"],
+    gpu_type: str = "nvidia.com/gpu",
+    num_gpus: int = 1,
+    num_nodes: int = 2,
+    node_selector: dict[str, Any] = {},
+    tolerations: list[dict[str, Any]] = [],
+    ui: str = "",
+):
+    """The whole path with a TrainJob of Kubeflow Trainer on `num_nodes` machines; the rest is as of `training`.
+
+    A pipeline of its own, because the volume that the machines share cannot be optional.
+    """
+    gpus = (gpu_type, num_gpus, node_selector, tolerations)
+
+    def on_several(shards: Any, warmed: Any, whole: Any) -> Any:
+        trained = train_on_nodes(
+            shards=shards,
+            warmup=warmed,
+            settings=whole,
+            num_nodes=num_nodes,
+            num_gpus=num_gpus,
+            gpu_type=gpu_type,
+            node_selector=node_selector,
+            tolerations=tolerations,
+            image=GPU_IMAGE,
+            run=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+            workspace=WORKSPACE,
+            claim=WORKSPACE_CLAIM,
+        )
+        give(trained, "train-on-nodes")
+        kubernetes.mount_pvc(trained, WORKSPACE_CLAIM, WORKSPACE)
+        return trained
+
+    _path("adfm-training-on-nodes", settings, data_revision, parts, ui, gpus, on_several)
 
 
 GPUS = ("nvidia.com/gpu", "amd.com/gpu", "gpu.intel.com/i915", "gpu.intel.com/xe", "habana.ai/gaudi")
@@ -129,18 +168,20 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ui", metavar="URL", default="", help="of the pages, for links; the host by default")
 
 
-def arguments(args: argparse.Namespace, asked: Params) -> dict[str, Any]:
-    """The pipeline's arguments, but for the settings."""
-    return {
+def arguments(args: argparse.Namespace, asked: Params) -> tuple[Any, dict[str, Any]]:
+    """The pipeline that was asked for, and its arguments, but for the settings."""
+    given = {
         "data_revision": args.data_revision or fixed_revision(asked.fetch.source),
         "parts": [f"{part}/{args.parts}" for part in range(1, args.parts + 1)],
         "gpu_type": args.gpu_type,
         "num_gpus": args.num_gpus,
-        "num_nodes": args.num_nodes,
         "node_selector": dict(args.node_selector),
         "tolerations": args.toleration,
         "ui": args.ui,
     }
+    if args.num_nodes == 1:
+        return training, given
+    return training_on_nodes, given | {"num_nodes": args.num_nodes}
 
 
 def _count(text: str) -> int:
@@ -180,7 +221,10 @@ def _toleration(text: str) -> dict[str, str]:
     return tolerated | ({"effect": effect} if effect else {})
 
 
+PIPELINES = (training, training_on_nodes)
+
+
 if __name__ == "__main__":
     from pipelines.command import main
 
-    raise SystemExit(main(training, options, arguments))
+    raise SystemExit(main(PIPELINES, options, arguments))

@@ -61,4 +61,4 @@ if __name__ == "__main__":
         )
     except AdfmError as error:
         raise SystemExit(f"trigger: error: {error}") from error
-    raise SystemExit(main(training.training, training.options, training.arguments, ["submit", *given, *sys.argv[1:]]))
+    raise SystemExit(main(training.PIPELINES, training.options, training.arguments, ["submit", *given, *sys.argv[1:]]))

@@ -1,6 +1,5 @@
 """The IR that is checked in: the code's own, byte for byte, and what each task is given in it."""
 
-import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from pipelines import promotion, training
 from pipelines.command import write
 
 ROOT = Path(__file__).parents[2]
@@ -23,13 +23,15 @@ TABLE = {
     "validate": (CPU, 2, 8, False, 7200, 0, True),
     "warmup": (GPU, 4, 16, True, 21600, 1, False),
     "train": (GPU, 8, 32, True, 259200, 1, False),
+    "train-on-nodes": (CPU, 1, 4, False, 259200, 1, False),
     "evaluate": (GPU, 4, 16, True, 43200, 1, False),
     "register": (GPU, 4, 16, True, 43200, 2, False),
     "notify": (CPU, 1, 2, False, 1800, 0, False),
     "promote": (CPU, 1, 4, False, 1800, 2, False),
 }
 PIPELINES = {
-    "training": set(TABLE) - {"promote"},
+    "training": set(TABLE) - {"promote", "train-on-nodes"},
+    "training-on-nodes": set(TABLE) - {"promote", "train"},
     "promotion": {"promote", "notify"},
 }
 SECRETS = {
@@ -60,7 +62,7 @@ def tasks(pipeline: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_what_is_checked_in_is_what_the_code_compiles_to(name: str, tmp_path: Path) -> None:
-    pipeline = getattr(importlib.import_module(f"pipelines.{name}"), name)
+    (pipeline,) = [each for each in (*training.PIPELINES, *promotion.PIPELINES) if each.name == f"adfm-{name}"]
     for attempt in ("first.yaml", "second.yaml"):
         write(pipeline, tmp_path / attempt)
         written = (tmp_path / attempt).read_text()
@@ -105,6 +107,8 @@ def test_each_task_is_given_what_the_table_says(name: str, task: str) -> None:
     assert secrets == SECRETS
     assert all(each["optional"] for each in given["secretAsEnv"])
     assert ("nodeSelector" in given, "tolerations" in given, "emptyDirMounts" in given) == (gpu, gpu, gpu)
+    claims = [mount["constant"] for mount in given.get("pvcMount", [])]
+    assert claims == (["adfm-workspace"] if task == "train-on-nodes" else [])
     if gpu:
         shared = {"volumeName": "shared-memory", "mountPath": "/dev/shm", "medium": "Memory", "sizeLimit": "8Gi"}
         assert given["emptyDirMounts"] == [shared]
@@ -124,18 +128,21 @@ def test_a_pipeline_has_fewer_than_15_parameters(name: str) -> None:
     assert all(parameter["isOptional"] for parameter in pipeline["root"]["inputDefinitions"]["parameters"].values())
 
 
-def test_no_task_with_a_gpu_starts_before_validation_has_passed() -> None:
-    pipeline, _ = ir("training")
+@pytest.mark.parametrize("name", ["training", "training-on-nodes"])
+def test_no_task_with_a_gpu_starts_before_validation_has_passed(name: str) -> None:
+    pipeline, _ = ir(name)
     dags = [component["dag"]["tasks"] for component in pipeline["components"].values() if "dag" in component]
-    dag = next(each for each in dags if "train" in each)
+    dag = next(each for each in dags if "warmup" in each)
 
     def before(task: str) -> set[str]:
         direct = set(dag[task].get("dependentTasks", []))
         return direct.union(*map(before, direct))
 
-    for task, (*_, gpu, _, _, _) in TABLE.items():
-        if gpu:
-            assert {"check", "conversion", "validate"} <= before(task), task
+    without = {"check", "fetch", "conversion", "validate"}
+    assert without < set(dag)
+    assert not any(gpu for task, (*_, gpu, _, _, _) in TABLE.items() if task in without | {"inspect-part", "convert"})
+    for task in set(dag) - without:
+        assert without <= before(task), task
 
 
 def test_the_table_in_the_readme_is_that_of_the_tasks() -> None:

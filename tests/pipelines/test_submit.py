@@ -148,8 +148,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def submit(*argv: str, pipeline: Any = training) -> int:
-    name = "training" if pipeline is training else "promotion"
-    return main(getattr(pipeline, name), pipeline.options, pipeline.arguments, ["submit", *argv])
+    return main(pipeline.PIPELINES, pipeline.options, pipeline.arguments, ["submit", *argv])
 
 
 def test_a_run_is_of_a_version_of_the_pipeline_with_the_whole_settings(server: Server) -> None:
