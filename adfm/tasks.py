@@ -6,6 +6,7 @@ Settings come as text, the run's page shows figures and pages, and at the end so
 from __future__ import annotations
 
 import csv
+import difflib
 import html
 import json
 import os
@@ -29,6 +30,9 @@ RUN_TAG = "kfp_run_id"
 REVISION_TAG = "data_revision"
 """Tag of a version: the revision of the data that the run was asked for."""
 
+GPUS = ("nvidia.com/gpu", "amd.com/gpu", "gpu.intel.com/i915", "gpu.intel.com/xe", "habana.ai/gaudi")
+"""Resources by which the device plugins of Kubernetes announce GPUs; besides them, parts of one: `nvidia.com/mig-…`."""
+
 _ANSWERS = ("normal", "anomalous", "unparseable")
 _SECTIONS = {
     "conversion": ("seed", "convert", "split"),
@@ -46,23 +50,28 @@ def begin(settings: str) -> Params:
     return params.loads(settings)
 
 
-def check(settings: str, revision: str = "") -> tuple[str, str, str, str, str]:
+def check(
+    settings: str, revision: str = "", gpu_type: str = GPUS[0], num_gpus: int = 0
+) -> tuple[str, str, str, str, str]:
     """Sees that a run can start, and takes its settings apart, so that a task runs again only for those it reads.
 
     Args:
         settings: All settings.
         revision: What tells this data from an earlier one, if it is known.
+        gpu_type: Resource that stands for a GPU.
+        num_gpus: GPUs of a machine.
 
     Returns:
         The whole settings; where the data is; its revision, which is the time for a source that may change; what
         conversion reads; what validation reads.
 
     Raises:
-        AdfmError: Settings are wrong, model or MLflow cannot be used, or a cluster's MLflow is not named.
+        AdfmError: Settings or GPUs are wrong, model or MLflow cannot be used, or a cluster's MLflow is not named.
     """
     from adfm import preflight
 
     asked = begin(settings)
+    check_gpus(gpu_type, num_gpus)
     if "KUBERNETES_SERVICE_HOST" in os.environ and not os.environ.get("MLFLOW_TRACKING_URI"):
         raise AdfmError(
             "MLFLOW_TRACKING_URI is not set, and what is written to a file of a pod is lost with it; "
@@ -72,6 +81,21 @@ def check(settings: str, revision: str = "") -> tuple[str, str, str, str, str]:
     conversion, validation = (tracking.settings(asked, *sections) for sections in _SECTIONS.values())
     source = asked.fetch.source
     return tracking.settings(asked), source, revision or fixed_revision(source) or now(), conversion, validation
+
+
+def check_gpus(gpu_type: str, num_gpus: int) -> None:
+    """Refuses a type of GPU that no device plugin announces, and a number that no machine has.
+
+    Raises:
+        AdfmError: As said.
+    """
+    if gpu_type not in GPUS and not re.fullmatch(r"nvidia\.com/mig-\d+g\.\d+gb(\.me)?", gpu_type):
+        near = difflib.get_close_matches(gpu_type, GPUS, n=1, cutoff=0)[0]
+        raise AdfmError(
+            f"there is no GPU type {gpu_type!r}; the nearest is {near}. Known: {', '.join(GPUS)}, nvidia.com/mig-…"
+        )
+    if num_gpus < 0:
+        raise AdfmError(f"num_gpus is {num_gpus}; it has to be 0 or more.")
 
 
 def fixed_revision(source: str) -> str:

@@ -6,7 +6,6 @@ python -m pipelines.training submit --host https://…         on a cluster
 """
 
 import argparse
-import difflib
 import os
 import re
 from collections.abc import Callable
@@ -14,8 +13,9 @@ from typing import Any
 
 from kfp import dsl, kubernetes
 
+from adfm.errors import AdfmError
 from adfm.params import Params
-from adfm.tasks import fixed_revision
+from adfm.tasks import GPUS, check_gpus, fixed_revision
 from components.check.component import check
 from components.convert.component import convert, inspect_part
 from components.evaluate.component import evaluate
@@ -50,7 +50,8 @@ def _path(name: str, settings: Any, revision: Any, parts: Any, ui: Any, gpus: An
     told = notify(pipeline=name, run=run, settings=settings, ui=ui)
     give(told, "notify")
     with dsl.ExitHandler(told, name="path"):
-        checked = check(settings=settings, revision=revision)
+        # KFP compiles parameters for accelerators into a sub-DAG only if a task of it takes them as arguments as well.
+        checked = check(settings=settings, revision=revision, gpu_type=gpus[0], num_gpus=gpus[1])
         give(checked, "check")
         fetched = fetch(source=checked.outputs["source"], revision=checked.outputs["revision"])
         give(fetched, "fetch")
@@ -151,9 +152,6 @@ def training_on_nodes(
     _path("adfm-training-on-nodes", settings, data_revision, parts, ui, gpus, on_several)
 
 
-GPUS = ("nvidia.com/gpu", "amd.com/gpu", "gpu.intel.com/i915", "gpu.intel.com/xe", "habana.ai/gaudi")
-
-
 def options(parser: argparse.ArgumentParser) -> None:
     """The parameters of the pipeline as options."""
     parser.add_argument("--data-revision", metavar="TEXT", default="", help="tells this data from an earlier one")
@@ -197,9 +195,10 @@ def _positive(text: str) -> int:
 
 
 def _gpu(text: str) -> str:
-    if text not in GPUS and not re.fullmatch(r"nvidia\.com/mig-\d+g\.\d+gb(\.me)?", text):
-        near = difflib.get_close_matches(text, GPUS, n=1, cutoff=0)[0]
-        raise argparse.ArgumentTypeError(f"there is no GPU type {text!r}; the nearest is {near}")
+    try:
+        check_gpus(text, 0)
+    except AdfmError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return text
 
 

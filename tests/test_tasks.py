@@ -36,6 +36,14 @@ def test_on_a_cluster_a_store_that_would_be_lost_is_refused(monkeypatch: pytest.
         tasks.check("")
 
 
+def test_gpus_that_no_machine_has_are_refused_also_where_a_run_is_begun_by_hand() -> None:
+    with pytest.raises(AdfmError, match="no GPU type 'nvidia.com/gpus'; the nearest is nvidia.com/gpu"):
+        tasks.check("", gpu_type="nvidia.com/gpus")
+    with pytest.raises(AdfmError, match="num_gpus is -1"):
+        tasks.check("", num_gpus=-1)
+    tasks.check_gpus("nvidia.com/mig-1g.5gb", 2)
+
+
 @pytest.mark.parametrize(
     ("source", "fixed"),
     [

@@ -10,8 +10,10 @@ from kfp import dsl
 def check(
     settings: str,
     revision: str,
+    gpu_type: str,
+    num_gpus: int,
 ) -> NamedTuple("Checked", settings=str, source=str, revision=str, conversion=str, validation=str):
     """Settings are the text of a params.yaml; the parts of them that data stages read come out one by one."""
     from adfm import tasks
 
-    return tasks.check(settings, revision)
+    return tasks.check(settings, revision, gpu_type, int(num_gpus))

@@ -128,6 +128,17 @@ def test_a_pipeline_has_fewer_than_15_parameters(name: str) -> None:
     assert all(parameter["isOptional"] for parameter in pipeline["root"]["inputDefinitions"]["parameters"].values())
 
 
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_parameter_that_a_task_asks_for_is_one_of_its_pipeline(name: str) -> None:
+    pipeline, _ = ir(name)
+    for component in (pipeline["root"], *pipeline["components"].values()):
+        defined = set(component.get("inputDefinitions", {}).get("parameters", {}))
+        for task in component.get("dag", {}).get("tasks", {}).values():
+            asked = task.get("inputs", {}).get("parameters", {}).values()
+            inner = task.get("parameterIterator", {}).get("itemInput")
+            assert {each.get("componentInputParameter") for each in asked} <= defined | {None, inner}
+
+
 @pytest.mark.parametrize("name", ["training", "training-on-nodes"])
 def test_no_task_with_a_gpu_starts_before_validation_has_passed(name: str) -> None:
     pipeline, _ = ir(name)
