@@ -1,10 +1,10 @@
-# make setup | repro | test | lint | mlflow | clean        Nothing outside this folder is touched.
+# make setup | repro | test | lint | mlflow | kfp-run | compile | submit | image | clean        Nothing outside this folder is touched.
 
 SHELL := /bin/sh
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 INSTALLED := .venv/.installed
 
-.PHONY: help setup repro test lint mlflow clean
+.PHONY: help setup repro test lint mlflow kfp-run compile submit image clean
 
 help:
 	@echo 'make setup    make .venv and install what requirements.txt pins'
@@ -12,6 +12,10 @@ help:
 	@echo 'make test     lint, check types, run the tests'
 	@echo 'make lint     lint and check types'
 	@echo 'make mlflow   show runs and versions at http://127.0.0.1:5000'
+	@echo 'make kfp-run  run the same stages as the pipeline that a cluster runs, here'
+	@echo 'make compile  write the pipelines for a cluster to pipelines/compiled/'
+	@echo 'make submit   run the training pipeline on a cluster: make submit HOST=https://… [ARGS=…]'
+	@echo 'make image    build the images of the tasks, localhost/adfm:cpu and localhost/adfm:gpu'
 	@echo 'make clean    remove .venv and caches; data, models and runs stay'
 
 setup: $(INSTALLED)
@@ -44,6 +48,27 @@ test: lint
 
 mlflow: setup
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///mlflow.db
+
+kfp-run: setup
+	python -m pipelines.training run $(ARGS)
+
+compile: setup
+	env -u ADFM_CPU_IMAGE -u ADFM_GPU_IMAGE python -m pipelines.training compile
+	env -u ADFM_CPU_IMAGE -u ADFM_GPU_IMAGE python -m pipelines.promotion compile
+
+submit: setup
+	python -m pipelines.training submit --host "$(HOST)" $(ARGS)
+
+# BUILD_ARGS, e.g. --build-arg BASE=… or --volume …, goes to the builder as it is.
+BUILDER ?= $(shell command -v podman || command -v docker || echo podman)
+TARGETS ?= cpu gpu
+
+image:
+	@for target in $(TARGETS); do \
+	  $(BUILDER) build --file Containerfile --target $$target --tag localhost/adfm:$$target $(BUILD_ARGS) \
+	    --build-arg VERSION="$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' adfm/__init__.py)" \
+	    --build-arg COMMIT="$$(git rev-parse HEAD 2>/dev/null || echo unknown)" . || exit 1; \
+	done
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

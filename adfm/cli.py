@@ -60,10 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, or 1 for an error that was explained on stderr, 130 when interrupted, 141 when nobody reads
         the output any more. Wrong usage exits with 2, as argparse does.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    os.environ.pop("HF_MLFLOW_LOG_ARTIFACTS", None)  # would upload every checkpoint
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # said by peft's call
+    set_environment()
     args = _parse(sys.argv[1:] if argv is None else argv)
     try:
         from adfm.params import load
@@ -83,6 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _drop_output()
         return _fail(f"{error.filename or 'output'}: no space is left on the disk; free some and start again.", 1)
+
+
+def set_environment() -> None:
+    """Keeps the libraries quiet and at home, before they are imported."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ.pop("HF_MLFLOW_LOG_ARTIFACTS", None)  # would upload every checkpoint
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # said by peft's call
 
 
 def _drop_output() -> None:
@@ -293,15 +298,10 @@ def _convert(args: argparse.Namespace, params: Params) -> None:
         convert(args.raw, args.out, params, args.parts)
 
 
-def _validate(args: argparse.Namespace, params: Params) -> int:
-    from adfm.data.validation import failures, validate
+def _validate(args: argparse.Namespace, params: Params) -> None:
+    from adfm.data.validation import require
 
-    fit = validate(args.shards, args.out, params)
-    found = [f"the report is {args.out / 'index.html'}", *failures(args.out)]
-    if not fit:
-        return _fail("\n  ".join([f"{args.shards} is not fit to train on; {found[0]}:", *found[1:]]), 1)
-    print("\n  ".join([f"{args.shards} is fit to train on; {found[0]}", *found[1:]]))
-    return 0
+    require(args.shards, args.out, params)
 
 
 def _show(args: argparse.Namespace, params: Params) -> None:

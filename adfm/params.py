@@ -217,11 +217,27 @@ def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Params:
     """
     if path is None and Path("params.yaml").is_file():
         path = Path("params.yaml")
+    if path is None:
+        return _params("", "", overrides)
+    try:
+        return _params(path.read_text(encoding="utf-8"), str(path), overrides)
+    except (OSError, UnicodeDecodeError) as error:
+        raise AdfmError(f"the settings file {path} cannot be read: {error}.") from error
+
+
+def loads(text: str, overrides: Sequence[str] = ()) -> Params:
+    """The settings of a YAML text, as `load` reads them from a file; an empty text gives the defaults.
+
+    Raises:
+        AdfmError: It is not YAML, or keys or values are wrong: all of them are listed.
+    """
+    return _params(text, "params", overrides)
+
+
+def _params(text: str, place: str, overrides: Sequence[str]) -> Params:
     values: dict[str, Any] = {}
     where: dict[str, str] = {}  # dotted key -> the place that sets it, for messages
-    problems: list[str] = []
-    if path:
-        problems += _read(path, values, where)
+    problems = _read(text, place, values, where)
     for override in overrides:
         problems += _override(override, values, where)
     try:
@@ -255,28 +271,28 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read(path: Path, values: dict[str, Any], where: dict[str, str]) -> list[str]:
-    """Adds a file's settings to `values` and their lines to `where`; returns a problem for every key set twice."""
+def _read(text: str, place: str, values: dict[str, Any], where: dict[str, str]) -> list[str]:
+    """Adds a text's settings to `values` and their lines to `where`; returns a problem for every key set twice."""
     try:
-        loader = _Loader(path.read_text(encoding="utf-8"))
+        loader = _Loader(text)
         root = loader.get_single_node()
         read = loader.construct_document(root) if root else {}
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise AdfmError(f"{path}{line} is not YAML: {error.problem}.") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise AdfmError(f"the settings file {path} cannot be read: {error}.") from error
+        raise AdfmError(f"{place}{line} is not YAML: {error.problem}.") from error
+    except yaml.YAMLError as error:
+        raise AdfmError(f"the settings {place} cannot be read: {error}.") from error
     if not isinstance(read, dict):
-        raise AdfmError(f"{path}: sections with keys are expected, as in `train: {{steps: 50}}`.")
+        raise AdfmError(f"{place}: sections with keys are expected, as in `train: {{steps: 50}}`.")
     values.update(read)
     problems = []
 
     def walk(node: yaml.Node | None, prefix: str) -> None:
         for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-            name, place = f"{prefix}{key.value}", f"{path} line {key.start_mark.line + 1}"
+            name, line = f"{prefix}{key.value}", f"{place} line {key.start_mark.line + 1}"
             if name in where:
-                problems.append(f"{place}: {name} is set already in line {where[name].split()[-1]}; keep one of them")
-            where[name] = place
+                problems.append(f"{line}: {name} is set already in line {where[name].split()[-1]}; keep one of them")
+            where[name] = line
             walk(value, f"{name}.")
 
     walk(root, "")

@@ -124,9 +124,10 @@ def start_run(
             raise
 
 
-def settings(params: Params) -> str:
-    """All of `params` as the text of a `params.yaml`."""
-    return yaml.safe_dump(params.model_dump(mode="json", by_alias=True), sort_keys=False)
+def settings(params: Params, *sections: str) -> str:
+    """`params`, or some of its sections, as the text of a `params.yaml`."""
+    every = params.model_dump(mode="json", by_alias=True)
+    return yaml.safe_dump({key: every[key] for key in sections or every}, sort_keys=False)
 
 
 @contextmanager
@@ -198,11 +199,16 @@ def find_run(run_id: str | None) -> Run | None:
 
 
 def code_version() -> dict[str, str]:
-    """`git_commit` of the current folder, and `git_dirty`: whether code or settings differ from it; {} without Git.
+    """`git_commit` of the current folder, and `git_dirty`: whether code or settings differ from it.
+
+    Without Git it is the commit that the image was built from (`ADFM_GIT_COMMIT`), and {} without an image.
 
     Only `*.py` and `*.yaml` count: the stages themselves change `dvc.lock` and metrics that are kept in Git.
     """
     commit = _git("rev-parse", "HEAD")
+    built_from = os.environ.get("ADFM_GIT_COMMIT", "")
+    if commit is None and re.fullmatch(r"[0-9a-f]{40}", built_from):
+        return {"git_commit": built_from, "git_dirty": "false", "mlflow.source.git.commit": built_from}
     if commit is None:
         return {}
     dirty = str(bool(_git("status", "--porcelain", "--", ":/*.py", ":/*.yaml"))).lower()

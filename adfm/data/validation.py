@@ -92,6 +92,21 @@ def validate(folder: Path, out: Path, params: Params) -> bool:
     return passed
 
 
+def require(folder: Path, out: Path, params: Params) -> None:
+    """Validates shards and prints what was found.
+
+    Raises:
+        AdfmError: As of `validate`; or the shards are not fit to train on: every failure is listed.
+    """
+    fit = validate(folder, out, params)
+    said = f"{folder} is {'fit' if fit else 'not fit'} to train on; the report is {out / 'index.html'}"
+    found = failures(out)
+    lines = "\n  ".join([said + ":" * (not fit), *found])
+    if not fit:
+        raise AdfmError(lines)
+    print(lines)
+
+
 def judge(folder: Path, out: Path, params: Params, reference: Mapping[str, Any] | None = None) -> bool:
     """Judges shards and writes the report, whether they pass or not.
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,7 +52,9 @@ _MOST_REASONS = 15
 _MOST_TEXT = 5000  # the width of the description's column in MLflow's SQL schema
 
 
-def register(model: Path, shards: Path, evaluation: Path, out: Path, params: Params) -> gate.Decision:
+def register(
+    model: Path, shards: Path, evaluation: Path, out: Path, params: Params, tags: Mapping[str, str] | None = None
+) -> gate.Decision:
     """Registers a trained model as a version and lets the gate decide on it.
 
     A version of the same model with the same evaluation is used again, so a stage that is repeated makes no second one;
@@ -64,6 +67,7 @@ def register(model: Path, shards: Path, evaluation: Path, out: Path, params: Par
         out: Folder to write: `gate.json`, `registration.json`, and `production.parquet` if something is in production:
             the predictions that the candidate was compared with.
         params: Reads `register`, `gate`, `evaluate` and `seed`.
+        tags: Further tags of the version, such as the run of the pipeline that made it.
 
     Returns:
         The decision. The version is registered either way.
@@ -95,8 +99,8 @@ def register(model: Path, shards: Path, evaluation: Path, out: Path, params: Par
             if version:
                 decided = _as_before(version, decided)
             write_json(decided, partial / "gate.json")
-            tags = _tags(origin, measured, evaluated, _protocol(family, params))
-            tags |= _decision_tags(decided, partial / "gate.json")
+            described = _tags(origin, measured, evaluated, _protocol(family, params))
+            described |= _decision_tags(decided, partial / "gate.json")
             if version is None:
                 with TemporaryDirectory() as temporary:
                     folder = Path(temporary) / "version"
@@ -105,11 +109,13 @@ def register(model: Path, shards: Path, evaluation: Path, out: Path, params: Par
                     write_json(origin, folder / "lineage.json")
                     write_json(decided, folder / "gate.json")
                     contents = {"": folder, "model": model, "evaluation": evaluation}
-                    version = _create(store, name, contents, tags, measured, trained_by or run)
-            elif version.tags.get("gate_digest") != tags["gate_digest"]:
-                _put_decision(store, version, partial / "gate.json", tags)
+                    version = _create(store, name, contents, described, measured, trained_by or run)
+            elif version.tags.get("gate_digest") != described["gate_digest"]:
+                _put_decision(store, version, partial / "gate.json", described)
             text = _text(decided, origin, measured, str(version.version), evaluated_by)
             store.update_model_version(name, str(version.version), text)
+        for key, value in (tags or {}).items():
+            store.set_model_version_tag(name, str(version.version), key, value)
         registration = {
             "model": name,
             "version": str(version.version),

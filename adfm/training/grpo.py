@@ -6,8 +6,10 @@ a step whose total rewards are not all equal (compared exactly, over the whole g
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -40,6 +42,9 @@ def train(shards: Path, model: Path, out: Path, params: Params) -> None:
     Checkpoints lie in `<out>.checkpoint/`. A training that was interrupted goes on from the last of them, if data,
     model and settings are the same; else it starts anew.
 
+    Started in several processes (`adfm.training.launch`), it divides the completions of a step among them; the first
+    process alone writes and talks to MLflow.
+
     Args:
         shards: Folder of shards; the train split is used.
         model: Folder that warm-up wrote.
@@ -51,31 +56,44 @@ def train(shards: Path, model: Path, out: Path, params: Params) -> None:
     """
     settings = params.train
     completions = settings.prompts_per_step * settings.num_generations
-    if settings.micro_batch and completions % settings.micro_batch:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if completions % ((settings.micro_batch or 1) * processes):
+        share = f"{settings.micro_batch or 1}" + f" in each of {processes} processes" * (processes > 1)
         raise AdfmError(
-            f"train.micro_batch: {settings.micro_batch} does not divide the {completions} completions of a step "
+            f"train.micro_batch: {share} does not divide the {completions} completions of a step "
             "(train.prompts_per_step * train.num_generations)"
         )
     if loading.describe(model) is None:
         raise AdfmError(f"{model} is not a folder that `adfm warmup` wrote; run that first (warmup.steps may be 0)")
+    import torch
+    from accelerate import PartialState
     from transformers import set_seed
     from transformers.trainer_utils import get_last_checkpoint
 
     from adfm.training.watch import write_curves
 
     set_seed(params.seed)
+    state = PartialState(cpu=not torch.cuda.is_available())
     work = out.with_name(out.name + ".checkpoint")
-    run_id = _resume(work, shards, model, params)
+    run_id = _resume(work, shards, model, params) if state.is_main_process else None
     loaded = loading.load(model, params.model, trainable=True)
-    with atomic_folder(out) as folder, tracking.start_run("train", params, run_id=run_id) as run:
-        _identify(work, shards, model, params, run.info.run_id)
+    with contextlib.ExitStack() as written:
+        if state.is_main_process:
+            folder = written.enter_context(atomic_folder(out))
+            run = written.enter_context(tracking.start_run("train", params, run_id=run_id))
+            _identify(work, shards, model, params, run.info.run_id)
         count = settings.steps * settings.prompts_per_step
-        data = examples.draw(shards, loaded, count, settings.anomalous_share, params.seed + 1, work / "cache")
-        trainer = _trainer(loaded, data, work, params)
+        with state.main_process_first():
+            data = examples.draw(shards, loaded, count, settings.anomalous_share, params.seed + 1, work / "cache")
+        trainer = _trainer(loaded, data, work, params, state.num_processes)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
-        save(folder, trainer.accelerator.unwrap_model(trainer.model), loaded, shards, params, "train", run.info.run_id)
-        write_curves(trainer.state.log_history, folder / "reward_curves.csv")
-    shutil.rmtree(work)
+        if state.is_main_process:
+            trained = trainer.accelerator.unwrap_model(trainer.model)
+            save(folder, trained, loaded, shards, params, "train", run.info.run_id)
+            write_curves(trainer.state.log_history, folder / "reward_curves.csv")
+        state.wait_for_everyone()
+    if state.is_main_process:
+        shutil.rmtree(work)
 
 
 def _identity(shards: Path, model: Path, params: Params) -> dict[str, Any]:
@@ -148,7 +166,7 @@ def utilisation(terms: torch.Tensor, weights: torch.Tensor, group: int) -> dict[
     return {name: value.float().mean().item() for name, value in share.items()}
 
 
-def _trainer(loaded: loading.Loaded, data: Any, work: Path, params: Params) -> GRPOTrainer:
+def _trainer(loaded: loading.Loaded, data: Any, work: Path, params: Params, processes: int) -> GRPOTrainer:
     import mlflow
     import torch
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -158,7 +176,7 @@ def _trainer(loaded: loading.Loaded, data: Any, work: Path, params: Params) -> G
 
     settings = params.train
     group = settings.num_generations
-    completions = settings.prompts_per_step * group
+    completions = settings.prompts_per_step * group // processes
     micro_batch = settings.micro_batch or completions
 
     class Trainer(GRPOTrainer):

@@ -31,7 +31,12 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Open the bar where an interrupted training left off."""
         self._bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc=self._describe, unit="step", mininterval=1.0
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self._describe,
+            unit="step",
+            mininterval=1.0,
+            disable=not state.is_world_process_zero,
         )
 
     def on_log(
@@ -42,7 +47,9 @@ class Watch(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Show and send one step."""
+        """Show and send one step, from one process."""
+        if not state.is_world_process_zero:
+            return
         import mlflow
 
         figures = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float) and math.isfinite(v)}

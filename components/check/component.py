@@ -1,0 +1,19 @@
+"""Sees that a run can start, before anything is fetched: settings, weights of the base model, MLflow, disk."""
+
+import os
+from typing import NamedTuple
+
+from kfp import dsl
+
+
+@dsl.component(base_image=os.environ.get("ADFM_CPU_IMAGE", "localhost/adfm:cpu"), install_kfp_package=False)
+def check(
+    settings: str,
+    revision: str,
+    gpu_type: str,
+    num_gpus: int,
+) -> NamedTuple("Checked", settings=str, source=str, revision=str, conversion=str, validation=str):
+    """Settings are the text of a params.yaml; the parts of them that data stages read come out one by one."""
+    from adfm import tasks
+
+    return tasks.check(settings, revision, gpu_type, int(num_gpus))

@@ -1,0 +1,101 @@
+"""The command line of a pipeline: run it here, compile it, or submit it to a cluster."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from adfm import cli, params, tracking
+from adfm.errors import AdfmError
+
+ROOT = Path(__file__).parents[1]
+COMPILED = ROOT / "pipelines" / "compiled"
+
+Options = Callable[[argparse.ArgumentParser], None]
+Arguments = Callable[[argparse.Namespace, params.Params], tuple[Any, dict[str, Any]]]
+
+
+def main(pipelines: Sequence[Any], options: Options, arguments: Arguments, argv: Sequence[str] | None = None) -> int:
+    """Does what the command line says.
+
+    Args:
+        pipelines: What `dsl.pipeline` made: the pipelines that the options choose from.
+        options: Adds the options that are parameters of the pipelines.
+        arguments: Chooses the pipeline and makes its arguments, but for `settings`, of what was asked.
+        argv: The arguments; those of the process by default.
+
+    Returns:
+        The exit status: 0, or 1 for an error that was explained on stderr.
+    """
+    args = _parse(pipelines[0], options, argv)
+    cli.set_environment()
+    try:
+        if args.verb == "compile":
+            for pipeline in pipelines:
+                write(pipeline, args.out / f"{pipeline.name.removeprefix('adfm-')}.yaml")
+            return 0
+        asked = params.load(args.params, args.set)
+        pipeline, given = arguments(args, asked)
+        given = {"settings": tracking.settings(asked), **given}
+        (_run if args.verb == "run" else _submit)(pipeline, given, args)
+    except AdfmError as error:
+        print(f"{pipelines[0].name}: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def write(pipeline: Any, file: Path) -> None:
+    """Compiles a pipeline to IR; the same code and images give the same bytes."""
+    from kfp import compiler
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    compiler.Compiler().compile(pipeline, str(file))
+
+
+def _parse(pipeline: Any, options: Options, argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(pipeline.name, description=pipeline.description)
+    verbs = parser.add_subparsers(dest="verb", metavar="<verb>", required=True, title="verbs")
+
+    run = verbs.add_parser("run", help="run it here, in subprocesses")
+    run.add_argument("--root", metavar="DIR", type=Path, default=Path(".kfp"), help="for what tasks write; .kfp")
+    run.add_argument(
+        "--in-containers", action="store_true", help="each task in its image, by the Docker-compatible DOCKER_HOST"
+    )
+
+    compiled = verbs.add_parser("compile", help="write the IR that a cluster runs")
+    compiled.add_argument("--out", metavar="DIR", type=Path, default=COMPILED, help="pipelines/compiled by default")
+
+    submit = verbs.add_parser("submit", help="run it on a cluster; what runs there already is not run again")
+    submit.add_argument("--host", metavar="URL", help="of the KFP API; KF_PIPELINES_ENDPOINT by default")
+    submit.add_argument("--experiment", metavar="NAME", default="adfm", help="adfm by default")
+    submit.add_argument("--namespace", metavar="NAME", help="of the runs, where KFP serves several users")
+    submit.add_argument("--service-account", metavar="NAME", default="adfm-pipeline", help="adfm-pipeline by default")
+    submit.add_argument("--schedule", metavar="CRON", help="again and again; six fields, seconds first: '0 0 3 * * *'")
+
+    for each in (run, submit):
+        each.add_argument("--params", metavar="FILE", type=Path, help="settings; params.yaml, if there is one")
+        each.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting; repeatable")
+        options(each)
+    return parser.parse_args(argv)
+
+
+def _run(pipeline: Any, given: dict[str, Any], args: argparse.Namespace) -> None:
+    from pipelines import local
+
+    local.run(pipeline, given, args.root, args.in_containers)
+
+
+def _submit(pipeline: Any, given: dict[str, Any], args: argparse.Namespace) -> None:
+    from pipelines import server
+
+    server.submit(
+        pipeline,
+        given,
+        host=args.host,
+        experiment=args.experiment,
+        namespace=args.namespace,
+        service_account=args.service_account,
+        schedule=args.schedule,
+        once=bool(given.get("data_revision")),
+    )

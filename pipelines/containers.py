@@ -1,0 +1,66 @@
+"""Runs the tasks of a local run in containers of their images, by Docker or by what speaks its API (Podman)."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from adfm.errors import AdfmError
+
+_PASSED_ON = ("ADFM_ALERT_WEBHOOK", "AWS_", "HF_TOKEN", "MLFLOW_")
+
+
+def runner(root: Path, images: list[str]) -> Any:
+    """The runner for a local run, after proof that containers run and that the images hold the package.
+
+    Containers see the current folder (for `mlflow.db`) and `root`, both at their own paths, run as the current user,
+    and can write nowhere else but to `/tmp`.
+
+    Raises:
+        AdfmError: There is no socket, no such image, or the package is not in it.
+    """
+    import docker
+    from kfp import local
+    from kfp.local import docker_task_handler
+
+    try:
+        client = docker.from_env()
+        client.ping()
+    except docker.errors.DockerException as error:
+        raise AdfmError(
+            f"no container can be run: {error}. Start Docker, or `podman system service --time 0 "
+            "unix:///tmp/podman.sock` and set DOCKER_HOST=unix:///tmp/podman.sock."
+        ) from error
+    root.mkdir(parents=True, exist_ok=True)
+    for image in images:
+        try:
+            client.images.get(image)
+        except docker.errors.ImageNotFound as error:
+            raise AdfmError(f"there is no image {image} here; make it with `make image`.") from error
+        if _run(client, image, ["python", "-c", "import adfm.tasks, kfp"], {}):
+            raise AdfmError(f"the image {image} lacks the packages adfm and kfp; make it with `make image`.")
+    # The handler's own way takes a container that is gone for one that succeeded, which it is not.
+    docker_task_handler.run_docker_container = _run
+    return local.DockerRunner()
+
+
+def _run(client: Any, image: str, command: list[str], volumes: dict[str, Any]) -> int:
+    """Runs a container, passes on what it says, and returns its exit status."""
+    here = str(Path.cwd())
+    container = client.containers.run(
+        image,
+        command,
+        detach=True,
+        user=f"{os.getuid()}:{os.getgid()}",
+        working_dir=here,
+        volumes={**volumes, here: {"bind": here, "mode": "rw"}},
+        environment={name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)},
+        network_mode="host",
+        read_only=True,
+        tmpfs={"/tmp": "exec"},
+    )
+    try:
+        for line in container.logs(stream=True, follow=True):
+            print(line.decode(errors="replace"), end="")
+        return int(container.wait()["StatusCode"])
+    finally:
+        container.remove(force=True)

@@ -1,0 +1,64 @@
+"""Submits the training pipeline for an event of GitHub: `python -m pipelines.trigger`, in .github/workflows/train.yaml.
+
+New data is a push that changes `dvc.lock`, or a `repository_dispatch` that a bucket's event notification sends with
+`{"source": …, "revision": …}`. A schedule trains on what the settings name; by hand, settings can be given.
+"""
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from adfm.errors import AdfmError
+from pipelines import training
+from pipelines.command import main
+
+
+def arguments(event: str, payload: dict[str, Any], repository: str, commit: str, lock: Path) -> list[str]:
+    """The options of `submit` for an event.
+
+    Args:
+        event: Its name.
+        payload: Its content.
+        repository: Address of the Git repository.
+        commit: That the event is about.
+        lock: `dvc.lock` at that commit.
+
+    Raises:
+        AdfmError: The event lacks something, or is of another kind.
+    """
+    if event == "push":
+        try:
+            out = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"]["fetch"]["outs"][0]
+            path, md5 = out["path"], out["md5"]
+        except (OSError, LookupError, TypeError, yaml.YAMLError) as error:
+            raise AdfmError(f"{lock} does not say what the stage fetch wrote; run `dvc repro`, commit.") from error
+        return ["--data-revision", md5, "--set", f"fetch.source=dvc://{repository}@{commit}:{path}"]
+    if event == "repository_dispatch":
+        sent = payload.get("client_payload") or {}
+        if not (sent.get("source") and sent.get("revision")):
+            raise AdfmError("the event has to carry client_payload.source and client_payload.revision.")
+        return ["--data-revision", str(sent["revision"]), "--set", f"fetch.source={sent['source']}"]
+    if event == "workflow_dispatch":
+        return shlex.split((payload.get("inputs") or {}).get("arguments") or "")
+    if event == "schedule":
+        return []
+    raise AdfmError(f"nothing is trained for the event {event!r}.")
+
+
+if __name__ == "__main__":
+    try:
+        given = arguments(
+            os.environ["GITHUB_EVENT_NAME"],
+            json.loads(Path(os.environ["GITHUB_EVENT_PATH"]).read_text(encoding="utf-8")),
+            f"{os.environ['GITHUB_SERVER_URL']}/{os.environ['GITHUB_REPOSITORY']}",
+            os.environ["GITHUB_SHA"],
+            Path("dvc.lock"),
+        )
+    except AdfmError as error:
+        raise SystemExit(f"trigger: error: {error}") from error
+    raise SystemExit(main(training.PIPELINES, training.options, training.arguments, ["submit", *given, *sys.argv[1:]]))

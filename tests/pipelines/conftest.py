@@ -1,0 +1,70 @@
+"""A place to run pipelines in, and a channel that receives alerts."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+SMALL = [
+    "fetch.source=synthetic://?images=20",
+    "validate.min_images_per_split=2",
+    "validate.min_label_share=0",
+    "warmup.steps=2",
+    "warmup.batch_size=2",
+    "train.steps=2",
+    "train.prompts_per_step=2",
+    "train.num_generations=2",
+    "train.max_completion_length=48",
+    "train.checkpoint_every=1",
+    "train.pictures_every=1",
+    "evaluate.max_new_tokens=48",
+    "evaluate.bootstrap=50",
+    "gate.bootstrap=50",
+    "gate.accuracy.floor=0",
+    "gate.iou.floor=0",
+    "gate.min_images=10",
+]
+
+
+@pytest.fixture
+def small() -> list[str]:
+    """The smallest settings that make sense, as options."""
+    return [option for setting in SMALL for option in ("--set", setting)]
+
+
+@pytest.fixture
+def channel(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The texts that a chat channel receives."""
+    texts: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            texts.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        monkeypatch.setenv("ADFM_ALERT_WEBHOOK", f"http://127.0.0.1:{server.server_port}/hook")
+        yield texts
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder, in which MLflow's store is made."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "KUBERNETES_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path

@@ -1,0 +1,101 @@
+"""The pipeline's tasks in containers of the image that `make image TARGETS=cpu` builds."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from adfm import __version__, params
+from adfm.data.conversion import convert
+from adfm.data.sources import fetch
+from adfm.files import digest
+
+pytestmark = pytest.mark.timeout(1200)
+
+ROOT = Path(__file__).parents[2]
+IMAGE = "localhost/adfm:cpu"
+# Podman without the privileges, and the runtime, that it takes for granted.
+CONFIGURATION = """
+[engine]
+runtime = "runc"
+cgroup_manager = "cgroupfs"
+events_logger = "file"
+[containers]
+default_ulimits = ["nofile=20000:20000", "nproc=4096:4096"]
+netns = "host"
+"""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment in which containers of the image run: by Podman's service, else by Docker."""
+    folder = tmp_path_factory.mktemp("podman")
+    given = os.environ | {"ADFM_CPU_IMAGE": IMAGE, "ADFM_GPU_IMAGE": IMAGE, "PYTHONPATH": str(ROOT)}
+    builder = shutil.which("podman") or shutil.which("docker")
+    if builder and builder.endswith("podman") and shutil.which("runc"):
+        (folder / "containers.conf").write_text(CONFIGURATION)
+        given.setdefault("CONTAINERS_CONF", str(folder / "containers.conf"))
+    found = builder and subprocess.run([builder, "image", "inspect", IMAGE], env=given, capture_output=True)
+    if not found or found.returncode:
+        pytest.skip(f"NOT TESTED: there is no image {IMAGE}; build it with `make image TARGETS=cpu`")
+    if not builder or builder.endswith("docker"):
+        yield given
+        return
+    address = f"unix://{folder}/podman.sock"
+    with subprocess.Popen([builder, "system", "service", "--time", "0", address], env=given) as service:
+        for _ in range(100):
+            if (folder / "podman.sock").exists():
+                break
+            time.sleep(0.1)
+        yield given | {"DOCKER_HOST": address}
+        service.terminate()
+
+
+def run(folder: Path, environment: dict[str, str], *argv: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipelines.training", "run", "--in-containers", "--root", "out", *argv]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_data_stages_give_in_containers_what_they_give_here(
+    tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strict = ["--set", "fetch.source=synthetic://?images=20", "--set", "validate.min_images_per_split=1000"]
+    done = run(tmp_path, environment, *strict)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "is not fit to train on" in done.stdout
+    assert "adfm-training failed" in done.stdout
+    assert not list((tmp_path / "out").rglob("warmup"))
+
+    asked = params.load(None, strict[1::2])
+    monkeypatch.chdir(tmp_path)
+    fetch(asked.fetch.source, Path("raw"))
+    convert(Path("raw"), Path("shards"), asked)
+    (shards,) = (tmp_path / "out").rglob("convert/shards")
+    assert digest(shards) == digest(Path("shards"))
+
+
+def test_an_image_without_the_package_is_said_before_anything_is_begun(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    done = run(tmp_path, environment | {"ADFM_GPU_IMAGE": "localhost/nothing:here"})
+    assert done.returncode == 1
+    assert "there is no image localhost/nothing:here here; make it with `make image`" in done.stderr
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_the_image_says_what_it_is_and_is_not_root(environment: dict[str, str]) -> None:
+    builder = shutil.which("podman") or "docker"
+    said = subprocess.run([builder, "image", "inspect", IMAGE], env=environment, capture_output=True, check=True).stdout
+    (image,) = json.loads(said)
+    assert image["Config"]["User"] == "1000:1000"
+    labels = image["Config"]["Labels"]
+    assert labels["org.opencontainers.image.version"] == __version__
+    assert len(labels["org.opencontainers.image.revision"]) == 40

@@ -1,0 +1,57 @@
+"""What is submitted for which event of GitHub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adfm.errors import AdfmError
+from pipelines.trigger import arguments
+
+COMMIT = "a" * 40
+LOCK = "stages:\n  fetch:\n    outs:\n    - path: data/raw/line\n      md5: 0123.dir\n"
+
+
+def asked(event: str, payload: dict[str, Any], lock: Path) -> list[str]:
+    return arguments(event, payload, "https://github.com/someone/line", COMMIT, lock)
+
+
+@pytest.fixture
+def lock(tmp_path: Path) -> Path:
+    (tmp_path / "dvc.lock").write_text(LOCK)
+    return tmp_path / "dvc.lock"
+
+
+def test_a_changed_lock_is_trained_on_at_its_commit(lock: Path) -> None:
+    source = f"fetch.source=dvc://https://github.com/someone/line@{COMMIT}:data/raw/line"
+    assert asked("push", {}, lock) == ["--data-revision", "0123.dir", "--set", source]
+
+
+def test_a_bucket_says_what_is_new(lock: Path) -> None:
+    payload = {"client_payload": {"source": "s3://bucket/line", "revision": "7f3"}}
+    assert asked("repository_dispatch", payload, lock) == [
+        *("--data-revision", "7f3", "--set", "fetch.source=s3://bucket/line")
+    ]
+
+
+def test_by_hand_settings_are_chosen_and_a_schedule_has_none(lock: Path) -> None:
+    payload = {"inputs": {"arguments": "--set train.steps=50 --num-gpus 2"}}
+    assert asked("workflow_dispatch", payload, lock) == ["--set", "train.steps=50", "--num-gpus", "2"]
+    assert asked("workflow_dispatch", {"inputs": None}, lock) == []
+    assert asked("schedule", {}, lock) == []
+
+
+@pytest.mark.parametrize("text", ["", "stages: {}", "stages: {fetch: {outs: []}}", "["])
+def test_a_lock_without_data_is_said(text: str, tmp_path: Path) -> None:
+    (tmp_path / "dvc.lock").write_text(text)
+    with pytest.raises(AdfmError, match="does not say what the stage fetch wrote"):
+        asked("push", {}, tmp_path / "dvc.lock")
+
+
+def test_an_event_that_lacks_something_is_said(lock: Path) -> None:
+    with pytest.raises(AdfmError, match="client_payload"):
+        asked("repository_dispatch", {"client_payload": {"source": "s3://bucket/line"}}, lock)
+    with pytest.raises(AdfmError, match="nothing is trained for the event 'issues'"):
+        asked("issues", {}, lock)
