@@ -43,10 +43,10 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     if builder and builder.endswith("podman") and shutil.which("runc"):
         (folder / "containers.conf").write_text(CONFIGURATION)
         given.setdefault("CONTAINERS_CONF", str(folder / "containers.conf"))
-    found = builder and subprocess.run([builder, "image", "inspect", IMAGE], env=given, capture_output=True)
-    if not found or found.returncode:
-        pytest.skip(f"NOT TESTED: there is no image {IMAGE}; build it with `make image TARGETS=cpu`")
-    if not builder or builder.endswith("docker"):
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    if not builder or _built_from(builder, given) != commit.strip():
+        pytest.skip(f"NOT TESTED: there is no image {IMAGE} of this commit; build it with `make image TARGETS=cpu`")
+    if builder.endswith("docker"):
         yield given
         return
     address = f"unix://{folder}/podman.sock"
@@ -57,6 +57,13 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
             time.sleep(0.1)
         yield given | {"DOCKER_HOST": address}
         service.terminate()
+
+
+def _built_from(builder: str, environment: dict[str, str]) -> str:
+    """The commit that the image was built from; empty if there is no image."""
+    label = '{{index .Config.Labels "org.opencontainers.image.revision"}}'
+    command = [builder, "image", "inspect", "--format", label, IMAGE]
+    return subprocess.run(command, env=environment, capture_output=True, text=True).stdout.strip()
 
 
 def run(folder: Path, environment: dict[str, str], *argv: str) -> subprocess.CompletedProcess[str]:
