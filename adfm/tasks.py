@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 from collections import Counter
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +79,13 @@ def check(
     preflight.check(asked)
     conversion, validation = (tracking.settings(asked, *sections) for sections in _SECTIONS.values())
     source = asked.fetch.source
-    return tracking.settings(asked), source, revision or fixed_revision(source) or now(), conversion, validation
+    return (
+        tracking.settings(asked),
+        source,
+        revision or fixed_revision(source) or tracking.now(),
+        conversion,
+        validation,
+    )
 
 
 def check_gpus(gpu_type: str, num_gpus: int) -> None:
@@ -102,11 +107,6 @@ def fixed_revision(source: str) -> str:
     """What names the content of a source for ever; empty for a source that may have other content tomorrow."""
     fixed = source.startswith("synthetic://") or re.match(r"dvc://.+@[0-9a-f]{40}:", source)
     return source if fixed else ""
-
-
-def now() -> str:
-    """The time, UTC, to the second, as ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def rivals(asked: Params, warmup: Path) -> dict[str, str | Path]:

@@ -26,7 +26,6 @@ from adfm import tracking
 from adfm.errors import AdfmError
 from adfm.params import Params
 from adfm.registry.promotion import Refused, promote_approved
-from adfm.registry.registration import now
 
 if TYPE_CHECKING:
     from mlflow.entities.webhook import Webhook
@@ -269,4 +268,4 @@ def _secret() -> str:
 
 
 def _say(text: str) -> None:
-    print(now(), text, flush=True)
+    print(tracking.now(), text, flush=True)

@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -289,7 +288,7 @@ def _decide(
         "settings": {"gate": params.gate.model_dump(), "seed": params.seed},
         "production_version": str(rival.version) if rival else None,
         "production_predictions": source,
-        "decided_at": now(),
+        "decided_at": tracking.now(),
     }
 
 
@@ -466,8 +465,3 @@ def _report_link(run: Run | None) -> list[str]:
 def _table(header: list[str], rows: list[list[Any]]) -> str:
     cells = [["-" if c is None else f"{c:.3f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *cells])
-
-
-def now() -> str:
-    """The time, UTC, to the second, as ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec="seconds")

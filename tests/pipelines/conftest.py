@@ -10,25 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SMALL = [
-    "fetch.source=synthetic://?images=20",
-    "validate.min_images_per_split=2",
-    "validate.min_label_share=0",
-    "warmup.steps=2",
-    "warmup.batch_size=2",
-    "train.steps=2",
-    "train.prompts_per_step=2",
-    "train.num_generations=2",
-    "train.max_completion_length=48",
-    "train.checkpoint_every=1",
-    "train.pictures_every=1",
-    "evaluate.max_new_tokens=48",
-    "evaluate.bootstrap=50",
-    "gate.bootstrap=50",
-    "gate.accuracy.floor=0",
-    "gate.iou.floor=0",
-    "gate.min_images=10",
-]
+from tests.small import SMALL
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from adfm.data.readers import files
 from adfm.data.readers.files import folders, images, root
 from adfm.records import Box, Polygon, Rle, Sample, Split
 
@@ -51,18 +52,18 @@ def sample(
     The defect is the class of the shapes; of several classes, their names by the alphabet, joined by `+`.
     """
     dataset = raw.resolve().name
-    return Sample(
-        image=image,
-        source=image.relative_to(raw).as_posix(),
-        dataset=dataset,
-        category=dataset,
-        label="anomalous" if shapes else "normal",
-        defect="+".join(sorted({shape.name for shape in shapes})) or None,
+    defect = "+".join(sorted({shape.name for shape in shapes})) or None
+    return files.sample(
+        raw,
+        dataset,
+        dataset,
+        image,
+        defect,
+        split=split,
         boxes=tuple(shape.box for shape in shapes),
         polygons=tuple(polygon for shape in shapes for polygon in shape.polygons),
         rles=tuple(shape.rle for shape in shapes if shape.rle),
         normalized=normalized,
-        split=split,
     )
 
 

@@ -102,7 +102,7 @@ def sample(
     split: str | None = None,
     **more: Any,
 ) -> Sample:
-    """An image of a data set that has masks.
+    """An image of a data set, anomalous if it has a defect.
 
     Args:
         raw: The data set.
@@ -110,7 +110,7 @@ def sample(
         category: The product.
         image: The image, in `raw`.
         defect: What is wrong with it; `None` if it is normal.
-        masks: Where the defect is; those of a normal image are dropped.
+        masks: Files that say where the defect is; those of a normal image are dropped.
         split: The split that the data set fixes.
         more: Other fields of `Sample`.
     """
