@@ -171,6 +171,13 @@ def choose(page: Page, gallery: str) -> None:
     page.locator(f"input[name=gallery][value={gallery}]").check()
 
 
+def turn(page: Page, to: str = "next") -> None:
+    """Turns the page and waits until it is the other one: a click may return before the browser has acted on it."""
+    before = page.inner_text("#page")
+    page.click(f"#{to}")
+    page.wait_for_function("before => document.querySelector('#page').innerText !== before", arg=before)
+
+
 def see_all(page: Page) -> None:
     """Waits until every card on the page has its picture; the window must be tall."""
     page.wait_for_function("[...document.querySelectorAll('article')].every(card => card.querySelector('img'))")
@@ -314,17 +321,17 @@ def test_pages_show_every_image_once(opened: Opened, table: pd.DataFrame) -> Non
     choose(page, "all")
     seen = positions(page)
     while page.locator("#next").is_enabled():
-        page.click("#next")
+        turn(page)
         seen += positions(page)
     assert sorted(seen) == sorted(table["id"]) and len(seen) == 150
-    page.click("#previous")
+    turn(page, "previous")
     assert "page 6 of 7" in page.inner_text("#pages")
 
 
 def test_a_category_of_the_table_shows_its_images(opened: Opened, table: pd.DataFrame) -> None:
     opened.page.locator("#groups button").last.click()
     chosen = table["category"] == sorted(CATEGORIES)[-1]
-    assert opened.page.inner_text("#status") == f"{chosen.sum()} of 150 images"
+    opened.page.get_by_text(f"{chosen.sum()} of 150 images", exact=True).wait_for()
 
 
 # ---------------------------------------------------------------------------------------- pictures and words
@@ -340,6 +347,17 @@ def look_up(page: Page, key: str) -> Any:
     return card
 
 
+# Left, top, width and height of a card's picture, its true and its predicted box, at one moment: a page may scroll.
+STANDING = """card => {
+    const { x, y, width, height } = card.querySelector("img").getBoundingClientRect();
+    const boxes = [...card.querySelectorAll("rect.truth, rect.predicted")].map(rect => {
+        const m = rect.getScreenCTM(), b = rect.getBBox();
+        return [m.a * b.x + m.e, m.d * b.y + m.f, m.a * b.width, m.d * b.height];
+    });
+    return [[x, y, width, height], ...boxes];
+}"""
+
+
 @pytest.mark.parametrize("look", [(1280, 1), (390, 3), (700, 1.5)])
 def test_boxes_stand_where_they_should(browser: Browser, folder: Path, table: pd.DataFrame, look: Any) -> None:
     size = {"viewport": {"width": look[0], "height": 900}, "device_scale_factor": look[1]}
@@ -349,16 +367,14 @@ def test_boxes_stand_where_they_should(browser: Browser, folder: Path, table: pd
         for enlarged in (False, True):
             if enlarged:
                 card.locator("button").click()
-            frame = card.locator("img").bounding_box()
-            assert frame["width"] / frame["height"] == pytest.approx(WIDTH / HEIGHT, rel=0.01)
-            for kind, (x1, y1, x2, y2) in (("truth", row.boxes[0]), ("predicted", row.predicted_boxes[0])):
-                box = card.locator(f"rect.{kind}").evaluate(
-                    "r => { const m = r.getScreenCTM(), b = r.getBBox();"
-                    "return [m.a * b.x + m.e, m.d * b.y + m.f, m.a * b.width, m.d * b.height] }"
-                )
+                card.locator("button[aria-expanded=true]").wait_for()
+            frame, *boxes = card.evaluate(STANDING)
+            left, top, width, height = frame
+            assert width / height == pytest.approx(WIDTH / HEIGHT, rel=0.01)
+            for box, (x1, y1, x2, y2) in zip(boxes, (row.boxes[0], row.predicted_boxes[0]), strict=True):
                 x1, x2, y1, y2 = min(x1, WIDTH), min(x2, WIDTH), min(y1, HEIGHT), min(y2, HEIGHT)
-                across, down = frame["width"] / WIDTH, frame["height"] / HEIGHT
-                expected = [frame["x"] + x1 * across, frame["y"] + y1 * down, (x2 - x1) * across, (y2 - y1) * down]
+                across, down = width / WIDTH, height / HEIGHT
+                expected = [left + x1 * across, top + y1 * down, (x2 - x1) * across, (y2 - y1) * down]
                 assert box == pytest.approx(expected, abs=0.6)
     assert opened.complaints == []
     opened.page.close()
@@ -426,7 +442,7 @@ def test_pictures_are_loaded_when_they_come_into_view(opened: Opened, folder: Pa
     choose(opened.page, "all")
     see_all(opened.page)
     while opened.page.locator("#next").is_enabled():
-        opened.page.click("#next")
+        turn(opened.page)
         see_all(opened.page)
     assert asked() == len(files)
 
@@ -559,7 +575,7 @@ def test_ten_thousand_images(browser: Browser, tmp_path: Path) -> None:
         for card in (page.locator("article").nth(12), page.locator("article").last):
             card.scroll_into_view_if_needed()
             card.locator("img").wait_for()
-        page.click("#next")
+        turn(page)
     assert page.inner_text("#page") == "page 4 of 417"
     assert page.locator("article").count() == 24
     assert opened.complaints == []
