@@ -239,6 +239,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add = verb("log", _registry_log, "print who was in production, when and why", registry)
     add.add_argument("--json", action="store_true", help="as a list in JSON")
 
+    add = verb("ablate", _ablate, "train and judge the arms that show what stages and reward are good for; goes on")
+    add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
+    add.add_argument("runs", metavar="RUNS", type=Path, help="folder of the runs; finished ones are kept")
+    add.add_argument("out", metavar="OUT", type=Path, help="folder for evidence.json, evidence.md and evidence.png")
+    add.add_argument("--arms", metavar="ARM", nargs="+", help="answer, stages, paper, calibrated; all by default")
+    add.add_argument("--seeds", metavar="N", type=int, default=3, help="runs an arm; 3 by default")
+    add.add_argument("--jobs", metavar="N", type=int, default=1, help="runs at a time; 1 by default")
+
     add = verb("score", _score, "print what completions earn, one JSON object a line")
     add.add_argument("file", metavar="FILE", type=Path, help="JSON lines with completion, label, boxes (512x512 frame)")
     add.add_argument("--profile", choices=("calibrated", "paper"), help="reward profile; train.profile by default")
@@ -397,6 +405,12 @@ def _registry_log(args: argparse.Namespace, params: Params) -> None:
         print(json.dumps([dataclasses.asdict(step) for step in steps], indent=2))
     else:
         print(table(steps))
+
+
+def _ablate(args: argparse.Namespace, params: Params) -> None:
+    from adfm.ablation import ARMS, ablate
+
+    ablate(args.shards, args.runs, args.out, params, args.arms or list(ARMS), args.seeds, args.jobs)
 
 
 def _score(args: argparse.Namespace, params: Params) -> None:

@@ -103,6 +103,7 @@ class Warmup(Section):
     learning_rate: PositiveFloat = 1e-3
     anomalous_share: Fraction = 0.06
     coordinate_step: PositiveInt = 10
+    stages: bool = True
 
 
 class RewardWeights(Section):

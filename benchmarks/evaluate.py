@@ -34,7 +34,7 @@ ALONE = 48  # images that are answered one by one: enough for a rate, at the pac
 def one_by_one(model: str, shards: Path, params: Params) -> tuple[dict[str, str], float]:
     """Answers of the first images by id, and images per second: a loop as one would write it first."""
     loaded = loading.load(model, params.model)
-    text = inference.chat_text(loaded.processor, loaded.family)
+    text = inference.chat_text(loaded.processor, loaded.prompt)
     tokenizer = loaded.processor.tokenizer
     answers = {}
     start = time.perf_counter()

@@ -196,7 +196,7 @@ class Inspector:
             loaded = loading.load(model, params.model)
             loaded.model.eval()
             self._processor, self._family = loaded.processor, loaded.family
-            text = chat_text(loaded.processor, loaded.family)
+            text = chat_text(loaded.processor, loaded.prompt)
             self._prepare = lambda images: _inputs(loaded.processor, text, images)
             self._generate = lambda inputs: _generate(loaded, inputs, tokens)
 
@@ -250,7 +250,7 @@ def _ahead(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
 
 def answer(loaded: loading.Loaded, images: list[Image.Image], max_new_tokens: int) -> Answers:
     """Greedy completions for `images`, and the probability of `A` against `B` where the letter stands."""
-    text = chat_text(loaded.processor, loaded.family)
+    text = chat_text(loaded.processor, loaded.prompt)
     return _generate(loaded, _inputs(loaded.processor, text, images), max_new_tokens)
 
 
@@ -297,9 +297,9 @@ def until_stop(completion: str) -> str:
     return before + stop
 
 
-def chat_text(processor: ProcessorMixin, family: str) -> str:
-    """The prompt as the model's own chat template writes it, ending where the response begins."""
-    system, user = prompt.messages(family)
+def chat_text(processor: ProcessorMixin, messages: list[dict[str, Any]]) -> str:
+    """A prompt as the model's own chat template writes it, ending where the response begins."""
+    system, user = messages
     chat: Any = [
         {"role": "system", "content": [{"type": "text", "text": system["content"]}]},
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": user["content"]}]},

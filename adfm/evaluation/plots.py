@@ -52,7 +52,7 @@ _SHADES = ("#c3ccd6", "#86b6e8", "#1f5fae")
 def confusion(tables: Mapping[str, pd.DataFrame], path: Path) -> None:
     """Draws one confusion matrix a model: counts, shaded by the share of the actual class."""
     answers = ("normal", "anomalous", "unparseable")
-    with _drawn(path, 2.9 * len(tables) + 0.7, 2.5) as figure:
+    with drawn(path, 2.9 * len(tables) + 0.7, 2.5) as figure:
         for i, (name, table) in enumerate(tables.items()):
             axes = figure.add_subplot(1, len(tables), i + 1)
             said = table["predicted"].astype(object).where(table["predicted"].notna(), "unparseable")
@@ -84,7 +84,7 @@ def iou_by_size(sizes: Mapping[str, Mapping[str, Any]], small: float, large: flo
         large: Share from which it is large.
         path: The PNG file.
     """
-    with _drawn(path, 5.6, 3.1) as figure:
+    with drawn(path, 5.6, 3.1) as figure:
         axes = figure.add_subplot()
         there = [size for size in SIZES if size in sizes[[*sizes][-1]]]
         width = 0.8 / len(sizes)
@@ -106,14 +106,14 @@ def iou_by_size(sizes: Mapping[str, Mapping[str, Any]], small: float, large: flo
         axes.grid(axis="y", color=GRID)
         axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(sizes))
         axes.set_title("Localisation by size of the defect", loc="left", fontweight="bold")
-        _bare(axes)
+        bare(axes)
 
 
 def comparison(
     overall: Mapping[str, Mapping[str, Any]], differences: Mapping[str, Mapping[str, Any]], path: Path
 ) -> None:
     """Draws the headline metrics of all models, and the paired differences to the candidate, with 95 % intervals."""
-    with _drawn(path, 8.4 if differences else 5.2, 3.9) as figure:
+    with drawn(path, 8.4 if differences else 5.2, 3.9) as figure:
         rows = np.arange(len(HEADLINE))[::-1]
         panels = [("Held-out images", overall), (f"{[*overall][-1]} minus", differences)][: 1 + bool(differences)]
         for panel, (title, series) in enumerate(panels):
@@ -133,7 +133,7 @@ def comparison(
             axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=len(series))
             if panel == 1:
                 axes.axvline(0, color=INK, lw=1)
-            _bare(axes)
+            bare(axes)
 
 
 def choose(table: pd.DataFrame, most: int = 12) -> pd.DataFrame:
@@ -189,7 +189,7 @@ def examples(rows: pd.DataFrame, images: Mapping[str, bytes], path: Path, column
         return shape
 
     lines = -(-len(rows) // columns)
-    with _drawn(path, 2.6 * columns, 3.5 * lines + 0.4) as figure:
+    with drawn(path, 2.6 * columns, 3.5 * lines + 0.4) as figure:
         for i, row in enumerate(rows.to_dict("records")):
             axes = figure.add_subplot(lines, columns, i + 1)
             image = Image.open(io.BytesIO(images[row["id"]])).convert("RGB")
@@ -234,7 +234,7 @@ def _shade(index: int, count: int) -> str:
 
 
 @contextmanager
-def _drawn(path: Path, width: float, height: float) -> Iterator[Figure]:
+def drawn(path: Path, width: float, height: float) -> Iterator[Figure]:
     """An empty figure of a size in inches, which is written to `path` when the block ends."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -244,14 +244,15 @@ def _drawn(path: Path, width: float, height: float) -> Iterator[Figure]:
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
-        drawn = io.BytesIO()
-        figure.savefig(drawn, dpi=130)
-    full = Image.open(drawn).convert("RGB")
+        written = io.BytesIO()
+        figure.savefig(written, dpi=130)
+    full = Image.open(written).convert("RGB")
     # 256 colours, dithered, are less than half the bytes and look the same.
     full.quantize(palette=full.quantize(256), dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
 
 
-def _bare(axes: Axes) -> None:
+def bare(axes: Axes) -> None:
+    """Takes frame and ticks off."""
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)

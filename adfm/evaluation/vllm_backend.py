@@ -75,7 +75,7 @@ def load(
         logit_bias=dict.fromkeys(inference.unwanted(processor), -100.0),
         logprob_token_ids=[*letters[0], *letters[1]],
     )
-    text = inference.chat_text(processor, family)
+    text = inference.chat_text(processor, loading.prompt_of(model, family))
 
     def answer(images: list[Image.Image]) -> inference.Answers:
         prompts = [{"prompt": text, "multi_modal_data": {"image": image}} for image in images]

@@ -1,8 +1,8 @@
-"""The multi-stage prompt, and the supervised answer in the same form.
+"""The multi-stage prompt, the plain one to compare it with, and the supervised answer in the form of either.
 
 The three stages are those of AD-FM (arXiv 2508.04175): region identification in `<think>`, focused examination in
 `<rethink>`, decision in `<answer>`. The authors' wording was not published; this one states everything that the
-rewards pay for.
+rewards pay for. The plain prompt asks for the decision alone, as GRPO without AD-FM does.
 """
 
 from __future__ import annotations
@@ -26,16 +26,25 @@ First <think>say what you see and box every suspicious region tightly, one box a
 then <rethink>look at each region again: is it a real defect or normal variation?</rethink>
 then <answer>one letter alone, A if the product has a defect or B if it is normal</answer>"""
 
+PLAIN_QUESTION = """\
+Inspect this product.
+<answer>one letter alone, A if the product has a defect or B if it is normal</answer>"""
 
-def messages(family: str) -> list[dict[str, Any]]:
-    """The prompt as chat messages, without the image; `family` says in which units boxes are asked for."""
+
+def messages(family: str, stages: bool = True) -> list[dict[str, Any]]:
+    """The prompt as chat messages, without the image.
+
+    Args:
+        family: Says in which units boxes are asked for.
+        stages: Whether the decision is asked for in three stages, or alone.
+    """
     return [
         {"role": "system", "content": SYSTEM},
-        {"role": "user", "content": QUESTION.format(units=UNITS[family])},
+        {"role": "user", "content": QUESTION.format(units=UNITS[family]) if stages else PLAIN_QUESTION},
     ]
 
 
-def answer(label: Label, regions: Sequence[Box], defect: str | None = None, step: int = 1) -> str:
+def answer(label: Label, regions: Sequence[Box], defect: str | None = None, step: int = 1, stages: bool = True) -> str:
     """A complete response in the form that the prompt asks for.
 
     Args:
@@ -43,12 +52,15 @@ def answer(label: Label, regions: Sequence[Box], defect: str | None = None, step
         regions: Boxes in the model's frame; on a normal image they are examined and rejected.
         defect: Name of the defect, for the examination stage of an anomalous image.
         step: Coordinates are rounded to multiples of this.
+        stages: As in `messages`.
     """
+    decision = f"<answer>{'A' if label == 'anomalous' else 'B'}</answer>"
+    if not stages:
+        return decision
     boxes = ", ".join("[" + ", ".join(str(round(v / step) * step) for v in box) + "]" for box in regions)
     think = f"Suspicious: {boxes}" if regions else "The surface is even, nothing stands out."
     if label == "anomalous":
         rethink = f"A real defect: {defect or 'damage'}." if regions else "Something is wrong all the same."
     else:
         rethink = "Normal variation, no defect." if regions else "There is no region to examine."
-    letter = "A" if label == "anomalous" else "B"
-    return f"<think>{think}</think><rethink>{rethink}</rethink><answer>{letter}</answer>"
+    return f"<think>{think}</think><rethink>{rethink}</rethink>{decision}"

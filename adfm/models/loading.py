@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from adfm import tracking
 from adfm.errors import AdfmError
 from adfm.files import digest
+from adfm.method import prompt
 from adfm.params import Model
 
 if TYPE_CHECKING:
@@ -40,12 +41,14 @@ class Loaded:
         processor: Its processor; pads on the left.
         family: `qwen2_5_vl` or `qwen3_vl`.
         base: Name and revision of the base model.
+        prompt: What it is asked, as chat messages without the image.
     """
 
     model: PreTrainedModel
     processor: ProcessorMixin
     family: str
     base: Model
+    prompt: list[dict[str, Any]]
 
 
 def resolve(name: str, revision: str | None) -> Path:
@@ -219,7 +222,13 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
             raise AdfmError(f"{model}: its adapter does not fit {base.name} ({error}); train it anew") from error
     if torch.cuda.is_available():
         network = network.to("cuda")
-    return Loaded(network, processor, family_of(folder), base)
+    return Loaded(network, processor, family_of(folder), base, prompt_of(model, family_of(folder)))
+
+
+def prompt_of(model: str | Path, family: str) -> list[dict[str, Any]]:
+    """What a model is asked: an adapter, what it was trained with; a base model of `family`, the multi-stage prompt."""
+    description = describe(Path(model))
+    return list(description["prompt"]) if description else prompt.messages(family)
 
 
 def base_of(model: str | Path, settings: Model) -> tuple[Model, Path]:

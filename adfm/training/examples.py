@@ -9,7 +9,7 @@ import numpy as np
 
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
-from adfm.method import coordinates, prompt
+from adfm.method import coordinates
 from adfm.models.loading import Loaded
 from adfm.records import Box
 
@@ -24,7 +24,7 @@ def draw(shards: Path, loaded: Loaded, count: int, anomalous_share: float, seed:
 
     Args:
         shards: Folder of shards; its train split is read.
-        loaded: Says in which frame boxes are written.
+        loaded: Says what is asked, and in which frame boxes are written.
         count: Rows to draw.
         anomalous_share: Share of anomalous images, evenly spread.
         seed: Seeds the order.
@@ -51,7 +51,7 @@ def draw(shards: Path, loaded: Loaded, count: int, anomalous_share: float, seed:
         regions.append([list(box) for box in boxes])
         frames.append([frame.width, frame.height])
     columns: dict[str, list[Any]] = {
-        "prompt": [prompt.messages(loaded.family)] * len(table),
+        "prompt": [loaded.prompt] * len(table),
         "label": [row["label"] for row in table],
         "defect": [row["defect"] for row in table],
         "regions": regions,

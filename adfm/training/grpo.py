@@ -36,7 +36,7 @@ TERMS = ("format", "classification", "localization")
 IDENTITY = "identity.json"
 
 
-def train(shards: Path, model: Path, out: Path, params: Params) -> None:
+def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | None = None) -> None:
     """Go on training the adapter `model` by GRPO, and write it with its processor to `out`.
 
     Checkpoints lie in `<out>.checkpoint/`. A training that was interrupted goes on from the last of them, if data,
@@ -50,6 +50,7 @@ def train(shards: Path, model: Path, out: Path, params: Params) -> None:
         model: Folder that warm-up wrote.
         out: Folder to write: adapter, processor, `adfm.json`, `reward_curves.csv`.
         params: Reads `model`, `train` and `seed`.
+        keep: Folder for the model of every checkpoint, a folder a step, to see how it came to be.
 
     Raises:
         AdfmError: Model, shards or tracking store cannot be used, or the batch does not divide.
@@ -85,7 +86,7 @@ def train(shards: Path, model: Path, out: Path, params: Params) -> None:
         count = settings.steps * settings.prompts_per_step
         with state.main_process_first():
             data = examples.draw(shards, loaded, count, settings.anomalous_share, params.seed + 1, work / "cache")
-        trainer = _trainer(loaded, data, work, params, state.num_processes)
+        trainer = _trainer(loaded, data, work, params, state.num_processes, checkpoints=None if keep else 2)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
         if state.is_main_process:
             trained = trainer.accelerator.unwrap_model(trainer.model)
@@ -93,7 +94,18 @@ def train(shards: Path, model: Path, out: Path, params: Params) -> None:
             write_curves(trainer.state.log_history, folder / "reward_curves.csv")
         state.wait_for_everyone()
     if state.is_main_process:
+        if keep:
+            _keep(work, out, keep)
         shutil.rmtree(work)
+
+
+def _keep(work: Path, trained: Path, keep: Path) -> None:
+    """Makes a model of every checkpoint: `trained`, with the checkpoint's adapter."""
+    for checkpoint in work.glob("checkpoint-*"):
+        model = keep / checkpoint.name.removeprefix("checkpoint-")
+        shutil.copytree(trained, model, ignore=shutil.ignore_patterns("*.csv"), dirs_exist_ok=True)
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copy2(checkpoint / file, model / file)
 
 
 def _identity(shards: Path, model: Path, params: Params) -> dict[str, Any]:
@@ -166,7 +178,9 @@ def utilisation(terms: torch.Tensor, weights: torch.Tensor, group: int) -> dict[
     return {name: value.float().mean().item() for name, value in share.items()}
 
 
-def _trainer(loaded: loading.Loaded, data: Any, work: Path, params: Params, processes: int) -> GRPOTrainer:
+def _trainer(
+    loaded: loading.Loaded, data: Any, work: Path, params: Params, processes: int, checkpoints: int | None
+) -> GRPOTrainer:
     import mlflow
     import torch
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -253,7 +267,7 @@ def _trainer(loaded: loading.Loaded, data: Any, work: Path, params: Params, proc
             shuffle_dataset=False,
             logging_steps=1,
             save_steps=settings.checkpoint_every,
-            save_total_limit=2,
+            save_total_limit=checkpoints,
             report_to="none",
             seed=params.seed,
             bf16=params.model.dtype == "bfloat16",

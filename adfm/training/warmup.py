@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ def warmup(shards: Path, out: Path, params: Params) -> None:
     from adfm.training.watch import Watch, write_curves
 
     set_seed(params.seed)
+    settings = params.warmup
     loaded = loading.load(params.model.name, params.model)
+    loaded = replace(loaded, prompt=prompt.messages(loaded.family, settings.stages))
     lora = LoraConfig(
         r=params.lora.r,
         lora_alpha=params.lora.alpha,
@@ -47,7 +50,6 @@ def warmup(shards: Path, out: Path, params: Params) -> None:
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(loaded.model, lora)
-    settings = params.warmup
     with atomic_folder(out) as folder, tracking.start_run("warmup", params) as run:
         history: list[dict[str, Any]] = []
         if settings.steps:
@@ -74,7 +76,7 @@ def warmup(shards: Path, out: Path, params: Params) -> None:
                 ),
                 train_dataset=data.map(
                     _answer,
-                    fn_kwargs={"step": settings.coordinate_step},
+                    fn_kwargs={"step": settings.coordinate_step, "stages": settings.stages},
                     remove_columns=["label", "defect", "regions", "frame"],
                 ),
                 processing_class=loaded.processor,
@@ -88,8 +90,8 @@ def warmup(shards: Path, out: Path, params: Params) -> None:
         write_curves(history, folder / "warmup_curves.csv")
 
 
-def _answer(row: dict[str, Any], step: int) -> dict[str, Any]:
-    text = prompt.answer(row["label"], [Box(*box) for box in row["regions"]], row["defect"], step)
+def _answer(row: dict[str, Any], step: int, stages: bool) -> dict[str, Any]:
+    text = prompt.answer(row["label"], [Box(*box) for box in row["regions"]], row["defect"], step, stages)
     return {"completion": [{"role": "assistant", "content": text}]}
 
 
@@ -107,7 +109,7 @@ def save(
         "stage": stage,
         "base": {"name": loaded.base.name, "revision": loaded.base.revision},
         "family": loaded.family,
-        "prompt": prompt.messages(loaded.family),
+        "prompt": loaded.prompt,
         "mlflow_run_id": run_id,
         "data_fingerprint": shards_.fingerprint(shards),
         "params": params.model_dump(mode="json", by_alias=True),
