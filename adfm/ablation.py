@@ -97,6 +97,9 @@ def ablate(shards: Path, runs: Path, out: Path, params: Params, arms: Sequence[s
         if not _begin(runs / f"{arm}-{seed}", identity):
             missing.append((arm, seed))
     _report(runs, out, params, list(planned))
+    if missing:  # the runs would make the same tables and the same experiment at the same time
+        tracking.configure()
+        tracking.experiment(params.register_.experiment)
     failed = []
     threads = max(1, (os.cpu_count() or 1) // jobs)
     # A process a run: libraries keep state, and a run that dies takes no other with it.
@@ -236,9 +239,7 @@ def claims(evidence: dict[str, dict[int, dict[str, Any]]]) -> list[tuple[str, bo
         last = int(curve[-1, 0])
         reached = next((int(step) for step, value in curve if value >= goal), None)
         took = f"it takes {reached}" if reached is not None else "it does not reach it"
-        words = (
-            f"The full method reaches the answer alone's final balanced accuracy, {goal:.3f}, in half of {last}"
-        )
+        words = f"The full method reaches the answer alone's final balanced accuracy, {goal:.3f}, in half of {last}"
         words += f" steps: {took}"
         found.append((words, reached is not None and reached <= last / 2))
     return found

@@ -92,10 +92,10 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
             trained = trainer.accelerator.unwrap_model(trainer.model)
             save(folder, trained, loaded, shards, params, "train", run.info.run_id)
             write_curves(trainer.state.log_history, folder / "reward_curves.csv")
+            if keep:
+                _keep(work, folder, keep)
         state.wait_for_everyone()
     if state.is_main_process:
-        if keep:
-            _keep(work, out, keep)
         shutil.rmtree(work)
 
 

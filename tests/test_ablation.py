@@ -1,0 +1,102 @@
+"""The ablation, with the embedded data and model at their smallest, and its figures against other ways to get them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from adfm import ablation
+from adfm.cli import main
+from adfm.errors import AdfmError
+from adfm.params import Params
+from tests.small import SMALL
+
+
+def run(balanced_accuracy: float, iou: float, utilisation: float, curve: list[float]) -> dict[str, Any]:
+    """The figures of a made-up run of 30 steps."""
+    flat = [[10 * i, value] for i, value in enumerate(curve)]
+    figures = {"balanced_accuracy": balanced_accuracy, "iou": iou, "utilisation": utilisation, "steps": 30}
+    figures |= {"recall": balanced_accuracy, "specificity": balanced_accuracy}
+    return figures | {
+        "curve": [[step, value, iou] for step, value in flat],
+        "curves": dict.fromkeys(ablation.METRICS, flat),
+    }
+
+
+def evidence(**balanced: float) -> dict[str, dict[int, dict[str, Any]]]:
+    """Three seeds an arm, 0.01 apart."""
+    return {
+        arm: {seed: run(value + 0.01 * (seed - 1), value / 2, value, [0.5, 0.6, value, value]) for seed in range(3)}
+        for arm, value in balanced.items()
+    }
+
+
+def test_the_interval_is_that_of_a_t_test() -> None:
+    values = [0.71, 0.74, 0.78, 0.72]
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert ablation.interval(values) == pytest.approx((np.mean(values), expected.low, expected.high))
+
+
+def test_one_run_has_no_interval() -> None:
+    assert ablation.interval([0.7]) == (0.7, -np.inf, np.inf)
+
+
+def test_what_was_found_and_what_was_not() -> None:
+    found = ablation.claims(evidence(answer=0.52, paper=0.75, calibrated=0.74))
+    assert [holds for _, holds in found] == [False, True, True, False, False, True]
+    assert "utilisation" in found[0][0].lower() and "0.740" in found[0][0] and "0.520" in found[0][0]
+    assert found[-1][0].endswith("it takes 10")
+    assert [holds for _, holds in ablation.claims(evidence(answer=0.3, paper=0.7, calibrated=0.8))] == [True] * 6
+
+
+def test_a_goal_that_is_never_reached_is_said() -> None:
+    words, holds = ablation.claims(evidence(answer=0.9, calibrated=0.7))[-1]
+    assert not holds and words.endswith("it does not reach it")
+
+
+def test_one_seed_shows_nothing_apart() -> None:
+    one = {arm: {0: runs[0]} for arm, runs in evidence(answer=0.5, calibrated=0.9).items()}
+    assert not dict(ablation.claims(one))[next(words for words, _ in ablation.claims(one) if "apart" in words)]
+
+
+def test_an_unknown_arm_is_named(small_shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(AdfmError, match="no arm 'full'; there are: answer, stages, paper, calibrated"):
+        ablation.ablate(small_shards, tmp_path / "runs", tmp_path / "out", Params(), ["full"], 1, 1)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.timeout(600)
+def test_arms_are_trained_judged_and_kept(
+    small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    command = ["ablate", str(small_shards), "runs", "docs", "--arms", "answer", "calibrated", "--seeds", "1"]
+    settings = [part for setting in SMALL for part in ("--set", setting)]
+
+    assert main([*command, "--jobs", "2", *settings]) == 0
+    found = json.loads(Path("docs/evidence.json").read_text())
+    assert {arm: [*runs] for arm, runs in found.items()} == {"answer": ["0"], "calibrated": ["0"]}
+    for arm, runs in found.items():
+        figures = runs["0"]
+        assert figures.keys() >= {*ablation.METRICS, "steps", "curve"} and figures["steps"] == 2
+        assert [step for step, _, _ in figures["curve"]] == [0, 1, 2]
+        assert figures["curve"][-1][1:] == [figures["balanced_accuracy"], figures["iou"]]
+        asked = json.loads(Path(f"runs/{arm}-0/trained/adfm.json").read_text())["prompt"][1]["content"]
+        assert ("<think>" in asked) == (arm == "calibrated")
+    assert found["answer"]["0"]["iou"] == 0
+    page = Path("docs/evidence.md").read_text()
+    assert "| no stages, answer-only reward | 0 |" in page and "2 of 2 runs" in page
+    assert Path("docs/evidence.png").stat().st_size > 10_000
+
+    finished = {file: file.stat().st_mtime_ns for file in Path("runs").rglob("*") if file.is_file()}
+    assert main([*command, *settings]) == 0
+    assert finished == {file: file.stat().st_mtime_ns for file in Path("runs").rglob("*") if file.is_file()}
+
+    assert main([*command, *settings, "--set", "train.beta=0.5"]) == 1
+    assert "run with another train.beta" in capsys.readouterr().err
