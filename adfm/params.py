@@ -138,6 +138,8 @@ class Train(Section):
     gradient_checkpointing: bool = False
     checkpoint_every: PositiveInt = 25
     pictures_every: NonNegativeInt = 25
+    resample: NonNegativeInt = 0
+    favour_doubt: bool = False
 
 
 class Evaluate(Section):

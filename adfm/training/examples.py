@@ -15,12 +15,22 @@ from adfm.records import Box
 
 if TYPE_CHECKING:
     import datasets
+    from numpy.typing import NDArray
 
 
-def draw(shards: Path, loaded: Loaded, count: int, anomalous_share: float, seed: int, cache: Path) -> datasets.Dataset:
+def draw(
+    shards: Path,
+    loaded: Loaded,
+    count: int,
+    anomalous_share: float,
+    seed: int,
+    cache: Path,
+    weights: dict[str, float] | None = None,
+) -> datasets.Dataset:
     """`count` training images in an order fixed by `seed`.
 
-    Every image of a label is drawn once before any is drawn again. Images stay on disk until they are used.
+    Every image of a label is drawn once before any is drawn again, unless there are weights. Images stay on disk until
+    they are used.
 
     Args:
         shards: Folder of shards; its train split is read.
@@ -29,6 +39,8 @@ def draw(shards: Path, loaded: Loaded, count: int, anomalous_share: float, seed:
         anomalous_share: Share of anomalous images, evenly spread.
         seed: Seeds the order.
         cache: Folder for the memory-mapped copy of the split.
+        weights: By id, how often an image is drawn in proportion to others of its label; at least a twentieth of the
+            largest.
 
     Returns:
         Columns `prompt` (messages), `image`, `label`, `defect`, `regions` (ground-truth boxes in the model's frame) and
@@ -40,7 +52,8 @@ def draw(shards: Path, loaded: Loaded, count: int, anomalous_share: float, seed:
     import datasets
 
     table = shards_.table(shards, "train").to_pylist()
-    order = _order([row["label"] for row in table], count, anomalous_share, seed, shards)
+    weight = np.array([weights[row["id"]] for row in table]) if weights else None
+    order = _order([row["label"] for row in table], count, anomalous_share, seed, shards, weight)
     data = datasets.Dataset.from_parquet(
         [str(file) for file in sorted(shards.glob("train-*.parquet"))], cache_dir=str(cache), columns=["image"]
     )
@@ -62,10 +75,12 @@ def draw(shards: Path, loaded: Loaded, count: int, anomalous_share: float, seed:
     return data.select(order)
 
 
-def _order(labels: list[str], count: int, share: float, seed: int, shards: Path) -> list[int]:
+def _order(
+    labels: list[str], count: int, share: float, seed: int, shards: Path, weight: NDArray[np.float64] | None = None
+) -> list[int]:
     """Indices of `count` images, of which any run holds anomalous ones in the given share.
 
-    Each label's own are shuffled anew for each pass over them.
+    Each label's own are shuffled anew for each pass over them, or drawn by their weights.
     """
     rng = np.random.default_rng(seed)
     anomalous = np.diff(np.floor(np.arange(count + 1) * share + 1e-9)).astype(bool)
@@ -77,6 +92,10 @@ def _order(labels: list[str], count: int, share: float, seed: int, shards: Path)
             raise AdfmError(
                 f"{shards}: the train split has no {label} image, and training needs both; see split.* in params.yaml"
             )
+        if needed and weight is not None:
+            of_these = np.maximum(weight[of_label], weight[of_label].max() / 20)
+            order[places] = rng.choice(of_label, needed, p=of_these / of_these.sum())
+            continue
         passes = -(-needed // max(1, len(of_label)))
         shuffled = [rng.permutation(of_label) for _ in range(passes)]
         order[places] = np.concatenate([*shuffled, np.empty(0, int)])[:needed]

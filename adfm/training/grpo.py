@@ -64,6 +64,11 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
             f"train.micro_batch: {share} does not divide the {completions} completions of a step "
             "(train.prompts_per_step * train.num_generations)"
         )
+    if settings.resample and completions // processes % settings.num_generations:
+        raise AdfmError(
+            f"train.resample: {completions // processes} completions in each of {processes} processes are no whole "
+            f"groups of {settings.num_generations}; make train.prompts_per_step a multiple of {processes}"
+        )
     if loading.describe(model) is None:
         raise AdfmError(f"{model} is not a folder that `adfm warmup` wrote; run that first (warmup.steps may be 0)")
     import torch
@@ -85,8 +90,18 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
             _identify(work, shards, model, params, run.info.run_id)
         count = settings.steps * settings.prompts_per_step
         with state.main_process_first():
-            data = examples.draw(shards, loaded, count, settings.anomalous_share, params.seed + 1, work / "cache")
-        trainer = _trainer(loaded, data, work, params, state.num_processes, checkpoints=None if keep else 2)
+            doubt = _doubt(model, shards, params, work) if settings.favour_doubt else None
+            draw = functools.partial(
+                examples.draw,
+                shards,
+                loaded,
+                anomalous_share=settings.anomalous_share,
+                cache=work / "cache",
+                weights=doubt,
+            )
+            data = draw(count=count, seed=params.seed + 1)
+            reserve = draw(count=count * settings.resample, seed=params.seed + 2) if settings.resample else None
+        trainer = _trainer(loaded, data, reserve, work, params, state.num_processes, None if keep else 2)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
         if state.is_main_process:
             trained = trainer.accelerator.unwrap_model(trainer.model)
@@ -106,6 +121,15 @@ def _keep(work: Path, trained: Path, keep: Path) -> None:
         shutil.copytree(trained, model, ignore=shutil.ignore_patterns("*.csv"), dirs_exist_ok=True)
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             shutil.copy2(checkpoint / file, model / file)
+
+
+def _doubt(model: Path, shards: Path, params: Params, work: Path) -> dict[str, float]:
+    """For every training image, how unsure the model is of the letter: 1 at even odds, 0 when it is certain."""
+    from adfm.evaluation.inference import predict_splits
+
+    table = predict_splits(model, shards, params, "looking for doubt", ["train"], work / "answers")["train"]
+    odds = table["score"].fillna(0.5)
+    return dict(zip(table["id"], (4 * odds * (1 - odds)).tolist(), strict=True))
 
 
 def _identity(shards: Path, model: Path, params: Params) -> dict[str, Any]:
@@ -179,26 +203,65 @@ def utilisation(terms: torch.Tensor, weights: torch.Tensor, group: int) -> dict[
 
 
 def _trainer(
-    loaded: loading.Loaded, data: Any, work: Path, params: Params, processes: int, checkpoints: int | None
+    loaded: loading.Loaded,
+    data: Any,
+    reserve: Any,
+    work: Path,
+    params: Params,
+    processes: int,
+    checkpoints: int | None,
 ) -> GRPOTrainer:
     import mlflow
     import torch
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
     from trl import GRPOConfig, GRPOTrainer
+    from trl.data_utils import prepare_multimodal_messages
 
+    from adfm.training import resampling
     from adfm.training.watch import Watch, picture
 
     settings = params.train
     group = settings.num_generations
     completions = settings.prompts_per_step * group // processes
+    terms_of = reward_functions(settings.profile)
     micro_batch = settings.micro_batch or completions
 
     class Trainer(GRPOTrainer):
-        """TRL's trainer, which also logs utilisation, the seconds of each phase, and pictures."""
+        """TRL's trainer, with dynamic sampling; it also logs utilisation, the seconds of each phase, and pictures."""
+
+        _kept: Any = None
+
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
+            if settings.resample:
+                inputs, self._kept, share = resampling.informative(
+                    inputs, self._further, self._answers, self._differ, self._most, group, settings.resample
+                )
+                self._metrics["train"]["utilisation/drawn"].append(share)
+            return super()._generate_and_score_completions(inputs)
 
         def _generate(self, prompts: Any) -> Any:
+            kept, self._kept = self._kept, None
+            if kept is not None:
+                return kept
             with self._timed("generation"):
                 return super()._generate(prompts)
+
+        def _answers(self, rows: Any) -> Any:
+            return self._generate([prepare_multimodal_messages(row["prompt"], images=[row["image"]]) for row in rows])
+
+        def _further(self, number: int, count: int) -> Any:
+            # A place for every step, round and process, so that a resumed training draws the same.
+            at = (self.state.global_step * settings.resample + number) * settings.prompts_per_step
+            at += self.accelerator.process_index * completions // group
+            return [row for i in range(at, at + count) for row in [reserve[i]] * group]
+
+        def _differ(self, rows: Any, answers: Any) -> bool:
+            columns = {name: [row[name] for row in rows] for name in ("label", "regions", "frame")}
+            terms = torch.tensor([function(completions=answers[3], **columns) for function in terms_of])
+            return utilisation(terms.T, self.reward_weights.cpu(), group)["utilisation"] > 0
+
+        def _most(self, count: int) -> int:
+            return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
 
         def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
             with self._timed("scoring"):
@@ -236,7 +299,7 @@ def _trainer(
 
     trainer = Trainer(
         model=loaded.model,
-        reward_funcs=reward_functions(settings.profile),
+        reward_funcs=terms_of,
         train_dataset=data,
         processing_class=loaded.processor,
         callbacks=[

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -45,3 +46,12 @@ def test_rows_hold_boxes_in_the_models_frame(small_shards: Path, tmp_path: Path)
         assert bool(row["regions"]) == (row["label"] == "anomalous")
         assert all(0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000 for x1, y1, x2, y2 in row["regions"])
         assert row["image"].size == (128, 128)
+
+
+def test_images_are_drawn_by_their_weights() -> None:
+    labels = ["normal", "anomalous"] * 3
+    order = examples._order(labels, 6000, 0.5, 0, Path("shards"), np.array([0.0, 1.0, 1.0, 1.0, 3.0, 2.0]))
+    times = np.bincount(order, minlength=6) / 3000
+    # No image is drawn less than a twentieth as often as the heaviest of its label.
+    assert times[[0, 2, 4]] == pytest.approx(np.array([0.15, 1, 3]) / 4.15, abs=0.03)
+    assert times[[1, 3, 5]] == pytest.approx([0.25, 0.25, 0.5], abs=0.03)
