@@ -60,7 +60,10 @@ ARMS = {
     "stages": Arm("stages, answer-only reward", _LETTER_ALONE),
     "paper": Arm("stages, `paper` reward", ("train.profile=paper",)),
     "calibrated": Arm("stages, `calibrated` reward", ("train.profile=calibrated",)),
+    "resample": Arm("the same, groups all alike drawn anew", ("train.profile=calibrated", "train.resample=2")),
+    "doubt": Arm("the same, doubtful images more often", ("train.profile=calibrated", "train.favour_doubt=true")),
 }
+_COLOURS = dict(zip(ARMS, ("#6b7785", "#b35c00", "#7b4fb5", "#1f5fae", "#2ea043", "#bf8700"), strict=True))
 
 
 def ablate(shards: Path, runs: Path, out: Path, params: Params, arms: Sequence[str], seeds: int, jobs: int) -> None:
@@ -130,10 +133,11 @@ def _begin(run: Path, identity: dict[str, Any]) -> bool:
     if not file.is_file():
         run.mkdir(parents=True, exist_ok=True)
         write_json(identity, file)
-    elif (found := json.loads(file.read_text(encoding="utf-8"))) != identity:
-        changed = [key for key in ("data", "base") if found[key] != identity[key]] + [
-            key for key, value in identity["params"].items() if found["params"].get(key) != value
-        ]
+        return False
+    found = json.loads(file.read_text(encoding="utf-8"))
+    settings = flat(Params()) | found["params"]  # a setting that is newer than the run had its default there
+    changed = [key for key in ("data", "base") if found[key] != identity[key]]
+    if changed := changed + [key for key, value in identity["params"].items() if settings[key] != value]:
         raise AdfmError(f"{run} is a run with another {', '.join(changed)}; remove it, or choose another folder")
     return (run / "result.json").is_file()
 
@@ -262,14 +266,16 @@ def describe(evidence: dict[str, dict[int, dict[str, Any]]], params: Params, pla
         f"- **{ARMS[arm].title}**: `dvc exp run {' '.join(f'-S {setting}' for setting in ARMS[arm].settings)}`"
         for arm in evidence
     )
+    usual = flat(Params())
+    shared = [f"`{key}={value}`" for key, value in flat(params).items() if value != usual[key]]
     verdicts = "\n".join(f"- **{'Found' if holds else 'Not found'}**: {words}." for words, holds in claims(evidence))
     return f"""\
 # Evidence
 
 Written by `adfm ablate`; {finished} of {planned} runs are in it. Each arm starts from the same base model
 (`{params.model.name}`), sees the same data in the same order of the same seed, and takes {params.train.steps} steps of
-{params.train.prompts_per_step} images with {params.train.num_generations} completions each. Mean and 95 % interval over
-the seeds (Student's t); held-out images, greedy decoding. Utilisation is the mean over the steps of a run. A model that
+{params.train.prompts_per_step} images with {params.train.num_generations} completions each; settings that differ from
+the defaults: {", ".join(shared) or "none"}. Mean and 95 % interval over the seeds (Student's t); held-out images, greedy decoding. Utilisation is the mean over the steps of a run. A model that
 answers without stages draws no boxes, and its IoU is 0.
 
 {table}
@@ -292,21 +298,19 @@ def draw(evidence: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
     with drawn(path, 11, 2.7) as figure:
         for place, name in enumerate(METRICS):
             axes: Axes = figure.add_subplot(1, len(METRICS), place + 1)
-            for arm, colour in zip(ARMS, ("#6b7785", "#b35c00", "#7b4fb5", "#1f5fae"), strict=True):
-                if arm not in evidence:
-                    continue
-                curves = [np.array(run["curves"][name], float) for run in evidence[arm].values()]
+            for arm, of_arm in evidence.items():
+                curves = [np.array(run["curves"][name], float) for run in of_arm.values()]
                 if name == "utilisation":
                     curves = [_smooth(curve) for curve in curves]
                 values = np.stack([curve[:, 1] for curve in curves])
-                axes.plot(curves[0][:, 0], values.mean(0), color=colour, label=ARMS[arm].title.replace("`", ""))
-                axes.fill_between(curves[0][:, 0], values.min(0), values.max(0), color=colour, alpha=0.15, lw=0)
+                axes.plot(curves[0][:, 0], values.mean(0), color=_COLOURS[arm], label=ARMS[arm].title.replace("`", ""))
+                axes.fill_between(curves[0][:, 0], values.min(0), values.max(0), color=_COLOURS[arm], alpha=0.15, lw=0)
             axes.set_title(_TITLES[name], loc="left", fontweight="bold")
             axes.set_xlabel("step")
             axes.grid(color="#e3e8ee")
             bare(axes)
         handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(ARMS), frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(evidence), frameon=False)
 
 
 _TITLES = {

@@ -243,7 +243,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
     add.add_argument("runs", metavar="RUNS", type=Path, help="folder of the runs; finished ones are kept")
     add.add_argument("out", metavar="OUT", type=Path, help="folder for evidence.json, evidence.md and evidence.png")
-    add.add_argument("--arms", metavar="ARM", nargs="+", help="answer, stages, paper, calibrated; all by default")
+    add.add_argument(
+        "--arms", metavar="ARM", nargs="+", help="answer, stages, paper, calibrated, resample, doubt; all by default"
+    )
     add.add_argument("--seeds", metavar="N", type=int, default=3, help="runs an arm; 3 by default")
     add.add_argument("--jobs", metavar="N", type=int, default=1, help="runs at a time; 1 by default")
 
