@@ -275,9 +275,9 @@ def describe(evidence: dict[str, dict[int, dict[str, Any]]], params: Params, pla
 Written by `adfm ablate`; {finished} of {planned} runs are in it. Each arm starts from the same base model
 (`{params.model.name}`), sees the same data in the same order of the same seed, and takes {params.train.steps} steps of
 {params.train.prompts_per_step} images with {params.train.num_generations} completions each. Settings that differ from
-the defaults: {", ".join(shared) or "none"}. Mean and 95 % interval over the seeds (Student's t); held-out images, greedy
-decoding. Utilisation is the mean over the steps of a run. A model that answers without stages draws no boxes, and its
-IoU is 0.
+the defaults: {", ".join(shared) or "none"}. Mean and 95 % interval over the seeds (Student's t); held-out images,
+greedy decoding. Utilisation is the mean over the steps of a run. A model that answers without stages draws no boxes, and
+its IoU is 0.
 
 {table}
 
