@@ -162,10 +162,10 @@ def _run(shards: Path, run: Path, params: Params, threads: int) -> dict[str, Any
             warmup(shards, run / "warmup", params)
         if not (run / "trained").exists():
             train(shards, run / "warmup", run / "trained", params, keep=run / "steps")
-        models = {0: run / "warmup"} | {int(folder.name): folder for folder in sorted((run / "steps").iterdir())}
-        models |= {params.train.steps: run / "trained"}
+        models = {int(folder.name): folder for folder in (run / "steps").iterdir()}
+        models |= {0: run / "warmup", params.train.steps: run / "trained"}
         curve = []
-        for step, model in models.items():
+        for step, model in sorted(models.items()):
             split = params.evaluate.split
             table = inference.predict_splits(model, shards, params, f"step {step}", [split], run / "answers")[split]
             curve.append({"step": step, **metrics.values(table)})
@@ -276,8 +276,8 @@ Written by `adfm ablate`; {finished} of {planned} runs are in it. Each arm start
 (`{params.model.name}`), sees the same data in the same order of the same seed, and takes {params.train.steps} steps of
 {params.train.prompts_per_step} images with {params.train.num_generations} completions each. Settings that differ from
 the defaults: {", ".join(shared) or "none"}. Mean and 95 % interval over the seeds (Student's t); held-out images,
-greedy decoding. Utilisation is the mean over the steps of a run. A model that answers without stages draws no boxes, and
-its IoU is 0.
+greedy decoding. Utilisation is the mean over the steps of a run. A model that answers without stages draws no boxes,
+and its IoU is 0.
 
 {table}
 
@@ -285,15 +285,15 @@ its IoU is 0.
 
 ![Balanced accuracy, IoU, recall, specificity and utilisation against steps](evidence.png)
 
-The figure: mean of the seeds and the range of the single runs. The arms, as one run of the pipeline each (seeds by
-`-S seed=1`, which also changes the split of the data there):
+The figure shows mean and 95 % interval too; utilisation is a running mean over 10 steps. The arms, as one run of the
+pipeline each (seeds by `-S seed=1`, which also changes the split of the data there):
 
 {settings}
 """
 
 
 def draw(evidence: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
-    """Draws each metric against steps: mean of the seeds, and the range of the single runs."""
+    """Draws each metric against steps: mean of the seeds and its 95 % interval."""
     from adfm.evaluation.plots import bare, drawn
 
     with drawn(path, 11, 2.7) as figure:
@@ -303,9 +303,11 @@ def draw(evidence: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
                 curves = [np.array(run["curves"][name], float) for run in of_arm.values()]
                 if name == "utilisation":
                     curves = [_smooth(curve) for curve in curves]
-                values = np.stack([curve[:, 1] for curve in curves])
-                axes.plot(curves[0][:, 0], values.mean(0), color=_COLOURS[arm], label=ARMS[arm].title.replace("`", ""))
-                axes.fill_between(curves[0][:, 0], values.min(0), values.max(0), color=_COLOURS[arm], alpha=0.15, lw=0)
+                steps, values = curves[0][:, 0], np.stack([curve[:, 1] for curve in curves])
+                mean, low, high = np.array([interval(column) for column in values.T.tolist()]).T
+                axes.plot(steps, mean, color=_COLOURS[arm], label=ARMS[arm].title.replace("`", ""))
+                if len(curves) > 1:
+                    axes.fill_between(steps, low.clip(0, 1), high.clip(0, 1), color=_COLOURS[arm], alpha=0.15, lw=0)
             axes.set_title(_TITLES[name], loc="left", fontweight="bold")
             axes.set_xlabel("step")
             axes.grid(color="#e3e8ee")
