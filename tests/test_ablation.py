@@ -77,15 +77,16 @@ def test_arms_are_trained_judged_and_kept(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     command = ["ablate", str(small_shards), "runs", "docs", "--arms", "answer", "calibrated", "--seeds", "1"]
-    settings = [part for setting in SMALL for part in ("--set", setting)]
+    small = [*SMALL, "train.steps=10", "train.checkpoint_every=5"]
+    settings = [part for setting in small for part in ("--set", setting)]
 
     assert main([*command, "--jobs", "2", *settings]) == 0
     found = json.loads(Path("docs/evidence.json").read_text())
     assert {arm: [*runs] for arm, runs in found.items()} == {"answer": ["0"], "calibrated": ["0"]}
     for arm, runs in found.items():
         figures = runs["0"]
-        assert figures.keys() >= {*ablation.METRICS, "steps", "curve"} and figures["steps"] == 2
-        assert [step for step, _, _ in figures["curve"]] == [0, 1, 2]
+        assert figures.keys() >= {*ablation.METRICS, "steps", "curve"} and figures["steps"] == 10
+        assert [step for step, _, _ in figures["curve"]] == [0, 5, 10]
         assert figures["curve"][-1][1:] == [figures["balanced_accuracy"], figures["iou"]]
         asked = json.loads(Path(f"runs/{arm}-0/trained/adfm.json").read_text())["prompt"][1]["content"]
         assert ("<think>" in asked) == (arm == "calibrated")
