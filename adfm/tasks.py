@@ -33,6 +33,7 @@ GPUS = ("nvidia.com/gpu", "amd.com/gpu", "gpu.intel.com/i915", "gpu.intel.com/xe
 """Resources by which the device plugins of Kubernetes announce GPUs; besides them, parts of one: `nvidia.com/mig-…`."""
 
 _ANSWERS = ("normal", "anomalous", "unparseable")
+_ROC_POINTS = 200
 _SECTIONS = {
     "conversion": ("seed", "convert", "split"),
     "validation": ("convert", "split", "validate", "register"),
@@ -149,6 +150,21 @@ def confusion(evaluation: Path) -> tuple[list[str], list[list[int]]]:
     with (evaluation / "plots" / "confusion.csv").open(newline="", encoding="utf-8") as stream:
         counted = Counter((row["actual"], row["predicted"]) for row in csv.DictReader(stream))
     return list(_ANSWERS), [[counted[actual, said] for said in _ANSWERS] for actual in _ANSWERS]
+
+
+def roc(evaluation: Path) -> tuple[list[float], list[float], list[float]]:
+    """The ROC curve of the candidate of an evaluation, for a page: 200 points of it at most, its ends among them.
+
+    Returns:
+        False positive rates, true positive rates, and the scores from which an image is called anomalous; 2, which no
+        probability reaches, stands for infinity, which JSON lacks. All are empty if only one class was there.
+    """
+    with (evaluation / "plots" / "roc.csv").open(newline="", encoding="utf-8") as stream:
+        points = [tuple(map(float, row)) for row in list(csv.reader(stream))[1:]]
+    if len(points) > _ROC_POINTS:
+        points = [points[i * (len(points) - 1) // (_ROC_POINTS - 1)] for i in range(_ROC_POINTS)]
+    fpr, tpr, threshold = ([point[column] for point in points] for column in range(3))
+    return fpr, tpr, [min(each, 2.0) for each in threshold]
 
 
 def show(page: Path, to: str) -> None:

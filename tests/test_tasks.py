@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,21 @@ def test_confusion_has_truth_in_rows_and_answers_in_columns(here: Path) -> None:
         ["normal", "anomalous", "unparseable"],
         [[2, 1, 0], [0, 1, 1], [0, 0, 0]],
     )
+
+
+def test_a_roc_curve_is_finite_and_of_few_points_with_both_ends(here: Path) -> None:
+    (here / "plots").mkdir()
+    rows = [(0.0, 0.0, math.inf), *((i / 999, i / 999, 1 - i / 1000) for i in range(1000))]
+    with (here / "plots" / "roc.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([["fpr", "tpr", "threshold"], *rows])
+    fpr, tpr, threshold = tasks.roc(here)
+    assert len(fpr) == len(tpr) == len(threshold) == 200
+    assert (fpr[0], tpr[0], threshold[0]) == (0.0, 0.0, 2.0)
+    assert (fpr[-1], tpr[-1], threshold[-1]) == pytest.approx((1.0, 1.0, 0.001))
+    assert fpr == sorted(fpr)
+    assert threshold == sorted(threshold, reverse=True)
+    (here / "plots" / "roc.csv").write_text("fpr,tpr,threshold\n")
+    assert tasks.roc(here) == ([], [], [])
 
 
 def test_a_link_is_made_only_to_a_server(monkeypatch: pytest.MonkeyPatch) -> None:

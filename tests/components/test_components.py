@@ -123,6 +123,9 @@ def test_figures_are_on_the_page_of_the_run(evaluated: Artifacts) -> None:
     assert {name.split("/")[0] for name in evaluated("evaluation-figures").metadata} == {"base", "warmup", "trained"}
     matrix = evaluated("answers").metadata["confusionMatrix"]
     assert [each["displayName"] for each in matrix["annotationSpecs"]] == ["normal", "anomalous", "unparseable"]
+    curve = evaluated("answers").metadata["confidenceMetrics"]
+    assert curve[0] == {"confidenceThreshold": 2.0, "recall": 0.0, "falsePositiveRate": 0.0}
+    assert (curve[-1]["recall"], curve[-1]["falsePositiveRate"]) == (1.0, 1.0)
 
 
 def test_a_version_carries_the_run_and_production_is_evaluated_the_next_time(evaluated: Artifacts) -> None:

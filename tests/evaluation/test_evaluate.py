@@ -84,6 +84,7 @@ def test_plots_hold_the_data_of_the_candidate(evaluated: Path) -> None:
     roc = pd.read_csv(evaluated / "plots" / "roc.csv")
     area = np.trapezoid(roc["tpr"], roc["fpr"])
     assert area == pytest.approx(read(evaluated / "metrics.json")["again"]["auroc"])
+    assert roc["threshold"].is_monotonic_decreasing
     sizes = pd.read_csv(evaluated / "plots" / "iou_by_size.csv", index_col="size")
     assert list(sizes) == ["base", "again"]
     assert sizes["again"].to_dict() == {
