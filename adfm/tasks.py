@@ -66,7 +66,8 @@ def check(
         conversion reads; what validation reads.
 
     Raises:
-        AdfmError: Settings or GPUs are wrong, model or MLflow cannot be used, or a cluster's MLflow is not named.
+        AdfmError: Settings or GPUs are wrong, model or MLflow cannot be used, or what only a secret of the cluster can
+            give is missing: MLflow's address, or keys for S3 that the service account does not stand for.
     """
     from adfm import preflight
 
@@ -78,6 +79,8 @@ def check(
             "make the secret adfm-mlflow in the namespace of the runs, with the key uri (deploy/secrets.example.yaml)."
         )
     preflight.check(asked)
+    if "KUBERNETES_SERVICE_HOST" in os.environ and asked.fetch.source.startswith("s3://"):
+        _require_s3_keys(asked.fetch.source)
     conversion, validation = (tracking.settings(asked, *sections) for sections in _SECTIONS.values())
     source = asked.fetch.source
     return (
@@ -87,6 +90,22 @@ def check(
         conversion,
         validation,
     )
+
+
+def _require_s3_keys(source: str) -> None:
+    import boto3
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        found = boto3.Session().get_credentials()
+    except BotoCoreError:  # one key without the other
+        found = None
+    if found is None:
+        raise AdfmError(
+            f"{source} cannot be read: neither the service account nor a secret gives credentials for S3; make the "
+            "secret adfm-s3 in the namespace of the runs, with the keys access-key and secret-key "
+            "(deploy/secrets.example.yaml)."
+        )
 
 
 def check_gpus(gpu_type: str, num_gpus: int) -> None:
