@@ -4,7 +4,7 @@ SHELL := /bin/sh
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 INSTALLED := .venv/.installed
 
-.PHONY: help setup repro test lint mlflow kfp-run compile submit image clean
+.PHONY: help setup repro test lint unit mlflow kfp-run compile submit image clean
 
 help:
 	@echo 'make setup    make .venv and install what requirements.txt pins'
@@ -43,7 +43,9 @@ lint: setup
 	ruff format --check .
 	mypy
 
-test: lint
+test: lint unit
+
+unit: setup
 	OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 mlflow: setup

@@ -33,6 +33,7 @@ GPUS = ("nvidia.com/gpu", "amd.com/gpu", "gpu.intel.com/i915", "gpu.intel.com/xe
 """Resources by which the device plugins of Kubernetes announce GPUs; besides them, parts of one: `nvidia.com/mig-…`."""
 
 _ANSWERS = ("normal", "anomalous", "unparseable")
+_ROC_POINTS = 200
 _SECTIONS = {
     "conversion": ("seed", "convert", "split"),
     "validation": ("convert", "split", "validate", "register"),
@@ -65,7 +66,8 @@ def check(
         conversion reads; what validation reads.
 
     Raises:
-        AdfmError: Settings or GPUs are wrong, model or MLflow cannot be used, or a cluster's MLflow is not named.
+        AdfmError: Settings or GPUs are wrong, model or MLflow cannot be used, or what only a secret of the cluster can
+            give is missing: MLflow's address, or keys for S3 that the service account does not stand for.
     """
     from adfm import preflight
 
@@ -77,6 +79,8 @@ def check(
             "make the secret adfm-mlflow in the namespace of the runs, with the key uri (deploy/secrets.example.yaml)."
         )
     preflight.check(asked)
+    if "KUBERNETES_SERVICE_HOST" in os.environ and asked.fetch.source.startswith("s3://"):
+        _require_s3_keys(asked.fetch.source)
     conversion, validation = (tracking.settings(asked, *sections) for sections in _SECTIONS.values())
     source = asked.fetch.source
     return (
@@ -86,6 +90,22 @@ def check(
         conversion,
         validation,
     )
+
+
+def _require_s3_keys(source: str) -> None:
+    import boto3
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        found = boto3.Session().get_credentials()
+    except BotoCoreError:  # one key without the other
+        found = None
+    if found is None:
+        raise AdfmError(
+            f"{source} cannot be read: neither the service account nor a secret gives credentials for S3; make the "
+            "secret adfm-s3 in the namespace of the runs, with the keys access-key and secret-key "
+            "(deploy/secrets.example.yaml)."
+        )
 
 
 def check_gpus(gpu_type: str, num_gpus: int) -> None:
@@ -149,6 +169,21 @@ def confusion(evaluation: Path) -> tuple[list[str], list[list[int]]]:
     with (evaluation / "plots" / "confusion.csv").open(newline="", encoding="utf-8") as stream:
         counted = Counter((row["actual"], row["predicted"]) for row in csv.DictReader(stream))
     return list(_ANSWERS), [[counted[actual, said] for said in _ANSWERS] for actual in _ANSWERS]
+
+
+def roc(evaluation: Path) -> tuple[list[float], list[float], list[float]]:
+    """The ROC curve of the candidate of an evaluation, for a page: 200 points of it at most, its ends among them.
+
+    Returns:
+        False positive rates, true positive rates, and the scores from which an image is called anomalous; 2, which no
+        probability reaches, stands for infinity, which JSON lacks. All are empty if only one class was there.
+    """
+    with (evaluation / "plots" / "roc.csv").open(newline="", encoding="utf-8") as stream:
+        points = [tuple(map(float, row)) for row in list(csv.reader(stream))[1:]]
+    if len(points) > _ROC_POINTS:
+        points = [points[i * (len(points) - 1) // (_ROC_POINTS - 1)] for i in range(_ROC_POINTS)]
+    fpr, tpr, threshold = ([point[column] for point in points] for column in range(3))
+    return fpr, tpr, [min(each, 2.0) for each in threshold]
 
 
 def show(page: Path, to: str) -> None:

@@ -14,11 +14,13 @@ from typing import Any
 
 from adfm import tracking
 from adfm.errors import AdfmError
+from pipelines.cluster import require_secret
 from pipelines.command import write
 
 _OVER = ("FAILED", "CANCELED", "CANCELING", "SKIPPED")
 _TIMEOUT = 10  # seconds
 _EQUALS = 1
+_NAMESPACE = "kubeflow"
 _TOKEN = "Give a valid one in KFP_TOKEN, or run where the service account's token is mounted (docs/kubernetes.md)."
 
 
@@ -49,13 +51,14 @@ def submit(
         The id of the run or recurring run.
 
     Raises:
-        AdfmError: There is no server, it cannot be reached, or it refuses.
+        AdfmError: There is no server, it cannot be reached, or it refuses; or a secret is known to be missing.
     """
     host = (host or os.environ.get("KF_PIPELINES_ENDPOINT", "")).rstrip("/")
     if not host.startswith(("http://", "https://")):
         raise AdfmError(f"--host {host or 'is missing'}: name the KFP API by an http(s):// address.")
     token = os.environ.get("KFP_TOKEN") or _mounted_token()
     _probe(host, token)
+    require_secret(namespace or _NAMESPACE, service_account or "default")
     if "ui" in arguments:
         arguments = {**arguments, "ui": arguments["ui"] or host}
     with tempfile.TemporaryDirectory() as folder, _explained(host):
@@ -140,7 +143,7 @@ def _client(host: str, namespace: str | None, token: str | None) -> Any:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This client only works", FutureWarning)
-        return kfp.Client(host=host, namespace=namespace or "kubeflow", existing_token=token)
+        return kfp.Client(host=host, namespace=namespace or _NAMESPACE, existing_token=token)
 
 
 def _mounted_token() -> str | None:

@@ -178,9 +178,8 @@ def test_without_an_image_no_model_is_loaded(images: list[str], says: str, capsy
     ],
 )
 def test_a_model_that_is_not_there(
-    model: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: list[str], says: str, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     Image.new("L", (40, 40)).save("a.png")
     assert main(["predict", "a.png", *model]) == 1
     assert says in capsys.readouterr().err

@@ -10,9 +10,8 @@ from adfm.params import Model, Params
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def _elsewhere(store: Path) -> None:
+    """The current folder holds nothing but an empty store of MLflow."""
 
 
 def test_what_is_written_does_not_depend_on_the_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

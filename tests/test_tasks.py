@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+import os
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,10 @@ from adfm.params import Params, loads
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_TRACKING_URI", "KUBERNETES_SERVICE_HOST", "ADFM_ALERT_WEBHOOK"):
+def here(store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("KUBERNETES_SERVICE_HOST", "ADFM_ALERT_WEBHOOK"):
         monkeypatch.delenv(name, raising=False)
-    return tmp_path
+    return store
 
 
 def test_the_check_takes_settings_apart_for_those_that_read_them() -> None:
@@ -34,6 +35,24 @@ def test_on_a_cluster_a_store_that_would_be_lost_is_refused(monkeypatch: pytest.
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     with pytest.raises(AdfmError, match="MLFLOW_TRACKING_URI is not set.*secret adfm-mlflow"):
         tasks.check("")
+
+
+@pytest.mark.parametrize("names", [(), ("AWS_ACCESS_KEY_ID",), ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")])
+def test_on_a_cluster_data_in_s3_want_a_secret_or_an_account_that_may(
+    names: tuple[str, ...], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    given = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "none", "AWS_SHARED_CREDENTIALS_FILE": "none"}
+    given |= {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "MLFLOW_TRACKING_URI": f"sqlite:///{here}/mlflow.db"}
+    for name, value in (given | dict.fromkeys(names, "any")).items():
+        monkeypatch.setenv(name, value)
+    source = "fetch: {source: 's3://bucket/line'}"
+    if len(names) == 2:
+        assert tasks.check(source)[1] == "s3://bucket/line"
+    else:
+        with pytest.raises(AdfmError, match="secret adfm-s3 .*keys access-key and secret-key"):
+            tasks.check(source)
 
 
 def test_gpus_that_no_machine_has_are_refused_also_where_a_run_is_begun_by_hand() -> None:
@@ -87,6 +106,21 @@ def test_confusion_has_truth_in_rows_and_answers_in_columns(here: Path) -> None:
         ["normal", "anomalous", "unparseable"],
         [[2, 1, 0], [0, 1, 1], [0, 0, 0]],
     )
+
+
+def test_a_roc_curve_is_finite_and_of_few_points_with_both_ends(here: Path) -> None:
+    (here / "plots").mkdir()
+    rows = [(0.0, 0.0, math.inf), *((i / 999, i / 999, 1 - i / 1000) for i in range(1000))]
+    with (here / "plots" / "roc.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([["fpr", "tpr", "threshold"], *rows])
+    fpr, tpr, threshold = tasks.roc(here)
+    assert len(fpr) == len(tpr) == len(threshold) == 200
+    assert (fpr[0], tpr[0], threshold[0]) == (0.0, 0.0, 2.0)
+    assert (fpr[-1], tpr[-1], threshold[-1]) == pytest.approx((1.0, 1.0, 0.001))
+    assert fpr == sorted(fpr)
+    assert threshold == sorted(threshold, reverse=True)
+    (here / "plots" / "roc.csv").write_text("fpr,tpr,threshold\n")
+    assert tasks.roc(here) == ([], [], [])
 
 
 def test_a_link_is_made_only_to_a_server(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,8 +188,8 @@ def _write_plot_data(candidate: pd.DataFrame, sizes: dict[str, dict[str, Any]], 
     _write_csv(["actual", "predicted"], answers, folder / "confusion.csv")
 
     anomalous, score = metrics.ranked(candidate)
-    curve = roc_curve(anomalous, score)[:2] if 0 < anomalous.sum() < len(anomalous) else ((), ())
-    _write_csv(["fpr", "tpr"], zip(*curve, strict=True), folder / "roc.csv")
+    curve = roc_curve(anomalous, score) if 0 < anomalous.sum() < len(anomalous) else ((), (), ())
+    _write_csv(["fpr", "tpr", "threshold"], zip(*curve, strict=True), folder / "roc.csv")
 
     there = [size for size in metrics.SIZES if size in sizes[[*sizes][-1]]]
     rows = ([size, *(of[size]["iou"] for of in sizes.values())] for size in there)

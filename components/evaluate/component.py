@@ -29,3 +29,4 @@ def evaluate(
     for name, value in tasks.evaluation_figures(folder).items():
         figures.log_metric(name, value)
     answers.log_confusion_matrix(*tasks.confusion(folder))
+    answers.log_roc_curve(*tasks.roc(folder))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from kfp import dsl
 
+from adfm import tracking
 from adfm.params import load
 from adfm.tracking import settings
 
@@ -43,13 +46,16 @@ class Artifacts:
 
 
 @pytest.fixture(scope="module")
-def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Artifacts]:
-    before, folder = Path.cwd(), tmp_path_factory.mktemp("components")
-    os.chdir(folder)
-    try:
+def artifacts(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Artifacts]:
+    """Made in a folder with a store of MLflow, in which the platform has begun a run."""
+    folder = tmp_path_factory.mktemp("components")
+    shutil.copy(empty_database, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        run = tracking.client().create_run(tracking.experiment("platform"))
+        patch.setenv("MLFLOW_RUN_ID", run.info.run_id)
         yield Artifacts(folder)
-    finally:
-        os.chdir(before)
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +129,19 @@ def test_figures_are_on_the_page_of_the_run(evaluated: Artifacts) -> None:
     assert {name.split("/")[0] for name in evaluated("evaluation-figures").metadata} == {"base", "warmup", "trained"}
     matrix = evaluated("answers").metadata["confusionMatrix"]
     assert [each["displayName"] for each in matrix["annotationSpecs"]] == ["normal", "anomalous", "unparseable"]
+    curve = evaluated("answers").metadata["confidenceMetrics"]
+    assert curve[0] == {"confidenceThreshold": 2.0, "recall": 0.0, "falsePositiveRate": 0.0}
+    assert (curve[-1]["recall"], curve[-1]["falsePositiveRate"]) == (1.0, 1.0)
+
+
+def test_all_tasks_go_on_with_the_run_that_the_platform_began(evaluated: Artifacts) -> None:
+    store = tracking.client()
+    (run,) = store.search_runs([each.experiment_id for each in store.search_experiments()])
+    assert run.info.run_id == os.environ["MLFLOW_RUN_ID"]
+    assert json.loads((Path(evaluated("trained").path) / "adfm.json").read_text())["mlflow_run_id"] == run.info.run_id
+    assert {file.path for file in store.list_artifacts(run.info.run_id)} > {"validation", "evaluation"}
+    assert {"validation/images", "trained/accuracy", "reward"} < set(run.data.metrics)
+    assert run.info.status == "FINISHED"
 
 
 def test_a_version_carries_the_run_and_production_is_evaluated_the_next_time(evaluated: Artifacts) -> None:
@@ -142,7 +161,7 @@ def test_a_version_carries_the_run_and_production_is_evaluated_the_next_time(eva
     assert made("decision").metadata == {"version": 1.0, "gate": 0.0}
     assert "Version 1 of adfm: gate failed" in Path(made("version.html").path).read_text()
 
-    from adfm import tasks, tracking
+    from adfm import tasks
     from adfm.params import loads
 
     store = tracking.client()

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import math
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -531,14 +532,15 @@ def test_the_statistics_are_those_of_the_training_images(tmp_path: Path) -> None
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The embedded store, in an empty current folder; made once, because MLflow takes seconds for it."""
+def store(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The embedded store, in a current folder with nothing else; the tests share it."""
+    folder = tmp_path_factory.mktemp("store")
+    shutil.copy(empty_database, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.delenv("MLFLOW_RUN_ID", raising=False)
-        patch.chdir(tmp_path_factory.mktemp("store"))
-        tracking.configure()
-        yield Path.cwd()
+        patch.chdir(folder)
+        yield folder
 
 
 def test_the_reports_are_in_mlflow_and_drift_is_measured_from_production(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ PARAMS = Params.model_validate({"evaluate": {"batch_size": 24, "max_new_tokens":
 
 
 @pytest.fixture(scope="module")
-def evaluated(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def evaluated(small_shards: Path, empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model evaluated under two names, once, in a folder of its own."""
     folder = tmp_path_factory.mktemp("evaluated")
+    shutil.copy(empty_database, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -84,6 +86,7 @@ def test_plots_hold_the_data_of_the_candidate(evaluated: Path) -> None:
     roc = pd.read_csv(evaluated / "plots" / "roc.csv")
     area = np.trapezoid(roc["tpr"], roc["fpr"])
     assert area == pytest.approx(read(evaluated / "metrics.json")["again"]["auroc"])
+    assert roc["threshold"].is_monotonic_decreasing
     sizes = pd.read_csv(evaluated / "plots" / "iou_by_size.csv", index_col="size")
     assert list(sizes) == ["base", "again"]
     assert sizes["again"].to_dict() == {
@@ -114,10 +117,8 @@ def test_the_run_is_in_mlflow(evaluated: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_model_that_is_not_there_destroys_nothing(
-    evaluated: Path, small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluated: Path, small_shards: Path, store: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     before = (evaluated / "metrics.json").read_bytes()
     with pytest.raises(AdfmError, match="not-there"):
         evaluate.evaluate({"candidate": tmp_path / "not-there"}, small_shards, evaluated, PARAMS)

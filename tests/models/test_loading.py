@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,9 +71,10 @@ def test_a_model_has_an_identity_that_changes_with_its_files(tmp_path: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def registered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def registered(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with three versions of `parts`: whole, with changed files, and without its digest."""
     folder = tmp_path_factory.mktemp("registered")
+    shutil.copy(empty_database, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -43,10 +43,8 @@ def channel(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder, in which MLflow's store is made."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "KUBERNETES_SERVICE_HOST"):
-        monkeypatch.delenv(name, raising=False)
+def here(store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with nothing but an empty store of MLflow, outside of a cluster."""
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return tmp_path
+    return store

@@ -1,6 +1,7 @@
 """The IR that is checked in: the code's own, byte for byte, and what each task is given in it."""
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ SECRETS = {
 }
 
 
+@cache
 def ir(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The pipeline and what is said for Kubernetes."""
     pipeline, platform = yaml.safe_load_all((COMPILED / f"{name}.yaml").read_text())

@@ -14,6 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 import kfp_server_api
 import pytest
 import yaml
+from kubernetes.config import kube_config
 
 from pipelines import promotion, training
 from pipelines.command import main, write
@@ -112,6 +113,14 @@ class Server:
         }
         self.things["versions"].append(version)
         return 200, version
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home without a configuration of kubectl, outside of a cluster."""
+    monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    return tmp_path
 
 
 @pytest.fixture
@@ -263,3 +272,76 @@ def test_a_server_that_is_not_there_is_said_at_once(
     monkeypatch.delenv("KF_PIPELINES_ENDPOINT", raising=False)
     assert submit("--host", host) == 1
     assert said in capsys.readouterr().err
+
+
+ACCOUNT = "serviceaccounts/adfm-pipeline"
+SECRET = "secrets/adfm-mlflow"
+
+
+@pytest.fixture
+def kubernetes(home: Path) -> Iterator[dict[str, Any]]:
+    """A cluster that kubectl would talk to: what it has in the namespace of the runs; a number is a refusal."""
+    there: dict[str, Any] = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            found = there.get(self.path.removeprefix("/api/v1/namespaces/kubeflow/"), 404)
+            status, answer = (found, {"kind": "Status"}) if isinstance(found, int) else (200, found)
+            text = json.dumps(answer).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        thread = threading.Thread(target=http.serve_forever)
+        thread.start()
+        address = f"http://127.0.0.1:{http.server_port}"
+        context = {"name": "here", "context": {"cluster": "here", "user": "me"}}
+        content = {
+            "clusters": [{"name": "here", "cluster": {"server": address}}],
+            "users": [{"name": "me", "user": {"token": "any"}}],
+            "contexts": [context],
+            "current-context": "here",
+        }
+        (home / "kubeconfig").write_text(yaml.safe_dump(content))
+        yield there
+        http.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("secret", [404, {"metadata": {}}, {"data": {"username": "bWU="}}])
+def test_a_secret_that_is_missing_is_said_before_anything_is_begun(
+    secret: Any, server: Server, kubernetes: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    kubernetes.update({ACCOUNT: {}, SECRET: secret})
+    assert submit() == 1
+    assert "has no secret adfm-mlflow with the key uri" in capsys.readouterr().err
+    assert server.things["experiments"] == []
+
+
+@pytest.mark.parametrize(
+    "there",
+    [
+        {ACCOUNT: {}, SECRET: {"data": {"uri": "aHR0cA=="}}},
+        {ACCOUNT: {}, SECRET: 403},
+        {ACCOUNT: 403, SECRET: 404},
+        {},  # another cluster
+    ],
+)
+def test_where_the_secret_is_there_or_cannot_be_looked_for_a_run_is_begun(
+    there: dict[str, Any], server: Server, kubernetes: dict[str, Any]
+) -> None:
+    kubernetes.update(there)
+    assert submit() == 0
+    assert len(server.things["runs"]) == 1
+
+
+@pytest.mark.parametrize("content", ["", "clusters: [", "current-context: none"])
+def test_a_configuration_of_kubectl_that_is_of_no_use_stops_nothing(content: str, server: Server, home: Path) -> None:
+    (home / "kubeconfig").write_text(content)
+    assert submit() == 0

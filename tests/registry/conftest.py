@@ -33,27 +33,6 @@ from adfm.records import Box, Record
 from adfm.registry.registration import register
 
 
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An embedded store without runs; MLflow takes seconds to make one, and a copy takes none."""
-    folder = tmp_path_factory.mktemp("template")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.chdir(folder)
-        tracking.configure()
-    return folder / "mlflow.db"
-
-
-@pytest.fixture
-def store(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty embedded store in the current folder."""
-    shutil.copy(empty_database, tmp_path / "mlflow.db")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 @contextmanager
 def mlflow(home: Path, database: Path, *options: str, **environment: str) -> Iterator[str]:
     """An MLflow server in a process of its own, which keeps the artifacts and may send webhooks here; its address."""

@@ -8,10 +8,8 @@ from adfm.params import Params
 
 
 @pytest.fixture(autouse=True)
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The embedded MLflow store is made in the current folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def _own_store(store: Path) -> None:
+    """Every test has an embedded store of its own, in the current folder."""
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,9 +29,10 @@ WEIGHTS = torch.ones(3)
 
 
 @pytest.fixture(scope="module")
-def started(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def started(small_shards: Path, empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A warm-up of no steps: the model that GRPO starts from."""
     folder = tmp_path_factory.mktemp("started")
+    shutil.copy(empty_database, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         warmup(small_shards, folder / "warmup", Params.model_validate({"warmup": {"steps": 0}}))
