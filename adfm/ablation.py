@@ -236,9 +236,7 @@ def claims(evidence: dict[str, dict[int, dict[str, Any]]]) -> list[tuple[str, bo
         last = int(curve[-1, 0])
         reached = next((int(step) for step, value in curve if value >= goal), None)
         took = f"it takes {reached}" if reached is not None else "it does not reach it"
-        words = (
-            f"The full method reaches the answer alone's final balanced accuracy, {goal:.3f}, in half of {last}"
-        )
+        words = f"The full method reaches the answer alone's final balanced accuracy, {goal:.3f}, in half of {last}"
         words += f" steps: {took}"
         found.append((words, reached is not None and reached <= last / 2))
     return found

@@ -76,7 +76,7 @@ def check(
             "MLFLOW_TRACKING_URI is not set, and what is written to a file of a pod is lost with it; "
             "make the secret adfm-mlflow in the namespace of the runs, with the key uri (deploy/secrets.example.yaml)."
         )
-    preflight.check(asked)
+    preflight.check(asked, gpus=num_gpus)
     conversion, validation = (tracking.settings(asked, *sections) for sections in _SECTIONS.values())
     source = asked.fetch.source
     return (
