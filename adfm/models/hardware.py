@@ -87,16 +87,18 @@ def beyond(params: Params, processes: int, available: int) -> list[str]:
     parts = needed(params.train)
     if total(parts) <= available:
         return []
-    completions, micro_batch = shares(params.train, processes)
+    _, micro_batch = shares(params.train, processes)
     name = "micro_batch" if parts["training"] >= parts["generation"] else "prompts_per_step"
     value = micro_batch if name == "micro_batch" else params.train.prompts_per_step
+    smaller = [params.train.model_copy(update={name: less}) for less in range(value - 1, 0, -1)]
     fitting = [
-        smaller
-        for smaller in range(value - 1, 0, -1)
-        if (completions % smaller == 0 or name == "prompts_per_step")
-        and total(needed(params.train.model_copy(update={name: smaller}))) <= available
+        getattr(settings, name)
+        for settings in smaller
+        if not batch_problems(settings, processes) and total(needed(settings)) <= available
     ]
     remedy = f"set train.{name}={fitting[0]}" if fitting else "take a larger GPU, or set model.quantization=nf4"
+    if params.train.vllm and name == "prompts_per_step":
+        remedy = "lower train.vllm"
     if not params.train.gradient_checkpointing:
         remedy = f"set train.gradient_checkpointing=true, or {remedy}"
     return [
@@ -117,7 +119,7 @@ def empty(model: Path | Any) -> Any:
 
 def total(parts: dict[str, int]) -> int:
     """The largest sum that is needed at one time, in bytes: training and generation take turns."""
-    lasting = sum(size for name, size in parts.items() if name not in ("training", "generation"))
+    lasting = sum(size for name, size in parts.items() if name not in ("training", "generation", "cache"))
     return lasting + max(parts["training"], parts["generation"])
 
 
@@ -136,7 +138,7 @@ def memory(network: Any, params: Params, processes: int = 1, available: int = 0)
 
     Returns:
         `weights`, `adapter` (with the copy that a KL penalty needs), `gradients`, `optimizer`, `training` (activations
-        of a backward pass), `generation` (keys, values and activations), `other`.
+        of a backward pass), `generation` (`cache`, keys and values, and the prompt's activations), `other`.
     """
     settings = params.train
     completions, micro_batch = shares(settings, processes)
@@ -163,7 +165,11 @@ def memory(network: Any, params: Params, processes: int = 1, available: int = 0)
     training += min(_TILE, 8 * text.vocab_size * micro_batch * settings.max_completion_length)
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     cache = 2 * text.num_hidden_layers * text.num_key_value_heads * head * tokens
-    first = max(prompt * layer(text), patches * layer(vision))  # of the prompt, whose tokens are computed together
+    # The tokens of all prompts are computed together, and nothing is kept for a backward pass.
+    first = max(
+        length * (4 * config.hidden_size + 3 * config.intermediate_size)
+        for config, length in ((text, prompt), (vision, patches))
+    )
     generation = completions * number * (cache + first)
     return {
         "weights": stored,
@@ -172,6 +178,7 @@ def memory(network: Any, params: Params, processes: int = 1, available: int = 0)
         "optimizer": adapter * (8 if settings.optimizer == "adamw_torch_fused" else 2),
         "training": training,
         "generation": round(settings.vllm * available) if settings.vllm else generation,
+        "cache": completions * number * cache,
         "other": _CONTEXT,
     }
 
