@@ -1,4 +1,4 @@
-"""Seconds of a GRPO step of adfm against a bare TRL script: same model, data, rewards and settings, by turns, in one run.
+"""Seconds of a GRPO step of adfm against a bare TRL script: same model, data, rewards, settings, by turns, in one run.
 
 python benchmarks/grpo_step.py                           # the default run's settings
 python benchmarks/grpo_step.py --steps 4 --rounds 1 --set train.prompts_per_step=2
@@ -67,17 +67,8 @@ def adfm(out: Path, params: Params) -> list[float]:
 
 def bare(out: Path, params: Params) -> list[float]:
     """Seconds of the steps of the same training as one would write it with TRL alone."""
-    import torch
     from transformers import TrainerCallback, set_seed
-    from trl import GRPOConfig, GRPOTrainer
 
-    set_seed(params.seed)
-    settings = params.train
-    loaded = loading.load(Path("warmup"), params.model, trainable=True)
-    count = settings.steps * settings.prompts_per_step
-    data = examples.draw(Path("shards"), loaded, count, settings.anomalous_share, params.seed + 1, out / "cache")
-    completions = settings.prompts_per_step * settings.num_generations
-    micro_batch = settings.micro_batch or completions
     times: list[float] = []
 
     class Clock(TrainerCallback):
@@ -85,12 +76,30 @@ def bare(out: Path, params: Params) -> list[float]:
             if "loss" in (logs or {}):
                 times.append(time.time())
 
-    trainer = GRPOTrainer(
+    set_seed(params.seed)
+    settings = params.train
+    loaded = loading.load(Path("warmup"), params.model, trainable=True)
+    count = settings.steps * settings.prompts_per_step
+    data = examples.draw(Path("shards"), loaded, count, settings.anomalous_share, params.seed + 1, out / "cache")
+    trainer = bare_trainer(loaded, data, out, params)
+    trainer.add_callback(Clock())
+    trainer.train()
+    return [after - before for before, after in itertools.pairwise(times)]
+
+
+def bare_trainer(loaded: loading.Loaded, data: Any, out: Path, params: Params) -> Any:
+    """TRL's trainer with the settings of adfm's, and nothing else."""
+    import torch
+    from trl import GRPOConfig, GRPOTrainer
+
+    settings = params.train
+    completions = settings.prompts_per_step * settings.num_generations
+    micro_batch = settings.micro_batch or completions
+    return GRPOTrainer(
         model=loaded.model,
         reward_funcs=grpo.reward_functions(settings.profile),
         train_dataset=data,
         processing_class=loaded.processor,
-        callbacks=[Clock()],
         args=GRPOConfig(
             output_dir=str(out),
             max_steps=settings.steps,
@@ -110,6 +119,10 @@ def bare(out: Path, params: Params) -> list[float]:
             multi_objective_aggregation=settings.aggregation,
             max_grad_norm=settings.max_grad_norm,
             optim=settings.optimizer,
+            use_liger_kernel=settings.liger,
+            use_vllm=settings.vllm is not None,
+            vllm_gpu_memory_utilization=settings.vllm or 0.3,
+            vllm_enable_sleep_mode=settings.vllm is not None,
             shuffle_dataset=False,
             logging_steps=1,
             save_steps=settings.checkpoint_every,
@@ -121,8 +134,6 @@ def bare(out: Path, params: Params) -> list[float]:
             dataloader_pin_memory=torch.cuda.is_available(),
         ),
     )
-    trainer.train()
-    return [after - before for before, after in itertools.pairwise(times)]
 
 
 if __name__ == "__main__":

@@ -30,17 +30,13 @@ COMPUTE, TRAFFIC = 0.35, 0.25  # shares of these that training and generation ar
 GIB = 2**30
 
 
-def seconds(network: Any, params: Params, gpu: str) -> tuple[float, float]:
-    """Generation and training of one step on one GPU.
+def operations(network: Any, params: Params) -> float:
+    """Floating-point operations of the training of one step.
 
-    Every token of a generation reads all weights and the keys and values so far. Training computes all tokens forward
-    (once more for the KL penalty, once more with gradient checkpointing) and backward to the adapter, which costs as
-    much again: 2 operations a weight and token each time.
+    All tokens go forward (once more for the KL penalty, once more with gradient checkpointing) and backward to the
+    adapter, which costs as much again: 2 operations a weight and token each time.
     """
-    operations, traffic = GPUS[gpu]
     settings = params.train
-    parts = hardware.memory(network, params)
-    generation = settings.max_completion_length * (parts["weights"] + parts["cache"] / 2) / (traffic * TRAFFIC)
     text, vision = network.config.text_config, network.config.vision_config
     patches = (params.model.max_pixels or 512 * 512) // vision.patch_size**2
     tokens = hardware.PROMPT + patches // vision.spatial_merge_size**2 + settings.max_completion_length
@@ -49,8 +45,18 @@ def seconds(network: Any, params: Params, gpu: str) -> tuple[float, float]:
     textual = sum(weight.numel() for weight in network.parameters()) - visual - embedding
     passes = 2 + (settings.beta > 0) + settings.gradient_checkpointing
     completions = settings.prompts_per_step * settings.num_generations
-    work = 2 * passes * completions * (textual * tokens + visual * patches)
-    return generation, work / (operations * COMPUTE)
+    return 2.0 * passes * completions * (textual * tokens + visual * patches)
+
+
+def seconds(network: Any, params: Params, gpu: str) -> tuple[float, float]:
+    """Generation and training of one step on one GPU.
+
+    Every token of a generation reads all weights, and the keys and values so far.
+    """
+    compute, traffic = GPUS[gpu]
+    parts = hardware.memory(network, params)
+    reading = params.train.max_completion_length * (parts["weights"] + parts["cache"] / 2)
+    return reading / (traffic * TRAFFIC), operations(network, params) / (compute * COMPUTE)
 
 
 def main() -> None:
