@@ -52,7 +52,8 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
         keep: Folder for the model of every checkpoint, a folder a step, to see how it came to be.
 
     Raises:
-        AdfmError: Model, shards or tracking store cannot be used, or the batch does not divide.
+        AdfmError: Model, shards or tracking store cannot be used, the batch does not divide, or the machine lacks what
+            settings ask for.
     """
     settings = params.train
     hardware.require(params, int(os.environ.get("WORLD_SIZE", "1")))

@@ -163,6 +163,14 @@ def test_several_gpus_are_used_by_accelerate(tmp_path: Path, monkeypatch: pytest
     assert command[-7:-2] == ["adfm", "train", *(str(tmp_path / name) for name in "smo")]
 
 
+def test_a_batch_that_does_not_divide_starts_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    with pytest.raises(AdfmError, match="in each of 5 processes does not divide the 48"):
+        launch.on_gpus(tmp_path / "s", tmp_path / "m", tmp_path / "o", Params(), 5)
+    with pytest.raises(AdfmError, match="in each of 10 processes does not divide the 48"):
+        on_nodes(tmp_path, gpus=5)
+    assert cluster.created == 0
+
+
 @pytest.mark.timeout(600)
 def test_two_processes_go_on_from_a_checkpoint_of_one_and_do_what_one_would(
     small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
