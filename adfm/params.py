@@ -84,6 +84,8 @@ class Model(Section):
     revision: str | None = None
     max_pixels: PositiveInt | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    quantization: Literal["nf4"] | None = None
 
 
 class Lora(Section):
@@ -93,6 +95,7 @@ class Lora(Section):
     alpha: PositiveInt = 32
     dropout: Fraction = 0.0
     target_modules: str | list[str] = "all-linear"
+    vision: bool = True
 
 
 class Warmup(Section):
@@ -134,8 +137,11 @@ class Train(Section):
     scale_rewards: Literal["group", "batch", "none"] = "group"
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
     max_grad_norm: PositiveFloat = 1.0
+    optimizer: Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch_fused"
     micro_batch: PositiveInt | None = None
     gradient_checkpointing: bool = False
+    liger: bool = False
+    vllm: Annotated[float, Field(gt=0, lt=1)] | None = None
     checkpoint_every: PositiveInt = 25
     pictures_every: NonNegativeInt = 25
     resample: NonNegativeInt = 0

@@ -1,4 +1,4 @@
-"""What a run needs and can be known before it starts: the model's weights, MLflow, room on the disk."""
+"""What a run needs and can be known before it starts: the model, MLflow, room on the disk, a machine to train on."""
 
 from __future__ import annotations
 
@@ -8,27 +8,32 @@ from pathlib import Path
 
 from adfm import tracking
 from adfm.errors import AdfmError
-from adfm.models import loading
+from adfm.models import hardware, loading
 from adfm.params import Params
 
 # The embedded run writes about a quarter of it, DVC's cache included; a full disk shows itself late and everywhere.
 FREE_BYTES = 2**30
 
 
-def check(params: Params, out: Path | None = None) -> None:
-    """Sees that the base model can be found, MLflow answers and the disk has room, and says what it found.
+def check(params: Params, out: Path | None = None, gpus: int = 0) -> None:
+    """Sees that the base model is whole, MLflow answers, the disk has room and training fits, and says what it found.
 
     Args:
-        params: Reads `model`.
+        params: Reads `model`, `lora` and `train`.
         out: JSON file to write when all is well. It says the same whatever the settings, so that a stage that depends
             on it waits for the check and does not run again because of it.
+        gpus: GPUs of the machines that train, if they are others than this one; what they have is not looked at.
 
     Raises:
         AdfmError: Something is missing; everything that is missing is listed.
     """
     problems, found = [], []
     try:
-        found.append(f"model     {loading.resolve(params.model.name, params.model.revision)}")
+        folder = loading.resolve(params.model.name, params.model.revision)
+        loading.load_processor(params.model.name, params.model)
+        problems += _unmatched(params.lora.target_modules, folder)
+        problems += hardware.batch_problems(params.train, gpus) if gpus else hardware.problems(params)
+        found.append(f"model     {folder}")
     except AdfmError as error:
         problems.append(str(error))
     try:
@@ -49,3 +54,11 @@ def check(params: Params, out: Path | None = None) -> None:
         partial = out.with_name(out.name + ".partial")
         partial.write_text(json.dumps({"ready": True}) + "\n", encoding="utf-8")
         partial.replace(out)
+
+
+def _unmatched(targets: str | list[str], folder: Path) -> list[str]:
+    """A sentence if no module of the model in `folder` has the name of a target; a text is PEFT's to read."""
+    modules = [f".{name.removesuffix('.weight')}" for name in loading.weights(folder)]
+    if isinstance(targets, str) or any(module.endswith(f".{target}") for target in targets for module in modules):
+        return []
+    return [f"lora.target_modules: no module of {folder} is named {' or '.join(targets)}; all-linear matches all"]

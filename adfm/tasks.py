@@ -78,7 +78,7 @@ def check(
             "MLFLOW_TRACKING_URI is not set, and what is written to a file of a pod is lost with it; "
             "make the secret adfm-mlflow in the namespace of the runs, with the key uri (deploy/secrets.example.yaml)."
         )
-    preflight.check(asked)
+    preflight.check(asked, gpus=num_gpus)
     if "KUBERNETES_SERVICE_HOST" in os.environ and asked.fetch.source.startswith("s3://"):
         _require_s3_keys(asked.fetch.source)
     conversion, validation = (tracking.settings(asked, *sections) for sections in _SECTIONS.values())

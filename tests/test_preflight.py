@@ -6,7 +6,7 @@ import pytest
 
 from adfm import preflight
 from adfm.errors import AdfmError
-from adfm.params import Model, Params
+from adfm.params import Model, Params, load
 
 
 @pytest.fixture(autouse=True)
@@ -32,3 +32,11 @@ def test_everything_that_is_missing_is_said_at_once(tmp_path: Path, monkeypatch:
     for what in ("/no/such/model", "http://127.0.0.1:9", "on its disk"):
         assert what in str(caught.value)
     assert not (tmp_path / "check.json").exists()
+
+
+def test_a_batch_that_does_not_divide_among_the_gpus_and_an_adapter_on_nothing_are_said() -> None:
+    params = load(None, ["train.prompts_per_step=3", "train.num_generations=2", "lora.target_modules=[no_proj]"])
+    with pytest.raises(AdfmError) as caught:
+        preflight.check(params, gpus=4)
+    for what in ("1 in each of 4 processes does not divide the 6 completions", "is named no_proj"):
+        assert what in str(caught.value)

@@ -6,20 +6,22 @@ Rewards and evaluation read with the same eyes.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from adfm.records import Box, Label
 
-_TAG = re.compile(r"</?(?:think|rethink|answer)>", re.IGNORECASE | re.ASCII)
-# Fields hold no bracket and no comma, so that no character is looked at more than twice: no string makes this slow.
-_COORDINATES = re.compile(r"\[(?=\s*+[+-]?(?:\.?\d|nan|inf)[^\[\],]*+,)", re.IGNORECASE)
-_FOUR_FIELDS = re.compile(r"\[([^\[\],]*+),([^\[\],]*+),([^\[\],]*+),([^\[\],]*+)\]")
+_TAG = re.compile(r"(</?(?:think|rethink|answer)>)", re.IGNORECASE | re.ASCII)
+# Where a list of coordinates begins, and its fields if there are four. They hold no bracket and no comma, so that no
+# character is looked at more than twice: no string makes this slow.
+_COORDINATES = re.compile(
+    r"\[(?=\s*+[+-]?(?:\.?\d|nan|inf)[^\[\],]*+,)"
+    r"(?:([^\[\],]*+),([^\[\],]*+),([^\[\],]*+),([^\[\],]*+)\])?",
+    re.IGNORECASE,
+)
 _FARTHEST = 1e6  # beyond any image; areas of such boxes are still exact enough to compare
 
 
-@dataclass(frozen=True)
-class Response:
+class Response(NamedTuple):
     """A completion of three stages, `<think>`, `<rethink>`, `<answer>`, as far as it keeps to them.
 
     Args:
@@ -52,13 +54,14 @@ def parse(completion: str) -> Response:
     The case of tags and letter and white space around the letter do not matter. A stage reaches from its first opening
     tag to the next closing one.
     """
-    found = [(match[0].lower(), match.start(), match.end()) for match in _TAG.finditer(completion)]
-    tags = tuple(tag for tag, _, _ in found)
+    parts = _TAG.split(completion)  # text, tag, text, tag, …, text
+    tags = tuple(map(str.lower, parts[1::2]))
 
     def stage(name: str) -> str | None:
-        start = next((end for tag, _, end in found if tag == f"<{name}>"), len(completion))
-        end = next((at for tag, at, _ in found if tag == f"</{name}>" and at >= start), None)
-        return None if end is None else completion[start:end]
+        opening, closing = f"<{name}>", f"</{name}>"
+        if opening not in tags or closing not in tags[(first := tags.index(opening)) :]:
+            return None
+        return "".join(parts[2 * first + 2 : 2 * tags.index(closing, first) + 1])
 
     think = stage("think")
     letter = (stage("answer") or "").strip().lower()
@@ -73,15 +76,15 @@ def _boxes(text: str) -> tuple[tuple[Box, ...], int]:
     """The boxes in `text`, and how many lists of coordinates are no box."""
     boxes = []
     invalid = 0
-    for begun in _COORDINATES.finditer(text):
-        fields = _FOUR_FIELDS.match(text, begun.start())
+    for fields in _COORDINATES.findall(text):
         try:
-            box = Box(*map(float, fields.groups())) if fields else None
+            x1, y1, x2, y2 = map(float, fields)
         except ValueError:
-            box = None
+            invalid += 1
+            continue
         # Written so that nan fails it.
-        if box and box.x1 < box.x2 and box.y1 < box.y2 and all(abs(number) <= _FARTHEST for number in box):
-            boxes.append(box)
+        if -_FARTHEST <= x1 < x2 <= _FARTHEST and -_FARTHEST <= y1 < y2 <= _FARTHEST:
+            boxes.append(Box(x1, y1, x2, y2))
         else:
             invalid += 1
     return tuple(boxes), invalid

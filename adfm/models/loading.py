@@ -10,6 +10,7 @@ A *model* is one of:
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from dataclasses import dataclass
@@ -73,7 +74,31 @@ def resolve(name: str, revision: str | None) -> Path:
             "name a folder or a hub id of a Qwen2.5-VL or Qwen3-VL model"
         )
     family_of(folder)
+    if "vision_config" not in json.loads(config.read_text()) or not any("visual." in name for name in weights(folder)):
+        raise AdfmError(
+            f"model.name: {folder} has no weights of a vision tower, so that it sees nothing; take the whole model"
+        )
     return folder
+
+
+def weights(folder: Path) -> list[str]:
+    """The names of the weights in a model's folder, in order; nothing but the files' heads is read.
+
+    Raises:
+        AdfmError: A file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    names = []
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="np") as opened:
+                names += opened.keys()
+        except SafetensorError as error:
+            raise AdfmError(
+                f"model.name: {file} is no file of safetensors, or half of one ({error}); get it again"
+            ) from error
+    return sorted(names)
 
 
 def family_of(folder: Path) -> str:
@@ -199,20 +224,37 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
 
     Args:
         model: A base model's name, or a folder that warm-up or training wrote.
-        settings: `revision` of a base model, and for every model `dtype` and `max_pixels`.
+        settings: `revision` of a base model, and for every model the other settings.
         trainable: Whether the adapter's weights ask for gradients.
 
     Raises:
-        AdfmError: As `resolve`; or the adapter does not fit its base.
+        AdfmError: As `load_processor`; the adapter does not fit its base; or the machine lacks what settings ask for.
     """
     import torch
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
     base, folder = base_of(model, settings)
-    network: Any = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=getattr(torch, base.dtype), use_safetensors=True, local_files_only=True
-    )
+    if missing := lacking(base):
+        raise AdfmError("\n  ".join(missing))
     processor = load_processor(model, settings)
+    dtype = getattr(torch, base.dtype)
+    in_4_bits: dict[str, Any] = {}
+    if base.quantization:
+        in_4_bits["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=base.quantization,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        in_4_bits["device_map"] = {"": torch.cuda.current_device()}
+    network: Any = AutoModelForImageTextToText.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation=base.attention,
+        use_safetensors=True,
+        local_files_only=True,
+        **in_4_bits,
+    )
     if describe(Path(model)):
         from peft import PeftModel
 
@@ -220,7 +262,7 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
             network = PeftModel.from_pretrained(network, str(model), is_trainable=trainable)
         except (RuntimeError, ValueError) as error:
             raise AdfmError(f"{model}: its adapter does not fit {base.name} ({error}); train it anew") from error
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not base.quantization:
         network = network.to("cuda")
     return Loaded(network, processor, family_of(folder), base, prompt_of(model, family_of(folder)))
 
@@ -246,11 +288,12 @@ def load_processor(model: str | Path, settings: Model) -> Any:
     """The processor of a model, which reduces images to `max_pixels`; it pads on the left.
 
     Raises:
-        AdfmError: As `resolve`.
+        AdfmError: As `resolve`; or it is the processor of another model.
     """
     base, folder = base_of(model, settings)
     source = model if describe(Path(model)) else folder
     processor = processor_class(family_of(folder)).from_pretrained(source, local_files_only=True)
+    _check_processor(processor, folder, Path(source))
     processor.tokenizer.padding_side = "left"
     if base.max_pixels is not None:
         size = processor.image_processor.size
@@ -259,6 +302,59 @@ def load_processor(model: str | Path, settings: Model) -> Any:
             "longest_edge": base.max_pixels,
         }
     return processor
+
+
+def _check_processor(processor: Any, folder: Path, source: Path) -> None:
+    """Refuses a processor that cuts images otherwise than the model in `folder`, or has other tokens."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    images, vision = processor.image_processor, config.vision_config
+    expected = {
+        "pixels of a patch": (images.patch_size, vision.patch_size),
+        "patches merged": (images.merge_size, vision.spatial_merge_size),
+        "number of the image token": (processor.image_token_id, config.image_token_id),
+    }
+    wrong = [f"{what} {its}, the model's {own}" for what, (its, own) in expected.items() if its != own]
+    if wrong:
+        raise AdfmError(
+            f"model.name: the processor in {source} is that of another model ({'; '.join(wrong)}); "
+            "take all files of a model from one place"
+        )
+
+
+def lacking(settings: Model) -> list[str]:
+    """What this machine lacks for a model's settings, a sentence each: a GPU of the right kind, a package."""
+    import torch
+
+    found = []
+    if settings.attention == "flash_attention_2":
+        found += lacking_package("model.attention=flash_attention_2", "flash-attn")
+        if settings.dtype == "float32":
+            found.append("model.attention=flash_attention_2 computes in 16 bits; set model.dtype=bfloat16")
+    if settings.quantization:
+        found += lacking_package(f"model.quantization={settings.quantization}", "bitsandbytes")
+    if (
+        settings.dtype == "bfloat16"
+        and torch.cuda.is_available()
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        found.append(
+            f"model.dtype=bfloat16: {torch.cuda.get_device_name()} does not compute in it (NVIDIA's do from the A100 "
+            "on); set model.dtype=float32"
+        )
+    return found
+
+
+def lacking_package(setting: str, package: str) -> list[str]:
+    """What this machine lacks for a setting that needs a GPU and a package that is not installed by default."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return [f"{setting} needs a GPU, and there is none; leave it at its default"]
+    if importlib.util.find_spec(package.replace("-", "_")) is None:
+        return [f"{setting} needs a package that is not installed; pip install {package}"]
+    return []
 
 
 def processor_class(family: str) -> Any:

@@ -75,6 +75,26 @@ def draw(
     return data.select(order)
 
 
+def as_seen(data: datasets.Dataset, processor: Any) -> datasets.Dataset:
+    """The same rows with each image as the processor resizes it, for an engine that has a processor of its own."""
+    from PIL import Image
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    images = processor.image_processor
+
+    def resized(image: Image.Image) -> Image.Image:
+        height, width = smart_resize(
+            image.height,
+            image.width,
+            factor=images.patch_size * images.merge_size,
+            min_pixels=images.size["shortest_edge"],
+            max_pixels=images.size["longest_edge"],
+        )
+        return image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+
+    return data.with_transform(lambda rows: {**rows, "image": [resized(image) for image in rows["image"]]})
+
+
 def _order(
     labels: list[str], count: int, share: float, seed: int, shards: Path, weight: NDArray[np.float64] | None = None
 ) -> list[int]:

@@ -22,9 +22,9 @@ from adfm.errors import AdfmError
 from adfm.files import atomic_folder, digest, write_json
 from adfm.method import rewards
 from adfm.method.coordinates import Frame
-from adfm.models import loading
+from adfm.models import hardware, loading
 from adfm.params import Params
-from adfm.records import Box, Label
+from adfm.records import Label
 from adfm.training import examples
 from adfm.training.warmup import save
 
@@ -53,22 +53,11 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
         keep: Folder for the model of every checkpoint, a folder a step, to see how it came to be.
 
     Raises:
-        AdfmError: Model, shards or tracking store cannot be used, or the batch does not divide.
+        AdfmError: Model, shards or tracking store cannot be used, the batch does not divide, or the machine lacks what
+            settings ask for.
     """
     settings = params.train
-    completions = settings.prompts_per_step * settings.num_generations
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if completions % ((settings.micro_batch or 1) * processes):
-        share = f"{settings.micro_batch or 1}" + f" in each of {processes} processes" * (processes > 1)
-        raise AdfmError(
-            f"train.micro_batch: {share} does not divide the {completions} completions of a step "
-            "(train.prompts_per_step * train.num_generations)"
-        )
-    if settings.resample and completions // processes % settings.num_generations:
-        raise AdfmError(
-            f"train.resample: {completions // processes} completions in each of {processes} processes are no whole "
-            f"groups of {settings.num_generations}; make train.prompts_per_step a multiple of {processes}"
-        )
+    hardware.require(params, int(os.environ.get("WORLD_SIZE", "1")))
     if loading.describe(model) is None:
         raise AdfmError(f"{model} is not a folder that `adfm warmup` wrote; run that first (warmup.steps may be 0)")
     import torch
@@ -103,9 +92,11 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
             reserve = draw(count=count * settings.resample, seed=params.seed + 2) if settings.resample else None
         trainer = _trainer(loaded, data, reserve, work, params, state.num_processes, None if keep else 2)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
         if state.is_main_process:
             trained = trainer.accelerator.unwrap_model(trainer.model)
-            save(folder, trained, loaded, shards, params, "train", run.info.run_id)
+            save(folder, trained, loaded, shards, params, "train", run.info.run_id, weights)
             write_curves(trainer.state.log_history, folder / "reward_curves.csv")
             if keep:
                 _keep(work, folder, keep)
@@ -160,25 +151,28 @@ def _identify(work: Path, shards: Path, model: Path, params: Params, run_id: str
 
 
 def reward_functions(profile: str) -> list[Any]:
-    """One function a term, in TRL's form; a completion is scored once and its three terms are kept."""
+    """One function a term, in TRL's form; what the first of them scores, the others have without scoring again."""
+    score = rewards.PROFILES[profile]
+    last: list[list[Any]] = []
+    terms: list[rewards.Terms] = []
 
-    @functools.lru_cache(maxsize=16384)
-    def score(completion: str, label: Label, regions: tuple[Box, ...], frame: Frame) -> rewards.Terms:
-        return rewards.PROFILES[profile](completion, label, regions, frame)
-
-    def function(term: str) -> Callable[..., list[float]]:
+    def function(term: int) -> Callable[..., list[float]]:
         def reward(
             completions: list[Any], label: list[Label], regions: list[Any], frame: list[Any], **_: Any
         ) -> list[float]:
-            return [
-                getattr(score(c[0]["content"], lab, tuple(Box(*b) for b in boxes), Frame(*size)), term)
-                for c, lab, boxes, size in zip(completions, label, regions, frame, strict=True)
-            ]
+            columns = [list(completions), list(label), list(regions), list(frame)]
+            if columns != last:
+                last[:] = columns
+                terms[:] = [
+                    score(completion[0]["content"], lab, boxes, Frame(*size))
+                    for completion, lab, boxes, size in zip(*columns, strict=True)
+                ]
+            return [each[term] for each in terms]
 
-        reward.__name__ = term
+        reward.__name__ = TERMS[term]
         return reward
 
-    return [function(term) for term in TERMS]
+    return [function(term) for term in range(len(TERMS))]
 
 
 def utilisation(terms: torch.Tensor, weights: torch.Tensor, group: int) -> dict[str, float]:
@@ -222,9 +216,20 @@ def _trainer(
 
     settings = params.train
     group = settings.num_generations
-    completions = settings.prompts_per_step * group // processes
     terms_of = reward_functions(settings.profile)
-    micro_batch = settings.micro_batch or completions
+    completions, micro_batch = hardware.shares(settings, processes)
+    unwanted = [loaded.model.config.image_token_id, loaded.model.config.video_token_id]
+    generation: dict[str, Any] = {"generation_kwargs": {"suppress_tokens": unwanted}}
+    if settings.vllm:  # which has no suppress_tokens, and a processor that does not know model.max_pixels
+        data = examples.as_seen(data, loaded.processor)
+        reserve = reserve and examples.as_seen(reserve, loaded.processor)
+        generation = {
+            "generation_kwargs": {"logit_bias": dict.fromkeys(unwanted, -100.0)},
+            "use_vllm": True,
+            "vllm_mode": "colocate",
+            "vllm_gpu_memory_utilization": settings.vllm,
+            "vllm_enable_sleep_mode": True,
+        }
 
     class Trainer(GRPOTrainer):
         """TRL's trainer, with dynamic sampling; it also logs utilisation, the seconds of each phase, and pictures."""
@@ -324,9 +329,9 @@ def _trainer(
             multi_objective_aggregation=settings.aggregation,
             reward_weights=[getattr(settings.weights, term) for term in TERMS],
             max_grad_norm=settings.max_grad_norm,
-            generation_kwargs={
-                "suppress_tokens": [loaded.model.config.image_token_id, loaded.model.config.video_token_id]
-            },
+            **generation,
+            optim=settings.optimizer,
+            use_liger_kernel=settings.liger,
             shuffle_dataset=False,
             logging_steps=1,
             save_steps=settings.checkpoint_every,

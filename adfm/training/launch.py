@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from adfm import tracking
 from adfm.errors import AdfmError
+from adfm.models import hardware
 from adfm.params import Params
 from adfm.training import grpo
 
@@ -48,6 +49,7 @@ def on_gpus(shards: Path, model: Path, out: Path, params: Params, gpus: int) -> 
     if gpus < 2:
         grpo.train(shards, model, out, params)
         return
+    hardware.shares(params.train, gpus)
     with TemporaryDirectory() as folder:
         settings = Path(folder) / "params.yaml"
         settings.write_text(tracking.settings(params), encoding="utf-8")
@@ -174,12 +176,13 @@ def on_nodes(
         tolerations: Of their taints.
 
     Raises:
-        AdfmError: There is no cluster or no Kubeflow Trainer, or the job failed.
+        AdfmError: The batch does not divide, there is no cluster or no Kubeflow Trainer, or the job failed.
     """
     from kubernetes.client.exceptions import ApiException
 
     if not workspace.is_dir():
         raise AdfmError(f"{workspace} is no folder; mount the volume {claim} there (deploy/runs/workspace.yaml).")
+    hardware.shares(params.train, nodes * max(gpus, 1))
     jobs, pods, namespace = _cluster()
     name = f"adfm-{run[:18].lower().rstrip('-')}"
     work = workspace / name

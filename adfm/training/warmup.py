@@ -11,12 +11,16 @@ from typing import Any
 
 from adfm import tracking
 from adfm.data import shards as shards_
+from adfm.errors import AdfmError
 from adfm.files import atomic_folder, write_json
 from adfm.method import prompt
 from adfm.models import loading
 from adfm.params import Params
 from adfm.records import Box
 from adfm.training import examples
+
+VISION = r"(.*\.)?visual\..*"
+"""The modules of the vision tower, for PEFT."""
 
 
 def warmup(shards: Path, out: Path, params: Params) -> None:
@@ -28,7 +32,7 @@ def warmup(shards: Path, out: Path, params: Params) -> None:
         params: Reads `model`, `lora`, `warmup` and `seed`.
 
     Raises:
-        AdfmError: Model, shards or tracking store cannot be used.
+        AdfmError: Model, shards or tracking store cannot be used, or the adapter would be on nothing.
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -47,9 +51,16 @@ def warmup(shards: Path, out: Path, params: Params) -> None:
         lora_alpha=params.lora.alpha,
         lora_dropout=params.lora.dropout,
         target_modules=params.lora.target_modules,
+        exclude_modules=None if params.lora.vision else VISION,
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(loaded.model, lora)
+    try:
+        model = get_peft_model(loaded.model, lora)
+    except ValueError as error:
+        raise AdfmError(
+            f"lora.target_modules: {params.lora.target_modules!r} matches no module of {params.model.name} that an "
+            "adapter can be on; all-linear matches all linear layers"
+        ) from error
     with atomic_folder(out) as folder, tracking.start_run("warmup", params) as run:
         history: list[dict[str, Any]] = []
         if settings.steps:
@@ -96,13 +107,23 @@ def _answer(row: dict[str, Any], step: int, stages: bool) -> dict[str, Any]:
 
 
 def save(
-    folder: Path, model: Any, loaded: loading.Loaded, shards: Path, params: Params, stage: str, run_id: str
+    folder: Path,
+    model: Any,
+    loaded: loading.Loaded,
+    shards: Path,
+    params: Params,
+    stage: str,
+    run_id: str,
+    weights: dict[str, Any] | None = None,
 ) -> None:
-    """Write adapter, processor and `adfm.json` to `folder`, and nothing else that the training left there."""
+    """Write adapter, processor and `adfm.json` to `folder`, and nothing else that the training left there.
+
+    `weights` are those of a model of which each process holds a part.
+    """
     import shutil
 
     shutil.rmtree(folder / "cache", ignore_errors=True)
-    model.save_pretrained(folder, selected_adapters=["default"])
+    model.save_pretrained(folder, selected_adapters=["default"], state_dict=weights)
     loaded.processor.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
     description = {

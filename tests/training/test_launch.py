@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ from kubernetes.client.exceptions import ApiException
 from adfm.errors import AdfmError
 from adfm.params import Params, load
 from adfm.tracking import settings
-from adfm.training import launch
+from adfm.training import grpo, launch
 from adfm.training.warmup import warmup
 
 GPU = "nvidia.com/gpu"
@@ -162,24 +163,64 @@ def test_several_gpus_are_used_by_accelerate(tmp_path: Path, monkeypatch: pytest
     assert command[-7:-2] == ["adfm", "train", *(str(tmp_path / name) for name in "smo")]
 
 
+def test_a_batch_that_does_not_divide_starts_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    with pytest.raises(AdfmError, match="in each of 5 processes does not divide the 48"):
+        launch.on_gpus(tmp_path / "s", tmp_path / "m", tmp_path / "o", Params(), 5)
+    with pytest.raises(AdfmError, match="in each of 10 processes does not divide the 48"):
+        on_nodes(tmp_path, gpus=5)
+    assert cluster.created == 0
+
+
 @pytest.mark.timeout(600)
-def test_two_processes_train_one_adapter_in_one_run(small_shards: Path, tmp_path: Path) -> None:
-    small = {"steps": 2, "prompts_per_step": 2, "num_generations": 2, "max_completion_length": 16}
-    often = {"checkpoint_every": 1, "pictures_every": 1}
+def test_two_processes_go_on_from_a_checkpoint_of_one_and_do_what_one_would(
+    small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So cold that a completion does not depend on chance, and all rewards can be compared.
+    small = {"steps": 3, "prompts_per_step": 2, "num_generations": 2, "max_completion_length": 16, "temperature": 1e-3}
+    often = {"checkpoint_every": 1, "pictures_every": 1, "beta": 0.0}
     params = Params.model_validate({"warmup": {"steps": 0}, "train": small | often})
     warmup(small_shards, tmp_path / "warmup", params)
+    grpo.train(small_shards, tmp_path / "warmup", tmp_path / "alone", params)
+    stop_at_step(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        grpo.train(small_shards, tmp_path / "warmup", tmp_path / "trained", params)
+    assert (tmp_path / "trained.checkpoint" / "checkpoint-1").is_dir()
+
     (tmp_path / "params.yaml").write_text(settings(params))
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command = launch.command(small_shards, tmp_path / "warmup", tmp_path / "trained", tmp_path / "params.yaml")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([*launcher, "-m", *command], check=True, env=environment, cwd=tmp_path)
+
     description = json.loads((tmp_path / "trained" / "adfm.json").read_text())
     assert yaml.safe_load(settings(Params.model_validate(description["params"]))) == yaml.safe_load(settings(params))
-    assert len((tmp_path / "trained" / "reward_curves.csv").read_text().splitlines()) == 3
     assert not list(tmp_path.glob("*.partial")) + list(tmp_path.glob("*.checkpoint"))
+    for figure in ("step", *(f"rewards/{term}/mean" for term in grpo.TERMS), "completions/mean_length"):
+        alone, together = (curve(tmp_path / name / "reward_curves.csv", figure) for name in ("alone", "trained"))
+        assert len(alone) == 3 and together == pytest.approx(alone, abs=1e-6), figure
 
     from adfm import tracking
 
     runs = tracking.client().search_runs([tracking.experiment("adfm")], "tags.stage = 'train'")
-    assert [run.info.status for run in runs] == ["FINISHED"]
+    assert [run.info.status for run in runs] == ["FINISHED"] * 2  # of the training alone, and of this one
+    assert description["mlflow_run_id"] in {run.info.run_id for run in runs}
+
+
+def stop_at_step(step: int, patch: pytest.MonkeyPatch) -> None:
+    """Interrupts the next training at this step, once its checkpoint before it is written."""
+    from adfm.training.watch import Watch
+
+    original = Watch.on_log
+
+    def on_log(self: Watch, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if state.global_step == step:
+            raise KeyboardInterrupt
+        original(self, args, state, control, **given)
+
+    patch.setattr(Watch, "on_log", on_log)
+
+
+def curve(file: Path, figure: str) -> list[float]:
+    with file.open(newline="") as stream:
+        return [float(row[figure]) for row in csv.DictReader(stream)]
