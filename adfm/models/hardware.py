@@ -157,7 +157,7 @@ def memory(network: Any, params: Params, processes: int = 1, available: int = 0)
     tokens = prompt + settings.max_completion_length
 
     def layer(config: Any) -> int:
-        return 8 * config.hidden_size + 4 * config.intermediate_size
+        return int(8 * config.hidden_size + 4 * config.intermediate_size)
 
     def kept(config: Any, layers: int, length: int) -> int:
         return length * (layers * config.hidden_size + layer(config) if checkpointed else layers * layer(config))
