@@ -5,6 +5,7 @@ What is missing is said before the first step. The memory is computed, from the 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def problems(params: Params, processes: int = 1) -> list[str]:
     if train.vllm:
         found += loading.lacking_package(f"train.vllm={train.vllm}", "vllm")
     found += batch_problems(train, processes)
-    if torch.cuda.is_available() and not found:
+    divided = any(f"ACCELERATE_USE_{name}" in os.environ for name in ("FSDP", "DEEPSPEED"))  # set by its launcher
+    if torch.cuda.is_available() and not found and not divided:
         found += beyond(params, processes, torch.cuda.get_device_properties(0).total_memory)
     return found
 
