@@ -107,7 +107,8 @@ def start_run(
 
     with store_errors(uri):
         found = find_run(run_id)
-        go_on = found.info.run_id if found else os.environ.get("MLFLOW_RUN_ID")
+        named = os.environ.get("MLFLOW_RUN_ID")
+        go_on = found.info.run_id if found else named
         if go_on:
             run = mlflow.start_run(run_id=go_on)
         else:
@@ -123,6 +124,9 @@ def start_run(
             with impatient(), suppress(MlflowException):
                 mlflow.end_run("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
+        finally:
+            if named:  # MLflow forgets it when a run ends; the next stage of this process needs it
+                os.environ["MLFLOW_RUN_ID"] = named
 
 
 def settings(params: Params, *sections: str) -> str:

@@ -126,8 +126,9 @@ def test_goes_on_with_a_run(here):
 def test_attaches_to_the_run_of_the_platform(here, monkeypatch):
     given = tracking.client().create_run(tracking.experiment("platform"), run_name="task").info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", given)
-    with tracking.start_run("warmup", Params()) as run:
-        assert run.info.run_id == given
+    for stage in ("warmup", "train"):
+        with tracking.start_run(stage, Params()) as run:
+            assert run.info.run_id == given
     run = tracking.client().get_run(given)
     assert run.info.run_name == "task"
     assert run.data.params["warmup.steps"] == str(Params().warmup.steps)
