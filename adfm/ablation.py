@@ -85,7 +85,8 @@ def ablate(shards: Path, runs: Path, out: Path, params: Params, arms: Sequence[s
         raise AdfmError(f"there is no arm {unknown[0]!r}; there are: {', '.join(ARMS)}")
     shared = tracking.settings(params)
     planned = {
-        (arm, seed): loads(shared, [*ARMS[arm].settings, f"seed={seed}"])
+        # An arm that collapses is a finding: every arm takes all steps.
+        (arm, seed): loads(shared, [*ARMS[arm].settings, f"seed={seed}", "train.health.patience=0"])
         for seed in range(params.seed, params.seed + seeds)
         for arm in arms
     }
@@ -236,9 +237,7 @@ def claims(evidence: dict[str, dict[int, dict[str, Any]]]) -> list[tuple[str, bo
         last = int(curve[-1, 0])
         reached = next((int(step) for step, value in curve if value >= goal), None)
         took = f"it takes {reached}" if reached is not None else "it does not reach it"
-        words = (
-            f"The full method reaches the answer alone's final balanced accuracy, {goal:.3f}, in half of {last}"
-        )
+        words = f"The full method reaches the answer alone's final balanced accuracy, {goal:.3f}, in half of {last}"
         words += f" steps: {took}"
         found.append((words, reached is not None and reached <= last / 2))
     return found

@@ -16,21 +16,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adfm import tracking
+from adfm import stopping, tracking
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.files import atomic_folder, digest, write_json
 from adfm.method import rewards
 from adfm.method.coordinates import Frame
 from adfm.models import loading
+from adfm.outbox import Outbox
 from adfm.params import Params
 from adfm.records import Box, Label
-from adfm.training import examples
+from adfm.training import checkpoints, examples, memory
 from adfm.training.warmup import save
 
 if TYPE_CHECKING:
     import torch
     from trl import GRPOTrainer
+
+    from adfm.training.guard import Guard
 
 TERMS = ("format", "classification", "localization")
 IDENTITY = "identity.json"
@@ -69,8 +72,8 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
     import torch
     from accelerate import PartialState
     from transformers import set_seed
-    from transformers.trainer_utils import get_last_checkpoint
 
+    from adfm.training.guard import Guard
     from adfm.training.watch import write_curves
 
     set_seed(params.seed)
@@ -78,16 +81,26 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
     work = out.with_name(out.name + ".checkpoint")
     run_id = _resume(work, shards, model, params) if state.is_main_process else None
     loaded = loading.load(model, params.model, trainable=True)
+    outbox = None
     with contextlib.ExitStack() as written:
+        told = written.enter_context(stopping.noticed("training stops after this step, with a checkpoint"))
+        guard = Guard(settings.health, told)
+        # The launcher of several processes ends all when one has ended: they wait for the first to say its last word.
+        written.callback(lambda: guard.stopped and state.wait_for_everyone())
         if state.is_main_process:
             folder = written.enter_context(atomic_folder(out))
-            run = written.enter_context(tracking.start_run("train", params, run_id=run_id))
+            run = written.enter_context(tracking.start_run("train", params, run_id=run_id, must_end=False))
+            outbox = written.enter_context(Outbox(out.with_name(out.name + ".unsent"), run.info.run_id))
             _identify(work, shards, model, params, run.info.run_id)
         count = settings.steps * settings.prompts_per_step
         with state.main_process_first():
+            start = checkpoints.last(work)
             data = examples.draw(shards, loaded, count, settings.anomalous_share, params.seed + 1, work / "cache")
-        trainer = _trainer(loaded, data, work, params, state.num_processes, checkpoints=None if keep else 2)
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+        trainer = _trainer(loaded, data, work, params, state.num_processes, bool(keep), outbox, guard)
+        with memory.explained(params, state.num_processes):
+            trainer.train(resume_from_checkpoint=start and str(start))
+        if guard.stopped:
+            raise guard.error(work, trainer.state.global_step, settings.steps, state.is_main_process)
         if state.is_main_process:
             trained = trainer.accelerator.unwrap_model(trainer.model)
             save(folder, trained, loaded, shards, params, "train", run.info.run_id)
@@ -96,7 +109,7 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
     if state.is_main_process:
         if keep:
             _keep(work, out, keep)
-        shutil.rmtree(work)
+        _clear(work)
 
 
 def _keep(work: Path, trained: Path, keep: Path) -> None:
@@ -111,28 +124,44 @@ def _keep(work: Path, trained: Path, keep: Path) -> None:
 def _identity(shards: Path, model: Path, params: Params) -> dict[str, Any]:
     """What must be the same for a checkpoint to be of use."""
     sections = params.model_dump(mode="json", by_alias=True, include={"seed", "model", "train"})
-    for how_often in ("checkpoint_every", "pictures_every"):
-        sections["train"].pop(how_often)
+    for no_matter in ("checkpoint_every", "pictures_every", "health"):
+        sections["train"].pop(no_matter)
     return {"data": shards_.fingerprint(shards, "train"), "model": digest(model), **sections}
 
 
 def _resume(work: Path, shards: Path, model: Path, params: Params) -> str | None:
-    """The MLflow run to go on with; checkpoints of anything else are removed."""
+    """The MLflow run to go on with; checkpoints of anything else are set aside."""
     file = work / IDENTITY
     if not file.is_file():
         shutil.rmtree(work, ignore_errors=True)
         return None
-    saved = json.loads(file.read_text())
-    if saved["identity"] != _identity(shards, model, params):
-        print(f"{work}: checkpoints of other data, model or settings; starting anew")
-        shutil.rmtree(work)
+    saved, identity = json.loads(file.read_text()), _identity(shards, model, params)
+    if saved["identity"] != identity:
+        aside = work.with_name(work.name.removesuffix(".checkpoint") + ".old.checkpoint")
+        changed = ", ".join(checkpoints.differences(saved["identity"], identity))
+        print(f"{work}: the checkpoints are of other data, model or settings: {changed}; they are set aside in {aside}")
+        print("starting anew")
+        if aside.exists():
+            _clear(aside)
+        work.rename(aside)
         return None
+    from adfm.training.guard import refuse_the_same
+
+    refuse_the_same(work, params.train.health)
     return str(saved["mlflow_run_id"])
 
 
 def _identify(work: Path, shards: Path, model: Path, params: Params, run_id: str) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    write_json({"identity": _identity(shards, model, params), "mlflow_run_id": run_id}, work / IDENTITY)
+    written = work / f"{IDENTITY}.partial"
+    write_json({"identity": _identity(shards, model, params), "mlflow_run_id": run_id}, written)
+    written.rename(work / IDENTITY)
+
+
+def _clear(work: Path) -> None:
+    """Removes checkpoints, what makes them usable first: a process that is killed here leaves none to go on from."""
+    (work / IDENTITY).unlink()
+    shutil.rmtree(work)
 
 
 def reward_functions(profile: str) -> list[Any]:
@@ -179,9 +208,15 @@ def utilisation(terms: torch.Tensor, weights: torch.Tensor, group: int) -> dict[
 
 
 def _trainer(
-    loaded: loading.Loaded, data: Any, work: Path, params: Params, processes: int, checkpoints: int | None
+    loaded: loading.Loaded,
+    data: Any,
+    work: Path,
+    params: Params,
+    processes: int,
+    keep_all: bool,
+    outbox: Outbox | None,
+    guard: Guard,
 ) -> GRPOTrainer:
-    import mlflow
     import torch
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -207,16 +242,14 @@ def _trainer(
             for name, value in utilisation(terms, weights, group).items():
                 self._metrics["train"][name].append(value)
             every, step = settings.pictures_every, self.state.global_step
-            if every and step % every == 0 and self.accelerator.is_main_process:
+            if every and step % every == 0 and outbox:
                 totals = (terms.nan_to_num() @ weights).tolist()
                 each = [
                     {**row, "completion": c[0]["content"], "reward": total}
                     for row, c, total in zip(inputs, completions, totals, strict=False)
                 ]
                 firsts = [each[k : k + 4] for k in range(0, min(len(each), 3 * group), group)]
-                mlflow.log_image(
-                    picture([s for first in firsts for s in first]), artifact_file=f"completions/step-{step:05d}.png"
-                )
+                outbox.add_picture(picture([s for first in firsts for s in first]), f"completions/step-{step:05d}.png")
             return terms
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -231,6 +264,16 @@ def _trainer(
             )
             return loss
 
+        def _get_output_dir(self, trial: Any) -> str:
+            return str(checkpoints.partial(work))
+
+        def _save_checkpoint(self, *args: Any) -> None:
+            super()._save_checkpoint(*args)
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                checkpoints.publish(work, None if keep_all else settings.health.patience)
+            self.accelerator.wait_for_everyone()
+
         def _timed(self, phase: str) -> Any:
             return _Timer(self._metrics["train"][f"seconds/{phase}"])
 
@@ -240,7 +283,10 @@ def _trainer(
         train_dataset=data,
         processing_class=loaded.processor,
         callbacks=[
-            Watch("grpo", ["reward", "rewards/classification/mean", "rewards/localization/mean", "utilisation"])
+            Watch(
+                "grpo", ["reward", "rewards/classification/mean", "rewards/localization/mean", "utilisation"], outbox
+            ),
+            guard,
         ],
         args=GRPOConfig(
             output_dir=str(work),
@@ -267,7 +313,7 @@ def _trainer(
             shuffle_dataset=False,
             logging_steps=1,
             save_steps=settings.checkpoint_every,
-            save_total_limit=checkpoints,
+            logging_nan_inf_filter=False,
             report_to="none",
             seed=params.seed,
             bf16=params.model.dtype == "bfloat16",

@@ -14,6 +14,7 @@ from adfm.data import shards as shards_
 from adfm.files import atomic_folder, write_json
 from adfm.method import prompt
 from adfm.models import loading
+from adfm.outbox import Outbox
 from adfm.params import Params
 from adfm.records import Box
 from adfm.training import examples
@@ -50,7 +51,11 @@ def warmup(shards: Path, out: Path, params: Params) -> None:
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(loaded.model, lora)
-    with atomic_folder(out) as folder, tracking.start_run("warmup", params) as run:
+    with (
+        atomic_folder(out) as folder,
+        tracking.start_run("warmup", params, must_end=False) as run,
+        Outbox(out.with_name(out.name + ".unsent"), run.info.run_id) as outbox,
+    ):
         history: list[dict[str, Any]] = []
         if settings.steps:
             count = settings.steps * settings.batch_size
@@ -80,7 +85,7 @@ def warmup(shards: Path, out: Path, params: Params) -> None:
                     remove_columns=["label", "defect", "regions", "frame"],
                 ),
                 processing_class=loaded.processor,
-                callbacks=[Watch("warm-up", ["loss", "mean_token_accuracy"])],
+                callbacks=[Watch("warm-up", ["loss", "mean_token_accuracy"], outbox)],
             )
             trainer.remove_callback(PrinterCallback)
             trainer.remove_callback(ProgressCallback)
