@@ -43,7 +43,7 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
     """Go on training the adapter `model` by GRPO, and write it with its processor to `out`.
 
     Checkpoints lie in `<out>.checkpoint/`. A training that was interrupted goes on from the last of them, if data,
-    model and settings are the same; else it starts anew.
+    model and settings are the same; else it starts anew. What MLflow has not taken yet lies in `<out>.unsent/`.
 
     Started in several processes (`adfm.training.launch`), it divides the completions of a step among them; the first
     process alone writes and talks to MLflow.
@@ -56,7 +56,8 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
         keep: Folder for the model of every checkpoint, a folder a step, to see how it came to be.
 
     Raises:
-        AdfmError: Model, shards or tracking store cannot be used, or the batch does not divide.
+        AdfmError: Model, shards or tracking store cannot be used, the batch does not divide, memory runs out, the
+            figures are those of a training that has gone wrong, or (`Stopped`) SIGTERM has come.
     """
     settings = params.train
     completions = settings.prompts_per_step * settings.num_generations

@@ -14,7 +14,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def params() -> Params:
     """The default run at its smallest."""
     return Params.model_validate(
