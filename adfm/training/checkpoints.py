@@ -24,8 +24,8 @@ def publish(work: Path, window: int | None) -> None:
 
     Args:
         work: Folder of the checkpoints.
-        window: Kept are the newest two and the newest that is older than so many steps before the newest, so that there
-            is one from before a trouble that lasted as long. `None`: all are kept.
+        window: So many steps a trouble lasts before it is told; kept are the newest from before them, the oldest from
+            within, which will be that one in time, and the newest two. `None`: all are kept.
     """
     for written in partial(work).glob(f"{_PREFIX}*"):
         for file in [path for path in written.rglob("*") if path.is_file()] + [written]:
@@ -37,7 +37,7 @@ def publish(work: Path, window: int | None) -> None:
     if window is None or not found:
         return
     before = [step for step in found if step < found[-1] - window]
-    for step in set(found) - {*found[-2:], *before[-1:]}:
+    for step in set(found) - {*before[-1:], *found[len(before) :][:1], *found[-2:]}:
         remove(work / f"{_PREFIX}{step}")
 
 
