@@ -18,8 +18,9 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -88,7 +89,8 @@ def ablate(shards: Path, runs: Path, out: Path, params: Params, arms: Sequence[s
         raise AdfmError(f"there is no arm {unknown[0]!r}; there are: {', '.join(ARMS)}")
     shared = tracking.settings(params)
     planned = {
-        (arm, seed): loads(shared, [*ARMS[arm].settings, f"seed={seed}"])
+        # An arm that collapses is a finding: every arm takes all steps.
+        (arm, seed): loads(shared, [*ARMS[arm].settings, f"seed={seed}", "train.health.patience=0"])
         for seed in range(params.seed, params.seed + seeds)
         for arm in arms
     }
@@ -106,7 +108,7 @@ def ablate(shards: Path, runs: Path, out: Path, params: Params, arms: Sequence[s
     failed = []
     threads = max(1, (os.cpu_count() or 1) // jobs)
     # A process a run: libraries keep state, and a run that dies takes no other with it.
-    with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool, _begins_no_more(pool):
         begun = {
             pool.submit(_run, shards.resolve(), (runs / f"{arm}-{seed}").resolve(), planned[arm, seed], threads): (
                 f"{arm}-{seed}"
@@ -125,6 +127,16 @@ def ablate(shards: Path, runs: Path, out: Path, params: Params, arms: Sequence[s
         raise AdfmError(
             f"{len(failed)} of {len(planned)} runs failed: {', '.join(failed)}; start again to go on with them"
         )
+
+
+@contextmanager
+def _begins_no_more(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """When the body is interrupted, runs that are under way end, and those that wait are not begun."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
 
 
 def _begin(run: Path, identity: dict[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from adfm import __version__
 from adfm.errors import AdfmError
+from adfm.stopping import Stopped, Terminated, terminable
 
 if TYPE_CHECKING:
     from adfm.params import Params
@@ -57,19 +58,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; those of the process by default.
 
     Returns:
-        The exit status: 0, or 1 for an error that was explained on stderr, 130 when interrupted, 141 when nobody reads
-        the output any more. Wrong usage exits with 2, as argparse does.
+        The exit status: 0, or 1 for an error that was explained on stderr, 75 for a training that was told to stop and
+        goes on when it is started again, 130 when interrupted, 141 when nobody reads the output any more, 143 when
+        terminated. Wrong usage exits with 2, as argparse does.
     """
     set_environment()
     args = _parse(sys.argv[1:] if argv is None else argv)
     try:
         from adfm.params import load
 
-        status = args.run(args, load(args.params, args.set)) or 0
+        with terminable():
+            status = args.run(args, load(args.params, args.set)) or 0
         sys.stdout.flush()
         return int(status)
+    except Stopped as stopped:
+        print(f"adfm: {stopped}", file=sys.stderr)
+        return stopped.exit_code
     except AdfmError as error:
         return _fail(error, error.exit_code)
+    except Terminated:
+        return _fail("terminated; what was finished is kept", 143)
     except KeyboardInterrupt:
         return _fail("interrupted; what was finished is kept", 130)
     except BrokenPipeError:
@@ -168,6 +176,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
     add.add_argument("model", metavar="MODEL", type=Path, help="folder that warmup or train wrote")
     add.add_argument("out", metavar="OUT", type=Path, help="folder to write the adapter to")
+
+    add = verb("resend", _resend, "send MLflow the figures of a training during which it was away")
+    add.add_argument("folder", metavar="UNSENT", type=Path, help="folder that warmup or train left: <OUT>.unsent")
 
     add = verb("evaluate", _evaluate, "let models answer the test split and compare them; goes on if interrupted")
     add.add_argument(
@@ -330,6 +341,12 @@ def _train(args: argparse.Namespace, params: Params) -> None:
     from adfm.training.grpo import train
 
     train(args.shards, args.model, args.out, params)
+
+
+def _resend(args: argparse.Namespace, params: Params) -> None:
+    from adfm.outbox import resend
+
+    resend(args.folder)
 
 
 def _evaluate(args: argparse.Namespace, params: Params) -> None:

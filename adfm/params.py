@@ -117,6 +117,15 @@ class RewardWeights(Section):
     localization: NonNegativeFloat = 1.0
 
 
+class Health(Section):
+    """When a training has gone wrong and is stopped."""
+
+    patience: NonNegativeInt = 25
+    min_utilisation: Fraction = 0.01
+    max_kl: PositiveFloat = 5.0
+    min_reward_range: NonNegativeFloat = 0.001
+
+
 class Train(Section):
     """GRPO."""
 
@@ -146,6 +155,7 @@ class Train(Section):
     pictures_every: NonNegativeInt = 25
     resample: NonNegativeInt = 0
     favour_doubt: bool = False
+    health: Health = Health()
 
 
 class Evaluate(Section):

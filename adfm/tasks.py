@@ -12,11 +12,14 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adfm import cli, params, tracking
+from adfm import cli, params, stopping, tracking
 from adfm.errors import AdfmError
 from adfm.params import Params
 
@@ -106,6 +109,17 @@ def _require_s3_keys(source: str) -> None:
             "secret adfm-s3 in the namespace of the runs, with the keys access-key and secret-key "
             "(deploy/secrets.example.yaml)."
         )
+
+
+@contextmanager
+def exit_status() -> Iterator[None]:
+    """Ends the task as `adfm` would end: with the error alone and its exit status, 75 for what was told to stop."""
+    try:
+        with stopping.terminable():
+            yield
+    except AdfmError as error:
+        print(f"adfm: error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from error
 
 
 def check_gpus(gpu_type: str, num_gpus: int) -> None:

@@ -12,7 +12,7 @@ import re
 import sqlite3
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +24,7 @@ import yaml
 
 from adfm.errors import AdfmError
 from adfm.params import Params, flat
+from adfm.stopping import Stopped
 
 if TYPE_CHECKING:
     from mlflow import ActiveRun, MlflowClient
@@ -80,12 +81,17 @@ def client() -> MlflowClient:
 
 @contextmanager
 def start_run(
-    name: str, params: Params, tags: Mapping[str, str] | None = None, run_id: str | None = None
+    name: str,
+    params: Params,
+    tags: Mapping[str, str] | None = None,
+    run_id: str | None = None,
+    must_end: bool = True,
 ) -> Iterator[ActiveRun]:
     """Runs the body as one MLflow run of the experiment `register.experiment`.
 
     The run carries all of `params` (flattened, and whole as `params.yaml`), the Git commit and the versions of the
-    libraries. It ends FINISHED, FAILED on an exception, or KILLED on a keyboard interrupt.
+    libraries. It ends FINISHED, FAILED on an exception, or KILLED when it was interrupted or
+    told to stop.
 
     Args:
         name: Name of the run, e.g. `train`.
@@ -94,6 +100,7 @@ def start_run(
         run_id: A run to go on with, e.g. that of an interrupted training, if the store has it. Else the run that the
             platform names in `MLFLOW_RUN_ID` is gone on with, if any; else a new one begins. A run that is gone on with
             keeps the parameters that it has (MLflow cannot change them); its `params.yaml` is replaced.
+        must_end: Whether it is an error if the store does not answer any more when the body has ended well.
 
     Yields:
         The active run.
@@ -103,7 +110,6 @@ def start_run(
     """
     uri = configure()
     import mlflow
-    from mlflow.exceptions import MlflowException
 
     with store_errors(uri):
         found = find_run(run_id)
@@ -118,15 +124,25 @@ def start_run(
             mlflow.log_text(settings(params), "params.yaml")
             mlflow.set_tags({"stage": name, **code_version(), **libraries(), **(tags or {})})
             yield run
-            mlflow.end_run()
+            with nullcontext() if must_end else _given_up():
+                mlflow.end_run()
         except BaseException as error:
             # When the store is what failed, the error that is on its way says more than a second one.
-            with impatient(), suppress(MlflowException):
-                mlflow.end_run("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            with _given_up():
+                mlflow.end_run("KILLED" if isinstance(error, KeyboardInterrupt | Stopped) else "FAILED")
             raise
         finally:
             if named:  # MLflow forgets it when a run ends; the next stage of this process needs it
                 os.environ["MLFLOW_RUN_ID"] = named
+
+
+@contextmanager
+def _given_up() -> Iterator[None]:
+    """What the store does not take soon in the body is given up."""
+    from mlflow.exceptions import MlflowException
+
+    with impatient(), suppress(MlflowException):
+        yield
 
 
 def settings(params: Params, *sections: str) -> str:
@@ -143,7 +159,7 @@ def store_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        shown = _without_login(uri)
+        shown = without_login(uri)
         if uri.startswith("http"):
             remedy = (
                 "See that the server runs and that MLFLOW_TRACKING_URI is its address (unset it to use mlflow.db in "
@@ -154,7 +170,7 @@ def store_errors(uri: str) -> Iterator[None]:
                 "See that MLFLOW_TRACKING_URI names a server or a database (unset it to use mlflow.db in the current "
                 f"folder); a database that another version of MLflow made needs `mlflow db upgrade {shown}`."
             )
-        cause = _without_login(" ".join(str(error).rpartition("Caused by ")[2].split()))[:300]
+        cause = without_login(" ".join(str(error).rpartition("Caused by ")[2].split()))[:300]
         raise AdfmError(f"MLflow at {shown} failed: {cause}\n{remedy}") from error
 
 
@@ -273,7 +289,8 @@ def _probe(uri: str) -> None:
         MlflowClient().search_experiments(max_results=1)
 
 
-def _without_login(text: str) -> str:
+def without_login(text: str) -> str:
+    """The text, without the names and passwords of its addresses."""
     return re.sub(r"//[^/@\s]+@", "//", text)
 
 

@@ -33,7 +33,7 @@ NEEDS = {
     "validate": Needs("2", "8Gi", 2, cached=True),
     "warmup": Needs("4", "16Gi", 6, tries=1, gpu=True),
     "train": Needs("8", "32Gi", 72, tries=1, gpu=True),
-    "train-on-nodes": Needs("1", "4Gi", 72, tries=1),
+    "train-on-nodes": Needs("1", "4Gi", 72, tries=5),  # each goes on from the last checkpoint
     "evaluate": Needs("4", "16Gi", 12, tries=1, gpu=True),
     "register": Needs("4", "16Gi", 12, tries=2, gpu=True),
     "promote": Needs("1", "4Gi", 0.5, tries=2),

@@ -175,17 +175,22 @@ def test_a_full_disk_is_one_message(lines: Path) -> None:
     assert process.returncode == 1
 
 
-def test_an_interrupt_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sent", "status", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_an_interrupt_leaves_nothing_that_looks_finished(
+    sent: signal.Signals, status: int, said: str, tmp_path: Path
+) -> None:
     process = adfm("fetch", "synthetic://?images=1000", tmp_path / "raw")
     try:
         while not (tmp_path / "raw.partial").exists():
             assert process.poll() is None
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         _, error = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
-    assert "adfm: error: interrupted" in error
+    assert process.returncode == status
+    assert f"adfm: error: {said}" in error
     assert "Traceback" not in error
     assert not (tmp_path / "raw").exists()

@@ -20,7 +20,7 @@ FUNCTIONS = {
     "register": "adfm/registry/registration.py",
 }
 # Nothing in these can change a result.
-AROUND = {"adfm/__init__.py", "adfm/errors.py", "adfm/files.py", "adfm/params.py", "adfm/tracking.py"}
+AROUND = {f"adfm/{name}.py" for name in ("__init__", "errors", "files", "outbox", "params", "stopping", "tracking")}
 
 
 def imported(module: Path) -> Iterator[Path]:

@@ -16,21 +16,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adfm import tracking
+from adfm import stopping, tracking
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.files import atomic_folder, digest, write_json
 from adfm.method import rewards
 from adfm.method.coordinates import Frame
 from adfm.models import hardware, loading
+from adfm.outbox import Outbox
 from adfm.params import Params
 from adfm.records import Label
-from adfm.training import examples
+from adfm.training import checkpoints, examples, memory
 from adfm.training.warmup import save
 
 if TYPE_CHECKING:
     import torch
     from trl import GRPOTrainer
+
+    from adfm.training.guard import Guard
 
 TERMS = ("format", "classification", "localization")
 IDENTITY = "identity.json"
@@ -40,7 +43,7 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
     """Go on training the adapter `model` by GRPO, and write it with its processor to `out`.
 
     Checkpoints lie in `<out>.checkpoint/`. A training that was interrupted goes on from the last of them, if data,
-    model and settings are the same; else it starts anew.
+    model and settings are the same; else it starts anew. What MLflow has not taken yet lies in `<out>.unsent/`.
 
     Started in several processes (`adfm.training.launch`), it divides the completions of a step among them; the first
     process alone writes and talks to MLflow.
@@ -53,8 +56,9 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
         keep: Folder for the model of every checkpoint, a folder a step, to see how it came to be.
 
     Raises:
-        AdfmError: Model, shards or tracking store cannot be used, the batch does not divide, or the machine lacks what
-            settings ask for.
+        AdfmError: Model, shards or tracking store cannot be used, the batch does not divide, the machine lacks what
+            settings ask for, memory runs out, the figures are those of a training that has gone wrong, or (`Stopped`)
+            SIGTERM has come.
     """
     settings = params.train
     hardware.require(params, int(os.environ.get("WORLD_SIZE", "1")))
@@ -63,8 +67,8 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
     import torch
     from accelerate import PartialState
     from transformers import set_seed
-    from transformers.trainer_utils import get_last_checkpoint
 
+    from adfm.training.guard import Guard
     from adfm.training.watch import write_curves
 
     set_seed(params.seed)
@@ -72,13 +76,20 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
     work = out.with_name(out.name + ".checkpoint")
     run_id = _resume(work, shards, model, params) if state.is_main_process else None
     loaded = loading.load(model, params.model, trainable=True)
+    outbox = None
     with contextlib.ExitStack() as written:
+        told = written.enter_context(stopping.noticed("training stops after this step, with a checkpoint"))
+        guard = Guard(settings.health, told)
+        # The launcher of several processes ends all when one has ended: they wait for the first to say its last word.
+        written.callback(lambda: guard.stopped and state.wait_for_everyone())
         if state.is_main_process:
             folder = written.enter_context(atomic_folder(out))
-            run = written.enter_context(tracking.start_run("train", params, run_id=run_id))
+            run = written.enter_context(tracking.start_run("train", params, run_id=run_id, must_end=False))
+            outbox = written.enter_context(Outbox(out.with_name(out.name + ".unsent"), run.info.run_id))
             _identify(work, shards, model, params, run.info.run_id)
         count = settings.steps * settings.prompts_per_step
         with state.main_process_first():
+            start = checkpoints.last(work)
             doubt = _doubt(model, shards, params, work) if settings.favour_doubt else None
             draw = functools.partial(
                 examples.draw,
@@ -90,8 +101,11 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
             )
             data = draw(count=count, seed=params.seed + 1)
             reserve = draw(count=count * settings.resample, seed=params.seed + 2) if settings.resample else None
-        trainer = _trainer(loaded, data, reserve, work, params, state.num_processes, None if keep else 2)
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+        trainer = _trainer(loaded, data, reserve, work, params, state.num_processes, bool(keep), outbox, guard)
+        with memory.explained(params, state.num_processes):
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
+        if guard.stopped:
+            raise guard.error(work, trainer.state.global_step, settings.steps, state.is_main_process)
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
         if state.is_main_process:
@@ -102,7 +116,7 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
                 _keep(work, folder, keep)
         state.wait_for_everyone()
     if state.is_main_process:
-        shutil.rmtree(work)
+        _clear(work)
 
 
 def _keep(work: Path, trained: Path, keep: Path) -> None:
@@ -126,28 +140,44 @@ def _doubt(model: Path, shards: Path, params: Params, work: Path) -> dict[str, f
 def _identity(shards: Path, model: Path, params: Params) -> dict[str, Any]:
     """What must be the same for a checkpoint to be of use."""
     sections = params.model_dump(mode="json", by_alias=True, include={"seed", "model", "train"})
-    for how_often in ("checkpoint_every", "pictures_every"):
-        sections["train"].pop(how_often)
+    for no_matter in ("checkpoint_every", "pictures_every", "health"):
+        sections["train"].pop(no_matter)
     return {"data": shards_.fingerprint(shards, "train"), "model": digest(model), **sections}
 
 
 def _resume(work: Path, shards: Path, model: Path, params: Params) -> str | None:
-    """The MLflow run to go on with; checkpoints of anything else are removed."""
+    """The MLflow run to go on with; checkpoints of anything else are set aside."""
     file = work / IDENTITY
     if not file.is_file():
         shutil.rmtree(work, ignore_errors=True)
         return None
-    saved = json.loads(file.read_text())
-    if saved["identity"] != _identity(shards, model, params):
-        print(f"{work}: checkpoints of other data, model or settings; starting anew")
-        shutil.rmtree(work)
+    saved, identity = json.loads(file.read_text()), _identity(shards, model, params)
+    if saved["identity"] != identity:
+        aside = work.with_name(work.name.removesuffix(".checkpoint") + ".old.checkpoint")
+        changed = ", ".join(checkpoints.differences(saved["identity"], identity))
+        print(f"{work}: the checkpoints are of other data, model or settings: {changed}; they are set aside in {aside}")
+        print("starting anew")
+        if aside.exists():
+            _clear(aside)
+        work.rename(aside)
         return None
+    from adfm.training.guard import refuse_the_same
+
+    refuse_the_same(work, params.train.health)
     return str(saved["mlflow_run_id"])
 
 
 def _identify(work: Path, shards: Path, model: Path, params: Params, run_id: str) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    write_json({"identity": _identity(shards, model, params), "mlflow_run_id": run_id}, work / IDENTITY)
+    written = work / f"{IDENTITY}.partial"
+    write_json({"identity": _identity(shards, model, params), "mlflow_run_id": run_id}, written)
+    written.rename(work / IDENTITY)
+
+
+def _clear(work: Path) -> None:
+    """Removes checkpoints, what makes them usable first: a process that is killed here leaves none to go on from."""
+    (work / IDENTITY).unlink()
+    shutil.rmtree(work)
 
 
 def reward_functions(profile: str) -> list[Any]:
@@ -203,9 +233,10 @@ def _trainer(
     work: Path,
     params: Params,
     processes: int,
-    checkpoints: int | None,
+    keep_all: bool,
+    outbox: Outbox | None,
+    guard: Guard,
 ) -> GRPOTrainer:
-    import mlflow
     import torch
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -275,16 +306,14 @@ def _trainer(
             for name, value in utilisation(terms, weights, group).items():
                 self._metrics["train"][name].append(value)
             every, step = settings.pictures_every, self.state.global_step
-            if every and step % every == 0 and self.accelerator.is_main_process:
+            if every and step % every == 0 and outbox:
                 totals = (terms.nan_to_num() @ weights).tolist()
                 each = [
                     {**row, "completion": c[0]["content"], "reward": total}
                     for row, c, total in zip(inputs, completions, totals, strict=False)
                 ]
                 firsts = [each[k : k + 4] for k in range(0, min(len(each), 3 * group), group)]
-                mlflow.log_image(
-                    picture([s for first in firsts for s in first]), artifact_file=f"completions/step-{step:05d}.png"
-                )
+                outbox.add_picture(picture([s for first in firsts for s in first]), f"completions/step-{step:05d}.png")
             return terms
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -299,6 +328,17 @@ def _trainer(
             )
             return loss
 
+        def _get_output_dir(self, trial: Any) -> str:
+            return str(checkpoints.partial(work))
+
+        def _save_checkpoint(self, *args: Any) -> None:
+            save_checkpoint: Any = super()._save_checkpoint  # untyped in TRL
+            save_checkpoint(*args)
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                checkpoints.publish(work, None if keep_all else settings.health.patience)
+            self.accelerator.wait_for_everyone()
+
         def _timed(self, phase: str) -> Any:
             return _Timer(self._metrics["train"][f"seconds/{phase}"])
 
@@ -308,7 +348,10 @@ def _trainer(
         train_dataset=data,
         processing_class=loaded.processor,
         callbacks=[
-            Watch("grpo", ["reward", "rewards/classification/mean", "rewards/localization/mean", "utilisation"])
+            Watch(
+                "grpo", ["reward", "rewards/classification/mean", "rewards/localization/mean", "utilisation"], outbox
+            ),
+            guard,
         ],
         args=GRPOConfig(
             output_dir=str(work),
@@ -335,7 +378,7 @@ def _trainer(
             shuffle_dataset=False,
             logging_steps=1,
             save_steps=settings.checkpoint_every,
-            save_total_limit=checkpoints,
+            logging_nan_inf_filter=False,
             report_to="none",
             seed=params.seed,
             bf16=params.model.dtype == "bfloat16",

@@ -14,10 +14,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from adfm import tracking
+from adfm import stopping, tracking
 from adfm.errors import AdfmError
 from adfm.models import hardware
 from adfm.params import Params
+from adfm.stopping import Stopped
 from adfm.training import grpo
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def on_gpus(shards: Path, model: Path, out: Path, params: Params, gpus: int) -> 
     """Trains as `adfm.training.grpo.train` does, in as many processes as there are GPUs, or in this one.
 
     Raises:
-        AdfmError: As `adfm.training.grpo.train`; or a process failed.
+        AdfmError: As `adfm.training.grpo.train`; or a process failed, or they were told to stop.
     """
     if gpus < 2:
         grpo.train(shards, model, out, params)
@@ -55,9 +56,15 @@ def on_gpus(shards: Path, model: Path, out: Path, params: Params, gpus: int) -> 
         settings.write_text(tracking.settings(params), encoding="utf-8")
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
         launcher += ["--num_processes", str(gpus), "--mixed_precision", "no", "--dynamo_backend", "no"]
-        done = subprocess.run([*launcher, "-m", *command(shards, model, out, settings)], check=False)
-    if done.returncode:
-        raise AdfmError(f"training in {gpus} processes failed with status {done.returncode}; the reason is above.")
+        with (
+            subprocess.Popen([*launcher, "-m", *command(shards, model, out, settings)]) as processes,
+            stopping.noticed("it is passed on to the processes", processes.terminate) as told,
+        ):
+            status = processes.wait()
+    if status and told.is_set():
+        raise Stopped(f"training in {gpus} processes was told to stop; the same command goes on, as said above")
+    if status:
+        raise AdfmError(f"training in {gpus} processes failed with status {status}; the reason is above.")
 
 
 def command(shards: Path, model: Path, out: Path, settings: Path) -> list[str]:

@@ -15,6 +15,7 @@ from adfm.errors import AdfmError
 from adfm.files import atomic_folder, write_json
 from adfm.method import prompt
 from adfm.models import loading
+from adfm.outbox import Outbox
 from adfm.params import Params
 from adfm.records import Box
 from adfm.training import examples
@@ -61,7 +62,11 @@ def warmup(shards: Path, out: Path, params: Params) -> None:
             f"lora.target_modules: {params.lora.target_modules!r} matches no module of {params.model.name} that an "
             "adapter can be on; all-linear matches all linear layers"
         ) from error
-    with atomic_folder(out) as folder, tracking.start_run("warmup", params) as run:
+    with (
+        atomic_folder(out) as folder,
+        tracking.start_run("warmup", params, must_end=False) as run,
+        Outbox(out.with_name(out.name + ".unsent"), run.info.run_id) as outbox,
+    ):
         history: list[dict[str, Any]] = []
         if settings.steps:
             count = settings.steps * settings.batch_size
@@ -91,7 +96,7 @@ def warmup(shards: Path, out: Path, params: Params) -> None:
                     remove_columns=["label", "defect", "regions", "frame"],
                 ),
                 processing_class=loaded.processor,
-                callbacks=[Watch("warm-up", ["loss", "mean_token_accuracy"])],
+                callbacks=[Watch("warm-up", ["loss", "mean_token_accuracy"], outbox)],
             )
             trainer.remove_callback(PrinterCallback)
             trainer.remove_callback(ProgressCallback)

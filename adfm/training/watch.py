@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from adfm.method import response
 from adfm.method.coordinates import Frame
+from adfm.outbox import Outbox
 from adfm.records import Box
 
 if TYPE_CHECKING:
@@ -23,10 +24,10 @@ TRUTH, PREDICTED = (46, 160, 67), (218, 54, 51)
 
 
 class Watch(TrainerCallback):
-    """Shows progress, and sends every step's figures to the active MLflow run."""
+    """Shows progress, and puts every step's figures into the outbox, which only the first process has."""
 
-    def __init__(self, describe: str, shown: Sequence[str]) -> None:
-        self._describe, self._shown = describe, shown
+    def __init__(self, describe: str, shown: Sequence[str], outbox: Outbox | None) -> None:
+        self._describe, self._shown, self._outbox = describe, shown, outbox
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Open the bar where an interrupted training left off."""
@@ -48,13 +49,11 @@ class Watch(TrainerCallback):
         **_: Any,
     ) -> None:
         """Show and send one step, from one process."""
-        if not state.is_world_process_zero:
+        if self._outbox is None:
             return
-        import mlflow
-
         figures = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float) and math.isfinite(v)}
-        mlflow.log_metrics(figures, step=state.global_step)
-        if "loss" in figures:
+        if "loss" in (logs or {}):
+            self._outbox.add(figures, state.global_step)
             self._bar.set_postfix({k.rsplit("/", 1)[-1]: f"{figures[k]:.3f}" for k in self._shown if k in figures})
             self._bar.update(state.global_step - self._bar.n)
 

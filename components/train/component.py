@@ -21,7 +21,8 @@ def train(
     from adfm.training.launch import on_gpus
 
     folder = Path(model.path)
-    on_gpus(Path(shards.path), Path(warmup.path), folder, tasks.begin(settings), int(num_gpus))
+    with tasks.exit_status():
+        on_gpus(Path(shards.path), Path(warmup.path), folder, tasks.begin(settings), int(num_gpus))
     for name, value in tasks.last_figures(folder / "reward_curves.csv").items():
         figures.log_metric(name, value)
 

@@ -24,7 +24,7 @@ TABLE = {
     "validate": (CPU, 2, 8, False, 7200, 0, True),
     "warmup": (GPU, 4, 16, True, 21600, 1, False),
     "train": (GPU, 8, 32, True, 259200, 1, False),
-    "train-on-nodes": (CPU, 1, 4, False, 259200, 1, False),
+    "train-on-nodes": (CPU, 1, 4, False, 259200, 5, False),
     "evaluate": (GPU, 4, 16, True, 43200, 1, False),
     "register": (GPU, 4, 16, True, 43200, 2, False),
     "notify": (CPU, 1, 2, False, 1800, 0, False),

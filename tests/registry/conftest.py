@@ -34,12 +34,17 @@ from adfm.registry.registration import register
 
 
 @contextmanager
-def mlflow(home: Path, database: Path, *options: str, **environment: str) -> Iterator[str]:
-    """An MLflow server in a process of its own, which keeps the artifacts and may send webhooks here; its address."""
-    home.mkdir()
-    shutil.copy(database, home / "mlflow.db")
+def mlflow(home: Path, database: Path, *options: str, port: int = 0, **environment: str) -> Iterator[str]:
+    """An MLflow server in a process of its own, which keeps the artifacts and may send webhooks here; its address.
+
+    In a `home` that an earlier one had, at its `port`, it is the same server started again.
+    """
+    home.mkdir(exist_ok=True)
+    if not (home / "mlflow.db").exists():
+        shutil.copy(database, home / "mlflow.db")
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        free.bind(("127.0.0.1", port))
         port = free.getsockname()[1]
     uri = f"http://127.0.0.1:{port}"
     where = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]

@@ -12,7 +12,7 @@ def _own_store(store: Path) -> None:
     """Every test has an embedded store of its own, in the current folder."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def params() -> Params:
     """The default run at its smallest."""
     return Params.model_validate(

@@ -7,22 +7,21 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adfm import tracking
 from adfm.errors import AdfmError
 from adfm.method import prompt, rewards
 from adfm.method.coordinates import Frame
-from adfm.params import Params
+from adfm.params import Health, Params
 from adfm.records import Box
-from adfm.training import grpo
+from adfm.training import checkpoints, grpo
 from adfm.training.warmup import warmup
 
 WEIGHTS = torch.ones(3)
@@ -95,21 +94,33 @@ def test_a_folder_without_adapter_is_refused(small_shards: Path, tmp_path: Path)
         grpo.train(small_shards, tmp_path, tmp_path / "out", Params())
 
 
+@pytest.fixture(scope="module")
+def trained(small_shards: Path, started: Path, params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a training makes that nothing disturbs, with its MLflow store beside it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        grpo.train(small_shards, started, folder / "trained", params)
+        torch.set_num_threads(threads)
+    return folder / "trained"
+
+
 def test_training_is_watched_and_changes_the_adapter(
-    small_shards: Path, started: Path, tmp_path: Path, params: Params
+    started: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlflow import MlflowClient
     from safetensors.torch import load_file
 
-    grpo.train(small_shards, started, tmp_path / "trained", params)
-
-    before, after = (load_file(m / "adapter_model.safetensors") for m in (started, tmp_path / "trained"))
+    monkeypatch.chdir(trained.parent)
+    before, after = (load_file(m / "adapter_model.safetensors") for m in (started, trained))
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
-    description = json.loads((tmp_path / "trained" / "adfm.json").read_text())
+    description = json.loads((trained / "adfm.json").read_text())
     assert description["stage"] == "train" and description["base"]["name"] == "embedded://tiny-base"
-    client = MlflowClient()
+    client = tracking.client()
     run = client.get_run(description["mlflow_run_id"])
+    assert run.info.status == "FINISHED" and "mlflow_away" not in run.data.tags
     for figure in (
         "reward", "reward_std", "rewards/localization/mean", "rewards/localization/std", "utilisation",
         "utilisation/classification", "groups/all_right", "groups/all_wrong", "kl", "entropy",
@@ -120,7 +131,7 @@ def test_training_is_watched_and_changes_the_adapter(
         assert [point.step for point in history] == [1, 2, 3, 4], figure
     pictures = [file.path for file in client.list_artifacts(run.info.run_id, "completions")]
     assert pictures == ["completions/step-00000.png", "completions/step-00002.png"]
-    assert not (tmp_path / "trained.checkpoint").exists()
+    assert not list(trained.parent.glob("trained.*"))
 
 
 def test_groups_that_teach_nothing_are_drawn_anew(
@@ -145,31 +156,98 @@ def test_groups_that_processes_would_share_are_not_drawn_anew(
         grpo.train(small_shards, started, tmp_path / "out", params)
 
 
-def test_killed_training_goes_on_from_its_last_checkpoint(
+ENDS = """
+import os, signal, sys
+from adfm.cli import main
+from adfm.training import checkpoints, grpo
+signal_, place = sys.argv[1].split()
+
+def then(count, function):
+    calls = []
+    def ended(*given, **named):
+        calls.append(1)
+        if len(calls) == count:
+            os.kill(os.getpid(), getattr(signal, signal_))
+        return function(*given, **named)
+    return ended
+
+if place == "saving":  # written, and not yet renamed
+    checkpoints.publish = then(2, checkpoints.publish)
+elif place == "removing":  # an older checkpoint, half gone
+    rmtree = checkpoints.shutil.rmtree
+    end = then(1, rmtree)
+    checkpoints.shutil.rmtree = lambda path, *given, **named: (
+        end if os.path.exists(path) and "removed-" in str(path) else rmtree
+    )(path, *given, **named)
+else:
+    grpo.utilisation = then(1, grpo.utilisation)
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.timeout(900)
+def test_a_training_that_is_ended_at_any_moment_goes_on_as_if_nothing_had_been(
+    small_shards: Path, started: Path, trained: Path, tmp_path: Path, params: Params
+) -> None:
+    (tmp_path / "params.yaml").write_text(tracking.settings(params))
+    verb = ["train", str(small_shards), str(started), "trained", "--set", "train.health.patience=0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    work = tmp_path / "trained.checkpoint"
+
+    def ended(by: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", ENDS, by, *verb]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        assert not (tmp_path / "trained").exists()
+        return done
+
+    assert ended("SIGKILL saving").returncode == -signal.SIGKILL
+    assert checkpoints.every(work) == [1]
+    assert (checkpoints.partial(work) / "checkpoint-2" / "trainer_state.json").exists()
+    run_id = json.loads((work / "identity.json").read_text())["mlflow_run_id"]
+
+    done = ended("SIGTERM scoring")
+    assert done.returncode == 75, done.stderr
+    assert "an unfinished checkpoint is removed" in done.stdout
+    assert "after step 2 of 4; the same command goes on from trained.checkpoint/checkpoint-2" in done.stderr
+    assert checkpoints.every(work) == [1, 2]
+    assert tracking.client().get_run(run_id).info.status == "KILLED"
+
+    assert ended("SIGKILL removing").returncode == -signal.SIGKILL
+    assert checkpoints.every(work) == [2, 3]
+
+    subprocess.run([sys.executable, "-m", "adfm", *verb], cwd=tmp_path, check=True, env=environment)
+    for file in ("adapter_model.safetensors", "reward_curves.csv"):
+        ours, other = (_but_for_time(folder / file) for folder in (tmp_path / "trained", trained))
+        assert ours == other, file
+    assert json.loads((tmp_path / "trained" / "adfm.json").read_text())["mlflow_run_id"] == run_id
+    history = tracking.client().get_metric_history(run_id, "reward")
+    assert [point.step for point in history] == [1, 2, 3, 4]
+
+
+def _but_for_time(file: Path) -> Any:
+    """The content of a file; of curves, without how long things took."""
+    if file.suffix != ".csv":
+        return file.read_bytes()
+    with file.open() as stream:
+        rows = list(csv.DictReader(stream))
+    return [{k: v for k, v in row.items() if not k.startswith("seconds") and k != "step_time"} for row in rows]
+
+
+def test_a_training_that_has_gone_wrong_is_stopped_and_not_tried_again(
     small_shards: Path, started: Path, tmp_path: Path, params: Params
 ) -> None:
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json", by_alias=True)))
-    command = [sys.executable, "-m", "adfm", "train", str(small_shards), str(started), "trained"]
-    checkpoints = tmp_path / "trained.checkpoint"
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while not (checkpoints / "checkpoint-2" / "trainer_state.json").exists():
-        assert process.poll() is None, process.stdout.read() if process.stdout else ""
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    strict = params.train.model_copy(update={"health": Health(patience=2, min_utilisation=1.0)})
+    ill = params.model_copy(update={"train": strict})
+    with pytest.raises(AdfmError, match=r"(?s)steps 1 to 2: at most .* of the groups.*no checkpoint from before it"):
+        grpo.train(small_shards, started, tmp_path / "trained", ill)
     assert not (tmp_path / "trained").exists()
-    run_id = json.loads((checkpoints / "identity.json").read_text())["mlflow_run_id"]
-    survived = json.loads((sorted(checkpoints.glob("checkpoint-*"))[-1] / "trainer_state.json").read_text())
-
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-
-    with (tmp_path / "trained" / "reward_curves.csv").open() as stream:
-        rows = list(csv.DictReader(stream))
-    assert [int(row["step"]) for row in rows] == [1, 2, 3, 4]
-    assert [float(row["reward"]) for row in rows][: survived["global_step"]] == [
-        row["reward"] for row in survived["log_history"] if "reward" in row
-    ]
-    assert json.loads((tmp_path / "trained" / "adfm.json").read_text())["mlflow_run_id"] == run_id
+    work = tmp_path / "trained.checkpoint"
+    assert checkpoints.every(work) == []
+    run_id = json.loads((work / "identity.json").read_text())["mlflow_run_id"]
+    assert tracking.client().get_run(run_id).info.status == "FAILED"
+    with pytest.raises(AdfmError, match="Nothing has changed since"):
+        grpo.train(small_shards, started, tmp_path / "trained", ill)
+    assert grpo._resume(work, small_shards, started, params) == run_id
 
 
 def test_checkpoints_of_other_settings_are_not_used(
@@ -180,4 +258,6 @@ def test_checkpoints_of_other_settings_are_not_used(
     assert grpo._resume(work, small_shards, started, params) == "some-run"
     other = params.model_copy(update={"seed": 7})
     assert grpo._resume(work, small_shards, started, other) is None
-    assert not work.exists() and "starting anew" in capsys.readouterr().out
+    assert not work.exists() and (tmp_path / "trained.old.checkpoint" / "identity.json").is_file()
+    said = capsys.readouterr().out
+    assert "of other data, model or settings: seed (0, now 7); they are set aside" in said and "starting anew" in said

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from kubernetes.client.exceptions import ApiException
 
 from adfm.errors import AdfmError
 from adfm.params import Params, load
+from adfm.stopping import Stopped
 from adfm.tracking import settings
 from adfm.training import grpo, launch
 from adfm.training.warmup import warmup
@@ -149,15 +152,29 @@ def test_without_a_volume_or_a_cluster_nothing_is_begun(tmp_path: Path, monkeypa
 def test_several_gpus_are_used_by_accelerate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
 
-    def run(command: list[str], check: bool) -> Any:
-        asked.append(command)
-        assert load(Path(command[-1])).seed == 3
-        return type("Done", (), {"returncode": 1})()
+    class Processes(contextlib.AbstractContextManager[Any]):
+        def __init__(self, command: list[str]) -> None:
+            asked.append(command)
+            assert load(Path(command[-1])).seed == 3
 
-    monkeypatch.setattr(subprocess, "run", run)
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def terminate(self) -> None:
+            self.told = True
+
+        def wait(self) -> int:
+            if len(asked) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert self.told
+            return 1
+
+    monkeypatch.setattr(subprocess, "Popen", Processes)
     with pytest.raises(AdfmError, match="training in 2 processes failed with status 1"):
         launch.on_gpus(tmp_path / "s", tmp_path / "m", tmp_path / "o", Params(seed=3), 2)
-    (command,) = asked
+    with pytest.raises(Stopped, match="goes on"):
+        launch.on_gpus(tmp_path / "s", tmp_path / "m", tmp_path / "o", Params(seed=3), 2)
+    command = asked[0]
     assert command[1:6] == ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
     assert command[command.index("--num_processes") + 1] == "2"
     assert command[-7:-2] == ["adfm", "train", *(str(tmp_path / name) for name in "smo")]

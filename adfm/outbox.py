@@ -1,0 +1,232 @@
+"""What a training has to say to MLflow: written to disk first, sent by a thread, kept while MLflow is away.
+
+Training never waits for the server, and never fails because of it. The folder holds, for each MLflow run,
+
+    <run>.jsonl      a line each: figures of a step, a picture, how the run ended
+    <run>.sent       how many bytes of it MLflow has
+    <run>/…          the pictures that it does not have yet
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from tqdm import tqdm
+
+from adfm import tracking
+from adfm.errors import AdfmError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_LINES = 10  # a request; MLflow takes 1,000 figures in one, and a step has fewer than 100
+_LONGEST_PAUSE = 60.0  # seconds between two attempts
+_LEAVE = 60.0  # seconds
+
+
+class Outbox:
+    """Takes figures and pictures of one run at once, and sends them in order when MLflow takes them.
+
+    A step that was taken before is not taken again: a training that was killed repeats the steps after its last
+    checkpoint. As a context manager, it ends by sending what it can; if that was not all after a body that ended well,
+    it says where the rest lies and how to send it.
+
+    Args:
+        folder: Where it is kept; what lies there of other runs is sent, if they still exist.
+        run_id: The run.
+    """
+
+    def __init__(self, folder: Path, run_id: str) -> None:
+        self._folder, self._journal = folder, folder / f"{run_id}.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        for other in set(folder.glob("*.jsonl")) - {self._journal}:
+            try:
+                _finish(other)
+            except Exception as error:  # whatever the store's client raises
+                print(f"{other}: still not sent: {_reason(error)}")
+        entries = _whole(self._journal)
+        self._step = max((entry.get("step", 0) for entry in entries), default=0)
+        self._pictures = {entry.get("picture") for entry in entries}
+        self._news, self._closing = threading.Event(), threading.Event()
+        self._away_since: int | None = None
+        self._news.set()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def add(self, figures: dict[str, float], step: int) -> None:
+        """Take the figures of a step."""
+        if step > self._step:
+            self._step = step
+            self._write({"step": step, "figures": figures})
+
+    def add_picture(self, picture: Image.Image, name: str) -> None:
+        """Take a picture, for the artifact `name` of the run."""
+        if name not in self._pictures:
+            self._pictures.add(name)
+            file = self._journal.with_suffix("") / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(file)
+            self._write({"picture": name})
+
+    def __enter__(self) -> Self:  # noqa: D105
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:  # noqa: D105
+        if kind is None:
+            self._write({"end": "FINISHED"})
+        self._closing.set()
+        self._news.set()
+        self._thread.join(_LEAVE)
+        if kind is not None:
+            return
+        if _is_sent(self._journal):
+            _remove(self._journal)
+        else:
+            _say(
+                "MLflow is still away. The model is written all the same; the figures and pictures that MLflow lacks "
+                f"are in {self._folder}. When it is back, send them: adfm resend {self._folder}"
+            )
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        line = json.dumps({**entry, "time": round(time.time() * 1000)}, allow_nan=False)
+        with self._journal.open("a", encoding="utf-8") as journal:
+            journal.write(line + "\n")
+        self._news.set()
+
+    def _run(self) -> None:
+        pause = 1.0
+        while True:
+            self._news.wait()
+            self._news.clear()
+            try:
+                _send(self._journal)
+                self._back()
+                pause = 1.0
+            except Exception as error:  # whatever the store's client raises: training is worth more than its figures
+                self._away(error)
+                if self._closing.is_set():
+                    return
+                self._closing.wait(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+                self._news.set()
+            if self._closing.is_set() and not self._news.is_set():
+                return
+
+    def _away(self, error: Exception) -> None:
+        if self._away_since is None:
+            self._away_since = self._step
+            _say(
+                f"MLflow does not answer ({_reason(error)}); training goes on, and its figures from step {self._step} "
+                f"on wait in {self._folder}"
+            )
+
+    def _back(self) -> None:
+        if self._away_since is not None:
+            steps = f"steps {self._away_since} to {self._step}"
+            _tag(self._journal.stem, steps)
+            self._away_since = None
+            _say(f"MLflow is back and has the figures of {steps}")
+
+
+def resend(folder: Path) -> None:
+    """Send what a training could not, with the times at which it happened, and remove `folder`.
+
+    Raises:
+        AdfmError: There is nothing of the kind in `folder`, or MLflow does not take it.
+    """
+    journals = sorted(folder.glob("*.jsonl"))
+    if not journals:
+        raise AdfmError(f"{folder} holds no figures that wait; training makes such a folder, <OUT>.unsent.")
+    uri = tracking.configure()
+    with tracking.store_errors(uri):
+        for journal in journals:
+            _tag(journal.stem, "the end")
+            _finish(journal)
+            print(f"run {journal.stem}: sent")
+
+
+def _finish(journal: Path) -> None:
+    """Sends the rest of a journal and removes it; that of a run which was deleted is removed unsent."""
+    _whole(journal)
+    if tracking.find_run(journal.stem):
+        _send(journal)
+    _remove(journal)
+
+
+def _send(journal: Path) -> None:
+    """Sends the lines that MLflow lacks; what was sent twice, because a process died in between, it keeps once."""
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+    if not journal.is_file():
+        return
+    store, run = MlflowClient(), journal.stem
+    with journal.open("rb") as stream, tracking.impatient():
+        stream.seek(_sent(journal))
+        while lines := [line for line in islice(stream, _LINES) if line.endswith(b"\n")]:
+            entries = [json.loads(line) for line in lines]
+            metrics = [
+                Metric(name, value, entry["time"], entry["step"])
+                for entry in entries
+                for name, value in entry.get("figures", {}).items()
+            ]
+            if metrics:
+                store.log_batch(run, metrics)
+            for entry in entries:
+                picture = journal.with_suffix("") / entry.get("picture", "")
+                if "picture" in entry and picture.is_file():
+                    store.log_artifact(run, str(picture), str(Path(entry["picture"]).parent))
+                    picture.unlink()
+                if "end" in entry:
+                    store.set_terminated(run, entry["end"], entry["time"])
+            journal.with_suffix(".sent").write_text(str(_sent(journal) + sum(map(len, lines))))
+
+
+def _whole(journal: Path) -> list[dict[str, Any]]:
+    """The entries of a journal, after a line that a killed process had half written is cut off."""
+    if not journal.is_file():
+        return []
+    text = journal.read_bytes()
+    lines = text[: text.rfind(b"\n") + 1]
+    if lines != text:
+        journal.write_bytes(lines)
+    return [json.loads(line) for line in lines.splitlines()]
+
+
+def _sent(journal: Path) -> int:
+    file = journal.with_suffix(".sent")
+    return int(file.read_text() or 0) if file.is_file() else 0
+
+
+def _is_sent(journal: Path) -> bool:
+    return _sent(journal) == journal.stat().st_size
+
+
+def _remove(journal: Path) -> None:
+    shutil.rmtree(journal.with_suffix(""), ignore_errors=True)
+    for file in (journal.with_suffix(".sent"), journal):
+        file.unlink(missing_ok=True)
+    if not any(journal.parent.iterdir()):
+        journal.parent.rmdir()
+
+
+def _tag(run: str, what: str) -> None:
+    from mlflow import MlflowClient
+
+    with tracking.impatient():
+        before = MlflowClient().get_run(run).data.tags.get("mlflow_away")
+        MlflowClient().set_tag(run, "mlflow_away", f"{before}; {what}" if before else what)
+
+
+def _reason(error: Exception) -> str:
+    return tracking.without_login(" ".join(str(error).rpartition("Caused by ")[2].split()))[:120]
+
+
+def _say(text: str) -> None:
+    tqdm.write(text)

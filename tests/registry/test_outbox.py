@@ -1,0 +1,160 @@
+"""The outbox against an MLflow server that goes away; here, because the server's fixtures are."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+
+from adfm import tracking
+from adfm.errors import AdfmError
+from adfm.outbox import Outbox, resend
+from adfm.params import Params
+from adfm.training import grpo
+from adfm.training.warmup import warmup
+
+
+class Server:
+    """An MLflow server that can go away and come back."""
+
+    def __init__(self, start: Callable[..., AbstractContextManager[str]], home: Path, database: Path) -> None:
+        self._start, self._home, self._database = start, home, database
+        self._running, self._port = ExitStack(), 0
+
+    def start(self) -> str:
+        uri = self._running.enter_context(self._start(self._home, self._database, port=self._port))
+        self._port = urlsplit(uri).port or 0
+        return uri
+
+    def stop(self) -> None:
+        self._running.close()
+
+
+@pytest.fixture
+def away(
+    start_mlflow: Callable[..., AbstractContextManager[str]],
+    empty_database: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Server]:
+    server = Server(start_mlflow, tmp_path / "server", empty_database)
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.start())
+    monkeypatch.chdir(tmp_path)
+    yield server
+    server.stop()
+
+
+def begin() -> str:
+    return tracking.client().create_run(tracking.experiment("adfm")).info.run_id
+
+
+def steps(run: str, figure: str = "reward") -> list[int]:
+    return [point.step for point in MlflowClient().get_metric_history(run, figure)]
+
+
+def wait_for(said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = ""
+    deadline = time.monotonic() + 200
+    while said not in seen:
+        assert time.monotonic() < deadline, seen
+        time.sleep(0.05)
+        seen += capsys.readouterr().out
+
+
+def test_figures_wait_while_the_server_is_away_and_come_in_order(
+    away: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, folder = begin(), tmp_path / "trained.unsent"
+    with Outbox(folder, run) as outbox:
+        outbox.add({"reward": 0.1}, 1)
+        while not steps(run):
+            time.sleep(0.05)
+        away.stop()
+        outbox.add({"reward": 0.2}, 2)
+        outbox.add_picture(Image.new("RGB", (8, 8)), "completions/step-00002.png")
+        wait_for("MLflow does not answer", capsys)
+        outbox.add({"reward": 0.3}, 3)
+        away.start()
+        wait_for("MLflow is back", capsys)
+        outbox.add({"reward": 0.4}, 4)
+        outbox.add({"reward": 9.9}, 4)  # as after a kill: a step that was taken is not taken again
+    assert [point.value for point in MlflowClient().get_metric_history(run, "reward")] == [0.1, 0.2, 0.3, 0.4]
+    assert [file.path for file in MlflowClient().list_artifacts(run, "completions")] == ["completions/step-00002.png"]
+    found = MlflowClient().get_run(run)
+    assert found.info.status == "FINISHED"
+    assert found.data.tags["mlflow_away"] == "steps 2 to 3"
+    assert not folder.exists()
+
+
+@pytest.mark.timeout(900)
+def test_a_server_that_never_comes_back_costs_no_training(
+    away: Server,
+    small_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    small = {"steps": 3, "prompts_per_step": 2, "num_generations": 2, "max_completion_length": 16, "pictures_every": 1}
+    params = Params.model_validate({"warmup": {"steps": 0}, "train": small})
+    warmup(small_shards, tmp_path / "warmup", params)
+    score, seen = grpo.utilisation, []
+
+    def stop_the_server(*given: Any) -> dict[str, float]:
+        seen.append(1)
+        if len(seen) == 2:
+            away.stop()
+        return score(*given)
+
+    monkeypatch.setattr(grpo, "utilisation", stop_the_server)
+    grpo.train(small_shards, tmp_path / "warmup", Path("trained"), params)
+    said = capsys.readouterr().out
+    assert said.count("MLflow does not answer") == 1
+    assert "The model is written all the same" in said and "adfm resend trained.unsent" in said
+    run = json.loads((tmp_path / "trained" / "adfm.json").read_text())["mlflow_run_id"]
+    with pytest.raises(AdfmError, match="MLflow at"):
+        resend(Path("trained.unsent"))
+
+    away.start()
+    resend(Path("trained.unsent"))
+    assert steps(run) == [1, 2, 3]
+    assert len(MlflowClient().list_artifacts(run, "completions")) == 3
+    assert MlflowClient().get_run(run).info.status == "FINISHED"
+    assert not (tmp_path / "trained.unsent").exists()
+
+
+def test_what_a_killed_process_left_is_sent_once(store: Path) -> None:
+    run, folder = begin(), store / "trained.unsent"
+    folder.mkdir()
+    lines = [f'{{"step": {step}, "figures": {{"reward": {step}.0}}, "time": {step}}}\n' for step in (1, 2)]
+    (folder / f"{run}.jsonl").write_text("".join(lines) + '{"step": 3, "fig')
+    (folder / f"{run}.sent").write_text("")  # it had sent the first, and not said so
+    MlflowClient().log_metric(run, "reward", 1.0, timestamp=1, step=1)
+    with Outbox(folder, run) as outbox:
+        outbox.add({"reward": 3.0}, 3)
+    assert steps(run) == [1, 2, 3]
+    assert not folder.exists()
+
+
+def test_what_waits_of_an_earlier_run_is_sent_by_the_next(store: Path) -> None:
+    folder, (earlier, deleted, run) = store / "trained.unsent", [begin() for _ in range(3)]
+    folder.mkdir()
+    for each in (earlier, deleted):
+        (folder / f"{each}.jsonl").write_text('{"step": 7, "figures": {"reward": 0.5}, "time": 1}\n')
+    MlflowClient().delete_run(deleted)
+    with Outbox(folder, run):
+        assert steps(earlier) == [7]
+    assert not folder.exists()
+
+
+def test_a_folder_without_figures_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdfmError, match=r"holds no figures that wait.*<OUT>\.unsent"):
+        resend(tmp_path)
