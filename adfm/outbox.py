@@ -146,15 +146,15 @@ def resend(folder: Path) -> None:
     uri = tracking.configure()
     with tracking.store_errors(uri):
         for journal in journals:
-            _tag(journal.stem, "the end")
             _finish(journal)
-            print(f"run {journal.stem}: sent")
+            print(f"run {journal.stem}: done")
 
 
 def _finish(journal: Path) -> None:
     """Sends the rest of a journal and removes it; that of a run which was deleted is removed unsent."""
     _whole(journal)
     if tracking.find_run(journal.stem):
+        _tag(journal.stem, "the last ones")
         _send(journal)
     _remove(journal)
 
