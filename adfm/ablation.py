@@ -263,12 +263,13 @@ def claims(evidence: dict[str, dict[int, dict[str, Any]]]) -> list[tuple[str, bo
 
 def describe(evidence: dict[str, dict[int, dict[str, Any]]], params: Params, planned: int) -> str:
     """The report, in Markdown."""
-    head = ["arm", "seeds", *(_TITLES[name].lower() for name in METRICS)]
+    head = ["arm", "seeds", *(_TITLES[name] for name in METRICS), "before GRPO: balanced accuracy, IoU"]
     rows = [
         [
             ARMS[arm].title,
             ", ".join(map(str, found)),
             *(_shown(interval([run[name] for run in found.values()])) for name in METRICS),
+            "{:.3f}, {:.3f}".format(*np.mean([run["curve"][0][1:] for run in found.values()], axis=0)),
         ]
         for arm, found in evidence.items()
     ]
