@@ -95,11 +95,11 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
             _identify(work, shards, model, params, run.info.run_id)
         count = settings.steps * settings.prompts_per_step
         with state.main_process_first():
-            start = checkpoints.last(work)
+            last = checkpoints.last(work)
             data = examples.draw(shards, loaded, count, settings.anomalous_share, params.seed + 1, work / "cache")
         trainer = _trainer(loaded, data, work, params, state.num_processes, bool(keep), outbox, guard)
         with memory.explained(params, state.num_processes):
-            trainer.train(resume_from_checkpoint=start and str(start))
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
         if guard.stopped:
             raise guard.error(work, trainer.state.global_step, settings.steps, state.is_main_process)
         if state.is_main_process:
@@ -269,7 +269,8 @@ def _trainer(
             return str(checkpoints.partial(work))
 
         def _save_checkpoint(self, *args: Any) -> None:
-            super()._save_checkpoint(*args)
+            save: Any = super()._save_checkpoint  # untyped in TRL
+            save(*args)
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 checkpoints.publish(work, None if keep_all else settings.health.patience)
