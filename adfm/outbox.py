@@ -44,12 +44,12 @@ class Outbox:
 
     def __init__(self, folder: Path, run_id: str) -> None:
         self._folder, self._journal = folder, folder / f"{run_id}.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
         for other in set(folder.glob("*.jsonl")) - {self._journal}:
             try:
                 _finish(other)
             except Exception as error:  # whatever the store's client raises
                 print(f"{other}: still not sent: {_reason(error)}")
+        folder.mkdir(parents=True, exist_ok=True)
         entries = _whole(self._journal)
         self._step = max((entry.get("step", 0) for entry in entries), default=0)
         self._pictures = {entry.get("picture") for entry in entries}
