@@ -280,17 +280,18 @@ def describe(evidence: dict[str, dict[int, dict[str, Any]]], params: Params, pla
         for arm in evidence
     )
     usual = flat(Params())
-    shared = [f"`{key}={value}`" for key, value in flat(params).items() if value != usual[key]]
+    shared = "".join(f" --set {key}={value}" for key, value in flat(params).items() if value != usual[key])
     verdicts = "\n".join(f"- **{'Found' if holds else 'Not found'}**: {words}." for words, holds in claims(evidence))
     return f"""\
 # Evidence
 
-Written by `adfm ablate`; {finished} of {planned} runs are in it. Each arm starts from the same base model
+    adfm ablate data/shards ablation docs{shared}
+
+wrote this page; {finished} of {planned} runs are in it. Each arm starts from the same base model
 (`{params.model.name}`), sees the same data in the same order of the same seed, and takes {params.train.steps} steps of
-{params.train.prompts_per_step} images with {params.train.num_generations} completions each. Settings that differ from
-the defaults: {", ".join(shared) or "none"}. Mean and 95 % interval over the seeds (Student's t); held-out images,
-greedy decoding. Utilisation is the mean over the steps of a run. A model that answers without stages draws no boxes,
-and its IoU is 0.
+{params.train.prompts_per_step} images with {params.train.num_generations} completions each. Mean and 95 % interval over
+the seeds (Student's t); held-out images, greedy decoding. Utilisation is the mean over the steps of a run. A model that
+answers without stages draws no boxes, and its IoU is 0.
 
 {table}
 
