@@ -310,7 +310,7 @@ def draw(evidence: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
     """Draws each metric against steps: mean of the seeds and its 95 % interval."""
     from adfm.evaluation.plots import bare, drawn
 
-    with drawn(path, 11, 2.7) as figure:
+    with drawn(path, 11, 3) as figure:
         for place, name in enumerate(METRICS):
             axes: Axes = figure.add_subplot(1, len(METRICS), place + 1)
             for arm, of_arm in evidence.items():
@@ -327,7 +327,7 @@ def draw(evidence: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
             axes.grid(color="#e3e8ee")
             bare(axes)
         handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(evidence), frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(evidence)), frameon=False)
 
 
 _TITLES = {

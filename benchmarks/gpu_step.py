@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,8 +32,10 @@ from adfm import cli, tracking
 from adfm import params as params_
 from adfm.method import prompt
 from adfm.models import loading, tiny
+from adfm.outbox import Outbox
 from adfm.params import Params
 from adfm.training import base, grpo
+from adfm.training.guard import Guard
 from adfm.training.warmup import VISION
 
 VARIANTS = {
@@ -93,10 +96,14 @@ def measured(name: str, params: Params, adfm: bool) -> dict[str, float]:
             synchronize()
             began.append(time.perf_counter())
 
-    with tracking.start_run("train", params) if adfm else contextlib.nullcontext():
-        trainer: Any = (
-            grpo._trainer(loaded, data, work, params, 1, 1) if adfm else bare_trainer(loaded, data, work, params)
-        )
+    with contextlib.ExitStack() as opened:
+        if adfm:
+            run = opened.enter_context(tracking.start_run("train", params))
+            outbox = opened.enter_context(Outbox(work.with_suffix(".unsent"), run.info.run_id))
+            guard = Guard(settings.health, threading.Event())
+            trainer: Any = grpo._trainer(loaded, data, None, work, params, 1, False, outbox, guard)
+        else:
+            trainer = bare_trainer(loaded, data, work, params)
         trainer.add_callback(Clock())
         spent: dict[str, list[float]] = {}
         for phase, method in (
