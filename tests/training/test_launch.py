@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from adfm.errors import AdfmError
 from adfm.params import Params, load
 from adfm.stopping import Stopped
 from adfm.tracking import settings
-from adfm.training import grpo, launch
+from adfm.training import checkpoints, grpo, launch
 from adfm.training.warmup import warmup
 
 GPU = "nvidia.com/gpu"
@@ -188,6 +189,37 @@ def test_a_batch_that_does_not_divide_starts_nothing(cluster: Cluster, tmp_path:
     assert cluster.created == 0
 
 
+# `accelerate launch --cpu --num_processes 2` starts one process.
+IN_TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+
+
+@pytest.mark.timeout(600)
+def test_two_processes_that_are_told_to_stop_stop_together_with_a_checkpoint(
+    small_shards: Path, tmp_path: Path
+) -> None:
+    small = {"steps": 500, "prompts_per_step": 2, "num_generations": 2, "max_completion_length": 16}
+    params = Params.model_validate({"warmup": {"steps": 0}, "train": small | {"checkpoint_every": 1}})
+    warmup(small_shards, tmp_path / "warmup", params)
+    (tmp_path / "params.yaml").write_text(settings(params))
+    command = launch.command(small_shards, tmp_path / "warmup", tmp_path / "trained", tmp_path / "params.yaml")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    processes = subprocess.Popen([*IN_TWO, *command], env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "trained.checkpoint" / "checkpoint-1").is_dir():
+        assert processes.poll() is None
+        time.sleep(0.05)
+    processes.terminate()
+    said = processes.communicate()[1]
+    assert processes.returncode and "adfm: stopped with the first process" in said, said
+    newest = checkpoints.last(tmp_path / "trained.checkpoint")
+    assert newest and (newest / "rng_state_1.pth").is_file()
+    assert f"the same command goes on from {newest}" in said
+
+    from adfm import tracking
+
+    (run,) = tracking.client().search_runs([tracking.experiment("adfm")], "tags.stage = 'train'")
+    assert run.info.status == "KILLED"
+
+
 @pytest.mark.timeout(600)
 def test_two_processes_go_on_from_a_checkpoint_of_one_and_do_what_one_would(
     small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -204,11 +236,9 @@ def test_two_processes_go_on_from_a_checkpoint_of_one_and_do_what_one_would(
     assert (tmp_path / "trained.checkpoint" / "checkpoint-1").is_dir()
 
     (tmp_path / "params.yaml").write_text(settings(params))
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command = launch.command(small_shards, tmp_path / "warmup", tmp_path / "trained", tmp_path / "params.yaml")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*launcher, "-m", *command], check=True, env=environment, cwd=tmp_path)
+    subprocess.run([*IN_TWO, *command], check=True, env=environment, cwd=tmp_path)
 
     description = json.loads((tmp_path / "trained" / "adfm.json").read_text())
     assert yaml.safe_load(settings(Params.model_validate(description["params"]))) == yaml.safe_load(settings(params))
