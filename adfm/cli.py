@@ -95,7 +95,8 @@ def set_environment() -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.pop("HF_MLFLOW_LOG_ARTIFACTS", None)  # would upload every checkpoint
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # said by peft's call
+    # Said by peft's and TRL's own calls.
+    warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)
 
 
 def _drop_output() -> None:

@@ -30,7 +30,7 @@ def test_data_that_are_not_fit_stop_the_run_before_a_model_is_touched(
 
 
 def test_a_training_that_fails_is_told(here: Path, small: list[str], channel: list[str]) -> None:
-    steps = ("--set", "warmup.steps=0", "--set", "train.micro_batch=3")
+    steps = ("--set", "warmup.steps=0", "--set", "train.learning_rate=1e30")
     assert run("--root", "out", "--parts", "1", *small, *steps) == 1
     assert list((here / "out").glob("*/warmup"))
     assert not list((here / "out").glob("*/evaluate"))

@@ -17,11 +17,12 @@ from adfm.files import digest
 from adfm.params import load
 from pipelines import training
 from pipelines.command import main
-from tests.small import SMALL
+from tests.small import SMALL as SMALLEST
 
 pytestmark = pytest.mark.timeout(1200)
 
 ROOT = Path(__file__).parents[2]
+SMALL = [*SMALLEST, "fetch.name=raw"]  # as a pipeline names the data set, after the artifact
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 
 
