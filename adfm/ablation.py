@@ -83,10 +83,13 @@ def ablate(shards: Path, runs: Path, out: Path, params: Params, arms: Sequence[s
         jobs: Runs at a time; they share the cores.
 
     Raises:
-        AdfmError: An arm is unknown, `runs` holds runs of other settings, data or model, or a run failed.
+        AdfmError: An arm is unknown, there is nothing to do, `runs` holds runs of other settings, data or model, or a run
+            failed.
     """
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise AdfmError(f"there is no arm {unknown[0]!r}; there are: {', '.join(ARMS)}")
+    if seeds < 1 or jobs < 1:
+        raise AdfmError(f"{min(seeds, jobs)} is too few: --seeds and --jobs are 1 at least")
     shared = tracking.settings(params)
     planned = {
         # An arm that collapses is a finding: every arm takes all steps.

@@ -67,6 +67,8 @@ def test_one_seed_shows_nothing_apart() -> None:
 def test_an_unknown_arm_is_named(small_shards: Path, tmp_path: Path) -> None:
     with pytest.raises(AdfmError, match="no arm 'full'; there are: answer, stages, paper, calibrated, resample, doubt"):
         ablation.ablate(small_shards, tmp_path / "runs", tmp_path / "out", Params(), ["full"], 1, 1)
+    with pytest.raises(AdfmError, match="0 is too few"):
+        ablation.ablate(small_shards, tmp_path / "runs", tmp_path / "out", Params(), ["answer"], 1, 0)
     assert not (tmp_path / "runs").exists()
 
 
