@@ -83,8 +83,8 @@ def ablate(shards: Path, runs: Path, out: Path, params: Params, arms: Sequence[s
         jobs: Runs at a time; they share the cores.
 
     Raises:
-        AdfmError: An arm is unknown, there is nothing to do, `runs` holds runs of other settings, data or model, or a run
-            failed.
+        AdfmError: An arm is unknown, there is nothing to do, `runs` holds runs of other settings, data or model, or a
+            run failed.
     """
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise AdfmError(f"there is no arm {unknown[0]!r}; there are: {', '.join(ARMS)}")
