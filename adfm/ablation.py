@@ -31,7 +31,8 @@ import numpy as np
 from adfm import tracking
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
-from adfm.files import write_json
+from adfm.evaluation.plots import GRID, TITLES, bare, drawn
+from adfm.files import replace_json, write_json
 from adfm.models import loading
 from adfm.params import Params, flat, loads
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 METRICS = ("balanced_accuracy", "iou", "utilisation", "recall", "specificity")
-_ON_CURVE = ("balanced_accuracy", "iou", "recall", "specificity")
+_ON_CURVE = tuple(name for name in METRICS if name != "utilisation")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ ARMS = {
     "resample": Arm("the same, groups all alike drawn anew", ("train.profile=calibrated", "train.resample=2")),
     "doubt": Arm("the same, doubtful images more often", ("train.profile=calibrated", "train.favour_doubt=true")),
 }
+_TITLES = {name: title[0].upper() + title[1:] for name in METRICS for title in [TITLES.get(name, name)]}
 _COLOURS = dict(zip(ARMS, ("#6b7785", "#b35c00", "#7b4fb5", "#1f5fae", "#2ea043", "#bf8700"), strict=True))
 
 
@@ -194,8 +196,7 @@ def _run(shards: Path, run: Path, params: Params, threads: int) -> dict[str, Any
     result["curve"] = [[point["step"], point["balanced_accuracy"], point["iou"]] for point in curve]
     result["curves"] = {name: [[point["step"], point[name]] for point in curve] for name in _ON_CURVE}
     result["curves"]["utilisation"] = used
-    write_json(result, run / "result.partial")
-    (run / "result.partial").rename(run / "result.json")
+    replace_json(result, run / "result.json")
     return result
 
 
@@ -311,8 +312,6 @@ pipeline each (seeds by `-S seed=1`, which also changes the split of the data th
 
 def draw(evidence: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
     """Draws each metric against steps: mean of the seeds and its 95 % interval."""
-    from adfm.evaluation.plots import bare, drawn
-
     with drawn(path, 11, 3) as figure:
         for place, name in enumerate(METRICS):
             axes: Axes = figure.add_subplot(1, len(METRICS), place + 1)
@@ -327,19 +326,10 @@ def draw(evidence: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
                     axes.fill_between(steps, low.clip(0, 1), high.clip(0, 1), color=_COLOURS[arm], alpha=0.15, lw=0)
             axes.set_title(_TITLES[name], loc="left", fontweight="bold")
             axes.set_xlabel("step")
-            axes.grid(color="#e3e8ee")
+            axes.grid(color=GRID)
             bare(axes)
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(evidence)), frameon=False)
-
-
-_TITLES = {
-    "balanced_accuracy": "Balanced accuracy",
-    "iou": "IoU",
-    "utilisation": "Utilisation",
-    "recall": "Recall",
-    "specificity": "Specificity",
-}
 
 
 def _shown(found: tuple[float, float, float]) -> str:

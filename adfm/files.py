@@ -98,6 +98,13 @@ def file_digest(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
+def replace_json(content: dict[str, Any], file: Path) -> None:
+    """Writes JSON beside its place and renames it, so that `file` is never half of it."""
+    partial = file.with_name(f"{file.name}.partial")
+    write_json(content, partial)
+    partial.rename(file)
+
+
 def write_json(content: dict[str, Any], file: Path) -> None:
     """Writes JSON for people and programs: indented, and without `NaN`, which not every program can read."""
     file.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from adfm import stopping, tracking
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
-from adfm.files import atomic_folder, digest, write_json
+from adfm.files import atomic_folder, digest, replace_json
 from adfm.method import rewards
 from adfm.method.coordinates import Frame
 from adfm.models import hardware, loading
@@ -169,9 +169,7 @@ def _resume(work: Path, shards: Path, model: Path, params: Params) -> str | None
 
 def _identify(work: Path, shards: Path, model: Path, params: Params, run_id: str) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    written = work / f"{IDENTITY}.partial"
-    write_json({"identity": _identity(shards, model, params), "mlflow_run_id": run_id}, written)
-    written.rename(work / IDENTITY)
+    replace_json({"identity": _identity(shards, model, params), "mlflow_run_id": run_id}, work / IDENTITY)
 
 
 def _clear(work: Path) -> None:

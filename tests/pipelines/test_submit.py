@@ -123,6 +123,15 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def send_json(handler: BaseHTTPRequestHandler, status: int, content: Any) -> None:
+    text = json.dumps(content).encode()
+    handler.send_response(status)
+    handler.send_header("Content-Type", "application/json")
+    handler.send_header("Content-Length", str(len(text)))
+    handler.end_headers()
+    handler.wfile.write(text)
+
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     kept = Server("good")
@@ -133,12 +142,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
             status, answer = 401, {"message": "token is expired"}
             if kept.token is None or self.headers.get("Authorization") == f"Bearer {kept.token}":
                 status, answer = kept.answer(self.command, self.path, body)
-            text = json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
+            send_json(self, status, answer)
 
         do_POST = do_GET
 
@@ -287,12 +291,7 @@ def kubernetes(home: Path) -> Iterator[dict[str, Any]]:
         def do_GET(self) -> None:
             found = there.get(self.path.removeprefix("/api/v1/namespaces/kubeflow/"), 404)
             status, answer = (found, {"kind": "Status"}) if isinstance(found, int) else (200, found)
-            text = json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
+            send_json(self, status, answer)
 
         def log_message(self, *_: object) -> None:
             pass
