@@ -3,7 +3,6 @@ import io
 import json
 import shutil
 import time
-import tracemalloc
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +16,7 @@ from adfm.data import conversion, inspection, shards, sources, splits
 from adfm.errors import AdfmError
 from adfm.params import Convert, Params
 from adfm.records import Record, Sample
+from tests.memory import peaks
 
 
 def _converted(raw: Path, **settings: object) -> dict[str, Record]:
@@ -232,22 +232,24 @@ def test_no_such_folder_or_layout(tmp_path: Path, mvtec_folder: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_memory_does_not_grow_with_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_GROUP_BYTES", 2**20)
+def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)
-    folder = tmp_path / "raw" / "bolt" / "train" / "good"
-    folder.mkdir(parents=True)
-    peaks = []
-    for images in (10, 80):
+    for images, part in ((10, "few"), (80, "many")):
+        folder = tmp_path / part / "bolt" / "train" / "good"
+        folder.mkdir(parents=True)
         for number in range(images):
             noise[0, 0] = number
             Image.fromarray(noise).save(folder / f"{number}.png", compress_level=0)
-        tracemalloc.start()
-        conversion.convert(tmp_path / "raw", tmp_path / "out", Params())
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
     assert sum(path.stat().st_size for path in folder.iterdir()) > 20 * 2**20
-    assert peaks[1] < peaks[0] + 3 * 2**20
+    few, many = peaks(
+        _convert_in_small_groups, *((tmp_path / part, tmp_path / f"{part}.out") for part in ("few", "many"))
+    )
+    assert many < few + 3 * 2**20
+
+
+def _convert_in_small_groups(raw: Path, out: Path) -> None:
+    shards._GROUP_BYTES = 2**20
+    conversion.convert(raw, out, Params())
 
 
 def test_only_a_few_items_are_ahead_of_a_slow_writer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,18 +443,20 @@ def test_near_duplicates_share_a_split_and_are_reported(mvtec_folder: Path, caps
     assert report["warnings"] == []
 
 
-def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversion, "RUN", 50)
-    folder = tmp_path / "raw" / "bolt" / "train" / "good"
-    folder.mkdir(parents=True)
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.new("L", (8, 8), 99).save(buffer, "PNG")
-    peaks = []
-    for images in (100, 800):
+    for images, part in ((100, "few"), (800, "many")):
+        folder = tmp_path / part / "bolt" / "train" / "good"
+        folder.mkdir(parents=True)
         for number in range(images):
             (folder / f"{number:05d}.png").write_bytes(buffer.getvalue() + b"%d" % number)
-        tracemalloc.start()
-        conversion.convert(tmp_path / "raw", tmp_path / "out", Params())
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[1] < peaks[0] + 700 * 2500
+    few, many = peaks(
+        _convert_in_short_runs, *((tmp_path / part, tmp_path / f"{part}.out") for part in ("few", "many"))
+    )
+    assert many < few + 700 * 2500
+
+
+def _convert_in_short_runs(raw: Path, out: Path) -> None:
+    conversion.RUN = 50
+    conversion.convert(raw, out, Params())

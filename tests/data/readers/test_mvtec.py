@@ -1,5 +1,4 @@
 import shutil
-import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -7,6 +6,7 @@ import pytest
 from adfm.data import readers
 from adfm.data.readers import mvtec
 from adfm.errors import AdfmError
+from tests.memory import peaks
 
 
 def test_samples(mvtec_folder: Path) -> None:
@@ -92,7 +92,6 @@ def test_everything_that_is_wrong_is_listed_in_one_error(mvtec_folder: Path) -> 
 
 
 def test_memory_does_not_grow_with_the_number_of_categories(tmp_path: Path) -> None:
-    peaks = []
     for number in (2, 12):
         raw = tmp_path / str(number)
         for category in range(number):
@@ -101,11 +100,14 @@ def test_memory_does_not_grow_with_the_number_of_categories(tmp_path: Path) -> N
                 folder.mkdir(parents=True)
                 for image in range(100):
                     (folder / f"{image:03d}.png").touch()
-        tracemalloc.start()
         assert sum(1 for _ in mvtec.read(raw)) == number * 200
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[1] < 1.2 * peaks[0]
+    _, few, many = peaks(_read_through, (tmp_path / "2",), (tmp_path / "2",), (tmp_path / "12",))
+    assert many < 1.2 * few
+
+
+def _read_through(raw: Path) -> None:
+    for _ in mvtec.read(raw):
+        pass
 
 
 def test_a_layout_without_an_image(tmp_path: Path) -> None:
