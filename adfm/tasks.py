@@ -55,7 +55,7 @@ def begin(settings: str) -> Params:
 
 def check(
     settings: str, revision: str = "", gpu_type: str = GPUS[0], num_gpus: int = 0
-) -> tuple[str, str, str, str, str]:
+) -> tuple[str, str, str, str, str, str]:
     """Sees that a run can start, and takes its settings apart, so that a task runs again only for those it reads.
 
     Args:
@@ -65,8 +65,8 @@ def check(
         num_gpus: GPUs of a machine.
 
     Returns:
-        The whole settings; where the data is; its revision, which is the time for a source that may change; what
-        conversion reads; what validation reads.
+        The whole settings; where the data is; its name; its revision, which is the time for a source that may change;
+        what conversion reads; what validation reads.
 
     Raises:
         AdfmError: Settings or GPUs are wrong, model or MLflow cannot be used, or what only a secret of the cluster can
@@ -89,6 +89,7 @@ def check(
     return (
         tracking.settings(asked),
         source,
+        asked.fetch.name,
         revision or fixed_revision(source) or tracking.now(),
         conversion,
         validation,

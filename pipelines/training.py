@@ -53,7 +53,9 @@ def _path(name: str, settings: Any, revision: Any, parts: Any, ui: Any, gpus: An
         # KFP compiles parameters for accelerators into a sub-DAG only if a task of it takes them as arguments as well.
         checked = check(settings=settings, revision=revision, gpu_type=gpus[0], num_gpus=gpus[1])
         give(checked, "check")
-        fetched = fetch(source=checked.outputs["source"], revision=checked.outputs["revision"])
+        fetched = fetch(
+            source=checked.outputs["source"], name=checked.outputs["name"], revision=checked.outputs["revision"]
+        )
         give(fetched, "fetch")
         converted = conversion(
             raw=fetched.outputs["raw"], parts=parts, settings=checked.outputs["conversion"]

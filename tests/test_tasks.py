@@ -22,13 +22,14 @@ def here(store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_check_takes_settings_apart_for_those_that_read_them() -> None:
-    settings, source, revision, conversion, validation = tasks.check("seed: 3\nwarmup: {steps: 1}\n")
+    settings, source, name, revision, conversion, validation = tasks.check("seed: 3\nwarmup: {steps: 1}\n")
     assert loads(settings).seed == 3
     assert source == revision == "synthetic://"
+    assert name == "synthetic"
     assert set(yaml.safe_load(conversion)) == {"seed", "convert", "split"}
     assert set(yaml.safe_load(validation)) == {"convert", "split", "validate", "register"}
     others = tasks.check("seed: 3\nwarmup: {steps: 2}\n")
-    assert others[1:] == (source, revision, conversion, validation)
+    assert others[1:] == (source, name, revision, conversion, validation)
 
 
 def test_on_a_cluster_a_store_that_would_be_lost_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ def check(
     revision: str,
     gpu_type: str,
     num_gpus: int,
-) -> NamedTuple("Checked", settings=str, source=str, revision=str, conversion=str, validation=str):
+) -> NamedTuple("Checked", settings=str, source=str, name=str, revision=str, conversion=str, validation=str):
     """Settings are the text of a params.yaml; the parts of them that data stages read come out one by one."""
     from adfm import tasks
 

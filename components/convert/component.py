@@ -15,7 +15,8 @@ def inspect_part(raw: dsl.Input[dsl.Dataset], part: str, settings: str, inspecte
     from adfm.data.conversion import inspect_part
 
     number, of = part.split("/")
-    inspect_part(Path(raw.path), Path(inspected.path), tasks.begin(settings), int(number), int(of))
+    named = Path(raw.path) / raw.metadata["name"]
+    inspect_part(named, Path(inspected.path), tasks.begin(settings), int(number), int(of))
 
 
 @dsl.component(base_image=os.environ.get("ADFM_CPU_IMAGE", "localhost/adfm:cpu"), install_kfp_package=False)
@@ -31,4 +32,5 @@ def convert(
     from adfm import tasks
     from adfm.data.conversion import convert
 
-    convert(Path(raw.path), Path(shards.path), tasks.begin(settings), [Path(part.path) for part in parts])
+    named = Path(raw.path) / raw.metadata["name"]
+    convert(named, Path(shards.path), tasks.begin(settings), [Path(part.path) for part in parts])

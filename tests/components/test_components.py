@@ -61,8 +61,8 @@ def artifacts(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="module")
 def shards(artifacts: Artifacts) -> Any:
     raw = artifacts("raw", dsl.Dataset)
-    function("fetch")(source="synthetic://?images=20", revision="7", raw=raw)
-    assert raw.metadata == {"source": "synthetic://?images=20", "revision": "7"}
+    function("fetch")(source="synthetic://?images=20", name="line", revision="7", raw=raw)
+    assert raw.metadata == {"source": "synthetic://?images=20", "name": "line", "revision": "7"}
     parts = []
     for part in ("1/2", "2/2"):
         parts.append(artifacts(f"part-{part[0]}", dsl.Dataset))
@@ -111,7 +111,7 @@ def evaluated(artifacts: Artifacts, shards: Any) -> Artifacts:
 
 def test_check_hands_on_the_parts_of_the_settings(artifacts: Artifacts) -> None:
     checked = function("check")(settings=SETTINGS, revision="", gpu_type="nvidia.com/gpu", num_gpus=1)
-    assert checked[:3] == (SETTINGS, "synthetic://?images=20", "synthetic://?images=20")
+    assert checked[:4] == (SETTINGS, "synthetic://?images=20", "synthetic", "synthetic://?images=20")
 
 
 def test_shards_and_models_are_where_the_artifacts_are(evaluated: Artifacts) -> None:

@@ -17,12 +17,11 @@ from adfm.files import digest
 from adfm.params import load
 from pipelines import training
 from pipelines.command import main
-from tests.small import SMALL as SMALLEST
+from tests.small import SMALL
 
 pytestmark = pytest.mark.timeout(1200)
 
 ROOT = Path(__file__).parents[2]
-SMALL = [*SMALLEST, "fetch.name=raw"]  # as a pipeline names the data set, after the artifact
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 
 
