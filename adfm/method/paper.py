@@ -129,6 +129,9 @@ def best_matching(gains: Sequence[Sequence[float]]) -> Iterable[tuple[int, int]]
         return [(0, max(range(len(gains[0])), key=lambda j: gains[0][j]))]
     if len(gains[0]) == 1:
         return [(max(range(len(gains)), key=lambda i: gains[i][0]), 0)]
+    if len(gains) == len(gains[0]) == 2:
+        (a, b), (c, d) = gains
+        return [(0, 0), (1, 1)] if a + d >= b + c else [(0, 1), (1, 0)]
     from scipy.optimize import linear_sum_assignment
 
     rows, columns = linear_sum_assignment(gains, maximize=True)

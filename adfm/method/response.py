@@ -10,6 +10,9 @@ from typing import Literal, NamedTuple
 
 from adfm.records import Box, Label
 
+STAGES = ("<think>", "</think>", "<rethink>", "</rethink>", "<answer>", "</answer>")
+"""The tags of a completion that keeps to the form."""
+
 _TAG = re.compile(r"(</?(?:think|rethink|answer)>)", re.IGNORECASE | re.ASCII)
 # Where a list of coordinates begins, and its fields if there are four. They hold no bracket and no comma, so that no
 # character is looked at more than twice: no string makes this slow.
@@ -56,20 +59,23 @@ def parse(completion: str) -> Response:
     """
     parts = _TAG.split(completion)  # text, tag, text, tag, …, text
     tags = tuple(map(str.lower, parts[1::2]))
-
-    def stage(name: str) -> str | None:
-        opening, closing = f"<{name}>", f"</{name}>"
-        if opening not in tags or closing not in tags[(first := tags.index(opening)) :]:
-            return None
-        return "".join(parts[2 * first + 2 : 2 * tags.index(closing, first) + 1])
-
-    think = stage("think")
-    letter = (stage("answer") or "").strip().lower()
+    think, rethink, last = (
+        parts[2:11:4]  # what the other gives as well, but most completions keep to the form, and this is quicker
+        if tags == STAGES
+        else [_stage(parts, tags, *pair) for pair in zip(STAGES[::2], STAGES[1::2], strict=True)]
+    )
+    letter = (last or "").strip().lower()
     answer: Literal["A", "B"] | None = None
     if tags.count("<answer>") == tags.count("</answer>") == 1:  # of two answers neither is the decision
         answer = "A" if letter == "a" else "B" if letter == "b" else None
     boxes, invalid = _boxes(think or "")
-    return Response(think, stage("rethink"), answer, boxes, invalid, tags)
+    return Response(think, rethink, answer, boxes, invalid, tags)
+
+
+def _stage(parts: list[str], tags: tuple[str, ...], opening: str, closing: str) -> str | None:
+    if opening not in tags or closing not in tags[(first := tags.index(opening)) :]:
+        return None
+    return "".join(parts[2 * first + 2 : 2 * tags.index(closing, first) + 1])
 
 
 def _boxes(text: str) -> tuple[tuple[Box, ...], int]:

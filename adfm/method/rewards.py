@@ -8,18 +8,18 @@ merely contain the letter. Every term lies in [0, 1].
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from math import hypot
 from typing import Final
 
 from adfm.method.coordinates import PUBLISHED, Frame
 from adfm.method.paper import Terms, best_matching, paper
-from adfm.method.response import Response, parse
+from adfm.method.response import STAGES, Response, parse
 from adfm.records import Box, Label
 
 __all__ = ["PROFILES", "Terms", "calibrated"]
 
-_STAGES = ("<think>", "</think>", "<rethink>", "</rethink>", "<answer>", "</answer>")
 # What an anomalous image pays of `localization` when nothing is boxed. Boxes that touch no defect earn less, and the
 # farther the less: no place is better than a wrong place, and a near place than a far one.
 _NOTHING_FOUND = 0.05
@@ -59,9 +59,11 @@ def calibrated(completion: str, label: Label, boxes: Sequence[Box], frame: Frame
 def _format(response: Response) -> float:
     tags, texts = response.tags, (response.think, response.rethink, response.answer)
     there = 0
-    for opening, closing, text in zip(_STAGES[::2], _STAGES[1::2], texts, strict=True):
-        there += tags.count(opening) == tags.count(closing) == 1 and bool((text or "").strip())
-    return (there + (there == 3 and tags == _STAGES)) / 4
+    in_form = tags == STAGES
+    for stage, text in enumerate(texts):
+        if text and not text.isspace():
+            there += in_form or tags.count(STAGES[2 * stage]) == tags.count(STAGES[2 * stage + 1]) == 1
+    return (there + (there == 3 and in_form)) / 4
 
 
 def _localization(response: Response, label: Label, truth: Sequence[Box], frame: Frame) -> float:
@@ -96,9 +98,9 @@ def _found(boxes: Sequence[Box], invalid: int, truth: Sequence[Box], frame: Fram
     if m > _MOST_BOXES:
         boxes, invalid = (), m
     # Sorted, so that not even a last bit depends on the order of boxes.
-    true, predicted = sorted(map(Box._make, truth)), sorted(boxes)
+    true, predicted = tuple(sorted(map(Box._make, truth))), sorted(boxes)
     pairs = [[_overlap_and_distance(box, defect, frame) for defect in true] for box in predicted]
-    in_vain = [1 + min(far for _, far in row) for row in pairs]
+    in_vain = [1 + min([far for _, far in row]) for row in pairs]
     gains = [[iou + _IN_VAIN * (cost - far) for iou, far in row] for row, cost in zip(pairs, in_vain, strict=True)]
     total = 0.0
     for i, j in best_matching(gains) if gains else ():
@@ -108,10 +110,16 @@ def _found(boxes: Sequence[Box], invalid: int, truth: Sequence[Box], frame: Fram
     if reward < 0:
         return _NOTHING_FOUND / (1 - reward / _IN_VAIN)
     f1 = 2 * reward / (m + n)
-    shares = sorted((defect.area / (frame.width * frame.height) for defect in true), reverse=True)
-    chance = max(2 * share / (n + k) for k, share in enumerate(accumulate(shares), 1))
+    chance = _chance(true, frame)
     insight = max(0.0, (f1 - chance) / (1 - chance)) if chance < 1 else f1
     return _NOTHING_FOUND + (1 - _NOTHING_FOUND) * (_BY_CHANCE * f1 + (1 - _BY_CHANCE) * insight)
+
+
+@lru_cache  # the completions of a group have the same truth
+def _chance(true: tuple[Box, ...], frame: Frame) -> float:
+    """What boxes round the whole image get, repeated as often as it pays: S0 of `_found`."""
+    shares = sorted((defect.area / (frame.width * frame.height) for defect in true), reverse=True)
+    return max(2 * share / (len(true) + k) for k, share in enumerate(accumulate(shares), 1))
 
 
 def _overlap_and_distance(box: Box, defect: Box, frame: Frame) -> tuple[float, float]:
