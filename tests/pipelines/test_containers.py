@@ -22,16 +22,6 @@ pytestmark = pytest.mark.timeout(1200)
 
 ROOT = Path(__file__).parents[2]
 IMAGE = "localhost/adfm:cpu"
-# Podman without the privileges, and the runtime, that it takes for granted.
-CONFIGURATION = """
-[engine]
-runtime = "runc"
-cgroup_manager = "cgroupfs"
-events_logger = "file"
-[containers]
-default_ulimits = ["nofile=20000:20000", "nproc=4096:4096"]
-netns = "host"
-"""
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +31,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     given = os.environ | {"ADFM_CPU_IMAGE": IMAGE, "ADFM_GPU_IMAGE": IMAGE, "PYTHONPATH": str(ROOT)}
     builder = shutil.which("podman") or shutil.which("docker")
     if builder and builder.endswith("podman") and shutil.which("runc"):
-        (folder / "containers.conf").write_text(CONFIGURATION)
-        given.setdefault("CONTAINERS_CONF", str(folder / "containers.conf"))
+        given.setdefault("CONTAINERS_CONF", str(Path(__file__).with_name("containers.conf")))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     if not builder or _built_from(builder, given) != commit.strip():
         pytest.skip(f"NOT TESTED: there is no image {IMAGE} of this commit; build it with `make image TARGETS=cpu`")
@@ -83,8 +72,8 @@ def test_data_stages_give_in_containers_what_they_give_here(
 
     asked = params.load(None, strict[1::2])
     monkeypatch.chdir(tmp_path)
-    fetch(asked.fetch.source, Path("raw"))
-    convert(Path("raw"), Path("shards"), asked)
+    fetch(asked.fetch.source, Path(asked.fetch.name))
+    convert(Path(asked.fetch.name), Path("shards"), asked)
     (shards,) = (tmp_path / "out").rglob("convert/shards")
     assert digest(shards) == digest(Path("shards"))
 
