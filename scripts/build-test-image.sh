@@ -4,22 +4,25 @@
 set -eu
 cd "$(dirname "$0")/.."
 export CONTAINERS_CONF="$PWD/tests/pipelines/containers.conf"
-python=.venv/bin/python
+
+base_of_debian() {
+  base=localhost/adfm-test-base
+  podman image exists "$base" && return
+  made=$(mktemp --suffix .tar)
+  trap 'rm -f "$made"' EXIT
+  mmdebstrap --quiet --variant=apt --include=ca-certificates,git,python3,python3-pip,python3-venv bookworm "$made" &&
+    podman import --quiet "$made" "$base" >/dev/null
+}
 
 base=$(sed -n 's/^ARG BASE=//p' Containerfile)
 set --
 if ! podman image exists "$base" && ! timeout 300 podman pull --quiet "$base" >/dev/null 2>&1; then
-  base=localhost/adfm-test-base
-  if ! podman image exists "$base"; then
-    made=$(mktemp --suffix .tar)
-    trap 'rm -f "$made"' EXIT
-    mmdebstrap --quiet --variant=apt --include=ca-certificates,git,python3,python3-pip,python3-venv bookworm "$made"
-    podman import --quiet "$made" "$base" >/dev/null
-  fi
+  base_of_debian || true # what is missing is said below
   set -- --build-arg BASE="$base" --build-arg TORCH_INDEX=
   # The files of pip's configuration, and what they name on this machine's disk.
-  for path in $("$python" -m pip config debug | sed -n 's/^ *\(\/.*\), exists: True$/\1/p') \
-    $("$python" -m pip config list | tr -d "'" | tr '= ' '\n\n' | sed 's,^file://,,; s,/simple/*$,,' | grep '^/' | sort -u); do
+  for path in $(.venv/bin/python -m pip config debug | sed -n 's/^ *\(\/.*\), exists: True$/\1/p') \
+    $(.venv/bin/python -m pip config list | tr -d "'" | tr '= ' '\n\n' |
+      sed 's,^file://,,; s,/simple/*$,,' | grep '^/' | sort -u); do
     set -- "$@" --volume "$path:$path:ro"
   done
 fi
