@@ -36,7 +36,11 @@ def runner(root: Path, images: list[str]) -> Any:
             client.images.get(image)
         except docker.errors.ImageNotFound as error:
             raise AdfmError(f"there is no image {image} here; make it with `make image`.") from error
-        if _run(client, image, ["python", "-c", "import adfm.tasks, kfp"], {}):
+        try:
+            failed = _run(client, image, ["python", "-c", "import adfm.tasks, kfp"], {})
+        except docker.errors.APIError as error:  # without Python, for one
+            raise AdfmError(f"the image {image} does not run ({error}); make it with `make image`.") from error
+        if failed:
             raise AdfmError(f"the image {image} lacks the packages adfm and kfp; make it with `make image`.")
     # The handler's own way takes a container that is gone for one that succeeded, which it is not.
     docker_task_handler.run_docker_container = _run
@@ -46,10 +50,9 @@ def runner(root: Path, images: list[str]) -> Any:
 def _run(client: Any, image: str, command: list[str], volumes: dict[str, Any]) -> int:
     """Runs a container, passes on what it says, and returns its exit status."""
     here = str(Path.cwd())
-    container = client.containers.run(
+    container = client.containers.create(
         image,
         command,
-        detach=True,
         user=f"{os.getuid()}:{os.getgid()}",
         working_dir=here,
         volumes={**volumes, here: {"bind": here, "mode": "rw"}},
@@ -59,6 +62,7 @@ def _run(client: Any, image: str, command: list[str], volumes: dict[str, Any]) -
         tmpfs={"/tmp": "exec"},
     )
     try:
+        container.start()
         for line in container.logs(stream=True, follow=True):
             print(line.decode(errors="replace"), end="")
         return int(container.wait()["StatusCode"])

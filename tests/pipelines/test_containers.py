@@ -78,13 +78,30 @@ def test_data_stages_give_in_containers_what_they_give_here(
     assert digest(shards) == digest(Path("shards"))
 
 
+@pytest.fixture(scope="module")
+def without_package(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The image, but its packages are not found."""
+    file = tmp_path_factory.mktemp("image") / "Containerfile"
+    file.write_text(f"FROM {IMAGE}\nENV PATH=/usr/local/bin:/usr/bin:/bin\n")
+    name = "localhost/adfm:without-package"
+    command = [shutil.which("podman") or "docker", "build", "--tag", name, "--file", str(file), str(file.parent)]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    return name
+
+
 def test_an_image_without_the_package_is_said_before_anything_is_begun(
-    tmp_path: Path, environment: dict[str, str]
+    tmp_path: Path, environment: dict[str, str], without_package: str
 ) -> None:
-    done = run(tmp_path, environment | {"ADFM_GPU_IMAGE": "localhost/nothing:here"})
-    assert done.returncode == 1
-    assert "there is no image localhost/nothing:here here; make it with `make image`" in done.stderr
-    assert not (tmp_path / "mlflow.db").exists()
+    for image, said in {
+        "localhost/nothing:here": "there is no image localhost/nothing:here here",
+        without_package: f"the image {without_package} ",
+    }.items():
+        done = run(tmp_path, environment | {"ADFM_GPU_IMAGE": image})
+        assert done.returncode == 1
+        assert said in done.stderr
+        assert "make it with `make image`" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "mlflow.db").exists()
 
 
 def test_the_image_says_what_it_is_and_is_not_root(environment: dict[str, str]) -> None:
