@@ -162,7 +162,9 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--gpu-type", metavar="NAME", type=_gpu, default=GPUS[0], help=f"one of {', '.join(GPUS)}, …/mig-…"
     )
     parser.add_argument("--num-gpus", metavar="N", type=_count, default=0, help="GPUs of a machine; 0")
-    parser.add_argument("--num-nodes", metavar="N", type=_positive, default=1, help="machines that training uses; 1")
+    parser.add_argument(
+        "--num-nodes", metavar="N", type=_positive, help="train by a TrainJob on N machines, checkpoints on a volume"
+    )
     parser.add_argument("--node-selector", metavar="KEY=VALUE", type=_pair, action="append", default=[])
     parser.add_argument("--toleration", metavar="KEY[=VALUE][:EFFECT]", type=_toleration, action="append", default=[])
     parser.add_argument("--ui", metavar="URL", default="", help="of the pages, for links; the host by default")
@@ -179,7 +181,7 @@ def arguments(args: argparse.Namespace, asked: Params) -> tuple[Any, dict[str, A
         "tolerations": args.toleration,
         "ui": args.ui,
     }
-    if args.num_nodes == 1:
+    if args.num_nodes is None:
         return training, given
     return training_on_nodes, given | {"num_nodes": args.num_nodes}
 

@@ -232,7 +232,7 @@ def _cluster() -> tuple[Any, Any, str]:
     try:
         config.load_incluster_config()
     except config.ConfigException as error:
-        raise AdfmError("training on several machines needs a cluster; use num_nodes 1 here.") from error
+        raise AdfmError("a TrainJob needs a cluster; leave out --num-nodes here.") from error
     return client.CustomObjectsApi(), client.CoreV1Api(), _NAMESPACE.read_text(encoding="utf-8").strip()
 
 

@@ -98,5 +98,7 @@ def test_options_become_the_arguments_of_the_pipeline() -> None:
         ],
         "ui": "",
     }
-    pipeline, given = training.arguments(parser.parse_args(["--num-nodes", "2"]), Params())
-    assert (pipeline, given["num_nodes"]) == (training.training_on_nodes, 2)
+    assert training.arguments(parser.parse_args([]), Params())[0] is training.training
+    for nodes in (1, 2):  # one machine too, when its checkpoints have to outlive a pod
+        pipeline, given = training.arguments(parser.parse_args(["--num-nodes", str(nodes)]), Params())
+        assert (pipeline, given["num_nodes"]) == (training.training_on_nodes, nodes)
