@@ -171,7 +171,11 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def arguments(args: argparse.Namespace, asked: Params) -> tuple[Any, dict[str, Any]]:
-    """The pipeline that was asked for, and its arguments, but for the settings."""
+    """The pipeline that was asked for, and its arguments, but for the settings.
+
+    Raises:
+        AdfmError: A TrainJob is to run here.
+    """
     given = {
         "data_revision": args.data_revision or fixed_revision(asked.fetch.source),
         "parts": [f"{part}/{args.parts}" for part in range(1, args.parts + 1)],
@@ -183,6 +187,8 @@ def arguments(args: argparse.Namespace, asked: Params) -> tuple[Any, dict[str, A
     }
     if args.num_nodes is None:
         return training, given
+    if args.verb == "run":
+        raise AdfmError("--num-nodes: a TrainJob needs a cluster; leave it out here.")
     return training_on_nodes, given | {"num_nodes": args.num_nodes}
 
 

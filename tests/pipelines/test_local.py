@@ -54,6 +54,12 @@ def test_settings_that_do_not_parse_start_nothing(here: Path, capsys: pytest.Cap
     assert not (here / "out").exists()
 
 
+def test_a_trainjob_without_a_cluster_starts_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--root", "out", "--num-nodes", "2") == 1
+    assert "--num-nodes: a TrainJob needs a cluster; leave it out here." in capsys.readouterr().err
+    assert not (here / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("option", "said"),
     [
@@ -81,6 +87,7 @@ def test_options_become_the_arguments_of_the_pipeline() -> None:
     from adfm.params import Params
 
     parser = argparse.ArgumentParser()
+    parser.set_defaults(verb="submit")
     training.options(parser)
     asked = "--parts 3 --gpu-type nvidia.com/mig-1g.5gb --num-gpus 2 --node-selector pool=gpu --data-revision 7"
     args = parser.parse_args([*asked.split(), "--toleration", "gpu:NoSchedule", "--toleration", "team=vision"])
