@@ -26,7 +26,7 @@ IMAGE = "localhost/adfm:cpu"
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment in which containers of the image run, by the builder that has it; `BUILDER` and `COMMIT` say which."""
+    """The environment in which containers of the image run; `BUILDER` has it, `COMMIT` is what it is of."""
     folder = tmp_path_factory.mktemp("podman")
     given = os.environ | {"ADFM_CPU_IMAGE": IMAGE, "ADFM_GPU_IMAGE": IMAGE, "PYTHONPATH": str(ROOT)}
     if shutil.which("podman") and shutil.which("runc"):
