@@ -32,7 +32,7 @@ from adfm import tracking
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.evaluation.plots import GRID, TITLES, bare, drawn
-from adfm.files import replace_json, write_json
+from adfm.files import replace_json, replace_text, write_json
 from adfm.models import loading
 from adfm.params import Params, flat, loads
 
@@ -213,9 +213,7 @@ def _report(runs: Path, out: Path, params: Params, planned: Sequence[tuple[str, 
     draw(evidence, out / "evidence.png")
     text = describe(evidence, params, len(planned))
     for name, content in {"evidence.json": json.dumps(evidence, indent=1) + "\n", "evidence.md": text}.items():
-        partial = out / f"{name}.partial"
-        partial.write_text(content, encoding="utf-8")
-        partial.rename(out / name)
+        replace_text(content, out / name)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:

@@ -98,13 +98,22 @@ def file_digest(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def replace_json(content: dict[str, Any], file: Path) -> None:
-    """Writes JSON beside its place and renames it, so that `file` is never half of it."""
+def replace_text(text: str, file: Path) -> None:
+    """Writes text beside its place and renames it, so that `file` is never half of it."""
     partial = file.with_name(f"{file.name}.partial")
-    write_json(content, partial)
-    partial.rename(file)
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
+def replace_json(content: dict[str, Any], file: Path) -> None:
+    """As `replace_text`, the JSON of `write_json`."""
+    replace_text(_json(content), file)
 
 
 def write_json(content: dict[str, Any], file: Path) -> None:
     """Writes JSON for people and programs: indented, and without `NaN`, which not every program can read."""
-    file.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    file.write_text(_json(content), encoding="utf-8")
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"

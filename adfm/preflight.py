@@ -8,6 +8,7 @@ from pathlib import Path
 
 from adfm import tracking
 from adfm.errors import AdfmError
+from adfm.files import replace_text
 from adfm.models import hardware, loading
 from adfm.params import Params
 
@@ -51,9 +52,7 @@ def check(params: Params, out: Path | None = None, gpus: int = 0) -> None:
     print("\n".join(found))
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(out.name + ".partial")
-        partial.write_text(json.dumps({"ready": True}) + "\n", encoding="utf-8")
-        partial.replace(out)
+        replace_text(json.dumps({"ready": True}) + "\n", out)
 
 
 def _unmatched(targets: str | list[str], folder: Path) -> list[str]:
