@@ -31,12 +31,12 @@ from PIL import Image
 from adfm import cli, tracking
 from adfm import params as params_
 from adfm.method import prompt
-from adfm.models import loading, tiny
+from adfm.models import hardware, loading, tiny
 from adfm.outbox import Outbox
 from adfm.params import Params
 from adfm.training import base, grpo
 from adfm.training.guard import Guard
-from adfm.training.warmup import VISION
+from adfm.training.warmup import adapter
 
 VARIANTS = {
     "published": [],
@@ -66,12 +66,7 @@ def main() -> None:
         os.chdir(folder)
         for name in args.only:
             params = params_.load(file, [*COMMON, *([] if gpu else TOY), *VARIANTS[name], *args.set])
-            missing = loading.lacking(params.model)
-            if params.train.liger:
-                missing += loading.lacking_package("train.liger=true", "liger-kernel")
-            if params.train.optimizer != "adamw_torch_fused":
-                missing += loading.lacking_package(f"train.optimizer={params.train.optimizer}", "bitsandbytes")
-            if missing:
+            if missing := hardware.lacking(params):
                 print(f"{name}: not run: {'; '.join(missing)}")
                 continue
             ours = measured(args.model, params, adfm=True)
@@ -136,7 +131,7 @@ def measured(name: str, params: Params, adfm: bool) -> dict[str, float]:
 
 def built(name: str, params: Params) -> loading.Loaded:
     """The architecture with random weights and an adapter; the toy one without a GPU."""
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import AutoModelForImageTextToText
 
     torch.manual_seed(0)
@@ -159,14 +154,8 @@ def built(name: str, params: Params) -> loading.Loaded:
     else:
         network = tiny.model(processor.tokenizer, seed=0)
     processor.tokenizer.padding_side = "left"
-    lora = LoraConfig(
-        r=params.lora.r,
-        lora_alpha=params.lora.alpha,
-        target_modules=params.lora.target_modules,
-        exclude_modules=None if params.lora.vision else VISION,
-        task_type="CAUSAL_LM",
-    )
-    return loading.Loaded(get_peft_model(network, lora), processor, family, params.model, prompt.messages(family))
+    adapted = get_peft_model(network, adapter(params.lora))
+    return loading.Loaded(adapted, processor, family, params.model, prompt.messages(family))
 
 
 def rows(loaded: loading.Loaded, count: int, side: int) -> Any:

@@ -89,12 +89,9 @@ def bare(out: Path, params: Params) -> list[float]:
 
 def bare_trainer(loaded: loading.Loaded, data: Any, out: Path, params: Params) -> Any:
     """TRL's trainer with the settings of adfm's, and nothing else."""
-    import torch
     from trl import GRPOConfig, GRPOTrainer
 
     settings = params.train
-    completions = settings.prompts_per_step * settings.num_generations
-    micro_batch = settings.micro_batch or completions
     return GRPOTrainer(
         model=loaded.model,
         reward_funcs=grpo.reward_functions(settings.profile),
@@ -102,36 +99,10 @@ def bare_trainer(loaded: loading.Loaded, data: Any, out: Path, params: Params) -
         processing_class=loaded.processor,
         args=GRPOConfig(
             output_dir=str(out),
-            max_steps=settings.steps,
-            per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=completions // micro_batch,
-            num_generations=settings.num_generations,
-            max_completion_length=settings.max_completion_length,
-            temperature=settings.temperature,
-            top_k=0,
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type=settings.schedule,
-            warmup_steps=round(settings.warmup_ratio * settings.steps),
-            beta=settings.beta,
-            epsilon=settings.epsilon,
-            loss_type=settings.loss_type,
-            scale_rewards=settings.scale_rewards,
-            multi_objective_aggregation=settings.aggregation,
-            max_grad_norm=settings.max_grad_norm,
-            optim=settings.optimizer,
-            use_liger_kernel=settings.liger,
+            **grpo.trl_settings(params),
             use_vllm=settings.vllm is not None,
             vllm_gpu_memory_utilization=settings.vllm or 0.3,
             vllm_enable_sleep_mode=settings.vllm is not None,
-            shuffle_dataset=False,
-            logging_steps=1,
-            save_steps=settings.checkpoint_every,
-            report_to="none",
-            seed=params.seed,
-            bf16=params.model.dtype == "bfloat16",
-            use_cpu=not torch.cuda.is_available(),
-            activation_checkpointing=settings.gradient_checkpointing,
-            dataloader_pin_memory=torch.cuda.is_available(),
         ),
     )
 

@@ -68,18 +68,23 @@ def problems(params: Params, processes: int = 1) -> list[str]:
     """What `require` refuses, a sentence each; none: the machine is fit."""
     import torch
 
-    model, train = params.model, params.train
-    found = loading.lacking(model)
+    found = lacking(params) + batch_problems(params.train, processes)
+    divided = any(f"ACCELERATE_USE_{name}" in os.environ for name in ("FSDP", "DEEPSPEED"))  # set by its launcher
+    if torch.cuda.is_available() and not found and not divided:
+        found += beyond(params, processes, torch.cuda.get_device_properties(0).total_memory)
+    return found
+
+
+def lacking(params: Params) -> list[str]:
+    """What this machine lacks for a training, a sentence each: a GPU of the right kind, a package."""
+    train = params.train
+    found = loading.lacking(params.model)
     if train.optimizer != "adamw_torch_fused":
         found += loading.lacking_package(f"train.optimizer={train.optimizer}", "bitsandbytes")
     if train.liger:
         found += loading.lacking_package("train.liger=true", "liger-kernel")
     if train.vllm:
         found += loading.lacking_package(f"train.vllm={train.vllm}", "vllm")
-    found += batch_problems(train, processes)
-    divided = any(f"ACCELERATE_USE_{name}" in os.environ for name in ("FSDP", "DEEPSPEED"))  # set by its launcher
-    if torch.cuda.is_available() and not found and not divided:
-        found += beyond(params, processes, torch.cuda.get_device_properties(0).total_memory)
     return found
 
 

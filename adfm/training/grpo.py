@@ -224,6 +224,43 @@ def utilisation(terms: torch.Tensor, weights: torch.Tensor, group: int) -> dict[
     return {name: value.float().mean().item() for name, value in share.items()}
 
 
+def trl_settings(params: Params, processes: int = 1) -> dict[str, Any]:
+    """What `params` are among the arguments of TRL's `GRPOConfig`, but for the weights of terms and for vLLM."""
+    import torch
+
+    settings = params.train
+    completions, micro_batch = hardware.shares(settings, processes)
+    return {
+        "max_steps": settings.steps,
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": completions // micro_batch,
+        "num_generations": settings.num_generations,
+        "max_completion_length": settings.max_completion_length,
+        "temperature": settings.temperature,
+        "top_k": 0,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": settings.schedule,
+        "warmup_steps": round(settings.warmup_ratio * settings.steps),
+        "beta": settings.beta,
+        "epsilon": settings.epsilon,
+        "loss_type": settings.loss_type,
+        "scale_rewards": settings.scale_rewards,
+        "multi_objective_aggregation": settings.aggregation,
+        "max_grad_norm": settings.max_grad_norm,
+        "optim": settings.optimizer,
+        "use_liger_kernel": settings.liger,
+        "shuffle_dataset": False,
+        "logging_steps": 1,
+        "save_steps": settings.checkpoint_every,
+        "report_to": "none",
+        "seed": params.seed,
+        "bf16": params.model.dtype == "bfloat16",
+        "use_cpu": not torch.cuda.is_available(),
+        "activation_checkpointing": settings.gradient_checkpointing,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+
+
 def _trainer(
     loaded: loading.Loaded,
     data: Any,
@@ -246,7 +283,7 @@ def _trainer(
     settings = params.train
     group = settings.num_generations
     terms_of = reward_functions(settings.profile)
-    completions, micro_batch = hardware.shares(settings, processes)
+    completions, _ = hardware.shares(settings, processes)
     unwanted = [loaded.model.config.image_token_id, loaded.model.config.video_token_id]
     generation: dict[str, Any] = {"generation_kwargs": {"suppress_tokens": unwanted}}
     if settings.vllm:  # which has no suppress_tokens, and a processor that does not know model.max_pixels
@@ -353,36 +390,10 @@ def _trainer(
         ],
         args=GRPOConfig(
             output_dir=str(work),
-            max_steps=settings.steps,
-            per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=completions // micro_batch,
-            num_generations=group,
-            max_completion_length=settings.max_completion_length,
-            temperature=settings.temperature,
-            top_k=0,
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type=settings.schedule,
-            warmup_steps=round(settings.warmup_ratio * settings.steps),
-            beta=settings.beta,
-            epsilon=settings.epsilon,
-            loss_type=settings.loss_type,
-            scale_rewards=settings.scale_rewards,
-            multi_objective_aggregation=settings.aggregation,
+            **trl_settings(params, processes),
             reward_weights=[getattr(settings.weights, term) for term in TERMS],
-            max_grad_norm=settings.max_grad_norm,
             **generation,
-            optim=settings.optimizer,
-            use_liger_kernel=settings.liger,
-            shuffle_dataset=False,
-            logging_steps=1,
-            save_steps=settings.checkpoint_every,
             logging_nan_inf_filter=False,
-            report_to="none",
-            seed=params.seed,
-            bf16=params.model.dtype == "bfloat16",
-            use_cpu=not torch.cuda.is_available(),
-            activation_checkpointing=settings.gradient_checkpointing,
-            dataloader_pin_memory=torch.cuda.is_available(),
         ),
     )
     trainer.remove_callback(PrinterCallback)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from adfm.errors import AdfmError
+from adfm.models import hardware
 from adfm.params import Params
 
 
@@ -47,7 +48,7 @@ def advice(params: Params, processes: int = 1, generating: bool = False) -> list
         generating: Whether it was in generation, which has all completions of a step at once, or in the passes.
     """
     train, group = params.train, params.train.num_generations
-    share = train.prompts_per_step * group // processes
+    share, now = hardware.shares(train, processes)
     tries = []
     if generating:
         fewer = [n for n in range(1, train.prompts_per_step) if n * group % processes == 0]
@@ -59,7 +60,6 @@ def advice(params: Params, processes: int = 1, generating: bool = False) -> list
         shorter = train.max_completion_length * 3 // 4
         tries.append(f"train.max_completion_length={shorter} (it is {train.max_completion_length})")
     else:
-        now = train.micro_batch or share
         smaller = [n for n in range(1, now) if share % n == 0]
         if smaller:
             tries.append(f"train.micro_batch={smaller[-1]} (it is {train.micro_batch or f'null: {now}'})")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adfm import tracking
 from adfm.data import shards as shards_
@@ -16,12 +16,14 @@ from adfm.files import atomic_folder, write_json
 from adfm.method import prompt
 from adfm.models import loading
 from adfm.outbox import Outbox
-from adfm.params import Params
+from adfm.params import Lora, Params
 from adfm.records import Box
 from adfm.training import examples
 
-VISION = r"(.*\.)?visual\..*"
-"""The modules of the vision tower, for PEFT."""
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+_VISION = r"(.*\.)?visual\..*"  # the modules of the vision tower, for PEFT
 
 
 def warmup(shards: Path, out: Path, params: Params) -> None:
@@ -36,7 +38,7 @@ def warmup(shards: Path, out: Path, params: Params) -> None:
         AdfmError: Model, shards or tracking store cannot be used, or the adapter would be on nothing.
     """
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import set_seed
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
     from trl import SFTConfig, SFTTrainer
@@ -47,14 +49,7 @@ def warmup(shards: Path, out: Path, params: Params) -> None:
     settings = params.warmup
     loaded = loading.load(params.model.name, params.model)
     loaded = replace(loaded, prompt=prompt.messages(loaded.family, settings.stages))
-    lora = LoraConfig(
-        r=params.lora.r,
-        lora_alpha=params.lora.alpha,
-        lora_dropout=params.lora.dropout,
-        target_modules=params.lora.target_modules,
-        exclude_modules=None if params.lora.vision else VISION,
-        task_type="CAUSAL_LM",
-    )
+    lora = adapter(params.lora)
     try:
         model = get_peft_model(loaded.model, lora)
     except ValueError as error:
@@ -109,6 +104,20 @@ def warmup(shards: Path, out: Path, params: Params) -> None:
 def _answer(row: dict[str, Any], step: int, stages: bool) -> dict[str, Any]:
     text = prompt.answer(row["label"], [Box(*box) for box in row["regions"]], row["defect"], step, stages)
     return {"completion": [{"role": "assistant", "content": text}]}
+
+
+def adapter(settings: Lora) -> LoraConfig:
+    """The settings in PEFT's form."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.target_modules,
+        exclude_modules=None if settings.vision else _VISION,
+        task_type="CAUSAL_LM",
+    )
 
 
 def save(
