@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adfm import tracking
+from adfm import files, tracking
 from adfm.errors import AdfmError
 from adfm.files import digest
 from adfm.method import prompt
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = {"embedded://tiny-base": Path(__file__).parent / "tiny_base"}
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
-DESCRIPTION = "adfm.json"
+DESCRIPTION = files.MODEL
 _REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@]+))")
 
 
@@ -74,7 +74,7 @@ def resolve(name: str, revision: str | None) -> Path:
             "name a folder or a hub id of a Qwen2.5-VL or Qwen3-VL model"
         )
     family_of(folder)
-    if "vision_config" not in json.loads(config.read_text()) or not any("visual." in name for name in weights(folder)):
+    if "vision_config" not in _config(folder) or not any("visual." in name for name in weights(folder)):
         raise AdfmError(
             f"model.name: {folder} has no weights of a vision tower, so that it sees nothing; take the whole model"
         )
@@ -107,10 +107,71 @@ def family_of(folder: Path) -> str:
     Raises:
         AdfmError: It is another kind of model.
     """
-    family = json.loads((folder / "config.json").read_text()).get("model_type")
+    family = _config(folder).get("model_type")
     if family not in FAMILIES:
         raise AdfmError(f"model.name: {folder} is a {family!r} model; adfm adapts {' and '.join(FAMILIES)} models")
     return str(family)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdfmError(f"model.name: {folder}/config.json cannot be read ({error}); get it again") from error
+    if not isinstance(content, dict):
+        raise AdfmError(f"model.name: {folder}/config.json does not hold the settings of a model; get it again")
+    return content
+
+
+def outline(folder: Path) -> PreTrainedModel:
+    """The network in a model's folder without memory for its weights, once its files are known to hold all of them.
+
+    transformers itself compares names and shapes, by its own renaming, from the heads of the files. By itself it would
+    give random numbers to a weight that is missing.
+
+    Args:
+        folder: As `resolve` finds it.
+
+    Returns:
+        The network, on PyTorch's device `meta`.
+
+    Raises:
+        AdfmError: Weights are missing or have another shape, or files are missing, damaged, or of another model.
+    """
+    from transformers import AutoModelForImageTextToText
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # its report of what is missing is a table of many lines; ours is a sentence
+    logging.disable_progress_bar()
+    try:
+        network, loaded = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            device_map="meta",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except Exception as error:  # what is wrong with files that others made raises anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise AdfmError(
+            f"model.name: transformers cannot load {folder} ({reason}); get all files of the model again"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+    for what, names in (
+        ("are missing", sorted(loaded["missing_keys"])),
+        ("have another shape than config.json says", sorted(name for name, *_ in loaded["mismatched_keys"])),
+    ):
+        if names:
+            raise AdfmError(
+                f"model.name: in {folder}, {len(names)} of the model's weights {what}: {', '.join(names[:2])}"
+                f"{', …' * (len(names) > 2)}; get all files of the model again, from one place"
+            )
+    return network  # type: ignore[no-any-return]
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -237,6 +298,7 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
     if missing := lacking(base):
         raise AdfmError("\n  ".join(missing))
     processor = load_processor(model, settings)
+    outline(folder)
     dtype = getattr(torch, base.dtype)
     in_4_bits: dict[str, Any] = {}
     if base.quantization:
@@ -292,8 +354,16 @@ def load_processor(model: str | Path, settings: Model) -> Any:
     """
     base, folder = base_of(model, settings)
     source = model if describe(Path(model)) else folder
-    processor = processor_class(family_of(folder)).from_pretrained(source, local_files_only=True)
+    try:
+        processor = processor_class(family_of(folder)).from_pretrained(source, local_files_only=True)
+    except Exception as error:  # what is wrong with files that others made raises anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise AdfmError(
+            f"model.name: {source} holds no whole processor ({reason}); get preprocessor_config.json, the chat template "
+            "and the tokenizer's files from where the model is from"
+        ) from error
     _check_processor(processor, folder, Path(source))
+    _check_tokenizer(processor, folder, Path(source))
     processor.tokenizer.padding_side = "left"
     if base.max_pixels is not None:
         size = processor.image_processor.size
@@ -321,6 +391,26 @@ def _check_processor(processor: Any, folder: Path, source: Path) -> None:
             f"model.name: the processor in {source} is that of another model ({'; '.join(wrong)}); "
             "take all files of a model from one place"
         )
+
+
+def _check_tokenizer(processor: Any, folder: Path, source: Path) -> None:
+    """Refuses a tokenizer that has no chat template, more tokens than the model, or cannot write an answer's letter."""
+    from transformers import AutoConfig
+
+    tokenizer = processor.tokenizer
+    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    size = config.get_text_config().vocab_size
+    answers = [f"<answer>{letter}</answer>" for letter in "AB"]
+    written = [tokenizer.decode(tokenizer.encode(answer, add_special_tokens=False)) for answer in answers]
+    if not processor.chat_template:
+        reason = "has no chat template (chat_template.jinja or chat_template.json)"
+    elif len(tokenizer) > size:
+        reason = f"has a tokenizer of {len(tokenizer)} tokens, and the model has {size}"
+    elif written != answers:
+        reason = f"has a tokenizer that cannot write the answers apart: {answers[0]} becomes {written[0]!r}"
+    else:
+        return
+    raise AdfmError(f"model.name: {source} {reason}; take all files of a model from one place")
 
 
 def lacking(settings: Model) -> list[str]:
