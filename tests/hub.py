@@ -34,7 +34,7 @@ _VISION = {
 
 
 def write(folder: Path, family: str, tied: bool = False, shards: int = 1) -> Path:
-    """Writes a random model of `family` (`qwen2_5_vl` or `qwen3_vl`) to `folder`, in one file of weights or in several."""
+    """Write a random model of `family`, `qwen2_5_vl` or `qwen3_vl`, to `folder`, its weights in one file or several."""
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForImageTextToText
 

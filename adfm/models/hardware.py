@@ -122,9 +122,7 @@ def beyond(params: Params, processes: int, available: int) -> list[str]:
         remedy = "lower train.vllm"
     if not params.train.gradient_checkpointing:
         remedy = f"set train.gradient_checkpointing=true, or {remedy}"
-    sure = (
-        "; computed from the sizes of tensors and not measured on any GPU, so it is not certain, and nothing is refused"
-    )
+    sure = "; computed from tensor sizes, not measured on any GPU, so it is not certain and nothing is refused"
     if (weights := parts["weights"] + parts["adapter"]) > available:
         sure = f"; this is certain: the weights alone are {weights / 2**30:.0f} GiB"
     return [

@@ -123,7 +123,7 @@ def _config(folder: Path) -> dict[str, Any]:
     return content
 
 
-def outline(folder: Path) -> PreTrainedModel:
+def outline(folder: Path) -> Any:
     """The network in a model's folder without memory for its weights, once its files are known to hold all of them.
 
     transformers itself compares names and shapes, by its own renaming, from the heads of the files. By itself it would
@@ -145,7 +145,8 @@ def outline(folder: Path) -> PreTrainedModel:
     logging.set_verbosity_error()  # its report of what is missing is a table of many lines; ours is a sentence
     logging.disable_progress_bar()
     try:
-        network, loaded = AutoModelForImageTextToText.from_pretrained(
+        loader: Any = AutoModelForImageTextToText
+        network, loaded = loader.from_pretrained(
             folder,
             device_map="meta",
             ignore_mismatched_sizes=True,
@@ -171,7 +172,7 @@ def outline(folder: Path) -> PreTrainedModel:
                 f"model.name: in {folder}, {len(names)} of the model's weights {what}: {', '.join(names[:2])}"
                 f"{', …' * (len(names) > 2)}; get all files of the model again, from one place"
             )
-    return network  # type: ignore[no-any-return]
+    return network
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -359,8 +360,8 @@ def load_processor(model: str | Path, settings: Model) -> Any:
     except Exception as error:  # what is wrong with files that others made raises anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise AdfmError(
-            f"model.name: {source} holds no whole processor ({reason}); get preprocessor_config.json, the chat template "
-            "and the tokenizer's files from where the model is from"
+            f"model.name: {source} holds no whole processor ({reason}); get preprocessor_config.json, the chat "
+            "template and the tokenizer's files from where the model is from"
         ) from error
     _check_processor(processor, folder, Path(source))
     _check_tokenizer(processor, folder, Path(source))

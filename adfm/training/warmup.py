@@ -30,7 +30,8 @@ def warmup(shards: Path, out: Path, params: Params, force: bool = False) -> None
         force: Replace a finished model at `out`.
 
     Raises:
-        AdfmError: `out` holds a finished model or something else; model, shards or tracking store cannot be used, or `lora.target_modules` does not fit the model.
+        AdfmError: `out` holds a finished model or something else; model, shards or tracking store cannot be used, or
+            `lora.target_modules` does not fit the model.
     """
     refuse_to_replace(out, force)
     import torch

@@ -168,7 +168,7 @@ def test_merging_an_adapter_of_a_tied_head_gives_another_model(folders: dict[tup
 
 
 def test_the_published_adapter_has_its_published_size() -> None:
-    """Qwen2.5-VL-7B at its real shapes, without memory: 161 M numbers with the tower and merger frozen, 207 M without."""
+    """Qwen2.5-VL-7B at its real shapes, without memory: 161 M numbers with the tower frozen, 207 M without."""
     from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
     text = {

@@ -116,7 +116,7 @@ def test_more_than_fits_says_what_to_lower_and_to_what() -> None:
     assert "train.micro_batch=48 needs about" in problem
     assert "Set train.gradient_checkpointing=true, or set train.micro_batch=" in problem
     (problem,) = hardware.beyond(params, 1, 1)
-    assert "Take a larger GPU" in problem
+    assert "take a larger GPU" in problem
     assert "this is certain: the weights alone are" in problem
 
 
@@ -128,6 +128,6 @@ def test_an_estimate_of_memory_warns_and_refuses_nothing(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Small)
     hardware.require(Params())
     (warning,) = hardware.memory_warnings(Params())
-    assert "not measured on any GPU, so it is not certain, and nothing is refused" in warning
+    assert "not measured on any GPU, so it is not certain and nothing is refused" in warning
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # a GPU then holds a part of the model only
     assert hardware.memory_warnings(Params()) == []
