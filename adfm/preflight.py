@@ -33,8 +33,9 @@ def check(params: Params, out: Path | None = None, gpus: int = 0) -> None:
     problems, found, warnings = [], [], []
     try:
         folder = loading.resolve(params.model.name, params.model.revision)
+        network = loading.outline(folder)
         loading.load_processor(params.model.name, params.model)
-        problems += adapters.problems(loading.outline(folder), params.lora)
+        problems += adapters.problems(network, params.lora)
         problems += hardware.batch_problems(params.train, gpus) if gpus else hardware.problems(params)
         warnings += [] if gpus or problems else hardware.memory_warnings(params)
         found.append(f"model     {folder}")

@@ -155,9 +155,8 @@ def outline(folder: Path) -> Any:
             local_files_only=True,
         )
     except Exception as error:  # what is wrong with files that others made raises anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise AdfmError(
-            f"model.name: transformers cannot load {folder} ({reason}); get all files of the model again"
+            f"model.name: transformers cannot load {folder} ({_reason(error)}); get all files of the model again"
         ) from error
     finally:
         logging.set_verbosity(verbosity)
@@ -169,10 +168,15 @@ def outline(folder: Path) -> Any:
     ):
         if names:
             raise AdfmError(
-                f"model.name: in {folder}, {len(names)} of the model's weights {what}: {', '.join(names[:2])}"
-                f"{', …' * (len(names) > 2)}; get all files of the model again, from one place"
+                f"model.name: in {folder}, weights {what}: {', '.join(names[:2])}"
+                f"{f' and {len(names) - 2} more' * (len(names) > 2)}; get all files of the model again, from one place"
             )
     return network
+
+
+def _reason(error: Exception) -> str:
+    """What an exception says, on one line; its name if it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -298,8 +302,8 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
     base, folder = base_of(model, settings)
     if missing := lacking(base):
         raise AdfmError("\n  ".join(missing))
-    processor = load_processor(model, settings)
     outline(folder)
+    processor = load_processor(model, settings)
     dtype = getattr(torch, base.dtype)
     in_4_bits: dict[str, Any] = {}
     if base.quantization:
@@ -358,9 +362,8 @@ def load_processor(model: str | Path, settings: Model) -> Any:
     try:
         processor = processor_class(family_of(folder)).from_pretrained(source, local_files_only=True)
     except Exception as error:  # what is wrong with files that others made raises anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise AdfmError(
-            f"model.name: {source} holds no whole processor ({reason}); get preprocessor_config.json, the chat "
+            f"model.name: {source} holds no whole processor ({_reason(error)}); get preprocessor_config.json, the chat "
             "template and the tokenizer's files from where the model is from"
         ) from error
     _check_processor(processor, folder, Path(source))

@@ -58,8 +58,8 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
 
     Raises:
         AdfmError: `out` holds a finished model or something else; model, shards or tracking store cannot be used, the
-            batch does not divide, the machine lacks what settings ask for, memory runs out, the figures are those of a training that has gone wrong, or (`Stopped`)
-            SIGTERM has come.
+            batch does not divide, the machine lacks what settings ask for, memory runs out, the figures are those of a
+            training that has gone wrong, or (`Stopped`) SIGTERM has come.
     """
     refuse_to_replace(out, force)
     settings = params.train
