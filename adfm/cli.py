@@ -95,6 +95,8 @@ def set_environment() -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.pop("HF_MLFLOW_LOG_ARTIFACTS", None)  # would upload every checkpoint
+    # Of checkpoints with an adapter on the input embedding: intended, and in them alone.
+    warnings.filterwarnings("ignore", "Setting `save_embedding_layers`", UserWarning)
     # Said by peft's and TRL's own calls.
     warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)
 

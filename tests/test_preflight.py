@@ -12,7 +12,8 @@ import pytest
 
 from adfm import preflight
 from adfm.errors import AdfmError
-from adfm.params import Model, Params, load
+from adfm.models import adapters, loading
+from adfm.params import Lora, Model, Params, load
 from adfm.training.warmup import warmup
 from tests import hub
 
@@ -202,3 +203,27 @@ def test_what_check_passes_training_starts_with(
     preflight.check(params)
     warmup(small_shards, tmp_path / "warmup", params)
     assert (tmp_path / "warmup" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_starts_with_all_names_at_once_that_check_passes(
+    hub_folders: dict[tuple[str, int], Path], family: str, small_shards: Path, tmp_path: Path
+) -> None:
+    folder = hub_folders[family, 3]
+    network = loading.outline(folder)
+    names = {name.split(".")[-1] for name, _ in network.named_modules() if name}
+    passed = sorted(name for name in names if not adapters.problems(network, Lora(target_modules=[name])))
+    assert {"q_proj", "embed_tokens", "proj"} <= set(passed)
+    settings = [f"model.name={folder}", "warmup.steps=1", "warmup.batch_size=2", f"lora.target_modules={passed}"]
+    warmup(small_shards, tmp_path / "warmup", load(None, settings))
+
+
+def test_it_is_trl_that_refuses_an_adapter_on_the_output_head(
+    hub_folders: dict[tuple[str, int], Path], small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it takes one some day, `adapters.problems` need not refuse it any more."""
+    monkeypatch.setattr(adapters, "problems", lambda network, settings: [])
+    folder = hub_folders["qwen3_vl", 3]
+    params = load(None, [f"model.name={folder}", "warmup.steps=1", "lora.target_modules=[lm_head]"])
+    with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
+        warmup(small_shards, tmp_path / "warmup", params)

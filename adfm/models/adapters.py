@@ -102,12 +102,15 @@ def _problem(network: Any, modules: dict[str, Any], settings: Lora, entry: str) 
             f"matches {unfit} ({type(modules[unfit]).__name__}), which cannot carry a LoRA adapter; "
             f"name linear layers, or set lora.target_modules={ALL_LINEAR}"
         )
-    tied = next((name for name in matched if name in _tied(network, modules)), None)
-    if tied:
-        return (
-            f"matches {tied}, which shares its weights between input embedding and output head in this model: once "
-            "merged, as for vLLM, the adapter of one would change both; remove it"
-        )
+    embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
+    for name in matched:
+        if modules[name] is head:
+            return f"matches the output head {name}, where TRL's loss would bypass the adapter and never train it; remove it"
+        if modules[name] is embedding and head is not None and embedding.weight is head.weight:
+            return (
+                f"matches {name}, whose weights are the output head's too in this model: once merged, as for vLLM, an "
+                "adapter would change both; remove it"
+            )
     return None
 
 
@@ -127,14 +130,6 @@ def _layer(module: Any, settings: Lora) -> Any:
 
     with torch.device("meta"):
         return dispatch_default(module, "default", config=config(settings), r=settings.r, lora_alpha=settings.alpha)
-
-
-def _tied(network: Any, modules: dict[str, Any]) -> list[str]:
-    """The names of input embedding and output head if they are one and the same weights."""
-    ends = [network.get_input_embeddings(), network.get_output_embeddings()]
-    if None in ends or ends[0].weight is not ends[1].weight:
-        return []
-    return [name for name, module in modules.items() if any(module is end for end in ends)]
 
 
 def _hint(modules: dict[str, Any], entry: str, text: bool) -> str:
