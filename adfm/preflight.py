@@ -42,7 +42,10 @@ def check(params: Params, out: Path | None = None, gpus: int = 0) -> None:
     except AdfmError as error:
         problems.append(str(error))
     try:
-        found.append(f"tracking  {tracking.configure()}")
+        uri = tracking.configure()
+        with tracking.store_errors(uri):
+            tracking.find_experiment(params.register_.experiment)
+        found.append(f"tracking  {uri}")
     except AdfmError as error:
         problems.append(str(error))
     free = shutil.disk_usage(Path.cwd()).free

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from adfm import preflight
+from adfm import preflight, tracking
 from adfm.errors import AdfmError
 from adfm.models import adapters, loading
 from adfm.params import Lora, Model, Params, load
@@ -49,6 +49,15 @@ def test_a_batch_that_does_not_divide_among_the_gpus_and_an_adapter_on_nothing_a
         preflight.check(params, gpus=4)
     for what in ("1 in each of 4 processes does not divide the 6 completions", "'no_proj' matches no module"):
         assert what in str(caught.value)
+
+
+def test_a_deleted_experiment_is_refused_before_a_run_begins(store: Path) -> None:
+    client = tracking.client()
+    client.delete_experiment(client.create_experiment("lines"))
+    with pytest.raises(AdfmError, match="experiment 'lines' was deleted; bring it back"):
+        preflight.check(load(None, ["register.experiment=lines"]))
+    preflight.check(load(None, ["register.experiment=others"]))
+    assert client.get_experiment_by_name("others") is None  # a check makes nothing
 
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")

@@ -105,7 +105,9 @@ def _problem(network: Any, modules: dict[str, Any], settings: Lora, entry: str) 
     embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
     for name in matched:
         if modules[name] is head:
-            return f"matches the output head {name}, where TRL's loss would bypass the adapter and never train it; remove it"
+            return (
+                f"matches the output head {name}, where TRL's loss would bypass an adapter and not train it; remove it"
+            )
         if modules[name] is embedding and head is not None and embedding.weight is head.weight:
             return (
                 f"matches {name}, whose weights are the output head's too in this model: once merged, as for vLLM, an "
