@@ -21,6 +21,7 @@ from adfm import files, tracking
 from adfm.errors import AdfmError
 from adfm.files import digest
 from adfm.method import prompt
+from adfm.models import decoding
 from adfm.params import Model
 
 if TYPE_CHECKING:
@@ -322,6 +323,8 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
         local_files_only=True,
         **in_4_bits,
     )
+    suppressed = [network.config.image_token_id, network.config.video_token_id]  # they stand for pictures
+    network.generation_config = decoding.generation_config(network.generation_config, suppressed)
     if describe(Path(model)):
         from peft import PeftModel
 
