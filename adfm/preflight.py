@@ -9,7 +9,7 @@ from pathlib import Path
 from adfm import tracking
 from adfm.errors import AdfmError
 from adfm.files import replace_text
-from adfm.models import adapters, hardware, loading
+from adfm.models import adapters, decoding, hardware, loading
 from adfm.params import Params
 
 # The embedded run writes about a quarter of it, DVC's cache included; a full disk shows itself late and everywhere.
@@ -34,7 +34,7 @@ def check(params: Params, out: Path | None = None, gpus: int = 0) -> None:
     try:
         folder = loading.resolve(params.model.name, params.model.revision)
         network = loading.outline(folder)
-        loading.load_processor(params.model.name, params.model)
+        decoding.Scorer(loading.load_processor(params.model.name, params.model).tokenizer)
         problems += adapters.problems(network, params.lora)
         problems += hardware.batch_problems(params.train, gpus) if gpus else hardware.problems(params)
         warnings += [] if gpus or problems else hardware.memory_warnings(params)
