@@ -17,6 +17,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,8 +35,8 @@ import adfm
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.evaluation import metrics
-from adfm.method import coordinates, prompt, response
-from adfm.models import loading
+from adfm.method import prompt, response
+from adfm.models import families, loading
 from adfm.params import Params
 from adfm.records import Box, Label, Record
 
@@ -163,7 +164,7 @@ def _key(model: str | Path, shards: Path, split: str, params: Params, vllm: bool
     settings = params.evaluate
     decides = {
         "code": adfm.__version__,
-        "prompt": [prompt.messages(family) for family in loading.FAMILIES],
+        "prompt": [prompt.messages(units) for units in families.UNITS.values()],
         "model": loading.identity(model, params.model),
         "how": [params.model.dtype, params.model.max_pixels, settings.batch_size, settings.max_new_tokens, vllm],
         "data": [split, shards_.fingerprint(shards, split)],
@@ -216,8 +217,8 @@ class Inspector:
         Returns:
             The answers, in the order of `sizes`.
         """
-        patches = self._processor.image_processor.get_number_of_image_patches
-        order = sorted(range(len(sizes)), key=lambda i: patches(sizes[i][1], sizes[i][0]))
+        resized, images = families.get(self._family).images.resized, self._processor.image_processor
+        order = sorted(range(len(sizes)), key=lambda i: math.prod(resized(images, *sizes[i])))
         found: dict[int, Answer] = {}
 
         def prepared(batch: list[int]) -> Any:
@@ -232,7 +233,7 @@ class Inspector:
 
     def _read(self, completion: str, score: float | None, width: int, height: int) -> Answer:
         parsed = response.parse(completion)
-        frame = coordinates.frame_of(self._family, self._processor, width, height)
+        frame = families.get(self._family).frame(self._processor, width, height)
         predicted = parsed.predicted_label
         boxes = [frame.to_pixels(box, width, height) for box in parsed.boxes] if predicted == "anomalous" else []
         return Answer(predicted, score if predicted else None, boxes, parsed, completion)
@@ -288,7 +289,7 @@ def _generate(loaded: loading.Loaded, inputs: Any, max_new_tokens: int) -> Answe
 
 def unwanted(processor: Any) -> list[int]:
     """Tokens that stand for pictures and cannot be written."""
-    return [processor.image_token_id, processor.video_token_id]
+    return families.placeholders(processor)
 
 
 def until_stop(completion: str) -> str:

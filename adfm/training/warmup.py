@@ -14,7 +14,7 @@ from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.files import atomic_folder, write_json
 from adfm.method import prompt
-from adfm.models import loading
+from adfm.models import families, loading
 from adfm.outbox import Outbox
 from adfm.params import Lora, Params
 from adfm.records import Box
@@ -22,8 +22,6 @@ from adfm.training import examples
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-_VISION = r"(.*\.)?visual\..*"  # the modules of the vision tower, for PEFT
 
 
 def warmup(shards: Path, out: Path, params: Params) -> None:
@@ -48,8 +46,8 @@ def warmup(shards: Path, out: Path, params: Params) -> None:
     set_seed(params.seed)
     settings = params.warmup
     loaded = loading.load(params.model.name, params.model)
-    loaded = replace(loaded, prompt=prompt.messages(loaded.family, settings.stages))
-    lora = adapter(params.lora)
+    loaded = replace(loaded, prompt=prompt.messages(families.get(loaded.family).units, settings.stages))
+    lora = adapter(params.lora, loaded.family)
     try:
         model = get_peft_model(loaded.model, lora)
     except ValueError as error:
@@ -106,8 +104,8 @@ def _answer(row: dict[str, Any], step: int, stages: bool) -> dict[str, Any]:
     return {"completion": [{"role": "assistant", "content": text}]}
 
 
-def adapter(settings: Lora) -> LoraConfig:
-    """The settings in PEFT's form."""
+def adapter(settings: Lora, family: str) -> LoraConfig:
+    """The settings in PEFT's form, for a model of `family`."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -115,7 +113,7 @@ def adapter(settings: Lora) -> LoraConfig:
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
-        exclude_modules=None if settings.vision else _VISION,
+        exclude_modules=None if settings.vision else families.get(family).vision_pattern,
         task_type="CAUSAL_LM",
     )
 
