@@ -21,7 +21,7 @@ from adfm import tracking
 from adfm.errors import AdfmError
 from adfm.files import digest
 from adfm.method import prompt
-from adfm.models import families
+from adfm.models import decoding, families
 from adfm.params import Model
 
 if TYPE_CHECKING:
@@ -258,6 +258,8 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
         local_files_only=True,
         **in_4_bits,
     )
+    placeholders = families.placeholders(processor)
+    network.generation_config = decoding.generation_config(network.generation_config, placeholders)
     if describe(Path(model)):
         from peft import PeftModel
 
