@@ -31,7 +31,7 @@ from PIL import Image
 from adfm import cli, tracking
 from adfm import params as params_
 from adfm.method import prompt
-from adfm.models import adapters, hardware, loading, tiny
+from adfm.models import adapters, families, hardware, loading, tiny
 from adfm.outbox import Outbox
 from adfm.params import Params
 from adfm.training import base, grpo
@@ -143,7 +143,7 @@ def built(name: str, params: Params) -> loading.Loaded:
         images = processor.image_processor
         images.patch_size = config.vision_config.patch_size
         images.size = {"shortest_edge": 4 * images.patch_size**2, "longest_edge": params.model.max_pixels}
-        processor = loading.processor_class(family)(images, processor.tokenizer, processor.chat_template)
+        processor = families.processor_class(family)(images, processor.tokenizer, processor.chat_template)
         with torch.device("cuda"):
             dtype = getattr(torch, params.model.dtype)
             network = AutoModelForImageTextToText.from_config(
@@ -153,7 +153,7 @@ def built(name: str, params: Params) -> loading.Loaded:
         network = tiny.model(processor.tokenizer, seed=0)
     processor.tokenizer.padding_side = "left"
     adapted = adapters.attach(network, params.lora)
-    return loading.Loaded(adapted, processor, family, params.model, prompt.messages(family))
+    return loading.Loaded(adapted, processor, family, params.model, prompt.messages(families.get(family).units))
 
 
 def rows(loaded: loading.Loaded, count: int, side: int) -> Any:

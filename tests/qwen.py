@@ -93,7 +93,7 @@ def save_model(family: str, folder: Path) -> None:
     """Write an untrained model of a family to `folder`: two narrow layers with the real vocabulary."""
     from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2VLImageProcessorPil
 
-    from adfm.models import loading
+    from adfm.models import families
 
     tokens = tokenizer(family)
     ids = {name: tokens.convert_tokens_to_ids(f"<|{name}|>") for name in SPECIAL}
@@ -137,7 +137,7 @@ def save_model(family: str, folder: Path) -> None:
     model = AutoModelForImageTextToText.from_config(config)
     model.generation_config.update(eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"])
     model.save_pretrained(folder)
-    loading.processor_class(family)(
+    families.processor_class(family)(
         image_processor=Qwen2VLImageProcessorPil(
             patch_size=patch, merge_size=2, size={"shortest_edge": 3136, "longest_edge": 262144}
         ),

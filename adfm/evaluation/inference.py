@@ -17,6 +17,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,8 +34,8 @@ import adfm
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.evaluation import metrics
-from adfm.method import coordinates, prompt, response
-from adfm.models import decoding, loading
+from adfm.method import prompt, response
+from adfm.models import decoding, families, loading
 from adfm.params import Evaluate, Params
 from adfm.records import Box, Label, Record
 
@@ -158,7 +159,7 @@ def _key(model: str | Path, shards: Path, split: str, params: Params, vllm: bool
     settings = params.evaluate
     decides = {
         "code": adfm.__version__,
-        "prompt": [prompt.messages(family) for family in loading.FAMILIES],
+        "prompt": [prompt.messages(units) for units in families.UNITS.values()],
         "model": loading.identity(model, params.model),
         "how": [params.model.dtype, params.model.max_pixels, settings.batch_size, settings.max_new_tokens, vllm],
         "score": [settings.score, *([settings.samples, params.seed] if settings.score == "samples" else [])],
@@ -213,8 +214,8 @@ class Inspector:
         Returns:
             The answers, in the order of `sizes`.
         """
-        patches = self._processor.image_processor.get_number_of_image_patches
-        order = sorted(range(len(sizes)), key=lambda i: patches(sizes[i][1], sizes[i][0]))
+        resized, images = families.get(self._family).images.resized, self._processor.image_processor
+        order = sorted(range(len(sizes)), key=lambda i: math.prod(resized(images, *sizes[i])))
         found: dict[int, Answer] = {}
 
         def prepared(batch: list[int]) -> Any:
@@ -229,7 +230,7 @@ class Inspector:
 
     def _read(self, completion: str, score: float | None, width: int, height: int) -> Answer:
         parsed = response.parse(completion)
-        frame = coordinates.frame_of(self._family, self._processor, width, height)
+        frame = families.get(self._family).frame(self._processor, width, height)
         predicted = parsed.predicted_label
         boxes = [frame.to_pixels(box, width, height) for box in parsed.boxes] if predicted == "anomalous" else []
         return Answer(predicted, score if predicted else None, boxes, parsed, completion)
@@ -300,7 +301,7 @@ def _complete(
 
 def unwanted(processor: Any) -> list[int]:
     """Tokens that stand for pictures and cannot be written."""
-    return [processor.image_token_id, processor.video_token_id]
+    return families.placeholders(processor)
 
 
 def chat_text(processor: ProcessorMixin, messages: list[dict[str, Any]]) -> str:

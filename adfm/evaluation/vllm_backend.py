@@ -15,7 +15,7 @@ import numpy as np
 
 from adfm.errors import AdfmError
 from adfm.evaluation import inference
-from adfm.models import decoding, loading
+from adfm.models import decoding, families, loading
 from adfm.params import Params
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def load(model: str | Path, params: Params) -> tuple[Any, str, Callable[[list[Im
         model=str(folder),
         dtype=base.dtype,
         limit_mm_per_prompt={"image": 1, "video": 0},
-        mm_processor_kwargs={"size": dict(processor.image_processor.size)},
+        mm_processor_kwargs=families.get(family).images.limits(processor.image_processor),
         **options,
     )
     scorer = decoding.Scorer(processor.tokenizer)

@@ -14,11 +14,6 @@ from adfm.records import Box, Label
 
 SYSTEM = "You inspect photographs of products for defects."
 
-UNITS = {
-    "qwen2_5_vl": "in pixels of the image",
-    "qwen3_vl": "from 0 to 1000 across and down the image",
-}
-
 QUESTION = """\
 Inspect this product in three stages, in this order, each once, none empty.
 First <think>say what you see and box every suspicious region tightly, one box a region, never the whole image: \
@@ -42,16 +37,16 @@ OPENINGS: dict[str, dict[Label, tuple[str, ...]]] = {
 """How each stage of a supervised answer begins: in `rethink` with regions to examine, and without."""
 
 
-def messages(family: str, stages: bool = True) -> list[dict[str, Any]]:
+def messages(units: str, stages: bool = True) -> list[dict[str, Any]]:
     """The prompt as chat messages, without the image.
 
     Args:
-        family: Says in which units boxes are asked for.
+        units: The words that say in which units boxes are asked for, as `adfm.models.families` has them.
         stages: Whether the decision is asked for in three stages, or alone.
     """
     return [
         {"role": "system", "content": SYSTEM},
-        {"role": "user", "content": QUESTION.format(units=UNITS[family]) if stages else PLAIN_QUESTION},
+        {"role": "user", "content": QUESTION.format(units=units) if stages else PLAIN_QUESTION},
     ]
 
 

@@ -10,6 +10,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from adfm.errors import AdfmError
+from adfm.models import families
 from adfm.params import Lora
 
 if TYPE_CHECKING:
@@ -17,19 +18,18 @@ if TYPE_CHECKING:
 
 ALL_LINEAR = "all-linear"
 
-_VISION = r"(.*\.)?visual\..*"  # the modules of the vision tower and its merger, for PEFT
 
-
-def config(settings: Lora) -> LoraConfig:
-    """The settings in PEFT's form."""
+def config(network: Any, settings: Lora) -> LoraConfig:
+    """The settings in PEFT's form, for `network`."""
     from peft import LoraConfig
 
+    family = families.get(network.config.model_type)
     return LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
-        exclude_modules=None if settings.vision else _VISION,
+        exclude_modules=None if settings.vision else family.vision_pattern,
         task_type="CAUSAL_LM",
     )
 
@@ -47,7 +47,7 @@ def attach(network: Any, settings: Lora) -> Any:
 
     if found := problems(network, settings):
         raise AdfmError("\n  ".join(found))
-    return get_peft_model(network, config(settings))
+    return get_peft_model(network, config(network, settings))
 
 
 def problems(network: Any, settings: Lora) -> list[str]:
@@ -80,7 +80,7 @@ def weights(network: Any, settings: Lora) -> int:
     for name in _matched(network, modules, settings):
         kind = type(modules[name]), tuple(modules[name].weight.shape)
         if kind not in sizes:
-            layer = _layer(modules[name], settings)
+            layer = _layer(network, modules[name], settings)
             sizes[kind] = sum(weight.numel() for key, weight in layer.named_parameters() if "lora_" in key)
         total += sizes[kind]
     return total
@@ -96,7 +96,7 @@ def _problem(network: Any, modules: dict[str, Any], settings: Lora, entry: str) 
     if not matched:
         return "matches modules of the vision tower only, and lora.vision is false; remove it, or set lora.vision=true"
     kinds = {type(modules[name]): name for name in reversed(matched)}
-    unfit = next((name for name in kinds.values() if _layer(modules[name], one) is None), None)
+    unfit = next((name for name in kinds.values() if _layer(network, modules[name], one) is None), None)
     if unfit:
         return (
             f"matches {unfit} ({type(modules[unfit]).__name__}), which cannot carry a LoRA adapter; "
@@ -121,17 +121,18 @@ def _matched(network: Any, modules: dict[str, Any], settings: Lora) -> list[str]
     # PEFT's own functions, so that no second idea of its rules can differ from them.
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 
-    peft = _maybe_include_all_linear_layers(config(settings), network)
+    peft = _maybe_include_all_linear_layers(config(network, settings), network)
     return [name for name in modules if name and check_target_module_exists(peft, name)]
 
 
-def _layer(module: Any, settings: Lora) -> Any:
+def _layer(network: Any, module: Any, settings: Lora) -> Any:
     """PEFT's layer around one module, without memory for its weights; `None` if PEFT has none for the module's kind."""
     import torch
     from peft.tuners.lora.layer import dispatch_default
 
     with torch.device("meta"):
-        return dispatch_default(module, "default", config=config(settings), r=settings.r, lora_alpha=settings.alpha)
+        peft = config(network, settings)
+        return dispatch_default(module, "default", config=peft, r=settings.r, lora_alpha=settings.alpha)
 
 
 def _hint(modules: dict[str, Any], entry: str, text: bool) -> str:

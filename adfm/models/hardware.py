@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adfm.errors import AdfmError
-from adfm.models import adapters, loading
+from adfm.models import adapters, families, loading
 from adfm.params import Params, Train
 
 PROMPT = 200
@@ -174,8 +174,9 @@ def memory(network: Any, params: Params, processes: int = 1, available: int = 0)
     if params.model.quantization:
         stored = (weights - linear) * number + round(linear * 0.516)  # 4 bits, and 0.127 for the scales of its blocks
     adapter = adapters.weights(network, params.lora)
-    patches = (params.model.max_pixels or 512 * 512) // vision.patch_size**2
-    prompt = PROMPT + patches // vision.spatial_merge_size**2
+    family = families.get(network.config.model_type)
+    patches, image_tokens, depth = family.images.cost(network.config, params.model.max_pixels or 512 * 512)
+    prompt = PROMPT + image_tokens
     tokens = prompt + settings.max_completion_length
 
     def layer(config: Any) -> int:
@@ -185,10 +186,12 @@ def memory(network: Any, params: Params, processes: int = 1, available: int = 0)
         return length * (layers * config.hidden_size + layer(config) if checkpointed else layers * layer(config))
 
     checkpointed = settings.gradient_checkpointing
-    training = micro_batch * number * (kept(text, text.num_hidden_layers, tokens) + kept(vision, vision.depth, patches))
+    training = micro_batch * number * (kept(text, text.num_hidden_layers, tokens) + kept(vision, depth, patches))
     training += min(_TILE, 8 * text.vocab_size * micro_batch * settings.max_completion_length)
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * head * tokens
+    # Layers of linear attention, of which Qwen3.5 has three in four, keep a state that does not grow.
+    constant = sum("linear" in kind for kind in getattr(text, "layer_types", None) or [])
+    cache = 2 * (text.num_hidden_layers - constant) * text.num_key_value_heads * head * tokens
     # The tokens of all prompts are computed together, and nothing is kept for a backward pass.
     first = max(
         length * (4 * config.hidden_size + 3 * config.intermediate_size)

@@ -1,8 +1,8 @@
-"""Find, load and describe a Qwen2.5-VL or Qwen3-VL model, with or without an adapter.
+"""Find, load and describe a vision-language model, with or without an adapter.
 
 A *model* is one of:
 - `embedded://tiny-base`, the tiny base model that ships with the package,
-- a local folder of a Qwen2.5-VL or Qwen3-VL model,
+- a local folder of a model of a family that `adfm.models.families` lists,
 - a hub id, with a pinned revision,
 - a folder that warm-up or training wrote: a LoRA adapter, its processor, and `adfm.json`, which names its base,
 - a registered version, `models:/<name>/<version>` or `models:/<name>@<alias>`, which `fetch` makes such a folder of.
@@ -21,7 +21,7 @@ from adfm import files, tracking
 from adfm.errors import AdfmError
 from adfm.files import digest
 from adfm.method import prompt
-from adfm.models import decoding
+from adfm.models import decoding, families
 from adfm.params import Model
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 EMBEDDED = {"embedded://tiny-base": Path(__file__).parent / "tiny_base"}
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 DESCRIPTION = files.MODEL
 _REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@]+))")
 
@@ -41,7 +40,7 @@ class Loaded:
     Args:
         model: The network, with its adapter if it has one.
         processor: Its processor; pads on the left.
-        family: `qwen2_5_vl` or `qwen3_vl`.
+        family: Its key in `adfm.models.families.FAMILIES`.
         base: Name and revision of the base model.
         prompt: What it is asked, as chat messages without the image.
     """
@@ -58,7 +57,7 @@ def resolve(name: str, revision: str | None) -> Path:
 
     Raises:
         AdfmError: There is no such folder or hub model, a hub model's revision is not pinned, or the folder holds no
-            safetensors of a Qwen2.5-VL or Qwen3-VL model.
+            safetensors of a model of a known family, vision tower included.
     """
     if name in EMBEDDED:
         folder = EMBEDDED[name]
@@ -72,12 +71,13 @@ def resolve(name: str, revision: str | None) -> Path:
     if not config.is_file() or not any(folder.glob("*.safetensors")):
         raise AdfmError(
             f"model.name: {folder} holds no model weights (config.json and *.safetensors); "
-            "name a folder or a hub id of a Qwen2.5-VL or Qwen3-VL model"
+            "name a folder or a hub id of a vision-language model"
         )
-    family_of(folder)
-    if "vision_config" not in _config(folder) or not any("visual." in name for name in weights(folder)):
+    blind = families.get(family_of(folder)).without_weights(weights(folder))
+    if blind or "vision_config" not in _config(folder):
         raise AdfmError(
-            f"model.name: {folder} has no weights of a vision tower, so that it sees nothing; take the whole model"
+            f"model.name: {folder} has no weights of a vision tower (no {' or '.join(blind) or 'vision_config'}), so "
+            "that it sees nothing; take the whole model"
         )
     return folder
 
@@ -103,14 +103,16 @@ def weights(folder: Path) -> list[str]:
 
 
 def family_of(folder: Path) -> str:
-    """`qwen2_5_vl` or `qwen3_vl`, read from the folder's `config.json`.
+    """The family of a model, a key of `families.FAMILIES`, read from the folder's `config.json`.
 
     Raises:
-        AdfmError: It is another kind of model.
+        AdfmError: It is of a family that is not there.
     """
     family = _config(folder).get("model_type")
-    if family not in FAMILIES:
-        raise AdfmError(f"model.name: {folder} is a {family!r} model; adfm adapts {' and '.join(FAMILIES)} models")
+    try:
+        families.get(family)
+    except AdfmError as error:
+        raise AdfmError(f"model.name: {folder}: {error}") from None
     return str(family)
 
 
@@ -323,8 +325,8 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
         local_files_only=True,
         **in_4_bits,
     )
-    suppressed = [network.config.image_token_id, network.config.video_token_id]  # they stand for pictures
-    network.generation_config = decoding.generation_config(network.generation_config, suppressed)
+    placeholders = families.placeholders(processor)
+    network.generation_config = decoding.generation_config(network.generation_config, placeholders)
     if describe(Path(model)):
         from peft import PeftModel
 
@@ -340,7 +342,7 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
 def prompt_of(model: str | Path, family: str) -> list[dict[str, Any]]:
     """What a model is asked: an adapter, what it was trained with; a base model of `family`, the multi-stage prompt."""
     description = describe(Path(model))
-    return list(description["prompt"]) if description else prompt.messages(family)
+    return list(description["prompt"]) if description else prompt.messages(families.get(family).units)
 
 
 def base_of(model: str | Path, settings: Model) -> tuple[Model, Path]:
@@ -358,45 +360,70 @@ def load_processor(model: str | Path, settings: Model) -> Any:
     """The processor of a model, which reduces images to `max_pixels`; it pads on the left.
 
     Raises:
-        AdfmError: As `resolve`; or it is the processor of another model.
+        AdfmError: As `resolve`; it is the processor of another model; or its chat template cannot be used.
     """
     base, folder = base_of(model, settings)
     source = model if describe(Path(model)) else folder
+    name = family_of(folder)
+    family = families.get(name)
     try:
-        processor = processor_class(family_of(folder)).from_pretrained(source, local_files_only=True)
+        processor = families.processor_class(name).from_pretrained(source, local_files_only=True)
     except Exception as error:  # what is wrong with files that others made raises anything
         raise AdfmError(
             f"model.name: {source} holds no whole processor ({_reason(error)}); get preprocessor_config.json, the chat "
             "template and the tokenizer's files from where the model is from"
         ) from error
-    _check_processor(processor, folder, Path(source))
+    if family.chat_template:
+        processor.chat_template = family.chat_template
+    _check_processor(processor, family, folder, Path(source))
     _check_tokenizer(processor, folder, Path(source))
     processor.tokenizer.padding_side = "left"
     if base.max_pixels is not None:
-        size = processor.image_processor.size
-        processor.image_processor.size = {
-            "shortest_edge": min(size["shortest_edge"], base.max_pixels),
-            "longest_edge": base.max_pixels,
-        }
+        family.images.limit(processor.image_processor, base.max_pixels)
     return processor
 
 
-def _check_processor(processor: Any, folder: Path, source: Path) -> None:
+def _check_processor(processor: Any, family: families.Family, folder: Path, source: Path) -> None:
     """Refuses a processor that cuts images otherwise than the model in `folder`, or has other tokens."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    images, vision = processor.image_processor, config.vision_config
-    expected = {
-        "pixels of a patch": (images.patch_size, vision.patch_size),
-        "patches merged": (images.merge_size, vision.spatial_merge_size),
-        "number of the image token": (processor.image_token_id, config.image_token_id),
-    }
-    wrong = [f"{what} {its}, the model's {own}" for what, (its, own) in expected.items() if its != own]
+    compared = family.images.compared(processor, config)
+    wrong = [f"{what} {its}, the model's {own}" for what, (its, own) in compared.items() if its != own]
     if wrong:
         raise AdfmError(
             f"model.name: the processor in {source} is that of another model ({'; '.join(wrong)}); "
             "take all files of a model from one place"
+        )
+    _check_chat(processor, family, source)
+
+
+def _check_chat(processor: Any, family: families.Family, source: Path) -> None:
+    """Refuses a chat template that leaves out the image, or changes an answer in adfm's form."""
+    answer = prompt.answer("normal", [])
+    system, user = prompt.messages(family.units)
+    image: dict[str, Any] = {"type": "image"}
+    chat: Any = [
+        {**system, "content": [{"type": "text", "text": system["content"]}]},
+        {**user, "content": [image, {"type": "text", "text": user["content"]}]},
+    ]
+    answered = [*chat, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    try:
+        asked = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        whole = processor.apply_chat_template(answered, tokenize=False)
+    except Exception as error:  # a template is a program, and may raise anything
+        raise AdfmError(
+            f"model.name: the chat template in {source} cannot be used ({error}); take the instruction-tuned model"
+        ) from error
+    if asked.count(processor.image_token) != 1:
+        raise AdfmError(
+            f"model.name: the chat template in {source} writes the image's place {processor.image_token} "
+            f"{asked.count(processor.image_token)} times, not once; take all files of a model from one place"
+        )
+    if not whole.startswith(asked + answer):
+        raise AdfmError(
+            f"model.name: the chat template in {source} does not write an answer as it stands, as those of models that "
+            "think before they answer do not; take the model's version that only follows instructions (Instruct)"
         )
 
 
@@ -448,21 +475,3 @@ def lacking_package(setting: str, package: str) -> list[str]:
     if importlib.util.find_spec(package.replace("-", "_")) is None:
         return [f"{setting} needs a package that is not installed; pip install {package}"]
     return []
-
-
-def processor_class(family: str) -> Any:
-    """The family's processor without its video half, which alone needs torchvision.
-
-    It has the original's name, so that what it saves loads in any transformers.
-    """
-    import transformers
-
-    # ProcessorMixin reads the names of its parts from the signature of __init__, so leaving one out suffices.
-    original: Any = {"qwen2_5_vl": transformers.Qwen2_5_VLProcessor, "qwen3_vl": transformers.Qwen3VLProcessor}[family]
-
-    def __init__(  # noqa: N807
-        self: Any, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any
-    ) -> None:
-        original.__init__(self, image_processor, tokenizer, chat_template=chat_template, **kwargs)
-
-    return type(original.__name__, (original,), {"__init__": __init__})

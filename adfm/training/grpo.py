@@ -22,7 +22,7 @@ from adfm.errors import AdfmError
 from adfm.files import atomic_folder, digest, refuse_to_replace, replace_json
 from adfm.method import rewards
 from adfm.method.coordinates import Frame
-from adfm.models import hardware, loading
+from adfm.models import families, hardware, loading
 from adfm.outbox import Outbox
 from adfm.params import Params
 from adfm.records import Label
@@ -289,11 +289,11 @@ def _trainer(
     group = settings.num_generations
     terms_of = reward_functions(settings.profile)
     completions, _ = hardware.shares(settings, processes)
-    unwanted = [loaded.model.config.image_token_id, loaded.model.config.video_token_id]
+    unwanted = families.placeholders(loaded.processor)
     generation: dict[str, Any] = {"generation_kwargs": {"suppress_tokens": unwanted}}
     if settings.vllm:  # which has no suppress_tokens, and a processor that does not know model.max_pixels
-        data = examples.as_seen(data, loaded.processor)
-        reserve = reserve and examples.as_seen(reserve, loaded.processor)
+        data = examples.as_seen(data, loaded)
+        reserve = reserve and examples.as_seen(reserve, loaded)
         generation = {
             "generation_kwargs": {"logit_bias": dict.fromkeys(unwanted, -100.0)},
             "use_vllm": True,

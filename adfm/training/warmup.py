@@ -13,7 +13,7 @@ from adfm import tracking
 from adfm.data import shards as shards_
 from adfm.files import atomic_folder, refuse_to_replace, write_json
 from adfm.method import prompt
-from adfm.models import adapters, decoding, loading
+from adfm.models import adapters, decoding, families, loading
 from adfm.outbox import Outbox
 from adfm.params import Params
 from adfm.records import Box
@@ -44,7 +44,7 @@ def warmup(shards: Path, out: Path, params: Params, force: bool = False) -> None
     set_seed(params.seed)
     settings = params.warmup
     loaded = loading.load(params.model.name, params.model)
-    loaded = replace(loaded, prompt=prompt.messages(loaded.family, settings.stages))
+    loaded = replace(loaded, prompt=prompt.messages(families.get(loaded.family).units, settings.stages))
     decoding.Scorer(loaded.processor.tokenizer)  # refuses a tokenizer whose answers evaluation could not score
     model = adapters.attach(loaded.model, params.lora)
     with (

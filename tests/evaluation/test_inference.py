@@ -19,7 +19,7 @@ from adfm.data import shards
 from adfm.errors import AdfmError
 from adfm.evaluation import inference
 from adfm.method import prompt, response
-from adfm.models import loading
+from adfm.models import families, loading
 from adfm.params import Evaluate, Model, Params
 
 BASE = "embedded://tiny-base"
@@ -265,7 +265,7 @@ def test_vllm_gets_the_same_prompts_and_its_answers_are_read_the_same(
 def test_an_adapter_is_a_lora_request_to_vllm(mixed: Path, vllm: type[Engine], tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     loading.load_processor(BASE, Model()).save_pretrained(adapter)
-    described = {"base": {"name": BASE, "revision": None}, "prompt": prompt.messages("qwen3_vl")}
+    described = {"base": {"name": BASE, "revision": None}, "prompt": prompt.messages(families.get("qwen3_vl").units)}
     (adapter / "adfm.json").write_text(json.dumps(described))
     (adapter / "adapter_config.json").write_text('{"r": 24}')
     params = Params.model_validate({"evaluate": {"backend": "vllm"}})

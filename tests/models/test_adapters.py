@@ -65,7 +65,7 @@ def test_every_name_is_taken_or_refused_as_by_peft(folders: dict[tuple[str, bool
             assert "matches the output head lm_head" in problems[0]
             continue
         try:
-            model = get_peft_model(network, adapters.config(lora))
+            model = get_peft_model(network, adapters.config(network, lora))
         except ValueError:
             (problem,) = problems
             assert f"{name!r} matches" in problem and "cannot carry a LoRA adapter" in problem
@@ -166,7 +166,8 @@ def test_merging_an_adapter_of_a_tied_embedding_gives_another_model(folders: dic
     lora = Lora(r=4, target_modules=["embed_tokens"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(_real(folders["qwen3_vl", True]), adapters.config(lora))
+        network = _real(folders["qwen3_vl", True])
+        model = get_peft_model(network, adapters.config(network, lora))
         torch.manual_seed(0)
         with torch.no_grad():
             for name, weight in model.named_parameters():
