@@ -31,12 +31,11 @@ from PIL import Image
 from adfm import cli, tracking
 from adfm import params as params_
 from adfm.method import prompt
-from adfm.models import families, hardware, loading, tiny
+from adfm.models import adapters, families, hardware, loading, tiny
 from adfm.outbox import Outbox
 from adfm.params import Params
 from adfm.training import base, grpo
 from adfm.training.guard import Guard
-from adfm.training.warmup import adapter
 
 VARIANTS = {
     "published": [],
@@ -131,7 +130,6 @@ def measured(name: str, params: Params, adfm: bool) -> dict[str, float]:
 
 def built(name: str, params: Params) -> loading.Loaded:
     """The architecture with random weights and an adapter; the toy one without a GPU."""
-    from peft import get_peft_model
     from transformers import AutoModelForImageTextToText
 
     torch.manual_seed(0)
@@ -154,7 +152,7 @@ def built(name: str, params: Params) -> loading.Loaded:
     else:
         network = tiny.model(processor.tokenizer, seed=0)
     processor.tokenizer.padding_side = "left"
-    adapted = get_peft_model(network, adapter(params.lora, family))
+    adapted = adapters.attach(network, params.lora)
     return loading.Loaded(adapted, processor, family, params.model, prompt.messages(families.get(family).units))
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adfm import tracking
+from adfm import files, tracking
 from adfm.errors import AdfmError
 from adfm.files import digest
 from adfm.method import prompt
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 EMBEDDED = {"embedded://tiny-base": Path(__file__).parent / "tiny_base"}
-DESCRIPTION = "adfm.json"
+DESCRIPTION = files.MODEL
 _REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@]+))")
 
 
@@ -74,7 +74,7 @@ def resolve(name: str, revision: str | None) -> Path:
             "name a folder or a hub id of a vision-language model"
         )
     blind = families.get(family_of(folder)).without_weights(weights(folder))
-    if blind or "vision_config" not in json.loads(config.read_text()):
+    if blind or "vision_config" not in _config(folder):
         raise AdfmError(
             f"model.name: {folder} has no weights of a vision tower (no {' or '.join(blind) or 'vision_config'}), so "
             "that it sees nothing; take the whole model"
@@ -108,12 +108,78 @@ def family_of(folder: Path) -> str:
     Raises:
         AdfmError: It is of a family that is not there.
     """
-    family = json.loads((folder / "config.json").read_text()).get("model_type")
+    family = _config(folder).get("model_type")
     try:
         families.get(family)
     except AdfmError as error:
         raise AdfmError(f"model.name: {folder}: {error}") from None
     return str(family)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdfmError(f"model.name: {folder}/config.json cannot be read ({error}); get it again") from error
+    if not isinstance(content, dict):
+        raise AdfmError(f"model.name: {folder}/config.json does not hold the settings of a model; get it again")
+    return content
+
+
+def outline(folder: Path) -> Any:
+    """The network in a model's folder without memory for its weights, once its files are known to hold all of them.
+
+    transformers itself compares names and shapes, by its own renaming, from the heads of the files. By itself it would
+    give random numbers to a weight that is missing.
+
+    Args:
+        folder: As `resolve` finds it.
+
+    Returns:
+        The network, on PyTorch's device `meta`.
+
+    Raises:
+        AdfmError: Weights are missing or have another shape, or files are missing, damaged, or of another model.
+    """
+    from transformers import AutoModelForImageTextToText
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # its report of what is missing is a table of many lines; ours is a sentence
+    logging.disable_progress_bar()
+    try:
+        loader: Any = AutoModelForImageTextToText
+        network, loaded = loader.from_pretrained(
+            folder,
+            device_map="meta",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except Exception as error:  # what is wrong with files that others made raises anything
+        raise AdfmError(
+            f"model.name: transformers cannot load {folder} ({_reason(error)}); get all files of the model again"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+    for what, names in (
+        ("are missing", sorted(loaded["missing_keys"])),
+        ("have another shape than config.json says", sorted(name for name, *_ in loaded["mismatched_keys"])),
+    ):
+        if names:
+            raise AdfmError(
+                f"model.name: in {folder}, weights {what}: {', '.join(names[:2])}"
+                f"{f' and {len(names) - 2} more' * (len(names) > 2)}; get all files of the model again, from one place"
+            )
+    return network
+
+
+def _reason(error: Exception) -> str:
+    """What an exception says, on one line; its name if it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -239,6 +305,7 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
     base, folder = base_of(model, settings)
     if missing := lacking(base):
         raise AdfmError("\n  ".join(missing))
+    outline(folder)
     processor = load_processor(model, settings)
     dtype = getattr(torch, base.dtype)
     in_4_bits: dict[str, Any] = {}
@@ -299,10 +366,17 @@ def load_processor(model: str | Path, settings: Model) -> Any:
     source = model if describe(Path(model)) else folder
     name = family_of(folder)
     family = families.get(name)
-    processor = families.processor_class(name).from_pretrained(source, local_files_only=True)
+    try:
+        processor = families.processor_class(name).from_pretrained(source, local_files_only=True)
+    except Exception as error:  # what is wrong with files that others made raises anything
+        raise AdfmError(
+            f"model.name: {source} holds no whole processor ({_reason(error)}); get preprocessor_config.json, the chat "
+            "template and the tokenizer's files from where the model is from"
+        ) from error
     if family.chat_template:
         processor.chat_template = family.chat_template
     _check_processor(processor, family, folder, Path(source))
+    _check_tokenizer(processor, folder, Path(source))
     processor.tokenizer.padding_side = "left"
     if base.max_pixels is not None:
         family.images.limit(processor.image_processor, base.max_pixels)
@@ -351,6 +425,26 @@ def _check_chat(processor: Any, family: families.Family, source: Path) -> None:
             f"model.name: the chat template in {source} does not write an answer as it stands, as those of models that "
             "think before they answer do not; take the model's version that only follows instructions (Instruct)"
         )
+
+
+def _check_tokenizer(processor: Any, folder: Path, source: Path) -> None:
+    """Refuses a tokenizer that has no chat template, more tokens than the model, or cannot write an answer's letter."""
+    from transformers import AutoConfig
+
+    tokenizer = processor.tokenizer
+    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    size = config.get_text_config().vocab_size
+    answers = [f"<answer>{letter}</answer>" for letter in "AB"]
+    written = [tokenizer.decode(tokenizer.encode(answer, add_special_tokens=False)) for answer in answers]
+    if not processor.chat_template:
+        reason = "has no chat template (chat_template.jinja or chat_template.json)"
+    elif len(tokenizer) > size:
+        reason = f"has a tokenizer of {len(tokenizer)} tokens, and the model has {size}"
+    elif written != answers:
+        reason = f"has a tokenizer that cannot write the answers apart: {answers[0]} becomes {written[0]!r}"
+    else:
+        return
+    raise AdfmError(f"model.name: {source} {reason}; take all files of a model from one place")
 
 
 def lacking(settings: Model) -> list[str]:
