@@ -17,7 +17,7 @@ from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.evaluation.evaluate import evaluate
 from adfm.evaluation.inference import chat_text
-from adfm.models import families, hardware, loading, tiny
+from adfm.models import adapters, families, hardware, loading, tiny
 from adfm.params import Lora, Params
 from adfm.training import examples, grpo
 from adfm.training.warmup import warmup

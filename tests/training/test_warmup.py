@@ -20,8 +20,8 @@ def test_no_steps_change_nothing(small_shards: Path, tmp_path: Path) -> None:
     warmup(small_shards, tmp_path / "warmup", Params.model_validate({"warmup": {"steps": 0}}))
     params = Params()
     images = [Image.new("RGB", (128, 128), colour) for colour in ("gray", "white", "navy")]
-    base = answer(loading.load(params.model.name, params.model), images, 40)
-    warmed = answer(loading.load(tmp_path / "warmup", params.model), images, 40)
+    base = answer(loading.load(params.model.name, params.model), images, params.evaluate)
+    warmed = answer(loading.load(tmp_path / "warmup", params.model), images, params.evaluate)
     assert base[0] == warmed[0]
 
 
