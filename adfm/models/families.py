@@ -1,7 +1,8 @@
 """Model families: everything that one needs beyond what transformers knows of it, an entry of `FAMILIES` each.
 
-To add a family: add its entry, add a model of it with random weights to `tests/training/test_families.py`, and run that
-file. If its images are cut otherwise than by `Patches` or `Tiles`, write a third class with their functions.
+To add a family: add its entry, and a model of it with random weights to `tests/models/random_models.py`, which
+`tests/training/test_families.py` takes along the whole path. If its images are cut otherwise than by `Patches` or
+`Tiles`, write a third class with their functions.
 """
 
 from __future__ import annotations
@@ -224,7 +225,8 @@ _QWEN3_5_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}<|im_start|>assistant{{ '\\n<think>\\n\\n</think>\\n\\n' }}{% endif %}"""
 
-# Frames: Qwen's cookbooks of spatial understanding, and InternVL's description of its chat data.
+# Coordinates: as Qwen's cookbooks of spatial understanding and InternVL's description of its chat data have them. No
+# real weights were at hand to try them.
 FAMILIES = {
     "qwen2_5_vl": Family("Qwen2.5-VL", "Qwen2_5_VLProcessor", "pixels", ("visual",), Patches),
     "qwen3_vl": Family("Qwen3-VL", "Qwen3VLProcessor", "thousandths", ("visual",), Patches),

@@ -377,6 +377,7 @@ def load_processor(model: str | Path, settings: Model) -> Any:
         processor.chat_template = family.chat_template
     _check_processor(processor, family, folder, Path(source))
     _check_tokenizer(processor, folder, Path(source))
+    _check_chat(processor, family, Path(source))
     processor.tokenizer.padding_side = "left"
     if base.max_pixels is not None:
         family.images.limit(processor.image_processor, base.max_pixels)
@@ -395,7 +396,6 @@ def _check_processor(processor: Any, family: families.Family, folder: Path, sour
             f"model.name: the processor in {source} is that of another model ({'; '.join(wrong)}); "
             "take all files of a model from one place"
         )
-    _check_chat(processor, family, source)
 
 
 def _check_chat(processor: Any, family: families.Family, source: Path) -> None:
