@@ -128,6 +128,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         added = verbs.add_parser(name, help=summary, description=summary)
         return added.add_subparsers(metavar="<verb>", required=True, title="verbs")
 
+    add = verb(
+        "params", _params, "print the first settings file with the values of the others and of --set; its comments stay"
+    )
+    add.add_argument("out", metavar="OUT", type=Path, nargs="?", help="file to write them to instead, e.g. params.yaml")
+
     add = verb("check", _check, "see that settings, model, MLflow and disk are fit for a run, before it starts")
     add.add_argument("out", metavar="OUT", type=Path, nargs="?", help="file to write when all is well")
 
@@ -270,7 +275,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
     for each in leaves:
         each.add_argument(
-            "--params", metavar="FILE", type=Path, help="settings; params.yaml, if there is one, by default"
+            "--params",
+            metavar="FILE",
+            type=Path,
+            action="append",
+            help="settings; repeatable, later files win key by key; params.yaml, if there is one, by default",
         )
         each.add_argument(
             "--set",
@@ -297,6 +306,17 @@ def _part(text: str) -> tuple[int, int]:
     if not (part.isdecimal() and of.isdecimal() and 1 <= int(part) <= int(of)):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N, as in 2/8")
     return int(part), int(of)
+
+
+def _params(args: argparse.Namespace, params: Params) -> None:
+    from adfm.files import replace_text
+    from adfm.params import merged
+
+    text = merged(args.params, args.set)
+    if args.out is None:
+        print(text, end="")
+    else:
+        replace_text(text, args.out)
 
 
 def _check(args: argparse.Namespace, params: Params) -> None:
