@@ -267,7 +267,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add.add_argument("--jobs", metavar="N", type=int, default=1, help="runs at a time; 1 by default")
 
     add = verb("score", _score, "print what completions earn, one JSON object a line")
-    add.add_argument("file", metavar="FILE", type=Path, help="JSON lines with completion, label, boxes (512x512 frame)")
+    add.add_argument("file", metavar="FILE", type=Path, help="JSON lines with completion, label, boxes (504x504 frame)")
     add.add_argument("--profile", choices=("calibrated", "paper"), help="reward profile; train.profile by default")
 
     add = verb("tiny-base", _tiny_base, "train the embedded base model anew; goes on if it was interrupted")
