@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig
 
 from adfm.models import hardware
-from adfm.params import flat, load
+from adfm.params import Params, flat, load, merged
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "params.yaml"
@@ -83,6 +83,18 @@ def test_an_overlay_is_fit_to_train_with(file: Path) -> None:
     assert params.evaluate.max_new_tokens >= params.train.max_completion_length
     for processes in (1, 2):
         hardware.shares(params.train, processes)
+
+
+@pytest.mark.parametrize("file", OVERLAYS, ids=lambda file: file.stem)
+def test_dvc_reads_the_same_from_the_merged_file(file: Path) -> None:
+    from dvc.utils.serialize import parse_yaml
+
+    text = merged([BASE, file])
+    read = parse_yaml(text, "params.yaml")
+    expected = load([BASE, file])
+    assert Params.model_validate(read) == expected
+    comments = [line.partition(" # ")[2] for line in BASE.read_text().splitlines()]
+    assert [line.partition(" # ")[2] for line in text.splitlines()] == comments
 
 
 def test_the_published_run_is_as_published() -> None:
