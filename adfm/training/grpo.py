@@ -241,6 +241,9 @@ def trl_settings(params: Params, processes: int = 1) -> dict[str, Any]:
         "top_k": settings.top_k,
         "repetition_penalty": 1.0,
         "min_p": 0.0,  # None, TRL's default, lets transformers take the one of the model's generation_config.json
+        # vLLM's log-probabilities are those after top_p and top_k, the trainer's those of all tokens. Their ratio over
+        # a whole completion would then weight it by next to nothing, and longer ones by less.
+        "vllm_importance_sampling_correction": settings.top_p == 1 and settings.top_k == 0,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.schedule,
         "warmup_steps": round(settings.warmup_ratio * settings.steps),

@@ -197,6 +197,19 @@ def test_sampling_and_optimizer_are_those_of_the_settings_and_nothing_of_the_mod
     assert betas == [{(0.9, 0.999)}, {(0.9, 0.95)}]
 
 
+@pytest.mark.parametrize(
+    ("changed", "corrected"),
+    [({}, True), ({"top_p": 0.9}, False), ({"top_k": 50}, False), ({"temperature": 0.9}, True)],
+)
+def test_vllm_is_corrected_for_unless_rare_tokens_are_cut_off(changed: dict[str, Any], corrected: bool) -> None:
+    from trl import GRPOConfig
+
+    params = Params.model_validate({"train": changed})
+    config = GRPOConfig(**grpo.trl_settings(params))
+    assert config.vllm_importance_sampling_correction is corrected
+    assert (config.top_p, config.top_k, config.min_p) == (params.train.top_p, params.train.top_k, 0.0)
+
+
 def test_groups_that_processes_would_share_are_not_drawn_anew(
     small_shards: Path, started: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
