@@ -8,7 +8,8 @@ INSTALLED := .venv/.installed
 
 help:
 	@echo 'make setup    make .venv and install what requirements.txt pins'
-	@echo 'make repro    run the stages of dvc.yaml that have something to do (sets up first if needed)'
+	@echo 'make repro    run the stages of dvc.yaml that have something to do (sets up first if needed);'
+	@echo '              PARAMS="params/qwen2.5-vl-7b.yaml …" writes the settings of these files into params.yaml first'
 	@echo 'make test     lint, check types, run the tests'
 	@echo 'make lint     lint and check types'
 	@echo 'make mlflow   show runs and versions at http://127.0.0.1:5000'
@@ -36,6 +37,7 @@ $(INSTALLED): requirements.txt pyproject.toml
 
 repro: setup
 	@git rev-parse --git-dir >/dev/null 2>&1 || python -m dvc config --local core.no_scm true
+	$(if $(PARAMS),python -m adfm params params.yaml --params params.yaml $(PARAMS:%=--params %))
 	python -m dvc repro
 
 lint: setup

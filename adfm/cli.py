@@ -130,6 +130,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         added = verbs.add_parser(name, help=summary, description=summary)
         return added.add_subparsers(metavar="<verb>", required=True, title="verbs")
 
+    add = verb(
+        "params", _params, "print the first settings file with the values of the others and of --set; its comments stay"
+    )
+    add.add_argument("out", metavar="OUT", type=Path, nargs="?", help="file to write them to instead, e.g. params.yaml")
+
     add = verb("check", _check, "see that settings, model, MLflow and disk are fit for a run, before it starts")
     add.add_argument("out", metavar="OUT", type=Path, nargs="?", help="file to write when all is well")
 
@@ -266,7 +271,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add.add_argument("--jobs", metavar="N", type=int, default=1, help="runs at a time; 1 by default")
 
     add = verb("score", _score, "print what completions earn, one JSON object a line")
-    add.add_argument("file", metavar="FILE", type=Path, help="JSON lines with completion, label, boxes (512x512 frame)")
+    add.add_argument("file", metavar="FILE", type=Path, help="JSON lines with completion, label, boxes (504x504 frame)")
     add.add_argument("--profile", choices=("calibrated", "paper"), help="reward profile; train.profile by default")
 
     add = verb("tiny-base", _tiny_base, "train the embedded base model anew; goes on if it was interrupted")
@@ -274,7 +279,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
     for each in leaves:
         each.add_argument(
-            "--params", metavar="FILE", type=Path, help="settings; params.yaml, if there is one, by default"
+            "--params",
+            metavar="FILE",
+            type=Path,
+            action="append",
+            help="settings; repeatable, later files win key by key; params.yaml, if there is one, by default",
         )
         each.add_argument(
             "--set",
@@ -301,6 +310,17 @@ def _part(text: str) -> tuple[int, int]:
     if not (part.isdecimal() and of.isdecimal() and 1 <= int(part) <= int(of)):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N, as in 2/8")
     return int(part), int(of)
+
+
+def _params(args: argparse.Namespace, params: Params) -> None:
+    from adfm.files import replace_text
+    from adfm.params import merged
+
+    text = merged(args.params, args.set)
+    if args.out is None:
+        print(text, end="")
+    else:
+        replace_text(text, args.out)
 
 
 def _check(args: argparse.Namespace, params: Params) -> None:

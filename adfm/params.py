@@ -1,8 +1,9 @@
 """`params.yaml` as typed, documented, validated settings: one class a section, one section a stage.
 
-The defaults are those of the embedded run, so that `Params()` equals the shipped `params.yaml`.
+The defaults are those of the embedded run, so that `Params()` equals the shipped `params.yaml`. A further file is an
+overlay: it names only the settings that it changes.
 
-    params = load(Path("params.yaml"), ["train.steps=50", "model.name=/models/qwen"])
+    params = load([Path("params.yaml"), Path("params/qwen2.5-vl-7b.yaml")], ["train.steps=50"])
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Split(Section):
     test: Fraction = 0.4
     holdout_categories: list[str] = []
     near_duplicates: bool = True
+    official: bool = True
 
     @model_validator(mode="after")
     def _leaves_some_to_train(self) -> Self:
@@ -138,6 +140,8 @@ class Train(Section):
     learning_rate: PositiveFloat = 1e-3
     warmup_ratio: Fraction = 0.03
     temperature: PositiveFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: NonNegativeInt = 0
     max_completion_length: PositiveInt = 96
     beta: NonNegativeFloat = 0.02
     epsilon: PositiveFloat = 0.2
@@ -146,6 +150,9 @@ class Train(Section):
     scale_rewards: Literal["group", "batch", "none"] = "group"
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
     max_grad_norm: PositiveFloat = 1.0
+    weight_decay: NonNegativeFloat = 0.0
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     optimizer: Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch_fused"
     micro_batch: PositiveInt | None = None
     gradient_checkpointing: bool = False
@@ -246,25 +253,58 @@ class Params(Section):
     register_: Register = Field(default=Register(), alias="register")
 
 
-def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Params:
-    """Reads a settings file and lays `key=value` overrides over it.
+def load(files: Path | Sequence[Path] | None = None, overrides: Sequence[str] = ()) -> Params:
+    """Read settings files, later ones over earlier ones, and `key=value` overrides over all of them.
 
     Args:
-        path: A YAML file; keys it leaves out have their defaults. `None`: `params.yaml` of the current folder if there
-            is one.
+        files: One or several YAML files; a later one wins key by key. Keys that none of them has keep their defaults.
+            None of them: `params.yaml` of the current folder if there is one.
         overrides: `key=value` with a dotted key and a YAML value, as in `train.steps=50`; later ones win.
 
     Raises:
-        AdfmError: The file is missing or not YAML, or keys or values are wrong: all of them are listed.
+        AdfmError: A file is missing or not YAML, or keys or values are wrong: all of them are listed, each with its
+            file and line.
     """
-    if path is None and Path("params.yaml").is_file():
-        path = Path("params.yaml")
-    if path is None:
-        return _params("", "", overrides)
+    return _params([(_text(file), str(file)) for file in _files(files)], overrides)
+
+
+def merged(files: Path | Sequence[Path] | None = None, overrides: Sequence[str] = ()) -> str:
+    """The text of the first settings file with the values that `load` makes of all of them.
+
+    All else in that text stays as it is, comments included; a setting that it lacks is added to its section.
+
+    Args:
+        files: As of `load`.
+        overrides: As of `load`.
+
+    Raises:
+        AdfmError: As `load`; or the first file is written in a way that is not understood here.
+    """
+    paths = _files(files)
+    if not paths:
+        raise AdfmError("there is no params.yaml here to lay settings over; name a file with --params.")
+    text, first = _text(paths[0]), str(paths[0])
+    params = _params([(_text(file), str(file)) for file in paths], overrides)
+    before = flat(_params([(text, first)], ()))
+    for key, value in flat(params).items():
+        if value != before[key]:
+            text = _replaced(text, key.split("."), value)
+    if loads(text) != params:
+        raise AdfmError(f"{first}: write it in plain YAML, a line a setting, as params.yaml is when adfm ships it.")
+    return text
+
+
+def _files(files: Path | Sequence[Path] | None) -> Sequence[Path]:
+    if files:
+        return [files] if isinstance(files, Path) else files
+    return [file for file in (Path("params.yaml"),) if file.is_file()]
+
+
+def _text(file: Path) -> str:
     try:
-        return _params(path.read_text(encoding="utf-8"), str(path), overrides)
+        return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise AdfmError(f"the settings file {path} cannot be read: {error}.") from error
+        raise AdfmError(f"the settings file {file} cannot be read: {error}.") from error
 
 
 def loads(text: str, overrides: Sequence[str] = ()) -> Params:
@@ -273,13 +313,19 @@ def loads(text: str, overrides: Sequence[str] = ()) -> Params:
     Raises:
         AdfmError: It is not YAML, or keys or values are wrong: all of them are listed.
     """
-    return _params(text, "params", overrides)
+    return _params([(text, "params")], overrides)
 
 
-def _params(text: str, place: str, overrides: Sequence[str]) -> Params:
+def _params(texts: Sequence[tuple[str, str]], overrides: Sequence[str]) -> Params:
+    """The settings of texts, each with its name for messages, and of overrides."""
     values: dict[str, Any] = {}
     where: dict[str, str] = {}  # dotted key -> the place that sets it, for messages
-    problems = _read(text, place, values, where)
+    problems = []
+    for text, place in texts:
+        read, lines, repeated = _read(text, place)
+        values = _merge(values, read)
+        where |= lines
+        problems += repeated
     for override in overrides:
         problems += _override(override, values, where)
     try:
@@ -313,8 +359,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read(text: str, place: str, values: dict[str, Any], where: dict[str, str]) -> list[str]:
-    """Adds a text's settings to `values` and their lines to `where`; returns a problem for every key set twice."""
+def _read(text: str, place: str) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """A text's settings; the place of each by dotted key; a problem for every key that is set twice."""
     try:
         loader = _Loader(text)
         root = loader.get_single_node()
@@ -326,7 +372,7 @@ def _read(text: str, place: str, values: dict[str, Any], where: dict[str, str]) 
         raise AdfmError(f"the settings {place} cannot be read: {error}.") from error
     if not isinstance(read, dict):
         raise AdfmError(f"{place}: sections with keys are expected, as in `train: {{steps: 50}}`.")
-    values.update(read)
+    where: dict[str, str] = {}
     problems = []
 
     def walk(node: yaml.Node | None, prefix: str) -> None:
@@ -338,16 +384,74 @@ def _read(text: str, place: str, values: dict[str, Any], where: dict[str, str]) 
             walk(value, f"{name}.")
 
     walk(root, "")
-    return problems
+    # Reported here, because a later file, or an override, may have the section.
+    for name, value in _misplaced(read):
+        problems.append(f"{where[name]}: {name} should be a section with keys, not {value!r}")
+    return read, where, problems
 
 
-def _merge(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """`values` over `defaults`, key by key: the default of `gate.iou.floor` is not that of `gate.accuracy.floor`."""
-    merged = dict(defaults)
-    for key, value in values.items():
-        both = isinstance(value, dict) and isinstance(defaults.get(key), dict)
-        merged[key] = _merge(defaults[key], value) if both else value
-    return merged
+def _misplaced(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Takes what stands where a section belongs out of a tree of settings; its dotted key and value."""
+    for key, value in list(tree.items()):
+        name = f"{prefix}{key}"
+        if name in _SECTIONS and isinstance(value, dict):
+            yield from _misplaced(value, f"{name}.")
+        elif name in _SECTIONS:
+            del tree[key]
+            yield name, value
+
+
+def _replaced(text: str, key: Sequence[str], value: object) -> str:
+    """A YAML text with another value of one setting; what else it holds is not touched, to the byte."""
+    node: Any = yaml.compose(text, _Loader)
+    for depth, name in enumerate(key):
+        members = node.value if isinstance(node, yaml.MappingNode) else []
+        inner = next((inner for named, inner in members if named.value == name), None)
+        if inner is None:
+            return _added(text, node, f"{name}: {_written(_nested(key[depth + 1 :], value))}")
+        node = inner
+    start, end = node.start_mark.index, _end(node)
+    return text[:start] + " " * (text[start - 1] == ":") + _written(value) + text[end:]
+
+
+def _added(text: str, section: Any, line: str) -> str:
+    """A YAML text with one more `key: value` at the end of a section; `None` is a text that has nothing yet."""
+    if section is None:
+        return f"{text}\n{line}\n".lstrip("\n")
+    if section.flow_style:
+        at = section.end_mark.index - 1
+        return text[:at] + ", " * bool(section.value) + line + text[at:]
+    at = text.find("\n", _end(section))
+    at = len(text) if at < 0 else at
+    return f"{text[:at]}\n{' ' * section.start_mark.column}{line}{text[at:]}"
+
+
+def _end(node: Any) -> int:
+    """Where the last character of a node is; the mark of a block is behind the comments that follow it."""
+    if isinstance(node, yaml.ScalarNode) or node.flow_style or not node.value:
+        return int(node.end_mark.index)
+    last = node.value[-1]
+    return _end(last[1] if isinstance(node, yaml.MappingNode) else last)
+
+
+def _nested(keys: Sequence[str], value: object) -> object:
+    return {keys[0]: _nested(keys[1:], value)} if keys else value
+
+
+def _written(value: object) -> str:
+    """A value in YAML on one line, fit to stand in brackets too; numbers as Python writes them."""
+    if type(value) in (int, float):
+        return repr(value)
+    return yaml.safe_dump([value], default_flow_style=True, width=10**6, allow_unicode=True).strip()[1:-1]
+
+
+def _merge(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """`later` over `earlier`, key by key: the default of `gate.iou.floor` is not that of `gate.accuracy.floor`."""
+    both = dict(earlier)
+    for key, value in later.items():
+        before = earlier.get(key)
+        both[key] = _merge(before if isinstance(before, dict) else {}, value) if isinstance(value, dict) else value
+    return both
 
 
 def _override(override: str, values: dict[str, Any], where: dict[str, str]) -> list[str]:
@@ -365,8 +469,6 @@ def _override(override: str, values: dict[str, Any], where: dict[str, str]) -> l
     *sections, name = key.split(".")
     for depth, section in enumerate(sections, start=1):
         values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            return []  # the file has a value where a section belongs, which validation reports
         where[".".join(sections[:depth])] = place
     values[name] = value
     where[key] = place
@@ -384,8 +486,6 @@ def _problems(error: ValidationError, where: dict[str, str]) -> list[str]:
         message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
         if unknown:
             message = _unknown(key)
-        elif detail["type"] == "model_type":
-            message = f"{key} should be a section with keys, not {detail['input']!r}"
         elif detail["type"] == "value_error":
             message = f"{key}: {message}"
         elif key in lines:  # another member of a union

@@ -44,10 +44,11 @@ VARIANTS = {
     "FlashAttention": ["model.attention=flash_attention_2"],
     "Liger": ["train.liger=true"],
     "8-bit optimizer": ["train.optimizer=adamw_8bit"],
-    "frozen vision tower": ["lora.vision=false"],
+    "adapter on the vision tower": ["lora.vision=true"],
     "no KL penalty": ["train.beta=0.0"],
 }
 COMMON = ["train.steps=3", "train.prompts_per_step=16", "train.pictures_every=0", "train.checkpoint_every=1000"]
+COMMON += ["model.attention=sdpa", "train.liger=false"]
 TOY = ["model.dtype=float32", "model.max_pixels=9216", "train.max_completion_length=16", "train.prompts_per_step=4"]
 
 
@@ -60,7 +61,7 @@ def main() -> None:
     cli.set_environment()
     gpu = torch.cuda.is_available()
     print(f"{args.model}, random weights, {torch.cuda.get_device_name()}" if gpu else "toy size: no GPU, no timing")
-    file = Path(__file__).parents[1] / "params" / "qwen2.5-vl-7b-mvtec.yaml"
+    file = Path(__file__).parents[1] / "params" / "published-qwen2.5-vl-7b.yaml"
     with TemporaryDirectory() as folder:
         os.chdir(folder)
         for name in args.only:

@@ -19,9 +19,10 @@ from adfm.models import families, hardware
 from adfm.params import Params
 
 SETTINGS = {
-    "qwen2.5-vl-3b-mvtec": "Qwen2.5-VL-3B",
-    "qwen2.5-vl-7b-mvtec": "Qwen2.5-VL-7B",
-    "qwen3-vl-8b-mvtec": "Qwen3-VL-8B",
+    "published-qwen2.5-vl-7b": "Qwen2.5-VL-7B",
+    "qwen2.5-vl-3b": "Qwen2.5-VL-3B",
+    "qwen2.5-vl-7b": "Qwen2.5-VL-7B",
+    "qwen3-vl-8b": "Qwen3-VL-8B",
 }
 GPUS = {"A100": (312e12, 2.0e12), "H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
 """Dense bf16 operations and bytes of memory traffic a second, as NVIDIA publishes them."""
@@ -67,24 +68,21 @@ def main() -> None:
     rows = []
     for name, architecture in SETTINGS.items():
         network = hardware.empty(configuration(architecture))
-        file = folder / f"{name}.yaml"
-        tuned = [line[4:] for line in file.read_text().splitlines() if line.startswith("#   ")]
-        for shown_as, overrides in ((name, []), (f"{name}, tuned", tuned)):
-            params = params_.load(file, overrides)
-            parts = hardware.memory(network, params, available=80 * GIB)
-            ours = sum(parts[part] for part in ("adapter", "gradients", "optimizer"))
-            shown = [parts["weights"], ours, parts["training"], parts["generation"], hardware.total(parts)]
-            print(f"| {shown_as} | " + " | ".join(f"{size / GIB:.1f} GiB" for size in shown) + " |")
-            rows.append((shown_as, params, network))
+        params = params_.load(folder / f"{name}.yaml")
+        parts = hardware.memory(network, params, available=80 * GIB)
+        ours = sum(parts[part] for part in ("adapter", "gradients", "optimizer"))
+        sizes = [parts["weights"], ours, parts["training"], parts["generation"], hardware.total(parts)]
+        print(f"| {name} | " + " | ".join(f"{size / GIB:.1f} GiB" for size in sizes) + " |")
+        rows.append((name, params, network))
     print(f"\n| settings | {' | '.join(GPUS)} |")
     print("|---|" + "---|" * len(GPUS))
-    for shown_as, params, network in rows:
+    for name, params, network in rows:
         cells = []
         for gpu in GPUS:
             generation, training = seconds(network, params, gpu)
             hours = params.train.steps * (generation + training) / 3600
             cells.append(f"{generation:.0f} s + {training:.0f} s, {hours:.0f} h")
-        print(f"| {shown_as} | {' | '.join(cells)} |")
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from adfm.params import Train
 
 VERBS = (
     *("check", "fetch", "convert", "validate", "show", "warmup", "train", "evaluate", "predict"),
-    *("report", "register", "gate", "promote", "rollback", "score", "tiny-base"),
+    *("report", "register", "gate", "promote", "rollback", "score", "tiny-base", "params"),
 )
 HEAVY = "datasets great_expectations matplotlib mlflow numpy pandas peft pydantic scipy sklearn torch transformers trl"
 LINE = json.dumps({"completion": "<answer>B</answer>", "label": "normal", "boxes": []}) + "\n"
@@ -88,6 +88,21 @@ def test_settings_come_from_the_file_that_is_named(
     from_file = capsys.readouterr().out
     main(["score", str(lines), "--profile", "paper"])
     assert capsys.readouterr().out == from_file
+
+
+def test_params_writes_settings_files_laid_over_one_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, overlay = tmp_path / "params.yaml", tmp_path / "overlay.yaml"
+    base.write_text("seed: 1 # kept\ntrain:\n  steps: 5 # too\n")
+    overlay.write_text("train: {steps: 6} # the reason")
+    files = ["--params", str(base), "--params", str(overlay), "--set", "seed=2"]
+    assert main(["params", *files]) == 0
+    assert capsys.readouterr().out == "seed: 2 # kept\ntrain:\n  steps: 6 # too\n"
+    assert main(["params", str(base), *files]) == 0
+    assert base.read_text() == "seed: 2 # kept\ntrain:\n  steps: 6 # too\n"
+    overlay.write_text("train: {stepz: 6}")
+    assert main(["params", str(base), *files]) == 1
+    assert f"{overlay} line 1: there is no setting train.stepz" in capsys.readouterr().err
+    assert base.read_text().startswith("seed: 2")
 
 
 def test_wrong_settings_stop_every_verb_before_it_starts(lines: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adfm.errors import AdfmError
-from adfm.params import Params, flat, load
+from adfm.params import Params, flat, load, loads, merged
 
 SHIPPED = Path(__file__).parents[1] / "params.yaml"
 DEFAULTS = flat(Params())
@@ -20,7 +20,7 @@ def written(folder: Path, text: str) -> Path:
     return file
 
 
-def problems(file: Path | None, *overrides: str) -> list[str]:
+def problems(file: Path | list[Path] | None, *overrides: str) -> list[str]:
     with pytest.raises(AdfmError) as caught:
         load(file, overrides)
     return [line.strip() for line in str(caught.value).splitlines()[1:]]
@@ -51,6 +51,86 @@ def test_what_a_file_or_an_override_leaves_out_keeps_its_own_default(tmp_path: P
     file = written(tmp_path, "gate: {accuracy: {min_gain: 0.25}}\nseed: 3")
     params = load(file, ["gate.iou.min_gain=0.5"])
     assert flat(params) == DEFAULTS | {"gate.accuracy.min_gain": 0.25, "gate.iou.min_gain": 0.5, "seed": 3}
+
+
+def test_a_later_file_wins_key_by_key_and_an_override_over_all(tmp_path: Path) -> None:
+    base, overlay = tmp_path / "base.yaml", tmp_path / "overlay.yaml"
+    base.write_text("seed: 1\ntrain: {steps: 5, weights: {format: 2.0}}\nlora: {r: 4}")
+    overlay.write_text("seed: 2\ntrain: {beta: 0.5, weights: {localization: 3.0}}\nlora: {r: 8}")
+    expected = {"seed": 2, "train.steps": 5, "train.beta": 0.5, "lora.r": 9}
+    expected |= {"train.weights.format": 2.0, "train.weights.localization": 3.0}
+    assert flat(load([base, overlay], ["lora.r=9"])) == DEFAULTS | expected
+    assert load([overlay, base]).seed == 1
+
+
+def test_problems_of_several_files_are_listed_each_with_its_file_and_line(tmp_path: Path) -> None:
+    base, overlay = tmp_path / "base.yaml", tmp_path / "overlay.yaml"
+    base.write_text("seed: 1\ntrain: fast\nlora: {q: 4}\nsplit: {test: 0.5}\ngate: {confidence: 2}")
+    overlay.write_text("train: {steps: 0}\n\nseed: 2\nsplit:\n  validation: 0.5\nseed: 3")
+    assert sorted(problem.partition(": ")[0] for problem in problems([base, overlay])) == [
+        *(f"{base} line {line}" for line in (2, 3, 5)),
+        *(f"{overlay} line {line}" for line in (1, 4, 6)),
+    ]
+
+
+def test_merged_keeps_every_comment_and_changes_the_named_settings_alone(tmp_path: Path) -> None:
+    overlay = written(tmp_path, "lora: {target_modules: [q_proj, v_proj]}\ntrain: {learning_rate: 1e-5, vllm: 0.3}")
+    text = merged([SHIPPED, overlay], ["model.name='a folder: of mine, #1'", "model.revision='0123'"])
+    before, after = SHIPPED.read_text().splitlines(), text.splitlines()
+    changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+    assert [new.partition(" # ")[0].strip().partition(":")[0] for _, new in changed] == [
+        *("name", "revision", "target_modules", "learning_rate", "vllm")
+    ]
+    assert all(new.endswith(old[old.index(" # ") :]) for old, new in changed)
+    result = tmp_path / "result.yaml"
+    result.write_text(text)
+    assert load(result) == load([SHIPPED, overlay], ["model.name='a folder: of mine, #1'", "model.revision='0123'"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "# nothing yet",
+        "seed: 1 # first\n\n# a word\ntrain:\n  health: # of it\n    patience: 4 # steps\n\n  # end\n",
+        "train: {health: {}}\nsplit: {}",
+        "split:\n  holdout_categories:\n    - x # 1\n    - y\n  # more\n  test: 0.3\nmodel:\n  revision:\nseed: 0",
+        "{seed: 3, model: {name: x}}",
+        "model: {revision: null}\ntrain:\n    steps: 3\n    # deep\n    health: {patience: 9}",
+    ],
+)
+def test_merged_into_files_as_people_write_them(tmp_path: Path, text: str) -> None:
+    base, overlay, result = (tmp_path / f"{name}.yaml" for name in ("base", "overlay", "result"))
+    base.write_text(text)
+    overlay.write_text(yaml.safe_dump({"seed": 5, "split": {"holdout_categories": ["a", "b: #c"]}}))
+    result.write_text(merged([base, overlay], ["model.revision=abc", "train.health.patience=3"]))
+    assert load(result) == load([base, overlay], ["model.revision=abc", "train.health.patience=3"])
+    assert [line for line in text.splitlines() if line.strip().startswith("#")] == [
+        line for line in result.read_text().splitlines() if line.strip().startswith("#")
+    ]
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.data())
+def test_any_settings_can_be_merged_into_the_shipped_file(data: st.DataObject) -> None:
+    values = {
+        "fetch.source": st.text(max_size=12),
+        "split.holdout_categories": st.lists(st.text(max_size=5), max_size=3),
+        "model.revision": st.none() | st.text(max_size=8),
+        "train.learning_rate": st.floats(1e-12, 1e6, allow_subnormal=False),
+        "train.micro_batch": st.none() | st.integers(1, 99),
+        "train.liger": st.booleans(),
+    }
+    chosen = data.draw(st.fixed_dictionaries({}, optional=values))
+    overrides = [f"{key}={yaml.safe_dump([value], default_flow_style=True)[1:-2]}" for key, value in chosen.items()]
+    assert loads(merged(SHIPPED, overrides)) == load(SHIPPED, overrides)
+
+
+def test_a_file_that_cannot_be_written_into_is_named(tmp_path: Path) -> None:
+    file = written(tmp_path, "gate: {accuracy: &rule {floor: 0.5}, iou: *rule}")
+    assert load(file, ["gate.iou.floor=0.3"]).gate.accuracy.floor == 0.5
+    with pytest.raises(AdfmError, match=r"settings\.yaml: write it in plain YAML"):
+        merged(file, ["gate.iou.floor=0.3"])
 
 
 @pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "0.001", ".1e-2", "1E-03"])

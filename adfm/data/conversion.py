@@ -443,7 +443,7 @@ def _report(
         "identical_images": len(splits.repeated(images["sha256"].combine_chunks())),
         "near_duplicates": {"clusters": len(clusters), "images": sum(map(len, clusters))},
         "counts": _counts(images, assigned),
-        "warnings": _lookalikes(images, clusters),
+        "warnings": _nothing_to_train_on(assigned) + _lookalikes(images, clusters),
     }
 
 
@@ -455,6 +455,12 @@ def _counts(images: pa.Table, assigned: NDArray[np.int8]) -> list[dict[str, Any]
     for row in rows:
         row["split"] = SPLITS[row["split"]]
     return sorted(rows, key=lambda row: [row[name] or "" for name in columns])
+
+
+def _nothing_to_train_on(assigned: NDArray[np.int8]) -> list[str]:
+    if (assigned == SPLITS.index("train")).any():
+        return []
+    return ["no image is for training: the data set fixes none for it; split.official=false divides all of it"]
 
 
 def _lookalikes(images: pa.Table, clusters: list[NDArray[np.int64]]) -> list[str]:

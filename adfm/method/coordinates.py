@@ -24,5 +24,6 @@ class Frame(NamedTuple):
         return Box(box.x1 * x, box.y1 * y, box.x2 * x, box.y2 * y)
 
 
-# The images of the published runs, as their model saw them.
-PUBLISHED = Frame(512, 512)
+# A square image of the published runs as their model saw it: max_pixels 262144, which Qwen2.5-VL's processor rounds to
+# multiples of 28 pixels.
+PUBLISHED = Frame(504, 504)

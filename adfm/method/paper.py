@@ -41,28 +41,30 @@ def paper(completion: str, label: Label, boxes: Sequence[Box], frame: Frame = PU
         completion: The model's text.
         label: The image's label.
         boxes: Ground-truth boxes, in `frame`.
-        frame: The units of all boxes. The published constants are for 512 x 512, so other frames are scaled to that.
+        frame: The units of all boxes: the image as the model sees it. `format` pays for coordinates inside it. The
+            published code compares them with 505, one more than the side of its square images; here that is one more
+            than the frame's width for x and than its height for y, so that images that are not square, and the frame of
+            0 to 1000 of Qwen3-VL, are paid alike. GIoU does not depend on the frame.
 
     Returns:
         `format` in [0, 1.2], `classification` in {0, 0.8, 1}, `localization` in [-0.1, 1].
     """
     think = _stage(completion, "think") or ""
     answer = _stage(completion, "answer")
-    x, y = 512 / frame.width, 512 / frame.height
-    predicted = [_scaled([min(float(number), _LARGEST) for number in box], x, y) for box in _BOX.findall(think)]
-    truth = [_scaled(box, x, y) for box in boxes] if label == "anomalous" else []
+    predicted = [Box(*(min(float(number), _LARGEST) for number in box)) for box in _BOX.findall(think)]
+    truth = [Box(*box) for box in boxes] if label == "anomalous" else []
+    inside = all(max(x1, x2) < frame.width + 1 and max(y1, y2) < frame.height + 1 for x1, y1, x2, y2 in predicted)
     return Terms(
         _format(
-            think.strip(), (_stage(completion, "rethink") or "").strip(), (answer or "").strip().lower(), predicted
+            think.strip(),
+            (_stage(completion, "rethink") or "").strip(),
+            (answer or "").strip().lower(),
+            bool(predicted),
+            inside,
         ),
         _classification((completion if answer is None else answer).strip().lower(), label),
         _localization(predicted, truth),
     )
-
-
-def _scaled(box: Sequence[float], x: float, y: float) -> Box:
-    x1, y1, x2, y2 = box
-    return Box(x1 * x, y1 * y, x2 * x, y2 * y)
 
 
 def _stage(completion: str, name: str) -> str | None:
@@ -76,7 +78,7 @@ def _stage(completion: str, name: str) -> str | None:
     return completion[opening.end() : closing.start()] if opening and closing else None
 
 
-def _format(think: str, rethink: str, answer: str, predicted: list[Box]) -> float:
+def _format(think: str, rethink: str, answer: str, boxed: bool, inside: bool) -> float:
     pay = 0.0
     if think:
         pay += 0.4 if len(think) > 10 else 0.3
@@ -86,8 +88,8 @@ def _format(think: str, rethink: str, answer: str, predicted: list[Box]) -> floa
         pay += 0.2
     elif "a" in answer or "b" in answer:
         pay += 0.1
-    if predicted:
-        pay += 0.3 if all(max(box) < 505 for box in predicted) else 0.2
+    if boxed:
+        pay += 0.3 if inside else 0.2
     elif "[" in think and "]" in think:
         pay += 0.1
     return pay

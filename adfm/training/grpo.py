@@ -242,7 +242,13 @@ def trl_settings(params: Params, processes: int = 1) -> dict[str, Any]:
         "num_generations": settings.num_generations,
         "max_completion_length": settings.max_completion_length,
         "temperature": settings.temperature,
-        "top_k": 0,
+        "top_p": settings.top_p,
+        "top_k": settings.top_k,
+        "repetition_penalty": 1.0,
+        "min_p": 0.0,  # None, TRL's default, lets transformers take the one of the model's generation_config.json
+        # vLLM's log-probabilities are those after top_p and top_k, the trainer's those of all tokens. Their ratio over
+        # a whole completion would then weight it by next to nothing, and longer ones by less.
+        "vllm_importance_sampling_correction": settings.top_p == 1 and settings.top_k == 0,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.schedule,
         "warmup_steps": round(settings.warmup_ratio * settings.steps),
@@ -252,6 +258,9 @@ def trl_settings(params: Params, processes: int = 1) -> dict[str, Any]:
         "scale_rewards": settings.scale_rewards,
         "multi_objective_aggregation": settings.aggregation,
         "max_grad_norm": settings.max_grad_norm,
+        "weight_decay": settings.weight_decay,
+        "adam_beta1": settings.adam_beta1,
+        "adam_beta2": settings.adam_beta2,
         "optim": settings.optimizer,
         "use_liger_kernel": settings.liger,
         "shuffle_dataset": False,

@@ -460,3 +460,55 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
 def _convert_in_short_runs(raw: Path, out: Path) -> None:
     conversion.RUN = 50
     conversion.convert(raw, out, Params())
+
+
+def _mmad(raw: Path, images: int) -> dict[str, str]:
+    """MMAD with `images` of each label of two products in MVTec-AD, all in DS-MVTec too, half of these as JPEG.
+
+    Returns:
+        Path of the copy by path of the original.
+    """
+    listed: dict[str, Any] = {}
+    copies = {}
+    for category in ("bottle", "cable"):
+        for kind in ("good", "broken"):
+            for number in range(images):
+                name = f"MVTec-AD/{category}/test/{kind}/{number:03d}.png"
+                copy = f"DS-MVTec/{category}/image/{kind}/{number:03d}.{'jpg' if number % 2 else 'png'}"
+                rng = np.random.default_rng(list(name.encode()))
+                picture = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)).resize((96, 96))
+                for path in (name, copy):
+                    (raw / path).parent.mkdir(parents=True, exist_ok=True)
+                    picture.save(raw / path)
+                    drawn = f"{'mask' if path == copy else 'ground_truth'}/{kind}/{number:03d}_mask.png"
+                    if kind != "good":
+                        mask = raw.joinpath(*path.split("/")[:2], drawn)
+                        mask.parent.mkdir(parents=True, exist_ok=True)
+                        Image.fromarray(np.pad(np.full((9, 9), 255, np.uint8), ((20, 67), (30, 57)))).save(mask)
+                    listed[path] = {"mask_path": None if kind == "good" else drawn, "conversation": []}
+                copies[name] = copy
+    (raw / "mmad.json").write_text(json.dumps(listed))
+    return copies
+
+
+def test_a_share_of_mmad_is_for_training_and_no_picture_straddles(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copies = _mmad(tmp_path / "raw", images=15)
+    split = {"validation": 0.0, "test": 0.8}
+    conversion.convert(tmp_path / "raw", tmp_path / "official", Params.model_validate({"split": split}))
+    assert {record.split for record in shards.read(tmp_path / "official")} == {"test"}
+    assert "no image is for training" in capsys.readouterr().err
+    params = Params.model_validate({"split": split | {"official": False}})
+    conversion.convert(tmp_path / "raw", tmp_path / "divided", params)
+    assert "no image is for training" not in capsys.readouterr().err
+    of = {record.source: record for record in shards.read(tmp_path / "divided")}
+    assert all(of[name].split == of[copy].split for name, copy in copies.items())
+    counts = Counter((record.category, record.label, record.split) for record in of.values())
+    expected = {"train": 6, "test": 24}
+    assert counts == {
+        (category, label, split): images
+        for category in ("bottle", "cable")
+        for label in ("normal", "anomalous")
+        for split, images in expected.items()
+    }

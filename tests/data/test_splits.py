@@ -99,6 +99,24 @@ def test_official_train_images_stay_and_the_official_test_part_is_divided() -> N
     assert Counter(assigned[30:]) == {"train": 20, "validation": 4, "test": 16}
 
 
+def test_what_is_all_test_stays_so_unless_the_official_split_is_set_aside() -> None:
+    samples = _samples(("a", None, "test", 50), ("a", "dent", "test", 50), ("b", "hole", "test", 20))
+    fifth = Params.model_validate({"split": {"validation": 0.0, "test": 0.8}})
+    assert set(_assign(samples, _digests(samples), fifth)) == {"test"}
+    fifth = Params.model_validate({"split": {"validation": 0.0, "test": 0.8, "official": False}})
+    assigned = _assign(samples, _digests(samples), fifth)
+    assert [Counter(assigned[first : first + 50])["train"] for first in (0, 50)] == [10, 10]
+    assert Counter(assigned[100:]) == {"train": 4, "test": 16}
+
+
+def test_without_the_official_split_a_train_part_is_divided_too() -> None:
+    samples = _samples(("a", None, "train", 40), ("a", None, "test", 20), ("a", "dent", "test", 40))
+    params = Params.model_validate({"split": {"validation": 0.0, "test": 0.5, "official": False}})
+    assigned = _assign(samples, _digests(samples), params)
+    assert Counter(assigned[:40])["test"] > 10
+    assert Counter(assigned) == {"train": 50, "test": 50}
+
+
 def test_a_split_that_the_data_set_fixes_is_kept() -> None:
     samples = _samples(*(("a", defect, split, 3) for defect in (None, "dent") for split in SPLITS))
     assert _assign(samples, _digests(samples), _params()) == [sample.split for sample in samples]

@@ -1,11 +1,12 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adfm.method.coordinates import Frame
+from adfm.method.coordinates import PUBLISHED, Frame, frame_of
 from adfm.method.paper import best_matching, paper
 from adfm.records import Box
 
@@ -115,13 +116,34 @@ def test_classification(completion, label, expected):
 
 @given(st.sampled_from(VECTORS), st.integers(1, 4), st.integers(1, 4))
 @settings(deadline=None, max_examples=50)
-def test_other_frames_are_scaled_to_the_published_one(case, x, y):
-    text = "<think>spot [64,32,128,256] and [16,16,504.5,500]</think>" + REST
-    written = f"spot [{64 * x},{32 * y},{128 * x},{256 * y}] and [{16 * x},{16 * y},{504.5 * x},{500 * y}]"
+def test_a_place_pays_the_same_in_any_frame(case, x, y):
+    text = "<think>spot [64,32,128,256] and [16,16,504,500]</think>" + REST
+    written = f"spot [{64 * x},{32 * y},{128 * x},{256 * y}] and [{16 * x},{16 * y},{504 * x},{500 * y}]"
     scaled = f"<think>{written}</think>{REST}"
     boxes = [Box(*box) for box in case["boxes"]]
     there = [Box(box.x1 * x, box.y1 * y, box.x2 * x, box.y2 * y) for box in boxes]
-    assert paper(scaled, "anomalous", there, Frame(512 * x, 512 * y)) == pytest.approx(paper(text, "anomalous", boxes))
+    assert paper(scaled, "anomalous", there, Frame(504 * x, 504 * y)) == pytest.approx(paper(text, "anomalous", boxes))
+
+
+# Frames as `coordinates.frame_of` gives them: Qwen2.5-VL with max_pixels 262144 on square and wide images, Qwen3-VL.
+@pytest.mark.parametrize("frame", [PUBLISHED, Frame(728, 336), Frame(336, 728), Frame(1000, 1000)])
+@given(data=st.data())
+@settings(deadline=None, max_examples=50)
+def test_every_box_inside_the_image_as_the_model_sees_it_is_paid_in_full_and_no_other(frame, data):
+    x, y = st.integers(0, int(frame.width)), st.integers(0, int(frame.height))
+    box = [data.draw(side) for side in (x, y, x, y)]
+    assert paper(f"<think>there is {box}</think>{REST}", "normal", [], frame).format == pytest.approx(1.2)
+    axis = data.draw(st.integers(0, 3))
+    box[axis] = int(frame[axis % 2]) + data.draw(st.integers(1, 10**6))
+    assert paper(f"<think>there is {box}</think>{REST}", "normal", [], frame).format == pytest.approx(1.1)
+
+
+def test_the_published_frame_is_that_of_a_square_image_on_the_published_model():
+    images = SimpleNamespace(patch_size=14, merge_size=2, size={"shortest_edge": 3136, "longest_edge": 262144})
+    assert frame_of("qwen2_5_vl", SimpleNamespace(image_processor=images), 1024, 1024) == PUBLISHED
+    corner = f"<think>there is [400, 400, 503, 503]</think>{REST}"
+    assert paper(corner, "anomalous", TRUTH).format == pytest.approx(1.2)
+    assert paper(corner, "anomalous", TRUTH, frame_of("qwen3_vl", None, 1024, 1024)).format == pytest.approx(1.2)
 
 
 @given(st.lists(st.lists(st.integers(-9, 9), min_size=3, max_size=3), min_size=1, max_size=4))

@@ -6,11 +6,13 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from adfm.method import rewards
 from adfm.method.coordinates import Frame
-from adfm.method.rewards import PROFILES, calibrated
+from adfm.method.rewards import PROFILES
 from adfm.records import Box
 
 SIDE = 512
+FRAME = Frame(SIDE, SIDE)
 LETTER = {"anomalous": "A", "normal": "B"}
 WRONG = {"anomalous": "B", "normal": "A"}
 # Pieces of which nasty completions are made.
@@ -38,6 +40,11 @@ HUGE = {
 }
 
 LABELS = st.sampled_from(["anomalous", "normal"])
+
+
+def calibrated(completion, label, boxes, frame=FRAME):
+    """The reward, on images of 512 x 512 unless said."""
+    return rewards.calibrated(completion, label, boxes, frame)
 
 
 @st.composite

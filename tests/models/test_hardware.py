@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from adfm.errors import AdfmError
 from adfm.models import hardware, loading
 from adfm.params import Params, Train, load
 
-SETTINGS = sorted((Path(__file__).parents[2] / "params").glob("*.yaml"))
 GIB = 2**30
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
@@ -72,21 +70,6 @@ def test_a_step_that_does_not_divide_is_refused_for_any_number_of_processes(
 ) -> None:
     with pytest.raises(AdfmError, match="does not divide the 48 completions of a step"):
         hardware.require(Params(train=Train(micro_batch=micro_batch)), processes)
-
-
-@pytest.mark.parametrize("file", SETTINGS, ids=lambda file: file.stem)
-def test_settings_of_real_models_hold_what_was_published_and_their_tuned_ones_are_settings(file: Path) -> None:
-    params = load(file)
-    assert (params.lora.r, params.lora.alpha, params.lora.target_modules) == (64, 128, "all-linear")
-    train = params.train
-    assert (train.num_generations, train.temperature, train.max_completion_length) == (6, 0.9, 512)
-    assert (train.learning_rate, params.model.max_pixels, train.profile) == (1e-5, 262144, "paper")
-    assert train.prompts_per_step * train.num_generations == 300
-    assert params.model.revision is not None and len(params.model.revision) == 40
-    tuned = [line.removeprefix("#   ") for line in file.read_text().splitlines() if line.startswith("#   ")]
-    for settings in (params, load(file, tuned)):
-        for processes in (1, 2):
-            hardware.shares(settings.train, processes)
 
 
 def test_memory_shrinks_with_the_settings_that_save_it(network: Any) -> None:

@@ -181,6 +181,20 @@ def test_a_run_is_of_a_version_of_the_pipeline_with_the_whole_settings(server: S
     assert "kubernetes" in platform["platforms"]
 
 
+def test_settings_files_are_laid_over_one_another_before_they_are_sent(server: Server, tmp_path: Path) -> None:
+    base, overlay = tmp_path / "base.yaml", tmp_path / "overlay.yaml"
+    base.write_text("seed: 1\ntrain: {steps: 5, beta: 0.5}")
+    overlay.write_text("train: {steps: 6, top_k: 50}")
+    files = ["--params", str(base), "--params", str(overlay)]
+    assert submit(*files, "--set", "seed=2") == 0
+    (run,) = server.things["runs"]
+    sent = yaml.safe_load(run["runtime_config"]["parameters"]["settings"])
+    assert (sent["seed"], sent["train"]["steps"], sent["train"]["beta"], sent["train"]["top_k"]) == (2, 6, 0.5, 50)
+    overlay.write_text("train: {stepz: 6}")
+    assert submit(*files) == 1
+    assert len(server.things["runs"]) == 1
+
+
 def test_the_same_data_settings_and_images_asked_twice_are_one_run(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,7 @@ from adfm import tracking
 from adfm.errors import AdfmError
 from adfm.method import prompt, rewards
 from adfm.method.coordinates import Frame
+from adfm.models import loading
 from adfm.params import Health, Params
 from adfm.records import Box
 from adfm.training import checkpoints, grpo
@@ -145,6 +146,68 @@ def test_groups_that_teach_nothing_are_drawn_anew(
     for step in steps:
         assert float(step["utilisation"]) >= float(step["utilisation/drawn"]) > 0
         assert float(step["frac_reward_zero_std"]) == pytest.approx(1 - float(step["utilisation"]))
+
+
+def test_sampling_and_optimizer_are_those_of_the_settings_and_nothing_of_the_model_folder(
+    small_shards: Path, started: Path, tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import GenerationConfig, GenerationMixin, Trainer
+    from transformers.generation.logits_process import MinPLogitsWarper
+
+    def load(*arguments: Any, **named: Any) -> loading.Loaded:
+        loaded = original_load(*arguments, **named)
+        eager = GenerationConfig(do_sample=True, temperature=0.1, top_k=2, top_p=0.2, min_p=0.5, repetition_penalty=1.5)
+        for model in (loaded.model, loaded.model.get_base_model()):
+            model.generation_config.update(**eager.to_diff_dict())
+        return loaded
+
+    def processors(*arguments: Any, **named: Any) -> Any:
+        made = original_processors(*arguments, **named)
+        sampling.append({type(each).__name__: each for each in made})
+        return made
+
+    def optimizer(*arguments: Any) -> Any:
+        made = original_optimizer(*arguments)
+        optimizers.append(made)
+        return made
+
+    sampling: list[dict[str, Any]] = []
+    optimizers: list[torch.optim.Optimizer] = []
+    original_load, original_processors = loading.load, GenerationMixin._get_logits_processor
+    original_optimizer = Trainer.create_optimizer
+    monkeypatch.setattr(loading, "load", load)
+    monkeypatch.setattr(GenerationMixin, "_get_logits_processor", processors)
+    monkeypatch.setattr(Trainer, "create_optimizer", optimizer)
+    changed = {"steps": 1, "temperature": 0.9, "top_p": 0.8, "top_k": 7, "weight_decay": 0.1, "adam_beta2": 0.95}
+    for number, update in enumerate(({"steps": 1}, changed)):
+        train = params.train.model_copy(update=update)
+        grpo.train(small_shards, started, tmp_path / str(number), params.model_copy(update={"train": train}))
+    default, published = sampling
+    # 0 is what switches min_p off: without a value transformers takes the folder's.
+    for made in sampling:
+        assert isinstance(made["MinPLogitsWarper"], MinPLogitsWarper) and made["MinPLogitsWarper"].min_p == 0
+    assert set(default) == {"SuppressTokensLogitsProcessor", "MinPLogitsWarper"}
+    assert set(published) - set(default) == {"TemperatureLogitsWarper", "TopPLogitsWarper", "TopKLogitsWarper"}
+    assert published["TemperatureLogitsWarper"].temperature == 0.9
+    assert (published["TopPLogitsWarper"].top_p, published["TopKLogitsWarper"].top_k) == (0.8, 7)
+    decays, betas = (
+        [{group[name] for group in each.param_groups} for each in optimizers] for name in ("weight_decay", "betas")
+    )
+    assert decays == [{0.0}, {0.0, 0.1}]
+    assert betas == [{(0.9, 0.999)}, {(0.9, 0.95)}]
+
+
+@pytest.mark.parametrize(
+    ("changed", "corrected"),
+    [({}, True), ({"top_p": 0.9}, False), ({"top_k": 50}, False), ({"temperature": 0.9}, True)],
+)
+def test_vllm_is_corrected_for_unless_rare_tokens_are_cut_off(changed: dict[str, Any], corrected: bool) -> None:
+    from trl import GRPOConfig
+
+    params = Params.model_validate({"train": changed})
+    config = GRPOConfig(**grpo.trl_settings(params))
+    assert config.vllm_importance_sampling_correction is corrected
+    assert (config.top_p, config.top_k, config.min_p) == (params.train.top_p, params.train.top_k, 0.0)
 
 
 def test_groups_that_processes_would_share_are_not_drawn_anew(

@@ -34,6 +34,9 @@ def recognises(raw: Path) -> bool:
 def read(raw: Path) -> Iterator[Sample]:
     """Yields the samples that `mmad.json` names, by path. `split` is `test` throughout: MMAD is there to evaluate.
 
+    `split.official: false` divides it all the same: the published run of AD-FM trained on a fifth, not published which.
+    Copies of one picture stay in one split while `split.near_duplicates` is true.
+
     A path says it all: `dataset` is its first folder, `category` its second, and the folder of the image is `good` or
     the `defect`. (MMAD itself has 22 metal nuts in a folder of pills; here they are what their path says.) A mask's
     path begins at the category, or at any other folder of its image's path. A mask in a folder of its image's name, as
