@@ -1,7 +1,10 @@
 """Greedy decoding by vLLM: the same prompts, the same end, the same scores as with transformers, and many times faster.
 
-Written against the API of vLLM 0.23 (`logprob_token_ids`, `enable_tower_connector_lora`) and tested with a stand-in for
-it: this file has not been run with vLLM itself.
+Written from the source of vLLM 0.30 and tested with a stand-in for it: this file has not been run with vLLM itself.
+There `logprob_token_ids` takes at most 128 tokens and gives their log-probabilities at every position, before
+`logit_bias` and temperature; `enable_tower_connector_lora`, which vLLM calls experimental, adds an adapter to the vision
+tower and the layers after it, in both families; sampling parameters that are not given are neutral, whatever the
+model's folder says.
 """
 
 from __future__ import annotations
@@ -15,13 +18,14 @@ import numpy as np
 
 from adfm.errors import AdfmError
 from adfm.evaluation import inference
-from adfm.models import loading
+from adfm.models import loading, vllm_engine
 from adfm.params import Model
 
 if TYPE_CHECKING:
     from PIL import Image
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # for which vLLM has kernels
+_SHARE = 0.9
 
 
 def load(
@@ -38,7 +42,8 @@ def load(
         The model's processor and family, and the function that answers a list of images.
 
     Raises:
-        AdfmError: As `adfm.models.loading.resolve`; or the adapter's rank is beyond vLLM's largest.
+        AdfmError: As `adfm.models.loading.resolve`; the adapter's rank is beyond vLLM's largest; or the vLLM that is
+            installed does not fit.
     """
     import vllm
     from vllm.lora.request import LoRARequest
@@ -59,11 +64,14 @@ def load(
             "max_lora_rank": next(known for known in _RANKS if known >= rank),
             "enable_tower_connector_lora": True,  # the adapter is on the vision tower too
         }
+    if problems := vllm_engine.wrong_version():
+        raise AdfmError("; ".join(problems))
+    messages = loading.prompt_of(model, family)
     engine = vllm.LLM(
         model=str(folder),
-        dtype=base.dtype,
-        limit_mm_per_prompt={"image": 1, "video": 0},
-        mm_processor_kwargs={"size": dict(processor.image_processor.size)},
+        max_model_len=vllm_engine.model_length(processor, messages, max_new_tokens),
+        gpu_memory_utilization=_free_share(),
+        **vllm_engine.options(processor, base.dtype),
         **options,
     )
     letters = inference.letter_tokens(processor.tokenizer)
@@ -75,7 +83,7 @@ def load(
         logit_bias=dict.fromkeys(inference.unwanted(processor), -100.0),
         logprob_token_ids=[*letters[0], *letters[1]],
     )
-    text = inference.chat_text(processor, loading.prompt_of(model, family))
+    text = inference.chat_text(processor, messages)
 
     def answer(images: list[Image.Image]) -> inference.Answers:
         prompts = [{"prompt": text, "multi_modal_data": {"image": image}} for image in images]
@@ -89,6 +97,16 @@ def load(
         return completions, scores
 
     return processor, family, answer
+
+
+def _free_share() -> float:
+    """Share of the GPU's memory that vLLM may take: it refuses to start with less free than it asks for."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return _SHARE
+    free, total = torch.cuda.mem_get_info()
+    return min(_SHARE, 0.95 * free / total)
 
 
 def _score(found: dict[int, Any], letters: tuple[list[int], list[int]]) -> float:

@@ -346,14 +346,15 @@ def lacking(settings: Model) -> list[str]:
     return found
 
 
-def lacking_package(setting: str, package: str) -> list[str]:
+def lacking_package(setting: str, package: str, version: str | None = None) -> list[str]:
     """What this machine lacks for a setting that needs a GPU and a package that is not installed by default."""
     import torch
 
     if not torch.cuda.is_available():
         return [f"{setting} needs a GPU, and there is none; leave it at its default"]
+    pin = f"=={version}" if version else ""
     if importlib.util.find_spec(package.replace("-", "_")) is None:
-        return [f"{setting} needs a package that is not installed; pip install {package}"]
+        return [f"{setting} needs a package that is not installed; pip install {package}{pin}"]
     return []
 
 
