@@ -2,9 +2,9 @@
 
 Written from the source of vLLM 0.30 and tested with a stand-in for it: this file has not been run with vLLM itself.
 There `logprob_token_ids` takes at most 128 tokens and gives their log-probabilities at every position, before
-`logit_bias` and temperature; `enable_tower_connector_lora`, which vLLM calls experimental, adds an adapter to the vision
-tower and the layers after it, in both families; sampling parameters that are not given are neutral, whatever the
-model's folder says.
+`logit_bias` and temperature; `enable_tower_connector_lora`, which vLLM calls experimental, adds an adapter to the
+vision tower and the layers after it, in both families; sampling parameters that are not given are neutral, whatever
+the model's folder says.
 """
 
 from __future__ import annotations
