@@ -301,7 +301,7 @@ def memory(network: Any, params: Params, processes: int = 1, available: int = 0)
         "gradients": adapter * 4,
         "optimizer": adapter * (8 if settings.optimizer == "adamw_torch_fused" else 2),
         "training": training,
-        "generation": round(settings.vllm * available) if settings.vllm else generation,
+        "generation": round(settings.vllm * available) if settings.vllm else 0 if settings.vllm_server else generation,
         "cache": completions * number * cache,
         "other": _CONTEXT,
     }

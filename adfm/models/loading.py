@@ -237,7 +237,7 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
     """
     import torch
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
-    from transformers.integrations import is_fsdp_enabled
+    from transformers.integrations.fsdp import is_fsdp_enabled
 
     base, folder = base_of(model, settings)
     if missing := lacking(base):

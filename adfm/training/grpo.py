@@ -143,7 +143,7 @@ def _doubt(model: Path, shards: Path, params: Params, work: Path) -> dict[str, f
 def _identity(shards: Path, model: Path, params: Params) -> dict[str, Any]:
     """What must be the same for a checkpoint to be of use."""
     sections = params.model_dump(mode="json", by_alias=True, include={"seed", "model", "train"})
-    for no_matter in ("checkpoint_every", "pictures_every", "health"):
+    for no_matter in ("checkpoint_every", "pictures_every", "health", "vllm", "vllm_server"):
         sections["train"].pop(no_matter)
     return {"data": shards_.fingerprint(shards, "train"), "model": digest(model), **sections}
 

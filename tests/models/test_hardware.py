@@ -105,6 +105,7 @@ def test_memory_shrinks_with_the_settings_that_save_it(network: Any) -> None:
         (["train.gradient_checkpointing=true"], "training"),
         (["train.micro_batch=12"], "training"),
         (["train.prompts_per_step=6"], "generation"),
+        (["train.vllm_server=http://gpu0:8000"], "generation"),
     ):
         assert parts(*overrides)[part] < default[part], overrides
 
