@@ -93,10 +93,13 @@ def lacking(params: Params) -> list[str]:
 
 
 def _vllm_lacking(params: Params) -> list[str]:
-    """What keeps vLLM from generating for a training on any machine like this one, a sentence each."""
-    train = params.train
+    """What keeps vLLM from generating, for a training or an evaluation, a sentence each: setting, package, version."""
+    import torch
+
+    train, backend = params.train, params.evaluate.backend
     if not (train.vllm or train.vllm_server):
-        return []
+        evaluates = backend == "vllm" or (backend == "auto" and torch.cuda.is_available())
+        return [f"{text}, or set evaluate.backend=transformers" for text in vllm_engine.wrong_version() if evaluates]
     setting = f"train.vllm={train.vllm}" if train.vllm else f"train.vllm_server={train.vllm_server}"
     found = loading.lacking_package(setting, "vllm", vllm_engine.VERSION) or vllm_engine.wrong_version()
     if train.vllm and train.vllm_server:

@@ -62,7 +62,10 @@ def image_tokens(processor: Any) -> int:
     """
     images = processor.image_processor
     if not hasattr(images, "merge_size"):
-        raise AdfmError(f"vLLM is not supported with {type(processor).__name__}; leave train.vllm at null")
+        raise AdfmError(
+            f"vLLM is not supported with {type(processor).__name__}; set train.vllm=null and "
+            "evaluate.backend=transformers"
+        )
     unit = images.patch_size * images.merge_size
     low, high = images.size["shortest_edge"], images.size["longest_edge"]
     reduced = max(high, unit * math.sqrt(high * _NARROWEST))

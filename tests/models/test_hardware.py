@@ -174,6 +174,9 @@ def test_nonsense_about_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(hardware.vllm_engine.importlib.metadata, "version", lambda name: "0.33.0")
     (problem,) = hardware.lacking(load(None, ["train.vllm=0.3"]))
     assert "pip install vllm==0.30.0" in problem
+    (problem,) = hardware.lacking(Params())
+    assert "pip install vllm==0.30.0, or set evaluate.backend=transformers" in problem
+    assert hardware.lacking(load(None, ["evaluate.backend=transformers"])) == []
 
 
 def test_a_server_that_is_not_there_is_refused_with_the_command_that_starts_it() -> None:
