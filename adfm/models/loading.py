@@ -268,12 +268,18 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
         **placed,
     )
     if describe(Path(model)):
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
 
         try:
-            network = PeftModel.from_pretrained(
-                network, str(model), is_trainable=trainable, low_cpu_mem_usage=without_weights
-            )
+            if without_weights:  # an adapter of the right sizes; its weights come from the first process, too
+                config = PeftConfig.from_pretrained(str(model))
+                config.inference_mode = False
+                network = PeftModel(network, config)
+                for name, module in network.named_modules():
+                    if "lora_" in name and not list(module.children()):  # TRL copies an adapter, which meta has none of
+                        module.to_empty(device="cpu")
+            else:
+                network = PeftModel.from_pretrained(network, str(model), is_trainable=trainable)
         except (RuntimeError, ValueError) as error:
             raise AdfmError(f"{model}: its adapter does not fit {base.name} ({error}); train it anew") from error
     del zero3

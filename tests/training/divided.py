@@ -24,7 +24,12 @@ from adfm.training import vllm_generation
 def main(adapter: str, out: Path) -> None:
     state = PartialState(cpu=True)
     loaded = loading.load(adapter, Model(dtype="bfloat16"), trainable=True)
-    devices = {weight.device.type for weight in loaded.model.parameters()}
+    network: Any = loaded.model
+    devices = {weight.device.type for name, weight in network.named_parameters() if "lora_" not in name}
+    network.add_adapter("ref", network.peft_config["default"])  # as TRL does for its KL penalty
+    for name, weight in network.named_parameters():
+        if ".default." in name:
+            network.get_parameter(name.replace(".default.", ".ref.")).data.copy_(weight.data)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=True
     )
@@ -35,7 +40,6 @@ def main(adapter: str, out: Path) -> None:
         mixed_precision="no",
         parallelism_config=None,
     )
-    network: Any = loaded.model
     shares = [tuple(weight.shape) for weight in network.parameters()]
     network = fsdp2_prepare_model(accelerator, network)
     generation: Any = vllm_generation.Generation.__new__(vllm_generation.Generation)
