@@ -158,6 +158,7 @@ class Train(Section):
     gradient_checkpointing: bool = False
     liger: bool = False
     vllm: Annotated[float, Field(gt=0, lt=1)] | None = None
+    vllm_server: str | None = None
     checkpoint_every: PositiveInt = 25
     pictures_every: NonNegativeInt = 25
     resample: NonNegativeInt = 0

@@ -1,7 +1,10 @@
 """Greedy decoding by vLLM: the same prompts, the same end, the same scores as with transformers, and many times faster.
 
-Written against the API of vLLM 0.23 (`logprob_token_ids`, `enable_tower_connector_lora`) and tested with a stand-in for
-it: this file has not been run with vLLM itself.
+Written from the source of vLLM 0.30 and tested with a stand-in for it: this file has not been run with vLLM itself.
+There `logprob_token_ids` takes at most 128 tokens and gives their log-probabilities at every position, before
+`logit_bias` and temperature; `enable_tower_connector_lora`, which vLLM calls experimental, adds an adapter to the
+vision tower and the layers after it, in both families; sampling parameters that are not given are neutral, whatever
+the model's folder says.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import numpy as np
 
 from adfm.errors import AdfmError
 from adfm.evaluation import inference
-from adfm.models import decoding, families, loading
+from adfm.models import decoding, loading, vllm_engine
 from adfm.params import Params
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 _LOGPROBS = 128  # most tokens whose probabilities a request may ask for (vllm/sampling_params.py)
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # for which vLLM has kernels
+_SHARE = 0.9
 
 
 def load(model: str | Path, params: Params) -> tuple[Any, str, Callable[[list[Image.Image]], inference.Answers]]:
@@ -36,8 +40,8 @@ def load(model: str | Path, params: Params) -> tuple[Any, str, Callable[[list[Im
         The model's processor and family, and the function that answers a list of images.
 
     Raises:
-        AdfmError: As `adfm.models.loading.resolve`; or the adapter's rank, or the number of tokens that decide, is
-            beyond what vLLM takes.
+        AdfmError: As `adfm.models.loading.resolve`; the adapter's rank, or the number of tokens that decide, is beyond
+            what vLLM takes; or the vLLM that is installed does not fit.
     """
     import vllm
     from vllm.lora.request import LoRARequest
@@ -59,11 +63,14 @@ def load(model: str | Path, params: Params) -> tuple[Any, str, Callable[[list[Im
             "max_lora_rank": next(known for known in _RANKS if known >= rank),
             "enable_tower_connector_lora": True,  # the adapter is on the vision tower too
         }
+    if problems := vllm_engine.wrong_version():
+        raise AdfmError("; ".join(problems))
+    messages = loading.prompt_of(model, family)
     engine = vllm.LLM(
         model=str(folder),
-        dtype=base.dtype,
-        limit_mm_per_prompt={"image": 1, "video": 0},
-        mm_processor_kwargs=families.get(family).images.limits(processor.image_processor),
+        max_model_len=vllm_engine.model_length(processor, messages, settings.max_new_tokens),
+        gpu_memory_utilization=_free_share(),
+        **vllm_engine.options(processor, base.dtype),
         **options,
     )
     scorer = decoding.Scorer(processor.tokenizer)
@@ -94,7 +101,7 @@ def load(model: str | Path, params: Params) -> tuple[Any, str, Callable[[list[Im
         ]
         return texts, scores
 
-    text = inference.chat_text(processor, loading.prompt_of(model, family))
+    text = inference.chat_text(processor, messages)
 
     def answer(images: list[Image.Image]) -> inference.Answers:
         prompts = [{"prompt": text, "multi_modal_data": {"image": image}} for image in images]
@@ -111,3 +118,13 @@ def load(model: str | Path, params: Params) -> tuple[Any, str, Callable[[list[Im
 def _logits(output: Any, tokens: list[int]) -> Any:
     """The log-probabilities of `tokens` by position, as `Scorer` reads them."""
     return lambda at: np.array([output.logprobs[at][token].logprob for token in tokens])
+
+
+def _free_share() -> float:
+    """Share of the GPU's memory that vLLM may take: it refuses to start with less free than it asks for."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return _SHARE
+    free, total = torch.cuda.mem_get_info()
+    return min(_SHARE, 0.95 * free / total)

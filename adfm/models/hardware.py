@@ -5,12 +5,12 @@ What is missing is said before the first step. The memory is computed, from the 
 
 from __future__ import annotations
 
-import os
+import math
 from pathlib import Path
 from typing import Any
 
 from adfm.errors import AdfmError
-from adfm.models import adapters, families, loading
+from adfm.models import adapters, families, loading, vllm_engine
 from adfm.params import Params, Train
 
 PROMPT = 200
@@ -66,7 +66,15 @@ def require(params: Params, processes: int = 1) -> None:
 
 def problems(params: Params, processes: int = 1) -> list[str]:
     """What `require` refuses, a sentence each; none: the machine is fit."""
-    return lacking(params) + batch_problems(params.train, processes)
+    import torch
+
+    found = lacking(params) + batch_problems(params.train, processes)
+    if torch.cuda.is_available() and params.train.vllm and not found:
+        available = torch.cuda.get_device_properties(0).total_memory
+        found += vllm_problems(params, processes, available, loading.weights_are_divided())
+    if params.train.vllm_server and not found:
+        found += server_problems(params)
+    return found
 
 
 def memory_warnings(params: Params, processes: int = 1) -> list[str]:
@@ -78,8 +86,7 @@ def memory_warnings(params: Params, processes: int = 1) -> list[str]:
     """
     import torch
 
-    divided = any(f"ACCELERATE_USE_{name}" in os.environ for name in ("FSDP", "DEEPSPEED"))  # set by its launcher
-    if divided or not torch.cuda.is_available():
+    if loading.weights_are_divided() or not torch.cuda.is_available():
         return []
     return beyond(params, processes, torch.cuda.get_device_properties(0).total_memory)
 
@@ -92,8 +99,24 @@ def lacking(params: Params) -> list[str]:
         found += loading.lacking_package(f"train.optimizer={train.optimizer}", "bitsandbytes")
     if train.liger:
         found += loading.lacking_package("train.liger=true", "liger-kernel")
-    if train.vllm:
-        found += loading.lacking_package(f"train.vllm={train.vllm}", "vllm")
+    found += _vllm_lacking(params)
+    return found
+
+
+def _vllm_lacking(params: Params) -> list[str]:
+    """What keeps vLLM from generating, for a training or an evaluation, a sentence each: setting, package, version."""
+    import torch
+
+    train, backend = params.train, params.evaluate.backend
+    if not (train.vllm or train.vllm_server):
+        evaluates = backend == "vllm" or (backend == "auto" and torch.cuda.is_available())
+        return [f"{text}, or set evaluate.backend=transformers" for text in vllm_engine.wrong_version() if evaluates]
+    setting = f"train.vllm={train.vllm}" if train.vllm else f"train.vllm_server={train.vllm_server}"
+    found = loading.lacking_package(setting, "vllm", vllm_engine.VERSION) or vllm_engine.wrong_version()
+    if train.vllm and train.vllm_server:
+        found.append("train.vllm shares this GPU and train.vllm_server has another; set one of them to null")
+    if params.model.quantization:
+        found.append(f"{setting} cannot take the weights of model.quantization; set one of them to null")
     return found
 
 
@@ -129,6 +152,100 @@ def beyond(params: Params, processes: int, available: int) -> list[str]:
         f"train.{name}={value} needs about {total(parts) / 2**30:.0f} GiB of GPU memory, and the GPU has "
         f"{available / 2**30:.0f}{sure}. {remedy[0].upper()}{remedy[1:]}."
     ]
+
+
+def server_problems(params: Params) -> list[str]:
+    """What keeps the server of `train.vllm_server` from generating, and the command that starts one that can."""
+    url = str(params.train.vllm_server)
+    base, folder = loading.base_of(params.model.name, params.model)
+    processor = loading.load_processor(params.model.name, params.model)
+    length = _request(params, processor, folder)
+    problems = vllm_engine.server_problems(url, length)
+    command = vllm_engine.server_command(folder, processor, base.dtype, length, url)
+    return [f"{'; '.join(problems)}. Start it with:\n    {command}"] if problems else []
+
+
+def _request(params: Params, processor: Any, folder: Path) -> int:
+    """Tokens of the longest request of a training."""
+    messages = loading.prompt_of(params.model.name, loading.family_of(folder))
+    return vllm_engine.model_length(processor, messages, params.train.max_completion_length)
+
+
+def vllm_problems(params: Params, processes: int, available: int, divided: bool = False) -> list[str]:
+    """Why vLLM cannot start in its share of the GPU, or training beside it, and the share to set.
+
+    Only what is certain is counted, so that whatever is refused cannot work; the share that is named has room to spare.
+
+    Args:
+        params: Reads `model`, `lora` and `train`.
+        processes: As in `require`.
+        available: Memory of the GPU in bytes.
+        divided: Whether the weights that are trained are divided among the processes; those of vLLM never are.
+    """
+    base, folder = loading.base_of(params.model.name, params.model)
+    params = params.model_copy(update={"model": base})
+    network, processor = empty(folder), loading.load_processor(params.model.name, params.model)
+    length, share = _request(params, processor, folder), params.train.vllm or 0
+    longest = network.config.text_config.max_position_embeddings
+    if length > longest:
+        return [
+            f"prompt and completion have up to {length} tokens, and the model takes {longest}; lower model.max_pixels"
+        ]
+    completions, _ = shares(params.train, processes)
+    needs = vllm_memory(network, params.model.dtype, length, completions, vllm_engine.image_tokens(processor))
+    trained = memory(network, params, processes, available)
+    kept = trained["weights"] // (processes if divided else 1) + trained["adapter"]
+    least = math.ceil(100 * (1.1 * sum(needs.values()) + _CONTEXT) / available) / 100
+    most = math.floor(100 * (available - kept - _CONTEXT) / available) / 100
+    remedy = (
+        f"set train.vllm={max(least, min(share, most)):.2f}"
+        if least <= most
+        else ("take a larger GPU, set train.vllm=null, or give vLLM a GPU of its own (train.vllm_server)")
+    )
+    listed = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in needs.items())
+    if share * available < sum(needs.values()):
+        return [
+            f"train.vllm={share} is {share * available / 2**30:.1f} GiB of the GPU's {available / 2**30:.0f}, and vLLM "
+            f"needs {sum(needs.values()) / 2**30:.1f} to start ({listed}); {remedy}"
+        ]
+    if share * available > available - kept:
+        return [
+            f"train.vllm={share} leaves {(1 - share) * available / 2**30:.1f} GiB of the GPU's "
+            f"{available / 2**30:.0f}, and the model in training has {kept / 2**30:.1f} there already; {remedy}"
+        ]
+    return []
+
+
+def vllm_memory(network: Any, dtype: str, length: int, requests: int, image: int) -> dict[str, int]:
+    """The least GPU memory in bytes with which vLLM 0.30 starts, by what it is for; computed, read, not measured.
+
+    vLLM runs the model on `BATCHED_TOKENS` tokens and as many of images, and what is then left of its share must hold
+    the keys and values of one request. Counted of that run are the largest tensors that live at one time: of a layer of
+    width h and inner width i, 2 h + 3 i numbers a token (residual, input, gate, up and their product; of a vision layer
+    2 h + 2 i a patch), and at its end the logits of each request in the model's type and in float32.
+
+    Args:
+        network: As `empty` makes it.
+        dtype: Of weights and cache.
+        length: Tokens of one request.
+        requests: Completions that are generated at a time.
+        image: Most tokens of one image.
+
+    Returns:
+        `weights`, `cache` and `activations`.
+    """
+    text, vision = network.config.text_config, network.config.vision_config
+    number = {"float32": 4}.get(dtype, 2)
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    patches = max(vllm_engine.BATCHED_TOKENS // image, 1) * image * vision.spatial_merge_size**2
+    language = vllm_engine.BATCHED_TOKENS * (2 * text.hidden_size + 3 * text.intermediate_size)
+    images = patches * (2 * vision.hidden_size + 2 * vision.intermediate_size)
+    logits = requests * text.vocab_size * (number + 4)
+    return {
+        "weights": number * sum(weight.numel() for weight in network.parameters()),
+        "cache": number * 2 * text.num_hidden_layers * text.num_key_value_heads * head * length,
+        "activations": max(number * language, number * images, logits),
+    }
 
 
 def empty(model: Path | Any) -> Any:
@@ -204,7 +321,7 @@ def memory(network: Any, params: Params, processes: int = 1, available: int = 0)
         "gradients": adapter * 4,
         "optimizer": adapter * (8 if settings.optimizer == "adamw_torch_fused" else 2),
         "training": training,
-        "generation": round(settings.vllm * available) if settings.vllm else generation,
+        "generation": round(settings.vllm * available) if settings.vllm else 0 if settings.vllm_server else generation,
         "cache": completions * number * cache,
         "other": _CONTEXT,
     }

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -291,6 +292,10 @@ def identity(model: str | Path, settings: Model) -> str:
 def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
     """Load a base model, or an adapter on its base.
 
+    A model to be trained whose weights are divided among processes is not put on a GPU here: with FSDP2 the first
+    process reads it into its memory and the others none of it (transformers' `is_fsdp_enabled`), and accelerate divides
+    it later; with ZeRO-3 DeepSpeed divides each weight as it is read.
+
     Args:
         model: A base model's name, or a folder that warm-up or training wrote.
         settings: `revision` of a base model, and for every model the other settings.
@@ -301,6 +306,7 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
     """
     import torch
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+    from transformers.integrations.fsdp import is_fsdp_enabled
 
     base, folder = base_of(model, settings)
     if missing := lacking(base):
@@ -308,35 +314,72 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
     outline(folder)
     processor = load_processor(model, settings)
     dtype = getattr(torch, base.dtype)
-    in_4_bits: dict[str, Any] = {}
+    divided = trainable and weights_are_divided()
+    zero3 = _zero3() if divided else None  # transformers asks for it as long as it lives
+    placed: dict[str, Any] = {}
+    # Otherwise transformers 5.23 reads all weights in every process, and accelerate then takes those of the first.
+    without_weights = divided and is_fsdp_enabled() and os.environ.get("LOCAL_RANK") != "0"
+    if without_weights:
+        placed["device_map"] = "meta"
     if base.quantization:
-        in_4_bits["quantization_config"] = BitsAndBytesConfig(
+        placed["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=base.quantization,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-        in_4_bits["device_map"] = {"": torch.cuda.current_device()}
+        placed["device_map"] = {"": torch.cuda.current_device()}
     network: Any = AutoModelForImageTextToText.from_pretrained(
         folder,
         dtype=dtype,
         attn_implementation=base.attention,
         use_safetensors=True,
         local_files_only=True,
-        **in_4_bits,
+        **placed,
     )
     placeholders = families.placeholders(processor)
     network.generation_config = decoding.generation_config(network.generation_config, placeholders)
     if describe(Path(model)):
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
 
         try:
-            network = PeftModel.from_pretrained(network, str(model), is_trainable=trainable)
+            if without_weights:  # an adapter of the right sizes; its weights come from the first process, too
+                config = PeftConfig.from_pretrained(str(model))
+                config.inference_mode = False
+                network = PeftModel(network, config)
+                for name, module in network.named_modules():
+                    if "lora_" in name and not list(module.children()):  # TRL copies an adapter, which meta has none of
+                        module.to_empty(device="cpu")
+            else:
+                network = PeftModel.from_pretrained(network, str(model), is_trainable=trainable)
         except (RuntimeError, ValueError) as error:
             raise AdfmError(f"{model}: its adapter does not fit {base.name} ({error}); train it anew") from error
-    if torch.cuda.is_available() and not base.quantization:
+    del zero3
+    if torch.cuda.is_available() and not base.quantization and not divided:
         network = network.to("cuda")
     return Loaded(network, processor, family_of(folder), base, prompt_of(model, family_of(folder)))
+
+
+def weights_are_divided() -> bool:
+    """Whether accelerate's launcher has asked for FSDP or for DeepSpeed's ZeRO-3."""
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true" or _stage() == "3"
+
+
+def _stage() -> str | None:
+    used = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    return os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") if used else None
+
+
+def _zero3() -> Any:
+    """What tells transformers to let DeepSpeed divide weights as they are read, as `TrainingArguments` would."""
+    if _stage() != "3":
+        return None
+    from accelerate.utils import DeepSpeedPlugin
+
+    plugin = DeepSpeedPlugin()
+    plugin.set_mixed_precision(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
+    plugin.set_deepspeed_weakref()
+    return plugin
 
 
 def prompt_of(model: str | Path, family: str) -> list[dict[str, Any]]:
@@ -466,12 +509,13 @@ def lacking(settings: Model) -> list[str]:
     return found
 
 
-def lacking_package(setting: str, package: str) -> list[str]:
+def lacking_package(setting: str, package: str, version: str | None = None) -> list[str]:
     """What this machine lacks for a setting that needs a GPU and a package that is not installed by default."""
     import torch
 
     if not torch.cuda.is_available():
         return [f"{setting} needs a GPU, and there is none; leave it at its default"]
+    pin = f"=={version}" if version else ""
     if importlib.util.find_spec(package.replace("-", "_")) is None:
-        return [f"{setting} needs a package that is not installed; pip install {package}"]
+        return [f"{setting} needs a package that is not installed; pip install {package}{pin}"]
     return []

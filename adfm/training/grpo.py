@@ -137,6 +137,9 @@ def _doubt(model: Path, shards: Path, params: Params, work: Path) -> dict[str, f
     """For every training image, how unsure the model is of the letter: 1 at even odds, 0 when it is certain."""
     from adfm.evaluation.inference import predict_splits
 
+    # vLLM would claim the memory of the GPU that holds the model in training, which is already loaded.
+    evaluate = params.evaluate.model_copy(update={"backend": "transformers"})
+    params = params.model_copy(update={"evaluate": evaluate})
     table = predict_splits(model, shards, params, "looking for doubt", ["train"], work / "answers")["train"]
     odds = table["score"].fillna(0.5)
     return dict(zip(table["id"], (4 * odds * (1 - odds)).tolist(), strict=True))
@@ -145,7 +148,7 @@ def _doubt(model: Path, shards: Path, params: Params, work: Path) -> dict[str, f
 def _identity(shards: Path, model: Path, params: Params) -> dict[str, Any]:
     """What must be the same for a checkpoint to be of use."""
     sections = params.model_dump(mode="json", by_alias=True, include={"seed", "model", "train"})
-    for no_matter in ("checkpoint_every", "pictures_every", "health"):
+    for no_matter in ("checkpoint_every", "pictures_every", "health", "vllm", "vllm_server"):
         sections["train"].pop(no_matter)
     return {"data": shards_.fingerprint(shards, "train"), "model": digest(model), **sections}
 
@@ -230,7 +233,7 @@ def utilisation(terms: torch.Tensor, weights: torch.Tensor, group: int) -> dict[
 
 
 def trl_settings(params: Params, processes: int = 1) -> dict[str, Any]:
-    """What `params` are among the arguments of TRL's `GRPOConfig`, but for the weights of terms and for vLLM."""
+    """What `params` are among the arguments of TRL's `GRPOConfig`, but for the weights of terms and for generation."""
     import torch
 
     settings = params.train
@@ -300,21 +303,24 @@ def _trainer(
     completions, _ = hardware.shares(settings, processes)
     unwanted = families.placeholders(loaded.processor)
     generation: dict[str, Any] = {"generation_kwargs": {"suppress_tokens": unwanted}}
-    if settings.vllm:  # which has no suppress_tokens, and a processor that does not know model.max_pixels
+    engine: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if settings.vllm or settings.vllm_server:
+        from adfm.training import vllm_generation
+
+        # A server has a processor that does not know model.max_pixels; in this process it makes no difference.
         data = examples.as_seen(data, loaded)
         reserve = reserve and examples.as_seen(reserve, loaded)
-        generation = {
-            "generation_kwargs": {"logit_bias": dict.fromkeys(unwanted, -100.0)},
-            "use_vllm": True,
-            "vllm_mode": "colocate",
-            "vllm_gpu_memory_utilization": settings.vllm,
-            "vllm_enable_sleep_mode": True,
-        }
+        generation = vllm_generation.trl_settings(params, loaded, unwanted)
+        engine = vllm_generation.installed(loaded)
 
     class Trainer(GRPOTrainer):
         """TRL's trainer, with dynamic sampling; it also logs utilisation, the seconds of each phase, and pictures."""
 
         _kept: Any = None
+
+        def __init__(self, **options: Any) -> None:
+            with engine:  # TRL starts vLLM in here
+                super().__init__(**options)
 
         def _generate_and_score_completions(self, inputs: Any) -> Any:
             if settings.resample:

@@ -19,7 +19,7 @@ from adfm.data import shards
 from adfm.errors import AdfmError
 from adfm.evaluation import inference
 from adfm.method import prompt, response
-from adfm.models import families, loading
+from adfm.models import families, loading, vllm_engine
 from adfm.params import Evaluate, Model, Params
 
 BASE = "embedded://tiny-base"
@@ -260,6 +260,11 @@ def test_vllm_gets_the_same_prompts_and_its_answers_are_read_the_same(
     sampling = vllm.asked[0][1]
     assert (sampling.temperature, sampling.max_tokens, sampling.stop) == (0, 77, ["</answer>"])
     assert all(asked[2] is None for asked in vllm.asked) and "enable_lora" not in vllm.made[0]
+    (made,) = vllm.made
+    assert made["max_model_len"] == vllm_engine.model_length(embedded.processor, embedded.prompt, 77)
+    assert (made["generation_config"], made["dtype"], made["gpu_memory_utilization"]) == ("vllm", "float32", 0.9)
+    size = {name: embedded.processor.image_processor.size[name] for name in ("shortest_edge", "longest_edge")}
+    assert made["mm_processor_kwargs"] == {"size": size}
 
 
 def test_an_adapter_is_a_lora_request_to_vllm(mixed: Path, vllm: type[Engine], tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def test_the_default_run_asks_for_nothing_that_is_not_here() -> None:
         "train.optimizer=paged_adamw_8bit",
         "train.liger=true",
         "train.vllm=0.3",
+        "train.vllm_server=http://gpu0:8000",
     ],
 )
 def test_what_needs_a_gpu_says_so(setting: str) -> None:
@@ -87,6 +88,7 @@ def test_memory_shrinks_with_the_settings_that_save_it(network: Any) -> None:
         (["train.gradient_checkpointing=true"], "training"),
         (["train.micro_batch=12"], "training"),
         (["train.prompts_per_step=6"], "generation"),
+        (["train.vllm_server=http://gpu0:8000"], "generation"),
     ):
         assert parts(*overrides)[part] < default[part], overrides
 
@@ -114,3 +116,58 @@ def test_an_estimate_of_memory_warns_and_refuses_nothing(monkeypatch: pytest.Mon
     assert "not measured on any GPU, so it is not certain and nothing is refused" in warning
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # a GPU then holds a part of the model only
     assert hardware.memory_warnings(Params()) == []
+
+
+# ------------------------------------------------------------------------------------------------- vLLM
+
+
+def test_vllm_needs_weights_the_cache_of_a_request_and_a_run(network: Any) -> None:
+    short, long = (hardware.vllm_memory(network, "bfloat16", length, 48, 16) for length in (500, 1000))
+    assert short["weights"] == 2 * sum(weight.numel() for weight in network.parameters())
+    text = network.config.text_config
+    assert short["cache"] == 500 * 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    assert long["cache"] == 2 * short["cache"]
+    assert hardware.vllm_memory(network, "float32", 500, 48, 16)["activations"] > short["activations"]
+
+
+def test_a_share_that_cannot_hold_vllm_is_refused_with_one_that_can(network: Any) -> None:
+    def problems(share: float, available: int) -> list[str]:
+        return hardware.vllm_problems(load(None, [f"train.vllm={share}"]), 1, available)
+
+    available = 8 * GIB
+    assert problems(0.3, available) == []
+    (problem,) = problems(0.001, available)
+    assert "train.vllm=0.001 is 0.0 GiB of the GPU's 8, and vLLM needs" in problem
+    named = float(problem.split("set train.vllm=")[1])
+    assert problems(named, available) == []
+    (problem,) = problems(0.9999, available)
+    assert "leaves 0.0 GiB" in problem
+    assert problems(float(problem.split("set train.vllm=")[1]), available) == []
+    (problem,) = problems(0.5, GIB // 32)
+    assert "take a larger GPU" in problem
+
+
+def test_more_tokens_than_the_model_takes_are_refused() -> None:
+    (problem,) = hardware.vllm_problems(load(None, ["train.vllm=0.5", "train.max_completion_length=9999999"]), 1, GIB)
+    assert "the model takes" in problem
+
+
+def test_nonsense_about_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: True)
+    both = ["train.vllm=0.3", "train.vllm_server=http://gpu0:8000"]
+    (problem,) = hardware.lacking(load(None, both))
+    assert "set one of them to null" in problem
+    (problem,) = hardware.lacking(load(None, ["train.vllm=0.3", "model.quantization=nf4"]))
+    assert "cannot take the weights of model.quantization" in problem
+    monkeypatch.setattr(hardware.vllm_engine.importlib.metadata, "version", lambda name: "0.33.0")
+    (problem,) = hardware.lacking(load(None, ["train.vllm=0.3"]))
+    assert "pip install vllm==0.30.0" in problem
+    (problem,) = hardware.lacking(Params())
+    assert "pip install vllm==0.30.0, or set evaluate.backend=transformers" in problem
+    assert hardware.lacking(load(None, ["evaluate.backend=transformers"])) == []
+
+
+def test_a_server_that_is_not_there_is_refused_with_the_command_that_starts_it() -> None:
+    (problem,) = hardware.server_problems(load(None, ["train.vllm_server=http://127.0.0.1:9"]))
+    assert "does not reply" in problem and "vllm serve" in problem and "--max-model-len" in problem

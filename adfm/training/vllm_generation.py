@@ -1,0 +1,191 @@
+"""vLLM inside TRL's GRPO trainer: what TRL 1.16 has to be told otherwise for a LoRA on a vision-language model.
+
+- Weight sync: TRL merges the adapter into the base weights, sends them, and unmerges. In bfloat16 each such round trip
+  rounds twice, so that the base drifts with every step. `Generation` never writes to the base: each weight is sent as
+  base + adapter, summed in float32 and rounded once.
+- Prompts: TRL hands the engine in the same process prompts whose image token is already repeated once for each visual
+  token. vLLM repeats it itself, so each run is collapsed to one.
+- Engine: TRL has no argument for the sizes that images are resized to, for the number of images a prompt, or for the
+  data type, and vLLM would measure its memory with videos of the longest kind.
+
+Written from the source of TRL 1.16 and vLLM 0.30, and tested without vLLM, which needs a GPU: not run with it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from trl.generation import vllm_generation as trl_generation
+from trl.trainer import grpo_trainer
+
+from adfm.errors import AdfmError
+from adfm.models import vllm_engine
+from adfm.params import Params
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adfm.models.loading import Loaded
+
+TRL = "1.16.0"
+"""Version of TRL that this file corrects; a test fails with a newer one, which may need less or other corrections."""
+
+
+def trl_settings(params: Params, loaded: Loaded, unwanted: list[int]) -> dict[str, Any]:
+    """The arguments of TRL's `GRPOConfig` that let vLLM generate: in this process, or on a server.
+
+    Args:
+        params: Reads `train`.
+        loaded: The model that is trained.
+        unwanted: Tokens that must not be generated; vLLM knows no `suppress_tokens`, so their logits are lowered.
+    """
+    settings = params.train
+    shared: dict[str, Any] = {
+        "generation_kwargs": {"logit_bias": dict.fromkeys(unwanted, -100.0)},
+        "use_vllm": True,
+    }
+    if settings.vllm_server:  # whose memory and model length are set where it is started
+        return {**shared, "vllm_mode": "server", "vllm_server_base_url": settings.vllm_server}
+    return {
+        **shared,
+        "vllm_mode": "colocate",
+        "vllm_gpu_memory_utilization": settings.vllm,
+        "vllm_max_model_length": vllm_engine.model_length(
+            loaded.processor, loaded.prompt, settings.max_completion_length
+        ),
+        "vllm_enable_sleep_mode": True,
+    }
+
+
+@contextmanager
+def installed(loaded: Loaded) -> Iterator[None]:
+    """Makes the trainer that is built in the body generate by `Generation`: TRL takes no class as an argument."""
+    trainer: Any = grpo_trainer  # a module whose names are replaced
+    original = trainer.VLLMGeneration
+    refuse_other_layers(loaded.model)
+    options = vllm_engine.options(loaded.processor, loaded.base.dtype)
+    trainer.VLLMGeneration = functools.partial(Generation, engine_options=options)
+    try:
+        yield
+    finally:
+        trainer.VLLMGeneration = original
+
+
+class Generation(trl_generation.VLLMGeneration):
+    """TRL's generation by vLLM, which leaves the trained model's base weights as they are.
+
+    Args:
+        engine_options: Further arguments of `vllm.LLM`, where the engine is in this process.
+        options: As TRL gives them.
+    """
+
+    def __init__(self, *options: Any, engine_options: dict[str, Any], **named: Any) -> None:
+        self._engine_options = engine_options
+        super().__init__(*options, **named)
+        if self._dist.fsdp_version == 1:
+            raise AdfmError("train.vllm: FSDP1 is not supported; use configs/accelerate/fsdp2.yaml")
+
+    def _init_vllm(self) -> None:
+        """Starts the engine as TRL does, with `engine_options` too."""
+        start: Any = super()._init_vllm  # untyped in TRL
+        names: Any = trl_generation
+        original = getattr(names, "LLM", None)  # absent without vLLM, where TRL refuses
+        if self.mode != "colocate" or original is None:
+            start()
+            return
+        names.LLM = functools.partial(original, **self._engine_options)
+        try:
+            start()
+        finally:
+            names.LLM = original
+
+    def generate(self, prompts: list[list[int]], *options: Any, **named: Any) -> Any:
+        """As TRL's. A server gets images and their places separately, and there the repeated tokens are right."""
+        if self.mode == "colocate":
+            processor: Any = self.processing_class
+            prompts = [collapsed(ids, processor.image_token_id) for ids in prompts]
+        return super().generate(prompts, *options, **named)
+
+    @torch.no_grad()
+    def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight under vLLM's name, one at a time, with the adapter added. It gathers: all processes iterate."""
+        for name, weight in self.model.named_parameters():
+            if getattr(self.model, "prefix", "lora_") in name or "original_module" in name:
+                continue
+            layer = adapted_layer(self.model, name)
+            factors = [factor for pair in _factors(layer) for factor in pair[:2]] if layer is not None else []
+            with self._dist.gather_params([weight, *factors]):
+                yield self._name_for_vllm(name), merged(self._whole(weight), layer, self._whole)
+
+    def _name_for_vllm(self, name: str) -> str:
+        """As TRL names them: the base model's names, of which vLLM knows how they map to its own."""
+        name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        return str(self._fix_param_name_to_vllm(name, extra_prefixes=["modules_to_save.default."]))
+
+    def _whole(self, weight: Any) -> Tensor:
+        """A weight that FSDP2 divides among processes, gathered, or any other as it is."""
+        if not hasattr(weight, "full_tensor"):
+            return cast("Tensor", weight.data)
+        if weight.is_cpu and self.accelerator.device.type != "cpu":  # offloaded: the GPUs gather faster
+            weight = weight.to(self.accelerator.device)
+        return cast("Tensor", weight.full_tensor())
+
+
+def collapsed(ids: list[int], image_token: int) -> list[int]:
+    """A prompt in which each run of image tokens is one token, as vLLM expects; a collapsed prompt stays the same."""
+    return [token for i, token in enumerate(ids) if token != image_token or i == 0 or ids[i - 1] != image_token]
+
+
+def adapted_layer(model: Any, name: str) -> Any:
+    """PEFT's layer around the base weight of this name; `None` if no adapter changes the weight."""
+    place = name.removesuffix(".base_layer.weight")
+    return model.get_submodule(place) if place != name else None
+
+
+def merged(weight: Tensor, layer: Any, whole: Any = lambda factor: factor) -> Tensor:
+    """Base weight plus adapter, `[out, in]`, summed in float32 and rounded once to the type of the base.
+
+    Args:
+        weight: The whole base weight; it is read only.
+        layer: PEFT's layer around it; `None`: the weight is returned as it is.
+        whole: Gathers a factor of the adapter that is divided among processes.
+    """
+    if layer is None:
+        return weight
+    total = weight.to(torch.float32, copy=True)
+    for down, up, scaling in _factors(layer):
+        total += whole(up).float() @ whole(down).float() * scaling
+    return total.to(weight.dtype)
+
+
+def _factors(layer: Any) -> list[tuple[Any, Any, float]]:
+    """The factors A `[r, in]` and B `[out, r]` of each active adapter on a layer, and what scales their product."""
+    return [
+        (layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+        for name in layer.active_adapters
+        if name in layer.lora_A
+    ]
+
+
+def refuse_other_layers(model: Any) -> None:
+    """Refuses an adapter that `merged` cannot add: on a layer that is not linear, or on a weight that two layers share.
+
+    Raises:
+        AdfmError: It names the layer, and the setting.
+    """
+    from peft.tuners.lora import Linear, LoraLayer
+
+    weights = {name for name, _ in model.named_parameters()}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        if not isinstance(layer, Linear) or layer.fan_in_fan_out or any(layer.use_dora.values()):
+            raise AdfmError(f"train.vllm: {name} is not a plain linear layer; leave it out of lora.target_modules")
+        if f"{name}.base_layer.weight" not in weights:
+            raise AdfmError(
+                f"train.vllm: the weight of {name} is another layer's too; leave it out of lora.target_modules"
+            )
