@@ -26,7 +26,7 @@ from adfm.models import hardware, loading
 from adfm.outbox import Outbox
 from adfm.params import Params
 from adfm.records import Label
-from adfm.training import checkpoints, examples, memory
+from adfm.training import checkpoints, examples, images, memory
 from adfm.training.warmup import save
 
 if TYPE_CHECKING:
@@ -303,6 +303,10 @@ def _trainer(
         _kept: Any = None
 
         def _generate_and_score_completions(self, inputs: Any) -> Any:
+            with images.processed_once(self.processing_class):
+                return self._generated_and_scored(inputs)
+
+        def _generated_and_scored(self, inputs: Any) -> Any:
             if settings.resample:
                 inputs, self._kept, share = resampling.informative(
                     inputs, self._further, self._answers, self._differ, self._most, group, settings.resample
@@ -396,6 +400,7 @@ def _trainer(
             logging_nan_inf_filter=False,
         ),
     )
+    trainer.train_dataset = images.Rows(data)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
