@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import hashlib
 import io
 import os
@@ -131,6 +132,7 @@ def measured(loaded: loading.Loaded, data: Any, params: Params, adfm: bool) -> t
     import datasets
     from transformers import ProcessorMixin
 
+    gc.collect()  # the trainer before refers to itself and holds a step
     work = Path(f"work-{time.monotonic_ns()}")
     if adfm:
         guard = Guard(params.train.health, threading.Event())

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adfm.errors import AdfmError
-from adfm.models import loading
+from adfm.models import liger, loading
 from adfm.params import Lora, Params, Train
 
 PROMPT = 200
@@ -69,6 +69,9 @@ def problems(params: Params, processes: int = 1) -> list[str]:
     import torch
 
     found = lacking(params) + batch_problems(params.train, processes)
+    if params.train.liger is True and not found:
+        _, folder = loading.base_of(params.model.name, params.model)
+        found += liger.problems(loading.family_of(folder))
     divided = any(f"ACCELERATE_USE_{name}" in os.environ for name in ("FSDP", "DEEPSPEED"))  # set by its launcher
     if torch.cuda.is_available() and not found and not divided:
         found += beyond(params, processes, torch.cuda.get_device_properties(0).total_memory)
@@ -81,7 +84,7 @@ def lacking(params: Params) -> list[str]:
     found = loading.lacking(params.model)
     if train.optimizer != "adamw_torch_fused":
         found += loading.lacking_package(f"train.optimizer={train.optimizer}", "bitsandbytes")
-    if train.liger:
+    if train.liger is True:
         found += loading.lacking_package("train.liger=true", "liger-kernel")
     if train.vllm:
         found += loading.lacking_package(f"train.vllm={train.vllm}", "vllm")

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 EMBEDDED = {"embedded://tiny-base": Path(__file__).parent / "tiny_base"}
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 DESCRIPTION = "adfm.json"
+_FLASH = FAMILIES  # the families that FlashAttention computes the same: no image token attends to later ones
 _REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@]+))")
 
 
@@ -250,7 +251,7 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
     network: Any = AutoModelForImageTextToText.from_pretrained(
         folder,
         dtype=dtype,
-        attn_implementation=base.attention,
+        attn_implementation=attention(base, family_of(folder)),
         use_safetensors=True,
         local_files_only=True,
         **in_4_bits,
@@ -323,15 +324,34 @@ def _check_processor(processor: Any, folder: Path, source: Path) -> None:
         )
 
 
+def attention(settings: Model, family: str) -> str:
+    """The attention that a model is loaded with: `model.attention`, of which `auto` is the fastest that runs here."""
+    if settings.attention != "auto":
+        return settings.attention
+    return "flash_attention_2" if family in _FLASH and not lacking_flash(settings) else "sdpa"
+
+
+def lacking_flash(settings: Model) -> list[str]:
+    """What this machine or a model's settings lack for FlashAttention 2, a sentence each."""
+    import torch
+    from transformers.utils.import_utils import is_flash_attn_2_available
+
+    name = "model.attention=flash_attention_2"
+    found = lacking_package(name, "flash-attn")
+    if not found and not is_flash_attn_2_available():
+        found.append(f"{name} needs flash-attn 2.3.3 or newer, and not the package of FlashAttention 4; install that")
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        found.append(f"{name} needs an NVIDIA A100 or newer, and here is {torch.cuda.get_device_name()}; set sdpa")
+    if settings.dtype == "float32":
+        found.append(f"{name} computes in 16 bits; set model.dtype=bfloat16")
+    return found
+
+
 def lacking(settings: Model) -> list[str]:
     """What this machine lacks for a model's settings, a sentence each: a GPU of the right kind, a package."""
     import torch
 
-    found = []
-    if settings.attention == "flash_attention_2":
-        found += lacking_package("model.attention=flash_attention_2", "flash-attn")
-        if settings.dtype == "float32":
-            found.append("model.attention=flash_attention_2 computes in 16 bits; set model.dtype=bfloat16")
+    found = lacking_flash(settings) if settings.attention == "flash_attention_2" else []
     if settings.quantization:
         found += lacking_package(f"model.quantization={settings.quantization}", "bitsandbytes")
     if (

@@ -22,7 +22,7 @@ from adfm.errors import AdfmError
 from adfm.files import atomic_folder, digest, replace_json
 from adfm.method import rewards
 from adfm.method.coordinates import Frame
-from adfm.models import hardware, loading
+from adfm.models import hardware, liger, loading
 from adfm.outbox import Outbox
 from adfm.params import Params
 from adfm.records import Label
@@ -76,6 +76,8 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
     work = out.with_name(out.name + ".checkpoint")
     run_id = _resume(work, shards, model, params) if state.is_main_process else None
     loaded = loading.load(model, params.model, trainable=True)
+    if fused := liger.wanted(settings, loaded.family):
+        liger.apply(loaded.model)
     outbox = None
     with contextlib.ExitStack() as written:
         told = written.enter_context(stopping.noticed("training stops after this step, with a checkpoint"))
@@ -84,7 +86,8 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
         written.callback(lambda: guard.stopped and state.wait_for_everyone())
         if state.is_main_process:
             folder = written.enter_context(atomic_folder(out))
-            run = written.enter_context(tracking.start_run("train", params, run_id=run_id, must_end=False))
+            tags = {"attention": loaded.model.config._attn_implementation, "liger": str(fused).lower()}
+            run = written.enter_context(tracking.start_run("train", params, tags, run_id=run_id, must_end=False))
             outbox = written.enter_context(Outbox(out.with_name(out.name + ".unsent"), run.info.run_id))
             _identify(work, shards, model, params, run.info.run_id)
         count = settings.steps * settings.prompts_per_step
@@ -248,7 +251,6 @@ def trl_settings(params: Params, processes: int = 1) -> dict[str, Any]:
         "multi_objective_aggregation": settings.aggregation,
         "max_grad_norm": settings.max_grad_norm,
         "optim": settings.optimizer,
-        "use_liger_kernel": settings.liger,
         "shuffle_dataset": False,
         "logging_steps": 1,
         "save_steps": settings.checkpoint_every,

@@ -77,7 +77,8 @@ def _joined(values: list[Any]) -> Any:
 
     first = values[0]
     if isinstance(first, list):
-        return [item for value in values for item in value]
+        items = [item for value in values for item in value]
+        return items if len({np.shape(item) for item in items}) == 1 else None
     if not isinstance(first, np.ndarray | torch.Tensor) or first.ndim == 0:
         return None
     if any(value is None or value.shape[1:] != first.shape[1:] for value in values):
