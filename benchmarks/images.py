@@ -18,7 +18,6 @@ import gc
 import hashlib
 import io
 import os
-import re
 import threading
 import time
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gpu_step import peak_bytes, reset_peak
 from grpo_step import bare_trainer
 from PIL import Image
 
@@ -78,8 +78,8 @@ def main() -> int:
             for side in args.sides:
                 loaded = built(family, args.tokenizer)
                 data = rows(loaded, args.images, side)
-                trl, bare = measured(loaded, data, params, adfm=False)
                 ours, own = measured(loaded, data, params, adfm=True)
+                trl, bare = measured(loaded, data, params, adfm=False)
                 differ = [name for name in bare.keys() | own.keys() if bare.get(name) != own.get(name)]
                 for name, figures in (("TRL", trl), ("adfm", ours)):
                     print(f"{family} {side} px {name:4}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
@@ -132,7 +132,7 @@ def measured(loaded: loading.Loaded, data: Any, params: Params, adfm: bool) -> t
     import datasets
     from transformers import ProcessorMixin
 
-    gc.collect()  # the trainer before refers to itself and holds a step
+    gc.collect()  # the trainer before this one refers to itself and holds a step
     work = Path(f"work-{time.monotonic_ns()}")
     if adfm:
         guard = Guard(params.train.health, threading.Event())
@@ -171,7 +171,7 @@ def measured(loaded: loading.Loaded, data: Any, params: Params, adfm: bool) -> t
         clocked(datasets.Image, "decode_example", decoded),
         clocked(datasets.Dataset, "__getitems__", loads),
     ):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak of memory starts again from here
+        reset_peak()
         start = time.perf_counter()
         trainer.train()
         step = time.perf_counter() - start - sum(digesting)
@@ -181,7 +181,7 @@ def measured(loaded: loading.Loaded, data: Any, params: Params, adfm: bool) -> t
         "reading and decoding s": sum(loads),
         "images processed": len(processed),
         "image processor s": sum(passes),
-        "peak GiB": int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 2**20,
+        "peak GiB": peak_bytes() / 2**30,
     }, digests
 
 
