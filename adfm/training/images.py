@@ -40,6 +40,7 @@ class _Once:
     def __init__(self, original: Any) -> None:
         self._original = original
         self._seen: dict[tuple[int, str], tuple[Any, dict[str, Any]]] = {}
+        self._last: tuple[Any, dict[str, Any]] = None, {}
         self._alone = True
 
     def __getattr__(self, name: str) -> Any:
@@ -54,13 +55,17 @@ class _Once:
         if self._alone and not args and one_a_row:
             flat: Any = make_flat_list_of_images(rows)
             outputs = [self._of(image, row, kwargs) for image, row in zip(flat, rows, strict=True)]
-            together = {name: _joined([output.get(name) for output in outputs]) for name in outputs[0]}
+            key = list(map(id, flat)), kwargs
+            if key != self._last[0]:  # pixel values of 300 images are 1.8 GB: not joined again for the second pass
+                self._last = key, {name: _joined([output.get(name) for output in outputs]) for name in outputs[0]}
+            together = self._last[1]
             if all(value is not None for value in together.values()):
-                return BatchFeature(together, tensor_type=return_tensors)
+                return BatchFeature(dict(together), tensor_type=return_tensors)
             # A family whose output for an image depends on the others of the batch, such as one that pads to the
             # largest: the rest of the block is processed as without this class.
             self._alone = False
             self._seen.clear()
+            self._last = None, {}
         return self._original(images, *args, return_tensors=return_tensors, **kwargs)
 
     def _of(self, image: Any, row: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

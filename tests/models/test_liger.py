@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from adfm.models import hardware, liger, loading
-from adfm.params import Train
+from adfm.params import Params, Train
 
 MODULES = {
     "__init__": "",
@@ -61,4 +61,13 @@ def test_what_cannot_be_used_is_refused_with_the_reason() -> None:
     assert problem.endswith("set train.liger=false")
     assert not liger.wanted(Train(), "qwen2_5_vl")
     (problem,) = liger.problems("internvl")
+    assert "it has no kernels for internvl models" in problem
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_training_with_kernels_that_its_model_has_not_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("GPU", (), {"total_memory": 2**40}))
+    assert hardware.problems(Params(train=Train(liger=True))) == []
+    monkeypatch.setattr(loading, "family_of", lambda _: "internvl")
+    (problem,) = hardware.problems(Params(train=Train(liger=True)))
     assert "it has no kernels for internvl models" in problem
