@@ -77,7 +77,10 @@ class _Once:
 
 
 def _joined(values: list[Any]) -> Any:
-    """The outputs of single images as that of their batch; `None` where they cannot be joined row by row."""
+    """The outputs of single images as that of their batch; `None` where they cannot be joined row by row.
+
+    Arrays become tensors, as TRL makes of them before it generates, by two copies.
+    """
     import torch
 
     first = values[0]
@@ -88,7 +91,7 @@ def _joined(values: list[Any]) -> Any:
         return None
     if any(value is None or value.shape[1:] != first.shape[1:] for value in values):
         return None
-    return np.concatenate(values) if isinstance(first, np.ndarray) else torch.cat(values)
+    return torch.cat([torch.as_tensor(value) for value in values])
 
 
 class Rows:

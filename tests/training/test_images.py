@@ -61,7 +61,9 @@ def counted(image_processor: Any) -> Iterator[list[int]]:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two outputs have the same types, shapes and bits."""
+    """Whether two outputs have the same types, shapes and bits; for TRL an array and its tensor are one."""
+    if isinstance(one, torch.Tensor) and isinstance(other, np.ndarray):
+        other = torch.from_numpy(other)
     if type(one) is not type(other):
         return False
     if isinstance(one, torch.Tensor):
