@@ -86,7 +86,7 @@ class Model(Section):
     revision: str | None = None
     max_pixels: PositiveInt | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
     quantization: Literal["nf4"] | None = None
 
 
@@ -156,7 +156,7 @@ class Train(Section):
     optimizer: Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch_fused"
     micro_batch: PositiveInt | None = None
     gradient_checkpointing: bool = False
-    liger: bool = False
+    liger: Literal["auto"] | bool = "auto"
     vllm: Annotated[float, Field(gt=0, lt=1)] | None = None
     vllm_server: str | None = None
     checkpoint_every: PositiveInt = 25

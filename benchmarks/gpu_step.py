@@ -1,12 +1,13 @@
-"""A GRPO step of a real architecture with random weights on a GPU, setting by setting, beside a bare TRL script.
+"""Seconds and memory of a GRPO step by part: a real architecture with random weights on a GPU, beside TRL alone.
 
 python benchmarks/gpu_step.py                                      # Qwen2.5-VL-7B, and the settings below
 python benchmarks/gpu_step.py --model Qwen2.5-VL-3B --set train.num_generations=12
+python benchmarks/gpu_step.py --only published FlashAttention      # two of the settings
 
 Images of 512 x 512, 512 tokens a completion (random weights hardly ever stop), published settings otherwise. Prints for
-each: seconds of a step divided into generation, scoring, forward, backward and the rest; tokens a second of generation;
-peak memory; model FLOPs utilisation of the training part; and the ratio to TRL alone. Without a GPU the same runs at
-toy size, to see that it runs: its times mean nothing.
+each: seconds of a step and the peak of memory, by part; tokens a second of generation; model FLOPs utilisation of the
+rest of the step; and the ratio to TRL alone. Without a GPU the same runs at toy size with the memory of the process,
+to see that it runs: its times mean nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -31,7 +33,7 @@ from PIL import Image
 from adfm import cli, tracking
 from adfm import params as params_
 from adfm.method import prompt
-from adfm.models import adapters, families, hardware, loading, tiny
+from adfm.models import adapters, families, hardware, liger, loading, tiny
 from adfm.outbox import Outbox
 from adfm.params import Params
 from adfm.training import base, grpo
@@ -43,6 +45,7 @@ VARIANTS = {
     "no checkpointing": ["train.gradient_checkpointing=false"],
     "FlashAttention": ["model.attention=flash_attention_2"],
     "Liger": ["train.liger=true"],
+    "FlashAttention and Liger": ["model.attention=flash_attention_2", "train.liger=true"],
     "8-bit optimizer": ["train.optimizer=adamw_8bit"],
     "adapter on the vision tower": ["lora.vision=true"],
     "no KL penalty": ["train.beta=0.0"],
@@ -66,30 +69,44 @@ def main() -> None:
         os.chdir(folder)
         for name in args.only:
             params = params_.load(file, [*COMMON, *([] if gpu else TOY), *VARIANTS[name], *args.set])
-            if missing := hardware.lacking(params):
+            missing = hardware.lacking(params)
+            if params.train.liger is True and not missing:
+                missing = liger.problems(ARCHITECTURES[args.model][0])
+            if missing:
                 print(f"{name}: not run: {'; '.join(missing)}")
                 continue
-            ours = measured(args.model, params, adfm=True)
-            theirs = measured(args.model, params, adfm=False)
-            print(f"{name}: " + ", ".join(f"{what} {value:.3g}" for what, value in ours.items()))
-            print(f"  bare TRL {theirs['step s']:.3g} s a step, ratio {ours['step s'] / theirs['step s']:.3f}")
+            steps = {}
+            for who in ("adfm", "TRL"):
+                parts, figures = measured(args.model, params, adfm=who == "adfm")
+                steps[who] = figures["s a step"]
+                print(f"{name}, {who}: " + ", ".join(f"{value:.3g} {what}" for what, value in figures.items()))
+                for part, (seconds, peak) in parts.items():
+                    print(f"  {part:18} {seconds:8.3f} s {peak / 2**30:7.2f} GiB")
+            print(f"  ratio of the steps, adfm to TRL: {steps['adfm'] / steps['TRL']:.3f}")
         os.chdir("/")
 
 
-def measured(name: str, params: Params, adfm: bool) -> dict[str, float]:
-    """Figures of the last step of a training of a few."""
-    from transformers import TrainerCallback
+def measured(name: str, params: Params, adfm: bool) -> tuple[dict[str, tuple[float, int]], dict[str, float]]:
+    """Seconds of a step and peak of memory in bytes by part, and figures of the whole, of a training of a few steps.
+
+    The first step, which allocates and compiles, is not counted.
+    """
+    import datasets
+    from transformers import ProcessorMixin, TrainerCallback
 
     loaded = built(name, params)
     settings = params.train
     data = rows(loaded, settings.steps * settings.prompts_per_step, 512 if torch.cuda.is_available() else tiny.SIDE)
     work = Path(f"work-{time.monotonic_ns()}")
-    began: list[float] = []
+    parts = Parts()
+    ended: list[float] = []
 
     class Clock(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
+        def on_step_end(self, *_: Any, **__: Any) -> None:
             synchronize()
-            began.append(time.perf_counter())
+            ended.append(time.perf_counter())
+            if len(ended) == 1:
+                parts.clear()
 
     with contextlib.ExitStack() as opened:
         if adfm:
@@ -100,33 +117,80 @@ def measured(name: str, params: Params, adfm: bool) -> dict[str, float]:
         else:
             trainer = bare_trainer(loaded, data, work, params)
         trainer.add_callback(Clock())
-        spent: dict[str, list[float]] = {}
-        for phase, method in (
-            ("generation", "_generate"),
-            ("scoring", "_calculate_rewards"),
-            ("forward", "compute_loss"),
-            ("forward and backward", "training_step"),
+        for part, owner, method in (
+            ("reading images", datasets.Dataset, "__getitems__"),
+            ("image processor", ProcessorMixin, "_process_images"),
+            ("generation", trainer, "_generate_single_turn"),
+            ("scoring", trainer, "_calculate_rewards"),
+            ("reference pass", trainer, "_get_per_token_logps_and_entropies"),
+            ("forward", trainer, "compute_loss"),
+            ("backward", trainer.accelerator, "backward"),
         ):
-            setattr(trainer, method, watched(getattr(trainer, method), spent.setdefault(phase, [])))
+            opened.enter_context(parts.watch(part, owner, method))
         trainer.train()
-        synchronize()
-    step = (time.perf_counter() - began[0]) / settings.steps
-    took = {phase: sum(seconds) / settings.steps for phase, seconds in spent.items()}
-    # The first training_step of a step generates and scores as well.
-    took["backward"] = took.pop("forward and backward") - took["forward"]
-    took["backward"] -= took["generation"] + took["scoring"]
-    tokens = settings.prompts_per_step * settings.num_generations * settings.max_completion_length
-    figures = {"step s": step, **{f"{phase} s": seconds for phase, seconds in took.items()}}
-    figures["rest s"] = step - sum(took.values())
-    figures["generated tokens/s"] = tokens / took["generation"]
+    counted = settings.steps - 1
+    step = (ended[-1] - ended[0]) / counted
+    took = {part: (seconds / counted, peak) for part, (seconds, peak) in parts.items()}
+    took["rest"] = (step - sum(seconds for seconds, _ in took.values()), 0)
+    completions = settings.prompts_per_step * settings.num_generations
+    generation = took["generation"][0]
+    figures = {
+        "s a step": step,
+        "generated tokens/s": completions * settings.max_completion_length / generation,
+        "GiB at most": max(peak for _, peak in took.values()) / 2**30,
+    }
     if torch.cuda.is_available():
         peak = next((flops for gpu, (flops, _) in GPUS.items() if gpu in torch.cuda.get_device_name()), float("nan"))
-        figures["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
-        figures["MFU"] = operations(loaded.model, params) / ((step - took["generation"]) * peak)
+        figures["MFU"] = operations(loaded.model, params) / ((step - generation) * peak)
         del trainer, loaded
         torch.cuda.empty_cache()
+    return took, figures
+
+
+class Parts(dict[str, tuple[float, int]]):
+    """Seconds, summed, and peak of memory in bytes of the parts of a step; a call within another is not counted."""
+
+    _within = False
+
+    @contextlib.contextmanager
+    def watch(self, part: str, owner: Any, name: str) -> Iterator[None]:
+        """In the block, `owner.name` is counted as a part."""
+        method = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self._within:
+                return method(*args, **kwargs)
+            self._within = True
+            synchronize()
+            reset_peak()
+            start = time.perf_counter()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                synchronize()
+                seconds, most = self.get(part, (0.0, 0))
+                self[part] = (seconds + time.perf_counter() - start, max(most, peak_bytes()))
+                self._within = False
+
+        setattr(owner, name, call)
+        try:
+            yield
+        finally:
+            setattr(owner, name, method)
+
+
+def reset_peak() -> None:
+    if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    return figures
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """The most memory since `reset_peak`: of the GPU's tensors, or without one of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return 1024 * int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0])
 
 
 def built(name: str, params: Params) -> loading.Loaded:
@@ -148,12 +212,14 @@ def built(name: str, params: Params) -> loading.Loaded:
         with torch.device("cuda"):
             dtype = getattr(torch, params.model.dtype)
             network = AutoModelForImageTextToText.from_config(
-                config, dtype=dtype, attn_implementation=params.model.attention
+                config, dtype=dtype, attn_implementation=loading.attention(params.model)
             )
     else:
         network = tiny.model(processor.tokenizer, seed=0)
     processor.tokenizer.padding_side = "left"
     adapted = adapters.attach(network, params.lora)
+    if liger.wanted(params.train, family):
+        liger.apply(adapted)
     return loading.Loaded(adapted, processor, family, params.model, prompt.messages(families.get(family).units))
 
 
@@ -171,23 +237,6 @@ def rows(loaded: loading.Loaded, count: int, side: int) -> Any:
         "frame": [[float(side), float(side)]] * count,
     }
     return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
-
-
-def watched(method: Any, seconds: list[float]) -> Any:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with clocked(seconds):
-            return method(*args, **kwargs)
-
-    return call
-
-
-@contextlib.contextmanager
-def clocked(seconds: list[float]) -> Iterator[None]:
-    synchronize()
-    start = time.perf_counter()
-    yield
-    synchronize()
-    seconds.append(time.perf_counter() - start)
 
 
 def synchronize() -> None:

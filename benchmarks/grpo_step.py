@@ -22,7 +22,7 @@ from adfm import cli, tracking
 from adfm import params as params_
 from adfm.data import synthetic
 from adfm.data.conversion import convert
-from adfm.models import loading
+from adfm.models import liger, loading
 from adfm.params import Params
 from adfm.training import examples, grpo
 from adfm.training.warmup import warmup
@@ -79,6 +79,8 @@ def bare(out: Path, params: Params) -> list[float]:
     set_seed(params.seed)
     settings = params.train
     loaded = loading.load(Path("warmup"), params.model, trainable=True)
+    if liger.wanted(settings, loaded.family):
+        liger.apply(loaded.model)
     count = settings.steps * settings.prompts_per_step
     data = examples.draw(Path("shards"), loaded, count, settings.anomalous_share, params.seed + 1, out / "cache")
     trainer = bare_trainer(loaded, data, out, params)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adfm.errors import AdfmError
-from adfm.models import adapters, families, loading, vllm_engine
+from adfm.models import adapters, families, liger, loading, vllm_engine
 from adfm.params import Params, Train
 
 PROMPT = 200
@@ -69,6 +69,9 @@ def problems(params: Params, processes: int = 1) -> list[str]:
     import torch
 
     found = lacking(params) + batch_problems(params.train, processes)
+    if params.train.liger is True and not found:
+        _, folder = loading.base_of(params.model.name, params.model)
+        found += liger.problems(loading.family_of(folder))
     if torch.cuda.is_available() and params.train.vllm and not found:
         available = torch.cuda.get_device_properties(0).total_memory
         found += vllm_problems(params, processes, available, loading.weights_are_divided())
@@ -97,7 +100,7 @@ def lacking(params: Params) -> list[str]:
     found = loading.lacking(params.model)
     if train.optimizer != "adamw_torch_fused":
         found += loading.lacking_package(f"train.optimizer={train.optimizer}", "bitsandbytes")
-    if train.liger:
+    if train.liger is True:
         found += loading.lacking_package("train.liger=true", "liger-kernel")
     found += _vllm_lacking(params)
     return found

@@ -332,7 +332,7 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
     network: Any = AutoModelForImageTextToText.from_pretrained(
         folder,
         dtype=dtype,
-        attn_implementation=base.attention,
+        attn_implementation=attention(base),
         use_safetensors=True,
         local_files_only=True,
         **placed,
@@ -486,15 +486,36 @@ def _check_tokenizer(processor: Any, folder: Path, source: Path) -> None:
     raise AdfmError(f"model.name: {source} {reason}; take all files of a model from one place")
 
 
+def attention(settings: Model) -> str:
+    """The attention that a model is loaded with: `model.attention`, of which `auto` is the fastest that runs here."""
+    if settings.attention != "auto":
+        return settings.attention
+    # FlashAttention's mask is causal: it computes the same for families whose image tokens attend to no later ones, as
+    # those of `families.FAMILIES` (but not Gemma 3).
+    return "sdpa" if lacking_flash(settings) else "flash_attention_2"
+
+
+def lacking_flash(settings: Model) -> list[str]:
+    """What this machine or a model's settings lack for FlashAttention 2, a sentence each."""
+    import torch
+    from transformers.utils.import_utils import is_flash_attn_2_available
+
+    name = "model.attention=flash_attention_2"
+    found = lacking_package(name, "flash-attn")
+    if not found and not is_flash_attn_2_available():
+        found.append(f"{name} needs flash-attn 2.3.3 or newer, and not the package of FlashAttention 4; install that")
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        found.append(f"{name} needs an NVIDIA A100 or newer, and here is {torch.cuda.get_device_name()}; set sdpa")
+    if settings.dtype == "float32":
+        found.append(f"{name} computes in 16 bits; set model.dtype=bfloat16")
+    return found
+
+
 def lacking(settings: Model) -> list[str]:
     """What this machine lacks for a model's settings, a sentence each: a GPU of the right kind, a package."""
     import torch
 
-    found = []
-    if settings.attention == "flash_attention_2":
-        found += lacking_package("model.attention=flash_attention_2", "flash-attn")
-        if settings.dtype == "float32":
-            found.append("model.attention=flash_attention_2 computes in 16 bits; set model.dtype=bfloat16")
+    found = lacking_flash(settings) if settings.attention == "flash_attention_2" else []
     if settings.quantization:
         found += lacking_package(f"model.quantization={settings.quantization}", "bitsandbytes")
     if (

@@ -22,11 +22,11 @@ from adfm.errors import AdfmError
 from adfm.files import atomic_folder, digest, refuse_to_replace, replace_json
 from adfm.method import rewards
 from adfm.method.coordinates import Frame
-from adfm.models import families, hardware, loading
+from adfm.models import families, hardware, liger, loading
 from adfm.outbox import Outbox
 from adfm.params import Params
 from adfm.records import Label
-from adfm.training import checkpoints, examples, memory
+from adfm.training import checkpoints, examples, images, memory
 from adfm.training.warmup import save
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
     work = out.with_name(out.name + ".checkpoint")
     run_id = _resume(work, shards, model, params) if state.is_main_process else None
     loaded = loading.load(model, params.model, trainable=True)
+    if fused := liger.wanted(settings, loaded.family):
+        liger.apply(loaded.model)
     outbox = None
     with contextlib.ExitStack() as written:
         told = written.enter_context(stopping.noticed("training stops after this step, with a checkpoint"))
@@ -89,7 +91,8 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
         written.callback(lambda: guard.stopped and state.wait_for_everyone())
         if state.is_main_process:
             folder = written.enter_context(atomic_folder(out))
-            run = written.enter_context(tracking.start_run("train", params, run_id=run_id, must_end=False))
+            tags = {"attention": loaded.model.config._attn_implementation, "liger": str(fused).lower()}
+            run = written.enter_context(tracking.start_run("train", params, tags, run_id=run_id, must_end=False))
             outbox = written.enter_context(Outbox(out.with_name(out.name + ".unsent"), run.info.run_id))
             _identify(work, shards, model, params, run.info.run_id)
         count = settings.steps * settings.prompts_per_step
@@ -265,7 +268,6 @@ def trl_settings(params: Params, processes: int = 1) -> dict[str, Any]:
         "adam_beta1": settings.adam_beta1,
         "adam_beta2": settings.adam_beta2,
         "optim": settings.optimizer,
-        "use_liger_kernel": settings.liger,
         "shuffle_dataset": False,
         "logging_steps": 1,
         "save_steps": settings.checkpoint_every,
@@ -323,6 +325,10 @@ def _trainer(
                 super().__init__(**options)
 
         def _generate_and_score_completions(self, inputs: Any) -> Any:
+            with images.processed_once(self.processing_class):
+                return self._generated_and_scored(inputs)
+
+        def _generated_and_scored(self, inputs: Any) -> Any:
             if settings.resample:
                 inputs, self._kept, share = resampling.informative(
                     inputs, self._further, self._answers, self._differ, self._most, group, settings.resample
@@ -416,6 +422,7 @@ def _trainer(
             logging_nan_inf_filter=False,
         ),
     )
+    trainer.train_dataset = images.Rows(data)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer

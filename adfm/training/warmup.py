@@ -49,7 +49,7 @@ def warmup(shards: Path, out: Path, params: Params, force: bool = False) -> None
     model = adapters.attach(loaded.model, params.lora)
     with (
         atomic_folder(out) as folder,
-        tracking.start_run("warmup", params, must_end=False) as run,
+        tracking.start_run("warmup", params, {"attention": model.config._attn_implementation}, must_end=False) as run,
         Outbox(out.with_name(out.name + ".unsent"), run.info.run_id) as outbox,
     ):
         history: list[dict[str, Any]] = []

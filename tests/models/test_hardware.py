@@ -52,6 +52,49 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     assert loading.lacking_package("train.x=1", "numpy") == []
 
 
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What PyTorch and transformers say where flash-attn is installed and an A100 is there; none of it is run."""
+    from transformers.utils import import_utils
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(loading, "lacking_package", lambda setting, package, version=None: [])
+    monkeypatch.setattr(import_utils, "is_flash_attn_2_available", lambda: True)
+    return monkeypatch
+
+
+def test_flash_attention_is_taken_where_it_runs_and_only_there(gpu: Any) -> None:
+    from transformers.utils import import_utils
+
+    auto = Params().model.model_copy(update={"dtype": "bfloat16"})
+    assert auto.attention == "auto"
+    assert loading.attention(auto) == "flash_attention_2"
+    assert loading.attention(auto.model_copy(update={"dtype": "float32"})) == "sdpa"
+    assert loading.attention(auto.model_copy(update={"attention": "eager"})) == "eager"
+    gpu.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert loading.attention(auto) == "sdpa"
+    asked = auto.model_copy(update={"attention": "flash_attention_2"})
+    (problem,) = loading.lacking_flash(asked)
+    assert "needs an NVIDIA A100 or newer, and here is a GPU; set sdpa" in problem
+    gpu.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    gpu.setattr(import_utils, "is_flash_attn_2_available", lambda: False)
+    assert loading.attention(auto) == "sdpa"
+    (problem,) = loading.lacking_flash(asked)
+    assert "needs flash-attn 2.3.3 or newer" in problem
+
+
+@without_gpu
+def test_without_a_gpu_auto_is_sdpa_and_no_kernels() -> None:
+    from adfm.models import liger
+
+    assert loading.attention(Params().model.model_copy(update={"dtype": "bfloat16"}), "qwen3_vl") == "sdpa"
+    assert not liger.wanted(Params().train, "qwen3_vl")
+    assert liger.wanted(Train(liger=True), "qwen3_vl") and not liger.wanted(Train(liger=False), "qwen3_vl")
+    assert liger.problems("qwen3_vl") == ["train.liger=true needs a GPU, and there is none; leave it at its default"]
+
+
 def test_bfloat16_on_a_gpu_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)

@@ -1,0 +1,69 @@
+"""Liger's Triton kernels in the layers of a model: RMSNorm, rotary embedding, and SwiGLU where Liger has it.
+
+Its loss is left out: TRL's own never holds all logits. They are applied here and not by TRL, which will drop its
+setting `use_liger_kernel`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from typing import Any
+
+from adfm.models import loading
+from adfm.params import Train
+
+
+def wanted(settings: Train, family: str) -> bool:
+    """Whether a training uses the kernels: as `train.liger` says, or with `auto` where they can be had on a GPU."""
+    import torch
+
+    if settings.liger == "auto":
+        return torch.cuda.is_available() and not problems(family)
+    return settings.liger
+
+
+def problems(family: str) -> list[str]:
+    """Why the kernels cannot be applied to models of a family on this machine, a sentence each."""
+    if missing := loading.lacking_package("train.liger=true", "liger-kernel"):
+        return missing
+    try:
+        _prepare()
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+        if family in MODEL_TYPE_TO_APPLY_LIGER_FN:
+            importlib.import_module(f"liger_kernel.transformers.model.{family}")
+            return []
+        reason = f"it has no kernels for {family} models"
+    except ImportError as error:
+        reason = str(error)
+    return [
+        f"train.liger=true: liger-kernel {importlib.metadata.version('liger-kernel')} cannot be used ({reason}); "
+        "set train.liger=false"
+    ]
+
+
+def apply(model: Any) -> None:
+    """Put the kernels into a model, an adapter on it included; it must be on a GPU when it is run."""
+    from transformers.integrations.liger import apply_liger_kernel
+
+    _prepare()
+    apply_liger_kernel(model, {"fused_linear_cross_entropy": False})
+
+
+def _prepare() -> None:
+    """Let Liger import its losses, which it does for layers too.
+
+    liger-kernel 0.8.5 derives their outputs from classes that transformers 5.23 no longer has, such as
+    Qwen3VLCausalLMOutputWithPast, leaves out what it cannot derive, and then fails to import it.
+    """
+    from liger_kernel.transformers.model import output_classes
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    def missing(name: str) -> type:
+        if name.startswith("Liger") and name.endswith("CausalLMOutputWithPast"):
+            return CausalLMOutputWithPast
+        raise AttributeError(name)
+
+    output_classes.__getattr__ = missing
