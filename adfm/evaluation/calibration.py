@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -34,6 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adfm.errors import AdfmError
 from adfm.evaluation.inference import PREDICTIONS
+from adfm.files import file_digest
 from adfm.params import Evaluate
 from adfm.records import Label
 
@@ -44,6 +46,9 @@ Floats = NDArray[np.float64]
 
 FILE = "calibration.json"
 """In an evaluation's folder, and so in a version: `evaluation/calibration.json`."""
+
+DIGEST_TAG = "calibration_digest"
+"""Of a version: the digest of that file."""
 
 DECIDED = pa.schema([*PREDICTIONS, pa.field("probability", pa.float64()), pa.field("decision", pa.string())])
 """A prediction table with decisions: `probability` is calibrated, `decision` the label at the threshold."""
@@ -165,23 +170,23 @@ def read(file: Path, model: str | None = None) -> Calibration:
         AdfmError: It cannot be read, or belongs to another model.
     """
     try:
-        return parse(file.read_text(encoding="utf-8"), str(file), model)
+        calibration = _parse(file.read_text(encoding="utf-8"), str(file))
     except (OSError, UnicodeDecodeError) as error:
         raise AdfmError(f"{file} cannot be read ({error}); `adfm evaluate` writes it.") from error
+    if model is not None and calibration.model != model:
+        raise AdfmError(
+            f"{file} was made for another model (digest {calibration.model}, not {model}); "
+            "evaluate and register the model again."
+        )
+    return calibration
 
 
-def parse(text: str, place: str, model: str | None = None) -> Calibration:
-    """The same, of the file's text; `place` is for messages."""
+def _parse(text: str, place: str) -> Calibration:
     try:
         calibration = Calibration.model_validate_json(text)
         calibration.probability([0.5])  # has the parameters of its method
-    except (ValidationError, KeyError, TypeError, ValueError) as error:
+    except (ValidationError, LookupError, TypeError, ValueError, ZeroDivisionError) as error:
         raise AdfmError(f"{place} is not a calibration ({error}); evaluate and register the model again.") from error
-    if model is not None and calibration.model != model:
-        raise AdfmError(
-            f"{place} was made for another model (digest {calibration.model}, not {model}); "
-            "evaluate and register the model again."
-        )
     return calibration
 
 
@@ -195,18 +200,25 @@ def of_version(name: str) -> Calibration:
         Its calibration; one without a threshold, which says so, where the version was registered without.
 
     Raises:
-        AdfmError: It is there and cannot be read.
+        AdfmError: It is not the file that was registered.
     """
     import mlflow
     from mlflow import MlflowClient
 
     _, model, number = name.split("/")
-    source = MlflowClient().get_model_version(model, number).source
-    names = {Path(file.path).name for file in mlflow.artifacts.list_artifacts(f"{source}/evaluation")}
-    if FILE not in names:
-        return Calibration(note=f"{name} was registered without a {FILE}")
+    registered = MlflowClient().get_model_version(model, number).tags.get(DIGEST_TAG)
     place = f"{name}/evaluation/{FILE}"
-    return parse(mlflow.artifacts.load_text(place), place)
+    there = any(Path(file.path).name == FILE for file in mlflow.artifacts.list_artifacts(f"{name}/evaluation") or [])
+    if not there and registered is None:
+        return Calibration(note=f"{name} was registered without a {FILE}")
+    with TemporaryDirectory() as folder:
+        file = Path(mlflow.artifacts.download_artifacts(place, dst_path=folder)) if there else None
+        if file is None or file_digest(file) != registered:
+            raise AdfmError(
+                f"{place} is not the file that was registered (tag {DIGEST_TAG}). Somebody has changed the file or the"
+                " tag; register the model again with `adfm register`."
+            )
+        return _parse(file.read_text(encoding="utf-8"), place)
 
 
 def choose_threshold(

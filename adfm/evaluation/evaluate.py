@@ -141,15 +141,16 @@ def _calibrate(
     fingerprint = shards_.fingerprint(shards, "validation") if validation else None
     calibrations = {}
     for name, model in local.items():
+        model_digest = digest(Path(model)) if Path(model).is_dir() else None
         if shown[name].startswith("models:"):
             with tracking.store_errors(tracking.configure()):
                 calibrations[name] = calibration.of_version(shown[name])
         elif name in validation:
-            model_digest = digest(Path(model)) if Path(model).is_dir() else None
             calibrations[name] = calibration.fit(validation[name], params.evaluate, model_digest, fingerprint)
         else:
             why = "is evaluated itself" if params.evaluate.split == "validation" else "is not there"
-            calibrations[name] = Calibration(note=f"the validation split, on which a threshold is chosen, {why}")
+            note = f"the validation split, on which a threshold is chosen, {why}"
+            calibrations[name] = Calibration(model=model_digest, note=note)
     return calibrations
 
 

@@ -452,16 +452,25 @@ def _auroc(score: Floats | None, anomalous: NDArray[np.bool_]) -> Callable[[Floa
 
 
 def _calibration_error(probability: Floats, anomalous: NDArray[np.bool_]) -> Callable[[Floats], Floats]:
-    """The expected calibration error over equal-mass bins, which are those of the table in every resample."""
+    """The expected calibration error over equal-mass bins, which are made anew in every resample."""
     known = np.flatnonzero(~np.isnan(probability))
-    bins = _equal_mass_bins(probability[known])
-    numbers = np.unique(bins)
-    # (images, bins): by how much each image's probability is above its label, in the column of its bin.
-    excess = np.where(bins[:, None] == numbers, (probability[known] - anomalous[known])[:, None], 0.0)
+    known = known[np.argsort(probability[known], kind="stable")]
+    distinct, starts = np.unique(probability[known], return_index=True)
+    excess = probability[known] - anomalous[known]
 
     def error(weights: Floats) -> Floats:
+        if not len(distinct):
+            return np.full(len(weights), np.nan)
         counted = weights[:, known]
-        return np.asarray(np.abs(counted @ excess).sum(axis=1) / counted.sum(axis=1))
+        times = np.add.reduceat(counted, starts, axis=1)  # of each distinct probability
+        total = times.sum(axis=1, keepdims=True)
+        # As `_equal_mass_bins`, of an image repeated as often as it counts.
+        middle = (np.cumsum(times, axis=1) - times / 2) / np.where(total > 0, total, 1)
+        bins = np.clip(np.floor(middle * BINS), 0, BINS - 1).astype(np.int64)
+        places = bins + BINS * np.arange(len(weights))[:, None]
+        over = np.add.reduceat(counted * excess, starts, axis=1)
+        sums = np.bincount(places.ravel(), over.ravel(), minlength=BINS * len(weights)).reshape(-1, BINS)
+        return np.asarray(np.abs(sums).sum(axis=1) / total[:, 0])
 
     return error
 

@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 from adfm import files, tracking
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
+from adfm.evaluation.calibration import Calibration
 from adfm.params import Params
 from adfm.registry import registration
 from adfm.registry.registration import register
@@ -114,7 +115,7 @@ def test_long_description_fits_the_column():
     origin = {"base": {"name": "b", "revision": None}, "git_commit": None, "git_dirty": None}
     origin["data"] = {"trained_on": "d", "dvc_md5": None}
     measured = {f"{m}{end}": None for m in registration.metrics.HEADLINE for end in ("", "_low", "_high")}
-    text = registration._text(decided, origin, measured, "1", None)
+    text = registration._text(decided, origin, measured, Calibration(), "1", None)
     assert len(text) <= 5000
     assert "and 25 more, in gate.json" in text
 
