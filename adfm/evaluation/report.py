@@ -38,6 +38,7 @@ SIDE = 512
 
 _RATES = ("precision", "miss_rate", "overkill")
 _AT_THRESHOLD = ("threshold", *(f"{metric}_at_threshold" for metric in metrics.AT_THRESHOLD), "ece_of_score", "ece")
+_TITLES = {"iou_at_threshold": "IoU at threshold", "ece_of_score": "error of the score", "ece": "calibration error"}
 SHOWN = tuple(dict.fromkeys((*metrics.HEADLINE, *_RATES, *_AT_THRESHOLD)))
 OUTCOMES = ("missed", "overkill", "unparseable", "found", "passed")
 
@@ -112,7 +113,7 @@ def _read(evaluation: Path) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
         figures = {
             "about": about,
             "models": models,
-            "titles": plots.TITLES,
+            "titles": plots.TITLES | _TITLES,
             "metrics": {
                 name: {
                     metric: [values.get(metric + end) for end in ("", "_low", "_high")]

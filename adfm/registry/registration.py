@@ -260,12 +260,10 @@ def _read_evaluation(
         "images": sorted(shards_.ids(shards, params.evaluate.split)),
     }
     calibration = Calibration(note=f"it was evaluated without a {calibration_.FILE}")
-    if (evaluation / calibration_.FILE).is_file():
+    if there := (evaluation / calibration_.FILE).is_file():
         calibration = calibration_.read(evaluation / calibration_.FILE)
-        done["digest of the calibrated model"], asked["digest of the calibrated model"] = (
-            calibration.model,
-            origin["artifact_digest"],
-        )
+        key = "digest of the calibrated model"
+        done[key], asked[key] = calibration.model, origin["artifact_digest"]
         for key in ("calibration", "overkill_limit", "escape_limit"):
             done[key], asked[key] = about["settings"].get(key), getattr(params.evaluate, key)
     if differing := [key for key in asked if asked[key] != done[key]]:
@@ -273,7 +271,7 @@ def _read_evaluation(
             f"{evaluation} is not an evaluation of this model on {shards} with these settings: {', '.join(differing)} "
             "differ. Evaluate again with `adfm evaluate`, then register."
         )
-    if "decision" in predictions and not _decided_by(calibration, predictions):
+    if "decision" in predictions and not (there and _decided_by(calibration, predictions)):
         raise AdfmError(
             f"{evaluation}: the decisions in predictions.parquet are not those of its {calibration_.FILE}. "
             "Evaluate again with `adfm evaluate`, then register."
