@@ -178,7 +178,15 @@ class Evaluate(Section):
     bootstrap: PositiveInt = 2000
     small: Fraction = 0.01
     large: Fraction = 0.05
-    overkill_limit: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    calibration: Literal["temperature", "isotonic", "none"] = "temperature"
+    overkill_limit: Annotated[float, Field(ge=0, lt=1)] | None = 0.3
+    escape_limit: Annotated[float, Field(ge=0, lt=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if (self.overkill_limit is None) == (self.escape_limit is None):
+            raise ValueError("set exactly one of overkill_limit and escape_limit, and the other to null")
+        return self
 
     @model_validator(mode="after")
     def _small_is_smaller(self) -> Self:

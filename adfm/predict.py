@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,9 @@ from adfm import tracking
 from adfm.data import inspection, pictures
 from adfm.data.readers import files as readers
 from adfm.errors import AdfmError
+from adfm.evaluation import calibration as calibration_
 from adfm.evaluation import inference
+from adfm.evaluation.calibration import Calibration
 from adfm.evaluation.inference import Answer
 from adfm.models import loading
 from adfm.params import Params
@@ -58,10 +61,12 @@ def predict(images: Sequence[Path], model: str, params: Params, out: Path | None
     above = Path(os.path.commonpath([path if path.is_dir() else path.parent for path in map(_absolute, images)]))
     unreadable: list[str] = []
     with TemporaryDirectory() as folder:
-        inspector, name = load(model, params, Path(folder))
+        inspector, name, calibration = load(model, params, Path(folder))
+        if calibration.threshold is None:
+            print(f"{name}: {calibration.summary}", file=sys.stderr)
         for portion in portions(_read(found, unreadable), params.evaluate.batch_size):
             for (file, image), answer in zip(portion, answers(inspector, portion), strict=True):
-                said, picture = readable(answer, image.size), None
+                said, picture = readable(answer, image.size, calibration), None
                 if out:
                     picture = _save(draw(image, said), out / f"{_absolute(file).relative_to(above)}{ENDING}")
                 if as_json:
@@ -76,7 +81,7 @@ def predict(images: Sequence[Path], model: str, params: Params, out: Path | None
         )
 
 
-def load(model: str, params: Params, to: Path) -> tuple[inference.Inspector, str]:
+def load(model: str, params: Params, to: Path) -> tuple[inference.Inspector, str, Calibration]:
     """Loads a model to answer as it did when it was judged.
 
     Args:
@@ -85,7 +90,7 @@ def load(model: str, params: Params, to: Path) -> tuple[inference.Inspector, str
         to: An existing folder for what is downloaded.
 
     Returns:
-        The model, and its name: that of a version has its number also where an alias was given.
+        The model; its name: that of a version has its number also where an alias was given; and what it decides by.
 
     Raises:
         AdfmError: It cannot be found or loaded.
@@ -99,10 +104,12 @@ def load(model: str, params: Params, to: Path) -> tuple[inference.Inspector, str
                 text = mlflow.artifacts.load_text(f"{name}/params.yaml")
             except (OSError, UnicodeDecodeError) as error:
                 raise AdfmError(f"{name}: its params.yaml cannot be read ({error}); register it again.") from error
+            calibration = calibration_.of_version(name)
         own = yaml.safe_load(text)
     else:
         own = (loading.describe(Path(local)) or {}).get("params")
-    return inference.Inspector(local, with_own(params, own)), name
+        calibration = Calibration(note="only a registered version has a threshold")
+    return inference.Inspector(local, with_own(params, own)), name, calibration
 
 
 def with_own(params: Params, own: Any) -> Params:
@@ -158,30 +165,35 @@ def answers(inspector: inference.Inspector, portion: Sequence[tuple[Any, Image.I
     return inspector.answers([image.size for _, image in portion], lambda i: portion[i][1])
 
 
-def readable(answer: Answer, size: tuple[int, int]) -> dict[str, Any]:
+def readable(answer: Answer, size: tuple[int, int], calibration: Calibration) -> dict[str, Any]:
     """An answer for people and programs.
 
     Args:
         answer: The model's answer.
         size: Width and height of the upright image in pixels.
+        calibration: What the model decides by.
 
     Returns:
-        `label`: `anomalous`, `normal`, or `None` where the model gave no clear answer. `probability` of a defect, or
-        `None` likewise. `boxes`: the defects, `[x1, y1, x2, y2]` in pixels of the upright image, half-open, within it.
+        `label`: the decision, `anomalous` from the threshold on, else `normal`; without a threshold the model's letter;
+        `None` where there is neither a score nor a clear letter. `probability` of a defect, calibrated, or `None`
+        without a score. `threshold`, or `None`. `boxes`: of an image that is `anomalous` all regions that the model
+        names, `[x1, y1, x2, y2]` in pixels of the upright image, half-open, within it.
         `reasoning`: what the model saw, and on the next line what it made of it, in its own words and, for coordinates,
         units; all that it wrote where it did not keep to that form.
     """
     width, height = size
+    probability, label = calibration.judge(answer.predicted, answer.score)
     inside = (
         Box(max(0.0, box.x1), max(0.0, box.y1), min(float(width), box.x2), min(float(height), box.y2))
-        for box in answer.boxes
+        for box in (answer.regions if label == "anomalous" else [])
     )
     stages = [answer.read.think, answer.read.rethink]
     if answer.predicted is None or None in stages:
         stages = [answer.completion]
     return {
-        "label": answer.predicted,
-        "probability": answer.score,
+        "label": label,
+        "probability": probability,
+        "threshold": calibration.threshold,
         "boxes": [[round(side, 2) for side in box] for box in inside if box.area],
         "reasoning": "\n".join(" ".join(stage.split()) for stage in stages if stage),
     }
@@ -255,7 +267,8 @@ def _told(file: Path, said: dict[str, Any], picture: Path | None) -> str:
 def _verdict(said: dict[str, Any]) -> str:
     if said["label"] is None:
         return "no clear answer"
-    sure = "" if said["probability"] is None else f" (probability of a defect {said['probability']:.2f})"
+    at = "" if said["threshold"] is None else f", flagged from {said['threshold']:.2f} on"
+    sure = "" if said["probability"] is None else f" (probability of a defect {said['probability']:.2f}{at})"
     return f"{said['label']}{sure}" + "".join(f" {[round(side) for side in box]}" for box in said["boxes"])
 
 

@@ -180,9 +180,9 @@ def evaluation_figures(evaluation: Path) -> dict[str, float]:
 
 
 def confusion(evaluation: Path) -> tuple[list[str], list[list[int]]]:
-    """Answers, and how many images of each (row) the candidate of an evaluation gave each (column)."""
+    """Labels, and how many images of each (row) the candidate of an evaluation decided to be each (column)."""
     with (evaluation / "plots" / "confusion.csv").open(newline="", encoding="utf-8") as stream:
-        counted = Counter((row["actual"], row["predicted"]) for row in csv.DictReader(stream))
+        counted = Counter((row["actual"], row["decision"]) for row in csv.DictReader(stream))
     return list(_ANSWERS), [[counted[actual, said] for said in _ANSWERS] for actual in _ANSWERS]
 
 

@@ -17,6 +17,7 @@ from adfm.cli import main
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.evaluation import inference
+from adfm.evaluation.calibration import Calibration
 from adfm.evaluation.inference import Answer
 from adfm.method import response
 from adfm.params import Params
@@ -33,7 +34,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def answer(completion: str, *boxes: Box, score: float | None = 0.75) -> Answer:
     parsed = response.parse(completion)
-    return Answer(parsed.predicted_label, score if parsed.answer else None, list(boxes), parsed, completion)
+    marked = list(boxes) if parsed.answer == "A" else []
+    return Answer(parsed.predicted_label, score if parsed.answer else None, marked, parsed, completion, list(boxes))
 
 
 class Stub:
@@ -76,6 +78,18 @@ def test_a_photograph_gets_the_answer_that_evaluation_gives_it(
         assert line["reasoning"].split("\n")[0] in row["completion"]
         assert (line["model"], line["picture"]) == (BASE, None)
     assert not (here / "predictions").exists()
+
+
+def test_the_threshold_decides_and_the_regions_of_a_flagged_image_are_its_boxes() -> None:
+    calibration = Calibration(threshold=0.6, limit={"overkill": 0.1}, images=100)
+    box = Box(1, 2, 30, 60)
+    for letter, score, label in (("B", 0.75, "anomalous"), ("A", 0.25, "normal"), ("A", None, "anomalous")):
+        said = answer(f"<think>Here.</think><rethink>So.</rethink><answer>{letter}</answer>", box, score=score)
+        found = predict_.readable(said, (20, 50), calibration)
+        assert (found["label"], found["probability"], found["threshold"]) == (label, score, 0.6)
+        assert found["boxes"] == ([[1, 2, 20, 50]] if label == "anomalous" else [])
+        letters = predict_.readable(said, (20, 50), Calibration())
+        assert letters["label"] == said.predicted and letters["threshold"] is None
 
 
 def test_pictures_lie_as_the_photographs_do_and_are_none_themselves(
@@ -134,7 +148,8 @@ def test_all_that_cannot_be_read_is_listed_and_the_rest_answered(
     assert main(["predict", ".", "--model", BASE, "--json"]) == 1
     told = capsys.readouterr()
     assert [json.loads(line)["image"] for line in told.out.splitlines()] == ["good.png"]
-    lines = told.err.splitlines()
+    first, *lines = told.err.splitlines()
+    assert first == f"{BASE}: The letter decides: only a registered version has a threshold."
     assert lines[0] == "adfm: error: 7 of 8 images cannot be read; replace them, or leave them out:"
     said = dict(line.strip().split(": ", 1) for line in lines[1:])
     assert said.keys() == {
@@ -211,10 +226,10 @@ def test_a_model_answers_with_what_it_was_judged_with() -> None:
 
 
 def test_an_answer_that_is_none_is_told_as_it_is() -> None:
-    said = predict_.readable(answer("I  cannot\nsay."), (10, 10))
-    assert said == {"label": None, "probability": None, "boxes": [], "reasoning": "I cannot say."}
+    said = predict_.readable(answer("I  cannot\nsay."), (10, 10), Calibration())
+    assert said == {"label": None, "probability": None, "threshold": None, "boxes": [], "reasoning": "I cannot say."}
     assert predict_._verdict(said) == "no clear answer"
-    odd = predict_.readable(answer("<answer>B</answer>"), (10, 10))
+    odd = predict_.readable(answer("<answer>B</answer>"), (10, 10), Calibration())
     assert (odd["label"], odd["reasoning"]) == ("normal", "<answer>B</answer>")
 
 
@@ -224,7 +239,7 @@ sides = st.floats(-1e6, 1e6)
 @given(st.lists(st.tuples(sides, sides, sides, sides), max_size=4), st.integers(1, 3000), st.integers(1, 3000))
 def test_boxes_lie_within_the_photograph(corners: list[tuple[float, ...]], width: int, height: int) -> None:
     boxes = [Box(min(a, c), min(b, d), max(a, c), max(b, d)) for a, b, c, d in corners]
-    said = predict_.readable(answer("<think>x</think><answer>A</answer>", *boxes), (width, height))
+    said = predict_.readable(answer("<think>x</think><answer>A</answer>", *boxes), (width, height), Calibration())
     for x1, y1, x2, y2 in said["boxes"]:
         assert 0 <= x1 <= x2 <= width and 0 <= y1 <= y2 <= height
     json.dumps(said, allow_nan=False)

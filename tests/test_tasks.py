@@ -99,10 +99,12 @@ def test_figures_of_an_evaluation(here: Path) -> None:
     assert tasks.evaluation_figures(here) == {"base/accuracy": 0.5, "trained/accuracy": 0.75, "trained/auroc": 1.0}
 
 
-def test_confusion_has_truth_in_rows_and_answers_in_columns(here: Path) -> None:
+def test_confusion_has_truth_in_rows_and_decisions_in_columns(here: Path) -> None:
     (here / "plots").mkdir()
     answers = ["normal,normal", "normal,anomalous", "anomalous,unparseable", "anomalous,anomalous", "normal,normal"]
-    (here / "plots" / "confusion.csv").write_text("\n".join(["actual,predicted", *answers]))
+    (here / "plots" / "confusion.csv").write_text(
+        "\n".join(["actual,predicted,decision", *(each.replace(",", ",-,") for each in answers)])
+    )
     assert tasks.confusion(here) == (
         ["normal", "anomalous", "unparseable"],
         [[2, 1, 0], [0, 1, 1], [0, 0, 0]],

@@ -3,7 +3,9 @@
 The folder that it writes; the candidate is the last model:
 
     predictions.parquet, <name>.parquet   one row an image: the candidate's, those of any other model
-    validation/<name>.parquet             the same of the validation split, on which the thresholds are chosen
+    validation/<name>.parquet             the same of the validation split, on which calibrations are fitted
+    calibration.json                      the candidate's calibration and threshold, by which it decides once registered
+    calibration/<name>.json               those of the other models
     metrics.json                          each model's metrics with intervals; candidate minus each other model
     metrics/<name>.json                   the headline alone, one row a model in `dvc metrics show`
     details.json                          the same by data set, category, defect and size of the defect
@@ -12,9 +14,10 @@ The folder that it writes; the candidate is the last model:
     plots/                                confusion.csv, roc.csv, iou_by_size.csv for DVC; figures as PNG
     report/                               report.html, the page for people to look at, and its pictures
 
-The operating point. Besides the letter a model gives a probability, `score`, and a plant may choose from which on an
-image is flagged. For each model the threshold is chosen on the validation split, so that no more normal images are
-flagged than `evaluate.overkill_limit` allows; what it does then is measured on the split that is evaluated.
+Every table has what the model wrote (`predicted`, its letter) and what it would do in production: `probability`, the
+calibrated score, and `decision`, the label at the threshold. Both are fitted on the validation split
+(`adfm.evaluation.calibration`) and measured on the split that is evaluated. A registered version is shown with the
+calibration that it was registered with. Where validation itself is evaluated, or there is none, letters decide.
 """
 
 from __future__ import annotations
@@ -28,15 +31,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from adfm import tracking
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
-from adfm.evaluation import inference, metrics, plots
+from adfm.evaluation import calibration, inference, metrics, plots
 from adfm.evaluation import report as page
-from adfm.evaluation.inference import PREDICTIONS
+from adfm.evaluation.calibration import DECIDED, Calibration
 from adfm.files import atomic_folder, digest, write_json
 from adfm.models import loading
 from adfm.params import Params
@@ -44,9 +48,11 @@ from adfm.params import Params
 if TYPE_CHECKING:
     import pandas as pd
 
-_AT_THRESHOLD = {
+_CALIBRATION = {
+    "ece_of_score": "calibration error of the score",
+    "ece": "calibration error of the probability",
     "threshold": "threshold",
-    "overkill_at_threshold": "overkill at threshold",
+    **{f"{metric}_at_threshold": f"{plots.TITLES.get(metric, metric)} at threshold" for metric in metrics.AT_THRESHOLD},
     "miss_rate_at_threshold": "miss rate at threshold",
 }
 
@@ -101,25 +107,56 @@ def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Par
                 name: inference.predict_splits(model, shards, params, name, splits, kept)
                 for name, model in local.items()
             }
-            tables = {name: found[split] for name, found in answers.items()}
             validation = {name: found["validation"] for name, found in answers.items() if len(splits) > 1}
+            calibrations = _calibrate(local, shown, validation, shards, params)
+            tables = {name: calibrations[name].apply(found[split]) for name, found in answers.items()}
             write_json(about | {"mlflow_run_id": run.info.run_id}, partial / "evaluation.json")
             for name, table in tables.items():
                 # Travels with the file, so that the gate can refuse to compare what was not made in the same way.
                 table.attrs = {"split": split, "fingerprint": fingerprint, "max_new_tokens": tokens}
-                _write_table(table, partial / f"{'predictions' if name == candidate else name}.parquet")
+                table.attrs["threshold"] = calibrations[name].threshold
+                own, file = (
+                    ("predictions", calibration.FILE) if name == candidate else (name, f"calibration/{name}.json")
+                )
+                _write_table(table, partial / f"{own}.parquet")
+                (partial / file).parent.mkdir(exist_ok=True)
+                write_json(calibrations[name].model_dump(), partial / file)
             for name, table in validation.items():
-                _write_table(table, partial / "validation" / f"{name}.parquet")
-            comparison = report(tables, shards, partial, params, validation)
+                _write_table(calibrations[name].apply(table), partial / "validation" / f"{name}.parquet")
+            comparison = report(tables, shards, partial, params, calibrations)
             page.write(partial, shards, partial / "report")
             _log(partial)
         shutil.rmtree(kept, ignore_errors=True)
     print(comparison)
 
 
+def _calibrate(
+    local: dict[str, str | Path],
+    shown: dict[str, str],
+    validation: dict[str, pd.DataFrame],
+    shards: Path,
+    params: Params,
+) -> dict[str, Calibration]:
+    """The calibration of each model: a version's own, else one fitted on its answers to the validation split."""
+    fingerprint = shards_.fingerprint(shards, "validation") if validation else None
+    calibrations = {}
+    for name, model in local.items():
+        model_digest = digest(Path(model)) if Path(model).is_dir() else None
+        if shown[name].startswith("models:"):
+            with tracking.store_errors(tracking.configure()):
+                calibrations[name] = calibration.of_version(shown[name])
+        elif name in validation:
+            calibrations[name] = calibration.fit(validation[name], params.evaluate, model_digest, fingerprint)
+        else:
+            why = "is evaluated itself" if params.evaluate.split == "validation" else "is not there"
+            note = f"the validation split, on which a threshold is chosen, {why}"
+            calibrations[name] = Calibration(model=model_digest, note=note)
+    return calibrations
+
+
 def _write_table(table: pd.DataFrame, file: Path) -> None:
     file.parent.mkdir(exist_ok=True)
-    pq.write_table(pa.Table.from_pandas(table, schema=PREDICTIONS, preserve_index=False), file)
+    pq.write_table(pa.Table.from_pandas(table, schema=DECIDED, preserve_index=False), file)
 
 
 def report(
@@ -127,16 +164,16 @@ def report(
     shards: Path,
     out: Path,
     params: Params,
-    validation: dict[str, pd.DataFrame] | None = None,
+    calibrations: dict[str, Calibration],
 ) -> str:
     """Writes everything that follows from prediction tables; returns the comparison as an aligned Markdown table.
 
     Args:
-        tables: Prediction tables of the same images by model; the last is the candidate.
+        tables: Prediction tables of the same images by model, with decisions; the last is the candidate.
         shards: The shards, for the pictures.
         out: An existing folder.
         params: Reads the section `evaluate`, and `seed`.
-        validation: Prediction tables of the validation split by model, to choose thresholds on.
+        calibrations: By model, what the decisions were made with.
     """
     *others, candidate = tables
     settings = params.evaluate
@@ -151,9 +188,9 @@ def report(
         )
         for other in reversed(others)
     }
-    if validation:
+    at = {name: found.threshold for name, found in calibrations.items()}
+    if any(threshold is not None for threshold in at.values()):
         repeat = (settings.bootstrap, params.seed)
-        at = {name: metrics.threshold(table, settings.overkill_limit) for name, table in validation.items()}
         for name, table in tables.items():
             overall[name] |= metrics.operating_point(table, at[name], *repeat)
         for other in others:
@@ -171,36 +208,44 @@ def report(
     sizes = {name: found["sizes"] for name, found in details.items()}
     _write_plot_data(tables[candidate], sizes, folder)
     plots.confusion(tables, folder / "confusion.png")
+    plots.reliability(tables, folder / "reliability.png")
     plots.iou_by_size(sizes, settings.small, settings.large, folder / "iou_by_size.png")
     plots.comparison(overall, differences, folder / "comparison.png")
     shown = plots.choose(tables[candidate])
     ids = set(shown["id"])
     images = {record.id: record.image for record in shards_.read(shards, settings.split) if record.id in ids}
     plots.examples(shown, images, folder / "examples.png")
-    return _write_comparison(overall, differences, settings.overkill_limit, out)
+    return _write_comparison(overall, differences, calibrations, out)
 
 
 def _write_plot_data(candidate: pd.DataFrame, sizes: dict[str, dict[str, Any]], folder: Path) -> None:
-    """The rows that DVC's own templates draw: one answer each, the ROC curve, and IoU with a column a model."""
+    """What DVC's own templates draw: a row an answer, curves of the candidate, and IoU with a column a model."""
     from sklearn.metrics import roc_curve
 
-    answers = zip(candidate["label"], candidate["predicted"].fillna("unparseable"), strict=True)
-    _write_csv(["actual", "predicted"], answers, folder / "confusion.csv")
+    said = (candidate[column].fillna("unparseable") for column in ("predicted", "decision"))
+    answers = zip(candidate["label"], *said, strict=True)
+    _write_csv(["actual", "predicted", "decision"], answers, folder / "confusion.csv")
 
     anomalous, score = metrics.ranked(candidate)
     curve = roc_curve(anomalous, score) if 0 < anomalous.sum() < len(anomalous) else ((), (), ())
     _write_csv(["fpr", "tpr", "threshold"], zip(*curve, strict=True), folder / "roc.csv")
+
+    probability = candidate["probability"].to_numpy(dtype=float, na_value=np.nan)
+    points = metrics.reliability(probability, anomalous)
+    _write_csv(["probability", "defective", "images"], points, folder / "reliability.csv")
 
     there = [size for size in metrics.SIZES if size in sizes[[*sizes][-1]]]
     rows = ([size, *(of[size]["iou"] for of in sizes.values())] for size in there)
     _write_csv(["size", *sizes], rows, folder / "iou_by_size.csv")
 
 
-def _write_comparison(overall: dict[str, Any], differences: dict[str, Any], limit: float, out: Path) -> str:
+def _write_comparison(
+    overall: dict[str, Any], differences: dict[str, Any], calibrations: dict[str, Calibration], out: Path
+) -> str:
     shown = overall | differences
     first = overall[[*overall][-1]]
     titles = {metric: plots.TITLES[metric] for metric in metrics.HEADLINE}
-    titles |= _AT_THRESHOLD if "threshold" in first else {}
+    titles |= {metric: title for metric, title in _CALIBRATION.items() if metric in first}
     header = ["", *overall, *(name.replace("_minus_", " - ") for name in differences)]
     rows = [
         [title, *(_cell(values, metric, "+" * (name in differences)) for name, values in shown.items())]
@@ -211,11 +256,11 @@ def _write_comparison(overall: dict[str, Any], differences: dict[str, Any], limi
         f"{first['images']} images. In brackets 95 % bootstrap intervals over images (images of one part are drawn"
         " together), paired for differences."
     )
-    if "threshold" in first:
-        note += (
-            " The threshold is the lowest at which no more than"
-            f" {limit:.1%} of the normal images of the validation split are flagged."
-        )
+    note += (
+        " The first lines count the letters as written; those at the threshold the decisions made from the calibrated"
+        " probability, with all regions of a flagged image for its boxes."
+    )
+    note += "".join(f"\n\n{name}: {found.summary}" for name, found in calibrations.items())
     (out / "comparison.md").write_text(f"{table}\n\n{note}\n", encoding="utf-8")
     _write_csv(
         ["metric", "model", "value", "low", "high"],

@@ -1,10 +1,12 @@
 """Batched greedy decoding of a split, and the prediction table.
 
 One row an image: `id source dataset category defect group label predicted score iou mask_iou matched_iou true_positives
-false_positives false_negatives area_share boxes predicted_boxes completion`. Boxes are original pixels, half-open.
-`predicted` is null where the completion has no clean answer, and such an image counts as wrong everywhere; `score` is
-the probability of a defect before calibration, as `evaluate.score` has it, null where there is no clean answer; `group`
-is null where it is not known which images show the same part.
+false_positives false_negatives area_share boxes predicted_boxes completion regions region_*`. Boxes are original
+pixels, half-open. `regions` are all boxes that the completion names, whatever its letter; `region_iou` and so on
+compare them as `iou` and so on compare `predicted_boxes`: they are what an image gets that is flagged by its
+probability. `predicted` is null where the completion has no clean answer, and such an image counts as wrong everywhere;
+`score` is the probability of a defect before calibration, as `evaluate.score` has it, null where there is no clean
+answer; `group` is null where it is not known which images show the same part.
 
 A window of a few batches is read at a time, and its images are answered in order of their size, so that a batch is
 padded little or not at all; rows keep the order of the shards. The next batch is decoded and resized in a thread while
@@ -20,7 +22,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +53,7 @@ PREDICTIONS = pa.schema(
     + [(name, pa.float64()) for name in ("score", "iou", "mask_iou", "matched_iou")]
     + [(name, pa.int64()) for name in ("true_positives", "false_positives", "false_negatives")]
     + [("area_share", pa.float64()), ("boxes", _BOXES), ("predicted_boxes", _BOXES), ("completion", pa.string())]
+    + [("regions", _BOXES), *((f"region_{name}", pa.float64()) for name in metrics.COMPARED)]
 )
 
 _WINDOW = 4  # batches that are read, sorted and kept at a time
@@ -70,6 +73,8 @@ class Answer:
             was examined and rejected is no defect.
         read: The completion in its parts.
         completion: The model's own words.
+        regions: All boxes of the first stage, in pixels like `boxes`, whatever the letter: the defects of an image that
+            is flagged by its probability.
     """
 
     predicted: Label | None
@@ -77,6 +82,7 @@ class Answer:
     boxes: list[Box]
     read: response.Response
     completion: str
+    regions: list[Box] = field(default_factory=list)
 
 
 def predict(model: str | Path, shards: Path, params: Params, describe: str) -> pd.DataFrame:
@@ -159,6 +165,7 @@ def _key(model: str | Path, shards: Path, split: str, params: Params, vllm: bool
     settings = params.evaluate
     decides = {
         "code": adfm.__version__,
+        "columns": PREDICTIONS.names,
         "prompt": [prompt.messages(units) for units in families.UNITS.values()],
         "model": loading.identity(model, params.model),
         "how": [params.model.dtype, params.model.max_pixels, settings.batch_size, settings.max_new_tokens, vllm],
@@ -232,8 +239,9 @@ class Inspector:
         parsed = response.parse(completion)
         frame = families.get(self._family).frame(self._processor, width, height)
         predicted = parsed.predicted_label
-        boxes = [frame.to_pixels(box, width, height) for box in parsed.boxes] if predicted == "anomalous" else []
-        return Answer(predicted, score if predicted else None, boxes, parsed, completion)
+        regions = [frame.to_pixels(box, width, height) for box in parsed.boxes]
+        boxes = regions if predicted == "anomalous" else []
+        return Answer(predicted, score if predicted else None, boxes, parsed, completion, regions)
 
 
 def _ahead(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
@@ -351,6 +359,8 @@ def _row(record: Record, answer: Answer) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if record.label == "anomalous":
         found = metrics.localize(record.boxes, answer.boxes, record.width, record.height, mask)
+        of_regions = metrics.localize(record.boxes, answer.regions, record.width, record.height, mask)
+        found |= {f"region_{name}": of_regions[name] for name in metrics.COMPARED}
     return {
         "id": record.id,
         "source": record.source,
@@ -365,4 +375,5 @@ def _row(record: Record, answer: Answer) -> dict[str, Any]:
         "boxes": [list(box) for box in record.boxes],
         "predicted_boxes": [list(box) for box in answer.boxes],
         "completion": answer.completion,
+        "regions": [list(box) for box in answer.regions],
     }

@@ -40,6 +40,15 @@ LOCALIZATION = (
     "area_share",
 )
 
+COMPARED = LOCALIZATION[:-1]
+"""Those of them that depend on the predicted boxes."""
+
+AT_THRESHOLD = ("accuracy", "balanced_accuracy", "overkill", "miss_rate", "iou")
+"""The metrics that are also reported for decisions at the threshold."""
+
+BINS = 10
+"""Of the expected calibration error: few enough for a hundred images to say something about each."""
+
 MATCH = 0.5
 """IoU from which a matched box counts as found."""
 
@@ -213,52 +222,57 @@ def difference(
     return _with_intervals(change, samples(candidate), resamples, seed, level)
 
 
-def threshold(table: pd.DataFrame, limit: float) -> float | None:
-    """The lowest threshold of `score` above which no more than a share `limit` of the normal images is flagged.
+def as_decided(table: pd.DataFrame) -> pd.DataFrame:
+    """A prediction table as it counts in production: decisions at the threshold in the place of the letters.
 
-    An image is flagged if its score is above the threshold. One without a score is not passed either way: a normal one
-    counts as overkill at any threshold.
+    `predicted` is the column `decision`. An image that is flagged has all `regions` for `predicted_boxes`, whatever its
+    letter, and one that is not has none; the localisation columns follow.
 
     Args:
-        table: Prediction table, of images that are not those that the threshold is then judged on.
-        limit: Largest acceptable overkill, in [0, 1).
+        table: Prediction table. Without a column `decision` (of an evaluation before there were thresholds) the letters
+            decide, and it is given back as it is.
 
-    Returns:
-        The threshold, the score of a normal image; `None` if no threshold keeps the limit (unparseable answers alone
-        exceed it) or there is no normal image to choose it on.
+    Raises:
+        AdfmError: It has decisions, but not the localisation of the regions.
     """
-    anomalous, score = ranked(table)
-    passed = np.sort(score[~anomalous])[::-1]
-    allowed = int(np.floor(limit * len(passed) + 1e-9))  # 0.29 * 100 is a little below 29
-    if not len(passed) or passed[allowed] > 1:
-        return None
-    return float(passed[allowed])
-
-
-def judged_at(table: pd.DataFrame, threshold: float) -> pd.DataFrame:
-    """The table with `predicted` as the score says, `anomalous` above the threshold; null without a score."""
-    said = table["score"].gt(threshold).map({True: "anomalous", False: "normal"}).astype(object)
-    judged: pd.DataFrame = table.assign(predicted=said.where(table["score"].notna(), None))
+    if "decision" not in table:
+        return table
+    if missing := [f"region_{name}" for name in COMPARED if f"region_{name}" not in table]:
+        raise AdfmError(
+            f"The prediction table has a column decision, but no {', '.join(missing)}; evaluate again, `adfm evaluate`."
+        )
+    flagged = (table["decision"] == "anomalous").to_numpy(dtype=bool)
+    regions = {name: table[f"region_{name}"].to_numpy(dtype=float, na_value=np.nan) for name in COMPARED}
+    # Without a box: an overlap of 0 where there is something to overlap, no matched pair, every defect missed.
+    nothing = {name: np.where(np.isnan(values), np.nan, 0.0) for name, values in regions.items()}
+    nothing["matched_iou"] = np.full(len(table), np.nan)
+    nothing["false_negatives"] = regions["true_positives"] + regions["false_negatives"]
+    judged = table.assign(
+        predicted=table["decision"], **{name: np.where(flagged, regions[name], nothing[name]) for name in COMPARED}
+    )
+    if "regions" in table:
+        boxes = [list(boxes) if flag else [] for boxes, flag in zip(table["regions"], flagged, strict=True)]
+        judged["predicted_boxes"] = np.fromiter(boxes, dtype=object, count=len(boxes))
     return judged
 
 
 def operating_point(table: pd.DataFrame, at: float | None, resamples: int, seed: int) -> dict[str, float | None]:
-    """What a threshold, chosen on other images, does on these.
+    """What decisions at a threshold, chosen on other images, do on these.
 
     Args:
-        table: Prediction table.
-        at: What `threshold` returned.
+        table: Prediction table with decisions.
+        at: The threshold; `None` if the letter decides.
         resamples: Bootstrap resamples; the threshold is the same in all of them.
         seed: Seed of the resampling.
 
     Returns:
-        `threshold`, and `overkill_at_threshold` and `miss_rate_at_threshold` with `_low` and `_high`; `None` without a
-        threshold.
+        `threshold`, and for each metric of `AT_THRESHOLD` `<metric>_at_threshold` with `_low` and `_high`; `None`
+        without a threshold.
     """
     found = None
     if at is not None:
-        judged = judged_at(table, at).sort_values("id")
-        found = _with_intervals(measure(judged), samples(judged), resamples, seed, 0.95)
+        judged = as_decided(table).sort_values("id")
+        found = _with_intervals(measure(judged), samples(judged), resamples, seed, 0.95, AT_THRESHOLD)
     return {"threshold": at} | _at_threshold(found)
 
 
@@ -273,12 +287,40 @@ def operating_difference(
     """Candidate minus reference, each at its own threshold: as `operating_point`, paired as `difference` does."""
     if at is None or reference_at is None:
         return _at_threshold(None)
-    return _at_threshold(difference(judged_at(candidate, at), judged_at(reference, reference_at), resamples, seed))
+    return _at_threshold(difference(as_decided(candidate), as_decided(reference), resamples, seed))
 
 
 def _at_threshold(found: dict[str, float | None] | None) -> dict[str, float | None]:
-    names = [(name, end) for name in ("overkill", "miss_rate") for end in ("", "_low", "_high")]
+    names = [(name, end) for name in AT_THRESHOLD for end in ("", "_low", "_high")]
     return {f"{name}_at_threshold{end}": found[name + end] if found else None for name, end in names}
+
+
+def reliability(probability: Floats, anomalous: NDArray[np.bool_]) -> list[tuple[float, float, int]]:
+    """The points of a reliability diagram: for each of `BINS` bins of equally many images, from low to high.
+
+    Args:
+        probability: Probabilities of a defect, (n,); NaN is left out.
+        anomalous: Which images have one, (n,).
+
+    Returns:
+        Mean probability, share of anomalous images, and the number of images of each bin. Images with the same
+        probability share a bin, so that there may be fewer bins, and unequal ones.
+    """
+    known = ~np.isnan(probability)
+    probability, anomalous = probability[known], anomalous[known]
+    bins = _equal_mass_bins(probability)
+    return [
+        (float(probability[there].mean()), float(anomalous[there].mean()), int(there.sum()))
+        for there in (bins == number for number in np.unique(bins))
+    ]
+
+
+def _equal_mass_bins(probability: Floats) -> NDArray[np.int64]:
+    """The number of each image's bin; images with the same probability have the same, so that no order matters."""
+    from scipy.stats import rankdata
+
+    middle = (rankdata(probability) - 0.5) / max(1, len(probability))
+    return np.asarray(np.floor(middle * BINS), dtype=np.int64)
 
 
 def same_images(candidate: pd.DataFrame, reference: pd.DataFrame) -> None:
@@ -324,6 +366,11 @@ def measure(table: pd.DataFrame) -> Measure:
     `score`, ties counting half; one without a score ranks as wrongly as can be (a defect below, a normal image above
     all others).
 
+    `ece` is the expected calibration error of `probability`, `ece_of_score` that of the raw `score`: images are put
+    into `BINS` bins of equally many (equal-mass bins; those with the same value stay together), and the distance
+    between a bin's mean probability and its share of defects is averaged over the images. Images without a score are
+    left out. It is never 0 by chance alone: about 0.04 with 768 images and perfect probabilities, 0.10 with 100.
+
     Localisation is over anomalous images: `iou`, `mask_iou` (where there is a mask) and `matched_iou` (where a box was
     predicted) are means over images; `iou_10`, `iou_30`, `iou_50` are shares of images with an IoU of at least 0.1,
     0.3, 0.5; `box_f1` is over all boxes (micro), at IoU 0.5.
@@ -355,6 +402,8 @@ def measure(table: pd.DataFrame) -> Measure:
         sums[f"iou_{percent}"] = sums["has_iou"] & (sums["iou"] >= percent / 100)
     summands = np.column_stack(list(sums.values())).astype(float)
     auroc = _auroc(score if "score" in table else None, anomalous)
+    probability = table.reindex(columns=["probability"]).to_numpy(dtype=float, na_value=np.nan)[:, 0]
+    ece, ece_of_score = _calibration_error(probability, anomalous), _calibration_error(score, anomalous)
 
     def metrics(weights: Floats) -> dict[str, Floats]:
         total = dict(zip(sums, (weights @ summands).T, strict=True))
@@ -370,6 +419,8 @@ def measure(table: pd.DataFrame) -> Measure:
                 "specificity": specificity,
                 "f1": 2 * total["hits"] / (total["anomalous"] + flagged),
                 "auroc": auroc(weights),
+                "ece": ece(weights),
+                "ece_of_score": ece_of_score(weights),
                 "parse_rate": total["parsed"] / total["images"],
                 "overkill": 1 - specificity,
                 "miss_rate": 1 - recall,
@@ -398,6 +449,30 @@ def _auroc(score: Floats | None, anomalous: NDArray[np.bool_]) -> Callable[[Floa
         return np.asarray(wins / (weights[:, defects].sum(axis=1) * below[:, -1]))
 
     return auroc
+
+
+def _calibration_error(probability: Floats, anomalous: NDArray[np.bool_]) -> Callable[[Floats], Floats]:
+    """The expected calibration error over equal-mass bins, which are made anew in every resample."""
+    known = np.flatnonzero(~np.isnan(probability))
+    known = known[np.argsort(probability[known], kind="stable")]
+    distinct, starts = np.unique(probability[known], return_index=True)
+    excess = probability[known] - anomalous[known]
+
+    def error(weights: Floats) -> Floats:
+        if not len(distinct):
+            return np.full(len(weights), np.nan)
+        counted = weights[:, known]
+        times = np.add.reduceat(counted, starts, axis=1)  # of each distinct probability
+        total = times.sum(axis=1, keepdims=True)
+        # As `_equal_mass_bins`, of an image repeated as often as it counts.
+        middle = (np.cumsum(times, axis=1) - times / 2) / np.where(total > 0, total, 1)
+        bins = np.clip(np.floor(middle * BINS), 0, BINS - 1).astype(np.int64)
+        places = bins + BINS * np.arange(len(weights))[:, None]
+        over = np.add.reduceat(counted * excess, starts, axis=1)
+        sums = np.bincount(places.ravel(), over.ravel(), minlength=BINS * len(weights)).reshape(-1, BINS)
+        return np.asarray(np.abs(sums).sum(axis=1) / total[:, 0])
+
+    return error
 
 
 def ranked(table: pd.DataFrame) -> tuple[NDArray[np.bool_], Floats]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from adfm.evaluation import metrics
 from adfm.evaluation.metrics import HEADLINE, SIZES
 
 if TYPE_CHECKING:
@@ -73,6 +74,32 @@ def confusion(tables: Mapping[str, pd.DataFrame], path: Path) -> None:
             axes.spines[:].set_visible(False)
             if i == 0:
                 axes.set_ylabel("actual")
+
+
+def reliability(tables: Mapping[str, pd.DataFrame], path: Path) -> None:
+    """Draws a reliability diagram a model: share of defects against mean probability, before and after calibration."""
+    with drawn(path, 2.5 * len(tables) + 0.7, 3.3) as figure:
+        for i, (name, table) in enumerate(tables.items()):
+            axes = figure.add_subplot(1, len(tables), i + 1)
+            anomalous = (table["label"] == "anomalous").to_numpy(dtype=bool)
+            axes.plot([0, 1], [0, 1], color=FAINT, lw=1, ls=":")
+            for column, colour, label in (
+                ("score", _SHADES[0], "raw score"),
+                ("probability", _SHADES[2], "calibrated"),
+            ):
+                probability = table[column].to_numpy(dtype=float, na_value=np.nan)
+                points = np.array(metrics.reliability(probability, anomalous)).reshape(-1, 3)
+                # The area of a dot says how many images it stands for.
+                sizes = 200 * points[:, 2] / max(1, len(table))
+                axes.plot(points[:, 0], points[:, 1], color=colour, lw=1.2, label=label)
+                axes.scatter(points[:, 0], points[:, 1], sizes, color=colour)
+            axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal", xlabel="mean probability of a defect")
+            axes.set_title(name, loc="left", fontweight="bold")
+            axes.grid(color=GRID)
+            bare(axes)
+            if i == 0:
+                axes.set_ylabel("share of defective images")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
 
 
 def iou_by_size(sizes: Mapping[str, Mapping[str, Any]], small: float, large: float, path: Path) -> None:

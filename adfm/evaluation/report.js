@@ -7,10 +7,14 @@ const models = data.models;
 const [candidate, ...others] = models;
 const reference = others.includes("production") ? "production" : others[0];
 const colour = (model) => `var(--model-${Math.min(models.indexOf(model), 3)})`;
-const LOWER_IS_BETTER = ["miss_rate", "overkill", "miss_rate_at_threshold", "overkill_at_threshold"];
-const HIGHER_IS_BETTER = ["accuracy", "balanced_accuracy", "recall", "specificity", "precision", "parse_rate"];
-const PERCENT = [...HIGHER_IS_BETTER, ...LOWER_IS_BETTER];
-const limit = 100 * (data.about.settings.overkill_limit ?? 0);
+const RATES_LOWER = ["miss_rate", "overkill", "miss_rate_at_threshold", "overkill_at_threshold"];
+const LOWER_IS_BETTER = [...RATES_LOWER, "ece", "ece_of_score"];
+const HIGHER_IS_BETTER = [
+  "accuracy", "balanced_accuracy", "recall", "specificity", "precision", "parse_rate",
+  "accuracy_at_threshold", "balanced_accuracy_at_threshold",
+];
+const PERCENT = [...HIGHER_IS_BETTER, ...RATES_LOWER];
+const { threshold } = data.calibrations[candidate];
 const MEANINGS = {
   balanced_accuracy: "mean of recall and specificity",
   recall: "defects found",
@@ -22,7 +26,10 @@ const MEANINGS = {
   precision: "flagged parts that are defective",
   miss_rate: "defects missed",
   overkill: "good parts flagged",
-  threshold: `of the probability, lowest with at most ${limit} % overkill on validation`,
+  threshold: "the calibrated probability from which on an image is flagged",
+  iou_at_threshold: "of all regions of a flagged image, whatever its letter",
+  ece_of_score: "expected calibration error of the raw score",
+  ece: "expected calibration error of the calibrated probability",
 };
 const OUTCOMES = {
   m: "defect missed",
@@ -32,7 +39,7 @@ const OUTCOMES = {
   p: "good part passed",
 };
 const WRONG = "mou";
-const ANSWERS = { m: "B: no defect", o: "A: a defect", u: "no clean answer", f: "A: a defect", p: "B: no defect" };
+const ANSWERS = { A: "A: a defect", B: "B: no defect", "-": "no clean answer" };
 const count = (value) => value.toLocaleString("en");
 const PAGE = 24;
 
@@ -77,6 +84,7 @@ function drawAbout() {
   const categories = images.categories.length === 1 ? "1 category" : `${images.categories.length} categories`;
   const split = `${count(images.id.length)} images of the ${data.about.split} split`;
   byId("about").textContent = `${split}, ${categories}${compared}.`;
+  byId("decides").textContent = models.map((model) => `${model}: ${data.calibrations[model].summary}`).join(" ");
   const list = document.querySelector("#made dl");
   const facts = {
     ...Object.fromEntries(models.map((model) => [`Model ${model}`, data.about.models[model]])),
@@ -98,7 +106,10 @@ function drawTiles() {
     ["iou", "mean IoU", "overlap of predicted and true boxes on defective parts, 1 is perfect"],
     ["parse_rate", "readable answers", `${normal[2] + anomalous[2]} of ${images.id.length} cannot be read`],
   ];
-  for (const [metric, title, words] of tiles) {
+  for (const [written, title, words] of tiles) {
+    // What the threshold makes of it, where there is one, as in the counts beside it.
+    const decided = `${written}_at_threshold`;
+    const metric = threshold !== null && data.metrics[candidate][decided] ? decided : written;
     const [value, low, high] = data.metrics[candidate][metric];
     if (value === null) continue;
     const tile = make("div", { class: "tile" }, title, make("b", {}, number(value, metric) + unit(metric)));
@@ -138,24 +149,31 @@ function drawHeadline() {
 }
 
 function drawConfusion() {
-  const answers = ["normal", "anomalous", "unparseable"];
   for (const model of models) {
-    const head = make("tr", {}, make("th", { scope: "col" }, "part"));
-    for (const answer of answers) head.append(make("th", { scope: "col" }, answer));
-    const body = make("tbody");
-    data.confusion[model].forEach((counts, i) => {
-      const total = counts.reduce((a, b) => a + b, 0) || 1;
-      const row = make("tr", {}, make("th", { scope: "row" }, answers[i]));
-      for (const count of counts) {
-        const cell = make("td", {}, String(count), make("small", {}, `${Math.round((100 * count) / total)} %`));
-        cell.style.background = `rgba(var(--shade), ${(0.45 * count) / total})`;
-        row.append(cell);
-      }
-      body.append(row);
-    });
-    const table = make("table", {}, make("caption", {}, model), make("thead", {}, head), body);
-    byId("confusion").append(make("div", { "data-model": model }, table));
+    drawMatrix(data.written[model], `${model}, letters as written`, "written");
+    if (data.calibrations[model].threshold !== null) {
+      drawMatrix(data.confusion[model], `${model}, at the threshold`, "decided");
+    }
   }
+}
+
+function drawMatrix(matrix, title, kind) {
+  const answers = ["normal", "anomalous", "unparseable"];
+  const head = make("tr", {}, make("th", { scope: "col" }, "part"));
+  for (const answer of answers) head.append(make("th", { scope: "col" }, answer));
+  const body = make("tbody");
+  matrix.forEach((counts, i) => {
+    const total = counts.reduce((a, b) => a + b, 0) || 1;
+    const row = make("tr", {}, make("th", { scope: "row" }, answers[i]));
+    for (const count of counts) {
+      const cell = make("td", {}, String(count), make("small", {}, `${Math.round((100 * count) / total)} %`));
+      cell.style.background = `rgba(var(--shade), ${(0.45 * count) / total})`;
+      row.append(cell);
+    }
+    body.append(row);
+  });
+  const table = make("table", {}, make("caption", {}, title), make("thead", {}, head), body);
+  byId("confusion").append(make("div", { "data-model": title.split(",")[0], "data-kind": kind }, table));
 }
 
 function drawGroups() {
@@ -187,7 +205,8 @@ function drawGroups() {
       }
       body.append(row);
     }
-    const table = make("table", {}, make("caption", {}, `${title}: ${candidate}`), make("thead", {}, head), body);
+    const caption = make("caption", {}, `${title}: ${candidate}, letters as written`);
+    const table = make("table", {}, caption, make("thead", {}, head), body);
     byId("groups").append(make("div", { class: "wide", tabindex: 0, role: "region", "aria-label": title }, table));
   }
 }
@@ -273,6 +292,23 @@ function drawCurves() {
   }));
   const labels = ["recall: share of defects found", "share of flagged parts that are defective"];
   drawLines("Precision and recall", labels, all, precision);
+}
+
+function drawReliability() {
+  const series = models.filter((model) => data.reliability[model].probability?.length).map((model) => ({
+    name: `${model}, error ${data.metrics[model].ece?.[0]?.toFixed(3)}`,
+    stroke: colour(model),
+    points: data.reliability[model].probability,
+  }));
+  if (!series.length) return;
+  series.push({
+    name: `${candidate}, raw score, error ${data.metrics[candidate].ece_of_score?.[0]?.toFixed(3)}`,
+    stroke: "var(--line)",
+    points: data.reliability[candidate].score,
+  });
+  series.push({ name: "perfect", stroke: "var(--faint)", points: [[0, 0], [1, 1]] });
+  const note = "share of defective images; ten groups of equally many images by their probability";
+  drawLines("Reliability", ["mean probability of a defect", note], { x: [0, 1], y: [0, 1] }, series);
 }
 
 function drawSizes() {
@@ -471,6 +507,8 @@ function card(i) {
   const facts = [];
   if (images.outcome[i] === "f") facts.push(`IoU ${images.iou[i]?.toFixed(2) ?? "–"}`);
   if (images.score[i] !== null) facts.push(`probability of a defect ${images.score[i].toFixed(2)}`);
+  const says = { A: "fo", B: "mp", "-": "u" }[images.letter[i]];
+  if (!says.includes(images.outcome[i])) facts.push(`the model wrote ${ANSWERS[images.letter[i]]}`);
   for (const other of others) facts.push(`${other}: ${OUTCOMES[data.others[other][i]].split(":")[0]}`);
   const [width, height] = images.size[i];
   const picture = make("button", { type: "button", class: "picture", "aria-expanded": false });
@@ -523,7 +561,7 @@ function fill(i) {
   const [content, think, rethink, all] = row;
   picture.prepend(make("img", { src: `data:image/jpeg;base64,${content}`, alt, decoding: "async" }));
   const stages = { "1 · Regions (think)": think, "2 · Examination (rethink)": rethink };
-  for (const [title, text] of Object.entries({ ...stages, "3 · Answer": ANSWERS[images.outcome[i]] })) {
+  for (const [title, text] of Object.entries({ ...stages, "3 · Answer": ANSWERS[images.letter[i]] })) {
     words.append(make("h4", {}, title), make("p", { dir: "auto" }, text ?? "(not there)"));
   }
   if (all === null) return;
@@ -537,6 +575,7 @@ drawHeadline();
 drawConfusion();
 drawGroups();
 drawCurves();
+drawReliability();
 drawSizes();
 drawRewards();
 drawFilters();

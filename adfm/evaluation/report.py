@@ -25,7 +25,8 @@ from PIL import Image
 
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
-from adfm.evaluation import metrics, plots
+from adfm.evaluation import calibration, metrics, plots
+from adfm.evaluation.calibration import FILE
 from adfm.files import atomic_folder
 from adfm.method import response
 
@@ -36,7 +37,8 @@ SIDE = 512
 """Pictures are made smaller until neither side is longer, in pixels."""
 
 _RATES = ("precision", "miss_rate", "overkill")
-_AT_THRESHOLD = ("threshold", "miss_rate_at_threshold", "overkill_at_threshold")
+_AT_THRESHOLD = ("threshold", *(f"{metric}_at_threshold" for metric in metrics.AT_THRESHOLD), "ece_of_score", "ece")
+_TITLES = {"iou_at_threshold": "IoU at threshold", "ece_of_score": "error of the score", "ece": "calibration error"}
 SHOWN = tuple(dict.fromkeys((*metrics.HEADLINE, *_RATES, *_AT_THRESHOLD)))
 OUTCOMES = ("missed", "overkill", "unparseable", "found", "passed")
 
@@ -61,6 +63,9 @@ def write(evaluation: Path, shards: Path, out: Path) -> None:
     """
     figures, tables = _read(evaluation)
     candidate, *others = figures["models"]
+    written, tables = tables, {name: metrics.as_decided(table) for name, table in tables.items()}
+    # Of every image its letter: what is shown, counted and marked is what a model does in production.
+    letters = written[candidate].set_index("id")["predicted"].map({"anomalous": "A", "normal": "B"})
     table = tables[candidate].assign(category=metrics.category_names(tables[candidate])).sort_values("id")
     table = table.assign(outcome=_outcomes(table)).set_index("id", drop=False).rename_axis(None)
     order, first = _order(table)
@@ -75,8 +80,10 @@ def write(evaluation: Path, shards: Path, out: Path) -> None:
         embedded, starts = _write_pictures(order, first, content, partial / "images")
         page = figures | {
             "confusion": {name: _confusion(each) for name, each in tables.items()},
+            "written": {name: _confusion(each) for name, each in written.items()},
+            "reliability": {name: _reliability(each) for name, each in tables.items()},
             "curves": {name: _curves(each) for name, each in tables.items()},
-            "images": _columns(table.loc[order], sizes),
+            "images": _columns(table.loc[order], sizes) | {"letter": letters[order].fillna("-").tolist()},
             "others": {name: _letters(_outcomes(tables[name]).set_axis(tables[name]["id"])[order]) for name in others},
             "embedded": embedded,
             "starts": starts,
@@ -106,7 +113,7 @@ def _read(evaluation: Path) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
         figures = {
             "about": about,
             "models": models,
-            "titles": plots.TITLES,
+            "titles": plots.TITLES | _TITLES,
             "metrics": {
                 name: {
                     metric: [values.get(metric + end) for end in ("", "_low", "_high")]
@@ -118,6 +125,10 @@ def _read(evaluation: Path) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
             "sizes": {name: details[name]["sizes"] for name in models},
             "categories": details[candidate]["categories"],
             "defects": details[candidate]["defects"],
+            "calibrations": {
+                name: _calibration(evaluation / (FILE if name == candidate else f"calibration/{name}.json"))
+                for name in models
+            },
             "rewards": _rewards(Path(about["models"][candidate]) / "reward_curves.csv"),
         }
         if missing := set(models) - figures["metrics"].keys():
@@ -125,6 +136,12 @@ def _read(evaluation: Path) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise AdfmError(f"{evaluation} is not a whole evaluation ({error!r}); make it with `adfm evaluate`.") from error
     return figures, tables
+
+
+def _calibration(file: Path) -> dict[str, Any]:
+    """The threshold, and what decides in words; an evaluation of before there were thresholds has letters alone."""
+    found = calibration.read(file) if file.is_file() else calibration.Calibration()
+    return {"threshold": found.threshold, "summary": found.summary}
 
 
 def _outcomes(table: pd.DataFrame) -> pd.Series[Any]:
@@ -273,7 +290,11 @@ def _columns(table: pd.DataFrame, sizes: Mapping[str, tuple[int, int]]) -> dict[
         "defect": defect,
         "anomalous": (table["label"] == "anomalous").astype(int).tolist(),
         "outcome": _letters(table["outcome"]),
-        "score": numbers("score"),
+        # Calibrated, where it is; to more digits than are shown, because thresholds lie close to 0 and 1 as well.
+        "score": [
+            None if np.isnan(value) else float(f"{value:.6g}")
+            for value in table["probability" if "probability" in table else "score"].astype(float)
+        ],
         "iou": numbers("iou"),
         "size": [sizes[key] for key in table["id"]],
         "boxes": boxes("boxes"),
@@ -287,6 +308,21 @@ def _confusion(table: pd.DataFrame) -> list[list[int]]:
     return [
         [int(((table["label"] == label) & (said == answer)).sum()) for answer in _ANSWERS] for label in _ANSWERS[:2]
     ]
+
+
+def _reliability(table: pd.DataFrame) -> dict[str, list[list[float]]]:
+    """Points of the reliability diagram (mean probability, share of defective images), raw and calibrated."""
+    anomalous = (table["label"] == "anomalous").to_numpy(dtype=bool)
+    columns = [column for column in ("score", "probability") if column in table]
+    return {
+        column: [
+            [round(probability, 4), round(share, 4)]
+            for probability, share, _ in metrics.reliability(
+                table[column].to_numpy(dtype=float, na_value=np.nan), anomalous
+            )
+        ]
+        for column in columns
+    }
 
 
 def _curves(table: pd.DataFrame) -> dict[str, list[list[float]]] | None:

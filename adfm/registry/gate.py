@@ -1,5 +1,8 @@
 """The promotion gate: may the candidate take production's place? A pure function of two prediction tables.
 
+It judges what a model does in production: decisions at the threshold (the column `decision`, and the regions of flagged
+images), or the letters of a table that has none.
+
 Each metric, accuracy and IoU over all images, gets a verdict:
 
 - `worse`: it measures worse than production by more than `max_loss`;
@@ -31,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adfm.errors import AdfmError
-from adfm.evaluation.metrics import category_names, difference, listed, same_images, values
+from adfm.evaluation.metrics import as_decided, category_names, difference, listed, same_images, values
 from adfm.params import Gate, MetricRule
 
 if TYPE_CHECKING:
@@ -98,7 +101,8 @@ def decide(candidate: pd.DataFrame, production: pd.DataFrame | None, gate: Gate,
 
     Args:
         candidate: Prediction table: `id`, `category`, `label`, `predicted`, `iou`; `dataset` if there is more than one,
-            `group` where images show one part. `attrs`, where both tables have them, say how they were made.
+            `group` where images show one part. With `decision` and `region_*`, these are judged. `attrs`, where both
+            tables have them, say how they were made; `threshold` may differ.
         production: Prediction table of the model in production, or `None` if there is none yet.
         gate: Floors, tolerances and confidence.
         seed: Seed of the bootstrap; the order of the rows does not matter.
@@ -107,8 +111,10 @@ def decide(candidate: pd.DataFrame, production: pd.DataFrame | None, gate: Gate,
         Incomparable: A table is broken (all that is wrong with it is listed), the two are not of the same images or
             were not made in the same way, or there are too few images.
     """
+    judged = [_what_decides("The candidate", candidate)]
     candidate = _checked(candidate, "candidate")
     if production is not None:
+        judged.append(_what_decides("Production", production))
         production = _checked(production, "production")
         _check_pair(candidate, production)
     _check_enough(candidate, gate.min_images)
@@ -124,6 +130,7 @@ def decide(candidate: pd.DataFrame, production: pd.DataFrame | None, gate: Gate,
         failed = found["verdict"] == "worse" or not found["floor_kept"]
         (failures if failed else notes).append(_sentence(name, found, rules[name], gate, len(candidate)))
         found["rule"] = rules[name].model_dump()
+    notes += judged
     verdicts = [found["verdict"] for found in metrics.values()]
     if production is None:
         notes.append("There is no model in production yet: the floors alone decide.")
@@ -229,6 +236,14 @@ def _points(share: float) -> str:
     return f"{100 * share:.1f} points"
 
 
+def _what_decides(name: str, table: pd.DataFrame) -> str:
+    """Whether letters or decisions are judged, in words."""
+    if "decision" not in table or table.attrs.get("threshold", 0) is None:
+        return f"{name} has no threshold: its letters are judged."
+    at = f" from a probability of {table.attrs['threshold']:.6g} on" if "threshold" in table.attrs else ""
+    return f"{name} is judged by its decisions: an image is flagged{at or ' by the column decision'}."
+
+
 def _checked(table: pd.DataFrame, name: str) -> pd.DataFrame:
     """The columns that the gate looks at; raises Incomparable with everything that is wrong with them."""
     import pandas as pd
@@ -238,6 +253,10 @@ def _checked(table: pd.DataFrame, name: str) -> pd.DataFrame:
         raise Incomparable(f"The {name} table has no column {' and no column '.join(missing)}; it has {there}.")
     if not len(table):
         raise Incomparable(f"The {name} table is empty: evaluate the model first.")
+    try:
+        table = as_decided(table)
+    except AdfmError as error:
+        raise Incomparable(f"The {name} table cannot be judged: {error}") from error
     table = table[[column for column in (*_COLUMNS, "dataset", "group") if column in table]]
     rows = table["id"].astype(object)
     iou = pd.to_numeric(table["iou"], errors="coerce").astype(float)
@@ -273,7 +292,7 @@ def _check_pair(candidate: pd.DataFrame, production: pd.DataFrame) -> None:
     except AdfmError as error:
         raise Incomparable(f"Candidate (first) and production (second) cannot be compared. {error}") from error
     left, right = candidate.attrs, production.attrs
-    if unlike := [key for key in left if key in right and left[key] != right[key]]:
+    if unlike := [key for key in left if key in right and key != "threshold" and left[key] != right[key]]:
         raise Incomparable(
             "Candidate and production were not evaluated in the same way; evaluate both anew with `adfm evaluate`:\n"
             + "\n".join(f"- {key}: {left[key]} and {right[key]}" for key in unlike)

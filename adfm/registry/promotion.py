@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from adfm import tracking
 from adfm.errors import AdfmError
+from adfm.evaluation import calibration
 from adfm.files import file_digest
 from adfm.models.loading import check_unchanged
 from adfm.params import Params
@@ -289,6 +290,7 @@ def _changed(candidate: ModelVersion) -> list[str]:
                 return [f"its gate.json says otherwise than its tags {', '.join(wrong)}: somebody has changed them"]
             try:
                 check_unchanged(candidate, Path(folder))
+                calibration.of_version(f"models:/{candidate.name}/{candidate.version}")
             except AdfmError as error:
                 return [str(error)]
         except (ValueError, KeyError, TypeError):

@@ -28,7 +28,7 @@ def write(folder: Path) -> None:
     """Writes what makes an MLflow pyfunc of a version: `MLmodel`, input example, and lists of requirements.
 
     Args:
-        folder: To make; it is to lie beside `model/` and `params.yaml` in the version.
+        folder: To make; it is to lie beside `model/`, `evaluation/` and `params.yaml` in the version.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow's, of its own type hints and its own use of pandas
@@ -51,6 +51,7 @@ def _write(folder: Path) -> None:
             [
                 ColSpec("string", "label", required=False),
                 ColSpec("double", "probability", required=False),
+                ColSpec("double", "threshold", required=False),
                 ColSpec(Array(Array(DataType.double)), "boxes"),
                 ColSpec("string", "reasoning"),
             ]

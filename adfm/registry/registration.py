@@ -3,7 +3,7 @@
 Artifacts of a version, as `models:/<name>/<version>` has them:
 
     model/          the folder that training wrote: adapter, processor, chat template, prompt (in adfm.json)
-    evaluation/     the folder that evaluation wrote: predictions.parquet, metrics.json, plots
+    evaluation/     the folder that evaluation wrote: predictions.parquet, metrics.json, calibration.json, plots
     params.yaml     the settings as used
     lineage.json    data, code, libraries and base model
     gate.json       the decision
@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING, Any
 from adfm import tracking
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
+from adfm.evaluation import calibration as calibration_
 from adfm.evaluation import metrics
+from adfm.evaluation.calibration import Calibration
 from adfm.files import atomic_folder, file_digest, write_json
 from adfm.method import prompt
 from adfm.models import families, loading
@@ -82,7 +84,7 @@ def register(
         store, name = MlflowClient(), params.register_.model
         trained_by = tracking.find_run((loading.describe(model) or {}).get("mlflow_run_id"))
         origin = lineage(model, shards, params, trained_by)
-        candidate, measured = _read_evaluation(evaluation, shards, origin, params)
+        candidate, measured, calibration = _read_evaluation(evaluation, shards, origin, params)
         evaluated = file_digest(evaluation / "predictions.parquet")
         about = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8"))
         evaluated_by = tracking.find_run(about.get("mlflow_run_id"))
@@ -99,6 +101,7 @@ def register(
                 decided = _as_before(version, decided)
             write_json(decided, partial / "gate.json")
             described = _tags(origin, measured, evaluated, _protocol(family, params))
+            described |= _threshold_tags(calibration, evaluation)
             described |= _decision_tags(decided, partial / "gate.json")
             if version is None:
                 with TemporaryDirectory() as temporary:
@@ -111,7 +114,7 @@ def register(
                     version = _create(store, name, contents, described, measured, trained_by or run)
             elif version.tags.get("gate_digest") != described["gate_digest"]:
                 _put_decision(store, version, partial / "gate.json", described)
-            text = _text(decided, origin, measured, str(version.version), evaluated_by)
+            text = _text(decided, origin, measured, calibration, str(version.version), evaluated_by)
             store.update_model_version(name, str(version.version), text)
         for key, value in (tags or {}).items():
             store.set_model_version_tag(name, str(version.version), key, value)
@@ -184,7 +187,8 @@ def renew(store: MlflowClient, version: ModelVersion, decided: dict[str, Any], w
     measured = json.loads(read_artifact(version, "evaluation/metrics.json"))[about["candidate"]]
     origin = json.loads(read_artifact(version, "lineage.json"))
     evaluated_by = tracking.find_run(about.get("mlflow_run_id"))
-    text = _text(decided, origin, measured, str(version.version), evaluated_by)
+    calibration = calibration_.of_version(f"models:/{version.name}/{version.version}")
+    text = _text(decided, origin, measured, calibration, str(version.version), evaluated_by)
     store.update_model_version(version.name, str(version.version), f"{why}\n\n{text}"[:_MOST_TEXT])
 
 
@@ -228,8 +232,11 @@ def _check_model(model: Path) -> str:
 
 def _read_evaluation(
     evaluation: Path, shards: Path, origin: dict[str, Any], params: Params
-) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The candidate's predictions and metrics, after proof that they are of these shards, settings and this model."""
+) -> tuple[pd.DataFrame, dict[str, Any], Calibration]:
+    """The candidate's predictions, metrics and calibration, after proof that they are of these shards and this model.
+
+    An evaluation of before there were thresholds has no calibration: the letter decides then, and that is said.
+    """
     import pandas as pd
 
     try:
@@ -252,12 +259,30 @@ def _read_evaluation(
         "digest of the model": origin["artifact_digest"],
         "images": sorted(shards_.ids(shards, params.evaluate.split)),
     }
+    calibration = Calibration(note=f"it was evaluated without a {calibration_.FILE}")
+    if there := (evaluation / calibration_.FILE).is_file():
+        calibration = calibration_.read(evaluation / calibration_.FILE)
+        key = "digest of the calibrated model"
+        done[key], asked[key] = calibration.model, origin["artifact_digest"]
+        for key in ("calibration", "overkill_limit", "escape_limit", "score", "samples"):
+            done[key], asked[key] = about["settings"].get(key), getattr(params.evaluate, key)
     if differing := [key for key in asked if asked[key] != done[key]]:
         raise AdfmError(
             f"{evaluation} is not an evaluation of this model on {shards} with these settings: {', '.join(differing)} "
             "differ. Evaluate again with `adfm evaluate`, then register."
         )
-    return predictions, measured
+    if "decision" in predictions and not (there and _decided_by(calibration, predictions)):
+        raise AdfmError(
+            f"{evaluation}: the decisions in predictions.parquet are not those of its {calibration_.FILE}. "
+            "Evaluate again with `adfm evaluate`, then register."
+        )
+    return predictions, measured, calibration
+
+
+def _decided_by(calibration: Calibration, predictions: pd.DataFrame) -> bool:
+    """Whether the table's decisions are those that a version with this calibration would make."""
+    decisions = calibration.apply(predictions)["decision"]
+    return bool(decisions.fillna("").tolist() == predictions["decision"].fillna("").tolist())
 
 
 def _protocol(family: str, params: Params) -> str:
@@ -307,7 +332,10 @@ def _predictions_of(version: ModelVersion, fingerprint: str, shards: Path, param
         own = ((loading.describe(model) or {}).get("params") or {}).get("model", {})
         kept = {key: own[key] for key in ("dtype", "max_pixels") if key in own}
         settings = params.model_copy(update={"model": params.model.model_copy(update=kept)})
-        return inference.predict(model, shards, settings, f"version {version.version}"), "evaluated again"
+        calibration = calibration_.of_version(f"models:/{version.name}/{version.version}")
+        table = calibration.apply(inference.predict(model, shards, settings, f"version {version.version}"))
+        table.attrs["threshold"] = calibration.threshold
+        return table, "evaluated again"
 
 
 def _stored_predictions(version: ModelVersion) -> pd.DataFrame | None:
@@ -340,6 +368,17 @@ def _tags(origin: dict[str, Any], measured: dict[str, Any], evaluated: str, prot
         **{metric: measured[metric] and f"{measured[metric]:.4f}" for metric in metrics.HEADLINE},
     }
     return {key: str(value) for key, value in tags.items() if value is not None}
+
+
+def _threshold_tags(calibration: Calibration, evaluation: Path) -> dict[str, str]:
+    """The tags that say what the version decides by; a limit as `overkill <= 0.05`."""
+    file = evaluation / calibration_.FILE
+    tags = {"threshold": "none" if calibration.threshold is None else f"{calibration.threshold:.6g}"}
+    if file.is_file():
+        limit = "".join(f"{kind} <= {share:g}" for kind, share in calibration.limit.items())
+        tags |= {"threshold_limit": limit or "none", "calibration": calibration.method}
+        tags |= {calibration_.DIGEST_TAG: file_digest(file)}
+    return tags
 
 
 def _decision_tags(decided: dict[str, Any], file: Path) -> dict[str, str]:
@@ -410,7 +449,12 @@ def _put_decision(store: MlflowClient, version: ModelVersion, decision: Path, ta
 
 
 def _text(
-    decided: dict[str, Any], origin: dict[str, Any], measured: dict[str, Any], version: str, evaluated_by: Run | None
+    decided: dict[str, Any],
+    origin: dict[str, Any],
+    measured: dict[str, Any],
+    calibration: Calibration,
+    version: str,
+    evaluated_by: Run | None,
 ) -> str:
     """What a reviewer reads on the version's page, in Markdown."""
     rival = decided["production_version"]
@@ -430,7 +474,10 @@ def _text(
         ]
         for name, found in decided["metrics"].items()
     ]
-    every = [[m, measured[m], measured[f"{m}_low"], measured[f"{m}_high"]] for m in metrics.HEADLINE]
+    names = [*metrics.HEADLINE, *(f"{name}_at_threshold" for name in metrics.AT_THRESHOLD), "ece_of_score", "ece"]
+    every = [
+        [name, measured[name], measured[f"{name}_low"], measured[f"{name}_high"]] for name in names if name in measured
+    ]
     data, code = origin["data"], origin["git_commit"]
     dirty = ", with changes that are not committed" if origin["git_dirty"] == "true" else ""
     if decided["passed"]:
@@ -444,6 +491,7 @@ def _text(
         f"**Gate {'passed' if decided['passed'] else 'failed'}** on {decided['decided_at']}, judged on "
         f"{decided['images']} images of the {decided['split']} split against {against}.",
         "\n".join(reasons),
+        calibration.summary,
         next_step,
         *_report_link(evaluated_by),
         _table(["gate", "this version", "production", "difference", "at least", "at most", "verdict"], compared),

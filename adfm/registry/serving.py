@@ -13,11 +13,13 @@ import binascii
 import http.client
 import os
 import re
+import sys
 import threading
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,10 @@ from PIL import Image
 
 from adfm import predict
 from adfm.errors import AdfmError
+from adfm.evaluation import calibration
+from adfm.evaluation.calibration import Calibration
 from adfm.evaluation.inference import Inspector
+from adfm.files import digest
 from adfm.params import Params
 
 if TYPE_CHECKING:
@@ -52,6 +57,12 @@ class Served:
         own = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
         self._batch_size = int(own["evaluate"]["batch_size"])
         params = predict.with_own(Params.model_validate({"evaluate": {"batch_size": self._batch_size}}), own)
+        file = folder / "evaluation" / calibration.FILE
+        if file.is_file():
+            self._calibration = calibration.read(file, digest(folder / "model"))
+        else:  # a version of before there were thresholds
+            self._calibration = Calibration(note=f"the version was registered without a {calibration.FILE}")
+        print(self._calibration.summary, file=sys.stderr)
         self._inspector = Inspector(folder / "model", params)
         self._one = threading.Lock()  # MLflow's server has many threads; memory is there for one
 
@@ -63,8 +74,8 @@ class Served:
             params: There are none.
 
         Returns:
-            A row an image, in the order of `data`, with `label`, `probability`, `boxes` and `reasoning` as
-            `adfm.predict.readable` gives them.
+            A row an image, in the order of `data`, with `label`, `probability`, `threshold`, `boxes` and `reasoning`
+            as `adfm.predict.readable` gives them.
 
         Raises:
             MlflowException: Images cannot be read; all of them are listed, and none was answered. It is the server's
@@ -81,12 +92,12 @@ class Served:
                 if not problems:  # else it is read on for the sake of a whole list alone
                     answers = predict.answers(self._inspector, portion)
                     sizes = [image.size for _, image in portion]
-                    rows += map(predict.readable, answers, sizes)
+                    rows += map(predict.readable, answers, sizes, repeat(self._calibration))
         if problems:
             raise MlflowException.invalid_parameter_value(
                 f"{len(problems)} of {len(data)} images cannot be read, and none was answered. " + " ".join(problems)
             )
-        return pd.DataFrame(rows, columns=["label", "probability", "boxes", "reasoning"], dtype=object)
+        return pd.DataFrame(rows, columns=["label", "probability", "threshold", "boxes", "reasoning"], dtype=object)
 
 
 def _load_pyfunc(path: str) -> Served:

@@ -15,7 +15,8 @@ from PIL import Image
 from adfm import tracking
 from adfm.data import shards
 from adfm.errors import AdfmError
-from adfm.evaluation import evaluate, inference, metrics
+from adfm.evaluation import calibration, evaluate, inference, metrics
+from adfm.method import response
 from adfm.params import Params
 from adfm.records import Box
 
@@ -41,7 +42,7 @@ def read(file: Path) -> dict:
 
 def test_predictions_are_typed_and_complete(evaluated: Path, small_shards: Path) -> None:
     candidate, base = (pq.read_table(evaluated / f"{name}.parquet") for name in ("predictions", "base"))
-    assert candidate.schema.remove_metadata().equals(evaluate.PREDICTIONS)
+    assert candidate.schema.remove_metadata().equals(calibration.DECIDED)
     assert candidate["id"].to_pylist() == shards.ids(small_shards, "test")
     assert candidate.equals(base)
 
@@ -62,9 +63,25 @@ def test_metrics_are_those_of_the_predictions(evaluated: Path) -> None:
 def test_the_threshold_is_chosen_on_validation(evaluated: Path, small_shards: Path) -> None:
     table = pd.read_parquet(evaluated / "validation" / "again.parquet")
     assert table["id"].tolist() == shards.ids(small_shards, "validation")
-    at = metrics.threshold(table, PARAMS.evaluate.overkill_limit)
-    assert read(evaluated / "metrics.json")["again"]["threshold"] == at
-    assert "| overkill at threshold" in (evaluated / "comparison.md").read_text()
+    found = calibration.read(evaluated / "calibration.json")
+    assert found == calibration.fit(table, PARAMS.evaluate, data=shards.fingerprint(small_shards, "validation"))
+    assert calibration.read(evaluated / "calibration" / "base.json") == found
+    assert found.threshold is not None and read(evaluated / "metrics.json")["again"]["threshold"] == found.threshold
+    text = (evaluated / "comparison.md").read_text()
+    assert "| overkill at threshold" in text and f"again: {found.summary}" in text
+    for file in ("predictions.parquet", "base.parquet", "validation/again.parquet"):
+        table = pd.read_parquet(evaluated / file)
+        pd.testing.assert_frame_equal(found.apply(table), table)
+
+
+def test_regions_are_named_whatever_the_letter(evaluated: Path) -> None:
+    table = pd.read_parquet(evaluated / "predictions.parquet")
+    named = [len(response.parse(words).boxes) for words in table["completion"]]
+    assert [len(regions) for regions in table["regions"]] == named and sum(named) > 0
+    marked = table["predicted"] == "anomalous"
+    assert [len(boxes) for boxes in table["predicted_boxes"]] == (marked * named).tolist()
+    both = marked & (table["label"] == "anomalous")
+    assert table["region_iou"][both].tolist() == table["iou"][both].tolist()
 
 
 def test_what_was_evaluated_is_recorded(evaluated: Path, small_shards: Path) -> None:
@@ -74,7 +91,9 @@ def test_what_was_evaluated_is_recorded(evaluated: Path, small_shards: Path) -> 
     assert about["images"] == len(shards.ids(small_shards, "test"))
     assert about["settings"]["max_new_tokens"] == 40
     attrs = pd.read_parquet(evaluated / "predictions.parquet").attrs
-    assert attrs == {"split": "test", "fingerprint": about["fingerprint"], "max_new_tokens": 40}
+    threshold = calibration.read(evaluated / "calibration.json").threshold
+    how = {"split": "test", "fingerprint": about["fingerprint"], "max_new_tokens": 40, "threshold": threshold}
+    assert attrs == how
 
 
 def test_plots_hold_the_data_of_the_candidate(evaluated: Path) -> None:
@@ -83,6 +102,10 @@ def test_plots_hold_the_data_of_the_candidate(evaluated: Path) -> None:
         rows = list(csv.DictReader(stream))
     assert [r["actual"] for r in rows] == table["label"].tolist()
     assert [r["predicted"] for r in rows] == table["predicted"].fillna("unparseable").tolist()
+    assert [r["decision"] for r in rows] == table["decision"].fillna("unparseable").tolist()
+    points = pd.read_csv(evaluated / "plots" / "reliability.csv")
+    assert points["images"].sum() == table["probability"].notna().sum()
+    assert points["probability"].is_monotonic_increasing and points["defective"].between(0, 1).all()
     roc = pd.read_csv(evaluated / "plots" / "roc.csv")
     area = np.trapezoid(roc["tpr"], roc["fpr"])
     assert area == pytest.approx(read(evaluated / "metrics.json")["again"]["auroc"])
@@ -92,7 +115,7 @@ def test_plots_hold_the_data_of_the_candidate(evaluated: Path) -> None:
     assert sizes["again"].to_dict() == {
         size: pytest.approx(found["iou"]) for size, found in read(evaluated / "details.json")["again"]["sizes"].items()
     }
-    for name in ("confusion", "iou_by_size", "comparison", "examples"):
+    for name in ("confusion", "reliability", "iou_by_size", "comparison", "examples"):
         with Image.open(evaluated / "plots" / f"{name}.png") as image:
             assert image.format == "PNG"
 
@@ -163,6 +186,12 @@ def test_validation_itself_is_not_judged_by_a_threshold_chosen_on_it(
     evaluate.evaluate({"base": BASE}, small_shards, evaluated.with_name("validated"), params)
     found = read(evaluated.with_name("validated") / "metrics.json")["base"]
     assert "threshold" not in found and found["images"] == len(shards.ids(small_shards, "validation"))
+    table = pd.read_parquet(evaluated.with_name("validated") / "predictions.parquet")
+    assert table["decision"].equals(table["predicted"]) and table.attrs["threshold"] is None
+    assert (
+        "base: The letter decides: the validation split, on which a threshold is chosen, is evaluated itself."
+        in (evaluated.with_name("validated") / "comparison.md").read_text()
+    )
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "predictions", "..", "a b"])
@@ -188,6 +217,8 @@ def constructed(folder: Path, right: float, seed: int) -> pd.DataFrame:
         truth = [Box(*box) for box in row.boxes]
         boxes = truth if said else []
         found = metrics.localize(truth, boxes, row.width, row.height) if row.label == "anomalous" else {}
+        found |= {f"region_{name}": found[name] for name in metrics.COMPARED} if found else {}
+        found["regions"] = boxes
         rows.append({"boxes": truth, "predicted_boxes": boxes, "completion": "…", **found})
     known = table[["id", "source", "dataset", "category", "defect", "label"]]
     said = np.where(flagged, "anomalous", "normal")
@@ -198,7 +229,9 @@ def test_the_comparison_shows_models_and_differences(small_shards: Path, tmp_pat
     tables = {
         name: constructed(small_shards, right, 0) for name, right in (("base", 0.5), ("warmup", 0.7), ("trained", 0.95))
     }
-    text = evaluate.report(tables, small_shards, tmp_path, PARAMS)
+    letters = calibration.Calibration(note="no validation")
+    tables = {name: letters.apply(table) for name, table in tables.items()}
+    text = evaluate.report(tables, small_shards, tmp_path, PARAMS, dict.fromkeys(tables, letters))
     header, _, *lines = text.splitlines()
     columns = [cell.strip() for cell in header.strip("|").split("|")]
     assert columns == ["", "base", "warmup", "trained", "trained - warmup", "trained - base"]
@@ -210,7 +243,8 @@ def test_the_comparison_shows_models_and_differences(small_shards: Path, tmp_pat
     assert len({len(line) for line in text.splitlines()}) == 1
     assert text in (tmp_path / "comparison.md").read_text()
     rows = pd.read_csv(tmp_path / "comparison.csv")
-    assert len(rows) == len(metrics.HEADLINE) * 5
+    assert len(rows) == (len(metrics.HEADLINE) + 2) * 5
+    assert "trained: The letter decides: no validation." in (tmp_path / "comparison.md").read_text()
     assert ((rows["low"] <= rows["value"]) & (rows["value"] <= rows["high"])).all()
 
 
@@ -218,15 +252,19 @@ def test_the_comparison_shows_each_model_at_its_threshold(small_shards: Path, tm
     tables = {name: constructed(small_shards, right, 0) for name, right in (("base", 0.5), ("trained", 0.95))}
     tables["mute"] = tables["base"].assign(predicted=None, score=np.nan)
     tables = {"mute": tables["mute"], "base": tables["base"], "trained": tables["trained"]}
-    text = evaluate.report(tables, small_shards, tmp_path, PARAMS, validation=tables)
-    *_, threshold, overkill, miss_rate = (
-        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
-    )
-    assert threshold[0] == "threshold" and threshold[1] == threshold[4] == threshold[5] == "-"
+    fitted = {name: calibration.fit(table, PARAMS.evaluate) for name, table in tables.items()}
+    tables = {name: fitted[name].apply(table) for name, table in tables.items()}
+    text = evaluate.report(tables, small_shards, tmp_path, PARAMS, fitted)
+    rows = {}
+    for line in text.splitlines():
+        title, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        rows[title] = cells
     found = read(tmp_path / "metrics.json")
-    assert float(threshold[3]) == found["trained"]["threshold"] == pytest.approx(0.1)
-    assert miss_rate[1] == "-" and miss_rate[5] == "-" and miss_rate[4].startswith("-0.")
-    for name, title in (("base", overkill[2]), ("trained", overkill[3])):
-        assert title.startswith(f"{found[name]['overkill_at_threshold']:.3f} [")
+    assert rows["threshold"] == ["-", f"{fitted['base'].threshold:.3f}", f"{fitted['trained'].threshold:.3f}", "-", "-"]
+    assert "mute: The letter decides: " in (tmp_path / "comparison.md").read_text()
+    overkill, missed = rows["overkill at threshold"], rows["miss rate at threshold"]
+    assert missed[0] == missed[4] == "-" and missed[3].startswith("-0.")
+    for name, cell in (("base", overkill[1]), ("trained", overkill[2])):
+        assert cell.startswith(f"{found[name]['overkill_at_threshold']:.3f} [")
     rows = pd.read_csv(tmp_path / "comparison.csv").set_index(["metric", "model"])
     assert rows.loc[("overkill_at_threshold", "trained"), "high"] <= 1

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from adfm.errors import AdfmError
 from adfm.evaluation import metrics
+from adfm.evaluation.calibration import Calibration
 from adfm.records import Box
 
 WIDTH, HEIGHT = 17, 11
@@ -382,61 +383,135 @@ def test_pictures_of_the_same_part_say_no_more_than_one_of_them() -> None:
     assert width(paired) == pytest.approx(2 * width(whole), rel=0.2)
 
 
-# ------------------------------------------------------------------------------------------------- operating point
+# ------------------------------------------------------------------------------------------------- at the threshold
 
 
-def overkill(table: pd.DataFrame, threshold: float) -> float:
-    """Share of normal images that are flagged, or not understood."""
-    normal = table[table["label"] == "normal"]
-    return float(((normal["score"] > threshold) | normal["score"].isna()).mean())
+def decided(images: int, seed: int, at: float | None, skill: float = 0.8) -> pd.DataFrame:
+    """A prediction table with decisions; the regions are the marked boxes, or poor ones where nothing was marked."""
+    table = predictions(images, seed, skill)
+    for name in metrics.COMPARED:
+        table[f"region_{name}"] = np.where(table["predicted"] == "anomalous", table[name], np.nan)
+    unmarked = (table["label"] == "anomalous") & (table["predicted"] != "anomalous")
+    values = {"iou": 0.25, "mask_iou": 0.2, "matched_iou": 0.25, "true_positives": 0}
+    for name, value in (values | {"false_positives": 2, "false_negatives": 1}).items():
+        table.loc[unmarked, f"region_{name}"] = value
+    return Calibration(threshold=at).apply(table)
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.integers(2, 60), st.integers(0, 1000), st.floats(0, 0.99), st.floats(0.5, 1))
-def test_the_threshold_is_the_lowest_that_keeps_the_limit(images: int, seed: int, limit: float, parsed: float) -> None:
-    table = predictions(images, seed, parsed=parsed)
-    normal = table[table["label"] == "normal"]
-    keeping = [t for t in normal["score"].dropna() if overkill(table, t) <= limit + 1e-9]
-    assert metrics.threshold(table, limit) == (min(keeping) if keeping else None)
+def test_without_a_threshold_decisions_are_what_was_written() -> None:
+    for at in (None, 0.5):
+        table = decided(200, 0, at)
+        expected = {name: value for name, value in metrics.values(table).items() if "ece" not in name}
+        found = metrics.values(metrics.as_decided(table))
+        assert ({name: found[name] for name in expected} == expected) is (at is None)
+    assert metrics.as_decided(predictions(20)).equals(predictions(20))
 
 
-def test_there_is_no_threshold_where_none_can_be_chosen() -> None:
-    table = predictions(40)
-    assert metrics.threshold(table[table["label"] == "anomalous"], 0.05) is None
-    assert metrics.threshold(predictions(40, parsed=0.0), 0.05) is None
-    nothing = metrics.operating_point(table, None, 20, 0)
-    assert len(nothing) == 7 and set(nothing.values()) == {None}
-    assert set(metrics.operating_difference(table, 0.5, table, None, 20, 0).values()) == {None}
+def test_the_regions_of_a_flagged_image_are_its_boxes_whatever_its_letter() -> None:
+    table = pd.DataFrame(
+        {
+            "label": "anomalous",
+            "predicted": ["normal", "anomalous", "anomalous", None],
+            "score": [0.9, 0.1, 0.9, np.nan],
+            "regions": [[[0, 0, 5, 5]]] * 4,
+            "predicted_boxes": [[], [[0, 0, 5, 5]], [[0, 0, 5, 5]], []],
+            "iou": [0.0, 0.6, 0.6, 0.0],
+            **{f"region_{name}": 0.6 if "iou" in name else 1.0 for name in metrics.COMPARED},
+        }
+    )
+    judged = metrics.as_decided(Calibration(threshold=0.5).apply(table))
+    assert judged["predicted"].fillna("").tolist() == ["anomalous", "normal", "anomalous", ""]
+    assert judged["iou"].tolist() == [0.6, 0, 0.6, 0]
+    assert judged["false_negatives"].tolist() == [1, 2, 1, 2]  # both true boxes are missed where nothing is marked
+    assert judged["false_positives"].tolist() == [1, 0, 1, 0]
+    assert [len(boxes) for boxes in judged["predicted_boxes"]] == [1, 0, 1, 0]
+    assert np.isnan(judged["matched_iou"]).tolist() == [False, True, False, True]
 
 
-def test_the_operating_point_is_what_the_threshold_does_on_the_other_images() -> None:
-    chosen_on, table = predictions(200, 1), predictions(500, 2)
-    at = metrics.threshold(chosen_on, 0.3)
-    assert at is not None
-    found = metrics.operating_point(table, at, 500, 0)
-    defects = table[table["label"] == "anomalous"]
-    assert found["threshold"] == at
-    assert found["overkill_at_threshold"] == pytest.approx(overkill(table, at))
-    assert found["miss_rate_at_threshold"] == pytest.approx(1 - (defects["score"] > at).mean())
-    for name in ("overkill_at_threshold", "miss_rate_at_threshold"):
-        value, low, high = (found[name + end] for end in ("", "_low", "_high"))
+def test_decisions_without_the_regions_are_refused() -> None:
+    with pytest.raises(AdfmError, match="no region_iou, .* evaluate again"):
+        metrics.as_decided(predictions(20).assign(decision="normal"))
+
+
+def test_the_operating_point_is_what_the_decisions_do() -> None:
+    table = decided(500, 2, 0.7)
+    found = metrics.operating_point(table, 0.7, 500, 0)
+    defects, normal = (table[table["label"] == label] for label in ("anomalous", "normal"))
+    # An image without score and letter is wrong.
+    assert found["overkill_at_threshold"] == pytest.approx(1 - (normal["score"] < 0.7).mean())
+    assert found["miss_rate_at_threshold"] == pytest.approx(1 - (defects["score"] >= 0.7).mean())
+    for name in metrics.AT_THRESHOLD:
+        value, low, high = (found[f"{name}_at_threshold{end}"] for end in ("", "_low", "_high"))
         assert value is not None and low is not None and high is not None and low < value < high
+    nothing = metrics.operating_point(table, None, 20, 0)
+    assert set(nothing.values()) == {None} and nothing.keys() == found.keys()
 
 
 def test_two_operating_points_are_compared_each_at_its_own_threshold() -> None:
-    left, right = predictions(500, 1, skill=0.9), predictions(500, 2, skill=0.6)
+    left, right = decided(500, 1, 0.4, skill=0.9), decided(500, 2, 0.8, skill=0.6)
     found = metrics.operating_difference(left, 0.4, right, 0.8, 200, 0)
     one, other = metrics.operating_point(left, 0.4, 20, 0), metrics.operating_point(right, 0.8, 20, 0)
-    for name in ("overkill_at_threshold", "miss_rate_at_threshold"):
+    for name in metrics.AT_THRESHOLD:
+        name = f"{name}_at_threshold"
         assert found[name] == pytest.approx((one[name] or 0) - (other[name] or 0))
     assert set(metrics.operating_difference(left, 0.4, left, 0.4, 20, 0).values()) == {0.0}
+    assert set(metrics.operating_difference(left, 0.5, right, None, 20, 0).values()) == {None}
+
+
+# ------------------------------------------------------------------------------------------------- calibration error
+
+
+def probabilities(images: int, seed: int, shift: float = 0.0) -> pd.DataFrame:
+    """Images that are anomalous with the probability that is said, or with one that is `shift` lower."""
+    rng = np.random.default_rng(seed)
+    probability = rng.uniform(shift, 1, images)
+    label = np.where(rng.random(images) < probability - shift, "anomalous", "normal")
+    return pd.DataFrame({"label": label, "predicted": "normal", "score": 0.5, "probability": probability})
+
+
+def test_the_calibration_error_of_right_probabilities_is_nearly_nothing() -> None:
+    assert metrics.values(probabilities(200_000, 0))["ece"] == pytest.approx(0, abs=0.01)
+
+
+def test_the_calibration_error_is_by_how_much_probabilities_are_off() -> None:
+    assert metrics.values(probabilities(200_000, 1, shift=0.2))["ece"] == pytest.approx(0.2, abs=0.01)
+
+
+def test_a_known_calibration_error() -> None:
+    labels = ["anomalous"] * 6 + ["normal"] * 4
+    table = pd.DataFrame({"label": labels, "predicted": "normal", "score": 0.9, "probability": [0.8] * 5 + [0.4] * 5})
+    found = metrics.values(table)
+    assert found["ece_of_score"] == pytest.approx(0.3)  # one bin: 0.9 said, 0.6 there
+    assert found["ece"] == pytest.approx(0.5 * (1 - 0.8) + 0.5 * (0.4 - 0.2))
+    points = metrics.reliability(table["probability"].to_numpy(), (table["label"] == "anomalous").to_numpy())
+    assert np.array(points) == pytest.approx(np.array([[0.4, 0.2, 5], [0.8, 1.0, 5]]))
+
+
+def test_images_without_a_score_are_left_out_of_the_calibration_error() -> None:
+    table = probabilities(300, 2)
+    unscored = pd.concat([table, table.head(50).assign(probability=np.nan)])
+    assert metrics.values(unscored)["ece"] == pytest.approx(metrics.values(table)["ece"])
+    assert metrics.values(table.assign(probability=np.nan))["ece"] is None
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=60), st.randoms())
+def test_no_order_of_the_images_matters_to_the_diagram(images: list[tuple[float, bool]], random: Any) -> None:
+    def points(images: list[tuple[float, bool]]) -> Any:
+        return np.array(metrics.reliability(np.array([p for p, _ in images]), np.array([y for _, y in images])))
+
+    found = points(images)
+    assert found[:, 2].sum() == len(images) and len(found) <= metrics.BINS
+    assert (np.diff(found[:, 0]) > 0).all()
+    random.shuffle(images)
+    assert points(images) == pytest.approx(found)
 
 
 # ------------------------------------------------------------------------------------------------- two tables
 
 
 def test_a_model_differs_from_itself_by_nothing() -> None:
-    table = predictions(80)
+    table = predictions(80).assign(probability=lambda table: table["score"])
     found = metrics.difference(table, table.sample(frac=1, random_state=0), 200, 0)
     assert set(found.values()) == {0.0}
 

@@ -22,6 +22,7 @@ from adfm.cli import main
 from adfm.data import shards
 from adfm.errors import AdfmError
 from adfm.evaluation import metrics, report
+from adfm.evaluation.calibration import Calibration
 from adfm.records import Box, Record
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def predictions(records: list[Record], right: float, seed: int) -> pd.DataFrame:
         completion = words + f"<answer>{'A' if said else 'B'}</answer>"
         unparseable = number % 17 == 3
         boxes = [box] if said and not unparseable else []
+        of_regions = metrics.localize(one.boxes, [box], one.width, one.height)
         rows.append(
             {
                 "id": one.id,
@@ -88,21 +90,30 @@ def predictions(records: list[Record], right: float, seed: int) -> pd.DataFrame:
                 **metrics.localize(one.boxes, boxes, one.width, one.height),
                 "boxes": [list(b) for b in one.boxes],
                 "predicted_boxes": [list(b) for b in boxes],
+                "regions": [list(box)],
+                **{f"region_{name}": of_regions[name] for name in metrics.COMPARED},
                 "completion": f"{words} no answer" if unparseable else completion,
             }
         )
     return pd.DataFrame(rows)
 
 
-def evaluated(folder: Path, tables: dict[str, pd.DataFrame], model: str = "none") -> Path:
-    """What evaluation writes, as far as the report reads it; the last table is the candidate's."""
-    folder.mkdir(parents=True)
+def evaluated(folder: Path, tables: dict[str, pd.DataFrame], model: str = "none", at: float | None = 0.5) -> Path:
+    """What evaluation writes, as far as the report reads it; the last table is the candidate's.
+
+    Of answers that can be read those flagged have a score from 0.5 on: at that threshold decisions are the letters.
+    """
+    (folder / "calibration").mkdir(parents=True)
     *others, candidate = tables
+    fitted = Calibration(threshold=at, limit={"overkill": 0.2}, images=80)
+    for name in tables:
+        file = folder / ("calibration.json" if name == candidate else f"calibration/{name}.json")
+        file.write_text(fitted.model_dump_json())
+    tables = {name: fitted.apply(table) for name, table in tables.items()}
     details = {name: metrics.summarize(table, 20, 0, 0.01, 0.05) for name, table in tables.items()}
     found = {name: values.pop("overall") for name, values in details.items()}
-    at = {name: metrics.threshold(each, 0.2) for name, each in tables.items()}
     for name, each in tables.items():
-        found[name] |= metrics.operating_point(each, at[name], 20, 0)
+        found[name] |= metrics.operating_point(each, at, 20, 0)
     for other in reversed(others):
         found[f"{candidate}_minus_{other}"] = metrics.difference(tables[candidate], tables[other], 20, 0)
     about = {
@@ -231,14 +242,17 @@ def test_figures_are_those_of_the_metrics(opened: Opened, folder: Path) -> None:
     assert f"{change['accuracy']:+.1%}".rstrip("%").replace("-", MINUS) in rows["accuracy, %"]
     surely_better = change["accuracy_low"] > 0
     assert ("better" in page.locator("#headline tbody tr").first.locator("td").nth(3).inner_text()) == surely_better
-    assert f"{100 * new['miss_rate']:.1f} %" in page.inner_text("#tiles")
+    assert f"{100 * new['miss_rate_at_threshold']:.1f} %" in page.inner_text("#tiles")
 
 
 def test_the_operating_point_is_shown(opened: Opened, folder: Path) -> None:
     new = json.loads((folder / "evaluation" / "metrics.json").read_text())["new"]
     rows = opened.page.locator("#headline tbody tr")
-    row = rows.filter(has_text="threshold").first.inner_text()
-    assert f"{new['threshold']:.3f}" in row and "at most 20 % overkill" in row
+    row = rows.filter(has_text="from which on an image is flagged").first.inner_text()
+    assert f"{new['threshold']:.3f}" in row
+    words = opened.page.inner_text("#decides")
+    assert "new: An image is flagged from a probability of 0.5 on, chosen on 80 validation images" in words
+    assert "at most 20.0% of the normal images" in words
     assert f"{100 * new['miss_rate_at_threshold']:.1f}" in rows.filter(has_text="miss rate at threshold").inner_text()
     x, y = opened.page.locator(".chart circle").evaluate_all(
         "circles => { const ring = circles.filter(c => c.style.fill.includes('sheet')).pop();"
@@ -251,6 +265,42 @@ def test_the_operating_point_is_shown(opened: Opened, folder: Path) -> None:
     assert y == pytest.approx(1 - new["miss_rate_at_threshold"], abs=1e-3)
 
 
+def test_galleries_are_of_decisions_and_cards_say_what_was_written(tmp_path: Path) -> None:
+    records = [record(number) for number in range(60)]
+    (tmp_path / "shards").mkdir()
+    shards.write(records, tmp_path / "shards", 100)
+    folder = evaluated(tmp_path / "evaluation", {"new": predictions(records, 0.7, 1)}, at=0.75)
+    report.write(folder, tmp_path / "shards", tmp_path / "report")
+    text = (tmp_path / "report" / "report.html").read_text()
+    page = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
+    table = metrics.as_decided(pd.read_parquet(folder / "predictions.parquet")).set_index("id")
+    written = pd.read_parquet(folder / "predictions.parquet").set_index("id")["predicted"]
+    images = page["images"]
+    letters = {"anomalous": "A", "normal": "B"}
+    assert images["letter"] == [letters.get(written[key], "-") for key in images["id"]]
+    flagged = [table["predicted"][key] == "anomalous" for key in images["id"]]
+    assert [outcome in "fo" for outcome in images["outcome"]] == flagged
+    assert [bool(boxes) for boxes in images["predicted"]] == flagged
+    assert (written == "anomalous").sum() > sum(flagged) == sum(row[1] for row in page["confusion"]["new"])
+    assert sum(row[1] for row in page["written"]["new"]) == (written == "anomalous").sum()
+    assert page["calibrations"]["new"]["threshold"] == 0.75
+    assert sum(map(len, page["reliability"]["new"].values())) == 2 * metrics.BINS
+
+
+def test_an_evaluation_of_before_there_were_thresholds_is_shown_by_its_letters(tmp_path: Path) -> None:
+    records = [record(number) for number in range(40)]
+    (tmp_path / "shards").mkdir()
+    shards.write(records, tmp_path / "shards", 100)
+    folder = evaluated(tmp_path / "evaluation", {"new": predictions(records, 0.7, 1)}, at=None)
+    (folder / "calibration.json").unlink()
+    table = pd.read_parquet(folder / "predictions.parquet")
+    old = [c for c in table if not c.startswith("region") and c not in ("decision", "probability")]
+    table[old].to_parquet(folder / "predictions.parquet")
+    report.write(folder, tmp_path / "shards", tmp_path / "report")
+    text = (tmp_path / "report" / "report.html").read_text()
+    assert "The letter decides: there is no threshold." in text
+
+
 def test_fewer_misses_are_called_better(opened: Opened, folder: Path) -> None:
     change = json.loads((folder / "evaluation" / "metrics.json").read_text())["new_minus_base"]
     assert change["miss_rate_high"] < 0 and change["recall_low"] > 0
@@ -260,10 +310,11 @@ def test_fewer_misses_are_called_better(opened: Opened, folder: Path) -> None:
 
 
 def test_confusion_counts_every_answer(opened: Opened, table: pd.DataFrame) -> None:
-    cells = opened.page.locator('[data-model="new"] td').all_inner_texts()
-    said = table["predicted"].fillna("unparseable")
-    expected = pd.crosstab(table["label"], said).loc[["normal", "anomalous"], ["normal", "anomalous", "unparseable"]]
-    assert [int(cell.split()[0]) for cell in cells] == expected.to_numpy().ravel().tolist()
+    for kind, column in (("written", "predicted"), ("decided", "decision")):
+        cells = opened.page.locator(f'[data-model="new"][data-kind="{kind}"] td').all_inner_texts()
+        said = table[column].fillna("unparseable")
+        shown = pd.crosstab(table["label"], said).loc[["normal", "anomalous"], ["normal", "anomalous", "unparseable"]]
+        assert [int(cell.split()[0]) for cell in cells] == shown.to_numpy().ravel().tolist()
 
 
 def test_curves_are_drawn_for_each_model(opened: Opened) -> None:
@@ -272,10 +323,11 @@ def test_curves_are_drawn_for_each_model(opened: Opened) -> None:
     assert dict(zip(titles, lines, strict=True)) == {
         "ROC curve": 3,
         "Precision and recall": 3,
+        "Reliability": 5,  # one a model, the candidate's raw score, the diagonal
         "Localisation by size of the defect": 0,
         "Reward in training": 3,
     }
-    assert opened.page.locator(".chart").nth(2).locator("rect").count() % 3 == 0
+    assert opened.page.locator(".chart").nth(3).locator("rect").count() % 3 == 0
 
 
 # ----------------------------------------------------------------------------------------------- galleries

@@ -27,7 +27,9 @@ from safetensors.numpy import save_file
 from adfm import tracking
 from adfm.data import shards as shards_
 from adfm.evaluation import metrics
-from adfm.evaluation.evaluate import PREDICTIONS
+from adfm.evaluation.calibration import DECIDED, Calibration
+from adfm.evaluation.inference import PREDICTIONS
+from adfm.files import digest
 from adfm.params import Params
 from adfm.records import Box, Record
 from adfm.registry.registration import register
@@ -216,10 +218,14 @@ def make_model() -> Callable[..., Path]:
 def make_evaluation() -> Callable[..., Path]:
     """A folder like those that evaluation writes, of a model that judges `right` of the 40 test images rightly.
 
-    Where it finds a defect, it boxes it with the overlap `iou`.
+    Where it finds a defect, it boxes it with the overlap `iou`; it marks that region too where it rejects the defect.
+    With `model`, the evaluation has a calibration of it and decisions, flagged from `threshold` on; scores are 0.9 and
+    0.1. Without, it is one of before there were thresholds.
     """
 
-    def make(folder: Path, shards: Path, right: int, iou: float = 0.5) -> Path:
+    def make(
+        folder: Path, shards: Path, right: int, iou: float = 0.5, model: Path | None = None, threshold: float = 0.5
+    ) -> Path:
         (folder / "plots").mkdir(parents=True)
         Image.new("RGB", (4, 4)).save(folder / "plots" / "confusion.png")
         other = {"normal": "anomalous", "anomalous": "normal"}
@@ -233,6 +239,7 @@ def make_evaluation() -> Callable[..., Path]:
                 {key: row[key] for key in ("id", "source", "dataset", "category", "defect", "label", "boxes")}
                 | {"predicted": predicted, "score": 0.9 if answer == "A" else 0.1}
                 | {"predicted_boxes": [[5, 5, 15, 5 + 10 * iou]] if found else []}
+                | {"regions": [[5, 5, 15, 5 + 10 * iou]] if anomalous else []}
                 | {"completion": f"<think>it</think><rethink>so</rethink><answer>{answer}</answer>"}
             )
             if anomalous:
@@ -240,11 +247,20 @@ def make_evaluation() -> Callable[..., Path]:
                 rows[-1] |= {"iou": iou * found, "matched_iou": iou if found else None, "area_share": 0.25}
                 rows[-1] |= {"true_positives": int(hit), "false_negatives": int(not hit)}
                 rows[-1] |= {"false_positives": int(found and not hit)}
-        table = pd.DataFrame(rows).reindex(columns=PREDICTIONS.names)
-        pq.write_table(
-            pa.Table.from_pandas(table, schema=PREDICTIONS, preserve_index=False), folder / "predictions.parquet"
-        )
-        measured = metrics.summarize(pd.read_parquet(folder / "predictions.parquet"), 50, 0, 0.01, 0.05)["overall"]
+                regions = metrics.localize([Box(5, 5, 15, 15)], [Box(5, 5, 15, 5 + 10 * iou)], 20, 20)
+                rows[-1] |= {f"region_{name}": regions[name] for name in metrics.COMPARED}
+        table, schema = pd.DataFrame(rows).reindex(columns=PREDICTIONS.names), PREDICTIONS
+        if model:
+            limit = {"overkill": Params().evaluate.overkill_limit}
+            fitted = Calibration(threshold=threshold, limit=limit, images=40, model=digest(model))
+            table, schema = fitted.apply(table), DECIDED
+            table.attrs["threshold"] = threshold
+            (folder / "calibration.json").write_text(fitted.model_dump_json())
+        pq.write_table(pa.Table.from_pandas(table, schema=schema, preserve_index=False), folder / "predictions.parquet")
+        table = pd.read_parquet(folder / "predictions.parquet")
+        measured = metrics.summarize(table, 50, 0, 0.01, 0.05)["overall"]
+        if model:
+            measured |= metrics.operating_point(table, threshold, 50, 0)
         about = {
             "candidate": "trained",
             "split": "test",

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adfm.errors import AdfmError
+from adfm.evaluation.metrics import COMPARED
 from adfm.params import Gate, MetricRule
 from adfm.registry.gate import Decision, Incomparable, decide, read
 
@@ -383,3 +384,55 @@ def test_a_better_candidate_never_fails_where_a_worse_one_passes(pair: Any, data
         if better.loc[i, "label"] == "anomalous":
             better.loc[i, "iou"] = min(1.0, better.loc[i, "iou"] + 0.1)
     assert decide(better, production, gate).passed or not decide(candidate, production, gate).passed
+
+
+# ------------------------------------------------------------------------------------------------- decisions
+
+
+def decided(table: pd.DataFrame, overkill: int, iou: float, threshold: float = 0.5) -> pd.DataFrame:
+    """The table with right decisions, but for `overkill` normal images that are flagged; regions overlap by `iou`."""
+    decision = table["label"].to_numpy(dtype=object).copy()
+    decision[np.flatnonzero(table["label"] == "normal")[:overkill]] = "anomalous"
+    anomalous = (table["label"] == "anomalous").to_numpy()
+    regions = {f"region_{name}": np.where(anomalous, iou if "iou" in name else 1.0, np.nan) for name in COMPARED}
+    table = table.assign(decision=decision, **regions)
+    table.attrs["threshold"] = threshold
+    return table
+
+
+def test_decisions_are_judged_and_not_letters() -> None:
+    letters = predictions(wrong=300, iou=0.1)
+    decision = decide(decided(letters, overkill=30, iou=0.4), None, Gate())
+    assert decision.passed
+    assert decision.metrics["accuracy"]["candidate"] == pytest.approx(1 - 30 / 600)
+    assert decision.metrics["iou"]["candidate"] == pytest.approx(0.4)
+    assert "The candidate is judged by its decisions: an image is flagged from a probability of 0.5 on." in (
+        decision.reasons
+    )
+
+
+def test_each_model_is_judged_as_it_decides_in_production() -> None:
+    candidate = decided(predictions(wrong=300), overkill=30, iou=0.5, threshold=0.2)
+    for production in (predictions(wrong=60), decided(predictions(wrong=300), overkill=60, iou=0.4, threshold=0.7)):
+        decision = decide(candidate, production, Gate())
+        assert decision.metrics["accuracy"]["production"] == pytest.approx(0.9)
+        assert verdicts(decision) == ("better", "better")
+        words = "has no threshold: its letters are judged" if "decision" not in production else "of 0.7 on"
+        assert any(reason.startswith("Production ") and words in reason for reason in decision.reasons)
+
+
+def test_without_a_threshold_letters_are_judged_and_it_says_so() -> None:
+    table = decided(predictions(), 0, 0.4).assign(decision=predictions()["predicted"])
+    table.attrs["threshold"] = None
+    decision = decide(table, None, Gate())
+    assert decision.metrics["accuracy"] == decide(predictions(), None, Gate()).metrics["accuracy"]
+    assert "The candidate has no threshold: its letters are judged." in decision.reasons
+
+
+def test_decisions_without_regions_cannot_be_judged() -> None:
+    table = decided(predictions(), 0, 0.4).drop(columns=["region_iou"])
+    with pytest.raises(Incomparable, match="candidate table cannot be judged: .* no region_iou; evaluate again"):
+        decide(table, None, Gate())
+    with pytest.raises(Incomparable, match="a prediction other than normal, anomalous and null: row 3"):
+        odd = predictions()["label"].where(np.arange(600) != 3, "perhaps")
+        decide(decided(predictions(), 0, 0.4).assign(decision=odd), None, Gate())

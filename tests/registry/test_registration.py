@@ -12,8 +12,11 @@ from mlflow import MlflowClient
 from adfm import files, tracking
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
+from adfm.evaluation import calibration
+from adfm.evaluation.calibration import Calibration
 from adfm.params import Params
 from adfm.registry import registration
+from adfm.registry.promotion import promote
 from adfm.registry.registration import register
 
 PARAMS = Params.model_validate({"gate": {"bootstrap": 200, "min_images": 20}})
@@ -114,7 +117,7 @@ def test_long_description_fits_the_column():
     origin = {"base": {"name": "b", "revision": None}, "git_commit": None, "git_dirty": None}
     origin["data"] = {"trained_on": "d", "dvc_md5": None}
     measured = {f"{m}{end}": None for m in registration.metrics.HEADLINE for end in ("", "_low", "_high")}
-    text = registration._text(decided, origin, measured, "1", None)
+    text = registration._text(decided, origin, measured, Calibration(), "1", None)
     assert len(text) <= 5000
     assert "and 25 more, in gate.json" in text
 
@@ -311,3 +314,63 @@ def test_production_is_evaluated_again_when_the_shards_differ(
     (artifacts / "model" / "adapter_config.json").write_text("{}")
     with pytest.raises(AdfmError, match="Version 1 of adfm: its model files have the digest"):
         register(make_model(tmp_path / "fourth", 4.0, old), old, same, tmp_path / "out", params)
+
+
+# ------------------------------------------------------------------------------------------------- the threshold
+
+
+def test_threshold_and_limit_are_on_the_version(store, shards, make_model, make_evaluation, tmp_path):
+    model = make_model(tmp_path / "m", 1.0, shards)
+    # From 0.95 on nothing is flagged, and from 0.05 on everything: either way 20 of 40 are right, not 36.
+    for number, threshold in (("1", 0.95), ("2", 0.05)):
+        evaluation = make_evaluation(tmp_path / number, shards, 36, model=model, threshold=threshold)
+        decision = register(model, shards, evaluation, tmp_path / "out", PARAMS)
+        assert decision.metrics["accuracy"]["candidate"] == 0.5
+        [version] = [each for each in versions() if each.version == int(number)]
+        assert version.tags["threshold"] == str(threshold) and version.tags["threshold_limit"] == "overkill <= 0.3"
+        assert version.tags["calibration"] == "none"
+        assert f"An image is flagged from a probability of {threshold} on" in version.description
+        assert "| accuracy_at_threshold | 0.500 |" in version.description
+        assert calibration.of_version(f"models:/adfm/{number}").threshold == threshold
+
+
+def test_a_version_of_before_there_were_thresholds_says_that_its_letters_decide(registered):
+    [version] = versions()
+    assert version.tags["threshold"] == "none" and "calibration_digest" not in version.tags
+    assert "The letter decides: it was evaluated without a calibration.json." in version.description
+    carried = calibration.of_version("models:/adfm/1")
+    assert carried.threshold is None and "was registered without a calibration.json" in carried.summary
+
+
+def test_a_threshold_of_another_model_or_limit_is_refused(store, shards, make_model, make_evaluation, tmp_path):
+    model, other = (make_model(tmp_path / name, weight, shards) for name, weight in (("m", 1.0), ("n", 2.0)))
+    evaluation = make_evaluation(tmp_path / "e", shards, 36, model=model)
+
+    def refused(model: Path = model, params: Params = PARAMS) -> str:
+        with pytest.raises(AdfmError, match="adfm evaluate") as caught:
+            register(model, shards, evaluation, tmp_path / "out", params)
+        return str(caught.value)
+
+    assert "digest of the calibrated model differ" in refused(model=other)
+    assert "overkill_limit differ" in refused(params=Params.model_validate({"evaluate": {"overkill_limit": 0.01}}))
+    fitted = json.loads((evaluation / "calibration.json").read_text())
+    (evaluation / "calibration.json").write_text(json.dumps(fitted | {"threshold": 0.01}))
+    assert "decisions in predictions.parquet are not those of its calibration.json" in refused()
+    (evaluation / "calibration.json").unlink()
+    assert "decisions in predictions.parquet are not those" in refused()
+    assert versions() == []
+
+
+def test_a_calibration_that_was_changed_in_the_store_is_refused(store, shards, make_model, make_evaluation, tmp_path):
+    model = make_model(tmp_path / "m", 1.0, shards)
+    evaluation = make_evaluation(tmp_path / "e", shards, 36, model=model)
+    assert register(model, shards, evaluation, tmp_path / "out", PARAMS).passed
+    tracking.client().set_model_version_tag("adfm", "1", "approval", "approved")
+    [artifact] = (store / "mlartifacts").rglob("evaluation/calibration.json")
+    content = artifact.read_text()
+    for spoil in (lambda: artifact.write_text(content.replace("0.5", "0.1")), artifact.unlink):
+        spoil()
+        with pytest.raises(AdfmError, match=r"calibration\.json is not the file that was registered"):
+            calibration.of_version("models:/adfm/1")
+    with pytest.raises(AdfmError, match=r"calibration\.json is not the file that was registered"):
+        promote("1", PARAMS)

@@ -26,14 +26,17 @@ from PIL import Image
 import adfm
 from adfm import predict, tracking
 from adfm.cli import main
+from adfm.data import shards as shards_
 from adfm.data import synthetic
 from adfm.errors import AdfmError
+from adfm.evaluation import calibration, metrics
+from adfm.evaluation.evaluate import evaluate
 from adfm.params import Params
 from adfm.registry import pyfunc, serving
 from adfm.registry.registration import register
 
 BASE = "embedded://tiny-base"
-COLUMNS = ["label", "probability", "boxes", "reasoning"]
+COLUMNS = ["label", "probability", "threshold", "boxes", "reasoning"]
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +138,7 @@ def test_an_unclear_answer_is_no_label(version: Path, monkeypatch: pytest.Monkey
     unclear = predict.Answer(None, None, [], response.parse(words), words)
     monkeypatch.setattr(model._inspector, "answers", lambda sizes, image: [unclear for _ in sizes])
     found = model.predict(pd.DataFrame({"image": [b64(photographs[0])]}))
-    row = {"label": None, "probability": None, "boxes": [], "reasoning": words}
+    row = {"label": None, "probability": None, "threshold": None, "boxes": [], "reasoning": words}
     assert found.to_dict("records") == [row]
     json.dumps(found.to_dict("records"), allow_nan=False)
 
@@ -149,6 +152,59 @@ def test_a_request_is_bounded(served: Any, photographs: list[Path], monkeypatch:
         MlflowException, match=f"1 of 2 images .* Image 2: .* more than {size + 10} bytes; send several"
     ):
         served.predict(pd.DataFrame({"image": images}))
+
+
+def test_predict_serving_and_the_gate_decide_alike(
+    adapter: Path, small_shards: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"batch_size": 40, "max_new_tokens": 96, "bootstrap": 20}
+    gate = {"bootstrap": 200, "min_images": 5, "accuracy": {"floor": 0.0}, "iou": {"floor": 0.0}}
+    params = Params.model_validate({"evaluate": settings, "gate": gate})
+    evaluate({"trained": adapter}, small_shards, tmp_path / "evaluation", params)
+    decision = register(adapter, small_shards, tmp_path / "evaluation", tmp_path / "out", params)
+    fitted = calibration.read(tmp_path / "evaluation" / "calibration.json")
+    assert fitted.threshold is not None
+    table = pd.read_parquet(tmp_path / "evaluation" / "predictions.parquet")
+    assert (table["decision"] != table["predicted"]).any()  # or the threshold would be of no consequence here
+    judged = metrics.as_decided(table)
+    right = (table["decision"] == table["label"]).mean()
+    assert decision.metrics["accuracy"]["candidate"] == pytest.approx(right)
+    assert decision.metrics["iou"]["candidate"] == pytest.approx(judged["iou"].mean())
+    assert any(f"from a probability of {fitted.threshold:.6g} on" in reason for reason in decision.reasons)
+
+    tags = tracking.client().get_model_version("adfm", "1").tags
+    assert tags["threshold"] == f"{fitted.threshold:.6g}" and tags["threshold_limit"] == "overkill <= 0.3"
+    assert fitted.summary in tracking.client().get_model_version("adfm", "1").description
+
+    flipped = table["decision"] != table["predicted"]
+    rows = pd.concat([judged[flipped][:3], judged[~flipped][:3]])
+    images = {record.id: record for record in shards_.read(small_shards, "test")}
+    for key in rows["id"]:
+        (tmp_path / f"{key}.png").write_bytes(images[key].image)
+    files = [tmp_path / f"{key}.png" for key in rows["id"]]
+    capsys.readouterr()
+    assert main(["predict", *map(str, files), "--model", "models:/adfm/1", "--json"]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    answers = mlflow.pyfunc.load_model("models:/adfm/1").predict(pd.DataFrame({"image": [b64(file) for file in files]}))
+    for found in (told, answers.to_dict("records")):
+        assert [row["label"] for row in found] == rows["predicted"].tolist()
+        assert [row["probability"] for row in found] == pytest.approx(rows["probability"].tolist(), abs=1e-4)
+        assert {row["threshold"] for row in found} == {fitted.threshold}
+        assert [len(row["boxes"]) for row in found] == [len(boxes) for boxes in rows["predicted_boxes"]]
+
+    for artifact in (store / "mlartifacts").rglob("evaluation/calibration.json"):
+        artifact.write_text(fitted.model_copy(update={"threshold": 0.0}).model_dump_json())
+    assert main(["predict", str(files[0]), "--model", "models:/adfm/1"]) == 1
+    assert "calibration.json is not the file that was registered" in capsys.readouterr().err
+
+
+def test_a_calibration_of_another_model_is_not_served(version: Path, tmp_path: Path) -> None:
+    shutil.copytree(version, tmp_path / "version")
+    (tmp_path / "version" / "evaluation").mkdir()
+    other = calibration.Calibration(threshold=0.5, limit={"overkill": 0.1}, model="another")
+    (tmp_path / "version" / "evaluation" / "calibration.json").write_text(other.model_dump_json())
+    with pytest.raises(AdfmError, match="made for another model"):
+        serving._load_pyfunc(str(tmp_path / "version"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- URIs
