@@ -7,8 +7,8 @@ INSTALLED := .venv/.installed
 .PHONY: help setup repro test lint unit mlflow kfp-run compile submit image clean
 
 help:
-	@echo 'make setup    make .venv and install what requirements.txt pins: 2.5 GB; with an NVIDIA GPU, or TORCH=cuda, 6.3 GB;'
-	@echo '              with REQUIREMENTS=requirements-gpu.txt, which has vLLM for such a GPU as well, GPUSIZE GB'
+	@echo 'make setup    make .venv and install what requirements.txt pins: 2.5 GB, with an NVIDIA GPU 6.3 GB (TORCH=cpu or cuda'
+	@echo '              decides); with REQUIREMENTS=requirements-gpu.txt vLLM as well, about 9.5 GB'
 	@echo 'make repro    run the stages of dvc.yaml that have something to do (sets up first if needed)'
 	@echo 'make test     lint, check types, run the tests'
 	@echo 'make lint     lint and check types'
@@ -35,7 +35,7 @@ setup:
 	  [ -n "$$python" ] || { echo 'make: Python 3.11 or newer with its venv module is needed (Debian, Ubuntu: the package' \
 	    'python3-venv); install it, or say where it is: make setup PYTHON=/path/to/python3' >&2; exit 1; }; \
 	  "$$python" -m venv --clear .venv; }
-	@echo 'installing what $(REQUIREMENTS) pins into .venv: 3 minutes with a fast network and disk'
+	@echo 'installing what $(REQUIREMENTS) pins into .venv: 2 or 3 minutes, and the time of the download'
 	python scripts/install_torch.py --torch '$(TORCH)' --requirements '$(REQUIREMENTS)'
 	python -m pip install --quiet --disable-pip-version-check -r '$(REQUIREMENTS)'
 	python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .

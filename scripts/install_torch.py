@@ -2,10 +2,11 @@
 
     python scripts/install_torch.py [--torch auto|cpu|cuda] [--requirements requirements-gpu.txt]
 
-On Linux plain pip takes torch's CUDA build: gigabytes that only an NVIDIA GPU needs. `auto` takes it where there is such a
-GPU, or the file lists vLLM, and elsewhere PyTorch's build for CPUs. That one, "2.13.0+cpu", satisfies the pin "2.13.0" as
-the CUDA build does, so that pip keeps whichever is installed. It comes from pip's own index if that has it, else from
-PyTorch's (`TORCH_INDEX`). If neither is reached within seconds, the choice is pip's, and its size is said first.
+On Linux plain pip takes torch's CUDA build: gigabytes that only an NVIDIA GPU needs. `auto` takes it where there is
+such a GPU, or where the file lists vLLM; elsewhere `auto` takes PyTorch's build for CPUs. Its version, "2.13.0+cpu",
+satisfies the pin "2.13.0" as that of the CUDA build does, so pip keeps whichever is installed. It comes from pip's own
+index if that has it, else from PyTorch's (`TORCH_INDEX`). If neither has it or answers within seconds, pip's own index
+decides, and the size is printed first.
 
 Standard library only, and run with the Python of the environment that torch goes to: `make setup`, Containerfile.
 """
@@ -26,10 +27,10 @@ from pathlib import Path
 INDEX = "https://download.pytorch.org/whl/cpu"
 DRIVER = 580  # the oldest major version of NVIDIA's driver that runs CUDA 13, which torch 2.13 is built with
 
-# What an environment with all of requirements.txt takes, and what pip downloads for it: measured, Python 3.11.
-CPU = "2.5 GB on disk, 0.8 GB to download"
-CUDA = "6.3 GB on disk, 3.3 GB to download"
-GPU = "CUDA and vLLM, about 10 GB on disk, 4.5 GB to download"
+# All of requirements.txt, Python 3.11, measured; of requirements-gpu.txt computed from the sizes of the packages.
+CPU = "2.5 GB on disk, 0.6 GB to download"
+CUDA = "6.3 GB on disk, 3.1 GB to download"
+GPU = "with vLLM, about 9.5 GB on disk, 4.2 GB to download"
 
 
 def main() -> None:
@@ -55,7 +56,9 @@ def main() -> None:
         if driver is None:
             print("no NVIDIA GPU is found here; torch's CUDA build is installed because it was asked for")
         elif driver and driver < DRIVER:
-            print(f"NVIDIA's driver {driver} is too old for torch's CUDA build: update it to {DRIVER}, or set TORCH=cpu")
+            print(
+                f"NVIDIA's driver {driver} is too old for torch's CUDA build: update it to {DRIVER}, or set TORCH=cpu"
+            )
         install_cuda(pinned[1], GPU if needs_cuda else CUDA)
     else:
         install_cpu(pinned[1], replace=options.torch == "cpu")
@@ -89,15 +92,15 @@ def install_cpu(version: str, replace: bool) -> None:
     found = installed_build(version)
     if found == "cpu" or (found == "cuda" and not replace):
         return
-    index = os.environ.get("TORCH_INDEX", INDEX)
+    index = os.environ.get("TORCH_INDEX") or INDEX
     build = f"{version}+cpu"
     if build in offered():
         source = []
-    elif index and build in offered("--index-url", index, "--retries", "0", "--timeout", "5"):
+    elif build in offered("--index-url", index, "--retries", "0", "--timeout", "5"):
         source = ["--index-url", index]
     else:
-        where = f"{index} cannot be reached or does not have" if index else "TORCH_INDEX is empty, and pip's index lacks"
-        print(f"{where} torch {build}: pip's own index decides. PyPI's is the CUDA build, {CUDA} in all", flush=True)
+        print(f"{index} cannot be reached or does not have torch {build}: pip's own index decides.", end=" ")
+        print(f"PyPI has the CUDA build: {CUDA} in all", flush=True)
         return
     print(f"torch {version} for CPUs, from {source[-1] if source else 'the index of pip'}: {CPU} in all", flush=True)
     # Without dependencies: these come from pip's own index, and no other index is asked for them.
