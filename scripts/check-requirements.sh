@@ -21,7 +21,7 @@ trap 'rm -f "$made"' EXIT
 for file in requirements.txt requirements-gpu.txt; do
   # Three equals signs, since two would take a CPU build where one is offered, and leave out what the CUDA build needs.
   sed 's/^torch==/torch===/' "$file" >"$made"
-  pip install --quiet --dry-run --ignore-installed --requirement "$made" || {
+  pip install --quiet --quiet --dry-run --ignore-installed --requirement "$made" || {
     echo "$0: $file cannot be installed; scripts/pin-requirements.sh makes it again" >&2
     exit 1
   }
