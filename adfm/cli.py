@@ -95,6 +95,8 @@ def set_environment() -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.pop("HF_MLFLOW_LOG_ARTIFACTS", None)  # would upload every checkpoint
+    # Of checkpoints with an adapter on the input embedding: intended, and in them alone.
+    warnings.filterwarnings("ignore", "Setting `save_embedding_layers`", UserWarning)
     # Said by peft's and TRL's own calls.
     warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)
 
@@ -172,11 +174,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add = verb("warmup", _warmup, "teach the base model the form of the answer (supervised)")
     add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
     add.add_argument("out", metavar="OUT", type=Path, help="folder to write the adapter to")
+    add.add_argument("--force", action="store_true", help="replace a finished model at OUT")
 
     add = verb("train", _train, "train by GRPO; goes on from the last checkpoint if it was interrupted")
     add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
     add.add_argument("model", metavar="MODEL", type=Path, help="folder that warmup or train wrote")
     add.add_argument("out", metavar="OUT", type=Path, help="folder to write the adapter to")
+    add.add_argument("--force", action="store_true", help="replace a finished model at OUT")
 
     add = verb("resend", _resend, "send MLflow the figures of a training during which it was away")
     add.add_argument("folder", metavar="UNSENT", type=Path, help="folder that warmup or train left: <OUT>.unsent")
@@ -335,13 +339,13 @@ def _show(args: argparse.Namespace, params: Params) -> None:
 def _warmup(args: argparse.Namespace, params: Params) -> None:
     from adfm.training.warmup import warmup
 
-    warmup(args.shards, args.out, params)
+    warmup(args.shards, args.out, params, args.force)
 
 
 def _train(args: argparse.Namespace, params: Params) -> None:
     from adfm.training.grpo import train
 
-    train(args.shards, args.model, args.out, params)
+    train(args.shards, args.model, args.out, params, force=args.force)
 
 
 def _resend(args: argparse.Namespace, params: Params) -> None:

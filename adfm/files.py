@@ -14,13 +14,16 @@ from typing import Any
 
 from adfm.errors import AdfmError
 
+MODEL = "adfm.json"
+"""The file that lies in the folder of every model that warm-up or training has finished."""
+
 # One of these lies in every folder that a stage finishes; a folder without any is somebody else's: never replaced.
 FINISHED = (
     "manifest.json",
     "conversion.json",
     "inspection.json",
     "validation.json",
-    "adfm.json",
+    MODEL,
     "config.json",
     "metrics.json",
     "gate.json",
@@ -75,6 +78,31 @@ def atomic_folder(out: Path, keep_partial: bool = False) -> Iterator[Path]:
             where = error.filename if isinstance(error.filename, str) else out
             raise AdfmError(f"{where}: {os.strerror(error.errno)}; {_REMEDIES[error.errno]}.") from error
         raise
+
+
+def refuse_to_replace(out: Path, force: bool = False) -> None:
+    """Refuse a folder that already holds the result of a stage; call it before the work starts.
+
+    Args:
+        out: The folder to write.
+        force: Accept a folder that holds a model; that of another stage is refused all the same.
+
+    Raises:
+        AdfmError: `out` holds the result of a stage, or something that no stage wrote.
+    """
+    out = Path(os.path.abspath(out))
+    for folder in (out, out.with_name(out.name + ".old")):  # the second: killed while one replaced the other
+        finished = next((name for name in FINISHED if (folder / name).is_file()), None)
+        if finished == MODEL and not force:
+            raise AdfmError(
+                f"{folder} holds a finished model, which is not replaced; choose another folder, or add --force"
+            )
+        if finished not in (None, MODEL):
+            raise AdfmError(
+                f"{folder} holds the result of another stage ({finished}), and a model is to be written there; choose "
+                "another folder"
+            )
+    _refuse_foreign(out)
 
 
 def _refuse_foreign(out: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from adfm.errors import AdfmError
 
@@ -165,6 +165,8 @@ class Evaluate(Section):
     split: Literal["train", "validation", "test"] = "test"
     batch_size: PositiveInt = 96
     max_new_tokens: PositiveInt = 96
+    score: Literal["letter", "branch", "samples"] = "branch"
+    samples: PositiveInt = 8
     bootstrap: PositiveInt = 2000
     small: Fraction = 0.01
     large: Fraction = 0.05
@@ -204,6 +206,27 @@ class Register(Section):
 
     experiment: str = "adfm"
     model: str = "adfm"
+
+    @field_validator("experiment")
+    @classmethod
+    def _an_experiment(cls, name: str) -> str:
+        if not (0 < len(name) <= 256 and name.isprintable() and name == name.strip()):  # the column in MLflow's schema
+            raise ValueError(f"{name!r} should be 1 to 256 printable characters, without blanks at its ends")
+        return name
+
+    @field_validator("model")
+    @classmethod
+    def _a_model(cls, name: str) -> str:
+        # The name stands in URIs (models:/NAME/1), in MLflow's search expressions and, with -approvals behind it, as
+        # the name of a webhook, for which MLflow takes these characters and 63 of them.
+        if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,51}[A-Za-z0-9])?", name):
+            raise ValueError(
+                f"{name!r} should be 1 to 53 letters (A to Z), digits, dots, underscores and hyphens, with a letter or "
+                "digit first and last"
+            )
+        if name.lower().endswith("-history"):
+            raise ValueError(f"{name!r} should not end in -history: that is where adfm keeps the history of a model")
+        return name
 
 
 class Params(Section):

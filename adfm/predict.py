@@ -34,7 +34,7 @@ _MOST_ASPECT = 200  # beyond it the families' processors refuse an image
 _TOGETHER = 100_000_000  # pixels of the images that are in memory at once
 _SIDES = (512, 1600)  # shortest and longest longer side of a picture
 # What a model was registered, or trained, with decides its answers; how many images a batch has does not.
-_OWN = {"model": ("dtype", "max_pixels"), "evaluate": ("max_new_tokens",)}
+_OWN = {"model": ("dtype", "max_pixels"), "evaluate": ("max_new_tokens", "score", "samples")}
 
 T = TypeVar("T")
 

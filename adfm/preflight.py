@@ -9,7 +9,7 @@ from pathlib import Path
 from adfm import tracking
 from adfm.errors import AdfmError
 from adfm.files import replace_text
-from adfm.models import hardware, loading
+from adfm.models import adapters, decoding, hardware, loading
 from adfm.params import Params
 
 # The embedded run writes about a quarter of it, DVC's cache included; a full disk shows itself late and everywhere.
@@ -17,7 +17,9 @@ FREE_BYTES = 2**30
 
 
 def check(params: Params, out: Path | None = None, gpus: int = 0) -> None:
-    """Sees that the base model is whole, MLflow answers, the disk has room and training fits, and says what it found.
+    """Check that the base model is whole and takes the adapter, that MLflow answers and the disk has room; print it.
+
+    What is refused here, training refuses as well, by the same functions. Estimates only warn.
 
     Args:
         params: Reads `model`, `lora` and `train`.
@@ -28,17 +30,22 @@ def check(params: Params, out: Path | None = None, gpus: int = 0) -> None:
     Raises:
         AdfmError: Something is missing; everything that is missing is listed.
     """
-    problems, found = [], []
+    problems, found, warnings = [], [], []
     try:
         folder = loading.resolve(params.model.name, params.model.revision)
-        loading.load_processor(params.model.name, params.model)
-        problems += _unmatched(params.lora.target_modules, folder)
+        network = loading.outline(folder)
+        decoding.Scorer(loading.load_processor(params.model.name, params.model).tokenizer)
+        problems += adapters.problems(network, params.lora)
         problems += hardware.batch_problems(params.train, gpus) if gpus else hardware.problems(params)
+        warnings += [] if gpus or problems else hardware.memory_warnings(params)
         found.append(f"model     {folder}")
     except AdfmError as error:
         problems.append(str(error))
     try:
-        found.append(f"tracking  {tracking.configure()}")
+        uri = tracking.configure()
+        with tracking.store_errors(uri):
+            tracking.find_experiment(params.register_.experiment)
+        found.append(f"tracking  {uri}")
     except AdfmError as error:
         problems.append(str(error))
     free = shutil.disk_usage(Path.cwd()).free
@@ -49,15 +56,7 @@ def check(params: Params, out: Path | None = None, gpus: int = 0) -> None:
         )
     if problems:
         raise AdfmError("\n  ".join(problems))
-    print("\n".join(found))
+    print("\n".join(found + [f"warning   {warning}" for warning in warnings]))
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         replace_text(json.dumps({"ready": True}) + "\n", out)
-
-
-def _unmatched(targets: str | list[str], folder: Path) -> list[str]:
-    """A sentence if no module of the model in `folder` has the name of a target; a text is PEFT's to read."""
-    modules = [f".{name.removesuffix('.weight')}" for name in loading.weights(folder)]
-    if isinstance(targets, str) or any(module.endswith(f".{target}") for target in targets for module in modules):
-        return []
-    return [f"lora.target_modules: no module of {folder} is named {' or '.join(targets)}; all-linear matches all"]

@@ -28,7 +28,7 @@ from adfm.stopping import Stopped
 
 if TYPE_CHECKING:
     from mlflow import ActiveRun, MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Experiment, Run
 
 LIBRARIES = (
     *("adfm", "accelerate", "datasets", "dvc", "great_expectations", "mlflow", "numpy", "pandas", "peft", "pillow"),
@@ -185,22 +185,34 @@ def experiment(name: str) -> str:
     from mlflow.exceptions import MlflowException
 
     store = MlflowClient()
-    found = store.get_experiment_by_name(name)
+    found = find_experiment(name)
     if found is None:
         database = sqlite_file(mlflow.get_tracking_uri())
         artifacts = database.with_name("mlartifacts").as_uri() if database else None
         try:
             return str(store.create_experiment(name, artifact_location=artifacts))
         except MlflowException as error:
-            found = store.get_experiment_by_name(name)
+            found = find_experiment(name)
             if found is None or error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-    if found.lifecycle_stage == "deleted":
+    return str(found.experiment_id)
+
+
+def find_experiment(name: str) -> Experiment | None:
+    """The experiment `name`; `None` if there is none. Nothing is made.
+
+    Raises:
+        AdfmError: An experiment of that name was deleted.
+    """
+    from mlflow import MlflowClient
+
+    found: Experiment | None = MlflowClient().get_experiment_by_name(name)
+    if found is not None and found.lifecycle_stage == "deleted":
         raise AdfmError(
             f"MLflow's experiment {name!r} was deleted; bring it back with "
             f"`mlflow experiments restore --experiment-id {found.experiment_id}`, or set register.experiment."
         )
-    return str(found.experiment_id)
+    return found
 
 
 def find_run(run_id: str | None) -> Run | None:

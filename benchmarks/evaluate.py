@@ -23,7 +23,7 @@ from adfm.data import shards as shards_
 from adfm.data import synthetic
 from adfm.data.conversion import convert
 from adfm.evaluation import inference
-from adfm.models import loading
+from adfm.models import decoding, loading
 from adfm.params import Params
 
 MODEL = "embedded://tiny-base"
@@ -47,11 +47,11 @@ def one_by_one(model: str, shards: Path, params: Params) -> tuple[dict[str, str]
                 max_new_tokens=params.evaluate.max_new_tokens,
                 do_sample=False,
                 suppress_tokens=inference.unwanted(loaded.processor),
-                stop_strings=[inference.STOP],
+                stop_strings=[decoding.STOP],
                 tokenizer=tokenizer,
             )
         written = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers[record.id] = inference.until_stop(written)
+        answers[record.id] = decoding.until_stop(written)
     return answers, len(answers) / (time.perf_counter() - start)
 
 

@@ -31,12 +31,11 @@ from PIL import Image
 from adfm import cli, tracking
 from adfm import params as params_
 from adfm.method import prompt
-from adfm.models import hardware, loading, tiny
+from adfm.models import adapters, families, hardware, loading, tiny
 from adfm.outbox import Outbox
 from adfm.params import Params
 from adfm.training import base, grpo
 from adfm.training.guard import Guard
-from adfm.training.warmup import adapter
 
 VARIANTS = {
     "published": [],
@@ -131,7 +130,6 @@ def measured(name: str, params: Params, adfm: bool) -> dict[str, float]:
 
 def built(name: str, params: Params) -> loading.Loaded:
     """The architecture with random weights and an adapter; the toy one without a GPU."""
-    from peft import get_peft_model
     from transformers import AutoModelForImageTextToText
 
     torch.manual_seed(0)
@@ -145,7 +143,7 @@ def built(name: str, params: Params) -> loading.Loaded:
         images = processor.image_processor
         images.patch_size = config.vision_config.patch_size
         images.size = {"shortest_edge": 4 * images.patch_size**2, "longest_edge": params.model.max_pixels}
-        processor = loading.processor_class(family)(images, processor.tokenizer, processor.chat_template)
+        processor = families.processor_class(family)(images, processor.tokenizer, processor.chat_template)
         with torch.device("cuda"):
             dtype = getattr(torch, params.model.dtype)
             network = AutoModelForImageTextToText.from_config(
@@ -154,8 +152,8 @@ def built(name: str, params: Params) -> loading.Loaded:
     else:
         network = tiny.model(processor.tokenizer, seed=0)
     processor.tokenizer.padding_side = "left"
-    adapted = get_peft_model(network, adapter(params.lora))
-    return loading.Loaded(adapted, processor, family, params.model, prompt.messages(family))
+    adapted = adapters.attach(network, params.lora)
+    return loading.Loaded(adapted, processor, family, params.model, prompt.messages(families.get(family).units))
 
 
 def rows(loaded: loading.Loaded, count: int, side: int) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 from architectures import configuration
 
 from adfm import params as params_
-from adfm.models import hardware
+from adfm.models import families, hardware
 from adfm.params import Params
 
 SETTINGS = {
@@ -37,10 +37,11 @@ def operations(network: Any, params: Params) -> float:
     adapter, which costs as much again: 2 operations a weight and token each time.
     """
     settings = params.train
-    text, vision = network.config.text_config, network.config.vision_config
-    patches = (params.model.max_pixels or 512 * 512) // vision.patch_size**2
-    tokens = hardware.PROMPT + patches // vision.spatial_merge_size**2 + settings.max_completion_length
-    visual = sum(weight.numel() for name, weight in network.named_parameters() if "visual." in name)
+    text = network.config.text_config
+    family = families.get(network.config.model_type)
+    patches, image_tokens, _ = family.images.cost(network.config, params.model.max_pixels or 512 * 512)
+    tokens = hardware.PROMPT + image_tokens + settings.max_completion_length
+    visual = sum(weight.numel() for name, weight in network.named_parameters() if family.is_vision(name))
     embedding = text.vocab_size * text.hidden_size
     textual = sum(weight.numel() for weight in network.parameters()) - visual - embedding
     passes = 2 + (settings.beta > 0) + settings.gradient_checkpointing

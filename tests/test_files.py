@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from adfm.errors import AdfmError
-from adfm.files import atomic_folder
+from adfm.files import atomic_folder, refuse_to_replace
 
 
 def _names(folder: Path) -> list[str]:
@@ -108,3 +108,26 @@ def test_a_place_that_cannot_be_written_is_an_error_that_speaks(tmp_path: Path) 
 def test_other_system_errors_are_not_disguised(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "out"):
         (tmp_path / "missing").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["out", "out.old"])  # the second: killed while one model replaced the other
+def test_a_finished_model_is_replaced_by_force_only(tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    refuse_to_replace(out)
+    (tmp_path / name).mkdir()
+    refuse_to_replace(out)
+    (tmp_path / name / "adfm.json").write_text("{}")
+    with pytest.raises(AdfmError, match=f"{name} holds a finished model, .* add --force"):
+        refuse_to_replace(out)
+    refuse_to_replace(out, force=True)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_is_not_a_model_is_not_replaced_by_one_not_even_by_force(tmp_path: Path, force: bool) -> None:
+    _finish(tmp_path / "evaluation", "1")
+    with pytest.raises(AdfmError, match=r"holds the result of another stage \(metrics.json\)"):
+        refuse_to_replace(tmp_path / "evaluation", force)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "letters.txt").write_text("dear")
+    with pytest.raises(AdfmError, match="holds files that adfm did not write"):
+        refuse_to_replace(tmp_path / "foreign", force)

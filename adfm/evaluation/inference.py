@@ -3,8 +3,8 @@
 One row an image: `id source dataset category defect group label predicted score iou mask_iou matched_iou true_positives
 false_positives false_negatives area_share boxes predicted_boxes completion`. Boxes are original pixels, half-open.
 `predicted` is null where the completion has no clean answer, and such an image counts as wrong everywhere; `score` is
-the probability of `A` against `B` at the answer's token, null where there is none; `group` is null where it is not
-known which images show the same part.
+the probability of a defect before calibration, as `evaluate.score` has it, null where there is no clean answer; `group`
+is null where it is not known which images show the same part.
 
 A window of a few batches is read at a time, and its images are answered in order of their size, so that a batch is
 padded little or not at all; rows keep the order of the shards. The next batch is decoded and resized in a thread while
@@ -17,7 +17,7 @@ import hashlib
 import importlib.util
 import io
 import json
-import re
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,18 +34,15 @@ import adfm
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.evaluation import metrics
-from adfm.method import coordinates, prompt, response
-from adfm.models import loading
-from adfm.params import Params
+from adfm.method import prompt, response
+from adfm.models import decoding, families, loading
+from adfm.params import Evaluate, Params
 from adfm.records import Box, Label, Record
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
     from transformers import ProcessorMixin
-
-STOP = "</answer>"
-"""A completion ends here."""
 
 _TEXT = ("id", "source", "dataset", "category", "defect", "group", "label", "predicted")
 _BOXES = pa.list_(pa.list_(pa.float64()))
@@ -56,11 +53,10 @@ PREDICTIONS = pa.schema(
     + [("area_share", pa.float64()), ("boxes", _BOXES), ("predicted_boxes", _BOXES), ("completion", pa.string())]
 )
 
-_BEFORE_LETTER = re.compile(r"<answer>\s*(?=[ab]\s*</answer>)", re.IGNORECASE)
 _WINDOW = 4  # batches that are read, sorted and kept at a time
 
 Answers = tuple[list[str], list[float | None]]
-"""Completions, and for each the probability of `A` against `B` where the letter stands."""
+"""Completions, and for each the probability of a defect; `None` where it has no clean letter."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ class Answer:
 
     Args:
         predicted: The decision; `None` where the completion has no clean answer.
-        score: The probability of `anomalous` against `normal`; `None` where there is no decision.
+        score: The probability of `anomalous`, before calibration; `None` where there is no decision.
         boxes: The defects, in pixels of the image, half-open, not clipped; none unless it is `anomalous`: a region that
             was examined and rejected is no defect.
         read: The completion in its parts.
@@ -163,9 +159,10 @@ def _key(model: str | Path, shards: Path, split: str, params: Params, vllm: bool
     settings = params.evaluate
     decides = {
         "code": adfm.__version__,
-        "prompt": [prompt.messages(family) for family in loading.FAMILIES],
+        "prompt": [prompt.messages(units) for units in families.UNITS.values()],
         "model": loading.identity(model, params.model),
         "how": [params.model.dtype, params.model.max_pixels, settings.batch_size, settings.max_new_tokens, vllm],
+        "score": [settings.score, *([settings.samples, params.seed] if settings.score == "samples" else [])],
         "data": [split, shards_.fingerprint(shards, split)],
     }
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
@@ -183,14 +180,14 @@ class Inspector:
     """
 
     def __init__(self, model: str | Path, params: Params) -> None:
-        self._batch_size = params.evaluate.batch_size
-        tokens = params.evaluate.max_new_tokens
+        settings = params.evaluate
+        self._batch_size = settings.batch_size
         self._prepare: Callable[[list[Image.Image]], Any]
         self._generate: Callable[[Any], Answers]
         if uses_vllm(params):
             from adfm.evaluation import vllm_backend
 
-            self._processor, self._family, self._generate = vllm_backend.load(model, params.model, tokens)
+            self._processor, self._family, self._generate = vllm_backend.load(model, params)
             self._prepare = lambda images: images
         else:
             loaded = loading.load(model, params.model)
@@ -198,7 +195,8 @@ class Inspector:
             self._processor, self._family = loaded.processor, loaded.family
             text = chat_text(loaded.processor, loaded.prompt)
             self._prepare = lambda images: _inputs(loaded.processor, text, images)
-            self._generate = lambda inputs: _generate(loaded, inputs, tokens)
+            scorer = decoding.Scorer(loaded.processor.tokenizer)
+            self._generate = lambda inputs: _generate(loaded, scorer, inputs, settings, params.seed)
 
     def answers(
         self,
@@ -216,8 +214,8 @@ class Inspector:
         Returns:
             The answers, in the order of `sizes`.
         """
-        patches = self._processor.image_processor.get_number_of_image_patches
-        order = sorted(range(len(sizes)), key=lambda i: patches(sizes[i][1], sizes[i][0]))
+        resized, images = families.get(self._family).images.resized, self._processor.image_processor
+        order = sorted(range(len(sizes)), key=lambda i: math.prod(resized(images, *sizes[i])))
         found: dict[int, Answer] = {}
 
         def prepared(batch: list[int]) -> Any:
@@ -232,7 +230,7 @@ class Inspector:
 
     def _read(self, completion: str, score: float | None, width: int, height: int) -> Answer:
         parsed = response.parse(completion)
-        frame = coordinates.frame_of(self._family, self._processor, width, height)
+        frame = families.get(self._family).frame(self._processor, width, height)
         predicted = parsed.predicted_label
         boxes = [frame.to_pixels(box, width, height) for box in parsed.boxes] if predicted == "anomalous" else []
         return Answer(predicted, score if predicted else None, boxes, parsed, completion)
@@ -248,53 +246,62 @@ def _ahead(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
         yield pending.result()
 
 
-def answer(loaded: loading.Loaded, images: list[Image.Image], max_new_tokens: int) -> Answers:
-    """Greedy completions for `images`, and the probability of `A` against `B` where the letter stands."""
+def answer(loaded: loading.Loaded, images: list[Image.Image], settings: Evaluate) -> Answers:
+    """Greedy completions for `images`, and the probability of a defect for each."""
+    scorer = decoding.Scorer(loaded.processor.tokenizer)
     text = chat_text(loaded.processor, loaded.prompt)
-    return _generate(loaded, _inputs(loaded.processor, text, images), max_new_tokens)
+    return _generate(loaded, scorer, _inputs(loaded.processor, text, images), settings)
 
 
 def _inputs(processor: Any, text: str, images: list[Image.Image]) -> Any:
     return processor(text=[text] * len(images), images=images, padding=True, return_tensors="pt")
 
 
-def _generate(loaded: loading.Loaded, inputs: Any, max_new_tokens: int) -> Answers:
+def _generate(
+    loaded: loading.Loaded, scorer: decoding.Scorer, inputs: Any, settings: Evaluate, seed: int = 0
+) -> Answers:
+    import torch
+
+    inputs = inputs.to(loaded.model.device)
+    completions, scores = _complete(loaded, scorer, inputs, settings)
+    if settings.score == "samples":
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)  # the same batch gets the same samples
+            samples = [_complete(loaded, scorer, inputs, settings, sample=True)[1] for _ in range(settings.samples)]
+        scores = decoding.mean_of_samples(scores, samples)
+    return completions, scores
+
+
+def _complete(
+    loaded: loading.Loaded, scorer: decoding.Scorer, inputs: Any, settings: Evaluate, sample: bool = False
+) -> Answers:
     import torch
     from transformers import LogitsProcessorList
 
-    inputs = inputs.to(loaded.model.device)
-    letters = _LetterScores(loaded.processor)
     tokenizer = loaded.processor.tokenizer
+    logits = _DecidingLogits(scorer.tokens)
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
     generate: Any = loaded.model.generate
     with torch.inference_mode():
         output = generate(
             **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            suppress_tokens=unwanted(loaded.processor),
-            stop_strings=[STOP],
+            **sampling,
+            max_new_tokens=settings.max_new_tokens,
+            stop_strings=[decoding.STOP],
             tokenizer=tokenizer,
-            logits_processor=LogitsProcessorList([letters]),
+            logits_processor=LogitsProcessorList([logits]),
         )
     tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
-    steps = torch.stack(letters.steps).cpu()
-    completions = [until_stop(text) for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-    scores: list[float | None] = []
-    for row, text in enumerate(completions):
-        at = letter_token(tokenizer, tokens[row], text)
-        scores.append(None if at is None else float(steps[at, row]))
+    steps = torch.stack(logits.steps, 1).cpu().numpy()  # [images, tokens, deciding tokens]
+    completions = [decoding.until_stop(text) for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    score = scorer.branch if settings.score == "branch" else scorer.letter
+    scores = [score(row, text, at.__getitem__) for row, text, at in zip(tokens, completions, steps, strict=True)]
     return completions, scores
 
 
 def unwanted(processor: Any) -> list[int]:
     """Tokens that stand for pictures and cannot be written."""
-    return [processor.image_token_id, processor.video_token_id]
-
-
-def until_stop(completion: str) -> str:
-    """A completion without what follows its end: a last token may reach beyond it."""
-    before, stop, _ = completion.partition(STOP)
-    return before + stop
+    return families.placeholders(processor)
 
 
 def chat_text(processor: ProcessorMixin, messages: list[dict[str, Any]]) -> str:
@@ -307,44 +314,15 @@ def chat_text(processor: ProcessorMixin, messages: list[dict[str, Any]]) -> str:
     return str(processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 
 
-def letter_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The tokens that write `A`, and those that write `B`, in either case and after white space."""
+class _DecidingLogits:
+    """Called by `generate` at every step: keeps the logits of a few tokens, not of the whole vocabulary."""
 
-    def tokens(letter: str) -> list[int]:
-        texts = [before + case for before in ("", " ", "\n") for case in (letter, letter.lower())]
-        found = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        return sorted({t[0] for t in found if len(t) == 1})
-
-    return tokens("A"), tokens("B")
-
-
-def letter_token(tokenizer: Any, tokens: Sequence[int], completion: str) -> int | None:
-    """The position in `tokens` at which the letter of the answer is written; `None` if there is no such letter."""
-    before = _BEFORE_LETTER.search(completion)
-    if before is None:
-        return None
-    low, high = 0, len(tokens)
-    while low < high:  # the shortest run of tokens that reaches beyond the letter
-        middle = (low + high) // 2
-        if len(tokenizer.decode(tokens[: middle + 1], skip_special_tokens=True)) > before.end():
-            high = middle
-        else:
-            low = middle + 1
-    return low
-
-
-class _LetterScores:
-    """Called by `generate` at every step: keeps one number a row, not the scores of the whole vocabulary."""
-
-    def __init__(self, processor: Any) -> None:
-        self._letters = letter_tokens(processor.tokenizer)
+    def __init__(self, tokens: list[int]) -> None:
+        self._tokens = tokens
         self.steps: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        a, b = (torch.logsumexp(scores[:, tokens].float(), 1) for tokens in self._letters)
-        self.steps.append(torch.sigmoid(a - b))
+        self.steps.append(scores[:, self._tokens].float())
         return scores
 
 

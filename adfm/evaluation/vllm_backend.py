@@ -15,36 +15,36 @@ import numpy as np
 
 from adfm.errors import AdfmError
 from adfm.evaluation import inference
-from adfm.models import loading
-from adfm.params import Model
+from adfm.models import decoding, families, loading
+from adfm.params import Params
 
 if TYPE_CHECKING:
     from PIL import Image
 
+_LOGPROBS = 128  # most tokens whose probabilities a request may ask for (vllm/sampling_params.py)
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # for which vLLM has kernels
 
 
-def load(
-    model: str | Path, settings: Model, max_new_tokens: int
-) -> tuple[Any, str, Callable[[list[Image.Image]], inference.Answers]]:
+def load(model: str | Path, params: Params) -> tuple[Any, str, Callable[[list[Image.Image]], inference.Answers]]:
     """Loads a model into vLLM.
 
     Args:
         model: A base model's name, or a folder that warm-up or training wrote.
-        settings: As `adfm.models.loading.load` reads them.
-        max_new_tokens: Most tokens of a completion.
+        params: Reads the sections `model` and `evaluate`, and `seed`.
 
     Returns:
         The model's processor and family, and the function that answers a list of images.
 
     Raises:
-        AdfmError: As `adfm.models.loading.resolve`; or the adapter's rank is beyond vLLM's largest.
+        AdfmError: As `adfm.models.loading.resolve`; or the adapter's rank, or the number of tokens that decide, is
+            beyond what vLLM takes.
     """
     import vllm
     from vllm.lora.request import LoRARequest
 
-    base, folder = loading.base_of(model, settings)
-    processor, family = loading.load_processor(model, settings), loading.family_of(folder)
+    settings = params.evaluate
+    base, folder = loading.base_of(model, params.model)
+    processor, family = loading.load_processor(model, params.model), loading.family_of(folder)
     options: dict[str, Any] = {}
     adapter = None
     if loading.describe(Path(model)):
@@ -63,35 +63,51 @@ def load(
         model=str(folder),
         dtype=base.dtype,
         limit_mm_per_prompt={"image": 1, "video": 0},
-        mm_processor_kwargs={"size": dict(processor.image_processor.size)},
+        mm_processor_kwargs=families.get(family).images.limits(processor.image_processor),
         **options,
     )
-    letters = inference.letter_tokens(processor.tokenizer)
-    sampling = vllm.SamplingParams(
-        temperature=0.0,
-        max_tokens=max_new_tokens,
-        stop=[inference.STOP],
-        include_stop_str_in_output=True,
-        logit_bias=dict.fromkeys(inference.unwanted(processor), -100.0),
-        logprob_token_ids=[*letters[0], *letters[1]],
-    )
+    scorer = decoding.Scorer(processor.tokenizer)
+    if len(scorer.tokens) > _LOGPROBS:
+        raise AdfmError(
+            f"{model}: {len(scorer.tokens)} of its tokens can decide an answer, and vLLM gives the probabilities of "
+            f"{_LOGPROBS}; set evaluate.backend=transformers."
+        )
+
+    def sampling(**how: Any) -> Any:
+        return vllm.SamplingParams(
+            max_tokens=settings.max_new_tokens,
+            stop=[decoding.STOP],
+            include_stop_str_in_output=True,
+            logit_bias=dict.fromkeys(inference.unwanted(processor), -100.0),
+            logprob_token_ids=scorer.tokens,
+            **how,
+        )
+
+    def complete(prompts: list[Any], how: Any) -> tuple[list[list[str]], list[list[float | None]]]:
+        """Completions of each prompt, and their scores."""
+        score = scorer.branch if settings.score == "branch" else scorer.letter
+        outputs = [request.outputs for request in engine.generate(prompts, how, lora_request=adapter, use_tqdm=False)]
+        texts = [[decoding.until_stop(output.text) for output in of_prompt] for of_prompt in outputs]
+        scores = [
+            [score(output.token_ids, text, _logits(output, scorer.tokens)) for output, text in zip(*pair, strict=True)]
+            for pair in zip(outputs, texts, strict=True)
+        ]
+        return texts, scores
+
     text = inference.chat_text(processor, loading.prompt_of(model, family))
 
     def answer(images: list[Image.Image]) -> inference.Answers:
         prompts = [{"prompt": text, "multi_modal_data": {"image": image}} for image in images]
-        outputs = engine.generate(prompts, sampling, lora_request=adapter, use_tqdm=False)
-        completions: list[str] = []
-        scores: list[float | None] = []
-        for output in (request.outputs[0] for request in outputs):
-            completions.append(inference.until_stop(output.text))
-            at = inference.letter_token(processor.tokenizer, output.token_ids, completions[-1])
-            scores.append(None if at is None else _score(output.logprobs[at], letters))
+        texts, letters = complete(prompts, sampling(temperature=0.0))
+        completions, scores = [text for [text] in texts], [score for [score] in letters]
+        if settings.score == "samples":
+            _, samples = complete(prompts, sampling(temperature=1.0, n=settings.samples, seed=params.seed))
+            scores = decoding.mean_of_samples(scores, list(zip(*samples, strict=True)))
         return completions, scores
 
     return processor, family, answer
 
 
-def _score(found: dict[int, Any], letters: tuple[list[int], list[int]]) -> float:
-    """The probability of `A` against `B` from the log-probabilities of their tokens at one position."""
-    a, b = (np.logaddexp.reduce([found[token].logprob for token in tokens]) for tokens in letters)
-    return float(1 / (1 + np.exp(np.clip(b - a, -500, 500))))
+def _logits(output: Any, tokens: list[int]) -> Any:
+    """The log-probabilities of `tokens` by position, as `Scorer` reads them."""
+    return lambda at: np.array([output.logprobs[at][token].logprob for token in tokens])

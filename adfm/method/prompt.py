@@ -14,11 +14,6 @@ from adfm.records import Box, Label
 
 SYSTEM = "You inspect photographs of products for defects."
 
-UNITS = {
-    "qwen2_5_vl": "in pixels of the image",
-    "qwen3_vl": "from 0 to 1000 across and down the image",
-}
-
 QUESTION = """\
 Inspect this product in three stages, in this order, each once, none empty.
 First <think>say what you see and box every suspicious region tightly, one box a region, never the whole image: \
@@ -30,17 +25,28 @@ PLAIN_QUESTION = """\
 Inspect this product.
 <answer>one letter alone, A if the product has a defect or B if it is normal</answer>"""
 
+LETTERS: dict[str, Label] = {"A": "anomalous", "B": "normal"}
 
-def messages(family: str, stages: bool = True) -> list[dict[str, Any]]:
+OPENINGS: dict[str, dict[Label, tuple[str, ...]]] = {
+    "think": {"anomalous": ("Suspicious:",), "normal": ("The surface is even, nothing stands out.",)},
+    "rethink": {
+        "anomalous": ("A real defect:", "Something is wrong all the same."),
+        "normal": ("Normal variation, no defect.", "There is no region to examine."),
+    },
+}
+"""How each stage of a supervised answer begins: in `rethink` with regions to examine, and without."""
+
+
+def messages(units: str, stages: bool = True) -> list[dict[str, Any]]:
     """The prompt as chat messages, without the image.
 
     Args:
-        family: Says in which units boxes are asked for.
+        units: The words that say in which units boxes are asked for, as `adfm.models.families` has them.
         stages: Whether the decision is asked for in three stages, or alone.
     """
     return [
         {"role": "system", "content": SYSTEM},
-        {"role": "user", "content": QUESTION.format(units=UNITS[family]) if stages else PLAIN_QUESTION},
+        {"role": "user", "content": QUESTION.format(units=units) if stages else PLAIN_QUESTION},
     ]
 
 
@@ -54,13 +60,15 @@ def answer(label: Label, regions: Sequence[Box], defect: str | None = None, step
         step: Coordinates are rounded to multiples of this.
         stages: As in `messages`.
     """
-    decision = f"<answer>{'A' if label == 'anomalous' else 'B'}</answer>"
+    letter = next(letter for letter, means in LETTERS.items() if means == label)
+    decision = f"<answer>{letter}</answer>"
     if not stages:
         return decision
     boxes = ", ".join("[" + ", ".join(str(round(v / step) * step) for v in box) + "]" for box in regions)
-    think = f"Suspicious: {boxes}" if regions else "The surface is even, nothing stands out."
-    if label == "anomalous":
-        rethink = f"A real defect: {defect or 'damage'}." if regions else "Something is wrong all the same."
-    else:
-        rethink = "Normal variation, no defect." if regions else "There is no region to examine."
+    (suspicious,), (nothing,) = OPENINGS["think"].values()
+    think = f"{suspicious} {boxes}" if regions else nothing
+    examined, unexamined = OPENINGS["rethink"][label]
+    rethink = examined if regions else unexamined
+    if label == "anomalous" and regions:
+        rethink += f" {defect or 'damage'}."
     return f"<think>{think}</think><rethink>{rethink}</rethink>{decision}"

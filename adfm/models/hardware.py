@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from adfm.errors import AdfmError
-from adfm.models import loading
-from adfm.params import Lora, Params, Train
+from adfm.models import adapters, families, loading
+from adfm.params import Params, Train
 
 PROMPT = 200
 """Tokens of the prompt without the image, about, with the tokenizers of the real models."""
@@ -66,13 +66,22 @@ def require(params: Params, processes: int = 1) -> None:
 
 def problems(params: Params, processes: int = 1) -> list[str]:
     """What `require` refuses, a sentence each; none: the machine is fit."""
+    return lacking(params) + batch_problems(params.train, processes)
+
+
+def memory_warnings(params: Params, processes: int = 1) -> list[str]:
+    """A sentence if this machine's GPU may be too small, with how sure that is; none without a GPU.
+
+    Args:
+        params: What `problems` and `adapters.problems` accept.
+        processes: As in `require`.
+    """
     import torch
 
-    found = lacking(params) + batch_problems(params.train, processes)
     divided = any(f"ACCELERATE_USE_{name}" in os.environ for name in ("FSDP", "DEEPSPEED"))  # set by its launcher
-    if torch.cuda.is_available() and not found and not divided:
-        found += beyond(params, processes, torch.cuda.get_device_properties(0).total_memory)
-    return found
+    if divided or not torch.cuda.is_available():
+        return []
+    return beyond(params, processes, torch.cuda.get_device_properties(0).total_memory)
 
 
 def lacking(params: Params) -> list[str]:
@@ -113,9 +122,12 @@ def beyond(params: Params, processes: int, available: int) -> list[str]:
         remedy = "lower train.vllm"
     if not params.train.gradient_checkpointing:
         remedy = f"set train.gradient_checkpointing=true, or {remedy}"
+    sure = "; computed from tensor sizes, not measured on any GPU, so it is not certain and nothing is refused"
+    if (weights := parts["weights"] + parts["adapter"]) > available:
+        sure = f"; this is certain: the weights alone are {weights / 2**30:.0f} GiB"
     return [
-        f"train.{name}={value} needs about {total(parts) / 2**30:.0f} GiB of GPU memory (computed), and the GPU has "
-        f"{available / 2**30:.0f}; {remedy}"
+        f"train.{name}={value} needs about {total(parts) / 2**30:.0f} GiB of GPU memory, and the GPU has "
+        f"{available / 2**30:.0f}{sure}. {remedy[0].upper()}{remedy[1:]}."
     ]
 
 
@@ -161,9 +173,10 @@ def memory(network: Any, params: Params, processes: int = 1, available: int = 0)
     stored = weights * number
     if params.model.quantization:
         stored = (weights - linear) * number + round(linear * 0.516)  # 4 bits, and 0.127 for the scales of its blocks
-    adapter = adapter_weights(network, params.lora)
-    patches = (params.model.max_pixels or 512 * 512) // vision.patch_size**2
-    prompt = PROMPT + patches // vision.spatial_merge_size**2
+    adapter = adapters.weights(network, params.lora)
+    family = families.get(network.config.model_type)
+    patches, image_tokens, depth = family.images.cost(network.config, params.model.max_pixels or 512 * 512)
+    prompt = PROMPT + image_tokens
     tokens = prompt + settings.max_completion_length
 
     def layer(config: Any) -> int:
@@ -173,10 +186,12 @@ def memory(network: Any, params: Params, processes: int = 1, available: int = 0)
         return length * (layers * config.hidden_size + layer(config) if checkpointed else layers * layer(config))
 
     checkpointed = settings.gradient_checkpointing
-    training = micro_batch * number * (kept(text, text.num_hidden_layers, tokens) + kept(vision, vision.depth, patches))
+    training = micro_batch * number * (kept(text, text.num_hidden_layers, tokens) + kept(vision, depth, patches))
     training += min(_TILE, 8 * text.vocab_size * micro_batch * settings.max_completion_length)
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * head * tokens
+    # Layers of linear attention, of which Qwen3.5 has three in four, keep a state that does not grow.
+    constant = sum("linear" in kind for kind in getattr(text, "layer_types", None) or [])
+    cache = 2 * (text.num_hidden_layers - constant) * text.num_key_value_heads * head * tokens
     # The tokens of all prompts are computed together, and nothing is kept for a backward pass.
     first = max(
         length * (4 * config.hidden_size + 3 * config.intermediate_size)
@@ -198,19 +213,3 @@ def memory(network: Any, params: Params, processes: int = 1, available: int = 0)
 def _quantized(name: str, weight: Any) -> bool:
     """Whether bitsandbytes stores a weight in 4 bits: that of a linear layer, but not the head."""
     return weight.dim() == 2 and "embed" not in name and "lm_head" not in name
-
-
-def adapter_weights(network: Any, lora: Lora) -> int:
-    """How many numbers a LoRA adapter has."""
-    import torch
-
-    targets = lora.target_modules
-    sizes = [
-        module.in_features + module.out_features
-        for name, module in network.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and name.split(".")[-1] != "lm_head"
-        and (lora.vision or ".visual." not in name)
-        and (isinstance(targets, str) or any(f".{name}".endswith(f".{target}") for target in targets))
-    ]
-    return int(lora.r * sum(sizes))

@@ -1,8 +1,8 @@
-"""Find, load and describe a Qwen2.5-VL or Qwen3-VL model, with or without an adapter.
+"""Find, load and describe a vision-language model, with or without an adapter.
 
 A *model* is one of:
 - `embedded://tiny-base`, the tiny base model that ships with the package,
-- a local folder of a Qwen2.5-VL or Qwen3-VL model,
+- a local folder of a model of a family that `adfm.models.families` lists,
 - a hub id, with a pinned revision,
 - a folder that warm-up or training wrote: a LoRA adapter, its processor, and `adfm.json`, which names its base,
 - a registered version, `models:/<name>/<version>` or `models:/<name>@<alias>`, which `fetch` makes such a folder of.
@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adfm import tracking
+from adfm import files, tracking
 from adfm.errors import AdfmError
 from adfm.files import digest
 from adfm.method import prompt
+from adfm.models import decoding, families
 from adfm.params import Model
 
 if TYPE_CHECKING:
@@ -28,8 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 EMBEDDED = {"embedded://tiny-base": Path(__file__).parent / "tiny_base"}
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")
-DESCRIPTION = "adfm.json"
+DESCRIPTION = files.MODEL
 _REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@]+))")
 
 
@@ -40,7 +40,7 @@ class Loaded:
     Args:
         model: The network, with its adapter if it has one.
         processor: Its processor; pads on the left.
-        family: `qwen2_5_vl` or `qwen3_vl`.
+        family: Its key in `adfm.models.families.FAMILIES`.
         base: Name and revision of the base model.
         prompt: What it is asked, as chat messages without the image.
     """
@@ -57,7 +57,7 @@ def resolve(name: str, revision: str | None) -> Path:
 
     Raises:
         AdfmError: There is no such folder or hub model, a hub model's revision is not pinned, or the folder holds no
-            safetensors of a Qwen2.5-VL or Qwen3-VL model.
+            safetensors of a model of a known family, vision tower included.
     """
     if name in EMBEDDED:
         folder = EMBEDDED[name]
@@ -71,12 +71,13 @@ def resolve(name: str, revision: str | None) -> Path:
     if not config.is_file() or not any(folder.glob("*.safetensors")):
         raise AdfmError(
             f"model.name: {folder} holds no model weights (config.json and *.safetensors); "
-            "name a folder or a hub id of a Qwen2.5-VL or Qwen3-VL model"
+            "name a folder or a hub id of a vision-language model"
         )
-    family_of(folder)
-    if "vision_config" not in json.loads(config.read_text()) or not any("visual." in name for name in weights(folder)):
+    blind = families.get(family_of(folder)).without_weights(weights(folder))
+    if blind or "vision_config" not in _config(folder):
         raise AdfmError(
-            f"model.name: {folder} has no weights of a vision tower, so that it sees nothing; take the whole model"
+            f"model.name: {folder} has no weights of a vision tower (no {' or '.join(blind) or 'vision_config'}), so "
+            "that it sees nothing; take the whole model"
         )
     return folder
 
@@ -102,15 +103,83 @@ def weights(folder: Path) -> list[str]:
 
 
 def family_of(folder: Path) -> str:
-    """`qwen2_5_vl` or `qwen3_vl`, read from the folder's `config.json`.
+    """The family of a model, a key of `families.FAMILIES`, read from the folder's `config.json`.
 
     Raises:
-        AdfmError: It is another kind of model.
+        AdfmError: It is of a family that is not there.
     """
-    family = json.loads((folder / "config.json").read_text()).get("model_type")
-    if family not in FAMILIES:
-        raise AdfmError(f"model.name: {folder} is a {family!r} model; adfm adapts {' and '.join(FAMILIES)} models")
+    family = _config(folder).get("model_type")
+    try:
+        families.get(family)
+    except AdfmError as error:
+        raise AdfmError(f"model.name: {folder}: {error}") from None
     return str(family)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdfmError(f"model.name: {folder}/config.json cannot be read ({error}); get it again") from error
+    if not isinstance(content, dict):
+        raise AdfmError(f"model.name: {folder}/config.json does not hold the settings of a model; get it again")
+    return content
+
+
+def outline(folder: Path) -> Any:
+    """The network in a model's folder without memory for its weights, once its files are known to hold all of them.
+
+    transformers itself compares names and shapes, by its own renaming, from the heads of the files. By itself it would
+    give random numbers to a weight that is missing.
+
+    Args:
+        folder: As `resolve` finds it.
+
+    Returns:
+        The network, on PyTorch's device `meta`.
+
+    Raises:
+        AdfmError: Weights are missing or have another shape, or files are missing, damaged, or of another model.
+    """
+    from transformers import AutoModelForImageTextToText
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # its report of what is missing is a table of many lines; ours is a sentence
+    logging.disable_progress_bar()
+    try:
+        loader: Any = AutoModelForImageTextToText
+        network, loaded = loader.from_pretrained(
+            folder,
+            device_map="meta",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except Exception as error:  # what is wrong with files that others made raises anything
+        raise AdfmError(
+            f"model.name: transformers cannot load {folder} ({_reason(error)}); get all files of the model again"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+    for what, names in (
+        ("are missing", sorted(loaded["missing_keys"])),
+        ("have another shape than config.json says", sorted(name for name, *_ in loaded["mismatched_keys"])),
+    ):
+        if names:
+            raise AdfmError(
+                f"model.name: in {folder}, weights {what}: {', '.join(names[:2])}"
+                f"{f' and {len(names) - 2} more' * (len(names) > 2)}; get all files of the model again, from one place"
+            )
+    return network
+
+
+def _reason(error: Exception) -> str:
+    """What an exception says, on one line; its name if it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -236,6 +305,7 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
     base, folder = base_of(model, settings)
     if missing := lacking(base):
         raise AdfmError("\n  ".join(missing))
+    outline(folder)
     processor = load_processor(model, settings)
     dtype = getattr(torch, base.dtype)
     in_4_bits: dict[str, Any] = {}
@@ -255,6 +325,8 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
         local_files_only=True,
         **in_4_bits,
     )
+    placeholders = families.placeholders(processor)
+    network.generation_config = decoding.generation_config(network.generation_config, placeholders)
     if describe(Path(model)):
         from peft import PeftModel
 
@@ -270,7 +342,7 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
 def prompt_of(model: str | Path, family: str) -> list[dict[str, Any]]:
     """What a model is asked: an adapter, what it was trained with; a base model of `family`, the multi-stage prompt."""
     description = describe(Path(model))
-    return list(description["prompt"]) if description else prompt.messages(family)
+    return list(description["prompt"]) if description else prompt.messages(families.get(family).units)
 
 
 def base_of(model: str | Path, settings: Model) -> tuple[Model, Path]:
@@ -288,39 +360,91 @@ def load_processor(model: str | Path, settings: Model) -> Any:
     """The processor of a model, which reduces images to `max_pixels`; it pads on the left.
 
     Raises:
-        AdfmError: As `resolve`; or it is the processor of another model.
+        AdfmError: As `resolve`; it is the processor of another model; or its chat template cannot be used.
     """
     base, folder = base_of(model, settings)
     source = model if describe(Path(model)) else folder
-    processor = processor_class(family_of(folder)).from_pretrained(source, local_files_only=True)
-    _check_processor(processor, folder, Path(source))
+    name = family_of(folder)
+    family = families.get(name)
+    try:
+        processor = families.processor_class(name).from_pretrained(source, local_files_only=True)
+    except Exception as error:  # what is wrong with files that others made raises anything
+        raise AdfmError(
+            f"model.name: {source} holds no whole processor ({_reason(error)}); get preprocessor_config.json, the chat "
+            "template and the tokenizer's files from where the model is from"
+        ) from error
+    if family.chat_template:
+        processor.chat_template = family.chat_template
+    _check_processor(processor, family, folder, Path(source))
+    _check_tokenizer(processor, folder, Path(source))
     processor.tokenizer.padding_side = "left"
     if base.max_pixels is not None:
-        size = processor.image_processor.size
-        processor.image_processor.size = {
-            "shortest_edge": min(size["shortest_edge"], base.max_pixels),
-            "longest_edge": base.max_pixels,
-        }
+        family.images.limit(processor.image_processor, base.max_pixels)
     return processor
 
 
-def _check_processor(processor: Any, folder: Path, source: Path) -> None:
+def _check_processor(processor: Any, family: families.Family, folder: Path, source: Path) -> None:
     """Refuses a processor that cuts images otherwise than the model in `folder`, or has other tokens."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    images, vision = processor.image_processor, config.vision_config
-    expected = {
-        "pixels of a patch": (images.patch_size, vision.patch_size),
-        "patches merged": (images.merge_size, vision.spatial_merge_size),
-        "number of the image token": (processor.image_token_id, config.image_token_id),
-    }
-    wrong = [f"{what} {its}, the model's {own}" for what, (its, own) in expected.items() if its != own]
+    compared = family.images.compared(processor, config)
+    wrong = [f"{what} {its}, the model's {own}" for what, (its, own) in compared.items() if its != own]
     if wrong:
         raise AdfmError(
             f"model.name: the processor in {source} is that of another model ({'; '.join(wrong)}); "
             "take all files of a model from one place"
         )
+    _check_chat(processor, family, source)
+
+
+def _check_chat(processor: Any, family: families.Family, source: Path) -> None:
+    """Refuses a chat template that leaves out the image, or changes an answer in adfm's form."""
+    answer = prompt.answer("normal", [])
+    system, user = prompt.messages(family.units)
+    image: dict[str, Any] = {"type": "image"}
+    chat: Any = [
+        {**system, "content": [{"type": "text", "text": system["content"]}]},
+        {**user, "content": [image, {"type": "text", "text": user["content"]}]},
+    ]
+    answered = [*chat, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    try:
+        asked = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        whole = processor.apply_chat_template(answered, tokenize=False)
+    except Exception as error:  # a template is a program, and may raise anything
+        raise AdfmError(
+            f"model.name: the chat template in {source} cannot be used ({error}); take the instruction-tuned model"
+        ) from error
+    if asked.count(processor.image_token) != 1:
+        raise AdfmError(
+            f"model.name: the chat template in {source} writes the image's place {processor.image_token} "
+            f"{asked.count(processor.image_token)} times, not once; take all files of a model from one place"
+        )
+    if not whole.startswith(asked + answer):
+        raise AdfmError(
+            f"model.name: the chat template in {source} does not write an answer as it stands, as those of models that "
+            "think before they answer do not; take the model's version that only follows instructions (Instruct)"
+        )
+
+
+def _check_tokenizer(processor: Any, folder: Path, source: Path) -> None:
+    """Refuses a tokenizer that has no chat template, more tokens than the model, or cannot write an answer's letter."""
+    from transformers import AutoConfig
+
+    tokenizer = processor.tokenizer
+    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    size = config.get_text_config().vocab_size
+    answers = [f"<answer>{letter}</answer>" for letter in "AB"]
+    written = [tokenizer.decode(tokenizer.encode(answer, add_special_tokens=False)) for answer in answers]
+    if not processor.chat_template:
+        reason = "has no chat template (chat_template.jinja or chat_template.json)"
+    elif len(tokenizer) > size:
+        reason = f"has a tokenizer of {len(tokenizer)} tokens, and the model has {size}"
+    elif written != answers:
+        reason = f"has a tokenizer that cannot write the answers apart: {answers[0]} becomes {written[0]!r}"
+    else:
+        return
+    raise AdfmError(f"model.name: {source} {reason}; take all files of a model from one place")
 
 
 def lacking(settings: Model) -> list[str]:
@@ -355,21 +479,3 @@ def lacking_package(setting: str, package: str) -> list[str]:
     if importlib.util.find_spec(package.replace("-", "_")) is None:
         return [f"{setting} needs a package that is not installed; pip install {package}"]
     return []
-
-
-def processor_class(family: str) -> Any:
-    """The family's processor without its video half, which alone needs torchvision.
-
-    It has the original's name, so that what it saves loads in any transformers.
-    """
-    import transformers
-
-    # ProcessorMixin reads the names of its parts from the signature of __init__, so leaving one out suffices.
-    original: Any = {"qwen2_5_vl": transformers.Qwen2_5_VLProcessor, "qwen3_vl": transformers.Qwen3VLProcessor}[family]
-
-    def __init__(  # noqa: N807
-        self: Any, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any
-    ) -> None:
-        original.__init__(self, image_processor, tokenizer, chat_template=chat_template, **kwargs)
-
-    return type(original.__name__, (original,), {"__init__": __init__})

@@ -12,7 +12,7 @@ import importlib.resources
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from adfm.models.loading import processor_class
+from adfm.models.families import processor_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

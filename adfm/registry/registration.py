@@ -28,7 +28,7 @@ from adfm.errors import AdfmError
 from adfm.evaluation import metrics
 from adfm.files import atomic_folder, file_digest, write_json
 from adfm.method import prompt
-from adfm.models import loading
+from adfm.models import families, loading
 from adfm.models.loading import check_unchanged
 from adfm.params import Gate, Params
 from adfm.registry import gate, history, pyfunc
@@ -262,7 +262,7 @@ def _read_evaluation(
 
 def _protocol(family: str, params: Params) -> str:
     """What must be equal, besides the data, for two models' predictions to be comparable, as JSON."""
-    asked = hashlib.sha256(json.dumps(prompt.messages(family)).encode()).hexdigest()
+    asked = hashlib.sha256(json.dumps(prompt.messages(families.get(family).units)).encode()).hexdigest()
     settings = {"split": params.evaluate.split, "max_new_tokens": params.evaluate.max_new_tokens}
     return json.dumps({"family": family, **settings, "prompt": asked[:16]})
 
@@ -296,7 +296,7 @@ def _predictions_of(version: ModelVersion, fingerprint: str, shards: Path, param
     """The version's predictions on these shards: its own if they are of the same data and protocol, else new ones."""
     from adfm.evaluation import inference
 
-    same_protocol = version.tags.get("protocol") in [_protocol(family, params) for family in loading.FAMILIES]
+    same_protocol = version.tags.get("protocol") in [_protocol(family, params) for family in families.FAMILIES]
     with TemporaryDirectory() as folder:
         if same_protocol and version.tags.get("test_fingerprint") == fingerprint:
             stored = _stored_predictions(version)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from adfm.data import masks, synthetic
 from adfm.files import atomic_folder
 from adfm.method import prompt
-from adfm.models import tiny
+from adfm.models import families, tiny
 from adfm.records import Box
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _on_frame(box: NDArray[Any]) -> Box:
 
 def corpus() -> list[str]:
     """What the tokenizer is trained on: the prompts and answers of every kind."""
-    texts = [prompt.SYSTEM, *(prompt.QUESTION.format(units=u) for u in prompt.UNITS.values())]
+    texts = [prompt.SYSTEM, *(prompt.QUESTION.format(units=u) for u in families.UNITS.values())]
     texts += ["system\n", "user\n", "assistant\n"]
     box = Box(10, 10, 20, 20)
     for defect in KINDS:
@@ -301,7 +301,7 @@ def _responses(
 
 def _prompt_ids(processor: Any) -> list[int]:
     """The prompt's tokens, image included; the same for every picture, since all have the same size."""
-    system, user = prompt.messages(tiny.FAMILY)
+    system, user = prompt.messages(families.get(tiny.FAMILY).units)
     blank = Image.new("RGB", (tiny.SIDE, tiny.SIDE))
     content = [{"type": "image", "image": blank}, {"type": "text", "text": user["content"]}]
     chat = [{**system, "content": [{"type": "text", "text": system["content"]}]}, {**user, "content": content}]

@@ -9,7 +9,7 @@ import numpy as np
 
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
-from adfm.method import coordinates
+from adfm.models import families
 from adfm.models.loading import Loaded
 from adfm.records import Box
 
@@ -57,9 +57,10 @@ def draw(
     data = datasets.Dataset.from_parquet(
         [str(file) for file in sorted(shards.glob("train-*.parquet"))], cache_dir=str(cache), columns=["image"]
     )
+    family = families.get(loaded.family)
     regions, frames = [], []
     for row in table:
-        frame = coordinates.frame_of(loaded.family, loaded.processor, row["width"], row["height"])
+        frame = family.frame(loaded.processor, row["width"], row["height"])
         boxes = [frame.from_pixels(Box(*box), row["width"], row["height"]) for box in row["boxes"]]
         regions.append([list(box) for box in boxes])
         frames.append([frame.width, frame.height])
@@ -75,22 +76,15 @@ def draw(
     return data.select(order)
 
 
-def as_seen(data: datasets.Dataset, processor: Any) -> datasets.Dataset:
+def as_seen(data: datasets.Dataset, loaded: Loaded) -> datasets.Dataset:
     """The same rows with each image as the processor resizes it, for an engine that has a processor of its own."""
     from PIL import Image
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-    images = processor.image_processor
+    images, cut = loaded.processor.image_processor, families.get(loaded.family).images
 
     def resized(image: Image.Image) -> Image.Image:
-        height, width = smart_resize(
-            image.height,
-            image.width,
-            factor=images.patch_size * images.merge_size,
-            min_pixels=images.size["shortest_edge"],
-            max_pixels=images.size["longest_edge"],
-        )
-        return image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        size = cut.resized(images, image.width, image.height)
+        return image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
 
     return data.with_transform(lambda rows: {**rows, "image": [resized(image) for image in rows["image"]]})
 

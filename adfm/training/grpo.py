@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 from adfm import stopping, tracking
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
-from adfm.files import atomic_folder, digest, replace_json
+from adfm.files import atomic_folder, digest, refuse_to_replace, replace_json
 from adfm.method import rewards
 from adfm.method.coordinates import Frame
-from adfm.models import hardware, loading
+from adfm.models import families, hardware, loading
 from adfm.outbox import Outbox
 from adfm.params import Params
 from adfm.records import Label
@@ -39,7 +39,7 @@ TERMS = ("format", "classification", "localization")
 IDENTITY = "identity.json"
 
 
-def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | None = None) -> None:
+def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | None = None, force: bool = False) -> None:
     """Go on training the adapter `model` by GRPO, and write it with its processor to `out`.
 
     Checkpoints lie in `<out>.checkpoint/`. A training that was interrupted goes on from the last of them, if data,
@@ -54,12 +54,14 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
         out: Folder to write: adapter, processor, `adfm.json`, `reward_curves.csv`.
         params: Reads `model`, `train` and `seed`.
         keep: Folder for the model of every checkpoint, a folder a step, to see how it came to be.
+        force: Replace a finished model at `out`.
 
     Raises:
-        AdfmError: Model, shards or tracking store cannot be used, the batch does not divide, the machine lacks what
-            settings ask for, memory runs out, the figures are those of a training that has gone wrong, or (`Stopped`)
-            SIGTERM has come.
+        AdfmError: `out` holds a finished model or something else; model, shards or tracking store cannot be used, the
+            batch does not divide, the machine lacks what settings ask for, memory runs out, the figures are those of a
+            training that has gone wrong, or (`Stopped`) SIGTERM has come.
     """
+    refuse_to_replace(out, force)
     settings = params.train
     hardware.require(params, int(os.environ.get("WORLD_SIZE", "1")))
     if loading.describe(model) is None:
@@ -73,6 +75,9 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
 
     set_seed(params.seed)
     state = PartialState(cpu=not torch.cuda.is_available())
+    if state.is_main_process:
+        for warning in hardware.memory_warnings(params, state.num_processes):
+            print(f"warning: {warning}")
     work = out.with_name(out.name + ".checkpoint")
     run_id = _resume(work, shards, model, params) if state.is_main_process else None
     loaded = loading.load(model, params.model, trainable=True)
@@ -284,11 +289,11 @@ def _trainer(
     group = settings.num_generations
     terms_of = reward_functions(settings.profile)
     completions, _ = hardware.shares(settings, processes)
-    unwanted = [loaded.model.config.image_token_id, loaded.model.config.video_token_id]
+    unwanted = families.placeholders(loaded.processor)
     generation: dict[str, Any] = {"generation_kwargs": {"suppress_tokens": unwanted}}
     if settings.vllm:  # which has no suppress_tokens, and a processor that does not know model.max_pixels
-        data = examples.as_seen(data, loaded.processor)
-        reserve = reserve and examples.as_seen(reserve, loaded.processor)
+        data = examples.as_seen(data, loaded)
+        reserve = reserve and examples.as_seen(reserve, loaded)
         generation = {
             "generation_kwargs": {"logit_bias": dict.fromkeys(unwanted, -100.0)},
             "use_vllm": True,

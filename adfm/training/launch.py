@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from adfm import stopping, tracking
 from adfm.errors import AdfmError
+from adfm.files import refuse_to_replace
 from adfm.models import hardware
 from adfm.params import Params
 from adfm.stopping import Stopped
@@ -50,6 +51,7 @@ def on_gpus(shards: Path, model: Path, out: Path, params: Params, gpus: int) -> 
     if gpus < 2:
         grpo.train(shards, model, out, params)
         return
+    refuse_to_replace(out)
     hardware.shares(params.train, gpus)
     with TemporaryDirectory() as folder:
         settings = Path(folder) / "params.yaml"
@@ -99,7 +101,8 @@ def train_job(
     """
     from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
 
-    started = command(work / "shards", work / "warmup", work / "trained", work / "params.yaml")
+    # By force: a machine that is started again after the training has ended must not fail for the model that it made.
+    started = [*command(work / "shards", work / "warmup", work / "trained", work / "params.yaml"), "--force"]
     env = [
         {"name": variable, "valueFrom": {"secretKeyRef": {"name": secret, "key": key, "optional": True}}}
         for secret, keys in _SECRETS.items()

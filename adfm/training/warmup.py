@@ -7,38 +7,34 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adfm import tracking
 from adfm.data import shards as shards_
-from adfm.errors import AdfmError
-from adfm.files import atomic_folder, write_json
+from adfm.files import atomic_folder, refuse_to_replace, write_json
 from adfm.method import prompt
-from adfm.models import loading
+from adfm.models import adapters, families, loading
 from adfm.outbox import Outbox
-from adfm.params import Lora, Params
+from adfm.params import Params
 from adfm.records import Box
 from adfm.training import examples
 
-if TYPE_CHECKING:
-    from peft import LoraConfig
 
-_VISION = r"(.*\.)?visual\..*"  # the modules of the vision tower, for PEFT
-
-
-def warmup(shards: Path, out: Path, params: Params) -> None:
+def warmup(shards: Path, out: Path, params: Params, force: bool = False) -> None:
     """Train a new adapter on correct answers, and write it with its processor to `out`.
 
     Args:
         shards: Folder of shards; the train split is used.
         out: Folder to write: adapter, processor, `adfm.json`, `warmup_curves.csv`.
         params: Reads `model`, `lora`, `warmup` and `seed`.
+        force: Replace a finished model at `out`.
 
     Raises:
-        AdfmError: Model, shards or tracking store cannot be used, or the adapter would be on nothing.
+        AdfmError: `out` holds a finished model or something else; model, shards or tracking store cannot be used, or
+            `lora.target_modules` does not fit the model.
     """
+    refuse_to_replace(out, force)
     import torch
-    from peft import get_peft_model
     from transformers import set_seed
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
     from trl import SFTConfig, SFTTrainer
@@ -48,15 +44,8 @@ def warmup(shards: Path, out: Path, params: Params) -> None:
     set_seed(params.seed)
     settings = params.warmup
     loaded = loading.load(params.model.name, params.model)
-    loaded = replace(loaded, prompt=prompt.messages(loaded.family, settings.stages))
-    lora = adapter(params.lora)
-    try:
-        model = get_peft_model(loaded.model, lora)
-    except ValueError as error:
-        raise AdfmError(
-            f"lora.target_modules: {params.lora.target_modules!r} matches no module of {params.model.name} that an "
-            "adapter can be on; all-linear matches all linear layers"
-        ) from error
+    loaded = replace(loaded, prompt=prompt.messages(families.get(loaded.family).units, settings.stages))
+    model = adapters.attach(loaded.model, params.lora)
     with (
         atomic_folder(out) as folder,
         tracking.start_run("warmup", params, must_end=False) as run,
@@ -106,20 +95,6 @@ def _answer(row: dict[str, Any], step: int, stages: bool) -> dict[str, Any]:
     return {"completion": [{"role": "assistant", "content": text}]}
 
 
-def adapter(settings: Lora) -> LoraConfig:
-    """The settings in PEFT's form."""
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=settings.target_modules,
-        exclude_modules=None if settings.vision else _VISION,
-        task_type="CAUSAL_LM",
-    )
-
-
 def save(
     folder: Path,
     model: Any,
@@ -137,7 +112,8 @@ def save(
     import shutil
 
     shutil.rmtree(folder / "cache", ignore_errors=True)
-    model.save_pretrained(folder, selected_adapters=["default"], state_dict=weights)
+    # The embeddings are the base's; PEFT would add them to an adapter on `lm_head` or `embed_tokens`.
+    model.save_pretrained(folder, selected_adapters=["default"], state_dict=weights, save_embedding_layers=False)
     loaded.processor.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
     description = {

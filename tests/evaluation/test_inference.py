@@ -19,8 +19,8 @@ from adfm.data import shards
 from adfm.errors import AdfmError
 from adfm.evaluation import inference
 from adfm.method import prompt, response
-from adfm.models import loading
-from adfm.params import Model, Params
+from adfm.models import families, loading
+from adfm.params import Evaluate, Model, Params
 
 BASE = "embedded://tiny-base"
 
@@ -44,8 +44,8 @@ def test_every_image_of_the_split_gets_one_row(small_shards: Path) -> None:
 def test_answers_do_not_depend_on_the_batch(small_shards: Path, embedded: loading.Loaded) -> None:
     images = [Image.open(io.BytesIO(r.image)).convert("RGB") for r in list(shards.read(small_shards, "test"))[:6]]
     images[1] = images[1].resize((160, 64))
-    together, scores = inference.answer(embedded, images, 40)
-    alone = [inference.answer(embedded, [image], 40) for image in images]
+    together, scores = inference.answer(embedded, images, Evaluate(max_new_tokens=40))
+    alone = [inference.answer(embedded, [image], Evaluate(max_new_tokens=40)) for image in images]
     assert together == [completions[0] for completions, _ in alone]
     for score, (_, single) in zip(scores, alone, strict=True):
         assert (score is None and single[0] is None) or math.isclose(score or 0, single[0] or 0, abs_tol=1e-4)
@@ -53,7 +53,7 @@ def test_answers_do_not_depend_on_the_batch(small_shards: Path, embedded: loadin
 
 def test_score_is_the_probability_of_the_letter_that_is_written(embedded: loading.Loaded) -> None:
     image = Image.new("RGB", (128, 128), "gray")
-    [completion], [score] = inference.answer(embedded, [image], 40)
+    [completion], [score] = inference.answer(embedded, [image], Evaluate(max_new_tokens=40, score="letter"))
     answer = response.parse(completion).answer
     assert score is not None and (score > 0.5) == (answer == "A")
 
@@ -69,40 +69,13 @@ def test_score_is_the_probability_of_the_letter_that_is_written(embedded: loadin
 
 def test_a_completion_ends_at_its_answer_also_where_the_model_would_go_on(embedded: loading.Loaded) -> None:
     image = Image.new("RGB", (128, 128), "gray")
-    expected = inference.answer(embedded, [image], 40)
+    expected = inference.answer(embedded, [image], Evaluate(max_new_tokens=40))
     settings = embedded.model.generation_config
     end, settings.eos_token_id = settings.eos_token_id, None
     try:
-        assert inference.answer(embedded, [image], 60) == expected
+        assert inference.answer(embedded, [image], Evaluate(max_new_tokens=60)) == expected
     finally:
         settings.eos_token_id = end
-
-
-@pytest.mark.parametrize(
-    ("completion", "expected"),
-    [
-        ("a<answer>B</answer>", "a<answer>B</answer>"),
-        ("a<answer>B</answer>\n\nMore <answer>A</answer>", "a<answer>B</answer>"),
-        ("a<answer>B", "a<answer>B"),
-        ("", ""),
-    ],
-)
-def test_what_follows_the_answer_is_dropped(completion: str, expected: str) -> None:
-    assert inference.until_stop(completion) == expected
-
-
-@pytest.mark.parametrize("letter", ["A", " b ", "\n\tB\n", "C", "", "A."])
-@pytest.mark.parametrize("tail", ["</answer>", ""])
-def test_the_letter_is_found_exactly_where_there_is_an_answer(embedded: loading.Loaded, letter: str, tail: str) -> None:
-    tokenizer = embedded.processor.tokenizer
-    completion = f"<think>A [1, 2, 3, 4]</think><answer>{letter}{tail}"
-    tokens = tokenizer(completion)["input_ids"]
-    at = inference.letter_token(tokenizer, tokens, completion)
-    assert (at is None) == (response.parse(completion).answer is None)
-    if at is not None:
-        assert tokenizer.decode(tokens[: at + 1]).rstrip().endswith("<answer>" + letter.rstrip()) or (
-            tokenizer.decode(tokens[: at + 1]).split("<answer>")[1].strip() == letter.strip()
-        )
 
 
 # ------------------------------------------------------------------------------------------------- batches
@@ -142,7 +115,9 @@ def test_images_of_one_size_are_answered_together_and_rows_keep_their_order(
     assert table["id"].tolist() == shards.ids(mixed, "test")
     loaded = loading.load(BASE, Model())
     images = [Image.open(io.BytesIO(record.image)).convert("RGB") for record in shards.read(mixed, "test")]
-    assert table["completion"].tolist() == [inference.answer(loaded, [image], 40)[0][0] for image in images]
+    assert table["completion"].tolist() == [
+        inference.answer(loaded, [image], Evaluate(max_new_tokens=40))[0][0] for image in images
+    ]
 
 
 def test_work_ahead_keeps_its_order_and_its_errors() -> None:
@@ -164,11 +139,11 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     calls: list[int] = []
     original = inference._generate
 
-    def counted(loaded: loading.Loaded, inputs: Any, max_new_tokens: int) -> inference.Answers:
+    def counted(loaded: loading.Loaded, scorer: Any, inputs: Any, settings: Evaluate, seed: int) -> inference.Answers:
         if calls[:1] == [99] and len(calls) > 5:
             raise KeyboardInterrupt
         calls.append(len(inputs["input_ids"]))
-        return original(loaded, inputs, max_new_tokens)
+        return original(loaded, scorer, inputs, settings, seed)
 
     monkeypatch.setattr(inference, "_generate", counted)
     yield calls
@@ -248,7 +223,7 @@ class Engine:
         self.asked.append((prompts, sampling, lora_request))
         tokenizer = loading.load_processor(BASE, Model()).tokenizer
         tokens = tokenizer(self.completion)["input_ids"]
-        (a, *_), (b, *_) = inference.letter_tokens(tokenizer)
+        a, b = tokenizer.convert_tokens_to_ids(["A", "B"])
         known = dict.fromkeys(sampling.logprob_token_ids, types.SimpleNamespace(logprob=-1000.0))
         known |= {a: types.SimpleNamespace(logprob=math.log(0.6)), b: types.SimpleNamespace(logprob=math.log(0.2))}
         written = types.SimpleNamespace(text=self.completion + "\n", token_ids=tokens, logprobs=[known] * len(tokens))
@@ -272,7 +247,9 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> type[Engine]:
 def test_vllm_gets_the_same_prompts_and_its_answers_are_read_the_same(
     mixed: Path, vllm: type[Engine], embedded: loading.Loaded
 ) -> None:
-    params = Params.model_validate({"evaluate": {"batch_size": 5, "backend": "vllm", "max_new_tokens": 77}})
+    params = Params.model_validate(
+        {"evaluate": {"batch_size": 5, "backend": "vllm", "max_new_tokens": 77, "score": "letter"}}
+    )
     table = inference.predict(BASE, mixed, params, "base")
     assert set(table["completion"]) == {Engine.completion} and set(table["predicted"]) == {"anomalous"}
     assert table["score"].tolist() == pytest.approx([0.75] * 12)
@@ -288,7 +265,7 @@ def test_vllm_gets_the_same_prompts_and_its_answers_are_read_the_same(
 def test_an_adapter_is_a_lora_request_to_vllm(mixed: Path, vllm: type[Engine], tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     loading.load_processor(BASE, Model()).save_pretrained(adapter)
-    described = {"base": {"name": BASE, "revision": None}, "prompt": prompt.messages("qwen3_vl")}
+    described = {"base": {"name": BASE, "revision": None}, "prompt": prompt.messages(families.get("qwen3_vl").units)}
     (adapter / "adfm.json").write_text(json.dumps(described))
     (adapter / "adapter_config.json").write_text('{"r": 24}')
     params = Params.model_validate({"evaluate": {"backend": "vllm"}})

@@ -108,20 +108,26 @@ def test_memory_shrinks_with_the_settings_that_save_it(network: Any) -> None:
         assert parts(*overrides)[part] < default[part], overrides
 
 
-def test_the_weights_of_an_adapter_are_counted(network: Any) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    adapted = get_peft_model(network, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
-    assert hardware.adapter_weights(adapted.unload(), Params().lora) == trained
-
-
 def test_more_than_fits_says_what_to_lower_and_to_what() -> None:
     params = load(None, ["train.micro_batch=48"])
     needed = hardware.memory(hardware.empty(loading.EMBEDDED["embedded://tiny-base"]), params)
     assert hardware.beyond(params, 1, hardware.total(needed)) == []
     (problem,) = hardware.beyond(params, 1, hardware.total(needed) - needed["training"] // 2)
     assert "train.micro_batch=48 needs about" in problem
-    assert "set train.gradient_checkpointing=true, or set train.micro_batch=" in problem
+    assert "Set train.gradient_checkpointing=true, or set train.micro_batch=" in problem
     (problem,) = hardware.beyond(params, 1, 1)
     assert "take a larger GPU" in problem
+    assert "this is certain: the weights alone are" in problem
+
+
+def test_an_estimate_of_memory_warns_and_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Small:
+        total_memory = 24 * 2**20
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Small)
+    hardware.require(Params())
+    (warning,) = hardware.memory_warnings(Params())
+    assert "not measured on any GPU, so it is not certain and nothing is refused" in warning
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # a GPU then holds a part of the model only
+    assert hardware.memory_warnings(Params()) == []

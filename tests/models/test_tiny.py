@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adfm.method import prompt
-from adfm.models import loading, tiny
+from adfm.models import families, loading, tiny
 from adfm.params import Model
 from adfm.records import Box
 
@@ -30,7 +30,7 @@ def test_prompt_and_answers_are_short(embedded: loading.Loaded) -> None:
     tokenizer: Any = embedded.processor.tokenizer
     box = Box(120, 30, 450, 1000)
     assert len(tokenizer(prompt.answer("anomalous", [box], "scratch"))["input_ids"]) <= 24
-    assert len(tokenizer(prompt.QUESTION.format(units=prompt.UNITS["qwen3_vl"]))["input_ids"]) <= 60
+    assert len(tokenizer(prompt.QUESTION.format(units=families.UNITS["thousandths"]))["input_ids"]) <= 60
 
 
 def test_every_coordinate_is_one_token(embedded: loading.Loaded) -> None:

@@ -1,142 +1,263 @@
-"""Qwen2.5-VL takes the same path as the embedded Qwen3-VL, with its own coordinates."""
+"""Every family takes the same path as the embedded model, with random weights, coordinates and modules of its own."""
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from adfm import predict as predict_
+from adfm import preflight
+from adfm.data import shards as shards_
 from adfm.errors import AdfmError
-from adfm.evaluation.inference import predict
-from adfm.models import loading, tiny
-from adfm.params import Params
-from adfm.training import base, examples, grpo
+from adfm.evaluation.evaluate import evaluate
+from adfm.evaluation.inference import chat_text
+from adfm.models import families, hardware, loading, tiny
+from adfm.params import Lora, Params
+from adfm.training import examples, grpo
 from adfm.training.warmup import warmup
+from tests.models import random_models
+
+
+@pytest.fixture(scope="module", params=list(families.FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    """Each family in turn."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of the family, saved as a real one is."""
+    return random_models.write(family, tmp_path_factory.mktemp(family))
 
 
 @pytest.fixture(scope="module")
 def qwen2_5_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of a hundred thousand weights, saved as a real one is."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    folder = tmp_path_factory.mktemp("qwen2_5_vl")
-    processor = tiny.processor(tiny.tokenizer(base.corpus()))
-    number: Any = processor.tokenizer.convert_tokens_to_ids
-    text = {
-        "vocab_size": len(processor.tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 3, 3]},
-        "eos_token_id": number("<|im_end|>"),
-        "pad_token_id": number("<|endoftext|>"),
-        "bos_token_id": None,
-    }
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "patch_size": tiny.PATCH,
-        "spatial_merge_size": tiny.MERGE,
-        "temporal_patch_size": 2,
-        "out_hidden_size": 32,
-        "window_size": 4 * tiny.PATCH * tiny.MERGE,
-        "fullatt_block_indexes": [1],
-    }
-    config = Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=number("<|image_pad|>"),
-        video_token_id=number("<|video_pad|>"),
-        vision_start_token_id=number("<|vision_start|>"),
-        vision_end_token_id=number("<|vision_end|>"),
-    )
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config.eos_token_id = text["eos_token_id"]
-    model.generation_config.pad_token_id = text["pad_token_id"]
-    model.save_pretrained(folder)
-    loading.processor_class("qwen2_5_vl")(
-        image_processor=processor.image_processor,
-        tokenizer=processor.tokenizer,
-        chat_template=processor.chat_template,
-    ).save_pretrained(folder)
-    return folder
+    """A random model of the one family that writes boxes in pixels."""
+    return random_models.write("qwen2_5_vl", tmp_path_factory.mktemp("pixels"))
 
 
-def test_the_whole_path(qwen2_5_vl: Path, small_shards: Path, tmp_path: Path, params: Params) -> None:
+def changed(params: Params, name: Path, **sections: dict[str, Any]) -> Params:
+    """`params` with another model, and with some settings of some sections."""
     settings = params.model_dump(by_alias=True)
-    settings["model"]["name"] = str(qwen2_5_vl)
-    settings["train"]["steps"] = 1
-    own = Params.model_validate(settings)
+    settings["model"]["name"] = str(name)
+    for section, values in sections.items():
+        settings[section] |= values
+    return Params.model_validate(settings)
+
+
+def test_the_whole_path(
+    folder: Path, family: str, small_shards: Path, tmp_path: Path, params: Params, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Two images and four backward passes a step: what the family's processor makes of an image is cut among them.
+    step = {"steps": 2, "micro_batch": 2, "gradient_checkpointing": True, "pictures_every": 0}
+    own = changed(params, folder, train=step, evaluate={"bootstrap": 50, "max_new_tokens": 8})
+    preflight.check(own)
     warmup(small_shards, tmp_path / "warmup", own)
     grpo.train(small_shards, tmp_path / "warmup", tmp_path / "trained", own)
-    assert json.loads((tmp_path / "trained" / "adfm.json").read_text())["family"] == "qwen2_5_vl"
-    table = predict(tmp_path / "trained", small_shards, own, "trained")
-    assert len(table) and table["completion"].notna().all()
+    assert json.loads((tmp_path / "trained" / "adfm.json").read_text())["family"] == family
+    losses = (tmp_path / "trained" / "reward_curves.csv").read_text().splitlines()
+    assert len(losses) > 2 and "nan" not in "".join(losses[1:])
+    evaluate({"base": str(folder), "trained": tmp_path / "trained"}, small_shards, tmp_path / "evaluation", own)
+    assert json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["trained"]["images"] > 0
+    image = tmp_path / "image.png"
+    examples_of(small_shards)[0].convert("RGB").save(image)
+    capsys.readouterr()
+    predict_.predict([image], str(tmp_path / "trained"), own, as_json=True)
+    assert len(capsys.readouterr().out.splitlines()) == 1
 
 
-def test_a_frozen_vision_tower_and_the_other_attention_take_the_same_path(
+def examples_of(shards: Path) -> list[Any]:
+    """The images of the test split."""
+    return [Image.open(io.BytesIO(record.image)) for record in shards_.read(shards, "test")]
+
+
+def test_the_prompt_shows_the_image_once_and_asks_for_the_units_of_the_frame(folder: Path, family: str) -> None:
+    processor = loading.load_processor(str(folder), Params().model)
+    text = chat_text(processor, loading.prompt_of(str(folder), family))
+    assert text.count(processor.image_token) == 1
+    frame = families.get(family).frame(processor, 128, 64)
+    if frame.width == frame.height == 1000:
+        assert "0 to 1000" in text
+    else:
+        assert "in pixels of the image" in text and frame.width == 2 * frame.height
+
+
+def test_a_frozen_tower_has_no_adapter_and_what_remains_is_counted(folder: Path, family: str) -> None:
+    for vision in (True, False):
+        lora = Lora(vision=vision)
+        network = loading.load(str(folder), Params().model).model
+        count = adapters.weights(network, lora)
+        adapted = adapters.attach(network, lora)
+        trained = {name: weight for name, weight in adapted.named_parameters() if weight.requires_grad}
+        assert any(families.get(family).is_vision(name) for name in trained) == vision
+        assert sum(weight.numel() for weight in trained.values()) == count
+
+
+def test_memory_is_computed_from_what_an_image_costs_the_model(folder: Path, family: str) -> None:
+    network = hardware.empty(folder)
+    small, large = (
+        hardware.memory(network, Params.model_validate({"model": {"max_pixels": side**2}})) for side in (96, 960)
+    )
+    assert small["weights"] == large["weights"] and small["training"] < large["training"]
+    processor = loading.load_processor(str(folder), Params().model)
+    width, height = families.get(family).images.resized(processor.image_processor, 96, 96)
+    blank = Image.new("RGB", (96, 96))
+    tokens = processor(text=[processor.image_token], images=[blank], return_tensors="pt")["input_ids"]
+    cost = families.get(family).images.cost(network.config, width * height)
+    assert cost.tokens == int((tokens == processor.image_token_id).sum())
+
+
+def test_placeholders_of_images_are_never_generated(folder: Path) -> None:
+    processor = loading.load_processor(str(folder), Params().model)
+    numbers = families.placeholders(processor)
+    texts = processor.tokenizer.convert_ids_to_tokens(numbers)
+    assert processor.image_token in texts and processor.video_token in texts
+    assert None not in texts and processor.tokenizer.eos_token not in texts
+
+
+def test_images_are_limited_and_other_engines_get_them_in_the_size_that_the_model_sees(
+    folder: Path, family: str, small_shards: Path, tmp_path: Path
+) -> None:
+    limit = random_models.TILE**2
+    settings = Params.model_validate({"model": {"name": str(folder), "max_pixels": limit}}).model
+    loaded = loading.load(str(folder), settings)
+    data = examples.draw(small_shards, loaded, 4, anomalous_share=0.5, seed=0, cache=tmp_path)
+    seen = [row["image"].size for row in examples.as_seen(data, loaded)]
+    assert all(width * height <= limit for width, height in seen)
+    cut = families.get(family).images
+    images = loaded.processor.image_processor
+    assert [cut.resized(images, *size) for size in seen] == seen  # a second processor changes nothing
+
+
+def test_a_folder_without_weights_of_the_tower_is_refused(folder: Path, family: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    for number, module in enumerate(families.get(family).vision):
+        blind = shutil.copytree(folder, tmp_path / str(number))
+        kept = {name: weight for name, weight in weights.items() if module not in name.split(".")}
+        assert len(kept) < len(weights)
+        save_file(kept, blind / "model.safetensors", {"format": "pt"})
+        with pytest.raises(AdfmError, match=rf"no weights of a vision tower \(no {module}\)"):
+            preflight.check(Params.model_validate({"model": {"name": str(blind)}}))
+
+
+HUB = {
+    "qwen2_5_vl": {"model.visual.": "visual.", "model.language_model.": "model."},
+    "internvl": {
+        "model.vision_tower.": "vision_tower.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+        "model.language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+    },
+}
+"""How folders of the hub, written by earlier transformers, begin the names of weights."""
+
+
+def test_names_of_weights_as_the_hub_has_them_are_known(folder: Path, family: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        for own, hub in HUB.get(family, {}).items():
+            name = name.replace(own, hub) if name.startswith(own) else name
+        weights[name] = weight
+    hub = shutil.copytree(folder, tmp_path / "hub")
+    save_file(weights, hub / "model.safetensors", {"format": "pt"})
+    expected = loading.load(str(folder), Params().model).model.state_dict()
+    loaded = loading.load(str(hub), Params().model).model.state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all((loaded[name] == expected[name]).all() for name in expected)
+
+
+def test_the_processor_of_a_folder_that_an_earlier_transformers_wrote_is_read(family: str, tmp_path: Path) -> None:
+    """Today's puts the image processor's settings into `processor_config.json`; torchvision's class is named there."""
+    folder = random_models.write(family, tmp_path / "folder")
+    file = folder / "processor_config.json"
+    settings = json.loads(file.read_text())
+    images = settings.pop("image_processor")
+    images["image_processor_type"] += "Fast"
+    file.write_text(json.dumps(settings))
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
+    videos = {**images, "video_processor_type": "AnyVideoProcessor"}
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(videos))
+    processor = loading.load_processor(str(folder), Params().model)
+    images = random_models.BUILDERS[family]()[1].image_processor
+    assert processor.image_processor.to_dict() == images.to_dict()
+
+
+def test_the_processor_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(folder, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["image_token_id"] += 1
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AdfmError, match="number of the image token"):
+        loading.load_processor(str(other), Params().model)
+
+
+def test_a_chat_template_that_hides_the_image_or_changes_the_answer_is_refused(
+    qwen2_5_vl: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(qwen2_5_vl, tmp_path / "other")
+    own = (other / "chat_template.jinja").read_text()
+    thinking = own.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
+    assert thinking != own
+    for template, says in (
+        ("{% for m in messages %}{{ m.content[-1].text }}{% endfor %}", "<|image_pad|> 0 times, not once"),
+        (thinking, "does not write an answer as it stands"),
+        ("{{ nothing.at.all }}", "cannot be used"),
+    ):
+        (other / "chat_template.jinja").write_text(template)
+        with pytest.raises(AdfmError) as error:
+            loading.load_processor(str(other), Params().model)
+        assert says in str(error.value)
+
+
+def test_an_unknown_architecture_is_refused_with_those_that_are_known(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "internvl_chat"}))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(AdfmError) as error:
+        preflight.check(Params.model_validate({"model": {"name": str(tmp_path)}}))
+    for what in ("'internvl_chat'", *families.FAMILIES, "that end in -HF", "adfm/models/families.py"):
+        assert what in str(error.value)
+
+
+def test_settings_of_a_real_run_take_the_same_path(
     qwen2_5_vl: Path, small_shards: Path, tmp_path: Path, params: Params
 ) -> None:
     from safetensors import safe_open
 
-    settings = params.model_dump(by_alias=True)
-    settings["model"] |= {"name": str(qwen2_5_vl), "attention": "eager", "dtype": "bfloat16"}
-    settings["lora"]["vision"] = False
-    settings["train"] |= {"steps": 1, "gradient_checkpointing": True, "micro_batch": 4}
-    own = Params.model_validate(settings)
+    own = changed(
+        params,
+        qwen2_5_vl,
+        model={"attention": "eager", "dtype": "bfloat16"},
+        lora={"vision": False},
+        train={"steps": 1, "gradient_checkpointing": True, "micro_batch": 4},
+    )
     warmup(small_shards, tmp_path / "warmup", own)
     grpo.train(small_shards, tmp_path / "warmup", tmp_path / "trained", own)
-    with safe_open(tmp_path / "trained" / "adapter_model.safetensors", framework="np") as adapter:
-        names = list(adapter.keys())
+    with safe_open(tmp_path / "trained" / "adapter_model.safetensors", framework="np") as weights:
+        names = list(weights.keys())
     assert names and not any("visual" in name for name in names)
     assert loading.load(tmp_path / "trained", own.model).model.config._attn_implementation == "eager"
 
 
 def test_an_adapter_on_nothing_is_refused(qwen2_5_vl: Path, small_shards: Path, tmp_path: Path) -> None:
-    for targets in (["no_proj"], "no_such_.*"):
+    for targets in (["q_proj", "no_proj"], "no_such_.*"):
         own = Params.model_validate({"model": {"name": str(qwen2_5_vl)}, "lora": {"target_modules": targets}})
-        with pytest.raises(AdfmError, match=r"lora\.target_modules: .* matches no module"):
+        with pytest.raises(AdfmError, match=r"lora\.target_modules: 'no_\S+' matches no module"):
             warmup(small_shards, tmp_path / "warmup", own)
-
-
-def test_a_model_without_a_vision_tower_or_with_the_processor_of_another_is_refused(
-    qwen2_5_vl: Path, tmp_path: Path
-) -> None:
-    from safetensors.torch import load_file, save_file
-
-    blind = shutil.copytree(qwen2_5_vl, tmp_path / "blind")
-    weights = load_file(blind / "model.safetensors")
-    save_file({k: v for k, v in weights.items() if "visual." not in k}, blind / "model.safetensors", {"format": "pt"})
-    with pytest.raises(AdfmError, match="no weights of a vision tower"):
-        loading.resolve(str(blind), None)
-    other = shutil.copytree(qwen2_5_vl, tmp_path / "other")
-    file = other / "processor_config.json"
-    settings = json.loads(file.read_text())
-    settings["image_processor"]["patch_size"] += 2
-    file.write_text(json.dumps(settings))
-    with pytest.raises(AdfmError, match=f"pixels of a patch {tiny.PATCH + 2}, the model's {tiny.PATCH}"):
-        loading.load_processor(str(other), Params().model)
-
-
-def test_an_engine_with_its_own_processor_gets_images_of_the_size_that_the_model_sees(
-    qwen2_5_vl: Path, small_shards: Path, tmp_path: Path
-) -> None:
-    loaded = loading.load(str(qwen2_5_vl), Params().model)
-    data = examples.draw(small_shards, loaded, 4, anomalous_share=0.5, seed=0, cache=tmp_path)
-    rows = examples.as_seen(data, loaded.processor)
-    assert [list(row["image"].size) for row in rows] == data["frame"][:]
-    assert rows[0]["label"] == data[0]["label"]
 
 
 def test_boxes_are_pixels_of_the_resized_image(qwen2_5_vl: Path, small_shards: Path, tmp_path: Path) -> None:
     loaded = loading.load(str(qwen2_5_vl), Params().model)
     data = examples.draw(small_shards, loaded, 4, anomalous_share=0.5, seed=0, cache=tmp_path)
     assert [row["frame"] for row in data] == [[tiny.SIDE, tiny.SIDE]] * 4
+    assert [list(row["image"].size) for row in examples.as_seen(data, loaded)] == data["frame"][:]
     assert "pixels" in data[0]["prompt"][1]["content"]

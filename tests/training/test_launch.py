@@ -101,7 +101,7 @@ def test_a_train_job_runs_the_image_on_the_nodes_and_gives_its_adapter(cluster: 
     work = tmp_path / "workspace" / "adfm-1f0c7a52-9d1e-4c6b"
     assert trainer["command"] == [
         *("torchrun", "-m", "adfm", "train", f"{work}/shards", f"{work}/warmup", f"{work}/trained"),
-        *("--params", f"{work}/params.yaml"),
+        *("--params", f"{work}/params.yaml", "--force"),  # whoever finds the model made must not fail for it
     ]
     assert (trainer["image"], trainer["numNodes"], trainer["numProcPerNode"]) == ("localhost/adfm:gpu", 2, 4)
     assert trainer["resourcesPerNode"]["limits"][GPU] == "4"

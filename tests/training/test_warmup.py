@@ -3,8 +3,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
+from adfm import cli
 from adfm.models import loading
 from adfm.params import Params
 from adfm.training.warmup import warmup
@@ -36,3 +38,24 @@ def test_warmup_moves_the_adapter_and_says_where_it_comes_from(
     assert description["params"]["warmup"]["steps"] == 2
     assert len((tmp_path / "warmup" / "warmup_curves.csv").read_text().splitlines()) == 3
     assert not (tmp_path / "warmup" / "cache").exists()
+
+
+@pytest.mark.parametrize("verb", [["warmup", "shards"], ["train", "shards", "model"]])
+def test_a_finished_model_is_refused_before_anything_is_read(
+    verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adfm.json").write_text("{}")
+    assert cli.main([*verb, "out"]) == 1
+    assert "out holds a finished model, which is not replaced; choose another" in capsys.readouterr().err
+    assert cli.main([*verb, "out", "--force", "--set", "model.name=none"]) == 1
+    assert "finished model" not in capsys.readouterr().err
+    assert (tmp_path / "out" / "adfm.json").read_text() == "{}"
+
+
+def test_by_force_a_finished_model_is_replaced(small_shards: Path, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        warmup(
+            small_shards, tmp_path / "out", Params.model_validate({"seed": seed, "warmup": {"steps": 0}}), force=True
+        )
+    assert json.loads((tmp_path / "out" / "adfm.json").read_text())["params"]["seed"] == 2

@@ -1,0 +1,245 @@
+"""Generation settings, the end of a completion, and the probability of its decision.
+
+A tokenizer may write the letter of `<answer>A</answer>` as `A`, ` A`, `a` or, as Qwen's does, as `>A`. So the
+probability is read by text: at the token that decides, all tokens that continue *what is already written* to one answer
+are compared with all tokens that continue it to the other. `Scorer` does this for both backends, transformers and vLLM,
+in evaluation, training, `adfm predict` and serving.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from adfm.errors import AdfmError
+from adfm.method import prompt, response
+from adfm.records import Label
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers import GenerationConfig
+
+    Logits = Callable[[int], NDArray[np.floating]]
+    """Logits, or log-probabilities, of `Scorer.tokens` at a position of a completion."""
+
+STOP = "</answer>"
+"""A completion ends here."""
+
+
+def until_stop(completion: str) -> str:
+    """A completion without what follows its end: a last token may reach beyond it."""
+    before, stop, _ = completion.partition(STOP)
+    return before + stop
+
+
+def generation_config(model_config: GenerationConfig, suppressed: Sequence[int]) -> GenerationConfig:
+    """The generation settings of every model, whatever its folder says.
+
+    Folders of the hub bring settings for chat, such as Qwen2.5-VL's repetition penalty of 1.05, and `generate` takes
+    over each of them that its caller leaves out (`GenerationMixin._prepare_generation_config`). Only the tokens that
+    begin, end and pad a text are kept.
+
+    Args:
+        model_config: The settings that came with the model.
+        suppressed: Tokens that are never generated, such as the placeholder of an image.
+    """
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        bos_token_id=model_config.bos_token_id,
+        eos_token_id=model_config.eos_token_id,
+        pad_token_id=model_config.pad_token_id,
+        suppress_tokens=list(suppressed),
+    )
+
+
+class Fork(NamedTuple):
+    """A place at which a completion becomes one of two answers.
+
+    Args:
+        tag: The text right before it.
+        openings: What follows the tag, by label, without white space, which does not matter.
+    """
+
+    tag: str
+    openings: dict[Label, tuple[str, ...]]
+
+    def after(self, text: str) -> int | None:
+        """Where the tag ends in `text`; `None` if it is not there."""
+        tag = re.search(self.tag, text, re.IGNORECASE | re.ASCII)
+        return tag.end() if tag else None
+
+    def side(self, text: str) -> Label | None:
+        """The answer that `text` becomes; `None` if it has not come to the fork, or follows neither side."""
+        after = self.after(text)
+        written = "" if after is None else _bare(text[after:])
+        labels: list[Label] = [
+            label
+            for label, openings in self.openings.items()
+            if written and any(opening.startswith(written) or written.startswith(opening) for opening in openings)
+        ]
+        return labels[0] if len(labels) == 1 else None
+
+    def begun(self, text: str) -> str:
+        """The end of `text` that belongs to the fork: the tag and what follows it, or the beginning of a tag."""
+        if (after := self.after(text)) is not None:
+            return text[after - len(self.tag) :]
+        lengths = range(min(len(self.tag), len(text)), 0, -1)
+        return next((text[-n:] for n in lengths if text[-n:].lower() == self.tag[:n]), "")
+
+    def beginnings(self) -> Iterator[str]:
+        """What can be written when a token is about to decide: nothing, a part of the tag, all of it."""
+        return (self.tag[:n] for n in range(len(self.tag) + 1))
+
+
+def _bare(text: str) -> str:
+    return "".join(text.split())
+
+
+def _fork(stage: str, openings: dict[Label, tuple[str, ...]]) -> Fork:
+    return Fork(f"<{stage}>", {label: tuple(map(_bare, texts)) for label, texts in openings.items()})
+
+
+LETTER = _fork("answer", {label: (f"{letter}<", f"{letter.lower()}<") for letter, label in prompt.LETTERS.items()})
+BRANCHES = tuple(_fork(stage, openings) for stage, openings in prompt.OPENINGS.items())
+"""Where the answers of the supervised stage part before the letter, in the order of the text."""
+
+
+class Scorer:
+    """Probability that an answer is `anomalous`, from the logits of the tokens that decide.
+
+    Args:
+        tokenizer: The model's tokenizer. All its tokens are read once, about a second for 150,000.
+
+    Raises:
+        AdfmError: The tokenizer cannot write the two letters, or writes both alike.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._sides: dict[tuple[str, str], dict[Label, NDArray[np.intp]]] = {}
+        # Decoded behind another token, since some decoders drop the white space that begins a text.
+        anchor = tokenizer("<", add_special_tokens=False)["input_ids"][-1:]
+        start = len(tokenizer.decode(anchor))
+        texts = tokenizer.batch_decode([[*anchor, token] for token in range(len(tokenizer))], skip_special_tokens=True)
+        self._texts = {token: text[start:] for token, text in enumerate(texts) if _decides(text[start:])}
+        self.tokens = list(self._texts)
+        """The tokens that can decide, whose logits `letter` and `branch` read."""
+        for letter, label in prompt.LETTERS.items():
+            self._require(f"<answer>{letter}</answer>", label)
+
+    def _require(self, answer: str, label: Label) -> None:
+        tokens = self._tokenizer(answer, add_special_tokens=False)["input_ids"]
+        text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        at = self._position(tokens, text, LETTER)
+        if at is None or tokens[at] not in [self.tokens[i] for i in self._split(tokens[:at], LETTER)[label]]:
+            raise AdfmError(
+                f"the model's tokenizer writes {answer} as {text!r}, so that the letters A and B cannot be told apart; "
+                "take all files of a model from one place"
+            )
+
+    def letter(self, tokens: Sequence[int], completion: str, logits: Logits) -> float | None:
+        """Probability of `A` against `B` where the letter is written; `None` if there is no clean letter.
+
+        Args:
+            tokens: The tokens of the completion, and perhaps some after it.
+            completion: Their text, as `until_stop` gives it.
+            logits: Of `self.tokens`, at a position in `tokens`.
+        """
+        if response.parse(completion).predicted_label is None:
+            return None
+        return self._odds(tokens, completion, LETTER, logits)
+
+    def branch(self, tokens: Sequence[int], completion: str, logits: Logits) -> float | None:
+        """Probability that an answer ends in `A`, counting the answers that parted from this one before its letter.
+
+        Once a model has written its reasoning the letter is a formality; the doubt lies where it chose what to reason.
+        At each of `BRANCHES` where this completion took one side with the probability p against the other, the result
+        is p * (the result from there on) + (1 - p) * (1 if the other side is that of an anomalous image, else 0).
+        Words other than those of the supervised stage take no side: the result is then that of `letter`.
+
+        Args:
+            tokens: As in `letter`.
+            completion: As in `letter`.
+            logits: As in `letter`.
+        """
+        result = self.letter(tokens, completion, logits)
+        if result is None:
+            return None
+        for fork in reversed(BRANCHES):
+            if (anomalous := self._odds(tokens, completion, fork, logits)) is None:
+                continue
+            result = (
+                anomalous * result if fork.side(completion) == "anomalous" else anomalous + (1 - anomalous) * result
+            )
+        return result
+
+    def _odds(self, tokens: Sequence[int], text: str, fork: Fork, logits: Logits) -> float | None:
+        """Probability of the anomalous side of a fork; `None` if the text takes neither."""
+        at = self._position(tokens, text, fork)
+        if at is None:
+            return None
+        values, sides = np.asarray(logits(at), np.float64), self._split(tokens[:at], fork)
+        anomalous, normal = (np.logaddexp.reduce(values[sides[label]]) for label in ("anomalous", "normal"))
+        return float(1 / (1 + np.exp(np.clip(normal - anomalous, -700, 700))))
+
+    def _position(self, tokens: Sequence[int], text: str, fork: Fork) -> int | None:
+        """The token that decides at a fork, which writes the first character after the tag; `None` as in `_odds`."""
+        after = fork.after(text)
+        if after is None or fork.side(text) is None:
+            return None
+        character = len(text) - len(text[after:].lstrip())
+        low, high = 0, len(tokens)
+        while low < high:  # the shortest run of tokens that reaches beyond the character
+            middle = (low + high) // 2
+            if len(self._tokenizer.decode(tokens[: middle + 1], skip_special_tokens=True)) > character:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def _split(self, before: Sequence[int], fork: Fork) -> dict[Label, NDArray[np.intp]]:
+        """For each label the indices in `self.tokens` of those that continue the tokens `before` to its answer."""
+        written = fork.begun(self._tokenizer.decode(before, skip_special_tokens=True))
+        key = fork.tag, written
+        if key not in self._sides:
+            sides = [fork.side(written + text) for text in self._texts.values()]
+            labels: tuple[Label, ...] = ("anomalous", "normal")
+            self._sides[key] = {label: np.flatnonzero([side == label for side in sides]) for label in labels}
+        return self._sides[key]
+
+
+def mean_of_samples(letters: Sequence[float | None], samples: Sequence[Sequence[float | None]]) -> list[float | None]:
+    """The mean probability of `A` over sampled answers, an image each.
+
+    Args:
+        letters: Of the greedy answer; where it has no clean letter, the image has no probability.
+        samples: The same of each sample; samples without a clean letter do not count.
+    """
+    means = []
+    for letter, *sampled in zip(letters, *samples, strict=True):
+        clean = [value for value in sampled if value is not None]
+        means.append(letter if letter is None or not clean else float(np.mean(clean)))
+    return means
+
+
+def _decides(text: str) -> bool:
+    """Whether a token of this text can decide at a fork."""
+    bare = _bare(text)
+    if bare not in _BEGUN and not bare.startswith(_WHOLE):  # nearly every token: what follows is slow
+        return False
+    forks = (*BRANCHES, LETTER)
+    return any(fork.side(begun + text) is not None for fork in forks for begun in fork.beginnings())
+
+
+_WHOLE = tuple(
+    fork.tag[at:] + opening
+    for fork in (*BRANCHES, LETTER)
+    for at in range(len(fork.tag) + 1)
+    for openings in fork.openings.values()
+    for opening in openings
+)
+_BEGUN = {text[:end] for text in _WHOLE for end in range(1, len(text))}

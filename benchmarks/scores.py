@@ -1,0 +1,49 @@
+"""How well each `evaluate.score` ranks images and can be calibrated: a model, a data set, all three scores.
+
+python benchmarks/scores.py MODEL SHARDS
+
+For each score: AUROC on the test split, expected calibration error after calibration on the validation split (`adfm
+evaluate` does the same), the share of scores within 1e-4 of 0 or 1, and the time against that of the answers alone.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from transformers.utils import logging
+
+from adfm.evaluation import calibration, inference, metrics
+from adfm.params import Params
+
+
+def main(model: str, shards: Path) -> int:
+    """Measures and prints."""
+    logging.set_verbosity_error()
+    print("| score | AUROC | calibration error | near 0 or 1 | time |\n|---|---|---|---|---|")
+    alone = 0.0
+    for score in ("letter", "branch", "samples"):
+        params = Params.model_validate({"evaluate": {"score": score}})
+        start = time.perf_counter()
+        tables = inference.predict_splits(model, shards, params, score, ["validation", "test"])
+        seconds = time.perf_counter() - start
+        alone = alone or seconds
+        fitted = calibration.fit(tables["validation"], params.evaluate)
+        test = fitted.apply(tables["test"])
+        found = metrics.summarize(test, params.evaluate.bootstrap, params.seed)["overall"]
+        raw = test["score"].dropna()
+        certain = np.mean((raw < 1e-4) | (raw > 1 - 1e-4))
+        cells = [
+            " ".join([f"{found[metric]:.3f}", f"[{found[metric + '_low']:.3f}, {found[metric + '_high']:.3f}]"])
+            for metric in ("auroc", "calibration_error")
+        ]
+        print(f"| {score} | {' | '.join(cells)} | {certain:.2f} | {seconds / alone:.1f} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    sys.exit(main(sys.argv[1], Path(sys.argv[2])))
