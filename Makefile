@@ -7,7 +7,8 @@ INSTALLED := .venv/.installed
 .PHONY: help setup repro test lint unit mlflow kfp-run compile submit image clean
 
 help:
-	@echo 'make setup    make .venv and install what requirements.txt pins'
+	@echo 'make setup    make .venv and install what requirements.txt pins: 2.5 GB, with an NVIDIA GPU 6.3 GB (TORCH=cpu or cuda'
+	@echo '              decides); with REQUIREMENTS=requirements-gpu.txt vLLM as well, about 9.5 GB'
 	@echo 'make repro    run the stages of dvc.yaml that have something to do (sets up first if needed);'
 	@echo '              PARAMS="params/qwen2.5-vl-7b.yaml …" writes the settings of these files into params.yaml first'
 	@echo 'make test     lint, check types, run the tests'
@@ -19,48 +20,58 @@ help:
 	@echo 'make image    build the images of the tasks, localhost/adfm:cpu and localhost/adfm:gpu'
 	@echo 'make clean    remove .venv and caches; data, models and runs stay'
 
-setup: $(INSTALLED)
+# What was asked for last time holds until something else is asked for.
+-include .venv/setup.mk
+# Which build of torch: cpu, cuda, or auto, which is cuda where an NVIDIA GPU is found.
+TORCH ?= auto
+# What to install: requirements-gpu.txt has vLLM as well.
+REQUIREMENTS ?= requirements.txt
 
-$(INSTALLED): requirements.txt pyproject.toml
+setup:
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || { \
-	  for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+	  for python in "$(PYTHON)" python3 python3.13 python3.12 python3.11; do \
 	    "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
 	    python=; \
 	  done; \
-	  [ -n "$$python" ] || { echo 'make: Python 3.11 or newer with its venv module is needed; install it, or say' \
-	    'where it is: make setup PYTHON=/path/to/python3' >&2; exit 1; }; \
+	  [ -n "$$python" ] || { echo 'make: Python 3.11 or newer with its venv module is needed (Debian, Ubuntu: the package' \
+	    'python3-venv); install it, or say where it is: make setup PYTHON=/path/to/python3' >&2; exit 1; }; \
 	  "$$python" -m venv --clear .venv; }
-	@echo 'installing what requirements.txt pins into .venv: a few minutes, 2.5 GB'
-	python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@echo 'installing what $(REQUIREMENTS) pins into .venv: 2 or 3 minutes, and the time of the download'
+	python scripts/install_torch.py --torch '$(TORCH)' --requirements '$(REQUIREMENTS)'
+	python -m pip install --quiet --disable-pip-version-check -r '$(REQUIREMENTS)'
 	python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-	@touch $@
+	@printf '%s\n' 'TORCH ?= $(TORCH)' 'REQUIREMENTS ?= $(REQUIREMENTS)' >.venv/setup.mk
+	@touch $(INSTALLED)
 
-repro: setup
+$(INSTALLED): requirements.txt requirements-gpu.txt pyproject.toml
+	@$(MAKE) --no-print-directory setup
+
+repro: $(INSTALLED)
 	@git rev-parse --git-dir >/dev/null 2>&1 || python -m dvc config --local core.no_scm true
 	$(if $(PARAMS),python -m adfm params params.yaml --params params.yaml $(PARAMS:%=--params %))
 	python -m dvc repro
 
-lint: setup
+lint: $(INSTALLED)
 	ruff check .
 	ruff format --check .
 	mypy
 
 test: lint unit
 
-unit: setup
+unit: $(INSTALLED)
 	OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-mlflow: setup
+mlflow: $(INSTALLED)
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///mlflow.db
 
-kfp-run: setup
+kfp-run: $(INSTALLED)
 	python -m pipelines.training run $(ARGS)
 
-compile: setup
+compile: $(INSTALLED)
 	env -u ADFM_CPU_IMAGE -u ADFM_GPU_IMAGE python -m pipelines.training compile
 	env -u ADFM_CPU_IMAGE -u ADFM_GPU_IMAGE python -m pipelines.promotion compile
 
-submit: setup
+submit: $(INSTALLED)
 	python -m pipelines.training submit --host "$(HOST)" $(ARGS)
 
 # BUILD_ARGS, e.g. --build-arg BASE=… or --volume …, goes to the builder as it is.

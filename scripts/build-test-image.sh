@@ -18,7 +18,7 @@ base=$(sed -n 's/^ARG BASE=//p' Containerfile)
 set --
 if ! podman image exists "$base" && ! timeout 300 podman pull --quiet "$base" >/dev/null 2>&1; then
   base_of_debian || true # what is missing is said below
-  set -- --build-arg BASE="$base" --build-arg TORCH_INDEX=
+  set -- --build-arg BASE="$base"
   # The files of pip's configuration, and what they name on this machine's disk.
   for path in $(.venv/bin/python -m pip config debug | sed -n 's/^ *\(\/.*\), exists: True$/\1/p') \
     $(.venv/bin/python -m pip config list | tr -d "'" | tr '= ' '\n\n' |
