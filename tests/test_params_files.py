@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from adfm.models import hardware
+from adfm.models import adapters, hardware
 from adfm.params import Params, flat, load, merged
 
 ROOT = Path(__file__).parents[1]
@@ -117,7 +117,7 @@ def network() -> Any:
 
 def test_the_published_adapter_leaves_vision_tower_and_merger_alone(network: Any) -> None:
     lora = load([BASE, PUBLISHED]).lora
-    assert hardware.adapter_weights(network, lora) == 161_480_704
-    assert hardware.adapter_weights(network, lora.model_copy(update={"vision": True})) == 207_298_560
+    assert adapters.weights(network, lora) == 161_480_704
+    assert adapters.weights(network, lora.model_copy(update={"vision": True})) == 207_298_560
     merger = [n for n, m in network.named_modules() if "merger" in n and isinstance(m, torch.nn.Linear)]
     assert merger and all(".visual." in name for name in merger)

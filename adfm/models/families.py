@@ -225,8 +225,8 @@ _QWEN3_5_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}<|im_start|>assistant{{ '\\n<think>\\n\\n</think>\\n\\n' }}{% endif %}"""
 
-# Coordinates: as Qwen's cookbooks of spatial understanding and InternVL's description of its chat data have them. No
-# real weights were at hand to try them.
+# Coordinates: Qwen's cookbooks of spatial understanding have them for Qwen2.5-VL and Qwen3-VL. For Qwen3.5 and InternVL
+# they are assumed: no real weights were at hand to try them.
 FAMILIES = {
     "qwen2_5_vl": Family("Qwen2.5-VL", "Qwen2_5_VLProcessor", "pixels", ("visual",), Patches),
     "qwen3_vl": Family("Qwen3-VL", "Qwen3VLProcessor", "thousandths", ("visual",), Patches),

@@ -115,7 +115,7 @@ def _vllm_lacking(params: Params) -> list[str]:
         evaluates = backend == "vllm" or (backend == "auto" and torch.cuda.is_available())
         return [f"{text}, or set evaluate.backend=transformers" for text in vllm_engine.wrong_version() if evaluates]
     setting = f"train.vllm={train.vllm}" if train.vllm else f"train.vllm_server={train.vllm_server}"
-    found = loading.lacking_package(setting, "vllm", vllm_engine.VERSION) or vllm_engine.wrong_version()
+    found = loading.lacking_package(setting, "vllm") or vllm_engine.wrong_version()
     if train.vllm and train.vllm_server:
         found.append("train.vllm shares this GPU and train.vllm_server has another; set one of them to null")
     if params.model.quantization:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 EMBEDDED = {"embedded://tiny-base": Path(__file__).parent / "tiny_base"}
 DESCRIPTION = files.MODEL
+GPU_SETUP = "make setup REQUIREMENTS=requirements-gpu.txt"
+"""What installs the packages that only a GPU needs, in the versions that fit."""
 _REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@]+))")
 
 
@@ -530,13 +532,14 @@ def lacking(settings: Model) -> list[str]:
     return found
 
 
-def lacking_package(setting: str, package: str, version: str | None = None) -> list[str]:
+def lacking_package(setting: str, package: str) -> list[str]:
     """What this machine lacks for a setting that needs a GPU and a package that is not installed by default."""
     import torch
 
     if not torch.cuda.is_available():
         return [f"{setting} needs a GPU, and there is none; leave it at its default"]
-    pin = f"=={version}" if version else ""
     if importlib.util.find_spec(package.replace("-", "_")) is None:
-        return [f"{setting} needs a package that is not installed; pip install {package}{pin}"]
+        # FlashAttention is compiled on the machine itself, and so is in no requirements file.
+        remedy = "see docs/training.md" if package == "flash-attn" else GPU_SETUP
+        return [f"{setting} needs the package {package}, which is not installed; {remedy}"]
     return []

@@ -34,7 +34,10 @@ def wrong_version() -> list[str]:
         return []
     if installed.split("+")[0].split(".")[:2] == VERSION.split(".")[:2]:
         return []
-    return [f"vllm {installed} is installed, which does not fit TRL and transformers here; pip install vllm=={VERSION}"]
+    return [
+        f"vllm {installed} is installed, which does not fit TRL and transformers here; "
+        f"make setup REQUIREMENTS=requirements-gpu.txt installs vllm=={VERSION}"
+    ]
 
 
 def options(processor: Any, dtype: str) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def test_what_needs_a_gpu_says_so(setting: str) -> None:
 def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert loading.lacking_package("train.x=1", "no-such-package") == [
-        "train.x=1 needs a package that is not installed; pip install no-such-package"
+        f"train.x=1 needs the package no-such-package, which is not installed; {loading.GPU_SETUP}"
     ]
     assert loading.lacking_package("train.x=1", "numpy") == []
 
@@ -60,7 +60,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(loading, "lacking_package", lambda setting, package, version=None: [])
+    monkeypatch.setattr(loading, "lacking_package", lambda setting, package: [])
     monkeypatch.setattr(import_utils, "is_flash_attn_2_available", lambda: True)
     return monkeypatch
 
@@ -89,7 +89,7 @@ def test_flash_attention_is_taken_where_it_runs_and_only_there(gpu: Any) -> None
 def test_without_a_gpu_auto_is_sdpa_and_no_kernels() -> None:
     from adfm.models import liger
 
-    assert loading.attention(Params().model.model_copy(update={"dtype": "bfloat16"}), "qwen3_vl") == "sdpa"
+    assert loading.attention(Params().model.model_copy(update={"dtype": "bfloat16"})) == "sdpa"
     assert not liger.wanted(Params().train, "qwen3_vl")
     assert liger.wanted(Train(liger=True), "qwen3_vl") and not liger.wanted(Train(liger=False), "qwen3_vl")
     assert liger.problems("qwen3_vl") == ["train.liger=true needs a GPU, and there is none; leave it at its default"]
@@ -205,9 +205,9 @@ def test_nonsense_about_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     assert "cannot take the weights of model.quantization" in problem
     monkeypatch.setattr(hardware.vllm_engine.importlib.metadata, "version", lambda name: "0.33.0")
     (problem,) = hardware.lacking(load(None, ["train.vllm=0.3"]))
-    assert "pip install vllm==0.30.0" in problem
+    assert "vllm==0.30.0" in problem
     (problem,) = hardware.lacking(Params())
-    assert "pip install vllm==0.30.0, or set evaluate.backend=transformers" in problem
+    assert "vllm==0.30.0, or set evaluate.backend=transformers" in problem
     assert hardware.lacking(load(None, ["evaluate.backend=transformers"])) == []
 
 

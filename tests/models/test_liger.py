@@ -69,5 +69,6 @@ def test_a_training_with_kernels_that_its_model_has_not_does_not_begin(monkeypat
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("GPU", (), {"total_memory": 2**40}))
     assert hardware.problems(Params(train=Train(liger=True))) == []
     monkeypatch.setattr(loading, "family_of", lambda _: "internvl")
+    monkeypatch.setattr(loading, "base_of", lambda name, settings: (settings, Path()))
     (problem,) = hardware.problems(Params(train=Train(liger=True)))
     assert "it has no kernels for internvl models" in problem

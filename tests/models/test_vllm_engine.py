@@ -83,7 +83,7 @@ def test_a_version_that_does_not_fit_is_refused_with_the_one_that_does(
     monkeypatch.setattr(vllm_engine.importlib.metadata, "version", lambda name: installed)
     problems = vllm_engine.wrong_version()
     assert (problems == []) is fits
-    assert fits or (f"vllm {installed} is installed" in problems[0] and "pip install vllm==0.30.0" in problems[0])
+    assert fits or (f"vllm {installed} is installed" in problems[0] and "installs vllm==0.30.0" in problems[0])
 
 
 def test_no_vllm_is_no_wrong_version() -> None:
