@@ -23,7 +23,7 @@ from adfm.data import shards as shards_
 from adfm.data import synthetic
 from adfm.data.conversion import convert
 from adfm.evaluation import inference
-from adfm.models import decoding, loading
+from adfm.models import decoding, families, loading
 from adfm.params import Params
 
 MODEL = "embedded://tiny-base"
@@ -34,7 +34,7 @@ ALONE = 48  # images that are answered one by one: enough for a rate, at the pac
 def one_by_one(model: str, shards: Path, params: Params) -> tuple[dict[str, str], float]:
     """Answers of the first images by id, and images per second: a loop as one would write it first."""
     loaded = loading.load(model, params.model)
-    text = inference.chat_text(loaded.processor, loaded.prompt)
+    text = loading.chat_text(loaded.processor, loaded.prompt)
     tokenizer = loaded.processor.tokenizer
     answers = {}
     start = time.perf_counter()
@@ -46,7 +46,7 @@ def one_by_one(model: str, shards: Path, params: Params) -> tuple[dict[str, str]
                 **inputs,
                 max_new_tokens=params.evaluate.max_new_tokens,
                 do_sample=False,
-                suppress_tokens=inference.unwanted(loaded.processor),
+                suppress_tokens=families.placeholders(loaded.processor),
                 stop_strings=[decoding.STOP],
                 tokenizer=tokenizer,
             )

@@ -44,7 +44,6 @@ from adfm.records import Box, Label, Record
 if TYPE_CHECKING:
     import pandas as pd
     import torch
-    from transformers import ProcessorMixin
 
 _TEXT = ("id", "source", "dataset", "category", "defect", "group", "label", "predicted")
 _BOXES = pa.list_(pa.list_(pa.float64()))
@@ -200,7 +199,7 @@ class Inspector:
             loaded = loading.load(model, params.model)
             loaded.model.eval()
             self._processor, self._family = loaded.processor, loaded.family
-            text = chat_text(loaded.processor, loaded.prompt)
+            text = loading.chat_text(loaded.processor, loaded.prompt)
             self._prepare = lambda images: _inputs(loaded.processor, text, images)
             scorer = decoding.Scorer(loaded.processor.tokenizer)
             self._generate = lambda inputs: _generate(loaded, scorer, inputs, settings, params.seed)
@@ -257,7 +256,7 @@ def _ahead(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
 def answer(loaded: loading.Loaded, images: list[Image.Image], settings: Evaluate) -> Answers:
     """Greedy completions for `images`, and the probability of a defect for each."""
     scorer = decoding.Scorer(loaded.processor.tokenizer)
-    text = chat_text(loaded.processor, loaded.prompt)
+    text = loading.chat_text(loaded.processor, loaded.prompt)
     return _generate(loaded, scorer, _inputs(loaded.processor, text, images), settings)
 
 
@@ -305,21 +304,6 @@ def _complete(
     score = scorer.branch if settings.score == "branch" else scorer.letter
     scores = [score(row, text, at.__getitem__) for row, text, at in zip(tokens, completions, steps, strict=True)]
     return completions, scores
-
-
-def unwanted(processor: Any) -> list[int]:
-    """Tokens that stand for pictures and cannot be written."""
-    return families.placeholders(processor)
-
-
-def chat_text(processor: ProcessorMixin, messages: list[dict[str, Any]]) -> str:
-    """A prompt as the model's own chat template writes it, ending where the response begins."""
-    system, user = messages
-    chat: Any = [
-        {"role": "system", "content": [{"type": "text", "text": system["content"]}]},
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": user["content"]}]},
-    ]
-    return str(processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 
 
 class _DecidingLogits:

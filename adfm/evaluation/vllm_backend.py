@@ -18,7 +18,7 @@ import numpy as np
 
 from adfm.errors import AdfmError
 from adfm.evaluation import inference
-from adfm.models import decoding, loading, vllm_engine
+from adfm.models import decoding, families, loading, vllm_engine
 from adfm.params import Params
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def load(model: str | Path, params: Params) -> tuple[Any, str, Callable[[list[Im
             max_tokens=settings.max_new_tokens,
             stop=[decoding.STOP],
             include_stop_str_in_output=True,
-            logit_bias=dict.fromkeys(inference.unwanted(processor), -100.0),
+            logit_bias=dict.fromkeys(families.placeholders(processor), -100.0),
             logprob_token_ids=scorer.tokens,
             **how,
         )
@@ -101,7 +101,7 @@ def load(model: str | Path, params: Params) -> tuple[Any, str, Callable[[list[Im
         ]
         return texts, scores
 
-    text = inference.chat_text(processor, messages)
+    text = loading.chat_text(processor, messages)
 
     def answer(images: list[Image.Image]) -> inference.Answers:
         prompts = [{"prompt": text, "multi_modal_data": {"image": image}} for image in images]

@@ -137,7 +137,7 @@ class Scorer:
         at = self._position(tokens, text, LETTER)
         if at is None or tokens[at] not in [self.tokens[i] for i in self._split(tokens[:at], LETTER)[label]]:
             raise AdfmError(
-                f"the model's tokenizer writes {answer} as {text!r}, so that the letters A and B cannot be told apart; "
+                f"model.name: the tokenizer writes {answer} as {text!r}, so that the letters A and B cannot be told apart; "
                 "take all files of a model from one place"
             )
 

@@ -443,19 +443,26 @@ def _check_processor(processor: Any, family: families.Family, folder: Path, sour
         )
 
 
+def chat_text(processor: Any, messages: list[dict[str, Any]], answer: str | None = None) -> str:
+    """A prompt as the model's own chat template writes it, one image before the user's words.
+
+    Args:
+        processor: The model's.
+        messages: The prompt without the image: the system's message and the user's.
+        answer: The response, after which the text ends; `None`: the text ends where the response begins.
+    """
+    chat = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+    chat[-1]["content"].insert(0, {"type": "image"})
+    if answer is not None:
+        chat.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return str(processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=answer is None))
+
+
 def _check_chat(processor: Any, family: families.Family, source: Path) -> None:
     """Refuses a chat template that leaves out the image, or changes an answer in adfm's form."""
-    answer = prompt.answer("normal", [])
-    system, user = prompt.messages(family.units)
-    image: dict[str, Any] = {"type": "image"}
-    chat: Any = [
-        {**system, "content": [{"type": "text", "text": system["content"]}]},
-        {**user, "content": [image, {"type": "text", "text": user["content"]}]},
-    ]
-    answered = [*chat, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    answer, messages = prompt.answer("normal", []), prompt.messages(family.units)
     try:
-        asked = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        whole = processor.apply_chat_template(answered, tokenize=False)
+        asked, whole = chat_text(processor, messages), chat_text(processor, messages, answer)
     except Exception as error:  # a template is a program, and may raise anything
         raise AdfmError(
             f"model.name: the chat template in {source} cannot be used ({error}); take the instruction-tuned model"

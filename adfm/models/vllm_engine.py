@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from adfm.errors import AdfmError
+from adfm.models import loading
 
 VERSION = "0.30.0"
 """The vLLM that fits torch 2.13, transformers 5.23 and TRL 1.16 (which takes 0.22 to 0.31)."""
@@ -83,10 +84,7 @@ def prompt_tokens(processor: Any, messages: list[dict[str, Any]]) -> int:
         processor: The model's.
         messages: The prompt without the image, the user's message last.
     """
-    chat = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
-    chat[-1]["content"].insert(0, {"type": "image"})
-    text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    written = processor.tokenizer(text)["input_ids"]
+    written = processor.tokenizer(loading.chat_text(processor, messages))["input_ids"]
     return int(len(written) - written.count(processor.image_token_id)) + image_tokens(processor)
 
 

@@ -58,7 +58,7 @@ def test_score_is_the_probability_of_the_letter_that_is_written(embedded: loadin
     assert score is not None and (score > 0.5) == (answer == "A")
 
     tokenizer = embedded.processor.tokenizer
-    text = inference.chat_text(embedded.processor, embedded.prompt)
+    text = loading.chat_text(embedded.processor, embedded.prompt)
     before = completion[: completion.index("<answer>") + len("<answer>")]
     inputs = embedded.processor(text=[text + before], images=[image], return_tensors="pt")
     with torch.inference_mode():
@@ -255,7 +255,7 @@ def test_vllm_gets_the_same_prompts_and_its_answers_are_read_the_same(
     assert table["score"].tolist() == pytest.approx([0.75] * 12)
     assert [list(box) for box in table["predicted_boxes"][1]] == [[0, 0, 96, 32]]  # half of 192 x 64
     prompts = [prompt for asked, _, _ in vllm.asked for prompt in asked]
-    assert {prompt["prompt"] for prompt in prompts} == {inference.chat_text(embedded.processor, embedded.prompt)}
+    assert {prompt["prompt"] for prompt in prompts} == {loading.chat_text(embedded.processor, embedded.prompt)}
     assert [len(asked) for asked, _, _ in vllm.asked] == [5, 5, 2]
     sampling = vllm.asked[0][1]
     assert (sampling.temperature, sampling.max_tokens, sampling.stop) == (0, 77, ["</answer>"])

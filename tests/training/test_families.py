@@ -16,7 +16,6 @@ from adfm import preflight
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.evaluation.evaluate import evaluate
-from adfm.evaluation.inference import chat_text
 from adfm.models import adapters, families, hardware, loading, tiny
 from adfm.params import Lora, Params
 from adfm.training import examples, grpo
@@ -79,7 +78,7 @@ def examples_of(shards: Path) -> list[Any]:
 
 def test_the_prompt_shows_the_image_once_and_asks_for_the_units_of_the_frame(folder: Path, family: str) -> None:
     processor = loading.load_processor(str(folder), Params().model)
-    text = chat_text(processor, loading.prompt_of(str(folder), family))
+    text = loading.chat_text(processor, loading.prompt_of(str(folder), family))
     assert text.count(processor.image_token) == 1
     frame = families.get(family).frame(processor, 128, 64)
     if frame.width == frame.height == 1000:
