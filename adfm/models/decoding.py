@@ -137,8 +137,8 @@ class Scorer:
         at = self._position(tokens, text, LETTER)
         if at is None or tokens[at] not in [self.tokens[i] for i in self._split(tokens[:at], LETTER)[label]]:
             raise AdfmError(
-                f"model.name: the tokenizer writes {answer} as {text!r}, so that the letters A and B cannot be told apart; "
-                "take all files of a model from one place"
+                f"model.name: the tokenizer writes {answer} as {text!r}, so that the letters A and B cannot be told "
+                "apart; take all files of a model from one place"
             )
 
     def letter(self, tokens: Sequence[int], completion: str, logits: Logits) -> float | None:
