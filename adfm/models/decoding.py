@@ -151,40 +151,37 @@ class Scorer:
         """
         if response.parse(completion).predicted_label is None:
             return None
-        return self._odds(tokens, completion, LETTER, logits)
+        odds = self._log_odds(tokens, completion, LETTER, logits)
+        return None if odds is None else _sigmoid(odds)
 
     def branch(self, tokens: Sequence[int], completion: str, logits: Logits) -> float | None:
-        """Probability that an answer ends in `A`, counting the answers that parted from this one before its letter.
+        """Probability of an anomalous answer where answers part, before the letter.
 
         Once a model has written its reasoning the letter is a formality; the doubt lies where it chose what to reason.
-        At each of `BRANCHES` where this completion took one side with the probability p against the other, the result
-        is p * (the result from there on) + (1 - p) * (1 if the other side is that of an anomalous image, else 0).
-        Words other than those of the supervised stage take no side: the result is then that of `letter`.
+        The result has the geometric mean of the odds at those of `BRANCHES` where this completion took one of the two
+        sides. In words other than those of the supervised stage it takes none: the result is then that of `letter`.
 
         Args:
             tokens: As in `letter`.
             completion: As in `letter`.
             logits: As in `letter`.
-        """
-        result = self.letter(tokens, completion, logits)
-        if result is None:
-            return None
-        for fork in reversed(BRANCHES):
-            if (anomalous := self._odds(tokens, completion, fork, logits)) is None:
-                continue
-            result = (
-                anomalous * result if fork.side(completion) == "anomalous" else anomalous + (1 - anomalous) * result
-            )
-        return result
 
-    def _odds(self, tokens: Sequence[int], text: str, fork: Fork, logits: Logits) -> float | None:
-        """Probability of the anomalous side of a fork; `None` if the text takes neither."""
+        Returns:
+            As `letter`, `None` included.
+        """
+        letter = self.letter(tokens, completion, logits)
+        odds = [self._log_odds(tokens, completion, fork, logits) for fork in BRANCHES]
+        taken = [value for value in odds if value is not None]
+        return letter if letter is None or not taken else _sigmoid(float(np.mean(taken)))
+
+    def _log_odds(self, tokens: Sequence[int], text: str, fork: Fork, logits: Logits) -> float | None:
+        """Logarithm of the odds of the anomalous side of a fork; `None` if the text takes neither."""
         at = self._position(tokens, text, fork)
         if at is None:
             return None
         values, sides = np.asarray(logits(at), np.float64), self._split(tokens[:at], fork)
         anomalous, normal = (np.logaddexp.reduce(values[sides[label]]) for label in ("anomalous", "normal"))
-        return float(1 / (1 + np.exp(np.clip(normal - anomalous, -700, 700))))
+        return float(np.clip(anomalous - normal, -700, 700))
 
     def _position(self, tokens: Sequence[int], text: str, fork: Fork) -> int | None:
         """The token that decides at a fork, which writes the first character after the tag; `None` as in `_odds`."""
@@ -210,6 +207,10 @@ class Scorer:
             labels: tuple[Label, ...] = ("anomalous", "normal")
             self._sides[key] = {label: np.flatnonzero([side == label for side in sides]) for label in labels}
         return self._sides[key]
+
+
+def _sigmoid(log_odds: float) -> float:
+    return float(1 / (1 + np.exp(-log_odds)))
 
 
 def mean_of_samples(letters: Sequence[float | None], samples: Sequence[Sequence[float | None]]) -> list[float | None]:

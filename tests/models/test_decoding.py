@@ -127,7 +127,7 @@ def test_every_supervised_answer_parts_where_the_branches_are(name: str, label: 
 @pytest.mark.parametrize("label", ["anomalous", "normal"])
 @given(think=st.floats(0.001, 0.999), rethink=st.floats(0.001, 0.999), letter=st.floats(0.001, 0.999))
 @settings(max_examples=20, deadline=None)
-def test_the_score_of_the_branches_counts_what_the_answer_could_have_been(
+def test_the_score_of_the_branches_has_the_geometric_mean_of_their_odds(
     name: str, label: Label, think: float, rethink: float, letter: float
 ) -> None:
     text = prompt.answer(label, [Box(10, 20, 30, 40)] if label == "anomalous" else [], "dent")
@@ -142,9 +142,8 @@ def test_the_score_of_the_branches_counts_what_the_answer_could_have_been(
             scorer(name).tokens[split["normal"][0]]: 1 - odds,
         }
     found = scorer(name).branch(tokens, text, scripted(name, known))
-    # An anomalous answer was so at each fork; a normal one would have been anomalous if any had gone the other way.
-    expected = think * rethink * letter if label == "anomalous" else 1 - (1 - think) * (1 - rethink) * (1 - letter)
-    assert found == pytest.approx(expected, abs=1e-4)
+    odds = math.sqrt(think / (1 - think) * rethink / (1 - rethink))
+    assert found == pytest.approx(odds / (1 + odds), abs=1e-4)
 
 
 def test_words_of_its_own_have_the_score_of_the_letter() -> None:
