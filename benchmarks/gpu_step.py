@@ -208,7 +208,7 @@ def built(name: str, params: Params) -> loading.Loaded:
         images = processor.image_processor
         images.patch_size = config.vision_config.patch_size
         images.size = {"shortest_edge": 4 * images.patch_size**2, "longest_edge": params.model.max_pixels}
-        processor = families.processor_class(family)(images, processor.tokenizer, processor.chat_template)
+        processor = families.processor_class(family)(images, processor.tokenizer, chat_template=processor.chat_template)
         with torch.device("cuda"):
             dtype = getattr(torch, params.model.dtype)
             network = AutoModelForImageTextToText.from_config(

@@ -98,7 +98,7 @@ def built(family: str, tokenizer: Path | None) -> loading.Loaded:
     tokens = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else embedded.tokenizer
     tokens.padding_side = "left"
     images = Qwen2VLImageProcessorPil(**PROCESSORS[family])
-    processor = families.processor_class(family)(images, tokens, embedded.chat_template)
+    processor = families.processor_class(family)(images, tokens, chat_template=embedded.chat_template)
     network = adapters.attach(tiny.model(embedded.tokenizer, seed=0), Params().lora)
     return loading.Loaded(network, processor, family, Params().model, prompt.messages(families.get(family).units))
 

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adfm.method.coordinates import PUBLISHED, Frame, frame_of
+from adfm.method.coordinates import PUBLISHED, Frame
 from adfm.method.paper import best_matching, paper
+from adfm.models import families
 from adfm.records import Box
 
 VECTORS = [json.loads(line) for line in Path(__file__).with_name("vectors.jsonl").read_text("utf-8").splitlines()]
@@ -125,7 +126,7 @@ def test_a_place_pays_the_same_in_any_frame(case, x, y):
     assert paper(scaled, "anomalous", there, Frame(504 * x, 504 * y)) == pytest.approx(paper(text, "anomalous", boxes))
 
 
-# Frames as `coordinates.frame_of` gives them: Qwen2.5-VL with max_pixels 262144 on square and wide images, Qwen3-VL.
+# Frames as `Family.frame` gives them: Qwen2.5-VL with max_pixels 262144 on square and wide images, Qwen3-VL.
 @pytest.mark.parametrize("frame", [PUBLISHED, Frame(728, 336), Frame(336, 728), Frame(1000, 1000)])
 @given(data=st.data())
 @settings(deadline=None, max_examples=50)
@@ -140,10 +141,11 @@ def test_every_box_inside_the_image_as_the_model_sees_it_is_paid_in_full_and_no_
 
 def test_the_published_frame_is_that_of_a_square_image_on_the_published_model():
     images = SimpleNamespace(patch_size=14, merge_size=2, size={"shortest_edge": 3136, "longest_edge": 262144})
-    assert frame_of("qwen2_5_vl", SimpleNamespace(image_processor=images), 1024, 1024) == PUBLISHED
+    assert families.get("qwen2_5_vl").frame(SimpleNamespace(image_processor=images), 1024, 1024) == PUBLISHED
     corner = f"<think>there is [400, 400, 503, 503]</think>{REST}"
     assert paper(corner, "anomalous", TRUTH).format == pytest.approx(1.2)
-    assert paper(corner, "anomalous", TRUTH, frame_of("qwen3_vl", None, 1024, 1024)).format == pytest.approx(1.2)
+    thousandths = families.get("qwen3_vl").frame(None, 1024, 1024)
+    assert paper(corner, "anomalous", TRUTH, thousandths).format == pytest.approx(1.2)
 
 
 @given(st.lists(st.lists(st.integers(-9, 9), min_size=3, max_size=3), min_size=1, max_size=4))

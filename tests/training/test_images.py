@@ -32,7 +32,7 @@ def processor(request: pytest.FixtureRequest) -> Any:
     pixels = transformers.Qwen2VLImageProcessorPil(**FAMILIES[request.param], size=size)
     embedded = tiny.processor(tiny.tokenizer(base.corpus()))
     embedded.tokenizer.padding_side = "left"
-    return families.processor_class(request.param)(pixels, embedded.tokenizer, embedded.chat_template)
+    return families.processor_class(request.param)(pixels, embedded.tokenizer, chat_template=embedded.chat_template)
 
 
 @pytest.fixture(scope="module")

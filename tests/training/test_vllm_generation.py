@@ -17,7 +17,7 @@ from trl.distributed import DistributedBackend
 from trl.generation import vllm_generation as trl_generation
 
 from adfm.errors import AdfmError
-from adfm.models import hardware, loading, tiny
+from adfm.models import families, hardware, loading, tiny
 from adfm.params import Model, Params
 from adfm.training import base, grpo, vllm_generation
 from adfm.training.warmup import warmup
@@ -165,7 +165,7 @@ def test_an_adapter_that_cannot_be_added_to_a_weight_is_refused() -> None:
 
 def processor_of(family: str) -> Any:
     whole = tiny.processor(tiny.tokenizer(base.corpus()))
-    return loading.processor_class(family)(
+    return families.processor_class(family)(
         image_processor=whole.image_processor, tokenizer=whole.tokenizer, chat_template=whole.chat_template
     )
 
