@@ -173,8 +173,8 @@ class Evaluate(Section):
     split: Literal["train", "validation", "test"] = "test"
     batch_size: PositiveInt = 96
     max_new_tokens: PositiveInt = 96
-    score: Literal["letter", "branch", "samples"] = "branch"
-    samples: PositiveInt = 8
+    score: Literal["branch", "letter"] = "branch"
+    samples: NonNegativeInt = 0
     bootstrap: PositiveInt = 2000
     small: Fraction = 0.01
     large: Fraction = 0.05

@@ -168,7 +168,7 @@ def _key(model: str | Path, shards: Path, split: str, params: Params, vllm: bool
         "prompt": [prompt.messages(units) for units in families.UNITS.values()],
         "model": loading.identity(model, params.model),
         "how": [params.model.dtype, params.model.max_pixels, settings.batch_size, settings.max_new_tokens, vllm],
-        "score": [settings.score, *([settings.samples, params.seed] if settings.score == "samples" else [])],
+        "score": [settings.score, settings.samples, params.seed if settings.samples else None],
         "data": [split, shards_.fingerprint(shards, split)],
     }
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
@@ -271,7 +271,7 @@ def _generate(
 
     inputs = inputs.to(loaded.model.device)
     completions, scores = _complete(loaded, scorer, inputs, settings)
-    if settings.score == "samples":
+    if settings.samples:
         with torch.random.fork_rng():
             torch.manual_seed(seed)  # the same batch gets the same samples
             samples = [_complete(loaded, scorer, inputs, settings, sample=True)[1] for _ in range(settings.samples)]
@@ -301,8 +301,10 @@ def _complete(
     tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
     steps = torch.stack(logits.steps, 1).cpu().numpy()  # [images, tokens, deciding tokens]
     completions = [decoding.until_stop(text) for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-    score = scorer.branch if settings.score == "branch" else scorer.letter
-    scores = [score(row, text, at.__getitem__) for row, text, at in zip(tokens, completions, steps, strict=True)]
+    scores = [
+        scorer.score(settings, row, text, at.__getitem__)
+        for row, text, at in zip(tokens, completions, steps, strict=True)
+    ]
     return completions, scores
 
 

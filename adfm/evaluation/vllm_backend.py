@@ -92,11 +92,13 @@ def load(model: str | Path, params: Params) -> tuple[Any, str, Callable[[list[Im
 
     def complete(prompts: list[Any], how: Any) -> tuple[list[list[str]], list[list[float | None]]]:
         """Completions of each prompt, and their scores."""
-        score = scorer.branch if settings.score == "branch" else scorer.letter
         outputs = [request.outputs for request in engine.generate(prompts, how, lora_request=adapter, use_tqdm=False)]
         texts = [[decoding.until_stop(output.text) for output in of_prompt] for of_prompt in outputs]
         scores = [
-            [score(output.token_ids, text, _logits(output, scorer.tokens)) for output, text in zip(*pair, strict=True)]
+            [
+                scorer.score(settings, output.token_ids, text, _logits(output, scorer.tokens))
+                for output, text in zip(*pair, strict=True)
+            ]
             for pair in zip(outputs, texts, strict=True)
         ]
         return texts, scores
@@ -107,7 +109,7 @@ def load(model: str | Path, params: Params) -> tuple[Any, str, Callable[[list[Im
         prompts = [{"prompt": text, "multi_modal_data": {"image": image}} for image in images]
         texts, letters = complete(prompts, sampling(temperature=0.0))
         completions, scores = [text for [text] in texts], [score for [score] in letters]
-        if settings.score == "samples":
+        if settings.samples:
             _, samples = complete(prompts, sampling(temperature=1.0, n=settings.samples, seed=params.seed))
             scores = decoding.mean_of_samples(scores, list(zip(*samples, strict=True)))
         return completions, scores

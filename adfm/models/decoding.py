@@ -16,6 +16,7 @@ import numpy as np
 
 from adfm.errors import AdfmError
 from adfm.method import prompt, response
+from adfm.params import Evaluate
 from adfm.records import Label
 
 if TYPE_CHECKING:
@@ -140,6 +141,11 @@ class Scorer:
                 f"model.name: the tokenizer writes {answer} as {text!r}, so that the letters A and B cannot be told "
                 "apart; take all files of a model from one place"
             )
+
+    def score(self, settings: Evaluate, tokens: Sequence[int], completion: str, logits: Logits) -> float | None:
+        """`branch` or `letter`, as `evaluate.score` says; that of the letter where `evaluate.samples` are asked for."""
+        read = self.branch if settings.score == "branch" and not settings.samples else self.letter
+        return read(tokens, completion, logits)
 
     def letter(self, tokens: Sequence[int], completion: str, logits: Logits) -> float | None:
         """Probability of `A` against `B` where the letter is written; `None` if there is no clean letter.

@@ -227,7 +227,7 @@ class Engine:
         known = dict.fromkeys(sampling.logprob_token_ids, types.SimpleNamespace(logprob=-1000.0))
         known |= {a: types.SimpleNamespace(logprob=math.log(0.6)), b: types.SimpleNamespace(logprob=math.log(0.2))}
         written = types.SimpleNamespace(text=self.completion + "\n", token_ids=tokens, logprobs=[known] * len(tokens))
-        return [types.SimpleNamespace(outputs=[written]) for _ in prompts]
+        return [types.SimpleNamespace(outputs=[written] * getattr(sampling, "n", 1)) for _ in prompts]
 
 
 @pytest.fixture
@@ -265,6 +265,14 @@ def test_vllm_gets_the_same_prompts_and_its_answers_are_read_the_same(
     assert (made["generation_config"], made["dtype"], made["gpu_memory_utilization"]) == ("vllm", "float32", 0.9)
     size = {name: embedded.processor.image_processor.size[name] for name in ("shortest_edge", "longest_edge")}
     assert made["mm_processor_kwargs"] == {"size": size}
+
+
+def test_vllm_samples_answers_for_the_score_and_shows_the_greedy_one(mixed: Path, vllm: type[Engine]) -> None:
+    params = Params.model_validate({"evaluate": {"batch_size": 12, "backend": "vllm", "samples": 3}})
+    table = inference.predict(BASE, mixed, params, "base")
+    assert table["score"].tolist() == pytest.approx([0.75] * 12)  # at the letter
+    greedy, sampled = (sampling for _, sampling, _ in vllm.asked)
+    assert greedy.temperature == 0 and (sampled.temperature, sampled.n, sampled.seed) == (1.0, 3, params.seed)
 
 
 def test_an_adapter_is_a_lora_request_to_vllm(mixed: Path, vllm: type[Engine], tmp_path: Path) -> None:

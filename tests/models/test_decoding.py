@@ -291,8 +291,6 @@ def test_sampled_scores_are_the_same_each_time_and_leave_the_answer_alone(embedd
     images = [Image.new("RGB", (128, 128), color) for color in ("gray", "white")]
     greedy = inference.answer(embedded, images, Evaluate(max_new_tokens=40, score="letter"))
     state = torch.get_rng_state()
-    first, second = (
-        inference.answer(embedded, images, Evaluate(max_new_tokens=40, score="samples", samples=3)) for _ in range(2)
-    )
+    first, second = (inference.answer(embedded, images, Evaluate(max_new_tokens=40, samples=3)) for _ in range(2))
     assert first == second and first[0] == greedy[0] and first[1] != greedy[1]
     assert torch.equal(torch.get_rng_state(), state)
