@@ -2,9 +2,9 @@
 
 python benchmarks/scores.py MODEL SHARDS
 
-For the score of the letter, of the branches, and of 8 sampled answers: AUROC on the test split, expected calibration error
-after calibration on the validation split (as `adfm evaluate` does it), the share of scores within 1e-4 of 0 or 1, and the
-time against that of the first.
+For the score of the letter, of the branches, and of 8 sampled answers: AUROC on the test split, expected calibration
+error after calibration on the validation split (as `adfm evaluate` does it), the share of scores within 1e-4 of 0 or 1,
+and the time against that of the first.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ def main(model: str, shards: Path) -> int:
     alone = 0.0
     for score, settings in (("letter", {"score": "letter"}), ("branch", {}), ("8 samples", {"samples": 8})):
         params = Params.model_validate({"evaluate": settings})
+        evaluate = params.evaluate
         start = time.perf_counter()
         tables = inference.predict_splits(model, shards, params, score, ["validation", "test"])
         seconds = time.perf_counter() - start
         alone = alone or seconds
-        fitted = calibration.fit(tables["validation"], params.evaluate)
+        fitted = calibration.fit(tables["validation"], evaluate)
         test = fitted.apply(tables["test"])
-        found = metrics.summarize(test, params.evaluate.bootstrap, params.seed)["overall"]
+        found = metrics.summarize(test, evaluate.bootstrap, params.seed, evaluate.small, evaluate.large)["overall"]
         raw = test["score"].dropna()
         certain = np.mean((raw < 1e-4) | (raw > 1 - 1e-4))
         cells = [
             " ".join([f"{found[metric]:.3f}", f"[{found[metric + '_low']:.3f}, {found[metric + '_high']:.3f}]"])
-            for metric in ("auroc", "calibration_error")
+            for metric in ("auroc", "ece")
         ]
         print(f"| {score} | {' | '.join(cells)} | {certain:.2f} | {seconds / alone:.1f} |", flush=True)
     return 0
