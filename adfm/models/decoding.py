@@ -181,12 +181,14 @@ class Scorer:
         return letter if letter is None or not taken else _sigmoid(float(np.mean(taken)))
 
     def _log_odds(self, tokens: Sequence[int], text: str, fork: Fork, logits: Logits) -> float | None:
-        """Logarithm of the odds of the anomalous side of a fork; `None` if the text takes neither."""
+        """Logarithm of the odds of the anomalous side of a fork; `None` if the text takes neither, or none is known."""
         at = self._position(tokens, text, fork)
         if at is None:
             return None
         values, sides = np.asarray(logits(at), np.float64), self._split(tokens[:at], fork)
         anomalous, normal = (np.logaddexp.reduce(values[sides[label]]) for label in ("anomalous", "normal"))
+        if not np.isfinite(max(anomalous, normal)):  # a token that writes more than the fork, or was not allowed
+            return None
         return float(np.clip(anomalous - normal, -700, 700))
 
     def _position(self, tokens: Sequence[int], text: str, fork: Fork) -> int | None:

@@ -181,6 +181,12 @@ def test_no_text_makes_the_score_fail(text: str) -> None:
         assert value is None or 0 <= value <= 1
 
 
+def test_odds_that_are_not_known_are_no_score() -> None:
+    text = "<think>I see.</think><rethink>Sure.</rethink><answer>A</answer>"
+    tokens = tokens_of("embedded", text)
+    assert scorer("embedded").letter(tokens, text, lambda at: np.full(len(scorer("embedded").tokens), -np.inf)) is None
+
+
 def test_the_mean_of_samples_leaves_out_those_without_a_letter() -> None:
     assert decoding.mean_of_samples([0.9, None, 0.3], [[0.5, 0.1, None], [1.0, 0.2, None]]) == [0.75, None, 0.3]
 
