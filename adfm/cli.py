@@ -278,24 +278,29 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add.add_argument("out", metavar="OUT", type=Path, help="folder to write the model to")
 
     for each in leaves:
-        each.add_argument(
-            "--params",
-            metavar="FILE",
-            type=Path,
-            action="append",
-            help="settings; repeatable, later files win key by key; params.yaml, if there is one, by default",
-        )
-        each.add_argument(
-            "--set",
-            metavar="KEY=VALUE",
-            action="append",
-            default=[],
-            help="a setting, as in train.steps=50; repeatable",
-        )
+        add_settings(each)
     if argv and not argv[0].startswith("-") and argv[0] not in verbs.choices:
         nearest = difflib.get_close_matches(argv[0], verbs.choices, n=1, cutoff=0)
         parser.error(f"there is no verb {argv[0]!r}; the nearest is {nearest[0]} (`adfm --help` lists all)")
     return parser.parse_args(argv)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add `--params` and `--set`, by which every verb and pipeline takes its settings."""
+    parser.add_argument(
+        "--params",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        help="settings; repeatable, later files win key by key; params.yaml, if there is one, by default",
+    )
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="a setting, as in train.steps=50; repeatable",
+    )
 
 
 def _named(text: str) -> tuple[str, str]:

@@ -74,14 +74,7 @@ def _parse(pipeline: Any, options: Options, argv: Sequence[str] | None) -> argpa
     submit.add_argument("--schedule", metavar="CRON", help="again and again; six fields, seconds first: '0 0 3 * * *'")
 
     for each in (run, submit):
-        each.add_argument(
-            "--params",
-            metavar="FILE",
-            type=Path,
-            action="append",
-            help="settings; repeatable, later files win key by key; params.yaml, if there is one, by default",
-        )
-        each.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting; repeatable")
+        cli.add_settings(each)
         options(each)
     return parser.parse_args(argv)
 
