@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from adfm.models import tiny
+from tests.models.random_models import TOWER
 
 _TEXT = {
     "hidden_size": 32,
@@ -20,16 +21,6 @@ _TEXT = {
     "initializer_range": 0.02,
     "rms_norm_eps": 1e-06,
     "hidden_act": "silu",
-}
-_VISION = {
-    "depth": 2,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_heads": 2,
-    "patch_size": tiny.PATCH,
-    "spatial_merge_size": tiny.MERGE,
-    "temporal_patch_size": 2,
-    "out_hidden_size": 32,
 }
 
 
@@ -97,11 +88,11 @@ def _config(family: str, tokenizer: Any, tied: bool) -> dict[str, Any]:
     }
     text = _TEXT | {"vocab_size": len(tokenizer), "eos_token_id": ids["eos_token_id"], "use_cache": True}
     if family == "qwen2_5_vl":  # the text model's settings lie beside the vision tower's, not in a section of their own
-        vision = _VISION | {"window_size": 4 * tiny.PATCH * tiny.MERGE, "fullatt_block_indexes": [1], "in_chans": 3}
+        vision = TOWER | {"window_size": 4 * tiny.PATCH * tiny.MERGE, "fullatt_block_indexes": [1], "in_chans": 3}
         rope = {"rope_theta": 100.0, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
         architecture = "Qwen2_5_VLForConditionalGeneration"
         return {**text, **rope, **ids, "vision_config": vision, "model_type": family, "architectures": [architecture]}
-    vision = _VISION | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0], "model_type": "qwen3_vl"}
+    vision = TOWER | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0], "model_type": "qwen3_vl"}
     scaling = {"mrope_interleaved": True, "mrope_section": [2, 3, 3], "rope_type": "default"}
     text |= {"head_dim": 16, "rope_theta": 100.0, "rope_scaling": scaling, "model_type": "qwen3_vl_text"}
     sections = {"text_config": text, "vision_config": vision}

@@ -94,6 +94,7 @@ def save_model(family: str, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2VLImageProcessorPil
 
     from adfm.models import families
+    from tests.models.random_models import TOWER
 
     tokens = tokenizer(family)
     ids = {name: tokens.convert_tokens_to_ids(f"<|{name}|>") for name in SPECIAL}
@@ -111,16 +112,6 @@ def save_model(family: str, folder: Path) -> None:
         "eos_token_id": ids["im_end"],
         "pad_token_id": ids["endoftext"],
     }
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "patch_size": patch,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "out_hidden_size": 32,
-    }
     own = {
         "qwen2_5_vl": {"window_size": 4 * patch, "fullatt_block_indexes": [1]},
         "qwen3_vl": {"num_position_embeddings": 256, "deepstack_visual_indexes": [0]},
@@ -128,7 +119,7 @@ def save_model(family: str, folder: Path) -> None:
     config = AutoConfig.for_model(
         family,
         text_config=text,
-        vision_config=vision | own[family],
+        vision_config=TOWER | {"patch_size": patch} | own[family],
         image_token_id=ids["image_pad"],
         video_token_id=ids["video_pad"],
         vision_start_token_id=ids["vision_start"],
