@@ -407,6 +407,8 @@ def load_processor(model: str | Path, settings: Model) -> Any:
     Raises:
         AdfmError: As `resolve`; it is the processor of another model; or its chat template cannot be used.
     """
+    from transformers import AutoConfig
+
     base, folder = base_of(model, settings)
     source = model if describe(Path(model)) else folder
     name = family_of(folder)
@@ -420,8 +422,9 @@ def load_processor(model: str | Path, settings: Model) -> Any:
         ) from error
     if family.chat_template:
         processor.chat_template = family.chat_template
-    _check_processor(processor, family, folder, Path(source))
-    _check_tokenizer(processor, folder, Path(source))
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    _check_processor(processor, family, config, Path(source))
+    _check_tokenizer(processor, config, Path(source))
     _check_chat(processor, family, Path(source))
     processor.tokenizer.padding_side = "left"
     if base.max_pixels is not None:
@@ -429,11 +432,8 @@ def load_processor(model: str | Path, settings: Model) -> Any:
     return processor
 
 
-def _check_processor(processor: Any, family: families.Family, folder: Path, source: Path) -> None:
-    """Refuses a processor that cuts images otherwise than the model in `folder`, or has other tokens."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+def _check_processor(processor: Any, family: families.Family, config: Any, source: Path) -> None:
+    """Refuses a processor that cuts images otherwise than the model of `config`, or has other tokens."""
     compared = family.images.compared(processor, config)
     wrong = [f"{what} {its}, the model's {own}" for what, (its, own) in compared.items() if its != own]
     if wrong:
@@ -479,12 +479,9 @@ def _check_chat(processor: Any, family: families.Family, source: Path) -> None:
         )
 
 
-def _check_tokenizer(processor: Any, folder: Path, source: Path) -> None:
+def _check_tokenizer(processor: Any, config: Any, source: Path) -> None:
     """Refuses a processor without a chat template, or whose tokenizer has more tokens than the model."""
-    from transformers import AutoConfig
-
     tokenizer = processor.tokenizer
-    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
     size = config.get_text_config().vocab_size
     if not processor.chat_template:
         reason = "has no chat template (chat_template.jinja or chat_template.json)"
