@@ -71,7 +71,7 @@ class Calibration(BaseModel):
         images: Images of the validation split that it comes from.
         model: Digest of the model's folder; `None` for a base model.
         data: Fingerprint of the validation split.
-        note: Why there is no threshold, or why the method is not the one that was set; empty otherwise.
+        note: Reason for a missing threshold, or for a method other than the configured one; empty otherwise.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -86,10 +86,12 @@ class Calibration(BaseModel):
     note: str = ""
 
     def probability(self, scores: Sequence[float | None] | Floats) -> Floats:
-        """Calibrated probabilities of `anomalous`, (n,); NaN where there is no score."""
+        """Calibrated probabilities of a defect, shape (n,); NaN for images without a score."""
         score = np.asarray(scores, dtype=float)
         if self.method == "temperature":
-            return _sigmoid(_logit(score) / self.parameters["temperature"] + self.parameters["bias"])
+            from scipy.special import expit
+
+            return np.asarray(expit(_logit(score) / self.parameters["temperature"] + self.parameters["bias"]))
         if self.method == "isotonic":
             return np.asarray(np.interp(score, self.parameters["scores"], self.parameters["probabilities"]))
         return score
@@ -98,7 +100,7 @@ class Calibration(BaseModel):
         """Probability and decision for one answer.
 
         Args:
-            predicted: The letter as written, as a label; `None` where there is no clean letter.
+            predicted: Label of the model's letter; `None` if the completion has no valid letter.
             score: The raw score; `None` where there is none.
 
         Returns:
@@ -335,11 +337,6 @@ def _scores(table: pd.DataFrame) -> Floats:
 
 
 def _logit(score: Floats) -> Floats:
-    inside = np.clip(score, _EPSILON, 1 - _EPSILON)
-    return np.asarray(np.log(inside) - np.log1p(-inside))
+    from scipy.special import logit
 
-
-def _sigmoid(value: Floats) -> Floats:
-    # Either branch takes the exponential of a number that is not positive, so that nothing overflows.
-    small = np.exp(-np.abs(value))
-    return np.asarray(np.where(value >= 0, 1 / (1 + small), small / (1 + small)))
+    return np.asarray(logit(np.clip(score, _EPSILON, 1 - _EPSILON)))

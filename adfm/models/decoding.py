@@ -158,7 +158,7 @@ class Scorer:
         if response.parse(completion).predicted_label is None:
             return None
         odds = self._log_odds(tokens, completion, LETTER, logits)
-        return None if odds is None else _sigmoid(odds)
+        return None if odds is None else _probability(odds)
 
     def branch(self, tokens: Sequence[int], completion: str, logits: Logits) -> float | None:
         """Probability of an anomalous answer where answers part, before the letter.
@@ -178,7 +178,7 @@ class Scorer:
         letter = self.letter(tokens, completion, logits)
         odds = [self._log_odds(tokens, completion, fork, logits) for fork in BRANCHES]
         taken = [value for value in odds if value is not None]
-        return letter if letter is None or not taken else _sigmoid(float(np.mean(taken)))
+        return letter if letter is None or not taken else _probability(float(np.mean(taken)))
 
     def _log_odds(self, tokens: Sequence[int], text: str, fork: Fork, logits: Logits) -> float | None:
         """Logarithm of the odds of the anomalous side of a fork; `None` if the text takes neither, or none is known."""
@@ -217,8 +217,10 @@ class Scorer:
         return self._sides[key]
 
 
-def _sigmoid(log_odds: float) -> float:
-    return float(1 / (1 + np.exp(-log_odds)))
+def _probability(log_odds: float) -> float:
+    from scipy.special import expit
+
+    return float(expit(log_odds))
 
 
 def mean_of_samples(letters: Sequence[float | None], samples: Sequence[Sequence[float | None]]) -> list[float | None]:
