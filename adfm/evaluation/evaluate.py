@@ -222,8 +222,8 @@ def _write_plot_data(candidate: pd.DataFrame, sizes: dict[str, dict[str, Any]], 
     """What DVC's own templates draw: a row an answer, curves of the candidate, and IoU with a column a model."""
     from sklearn.metrics import roc_curve
 
-    said = (candidate[column].fillna("unparseable") for column in ("predicted", "decision"))
-    answers = zip(candidate["label"], *said, strict=True)
+    labels = (candidate[column].fillna("unparseable") for column in ("predicted", "decision"))
+    answers = zip(candidate["label"], *labels, strict=True)
     _write_csv(["actual", "predicted", "decision"], answers, folder / "confusion.csv")
 
     anomalous, score = metrics.ranked(candidate)

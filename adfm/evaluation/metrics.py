@@ -269,11 +269,11 @@ def operating_point(table: pd.DataFrame, at: float | None, resamples: int, seed:
         `threshold`, and for each metric of `AT_THRESHOLD` `<metric>_at_threshold` with `_low` and `_high`; `None`
         without a threshold.
     """
-    found = None
+    intervals = None
     if at is not None:
         judged = as_decided(table).sort_values("id")
-        found = _with_intervals(measure(judged), samples(judged), resamples, seed, 0.95, AT_THRESHOLD)
-    return {"threshold": at} | _at_threshold(found)
+        intervals = _with_intervals(measure(judged), samples(judged), resamples, seed, 0.95, AT_THRESHOLD)
+    return {"threshold": at} | _at_threshold(intervals)
 
 
 def operating_difference(
@@ -452,7 +452,7 @@ def _auroc(score: Floats | None, anomalous: NDArray[np.bool_]) -> Callable[[Floa
 
 
 def _calibration_error(probability: Floats, anomalous: NDArray[np.bool_]) -> Callable[[Floats], Floats]:
-    """The expected calibration error over equal-mass bins, which are made anew in every resample."""
+    """The expected calibration error over equal-mass bins, recomputed in every resample."""
     known = np.flatnonzero(~np.isnan(probability))
     known = known[np.argsort(probability[known], kind="stable")]
     distinct, starts = np.unique(probability[known], return_index=True)

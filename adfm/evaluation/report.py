@@ -140,8 +140,8 @@ def _read(evaluation: Path) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
 
 def _calibration(file: Path) -> dict[str, Any]:
     """The threshold, and what decides in words; an evaluation of before there were thresholds has letters alone."""
-    found = calibration.read(file) if file.is_file() else calibration.Calibration()
-    return {"threshold": found.threshold, "summary": found.summary}
+    fitted = calibration.read(file) if file.is_file() else calibration.Calibration()
+    return {"threshold": fitted.threshold, "summary": fitted.summary}
 
 
 def _outcomes(table: pd.DataFrame) -> pd.Series[Any]:
