@@ -239,14 +239,13 @@ def vllm_memory(network: Any, dtype: str, length: int, requests: int, image: int
     """
     text, vision = network.config.text_config, network.config.vision_config
     number = {"float32": 4}.get(dtype, 2)
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     patches = max(vllm_engine.BATCHED_TOKENS // image, 1) * image * vision.spatial_merge_size**2
     language = vllm_engine.BATCHED_TOKENS * (2 * text.hidden_size + 3 * text.intermediate_size)
     images = patches * (2 * vision.hidden_size + 2 * vision.intermediate_size)
     logits = requests * text.vocab_size * (number + 4)
     return {
         "weights": number * sum(weight.numel() for weight in network.parameters()),
-        "cache": number * 2 * text.num_hidden_layers * text.num_key_value_heads * head * length,
+        "cache": number * _cached(text) * length,
         "activations": max(number * language, number * images, logits),
     }
 
@@ -308,10 +307,7 @@ def memory(network: Any, params: Params, processes: int = 1, available: int = 0)
     checkpointed = settings.gradient_checkpointing
     training = micro_batch * number * (kept(text, text.num_hidden_layers, tokens) + kept(vision, depth, patches))
     training += min(_TILE, 8 * text.vocab_size * micro_batch * settings.max_completion_length)
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    # Layers of linear attention, of which Qwen3.5 has three in four, keep a state that does not grow.
-    constant = sum("linear" in kind for kind in getattr(text, "layer_types", None) or [])
-    cache = 2 * (text.num_hidden_layers - constant) * text.num_key_value_heads * head * tokens
+    cache = _cached(text) * tokens
     # The tokens of all prompts are computed together, and nothing is kept for a backward pass.
     first = max(
         length * (4 * config.hidden_size + 3 * config.intermediate_size)
@@ -328,6 +324,14 @@ def memory(network: Any, params: Params, processes: int = 1, available: int = 0)
         "cache": completions * number * cache,
         "other": _CONTEXT,
     }
+
+
+def _cached(text: Any) -> int:
+    """Numbers that a language model of the configuration `text` keeps of a token: keys and values of its layers."""
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    # Layers of linear attention, of which Qwen3.5 has three in four, keep a state that does not grow.
+    constant = sum("linear" in kind for kind in getattr(text, "layer_types", None) or [])
+    return int(2 * (text.num_hidden_layers - constant) * text.num_key_value_heads * head)
 
 
 def _quantized(name: str, weight: Any) -> bool:
