@@ -291,15 +291,19 @@ def _objects(client: Any, bucket: str, prefix: str, problems: archives.Problems)
     """All objects below the prefix, as they are listed; of an archive that object alone."""
     from botocore.exceptions import ClientError, FlexibleChecksumError
 
-    def read(key: str, etag: str, offset: int) -> _Content:
+    def read(key: str, etag: str, size: int, offset: int) -> _Content:
         rest = {"Range": f"bytes={offset}-"} if offset else {}
+        whole = 0 < size == offset  # it arrived, but fetch was stopped before it was in its place
         try:
-            response = client.get_object(Bucket=bucket, Key=key, IfMatch=etag, **rest)
+            if whole:
+                response = client.head_object(Bucket=bucket, Key=key, IfMatch=etag)
+            else:
+                response = client.get_object(Bucket=bucket, Key=key, IfMatch=etag, **rest)
         except ClientError as error:
-            if error.response["Error"]["Code"] == "InvalidRange":  # all of it was there, but not yet in its place
+            if error.response["Error"]["Code"] == "InvalidRange":
                 raise _Damaged("it is shorter there") from error
             raise AdfmError(f"s3://{bucket}/{key}: {_remedy(error)} ({error})") from error
-        if offset and "ContentRange" not in response:
+        if offset and not whole and "ContentRange" not in response:
             raise _Damaged("the server does not go on where it stopped")
 
         def pieces() -> Iterator[bytes]:
@@ -313,15 +317,16 @@ def _objects(client: Any, bucket: str, prefix: str, problems: archives.Problems)
         plain = re.fullmatch('"[0-9a-f]{32}"', etag) and response.get("ServerSideEncryption", "AES256") == "AES256"
         md5 = etag.strip('"') if plain and "SSECustomerAlgorithm" not in response else ""
         version = response.get("VersionId", "")
-        return _Content(pieces(), md5, "" if version == "null" else version)
+        return _Content(() if whole else pieces(), md5, "" if version == "null" else version)
 
     start = _start(prefix)
     for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=start):
         for item in page.get("Contents", []):
             key, etag = item["Key"], item["ETag"]
+            content = functools.partial(read, key, etag, item["Size"])
             if archives.is_archive(prefix):
                 if key == prefix:
-                    yield _Item(f"{STATE}/{posixpath.basename(key)}", etag, functools.partial(read, key, etag))
+                    yield _Item(f"{STATE}/{posixpath.basename(key)}", etag, content)
                 return
             path = key[len(start) :]
             if key.endswith("/"):  # the marks that consoles leave for empty folders
@@ -329,7 +334,7 @@ def _objects(client: Any, bucket: str, prefix: str, problems: archives.Problems)
             if complaint := archives.refusal(path):
                 problems.add(f"{key!r} {complaint}")
             else:
-                yield _Item(path, etag, functools.partial(read, key, etag))
+                yield _Item(path, etag, content)
 
 
 def _remedy(error: Exception) -> str:
