@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import os
 import sys
 import traceback
@@ -22,7 +23,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ from adfm.evaluation.plots import GRID, TITLES, bare, drawn
 from adfm.files import replace_json, replace_text, write_json
 from adfm.models import loading
 from adfm.params import Params, flat, loads
+from adfm.stopping import Terminated
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,7 +114,10 @@ def ablate(shards: Path, runs: Path, out: Path, params: Params, arms: Sequence[s
     failed = []
     threads = max(1, (os.cpu_count() or 1) // jobs)
     # A process a run: libraries keep state, and a run that dies takes no other with it.
-    with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool, _begins_no_more(pool):
+    with (
+        ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool,
+        _begins_no_more(pool),
+    ):
         begun = {
             pool.submit(_run, shards.resolve(), (runs / f"{arm}-{seed}").resolve(), planned[arm, seed], threads): (
                 f"{arm}-{seed}"
@@ -136,11 +140,13 @@ def ablate(shards: Path, runs: Path, out: Path, params: Params, arms: Sequence[s
 
 @contextmanager
 def _begins_no_more(pool: ProcessPoolExecutor) -> Iterator[None]:
-    """When the body is interrupted, runs that are under way end, and those that wait are not begun."""
+    """When the body is interrupted, runs that wait are not begun. SIGTERM is passed on to those under way."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         pool.shutdown(wait=False, cancel_futures=True)
+        for run in multiprocessing.active_children() if isinstance(error, Terminated) else ():
+            run.terminate()
         raise
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -26,18 +25,47 @@ class Stopped(AdfmError):
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM raises `Terminated` in the body, after it is passed on to the processes of a pool; there it ends them."""
+    """SIGTERM raises `Terminated` in the body. A process forked from this one ends at once."""
     here = os.getpid()
 
     def terminate(*_: object) -> None:
         if os.getpid() != here:
             os._exit(143)
-        for child in multiprocessing.active_children():
-            child.terminate()
         raise Terminated
 
-    with _handler(terminate):
+    with _handler(terminate), _none_lost():
         yield
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Processes that start in the body never see Ctrl-C or SIGTERM: the process that started them lets them end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _none_lost() -> Iterator[None]:
+    """An interrupt that comes in a finalizer, a callback of an import or a fork, where Python drops it, comes again."""
+
+    def again(dropped: sys.UnraisableHookArgs) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            before(dropped)
+            return
+        number = signal.SIGTERM if issubclass(dropped.exc_type, Terminated) else signal.SIGINT
+        timer = threading.Timer(0.05, os.kill, (os.getpid(), number))  # when the finalizer is over
+        timer.daemon = True
+        timer.start()
+
+    before = sys.unraisablehook
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextmanager

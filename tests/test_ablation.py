@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from adfm import ablation
 from adfm.cli import main
 from adfm.errors import AdfmError
 from adfm.params import Params
+from adfm.stopping import Terminated
 from tests.small import SMALL
 
 
@@ -102,3 +106,15 @@ def test_arms_are_trained_judged_and_kept(
 
     assert main([*command, *settings, "--set", "train.beta=0.5"]) == 1
     assert "run with another train.beta" in capsys.readouterr().err
+
+
+def test_sigterm_ends_the_runs_under_way_and_begins_no_others() -> None:
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        pytest.raises(Terminated),
+        ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool,
+        ablation._begins_no_more(pool),
+    ):
+        runs = [pool.submit(time.sleep, 600) for _ in range(4)]
+        raise Terminated
+    assert not wait(runs, 60).not_done

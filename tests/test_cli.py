@@ -196,12 +196,12 @@ def test_a_full_disk_is_one_message(lines: Path) -> None:
 def test_an_interrupt_leaves_nothing_that_looks_finished(
     sent: signal.Signals, status: int, said: str, tmp_path: Path
 ) -> None:
-    process = adfm("fetch", "synthetic://?images=1000", tmp_path / "raw")
+    process = adfm("fetch", "synthetic://?images=1000", tmp_path / "raw", start_new_session=True)
     try:
-        while not (tmp_path / "raw.partial").exists():
+        while not list((tmp_path / "raw.partial").rglob("*.png")):  # the processes that draw are at work
             assert process.poll() is None
             time.sleep(0.05)
-        process.send_signal(sent)
+        os.killpg(process.pid, sent)  # a terminal and a shell send it to all processes of a command
         _, error = process.communicate(timeout=60)
     finally:
         process.kill()

@@ -14,11 +14,11 @@ are `[size, size]` or `[size, size, 3]`; coordinates are pixels with the origin 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +26,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from adfm.errors import AdfmError
+from adfm.stopping import unseen
 
 Array = NDArray[Any]
 SIZE = 128
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -487,13 +490,22 @@ def generate(out: Path, seed: int = 0, images: int = 360) -> None:
     if images < 20 or seed < 0:
         raise AdfmError(f"synthetic://?seed={seed}&images={images}: images must be at least 20 and seed at least 0")
     jobs = [job for name in TARGET_CATEGORIES for job in _plan(name, seed, images)]
+    for _ in on_all_cores(_write, jobs, [out] * len(jobs), chunksize=32):
+        pass
+
+
+def on_all_cores(draw: Callable[..., T], *columns: Sequence[Any], chunksize: int) -> Iterator[T]:
+    """What `draw` makes of each row of the columns, in order, with a process a core.
+
+    An interrupt ends it when the chunks in hand are done, and nobody writes any more.
+    """
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         try:
-            written = pool.map(_write, jobs, [out] * len(jobs), chunksize=32)
-            for _ in tqdm(written, total=len(jobs), desc="drawing", unit="image", mininterval=1.0):
-                pass
+            with unseen():
+                drawn = pool.map(draw, *columns, chunksize=chunksize)
+            yield from tqdm(drawn, total=len(columns[0]), desc="drawing", unit="image", mininterval=1.0)
         except BaseException:  # an interrupt included: do not wait for what is left to draw
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             raise
 
 

@@ -15,9 +15,7 @@ Seeded; a killed run goes on from its last checkpoint (`OUT.checkpoint/`).
 from __future__ import annotations
 
 import math
-import os
 import shutil
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,9 +59,7 @@ class Picture:
 
 def draw_pictures(count: int, seed: int) -> list[Picture]:
     """Draw `count` pictures of source categories, half of them with defects, on all cores."""
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        drawn = pool.map(_draw, [seed] * count, range(count), chunksize=64)
-        return list(tqdm(drawn, total=count, desc="drawing", unit="image", mininterval=5.0))
+    return list(synthetic.on_all_cores(_draw, [seed] * count, range(count), chunksize=64))
 
 
 def _draw(seed: int, index: int) -> Picture:
