@@ -140,7 +140,7 @@ def ablate(shards: Path, runs: Path, out: Path, params: Params, arms: Sequence[s
 
 @contextmanager
 def _begins_no_more(pool: ProcessPoolExecutor) -> Iterator[None]:
-    """When the body is interrupted, runs that wait are not begun. SIGTERM is passed on to those under way."""
+    """On an interrupt, cancel the runs that have not started; on SIGTERM, terminate the running ones as well."""
     try:
         yield
     except BaseException as error:

@@ -291,7 +291,7 @@ def merged(files: Path | Sequence[Path] | None = None, overrides: Sequence[str] 
     """
     paths = _files(files)
     if not paths:
-        raise AdfmError("there is no params.yaml here to lay settings over; name a file with --params.")
+        raise AdfmError("no params.yaml in this folder to apply the settings to; give a file with --params.")
     text, first = _text(paths[0]), str(paths[0])
     params = _params([(_text(file), str(file)) for file in paths], overrides)
     before = flat(_params([(text, first)], ()))
@@ -415,7 +415,7 @@ def _replaced(text: str, key: Sequence[str], value: object) -> str:
     node: Any = yaml.compose(text, _Loader)
     for depth, name in enumerate(key):
         members = node.value if isinstance(node, yaml.MappingNode) else []
-        inner = next((inner for named, inner in members if named.value == name), None)
+        inner = next((inner for member, inner in members if member.value == name), None)
         if inner is None:
             return _added(text, node, f"{name}: {_written(_nested(key[depth + 1 :], value))}")
         node = inner

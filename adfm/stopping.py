@@ -1,4 +1,4 @@
-"""SIGTERM, by which a scheduler takes a machine back: work ends as by Ctrl-C, a training after the step under way."""
+"""SIGTERM handling (preemption): stages stop as on Ctrl-C; training finishes the current step and checkpoints."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Stopped(AdfmError):
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM raises `Terminated` in the body. A process forked from this one ends at once."""
+    """Raise `Terminated` on SIGTERM in the body. A process forked from this one exits immediately."""
     here = os.getpid()
 
     def terminate(*_: object) -> None:
@@ -33,13 +33,13 @@ def terminable() -> Iterator[None]:
             os._exit(143)
         raise Terminated
 
-    with _handler(terminate), _none_lost():
+    with _handler(terminate), _redelivered():
         yield
 
 
 @contextmanager
-def unseen() -> Iterator[None]:
-    """Processes that start in the body never see Ctrl-C or SIGTERM: the process that started them lets them end."""
+def signals_blocked() -> Iterator[None]:
+    """Block SIGINT and SIGTERM in processes started in the body; the process that started them shuts them down."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
@@ -48,20 +48,20 @@ def unseen() -> Iterator[None]:
 
 
 @contextmanager
-def _none_lost() -> Iterator[None]:
-    """An interrupt that comes in a finalizer, a callback of an import or a fork, where Python drops it, comes again."""
+def _redelivered() -> Iterator[None]:
+    """Send an interrupt again if Python dropped it: one raised in a finalizer, or a callback of an import or a fork."""
 
-    def again(dropped: sys.UnraisableHookArgs) -> None:
+    def hook(dropped: sys.UnraisableHookArgs) -> None:
         if not issubclass(dropped.exc_type, KeyboardInterrupt):
             before(dropped)
             return
         number = signal.SIGTERM if issubclass(dropped.exc_type, Terminated) else signal.SIGINT
-        timer = threading.Timer(0.05, os.kill, (os.getpid(), number))  # when the finalizer is over
+        timer = threading.Timer(0.05, os.kill, (os.getpid(), number))  # after the finalizer has returned
         timer.daemon = True
         timer.start()
 
     before = sys.unraisablehook
-    sys.unraisablehook = again
+    sys.unraisablehook = hook
     try:
         yield
     finally:

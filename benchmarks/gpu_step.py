@@ -218,7 +218,7 @@ def built(name: str, params: Params) -> loading.Loaded:
         network = tiny.model(processor.tokenizer, seed=0)
     processor.tokenizer.padding_side = "left"
     adapted = adapters.attach(network, params.lora)
-    if liger.wanted(params.train, family):
+    if liger.enabled(params.train, family):
         liger.apply(adapted)
     return loading.Loaded(adapted, processor, family, params.model, prompt.messages(families.get(family).units))
 

@@ -79,7 +79,7 @@ def bare(out: Path, params: Params) -> list[float]:
     set_seed(params.seed)
     settings = params.train
     loaded = loading.load(Path("warmup"), params.model, trainable=True)
-    if liger.wanted(settings, loaded.family):
+    if liger.enabled(settings, loaded.family):
         liger.apply(loaded.model)
     count = settings.steps * settings.prompts_per_step
     data = examples.draw(Path("shards"), loaded, count, settings.anomalous_share, params.seed + 1, out / "cache")

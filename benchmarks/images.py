@@ -187,9 +187,9 @@ def digest(value: Any) -> str:
     """Of a tensor's type, shape and bits, or of any other value as text."""
     if not isinstance(value, torch.Tensor):
         return repr(value)
-    found = hashlib.blake2b(f"{value.dtype} {tuple(value.shape)}".encode())
-    found.update(value.contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
+    bits = hashlib.blake2b(f"{value.dtype} {tuple(value.shape)}".encode())
+    bits.update(value.contiguous().flatten().view(torch.uint8).numpy())
+    return bits.hexdigest()
 
 
 @contextlib.contextmanager

@@ -34,11 +34,11 @@ def main(model: str, shards: Path) -> int:
         alone = alone or seconds
         fitted = calibration.fit(tables["validation"], evaluate)
         test = fitted.apply(tables["test"])
-        found = metrics.summarize(test, evaluate.bootstrap, params.seed, evaluate.small, evaluate.large)["overall"]
+        overall = metrics.summarize(test, evaluate.bootstrap, params.seed, evaluate.small, evaluate.large)["overall"]
         raw = test["score"].dropna()
         certain = np.mean((raw < 1e-4) | (raw > 1 - 1e-4))
         cells = [
-            " ".join([f"{found[metric]:.3f}", f"[{found[metric + '_low']:.3f}, {found[metric + '_high']:.3f}]"])
+            " ".join([f"{overall[metric]:.3f}", f"[{overall[metric + '_low']:.3f}, {overall[metric + '_high']:.3f}]"])
             for metric in ("auroc", "ece")
         ]
         print(f"| {score} | {' | '.join(cells)} | {certain:.2f} | {seconds / alone:.1f} |", flush=True)

@@ -293,7 +293,7 @@ def _objects(client: Any, bucket: str, prefix: str, problems: archives.Problems)
 
     def read(key: str, etag: str, size: int, offset: int) -> _Content:
         rest = {"Range": f"bytes={offset}-"} if offset else {}
-        whole = 0 < size == offset  # it arrived, but fetch was stopped before it was in its place
+        whole = 0 < size == offset  # downloaded completely, but not yet moved into place when fetch was stopped
         try:
             if whole:
                 response = client.head_object(Bucket=bucket, Key=key, IfMatch=etag)

@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from adfm.errors import AdfmError
-from adfm.stopping import unseen
+from adfm.stopping import signals_blocked
 
 Array = NDArray[Any]
 SIZE = 128
@@ -495,16 +495,21 @@ def generate(out: Path, seed: int = 0, images: int = 360) -> None:
 
 
 def on_all_cores(draw: Callable[..., T], *columns: Sequence[Any], chunksize: int) -> Iterator[T]:
-    """What `draw` makes of each row of the columns, in order, with a process a core.
+    """Map `draw` over rows in a process pool, one process per core, and yield the results in order.
 
-    An interrupt ends it when the chunks in hand are done, and nobody writes any more.
+    An interrupt cancels the waiting chunks and waits for the running ones, so that nothing is written afterwards.
+
+    Args:
+        draw: Called with a value of each column.
+        columns: Equally long.
+        chunksize: Rows that a process gets at a time.
     """
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         try:
-            with unseen():
+            with signals_blocked():
                 drawn = pool.map(draw, *columns, chunksize=chunksize)
             yield from tqdm(drawn, total=len(columns[0]), desc="drawing", unit="image", mininterval=1.0)
-        except BaseException:  # an interrupt included: do not wait for what is left to draw
+        except BaseException:  # including an interrupt: do not wait for the remaining images
             pool.shutdown(cancel_futures=True)
             raise
 

@@ -91,9 +91,10 @@ def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Par
             (Path(downloads) / name).mkdir()
             local[name], shown[name] = loading.fetch(model, Path(downloads) / name)
             loading.base_of(local[name], params.model)  # before anything is done
+        digests = {name: digest(Path(model)) if Path(model).is_dir() else None for name, model in local.items()}
         about = {
             "candidate": candidate,
-            "candidate_digest": digest(Path(local[candidate])) if Path(local[candidate]).is_dir() else None,
+            "candidate_digest": digests[candidate],
             "models": shown,
             "split": split,
             "images": len(shards_.ids(shards, split)),
@@ -107,9 +108,9 @@ def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Par
                 name: inference.predict_splits(model, shards, params, name, splits, kept)
                 for name, model in local.items()
             }
-            validation = {name: found["validation"] for name, found in answers.items() if len(splits) > 1}
-            calibrations = _calibrate(local, shown, validation, shards, params)
-            tables = {name: calibrations[name].apply(found[split]) for name, found in answers.items()}
+            validation = {name: of["validation"] for name, of in answers.items() if len(splits) > 1}
+            calibrations = _calibrate(shown, digests, validation, shards, params)
+            tables = {name: calibrations[name].apply(of[split]) for name, of in answers.items()}
             write_json(about | {"mlflow_run_id": run.info.run_id}, partial / "evaluation.json")
             for name, table in tables.items():
                 # Travels with the file, so that the gate can refuse to compare what was not made in the same way.
@@ -131,26 +132,25 @@ def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Par
 
 
 def _calibrate(
-    local: dict[str, str | Path],
-    shown: dict[str, str],
+    models: dict[str, str],
+    digests: dict[str, str | None],
     validation: dict[str, pd.DataFrame],
     shards: Path,
     params: Params,
 ) -> dict[str, Calibration]:
-    """The calibration of each model: a version's own, else one fitted on its answers to the validation split."""
+    """The calibration of each model: a version's own, else one fitted on its predictions of the validation split."""
     fingerprint = shards_.fingerprint(shards, "validation") if validation else None
     calibrations = {}
-    for name, model in local.items():
-        model_digest = digest(Path(model)) if Path(model).is_dir() else None
-        if shown[name].startswith("models:"):
+    for name, model in models.items():
+        if model.startswith("models:"):
             with tracking.store_errors(tracking.configure()):
-                calibrations[name] = calibration.of_version(shown[name])
+                calibrations[name] = calibration.of_version(model)
         elif name in validation:
-            calibrations[name] = calibration.fit(validation[name], params.evaluate, model_digest, fingerprint)
+            calibrations[name] = calibration.fit(validation[name], params.evaluate, digests[name], fingerprint)
         else:
             why = "is evaluated itself" if params.evaluate.split == "validation" else "is not there"
             note = f"the validation split, on which a threshold is chosen, {why}"
-            calibrations[name] = Calibration(model=model_digest, note=note)
+            calibrations[name] = Calibration(model=digests[name], note=note)
     return calibrations
 
 
@@ -188,7 +188,7 @@ def report(
         )
         for other in reversed(others)
     }
-    at = {name: found.threshold for name, found in calibrations.items()}
+    at = {name: fitted.threshold for name, fitted in calibrations.items()}
     if any(threshold is not None for threshold in at.values()):
         repeat = (settings.bootstrap, params.seed)
         for name, table in tables.items():
@@ -260,7 +260,7 @@ def _write_comparison(
         " The first lines count the letters as written; those at the threshold the decisions made from the calibrated"
         " probability, with all regions of a flagged image for its boxes."
     )
-    note += "".join(f"\n\n{name}: {found.summary}" for name, found in calibrations.items())
+    note += "".join(f"\n\n{name}: {fitted.summary}" for name, fitted in calibrations.items())
     (out / "comparison.md").write_text(f"{table}\n\n{note}\n", encoding="utf-8")
     _write_csv(
         ["metric", "model", "value", "low", "high"],

@@ -5,7 +5,7 @@ false_positives false_negatives area_share boxes predicted_boxes completion regi
 pixels, half-open. `regions` are all boxes that the completion names, whatever its letter; `region_iou` and so on
 compare them as `iou` and so on compare `predicted_boxes`: they are what an image gets that is flagged by its
 probability. `predicted` is null where the completion has no clean answer, and such an image counts as wrong everywhere;
-`score` is the probability of a defect before calibration, as `evaluate.score` has it, null where there is no clean
+`score` is the uncalibrated probability of a defect, computed as `evaluate.score` says, and null where there is no valid
 answer; `group` is null where it is not known which images show the same part.
 
 A window of a few batches is read at a time, and its images are answered in order of their size, so that a batch is
@@ -342,11 +342,11 @@ def _rows(inspector: Inspector, window: Sequence[Record], done: Callable[[int], 
 
 def _row(record: Record, answer: Answer) -> dict[str, Any]:
     mask = None if record.mask is None else np.asarray(Image.open(io.BytesIO(record.mask))) > 0
-    found: dict[str, Any] = {}
+    overlap: dict[str, Any] = {}
     if record.label == "anomalous":
-        found = metrics.localize(record.boxes, answer.boxes, record.width, record.height, mask)
+        overlap = metrics.localize(record.boxes, answer.boxes, record.width, record.height, mask)
         of_regions = metrics.localize(record.boxes, answer.regions, record.width, record.height, mask)
-        found |= {f"region_{name}": of_regions[name] for name in metrics.COMPARED}
+        overlap |= {f"region_{name}": of_regions[name] for name in metrics.COMPARED}
     return {
         "id": record.id,
         "source": record.source,
@@ -357,7 +357,7 @@ def _row(record: Record, answer: Answer) -> dict[str, Any]:
         "label": record.label,
         "predicted": answer.predicted,
         "score": answer.score,
-        **found,
+        **overlap,
         "boxes": [list(box) for box in record.boxes],
         "predicted_boxes": [list(box) for box in answer.boxes],
         "completion": answer.completion,

@@ -290,9 +290,9 @@ def operating_difference(
     return _at_threshold(difference(as_decided(candidate), as_decided(reference), resamples, seed))
 
 
-def _at_threshold(found: dict[str, float | None] | None) -> dict[str, float | None]:
+def _at_threshold(intervals: dict[str, float | None] | None) -> dict[str, float | None]:
     names = [(name, end) for name in AT_THRESHOLD for end in ("", "_low", "_high")]
-    return {f"{name}_at_threshold{end}": found[name + end] if found else None for name, end in names}
+    return {f"{name}_at_threshold{end}": intervals[name + end] if intervals else None for name, end in names}
 
 
 def reliability(probability: Floats, anomalous: NDArray[np.bool_]) -> list[tuple[float, float, int]]:

@@ -68,16 +68,16 @@ def problems(params: Params, processes: int = 1) -> list[str]:
     """What `require` refuses, a sentence each; none: the machine is fit."""
     import torch
 
-    found = lacking(params) + batch_problems(params.train, processes)
-    if params.train.liger is True and not found:
+    missing = lacking(params) + batch_problems(params.train, processes)
+    if params.train.liger is True and not missing:
         _, folder = loading.base_of(params.model.name, params.model)
-        found += liger.problems(loading.family_of(folder))
-    if torch.cuda.is_available() and params.train.vllm and not found:
+        missing += liger.problems(loading.family_of(folder))
+    if torch.cuda.is_available() and params.train.vllm and not missing:
         available = torch.cuda.get_device_properties(0).total_memory
-        found += vllm_problems(params, processes, available, loading.weights_are_divided())
-    if params.train.vllm_server and not found:
-        found += server_problems(params)
-    return found
+        missing += vllm_problems(params, processes, available, loading.weights_are_divided())
+    if params.train.vllm_server and not missing:
+        missing += server_problems(params)
+    return missing
 
 
 def memory_warnings(params: Params, processes: int = 1) -> list[str]:
@@ -97,13 +97,13 @@ def memory_warnings(params: Params, processes: int = 1) -> list[str]:
 def lacking(params: Params) -> list[str]:
     """What this machine lacks for a training, a sentence each: a GPU of the right kind, a package."""
     train = params.train
-    found = loading.lacking(params.model)
+    missing = loading.lacking(params.model)
     if train.optimizer != "adamw_torch_fused":
-        found += loading.lacking_package(f"train.optimizer={train.optimizer}", "bitsandbytes")
+        missing += loading.lacking_package(f"train.optimizer={train.optimizer}", "bitsandbytes")
     if train.liger is True:
-        found += loading.lacking_package("train.liger=true", "liger-kernel")
-    found += _vllm_lacking(params)
-    return found
+        missing += loading.lacking_package("train.liger=true", "liger-kernel")
+    missing += _vllm_lacking(params)
+    return missing
 
 
 def _vllm_lacking(params: Params) -> list[str]:
@@ -115,12 +115,12 @@ def _vllm_lacking(params: Params) -> list[str]:
         evaluates = backend == "vllm" or (backend == "auto" and torch.cuda.is_available())
         return [f"{text}, or set evaluate.backend=transformers" for text in vllm_engine.wrong_version() if evaluates]
     setting = f"train.vllm={train.vllm}" if train.vllm else f"train.vllm_server={train.vllm_server}"
-    found = loading.lacking_package(setting, "vllm") or vllm_engine.wrong_version()
+    missing = loading.lacking_package(setting, "vllm") or vllm_engine.wrong_version()
     if train.vllm and train.vllm_server:
-        found.append("train.vllm shares this GPU and train.vllm_server has another; set one of them to null")
+        missing.append("train.vllm shares this GPU and train.vllm_server has another; set one of them to null")
     if params.model.quantization:
-        found.append(f"{setting} cannot take the weights of model.quantization; set one of them to null")
-    return found
+        missing.append(f"{setting} cannot take the weights of model.quantization; set one of them to null")
+    return missing
 
 
 def beyond(params: Params, processes: int, available: int) -> list[str]:

@@ -15,7 +15,7 @@ from adfm.models import loading
 from adfm.params import Train
 
 
-def wanted(settings: Train, family: str) -> bool:
+def enabled(settings: Train, family: str) -> bool:
     """Whether a training uses the kernels: as `train.liger` says, or with `auto` where they can be had on a GPU."""
     import torch
 

@@ -363,7 +363,7 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
 
 
 def weights_are_divided() -> bool:
-    """Whether accelerate's launcher has asked for FSDP or for DeepSpeed's ZeRO-3."""
+    """Whether accelerate's launcher enabled FSDP or DeepSpeed's ZeRO-3."""
     return os.environ.get("ACCELERATE_USE_FSDP") == "true" or _stage() == "3"
 
 
@@ -462,17 +462,17 @@ def _check_chat(processor: Any, family: families.Family, source: Path) -> None:
     """Refuses a chat template that leaves out the image, or changes an answer in adfm's form."""
     answer, messages = prompt.answer("normal", []), prompt.messages(family.units)
     try:
-        asked, whole = chat_text(processor, messages), chat_text(processor, messages, answer)
+        prompt_text, full_text = chat_text(processor, messages), chat_text(processor, messages, answer)
     except Exception as error:  # a template is a program, and may raise anything
         raise AdfmError(
             f"model.name: the chat template in {source} cannot be used ({error}); take the instruction-tuned model"
         ) from error
-    if asked.count(processor.image_token) != 1:
+    if prompt_text.count(processor.image_token) != 1:
         raise AdfmError(
             f"model.name: the chat template in {source} writes the image's place {processor.image_token} "
-            f"{asked.count(processor.image_token)} times, not once; take all files of a model from one place"
+            f"{prompt_text.count(processor.image_token)} times, not once; take all files of a model from one place"
         )
-    if not whole.startswith(asked + answer):
+    if not full_text.startswith(prompt_text + answer):
         raise AdfmError(
             f"model.name: the chat template in {source} does not write an answer as it stands, as those of models that "
             "think before they answer do not; take the model's version that only follows instructions (Instruct)"
@@ -507,33 +507,33 @@ def lacking_flash(settings: Model) -> list[str]:
     from transformers.utils.import_utils import is_flash_attn_2_available
 
     name = "model.attention=flash_attention_2"
-    found = lacking_package(name, "flash-attn")
-    if not found and not is_flash_attn_2_available():
-        found.append(f"{name} needs flash-attn 2.3.3 or newer, and not the package of FlashAttention 4; install that")
+    missing = lacking_package(name, "flash-attn")
+    if not missing and not is_flash_attn_2_available():
+        missing.append(f"{name} needs flash-attn 2.3.3 or newer, and not the package of FlashAttention 4; install that")
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
-        found.append(f"{name} needs an NVIDIA A100 or newer, and here is {torch.cuda.get_device_name()}; set sdpa")
+        missing.append(f"{name} needs an NVIDIA A100 or newer, and here is {torch.cuda.get_device_name()}; set sdpa")
     if settings.dtype == "float32":
-        found.append(f"{name} computes in 16 bits; set model.dtype=bfloat16")
-    return found
+        missing.append(f"{name} computes in 16 bits; set model.dtype=bfloat16")
+    return missing
 
 
 def lacking(settings: Model) -> list[str]:
     """What this machine lacks for a model's settings, a sentence each: a GPU of the right kind, a package."""
     import torch
 
-    found = lacking_flash(settings) if settings.attention == "flash_attention_2" else []
+    missing = lacking_flash(settings) if settings.attention == "flash_attention_2" else []
     if settings.quantization:
-        found += lacking_package(f"model.quantization={settings.quantization}", "bitsandbytes")
+        missing += lacking_package(f"model.quantization={settings.quantization}", "bitsandbytes")
     if (
         settings.dtype == "bfloat16"
         and torch.cuda.is_available()
         and not torch.cuda.is_bf16_supported(including_emulation=False)
     ):
-        found.append(
+        missing.append(
             f"model.dtype=bfloat16: {torch.cuda.get_device_name()} does not compute in it (NVIDIA's do from the A100 "
             "on); set model.dtype=float32"
         )
-    return found
+    return missing
 
 
 def lacking_package(setting: str, package: str) -> list[str]:

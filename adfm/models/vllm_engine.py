@@ -1,4 +1,4 @@
-"""What a vLLM engine is told, in training and in evaluation: model length, image sizes, and the version that fits.
+"""Settings of a vLLM engine for training and evaluation: model length, image sizes, and the supported version.
 
 Written from the source of vLLM 0.30 and TRL 1.16; not run with vLLM, which needs a GPU.
 """

@@ -81,7 +81,7 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
     work = out.with_name(out.name + ".checkpoint")
     run_id = _resume(work, shards, model, params) if state.is_main_process else None
     loaded = loading.load(model, params.model, trainable=True)
-    if fused := liger.wanted(settings, loaded.family):
+    if fused := liger.enabled(settings, loaded.family):
         liger.apply(loaded.model)
     outbox = None
     with contextlib.ExitStack() as written:

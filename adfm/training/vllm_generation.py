@@ -1,4 +1,4 @@
-"""vLLM inside TRL's GRPO trainer: what TRL 1.16 has to be told otherwise for a LoRA on a vision-language model.
+"""vLLM inside TRL's GRPO trainer: corrections to TRL 1.16 for a LoRA on a vision-language model.
 
 - Weight sync: TRL merges the adapter into the base weights, sends them, and unmerges. In bfloat16 each such round trip
   rounds twice, so that the base drifts with every step. `Generation` never writes to the base: each weight is sent as
@@ -80,12 +80,12 @@ class Generation(trl_generation.VLLMGeneration):
 
     Args:
         engine_options: Further arguments of `vllm.LLM`, where the engine is in this process.
-        options: As TRL gives them.
+        args, kwargs: As TRL gives them.
     """
 
-    def __init__(self, *options: Any, engine_options: dict[str, Any], **named: Any) -> None:
+    def __init__(self, *args: Any, engine_options: dict[str, Any], **kwargs: Any) -> None:
         self._engine_options = engine_options
-        super().__init__(*options, **named)
+        super().__init__(*args, **kwargs)
         if self._dist.fsdp_version == 1:
             raise AdfmError("train.vllm: FSDP1 is not supported; use configs/accelerate/fsdp2.yaml")
 
@@ -103,12 +103,12 @@ class Generation(trl_generation.VLLMGeneration):
         finally:
             names.LLM = original
 
-    def generate(self, prompts: list[list[int]], *options: Any, **named: Any) -> Any:
+    def generate(self, prompts: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         """As TRL's. A server gets images and their places separately, and there the repeated tokens are right."""
         if self.mode == "colocate":
             processor: Any = self.processing_class
             prompts = [collapsed(ids, processor.image_token_id) for ids in prompts]
-        return super().generate(prompts, *options, **named)
+        return super().generate(prompts, *args, **kwargs)
 
     @torch.no_grad()
     def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:

@@ -225,7 +225,7 @@ class Network:
 
     Attributes:
         budget: Bytes that it still brings from the server before the line goes dead for everyone.
-        silent: Then nothing arrives any more, instead of a closed line.
+        silent: Whether it stalls when the budget is used up, instead of closing the connections.
         cut: Bytes after which it cuts each connection.
         replace: What it puts in the place of what in an answer, and how often it still does.
         asked: The paths of all GET requests for objects.

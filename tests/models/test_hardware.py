@@ -90,8 +90,8 @@ def test_without_a_gpu_auto_is_sdpa_and_no_kernels() -> None:
     from adfm.models import liger
 
     assert loading.attention(Params().model.model_copy(update={"dtype": "bfloat16"})) == "sdpa"
-    assert not liger.wanted(Params().train, "qwen3_vl")
-    assert liger.wanted(Train(liger=True), "qwen3_vl") and not liger.wanted(Train(liger=False), "qwen3_vl")
+    assert not liger.enabled(Params().train, "qwen3_vl")
+    assert liger.enabled(Train(liger=True), "qwen3_vl") and not liger.enabled(Train(liger=False), "qwen3_vl")
     assert liger.problems("qwen3_vl") == ["train.liger=true needs a GPU, and there is none; leave it at its default"]
 
 

@@ -46,7 +46,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("installed")
 def test_a_class_that_transformers_has_renamed_does_not_keep_the_layers_from_their_kernels() -> None:
     assert liger.problems("qwen3_vl") == []
-    assert liger.wanted(Train(), "qwen3_vl")
+    assert liger.enabled(Train(), "qwen3_vl")
     model = hardware.empty(loading.EMBEDDED["embedded://tiny-base"])
     liger.apply(model)
     assert model.applied == {"fused_linear_cross_entropy": False}
@@ -59,7 +59,7 @@ def test_what_cannot_be_used_is_refused_with_the_reason() -> None:
         "train.liger=true: liger-kernel 0.8.5 cannot be used (cannot import name 'something_else'"
     )
     assert problem.endswith("set train.liger=false")
-    assert not liger.wanted(Train(), "qwen2_5_vl")
+    assert not liger.enabled(Train(), "qwen2_5_vl")
     (problem,) = liger.problems("internvl")
     assert "it has no kernels for internvl models" in problem
 

@@ -1,4 +1,4 @@
-"""What vLLM is told and asked: lengths, versions, and a server, which here is one of Python's own."""
+"""Settings of a vLLM engine: lengths, versions, and a server, here a local HTTP server of Python's own."""
 
 from __future__ import annotations
 
