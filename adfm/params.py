@@ -43,6 +43,10 @@ class Convert(Section):
     """Raw data set to shards."""
 
     layout: str = "auto"
+    category: Literal["layout", "folder"] = "layout"
+    missing: Literal["refuse", "skip"] = "refuse"
+    rescale: bool = False
+    mask_threshold: Fraction = 0.5
     dilation: Fraction = 0.04
     connectivity: Literal[4, 8] = 8
     min_area: NonNegativeInt = 4
@@ -56,7 +60,8 @@ class Split(Section):
     test: Fraction = 0.4
     holdout_categories: list[str] = []
     near_duplicates: bool = True
-    official: bool = True
+    group: str | None = None
+    redivide: bool = False
 
     @model_validator(mode="after")
     def _leaves_some_to_train(self) -> Self:

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 
 from adfm import tracking
 from adfm.data import inspection, pictures
+from adfm.data.problems import printable
 from adfm.data.readers import files as readers
 from adfm.errors import AdfmError
 from adfm.evaluation import calibration as calibration_
@@ -212,7 +213,7 @@ def draw(image: Image.Image, said: dict[str, Any]) -> Image.Image:
     lines = [
         part
         for line in [_verdict(said), *said["reasoning"].split("\n")]
-        for part in textwrap.wrap(readers.printable(line), width * 2 // font) or [""]
+        for part in textwrap.wrap(printable(line), width * 2 // font) or [""]
     ]
     margin = font // 2
     sheet = Image.new("RGB", (width, shown.height + round(len(lines) * font * 1.5) + 2 * margin), "white")
@@ -243,9 +244,9 @@ def _read(found: Iterable[Path], unreadable: list[str]) -> Iterator[tuple[Path, 
         try:
             yield file, decode(file.read_bytes())
         except AdfmError as error:
-            unreadable.append(f"{readers.printable(str(file))}: {error}")
+            unreadable.append(f"{printable(str(file))}: {error}")
         except OSError as error:
-            unreadable.append(f"{readers.printable(str(file))}: {error.strerror}")
+            unreadable.append(f"{printable(str(file))}: {error.strerror}")
 
 
 def _save(picture: Image.Image, file: Path) -> Path:
@@ -261,7 +262,7 @@ def _told(file: Path, said: dict[str, Any], picture: Path | None) -> str:
     lines = [f"{file}: {_verdict(said)}", *(f"  {line}" for line in said["reasoning"].split("\n"))]
     if picture:
         lines.append(f"  {picture}")
-    return "\n".join(map(readers.printable, lines))
+    return "\n".join(map(printable, lines))
 
 
 def _verdict(said: dict[str, Any]) -> str:

@@ -7,7 +7,8 @@ Boxes are `[x1, y1, x2, y2]` in pixels of the original image unless a docstring 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -68,21 +69,30 @@ class Sample:
     each is one box, and its polygon, where it has one, is the mask too.
 
     Args:
-        image: Path of the image file.
-        source: The same path relative to the data set's root, with `/`.
+        image: Path of the image file, or of a JSON file of LabelMe that holds the image in its `imageData`.
+        source: The path of the image relative to the data set's root, with `/`.
         dataset: Name of the data set.
         category: Product category.
         label: `normal` or `anomalous`.
         defect: Defect type; `None` on a normal image.
         masks: Paths of pixel masks; a defect is what any of them marks.
         boxes: Boxes drawn by a person, in pixels of the upright image; fractions of its size if `normalized`.
+        cut: For each of `boxes`, whether it is cut off at the edge of the image, however far it reaches out: the tool
+            lets people draw there. Empty: none is. A box that is not cut and reaches out is an error.
         polygons: The outlines of some or all of `boxes`, in the same frame.
         rles: The masks of some or all of `boxes`, on the upright image; they are painted as polygons are.
         normalized: Whether `boxes` and `polygons` are fractions of the image's width and height.
         unmarked_is_normal: Whether an image whose masks show nothing is normal, whatever its `label`; otherwise that
             is an error.
+        located: Whether masks or boxes say where the defects are. If not, the label of an anomalous image is all that
+            is known, and its record has neither boxes nor a mask.
+        size: Width and height of the image that the annotation was drawn on, as the annotation states them; `None`
+            where it does not. An image of another size is an error, unless `convert.rescale` is set.
         split: The split that the data set itself fixes, or `None`.
         group: Images of one physical part share it and never straddle a split; `None` where that is not known.
+        columns: What a table says of the image besides, by the name of the column; for `split.group`.
+        notes: What the reader did with the annotation of this image that its author may not expect, such as dropping
+            one that was drawn twice. Images are counted by note in `conversion.json`, so a note names no file.
     """
 
     image: Path
@@ -93,12 +103,17 @@ class Sample:
     defect: str | None = None
     masks: tuple[Path, ...] = ()
     boxes: tuple[Box, ...] = ()
+    cut: tuple[bool, ...] = ()
     polygons: tuple[Polygon, ...] = ()
     rles: tuple[Rle, ...] = ()
     normalized: bool = False
     unmarked_is_normal: bool = False
+    located: bool = True
+    size: tuple[int, int] | None = None
     split: str | None = None
     group: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,7 +130,8 @@ class Record:
         category: Product category.
         defect: Defect type; `None` on a normal image.
         label: `normal` or `anomalous`.
-        boxes: Ground-truth boxes, original pixels, half-open; empty on a normal image.
+        boxes: Ground-truth boxes, original pixels, half-open; empty on a normal image, and on an anomalous one of
+            which nothing but the label is known (it has no mask then either).
         split: `train`, `validation` or `test`.
         source: Path within the raw data set.
         sha256: SHA-256 of the raw image file, hex.

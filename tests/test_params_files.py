@@ -20,7 +20,7 @@ PUBLISHED = ROOT / "params" / "published-qwen2.5-vl-7b.yaml"
 # As AD-FM's script has them, or ms-swift 3.4.0.dev0 where it sets nothing.
 AS_PUBLISHED = {
     "convert.layout": "mmad",
-    "split.official": False,
+    "split.redivide": True,
     "split.validation": 0.0,
     "split.test": 0.8,
     "split.near_duplicates": True,

@@ -175,7 +175,7 @@ def test_a_file_that_may_not_be_read(stub: Stub, here: Path, capsys: pytest.Capt
     ("images", "says"),
     [
         (["no.png", ".", "nor.png"], "no such file or folder:\n  no.png\n  nor.png"),
-        (["."], "no image in .; images are named .bmp,"),
+        (["."], "no image in .; images are named .avif,"),
     ],
 )
 def test_without_an_image_no_model_is_loaded(images: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,7 +38,8 @@ from tqdm import tqdm
 
 from adfm import __version__
 from adfm.data import duplicates, inspection, shards, splits
-from adfm.data.readers import READERS, detect, files
+from adfm.data.problems import BadData, MissingImage
+from adfm.data.readers import LAYOUTS, detect, files
 from adfm.errors import AdfmError
 from adfm.files import atomic_folder, write_json
 from adfm.params import Params
@@ -80,20 +81,26 @@ def convert(raw: Path, out: Path, params: Params, parts: Sequence[Path] = ()) ->
             than their image, masks that show nothing, boxes outside; all of them in one error. Parts that are missing,
             or come from other parameters or data. An earlier result at `out` is left as it is.
     """
-    data = _opened(raw, params)
-    runs = _joined(parts, data, params) if parts else []
+    with _listing(out):
+        data = _opened(raw, params)
+        runs = _joined(parts, data, params) if parts else []
+        report = _converted(data, runs, out, params)
+    for warning in report["warnings"]:
+        print(f"adfm: warning: {warning}", file=sys.stderr)
+
+
+def _converted(data: _Raw, runs: list[Path], out: Path, params: Params) -> dict[str, Any]:
     with _unfinished(out, data) as folder:
         work = folder / _WORK
         work.mkdir(exist_ok=True)
         runs = runs or _inspected(data, work, params)
         images, pairs = _gathered(runs, work / "thumbnails", params)
         assigned = splits.assign(images, pairs, params)
-        _write(raw, runs, assigned, folder, params.convert.shard_images)
+        _write(data.folder, runs, assigned, folder, params.convert.shard_images)
         shutil.rmtree(work)
         report = _report(data, images, pairs, assigned, params) | {"fingerprint": shards.fingerprint(folder)}
         write_json(report, folder / "conversion.json")
-    for warning in report["warnings"]:
-        print(f"adfm: warning: {warning}", file=sys.stderr)
+    return report
 
 
 def inspect_part(raw: Path, out: Path, params: Params, part: int, of: int) -> None:
@@ -109,7 +116,12 @@ def inspect_part(raw: Path, out: Path, params: Params, part: int, of: int) -> No
     Raises:
         AdfmError: As of `convert`, for the images of this part.
     """
-    data = _opened(raw, params)
+    with _listing(out):
+        data = _opened(raw, params)
+        _inspected_part(data, out, params, part, of)
+
+
+def _inspected_part(data: _Raw, out: Path, params: Params, part: int, of: int) -> None:
     with _unfinished(out, data) as folder:
         _inspected(data, folder, params, part, of)
         description = {"part": part, "of": of, "settings": _settings(data.layout, params)}
@@ -123,7 +135,7 @@ class _Raw(NamedTuple):
     images: int
 
     def samples(self) -> Iterator[Sample]:
-        return READERS[self.layout](self.folder)
+        return LAYOUTS[self.layout].read(self.folder)
 
 
 def _opened(raw: Path, params: Params) -> _Raw:
@@ -134,20 +146,20 @@ def _opened(raw: Path, params: Params) -> _Raw:
     if layout == "auto":
         layout, seen = detect(raw)
         print(f"layout {layout}; seen in {raw}: {seen}", file=sys.stderr)
-    elif layout not in READERS:
-        near = difflib.get_close_matches(layout, [*READERS, "auto"], n=1, cutoff=0)[0]
+    elif layout not in LAYOUTS:
+        near = difflib.get_close_matches(layout, [*LAYOUTS, "auto"], n=1, cutoff=0)[0]
         raise AdfmError(
-            f"convert.layout: there is no layout {layout!r}; did you mean {near!r}? Known: auto, {', '.join(READERS)}."
+            f"convert.layout: there is no layout {layout!r}; did you mean {near!r}? Known: auto, {', '.join(LAYOUTS)}."
         )
     images, categories = 0, set()
     try:
-        for sample in READERS[layout](raw):
+        for sample in LAYOUTS[layout].read(raw):
             images += 1
             categories.add(sample.category)
-    except AdfmError:
+    except BadData:
         if not images:
             raise
-        # It comes again when the images have been looked at, and is told together with what they show.
+        # Raised again together with the problems of the images themselves.
     unknown = [name for name in params.split.holdout_categories if name not in categories]
     if unknown:
         near = difflib.get_close_matches(unknown[0], sorted(categories), n=1, cutoff=0)[0]
@@ -172,13 +184,12 @@ def _unfinished(out: Path, raw: _Raw) -> Iterator[Path]:
 def _inspected(raw: _Raw, work: Path, params: Params, part: int = 1, of: int = 1) -> list[Path]:
     """Looks at the images of a part, as far as that was not done before; returns a file for each run."""
     settings = _settings(raw.layout, params)
-    refusals: list[AdfmError] = []
     problems: list[str] = []
     runs = []
     total = sum(min(RUN, raw.images - first) for first in range((part - 1) * RUN, raw.images, of * RUN))
     progress = tqdm(total=total, desc="inspect", unit="image", disable=None)
     with progress, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for number, samples in enumerate(_runs(raw.samples(), refusals)):
+        for number, samples in enumerate(_runs(raw.samples(), params.convert.missing, problems)):
             if number % of == part - 1:
                 path = work / f"{number:06d}.parquet"
                 key = _key(pool, raw.folder, samples, settings)
@@ -191,24 +202,21 @@ def _inspected(raw: _Raw, work: Path, params: Params, part: int = 1, of: int = 1
                 listed = pq.read_table(path, columns=["problems"])["problems"]
                 problems += [problem for some in listed.to_pylist() for problem in some or ()]
                 runs.append(path)
-    if refusals or problems:
-        raise AdfmError(_refusal(raw, refusals, problems))
+    if problems:
+        raise BadData(raw.folder, raw.layout, problems)
     for path in set(work.glob("*.parquet*")) - set(runs):
         path.unlink()
     return runs
 
 
-def _refusal(raw: _Raw, refusals: list[AdfmError], problems: list[str]) -> str:
-    lines = [str(refusal) for refusal in refusals]
-    if problems:
-        listed = "\n".join(f"  {files.printable(problem)}" for problem in problems)
-        what = "bad file" if len(problems) == 1 else "bad files"
-        lines.append(f"{raw.folder}: {len(problems)} {what}; mend or remove them and convert again:\n{listed}")
-    return "\n".join(lines)
+def _runs(samples: Iterable[Sample], missing: str, problems: list[str]) -> Iterator[list[Sample]]:
+    """The samples, `RUN` at a time.
 
-
-def _runs(samples: Iterable[Sample], refusals: list[AdfmError]) -> Iterator[list[Sample]]:
-    """The samples, `RUN` at a time; what the reader refuses in the end, after those that it accepts."""
+    Args:
+        samples: As a reader yields them.
+        missing: The setting `convert.missing`.
+        problems: Gets those that the reader raises after its last sample.
+    """
     run = []
     try:
         for sample in samples:
@@ -216,10 +224,21 @@ def _runs(samples: Iterable[Sample], refusals: list[AdfmError]) -> Iterator[list
             if len(run) == RUN:
                 yield run
                 run = []
-    except AdfmError as refusal:
-        refusals.append(refusal)
+    except BadData as error:
+        problems += [one for one in error.problems if missing == "refuse" or not isinstance(one, MissingImage)]
     if run:
         yield run
+
+
+@contextmanager
+def _listing(out: Path) -> Iterator[None]:
+    """Writes the problems of bad data to `<out>.problems.txt`; that of an earlier conversion is removed."""
+    path = out.with_name(f"{out.name}.problems.txt")
+    path.unlink(missing_ok=True)
+    try:
+        yield
+    except BadData as error:
+        raise error.written(path) from None
 
 
 def _settings(layout: str, params: Params) -> dict[str, Any]:
@@ -324,10 +343,11 @@ def _joined(parts: Sequence[Path], raw: _Raw, params: Params) -> list[Path]:
             f"these parts do not make a whole; make them anew with `adfm convert RAW PART --part`:\n{listed}"
         )
 
-    runs, refusals = [], list[AdfmError]()
+    runs: list[Path] = []
+    wrong: list[str] = []
     strangers = set()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for number, samples in enumerate(_runs(raw.samples(), refusals)):
+        for number, samples in enumerate(_runs(raw.samples(), params.convert.missing, wrong)):
             folder = found[number % of + 1]
             path = folder / f"{number:06d}.parquet"
             key = _read_key(path) if path.is_file() else None
@@ -337,10 +357,11 @@ def _joined(parts: Sequence[Path], raw: _Raw, params: Params) -> list[Path]:
     for folder in found.values():
         if set(folder.glob("*.parquet")) - set(runs):
             strangers.add(folder)
-    if refusals or strangers:
+    if wrong:
+        raise BadData(raw.folder, raw.layout, wrong)
+    if strangers:
         listed = "\n".join(f"  {folder}" for folder in sorted(strangers))
-        other = [f"{raw.folder}: these parts were made from other raw data:\n{listed}"] if strangers else []
-        raise AdfmError("\n".join([*map(str, refusals), *other]))
+        raise AdfmError(f"{raw.folder}: these parts were made from other raw data:\n{listed}")
     return runs
 
 
@@ -405,7 +426,7 @@ def _rows(runs: Sequence[Path], images: NDArray[np.int64]) -> Iterator[dict[str,
 
 def _record(raw: Path, split: Split, row: dict[str, Any]) -> Record:
     try:
-        content = (raw / row["source"]).read_bytes()
+        content = files.content(raw / row["file"])
     except OSError as error:
         raise AdfmError(f"{raw}: {row['source']} cannot be read any more ({error}); convert again.") from error
     if zlib.crc32(content) != row["crc32"]:
@@ -460,7 +481,7 @@ def _counts(images: pa.Table, assigned: NDArray[np.int8]) -> list[dict[str, Any]
 def _nothing_to_train_on(assigned: NDArray[np.int8]) -> list[str]:
     if (assigned == SPLITS.index("train")).any():
         return []
-    return ["no image is for training: the data set fixes none for it; split.official=false divides all of it"]
+    return ["no image is for training: the data set fixes none for it; split.redivide=true divides all of it"]
 
 
 def _lookalikes(images: pa.Table, clusters: list[NDArray[np.int64]]) -> list[str]:

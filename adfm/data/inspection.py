@@ -6,7 +6,7 @@ import hashlib
 import io
 import math
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import pyarrow as pa
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from adfm.data import duplicates, masks
+from adfm.data.readers import files
 from adfm.params import Convert
 from adfm.records import Box, Sample
 
@@ -27,6 +28,8 @@ SCHEMA = pa.schema(
         ("fragments", pa.int32()),  # boxes before dilation
         ("mask", pa.binary()),
         ("unmarked", pa.bool_()),  # normal because its mask shows nothing
+        ("notes", pa.list_(pa.string())),  # see `Sample`
+        ("file", pa.string()),  # that holds the image, relative to the data set; `source` but for images within JSON
         ("sha256", pa.string()),
         ("crc32", pa.uint32()),
         ("embedded", pa.bool_()),  # as it is, byte for byte
@@ -38,7 +41,7 @@ SCHEMA = pa.schema(
 
 
 def inspect(sample: Sample, settings: Convert) -> dict[str, Any]:
-    """Looks at one image.
+    """Decodes an image and checks it and its marks.
 
     Args:
         sample: As its reader found it.
@@ -51,8 +54,9 @@ def inspect(sample: Sample, settings: Convert) -> dict[str, Any]:
     if not _is_text(sample.source):
         return row | {"problems": _lines(sample, ["its name is not UTF-8; rename it"])}
     row |= {name: getattr(sample, name) for name in SCHEMA.names[:7]}
+    row["file"] = str(PurePosixPath(sample.source).with_name(sample.image.name))
     try:
-        content = sample.image.read_bytes()
+        content = files.content(sample.image)
         row |= _decoded(content)
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
         return row | {"problems": _lines(sample, [f"cannot be read ({reason(error)})"])}
@@ -78,6 +82,7 @@ def inspect(sample: Sample, settings: Convert) -> dict[str, Any]:
         "boxes": [list(box) for box in boxes],
         "fragments": fragments,
         "mask": None if mask is None else png(Image.fromarray(mask), zlib.Z_RLE),
+        "notes": list(sample.notes),
         "problems": _lines(sample, problems),
     }
 
@@ -239,7 +244,7 @@ def _clipped(box: Box, width: int, height: int, problems: list[str]) -> Box | No
 def _contradictions(sample: Sample, mask: masks.Mask | None, boxes: list[Box]) -> list[str]:
     if sample.label == "normal" and boxes:
         return ["is normal, but defects are marked on it"]
-    if sample.label == "anomalous" and not boxes and not sample.unmarked_is_normal:
+    if sample.label == "anomalous" and not boxes and sample.located and not sample.unmarked_is_normal:
         if mask is None:
             return ["is anomalous, but nothing is marked on it"]
         return [f"is anomalous, but its mask {sample.masks[0]} shows no defect"]

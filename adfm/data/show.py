@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from adfm.data import inspection, pictures, shards
 from adfm.data.pictures import Picture
-from adfm.data.readers import READERS, detect
+from adfm.data.readers import LAYOUTS, detect, files
 from adfm.errors import AdfmError
 from adfm.params import Convert, Params
 from adfm.records import SPLITS, Sample
@@ -120,9 +120,9 @@ def _entries(folder: Path, layout: str) -> Iterator[_Entry]:
         return
     if layout == "auto":
         layout, _ = detect(folder)
-    if layout not in READERS:
-        raise AdfmError(f"convert.layout: there is no layout {layout!r}; known: auto, {', '.join(READERS)}.")
-    for sample in READERS[layout](folder):
+    if layout not in LAYOUTS:
+        raise AdfmError(f"convert.layout: there is no layout {layout!r}; known: auto, {', '.join(LAYOUTS)}.")
+    for sample in LAYOUTS[layout].read(folder):
         yield _entry(sample, sample.category, sample.label, sample.defect, sample.split, sample.source)
 
 
@@ -177,7 +177,7 @@ def _tile(found: dict[int, Picture], side: int, settings: Convert, entry: _Entry
     if isinstance(entry.content, int):
         return entry, found[entry.content]
     row = inspection.inspect(entry.content, settings)
-    content = entry.content.image.read_bytes() if entry.content.image.is_file() else b""
+    content = files.content(entry.content.image) if entry.content.image.is_file() else b""
     mask = {"bytes": row["mask"]} if row["mask"] else None
     picture = pictures.of_row(row | {"image": {"bytes": content}, "mask": mask}, side)
     problem = "; ".join(said.removeprefix(f"{entry.content.source}: ") for said in row["problems"])

@@ -34,7 +34,7 @@ def assign(images: pa.Table, duplicates: NDArray[np.int64], params: Params) -> N
     `params.split`. If all of it is test, as in MMAD, it stays so. If its train part has normal images alone, as in
     MVTec AD and its kin, they stay in train, and all the rest is divided by the shares: there must be defects to learn
     from. So the held-out images are always held-out images of the official split. If nothing is fixed, all is divided.
-    With `split.official` false nothing counts as fixed, so that a share of MMAD can be trained on; figures then do not
+    With `split.redivide` nothing counts as fixed, so that a share of MMAD can be trained on; figures then do not
     compare with those of others, who test on all of it.
 
     **The division** keeps the shares in every category, and as nearly as whole groups allow in every label and defect
@@ -51,7 +51,7 @@ def assign(images: pa.Table, duplicates: NDArray[np.int64], params: Params) -> N
     """
     column = {name: images[name].combine_chunks().dictionary_encode() for name in COLUMNS}
     fixed = np.full(len(images), -1, np.int8)
-    for number, split in enumerate(SPLITS if params.split.official else ()):
+    for number, split in enumerate(() if params.split.redivide else SPLITS):
         fixed[_where(column["split"], split)] = number
     anomalous = _where(column["label"], "anomalous")
     keeps = bool((anomalous & (fixed == _TRAIN)).any() or (fixed == _TEST).all())

@@ -103,7 +103,7 @@ def test_what_is_all_test_stays_so_unless_the_official_split_is_set_aside() -> N
     samples = _samples(("a", None, "test", 50), ("a", "dent", "test", 50), ("b", "hole", "test", 20))
     fifth = Params.model_validate({"split": {"validation": 0.0, "test": 0.8}})
     assert set(_assign(samples, _digests(samples), fifth)) == {"test"}
-    fifth = Params.model_validate({"split": {"validation": 0.0, "test": 0.8, "official": False}})
+    fifth = Params.model_validate({"split": {"validation": 0.0, "test": 0.8, "redivide": True}})
     assigned = _assign(samples, _digests(samples), fifth)
     assert [Counter(assigned[first : first + 50])["train"] for first in (0, 50)] == [10, 10]
     assert Counter(assigned[100:]) == {"train": 4, "test": 16}
@@ -111,7 +111,7 @@ def test_what_is_all_test_stays_so_unless_the_official_split_is_set_aside() -> N
 
 def test_without_the_official_split_a_train_part_is_divided_too() -> None:
     samples = _samples(("a", None, "train", 40), ("a", None, "test", 20), ("a", "dent", "test", 40))
-    params = Params.model_validate({"split": {"validation": 0.0, "test": 0.5, "official": False}})
+    params = Params.model_validate({"split": {"validation": 0.0, "test": 0.5, "redivide": True}})
     assigned = _assign(samples, _digests(samples), params)
     assert Counter(assigned[:40])["test"] > 10
     assert Counter(assigned) == {"train": 50, "test": 50}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from adfm.data.readers import (
     btad,
@@ -25,53 +26,58 @@ from adfm.data.readers import (
 from adfm.errors import AdfmError
 from adfm.records import Sample
 
-READERS: dict[str, Callable[[Path], Iterator[Sample]]] = {
-    "mvtec": mvtec.read,
-    "visa-1cls": mvtec.read,
-    "loco": loco.read,
-    "visa": visa.read,
-    "real-iad": real_iad.read,
-    "btad": btad.read,
-    "dagm": dagm.read,
-    "kolektor": kolektor.read,
-    "mmad": mmad.read,
-    "coco": coco.read,
-    "yolo": yolo.read,
-    "voc": voc.read,
-    "labelme": labelme.read,
-    "csv": table.read,
-}
-_RECOGNISERS: dict[str, Callable[[Path], bool]] = {
-    "mvtec": mvtec.recognises,  # visa-1cls is the same
-    "loco": loco.recognises,
-    "visa": visa.recognises,
-    "real-iad": real_iad.recognises,
-    "btad": btad.recognises,
-    "dagm": dagm.recognises,
-    "kolektor": kolektor.recognises,
-    "mmad": mmad.recognises,
-    "coco": coco.recognises,
-    "yolo": yolo.recognises,
-    "voc": voc.recognises,
-    "labelme": labelme.recognises,
-    "csv": table.recognises,
-}
-_FORMS = {
-    "mvtec": "<category>/train/good/*.png, <category>/test/<good or defect>/*.png,"
-    " <category>/ground_truth/<defect>/*_mask.png",
-    "loco": "<category>/validation/good/*.png, <category>/test/logical_anomalies/*.png,"
-    " <category>/ground_truth/logical_anomalies/<image>/*.png",
-    "visa": "<category>/Data/Images/<Normal or Anomaly>/*.JPG, <category>/Data/Masks/Anomaly/*.png, split_csv/1cls.csv",
-    "real-iad": "<category>/OK/<part>/*.jpg, <category>/NG/<defect>/<part>/*.jpg, <category>.json",
-    "btad": "<category>/train/ok/*.png, <category>/test/<ok or ko>/*.png, <category>/ground_truth/ko/*.png",
-    "dagm": "<class>/<Train or Test>/*.PNG, <class>/<Train or Test>/Label/*_label.PNG",
-    "kolektor": "<part>/*.jpg, <part>/*_label.bmp",
-    "mmad": "mmad.json, <data set>/<category>/.../<good or defect>/*",
-    "coco": "annotations/*.json with images, annotations and categories; images/*",
-    "yolo": "images/*, labels/*.txt, data.yaml",
-    "voc": "JPEGImages/*, Annotations/*.xml",
-    "labelme": "*.jpg, *.json with shapes and imagePath",
-    "csv": "*.jpg, one *.csv with the columns image, label, defect, x1, y1, x2, y2",
+
+class Layout(NamedTuple):
+    """A layout of raw data sets.
+
+    Args:
+        read: Yields the samples of a raw data set.
+        matches: Whether a raw data set has this layout; `None` where another entry stands for it.
+        form: What the layout looks like, for messages.
+    """
+
+    read: Callable[[Path], Iterator[Sample]]
+    matches: Callable[[Path], bool] | None
+    form: str
+
+
+LAYOUTS: dict[str, Layout] = {
+    "mvtec": Layout(
+        mvtec.read,
+        mvtec.matches,
+        "<category>/train/good/*.png, <category>/test/<good or defect>/*.png,"
+        " <category>/ground_truth/<defect>/*_mask.png",
+    ),
+    "visa-1cls": Layout(mvtec.read, None, "as mvtec"),
+    "loco": Layout(
+        loco.read,
+        loco.matches,
+        "<category>/validation/good/*.png, <category>/test/logical_anomalies/*.png,"
+        " <category>/ground_truth/logical_anomalies/<image>/*.png",
+    ),
+    "visa": Layout(
+        visa.read,
+        visa.matches,
+        "<category>/Data/Images/<Normal or Anomaly>/*.JPG, <category>/Data/Masks/Anomaly/*.png, split_csv/1cls.csv",
+    ),
+    "real-iad": Layout(
+        real_iad.read,
+        real_iad.matches,
+        "<category>/OK/<part>/*.jpg, <category>/NG/<defect>/<part>/*.jpg, <category>.json",
+    ),
+    "btad": Layout(
+        btad.read,
+        btad.matches,
+        "<category>/train/ok/*.png, <category>/test/<ok or ko>/*.png, <category>/ground_truth/ko/*.png",
+    ),
+    "dagm": Layout(dagm.read, dagm.matches, "<class>/<Train or Test>/*.PNG, <class>/<Train or Test>/Label/*_label.PNG"),
+    "kolektor": Layout(kolektor.read, kolektor.matches, "<part>/*.jpg, <part>/*_label.bmp"),
+    "mmad": Layout(mmad.read, mmad.matches, "mmad.json, <data set>/<category>/.../<good or defect>/*"),
+    "coco": Layout(coco.read, coco.matches, "annotations/*.json with images, annotations and categories; images/*"),
+    "yolo": Layout(yolo.read, yolo.matches, "images/*, labels/*.txt, data.yaml"),
+    "voc": Layout(voc.read, voc.matches, "JPEGImages/*, Annotations/*.xml"),
+    "labelme": Layout(labelme.read, labelme.matches, "*.jpg, *.json with shapes and imagePath"),
+    "csv": Layout(table.read, table.matches, "*.jpg, one *.csv with the columns image, label, defect, x1, y1, x2, y2"),
 }
 
 
@@ -85,7 +91,7 @@ def detect(raw: Path) -> tuple[str, str]:
         AdfmError: It is in none that is known, or may be in several; says what was seen.
     """
     seen = _seen(raw)
-    found = [layout for layout, recognises in _RECOGNISERS.items() if recognises(raw)]
+    found = [name for name, layout in LAYOUTS.items() if layout.matches and layout.matches(raw)]
     if "mmad" in found:  # its parts are in layouts of their own
         found = ["mmad"]
     if "visa" in found:  # a category has a table
@@ -96,7 +102,7 @@ def detect(raw: Path) -> tuple[str, str]:
             f" --layout {found[0]}, or take apart what are two data sets."
         )
     if not found:
-        forms = "\n".join(f"  {layout}: {form}" for layout, form in _FORMS.items())
+        forms = "\n".join(f"  {name}: {layout.form}" for name, layout in LAYOUTS.items() if layout.matches)
         raise AdfmError(f"{raw} is in no layout that adfm knows. Seen there: {seen}. The layouts are:\n{forms}")
     return found[0], seen
 

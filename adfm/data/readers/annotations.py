@@ -36,22 +36,44 @@ _SPLITS: dict[str, Split] = {
 
 @dataclass(frozen=True)
 class Shape:
-    """One defect that a person drew; `name` is its class."""
+    """One defect that a person drew.
+
+    Args:
+        name: Its class.
+        box: Round it.
+        polygons: Its outlines, if it was drawn with any.
+        rle: Its mask, if it was drawn with a brush.
+        cut: Whether the box is cut off at the edge of the image, however far it reaches out; see `Sample`.
+    """
 
     name: str
     box: Box
     polygons: tuple[Polygon, ...] = ()
     rle: Rle | None = None
+    cut: bool = False
 
 
 def sample(
-    raw: Path, image: Path, shapes: Sequence[Shape], split: Split | None = None, normalized: bool = False
+    raw: Path, image: Path, shapes: Sequence[Shape], split: Split | None = None, notes: Iterable[str] = (), **more: Any
 ) -> Sample:
     """An image with shapes is anomalous, one without is normal; its category is the name of the data set.
 
-    The defect is the class of the shapes; of several classes, their names by the alphabet, joined by `+`.
+    The defect is the class of the shapes; of several classes, their names by the alphabet, joined by `+`. A shape of
+    the same class and box as an earlier one counts once, with a note.
+
+    Args:
+        raw: The data set.
+        image: The image, in `raw`.
+        shapes: What is drawn on it.
+        split: The split that the data set fixes.
+        notes: As in `Sample`.
+        more: Other fields of `Sample`.
     """
     dataset = raw.resolve().name
+    unique = list({(shape.name, *(round(side, 6) for side in shape.box)): shape for shape in reversed(shapes)}.values())
+    if len(unique) < len(shapes):
+        notes = (*notes, "the same box of the same class is drawn more than once; it counts once")
+    shapes = unique[::-1]
     defect = "+".join(sorted({shape.name for shape in shapes})) or None
     return files.sample(
         raw,
@@ -63,7 +85,9 @@ def sample(
         boxes=tuple(shape.box for shape in shapes),
         polygons=tuple(polygon for shape in shapes for polygon in shape.polygons),
         rles=tuple(shape.rle for shape in shapes if shape.rle),
-        normalized=normalized,
+        cut=tuple(shape.cut for shape in shapes),
+        notes=tuple(dict.fromkeys(notes)),
+        **more,
     )
 
 

@@ -37,7 +37,7 @@ from adfm.records import Polygon, Rle, Sample
 _KEYS = ("images", "annotations", "categories")
 
 
-def recognises(raw: Path) -> bool:
+def matches(raw: Path) -> bool:
     """Whether there is a JSON file with images, annotations and categories near the top."""
     words = [f'"{key}"'.encode() for key in _KEYS]
     return holds(raw, lambda folder: any(mentions(file, *words) for file in listing(folder, ".json")))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import codecs
+import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,10 +13,13 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from adfm.data.problems import BadData
 from adfm.errors import AdfmError
 from adfm.records import Sample
 
-IMAGES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"))
+IMAGES = frozenset(
+    (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".heic", ".heif", ".avif", ".pgm", ".ppm")
+)
 
 T = TypeVar("T")
 
@@ -225,27 +230,33 @@ def strays(raw: Path, folder: Path, used: Iterable[Path]) -> list[str]:
 
 
 def refuse(raw: Path, layout: str, problems: Iterable[str]) -> None:
-    """Raises one error that lists everything that is wrong with a data set, if anything is.
+    """Raises one error about everything that is wrong with a data set, if anything is.
 
     Args:
         raw: The data set.
         layout: Name of its layout.
-        problems: One line each, said once; what cannot be printed, such as a newline in a file's name, is escaped.
+        problems: One line each, `file: what is wrong`.
 
     Raises:
-        AdfmError: There are problems.
+        BadData: There are problems.
     """
-    listed = "\n".join(f"  {printable(problem)}" for problem in dict.fromkeys(problems))
+    listed = list(problems)
     if listed:
-        raise AdfmError(
-            f"{raw}: problems in the data set (layout {layout}):\n{listed}\n"
-            "Add what is missing, or take these files away, and convert again."
-        )
+        raise BadData(raw, layout, listed)
 
 
-def printable(text: str) -> str:
-    """The text with what cannot be printed, such as a newline, escaped."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+def content(image: Path) -> bytes:
+    """The bytes of an image file, or of the image that a JSON file of LabelMe holds in its `imageData`.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: The JSON file holds no image.
+    """
+    read = image.read_bytes()
+    if image.suffix.lower() != ".json":
+        return read
+    encoded = json.loads(read).get("imageData")
+    return base64.b64decode(encoded or "")
 
 
 def _is_readable(folder: Path) -> bool:

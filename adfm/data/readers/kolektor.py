@@ -14,7 +14,7 @@ from adfm.data.readers import files
 from adfm.records import Sample
 
 
-def recognises(raw: Path) -> bool:
+def matches(raw: Path) -> bool:
     """Whether there is a folder of images and `_label.bmp` files."""
     return any(_is_item(folder) for folder in files.categories(raw, _is_item))
 

@@ -41,7 +41,7 @@ _MANIFEST = "manifest.json"  # of a fetched data set
 _CORNERS = 64  # of the polygon that stands for a circle
 
 
-def recognises(raw: Path) -> bool:
+def matches(raw: Path) -> bool:
     """Whether there is a JSON file with shapes and imagePath near the top."""
     words = (b'"shapes"', b'"imagePath"')
     return holds(raw, lambda folder: any(mentions(file, *words) for file in listing(folder, ".json")))

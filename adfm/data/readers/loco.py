@@ -16,7 +16,7 @@ from adfm.data.readers import files
 from adfm.records import SPLITS, Sample
 
 
-def recognises(raw: Path) -> bool:
+def matches(raw: Path) -> bool:
     """Whether there is a category in this layout."""
     return any(_is_category(folder) for folder in files.categories(raw, _is_category))
 

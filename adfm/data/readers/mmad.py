@@ -26,7 +26,7 @@ class _Image(BaseModel):
 _FORM = TypeAdapter(dict[str, _Image])
 
 
-def recognises(raw: Path) -> bool:
+def matches(raw: Path) -> bool:
     """Whether there is an `mmad.json`."""
     return _root(raw) is not None
 
@@ -34,7 +34,7 @@ def recognises(raw: Path) -> bool:
 def read(raw: Path) -> Iterator[Sample]:
     """Yields the samples that `mmad.json` names, by path. `split` is `test` throughout: MMAD is there to evaluate.
 
-    `split.official: false` divides it all the same: the published run of AD-FM trained on a fifth, not published which.
+    `split.redivide: true` divides it all the same: the published run of AD-FM trained on a fifth, not published which.
     Copies of one picture stay in one split while `split.near_duplicates` is true.
 
     A path says it all: `dataset` is its first folder, `category` its second, and the folder of the image is `good` or

@@ -18,7 +18,7 @@ from adfm.records import Sample
 _OTHERS = ("train/ok", "test/ok", "validation/good", "test/logical_anomalies", "test/structural_anomalies")
 
 
-def recognises(raw: Path) -> bool:
+def matches(raw: Path) -> bool:
     """Whether there is a category in this layout."""
     return any(_is_category(folder) for folder in files.categories(raw, _is_category))
 

@@ -40,7 +40,7 @@ class _Category(BaseModel):
 _FORM = TypeAdapter(_Category)
 
 
-def recognises(raw: Path) -> bool:
+def matches(raw: Path) -> bool:
     """Whether there is a category in this layout, with its JSON file."""
     top = files.root(raw, lambda folder: bool(_places(folder)))
     return top is not None and any(_jsons(top, folder) for place in _places(top) for folder in _folders(place))

@@ -34,7 +34,7 @@ class _Row:
     mask: Path | None
 
 
-def recognises(raw: Path) -> bool:
+def matches(raw: Path) -> bool:
     """Whether there is a CSV file with the columns image and label."""
     return root(raw, lambda folder: bool(_tables(folder))) is not None
 

@@ -25,7 +25,7 @@ class _Image(NamedTuple):
     split: str | None
 
 
-def recognises(raw: Path) -> bool:
+def matches(raw: Path) -> bool:
     """Whether there is a category in this layout."""
     return any(_is_category(folder) for folder in files.categories(raw, _is_category))
 

@@ -34,7 +34,7 @@ _XML = frozenset(("annotations", "labels", "xml"))
 _MASKS = frozenset(("SegmentationClass", "SegmentationObject"))  # pictures, but not of the data set
 
 
-def recognises(raw: Path) -> bool:
+def matches(raw: Path) -> bool:
     """Whether there is an XML file with an `annotation` near the top."""
     return holds(raw, lambda folder: any(map(_is_annotation, listing(folder, ".xml"))))
 

@@ -42,7 +42,7 @@ _LISTS = ("classes.txt", "obj.names")
 _SLACK = 0.01  # rounding of the tools that write the files
 
 
-def recognises(raw: Path) -> bool:
+def matches(raw: Path) -> bool:
     """Whether there are images, and a data.yaml with names or a text file of such lines, near the top."""
     return holds(raw, _is_part) and holds(raw, lambda folder: bool(images(folder)))
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from adfm.data.problems import BadData
 from adfm.errors import AdfmError
 from adfm.records import Sample
 
@@ -70,11 +71,11 @@ def by_source(read: Read, raw: Path) -> dict[str, Sample]:
 
 def problems(read: Read, raw: Path) -> list[str]:
     """The lines of the one error that lists everything."""
-    with pytest.raises(AdfmError) as error:
+    with pytest.raises(BadData) as error:
         list(read(raw))
-    first, *lines, last = str(error.value).splitlines()
-    assert first.startswith(f"{raw}: problems in the data set (layout ") and last.startswith("Add what is missing")
-    return [line.removeprefix("  ") for line in lines]
+    first, *_, last = str(error.value).splitlines()
+    assert first.startswith(f"{raw}: ") and last.startswith("Add what is missing")
+    return error.value.problems
 
 
 def never_fails_otherwise(read: Read, files: dict[str, bytes]) -> None:

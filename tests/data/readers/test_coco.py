@@ -32,7 +32,7 @@ def test_samples(tmp_path: Path) -> None:
     touch(raw, "images/a.jpg", "images/b.PNG", "images/c.jpg")
     boxes = [(0, 2, [10, 20, 30.5, 40]), (0, 1, [0, 0, 1, 1]), (0, 2, [5, 5, 5, 5]), (2, 2, [1, 2, 3, 4])]
     dump(raw / "annotations" / "instances.json", _file(["a.jpg", "b.PNG", "c.jpg"], boxes))
-    assert coco.recognises(raw)
+    assert coco.matches(raw)
     found = by_source(coco.read, raw)
     a, b, c = (found[f"images/{name}"] for name in ("a.jpg", "b.PNG", "c.jpg"))
     assert (a.label, a.defect, a.dataset, a.category, a.split) == (
@@ -72,7 +72,7 @@ def test_where_an_image_and_its_split_may_be(
     dump(tmp_path / file, _file([name], [(0, 1, [1, 1, 1, 1])]))
     found = by_source(coco.read, tmp_path)
     assert found[image].split == split
-    assert coco.recognises(tmp_path)
+    assert coco.matches(tmp_path)
 
 
 def test_two_files_with_images_of_the_same_names(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
 def test_no_coco_file(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg")
     dump(tmp_path / "manifest.json", {"files": []})
-    assert not coco.recognises(tmp_path)
+    assert not coco.matches(tmp_path)
     assert problems(coco.read, tmp_path) == ["no JSON file with the lists images, annotations and categories"]
 
 

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from adfm.data.problems import BadData
 from adfm.data.readers import kolektor
-from adfm.errors import AdfmError
 from tests.data.readers import layouts
 
 
@@ -21,9 +21,9 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     (tmp_path / "kos01/Part0_label.bmp").unlink()
     (tmp_path / "kos01/Part1_label.bmp").write_text("no picture")
     (tmp_path / "kos02/Part2.jpg").unlink()
-    with pytest.raises(AdfmError) as error:
+    with pytest.raises(BadData) as error:
         list(kolektor.read(tmp_path))
-    lines = str(error.value).splitlines()[1:-1]
-    assert lines[0] == "  kos01/Part0.jpg: has no mask kos01/Part0_label.bmp"
-    assert lines[1].startswith("  kos01/Part1_label.bmp: cannot be read (cannot identify image file")
-    assert lines[2:] == ["  kos02: no place in the layout, or no image for the mask: Part2_label.bmp"]
+    lines = error.value.problems
+    assert lines[0] == "kos01/Part0.jpg: has no mask kos01/Part0_label.bmp"
+    assert lines[1].startswith("kos01/Part1_label.bmp: cannot be read (cannot identify image file")
+    assert lines[2:] == ["kos02: no place in the layout, or no image for the mask: Part2_label.bmp"]

@@ -53,7 +53,7 @@ def test_samples(tmp_path: Path) -> None:
     dump(raw / "b.json", _file("b.jpg"))
     dump(raw / "x" / "c.json", _file("c.png", _shape("dent", (40, 30), (43, 34), kind="circle")))
     dump(raw / "manifest.json", {"files": []})
-    assert labelme.recognises(raw)
+    assert labelme.matches(raw)
     found = by_source(labelme.read, raw)
     a, c = found["a.jpg"], found["x/c.png"]
     assert (a.label, a.defect, a.dataset, a.category) == ("anomalous", "dent+scratch", "line", "line")
@@ -179,7 +179,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
 
 def test_a_data_set_without_any_file_is_not_taken_for_normal(tmp_path: Path) -> None:
     touch(tmp_path, "1.jpg")
-    assert not labelme.recognises(tmp_path)
+    assert not labelme.matches(tmp_path)
     assert problems(labelme.read, tmp_path) == ["no LabelMe file: no JSON file with shapes"]
 
 
@@ -190,6 +190,7 @@ _side = st.floats(0, 4000, width=32)
     st.lists(
         st.lists(st.tuples(_side, _side), min_size=2, max_size=6, unique_by=(lambda p: p[0], lambda p: p[1])),
         max_size=4,
+        unique_by=str,
     )
 )
 @settings(deadline=None, max_examples=40)

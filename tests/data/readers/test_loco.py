@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from adfm.data.problems import BadData
 from adfm.data.readers import loco
-from adfm.errors import AdfmError
 from tests.data.readers import layouts
 
 
@@ -20,7 +20,7 @@ def test_without_a_validation_part(tmp_path: Path) -> None:
     layouts.loco(tmp_path)
     for category in ("breakfast_box", "screw_bag"):
         shutil.rmtree(tmp_path / category / "validation")
-    assert loco.recognises(tmp_path)
+    assert loco.matches(tmp_path)
     assert {sample.split for sample in loco.read(tmp_path)} == {"train", "test"}
 
 
@@ -32,13 +32,13 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     layouts.image(tmp_path, "screw_bag/train/x.png")
     (tmp_path / "screw_bag/test/good/000.png").unlink()
     (tmp_path / "screw_bag/test/good/000.png").symlink_to("nowhere.png")
-    with pytest.raises(AdfmError) as error:
+    with pytest.raises(BadData) as error:
         list(loco.read(tmp_path))
-    assert str(error.value).splitlines()[1:-1] == [
-        "  breakfast_box/test/logical_anomalies/000.png: has no mask"
+    assert error.value.problems == [
+        "breakfast_box/test/logical_anomalies/000.png: has no mask"
         " breakfast_box/ground_truth/logical_anomalies/000/000.png",
-        "  breakfast_box/ground_truth/structural_anomalies/000: no place in the layout, or no image for the mask:"
+        "breakfast_box/ground_truth/structural_anomalies/000: no place in the layout, or no image for the mask:"
         " 000.png",
-        "  screw_bag/test/good/000.png: does not exist",
-        "  screw_bag/train: no place in the layout, or no image for the mask: x.png",
+        "screw_bag/test/good/000.png: does not exist",
+        "screw_bag/train: no place in the layout, or no image for the mask: x.png",
     ]

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from adfm.data.problems import BadData
 from adfm.data.readers import mmad
-from adfm.errors import AdfmError
 from tests.data.readers import layouts
 
 
@@ -15,9 +15,9 @@ def rewrite(raw: Path, changes: dict[str, Any]) -> None:
 
 
 def lines(raw: Path) -> list[str]:
-    with pytest.raises(AdfmError) as error:
+    with pytest.raises(BadData) as error:
         list(mmad.read(raw))
-    return [line.strip() for line in str(error.value).splitlines()[1:-1]]
+    return error.value.problems
 
 
 @pytest.mark.parametrize("prefix", ["", "bottle/", "DS-MVTec/bottle/"])

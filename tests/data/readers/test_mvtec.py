@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from adfm.data import readers
+from adfm.data.problems import BadData
 from adfm.data.readers import mvtec
 from adfm.errors import AdfmError
 from tests.memory import peaks
@@ -77,9 +78,9 @@ def test_everything_that_is_wrong_is_listed_in_one_error(mvtec_folder: Path) -> 
     for name in ("bolt/train/hole/a.png", "bolt/Test/good/b.png", "nail/training/c.jpg", "bolt/test/hole/deep/d.png"):
         (mvtec_folder / name).parent.mkdir(parents=True, exist_ok=True)
         (mvtec_folder / name).touch()
-    with pytest.raises(AdfmError) as error:
+    with pytest.raises(BadData) as error:
         list(mvtec.read(mvtec_folder))
-    lines = [line.strip() for line in str(error.value).splitlines()[1:-1]]
+    lines = error.value.problems
     assert sorted(lines) == [
         "bolt/Test/good: no place in the layout, or no image for the mask: b.png",
         "bolt/test/hole/000.png: has no mask bolt/ground_truth/hole/000_mask.png",

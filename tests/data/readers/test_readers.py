@@ -20,23 +20,23 @@ def truth(raw: Path, sample: Sample) -> Truth:
 def test_samples(name: str, tmp_path: Path) -> None:
     layout, build = LAYOUTS[name]
     expected = build(tmp_path)
-    samples = list(readers.READERS[layout](tmp_path))
+    samples = list(readers.LAYOUTS[layout].read(tmp_path))
     assert {sample.source: truth(tmp_path, sample) for sample in samples} == expected
     assert len(samples) == len(expected)
     for sample in samples:
         assert sample.image == tmp_path / sample.source
         assert sample.label == ("anomalous" if sample.defect else "normal")
         assert sample.dataset == (sample.source.split("/")[0] if name == "mmad" else tmp_path.name)
-    assert list(readers.READERS[layout](tmp_path)) == samples
+    assert list(readers.LAYOUTS[layout].read(tmp_path)) == samples
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS, *DRAWN])
 def test_exactly_one_layout_is_recognised(name: str, tmp_path: Path) -> None:
     layout = LAYOUTS[name][0] if name in LAYOUTS else name
     (LAYOUTS[name][1] if name in LAYOUTS else DRAWN[name])(tmp_path)
-    assert [known for known, recognises in readers._RECOGNISERS.items() if recognises(tmp_path)] == [layout]
+    assert [known for known, of in readers.LAYOUTS.items() if of.matches and of.matches(tmp_path)] == [layout]
     assert readers.detect(tmp_path)[0] == layout
-    assert list(readers.READERS[layout](tmp_path))
+    assert list(readers.LAYOUTS[layout].read(tmp_path))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -48,7 +48,7 @@ def test_a_data_set_in_folders_of_its_own(name: str, outer: str, tmp_path: Path)
     expected = build(tmp_path / outer)
     (tmp_path / "manifest.json").write_text("{}")
     assert readers.detect(tmp_path)[0] == layout
-    sources = {sample.source for sample in readers.READERS[layout](tmp_path)}
+    sources = {sample.source for sample in readers.LAYOUTS[layout].read(tmp_path)}
     assert sources == {f"{outer}/{source}" for source in expected}
 
 
@@ -63,14 +63,14 @@ def test_hidden_files_and_links_that_lead_round_are_ignored(name: str, tmp_path:
         shutil.copytree(tmp_path, tmp_path / folder, ignore=lambda *_: [".cache", "__MACOSX"])
     for folder, _, _ in list(os.walk(tmp_path)):
         (Path(folder) / "round").symlink_to(tmp_path)
-    samples = list(readers.READERS[layout](tmp_path))
+    samples = list(readers.LAYOUTS[layout].read(tmp_path))
     assert {sample.source: truth(tmp_path, sample) for sample in samples} == expected
     assert readers.detect(tmp_path)[0] == layout
 
 
 def test_every_layout_is_described() -> None:
-    assert readers._FORMS.keys() == readers._RECOGNISERS.keys()
-    assert readers.READERS.keys() == readers._RECOGNISERS.keys() | {"visa-1cls"}
+    assert all(layout.form for layout in readers.LAYOUTS.values())
+    assert [name for name, layout in readers.LAYOUTS.items() if not layout.matches] == ["visa-1cls"]
 
 
 def test_detection_says_what_was_seen(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_two_layouts_in_one_folder_are_an_error_that_asks_which(tmp_path: Path) 
         readers.detect(tmp_path)
     assert "--layout mvtec" in str(error.value)
     with pytest.raises(AdfmError, match="03/test/ko/0000.bmp: has no mask|03/train/ok: no place in the layout"):
-        list(readers.READERS["mvtec"](tmp_path))
+        list(readers.LAYOUTS["mvtec"].read(tmp_path))
 
 
 def test_mmad_with_one_part_alone_is_mmad(tmp_path: Path) -> None:
@@ -127,8 +127,8 @@ def test_one_category_of_visa_is_visa_although_its_table_looks_like_ones_own(tmp
     assert readers.detect(tmp_path / "pcb1")[0] == "visa"
 
 
-@pytest.mark.parametrize("layout", readers.READERS)
+@pytest.mark.parametrize("layout", readers.LAYOUTS)
 def test_a_layout_without_an_image(layout: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(AdfmError, match=rf"\(layout {'mvtec' if layout == 'visa-1cls' else layout}\)"):
-        list(readers.READERS[layout](tmp_path))
+        list(readers.LAYOUTS[layout].read(tmp_path))

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from adfm.data.problems import BadData
 from adfm.data.readers import real_iad
-from adfm.errors import AdfmError
 from tests.data.readers import layouts
 
 
@@ -18,9 +18,9 @@ def edit(path: Path, change: Callable[[Any], object]) -> None:
 
 
 def lines(raw: Path) -> list[str]:
-    with pytest.raises(AdfmError) as error:
+    with pytest.raises(BadData) as error:
         list(real_iad.read(raw))
-    return [line.strip() for line in str(error.value).splitlines()[1:-1]]
+    return error.value.problems
 
 
 def test_views_of_a_part_are_a_group_and_one_without_a_mask_is_normal(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_categories_and_json_files_in_folders_of_their_own_as_published(tmp_path
             shutil.copy(tmp_path / f"realiad_1024/{name}.json", tmp_path / f"realiad_jsons/{kind}/{name}.json")
         (tmp_path / f"realiad_1024/{name}.json").unlink()
         edit(tmp_path / f"realiad_jsons/realiad_jsons_sv/{name}.json", lambda content: content["test"].clear())
-    assert real_iad.recognises(tmp_path)
+    assert real_iad.matches(tmp_path)
     assert {sample.source for sample in real_iad.read(tmp_path)} == {f"realiad_1024/{source}" for source in truths}
 
 

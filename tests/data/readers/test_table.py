@@ -23,7 +23,7 @@ def test_samples(tmp_path: Path) -> None:
         "a.jpg,anomalous,crack,5,5,6,6\n"
         "e.jpg,OK,good,,,,\n\n"
     )
-    assert table.recognises(raw)
+    assert table.matches(raw)
     found = by_source(table.read, raw)
     a, b, c, e = (found[name] for name in ("a.jpg", "images/b.png", "sub/c d.jpg", "e.jpg"))
     assert (a.label, a.defect, a.dataset, a.category) == ("anomalous", "crack+dent", "line", "line")
@@ -66,7 +66,7 @@ def test_tables_of_any_spreadsheet(tmp_path: Path, encoding: str, newline: str, 
     ]
     text = newline.join(delimiter.join(f'"{cell}"' for cell in row) for row in rows)
     (tmp_path / "t.CSV").write_bytes(text.encode(encoding))
-    assert table.recognises(tmp_path)
+    assert table.matches(tmp_path)
     (sample,) = table.read(tmp_path)
     assert (sample.source, sample.defect, sample.boxes) == ("größe, neu.jpg", "Kratzer", ((1, 2, 3, 4),))
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from adfm.data.problems import BadData
 from adfm.data.readers import visa
-from adfm.errors import AdfmError
 from tests.data.readers import layouts
 
 
@@ -15,9 +15,9 @@ def rows(path: Path) -> list[list[str]]:
 
 
 def lines(raw: Path) -> list[str]:
-    with pytest.raises(AdfmError) as error:
+    with pytest.raises(BadData) as error:
         list(visa.read(raw))
-    return [line.strip() for line in str(error.value).splitlines()[1:-1]]
+    return error.value.problems
 
 
 def test_without_a_table_no_split_is_fixed(tmp_path: Path) -> None:

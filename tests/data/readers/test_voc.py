@@ -26,7 +26,7 @@ def test_samples(tmp_path: Path) -> None:
     touch(raw, *(f"JPEGImages/{name}.jpg" for name in ("a", "b", "c c")), "SegmentationClass/a.png")
     _xml(raw / "Annotations/a.xml", ("dent", 11, 21, 30, 40), ("scratch & dent", 1, 1, 1, 1), ("dent", 0, 0, 8, 9))
     _xml(raw / "Annotations/b.xml")
-    assert voc.recognises(raw)
+    assert voc.matches(raw)
     found = by_source(voc.read, raw)
     assert found.keys() == {"JPEGImages/a.jpg", "JPEGImages/b.jpg", "JPEGImages/c c.jpg"}
     a = found["JPEGImages/a.jpg"]
@@ -135,7 +135,7 @@ def test_a_data_set_without_any_xml_file_is_not_taken_for_normal(tmp_path: Path)
 _side = st.integers(0, 5000)
 
 
-@given(st.lists(st.tuples(_side, _side, st.integers(1, 900), st.integers(1, 900)), max_size=6))
+@given(st.lists(st.tuples(_side, _side, st.integers(1, 900), st.integers(1, 900)), max_size=6, unique=True))
 @settings(deadline=None, max_examples=40)
 def test_what_is_written_is_read(
     tmp_path_factory: pytest.TempPathFactory, drawn: list[tuple[int, int, int, int]]

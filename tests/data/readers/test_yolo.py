@@ -28,7 +28,7 @@ def test_samples(tmp_path: Path) -> None:
             "labels/val/a.txt": "0 0.5 0.5 1 1",
         },
     )
-    assert yolo.recognises(raw)
+    assert yolo.matches(raw)
     found = by_source(yolo.read, raw)
     a, b, c, d = (found[f"images/train/{name}.jpg"] for name in "abcd")
     assert (a.label, a.defect, a.category, a.dataset) == ("anomalous", "dent+scratch", "line", "line")
@@ -195,7 +195,11 @@ def test_a_data_set_without_any_label_is_not_taken_for_normal(tmp_path: Path) ->
 _grid = st.integers(0, 1000)
 
 
-@given(st.lists(st.tuples(_grid, _grid, _grid, _grid).filter(lambda c: c[0] != c[1] and c[2] != c[3]), max_size=5))
+@given(
+    st.lists(
+        st.tuples(_grid, _grid, _grid, _grid).filter(lambda c: c[0] != c[1] and c[2] != c[3]), max_size=5, unique=True
+    )
+)
 @settings(deadline=None, max_examples=40)
 def test_what_is_written_is_read(
     tmp_path_factory: pytest.TempPathFactory, corners: list[tuple[int, int, int, int]]

@@ -1,0 +1,94 @@
+"""Problems of a data set, grouped by cause: an error that a person can read when 10,000 files have the same fault."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from adfm.errors import AdfmError
+
+EXAMPLES = 10  # shown of each cause; the file lists all
+
+# "a.json: shape 3: …": the file, and the places within it that readers name.
+_PLACE = re.compile(
+    r"(?:(?:line|shape|object|annotation|image|category|region|result|task|label|row)s?"
+    r"(?: no\.)? \S+?(?:, column \d+)?: )+"
+)
+_VARIABLE = re.compile(
+    r"'(?:[^'\\]|\\.)*'|\"[^\"]*\"|\[[^\]]*\]|\([-\d., einf]+\)|\S*\d\S*|\S+/\S+|\S+\.[A-Za-z]\w{1,4}\b"
+)
+
+
+class MissingImage(str):
+    """A problem that `convert.missing: skip` turns into a note: an annotation whose image is not there."""
+
+
+class BadData(AdfmError):
+    """A data set cannot be converted as it is.
+
+    Args:
+        raw: The data set.
+        layout: Name of its layout.
+        problems: One line each, `file: what is wrong`; the same line twice counts once.
+        listing: A file that lists all of them, for the message.
+    """
+
+    def __init__(self, raw: Path, layout: str, problems: Iterable[str], listing: Path | None = None) -> None:
+        self.raw, self.layout = raw, layout
+        self.problems = list(dict.fromkeys(problems))
+        super().__init__(_message(raw, layout, self.problems, listing))
+
+    def written(self, listing: Path) -> BadData:
+        """The same error; if it shows only some of the problems, they are all in a file that the message names."""
+        if all(len(its) <= EXAMPLES for its in grouped(self.problems).values()):
+            return self
+        lines = [
+            f"{cause} ({len(its)})\n" + "".join(f"  {printable(one)}\n" for one in its)
+            for cause, its in grouped(self.problems).items()
+        ]
+        listing.parent.mkdir(parents=True, exist_ok=True)
+        listing.write_text("\n".join(lines), encoding="utf-8")
+        return BadData(self.raw, self.layout, self.problems, listing)
+
+
+def grouped(problems: Iterable[str]) -> dict[str, list[str]]:
+    """Problems by their cause, the most frequent first.
+
+    The cause is the text without what differs from file to file: the place, and names, numbers and paths, which become
+    `…`. The cause of a single problem keeps them.
+    """
+    groups: dict[str, list[str]] = defaultdict(list)
+    for problem in problems:
+        groups[_VARIABLE.sub("…", _what(problem))].append(problem)
+    ranked = sorted(groups.items(), key=lambda group: -len(group[1]))
+    return {printable(cause if len(its) > 1 else _what(its[0])): its for cause, its in ranked}
+
+
+def printable(text: str) -> str:
+    """The text with what cannot be printed, such as a newline, escaped."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def _what(problem: str) -> str:
+    """The problem without the file and the place in it."""
+    _, separator, what = problem.partition(": ")
+    return _PLACE.sub("", what, count=1) if separator and what else problem
+
+
+def _message(raw: Path, layout: str, problems: list[str], listing: Path | None) -> str:
+    groups = grouped(problems)
+    first, its = next(iter(groups.items()))
+    count = f"{len(its)} of {len(problems)} problems, " if len(problems) > 1 else ""
+    lines = [f"{raw}: {first} ({count}layout {layout})"]
+    for cause, its in groups.items():
+        if len(groups) > 1:
+            lines.append(f"  {cause}: {len(its)}")
+        lines += [f"    {printable(problem)}" for problem in its[:EXAMPLES]]
+        if len(its) > EXAMPLES:
+            lines.append(f"    and {len(its) - EXAMPLES} more")
+    if listing:
+        lines.append(f"All of them are listed in {listing}.")
+    lines.append("Add what is missing, fix or remove these files, and convert again.")
+    return "\n".join(lines)
