@@ -13,6 +13,7 @@ from adfm.data.readers import (
     dagm,
     files,
     kolektor,
+    label_studio,
     labelme,
     loco,
     mmad,
@@ -77,6 +78,11 @@ LAYOUTS: dict[str, Layout] = {
     "yolo": Layout(yolo.read, yolo.matches, "images/*, labels/*.txt, data.yaml"),
     "voc": Layout(voc.read, voc.matches, "JPEGImages/*, Annotations/*.xml"),
     "labelme": Layout(labelme.read, labelme.matches, "*.jpg, *.json with shapes and imagePath"),
+    "label-studio": Layout(
+        label_studio.read,
+        label_studio.matches,
+        "*.json of Label Studio's JSON or JSON-MIN export; images/*, or the folders that its paths name",
+    ),
     "csv": Layout(table.read, table.matches, "*.jpg, one *.csv with the columns image, label, defect, x1, y1, x2, y2"),
 }
 
