@@ -20,6 +20,7 @@ from adfm.data.readers import (
     mvtec,
     real_iad,
     table,
+    via,
     visa,
     voc,
     yolo,
@@ -82,6 +83,9 @@ LAYOUTS: dict[str, Layout] = {
         label_studio.read,
         label_studio.matches,
         "*.json of Label Studio's JSON or JSON-MIN export; images/*, or the folders that its paths name",
+    ),
+    "via": Layout(
+        via.read, via.matches, "*.json or *.csv of VGG Image Annotator, a project or an export; *.jpg or images/*"
     ),
     "csv": Layout(table.read, table.matches, "*.jpg, one *.csv with the columns image, label, defect, x1, y1, x2, y2"),
 }

@@ -19,7 +19,6 @@ from adfm.data.readers.annotations import (
     Shape,
     box,
     class_name,
-    enclosing,
     folder_names,
     holds,
     listing,
@@ -35,7 +34,8 @@ from adfm.data.readers.annotations import (
 )
 from adfm.data.readers.files import refuse
 from adfm.data.readers.lookup import find, places
-from adfm.records import Box, Polygon, Rle, Sample
+from adfm.data.readers.outlines import turned_rectangle
+from adfm.records import Polygon, Rle, Sample
 
 _KEYS = ("images", "annotations", "categories")
 _SLACK = 2  # pixels between a box and its outline: tools round either, and some count the last pixel and some do not
@@ -222,30 +222,9 @@ def _shape(name: str, annotation: dict[str, Any], size: tuple[int, int] | None, 
         same = _distance(extent, _READINGS["[x, y, width, height]"](*sides)) <= _SLACK
         return Shape(name, box(x, y, x + width, y + height), polygons, rle, cut=same and size is not None)
     plain = box(x, y, x + width, y + height)
-    if rotation:
-        return turned(name, plain, rotation)
+    if rotation:  # clockwise about the center
+        return turned_rectangle(name, plain, rotation)
     return Shape(name, plain, polygons, rle)
-
-
-def turned(name: str, before: Box, degrees: float) -> Shape:
-    """A rectangle that CVAT turns clockwise about its centre: the box round it, cut off at the image's edge.
-
-    Args:
-        name: Its class.
-        before: The rectangle before the turn.
-        degrees: How far it is turned.
-    """
-    turn = math.radians(degrees)
-    middle = (before.x1 + before.x2) / 2, (before.y1 + before.y2) / 2
-    corners = [(before.x1, before.y1), (before.x2, before.y1), (before.x2, before.y2), (before.x1, before.y2)]
-    outline = tuple(
-        (
-            middle[0] + (x - middle[0]) * math.cos(turn) - (y - middle[1]) * math.sin(turn),
-            middle[1] + (x - middle[0]) * math.sin(turn) + (y - middle[1]) * math.cos(turn),
-        )
-        for x, y in corners
-    )
-    return Shape(name, enclosing(outline), (outline,), cut=True)
 
 
 def _rotation(annotation: dict[str, Any]) -> float:

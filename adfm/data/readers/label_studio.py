@@ -37,17 +37,12 @@ from adfm.data.readers.annotations import (
     walk,
 )
 from adfm.data.readers.lookup import Places, find, places
+from adfm.data.readers.outlines import Point, ellipse, turned_rectangle
+from adfm.data.readers.verdicts import defect_type, is_verdict
 from adfm.records import Box, Rle, Sample
 
-_NORMAL = frozenset(("normal", "good", "ok", "pass", "no defect"))
-_DEFECTIVE = frozenset(
-    ("anomalous", "anomaly", "abnormal", "defective", "defect", "bad", "ng", "ko", "nok", "fail", "not ok")
-)
-_CORNERS = 64  # of the polygon that stands for an ellipse
 _GEOMETRY = ("x", "y", "width", "height", "rotation", "points", "radiusX", "radiusY", "rle", "vertices", "imageDataURL")
 _HASHED = re.compile(r"[0-9a-f]{8}-(.+)")  # Label Studio puts it before the name of a file that was uploaded
-
-_Point = tuple[float, float]
 
 
 class _Region(NamedTuple):
@@ -175,7 +170,7 @@ def _from_min(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Tasks from JSON-MIN, which has an entry an annotation, and the results by the name of their control."""
     tasks: dict[str, dict[str, Any]] = {}
     # A single choice is a text, as are the data of the task; it is known by a word such as OK or NG.
-    choices = {name for entry in entries for name, answer in entry.items() if _is_label(answer)}
+    choices = {name for entry in entries for name, answer in entry.items() if is_verdict(answer)}
     for place, entry in enumerate(entries, start=1):
         identifier = entry.get("id", f"no. {place}")
         task = tasks.setdefault(str(identifier), {"id": identifier, "data": entry, "annotations": []})
@@ -260,13 +255,9 @@ def _label_controls(tasks: Iterable[dict[str, Any]]) -> frozenset[str]:
             value = result.get("value")
             choices = value.get("choices") if isinstance(value, dict) else None
             for choice in choices if isinstance(choices, list) else []:
-                if _is_label(choice):
+                if is_verdict(choice):
                     names.add(str(result.get("from_name")))
     return frozenset(names)
-
-
-def _is_label(answer: object) -> bool:
-    return isinstance(answer, str) and answer.strip().lower() in _NORMAL | _DEFECTIVE
 
 
 def _results_of_all(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -409,7 +400,7 @@ def _size(place: int, result: dict[str, Any]) -> tuple[int, int] | None:
 
 def _choice(results: list[Any], labels: frozenset[str], regions: set[str]) -> tuple[str | None, tuple[str, ...]]:
     """The label of the whole image, as in `_Verdict`, and a note about choices that are not labels."""
-    chosen: set[str] = set()
+    chosen: list[str] = []
     notes: list[str] = []
     for result in results:
         value = result.get("value") if isinstance(result, dict) else None
@@ -418,16 +409,10 @@ def _choice(results: list[Any], labels: frozenset[str], regions: set[str]) -> tu
             continue
         name = str(result.get("from_name"))
         if name in labels:
-            chosen.update(choice.strip() for choice in choices if isinstance(choice, str))
+            chosen += [choice for choice in choices if isinstance(choice, str)]
         else:
             notes.append(f"the choice {name!r} is not about a defect and is left out")
-    defects = sorted(choice for choice in chosen if choice.lower() not in _NORMAL)
-    if defects and len(defects) < len(chosen):
-        raise ValueError(f"the image is labelled both normal and not: {', '.join(sorted(chosen))}")
-    if not chosen:
-        return None, tuple(notes)
-    types = [class_name(choice) for choice in defects if choice.lower() not in _DEFECTIVE]
-    return "+".join(types) or ("defect" if defects else ""), tuple(notes)
+    return defect_type(chosen), tuple(notes)
 
 
 # -------------------------------------------------------------------------------------------------------------- shapes
@@ -439,7 +424,7 @@ def _shape(region: _Region) -> Shape:
     name = "+".join(sorted(class_name(one) for one in region.names))
     value, (width, height) = region.value, region.size or (1, 1)
     scale = (width / 100, height / 100)
-    rotation = math.radians(number(value.get("rotation") or 0) % 360)
+    rotation = number(value.get("rotation") or 0) % 360
     if "rle" in value:
         if not region.size:
             raise ValueError("a brush mask without original_width and original_height cannot be read")
@@ -451,49 +436,16 @@ def _shape(region: _Region) -> Shape:
         return Shape(name, enclosing(outline), (outline,), cut=True)
     x, y = _point([value.get("x"), value.get("y")], scale)
     if "radiusX" in value:
-        return ellipse(name, (x, y), _point([value["radiusX"], value.get("radiusY")], scale), rotation)
+        return ellipse(name, (x, y), _point([value["radiusX"], value.get("radiusY")], scale), math.radians(rotation))
     if "width" not in value or "height" not in value:
         raise ValueError("a point has no area; draw a rectangle, polygon, ellipse or mask in its place")
     across, down = _point([value["width"], value["height"]], scale)
     if not rotation:
         return Shape(name, box(x, y, x + across, y + down))
-    cos, sin = math.cos(rotation), math.sin(rotation)  # clockwise about the corner (x, y)
-    outline = (
-        (x, y),
-        (x + across * cos, y + across * sin),
-        (x + across * cos - down * sin, y + across * sin + down * cos),
-        (x - down * sin, y + down * cos),
-    )
-    return Shape(name, enclosing(outline), (outline,), cut=True)
+    return turned_rectangle(name, Box(x, y, x + across, y + down), rotation, pivot=(x, y))
 
 
-def ellipse(name: str, center: _Point, radii: _Point, rotation: float) -> Shape:
-    """An ellipse, cut off at the edge of the image.
-
-    Args:
-        name: Its class.
-        center: Its center.
-        radii: Half of its axes; both more than 0.
-        rotation: How far it is turned clockwise about its center, in radians.
-
-    Raises:
-        ValueError: It has no area.
-    """
-    (x, y), (across, down) = center, radii
-    if across <= 0 or down <= 0:
-        raise ValueError(f"an ellipse with the radii {across:g} and {down:g} has no area")
-    cos, sin = math.cos(rotation), math.sin(rotation)
-    outline = []
-    for corner in range(_CORNERS):
-        turn = 2 * math.pi * corner / _CORNERS
-        along, across_it = across * math.cos(turn), down * math.sin(turn)
-        outline.append((x + along * cos - across_it * sin, y + along * sin + across_it * cos))
-    half_width, half_height = math.hypot(across * cos, down * sin), math.hypot(across * sin, down * cos)
-    around = Box(x - half_width, y - half_height, x + half_width, y + half_height)
-    return Shape(name, box(*around), (tuple(outline),), cut=True)
-
-
-def _point(value: object, scale: _Point) -> _Point:
+def _point(value: object, scale: Point) -> Point:
     if not isinstance(value, Sequence) or len(value) != 2:
         raise ValueError(f"{str(value)[:40]!r} is no point [x, y]")
     return number(value[0]) * scale[0], number(value[1]) * scale[1]

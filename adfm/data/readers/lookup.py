@@ -16,8 +16,8 @@ from adfm.data.readers.annotations import split_of, walk, within
 from adfm.data.readers.files import folders, is_image
 from adfm.records import Split
 
-_IMAGE_FOLDERS = frozenset(("images", "image", "imgs", "img", "data", "jpegimages", "upload"))
-_UPLOAD = re.compile(r"(?:^|/)(?:data|media)/upload/\d+/")  # of Label Studio: a number stands for the project
+_IMAGE_FOLDERS = frozenset(("images", "image", "imgs", "img", "data", "jpegimages", "upload", "media"))
+_UPLOAD = re.compile(r"(?:^|/)upload/\d+/[^/]+$")  # of Label Studio: a number stands for the project
 
 
 class Places(NamedTuple):
@@ -66,11 +66,12 @@ def find(raw: Path, name: str, where: Places) -> Path | None:
     Raises:
         ValueError: There are several.
     """
-    parts = [part for part in _plain(name).split("/") if part not in ("", ".", "..")]
+    plain = _plain(name)
+    parts = [part for part in plain.split("/") if part not in ("", ".", "..")]
     tails = ["/".join(parts[start:]) for start in range(len(parts))]
     for tail in dict.fromkeys((name, *tails)):  # as it is first: a backslash may be part of a name
         groups = [[base] for base in where.bases] if "/" in tail else where.bare
-        if len(parts) == 1:
+        if "/" not in tail and (len(parts) == 1 or _UPLOAD.search(plain)):
             groups = [*groups, where.only]
         for group in groups:
             paths = list(dict.fromkeys(path for folder in group if (path := within(raw, folder, tail))))
@@ -89,12 +90,11 @@ def _plain(name: str) -> str:
         plain = re.split(r"\?(?:d|filepath)=", plain)[1].split("&")[0]
         plain = urllib.parse.unquote(plain)
     elif "://" in plain:
-        plain = urllib.parse.unquote(re.split("[?#]", plain.split("://", 1)[1])[0])
-    elif plain.startswith(("/data/", "data/upload/", "upload/", "/upload/")):
+        scheme, plain = plain.split("://", 1)
+        plain = urllib.parse.unquote(re.split("[?#]", plain)[0]) if scheme.lower() in ("http", "https") else plain
+    elif plain.startswith(("/data/upload/", "/upload/")):
         plain = urllib.parse.unquote(plain)
-    if plain.startswith(("upload/", "/upload/")):
-        plain = f"data/{plain.lstrip('/')}"
-    return _UPLOAD.split(plain)[-1]
+    return plain
 
 
 def _is_named_after(folder: Path, file: Path, split: Split | None) -> bool:
