@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import ExifTags, Image
 
 from adfm.data.problems import MissingImage
 from adfm.data.readers.annotations import (
@@ -93,12 +94,19 @@ def _samples(
     drawn, notes = _drawn(where, content["annotations"], entries, classes, problems)
     split = split_of(file.stem, *folder_names(raw, file))
     around = places(raw, file, split)
+    info = content.get("info")
+    from_label_studio = isinstance(info, dict) and str(info.get("contributor")).startswith("Label Studio")
     for identifier, entry in entries.items():
         try:
             name = member(entry, "file_name", str)
             path = find(raw, name, around)
             if path and path in used:
                 raise ValueError(_listed_twice(path.relative_to(raw).as_posix(), where, used[path]))
+            if path and from_label_studio and identifier in drawn and _is_stored_size(path, _size(entry)):
+                raise ValueError(
+                    f"{path.relative_to(raw).as_posix()} has an EXIF orientation; Label Studio exports its boxes turned"
+                    " upright to COCO, and its size and polygons not; export JSON instead"
+                )
         except ValueError as error:
             problems.append(f"{where}: image {identifier}: {error}")
             continue
@@ -126,6 +134,7 @@ def _drawn(
     drawn: dict[int | str, list[Shape]] = defaultdict(list)
     notes: dict[int | str, list[str]] = defaultdict(list)
     ids: set[int | str] = set()
+    sizes = {identifier: _size(entry) for identifier, entry in entries.items()}
     areas_are_of_corners = _areas_are_of_corners(annotations)
     for place, annotation in enumerate(annotations, start=1):
         name = f"annotation no. {place}"
@@ -144,10 +153,20 @@ def _drawn(
             if areas_are_of_corners:
                 _check_area(annotation)
             kind = class_name(classes[category].get("name"))
-            drawn[image].append(_shape(kind, annotation, _size(entries[image]), notes[image]))
+            drawn[image].append(_shape(kind, annotation, sizes[image], notes[image]))
         except ValueError as error:
             problems.append(f"{where}: {name}: {error}")
     return drawn, notes
+
+
+def _is_stored_size(path: Path, size: tuple[int, int] | None) -> bool:
+    """Whether a photograph lies on its side, and a size is that of the picture as it is stored, not of the upright."""
+    try:
+        with Image.open(path) as file:
+            turned = file.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return turned and file.size == size and file.width != file.height
+    except Exception:  # a damaged file makes Pillow raise nearly anything; inspection reports it
+        return False
 
 
 def _listed_twice(image: str, where: str, before: str) -> str:
@@ -262,11 +281,13 @@ def _check_outline(sides: list[float], extent: tuple[float, float, float, float]
     """
     x1, y1, x2, y2 = _READINGS["[x, y, width, height]"](*sides)
     apart = _distance(extent, (x1, y1, x2, y2))
+    if apart <= _SLACK:
+        return
     shown = "[{:g}, {:g}, {:g}, {:g}]".format(*sides)
     outline = "[{:g}, {:g}, {:g}, {:g}]".format(*extent)
     for meaning, reading in _READINGS.items():
         other = _distance(extent, reading(*sides))
-        if other <= _SLACK < apart and other < apart - _SLACK / 2:
+        if other <= _SLACK and other < apart - _SLACK / 2:
             raise ValueError(
                 f"'bbox' {shown} is [x, y, width, height] in COCO, but its outline, which spans {outline}, says that it"
                 f" is {meaning}; write all boxes as [x, y, width, height]"

@@ -434,6 +434,10 @@ def _shape(region: _Region) -> Shape:
     if "points" in value:
         outline = polygon([_point(point, scale) for point in member(value, "points", list)])
         return Shape(name, enclosing(outline), (outline,), cut=True)
+    if "vertices" in value or "imageDataURL" in value:
+        raise ValueError(
+            "a region of this kind is not read; draw a rectangle, polygon, ellipse or brush mask in its place"
+        )
     x, y = _point([value.get("x"), value.get("y")], scale)
     if "radiusX" in value:
         return ellipse(name, (x, y), _point([value["radiusX"], value.get("radiusY")], scale), math.radians(rotation))

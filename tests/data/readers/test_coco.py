@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from PIL import ExifTags, Image
 
 from adfm.data.problems import MissingImage
 from adfm.data.readers import coco
@@ -434,6 +435,27 @@ def test_an_image_that_was_deleted_is_not_one_of_another_split(tmp_path: Path) -
     assert "annotations/instances_train.json: image 1: there is no image '2.jpg'" in found[0]
     assert [isinstance(problem, MissingImage) for problem in found] == [True, False]
     assert found[1] == "images/val: images that are not in the annotations: 2.jpg"
+
+
+@pytest.mark.parametrize(
+    ("orientation", "size", "refused"), [(6, (64, 48), True), (6, (48, 64), False), (1, (64, 48), False)]
+)
+def test_label_studio_mixes_the_frames_of_a_photograph_on_its_side(
+    tmp_path: Path, orientation: int, size: tuple[int, int], refused: bool
+) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.new("RGB", (64, 48)).save(tmp_path / "1.jpg", exif=exif)
+    touch(tmp_path, "2.jpg")
+    content = _file(["1.jpg", "2.jpg"], [(0, 1, [1, 1, 5, 5]), (1, 1, [1, 1, 5, 5])])
+    content["images"][0] |= dict(zip(("width", "height"), size, strict=True))
+    content["info"] = {"contributor": "Label Studio", "version": "1.0"}
+    dump(tmp_path / "result.json", content)
+    if refused:
+        (problem,) = problems(coco.read, tmp_path)[:1]
+        assert "1.jpg has an EXIF orientation" in problem and "export JSON instead" in problem
+    else:
+        assert len(list(coco.read(tmp_path))) == 2
 
 
 def test_an_image_in_two_files(tmp_path: Path) -> None:
