@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from adfm.data.problems import MissingImage
 from adfm.data.readers import files
 from adfm.data.readers.files import folders, images, root
 from adfm.records import Box, Polygon, Rle, Sample, Split
@@ -32,6 +33,16 @@ _SPLITS: dict[str, Split] = {
     "test": "test",
     "testing": "test",
 }
+
+
+class NoImage(ValueError):
+    """The image of an annotation is not in the data set; `problem` makes a `MissingImage` of it."""
+
+
+def problem(where: str, error: ValueError) -> str:
+    """The line that a reader lists for an error: `where: what is wrong`; a `MissingImage` for a missing image."""
+    line = f"{where}: {error}"
+    return MissingImage(line) if isinstance(error, NoImage) else line
 
 
 @dataclass(frozen=True)
@@ -320,7 +331,8 @@ def paired(
             ]
             stems = {image.stem for place in theirs for image in images(place)}
         if file.stem not in stems and counts(file):
-            problems.append(f"{file.relative_to(raw).as_posix()}: there is no image {file.stem}.* for it")
+            where = file.relative_to(raw).as_posix()
+            problems.append(MissingImage(f"{where}: there is no image {file.stem}.* for it"))
 
 
 def near(raw: Path, folder: Path) -> list[Path]:
