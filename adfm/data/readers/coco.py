@@ -19,19 +19,19 @@ from adfm.data.readers.annotations import (
     folder_names,
     holds,
     listing,
-    locate,
     member,
     mentions,
-    near,
     number,
     parsed,
     polygon,
+    problem,
     sample,
     split_of,
     unlisted,
     walk,
 )
 from adfm.data.readers.files import refuse
+from adfm.data.readers.lookup import Images
 from adfm.records import Polygon, Rle, Sample
 
 _KEYS = ("images", "annotations", "categories")
@@ -60,6 +60,7 @@ def read(raw: Path) -> Iterator[Sample]:
             lists: in one error, after the last sample.
     """
     problems: list[str] = []
+    pictures = Images(raw)
     used: dict[Path, str] = {}
     seen = False
     for folder in walk(raw):
@@ -71,7 +72,7 @@ def read(raw: Path) -> Iterator[Sample]:
                 continue
             if isinstance(content, dict) and all(isinstance(content.get(key), list) for key in _KEYS):
                 seen = True
-                yield from _samples(raw, file, content, used, problems)
+                yield from _samples(raw, file, content, pictures, used, problems)
     if not seen and not problems:
         problems.append("no JSON file with the lists images, annotations and categories")
     if seen:
@@ -80,7 +81,7 @@ def read(raw: Path) -> Iterator[Sample]:
 
 
 def _samples(
-    raw: Path, file: Path, content: dict[str, Any], used: dict[Path, str], problems: list[str]
+    raw: Path, file: Path, content: dict[str, Any], pictures: Images, used: dict[Path, str], problems: list[str]
 ) -> Iterator[Sample]:
     where = file.relative_to(raw).as_posix()
     classes = _by_id(where, "category", content["categories"], problems)
@@ -105,16 +106,14 @@ def _samples(
         except ValueError as error:
             problems.append(f"{where}: {name}: {error}")
 
-    around = near(raw, file.parent)
     split = split_of(file.stem, *folder_names(raw, file))
-    named = [folder for folder in around if folder.name in file.stem or (split and split_of(folder.name) == split)]
     for identifier, entry in entries.items():
         try:
-            path = locate(raw, member(entry, "file_name", str), [file.parent], named, around)
+            path = pictures.locate(member(entry, "file_name", str), file.parent, file.stem)
             if path in used:
                 raise ValueError(f"{path.relative_to(raw).as_posix()} is listed before, in {used[path]}")
         except ValueError as error:
-            problems.append(f"{where}: image {identifier}: {error}")
+            problems.append(problem(f"{where}: image {identifier}", error))
             continue
         used[path] = where
         yield sample(raw, path, drawn.pop(identifier, []), split or split_of(*folder_names(raw, path)))
