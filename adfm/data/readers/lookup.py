@@ -193,9 +193,9 @@ class Images:
         return self._groups[folder, stem]
 
     def _with_images(self, places: Iterable[Path]) -> list[Path]:
-        """Those of some folders that have images, or have a folder of images in them."""
+        """Those of some folders that have images somewhere in them, each with its folders for images."""
         both = [each for place in places for each in (place, *(i for i in folders(place) if i.name.lower() in _IMAGES))]
-        return [place for place in dict.fromkeys(both) if self._by_stem(place)]
+        return [place for place in dict.fromkeys(both) if any(map(self._by_stem, walk(place)))]
 
     @functools.cached_property
     def _only(self) -> list[Path]:
