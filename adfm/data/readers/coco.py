@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
-from adfm.data.problems import MissingImage
 from adfm.data.readers.annotations import (
     Shape,
     box,
@@ -28,13 +27,14 @@ from adfm.data.readers.annotations import (
     number,
     parsed,
     polygon,
+    problem,
     sample,
     split_of,
     unlisted,
     walk,
 )
 from adfm.data.readers.files import refuse
-from adfm.data.readers.lookup import find, places
+from adfm.data.readers.lookup import Images
 from adfm.data.readers.outlines import turned_rectangle
 from adfm.records import Polygon, Rle, Sample
 
@@ -66,6 +66,7 @@ def read(raw: Path) -> Iterator[Sample]:
             lists: in one error, after the last sample.
     """
     problems: list[str] = []
+    pictures = Images(raw)
     used: dict[Path, str] = {}
     seen = False
     for folder in walk(raw):
@@ -77,7 +78,7 @@ def read(raw: Path) -> Iterator[Sample]:
                 continue
             if isinstance(content, dict) and all(isinstance(content.get(key), list) for key in _KEYS):
                 seen = True
-                yield from _samples(raw, file, content, used, problems)
+                yield from _samples(raw, file, content, pictures, used, problems)
     if not seen and not problems:
         problems.append("no JSON file with the lists images, annotations and categories")
     if seen:
@@ -86,37 +87,27 @@ def read(raw: Path) -> Iterator[Sample]:
 
 
 def _samples(
-    raw: Path, file: Path, content: dict[str, Any], used: dict[Path, str], problems: list[str]
+    raw: Path, file: Path, content: dict[str, Any], pictures: Images, used: dict[Path, str], problems: list[str]
 ) -> Iterator[Sample]:
     where = file.relative_to(raw).as_posix()
     classes = _by_id(where, "category", content["categories"], problems)
     entries = _by_id(where, "image", content["images"], problems)
     drawn, notes = _drawn(where, content["annotations"], entries, classes, problems)
     split = split_of(file.stem, *folder_names(raw, file))
-    around = places(raw, file, split)
     info = content.get("info")
     from_label_studio = isinstance(info, dict) and str(info.get("contributor")).startswith("Label Studio")
     for identifier, entry in entries.items():
         try:
-            name = member(entry, "file_name", str)
-            path = find(raw, name, around)
-            if path and path in used:
+            path = pictures.locate(member(entry, "file_name", str), file.parent, file.stem)
+            if path in used:
                 raise ValueError(_listed_twice(path.relative_to(raw).as_posix(), where, used[path]))
-            if path and from_label_studio and identifier in drawn and _is_stored_size(path, _size(entry)):
+            if from_label_studio and identifier in drawn and _is_stored_size(path, _size(entry)):
                 raise ValueError(
                     f"{path.relative_to(raw).as_posix()} has an EXIF orientation; Label Studio exports its boxes turned"
                     " upright to COCO, and its size and polygons not; export JSON instead"
                 )
         except ValueError as error:
-            problems.append(f"{where}: image {identifier}: {error}")
-            continue
-        if path is None:
-            problems.append(
-                MissingImage(
-                    f"{where}: image {identifier}: there is no image {name!r}, neither beside this file nor in its"
-                    " image folders"
-                )
-            )
+            problems.append(problem(f"{where}: image {identifier}", error))
             continue
         used[path] = where
         its_split = split or split_of(*folder_names(raw, path))

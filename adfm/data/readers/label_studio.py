@@ -12,13 +12,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image
 
-from adfm.data.problems import MissingImage
 from adfm.data.readers import files
 from adfm.data.readers.annotations import (
+    NoImage,
     Shape,
     box,
     class_name,
@@ -31,18 +32,25 @@ from adfm.data.readers.annotations import (
     number,
     parsed,
     polygon,
+    problem,
     sample,
     split_of,
     unlisted,
     walk,
 )
-from adfm.data.readers.lookup import Places, find, places
+from adfm.data.readers.lookup import Images
 from adfm.data.readers.outlines import Point, ellipse, turned_rectangle
 from adfm.data.readers.verdicts import defect_type, is_verdict
 from adfm.records import Box, Rle, Sample
 
 _GEOMETRY = ("x", "y", "width", "height", "rotation", "points", "radiusX", "radiusY", "rle", "vertices", "imageDataURL")
-_HASHED = re.compile(r"[0-9a-f]{8}-(.+)")  # Label Studio puts it before the name of a file that was uploaded
+_HASH = re.compile("^[0-9a-f]{8}-")
+_UPLOAD = re.compile(r"(?:^|[/\\])(upload[/\\]\d+[/\\][^/\\]+)$")  # the number is the project's
+_SERVER = re.compile(r"^https?://[^/]+(?=/(?:data|storage-data)/)")
+_STORAGES = (
+    (re.compile(r"/data/local-files/?\?d="), "/data/local-files/?d="),
+    (re.compile(r"/storage-data/uploaded/?\?filepath="), "/data/"),
+)
 
 
 class _Region(NamedTuple):
@@ -109,6 +117,7 @@ def read(raw: Path) -> Iterator[Sample]:
             that differ, images that are missing, and images without a task: in one error, after the last sample.
     """
     problems: list[str] = []
+    pictures = Images(raw)
     used: dict[Path, str] = {}
     seen = False
     for folder in walk(raw):
@@ -121,8 +130,7 @@ def read(raw: Path) -> Iterator[Sample]:
                 problems.append(f"{file.relative_to(raw).as_posix()}: {error}")
         if exports:
             seen = True
-            around = places(raw, folder / "any.json", split_of(*folder_names(raw, folder / "any.json")))
-            yield from _samples(raw, exports, around, used, problems)
+            yield from _samples(raw, folder, exports, pictures, used, problems)
     if not seen and not problems:
         problems.append("no JSON file of Label Studio: no list of tasks with data and annotations")
     if seen:
@@ -193,8 +201,9 @@ def _from_min(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _samples(
     raw: Path,
+    folder: Path,
     exports: dict[Path, list[dict[str, Any]]],
-    around: Places,
+    pictures: Images,
     used: dict[Path, str],
     problems: list[str],
 ) -> Iterator[Sample]:
@@ -205,7 +214,7 @@ def _samples(
     for file, place, task in tasks:
         where, name = file.relative_to(raw).as_posix(), f"task {task.get('id', f'no. {place}')}"
         try:
-            image = _image(raw, task, around)
+            image = _image(raw, task, pictures, folder)
             if image in used:
                 raise ValueError(f"{_relative(raw, image)} is the image of another task, {used[image]}; keep one")
             used[image] = f"{name} in {where}"
@@ -215,11 +224,8 @@ def _samples(
                     "no region is drawn in any task, and it is not known which choice means a defect; call the choice"
                     " of a normal image OK, good or normal"
                 )
-        except _Left as error:
-            problems.append(MissingImage(f"{where}: {name}: {error}"))
-            continue
         except ValueError as error:
-            problems.append(f"{where}: {name}: {error}")
+            problems.append(problem(f"{where}: {name}", error))
             continue
         split = split_of(*folder_names(raw, image))
         if verdict.shapes or not verdict.defect:
@@ -239,8 +245,8 @@ def _samples(
             )
 
 
-class _Left(ValueError):
-    """What `convert.missing: skip` leaves out."""
+class _NoAnnotation(NoImage):
+    """An image of which nobody said anything; `convert.missing: skip` leaves it out as it does a missing image."""
 
 
 def _relative(raw: Path, image: Path) -> str:
@@ -271,19 +277,48 @@ def _annotations(task: dict[str, Any]) -> list[dict[str, Any]]:
     return [one for one in annotations if isinstance(one, dict)] if isinstance(annotations, list) else []
 
 
-def _image(raw: Path, task: dict[str, Any], around: Places) -> Path:
+def _image(raw: Path, task: dict[str, Any], pictures: Images, folder: Path) -> Path:
     data = member(task, "data", dict)
-    named = {key: value for key, value in data.items() if isinstance(value, str) and _is_image_name(value)}
-    if "image" in named:
-        named = {"image": named["image"]}
-    if len(named) != 1:
-        keys = ", ".join(map(repr, named)) or "none"
+    names = {key: value for key, value in data.items() if isinstance(value, str) and _is_image_name(value)}
+    if "image" in names:
+        names = {"image": names["image"]}
+    if len(names) != 1:
+        keys = ", ".join(map(repr, names)) or "none"
         raise ValueError(f"its data should name one image; the keys that do: {keys}")
-    (name,) = named.values()
-    image = find(raw, name, around) or _without_hash(raw, name, around)
-    if not image:
-        raise _Left(f"there is no image {name!r} in the data set")
-    return image
+    (name,) = names.values()
+    name = _SERVER.sub("", name)
+    for storage, prefix in _STORAGES:
+        name = storage.sub(prefix, name)
+    try:
+        return pictures.locate(name, folder)
+    except NoImage:
+        path = _UPLOAD.search(name)
+        if not path:
+            raise
+        uploaded = _uploaded(raw, unquote(path[1].replace("\\", "/")), pictures, folder)
+        if uploaded is None:
+            raise
+        return uploaded
+
+
+def _uploaded(raw: Path, path: str, pictures: Images, folder: Path) -> Path | None:
+    """The image that was uploaded: under the name that Label Studio gave it, or the one that it had before.
+
+    Label Studio puts a hash before the name, and replaces spaces and other signs (Django's `get_valid_filename`).
+    """
+    name = path.rsplit("/", 1)[1]
+    before = _HASH.sub("", name)
+    for one in dict.fromkeys((f"media/{path}", name, before)):
+        try:
+            return pictures.locate(one, folder)
+        except NoImage:
+            continue
+    places = [folder, *(inside for inside in files.folders(folder) if inside.name.lower() in ("images", "data"))]
+    alike = [image for place in places for image in files.images(place) if _valid(image.name) == before]
+    if len(alike) > 1:
+        several = ", ".join(_relative(raw, image) for image in alike)
+        raise ValueError(f"the image {name!r} may be any of {several}; name its file {name}")
+    return alike[0] if alike else None
 
 
 def _is_image_name(value: str) -> bool:
@@ -291,23 +326,7 @@ def _is_image_name(value: str) -> bool:
     return Path(path.replace("\\", "/")).suffix.lower() in files.IMAGES
 
 
-def _without_hash(raw: Path, name: str, around: Places) -> Path | None:
-    """The image that was uploaded under a name with a hash before it, and with signs that Label Studio replaced."""
-    hashed = _HASHED.fullmatch(re.split(r"[/\\]", name)[-1])
-    if not hashed:
-        return None
-    if plain := find(raw, hashed[1], around):
-        return plain
-    folders = dict.fromkeys(folder for group in [*around.bare, around.only] for folder in group)
-    alike = [image for folder in folders for image in files.images(folder) if _cleaned(image.name) == hashed[1]]
-    if len(alike) > 1:
-        several = ", ".join(_relative(raw, image) for image in alike)
-        raise ValueError(f"the image {name!r} may be any of {several}; name the file {hashed[0]}")
-    return alike[0] if alike else None
-
-
-def _cleaned(name: str) -> str:
-    """The name that Django gives an uploaded file."""
+def _valid(name: str) -> str:
     return re.sub(r"[^-\w.]", "", name.strip().replace(" ", "_"))
 
 
@@ -321,7 +340,7 @@ def _verdict(raw: Path, image: Path, task: dict[str, Any], labels: frozenset[str
     valid = [one for one in annotations if not (one.get("was_cancelled") or one.get("skipped"))]
     if not valid:
         what = "was skipped" if annotations else "has no submitted annotation (a prediction is not one)"
-        raise _Left(f"{_relative(raw, image)} {what}; annotate it, or take the image away and export again")
+        raise _NoAnnotation(f"{_relative(raw, image)} {what}; annotate it, or take the image away and export again")
     truths = [one for one in valid if one.get("ground_truth") is True]
     notes: tuple[str, ...] = ()
     if len(truths) == 1 and len(valid) > 1:

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from adfm.data.problems import MissingImage
 from adfm.data.readers import files
 from adfm.data.readers.annotations import (
     Shape,
@@ -28,13 +27,14 @@ from adfm.data.readers.annotations import (
     number,
     parsed,
     polygon,
+    problem,
     sample,
     split_of,
     text,
     unlisted,
     walk,
 )
-from adfm.data.readers.lookup import Places, find, places
+from adfm.data.readers.lookup import Images
 from adfm.data.readers.outlines import ellipse
 from adfm.data.readers.verdicts import defect_type, is_verdict
 from adfm.records import Sample
@@ -90,6 +90,7 @@ def read(raw: Path) -> Iterator[Sample]:
             in one error, after the last sample.
     """
     problems: list[str] = []
+    pictures = Images(raw)
     used: dict[Path, str] = {}
     seen = False
     for folder in walk(raw):
@@ -102,8 +103,7 @@ def read(raw: Path) -> Iterator[Sample]:
                 continue
             if images is not None:
                 seen = True
-                split = split_of(file.stem, *folder_names(raw, file))
-                yield from _samples(raw, where, images, places(raw, file, split), split, used, problems)
+                yield from _samples(raw, file, images, pictures, used, problems)
     if not seen and not problems:
         problems.append("no JSON or CSV file of VIA: none with regions and file_attributes")
     if seen:
@@ -123,13 +123,13 @@ def _is_export(file: Path) -> bool:
 
 def _samples(
     raw: Path,
-    where: str,
+    file: Path,
     images: list[_Image],
-    around: Places,
-    split: Any,
+    pictures: Images,
     used: dict[Path, str],
     problems: list[str],
 ) -> Iterator[Sample]:
+    where, split = file.relative_to(raw).as_posix(), split_of(file.stem, *folder_names(raw, file))
     try:
         kind, notes = _class_attribute(region for image in images for region in image.regions)
     except ValueError as error:
@@ -138,19 +138,13 @@ def _samples(
     labels = {name for image in images for name, value in image.attributes.items() if is_verdict(value)}
     for image in images:
         try:
-            path = find(raw, image.name, around)
-            if path is None:
-                problem = (
-                    f"{where}: there is no image {image.name!r}, neither beside this file nor in its image folders"
-                )
-                problems.append(MissingImage(problem))
-                continue
+            path = pictures.locate(image.name, file.parent, file.stem)
             if path in used:
                 raise ValueError(f"{path.relative_to(raw).as_posix()} is listed before, in {used[path]}; keep one")
             used[path] = where
             defect = defect_type(image.attributes[name] for name in sorted(labels & image.attributes.keys()))
         except ValueError as error:
-            problems.append(f"{where}: {error}")
+            problems.append(problem(where, error))
             continue
         is_same = image.size < 0 or path.stat().st_size == image.size
         shapes = []

@@ -167,8 +167,9 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     (tmp_path / "comma.json").write_text('{"images": [],\n "annotations": [1, 2,]}')
     (tmp_path / "empty.json").touch()
     (tmp_path / "latin.json").write_bytes('{"images": []\n, "é": 1}'.encode("latin-1"))
-    (tmp_path / "utf16.json").write_bytes('{"images": []}'.encode("utf-16"))
+    (tmp_path / "utf16.json").write_bytes('{"images": []}'.encode("utf-16"))  # read, and not an annotation file
     outside = "is inverted or has no area"
+    nowhere = "neither where its path leads nor beside this file nor in a folder of images that belongs to it"
     found = problems(coco.read, tmp_path)
     (comma,) = (line for line in found if line.startswith("comma.json: line 2, column 2"))
     assert "comma " in comma  # the rest is Python's, and differs from version to version
@@ -195,13 +196,13 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "a.json: annotation 0: another annotation has the same id",
         "a.json: annotation no. 18: has no 'category_id'",
         "a.json: annotation no. 19: is no JSON object, so that it has no 'image_id'",
-        "a.json: image 2: there is no image 'gone.jpg', neither beside this file nor in its image folders",
+        f"a.json: image 2: there is no image 'gone.jpg', {nowhere}",
         "a.json: image 3: a.jpg is listed before, in a.json; list each image once, with all of its annotations",
-        "a.json: image 4: there is no image 'twice.jpg', neither beside this file nor in its image folders",
-        "a.json: image 5: there is no image '../out.jpg', neither beside this file nor in its image folders",
+        f"a.json: image 4: there is no image 'twice.jpg', {nowhere}",
+        f"a.json: image 5: there is no image '../out.jpg', {nowhere}",
         "empty.json: is empty",
-        "latin.json: line 2: is not UTF-8 text; save the file with the encoding UTF-8",
-        "utf16.json: line 1: is not UTF-8 text; save the file with the encoding UTF-8",
+        "latin.json: line 2: is not UTF-8 text; save the file with the encoding UTF-8"
+        " (`iconv -t UTF-8 -f` with the encoding of the system that it comes from, such as GB18030, CP1252, CP932)",
         ".: images that are not in the annotations: not listed.jpg",
         "more: images that are not in the annotations: x.png, y.png",
         "p: images that are not in the annotations: twice.jpg",

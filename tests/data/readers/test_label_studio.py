@@ -100,12 +100,13 @@ def test_samples(tmp_path: Path) -> None:
     [
         ("/data/local-files/?d=line3/part%201.png", "line3/part 1.png"),
         ("/data/local-files/?d=home/me/set/line3/part%201.png", "images/part 1.png"),
+        ("/data/local-files?d=line3/a.png", "line3/a.png"),
         ("http://localhost:8080/data/local-files/?d=line3/a.png", "line3/a.png"),
         ("/data/upload/4/cb0618f6-a.png", "a.png"),
         ("/data/upload/4/cb0618f6-part_1.png", "images/part 1.png"),
         ("/data/upload/4/cb0618f6-%E9%9D%A2.png", "images/cb0618f6-面.png"),
         ("/data/upload/4/cb0618f6-a.png", "media/upload/4/cb0618f6-a.png"),
-        ("/storage-data/uploaded/?filepath=upload/4/cb0618f6-a.png", "photos/cb0618f6-a.png"),
+        ("/storage-data/uploaded/?filepath=upload/4/cb0618f6-a.png", "shots/cb0618f6-a.png"),
         ("s3://bucket/line3/a%20.png", "line3/a%20.png"),
         ("s3://bucket/line3/part 1.png", "line3/part 1.png"),
         ("https://example.com/x/a%20b.png?X-Amz-Signature=1", "images/a b.png"),
@@ -116,7 +117,7 @@ def test_where_an_image_may_be(tmp_path: Path, url: str, file: str) -> None:
     touch(tmp_path, file, "others/x.png")
     normal = _annotation()
     dump(tmp_path / "export.json", [_task(1, url, normal), _task(2, "/data/local-files/?d=others/x.png", normal)])
-    if file == "photos/cb0618f6-a.png":  # a folder that no path names counts only if it is the only one
+    if file == "shots/cb0618f6-a.png":  # a folder that no path names counts only if it is the only one
         assert "there is no image" in problems(label_studio.read, tmp_path)[0]
         (tmp_path / "others/x.png").unlink()
         dump(tmp_path / "export.json", [_task(1, url, normal)])
@@ -127,7 +128,7 @@ def test_a_bare_name_is_not_looked_for_in_folders_that_the_path_does_not_name(tm
     touch(tmp_path, "line4/a.png", "line5/b.png")
     dump(tmp_path / "export.json", [_task(1, "/data/local-files/?d=line3/a.png", _annotation())])
     found = problems(label_studio.read, tmp_path)
-    assert found[0] == "export.json: task 1: there is no image '/data/local-files/?d=line3/a.png' in the data set"
+    assert "export.json: task 1: there is no image '/data/local-files/?d=line3/a.png', neither" in found[0]
     assert isinstance(found[0], MissingImage)
 
 
@@ -321,7 +322,8 @@ def test_what_is_not_a_label_is_refused(tmp_path: Path) -> None:
         " file itself, and annotate that",
         "export.json: task 10: annotation 1: its results state different sizes of the image",
         "export.json: task 11: annotation 1: result 1: the region has no label; choose one, or delete it",
-        "export.json: task 12: there is no image 'gone.png' in the data set",
+        "export.json: task 12: there is no image 'gone.png', neither where its path leads nor beside this file nor in"
+        " a folder of images that belongs to it",
         "export.json: task 13: its data should name one image; the keys that do: none",
     ]
     assert [isinstance(problem, MissingImage) for problem in found].count(True) == 3

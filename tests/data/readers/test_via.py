@@ -240,7 +240,8 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         " this class, an image without any is normal",
         "a.json: a.png: region 5: it has 1 x and 2 y",
         "a.json: a.png: region 6: an ellipse with the radii -1 and -1 has no area",
-        "a.json: there is no image 'gone.png', neither beside this file nor in its image folders",
+        "a.json: there is no image 'gone.png', neither where its path leads nor beside this file nor in a folder of"
+        " images that belongs to it",
         "a.json: a.png is listed before, in a.json; keep one",
         ".: images that are not in the annotations: b.png, not listed.png",
     ]
