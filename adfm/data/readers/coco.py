@@ -53,8 +53,9 @@ def read(raw: Path) -> Iterator[Sample]:
     """Yields the images that the JSON files list, file by file.
 
     An annotation is a defect: its `bbox` the box, its `segmentation` (polygons, or run lengths, compressed or not) the
-    mask. `split` is what the file's name, its folders or the image's folders say: train, val, valid, validation, test.
-    Other JSON files, such as captions, are passed over.
+    mask. The box of one that CVAT turned is that round the turned one. A box that has another meaning than COCO's, by
+    its outline or its area, is refused. `split` is what the file's name, its folders or the image's folders say: train,
+    val, valid, validation, test. Other JSON files, such as captions, are passed over.
 
     A JSON file is in memory whole while its images are yielded; so are the paths of all images.
 
@@ -141,6 +142,9 @@ def _drawn(
                 raise ValueError(f"there is no image with the id {annotation['image_id']!r}")
             if category not in classes:
                 raise ValueError(f"there is no category with the id {annotation['category_id']!r}")
+            if annotation.get("ignore") in (1, "1"):  # not to be detected, as in CrowdHuman
+                notes[image].append("an annotation that is marked to be ignored is left out")
+                continue
             if areas_are_of_corners:
                 _check_area(annotation)
             kind = class_name(classes[category].get("name"))

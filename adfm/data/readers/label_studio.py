@@ -340,7 +340,9 @@ def _verdict(raw: Path, image: Path, task: dict[str, Any], labels: frozenset[str
     valid = [one for one in annotations if not (one.get("was_cancelled") or one.get("skipped"))]
     if not valid:
         what = "was skipped" if annotations else "has no submitted annotation (a prediction is not one)"
-        raise _NoAnnotation(f"{_relative(raw, image)} {what}; annotate it, or take the image away and export again")
+        raise _NoAnnotation(
+            f"{_relative(raw, image)} {what}; annotate it, or set convert.missing to skip to leave such images out"
+        )
     truths = [one for one in valid if one.get("ground_truth") is True]
     notes: tuple[str, ...] = ()
     if len(truths) == 1 and len(valid) > 1:

@@ -418,6 +418,12 @@ def test_outlines_as_one_flat_list_or_with_too_few_corners(tmp_path: Path) -> No
     assert "a polygon needs 3 corners, and has 2" in problems(coco.read, tmp_path)[0]
 
 
+def test_an_annotation_to_be_ignored_is_left_out(tmp_path: Path) -> None:
+    sample = _one(tmp_path, [20, 30, 40, 20], ignore=1)
+    assert (sample.label, sample.notes) == ("normal", ("an annotation that is marked to be ignored is left out",))
+    assert _one(tmp_path, [20, 30, 40, 20], ignore=0).label == "anomalous"
+
+
 def test_fiftyone(tmp_path: Path) -> None:
     touch(tmp_path, "data/1.jpg", "data/2.jpg")
     content = _file(["1.jpg", "2.jpg"], [(0, 0, [20.0, 30.0, 40.0, 20.0])], area=800.0, occluded=True)

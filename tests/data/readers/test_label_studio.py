@@ -309,9 +309,9 @@ def test_what_is_not_a_label_is_refused(tmp_path: Path) -> None:
     dump(tmp_path / "export.json", tasks)
     found = problems(label_studio.read, tmp_path)
     assert found == [
-        "export.json: task 1: a.png has no submitted annotation (a prediction is not one); annotate it, or take the"
-        " image away and export again",
-        "export.json: task 2: b.png was skipped; annotate it, or take the image away and export again",
+        "export.json: task 1: a.png has no submitted annotation (a prediction is not one); annotate it, or set"
+        " convert.missing to skip to leave such images out",
+        "export.json: task 2: b.png was skipped; annotate it, or set convert.missing to skip to leave such images out",
         "export.json: task 3: the annotations 8, 9 of c.png differ; delete all but one, or mark one as ground truth",
         "export.json: task 6: a.png is the image of another task, task 1 in export.json; keep one",
         "export.json: task 7: annotation 1: the image is labelled normal, and 1 defects are drawn on it; correct"
@@ -357,8 +357,8 @@ def test_json_min(tmp_path: Path) -> None:
     dump(tmp_path / "export.json", entries)
     assert problems(label_studio.read, tmp_path) == [
         "export.json: task 1: the annotations 5, 8 of a.png differ; delete all but one, or mark one as ground truth",
-        "export.json: task 3: c.png has no submitted annotation (a prediction is not one); annotate it, or take the"
-        " image away and export again",
+        "export.json: task 3: c.png has no submitted annotation (a prediction is not one); annotate it, or set"
+        " convert.missing to skip to leave such images out",
     ]
 
 
