@@ -347,18 +347,17 @@ def _verdict(raw: Path, image: Path, task: dict[str, Any], labels: frozenset[str
     notes: tuple[str, ...] = ()
     if len(truths) == 1 and len(valid) > 1:
         valid, notes = truths, ("of several annotations, the one marked as ground truth counts",)
-    verdicts = {}
+    verdicts = []
     for annotation in valid:
         try:
-            verdicts[annotation.get("id")] = _of_annotation(annotation, labels)
+            verdicts.append(_of_annotation(annotation, labels))
         except ValueError as error:
             raise ValueError(f"annotation {annotation.get('id')}: {error}") from error
-    ids = [str(identifier) for identifier in verdicts]
-    first, *others = verdicts.values()
+    first, *others = verdicts
     if any(other.key != first.key for other in others):
+        ids = ", ".join(str(annotation.get("id")) for annotation in valid)
         raise ValueError(
-            f"the annotations {', '.join(ids)} of {_relative(raw, image)} differ; delete all but one, or mark one as"
-            " ground truth"
+            f"the annotations {ids} of {_relative(raw, image)} differ; delete all but one, or mark one as ground truth"
         )
     if others:
         notes = ("of several annotations that agree, the first counts",)
@@ -431,6 +430,7 @@ def _choice(results: list[Any], labels: frozenset[str], regions: set[str]) -> tu
         name = str(result.get("from_name"))
         if name in labels:
             chosen += [choice for choice in choices if isinstance(choice, str)]
+            notes.append(f"the choice {name!r} is taken for the label of the image")
         else:
             notes.append(f"the choice {name!r} is not about a defect and is left out")
     return defect_type(chosen), tuple(notes)

@@ -132,17 +132,17 @@ def _samples(
     where, split = file.relative_to(raw).as_posix(), split_of(file.stem, *folder_names(raw, file))
     try:
         kind, notes = _class_attribute(region for image in images for region in image.regions)
+        labels = _label_attributes(images)
     except ValueError as error:
         problems.append(f"{where}: {error}")
         return
-    labels = {name for image in images for name, value in image.attributes.items() if is_verdict(value)}
     for image in images:
         try:
             path = pictures.locate(image.name, file.parent, file.stem)
             if path in used:
                 raise ValueError(f"{path.relative_to(raw).as_posix()} is listed before, in {used[path]}; keep one")
             used[path] = where
-            defect = defect_type(image.attributes[name] for name in sorted(labels & image.attributes.keys()))
+            defect = defect_type(image.attributes[name] for name in labels if name in image.attributes)
         except ValueError as error:
             problems.append(problem(where, error))
             continue
@@ -159,6 +159,8 @@ def _samples(
                 " either"
             )
         said = list(notes) if image.regions else []
+        if defect is not None:
+            said += [f"the attribute {name!r} is taken for the label of the image" for name in labels]
         if not is_same:
             said.append("the image file is not the one that was annotated: it has another size in bytes")
         its_split = split or split_of(*folder_names(raw, path))
@@ -319,6 +321,27 @@ def _class_attribute(regions: Iterable[_Region]) -> tuple[str | None, tuple[str,
     kind = likely[0] if len(names) > 1 else next(iter(names))
     others = [name for name in names if name != kind]
     return kind, tuple(f"the attribute {name!r} of regions is left out" for name in others)
+
+
+def _label_attributes(images: list[_Image]) -> list[str]:
+    """The attributes of files that say whether an image is normal.
+
+    Raises:
+        ValueError: One says it of some images, and something else of others.
+    """
+    values: dict[str, set[str]] = {}
+    for image in images:
+        for name, value in image.attributes.items():
+            values.setdefault(name, set()).add(value)
+    labels = [name for name, its in values.items() if any(map(is_verdict, its))]
+    for name in labels:
+        others = sorted(value for value in values[name] if value and not is_verdict(value))
+        if others and name.strip().lower() not in _CLASS_ATTRIBUTES:
+            raise ValueError(
+                f"the attribute {name!r} of files is the label of some images, and {others[0]!r} for others; call it"
+                " label if that is a defect"
+            )
+    return labels
 
 
 def _shape(region: _Region, kind: str | None, is_same: bool) -> Shape:

@@ -228,6 +228,7 @@ def test_a_brush_mask_is_read(tmp_path_factory: pytest.TempPathFactory, mask: An
 
 
 @given(st.lists(st.integers(0, 255), max_size=40))
+@settings(deadline=None)
 def test_damaged_masks_are_an_error(rle: list[int]) -> None:
     content = [_task(1, "a.jpg", _annotation(_region("brushlabels", {"format": "rle", "rle": rle}, "stain")))]
     never_fails_otherwise(label_studio.read, {"a.json": json.dumps(content).encode()})
@@ -274,7 +275,13 @@ def test_choices_about_the_image_are_labels(tmp_path: Path) -> None:
     ]
     dump(tmp_path / "export.json", tasks)
     a, b, c, d = (by_source(label_studio.read, tmp_path)[f"{name}.png"] for name in "abcd")
-    assert (a.label, a.notes) == ("normal", ("the choice 'side' is not about a defect and is left out",))
+    assert (a.label, a.notes) == (
+        "normal",
+        (
+            "the choice 'quality' is taken for the label of the image",
+            "the choice 'side' is not about a defect and is left out",
+        ),
+    )
     assert (b.label, b.defect, b.boxes, b.located) == ("anomalous", "defect", (), False)
     assert (c.label, c.defect, c.located) == ("anomalous", "Scratch", False)
     assert (d.label, d.defect, d.located, len(d.boxes)) == ("anomalous", "dent", True, 1)
@@ -336,6 +343,15 @@ def test_what_is_not_a_label_is_refused(tmp_path: Path) -> None:
     assert d.boxes == e.boxes
     assert d.notes == ("of several annotations that agree, the first counts",)
     assert e.notes == ("of several annotations, the one marked as ground truth counts",)
+
+
+def test_annotations_without_ids_that_differ(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png")
+    one, other = _annotation(_rectangle(20, 30, 40, 20)), _annotation()
+    del one["id"]
+    other["id"] = [None]
+    dump(tmp_path / "export.json", [_task(1, "a.png", one, other)])
+    assert "the annotations None, [None] of a.png differ" in problems(label_studio.read, tmp_path)[0]
 
 
 def test_json_min(tmp_path: Path) -> None:

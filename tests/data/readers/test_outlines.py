@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adfm.data.readers.outlines import ellipse, turned_rectangle
@@ -10,6 +10,7 @@ _SIDE = st.floats(1, 500)
 
 
 @given(_SIDE, _SIDE, _SIDE, _SIDE, st.floats(-720, 720), st.booleans())
+@settings(deadline=None)
 def test_a_turned_rectangle_against_complex_numbers(
     x: float, y: float, width: float, height: float, degrees: float, about_center: bool
 ) -> None:
@@ -27,6 +28,7 @@ def test_a_turned_rectangle_against_complex_numbers(
 
 
 @given(_SIDE, _SIDE, st.floats(-7, 7))
+@settings(deadline=None)
 def test_the_outline_of_an_ellipse_lies_on_it_and_fills_its_box(across: float, down: float, turn: float) -> None:
     shape = ellipse("dent", (1000, 1000), (across, down), turn)
     points = (np.array([complex(*corner) for corner in shape.polygons[0]]) - (1000 + 1000j)) * np.exp(-1j * turn)
