@@ -13,12 +13,14 @@ from adfm.data.readers import (
     dagm,
     files,
     kolektor,
+    label_studio,
     labelme,
     loco,
     mmad,
     mvtec,
     real_iad,
     table,
+    via,
     visa,
     voc,
     yolo,
@@ -77,6 +79,14 @@ LAYOUTS: dict[str, Layout] = {
     "yolo": Layout(yolo.read, yolo.matches, "images/*, labels/*.txt, data.yaml"),
     "voc": Layout(voc.read, voc.matches, "JPEGImages/*, Annotations/*.xml"),
     "labelme": Layout(labelme.read, labelme.matches, "*.jpg, *.json with shapes and imagePath"),
+    "label-studio": Layout(
+        label_studio.read,
+        label_studio.matches,
+        "*.json of Label Studio's JSON or JSON-MIN export; images/*, or the folders that its paths name",
+    ),
+    "via": Layout(
+        via.read, via.matches, "*.json or *.csv of VGG Image Annotator, a project or an export; *.jpg or images/*"
+    ),
     "csv": Layout(table.read, table.matches, "*.jpg, one *.csv with the columns image, label, defect, x1, y1, x2, y2"),
 }
 

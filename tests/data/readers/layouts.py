@@ -256,6 +256,23 @@ def labelme(root: Path) -> None:
     (root / "000.json").write_text(json.dumps({"version": "5.5.0", "imagePath": "000.jpg", "shapes": [shape]}))
 
 
+def label_studio(root: Path) -> None:
+    image(root, "images/1a2b3c4d-000.jpg")
+    value = {"x": 31.25, "y": 25, "width": 12.5, "height": 12.5, "rotation": 0, "rectanglelabels": ["scratch"]}
+    region = {"original_width": 32, "original_height": 24, "type": "rectanglelabels", "from_name": "label"}
+    annotation = {"id": 1, "result": [region | {"value": value}], "was_cancelled": False, "ground_truth": False}
+    task = {"id": 1, "annotations": [annotation], "data": {"image": "/data/upload/1/1a2b3c4d-000.jpg"}}
+    (root / "project-1-at-2024-05-02-10-00.json").write_text(json.dumps([task]))
+
+
+def via(root: Path) -> None:
+    image(root, "000.jpg")
+    shape = {"name": "rect", "x": 10, "y": 5, "width": 4, "height": 3}
+    region = {"shape_attributes": shape, "region_attributes": {"defect": "scratch"}}
+    entry = {"filename": "000.jpg", "size": -1, "regions": [region], "file_attributes": {}}
+    (root / "via_export_json.json").write_text(json.dumps({"000.jpg-1": entry}))
+
+
 def own_table(root: Path) -> None:
     image(root, "images/000.jpg")
     table(
@@ -288,6 +305,8 @@ DRAWN: dict[str, Callable[[Path], None]] = {
     "yolo": yolo,
     "voc": voc,
     "labelme": labelme,
+    "label-studio": label_studio,
+    "via": via,
     "csv": own_table,
 }
 """The layouts of drawn annotations; of these only what tells them apart."""

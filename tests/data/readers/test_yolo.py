@@ -136,7 +136,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
             "elsewhere/1.txt": "0 0.5 0.5 0.1 0.1",
         },
     )
-    (tmp_path / "labels/b.txt").write_bytes("0 0.5 0.5 0.1 0.1\n".encode("utf-16"))
+    (tmp_path / "labels/b.txt").write_bytes("0 0.5 0.5 0.1 0.1 é\n".encode("latin-1"))
     (tmp_path / "labels/c.txt").write_text(" \n")
     confidence = "has 6 numbers: the last is a confidence, and predictions are no labels"
     assert problems(yolo.read, tmp_path) == [
@@ -155,7 +155,8 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "labels/a.txt: line 12: its class is 'ok', but every shape is taken for a defect; delete the shapes of this"
         " class, an image without any is normal",
         "labels/a.txt: line 13: 'half' is no number",
-        "labels/b.txt: line 1: is not UTF-8 text; save the file with the encoding UTF-8",
+        "labels/b.txt: line 1: is not UTF-8 text; save the file with the encoding UTF-8"
+        " (`iconv -t UTF-8 -f` with the encoding of the system that it comes from, such as GB18030, CP1252, CP932)",
         "images/same.jpg: has the same name as images/same.png",
         "images/two.txt: has the same name as labels/two.txt",
         "labels/gone.txt: there is no image gone.* for it",
