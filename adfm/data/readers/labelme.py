@@ -192,13 +192,14 @@ def _image(
     twins = [each.name for each in own if each.parent == image.parent]
     if image in own and len(twins) > 1:
         raise ValueError(f"may be the file of any of {', '.join(twins)}; remove all but one, or give them other names")
-    named = nfc(PurePosixPath(name.replace("\\", "/")).stem)
-    if _is_garbled(image.stem, named):
-        raise ValueError(f"imagePath is {name!r}, and the file's own name is that, garbled; unpack the archive again")
-    stale = image in own and named != nfc(image.stem)
-    notes = (
-        ["imagePath names an image that is not the one with the file's own name; the latter counts"] if stale else []
-    )
+    notes = []
+    path_stem = PurePosixPath(name.replace("\\", "/")).stem
+    if image in own and nfc(path_stem) != nfc(image.stem):
+        if _is_garbled(image.stem, path_stem):
+            raise ValueError(
+                f"imagePath is {name!r}, and the file's own name is that, garbled; unpack the archive again"
+            )
+        notes.append("imagePath names an image that is not the one with the file's own name; the latter counts")
     return image, image.relative_to(raw).as_posix(), notes
 
 
@@ -206,7 +207,7 @@ def _is_garbled(name: str, intended: str) -> bool:
     """Whether a name is another one whose bytes were read in the wrong encoding, as some tools do that unpack zips."""
     for wrong, right in itertools.product(("cp437", "cp1252"), ("utf-8", "gb18030", "cp932", "cp949", "big5")):
         with contextlib.suppress(UnicodeError):
-            if nfc(name.encode(wrong).decode(right)) == intended != name:
+            if nfc(name.encode(wrong).decode(right)) == nfc(intended):
                 return True
     return False
 

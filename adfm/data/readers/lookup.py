@@ -49,6 +49,8 @@ class Images:
         self._alike: dict[Path, dict[str, list[str]]] = {}
         self._stems: dict[Path, dict[str, list[str]]] = {}
         self._folders: dict[tuple[Path, tuple[str, ...]], Path | None] = {}
+        self._children: dict[Path, list[Path]] = {}
+        self._parents: dict[Path, list[Path]] = {}
         self._groups: dict[tuple[Path, str], list[list[Path]]] = {}
 
     def locate(self, name: str, folder: Path, stem: str = "") -> Path:
@@ -82,14 +84,14 @@ class Images:
 
     def _by_path(self, path: str, name: str, folder: Path, groups: Sequence[Sequence[Path]]) -> Path | None:
         path = _DRIVE.sub("/", path)
-        seen_from = os.path.normpath(folder.relative_to(self._raw) / path)
-        foreign = path.startswith("/") or seen_from.startswith("..")  # of the machine that wrote the file
-        climbs = not foreign and ".." in path.split("/")
-        parts = [part for part in os.path.normpath(seen_from if climbs else path).split("/") if part.strip("./")]
+        foreign, above = path.startswith("/"), self._above(folder)  # foreign: of the machine that wrote the file
+        if not foreign and ".." in path:
+            path = os.path.normpath("/".join((*folder.relative_to(self._raw).parts, path)))
+            foreign, above = path.startswith("../"), above[-1:]
+        parts = [part for part in os.path.normpath(path).split("/") if part.strip(".")]
         if not parts:
             return None
-        above = [place for place in (folder, *folder.parents) if place.is_relative_to(self._raw)]
-        bases = list(dict.fromkeys([*above[-1 if climbs else 0 :], *itertools.chain(*groups)]))
+        bases = dict.fromkeys((*above, *itertools.chain(*groups))) if len(parts) > 1 else ()
         for start in range(len(parts) - 1):
             places = [place for base in bases if (place := self._folder(base, tuple(parts[start:-1])))]
             for place in places:
@@ -150,9 +152,20 @@ class Images:
                 self._folders[base, parts] = folder
             else:
                 above = self._folder(base, parts[:-1])
-                alike = [each for each in folders(above) if nfc(each.name) == nfc(parts[-1])] if above else []
+                alike = [each for each in self._inside(above) if nfc(each.name) == nfc(parts[-1])] if above else []
                 self._folders[base, parts] = alike[0] if len(alike) == 1 else None
         return self._folders[base, parts]
+
+    def _inside(self, folder: Path) -> list[Path]:
+        if folder not in self._children:
+            self._children[folder] = folders(folder)
+        return self._children[folder]
+
+    def _above(self, folder: Path) -> list[Path]:
+        """A folder and those that it is in, up to the data set."""
+        if folder not in self._parents:
+            self._parents[folder] = [each for each in (folder, *folder.parents) if each.is_relative_to(self._raw)]
+        return self._parents[folder]
 
     def _is_general(self, part: str) -> bool:
         """Whether the name of a folder does not say which images are in it, other than of which split they are."""
@@ -171,13 +184,12 @@ class Images:
         if (folder, stem) not in self._groups:
             raw = self._raw
             split = split_of(stem, *folder_names(raw, folder / "image"))
-            inner = [place for place in (folder, *folder.parents) if place != raw and place.is_relative_to(raw)]
-            annotations = [place for place in inner if place.name.lower() in _ANNOTATIONS][:1]
+            annotations = [place for place in self._above(folder)[:-1] if place.name.lower() in _ANNOTATIONS][:1]
             bases = [folder, *(place.parent for place in annotations)]
             if folder != raw and (annotations or not self._by_stem(folder)):
                 bases.insert(1, folder.parent)
-            general = [inside for base in bases for inside in folders(base) if inside.name.lower() in _IMAGES]
-            inside = [each for base in (*bases, *general) for each in folders(base)]
+            general = [inside for base in bases for inside in self._inside(base) if inside.name.lower() in _IMAGES]
+            inside = [each for base in (*bases, *general) for each in self._inside(base)]
             named = self._with_images(each for each in inside if _mentions(f"{stem} {folder.name}", each.name))
             named = named or self._with_images(each for each in inside if split and split_of(each.name) == split)
             if annotations:
@@ -194,7 +206,9 @@ class Images:
 
     def _with_images(self, places: Iterable[Path]) -> list[Path]:
         """Those of some folders that have images somewhere in them, each with its folders for images."""
-        both = [each for place in places for each in (place, *(i for i in folders(place) if i.name.lower() in _IMAGES))]
+        both = [
+            each for place in places for each in (place, *(i for i in self._inside(place) if i.name.lower() in _IMAGES))
+        ]
         return [place for place in dict.fromkeys(both) if any(map(self._by_stem, walk(place)))]
 
     @functools.cached_property

@@ -148,7 +148,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
             " missing (known: image, label, defect, x1, y1, x2, y2, category, split, mask)",
         ),
         ("image,label\nä.jpg,ok\n".encode("latin-1"), "t.csv: line 2: is not UTF-8 text; save the file with the"),
-        ("image,label\na.jpg,ok\n".encode("utf-16"), "t.csv: line 1: is not UTF-8 text; save the file with the"),
+        ("image,label\na é.jpg,ok\n".encode("latin-1"), "t.csv: line 2: is not UTF-8 text; save the file with the"),
         (b'image,label\na.jpg,"ok', "t.csv: line 2: is no CSV (unexpected end of data)"),
     ],
 )
