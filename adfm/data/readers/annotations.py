@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from adfm.data.problems import MissingImage
 from adfm.data.readers import files
 from adfm.data.readers.files import folders, images, root
 from adfm.records import Box, Polygon, Rle, Sample, Split
@@ -320,7 +321,7 @@ def paired(
             ]
             stems = {image.stem for place in theirs for image in images(place)}
         if file.stem not in stems and counts(file):
-            problems.append(f"{file.relative_to(raw).as_posix()}: there is no image {file.stem}.* for it")
+            problems.append(MissingImage(f"{file.relative_to(raw).as_posix()}: there is no image {file.stem}.* for it"))
 
 
 def near(raw: Path, folder: Path) -> list[Path]:
