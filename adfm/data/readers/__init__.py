@@ -77,7 +77,11 @@ LAYOUTS: dict[str, Layout] = {
     "yolo": Layout(yolo.read, yolo.matches, "images/*, labels/*.txt, data.yaml"),
     "voc": Layout(voc.read, voc.matches, "JPEGImages/*, Annotations/*.xml"),
     "labelme": Layout(labelme.read, labelme.matches, "*.jpg, *.json with shapes and imagePath"),
-    "csv": Layout(table.read, table.matches, "*.jpg, one *.csv with the columns image, label, defect, x1, y1, x2, y2"),
+    "csv": Layout(
+        table.read,
+        table.matches,
+        "*.jpg, *.csv with the columns image, label, defect, x1, y1, x2, y2 or filename, class, xmin, ymin, xmax, ymax",
+    ),
 }
 
 
@@ -94,8 +98,6 @@ def detect(raw: Path) -> tuple[str, str]:
     found = [name for name, layout in LAYOUTS.items() if layout.matches and layout.matches(raw)]
     if "mmad" in found:  # its parts are in layouts of their own
         found = ["mmad"]
-    if "visa" in found:  # a category has a table
-        found = [layout for layout in found if layout != "csv"]
     if len(found) > 1:
         raise AdfmError(
             f"{raw} may be in any of these layouts: {', '.join(found)}. Seen there: {seen}. Say which it is with"
