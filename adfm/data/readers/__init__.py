@@ -11,7 +11,9 @@ from adfm.data.readers import (
     btad,
     coco,
     dagm,
+    deeppcb,
     files,
+    imagefolder,
     kolektor,
     labelme,
     loco,
@@ -74,6 +76,14 @@ LAYOUTS: dict[str, Layout] = {
     "kolektor": Layout(kolektor.read, kolektor.matches, "<part>/*.jpg, <part>/*_label.bmp"),
     "mmad": Layout(mmad.read, mmad.matches, "mmad.json, <data set>/<category>/.../<good or defect>/*"),
     "coco": Layout(coco.read, coco.matches, "annotations/*.json with images, annotations and categories; images/*"),
+    "imagefolder": Layout(
+        imagefolder.read,
+        imagefolder.matches,
+        "<split>/*.png, <split>/metadata.jsonl with file_name and objects or label",
+    ),
+    "deeppcb": Layout(
+        deeppcb.read, deeppcb.matches, "<group>/<part>/*_temp.jpg, <group>/<part>/*_test.jpg, <group>/<part>_not/*.txt"
+    ),
     "yolo": Layout(yolo.read, yolo.matches, "images/*, labels/*.txt, data.yaml"),
     "voc": Layout(voc.read, voc.matches, "JPEGImages/*, Annotations/*.xml"),
     "labelme": Layout(labelme.read, labelme.matches, "*.jpg, *.json with shapes and imagePath"),

@@ -52,8 +52,9 @@ _NAMES = {
     "mask": ("mask", "mask_path"),
     "probability": ("probability",),
 }
+SIDES = frozenset(name for side in _SIDES for name in _NAMES[side])
 # fmt: off
-_MAY_BE_BOXES = frozenset(
+MAY_BE_BOXES = frozenset(
     (
         "x", "y", "w", "h", "x0", "y0", "cx", "cy", "xc", "yc", "x_center", "y_center", "x_centre", "y_centre",
         "left", "top", "right", "bottom", "bbox", "bndbox", "box", "boxes", "polygon", "points", "segmentation",
@@ -61,9 +62,9 @@ _MAY_BE_BOXES = frozenset(
     )
 )
 # fmt: on
-_NORMAL = ("normal", "good", "ok", "0")
-_ANOMALOUS = ("anomalous", "anomaly", "defective", "defect", "bad", "ng", "ko", "nok", "1")
-_NOTHING = ("", *_NORMAL, "none", "no defect", "-")
+NORMAL = ("normal", "good", "ok", "0")
+ANOMALOUS = ("anomalous", "anomaly", "defective", "defect", "bad", "ng", "ko", "nok", "1")
+_NOTHING = ("", *NORMAL, "none", "no defect", "-")
 _YES_OR_NO = {"true": "1", "yes": "1", "y": "1", "false": "0", "no": "0", "n": "0"}
 # Tables of other layouts: of VisA, and of Hugging Face's imagefolder.
 _OTHERS = frozenset(("image_anno.csv", "1cls.csv", "2cls_fewshot.csv", "2cls_highshot.csv", "metadata.csv"))
@@ -315,7 +316,7 @@ def _wrong(names: list[str], columns: dict[str, int], further: dict[str, int]) -
         near = difflib.get_close_matches(name, unused, n=1, cutoff=0 if needed else 0.77)
         if near:
             wrong.append(f"there is no column {name!r}; the nearest is {near[0]!r}")
-    if not sides and (drawn := sorted(_MAY_BE_BOXES & further.keys())):
+    if not sides and (drawn := sorted(MAY_BE_BOXES & further.keys())):
         wrong.append(f"{', '.join(map(repr, drawn))} may say where the defects are; write boxes as x1, y1, x2, y2")
     return wrong + [f"the column {column!r} is missing" for column in (*needed, *sides) if column not in columns]
 
@@ -418,15 +419,15 @@ def _judgement(header: _Header, values: dict[str, str], marked: bool) -> tuple[L
         word = values["label"].lower()
         if header.name("label") not in ("label", "target"):
             word = _YES_OR_NO.get(word, word)
-        if word in _NORMAL:
+        if word in NORMAL:
             if marked or defect.lower() not in _NOTHING:
                 raise ValueError(f"the label is {word}, but there is a defect, a box or a mask")
             return "normal", "", ()
-        if word in _ANOMALOUS:
+        if word in ANOMALOUS:
             return "anomalous", defect or "defect", ()
         if marked and "defect" not in values and not _is_number(word):
             return "anomalous", values["label"], ()  # VoTT, for one, calls the class so
-        known = f"{', '.join(_NORMAL)}, or {', '.join(_ANOMALOUS)}"
+        known = f"{', '.join(NORMAL)}, or {', '.join(ANOMALOUS)}"
         raise ValueError(f"the label {values['label']!r} is unknown; write {known}")
     if "defect" in values:
         if not header.line and not marked and not defect:
