@@ -22,7 +22,7 @@ _LISTS: dict[str, Split] = {"trainval.txt": "train", "test.txt": "test"}
 
 def matches(raw: Path) -> bool:
     """Whether there is a folder of images, with one of its text files beside it, near the top."""
-    return holds(raw, lambda folder: any(map(_parts, [folder, *folders(folder)])))
+    return holds(raw, lambda folder: bool(_parts(folder)))
 
 
 def read(raw: Path) -> Iterator[Sample]:

@@ -200,11 +200,17 @@ def _add_list(raw: Path, file: Path, split: Split, roots: list[Path], settings: 
     except (OSError, ValueError) as error:
         problems.append(f"{where}: {error}")
         return
+    bases = list(dict.fromkeys([file.parent, *roots]))
+    folders: dict[str, Path] = {}  # as the list writes them; a list has a hundred thousand lines
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        image = _resolved(raw, [file.parent, *roots], line.strip())
+        written, _, name = line.strip().replace("\\", "/").rpartition("/")
+        image = folders[written] / name if written in folders else None
+        if not image or not image.is_file():
+            image = _resolved(raw, bases, line.strip())
         if image and image.is_file():
+            folders[written] = image.parent
             settings.splits[image].add(split)
         else:
             problems.append(MissingImage(f"{where}: line {number}: there is no image {line.strip()[:200]!r}"))
@@ -232,7 +238,8 @@ def _resolved(raw: Path, bases: list[Path], name: str) -> Path | None:
 
 def _split(raw: Path, image: Path, settings: _Settings) -> tuple[Split | None, list[str]]:
     """The split that a data set fixes for an image, and what to say of it."""
-    given = [splits for path in (image, *image.parents) if (splits := settings.splits.get(path))]
+    paths = (image, *image.parents) if settings.splits else ()
+    given = [splits for path in paths if (splits := settings.splits.get(path))]
     if not given:
         return split_of(*folder_names(raw, image)), [_ELSEWHERE] if settings.lost else []
     nearest = given[0]
