@@ -10,6 +10,7 @@ import math
 import mmap
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -306,10 +307,10 @@ def paired(
     files: dict[str, list[Path]] = defaultdict(list)
     pictures: dict[str, list[Path]] = defaultdict(list)
     for image in images(folder):
-        pictures[image.stem].append(image)
+        pictures[_stem(image)].append(image)
     for partner in partners(raw, folder, own, other) if pictures else []:
         for file in listing(partner, suffix):
-            files[file.stem].append(file)
+            files[_stem(file)].append(file)
     for stem, same in pictures.items():
         for path, several in ((same[0], same[1:]), *((file, files[stem][1:]) for file in files[stem][:1])):
             if several:
@@ -324,9 +325,14 @@ def paired(
             theirs = [
                 place for place in partners(raw, folder, other, own) if folder in partners(raw, place, own, other)
             ]
-            stems = {image.stem for place in theirs for image in images(place)}
-        if file.stem not in stems and counts(file):
+            stems = {_stem(image) for place in theirs for image in images(place)}
+        if _stem(file) not in stems and counts(file):
             problems.append(MissingImage(f"{file.relative_to(raw).as_posix()}: there is no image {file.stem}.* for it"))
+
+
+def _stem(path: Path) -> str:
+    """The stem of a name, the same for both ways in which Unicode writes an accent; macOS and Windows use one each."""
+    return unicodedata.normalize("NFC", path.stem)
 
 
 def near(raw: Path, folder: Path) -> list[Path]:

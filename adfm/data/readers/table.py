@@ -238,7 +238,7 @@ def _content(table: Path) -> str:
 
 def _rows(content: str) -> Iterator[tuple[int, list[str]]]:
     """The rows of a table that are not empty, each with the number of its last line."""
-    lines = content.lstrip().splitlines()
+    lines = content[:20_000].lstrip().splitlines()
     first = lines[0] if lines else ""
     declared = re.fullmatch(r"sep=(.)", first.strip())  # a line that Excel reads and writes
     delimiter = declared[1] if declared else max(",;\t|", key=first.count)

@@ -7,7 +7,7 @@ or both in one folder; and data.yaml, classes.txt, obj.names or _darknet.labels 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,6 +44,16 @@ _LISTS = ("classes.txt", ".names", "_darknet.labels")
 _SLACK = 0.01  # rounding of the tools that write the files; Ultralytics allows as much
 _REACH = 1.0  # how far the corner of a turned box may lie outside, in widths and heights of the image
 _ELSEWHERE = "the YAML file names folders or lists of a split that are not here; the folders' names count instead"
+
+
+class _TextLoader(yaml.BaseLoader):
+    """Leaves all as text, where other loaders make booleans of classes called `no` or `off`; refuses repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key.value, str))
+        if repeated := [key for key, count in keys.items() if count > 1]:
+            raise ValueError(f"line {node.start_mark.line + 1}: the key {repeated[0]!r} is there more than once")
+        return super().construct_mapping(node, deep)
 
 
 @dataclass
@@ -133,8 +143,7 @@ def _settings(raw: Path, problems: list[str]) -> _Settings:
     for folder in walk(raw, 2):
         for file in [*listing(folder, ".yaml"), *listing(folder, ".yml")]:
             try:
-                # The base loader leaves all as text: for others a class called `no` or `off` is a boolean.
-                content = yaml.load(text(file), yaml.BaseLoader) if _is_settings(file) else None
+                content = yaml.load(text(file), _TextLoader) if _is_settings(file) else None
                 if isinstance(content, dict) and "names" in content:
                     sources[file] = _names(content)
                     _add_splits(raw, file, content, settings, problems)

@@ -1,3 +1,4 @@
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,12 @@ def test_boxes_that_reach_out_a_little_and_turned_ones_are_cut_at_the_edge(tmp_p
         "labels/1.txt: line 2: 1.3 is no fraction of the image; write positions and sizes from 0 to 1, not in pixels",
         "labels/1.txt: line 3: 9 is no fraction of the image; write positions and sizes from 0 to 1, not in pixels",
     ]
+
+
+def test_a_name_is_the_same_in_both_forms_of_unicode(tmp_path: Path) -> None:
+    touch(tmp_path, unicodedata.normalize("NFD", "images/größe.jpg"))
+    _write(tmp_path, **{unicodedata.normalize("NFC", "labels/größe.txt"): "0 0.5 0.5 0.5 0.5"})
+    assert [sample.label for sample in yolo.read(tmp_path)] == ["anomalous"]
 
 
 def test_the_same_line_twice_counts_once_and_is_noted(tmp_path: Path) -> None:
@@ -275,6 +282,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         ("names: [a]\nkpt_shape: [17, 3]", "data.yaml: kpt_shape says that the labels are points of a pose"),
         ("names: [[a]]", "data.yaml: 'names' is neither a list of names nor names under their numbers"),
         ("nc: 2\nnames: [a]", "data.yaml: 'nc' is 2, but there are 1 names; correct one of them"),
+        ("names:\n  0: a\n  0: b\n", "data.yaml: line 2: the key '0' is there more than once"),
         ("", "data.yaml: is empty"),
     ],
 )
