@@ -275,7 +275,7 @@ def _exists(path: Path) -> bool:
 
 
 def _is_folder(folder: Path, entry: os.DirEntry[str]) -> bool:
-    # What is no link, the system has said already; asking again of each file takes seconds.
+    # Except for a link, scandir knows it already; a stat of each file of a large folder takes seconds.
     return (folder / entry.name).is_dir() if entry.is_symlink() else entry.is_dir()
 
 

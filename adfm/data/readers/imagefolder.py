@@ -104,7 +104,7 @@ def _samples(raw: Path, file: Path, known: set[Path], problems: list[str]) -> It
             except ValueError as error:
                 problems.append(f"{where}: line {place}: {error}")
     except csv.Error as error:
-        problems.append(f"{where}: line {place + 1}: is no CSV ({error})")
+        problems.append(f"{where}: line {place + 1}: is not CSV ({error})")
     except (ValueError, OSError, RecursionError, pa.ArrowException) as error:
         problems.append(f"{where}: {' '.join(str(error).split())}")
 
@@ -153,8 +153,8 @@ def _parsed(line: str) -> dict[str, Any] | ValueError:
     try:
         content = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return ValueError(f"is no JSON ({error})")
-    return content if isinstance(content, dict) else ValueError("is no JSON object")
+        return ValueError(f"is not JSON ({error})")
+    return content if isinstance(content, dict) else ValueError("is not a JSON object")
 
 
 def _names(raw: Path, folder: Path) -> _Names:
@@ -241,7 +241,7 @@ def _sample(raw: Path, folder: Path, row: dict[str, Any], names: _Names, known: 
 
 def _path(raw: Path, folder: Path, name: Any) -> Path | None:
     if not isinstance(name, str) or not name.strip():
-        raise ValueError(f"{name!r} is no name of a file; write one in 'file_name'")
+        raise ValueError(f"{name!r} is not the name of a file; write one in 'file_name'")
     return within(raw, folder, name) or within(raw, folder, name.replace("\\", "/"))
 
 

@@ -336,7 +336,7 @@ def _add_rows(raw: Path, table: Path, rows_of: dict[Path, list[_Row]], problems:
             try:
                 cells = _of_length(cells, len(header.names))
                 name = cells[header.columns["image"]]
-                image = _found(raw, bases, name)
+                image = _file(raw, bases, name)
                 if not image:
                     missing = f"there is no file {name!r} in {table.parent.resolve().name}"
                     problems.append(MissingImage(f"{where}: line {line}: {missing}"))
@@ -377,10 +377,14 @@ def _row(raw: Path, table: Path, line: int, header: _Header, cells: list[str]) -
         raise ValueError(f"the split {values['split']!r} is none of train, validation, test")
     label, defect, notes = _judgement(header, values, marked=bool(any(sides) or mask))
     if label == "anomalous" and any(sides) and mask:
-        raise ValueError(f"{_said(header, values)}, so that either x1, y1, x2 and y2 or a mask is needed, not both")
+        raise ValueError(
+            f"{_label_text(header, values)}, so that either x1, y1, x2 and y2 or a mask is needed, not both"
+        )
     if label == "anomalous" and not any(sides) and not mask and header.columns.keys() & {"x1", "mask"}:
-        raise ValueError(f"{_said(header, values)}, so that either x1, y1, x2 and y2 or a mask is needed, not both")
-    path = _found(raw, [[table.parent]], mask) if mask else None
+        raise ValueError(
+            f"{_label_text(header, values)}, so that either x1, y1, x2 and y2 or a mask is needed, not both"
+        )
+    path = _file(raw, [[table.parent]], mask) if mask else None
     if mask and not path:
         raise ValueError(f"there is no file {mask!r} in {table.parent.resolve().name}")
     further = _further(header)
@@ -407,7 +411,7 @@ def _further(header: _Header) -> list[str]:
     return [name for name in header.further if "x1" not in header.columns or name not in ("width", "height")]
 
 
-def _said(header: _Header, values: dict[str, str]) -> str:
+def _label_text(header: _Header, values: dict[str, str]) -> str:
     column = next(column for column in ("label", "defect", "probability") if column in values)
     return f"the {header.name(column)} is {values[column].lower() if column == 'label' else values[column]}"
 
@@ -505,7 +509,7 @@ def _bases(raw: Path, table: Path) -> list[list[Path]]:
     return [[base for base in group if base.is_relative_to(raw) and base.is_dir()] for group in groups]
 
 
-def _found(raw: Path, groups: list[list[Path]], name: str) -> Path | None:
+def _file(raw: Path, groups: list[list[Path]], name: str) -> Path | None:
     """The file that a table names, in the first group of folders that has it.
 
     Raises:

@@ -171,7 +171,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     assert [line.removeprefix("metadata.jsonl: line ") for line in listed] == [
         "1: there is no image 'gone.png'",
         "2: there is no image '../1.png'",
-        "3: None is no name of a file; write one in 'file_name'",
+        "3: None is not the name of a file; write one in 'file_name'",
         "4: has neither 'objects' nor a 'label'; a normal image has the label `normal`, or empty lists",
         "5: the label 0 is a number without a name; write names, or dataset_info in README.md",
         "6: 'True' is neither a name nor a number of a class",
@@ -182,8 +182,8 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "11: 'bbox' may say where the defects are; write them in 'objects'",
         "12: the split 'later' is none of train, validation, test",
         "13: '0.png' is listed twice; keep one of the rows",
-        "14: is no JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))",
-        "15: is no JSON object",
+        "14: is not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))",
+        "15: is not a JSON object",
         "more: images that are not in the annotations: x.png",
     ]
     assert [isinstance(line, MissingImage) for line in listed] == [True, True] + [False] * 14
