@@ -11,7 +11,9 @@ from adfm.data.readers import (
     btad,
     coco,
     dagm,
+    deeppcb,
     files,
+    imagefolder,
     kolektor,
     label_studio,
     labelme,
@@ -76,6 +78,14 @@ LAYOUTS: dict[str, Layout] = {
     "kolektor": Layout(kolektor.read, kolektor.matches, "<part>/*.jpg, <part>/*_label.bmp"),
     "mmad": Layout(mmad.read, mmad.matches, "mmad.json, <data set>/<category>/.../<good or defect>/*"),
     "coco": Layout(coco.read, coco.matches, "annotations/*.json with images, annotations and categories; images/*"),
+    "imagefolder": Layout(
+        imagefolder.read,
+        imagefolder.matches,
+        "<split>/*.png, <split>/metadata.jsonl with file_name and objects or label",
+    ),
+    "deeppcb": Layout(
+        deeppcb.read, deeppcb.matches, "<group>/<part>/*_temp.jpg, <group>/<part>/*_test.jpg, <group>/<part>_not/*.txt"
+    ),
     "yolo": Layout(yolo.read, yolo.matches, "images/*, labels/*.txt, data.yaml"),
     "voc": Layout(voc.read, voc.matches, "JPEGImages/*, Annotations/*.xml"),
     "labelme": Layout(labelme.read, labelme.matches, "*.jpg, *.json with shapes and imagePath"),
@@ -87,7 +97,11 @@ LAYOUTS: dict[str, Layout] = {
     "via": Layout(
         via.read, via.matches, "*.json or *.csv of VGG Image Annotator, a project or an export; *.jpg or images/*"
     ),
-    "csv": Layout(table.read, table.matches, "*.jpg, one *.csv with the columns image, label, defect, x1, y1, x2, y2"),
+    "csv": Layout(
+        table.read,
+        table.matches,
+        "*.jpg, *.csv with the columns image, label, defect, x1, y1, x2, y2 or filename, class, xmin, ymin, xmax, ymax",
+    ),
 }
 
 
@@ -104,8 +118,6 @@ def detect(raw: Path) -> tuple[str, str]:
     found = [name for name, layout in LAYOUTS.items() if layout.matches and layout.matches(raw)]
     if "mmad" in found:  # its parts are in layouts of their own
         found = ["mmad"]
-    if "visa" in found:  # a category has a table
-        found = [layout for layout in found if layout != "csv"]
     if len(found) > 1:
         raise AdfmError(
             f"{raw} may be in any of these layouts: {', '.join(found)}. Seen there: {seen}. Say which it is with"

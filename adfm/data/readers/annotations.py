@@ -281,7 +281,12 @@ def holds(raw: Path, sign: Callable[[Path], bool]) -> bool:
 
 def listing(folder: Path, suffix: str) -> list[Path]:
     """The files of a folder with a suffix, in upper or lower case, by name; hidden ones do not count."""
-    return sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() == suffix and path.is_file())
+    if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
+        return []
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries]
+    names = [name for name in names if name.lower().endswith(suffix) and not name.startswith(".")]
+    return sorted(path for name in names if (path := folder / name).is_file())
 
 
 def partners(raw: Path, folder: Path, own: Container[str], other: Container[str]) -> list[Path]:

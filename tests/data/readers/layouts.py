@@ -241,6 +241,21 @@ def yolo(root: Path) -> None:
     (root / "data.yaml").write_text("train: train/images\ntest: test/images\nnames: [scratch]\n")
 
 
+def imagefolder(root: Path) -> None:
+    image(root, "train/000.jpg")
+    row = {"file_name": "000.jpg", "objects": {"bbox": [[10, 5, 4, 3]], "categories": [0]}}
+    (root / "train/metadata.jsonl").write_text(json.dumps(row))
+
+
+def deeppcb(root: Path) -> None:
+    for kind in ("temp", "test"):
+        image(root, f"PCBData/group00041/00041/00041000_{kind}.jpg")
+    (root / "PCBData/group00041/00041_not").mkdir()
+    (root / "PCBData/group00041/00041_not/00041000.txt").write_text("10 5 14 8 3\n")
+    (root / "PCBData/test.txt").write_text("group00041/00041/00041000.jpg group00041/00041_not/00041000.txt\n")
+    (root / "tools").mkdir()
+
+
 def voc(root: Path) -> None:
     image(root, "JPEGImages/000.jpg")
     box = "<xmin>11</xmin><ymin>6</ymin><xmax>14</xmax><ymax>8</ymax>"
@@ -308,5 +323,7 @@ DRAWN: dict[str, Callable[[Path], None]] = {
     "label-studio": label_studio,
     "via": via,
     "csv": own_table,
+    "imagefolder": imagefolder,
+    "deeppcb": deeppcb,
 }
 """The layouts of drawn annotations; of these only what tells them apart."""
