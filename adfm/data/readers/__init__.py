@@ -12,6 +12,7 @@ from adfm.data.readers import (
     coco,
     dagm,
     files,
+    folders,
     kolektor,
     labelme,
     loco,
@@ -78,6 +79,12 @@ LAYOUTS: dict[str, Layout] = {
     "voc": Layout(voc.read, voc.matches, "JPEGImages/*, Annotations/*.xml"),
     "labelme": Layout(labelme.read, labelme.matches, "*.jpg, *.json with shapes and imagePath"),
     "csv": Layout(table.read, table.matches, "*.jpg, one *.csv with the columns image, label, defect, x1, y1, x2, y2"),
+    "folders": Layout(
+        folders.read,
+        folders.matches,
+        "good/*.jpg, <defect>/*.jpg, and, if there are masks, mask/<defect>/*.png; OK/*.jpg, NG/*.jpg;"
+        " images/*.jpg, masks/*.png",
+    ),
 }
 
 
@@ -96,6 +103,8 @@ def detect(raw: Path) -> tuple[str, str]:
         found = ["mmad"]
     if "visa" in found:  # a category has a table
         found = [layout for layout in found if layout != "csv"]
+    if len(found) > 1:  # files with annotations say more than the names of folders
+        found = [layout for layout in found if layout != "folders"]
     if len(found) > 1:
         raise AdfmError(
             f"{raw} may be in any of these layouts: {', '.join(found)}. Seen there: {seen}. Say which it is with"
