@@ -249,9 +249,10 @@ def _facts(row: dict[str, Any], split: str, settings: Convert) -> tuple[dict[str
 
 def _mask_facts(row: dict[str, Any], size: tuple[int, int], boxes: Array, settings: Convert) -> dict[str, bool | None]:
     facts: dict[str, bool | None] = dict.fromkeys(
-        ("mask_fits_image", "mask_agrees_with_label", "boxes_hold_mask", "boxes_cover_mask")
+        ("mask_fits_image", "mask_agrees_with_label", "mask_has_boxes", "boxes_hold_mask", "boxes_cover_mask")
     )
     if row["mask"]:
+        facts["mask_has_boxes"] = bool(row["boxes"]) if row["label"] == "anomalous" else None
         mask, _ = _decoded(row["mask"]["bytes"])
         facts["mask_fits_image"] = mask is not None and mask.mode == "L" and mask.size == size
         if mask and facts["mask_fits_image"]:
@@ -349,9 +350,7 @@ def _suite(table: pd.DataFrame, params: Params) -> list[Expectation]:
         _expect(between, f"aspect ratio is at most {aspect:g}", crop, column="aspect", max_value=aspect),
         _expect(null, "normal images have no defect type", relabel, column="defect", row_condition=normal),
         _expect(in_set, "normal images have no box", relabel, column="box_count", value_set=[0], row_condition=normal),
-        _expect(
-            between, "anomalous images have boxes", relabel, column="box_count", min_value=1, row_condition=anomalous
-        ),
+        holds("mask_has_boxes", "anomalous images with a mask have boxes", relabel),
         _expect(
             not_null,
             "anomalous images have a defect type",
@@ -625,6 +624,7 @@ def _statistics(table: pd.DataFrame, entries: list[dict[str, Any]]) -> dict[str,
         "images": len(table),
         "splits": {split: {label: int(counts.get((split, label), 0)) for label in get_args(Label)} for split in SPLITS},
         "categories": int(table["product"].nunique()),
+        "label_alone": int(((table["label"] == "anomalous") & (table["box_count"] == 0)).sum()),
         "expectations": len(entries),
         "failed": failed.count("critical"),
         "warnings": failed.count("warning"),
