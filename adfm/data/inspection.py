@@ -76,13 +76,17 @@ def inspect(sample: Sample, settings: Convert) -> dict[str, Any]:
         problems += _contradictions(sample, mask, boxes)
     if sample.unmarked_is_normal and not boxes:
         row |= {"label": "normal", "defect": None, "unmarked": sample.label == "anomalous"}
+    notes = list(sample.notes)
     if row["label"] == "normal":
+        mask = None
+    elif mask is not None and not boxes:
+        notes.append("its mask shows no defect, so that its label is all that is known")
         mask = None
     return row | {
         "boxes": [list(box) for box in boxes],
         "fragments": fragments,
         "mask": None if mask is None else png(Image.fromarray(mask), zlib.Z_RLE),
-        "notes": list(sample.notes),
+        "notes": notes,
         "problems": _lines(sample, problems),
     }
 

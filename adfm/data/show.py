@@ -200,7 +200,8 @@ _Tiles = list[tuple[_Entry, Picture]]
 
 
 def _lines(entry: _Entry, picture: Picture) -> list[str]:
-    label = " · ".join(part for part in (entry.label, entry.defect) if part)
+    alone = entry.label == "anomalous" and not picture.boxes and picture.mask is None and not picture.problem
+    label = " · ".join(part for part in (entry.label, entry.defect, "label alone" if alone else "") if part)
     size = "{}x{}".format(*picture.size) if any(picture.size) else ""
     return [entry.category, label, " · ".join(part for part in (entry.split, size) if part)]
 

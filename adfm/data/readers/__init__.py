@@ -13,6 +13,7 @@ from adfm.data.readers import (
     dagm,
     deeppcb,
     files,
+    folders,
     imagefolder,
     kolektor,
     label_studio,
@@ -102,6 +103,12 @@ LAYOUTS: dict[str, Layout] = {
         table.matches,
         "*.jpg, *.csv with the columns image, label, defect, x1, y1, x2, y2 or filename, class, xmin, ymin, xmax, ymax",
     ),
+    "folders": Layout(
+        folders.read,
+        folders.matches,
+        "good/*.jpg, <defect>/*.jpg, and, if there are masks, mask/<defect>/*.png; OK/*.jpg, NG/*.jpg;"
+        " images/*.jpg, masks/*.png",
+    ),
 }
 
 
@@ -118,6 +125,8 @@ def detect(raw: Path) -> tuple[str, str]:
     found = [name for name, layout in LAYOUTS.items() if layout.matches and layout.matches(raw)]
     if "mmad" in found:  # its parts are in layouts of their own
         found = ["mmad"]
+    if len(found) > 1:  # files with annotations say more than the names of folders
+        found = [layout for layout in found if layout != "folders"]
     if len(found) > 1:
         raise AdfmError(
             f"{raw} may be in any of these layouts: {', '.join(found)}. Seen there: {seen}. Say which it is with"

@@ -21,6 +21,8 @@ IMAGES = frozenset(
     (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".heic", ".heif", ".avif", ".pgm", ".ppm")
 )
 
+ADD_MASK = "; add it, or, where no image has one, convert the labels alone with --layout folders"
+
 T = TypeVar("T")
 
 
@@ -172,7 +174,11 @@ def parse(raw: Path, file: Path, form: TypeAdapter[T], problems: list[str]) -> T
 
 
 def checked(
-    raw: Path, layout: str, parts: Iterable[tuple[Path | None, Iterable[Sample]]], problems: list[str]
+    raw: Path,
+    layout: str,
+    parts: Iterable[tuple[Path | None, Iterable[Sample]]],
+    problems: list[str],
+    remedy: str = "",
 ) -> Iterator[Sample]:
     """Yields all samples, and then raises one error about everything that was wrong.
 
@@ -185,6 +191,7 @@ def checked(
         parts: The samples, folder by folder. Every image in a folder has to be the image or the mask of a sample,
             unless the folder is `None`.
         problems: What the reader finds; it may add to it until the last sample.
+        remedy: What to do about a mask that does not exist, for the message.
 
     Raises:
         AdfmError: There are problems.
@@ -200,7 +207,7 @@ def checked(
             if sample.label == "anomalous" and not sample.masks:
                 problems.append(f"{sample.source}: has no mask")
             problems += [
-                f"{sample.source}: has no mask {mask.relative_to(raw).as_posix()}"
+                f"{sample.source}: has no mask {mask.relative_to(raw).as_posix()}{remedy}"
                 for mask in sample.masks
                 if not _exists(mask)
             ]

@@ -223,6 +223,68 @@ def mmad(root: Path) -> Truths:
     return truths
 
 
+def ok_ng(root: Path) -> Truths:
+    """Labels alone, with splits, of two categories."""
+    truths = {}
+    for category in ("bolt", "nut"):
+        for split in ("train", "test"):
+            truths[image(root, f"{category}/{split}/OK/000.jpg")] = Truth(category, split=split)
+            truths[image(root, f"{category}/{split}/NG/000.jpg")] = Truth(category, "NG", split=split)
+            truths[image(root, f"{category}/{split}/NG/dent/001.jpg")] = Truth(category, "dent", split=split)
+    return truths
+
+
+def mvtec_without_masks(root: Path) -> Truths:
+    truths = {}
+    for category in ("bottle", "metal_nut"):
+        truths[image(root, f"{category}/train/good/000.png")] = Truth(category, split="train")
+        truths[image(root, f"{category}/test/good/000.png")] = Truth(category, split="test")
+        truths[image(root, f"{category}/test/crack/000.png")] = Truth(category, "crack", split="test")
+    return truths
+
+
+def anomalib(root: Path) -> Truths:
+    truths = {}
+    for category in ("hazelnut_toy", "walnut_toy"):
+        truths[image(root, f"{category}/good/00.jpg")] = Truth(category)
+        for kind in ("crack", "colour"):
+            drawn = mask(root, f"{category}/mask/{kind}/00.png")
+            truths[image(root, f"{category}/{kind}/00.jpg")] = Truth(category, kind, (drawn,))
+    return truths
+
+
+def magnetic_tile(root: Path) -> Truths:
+    """Masks beside the photographs, all black for normal ones; and a figure of the whole data set."""
+    truths = {}
+    for kind in ("Blowhole", "Free"):
+        defect = None if kind == "Free" else kind
+        for number in range(2):
+            drawn = mask(root, f"tiles/MT_{kind}/Imgs/exp1_num_{number}.png", value=255 if defect else 0)
+            truths[image(root, f"tiles/MT_{kind}/Imgs/exp1_num_{number}.jpg")] = Truth("tiles", defect, (drawn,))
+    image(root, "tiles/dataset.jpg")
+    return truths
+
+
+def images_and_masks(root: Path) -> Truths:
+    """The mask alone says what is normal, once it is opened."""
+    truths = {}
+    for split in ("train", "val"):
+        for number, value in enumerate((0, 255)):
+            drawn = mask(root, f"{split}/masks/{number}.png", value)
+            official = "validation" if split == "val" else split
+            truths[image(root, f"{split}/images/{number}.jpg")] = Truth(root.name, "defect", (drawn,), official)
+    return truths
+
+
+def kolektor2(root: Path) -> Truths:
+    """Masks beside the photographs, with an ending."""
+    truths = {}
+    for split in ("train", "test"):
+        drawn = mask(root, f"{split}/10000_GT.png")
+        truths[image(root, f"{split}/10000.png")] = Truth(root.name, "defect", (drawn,), split)
+    return truths
+
+
 def coco(root: Path) -> None:
     listed = {
         "images": [{"id": 1, "file_name": "000.jpg", "width": 32, "height": 24}],
@@ -312,6 +374,12 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path], Truths]]] = {
     "dagm": ("dagm", dagm),
     "kolektor": ("kolektor", kolektor),
     "mmad": ("mmad", mmad),
+    "ok-ng": ("folders", ok_ng),
+    "mvtec-without-masks": ("folders", mvtec_without_masks),
+    "anomalib": ("folders", anomalib),
+    "magnetic-tile": ("folders", magnetic_tile),
+    "images-and-masks": ("folders", images_and_masks),
+    "kolektor-2": ("folders", kolektor2),
 }
 """Data set -> the layout that it is detected as, and its builder."""
 
