@@ -85,7 +85,7 @@ class Images:
     def _by_path(self, path: str, name: str, folder: Path, groups: Sequence[Sequence[Path]]) -> Path | None:
         path = _DRIVE.sub("/", path)
         foreign, above = path.startswith("/"), self._above(folder)  # foreign: of the machine that wrote the file
-        if not foreign and ".." in path:
+        if not foreign and ".." in path.split("/"):
             path = os.path.normpath("/".join((*folder.relative_to(self._raw).parts, path)))
             foreign, above = path.startswith("../"), above[-1:]
         parts = [part for part in os.path.normpath(path).split("/") if part.strip(".")]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -440,6 +440,51 @@ def test_what_is_written_is_read(
     extents = [np.array(points) for points in drawn]
     assert sample.boxes == tuple((*points.min(axis=0), *points.max(axis=0)) for points in extents)
     assert sample.polygons == tuple(tuple(points) for points in drawn if len(points) > 2)
+
+
+_triangle = st.lists(st.tuples(_side, _side), min_size=3, max_size=3, unique_by=(lambda p: p[0], lambda p: p[1]))
+
+
+@given(st.lists(st.tuples(st.sampled_from(("dent", "pit")), st.sampled_from((None, 0, 1)), _triangle), max_size=8))
+@settings(deadline=None, max_examples=40)
+def test_a_group_is_one_box_round_all_of_its_pieces(
+    tmp_path_factory: pytest.TempPathFactory, drawn: list[tuple[str, int | None, list[tuple[float, float]]]]
+) -> None:
+    shapes = [_shape(name, *points, kind="polygon") | {"group_id": group} for name, group, points in drawn]
+    sample = _only_sample(tmp_path_factory.mktemp("groups"), *shapes)
+    defects: dict[object, list[tuple[float, float]]] = {}
+    for place, (name, group, points) in enumerate(drawn):
+        defects.setdefault(place if group is None else (name, group), []).extend(points)
+    extents = [np.array(points) for points in defects.values()]
+    # The same outline may be drawn twice, which counts once.
+    assert set(sample.boxes) == {(*points.min(axis=0), *points.max(axis=0)) for points in extents}
+    assert set(sample.polygons) == {tuple(points) for _, _, points in drawn}
+
+
+@given(st.tuples(_side, _side), st.floats(0.5, 500), st.floats(0, 2 * math.pi))
+@settings(deadline=None, max_examples=40)
+def test_the_box_of_a_circle_has_its_diameter(
+    tmp_path_factory: pytest.TempPathFactory, centre: tuple[float, float], radius: float, angle: float
+) -> None:
+    edge = (centre[0] + radius * math.cos(angle), centre[1] + radius * math.sin(angle))
+    sample = _only_sample(tmp_path_factory.mktemp("circle"), _shape("pit", centre, edge, kind="circle"))
+    ((x1, y1, x2, y2),) = sample.boxes
+    assert ((x1 + x2) / 2, (y1 + y2) / 2) == pytest.approx(centre, abs=1e-6)
+    assert (x2 - x1, y2 - y1) == pytest.approx((2 * radius, 2 * radius))
+    assert all(x1 - 1e-6 <= x <= x2 + 1e-6 and y1 - 1e-6 <= y <= y2 + 1e-6 for x, y in sample.polygons[0])
+
+
+@given(st.lists(st.tuples(st.floats(-9, 99), st.floats(-9, 69)), min_size=1, max_size=4))
+@settings(deadline=None, max_examples=60)
+def test_the_box_of_a_line_holds_its_points_and_a_pixel_of_the_image(
+    tmp_path_factory: pytest.TempPathFactory, points: list[tuple[float, float]]
+) -> None:
+    assume(max(x for x, _ in points) >= 1 and max(y for _, y in points) >= 1)
+    sample = _only_sample(tmp_path_factory.mktemp("line"), _shape("scratch", *points, kind="linestrip"))
+    for x1, y1, x2, y2 in sample.boxes:
+        assert x2 - x1 >= 1 - 1e-9 and y2 - y1 >= 1 - 1e-9
+        assert all(x1 - 1e-9 <= x <= x2 + 1e-9 and y1 - 1e-9 <= y <= y2 + 1e-9 for x, y in points)
+    assert bool(sample.boxes) == (len(points) > 1)
 
 
 _JSON = st.recursive(

@@ -47,6 +47,7 @@ def _located(raw: Path, file: str, name: str) -> str:
         ("a.json", r"..\..\media\upload\4\ab-1.jpg", "images/ab-1.jpg|other/2.jpg", "images/ab-1.jpg"),
         ("a.json", "/data/upload/4/ab-1.jpg", "pile/ab-1.jpg", "pile/ab-1.jpg"),
         ("a.json", "JPEGImages/1.jpg", "images/1.jpg", "images/1.jpg"),
+        ("annotations/a.json", "a..b.jpg", "images/a..b.jpg", "images/a..b.jpg"),
         # URLs
         ("a.json", "/data/local-files/?d=line3/part%201.jpg", "line3/part 1.jpg", "line3/part 1.jpg"),
         ("a.json", "/data/local-files/?d=D%3A%5Cline3%5C1.jpg&x=1", "line3/1.jpg|line4/1.jpg", "line3/1.jpg"),
