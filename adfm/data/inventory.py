@@ -36,7 +36,7 @@ _SUFFIX = re.compile(r"\.(?=.*[a-z])[a-z0-9_+-]{1,10}")
 _MOST_KINDS = 100
 
 HIDDEN = "hidden: the name, or that of a folder, begins with a dot or __MACOSX"
-UNREAD = "in a format that adfm does not read; save images as PNG, tables as CSV"
+UNREAD = "adfm does not read this format; save images as PNG, tables as CSV"
 ARCHIVE = "an archive within the data set; unpack it"
 MISNAMED = "an image whose name does not end as an image's; rename it"
 UNUSED = "an image that the layout does not use"

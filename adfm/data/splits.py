@@ -136,7 +136,7 @@ def moved(
     rows = []
     ties: list[NDArray[np.int64]] = []
     of_split = np.where(held, np.int8(_TEST), fixed)
-    for because, pairs in (_ties(column) | {"near-duplicates": near_duplicates}).items():
+    for because, pairs in (_ties(column) | {"near-duplicates": near_duplicates}).items() if left.any() else ():
         ties.append(pairs)
         together = _together(ties, len(images))
         lowest, highest = (np.full(len(images), start, np.int8) for start in (len(SPLITS), -1))

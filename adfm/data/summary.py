@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from adfm.records import SPLITS
 _FEW, _LARGE_SHARE = 10, 0.25
 
 # Of the table: defects by name, lines of a list, characters of a name and of a line.
-_DEFECTS, _LINES, _NAME, _WIDTH = 10, 4, 40, 118
+_DEFECTS, _LINES, _NAME, _WIDTH = 10, 3, 30, 118
 
 
 class Left(NamedTuple):
@@ -212,6 +213,7 @@ def table(report: dict[str, Any], out: Path, seconds: float) -> str:
     listed = [f"{_short(name) or 'without a name'} {count:,}" for name, count in defects.most_common(_DEFECTS)]
     if len(defects) > _DEFECTS:
         listed.append(f"and {len(defects) - _DEFECTS} more")
+    lines = textwrap.wrap(", ".join(listed), _WIDTH - 25, break_on_hyphens=False)
     level, boxes = report["image_level_labels"], report["boxes"]["after_dilation"]
     files, missing = report["files"], report["missing"]
     rows = [
@@ -219,7 +221,8 @@ def table(report: dict[str, Any], out: Path, seconds: float) -> str:
         ("normal", f"{report['normal']:,}", ""),
         ("anomalous", f"{report['anomalous']:,}", f"{level:,} with a label alone, without boxes" if level else ""),
         ("boxes", f"{boxes:,}", ""),
-        ("defects", f"{len(defects):,}", ", ".join(listed)),
+        ("defects", f"{len(defects):,}", lines[0] if lines else ""),
+        *(("", "", line) for line in lines[1:]),
         ("splits", "", ", ".join(f"{name} {splits_[name]:,}" for name in SPLITS)),
         ("annotations", f"{files['annotations_and_masks']:,}", "files, masks included"),
         ("left out", f"{files['left_out']:,}", "files" if files["left_out"] else ""),
@@ -232,9 +235,9 @@ def table(report: dict[str, Any], out: Path, seconds: float) -> str:
     rows += _more([("note", f"{row['images']:,}", f"images: {row['note']}") for row in report["notes"]])
     rows += _more([("moved", f"{row['images']:,}", _moved(row)) for row in report["moved"]])
     rows.append(("seconds", f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.1f}", ""))
-    lines = [_cut(f"  {name:<12}{count:>9}  {text}") for name, count, text in rows]
-    head = _cut(f"{out}: {_short(report['dataset'])}, layout {report['layout']['name']}")
-    return "\n".join([head, *lines, f"next: adfm validate {shlex.quote(str(out))} reports/validation"])
+    head = f"{out}: {_short(report['dataset'])}, layout {report['layout']['name']}"
+    body = [_cut(f"  {name:<12}{count:>9}  {text}") for name, count, text in rows]
+    return "\n".join([printable(head), *body, f"next: adfm validate {shlex.quote(str(out))} reports/validation"])
 
 
 def part(images: int, total: int, number: int, of: int, out: Path, seconds: float) -> str:
@@ -253,13 +256,13 @@ def _by_reason(left_out: list[dict[str, Any]]) -> list[dict[str, Any]]:
             row["reason"], {"reason": row["reason"], "files": 0, "kinds": [], "example": row["examples"][0]}
         )
         same["files"] += row["files"]
-        same["kinds"].append(f"{row['files']:,} {row['kind']}")
+        same["kinds"].append(row["kind"])
     return list(rows.values())
 
 
 def _left_out(row: dict[str, Any]) -> str:
     kinds = ", ".join(map(_short, row["kinds"][:3])) + (", …" if len(row["kinds"]) > 3 else "")
-    return f"{row['reason']}: {kinds}, e.g. {_short(row['example'])}"
+    return f"{kinds} (e.g. {_short(row['example'])}): {row['reason']}"
 
 
 def _moved(row: dict[str, Any]) -> str:
