@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
+from PIL import Image
 
-from adfm.data import inspection
 from adfm.data.duplicates import clusters
 from adfm.data.problems import EXAMPLES
 from adfm.data.readers import files
@@ -23,8 +24,12 @@ from adfm.data.splits import repeated
 Rows = Callable[[NDArray[np.int64], list[str]], Iterator[dict[str, Any]]]
 """Gives columns of the rows of some images, in ascending order."""
 
+Decode = Callable[[bytes], Image.Image]
 
-def under_two_labels(raw: Path, images: pa.Table, near_duplicates: NDArray[np.int64], rows: Rows) -> list[str]:
+
+def under_two_labels(
+    raw: Path, images: pa.Table, near_duplicates: NDArray[np.int64], rows: Rows, decode: Decode
+) -> list[str]:
     """One problem for every image that is normal and, as the same bytes or the same pixels, anomalous too.
 
     Only images whose small pictures are alike are decoded and compared.
@@ -34,9 +39,10 @@ def under_two_labels(raw: Path, images: pa.Table, near_duplicates: NDArray[np.in
         images: `label`, `sha256`, `source`, `width`, `height`, `embedded`, and `look`: equal where thumbnails are.
         near_duplicates: [pairs, 2]: indices of images that look alike.
         rows: Gives columns of some images.
+        decode: Gives the picture that the content of a file shows.
     """
     copies = repeated(images["sha256"].combine_chunks())
-    same = np.concatenate([copies, _same_pixels(raw, images, copies, near_duplicates, rows)])
+    same = np.concatenate([copies, _same_pixels(raw, images, copies, near_duplicates, rows, decode)])
     problems = []
     for cluster in _mixed(images, same):
         sources: dict[str, list[str]] = {"normal": [], "anomalous": []}
@@ -64,7 +70,12 @@ def _covering(normal: list[str], anomalous: list[str]) -> list[tuple[str, str]]:
 
 
 def _same_pixels(
-    raw: Path, images: pa.Table, copies: NDArray[np.int64], near_duplicates: NDArray[np.int64], rows: Rows
+    raw: Path,
+    images: pa.Table,
+    copies: NDArray[np.int64],
+    near_duplicates: NDArray[np.int64],
+    rows: Rows,
+    decode: Decode,
 ) -> NDArray[np.int64]:
     """[pairs, 2] of images with the same pixels in different files, where that may be a contradiction."""
     alike = [repeated(images["look"].combine_chunks()), _decoded_differently(images, near_duplicates)]
@@ -78,7 +89,7 @@ def _same_pixels(
     order = np.argsort(first)  # each file once, in the order of the rows
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         paths = [raw / row["file"] for row in rows(some[first[order]], ["file"])]
-        digests = np.array([*pool.map(_pixels, paths)], object)
+        digests = np.array([*pool.map(partial(_pixels, decode), paths)], object)
     return some[repeated(pa.array(digests[np.argsort(order)][which], pa.string()))]
 
 
@@ -96,9 +107,10 @@ def _decoded_differently(images: pa.Table, pairs: NDArray[np.int64]) -> NDArray[
     return pairs[[one != other for one, other in zip(decoded[::2], decoded[1::2], strict=True)]]
 
 
-def _pixels(path: Path) -> str | None:
+def _pixels(decode: Decode, path: Path) -> str | None:
+    """A digest of the decoded picture."""
     try:
-        image = inspection.upright(files.content(path))
+        image = decode(files.content(path))
     except Exception:  # changed since it was inspected, which is an error when it is written
         return None
     return hashlib.sha256(f"{image.size} ".encode() + image.tobytes()).hexdigest()

@@ -11,6 +11,7 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from PIL import Image
 
 from adfm.data import contradictions
 
@@ -33,6 +34,10 @@ def _images(labels: list[str], digests: list[str]) -> pa.Table:
     )
 
 
+def _decode(content: bytes) -> Image.Image:
+    raise AssertionError
+
+
 def _rows(images: pa.Table, more: list[dict[str, Any]] | None = None) -> contradictions.Rows:
     def rows(some: NDArray[np.int64], columns: list[str]) -> Iterator[dict[str, Any]]:
         assert sorted(some.tolist()) == some.tolist()
@@ -53,7 +58,7 @@ def test_every_file_of_a_contradiction_is_named(its: list[tuple[str, str]]) -> N
     of: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for number, (label, digest) in enumerate(its):
         of[digest][label].append(f"{number} .png")
-    problems = contradictions.under_two_labels(Path("line"), images, NO_PAIRS, _rows(images))
+    problems = contradictions.under_two_labels(Path("line"), images, NO_PAIRS, _rows(images), _decode)
     both = [labels for labels in of.values() if len(labels) == 2]
     assert len(problems) == sum(max(map(len, labels.values())) for labels in both)
     for labels in both:
@@ -71,7 +76,7 @@ def test_images_of_another_look_size_or_label_are_not_opened() -> None:
         raise AssertionError
 
     near = np.array([(0, 1), (0, 2), (1, 2)], np.int64)
-    assert contradictions.under_two_labels(Path("line"), images, near, rows) == []
+    assert contradictions.under_two_labels(Path("line"), images, near, rows, _decode) == []
 
 
 @given(copies, st.lists(st.integers(0, 2), min_size=20, max_size=20))
