@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -103,15 +104,15 @@ class Survey:
     categories: set[str] = field(default_factory=set)
     columns: set[str] = field(default_factory=set)
     sources: list[str] = field(default_factory=list)  # a few
-    with_part: dict[Grouping, int] = field(default_factory=dict)
+    parts: dict[Grouping, Counter[str]] = field(default_factory=dict)
     unreadable: str = ""  # why the setting is not a regular expression
 
     def __post_init__(self) -> None:
         """Compiles the setting, which may be a column's name instead."""
         if self.setting is not None:
-            self.with_part = {Grouping(column=self.setting): 0}
+            self.parts = {Grouping(column=self.setting): Counter()}
             try:
-                self.with_part[Grouping(pattern=re.compile(self.setting))] = 0
+                self.parts[Grouping(pattern=re.compile(self.setting))] = Counter()
             except (re.error, OverflowError, RecursionError) as error:
                 self.unreadable = str(error)
 
@@ -122,34 +123,37 @@ class Survey:
         self.columns.update(sample.columns)
         if len(self.sources) < 3:
             self.sources.append(sample.source)
-        for grouping in self.with_part:
-            self.with_part[grouping] += grouping.part(sample) is not None
+        for grouping, parts in self.parts.items():
+            if (part := grouping.part(sample)) is not None:
+                parts[part] += 1
 
     def grouping(self) -> Grouping:
         """How to find the part of each sample.
 
         Raises:
-            AdfmError: `split.group` is neither a column nor a regular expression that any path matches.
+            AdfmError: `split.group` is neither a column nor a regular expression that any path matches, or all images
+                are of one part.
         """
-        columns = f"the columns are {', '.join(map(repr, sorted(self.columns)))}" if self.columns else "no column"
         if self.setting is None:
             return Grouping()
+        columns = f"the columns are {', '.join(map(repr, sorted(self.columns)))}" if self.columns else "no column"
         if self.setting in self.columns:
-            column = Grouping(column=self.setting)
-            if not self.with_part[column]:
-                raise AdfmError(
-                    f"split.group: the column {self.setting!r} is empty in every row; fill it, or set null."
-                )
-            return column
-        if self.unreadable:
+            grouping, empty = Grouping(column=self.setting), f"the column {self.setting!r} is empty in every row"
+        elif self.unreadable:
             raise AdfmError(
                 f"split.group: {self.setting!r} is neither a column ({columns}) nor a regular expression"
                 f" ({self.unreadable}); put a \\ before a character that means itself."
             )
-        pattern = Grouping(pattern=re.compile(self.setting))
-        if not self.with_part[pattern]:
+        else:
+            grouping = Grouping(pattern=re.compile(self.setting))
+            empty = f"{self.setting!r} is neither a column ({columns}) nor in the path of any image"
+        paths = ", ".join(map(printable, self.sources))
+        parts = self.parts[grouping]
+        if not parts:
+            raise AdfmError(f"split.group: {empty}; paths are {paths}.")
+        if len(parts) == 1 < parts.total() == self.images:
             raise AdfmError(
-                f"split.group: {self.setting!r} is neither a column ({columns}) nor in the path of any image; paths are"
-                f" {', '.join(map(printable, self.sources))}."
+                f"split.group: {self.setting!r} makes all images one part, {next(iter(parts))!r}, so that they cannot"
+                f" be divided ({columns}); paths are {paths}."
             )
-        return pattern
+        return grouping

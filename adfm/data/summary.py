@@ -213,9 +213,9 @@ def table(report: dict[str, Any], out: Path, seconds: float) -> str:
     listed = [f"{_short(name) or 'without a name'} {count:,}" for name, count in defects.most_common(_DEFECTS)]
     if len(defects) > _DEFECTS:
         listed.append(f"and {len(defects) - _DEFECTS} more")
-    lines = textwrap.wrap(", ".join(listed), _WIDTH - 25, break_on_hyphens=False)
+    lines = textwrap.wrap(", ".join(listed), _WIDTH - 25, break_on_hyphens=False, max_lines=3, placeholder=" …")
     level, boxes = report["image_level_labels"], report["boxes"]["after_dilation"]
-    files, missing = report["files"], report["missing"]
+    files, missing, parts = report["files"], report["missing"], report["parts"]["split.group"]
     rows = [
         ("images", f"{report['images']:,}", _plural(len(categories), "category", "categories")),
         ("normal", f"{report['normal']:,}", ""),
@@ -224,6 +224,11 @@ def table(report: dict[str, Any], out: Path, seconds: float) -> str:
         ("defects", f"{len(defects):,}", lines[0] if lines else ""),
         *(("", "", line) for line in lines[1:]),
         ("splits", "", ", ".join(f"{name} {splits_[name]:,}" for name in SPLITS)),
+        *(
+            [("parts", f"{parts['parts']:,}", f"on {parts['images']:,} images, by split.group")]
+            if parts["parts"]
+            else []
+        ),
         ("annotations", f"{files['annotations_and_masks']:,}", "files, masks included"),
         ("left out", f"{files['left_out']:,}", "files" if files["left_out"] else ""),
         *_more([("", f"{row['files']:,}", _left_out(row)) for row in _by_reason(report["left_out"])]),
@@ -237,7 +242,9 @@ def table(report: dict[str, Any], out: Path, seconds: float) -> str:
     rows.append(("seconds", f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.1f}", ""))
     head = f"{out}: {_short(report['dataset'])}, layout {report['layout']['name']}"
     body = [_cut(f"  {name:<12}{count:>9}  {text}") for name, count, text in rows]
-    return "\n".join([printable(head), *body, f"next: adfm validate {shlex.quote(str(out))} reports/validation"])
+    return "\n".join(
+        [printable(head), *body, f"next: adfm validate {shlex.quote(printable(str(out)))} reports/validation"]
+    )
 
 
 def part(images: int, total: int, number: int, of: int, out: Path, seconds: float) -> str:
@@ -268,7 +275,7 @@ def _left_out(row: dict[str, Any]) -> str:
 def _moved(row: dict[str, Any]) -> str:
     why = {
         "copies": "a copy is there",
-        "part": "the same part is there",
+        "part": "the same part or photograph is there",
         "near-duplicates": "a near-duplicate is there",
     }
     return f"images from {row['from']} to {row['to']}: {why[row['because']]}"

@@ -724,7 +724,7 @@ def test_copies_by_roboflow_are_moved_to_the_more_held_out_split(
         {"because": "part", "from": "train", "to": "test", "images": 6},
         {"because": "part", "from": "validation", "to": "test", "images": 4},
     ]
-    assert "6  images from train to test: the same part is there" in capsys.readouterr().out
+    assert "6  images from train to test: the same part or photograph is there" in capsys.readouterr().out
     assert _report(raw, redivide=True)["moved"] == []
 
 

@@ -87,16 +87,16 @@ def _survey(setting: str | None, *its: Sample) -> samples.Survey:
     ],
 )
 def test_the_part_that_an_image_shows(setting: str, source: str, part: str | None) -> None:
-    other = replace(_of("xpart0.png serial"), columns={"batch": "7"})
+    other = replace(_of("xpart0.png serial"), columns={"batch": "8"})
     sample = replace(_of(source), columns={"batch": "7"})
     assert _survey(setting, other, sample).grouping().part(sample) == part
+    assert _survey(None, sample).grouping().part(sample) is None
 
 
 def test_rows_without_a_value_have_no_part() -> None:
     some = [replace(SAMPLE, columns={"a": value}) for value in ("1", "")] + [SAMPLE]
     grouping = _survey("a", *some).grouping()
     assert [grouping.part(sample) for sample in some] == ["1", None, None]
-    assert _survey(None, *some).grouping().part(some[0]) is None
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,7 @@ def test_rows_without_a_value_have_no_part() -> None:
         ("seril", r"'seril' is neither a column .* nor in the path of any image; paths are a/1.png, b\\n/2.png\."),
         ("size", "the column 'size' is empty in every row"),
         ("a{99999999999}", "nor a regular expression"),
+        ("png", r"'png' makes all images one part, 'png', so that they cannot be divided \(the columns are"),
     ],
 )
 def test_a_group_that_fits_nothing(setting: str, message: str) -> None:

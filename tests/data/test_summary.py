@@ -23,6 +23,7 @@ REPORT: dict[str, Any] = {
         {"split": "test", "category": "nut", "label": "anomalous", "defect": "dent+scratch", "images": 200},
         {"split": "validation", "category": "nut", "label": "anomalous", "defect": "dent", "images": 34},
     ],
+    "parts": {"split.group": {"parts": 0, "images": 0}},
     "files": {"total": 0, "images": 1234, "annotations_and_masks": 1235, "left_out": 0},
     "left_out": [],
     "missing": {"annotations": 0, "examples": []},
@@ -59,10 +60,12 @@ def test_what_is_not_as_expected_has_a_line() -> None:
         "missing": {"annotations": 3, "examples": ["b.json: there is no image 'b.png'"]},
         "notes": [{"note": f"note {number}", "images": 9 - number, "examples": []} for number in range(5)],
         "moved": [{"because": "copies", "from": "train", "to": "test", "images": 5}],
+        "parts": {"split.group": {"parts": 44, "images": 1200}},
     }
     lines = summary.table(REPORT | more, Path("shards"), 1.25).splitlines()
     assert lines[3] == "  anomalous         234  7 with a label alone, without boxes"
-    assert lines[8:] == [
+    assert lines[7] == "  parts              44  on 1,200 images, by split.group"
+    assert lines[9:] == [
         "  left out            6  files",
         f"                      4  .gif, .psd (e.g. a.gif): {inventory.UNREAD}",
         f"                      2  .md (e.g. a.md): {inventory.OTHER}",
@@ -96,6 +99,7 @@ def test_it_fits_a_terminal_whatever_the_names(names: list[str], dataset: str) -
         "missing": {"annotations": 3, "examples": names},
         "notes": [{"note": name, "images": 9, "examples": names} for name in names],
         "moved": [{"because": "part", "from": "train", "to": "test", "images": 5}] * 6,
+        "parts": {"split.group": {"parts": 44, "images": 1200}},
     }
     text = summary.table(REPORT | more, Path("shards"), 1.25)
     lines = text.split("\n")
