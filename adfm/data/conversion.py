@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from adfm import __version__
 from adfm.data import duplicates, inspection, shards, splits
+from adfm.data.images import GreyRange
 from adfm.data.problems import BadData, MissingImage
 from adfm.data.readers import LAYOUTS, detect, files
 from adfm.errors import AdfmError
@@ -60,8 +61,9 @@ def convert(raw: Path, out: Path, params: Params, parts: Sequence[Path] = ()) ->
     """Writes the shards of a raw data set and `conversion.json`, which says what was converted and how.
 
     Every image is decoded, as proof that it can be. PNG and JPEG files in RGB or grey are embedded byte for byte. All
-    others become RGB PNGs: other formats; palette, CMYK; transparency is dropped; 16 bit grey keeps its upper 8 bits;
-    images with an EXIF orientation are turned upright, and their masks with them. Masks become PNGs of 0 and 255.
+    others become RGB PNGs: other formats; palette, CMYK; transparency is dropped; grey of more than 8 bits is scaled
+    from the range of values that all such images of the data set have together (`grey_range`) to 0 to 255; images with
+    an EXIF orientation are turned upright, and their masks with them. Masks become PNGs of 0 and 255.
     Boxes come from the masks; boxes that a person drew are kept as they are, but for what a rounding error lets reach
     out of the image. Files of several frames or pages are refused, as are images of more pixels than Pillow's guard
     against decompression bombs lets pass.
@@ -94,11 +96,15 @@ def _converted(data: _Raw, runs: list[Path], out: Path, params: Params) -> dict[
         work = folder / _WORK
         work.mkdir(exist_ok=True)
         runs = runs or _inspected(data, work, params)
+        if problems := inspection.frame_problems(runs):
+            raise BadData(data.folder, data.layout, problems)
+        grey_range = inspection.grey_range(runs)
         images, pairs = _gathered(runs, work / "thumbnails", params)
         assigned = splits.assign(images, pairs, params)
-        _write(data.folder, runs, assigned, folder, params.convert.shard_images)
+        _write(data.folder, runs, assigned, folder, params.convert.shard_images, grey_range)
         shutil.rmtree(work)
-        report = _report(data, images, pairs, assigned, params) | {"fingerprint": shards.fingerprint(folder)}
+        report = _report(data, images, pairs, assigned, params)
+        report |= {"grey_range": grey_range, "fingerprint": shards.fingerprint(folder)}
         write_json(report, folder / "conversion.json")
     return report
 
@@ -394,7 +400,14 @@ def _gathered(runs: Sequence[Path], path: Path, params: Params) -> tuple[pa.Tabl
 # --------------------------------------------------------------------------------------------------- writing the shards
 
 
-def _write(raw: Path, runs: Sequence[Path], assigned: NDArray[np.int8], folder: Path, shard_images: int) -> None:
+def _write(
+    raw: Path,
+    runs: Sequence[Path],
+    assigned: NDArray[np.int8],
+    folder: Path,
+    shard_images: int,
+    grey_range: GreyRange | None,
+) -> None:
     """Writes the shards that are not there yet, in the order in which the images were read."""
     plan = hashlib.sha256(b"%d" % shard_images + assigned.tobytes())
     for run in runs:
@@ -413,7 +426,7 @@ def _write(raw: Path, runs: Sequence[Path], assigned: NDArray[np.int8], folder: 
                 if path.is_file():
                     progress.update(len(some))
                     continue
-                records = map_in_order(pool, partial(_record, raw, split), _rows(runs, some))
+                records = map_in_order(pool, partial(_record, raw, split, grey_range), _rows(runs, some))
                 shards.write_one((record for record in records if progress.update() or True), path)
 
 
@@ -424,7 +437,7 @@ def _rows(runs: Sequence[Path], images: NDArray[np.int64]) -> Iterator[dict[str,
         yield from table.take(images[images // RUN == number] % RUN).to_pylist()
 
 
-def _record(raw: Path, split: Split, row: dict[str, Any]) -> Record:
+def _record(raw: Path, split: Split, grey_range: GreyRange | None, row: dict[str, Any]) -> Record:
     try:
         content = files.content(raw / row["file"])
     except OSError as error:
@@ -433,7 +446,7 @@ def _record(raw: Path, split: Split, row: dict[str, Any]) -> Record:
         raise AdfmError(f"{raw}: {row['source']} has changed since it was looked at; convert again.")
     return Record(
         id=hashlib.sha256(f"{row['source']}\n{row['sha256']}".encode()).hexdigest()[:16],
-        image=content if row["embedded"] else inspection.encoded(content),
+        image=content if row["embedded"] else inspection.encoded(content, grey_range),
         boxes=tuple(Box(*box) for box in row["boxes"]),
         split=split,
         **{name: row[name] for name in _KEPT},

@@ -33,8 +33,9 @@ _FEATURES = {
     "defect": _TEXT,
     "label": _TEXT,
     "boxes": {
-        "_type": "List",
-        "feature": {"_type": "List", "length": 4, "feature": {"dtype": "float64", "_type": "Value"}},
+        # `datasets` 3 and older know no `List`; 4 and later read a `Sequence` as one.
+        "_type": "Sequence",
+        "feature": {"_type": "Sequence", "length": 4, "feature": {"dtype": "float64", "_type": "Value"}},
     },
     "split": _TEXT,
     "source": _TEXT,
@@ -162,6 +163,20 @@ def fingerprint(folder: Path, split: str | None = None) -> str:
             row["boxes"] = sorted(row["boxes"])
             lines.append(json.dumps([row[column] for column in columns]))
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def grey_range(folder: Path) -> tuple[int, int] | None:
+    """Values that became black and white when the grey images of more than 8 bits were converted; `None` without such.
+
+    Raises:
+        AdfmError: The folder's `conversion.json` cannot be read.
+    """
+    file = folder / "conversion.json"
+    try:
+        bounds = json.loads(file.read_bytes()).get("grey_range") if file.is_file() else None
+        return (int(bounds[0]), int(bounds[1])) if bounds else None
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise AdfmError(f"{file} cannot be read ({error!r}); make the shards again with `adfm convert`.") from error
 
 
 def batches(folder: Path, split: str | None, columns: list[str]) -> Iterator[pa.RecordBatch]:
