@@ -87,16 +87,13 @@ def inspect(sample: Sample, settings: Convert) -> dict[str, Any]:
     notes = list(sample.notes)
     upright = (row["width"], row["height"])
     shapes = _shapes(sample, upright, orientation, settings.rescale, problems, notes)
-    mask = _mask(sample, upright, orientation, settings, problems, notes)
+    mask, file = _mask(sample, upright, orientation, settings, problems, notes)
     if mask is None and not problems and (shapes.polygons or shapes.rles):
         mask = masks.painted(*upright, shapes.boxes, shapes.polygons, shapes.rles)
     boxes = shapes.boxes
     fragments = len(boxes)
     if mask is not None and mask.any() and not sample.boxes:
-        boxes = masks.to_boxes(mask, settings.dilation, settings.connectivity, settings.min_area)
-        fragments = len(boxes)
-        if settings.dilation:
-            fragments = len(masks.to_boxes(mask, 0, settings.connectivity, settings.min_area))
+        boxes, fragments = masks.boxes_and_fragments(mask, settings.dilation, settings.connectivity, settings.min_area)
         if not boxes:
             problems.append(f"every defect is smaller than convert.min_area ({settings.min_area} pixels)")
     if not problems:
@@ -108,7 +105,7 @@ def inspect(sample: Sample, settings: Convert) -> dict[str, Any]:
     return row | {
         "boxes": [list(box) for box in boxes],
         "fragments": fragments,
-        "mask": None if mask is None else png(Image.fromarray(mask), zlib.Z_RLE),
+        "mask": None if mask is None else file or png(Image.fromarray(mask), zlib.Z_RLE),
         "frame": shapes.frame,
         "notes": list(dict.fromkeys(notes)),
         "problems": _lines(sample, problems),
@@ -349,23 +346,27 @@ def _mask(
     settings: Convert,
     problems: list[str],
     notes: list[str],
-) -> masks.Mask | None:
-    """What any of the mask files marks, upright; `None` if there are none."""
+) -> tuple[masks.Mask | None, bytes | None]:
+    """What the mask files mark, upright, `None` if there are none; and the file, if it is one PNG of just that."""
     width, height = upright
-    mask = np.zeros((height, width), np.uint8) if sample.masks else None
+    mask = np.zeros((height, width), np.uint8) if len(sample.masks) > 1 else None
+    file = None
     for path in sample.masks:
         try:
-            part = masks.load_mask(path, orientation, settings.mask_threshold, notes)
+            content = path.read_bytes()
+            part, plain = masks.decode(content, orientation, settings.mask_threshold, notes)
             if orientation != 1 and part.shape != (height, width):  # drawn on the upright image
-                part = masks.load_mask(path, 1, settings.mask_threshold, notes)
+                part, _ = masks.decode(content, 1, settings.mask_threshold, notes)
         except Exception as error:  # a damaged file makes Pillow raise nearly anything
             problems.append(f"its mask {path} cannot be read ({reason(error)})")
             continue
-        if mask is not None and part.shape == mask.shape:
-            mask |= part
-        else:
+        if part.shape != (height, width):
             problems.append(f"is {width}x{height}, but its mask {path} is {part.shape[1]}x{part.shape[0]}")
-    return mask
+        elif mask is None:
+            mask, file = part, content if plain else None
+        else:
+            mask |= part
+    return mask, file
 
 
 def _contradictions(sample: Sample, mask: masks.Mask | None, boxes: list[Box]) -> list[str]:

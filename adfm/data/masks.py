@@ -29,25 +29,31 @@ _NEIGHBOURS = np.ones((3, 3))
 
 
 def load_mask(path: Path, orientation: int = 1, threshold: float = 0.5, notes: list[str] | None = None) -> Mask:
+    """Reads a mask file; see `decode`."""
+    return decode(path.read_bytes(), orientation, threshold, notes)[0]
+
+
+def decode(content: bytes, orientation: int, threshold: float, notes: list[str] | None = None) -> tuple[Mask, bool]:
     """Reads a mask in any form it comes in.
 
     Modes are index, palette, RGB, 1, 16 and 32 bit and floating point; transparency weakens a value in proportion.
     Which values are defects, `defects` decides.
 
     Args:
-        path: The mask file.
+        content: The file.
         orientation: EXIF orientation of the image that the mask belongs to, for a mask that states none of its own.
         threshold: As of `defects`.
         notes: As of `defects`.
 
     Returns:
-        [height, width], 0 or 255.
+        [height, width], 0 or 255; and whether the file is a PNG of just that.
 
     Raises:
-        OSError: The file cannot be read or is damaged (Pillow raises others as well for some damaged files).
+        Exception: As of `images.open_image`, and the file is damaged.
     """
-    with open_image(path.read_bytes()) as file:
-        lossy = file.format == "JPEG"
+    with open_image(content) as file:
+        kind = (file.format, file.mode)
+        own = file.getexif().get(ExifTags.Base.Orientation)
         file.getexif().setdefault(ExifTags.Base.Orientation, orientation)
         image: Image.Image = ImageOps.exif_transpose(file)
     if image.mode == "P":
@@ -62,9 +68,10 @@ def load_mask(path: Path, orientation: int = 1, threshold: float = 0.5, notes: l
         values = values.max(axis=2)
     if values.dtype == bool:
         values = values.view(np.uint8)
-    if lossy and values.max(initial=0) < _LOSSY_BLACK:
-        return np.zeros(values.shape, np.uint8)
-    return np.where(defects(values, threshold, notes), np.uint8(255), np.uint8(0))
+    if kind[0] == "JPEG" and values.max(initial=0) < _LOSSY_BLACK:
+        return np.zeros(values.shape, np.uint8), False
+    mask = defects(values, threshold, notes).view(np.uint8) * np.uint8(255)
+    return mask, kind == ("PNG", "L") and own is None and orientation == 1 and np.array_equal(mask, values)
 
 
 def defects(values: NDArray[Any], threshold: float, notes: list[str] | None = None) -> NDArray[np.bool_]:
@@ -192,6 +199,11 @@ def placed(mask: Mask, orientation: int, size: tuple[int, int]) -> Mask:
 
 
 def to_boxes(mask: NDArray[Any], dilation: float, connectivity: int, min_area: int) -> list[Box]:
+    """Encloses every defect of a mask; see `boxes_and_fragments`."""
+    return boxes_and_fragments(mask, dilation, connectivity, min_area)[0]
+
+
+def boxes_and_fragments(mask: NDArray[Any], dilation: float, connectivity: int, min_area: int) -> tuple[list[Box], int]:
     """Encloses every defect of a mask; fragments that lie close together are one defect.
 
     The mask is dilated by a disk, and fragments that then touch are merged. Every box encloses the mask's own pixels
@@ -204,7 +216,7 @@ def to_boxes(mask: NDArray[Any], dilation: float, connectivity: int, min_area: i
         min_area: Defects of fewer mask pixels are dropped.
 
     Returns:
-        Boxes in pixels of the mask, half-open, sorted.
+        Boxes in pixels of the mask, half-open, sorted; and how many there would be without dilation.
     """
     from scipy import ndimage
 
@@ -212,23 +224,25 @@ def to_boxes(mask: NDArray[Any], dilation: float, connectivity: int, min_area: i
     defect = mask != 0
     rows, columns = np.flatnonzero(defect.any(axis=1)), np.flatnonzero(defect.any(axis=0))
     if rows.size == 0:
-        return []
+        return [], 0
     # The same components come out of the mask's own extent alone, with room for the disk, in a fraction of the time.
     radius = round(dilation * min(mask.shape)) / 2
     room, top, left = int(radius) + 1, int(rows[0]), int(columns[0])
     defect = np.pad(defect[top : rows[-1] + 1, left : columns[-1] + 1], room)
     labels, fragments = ndimage.label(defect, neighbours)
+    areas = np.bincount(labels[defect], minlength=1)
+    large = int((areas[1:] >= min_area).sum())
     if radius >= 1 and fragments > 1 and _near(ndimage.find_objects(labels), 2 * radius + 1):
         # A pixel lies in the dilated mask exactly when a mask pixel lies within the disk's radius.
         labels, _ = ndimage.label(ndimage.distance_transform_edt(~defect) <= radius, neighbours)
         labels[~defect] = 0
-    areas = np.bincount(labels[defect])
+        areas = np.bincount(labels[defect])
     boxes = []
     for number, (y, x) in enumerate(ndimage.find_objects(labels), start=1):
         if areas[number] >= min_area:
             box = (x.start + left, y.start + top, x.stop + left, y.stop + top)
             boxes.append(Box(*(float(side - room) for side in box)))
-    return sorted(boxes)
+    return sorted(boxes), large
 
 
 def _near(fragments: list[tuple[slice, slice]], reach: float) -> bool:

@@ -57,7 +57,7 @@ SMALL = [name for name in SCHEMA.names if name not in ("image", "mask")]
 
 # A row group is what a reader holds in memory at a time.
 _GROUP_ROWS = 100
-_GROUP_BYTES = 64 * 2**20
+_GROUP_BYTES = 16 * 2**20
 
 
 class _Shard:
@@ -97,7 +97,7 @@ def name(split: str, number: int) -> str:
 def write(records: Iterable[Record], folder: Path, shard_images: int) -> None:
     """Writes `records`, in their order, into the shards of their splits; the same records give the same bytes.
 
-    Memory holds one row group (at most 100 images or about 64 MiB) a split, however many records there are.
+    Memory holds one row group (at most 100 images or about 16 MiB) a split, however many records there are.
 
     Args:
         records: Any iterable; it is walked once.
