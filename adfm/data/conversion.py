@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from adfm import __version__
 from adfm.data import contradictions, duplicates, inspection, inventory, samples, shards, splits, summary
+from adfm.data.images import GreyRange, upright
 from adfm.data.problems import BadData, MissingImage, printable
 from adfm.data.readers import LAYOUTS, detect, files
 from adfm.errors import AdfmError
@@ -61,8 +62,9 @@ def convert(raw: Path, out: Path, params: Params, parts: Sequence[Path] = ()) ->
     Prints a table of what became of all images and files, and warnings of what may have gone wrong.
 
     Every image is decoded, as proof that it can be. PNG and JPEG files in RGB or grey are embedded byte for byte. All
-    others become RGB PNGs: other formats; palette, CMYK; transparency is dropped; 16 bit grey keeps its upper 8 bits;
-    images with an EXIF orientation are turned upright, and their masks with them. Masks become PNGs of 0 and 255.
+    others become RGB PNGs: other formats; palette, CMYK; transparency is dropped; grey of more than 8 bits is scaled
+    from the range of values that all such images of the data set have together (`grey_range`) to 0 to 255; images with
+    an EXIF orientation are turned upright, and their masks with them. Masks become PNGs of 0 and 255.
     Boxes come from the masks; boxes that a person drew are kept as they are, but for what a rounding error lets reach
     out of the image. Files of several frames or pages are refused, as are images of more pixels than Pillow's guard
     against decompression bombs lets pass.
@@ -98,18 +100,20 @@ def _converted(data: _Raw, runs: list[Path], out: Path, params: Params) -> dict[
         work = folder / _WORK
         work.mkdir(exist_ok=True)
         runs = runs or _inspected(data, work, params)
+        if problems := inspection.frame_problems(runs):
+            raise BadData(data.folder, data.layout, problems)
+        grey_range = inspection.grey_range(runs)
         notes = summary.Notes()
         images, pairs = _gathered(runs, work / "thumbnails", notes)
-        rows = partial(_rows, runs)
-        problems = contradictions.under_two_labels(data.folder, images, pairs, rows, inspection.upright)
-        if problems:
+        rows, decode = partial(_rows, runs), partial(upright, bounds=grey_range)
+        if problems := contradictions.under_two_labels(data.folder, images, pairs, rows, decode):
             raise BadData(data.folder, data.layout, problems)
         assigned = splits.assign(images, pairs[: len(pairs) if params.split.near_duplicates else 0], params)
         marks = contradictions.marked_differently(images, rows)
         report = _description(data, params) | summary.report(images, pairs, assigned, params, notes, marks, data.left)
-        _write(data.folder, runs, assigned, folder, params.convert.shard_images)
+        _write(data.folder, runs, assigned, folder, params.convert.shard_images, grey_range)
         shutil.rmtree(work)
-        report["fingerprint"] = shards.fingerprint(folder)
+        report |= {"grey_range": grey_range, "fingerprint": shards.fingerprint(folder)}
         write_json(report, folder / "conversion.json")
     return report
 
@@ -441,7 +445,14 @@ def _gathered(runs: Sequence[Path], path: Path, notes: summary.Notes) -> tuple[p
 # --------------------------------------------------------------------------------------------------- writing the shards
 
 
-def _write(raw: Path, runs: Sequence[Path], assigned: NDArray[np.int8], folder: Path, shard_images: int) -> None:
+def _write(
+    raw: Path,
+    runs: Sequence[Path],
+    assigned: NDArray[np.int8],
+    folder: Path,
+    shard_images: int,
+    grey_range: GreyRange | None,
+) -> None:
     """Writes the shards that are not there yet, in the order in which the images were read."""
     plan = hashlib.sha256(b"%d" % shard_images + assigned.tobytes())
     for run in runs:
@@ -460,7 +471,7 @@ def _write(raw: Path, runs: Sequence[Path], assigned: NDArray[np.int8], folder: 
                 if path.is_file():
                     progress.update(len(some))
                     continue
-                records = map_in_order(pool, partial(_record, raw, split), _rows(runs, some))
+                records = map_in_order(pool, partial(_record, raw, split, grey_range), _rows(runs, some))
                 shards.write_one((record for record in records if progress.update() or True), path)
 
 
@@ -474,7 +485,7 @@ def _rows(runs: Sequence[Path], images: NDArray[np.int64], columns: Sequence[str
         yield from table.take(images[images // RUN == number] % RUN).to_pylist()
 
 
-def _record(raw: Path, split: Split, row: dict[str, Any]) -> Record:
+def _record(raw: Path, split: Split, grey_range: GreyRange | None, row: dict[str, Any]) -> Record:
     try:
         content = files.content(raw / row["file"])
     except OSError as error:
@@ -484,7 +495,7 @@ def _record(raw: Path, split: Split, row: dict[str, Any]) -> Record:
         raise AdfmError(f"{raw}: {printable(row['source'])} has changed since it was looked at; convert again.")
     return Record(
         id=hashlib.sha256(f"{row['source']}\n{row['sha256']}".encode()).hexdigest()[:16],
-        image=content if row["embedded"] else inspection.encoded(content),
+        image=content if row["embedded"] else inspection.encoded(content, grey_range),
         boxes=tuple(Box(*box) for box in row["boxes"]),
         split=split,
         group=row["part"] or row["group"] or samples.photograph(row["source"]),

@@ -167,4 +167,6 @@ def _is_image(start: bytes) -> bool:
 def _kind(name: str, suffix: str) -> str:
     if _SUFFIX.fullmatch(suffix):
         return suffix
-    return name if _SUFFIX.fullmatch(name.lower()) else "other"  # .gitignore; a name without a suffix
+    if _SUFFIX.fullmatch(name.lower()):  # .gitignore
+        return name
+    return "other" if suffix else "no suffix"

@@ -124,7 +124,8 @@ def test_other_images_become_rgb(mvtec_folder: Path) -> None:
 
     for name in ("a.bmp", "b.webp", "c.png", "d.tif"):
         assert pixels(name).tolist() == rgb.tolist(), name
-    assert pixels("e.png").tolist() == np.dstack([(grey16 >> 8).astype(np.uint8)] * 3).tolist()
+    scaled = np.rint(grey16 / 65535 * 255).astype(np.uint8)
+    assert pixels("e.png").tolist() == np.dstack([scaled] * 3).tolist()
     assert pixels("f.png").tolist() == np.asarray(image.quantize(16).convert("RGB")).tolist()
 
 
