@@ -18,7 +18,8 @@ import yaml
 from PIL import Image, ImageDraw
 
 from adfm import tracking
-from adfm.data import inspection, pictures
+from adfm.data import images as images_
+from adfm.data import pictures
 from adfm.data.problems import printable
 from adfm.data.readers import files as readers
 from adfm.errors import AdfmError
@@ -62,10 +63,10 @@ def predict(images: Sequence[Path], model: str, params: Params, out: Path | None
     above = Path(os.path.commonpath([path if path.is_dir() else path.parent for path in map(_absolute, images)]))
     unreadable: list[str] = []
     with TemporaryDirectory() as folder:
-        inspector, name, calibration = load(model, params, Path(folder))
+        inspector, name, calibration, bounds = load(model, params, Path(folder))
         if calibration.threshold is None:
             print(f"{name}: {calibration.summary}", file=sys.stderr)
-        for portion in portions(_read(found, unreadable), params.evaluate.batch_size):
+        for portion in portions(_read(found, unreadable, bounds), params.evaluate.batch_size):
             for (file, image), answer in zip(portion, answers(inspector, portion), strict=True):
                 said, picture = readable(answer, image.size, calibration), None
                 if out:
@@ -82,7 +83,9 @@ def predict(images: Sequence[Path], model: str, params: Params, out: Path | None
         )
 
 
-def load(model: str, params: Params, to: Path) -> tuple[inference.Inspector, str, Calibration]:
+def load(
+    model: str, params: Params, to: Path
+) -> tuple[inference.Inspector, str, Calibration, images_.GreyRange | None]:
     """Loads a model to answer as it did when it was judged.
 
     Args:
@@ -91,7 +94,8 @@ def load(model: str, params: Params, to: Path) -> tuple[inference.Inspector, str
         to: An existing folder for what is downloaded.
 
     Returns:
-        The model; its name: that of a version has its number also where an alias was given; and what it decides by.
+        The model; its name: that of a version has its number also where an alias was given; what it decides by; and the
+        range of its grey images of more than 8 bits.
 
     Raises:
         AdfmError: It cannot be found or loaded.
@@ -110,7 +114,8 @@ def load(model: str, params: Params, to: Path) -> tuple[inference.Inspector, str
     else:
         own = (loading.describe(Path(local)) or {}).get("params")
         calibration = Calibration(note="only a registered version has a threshold")
-    return inference.Inspector(local, with_own(params, own)), name, calibration
+    inspector = inference.Inspector(local, with_own(params, own))
+    return inspector, name, calibration, loading.grey_range(Path(local))
 
 
 def with_own(params: Params, own: Any) -> Params:
@@ -122,28 +127,27 @@ def with_own(params: Params, own: Any) -> Params:
     return Params.model_validate(values)
 
 
-def decode(content: bytes) -> Image.Image:
+def decode(content: bytes, bounds: images_.GreyRange | None = None) -> Image.Image:
     """A photograph as a model sees it: upright, RGB.
 
     Args:
-        content: A file in any format that Pillow reads.
+        content: A file in any format that conversion reads.
+        bounds: The model's, for grey values of more than 8 bits; without, a file of such values is an error.
 
     Raises:
         AdfmError: It cannot be decoded, or a model cannot take it in; the message is the reason alone.
     """
-    if not content:
-        raise AdfmError("it is empty")
     try:
-        width, height = inspection.size(content)
+        width, height = images_.size(content)
         if width * height > _MOST_PIXELS:
             raise AdfmError(f"it has {width}x{height} pixels, and {_MOST_PIXELS} are the most; make it smaller")
         if max(width, height) > _MOST_ASPECT * min(width, height):
             raise AdfmError(f"it is {width}x{height}, too narrow to be looked at as a whole; crop it")
-        return inspection.upright(content)
+        return images_.upright(content, bounds)
     except AdfmError:
         raise
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
-        raise AdfmError(inspection.reason(error)) from error
+        raise AdfmError(images_.reason(error)) from error
 
 
 def portions(images: Iterable[tuple[T, Image.Image]], batch_size: int) -> Iterator[list[tuple[T, Image.Image]]]:
@@ -239,10 +243,12 @@ def _files(images: Sequence[Path]) -> list[Path]:
     return found
 
 
-def _read(found: Iterable[Path], unreadable: list[str]) -> Iterator[tuple[Path, Image.Image]]:
+def _read(
+    found: Iterable[Path], unreadable: list[str], bounds: images_.GreyRange | None
+) -> Iterator[tuple[Path, Image.Image]]:
     for file in found:
         try:
-            yield file, decode(file.read_bytes())
+            yield file, decode(file.read_bytes(), bounds)
         except AdfmError as error:
             unreadable.append(f"{printable(str(file))}: {error}")
         except OSError as error:

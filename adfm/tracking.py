@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 LIBRARIES = (
     *("adfm", "accelerate", "datasets", "dvc", "great_expectations", "mlflow", "numpy", "pandas", "peft", "pillow"),
-    *("pyarrow", "safetensors", "scipy", "tokenizers", "torch", "transformers", "trl"),
+    *("pillow-heif", "pyarrow", "safetensors", "scipy", "tokenizers", "torch", "transformers", "trl"),
 )
 
 _QUIET = {

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import zlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image
 
-from adfm.data import duplicates, masks
+from adfm.data import duplicates, images, masks
+from adfm.data.images import GreyRange, png, reason
 from adfm.data.readers import files
 from adfm.params import Convert
-from adfm.records import Box, Sample
+from adfm.records import Box, Polygon, Rle, Sample
 
 # What is known of an image after it was looked at. Of one with problems, only `source` and `problems` mean anything.
 SCHEMA = pa.schema(
@@ -30,14 +33,33 @@ SCHEMA = pa.schema(
         ("unmarked", pa.bool_()),  # normal because its mask shows nothing
         ("notes", pa.list_(pa.string())),  # see `Sample`
         ("file", pa.string()),  # that holds the image, relative to the data set; `source` but for images within JSON
+        ("part", pa.string()),  # set by conversion, as `split.group` says
         ("sha256", pa.string()),
         ("crc32", pa.uint32()),
         ("embedded", pa.bool_()),  # as it is, byte for byte
+        ("darkest", pa.int64()),  # grey value of an image that has more than 8 bits of them; null for any other
+        ("brightest", pa.int64()),
+        (
+            "frame",
+            pa.string(),
+        ),  # of a photograph with an EXIF orientation and boxes: what they were drawn on, see below
         ("thumbnail", pa.binary(duplicates.SIDE**2 * 2)),
         ("contrast", pa.float32()),
         ("problems", pa.list_(pa.string())),
     ]
 )
+
+# The picture as it is stored, turned upright, or either, where the size that the annotation states fits both.
+STORED, UPRIGHT, EITHER = "stored", "upright", "either"
+
+CUT = "boxes that reach out of the image are cut off at its edge"
+TURNED = "its annotation is of the photograph as it is stored; it is turned upright with it"
+TAKEN_AS_UPRIGHT = (
+    "the photograph has an EXIF orientation, and no size tells what its boxes were drawn on; they are taken to be of"
+    " the upright picture"
+)
+SCALED = "its annotation was drawn on another size; it is scaled to that of the image"
+STRETCHED = SCALED + ", by another factor across than down, which is wrong if the image was cropped"
 
 
 def inspect(sample: Sample, settings: Convert) -> dict[str, Any]:
@@ -63,20 +85,22 @@ def inspect(sample: Sample, settings: Convert) -> dict[str, Any]:
     row |= {"sha256": hashlib.sha256(content).hexdigest(), "crc32": zlib.crc32(content)}
     orientation = row.pop("orientation")
     problems: list[str] = []
-    mask, boxes = _marks(sample, row["width"], row["height"], orientation, problems)
+    notes = list(sample.notes)
+    upright = (row["width"], row["height"])
+    shapes = _shapes(sample, upright, orientation, settings.rescale, problems, notes)
+    mask, file = _mask(sample, upright, orientation, settings, problems, notes)
+    if mask is None and not problems and (shapes.polygons or shapes.rles):
+        mask = masks.painted(*upright, shapes.boxes, shapes.polygons, shapes.rles)
+    boxes = shapes.boxes
     fragments = len(boxes)
     if mask is not None and mask.any() and not sample.boxes:
-        boxes = masks.to_boxes(mask, settings.dilation, settings.connectivity, settings.min_area)
-        fragments = len(boxes)
-        if settings.dilation:
-            fragments = len(masks.to_boxes(mask, 0, settings.connectivity, settings.min_area))
+        boxes, fragments = masks.boxes_and_fragments(mask, settings.dilation, settings.connectivity, settings.min_area)
         if not boxes:
             problems.append(f"every defect is smaller than convert.min_area ({settings.min_area} pixels)")
     if not problems:
         problems += _contradictions(sample, mask, boxes)
     if sample.unmarked_is_normal and not boxes:
         row |= {"label": "normal", "defect": None, "unmarked": sample.label == "anomalous"}
-    notes = list(sample.notes)
     if row["label"] == "normal":
         mask = None
     elif mask is not None and not boxes:
@@ -85,8 +109,9 @@ def inspect(sample: Sample, settings: Convert) -> dict[str, Any]:
     return row | {
         "boxes": [list(box) for box in boxes],
         "fragments": fragments,
-        "mask": None if mask is None else png(Image.fromarray(mask), zlib.Z_RLE),
-        "notes": notes,
+        "mask": None if mask is None else file or png(Image.fromarray(mask), zlib.Z_RLE),
+        "frame": shapes.frame,
+        "notes": list(dict.fromkeys(notes)),
         "problems": _lines(sample, problems),
     }
 
@@ -103,66 +128,76 @@ def _lines(sample: Sample, problems: list[str]) -> list[str]:
     return [f"{sample.source}: {problem}".encode(errors="backslashreplace").decode() for problem in problems]
 
 
-def encoded(content: bytes) -> bytes:
+def encoded(content: bytes, bounds: GreyRange | None) -> bytes:
     """The image as an upright RGB PNG; for those that are not embedded as they are."""
-    with Image.open(io.BytesIO(content)) as file:
-        return png(_upright(file))
+    return png(images.upright(content, bounds))
 
 
-def size(content: bytes) -> tuple[int, int]:
-    """Width and height of the image as it is stored, from its header alone.
+def grey_range(runs: Iterable[Path]) -> GreyRange | None:
+    """Least and greatest value of the grey images of more than 8 bits of a data set; `None` if it has none such.
 
-    Raises:
-        Exception: As `upright`.
+    Args:
+        runs: Files of rows of `SCHEMA`.
     """
-    with Image.open(io.BytesIO(content)) as file:
-        return file.size
+    bounds = None
+    for run in runs:
+        table = pq.read_table(run, columns=["darkest", "brightest"])
+        low, high = pc.min(table["darkest"]).as_py(), pc.max(table["brightest"]).as_py()
+        if low is not None:
+            bounds = (low, high) if bounds is None else (min(low, bounds[0]), max(high, bounds[1]))
+    return bounds
 
 
-def upright(content: bytes) -> Image.Image:
-    """The image as a model sees it: upright, RGB.
+def frame_problems(runs: Sequence[Path]) -> list[str]:
+    """Problems of photographs whose size does not tell what the boxes were drawn on, where others show it.
 
-    Raises:
-        Exception: It cannot be decoded, or is not one image: Pillow raises nearly anything.
+    A tool that ignores the EXIF orientation ignores it in all photographs. By the size that the annotation states, it
+    is seen in those that lie on their side, and not in those that stand on their head, are mirrored or square.
     """
-    with Image.open(io.BytesIO(content)) as file:
-        _refuse_pages(file)
-        return _upright(file)
-
-
-def png(image: Image.Image, strategy: int = zlib.Z_DEFAULT_STRATEGY) -> bytes:
-    """The image as a PNG file; zlib's `strategy` changes its size and the time that it takes."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_type=strategy)
-    return buffer.getvalue()
-
-
-def reason(error: Exception) -> str:
-    """What is wrong with a file that cannot be read."""
-    return "it is no image" if isinstance(error, UnidentifiedImageError) else str(error)
+    either: list[str] = []
+    stored = False
+    for run in runs:
+        table = pq.read_table(run, columns=["source", "frame"])
+        stored = stored or pc.any(pc.equal(table["frame"], STORED)).as_py() is True
+        either += table.filter(pc.equal(table["frame"], EITHER))["source"].to_pylist()
+    return [
+        f"{source}: has an EXIF orientation, and its size does not tell what its boxes were drawn on, while other"
+        " images of the set were annotated as they are stored; save it upright, without orientation, and annotate it"
+        " again"
+        for source in (either if stored else [])
+    ]
 
 
 def _decoded(content: bytes) -> dict[str, Any]:
-    if not content:
-        raise ValueError("it is empty")
-    with Image.open(io.BytesIO(content)) as file:
-        _refuse_pages(file)
+    row: dict[str, Any] = {"darkest": None, "brightest": None}
+    with images.open_image(content) as file:
         width, height = file.size
-        orientation = int(file.getexif().get(ExifTags.Base.Orientation, 1)) if file.format != "PNG" else 1
-        embedded = orientation == 1 and file.format in ("PNG", "JPEG", "MPO") and file.mode in ("RGB", "L")
+        orientation = images.orientation(file) if file.format != "PNG" else 1
+        embedded = (
+            orientation == 1
+            and file.format in ("PNG", "JPEG", "MPO")
+            and file.mode in ("RGB", "L")
+            and not images.is_deep_colour(file)
+        )
         image: Image.Image = file
         if embedded:
             # All of a JPEG's data are read to decode it at a smaller scale.
             file.draft("L", (256, 256))
             file.load()
             if file.format == "PNG":
-                orientation = int(file.getexif().get(ExifTags.Base.Orientation, 1))
+                orientation = images.orientation(file)
                 embedded = orientation == 1
         if not embedded:
-            image = _upright(file)
+            values = images.grey(file, content)
+            if values is None:
+                image = images.colour(file)
+            else:
+                row = {"darkest": int(values.min()), "brightest": int(values.max())}
+                image = images.scaled(values, (row["darkest"], row["brightest"]))
+            orientation = images.orientation(file)
             width, height = image.size
         thumbnail, contrast = duplicates.thumbnail(image)
-    return {
+    return row | {
         "width": width,
         "height": height,
         "orientation": orientation,
@@ -172,77 +207,170 @@ def _decoded(content: bytes) -> dict[str, Any]:
     }
 
 
-def _refuse_pages(file: Image.Image) -> None:
-    frames = getattr(file, "n_frames", 1)
-    if frames > 1 and file.format != "MPO":  # a photograph with a preview of itself
-        raise ValueError(f"it has {frames} frames or pages; save the one that counts by itself")
+# ------------------------------------------------------------------------------------------------------------- shapes
 
 
-def _upright(file: Image.Image) -> Image.Image:
-    image: Image.Image = ImageOps.exif_transpose(file)
-    if image.mode.startswith("I"):
-        image = Image.fromarray(np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("its pixels are floating point; save it with 8 or 16 bits")
-    return image.convert("RGB")
+class _Shapes(NamedTuple):
+    """What a person drew, in pixels of the upright image."""
+
+    boxes: list[Box]
+    polygons: list[Polygon]
+    rles: list[Rle]
+    frame: str | None
 
 
-def _marks(
-    sample: Sample, width: int, height: int, orientation: int, problems: list[str]
-) -> tuple[masks.Mask | None, list[Box]]:
-    """The mask, and the boxes that a person drew, in pixels of the upright image."""
-    mask = np.zeros((height, width), np.uint8) if sample.masks else None
-    for path in sample.masks:
-        try:
-            part = _mask(path, (height, width), orientation)
-        except Exception as error:
-            problems.append(f"its mask {path} cannot be read ({reason(error)})")
-            continue
-        if mask is not None and part.shape == mask.shape:
-            mask |= part
-        else:
-            size = f"{part.shape[1]}x{part.shape[0]}"
-            problems.append(f"is {width}x{height}, but its mask {path} is {size}")
-    scale = (width, height) if sample.normalized else (1, 1)
-    boxes = []
-    for drawn in sample.boxes:
-        box = _clipped(Box(*(side * by for side, by in zip(drawn, scale * 2, strict=True))), width, height, problems)
-        if box:
-            boxes.append(box)
-    polygons = [tuple((x * scale[0], y * scale[1]) for x, y in polygon) for polygon in sample.polygons]
+def _shapes(
+    sample: Sample, upright: tuple[int, int], orientation: int, rescale: bool, problems: list[str], notes: list[str]
+) -> _Shapes:
+    frame, size = _drawn_on(sample, upright, orientation, rescale, problems, notes)
+    if not sample.boxes:
+        return _Shapes([], [], [], None)
+    unit = size if sample.normalized else (1, 1)
+    boxes = [Box(*(side * by for side, by in zip(box, unit * 2, strict=True))) for box in sample.boxes]
+    polygons = [tuple((x * unit[0], y * unit[1]) for x, y in polygon) for polygon in sample.polygons]
+    rles = list(sample.rles)
     for polygon in polygons:
         if not all(math.isfinite(side) for corner in polygon for side in corner):
             problems.append("an outline has a corner that is no number")
-    for rle in sample.rles:
-        if (rle.width, rle.height) != (width, height):
-            problems.append(f"is {width}x{height}, but a mask in its annotation is {rle.width}x{rle.height}")
-    if (polygons or sample.rles) and mask is None and not problems:
-        mask = masks.painted(width, height, boxes, polygons, sample.rles)
-    return mask, boxes
+    for rle in rles:
+        if (rle.width, rle.height) != size:
+            where = "is" if size == upright else "was drawn on"
+            problems.append(f"{where} {size[0]}x{size[1]}, but a mask in its annotation is {rle.width}x{rle.height}")
+    if not problems:
+        if frame == STORED:
+            boxes = [turned_box(box, size, orientation) for box in boxes]
+            polygons = [turned_polygon(polygon, size, orientation) for polygon in polygons]
+            size = upright_size(size, orientation)
+        if frame == STORED or size != upright:
+            turn = orientation if frame == STORED else 1
+            rles = [masks.encoded(masks.placed(masks.decoded(rle), turn, upright)) for rle in rles]
+        across, down = upright[0] / size[0], upright[1] / size[1]
+        if size != upright:
+            boxes = [Box(x1 * across, y1 * down, x2 * across, y2 * down) for x1, y1, x2, y2 in boxes]
+            polygons = [tuple((x * across, y * down) for x, y in polygon) for polygon in polygons]
+    cut = sample.cut or (False,) * len(boxes)
+    clipped = [
+        _clipped(box, *upright, may_reach_out, problems, notes) for box, may_reach_out in zip(boxes, cut, strict=True)
+    ]
+    return _Shapes([box for box in clipped if box], polygons, rles, frame)
 
 
-def _mask(path: Path, shape: tuple[int, int], orientation: int) -> masks.Mask:
-    mask = masks.load_mask(path, orientation)
-    if orientation != 1 and mask.shape != shape:
-        mask = masks.load_mask(path)  # drawn on the upright image
-    return mask
+def _drawn_on(
+    sample: Sample, upright: tuple[int, int], orientation: int, rescale: bool, problems: list[str], notes: list[str]
+) -> tuple[str | None, tuple[int, int]]:
+    """What an annotation was drawn on: the picture as it is stored or upright, and its width and height.
+
+    Returns:
+        `STORED`, `UPRIGHT` or `EITHER`, `None` of a picture that is stored upright; and the size in that frame.
+    """
+    stored = upright_size(upright, orientation)
+    size = sample.size if sample.size and min(sample.size) > 0 else None
+    sizes = {(rle.width, rle.height) for rle in sample.rles}
+    if size is None and sizes == {stored}:
+        size = stored
+    drawn: list[str] = []
+    if size is not None and size not in (stored, upright):
+        if not rescale:
+            problems.append(
+                f"is {upright[0]}x{upright[1]}, but its annotation was drawn on {size[0]}x{size[1]}; if the image was"
+                " resized since, set convert.rescale to true, otherwise find the image that belongs to it"
+            )
+            return None, upright
+        fits = {STORED: _same_aspect(size, stored), UPRIGHT: _same_aspect(size, upright)}
+        notes += [SCALED if any(fits.values()) else STRETCHED] if sample.boxes else []
+    else:
+        fits = {STORED: size in (None, stored), UPRIGHT: size in (None, upright)}
+        size = size or upright
+    drawn = [frame for frame, fit in fits.items() if fit]
+    if orientation == 1 or not sample.boxes:
+        return None, size
+    if len(drawn) != 1:
+        notes.append(TAKEN_AS_UPRIGHT)
+        return EITHER, size
+    notes += [TURNED] if drawn == [STORED] else []
+    return drawn[0], size
 
 
-def _clipped(box: Box, width: int, height: int, problems: list[str]) -> Box | None:
-    """The box, cut off where it reaches out of the image by rounding."""
+def _same_aspect(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether one is the other, resized, but for rounding to whole pixels."""
+    return abs(size[0] * other[1] - size[1] * other[0]) <= max(sum(size), sum(other))
+
+
+def upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Width and height of a stored picture when it is turned upright; and the other way round."""
+    return (size[1], size[0]) if orientation >= 5 else size
+
+
+def turned_polygon(polygon: Iterable[tuple[float, float]], size: tuple[int, int], orientation: int) -> Polygon:
+    """Points of a stored picture of `size`, as an EXIF orientation turns it upright."""
+    width, height = size
+    # Orientations 2 to 4 mirror sides, 5 to 8 exchange them as well.
+    across = orientation in (2, 3, 7, 8)
+    down = orientation in (3, 4, 6, 7)
+    mirrored = (((width - x if across else x), (height - y if down else y)) for x, y in polygon)
+    return tuple((y, x) if orientation >= 5 else (x, y) for x, y in mirrored)
+
+
+def turned_box(box: Box, size: tuple[int, int], orientation: int) -> Box:
+    """A box of a stored picture of `size`, as an EXIF orientation turns it upright."""
+    (x1, y1), (x2, y2) = turned_polygon([(box.x1, box.y1), (box.x2, box.y2)], size, orientation)
+    if (box.x1 <= box.x2) != (x1 <= x2):
+        x1, x2 = x2, x1
+    if (box.y1 <= box.y2) != (y1 <= y2):
+        y1, y2 = y2, y1
+    return Box(x1, y1, x2, y2)
+
+
+def _clipped(box: Box, width: int, height: int, cut: bool, problems: list[str], notes: list[str]) -> Box | None:
+    """The box, cut off where it reaches out of the image by rounding, or, if `cut`, by any length."""
     shown = "({:.6g}, {:.6g}, {:.6g}, {:.6g})".format(*box)
+    reach = max(-box.x1, -box.y1, box.x2 - width, box.y2 - height)
     if not all(math.isfinite(side) for side in box):
         problems.append(f"its box {shown} has a side that is no number")
     elif box.x2 <= box.x1 or box.y2 <= box.y1:
         problems.append(f"its box {shown} is empty or inverted")
-    elif min(box.x1, box.y1) < -1 or box.x2 > width + 1 or box.y2 > height + 1:
+    elif reach > 1 and not cut:
         problems.append(f"its box {shown} reaches out of the image of {width}x{height}")
     else:
         inside = Box(max(box.x1, 0.0), max(box.y1, 0.0), min(box.x2, float(width)), min(box.y2, float(height)))
         if inside.x2 > inside.x1 and inside.y2 > inside.y1:
+            notes += [CUT] if reach > 1 else []
             return inside
         problems.append(f"its box {shown} lies outside the image of {width}x{height}")
     return None
+
+
+# -------------------------------------------------------------------------------------------------------------- masks
+
+
+def _mask(
+    sample: Sample,
+    upright: tuple[int, int],
+    orientation: int,
+    settings: Convert,
+    problems: list[str],
+    notes: list[str],
+) -> tuple[masks.Mask | None, bytes | None]:
+    """What the mask files mark, upright, `None` if there are none; and the file, if it is one PNG of just that."""
+    width, height = upright
+    mask = np.zeros((height, width), np.uint8) if len(sample.masks) > 1 else None
+    file = None
+    for path in sample.masks:
+        try:
+            content = path.read_bytes()
+            part, plain = masks.decode(content, orientation, settings.mask_threshold, notes)
+            if orientation != 1 and part.shape != (height, width):  # drawn on the upright image
+                part, _ = masks.decode(content, 1, settings.mask_threshold, notes)
+        except Exception as error:  # a damaged file makes Pillow raise nearly anything
+            problems.append(f"its mask {path} cannot be read ({reason(error)})")
+            continue
+        if part.shape != (height, width):
+            problems.append(f"is {width}x{height}, but its mask {path} is {part.shape[1]}x{part.shape[0]}")
+        elif mask is None:
+            mask, file = part, content if plain else None
+        else:
+            mask |= part
+    return mask, file
 
 
 def _contradictions(sample: Sample, mask: masks.Mask | None, boxes: list[Box]) -> list[str]:

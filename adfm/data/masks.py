@@ -11,30 +11,49 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageDraw, ImageOps
 
+from adfm.data.images import open_image
 from adfm.records import Box, Polygon, Rle
 
 Mask = NDArray[np.uint8]
 
+FAINT = "its mask has faint areas, which are not taken for defects; convert.mask_threshold decides"
+"""The note of an image whose mask has values far from any defect that are not taken for one."""
 
-def load_mask(path: Path, orientation: int = 1) -> Mask:
+_NUMBERS = 32  # no soft edge has a maximum as small
+_NOISE = 0.1  # of the maximum
+_BLOCK = 8  # pixels: the side of a block of JPEG, within which its noise stays
+_PLAIN_SHARE = 0.25  # of pixels whose neighbours all have their value, as in an area of 4 x 4
+_REACH = 16  # pixels: a JPEG's block of colours
+_LOSSY_BLACK = 16  # values of a JPEG that is black
+_NEIGHBOURS = np.ones((3, 3))
+
+
+def load_mask(path: Path, orientation: int = 1, threshold: float = 0.5, notes: list[str] | None = None) -> Mask:
+    """Reads a mask file; see `decode`."""
+    return decode(path.read_bytes(), orientation, threshold, notes)[0]
+
+
+def decode(content: bytes, orientation: int, threshold: float, notes: list[str] | None = None) -> tuple[Mask, bool]:
     """Reads a mask in any form it comes in.
 
-    A defect is every pixel that is not black, whatever the mode (index, palette, RGB, 1 and 16 bit) and whatever the
-    value: data sets number their defects from 1. Fully transparent pixels are not defects. A JPEG has values between 1
-    and 254 round every edge, so there a defect starts at 128.
+    Modes are index, palette, RGB, 1, 16 and 32 bit and floating point; transparency weakens a value in proportion.
+    Which values are defects, `defects` decides.
 
     Args:
-        path: The mask file.
+        content: The file.
         orientation: EXIF orientation of the image that the mask belongs to, for a mask that states none of its own.
+        threshold: As of `defects`.
+        notes: As of `defects`.
 
     Returns:
-        [height, width], 0 or 255.
+        [height, width], 0 or 255; and whether the file is a PNG of just that.
 
     Raises:
-        OSError: The file cannot be read or is damaged (Pillow raises others as well for some damaged files).
+        Exception: As of `images.open_image`, and the file is damaged.
     """
-    with Image.open(path) as file:
-        background = 127 if file.format == "JPEG" else 0
+    with open_image(content) as file:
+        kind = (file.format, file.mode)
+        own = file.getexif().get(ExifTags.Base.Orientation)
         file.getexif().setdefault(ExifTags.Base.Orientation, orientation)
         image: Image.Image = ImageOps.exif_transpose(file)
     if image.mode == "P":
@@ -43,10 +62,85 @@ def load_mask(path: Path, orientation: int = 1) -> Mask:
         image = image.convert("RGB")
     values: NDArray[Any] = np.asarray(image)
     if image.mode in ("RGBA", "LA"):
-        values = values[..., :-1] * (values[..., -1:] > 0)
+        colour, opacity = values[..., :-1].max(axis=2).astype(np.uint16), values[..., -1]
+        values = (colour * opacity + 254) // 255
     if values.ndim == 3:
         values = values.max(axis=2)
-    return np.where(values > background, np.uint8(255), np.uint8(0))
+    if values.dtype == bool:
+        values = values.view(np.uint8)
+    if kind[0] == "JPEG" and values.max(initial=0) < _LOSSY_BLACK:
+        return np.zeros(values.shape, np.uint8), False
+    mask = defects(values, threshold, notes).view(np.uint8) * np.uint8(255)
+    return mask, kind == ("PNG", "L") and own is None and orientation == 1 and np.array_equal(mask, values)
+
+
+def defects(values: NDArray[Any], threshold: float, notes: list[str] | None = None) -> NDArray[np.bool_]:
+    """Tells the defects of a mask from the background and from soft edges.
+
+    Many masks are not black and white. Some number their defects: each has one value throughout, be it 1 of 255. Others
+    were drawn with antialiasing, resized, or compressed as JPEG, so that there are values in between round every edge,
+    and faint ones beside it. So:
+
+    - Values are numbers, and every value but 0 is a defect, where none is above 32, where every connected area has one
+      value, or where a quarter of the pixels between a tenth and `threshold` of the maximum have neighbours of just
+      their value.
+    - Otherwise edges are soft. What is below a tenth of the maximum is noise. A defect is what has at least `threshold`
+      of the maximum of its own connected area, and of the maximum within 8 pixels. (A thin scratch that was blurred is
+      faint as a whole, so the maximum of all of the mask would lose it.)
+
+    Args:
+        values: [height, width].
+        threshold: As a share of the maximum; 0: every value above 0 is a defect.
+        notes: Gets a note where values that are left out lie further from a defect than soft edges reach.
+
+    Returns:
+        [height, width].
+    """
+    if values.dtype.kind == "f":
+        values = np.nan_to_num(values)
+    top = values.max(initial=0)
+    marked = values > 0
+    bright = marked & (values >= threshold * top)
+    if threshold == 0 or np.array_equal(bright, marked):
+        return marked
+    rows, columns = np.flatnonzero(marked.any(axis=1)), np.flatnonzero(marked.any(axis=0))
+    extent = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    inside = values[extent]
+    if _is_numbered(inside, threshold, top):
+        return marked
+    defect = np.zeros_like(marked)
+    defect[extent] = kept = _without_soft_edges(inside, threshold, top)
+    if notes is not None and _leaves_out_areas(inside > 0, kept):
+        notes.append(FAINT)
+    return defect
+
+
+def _is_numbered(values: NDArray[Any], threshold: float, top: float) -> bool:
+    if top <= _NUMBERS and (values.dtype.kind != "f" or not (values % 1).any()):
+        return True
+    from scipy import ndimage
+
+    areas, count = ndimage.label(values > 0, _NEIGHBOURS)
+    if np.array_equal(*(extreme(values, areas, range(1, count + 1)) for extreme in (ndimage.minimum, ndimage.maximum))):
+        return True
+    between = (values >= min(_NOISE, threshold) * top) & (values < threshold * top)
+    plain = ndimage.maximum_filter(values, 3) == ndimage.minimum_filter(values, 3)
+    return bool(plain[between].sum() >= _PLAIN_SHARE * max(1, between.sum()))
+
+
+def _without_soft_edges(values: NDArray[Any], threshold: float, top: float) -> NDArray[np.bool_]:
+    from scipy import ndimage
+
+    nearby = ndimage.maximum_filter(values, 2 * _BLOCK + 1)
+    areas, count = ndimage.label(values >= np.maximum(min(_NOISE, threshold) * top, threshold * nearby), _NEIGHBOURS)
+    highest = np.concatenate([[np.inf], ndimage.maximum(values, areas, range(1, count + 1))])
+    return np.asarray(values >= threshold * highest[areas])
+
+
+def _leaves_out_areas(marked: NDArray[np.bool_], kept: NDArray[np.bool_]) -> bool:
+    from scipy import ndimage
+
+    return bool((marked & (ndimage.distance_transform_edt(~kept) > _REACH)).any())
 
 
 def painted(
@@ -73,8 +167,7 @@ def painted(
         draw.polygon(polygon, fill=255)
     shapes = np.asarray(image).copy()
     for rle in rles:
-        runs = np.resize(np.array([0, 255], np.uint8), len(rle.counts))
-        shapes |= np.repeat(runs, rle.counts).reshape(width, height).T
+        shapes |= decoded(rle)
     mask = np.zeros_like(shapes)
     for x1, y1, x2, y2 in boxes:
         inside = np.s_[int(y1) : math.ceil(y2), int(x1) : math.ceil(x2)]
@@ -84,7 +177,33 @@ def painted(
     return mask
 
 
+def decoded(rle: Rle) -> Mask:
+    """[height, width], 0 or 255."""
+    runs = np.resize(np.array([0, 255], np.uint8), len(rle.counts))
+    return np.repeat(runs, rle.counts).reshape(rle.width, rle.height).T
+
+
+def encoded(mask: Mask) -> Rle:
+    """The run-length encoding of a mask; a defect is what is not 0."""
+    pixels = np.concatenate([[False], (mask != 0).ravel(order="F")])
+    ends = np.flatnonzero(pixels[1:] != pixels[:-1])
+    counts = np.diff(np.concatenate([[0], ends, [mask.size]]))
+    return Rle(mask.shape[0], mask.shape[1], tuple(counts.tolist()))
+
+
+def placed(mask: Mask, orientation: int, size: tuple[int, int]) -> Mask:
+    """A mask turned as an EXIF orientation turns its image, and resized to `size`, width and height."""
+    image = Image.fromarray(mask)
+    image.getexif()[ExifTags.Base.Orientation] = orientation
+    return np.asarray(ImageOps.exif_transpose(image).resize(size, Image.Resampling.NEAREST))
+
+
 def to_boxes(mask: NDArray[Any], dilation: float, connectivity: int, min_area: int) -> list[Box]:
+    """Encloses every defect of a mask; see `boxes_and_fragments`."""
+    return boxes_and_fragments(mask, dilation, connectivity, min_area)[0]
+
+
+def boxes_and_fragments(mask: NDArray[Any], dilation: float, connectivity: int, min_area: int) -> tuple[list[Box], int]:
     """Encloses every defect of a mask; fragments that lie close together are one defect.
 
     The mask is dilated by a disk, and fragments that then touch are merged. Every box encloses the mask's own pixels
@@ -97,7 +216,7 @@ def to_boxes(mask: NDArray[Any], dilation: float, connectivity: int, min_area: i
         min_area: Defects of fewer mask pixels are dropped.
 
     Returns:
-        Boxes in pixels of the mask, half-open, sorted.
+        Boxes in pixels of the mask, half-open, sorted; and how many there would be without dilation.
     """
     from scipy import ndimage
 
@@ -105,23 +224,25 @@ def to_boxes(mask: NDArray[Any], dilation: float, connectivity: int, min_area: i
     defect = mask != 0
     rows, columns = np.flatnonzero(defect.any(axis=1)), np.flatnonzero(defect.any(axis=0))
     if rows.size == 0:
-        return []
+        return [], 0
     # The same components come out of the mask's own extent alone, with room for the disk, in a fraction of the time.
     radius = round(dilation * min(mask.shape)) / 2
     room, top, left = int(radius) + 1, int(rows[0]), int(columns[0])
     defect = np.pad(defect[top : rows[-1] + 1, left : columns[-1] + 1], room)
     labels, fragments = ndimage.label(defect, neighbours)
+    areas = np.bincount(labels[defect], minlength=1)
+    large = int((areas[1:] >= min_area).sum())
     if radius >= 1 and fragments > 1 and _near(ndimage.find_objects(labels), 2 * radius + 1):
         # A pixel lies in the dilated mask exactly when a mask pixel lies within the disk's radius.
         labels, _ = ndimage.label(ndimage.distance_transform_edt(~defect) <= radius, neighbours)
         labels[~defect] = 0
-    areas = np.bincount(labels[defect])
+        areas = np.bincount(labels[defect])
     boxes = []
     for number, (y, x) in enumerate(ndimage.find_objects(labels), start=1):
         if areas[number] >= min_area:
             box = (x.start + left, y.start + top, x.stop + left, y.stop + top)
             boxes.append(Box(*(float(side - room) for side in box)))
-    return sorted(boxes)
+    return sorted(boxes), large
 
 
 def _near(fragments: list[tuple[slice, slice]], reach: float) -> bool:

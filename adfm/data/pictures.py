@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from adfm.data import images
 from adfm.records import SPLITS, Box
 
 MARK = "#ff2d55"
@@ -53,14 +54,16 @@ def thumbnail(file: Path | bytes, side: int) -> tuple[Image.Image, tuple[int, in
     Raises:
         Exception: It cannot be decoded: Pillow raises nearly anything.
     """
-    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
+    content = file if isinstance(file, bytes) else file.read_bytes()
+    with Image.open(io.BytesIO(content)) as opened:
         orientation = int(opened.getexif().get(ExifTags.Base.Orientation, 1))
         width, height = opened.size
         opened.draft("RGB", (side, side))
         opened.load()
         image: Image.Image = opened
-        if image.mode.startswith("I"):
-            image = Image.fromarray(np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8))
+        values = images.grey(opened, content)
+        if values is not None:
+            image = images.scaled(values, (int(values.min()), int(values.max())))
         elif image.mode == "F":
             raise ValueError("its pixels are floating point")
         elif image.mode not in ("L", "RGB"):

@@ -33,8 +33,9 @@ _FEATURES = {
     "defect": _TEXT,
     "label": _TEXT,
     "boxes": {
-        "_type": "List",
-        "feature": {"_type": "List", "length": 4, "feature": {"dtype": "float64", "_type": "Value"}},
+        # `datasets` 3 and older know no `List`; 4 and later read a `Sequence` as one.
+        "_type": "Sequence",
+        "feature": {"_type": "Sequence", "length": 4, "feature": {"dtype": "float64", "_type": "Value"}},
     },
     "split": _TEXT,
     "source": _TEXT,
@@ -56,7 +57,7 @@ SMALL = [name for name in SCHEMA.names if name not in ("image", "mask")]
 
 # A row group is what a reader holds in memory at a time.
 _GROUP_ROWS = 100
-_GROUP_BYTES = 64 * 2**20
+_GROUP_BYTES = 16 * 2**20
 
 
 class _Shard:
@@ -96,7 +97,7 @@ def name(split: str, number: int) -> str:
 def write(records: Iterable[Record], folder: Path, shard_images: int) -> None:
     """Writes `records`, in their order, into the shards of their splits; the same records give the same bytes.
 
-    Memory holds one row group (at most 100 images or about 64 MiB) a split, however many records there are.
+    Memory holds one row group (at most 100 images or about 16 MiB) a split, however many records there are.
 
     Args:
         records: Any iterable; it is walked once.
@@ -162,6 +163,20 @@ def fingerprint(folder: Path, split: str | None = None) -> str:
             row["boxes"] = sorted(row["boxes"])
             lines.append(json.dumps([row[column] for column in columns]))
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def grey_range(folder: Path) -> tuple[int, int] | None:
+    """Values that became black and white when the grey images of more than 8 bits were converted; `None` without such.
+
+    Raises:
+        AdfmError: The folder's `conversion.json` cannot be read.
+    """
+    file = folder / "conversion.json"
+    try:
+        bounds = json.loads(file.read_bytes()).get("grey_range") if file.is_file() else None
+        return (int(bounds[0]), int(bounds[1])) if bounds else None
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise AdfmError(f"{file} cannot be read ({error!r}); make the shards again with `adfm convert`.") from error
 
 
 def batches(folder: Path, split: str | None, columns: list[str]) -> Iterator[pa.RecordBatch]:

@@ -212,6 +212,12 @@ def describe(model: Path) -> dict[str, Any] | None:
     return dict(json.loads(file.read_text())) if file.is_file() else None
 
 
+def grey_range(model: Path) -> tuple[int, int] | None:
+    """Range of the grey values that a model was trained on, if its training images had more than 8 bits of them."""
+    bounds = (describe(model) or {}).get("grey_range")
+    return (bounds[0], bounds[1]) if bounds else None
+
+
 def fetch(model: str | Path, to: Path) -> tuple[str | Path, str]:
     """Makes a model local: a registered version is downloaded and proved to be what was registered.
 

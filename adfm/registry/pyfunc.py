@@ -15,8 +15,8 @@ from adfm import tracking
 _LOADER = "adfm.registry.serving"
 # Without these the loader cannot be imported where the model is served.
 _NEEDED = (
-    *("accelerate", "mlflow", "numpy", "pandas", "peft", "pillow", "pyarrow", "safetensors", "scipy", "tokenizers"),
-    *("torch", "transformers"),
+    *("accelerate", "mlflow", "numpy", "pandas", "peft", "pillow", "pillow-heif", "pyarrow", "safetensors", "scipy"),
+    *("tokenizers", "torch", "transformers"),
 )
 _REQUIREMENTS = """\
 # These are not enough: adfm itself, of version {version}, is not on PyPI. Install it from its repository, and serve

@@ -27,11 +27,13 @@ import yaml
 from PIL import Image
 
 from adfm import predict
+from adfm.data.images import GreyRange
 from adfm.errors import AdfmError
 from adfm.evaluation import calibration
 from adfm.evaluation.calibration import Calibration
 from adfm.evaluation.inference import Inspector
 from adfm.files import digest
+from adfm.models import loading
 from adfm.params import Params
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ class Served:
             self._calibration = Calibration(note=f"the version was registered without a {calibration.FILE}")
         print(self._calibration.summary, file=sys.stderr)
         self._inspector = Inspector(folder / "model", params)
+        self._grey_range = loading.grey_range(folder / "model")
         self._one = threading.Lock()  # MLflow's server has many threads; memory is there for one
 
     def predict(self, data: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
@@ -88,7 +91,7 @@ class Served:
         contents = list(_contents(data["image"], problems))
         rows: list[dict[str, Any]] = []
         with self._one:
-            for portion in predict.portions(_decoded(contents, problems), self._batch_size):
+            for portion in predict.portions(_decoded(contents, problems, self._grey_range), self._batch_size):
                 if not problems:  # else it is read on for the sake of a whole list alone
                     answers = predict.answers(self._inspector, portion)
                     sizes = [image.size for _, image in portion]
@@ -142,10 +145,12 @@ def _contents(images: Iterable[object], problems: list[str]) -> Iterator[tuple[i
             problems.append(f"Image {number}: {error}.")
 
 
-def _decoded(contents: list[tuple[int, bytes]], problems: list[str]) -> Iterator[tuple[int, Image.Image]]:
+def _decoded(
+    contents: list[tuple[int, bytes]], problems: list[str], bounds: GreyRange | None
+) -> Iterator[tuple[int, Image.Image]]:
     for number, found in contents:
         try:
-            yield number, predict.decode(found)
+            yield number, predict.decode(found, bounds)
         except AdfmError as error:
             problems.append(f"Image {number}: {error}.")
 

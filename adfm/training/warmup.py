@@ -141,6 +141,7 @@ def save(
         "prompt": loaded.prompt,
         "mlflow_run_id": run_id,
         "data_fingerprint": shards_.fingerprint(shards),
+        "grey_range": shards_.grey_range(shards),
         "params": params.model_dump(mode="json", by_alias=True),
     }
     write_json(description, folder / loading.DESCRIPTION)

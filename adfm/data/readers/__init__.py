@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from adfm.data.problems import printable
 from adfm.data.readers import (
     btad,
     coco,
@@ -121,7 +122,7 @@ def detect(raw: Path) -> tuple[str, str]:
     Raises:
         AdfmError: It is in none that is known, or may be in several; says what was seen.
     """
-    seen = _seen(raw)
+    seen = printable(_seen(raw))
     found = [name for name, layout in LAYOUTS.items() if layout.matches and layout.matches(raw)]
     if "mmad" in found:  # its parts are in layouts of their own
         found = ["mmad"]

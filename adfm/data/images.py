@@ -1,0 +1,176 @@
+"""Image files of any format, decoded to upright pictures of 8 bits.
+
+Cameras of 10 and 12 bits write grey files of 16 bits whose upper byte is nearly black. So grey values of more than 8
+bits are scaled by a range (`GreyRange`): conversion takes that of all such images of a data set, and a model keeps the
+one of its training data.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import zlib
+from typing import Any
+
+import numpy as np
+import pillow_heif
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+GreyRange = tuple[int, int]
+"""The values of grey files of more than 8 bits that become 0 and 255; those between are scaled linearly."""
+
+# Conversion has a thread for each core already.
+pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_SPACE = rb"(?:\s|#[^\r\n]*[\r\n])+"
+_PGM = re.compile(rb"P5%b(\d+)%b(\d+)%b(\d+)\s" % (_SPACE, _SPACE, _SPACE))
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR = 258, 262, 284  # tags of TIFF
+_DARK = 64  # of 255: files of 16 bits in which a camera of 14 bits or fewer left the upper ones empty stay below
+
+
+def open_image(content: bytes) -> Image.Image:
+    """Opens an image file of one picture.
+
+    Raises:
+        ValueError: It is empty, a pointer of Git LFS, or several frames or pages.
+        Exception: It is not an image, or damaged: Pillow raises nearly anything.
+    """
+    if not content:
+        raise ValueError("it is empty")
+    if content.startswith(_POINTER):
+        raise ValueError("it is a Git LFS pointer, not the file itself; run `git lfs pull` where it was cloned")
+    file = Image.open(io.BytesIO(content))
+    frames = getattr(file, "n_frames", 1)
+    # MPO has a preview of the photograph beside it; HEIF says which of its images is the primary one.
+    if frames > 1 and file.format not in ("MPO", "HEIF"):
+        file.close()
+        raise ValueError(f"it has {frames} frames or pages; save the one that counts by itself")
+    return file
+
+
+def orientation(file: Image.Image) -> int:
+    """EXIF orientation, 1 to 8; of a PNG only after it was loaded."""
+    value = file.getexif().get(ExifTags.Base.Orientation, 1)
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def is_deep_colour(file: Image.Image) -> bool:
+    """Whether a file that was opened, and not loaded, has more than 8 bits in each of several channels."""
+    if file.mode.startswith("I") or file.mode == "F":
+        return False
+    if file.format == "TIFF":
+        return bool(np.max(_tag(file, _BITS_PER_SAMPLE, 8)) > 8)
+    tiles = getattr(file, "tile", None)
+    if file.format in ("PNG", "PPM") and tiles:
+        arguments = tiles[0][3]
+        if isinstance(arguments, str):
+            return ";16" in arguments
+        return isinstance(arguments, tuple) and isinstance(arguments[-1], int) and arguments[-1] > 255
+    return False
+
+
+def grey(file: Image.Image, content: bytes) -> NDArray[np.int64] | None:
+    """Upright grey values of a file that has more than 8 bits of them; `None` for any other.
+
+    Raises:
+        Exception: It cannot be decoded.
+    """
+    if not file.mode.startswith("I"):
+        return None
+    if header := _PGM.match(content):  # Pillow would take minutes, and stretch the values to 16 bits
+        width, height, _ = map(int, header.groups())
+        if len(content) - header.end() < 2 * width * height:
+            raise OSError("image file is truncated")
+        values = np.frombuffer(content, ">u2", width * height, header.end()).reshape(height, width)
+    else:
+        values = np.asarray(ImageOps.exif_transpose(file))
+        if file.format == "TIFF" and _tag(file, _PHOTOMETRIC, 1) == 0:
+            if values.dtype.itemsize != 2:
+                raise ValueError("its value 0 is white, and it has more than 16 bits; save it with 8 or 16 bits")
+            values = 65535 - values  # Pillow leaves values as they are
+    return values.astype(np.int64)
+
+
+def scaled(values: NDArray[np.int64], bounds: GreyRange) -> Image.Image:
+    """Grey values as a picture of 8 bits; what is out of `bounds` becomes black or white.
+
+    Of bounds that are the same, 0 is black and any other value white.
+    """
+    low, high = bounds
+    if low == high:
+        low, high = 0, max(1, high)
+    shares = (np.clip(values, low, high) - low) / (high - low)
+    return Image.fromarray(np.rint(shares * 255).astype(np.uint8))
+
+
+def size(content: bytes) -> tuple[int, int]:
+    """Width and height of the image as it is stored, from its header alone.
+
+    Raises:
+        Exception: As of `open_image`.
+    """
+    with open_image(content) as file:
+        return file.size
+
+
+def upright(content: bytes, bounds: GreyRange | None = None) -> Image.Image:
+    """The image as a model sees it: upright, RGB.
+
+    Args:
+        content: The file.
+        bounds: For grey values of more than 8 bits.
+
+    Raises:
+        ValueError: It has such values, and there are no `bounds`.
+        Exception: As of `open_image`.
+    """
+    with open_image(content) as file:
+        values = grey(file, content)
+        if values is None:
+            return colour(file).convert("RGB")
+    if bounds is None:
+        raise ValueError(
+            "its grey values have more than 8 bits, and the model was trained on none such, so that it is not known"
+            " which values are black and white; save it with 8 bits, as the training images were"
+        )
+    return scaled(values, bounds).convert("RGB")
+
+
+def colour(file: Image.Image) -> Image.Image:
+    """The image upright, of a file without grey values of more than 8 bits.
+
+    Raises:
+        ValueError: It has pixels that cannot be reduced to 8 bits.
+    """
+    if file.mode == "F":
+        raise ValueError("its pixels are floating point; save it with 8 or 16 bits")
+    deep = is_deep_colour(file)
+    if deep and file.format == "TIFF" and _tag(file, _PLANAR, 1) != 1:
+        raise ValueError("its colours have 16 bits, channel after channel; save it with 8 bits a channel")
+    image: Image.Image = ImageOps.exif_transpose(file)
+    if deep:
+        brightest = max(high for _, high in image.convert("RGB").getextrema())  # type: ignore[misc]
+        if brightest < _DARK:
+            raise ValueError(
+                f"its colours have 16 bits, and the brightest is {brightest / 255:.0%} of white, as of a camera of 10"
+                " to 14 bits; save it with 8 bits a channel, and all images of the set by the same factor"
+            )
+    return image
+
+
+def png(image: Image.Image, strategy: int = zlib.Z_DEFAULT_STRATEGY) -> bytes:
+    """The image as a PNG file; zlib's `strategy` changes its size and the time that it takes."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_type=strategy)
+    return buffer.getvalue()
+
+
+def reason(error: Exception) -> str:
+    """What is wrong with a file that cannot be read."""
+    return "it is no image" if isinstance(error, UnidentifiedImageError) else str(error)
+
+
+def _tag(file: Image.Image, number: int, default: Any) -> Any:
+    return file.tag_v2.get(number, default)  # type: ignore[attr-defined]
