@@ -219,7 +219,7 @@ def _shapes(
     sample: Sample, upright: tuple[int, int], orientation: int, rescale: bool, problems: list[str], notes: list[str]
 ) -> _Shapes:
     frame, size = _drawn_on(sample, upright, orientation, rescale, problems, notes)
-    if not sample.boxes:
+    if not sample.boxes or size is None:
         return _Shapes([], [], [], None)
     unit = size if sample.normalized else (1, 1)
     boxes = [Box(*(side * by for side, by in zip(box, unit * 2, strict=True))) for box in sample.boxes]
@@ -253,11 +253,12 @@ def _shapes(
 
 def _drawn_on(
     sample: Sample, upright: tuple[int, int], orientation: int, rescale: bool, problems: list[str], notes: list[str]
-) -> tuple[str | None, tuple[int, int]]:
+) -> tuple[str | None, tuple[int, int] | None]:
     """What an annotation was drawn on: the picture as it is stored or upright, and its width and height.
 
     Returns:
-        `STORED`, `UPRIGHT` or `EITHER`, `None` of a picture that is stored upright; and the size in that frame.
+        `STORED`, `UPRIGHT` or `EITHER`, `None` of a picture that is stored upright; and the size in that frame, `None`
+        if it is not that of the image, which is a problem then.
     """
     stored = upright_size(upright, orientation)
     size = sample.size if sample.size and min(sample.size) > 0 else None
@@ -271,7 +272,7 @@ def _drawn_on(
                 f"is {upright[0]}x{upright[1]}, but its annotation was drawn on {size[0]}x{size[1]}; if the image was"
                 " resized since, set convert.rescale to true, otherwise find the image that belongs to it"
             )
-            return None, upright
+            return None, None
         fits = {STORED: _same_aspect(size, stored), UPRIGHT: _same_aspect(size, upright)}
         notes += [SCALED if any(fits.values()) else STRETCHED] if sample.boxes else []
     else:
