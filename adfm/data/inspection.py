@@ -38,10 +38,7 @@ SCHEMA = pa.schema(
         ("embedded", pa.bool_()),  # as it is, byte for byte
         ("darkest", pa.int64()),  # grey value of an image that has more than 8 bits of them; null for any other
         ("brightest", pa.int64()),
-        (
-            "frame",
-            pa.string(),
-        ),  # of a photograph with an EXIF orientation and boxes: what they were drawn on, see below
+        ("frame", pa.string()),  # what boxes on a photograph with an EXIF orientation were drawn on, see below
         ("thumbnail", pa.binary(duplicates.SIDE**2 * 2)),
         ("contrast", pa.float32()),
         ("problems", pa.list_(pa.string())),
@@ -94,13 +91,17 @@ def inspect(sample: Sample, settings: Convert) -> dict[str, Any]:
     fragments = len(boxes)
     if mask is not None and mask.any() and not sample.boxes:
         boxes, fragments = masks.boxes_and_fragments(mask, settings.dilation, settings.connectivity, settings.min_area)
-        if not boxes:
+        if not boxes and sample.located:
             problems.append(f"every defect is smaller than convert.min_area ({settings.min_area} pixels)")
     if not problems:
         problems += _contradictions(sample, mask, boxes)
     if sample.unmarked_is_normal and not boxes:
         row |= {"label": "normal", "defect": None, "unmarked": sample.label == "anomalous"}
     if row["label"] == "normal":
+        mask = None
+    elif mask is not None and not boxes:
+        small = f" of convert.min_area ({settings.min_area} pixels)" if mask.any() else ""
+        notes.append(f"its mask shows no defect{small}, so that its label is all that is known")
         mask = None
     return row | {
         "boxes": [list(box) for box in boxes],

@@ -177,6 +177,19 @@ def test_a_normal_image_has_no_marks(picture: Path, tmp_path: Path) -> None:
     assert _inspected(picture, masks=(tmp_path / "full.png",))["boxes"] == [[0, 0, WIDTH, HEIGHT]]
 
 
+@pytest.mark.parametrize(("side", "what"), [(0, "no defect,"), (3, "no defect of convert.min_area (50 pixels),")])
+def test_of_an_image_that_need_not_be_marked_the_label_is_known_alone(
+    picture: Path, tmp_path: Path, side: int, what: str
+) -> None:
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[:side, :side] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    row = _inspected(picture, masks=(tmp_path / "mask.png",), located=False)
+    assert (row["problems"], row["label"], row["boxes"], row["mask"]) == ([], "anomalous", [], None)
+    assert row["notes"] == [f"its mask shows {what} so that its label is all that is known"]
+    assert len(_inspected(picture, masks=(tmp_path / "mask.png",))["problems"]) == 1
+
+
 # ------------------------------------------------------------------------------------------ sizes, orientations, edges
 
 
