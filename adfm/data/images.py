@@ -96,7 +96,7 @@ def grey(file: Image.Image, content: bytes) -> NDArray[np.int64] | None:
 def scaled(values: NDArray[np.int64], bounds: GreyRange) -> Image.Image:
     """Grey values as a picture of 8 bits; what is out of `bounds` becomes black or white.
 
-    Of bounds that are the same, 0 is black and any other value white.
+    Where all values of the set are the same, the bounds are 0 and this value.
     """
     low, high = bounds
     if low == high:

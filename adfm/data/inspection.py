@@ -39,10 +39,7 @@ SCHEMA = pa.schema(
         ("embedded", pa.bool_()),  # as it is, byte for byte
         ("darkest", pa.int64()),  # grey value of an image that has more than 8 bits of them; null for any other
         ("brightest", pa.int64()),
-        (
-            "frame",
-            pa.string(),
-        ),  # of a photograph with an EXIF orientation and boxes: what they were drawn on, see below
+        ("frame", pa.string()),  # what boxes on a photograph with an EXIF orientation were drawn on, see below
         ("thumbnail", pa.binary(duplicates.SIDE**2 * 2)),
         ("contrast", pa.float32()),
         ("problems", pa.list_(pa.string())),
@@ -95,7 +92,7 @@ def inspect(sample: Sample, settings: Convert) -> dict[str, Any]:
     fragments = len(boxes)
     if mask is not None and mask.any() and not sample.boxes:
         boxes, fragments = masks.boxes_and_fragments(mask, settings.dilation, settings.connectivity, settings.min_area)
-        if not boxes:
+        if not boxes and sample.located:
             problems.append(f"every defect is smaller than convert.min_area ({settings.min_area} pixels)")
     if not problems:
         problems += _contradictions(sample, mask, boxes)
@@ -104,7 +101,8 @@ def inspect(sample: Sample, settings: Convert) -> dict[str, Any]:
     if row["label"] == "normal":
         mask = None
     elif mask is not None and not boxes:
-        notes.append("its mask shows no defect, so that its label is all that is known")
+        small = f" of convert.min_area ({settings.min_area} pixels)" if mask.any() else ""
+        notes.append(f"its mask shows no defect{small}, so that its label is all that is known")
         mask = None
     return row | {
         "boxes": [list(box) for box in boxes],
@@ -223,7 +221,7 @@ def _shapes(
     sample: Sample, upright: tuple[int, int], orientation: int, rescale: bool, problems: list[str], notes: list[str]
 ) -> _Shapes:
     frame, size = _drawn_on(sample, upright, orientation, rescale, problems, notes)
-    if not sample.boxes:
+    if not sample.boxes or size is None:
         return _Shapes([], [], [], None)
     unit = size if sample.normalized else (1, 1)
     boxes = [Box(*(side * by for side, by in zip(box, unit * 2, strict=True))) for box in sample.boxes]
@@ -257,11 +255,12 @@ def _shapes(
 
 def _drawn_on(
     sample: Sample, upright: tuple[int, int], orientation: int, rescale: bool, problems: list[str], notes: list[str]
-) -> tuple[str | None, tuple[int, int]]:
+) -> tuple[str | None, tuple[int, int] | None]:
     """What an annotation was drawn on: the picture as it is stored or upright, and its width and height.
 
     Returns:
-        `STORED`, `UPRIGHT` or `EITHER`, `None` of a picture that is stored upright; and the size in that frame.
+        `STORED`, `UPRIGHT` or `EITHER`, `None` of a picture that is stored upright; and the size in that frame, `None`
+        if it is not that of the image, which is a problem then.
     """
     stored = upright_size(upright, orientation)
     size = sample.size if sample.size and min(sample.size) > 0 else None
@@ -275,7 +274,7 @@ def _drawn_on(
                 f"is {upright[0]}x{upright[1]}, but its annotation was drawn on {size[0]}x{size[1]}; if the image was"
                 " resized since, set convert.rescale to true, otherwise find the image that belongs to it"
             )
-            return None, upright
+            return None, None
         fits = {STORED: _same_aspect(size, stored), UPRIGHT: _same_aspect(size, upright)}
         notes += [SCALED if any(fits.values()) else STRETCHED] if sample.boxes else []
     else:

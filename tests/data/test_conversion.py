@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from adfm.data import conversion, inspection, shards, sources, splits
+from adfm.data import conversion, inspection, masks, shards, sources, splits
 from adfm.data.problems import BadData, MissingImage
 from adfm.data.readers import LAYOUTS
 from adfm.errors import AdfmError
 from adfm.params import Convert, Params
+from adfm.predict import decode
 from adfm.records import Record, Sample
 from tests.data.readers.layouts import LAYOUTS as LAYOUTS_OF_TESTS
 from tests.memory import peaks
@@ -127,6 +128,53 @@ def test_other_images_become_rgb(mvtec_folder: Path) -> None:
     scaled = np.rint(grey16 / 65535 * 255).astype(np.uint8)
     assert pixels("e.png").tolist() == np.dstack([scaled] * 3).tolist()
     assert pixels("f.png").tolist() == np.asarray(image.quantize(16).convert("RGB")).tolist()
+
+
+def test_grey_values_of_more_than_8_bits_are_scaled_by_one_range_a_set(mvtec_folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    files = {"bolt/train/good/000.png": (300, 2000), "tile/test/good/001.png": (1000, 4095)}
+    for name, (low, high) in files.items():
+        values = rng.integers(low, high + 1, (30, 40)).astype(np.uint16)
+        values[0, :2] = low, high
+        Image.fromarray(values).save(mvtec_folder / name)
+    records = _converted(mvtec_folder)
+    out = mvtec_folder.parent / "shards"
+    assert json.loads((out / "conversion.json").read_text())["grey_range"] == [300, 4095]
+    assert shards.grey_range(out) == (300, 4095)
+    for name, (low, high) in files.items():
+        with Image.open(io.BytesIO(records[name].image)) as image:
+            shades = np.asarray(image)[0, :2, 0].tolist()
+            assert shades == [round((value - 300) / 3795 * 255) for value in (low, high)]
+            # What a trained model is shown later is what it was shown in training.
+            assert decode((mvtec_folder / name).read_bytes(), shards.grey_range(out)).tobytes() == image.tobytes()
+    with pytest.raises(AdfmError, match="more than 8 bits, and the model was trained on none such"):
+        decode((mvtec_folder / name).read_bytes())
+
+
+def test_photographs_that_may_be_annotated_either_way_are_refused_beside_stored_ones(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    mask = np.zeros((30, 40), np.uint8)
+    mask[3:13, 2:22] = 255
+    drawn = {"size": [30, 40], "counts": list(masks.encoded(mask).counts)}  # on the picture as it is stored
+    coco: dict[str, Any] = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "dent"}]}
+    for number, orientation in enumerate((6, 3, 1), 1):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        pixels = np.random.default_rng(number).integers(0, 255, (30, 40, 3), np.uint8)
+        Image.fromarray(pixels).save(raw / f"{number}.jpg", exif=exif)
+        coco["images"].append({"id": number, "file_name": f"{number}.jpg", "width": 40, "height": 30})
+        annotation = {"id": number, "image_id": number, "category_id": 1, "bbox": [2, 3, 20, 10], "iscrowd": 0}
+        coco["annotations"].append(annotation | {"segmentation": drawn, "area": 200})
+    (raw / "a.json").write_text(json.dumps(coco))
+    with pytest.raises(AdfmError) as refused:
+        _converted(raw)
+    assert "2.jpg: has an EXIF orientation" in str(refused.value)
+    assert "1.jpg" not in str(refused.value) and "3.jpg" not in str(refused.value)
+    Image.fromarray(np.random.default_rng(9).integers(0, 255, (30, 40, 3), np.uint8)).save(raw / "2.jpg")
+    records = _converted(raw)
+    assert records["1.jpg"].boxes == ((17, 2, 27, 22),)
+    assert records["2.jpg"].boxes == records["3.jpg"].boxes == ((2, 3, 22, 13),)
 
 
 @pytest.mark.parametrize(

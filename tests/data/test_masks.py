@@ -1,3 +1,4 @@
+import io
 from pathlib import Path
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from PIL import Image
+from PIL import Image, ImageFilter
 from scipy import ndimage
 
 from adfm.data import masks
@@ -160,3 +161,144 @@ def test_a_mask_turns_with_its_image_and_states_its_own_orientation_first(tmp_pa
     exif[0x0112] = 3
     Image.fromarray(grey).save(tmp_path / "turned.png", exif=exif)
     assert np.argwhere(masks.load_mask(tmp_path / "turned.png", 6)).tolist() == [[3, 5]]
+
+
+# ------------------------------------------------------------------------------------------------- soft edges, numbers
+
+shapes = st.lists(
+    st.tuples(st.integers(6, 80), st.integers(6, 60), st.integers(6, 30), st.integers(6, 30)), min_size=1, max_size=3
+)
+
+
+def _drawn(rectangles: list[tuple[int, int, int, int]]) -> np.ndarray:
+    mask = np.zeros((96, 128), np.uint8)
+    for x, y, width, height in rectangles:
+        mask[y : y + height, x : x + width] = 255
+    return mask
+
+
+def _jpeg(mask: np.ndarray, quality: int) -> np.ndarray:
+    buffer = io.BytesIO()
+    Image.fromarray(mask).save(buffer, "JPEG", quality=quality)
+    return np.asarray(Image.open(buffer))
+
+
+SOFT = {
+    "blurred": lambda mask: np.asarray(Image.fromarray(mask).filter(ImageFilter.GaussianBlur(1))),
+    "blurred more": lambda mask: np.asarray(Image.fromarray(mask).filter(ImageFilter.GaussianBlur(2))),
+    "JPEG 95": lambda mask: _jpeg(mask, 95),
+    "JPEG 75": lambda mask: _jpeg(mask, 75),
+    "JPEG 50": lambda mask: _jpeg(mask, 50),
+    "antialiased": lambda mask: np.asarray(
+        Image.fromarray(mask).resize((256, 192), Image.Resampling.NEAREST).resize((128, 96), Image.Resampling.BOX)
+    ),
+    "faint": lambda mask: np.asarray(Image.fromarray(mask).filter(ImageFilter.GaussianBlur(1))) // 3,
+    "16 bits": lambda mask: (
+        np.asarray(Image.fromarray(mask).filter(ImageFilter.GaussianBlur(1))).astype(np.uint16) * 257
+    ),
+    "floating point": lambda mask: (
+        np.asarray(Image.fromarray(mask).filter(ImageFilter.GaussianBlur(1))) / np.float32(255)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SOFT)
+@settings(max_examples=15, deadline=None)
+@given(rectangles=shapes)
+def test_soft_edges_move_no_edge_by_more_than_a_pixel(kind: str, rectangles: list[tuple[int, int, int, int]]) -> None:
+    mask = _drawn(rectangles)
+    defect = masks.defects(SOFT[kind](mask), 0.5)
+    square = np.ones((3, 3))
+    # Corners are rounded; notches between rectangles are filled.
+    assert not (defect & ~ndimage.binary_dilation(mask, square, 2)).any()
+    assert not (ndimage.binary_erosion(mask, square, 3) & ~defect).any()
+    [extent], [clean] = (ndimage.find_objects(values.astype(int)) for values in (defect, mask > 0))
+    for axis in (0, 1):
+        assert abs(extent[axis].start - clean[axis].start) <= 1
+        assert abs(extent[axis].stop - clean[axis].stop) <= 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rectangles=st.lists(st.tuples(*[st.integers(0, 60)] * 2, *[st.integers(4, 20)] * 2), min_size=1, max_size=6),
+    numbers=st.lists(st.integers(1, 32), min_size=6, max_size=6),
+)
+def test_small_numbers_are_all_defects(rectangles: list[tuple[int, int, int, int]], numbers: list[int]) -> None:
+    mask = np.zeros((96, 128), np.uint8)
+    for (x, y, width, height), number in zip(rectangles, numbers, strict=False):
+        mask[y : y + height, x : x + width] = number
+    assert (masks.defects(mask, 0.5) == (mask > 0)).all()
+    as_float = mask.astype(np.float32)
+    assert (masks.defects(as_float, 0.5) == (mask > 0)).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(values=st.lists(st.integers(1, 255), min_size=4, max_size=4), thin=st.booleans(), gap=st.integers(1, 12))
+def test_apart_from_each_other_any_numbers_are_defects(values: list[int], thin: bool, gap: int) -> None:
+    mask = np.zeros((96, 128), np.uint8)
+    side = 1 if thin else 9
+    for place, value in enumerate(values):
+        mask[10 : 10 + side, place * (20 + gap) : place * (20 + gap) + 20] = value
+    assert (masks.defects(mask, 0.5) == (mask > 0)).all()
+
+
+def test_areas_that_touch_keep_their_numbers() -> None:
+    mask = np.zeros((60, 60), np.uint8)
+    mask[10:30, 10:30], mask[20:40, 30:50], mask[30:50, 10:30] = 60, 120, 255
+    assert (masks.defects(mask, 0.5) == (mask > 0)).all()
+
+
+def test_a_thin_scratch_that_was_blurred_is_a_defect_beside_a_large_one() -> None:
+    mask = np.zeros((96, 128), np.uint8)
+    mask[10:50, 10:50] = 255
+    mask[80, 20:100] = 255
+    soft = np.asarray(Image.fromarray(mask).filter(ImageFilter.GaussianBlur(1.5)))
+    assert soft[80].max() < 127
+    boxes = masks.to_boxes(masks.defects(soft, 0.5), 0, 8, 4)
+    assert len(boxes) == 2
+    assert np.abs(np.array(boxes[1]) - (20, 80, 100, 81)).max() <= 1
+
+
+def test_what_is_left_out_far_from_any_defect_is_noted() -> None:
+    soft = _jpeg(_drawn([(6, 6, 30, 30)]), 75).copy()
+    notes: list[str] = []
+    masks.defects(soft, 0.5, notes)
+    assert notes == []
+    soft[70:80, 90:110] = 20
+    assert not masks.defects(soft, 0.5, notes)[70:80].any()
+    assert notes == [masks.FAINT]
+
+
+@pytest.mark.parametrize(("threshold", "width"), [(0, 9), (0.2, 7), (0.5, 5), (0.9, 3), (1, 1)])
+def test_the_threshold_is_a_share_of_the_maximum(threshold: float, width: int) -> None:
+    slope = np.array([0, 25, 60, 140, 240, 255, 240, 140, 60, 25, 0])
+    mask = np.zeros((20, 20), np.uint8)
+    mask[5:15, 4:15] = slope
+    assert masks.defects(mask, threshold)[10].sum() == width
+
+
+def test_a_black_mask_and_an_almost_black_jpeg_show_nothing(tmp_path: Path) -> None:
+    assert not masks.defects(np.zeros((4, 4), np.uint8), 0.5).any()
+    assert not masks.defects(np.full((4, 4), np.nan, np.float32), 0.5).any()
+    Image.fromarray(np.full((16, 16), 3, np.uint8)).save(tmp_path / "black.jpg")
+    assert not masks.load_mask(tmp_path / "black.jpg").any()
+
+
+def test_a_mask_of_several_pages_is_refused(tmp_path: Path) -> None:
+    page = Image.new("L", (8, 8), 255)
+    page.save(tmp_path / "mask.tif", save_all=True, append_images=[page])
+    with pytest.raises(ValueError, match="2 frames or pages"):
+        masks.load_mask(tmp_path / "mask.tif")
+
+
+@given(mask=pictures, connectivity=st.sampled_from([4, 8]), min_area=st.integers(0, 5))
+def test_fragments_are_the_boxes_without_dilation(mask: np.ndarray, connectivity: int, min_area: int) -> None:
+    _, fragments = masks.boxes_and_fragments(mask, 0.5, connectivity, min_area)
+    assert fragments == len(masks.to_boxes(mask, 0, connectivity, min_area))
+
+
+@given(mask=pictures)
+def test_run_lengths_of_a_mask_are_read_as_it(mask: np.ndarray) -> None:
+    rle = masks.encoded(mask * np.uint8(255))
+    assert sum(rle.counts) == rle.width * rle.height
+    assert (masks.decoded(rle) == mask * 255).all()
