@@ -118,6 +118,7 @@ def _entries(folder: Path, layout: str) -> Iterator[_Entry]:
                 yield _entry(number, *row.values())
                 number += 1
         return
+    files.refuse_special(folder)
     if layout == "auto":
         layout, _ = detect(folder)
     if layout not in LAYOUTS:
