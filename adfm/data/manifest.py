@@ -43,6 +43,7 @@ class Ledger:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             self._database = self._opened(source)
         self._ignores_case = ignores_case(folder / STATE)
+        self._names = self._opened_names()
 
     def _opened(self, source: str) -> sqlite3.Connection:
         path = self.folder / STATE / "ledger.sqlite"
@@ -57,8 +58,6 @@ class Ledger:
             database.execute(
                 "CREATE TABLE IF NOT EXISTS files (path PRIMARY KEY, size, sha256, tag, version, current) WITHOUT ROWID"
             )
-            database.execute("CREATE TABLE IF NOT EXISTS names (key PRIMARY KEY, path, origin, folder) WITHOUT ROWID")
-            database.execute("DELETE FROM names")
             database.execute("INSERT OR IGNORE INTO source VALUES (?)", (source,))
             if database.execute("SELECT count(*) FROM source").fetchone() != (1,):
                 raise sqlite3.DatabaseError(f"not of {source}")
@@ -68,9 +67,21 @@ class Ledger:
             raise
         return database
 
+    def _opened_names(self) -> sqlite3.Connection:
+        """A database of the paths that are claimed; of use to this process only, so in one transaction."""
+        path = self.folder / STATE / "names.sqlite"
+        path.unlink(missing_ok=True)
+        names = sqlite3.connect(f"{path.resolve().as_uri()}?nolock=1", uri=True, isolation_level=None)
+        names.execute("PRAGMA synchronous = OFF")
+        names.execute("PRAGMA journal_mode = OFF")
+        names.execute("CREATE TABLE names (key PRIMARY KEY, path, origin, folder) WITHOUT ROWID")
+        names.execute("BEGIN")
+        return names
+
     def close(self) -> None:
         """Leaves the ledger as it is, to go on with it later."""
         self._database.close()
+        self._names.close()
 
     def _execute(self, statement: str, *values: object) -> sqlite3.Cursor:
         with self._lock:
@@ -83,7 +94,7 @@ class Ledger:
         return AdfmError(f"{self.folder}: cannot be written ({error}); free some space or choose another folder.")
 
     def claim(self, path: str, origin: str) -> str | None:
-        """Reserve a path for a file of the source, so that no two files become one.
+        """Reserve a path for a file of the source, so that no two files become one. Called by one thread only.
 
         Two paths are the same on every disk that people copy data sets to if they differ only in their Unicode
         normalisation, and on this one if it ignores case.
@@ -110,10 +121,13 @@ class Ledger:
         key = unicodedata.normalize("NFC", path)
         if self._ignores_case:
             key = unicodedata.normalize("NFC", unicodedata.normalize("NFD", path).casefold())
-        row = self._execute("SELECT path, origin, folder FROM names WHERE key = ?", key).fetchone()
-        if not row:
-            self._execute("INSERT INTO names VALUES (?, ?, ?, ?)", key, path, origin, folder)
-            return None
+        try:
+            row = self._names.execute("SELECT path, origin, folder FROM names WHERE key = ?", (key,)).fetchone()
+            if not row:
+                self._names.execute("INSERT INTO names VALUES (?, ?, ?, ?)", (key, path, origin, folder))
+                return None
+        except sqlite3.OperationalError as error:
+            raise self._unwritable(error) from error
         other_path, other, other_folder = row
         if folder and other_folder and other_path == path:
             return None
@@ -216,7 +230,7 @@ class Ledger:
             own.unlink()
             raise AdfmError(f"{source['source']}: holds no file; give a folder, archive or prefix with a data set.")
         count, total = self._execute("SELECT count(*), sum(size) FROM files").fetchone()
-        self._database.close()
+        self.close()
         shutil.rmtree(self.folder / STATE)
         return count, total
 
