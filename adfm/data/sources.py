@@ -19,6 +19,7 @@ import os
 import posixpath
 import random
 import re
+import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -227,19 +228,25 @@ def _download(items: Iterable[_Item], ledger: Ledger, again: tuple[type[Exceptio
         if content.md5 and content.md5 != md5.hexdigest():
             raise _Damaged(f"its MD5 is {md5.hexdigest()}, and should be {content.md5}")
         target = ledger.folder / item.path
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            part.replace(target)
-        except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:  # an earlier attempt's
-            raise AdfmError(
-                f"{item.path}: an earlier download left something else in its place; remove {ledger.folder} and fetch "
-                "again."
-            ) from error
+        _clear(ledger.folder, item.path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part.replace(target)
         ledger.add(item.path, size, sha256.hexdigest(), item.tag, content.version)
 
     missing = (item for item in items if not ledger.holds(item.path, item.tag))
     _parallel(download, missing, "download", stopped)
     ledger.sweep()
+
+
+def _clear(folder: Path, path: str) -> None:
+    """Removes what an earlier attempt left where a file's folder is to be, or a folder where the file is to be."""
+    above = folder
+    for part in path.split("/")[:-1]:
+        above /= part
+        if above.is_file():
+            above.unlink(missing_ok=True)
+    if (folder / path).is_dir():
+        shutil.rmtree(folder / path)
 
 
 # ------------------------------------------------------------------------------------------------------------------- S3

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -5,7 +6,17 @@ from hypothesis import strategies as st
 from adfm.data import codepages
 
 NAMES = {
-    "cp936": ["零件1.png", "图.png", "划痕", "图像/正常/001.png", "产品A-缺陷.json", "裂纹", "凹坑", "电路板检测", "钢板"],
+    "cp936": [
+        "零件1.png",
+        "图.png",
+        "划痕",
+        "图像/正常/001.png",
+        "产品A-缺陷.json",
+        "裂纹",
+        "凹坑",
+        "电路板检测",
+        "钢板",
+    ],
     "cp437": ["café.png", "Prüfung/Maß_01.png", "für", "año.png", "pièce défectueuse", "Größe", "Übergang", "schräg"],
     "cp850": ["São Paulo", "peça não", "Área", "coração"],
     "cp852": ["pęknięcie", "škrábanec", "Łódź"],
@@ -42,7 +53,7 @@ def test_some_names_of_a_language_are_never_read_wrong(codec: str, data: st.Data
 
 
 def test_names_that_may_be_in_several_code_pages_are_refused_with_the_choice() -> None:
-    with pytest.raises(ValueError, match=r"a name is 'é.png' in cp437 or 'В.png' in cp866"):  # noqa: RUF043, RUF001
+    with pytest.raises(ValueError, match=r"a name is 'é.png' in cp437 or 'В.png' in cp866"):
         codepages.decoder(["é.png".encode("cp437")])
 
 

@@ -510,3 +510,14 @@ def test_a_share_of_mmad_is_for_training_and_no_picture_straddles(
         for label in ("normal", "anomalous")
         for split, images in expected.items()
     }
+
+
+def test_a_pipe_or_endless_link_is_refused_before_anything_is_read(mvtec_folder: Path, tmp_path: Path) -> None:
+    os.mkfifo(mvtec_folder / "bolt" / "test" / "good" / "a.png")
+    os.mkfifo(mvtec_folder / "x.json")
+    (mvtec_folder / "bolt" / "round").symlink_to(mvtec_folder)
+    with pytest.raises(AdfmError, match="(?s)'x.json' is a pipe.*'bolt/test/good/a.png' is a pipe|'bolt/round' is a link"):
+        convert(mvtec_folder, tmp_path / "shards", Params())
+    with pytest.raises(AdfmError, match="'x.json' is a pipe"):
+        show(mvtec_folder, tmp_path / "sheet.html", Params())
+    assert not (tmp_path / "shards").exists()

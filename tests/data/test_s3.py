@@ -175,9 +175,22 @@ def test_keys_of_which_one_would_be_lost(s3: Any, tmp_path: Path, keys: tuple[st
     assert not (tmp_path / "out").exists()
 
 
+def test_what_an_earlier_attempt_left_in_the_place_of_a_file_or_folder_is_removed(s3: Any, tmp_path: Path) -> None:
+    _put(s3, "set", {"a/1.png": b"1", "b": b"2", "../evil": b"x"})
+    with pytest.raises(AdfmError, match="evil"):
+        sources.fetch("s3://data/set", tmp_path / "out")
+    for key in ("a/1.png", "b", "../evil"):
+        s3.delete_object(Bucket="data", Key=f"set/{key}")
+    _put(s3, "set", {"a": b"3", "b/2.png": b"4"})
+    sources.fetch("s3://data/set", tmp_path / "out")
+    assert _tree(tmp_path / "out") == {"a": b"3", "b/2.png": b"4"}
+
+
 def test_any_keys_are_all_there_or_named(s3: Any, tmp_path: Path) -> None:
     parts = st.sampled_from(["a", "A", "", ".", "b.png", "\u00e9", "e\u0301"])
-    keys = st.lists(st.lists(parts, min_size=1, max_size=3).map("/".join).filter(bool), min_size=1, max_size=4, unique=True)
+    keys = st.lists(
+        st.lists(parts, min_size=1, max_size=3).map("/".join).filter(bool), min_size=1, max_size=4, unique=True
+    )
 
     @settings(deadline=None, max_examples=25, phases=[Phase.generate])
     @given(keys=keys)
@@ -189,7 +202,7 @@ def test_any_keys_are_all_there_or_named(s3: Any, tmp_path: Path) -> None:
         try:
             files, _ = sources.fetch("s3://data/set", tmp_path / "out")
         except AdfmError as error:
-            assert any(repr(f"set/{key}") in str(error) for key in keys)
+            assert any(repr(f"set/{key}") in str(error) for key in keys), error
         else:
             assert files == len(keys)
             assert sorted(_tree(tmp_path / "out").values()) == sorted(key.encode() for key in keys)

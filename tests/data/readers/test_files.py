@@ -94,7 +94,7 @@ def test_everything_special_is_refused_by_name(tmp_path: Path) -> None:
         [
             *(f"  '{name}' {special}" for name in ("a/1.png", "null.png", "s.png", "x.json")),
             *(f"  '{name}' {nowhere}" for name in (".hidden", "itself.png")),
-            *(f"  '{name}' {round_}" for name in ("a/b/up", f"a/outside/raw", "here")),
+            *(f"  '{name}' {round_}" for name in ("a/b/up", "a/outside/raw", "here")),
         ]
     )
 
