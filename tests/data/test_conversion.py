@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import os
 import shutil
 import time
 from collections import Counter
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from adfm.data import conversion, inspection, shards, sources, splits
+from adfm.data import conversion, inspection, shards, show, sources, splits
 from adfm.errors import AdfmError
 from adfm.params import Convert, Params
 from adfm.records import Record, Sample
@@ -516,8 +517,10 @@ def test_a_pipe_or_endless_link_is_refused_before_anything_is_read(mvtec_folder:
     os.mkfifo(mvtec_folder / "bolt" / "test" / "good" / "a.png")
     os.mkfifo(mvtec_folder / "x.json")
     (mvtec_folder / "bolt" / "round").symlink_to(mvtec_folder)
-    with pytest.raises(AdfmError, match="(?s)'x.json' is a pipe.*'bolt/test/good/a.png' is a pipe|'bolt/round' is a link"):
-        convert(mvtec_folder, tmp_path / "shards", Params())
+    with pytest.raises(
+        AdfmError, match="(?s)'x.json' is a pipe.*'bolt/test/good/a.png' is a pipe|'bolt/round' is a link"
+    ):
+        conversion.convert(mvtec_folder, tmp_path / "shards", Params())
     with pytest.raises(AdfmError, match="'x.json' is a pipe"):
-        show(mvtec_folder, tmp_path / "sheet.html", Params())
+        show.show(mvtec_folder, tmp_path / "sheet.html", Params())
     assert not (tmp_path / "shards").exists()
