@@ -173,6 +173,7 @@ def _opened(raw: Path, params: Params) -> _Raw:
     """Goes through the data set once, to know how much there is, and what of it is not used."""
     if not raw.is_dir():
         raise AdfmError(f"{raw}: no such folder; get a data set there with `adfm fetch URI {raw}`.")
+    files.refuse_special(raw)
     layout, seen = params.convert.layout, None
     if layout == "auto":
         layout, seen = detect(raw)

@@ -119,6 +119,7 @@ def _entries(folder: Path, settings: Convert) -> Iterator[_Entry]:
                 number += 1
         return
     layout = settings.layout
+    files.refuse_special(folder)
     if layout == "auto":
         layout, _ = detect(folder)
     if layout not in LAYOUTS:

@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import os
 import shutil
 import time
 from collections import Counter
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from adfm.data import conversion, inspection, masks, shards, sources, splits
+from adfm.data import conversion, inspection, masks, shards, show, sources, splits
 from adfm.data.problems import BadData, MissingImage
 from adfm.data.readers import LAYOUTS
 from adfm.errors import AdfmError
@@ -787,3 +788,16 @@ def test_folders_become_categories(mvtec_folder: Path) -> None:
     records = list(shards.read(raw.parent / "shards"))
     assert Counter(record.category for record in records) == {"bolt": 6, "nut": 6}
     assert {record.split for record in records if record.category == "nut"} == {"test"}
+
+
+def test_a_pipe_or_endless_link_is_refused_before_anything_is_read(mvtec_folder: Path, tmp_path: Path) -> None:
+    os.mkfifo(mvtec_folder / "bolt" / "test" / "good" / "a.png")
+    os.mkfifo(mvtec_folder / "x.json")
+    (mvtec_folder / "bolt" / "round").symlink_to(mvtec_folder)
+    with pytest.raises(
+        AdfmError, match="(?s)'x.json' is a pipe.*'bolt/test/good/a.png' is a pipe|'bolt/round' is a link"
+    ):
+        conversion.convert(mvtec_folder, tmp_path / "shards", Params())
+    with pytest.raises(AdfmError, match="'x.json' is a pipe"):
+        show.show(mvtec_folder, tmp_path / "sheet.html", Params())
+    assert not (tmp_path / "shards").exists()
