@@ -426,6 +426,8 @@ def _twin(paths: list[Path]) -> Path | None:
 
 def _is_mask(path: Path) -> bool:
     """Whether two grey values make up most of a file, as in a mask; True for one that cannot be read."""
+    if not path.is_file():  # a pipe would be waited for
+        return True
     try:
         with Image.open(path) as image:
             counts = sorted(image.convert("L").histogram(), reverse=True)

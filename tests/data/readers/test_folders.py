@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -300,7 +301,13 @@ def test_any_tree_of_such_folders_is_read_as_it_was_written(
     } == expected
 
 
-def test_huge_images_are_not_opened(tmp_path: Path) -> None:
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    touch(tmp_path, "good/a.jpg", "crack/b.jpg")
+    os.mkfifo(tmp_path / "crack/b.png")
+    assert read(tmp_path)["crack/b.jpg"].masks == (tmp_path / "crack/b.png",)
+
+
+def test_images_are_not_opened(tmp_path: Path) -> None:
     touch(tmp_path, "good/a.jpg", "bad/b.jpg")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Image, "open", lambda *_: pytest.fail("opened"))
