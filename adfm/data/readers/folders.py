@@ -13,7 +13,6 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,18 +118,16 @@ def read(raw: Path) -> Iterator[Sample]:
     problems: list[str] = []
     places = _places(raw)
     levels = _Levels(places)
-    above = [place.folder for place in places if levels.is_above(place)]
     groups: dict[tuple[_Names, bool], list[_Place]] = defaultdict(list)
     for place in places:
-        if place.folder not in above:
+        if not levels.is_above(place):
             groups[levels.of(place.names), place.masks].append(place)
-    notes = [f"images above the folders of the kinds are left out: {len(files.images(folder))}" for folder in above]
     empty = True
     for names in dict.fromkeys(names for names, _ in groups):
         masks = _Masks(raw, groups[names, True], problems)
         for sample in _samples(raw, groups[names, False], masks, levels, problems):
-            yield replace(sample, notes=(*sample.notes, *notes))
-            notes, empty = [], False
+            yield sample
+            empty = False
         problems += masks.unused()
     if empty and not problems:
         problems.append("no image in any place of the layout")
@@ -139,6 +136,7 @@ def read(raw: Path) -> Iterator[Sample]:
 
 def _samples(raw: Path, places: list[_Place], masks: _Masks, levels: _Levels, problems: list[str]) -> Iterator[Sample]:
     """The images of one level of kinds, those of defects first: their masks may lie in one folder for all kinds."""
+    dataset = raw.resolve().name
     kinds: dict[tuple[_Kind | None, _Names, Split | None], list[_Place]] = defaultdict(list)
     for place in places:
         try:
@@ -159,7 +157,7 @@ def _samples(raw: Path, places: list[_Place], masks: _Masks, levels: _Levels, pr
         if kind is None and not masked:
             problems += [_astray(raw, place) for place in kinds[of_folder, names, split]]
             continue
-        category = kind.category if kind else "/".join(levels.inner(names)) or raw.resolve().name
+        category = kind.category if kind else "/".join(levels.inner(names)) or dataset
         defect = kind.defect if kind else "defect"
         for image, mask in pairs:
             source = _name(raw, image)
@@ -176,7 +174,7 @@ def _samples(raw: Path, places: list[_Place], masks: _Masks, levels: _Levels, pr
             yield Sample(
                 image=image,
                 source=source,
-                dataset=raw.resolve().name,
+                dataset=dataset,
                 category=category,
                 label="anomalous" if defect else "normal",
                 defect=defect,
@@ -428,6 +426,8 @@ def _twin(paths: list[Path]) -> Path | None:
 
 def _is_mask(path: Path) -> bool:
     """Whether two grey values make up most of a file, as in a mask; True for one that cannot be read."""
+    if not path.is_file():  # a pipe would be waited for
+        return True
     try:
         with Image.open(path) as image:
             counts = sorted(image.convert("L").histogram(), reverse=True)
