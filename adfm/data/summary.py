@@ -167,12 +167,13 @@ def _different(marks: dict[str, Any], two_labels: dict[str, Any]) -> list[str]:
     warnings = []
     if marks["pictures"]:
         warnings.append(
-            f"{marks['pictures']} pictures are there several times with different boxes or defects, e.g."
+            f"copies of {_plural(marks['pictures'], 'picture', 'pictures')} have different boxes or defects, e.g."
             f" {' and '.join(marks['examples'][0])}"
         )
     if two_labels["pairs"]:
         warnings.append(
-            f"{two_labels['pairs']} pairs of pictures look like copies, but one is normal and one anomalous, e.g."
+            f"{_plural(two_labels['pairs'], 'pair', 'pairs')} of pictures that look like copies: one is normal and one"
+            " anomalous, e.g."
             f" {' and '.join(two_labels['examples'][0])}"
         )
     return warnings
@@ -237,7 +238,7 @@ def table(report: dict[str, Any], out: Path, seconds: float) -> str:
         rows.append(
             ("skipped", f"{missing['annotations']:,}", f"annotations without image, e.g. {missing['examples'][0]}")
         )
-    rows += _more([("note", f"{row['images']:,}", f"images: {row['note']}") for row in report["notes"]])
+    rows += _more([("note", f"{row['images']:,}", f"{_noun(row['images'])}: {row['note']}") for row in report["notes"]])
     rows += _more([("moved", f"{row['images']:,}", _moved(row)) for row in report["moved"]])
     rows.append(("seconds", f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.1f}", ""))
     head = f"{out}: {_short(report['dataset'])}, layout {report['layout']['name']}"
@@ -278,7 +279,7 @@ def _moved(row: dict[str, Any]) -> str:
         "part": "the same part or photograph is there",
         "near-duplicates": "a near-duplicate is there",
     }
-    return f"images from {row['from']} to {row['to']}: {why[row['because']]}"
+    return f"{_noun(row['images'])} from {row['from']} to {row['to']}: {why[row['because']]}"
 
 
 def _more(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
@@ -286,6 +287,10 @@ def _more(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
     if len(rows) <= _LINES:
         return rows
     return [*rows[: _LINES - 1], (rows[0][0], "", f"and {len(rows) - _LINES + 1} more kinds, see conversion.json")]
+
+
+def _noun(images: int) -> str:
+    return "image" if images == 1 else "images"
 
 
 def _plural(count: int, one: str, several: str) -> str:
