@@ -10,6 +10,7 @@ from typing import NamedTuple
 from adfm.data.readers import (
     btad,
     coco,
+    cvat,
     dagm,
     files,
     kolektor,
@@ -18,6 +19,7 @@ from adfm.data.readers import (
     mmad,
     mvtec,
     real_iad,
+    supervisely,
     table,
     visa,
     voc,
@@ -75,7 +77,13 @@ LAYOUTS: dict[str, Layout] = {
     "mmad": Layout(mmad.read, mmad.matches, "mmad.json, <data set>/<category>/.../<good or defect>/*"),
     "coco": Layout(coco.read, coco.matches, "annotations/*.json with images, annotations and categories; images/*"),
     "yolo": Layout(yolo.read, yolo.matches, "images/*, labels/*.txt, data.yaml"),
-    "voc": Layout(voc.read, voc.matches, "JPEGImages/*, Annotations/*.xml"),
+    "voc": Layout(voc.read, voc.matches, "JPEGImages/*, Annotations/*.xml or SegmentationClass/*.png"),
+    "cvat": Layout(cvat.read, cvat.matches, "annotations.xml of 'CVAT for images 1.1', images/*"),
+    "supervisely": Layout(
+        supervisely.read,
+        supervisely.matches,
+        "<project>/meta.json, <project>/<data set>/img/*, <project>/<data set>/ann/*.json",
+    ),
     "labelme": Layout(labelme.read, labelme.matches, "*.jpg, *.json with shapes and imagePath"),
     "csv": Layout(table.read, table.matches, "*.jpg, one *.csv with the columns image, label, defect, x1, y1, x2, y2"),
 }
