@@ -121,6 +121,7 @@ def read(raw: Path) -> Iterator[Sample]:
             split, more = lists.split(image, _IMAGES)
             yield sample(raw, image, shapes, split, [*notes, *more], size=drawn.size)
     _add_orphans(raw, owners, problems)
+    classes.add_orphans()
     lists.add_missing()
     if not annotated and not problems:
         problems.append("no image has an XML file, beside it or in Annotations/ instead of JPEGImages/, or a mask")

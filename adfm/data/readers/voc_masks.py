@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Container, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,15 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from adfm.data.readers.annotations import Shape, class_name, folder_names, text
+from adfm.data.problems import MissingImage
+from adfm.data.readers.annotations import Shape, class_name, folder_names, text, walk
 from adfm.data.readers.drawing import bitmap_shape, drawable
+from adfm.data.readers.files import images
 from adfm.records import Box
 
 _LABELMAP = "labelmap.txt"
-_CLASS, _OBJECT = "SegmentationClass", "SegmentationObject"
+# LabelMe's script once kept other files in the folders without PNG.
+_CLASS = ("SegmentationClass", "SegmentationClassPNG")
+_OBJECT = ("SegmentationObject", "SegmentationObjectPNG")
 _VOID = (224, 224, 192)  # the border round objects, of index 255
 # Folders of pictures that are not of the data set: masks, and what LabelMe draws of them.
-_PICTURES = (_CLASS, _OBJECT, "AnnotationsVisualization")
+_PICTURES = (_CLASS[0], _OBJECT[0], "AnnotationsVisualization")
 _BACKGROUND = frozenset(("background", "_background_"))
 _COVERED = 0.5  # of a mask's box, from which on it is taken for the mask of an object with a box
 
@@ -45,8 +50,8 @@ def pictures(raw: Path, folder: Path) -> bool:
 
 
 def beside(folder: Path) -> bool:
-    """Whether a folder has images and masks as VOC has them."""
-    return (folder / "JPEGImages").is_dir() and any((folder / name).is_dir() for name in (_CLASS, _OBJECT))
+    """Whether a folder has masks as VOC has them."""
+    return any((folder / name).is_dir() for name in (*_CLASS, *_OBJECT))
 
 
 class Classes:
@@ -54,11 +59,13 @@ class Classes:
 
     Args:
         raw: The data set.
-        problems: Gets lists of classes that cannot be read.
+        problems: Gets lists of classes that cannot be read, and masks without an image.
     """
 
     def __init__(self, raw: Path, problems: list[str]) -> None:
         self._raw, self._problems = raw, problems
+        self._files = lru_cache(maxsize=4)(_files)
+        self._used: set[str] = set()
         self._bases: dict[Path, Path | None] = {}
         self._names: dict[Path, dict[_Color, str] | None] = {}
 
@@ -71,17 +78,30 @@ class Classes:
         """
         if image.parent not in self._bases:
             above = [base for base in image.parents if base.is_relative_to(self._raw)]
-            has = [base for base in above if any((base / name).is_dir() for name in (_CLASS, _OBJECT))]
-            self._bases[image.parent] = next(iter(has), None)
+            self._bases[image.parent] = next((base for base in above if beside(base)), None)
         base = self._bases[image.parent]
         if base is None:
             return None
-        inner = image.relative_to(base).with_suffix(".png").parts
+        inner = image.relative_to(base).parts
         inner = inner[1:] if inner[0].lower() in own and len(inner) > 1 else inner
+        stem = unicodedata.normalize("NFC", image.stem)
         classes, objects = (
-            path if (path := (base / name).joinpath(*inner)).is_file() else None for name in (_CLASS, _OBJECT)
+            next((file for name in names if (file := self._files((base / name).joinpath(*inner[:-1])).get(stem))), None)
+            for names in (_CLASS, _OBJECT)
         )
+        self._used.update(str(path.relative_to(self._raw)) for path in (classes, objects) if path)
         return Masks(classes, objects, base) if classes or objects else None
+
+    def add_orphans(self) -> None:
+        """Adds the masks that no image has to the problems, after all images."""
+        for folder in walk(self._raw):
+            if folder.name in (*_CLASS, *_OBJECT):
+                for mask in images(folder, "**/*"):
+                    place = mask.relative_to(self._raw)
+                    if str(place) not in self._used:
+                        self._problems.append(
+                            MissingImage(f"{place.as_posix()}: there is no image {mask.stem}.* for it")
+                        )
 
     def shapes(self, masks: Masks, size: tuple[int, int] | None) -> list[Shape]:
         """One shape for every object, or for every patch of a class where only classes are drawn.
@@ -158,6 +178,11 @@ def added(boxed: list[Shape], masked: list[Shape]) -> tuple[list[Shape], list[st
     alone = [shape for shape in masked if not any(_covers(one.box, shape.box) for one in boxed)]
     notes = ["a mask without an object of its own is a defect too"] if alone else []
     return [*boxed, *alone], notes
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The masks of a folder by their stems."""
+    return {unicodedata.normalize("NFC", mask.stem): mask for mask in images(folder)}
 
 
 def _covers(drawn: Box, mask: Box) -> bool:

@@ -92,10 +92,9 @@ class Lists:
         if base not in self._lists:
             places = []
             for folder in _FOLDERS:
-                plain = [file for file in listing(base / folder, ".txt") if _is_plain(file.stem)]
-                of_classes = [
-                    file for file in listing(base / folder, ".txt") if folder != "." and _is_plain(_last(file.stem))
-                ]
+                files = listing(base / folder, ".txt")
+                plain = [file for file in files if _is_plain(file.stem)]
+                of_classes = [file for file in files if folder != "." and _is_plain(_last(file.stem))]
                 lists = [self._read(file, folder, file in plain) for file in plain or of_classes]
                 places.append([one for one in lists if one and (folder != "." or _of_voc(one))])
             self._lists[base] = places if any(places) else []
