@@ -86,7 +86,7 @@ def read(raw: Path) -> Iterator[Sample]:
             one, and a data set without any XML file or mask: in one error, after the last sample.
     """
     problems: list[str] = []
-    owners: dict[str, str] = {}  # the image that an XML file belongs to
+    owners: dict[str, str] = {}  # of an XML file, the folder of its image
     lists = voc_sets.Lists(raw, problems)
     classes = voc_masks.Classes(raw, problems)
     shared_files = lru_cache(maxsize=4)(_files)  # class folders share them
@@ -95,14 +95,14 @@ def read(raw: Path) -> Iterator[Sample]:
         if voc_masks.pictures(raw, folder):
             continue
         same: dict[str, Path] = {}
-        there = images(folder)
+        there, here = images(folder), _place(raw, folder)
         own, shared = _places(raw, folder) if there else ([], [])
         files = [_files(own), *([shared_files(tuple(shared))] if shared else [])]
         for image in there:
             other = same.setdefault(_nfc(image.stem), image)
             if other != image:
                 problems.append(f"{_place(raw, other)}: has the same name as {_place(raw, image)}")
-            file = _annotation(raw, image, files, owners, problems)
+            file = _annotation(raw, image, here, files, owners, problems)
             drawn = _read(raw, file, problems) if file else _Drawn([], None, False, [])
             shapes, notes = drawn.shapes, drawn.notes
             mask = classes.find(image, _IMAGES)
@@ -181,29 +181,34 @@ def _annotation_folders(folder: Path) -> list[Path]:
 
 
 def _annotation(
-    raw: Path, image: Path, files: Iterable[dict[str, list[Path]]], owners: dict[str, str], problems: list[str]
+    raw: Path,
+    image: Path,
+    folder: str,
+    files: Iterable[dict[str, list[Path]]],
+    owners: dict[str, str],
+    problems: list[str],
 ) -> Path | None:
     """The XML file of an image.
 
     Args:
         raw: The data set.
         image: An image in it.
+        folder: The folder of the image, in the data set.
         files: The XML files that may be meant, by their stems; the first group that has any counts.
-        owners: By XML file, the image that it belongs to; gets this one.
+        owners: By XML file, the folder of the image that it belongs to; gets this one.
         problems: Gets two XML files of one image, and two images of one XML file.
     """
-    here = _place(raw, image)
     for stems in files:
         same = stems.get(_nfc(image.stem), [])
         if len(same) > 1:
             others = ", ".join(_place(raw, file) for file in same[1:])
             problems.append(f"{_place(raw, same[0])}: has the same name as {others}")
         for file in same:
-            other = owners.setdefault(_place(raw, file), here)
-            if other != here and Path(other).parent != Path(here).parent:
+            other = owners.setdefault(_place(raw, file), folder)
+            if other != folder:
                 problems.append(
-                    f"{_place(raw, file)}: may belong to {other} or to {here}; put it beside the image that it is for,"
-                    " or into a folder of the same name"
+                    f"{_place(raw, file)}: may belong to an image in {other} or to one in {folder}; put it beside the"
+                    " image that it is for, or into a folder of the same name"
                 )
         if same:
             return same[0]
@@ -251,7 +256,7 @@ def _read(raw: Path, file: Path, problems: list[str]) -> _Drawn:
             if (drawn.findtext("deleted") or "").strip() == "1":
                 notes.append("an object that LabelMe marks as deleted is left out")
             else:
-                shapes += _shapes(drawn, size)
+                shapes += _shapes(drawn)
         except ValueError as error:
             problems.append(f"{where}: object {place}: {error}")
     return _Drawn(shapes, size, segmented and not objects, notes)
@@ -271,11 +276,11 @@ def _size(content: ElementTree.Element) -> _Size:
     return None
 
 
-def _shapes(drawn: ElementTree.Element, size: _Size) -> list[Shape]:
+def _shapes(drawn: ElementTree.Element) -> list[Shape]:
     """The shapes of an object, which all have its class."""
     name = class_name(drawn.findtext("name"))
     rotation = _rotation(drawn)
-    boxes = [_box(bndbox, size, rotation) for bndbox in drawn.findall("bndbox")]
+    boxes = [_box(bndbox, rotation) for bndbox in drawn.findall("bndbox")]
     outlines = [polygon(_corners(outline)) for outline in drawn.findall("polygon")]
     robndbox = drawn.find("robndbox")
     if robndbox is not None:
@@ -300,7 +305,7 @@ def _shapes(drawn: ElementTree.Element, size: _Size) -> list[Shape]:
     return shapes
 
 
-def _box(bndbox: ElementTree.Element, size: _Size, rotation: float) -> Box:
+def _box(bndbox: ElementTree.Element, rotation: float) -> Box:
     """The box, before it is turned."""
     if bndbox.find("rotation") is not None:
         raise ValueError("its bndbox has a rotation, and tools differ in what that means; export boxes without it")
@@ -308,9 +313,8 @@ def _box(bndbox: ElementTree.Element, size: _Size, rotation: float) -> Box:
     from_zero = rotation or all("." in (bndbox.findtext(side) or "") for side in ("xmin", "ymin", "xmax", "ymax"))
     x1, y1, x2, y2 = sides if from_zero else (_from_zero(sides[0]), _from_zero(sides[1]), sides[2], sides[3])
     within = box(x1, y1, x2, y2)
-    if not rotation and (min(x1, y1) < -1 or (size and (x2 > size[0] + 1 or y2 > size[1] + 1))):
-        image = f"the image of {size[0]}x{size[1]}" if size else "the image"
-        raise ValueError(f"the box {_text(within)} reaches out of {image}")
+    if not rotation and min(x1, y1) < -1:
+        raise ValueError(f"the box {_text(within)} begins before the image")
     return within
 
 

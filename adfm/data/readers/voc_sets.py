@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Container
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from adfm.data.problems import MissingImage
@@ -68,10 +68,9 @@ class Lists:
     def _listed(
         self, image: Path, base: Path, places: list[list[_List]], own: Container[str]
     ) -> tuple[Split | None, list[str]]:
-        inner = image.relative_to(base).with_suffix("").parts
-        names = {_name("/".join(inner))}
-        if inner[0].lower() in own and len(inner) > 1:
-            names.add(_name("/".join(inner[1:])))
+        whole = _nfc(image.relative_to(base).as_posix()[: -len(image.suffix)])
+        first, slash, rest = whole.partition("/")
+        names = {whole, rest} if slash and first.lower() in own else {whole}
         lists = [[one for one in place if names & one.names] for place in places]
         if any(lists):
             self._seen[base] |= names
@@ -127,9 +126,13 @@ def _of_voc(one: _List) -> bool:
 
 def _name(line: str) -> str:
     """The name in a line, without quotes, a leading `./`, the suffix of images, and the XML file after it."""
-    name = unicodedata.normalize("NFC", line.strip().strip('"').replace("\\", "/"))
+    name = _nfc(line.strip().strip('"').replace("\\", "/"))
     image, blank, annotation = name.rpartition(" ")
     if blank and annotation.endswith(".xml"):
         name = image.strip()
-    path = PurePosixPath(name)
-    return str(path.with_suffix("") if path.suffix.lower() in IMAGES else path)
+    stem, dot, suffix = name.rpartition(".")
+    return (stem if dot and f".{suffix.lower()}" in IMAGES else name).removeprefix("./")
+
+
+def _nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
