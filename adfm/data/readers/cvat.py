@@ -37,6 +37,7 @@ from adfm.records import Sample
 
 _SHAPES = frozenset(("box", "polygon", "polyline", "ellipse", "mask", "points", "cuboid", "skeleton"))
 _NO_AREA = frozenset(("cuboid", "skeleton"))
+_FEW = 100  # a folder with more XML files than these has one an image, and opening all of them would take long
 _LINE = "a polyline is the box round it"
 _POINT = "a point has no extent: the image is anomalous, but has no boxes"
 _TAGS = "tags beside shapes are left out"
@@ -44,7 +45,7 @@ _TAGS = "tags beside shapes are left out"
 
 def matches(raw: Path) -> bool:
     """Whether there is an XML file with `annotations` near the top."""
-    return holds(raw, lambda folder: any(map(_is_export, listing(folder, ".xml"))))
+    return holds(raw, lambda folder: any(map(_is_export, listing(folder, ".xml")[:_FEW])))
 
 
 def read(raw: Path) -> Iterator[Sample]:
@@ -91,7 +92,9 @@ def _samples(raw: Path, file: Path, known: dict[Path, str], problems: list[str])
             here = f"{where}: image {name!r}"
             image = _image(raw, file.parent, name, element.get("subset", ""))
             if image is None:
-                problems.append(MissingImage(f"{here}: there is no such image in images/ beside the file"))
+                problems.append(
+                    MissingImage(f"{here}: there is no such image in images/ beside the file; export with the images")
+                )
                 continue
             if image in known:
                 problems.append(f"{here}: is listed twice, here as number {place}, and {known[image]}")

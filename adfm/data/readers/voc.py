@@ -281,7 +281,7 @@ def _shapes(drawn: ElementTree.Element) -> list[Shape]:
     name = class_name(drawn.findtext("name"))
     rotation = _rotation(drawn)
     boxes = [_box(bndbox, rotation) for bndbox in drawn.findall("bndbox")]
-    outlines = [polygon(_corners(outline)) for outline in drawn.findall("polygon")]
+    outlines = [polygon(_corners(outline)) for outline in drawn.findall("polygon") if len(outline)]
     robndbox = drawn.find("robndbox")
     if robndbox is not None:
         return [_rolabelimg(name, robndbox)]

@@ -138,7 +138,7 @@ class Classes:
 
     def _name(self, masks: Masks, color: int) -> str:
         names = self._of(masks.base)
-        rgb = (color >> 16, color >> 8 & 255, color & 255)
+        rgb = (color & 255, color >> 8 & 255, color >> 16)
         if names is not None:
             if rgb not in names:
                 raise ValueError(f"has the colour {rgb}, which is none of a class in the list of classes")
@@ -190,7 +190,7 @@ def _covers(drawn: Box, mask: Box) -> bool:
 
 
 def _colors(path: Path, by_color: bool) -> NDArray[np.uint32]:
-    """[height, width] of colours, as 0xRRGGBB.
+    """[height, width] of colours, as 0xBBGGRR.
 
     Args:
         path: A mask.
@@ -206,10 +206,10 @@ def _colors(path: Path, by_color: bool) -> NDArray[np.uint32]:
                 if gray and np.count_nonzero(np.bincount(values.ravel())[1:]) == 1:
                     values = np.minimum(values, 1)  # the only value is a defect, even 255
                 return np.array([_code(color) for color in _palette()], np.uint32)[values]
-            rgb = np.asarray(file.convert("RGB")).astype(np.uint32)
+            four_bytes = np.asarray(file.convert("RGB").convert("RGBX"))
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
         raise ValueError(f"the mask cannot be read ({error})") from error
-    return np.asarray(rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2], np.uint32)
+    return np.asarray(np.ascontiguousarray(four_bytes).view("<u4")[..., 0] & 0xFFFFFF, np.uint32)
 
 
 def _drawn(colors: NDArray[np.uint32]) -> list[int]:
@@ -234,7 +234,7 @@ def _only(patches: NDArray[np.int32], number: int, place: Sequence[slice]) -> tu
 
 
 def _code(rgb: _Color) -> int:
-    return rgb[0] << 16 | rgb[1] << 8 | rgb[2]
+    return rgb[0] | rgb[1] << 8 | rgb[2] << 16
 
 
 def _labelmap(content: str) -> dict[_Color, str]:

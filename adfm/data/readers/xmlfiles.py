@@ -46,7 +46,7 @@ def document(path: Path) -> ElementTree.Element:
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror})") from error
     try:
-        return ElementTree.fromstring(_decoded(content))
+        return ElementTree.fromstring(_decoded(content).lstrip())  # the parser takes no blank line before the first
     except ElementTree.ParseError as error:
         raise ValueError(f"is no XML ({error})") from error
 

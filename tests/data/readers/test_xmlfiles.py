@@ -79,3 +79,7 @@ def test_the_outermost_element(tmp_path: Path) -> None:
     assert outermost(_written(tmp_path, document)) == "annotations"
     assert outermost(_written(tmp_path, b"\0\1\2")) is None
     assert outermost(tmp_path / "gone.xml") is None
+
+
+def test_blank_lines_before_the_declaration(tmp_path: Path) -> None:
+    assert document(_written(tmp_path, b'\n\n<?xml version="1.0" encoding="gb2312"?><annotation/>')).tag == "annotation"
