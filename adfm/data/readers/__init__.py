@@ -11,6 +11,7 @@ from adfm.data.problems import printable
 from adfm.data.readers import (
     btad,
     coco,
+    cvat,
     dagm,
     deeppcb,
     files,
@@ -23,6 +24,7 @@ from adfm.data.readers import (
     mmad,
     mvtec,
     real_iad,
+    supervisely,
     table,
     via,
     visa,
@@ -89,7 +91,13 @@ LAYOUTS: dict[str, Layout] = {
         deeppcb.read, deeppcb.matches, "<group>/<part>/*_temp.jpg, <group>/<part>/*_test.jpg, <group>/<part>_not/*.txt"
     ),
     "yolo": Layout(yolo.read, yolo.matches, "images/*, labels/*.txt, data.yaml"),
-    "voc": Layout(voc.read, voc.matches, "JPEGImages/*, Annotations/*.xml"),
+    "voc": Layout(voc.read, voc.matches, "JPEGImages/*, Annotations/*.xml or SegmentationClass/*.png"),
+    "cvat": Layout(cvat.read, cvat.matches, "annotations.xml of 'CVAT for images 1.1', images/*"),
+    "supervisely": Layout(
+        supervisely.read,
+        supervisely.matches,
+        "<project>/meta.json, <project>/<data set>/img/*, <project>/<data set>/ann/*.json",
+    ),
     "labelme": Layout(labelme.read, labelme.matches, "*.jpg, *.json with shapes and imagePath"),
     "label-studio": Layout(
         label_studio.read,

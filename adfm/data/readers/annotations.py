@@ -105,6 +105,15 @@ def sample(
     )
 
 
+def labelled(
+    raw: Path, image: Path, defect: str, split: Split | None = None, notes: Iterable[str] = (), **more: Any
+) -> Sample:
+    """An anomalous image of which nothing says where its defects are; the arguments are those of `sample`."""
+    dataset = raw.resolve().name
+    unique = tuple(dict.fromkeys(notes))
+    return files.sample(raw, dataset, dataset, image, defect, split=split, notes=unique, located=False, **more)
+
+
 def class_name(value: object) -> str:
     """The name of a defect's class.
 

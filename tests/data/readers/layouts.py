@@ -350,6 +350,31 @@ def via(root: Path) -> None:
     (root / "via_export_json.json").write_text(json.dumps({"000.jpg-1": entry}))
 
 
+def cvat(root: Path) -> None:
+    image(root, "images/000.jpg")
+    box = (
+        '<box label="scratch" source="manual" occluded="0" xtl="10.00" ytl="5.00" xbr="14.00" ybr="8.00" z_order="0"/>'
+    )
+    (root / "annotations.xml").write_text(
+        '<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n<version>1.1</version><meta><task/></meta>'
+        f'<image id="0" name="000.jpg" width="32" height="24">{box}</image></annotations>'
+    )
+
+
+def supervisely(root: Path) -> None:
+    image(root, "project/ds0/img/000.jpg")
+    drawn = {
+        "classTitle": "scratch",
+        "geometryType": "rectangle",
+        "points": {"exterior": [[10, 5], [13, 7]], "interior": []},
+    }
+    content = {"description": "", "tags": [], "size": {"height": 24, "width": 32}, "objects": [drawn]}
+    (root / "project/ds0/ann").mkdir()
+    (root / "project/ds0/ann/000.jpg.json").write_text(json.dumps(content))
+    meta = {"classes": [{"title": "scratch", "shape": "any", "color": "#ff0000"}], "tags": [], "projectType": "images"}
+    (root / "project/meta.json").write_text(json.dumps(meta))
+
+
 def own_table(root: Path) -> None:
     image(root, "images/000.jpg")
     table(
@@ -387,6 +412,8 @@ DRAWN: dict[str, Callable[[Path], None]] = {
     "coco": coco,
     "yolo": yolo,
     "voc": voc,
+    "cvat": cvat,
+    "supervisely": supervisely,
     "labelme": labelme,
     "label-studio": label_studio,
     "via": via,
