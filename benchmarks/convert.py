@@ -89,6 +89,7 @@ def _timed(who: str, raw: Path) -> dict[str, Any]:
 
 
 def _adfm() -> tuple[str, Callable[[Path], int]]:
+    import pandas  # noqa: F401  # by pyarrow
     import scipy.ndimage
     import scipy.sparse.csgraph
     import scipy.spatial  # noqa: F401
