@@ -318,6 +318,12 @@ def via(out: Path, scene: Sequence[Part]) -> None:
     )
 
 
+def _last_pixels(shape: Drawn) -> list[list[float]]:
+    """The points with the last pixel of the shape, not the one past it, on the right and below."""
+    _, _, right, bottom = shape.box
+    return [[x - (x == right), y - (y == bottom)] for x, y in shape.points]
+
+
 def supervisely(out: Path, scene: Sequence[Part]) -> None:
     classes = [{"title": name, "shape": "any", "color": "#FF0000", "id": n} for n, name in enumerate(CLASSES, start=1)]
     _dump(out / "meta.json", {"classes": classes, "tags": [], "projectType": "images"})
@@ -327,7 +333,7 @@ def supervisely(out: Path, scene: Sequence[Part]) -> None:
             {
                 "classTitle": shape.label,
                 "geometryType": shape.kind,
-                "points": {"exterior": [list(point) for point in shape.points], "interior": []},
+                "points": {"exterior": _last_pixels(shape), "interior": []},
                 "tags": [],
                 "description": "",
             }
