@@ -129,7 +129,7 @@ def ablate(shards: Path, runs: Path, out: Path, params: Params, arms: Sequence[s
                 failed.append(begun[done])
                 print(f"{begun[done]}: failed; see {runs / begun[done] / 'log.txt'}", file=sys.stderr)
                 continue
-            figures = ", ".join(f"{name} {done.result()[name]:.3f}" for name in METRICS)
+            figures = ", ".join(f"{name} {_shown(interval([done.result()[name]]))}" for name in METRICS)
             print(f"{begun[done]}: {figures}", flush=True)
             _report(runs, out, params, list(planned))
     if failed:
@@ -222,14 +222,18 @@ def _report(runs: Path, out: Path, params: Params, planned: Sequence[tuple[str, 
         replace_text(content, out / name)
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of runs over seeds, and its 95 % interval by Student's t; the interval of one run is not finite."""
+def interval(values: Sequence[float | None]) -> tuple[float, float, float]:
+    """Mean of runs over seeds, and its 95 % interval by Student's t; the interval of one run is not finite.
+
+    NaN where a run lacks the metric, as it does IoU if no image has boxes.
+    """
     from scipy.stats import t
 
-    mean = float(np.mean(values))
+    known = [np.nan if value is None else value for value in values]
+    mean = float(np.mean(known))
     if len(values) < 2:
         return mean, -np.inf, np.inf
-    half = float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+    half = float(t.ppf(0.975, len(values) - 1) * np.std(known, ddof=1) / np.sqrt(len(values)))
     return mean, mean - half, mean + half
 
 
@@ -237,7 +241,7 @@ def claims(evidence: dict[str, dict[int, dict[str, Any]]]) -> list[tuple[str, bo
     """What the paper's ideas promise, in words with the numbers, and whether it was found.
 
     Args:
-        evidence: Figures by arm and seed; a claim about an arm that is not there is left out.
+        evidence: Figures by arm and seed; a claim about an arm or a metric that is not there is left out.
     """
 
     def over_seeds(arm: str, name: str) -> tuple[float, float, float]:
@@ -250,11 +254,15 @@ def claims(evidence: dict[str, dict[int, dict[str, Any]]]) -> list[tuple[str, bo
         found.append((words, used >= 2 * plain))
         for name in ("balanced_accuracy", "iou"):
             full, alone = over_seeds("calibrated", name), over_seeds("answer", name)
+            if np.isnan(full[0]) or np.isnan(alone[0]):
+                continue
             words = f"{_TITLES[name]} of the full method, {_shown(full)}, is above the answer alone's, {_shown(alone)}"
             found.append((f"{words}, and the intervals are apart", full[1] > alone[2]))
     if {"paper", "calibrated"} <= evidence.keys():
         for name in ("balanced_accuracy", "iou"):
             ours, published = over_seeds("calibrated", name)[0], over_seeds("paper", name)[0]
+            if np.isnan(ours) or np.isnan(published):
+                continue
             words = f"{_TITLES[name]} with `calibrated`, {ours:.3f}, is not below that with `paper`, {published:.3f}"
             found.append((words, ours >= published))
     if {"answer", "calibrated"} <= evidence.keys():
@@ -277,7 +285,10 @@ def describe(evidence: dict[str, dict[int, dict[str, Any]]], params: Params, pla
             ARMS[arm].title,
             ", ".join(map(str, found)),
             *(_shown(interval([run[name] for run in found.values()])) for name in METRICS),
-            "{:.3f}, {:.3f}".format(*np.mean([run["curve"][0][1:] for run in found.values()], axis=0)),
+            ", ".join(
+                "-" if np.isnan(mean) else f"{mean:.3f}"
+                for mean in np.mean(np.array([run["curve"][0][1:] for run in found.values()], float), axis=0)
+            ),
         ]
         for arm, found in evidence.items()
     ]
@@ -338,6 +349,8 @@ def draw(evidence: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
 
 def _shown(found: tuple[float, float, float]) -> str:
     mean, low, high = found
+    if np.isnan(mean):
+        return "-"
     return f"{mean:.3f} [{low:.3f}, {high:.3f}]" if np.isfinite(low) else f"{mean:.3f}"
 
 

@@ -10,6 +10,7 @@ import argparse
 import difflib
 import errno
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -337,7 +338,9 @@ def _check(args: argparse.Namespace, params: Params) -> None:
 def _fetch(args: argparse.Namespace, params: Params) -> None:
     from adfm.data.sources import fetch
 
-    fetch(args.uri, args.out)
+    files, size = fetch(args.uri, args.out)
+    print(f"{args.out}: {files:,} files, {size / 1e6:,.1f} MB")
+    print(f"next: adfm convert {shlex.quote(str(args.out))} data/shards")
 
 
 def _convert(args: argparse.Namespace, params: Params) -> None:

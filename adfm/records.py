@@ -84,8 +84,8 @@ class Sample:
         normalized: Whether `boxes` and `polygons` are fractions of the image's width and height.
         unmarked_is_normal: Whether an image whose masks show nothing is normal, whatever its `label`; otherwise that
             is an error.
-        located: Whether masks or boxes say where the defects are. If not, the label of an anomalous image is all that
-            is known, and its record has neither boxes nor a mask.
+        located: Whether masks or boxes say where the defects are. If they need not, the label of an anomalous image
+            without any, or whose masks show nothing, is all that is known, and its record has neither boxes nor a mask.
         size: Width and height of the image that the annotation was drawn on, as the annotation states them; `None`
             where it does not. An image of another size is an error, unless `convert.rescale` is set.
         split: The split that the data set itself fixes, or `None`.

@@ -54,6 +54,20 @@ def small_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def label_shards(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as shards of which only the labels are known."""
+    from dataclasses import replace
+
+    from adfm.data import shards
+
+    folder = tmp_path_factory.mktemp("labels") / "shards"
+    folder.mkdir()
+    records = (replace(record, boxes=(), mask=None) for record in shards.read(small_shards))
+    shards.write(records, folder, shard_images=1000)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An embedded store without runs; MLflow takes seconds to make one, and a copy takes none."""
     from adfm import tracking

@@ -50,6 +50,16 @@ def test_one_run_has_no_interval() -> None:
     assert ablation.interval([0.7]) == (0.7, -np.inf, np.inf)
 
 
+def test_a_metric_that_no_run_has_is_left_out() -> None:
+    runs = evidence(answer=0.5, paper=0.6, calibrated=0.8)
+    for of_arm in runs.values():
+        for figures in of_arm.values():
+            figures["iou"] = None
+            figures["curve"] = [[step, value, None] for step, value, _ in figures["curve"]]
+    assert not any("IoU" in words for words, _ in ablation.claims(runs))
+    assert "| 0.500, - |" in ablation.describe(runs, Params(), 9)
+
+
 def test_what_was_found_and_what_was_not() -> None:
     found = ablation.claims(evidence(answer=0.52, paper=0.75, calibrated=0.74))
     assert [holds for _, holds in found] == [False, True, True, False, False, True]

@@ -4,6 +4,10 @@ Nothing is written outside the folder, no link is made, and no archive fills the
 
 - a name that leads out of the folder, that comes twice, or that no disk takes is refused, as are devices, pipes and
   encrypted members; all of them are named in one error;
+- a zip whose names do not say their encoding is read in UTF-8 if they are valid, or else in the code page that all of
+  them are plausible in, which is reported (`adfm.data.codepages`); a backslash separates folders;
+- what is damaged is refused: a member that fails its checksum, headers that contradict each other, a missing end. A
+  plain tar has no checksum of its contents;
 - a link to a file of the archive becomes a copy of it; any other link is refused;
 - what expands to more than the disk has free, or to more than 1 GiB and 100 times the archive's own size, is refused
   (photographs hardly shrink when they are packed, and black masks beside them do not change that);
@@ -13,23 +17,25 @@ Nothing is written outside the folder, no link is made, and no archive fills the
 
 from __future__ import annotations
 
+import errno
 import gzip
 import lzma
-import os
 import posixpath
 import shutil
 import stat
 import struct
+import sys
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Self, cast
 
 import pyarrow as pa
 from tqdm import tqdm
 
+from adfm.data import codepages
 from adfm.data.manifest import STATE, Ledger
 from adfm.errors import AdfmError
 
@@ -40,6 +46,8 @@ _HARMLESS = 2**30
 _TABLE = 32 * 2**20
 _LINKS = 100_000
 _LISTED = 50
+_UTF8 = 0x800  # a zip's flag of a name in UTF-8
+_PATH = 3000  # bytes; Linux takes 4,096, with the path of the folder
 
 
 def is_archive(name: str) -> bool:
@@ -65,14 +73,18 @@ def unpack(archive: Path, folder: Path, ledger: Ledger, who: str) -> None:
     try:
         for member in _progress(_members(archive, who, grows)):
             name = utf8(member.name)
-            if complaint := member.complaint or refusal(name):
-                problems.add(f"{name!r} {complaint}")
-            elif member.target is not None:
-                links[name] = utf8(member.target)
+            if member.complaint:
+                problems.add(f"{name!r} {member.complaint}")
+            elif member.content is None and member.target is None:  # a folder
+                if complaint := refusal(f"{name}/file"):
+                    problems.add(f"{name!r} {complaint}")
+            elif path := admit(ledger, name, problems):
+                if member.content:
+                    store(ledger, path, member.content, problems)
+                    continue
+                links[path] = utf8(member.target or "")
                 if len(links) > _LINKS:
                     raise AdfmError(f"{who}: holds more than {_LINKS} links; make an archive of files.")
-            elif member.content:
-                store(ledger, name, member.content, problems)
         for name, target in links.items():
             for _ in range(40):  # a link to a link; some lead round in a circle
                 target = links.get(target, target)
@@ -90,7 +102,7 @@ def unpack(archive: Path, folder: Path, ledger: Ledger, who: str) -> None:
     except _DAMAGED as error:
         raise AdfmError(f"{who}: is damaged ({error}); get it anew.") from error
     except OSError as error:
-        if error.errno is None:  # gzip's
+        if error.errno in (None, errno.EINVAL):  # gzip's; a header that points before the file's beginning
             raise AdfmError(f"{who}: is damaged ({error}); get it anew.") from error
         raise
     problems.finish()
@@ -106,6 +118,7 @@ _DAMAGED = (
     ValueError,
     OverflowError,
     RuntimeError,
+    MemoryError,
 )
 
 
@@ -151,21 +164,46 @@ def utf8(name: str) -> str:
 def refusal(name: str) -> str | None:
     """Why no file of that name (with `/`) is written into a folder; `None` if nothing speaks against it."""
     parts = name.split("/")
-    if name.startswith("/") or ".." in parts or "\0" in name:
+    if "\0" in name:
+        return "has a zero byte in its name; rename it"
+    if name.startswith("/") or ".." in parts:
         return "leads out of the folder; this source is not to be trusted"
-    if posixpath.normpath(name).split("/")[0] == STATE:
+    if parts[-1] in ("", "."):
+        return f"ends in {name[-2:]!r}, which is not the name of a file; rename it"
+    if posixpath.normpath(name).split("/")[0].casefold() == STATE:
         return "has the name of a folder that adfm uses itself; rename it"
     if any(len(part.encode()) > 255 for part in parts):
         return "is longer than the 255 bytes that a disk takes; shorten it"
+    if len(name.encode()) > _PATH:
+        return f"is a path of more than {_PATH} bytes; shorten it"
     return None
 
 
-def store(ledger: Ledger, name: str, content: IO[bytes], problems: Problems) -> None:
+def admit(ledger: Ledger, name: str, problems: Problems, origin: str | None = None) -> str | None:
+    """Claim the path of a file in the folder: its name without `//` and `./`.
+
+    Args:
+        ledger: Of the folder.
+        name: What the source calls the file, with `/`.
+        problems: Gets a problem if no file of that name can be stored, or another one has that place.
+        origin: What to call the file in problems.
+
+    Returns:
+        The path; `None` if there is a problem.
+    """
+    path, origin = posixpath.normpath(name), origin or name
+    if complaint := refusal(name) or ledger.claim(path, origin):
+        problems.add(f"{origin!r} {complaint}")
+        return None
+    return path
+
+
+def store(ledger: Ledger, path: str, content: IO[bytes], problems: Problems) -> None:
     """Writes and enters a file, or notes why its place is taken."""
     try:
-        ledger.store(posixpath.normpath(name), content)
+        ledger.store(path, content)
     except (FileExistsError, NotADirectoryError, IsADirectoryError):
-        problems.add(f"{name!r} is there twice, or is both a file and a folder")
+        problems.add(f"{path!r} is there twice, or is both a file and a folder")
 
 
 def _growth(archive: Path, folder: Path, who: str) -> Callable[[int], None]:
@@ -215,26 +253,90 @@ def _members(archive: Path, who: str, grows: Callable[[int], None]) -> Iterator[
                 f"{who}: holds too many files for a zip (its table of contents has {end[5] / 2**20:.0f} MiB, and is "
                 f"read into memory up to {_TABLE // 2**20}); make a .tar of them, or give the folder."
             )
-    return _zip_members(archive, grows)
+    return _zip_members(archive, who, grows)
 
 
-def _zip_members(archive: Path, grows: Callable[[int], None]) -> Iterator[_Member]:
-    with zipfile.ZipFile(archive) as file:
-        grows(sum(info.file_size for info in file.infolist()))
-        for info in file.infolist():
-            name = (
-                info.filename if "/" in info.filename else info.filename.replace("\\", "/")
-            )  # old programs of Windows
+def _zip_members(archive: Path, who: str, grows: Callable[[int], None]) -> Iterator[_Member]:
+    with archive.open("rb") as raw, zipfile.ZipFile(raw) as file:
+        members = file.infolist()
+        raw.seek(0)
+        # `zipfile` ends early where the length of an entry is damaged. Old programs count modulo 65,536.
+        if (len(members) - zipfile._EndRecData(raw)[4]) % 2**16:  # type: ignore[attr-defined]
+            raise zipfile.BadZipFile("its table of contents has another number of files than it says")
+        grows(sum(info.file_size for info in members))
+        for info, name in zip(members, _zip_names(raw, members, who), strict=True):
             if info.flag_bits & 1:
                 yield _Member(name, complaint="is encrypted; make an archive without a password")
             elif stat.S_ISLNK(info.external_attr >> 16):
-                target = file.read(info).decode(errors="surrogateescape")
+                with file.open(info) as content:
+                    target = content.read(_PATH).decode(errors="surrogateescape")
                 yield _Member(name, target=_joined(name, target))
-            elif info.is_dir():
-                yield _Member(name)
+            elif name.endswith("/"):
+                with file.open(info) as content:
+                    has_content = content.read(1)
+                yield _Member(name, complaint="is a folder with content; rename it" if has_content else None)
             else:
                 with file.open(info) as content:
                     yield _Member(name, content=content)
+
+
+def _zip_names(raw: IO[bytes], members: Sequence[zipfile.ZipInfo], who: str) -> Iterator[str]:
+    """The names of a zip's members, with `/`.
+
+    Raises:
+        AdfmError: They do not say their encoding, and it cannot be told from them.
+    """
+    names = [_zip_name(raw, info) for info in members]
+    ambiguous = [name for name in names if isinstance(name, bytes) and not name.isascii()]
+    encoding = "utf-8"
+    if ambiguous:
+        try:
+            encoding, example = codepages.decoder(ambiguous)
+        except ValueError as error:
+            raise AdfmError(
+                f"{who}: its file names do not say their encoding: {error}; pack it again with names in UTF-8 (7-Zip: "
+                "the parameter cu=on), or unpack it by hand and give the folder."
+            ) from None
+        if encoding != "utf-8":
+            print(
+                f"adfm: {who}: its file names do not say their encoding; they are read in code page {encoding}, as in "
+                f"{example!r}",
+                file=sys.stderr,
+            )
+    for name in names:
+        text = name if isinstance(name, str) else name.decode(encoding)
+        yield text.replace("\\", "/")  # as some programs of Windows separate folders
+
+
+def _zip_name(raw: IO[bytes], info: zipfile.ZipInfo) -> str | bytes:
+    """The name of a member if its encoding is known, otherwise its bytes.
+
+    Raises:
+        BadZipFile: The header before its content names another file.
+    """
+    if info.flag_bits & _UTF8:
+        return info.orig_filename
+    own = info.orig_filename.encode("cp437")  # by which `zipfile` has decoded them
+    raw.seek(info.header_offset)
+    header = raw.read(30)
+    if len(header) < 30:
+        raise zipfile.BadZipFile("it is cut off")
+    name_size, extra_size = struct.unpack("<HH", header[26:])
+    name, extra = raw.read(name_size), raw.read(extra_size)
+    path, local = _unicode_path(own, info.extra), _unicode_path(own, extra)
+    if name != own or local not in (None, path):
+        raise zipfile.BadZipFile(f"two headers of one file name it {info.orig_filename!r} and {name!r}")
+    return path or own
+
+
+def _unicode_path(name: bytes, extra: bytes) -> str | None:
+    """The name in UTF-8 that Info-ZIP and others write beside a name in a code page, unless it belongs to another."""
+    while len(extra) >= 4:
+        kind, size = struct.unpack("<HH", extra[:4])
+        if kind == 0x7075 and extra[4:9] == struct.pack("<BL", 1, zlib.crc32(name)):
+            return extra[9 : 4 + size].decode()
+        extra = extra[4 + size :]
+    return None
 
 
 _DECOMPRESSED: dict[str, Callable[[IO[bytes]], Any]] = {
@@ -264,16 +366,21 @@ def _tar_members(archive: Path, grows: Callable[[int], None]) -> Iterator[_Membe
                     yield _Member(info.name, content=file.extractfile(info))
                 else:
                     yield _Member(info.name, complaint="is a device or a pipe; make an archive of files")
-        # tarfile takes an archive that is cut off between two members for a shorter one.
-        if stream is raw:
-            raw.seek(-tarfile.BLOCKSIZE, os.SEEK_END)
-            if any(raw.read()):
-                raise tarfile.ReadError("it is cut off")
         while rest := stream.read(2**20):
             grows(len(rest))
 
 
 class _TarInfo(tarfile.TarInfo):
+    @classmethod
+    def fromtarfile(cls, file: tarfile.TarFile) -> Self:
+        """As of `TarInfo`; but a damaged header or a missing end mark, which end a `TarFile` in silence, are errors."""
+        try:
+            return super().fromtarfile(file)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"a header is damaged, or the end is missing: {error}") from error
+
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         """As of `TarInfo`, which goes on to read long names and attributes into memory, as long as they claim to be."""

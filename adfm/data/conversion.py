@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import sys
+import time
 import warnings
 import zlib
 from collections import deque
@@ -37,9 +38,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from adfm import __version__
-from adfm.data import duplicates, inspection, shards, splits
-from adfm.data.images import GreyRange
-from adfm.data.problems import BadData, MissingImage
+from adfm.data import contradictions, duplicates, inspection, inventory, samples, shards, splits, summary
+from adfm.data.images import GreyRange, upright
+from adfm.data.problems import BadData, MissingImage, printable
 from adfm.data.readers import LAYOUTS, detect, files
 from adfm.errors import AdfmError
 from adfm.files import atomic_folder, write_json
@@ -49,9 +50,7 @@ from adfm.records import SPLITS, Box, Record, Sample, Split
 RUN = 500
 PART = "inspection.json"
 _WORK = "inspected"
-_KEPT = ("mask", "width", "height", "dataset", "category", "defect", "label", "source", "sha256", "group")
-# Near-duplicates that are more than these, in images and as a share of their category, are worth a warning.
-_FEW, _LARGE_SHARE = 10, 0.25
+_KEPT = ("mask", "width", "height", "dataset", "category", "defect", "label", "source", "sha256")
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -59,6 +58,8 @@ R = TypeVar("R")
 
 def convert(raw: Path, out: Path, params: Params, parts: Sequence[Path] = ()) -> None:
     """Writes the shards of a raw data set and `conversion.json`, which says what was converted and how.
+
+    Prints a table of what became of all images and files, and warnings of what may have gone wrong.
 
     Every image is decoded, as proof that it can be. PNG and JPEG files in RGB or grey are embedded byte for byte. All
     others become RGB PNGs: other formats; palette, CMYK; transparency is dropped; grey of more than 8 bits is scaled
@@ -80,15 +81,18 @@ def convert(raw: Path, out: Path, params: Params, parts: Sequence[Path] = ()) ->
 
     Raises:
         AdfmError: No such folder, layout or category, or bad data: unreadable images and masks, masks of another size
-            than their image, masks that show nothing, boxes outside; all of them in one error. Parts that are missing,
-            or come from other parameters or data. An earlier result at `out` is left as it is.
+            than their image, masks that show nothing, boxes outside; all of them in one error. One picture under two
+            labels. Parts that are missing, or come from other parameters or data. A `split.group` that fits nothing.
+            An earlier result at `out` is left as it is.
     """
+    begin = time.monotonic()
     with _listing(out):
         data = _opened(raw, params)
         runs = _joined(parts, data, params) if parts else []
         report = _converted(data, runs, out, params)
     for warning in report["warnings"]:
-        print(f"adfm: warning: {warning}", file=sys.stderr)
+        print(f"adfm: warning: {printable(warning)}", file=sys.stderr)
+    print(summary.table(report, out, time.monotonic() - begin))
 
 
 def _converted(data: _Raw, runs: list[Path], out: Path, params: Params) -> dict[str, Any]:
@@ -99,14 +103,30 @@ def _converted(data: _Raw, runs: list[Path], out: Path, params: Params) -> dict[
         if problems := inspection.frame_problems(runs):
             raise BadData(data.folder, data.layout, problems)
         grey_range = inspection.grey_range(runs)
-        images, pairs = _gathered(runs, work / "thumbnails", params)
-        assigned = splits.assign(images, pairs, params)
+        notes = summary.Notes()
+        images, pairs = _gathered(runs, work / "thumbnails", notes)
+        rows, decode = partial(_rows, runs), partial(upright, bounds=grey_range)
+        if problems := contradictions.under_two_labels(data.folder, images, pairs, rows, decode):
+            raise BadData(data.folder, data.layout, problems)
+        assigned = splits.assign(images, pairs[: len(pairs) if params.split.near_duplicates else 0], params)
+        marks = contradictions.marked_differently(images, rows)
+        report = _description(data, params) | summary.report(images, pairs, assigned, params, notes, marks, data.left)
         _write(data.folder, runs, assigned, folder, params.convert.shard_images, grey_range)
         shutil.rmtree(work)
-        report = _report(data, images, pairs, assigned, params)
         report |= {"grey_range": grey_range, "fingerprint": shards.fingerprint(folder)}
         write_json(report, folder / "conversion.json")
     return report
+
+
+def _description(data: _Raw, params: Params) -> dict[str, Any]:
+    return {
+        "layout": {"name": data.layout, "detected": data.seen is not None, "seen": data.seen},
+        "params": {
+            "seed": params.seed,
+            "convert": params.convert.model_dump(),
+            "split": params.split.model_dump(),
+        },
+    }
 
 
 def inspect_part(raw: Path, out: Path, params: Params, part: int, of: int) -> None:
@@ -122,16 +142,19 @@ def inspect_part(raw: Path, out: Path, params: Params, part: int, of: int) -> No
     Raises:
         AdfmError: As of `convert`, for the images of this part.
     """
+    begin = time.monotonic()
     with _listing(out):
         data = _opened(raw, params)
-        _inspected_part(data, out, params, part, of)
+        images = _inspected_part(data, out, params, part, of)
+    print(summary.part(images, data.images, part, of, out, time.monotonic() - begin))
 
 
-def _inspected_part(data: _Raw, out: Path, params: Params, part: int, of: int) -> None:
+def _inspected_part(data: _Raw, out: Path, params: Params, part: int, of: int) -> int:
     with _unfinished(out, data) as folder:
-        _inspected(data, folder, params, part, of)
+        runs = _inspected(data, folder, params, part, of)
         description = {"part": part, "of": of, "settings": _settings(data.layout, params)}
         write_json(description, folder / PART)
+        return sum(pq.read_metadata(run).num_rows for run in runs)
 
 
 class _Raw(NamedTuple):
@@ -139,15 +162,18 @@ class _Raw(NamedTuple):
     layout: str
     seen: str | None  # where the layout was detected
     images: int
+    grouping: samples.Grouping
+    left: summary.Left
 
-    def samples(self) -> Iterator[Sample]:
-        return LAYOUTS[self.layout].read(self.folder)
+    def samples(self, params: Params) -> Iterator[Sample]:
+        return samples.read(self.folder, self.layout, params.convert)
 
 
 def _opened(raw: Path, params: Params) -> _Raw:
-    """Goes through the data set once, to know how much there is."""
+    """Goes through the data set once, to know how much there is, and what of it is not used."""
     if not raw.is_dir():
         raise AdfmError(f"{raw}: no such folder; get a data set there with `adfm fetch URI {raw}`.")
+    files.refuse_special(raw)
     layout, seen = params.convert.layout, None
     if layout == "auto":
         layout, seen = detect(raw)
@@ -157,23 +183,33 @@ def _opened(raw: Path, params: Params) -> _Raw:
         raise AdfmError(
             f"convert.layout: there is no layout {layout!r}; did you mean {near!r}? Known: auto, {', '.join(LAYOUTS)}."
         )
-    images, categories = 0, set()
+    survey = samples.Survey(params.split.group)
+    converted, masks = set[str](), set[str]()
+    missing: list[str] = []
     try:
-        for sample in LAYOUTS[layout].read(raw):
-            images += 1
-            categories.add(sample.category)
-    except BadData:
-        if not images:
+        for sample in samples.read(raw, layout, params.convert):
+            survey.add(sample)
+            converted.add(_file(sample))
+            masks.update(os.path.relpath(mask, raw) for mask in sample.masks)
+    except BadData as error:
+        if not survey.images:
             raise
-        # Raised again together with the problems of the images themselves.
-    unknown = [name for name in params.split.holdout_categories if name not in categories]
+        # Problems are raised again together with those of the images themselves.
+        missing = [one for one in error.problems if isinstance(one, MissingImage)]
+    unknown = [name for name in params.split.holdout_categories if name not in survey.categories]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], sorted(categories), n=1, cutoff=0)[0]
+        near = difflib.get_close_matches(unknown[0], sorted(survey.categories), n=1, cutoff=0)[0]
         raise AdfmError(
             f"split.holdout_categories: {raw} has no category {', '.join(map(repr, unknown))}; did you mean {near!r}?"
-            f" There are: {', '.join(sorted(categories))}."
+            f" There are: {', '.join(map(printable, sorted(survey.categories)))}."
         )
-    return _Raw(raw, layout, seen, images)
+    left = summary.Left(inventory.take(raw, converted, masks), missing if params.convert.missing == "skip" else [])
+    return _Raw(raw, layout, seen, survey.images, survey.grouping(), left)
+
+
+def _file(sample: Sample) -> str:
+    """The path, relative to the data set, of the file that holds the image; it is `source` but for images in JSON."""
+    return f"{sample.source[: sample.source.rfind('/') + 1]}{sample.image.name}"
 
 
 @contextmanager
@@ -195,16 +231,18 @@ def _inspected(raw: _Raw, work: Path, params: Params, part: int = 1, of: int = 1
     total = sum(min(RUN, raw.images - first) for first in range((part - 1) * RUN, raw.images, of * RUN))
     progress = tqdm(total=total, desc="inspect", unit="image", disable=None)
     with progress, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for number, samples in enumerate(_runs(raw.samples(), params.convert.missing, problems)):
+        for number, run in enumerate(_runs(raw.samples(params), params.convert.missing, problems)):
             if number % of == part - 1:
                 path = work / f"{number:06d}.parquet"
-                key = _key(pool, raw.folder, samples, settings)
+                key = _key(pool, raw.folder, run, settings)
                 if not _is_finished(path, key):
-                    done = map_in_order(pool, partial(inspection.inspect, settings=params.convert), samples)
+                    done = map_in_order(pool, partial(inspection.inspect, settings=params.convert), run)
                     rows = [row for row in done if progress.update() or True]
+                    for row, sample in zip(rows, run, strict=True):
+                        row["part"] = raw.grouping.part(sample)
                     _save(rows, path, key)
                 else:
-                    progress.update(len(samples))
+                    progress.update(len(run))
                 listed = pq.read_table(path, columns=["problems"])["problems"]
                 problems += [problem for some in listed.to_pylist() for problem in some or ()]
                 runs.append(path)
@@ -250,7 +288,8 @@ def _listing(out: Path) -> Iterator[None]:
 def _settings(layout: str, params: Params) -> dict[str, Any]:
     """What the result of looking at an image depends on, besides the image."""
     own = params.convert.model_dump(exclude={"layout", "shard_images"})
-    return {"layout": layout, **own, "adfm": __version__, "pillow": PIL.__version__, "run": RUN}
+    versions = {"adfm": __version__, "pillow": PIL.__version__}
+    return {"layout": layout, **own, "group": params.split.group, **versions, "run": RUN}
 
 
 class _Key(NamedTuple):
@@ -353,11 +392,11 @@ def _joined(parts: Sequence[Path], raw: _Raw, params: Params) -> list[Path]:
     wrong: list[str] = []
     strangers = set()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for number, samples in enumerate(_runs(raw.samples(), params.convert.missing, wrong)):
+        for number, run in enumerate(_runs(raw.samples(params), params.convert.missing, wrong)):
             folder = found[number % of + 1]
             path = folder / f"{number:06d}.parquet"
             key = _read_key(path) if path.is_file() else None
-            if key is None or key.content != _key(pool, raw.folder, samples, wanted).content:
+            if key is None or key.content != _key(pool, raw.folder, run, wanted).content:
                 strangers.add(folder)
             runs.append(path)
     for folder in found.values():
@@ -374,23 +413,30 @@ def _joined(parts: Sequence[Path], raw: _Raw, params: Params) -> list[Path]:
 # ---------------------------------------------------------------------------------------------------------- all images
 
 
-def _gathered(runs: Sequence[Path], path: Path, params: Params) -> tuple[pa.Table, NDArray[np.int64]]:
-    """What the splits depend on, of all images, and their near-duplicates; the thumbnails go to a file."""
-    names = [*splits.COLUMNS, "contrast", "fragments", "unmarked"]
+def _gathered(runs: Sequence[Path], path: Path, notes: summary.Notes) -> tuple[pa.Table, NDArray[np.int64]]:
+    """What splits and report depend on, of all images, and their near-duplicates; the thumbnails go to a file."""
+    encoded = [name for name in splits.COLUMNS if name not in ("sha256", "photograph")]
+    plain = ["source", "sha256", "width", "height", "embedded", "contrast", "fragments", "unmarked"]
     tables, coarse = [], []
     with path.open("wb") as file:
         for run in runs:
-            table = pq.read_table(run, columns=[*names, "boxes", "thumbnail"])
-            thumbnails = np.frombuffer(b"".join(table["thumbnail"].to_pylist()), np.float16)
+            table = pq.read_table(run, columns=[*encoded, *plain, "boxes", "notes", "thumbnail"])
+            sources, looks = table["source"].to_pylist(), table["thumbnail"].to_pylist()
+            notes.add(sources, table["notes"].to_pylist())
+            thumbnails = np.frombuffer(b"".join(looks), np.float16)
             coarse.append(duplicates.coarse(thumbnails.reshape(-1, duplicates.SIDE, duplicates.SIDE)))
             file.write(thumbnails.tobytes())
-            columns = {name: table[name] for name in names}
-            for name in splits.COLUMNS[:-1]:
-                columns[name] = columns[name].dictionary_encode()
-            tables.append(pa.table(columns | {"boxes": pc.list_value_length(table["boxes"])}))
+            columns = {name: table[name].dictionary_encode() for name in encoded} | {
+                name: table[name] for name in plain
+            }
+            sizes = zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True)
+            more = {
+                "boxes": pc.list_value_length(table["boxes"]),
+                "photograph": pa.array(map(samples.photograph, sources), pa.string()),
+                "look": pa.array(map(hash, zip(looks, sizes, strict=True)), pa.int64()),
+            }
+            tables.append(pa.table(columns | more))
     images = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
-    if not params.split.near_duplicates:
-        return images, np.empty((0, 2), np.int64)
     contrasts = images["contrast"].to_numpy().copy()
     contrasts[splits.repeated(images["sha256"].combine_chunks())[:, 0]] = 0  # identical ones are together anyhow
     mapped = np.memmap(path, np.float16, "r").reshape(-1, duplicates.SIDE, duplicates.SIDE)
@@ -430,8 +476,11 @@ def _write(
                 shards.write_one((record for record in records if progress.update() or True), path)
 
 
-def _rows(runs: Sequence[Path], images: NDArray[np.int64]) -> Iterator[dict[str, Any]]:
-    columns = [name for name in inspection.SCHEMA.names if name not in ("thumbnail", "contrast", "problems")]
+def _rows(runs: Sequence[Path], images: NDArray[np.int64], columns: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """What inspection wrote of some images, in ascending order."""
+    columns = columns or [
+        name for name in inspection.SCHEMA.names if name not in ("thumbnail", "contrast", "problems", "notes")
+    ]
     for number in np.unique(images // RUN):
         table = pq.read_table(runs[number], columns=columns)
         yield from table.take(images[images // RUN == number] % RUN).to_pylist()
@@ -441,72 +490,15 @@ def _record(raw: Path, split: Split, grey_range: GreyRange | None, row: dict[str
     try:
         content = files.content(raw / row["file"])
     except OSError as error:
-        raise AdfmError(f"{raw}: {row['source']} cannot be read any more ({error}); convert again.") from error
+        source = printable(row["source"])
+        raise AdfmError(f"{raw}: {source} cannot be read any more ({error}); convert again.") from error
     if zlib.crc32(content) != row["crc32"]:
-        raise AdfmError(f"{raw}: {row['source']} has changed since it was looked at; convert again.")
+        raise AdfmError(f"{raw}: {printable(row['source'])} has changed since it was looked at; convert again.")
     return Record(
         id=hashlib.sha256(f"{row['source']}\n{row['sha256']}".encode()).hexdigest()[:16],
         image=content if row["embedded"] else inspection.encoded(content, grey_range),
         boxes=tuple(Box(*box) for box in row["boxes"]),
         split=split,
+        group=row["part"] or row["group"] or samples.photograph(row["source"]),
         **{name: row[name] for name in _KEPT},
     )
-
-
-# ------------------------------------------------------------------------------------------------------------- report
-
-
-def _report(
-    raw: _Raw, images: pa.Table, pairs: NDArray[np.int64], assigned: NDArray[np.int8], params: Params
-) -> dict[str, Any]:
-    clusters = duplicates.clusters(pairs)
-    return {
-        "dataset": images["dataset"][0].as_py(),
-        "layout": {"name": raw.layout, "detected": raw.seen is not None, "seen": raw.seen},
-        "params": {
-            "seed": params.seed,
-            "convert": params.convert.model_dump(),
-            "split": params.split.model_dump(),
-        },
-        "images": len(images),
-        "unmarked_images": pc.sum(images["unmarked"]).as_py() or 0,
-        "boxes": {
-            "before_dilation": pc.sum(images["fragments"]).as_py(),
-            "after_dilation": pc.sum(images["boxes"]).as_py(),
-        },
-        "identical_images": len(splits.repeated(images["sha256"].combine_chunks())),
-        "near_duplicates": {"clusters": len(clusters), "images": sum(map(len, clusters))},
-        "counts": _counts(images, assigned),
-        "warnings": _nothing_to_train_on(assigned) + _lookalikes(images, clusters),
-    }
-
-
-def _counts(images: pa.Table, assigned: NDArray[np.int8]) -> list[dict[str, Any]]:
-    columns = ["split", "category", "label", "defect"]
-    table = images.select(columns[1:]).add_column(0, "split", pa.array(assigned))
-    found = table.group_by(columns).aggregate([([], "count_all")]).to_pylist()
-    rows = [{name: row[name] for name in columns} | {"images": row["count_all"]} for row in found]
-    for row in rows:
-        row["split"] = SPLITS[row["split"]]
-    return sorted(rows, key=lambda row: [row[name] or "" for name in columns])
-
-
-def _nothing_to_train_on(assigned: NDArray[np.int8]) -> list[str]:
-    if (assigned == SPLITS.index("train")).any():
-        return []
-    return ["no image is for training: the data set fixes none for it; split.redivide=true divides all of it"]
-
-
-def _lookalikes(images: pa.Table, clusters: list[NDArray[np.int64]]) -> list[str]:
-    """A warning for every cluster that binds a good part of a category to one split."""
-    of_category = {row["values"]: row["counts"] for row in pc.value_counts(images["category"]).to_pylist()}
-    found = []
-    for cluster in clusters:
-        for row in pc.value_counts(images["category"].take(cluster)).to_pylist() if len(cluster) > _FEW else ():
-            category, total = row["values"], of_category[row["values"]]
-            if row["counts"] > max(_FEW, _LARGE_SHARE * total):
-                found.append(
-                    f"{row['counts']} of the {total} images of {category} look like copies of one picture, so they are"
-                    " all in one split; if they show different parts, set split.near_duplicates to false"
-                )
-    return found

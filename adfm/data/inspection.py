@@ -33,6 +33,7 @@ SCHEMA = pa.schema(
         ("unmarked", pa.bool_()),  # normal because its mask shows nothing
         ("notes", pa.list_(pa.string())),  # see `Sample`
         ("file", pa.string()),  # that holds the image, relative to the data set; `source` but for images within JSON
+        ("part", pa.string()),  # set by conversion, as `split.group` says
         ("sha256", pa.string()),
         ("crc32", pa.uint32()),
         ("embedded", pa.bool_()),  # as it is, byte for byte

@@ -6,9 +6,11 @@ import contextlib
 import hashlib
 import json
 import os
+import posixpath
 import shutil
 import sqlite3
 import threading
+import unicodedata
 from pathlib import Path
 from typing import IO
 
@@ -31,6 +33,7 @@ class Ledger:
     def __init__(self, folder: Path, source: str) -> None:
         self.folder = folder
         self._lock = threading.Lock()
+        self._claimed_folder = ""
         try:
             self._database = self._opened(source)
         except sqlite3.OperationalError as error:
@@ -39,6 +42,8 @@ class Ledger:
             for path in folder.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             self._database = self._opened(source)
+        self._ignores_case = ignores_case(folder / STATE)
+        self._names = self._opened_names()
 
     def _opened(self, source: str) -> sqlite3.Connection:
         path = self.folder / STATE / "ledger.sqlite"
@@ -62,9 +67,21 @@ class Ledger:
             raise
         return database
 
+    def _opened_names(self) -> sqlite3.Connection:
+        """A database of the paths that are claimed; of use to this process only, so in one transaction."""
+        path = self.folder / STATE / "names.sqlite"
+        path.unlink(missing_ok=True)
+        names = sqlite3.connect(f"{path.resolve().as_uri()}?nolock=1", uri=True, isolation_level=None)
+        names.execute("PRAGMA synchronous = OFF")
+        names.execute("PRAGMA journal_mode = OFF")
+        names.execute("CREATE TABLE names (key PRIMARY KEY, path, origin, folder) WITHOUT ROWID")
+        names.execute("BEGIN")
+        return names
+
     def close(self) -> None:
         """Leaves the ledger as it is, to go on with it later."""
         self._database.close()
+        self._names.close()
 
     def _execute(self, statement: str, *values: object) -> sqlite3.Cursor:
         with self._lock:
@@ -75,6 +92,57 @@ class Ledger:
 
     def _unwritable(self, error: sqlite3.Error) -> AdfmError:
         return AdfmError(f"{self.folder}: cannot be written ({error}); free some space or choose another folder.")
+
+    def claim(self, path: str, origin: str) -> str | None:
+        """Reserve a path for a file of the source, so that no two files become one. Called by one thread only.
+
+        Two paths are the same on every disk that people copy data sets to if they differ only in their Unicode
+        normalisation, and on this one if it ignores case.
+
+        Args:
+            path: Relative to the folder, with `/`, normalised.
+            origin: What the source calls the file.
+
+        Returns:
+            Which other file of the source has that place, as what is wrong with this one; `None` if it is free.
+        """
+        if (folder := posixpath.dirname(path)) != self._claimed_folder:
+            parts = folder.split("/")
+            for depth in range(1, len(parts) + 1):
+                above = "/".join(parts[:depth])
+                if taken := self._taken(above, origin, folder=True):
+                    return taken
+            self._claimed_folder = folder
+        return self._taken(path, origin, folder=False)
+
+    def _taken(self, path: str, origin: str, folder: bool) -> str | None:
+        if not path:
+            return None
+        key = unicodedata.normalize("NFC", path)
+        if self._ignores_case:
+            key = unicodedata.normalize("NFC", unicodedata.normalize("NFD", path).casefold())
+        try:
+            row = self._names.execute("SELECT path, origin, folder FROM names WHERE key = ?", (key,)).fetchone()
+            if not row:
+                self._names.execute("INSERT INTO names VALUES (?, ?, ?, ?)", (key, path, origin, folder))
+                return None
+        except sqlite3.OperationalError as error:
+            raise self._unwritable(error) from error
+        other_path, other, other_folder = row
+        if folder and other_folder and other_path == path:
+            return None
+        if other_folder != folder:
+            return f"is both a file and a folder, because of {other!r}; rename one"
+        if other == origin:
+            return "is there twice; remove one"
+        if other_path == path:
+            return f"becomes the same file as {other!r}; rename one"
+        if unicodedata.normalize("NFC", other_path) == unicodedata.normalize("NFC", path):
+            return (
+                f"has the same name as {other!r} but for its Unicode normalisation ({path!a} and "
+                f"{other_path!a}), which is one name on many disks; rename one"
+            )
+        return f"differs from {other!r} only in case, and the disk of {self.folder} ignores case; rename one"
 
     def holds(self, path: str, tag: str) -> bool:
         """Whether an earlier attempt has left that file whole; from then on it counts as one of this attempt."""
@@ -126,12 +194,15 @@ class Ledger:
                 folder.rmdir()  # if it is empty
         self._execute("DELETE FROM files WHERE NOT current")
 
-    def finish(self, source: dict[str, str], tag: str = "etag") -> None:
+    def finish(self, source: dict[str, str], tag: str = "etag") -> tuple[int, int]:
         """Writes `manifest.json`: facts about the source, and path, size and SHA-256 of every file.
 
         Args:
             source: The facts; `source` is its URI.
             tag: What the tags of the files are called in the manifest.
+
+        Returns:
+            The number of files, and of their bytes.
 
         Raises:
             AdfmError: There is no file, or one that has the name of the manifest and is none.
@@ -158,5 +229,12 @@ class Ledger:
         if separator == "\n":
             own.unlink()
             raise AdfmError(f"{source['source']}: holds no file; give a folder, archive or prefix with a data set.")
-        self._database.close()
+        count, total = self._execute("SELECT count(*), sum(size) FROM files").fetchone()
+        self.close()
         shutil.rmtree(self.folder / STATE)
+        return count, total
+
+
+def ignores_case(path: Path) -> bool:
+    """Whether a path that exists, with letters in its name, is also there in the other case."""
+    return path.with_name(path.name.swapcase()).exists()

@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 
 from PIL import Image, ImageDraw, ImageFont
 
-from adfm.data import inspection, pictures, shards
+from adfm.data import inspection, pictures, samples, shards
 from adfm.data.pictures import Picture
 from adfm.data.readers import LAYOUTS, detect, files
 from adfm.errors import AdfmError
@@ -84,7 +84,7 @@ def show(folder: Path, out: Path | None, params: Params, split: str | None = Non
     def entries() -> Iterator[_Entry]:
         nonlocal problem
         try:
-            for entry in _entries(folder, params.convert.layout):
+            for entry in _entries(folder, params.convert):
                 counts[entry._replace(name="", content=0)] += 1
                 if split in (None, entry.split):
                     yield entry
@@ -110,7 +110,7 @@ def show(folder: Path, out: Path | None, params: Params, split: str | None = Non
     return out
 
 
-def _entries(folder: Path, layout: str) -> Iterator[_Entry]:
+def _entries(folder: Path, settings: Convert) -> Iterator[_Entry]:
     if any(path for split in SPLITS for path in folder.glob(f"{split}-*.parquet")):
         number = 0
         for batch in shards.batches(folder, None, ["category", "label", "defect", "split", "source"]):
@@ -118,11 +118,13 @@ def _entries(folder: Path, layout: str) -> Iterator[_Entry]:
                 yield _entry(number, *row.values())
                 number += 1
         return
+    layout = settings.layout
+    files.refuse_special(folder)
     if layout == "auto":
         layout, _ = detect(folder)
     if layout not in LAYOUTS:
         raise AdfmError(f"convert.layout: there is no layout {layout!r}; known: auto, {', '.join(LAYOUTS)}.")
-    for sample in LAYOUTS[layout].read(folder):
+    for sample in samples.read(folder, layout, settings):
         yield _entry(sample, sample.category, sample.label, sample.defect, sample.split, sample.source)
 
 
@@ -200,7 +202,8 @@ _Tiles = list[tuple[_Entry, Picture]]
 
 
 def _lines(entry: _Entry, picture: Picture) -> list[str]:
-    label = " · ".join(part for part in (entry.label, entry.defect) if part)
+    alone = entry.label == "anomalous" and not picture.boxes and picture.mask is None and not picture.problem
+    label = " · ".join(part for part in (entry.label, entry.defect, "label alone" if alone else "") if part)
     size = "{}x{}".format(*picture.size) if any(picture.size) else ""
     return [entry.category, label, " · ".join(part for part in (entry.split, size) if part)]
 

@@ -19,8 +19,9 @@ import os
 import posixpath
 import random
 import re
+import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -30,6 +31,7 @@ from tqdm import tqdm
 
 from adfm.data import archives
 from adfm.data.manifest import STATE, Ledger
+from adfm.data.readers.files import special_files
 from adfm.errors import AdfmError
 from adfm.files import atomic_folder, file_digest
 
@@ -39,7 +41,7 @@ _CONNECTIONS = 16
 T = TypeVar("T")
 
 
-def fetch(uri: str, out: Path) -> None:
+def fetch(uri: str, out: Path) -> tuple[int, int]:
     """Brings a raw data set into a folder, with `manifest.json` {source, files: [{path, size, sha256}]}.
 
     An interrupted download from S3 or DVC goes on where it stopped. Memory does not grow with the number of files.
@@ -48,25 +50,28 @@ def fetch(uri: str, out: Path) -> None:
         uri: Where it is; see the module's docstring.
         out: Folder to make. An earlier result there stays until the new one is whole.
 
+    Returns:
+        The number of files, and of their bytes.
+
     Raises:
-        AdfmError: The source cannot be understood, found, reached or trusted, or holds no file; the disk is full.
+        AdfmError: The source cannot be understood, found, reached or trusted, or holds no file, or two files that would
+            become one; the disk is full.
     """
     scheme, separator, _ = uri.partition("://")
     if not separator or scheme == "file":
-        _fetch_local(uri, out)
-    elif scheme == "s3":
-        _fetch_s3(uri, out)
-    elif scheme == "dvc":
-        _fetch_dvc(uri, out)
-    elif scheme == "synthetic":
-        _fetch_synthetic(uri, out)
-    else:
-        near = difflib.get_close_matches(scheme, SCHEMES, n=1, cutoff=0)[0]
-        raise AdfmError(
-            f"{uri}: adfm fetches nothing from {scheme}://; did you mean {near}://? Known: a folder, an archive, "
-            + ", ".join(f"{known}://" for known in SCHEMES)
-            + ". Download other data sets yourself and give their folder or archive."
-        )
+        return _fetch_local(uri, out)
+    if scheme == "s3":
+        return _fetch_s3(uri, out)
+    if scheme == "dvc":
+        return _fetch_dvc(uri, out)
+    if scheme == "synthetic":
+        return _fetch_synthetic(uri, out)
+    near = difflib.get_close_matches(scheme, SCHEMES, n=1, cutoff=0)[0]
+    raise AdfmError(
+        f"{uri}: adfm fetches nothing from {scheme}://; did you mean {near}://? Known: a folder, an archive, "
+        + ", ".join(f"{known}://" for known in SCHEMES)
+        + ". Download other data sets yourself and give their folder or archive."
+    )
 
 
 def _parallel(work: Callable[[T], None], items: Iterable[T], what: str, stopped: threading.Event) -> None:
@@ -90,7 +95,7 @@ def _parallel(work: Callable[[T], None], items: Iterable[T], what: str, stopped:
 # ------------------------------------------------------------------------------------------------ folder and archive
 
 
-def _fetch_local(uri: str, out: Path) -> None:
+def _fetch_local(uri: str, out: Path) -> tuple[int, int]:
     if uri.startswith("file://"):
         parts = urlsplit(uri)
         if parts.netloc not in ("", "localhost"):
@@ -111,16 +116,21 @@ def _fetch_local(uri: str, out: Path) -> None:
     elif not archives.is_archive(path.name):
         known = ", ".join(archives.ENDINGS)
         raise AdfmError(f"{uri}: is a file, but no archive that adfm unpacks ({known}); give its folder.")
+    elif not path.is_file():
+        raise AdfmError(f"{uri}: is a pipe or a device; give an ordinary file or a folder.")
     with atomic_folder(out) as folder, contextlib.closing(Ledger(folder, uri)) as ledger:
         if path.is_dir():
             _copy(path, ledger)
         else:
             archives.unpack(path, folder, ledger, uri)
-        ledger.finish({"source": uri})
+        return ledger.finish({"source": uri})
 
 
 def _copy(source: Path, ledger: Ledger) -> None:
     problems = archives.Problems(str(source))
+    for problem in special_files(source):
+        problems.add(problem)
+    problems.finish()  # before anything is opened: a pipe would be waited for
 
     def copy(job: tuple[Path, str]) -> None:
         path, name = job
@@ -128,30 +138,19 @@ def _copy(source: Path, ledger: Ledger) -> None:
             archives.store(ledger, name, content, problems)
 
     def jobs() -> Iterator[tuple[Path, str]]:
-        for path in _walk(source, (), problems):
-            name = archives.utf8(path.relative_to(source).as_posix())
-            if not path.is_file():
-                problems.add(f"{name!r} is a link that leads nowhere, or no ordinary file")
-            elif complaint := archives.refusal(name):
-                problems.add(f"{name!r} {complaint}")
-            else:
-                yield path, name
+        for folder, folders, files in os.walk(source, followlinks=True, onerror=_raise):
+            folders.sort()
+            for path in (Path(folder, file) for file in sorted(files)):
+                name = archives.utf8(path.relative_to(source).as_posix())
+                if admitted := archives.admit(ledger, name, problems):
+                    yield path, admitted
 
     _parallel(copy, jobs(), "copy", threading.Event())
     problems.finish()
 
 
-def _walk(folder: Path, above: tuple[str, ...], problems: archives.Problems) -> Iterator[Path]:
-    above = (*above, os.path.realpath(folder))
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            path = folder / entry.name
-            if not path.is_dir():
-                yield path
-            elif entry.is_symlink() and os.path.realpath(path) in above:
-                problems.add(f"{str(path)!r} is a link to a folder that holds it")
-            else:
-                yield from _walk(path, above, problems)
+def _raise(error: OSError) -> None:
+    raise error
 
 
 # ------------------------------------------------------------------------------------------------------------ downloads
@@ -229,11 +228,9 @@ def _download(items: Iterable[_Item], ledger: Ledger, again: tuple[type[Exceptio
         if content.md5 and content.md5 != md5.hexdigest():
             raise _Damaged(f"its MD5 is {md5.hexdigest()}, and should be {content.md5}")
         target = ledger.folder / item.path
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            part.replace(target)
-        except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-            raise AdfmError(f"{item.path}: is both a file and a folder there, which no disk can hold.") from error
+        _clear(ledger.folder, item.path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part.replace(target)
         ledger.add(item.path, size, sha256.hexdigest(), item.tag, content.version)
 
     missing = (item for item in items if not ledger.holds(item.path, item.tag))
@@ -241,10 +238,21 @@ def _download(items: Iterable[_Item], ledger: Ledger, again: tuple[type[Exceptio
     ledger.sweep()
 
 
+def _clear(folder: Path, path: str) -> None:
+    """Removes what an earlier attempt left where a file's folder is to be, or a folder where the file is to be."""
+    above = folder
+    for part in path.split("/")[:-1]:
+        above /= part
+        if above.is_file():
+            above.unlink(missing_ok=True)
+    if (folder / path).is_dir():
+        shutil.rmtree(folder / path)
+
+
 # ------------------------------------------------------------------------------------------------------------------- S3
 
 
-def _fetch_s3(uri: str, out: Path) -> None:
+def _fetch_s3(uri: str, out: Path) -> tuple[int, int]:
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
@@ -266,9 +274,9 @@ def _fetch_s3(uri: str, out: Path) -> None:
             raise AdfmError(f"{uri}: the bucket is there, but nothing under that prefix; check its spelling.")
         with atomic_folder(out, keep_partial=True) as folder, contextlib.closing(Ledger(folder, uri)) as ledger:
             problems = archives.Problems(uri)
-            _download(_objects(client, bucket, prefix, problems), ledger, (BotoCoreError,), tries)
+            _download(_objects(client, bucket, prefix, ledger, problems), ledger, (BotoCoreError,), tries)
             problems.finish()
-            _finish(uri, prefix, ledger, {"source": uri}, "etag")
+            return _finish(uri, prefix, ledger, {"source": uri}, "etag")
     except (BotoCoreError, ClientError) as error:
         raise AdfmError(f"{uri}: {_remedy(error)} ({error})") from error
     finally:
@@ -279,15 +287,15 @@ def _start(prefix: str) -> str:
     return f"{prefix}/" if prefix and not archives.is_archive(prefix) else prefix
 
 
-def _finish(uri: str, path: str, ledger: Ledger, source: dict[str, str], tag: str) -> None:
+def _finish(uri: str, path: str, ledger: Ledger, source: dict[str, str], tag: str) -> tuple[int, int]:
     """Unpacks what was downloaded if it is an archive, and writes the manifest."""
     archive = ledger.folder / STATE / posixpath.basename(path)
     if archive.is_file():
         archives.unpack(archive, ledger.folder, ledger, uri)
-    ledger.finish(source, tag)
+    return ledger.finish(source, tag)
 
 
-def _objects(client: Any, bucket: str, prefix: str, problems: archives.Problems) -> Iterator[_Item]:
+def _objects(client: Any, bucket: str, prefix: str, ledger: Ledger, problems: archives.Problems) -> Iterator[_Item]:
     """All objects below the prefix, as they are listed; of an archive that object alone."""
     from botocore.exceptions import ClientError, FlexibleChecksumError
 
@@ -328,12 +336,10 @@ def _objects(client: Any, bucket: str, prefix: str, problems: archives.Problems)
                 if key == prefix:
                     yield _Item(f"{STATE}/{posixpath.basename(key)}", etag, content)
                 return
-            path = key[len(start) :]
-            if key.endswith("/"):  # the marks that consoles leave for empty folders
-                continue
-            if complaint := archives.refusal(path):
-                problems.add(f"{key!r} {complaint}")
-            else:
+            if key.endswith("/"):
+                if item["Size"]:  # those without content are the marks that consoles leave for empty folders
+                    problems.add(f"{key!r} has content, and a name that only a folder can have; rename it")
+            elif path := archives.admit(ledger, key[len(start) :].lstrip("/"), problems, key):
                 yield _Item(path, etag, content)
 
 
@@ -365,7 +371,7 @@ def _remedy(error: Exception) -> str:
 # ------------------------------------------------------------------------------------------------------------------ DVC
 
 
-def _fetch_dvc(uri: str, out: Path) -> None:
+def _fetch_dvc(uri: str, out: Path) -> tuple[int, int]:
     place, _, path = uri.removeprefix("dvc://").rpartition(":")
     repo, _, rev = place.rpartition("@")
     path = posixpath.normpath(path.strip("/"))
@@ -391,8 +397,8 @@ def _fetch_dvc(uri: str, out: Path) -> None:
             atomic_folder(out, keep_partial=True) as folder,
             contextlib.closing(Ledger(folder, f"{uri} {commit}")) as ledger,
         ):
-            _download(items, ledger)
-            _finish(uri, path, ledger, {"source": uri, "commit": commit}, "md5")
+            _download(_admitted(items, uri, ledger), ledger)
+            return _finish(uri, path, ledger, {"source": uri, "commit": commit}, "md5")
     finally:
         clean_repos()
 
@@ -419,16 +425,19 @@ def _tracked(uri: str, files: Any, path: str) -> Iterator[_Item]:
         md5 = files.info(path).get("md5", "")
         yield _Item(f"{STATE}/{posixpath.basename(path)}", md5, functools.partial(read, path, md5))
         return
-    problems = archives.Problems(uri)
-    for root, _, found in files.walk(path, detail=True):
-        for file, info in found.items():
+    for root, _, inside in files.walk(path, detail=True):
+        for file, info in inside.items():
             name, md5 = f"{root}/{file}", info.get("md5", "")
-            inside = posixpath.relpath(name, path)
-            if complaint := archives.refusal(inside):
-                problems.add(f"{name!r} {complaint}")
-            else:
-                yield _Item(inside, md5, functools.partial(read, name, md5))
+            yield _Item(name.removeprefix(path).lstrip("/"), md5, functools.partial(read, name, md5))
+
+
+def _admitted(items: Sequence[_Item], uri: str, ledger: Ledger) -> list[_Item]:
+    problems = archives.Problems(uri)
+    if [item.path.startswith(f"{STATE}/") for item in items] == [True]:  # an archive
+        return list(items)
+    paths = [archives.admit(ledger, item.path, problems) for item in items]
     problems.finish()
+    return [item._replace(path=path) for item, path in zip(items, paths, strict=True) if path]
 
 
 @contextlib.contextmanager
@@ -445,7 +454,7 @@ def _explained(message: str) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------------ synthetic
 
 
-def _fetch_synthetic(uri: str, out: Path) -> None:
+def _fetch_synthetic(uri: str, out: Path) -> tuple[int, int]:
     from adfm.data import synthetic
 
     parts = urlsplit(uri)
@@ -463,4 +472,4 @@ def _fetch_synthetic(uri: str, out: Path) -> None:
         synthetic.generate(folder, **options)
         for path in folder.rglob("*.png"):
             ledger.add(path.relative_to(folder).as_posix(), path.stat().st_size, file_digest(path))
-        ledger.finish({"source": uri})
+        return ledger.finish({"source": uri})

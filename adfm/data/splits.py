@@ -17,15 +17,16 @@ from adfm.params import Params, Split
 from adfm.records import SPLITS
 from adfm.records import Split as SplitName
 
-COLUMNS = ("dataset", "category", "label", "defect", "split", "group", "sha256")
+COLUMNS = ("dataset", "category", "label", "defect", "split", "group", "part", "photograph", "sha256")
 _TRAIN, _TEST = SPLITS.index("train"), SPLITS.index("test")
 
 
 def assign(images: pa.Table, duplicates: NDArray[np.int64], params: Params) -> NDArray[np.int8]:
     """Gives every image its split.
 
-    **Together**: byte-identical images, `duplicates`, and images of one category with the same `group` go to one split:
-    the most held-out one to which the data set, or `split.holdout_categories`, assigns any of them.
+    **Together**: byte-identical images, `duplicates`, images of one category with the same `group`, and images with the
+    same `part` or `photograph` go to one split: the most held-out one to which the data set, or
+    `split.holdout_categories`, assigns any of them.
 
     **Held-out categories** are wholly test.
 
@@ -42,7 +43,8 @@ def assign(images: pa.Table, duplicates: NDArray[np.int64], params: Params) -> N
     content, so neither the order nor the names of files matter.
 
     Args:
-        images: One row an image, with `COLUMNS` as in a `Record`; `split` is what the data set fixes, or null.
+        images: One row an image, with `COLUMNS` as in a `Sample`; `split` is what the data set fixes, or null, `part`
+            what `split.group` says, `photograph` what augmented copies share.
         duplicates: [pairs, 2]: further indices of images that go to one split.
         params: Its `seed` and `split` are used.
 
@@ -50,17 +52,14 @@ def assign(images: pa.Table, duplicates: NDArray[np.int64], params: Params) -> N
         [images]: indices into `SPLITS`.
     """
     column = {name: images[name].combine_chunks().dictionary_encode() for name in COLUMNS}
-    fixed = np.full(len(images), -1, np.int8)
-    for number, split in enumerate(() if params.split.redivide else SPLITS):
-        fixed[_where(column["split"], split)] = number
-    anomalous = _where(column["label"], "anomalous")
-    keeps = bool((anomalous & (fixed == _TRAIN)).any() or (fixed == _TEST).all())
+    fixed = _fixed(column["split"], params.split)
+    keeps = _keeps(fixed, _where(column["label"], "anomalous"))
     lacking = [name for number, name in enumerate(SPLITS) if not (fixed == number).any()] if keeps else list(SPLITS)
     fractions = _fractions(params.split, lacking)
     for name in params.split.holdout_categories:
         fixed[_where(column["category"], name)] = _TEST
 
-    together = _together(column, duplicates)
+    together = _together([*_ties(column).values(), duplicates], len(images))
     count = int(together.max(initial=-1)) + 1
     latest = np.full(count, -1, np.int8)
     np.maximum.at(latest, together, fixed)
@@ -88,12 +87,69 @@ def _fractions(split: Split, lacking: list[SplitName]) -> dict[SplitName, float]
     return shares | {"train": 1 - sum(shares.values())}
 
 
-def _together(column: dict[str, pa.Array], duplicates: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[images]: the number of the group of images that go to one split."""
+def _fixed(split: pa.Array, settings: Split) -> NDArray[np.int8]:
+    """[images]: the split that the data set fixes, an index into `SPLITS`; -1 where it fixes none, or none counts."""
+    fixed = np.full(len(split), -1, np.int8)
+    for number, name in enumerate(() if settings.redivide else SPLITS):
+        fixed[_where(split, name)] = number
+    return fixed
+
+
+def _keeps(fixed: NDArray[np.int8], anomalous: NDArray[np.bool_]) -> bool:
+    """Whether all of the data set's own splits are kept, not only its train part."""
+    return bool((anomalous & (fixed == _TRAIN)).any() or (fixed == _TEST).all())
+
+
+def _ties(column: dict[str, pa.Array]) -> dict[str, NDArray[np.int64]]:
+    """[pairs, 2] of images that go to one split, by the reason."""
     category, group = column["category"], column["group"]
     groups = pc.add(pc.multiply(category.indices.cast("int64"), len(group.dictionary)), group.indices)
-    pairs = np.concatenate([repeated(column["sha256"]), repeated(groups), duplicates])
-    return components(pairs, len(groups))
+    parts = [repeated(groups), repeated(column["part"]), repeated(column["photograph"])]
+    return {"copies": repeated(column["sha256"]), "part": np.concatenate(parts)}
+
+
+def _together(ties: list[NDArray[np.int64]], images: int) -> NDArray[np.int64]:
+    """[images]: the number of the group of images that go to one split."""
+    return components(np.concatenate(ties), images)
+
+
+def moved(
+    images: pa.Table, near_duplicates: NDArray[np.int64], assigned: NDArray[np.int8], params: Params
+) -> list[dict[str, Any]]:
+    """Counts the images that are not in the split that the data set fixes for them, because of others.
+
+    Args:
+        images: As of `assign`.
+        near_duplicates: Its `duplicates`.
+        assigned: What it returned.
+        params: As of `assign`.
+
+    Returns:
+        Rows of `because` (`copies`, `part` or `near-duplicates`: the first that explains it), `from`, `to`, `images`.
+    """
+    column = {name: images[name].combine_chunks().dictionary_encode() for name in COLUMNS}
+    fixed = _fixed(column["split"], params.split)
+    held = np.isin(np.asarray(column["category"]), params.split.holdout_categories)
+    left = (fixed != assigned) & (fixed >= 0) & ~held
+    if not _keeps(fixed, _where(column["label"], "anomalous")):
+        left &= fixed == _TRAIN  # the rest is divided anyhow
+    rows = []
+    ties: list[NDArray[np.int64]] = []
+    of_split = np.where(held, np.int8(_TEST), fixed)
+    for because, pairs in (_ties(column) | {"near-duplicates": near_duplicates}).items() if left.any() else ():
+        ties.append(pairs)
+        together = _together(ties, len(images))
+        lowest, highest = (np.full(len(images), start, np.int8) for start in (len(SPLITS), -1))
+        np.minimum.at(lowest, together, of_split)
+        np.maximum.at(highest, together, of_split)
+        here = left & (lowest != highest)[together]
+        left &= ~here
+        codes, counts = np.unique(np.stack([fixed[here], assigned[here]]), axis=1, return_counts=True)
+        rows += [
+            {"because": because, "from": SPLITS[origin], "to": SPLITS[target], "images": count}
+            for origin, target, count in zip(*codes.tolist(), counts.tolist(), strict=True)
+        ]
+    return rows
 
 
 def repeated(values: pa.Array) -> NDArray[np.int64]:

@@ -24,7 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -35,6 +35,8 @@ from tqdm import tqdm
 
 from adfm import tracking
 from adfm.data import duplicates, pictures, shards
+from adfm.data.problems import printable
+from adfm.data.readers.files import IMAGES
 from adfm.errors import AdfmError
 from adfm.files import atomic_folder, write_json
 from adfm.params import Convert, Params
@@ -55,6 +57,8 @@ _SHOWN_IDS = 10
 _PICTURES = 4
 _PICTURE_SIDE = 200
 _PICTURES_LENGTH = 3_000_000
+# Share of the image above which a box is noticed as one round everything.
+_WHOLE = 0.95
 
 _PRODUCTION = "production"
 
@@ -169,7 +173,7 @@ def _line(entry: dict[str, Any]) -> str:
         if values and entry["column"] != "id":
             found += f" ({entry['column']}: {', '.join(values[:_SHOWN_IDS])})"
     prefix = "warning: " if entry["severity"] == "warning" else ""
-    return f"{prefix}{entry['what']}: {found}; {entry['remedy']}."
+    return printable(f"{prefix}{entry['what']}: {found}; {entry['remedy']}.")
 
 
 def _table(folder: Path, settings: Convert) -> pd.DataFrame:
@@ -197,7 +201,7 @@ def _table(folder: Path, settings: Convert) -> pd.DataFrame:
                     vectors.append(duplicates.coarse(np.stack(thumbnails)))
                     progress.update(batch.num_rows)
         file.flush()
-        copies = pd.Series(facts["image_sha256"], dtype=object).duplicated()  # there is another expectation for them
+        copies = pd.Series(facts["pixels"], dtype=object).duplicated()  # another expectation is about them
         pairs = duplicates.near_duplicates(
             thumbnails=np.memmap(file, np.float16, "r").reshape(-1, duplicates.SIDE, duplicates.SIDE),
             contrasts=np.where(copies, 0, np.nan_to_num(facts["contrast"])),
@@ -206,15 +210,27 @@ def _table(folder: Path, settings: Convert) -> pd.DataFrame:
     table: pd.DataFrame = pd.concat([small, pd.DataFrame(facts)], axis=1)
     table["product"] = table["dataset"] + "/" + table["category"]
     table["is_anomalous"] = (table["label"] == "anomalous").astype(float)
-    table["splits_with_image"] = table.groupby("image_sha256")["split"].transform("nunique")
+    same_pixels = table.groupby("pixels")
+    table["splits_with_pixels"] = same_pixels["split"].transform("nunique")
+    table["labels_of_pixels"] = same_pixels["label"].transform("nunique")
+    first = same_pixels["id"].transform("first")
+    table["copy_of"] = first.where(same_pixels.cumcount() > 0, None)
     table["splits_with_part"] = table.groupby(["product", "group"])["split"].transform("nunique")
-    twin: list[str | None] = [None] * len(table)
-    ids, split_of = (table[name].tolist() for name in ("id", "split"))
-    for one, other in pairs.tolist():
-        if split_of[one] != split_of[other]:
-            twin[one], twin[other] = ids[other], ids[one]
-    table["twin_in_other_split"] = pd.Series(twin, dtype=object)
+    for name in ("split", "label"):
+        table[f"twin_in_other_{name}"] = _twins(table, pairs, name)
     return table
+
+
+def _twins(table: pd.DataFrame, pairs: Array, column: str) -> pd.Series[Any]:
+    """For each image, the id of a near-duplicate that has another value in the column; `None` without one."""
+    import pandas as pd
+
+    twins: list[str | None] = [None] * len(table)
+    ids, values = table["id"].tolist(), table[column].tolist()
+    for one, other in pairs.tolist():
+        if values[one] != values[other]:
+            twins[one], twins[other] = ids[other], ids[one]
+    return pd.Series(twins, dtype=object)
 
 
 def _facts(row: dict[str, Any], split: str, settings: Convert) -> tuple[dict[str, Any], Array]:
@@ -225,26 +241,63 @@ def _facts(row: dict[str, Any], split: str, settings: Convert) -> tuple[dict[str
     boxes = np.array(row["boxes"] or [], dtype=float).reshape(-1, 4)
     inside = bool((boxes >= 0).all() and (boxes <= [width, height, width, height]).all())
     solid = bool((boxes[:, :2] < boxes[:, 2:]).all())
-    brightness, contrast = math.nan, math.nan
+    usable = boxes if inside and solid else boxes[:0]
+    brightness, contrast, exposure, pixels = math.nan, math.nan, None, content
+    covered = True
     thumbnail: Array = np.zeros((duplicates.SIDE, duplicates.SIDE), np.float16)
     if image:
         plain = image if image.mode in ("L", "RGB") else image.convert("RGB")
-        brightness = float(np.asarray(plain.resize((32, 32), Image.Resampling.BOX).convert("L")).mean())
+        grey = np.asarray(plain.resize((32, 32), Image.Resampling.BOX).convert("L"))
+        brightness, exposure = float(grey.mean()), _exposure(grey)
         thumbnail, contrast = duplicates.thumbnail(image)
+        covered = all(_shows_something(plain, box, size) for box in usable)
+        # Of a JPEG these are the pixels at a smaller scale: the same for the same data, whatever its EXIF entries.
+        pixels = f"{image.mode} {its_size} ".encode() + image.tobytes()
     facts = {
         "split_is_of_file": row["split"] == split,
-        "image_sha256": hashlib.sha256(content).hexdigest() if content else None,
+        "pixels": hashlib.sha256(pixels).hexdigest() if pixels else None,
         "image_decodes": image is not None,
         "image_has_stated_size": its_size == size if image else None,
         "brightness": brightness,
         "contrast": contrast,
+        "exposure": exposure,
         "aspect": max(size) / max(1, min(size)),
         "box_count": len(boxes),
         "boxes_inside_image": inside,
         "boxes_have_area": solid,
-        **_mask_facts(row, size, boxes if inside and solid else boxes[:0], settings),
+        "boxes_cover_something": covered,
+        "largest_box": max(((x2 - x1) * (y2 - y1) / max(1, width * height) for x1, y1, x2, y2 in usable), default=0.0),
+        "names_are_of_file": _is_file_name(row["category"], row) or _is_file_name(row["defect"], row),
+        "marked": bool(len(boxes)) if row["mask"] else None,
+        **_mask_facts(row, size, usable, settings),
     }
     return facts, thumbnail
+
+
+def _exposure(grey: Array) -> str:
+    """`black` or `white` where at least 99 % of the cells of a thumbnail are within 5 % of that end, else `fair`."""
+    if (grey < 13).mean() >= 0.99:
+        return "black"
+    return "white" if (grey > 242).mean() >= 0.99 else "fair"
+
+
+def _shows_something(image: Image.Image, box: Array, size: tuple[int, int]) -> bool:
+    """Whether the image, which may be decoded at a smaller scale than `size`, has more than one value in a box."""
+    x1, y1, x2, y2 = box
+    if min(x2 - x1, y2 - y1) < 2:
+        return False
+    across, down = image.width / size[0], image.height / size[1]
+    place = (int(x1 * across), int(y1 * down), math.ceil(x2 * across), math.ceil(y2 * down))
+    if min(place[2] - place[0], place[3] - place[1]) < 2:  # too small at this scale to tell
+        return True
+    bands = image.crop(place).getextrema()
+    return any(low != high for low, high in (bands if isinstance(bands[0], tuple) else [bands]))
+
+
+def _is_file_name(name: str | None, row: dict[str, Any]) -> bool:
+    """Whether a category or a defect type is named after its own image, as a shifted column makes it."""
+    path = PurePosixPath(row["source"] or "")
+    return bool(name) and (name in (path.name, path.stem) or PurePosixPath(name or "").suffix.lower() in IMAGES)
 
 
 def _mask_facts(row: dict[str, Any], size: tuple[int, int], boxes: Array, settings: Convert) -> dict[str, bool | None]:
@@ -350,7 +403,21 @@ def _suite(table: pd.DataFrame, params: Params) -> list[Expectation]:
         _expect(null, "normal images have no defect type", relabel, column="defect", row_condition=normal),
         _expect(in_set, "normal images have no box", relabel, column="box_count", value_set=[0], row_condition=normal),
         _expect(
-            between, "anomalous images have boxes", relabel, column="box_count", min_value=1, row_condition=anomalous
+            in_set,
+            "anomalous images that have a mask have boxes",
+            relabel,
+            column="marked",
+            value_set=[True],
+            row_condition=anomalous,
+        ),
+        _expect(
+            between,
+            "anomalous images have boxes",
+            "mark the defects, or train and evaluate on the label alone: these images count in no IoU",
+            "warning",
+            column="box_count",
+            min_value=1,
+            row_condition=anomalous,
         ),
         _expect(
             not_null,
@@ -366,7 +433,16 @@ def _suite(table: pd.DataFrame, params: Params) -> list[Expectation]:
         holds("mask_agrees_with_label", "the mask shows a defect if and only if the label is anomalous", relabel),
         holds("boxes_hold_mask", "there is something of the mask in every box", agree),
         holds("boxes_cover_mask", f"defects of {params.convert.min_area} mask pixels and more lie in boxes", agree),
-        _expect(between, "byte-identical images are in one split", apart, column="splits_with_image", max_value=1),
+        _expect(
+            between, "images with the same pixels are in one split", apart, column="splits_with_pixels", max_value=1
+        ),
+        _expect(
+            between,
+            "images with the same pixels have the same label",
+            f"correct the label of one, or remove both, and {again}",
+            column="labels_of_pixels",
+            max_value=1,
+        ),
         _expect(between, "images of one part are in one split", again, column="splits_with_part", max_value=1),
         _expect(
             gxe.ExpectColumnDistinctValuesToContainSet,
@@ -419,16 +495,83 @@ def _suite(table: pd.DataFrame, params: Params) -> list[Expectation]:
                 row_condition=Column("split") == split,
             ),
         ]
-    suite.append(
-        _expect(
+    return [*suite, *_notices(table, complete, held_out)]
+
+
+def _notices(table: pd.DataFrame, complete: set[str], held_out: Sequence[str]) -> list[Expectation]:
+    """Expectations whose failure is a warning: the images are usable, and a person should look at them.
+
+    Args:
+        table: One row an image.
+        complete: The products with both labels in train.
+        held_out: The categories that are wholly test.
+    """
+    from great_expectations import expectations as gxe
+    from great_expectations.expectations.row_conditions import Column
+
+    def notice(kind: Callable[..., Expectation], what: str, remedy: str, **arguments: Any) -> Expectation:
+        return _expect(kind, what, remedy, "warning", **arguments)
+
+    between, in_set = gxe.ExpectColumnValuesToBeBetween, gxe.ExpectColumnValuesToBeInSet
+    null = gxe.ExpectColumnValuesToBeNull
+    known = table[table["label"] == "anomalous"]
+    shared = known[~known["category"].isin(held_out)].groupby("defect")["split"].nunique()
+    several = {*shared.index[shared > 1], *known["defect"][known["category"].isin(held_out)].dropna()}
+    suite = [
+        notice(
             in_set,
             "every category has both labels in train",
             "add images of the missing label, or expect less of these categories",
-            "warning",
             column="product",
             value_set=sorted(complete),
+        ),
+        notice(
+            null,
+            "near-identical images have the same label",
+            "compare the two, and correct the label of one if they show the same part",
+            column="twin_in_other_label",
+        ),
+        notice(null, "every image is there once", "remove the copies, which count several times", column="copy_of"),
+        notice(
+            in_set,
+            "every box covers something",
+            "remove boxes over blank parts of the image, and those less than 2 pixels wide or high",
+            column="boxes_cover_something",
+            value_set=[True],
+        ),
+        notice(
+            between,
+            "no box covers the whole image",
+            "mark the defect itself: a box round everything does not say where it is",
+            column="largest_box",
+            max_value=_WHOLE,
+        ),
+        notice(
+            in_set,
+            "the image is neither black nor white all over",
+            "look at the exposure, and at how images of 16 bits were scaled",
+            column="exposure",
+            value_set=["fair"],
+        ),
+        notice(
+            in_set,
+            "no category or defect type has the name of its file",
+            "look at the columns or folders that they come from",
+            column="names_are_of_file",
+            value_set=[False],
+        ),
+    ]
+    if table["split"].nunique() > 1:
+        suite.append(
+            notice(
+                in_set,
+                "every defect type is in more than one split",
+                "add images of it, or it is trained on and never judged, or judged and never trained on",
+                column="defect",
+                value_set=sorted(several),
+                row_condition=Column("label") == "anomalous",
+            )
         )
-    )
     return suite
 
 

@@ -260,6 +260,10 @@ def _write_comparison(
         " The first lines count the letters as written; those at the threshold the decisions made from the calibrated"
         " probability, with all regions of a flagged image for its boxes."
     )
+    left_out = ""
+    if without := first["without_boxes"]:
+        left_out = f"\n\n{without} anomalous images have no boxes; they are left out of IoU and box F1."
+    note += left_out
     note += "".join(f"\n\n{name}: {fitted.summary}" for name, fitted in calibrations.items())
     (out / "comparison.md").write_text(f"{table}\n\n{note}\n", encoding="utf-8")
     _write_csv(
@@ -272,7 +276,7 @@ def _write_comparison(
         ),
         out / "comparison.csv",
     )
-    return table
+    return table + left_out
 
 
 def _cell(values: dict[str, Any], metric: str, sign: str = "") -> str:

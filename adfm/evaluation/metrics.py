@@ -154,7 +154,8 @@ def summarize(table: pd.DataFrame, resamples: int, seed: int, small: float, larg
     Returns:
         `overall`, and by name `datasets`, `categories`, `defects` (the images with a defect of that type, against the
         normal ones of the categories that have it) and `sizes` (recall and localisation only). Each has the counts
-        `images`, `anomalous`, `normal`, `unparseable`, and for each metric of `measure` its value and `<metric>_low`,
+        `images`, `anomalous`, `normal`, `unparseable`, `without_boxes` (anomalous, but only the label is known: left
+        out of IoU and all that compares boxes), and for each metric of `measure` its value and `<metric>_low`,
         `<metric>_high`; `None` where it is not defined (no such image).
     """
     located = ("recall", "miss_rate", "iou", "mask_iou", "matched_iou", "box_f1", "iou_10", "iou_30", "iou_50")
@@ -166,6 +167,7 @@ def summarize(table: pd.DataFrame, resamples: int, seed: int, small: float, larg
             "anomalous": anomalous,
             "normal": len(part) - anomalous,
             "unparseable": int(part["predicted"].isna().sum()),
+            "without_boxes": without_boxes(part),
         }
         part = part.sort_values("id")
         return counts | _with_intervals(measure(part), samples(part), resamples, seed, 0.95, names)
@@ -191,6 +193,11 @@ def summarize(table: pd.DataFrame, resamples: int, seed: int, small: float, larg
         },
         "sizes": {size: described(table[chosen], located) for size, chosen in sizes.items() if chosen.any()},
     }
+
+
+def without_boxes(table: pd.DataFrame) -> int:
+    """How many anomalous images of a prediction table have nothing to locate, since only their label is known."""
+    return int(((table["label"] == "anomalous") & table["iou"].isna()).sum())
 
 
 def difference(

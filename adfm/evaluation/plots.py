@@ -193,7 +193,7 @@ def _outcome(label: str, predicted: Any, iou: float) -> str:
         return "passed" if predicted == "normal" else "flagged"
     if predicted == "normal":
         return "missed"
-    return "found" if iou >= 0.1 else "misplaced"
+    return "misplaced" if iou < 0.1 else "found"  # also where only the label is known
 
 
 def examples(rows: pd.DataFrame, images: Mapping[str, bytes], path: Path, columns: int = 4) -> None:
@@ -227,6 +227,8 @@ def examples(rows: pd.DataFrame, images: Mapping[str, bytes], path: Path, column
                 for box in boxes:
                     axes.add_patch(outline(box, colour, dashes, width, height))
             _, colour, verdict = _OUTCOMES[row["outcome"]]
+            if row["label"] == "anomalous" and np.isnan(row["iou"]):
+                verdict = verdict.replace("IoU {iou:.2f}", "label alone known")
             axes.set_title(verdict.format(iou=row["iou"]), loc="left", color=colour, fontweight="bold")
             product = " · ".join(str(row[key]) for key in ("category", "defect") if isinstance(row[key], str))
             words = f"{product}\n{_wrapped(row['completion'])}\n"

@@ -83,7 +83,9 @@ function drawAbout() {
   const compared = others.length ? `, compared with ${others.join(" and ")}` : "";
   const categories = images.categories.length === 1 ? "1 category" : `${images.categories.length} categories`;
   const split = `${count(images.id.length)} images of the ${data.about.split} split`;
-  byId("about").textContent = `${split}, ${categories}${compared}.`;
+  const alone = data.without_boxes;
+  const left = alone ? ` ${count(alone)} anomalous images have no boxes; they are left out of IoU.` : "";
+  byId("about").textContent = `${split}, ${categories}${compared}.${left}`;
   byId("decides").textContent = models.map((model) => `${model}: ${data.calibrations[model].summary}`).join(" ");
   const list = document.querySelector("#made dl");
   const facts = {
@@ -410,8 +412,8 @@ const descending = (values) => (a, b) => (values[b] ?? 0.5) - (values[a] ?? 0.5)
 const GALLERIES = {
   missed: ["Missed defects", "m", ascending(images.score)],
   overkill: ["Overkill", "o", descending(images.score)],
-  worst: ["Worst localised", "f", ascending(images.iou)],
-  best: ["Best localised", "f", descending(images.iou)],
+  worst: ["Worst localised", "f", ascending(images.iou.map((iou) => iou ?? 2))],
+  best: ["Best localised", "f", descending(images.iou.map((iou) => iou ?? -1))],
   unparseable: ["Unparseable", "u", () => 0],
   passed: ["Passed", "p", descending(images.score)],
   all: ["All", "moufp", (a, b) => (images.source[a] < images.source[b] ? -1 : 1)],
@@ -505,7 +507,8 @@ function card(i) {
   const title = `${wrong ? "✗" : "✓"} ${OUTCOMES[images.outcome[i]]}`;
   const category = images.categories[images.category[i]];
   const facts = [];
-  if (images.outcome[i] === "f") facts.push(`IoU ${images.iou[i]?.toFixed(2) ?? "–"}`);
+  if (images.anomalous[i] && images.iou[i] === null) facts.push("label alone known");
+  else if (images.outcome[i] === "f") facts.push(`IoU ${images.iou[i].toFixed(2)}`);
   if (images.score[i] !== null) facts.push(`probability of a defect ${images.score[i].toFixed(2)}`);
   const says = { A: "fo", B: "mp", "-": "u" }[images.letter[i]];
   if (!says.includes(images.outcome[i])) facts.push(`the model wrote ${ANSWERS[images.letter[i]]}`);

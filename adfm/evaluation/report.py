@@ -85,6 +85,7 @@ def write(evaluation: Path, shards: Path, out: Path) -> None:
             "curves": {name: _curves(each) for name, each in tables.items()},
             "images": _columns(table.loc[order], sizes) | {"letter": letters[order].fillna("-").tolist()},
             "others": {name: _letters(_outcomes(tables[name]).set_axis(tables[name]["id"])[order]) for name in others},
+            "without_boxes": metrics.without_boxes(table),
             "embedded": embedded,
             "starts": starts,
         }
@@ -170,7 +171,7 @@ def _order(table: pd.DataFrame) -> tuple[list[str], int]:
     surest of the wrong answers, and found defects from the worst place to the best.
     """
     score = table["score"].astype(float).fillna(0.5)
-    key = np.where(table["outcome"] == "found", table["iou"].astype(float), score)
+    key = np.where(table["outcome"] == "found", table["iou"].astype(float).fillna(0.5), score)
     key = np.where(table["outcome"] == "overkill", -key, key)
     ranked = table["id"].to_frame().assign(key=key, place=table["outcome"].map(OUTCOMES.index))
     ranked = ranked.sort_values(["place", "key", "id"])

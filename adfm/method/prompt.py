@@ -50,6 +50,9 @@ def messages(units: str, stages: bool = True) -> list[dict[str, Any]]:
     ]
 
 
+_NO_MARKUP = str.maketrans("<>", "()")
+
+
 def answer(label: Label, regions: Sequence[Box], defect: str | None = None, step: int = 1, stages: bool = True) -> str:
     """A complete response in the form that the prompt asks for.
 
@@ -70,5 +73,6 @@ def answer(label: Label, regions: Sequence[Box], defect: str | None = None, step
     examined, unexamined = OPENINGS["rethink"][label]
     rethink = examined if regions else unexamined
     if label == "anomalous" and regions:
-        rethink += f" {defect or 'damage'}."
+        # A name with markup, as in "dent</rethink>" or "<|im_end|>", would end the stage or the response.
+        rethink += f" {(defect or 'damage').translate(_NO_MARKUP)}."
     return f"<think>{think}</think><rethink>{rethink}</rethink>{decision}"

@@ -18,7 +18,7 @@ from adfm.method.paper import Terms, best_matching, paper
 from adfm.method.response import STAGES, Response, parse
 from adfm.records import Box, Label
 
-__all__ = ["PROFILES", "Terms", "calibrated"]
+__all__ = ["PROFILES", "Terms", "calibrated", "in_training"]
 
 # What an anomalous image pays of `localization` when nothing is boxed. Boxes that touch no defect earn less, and the
 # farther the less: no place is better than a wrong place, and a near place than a far one.
@@ -140,6 +140,23 @@ def _overlap_and_distance(box: Box, defect: Box, frame: Frame) -> tuple[float, f
     centres = hypot(x1 + x2 - u1 - u2, y1 + y2 - v1 - v2) / 2
     distance = hypot(min(width, 0.0), min(height, 0.0)) + centres / 1000
     return 0.0, distance / (distance + (frame.width + frame.height) / 8)
+
+
+def in_training(profile: str, completion: str, label: Label, boxes: Sequence[Box], frame: Frame) -> Terms:
+    """What a completion earns in training: the terms of a profile.
+
+    Where an anomalous image has no boxes, its place is not known: `localization` is 0 for every completion, so that it
+    never contributes to the advantage. The published reward pays there for one box, wherever it is.
+
+    Args:
+        profile: A key of `PROFILES`.
+        completion: The model's text.
+        label: The image's label.
+        boxes: Ground-truth boxes, in `frame`; empty on a normal image, and where only the label is known.
+        frame: The units of all boxes.
+    """
+    terms = PROFILES[profile](completion, label, boxes, frame)
+    return terms if boxes or label == "normal" else terms._replace(localization=0.0)
 
 
 PROFILES: Final[dict[str, Callable[..., Terms]]] = {

@@ -22,6 +22,9 @@ A loss is judged by what was measured, not by the lower end of its interval: a f
 point was not lost, and a gate that asked for it would stay shut. The reasons say which loss cannot be excluded, and how
 many images would exclude it. With fewer than `min_images` normal or anomalous images nothing is judged.
 
+Anomalous images without boxes are left out of IoU. Where no image has any, IoU is `not judged`: it is neither worse nor
+better, and a floor above 0 counts as missed, since nobody can say that it is kept.
+
 Confidence is that of a paired bootstrap: the same images are drawn again and again for both models; `low` and `high`
 are what the difference falls short of, and exceeds, in `1 - confidence` of the draws.
 """
@@ -34,7 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adfm.errors import AdfmError
-from adfm.evaluation.metrics import as_decided, category_names, difference, listed, same_images, values
+from adfm.evaluation.metrics import as_decided, category_names, difference, listed, same_images, values, without_boxes
 from adfm.params import Gate, MetricRule
 
 if TYPE_CHECKING:
@@ -67,10 +70,10 @@ class Decision:
     Args:
         passed: Whether the candidate may go on to approval.
         metrics: For `accuracy` and `iou`: `candidate`, `production`, `difference` (candidate minus production), its
-            bounds `low` and `high`, `verdict` (`better`, `equivalent`, `worse`, `no production`), `floor_kept`, and
-            the `rule`. Without production, what needs it is `None`.
+            bounds `low` and `high`, `verdict` (`better`, `equivalent`, `worse`, `no production`, `not judged`),
+            `floor_kept`, and the `rule`. What is not known is `None`: without production, or IoU without any boxes.
         categories: For each category: `images`, and for each metric the same five numbers and `fallen`, whether it fell
-            by more than the limit, for certain. IoU is `None` where a category has no anomalous image.
+            by more than the limit, for certain. IoU is `None` where a category has no anomalous image with boxes.
         reasons: The decision in words, first what made it fail, last the rule.
     """
 
@@ -130,6 +133,9 @@ def decide(candidate: pd.DataFrame, production: pd.DataFrame | None, gate: Gate,
         failed = found["verdict"] == "worse" or not found["floor_kept"]
         (failures if failed else notes).append(_sentence(name, found, rules[name], gate, len(candidate)))
         found["rule"] = rules[name].model_dump()
+    if without := without_boxes(candidate):
+        of_all = f"{without} of {int((candidate['label'] == 'anomalous').sum())} anomalous images"
+        notes.append(f"{of_all} have no boxes; they are left out of IoU.")
     notes += judged
     verdicts = [found["verdict"] for found in metrics.values()]
     if production is None:
@@ -142,7 +148,7 @@ def decide(candidate: pd.DataFrame, production: pd.DataFrame | None, gate: Gate,
             failures.append("Not every metric is better than in production.")
 
     parts = list(candidate.groupby(category_names(candidate), sort=True))
-    level = 1 - (1 - gate.confidence) / sum(1 + int((part["label"] == "anomalous").any()) for _, part in parts)
+    level = 1 - (1 - gate.confidence) / sum(1 + int(part["iou"].notna().any()) for _, part in parts)
     draws = max(gate.bootstrap, math.ceil(_BEYOND / (1 - level)))
     categories: dict[str, dict[str, Any]] = {}
     for key, part in parts:
@@ -199,11 +205,15 @@ def _gain(found: dict[str, Any], rule: MetricRule) -> tuple[float, float, float]
 
 
 def _reaches_floor(found: dict[str, Any], rule: MetricRule) -> bool:
-    value: float = found["candidate"]
+    value: float | None = found["candidate"]
+    if value is None:
+        return rule.floor <= 0 if rule.direction == "higher" else rule.floor >= 1
     return value >= rule.floor if rule.direction == "higher" else value <= rule.floor
 
 
 def _verdict(found: dict[str, Any], rule: MetricRule) -> str:
+    if found["candidate"] is None:
+        return "not judged"
     if found["difference"] is None:
         return "no production"
     gain, least, _ = _gain(found, rule)
@@ -214,6 +224,16 @@ def _verdict(found: dict[str, Any], rule: MetricRule) -> str:
 
 
 def _sentence(name: str, found: dict[str, Any], rule: MetricRule, gate: Gate, images: int) -> str:
+    limit = "floor" if rule.direction == "higher" else "ceiling"
+    if found["verdict"] == "not judged":
+        words = f"{_TITLES[name]} is not judged: no anomalous image has boxes."
+        if found["floor_kept"]:
+            return words
+        nothing = 0 if rule.direction == "higher" else 1
+        return (
+            f"{words} Whether the {limit} of {rule.floor:.1%} is kept cannot be said; add images with boxes, or set"
+            f" gate.{name}.floor to {nothing} to decide without it."
+        )
     gain, least, _ = _gain(found, rule)
     words = f"{_TITLES[name]}: {found['candidate']:.1%}"
     if found["verdict"] != "no production":
@@ -228,7 +248,6 @@ def _sentence(name: str, found: dict[str, Any], rule: MetricRule, gate: Gate, im
             # An interval narrows with the square root of the number of images.
             words += f"; about {math.ceil(images * ((gain - least) / rule.max_loss) ** 2)} images would be needed"
         words += ")"
-    limit = "floor" if rule.direction == "higher" else "ceiling"
     return f"{words}. The {limit} of {rule.floor:.1%} is {'kept' if found['floor_kept'] else 'missed'}."
 
 
@@ -257,20 +276,21 @@ def _checked(table: pd.DataFrame, name: str) -> pd.DataFrame:
         table = as_decided(table)
     except AdfmError as error:
         raise Incomparable(f"The {name} table cannot be judged: {error}") from error
-    table = table[[column for column in (*_COLUMNS, "dataset", "group") if column in table]]
+    table = table[[column for column in (*_COLUMNS, "dataset", "group", "boxes") if column in table]]
     rows = table["id"].astype(object)
     iou = pd.to_numeric(table["iou"], errors="coerce").astype(float)
     anomalous = table["label"].isin(["anomalous"])
+    # Only the label is known where there is nothing to overlap with.
+    located = table["boxes"].map(len).gt(0) if "boxes" in table else anomalous
     faults = {
         "a missing id": rows.isna(),
         "an id that occurs more than once": rows.duplicated(keep=False) & rows.notna(),
-        "no category or data set": table.drop(columns=["id", "label", "predicted", "iou", "group"], errors="ignore")
-        .isna()
-        .any(axis=1),
+        "no category or data set": table[["category", *(["dataset"] if "dataset" in table else [])]].isna().any(axis=1),
         "a label other than normal and anomalous": ~table["label"].isin(["normal", "anomalous"]),
         "a prediction other than normal, anomalous and null": ~table["predicted"].isin(["normal", "anomalous"])
         & table["predicted"].notna(),
-        "no IoU in [0, 1] on an anomalous image": anomalous & ~iou.between(0, 1),
+        "no IoU in [0, 1] on an anomalous image": anomalous & located & ~iou.between(0, 1),
+        "an IoU on an image without boxes": anomalous & ~located & table["iou"].notna(),
         "an IoU on a normal image": ~anomalous & table["iou"].notna(),
     }
     wrong = [

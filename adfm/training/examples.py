@@ -26,6 +26,7 @@ def draw(
     seed: int,
     cache: Path,
     weights: dict[str, float] | None = None,
+    located: bool = False,
 ) -> datasets.Dataset:
     """`count` training images in an order fixed by `seed`.
 
@@ -41,6 +42,7 @@ def draw(
         cache: Folder for the memory-mapped copy of the split.
         weights: By id, how often an image is drawn in proportion to others of its label; at least a twentieth of the
             largest.
+        located: Whether to leave out anomalous images without boxes, of which only the label is known.
 
     Returns:
         Columns `prompt` (messages), `image`, `label`, `defect`, `regions` (ground-truth boxes in the model's frame) and
@@ -53,7 +55,8 @@ def draw(
 
     table = shards_.table(shards, "train").to_pylist()
     weight = np.array([weights[row["id"]] for row in table]) if weights else None
-    order = _order([row["label"] for row in table], count, anomalous_share, seed, shards, weight)
+    labels = ["" if located and _has_label_alone(row) else row["label"] for row in table]
+    order = _order(labels, count, anomalous_share, seed, shards, weight)
     data = datasets.Dataset.from_parquet(
         [str(file) for file in sorted(shards.glob("train-*.parquet"))], cache_dir=str(cache), columns=["image"]
     )
@@ -74,6 +77,17 @@ def draw(
     for name, values in columns.items():
         data = data.add_column(name, values)
     return data.select(order)
+
+
+def boxes_known(shards: Path) -> tuple[int, int]:
+    """How many anomalous images of the train split have boxes, and how many have none."""
+    anomalous = [row for row in shards_.table(shards, "train").to_pylist() if row["label"] == "anomalous"]
+    without = sum(map(_has_label_alone, anomalous))
+    return len(anomalous) - without, without
+
+
+def _has_label_alone(row: dict[str, Any]) -> bool:
+    return row["label"] == "anomalous" and not row["boxes"]
 
 
 def as_seen(data: datasets.Dataset, loaded: Loaded) -> datasets.Dataset:

@@ -191,7 +191,6 @@ def _clear(work: Path) -> None:
 
 def reward_functions(profile: str) -> list[Any]:
     """One function a term, in TRL's form; what the first of them scores, the others have without scoring again."""
-    score = rewards.PROFILES[profile]
     last: list[list[Any]] = []
     terms: list[rewards.Terms] = []
 
@@ -203,7 +202,7 @@ def reward_functions(profile: str) -> list[Any]:
             if columns != last:
                 last[:] = columns
                 terms[:] = [
-                    score(completion[0]["content"], lab, boxes, Frame(*size))
+                    rewards.in_training(profile, completion[0]["content"], lab, boxes, Frame(*size))
                     for completion, lab, boxes, size in zip(*columns, strict=True)
                 ]
             return [each[term] for each in terms]

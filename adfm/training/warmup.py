@@ -15,13 +15,16 @@ from adfm.files import atomic_folder, refuse_to_replace, write_json
 from adfm.method import prompt
 from adfm.models import adapters, decoding, families, loading
 from adfm.outbox import Outbox
-from adfm.params import Params
+from adfm.params import Params, Warmup
 from adfm.records import Box
 from adfm.training import examples
 
 
 def warmup(shards: Path, out: Path, params: Params, force: bool = False) -> None:
     """Train a new adapter on correct answers, and write it with its processor to `out`.
+
+    The correct answer in stages names the defects' boxes. Anomalous images without boxes are left out, as a made-up
+    place would be learnt; where no other is anomalous, the adapter changes nothing, as with `warmup.steps: 0`.
 
     Args:
         shards: Folder of shards; the train split is used.
@@ -43,6 +46,7 @@ def warmup(shards: Path, out: Path, params: Params, force: bool = False) -> None
 
     set_seed(params.seed)
     settings = params.warmup
+    steps = _steps(shards, settings)
     loaded = loading.load(params.model.name, params.model)
     loaded = replace(loaded, prompt=prompt.messages(families.get(loaded.family).units, settings.stages))
     decoding.Scorer(loaded.processor.tokenizer)  # refuses a tokenizer whose answers evaluation could not score
@@ -53,18 +57,18 @@ def warmup(shards: Path, out: Path, params: Params, force: bool = False) -> None
         Outbox(out.with_name(out.name + ".unsent"), run.info.run_id) as outbox,
     ):
         history: list[dict[str, Any]] = []
-        if settings.steps:
-            count = settings.steps * settings.batch_size
-            data = examples.draw(shards, loaded, count, settings.anomalous_share, params.seed, folder / "cache")
+        if steps:
+            count, share = steps * settings.batch_size, settings.anomalous_share
+            data = examples.draw(shards, loaded, count, share, params.seed, folder / "cache", located=settings.stages)
             trainer = SFTTrainer(
                 model=model,
                 args=SFTConfig(
                     output_dir=str(folder / "cache"),
-                    max_steps=settings.steps,
+                    max_steps=steps,
                     per_device_train_batch_size=settings.batch_size,
                     learning_rate=settings.learning_rate,
                     lr_scheduler_type="cosine",
-                    warmup_steps=min(10, settings.steps // 4),
+                    warmup_steps=min(10, steps // 4),
                     max_length=None,
                     logging_steps=1,
                     save_strategy="no",
@@ -89,6 +93,19 @@ def warmup(shards: Path, out: Path, params: Params, force: bool = False) -> None
             history = trainer.state.log_history
         save(folder, model, loaded, shards, params, "warmup", run.info.run_id)
         write_curves(history, folder / "warmup_curves.csv")
+
+
+def _steps(shards: Path, settings: Warmup) -> int:
+    """The steps to take; says which images are left out."""
+    if not settings.steps or not settings.stages:
+        return settings.steps
+    with_boxes, without = examples.boxes_known(shards)
+    if without:
+        print(f"cold start: {without} anomalous training images have no boxes and are left out")
+    if without and not with_boxes:
+        print("cold start: no anomalous image has boxes, so that no step is taken; GRPO starts from the base model")
+        return 0
+    return settings.steps
 
 
 def _answer(row: dict[str, Any], step: int, stages: bool) -> dict[str, Any]:

@@ -6,9 +6,10 @@ import stat
 import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pytest
@@ -255,6 +256,220 @@ def test_names_in_other_encodings(tmp_path: Path) -> None:
     )
     sources.fetch(str(tmp_path / "x.zip"), tmp_path / "zip")
     assert _tree(tmp_path / "zip") == {**FILES, "café.png": b"x", "名前.png": b"y", "a/b.png": b"z"}
+
+
+class _Named(zipfile.ZipInfo):
+    """A member whose name is written in the given bytes, without the flag of UTF-8."""
+
+    def __init__(self, name: bytes, extra: bytes = b"") -> None:
+        super().__init__(name.decode("latin-1"))
+        self._bytes, self.extra = name, extra
+
+    def _encodeFilenameFlags(self) -> tuple[bytes, int]:  # noqa: N802
+        return self._bytes, self.flag_bits & ~0x800
+
+
+def _unicode_path(name: str, of: bytes) -> bytes:
+    """The extra field by which Info-ZIP writes a name in UTF-8 beside the one in a code page."""
+    data = struct.pack("<BL", 1, zlib.crc32(of)) + name.encode()
+    return struct.pack("<HH", 0x7075, len(data)) + data
+
+
+def test_a_zip_of_windows_says_which_code_page_its_names_are_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = [(_Named("line\\零件1.png".encode("cp936")), b"1"), (_Named("line/划痕\\b.png".encode("cp936")), b"2")]
+    sources.fetch(str(_zip(tmp_path / "x.zip", *members)), tmp_path / "out")
+    assert _tree(tmp_path / "out") == {**FILES, "line/零件1.png": b"1", "line/划痕/b.png": b"2"}
+    assert "they are read in code page cp936, as in" in capsys.readouterr().err
+
+
+def test_a_zip_of_macos_has_names_in_utf_8_without_the_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["划痕/e\u0301.png", "деталь.png"]
+    members = [(_Named(name.encode()), name.encode()) for name in names]
+    sources.fetch(str(_zip(tmp_path / "x.zip", *members)), tmp_path / "out")
+    assert _tree(tmp_path / "out") == {**FILES, **{name: name.encode() for name in names}}
+    assert "code page" not in capsys.readouterr().err
+
+
+def test_the_unicode_path_of_info_zip_counts_if_it_belongs_to_the_name(tmp_path: Path) -> None:
+    own, other = "零件.png".encode("cp936"), b"Pr\x81fung.png"
+    members = [
+        (_Named(own, _unicode_path("零件2.png", own)), b"1"),
+        (_Named(other, _unicode_path("stale.png", b"x")), b"2"),
+    ]
+    sources.fetch(str(_zip(tmp_path / "x.zip", *members)), tmp_path / "out")
+    assert _tree(tmp_path / "out") == {**FILES, "零件2.png": b"1", "Prüfung.png": b"2"}
+
+
+def test_names_in_an_encoding_that_cannot_be_told_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdfmError, match="x.zip: its file names do not say their encoding: .*cp437.*names in UTF-8"):
+        sources.fetch(str(_zip(tmp_path / "x.zip", (_Named(b"\x82.png"), b"x"))), tmp_path / "out")
+
+
+@settings(deadline=None, max_examples=60)
+@given(names=st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=8), min_size=1, max_size=3))
+@pytest.mark.parametrize("codec", ["utf-8", "flag", "cp936", "cp437", "cp866"])
+def test_any_names_arrive_as_they_are_or_are_refused(
+    tmp_path_factory: pytest.TempPathFactory, codec: str, names: list[str]
+) -> None:
+    names = ["".join(char for char in name if codec in ("flag", "utf-8") or _encodes(char, codec)) for name in names]
+    names = [name.strip("/\\.\0") for name in names]
+    names = list(dict.fromkeys(f"{name}.png" for name in names))
+    tmp_path = tmp_path_factory.mktemp("names")
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
+        for name in names:
+            file.writestr(name if codec == "flag" else _Named(name.encode(codec)), name.encode())
+    try:
+        files, _ = sources.fetch(str(tmp_path / "x.zip"), tmp_path / "out")
+    except AdfmError as error:
+        assert str(tmp_path / "x.zip") in str(error)
+        return
+    tree = _tree(tmp_path / "out")
+    assert files == len(tree) == len(names)
+    assert sorted(tree.values()) == sorted(name.encode() for name in names)
+    if codec in ("flag", "utf-8") and all(ord(char) < 128 or ord(char) > 0x7FF for name in names for char in name):
+        assert set(tree) == {os.path.normpath(name.replace("\\", "/")) for name in names}
+
+
+def _encodes(char: str, codec: str) -> bool:
+    return char.encode(codec, errors="ignore") != b""
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (("a.png", "./a.png"), "'./a.png' becomes the same file as 'a.png'"),
+        (("b//a.png", "b/a.png"), "'b/a.png' becomes the same file as 'b//a.png'"),
+        (("\u00e9.png", "e\u0301.png"), "has the same name as .* but for its Unicode normalisation"),
+        (("\u00e9/1.png", "e\u0301/2.png"), "has the same name as .* but for its Unicode normalisation"),
+        (("b", "b/a.png"), "'b/a.png' is both a file and a folder, because of 'b'"),
+        (("b/a.png", "b"), "'b' is both a file and a folder, because of 'b/a.png'"),
+        (("b\\a.png", "b/a.png"), "'b/a.png' is there twice"),
+        (("a/.",), "ends in '/.', which is not the name of a file"),
+    ],
+)
+def test_members_that_would_become_one_file(tmp_path: Path, names: tuple[str, ...], says: str) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
+        for name in names:
+            file.writestr(name, b"x")
+    with pytest.raises(AdfmError, match=says):
+        sources.fetch(str(tmp_path / "x.zip"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_that_differ_in_case_are_refused_where_the_disk_ignores_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = str(_zip(tmp_path / "x.zip", ("Z.TXT", b"x"), ("A/3.png", b"y")))
+    sources.fetch(archive, tmp_path / "out")
+    assert _tree(tmp_path / "out") == {**FILES, "Z.TXT": b"x", "A/3.png": b"y"}
+    monkeypatch.setattr("adfm.data.manifest.ignores_case", lambda _: True)
+    with pytest.raises(AdfmError, match="(?s)'Z.TXT' differs from 'z.txt' only in case.*'A/3.png' differs") as error:
+        sources.fetch(archive, tmp_path / "other")
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_folder_entries_of_a_zip(tmp_path: Path) -> None:
+    sources.fetch(str(_zip(tmp_path / "x.zip", ("b\\", b""), ("b\\c.png", b"x"))), tmp_path / "out")
+    assert _tree(tmp_path / "out") == {**FILES, "b/c.png": b"x"}
+    with pytest.raises(AdfmError, match="'c/' is a folder with content"):
+        sources.fetch(str(_zip(tmp_path / "x.zip", ("c/", b"content"))), tmp_path / "other")
+
+
+# ------------------------------------------------------------------------------------------------------------ damage
+
+
+class _Stored:
+    """In the place of the ledger: keeps the files in memory, so that thousands of archives are unpacked quickly."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.files = folder, {}
+
+    def claim(self, path: str, origin: str) -> None:
+        pass
+
+    def store(self, path: str, content: IO[bytes]) -> None:
+        if path in self.files:
+            raise FileExistsError
+        self.files[path] = content.read()
+
+
+def _small_zip(streamed: bool, zip64: bool) -> bytes:
+    class Pipe(io.BytesIO):
+        def seekable(self) -> bool:
+            return False
+
+        def seek(self, *_: int) -> int:
+            raise io.UnsupportedOperation
+
+        tell = seek
+
+    buffer = Pipe() if streamed else io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name, content, kind in (("a/1.png", b"one", 0), ("photo", b"22" * 9, 8), ("é.txt", b"", 0)):
+            info = zipfile.ZipInfo(name)
+            info.compress_type = kind
+            with file.open(info, "w", force_zip64=zip64) as member:
+                member.write(content)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("streamed", "zip64"), [(False, False), (True, False), (False, True)])
+def test_a_zip_with_any_bit_flipped_is_whole_or_refused(tmp_path: Path, streamed: bool, zip64: bool) -> None:
+    whole = _small_zip(streamed, zip64)
+    _flip_every_bit(tmp_path / "x.zip", whole, {"a/1.png": b"one", "photo": b"22" * 9, "é.txt": b""})
+
+
+@pytest.mark.parametrize("ending", ["gz", "xz"])
+def test_a_compressed_tar_with_any_bit_flipped_is_whole_or_refused(tmp_path: Path, ending: str) -> None:
+    path = _tar(tmp_path / f"x.tar.{ending}", f"w:{ending}")
+    _flip_every_bit(path, path.read_bytes(), FILES)
+
+
+def _flip_every_bit(path: Path, whole: bytes, files: dict[str, bytes]) -> None:
+    refused = 0
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        ledger = _Stored(path.parent)
+        try:
+            archives.unpack(path, path.parent, ledger, "x")  # type: ignore[arg-type]
+        except AdfmError:
+            refused += 1
+        else:
+            assert ledger.files == files, bit
+    assert refused > 100
+
+
+def test_a_tar_with_a_damaged_header_does_not_end_there(tmp_path: Path) -> None:
+    whole = bytearray(_tar(tmp_path / "x.tar").read_bytes())
+    for bit in range(0, 8 * 512, 3):
+        damaged = bytearray(whole)
+        damaged[1024 + bit // 8] ^= 1 << bit % 8  # the header of the second file
+        (tmp_path / "x.tar").write_bytes(damaged)
+        ledger = _Stored(tmp_path)
+        try:
+            archives.unpack(tmp_path / "x.tar", tmp_path, ledger, "x")  # type: ignore[arg-type]
+        except AdfmError as error:
+            assert "is damaged" in str(error)
+        else:
+            assert ledger.files == FILES, bit  # a space beside the checksum
+
+
+def test_a_tar_that_ends_after_a_file_of_zeros_is_cut_off(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(_tar(tmp_path / "x.tar", "w", (_info("black"), bytes(512))).read_bytes()[:-1])
+    whole = (tmp_path / "x.tar").read_bytes()
+    (tmp_path / "x.tar").write_bytes(whole[: whole.index(b"black") + 1024])
+    with pytest.raises(AdfmError, match="x.tar: is damaged .*the end is missing"):
+        sources.fetch(str(tmp_path / "x.tar"), tmp_path / "out")
+
+
+def test_two_links_of_one_name(tmp_path: Path) -> None:
+    links = [(_info("link", tarfile.SYMTYPE, "z.txt"), b""), (_info("link", tarfile.SYMTYPE, "a/2.png"), b"")]
+    with pytest.raises(AdfmError, match="'link' is there twice"):
+        sources.fetch(str(_tar(tmp_path / "x.tar", "w", *links)), tmp_path / "out")
 
 
 # -------------------------------------------------------------------------------------------------------------- bombs

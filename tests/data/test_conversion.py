@@ -1,9 +1,11 @@
 import hashlib
 import io
 import json
+import os
 import shutil
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from adfm.data import conversion, inspection, masks, shards, sources, splits
+from adfm.data import conversion, inspection, masks, shards, show, sources, splits
+from adfm.data.problems import BadData, MissingImage
+from adfm.data.readers import LAYOUTS
 from adfm.errors import AdfmError
 from adfm.params import Convert, Params
 from adfm.predict import decode
 from adfm.records import Record, Sample
+from tests.data.readers.layouts import LAYOUTS as LAYOUTS_OF_TESTS
 from tests.memory import peaks
 
 
@@ -59,7 +64,9 @@ def test_the_report_says_what_was_converted_and_how(mvtec_folder: Path) -> None:
     assert report["layout"] == {"name": "mvtec", "detected": False, "seen": None}
     assert report["params"]["convert"]["dilation"] == 0.1
     assert report["params"]["split"]["validation"] == 0.1
-    assert report["images"] == 48
+    assert (report["images"], report["normal"], report["anomalous"]) == (48, 28, 20)
+    assert report["files"] == {"total": 68, "images": 48, "annotations_and_masks": 20, "left_out": 0}
+    assert report["left_out"] == report["notes"] == report["moved"] == report["warnings"] == []
     assert report["boxes"] == {"before_dilation": 20, "after_dilation": 20}
     assert report["fingerprint"] == shards.fingerprint(mvtec_folder.parent / "shards")
     expected = Counter((r.split, r.category, r.label, r.defect) for r in records.values())
@@ -486,8 +493,8 @@ def test_near_duplicates_share_a_split_and_are_reported(mvtec_folder: Path, caps
     params = Params.model_validate({"split": {"near_duplicates": False}})
     conversion.convert(mvtec_folder, mvtec_folder.parent / "shards", params)
     report = json.loads((mvtec_folder.parent / "shards" / "conversion.json").read_text())
-    assert report["near_duplicates"] == {"clusters": 0, "images": 0}
-    assert report["warnings"] == []
+    assert report["near_duplicates"]["clusters"] == report["near_duplicates"]["clusters_in_several_splits"] == 1
+    assert report["moved"] == report["warnings"] == []
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
@@ -559,3 +566,238 @@ def test_a_share_of_mmad_is_for_training_and_no_picture_straddles(
         for label in ("normal", "anomalous")
         for split, images in expected.items()
     }
+
+
+def _labelme(raw: Path, name: str, *labels: str, image: bytes | None = None) -> None:
+    """An image and its JSON file with a box for each label."""
+    path = raw / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(list(name.encode())).integers(0, 255, (6, 6, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((96, 72)).save(path)
+    if image is not None:
+        path.write_bytes(image)
+    shapes = [
+        {"label": label, "points": [[10, 10], [30 + 9 * number, 30]], "shape_type": "rectangle", "flags": {}}
+        for number, label in enumerate(labels)
+    ]
+    content = {"shapes": shapes, "imagePath": path.name, "imageData": None, "imageWidth": 96, "imageHeight": 72}
+    path.with_suffix(".json").write_text(json.dumps(content))
+
+
+def _and_problems(monkeypatch: pytest.MonkeyPatch, *problems: str) -> None:
+    """Readers of LabelMe have these problems, too."""
+    layout = LAYOUTS["labelme"]
+
+    def read(raw: Path) -> Iterator[Sample]:
+        yield from layout.read(raw)
+        raise BadData(raw, "labelme", problems)
+
+    monkeypatch.setitem(LAYOUTS, "labelme", layout._replace(read=read))
+
+
+def _report(raw: Path, **split: object) -> dict[str, Any]:
+    """The report of a conversion that skips missing images."""
+    params = Params.model_validate({"convert": {"layout": "labelme", "missing": "skip"}, "split": split})
+    conversion.convert(raw, raw.parent / "shards", params)
+    report: dict[str, Any] = json.loads((raw.parent / "shards" / "conversion.json").read_text())
+    return report
+
+
+def test_every_file_is_in_the_report_and_on_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _and_problems(monkeypatch, MissingImage("gone\n.json: there is no image 'gone.png'"))
+    raw = tmp_path / "li\x1b[31mne"
+    for number in range(12):
+        _labelme(raw, f"{number:02}.png", *(["scratch"] * 2 if number % 2 else []))
+    shapes = json.loads((raw / "03.json").read_text())
+    shapes["shapes"] = shapes["shapes"][:1] * 2
+    (raw / "03.json").write_text(json.dumps(shapes))
+    (raw / "<b>\n.gif").write_bytes(b"GIF89a")
+    (raw / "README.md").write_text("hello")
+    report = _report(raw)
+    assert report["files"] == {"total": 26, "images": 12, "annotations_and_masks": 12, "left_out": 2}
+    assert [(row["kind"], row["files"], row["examples"]) for row in report["left_out"]] == [
+        (".gif", 1, ["<b>\n.gif"]),
+        (".md", 1, ["README.md"]),
+    ]
+    assert report["missing"] == {"annotations": 1, "examples": ["gone\n.json: there is no image 'gone.png'"]}
+    assert [(row["images"], row["examples"]) for row in report["notes"]] == [(1, ["03.png"])]
+    output = capsys.readouterr()
+    assert "warning: 1 .gif left out: adfm does not read this format" in output.err
+    lines = output.out.splitlines()
+    assert lines[0] == f"{tmp_path / 'shards'}: li\\x1b[31mne, layout labelme"
+    rows = {tuple(line.split()[:2]) for line in lines}
+    assert {("images", "12"), ("normal", "6"), ("anomalous", "6"), ("left", "out"), ("skipped", "1")} <= rows
+    assert "<b>\\n.gif" in output.out
+    assert lines[-1] == f"next: adfm validate {tmp_path / 'shards'} reports/validation"
+    assert "\x1b" not in output.out + output.err
+    assert len(lines) <= 25
+
+
+@pytest.mark.parametrize("name", LAYOUTS_OF_TESTS)
+def test_every_layout_accounts_for_its_files(name: str, tmp_path: Path) -> None:
+    layout, build = LAYOUTS_OF_TESTS[name]
+    raw = tmp_path / "raw"
+    truths = build(raw)
+    (raw / "notes.pdf").write_bytes(b"%PDF")
+    conversion.convert(raw, tmp_path / "out", Params.model_validate({"convert": {"layout": layout}}))
+    report = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    on_disk = {path.relative_to(raw).as_posix() for path in raw.rglob("*") if path.is_file()} - {"manifest.json"}
+    masks = {mask for truth in truths.values() for mask in truth.masks}
+    left_out = {example for row in report["left_out"] for example in row["examples"]}
+    assert report["files"]["total"] == len(on_disk)
+    assert report["files"]["images"] == report["images"] == len(truths)
+    assert report["files"]["left_out"] == len(left_out)
+    assert "notes.pdf" in left_out
+    assert not left_out & (masks | truths.keys())
+    assert report["files"]["annotations_and_masks"] == len(on_disk - truths.keys() - left_out) >= len(masks)
+
+
+def test_other_problems_are_not_skipped_with_missing_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _and_problems(monkeypatch, MissingImage("gone.json: there is no image 'gone.png'"), "2.json: is not JSON")
+    _labelme(tmp_path / "line", "1.png", "scratch")
+    with pytest.raises(AdfmError, match="2.json: is not JSON") as error:
+        _report(tmp_path / "line")
+    assert "gone" not in str(error.value)
+
+
+def test_a_part_says_how_far_it_is(mvtec_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    conversion.inspect_part(mvtec_folder, tmp_path / "part", Params(), 1, 1)
+    assert "part 1 of 1, 48 of 48 images inspected" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("copy", ["bytes", "PNG", "BMP", "decoded JPEG", "blank"])
+def test_one_picture_under_two_labels_is_refused(mvtec_folder: Path, copy: str) -> None:
+    good = mvtec_folder / "bolt/test/good"
+    bad = {name: mvtec_folder / f"bolt/test/hole/{name}.png" for name in ("000", "001")}
+    for name, path in bad.items():
+        picture = Image.open(path).resize((480, 320), Image.Resampling.BICUBIC)
+        if copy == "blank":  # no near-duplicate, as it has no contrast
+            picture = Image.new("RGB", (480, 320), "grey" if name == "000" else "white")
+        mask_path = mvtec_folder / f"bolt/ground_truth/hole/{name}_mask.png"
+        Image.open(mask_path).resize((480, 320)).save(mask_path)
+        path.unlink()
+        if copy == "decoded JPEG":
+            picture.save(path.with_suffix(".jpg"), quality=80)
+            Image.open(path.with_suffix(".jpg")).save(good / f"9{name}.png")
+            continue
+        picture.save(path)
+        match copy:
+            case "bytes":
+                shutil.copy(path, good / f"9{name}.png")
+            case "PNG":
+                picture.save(good / f"9{name}.png", compress_level=1)
+            case "BMP" | "blank":
+                picture.save(good / f"9{name}.bmp")
+    with pytest.raises(AdfmError) as error:
+        _converted(mvtec_folder)
+    message = str(error.value)
+    assert "is labelled normal, but …, the same picture, is anomalous; correct the label" in message.splitlines()[0]
+    assert "(2 of 2 problems, layout mvtec)" in message.splitlines()[0]
+    for name in bad:
+        assert f"    bolt/test/good/9{name}." in message
+        assert f"bolt/test/hole/{name}." in message
+    assert sorted(path.name for path in mvtec_folder.parent.iterdir()) == ["tiny"]
+
+
+def test_pictures_that_look_alike_may_have_two_labels(mvtec_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = Image.open(mvtec_folder / "bolt/test/good/000.png").resize((480, 320), Image.Resampling.BICUBIC)
+    picture.save(mvtec_folder / "bolt/test/good/000.png")
+    pixels = np.asarray(picture).copy()
+    pixels[100:102, 100:102] ^= 255
+    mask = np.zeros((320, 480), np.uint8)
+    mask[98:104, 98:104] = 255
+    Image.fromarray(pixels).save(mvtec_folder / "bolt/test/hole/000.png")
+    Image.fromarray(mask).save(mvtec_folder / "bolt/ground_truth/hole/000_mask.png")
+    records = _converted(mvtec_folder)
+    assert records["bolt/test/good/000.png"].split == records["bolt/test/hole/000.png"].split
+    report = json.loads((mvtec_folder.parent / "shards" / "conversion.json").read_text())
+    assert report["near_duplicates"]["two_labels"] == {
+        "pairs": 1,
+        "examples": [["bolt/test/good/000.png", "bolt/test/hole/000.png"]],
+    }
+    assert "1 pair of pictures that look like copies: one is normal and one anomalous" in capsys.readouterr().err
+
+
+def test_copies_with_other_boxes_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = tmp_path / "line"
+    _labelme(raw, "0.png", "scratch")
+    for number, labels in enumerate((["scratch"], ["dent"], ["scratch", "scratch"]), start=1):
+        _labelme(raw, f"{number}.png", *labels, image=(raw / "0.png").read_bytes())
+    assert _report(raw)["identical_images_marked_differently"] == {"pictures": 1, "examples": [["0.png", "2.png"]]}
+    assert "copies of 1 picture have different boxes or defects, e.g. 0.png and 2.png" in capsys.readouterr().err
+
+
+def test_a_group_is_found_in_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "RUN", 10)
+    raw = tmp_path / "line"
+    for number in range(40):
+        _labelme(raw, f"part{number // 4:02}/view{number % 4}.png", *(["dent"] if number % 8 < 4 else []))
+    _labelme(raw, "other/0.png")
+    report = _report(raw, group=r"part(\d+)/")
+    assert report["parts"]["split.group"] == {"parts": 10, "images": 40}
+    records = list(shards.read(tmp_path / "shards"))
+    assert {record.group for record in records} == {*(f"{number:02}" for number in range(10)), None}
+    assert Counter(len({r.split for r in records if r.group == f"{part:02}"}) for part in range(10)) == {1: 10}
+    assert {record.split for record in records} == {"train", "validation", "test"}
+    with pytest.raises(AdfmError, match="split.group: 'lot' is neither a column"):
+        _report(raw, group="lot")
+
+
+def test_parts_with_another_group_make_no_whole(mvtec_folder: Path, tmp_path: Path) -> None:
+    params = Params.model_validate({"split": {"group": r"\d+"}})
+    conversion.inspect_part(mvtec_folder, tmp_path / "part", params, 1, 1)
+    with pytest.raises(AdfmError, match=r"was made with group '\\\\d\+'"):
+        conversion.convert(mvtec_folder, tmp_path / "out", Params(), [tmp_path / "part"])
+    conversion.convert(mvtec_folder, tmp_path / "out", params, [tmp_path / "part"])
+    conversion.convert(mvtec_folder, tmp_path / "at-once", params)
+    assert _contents(tmp_path / "out") == _contents(tmp_path / "at-once")
+
+
+def test_copies_by_roboflow_are_moved_to_the_more_held_out_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = tmp_path / "line"
+    for split, hashes in (("train", "abc"), ("valid", "de"), ("test", "f")):
+        for number in range(6):
+            for one in hashes if split == "train" or number < 2 else hashes[:0]:
+                _labelme(raw, f"{split}/IMG_{number}_jpg.rf.{one * 8}.png", *(["dent"] if number % 2 else []))
+        _labelme(raw, f"{split}/only_{split}.png", "dent")
+    report = _report(raw)
+    records = {record.source: record for record in shards.read(tmp_path / "shards")}
+    assert {records[name].split for name in records if "IMG_0" in name or "IMG_1" in name} == {"test"}
+    assert {records[name].split for name in records if "IMG_2" in name} == {"train"}
+    assert records["train/IMG_0_jpg.rf.aaaaaaaa.png"].group == "IMG_0_jpg"
+    assert report["parts"]["roboflow"] == {"parts": 6, "images": 24}
+    assert report["moved"] == [
+        {"because": "part", "from": "train", "to": "test", "images": 6},
+        {"because": "part", "from": "validation", "to": "test", "images": 4},
+    ]
+    assert "6  images from train to test: the same part or photograph is there" in capsys.readouterr().out
+    assert _report(raw, redivide=True)["moved"] == []
+
+
+def test_folders_become_categories(mvtec_folder: Path) -> None:
+    raw = mvtec_folder.parent / "line"
+    for folder in ("bolt", "nut"):
+        for number in range(6):
+            _labelme(raw, f"{folder}/{number}.png", *(["dent"] if number % 2 else []))
+    params = {"convert": {"category": "folder"}, "split": {"holdout_categories": ["nut"]}}
+    conversion.convert(raw, raw.parent / "shards", Params.model_validate(params))
+    records = list(shards.read(raw.parent / "shards"))
+    assert Counter(record.category for record in records) == {"bolt": 6, "nut": 6}
+    assert {record.split for record in records if record.category == "nut"} == {"test"}
+
+
+def test_a_pipe_or_endless_link_is_refused_before_anything_is_read(mvtec_folder: Path, tmp_path: Path) -> None:
+    os.mkfifo(mvtec_folder / "bolt" / "test" / "good" / "a.png")
+    os.mkfifo(mvtec_folder / "x.json")
+    (mvtec_folder / "bolt" / "round").symlink_to(mvtec_folder)
+    with pytest.raises(
+        AdfmError, match="(?s)'x.json' is a pipe.*'bolt/test/good/a.png' is a pipe|'bolt/round' is a link"
+    ):
+        conversion.convert(mvtec_folder, tmp_path / "shards", Params())
+    with pytest.raises(AdfmError, match="'x.json' is a pipe"):
+        show.show(mvtec_folder, tmp_path / "sheet.html", Params())
+    assert not (tmp_path / "shards").exists()

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from typing import Any
 
 import boto3
 import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 from adfm.data import sources
 from adfm.errors import AdfmError
@@ -146,6 +149,65 @@ def test_keys_that_no_folder_can_hold(s3: Any, tmp_path: Path) -> None:
     _put(s3, "both", {"a": b"x", "a/b": b"x"})
     with pytest.raises(AdfmError, match="is both a file and a folder"):
         sources.fetch("s3://data/both", tmp_path / "both")
+
+
+def test_keys_with_empty_parts_and_dots_arrive_under_their_path(s3: Any, tmp_path: Path) -> None:
+    _put(s3, "set", {"a//1.png": b"1", "./2.png": b"2", "a/./3.png": b"3", "/4.png": b"4", "A/1.PNG": b"5", "b//": b""})
+    sources.fetch("s3://data/set", tmp_path / "out")
+    assert _tree(tmp_path / "out") == {"a/1.png": b"1", "2.png": b"2", "a/3.png": b"3", "4.png": b"4", "A/1.PNG": b"5"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        (("a//1.png", "a/1.png"), "'set/a/1.png' becomes the same file as 'set/a//1.png'"),
+        (("/a.png", "a.png"), "'set/a.png' becomes the same file as 'set//a.png'"),
+        (("a", "a/1.png"), "'set/a/1.png' is both a file and a folder, because of 'set/a'"),
+        (("a/.",), "'set/a/.' ends in '/.', which is not the name of a file"),
+        (("a/",), "'set/a/' has content, and a name that only a folder can have"),
+        (("\u00e9", "e\u0301"), "Unicode normalisation"),
+    ],
+)
+def test_keys_of_which_one_would_be_lost(s3: Any, tmp_path: Path, keys: tuple[str, ...], says: str) -> None:
+    _put(s3, "set", {key: key.encode() for key in keys})
+    with pytest.raises(AdfmError, match=f"s3://data/set: (?s:.*){says}"):
+        sources.fetch("s3://data/set", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_an_earlier_attempt_left_in_the_place_of_a_file_or_folder_is_removed(s3: Any, tmp_path: Path) -> None:
+    _put(s3, "set", {"a/1.png": b"1", "b": b"2", "../evil": b"x"})
+    with pytest.raises(AdfmError, match="evil"):
+        sources.fetch("s3://data/set", tmp_path / "out")
+    for key in ("a/1.png", "b", "../evil"):
+        s3.delete_object(Bucket="data", Key=f"set/{key}")
+    _put(s3, "set", {"a": b"3", "b/2.png": b"4"})
+    sources.fetch("s3://data/set", tmp_path / "out")
+    assert _tree(tmp_path / "out") == {"a": b"3", "b/2.png": b"4"}
+
+
+def test_any_keys_are_all_there_or_named(s3: Any, tmp_path: Path) -> None:
+    parts = st.sampled_from(["a", "A", "", ".", "b.png", "\u00e9", "e\u0301"])
+    keys = st.lists(
+        st.lists(parts, min_size=1, max_size=3).map("/".join).filter(bool), min_size=1, max_size=4, unique=True
+    )
+
+    @settings(deadline=None, max_examples=25, phases=[Phase.generate])
+    @given(keys=keys)
+    def check(keys: list[str]) -> None:
+        for item in s3.list_objects_v2(Bucket="data").get("Contents", []):
+            s3.delete_object(Bucket="data", Key=item["Key"])
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        _put(s3, "set", {key: key.encode() for key in keys})
+        try:
+            files, _ = sources.fetch("s3://data/set", tmp_path / "out")
+        except AdfmError as error:
+            assert any(repr(f"set/{key}") in str(error) for key in keys), error
+        else:
+            assert files == len(keys)
+            assert sorted(_tree(tmp_path / "out").values()) == sorted(key.encode() for key in keys)
+
+    check()
 
 
 # ------------------------------------------------------------------------------------------------ what may not be read

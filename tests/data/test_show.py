@@ -360,3 +360,11 @@ def test_the_verb_says_where_the_sheet_is(
     assert main(["show", "parts", "--out", "a/b.png", "--split", "train", "-n", "4"]) == 0
     assert capsys.readouterr().out == "a/b.png: 4 of 53 images of parts\n"
     assert (tmp_path / "a" / "b.png").is_file()
+
+
+def test_a_label_alone_is_called_so(tmp_path: Path) -> None:
+    for name in ("good/a.png", "crack/b.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("RGB", (32, 24), "gray").save(tmp_path / name)
+    texts = Page(show(tmp_path, tmp_path / "sheet.html", Params())).texts
+    assert [text for text in texts if "label alone" in text] == ["anomalous · crack · label alone"]

@@ -104,12 +104,32 @@ def test_all_that_cannot_be_copied_is_named_at_once(tmp_path: Path) -> None:
     for says in (
         "'nowhere' is a link that leads nowhere",
         "'a/b/itself' is a link that leads nowhere",
-        "'pipe' is a link that leads nowhere, or no ordinary file",
-        "/a/loop' is a link to a folder that holds it",
-        "/one/x/y' is a link to a folder that holds it",
+        "'pipe' is a pipe, a socket or a device",
+        "'a/loop' is a link to a folder that holds it",
+        "'one/x/y' is a link to a folder that holds it",
     ):
         assert says in str(error.value)
     assert _nothing_left(tmp_path / "out")
+
+
+def test_a_pipe_for_an_archive_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.zip")
+    with pytest.raises(AdfmError, match="x.zip: is a pipe or a device"):
+        sources.fetch(str(tmp_path / "x.zip"), tmp_path / "out")
+
+
+def test_names_of_a_folder_in_two_normalisations(tmp_path: Path) -> None:
+    source = _source(tmp_path / "source")
+    for name in ("\u00e9.png", "e\u0301.png"):
+        (source / name).touch()
+    with pytest.raises(AdfmError, match=r"source: .*\n.*Unicode normalisation .*e\\u0301.png"):
+        sources.fetch(str(source), tmp_path / "out")
+    assert _nothing_left(tmp_path / "out")
+
+
+def test_what_arrived_is_counted(tmp_path: Path) -> None:
+    source = _source(tmp_path / "source")
+    assert sources.fetch(str(source), tmp_path / "out") == (len(FILES), sum(map(len, FILES.values())))
 
 
 def test_a_fetched_folder_can_be_fetched_and_no_other_manifest_is_lost(tmp_path: Path) -> None:

@@ -28,13 +28,23 @@ def _samples(*parts: tuple[str, str | None, str | None, int]) -> list[Sample]:
 def _assign(
     samples: list[Sample], digests: list[str], params: Params, pairs: list[tuple[int, int]] | None = None
 ) -> list[str]:
+    table = _table(samples, digests)
+    assigned = splits.assign(table, np.array(pairs or [], np.int64).reshape(-1, 2), params)
+    return [SPLITS[code] for code in assigned]
+
+
+def _table(samples: list[Sample], digests: list[str], **columns: list[int | None]) -> pa.Table:
     rows = [
         {name: getattr(sample, name, None) for name in splits.COLUMNS} | {"sha256": digest}
         for sample, digest in zip(samples, digests, strict=True)
     ]
-    table = pa.Table.from_pylist(rows, schema=pa.schema([(name, pa.string()) for name in splits.COLUMNS]))
-    assigned = splits.assign(table, np.array(pairs or [], np.int64).reshape(-1, 2), params)
-    return [SPLITS[code] for code in assigned]
+    for name, numbers in columns.items():
+        rows = [row | {name: _text(number)} for row, number in zip(rows, numbers, strict=True)]
+    return pa.Table.from_pylist(rows, schema=pa.schema([(name, pa.string()) for name in splits.COLUMNS]))
+
+
+def _text(number: int | None) -> str | None:
+    return None if number is None else f"{number}"
 
 
 def _digests(samples: list[Sample]) -> list[str]:
@@ -235,6 +245,90 @@ def test_what_hangs_together_is_in_one_split(
                 or (other, one) in pairs
             ):
                 assert assigned[one] == assigned[other]
+
+
+@settings(deadline=None)
+@given(
+    parts=st.lists(st.none() | st.integers(0, 12), min_size=60, max_size=60),
+    photographs=st.lists(st.none() | st.integers(0, 30), min_size=60, max_size=60),
+    groups=st.lists(st.none() | st.integers(0, 30), min_size=60, max_size=60),
+    official=st.sampled_from([None, "train"]),
+    redivide=st.booleans(),
+)
+def test_no_part_straddles_the_splits_even_in_several_categories(
+    parts: list[int | None],
+    photographs: list[int | None],
+    groups: list[int | None],
+    official: str | None,
+    redivide: bool,
+) -> None:
+    samples = _samples(("a", None, official, 20), ("a", "dent", "test", 20), ("b", "dent", "validation", 20))
+    samples = [replace(sample, group=_text(group)) for sample, group in zip(samples, groups, strict=True)]
+    table = _table(samples, _digests(samples), part=parts, photograph=photographs)
+    params = Params.model_validate({"split": {"redivide": redivide}})
+    assigned = splits.assign(table, np.empty((0, 2), np.int64), params)
+    for numbers in (parts, photographs):
+        of = defaultdict(set)
+        for number, split in zip(numbers, assigned, strict=True):
+            of[number].add(split)
+        assert all(len(its) == 1 for number, its in of.items() if number is not None)
+    together = defaultdict(set)
+    for sample, split in zip(samples, assigned, strict=True):
+        together[sample.category, sample.group].add(split)
+    assert all(len(its) == 1 for (_, group), its in together.items() if group is not None)
+
+
+@settings(deadline=None)
+@given(
+    copies=st.lists(st.integers(0, 40), min_size=60, max_size=60),
+    parts=st.lists(st.none() | st.integers(0, 20), min_size=60, max_size=60),
+    pairs=st.lists(st.tuples(st.integers(0, 59), st.integers(0, 59)), max_size=8),
+    keeps=st.booleans(),
+    held=st.sampled_from([[], ["b"]]),
+)
+def test_images_that_are_moved_are_counted_once(
+    copies: list[int], parts: list[int | None], pairs: list[tuple[int, int]], keeps: bool, held: list[str]
+) -> None:
+    defect = "dent" if keeps else None
+    samples = _samples(
+        ("a", defect, "train", 15), ("a", None, "validation", 15), ("b", None, None, 15), ("b", "dent", "test", 15)
+    )
+    table = _table(samples, [f"{copy}" for copy in copies], part=parts)
+    params = Params.model_validate({"split": {"holdout_categories": held}})
+    near = np.array(pairs, np.int64).reshape(-1, 2)
+    assigned = splits.assign(table, near, params)
+    rows = splits.moved(table, near, assigned, params)
+    expected = Counter(
+        (sample.split, SPLITS[code])
+        for sample, code in zip(samples, assigned, strict=True)
+        if sample.split in (SPLITS if keeps else ("train",))
+        and sample.split != SPLITS[code]
+        and sample.category not in held
+    )
+    assert all(row["images"] > 0 for row in rows)
+    counts = Counter[tuple[str, str]]()
+    for row in rows:
+        counts[row["from"], row["to"]] += row["images"]
+    assert counts == expected
+    without = splits.moved(table, near[:0], splits.assign(table, near[:0], params), params)
+    assert {row["because"] for row in without} <= {"copies", "part"}
+
+
+def test_images_are_moved_because_of_the_first_reason_that_explains_it() -> None:
+    samples = _samples(("a", "dent", "train", 5), ("a", "dent", "validation", 5), ("a", "dent", "test", 5))
+    digests = _digests(samples)
+    digests[0] = digests[10]
+    parts = [None] * 15
+    parts[1] = parts[11] = parts[0] = 1
+    table = _table(samples, digests, part=parts)
+    near = np.array([(2, 12), (3, 5)], np.int64)
+    assigned = splits.assign(table, near, _params())
+    assert splits.moved(table, near, assigned, _params()) == [
+        {"because": "copies", "from": "train", "to": "test", "images": 1},
+        {"because": "part", "from": "train", "to": "test", "images": 1},
+        {"because": "near-duplicates", "from": "train", "to": "validation", "images": 1},
+        {"because": "near-duplicates", "from": "train", "to": "test", "images": 1},
+    ]
 
 
 @settings(deadline=None, max_examples=50)

@@ -53,6 +53,21 @@ def faded(name: str, levels: int, side: int = 32) -> bytes:
         return png(np.asarray(file, float) * levels / 255)
 
 
+def blank(*corner: int, name: str = "blank") -> bytes:
+    """A picture with a part of one colour."""
+    with Image.open(io.BytesIO(picture(name))) as file:
+        file.paste((90, 90, 90), corner)
+        return png(np.asarray(file))
+
+
+def stored_otherwise(name: str) -> bytes:
+    """The same pixels in another file."""
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(picture(name))) as file:
+        file.save(buffer, "PNG", compress_level=0)
+    return buffer.getvalue()
+
+
 def drawn(*boxes: tuple[int, int, int, int], size: int = 32) -> bytes:
     mask = np.zeros((size, size))
     for x1, y1, x2, y2 in boxes:
@@ -158,6 +173,22 @@ FAULTS: dict[str, dict[str, Any]] = {
     "train/gear/normal/empty mask is fine": {"mask": drawn()},
     "train/gear/anomalous/no mask is fine": {"mask": None},
     "train/gear/anomalous/no boxes": {"boxes": ()},
+    "train/gear/anomalous/label alone is noticed": {"boxes": (), "mask": None},
+    "train/gear/anomalous/whole image": {"mask": drawn((0, 0, 32, 32)), **boxed((0, 0, 32, 32))},
+    "train/gear/anomalous/blank part": {
+        "image": blank(3, 5, 13, 11),
+        "mask": drawn(DEFECTS[0]),
+        **boxed(DEFECTS[0]),
+    },
+    "train/gear/anomalous/thin": {"mask": drawn((4, 6, 5, 12)), **boxed((4, 6, 5, 12))},
+    "train/gear/anomalous/file": {"defect": "file"},
+    "train/0001.JPG/normal/category": {},
+    "train/gear/normal/black": {"image": png(np.full((32, 32, 3), 3))},
+    "train/gear/normal/white": {"image": png(np.full((32, 32, 3), 255))},
+    "train/gear/normal/two labels": {"image": picture("two labels")},
+    "train/gear/anomalous/two labels": {"image": picture("two labels")},
+    "train/gear/normal/near, and another label": {"image": faded("near", 200)},
+    "train/gear/anomalous/near, and another label": {"image": faded("near", 198)},
     "train/gear/anomalous/no defect": {"defect": None},
     "train/gear/anomalous/outside": boxed(*DEFECTS, (20, 20, 33, 30)),
     "train/gear/anomalous/negative": boxed(*DEFECTS, (-1, 20, 30, 30)),
@@ -179,7 +210,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "train/gear/anomalous/merged is fine": boxed((4, 6, 29, 25)),
     "train/gear/anomalous/speck is fine": {"mask": drawn(*DEFECTS, (0, 0, 3, 1))},
     "train/gear/normal/leak": {"image": picture("leak")},
-    "test/gear/normal/leak": {"image": picture("leak")},
+    "test/gear/normal/leak": {"image": stored_otherwise("leak")},
     "train/gear/normal/twin": {"image": faded("twin", 200)},
     "validation/gear/normal/twin": {"image": faded("twin", 198)},
     "train/gear/normal/twin in train is fine 1": {"image": faded("other twin", 200)},
@@ -188,8 +219,8 @@ FAULTS: dict[str, dict[str, Any]] = {
     "train/gear/normal/another view": {"group": "part 1"},
     "test/gear/normal/view": {"group": "part 1"},
     "test/weave/normal/view of another part is fine": {"group": "part 1"},
-    "train/gear/normal/twice in train is fine": {"image": picture("twice")},
-    "train/weave/normal/twice in train is fine": {"image": picture("twice")},
+    "train/gear/normal/twice in train is noticed": {"image": picture("twice")},
+    "train/weave/normal/twice in train is noticed": {"image": picture("twice")},
     "test/<img src=x>$cost/normal/only in test": {},
     "train/coin/normal/one label": {},
     "validation/gear/normal/filed elsewhere": {},  # moved to train below
@@ -213,7 +244,8 @@ EXPECTED = {
     "aspect ratio is at most 2": ["no width", "no height", "long"],
     "normal images have no box": ["has box"],
     "normal images have no defect type": ["has defect"],
-    "anomalous images have boxes": ["no boxes"],
+    "anomalous images that have a mask have boxes": ["no boxes"],
+    "anomalous images have boxes": ["no boxes", "label alone is noticed"],
     "anomalous images have a defect type": ["no defect"],
     "boxes lie inside the image": ["outside", "negative", "not a number"],
     "boxes have an area": ["not a number", "no area", "inverted"],
@@ -221,11 +253,19 @@ EXPECTED = {
     "the mask shows a defect if and only if the label is anomalous": ["has mask", "empty mask"],
     "there is something of the mask in every box": ["box beside"],
     "defects of 4 mask pixels and more lie in boxes": ["inclusive", "one missing"],
-    "byte-identical images are in one split": ["leak", "leak"],
+    "images with the same pixels are in one split": ["leak", "leak"],
+    "images with the same pixels have the same label": ["two labels", "two labels"],
     "near-identical images are in one split": ["twin", "twin"],
     "images of one part are in one split": ["view", "another view", "view"],
-    "every category has 1 and more images of each label in test": ["one label", "only in test"],
-    "every category has both labels in train": ["one label", "only in test"],
+    "every category has 1 and more images of each label in test": ["one label", "only in test", "category"],
+    "every category has both labels in train": ["one label", "only in test", "category"],
+    "near-identical images have the same label": ["near, and another label", "near, and another label"],
+    "every image is there once": ["leak", "twice in train is noticed", "two labels"],
+    "every box covers something": ["blank part", "thin"],
+    "no box covers the whole image": ["whole image"],
+    "the image is neither black nor white all over": ["black", "white"],
+    "no category or defect type has the name of its file": ["file", "category"],
+    "every defect type is in more than one split": ["file"],
 }
 
 
@@ -266,7 +306,17 @@ def test_lines_give_unexpected_values_and_put_warnings_last(faulty: Path) -> Non
     lines = validation.failures(faulty)
     assert any("(label: broken)" in line for line in lines)
     assert any("parts/<img src=x>$cost" in line and "parts/coin" in line for line in lines)
-    assert [line.startswith("warning: ") for line in lines] == [False] * (len(lines) - 2) + [True] * 2
+    warnings = [line.startswith("warning: ") for line in lines]
+    assert warnings == sorted(warnings) and sum(warnings) == 10
+
+
+def test_a_name_cannot_break_a_line_or_write_to_the_terminal(tmp_path: Path) -> None:
+    changes = {"category": "a\nadfm: error: b\x1b[31m", "boxes": (), "id": "id\n"}
+    records = faultless() | {"odd": record("train/gear/anomalous/odd", **changes)}
+    run(written(records, tmp_path / "shards"), tmp_path / "report")
+    lines = validation.failures(tmp_path / "report")
+    assert any(r"a\nadfm: error: b\x1b[31m" in line for line in lines)
+    assert all(line.isprintable() for line in lines)
 
 
 def test_the_page_loads_nothing_and_shows_what_failed(faulty: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -268,3 +269,15 @@ def test_the_comparison_shows_each_model_at_its_threshold(small_shards: Path, tm
         assert cell.startswith(f"{found[name]['overkill_at_threshold']:.3f} [")
     rows = pd.read_csv(tmp_path / "comparison.csv").set_index(["metric", "model"])
     assert rows.loc[("overkill_at_threshold", "trained"), "high"] <= 1
+
+
+def test_labels_alone_are_evaluated_without_iou(
+    label_shards: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate.evaluate({"base": BASE}, label_shards, store / "out", PARAMS)
+    found = read(store / "out" / "metrics.json")["base"]
+    assert found["iou"] is None and found["box_f1"] is None and found["accuracy"] is not None
+    assert found["without_boxes"] == found["anomalous"] > 0
+    words = f"{found['anomalous']} anomalous images have no boxes; they are left out of IoU and box F1."
+    assert words in capsys.readouterr().out and words in (store / "out" / "comparison.md").read_text()
+    assert re.search(rf'"without_boxes": ?{found["anomalous"]}\b', (store / "out/report/report.html").read_text())

@@ -323,6 +323,20 @@ def test_sizes_begin_at_their_thresholds() -> None:
     assert [*metrics.summarize(table, 5, 0, 0.02, 0.02)["sizes"]] == ["small", "large"]
 
 
+def test_anomalous_images_without_boxes_are_left_out_of_localisation_and_counted() -> None:
+    table = predictions(200, 3)
+    alone = (table["label"] == "anomalous") & (table["id"] < "00100")
+    located = [*metrics.LOCALIZATION]
+    reduced = metrics.summarize(table.assign(**{name: table[name].mask(alone) for name in located}), 10, 0, 0.01, 0.1)
+    assert reduced["overall"]["without_boxes"] == alone.sum() > 0
+    kept = metrics.summarize(table[~alone], 10, 0, 0.01, 0.1)["overall"]
+    for name in ("iou", "iou_30", "matched_iou", "box_f1"):
+        assert reduced["overall"][name] == pytest.approx(kept[name])
+    assert reduced["overall"]["recall"] == metrics.summarize(table, 10, 0, 0.01, 0.1)["overall"]["recall"]
+    nothing = metrics.summarize(table.assign(**dict.fromkeys(located, np.nan)), 10, 0, 0.01, 0.1)
+    assert (nothing["overall"]["iou"], nothing["overall"]["box_f1"], nothing["sizes"]) == (None, None, {})
+
+
 def test_what_is_not_defined_is_none() -> None:
     normal = predictions(40)[lambda t: t["label"] == "normal"]
     found = metrics.summarize(normal, 20, 0, 0.01, 0.05)

@@ -121,3 +121,29 @@ def test_figures_are_drawn_also_where_nothing_is_defined(table: pd.DataFrame, tm
         plots.comparison(dict([*overall.items()][:1]), {}, tmp_path / f"{name}-alone.png")
     for path in tmp_path.glob("*.png"):
         assert pixels_of(path).shape[1] > 300 and path.stat().st_size < 200_000
+
+
+def test_where_only_the_label_is_known_a_defect_is_found_by_the_answer_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.axes import Axes
+
+    rows = [row(i, "anomalous", word, iou=None, boxes=[]) for i, word in enumerate(("anomalous", "normal"))]
+    table = pd.DataFrame(rows).astype({"iou": float})
+    chosen = plots.choose(table)
+    assert chosen["outcome"].tolist() == ["found", "missed"]
+    titles: list[str] = []
+    drawn = Axes.set_title
+
+    def set_title(axes: Any, label: str, **more: Any) -> Any:
+        titles.append(label)
+        return drawn(axes, label, **more)
+
+    monkeypatch.setattr(Axes, "set_title", set_title)
+    plots.examples(chosen, {key: png() for key in table["id"]}, tmp_path / "examples.png")
+    assert titles == ["\u2713 defect found, label alone known", "\u2717 defect missed"]
+
+
+def test_without_any_boxes_there_are_no_sizes_to_draw(tmp_path: Path) -> None:
+    plots.iou_by_size({"base": {}, "trained": {}}, 0.01, 0.1, tmp_path / "sizes.png")
+    assert (tmp_path / "sizes.png").is_file()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from adfm.method import rewards
 from adfm.method.coordinates import Frame
-from adfm.method.rewards import PROFILES
+from adfm.method.rewards import PROFILES, in_training
 from adfm.records import Box
 
 SIDE = 512
@@ -358,3 +358,18 @@ def test_length_is_not_paid(label, text):
     assume(text.strip())
     short, long = ("<think>x</think><rethink>x</rethink><answer>A</answer>".replace("x", t) for t in ("x", text))
     assert calibrated(short, label, []) == calibrated(long, label, [])
+
+
+@given(st.one_of(WILD, st.lists(box(), max_size=4).map(answer)), st.sampled_from(sorted(PROFILES)))
+def test_in_training_no_place_is_paid_where_only_the_label_is_known(completion, profile):
+    paid = in_training(profile, completion, "anomalous", [], FRAME)
+    usual = PROFILES[profile](completion, "anomalous", [], FRAME)
+    assert paid.localization == 0
+    assert (paid.format, paid.classification) == (usual.format, usual.classification)
+
+
+@given(LABELS, TRUTH, st.lists(box(), max_size=4), st.sampled_from(sorted(PROFILES)))
+@settings(deadline=None)
+def test_in_training_all_else_is_paid_as_by_the_profile(label, truth, predicted, profile):
+    boxes, completion = truth if label == "anomalous" else [], answer(predicted)
+    assert in_training(profile, completion, label, boxes, FRAME) == PROFILES[profile](completion, label, boxes, FRAME)

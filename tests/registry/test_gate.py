@@ -436,3 +436,44 @@ def test_decisions_without_regions_cannot_be_judged() -> None:
     with pytest.raises(Incomparable, match="a prediction other than normal, anomalous and null: row 3"):
         odd = predictions()["label"].where(np.arange(600) != 3, "perhaps")
         decide(decided(predictions(), 0, 0.4).assign(decision=odd), None, Gate())
+
+
+def without_boxes(table: pd.DataFrame, share: float) -> pd.DataFrame:
+    """The table with its boxes, of which the first anomalous images have none."""
+    anomalous = table["label"] == "anomalous"
+    alone = anomalous & (anomalous.cumsum() <= share * anomalous.sum())
+    boxes = [[[1, 1, 9, 9]] if there else [] for there in anomalous & ~alone]
+    return table.assign(boxes=boxes, iou=table["iou"].mask(alone))
+
+
+def test_images_without_boxes_are_left_out_of_iou_and_counted() -> None:
+    decision = decide(without_boxes(predictions(), 0.5), without_boxes(predictions(iou=0.3), 0.5), Gate())
+    assert decision.passed and verdicts(decision) == ("equivalent", "better")
+    assert decision.metrics["iou"]["candidate"] == 0.4
+    assert "150 of 300 anomalous images have no boxes; they are left out of IoU." in decision.reasons
+
+
+def test_an_iou_that_no_image_has_is_not_judged_and_keeps_no_floor() -> None:
+    candidate, production = without_boxes(predictions(wrong=20), 1), without_boxes(predictions(), 1)
+    for rival in (None, production):
+        decision = decide(candidate, rival, Gate())
+        assert not decision.passed and decision.metrics["iou"]["verdict"] == "not judged"
+        assert decision.reasons[0] == (
+            "IoU (overlap of marked and true defects) is not judged: no anomalous image has boxes. Whether the floor of"
+            " 10.0% is kept cannot be said; add images with boxes, or set gate.iou.floor to 0 to decide without it."
+        )
+        decision = decide(candidate, rival, Gate(iou=MetricRule(floor=0)))
+        assert decision.passed and decision.metrics["iou"]["candidate"] is None
+        assert any("is not judged: no anomalous image has boxes" in reason for reason in decision.reasons)
+        assert "300 of 300 anomalous images have no boxes; they are left out of IoU." in decision.reasons
+        json.dumps(dataclasses.asdict(decision), allow_nan=False)
+    assert not decide(candidate, production, Gate(iou=MetricRule(floor=0), rule="all_better")).passed
+    assert not decide(production, candidate, Gate(iou=MetricRule(floor=0))).passed
+
+
+def test_an_iou_that_lacks_or_is_there_against_the_boxes_is_refused() -> None:
+    table = without_boxes(predictions(), 0.5)
+    with pytest.raises(Incomparable, match="no IoU in .0, 1. on an anomalous image: row 598"):
+        decide(table.assign(iou=table["iou"].mask(table["id"] == "0598")), None, Gate())
+    with pytest.raises(Incomparable, match="an IoU on an image without boxes: row 0"):
+        decide(table.assign(iou=table["iou"].where(table["id"] != "0000", 0.5)), None, Gate())

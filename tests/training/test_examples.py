@@ -48,6 +48,18 @@ def test_rows_hold_boxes_in_the_models_frame(small_shards: Path, tmp_path: Path)
         assert row["image"].size == (128, 128)
 
 
+def test_images_of_which_only_the_label_is_known_may_be_left_out(
+    small_shards: Path, label_shards: Path, tmp_path: Path
+) -> None:
+    with_boxes, none = examples.boxes_known(small_shards)
+    assert (examples.boxes_known(label_shards), none) == ((0, with_boxes), 0)
+    loaded = loading.load("embedded://tiny-base", Model())
+    data = examples.draw(label_shards, loaded, 12, anomalous_share=0.5, seed=0, cache=tmp_path)
+    assert (data["label"].count("anomalous"), sum(map(len, data["regions"]))) == (6, 0)
+    with pytest.raises(AdfmError, match="no anomalous image"):
+        examples.draw(label_shards, loaded, 12, anomalous_share=0.5, seed=0, cache=tmp_path, located=True)
+
+
 def test_images_are_drawn_by_their_weights() -> None:
     labels = ["normal", "anomalous"] * 3
     order = examples._order(labels, 6000, 0.5, 0, Path("shards"), np.array([0.0, 1.0, 1.0, 1.0, 3.0, 2.0]))

@@ -84,6 +84,19 @@ def test_reward_functions_pay_what_the_profile_pays() -> None:
             assert function(**columns, prompts=[], completion_ids=[]) == expected
 
 
+def test_where_only_the_label_is_known_places_tip_no_group() -> None:
+    boxes = [[], [Box(100, 100, 300, 300)], [Box(1, 1, 9, 9), Box(500, 500, 600, 600)]]
+    columns: dict[str, Any] = {
+        "completions": [[{"role": "assistant", "content": prompt.answer("anomalous", some)}] for some in boxes],
+        "label": ["anomalous"] * 3,
+        "regions": [[]] * 3,
+        "frame": [[1000, 1000]] * 3,
+    }
+    for profile in rewards.PROFILES:
+        terms = dict(zip(grpo.TERMS, (of(**columns) for of in grpo.reward_functions(profile)), strict=True))
+        assert (terms["localization"], terms["classification"]) == ([0, 0, 0], [1, 1, 1])
+
+
 def test_batch_that_does_not_divide_is_refused(small_shards: Path, started: Path, tmp_path: Path) -> None:
     params = Params.model_validate({"train": {"prompts_per_step": 3, "num_generations": 4, "micro_batch": 5}})
     with pytest.raises(AdfmError, match=r"train\.micro_batch: 5 does not divide the 12"):

@@ -60,3 +60,17 @@ def test_by_force_a_finished_model_is_replaced(small_shards: Path, tmp_path: Pat
             small_shards, tmp_path / "out", Params.model_validate({"seed": seed, "warmup": {"steps": 0}}), force=True
         )
     assert json.loads((tmp_path / "out" / "adfm.json").read_text())["params"]["seed"] == 2
+
+
+def test_no_place_is_made_up_where_only_the_label_is_known(
+    label_shards: Path, tmp_path: Path, params: Params, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warmup(label_shards, tmp_path / "stages", params)
+    printed = capsys.readouterr().out
+    assert "anomalous training images have no boxes and are left out" in printed
+    assert "no step is taken; GRPO starts from the base model" in printed
+    assert len((tmp_path / "stages" / "warmup_curves.csv").read_text().splitlines()) == 1
+    plain = params.model_copy(update={"warmup": params.warmup.model_copy(update={"stages": False})})
+    warmup(label_shards, tmp_path / "plain", plain)
+    assert len((tmp_path / "plain" / "warmup_curves.csv").read_text().splitlines()) == 3
+    assert "left out" not in capsys.readouterr().out

@@ -7,18 +7,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from adfm.data.problems import printable
 from adfm.data.readers import (
     btad,
     coco,
+    cvat,
     dagm,
+    deeppcb,
     files,
+    folders,
+    imagefolder,
     kolektor,
+    label_studio,
     labelme,
     loco,
     mmad,
     mvtec,
     real_iad,
+    supervisely,
     table,
+    via,
     visa,
     voc,
     yolo,
@@ -74,10 +82,42 @@ LAYOUTS: dict[str, Layout] = {
     "kolektor": Layout(kolektor.read, kolektor.matches, "<part>/*.jpg, <part>/*_label.bmp"),
     "mmad": Layout(mmad.read, mmad.matches, "mmad.json, <data set>/<category>/.../<good or defect>/*"),
     "coco": Layout(coco.read, coco.matches, "annotations/*.json with images, annotations and categories; images/*"),
+    "imagefolder": Layout(
+        imagefolder.read,
+        imagefolder.matches,
+        "<split>/*.png, <split>/metadata.jsonl with file_name and objects or label",
+    ),
+    "deeppcb": Layout(
+        deeppcb.read, deeppcb.matches, "<group>/<part>/*_temp.jpg, <group>/<part>/*_test.jpg, <group>/<part>_not/*.txt"
+    ),
     "yolo": Layout(yolo.read, yolo.matches, "images/*, labels/*.txt, data.yaml"),
-    "voc": Layout(voc.read, voc.matches, "JPEGImages/*, Annotations/*.xml"),
+    "voc": Layout(voc.read, voc.matches, "JPEGImages/*, Annotations/*.xml or SegmentationClass/*.png"),
+    "cvat": Layout(cvat.read, cvat.matches, "annotations.xml of 'CVAT for images 1.1', images/*"),
+    "supervisely": Layout(
+        supervisely.read,
+        supervisely.matches,
+        "<project>/meta.json, <project>/<data set>/img/*, <project>/<data set>/ann/*.json",
+    ),
     "labelme": Layout(labelme.read, labelme.matches, "*.jpg, *.json with shapes and imagePath"),
-    "csv": Layout(table.read, table.matches, "*.jpg, one *.csv with the columns image, label, defect, x1, y1, x2, y2"),
+    "label-studio": Layout(
+        label_studio.read,
+        label_studio.matches,
+        "*.json of Label Studio's JSON or JSON-MIN export; images/*, or the folders that its paths name",
+    ),
+    "via": Layout(
+        via.read, via.matches, "*.json or *.csv of VGG Image Annotator, a project or an export; *.jpg or images/*"
+    ),
+    "csv": Layout(
+        table.read,
+        table.matches,
+        "*.jpg, *.csv with the columns image, label, defect, x1, y1, x2, y2 or filename, class, xmin, ymin, xmax, ymax",
+    ),
+    "folders": Layout(
+        folders.read,
+        folders.matches,
+        "good/*.jpg, <defect>/*.jpg, and, if there are masks, mask/<defect>/*.png; OK/*.jpg, NG/*.jpg;"
+        " images/*.jpg, masks/*.png",
+    ),
 }
 
 
@@ -90,12 +130,12 @@ def detect(raw: Path) -> tuple[str, str]:
     Raises:
         AdfmError: It is in none that is known, or may be in several; says what was seen.
     """
-    seen = _seen(raw)
+    seen = printable(_seen(raw))
     found = [name for name, layout in LAYOUTS.items() if layout.matches and layout.matches(raw)]
     if "mmad" in found:  # its parts are in layouts of their own
         found = ["mmad"]
-    if "visa" in found:  # a category has a table
-        found = [layout for layout in found if layout != "csv"]
+    if len(found) > 1:  # files with annotations say more than the names of folders
+        found = [layout for layout in found if layout != "folders"]
     if len(found) > 1:
         raise AdfmError(
             f"{raw} may be in any of these layouts: {', '.join(found)}. Seen there: {seen}. Say which it is with"

@@ -5,25 +5,29 @@ A function that meets bad data raises `ValueError` with what is wrong; the reade
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import mmap
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
+from adfm.data.problems import MissingImage
 from adfm.data.readers import files
 from adfm.data.readers.files import folders, images, root
 from adfm.records import Box, Polygon, Rle, Sample, Split
 
 _T = TypeVar("_T")
 
+_UTF_16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 _NORMAL = frozenset(("normal", "good", "ok"))
-_SPLITS: dict[str, Split] = {
+SPLIT_NAMES: dict[str, Split] = {
     "train": "train",
     "training": "train",
     "val": "validation",
@@ -32,6 +36,16 @@ _SPLITS: dict[str, Split] = {
     "test": "test",
     "testing": "test",
 }
+
+
+class NoImage(ValueError):
+    """The image of an annotation is not in the data set; `problem` makes a `MissingImage` of it."""
+
+
+def problem(where: str, error: ValueError) -> str:
+    """The line that a reader lists for an error: `where: what is wrong`; a `MissingImage` for a missing image."""
+    line = f"{where}: {error}"
+    return MissingImage(line) if isinstance(error, NoImage) else line
 
 
 @dataclass(frozen=True)
@@ -89,6 +103,15 @@ def sample(
         notes=tuple(dict.fromkeys(notes)),
         **more,
     )
+
+
+def labelled(
+    raw: Path, image: Path, defect: str, split: Split | None = None, notes: Iterable[str] = (), **more: Any
+) -> Sample:
+    """An anomalous image of which nothing says where its defects are; the arguments are those of `sample`."""
+    dataset = raw.resolve().name
+    unique = tuple(dict.fromkeys(notes))
+    return files.sample(raw, dataset, dataset, image, defect, split=split, notes=unique, located=False, **more)
 
 
 def class_name(value: object) -> str:
@@ -174,8 +197,13 @@ def member(value: object, key: str, kind: type[_T]) -> _T:
     return value[key]  # type: ignore[no-any-return]
 
 
+def nfc(name: str) -> str:
+    """A name in Unicode's composed form: macOS writes `é` as two characters, other systems as one."""
+    return unicodedata.normalize("NFC", name)
+
+
 def text(path: Path) -> str:
-    """A UTF-8 file, with or without byte order mark.
+    """A text file in UTF-8, with or without byte order mark, or in UTF-16 with one.
 
     Raises:
         ValueError: It cannot be read, is empty, or in another encoding.
@@ -186,11 +214,15 @@ def text(path: Path) -> str:
         raise ValueError(f"cannot be read ({error.strerror})") from error
     if not content.strip():
         raise ValueError("is empty")
+    encoding = "utf-16" if content.startswith(tuple(_UTF_16)) else "utf-8-sig"
     try:
-        return content.decode("utf-8-sig")
+        return content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"line {line}: is not UTF-8 text; save the file with the encoding UTF-8") from error
+        raise ValueError(
+            f"line {line}: is not {encoding.removesuffix('-sig').upper()} text; save the file with the encoding UTF-8"
+            " (`iconv -t UTF-8 -f` with the encoding of the system that it comes from, such as GB18030, CP1252, CP932)"
+        ) from error
 
 
 def parsed(path: Path) -> Any:
@@ -214,7 +246,9 @@ def mentions(path: Path, *words: bytes) -> bool:
     """Whether all words are in a file, however large it is."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return all(content.find(word) >= 0 for word in words)
+            encoding = _UTF_16.get(content[:2])
+            sought = [word.decode().encode(encoding) for word in words] if encoding else words
+            return all(content.find(word) >= 0 for word in sought)
     except (OSError, ValueError):  # an empty file cannot be mapped
         return False
 
@@ -222,7 +256,7 @@ def mentions(path: Path, *words: bytes) -> bool:
 def split_of(*names: str) -> Split | None:
     """The split in the first name that has just one: `instances_train2017`, `valid`, `Test` and the like."""
     for name in names:
-        found = {_SPLITS[word] for word in re.findall("[a-z]+", name.lower()) if word in _SPLITS}
+        found = {SPLIT_NAMES[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLIT_NAMES}
         if len(found) == 1:
             return found.pop()
     return None
@@ -256,7 +290,12 @@ def holds(raw: Path, sign: Callable[[Path], bool]) -> bool:
 
 def listing(folder: Path, suffix: str) -> list[Path]:
     """The files of a folder with a suffix, in upper or lower case, by name; hidden ones do not count."""
-    return sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() == suffix and path.is_file())
+    if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
+        return []
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries]
+    names = [name for name in names if name.lower().endswith(suffix) and not name.startswith(".")]
+    return sorted(path for name in names if (path := folder / name).is_file())
 
 
 def partners(raw: Path, folder: Path, own: Container[str], other: Container[str]) -> list[Path]:
@@ -300,10 +339,10 @@ def paired(
     files: dict[str, list[Path]] = defaultdict(list)
     pictures: dict[str, list[Path]] = defaultdict(list)
     for image in images(folder):
-        pictures[image.stem].append(image)
+        pictures[nfc(image.stem)].append(image)
     for partner in partners(raw, folder, own, other) if pictures else []:
         for file in listing(partner, suffix):
-            files[file.stem].append(file)
+            files[nfc(file.stem)].append(file)
     for stem, same in pictures.items():
         for path, several in ((same[0], same[1:]), *((file, files[stem][1:]) for file in files[stem][:1])):
             if several:
@@ -318,17 +357,10 @@ def paired(
             theirs = [
                 place for place in partners(raw, folder, other, own) if folder in partners(raw, place, own, other)
             ]
-            stems = {image.stem for place in theirs for image in images(place)}
-        if file.stem not in stems and counts(file):
-            problems.append(f"{file.relative_to(raw).as_posix()}: there is no image {file.stem}.* for it")
-
-
-def near(raw: Path, folder: Path) -> list[Path]:
-    """Folders where the images of an annotation file in `folder` may be: it, the one above, the data set, theirs."""
-    bases = [base for base in (folder, folder.parent, raw) if base.is_relative_to(raw)]
-    found = [*bases, *(inside for base in bases for inside in folders(base))]
-    found += [inside for base in bases for inside in folders(base / "images")]
-    return list(dict.fromkeys(found))
+            stems = {nfc(image.stem) for place in theirs for image in images(place)}
+        if nfc(file.stem) not in stems and counts(file):
+            where = file.relative_to(raw).as_posix()
+            problems.append(MissingImage(f"{where}: there is no image {file.stem}.* for it"))
 
 
 def within(raw: Path, folder: Path, name: str, there: Callable[[Path], bool] = Path.is_file) -> Path | None:
@@ -342,32 +374,21 @@ def within(raw: Path, folder: Path, name: str, there: Callable[[Path], bool] = P
         return None
 
 
-def locate(raw: Path, name: str, *groups: Sequence[Path]) -> Path:
-    """The image that an annotation file means by a name.
-
-    Args:
-        raw: The data set.
-        name: A path, absolute or relative, with `/` or backslashes; if it leads nowhere, its last part is looked for.
-        groups: Folders to look in; the first group that has the image counts.
-
-    Raises:
-        ValueError: There is no such image in the data set, or there are several.
-    """
-    slashed = name.replace("\\", "/")
-    for tried in dict.fromkeys((name, slashed, PurePosixPath(slashed).name)):
-        for group in groups:
-            found = list(dict.fromkeys(path for folder in group if (path := within(raw, folder, tried))))
-            if len(found) > 1:
-                several = ", ".join(path.relative_to(raw).as_posix() for path in found)
-                raise ValueError(f"the image {name!r} may be any of {several}; write its folder with it")
-            if found:
-                return found[0]
-    raise ValueError(f"there is no image {name!r}, neither beside this file nor in the folders round it")
-
-
 def unlisted(raw: Path, known: Container[Path]) -> Iterator[str]:
-    """One problem for every folder with images other than the known ones."""
+    """One problem for every folder with images other than the known ones, or with images of the same name."""
     for folder in walk(raw):
-        names = [image.name for image in images(folder) if image not in known]
+        there = images(folder)
+        yield from same_names(raw, there)
+        names = [image.name for image in there if image not in known]
         if names:
             yield f"{folder.relative_to(raw).as_posix()}: images that are not in the annotations: {', '.join(names)}"
+
+
+def same_names(raw: Path, paths: Iterable[Path]) -> Iterator[str]:
+    """One problem for every two images of a folder whose names differ in Unicode normalisation only."""
+    names: dict[str, Path] = {}
+    for path in paths:
+        other = names.setdefault(nfc(path.name), path)
+        if other != path:
+            where = path.relative_to(raw).as_posix()
+            yield f"{where}: {path.name!a} and {other.name!a} are one name to people; rename or remove one"

@@ -6,35 +6,41 @@ train/_annotations.coco.json            and    train/000.jpg
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image
 
 from adfm.data.readers.annotations import (
     Shape,
     box,
     class_name,
-    enclosing,
     folder_names,
     holds,
     listing,
-    locate,
     member,
     mentions,
-    near,
     number,
     parsed,
     polygon,
+    problem,
     sample,
     split_of,
     unlisted,
     walk,
 )
 from adfm.data.readers.files import refuse
+from adfm.data.readers.lookup import Images
+from adfm.data.readers.outlines import turned_rectangle
 from adfm.records import Polygon, Rle, Sample
 
 _KEYS = ("images", "annotations", "categories")
+_SLACK = 2  # pixels between a box and its outline: tools round either, and some count the last pixel and some do not
+_MANY = 5  # annotations whose areas fit the same wrong reading within a pixel a side: no chance
 
 
 def matches(raw: Path) -> bool:
@@ -47,8 +53,9 @@ def read(raw: Path) -> Iterator[Sample]:
     """Yields the images that the JSON files list, file by file.
 
     An annotation is a defect: its `bbox` the box, its `segmentation` (polygons, or run lengths, compressed or not) the
-    mask. `split` is what the file's name, its folders or the image's folders say: train, val, valid, validation, test.
-    Other JSON files, such as captions, are passed over.
+    mask. The box of one that CVAT turned is that round the turned one. A box that has another meaning than COCO's, by
+    its outline or its area, is refused. `split` is what the file's name, its folders or the image's folders say: train,
+    val, valid, validation, test. Other JSON files, such as captions, are passed over.
 
     A JSON file is in memory whole while its images are yielded; so are the paths of all images.
 
@@ -60,6 +67,7 @@ def read(raw: Path) -> Iterator[Sample]:
             lists: in one error, after the last sample.
     """
     problems: list[str] = []
+    pictures = Images(raw)
     used: dict[Path, str] = {}
     seen = False
     for folder in walk(raw):
@@ -71,7 +79,7 @@ def read(raw: Path) -> Iterator[Sample]:
                 continue
             if isinstance(content, dict) and all(isinstance(content.get(key), list) for key in _KEYS):
                 seen = True
-                yield from _samples(raw, file, content, used, problems)
+                yield from _samples(raw, file, content, pictures, used, problems)
     if not seen and not problems:
         problems.append("no JSON file with the lists images, annotations and categories")
     if seen:
@@ -80,85 +88,312 @@ def read(raw: Path) -> Iterator[Sample]:
 
 
 def _samples(
-    raw: Path, file: Path, content: dict[str, Any], used: dict[Path, str], problems: list[str]
+    raw: Path, file: Path, content: dict[str, Any], pictures: Images, used: dict[Path, str], problems: list[str]
 ) -> Iterator[Sample]:
     where = file.relative_to(raw).as_posix()
     classes = _by_id(where, "category", content["categories"], problems)
     entries = _by_id(where, "image", content["images"], problems)
+    drawn, notes = _drawn(where, content["annotations"], entries, classes, problems)
+    split = split_of(file.stem, *folder_names(raw, file))
+    info = content.get("info")
+    from_label_studio = isinstance(info, dict) and str(info.get("contributor")).startswith("Label Studio")
+    for identifier, entry in entries.items():
+        try:
+            path = pictures.locate(member(entry, "file_name", str), file.parent, file.stem)
+            if path in used:
+                raise ValueError(_listed_twice(path.relative_to(raw).as_posix(), where, used[path]))
+            if from_label_studio and identifier in drawn and _is_stored_size(path, _size(entry)):
+                raise ValueError(
+                    f"{path.relative_to(raw).as_posix()} has an EXIF orientation; Label Studio exports its boxes turned"
+                    " upright to COCO, and its size and polygons not; export JSON instead"
+                )
+        except ValueError as error:
+            problems.append(problem(f"{where}: image {identifier}", error))
+            continue
+        used[path] = where
+        its_split = split or split_of(*folder_names(raw, path))
+        yield sample(raw, path, drawn.pop(identifier, []), its_split, notes[identifier], size=_size(entry))
 
+
+def _drawn(
+    where: str,
+    annotations: list[Any],
+    entries: dict[int | str, dict[str, Any]],
+    classes: dict[int | str, dict[str, Any]],
+    problems: list[str],
+) -> tuple[dict[int | str, list[Shape]], dict[int | str, list[str]]]:
+    """The shapes of each image, and what there is to note about them."""
     drawn: dict[int | str, list[Shape]] = defaultdict(list)
+    notes: dict[int | str, list[str]] = defaultdict(list)
     ids: set[int | str] = set()
-    for place, annotation in enumerate(content["annotations"], start=1):
+    sizes = {identifier: _size(entry) for identifier, entry in entries.items()}
+    areas_are_of_corners = _areas_are_of_corners(annotations)
+    for place, annotation in enumerate(annotations, start=1):
         name = f"annotation no. {place}"
         try:
             image, category = _id(annotation, "image_id"), _id(annotation, "category_id")
             if "id" in annotation:
-                name = f"annotation {_id(annotation, 'id')}"
-                if annotation["id"] in ids:
+                identifier = _id(annotation, "id")
+                name = f"annotation {identifier}"
+                if identifier in ids:
                     raise ValueError("another annotation has the same id")
-                ids.add(annotation["id"])
+                ids.add(identifier)
             if image not in entries:
-                raise ValueError(f"there is no image with the id {image!r}")
+                raise ValueError(f"there is no image with the id {annotation['image_id']!r}")
             if category not in classes:
-                raise ValueError(f"there is no category with the id {category!r}")
-            drawn[image].append(_shape(class_name(classes[category].get("name")), annotation))
+                raise ValueError(f"there is no category with the id {annotation['category_id']!r}")
+            if annotation.get("ignore") in (1, "1"):  # not to be detected, as in CrowdHuman
+                notes[image].append("an annotation that is marked to be ignored is left out")
+                continue
+            if areas_are_of_corners:
+                _check_area(annotation)
+            kind = class_name(classes[category].get("name"))
+            drawn[image].append(_shape(kind, annotation, sizes[image], notes[image]))
         except ValueError as error:
             problems.append(f"{where}: {name}: {error}")
+    return drawn, notes
 
-    around = near(raw, file.parent)
-    split = split_of(file.stem, *folder_names(raw, file))
-    named = [folder for folder in around if folder.name in file.stem or (split and split_of(folder.name) == split)]
-    for identifier, entry in entries.items():
-        try:
-            path = locate(raw, member(entry, "file_name", str), [file.parent], named, around)
-            if path in used:
-                raise ValueError(f"{path.relative_to(raw).as_posix()} is listed before, in {used[path]}")
-        except ValueError as error:
-            problems.append(f"{where}: image {identifier}: {error}")
-            continue
-        used[path] = where
-        yield sample(raw, path, drawn.pop(identifier, []), split or split_of(*folder_names(raw, path)))
+
+def _is_stored_size(path: Path, size: tuple[int, int] | None) -> bool:
+    """Whether a photograph lies on its side, and a size is that of the picture as it is stored, not of the upright."""
+    try:
+        with Image.open(path) as file:
+            turned = file.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return turned and file.size == size and file.width != file.height
+    except Exception:  # a damaged file makes Pillow raise nearly anything; inspection reports it
+        return False
+
+
+def _listed_twice(image: str, where: str, before: str) -> str:
+    if where == before:
+        return f"{image} is listed before, in {before}; list each image once, with all of its annotations"
+    return (
+        f"{image} is listed before, in {before}; an image belongs to one file (and so to one split), remove it from"
+        " the other"
+    )
 
 
 def _by_id(where: str, kind: str, entries: list[Any], problems: list[str]) -> dict[int | str, dict[str, Any]]:
-    found: dict[int | str, dict[str, Any]] = {}
+    by_id: dict[int | str, dict[str, Any]] = {}
     for place, entry in enumerate(entries, start=1):
         try:
             identifier = _id(entry, "id")
         except ValueError as error:
             problems.append(f"{where}: {kind} no. {place}: {error}")
             continue
-        if identifier in found:
+        if identifier in by_id:
             problems.append(f"{where}: {kind} {identifier}: another {kind} has the same id")
-        found[identifier] = entry
-    return found
+        by_id[identifier] = entry
+    return by_id
 
 
 def _id(entry: object, key: str) -> int | str:
+    """An id; whole numbers are the same as text and as number, since tools write either."""
     value: object = member(entry, key, object)
-    if not isinstance(value, int | str):
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int | str):
         raise ValueError(f"{key!r} is neither a number nor a text")
+    if isinstance(value, str) and value.isascii() and value.isdigit() and value == (value.lstrip("0") or "0"):
+        return int(value) if len(value) < 20 else value
     return value
 
 
-def _shape(name: str, annotation: dict[str, Any]) -> Shape:
+def _size(entry: dict[str, Any]) -> tuple[int, int] | None:
+    """The width and height that the file states; `None` where it does not (tools write null or 0 then)."""
+    sides = []
+    for key in ("width", "height"):
+        try:
+            side = float(entry.get(key) or 0)
+        except (TypeError, ValueError, OverflowError):
+            return None
+        if not 1 <= side < 1e6 or not side.is_integer():
+            return None
+        sides.append(int(side))
+    return sides[0], sides[1]
+
+
+def _shape(name: str, annotation: dict[str, Any], size: tuple[int, int] | None, notes: list[str]) -> Shape:
+    """The shape of an annotation.
+
+    Raises:
+        ValueError: It cannot be read, or its box and its outline contradict each other.
+    """
     drawn = annotation.get("segmentation") or []
     rle = _rle(drawn) if isinstance(drawn, dict) else None
-    polygons = () if rle else tuple(_polygon(part) for part in member({"segmentation": drawn}, "segmentation", list))
-    if polygons and "bbox" not in annotation:
-        return Shape(name, enclosing(point for part in polygons for point in part), polygons)
+    polygons = () if rle else _polygons(drawn, bool(annotation.get("bbox")), notes)
+    extent = _extent(rle) if rle else _enclosing(polygons)
+    rotation = _rotation(annotation)
+    if extent and (rotation or not annotation.get("bbox")):  # CVAT's box is that before the turn
+        return Shape(name, box(*extent), polygons, rle, cut=size is not None)
     sides = [number(side) for side in member(annotation, "bbox", list)]
     if len(sides) != 4:
         raise ValueError(f"'bbox' is [x, y, width, height], and has {len(sides)} numbers")
     x, y, width, height = sides
-    return Shape(name, box(x, y, x + width, y + height), polygons, rle)
+    _check_fractions(sides, size)
+    if extent:
+        _check_outline(sides, extent)
+        same = _distance(extent, _READINGS["[x, y, width, height]"](*sides)) <= _SLACK
+        return Shape(name, box(x, y, x + width, y + height), polygons, rle, cut=same and size is not None)
+    plain = box(x, y, x + width, y + height)
+    if rotation:  # clockwise about the center
+        return turned_rectangle(name, plain, rotation)
+    return Shape(name, plain, polygons, rle)
 
 
-def _polygon(flat: object) -> Polygon:
-    if not isinstance(flat, list) or len(flat) % 2:
-        raise ValueError("'segmentation' is no list of polygons [x, y, x, y, …]")
-    numbers = [number(value) for value in flat]
-    return polygon(list(zip(numbers[::2], numbers[1::2], strict=True)))
+def _rotation(annotation: dict[str, Any]) -> float:
+    """The turn that CVAT puts into `attributes`, in degrees."""
+    attributes = annotation.get("attributes")
+    try:
+        degrees = float(attributes.get("rotation") or 0) if isinstance(attributes, dict) else 0.0
+    except (TypeError, ValueError):  # someone's own attribute of that name
+        return 0.0
+    if not math.isfinite(degrees):
+        raise ValueError("its rotation is no finite number")
+    return degrees % 360
+
+
+# ------------------------------------------------------------------------------------ do the box and the rest agree?
+
+# What people and tools take the four numbers for; the first is COCO's.
+_READINGS: dict[str, Callable[[float, float, float, float], tuple[float, ...]]] = {
+    "[x, y, width, height]": lambda a, b, c, d: (a, b, a + c, b + d),
+    "[x1, y1, x2, y2]": lambda a, b, c, d: (a, b, c, d),
+    "[center x, center y, width, height]": lambda a, b, c, d: (a - c / 2, b - d / 2, a + c / 2, b + d / 2),
+    "[y1, x1, y2, x2]": lambda a, b, c, d: (b, a, d, c),
+    "[y, x, height, width]": lambda a, b, c, d: (b, a, b + d, a + c),
+}
+
+
+def _distance(extent: tuple[float, ...], other: tuple[float, ...]) -> float:
+    return max(abs(one - two) for one, two in zip(extent, other, strict=True))
+
+
+def _check_outline(sides: list[float], extent: tuple[float, float, float, float]) -> None:
+    """Refuses a box that is the outline's only if its numbers are taken for something else than COCO's.
+
+    An outline may be smaller than its box (an occluded part, a group of shapes), so that alone is no contradiction.
+    """
+    x1, y1, x2, y2 = _READINGS["[x, y, width, height]"](*sides)
+    apart = _distance(extent, (x1, y1, x2, y2))
+    if apart <= _SLACK:
+        return
+    shown = "[{:g}, {:g}, {:g}, {:g}]".format(*sides)
+    outline = "[{:g}, {:g}, {:g}, {:g}]".format(*extent)
+    for meaning, reading in _READINGS.items():
+        other = _distance(extent, reading(*sides))
+        if other <= _SLACK and other < apart - _SLACK / 2:
+            raise ValueError(
+                f"'bbox' {shown} is [x, y, width, height] in COCO, but its outline, which spans {outline}, says that it"
+                f" is {meaning}; write all boxes as [x, y, width, height]"
+            )
+    if max(x1 - extent[2], y1 - extent[3], extent[0] - x2, extent[1] - y2) > _SLACK:
+        raise ValueError(
+            f"'bbox' {shown}, which is [x, y, width, height], has nothing in common with its outline, which spans"
+            f" {outline}; correct one of them"
+        )
+
+
+def _check_fractions(sides: list[float], size: tuple[int, int] | None) -> None:
+    if size and min(size) > 1 and all(0 <= side <= 1 for side in sides) and 0 < max(sides[2:]) < 1:
+        shown = "[{:g}, {:g}, {:g}, {:g}]".format(*sides)
+        raise ValueError(
+            f"'bbox' {shown} would be smaller than a pixel; COCO's boxes are [x, y, width, height] in pixels, not in"
+            " fractions of the image"
+        )
+
+
+def _areas_are_of_corners(annotations: list[Any]) -> bool:
+    """Whether areas say of any box without an outline that it is given as corners.
+
+    Areas of masks may be anything up to the box's, and so hit that of the corners by chance: then most hit neither.
+    """
+    fits = Counter(_area_fits(annotation) for annotation in annotations)
+    return fits["corners"] > fits["neither"] and (
+        fits["corners"] >= _MANY or "corners" in {_area_fits(annotation, exactly=True) for annotation in annotations}
+    )
+
+
+def _area_fits(annotation: Any, exactly: bool = False) -> str | None:
+    """Whether the area is that of `size` or of `corners` or of `neither`; `None` where it cannot tell them apart.
+
+    Args:
+        annotation: One of the file's.
+        exactly: The corners' area counts only if it is off by rounding of the area, not of the sides.
+    """
+    if not isinstance(annotation, dict) or annotation.get("segmentation"):
+        return None
+    try:
+        area = number(annotation.get("area"))
+        x, y, width, height = [number(side) for side in member(annotation, "bbox", list)]
+    except ValueError:
+        return None
+    across, down = width - x, height - y
+    if min(width, height, across, down) <= 0:
+        return None
+    size, corners = _is_area(area, width, height), _is_area(area, across, down)
+    if size and corners:
+        return None
+    if corners and exactly:
+        exact = (across * down, (across + 1) * (down + 1))
+        corners = any(abs(area - product) <= 1 + product / 200 for product in exact)
+    return "size" if size else "corners" if corners else "neither"
+
+
+def _is_area(area: float, width: float, height: float) -> bool:
+    """Whether an area is that of a box, within a pixel on each side."""
+    return max(width - 1, 0) * max(height - 1, 0) <= area <= (width + 1) * (height + 1)
+
+
+def _check_area(annotation: dict[str, Any]) -> None:
+    if _area_fits(annotation) == "corners":
+        shown = "[{:g}, {:g}, {:g}, {:g}]".format(*annotation["bbox"])
+        raise ValueError(
+            f"'bbox' {shown} is [x, y, width, height] in COCO, but its area of {annotation['area']:g} says that it is"
+            " [x1, y1, x2, y2]; write all boxes as [x, y, width, height]"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- segmentation
+
+
+def _polygons(drawn: object, has_box: bool, notes: list[str]) -> tuple[Polygon, ...]:
+    if not isinstance(drawn, list):
+        raise ValueError(f"'segmentation' is no list: {str(drawn)[:40]!r}")
+    if drawn and not any(isinstance(part, list) for part in drawn):
+        drawn = [drawn]  # one flat list: VIA before 2.0.11, MyVision and others
+    polygons = []
+    for part in drawn:
+        if not isinstance(part, list) or len(part) % 2:
+            raise ValueError("'segmentation' is no list of polygons [x, y, x, y, …]")
+        numbers = [number(value) for value in part]
+        if has_box and len(numbers) < 6:
+            if numbers:
+                notes.append("an outline of fewer than three corners is left out; its box counts")
+            continue
+        polygons.append(polygon(list(zip(numbers[::2], numbers[1::2], strict=True))))
+    return tuple(polygons)
+
+
+def _enclosing(polygons: tuple[Polygon, ...]) -> tuple[float, float, float, float] | None:
+    if not polygons:
+        return None
+    xs, ys = zip(*(corner for part in polygons for corner in part), strict=True)
+    return min(xs), min(ys), max(xs), max(ys)
+
+
+def _extent(rle: Rle) -> tuple[float, float, float, float] | None:
+    """The box round a mask; `None` if it shows nothing."""
+    ends = np.cumsum(np.array(rle.counts, np.int64))
+    starts, ends = ends[:-1:2], ends[1::2]
+    runs = starts < ends
+    starts, ends = starts[runs], ends[runs] - 1
+    if not starts.size:
+        return None
+    tops, bottoms = starts % rle.height, ends % rle.height
+    over = starts // rle.height != ends // rle.height  # a run that goes on in the next column touches both edges
+    top, bottom = (0, rle.height - 1) if over.any() else (int(tops.min()), int(bottoms.max()))
+    return float(starts[0] // rle.height), float(top), float(ends[-1] // rle.height + 1), float(bottom + 1)
 
 
 def _rle(drawn: dict[str, Any]) -> Rle:

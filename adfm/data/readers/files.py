@@ -8,6 +8,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,13 +22,16 @@ IMAGES = frozenset(
     (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".heic", ".heif", ".avif", ".pgm", ".ppm")
 )
 
+ADD_MASK = "; add it, or, where no image has one, convert the labels alone with --layout folders"
+_DEPTH = 100
+
 T = TypeVar("T")
 
 
 def folders(folder: Path) -> list[Path]:
     """The folders in a folder, by name.
 
-    Hidden ones (`.x`, `__MACOSX`) do not count, nor do symbolic links that lead back to where they are in.
+    Hidden ones (`.x`, `__MACOSX`) do not count.
 
     Args:
         folder: May be missing: it has none then.
@@ -38,8 +42,62 @@ def folders(folder: Path) -> list[Path]:
     if not _is_readable(folder):
         return []
     with os.scandir(folder) as entries:
-        inside = [entry for entry in entries if not _is_hidden(entry.name) and (folder / entry.name).is_dir()]
-    return sorted(folder / entry.name for entry in inside if not _leads_back(folder, entry))
+        return sorted(folder / entry.name for entry in entries if not _is_hidden(entry.name) and entry.is_dir())
+
+
+def refuse_special(raw: Path) -> None:
+    """Refuse a raw data set with a pipe, socket, device or link to nowhere or round in it; call it before reading.
+
+    A reader would wait for a pipe that is called `a.png`, and never leave a link that leads round.
+
+    Raises:
+        AdfmError: There is one; all of them are listed, up to 50.
+    """
+    problems = list(islice(special_files(raw), 51))
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems[:50])
+        more = "\n  and more" if len(problems) > 50 else ""
+        raise AdfmError(f"{raw}: holds what is not a file or a folder; remove it:\n{listed}{more}")
+
+
+def special_files(raw: Path) -> Iterator[str]:
+    """A problem for everything in a folder that is neither a file, nor a folder, nor a link to one outside of itself.
+
+    Goes through each folder once, whatever links lead there, and opens nothing.
+
+    Raises:
+        AdfmError: A folder cannot be read.
+    """
+    done: set[Path] = set()
+
+    def walk(folder: Path, name: str, above: frozenset[Path]) -> Iterator[str]:
+        inside = []
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_file(follow_symlinks=False):  # what nearly all are; it asks the disk for nothing more
+                        continue
+                    path = folder / entry.name
+                    target = Path(os.path.realpath(path)) if entry.is_symlink() else path
+                    if target.is_dir():
+                        inside.append((entry.name, target))
+                    elif not target.exists():
+                        yield f"{name + entry.name!r} is a link that leads nowhere"
+                    elif not target.is_file():
+                        yield f"{name + entry.name!r} is a pipe, a socket or a device, not an ordinary file"
+        except OSError as error:
+            raise AdfmError(f"{folder}: cannot be read ({error.strerror}); change its permissions.") from error
+        for entry_name, path in sorted(inside):
+            if path in above:
+                yield f"{name + entry_name!r} is a link to a folder that holds it"
+            elif len(above) == _DEPTH:
+                yield f"{name + entry_name!r} lies more than {_DEPTH} folders deep"
+            elif path not in done:
+                yield from walk(path, f"{name}{entry_name}/", above | {path})
+        done.add(folder)
+
+    top = raw.resolve()
+    yield from walk(top, "", frozenset([top]))
 
 
 def images(folder: Path, pattern: str = "*") -> list[Path]:
@@ -172,7 +230,11 @@ def parse(raw: Path, file: Path, form: TypeAdapter[T], problems: list[str]) -> T
 
 
 def checked(
-    raw: Path, layout: str, parts: Iterable[tuple[Path | None, Iterable[Sample]]], problems: list[str]
+    raw: Path,
+    layout: str,
+    parts: Iterable[tuple[Path | None, Iterable[Sample]]],
+    problems: list[str],
+    remedy: str = "",
 ) -> Iterator[Sample]:
     """Yields all samples, and then raises one error about everything that was wrong.
 
@@ -185,6 +247,7 @@ def checked(
         parts: The samples, folder by folder. Every image in a folder has to be the image or the mask of a sample,
             unless the folder is `None`.
         problems: What the reader finds; it may add to it until the last sample.
+        remedy: What to do about a mask that does not exist, for the message.
 
     Raises:
         AdfmError: There are problems.
@@ -200,7 +263,7 @@ def checked(
             if sample.label == "anomalous" and not sample.masks:
                 problems.append(f"{sample.source}: has no mask")
             problems += [
-                f"{sample.source}: has no mask {mask.relative_to(raw).as_posix()}"
+                f"{sample.source}: has no mask {mask.relative_to(raw).as_posix()}{remedy}"
                 for mask in sample.masks
                 if not _exists(mask)
             ]
@@ -272,10 +335,6 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except OSError:  # its name is too long, for one
         return False
-
-
-def _leads_back(folder: Path, entry: os.DirEntry[str]) -> bool:
-    return entry.is_symlink() and folder.resolve().is_relative_to((folder / entry.name).resolve())
 
 
 def _is_hidden(name: str) -> bool:

@@ -1,44 +1,70 @@
-"""LabelMe: a JSON file an image, `{shapes: [{label, points, shape_type}], imagePath}`.
+"""LabelMe: a JSON file an image, `{shapes: [{label, points, shape_type, group_id}], imagePath}`.
 
 000.jpg    and    000.json    in one folder, or all JSON files in a folder of their own
+000.json    with imageData    alone
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import io
+import itertools
 import math
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
 
 from adfm.data.readers.annotations import (
+    NoImage,
     Shape,
+    box,
     class_name,
     enclosing,
     folder_names,
     holds,
     listing,
-    locate,
     member,
     mentions,
-    near,
+    nfc,
     number,
     parsed,
-    polygon,
+    problem,
+    same_names,
     sample,
     split_of,
     walk,
 )
-from adfm.data.readers.files import images, refuse
-from adfm.records import Rle, Sample
+from adfm.data.readers.files import IMAGES, images, refuse
+from adfm.data.readers.lookup import Images
+from adfm.records import Box, Polygon, Rle, Sample
 
 _MANIFEST = "manifest.json"  # of a fetched data set
+_NO_DEFECT = ("__ignore__", "_background_")  # of LabelMe's own examples
 _CORNERS = 64  # of the polygon that stands for a circle
+# The types of shapes, with their smallest and largest number of points; rotation and quadrilateral are X-AnyLabeling's.
+_OUTLINES = ("polygon", "quadrilateral", "oriented_rectangle", "rotation", None)  # early versions have no other type
+_LEAST: dict[str | None, int] = {
+    **dict.fromkeys(("polygon", "line", "linestrip", "point", "points", None), 1),
+    **dict.fromkeys(("rectangle", "circle", "mask"), 2),
+    **dict.fromkeys(("quadrilateral", "oriented_rectangle", "rotation"), 4),
+}
+_MOST: dict[str | None, int] = {"quadrilateral": 4, "oriented_rectangle": 4, "rotation": 4, "circle": 2, "mask": 2}
+_KINDS = ("rectangle", "oriented_rectangle", "polygon", "circle", "line", "linestrip", "point", "mask")
+
+
+class _Drawn(NamedTuple):
+    """A shape of a JSON file, or several that are one defect."""
+
+    shape: Shape
+    extent: Literal["area", "line", "point"]
 
 
 def matches(raw: Path) -> bool:
@@ -50,9 +76,14 @@ def matches(raw: Path) -> bool:
 def read(raw: Path) -> Iterator[Sample]:
     """Yields the images with a JSON file, then those without one, which are normal, as are those without a shape.
 
-    A rectangle is a box; a polygon, a circle and a mask are masks as well. Points and lines have no area and are
-    refused. `imagePath` is looked for beside the JSON file and in the folders round it. `split` is what the names of
-    the image's folders say: train, val, valid, validation, test.
+    Rectangles are boxes; polygons, oriented rectangles, circles and masks are masks as well. The box of a line is at
+    least one pixel wide and high. Shapes of one label and one `group_id` are one defect. What reaches out of the image
+    is cut off. A point has no extent: an image with a point outside any group is anomalous, without boxes. Shapes
+    labelled `__ignore__` or `_background_` are left out.
+
+    The image of a JSON file is the one of its own name beside it, else the one that `imagePath` leads to (see
+    `lookup.Images`), else the one in its `imageData`. `split` is what the names of the image's folders say: train, val,
+    valid, validation, test.
 
     The paths of all annotated images are in memory.
 
@@ -64,111 +95,273 @@ def read(raw: Path) -> Iterator[Sample]:
             file: in one error, after the last sample.
     """
     problems: list[str] = []
-    annotated: dict[Path, str] = {}
+    pictures = Images(raw)
+    annotated: dict[str, str] = {}
     for folder in walk(raw):
-        around = near(raw, folder)
-        for file in listing(folder, ".json"):
+        jsons = listing(folder, ".json")
+        stems = {nfc(file.stem) for file in jsons}
+        for file in jsons:
             if file == raw / _MANIFEST:
                 continue
             where = file.relative_to(raw).as_posix()
             try:
                 content = parsed(file)
-                drawn = member(content, "shapes", list)
-                image = _image(raw, file, content, around)
-                if image in annotated:
-                    raise ValueError(f"{image.relative_to(raw).as_posix()} has a file before, {annotated[image]}")
+                shapes = member(content, "shapes", list)
+                size = _size(content)
+                image, source, notes = _image(raw, file, content, pictures, stems)
+                if source in annotated:
+                    raise ValueError(f"its image {source} has a file before, {annotated[source]}; keep one of them")
             except ValueError as error:
-                problems.append(f"{where}: {error}")
+                problems.append(problem(where, error))
                 continue
-            annotated[image] = where
-            shapes = []
-            for place, shape in enumerate(drawn, start=1):
-                try:
-                    shapes.append(_shape(shape, content))
-                except ValueError as error:
-                    problems.append(f"{where}: shape {place}: {error}")
-            yield sample(raw, image, shapes, split_of(*folder_names(raw, image)))
+            annotated[source] = where
+            drawn = _drawn(where, shapes, size, problems, notes)
+            split = split_of(*folder_names(raw, image))
+            found = sample(raw, image, [each.shape for each in drawn], split, notes, size=size)
+            if any(each.extent == "point" for each in drawn):
+                notes = [*found.notes, "a point has no extent: the image is anomalous, but has no boxes"]
+                found = replace(found, located=False, boxes=(), cut=(), polygons=(), rles=(), notes=tuple(notes))
+            yield replace(found, source=source)
     for folder in walk(raw):
-        for image in images(folder):
-            if image not in annotated:
+        there = images(folder)
+        problems += same_names(raw, there)
+        for image in there:
+            if image.relative_to(raw).as_posix() not in annotated:
                 yield sample(raw, image, [], split_of(*folder_names(raw, image)))
     if not annotated and not problems:
         problems.append("no LabelMe file: no JSON file with shapes")
     refuse(raw, "labelme", problems)
 
 
-def _image(raw: Path, file: Path, content: dict[str, Any], around: list[Path]) -> Path:
+def _size(content: dict[str, Any]) -> tuple[int, int] | None:
+    """Width and height of the image, where the file states them."""
+    sides = []
+    for key in ("imageWidth", "imageHeight"):
+        value = content.get(key)
+        if value is None or value == -1:  # -1: X-AnyLabeling's "unknown"
+            return None
+        if not isinstance(value, int | float) or not (value == value // 1 and 0 < value < 1e9):
+            raise ValueError(f"{key!r} is not a number of pixels: {str(value)[:40]!r}")
+        sides.append(int(value))
+    return sides[0], sides[1]
+
+
+def _image(
+    raw: Path, file: Path, content: dict[str, Any], pictures: Images, stems: set[str]
+) -> tuple[Path, str, list[str]]:
+    """The image of a JSON file, its `source`, and notes.
+
+    LabelMe names a JSON file after its image, and finds it by that name; `imagePath` is not changed when both are
+    renamed. So the file's own name counts first, and an image that another JSON file is named after is that one's.
+
+    Args:
+        raw: The data set.
+        file: The JSON file.
+        content: What is in it.
+        pictures: The images of the data set.
+        stems: The names of the JSON files in its folder.
+    """
     name = member(content, "imagePath", str)
-    try:
-        return locate(raw, name, [file.parent], around)
-    except ValueError as error:
-        if content.get("imageData"):
+    own = pictures.of_stem(file.stem, file.parent)
+    image: Path | None = None
+    missing: ValueError = NoImage(f"there is no image {name!r}")
+    if own and own[0].parent == file.parent:
+        image = own[0]
+    else:
+        try:
+            image = pictures.locate(name, file.parent)
+        except NoImage as error:
+            image, missing = next(iter(own), None), error
+    if image and image not in own:
+        path = image.relative_to(raw).as_posix()
+        if nfc(image.stem) in stems:
+            missing = ValueError(
+                f"imagePath leads to {path}, which {image.stem}.json is named after; correct imagePath"
+            )
+            image = next(iter(own), None)
+        elif own:
+            other = own[0].relative_to(raw).as_posix()
+            raise ValueError(f"imagePath leads to {path}, and its own name to {other}; correct imagePath, or rename")
+    if not image:
+        if not content.get("imageData"):
+            raise missing
+        _check_image(content["imageData"])
+        suffix = PurePosixPath(name).suffix
+        source = file.with_name(file.stem + (suffix if suffix.lower() in IMAGES else ".png"))
+        return file, source.relative_to(raw).as_posix(), []
+    twins = [each.name for each in own if each.parent == image.parent]
+    if image in own and len(twins) > 1:
+        raise ValueError(f"may be the file of any of {', '.join(twins)}; remove all but one, or give them other names")
+    notes = []
+    path_stem = PurePosixPath(name.replace("\\", "/")).stem
+    if image in own and nfc(path_stem) != nfc(image.stem):
+        if _is_garbled(image.stem, path_stem):
             raise ValueError(
-                f"{error}; the file holds a copy of it, to be had with `labelmetk extract-image {file.name}`"
-                " (pip install labelme-toolkit)"
-            ) from error
-        raise
+                f"imagePath is {name!r}, and the file's own name is that, garbled; unpack the archive again"
+            )
+        notes.append("imagePath names an image that is not the one with the file's own name; the latter counts")
+    return image, image.relative_to(raw).as_posix(), notes
 
 
-def _shape(drawn: object, content: dict[str, Any]) -> Shape:
-    name = class_name(member(drawn, "label", str))
-    points = [_point(value) for value in member(drawn, "points", list)]
+def _is_garbled(name: str, intended: str) -> bool:
+    """Whether a name is another one whose bytes were read in the wrong encoding, as some tools do that unpack zips."""
+    for wrong, right in itertools.product(("cp437", "cp1252"), ("utf-8", "gb18030", "cp932", "cp949", "big5")):
+        with contextlib.suppress(UnicodeError):
+            if nfc(name.encode(wrong).decode(right)) == nfc(intended):
+                return True
+    return False
+
+
+def _check_image(encoded: object) -> None:
+    """Raises `ValueError` if `imageData` is not an image."""
+    try:
+        if not isinstance(encoded, str):
+            raise ValueError("it is not a text")
+        Image.open(io.BytesIO(base64.b64decode(encoded, validate=True))).close()
+    except Exception as error:  # a damaged file makes Pillow raise nearly anything
+        reason = "it is in no format of images" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise ValueError(f"imageData is not an image in base64 ({reason}); put the image beside this file") from error
+
+
+def _drawn(
+    where: str, shapes: Sequence[object], size: tuple[int, int] | None, problems: list[str], notes: list[str]
+) -> list[_Drawn]:
+    """The defects that are drawn: the shapes of one label and group are one."""
+    defects: dict[object, list[_Drawn]] = defaultdict(list)
+    for place, shape in enumerate(shapes, start=1):
+        try:
+            label = member(shape, "label", str).strip()
+            if label in _NO_DEFECT:
+                notes.append(f"a shape labelled {label} is left out")
+                continue
+            group = shape.get("group_id") if isinstance(shape, dict) else None
+            if group is not None and type(group) is not int:
+                raise ValueError(f"'group_id' is neither a whole number nor null: {str(group)[:40]!r}")
+            drawn = _shape(class_name(label), shape, size)
+        except ValueError as error:
+            problems.append(f"{where}: shape {place}: {error}")
+        else:
+            defects[place if group is None else (label, group)].append(drawn)
+    return [_joined(pieces) for pieces in defects.values()]
+
+
+def _joined(pieces: Sequence[_Drawn]) -> _Drawn:
+    """A defect in several pieces; it has outlines if each piece has an area."""
+    if len(pieces) == 1:
+        return pieces[0]
+    shapes = [piece.shape for piece in pieces]
+    extents = {piece.extent for piece in pieces}
+    name = shapes[0].name
+    around = enclosing(corner for shape in shapes for corner in _corners(shape.box))
+    if extents != {"area"}:
+        return _Drawn(Shape(name, around, cut=True), "point" if extents == {"point"} else "line")
+    polygons = [outline for shape in shapes for outline in shape.polygons]
+    polygons += [_corners(shape.box) for shape in shapes if not shape.polygons and not shape.rle]
+    masks = [_pixels(shape.rle) for shape in shapes if shape.rle]
+    return _Drawn(
+        Shape(name, around, tuple(polygons), _rle(np.logical_or.reduce(masks)) if masks else None, True), "area"
+    )
+
+
+def _shape(name: str, drawn: object, size: tuple[int, int] | None) -> _Drawn:
     kind = drawn.get("shape_type") if isinstance(drawn, dict) else None
-    if kind in ("polygon", None):  # early versions knew nothing else
-        outline = polygon(points)
-        return Shape(name, enclosing(outline), (outline,))
-    if kind not in ("rectangle", "circle", "mask"):
+    points = [_point(value) for value in member(drawn, "points", list)]
+    count = len(points)
+    if not isinstance(kind, str | None) or kind not in _LEAST:
         raise ValueError(
-            f"a shape of the type {kind!r} has no area; draw a rectangle, polygon, circle or mask in its place"
+            f"the type of the shape, {str(kind)[:40]!r}, is unknown; draw one of {', '.join(_KINDS)} instead"
         )
-    if len(points) < 2:
-        raise ValueError(f"a {kind} has 2 points, not {len(points)}")
+    if count < _LEAST[kind] or count > _MOST.get(kind, count):
+        raise ValueError(f"a shape of the type {kind or 'polygon'} does not have {count} point{'s' * (count != 1)}")
+    if kind in ("point", "points") or count == 1:
+        return _Drawn(Shape(name, _at_least_a_pixel(points, size), cut=True), "point")
+    if kind in ("line", "linestrip") or (count == 2 and kind in _OUTLINES):
+        return _Drawn(Shape(name, _at_least_a_pixel(points, size), cut=True), "line")
     if kind == "rectangle":
-        return Shape(name, enclosing(points))
+        return _Drawn(Shape(name, enclosing(points), cut=True), "area")
+    if kind == "mask":
+        return _Drawn(_mask(name, points, member(drawn, "mask", str), size), "area")
     if kind == "circle":
-        (x, y), edge = points[:2]
+        (x, y), edge = points
         radius = math.dist((x, y), edge)
         turns = [2 * math.pi * corner / _CORNERS for corner in range(_CORNERS)]
         outline = tuple((x + radius * math.cos(turn), y + radius * math.sin(turn)) for turn in turns)
-        return Shape(name, enclosing([(x - radius, y - radius), (x + radius, y + radius)]), (outline,))
-    return _mask(name, points, drawn, content)
+        around = enclosing([(x - radius, y - radius), (x + radius, y + radius)])
+        return _Drawn(Shape(name, around, (outline,), cut=True), "area")
+    if any(min(side) == max(side) for side in zip(*points, strict=True)):  # a polygon without area
+        return _Drawn(Shape(name, _at_least_a_pixel(points, size), cut=True), "line")
+    return _Drawn(Shape(name, enclosing(points), (tuple(points),), cut=True), "area")
 
 
 def _point(value: object) -> tuple[float, float]:
     if not isinstance(value, list) or len(value) != 2:
-        raise ValueError(f"{str(value)[:40]!r} is no point [x, y]")
+        raise ValueError(f"{str(value)[:40]!r} is not a point [x, y]")
     return number(value[0]), number(value[1])
 
 
-def _mask(name: str, points: list[tuple[float, float]], drawn: object, content: dict[str, Any]) -> Shape:
-    """A mask is a PNG of the part of the image between two corners, both of which belong to it."""
-    (left, top), (right, bottom) = ((int(x), int(y)) for x, y in points[:2])
-    height, width = member(content, "imageHeight", int), member(content, "imageWidth", int)
-    if not (0 <= left <= right < width and 0 <= top <= bottom < height):
-        raise ValueError(f"its corners {left}, {top} and {right}, {bottom} do not lie in an image of {width}x{height}")
+def _at_least_a_pixel(points: Sequence[tuple[float, float]], size: tuple[int, int] | None) -> Box:
+    """The box round points, in the middle of one that is a pixel wide and high, within the image, if it is less."""
+    sides = []
+    for values, length in zip(zip(*points, strict=True), size or (math.inf, math.inf), strict=True):
+        low, high = min(values), max(values)
+        if high - low < 1:
+            middle = (low + high) / 2
+            low = min(max(middle - 0.5, 0), length - 1) if 0 <= middle <= length else middle - 0.5
+            high = low + 1
+        sides.append((low, high))
+    (x1, x2), (y1, y2) = sides
+    return box(x1, y1, x2, y2)
+
+
+def _corners(area: Box) -> Polygon:
+    return ((area.x1, area.y1), (area.x2, area.y1), (area.x2, area.y2), (area.x1, area.y2))
+
+
+def _mask(name: str, points: list[tuple[float, float]], encoded: str, size: tuple[int, int] | None) -> Shape:
+    """A mask is a PNG of the part of the image between two corners, both of which belong to it.
+
+    Corners that are no whole numbers say where it begins; its own size says where it ends.
+    """
+    if not size:
+        raise ValueError("a mask needs the imageWidth and imageHeight of the file")
+    width, height = size
     if width * height > (Image.MAX_IMAGE_PIXELS or 0):
         raise ValueError(f"an image of {width}x{height} is too large for a mask")
+    (left, top), (right, bottom) = ((round(x), round(y)) for x, y in points)
     span = (right - left + 1, bottom - top + 1)
+    exact = all(value.is_integer() for point in points for value in point)
     try:
-        encoded = base64.b64decode(member(drawn, "mask", str), validate=True)
+        content = base64.b64decode(encoded, validate=True)
     except binascii.Error as error:
-        raise ValueError("its mask cannot be read (it is no base64 text)") from error
+        raise ValueError("its mask cannot be read (it is not base64 text)") from error
     try:
-        with Image.open(io.BytesIO(encoded), formats=["PNG"]) as file:
-            size = file.size
-            part = np.asarray(file) != 0 if size == span else np.empty(0)
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as file:
+            own = file.size
+            part = np.asarray(file) != 0 if own == span or not exact else np.empty(0)
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
         raise ValueError(f"its mask cannot be read ({error})") from error
-    if size != span:
-        raise ValueError(f"its mask is {size[0]}x{size[1]}, and its corners span {span[0]}x{span[1]}")
+    if own != span and exact:
+        raise ValueError(f"its mask is {own[0]}x{own[1]}, and its corners span {span[0]}x{span[1]}")
     rows, columns = np.nonzero(part.reshape(*part.shape[:2], -1).any(axis=2))
-    if not rows.size:
-        raise ValueError("its mask shows nothing")
+    rows, columns = rows + top, columns + left
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    if not inside.any():
+        raise ValueError("its mask shows nothing" if not rows.size else "its mask lies outside the image")
+    rows, columns = rows[inside], columns[inside]
     pixels = np.zeros((height, width), bool)
-    pixels[rows + top, columns + left] = True
+    pixels[rows, columns] = True
+    area = box(float(columns.min()), float(rows.min()), float(columns.max() + 1), float(rows.max() + 1))
+    return Shape(name, area, rle=_rle(pixels), cut=True)
+
+
+def _rle(pixels: NDArray[np.bool_]) -> Rle:
     column_by_column = pixels.T.ravel()
     changes = np.flatnonzero(np.diff(column_by_column, prepend=False))
     counts = np.diff([0, *changes, pixels.size])
-    corners = [(left + columns.min(), top + rows.min()), (left + columns.max() + 1, top + rows.max() + 1)]
-    box = enclosing([(float(x), float(y)) for x, y in corners])
-    return Shape(name, box, rle=Rle(height, width, tuple(counts.tolist())))
+    height, width = pixels.shape
+    return Rle(height, width, tuple(counts.tolist()))
+
+
+def _pixels(rle: Rle) -> NDArray[np.bool_]:
+    runs = np.arange(len(rle.counts)) % 2 == 1
+    return np.repeat(runs, rle.counts).reshape(rle.width, rle.height).T

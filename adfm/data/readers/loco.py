@@ -17,8 +17,9 @@ from adfm.records import SPLITS, Sample
 
 
 def matches(raw: Path) -> bool:
-    """Whether there is a category in this layout."""
-    return any(_is_category(folder) for folder in files.categories(raw, _is_category))
+    """Whether there is a category in this layout, and one with masks: without any the labels are all there is."""
+    categories = [folder for folder in files.categories(raw, _is_category) if _is_category(folder)]
+    return any((folder / "ground_truth").is_dir() for folder in categories)
 
 
 def read(raw: Path) -> Iterator[Sample]:
@@ -35,7 +36,7 @@ def read(raw: Path) -> Iterator[Sample]:
             that was found, in one error, after the last sample.
     """
     parts = ((folder, _category(raw, folder)) for folder in files.categories(raw, _is_category))
-    return files.checked(raw, "loco", parts, [])
+    return files.checked(raw, "loco", parts, [], files.ADD_MASK)
 
 
 def _category(raw: Path, folder: Path) -> Iterator[Sample]:

@@ -19,8 +19,9 @@ _OTHERS = ("train/ok", "test/ok", "validation/good", "test/logical_anomalies", "
 
 
 def matches(raw: Path) -> bool:
-    """Whether there is a category in this layout."""
-    return any(_is_category(folder) for folder in files.categories(raw, _is_category))
+    """Whether there is a category in this layout, and one with masks: without any the labels are all there is."""
+    categories = [folder for folder in files.categories(raw, _is_category) if _is_category(folder)]
+    return any((folder / "ground_truth").is_dir() for folder in categories)
 
 
 def read(raw: Path) -> Iterator[Sample]:
@@ -38,7 +39,7 @@ def read(raw: Path) -> Iterator[Sample]:
             that was found, in one error, after the last sample.
     """
     parts = ((folder, _category(raw, folder)) for folder in files.categories(raw, _is_category))
-    return files.checked(raw, "mvtec", parts, [])
+    return files.checked(raw, "mvtec", parts, [], files.ADD_MASK)
 
 
 def _category(raw: Path, folder: Path) -> Iterator[Sample]:

@@ -1,30 +1,101 @@
-"""A folder of images and one CSV file: `image,label,defect,x1,y1,x2,y2`, a row a box or a normal image.
+"""A folder of images and CSV files: `image,label,defect,x1,y1,x2,y2`, a row a box or a normal image.
 
 parts.csv    and    000.jpg    or    images/000.jpg
+
+Also TensorFlow's and Roboflow's `filename,width,height,class,xmin,ymin,xmax,ymax`, a table in each folder of a split;
+tables of labels without boxes; and, without names of columns, RetinaNet's `000.jpg,x1,y1,x2,y2,class` and ELPV's
+`000.png 0.33 mono`, the probability of a defect.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import io
 import re
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from adfm.data.readers.annotations import Shape, box, class_name, listing, sample, split_of, text, unlisted, within
-from adfm.data.readers.files import refuse, root
+from adfm.data.problems import MissingImage
+from adfm.data.readers.annotations import (
+    Shape,
+    box,
+    class_name,
+    folder_names,
+    holds,
+    listing,
+    sample,
+    split_of,
+    text,
+    walk,
+    within,
+)
+from adfm.data.readers.files import IMAGES, images, refuse, root
 from adfm.records import Box, Label, Sample, Split
 
 _SIDES = ("x1", "y1", "x2", "y2")
 _COLUMNS = ("image", "label", "defect", *_SIDES, "category", "split", "mask")
-_NORMAL = ("normal", "good", "ok", "0")
-_ANOMALOUS = ("anomalous", "anomaly", "defective", "defect", "bad", "ng", "ko", "nok", "1")
+# What other tools call the columns. The first of a row that is there counts.
+_NAMES = {
+    "image": ("image", "filename", "file_name", "file", "path", "image_path", "file_path", "filepath", "image_name"),
+    "label": ("label", "target", "is_anomaly", "is_anomalous", "is_defective", "anomalous", "defective"),
+    "defect": ("defect", "class", "class_name", "defect_type"),
+    "x1": ("x1", "xmin", "x_min"),
+    "y1": ("y1", "ymin", "y_min"),
+    "x2": ("x2", "xmax", "x_max"),
+    "y2": ("y2", "ymax", "y_max"),
+    "category": ("category",),
+    "split": ("split", "subset"),
+    "mask": ("mask", "mask_path"),
+    "probability": ("probability",),
+}
+SIDES = frozenset(name for side in _SIDES for name in _NAMES[side])
+# fmt: off
+MAY_BE_BOXES = frozenset(
+    (
+        "x", "y", "w", "h", "x0", "y0", "cx", "cy", "xc", "yc", "x_center", "y_center", "x_centre", "y_centre",
+        "left", "top", "right", "bottom", "bbox", "bndbox", "box", "boxes", "polygon", "points", "segmentation",
+        "region_shape_attributes", "rle", "encodedpixels"
+    )
+)
+# fmt: on
+NORMAL = ("normal", "good", "ok", "0")
+ANOMALOUS = ("anomalous", "anomaly", "defective", "defect", "bad", "ng", "ko", "nok", "1")
+_NOTHING = ("", *NORMAL, "none", "no defect", "-")
+_YES_OR_NO = {"true": "1", "yes": "1", "y": "1", "false": "0", "no": "0", "n": "0"}
+# Tables of other layouts: of VisA, and of Hugging Face's imagefolder.
+_OTHERS = frozenset(("image_anno.csv", "1cls.csv", "2cls_fewshot.csv", "2cls_highshot.csv", "metadata.csv"))
+
+_UNCERTAIN = "its label is uncertain: the probability of a defect is neither 0 nor 1, and counts from 0.5"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """The first line of a table.
+
+    Args:
+        names: What it calls its columns, in lower case.
+        columns: The place of each column that is known, by its name in `_NAMES`.
+        further: The places of those that are not, by their names.
+        line: The line that has it; 0: the table has none.
+    """
+
+    names: tuple[str, ...]
+    columns: dict[str, int]
+    further: dict[str, int]
+    line: int
+
+    def name(self, column: str) -> str:
+        """What the table calls a column."""
+        return self.names[self.columns[column]]
+
+
+@dataclass(frozen=True, slots=True)
 class _Row:
+    table: Path
     line: int
     label: Label
     category: str
@@ -32,87 +103,247 @@ class _Row:
     defect: str
     box: Box | None
     mask: Path | None
+    size: tuple[int, int] | None
+    columns: dict[str, str]
+    notes: tuple[str, ...]
+
+    @property
+    def marking(self) -> str:
+        return "mask" if self.mask else "box" if self.box else ""
 
 
 def matches(raw: Path) -> bool:
-    """Whether there is a CSV file with the columns image and label."""
-    return root(raw, lambda folder: bool(_tables(folder))) is not None
+    """Whether there is a CSV file with images and labels, near the top."""
+    return holds(raw, lambda folder: bool(_tables(folder)))
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yields the images of the table, in its order.
+    """Yields the images of the tables, in their order.
 
-    Columns, in any order: `image` (path, from the table's folder or from images/ in it) and `label`; for defects
-    `defect` (its name; "defect" if there is none), and either `x1`, `y1`, `x2`, `y2` (pixels, half-open) or `mask`
-    (path of a pixel mask). May be there: `category` (the data set's name otherwise) and `split` (train, validation or
-    test). A label is normal, good, ok or 0, or else anomalous, anomaly, defective, defect, bad, ng, ko, nok or 1. An
-    image with several defects has several rows. Columns are separated by comma, semicolon or tab.
+    Columns, in any order: `image` (path, from the table's folder or from images/ in it or beside it) and `label`; for
+    defects `defect` (its name; "defect" if there is none), and either `x1`, `y1`, `x2`, `y2` (pixels, half-open) or
+    `mask` (path of a pixel mask). May be there: `category` (the data set's name otherwise) and `split` (train,
+    validation or test; otherwise what the folders or the table are called). A label is normal, good, ok or 0, or else
+    anomalous, anomaly, defective, defect, bad, ng, ko, nok or 1. An image with several defects has several rows.
+    Instead of `label` there may be the name of the defect alone, or normal, in `class`; or a `probability` of a
+    defect, which is normal below 0.5. In a table without columns for boxes or masks the label is all that is known.
+    Further columns are for `split.group`. Columns are separated by comma, semicolon, tab, `|` or blanks.
 
-    The table is in memory.
+    The tables are in memory.
 
     Args:
         raw: The raw data set; its name is the name of the data set.
 
     Raises:
-        AdfmError: Everything that is wrong in the table, images that are missing, and images that are not in it.
+        AdfmError: Everything that is wrong in the tables, images that are missing, and images that are in no row.
     """
     problems: list[str] = []
-    folder = root(raw, lambda folder: bool(_tables(folder))) or raw
-    tables = _tables(folder) or listing(folder, ".csv")
-    images: dict[Path, list[_Row]] = {}
-    if len(tables) == 1:
-        images = _images(raw, tables[0], problems)
-        masks = {row.mask for rows in images.values() for row in rows if row.mask}
-        problems += unlisted(raw, images.keys() | masks)
-    else:
-        names = ", ".join(table.name for table in tables) or "none"
-        problems.append(f"one CSV file is wanted, with at least the columns image and label; there are: {names}")
-    for image, rows in images.items():
-        if not rows:
-            continue
-        shapes = [Shape(row.defect, row.box) for row in rows if row.box]
-        found = sample(raw, image, shapes, rows[0].split)
-        yield replace(
-            found,
-            category=rows[0].category or found.category,
-            label=rows[0].label,
-            defect="+".join(sorted({row.defect for row in rows})) or None,
-            masks=tuple(row.mask for row in rows if row.mask),
-        )
+    tables = _all_tables(raw)
+    rows_of: dict[Path, list[_Row]] = {}
+    image_columns = {table: _add_rows(raw, table, rows_of, problems) for table in tables}
+    if not tables:
+        problems.append("a CSV file is needed with at least the columns image and label; there is none")
+    masks = {row.mask for rows in rows_of.values() for row in rows if row.mask}
+    problems += _unlisted(raw, rows_of.keys() | masks, image_columns)
+    for image, rows in rows_of.items():
+        if rows:
+            yield _sample(raw, image, rows)
     refuse(raw, "csv", problems)
 
 
+def _sample(raw: Path, image: Path, rows: list[_Row]) -> Sample:
+    first = rows[0]
+    notes = [note for row in rows for note in row.notes]
+    unique = list({(row.defect, row.box, row.mask): row for row in reversed(rows)}.values())[::-1]
+    if len(unique) < len(rows):
+        notes.append("a row of the table is repeated; it counts once")
+    read = sample(
+        raw,
+        image,
+        [Shape(row.defect, row.box) for row in unique if row.box],
+        first.split or split_of(*folder_names(raw, image), first.table.stem),
+        notes,
+        size=first.size,
+        located=first.label == "normal" or bool(first.marking),
+        columns={name: cell for name, cell in first.columns.items() if all(row.columns[name] == cell for row in rows)},
+    )
+    return replace(
+        read,
+        category=first.category or read.category,
+        label=first.label,
+        defect="+".join(sorted({row.defect for row in rows})) or None,
+        masks=tuple(row.mask for row in unique if row.mask),
+    )
+
+
+def _unlisted(raw: Path, known: Container[Path], tables: dict[Path, str]) -> Iterator[str]:
+    """One problem for each image that is in no row, which names the nearest table above it, else the first."""
+    for folder in walk(raw) if tables else []:
+        above = [table for table in tables if folder.is_relative_to(table.parent)]
+        table = max(above, key=lambda table: len(table.parts), default=next(iter(tables)))
+        where = table.relative_to(raw).as_posix()
+        for image in images(folder):
+            if image not in known:
+                yield (
+                    f"{image.relative_to(raw).as_posix()}: is in no row of {where}, in its column {tables[table]!r};"
+                    " add a row (for a normal image its name and `normal`, the other cells empty), or remove the image"
+                )
+
+
+# ----------------------------------------------------------------------------------------------------------- tables
+
+
+def _all_tables(raw: Path) -> list[Path]:
+    base = root(raw, lambda folder: any(map(_tables, walk(folder, 2))))
+    if base:
+        return [table for folder in walk(base, 2) for table in _tables(folder)]
+    return listing(raw, ".csv")
+
+
 def _tables(folder: Path) -> list[Path]:
-    """The CSV files whose first line has an image and a label."""
-    tables = []
-    for file in listing(folder, ".csv"):
-        with file.open(encoding="utf-8-sig", errors="replace") as lines:
-            first = set(re.findall(r"\w+", lines.readline(10_000).lower()))
-        if {"image", "label"} <= first:
-            tables.append(file)
-    return tables
+    """The CSV files whose first line has an image and what is known of it."""
+    return [file for file in listing(folder, ".csv") if file.name not in _OTHERS and _is_table(file)]
 
 
-def _images(raw: Path, table: Path, problems: list[str]) -> dict[Path, list[_Row]]:
-    where = table.relative_to(raw).as_posix()
-    images: dict[Path, list[_Row]] = {}
-    line = 1
+def _is_table(file: Path) -> bool:
     try:
-        content = text(table)
-        delimiter = max(",;\t", key=content.splitlines()[0].count)
-        reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
-        header = _header(next(reader))
-        for cells in reader:
-            line = reader.line_num
-            if not any(cell.strip() for cell in cells):
-                continue
+        with file.open("rb") as opened:
+            start = opened.read(20_000)
+    except OSError:
+        return False
+    try:
+        first = next(_rows(_decoded(start, errors="replace")), (1, []))
+        header = _header(*first, strict=False)
+    except (ValueError, csv.Error):
+        return False
+    return "image" in header.columns and bool(header.columns.keys() & {"label", "defect", "probability"})
+
+
+def _decoded(content: bytes, errors: str = "strict") -> str:
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        return content.decode(encoding, errors)
+    except UnicodeDecodeError as error:
+        raise ValueError("is not UTF-16 text, as its first bytes say; save the file with the encoding UTF-8") from error
+
+
+def _content(table: Path) -> str:
+    try:
+        with table.open("rb") as opened:
+            excel = opened.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # its "Unicode text"
+        return _decoded(table.read_bytes()) if excel else text(table)
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from error
+
+
+def _rows(content: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a table that are not empty, each with the number of its last line."""
+    lines = content[:20_000].lstrip().splitlines()
+    first = lines[0] if lines else ""
+    declared = re.fullmatch(r"sep=(.)", first.strip())  # a line that Excel reads and writes
+    delimiter = declared[1] if declared else max(",;\t|", key=first.count)
+    file = io.StringIO(content, newline="")
+    if delimiter not in first:
+        delimiter = " "
+        stripped = (line.strip() + "\n" for line in file)
+        reader = csv.reader(stripped, delimiter=delimiter, skipinitialspace=True, strict=True)
+    else:
+        reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
+    for cells in reader:
+        cells = [cell.strip() for cell in cells]
+        if any(cells) and not (declared and reader.line_num == 1):
+            yield reader.line_num, cells
+
+
+def _header(line: int, cells: list[str], strict: bool = True) -> _Header:
+    """What the columns are.
+
+    Args:
+        line: The line of the first row.
+        cells: Its cells.
+        strict: Whether what is missing is an error.
+    """
+    names = _nameless(cells)
+    line = 0 if names else line
+    names = names or [cell.lower() for cell in cells]
+    while names and not names[-1]:
+        names.pop()
+    columns = {
+        column: names.index(name)
+        for column, others in _NAMES.items()
+        if (name := next((other for other in others if other in names), None))
+    }
+    if columns.keys() & {"label", "defect"}:
+        columns.pop("probability", None)
+    further = {
+        name: place
+        for place, name in enumerate(names)
+        if name and not name.startswith("unnamed:") and names.index(name) == place and place not in columns.values()
+    }
+    if strict and (wrong := _wrong(names, columns, further)):
+        raise ValueError(f"line {max(line, 1)}: {'; '.join(wrong)} (known: {', '.join(_COLUMNS)})")
+    return _Header(tuple(names), columns, further, line)
+
+
+def _nameless(cells: list[str]) -> list[str] | None:
+    """The names of the columns of a table that has none, of a kind that is known."""
+    if PurePosixPath(cells[0] if cells else "").suffix.lower() not in IMAGES:
+        return None
+    rest = cells[1:]
+    if len(rest) == 1:
+        return ["image", "label"]
+    if len(rest) == 2 and re.fullmatch(r"[01](\.\d+)?", rest[0]):
+        return ["image", "probability", "type"]
+    if len(rest) == 5:
+        return ["image", *_SIDES, "class"]
+    return None
+
+
+def _wrong(names: list[str], columns: dict[str, int], further: dict[str, int]) -> list[str]:
+    wrong = [
+        f"the column {name!r} is there {names.count(name)} times"
+        for name in dict.fromkeys(names)
+        if name and names.count(name) > 1
+    ]
+    needed = ["image"] if "image" not in columns else []
+    needed += [] if columns.keys() & {"label", "defect", "probability"} else ["label"]
+    sides = _SIDES if columns.keys() & set(_SIDES) else ()
+    for name in further:
+        # What looks like a name that is known, mistyped, would be left out in silence.
+        unused = [
+            column for column in _COLUMNS if column not in columns and (needed or column not in ("image", "label"))
+        ]
+        near = difflib.get_close_matches(name, unused, n=1, cutoff=0 if needed else 0.77)
+        if near:
+            wrong.append(f"there is no column {name!r}; the nearest is {near[0]!r}")
+    if not sides and (drawn := sorted(MAY_BE_BOXES & further.keys())):
+        wrong.append(f"{', '.join(map(repr, drawn))} may say where the defects are; write boxes as x1, y1, x2, y2")
+    return wrong + [f"the column {column!r} is missing" for column in (*needed, *sides) if column not in columns]
+
+
+def _add_rows(raw: Path, table: Path, rows_of: dict[Path, list[_Row]], problems: list[str]) -> str:
+    """Adds the rows of a table to those of each image; returns what it calls the column of the images."""
+    where = table.relative_to(raw).as_posix()
+    line, read, header = 0, False, None
+    bases = _bases(raw, table)
+    try:
+        for line, cells in _rows(_content(table)):
+            if header is None:
+                header = _header(line, cells)
+                if header.line:
+                    continue
+            read = True
             try:
-                if len(cells) != len(header):
-                    raise ValueError(f"has {len(cells)} cells, and the first line has {len(header)}")
-                values = dict(zip(header, map(str.strip, cells), strict=True))
-                rows = images.setdefault(_path(raw, table.parent, values["image"], "images"), [])
-                row = _row(raw, table.parent, line, values)
-                _agree(rows, row)
+                cells = _of_length(cells, len(header.names))
+                name = cells[header.columns["image"]]
+                image = _file(raw, bases, name)
+                if not image:
+                    missing = f"there is no file {name!r} in {table.parent.resolve().name}"
+                    problems.append(MissingImage(f"{where}: line {line}: {missing}"))
+                    continue
+                rows = rows_of.setdefault(image, [])
+                row = _row(raw, table, line, header, cells)
+                _agree(raw, rows, row)
                 rows.append(row)
             except ValueError as error:
                 problems.append(f"{where}: line {line}: {error}")
@@ -121,51 +352,140 @@ def _images(raw: Path, table: Path, problems: list[str]) -> dict[Path, list[_Row
     except ValueError as error:
         problems.append(f"{where}: {error}")
     else:
-        if not images and not problems:
+        if not read:
             problems.append(f"{where}: has no rows")
-    return images
+    return header.name("image") if header else "image"
 
 
-def _header(cells: list[str]) -> list[str]:
-    header = [cell.strip().lower() for cell in cells]
-    wrong = []
-    for column in dict.fromkeys(header):
-        if column not in _COLUMNS:
-            near = difflib.get_close_matches(column, _COLUMNS, n=1, cutoff=0)[0]
-            wrong.append(f"there is no column {column!r}; the nearest is {near!r}")
-        elif header.count(column) > 1:
-            wrong.append(f"the column {column!r} is there {header.count(column)} times")
-    sides = _SIDES if set(_SIDES) & set(header) else ()
-    wrong += [f"the column {column!r} is missing" for column in ("image", "label", *sides) if column not in header]
-    if wrong:
-        raise ValueError(f"line 1: {'; '.join(wrong)} (known: {', '.join(_COLUMNS)})")
-    return header
+def _of_length(cells: list[str], length: int) -> list[str]:
+    """A row without the empty cells that a spreadsheet adds at its end."""
+    if len(cells) > length and not any(cells[length:]):
+        cells = cells[:length]
+    if len(cells) != length:
+        raise ValueError(f"has {len(cells)} cells, and the first line has {length}")
+    return cells
 
 
-def _row(raw: Path, folder: Path, line: int, values: dict[str, str]) -> _Row:
-    word, defect, mask = values["label"].lower(), values.get("defect", ""), values.get("mask", "")
-    sides = [values.get(side, "") for side in _SIDES]
+# ------------------------------------------------------------------------------------------------------------- rows
+
+
+def _row(raw: Path, table: Path, line: int, header: _Header, cells: list[str]) -> _Row:
+    values = {column: cells[place] for column, place in header.columns.items()}
+    mask, sides = values.get("mask", ""), [values.get(side, "") for side in _SIDES]
     split = split_of(values.get("split", ""))
     if values.get("split") and not split:
         raise ValueError(f"the split {values['split']!r} is none of train, validation, test")
-    if word in _NORMAL:
-        if any(sides) or mask or defect.lower() not in ("", *_NORMAL):
-            raise ValueError(f"the label is {word}, but there is a defect, a box or a mask")
-        return _Row(line, "normal", values.get("category", ""), split, "", None, None)
-    if word not in _ANOMALOUS:
-        known = f"{', '.join(_NORMAL)}, or {', '.join(_ANOMALOUS)}"
-        raise ValueError(f"the label {values['label']!r} is unknown; write {known}")
-    if any(sides) == bool(mask):
-        raise ValueError(f"the label is {word}, so that either x1, y1, x2 and y2 or a mask is needed, not both")
+    label, defect, notes = _judgement(header, values, marked=bool(any(sides) or mask))
+    if label == "anomalous" and any(sides) and mask:
+        raise ValueError(
+            f"{_label_text(header, values)}, so that either x1, y1, x2 and y2 or a mask is needed, not both"
+        )
+    if label == "anomalous" and not any(sides) and not mask and header.columns.keys() & {"x1", "mask"}:
+        raise ValueError(
+            f"{_label_text(header, values)}, so that either x1, y1, x2 and y2 or a mask is needed, not both"
+        )
+    path = _file(raw, [[table.parent]], mask) if mask else None
+    if mask and not path:
+        raise ValueError(f"there is no file {mask!r} in {table.parent.resolve().name}")
+    further = _further(header)
+    if further:
+        notes = (*notes, f"columns that only split.group reads: {', '.join(further)}")
     return _Row(
+        table,
         line,
-        "anomalous",
+        label,
         values.get("category", ""),
         split,
-        class_name(defect or "defect"),
-        box(*(_number(name, side) for name, side in zip(_SIDES, sides, strict=True))) if any(sides) else None,
-        _path(raw, folder, mask) if mask else None,
+        class_name(defect) if label == "anomalous" else "",
+        _box(header, sides) if any(sides) else None,
+        path,
+        _size(header, cells),
+        {name: cells[header.further[name]] for name in further}
+        | {name: values[name] for name in ("probability",) if name in values},
+        notes,
     )
+
+
+def _further(header: _Header) -> list[str]:
+    """The further columns, without the size of the image where boxes are drawn on it."""
+    return [name for name in header.further if "x1" not in header.columns or name not in ("width", "height")]
+
+
+def _label_text(header: _Header, values: dict[str, str]) -> str:
+    column = next(column for column in ("label", "defect", "probability") if column in values)
+    return f"the {header.name(column)} is {values[column].lower() if column == 'label' else values[column]}"
+
+
+def _judgement(header: _Header, values: dict[str, str], marked: bool) -> tuple[Label, str, tuple[str, ...]]:
+    """Whether a row says normal or anomalous, the name of the defect, and what to note of it."""
+    defect = values.get("defect", "")
+    if "label" in values:
+        word = values["label"].lower()
+        if header.name("label") not in ("label", "target"):
+            word = _YES_OR_NO.get(word, word)
+        if word in NORMAL:
+            if marked or defect.lower() not in _NOTHING:
+                raise ValueError(f"the label is {word}, but there is a defect, a box or a mask")
+            return "normal", "", ()
+        if word in ANOMALOUS:
+            return "anomalous", defect or "defect", ()
+        if marked and "defect" not in values and not _is_number(word):
+            return "anomalous", values["label"], ()  # VoTT, for one, calls the class so
+        known = f"{', '.join(NORMAL)}, or {', '.join(ANOMALOUS)}"
+        raise ValueError(f"the label {values['label']!r} is unknown; write {known}")
+    if "defect" in values:
+        if not header.line and not marked and not defect:
+            return "normal", "", ()  # RetinaNet's row of an image without defects has its name alone
+        return (*_of_class(header.name("defect"), defect, marked), ())
+    chance = _number(header.name("probability"), values["probability"])
+    if not 0 <= chance <= 1 or chance == 0.5:
+        raise ValueError(f"the probability {values['probability']} is neither below nor above 0.5, within 0 and 1")
+    if marked and chance < 0.5:
+        raise ValueError(f"the probability is {values['probability']}, but there is a box or a mask")
+    return "anomalous" if chance > 0.5 else "normal", "defect", (_UNCERTAIN,) if 0 < chance < 1 else ()
+
+
+def _of_class(column: str, name: str, marked: bool) -> tuple[Label, str]:
+    """What a table says that has no column `label`."""
+    if marked:
+        return "anomalous", f"class {name}" if name.isdecimal() else name
+    word = name.lower()
+    if not word:
+        raise ValueError(f"its {column} is empty; write `normal`, or the kind of the defect")
+    if column == "defect":
+        word = _YES_OR_NO.get(word, word)
+        if word == "1":
+            return "anomalous", "defect"
+    elif _is_number(word) or word in _YES_OR_NO:
+        raise ValueError(f"its {column} is {name!r}, which may mean either; write `normal`, or the kind of the defect")
+    return ("normal", "") if word in _NOTHING else ("anomalous", name)
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _box(header: _Header, sides: Sequence[str]) -> Box:
+    drawn = box(*(_number(header.name(name), side) for name, side in zip(_SIDES, sides, strict=True)))
+    if drawn.x2 <= 1 and drawn.y2 <= 1:
+        raise ValueError(
+            "the box [{:g}, {:g}, {:g}, {:g}] is not larger than a pixel; write pixels, not fractions".format(*drawn)
+        )
+    return drawn
+
+
+def _size(header: _Header, cells: list[str]) -> tuple[int, int] | None:
+    """Width and height of the image; some tools write 0 where they do not know them."""
+    if "x1" not in header.columns or not {"width", "height"} <= header.further.keys():
+        return None
+    width, height = (_number(name, cells[header.further[name]]) for name in ("width", "height"))
+    if not all(0 <= side < 1e9 and side.is_integer() for side in (width, height)):
+        raise ValueError(f"{width:g}x{height:g} is not a size in pixels")
+    return (int(width), int(height)) if width and height else None
 
 
 def _number(name: str, written: str) -> float:
@@ -177,24 +497,48 @@ def _number(name: str, written: str) -> float:
         raise ValueError(f"{name} is {written!r}, which is no number") from error
 
 
-def _path(raw: Path, folder: Path, name: str, *inside: str) -> Path:
-    for written in (name, name.replace("\\", "/")):
-        for base in (folder, *(folder / each for each in inside)):
-            if path := within(raw, base, written):
-                return path
-    raise ValueError(f"there is no file {name!r} in {folder.resolve().name}")
+def _bases(raw: Path, table: Path) -> list[list[Path]]:
+    """Where the images of a table may be: in its folder, in images/ or a folder of the table's name there; or beside.
+
+    The scripts that make `images/train_labels.csv` for TensorFlow have the images in `images/train`, and those that
+    make `data/train_labels.csv` in `images`.
+    """
+    name = re.sub(r"[-_ ]?(labels?|annotations?)$", "", table.stem, flags=re.IGNORECASE)
+    here, above = table.parent, table.parent.parent / "images"
+    groups = [[here, here / "images", here / name, here / "images" / name], [above, above / name]]
+    return [[base for base in group if base.is_relative_to(raw) and base.is_dir()] for group in groups]
 
 
-def _agree(rows: list[_Row], row: _Row) -> None:
-    """Raises `ValueError` if a row contradicts, or repeats, the earlier rows of its image."""
-    for other in rows:
+def _file(raw: Path, groups: list[list[Path]], name: str) -> Path | None:
+    """The file that a table names, in the first group of folders that has it.
+
+    Raises:
+        ValueError: Several folders of a group have it.
+    """
+    slashed = name.replace("\\", "/")
+    for written in dict.fromkeys((name, slashed, *(unicodedata.normalize(form, slashed) for form in ("NFC", "NFD")))):
+        for group in groups if written else []:
+            bases = group[:1] if ".." in written else dict.fromkeys(group)
+            paths = [path for base in bases if (path := within(raw, base, written))]
+            if len(paths) > 1:
+                several = ", ".join(path.relative_to(raw).as_posix() for path in paths)
+                raise ValueError(f"the file {name!r} may be any of {several}; write its folder with it")
+            if paths:
+                return paths[0]
+    return None
+
+
+def _agree(raw: Path, rows: list[_Row], row: _Row) -> None:
+    """Raises `ValueError` if a row contradicts the earlier rows of its image."""
+    for other in rows[:1]:
+        if other.table != row.table:
+            raise ValueError(f"the same image is in {other.table.relative_to(raw).as_posix()} too; keep one of them")
         for key, was, now in (
             ("label", other.label, row.label),
             ("category", other.category, row.category),
             ("split", other.split, row.split),
-            ("way of marking", "mask" if other.mask else "box", "mask" if row.mask else "box"),
+            ("size", other.size, row.size),
+            ("way of marking", other.marking, row.marking),
         ):
             if was != now:
                 raise ValueError(f"line {other.line} has another {key} for the same image: {was or 'none'}, not {now}")
-        if replace(other, line=row.line) == row:
-            raise ValueError(f"repeats line {other.line}")

@@ -1,133 +1,370 @@
 """Pascal VOC: an XML file an image.
 
 JPEGImages/000.jpg    and    Annotations/000.xml    and, where there are, ImageSets/Main/{train,val,test}.txt
-or images/ instead of JPEGImages/, or image and XML in one folder.
+or images/ or data/ and annotations/ or labels/, or image and XML in one folder;
+and masks, SegmentationClass/000.png and SegmentationObject/000.png, with the names of the classes in labelmap.txt.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
+import math
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple
 from xml.etree import ElementTree
 
+from adfm.data.problems import MissingImage
+from adfm.data.readers import voc_masks, voc_sets
 from adfm.data.readers.annotations import (
     Shape,
     box,
     class_name,
-    folder_names,
+    enclosing,
     holds,
     listing,
-    mentions,
-    paired,
+    polygon,
     sample,
-    split_of,
-    text,
     walk,
 )
-from adfm.data.readers.files import images, refuse
-from adfm.records import Sample, Split
+from adfm.data.readers.drawing import turned, turned_shape
+from adfm.data.readers.files import folders, images, refuse
+from adfm.data.readers.xmlfiles import document, outermost
+from adfm.records import Box, Sample
 
-_IMAGES = frozenset(("images", "jpegimages"))
-_XML = frozenset(("annotations", "labels", "xml"))
-_MASKS = frozenset(("SegmentationClass", "SegmentationObject"))  # pictures, but not of the data set
+_IMAGES = frozenset(("images", "jpegimages", "image", "imgs", "img", "data"))
+_XML = frozenset(("annotations", "annotation", "labels", "label", "lable", "xml", "xmls"))
+# A box and an outline of one object that overlap less than this are not of one object.
+_OVERLAP = 0.5
+_TURNED = ("cx", "cy", "w", "h", "angle")
+_CORNERS = ("left_top", "right_top", "right_bottom", "left_bottom")
+_ROTATION = re.compile(r"\brotation\s*=\s*([^,;]+)")
+
+_Size = tuple[int, int] | None
+
+
+class _Drawn(NamedTuple):
+    """What an XML file says."""
+
+    shapes: list[Shape]
+    size: _Size
+    segmented: bool
+    notes: list[str]
 
 
 def matches(raw: Path) -> bool:
-    """Whether there is an XML file with an `annotation` near the top."""
-    return holds(raw, lambda folder: any(map(_is_annotation, listing(folder, ".xml"))))
+    """Whether there is an XML file with an `annotation`, or images beside masks as VOC has them, near the top."""
+    return holds(raw, lambda folder: _has_annotations(folder) or voc_masks.beside(folder))
 
 
 def read(raw: Path) -> Iterator[Sample]:
     """Yields the images, folder by folder. One without an XML file, or with one that has no `object`, is normal.
 
-    An image and its XML file have the same name; what the file says of the image's name, folder and size is not looked
-    at. Sides of a `bndbox` are numbers of pixels from 1 on, the last one included, as the VOC development kit has them;
-    the 0 of tools that count from 0 is taken for 1. `split` is that of ImageSets/Main, else of the folders' names
-    (train, val, valid, validation, test). SegmentationClass and SegmentationObject are passed over.
+    An image and its XML file have the same name; the image's name and folder in the file do not count. Sides of a
+    `bndbox` are numbers of pixels from 1 on, the last one included, as the VOC development kit has them; the 0 of tools
+    that count from 0 is taken for 1, and numbers with a decimal point are positions from 0 on, as CVAT has them. A
+    `bndbox` that CVAT's attribute `rotation` turns about its centre, clockwise by degrees, and the `robndbox` of
+    roLabelImg, in radians, are the boxes round the turned ones. `polygon` is an outline; `difficult` and `truncated`
+    objects count as others do.
+
+    Masks in SegmentationObject and SegmentationClass are defects where no `object` says so; background is black, and
+    the border of VOC (value 255) belongs to no defect. Their classes have the names of labelmap.txt (CVAT) or
+    class_names.txt (LabelMe), and without these `class 1` and so on.
+
+    `split` is that of ImageSets, else of the folders' names (train, val, valid, validation, test). An image in several
+    lists is in the most held-out one, with a note.
+
+    In memory are the paths of the XML files, and the names in ImageSets.
 
     Args:
         raw: The raw data set; its name is the name of the data set and of the category.
 
     Raises:
         AdfmError: Everything that is wrong in the XML files, XML files without an image, names in ImageSets without
-            one, and a data set without any XML file: in one error, after the last sample.
+            one, and a data set without any XML file or mask: in one error, after the last sample.
     """
     problems: list[str] = []
+    owners: dict[str, str] = {}  # of an XML file, the folder of its image
+    lists = voc_sets.Lists(raw, problems)
+    classes = voc_masks.Classes(raw, problems)
+    shared_files = lru_cache(maxsize=4)(_files)  # class folders share them
     annotated = False
     for folder in walk(raw):
-        if _MASKS & {folder.name, *folder_names(raw, folder / "image")}:
+        if voc_masks.pictures(raw, folder):
             continue
-        splits = _sets(raw, folder, problems)
-        for image, file in paired(raw, folder, ".xml", _IMAGES, _XML, _is_annotation, problems):
-            annotated |= file is not None
-            shapes = _shapes(raw, file, problems) if file else []
-            if splits is None:
-                yield sample(raw, image, shapes, split_of(*folder_names(raw, image)))
-            else:
-                own = splits.get(image.stem, set())
-                yield sample(raw, image, shapes, min(own) if len(own) == 1 else None)
+        same: dict[str, Path] = {}
+        there, here = images(folder), _place(raw, folder)
+        own, shared = _places(raw, folder) if there else ([], [])
+        files = [_files(own), *([shared_files(tuple(shared))] if shared else [])]
+        for image in there:
+            other = same.setdefault(_nfc(image.stem), image)
+            if other != image:
+                problems.append(f"{_place(raw, other)}: has the same name as {_place(raw, image)}")
+            file = _annotation(raw, image, here, files, owners, problems)
+            drawn = _read(raw, file, problems) if file else _Drawn([], None, False, [])
+            shapes, notes = drawn.shapes, drawn.notes
+            mask = classes.find(image, _IMAGES)
+            try:
+                if mask:
+                    shapes, more = voc_masks.added(shapes, classes.shapes(mask, drawn.size))
+                    notes = [*notes, *more]
+                elif drawn.segmented and not shapes and file:
+                    raise ValueError(
+                        f"'segmented' is 1, but there is neither an object nor a mask {image.stem}.png in"
+                        " SegmentationClass; add the mask, export boxes, or write 0 if nothing is wrong with the part"
+                    )
+            except ValueError as error:
+                problems.append(f"{_place(raw, mask.either if mask else file or image)}: {error}")
+            annotated |= file is not None or mask is not None
+            split, more = lists.split(image, _IMAGES)
+            yield sample(raw, image, shapes, split, [*notes, *more], size=drawn.size)
+    _add_orphans(raw, owners, problems)
+    classes.add_orphans()
+    lists.add_missing()
     if not annotated and not problems:
-        problems.append("no image has an XML file, beside it or in Annotations/ instead of JPEGImages/")
+        problems.append("no image has an XML file, beside it or in Annotations/ instead of JPEGImages/, or a mask")
     refuse(raw, "voc", problems)
 
 
+# ------------------------------------------------------------------------------------------- which file is an image's
+
+
 def _is_annotation(file: Path) -> bool:
-    return mentions(file, b"<annotation")
+    return outermost(file) == "annotation"
 
 
-def _sets(raw: Path, folder: Path, problems: list[str]) -> dict[str, set[Split]] | None:
-    """The splits that ImageSets/Main gives to the images of a folder; `None` if there is none."""
-    stems = {image.stem for image in images(folder)}
-    places = [base / "ImageSets" / "Main" for base in (folder, folder.parent) if base.is_relative_to(raw)]
-    lists = [file for place in places for file in listing(place, ".txt") if file.stem in ("train", "val", "test")]
-    if not stems or not lists:
-        return None
-    splits: dict[str, set[Split]] = defaultdict(set)
-    for file in lists:
-        try:
-            names = {line.strip() for line in text(file).splitlines()} - {""}
-        except ValueError as error:
-            problems.append(f"{file.relative_to(raw).as_posix()}: {error}")
-            continue
-        if missing := sorted(names - stems):
-            problems.append(f"{file.relative_to(raw).as_posix()}: there are no images {', '.join(missing)}")
-        for name in names & stems:
-            splits[name].add(cast(Split, split_of(file.stem)))
-    return splits
+def _has_annotations(folder: Path) -> bool:
+    """Whether an XML file of a folder is an annotation; those in folders of a folder of annotations count too."""
+    inside = walk(folder) if folder.name.lower() in _XML else [folder]
+    return any(_is_annotation(file) for place in inside for file in listing(place, ".xml"))
 
 
-def _shapes(raw: Path, file: Path, problems: list[str]) -> list[Shape]:
-    where = file.relative_to(raw).as_posix()
+def _files(folders: Iterable[Path]) -> dict[str, list[Path]]:
+    """The XML files of some folders by their stems."""
+    files: dict[str, list[Path]] = {}
+    for folder in folders:
+        for file in listing(folder, ".xml"):
+            files.setdefault(_nfc(file.stem), []).append(file)
+    return files
+
+
+def _places(raw: Path, folder: Path) -> tuple[list[Path], list[Path]]:
+    """Folders where the annotations of a folder of images may be.
+
+    Returns:
+        Those that are for this folder: for `a/images/b`, itself, `a/b`, `a/annotations/b` and `a/images/b/annotations`;
+        and those that are for several folders, the nearest first: `a/annotations`.
+    """
+    own = [folder, *_annotation_folders(folder)]
+    shared: list[Path] = []
+    for above in folder.parents:
+        if not above.is_relative_to(raw):
+            break
+        first, *rest = folder.relative_to(above).parts
+        inner = rest if first.lower() in _IMAGES else [first, *rest]
+        own += [place.joinpath(*inner) for place in (above, *_annotation_folders(above))]
+        shared += [
+            place.joinpath(*inner[:depth])
+            for place in _annotation_folders(above)
+            for depth in range(len(inner) - 1, -1, -1)
+        ]
+        if first.lower() in _IMAGES:  # what lies above belongs to other images
+            break
+    own = list(dict.fromkeys(own))
+    return own, [place for place in dict.fromkeys(shared) if place not in own]
+
+
+def _annotation_folders(folder: Path) -> list[Path]:
+    return [inside for inside in folders(folder) if inside.name.lower() in _XML]
+
+
+def _annotation(
+    raw: Path,
+    image: Path,
+    folder: str,
+    files: Iterable[dict[str, list[Path]]],
+    owners: dict[str, str],
+    problems: list[str],
+) -> Path | None:
+    """The XML file of an image.
+
+    Args:
+        raw: The data set.
+        image: An image in it.
+        folder: The folder of the image, in the data set.
+        files: The XML files that may be meant, by their stems; the first group that has any counts.
+        owners: By XML file, the folder of the image that it belongs to; gets this one.
+        problems: Gets two XML files of one image, and two images of one XML file.
+    """
+    for stems in files:
+        same = stems.get(_nfc(image.stem), [])
+        if len(same) > 1:
+            others = ", ".join(_place(raw, file) for file in same[1:])
+            problems.append(f"{_place(raw, same[0])}: has the same name as {others}")
+        for file in same:
+            other = owners.setdefault(_place(raw, file), folder)
+            if other != folder:
+                problems.append(
+                    f"{_place(raw, file)}: may belong to an image in {other} or to one in {folder}; put it beside the"
+                    " image that it is for, or into a folder of the same name"
+                )
+        if same:
+            return same[0]
+    return None
+
+
+def _add_orphans(raw: Path, owners: dict[str, str], problems: list[str]) -> None:
+    for folder in walk(raw):
+        for file in listing(folder, ".xml"):
+            where = _place(raw, file)
+            if where not in owners and _is_annotation(file):
+                problems.append(MissingImage(f"{where}: there is no image {file.stem}.* for it"))
+
+
+def _place(raw: Path, path: Path) -> str:
+    return path.relative_to(raw).as_posix()
+
+
+def _nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+# --------------------------------------------------------------------------------------------------- what it says
+
+
+def _read(raw: Path, file: Path, problems: list[str]) -> _Drawn:
+    where = _place(raw, file)
+    shapes: list[Shape] = []
+    notes: list[str] = []
+    size, segmented = None, False
     try:
-        root = ElementTree.fromstring(file.read_bytes())
-    except ElementTree.ParseError as error:
-        problems.append(f"{where}: is no XML ({error})")
-        return []
-    except (LookupError, OSError, ValueError) as error:
-        problems.append(f"{where}: cannot be read ({error})")
-        return []
-    if root.tag != "annotation":
-        problems.append(f"{where}: is no Pascal VOC file: it begins with <{root.tag}> instead of <annotation>")
-    shapes = []
-    for place, drawn in enumerate(root.findall("object"), start=1):
+        content = document(file)
+        if content.tag != "annotation":
+            raise ValueError(f"is no Pascal VOC file: it begins with <{content.tag}> instead of <annotation>")
+        segmented = (content.findtext("segmented") or "").strip() == "1"
+        size = _size(content)
+        objects = content.findall("object")
+        if not objects and content.find(".//object") is not None:
+            raise ValueError("has objects, but not directly in <annotation>; export it as Pascal VOC again")
+    except ValueError as error:
+        problems.append(f"{where}: {error}")
+        return _Drawn([], None, False, [])
+    for place, drawn in enumerate(objects, start=1):
         try:
-            name = class_name(drawn.findtext("name"))
-            x1, y1, x2, y2 = (_side(drawn, side) for side in ("xmin", "ymin", "xmax", "ymax"))
-            shapes.append(Shape(name, box(_from_zero(x1), _from_zero(y1), x2, y2)))
+            if (drawn.findtext("deleted") or "").strip() == "1":
+                notes.append("an object that LabelMe marks as deleted is left out")
+            else:
+                shapes += _shapes(drawn)
         except ValueError as error:
             problems.append(f"{where}: object {place}: {error}")
+    return _Drawn(shapes, size, segmented and not objects, notes)
+
+
+def _size(content: ElementTree.Element) -> _Size:
+    """Width and height, if they are stated: several tools write 0."""
+    for width, height in (("size/width", "size/height"), ("imagesize/ncols", "imagesize/nrows")):
+        texts = [(content.findtext(name) or "").strip() for name in (width, height)]
+        if all(texts):
+            try:
+                sides = [float(text) for text in texts]
+            except ValueError as error:
+                raise ValueError(f"the size {' x '.join(texts)!r} is not a width and a height") from error
+            if all(1 <= side < 1e9 for side in sides):
+                return int(sides[0]), int(sides[1])
+    return None
+
+
+def _shapes(drawn: ElementTree.Element) -> list[Shape]:
+    """The shapes of an object, which all have its class."""
+    name = class_name(drawn.findtext("name"))
+    rotation = _rotation(drawn)
+    boxes = [_box(bndbox, rotation) for bndbox in drawn.findall("bndbox")]
+    outlines = [polygon(_corners(outline)) for outline in drawn.findall("polygon") if len(outline)]
+    robndbox = drawn.find("robndbox")
+    if robndbox is not None:
+        return [_rolabelimg(name, robndbox)]
+    if rotation and outlines and not boxes:
+        raise ValueError("the attribute rotation turns a polygon, which LabelMe does not know; export another format")
+    if rotation:
+        shapes = [
+            turned_shape(name, (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, math.radians(rotation))
+            for x1, y1, x2, y2 in boxes
+        ]
+    elif len(boxes) == 1 and outlines:
+        round_it = enclosing([corner for outline in outlines for corner in outline])
+        if round_it.iou(boxes[0]) < _OVERLAP:
+            raise ValueError(f"its bndbox {_text(boxes[0])} and its polygon, within {_text(round_it)}, contradict")
+        shapes = [Shape(name, boxes[0], tuple(outlines))]
+    else:
+        shapes = [Shape(name, one) for one in boxes]
+        shapes += [Shape(name, enclosing(outline), (outline,), cut=True) for outline in outlines]
+    if not shapes:
+        raise ValueError("has neither a bndbox nor a robndbox nor a polygon")
     return shapes
 
 
-def _side(drawn: ElementTree.Element, side: str) -> float:
-    value = drawn.findtext(f"bndbox/{side}")
+def _box(bndbox: ElementTree.Element, rotation: float) -> Box:
+    """The box, before it is turned."""
+    if bndbox.find("rotation") is not None:
+        raise ValueError("its bndbox has a rotation, and tools differ in what that means; export boxes without it")
+    sides = [_number(bndbox, side) for side in ("xmin", "ymin", "xmax", "ymax")]
+    from_zero = rotation or all("." in (bndbox.findtext(side) or "") for side in ("xmin", "ymin", "xmax", "ymax"))
+    x1, y1, x2, y2 = sides if from_zero else (_from_zero(sides[0]), _from_zero(sides[1]), sides[2], sides[3])
+    within = box(x1, y1, x2, y2)
+    if not rotation and min(x1, y1) < -1:
+        raise ValueError(f"the box {_text(within)} begins before the image")
+    return within
+
+
+def _rotation(drawn: ElementTree.Element) -> float:
+    """Degrees, clockwise about the centre, of CVAT's Pascal VOC (attributes) and LabelMe (text) exports."""
+    values = [
+        attribute.findtext("value")
+        for attribute in drawn.findall("attributes/attribute")
+        if (attribute.findtext("name") or "").strip() == "rotation"
+    ]
+    values += _ROTATION.findall(drawn.findtext("attributes") or "")
+    try:
+        angle = float(values[0] or "") if values else 0.0
+    except ValueError as error:
+        raise ValueError(f"its attribute rotation is no number: {values[0]!r}") from error
+    if not math.isfinite(angle):
+        raise ValueError(f"its attribute rotation is no number: {values[0]!r}")
+    return angle % 360
+
+
+def _rolabelimg(name: str, robndbox: ElementTree.Element) -> Shape:
+    """A turned box, by its centre and an angle in radians or, in DIOR-R, by its corners."""
+    if robndbox.find("cx") is None and robndbox.find("x_left_top") is not None:
+        outline = polygon([(_number(robndbox, f"x_{at}"), _number(robndbox, f"y_{at}")) for at in _CORNERS])
+        return Shape(name, enclosing(outline), (outline,), cut=True)
+    cx, cy, width, height, angle = (_number(robndbox, part) for part in _TURNED)
+    turned(cx, cy, width, height, angle)
+    return turned_shape(name, cx, cy, width, height, angle)
+
+
+def _corners(outline: ElementTree.Element) -> list[tuple[float, float]]:
+    """The corners of a polygon: `pt` with x and y (LabelMe), `point`, or x1, y1, x2 and so on (Roboflow)."""
+    points = outline.findall("pt") or outline.findall("point")
+    if points:
+        return [(_number(point, "x"), _number(point, "y")) for point in points]
+    count = sum(1 for part in outline if re.fullmatch(r"x\d+", part.tag))
+    return [(_number(outline, f"x{place}"), _number(outline, f"y{place}")) for place in range(1, count + 1)]
+
+
+def _number(part: ElementTree.Element, name: str) -> float:
+    value = part.findtext(name)
     try:
         return float(value or "")
     except ValueError as error:
-        raise ValueError(f"bndbox has no number {side}, but {value!r}") from error
+        raise ValueError(f"{part.tag} has no number {name}, but {value!r}") from error
 
 
 def _from_zero(first: float) -> float:
     return first - 1 if first >= 1 else min(first, 0.0)
+
+
+def _text(sides: Box) -> str:
+    return "[{:g}, {:g}, {:g}, {:g}]".format(*sides)

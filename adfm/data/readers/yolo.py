@@ -1,21 +1,22 @@
 """YOLO: a text file an image, one line a defect, in fractions of the image's width and height.
 
 images/train/000.jpg    and    labels/train/000.txt    or    train/images/000.jpg    and    train/labels/000.txt
-or both in one folder; and data.yaml, classes.txt or obj.names with the names of the classes.
+or both in one folder; and data.yaml, classes.txt, obj.names or _darknet.labels with the names of the classes.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
 
+from adfm.data.problems import MissingImage
 from adfm.data.readers.annotations import (
     Shape,
     box,
@@ -34,12 +35,40 @@ from adfm.data.readers.annotations import (
     within,
 )
 from adfm.data.readers.files import images, refuse
-from adfm.records import Sample, Split
+from adfm.records import Box, Sample, Split
 
 _IMAGES = frozenset(("images",))
 _LABELS = frozenset(("labels",))
-_LISTS = ("classes.txt", "obj.names")
-_SLACK = 0.01  # rounding of the tools that write the files
+# Ends of the names of lists of classes, one a line: of LabelImg and Label Studio, of Darknet and CVAT, of Roboflow.
+_LISTS = ("classes.txt", ".names", "_darknet.labels")
+_SLACK = 0.01  # rounding of the tools that write the files; Ultralytics allows as much
+_REACH = 1.0  # how far the corner of a turned box may lie outside, in widths and heights of the image
+_ELSEWHERE = "the YAML file names folders or lists of a split that are not here; the folders' names count instead"
+
+
+class _TextLoader(yaml.BaseLoader):
+    """Leaves all as text, where other loaders make booleans of classes called `no` or `off`; refuses repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key.value, str))
+        if repeated := [key for key, count in keys.items() if count > 1]:
+            raise ValueError(f"line {node.start_mark.line + 1}: the key {repeated[0]!r} is there more than once")
+        return super().construct_mapping(node, deep)
+
+
+@dataclass
+class _Settings:
+    """What the YAML files and lists of a data set say.
+
+    Args:
+        names: The names of the classes, by number.
+        splits: The splits to which a YAML file gives a folder or an image.
+        lost: Whether a place that a YAML file gives to a split is not in the data set.
+    """
+
+    names: dict[int, str] = field(default_factory=dict)
+    splits: dict[Path, set[Split]] = field(default_factory=lambda: defaultdict(set))
+    lost: bool = False
 
 
 def matches(raw: Path) -> bool:
@@ -50,10 +79,12 @@ def matches(raw: Path) -> bool:
 def read(raw: Path) -> Iterator[Sample]:
     """Yields the images, folder by folder. One without a text file, or with an empty one, is normal.
 
-    `class cx cy width height` is a box, `class x1 y1 x2 y2 x3 y3 …` a polygon. Classes have the names in the YAML file
-    of the data set, in classes.txt or obj.names; without any they are called `class 0` and so on. `split` is that of
-    train, val and test in the YAML file, where those are folders or lists in the data set, else that of the folders'
-    names (train, val, valid, validation, test).
+    `class cx cy width height` is a box, `class x1 y1 x2 y2 x3 y3 …` a polygon or, of four corners, a turned box. Boxes
+    are cut off at the edge of the image where rounding, or a turned box, reaches out of it. Classes have the names in
+    the YAML file of the data set, or in a list of names; without any they are called `class 0` and so on. `split` is
+    that of train, val and test in the YAML file, where those are folders or lists in the data set, else that of the
+    folders' names (train, val, valid, validation, test). Images that are both validation and test count as test;
+    images that are training and something else have no split.
 
     Args:
         raw: The raw data set; its name is the name of the data set and of the category.
@@ -63,13 +94,14 @@ def read(raw: Path) -> Iterator[Sample]:
             text file: in one error, after the last sample.
     """
     problems: list[str] = []
-    names, splits = _settings(raw, problems)
+    settings = _settings(raw, problems)
     defects = False
     for folder in walk(raw):
         for image, file in paired(raw, folder, ".txt", _IMAGES, _LABELS, partial(_belongs, raw), problems):
-            shapes = _shapes(raw, file, names, problems) if file else []
+            shapes = _shapes(raw, file, settings.names, problems) if file else []
             defects = defects or bool(shapes)
-            yield sample(raw, image, shapes, _split(raw, image, splits), normalized=True)
+            split, notes = _split(raw, image, settings)
+            yield sample(raw, image, shapes, split, notes, normalized=True)
     if not defects and not problems:
         problems.append("no image has a text file with a defect, beside it or in labels/ instead of images/")
     refuse(raw, "yolo", problems)
@@ -77,7 +109,10 @@ def read(raw: Path) -> Iterator[Sample]:
 
 def _is_part(folder: Path) -> bool:
     settings = [*listing(folder, ".yaml"), *listing(folder, ".yml")]
-    return any(map(_is_settings, settings)) or any(map(_is_labels, listing(folder, ".txt")))
+    if any(map(_is_settings, settings)):
+        return True
+    # The text files of DeepPCB have folders of this name; their numbers are pixels.
+    return not folder.name.endswith("_not") and any(map(_is_labels, listing(folder, ".txt")))
 
 
 def _is_settings(file: Path) -> bool:
@@ -88,7 +123,7 @@ def _is_labels(file: Path) -> bool:
     try:
         with file.open(encoding="utf-8", errors="replace") as lines:
             first = next((line for line in lines if line.strip()), "").split()
-        return len(first) > 4 and first[0].isdigit() and all(math.isfinite(float(word)) for word in first)
+        return len(first) > 4 and _class(first[0]) >= 0 and all(math.isfinite(float(word)) for word in first)
     except (OSError, ValueError):
         return False
 
@@ -96,34 +131,36 @@ def _is_labels(file: Path) -> bool:
 def _belongs(raw: Path, file: Path) -> bool:
     """Whether a text file without an image should have one."""
     inside = any(name.lower() in _LABELS for name in folder_names(raw, file))
-    return file.name not in _LISTS and (inside or _is_labels(file))
+    return not file.name.endswith(_LISTS) and (inside or _is_labels(file))
 
 
-def _settings(raw: Path, problems: list[str]) -> tuple[dict[int, str], dict[Path, set[Split]]]:
-    """The names of the classes, and which splits the YAML file gives to a folder or to an image."""
-    splits: dict[Path, set[Split]] = defaultdict(set)
-    named: dict[Path, dict[int, str]] = {}
+# ------------------------------------------------------------------------------------------------- names and splits
+
+
+def _settings(raw: Path, problems: list[str]) -> _Settings:
+    settings = _Settings()
+    sources: dict[Path, dict[int, str]] = {}
     for folder in walk(raw, 2):
         for file in [*listing(folder, ".yaml"), *listing(folder, ".yml")]:
             try:
-                content = yaml.safe_load(text(file)) if _is_settings(file) else None
+                content = yaml.load(text(file), _TextLoader) if _is_settings(file) else None
                 if isinstance(content, dict) and "names" in content:
-                    named[file] = _names(content)
-                    _add_splits(raw, file, content, splits)
+                    sources[file] = _names(content)
+                    _add_splits(raw, file, content, settings, problems)
             except (yaml.YAMLError, RecursionError, ValueError) as error:
                 problems.append(f"{file.relative_to(raw).as_posix()}: {' '.join(str(error).split())}")
-    for folder in walk(raw, 2) if not named else []:
-        for file in (folder / name for name in _LISTS):
+        for file in sorted(path for path in folder.glob("[!.]*") if path.name.endswith(_LISTS) and path.is_file()):
             try:
-                if file.is_file():
-                    named[file] = dict(enumerate(text(file).strip().splitlines()))
+                sources[file] = {n: name.strip() for n, name in enumerate(text(file).strip().splitlines())}
             except ValueError as error:
                 problems.append(f"{file.relative_to(raw).as_posix()}: {error}")
-    names = list(named.values())
-    if any(other != names[0] for other in names):
-        files = ", ".join(file.relative_to(raw).as_posix() for file in named)
-        problems.append(f"{files}: name the classes differently; keep one of them")
-    return names[0] if names else {}, splits
+    for names in sources.values():
+        if any(settings.names.get(number, name) != name for number, name in names.items()):
+            files = ", ".join(file.relative_to(raw).as_posix() for file in sources)
+            problems.append(f"{files}: name the classes differently; keep one of them")
+            break
+        settings.names |= names
+    return settings
 
 
 def _names(content: dict[Any, Any]) -> dict[int, str]:
@@ -134,10 +171,15 @@ def _names(content: dict[Any, Any]) -> dict[int, str]:
         names = dict(enumerate(names))
     if not isinstance(names, dict) or not names or not all(str(number).isdecimal() for number in names):
         raise ValueError("'names' is neither a list of names nor names under their numbers")
-    return {int(number): str(name) for number, name in names.items()}
+    if not all(isinstance(name, str) for name in names.values()):
+        raise ValueError("'names' is neither a list of names nor names under their numbers")
+    count = content.get("nc", "")
+    if isinstance(count, str) and count.isdecimal() and int(count) != len(names):
+        raise ValueError(f"'nc' is {count}, but there are {len(names)} names; correct one of them")
+    return {int(number): name for number, name in names.items()}
 
 
-def _add_splits(raw: Path, file: Path, content: dict[Any, Any], splits: dict[Path, set[Split]]) -> None:
+def _add_splits(raw: Path, file: Path, content: dict[Any, Any], settings: _Settings, problems: list[str]) -> None:
     """Takes train, val and test from a YAML file where they lead to something in the data set.
 
     The files of several tools lead out of the data set (`../train/images`, or to the machine that wrote them).
@@ -147,23 +189,81 @@ def _add_splits(raw: Path, file: Path, content: dict[Any, Any], splits: dict[Pat
         roots.insert(0, base)
     for key in ("train", "val", "test"):
         places = content.get(key)
+        split = cast(Split, split_of(key))
         for place in places if isinstance(places, list) else [places]:
-            name = re.sub(r"^(\.{1,2}/)+", "", str(place))
-            found = [path for base in roots if name and (path := within(raw, base, name, Path.exists))]
-            for path in found[:1]:
-                split = cast(Split, split_of(key))
-                splits[path].add(split)
-                for line in text(path).splitlines() if path.suffix == ".txt" and path.is_file() else []:
-                    for base in (path.parent, *roots):
-                        if image := within(raw, base, line.strip()):
-                            splits[image].add(split)
+            if not isinstance(place, str) or place.lower() in ("", "null", "~"):
+                continue
+            path = _resolved(raw, roots, place)
+            settings.lost = settings.lost or not path
+            if path and path.is_file() and path.suffix == ".txt":
+                _add_list(raw, path, split, roots, settings, problems)
+            elif path:
+                settings.splits[path].add(split)
 
 
-def _split(raw: Path, image: Path, splits: dict[Path, set[Split]]) -> Split | None:
-    for path in (image, *image.parents):
-        if path in splits:
-            return next(iter(splits[path])) if len(splits[path]) == 1 else None
-    return split_of(*folder_names(raw, image))
+def _add_list(raw: Path, file: Path, split: Split, roots: list[Path], settings: _Settings, problems: list[str]) -> None:
+    """Takes the images that a text file lists, a path a line."""
+    where = file.relative_to(raw).as_posix()
+    try:
+        lines = text(file).splitlines() if file.read_bytes().strip() else []
+    except (OSError, ValueError) as error:
+        problems.append(f"{where}: {error}")
+        return
+    bases = list(dict.fromkeys([file.parent, *roots]))
+    folders: dict[str, Path] = {}  # as the list writes them; a list has a hundred thousand lines
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        written, _, name = line.strip().replace("\\", "/").rpartition("/")
+        image = folders[written] / name if written in folders else None
+        if not image or not image.is_file():
+            image = _resolved(raw, bases, line.strip())
+        if image and image.is_file():
+            folders[written] = image.parent
+            settings.splits[image].add(split)
+        else:
+            problems.append(MissingImage(f"{where}: line {number}: there is no image {line.strip()[:200]!r}"))
+
+
+def _resolved(raw: Path, bases: list[Path], name: str) -> Path | None:
+    """What a path leads to that may have been written elsewhere: the longest of its ends that is in the data set.
+
+    The end has to speak of the same split as the whole, so that `elsewhere/train/images` does not lead to `images`. A
+    file's name alone does only where the folder before it is the one to look in.
+    """
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+    split = split_of(*reversed(parts))
+    for first in range(len(parts)):
+        end = parts[first:]
+        if ".." in end or split_of(*reversed(end)) != split:
+            continue
+        for base in bases:
+            path = within(raw, base, "/".join(end), Path.exists)
+            bare = len(end) == 1 and first and parts[first - 1] not in ("..", base.resolve().name)
+            if path and not (bare and path.is_file()):
+                return path
+    return None
+
+
+def _split(raw: Path, image: Path, settings: _Settings) -> tuple[Split | None, list[str]]:
+    """The split that a data set fixes for an image, and what to say of it."""
+    paths = (image, *image.parents) if settings.splits else ()
+    given = [splits for path in paths if (splits := settings.splits.get(path))]
+    if not given:
+        return split_of(*folder_names(raw, image)), [_ELSEWHERE] if settings.lost else []
+    nearest = given[0]
+    if nearest == {"validation", "test"}:
+        return "test", ["the YAML file has it for validation and for test; it counts as test"]
+    if len(nearest) > 1:
+        others = " and for ".join(sorted(nearest - {"train"}, reverse=True))
+        return None, [f"the YAML file has it for training and for {others}, so that neither counts"]
+    split = next(iter(nearest))
+    if set().union(*given) != nearest:
+        return split, [f"the YAML file has it for more than {split} by a folder further up; the nearest counts"]
+    return split, []
+
+
+# ------------------------------------------------------------------------------------------------------------ lines
 
 
 def _shapes(raw: Path, file: Path, names: dict[int, str], problems: list[str]) -> list[Shape]:
@@ -188,24 +288,58 @@ def _shape(words: list[str], names: dict[int, str]) -> Shape:
         raise ValueError("has 6 numbers: the last is a confidence, and predictions are no labels")
     if len(words) < 5 or len(words) % 2 == 0:
         raise ValueError(f"is neither class, cx, cy, width, height nor class and points: has {len(words)} numbers")
-    if not words[0].isdecimal():
-        raise ValueError(f"the class {words[0]!r} is no whole number from 0")
-    if names and int(words[0]) not in names:
-        raise ValueError(f"the class {words[0]} has no name; there are {', '.join(map(str, sorted(names)))}")
-    name = class_name(names[int(words[0])]) if names else f"class {int(words[0])}"
-    values = [_fraction(word) for word in words[1:]]
-    if len(values) == 4:
-        cx, cy, width, height = values
-        return Shape(name, box(cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2, side=1))
+    number = _class(words[0])
+    if names and number not in names:
+        raise ValueError(f"the class {number} has no name; there are {', '.join(map(str, sorted(names)))}")
+    name = class_name(names[number]) if names else f"class {number}"
+    if len(words) == 5:
+        return _drawn(name, words[1:])
+    turned = len(words) == 9
+    values = [_fraction(word, _REACH if turned else _SLACK) for word in words[1:]]
     points = polygon(list(zip(values[::2], values[1::2], strict=True)))
-    return Shape(name, enclosing(points, side=1), (points,))
+    round_it = enclosing(points, side=1)
+    return Shape(name, round_it, (points,), cut=_reaches_out(round_it, 0))
 
 
-def _fraction(word: str) -> float:
+def _drawn(name: str, words: list[str]) -> Shape:
+    cx, cy = (_fraction(word, _SLACK) for word in words[:2])
+    for word in words[2:]:
+        if _number(word) < 0:
+            raise ValueError(
+                f"its width or height is {word}: the box was drawn upwards or to the left, and where it is depends on"
+                " the tool; draw it again"
+            )
+    width, height = (_fraction(word, _SLACK) for word in words[2:])
+    drawn = box(cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2, side=1)
+    if _reaches_out(drawn, _SLACK):
+        raise ValueError("the box [{:g}, {:g}, {:g}, {:g}] reaches out of the image; draw it again".format(*drawn))
+    return Shape(name, drawn, cut=_reaches_out(drawn, 0))
+
+
+def _reaches_out(drawn: Box, slack: float) -> bool:
+    return min(drawn.x1, drawn.y1) < -slack or max(drawn.x2, drawn.y2) > 1 + slack
+
+
+def _class(word: str) -> int:
+    """The number of a class; np.savetxt writes 1 as 1.000000e+00."""
     try:
-        value = float(word)
-    except ValueError as error:
-        raise ValueError(f"{word!r} is no number") from error
-    if not -_SLACK <= value <= 1 + _SLACK:
+        number = float(word)
+    except ValueError:
+        number = math.nan
+    if not (0 <= number < 1e6 and number.is_integer()):
+        raise ValueError(f"the class {word!r} is no whole number from 0")
+    return int(number)
+
+
+def _fraction(word: str, slack: float) -> float:
+    value = _number(word)
+    if not -slack <= value <= 1 + slack:
         raise ValueError(f"{word} is no fraction of the image; write positions and sizes from 0 to 1, not in pixels")
     return value
+
+
+def _number(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError as error:
+        raise ValueError(f"{word!r} is no number") from error

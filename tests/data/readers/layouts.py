@@ -223,6 +223,68 @@ def mmad(root: Path) -> Truths:
     return truths
 
 
+def ok_ng(root: Path) -> Truths:
+    """Labels alone, with splits, of two categories."""
+    truths = {}
+    for category in ("bolt", "nut"):
+        for split in ("train", "test"):
+            truths[image(root, f"{category}/{split}/OK/000.jpg")] = Truth(category, split=split)
+            truths[image(root, f"{category}/{split}/NG/000.jpg")] = Truth(category, "NG", split=split)
+            truths[image(root, f"{category}/{split}/NG/dent/001.jpg")] = Truth(category, "dent", split=split)
+    return truths
+
+
+def mvtec_without_masks(root: Path) -> Truths:
+    truths = {}
+    for category in ("bottle", "metal_nut"):
+        truths[image(root, f"{category}/train/good/000.png")] = Truth(category, split="train")
+        truths[image(root, f"{category}/test/good/000.png")] = Truth(category, split="test")
+        truths[image(root, f"{category}/test/crack/000.png")] = Truth(category, "crack", split="test")
+    return truths
+
+
+def anomalib(root: Path) -> Truths:
+    truths = {}
+    for category in ("hazelnut_toy", "walnut_toy"):
+        truths[image(root, f"{category}/good/00.jpg")] = Truth(category)
+        for kind in ("crack", "colour"):
+            drawn = mask(root, f"{category}/mask/{kind}/00.png")
+            truths[image(root, f"{category}/{kind}/00.jpg")] = Truth(category, kind, (drawn,))
+    return truths
+
+
+def magnetic_tile(root: Path) -> Truths:
+    """Masks beside the photographs, all black for normal ones; and a figure of the whole data set."""
+    truths = {}
+    for kind in ("Blowhole", "Free"):
+        defect = None if kind == "Free" else kind
+        for number in range(2):
+            drawn = mask(root, f"tiles/MT_{kind}/Imgs/exp1_num_{number}.png", value=255 if defect else 0)
+            truths[image(root, f"tiles/MT_{kind}/Imgs/exp1_num_{number}.jpg")] = Truth("tiles", defect, (drawn,))
+    image(root, "tiles/dataset.jpg")
+    return truths
+
+
+def images_and_masks(root: Path) -> Truths:
+    """The mask alone says what is normal, once it is opened."""
+    truths = {}
+    for split in ("train", "val"):
+        for number, value in enumerate((0, 255)):
+            drawn = mask(root, f"{split}/masks/{number}.png", value)
+            official = "validation" if split == "val" else split
+            truths[image(root, f"{split}/images/{number}.jpg")] = Truth(root.name, "defect", (drawn,), official)
+    return truths
+
+
+def kolektor2(root: Path) -> Truths:
+    """Masks beside the photographs, with an ending."""
+    truths = {}
+    for split in ("train", "test"):
+        drawn = mask(root, f"{split}/10000_GT.png")
+        truths[image(root, f"{split}/10000.png")] = Truth(root.name, "defect", (drawn,), split)
+    return truths
+
+
 def coco(root: Path) -> None:
     listed = {
         "images": [{"id": 1, "file_name": "000.jpg", "width": 32, "height": 24}],
@@ -241,6 +303,21 @@ def yolo(root: Path) -> None:
     (root / "data.yaml").write_text("train: train/images\ntest: test/images\nnames: [scratch]\n")
 
 
+def imagefolder(root: Path) -> None:
+    image(root, "train/000.jpg")
+    row = {"file_name": "000.jpg", "objects": {"bbox": [[10, 5, 4, 3]], "categories": [0]}}
+    (root / "train/metadata.jsonl").write_text(json.dumps(row))
+
+
+def deeppcb(root: Path) -> None:
+    for kind in ("temp", "test"):
+        image(root, f"PCBData/group00041/00041/00041000_{kind}.jpg")
+    (root / "PCBData/group00041/00041_not").mkdir()
+    (root / "PCBData/group00041/00041_not/00041000.txt").write_text("10 5 14 8 3\n")
+    (root / "PCBData/test.txt").write_text("group00041/00041/00041000.jpg group00041/00041_not/00041000.txt\n")
+    (root / "tools").mkdir()
+
+
 def voc(root: Path) -> None:
     image(root, "JPEGImages/000.jpg")
     box = "<xmin>11</xmin><ymin>6</ymin><xmax>14</xmax><ymax>8</ymax>"
@@ -254,6 +331,48 @@ def labelme(root: Path) -> None:
     image(root, "000.jpg")
     shape = {"label": "scratch", "shape_type": "rectangle", "points": [[10, 5], [14, 8]]}
     (root / "000.json").write_text(json.dumps({"version": "5.5.0", "imagePath": "000.jpg", "shapes": [shape]}))
+
+
+def label_studio(root: Path) -> None:
+    image(root, "images/1a2b3c4d-000.jpg")
+    value = {"x": 31.25, "y": 25, "width": 12.5, "height": 12.5, "rotation": 0, "rectanglelabels": ["scratch"]}
+    region = {"original_width": 32, "original_height": 24, "type": "rectanglelabels", "from_name": "label"}
+    annotation = {"id": 1, "result": [region | {"value": value}], "was_cancelled": False, "ground_truth": False}
+    task = {"id": 1, "annotations": [annotation], "data": {"image": "/data/upload/1/1a2b3c4d-000.jpg"}}
+    (root / "project-1-at-2024-05-02-10-00.json").write_text(json.dumps([task]))
+
+
+def via(root: Path) -> None:
+    image(root, "000.jpg")
+    shape = {"name": "rect", "x": 10, "y": 5, "width": 4, "height": 3}
+    region = {"shape_attributes": shape, "region_attributes": {"defect": "scratch"}}
+    entry = {"filename": "000.jpg", "size": -1, "regions": [region], "file_attributes": {}}
+    (root / "via_export_json.json").write_text(json.dumps({"000.jpg-1": entry}))
+
+
+def cvat(root: Path) -> None:
+    image(root, "images/000.jpg")
+    box = (
+        '<box label="scratch" source="manual" occluded="0" xtl="10.00" ytl="5.00" xbr="14.00" ybr="8.00" z_order="0"/>'
+    )
+    (root / "annotations.xml").write_text(
+        '<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n<version>1.1</version><meta><task/></meta>'
+        f'<image id="0" name="000.jpg" width="32" height="24">{box}</image></annotations>'
+    )
+
+
+def supervisely(root: Path) -> None:
+    image(root, "project/ds0/img/000.jpg")
+    drawn = {
+        "classTitle": "scratch",
+        "geometryType": "rectangle",
+        "points": {"exterior": [[10, 5], [13, 7]], "interior": []},
+    }
+    content = {"description": "", "tags": [], "size": {"height": 24, "width": 32}, "objects": [drawn]}
+    (root / "project/ds0/ann").mkdir()
+    (root / "project/ds0/ann/000.jpg.json").write_text(json.dumps(content))
+    meta = {"classes": [{"title": "scratch", "shape": "any", "color": "#ff0000"}], "tags": [], "projectType": "images"}
+    (root / "project/meta.json").write_text(json.dumps(meta))
 
 
 def own_table(root: Path) -> None:
@@ -280,6 +399,12 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path], Truths]]] = {
     "dagm": ("dagm", dagm),
     "kolektor": ("kolektor", kolektor),
     "mmad": ("mmad", mmad),
+    "ok-ng": ("folders", ok_ng),
+    "mvtec-without-masks": ("folders", mvtec_without_masks),
+    "anomalib": ("folders", anomalib),
+    "magnetic-tile": ("folders", magnetic_tile),
+    "images-and-masks": ("folders", images_and_masks),
+    "kolektor-2": ("folders", kolektor2),
 }
 """Data set -> the layout that it is detected as, and its builder."""
 
@@ -287,7 +412,13 @@ DRAWN: dict[str, Callable[[Path], None]] = {
     "coco": coco,
     "yolo": yolo,
     "voc": voc,
+    "cvat": cvat,
+    "supervisely": supervisely,
     "labelme": labelme,
+    "label-studio": label_studio,
+    "via": via,
     "csv": own_table,
+    "imagefolder": imagefolder,
+    "deeppcb": deeppcb,
 }
 """The layouts of drawn annotations; of these only what tells them apart."""

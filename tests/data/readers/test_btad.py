@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from adfm.data.problems import BadData
-from adfm.data.readers import btad
+from adfm.data.readers import btad, files
 from tests.data.readers import layouts
 
 
@@ -23,5 +23,5 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     assert error.value.problems == [
         "01/train/ko: no place in the layout, or no image for the mask: 0009.bmp",
         "02/ground_truth/ko: no place in the layout, or no image for the mask: 0000.png",
-        "03/test/ko/0000.bmp: has no mask 03/ground_truth/ko/0000.png",
+        f"03/test/ko/0000.bmp: has no mask 03/ground_truth/ko/0000.png{files.ADD_MASK}",
     ]

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from PIL import ExifTags, Image
 
+from adfm.data.problems import MissingImage
 from adfm.data.readers import coco
 from tests.data.readers.drawn import NASTY, by_source, dump, never_fails_otherwise, problems, touch
 
@@ -23,7 +25,7 @@ def _file(names: list[str], boxes: list[tuple[int, int, list[Any]]], **more: Any
             {"id": n, "image_id": image, "category_id": category, "bbox": bbox, "iscrowd": 0, **more}
             for n, (image, category, bbox) in enumerate(boxes)
         ],
-        "categories": _CATEGORIES,
+        "categories": [*_CATEGORIES],
     }
 
 
@@ -122,7 +124,7 @@ def test_run_lengths_are_the_mask_that_cocos_own_library_makes_them_from(
                 value = pixel
             counts[-1] += 1
         drawn = {"size": [height, width], "counts": counts}
-    dump(raw / "a.json", _file(["1.jpg"], [(0, 1, [0, 0, 1, 1])], segmentation=drawn))
+    dump(raw / "a.json", _file(["1.jpg"], [(0, 1, [0, 0, width, height])], segmentation=drawn))
     (sample,) = coco.read(raw)
     (rle,) = sample.rles
     runs = [np.full(count, place % 2, bool) for place, count in enumerate(rle.counts)]
@@ -165,8 +167,9 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     (tmp_path / "comma.json").write_text('{"images": [],\n "annotations": [1, 2,]}')
     (tmp_path / "empty.json").touch()
     (tmp_path / "latin.json").write_bytes('{"images": []\n, "é": 1}'.encode("latin-1"))
-    (tmp_path / "utf16.json").write_bytes('{"images": []}'.encode("utf-16"))
+    (tmp_path / "utf16.json").write_bytes('{"images": []}'.encode("utf-16"))  # read, and not an annotation file
     outside = "is inverted or has no area"
+    nowhere = "neither where its path leads nor beside this file nor in a folder of images that belongs to it"
     found = problems(coco.read, tmp_path)
     (comma,) = (line for line in found if line.startswith("comma.json: line 2, column 2"))
     assert "comma " in comma  # the rest is Python's, and differs from version to version
@@ -184,7 +187,6 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "a.json: annotation 7: its class is 'Good', but every shape is taken for a defect; delete the shapes of this"
         " class, an image without any is normal",
         "a.json: annotation 8: '1' is no finite number",
-        "a.json: annotation no. 10: a polygon needs 3 corners, and has 2",
         "a.json: annotation no. 11: 'segmentation' is no list of polygons [x, y, x, y, …]",
         "a.json: annotation no. 12: the run lengths sum to 3, not to 2 x 2",
         "a.json: annotation no. 13: the compressed run lengths break off",
@@ -194,17 +196,282 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "a.json: annotation 0: another annotation has the same id",
         "a.json: annotation no. 18: has no 'category_id'",
         "a.json: annotation no. 19: is no JSON object, so that it has no 'image_id'",
-        "a.json: image 2: there is no image 'gone.jpg', neither beside this file nor in the folders round it",
-        "a.json: image 3: a.jpg is listed before, in a.json",
-        "a.json: image 4: the image 'twice.jpg' may be any of p/twice.jpg, q/twice.jpg; write its folder with it",
-        "a.json: image 5: there is no image '../out.jpg', neither beside this file nor in the folders round it",
+        f"a.json: image 2: there is no image 'gone.jpg', {nowhere}",
+        "a.json: image 3: a.jpg is listed before, in a.json; list each image once, with all of its annotations",
+        f"a.json: image 4: there is no image 'twice.jpg', {nowhere}",
+        f"a.json: image 5: there is no image '../out.jpg', {nowhere}",
         "empty.json: is empty",
-        "latin.json: line 2: is not UTF-8 text; save the file with the encoding UTF-8",
-        "utf16.json: line 1: is not UTF-8 text; save the file with the encoding UTF-8",
+        "latin.json: line 2: is not UTF-8 text; save the file with the encoding UTF-8"
+        " (`iconv -t UTF-8 -f` with the encoding of the system that it comes from, such as GB18030, CP1252, CP932)",
         ".: images that are not in the annotations: not listed.jpg",
         "more: images that are not in the annotations: x.png, y.png",
         "p: images that are not in the annotations: twice.jpg",
         "q: images that are not in the annotations: twice.jpg",
+    ]
+
+
+def _one(raw: Path, bbox: Any, **more: Any) -> Any:
+    """The sample of a data set of one image with one annotation."""
+    touch(raw, "1.jpg")
+    dump(raw / "a.json", _file(["1.jpg"], [(0, 1, bbox)], **more))
+    (sample,) = coco.read(raw)
+    return sample
+
+
+def _refusal(raw: Path, bbox: Any, **more: Any) -> str:
+    touch(raw, "1.jpg")
+    dump(raw / "a.json", _file(["1.jpg"], [(0, 1, bbox)], **more))
+    (problem,) = problems(coco.read, raw)
+    assert problem.startswith("a.json: annotation 0: ")
+    return problem
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size"),
+    [
+        (640, 480, (640, 480)),
+        (640.0, "480", (640, 480)),
+        (0, 0, None),
+        (None, None, None),
+        ("wide", 480, None),
+        (-3, 480, None),
+        (1e400, 480, None),
+        (640.5, 480, None),
+    ],
+)
+def test_the_size_that_the_file_states(tmp_path: Path, width: Any, height: Any, size: Any) -> None:
+    touch(tmp_path, "1.jpg")
+    content = _file(["1.jpg"], [])
+    content["images"][0] |= {"width": width, "height": height}
+    dump(tmp_path / "a.json", content)
+    (sample,) = coco.read(tmp_path)
+    assert sample.size == size
+
+
+def test_ids_as_text_and_as_number_are_the_same(tmp_path: Path) -> None:
+    """PyLabel writes the one, VIA the other."""
+    touch(tmp_path, "1.jpg", "2.jpg")
+    content = _file(["1.jpg", "2.jpg"], [(0, 1, [1, 1, 5, 5]), (1, 2, [2, 2, 5, 5])])
+    content["annotations"][0] |= {"category_id": "1", "segmentation": None, "iscrowd": 0.0}
+    content["annotations"][1] |= {"image_id": "1", "category_id": 2.0}
+    dump(tmp_path / "a.json", content)
+    assert [(s.defect, s.boxes) for s in coco.read(tmp_path)] == [
+        ("scratch", ((1, 1, 6, 6),)),
+        ("dent", ((2, 2, 7, 7),)),
+    ]
+    content["categories"].append({"id": "1", "name": "crack"})
+    content["annotations"][0]["category_id"] = "01"
+    dump(tmp_path / "a.json", content)
+    assert problems(coco.read, tmp_path)[:2] == [
+        "a.json: category 1: another category has the same id",
+        "a.json: annotation 0: there is no category with the id '01'",
+    ]
+
+
+_SIDE = st.integers(4, 4000).map(lambda value: value / 4)
+
+
+@given(st.tuples(_SIDE, _SIDE, _SIDE, _SIDE), st.floats(-400, 400).filter(lambda turn: turn % 360))
+@settings(deadline=None, max_examples=40)
+def test_a_turned_box_of_cvat(
+    tmp_path_factory: pytest.TempPathFactory, sides: tuple[float, ...], rotation: float
+) -> None:
+    """`bbox` is that before the turn, which is clockwise about its center."""
+    x, y, width, height = sides
+    half = np.array([width + 1j * height, width - 1j * height, -width + 1j * height, -width - 1j * height]) / 2
+    corners = complex(x + width / 2, y + height / 2) + half * np.exp(1j * np.deg2rad(rotation))
+    expected = (corners.real.min(), corners.imag.min(), corners.real.max(), corners.imag.max())
+    attributes = {"occluded": False, "rotation": rotation}
+    raw = tmp_path_factory.mktemp("turned")
+    sample = _one(raw, list(sides), segmentation=[], area=width * height, attributes=attributes)
+    assert sample.boxes == (pytest.approx(expected),)
+    assert sample.cut == (True,)
+    outline = np.array([complex(*corner) for corner in sample.polygons[0]])
+    assert (np.abs(outline[:, None] - corners).min(axis=0) < 1e-6 * (1 + np.abs(corners).max())).all()
+
+
+def test_a_turned_shape_with_an_outline_is_its_outline(tmp_path: Path) -> None:
+    outline = [[10, 10, 50, 10, 50, 20]]
+    sample = _one(tmp_path, [5, 5, 9, 9], segmentation=outline, attributes={"rotation": 30.0})
+    assert sample.boxes == ((10, 10, 50, 20),)
+    sample = _one(tmp_path, [5, 5, 9, 9], attributes={"rotation": "left"})  # someone's own attribute
+    assert sample.boxes == ((5, 5, 14, 14),)
+    assert "its rotation is no finite number" in _refusal(tmp_path, [5, 5, 9, 9], attributes={"rotation": float("inf")})
+
+
+def test_an_outline_past_the_edge_is_cut_off_if_the_size_is_known(tmp_path: Path) -> None:
+    outline = [[-20, 10, 700, 10, 700, 50]]
+    assert _one(tmp_path, [-20, 10, 720, 40], segmentation=outline).cut == (True,)
+    assert _one(tmp_path, [10, 10, 720, 40]).cut == (False,)
+    content = _file(["1.jpg"], [(0, 1, [-20, 10, 720, 40])], segmentation=outline)
+    del content["images"][0]["width"]
+    dump(tmp_path / "a.json", content)
+    (sample,) = coco.read(tmp_path)
+    assert sample.cut == (False,)
+
+
+def _outline(x1: float, y1: float, x2: float, y2: float) -> list[list[float]]:
+    return [[x1, y1, x2, y1, x2, y2, x1, y2]]
+
+
+def test_a_box_that_its_outline_contradicts_is_refused(tmp_path: Path) -> None:
+    outline = _outline(20, 30, 60, 50)
+    assert _refusal(tmp_path, [20, 30, 60, 50], segmentation=outline) == (
+        "a.json: annotation 0: 'bbox' [20, 30, 60, 50] is [x, y, width, height] in COCO, but its outline, which spans"
+        " [20, 30, 60, 50], says that it is [x1, y1, x2, y2]; write all boxes as [x, y, width, height]"
+    )
+    assert "says that it is [center x, center y, width, height]" in _refusal(
+        tmp_path, [40, 40, 40, 20], segmentation=outline
+    )
+    assert "says that it is [y1, x1, y2, x2]" in _refusal(tmp_path, [30, 20, 50, 60], segmentation=outline)
+    assert "says that it is [y, x, height, width]" in _refusal(tmp_path, [30, 20, 20, 40], segmentation=outline)
+    assert "has nothing in common with its outline" in _refusal(tmp_path, [200, 30, 60, 50], segmentation=outline)
+    mask = {"size": [100, 100], "counts": [20 * 100 + 30, *[20, 80] * 39, 20, 4050]}
+    mask["counts"][-1] = 100 * 100 - sum(mask["counts"][:-1])
+    assert "[20, 30, 60, 50], says that it is [x1, y1, x2, y2]" in _refusal(
+        tmp_path, [20, 30, 60, 50], segmentation=mask
+    )
+    assert _one(tmp_path, [20, 30, 40, 20], segmentation=mask).boxes == ((20, 30, 60, 50),)
+    # An occluded part, a group of shapes: smaller than the box, and no other reading of it.
+    assert _one(tmp_path, [10, 10, 100, 100], segmentation=outline).boxes == ((10, 10, 110, 110),)
+
+
+def test_fractions_are_refused(tmp_path: Path) -> None:
+    assert "not in fractions of the image" in _refusal(tmp_path, [0.1, 0.2, 0.3, 0.25])
+    assert _one(tmp_path, [0, 0, 1, 1]).boxes == ((0, 0, 1, 1),)
+
+
+_PLACE = st.tuples(st.integers(6, 300), st.integers(6, 300), st.integers(6, 300), st.integers(6, 300))
+
+
+def _written(
+    raw: Path, places: list[tuple[int, int, int, int]], kind: str, drawn: Any, corners: bool
+) -> list[dict[str, Any]]:
+    annotations = []
+    for number, (x, y, width, height) in enumerate(places):
+        area, outline = float(width * height), []
+        x1, y1, x2, y2 = float(x), float(y), float(x + width), float(y + height)
+        if kind == "outline":
+            # With the last pixel or without, rounded either way.
+            outline = _outline(*(side + drawn(st.sampled_from((-1, 0, 0.5, 1))) for side in (x1, y1, x2, y2)))
+            area *= drawn(st.floats(0.05, 1))
+        elif kind == "area, rounded":
+            area = round(area) + drawn(st.sampled_from((-0.4, 0, 0.4)))
+        elif kind == "area with the last pixel":
+            area = float((width + 1) * (height + 1))
+        bbox = [x1, y1, x2, y2] if corners else [x1, y1, x2 - x1, y2 - y1]
+        annotation = {"id": number, "image_id": 0, "category_id": 1, "bbox": bbox, "area": area}
+        annotations.append(annotation | {"segmentation": outline})
+    touch(raw, "1.jpg")
+    dump(raw / "a.json", _file(["1.jpg"], []) | {"annotations": annotations})
+    return annotations
+
+
+_KINDS = st.sampled_from(("outline", "area, rounded", "area with the last pixel"))
+
+
+@given(st.lists(_PLACE, min_size=1, max_size=6, unique=True), _KINDS, st.data())
+@settings(deadline=None, max_examples=60)
+def test_boxes_that_agree_with_the_rest_of_the_file_are_never_refused(
+    tmp_path_factory: pytest.TempPathFactory, places: list[tuple[int, int, int, int]], kind: str, data: st.DataObject
+) -> None:
+    raw = tmp_path_factory.mktemp("agree")
+    _written(raw, places, kind, data.draw, corners=False)
+    (sample,) = coco.read(raw)
+    assert sorted(sample.boxes) == sorted((x, y, x + width, y + height) for x, y, width, height in places)
+
+
+@given(st.lists(_PLACE, min_size=1, max_size=6, unique=True), _KINDS, st.data())
+@settings(deadline=None, max_examples=60)
+def test_corners_that_contradict_the_rest_of_the_file_are_always_refused(
+    tmp_path_factory: pytest.TempPathFactory, places: list[tuple[int, int, int, int]], kind: str, data: st.DataObject
+) -> None:
+    """From 6 pixels on from the corner of the image, where the two readings differ enough to tell them apart."""
+    raw = tmp_path_factory.mktemp("corners")
+    _written(raw, places, kind, data.draw, corners=True)
+    found = problems(coco.read, raw)
+    assert len(found) == len(places)
+    assert all("[x1, y1, x2, y2]; write all boxes" in problem for problem in found)
+
+
+def test_areas_of_masks_that_hit_those_of_corners_by_chance_are_no_contradiction(tmp_path: Path) -> None:
+    places = [(10, 10, 20, 20, 300), (50, 50, 40, 40, 700), (5, 5, 25, 35, 600)]  # the last: (25 - 5) * (35 - 5)
+    annotations = [
+        {"id": n, "image_id": 0, "category_id": 1, "bbox": bbox, "area": area} for n, (*bbox, area) in enumerate(places)
+    ]
+    touch(tmp_path, "1.jpg")
+    dump(tmp_path / "a.json", _file(["1.jpg"], []) | {"annotations": annotations})
+    (sample,) = coco.read(tmp_path)
+    assert len(sample.boxes) == 3
+
+
+def test_outlines_as_one_flat_list_or_with_too_few_corners(tmp_path: Path) -> None:
+    flat = _one(tmp_path, [20, 30, 40, 20], segmentation=[20, 30, 60, 30, 60, 50, 20, 50])
+    assert (flat.boxes, flat.polygons) == (((20, 30, 60, 50),), (((20, 30), (60, 30), (60, 50), (20, 50)),))
+    for outline in ([[1, 1, 2, 2]], [[1, 1, 2, 2], []]):
+        few = _one(tmp_path, [20, 30, 40, 20], segmentation=outline)
+        assert (few.boxes, few.polygons) == (((20, 30, 60, 50),), ())
+        assert few.notes == ("an outline of fewer than three corners is left out; its box counts",)
+    assert _one(tmp_path, [20, 30, 40, 20], segmentation=[[]]).notes == ()
+    content = _file(["1.jpg"], [(0, 1, None)], segmentation=[[1, 1, 2, 2]])
+    dump(tmp_path / "a.json", content)
+    assert "a polygon needs 3 corners, and has 2" in problems(coco.read, tmp_path)[0]
+
+
+def test_an_annotation_to_be_ignored_is_left_out(tmp_path: Path) -> None:
+    sample = _one(tmp_path, [20, 30, 40, 20], ignore=1)
+    assert (sample.label, sample.notes) == ("normal", ("an annotation that is marked to be ignored is left out",))
+    assert _one(tmp_path, [20, 30, 40, 20], ignore=0).label == "anomalous"
+
+
+def test_fiftyone(tmp_path: Path) -> None:
+    touch(tmp_path, "data/1.jpg", "data/2.jpg")
+    content = _file(["1.jpg", "2.jpg"], [(0, 0, [20.0, 30.0, 40.0, 20.0])], area=800.0, occluded=True)
+    content["categories"] = [{"id": 0, "name": "scratch", "supercategory": None}]
+    content |= {"info": {"description": "Exported from FiftyOne"}, "licenses": []}
+    dump(tmp_path / "labels.json", content)
+    found = by_source(coco.read, tmp_path)
+    assert found["data/1.jpg"].boxes == ((20, 30, 60, 50),)
+    assert found["data/2.jpg"].label == "normal"
+
+
+def test_an_image_that_was_deleted_is_not_one_of_another_split(tmp_path: Path) -> None:
+    touch(tmp_path, "images/train/1.jpg", "images/val/2.jpg")
+    dump(tmp_path / "annotations" / "instances_train.json", _file(["1.jpg", "2.jpg"], [(1, 1, [1, 1, 9, 9])]))
+    found = problems(coco.read, tmp_path)
+    assert "annotations/instances_train.json: image 1: there is no image '2.jpg'" in found[0]
+    assert [isinstance(problem, MissingImage) for problem in found] == [True, False]
+    assert found[1] == "images/val: images that are not in the annotations: 2.jpg"
+
+
+@pytest.mark.parametrize(
+    ("orientation", "size", "refused"), [(6, (64, 48), True), (6, (48, 64), False), (1, (64, 48), False)]
+)
+def test_label_studio_mixes_the_frames_of_a_photograph_on_its_side(
+    tmp_path: Path, orientation: int, size: tuple[int, int], refused: bool
+) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.new("RGB", (64, 48)).save(tmp_path / "1.jpg", exif=exif)
+    touch(tmp_path, "2.jpg")
+    content = _file(["1.jpg", "2.jpg"], [(0, 1, [1, 1, 5, 5]), (1, 1, [1, 1, 5, 5])])
+    content["images"][0] |= dict(zip(("width", "height"), size, strict=True))
+    content["info"] = {"contributor": "Label Studio", "version": "1.0"}
+    dump(tmp_path / "result.json", content)
+    if refused:
+        (problem,) = problems(coco.read, tmp_path)[:1]
+        assert "1.jpg has an EXIF orientation" in problem and "export JSON instead" in problem
+    else:
+        assert len(list(coco.read(tmp_path))) == 2
+
+
+def test_an_image_in_two_files(tmp_path: Path) -> None:
+    touch(tmp_path, "images/1.jpg")
+    for part in ("train", "val"):
+        dump(tmp_path / f"annotations/instances_{part}.json", _file(["1.jpg"], []))
+    assert problems(coco.read, tmp_path) == [
+        "annotations/instances_val.json: image 0: images/1.jpg is listed before, in annotations/instances_train.json;"
+        " an image belongs to one file (and so to one split), remove it from the other"
     ]
 
 

@@ -1,8 +1,10 @@
 import os
+import socket
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
@@ -39,12 +41,100 @@ def test_images_and_folders_are_listed_by_name_without_hidden_ones(tmp_path: Pat
         assert files.images(missing) == files.folders(missing) == []
 
 
-def test_links_to_other_folders_are_folders_and_links_back_are_not(tmp_path: Path) -> None:
+def test_links_to_folders_are_folders(tmp_path: Path) -> None:
     for name in ("data/a", "elsewhere"):
         (tmp_path / name).mkdir(parents=True)
-    for name, target in (("self", "."), ("up", ".."), ("other", "../elsewhere"), ("twin", "a"), ("dead", "x")):
+    for name, target in (("other", "../elsewhere"), ("twin", "a"), ("dead", "x")):
         (tmp_path / "data" / name).symlink_to(target)
     assert [path.name for path in files.folders(tmp_path / "data")] == ["a", "other", "twin"]
+
+
+def test_links_to_files_and_folders_that_do_not_lead_round_are_nothing_special(tmp_path: Path) -> None:
+    for name in ("data/a/b", "data/c", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "elsewhere" / "1.png").touch()
+    links = (
+        ("data/other", "../elsewhere"),
+        ("data/1.png", "../elsewhere/1.png"),
+        ("data/c/a", "../a"),
+        ("data/b", "a/b"),
+    )
+    for name, target in links:
+        (tmp_path / name).symlink_to(target)
+    (tmp_path / "link").symlink_to("data")
+    files.refuse_special(tmp_path / "data")
+    files.refuse_special(tmp_path / "link")
+
+
+def test_everything_special_is_refused_by_name(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    (raw / "a" / "b").mkdir(parents=True)
+    os.mkfifo(raw / "a" / "1.png")
+    (raw / "x.json").symlink_to("a/1.png")
+    (raw / "null.png").symlink_to("/dev/null")
+    (raw / ".hidden").symlink_to("nowhere")
+    (raw / "itself.png").symlink_to("itself.png")
+    (raw / "here").symlink_to(".")
+    (raw / "a" / "b" / "up").symlink_to("../..")
+    (raw / "a" / "outside").symlink_to(tmp_path)
+    with socket.socket(socket.AF_UNIX) as server:
+        directory = os.open(raw, os.O_RDONLY)
+        server.bind(f"/proc/self/fd/{directory}/s.png")  # the path of a socket has to be short
+        os.close(directory)
+        with pytest.raises(AdfmError) as error:
+            files.refuse_special(raw)
+    lines = str(error.value).splitlines()
+    assert lines[0] == f"{raw}: holds what is not a file or a folder; remove it:"
+    special, nowhere, round_ = (
+        "is a pipe, a socket or a device, not an ordinary file",
+        "is a link that leads nowhere",
+        "is a link to a folder that holds it",
+    )
+    assert sorted(lines[1:]) == sorted(
+        [
+            *(f"  '{name}' {special}" for name in ("a/1.png", "null.png", "s.png", "x.json")),
+            *(f"  '{name}' {nowhere}" for name in (".hidden", "itself.png")),
+            *(f"  '{name}' {round_}" for name in ("a/b/up", "a/outside/raw", "here")),
+        ]
+    )
+
+
+def test_of_very_many_special_files_the_first_are_listed(tmp_path: Path) -> None:
+    for number in range(60):
+        (tmp_path / f"{number}.png").symlink_to("nowhere")
+    with pytest.raises(AdfmError, match="leads nowhere\n  and more$") as error:
+        files.refuse_special(tmp_path)
+    assert len(str(error.value).splitlines()) == 52
+
+
+def test_folders_nested_very_deep(tmp_path: Path) -> None:
+    folder = tmp_path
+    for _ in range(120):
+        folder /= "a"
+    folder.mkdir(parents=True)
+    with pytest.raises(AdfmError, match="a' lies more than 100 folders deep"):
+        files.refuse_special(tmp_path)
+
+
+@settings(deadline=None, max_examples=60)
+@given(links=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=6, unique=True))
+def test_links_are_refused_exactly_where_following_them_never_ends(links: list[tuple[int, int]]) -> None:
+    with TemporaryDirectory() as folder:
+        raw = Path(folder)
+        for number in range(5):
+            (raw / str(number)).mkdir()
+        for source, target in links:
+            (raw / str(source) / f"to{target}").symlink_to(raw / str(target))
+        if _is_endless(raw):
+            with pytest.raises(AdfmError, match="is a link to a folder that holds it"):
+                files.refuse_special(raw)
+        else:
+            files.refuse_special(raw)
+
+
+def _is_endless(folder: Path) -> bool:
+    walk = os.walk(folder, followlinks=True)
+    return any(len(Path(path).parts) > len(folder.parts) + 6 for path, _, _ in walk)  # of five, a folder comes twice
 
 
 def test_a_folder_without_permission_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

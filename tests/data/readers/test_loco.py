@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from adfm.data.problems import BadData
-from adfm.data.readers import loco
+from adfm.data.readers import files, loco
 from tests.data.readers import layouts
 
 
@@ -36,7 +36,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         list(loco.read(tmp_path))
     assert error.value.problems == [
         "breakfast_box/test/logical_anomalies/000.png: has no mask"
-        " breakfast_box/ground_truth/logical_anomalies/000/000.png",
+        f" breakfast_box/ground_truth/logical_anomalies/000/000.png{files.ADD_MASK}",
         "breakfast_box/ground_truth/structural_anomalies/000: no place in the layout, or no image for the mask:"
         " 000.png",
         "screw_bag/test/good/000.png: does not exist",

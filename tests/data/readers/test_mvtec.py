@@ -5,7 +5,7 @@ import pytest
 
 from adfm.data import readers
 from adfm.data.problems import BadData
-from adfm.data.readers import mvtec
+from adfm.data.readers import files, mvtec
 from adfm.errors import AdfmError
 from tests.memory import peaks
 
@@ -83,12 +83,15 @@ def test_everything_that_is_wrong_is_listed_in_one_error(mvtec_folder: Path) -> 
     lines = error.value.problems
     assert sorted(lines) == [
         "bolt/Test/good: no place in the layout, or no image for the mask: b.png",
-        "bolt/test/hole/000.png: has no mask bolt/ground_truth/hole/000_mask.png",
+        f"bolt/test/hole/000.png: has no mask bolt/ground_truth/hole/000_mask.png{files.ADD_MASK}",
         "bolt/test/hole/deep: no place in the layout, or no image for the mask: d.png",
         "bolt/train/hole: no place in the layout, or no image for the mask: a.png",
         "nail/training: no place in the layout, or no image for the mask: c.jpg",
         "tile/ground_truth/hole: no place in the layout, or no image for the mask: 002_mask.png",
-        *(f"tile/test/stain/{n:03d}.png: has no mask tile/ground_truth/stain/{n:03d}_mask.png" for n in range(5)),
+        *(
+            f"tile/test/stain/{n:03d}.png: has no mask tile/ground_truth/stain/{n:03d}_mask.png{files.ADD_MASK}"
+            for n in range(5)
+        ),
     ]
 
 

@@ -1,9 +1,11 @@
+import unicodedata
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adfm.data.problems import BadData, MissingImage
 from adfm.data.readers import yolo
 from tests.data.readers.drawn import NASTY, by_source, never_fails_otherwise, problems, touch
 
@@ -78,6 +80,8 @@ def test_where_the_text_file_of_an_image_may_be(tmp_path: Path, image: str, labe
         ("classes.txt", "a\nb\n"),
         ("labels/classes.txt", "a\r\nb\r\n"),
         ("obj.names", "a\nb\n\n"),
+        ("data/voc.names", "a\nb\n"),
+        ("labels/_darknet.labels", "a\nb\n"),
     ],
 )
 def test_where_the_names_of_the_classes_may_be(tmp_path: Path, file: str, content: str) -> None:
@@ -86,13 +90,119 @@ def test_where_the_names_of_the_classes_may_be(tmp_path: Path, file: str, conten
     assert by_source(yolo.read, tmp_path)["images/1.jpg"].defect == "b"
 
 
+@pytest.mark.parametrize("name", ["no", "off", "y", "null", "1.0", "2024-01-01", "0x1f", "~"])
+def test_names_that_yaml_takes_for_something_else_stay_as_they_are_written(tmp_path: Path, name: str) -> None:
+    touch(tmp_path, "1.jpg")
+    _write(tmp_path, **{"1.txt": "0 0.5 0.5 0.5 0.5", "data.yaml": f"names:\n  - {name}\n"})
+    assert by_source(yolo.read, tmp_path)["1.jpg"].defect == name
+
+
+@pytest.mark.parametrize("number", ["1", "1.0", "1.000000000000000000e+00", "01"])
+def test_a_class_may_be_written_as_numpy_does(tmp_path: Path, number: str) -> None:
+    touch(tmp_path, "1.jpg")
+    _write(tmp_path, **{"1.txt": f"{number} 5.0e-01 0.5 2.5e-01 0.5\n", "classes.txt": "a\nb\n"})
+    assert yolo.matches(tmp_path)
+    sample = by_source(yolo.read, tmp_path)["1.jpg"]
+    assert (sample.defect, sample.boxes) == ("b", ((0.375, 0.25, 0.625, 0.75),))
+
+
+def test_boxes_that_reach_out_a_little_and_turned_ones_are_cut_at_the_edge(tmp_path: Path) -> None:
+    touch(tmp_path, "images/1.jpg")
+    lines = [
+        "0 0.5 0.5 0.5 0.5",
+        "0 0.9 0.5 0.205 0.5",
+        "0 1.0001 0.9 0.99 1.0 0.9 0.99 0.89 0.9",
+        "0 -0.3 0.5 0.1 -0.2 0.5 0.1 0.2 0.6",
+        "0 0.5 0.5 0.6 0.5 1.003 0.7",
+    ]
+    _write(tmp_path, **{"labels/1.txt": "\n".join(lines)})
+    sample = by_source(yolo.read, tmp_path)["images/1.jpg"]
+    assert sample.boxes[3] == (-0.3, -0.2, 0.5, 0.6)
+    assert sample.cut == (False, True, True, True, True)
+    _write(tmp_path, **{"labels/1.txt": "0 0.9 0.5 0.25 0.5\n0 0.5 0.5 0.6 0.5 1.3 0.7\n0 9 9 8 9 8 8 9 8\n"})
+    assert problems(yolo.read, tmp_path) == [
+        "labels/1.txt: line 1: the box [0.775, 0.25, 1.025, 0.75] reaches out of the image; draw it again",
+        "labels/1.txt: line 2: 1.3 is no fraction of the image; write positions and sizes from 0 to 1, not in pixels",
+        "labels/1.txt: line 3: 9 is no fraction of the image; write positions and sizes from 0 to 1, not in pixels",
+    ]
+
+
+def test_a_name_is_the_same_in_both_forms_of_unicode(tmp_path: Path) -> None:
+    touch(tmp_path, unicodedata.normalize("NFD", "images/größe.jpg"))
+    _write(tmp_path, **{unicodedata.normalize("NFC", "labels/größe.txt"): "0 0.5 0.5 0.5 0.5"})
+    assert [sample.label for sample in yolo.read(tmp_path)] == ["anomalous"]
+
+
+def test_the_same_line_twice_counts_once_and_is_noted(tmp_path: Path) -> None:
+    touch(tmp_path, "1.jpg", "2.jpg")
+    _write(
+        tmp_path, **{"1.txt": "0 0.5 0.5 0.5 0.5\n0 0.50 0.5 0.5 0.5\n1 0.5 0.5 0.5 0.5\n", "2.txt": "0 .5 .5 .5 .5"}
+    )
+    one, two = by_source(yolo.read, tmp_path).values()
+    assert (len(one.boxes), len(one.notes), one.defect, two.notes) == (2, 1, "class 0+class 1", ())
+
+
+def test_an_annotation_without_its_image_is_a_problem_that_may_be_skipped(tmp_path: Path) -> None:
+    touch(tmp_path, "images/1.jpg")
+    _write(
+        tmp_path,
+        **{
+            "labels/1.txt": "0 0.5 0.5 0.5 0.5",
+            "labels/2.txt": "0 0.5 0.5 0.5 0.5",
+            "labels/classes.txt": "a",
+            "data.yaml": "train: train.txt\nnames: [a]",
+            "train.txt": "./images/1.jpg\n/home/me/set/images/1.jpg\nimages/3.jpg\n../../etc/passwd\n",
+        },
+    )
+    listed = problems(yolo.read, tmp_path)
+    assert listed == [
+        "train.txt: line 3: there is no image 'images/3.jpg'",
+        "train.txt: line 4: there is no image '../../etc/passwd'",
+        "labels/2.txt: there is no image 2.* for it",
+    ]
+    assert all(isinstance(problem, MissingImage) for problem in listed)
+
+
+@pytest.mark.parametrize(
+    ("places", "splits"),
+    [
+        ("train: images/train\nval: images/val\ntest: images/val", ["train", "test"]),
+        ("train: images/train\nval: images/train", [None, "validation"]),
+        ("train: images\nval: images\ntest: images/val", [None, "test"]),
+        ("train: images\nval: images/val", ["train", "validation"]),
+        ("train: images/train\nval: images", ["train", "validation"]),
+        ("train: a.txt\nval: b.txt", [None, "validation"]),
+        ("train: /home/me/set/images/train\nval: ../images/val", ["train", "validation"]),
+        ("train: /home/me/train/images\nval:\ntest: null", ["train", "validation"]),  # not images/, which is both
+        ("train: ~\nval: C:\\\\sets\\\\images\\\\train", ["validation", "validation"]),
+    ],
+)
+def test_images_in_two_splits_are_said_and_never_both_trained_on_and_measured_on(
+    tmp_path: Path, places: str, splits: list[str | None]
+) -> None:
+    touch(tmp_path, "images/train/1.jpg", "images/val/2.jpg")
+    _write(
+        tmp_path,
+        **{
+            "labels/train/1.txt": "0 0.5 0.5 0.5 0.5",
+            "a.txt": "images/train/1.jpg",
+            "b.txt": "images/val/2.jpg\nimages/train/1.jpg\n",
+            "data.yaml": f"{places}\nnames: [a]",
+        },
+    )
+    samples = by_source(yolo.read, tmp_path)
+    assert [sample.split for sample in samples.values()] == splits
+    plain = ("home" in places and "../" in places) or "sets" in places
+    assert any(sample.notes for sample in samples.values()) != plain
+
+
 def test_splits_of_the_yaml_file(tmp_path: Path) -> None:
     touch(tmp_path, "a/1.jpg", "b/2.jpg", "c/3.jpg", "d/train/4.jpg", "e/5.jpg")
     _write(
         tmp_path,
         **{
             "data.yaml": "train: [./a, ../c]\nval: ['b', c]\ntest: lists/test.txt\nnames: [x]",
-            "lists/test.txt": "./e/5.jpg\ngone.jpg\n",
+            "lists/test.txt": "./e/5.jpg\n\n",
             "a/1.txt": "0 0.5 0.5 0.5 0.5",
         },
     )
@@ -119,7 +229,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "0 0.5 0.5 0 0.1",
         "0 1.01 0.5 0.01 0.1",
         "7 0.5 0.5 0.1 0.1",
-        "0.0 0.5 0.5 0.1 0.1",
+        "1.5 0.5 0.5 0.1 0.1",
         "2 0.5 0.5 0.1 0.1",
         "0 half 0.5 0.1 0.1",
         "0 0.5 0.5 0.1 0.1",
@@ -136,7 +246,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
             "elsewhere/1.txt": "0 0.5 0.5 0.1 0.1",
         },
     )
-    (tmp_path / "labels/b.txt").write_bytes("0 0.5 0.5 0.1 0.1\n".encode("utf-16"))
+    (tmp_path / "labels/b.txt").write_bytes("0 0.5 0.5 0.1 0.1 é\n".encode("latin-1"))
     (tmp_path / "labels/c.txt").write_text(" \n")
     confidence = "has 6 numbers: the last is a confidence, and predictions are no labels"
     assert problems(yolo.read, tmp_path) == [
@@ -147,15 +257,17 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         f"labels/a.txt: line 4: {confidence}",
         "labels/a.txt: line 5: 312 is no fraction of the image; write positions and sizes from 0 to 1, not in pixels",
         "labels/a.txt: line 6: nan is no fraction of the image; write positions and sizes from 0 to 1, not in pixels",
-        "labels/a.txt: line 7: -0.1 is no fraction of the image; write positions and sizes from 0 to 1, not in pixels",
+        "labels/a.txt: line 7: its width or height is -0.1: the box was drawn upwards or to the left, and where it is"
+        " depends on the tool; draw it again",
         "labels/a.txt: line 8: the box [0.5, 0.45, 0.5, 0.55] is inverted or has no area",
         "labels/a.txt: line 9: the box [1.005, 0.45, 1.015, 0.55] lies outside the image",
         "labels/a.txt: line 10: the class 7 has no name; there are 0, 1, 2",
-        "labels/a.txt: line 11: the class '0.0' is no whole number from 0",
+        "labels/a.txt: line 11: the class '1.5' is no whole number from 0",
         "labels/a.txt: line 12: its class is 'ok', but every shape is taken for a defect; delete the shapes of this"
         " class, an image without any is normal",
         "labels/a.txt: line 13: 'half' is no number",
-        "labels/b.txt: line 1: is not UTF-8 text; save the file with the encoding UTF-8",
+        "labels/b.txt: line 1: is not UTF-8 text; save the file with the encoding UTF-8"
+        " (`iconv -t UTF-8 -f` with the encoding of the system that it comes from, such as GB18030, CP1252, CP932)",
         "images/same.jpg: has the same name as images/same.png",
         "images/two.txt: has the same name as labels/two.txt",
         "labels/gone.txt: there is no image gone.* for it",
@@ -169,6 +281,9 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         ("names: a", "data.yaml: 'names' is neither a list of names nor names under their numbers"),
         ("names: {a: 0}", "data.yaml: 'names' is neither a list of names nor names under their numbers"),
         ("names: [a]\nkpt_shape: [17, 3]", "data.yaml: kpt_shape says that the labels are points of a pose"),
+        ("names: [[a]]", "data.yaml: 'names' is neither a list of names nor names under their numbers"),
+        ("nc: 2\nnames: [a]", "data.yaml: 'nc' is 2, but there are 1 names; correct one of them"),
+        ("names:\n  0: a\n  0: b\n", "data.yaml: line 2: the key '0' is there more than once"),
         ("", "data.yaml: is empty"),
     ],
 )
@@ -184,6 +299,16 @@ def test_two_lists_of_names(tmp_path: Path) -> None:
     assert problems(yolo.read, tmp_path) == ["data.yaml, old/data.yaml: name the classes differently; keep one of them"]
 
 
+def test_lists_of_names_that_do_not_contradict_each_other_complete_each_other(tmp_path: Path) -> None:
+    touch(tmp_path, "1.jpg")
+    _write(tmp_path, **{"train/_darknet.labels": "a\n", "valid/_darknet.labels": "a\nb\n", "1.txt": "1 .5 .5 .1 .1"})
+    assert by_source(yolo.read, tmp_path)["1.jpg"].defect == "b"
+    _write(tmp_path, **{"data.yaml": "names: [b, a]"})
+    assert problems(yolo.read, tmp_path) == [
+        "data.yaml, train/_darknet.labels, valid/_darknet.labels: name the classes differently; keep one of them"
+    ]
+
+
 def test_a_data_set_without_any_label_is_not_taken_for_normal(tmp_path: Path) -> None:
     touch(tmp_path, "images/1.jpg", "images/2.jpg")
     _write(tmp_path, **{"data.yaml": "names: [a]", "labels/1.txt": ""})
@@ -197,7 +322,9 @@ _grid = st.integers(0, 1000)
 
 @given(
     st.lists(
-        st.tuples(_grid, _grid, _grid, _grid).filter(lambda c: c[0] != c[1] and c[2] != c[3]), max_size=5, unique=True
+        st.tuples(_grid, _grid, _grid, _grid).filter(lambda c: c[0] != c[1] and c[2] != c[3]),
+        max_size=5,
+        unique_by=lambda c: (*sorted(c[:2]), *sorted(c[2:])),
     )
 )
 @settings(deadline=None, max_examples=40)
@@ -215,13 +342,41 @@ def test_what_is_written_is_read(
     assert [side * 1000 for box in read for side in box] == pytest.approx([side for box in boxes for side in box])
 
 
+_word = st.text("0123456789.-+e", max_size=6) | st.floats().map(repr) | st.integers(-1, 3).map(str)
+
+
+@given(st.lists(_word | st.sampled_from(["0.5", "1.01", "1e999", "٣", "nan", "0x1"]), min_size=1, max_size=12))
+@settings(deadline=None, max_examples=200)
+def test_a_line_is_read_exactly_or_refused(tmp_path_factory: pytest.TempPathFactory, words: list[str]) -> None:
+    raw = tmp_path_factory.mktemp("yolo")
+    touch(raw, "images/1.jpg", "images/2.jpg")
+    _write(raw, **{"labels/1.txt": " ".join(words), "labels/2.txt": "0 0.5 0.5 0.5 0.5"})
+    try:
+        sample = by_source(yolo.read, raw)["images/1.jpg"]
+    except BadData as error:
+        assert error.problems[0].startswith("labels/1.txt: line 1: ")
+        return
+    if not any(word.strip() for word in words):
+        assert sample.label == "normal"
+        return
+    words = " ".join(words).split()
+    number, *values = map(float, words)
+    assert sample.defect == f"class {number:.0f}"
+    if len(values) == 4:
+        cx, cy, width, height = values
+        expected = (cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2)
+    else:
+        expected = (min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2]))
+    assert sample.boxes == (expected,)
+
+
 @given(
     st.binary()
     | st.sampled_from(NASTY)
     | st.lists(st.lists(st.floats() | st.integers(-1, 3), min_size=4, max_size=8), max_size=3).map(
         lambda lines: "\n".join(" ".join(map(str, line)) for line in lines).encode()
     ),
-    st.sampled_from(["a.txt", "b.txt", "data.yaml", "classes.txt"]),
+    st.sampled_from(["a.txt", "b.txt", "data.yaml", "classes.txt", "_darknet.labels"]),
 )
 @settings(deadline=None, max_examples=100)
 def test_whatever_is_in_the_file_the_error_is_one_for_people(content: bytes, name: str) -> None:

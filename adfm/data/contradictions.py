@@ -1,0 +1,146 @@
+"""Copies of one picture that a data set labels or marks differently."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from PIL import Image
+
+from adfm.data.duplicates import clusters
+from adfm.data.problems import EXAMPLES
+from adfm.data.readers import files
+from adfm.data.splits import repeated
+
+Rows = Callable[[NDArray[np.int64], list[str]], Iterator[dict[str, Any]]]
+"""Gives columns of the rows of some images, in ascending order."""
+
+Decode = Callable[[bytes], Image.Image]
+
+
+def under_two_labels(
+    raw: Path, images: pa.Table, near_duplicates: NDArray[np.int64], rows: Rows, decode: Decode
+) -> list[str]:
+    """One problem for every image that is normal and, as the same bytes or the same pixels, anomalous too.
+
+    Only images whose small pictures are alike are decoded and compared.
+
+    Args:
+        raw: The data set.
+        images: `label`, `sha256`, `source`, `width`, `height`, `embedded`, and `look`: equal where thumbnails are.
+        near_duplicates: [pairs, 2]: indices of images that look alike.
+        rows: Gives columns of some images.
+        decode: Gives the picture that the content of a file shows.
+    """
+    copies = repeated(images["sha256"].combine_chunks())
+    same = np.concatenate([copies, _same_pixels(raw, images, copies, near_duplicates, rows, decode)])
+    problems = []
+    for cluster in _mixed(images, same):
+        sources: dict[str, list[str]] = {"normal": [], "anomalous": []}
+        for row in images.select(["label", "source"]).take(cluster).to_pylist():
+            sources[row["label"]].append(row["source"])
+        for one, other in _covering(**sources):
+            problems.append(
+                f"{one}: is labelled normal, but {other!r}, the same picture, is anomalous; correct the label of one of"
+                " them, or remove it"
+            )
+    return problems
+
+
+def _mixed(images: pa.Table, pairs: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    anomalous = pc.equal(images["label"], "anomalous").to_numpy()
+    return [cluster for cluster in clusters(pairs) if 0 < anomalous[cluster].sum() < len(cluster)]
+
+
+def _covering(normal: list[str], anomalous: list[str]) -> list[tuple[str, str]]:
+    """Pairs in which every one of both lists is."""
+    count = max(len(normal), len(anomalous))
+    return [
+        (normal[min(number, len(normal) - 1)], anomalous[min(number, len(anomalous) - 1)]) for number in range(count)
+    ]
+
+
+def _same_pixels(
+    raw: Path,
+    images: pa.Table,
+    copies: NDArray[np.int64],
+    near_duplicates: NDArray[np.int64],
+    rows: Rows,
+    decode: Decode,
+) -> NDArray[np.int64]:
+    """[pairs, 2] of images with the same pixels in different files, where that may be a contradiction."""
+    alike = [repeated(images["look"].combine_chunks()), _decoded_differently(images, near_duplicates)]
+    mixed = _mixed(images, np.concatenate([copies, *alike]))
+    if not mixed:
+        return np.empty((0, 2), np.int64)
+    some = np.sort(np.concatenate(mixed))
+    _, first, which = np.unique(
+        images["sha256"].take(some).to_numpy(zero_copy_only=False), return_index=True, return_inverse=True
+    )
+    order = np.argsort(first)  # each file once, in the order of the rows
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        paths = [raw / row["file"] for row in rows(some[first[order]], ["file"])]
+        digests = np.array([*pool.map(partial(_pixels, decode), paths)], object)
+    return some[repeated(pa.array(digests[np.argsort(order)][which], pa.string()))]
+
+
+def _decoded_differently(images: pa.Table, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The pairs with two labels and one size that may have the same pixels though their thumbnails differ a little.
+
+    A JPEG's thumbnail comes from a smaller scale of it; that of a PNG with the same pixels comes from all of them.
+    """
+    for name in ("label", "width", "height"):
+        values = np.asarray(images[name].combine_chunks().dictionary_encode().indices)
+        equal = values[pairs[:, 0]] == values[pairs[:, 1]]
+        pairs = pairs[equal if name != "label" else ~equal]
+    ends = images.select(["source", "embedded"]).take(pairs.ravel()).to_pylist()
+    decoded = [(PurePosixPath(row["source"]).suffix.lower(), row["embedded"]) for row in ends]
+    return pairs[[one != other for one, other in zip(decoded[::2], decoded[1::2], strict=True)]]
+
+
+def _pixels(decode: Decode, path: Path) -> str | None:
+    """A digest of the decoded picture."""
+    try:
+        image = decode(files.content(path))
+    except Exception:  # changed since it was inspected, which is an error when it is written
+        return None
+    return hashlib.sha256(f"{image.size} ".encode() + image.tobytes()).hexdigest()
+
+
+def marked_differently(images: pa.Table, rows: Rows) -> dict[str, Any]:
+    """Counts the files that are there several times, each time with the same label but other boxes or defects.
+
+    Args:
+        images: `label` and `sha256`.
+        rows: As of `under_two_labels`.
+
+    Returns:
+        The number of `pictures`, and the `source` of two copies each of some of them, as `examples`.
+    """
+    copies = np.unique(repeated(images["sha256"].combine_chunks()))
+    anomalous = pc.equal(images["label"], "anomalous").to_numpy()
+    first: dict[str, tuple[str, int]] = {}
+    different: dict[str, list[str]] = {}
+    for row in rows(copies[anomalous[copies]], ["source", "sha256", "defect", "boxes"]):
+        marks = hash((row["defect"], *map(tuple, row["boxes"])))
+        source, those = first.setdefault(row["sha256"], (row["source"], marks))
+        if marks != those:
+            different.setdefault(row["sha256"], [source, row["source"]])
+    return {"pictures": len(different), "examples": list(different.values())[:EXAMPLES]}
+
+
+def near_duplicates_with_two_labels(images: pa.Table, pairs: NDArray[np.int64]) -> dict[str, Any]:
+    """Counts the pairs of near-duplicates of which one is normal and one anomalous, with some `examples`."""
+    anomalous = pc.equal(images["label"], "anomalous").to_numpy()
+    mixed = pairs[anomalous[pairs[:, 0]] != anomalous[pairs[:, 1]]]
+    sources = images["source"].take(mixed[:EXAMPLES].ravel()).to_pylist()
+    return {"pairs": len(mixed), "examples": [list(pair) for pair in zip(sources[::2], sources[1::2], strict=True)]}

@@ -1,0 +1,172 @@
+"""What became of every file of a raw data set: converted, used as an annotation, or left out, and why."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Container, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from adfm.data.manifest import MANIFEST
+from adfm.data.problems import EXAMPLES
+from adfm.data.readers.files import IMAGES
+
+# Readers do not report which of these they have read.
+_ANNOTATIONS = frozenset(
+    (".json", ".jsonl", ".xml", ".txt", ".csv", ".tsv", ".yaml", ".yml", ".names", ".labels", ".data")
+)
+_UNREAD = frozenset(
+    (
+        # images
+        *(".gif", ".apng", ".svg", ".psd", ".xcf", ".ai", ".eps", ".ico", ".icns", ".tga", ".dds", ".pcx", ".exr"),
+        *(".hdr", ".pfm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".jpf", ".jxl", ".jxr", ".jpe", ".jif", ".dib"),
+        *(".dcm", ".dicom", ".nii", ".czi", ".lif", ".fit", ".fits"),
+        *(".raw", ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".orf", ".rw2", ".raf", ".pef"),
+        *(".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".wmv", ".mpg", ".mpeg", ".flv", ".ogv"),
+        # arrays and tables
+        *(".npy", ".npz", ".mat", ".h5", ".hdf5", ".pkl", ".pickle", ".pt", ".tfrecord", ".parquet", ".arrow", ".mdb"),
+        *(".xls", ".xlsx", ".xlsm", ".ods"),
+    )
+)
+_ARCHIVES = frozenset((".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"))
+_PAPERS = re.compile(r"(readme|licen[cs]e|changelog|citation)\b.*", re.IGNORECASE)
+_NOT_SNIFFED = frozenset((".md", ".rst", ".pdf", ".html", ".htm", ".db", ".py", ".ipynb", ".log", ".ini", ".sh"))
+_SUFFIX = re.compile(r"\.(?=.*[a-z])[a-z0-9_+-]{1,10}")
+_MOST_KINDS = 100
+
+HIDDEN = "hidden: the name, or that of a folder, begins with a dot or __MACOSX"
+UNREAD = "adfm does not read this format; save images as PNG, tables as CSV"
+ARCHIVE = "an archive within the data set; unpack it"
+MISNAMED = "an image whose name does not end as an image's; rename it"
+UNUSED = "an image that the layout does not use"
+BROKEN = "cannot be read, or a link to nowhere"
+OTHER = "neither an image nor an annotation"
+
+LOST = (UNREAD, ARCHIVE, MISNAMED, BROKEN)
+"""The reasons of files that may hold images which the user expects to be converted."""
+
+_ORDER = (*LOST, UNUSED, OTHER, HIDDEN)
+
+
+class Inventory(NamedTuple):
+    """The files of a data set, counted.
+
+    Args:
+        files: All of them.
+        images: Those that are converted.
+        annotations: Masks that are used, and files of annotations.
+        left_out: All others, by kind (the suffix, mostly) and reason: `kind`, `reason`, `files` and some `examples`.
+    """
+
+    files: int
+    images: int
+    annotations: int
+    left_out: list[dict[str, Any]]
+
+
+def take(raw: Path, images: Container[str], masks: Container[str]) -> Inventory:
+    """Counts the files of a data set by what became of them; `manifest.json` of `adfm fetch` does not count.
+
+    Args:
+        raw: The data set.
+        images: The converted images, relative to it, with `/`.
+        masks: The masks that are used.
+    """
+    converted = annotations = 0
+    left_out: dict[tuple[str, str], dict[str, Any]] = {}
+    for path, entry in _walk(raw):
+        if path in images:
+            converted += 1
+        elif path in masks:
+            annotations += 1
+        elif path != MANIFEST:
+            suffix = PurePosixPath(entry.name).suffix.lower()
+            reason = _reason(path, suffix, entry)
+            if reason is None:
+                annotations += 1
+                continue
+            kind = _kind(entry.name, suffix)
+            if len(left_out) >= _MOST_KINDS and (kind, reason) not in left_out:
+                kind = "other"
+            row = left_out.setdefault((kind, reason), {"kind": kind, "reason": reason, "files": 0, "examples": []})
+            row["files"] += 1
+            if len(row["examples"]) < EXAMPLES:
+                row["examples"].append(path)
+    rows = sorted(left_out.values(), key=lambda row: (_ORDER.index(row["reason"]), -row["files"], row["kind"]))
+    total = converted + annotations + sum(row["files"] for row in rows)
+    return Inventory(total, converted, annotations, rows)
+
+
+def _walk(raw: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Yields every file with its path below `raw`, folder by folder, by name; no folder twice within itself."""
+    pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    while pending:
+        folder, above = pending.pop()
+        try:
+            status = (raw / folder).stat()
+            identity = (status.st_dev, status.st_ino)
+            if identity in above:
+                continue
+            with os.scandir(raw / folder) as entries:
+                inside = sorted(entries, key=lambda entry: entry.name)
+        except OSError:  # a folder that its reader did not need, or had refused
+            continue
+        deeper = []
+        for entry in inside:
+            path = f"{folder}{entry.name}"
+            if _is(entry.is_dir):
+                deeper.append((f"{path}/", above | {identity}))
+            else:
+                yield path, entry
+        pending += reversed(deeper)
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    try:
+        return kind()
+    except OSError:  # a link to itself
+        return False
+
+
+def _reason(path: str, suffix: str, entry: os.DirEntry[str]) -> str | None:
+    """Why a file is left out; `None` for an annotation."""
+    if any(part.startswith((".", "__MACOSX")) for part in path.split("/")):
+        return HIDDEN
+    if not _is(entry.is_file):
+        return BROKEN
+    if suffix in IMAGES:
+        return UNUSED
+    if suffix in _UNREAD:
+        return UNREAD
+    if suffix in _ARCHIVES:
+        return ARCHIVE
+    if _PAPERS.match(entry.name):
+        return OTHER
+    if suffix in _ANNOTATIONS:
+        return None
+    if suffix in _NOT_SNIFFED:
+        return OTHER
+    try:
+        with Path(entry.path).open("rb", buffering=0) as file:
+            return MISNAMED if _is_image(file.read(16)) else OTHER
+    except OSError:
+        return BROKEN
+
+
+def _is_image(start: bytes) -> bool:
+    """Whether a file begins as PNG, JPEG, GIF, BMP, TIFF, WebP, HEIF or JPEG 2000 does."""
+    return (
+        start.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  "))
+        or (start[:2] == b"BM" and start[6:10] == bytes(4))
+        or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
+        or start[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypavif")
+    )
+
+
+def _kind(name: str, suffix: str) -> str:
+    if _SUFFIX.fullmatch(suffix):
+        return suffix
+    if _SUFFIX.fullmatch(name.lower()):  # .gitignore
+        return name
+    return "other" if suffix else "no suffix"

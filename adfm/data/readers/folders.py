@@ -1,0 +1,452 @@
+"""Labels by folder: images sorted into good ones and defects, with masks or without any.
+
+good/*.jpg, crack/*.jpg                               and, with masks, mask/crack/*.png
+<category>/train/good/*.png, <category>/test/crack/*.png
+OK/*.jpg, NG/*.jpg                                    or NG/scratch/*.jpg
+MT_Free/Imgs/*.jpg, MT_Crack/Imgs/*.jpg               and masks of the same names beside: MT_Crack/Imgs/*.png
+images/*.jpg, masks/*.png                             the mask alone says what is normal
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from adfm.data.readers import btad, dagm, files, kolektor, loco, mvtec, visa
+from adfm.data.readers.annotations import class_name, walk
+from adfm.records import Sample, Split
+
+# Names of folders, in lower case and without what separates words.
+NORMAL = frozenset(
+    ("good", "ok", "normal", "pass", "passed", "free", "defectfree", "nodefect", "nodefects", "nondefective")
+)
+ANOMALOUS = frozenset(
+    ("ng", "bad", "ko", "nok", "notok", "nogood", "notgood", "fail", "failed", "faulty", "reject", "rejected", "def")
+).union(("defect", "defects", "defective", "anomaly", "anomalies", "anomalous", "abnormal"))
+MASKS = frozenset(("mask", "masks", "groundtruth", "gt"))
+# Beside a normal folder, these would be taken for the name of a defect.
+_UNCLEAR = frozenset(
+    ("0", "1", "positive", "negative", "pos", "neg", "yes", "no", "true", "false", "unknown", "unlabeled", "unlabelled")
+).union(("unsorted", "label", "labels", "annotation", "annotations", "seg", "segmentation", "segmentations"))
+_UNCLEAR_WORDS = NORMAL | MASKS | {"truth"}
+_NEGATIONS = frozenset(("no", "non", "not", "without"))
+_IMAGES = frozenset(("images", "image", "imgs", "img"))
+_SPLITS: dict[str, Split] = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+    "testing": "test",
+}
+_NO_NORMAL = "no folder is called good or alike, so that every image is anomalous"
+_ANNOTATIONS = (".json", ".jsonl", ".xml", ".csv", ".tsv")
+_MASK_ENDING = re.compile(r"[-_](?:mask|gt|label)$", re.IGNORECASE)
+_NUMBER = re.compile(r"[a-z]?\d+(?:[-_.]\d+)*", re.IGNORECASE)  # of a part, a day or a batch
+
+_Names = tuple[str, ...]
+
+
+class _Place(NamedTuple):
+    """A folder that holds images.
+
+    Args:
+        folder: Its path.
+        names: The folders that lead to it, without those that stand for a split, for images or for masks.
+        split: The split that one of them stands for.
+        masks: Whether one of them says that the images are masks.
+    """
+
+    folder: Path
+    names: _Names
+    split: Split | None
+    masks: bool
+
+
+class _Kind(NamedTuple):
+    """What the folders of a place say of its images: `defect` is `None` where they are normal."""
+
+    category: str
+    defect: str | None
+
+
+def matches(raw: Path) -> bool:
+    """Whether a folder is called good or alike, or images have masks, and no annotation file says more."""
+    if any(layout.matches(raw) for layout in (btad, dagm, kolektor, loco, mvtec, visa)):
+        return False
+    places = _places(raw)
+    if not places or _has_annotations(raw):
+        return False
+    levels = _Levels(places)
+    if levels.normal:
+        return True
+    masks = {place.names for place in places if place.masks}
+    return any(not place.masks and (place.names in masks or _masked_beside(place.folder)) for place in places)
+
+
+def read(raw: Path) -> Iterator[Sample]:
+    """Yields the images, folder by folder.
+
+    A folder called good, ok, normal, pass, passed, free, defect_free, no_defect or non_defective holds normal images,
+    and any folder beside it those with a defect of its name; words that all of them share (MT_Free, MT_Crack) do not
+    count. Within ng, bad, defect and alike, folders name the defects. train, val, valid, validation and test, where a
+    folder has one of these names, are the split; folders above are the category. Without a normal folder anywhere every
+    image is anomalous, of a defect that is called as its folder.
+
+    A mask has the name of its image, with or without `_mask`, `_gt` or `_label`. It lies in a folder called mask,
+    masks, ground_truth or gt (`mask/crack`, `crack/mask`, `ground_truth` for all defects), or beside the image, where
+    it is a PNG if the image is a JPEG of the same name. Where a kind of defect has no masks at all, the label is all
+    that is known of its images. Images with a mask that lie in no folder of a kind are normal if it shows nothing.
+
+    Images above the folders of the kinds, such as a figure of the whole data set, are left out.
+
+    Args:
+        raw: The raw data set; its name is the name of the data set.
+
+    Raises:
+        AdfmError: Folders of which it is not clear whether they are normal, images with no folder that says so, images
+            without a mask where others of their kind have one, masks without an image: all that was found, in one
+            error, after the last sample.
+    """
+    problems: list[str] = []
+    places = _places(raw)
+    levels = _Levels(places)
+    groups: dict[tuple[_Names, bool], list[_Place]] = defaultdict(list)
+    for place in places:
+        if not levels.is_above(place):
+            groups[levels.of(place.names), place.masks].append(place)
+    empty = True
+    for names in dict.fromkeys(names for names, _ in groups):
+        masks = _Masks(raw, groups[names, True], problems)
+        for sample in _samples(raw, groups[names, False], masks, levels, problems):
+            yield sample
+            empty = False
+        problems += masks.unused()
+    if empty and not problems:
+        problems.append("no image in any place of the layout")
+    files.refuse(raw, "folders", problems)
+
+
+def _samples(raw: Path, places: list[_Place], masks: _Masks, levels: _Levels, problems: list[str]) -> Iterator[Sample]:
+    """The images of one level of kinds, those of defects first: their masks may lie in one folder for all kinds."""
+    dataset = raw.resolve().name
+    kinds: dict[tuple[_Kind | None, _Names, Split | None], list[_Place]] = defaultdict(list)
+    for place in places:
+        try:
+            kind = levels.kind(raw, place)
+            kinds[kind, () if kind and not levels.are_plain else place.names, place.split].append(place)
+        except ValueError as error:
+            problems.append(f"{_name(raw, place.folder)}: {error}")
+    last = sorted(kinds, key=lambda key: bool(key[0] and not key[0].defect))
+    paired: Iterable[tuple[Any, list[tuple[Path, Path | None]]]]
+    paired = ((key, [pair for place in kinds[key] for pair in masks.pairs(place, key[0])]) for key in last)
+    by_mask = False
+    if levels.are_plain:  # where masks say what is normal, the name of a folder need not be that of a defect
+        paired = list(paired)
+        by_mask = any(mask for _, pairs in paired for _, mask in pairs)
+    for (of_folder, names, split), pairs in paired:
+        kind = None if by_mask else of_folder
+        masked = any(mask for _, mask in pairs)
+        if kind is None and not masked:
+            problems += [_astray(raw, place) for place in kinds[of_folder, names, split]]
+            continue
+        category = kind.category if kind else "/".join(levels.inner(names)) or dataset
+        defect = kind.defect if kind else "defect"
+        for image, mask in pairs:
+            source = _name(raw, image)
+            if not mask and kind is None:
+                problems.append(
+                    f"{source}: has no mask, and no folder that says whether it is normal; add the mask, or put normal"
+                    " images into a folder called good"
+                )
+            elif not mask and defect and masked:
+                problems.append(
+                    f"{source}: has no mask, but other images of this kind have one; add it, or remove all of them to"
+                    " train on the labels alone"
+                )
+            yield Sample(
+                image=image,
+                source=source,
+                dataset=dataset,
+                category=category,
+                label="anomalous" if defect else "normal",
+                defect=defect,
+                masks=(mask,) if mask else (),
+                unmarked_is_normal=kind is None,
+                # What the folder says holds for an image whose mask shows nothing, too.
+                located=kind is None,
+                split=split,
+                notes=() if levels.normal or kind is None else (_NO_NORMAL,),
+            )
+
+
+def _astray(raw: Path, place: _Place) -> str:
+    return (
+        f"{_name(raw, place.folder)}: no folder says whether its images are normal, and they have no masks; put normal"
+        " images into a folder called good, and the others beside it into one that is called as their defect"
+    )
+
+
+class _Levels:
+    """Where in the tree of folders the kinds, normal and defects, stand beside each other."""
+
+    def __init__(self, places: Iterable[_Place]) -> None:
+        self._masked = {place.names for place in places if place.masks}
+        inside: dict[_Names, set[str]] = defaultdict(set)
+        for place in places:
+            for depth, name in enumerate(place.names if not place.masks else ()):
+                inside[place.names[:depth]].add(name)
+        self._inside = dict(inside)
+        self._short = {names: _without_shared_words(its) for names, its in inside.items()}
+        cores = {names: set(map(_core, short.values())) for names, short in self._short.items()}
+        self.normal = {names for names, its in cores.items() if its & NORMAL}
+        self._anomalous = {names for names, its in cores.items() if its & ANOMALOUS}
+        self.are_plain = not self.normal and not self._anomalous  # each folder is the name of a defect
+        self._top = min(
+            (len(names) for names, its in inside.items() if len(its) > 1 or names in self.normal), default=0
+        )
+
+    def of(self, names: _Names) -> _Names:
+        """The folders above the kinds on the way to a place; all of them where there are no kinds."""
+        for levels in (self.normal, self._anomalous):
+            for depth in range(len(names) + 1):
+                if names[:depth] in levels:
+                    return names[:depth]
+        if self.are_plain:
+            while len(names) > 1 and _NUMBER.fullmatch(names[-1]):
+                names = names[:-1]
+            return names[:-1]
+        return names
+
+    def is_above(self, place: _Place) -> bool:
+        """Whether images lie above the folders of the kinds, such as a figure of the data set, and have no masks."""
+        above = any(level[: len(place.names)] == place.names for level in self.normal | self._anomalous)
+        return above and not place.masks and place.names not in self._masked
+
+    def kind(self, raw: Path, place: _Place) -> _Kind | None:
+        """What the folders of a place say of it; `None` where they say nothing.
+
+        Raises:
+            ValueError: It is not clear, or contradicts itself.
+        """
+        level = self.of(place.names)
+        if len(level) == len(place.names):
+            return None
+        name, rest = self._short[level][place.names[len(level)]], place.names[len(level) + 1 :]
+        normal, category = _core(name) in NORMAL, self.inner(level)
+        _refuse_unclear(name)
+        for inner in rest:
+            if _core(inner) in (ANOMALOUS if normal else NORMAL):
+                raise ValueError(f"lies in {name}, but is called {inner}; rename one of the two")
+        if rest and self._is_in_all(level, rest[0]):
+            category, rest = (*category, rest[0]), rest[1:]
+        if _core(name) in ANOMALOUS and rest and not _NUMBER.fullmatch(rest[0]):
+            name = rest[0]
+            _refuse_unclear(name)
+        return _Kind("/".join(category) or raw.resolve().name, None if normal else class_name(name))
+
+    def inner(self, names: _Names) -> _Names:
+        """The folders without those that all images lie in, but for the last."""
+        return names[min(self._top, len(names) - 1) :] if names else ()
+
+    def _is_in_all(self, level: _Names, name: str) -> bool:
+        """Whether a folder is in normal ones and in others of a level: a category, not a defect."""
+        kinds = [kind for kind in self._inside[level] if name in self._inside.get((*level, kind), ())]
+        normal = {_core(self._short[level][kind]) in NORMAL for kind in kinds}
+        return len(normal) == 2 and not _NUMBER.fullmatch(name)
+
+
+class _Masks:
+    """The masks of one level of kinds, by their folders and by the names of their images."""
+
+    def __init__(self, raw: Path, places: Iterable[_Place], problems: list[str]) -> None:
+        self._raw, self._problems = raw, problems
+        self._folders: dict[tuple[_Names, Split | None], list[dict[str, list[Path]]]] = defaultdict(list)
+        self._used: set[Path] = set()
+        for place in places:
+            by_stem: dict[str, list[Path]] = defaultdict(list)
+            for mask in files.images(place.folder):
+                by_stem[_MASK_ENDING.sub("", _stem(mask))].append(mask)
+            self._folders[place.names, place.split].append(by_stem)
+
+    def pairs(self, place: _Place, kind: _Kind | None) -> Iterator[tuple[Path, Path | None]]:
+        """Yields the images of a folder, each with its mask."""
+        beside, images = self._beside(place.folder)
+        folders = list(self._near(place))
+        for image in images:
+            stem = _stem(image)
+            masks = [mask for folder in folders for mask in folder.get(stem, ())]
+            if kind and not kind.defect:
+                masks = [mask for mask in masks if mask not in self._used]
+            masks += beside.get(stem, [])
+            if len(masks) > 1:
+                several = ", ".join(_name(self._raw, mask) for mask in masks)
+                self._problems.append(f"{_name(self._raw, image)}: has several masks, keep one: {several}")
+            mask = masks[0] if masks else None
+            if mask and mask in self._used:
+                self._problems.append(
+                    f"{_name(self._raw, mask)}: may be the mask of {_name(self._raw, image)}, and of another image;"
+                    " put masks into a folder for each folder of images"
+                )
+            self._used.update(masks)
+            yield image, mask
+
+    def unused(self) -> Iterator[str]:
+        """A problem for each folder with masks that are not those of an image."""
+        for folders in self._folders.values():
+            for folder in folders:
+                names = sorted(mask for masks in folder.values() for mask in masks if mask not in self._used)
+                if names:
+                    yield (
+                        f"{_name(self._raw, names[0].parent)}: no image for the mask:"
+                        f" {', '.join(mask.name for mask in names)}; add the images, or rename the folder if these are"
+                        " photographs"
+                    )
+
+    def _near(self, place: _Place) -> Iterator[dict[str, list[Path]]]:
+        """The masks in the folder that is called as the place, or in the nearest above."""
+        for depth in range(len(place.names), -1, -1):
+            splits = dict.fromkeys((place.split, None))
+            folders = [self._folders[key] for split in splits if (key := (place.names[:depth], split)) in self._folders]
+            if folders:
+                yield from folders[0]
+                return
+
+    def _beside(self, folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
+        """The masks of a folder that also holds the images, by the names of these; and the images."""
+        files_of: dict[str, list[Path]] = defaultdict(list)
+        for path in files.images(folder):
+            files_of[_stem(path)].append(path)
+        masks: dict[str, list[Path]] = defaultdict(list)
+        for stem, paths in files_of.items():
+            base = _MASK_ENDING.sub("", stem)
+            if base == stem:
+                continue
+            if base in files_of:
+                masks[base] += paths
+            else:
+                self._problems += [
+                    f"{_name(self._raw, path)}: is a mask by its name, but there is no image {base}.* beside it; add"
+                    " the image, or give it another name"
+                    for path in paths
+                ]
+        images = []
+        tried = False
+        for stem, paths in files_of.items():
+            if _MASK_ENDING.search(stem):
+                continue
+            mask = _twin(paths) if len(paths) == 2 else None
+            if len(paths) > 1 and (not mask or not (tried or _is_mask(mask))):
+                several = ", ".join(path.name for path in paths[1:])
+                self._problems.append(
+                    f"{_name(self._raw, paths[0])}: has the same name as {several}, which is not its mask; keep one"
+                )
+            tried = tried or bool(mask)
+            if mask:
+                masks[stem].append(mask)
+            images.append(paths[0] if paths[0] != mask else paths[1])
+        return masks, images
+
+
+def _places(raw: Path) -> list[_Place]:
+    return [_place(raw, folder) for folder in walk(raw) if any(map(files.is_image, folder.glob("[!.]*")))]
+
+
+def _place(raw: Path, folder: Path) -> _Place:
+    names, split, masks = [], None, False
+    for name in folder.relative_to(raw).parts:
+        core, words = _core(name), _words(name)
+        if core in MASKS:
+            masks = True
+        elif len(words) > 1 and (words[0] in MASKS or words[-1] in MASKS):
+            masks = True
+            names.append(re.sub(r"^(?:masks?|gt)[-_. ]+|[-_. ]+(?:masks?|gt)$", "", name, flags=re.IGNORECASE))
+        elif core in _SPLITS:
+            split = _SPLITS[core]
+        elif core not in _IMAGES:
+            names.append(name)
+    return _Place(folder, tuple(names), split, masks)
+
+
+def _has_annotations(raw: Path) -> bool:
+    """Whether there is a file that may say more of the images; `manifest.json` is our own."""
+    return any(
+        path.suffix.lower() in _ANNOTATIONS and path != raw / "manifest.json"
+        for folder in walk(raw)
+        for path in folder.glob("[!.]*")
+    )
+
+
+def _masked_beside(folder: Path) -> bool:
+    stems = {_stem(path) for path in files.images(folder)}
+    return any(_MASK_ENDING.search(stem) and _MASK_ENDING.sub("", stem) in stems for stem in stems)
+
+
+def _refuse_unclear(name: str) -> None:
+    core, words = _core(name), _words(name)
+    if core in NORMAL or core in ANOMALOUS:
+        return
+    if core in _UNCLEAR or words[0] in _NEGATIONS or _UNCLEAR_WORDS.intersection(words):
+        raise ValueError(
+            f"it is not clear whether {name!r} is normal; rename the folder to good, or to the name of the defect, or"
+            " to masks if they are"
+        )
+
+
+def _without_shared_words(names: Iterable[str]) -> dict[str, str]:
+    """Folders that stand beside each other, without the words that all of them begin or end with."""
+    parts = {name: re.split(r"([-_. ]+)", name) for name in names}
+    lists = [[part.lower() for part in its] for its in parts.values()]
+    least = min(map(len, lists))
+    first = last = 0
+    if len(lists) > 1 and lists[0][0] not in _NEGATIONS:
+        while first + 2 < least and len({tuple(its[: first + 2]) for its in lists}) == 1:
+            first += 2
+        while first + last + 2 < least and len({tuple(its[len(its) - last - 2 :]) for its in lists}) == 1:
+            last += 2
+    return {name: "".join(its[first : len(its) - last]) for name, its in parts.items()}
+
+
+def _twin(paths: list[Path]) -> Path | None:
+    """Of two files of one name the one that may be the mask of the other: the PNG, or what else is not a JPEG."""
+    for photograph, mask in ((0, 1), (1, 0)):
+        suffixes = paths[photograph].suffix.lower(), paths[mask].suffix.lower()
+        jpeg = suffixes[0] in (".jpg", ".jpeg", ".jfif")
+        if suffixes[1] == ".png" or (jpeg and suffixes[1] in (".bmp", ".tif", ".tiff", ".pgm")):
+            return paths[mask]
+    return None
+
+
+def _is_mask(path: Path) -> bool:
+    """Whether two grey values make up most of a file, as in a mask; True for one that cannot be read."""
+    if not path.is_file():  # a pipe would be waited for
+        return True
+    try:
+        with Image.open(path) as image:
+            counts = sorted(image.convert("L").histogram(), reverse=True)
+    except Exception:  # a damaged file makes Pillow raise nearly anything; conversion says what is wrong with it
+        return True
+    return sum(counts[:2]) >= 0.6 * sum(counts)
+
+
+def _words(name: str) -> list[str]:
+    return re.split(r"[-_. ]+", name.lower())
+
+
+def _core(name: str) -> str:
+    return "".join(_words(name))
+
+
+def _stem(path: Path) -> str:
+    return unicodedata.normalize("NFC", path.stem)
+
+
+def _name(raw: Path, path: Path) -> str:
+    return path.relative_to(raw).as_posix()

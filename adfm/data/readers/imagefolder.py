@@ -1,0 +1,315 @@
+"""Hugging Face's `imagefolder`: images, and metadata.jsonl, metadata.csv or metadata.parquet with a row an image.
+
+train/000.png    and    train/metadata.jsonl
+{"file_name": "000.png", "objects": {"bbox": [[302.0, 109.0, 73.0, 52.0]], "categories": [0]}}
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from adfm.data.problems import MissingImage
+from adfm.data.readers import table
+from adfm.data.readers.annotations import (
+    Shape,
+    box,
+    class_name,
+    folder_names,
+    holds,
+    mentions,
+    number,
+    sample,
+    split_of,
+    text,
+    unlisted,
+    walk,
+    within,
+)
+from adfm.data.readers.files import refuse
+from adfm.records import Sample
+
+_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_BOXES = ("bbox", "bboxes")
+_CATEGORIES = ("categories", "category", "labels", "label")
+_KNOWN = frozenset(("file_name", "objects", "label", "mask_file_name", "split", "width", "height"))
+
+_Names = dict[str, dict[int, str]]
+"""The names of classes by their number, for each column of numbers."""
+
+
+def matches(raw: Path) -> bool:
+    """Whether there is a metadata file with names of images, near the top."""
+    return holds(raw, lambda folder: any(mentions(file, b"file_name") for file in _metadata(folder)))
+
+
+def read(raw: Path) -> Iterator[Sample]:
+    """Yields the images of the metadata files, in their order.
+
+    `file_name` is relative to the file. `objects` has the boxes, `bbox`, as `[x, y, width, height]` in pixels, and
+    their classes, `categories` or `category`; without boxes the image is normal. Or else `label` says what the image
+    is: normal, good or ok, or the kind of the defect, whose place is not known; or `mask_file_name` names a mask.
+    Classes may be numbers, whose names are in `dataset_info` in README.md. `split` is that of the folders' names.
+
+    Args:
+        raw: The raw data set; its name is the name of the data set and of the category.
+
+    Raises:
+        AdfmError: Everything that is wrong in the metadata files, images that are missing, and images that are in none
+            of them: in one error, after the last sample.
+    """
+    problems: list[str] = []
+    known: set[Path] = set()
+    for folder in walk(raw):
+        for file in _metadata(folder):
+            yield from _samples(raw, file, known, problems)
+    if not known and not problems:
+        problems.append("no metadata.jsonl, metadata.csv or metadata.parquet that lists an image in `file_name`")
+    problems += unlisted(raw, known) if known else []
+    refuse(raw, "imagefolder", problems)
+
+
+def _metadata(folder: Path) -> list[Path]:
+    return [file for file in (folder / name for name in _FILES) if file.is_file()]
+
+
+def _samples(raw: Path, file: Path, known: set[Path], problems: list[str]) -> Iterator[Sample]:
+    where = file.relative_to(raw).as_posix()
+    try:
+        names = _names(raw, file.parent)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        problems.append(f"README.md: {' '.join(str(error).split())}")
+        return
+    place = 0
+    try:
+        for place, row in _rows(file):
+            try:
+                if isinstance(row, ValueError):
+                    raise row
+                if one := _sample(raw, file.parent, row, names, known):
+                    yield one
+                else:
+                    missing = f"there is no image {row.get('file_name')!r}"
+                    problems.append(MissingImage(f"{where}: line {place}: {missing}"))
+            except ValueError as error:
+                problems.append(f"{where}: line {place}: {error}")
+    except csv.Error as error:
+        problems.append(f"{where}: line {place + 1}: is not CSV ({error})")
+    except (ValueError, OSError, RecursionError, pa.ArrowException) as error:
+        problems.append(f"{where}: {' '.join(str(error).split())}")
+
+
+def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    """The rows of a metadata file, with their lines; a row that cannot be read is an error.
+
+    Raises:
+        ValueError: The file cannot be read.
+    """
+    if file.suffix == ".parquet":
+        start = 1
+        for batch in pq.ParquetFile(file).iter_batches():
+            yield from enumerate(batch.to_pylist(), start)
+            start += len(batch)
+    elif file.suffix == ".csv":
+        reader = csv.DictReader(io.StringIO(text(file), newline=""), strict=True)
+        drawn = sorted(name for name in reader.fieldnames or () if name.lower() in table.MAY_BE_BOXES | table.SIDES)
+        if drawn:
+            raise ValueError(
+                f"the columns {', '.join(drawn)} are not of this layout; rename the file, and it is read as layout csv"
+            )
+        for row in reader:
+            yield reader.line_num, _of_csv(row)
+    else:
+        for place, line in enumerate(text(file).splitlines(), start=1):
+            if line.strip():
+                yield place, _parsed(line)
+
+
+def _of_csv(row: dict[str | Any, Any]) -> dict[str, Any] | ValueError:
+    if None in row or None in row.values():
+        return ValueError("has more or fewer cells than the first line")
+    cells: dict[str, Any] = {name: cell.strip() for name, cell in row.items() if cell.strip()}
+    if "objects" in cells:
+        cells["objects"] = _parsed(cells["objects"])
+        if isinstance(cells["objects"], ValueError):
+            return cells["objects"]
+    for name in ("width", "height", "label"):
+        if re.fullmatch("[0-9]{1,9}", cells.get(name, "")):
+            cells[name] = int(cells[name])
+    return cells
+
+
+def _parsed(line: str) -> dict[str, Any] | ValueError:
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"is not JSON ({error})")
+    return content if isinstance(content, dict) else ValueError("is not a JSON object")
+
+
+def _names(raw: Path, folder: Path) -> _Names:
+    """The names of classes in the README.md nearest above a folder, as the `datasets` library writes them there."""
+    for above in (folder, *folder.parents):
+        if not above.is_relative_to(raw):
+            break
+        if (file := above / "README.md").is_file() and file.read_bytes().strip():
+            front = re.match(r"---\s*\n(.*?)\n---", text(file), re.DOTALL)
+            # The base loader leaves all as text: for others a class called `no` is a boolean.
+            content = yaml.load(front[1], yaml.BaseLoader) if front else None
+            names: _Names = {}
+            if isinstance(content, dict):
+                _add_names(content.get("dataset_info"), "", names)
+            return names
+    return {}
+
+
+def _add_names(part: Any, column: str, names: _Names) -> None:
+    if isinstance(part, list):
+        for inside in part:
+            _add_names(inside, column, names)
+    elif isinstance(part, dict):
+        column = part["name"] if isinstance(part.get("name"), str) else column
+        label = part.get("class_label")
+        listed = label.get("names") if isinstance(label, dict) else None
+        listed = dict(enumerate(listed)) if isinstance(listed, list) else listed
+        if isinstance(listed, dict) and all(str(key).isdecimal() for key in listed):
+            classes = {int(key): str(name) for key, name in listed.items()}
+            if names.setdefault(column, classes) != classes:
+                raise ValueError(f"dataset_info names the classes of {column!r} differently; keep one of them")
+        for inside in part.values():
+            _add_names(inside, column, names)
+
+
+def _sample(raw: Path, folder: Path, row: dict[str, Any], names: _Names, known: set[Path]) -> Sample | None:
+    """The sample of a row, or `None` if its image is not there."""
+    image = _path(raw, folder, row.get("file_name"))
+    if not image:
+        return None
+    if image in known:
+        raise ValueError(f"{row['file_name']!r} is listed twice; keep one of the rows")
+    known.add(image)
+    drawn = [name for name in (*table.MAY_BE_BOXES, *_BOXES, "annotations") if isinstance(row.get(name), list | dict)]
+    if drawn:
+        raise ValueError(f"{drawn[0]!r} may say where the defects are; write them in 'objects'")
+    mask = None
+    if row.get("mask_file_name") is not None:
+        mask = _path(raw, folder, row["mask_file_name"])
+        if not mask:
+            raise ValueError(f"there is no mask {row['mask_file_name']!r}")
+        known.add(mask)
+    label = row.get("label", row.get("text") if _is_verdict(row.get("text")) else None)
+    defect = None if label is None else _defect(label, names.get("label", {}))
+    has_objects = row.get("objects") is not None
+    shapes = _shapes(row["objects"], names) if has_objects else []
+    if label is None and not has_objects and not mask:
+        raise ValueError("has neither 'objects' nor a 'label'; a normal image has the label `normal`, or empty lists")
+    if label is not None and not defect and (shapes or mask):
+        raise ValueError(f"the label is {label!r}, but defects are marked on the image")
+    if row.get("split") and not split_of(str(row["split"])):
+        raise ValueError(f"the split {row['split']!r} is none of train, validation, test")
+    further = _further(row)
+    one = sample(
+        raw,
+        image,
+        shapes,
+        split_of(str(row.get("split") or ""), *folder_names(raw, image)),
+        [f"columns that only split.group reads: {', '.join(further)}"] if further else [],
+        size=_size(row),
+        columns=further,
+    )
+    if shapes or (not defect and not mask):
+        return one
+    return replace(
+        one,
+        label="anomalous",
+        defect=defect or "defect",
+        masks=(mask,) if mask else (),
+        unmarked_is_normal=bool(mask and not defect),
+        located=bool(mask),
+    )
+
+
+def _path(raw: Path, folder: Path, name: Any) -> Path | None:
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"{name!r} is not the name of a file; write one in 'file_name'")
+    return within(raw, folder, name) or within(raw, folder, name.replace("\\", "/"))
+
+
+def _is_verdict(word: Any) -> bool:
+    return isinstance(word, str) and word.strip().lower() in (*table.NORMAL, *table.ANOMALOUS)
+
+
+def _defect(label: Any, names: dict[int, str]) -> str | None:
+    """The kind of the defect that the label of an image says; `None`: it is normal."""
+    name = _class(label, names)
+    if name is None:
+        raise ValueError(f"the label {label!r} is a number without a name; write names, or dataset_info in README.md")
+    if name.lower() in table.NORMAL:
+        return None
+    return "defect" if name.lower() in table.ANOMALOUS else class_name(name)
+
+
+def _class(value: Any, names: dict[int, str]) -> str | None:
+    """The name of a class; `None` for a number where no names are known."""
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1e9:
+        raise ValueError(f"{str(value)[:40]!r} is neither a name nor a number of a class")
+    if names and value not in names:
+        raise ValueError(f"the class {value} has no name in README.md; there are {', '.join(map(str, sorted(names)))}")
+    return names.get(value)
+
+
+def _shapes(objects: Any, names: _Names) -> list[Shape]:
+    if isinstance(objects, dict):
+        boxes = next((objects[key] for key in _BOXES if key in objects), None)
+        categories = next(((key, objects[key]) for key in _CATEGORIES if key in objects), ("", None))
+    elif isinstance(objects, list) and all(isinstance(one, dict) for one in objects):
+        boxes = [next((one[key] for key in _BOXES if key in one), None) for one in objects]
+        key = next((key for key in _CATEGORIES if objects and key in objects[0]), "")
+        categories = (key, [one.get(key) for one in objects] if key else None)
+    else:
+        raise ValueError("'objects' is neither an object of lists nor a list of objects")
+    if not isinstance(boxes, list):
+        raise ValueError("'objects' has no list 'bbox'")
+    key, classes = categories
+    if classes is None and not key:
+        classes = ["defect"] * len(boxes)
+    if not isinstance(classes, list) or len(classes) != len(boxes):
+        raise ValueError(f"'objects' has {len(boxes)} boxes, but not as many {key or 'categories'}")
+    return [_shape(drawn, value, names.get(key, {})) for drawn, value in zip(boxes, classes, strict=True)]
+
+
+def _shape(drawn: Any, value: Any, names: dict[int, str]) -> Shape:
+    if not isinstance(drawn, list) or len(drawn) != 4:
+        raise ValueError(f"the box {str(drawn)[:60]} is not [x, y, width, height]")
+    x, y, width, height = map(number, drawn)
+    name = _class(value, names)
+    return Shape(class_name(f"class {value}" if name is None else name), box(x, y, x + width, y + height))
+
+
+def _size(row: dict[str, Any]) -> tuple[int, int] | None:
+    if row.get("width") is None or row.get("height") is None:
+        return None
+    width, height = number(row["width"]), number(row["height"])
+    if not (width.is_integer() and height.is_integer() and width > 0 and height > 0):
+        raise ValueError(f"{width:g}x{height:g} is not a size in pixels")
+    return int(width), int(height)
+
+
+def _further(row: dict[str, Any]) -> dict[str, str]:
+    return {
+        str(name): str(value)
+        for name, value in row.items()
+        if name not in _KNOWN and isinstance(value, str | int | float) and str(value).isprintable()
+    }

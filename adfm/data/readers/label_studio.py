@@ -1,0 +1,536 @@
+"""Label Studio's own JSON: tasks with `data` and `annotations`, or JSON-MIN; a file for all or a file a task.
+
+project-1-at-2024-05-02.json    and    images/000.jpg, <folder>/000.jpg or images/1a2b3c4d-000.jpg
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+import numpy as np
+from PIL import Image
+
+from adfm.data.readers import files
+from adfm.data.readers.annotations import (
+    NoImage,
+    Shape,
+    box,
+    class_name,
+    enclosing,
+    folder_names,
+    holds,
+    listing,
+    member,
+    mentions,
+    number,
+    parsed,
+    polygon,
+    problem,
+    sample,
+    split_of,
+    unlisted,
+    walk,
+)
+from adfm.data.readers.lookup import Images
+from adfm.data.readers.outlines import Point, ellipse, turned_rectangle
+from adfm.data.readers.verdicts import defect_type, is_verdict
+from adfm.records import Box, Rle, Sample
+
+_GEOMETRY = ("x", "y", "width", "height", "rotation", "points", "radiusX", "radiusY", "rle", "vertices", "imageDataURL")
+_HASH = re.compile("^[0-9a-f]{8}-")
+_UPLOAD = re.compile(r"(?:^|[/\\])(upload[/\\]\d+[/\\][^/\\]+)$")  # the number is the project's
+_SERVER = re.compile(r"^https?://[^/]+(?=/(?:data|storage-data)/)")
+_STORAGES = (
+    (re.compile(r"/data/local-files/?\?d="), "/data/local-files/?d="),
+    (re.compile(r"/storage-data/uploaded/?\?filepath="), "/data/"),
+)
+
+
+class _Region(NamedTuple):
+    """One region of an annotation.
+
+    Args:
+        place: Its number among the results, from 1.
+        value: Its geometry.
+        names: Its labels.
+        size: Width and height of the image; `None` if it does not state them.
+    """
+
+    place: int
+    value: dict[str, Any]
+    names: list[str]
+    size: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """What one annotation says of its image.
+
+    Args:
+        shapes: What is drawn.
+        defect: From a choice about the whole image: the defect, "" if the image is normal, `None` if none was made.
+        size: Width and height of the image; `None` if the annotation does not state them: then shapes are fractions.
+        notes: As in `Sample`.
+        undecided: Whether there are choices about the whole image of which it is not known what they say.
+    """
+
+    shapes: tuple[Shape, ...]
+    defect: str | None
+    size: tuple[int, int] | None
+    notes: tuple[str, ...]
+    undecided: bool = False
+
+    @property
+    def key(self) -> object:
+        """The same for annotations that say the same."""
+        drawn = [(shape.name, *(round(side, 3) for side in shape.box)) for shape in self.shapes]
+        return sorted(set(drawn)), self.defect
+
+
+def matches(raw: Path) -> bool:
+    """Whether there is a JSON file of Label Studio near the top."""
+    return holds(raw, lambda folder: any(map(_is_export, listing(folder, ".json"))))
+
+
+def read(raw: Path) -> Iterator[Sample]:
+    """Yields the images of the tasks that have an annotation, file by file.
+
+    Regions are defects: rectangles and ellipses (turned or not), polygons and brush masks. A submitted annotation
+    without regions is a normal image. A choice about the whole image is its label if the choices of that name are
+    ever OK, good, NG, bad or the like; an image with such a label alone has no boxes. Predictions and drafts are not
+    read. The image is the file in the data set that the end of the task's path or URL names.
+
+    A JSON file is in memory whole while its images are yielded; so are the paths of all images.
+
+    Args:
+        raw: The raw data set; its name is the name of the data set and of the category.
+
+    Raises:
+        AdfmError: Everything that is wrong in the JSON files, tasks without an annotation, annotations of one task
+            that differ, images that are missing, and images without a task: in one error, after the last sample.
+    """
+    problems: list[str] = []
+    pictures = Images(raw)
+    used: dict[Path, str] = {}
+    seen = False
+    for folder in walk(raw):
+        exports: dict[Path, list[dict[str, Any]]] = {}
+        for file in listing(folder, ".json"):
+            try:
+                if (tasks := _tasks(parsed(file))) is not None:
+                    exports[file] = tasks
+            except ValueError as error:
+                problems.append(f"{file.relative_to(raw).as_posix()}: {error}")
+        if exports:
+            seen = True
+            yield from _samples(raw, folder, exports, pictures, used, problems)
+    if not seen and not problems:
+        problems.append("no JSON file of Label Studio: no list of tasks with data and annotations")
+    if seen:
+        problems += unlisted(raw, used)
+    files.refuse(raw, "label-studio", problems)
+
+
+def _is_export(file: Path) -> bool:
+    first = _first_character(file)
+    if first == b"[":
+        return mentions(file, b'"annotations"', b'"result"', b'"data"') or mentions(
+            file, b'"annotation_id"', b'"annotator"', b'"lead_time"'
+        )
+    return first == b"{" and mentions(file, b'"result"', b'"data"', b'"was_cancelled"')
+
+
+def _first_character(file: Path) -> bytes:
+    try:
+        with file.open("rb") as content:
+            return content.read(64).removeprefix(b"\xef\xbb\xbf").strip()[:1]
+    except OSError:
+        return b""
+
+
+def _tasks(content: Any) -> list[dict[str, Any]] | None:
+    """The tasks in a file, all in the form of the JSON export; `None` if it holds none."""
+    if isinstance(content, dict):
+        if isinstance(content.get("result"), list) and isinstance(content.get("task"), dict):  # of a target storage
+            return [content["task"] | {"annotations": [content]}]
+        return [content] if _is_task(content) else None
+    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+        return None
+    if content and all("annotation_id" in entry and "data" not in entry for entry in content):
+        return _from_min(content)
+    return content if any(map(_is_task, content)) else None
+
+
+def _is_task(entry: dict[str, Any]) -> bool:
+    return isinstance(entry.get("data"), dict) and any(
+        isinstance(entry.get(key), list) for key in ("annotations", "completions")
+    )
+
+
+def _from_min(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tasks from JSON-MIN, which has an entry an annotation, and the results by the name of their control."""
+    tasks: dict[str, dict[str, Any]] = {}
+    # A single choice is a text, as are the data of the task; it is known by a word such as OK or NG.
+    choices = {name for entry in entries for name, answer in entry.items() if is_verdict(answer)}
+    for place, entry in enumerate(entries, start=1):
+        identifier = entry.get("id", f"no. {place}")
+        task = tasks.setdefault(str(identifier), {"id": identifier, "data": entry, "annotations": []})
+        if entry["annotation_id"] is None:
+            continue
+        results = []
+        for name, answer in entry.items():
+            for value in answer if isinstance(answer, list) else [answer]:
+                if isinstance(value, dict):
+                    sizes = {key: value.get(key) for key in ("original_width", "original_height")}
+                    results.append({"from_name": name, "value": value} | sizes)
+                elif isinstance(value, str) and name in choices:
+                    results.append({"from_name": name, "value": {"choices": [value]}})
+        task["annotations"].append({"id": entry["annotation_id"], "result": results})
+    return list(tasks.values())
+
+
+# --------------------------------------------------------------------------------------------------------------- tasks
+
+
+def _samples(
+    raw: Path,
+    folder: Path,
+    exports: dict[Path, list[dict[str, Any]]],
+    pictures: Images,
+    used: dict[Path, str],
+    problems: list[str],
+) -> Iterator[Sample]:
+    """The samples of the tasks in the files of one folder."""
+    tasks = [(file, place, task) for file, its in exports.items() for place, task in enumerate(its, start=1)]
+    labels = _label_controls(task for _, _, task in tasks)
+    draws = any(_is_region(result) for _, _, task in tasks for result in _results_of_all(task))
+    for file, place, task in tasks:
+        where, name = file.relative_to(raw).as_posix(), f"task {task.get('id', f'no. {place}')}"
+        try:
+            image = _image(raw, task, pictures, folder)
+            if image in used:
+                raise ValueError(f"{_relative(raw, image)} is the image of another task, {used[image]}; keep one")
+            used[image] = f"{name} in {where}"
+            verdict = _verdict(raw, image, task, labels)
+            if not draws and verdict.undecided:
+                raise ValueError(
+                    "no region is drawn in any task, and it is not known which choice means a defect; call the choice"
+                    " of a normal image OK, good or normal"
+                )
+        except ValueError as error:
+            problems.append(problem(f"{where}: {name}", error))
+            continue
+        split = split_of(*folder_names(raw, image))
+        if verdict.shapes or not verdict.defect:
+            yield sample(
+                raw,
+                image,
+                verdict.shapes,
+                split,
+                verdict.notes,
+                size=verdict.size,
+                normalized=bool(verdict.shapes) and verdict.size is None,
+            )
+        else:
+            dataset = raw.resolve().name
+            yield files.sample(
+                raw, dataset, dataset, image, verdict.defect, split=split, located=False, notes=verdict.notes
+            )
+
+
+class _NoAnnotation(NoImage):
+    """An image of which nobody said anything; `convert.missing: skip` leaves it out as it does a missing image."""
+
+
+def _relative(raw: Path, image: Path) -> str:
+    return image.relative_to(raw).as_posix()
+
+
+def _label_controls(tasks: Iterable[dict[str, Any]]) -> frozenset[str]:
+    """The names of the choices that are labels: a word such as OK or NG is chosen there at least once."""
+    names = set()
+    for task in tasks:
+        for result in _results_of_all(task):
+            value = result.get("value")
+            choices = value.get("choices") if isinstance(value, dict) else None
+            for choice in choices if isinstance(choices, list) else []:
+                if is_verdict(choice):
+                    names.add(str(result.get("from_name")))
+    return frozenset(names)
+
+
+def _results_of_all(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for annotation in _annotations(task):
+        results = annotation.get("result")
+        yield from (result for result in results if isinstance(result, dict)) if isinstance(results, list) else ()
+
+
+def _annotations(task: dict[str, Any]) -> list[dict[str, Any]]:
+    annotations = task.get("annotations", task.get("completions"))
+    return [one for one in annotations if isinstance(one, dict)] if isinstance(annotations, list) else []
+
+
+def _image(raw: Path, task: dict[str, Any], pictures: Images, folder: Path) -> Path:
+    data = member(task, "data", dict)
+    names = {key: value for key, value in data.items() if isinstance(value, str) and _is_image_name(value)}
+    if "image" in names:
+        names = {"image": names["image"]}
+    if len(names) != 1:
+        keys = ", ".join(map(repr, names)) or "none"
+        raise ValueError(f"its data should name one image; the keys that do: {keys}")
+    (name,) = names.values()
+    name = _SERVER.sub("", name)
+    for storage, prefix in _STORAGES:
+        name = storage.sub(prefix, name)
+    try:
+        return pictures.locate(name, folder)
+    except NoImage:
+        path = _UPLOAD.search(name)
+        if not path:
+            raise
+        uploaded = _uploaded(raw, unquote(path[1].replace("\\", "/")), pictures, folder)
+        if uploaded is None:
+            raise
+        return uploaded
+
+
+def _uploaded(raw: Path, path: str, pictures: Images, folder: Path) -> Path | None:
+    """The image that was uploaded: under the name that Label Studio gave it, or the one that it had before.
+
+    Label Studio puts a hash before the name, and replaces spaces and other signs (Django's `get_valid_filename`).
+    """
+    name = path.rsplit("/", 1)[1]
+    before = _HASH.sub("", name)
+    for one in dict.fromkeys((f"media/{path}", name, before)):
+        try:
+            return pictures.locate(one, folder)
+        except NoImage:
+            continue
+    places = [folder, *(inside for inside in files.folders(folder) if inside.name.lower() in ("images", "data"))]
+    alike = [image for place in places for image in files.images(place) if _valid(image.name) == before]
+    if len(alike) > 1:
+        several = ", ".join(_relative(raw, image) for image in alike)
+        raise ValueError(f"the image {name!r} may be any of {several}; name its file {name}")
+    return alike[0] if alike else None
+
+
+def _is_image_name(value: str) -> bool:
+    path = re.split("[#?](?!d=|filepath=)", value)[0]
+    return Path(path.replace("\\", "/")).suffix.lower() in files.IMAGES
+
+
+def _valid(name: str) -> str:
+    return re.sub(r"[^-\w.]", "", name.strip().replace(" ", "_"))
+
+
+def _verdict(raw: Path, image: Path, task: dict[str, Any], labels: frozenset[str]) -> _Verdict:
+    """What the annotations of a task say of its image.
+
+    Raises:
+        ValueError: They say something that cannot be read, or differ, or there are none.
+    """
+    annotations = _annotations(task)
+    valid = [one for one in annotations if not (one.get("was_cancelled") or one.get("skipped"))]
+    if not valid:
+        what = "was skipped" if annotations else "has no submitted annotation (a prediction is not one)"
+        raise _NoAnnotation(
+            f"{_relative(raw, image)} {what}; annotate it, or set convert.missing to skip to leave such images out"
+        )
+    truths = [one for one in valid if one.get("ground_truth") is True]
+    notes: tuple[str, ...] = ()
+    if len(truths) == 1 and len(valid) > 1:
+        valid, notes = truths, ("of several annotations, the one marked as ground truth counts",)
+    verdicts = []
+    for annotation in valid:
+        try:
+            verdicts.append(_of_annotation(annotation, labels))
+        except ValueError as error:
+            raise ValueError(f"annotation {annotation.get('id')}: {error}") from error
+    first, *others = verdicts
+    if any(other.key != first.key for other in others):
+        ids = ", ".join(str(annotation.get("id")) for annotation in valid)
+        raise ValueError(
+            f"the annotations {ids} of {_relative(raw, image)} differ; delete all but one, or mark one as ground truth"
+        )
+    if others:
+        notes = ("of several annotations that agree, the first counts",)
+    return replace(first, notes=notes + first.notes)
+
+
+def _of_annotation(annotation: dict[str, Any], labels: frozenset[str]) -> _Verdict:
+    results = member(annotation, "result", list)
+    regions, size = _regions(results), None
+    shapes = []
+    for region in regions:
+        try:
+            shapes.append(_shape(region))
+        except ValueError as error:
+            raise ValueError(f"result {region.place}: {error}") from error
+        size = region.size
+    if len({region.size for region in regions}) > 1:
+        raise ValueError("its results state different sizes of the image")
+    defect, notes = _choice(results, labels, {str(result.get("id")) for result in results if _is_region(result)})
+    if defect == "" and shapes:
+        raise ValueError(f"the image is labelled normal, and {len(shapes)} defects are drawn on it; correct either")
+    return _Verdict(tuple(shapes), defect, size, notes, undecided=defect is None and bool(notes))
+
+
+def _is_region(result: object) -> bool:
+    value = result.get("value") if isinstance(result, dict) else None
+    return isinstance(value, dict) and any(key in value for key in _GEOMETRY)
+
+
+def _regions(results: list[Any]) -> list[_Region]:
+    """The regions, each once: its geometry, its labels and what was answered about it are results of one id."""
+    regions: dict[str, _Region] = {}
+    for place, result in enumerate(results, start=1):
+        if not _is_region(result):
+            continue
+        value = result["value"]
+        geometry = {key: value[key] for key in _GEOMETRY if key in value}
+        key = str(result["id"]) if result.get("id") is not None else json.dumps(geometry, sort_keys=True)
+        if result.get("image_rotation"):
+            raise ValueError(
+                f"result {place}: the image was turned by {result['image_rotation']} degrees in Label Studio; turn the"
+                " file itself, and annotate that"
+            )
+        region = regions.setdefault(key, _Region(place, geometry, [], _size(place, result)))
+        for kind, names in value.items():
+            if kind.endswith("labels") and isinstance(names, list):
+                region.names.extend(str(name) for name in names if name not in region.names)
+    return list(regions.values())
+
+
+def _size(place: int, result: dict[str, Any]) -> tuple[int, int] | None:
+    sides = [result.get(key) for key in ("original_width", "original_height")]
+    if sides == [None, None]:
+        return None
+    for side in sides:
+        if not isinstance(side, int | float) or not 1 <= side < 1e6 or side != int(side):
+            raise ValueError(f"result {place}: the size {sides[0]} x {sides[1]} is not one of an image")
+    return int(sides[0]), int(sides[1])  # type: ignore[arg-type]
+
+
+def _choice(results: list[Any], labels: frozenset[str], regions: set[str]) -> tuple[str | None, tuple[str, ...]]:
+    """The label of the whole image, as in `_Verdict`, and a note about choices that are not labels."""
+    chosen: list[str] = []
+    notes: list[str] = []
+    for result in results:
+        value = result.get("value") if isinstance(result, dict) else None
+        choices = value.get("choices") if isinstance(value, dict) else None
+        if not isinstance(choices, list) or _is_region(result) or str(result.get("id")) in regions:
+            continue
+        name = str(result.get("from_name"))
+        if name in labels:
+            chosen += [choice for choice in choices if isinstance(choice, str)]
+            notes.append(f"the choice {name!r} is taken for the label of the image")
+        else:
+            notes.append(f"the choice {name!r} is not about a defect and is left out")
+    return defect_type(chosen), tuple(notes)
+
+
+# -------------------------------------------------------------------------------------------------------------- shapes
+
+
+def _shape(region: _Region) -> Shape:
+    if not region.names:
+        raise ValueError("the region has no label; choose one, or delete it")
+    name = "+".join(sorted(class_name(one) for one in region.names))
+    value, (width, height) = region.value, region.size or (1, 1)
+    scale = (width / 100, height / 100)
+    rotation = number(value.get("rotation") or 0) % 360
+    if "rle" in value:
+        if not region.size:
+            raise ValueError("a brush mask without original_width and original_height cannot be read")
+        return _brush(name, value["rle"], width, height)
+    if rotation and not region.size:
+        raise ValueError("a turned region without original_width and original_height cannot be read")
+    if "points" in value:
+        outline = polygon([_point(point, scale) for point in member(value, "points", list)])
+        return Shape(name, enclosing(outline), (outline,), cut=True)
+    if "vertices" in value or "imageDataURL" in value:
+        raise ValueError(
+            "a region of this kind is not read; draw a rectangle, polygon, ellipse or brush mask in its place"
+        )
+    x, y = _point([value.get("x"), value.get("y")], scale)
+    if "radiusX" in value:
+        return ellipse(name, (x, y), _point([value["radiusX"], value.get("radiusY")], scale), math.radians(rotation))
+    if "width" not in value or "height" not in value:
+        raise ValueError("a point has no area; draw a rectangle, polygon, ellipse or mask in its place")
+    across, down = _point([value["width"], value["height"]], scale)
+    if not rotation:
+        return Shape(name, box(x, y, x + across, y + down))
+    return turned_rectangle(name, Box(x, y, x + across, y + down), rotation, pivot=(x, y))
+
+
+def _point(value: object, scale: Point) -> Point:
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise ValueError(f"{str(value)[:40]!r} is no point [x, y]")
+    return number(value[0]) * scale[0], number(value[1]) * scale[1]
+
+
+def _brush(name: str, packed: object, width: int, height: int) -> Shape:
+    """A mask that was painted: a pixel belongs to it where its opacity is more than half of the mask's largest."""
+    if width * height > (Image.MAX_IMAGE_PIXELS or 0):
+        raise ValueError(f"an image of {width}x{height} is too large for a mask")
+    opacity = _unpacked(packed, width * height * 4).reshape(height, width, 4)[..., 3]
+    mask = opacity > opacity.max() / 2
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not rows.size:
+        raise ValueError("its mask shows nothing; delete it")
+    pixels = mask.T.ravel()
+    counts = np.diff([0, *np.flatnonzero(np.diff(pixels, prepend=False)), pixels.size])
+    around = box(float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
+    return Shape(name, around, rle=Rle(height, width, tuple(counts.tolist())))
+
+
+def _unpacked(packed: object, length: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The bytes of an image (red, green, blue, opacity) from Label Studio's run lengths.
+
+    A header of 32 bits for the number of bytes, 5 for the size of a word (less 1), 4 times 4 for the sizes of a run
+    length (less 1); then runs: a bit that says whether one word is repeated, two for the size of the length, the
+    length (less 1), the word or words.
+    """
+    damaged = ValueError("its mask is damaged")
+    if not isinstance(packed, list) or not all(type(value) is int and 0 <= value < 256 for value in packed):
+        raise ValueError("'rle' is no list of bytes")
+    bits = np.unpackbits(np.array(packed, np.uint8))
+    text = (bits + ord("0")).tobytes().decode()
+    at = 0
+
+    def take(count: int) -> int:
+        nonlocal at
+        if at + count > len(text):
+            raise damaged
+        at += count
+        return int(text[at - count : at], 2)
+
+    values, word = take(32), take(5) + 1
+    sizes = [take(4) + 1 for _ in range(4)]
+    if values != length:
+        raise ValueError(f"its mask has {values} values, and {length} would be those of the image")
+    if word != 8:
+        raise damaged
+    unpacked = np.zeros(length, np.uint8)
+    filled = 0
+    while filled < length:
+        repeated = take(1)
+        count = take(sizes[take(2)]) + 1
+        if filled + count > length:
+            raise damaged
+        if repeated:
+            unpacked[filled : filled + count] = take(8)
+        else:
+            if at + 8 * count > len(text):
+                raise damaged
+            unpacked[filled : filled + count] = np.packbits(bits[at : at + 8 * count])
+            at += 8 * count
+        filled += count
+    return unpacked

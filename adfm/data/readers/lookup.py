@@ -1,0 +1,245 @@
+"""Finds the images of a data set by the names that annotation files give them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
+
+from adfm.data.readers import files
+from adfm.data.readers.annotations import SPLIT_NAMES, NoImage, folder_names, nfc, partners, split_of, walk
+from adfm.data.readers.files import folders
+from adfm.records import Split
+
+_IMAGES = frozenset(
+    ("images", "image", "imgs", "img", "data", "jpegimages", "pictures", "picture", "pics", "pic", "photos", "photo")
+)
+_ANNOTATIONS = frozenset(
+    ("annotations", "annotation", "annots", "annot", "anns", "ann", "labels", "label", "jsons", "json", "labelme")
+)
+_DRIVE = re.compile(r"[A-Za-z]:(?=[\\/])")
+# The second is Label Studio's, for files in a folder of its server; those that were uploaded have a name of their own.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^/]*|.*/data/local-files/\?(?:d|filepath)=")
+_UPLOAD = re.compile(r"(?:^|/)upload/(?:\d+/)?[^/]+$")
+
+
+class Images:
+    """Finds the images of a data set by the names that annotation files give them.
+
+    A name with a folder leads there: from the annotation file, from a folder above it, or from a folder of images that
+    belongs to it. Of a path of the machine that wrote it, the longest tail that exists counts. A bare name is looked
+    for beside the annotation file and in its own folders of images alone: an image that was deleted is missing, even
+    where another split or product has one of the same name. Names that differ in Unicode normalisation, or in upper
+    and lower case of the extension, are the same, unless one is exactly right.
+
+    The names of the files in folders that were looked into are in memory.
+
+    Args:
+        raw: The data set.
+    """
+
+    def __init__(self, raw: Path) -> None:
+        self._raw = raw
+        self._names: dict[Path, frozenset[str]] = {}
+        self._alike: dict[Path, dict[str, list[str]]] = {}
+        self._stems: dict[Path, dict[str, list[str]]] = {}
+        self._folders: dict[tuple[Path, tuple[str, ...]], Path | None] = {}
+        self._children: dict[Path, list[Path]] = {}
+        self._parents: dict[Path, list[Path]] = {}
+        self._groups: dict[tuple[Path, str], list[list[Path]]] = {}
+
+    def locate(self, name: str, folder: Path, stem: str = "") -> Path:
+        """The image that an annotation file means by a name.
+
+        Args:
+            name: A path, absolute or relative, with `/` or backslashes, or a URL.
+            folder: The folder of the annotation file.
+            stem: The name of the annotation file without its extension, where it says which images the file is of, as
+                `instances_train` does.
+
+        Raises:
+            NoImage: The data set does not have this image.
+            ValueError: It may be any of several.
+        """
+        groups = self._own(folder, stem)
+        for reading in _readings(name):
+            if path := self._by_path(reading, name, folder, groups):
+                return path
+        raise NoImage(
+            f"there is no image {name!r}, neither where its path leads nor beside this file nor in a folder of images"
+            " that belongs to it"
+        )
+
+    def of_stem(self, stem: str, folder: Path) -> list[Path]:
+        """The images with the name of an annotation file: those beside it, else those in its own folders of images."""
+        for group in self._own(folder, ""):
+            if paths := [each / name for each in group for name in self._by_stem(each).get(nfc(stem), ())]:
+                return paths
+        return []
+
+    def _by_path(self, path: str, name: str, folder: Path, groups: Sequence[Sequence[Path]]) -> Path | None:
+        path = _DRIVE.sub("/", path)
+        foreign, above = path.startswith("/"), self._above(folder)  # foreign: of the machine that wrote the file
+        if not foreign and ".." in path.split("/"):
+            path = os.path.normpath("/".join((*folder.relative_to(self._raw).parts, path)))
+            foreign, above = path.startswith("../"), above[-1:]
+        parts = [part for part in os.path.normpath(path).split("/") if part.strip(".")]
+        if not parts:
+            return None
+        bases = dict.fromkeys((*above, *itertools.chain(*groups))) if len(parts) > 1 else ()
+        for start in range(len(parts) - 1):
+            places = [place for base in bases if (place := self._folder(base, tuple(parts[start:-1])))]
+            for place in places:
+                if image := self._in(place, parts[-1], name):
+                    return image
+            if any(map(self._by_stem, places)):
+                return None  # it is missing from the very folder that the path names
+        if len(parts) > 1 and not foreign and not all(map(self._is_general, parts[:-1])):
+            return None
+        groups = groups if len(parts) == 1 or _UPLOAD.search(path) else groups[:-1]
+        return self._by_name(parts[-1], name, groups, split_of(*parts[-2::-1]))
+
+    def _by_name(self, last: str, name: str, groups: Sequence[Sequence[Path]], split: Split | None) -> Path | None:
+        for group in groups:
+            places = [place for place in group if not self._contradicts(place, split)]
+            paths = [path for place in places if (path := self._in(place, last, name))]
+            if len(paths) > 1:
+                several = ", ".join(path.relative_to(self._raw).as_posix() for path in paths)
+                raise ValueError(f"the image {name!r} may be any of {several}; write its folder with it")
+            if paths:
+                return paths[0]
+        return None
+
+    def _in(self, folder: Path, last: str, name: str) -> Path | None:
+        """The file of a name in a folder."""
+        if last in self._files(folder):
+            return folder / last
+        if folder not in self._alike:
+            self._alike[folder] = _grouped(self._files(folder), _alike)
+        alike = self._alike[folder].get(_alike(last), [])
+        if len(alike) > 1:
+            raise ValueError(
+                f"the image {name!r} may be any of {', '.join(sorted(alike))}; write it as its file is named"
+            )
+        return folder / alike[0] if alike else None
+
+    def _files(self, folder: Path) -> frozenset[str]:
+        if folder not in self._names:
+            with os.scandir(folder) as entries:
+                self._names[folder] = frozenset(entry.name for entry in entries if entry.is_file())
+        return self._names[folder]
+
+    def _by_stem(self, folder: Path) -> dict[str, list[str]]:
+        """The images of a folder."""
+        if folder not in self._stems:
+            suffixes = [(name, PurePosixPath(name).suffix.lower()) for name in sorted(self._files(folder))]
+            images = (name for name, suffix in suffixes if suffix in files.IMAGES and not name.startswith("."))
+            self._stems[folder] = _grouped(images, lambda name: nfc(PurePosixPath(name).stem))
+        return self._stems[folder]
+
+    def _folder(self, base: Path, parts: tuple[str, ...]) -> Path | None:
+        """The folder that a path leads to from another."""
+        if not parts:
+            return base
+        if (base, parts) not in self._folders:
+            folder = base.joinpath(*parts)
+            if os.path.isdir(folder):  # noqa: PTH112 - unlike is_dir, false for a name that no folder can have
+                self._folders[base, parts] = folder
+            else:
+                above = self._folder(base, parts[:-1])
+                alike = [each for each in self._inside(above) if nfc(each.name) == nfc(parts[-1])] if above else []
+                self._folders[base, parts] = alike[0] if len(alike) == 1 else None
+        return self._folders[base, parts]
+
+    def _inside(self, folder: Path) -> list[Path]:
+        if folder not in self._children:
+            self._children[folder] = folders(folder)
+        return self._children[folder]
+
+    def _above(self, folder: Path) -> list[Path]:
+        """A folder and those that it is in, up to the data set."""
+        if folder not in self._parents:
+            self._parents[folder] = [each for each in (folder, *folder.parents) if each.is_relative_to(self._raw)]
+        return self._parents[folder]
+
+    def _is_general(self, part: str) -> bool:
+        """Whether the name of a folder does not say which images are in it, other than of which split they are."""
+        return part.lower() in _IMAGES or part.lower() in SPLIT_NAMES or part == self._raw.resolve().name
+
+    def _contradicts(self, folder: Path, split: Split | None) -> bool:
+        """Whether a folder is that of another split."""
+        return split is not None and split_of(*folder_names(self._raw, folder / "image")) not in (None, split)
+
+    def _own(self, folder: Path, stem: str) -> list[list[Path]]:
+        """The folders that the images of an annotation file may be in, the nearest group first.
+
+        These are: the one that it is in; then those of its name, else of its split, else those for images and the only
+        one that has any. The last group does not count for a name with a folder.
+        """
+        if (folder, stem) not in self._groups:
+            raw = self._raw
+            split = split_of(stem, *folder_names(raw, folder / "image"))
+            annotations = [place for place in self._above(folder)[:-1] if place.name.lower() in _ANNOTATIONS][:1]
+            bases = [folder, *(place.parent for place in annotations)]
+            if folder != raw and (annotations or not self._by_stem(folder)):
+                bases.insert(1, folder.parent)
+            general = [inside for base in bases for inside in self._inside(base) if inside.name.lower() in _IMAGES]
+            inside = [each for base in (*bases, *general) for each in self._inside(base)]
+            named = self._with_images(each for each in inside if _mentions(f"{stem} {folder.name}", each.name))
+            named = named or self._with_images(each for each in inside if split and split_of(each.name) == split)
+            if annotations:
+                general += [place for place in partners(raw, folder, _ANNOTATIONS, _IMAGES) if place.is_dir()]
+            groups = [named, []] if named else [general, self._only]
+            self._groups[folder, stem] = [
+                [folder],
+                *(
+                    [place for place in dict.fromkeys(group) if place != folder and not self._contradicts(place, split)]
+                    for group in groups
+                ),
+            ]
+        return self._groups[folder, stem]
+
+    def _with_images(self, places: Iterable[Path]) -> list[Path]:
+        """Those of some folders that have images somewhere in them, each with its folders for images."""
+        both = [
+            each for place in places for each in (place, *(i for i in self._inside(place) if i.name.lower() in _IMAGES))
+        ]
+        return [place for place in dict.fromkeys(both) if any(map(self._by_stem, walk(place)))]
+
+    @functools.cached_property
+    def _only(self) -> list[Path]:
+        """The folder that has all images of the data set, if one has."""
+        some = list(itertools.islice((folder for folder in walk(self._raw) if self._by_stem(folder)), 2))
+        return some if len(some) == 1 else []
+
+
+def _readings(name: str) -> list[str]:
+    """The paths that a name may stand for: as it is, with backslashes, as a URL."""
+    slashed = name.replace("\\", "/")
+    path = _URL.sub("/", slashed, count=1)
+    queried = [path.partition(mark)[0] for mark in "?&#"] if path != slashed else []
+    decoded = [unquote(each).replace("\\", "/") for each in (path, *queried)]
+    return list(dict.fromkeys((name, slashed, path, *decoded)))
+
+
+def _alike(name: str) -> str:
+    """What names of one image have in common."""
+    path = PurePosixPath(name)
+    return nfc(path.stem + path.suffix.lower()) if path.name else name
+
+
+def _grouped(names: Iterable[str], key: Callable[[str], str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        groups[key(name)].append(name)
+    return dict(groups)
+
+
+def _mentions(text: str, name: str) -> bool:
+    """Whether a text has a name as a word of its own."""
+    return re.search(rf"(?<![^\W_]){re.escape(name)}(?![^\W_])", text, re.IGNORECASE) is not None

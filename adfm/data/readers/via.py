@@ -1,0 +1,374 @@
+"""VGG Image Annotator: one JSON or CSV file, a project or an export, of version 1, 2 or 3.
+
+via_project.json or via_export_json.json or via_export_csv.csv    and    000.jpg or images/000.jpg
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from adfm.data.readers import files
+from adfm.data.readers.annotations import (
+    Shape,
+    box,
+    class_name,
+    enclosing,
+    folder_names,
+    holds,
+    listing,
+    member,
+    mentions,
+    number,
+    parsed,
+    polygon,
+    problem,
+    sample,
+    split_of,
+    text,
+    unlisted,
+    walk,
+)
+from adfm.data.readers.lookup import Images
+from adfm.data.readers.outlines import ellipse
+from adfm.data.readers.verdicts import defect_type, is_verdict
+from adfm.records import Sample
+
+# What people call the attribute that names the class, if a region has several.
+_CLASS_ATTRIBUTES = frozenset(("class", "classes", "label", "name", "type", "category", "defect", "defect_type"))
+_SHAPES = {2: "rect", 3: "circle", 4: "ellipse", 5: "polyline", 6: "polyline", 7: "polygon", 8: "box"}  # of VIA 3
+_UNNAMED = "defect"
+
+Attributes = dict[str, str]
+
+
+class _Region(NamedTuple):
+    shape: dict[str, Any]
+    attributes: Attributes
+
+
+class _Image(NamedTuple):
+    """What a file says of one image.
+
+    Args:
+        name: Its file name, path or URL.
+        size: Its size in bytes; -1 if unknown.
+        regions: What is drawn on it.
+        attributes: What is said of it as a whole.
+    """
+
+    name: str
+    size: int
+    regions: list[_Region]
+    attributes: Attributes
+
+
+def matches(raw: Path) -> bool:
+    """Whether there is a JSON or CSV file of VIA near the top."""
+    return holds(raw, lambda folder: any(map(_is_export, [*listing(folder, ".json"), *listing(folder, ".csv")])))
+
+
+def read(raw: Path) -> Iterator[Sample]:
+    """Yields the images that the files list, file by file.
+
+    A rectangle, circle, ellipse and polygon is a defect, a polyline too (its box alone). Its class is the region's only
+    attribute, or the one that is called class, label, name, type, category or defect; where no region has any, all are
+    called defect. An attribute of the file is the image's label if it is ever OK, good, NG, bad or the like.
+
+    A JSON or CSV file is in memory whole while its images are yielded; so are the paths of all images.
+
+    Args:
+        raw: The raw data set; its name is the name of the data set and of the category.
+
+    Raises:
+        AdfmError: Everything that is wrong in the files, images that are missing, and images that none of them lists:
+            in one error, after the last sample.
+    """
+    problems: list[str] = []
+    pictures = Images(raw)
+    used: dict[Path, str] = {}
+    seen = False
+    for folder in walk(raw):
+        for file in [*listing(folder, ".json"), *listing(folder, ".csv")]:
+            where = file.relative_to(raw).as_posix()
+            try:
+                images = _images(file, where, problems)
+            except ValueError as error:
+                problems.append(f"{where}: {error}")
+                continue
+            if images is not None:
+                seen = True
+                yield from _samples(raw, file, images, pictures, used, problems)
+    if not seen and not problems:
+        problems.append("no JSON or CSV file of VIA: none with regions and file_attributes")
+    if seen:
+        problems += unlisted(raw, used)
+    files.refuse(raw, "via", problems)
+
+
+def _is_export(file: Path) -> bool:
+    if file.suffix.lower() == ".csv":
+        return mentions(file, b"file_attributes", b"region_shape_attributes", b"region_attributes")
+    return (
+        mentions(file, b'"_via_img_metadata"')
+        or mentions(file, b'"filename"', b'"regions"', b'"file_attributes"')
+        or mentions(file, b'"vid_list"', b'"fid_list"', b'"metadata"')
+    )
+
+
+def _samples(
+    raw: Path,
+    file: Path,
+    images: list[_Image],
+    pictures: Images,
+    used: dict[Path, str],
+    problems: list[str],
+) -> Iterator[Sample]:
+    where, split = file.relative_to(raw).as_posix(), split_of(file.stem, *folder_names(raw, file))
+    try:
+        kind, notes = _class_attribute(region for image in images for region in image.regions)
+        labels = _label_attributes(images)
+    except ValueError as error:
+        problems.append(f"{where}: {error}")
+        return
+    for image in images:
+        try:
+            path = pictures.locate(image.name, file.parent, file.stem)
+            if path in used:
+                raise ValueError(f"{path.relative_to(raw).as_posix()} is listed before, in {used[path]}; keep one")
+            used[path] = where
+            defect = defect_type(image.attributes[name] for name in labels if name in image.attributes)
+        except ValueError as error:
+            problems.append(problem(where, error))
+            continue
+        is_same = image.size < 0 or path.stat().st_size == image.size
+        shapes = []
+        for place, region in enumerate(image.regions):
+            try:
+                shapes.append(_shape(region, kind, is_same))
+            except ValueError as error:
+                problems.append(f"{where}: {image.name}: region {place}: {error}")
+        if defect == "" and image.regions:
+            problems.append(
+                f"{where}: {image.name} is labelled normal, and {len(image.regions)} regions are drawn on it; correct"
+                " either"
+            )
+        said = list(notes) if image.regions else []
+        if defect is not None:
+            said += [f"the attribute {name!r} is taken for the label of the image" for name in labels]
+        if not is_same:
+            said.append("the image file is not the one that was annotated: it has another size in bytes")
+        its_split = split or split_of(*folder_names(raw, path))
+        if defect and not image.regions:
+            name = raw.resolve().name
+            yield files.sample(raw, name, name, path, defect, split=its_split, located=False, notes=tuple(said))
+        else:
+            yield sample(raw, path, shapes, its_split, said)
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def _images(file: Path, where: str, problems: list[str]) -> list[_Image] | None:
+    """The images that a file lists; `None` if it is not one of VIA."""
+    if file.suffix.lower() == ".csv":
+        return _from_csv(text(file), where, problems) if _is_export(file) else None
+    content = parsed(file)
+    if not isinstance(content, dict):
+        return None
+    if all(isinstance(content.get(key), dict) for key in ("file", "view", "metadata", "attribute")):
+        return _from_version_3(content)
+    entries = content.get("_via_img_metadata", content)
+    if not isinstance(entries, dict) or not all(_is_entry(entry) for entry in entries.values()):
+        if "_via_img_metadata" in content:
+            raise ValueError("_via_img_metadata is not an object of images with filename and regions")
+        return None
+    if not entries and entries is content:
+        return None
+    declared = content.get("_via_attributes")
+    return [_from_entry(entry, declared) for entry in entries.values()]
+
+
+def _is_entry(entry: object) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("filename"), str) and "regions" in entry
+
+
+def _from_entry(entry: dict[str, Any], declared: object) -> _Image:
+    """An image of version 1 or 2; `declared` are the project's attributes, with the options to choose from."""
+    regions = entry["regions"] or []
+    if isinstance(regions, dict):  # version 1
+        regions = list(regions.values())
+    if not isinstance(regions, list):
+        raise ValueError(f"the regions of {entry['filename']!r} are not a list")
+    drawn = [
+        _Region(
+            member(region, "shape_attributes", dict), _attributes(region.get("region_attributes"), declared, "region")
+        )
+        for region in regions
+    ]
+    size = entry.get("size")
+    attributes = _attributes(entry.get("file_attributes"), declared, "file")
+    return _Image(entry["filename"], size if type(size) is int else -1, drawn, attributes)
+
+
+def _attributes(given: object, declared: object, kind: str) -> Attributes:
+    """Attributes with their values as text; a value of several options is their names, joined by `+`."""
+    known = declared.get(kind) if isinstance(declared, dict) else None
+    attributes = {}
+    for name, value in given.items() if isinstance(given, dict) else ():
+        attribute = known.get(name) if isinstance(known, dict) else None
+        options = attribute.get("options") if isinstance(attribute, dict) else None
+        chosen = [option for option, on in value.items() if on] if isinstance(value, dict) else [value]
+        names = [_option(option, options) for option in chosen if option not in (None, "")]
+        attributes[name] = "+".join(sorted(names)).strip()
+    return attributes
+
+
+def _option(option: object, options: object) -> str:
+    """What an option is called; its id may be a mere number."""
+    description = options.get(str(option)) if isinstance(options, dict) else None
+    return description if isinstance(description, str) and description.strip() else str(option)
+
+
+def _from_csv(content: str, where: str, problems: list[str]) -> list[_Image]:
+    """The images of a CSV export, which has a row a region, or a row with `{}` for an image without."""
+    images: dict[tuple[str, str], _Image] = {}
+    try:
+        for row in csv.DictReader(io.StringIO(content.lstrip("#")), strict=True):
+            name, size = row.get("filename") or row.get("#filename") or "", row.get("file_size") or ""
+            try:
+                parts = {
+                    key: json.loads(row.get(key) or "{}") for key in ("region_shape_attributes", "region_attributes")
+                }
+                whole = json.loads(row.get("file_attributes") or "{}")
+            except (ValueError, RecursionError):
+                problems.append(f"{where}: {name}: its attributes are not JSON")
+                continue
+            its_size = int(size) if size.isascii() and size.isdigit() and len(size) < 16 else -1
+            image = images.setdefault((name, size), _Image(name, its_size, [], _attributes(whole, None, "file")))
+            shape = parts["region_shape_attributes"]
+            if shape and isinstance(shape, dict):
+                image.regions.append(_Region(shape, _attributes(parts["region_attributes"], None, "region")))
+    except csv.Error as error:
+        raise ValueError(f"is not CSV that can be read ({error})") from error
+    return list(images.values())
+
+
+def _from_version_3(content: dict[str, Any]) -> list[_Image]:
+    declared = content["attribute"]
+    images: dict[str, _Image] = {}
+    for view, of_view in content["view"].items():
+        shown = member(of_view, "fid_list", list)
+        if len(shown) != 1:
+            raise ValueError(f"view {view} shows {len(shown)} files; only projects with one image a view are read")
+        file = member(content["file"], str(shown[0]), dict)
+        images[view] = _Image(member(file, "fname", str), -1, [], {})
+    for metadata in content["metadata"].values():
+        view, points = str(member(metadata, "vid", object)), member(metadata, "xy", list)
+        if view not in images:
+            raise ValueError(f"a region is in the view {view!r}, which does not exist")
+        attributes = {}
+        for key, value in member(metadata, "av", dict).items():
+            attribute = declared.get(key)
+            if not isinstance(attribute, dict) or value in (None, ""):
+                continue
+            chosen = str(value).split(",") if attribute.get("type") == 2 else [str(value)]  # 2: several of the options
+            names = [_option(option, attribute.get("options")) for option in chosen]
+            attributes[str(attribute.get("aname"))] = "+".join(sorted(names)).strip()
+        if points:
+            images[view].regions.append(_Region(_shape_of_version_3(points), attributes))
+        else:
+            images[view].attributes.update(attributes)
+    return list(images.values())
+
+
+def _shape_of_version_3(points: list[Any]) -> dict[str, Any]:
+    """A shape in the form of version 2: a number for its kind, then its coordinates."""
+    name = _SHAPES.get(points[0]) if isinstance(points[0], int) else None
+    keys = {"rect": ("x", "y", "width", "height"), "circle": ("cx", "cy", "r"), "ellipse": ("cx", "cy", "rx", "ry")}
+    if name in keys:
+        return {"name": name} | dict(zip(keys[name], points[1:], strict=False))
+    return {"name": name or f"number {points[0]}", "all_points_x": points[1::2], "all_points_y": points[2::2]}
+
+
+# -------------------------------------------------------------------------------------------------------------- shapes
+
+
+def _class_attribute(regions: Iterable[_Region]) -> tuple[str | None, tuple[str, ...]]:
+    """The attribute that names the class of a region, `None` if no region has any; and notes about the regions.
+
+    Raises:
+        ValueError: There are several, and it is not clear which.
+    """
+    names: dict[str, None] = {}
+    drawn = False
+    for region in regions:
+        drawn = True
+        names.update(dict.fromkeys(name for name, value in region.attributes.items() if value))
+    if not names:
+        return None, (f"no region has a class; all are called {_UNNAMED}",) if drawn else ()
+    likely = [name for name in names if name.strip().lower() in _CLASS_ATTRIBUTES]
+    if len(names) > 1 and len(likely) != 1:
+        raise ValueError(
+            f"the regions have the attributes {', '.join(map(repr, names))}; call the one that is the class 'class',"
+            " and rename the others"
+        )
+    kind = likely[0] if len(names) > 1 else next(iter(names))
+    others = [name for name in names if name != kind]
+    return kind, tuple(f"the attribute {name!r} of regions is left out" for name in others)
+
+
+def _label_attributes(images: list[_Image]) -> list[str]:
+    """The attributes of files that say whether an image is normal.
+
+    Raises:
+        ValueError: One says it of some images, and something else of others.
+    """
+    values: dict[str, set[str]] = {}
+    for image in images:
+        for name, value in image.attributes.items():
+            values.setdefault(name, set()).add(value)
+    labels = [name for name, its in values.items() if any(map(is_verdict, its))]
+    for name in labels:
+        others = sorted(value for value in values[name] if value and not is_verdict(value))
+        if others and name.strip().lower() not in _CLASS_ATTRIBUTES:
+            raise ValueError(
+                f"the attribute {name!r} of files is the label of some images, and {others[0]!r} for others; call it"
+                " label if that is a defect"
+            )
+    return labels
+
+
+def _shape(region: _Region, kind: str | None, is_same: bool) -> Shape:
+    """A region's shape; what reaches out of the image is cut off if the image is the one that was annotated."""
+    if kind is not None and not region.attributes.get(kind):
+        raise ValueError(f"it has no {kind!r}; choose one, or delete the region")
+    name = _UNNAMED if kind is None else class_name(region.attributes[kind])
+    shape = region.shape
+    form = shape.get("name")
+    if form == "rect":
+        x, y, width, height = (number(shape.get(key)) for key in ("x", "y", "width", "height"))
+        return Shape(name, box(x, y, x + width, y + height))
+    if form in ("circle", "ellipse"):
+        radii = ("r", "r") if form == "circle" else ("rx", "ry")
+        x, y, across, down = (number(shape.get(key)) for key in ("cx", "cy", *radii))
+        turn = number(shape.get("theta") or 0)  # radians, clockwise; early versions had none
+        return replace(ellipse(name, (x, y), (across, down), turn), cut=is_same)
+    if form not in ("polygon", "polyline", "box"):
+        raise ValueError(
+            f"a shape of the kind {form!r} has no area; draw a rectangle, circle, ellipse or polygon instead"
+        )
+    xs, ys = ([number(side) for side in member(shape, f"all_points_{axis}", list)] for axis in "xy")
+    if len(xs) != len(ys) or len(xs) < 2:
+        raise ValueError(f"it has {len(xs)} x and {len(ys)} y")
+    points = list(zip(xs, ys, strict=True))
+    if form == "polygon" and len(points) > 2:
+        outline = polygon(points)
+        return Shape(name, enclosing(outline), (outline,), cut=is_same)
+    x1, y1, x2, y2 = min(xs), min(ys), max(xs), max(ys)
+    return Shape(name, box(x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)), cut=is_same)

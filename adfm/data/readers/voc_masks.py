@@ -1,0 +1,272 @@
+"""Pascal VOC's masks: SegmentationObject and SegmentationClass, of VOC itself, CVAT and LabelMe."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Container, Sequence
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from adfm.data.problems import MissingImage
+from adfm.data.readers.annotations import Shape, class_name, folder_names, text, walk
+from adfm.data.readers.drawing import bitmap_shape, drawable
+from adfm.data.readers.files import images
+from adfm.records import Box
+
+_LABELMAP = "labelmap.txt"
+# LabelMe's script once kept other files in the folders without PNG.
+_CLASS = ("SegmentationClass", "SegmentationClassPNG")
+_OBJECT = ("SegmentationObject", "SegmentationObjectPNG")
+_VOID = (224, 224, 192)  # the border round objects, of index 255
+# Folders of pictures that are not of the data set: masks, and what LabelMe draws of them.
+_PICTURES = (_CLASS[0], _OBJECT[0], "AnnotationsVisualization")
+_BACKGROUND = frozenset(("background", "_background_"))
+_COVERED = 0.5  # of a mask's box, from which on it is taken for the mask of an object with a box
+
+_Color = tuple[int, int, int]
+
+
+class Masks(NamedTuple):
+    """The masks of an image; one of them is there."""
+
+    classes: Path | None
+    objects: Path | None
+    base: Path
+
+    @property
+    def either(self) -> Path:
+        """The one that says more."""
+        return self.objects or self.classes or self.base
+
+
+def pictures(raw: Path, folder: Path) -> bool:
+    """Whether a folder, or one that it is in, holds masks or what is drawn of them."""
+    return any(name.startswith(_PICTURES) for name in folder_names(raw, folder / "image"))
+
+
+def beside(folder: Path) -> bool:
+    """Whether a folder has masks as VOC has them."""
+    return any((folder / name).is_dir() for name in (*_CLASS, *_OBJECT))
+
+
+class Classes:
+    """The masks of a data set, and the names of the classes in them.
+
+    Args:
+        raw: The data set.
+        problems: Gets lists of classes that cannot be read, and masks without an image.
+    """
+
+    def __init__(self, raw: Path, problems: list[str]) -> None:
+        self._raw, self._problems = raw, problems
+        self._files = lru_cache(maxsize=4)(_files)
+        self._used: set[str] = set()
+        self._bases: dict[Path, Path | None] = {}
+        self._names: dict[Path, dict[_Color, str] | None] = {}
+
+    def find(self, image: Path, own: Container[str]) -> Masks | None:
+        """The masks of an image, which have its name and, in their folder, its path.
+
+        Args:
+            image: In the data set.
+            own: Names, in lower case, of folders of images.
+        """
+        if image.parent not in self._bases:
+            above = [base for base in image.parents if base.is_relative_to(self._raw)]
+            self._bases[image.parent] = next((base for base in above if beside(base)), None)
+        base = self._bases[image.parent]
+        if base is None:
+            return None
+        inner = image.relative_to(base).parts
+        inner = inner[1:] if inner[0].lower() in own and len(inner) > 1 else inner
+        stem = unicodedata.normalize("NFC", image.stem)
+        classes, objects = (
+            next((file for name in names if (file := self._files((base / name).joinpath(*inner[:-1])).get(stem))), None)
+            for names in (_CLASS, _OBJECT)
+        )
+        self._used.update(str(path.relative_to(self._raw)) for path in (classes, objects) if path)
+        return Masks(classes, objects, base) if classes or objects else None
+
+    def add_orphans(self) -> None:
+        """Adds the masks that no image has to the problems, after all images."""
+        for folder in walk(self._raw):
+            if folder.name in (*_CLASS, *_OBJECT):
+                for mask in images(folder, "**/*"):
+                    place = mask.relative_to(self._raw)
+                    if str(place) not in self._used:
+                        self._problems.append(
+                            MissingImage(f"{place.as_posix()}: there is no image {mask.stem}.* for it")
+                        )
+
+    def shapes(self, masks: Masks, size: tuple[int, int] | None) -> list[Shape]:
+        """One shape for every object, or for every patch of a class where only classes are drawn.
+
+        Args:
+            masks: Of an image.
+            size: Of the image, as its XML file states it.
+
+        Raises:
+            ValueError: A mask cannot be read, is of another size than the other, or has a colour without a class.
+        """
+        from scipy import ndimage
+
+        by_color = self._of(masks.base) is not None and (masks.base / _LABELMAP).is_file()
+        classes, objects = (_colors(path, by_color) if path else None for path in (masks.classes, masks.objects))
+        if classes is not None and objects is not None and classes.shape != objects.shape:
+            raise ValueError("is of another size than the mask in SegmentationClass")
+        either = objects if objects is not None else classes
+        assert either is not None
+        size = (either.shape[1], either.shape[0])
+        shapes = []
+        for color in _drawn(either):
+            pixels = either == color
+            if objects is None:
+                patches, _ = ndimage.label(pixels, np.ones((3, 3)))
+                places = ndimage.find_objects(patches)
+                parts = [_only(patches, number, place) for number, place in enumerate(places, start=1)]
+                name = self._name(masks, color)
+            else:
+                parts = [(pixels, 0, 0)]
+                name = "defect" if classes is None else self._name(masks, _most(classes[pixels]))
+            shapes += [bitmap_shape(name, part, left, top, size) for part, left, top in parts]
+        return shapes
+
+    def _name(self, masks: Masks, color: int) -> str:
+        names = self._of(masks.base)
+        rgb = (color & 255, color >> 8 & 255, color >> 16)
+        if names is not None:
+            if rgb not in names:
+                raise ValueError(f"has the colour {rgb}, which is none of a class in the list of classes")
+            return names[rgb]
+        index = _palette().get(rgb)
+        if index is None:
+            raise ValueError(
+                f"has the colour {rgb}, and no list says which class that is; add labelmap.txt with a line"
+                f" `name:{rgb[0]},{rgb[1]},{rgb[2]}::` a class"
+            )
+        return f"class {index}"
+
+    def _of(self, base: Path) -> dict[_Color, str] | None:
+        if base not in self._names:
+            self._names[base] = None
+            for file, read in ((base / _LABELMAP, _labelmap), (base / "class_names.txt", _class_names)):
+                try:
+                    if self._names[base] is None and file.is_file():
+                        self._names[base] = read(text(file))
+                except ValueError as error:
+                    self._problems.append(f"{file.relative_to(self._raw).as_posix()}: {error}")
+        return self._names[base]
+
+
+def added(boxed: list[Shape], masked: list[Shape]) -> tuple[list[Shape], list[str]]:
+    """The shapes of an image with boxes and masks: objects, with the masks that lie in them, and the other masks.
+
+    Args:
+        boxed: Objects of the XML file.
+        masked: Shapes of the masks.
+
+    Returns:
+        The shapes, and notes.
+    """
+    if not boxed:
+        return masked, []
+    alone = [shape for shape in masked if not any(_covers(one.box, shape.box) for one in boxed)]
+    notes = ["a mask without an object of its own is a defect too"] if alone else []
+    return [*boxed, *alone], notes
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The masks of a folder by their stems."""
+    return {unicodedata.normalize("NFC", mask.stem): mask for mask in images(folder)}
+
+
+def _covers(drawn: Box, mask: Box) -> bool:
+    return drawn.intersection(mask) >= _COVERED * mask.area
+
+
+def _colors(path: Path, by_color: bool) -> NDArray[np.uint32]:
+    """[height, width] of colours, as 0xBBGGRR.
+
+    Args:
+        path: A mask.
+        by_color: Whether the colours in a palette tell the classes; the numbers in it otherwise, which become the
+            colours that VOC gives them.
+    """
+    try:
+        with Image.open(path) as file:
+            drawable(*file.size)
+            gray = file.mode in ("1", "L")
+            if gray or (file.mode == "P" and not by_color):
+                values = np.asarray(file).astype(np.uint8)
+                if gray and np.count_nonzero(np.bincount(values.ravel())[1:]) == 1:
+                    values = np.minimum(values, 1)  # the only value is a defect, even 255
+                return np.array([_code(color) for color in _palette()], np.uint32)[values]
+            four_bytes = np.asarray(file.convert("RGB").convert("RGBX"))
+    except Exception as error:  # a damaged file makes Pillow raise nearly anything
+        raise ValueError(f"the mask cannot be read ({error})") from error
+    return np.asarray(np.ascontiguousarray(four_bytes).view("<u4")[..., 0] & 0xFFFFFF, np.uint32)
+
+
+def _drawn(colors: NDArray[np.uint32]) -> list[int]:
+    """The colours of defects: neither background nor border."""
+    row = np.ascontiguousarray(colors).ravel()
+    # Neighbours are mostly of one colour; only the first of each run is sorted.
+    runs = np.unique(row[np.flatnonzero(np.diff(row, prepend=row[:1] ^ 1))])
+    return [int(color) for color in runs if color not in (0, _code(_VOID))]
+
+
+def _most(colors: NDArray[np.uint32]) -> int:
+    """The class that most pixels of an object have."""
+    values, counts = np.unique(colors, return_counts=True)
+    counts[(values == 0) | (values == _code(_VOID))] = 0
+    if not counts.any():
+        raise ValueError("has an object that the mask in SegmentationClass gives no class")
+    return int(values[counts.argmax()])
+
+
+def _only(patches: NDArray[np.int32], number: int, place: Sequence[slice]) -> tuple[NDArray[np.bool_], int, int]:
+    return patches[tuple(place)] == number, place[1].start, place[0].start
+
+
+def _code(rgb: _Color) -> int:
+    return rgb[0] | rgb[1] << 8 | rgb[2] << 16
+
+
+def _labelmap(content: str) -> dict[_Color, str]:
+    """CVAT's list: `name:r,g,b:parts:actions`."""
+    names = {}
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        name, _, rest = line.partition(":")
+        color = rest.partition(":")[0].split(",")
+        try:
+            red, green, blue = map(int, color)
+        except ValueError as error:
+            raise ValueError(f"line {number}: is not a class and its colour, `name:r,g,b::`") from error
+        if (red, green, blue) != (0, 0, 0) and name.strip().lower() not in _BACKGROUND:
+            names[red, green, blue] = class_name(name)
+    return names
+
+
+def _class_names(content: str) -> dict[_Color, str]:
+    """LabelMe's list: a name a line, the background first."""
+    names = [line.strip() for line in content.splitlines() if line.strip() and line.strip() != "__ignore__"]
+    first = 0 if names and names[0].lower() in _BACKGROUND else 1
+    colors = list(_palette())
+    return {colors[index]: class_name(name) for index, name in enumerate(names, start=first) if 0 < index < 255}
+
+
+@cache
+def _palette() -> dict[_Color, int]:
+    """VOC's colours and their numbers: the bits of a number, by threes, are the highest of red, green and blue."""
+    return {(_channel(number, 0), _channel(number, 1), _channel(number, 2)): number for number in range(256)}
+
+
+def _channel(number: int, channel: int) -> int:
+    return sum((number >> 3 * place + channel & 1) << 7 - place for place in range(8))

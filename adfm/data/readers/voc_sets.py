@@ -1,0 +1,138 @@
+"""Pascal VOC's ImageSets: lists of the images of train, validation and test."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Container
+from pathlib import Path
+from typing import NamedTuple
+
+from adfm.data.problems import MissingImage
+from adfm.data.readers.annotations import folder_names, listing, split_of, text
+from adfm.data.readers.files import IMAGES
+from adfm.records import Split
+
+# The first of these places that lists an image decides.
+_FOLDERS = ("ImageSets/Main", "ImageSets/Segmentation", "ImageSets/Layout", "ImageSets/Action", "ImageSets", ".")
+_HELD_OUT: tuple[Split, ...] = ("test", "validation", "train")  # the most held-out first
+_COLUMNS = re.compile(r"(\s+-?\d+)+$")  # of lists of a class or of parts: whether, or which, object
+_MANY = 10
+
+
+class _List(NamedTuple):
+    """A list: which part of the images it is, `None` for train and validation together, and their names."""
+
+    file: Path
+    split: Split | None
+    names: frozenset[str]
+
+
+class Lists:
+    """The lists of a data set, read when an image needs them.
+
+    Args:
+        raw: The data set.
+        problems: Gets lists that cannot be read, and names without an image.
+    """
+
+    def __init__(self, raw: Path, problems: list[str]) -> None:
+        self._raw, self._problems = raw, problems
+        self._lists: dict[Path, list[list[_List]]] = {}
+        self._seen: dict[Path, set[str]] = {}
+
+    def split(self, image: Path, own: Container[str]) -> tuple[Split | None, list[str]]:
+        """The split of an image, and notes about it; by the names of its folders where there are no lists.
+
+        Args:
+            image: In the data set.
+            own: Names, in lower case, of folders of images, which lists leave out.
+        """
+        for base in image.parents:
+            if not base.is_relative_to(self._raw):
+                break
+            if places := self._of(base):
+                return self._listed(image, base, places, own)
+        return split_of(*folder_names(self._raw, image)), []
+
+    def add_missing(self) -> None:
+        """Adds the names that no image has to the problems, after all images."""
+        for base, places in self._lists.items():
+            for one in (one for place in places for one in place):
+                if missing := sorted(one.names - self._seen[base]):
+                    names = ", ".join(missing[:_MANY]) + f" and {len(missing) - _MANY} more" * (len(missing) > _MANY)
+                    self._problems.append(
+                        MissingImage(f"{one.file.relative_to(self._raw).as_posix()}: there are no images {names}")
+                    )
+
+    def _listed(
+        self, image: Path, base: Path, places: list[list[_List]], own: Container[str]
+    ) -> tuple[Split | None, list[str]]:
+        whole = _nfc(image.relative_to(base).as_posix()[: -len(image.suffix)])
+        first, slash, rest = whole.partition("/")
+        names = {whole, rest} if slash and first.lower() in own else {whole}
+        lists = [[one for one in place if names & one.names] for place in places]
+        if any(lists):
+            self._seen[base] |= names
+        for place in lists:
+            splits = {one.split for one in place} - {None}
+            if len(splits) > 1:
+                held_out = next(split for split in _HELD_OUT if split in splits)
+                others = ", ".join(split for split in reversed(_HELD_OUT) if split in splits and split != held_out)
+                return held_out, [f"an image that ImageSets lists in {held_out} and in {others} is in {held_out}"]
+            if splits:
+                return splits.pop(), []
+            if place:
+                return "train", ["an image that ImageSets lists in trainval alone is in train"]
+        return None, []
+
+    def _of(self, base: Path) -> list[list[_List]]:
+        """The lists beside a folder of images, by place."""
+        if base not in self._lists:
+            places = []
+            for folder in _FOLDERS:
+                files = listing(base / folder, ".txt")
+                plain = [file for file in files if _is_plain(file.stem)]
+                of_classes = [file for file in files if folder != "." and _is_plain(_last(file.stem))]
+                lists = [self._read(file, folder, file in plain) for file in plain or of_classes]
+                places.append([one for one in lists if one and (folder != "." or _of_voc(one))])
+            self._lists[base] = places if any(places) else []
+            self._seen[base] = set()
+        return self._lists[base]
+
+    def _read(self, file: Path, folder: str, plain: bool) -> _List | None:
+        try:
+            lines = text(file).splitlines() if file.stat().st_size else []
+        except ValueError as error:
+            self._problems.append(f"{file.relative_to(self._raw).as_posix()}: {error}")
+            return None
+        columns = not plain or folder.endswith(("Layout", "Action"))
+        names = {_name(_COLUMNS.sub("", line.strip()) if columns else line) for line in lines if line.strip()}
+        return _List(file, split_of(_last(file.stem)), frozenset(names))
+
+
+def _is_plain(stem: str) -> bool:
+    return stem.lower() == "trainval" or (split_of(stem) is not None and stem.isalpha())
+
+
+def _last(stem: str) -> str:
+    return stem.rsplit("_", 1)[-1]
+
+
+def _of_voc(one: _List) -> bool:
+    """Whether a list beside ImageSets is one of images and XML files, as PaddleDetection has them."""
+    return any("/" in name for name in one.names)
+
+
+def _name(line: str) -> str:
+    """The name in a line, without quotes, a leading `./`, the suffix of images, and the XML file after it."""
+    name = _nfc(line.strip().strip('"').replace("\\", "/"))
+    image, blank, annotation = name.rpartition(" ")
+    if blank and annotation.endswith(".xml"):
+        name = image.strip()
+    stem, dot, suffix = name.rpartition(".")
+    return (stem if dot and f".{suffix.lower()}" in IMAGES else name).removeprefix("./")
+
+
+def _nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)

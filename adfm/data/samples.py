@@ -1,0 +1,159 @@
+"""The samples of a raw data set as the settings ask for them: their category, and which of them show one part."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from adfm.data.problems import printable
+from adfm.data.readers import LAYOUTS, files
+from adfm.errors import AdfmError
+from adfm.params import Convert
+from adfm.records import Sample
+
+# Folders named after how a data set is laid out, not after a product.
+_STRUCTURE = re.compile(
+    r"(train|training|val|valid|validation|test|testing|dev)[-_ ]?(set|data|images|imgs)?[-_ ]?\d*"
+    r"|images?|imgs?|pictures|photos|jpegimages|jpegs?|pngs?|raw|data|datasets?|default"
+    r"|labels?|annotations?|anns?|masks?|ground[-_ ]?truth|obj_\w+_data",
+    re.IGNORECASE,
+)
+_LABEL = re.compile(
+    r"good|ok|normal|bad|ng|nok|ko|anomal(y|ies|ous)|abnormal|defects?|defective|faulty|fail(ed)?|pass(ed)?",
+    re.IGNORECASE,
+)
+# Roboflow exports `IMG_1.jpg` as `IMG_1_jpg.rf.<hash>.jpg`, and an augmented copy of it under another hash.
+_ROBOFLOW = re.compile(r"(.+)\.rf\.[0-9A-Za-z_-]+\.\w+")
+
+
+def read(raw: Path, layout: str, settings: Convert) -> Iterator[Sample]:
+    """Yields the samples of a data set.
+
+    With `convert.category: folder` the category of an image is the first folder of its path that is not named after a
+    split, a kind of content (`images`), a label or the image's defect. A folder that holds all others counts last. The
+    category stays where the layout or a table gives one, i.e. where it is not the name of the data set.
+
+    Raises:
+        BadData: As the reader of the layout.
+    """
+    samples = LAYOUTS[layout].read(raw)
+    if settings.category == "layout":
+        return samples
+    top = files.root(raw, lambda folder: len(files.folders(folder)) != 1) or raw
+    depth = len(top.relative_to(raw).parts)
+    return (
+        replace(sample, category=_folder(sample, depth)) if sample.category == sample.dataset else sample
+        for sample in samples
+    )
+
+
+def _folder(sample: Sample, depth: int) -> str:
+    folders = sample.source.split("/")[:-1]
+    defects = (sample.defect or "").lower().split("+")
+    for name in folders[depth:] + folders[:depth][::-1]:
+        if not _STRUCTURE.fullmatch(name) and not _LABEL.fullmatch(name) and name.lower() not in defects:
+            return name
+    return sample.category
+
+
+def photograph(source: str) -> str | None:
+    """What Roboflow's augmented copies of one photograph share; `None` for other images.
+
+    It is the path without the hash, and without folders of splits: copies lie in Roboflow's `train` and `valid`.
+    """
+    if ".rf." not in source:
+        return None
+    *folders, name = source.split("/")
+    match = _ROBOFLOW.fullmatch(name)
+    return "/".join([*(one for one in folders if not _STRUCTURE.fullmatch(one)), match[1]]) if match else None
+
+
+class Grouping(NamedTuple):
+    """The setting `split.group`: how to find the part that an image shows.
+
+    Args:
+        column: A column of the data set's table.
+        pattern: A regular expression to search in the path, instead.
+    """
+
+    column: str | None = None
+    pattern: re.Pattern[str] | None = None
+
+    def part(self, sample: Sample) -> str | None:
+        """The column's value, or the first group of the pattern, or all that it matches; `None` if there is none."""
+        if self.column is not None:
+            return sample.columns.get(self.column) or None
+        match = self.pattern.search(sample.source) if self.pattern else None
+        return (match[1] if match.re.groups else match[0]) or None if match else None
+
+
+@dataclass
+class Survey:
+    """What a first pass over the samples tells.
+
+    Args:
+        setting: `split.group`.
+    """
+
+    setting: str | None
+    images: int = 0
+    categories: set[str] = field(default_factory=set)
+    columns: set[str] = field(default_factory=set)
+    sources: list[str] = field(default_factory=list)  # a few
+    parts: dict[Grouping, Counter[str]] = field(default_factory=dict)
+    unreadable: str = ""  # why the setting is not a regular expression
+
+    def __post_init__(self) -> None:
+        """Compiles the setting, which may be a column's name instead."""
+        if self.setting is not None:
+            self.parts = {Grouping(column=self.setting): Counter()}
+            try:
+                self.parts[Grouping(pattern=re.compile(self.setting))] = Counter()
+            except (re.error, OverflowError, RecursionError) as error:
+                self.unreadable = str(error)
+
+    def add(self, sample: Sample) -> None:
+        """Counts a sample."""
+        self.images += 1
+        self.categories.add(sample.category)
+        self.columns.update(sample.columns)
+        if len(self.sources) < 3:
+            self.sources.append(sample.source)
+        for grouping, parts in self.parts.items():
+            if (part := grouping.part(sample)) is not None:
+                parts[part] += 1
+
+    def grouping(self) -> Grouping:
+        """How to find the part of each sample.
+
+        Raises:
+            AdfmError: `split.group` is neither a column nor a regular expression that any path matches, or all images
+                are of one part.
+        """
+        if self.setting is None:
+            return Grouping()
+        columns = f"the columns are {', '.join(map(repr, sorted(self.columns)))}" if self.columns else "no column"
+        if self.setting in self.columns:
+            grouping, empty = Grouping(column=self.setting), f"the column {self.setting!r} is empty in every row"
+        elif self.unreadable:
+            raise AdfmError(
+                f"split.group: {self.setting!r} is neither a column ({columns}) nor a regular expression"
+                f" ({self.unreadable}); put a \\ before a character that means itself."
+            )
+        else:
+            grouping = Grouping(pattern=re.compile(self.setting))
+            empty = f"{self.setting!r} is neither a column ({columns}) nor in the path of any image"
+        paths = ", ".join(map(printable, self.sources))
+        parts = self.parts[grouping]
+        if not parts:
+            raise AdfmError(f"split.group: {empty}; paths are {paths}.")
+        if len(parts) == 1 < parts.total() == self.images:
+            raise AdfmError(
+                f"split.group: {self.setting!r} makes all images one part, {next(iter(parts))!r}, so that they cannot"
+                f" be divided ({columns}); paths are {paths}."
+            )
+        return grouping

@@ -1,0 +1,307 @@
+"""What a conversion reports: `conversion.json`, and the table on the terminal."""
+
+from __future__ import annotations
+
+import shlex
+import textwrap
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from adfm.data import duplicates, inventory, splits
+from adfm.data.contradictions import near_duplicates_with_two_labels
+from adfm.data.inventory import Inventory
+from adfm.data.problems import EXAMPLES, printable
+from adfm.params import Params
+from adfm.records import SPLITS
+
+# Near-duplicates that are more than these, in images and as a share of their category, are worth a warning.
+_FEW, _LARGE_SHARE = 10, 0.25
+
+# Of the table: defects by name, lines of a list, characters of a name and of a line.
+_DEFECTS, _LINES, _NAME, _WIDTH = 10, 3, 30, 118
+
+
+class Left(NamedTuple):
+    """What is not converted.
+
+    Args:
+        inventory: The files of the data set, by what became of them.
+        missing: The problems of annotations whose image is missing, which `convert.missing: skip` skips.
+    """
+
+    inventory: Inventory
+    missing: list[str]
+
+
+class Notes:
+    """Counts the notes on images by text, with the first few images of each."""
+
+    def __init__(self) -> None:
+        self._images: Counter[str] = Counter()
+        self._examples: dict[str, list[str]] = defaultdict(list)
+
+    def add(self, sources: Sequence[str], notes: Iterable[Sequence[str] | None]) -> None:
+        """Adds the notes on some images."""
+        for source, its in zip(sources, notes, strict=True):
+            for note in dict.fromkeys(its or ()):
+                self._images[note] += 1
+                if len(self._examples[note]) < EXAMPLES:
+                    self._examples[note].append(source)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The `note`, the number of `images`, and `examples`; the most frequent note first."""
+        return [
+            {"note": note, "images": count, "examples": self._examples[note]}
+            for note, count in self._images.most_common()
+        ]
+
+
+def report(
+    images: pa.Table,
+    pairs: NDArray[np.int64],
+    assigned: NDArray[np.int8],
+    params: Params,
+    notes: Notes,
+    marks: dict[str, Any],
+    left: Left,
+) -> dict[str, Any]:
+    """What `conversion.json` says of the images and files.
+
+    Args:
+        images: The columns of `splits.COLUMNS`, and `boxes`, `fragments`, `unmarked` and `source`.
+        pairs: Near-duplicates.
+        assigned: The split of each image.
+        params: As of the conversion.
+        notes: Those on all images.
+        marks: As `contradictions.marked_differently` returns it.
+        left: What is not converted.
+    """
+    clusters = duplicates.clusters(pairs)
+    together = pairs[: len(pairs) if params.split.near_duplicates else 0]
+    two_labels = near_duplicates_with_two_labels(images, pairs)
+    labels = {name: pc.sum(pc.equal(images["label"], name)).as_py() for name in ("normal", "anomalous")}
+    files = left.inventory
+    return {
+        "dataset": images["dataset"][0].as_py(),
+        "images": len(images),
+        **labels,
+        "image_level_labels": pc.sum(
+            pc.and_(pc.equal(images["label"], "anomalous"), pc.equal(images["boxes"], 0))
+        ).as_py(),
+        "unmarked_images": pc.sum(images["unmarked"]).as_py() or 0,
+        "boxes": {
+            "before_dilation": pc.sum(images["fragments"]).as_py(),
+            "after_dilation": pc.sum(images["boxes"]).as_py(),
+        },
+        "identical_images": len(splits.repeated(images["sha256"].combine_chunks())),
+        "identical_images_marked_differently": marks,
+        "near_duplicates": {
+            "clusters": len(clusters),
+            "images": sum(map(len, clusters)),
+            "clusters_in_several_splits": sum(len(np.unique(assigned[cluster])) > 1 for cluster in clusters),
+            "two_labels": two_labels,
+        },
+        "parts": {name: _parts(images[column]) for name, column in (("split.group", "part"), ("layout", "group"))}
+        | {"roboflow": _parts(images["photograph"])},
+        "moved": splits.moved(images, together, assigned, params),
+        "counts": _counts(images, assigned),
+        "notes": notes.rows(),
+        "files": {
+            "total": files.files,
+            "images": files.images,
+            "annotations_and_masks": files.annotations,
+            "left_out": sum(row["files"] for row in files.left_out),
+        },
+        "left_out": files.left_out,
+        "missing": {"annotations": len(left.missing), "examples": left.missing[:EXAMPLES]},
+        "warnings": [
+            *_nothing_to_train_on(assigned),
+            *_lost(files),
+            *_different(marks, two_labels),
+            *(_lookalikes(images, clusters) if params.split.near_duplicates else ()),
+        ],
+    }
+
+
+def _parts(column: pa.ChunkedArray) -> dict[str, int]:
+    return {
+        "parts": pc.count_distinct(column.drop_null().cast(pa.string())).as_py(),
+        "images": len(column) - column.null_count,
+    }
+
+
+def _counts(images: pa.Table, assigned: NDArray[np.int8]) -> list[dict[str, Any]]:
+    columns = ["split", "category", "label", "defect"]
+    table = images.select(columns[1:]).add_column(0, "split", pa.array(assigned))
+    groups = table.group_by(columns).aggregate([([], "count_all")]).to_pylist()
+    rows = [{name: row[name] for name in columns} | {"images": row["count_all"]} for row in groups]
+    for row in rows:
+        row["split"] = SPLITS[row["split"]]
+    return sorted(rows, key=lambda row: [row[name] or "" for name in columns])
+
+
+def _nothing_to_train_on(assigned: NDArray[np.int8]) -> list[str]:
+    if (assigned == SPLITS.index("train")).any():
+        return []
+    return ["no image is for training: the data set fixes none for it; split.redivide=true divides all of it"]
+
+
+def _lost(files: Inventory) -> list[str]:
+    """A warning for every kind of file that may hold images which the user expects to be converted."""
+    return [
+        f"{row['files']} {row['kind']} left out: {row['reason']}; e.g. {row['examples'][0]}"
+        for row in files.left_out
+        if row["reason"] in inventory.LOST
+    ]
+
+
+def _different(marks: dict[str, Any], two_labels: dict[str, Any]) -> list[str]:
+    """Warnings of copies that are marked differently, and of near-duplicates with two labels."""
+    warnings = []
+    if marks["pictures"]:
+        warnings.append(
+            f"copies of {_plural(marks['pictures'], 'picture', 'pictures')} have different boxes or defects, e.g."
+            f" {' and '.join(marks['examples'][0])}"
+        )
+    if two_labels["pairs"]:
+        warnings.append(
+            f"{_plural(two_labels['pairs'], 'pair', 'pairs')} of pictures that look like copies: one is normal and one"
+            " anomalous, e.g."
+            f" {' and '.join(two_labels['examples'][0])}"
+        )
+    return warnings
+
+
+def _lookalikes(images: pa.Table, clusters: list[NDArray[np.int64]]) -> list[str]:
+    """A warning for every cluster that binds a good part of a category to one split."""
+    of_category = {row["values"]: row["counts"] for row in pc.value_counts(images["category"]).to_pylist()}
+    warnings = []
+    for cluster in clusters:
+        for row in pc.value_counts(images["category"].take(cluster)).to_pylist() if len(cluster) > _FEW else ():
+            category, total = row["values"], of_category[row["values"]]
+            if row["counts"] > max(_FEW, _LARGE_SHARE * total):
+                warnings.append(
+                    f"{row['counts']} of the {total} images of {category} look like copies of one picture, so they are"
+                    " all in one split; if they show different parts, set split.near_duplicates to false"
+                )
+    return warnings
+
+
+# ------------------------------------------------------------------------------------------------------- the terminal
+
+
+def table(report: dict[str, Any], out: Path, seconds: float) -> str:
+    """What the terminal shows at the end: at most 25 lines of plain text, whatever the names in the data set.
+
+    Args:
+        report: As `report` and `convert` make it.
+        out: The folder of the shards.
+        seconds: How long it took.
+    """
+    splits_, defects, categories = Counter[str](), Counter[str](), set()
+    for row in report["counts"]:
+        splits_[row["split"]] += row["images"]
+        categories.add(row["category"])
+        for name in (row["defect"] or "").split("+") if row["label"] == "anomalous" else ():
+            defects[name] += row["images"]
+    listed = [f"{_short(name) or 'without a name'} {count:,}" for name, count in defects.most_common(_DEFECTS)]
+    if len(defects) > _DEFECTS:
+        listed.append(f"and {len(defects) - _DEFECTS} more")
+    lines = textwrap.wrap(", ".join(listed), _WIDTH - 25, break_on_hyphens=False, max_lines=3, placeholder=" …")
+    level, boxes = report["image_level_labels"], report["boxes"]["after_dilation"]
+    files, missing, parts = report["files"], report["missing"], report["parts"]["split.group"]
+    rows = [
+        ("images", f"{report['images']:,}", _plural(len(categories), "category", "categories")),
+        ("normal", f"{report['normal']:,}", ""),
+        ("anomalous", f"{report['anomalous']:,}", f"{level:,} with a label alone, without boxes" if level else ""),
+        ("boxes", f"{boxes:,}", ""),
+        ("defects", f"{len(defects):,}", lines[0] if lines else ""),
+        *(("", "", line) for line in lines[1:]),
+        ("splits", "", ", ".join(f"{name} {splits_[name]:,}" for name in SPLITS)),
+        *(
+            [("parts", f"{parts['parts']:,}", f"on {parts['images']:,} images, by split.group")]
+            if parts["parts"]
+            else []
+        ),
+        ("annotations", f"{files['annotations_and_masks']:,}", "files, masks included"),
+        ("left out", f"{files['left_out']:,}", "files" if files["left_out"] else ""),
+        *_more([("", f"{row['files']:,}", _left_out(row)) for row in _by_reason(report["left_out"])]),
+    ]
+    if missing["annotations"]:
+        rows.append(
+            ("skipped", f"{missing['annotations']:,}", f"annotations without image, e.g. {missing['examples'][0]}")
+        )
+    rows += _more([("note", f"{row['images']:,}", f"{_noun(row['images'])}: {row['note']}") for row in report["notes"]])
+    rows += _more([("moved", f"{row['images']:,}", _moved(row)) for row in report["moved"]])
+    rows.append(("seconds", f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.1f}", ""))
+    head = f"{out}: {_short(report['dataset'])}, layout {report['layout']['name']}"
+    body = [_cut(f"  {name:<12}{count:>9}  {text}") for name, count, text in rows]
+    return "\n".join(
+        [printable(head), *body, f"next: adfm validate {shlex.quote(printable(str(out)))} reports/validation"]
+    )
+
+
+def part(images: int, total: int, number: int, of: int, out: Path, seconds: float) -> str:
+    """What the terminal shows after a part: see `inspect_part`."""
+    return (
+        f"{out}: part {number} of {of}, {images:,} of {total:,} images inspected in {seconds:.1f} s\n"
+        "next: adfm convert RAW OUT --parts with the folders of all parts"
+    )
+
+
+def _by_reason(left_out: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of `left_out` with one reason as one row."""
+    rows: dict[str, dict[str, Any]] = {}
+    for row in left_out:
+        same = rows.setdefault(
+            row["reason"], {"reason": row["reason"], "files": 0, "kinds": [], "example": row["examples"][0]}
+        )
+        same["files"] += row["files"]
+        same["kinds"].append(row["kind"])
+    return list(rows.values())
+
+
+def _left_out(row: dict[str, Any]) -> str:
+    kinds = ", ".join(map(_short, row["kinds"][:3])) + (", …" if len(row["kinds"]) > 3 else "")
+    return f"{kinds} (e.g. {_short(row['example'])}): {row['reason']}"
+
+
+def _moved(row: dict[str, Any]) -> str:
+    why = {
+        "copies": "a copy is there",
+        "part": "the same part or photograph is there",
+        "near-duplicates": "a near-duplicate is there",
+    }
+    return f"{_noun(row['images'])} from {row['from']} to {row['to']}: {why[row['because']]}"
+
+
+def _more(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """The first few of a list, and how many more there are."""
+    if len(rows) <= _LINES:
+        return rows
+    return [*rows[: _LINES - 1], (rows[0][0], "", f"and {len(rows) - _LINES + 1} more kinds, see conversion.json")]
+
+
+def _noun(images: int) -> str:
+    return "image" if images == 1 else "images"
+
+
+def _plural(count: int, one: str, several: str) -> str:
+    return f"{count:,} {one if count == 1 else several}"
+
+
+def _short(name: str) -> str:
+    name = printable(name)
+    return name if len(name) <= _NAME else f"…{name[-_NAME + 1 :]}"
+
+
+def _cut(line: str) -> str:
+    line = printable(line).rstrip()
+    return line if len(line) <= _WIDTH else f"{line[: _WIDTH - 1]}…"

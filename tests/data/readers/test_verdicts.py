@@ -1,0 +1,34 @@
+import pytest
+
+from adfm.data.readers.verdicts import defect_type, is_verdict
+
+
+@pytest.mark.parametrize("answer", ["OK", " good", "NG", "Defective", "no defect"])
+def test_words_that_say_whether_an_image_is_normal(answer: str) -> None:
+    assert is_verdict(answer)
+
+
+@pytest.mark.parametrize("answer", ["scratch", "left", "", None, 1, ["OK"]])
+def test_others(answer: object) -> None:
+    assert not is_verdict(answer)
+
+
+@pytest.mark.parametrize(
+    ("answers", "defect"),
+    [
+        ([], None),
+        ([" "], None),
+        (["OK"], ""),
+        (["OK", "good "], ""),
+        (["NG"], "defect"),
+        (["NG", "scratch"], "scratch"),
+        (["scratch", "dent"], "dent+scratch"),
+    ],
+)
+def test_the_defect_that_answers_name(answers: list[str], defect: str | None) -> None:
+    assert defect_type(answers) == defect
+
+
+def test_answers_that_contradict_each_other() -> None:
+    with pytest.raises(ValueError, match="labelled both normal and not: OK, scratch"):
+        defect_type(["OK", "scratch"])

@@ -1,0 +1,126 @@
+"""The report of a conversion as a short table of plain text."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adfm.data import inventory, summary
+from adfm.data.problems import printable
+
+REPORT: dict[str, Any] = {
+    "dataset": "line",
+    "layout": {"name": "labelme"},
+    "images": 1234,
+    "normal": 1000,
+    "anomalous": 234,
+    "image_level_labels": 0,
+    "boxes": {"before_dilation": 300, "after_dilation": 299},
+    "counts": [
+        {"split": "train", "category": "bolt", "label": "normal", "defect": None, "images": 1000},
+        {"split": "test", "category": "nut", "label": "anomalous", "defect": "dent+scratch", "images": 200},
+        {"split": "validation", "category": "nut", "label": "anomalous", "defect": "dent", "images": 34},
+    ],
+    "parts": {"split.group": {"parts": 0, "images": 0}},
+    "files": {"total": 0, "images": 1234, "annotations_and_masks": 1235, "left_out": 0},
+    "left_out": [],
+    "missing": {"annotations": 0, "examples": []},
+    "notes": [],
+    "moved": [],
+}
+
+
+def test_the_table() -> None:
+    assert summary.table(REPORT, Path("data/my shards"), 12.3).splitlines() == [
+        "data/my shards: line, layout labelme",
+        "  images          1,234  2 categories",
+        "  normal          1,000",
+        "  anomalous         234",
+        "  boxes             299",
+        "  defects             2  dent 234, scratch 200",
+        "  splits                 train 1,000, validation 34, test 200",
+        "  annotations     1,235  files, masks included",
+        "  left out            0",
+        "  seconds            12",
+        "next: adfm validate 'data/my shards' reports/validation",
+    ]
+
+
+def test_what_is_not_as_expected_has_a_line() -> None:
+    left_out = [
+        {"kind": kind, "reason": reason, "files": 2, "examples": [f"a{kind}", "x"]}
+        for kind, reason in ((".gif", inventory.UNREAD), (".psd", inventory.UNREAD), (".md", inventory.OTHER))
+    ]
+    more = {
+        "image_level_labels": 7,
+        "files": REPORT["files"] | {"left_out": 6},
+        "left_out": left_out,
+        "missing": {"annotations": 3, "examples": ["b.json: there is no image 'b.png'"]},
+        "notes": [{"note": f"note {number}", "images": 9 - number, "examples": []} for number in range(5)],
+        "moved": [{"because": "copies", "from": "train", "to": "test", "images": 5}],
+        "parts": {"split.group": {"parts": 44, "images": 1200}},
+    }
+    lines = summary.table(REPORT | more, Path("shards"), 1.25).splitlines()
+    assert lines[3] == "  anomalous         234  7 with a label alone, without boxes"
+    assert lines[7] == "  parts              44  on 1,200 images, by split.group"
+    assert lines[9:] == [
+        "  left out            6  files",
+        f"                      4  .gif, .psd (e.g. a.gif): {inventory.UNREAD}",
+        f"                      2  .md (e.g. a.md): {inventory.OTHER}",
+        "  skipped             3  annotations without image, e.g. b.json: there is no image 'b.png'",
+        "  note                9  images: note 0",
+        "  note                8  images: note 1",
+        "  note                   and 3 more kinds, see conversion.json",
+        "  moved               5  images from train to test: a copy is there",
+        "  seconds           1.2",
+        "next: adfm validate shards reports/validation",
+    ]
+
+
+texts = st.text(min_size=1, max_size=99)
+
+
+@given(st.lists(texts, min_size=12, max_size=30), texts)
+def test_it_fits_a_terminal_whatever_the_names(names: list[str], dataset: str) -> None:
+    counts = [
+        {"split": "test", "category": name, "label": "anomalous", "defect": name.replace("+", ""), "images": 10**6}
+        for name in names
+    ]
+    left_out = [
+        {"kind": name, "reason": reason, "files": 10**6, "examples": names}
+        for name, reason in zip(names, [*inventory.LOST, inventory.UNUSED, inventory.OTHER], strict=False)
+    ]
+    more = {
+        "dataset": dataset,
+        "counts": counts,
+        "left_out": left_out,
+        "missing": {"annotations": 3, "examples": names},
+        "notes": [{"note": name, "images": 9, "examples": names} for name in names],
+        "moved": [{"because": "part", "from": "train", "to": "test", "images": 5}] * 6,
+        "parts": {"split.group": {"parts": 44, "images": 1200}},
+    }
+    text = summary.table(REPORT | more, Path("shards"), 1.25)
+    lines = text.split("\n")
+    assert len(lines) <= 25
+    assert all(printable(line) == line and len(line) <= 120 for line in lines)
+
+
+def test_a_part() -> None:
+    text = summary.part(500, 1234, 1, 2, Path("part"), 3.21)
+    assert text.splitlines()[0] == "part: part 1 of 2, 500 of 1,234 images inspected in 3.2 s"
+
+
+def test_notes_are_counted_by_text_with_ten_examples() -> None:
+    notes = summary.Notes()
+    for run in range(3):
+        sources = [f"{run}/{number}.png" for number in range(8)]
+        notes.add(sources, [("turned", "turned"), ("cut", "turned"), None, *[()] * 5])
+    assert notes.rows() == [
+        {"note": "turned", "images": 6, "examples": [f"{run}/{number}.png" for run in range(3) for number in (0, 1)]},
+        {"note": "cut", "images": 3, "examples": ["0/1.png", "1/1.png", "2/1.png"]},
+    ]
+    many = summary.Notes()
+    many.add([f"{number}" for number in range(99)], [("cut",)] * 99)
+    assert Counter(len(row["examples"]) for row in many.rows()) == {10: 1}
