@@ -142,6 +142,17 @@ def number(value: object) -> float:
     return float(value)
 
 
+def point(value: object) -> tuple[float, float]:
+    """A point `[x, y]` of JSON.
+
+    Raises:
+        ValueError: It is not one.
+    """
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError(f"{str(value)[:40]!r} is not a point [x, y]")
+    return number(value[0]), number(value[1])
+
+
 def box(x1: float, y1: float, x2: float, y2: float, side: float = math.inf) -> Box:
     """A box that has an area and touches the image.
 

@@ -35,7 +35,7 @@ from adfm.data.readers.annotations import (
 )
 from adfm.data.readers.files import refuse
 from adfm.data.readers.lookup import Images
-from adfm.data.readers.outlines import turned_rectangle
+from adfm.data.readers.shapes import turned_box
 from adfm.records import Polygon, Rle, Sample
 
 _KEYS = ("images", "annotations", "categories")
@@ -237,7 +237,7 @@ def _shape(name: str, annotation: dict[str, Any], size: tuple[int, int] | None, 
         return Shape(name, box(x, y, x + width, y + height), polygons, rle, cut=same and size is not None)
     plain = box(x, y, x + width, y + height)
     if rotation:  # clockwise about the center
-        return turned_rectangle(name, plain, rotation)
+        return turned_box(name, plain, rotation)
     return Shape(name, plain, polygons, rle)
 
 

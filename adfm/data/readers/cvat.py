@@ -29,8 +29,8 @@ from adfm.data.readers.annotations import (
     walk,
     within,
 )
-from adfm.data.readers.drawing import bitmap_shape, drawable, ellipse_shape, joined, line_shape, turned_shape
 from adfm.data.readers.files import IMAGES, refuse
+from adfm.data.readers.shapes import bitmap, check_mask_size, ellipse, group, line, turned_box
 from adfm.data.readers.verdicts import defect_type
 from adfm.data.readers.xmlfiles import outermost
 from adfm.records import Sample
@@ -157,7 +157,7 @@ def _sample(raw: Path, image: Path, element: ElementTree.Element, here: str, pro
             notes += [_LINE] if part.tag == "polyline" else []
         except ValueError as error:
             problems.append(f"{here}: shape {place}: {part.tag}: {error}")
-    shapes = joined(drawn)
+    shapes = group(drawn)
     if len(shapes) < len(drawn):
         notes.append("shapes of one group and class are one defect")
     try:
@@ -190,24 +190,26 @@ def _shape(part: ElementTree.Element, size: tuple[int, int] | None) -> Shape:
         x1, y1, x2, y2 = (_number(part, side) for side in ("xtl", "ytl", "xbr", "ybr"))
         before = box(x1, y1, x2, y2)
         if degrees := _rotation(part):
-            return turned_shape(name, (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, math.radians(degrees))
+            return turned_box(name, before, degrees)
         return Shape(name, before)
     if part.tag == "ellipse":
         cx, cy, rx, ry = (_number(part, side) for side in ("cx", "cy", "rx", "ry"))
-        return ellipse_shape(name, cx, cy, rx, ry, math.radians(_rotation(part)))
+        return ellipse(name, (cx, cy), (rx, ry), _rotation(part))
     if part.tag == "mask":
         left, top, width, height = (_whole(part, side) for side in ("left", "top", "width", "height"))
-        return bitmap_shape(name, _pixels(part.get("rle", ""), width, height), left, top, size)
+        return bitmap(name, _pixels(part.get("rle", ""), width, height), left, top, size)
     points = _points(part.get("points", ""))
     if part.tag == "polyline":
-        return line_shape(name, points)
+        if len(points) < 2:
+            raise ValueError(f"a line needs 2 points, and has {len(points)}")
+        return line(name, points, size)
     outline = polygon(points)
     return Shape(name, enclosing(outline), (outline,))
 
 
 def _pixels(rle: str, width: int, height: int) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
     """A mask of runs row by row, background first, [height, width]."""
-    drawable(width, height)
+    check_mask_size(width, height)
     try:
         counts = [int(word) for word in rle.split(",")]
     except ValueError as error:

@@ -6,16 +6,14 @@ project-1-at-2024-05-02.json    and    images/000.jpg, <folder>/000.jpg or image
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
-from PIL import Image
 
 from adfm.data.readers import files
 from adfm.data.readers.annotations import (
@@ -31,6 +29,7 @@ from adfm.data.readers.annotations import (
     mentions,
     number,
     parsed,
+    point,
     polygon,
     problem,
     sample,
@@ -39,9 +38,9 @@ from adfm.data.readers.annotations import (
     walk,
 )
 from adfm.data.readers.lookup import Images
-from adfm.data.readers.outlines import Point, ellipse, turned_rectangle
+from adfm.data.readers.shapes import Point, bitmap, check_mask_size, ellipse, turned_box
 from adfm.data.readers.verdicts import defect_type, is_verdict
-from adfm.records import Box, Rle, Sample
+from adfm.records import Box, Sample
 
 _GEOMETRY = ("x", "y", "width", "height", "rotation", "points", "radiusX", "radiusY", "rle", "vertices", "imageDataURL")
 _HASH = re.compile("^[0-9a-f]{8}-")
@@ -453,7 +452,7 @@ def _shape(region: _Region) -> Shape:
     if rotation and not region.size:
         raise ValueError("a turned region without original_width and original_height cannot be read")
     if "points" in value:
-        outline = polygon([_point(point, scale) for point in member(value, "points", list)])
+        outline = polygon([_point(one, scale) for one in member(value, "points", list)])
         return Shape(name, enclosing(outline), (outline,), cut=True)
     if "vertices" in value or "imageDataURL" in value:
         raise ValueError(
@@ -461,34 +460,25 @@ def _shape(region: _Region) -> Shape:
         )
     x, y = _point([value.get("x"), value.get("y")], scale)
     if "radiusX" in value:
-        return ellipse(name, (x, y), _point([value["radiusX"], value.get("radiusY")], scale), math.radians(rotation))
+        return ellipse(name, (x, y), _point([value["radiusX"], value.get("radiusY")], scale), rotation)
     if "width" not in value or "height" not in value:
         raise ValueError("a point has no area; draw a rectangle, polygon, ellipse or mask in its place")
     across, down = _point([value["width"], value["height"]], scale)
     if not rotation:
         return Shape(name, box(x, y, x + across, y + down))
-    return turned_rectangle(name, Box(x, y, x + across, y + down), rotation, pivot=(x, y))
+    return turned_box(name, Box(x, y, x + across, y + down), rotation, pivot=(x, y))
 
 
 def _point(value: object, scale: Point) -> Point:
-    if not isinstance(value, Sequence) or len(value) != 2:
-        raise ValueError(f"{str(value)[:40]!r} is no point [x, y]")
-    return number(value[0]) * scale[0], number(value[1]) * scale[1]
+    x, y = point(value)
+    return x * scale[0], y * scale[1]
 
 
 def _brush(name: str, packed: object, width: int, height: int) -> Shape:
     """A mask that was painted: a pixel belongs to it where its opacity is more than half of the mask's largest."""
-    if width * height > (Image.MAX_IMAGE_PIXELS or 0):
-        raise ValueError(f"an image of {width}x{height} is too large for a mask")
+    check_mask_size(width, height)
     opacity = _unpacked(packed, width * height * 4).reshape(height, width, 4)[..., 3]
-    mask = opacity > opacity.max() / 2
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not rows.size:
-        raise ValueError("its mask shows nothing; delete it")
-    pixels = mask.T.ravel()
-    counts = np.diff([0, *np.flatnonzero(np.diff(pixels, prepend=False)), pixels.size])
-    around = box(float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
-    return Shape(name, around, rle=Rle(height, width, tuple(counts.tolist())))
+    return bitmap(name, opacity > opacity.max() / 2, 0, 0, (width, height))
 
 
 def _unpacked(packed: object, length: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -9,7 +9,7 @@ import base64
 import binascii
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,13 +30,14 @@ from adfm.data.readers.annotations import (
     mentions,
     number,
     parsed,
+    point,
     polygon,
     sample,
     split_of,
     walk,
 )
-from adfm.data.readers.drawing import bitmap_shape, drawable, line_shape
 from adfm.data.readers.files import folders, images, refuse
+from adfm.data.readers.shapes import Point, bitmap, check_mask_size, line
 from adfm.data.readers.verdicts import defect_type
 from adfm.records import Polygon, Sample, Split
 
@@ -201,9 +202,9 @@ def _geometry(drawn: object, meta: _Meta) -> object:
 def _shape(drawn: object, geometry: object, size: _Size) -> Shape:
     name = class_name(member(drawn, "classTitle", str))
     if geometry == "bitmap":
-        bitmap = member(drawn, "bitmap", dict)
-        left, top = (int(side) for side in _point(member(bitmap, "origin", list)))
-        return bitmap_shape(name, _bitmap(member(bitmap, "data", str)), left, top, size)
+        drawing = member(drawn, "bitmap", dict)
+        left, top = (int(side) for side in point(member(drawing, "origin", list)))
+        return bitmap(name, _pixels(member(drawing, "data", str)), left, top, size)
     if geometry == "multipolygon":
         return _polygons(name, [_rings(part) for part in member(drawn, "parts", list)], size)
     if geometry not in ("rectangle", "polygon", *_LINES):
@@ -217,7 +218,7 @@ def _shape(drawn: object, geometry: object, size: _Size) -> Shape:
         raise ValueError(f"a {geometry} has 2 points or more, not {len(outer)}")
     if geometry == "rectangle":
         return Shape(name, enclosing(_last_included(outer)))
-    return line_shape(name, _last_included(outer))
+    return line(name, _last_included(outer))
 
 
 def _polygons(name: str, parts: list[tuple[Polygon, list[Polygon]]], size: _Size) -> Shape:
@@ -233,7 +234,7 @@ def _polygons(name: str, parts: list[tuple[Polygon, list[Polygon]]], size: _Size
     if size is None:
         raise ValueError("has a hole, but the file does not state the size of the image")
     width, height = int(min(round_it.x2, size[0])) - left, int(min(round_it.y2, size[1])) - top
-    drawable(width, height)
+    check_mask_size(width, height)
     part = np.zeros((height, width), bool)
     for outer, holes in parts:
         one = Image.new("1", (width, height))
@@ -242,37 +243,31 @@ def _polygons(name: str, parts: list[tuple[Polygon, list[Polygon]]], size: _Size
         for hole in holes:
             draw.polygon([(x - left, y - top) for x, y in polygon(hole)], fill=0)
         part |= np.asarray(one)
-    return bitmap_shape(name, part, left, top, size)
+    return bitmap(name, part, left, top, size)
 
 
 def _rings(part: object) -> tuple[Polygon, list[Polygon]]:
     """The outline and the holes of a polygon."""
-    outer = tuple(_point(value) for value in member(part, "exterior", list))
+    outer = tuple(point(value) for value in member(part, "exterior", list))
     holes = part.get("interior") if isinstance(part, dict) else None
     if not isinstance(holes, list) or not all(isinstance(hole, list) for hole in holes):
         holes = []
-    return outer, [tuple(_point(value) for value in hole) for hole in holes]
+    return outer, [tuple(point(value) for value in hole) for hole in holes]
 
 
-def _last_included(points: list[tuple[float, float]] | Polygon) -> list[tuple[float, float]]:
+def _last_included(points: Sequence[Point]) -> list[Point]:
     """The corners, and the far ends of the pixels in whole numbers that they name."""
     ends = [(x + 1 if x == int(x) else x, y + 1 if y == int(y) else y) for x, y in points]
     return [*points, *ends]
 
 
-def _point(value: object) -> tuple[float, float]:
-    if not isinstance(value, list) or len(value) != 2:
-        raise ValueError(f"{str(value)[:40]!r} is no point [x, y]")
-    return number(value[0]), number(value[1])
-
-
-def _bitmap(data: str) -> NDArray[np.bool_]:
+def _pixels(data: str) -> NDArray[np.bool_]:
     """The pixels of a bitmap: a PNG, packed by zlib, whose background is transparent."""
     try:
         packed = base64.b64decode(data, validate=True)
         unpacked = zlib.decompressobj().decompress(packed, _LARGEST)
         with Image.open(io.BytesIO(unpacked), formats=["PNG"]) as file:
-            drawable(*file.size)
+            check_mask_size(*file.size)
             if "transparency" in file.info or file.mode in ("LA", "RGBA"):
                 return np.asarray(file.convert("RGBA"))[..., 3] > 0
             values = np.asarray(file) != 0

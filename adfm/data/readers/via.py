@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,7 @@ from adfm.data.readers.annotations import (
     walk,
 )
 from adfm.data.readers.lookup import Images
-from adfm.data.readers.outlines import ellipse
+from adfm.data.readers.shapes import ellipse, line
 from adfm.data.readers.verdicts import defect_type, is_verdict
 from adfm.records import Sample
 
@@ -358,7 +359,7 @@ def _shape(region: _Region, kind: str | None, is_same: bool) -> Shape:
         radii = ("r", "r") if form == "circle" else ("rx", "ry")
         x, y, across, down = (number(shape.get(key)) for key in ("cx", "cy", *radii))
         turn = number(shape.get("theta") or 0)  # radians, clockwise; early versions had none
-        return replace(ellipse(name, (x, y), (across, down), turn), cut=is_same)
+        return replace(ellipse(name, (x, y), (across, down), math.degrees(turn)), cut=is_same)
     if form not in ("polygon", "polyline", "box"):
         raise ValueError(
             f"a shape of the kind {form!r} has no area; draw a rectangle, circle, ellipse or polygon instead"
@@ -370,5 +371,4 @@ def _shape(region: _Region, kind: str | None, is_same: bool) -> Shape:
     if form == "polygon" and len(points) > 2:
         outline = polygon(points)
         return Shape(name, enclosing(outline), (outline,), cut=is_same)
-    x1, y1, x2, y2 = min(xs), min(ys), max(xs), max(ys)
-    return Shape(name, box(x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)), cut=is_same)
+    return replace(line(name, points), cut=is_same)

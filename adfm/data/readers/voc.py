@@ -29,8 +29,8 @@ from adfm.data.readers.annotations import (
     sample,
     walk,
 )
-from adfm.data.readers.drawing import turned, turned_shape
 from adfm.data.readers.files import folders, images, refuse
+from adfm.data.readers.shapes import turned_box
 from adfm.data.readers.xmlfiles import document, outermost
 from adfm.records import Box, Sample
 
@@ -288,10 +288,7 @@ def _shapes(drawn: ElementTree.Element) -> list[Shape]:
     if rotation and outlines and not boxes:
         raise ValueError("the attribute rotation turns a polygon, which LabelMe does not know; export another format")
     if rotation:
-        shapes = [
-            turned_shape(name, (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, math.radians(rotation))
-            for x1, y1, x2, y2 in boxes
-        ]
+        shapes = [turned_box(name, one, rotation) for one in boxes]
     elif len(boxes) == 1 and outlines:
         round_it = enclosing([corner for outline in outlines for corner in outline])
         if round_it.iou(boxes[0]) < _OVERLAP:
@@ -341,8 +338,8 @@ def _rolabelimg(name: str, robndbox: ElementTree.Element) -> Shape:
         outline = polygon([(_number(robndbox, f"x_{at}"), _number(robndbox, f"y_{at}")) for at in _CORNERS])
         return Shape(name, enclosing(outline), (outline,), cut=True)
     cx, cy, width, height, angle = (_number(robndbox, part) for part in _TURNED)
-    turned(cx, cy, width, height, angle)
-    return turned_shape(name, cx, cy, width, height, angle)
+    before = Box(cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2)
+    return turned_box(name, before, math.degrees(angle))
 
 
 def _corners(outline: ElementTree.Element) -> list[tuple[float, float]]:

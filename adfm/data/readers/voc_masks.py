@@ -14,8 +14,8 @@ from PIL import Image
 
 from adfm.data.problems import MissingImage
 from adfm.data.readers.annotations import Shape, class_name, folder_names, text, walk
-from adfm.data.readers.drawing import bitmap_shape, drawable
 from adfm.data.readers.files import images
+from adfm.data.readers.shapes import bitmap, check_mask_size
 from adfm.records import Box
 
 _LABELMAP = "labelmap.txt"
@@ -133,7 +133,7 @@ class Classes:
             else:
                 parts = [(pixels, 0, 0)]
                 name = "defect" if classes is None else self._name(masks, _most(classes[pixels]))
-            shapes += [bitmap_shape(name, part, left, top, size) for part, left, top in parts]
+            shapes += [bitmap(name, part, left, top, size) for part, left, top in parts]
         return shapes
 
     def _name(self, masks: Masks, color: int) -> str:
@@ -199,7 +199,7 @@ def _colors(path: Path, by_color: bool) -> NDArray[np.uint32]:
     """
     try:
         with Image.open(path) as file:
-            drawable(*file.size)
+            check_mask_size(*file.size)
             gray = file.mode in ("1", "L")
             if gray or (file.mode == "P" and not by_color):
                 values = np.asarray(file).astype(np.uint8)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from adfm.data.problems import MissingImage
 from adfm.data.readers import cvat
-from adfm.data.readers.drawing import pixels
+from adfm.data.readers.shapes import pixels
 from adfm.records import Sample
 from tests.data.readers.drawn import NASTY, by_source, never_fails_otherwise, problems, touch
 

@@ -380,7 +380,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "a.json: shape 5: a shape of the type oriented_rectangle does not have 2 points",
         f"a.json: shape 6: the type of the shape, 'cuboid', {unknown}",
         "a.json: shape 7: a shape of the type point does not have 0 points",
-        "a.json: shape 8: the box [1, 1, 1, 1] is inverted or has no area",
+        "a.json: shape 8: the ellipse with the radii 0 and 0 has no area",
         "a.json: shape 9: its class is 'good', but every shape is taken for a defect; delete the shapes of this class,"
         " an image without any is normal",
         "a.json: shape 10: the class '' is no name",

@@ -12,7 +12,7 @@ from PIL import Image
 
 from adfm.data.problems import BadData, MissingImage
 from adfm.data.readers import supervisely
-from adfm.data.readers.drawing import pixels
+from adfm.data.readers.shapes import pixels
 from adfm.records import Sample
 from tests.data.readers.drawn import NASTY, by_source, dump, never_fails_otherwise, problems, touch
 

@@ -159,7 +159,7 @@ def test_a_line_is_a_pixel_wide_at_least(tmp_path: Path) -> None:
     line = {"name": "polyline", "all_points_x": [5, 5], "all_points_y": [5, 45]}
     dump(tmp_path / "a.json", _export({"a.png": [_region(line, type="scratch")]}))
     (sample,) = via.read(tmp_path)
-    assert (sample.boxes, sample.polygons) == (((5, 5, 6, 45),), ())
+    assert (sample.boxes, sample.polygons) == (((4.5, 5, 5.5, 45),), ())
 
 
 def test_the_attribute_that_is_the_class(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "a.json: a.png: region 4: its class is 'good', but every shape is taken for a defect; delete the shapes of"
         " this class, an image without any is normal",
         "a.json: a.png: region 5: it has 1 x and 2 y",
-        "a.json: a.png: region 6: an ellipse with the radii -1 and -1 has no area",
+        "a.json: a.png: region 6: the ellipse with the radii -1 and -1 has no area",
         "a.json: there is no image 'gone.png', neither where its path leads nor beside this file nor in a folder of"
         " images that belongs to it",
         "a.json: a.png is listed before, in a.json; keep one",

@@ -6,7 +6,7 @@ from PIL import Image
 
 from adfm.data.problems import MissingImage
 from adfm.data.readers import voc
-from adfm.data.readers.drawing import pixels
+from adfm.data.readers.shapes import pixels
 from adfm.records import Sample
 from tests.data.readers.drawn import by_source, problems, touch
 
