@@ -26,7 +26,7 @@ from adfm.records import Box, Polygon, Rle, Sample, Split
 _T = TypeVar("_T")
 
 _UTF_16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
-_NORMAL = frozenset(("normal", "good", "ok"))
+_KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "a text"}
 SPLIT_NAMES: dict[str, Split] = {
     "train": "train",
     "training": "train",
@@ -114,23 +114,6 @@ def labelled(
     return files.sample(raw, dataset, dataset, image, defect, split=split, notes=unique, located=False, **more)
 
 
-def class_name(value: object) -> str:
-    """The name of a defect's class.
-
-    Raises:
-        ValueError: It is no name, or one that says that nothing is wrong.
-    """
-    name = value.strip() if isinstance(value, str) else ""
-    if not name or not name.isprintable():
-        raise ValueError(f"the class {value!r} is no name")
-    if name.lower() in _NORMAL:
-        raise ValueError(
-            f"its class is {name!r}, but every shape is taken for a defect; delete the shapes of this class,"
-            " an image without any is normal"
-        )
-    return name
-
-
 def number(value: object) -> float:
     """A finite number of JSON.
 
@@ -138,7 +121,7 @@ def number(value: object) -> float:
         ValueError: It is none.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e15:  # nan is not below
-        raise ValueError(f"{str(value)[:40]!r} is no finite number")
+        raise ValueError(f"{str(value)[:40]!r} is not a finite number")
     return float(value)
 
 
@@ -197,14 +180,14 @@ def member(value: object, key: str, kind: type[_T]) -> _T:
     """What a JSON object has under a key.
 
     Raises:
-        ValueError: It is no object, has no such key, or something of another kind there.
+        ValueError: It is not an object, has no such key, or something of another kind there.
     """
     if not isinstance(value, dict):
-        raise ValueError(f"is no JSON object, so that it has no {key!r}")
+        raise ValueError(f"is not a JSON object, so that it has no {key!r}")
     if key not in value:
         raise ValueError(f"has no {key!r}")
     if not isinstance(value[key], kind):
-        raise ValueError(f"{key!r} is no {kind.__name__}: {str(value[key])[:40]!r}")
+        raise ValueError(f"{key!r} is not {_KINDS[kind]}: {str(value[key])[:40]!r}")
     return value[key]  # type: ignore[no-any-return]
 
 
@@ -219,13 +202,40 @@ def text(path: Path) -> str:
     Raises:
         ValueError: It cannot be read, is empty, or in another encoding.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror})") from error
+    content = contents(path)
     if not content.strip():
         raise ValueError("is empty")
-    encoding = "utf-16" if content.startswith(tuple(_UTF_16)) else "utf-8-sig"
+    return _decoded(content)
+
+
+def lines(path: Path) -> list[str]:
+    """The lines of a text file as in `text`; an empty file has none.
+
+    Raises:
+        ValueError: It cannot be read, or is in another encoding.
+    """
+    return _decoded(contents(path)).splitlines()
+
+
+def contents(path: Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from error
+
+
+def encoding_of(content: bytes) -> str:
+    """The encoding of a text file, by its byte order mark or the lack of one."""
+    return "utf-16" if content.startswith(tuple(_UTF_16)) else "utf-8-sig"
+
+
+def _decoded(content: bytes) -> str:
+    encoding = encoding_of(content)
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
@@ -240,7 +250,7 @@ def parsed(path: Path) -> Any:
     """A JSON file.
 
     Raises:
-        ValueError: It cannot be read, or is no JSON; says the line and the column.
+        ValueError: It cannot be read, or is not JSON; says the line and the column.
     """
     content = text(path)
     try:
@@ -248,9 +258,9 @@ def parsed(path: Path) -> Any:
     except json.JSONDecodeError as error:
         comma = content[: error.pos].rstrip().endswith(",") and content[error.pos :].lstrip()[:1] in "]}"
         hint = "; take away the comma before it" if comma else ""
-        raise ValueError(f"line {error.lineno}, column {error.colno}: is no JSON ({error.msg}){hint}") from error
+        raise ValueError(f"line {error.lineno}, column {error.colno}: is not JSON ({error.msg}){hint}") from error
     except (RecursionError, ValueError) as error:  # brackets nested too deep, an integer of thousands of digits
-        raise ValueError(f"is no JSON that can be read ({error})") from error
+        raise ValueError(f"is not JSON that can be read ({error})") from error
 
 
 def mentions(path: Path, *words: bytes) -> bool:

@@ -18,7 +18,6 @@ from PIL import ExifTags, Image
 from adfm.data.readers.annotations import (
     Shape,
     box,
-    class_name,
     folder_names,
     holds,
     listing,
@@ -36,6 +35,7 @@ from adfm.data.readers.annotations import (
 from adfm.data.readers.files import refuse
 from adfm.data.readers.lookup import Images
 from adfm.data.readers.shapes import turned_box
+from adfm.data.readers.verdicts import class_name
 from adfm.records import Polygon, Rle, Sample
 
 _KEYS = ("images", "annotations", "categories")
@@ -249,7 +249,7 @@ def _rotation(annotation: dict[str, Any]) -> float:
     except (TypeError, ValueError):  # someone's own attribute of that name
         return 0.0
     if not math.isfinite(degrees):
-        raise ValueError("its rotation is no finite number")
+        raise ValueError("its rotation is not a finite number")
     return degrees % 360
 
 
@@ -272,7 +272,7 @@ def _distance(extent: tuple[float, ...], other: tuple[float, ...]) -> float:
 def _check_outline(sides: list[float], extent: tuple[float, float, float, float]) -> None:
     """Refuses a box that is the outline's only if its numbers are taken for something else than COCO's.
 
-    An outline may be smaller than its box (an occluded part, a group of shapes), so that alone is no contradiction.
+    An outline may be smaller than its box (an occluded part, a group of shapes), so that alone is not a contradiction.
     """
     x1, y1, x2, y2 = _READINGS["[x, y, width, height]"](*sides)
     apart = _distance(extent, (x1, y1, x2, y2))
@@ -359,13 +359,13 @@ def _check_area(annotation: dict[str, Any]) -> None:
 
 def _polygons(drawn: object, has_box: bool, notes: list[str]) -> tuple[Polygon, ...]:
     if not isinstance(drawn, list):
-        raise ValueError(f"'segmentation' is no list: {str(drawn)[:40]!r}")
+        raise ValueError(f"'segmentation' is not a list: {str(drawn)[:40]!r}")
     if drawn and not any(isinstance(part, list) for part in drawn):
         drawn = [drawn]  # one flat list: VIA before 2.0.11, MyVision and others
     polygons = []
     for part in drawn:
         if not isinstance(part, list) or len(part) % 2:
-            raise ValueError("'segmentation' is no list of polygons [x, y, x, y, …]")
+            raise ValueError("'segmentation' is not a list of polygons [x, y, x, y, …]")
         numbers = [number(value) for value in part]
         if has_box and len(numbers) < 6:
             if numbers:

@@ -16,7 +16,6 @@ from adfm.data.problems import MissingImage
 from adfm.data.readers.annotations import (
     Shape,
     box,
-    class_name,
     enclosing,
     folder_names,
     holds,
@@ -31,7 +30,7 @@ from adfm.data.readers.annotations import (
 )
 from adfm.data.readers.files import IMAGES, refuse
 from adfm.data.readers.shapes import bitmap, check_mask_size, ellipse, group, line, turned_box
-from adfm.data.readers.verdicts import defect_type
+from adfm.data.readers.verdicts import class_name, defect_type
 from adfm.data.readers.xmlfiles import outermost
 from adfm.records import Sample
 
@@ -102,7 +101,7 @@ def _samples(raw: Path, file: Path, known: dict[Path, str], problems: list[str])
             known[image] = f"in {where} as number {place}"
             yield _sample(raw, image, element, here, problems)
     except ElementTree.ParseError as error:
-        problems.append(f"{where}: is no XML ({error})")
+        problems.append(f"{where}: is not XML ({error})")
     except (OSError, ValueError, LookupError) as error:  # LookupError: an encoding that the parser does not know
         problems.append(f"{where}: {error}")
 
@@ -226,7 +225,7 @@ def _points(text: str) -> list[tuple[float, float]]:
         try:
             x, y = (float(word) for word in words)
         except ValueError as error:
-            raise ValueError(f"{pair[:40]!r} is no point") from error
+            raise ValueError(f"{pair[:40]!r} is not a point") from error
         if not (math.isfinite(x) and math.isfinite(y)):
             raise ValueError(f"{pair[:40]!r} is not finite")
         points.append((x, y))
@@ -252,5 +251,5 @@ def _number(part: ElementTree.Element, name: str) -> float:
 def _whole(part: ElementTree.Element, name: str) -> int:
     number = _number(part, name)
     if not abs(number) < 1e9 or number != int(number):
-        raise ValueError(f"{name} is no whole number: {part.get(name)!r}")
+        raise ValueError(f"{name} is not a whole number: {part.get(name)!r}")
     return int(number)

@@ -213,7 +213,7 @@ def parse(raw: Path, file: Path, form: TypeAdapter[T], problems: list[str]) -> T
         raw: The data set.
         file: The file, in UTF-8, with or without a byte order mark.
         form: What should be in it.
-        problems: What is wrong with it is added here, one line each; a line and column where it is no JSON.
+        problems: What is wrong with it is added here, one line each; a line and column where it is not JSON.
 
     Returns:
         What is in it, or `None` where something is wrong.

@@ -10,7 +10,6 @@ images/*.jpg, masks/*.png                             the mask alone says what i
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,34 +17,22 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from adfm.data.readers import btad, dagm, files, kolektor, loco, mvtec, visa
-from adfm.data.readers.annotations import class_name, walk
+from adfm.data.readers import btad, dagm, files, kolektor, loco, mvtec, verdicts, visa
+from adfm.data.readers.annotations import SPLIT_NAMES, nfc, walk
+from adfm.data.readers.verdicts import class_name, core
 from adfm.records import Sample, Split
 
-# Names of folders, in lower case and without what separates words.
-NORMAL = frozenset(
-    ("good", "ok", "normal", "pass", "passed", "free", "defectfree", "nodefect", "nodefects", "nondefective")
-)
-ANOMALOUS = frozenset(
-    ("ng", "bad", "ko", "nok", "notok", "nogood", "notgood", "fail", "failed", "faulty", "reject", "rejected", "def")
-).union(("defect", "defects", "defective", "anomaly", "anomalies", "anomalous", "abnormal"))
-MASKS = frozenset(("mask", "masks", "groundtruth", "gt"))
+# Names of folders, as `verdicts.core` has them.
+_NORMAL = verdicts.NORMAL | {"free"}
+_ANOMALOUS = verdicts.ANOMALOUS | {"def"}
+_MASKS = frozenset(("mask", "masks", "groundtruth", "gt"))
 # Beside a normal folder, these would be taken for the name of a defect.
 _UNCLEAR = frozenset(
     ("0", "1", "positive", "negative", "pos", "neg", "yes", "no", "true", "false", "unknown", "unlabeled", "unlabelled")
 ).union(("unsorted", "label", "labels", "annotation", "annotations", "seg", "segmentation", "segmentations"))
-_UNCLEAR_WORDS = NORMAL | MASKS | {"truth"}
+_UNCLEAR_WORDS = _NORMAL | _MASKS | {"truth"}
 _NEGATIONS = frozenset(("no", "non", "not", "without"))
 _IMAGES = frozenset(("images", "image", "imgs", "img"))
-_SPLITS: dict[str, Split] = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
-    "testing": "test",
-}
 _NO_NORMAL = "no folder is called good or alike, so that every image is anomalous"
 _ANNOTATIONS = (".json", ".jsonl", ".xml", ".csv", ".tsv")
 _MASK_ENDING = re.compile(r"[-_](?:mask|gt|label)$", re.IGNORECASE)
@@ -205,9 +192,9 @@ class _Levels:
                 inside[place.names[:depth]].add(name)
         self._inside = dict(inside)
         self._short = {names: _without_shared_words(its) for names, its in inside.items()}
-        cores = {names: set(map(_core, short.values())) for names, short in self._short.items()}
-        self.normal = {names for names, its in cores.items() if its & NORMAL}
-        self._anomalous = {names for names, its in cores.items() if its & ANOMALOUS}
+        cores = {names: set(map(core, short.values())) for names, short in self._short.items()}
+        self.normal = {names for names, its in cores.items() if its & _NORMAL}
+        self._anomalous = {names for names, its in cores.items() if its & _ANOMALOUS}
         self.are_plain = not self.normal and not self._anomalous  # each folder is the name of a defect
         self._top = min(
             (len(names) for names, its in inside.items() if len(its) > 1 or names in self.normal), default=0
@@ -240,14 +227,14 @@ class _Levels:
         if len(level) == len(place.names):
             return None
         name, rest = self._short[level][place.names[len(level)]], place.names[len(level) + 1 :]
-        normal, category = _core(name) in NORMAL, self.inner(level)
+        normal, category = core(name) in _NORMAL, self.inner(level)
         _refuse_unclear(name)
         for inner in rest:
-            if _core(inner) in (ANOMALOUS if normal else NORMAL):
+            if core(inner) in (_ANOMALOUS if normal else _NORMAL):
                 raise ValueError(f"lies in {name}, but is called {inner}; rename one of the two")
         if rest and self._is_in_all(level, rest[0]):
             category, rest = (*category, rest[0]), rest[1:]
-        if _core(name) in ANOMALOUS and rest and not _NUMBER.fullmatch(rest[0]):
+        if core(name) in _ANOMALOUS and rest and not _NUMBER.fullmatch(rest[0]):
             name = rest[0]
             _refuse_unclear(name)
         return _Kind("/".join(category) or raw.resolve().name, None if normal else class_name(name))
@@ -259,7 +246,7 @@ class _Levels:
     def _is_in_all(self, level: _Names, name: str) -> bool:
         """Whether a folder is in normal ones and in others of a level: a category, not a defect."""
         kinds = [kind for kind in self._inside[level] if name in self._inside.get((*level, kind), ())]
-        normal = {_core(self._short[level][kind]) in NORMAL for kind in kinds}
+        normal = {core(self._short[level][kind]) in _NORMAL for kind in kinds}
         return len(normal) == 2 and not _NUMBER.fullmatch(name)
 
 
@@ -362,15 +349,15 @@ def _places(raw: Path) -> list[_Place]:
 def _place(raw: Path, folder: Path) -> _Place:
     names, split, masks = [], None, False
     for name in folder.relative_to(raw).parts:
-        core, words = _core(name), _words(name)
-        if core in MASKS:
+        plain, words = core(name), _words(name)
+        if plain in _MASKS:
             masks = True
-        elif len(words) > 1 and (words[0] in MASKS or words[-1] in MASKS):
+        elif len(words) > 1 and (words[0] in _MASKS or words[-1] in _MASKS):
             masks = True
             names.append(re.sub(r"^(?:masks?|gt)[-_. ]+|[-_. ]+(?:masks?|gt)$", "", name, flags=re.IGNORECASE))
-        elif core in _SPLITS:
-            split = _SPLITS[core]
-        elif core not in _IMAGES:
+        elif plain in SPLIT_NAMES:
+            split = SPLIT_NAMES[plain]
+        elif plain not in _IMAGES:
             names.append(name)
     return _Place(folder, tuple(names), split, masks)
 
@@ -390,10 +377,10 @@ def _masked_beside(folder: Path) -> bool:
 
 
 def _refuse_unclear(name: str) -> None:
-    core, words = _core(name), _words(name)
-    if core in NORMAL or core in ANOMALOUS:
+    plain, words = core(name), _words(name)
+    if plain in _NORMAL or plain in _ANOMALOUS:
         return
-    if core in _UNCLEAR or words[0] in _NEGATIONS or _UNCLEAR_WORDS.intersection(words):
+    if plain in _UNCLEAR or words[0] in _NEGATIONS or _UNCLEAR_WORDS.intersection(words):
         raise ValueError(
             f"it is not clear whether {name!r} is normal; rename the folder to good, or to the name of the defect, or"
             " to masks if they are"
@@ -440,12 +427,8 @@ def _words(name: str) -> list[str]:
     return re.split(r"[-_. ]+", name.lower())
 
 
-def _core(name: str) -> str:
-    return "".join(_words(name))
-
-
 def _stem(path: Path) -> str:
-    return unicodedata.normalize("NFC", path.stem)
+    return nfc(path.stem)
 
 
 def _name(raw: Path, path: Path) -> str:

@@ -24,7 +24,6 @@ from adfm.data.readers import table
 from adfm.data.readers.annotations import (
     Shape,
     box,
-    class_name,
     folder_names,
     holds,
     mentions,
@@ -37,6 +36,7 @@ from adfm.data.readers.annotations import (
     within,
 )
 from adfm.data.readers.files import refuse
+from adfm.data.readers.verdicts import class_name
 from adfm.records import Sample
 
 _FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -246,7 +246,7 @@ def _path(raw: Path, folder: Path, name: Any) -> Path | None:
 
 
 def _is_verdict(word: Any) -> bool:
-    return isinstance(word, str) and word.strip().lower() in (*table.NORMAL, *table.ANOMALOUS)
+    return isinstance(word, str) and (table.is_normal(word.strip()) or table.is_anomalous(word.strip()))
 
 
 def _defect(label: Any, names: dict[int, str]) -> str | None:
@@ -254,9 +254,9 @@ def _defect(label: Any, names: dict[int, str]) -> str | None:
     name = _class(label, names)
     if name is None:
         raise ValueError(f"the label {label!r} is a number without a name; write names, or dataset_info in README.md")
-    if name.lower() in table.NORMAL:
+    if table.is_normal(name):
         return None
-    return "defect" if name.lower() in table.ANOMALOUS else class_name(name)
+    return "defect" if table.is_anomalous(name) else class_name(name)
 
 
 def _class(value: Any, names: dict[int, str]) -> str | None:

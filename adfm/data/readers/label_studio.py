@@ -20,7 +20,6 @@ from adfm.data.readers.annotations import (
     NoImage,
     Shape,
     box,
-    class_name,
     enclosing,
     folder_names,
     holds,
@@ -39,7 +38,7 @@ from adfm.data.readers.annotations import (
 )
 from adfm.data.readers.lookup import Images
 from adfm.data.readers.shapes import Point, bitmap, check_mask_size, ellipse, turned_box
-from adfm.data.readers.verdicts import defect_type, is_verdict
+from adfm.data.readers.verdicts import class_name, defect_type, is_verdict
 from adfm.records import Box, Sample
 
 _GEOMETRY = ("x", "y", "width", "height", "rotation", "points", "radiusX", "radiusY", "rle", "vertices", "imageDataURL")
@@ -490,7 +489,7 @@ def _unpacked(packed: object, length: int) -> np.ndarray[Any, np.dtype[np.uint8]
     """
     damaged = ValueError("its mask is damaged")
     if not isinstance(packed, list) or not all(type(value) is int and 0 <= value < 256 for value in packed):
-        raise ValueError("'rle' is no list of bytes")
+        raise ValueError("'rle' is not a list of bytes")
     bits = np.unpackbits(np.array(packed, np.uint8))
     text = (bits + ord("0")).tobytes().decode()
     at = 0

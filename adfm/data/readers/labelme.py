@@ -24,7 +24,6 @@ from PIL import Image, UnidentifiedImageError
 from adfm.data.readers.annotations import (
     NoImage,
     Shape,
-    class_name,
     enclosing,
     folder_names,
     holds,
@@ -43,6 +42,7 @@ from adfm.data.readers.annotations import (
 from adfm.data.readers.files import IMAGES, images, refuse
 from adfm.data.readers.lookup import Images
 from adfm.data.readers.shapes import Point, bitmap, check_mask_size, corners, ellipse, join, line
+from adfm.data.readers.verdicts import class_name
 from adfm.records import Sample
 
 _MANIFEST = "manifest.json"  # of a fetched data set

@@ -63,7 +63,7 @@ def _samples(raw: Path, root: Path, problems: list[str]) -> Iterator[Sample]:
         image = files.named([root], path)
         parts = image.relative_to(root).parts if image else ()
         if image is None or len(parts) < 4:
-            problems.append(f"mmad.json: {path!r} is no path of a data set, category, good or defect, and image")
+            problems.append(f"mmad.json: {path!r} is not a path of a data set, category, good or defect, and image")
             continue
         kind = image.parent.name
         masks: tuple[Path, ...] = ()
@@ -71,7 +71,9 @@ def _samples(raw: Path, root: Path, problems: list[str]) -> Iterator[Sample]:
             above = [folder for folder in image.parents if folder.is_relative_to(root)]
             mask = files.named([root / parts[0] / parts[1], *above], entry.mask_path)
             if mask is None:
-                problems.append(f"mmad.json: {entry.mask_path!r}, the mask of {path}, is no path within the data set")
+                problems.append(
+                    f"mmad.json: {entry.mask_path!r}, the mask of {path}, is not a path within the data set"
+                )
                 continue
             masks = tuple(files.images(mask.parent)) if mask.parent.name == image.stem else (mask,)
         yield files.sample(raw, parts[0], parts[1], image, None if kind == "good" else kind, masks, "test")

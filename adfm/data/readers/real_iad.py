@@ -60,7 +60,7 @@ def read(raw: Path) -> Iterator[Sample]:
         raw: The raw data set; its name is the name of the data set.
 
     Raises:
-        AdfmError: No image, a category without a JSON file or with several that differ, a file that is no such JSON,
+        AdfmError: No image, a category without a JSON file or with several that differ, a file that is not such JSON,
             or that names images and masks that do not exist: all that was found, in one error, after the last sample.
     """
     problems: list[str] = []
@@ -92,7 +92,7 @@ def _category(raw: Path, top: Path, folder: Path, problems: list[str]) -> Iterat
             mask = files.named(bases, entry.mask_path) if entry.mask_path else None
             if image is None or (entry.mask_path and mask is None):
                 path = entry.image_path if image is None else entry.mask_path
-                problems.append(f"{found[0].relative_to(raw).as_posix()}: {path!r} is no path within the data set")
+                problems.append(f"{found[0].relative_to(raw).as_posix()}: {path!r} is not a path within the data set")
                 continue
             normal = entry.anomaly_class == content.meta.normal_class or mask is None
             yield files.sample(

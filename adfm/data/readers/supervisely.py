@@ -20,7 +20,6 @@ from PIL import Image, ImageDraw
 from adfm.data.problems import MissingImage
 from adfm.data.readers.annotations import (
     Shape,
-    class_name,
     enclosing,
     folder_names,
     holds,
@@ -38,7 +37,7 @@ from adfm.data.readers.annotations import (
 )
 from adfm.data.readers.files import folders, images, refuse
 from adfm.data.readers.shapes import Point, bitmap, check_mask_size, line
-from adfm.data.readers.verdicts import defect_type
+from adfm.data.readers.verdicts import class_name, defect_type
 from adfm.records import Polygon, Sample, Split
 
 _ANN, _IMG, _META = "ann", "img", "meta.json"
@@ -272,7 +271,7 @@ def _pixels(data: str) -> NDArray[np.bool_]:
                 return np.asarray(file.convert("RGBA"))[..., 3] > 0
             values = np.asarray(file) != 0
     except binascii.Error as error:
-        raise ValueError("its bitmap cannot be read (it is no base64 text)") from error
+        raise ValueError("its bitmap cannot be read (it is not base64 text)") from error
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
         raise ValueError(f"its bitmap cannot be read ({error})") from error
     return np.asarray(values.reshape(*values.shape[:2], -1).any(axis=2))

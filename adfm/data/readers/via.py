@@ -18,7 +18,6 @@ from adfm.data.readers import files
 from adfm.data.readers.annotations import (
     Shape,
     box,
-    class_name,
     enclosing,
     folder_names,
     holds,
@@ -37,7 +36,7 @@ from adfm.data.readers.annotations import (
 )
 from adfm.data.readers.lookup import Images
 from adfm.data.readers.shapes import ellipse, line
-from adfm.data.readers.verdicts import defect_type, is_verdict
+from adfm.data.readers.verdicts import class_name, defect_type, is_verdict
 from adfm.records import Sample
 
 # What people call the attribute that names the class, if a region has several.

@@ -83,7 +83,7 @@ def _listed(raw: Path, table: Path, folder: Path, problems: list[str]) -> Iterat
         if row["split"] not in ("train", "test"):
             wrong.append(f"split {row['split']!r} is neither train nor test")
         if image is None or not image.is_relative_to(folder) or (row["mask"] and mask is None):
-            wrong.append(f"image {row['image']!r} or mask {row['mask']!r} is no path within {folder.name}")
+            wrong.append(f"image {row['image']!r} or mask {row['mask']!r} is not a path within {folder.name}")
         elif not wrong:
             normal = row["label"] == "normal"
             yield _Image(image, normal, None if normal else mask, row["split"])

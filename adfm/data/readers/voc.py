@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -21,16 +20,17 @@ from adfm.data.readers import voc_masks, voc_sets
 from adfm.data.readers.annotations import (
     Shape,
     box,
-    class_name,
     enclosing,
     holds,
     listing,
+    nfc,
     polygon,
     sample,
     walk,
 )
 from adfm.data.readers.files import folders, images, refuse
 from adfm.data.readers.shapes import turned_box
+from adfm.data.readers.verdicts import class_name
 from adfm.data.readers.xmlfiles import document, outermost
 from adfm.records import Box, Sample
 
@@ -99,7 +99,7 @@ def read(raw: Path) -> Iterator[Sample]:
         own, shared = _places(raw, folder) if there else ([], [])
         files = [_files(own), *([shared_files(tuple(shared))] if shared else [])]
         for image in there:
-            other = same.setdefault(_nfc(image.stem), image)
+            other = same.setdefault(nfc(image.stem), image)
             if other != image:
                 problems.append(f"{_place(raw, other)}: has the same name as {_place(raw, image)}")
             file = _annotation(raw, image, here, files, owners, problems)
@@ -146,7 +146,7 @@ def _files(folders: Iterable[Path]) -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = {}
     for folder in folders:
         for file in listing(folder, ".xml"):
-            files.setdefault(_nfc(file.stem), []).append(file)
+            files.setdefault(nfc(file.stem), []).append(file)
     return files
 
 
@@ -199,7 +199,7 @@ def _annotation(
         problems: Gets two XML files of one image, and two images of one XML file.
     """
     for stems in files:
-        same = stems.get(_nfc(image.stem), [])
+        same = stems.get(nfc(image.stem), [])
         if len(same) > 1:
             others = ", ".join(_place(raw, file) for file in same[1:])
             problems.append(f"{_place(raw, same[0])}: has the same name as {others}")
@@ -227,10 +227,6 @@ def _place(raw: Path, path: Path) -> str:
     return path.relative_to(raw).as_posix()
 
 
-def _nfc(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
-
-
 # --------------------------------------------------------------------------------------------------- what it says
 
 
@@ -242,7 +238,7 @@ def _read(raw: Path, file: Path, problems: list[str]) -> _Drawn:
     try:
         content = document(file)
         if content.tag != "annotation":
-            raise ValueError(f"is no Pascal VOC file: it begins with <{content.tag}> instead of <annotation>")
+            raise ValueError(f"is not a Pascal VOC file: it begins with <{content.tag}> instead of <annotation>")
         segmented = (content.findtext("segmented") or "").strip() == "1"
         size = _size(content)
         objects = content.findall("object")
@@ -326,9 +322,9 @@ def _rotation(drawn: ElementTree.Element) -> float:
     try:
         angle = float(values[0] or "") if values else 0.0
     except ValueError as error:
-        raise ValueError(f"its attribute rotation is no number: {values[0]!r}") from error
+        raise ValueError(f"its attribute rotation is not a number: {values[0]!r}") from error
     if not math.isfinite(angle):
-        raise ValueError(f"its attribute rotation is no number: {values[0]!r}")
+        raise ValueError(f"its attribute rotation is not a number: {values[0]!r}")
     return angle % 360
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Container, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
@@ -13,9 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from adfm.data.problems import MissingImage
-from adfm.data.readers.annotations import Shape, class_name, folder_names, text, walk
+from adfm.data.readers.annotations import Shape, folder_names, nfc, text, walk
 from adfm.data.readers.files import images
 from adfm.data.readers.shapes import bitmap, check_mask_size
+from adfm.data.readers.verdicts import class_name
 from adfm.records import Box
 
 _LABELMAP = "labelmap.txt"
@@ -84,7 +84,7 @@ class Classes:
             return None
         inner = image.relative_to(base).parts
         inner = inner[1:] if inner[0].lower() in own and len(inner) > 1 else inner
-        stem = unicodedata.normalize("NFC", image.stem)
+        stem = nfc(image.stem)
         classes, objects = (
             next((file for name in names if (file := self._files((base / name).joinpath(*inner[:-1])).get(stem))), None)
             for names in (_CLASS, _OBJECT)
@@ -182,7 +182,7 @@ def added(boxed: list[Shape], masked: list[Shape]) -> tuple[list[Shape], list[st
 
 def _files(folder: Path) -> dict[str, Path]:
     """The masks of a folder by their stems."""
-    return {unicodedata.normalize("NFC", mask.stem): mask for mask in images(folder)}
+    return {nfc(mask.stem): mask for mask in images(folder)}
 
 
 def _covers(drawn: Box, mask: Box) -> bool:

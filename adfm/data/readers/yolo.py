@@ -20,10 +20,10 @@ from adfm.data.problems import MissingImage
 from adfm.data.readers.annotations import (
     Shape,
     box,
-    class_name,
     enclosing,
     folder_names,
     holds,
+    lines,
     listing,
     mentions,
     paired,
@@ -35,6 +35,7 @@ from adfm.data.readers.annotations import (
     within,
 )
 from adfm.data.readers.files import images, refuse
+from adfm.data.readers.verdicts import class_name
 from adfm.records import Box, Sample, Split
 
 _IMAGES = frozenset(("images",))
@@ -121,8 +122,8 @@ def _is_settings(file: Path) -> bool:
 
 def _is_labels(file: Path) -> bool:
     try:
-        with file.open(encoding="utf-8", errors="replace") as lines:
-            first = next((line for line in lines if line.strip()), "").split()
+        with file.open(encoding="utf-8", errors="replace") as opened:
+            first = next((line for line in opened if line.strip()), "").split()
         return len(first) > 4 and _class(first[0]) >= 0 and all(math.isfinite(float(word)) for word in first)
     except (OSError, ValueError):
         return False
@@ -205,13 +206,13 @@ def _add_list(raw: Path, file: Path, split: Split, roots: list[Path], settings: 
     """Takes the images that a text file lists, a path a line."""
     where = file.relative_to(raw).as_posix()
     try:
-        lines = text(file).splitlines() if file.read_bytes().strip() else []
-    except (OSError, ValueError) as error:
+        content = lines(file)
+    except ValueError as error:
         problems.append(f"{where}: {error}")
         return
     bases = list(dict.fromkeys([file.parent, *roots]))
     folders: dict[str, Path] = {}  # as the list writes them; a list has a hundred thousand lines
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(content, start=1):
         if not line.strip():
             continue
         written, _, name = line.strip().replace("\\", "/").rpartition("/")
@@ -270,11 +271,11 @@ def _shapes(raw: Path, file: Path, names: dict[int, str], problems: list[str]) -
     where = file.relative_to(raw).as_posix()
     shapes = []
     try:
-        lines = text(file).splitlines() if file.read_bytes().strip() else []
-    except (OSError, ValueError) as error:
+        content = lines(file)
+    except ValueError as error:
         problems.append(f"{where}: {error}")
         return []
-    for place, line in enumerate(lines, start=1):
+    for place, line in enumerate(content, start=1):
         try:
             if line.strip():
                 shapes.append(_shape(line.split(), names))
@@ -327,14 +328,14 @@ def _class(word: str) -> int:
     except ValueError:
         number = math.nan
     if not (0 <= number < 1e6 and number.is_integer()):
-        raise ValueError(f"the class {word!r} is no whole number from 0")
+        raise ValueError(f"the class {word!r} is not a whole number from 0")
     return int(number)
 
 
 def _fraction(word: str, slack: float) -> float:
     value = _number(word)
     if not -slack <= value <= 1 + slack:
-        raise ValueError(f"{word} is no fraction of the image; write positions and sizes from 0 to 1, not in pixels")
+        raise ValueError(f"{word} is not a fraction of the image; write positions and sizes from 0 to 1, not pixels")
     return value
 
 
@@ -342,4 +343,4 @@ def _number(word: str) -> float:
     try:
         return float(word)
     except ValueError as error:
-        raise ValueError(f"{word!r} is no number") from error
+        raise ValueError(f"{word!r} is not a number") from error

@@ -145,7 +145,11 @@ def test_shapes_against_a_formula(
     points = points + complex(x, y)
     expected = [points.real.min(), points.imag.min(), points.real.max(), points.imag.max()]
     if kind == "polyline":  # at least a pixel wide
-        expected[2:] = [max(expected[2], expected[0] + 1), max(expected[3], expected[1] + 1)]
+        for low, high in ((0, 2), (1, 3)):
+            middle = (expected[low] + expected[high]) / 2
+            if expected[high] - expected[low] < 1:
+                expected[low] = middle - 0.5 if middle < 0 else max(middle - 0.5, 0)
+                expected[high] = expected[low] + 1
     dump(raw / "a.json", _export({"a.png": [_region({"name": kind} | shape, label="dent")]}))
     if expected[2] <= 1e-3 or expected[3] <= 1e-3:
         return
@@ -244,7 +248,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "a.json: a.png: region 0: a shape of the kind 'point' has no area; draw a rectangle, circle, ellipse or"
         " polygon instead",
         "a.json: a.png: region 1: the box [20, 30, 20, 50] is inverted or has no area",
-        "a.json: a.png: region 2: '20' is no finite number",
+        "a.json: a.png: region 2: '20' is not a finite number",
         "a.json: a.png: region 3: it has no 'type'; choose one, or delete the region",
         "a.json: a.png: region 4: its class is 'good', but every shape is taken for a defect; delete the shapes of"
         " this class, an image without any is normal",
