@@ -38,6 +38,9 @@ SPLIT_NAMES: dict[str, Split] = {
 }
 
 
+POINT = "a point has no extent: the image is anomalous, but has no boxes"
+
+
 class NoImage(ValueError):
     """The image of an annotation is not in the data set; `problem` makes a `MissingImage` of it."""
 
@@ -83,7 +86,7 @@ def sample(
         notes: As in `Sample`.
         more: Other fields of `Sample`.
     """
-    dataset = raw.resolve().name
+    dataset = files.dataset_name(raw)
     unique = list({(shape.name, *(round(side, 6) for side in shape.box)): shape for shape in reversed(shapes)}.values())
     if len(unique) < len(shapes):
         notes = (*notes, "the same box of the same class is drawn more than once; it counts once")
@@ -106,11 +109,19 @@ def sample(
 
 
 def labelled(
-    raw: Path, image: Path, defect: str, split: Split | None = None, notes: Iterable[str] = (), **more: Any
+    raw: Path, image: Path, names: Iterable[str], split: Split | None = None, notes: Iterable[str] = (), **more: Any
 ) -> Sample:
-    """An anomalous image of which nothing says where its defects are; the arguments are those of `sample`."""
-    dataset = raw.resolve().name
-    unique = tuple(dict.fromkeys(notes))
+    """An anomalous image of which nothing says where its defects are.
+
+    Args:
+        raw: The data set.
+        image: The image, in `raw`.
+        names: The classes of the defects.
+        split: The split that the data set fixes.
+        notes: As in `Sample`.
+        more: Other fields of `Sample`.
+    """
+    dataset, defect, unique = files.dataset_name(raw), "+".join(sorted(set(names))), tuple(dict.fromkeys(notes))
     return files.sample(raw, dataset, dataset, image, defect, split=split, notes=unique, located=False, **more)
 
 
@@ -149,13 +160,13 @@ def box(x1: float, y1: float, x2: float, y2: float, side: float = math.inf) -> B
     Raises:
         ValueError: It is inverted, empty, not finite, or lies outside the image.
     """
-    shown = f"the box [{x1:g}, {y1:g}, {x2:g}, {y2:g}]"
+    text = f"the box [{x1:g}, {y1:g}, {x2:g}, {y2:g}]"
     if not all(math.isfinite(value) for value in (x1, y1, x2, y2)):
-        raise ValueError(f"{shown} is not finite")
+        raise ValueError(f"{text} is not finite")
     if x2 <= x1 or y2 <= y1:
-        raise ValueError(f"{shown} is inverted or has no area")
+        raise ValueError(f"{text} is inverted or has no area")
     if x2 <= 0 or y2 <= 0 or x1 >= side or y1 >= side:
-        raise ValueError(f"{shown} lies outside the image")
+        raise ValueError(f"{text} lies outside the image")
     return Box(x1, y1, x2, y2)
 
 
@@ -277,9 +288,9 @@ def mentions(path: Path, *words: bytes) -> bool:
 def split_of(*names: str) -> Split | None:
     """The split in the first name that has just one: `instances_train2017`, `valid`, `Test` and the like."""
     for name in names:
-        found = {SPLIT_NAMES[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLIT_NAMES}
-        if len(found) == 1:
-            return found.pop()
+        splits = {SPLIT_NAMES[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLIT_NAMES}
+        if len(splits) == 1:
+            return splits.pop()
     return None
 
 

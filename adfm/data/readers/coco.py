@@ -278,27 +278,27 @@ def _check_outline(sides: list[float], extent: tuple[float, float, float, float]
     apart = _distance(extent, (x1, y1, x2, y2))
     if apart <= _SLACK:
         return
-    shown = "[{:g}, {:g}, {:g}, {:g}]".format(*sides)
+    text = "[{:g}, {:g}, {:g}, {:g}]".format(*sides)
     outline = "[{:g}, {:g}, {:g}, {:g}]".format(*extent)
     for meaning, reading in _READINGS.items():
         other = _distance(extent, reading(*sides))
         if other <= _SLACK and other < apart - _SLACK / 2:
             raise ValueError(
-                f"'bbox' {shown} is [x, y, width, height] in COCO, but its outline, which spans {outline}, says that it"
+                f"'bbox' {text} is [x, y, width, height] in COCO, but its outline, which spans {outline}, says that it"
                 f" is {meaning}; write all boxes as [x, y, width, height]"
             )
     if max(x1 - extent[2], y1 - extent[3], extent[0] - x2, extent[1] - y2) > _SLACK:
         raise ValueError(
-            f"'bbox' {shown}, which is [x, y, width, height], has nothing in common with its outline, which spans"
+            f"'bbox' {text}, which is [x, y, width, height], has nothing in common with its outline, which spans"
             f" {outline}; correct one of them"
         )
 
 
 def _check_fractions(sides: list[float], size: tuple[int, int] | None) -> None:
     if size and min(size) > 1 and all(0 <= side <= 1 for side in sides) and 0 < max(sides[2:]) < 1:
-        shown = "[{:g}, {:g}, {:g}, {:g}]".format(*sides)
+        text = "[{:g}, {:g}, {:g}, {:g}]".format(*sides)
         raise ValueError(
-            f"'bbox' {shown} would be smaller than a pixel; COCO's boxes are [x, y, width, height] in pixels, not in"
+            f"'bbox' {text} would be smaller than a pixel; COCO's boxes are [x, y, width, height] in pixels, not in"
             " fractions of the image"
         )
 
@@ -347,9 +347,9 @@ def _is_area(area: float, width: float, height: float) -> bool:
 
 def _check_area(annotation: dict[str, Any]) -> None:
     if _area_fits(annotation) == "corners":
-        shown = "[{:g}, {:g}, {:g}, {:g}]".format(*annotation["bbox"])
+        text = "[{:g}, {:g}, {:g}, {:g}]".format(*annotation["bbox"])
         raise ValueError(
-            f"'bbox' {shown} is [x, y, width, height] in COCO, but its area of {annotation['area']:g} says that it is"
+            f"'bbox' {text} is [x, y, width, height] in COCO, but its area of {annotation['area']:g} says that it is"
             " [x1, y1, x2, y2]; write all boxes as [x, y, width, height]"
         )
 

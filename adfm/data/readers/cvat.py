@@ -14,6 +14,7 @@ import numpy as np
 
 from adfm.data.problems import MissingImage
 from adfm.data.readers.annotations import (
+    POINT,
     Shape,
     box,
     enclosing,
@@ -38,7 +39,6 @@ _SHAPES = frozenset(("box", "polygon", "polyline", "ellipse", "mask", "points", 
 _NO_AREA = frozenset(("cuboid", "skeleton"))
 _FEW = 100  # a folder with more XML files than these has one an image, and opening all of them would take long
 _LINE = "a polyline is the box round it"
-_POINT = "a point has no extent: the image is anomalous, but has no boxes"
 _TAGS = "tags beside shapes are left out"
 
 
@@ -167,10 +167,10 @@ def _sample(raw: Path, image: Path, element: ElementTree.Element, here: str, pro
         problems.append(f"{here}: {error}")
         tags = None
     if points:
-        names = {*points, *(shape.name for shape in shapes)}
-        return labelled(raw, image, "+".join(sorted(names)), split, [*notes, _POINT], size=size)
+        names = [*points, *(shape.name for shape in shapes)]
+        return labelled(raw, image, names, split, [*notes, POINT], size=size)
     if tags and not shapes:
-        return labelled(raw, image, tags, split, notes, size=size)
+        return labelled(raw, image, [tags], split, notes, size=size)
     return sample(raw, image, shapes, split, [*notes, *([_TAGS] if tags else [])], size=size)
 
 

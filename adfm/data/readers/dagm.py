@@ -30,15 +30,15 @@ def read(raw: Path) -> Iterator[Sample]:
         raw: The raw data set; its name is the name of the data set.
 
     Raises:
-        AdfmError: No image, a label without an image, or images without a place in the layout: all that was found, in
-            one error, after the last sample.
+        AdfmError: No image, a label without an image, or images without a place in the layout: all in one error, after
+            the last sample.
     """
     parts = ((folder, _category(raw, folder)) for folder in files.categories(raw, _is_category))
     return files.checked(raw, "dagm", parts, [])
 
 
 def _category(raw: Path, folder: Path) -> Iterator[Sample]:
-    dataset, category = raw.resolve().name, folder.resolve().name
+    dataset, category = files.dataset_name(raw), folder.resolve().name
     for split, part in (("train", "Train"), ("test", "Test")):
         labels = {label.stem: label for label in files.images(folder / part / "Label")}
         for image in files.images(folder / part):

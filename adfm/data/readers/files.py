@@ -151,8 +151,13 @@ def categories(raw: Path, is_category: Callable[[Path], bool]) -> list[Path]:
     """
     if is_category(raw):
         return [raw]
-    found = root(raw, lambda folder: any(is_category(inside) for inside in folders(folder)))
-    return folders(found) if found else []
+    top = root(raw, lambda folder: any(is_category(inside) for inside in folders(folder)))
+    return folders(top) if top else []
+
+
+def dataset_name(raw: Path) -> str:
+    """The name of the folder of a data set; that of the folder that it leads to, if it is a link."""
+    return raw.resolve().name if raw.name in ("", "..") or raw.is_symlink() else raw.name
 
 
 def sample(
@@ -190,7 +195,7 @@ def sample(
     )
 
 
-def named(bases: Sequence[Path], name: str) -> Path | None:
+def listed_path(bases: Sequence[Path], name: str) -> Path | None:
     """The path that a data set's own file gives, under the first of some folders where it exists, else the first.
 
     Args:
@@ -239,7 +244,7 @@ def checked(
     """Yields all samples, and then raises one error about everything that was wrong.
 
     What is wrong: an image or mask that does not exist, an anomalous image without a mask, an image that comes twice,
-    no image at all, and what the reader itself found. Memory is that of the largest part.
+    no image at all, and the reader's own problems. Memory is that of the largest part.
 
     Args:
         raw: The data set.

@@ -99,8 +99,8 @@ def read(raw: Path) -> Iterator[Sample]:
 
     Raises:
         AdfmError: Folders of which it is not clear whether they are normal, images with no folder that says so, images
-            without a mask where others of their kind have one, masks without an image: all that was found, in one
-            error, after the last sample.
+            without a mask where others of their kind have one, masks without an image: all in one error, after the last
+            sample.
     """
     problems: list[str] = []
     places = _places(raw)
@@ -123,7 +123,7 @@ def read(raw: Path) -> Iterator[Sample]:
 
 def _samples(raw: Path, places: list[_Place], masks: _Masks, levels: _Levels, problems: list[str]) -> Iterator[Sample]:
     """The images of one level of kinds, those of defects first: their masks may lie in one folder for all kinds."""
-    dataset = raw.resolve().name
+    dataset = files.dataset_name(raw)
     kinds: dict[tuple[_Kind | None, _Names, Split | None], list[_Place]] = defaultdict(list)
     for place in places:
         try:
@@ -237,7 +237,7 @@ class _Levels:
         if core(name) in _ANOMALOUS and rest and not _NUMBER.fullmatch(rest[0]):
             name = rest[0]
             _refuse_unclear(name)
-        return _Kind("/".join(category) or raw.resolve().name, None if normal else class_name(name))
+        return _Kind("/".join(category) or files.dataset_name(raw), None if normal else class_name(name))
 
     def inner(self, names: _Names) -> _Names:
         """The folders without those that all images lie in, but for the last."""

@@ -30,8 +30,8 @@ def read(raw: Path) -> Iterator[Sample]:
         raw: The raw data set; its name is the name of the data set.
 
     Raises:
-        AdfmError: No image, an image without a label file, label files without an image or that cannot be read: all
-            that was found, in one error, after the last sample.
+        AdfmError: No image, an image without a label file, label files without an image or that cannot be read: all, in
+            one error, after the last sample.
     """
     problems: list[str] = []
     parts = ((folder, _item(raw, folder, problems)) for folder in files.categories(raw, _is_item))
@@ -39,7 +39,7 @@ def read(raw: Path) -> Iterator[Sample]:
 
 
 def _item(raw: Path, folder: Path, problems: list[str]) -> Iterator[Sample]:
-    dataset, group = raw.resolve().name, folder.relative_to(raw).as_posix()
+    dataset, group = files.dataset_name(raw), folder.relative_to(raw).as_posix()
     images = files.images(folder)
     labels = {label.stem: label for label in images if label.stem.endswith("_label")}
     for image in images:

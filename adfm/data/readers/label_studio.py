@@ -15,7 +15,6 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from adfm.data.readers import files
 from adfm.data.readers.annotations import (
     NoImage,
     Shape,
@@ -23,6 +22,7 @@ from adfm.data.readers.annotations import (
     enclosing,
     folder_names,
     holds,
+    labelled,
     listing,
     member,
     mentions,
@@ -36,6 +36,7 @@ from adfm.data.readers.annotations import (
     unlisted,
     walk,
 )
+from adfm.data.readers.files import IMAGES, folders, images, refuse
 from adfm.data.readers.lookup import Images
 from adfm.data.readers.shapes import Point, bitmap, check_mask_size, ellipse, turned_box
 from adfm.data.readers.verdicts import class_name, defect_type, is_verdict
@@ -133,7 +134,7 @@ def read(raw: Path) -> Iterator[Sample]:
         problems.append("no JSON file of Label Studio: no list of tasks with data and annotations")
     if seen:
         problems += unlisted(raw, used)
-    files.refuse(raw, "label-studio", problems)
+    refuse(raw, "label-studio", problems)
 
 
 def _is_export(file: Path) -> bool:
@@ -237,14 +238,11 @@ def _samples(
                 normalized=bool(verdict.shapes) and verdict.size is None,
             )
         else:
-            dataset = raw.resolve().name
-            yield files.sample(
-                raw, dataset, dataset, image, verdict.defect, split=split, located=False, notes=verdict.notes
-            )
+            yield labelled(raw, image, [verdict.defect], split, verdict.notes)
 
 
 class _NoAnnotation(NoImage):
-    """An image of which nobody said anything; `convert.missing: skip` leaves it out as it does a missing image."""
+    """An image that nobody annotated; `convert.missing: skip` leaves it out as it does a missing image."""
 
 
 def _relative(raw: Path, image: Path) -> str:
@@ -311,8 +309,8 @@ def _uploaded(raw: Path, path: str, pictures: Images, folder: Path) -> Path | No
             return pictures.locate(one, folder)
         except NoImage:
             continue
-    places = [folder, *(inside for inside in files.folders(folder) if inside.name.lower() in ("images", "data"))]
-    alike = [image for place in places for image in files.images(place) if _valid(image.name) == before]
+    places = [folder, *(inside for inside in folders(folder) if inside.name.lower() in ("images", "data"))]
+    alike = [image for place in places for image in images(place) if _valid(image.name) == before]
     if len(alike) > 1:
         several = ", ".join(_relative(raw, image) for image in alike)
         raise ValueError(f"the image {name!r} may be any of {several}; name its file {name}")
@@ -321,7 +319,7 @@ def _uploaded(raw: Path, path: str, pictures: Images, folder: Path) -> Path | No
 
 def _is_image_name(value: str) -> bool:
     path = re.split("[#?](?!d=|filepath=)", value)[0]
-    return Path(path.replace("\\", "/")).suffix.lower() in files.IMAGES
+    return Path(path.replace("\\", "/")).suffix.lower() in IMAGES
 
 
 def _valid(name: str) -> str:

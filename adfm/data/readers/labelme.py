@@ -22,11 +22,13 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from adfm.data.readers.annotations import (
+    POINT,
     NoImage,
     Shape,
     enclosing,
     folder_names,
     holds,
+    labelled,
     listing,
     member,
     mentions,
@@ -115,11 +117,13 @@ def read(raw: Path) -> Iterator[Sample]:
             annotated[source] = where
             drawn = _drawn(where, shapes, size, problems, notes)
             split = split_of(*folder_names(raw, image))
-            found = sample(raw, image, [each.shape for each in drawn], split, notes, size=size)
+            defects = [each.shape for each in drawn]
             if any(each.extent == "point" for each in drawn):
-                notes = [*found.notes, "a point has no extent: the image is anomalous, but has no boxes"]
-                found = replace(found, located=False, boxes=(), cut=(), polygons=(), rles=(), notes=tuple(notes))
-            yield replace(found, source=source)
+                names = [shape.name for shape in defects]
+                one = labelled(raw, image, names, split, [*notes, POINT], size=size)
+            else:
+                one = sample(raw, image, defects, split, notes, size=size)
+            yield replace(one, source=source)
     for folder in walk(raw):
         there = images(folder)
         problems += same_names(raw, there)

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 
 from adfm.data.problems import MissingImage
 from adfm.data.readers.annotations import (
+    POINT,
     Shape,
     enclosing,
     folder_names,
@@ -43,7 +44,6 @@ from adfm.records import Polygon, Sample, Split
 _ANN, _IMG, _META = "ann", "img", "meta.json"
 _LINES = ("line", "polyline")
 _LINE = "a line is the box round it"
-_POINT = "a point has no extent: the image is anomalous, but has no boxes"
 _PICTURES = "masks_"  # masks_human, masks_machine, masks_instances: drawn from the annotations
 _LARGEST = 1 << 28  # bytes of an unpacked bitmap
 
@@ -166,10 +166,10 @@ def _sample(raw: Path, image: Path, file: Path, meta: _Meta, problems: list[str]
             problems.append(f"{where}: object {place}: {error}")
     split = split or split_of(*folder_names(raw, image))
     if points:
-        names = {*points, *(shape.name for shape in shapes)}
-        return labelled(raw, image, "+".join(sorted(names)), split, [*notes, _POINT], size=size)
+        names = [*points, *(shape.name for shape in shapes)]
+        return labelled(raw, image, names, split, [*notes, POINT], size=size)
     if label and not shapes:
-        return labelled(raw, image, label, split, notes, size=size)
+        return labelled(raw, image, [label], split, notes, size=size)
     return sample(raw, image, shapes, split, notes, size=size)
 
 

@@ -21,6 +21,7 @@ from adfm.data.readers.annotations import (
     enclosing,
     folder_names,
     holds,
+    labelled,
     listing,
     member,
     mentions,
@@ -59,7 +60,7 @@ class _Image(NamedTuple):
         name: Its file name, path or URL.
         size: Its size in bytes; -1 if unknown.
         regions: What is drawn on it.
-        attributes: What is said of it as a whole.
+        attributes: Those of the image as a whole.
     """
 
     name: str
@@ -158,17 +159,16 @@ def _samples(
                 f"{where}: {image.name} is labelled normal, and {len(image.regions)} regions are drawn on it; correct"
                 " either"
             )
-        said = list(notes) if image.regions else []
+        its_notes = list(notes) if image.regions else []
         if defect is not None:
-            said += [f"the attribute {name!r} is taken for the label of the image" for name in labels]
+            its_notes += [f"the attribute {name!r} is taken for the label of the image" for name in labels]
         if not is_same:
-            said.append("the image file is not the one that was annotated: it has another size in bytes")
+            its_notes.append("the image file is not the one that was annotated: it has another size in bytes")
         its_split = split or split_of(*folder_names(raw, path))
         if defect and not image.regions:
-            name = raw.resolve().name
-            yield files.sample(raw, name, name, path, defect, split=its_split, located=False, notes=tuple(said))
+            yield labelled(raw, path, [defect], its_split, its_notes)
         else:
-            yield sample(raw, path, shapes, its_split, said)
+            yield sample(raw, path, shapes, its_split, its_notes)
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -263,10 +263,10 @@ def _from_version_3(content: dict[str, Any]) -> list[_Image]:
     declared = content["attribute"]
     images: dict[str, _Image] = {}
     for view, of_view in content["view"].items():
-        shown = member(of_view, "fid_list", list)
-        if len(shown) != 1:
-            raise ValueError(f"view {view} shows {len(shown)} files; only projects with one image a view are read")
-        file = member(content["file"], str(shown[0]), dict)
+        files_of = member(of_view, "fid_list", list)
+        if len(files_of) != 1:
+            raise ValueError(f"view {view} shows {len(files_of)} files; only projects with one image a view are read")
+        file = member(content["file"], str(files_of[0]), dict)
         images[view] = _Image(member(file, "fname", str), -1, [], {})
     for metadata in content["metadata"].values():
         view, points = str(member(metadata, "vid", object)), member(metadata, "xy", list)
