@@ -155,6 +155,11 @@ def categories(raw: Path, is_category: Callable[[Path], bool]) -> list[Path]:
     return folders(top) if top else []
 
 
+def relative(raw: Path, path: Path) -> str:
+    """A path in a data set, relative to it, with `/`."""
+    return path.relative_to(raw).as_posix()
+
+
 def dataset_name(raw: Path) -> str:
     """The name of the folder of a data set; that of the folder that it leads to, if it is a link."""
     return raw.resolve().name if raw.name in ("", "..") or raw.is_symlink() else raw.name
@@ -262,7 +267,7 @@ def checked(
         used: set[Path] = set()
         for sample in samples:
             if sample.image in used:
-                problems.append(f"{sample.source}: is named twice")
+                problems.append(f"{sample.source}: is listed twice")
             if not _exists(sample.image):
                 problems.append(f"{sample.source}: does not exist")
             if sample.label == "anomalous" and not sample.masks:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from adfm.data.readers import btad, dagm, files, kolektor, loco, mvtec, verdicts, visa
 from adfm.data.readers.annotations import SPLIT_NAMES, nfc, walk
+from adfm.data.readers.files import relative
 from adfm.data.readers.verdicts import class_name, core
 from adfm.records import Sample, Split
 
@@ -130,7 +131,7 @@ def _samples(raw: Path, places: list[_Place], masks: _Masks, levels: _Levels, pr
             kind = levels.kind(raw, place)
             kinds[kind, () if kind and not levels.are_plain else place.names, place.split].append(place)
         except ValueError as error:
-            problems.append(f"{_name(raw, place.folder)}: {error}")
+            problems.append(f"{relative(raw, place.folder)}: {error}")
     last = sorted(kinds, key=lambda key: bool(key[0] and not key[0].defect))
     paired: Iterable[tuple[Any, list[tuple[Path, Path | None]]]]
     paired = ((key, [pair for place in kinds[key] for pair in masks.pairs(place, key[0])]) for key in last)
@@ -147,17 +148,9 @@ def _samples(raw: Path, places: list[_Place], masks: _Masks, levels: _Levels, pr
         category = kind.category if kind else "/".join(levels.inner(names)) or dataset
         defect = kind.defect if kind else "defect"
         for image, mask in pairs:
-            source = _name(raw, image)
-            if not mask and kind is None:
-                problems.append(
-                    f"{source}: has no mask, and no folder that says whether it is normal; add the mask, or put normal"
-                    " images into a folder called good"
-                )
-            elif not mask and defect and masked:
-                problems.append(
-                    f"{source}: has no mask, but other images of this kind have one; add it, or remove all of them to"
-                    " train on the labels alone"
-                )
+            source = relative(raw, image)
+            if not mask and (missing := _missing_mask(kind, masked)):
+                problems.append(f"{source}: {missing}")
             yield Sample(
                 image=image,
                 source=source,
@@ -174,10 +167,25 @@ def _samples(raw: Path, places: list[_Place], masks: _Masks, levels: _Levels, pr
             )
 
 
+def _missing_mask(kind: _Kind | None, masked: bool) -> str | None:
+    """What is wrong with an image without a mask; `masked`: others of its kind have one."""
+    if kind is None:
+        return (
+            "has no mask, and no folder that says whether it is normal; add the mask, or put normal images into a"
+            " folder called good"
+        )
+    if kind.defect and masked:
+        return (
+            "has no mask, but other images of this kind have one; add it, or remove all of them to train on the labels"
+            " alone"
+        )
+    return None
+
+
 def _astray(raw: Path, place: _Place) -> str:
     return (
-        f"{_name(raw, place.folder)}: no folder says whether its images are normal, and they have no masks; put normal"
-        " images into a folder called good, and the others beside it into one that is called as their defect"
+        f"{relative(raw, place.folder)}: no folder says whether its images are normal, and they have no masks; put"
+        " normal images into a folder called good, and the others beside it into one that is called as their defect"
     )
 
 
@@ -274,13 +282,13 @@ class _Masks:
                 masks = [mask for mask in masks if mask not in self._used]
             masks += beside.get(stem, [])
             if len(masks) > 1:
-                several = ", ".join(_name(self._raw, mask) for mask in masks)
-                self._problems.append(f"{_name(self._raw, image)}: has several masks, keep one: {several}")
+                several = ", ".join(relative(self._raw, mask) for mask in masks)
+                self._problems.append(f"{relative(self._raw, image)}: has several masks, keep one: {several}")
             mask = masks[0] if masks else None
             if mask and mask in self._used:
                 self._problems.append(
-                    f"{_name(self._raw, mask)}: may be the mask of {_name(self._raw, image)}, and of another image;"
-                    " put masks into a folder for each folder of images"
+                    f"{relative(self._raw, mask)}: may be the mask of {relative(self._raw, image)}, and of another"
+                    " image; put masks into a folder for each folder of images"
                 )
             self._used.update(masks)
             yield image, mask
@@ -292,7 +300,7 @@ class _Masks:
                 names = sorted(mask for masks in folder.values() for mask in masks if mask not in self._used)
                 if names:
                     yield (
-                        f"{_name(self._raw, names[0].parent)}: no image for the mask:"
+                        f"{relative(self._raw, names[0].parent)}: no image for the mask:"
                         f" {', '.join(mask.name for mask in names)}; add the images, or rename the folder if these are"
                         " photographs"
                     )
@@ -320,7 +328,7 @@ class _Masks:
                 masks[base] += paths
             else:
                 self._problems += [
-                    f"{_name(self._raw, path)}: is a mask by its name, but there is no image {base}.* beside it; add"
+                    f"{relative(self._raw, path)}: is a mask by its name, but there is no image {base}.* beside it; add"
                     " the image, or give it another name"
                     for path in paths
                 ]
@@ -333,7 +341,7 @@ class _Masks:
             if len(paths) > 1 and (not mask or not (tried or _is_mask(mask))):
                 several = ", ".join(path.name for path in paths[1:])
                 self._problems.append(
-                    f"{_name(self._raw, paths[0])}: has the same name as {several}, which is not its mask; keep one"
+                    f"{relative(self._raw, paths[0])}: has the same name as {several}, which is not its mask; keep one"
                 )
             tried = tried or bool(mask)
             if mask:
@@ -429,7 +437,3 @@ def _words(name: str) -> list[str]:
 
 def _stem(path: Path) -> str:
     return nfc(path.stem)
-
-
-def _name(raw: Path, path: Path) -> str:
-    return path.relative_to(raw).as_posix()

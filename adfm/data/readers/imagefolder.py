@@ -201,12 +201,7 @@ def _sample(raw: Path, folder: Path, row: dict[str, Any], names: _Names, known: 
     drawn = [name for name in (*table.MAY_BE_BOXES, *_BOXES, "annotations") if isinstance(row.get(name), list | dict)]
     if drawn:
         raise ValueError(f"{drawn[0]!r} may say where the defects are; write them in 'objects'")
-    mask = None
-    if row.get("mask_file_name") is not None:
-        mask = _path(raw, folder, row["mask_file_name"])
-        if not mask:
-            raise ValueError(f"there is no mask {row['mask_file_name']!r}")
-        known.add(mask)
+    mask = _mask(raw, folder, row, known)
     label = row.get("label", row.get("text") if _is_verdict(row.get("text")) else None)
     defect = None if label is None else _defect(label, names.get("label", {}))
     has_objects = row.get("objects") is not None
@@ -216,7 +211,7 @@ def _sample(raw: Path, folder: Path, row: dict[str, Any], names: _Names, known: 
     if label is not None and not defect and (shapes or mask):
         raise ValueError(f"the label is {label!r}, but defects are marked on the image")
     if row.get("split") and not split_of(str(row["split"])):
-        raise ValueError(f"the split {row['split']!r} is none of train, validation, test")
+        raise ValueError(f"the split {row['split']!r} is not train, validation or test")
     further = _further(row)
     one = sample(
         raw,
@@ -237,6 +232,16 @@ def _sample(raw: Path, folder: Path, row: dict[str, Any], names: _Names, known: 
         unmarked_is_normal=bool(mask and not defect),
         located=bool(mask),
     )
+
+
+def _mask(raw: Path, folder: Path, row: dict[str, Any], known: set[Path]) -> Path | None:
+    if row.get("mask_file_name") is None:
+        return None
+    mask = _path(raw, folder, row["mask_file_name"])
+    if not mask:
+        raise ValueError(f"there is no mask {row['mask_file_name']!r}")
+    known.add(mask)
+    return mask
 
 
 def _path(raw: Path, folder: Path, name: Any) -> Path | None:

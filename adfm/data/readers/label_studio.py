@@ -36,7 +36,7 @@ from adfm.data.readers.annotations import (
     unlisted,
     walk,
 )
-from adfm.data.readers.files import IMAGES, folders, images, refuse
+from adfm.data.readers.files import IMAGES, folders, images, refuse, relative
 from adfm.data.readers.lookup import Images
 from adfm.data.readers.shapes import Point, bitmap, check_mask_size, ellipse, turned_box
 from adfm.data.readers.verdicts import class_name, defect_type, is_verdict
@@ -215,7 +215,7 @@ def _samples(
         try:
             image = _image(raw, task, pictures, folder)
             if image in used:
-                raise ValueError(f"{_relative(raw, image)} is the image of another task, {used[image]}; keep one")
+                raise ValueError(f"{relative(raw, image)} is the image of another task, {used[image]}; keep one")
             used[image] = f"{name} in {where}"
             verdict = _verdict(raw, image, task, labels)
             if not draws and verdict.undecided:
@@ -243,10 +243,6 @@ def _samples(
 
 class _NoAnnotation(NoImage):
     """An image that nobody annotated; `convert.missing: skip` leaves it out as it does a missing image."""
-
-
-def _relative(raw: Path, image: Path) -> str:
-    return image.relative_to(raw).as_posix()
 
 
 def _label_controls(tasks: Iterable[dict[str, Any]]) -> frozenset[str]:
@@ -280,7 +276,7 @@ def _image(raw: Path, task: dict[str, Any], pictures: Images, folder: Path) -> P
         names = {"image": names["image"]}
     if len(names) != 1:
         keys = ", ".join(map(repr, names)) or "none"
-        raise ValueError(f"its data should name one image; the keys that do: {keys}")
+        raise ValueError(f"its data should have the path of one image; the keys that have one: {keys}")
     (name,) = names.values()
     name = _SERVER.sub("", name)
     for storage, prefix in _STORAGES:
@@ -312,7 +308,7 @@ def _uploaded(raw: Path, path: str, pictures: Images, folder: Path) -> Path | No
     places = [folder, *(inside for inside in folders(folder) if inside.name.lower() in ("images", "data"))]
     alike = [image for place in places for image in images(place) if _valid(image.name) == before]
     if len(alike) > 1:
-        several = ", ".join(_relative(raw, image) for image in alike)
+        several = ", ".join(relative(raw, image) for image in alike)
         raise ValueError(f"the image {name!r} may be any of {several}; name its file {name}")
     return alike[0] if alike else None
 
@@ -337,7 +333,7 @@ def _verdict(raw: Path, image: Path, task: dict[str, Any], labels: frozenset[str
     if not valid:
         what = "was skipped" if annotations else "has no submitted annotation (a prediction is not one)"
         raise _NoAnnotation(
-            f"{_relative(raw, image)} {what}; annotate it, or set convert.missing to skip to leave such images out"
+            f"{relative(raw, image)} {what}; annotate it, or set convert.missing to skip to leave such images out"
         )
     truths = [one for one in valid if one.get("ground_truth") is True]
     notes: tuple[str, ...] = ()
@@ -353,7 +349,7 @@ def _verdict(raw: Path, image: Path, task: dict[str, Any], labels: frozenset[str
     if any(other.key != first.key for other in others):
         ids = ", ".join(str(annotation.get("id")) for annotation in valid)
         raise ValueError(
-            f"the annotations {ids} of {_relative(raw, image)} differ; delete all but one, or mark one as ground truth"
+            f"the annotations {ids} of {relative(raw, image)} differ; delete all but one, or mark one as ground truth"
         )
     if others:
         notes = ("of several annotations that agree, the first counts",)
@@ -410,7 +406,7 @@ def _size(place: int, result: dict[str, Any]) -> tuple[int, int] | None:
         return None
     for side in sides:
         if not isinstance(side, int | float) or not 1 <= side < 1e6 or side != int(side):
-            raise ValueError(f"result {place}: the size {sides[0]} x {sides[1]} is not one of an image")
+            raise ValueError(f"result {place}: the size {sides[0]} x {sides[1]} is not one in pixels")
     return int(sides[0]), int(sides[1])  # type: ignore[arg-type]
 
 
@@ -485,7 +481,7 @@ def _unpacked(packed: object, length: int) -> np.ndarray[Any, np.dtype[np.uint8]
     length (less 1); then runs: a bit that says whether one word is repeated, two for the size of the length, the
     length (less 1), the word or words.
     """
-    damaged = ValueError("its mask is damaged")
+    damaged = ValueError("its mask is damaged; paint it again")
     if not isinstance(packed, list) or not all(type(value) is int and 0 <= value < 256 for value in packed):
         raise ValueError("'rle' is not a list of bytes")
     bits = np.unpackbits(np.array(packed, np.uint8))
@@ -502,7 +498,7 @@ def _unpacked(packed: object, length: int) -> np.ndarray[Any, np.dtype[np.uint8]
     values, word = take(32), take(5) + 1
     sizes = [take(4) + 1 for _ in range(4)]
     if values != length:
-        raise ValueError(f"its mask has {values} values, and {length} would be those of the image")
+        raise ValueError(f"its mask has {values} values, and an image of the size that is stated has {length}")
     if word != 8:
         raise damaged
     unpacked = np.zeros(length, np.uint8)

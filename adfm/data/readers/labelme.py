@@ -110,7 +110,9 @@ def read(raw: Path) -> Iterator[Sample]:
                 size = _size(content)
                 image, source, notes = _image(raw, file, content, pictures, stems)
                 if source in annotated:
-                    raise ValueError(f"its image {source} has a file before, {annotated[source]}; keep one of them")
+                    raise ValueError(
+                        f"its image {source} belongs to {annotated[source]} as well; keep one of the two files"
+                    )
             except ValueError as error:
                 problems.append(problem(where, error))
                 continue

@@ -89,7 +89,7 @@ def read(raw: Path) -> Iterator[Sample]:
                 yield image
         elif folder.name != _IMG and (stray := images(folder)):
             names = ", ".join(image.name for image in stray)
-            problems.append(f"{folder.relative_to(raw).as_posix()}: images outside {_IMG}/: {names}")
+            problems.append(f"{folder.relative_to(raw).as_posix()}: images outside {_IMG}/, move them there: {names}")
     if empty and not problems:
         problems.append(f"no image in a folder {_IMG}/ beside {_ANN}/")
     refuse(raw, "supervisely", problems)
@@ -113,7 +113,9 @@ def _dataset(raw: Path, folder: Path, problems: list[str]) -> Iterator[Sample]:
             problems.append(f"{where}: there is no {_ANN}/{image.name}.json for it; export the annotations as well")
             continue
         if stems.setdefault(key, image) != image:
-            problems.append(f"{files[key].relative_to(raw).as_posix()}: belongs to {stems[key].name} and {image.name}")
+            problems.append(
+                f"{files[key].relative_to(raw).as_posix()}: belongs to {stems[key].name} and {image.name}; rename one"
+            )
         used.add(key)
         yield _sample(raw, image, files[key], meta, problems)
     for key, file in files.items():
@@ -121,7 +123,8 @@ def _dataset(raw: Path, folder: Path, problems: list[str]) -> Iterator[Sample]:
             where = file.relative_to(raw).as_posix()
             problems.append(MissingImage(f"{where}: there is no image {_IMG}/{key} for it"))
     problems += [
-        f"{inside.relative_to(raw).as_posix()}: images in a folder of {_IMG}/" for inside in folders(folder / _IMG)
+        f"{inside.relative_to(raw).as_posix()}: images in a folder of {_IMG}/; move them into {_IMG}/ itself"
+        for inside in folders(folder / _IMG)
     ]
 
 

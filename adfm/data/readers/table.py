@@ -356,7 +356,7 @@ def _row(raw: Path, table: Path, line: int, header: _Header, cells: list[str]) -
     mask, sides = values.get("mask", ""), [values.get(side, "") for side in _SIDES]
     split = split_of(values.get("split", ""))
     if values.get("split") and not split:
-        raise ValueError(f"the split {values['split']!r} is none of train, validation, test")
+        raise ValueError(f"the split {values['split']!r} is not train, validation or test")
     label, defect, notes = _judgement(header, values, marked=bool(any(sides) or mask))
     if label == "anomalous" and any(sides) and mask:
         raise ValueError(
@@ -420,7 +420,7 @@ def _judgement(header: _Header, values: dict[str, str], marked: bool) -> tuple[L
         return (*_of_class(header.name("defect"), defect, marked), ())
     chance = _number(header.name("probability"), values["probability"])
     if not 0 <= chance <= 1 or chance == 0.5:
-        raise ValueError(f"the probability {values['probability']} is neither below nor above 0.5, within 0 and 1")
+        raise ValueError(f"the probability {values['probability']} is not below or above 0.5, from 0 to 1")
     if marked and chance < 0.5:
         raise ValueError(f"the probability is {values['probability']}, but there is a box or a mask")
     return "anomalous" if chance > 0.5 else "normal", "defect", (_UNCERTAIN,) if 0 < chance < 1 else ()

@@ -148,12 +148,7 @@ def _samples(
             problems.append(problem(where, error))
             continue
         is_same = image.size < 0 or path.stat().st_size == image.size
-        shapes = []
-        for place, region in enumerate(image.regions):
-            try:
-                shapes.append(_shape(region, kind, is_same))
-            except ValueError as error:
-                problems.append(f"{where}: {image.name}: region {place}: {error}")
+        shapes = _shapes(f"{where}: {image.name}", image.regions, kind, is_same, problems)
         if defect == "" and image.regions:
             problems.append(
                 f"{where}: {image.name} is labelled normal, and {len(image.regions)} regions are drawn on it; correct"
@@ -344,6 +339,18 @@ def _label_attributes(images: list[_Image]) -> list[str]:
     return labels
 
 
+def _shapes(
+    where: str, regions: Iterable[_Region], kind: str | None, is_same: bool, problems: list[str]
+) -> list[Shape]:
+    shapes = []
+    for place, region in enumerate(regions):
+        try:
+            shapes.append(_shape(region, kind, is_same))
+        except ValueError as error:
+            problems.append(f"{where}: region {place}: {error}")
+    return shapes
+
+
 def _shape(region: _Region, kind: str | None, is_same: bool) -> Shape:
     """A region's shape; what reaches out of the image is cut off if the image is the one that was annotated."""
     if kind is not None and not region.attributes.get(kind):
@@ -365,7 +372,7 @@ def _shape(region: _Region, kind: str | None, is_same: bool) -> Shape:
         )
     xs, ys = ([number(side) for side in member(shape, f"all_points_{axis}", list)] for axis in "xy")
     if len(xs) != len(ys) or len(xs) < 2:
-        raise ValueError(f"it has {len(xs)} x and {len(ys)} y")
+        raise ValueError(f"its points are {len(xs)} x and {len(ys)} y, not two or more of each")
     points = list(zip(xs, ys, strict=True))
     if form == "polygon" and len(points) > 2:
         outline = polygon(points)

@@ -28,7 +28,7 @@ from adfm.data.readers.annotations import (
     sample,
     walk,
 )
-from adfm.data.readers.files import folders, images, refuse
+from adfm.data.readers.files import folders, images, refuse, relative
 from adfm.data.readers.shapes import turned_box
 from adfm.data.readers.verdicts import class_name
 from adfm.data.readers.xmlfiles import document, outermost
@@ -95,37 +95,45 @@ def read(raw: Path) -> Iterator[Sample]:
         if voc_masks.pictures(raw, folder):
             continue
         same: dict[str, Path] = {}
-        there, here = images(folder), _place(raw, folder)
+        there, here = images(folder), relative(raw, folder)
         own, shared = _places(raw, folder) if there else ([], [])
         files = [_files(own), *([shared_files(tuple(shared))] if shared else [])]
         for image in there:
             other = same.setdefault(nfc(image.stem), image)
             if other != image:
-                problems.append(f"{_place(raw, other)}: has the same name as {_place(raw, image)}")
+                problems.append(f"{relative(raw, other)}: has the same name as {relative(raw, image)}")
             file = _annotation(raw, image, here, files, owners, problems)
             drawn = _read(raw, file, problems) if file else _Drawn([], None, False, [])
-            shapes, notes = drawn.shapes, drawn.notes
             mask = classes.find(image, _IMAGES)
             try:
-                if mask:
-                    shapes, more = voc_masks.added(shapes, classes.shapes(mask, drawn.size))
-                    notes = [*notes, *more]
-                elif drawn.segmented and not shapes and file:
-                    raise ValueError(
-                        f"'segmented' is 1, but there is neither an object nor a mask {image.stem}.png in"
-                        " SegmentationClass; add the mask, export boxes, or write 0 if nothing is wrong with the part"
-                    )
+                shapes, notes = _with_mask(image, drawn, mask, classes)
             except ValueError as error:
-                problems.append(f"{_place(raw, mask.either if mask else file or image)}: {error}")
+                shapes, notes = drawn.shapes, drawn.notes
+                problems.append(f"{relative(raw, mask.either if mask else file or image)}: {error}")
             annotated |= file is not None or mask is not None
-            split, more = lists.split(image, _IMAGES)
-            yield sample(raw, image, shapes, split, [*notes, *more], size=drawn.size)
+            split, split_notes = lists.split(image, _IMAGES)
+            yield sample(raw, image, shapes, split, [*notes, *split_notes], size=drawn.size)
     _add_orphans(raw, owners, problems)
     classes.add_orphans()
     lists.add_missing()
     if not annotated and not problems:
         problems.append("no image has an XML file, beside it or in Annotations/ instead of JPEGImages/, or a mask")
     refuse(raw, "voc", problems)
+
+
+def _with_mask(
+    image: Path, drawn: _Drawn, mask: voc_masks.Masks | None, classes: voc_masks.Classes
+) -> tuple[list[Shape], list[str]]:
+    """The shapes of an image and of its mask, and notes."""
+    if mask:
+        shapes, notes = voc_masks.added(drawn.shapes, classes.shapes(mask, drawn.size))
+        return shapes, [*drawn.notes, *notes]
+    if drawn.segmented and not drawn.shapes:
+        raise ValueError(
+            f"'segmented' is 1, but there is neither an object nor a mask {image.stem}.png in SegmentationClass; add"
+            " the mask, export boxes, or write 0 if nothing is wrong with the part"
+        )
+    return drawn.shapes, drawn.notes
 
 
 # ------------------------------------------------------------------------------------------- which file is an image's
@@ -201,13 +209,13 @@ def _annotation(
     for stems in files:
         same = stems.get(nfc(image.stem), [])
         if len(same) > 1:
-            others = ", ".join(_place(raw, file) for file in same[1:])
-            problems.append(f"{_place(raw, same[0])}: has the same name as {others}")
+            others = ", ".join(relative(raw, file) for file in same[1:])
+            problems.append(f"{relative(raw, same[0])}: has the same name as {others}")
         for file in same:
-            other = owners.setdefault(_place(raw, file), folder)
+            other = owners.setdefault(relative(raw, file), folder)
             if other != folder:
                 problems.append(
-                    f"{_place(raw, file)}: may belong to an image in {other} or to one in {folder}; put it beside the"
+                    f"{relative(raw, file)}: may belong to an image in {other} or to one in {folder}; put it beside the"
                     " image that it is for, or into a folder of the same name"
                 )
         if same:
@@ -218,20 +226,16 @@ def _annotation(
 def _add_orphans(raw: Path, owners: dict[str, str], problems: list[str]) -> None:
     for folder in walk(raw):
         for file in listing(folder, ".xml"):
-            where = _place(raw, file)
+            where = relative(raw, file)
             if where not in owners and _is_annotation(file):
                 problems.append(MissingImage(f"{where}: there is no image {file.stem}.* for it"))
-
-
-def _place(raw: Path, path: Path) -> str:
-    return path.relative_to(raw).as_posix()
 
 
 # --------------------------------------------------------------------------------------------------- what it says
 
 
 def _read(raw: Path, file: Path, problems: list[str]) -> _Drawn:
-    where = _place(raw, file)
+    where = relative(raw, file)
     shapes: list[Shape] = []
     notes: list[str] = []
     size, segmented = None, False

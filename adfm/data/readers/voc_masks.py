@@ -141,7 +141,7 @@ class Classes:
         rgb = (color & 255, color >> 8 & 255, color >> 16)
         if names is not None:
             if rgb not in names:
-                raise ValueError(f"has the colour {rgb}, which is none of a class in the list of classes")
+                raise ValueError(f"has the colour {rgb}, which no class in the list of classes has")
             return names[rgb]
         index = _palette().get(rgb)
         if index is None:
@@ -225,7 +225,7 @@ def _most(colors: NDArray[np.uint32]) -> int:
     values, counts = np.unique(colors, return_counts=True)
     counts[(values == 0) | (values == _code(_VOID))] = 0
     if not counts.any():
-        raise ValueError("has an object that the mask in SegmentationClass gives no class")
+        raise ValueError("has an object that the mask in SegmentationClass gives no class; paint it there as well")
     return int(values[counts.argmax()])
 
 

@@ -286,7 +286,7 @@ def _shapes(raw: Path, file: Path, names: dict[int, str], problems: list[str]) -
 
 def _shape(words: list[str], names: dict[int, str]) -> Shape:
     if len(words) == 6:
-        raise ValueError("has 6 numbers: the last is a confidence, and predictions are no labels")
+        raise ValueError("has 6 numbers: the last is a confidence, and predictions are not labels")
     if len(words) < 5 or len(words) % 2 == 0:
         raise ValueError(f"is neither class, cx, cy, width, height nor class and points: has {len(words)} numbers")
     number = _class(words[0])

@@ -399,7 +399,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "e.json: imageData is not an image in base64 (it is in no format of images); put the image beside this file",
         "empty.json: is empty",
         f"f.json: there is no image 'f.jpg', {nowhere}",
-        "g2.json: its image g.jpg has a file before, again.json; keep one of them",
+        "g2.json: its image g.jpg belongs to again.json as well; keep one of the two files",
         "h.json: shape 1: a mask needs the imageWidth and imageHeight of the file",
         "i.json: may be the file of any of i.jpg, i.png; remove all but one, or give them other names",
         "k.json: 'imageWidth' is not a number of pixels: '80'",

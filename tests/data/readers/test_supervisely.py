@@ -201,9 +201,9 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     assert found[10:] == [
         "ds/ann/2.jpg.json: line 1, column 2: is not JSON (Expecting property name enclosed in double quotes)",
         "ds/img/3.jpg: there is no ann/3.jpg.json for it; export the annotations as well",
-        "ds/ann/4.json: belongs to 4.jpg and 4.png",
+        "ds/ann/4.json: belongs to 4.jpg and 4.png; rename one",
         "ds/ann/gone.jpg.json: there is no image img/gone.jpg for it",
-        "other: images outside img/: 5.jpg",
+        "other: images outside img/, move them there: 5.jpg",
     ]
     assert isinstance(found[-2], MissingImage)
 

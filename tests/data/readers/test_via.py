@@ -252,7 +252,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "a.json: a.png: region 3: it has no 'type'; choose one, or delete the region",
         "a.json: a.png: region 4: its class is 'good', but every shape is taken for a defect; delete the shapes of"
         " this class, an image without any is normal",
-        "a.json: a.png: region 5: it has 1 x and 2 y",
+        "a.json: a.png: region 5: its points are 1 x and 2 y, not two or more of each",
         "a.json: a.png: region 6: the ellipse with the radii -1 and -1 has no area",
         "a.json: there is no image 'gone.png', neither where its path leads nor beside this file nor in a folder of"
         " images that belongs to it",

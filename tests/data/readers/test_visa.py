@@ -76,7 +76,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "candle/Data/Masks/Anomaly: no place in the layout, or no image for the mask: 000.png, 001.png",
         "pcb1/image_anno.csv: has no column image, label",
         f"{pcb}/Anomaly/000.JPG: has no mask pcb1/Data/Masks/Anomaly/000.png",
-        f"{pcb}/Normal/0000.JPG: is named twice",
+        f"{pcb}/Normal/0000.JPG: is listed twice",
     ]
 
 

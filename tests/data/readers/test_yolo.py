@@ -248,7 +248,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     )
     (tmp_path / "labels/b.txt").write_bytes("0 0.5 0.5 0.1 0.1 é\n".encode("latin-1"))
     (tmp_path / "labels/c.txt").write_text(" \n")
-    confidence = "has 6 numbers: the last is a confidence, and predictions are no labels"
+    confidence = "has 6 numbers: the last is a confidence, and predictions are not labels"
     assert problems(yolo.read, tmp_path) == [
         "elsewhere/1.txt: there is no image 1.* for it",
         f"labels/a.txt: line 1: {confidence}",
