@@ -1,6 +1,6 @@
 """What the readers of drawn annotations share: shapes and what is wrong with them, text and JSON files, names.
 
-A function that meets bad data raises `ValueError` with what is wrong; the reader adds where, and goes on.
+A function that meets bad data raises `ValueError` with what is wrong; the reader adds where, and continues.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ SPLIT_NAMES: dict[str, Split] = {
     "test": "test",
     "testing": "test",
 }
-
-
-POINT = "a point has no extent: the image is anomalous, but has no boxes"
+POINT = "a point has no extent: the image is anomalous, but has no boxes"  # a note
 
 
 class NoImage(ValueError):
@@ -160,7 +158,7 @@ def box(x1: float, y1: float, x2: float, y2: float, side: float = math.inf) -> B
     Raises:
         ValueError: It is inverted, empty, not finite, or lies outside the image.
     """
-    text = f"the box [{x1:g}, {y1:g}, {x2:g}, {y2:g}]"
+    text = f"the box {bracketed((x1, y1, x2, y2))}"
     if not all(math.isfinite(value) for value in (x1, y1, x2, y2)):
         raise ValueError(f"{text} is not finite")
     if x2 <= x1 or y2 <= y1:
@@ -168,6 +166,11 @@ def box(x1: float, y1: float, x2: float, y2: float, side: float = math.inf) -> B
     if x2 <= 0 or y2 <= 0 or x1 >= side or y1 >= side:
         raise ValueError(f"{text} lies outside the image")
     return Box(x1, y1, x2, y2)
+
+
+def bracketed(numbers: Iterable[float]) -> str:
+    """Numbers in a list, for messages."""
+    return f"[{', '.join(f'{value:g}' for value in numbers)}]"
 
 
 def enclosing(points: Iterable[tuple[float, float]], side: float = math.inf) -> Box:

@@ -24,7 +24,7 @@ def matches(raw: Path) -> bool:
 def read(raw: Path) -> Iterator[Sample]:
     """Yields the samples, category by category, by name. `split` is the official one, `train` or `test`.
 
-    BTAD names no kinds of defect: `defect` is the name of the folder, `ko`. Folders are gone into, and files ignored,
+    BTAD names no kinds of defect: `defect` is the name of the folder, `ko`. Folders are entered, and files ignored,
     as for MVTec AD.
 
     Args:

@@ -18,6 +18,7 @@ from PIL import ExifTags, Image
 from adfm.data.readers.annotations import (
     Shape,
     box,
+    bracketed,
     folder_names,
     holds,
     listing,
@@ -55,7 +56,7 @@ def read(raw: Path) -> Iterator[Sample]:
     An annotation is a defect: its `bbox` the box, its `segmentation` (polygons, or run lengths, compressed or not) the
     mask. The box of one that CVAT turned is that round the turned one. A box that has another meaning than COCO's, by
     its outline or its area, is refused. `split` is what the file's name, its folders or the image's folders say: train,
-    val, valid, validation, test. Other JSON files, such as captions, are passed over.
+    val, valid, validation, test. Other JSON files, such as captions, are ignored.
 
     A JSON file is in memory whole while its images are yielded; so are the paths of all images.
 
@@ -278,8 +279,8 @@ def _check_outline(sides: list[float], extent: tuple[float, float, float, float]
     apart = _distance(extent, (x1, y1, x2, y2))
     if apart <= _SLACK:
         return
-    text = "[{:g}, {:g}, {:g}, {:g}]".format(*sides)
-    outline = "[{:g}, {:g}, {:g}, {:g}]".format(*extent)
+    text = bracketed(sides)
+    outline = bracketed(extent)
     for meaning, reading in _READINGS.items():
         other = _distance(extent, reading(*sides))
         if other <= _SLACK and other < apart - _SLACK / 2:
@@ -296,7 +297,7 @@ def _check_outline(sides: list[float], extent: tuple[float, float, float, float]
 
 def _check_fractions(sides: list[float], size: tuple[int, int] | None) -> None:
     if size and min(size) > 1 and all(0 <= side <= 1 for side in sides) and 0 < max(sides[2:]) < 1:
-        text = "[{:g}, {:g}, {:g}, {:g}]".format(*sides)
+        text = bracketed(sides)
         raise ValueError(
             f"'bbox' {text} would be smaller than a pixel; COCO's boxes are [x, y, width, height] in pixels, not in"
             " fractions of the image"
@@ -347,7 +348,7 @@ def _is_area(area: float, width: float, height: float) -> bool:
 
 def _check_area(annotation: dict[str, Any]) -> None:
     if _area_fits(annotation) == "corners":
-        text = "[{:g}, {:g}, {:g}, {:g}]".format(*annotation["bbox"])
+        text = bracketed(annotation["bbox"])
         raise ValueError(
             f"'bbox' {text} is [x, y, width, height] in COCO, but its area of {annotation['area']:g} says that it is"
             " [x1, y1, x2, y2]; write all boxes as [x, y, width, height]"
@@ -391,7 +392,7 @@ def _extent(rle: Rle) -> tuple[float, float, float, float] | None:
     if not starts.size:
         return None
     tops, bottoms = starts % rle.height, ends % rle.height
-    over = starts // rle.height != ends // rle.height  # a run that goes on in the next column touches both edges
+    over = starts // rle.height != ends // rle.height  # a run that continues in the next column touches both edges
     top, bottom = (0, rle.height - 1) if over.any() else (int(tops.min()), int(bottoms.max()))
     return float(starts[0] // rle.height), float(top), float(ends[-1] // rle.height + 1), float(bottom + 1)
 

@@ -24,7 +24,7 @@ def read(raw: Path) -> Iterator[Sample]:
     """Yields the samples, class by class, by name. `split` is the official one; `train` has defects too.
 
     An image without a label file is normal. Every class has one kind of defect, which has no name: `defect` is
-    `defect`. Labels are coarse ellipses round the defects. Folders are gone into, and files ignored, as for MVTec AD.
+    `defect`. Labels are coarse ellipses round the defects. Folders are entered, and files ignored, as for MVTec AD.
 
     Args:
         raw: The raw data set; its name is the name of the data set.

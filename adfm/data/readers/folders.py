@@ -86,7 +86,7 @@ def read(raw: Path) -> Iterator[Sample]:
     and any folder beside it those with a defect of its name; words that all of them share (MT_Free, MT_Crack) do not
     count. Within ng, bad, defect and alike, folders name the defects. train, val, valid, validation and test, where a
     folder has one of these names, are the split; folders above are the category. Without a normal folder anywhere every
-    image is anomalous, of a defect that is called as its folder.
+    image is anomalous, of a defect with the name of its folder.
 
     A mask has the name of its image, with or without `_mask`, `_gt` or `_label`. It lies in a folder called mask,
     masks, ground_truth or gt (`mask/crack`, `crack/mask`, `ground_truth` for all defects), or beside the image, where
@@ -185,7 +185,7 @@ def _missing_mask(kind: _Kind | None, masked: bool) -> str | None:
 def _astray(raw: Path, place: _Place) -> str:
     return (
         f"{relative(raw, place.folder)}: no folder says whether its images are normal, and they have no masks; put"
-        " normal images into a folder called good, and the others beside it into one that is called as their defect"
+        " normal images into a folder called good, and the others beside it into one with the name of their defect"
     )
 
 
@@ -306,7 +306,7 @@ class _Masks:
                     )
 
     def _near(self, place: _Place) -> Iterator[dict[str, list[Path]]]:
-        """The masks in the folder that is called as the place, or in the nearest above."""
+        """The masks in the folder with the names of the place, or in the nearest above."""
         for depth in range(len(place.names), -1, -1):
             splits = dict.fromkeys((place.split, None))
             folders = [self._folders[key] for split in splits if (key := (place.names[:depth], split)) in self._folders]

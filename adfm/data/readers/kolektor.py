@@ -24,7 +24,7 @@ def read(raw: Path) -> Iterator[Sample]:
 
     An image is normal where its label file, which is opened for that, shows nothing. There is one category,
     `kolektor`; kinds of defects are not told apart, so `defect` is `defect`. A folder has the surfaces of one
-    commutator, so it is the `group`. Folders are gone into, and files ignored, as for MVTec AD.
+    commutator, so it is the `group`. Folders are entered, and files ignored, as for MVTec AD.
 
     Args:
         raw: The raw data set; its name is the name of the data set.

@@ -77,7 +77,7 @@ class _Verdict:
         defect: From a choice about the whole image: the defect, "" if the image is normal, `None` if none was made.
         size: Width and height of the image; `None` if the annotation does not state them: then shapes are fractions.
         notes: As in `Sample`.
-        undecided: Whether there are choices about the whole image of which it is not known what they say.
+        undecided: Whether there are choices about the whole image whose meaning is not known.
     """
 
     shapes: tuple[Shape, ...]

@@ -25,8 +25,8 @@ def matches(raw: Path) -> bool:
 def read(raw: Path) -> Iterator[Sample]:
     """Yields the samples, category by category, by name. `split` is the folder's; `defect` is the kind of anomaly.
 
-    A defect is what any of an image's masks marks, with whatever value: values number the defects. Folders are gone
-    into, and files ignored, as for MVTec AD.
+    A defect is what any of an image's masks marks, with whatever value: values number the defects. Folders are
+    entered, and files ignored, as for MVTec AD.
 
     Args:
         raw: The raw data set; its name is the name of the data set.

@@ -28,7 +28,7 @@ def read(raw: Path) -> Iterator[Sample]:
     """Yields the samples, category by category, by name. `split` is the official one, `train` or `test`.
 
     A mask has its image's name, with or without `_mask`, and an extension of its own. A folder that holds one folder
-    alone is gone into until there are categories; a data set may also be one category itself. Files and folders whose
+    alone is entered until there are categories; a data set may also be one category itself. Files and folders whose
     names start with a dot are ignored, as are files that are no images, and masks of good images.
 
     Args:

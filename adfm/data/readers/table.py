@@ -23,6 +23,7 @@ from adfm.data.readers import verdicts
 from adfm.data.readers.annotations import (
     Shape,
     box,
+    bracketed,
     encoding_of,
     folder_names,
     holds,
@@ -467,9 +468,7 @@ def _is_number(word: str) -> bool:
 def _box(header: _Header, sides: Sequence[str]) -> Box:
     drawn = box(*(_number(header.name(name), side) for name, side in zip(_SIDES, sides, strict=True)))
     if drawn.x2 <= 1 and drawn.y2 <= 1:
-        raise ValueError(
-            "the box [{:g}, {:g}, {:g}, {:g}] is not larger than a pixel; write pixels, not fractions".format(*drawn)
-        )
+        raise ValueError(f"the box {bracketed(drawn)} is not larger than a pixel; write pixels, not fractions")
     return drawn
 
 

@@ -36,7 +36,7 @@ def read(raw: Path) -> Iterator[Sample]:
     With `split_csv/1cls.csv` the images, their labels, masks and `split` are what it lists, in its order; it may list
     categories that are not there. Without it they are what is in the folders, by name, and no split is fixed. `defect`
     is the label in `image_anno.csv`, such as `melt` or `bubble,scratch`, and `anomaly` where that does not say.
-    Folders are gone into, and files ignored, as for MVTec AD.
+    Folders are entered, and files ignored, as for MVTec AD.
 
     Args:
         raw: The raw data set; its name is the name of the data set.

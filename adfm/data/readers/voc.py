@@ -20,6 +20,7 @@ from adfm.data.readers import voc_masks, voc_sets
 from adfm.data.readers.annotations import (
     Shape,
     box,
+    bracketed,
     enclosing,
     holds,
     listing,
@@ -292,7 +293,8 @@ def _shapes(drawn: ElementTree.Element) -> list[Shape]:
     elif len(boxes) == 1 and outlines:
         round_it = enclosing([corner for outline in outlines for corner in outline])
         if round_it.iou(boxes[0]) < _OVERLAP:
-            raise ValueError(f"its bndbox {_text(boxes[0])} and its polygon, within {_text(round_it)}, contradict")
+            sides, spans = bracketed(boxes[0]), bracketed(round_it)
+            raise ValueError(f"its bndbox is {sides}, but its polygon spans {spans}; correct one of them")
         shapes = [Shape(name, boxes[0], tuple(outlines))]
     else:
         shapes = [Shape(name, one) for one in boxes]
@@ -311,7 +313,7 @@ def _box(bndbox: ElementTree.Element, rotation: float) -> Box:
     x1, y1, x2, y2 = sides if from_zero else (_from_zero(sides[0]), _from_zero(sides[1]), sides[2], sides[3])
     within = box(x1, y1, x2, y2)
     if not rotation and min(x1, y1) < -1:
-        raise ValueError(f"the box {_text(within)} begins before the image")
+        raise ValueError(f"the box {bracketed(within)} begins before the image")
     return within
 
 
@@ -361,7 +363,3 @@ def _number(part: ElementTree.Element, name: str) -> float:
 
 def _from_zero(first: float) -> float:
     return first - 1 if first >= 1 else min(first, 0.0)
-
-
-def _text(sides: Box) -> str:
-    return "[{:g}, {:g}, {:g}, {:g}]".format(*sides)

@@ -20,6 +20,7 @@ from adfm.data.problems import MissingImage
 from adfm.data.readers.annotations import (
     Shape,
     box,
+    bracketed,
     enclosing,
     folder_names,
     holds,
@@ -313,7 +314,7 @@ def _drawn(name: str, words: list[str]) -> Shape:
     width, height = (_fraction(word, _SLACK) for word in words[2:])
     drawn = box(cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2, side=1)
     if _reaches_out(drawn, _SLACK):
-        raise ValueError("the box [{:g}, {:g}, {:g}, {:g}] reaches out of the image; draw it again".format(*drawn))
+        raise ValueError(f"the box {bracketed(drawn)} reaches out of the image; draw it again")
     return Shape(name, drawn, cut=_reaches_out(drawn, 0))
 
 

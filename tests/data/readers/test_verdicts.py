@@ -41,7 +41,7 @@ def test_answers_that_contradict_each_other() -> None:
         ("", "is not a name"),
         ("a\nb", "is not a name"),
         (7, "is not a name"),
-        ("No defect", "every shape is taken for a"),
+        ("No defect", "every shape is taken"),
     ],
 )
 def test_names_that_no_class_of_defects_has(name: object, error: str) -> None:

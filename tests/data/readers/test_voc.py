@@ -282,7 +282,7 @@ def test_objects_that_are_refused(tmp_path: Path) -> None:
         "<point><x>3</x><y>4</y></point>",
     )
     assert problems(voc.read, tmp_path) == [
-        "1.xml: object 1: its bndbox [0, 0, 5, 5] and its polygon, within [50, 50, 60, 60], contradict",
+        "1.xml: object 1: its bndbox is [0, 0, 5, 5], but its polygon spans [50, 50, 60, 60]; correct one of them",
         "1.xml: object 2: its bndbox has a rotation, and tools differ in what that means; export boxes without it",
         "1.xml: object 3: its attribute rotation is not a number: 'much'",
         "1.xml: object 4: its attribute rotation is not a number: 'nan'",
