@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/tools.md: what adfm reads from the export of each tool, `python scripts/draw-exports.py`."""
+"""Draw the pictures of docs/tools.md, what adfm reads of every export: `python scripts/draw-exports.py`."""
 
 import sys
 import tempfile
