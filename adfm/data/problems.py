@@ -56,14 +56,21 @@ class BadData(AdfmError):
 def grouped(problems: Iterable[str]) -> dict[str, list[str]]:
     """Problems by their cause, the most frequent first.
 
-    The cause is the text without what differs from file to file: the place, and names, numbers and paths, which become
-    `…`. The cause of a single problem keeps them.
+    The cause is the text without the file and the place in it. Problems have one cause if they differ only in names,
+    numbers and paths; those that differ become `…`.
     """
     groups: dict[str, list[str]] = defaultdict(list)
     for problem in problems:
         groups[_VARIABLE.sub("…", _what(problem))].append(problem)
-    ranked = sorted(groups.items(), key=lambda group: -len(group[1]))
-    return {printable(cause if len(its) > 1 else _what(its[0])): its for cause, its in ranked}
+    ranked = sorted(groups.values(), key=len, reverse=True)
+    return {printable(_cause(its)): its for its in ranked}
+
+
+def _cause(problems: list[str]) -> str:
+    """What problems that differ in names, numbers and paths have in common."""
+    variables = [_VARIABLE.findall(_what(problem)) for problem in problems]
+    common = iter(["…" if len(set(its)) > 1 else its[0] for its in zip(*variables, strict=False)])
+    return _VARIABLE.sub(lambda _: next(common, "…"), _what(problems[0]))
 
 
 def printable(text: str) -> str:

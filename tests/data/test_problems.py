@@ -20,6 +20,12 @@ def test_problems_with_one_cause_are_one_group() -> None:
     }
 
 
+def test_a_cause_keeps_what_all_its_problems_say() -> None:
+    text = "a.json: annotation {0}: 'bbox' [{0}, 2, 3, 4] is [x, y, width, height] in COCO, and 'area' is 5"
+    [cause] = grouped(text.format(number) for number in range(3))
+    assert cause == "'bbox' … is [x, y, width, height] in COCO, and 'area' is 5"
+
+
 def test_the_first_line_says_the_most_frequent_cause() -> None:
     problems = ["x.txt: is empty", *(f"{n}.json: there is no image '{n}.png'" for n in range(30))]
     first, *lines = str(BadData(Path("line"), "labelme", problems)).splitlines()
