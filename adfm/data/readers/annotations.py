@@ -137,6 +137,8 @@ def number(value: object) -> float:
     Raises:
         ValueError: It is none.
     """
+    if isinstance(value, str):
+        raise ValueError(f"{value[:40]!r} is text, and a number is needed; write it without quotation marks")
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e15:  # nan is not below
         raise ValueError(f"{str(value)[:40]!r} is no finite number")
     return float(value)
