@@ -25,6 +25,10 @@ class MissingImage(str):
     """A problem that `convert.missing: skip` turns into a note: an annotation whose image is not there."""
 
 
+class Unlisted(str):
+    """A problem of an image that no annotation names: often it only follows from another one, and so comes after it."""
+
+
 class BadData(AdfmError):
     """A data set cannot be converted as it is.
 
@@ -54,7 +58,7 @@ class BadData(AdfmError):
 
 
 def grouped(problems: Iterable[str]) -> dict[str, list[str]]:
-    """Problems by their cause, the most frequent first.
+    """Problems by their cause, the most frequent first, but images without an annotation last.
 
     The cause is the text without what differs from file to file: the place, and names, numbers and paths, which become
     `…`. The cause of a single problem keeps them.
@@ -62,7 +66,7 @@ def grouped(problems: Iterable[str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = defaultdict(list)
     for problem in problems:
         groups[_VARIABLE.sub("…", _what(problem))].append(problem)
-    ranked = sorted(groups.items(), key=lambda group: -len(group[1]))
+    ranked = sorted(groups.items(), key=lambda group: (isinstance(group[1][0], Unlisted), -len(group[1])))
     return {printable(cause if len(its) > 1 else _what(its[0])): its for cause, its in ranked}
 
 

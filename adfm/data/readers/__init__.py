@@ -140,7 +140,7 @@ def detect(raw: Path) -> tuple[str, str]:
     if len(found) > 1:
         raise AdfmError(
             f"{raw} may be in any of these layouts: {', '.join(found)}. Seen there: {seen}. Say which it is with"
-            f" --layout {found[0]}, or take apart what are two data sets."
+            f" --layout {' or '.join(found)}, or take apart what are two data sets."
         )
     if not found:
         forms = "\n".join(f"  {name}: {layout.form}" for name, layout in LAYOUTS.items() if layout.matches)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from adfm.data.problems import MissingImage
+from adfm.data.problems import MissingImage, Unlisted
 from adfm.data.readers import files
 from adfm.data.readers.files import folders, images, root
 from adfm.records import Box, Polygon, Rle, Sample, Split
@@ -383,7 +383,8 @@ def unlisted(raw: Path, known: Container[Path]) -> Iterator[str]:
         yield from same_names(raw, there)
         names = [image.name for image in there if image not in known]
         if names:
-            yield f"{folder.relative_to(raw).as_posix()}: images that are not in the annotations: {', '.join(names)}"
+            where = folder.relative_to(raw).as_posix()
+            yield Unlisted(f"{where}: images that are not in the annotations: {', '.join(names)}")
 
 
 def same_names(raw: Path, paths: Iterable[Path]) -> Iterator[str]:

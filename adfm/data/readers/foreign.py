@@ -23,7 +23,7 @@ _JSON: tuple[tuple[tuple[bytes, ...], str, str], ...] = (
         "seems to be FiftyOne's JSON of labels of whole images",
         "export with fo.types.ImageClassificationDirectoryTree",
     ),
-    ((b'"image_id"', b'"score"'), "holds results of a detector, which are not annotations", _COCO),
+    ((b'"image_id"', b'"score"'), "holds results of a detector", "export the annotations"),
     ((b'"images"', b'"file_name"'), "is COCO without annotations or categories", "export these as well"),
     ((b'"data_row"', b'"projects"'), "is Labelbox's own JSON", "convert it to COCO"),
 )

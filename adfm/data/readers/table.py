@@ -19,7 +19,7 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from adfm.data.problems import MissingImage
+from adfm.data.problems import MissingImage, Unlisted
 from adfm.data.readers.annotations import (
     Shape,
     box,
@@ -185,7 +185,7 @@ def _unlisted(raw: Path, known: Container[Path], tables: dict[Path, str]) -> Ite
         where = table.relative_to(raw).as_posix()
         for image in images(folder):
             if image not in known:
-                yield (
+                yield Unlisted(
                     f"{image.relative_to(raw).as_posix()}: is in no row of {where}, in its column {tables[table]!r};"
                     " add a row (for a normal image its name and `normal`, the other cells empty), or remove the image"
                 )
