@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/tools.md: what adfm reads from the export of each tool, `python scripts/draw-exports.py`."""
+"""Draws the pictures of docs/tools.md, what adfm reads of each tool's export: `python scripts/draw-exports.py`."""
 
 import sys
 import tempfile

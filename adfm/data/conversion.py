@@ -51,6 +51,8 @@ RUN = 500
 PART = "inspection.json"
 _WORK = "inspected"
 _KEPT = ("mask", "width", "height", "dataset", "category", "defect", "label", "source", "sha256")
+# What an earlier version has left in the work folder is of no use where it recorded something else.
+_COLUMNS = zlib.crc32(str(inspection.SCHEMA).encode())
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -289,7 +291,7 @@ def _settings(layout: str, params: Params) -> dict[str, Any]:
     """What the result of looking at an image depends on, besides the image."""
     own = params.convert.model_dump(exclude={"layout", "shard_images"})
     versions = {"adfm": __version__, "pillow": PIL.__version__}
-    return {"layout": layout, **own, "group": params.split.group, **versions, "run": RUN}
+    return {"layout": layout, **own, "group": params.split.group, **versions, "run": RUN, "columns": _COLUMNS}
 
 
 class _Key(NamedTuple):

@@ -52,10 +52,14 @@ def decode(content: bytes, orientation: int, threshold: float, notes: list[str] 
         Exception: As of `images.open_image`, and the file is damaged.
     """
     with open_image(content) as file:
-        kind = (file.format, file.mode)
+        file.load()
         own = file.getexif().get(ExifTags.Base.Orientation)
-        file.getexif().setdefault(ExifTags.Base.Orientation, orientation)
-        image: Image.Image = ImageOps.exif_transpose(file)
+        plain = file.format == "PNG" and file.mode == "L" and own is None and orientation == 1
+        lossy = file.format == "JPEG"
+        image: Image.Image = file
+        if own is not None or orientation != 1:
+            file.getexif().setdefault(ExifTags.Base.Orientation, orientation)
+            image = ImageOps.exif_transpose(file)
     if image.mode == "P":
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")
     elif image.mode in ("CMYK", "YCbCr"):
@@ -68,10 +72,10 @@ def decode(content: bytes, orientation: int, threshold: float, notes: list[str] 
         values = values.max(axis=2)
     if values.dtype == bool:
         values = values.view(np.uint8)
-    if kind[0] == "JPEG" and values.max(initial=0) < _LOSSY_BLACK:
+    if lossy and values.max(initial=0) < _LOSSY_BLACK:
         return np.zeros(values.shape, np.uint8), False
     mask = defects(values, threshold, notes).view(np.uint8) * np.uint8(255)
-    return mask, kind == ("PNG", "L") and own is None and orientation == 1 and np.array_equal(mask, values)
+    return mask, plain and np.array_equal(mask, values)
 
 
 def defects(values: NDArray[Any], threshold: float, notes: list[str] | None = None) -> NDArray[np.bool_]:
@@ -100,8 +104,9 @@ def defects(values: NDArray[Any], threshold: float, notes: list[str] | None = No
         values = np.nan_to_num(values)
     top = values.max(initial=0)
     marked = values > 0
-    bright = marked & (values >= threshold * top)
-    if threshold == 0 or np.array_equal(bright, marked):
+    # Compared with a number of their own kind, for speed.
+    least = threshold * top if values.dtype.kind == "f" else math.ceil(threshold * int(top))
+    if threshold == 0 or top <= 0 or np.count_nonzero(values >= least) == np.count_nonzero(marked):
         return marked
     rows, columns = np.flatnonzero(marked.any(axis=1)), np.flatnonzero(marked.any(axis=0))
     extent = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
