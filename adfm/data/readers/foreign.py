@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from adfm.data.readers.annotations import listing, mentions, walk
+from adfm.data.readers.files import images
 
 _FILES = 50  # of a kind that are looked into; the exports have one file, or many that are alike
 _COCO = "export as COCO"
@@ -27,6 +28,7 @@ _JSON: tuple[tuple[tuple[bytes, ...], str, str], ...] = (
     ((b'"images"', b'"file_name"'), "is COCO without annotations or categories", "export these as well"),
     ((b'"data_row"', b'"projects"'), "is Labelbox's own JSON", "convert it to COCO"),
 )
+_ABOUT = (".json", ".jsonl", ".xml", ".txt", ".csv", ".tsv", ".yaml", ".yml", ".parquet", ".mat")
 _SUFFIXES = {
     ".ndjson": ("is Labelbox's own JSON", "convert it to COCO"),
     ".xlsx": ("is a workbook of Excel", "save it as CSV"),
@@ -49,7 +51,15 @@ def hint(raw: Path) -> str:
     for suffix, (what, remedy) in _SUFFIXES.items():
         for file in _files(raw, suffix):
             return f"{file.relative_to(raw).as_posix()} {what}; {remedy}"
+    if _is_bare(raw):
+        return "it holds images without annotations; export these as well, or sort the images into OK/ and NG/"
     return ""
+
+
+def _is_bare(raw: Path) -> bool:
+    """Whether there are images, and nothing beside them that may be about them."""
+    folders = list(islice(walk(raw, 3), 1000))
+    return any(map(images, folders)) and not any(listing(folder, suffix) for folder in folders for suffix in _ABOUT)
 
 
 def _files(raw: Path, suffix: str) -> Iterator[Path]:

@@ -43,6 +43,8 @@ def test_an_export_that_no_reader_takes_is_named_in_the_error(tmp_path: Path, co
 
 def test_other_files(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg")
+    assert foreign.hint(tmp_path).startswith("it holds images without annotations; export these as well, or sort")
+    touch(tmp_path, "a.csv")
     assert foreign.hint(tmp_path) == ""
     touch(tmp_path, "labels.xlsx")
     assert foreign.hint(tmp_path) == "labels.xlsx is a workbook of Excel; save it as CSV"
