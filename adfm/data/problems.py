@@ -25,6 +25,10 @@ class MissingImage(str):
     """A problem that `convert.missing: skip` turns into a note: an annotation whose image is not there."""
 
 
+class Unlisted(str):
+    """A problem of an image that no annotation names: often it only follows from another one, and so comes after it."""
+
+
 class BadData(AdfmError):
     """A data set cannot be converted as it is.
 
@@ -54,7 +58,7 @@ class BadData(AdfmError):
 
 
 def grouped(problems: Iterable[str]) -> dict[str, list[str]]:
-    """Problems by their cause, the most frequent first.
+    """Problems by their cause, the most frequent first, but images without an annotation last.
 
     The cause is the text without the file and the place in it. Problems have one cause if they differ only in names,
     numbers and paths; those that differ become `…`.
@@ -62,7 +66,7 @@ def grouped(problems: Iterable[str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = defaultdict(list)
     for problem in problems:
         groups[_VARIABLE.sub("…", _what(problem))].append(problem)
-    ranked = sorted(groups.values(), key=len, reverse=True)
+    ranked = sorted(groups.values(), key=lambda its: (isinstance(its[0], Unlisted), -len(its)))
     return {printable(_cause(its)): its for its in ranked}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adfm.data.problems import EXAMPLES, BadData, MissingImage, grouped, printable
+from adfm.data.problems import EXAMPLES, BadData, MissingImage, Unlisted, grouped, printable
 
 
 def test_problems_with_one_cause_are_one_group() -> None:
@@ -58,3 +58,9 @@ def test_no_problem_is_lost_and_the_message_can_be_printed(problems: list[str]) 
     error = BadData(Path("line"), "coco", problems)
     assert sorted(one for its in grouped(problems).values() for one in its) == sorted(problems)
     assert all(printable(line) == line for line in str(error).split("\n"))
+
+
+def test_images_without_an_annotation_come_after_what_they_follow_from() -> None:
+    left = [Unlisted(f"{name}: images that are not in the annotations: a.png") for name in "pq"]
+    causes = list(grouped([*left, "via.json: there is no image 'a.png'"]))
+    assert causes == ["there is no image 'a.png'", "images that are not in the annotations: …"]

@@ -129,3 +129,11 @@ def test_a_layout_without_an_image(layout: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(AdfmError, match=rf"\(layout {'mvtec' if layout == 'visa-1cls' else layout}\)"):
         list(readers.LAYOUTS[layout].read(tmp_path))
+
+
+def test_the_only_folder_is_among_what_was_seen(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").touch()
+    (tmp_path / "notes.md").touch()
+    with pytest.raises(AdfmError, match=r"Seen there: photos/ \(1 \.png\), 1 \.md\."):
+        readers.detect(tmp_path)

@@ -432,3 +432,10 @@ _CELL = st.text(max_size=4) | st.sampled_from(("a.jpg", "1", "0", "nan", "1e400"
 @settings(deadline=None, max_examples=100)
 def test_whatever_is_in_the_file_the_error_is_one_for_people(content: bytes) -> None:
     never_fails_otherwise(table.read, {"t.csv": content})
+
+
+def test_a_table_that_cannot_be_read_is_the_only_problem(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "labels.csv").write_text("image,label,defect,x,y,w,h\na.jpg,anomalous,scratch,20,30,40,20\n")
+    (problem,) = problems(table.read, tmp_path)
+    assert problem.startswith("labels.csv: line 1: 'h', 'w', 'x', 'y' may say where the defects are")
