@@ -152,6 +152,8 @@ def _seen(raw: Path) -> str:
     top = files.root(raw, lambda folder: len(files.folders(folder)) != 1) or raw
     inside = files.folders(top)
     deepest = [folder for first in inside[:2] for folder in _deepest(first, depth=3)]
+    if not inside and top != raw:
+        deepest = [top]
     shown = [f"{folder.relative_to(raw).as_posix()}/ ({_kinds(folder) or 'no files'})" for folder in deepest[:8]]
     if len(inside) > 2:
         shown.append(f"and {len(inside) - 2} more folders")

@@ -73,7 +73,8 @@ class _Settings:
 
 def matches(raw: Path) -> bool:
     """Whether there are images, and a data.yaml with names or a text file of such lines, near the top."""
-    return holds(raw, _is_part) and holds(raw, lambda folder: bool(images(folder)))
+    # Images may lie deeper than the settings: images/train/gear/000.jpg.
+    return holds(raw, _is_part) and any(map(images, walk(raw)))
 
 
 def read(raw: Path) -> Iterator[Sample]:
