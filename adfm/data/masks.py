@@ -129,7 +129,7 @@ def defects(values: NDArray[Any], threshold: float, notes: list[str] | None = No
 def _may_be_inverted(mask: Mask) -> bool:
     """Whether a mask marks all corners and more than half of the image, but not all of it."""
     corners = mask[[0, 0, -1, -1], [0, -1, 0, -1]]
-    return bool(corners.all()) and mask.size / 2 < np.count_nonzero(mask) < mask.size
+    return bool(corners.all() and mask.size / 2 < np.count_nonzero(mask) < mask.size)
 
 
 def _is_numbered(values: NDArray[Any], threshold: float, top: float) -> bool:

@@ -142,6 +142,13 @@ def detect(raw: Path) -> tuple[str, str]:
             f" --layout {found[0]}, or take apart what are two data sets."
         )
     if not found:
+        if file := folders.hindrance(raw):
+            name = printable(file.relative_to(raw).as_posix())
+            raise AdfmError(
+                f"{raw}: {name} may say more of the images than their folders do,"
+                " and is in no form that adfm reads; take the labels from the folders alone with --layout folders, or"
+                f" remove the file. Seen there: {seen}."
+            )
         forms = "\n".join(f"  {name}: {layout.form}" for name, layout in LAYOUTS.items() if layout.matches)
         raise AdfmError(f"{raw} is in no layout that adfm knows. Seen there: {seen}. The layouts are:\n{forms}")
     return found[0], seen
