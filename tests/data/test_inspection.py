@@ -267,6 +267,24 @@ def test_a_run_length_mask_tells_the_frame_where_no_size_is_stated(tmp_path: Pat
     assert (row["problems"], row["boxes"], row["frame"]) == ([], [[21, 7, 26, 19]], "stored")
 
 
+def test_masks_of_black_on_white_are_a_problem_where_most_boxes_are_the_whole_image(tmp_path: Path) -> None:
+    rows = []
+    for number, inverted in enumerate([True, True, False]):
+        mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+        mask[4:9, 7:19] = 255
+        path = tmp_path / f"{number}.png"
+        Image.fromarray(255 - mask if inverted else mask).save(path)
+        photo = tmp_path / f"photo{number}.png"
+        Image.effect_noise((WIDTH, HEIGHT), 50).save(photo)
+        rows.append(_inspected(photo, masks=(path,)) | {"source": f"{number}.jpg"})
+    assert [row["notes"] for row in rows] == [[masks.INVERTED], [masks.INVERTED], []]
+    run = tmp_path / "0.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, inspection.SCHEMA), run)
+    assert [problem.partition(":")[0] for problem in inspection.mask_problems([run])] == ["0.jpg", "1.jpg"]
+    pq.write_table(pa.Table.from_pylist(rows[1:], inspection.SCHEMA), run)
+    assert inspection.mask_problems([run]) == []
+
+
 def test_photographs_that_do_not_tell_are_a_problem_beside_others_in_the_stored_frame(tmp_path: Path) -> None:
     rows = []
     for number, (orientation, size) in enumerate([(6, (WIDTH, HEIGHT)), (3, (WIDTH, HEIGHT)), (8, (HEIGHT, WIDTH))]):

@@ -143,6 +143,13 @@ def detect(raw: Path) -> tuple[str, str]:
             f" --layout {' or '.join(found)}, or take apart what are two data sets."
         )
     if not found:
+        if file := folders.hindrance(raw):
+            name = printable(file.relative_to(raw).as_posix())
+            raise AdfmError(
+                f"{raw}: {name} may say more of the images than their folders do,"
+                " and is in no form that adfm reads; take the labels from the folders alone with --layout folders, or"
+                f" remove the file. Seen there: {seen}."
+            )
         forms = "\n".join(f"  {name}: {layout.form}" for name, layout in LAYOUTS.items() if layout.matches)
         hint = printable(foreign.hint(raw))
         cause = f": {hint}" if hint else ""

@@ -348,7 +348,7 @@ def _add_rows(raw: Path, table: Path, rows_of: dict[Path, list[_Row]], problems:
                     continue
                 rows = rows_of.setdefault(image, [])
                 row = _row(raw, table, line, header, cells)
-                _agree(raw, rows, row)
+                _agree(raw, name, rows, row)
                 rows.append(row)
             except ValueError as error:
                 problems.append(f"{where}: line {line}: {error}")
@@ -534,11 +534,11 @@ def _file(raw: Path, groups: list[list[Path]], name: str) -> Path | None:
     return None
 
 
-def _agree(raw: Path, rows: list[_Row], row: _Row) -> None:
+def _agree(raw: Path, name: str, rows: list[_Row], row: _Row) -> None:
     """Raises `ValueError` if a row contradicts the earlier rows of its image."""
     for other in rows[:1]:
         if other.table != row.table:
-            raise ValueError(f"the same image is in {other.table.relative_to(raw).as_posix()} too; keep one of them")
+            raise ValueError(f"{name!r} is in {other.table.relative_to(raw).as_posix()} too; keep one of them")
         for key, was, now in (
             ("label", other.label, row.label),
             ("category", other.category, row.category),
@@ -547,4 +547,4 @@ def _agree(raw: Path, rows: list[_Row], row: _Row) -> None:
             ("way of marking", other.marking, row.marking),
         ):
             if was != now:
-                raise ValueError(f"line {other.line} has another {key} for the same image: {was or 'none'}, not {now}")
+                raise ValueError(f"line {other.line} has another {key} for {name!r}: {was or 'none'}, not {now}")

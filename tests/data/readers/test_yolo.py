@@ -72,6 +72,13 @@ def test_where_the_text_file_of_an_image_may_be(tmp_path: Path, image: str, labe
     )
 
 
+def test_images_in_folders_of_a_split_are_seen(tmp_path: Path) -> None:
+    _write(tmp_path, **{"data.yaml": "train: images/train\nnames: [a]\n"})
+    assert not yolo.matches(tmp_path)
+    touch(tmp_path, "images/train/gear/1.jpg")
+    assert yolo.matches(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [
