@@ -247,6 +247,9 @@ def _read(
     found: Iterable[Path], unreadable: list[str], bounds: images_.GreyRange | None
 ) -> Iterator[tuple[Path, Image.Image]]:
     for file in found:
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            unreadable.append(f"{printable(str(file))}: it is a pipe, a socket or a device, not an ordinary file")
+            continue
         try:
             yield file, decode(file.read_bytes(), bounds)
         except AdfmError as error:

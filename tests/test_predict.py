@@ -163,6 +163,19 @@ def test_all_that_cannot_be_read_is_listed_and_the_rest_answered(
     assert "2 frames or pages" in said["pages.tif"]
 
 
+def test_what_is_no_file_is_not_waited_for(stub: Stub, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("L", (40, 40)).save("good.png")
+    os.mkfifo("pipe.png")
+    (here / "zero.png").symlink_to("/dev/zero")
+    (here / "round.png").symlink_to("round.png")
+    assert main(["predict", ".", "--model", BASE, "--json"]) == 1
+    told = capsys.readouterr()
+    assert [json.loads(line)["image"] for line in told.out.splitlines()] == ["good.png"]
+    assert "3 of 4 images cannot be read" in told.err
+    assert told.err.count("it is a pipe, a socket or a device, not an ordinary file") == 2
+    assert "round.png: Too many levels of symbolic links" in told.err
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_file_that_may_not_be_read(stub: Stub, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("L", (40, 40)).save("locked.png")

@@ -102,7 +102,7 @@ def _converted(data: _Raw, runs: list[Path], out: Path, params: Params) -> dict[
         work = folder / _WORK
         work.mkdir(exist_ok=True)
         runs = runs or _inspected(data, work, params)
-        if problems := inspection.frame_problems(runs):
+        if problems := inspection.frame_problems(runs) + inspection.mask_problems(runs):
             raise BadData(data.folder, data.layout, problems)
         grey_range = inspection.grey_range(runs)
         notes = summary.Notes()

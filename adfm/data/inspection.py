@@ -132,7 +132,9 @@ def encoded(content: bytes, bounds: GreyRange | None) -> bytes:
 
 
 def grey_range(runs: Iterable[Path]) -> GreyRange | None:
-    """Least and greatest value of the grey images of more than 8 bits of a data set; `None` if it has none such.
+    """Least and greatest value of the grey images of more than 8 bits of a data set, each as `images.extent` takes it.
+
+    `None` if it has none such.
 
     Args:
         runs: Files of rows of `SCHEMA`.
@@ -166,6 +168,30 @@ def frame_problems(runs: Sequence[Path]) -> list[str]:
     ]
 
 
+def mask_problems(runs: Sequence[Path]) -> list[str]:
+    """Problems of masks that may be black on white, where most boxes of the set are all of the image.
+
+    Of one mask alone it cannot be told: a defect may cover most of an image. It does not in most images of a set.
+    """
+    inverted: list[str] = []
+    marked = whole = 0
+    notes = (pq.read_table(run, columns=["notes"])["notes"] for run in runs)
+    if not any(masks.INVERTED in pc.unique(pc.list_flatten(its)).to_pylist() for its in notes):
+        return []
+    for run in runs:
+        columns = ["source", "label", "width", "height", "boxes", "notes"]
+        for row in pq.read_table(run, columns=columns).to_pylist():
+            if row["label"] == "anomalous" and row["boxes"]:
+                marked += 1
+                whole += row["boxes"] == [[0, 0, row["width"], row["height"]]]
+                inverted += [row["source"]] if masks.INVERTED in row["notes"] else []
+    return [
+        f"{source}: its mask marks the corners and most of the image, as those of most images of the set do; where"
+        " defects are black on white, exchange the two"
+        for source in (inverted if whole > marked / 2 else [])
+    ]
+
+
 def _decoded(content: bytes) -> dict[str, Any]:
     row: dict[str, Any] = {"darkest": None, "brightest": None}
     with images.open_image(content) as file:
@@ -190,8 +216,8 @@ def _decoded(content: bytes) -> dict[str, Any]:
             if values is None:
                 image = images.colour(file)
             else:
-                row = {"darkest": int(values.min()), "brightest": int(values.max())}
-                image = images.scaled(values, (row["darkest"], row["brightest"]))
+                row["darkest"], row["brightest"] = bounds = images.extent(values)
+                image = images.scaled(values, bounds)
             orientation = images.orientation(file)
             width, height = image.size
         thumbnail, contrast = duplicates.thumbnail(image)

@@ -19,6 +19,9 @@ Mask = NDArray[np.uint8]
 FAINT = "its mask has faint areas, which are not taken for defects; convert.mask_threshold decides"
 """The note of an image whose mask has values far from any defect that are not taken for one."""
 
+INVERTED = "its mask marks the corners and most of the image, but not alike: its background may be white, not black"
+"""The note of an image whose mask may show the background where others show the defects."""
+
 _NUMBERS = 32  # no soft edge has a maximum as small
 _NOISE = 0.1  # of the maximum
 _BLOCK = 8  # pixels: the side of a block of JPEG, within which its noise stays
@@ -43,7 +46,7 @@ def decode(content: bytes, orientation: int, threshold: float, notes: list[str] 
         content: The file.
         orientation: EXIF orientation of the image that the mask belongs to, for a mask that states none of its own.
         threshold: As of `defects`.
-        notes: As of `defects`.
+        notes: As of `defects`; and gets `INVERTED` where that may be so.
 
     Returns:
         [height, width], 0 or 255; and whether the file is a PNG of just that.
@@ -68,6 +71,7 @@ def decode(content: bytes, orientation: int, threshold: float, notes: list[str] 
     if image.mode in ("RGBA", "LA"):
         colour, opacity = values[..., :-1].max(axis=2).astype(np.uint16), values[..., -1]
         values = (colour * opacity + 254) // 255
+    coloured = values.ndim == 3 and not lossy and bool((values != values[0, 0]).any())
     if values.ndim == 3:
         values = values.max(axis=2)
     if values.dtype == bool:
@@ -75,6 +79,8 @@ def decode(content: bytes, orientation: int, threshold: float, notes: list[str] 
     if lossy and values.max(initial=0) < _LOSSY_BLACK:
         return np.zeros(values.shape, np.uint8), False
     mask = defects(values, threshold, notes).view(np.uint8) * np.uint8(255)
+    if notes is not None and (_may_be_inverted(mask) or (coloured and mask.all())):
+        notes.append(INVERTED)
     return mask, plain and np.array_equal(mask, values)
 
 
@@ -118,6 +124,12 @@ def defects(values: NDArray[Any], threshold: float, notes: list[str] | None = No
     if notes is not None and _leaves_out_areas(inside > 0, kept):
         notes.append(FAINT)
     return defect
+
+
+def _may_be_inverted(mask: Mask) -> bool:
+    """Whether a mask marks all corners and more than half of the image, but not all of it."""
+    corners = mask[[0, 0, -1, -1], [0, -1, 0, -1]]
+    return bool(corners.all() and mask.size / 2 < np.count_nonzero(mask) < mask.size)
 
 
 def _is_numbered(values: NDArray[Any], threshold: float, top: float) -> bool:

@@ -25,6 +25,10 @@ class MissingImage(str):
     """A problem that `convert.missing: skip` turns into a note: an annotation whose image is not there."""
 
 
+class Unlisted(str):
+    """A problem of an image that no annotation names: often it only follows from another one, and so comes after it."""
+
+
 class BadData(AdfmError):
     """A data set cannot be converted as it is.
 
@@ -54,16 +58,23 @@ class BadData(AdfmError):
 
 
 def grouped(problems: Iterable[str]) -> dict[str, list[str]]:
-    """Problems by their cause, the most frequent first.
+    """Problems by their cause, the most frequent first, but images without an annotation last.
 
-    The cause is the text without what differs from file to file: the place, and names, numbers and paths, which become
-    `…`. The cause of a single problem keeps them.
+    The cause is the text without the file and the place in it. Problems have one cause if they differ only in names,
+    numbers and paths; those that differ become `…`.
     """
     groups: dict[str, list[str]] = defaultdict(list)
     for problem in problems:
         groups[_VARIABLE.sub("…", _what(problem))].append(problem)
-    ranked = sorted(groups.items(), key=lambda group: -len(group[1]))
-    return {printable(cause if len(its) > 1 else _what(its[0])): its for cause, its in ranked}
+    ranked = sorted(groups.values(), key=lambda its: (isinstance(its[0], Unlisted), -len(its)))
+    return {printable(_cause(its)): its for its in ranked}
+
+
+def _cause(problems: list[str]) -> str:
+    """What problems that differ in names, numbers and paths have in common."""
+    variables = [_VARIABLE.findall(_what(problem)) for problem in problems]
+    common = iter(["…" if len(set(its)) > 1 else its[0] for its in zip(*variables, strict=False)])
+    return _VARIABLE.sub(lambda _: next(common, "…"), _what(problems[0]))
 
 
 def printable(text: str) -> str:

@@ -46,11 +46,11 @@ def warmup(shards: Path, out: Path, params: Params, force: bool = False) -> None
 
     set_seed(params.seed)
     settings = params.warmup
-    steps = _steps(shards, settings)
     loaded = loading.load(params.model.name, params.model)
     loaded = replace(loaded, prompt=prompt.messages(families.get(loaded.family).units, settings.stages))
     decoding.Scorer(loaded.processor.tokenizer)  # refuses a tokenizer whose answers evaluation could not score
     model = adapters.attach(loaded.model, params.lora)
+    steps = _steps(shards, settings)
     with (
         atomic_folder(out) as folder,
         tracking.start_run("warmup", params, {"attention": model.config._attn_implementation}, must_end=False) as run,

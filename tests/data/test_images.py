@@ -167,3 +167,14 @@ def test_what_is_not_one_image_says_why(content: bytes, why: str) -> None:
 def test_a_damaged_file_is_an_error(content: bytes, kind: bytes) -> None:
     with contextlib.suppress(Exception):  # Pillow raises nearly anything; the process must not end, nor take for ever
         images.upright(kind + content, (0, 99))
+
+
+def test_a_dead_and_a_hot_pixel_do_not_set_the_range() -> None:
+    values = np.random.default_rng(0).integers(500, 4000, (200, 300))
+    values[:3, :3] = 600
+    values[4:8, :3] = 5000  # a small highlight counts
+    least = int(values.min())
+    values[0, 0], values[-1, -1] = 0, 65535
+    assert images.extent(values) == (least, 5000)
+    assert images.extent(values[:90, :90]) == (0, 5000)  # of few pixels, each may matter
+    assert images.extent(np.full((200, 300), 700)) == (700, 700)

@@ -7,10 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from scipy import ndimage
 
 from adfm.data import inspection, masks
 from adfm.params import Convert
@@ -217,23 +216,22 @@ def test_a_box_turns_as_the_picture_does(orientation: int, xs: list[int], ys: li
     assert inspection.upright_size(size, orientation) == (width, height)
 
 
-@settings(max_examples=30)
 @given(
     orientation=st.integers(1, 8),
-    points=st.lists(st.tuples(st.integers(1, 29), st.integers(1, 19)), min_size=3, max_size=6, unique=True),
+    pixels=st.lists(st.tuples(st.integers(0, 29), st.integers(0, 19)), min_size=3, max_size=6),
 )
-def test_a_polygon_turns_as_its_painted_mask_does(orientation: int, points: list[tuple[int, int]]) -> None:
+def test_the_corners_of_a_polygon_turn_as_the_pixels_that_they_are_in(
+    orientation: int, pixels: list[tuple[int, int]]
+) -> None:
     width, height = 30, 20
-    corners = tuple((float(x), float(y)) for x, y in points)
-    painted = masks.painted(width, height, [Box(0, 0, width, height)], [corners], [])
     size = inspection.upright_size((width, height), orientation)
-    polygon = inspection.turned_polygon(corners, (width, height), orientation)
-    again = masks.painted(*size, [Box(0, 0, *size)], [polygon], [])
-    assert painted is not None and again is not None
-    expected = masks.placed(painted, orientation, size)
-    # Which pixels the outline itself goes through depends on the side that it is seen from.
-    for one, other in ((again, expected), (expected, again)):
-        assert not (one[~ndimage.binary_dilation(other, np.ones((5, 5)))]).any()
+    centres = tuple((x + 0.5, y + 0.5) for x, y in pixels)
+    turned = inspection.turned_polygon(centres, (width, height), orientation)
+    for (x, y), corner in zip(pixels, turned, strict=True):
+        mask = np.zeros((height, width), np.uint8)
+        mask[y, x] = 255
+        [[row, column]] = np.argwhere(masks.placed(mask, orientation, size))
+        assert corner == (column + 0.5, row + 0.5)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -265,6 +263,24 @@ def test_a_run_length_mask_tells_the_frame_where_no_size_is_stated(tmp_path: Pat
     mask[4:9, 7:19] = 255
     row = _inspected(photo, boxes=(Box(7, 4, 19, 9),), rles=(masks.encoded(mask),))
     assert (row["problems"], row["boxes"], row["frame"]) == ([], [[21, 7, 26, 19]], "stored")
+
+
+def test_masks_of_black_on_white_are_a_problem_where_most_boxes_are_the_whole_image(tmp_path: Path) -> None:
+    rows = []
+    for number, inverted in enumerate([True, True, False]):
+        mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+        mask[4:9, 7:19] = 255
+        path = tmp_path / f"{number}.png"
+        Image.fromarray(255 - mask if inverted else mask).save(path)
+        photo = tmp_path / f"photo{number}.png"
+        Image.effect_noise((WIDTH, HEIGHT), 50).save(photo)
+        rows.append(_inspected(photo, masks=(path,)) | {"source": f"{number}.jpg"})
+    assert [row["notes"] for row in rows] == [[masks.INVERTED], [masks.INVERTED], []]
+    run = tmp_path / "0.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, inspection.SCHEMA), run)
+    assert [problem.partition(":")[0] for problem in inspection.mask_problems([run])] == ["0.jpg", "1.jpg"]
+    pq.write_table(pa.Table.from_pylist(rows[1:], inspection.SCHEMA), run)
+    assert inspection.mask_problems([run]) == []
 
 
 def test_photographs_that_do_not_tell_are_a_problem_beside_others_in_the_stored_frame(tmp_path: Path) -> None:

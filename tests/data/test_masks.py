@@ -302,3 +302,15 @@ def test_run_lengths_of_a_mask_are_read_as_it(mask: np.ndarray) -> None:
     rle = masks.encoded(mask * np.uint8(255))
     assert sum(rle.counts) == rle.width * rle.height
     assert (masks.decoded(rle) == mask * 255).all()
+
+
+def test_a_background_that_is_not_black_is_noted() -> None:
+    colours = np.full((40, 60, 3), 255, np.uint8)
+    for colour, noted in (((255, 0, 0), True), ((255, 255, 255), False)):
+        colours[10:20, 10:20] = colour
+        buffer = io.BytesIO()
+        Image.fromarray(colours).save(buffer, "PNG")
+        notes: list[str] = []
+        mask, _ = masks.decode(buffer.getvalue(), 1, 0.5, notes)
+        assert mask.all()
+        assert notes == [masks.INVERTED] * noted

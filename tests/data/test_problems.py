@@ -5,7 +5,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adfm.data.problems import EXAMPLES, BadData, MissingImage, grouped, printable
+from adfm.data.problems import EXAMPLES, BadData, MissingImage, Unlisted, grouped, printable
 
 
 def test_problems_with_one_cause_are_one_group() -> None:
@@ -18,6 +18,12 @@ def test_problems_with_one_cause_are_one_group() -> None:
         "a shape of the type … has no area; draw a polygon": problems[:2],
         "is not JSON (Expecting value)": problems[2:],
     }
+
+
+def test_a_cause_keeps_what_all_its_problems_say() -> None:
+    text = "a.json: annotation {0}: 'bbox' [{0}, 2, 3, 4] is [x, y, width, height] in COCO, and 'area' is 5"
+    [cause] = grouped(text.format(number) for number in range(3))
+    assert cause == "'bbox' … is [x, y, width, height] in COCO, and 'area' is 5"
 
 
 def test_the_first_line_says_the_most_frequent_cause() -> None:
@@ -52,3 +58,9 @@ def test_no_problem_is_lost_and_the_message_can_be_printed(problems: list[str]) 
     error = BadData(Path("line"), "coco", problems)
     assert sorted(one for its in grouped(problems).values() for one in its) == sorted(problems)
     assert all(printable(line) == line for line in str(error).split("\n"))
+
+
+def test_images_without_an_annotation_come_after_what_they_follow_from() -> None:
+    left = [Unlisted(f"{name}: images that are not in the annotations: a.png") for name in "pq"]
+    causes = list(grouped([*left, "via.json: there is no image 'a.png'"]))
+    assert causes == ["there is no image 'a.png'", "images that are not in the annotations: …"]

@@ -16,6 +16,7 @@ from adfm.data.readers import (
     deeppcb,
     files,
     folders,
+    foreign,
     imagefolder,
     kolektor,
     label_studio,
@@ -139,11 +140,20 @@ def detect(raw: Path) -> tuple[str, str]:
     if len(layouts) > 1:
         raise AdfmError(
             f"{raw} may be in any of these layouts: {', '.join(layouts)}. Seen there: {seen}. Say which it is with"
-            f" --layout {layouts[0]}, or take apart what are two data sets."
+            f" --layout {' or '.join(layouts)}, or take apart what are two data sets."
         )
     if not layouts:
+        if file := folders.hindrance(raw):
+            name = printable(file.relative_to(raw).as_posix())
+            raise AdfmError(
+                f"{raw}: {name} may say more of the images than their folders do,"
+                " and is in no form that adfm reads; take the labels from the folders alone with --layout folders, or"
+                f" remove the file. Seen there: {seen}."
+            )
         forms = "\n".join(f"  {name}: {layout.form}" for name, layout in LAYOUTS.items() if layout.matches)
-        raise AdfmError(f"{raw} is in no layout that adfm knows. Seen there: {seen}. The layouts are:\n{forms}")
+        hint = printable(foreign.hint(raw))
+        cause = f": {hint}" if hint else ""
+        raise AdfmError(f"{raw} is in no layout that adfm knows{cause}. Seen there: {seen}. The layouts are:\n{forms}")
     return layouts[0], seen
 
 
@@ -151,7 +161,7 @@ def _seen(raw: Path) -> str:
     """Some folders that hold no folders, and the files at the top."""
     top = files.root(raw, lambda folder: len(files.folders(folder)) != 1) or raw
     inside = files.folders(top)
-    deepest = [folder for first in inside[:2] for folder in _deepest(first, depth=3)]
+    deepest = [folder for first in inside[:2] for folder in _deepest(first, depth=3)] if inside or top == raw else [top]
     parts = [f"{folder.relative_to(raw).as_posix()}/ ({_kinds(folder) or 'no files'})" for folder in deepest[:8]]
     if len(inside) > 2:
         parts.append(f"and {len(inside) - 2} more folders")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from adfm.data.problems import MissingImage
+from adfm.data.problems import MissingImage, Unlisted
 from adfm.data.readers import files
 from adfm.data.readers.files import folders, images, root
 from adfm.records import Box, Polygon, Rle, Sample, Split
@@ -129,6 +129,8 @@ def number(value: object) -> float:
     Raises:
         ValueError: It is none.
     """
+    if isinstance(value, str):
+        raise ValueError(f"{value[:40]!r} is text, and a number is needed; write it without quotation marks")
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e15:  # nan is not below
         raise ValueError(f"{str(value)[:40]!r} is not a finite number")
     return float(value)
@@ -416,7 +418,8 @@ def unlisted(raw: Path, known: Container[Path]) -> Iterator[str]:
         yield from same_names(raw, there)
         names = [image.name for image in there if image not in known]
         if names:
-            yield f"{folder.relative_to(raw).as_posix()}: images that are not in the annotations: {', '.join(names)}"
+            where = folder.relative_to(raw).as_posix()
+            yield Unlisted(f"{where}: images that are not in the annotations: {', '.join(names)}")
 
 
 def same_names(raw: Path, paths: Iterable[Path]) -> Iterator[str]:

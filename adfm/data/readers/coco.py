@@ -42,6 +42,7 @@ from adfm.records import Polygon, Rle, Sample
 _KEYS = ("images", "annotations", "categories")
 _SLACK = 2  # pixels between a box and its outline: tools round either, and some count the last pixel and some do not
 _MANY = 5  # annotations whose areas fit the same wrong reading within a pixel a side: no chance
+_APART = "if the file was put together from several, keep these as files of their own"
 
 
 def matches(raw: Path) -> bool:
@@ -56,7 +57,7 @@ def read(raw: Path) -> Iterator[Sample]:
     An annotation is a defect: its `bbox` the box, its `segmentation` (polygons, or run lengths, compressed or not) the
     mask. The box of one that CVAT turned is that round the turned one. A box that has another meaning than COCO's, by
     its outline or its area, is refused. `split` is what the file's name, its folders or the image's folders say: train,
-    val, valid, validation, test. Other JSON files, such as captions, are ignored.
+    val, valid, validation, test. Other JSON files, such as captions and panoptic segmentations, are ignored.
 
     A JSON file is in memory whole while its images are yielded; so are the paths of all images.
 
@@ -71,6 +72,7 @@ def read(raw: Path) -> Iterator[Sample]:
     pictures = Images(raw)
     used: dict[Path, str] = {}
     seen = False
+    panoptic: list[str] = []
     for folder in walk(raw):
         for file in listing(folder, ".json"):
             try:
@@ -79,13 +81,23 @@ def read(raw: Path) -> Iterator[Sample]:
                 problems.append(f"{file.relative_to(raw).as_posix()}: {error}")
                 continue
             if isinstance(content, dict) and all(isinstance(content.get(key), list) for key in _KEYS):
+                if _is_panoptic(content["annotations"]):
+                    panoptic.append(file.relative_to(raw).as_posix())
+                    continue
                 seen = True
                 yield from _samples(raw, file, content, pictures, used, problems)
-    if not seen and not problems:
+    if not seen and panoptic:
+        problems += [f"{where}: is a panoptic segmentation (segments_info); export instances" for where in panoptic]
+    elif not seen and not problems:
         problems.append("no JSON file with the lists images, annotations and categories")
     if seen:
         problems += unlisted(raw, used)
     refuse(raw, "coco", problems)
+
+
+def _is_panoptic(annotations: list[Any]) -> bool:
+    """Whether annotations are of COCO's panoptic format: one for each image, with a PNG of its segments."""
+    return bool(annotations) and all(isinstance(entry, dict) and "segments_info" in entry for entry in annotations)
 
 
 def _samples(
@@ -183,7 +195,7 @@ def _by_id(where: str, kind: str, entries: list[Any], problems: list[str]) -> di
             problems.append(f"{where}: {kind} no. {place}: {error}")
             continue
         if identifier in by_id:
-            problems.append(f"{where}: {kind} {identifier}: another {kind} has the same id")
+            problems.append(f"{where}: {kind} {identifier}: another {kind} has the same id; {_APART}")
         by_id[identifier] = entry
     return by_id
 

@@ -67,10 +67,20 @@ class _Kind(NamedTuple):
 
 def matches(raw: Path) -> bool:
     """Whether a folder is called good or alike, or images have masks, and no annotation file says more."""
+    return _annotation(raw) is None and _says_enough(raw)
+
+
+def hindrance(raw: Path) -> Path | None:
+    """An annotation file without which a data set, of no known layout with it, would be in this one."""
+    file = _annotation(raw)
+    return file if file and _says_enough(raw) else None
+
+
+def _says_enough(raw: Path) -> bool:
     if any(layout.matches(raw) for layout in (btad, dagm, kolektor, loco, mvtec, visa)):
         return False
     places = _places(raw)
-    if not places or _has_annotations(raw):
+    if not places:
         return False
     levels = _Levels(places)
     if levels.normal:
@@ -370,13 +380,10 @@ def _place(raw: Path, folder: Path) -> _Place:
     return _Place(folder, tuple(names), split, masks)
 
 
-def _has_annotations(raw: Path) -> bool:
-    """Whether there is a file that may say more of the images; `manifest.json` is our own."""
-    return any(
-        path.suffix.lower() in _ANNOTATIONS and path != raw / "manifest.json"
-        for folder in walk(raw)
-        for path in folder.glob("[!.]*")
-    )
+def _annotation(raw: Path) -> Path | None:
+    """A file that may say more of the images; `manifest.json` is our own."""
+    paths = (path for folder in walk(raw) for path in sorted(folder.glob("[!.]*")))
+    return next((path for path in paths if path.suffix.lower() in _ANNOTATIONS and path != raw / "manifest.json"), None)
 
 
 def _masked_beside(folder: Path) -> bool:

@@ -44,11 +44,12 @@ from adfm.data.readers.annotations import (
 from adfm.data.readers.files import IMAGES, images, refuse
 from adfm.data.readers.lookup import Images
 from adfm.data.readers.shapes import Point, bitmap, check_mask_size, corners, ellipse, join, line
-from adfm.data.readers.verdicts import class_name
+from adfm.data.readers.verdicts import class_name, defect_type, is_verdict
 from adfm.records import Sample
 
 _MANIFEST = "manifest.json"  # of a fetched data set
 _NO_DEFECT = ("__ignore__", "_background_")  # of LabelMe's own examples
+_PROGRESS = frozenset(("checked", "verified", "reviewed", "approved", "confirmed", "done", "finished", "completed"))
 # The types of shapes, with their smallest and largest number of points; rotation and quadrilateral are X-AnyLabeling's.
 _OUTLINES = ("polygon", "quadrilateral", "oriented_rectangle", "rotation", None)  # early versions have no other type
 _LEAST: dict[str | None, int] = {
@@ -79,7 +80,9 @@ def read(raw: Path) -> Iterator[Sample]:
     Rectangles are boxes; polygons, oriented rectangles, circles and masks are masks as well. The box of a line is at
     least one pixel wide and high. Shapes of one label and one `group_id` are one defect. What reaches out of the image
     is cut off. A point has no extent: an image with a point outside any group is anomalous, without boxes. Shapes
-    labelled `__ignore__` or `_background_` are left out.
+    labelled `__ignore__` or `_background_` are left out. The flags of an image without shapes are its label if they
+    know one for normal or defective images, and refused if it is not known what they say. A JSON file with neither
+    shapes nor an image of its name is not LabelMe's and left alone.
 
     The image of a JSON file is the one of its own name beside it, else the one that `imagePath` leads to (see
     `lookup.Images`), else the one in its `imageData`. `split` is what the names of the image's folders say: train, val,
@@ -106,6 +109,8 @@ def read(raw: Path) -> Iterator[Sample]:
             where = file.relative_to(raw).as_posix()
             try:
                 content = parsed(file)
+                if _is_foreign(content) and not pictures.of_stem(file.stem, folder):
+                    continue
                 shapes = member(content, "shapes", list)
                 size = _size(content)
                 image, source, notes = _image(raw, file, content, pictures, stems)
@@ -119,6 +124,9 @@ def read(raw: Path) -> Iterator[Sample]:
             annotated[source] = where
             drawn = _drawn(where, shapes, size, problems, notes)
             split = split_of(*folder_names(raw, image))
+            if flag := _flagged(where, content, bool(drawn), problems, notes):
+                yield replace(labelled(raw, image, [flag], split, notes, size=size), source=source)
+                continue
             defects = [each.shape for each in drawn]
             if any(each.extent == "point" for each in drawn):
                 names = [shape.name for shape in defects]
@@ -135,6 +143,41 @@ def read(raw: Path) -> Iterator[Sample]:
     if not annotated and not problems:
         problems.append("no LabelMe file: no JSON file with shapes")
     refuse(raw, "labelme", problems)
+
+
+def _is_foreign(content: object) -> bool:
+    """Whether what a JSON file holds cannot be LabelMe's, such as a list of classes or the settings of a tool."""
+    return not isinstance(content, dict) or not content.keys() & {"shapes", "imagePath", "imageData"}
+
+
+def _flagged(where: str, content: dict[str, Any], drawn: bool, problems: list[str], notes: list[str]) -> str | None:
+    """The defect that the flags of an image without shapes name; "" or `None` if they name none.
+
+    LabelMe's flags are for classes of whole images, but people note there as well that an image was checked.
+    """
+    flags = content.get("flags")
+    if not isinstance(flags, dict):
+        return None
+    given = [flag for flag, value in flags.items() if value is True and flag.strip() not in _NO_DEFECT]
+    given = [flag for flag in given if flag.strip().lower() not in _PROGRESS]
+    if not given or (drawn and not all(map(is_verdict, given))):
+        return None
+    try:
+        if not any(map(is_verdict, flags)):
+            raise ValueError(
+                f"nothing is drawn on the image, but its flag {given[0]!r} is set; if that is a defect, draw it or give"
+                " all files a flag 'ok' (true or false) beside it; if it says something else, remove it"
+            )
+        defect = defect_type(given)
+        if drawn and defect == "":
+            raise ValueError(f"its flag {given[0]!r} says that it is normal, but shapes are drawn on it; remove one")
+    except ValueError as error:
+        problems.append(f"{where}: {error}")
+        return None
+    if drawn:
+        return None
+    notes.append("nothing is drawn on the image: its flag is taken for its label")
+    return defect
 
 
 def _size(content: dict[str, Any]) -> tuple[int, int] | None:
@@ -178,7 +221,7 @@ def _image(
             image, missing = next(iter(own), None), error
     if image and image not in own:
         path = image.relative_to(raw).as_posix()
-        if nfc(image.stem) in stems:
+        if nfc(image.stem) in stems - {nfc(file.stem)}:
             missing = ValueError(
                 f"imagePath leads to {path}, which {image.stem}.json is named after; correct imagePath"
             )

@@ -38,7 +38,7 @@ from adfm.data.readers.annotations import (
 )
 from adfm.data.readers.files import folders, images, refuse
 from adfm.data.readers.shapes import Point, bitmap, check_mask_size, line
-from adfm.data.readers.verdicts import class_name, defect_type
+from adfm.data.readers.verdicts import class_name, defect_type, is_verdict
 from adfm.records import Polygon, Sample, Split
 
 _ANN, _IMG, _META = "ann", "img", "meta.json"
@@ -51,7 +51,7 @@ _Size = tuple[int, int] | None
 
 
 class _Meta(NamedTuple):
-    """What meta.json says of a project: the geometry of every class; without classes, tags are the labels."""
+    """What meta.json says of a project: the geometry of every class, and whether its tags are labels of images."""
 
     geometries: dict[str, str]
     tags_are_labels: bool
@@ -67,9 +67,9 @@ def read(raw: Path) -> Iterator[Sample]:
 
     Corners are numbers of pixels, the last one included. A rectangle is a box; a polygon and a bitmap are masks as
     well; a line is the box round it; an image with points is anomalous, without boxes. Keypoints and cuboids are
-    refused. Image tags are left out, unless they are called train, val or test, or the project has no class of
-    objects: its images are labelled as a whole then. `split` is that of a tag, else of the folders' names (train, val,
-    valid, validation, test).
+    refused. Image tags called train, val or test are splits. The others are the labels of images without an object if
+    one of the project's tags is OK, NG or the like, or the project has no class of objects; otherwise they are left
+    out. `split` is that of a tag, else of the folders' names (train, val, valid, validation, test).
 
     Args:
         raw: The raw data set; its name is the name of the data set and of the category.
@@ -134,9 +134,12 @@ def _meta(raw: Path, folder: Path, problems: list[str]) -> _Meta:
         file = above / _META
         if above.is_relative_to(raw) and file.is_file():
             try:
-                classes = member(parsed(file), "classes", list)
+                content = parsed(file)
+                classes = member(content, "classes", list)
                 geometries = {one["title"]: one["shape"] for one in classes}
-                return _Meta(geometries, not classes)
+                tags = content["tags"] if isinstance(content.get("tags"), list) else []
+                verdicts = any(is_verdict(tag.get("name")) for tag in tags if isinstance(tag, dict))
+                return _Meta(geometries, verdicts or not classes)
             except (KeyError, TypeError, ValueError) as error:
                 problems.append(f"{file.relative_to(raw).as_posix()}: {error}")
                 break
@@ -156,7 +159,9 @@ def _sample(raw: Path, image: Path, file: Path, meta: _Meta, problems: list[str]
         return sample(raw, image, [])
     shapes: list[Shape] = []
     points: list[str] = []
-    notes = ["tags of an image are left out"] if tags and not meta.tags_are_labels else []
+    if label == "" and objects:
+        problems.append(f"{where}: a tag says that it is normal, but objects are drawn on it; remove one of them")
+    notes = ["tags of an image are left out"] if tags and (objects or not meta.tags_are_labels) else []
     for place, drawn in enumerate(objects, start=1):
         try:
             geometry = _geometry(drawn, meta)

@@ -18,7 +18,7 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from adfm.data.problems import MissingImage
+from adfm.data.problems import MissingImage, Unlisted
 from adfm.data.readers import verdicts
 from adfm.data.readers.annotations import (
     Shape,
@@ -144,7 +144,8 @@ def read(raw: Path) -> Iterator[Sample]:
     if not tables:
         problems.append("a CSV file is needed with at least the columns image and label; there is none")
     masks = {row.mask for rows in rows_of.values() for row in rows if row.mask}
-    problems += _unlisted(raw, rows_of.keys() | masks, image_columns)
+    if all(image_columns.values()):  # rows that cannot be read may name any image
+        problems += _unlisted(raw, rows_of.keys() | masks, image_columns)
     for image, rows in rows_of.items():
         if rows:
             yield _sample(raw, image, rows)
@@ -184,7 +185,7 @@ def _unlisted(raw: Path, known: Container[Path], tables: dict[Path, str]) -> Ite
         where = table.relative_to(raw).as_posix()
         for image in images(folder):
             if image not in known:
-                yield (
+                yield Unlisted(
                     f"{image.relative_to(raw).as_posix()}: is in no row of {where}, in its column {tables[table]!r};"
                     " add a row (for a normal image its name and `normal`, the other cells empty), or remove the image"
                 )
@@ -305,7 +306,11 @@ def _wrong(names: list[str], columns: dict[str, int], further: dict[str, int]) -
 
 
 def _add_rows(raw: Path, table: Path, rows_of: dict[Path, list[_Row]], problems: list[str]) -> str:
-    """Adds the rows of a table to those of each image; returns what it calls the column of the images."""
+    """Adds the rows of a table to those of each image.
+
+    Returns:
+        What it calls the column of the images; "" where it cannot be read to its end.
+    """
     where = table.relative_to(raw).as_posix()
     line, read, header = 0, False, None
     bases = _bases(raw, table)
@@ -326,17 +331,18 @@ def _add_rows(raw: Path, table: Path, rows_of: dict[Path, list[_Row]], problems:
                     continue
                 rows = rows_of.setdefault(image, [])
                 row = _row(raw, table, line, header, cells)
-                _agree(raw, rows, row)
+                _agree(raw, name, rows, row)
                 rows.append(row)
             except ValueError as error:
                 problems.append(f"{where}: line {line}: {error}")
     except csv.Error as error:
         problems.append(f"{where}: line {line + 1}: is not CSV ({error})")
+        return ""
     except ValueError as error:
         problems.append(f"{where}: {error}")
-    else:
-        if not read:
-            problems.append(f"{where}: has no rows")
+        return ""
+    if not read:
+        problems.append(f"{where}: has no rows")
     return header.name("image") if header else "image"
 
 
@@ -522,11 +528,11 @@ def _file(raw: Path, groups: list[list[Path]], name: str) -> Path | None:
     return None
 
 
-def _agree(raw: Path, rows: list[_Row], row: _Row) -> None:
+def _agree(raw: Path, name: str, rows: list[_Row], row: _Row) -> None:
     """Raises `ValueError` if a row contradicts the earlier rows of its image."""
     for other in rows[:1]:
         if other.table != row.table:
-            raise ValueError(f"the same image is in {other.table.relative_to(raw).as_posix()} too; keep one of them")
+            raise ValueError(f"{name!r} is in {other.table.relative_to(raw).as_posix()} too; keep one of them")
         for key, was, now in (
             ("label", other.label, row.label),
             ("category", other.category, row.category),
@@ -535,4 +541,4 @@ def _agree(raw: Path, rows: list[_Row], row: _Row) -> None:
             ("way of marking", other.marking, row.marking),
         ):
             if was != now:
-                raise ValueError(f"line {other.line} has another {key} for the same image: {was or 'none'}, not {now}")
+                raise ValueError(f"line {other.line} has another {key} for {name!r}: {was or 'none'}, not {now}")

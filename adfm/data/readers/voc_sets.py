@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from adfm.data.problems import MissingImage
-from adfm.data.readers.annotations import folder_names, lines, listing, nfc, split_of
+from adfm.data.readers.annotations import folder_names, lines, listing, nfc, split_of, walk
 from adfm.data.readers.files import IMAGES
 from adfm.records import Split
 
@@ -88,16 +88,30 @@ class Lists:
     def _of(self, base: Path) -> list[list[_List]]:
         """The lists beside a folder of images, by place."""
         if base not in self._lists:
-            places = []
-            for folder in _FOLDERS:
-                files = listing(base / folder, ".txt")
-                plain = [file for file in files if _is_plain(file.stem)]
-                of_classes = [file for file in files if folder != "." and _is_plain(_last(file.stem))]
-                lists = [self._read(file, folder, file in plain) for file in plain or of_classes]
-                places.append([one for one in lists if one and (folder != "." or _of_voc(one))])
+            places = [self._place(base, folder) for folder in _FOLDERS]
+            if not any(places):
+                places = self._further(base)
             self._lists[base] = places if any(places) else []
             self._seen[base] = set()
         return self._lists[base]
+
+    def _place(self, base: Path, folder: str) -> list[_List]:
+        files = listing(base / folder, ".txt")
+        plain = [file for file in files if _is_plain(file.stem)]
+        of_classes = [file for file in files if folder != "." and _is_plain(_last(file.stem))]
+        lists = [self._read(file, folder, file in plain) for file in plain or of_classes]
+        return [one for one in lists if one and (folder != "." or _of_voc(one))]
+
+    def _further(self, base: Path) -> list[list[_List]]:
+        """The lists in a folder of ImageSets that VOC does not have, such as ImageSets/fold1; one of them at most."""
+        inside = [folder for folder in walk(base / "ImageSets") if any(map(_is_list, listing(folder, ".txt")))]
+        if len(inside) > 1:
+            names = ", ".join(folder.name for folder in inside[:_MANY])
+            self._problems.append(
+                f"{inside[0].relative_to(self._raw).as_posix()}: one of {len(inside)} folders of lists ({names}), which"
+                " may divide the images differently; keep one of them, or move its lists to ImageSets/Main"
+            )
+        return [self._place(base, folder.relative_to(base).as_posix()) for folder in inside[:1]]
 
     def _read(self, file: Path, folder: str, plain: bool) -> _List | None:
         try:
@@ -112,6 +126,10 @@ class Lists:
 
 def _is_plain(stem: str) -> bool:
     return stem.lower() == "trainval" or (split_of(stem) is not None and stem.isalpha())
+
+
+def _is_list(file: Path) -> bool:
+    return _is_plain(file.stem)
 
 
 def _last(stem: str) -> str:

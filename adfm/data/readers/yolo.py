@@ -74,8 +74,11 @@ class _Settings:
 
 
 def matches(raw: Path) -> bool:
-    """Whether there are images, and a data.yaml with names or a text file of such lines, near the top."""
-    return holds(raw, _is_part) and holds(raw, lambda folder: bool(images(folder)))
+    """Whether there are images, and a data.yaml with names or a text file of such lines, near the top.
+
+    Below a folder of labels they may lie at any depth: labels/train/<product>/<camera>.
+    """
+    return holds(raw, _is_part) and any(images(folder) for folder in walk(raw))
 
 
 def read(raw: Path) -> Iterator[Sample]:
@@ -110,6 +113,11 @@ def read(raw: Path) -> Iterator[Sample]:
 
 
 def _is_part(folder: Path) -> bool:
+    below = walk(folder) if folder.name.lower() in _LABELS else (folder,)
+    return any(map(_is_in, below))
+
+
+def _is_in(folder: Path) -> bool:
     settings = [*listing(folder, ".yaml"), *listing(folder, ".yml")]
     if any(map(_is_settings, settings)):
         return True

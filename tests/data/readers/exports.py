@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -86,6 +87,11 @@ def _save(part: Part, folder: Path, suffix: str = ".png") -> str:
     folder.mkdir(parents=True, exist_ok=True)
     part.image.save(folder / f"{part.name}{suffix}")
     return f"{part.name}{suffix}"
+
+
+def _image(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
 
 
 def _dump(path: Path, content: Any) -> None:
@@ -195,6 +201,25 @@ def cvat_images(out: Path, scene: Sequence[Part]) -> None:
     _text(out / "annotations.xml", *lines, "</annotations>")
 
 
+def cvat_masks(out: Path, scene: Sequence[Part]) -> None:
+    """Segmentation mask 1.1."""
+    colors = {"scratch": (250, 50, 83), "spot": (51, 221, 255)}
+    _text(
+        out / "labelmap.txt",
+        "# label:color_rgb:parts:actions",
+        "background:0,0,0::",
+        *(f"{name}:{','.join(map(str, color))}::" for name, color in colors.items()),
+    )
+    for part in scene:
+        _save(part, out / "JPEGImages")
+        objects, _ = ndimage.label(np.asarray(part.mask), np.ones((3, 3)))
+        palette = np.array([(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128)], np.uint8)
+        color = np.array(colors[part.shapes[0].label] if part.shapes else (0, 0, 0), np.uint8)
+        _image(out / "SegmentationClass" / f"{part.name}.png", (objects > 0)[..., None] * color)
+        _image(out / "SegmentationObject" / f"{part.name}.png", palette[objects])
+    _text(out / "ImageSets" / "Segmentation" / "default.txt", *(part.name for part in scene))
+
+
 def _voc(part: Part, name: str, folder: str = "") -> list[str]:
     lines = ["<annotation>", f"  <folder>{folder}</folder>", f"  <filename>{name}</filename>"]
     lines += [f"  <size><width>{WIDTH}</width><height>{HEIGHT}</height><depth>3</depth></size>"]
@@ -213,6 +238,33 @@ def labelimg(out: Path, scene: Sequence[Part]) -> None:
         name = _save(part, out)
         if part.shapes:
             _text(out / f"{part.name}.xml", *_voc(part, name))
+
+
+def rolabelimg(out: Path, scene: Sequence[Part]) -> None:
+    """Every rectangle is turned, such that the box round it is the one of the shape."""
+    for part in scene:
+        name = _save(part, out)
+        lines = _voc(part._replace(shapes=()), name)[:-1]
+        for shape in part.shapes:
+            x1, y1, x2, y2 = shape.box
+            width, height = x2 - x1, y2 - y1
+            angle = math.atan(min(width, height) / max(width, height) / 2)
+            c, s = math.cos(angle), math.sin(angle)
+            own = {"w": (width * c - height * s) / (c * c - s * s), "h": (height * c - width * s) / (c * c - s * s)}
+            numbers = {"cx": (x1 + x2) / 2, "cy": (y1 + y2) / 2, **own, "angle": angle}
+            box = "".join(f"<{key}>{value:.4f}</{key}>" for key, value in numbers.items())
+            lines += ["  <object>", "    <type>robndbox</type>", f"    <name>{shape.label}</name>"]
+            lines += [f"    <difficult>0</difficult><robndbox>{box}</robndbox>", "  </object>"]
+        if part.shapes:
+            _text(out / f"{part.name}.xml", *lines, "</annotation>")
+
+
+def neu_det(out: Path, scene: Sequence[Part]) -> None:
+    """As on Kaggle: photographs in a folder for each class, XML files in one folder; every part has a defect."""
+    for part in _defective(scene).values():
+        kind = part.shapes[0].label
+        name = _save(part, out / "train" / "images" / kind, ".jpg")
+        _text(out / "train" / "annotations" / f"{part.name}.xml", *_voc(part, name, kind))
 
 
 def cvat_voc(out: Path, scene: Sequence[Part]) -> None:
@@ -247,6 +299,29 @@ def ultralytics(out: Path, scene: Sequence[Part]) -> None:
     )
 
 
+def ultralytics_segment(out: Path, scene: Sequence[Part]) -> None:
+    """Outlines as corners; a turned box (OBB) is an outline of four corners, the same line."""
+    ultralytics(out, scene)
+    for part in scene:
+        if part.shapes:
+            _text(out / "labels" / "train" / f"{part.name}.txt", *map(_outline, part.shapes))
+
+
+def _outline(shape: Drawn) -> str:
+    sides = [f"{value:.10f}" for x, y in shape.corners for value in (x / WIDTH, y / HEIGHT)]
+    return " ".join([str(CLASSES.index(shape.label)), *sides])
+
+
+def cvat_yolo(out: Path, scene: Sequence[Part]) -> None:
+    """YOLO 1.1."""
+    names = [_save(part, out / "obj_train_data") for part in scene]
+    for part in scene:
+        _text(out / "obj_train_data" / f"{part.name}.txt", *_yolo(part))
+    _text(out / "obj.names", *CLASSES)
+    _text(out / "obj.data", "classes = 2", "train = data/train.txt", "names = data/obj.names", "backup = backup/")
+    _text(out / "train.txt", *(f"data/obj_train_data/{name}" for name in names))
+
+
 def roboflow_darknet(out: Path, scene: Sequence[Part]) -> None:
     for split, some in _folders(scene):
         _text(out / split / "_darknet.labels", *CLASSES)
@@ -254,6 +329,17 @@ def roboflow_darknet(out: Path, scene: Sequence[Part]) -> None:
             name = _roboflow(part)
             _save(part._replace(name=name), out / split, ".jpg")
             _text(out / split / f"{name}.txt", *_yolo(part))
+
+
+def roboflow_csv(out: Path, scene: Sequence[Part]) -> None:
+    """Tensorflow Object Detection, of parts with a defect: it has no row for others."""
+    for split, some in _folders(scene):
+        rows: list[list[Any]] = [["filename", "width", "height", "class", "xmin", "ymin", "xmax", "ymax"]]
+        for part in _defective(some).values():
+            name = _save(part._replace(name=_roboflow(part)), out / split, ".jpg")
+            rows += [[name, WIDTH, HEIGHT, shape.label, *shape.box] for shape in part.shapes]
+        with (out / split / "_annotations.csv").open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
 
 
 def label_studio(out: Path, scene: Sequence[Part]) -> None:
@@ -366,6 +452,32 @@ def table(out: Path, scene: Sequence[Part]) -> None:
                 writer.writerow([name, "normal", "", "", "", "", ""])
 
 
+def labels(out: Path, scene: Sequence[Part]) -> None:
+    """A table of labels alone."""
+    names = [_save(part, out / "images") for part in scene]
+    kinds = [part.shapes[0].label if part.shapes else "normal" for part in scene]
+    _text(out / "labels.csv", "image,label,defect", *map(_labelled, names, kinds))
+
+
+def _labelled(name: str, kind: str) -> str:
+    return f"{name},normal," if kind == "normal" else f"{name},anomalous,{kind}"
+
+
+def elpv(out: Path, scene: Sequence[Part]) -> None:
+    names = [_save(part, out / "images") for part in scene]
+    _text(out / "labels.csv", *(f"images/{n}  {float(bool(p.shapes))} mono" for n, p in zip(names, scene, strict=True)))
+
+
+def deeppcb(out: Path, scene: Sequence[Part]) -> None:
+    """A good part is the template of the bad one after it."""
+    folder = out / "PCBData" / "group00041"
+    for name, part in _pairs(scene).items():
+        _save(part._replace(name=name), folder / "00041", ".jpg")
+        if name.endswith("_test"):
+            boxes = [" ".join(map(str, map(round, shape.box))) for shape in part.shapes]
+            _text(folder / "00041_not" / f"{name.removesuffix('_test')}.txt", *(f"{box} 5" for box in boxes))
+
+
 def mvtec(out: Path, scene: Sequence[Part]) -> None:
     for number, part in enumerate(scene):
         kind = part.shapes[0].label if part.shapes else "good"
@@ -375,6 +487,27 @@ def mvtec(out: Path, scene: Sequence[Part]) -> None:
             folder = out / "gear" / "ground_truth" / kind
             folder.mkdir(parents=True, exist_ok=True)
             part.mask.save(folder / f"{part.name}_mask.png")
+
+
+def mvtec_labels(out: Path, scene: Sequence[Part]) -> None:
+    """Without `ground_truth`."""
+    for part in scene:
+        _save(part, out / "gear" / "test" / part.shapes[0].label if part.shapes else out / "gear" / "train" / "good")
+
+
+def magnetic_tiles(out: Path, scene: Sequence[Part]) -> None:
+    """Masks beside the photographs, of the same name; good parts have black ones."""
+    for part in scene:
+        folder = out / f"MT_{part.shapes[0].label.capitalize() if part.shapes else 'Free'}" / "Imgs"
+        _save(part, folder, ".jpg")
+        part.mask.save(folder / f"{part.name}.png")
+
+
+def images_masks(out: Path, scene: Sequence[Part]) -> None:
+    for part in scene:
+        _save(part, out / "images", ".jpg")
+        (out / "masks").mkdir(exist_ok=True)
+        part.mask.save(out / "masks" / f"{part.name}.png")
 
 
 def anomalib(out: Path, scene: Sequence[Part]) -> None:
@@ -391,12 +524,43 @@ def ok_ng(out: Path, scene: Sequence[Part]) -> None:
         _save(part, out / ("NG" if part.shapes else "OK"), ".jpg")
 
 
+def _by_name(scene: Sequence[Part]) -> dict[str, Part]:
+    return {part.name: part for part in scene}
+
+
+def _by_hash(scene: Sequence[Part]) -> dict[str, Part]:
+    return {_roboflow(part): part for part in scene}
+
+
+def _defective(scene: Sequence[Part]) -> dict[str, Part]:
+    return {part.name: part for part in scene if part.shapes}
+
+
+def _defective_by_hash(scene: Sequence[Part]) -> dict[str, Part]:
+    return _by_hash([part for part in scene if part.shapes])
+
+
+def _pairs(scene: Sequence[Part]) -> dict[str, Part]:
+    turns = ("temp", "test")
+    return {f"0004100{number // 2}_{turns[number % 2]}": part for number, part in enumerate(scene)}
+
+
 class Export(NamedTuple):
-    """An export, the layout that it is in, and what of the scene it can say."""
+    """An export of the scene.
+
+    Args:
+        write: Writes it.
+        layout: That it is in.
+        says: What of the scene it can say.
+        names: Whether it says what the defects are called.
+        parts: The parts in it by the names of their photographs, without the suffix.
+    """
 
     write: Callable[[Path, Sequence[Part]], None]
     layout: str
     says: Literal["boxes", "mask", "label"] = "boxes"
+    names: bool = True
+    parts: Callable[[Sequence[Part]], Mapping[str, Part]] = _by_name
 
 
 EXPORTS = {
@@ -404,18 +568,30 @@ EXPORTS = {
     "cvat-images": Export(cvat_images, "cvat"),
     "cvat-coco": Export(cvat_coco, "coco"),
     "cvat-voc": Export(cvat_voc, "voc"),
+    "cvat-yolo": Export(cvat_yolo, "yolo"),
+    "cvat-masks": Export(cvat_masks, "voc", "mask"),
     "label-studio": Export(label_studio, "label-studio"),
     "labelimg": Export(labelimg, "voc"),
+    "rolabelimg": Export(rolabelimg, "voc"),
     "via": Export(via, "via"),
-    "roboflow-coco": Export(roboflow_coco, "coco"),
-    "roboflow-darknet": Export(roboflow_darknet, "yolo"),
+    "roboflow-coco": Export(roboflow_coco, "coco", parts=_by_hash),
+    "roboflow-darknet": Export(roboflow_darknet, "yolo", parts=_by_hash),
+    "roboflow-csv": Export(roboflow_csv, "csv", parts=_defective_by_hash),
     "supervisely": Export(supervisely, "supervisely"),
     "fiftyone-coco": Export(fiftyone_coco, "coco"),
     "fiftyone-voc": Export(fiftyone_voc, "voc"),
     "ultralytics": Export(ultralytics, "yolo"),
+    "ultralytics-segment": Export(ultralytics_segment, "yolo"),
     "hugging-face": Export(hugging_face, "imagefolder"),
     "csv": Export(table, "csv"),
+    "labels": Export(labels, "csv", "label"),
     "mvtec": Export(mvtec, "mvtec", "mask"),
+    "mvtec-labels": Export(mvtec_labels, "folders", "label"),
     "anomalib": Export(anomalib, "folders", "mask"),
-    "ok-ng": Export(ok_ng, "folders", "label"),
+    "magnetic-tiles": Export(magnetic_tiles, "folders", "mask"),
+    "images-masks": Export(images_masks, "folders", "mask", names=False),
+    "ok-ng": Export(ok_ng, "folders", "label", names=False),
+    "deeppcb": Export(deeppcb, "deeppcb", names=False, parts=_pairs),
+    "neu-det": Export(neu_det, "voc", parts=_defective),
+    "elpv": Export(elpv, "csv", "label", names=False),
 }

@@ -16,6 +16,8 @@ from tests.data.readers.drawn import NASTY, by_source, dump, never_fails_otherwi
 
 _CATEGORIES = [{"id": 1, "name": "scratch"}, {"id": 2, "name": "dent"}]
 
+_APART = "if the file was put together from several, keep these as files of their own"
+
 
 def _file(names: list[str], boxes: list[tuple[int, int, list[Any]]], **more: Any) -> dict[str, Any]:
     """A COCO file with one image a name, and annotations (image, category, bbox)."""
@@ -174,8 +176,8 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     (comma,) = (line for line in found if line.startswith("comma.json: line 2, column 2"))
     assert "comma " in comma  # the rest is Python's, and differs from version to version
     assert [line for line in found if line != comma] == [
-        "a.json: category 1: another category has the same id",
-        "a.json: image 1: another image has the same id",
+        f"a.json: category 1: another category has the same id; {_APART}",
+        f"a.json: image 1: another image has the same id; {_APART}",
         "a.json: image no. 8: has no 'id'",
         f"a.json: annotation 0: the box [5, 5, 3, 8] {outside}",
         f"a.json: annotation 1: the box [5, 5, 5, 8] {outside}",
@@ -186,7 +188,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "a.json: annotation 6: there is no category with the id 9",
         "a.json: annotation 7: its class is 'Good', but every shape is taken for a defect; delete the shapes of this"
         " class, an image without any is normal",
-        "a.json: annotation 8: '1' is not a finite number",
+        "a.json: annotation 8: '1' is text, and a number is needed; write it without quotation marks",
         "a.json: annotation no. 11: 'segmentation' is not a list of polygons [x, y, x, y, …]",
         "a.json: annotation no. 12: the run lengths sum to 3, not to 2 x 2",
         "a.json: annotation no. 13: the compressed run lengths break off",
@@ -263,7 +265,7 @@ def test_ids_as_text_and_as_number_are_the_same(tmp_path: Path) -> None:
     content["annotations"][0]["category_id"] = "01"
     dump(tmp_path / "a.json", content)
     assert problems(coco.read, tmp_path)[:2] == [
-        "a.json: category 1: another category has the same id",
+        f"a.json: category 1: another category has the same id; {_APART}",
         "a.json: annotation 0: there is no category with the id '01'",
     ]
 
@@ -529,3 +531,16 @@ _JSON = st.recursive(
 @settings(deadline=None, max_examples=80)
 def test_whatever_is_in_the_file_the_error_is_one_for_people(content: bytes) -> None:
     never_fails_otherwise(coco.read, {"a.json": content})
+
+
+def test_a_panoptic_file_is_passed_over_beside_another_and_refused_alone(tmp_path: Path) -> None:
+    touch(tmp_path, "images/a.jpg")
+    panoptic = _file(["a.jpg"], [])
+    panoptic["annotations"] = [{"image_id": 0, "file_name": "a.png", "segments_info": [{"id": 1, "category_id": 1}]}]
+    dump(tmp_path / "annotations/panoptic_train.json", panoptic)
+    assert coco.matches(tmp_path)
+    assert problems(coco.read, tmp_path) == [
+        "annotations/panoptic_train.json: is a panoptic segmentation (segments_info); export instances"
+    ]
+    dump(tmp_path / "annotations/instances_train.json", _file(["a.jpg"], [(0, 1, [5, 5, 9, 9])]))
+    assert by_source(coco.read, tmp_path)["images/a.jpg"].boxes == ((5, 5, 14, 14),)

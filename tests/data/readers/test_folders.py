@@ -137,6 +137,8 @@ def test_annotations_that_nobody_reads_are_not_passed_over(name: str, tmp_path: 
     assert folders.matches(tmp_path)
     (tmp_path / name).write_text("")
     assert not folders.matches(tmp_path)
+    with pytest.raises(AdfmError, match=f"{name} may say more .* --layout folders"):
+        readers.detect(tmp_path)
     assert len(read(tmp_path)) == 2
 
 

@@ -404,7 +404,6 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "i.json: may be the file of any of i.jpg, i.png; remove all but one, or give them other names",
         "k.json: 'imageWidth' is not a number of pixels: '80'",
         "l.json: 'imageWidth' is not a number of pixels: '1000000000000000000000000000000'",
-        "list.json: is not a JSON object, so that it has no 'shapes'",
         f"x.json: there is no image 'x.jpg', {nowhere}",
     ]
     assert [line for line in found if isinstance(line, MissingImage)] == [
@@ -507,3 +506,48 @@ _KIND = st.sampled_from(("rectangle", "polygon", "circle", "mask", "line", None)
 @settings(deadline=None, max_examples=80)
 def test_whatever_is_in_the_file_the_error_is_one_for_people(content: bytes) -> None:
     never_fails_otherwise(labelme.read, {"a.json": content})
+
+
+def test_json_files_of_something_else_are_left_alone(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "b.jpg")
+    dump(tmp_path / "a.json", _file("a.jpg", _shape("dent", (1, 2), (5, 9))))
+    dump(tmp_path / "classes.json", ["dent", "scratch"])
+    dump(tmp_path / "settings.json", {"labels": ["dent"]})
+    assert by_source(labelme.read, tmp_path).keys() == {"a.jpg", "b.jpg"}
+    dump(tmp_path / "b.json", [])  # an image has its name: it is the annotation, and damaged
+    assert problems(labelme.read, tmp_path) == ["b.json: is not a JSON object, so that it has no 'shapes'"]
+
+
+def test_a_json_file_elsewhere_may_have_the_name_of_its_image(tmp_path: Path) -> None:
+    touch(tmp_path, "cam1/a.jpg", "cam2/a.jpg")
+    dump(tmp_path / "a.json", _file("cam1/a.jpg", _shape("dent", (1, 2), (5, 9))))
+    found = by_source(labelme.read, tmp_path)
+    assert {source: sample.label for source, sample in found.items()} == {
+        "cam1/a.jpg": "anomalous",
+        "cam2/a.jpg": "normal",
+    }
+
+
+def test_flags_are_the_labels_of_images_on_which_nothing_is_drawn(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "b.jpg", "c.jpg", "d.jpg")
+    drawn = _shape("dent", (1, 2), (5, 9))
+    dump(tmp_path / "a.json", _file("a.jpg", flags={"OK": False, "scratch": True}))
+    dump(tmp_path / "b.json", _file("b.jpg", flags={"OK": True, "scratch": False}))
+    dump(tmp_path / "c.json", _file("c.jpg", drawn, flags={"OK": False, "scratch": True}))
+    dump(tmp_path / "d.json", _file("d.jpg", flags={"checked": True}))
+    found = by_source(labelme.read, tmp_path)
+    assert [found[f"{name}.jpg"].label for name in "abcd"] == ["anomalous", "normal", "anomalous", "normal"]
+    assert (found["a.jpg"].defect, found["a.jpg"].located, found["a.jpg"].boxes) == ("scratch", False, ())
+    assert found["a.jpg"].notes == ("nothing is drawn on the image: its flag is taken for its label",)
+    assert (found["c.jpg"].defect, found["c.jpg"].located, found["d.jpg"].notes) == ("dent", True, ())
+
+
+def test_flags_that_contradict_the_shapes_or_may_mean_anything_are_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "b.jpg")
+    dump(tmp_path / "a.json", _file("a.jpg", _shape("dent", (1, 2), (5, 9)), flags={"ok": True}))
+    dump(tmp_path / "b.json", _file("b.jpg", flags={"scratch": True}))
+    assert problems(labelme.read, tmp_path) == [
+        "a.json: its flag 'ok' says that it is normal, but shapes are drawn on it; remove one",
+        "b.json: nothing is drawn on the image, but its flag 'scratch' is set; if that is a defect, draw it or give all"
+        " files a flag 'ok' (true or false) beside it; if it says something else, remove it",
+    ]

@@ -95,6 +95,14 @@ def test_an_unknown_layout_is_an_error_that_says_what_was_seen(tmp_path: Path) -
     assert "\n  btad: <category>/train/ok/*.png" in str(error.value)
 
 
+def test_images_in_the_only_folder_are_seen_too(tmp_path: Path) -> None:
+    (tmp_path / "img").mkdir()
+    for name in ("img/1.png", "labels.csv"):
+        (tmp_path / name).touch()
+    with pytest.raises(AdfmError, match=r"Seen there: img/ \(1 \.png\), 1 \.csv\."):
+        readers.detect(tmp_path)
+
+
 def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(AdfmError, match=r"Seen there: nothing\."):
         readers.detect(tmp_path)
@@ -129,3 +137,11 @@ def test_a_layout_without_an_image(layout: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(AdfmError, match=rf"\(layout {'mvtec' if layout == 'visa-1cls' else layout}\)"):
         list(readers.LAYOUTS[layout].read(tmp_path))
+
+
+def test_the_only_folder_is_among_what_was_seen(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").touch()
+    (tmp_path / "notes.md").touch()
+    with pytest.raises(AdfmError, match=r"Seen there: photos/ \(1 \.png\), 1 \.md\."):
+        readers.detect(tmp_path)

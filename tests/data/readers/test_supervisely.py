@@ -245,3 +245,20 @@ def test_whatever_an_object_is_the_error_is_one_for_people(
         assert list(supervisely.read(raw))
     except BadData as error:
         str(error).encode()
+
+
+def test_tags_are_the_labels_of_images_without_objects_where_one_is_a_verdict(tmp_path: Path) -> None:
+    _sample(tmp_path)
+    meta = {"classes": [{"title": "scratch", "shape": "rectangle"}], "tags": [{"name": "ok"}, {"name": "dent"}]}
+    dump(tmp_path / "meta.json", meta)
+    dump(tmp_path / "ds0/ann/1.jpg.json", _ann(tags=["dent"]))
+    labelled = by_source(supervisely.read, tmp_path)["ds0/img/1.jpg"]
+    assert (labelled.label, labelled.defect, labelled.located, labelled.notes) == ("anomalous", "dent", False, ())
+    drawn = _object("rectangle", **_points((1, 2), (5, 9)))
+    dump(tmp_path / "ds0/ann/1.jpg.json", _ann(drawn, tags=["dent"]))
+    found = by_source(supervisely.read, tmp_path)["ds0/img/1.jpg"]
+    assert (found.defect, found.located, found.notes) == ("scratch", True, ("tags of an image are left out",))
+    dump(tmp_path / "ds0/ann/1.jpg.json", _ann(drawn, tags=["ok"]))
+    assert problems(supervisely.read, tmp_path) == [
+        "ds0/ann/1.jpg.json: a tag says that it is normal, but objects are drawn on it; remove one of them"
+    ]

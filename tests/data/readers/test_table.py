@@ -123,9 +123,9 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         f"parts.csv: line 16: {none}",
         "parts.csv: line 17: the split 'later' is not train, validation or test",
         "parts.csv: line 18: has 2 cells, and the first line has 9",
-        "parts.csv: line 20: line 19 has another label for the same image: anomalous, not normal",
-        "parts.csv: line 22: line 19 has another split for the same image: train, not test",
-        "parts.csv: line 23: line 19 has another way of marking for the same image: box, not mask",
+        "parts.csv: line 20: line 19 has another label for 'b.jpg': anomalous, not normal",
+        "parts.csv: line 22: line 19 has another split for 'b.jpg': train, not test",
+        "parts.csv: line 23: line 19 has another way of marking for 'b.jpg': box, not mask",
         *(
             f"{name}: is in no row of parts.csv, in its column 'image'; add a row (for a normal image its name and"
             " `normal`, the other cells empty), or remove the image"
@@ -235,7 +235,7 @@ def test_what_the_rows_of_such_a_table_must_not_say(tmp_path: Path) -> None:
         "6: the class is scratch, so that either x1, y1, x2 and y2 or a mask is needed, not both",
         "7: its class is '1', which may mean either; write `normal`, or the kind of the defect",
         "8: 128x9.5 is not a size in pixels",
-        "10: line 9 has another size for the same image: (128, 96), not (96, 128)",
+        "10: line 9 has another size for 'b.jpg': (128, 96), not (96, 128)",
         "11: the file 'a.jpg' may be any of a.jpg, images/a.jpg; write its folder with it",
         "13: has 7 cells, and the first line has 8",
     ]
@@ -375,7 +375,7 @@ def test_several_tables(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(_HEADER + "a.jpg,ok,,,,,\n")
     (tmp_path / "b.csv").write_text(_HEADER + "b.jpg,ok,,,,,\na.jpg,ok,,,,,\n")
     (tmp_path / "other.csv").write_text("part,price\n1,2\n")
-    assert problems(table.read, tmp_path) == ["b.csv: line 3: the same image is in a.csv too; keep one of them"]
+    assert problems(table.read, tmp_path) == ["b.csv: line 3: 'a.jpg' is in a.csv too; keep one of them"]
     (tmp_path / "b.csv").write_text(_HEADER + "b.jpg,ok,,,,,\n")
     assert [sample.label for sample in by_source(table.read, tmp_path).values()] == ["normal", "normal"]
 
@@ -434,3 +434,10 @@ _CELL = st.text(max_size=4) | st.sampled_from(("a.jpg", "1", "0", "nan", "1e400"
 @settings(deadline=None, max_examples=100)
 def test_whatever_is_in_the_file_the_error_is_one_for_people(content: bytes) -> None:
     never_fails_otherwise(table.read, {"t.csv": content})
+
+
+def test_a_table_that_cannot_be_read_is_the_only_problem(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "labels.csv").write_text("image,label,defect,x,y,w,h\na.jpg,anomalous,scratch,20,30,40,20\n")
+    (problem,) = problems(table.read, tmp_path)
+    assert problem.startswith("labels.csv: line 1: 'h', 'w', 'x', 'y' may say where the defects are")

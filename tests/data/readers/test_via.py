@@ -248,7 +248,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "a.json: a.png: region 0: a shape of the kind 'point' has no area; draw a rectangle, circle, ellipse or"
         " polygon instead",
         "a.json: a.png: region 1: the box [20, 30, 20, 50] is inverted or has no area",
-        "a.json: a.png: region 2: '20' is not a finite number",
+        "a.json: a.png: region 2: '20' is text, and a number is needed; write it without quotation marks",
         "a.json: a.png: region 3: it has no 'type'; choose one, or delete the region",
         "a.json: a.png: region 4: its class is 'good', but every shape is taken for a defect; delete the shapes of"
         " this class, an image without any is normal",

@@ -109,3 +109,16 @@ def test_a_text_file_beside_the_images_is_not_a_list(tmp_path: Path) -> None:
     raw = _raw(tmp_path, "test/0.jpg")
     (raw / "train.txt").write_text("This set was taken by a train.\n")
     assert _splits(raw) == ["test"]
+
+
+def test_lists_in_another_folder_of_imagesets(tmp_path: Path) -> None:
+    lists = {"fold1__train": "0\n1\n", "fold1__val": "2\n", "fold1__test": "3\n"}
+    raw = _raw(tmp_path, *_FIVE, **lists)
+    assert _splits(raw) == ["train", "train", "validation", "test", None]
+    _raw(tmp_path, fold2__train="2\n3\n", fold2__test="0\n")
+    assert problems(voc.read, raw) == [
+        "ImageSets/fold1: one of 2 folders of lists (fold1, fold2), which may divide the images differently; keep one"
+        " of them, or move its lists to ImageSets/Main"
+    ]
+    _raw(tmp_path, Main__test="4\n")
+    assert _splits(raw) == [None, None, None, None, "test"]

@@ -72,6 +72,13 @@ def test_where_the_text_file_of_an_image_may_be(tmp_path: Path, image: str, labe
     )
 
 
+def test_images_in_folders_of_a_split_are_seen(tmp_path: Path) -> None:
+    _write(tmp_path, **{"data.yaml": "train: images/train\nnames: [a]\n"})
+    assert not yolo.matches(tmp_path)
+    touch(tmp_path, "images/train/gear/1.jpg")
+    assert yolo.matches(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [
@@ -381,3 +388,11 @@ def test_a_line_is_read_exactly_or_refused(tmp_path_factory: pytest.TempPathFact
 @settings(deadline=None, max_examples=100)
 def test_whatever_is_in_the_file_the_error_is_one_for_people(content: bytes, name: str) -> None:
     never_fails_otherwise(yolo.read, {"a.txt": b"0 0.5 0.5 0.5 0.5", name: content})
+
+
+def test_labels_may_lie_deep(tmp_path: Path) -> None:
+    touch(tmp_path, "images/train/gear/cam1/a.jpg")
+    _write(tmp_path, **{"labels/train/gear/cam1/a.txt": "0 0.5 0.5 0.25 0.5\n"})
+    assert yolo.matches(tmp_path)
+    (sample,) = by_source(yolo.read, tmp_path).values()
+    assert (sample.boxes, sample.split) == (((0.375, 0.25, 0.625, 0.75),), "train")
