@@ -58,8 +58,9 @@ def read(raw: Path) -> Iterator[Sample]:
 
     `file_name` is relative to the file. `objects` has the boxes, `bbox`, as `[x, y, width, height]` in pixels, and
     their classes, `categories` or `category`; without boxes the image is normal. Or else `label` says what the image
-    is: normal, good or ok, or the kind of the defect, whose place is not known; or `mask_file_name` names a mask.
-    Classes may be numbers, whose names are in `dataset_info` in README.md. `split` is that of the folders' names.
+    is: normal, a word that means the same, or the kind of the defect, whose place is not known; or `mask_file_name`
+    names a mask. Classes may be numbers, whose names are in `dataset_info` in README.md. `split` is that of the
+    folders' names.
 
     Args:
         raw: The raw data set; its name is the name of the data set and of the category.
