@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from adfm.data.problems import printable
 from adfm.data.readers import LAYOUTS, files
+from adfm.data.readers.verdicts import is_verdict
 from adfm.errors import AdfmError
 from adfm.params import Convert
 from adfm.records import Sample
@@ -20,10 +21,6 @@ _STRUCTURE = re.compile(
     r"(train|training|val|valid|validation|test|testing|dev)[-_ ]?(set|data|images|imgs)?[-_ ]?\d*"
     r"|images?|imgs?|pictures|photos|jpegimages|jpegs?|pngs?|raw|data|datasets?|default"
     r"|labels?|annotations?|anns?|masks?|ground[-_ ]?truth|obj_\w+_data",
-    re.IGNORECASE,
-)
-_LABEL = re.compile(
-    r"good|ok|normal|bad|ng|nok|ko|anomal(y|ies|ous)|abnormal|defects?|defective|faulty|fail(ed)?|pass(ed)?",
     re.IGNORECASE,
 )
 # Roboflow exports `IMG_1.jpg` as `IMG_1_jpg.rf.<hash>.jpg`, and an augmented copy of it under another hash.
@@ -55,7 +52,7 @@ def _folder(sample: Sample, depth: int) -> str:
     folders = sample.source.split("/")[:-1]
     defects = (sample.defect or "").lower().split("+")
     for name in folders[depth:] + folders[:depth][::-1]:
-        if not _STRUCTURE.fullmatch(name) and not _LABEL.fullmatch(name) and name.lower() not in defects:
+        if not _STRUCTURE.fullmatch(name) and not is_verdict(name) and name.lower() not in defects:
             return name
     return sample.category
 

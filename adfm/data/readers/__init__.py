@@ -132,17 +132,17 @@ def detect(raw: Path) -> tuple[str, str]:
         AdfmError: It is in none that is known, or may be in several; says what was seen.
     """
     seen = printable(_seen(raw))
-    found = [name for name, layout in LAYOUTS.items() if layout.matches and layout.matches(raw)]
-    if "mmad" in found:  # its parts are in layouts of their own
-        found = ["mmad"]
-    if len(found) > 1:  # files with annotations say more than the names of folders
-        found = [layout for layout in found if layout != "folders"]
-    if len(found) > 1:
+    layouts = [name for name, layout in LAYOUTS.items() if layout.matches and layout.matches(raw)]
+    if "mmad" in layouts:  # its parts are in layouts of their own
+        layouts = ["mmad"]
+    if len(layouts) > 1:  # files with annotations say more than the names of folders
+        layouts = [name for name in layouts if name != "folders"]
+    if len(layouts) > 1:
         raise AdfmError(
-            f"{raw} may be in any of these layouts: {', '.join(found)}. Seen there: {seen}. Say which it is with"
-            f" --layout {' or '.join(found)}, or take apart what are two data sets."
+            f"{raw} may be in any of these layouts: {', '.join(layouts)}. Seen there: {seen}. Say which it is with"
+            f" --layout {' or '.join(layouts)}, or take apart what are two data sets."
         )
-    if not found:
+    if not layouts:
         if file := folders.hindrance(raw):
             name = printable(file.relative_to(raw).as_posix())
             raise AdfmError(
@@ -154,7 +154,7 @@ def detect(raw: Path) -> tuple[str, str]:
         hint = printable(foreign.hint(raw))
         cause = f": {hint}" if hint else ""
         raise AdfmError(f"{raw} is in no layout that adfm knows{cause}. Seen there: {seen}. The layouts are:\n{forms}")
-    return found[0], seen
+    return layouts[0], seen
 
 
 def _seen(raw: Path) -> str:
@@ -162,16 +162,16 @@ def _seen(raw: Path) -> str:
     top = files.root(raw, lambda folder: len(files.folders(folder)) != 1) or raw
     inside = files.folders(top)
     deepest = [folder for first in inside[:2] for folder in _deepest(first, depth=3)] if inside or top == raw else [top]
-    shown = [f"{folder.relative_to(raw).as_posix()}/ ({_kinds(folder) or 'no files'})" for folder in deepest[:8]]
+    parts = [f"{folder.relative_to(raw).as_posix()}/ ({_kinds(folder) or 'no files'})" for folder in deepest[:8]]
     if len(inside) > 2:
-        shown.append(f"and {len(inside) - 2} more folders")
-    return ", ".join(filter(None, [*shown, _kinds(raw)])) or "nothing"
+        parts.append(f"and {len(inside) - 2} more folders")
+    return ", ".join(filter(None, [*parts, _kinds(raw)])) or "nothing"
 
 
 def _deepest(folder: Path, depth: int) -> list[Path]:
     """The first folder without folders within each of the first few that `folder` holds."""
     inside = files.folders(folder)[: 4 if depth > 1 else 1]
-    return [found for path in inside for found in _deepest(path, depth - 1)] if inside and depth else [folder]
+    return [deepest for path in inside for deepest in _deepest(path, depth - 1)] if inside and depth else [folder]
 
 
 def _kinds(folder: Path) -> str:

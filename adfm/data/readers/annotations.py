@@ -1,6 +1,6 @@
 """What the readers of drawn annotations share: shapes and what is wrong with them, text and JSON files, names.
 
-A function that meets bad data raises `ValueError` with what is wrong; the reader adds where, and goes on.
+A function that meets bad data raises `ValueError` with what is wrong; the reader adds where, and continues.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from adfm.records import Box, Polygon, Rle, Sample, Split
 _T = TypeVar("_T")
 
 _UTF_16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
-_NORMAL = frozenset(("normal", "good", "ok"))
+_KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "a text"}
 SPLIT_NAMES: dict[str, Split] = {
     "train": "train",
     "training": "train",
@@ -36,6 +36,7 @@ SPLIT_NAMES: dict[str, Split] = {
     "test": "test",
     "testing": "test",
 }
+POINT = "a point has no extent: the image is anomalous, but has no boxes"  # a note
 
 
 class NoImage(ValueError):
@@ -83,7 +84,7 @@ def sample(
         notes: As in `Sample`.
         more: Other fields of `Sample`.
     """
-    dataset = raw.resolve().name
+    dataset = files.dataset_name(raw)
     unique = list({(shape.name, *(round(side, 6) for side in shape.box)): shape for shape in reversed(shapes)}.values())
     if len(unique) < len(shapes):
         notes = (*notes, "the same box of the same class is drawn more than once; it counts once")
@@ -106,29 +107,20 @@ def sample(
 
 
 def labelled(
-    raw: Path, image: Path, defect: str, split: Split | None = None, notes: Iterable[str] = (), **more: Any
+    raw: Path, image: Path, names: Iterable[str], split: Split | None = None, notes: Iterable[str] = (), **more: Any
 ) -> Sample:
-    """An anomalous image of which nothing says where its defects are; the arguments are those of `sample`."""
-    dataset = raw.resolve().name
-    unique = tuple(dict.fromkeys(notes))
-    return files.sample(raw, dataset, dataset, image, defect, split=split, notes=unique, located=False, **more)
+    """An anomalous image of which nothing says where its defects are.
 
-
-def class_name(value: object) -> str:
-    """The name of a defect's class.
-
-    Raises:
-        ValueError: It is no name, or one that says that nothing is wrong.
+    Args:
+        raw: The data set.
+        image: The image, in `raw`.
+        names: The classes of the defects.
+        split: The split that the data set fixes.
+        notes: As in `Sample`.
+        more: Other fields of `Sample`.
     """
-    name = value.strip() if isinstance(value, str) else ""
-    if not name or not name.isprintable():
-        raise ValueError(f"the class {value!r} is no name")
-    if name.lower() in _NORMAL:
-        raise ValueError(
-            f"its class is {name!r}, but every shape is taken for a defect; delete the shapes of this class,"
-            " an image without any is normal"
-        )
-    return name
+    dataset, defect, unique = files.dataset_name(raw), "+".join(sorted(set(names))), tuple(dict.fromkeys(notes))
+    return files.sample(raw, dataset, dataset, image, defect, split=split, notes=unique, located=False, **more)
 
 
 def number(value: object) -> float:
@@ -140,8 +132,19 @@ def number(value: object) -> float:
     if isinstance(value, str):
         raise ValueError(f"{value[:40]!r} is text, and a number is needed; write it without quotation marks")
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e15:  # nan is not below
-        raise ValueError(f"{str(value)[:40]!r} is no finite number")
+        raise ValueError(f"{str(value)[:40]!r} is not a finite number")
     return float(value)
+
+
+def point(value: object) -> tuple[float, float]:
+    """A point `[x, y]` of JSON.
+
+    Raises:
+        ValueError: It is not one.
+    """
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError(f"{str(value)[:40]!r} is not a point [x, y]")
+    return number(value[0]), number(value[1])
 
 
 def box(x1: float, y1: float, x2: float, y2: float, side: float = math.inf) -> Box:
@@ -157,14 +160,19 @@ def box(x1: float, y1: float, x2: float, y2: float, side: float = math.inf) -> B
     Raises:
         ValueError: It is inverted, empty, not finite, or lies outside the image.
     """
-    shown = f"the box [{x1:g}, {y1:g}, {x2:g}, {y2:g}]"
+    text = f"the box {bracketed((x1, y1, x2, y2))}"
     if not all(math.isfinite(value) for value in (x1, y1, x2, y2)):
-        raise ValueError(f"{shown} is not finite")
+        raise ValueError(f"{text} is not finite")
     if x2 <= x1 or y2 <= y1:
-        raise ValueError(f"{shown} is inverted or has no area")
+        raise ValueError(f"{text} is inverted or has no area")
     if x2 <= 0 or y2 <= 0 or x1 >= side or y1 >= side:
-        raise ValueError(f"{shown} lies outside the image")
+        raise ValueError(f"{text} lies outside the image")
     return Box(x1, y1, x2, y2)
+
+
+def bracketed(numbers: Iterable[float]) -> str:
+    """Numbers in a list, for messages."""
+    return f"[{', '.join(f'{value:g}' for value in numbers)}]"
 
 
 def enclosing(points: Iterable[tuple[float, float]], side: float = math.inf) -> Box:
@@ -188,14 +196,14 @@ def member(value: object, key: str, kind: type[_T]) -> _T:
     """What a JSON object has under a key.
 
     Raises:
-        ValueError: It is no object, has no such key, or something of another kind there.
+        ValueError: It is not an object, has no such key, or something of another kind there.
     """
     if not isinstance(value, dict):
-        raise ValueError(f"is no JSON object, so that it has no {key!r}")
+        raise ValueError(f"is not a JSON object, so that it has no {key!r}")
     if key not in value:
         raise ValueError(f"has no {key!r}")
     if not isinstance(value[key], kind):
-        raise ValueError(f"{key!r} is no {kind.__name__}: {str(value[key])[:40]!r}")
+        raise ValueError(f"{key!r} is not {_KINDS[kind]}: {str(value[key])[:40]!r}")
     return value[key]  # type: ignore[no-any-return]
 
 
@@ -210,13 +218,40 @@ def text(path: Path) -> str:
     Raises:
         ValueError: It cannot be read, is empty, or in another encoding.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror})") from error
+    content = contents(path)
     if not content.strip():
         raise ValueError("is empty")
-    encoding = "utf-16" if content.startswith(tuple(_UTF_16)) else "utf-8-sig"
+    return _decoded(content)
+
+
+def lines(path: Path) -> list[str]:
+    """The lines of a text file as in `text`; an empty file has none.
+
+    Raises:
+        ValueError: It cannot be read, or is in another encoding.
+    """
+    return _decoded(contents(path)).splitlines()
+
+
+def contents(path: Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from error
+
+
+def encoding_of(content: bytes) -> str:
+    """The encoding of a text file, by its byte order mark or the lack of one."""
+    return "utf-16" if content.startswith(tuple(_UTF_16)) else "utf-8-sig"
+
+
+def _decoded(content: bytes) -> str:
+    encoding = encoding_of(content)
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
@@ -231,7 +266,7 @@ def parsed(path: Path) -> Any:
     """A JSON file.
 
     Raises:
-        ValueError: It cannot be read, or is no JSON; says the line and the column.
+        ValueError: It cannot be read, or is not JSON; says the line and the column.
     """
     content = text(path)
     try:
@@ -239,9 +274,9 @@ def parsed(path: Path) -> Any:
     except json.JSONDecodeError as error:
         comma = content[: error.pos].rstrip().endswith(",") and content[error.pos :].lstrip()[:1] in "]}"
         hint = "; take away the comma before it" if comma else ""
-        raise ValueError(f"line {error.lineno}, column {error.colno}: is no JSON ({error.msg}){hint}") from error
+        raise ValueError(f"line {error.lineno}, column {error.colno}: is not JSON ({error.msg}){hint}") from error
     except (RecursionError, ValueError) as error:  # brackets nested too deep, an integer of thousands of digits
-        raise ValueError(f"is no JSON that can be read ({error})") from error
+        raise ValueError(f"is not JSON that can be read ({error})") from error
 
 
 def mentions(path: Path, *words: bytes) -> bool:
@@ -258,9 +293,9 @@ def mentions(path: Path, *words: bytes) -> bool:
 def split_of(*names: str) -> Split | None:
     """The split in the first name that has just one: `instances_train2017`, `valid`, `Test` and the like."""
     for name in names:
-        found = {SPLIT_NAMES[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLIT_NAMES}
-        if len(found) == 1:
-            return found.pop()
+        splits = {SPLIT_NAMES[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLIT_NAMES}
+        if len(splits) == 1:
+            return splits.pop()
     return None
 
 

@@ -24,22 +24,22 @@ def matches(raw: Path) -> bool:
 def read(raw: Path) -> Iterator[Sample]:
     """Yields the samples, category by category, by name. `split` is the official one, `train` or `test`.
 
-    BTAD names no kinds of defect: `defect` is the name of the folder, `ko`. Folders are gone into, and files ignored,
+    BTAD names no kinds of defect: `defect` is the name of the folder, `ko`. Folders are entered, and files ignored,
     as for MVTec AD.
 
     Args:
         raw: The raw data set; its name is the name of the data set.
 
     Raises:
-        AdfmError: No image, an anomalous image without a mask, or images and masks without a place in the layout: all
-            that was found, in one error, after the last sample.
+        AdfmError: No image, an anomalous image without a mask, or images and masks without a place in the layout: all,
+            in one error, after the last sample.
     """
     parts = ((folder, _category(raw, folder)) for folder in files.categories(raw, _is_category))
     return files.checked(raw, "btad", parts, [], files.ADD_MASK)
 
 
 def _category(raw: Path, folder: Path) -> Iterator[Sample]:
-    dataset, category = raw.resolve().name, folder.resolve().name
+    dataset, category = files.dataset_name(raw), folder.resolve().name
     truth = folder / "ground_truth" / "ko"
     masks = {mask.stem: mask for mask in files.images(truth)}
     for split, kind in (("train", "ok"), ("test", "ko"), ("test", "ok")):

@@ -18,7 +18,7 @@ from PIL import ExifTags, Image
 from adfm.data.readers.annotations import (
     Shape,
     box,
-    class_name,
+    bracketed,
     folder_names,
     holds,
     listing,
@@ -35,7 +35,8 @@ from adfm.data.readers.annotations import (
 )
 from adfm.data.readers.files import refuse
 from adfm.data.readers.lookup import Images
-from adfm.data.readers.outlines import turned_rectangle
+from adfm.data.readers.shapes import turned_box
+from adfm.data.readers.verdicts import class_name
 from adfm.records import Polygon, Rle, Sample
 
 _KEYS = ("images", "annotations", "categories")
@@ -56,7 +57,7 @@ def read(raw: Path) -> Iterator[Sample]:
     An annotation is a defect: its `bbox` the box, its `segmentation` (polygons, or run lengths, compressed or not) the
     mask. The box of one that CVAT turned is that round the turned one. A box that has another meaning than COCO's, by
     its outline or its area, is refused. `split` is what the file's name, its folders or the image's folders say: train,
-    val, valid, validation, test. Other JSON files, such as captions and panoptic segmentations, are passed over.
+    val, valid, validation, test. Other JSON files, such as captions and panoptic segmentations, are ignored.
 
     A JSON file is in memory whole while its images are yielded; so are the paths of all images.
 
@@ -249,7 +250,7 @@ def _shape(name: str, annotation: dict[str, Any], size: tuple[int, int] | None, 
         return Shape(name, box(x, y, x + width, y + height), polygons, rle, cut=same and size is not None)
     plain = box(x, y, x + width, y + height)
     if rotation:  # clockwise about the center
-        return turned_rectangle(name, plain, rotation)
+        return turned_box(name, plain, rotation)
     return Shape(name, plain, polygons, rle)
 
 
@@ -261,7 +262,7 @@ def _rotation(annotation: dict[str, Any]) -> float:
     except (TypeError, ValueError):  # someone's own attribute of that name
         return 0.0
     if not math.isfinite(degrees):
-        raise ValueError("its rotation is no finite number")
+        raise ValueError("its rotation is not a finite number")
     return degrees % 360
 
 
@@ -284,33 +285,33 @@ def _distance(extent: tuple[float, ...], other: tuple[float, ...]) -> float:
 def _check_outline(sides: list[float], extent: tuple[float, float, float, float]) -> None:
     """Refuses a box that is the outline's only if its numbers are taken for something else than COCO's.
 
-    An outline may be smaller than its box (an occluded part, a group of shapes), so that alone is no contradiction.
+    An outline may be smaller than its box (an occluded part, a group of shapes), so that alone is not a contradiction.
     """
     x1, y1, x2, y2 = _READINGS["[x, y, width, height]"](*sides)
     apart = _distance(extent, (x1, y1, x2, y2))
     if apart <= _SLACK:
         return
-    shown = "[{:g}, {:g}, {:g}, {:g}]".format(*sides)
-    outline = "[{:g}, {:g}, {:g}, {:g}]".format(*extent)
+    text = bracketed(sides)
+    outline = bracketed(extent)
     for meaning, reading in _READINGS.items():
         other = _distance(extent, reading(*sides))
         if other <= _SLACK and other < apart - _SLACK / 2:
             raise ValueError(
-                f"'bbox' {shown} is [x, y, width, height] in COCO, but its outline, which spans {outline}, says that it"
+                f"'bbox' {text} is [x, y, width, height] in COCO, but its outline, which spans {outline}, says that it"
                 f" is {meaning}; write all boxes as [x, y, width, height]"
             )
     if max(x1 - extent[2], y1 - extent[3], extent[0] - x2, extent[1] - y2) > _SLACK:
         raise ValueError(
-            f"'bbox' {shown}, which is [x, y, width, height], has nothing in common with its outline, which spans"
+            f"'bbox' {text}, which is [x, y, width, height], has nothing in common with its outline, which spans"
             f" {outline}; correct one of them"
         )
 
 
 def _check_fractions(sides: list[float], size: tuple[int, int] | None) -> None:
     if size and min(size) > 1 and all(0 <= side <= 1 for side in sides) and 0 < max(sides[2:]) < 1:
-        shown = "[{:g}, {:g}, {:g}, {:g}]".format(*sides)
+        text = bracketed(sides)
         raise ValueError(
-            f"'bbox' {shown} would be smaller than a pixel; COCO's boxes are [x, y, width, height] in pixels, not in"
+            f"'bbox' {text} would be smaller than a pixel; COCO's boxes are [x, y, width, height] in pixels, not in"
             " fractions of the image"
         )
 
@@ -359,9 +360,9 @@ def _is_area(area: float, width: float, height: float) -> bool:
 
 def _check_area(annotation: dict[str, Any]) -> None:
     if _area_fits(annotation) == "corners":
-        shown = "[{:g}, {:g}, {:g}, {:g}]".format(*annotation["bbox"])
+        text = bracketed(annotation["bbox"])
         raise ValueError(
-            f"'bbox' {shown} is [x, y, width, height] in COCO, but its area of {annotation['area']:g} says that it is"
+            f"'bbox' {text} is [x, y, width, height] in COCO, but its area of {annotation['area']:g} says that it is"
             " [x1, y1, x2, y2]; write all boxes as [x, y, width, height]"
         )
 
@@ -371,13 +372,13 @@ def _check_area(annotation: dict[str, Any]) -> None:
 
 def _polygons(drawn: object, has_box: bool, notes: list[str]) -> tuple[Polygon, ...]:
     if not isinstance(drawn, list):
-        raise ValueError(f"'segmentation' is no list: {str(drawn)[:40]!r}")
+        raise ValueError(f"'segmentation' is not a list: {str(drawn)[:40]!r}")
     if drawn and not any(isinstance(part, list) for part in drawn):
         drawn = [drawn]  # one flat list: VIA before 2.0.11, MyVision and others
     polygons = []
     for part in drawn:
         if not isinstance(part, list) or len(part) % 2:
-            raise ValueError("'segmentation' is no list of polygons [x, y, x, y, …]")
+            raise ValueError("'segmentation' is not a list of polygons [x, y, x, y, …]")
         numbers = [number(value) for value in part]
         if has_box and len(numbers) < 6:
             if numbers:
@@ -403,7 +404,7 @@ def _extent(rle: Rle) -> tuple[float, float, float, float] | None:
     if not starts.size:
         return None
     tops, bottoms = starts % rle.height, ends % rle.height
-    over = starts // rle.height != ends // rle.height  # a run that goes on in the next column touches both edges
+    over = starts // rle.height != ends // rle.height  # a run that continues in the next column touches both edges
     top, bottom = (0, rle.height - 1) if over.any() else (int(tops.min()), int(bottoms.max()))
     return float(starts[0] // rle.height), float(top), float(ends[-1] // rle.height + 1), float(bottom + 1)
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from adfm.data.problems import MissingImage
 from adfm.data.readers.annotations import (
+    POINT,
     Shape,
     box,
-    class_name,
     enclosing,
     folder_names,
     holds,
@@ -29,9 +29,9 @@ from adfm.data.readers.annotations import (
     walk,
     within,
 )
-from adfm.data.readers.drawing import bitmap_shape, drawable, ellipse_shape, joined, line_shape, turned_shape
 from adfm.data.readers.files import IMAGES, refuse
-from adfm.data.readers.verdicts import defect_type
+from adfm.data.readers.shapes import bitmap, check_mask_size, ellipse, group, line, turned_box
+from adfm.data.readers.verdicts import class_name, defect_type
 from adfm.data.readers.xmlfiles import outermost
 from adfm.records import Sample
 
@@ -39,7 +39,6 @@ _SHAPES = frozenset(("box", "polygon", "polyline", "ellipse", "mask", "points", 
 _NO_AREA = frozenset(("cuboid", "skeleton"))
 _FEW = 100  # a folder with more XML files than these has one an image, and opening all of them would take long
 _LINE = "a polyline is the box round it"
-_POINT = "a point has no extent: the image is anomalous, but has no boxes"
 _TAGS = "tags beside shapes are left out"
 
 
@@ -102,7 +101,7 @@ def _samples(raw: Path, file: Path, known: dict[Path, str], problems: list[str])
             known[image] = f"in {where} as number {place}"
             yield _sample(raw, image, element, here, problems)
     except ElementTree.ParseError as error:
-        problems.append(f"{where}: is no XML ({error})")
+        problems.append(f"{where}: is not XML ({error})")
     except (OSError, ValueError, LookupError) as error:  # LookupError: an encoding that the parser does not know
         problems.append(f"{where}: {error}")
 
@@ -157,7 +156,7 @@ def _sample(raw: Path, image: Path, element: ElementTree.Element, here: str, pro
             notes += [_LINE] if part.tag == "polyline" else []
         except ValueError as error:
             problems.append(f"{here}: shape {place}: {part.tag}: {error}")
-    shapes = joined(drawn)
+    shapes = group(drawn)
     if len(shapes) < len(drawn):
         notes.append("shapes of one group and class are one defect")
     try:
@@ -168,10 +167,10 @@ def _sample(raw: Path, image: Path, element: ElementTree.Element, here: str, pro
         problems.append(f"{here}: {error}")
         tags = None
     if points:
-        names = {*points, *(shape.name for shape in shapes)}
-        return labelled(raw, image, "+".join(sorted(names)), split, [*notes, _POINT], size=size)
+        names = [*points, *(shape.name for shape in shapes)]
+        return labelled(raw, image, names, split, [*notes, POINT], size=size)
     if tags and not shapes:
-        return labelled(raw, image, tags, split, notes, size=size)
+        return labelled(raw, image, [tags], split, notes, size=size)
     return sample(raw, image, shapes, split, [*notes, *([_TAGS] if tags else [])], size=size)
 
 
@@ -190,24 +189,26 @@ def _shape(part: ElementTree.Element, size: tuple[int, int] | None) -> Shape:
         x1, y1, x2, y2 = (_number(part, side) for side in ("xtl", "ytl", "xbr", "ybr"))
         before = box(x1, y1, x2, y2)
         if degrees := _rotation(part):
-            return turned_shape(name, (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, math.radians(degrees))
+            return turned_box(name, before, degrees)
         return Shape(name, before)
     if part.tag == "ellipse":
         cx, cy, rx, ry = (_number(part, side) for side in ("cx", "cy", "rx", "ry"))
-        return ellipse_shape(name, cx, cy, rx, ry, math.radians(_rotation(part)))
+        return ellipse(name, (cx, cy), (rx, ry), _rotation(part))
     if part.tag == "mask":
         left, top, width, height = (_whole(part, side) for side in ("left", "top", "width", "height"))
-        return bitmap_shape(name, _pixels(part.get("rle", ""), width, height), left, top, size)
+        return bitmap(name, _pixels(part.get("rle", ""), width, height), left, top, size)
     points = _points(part.get("points", ""))
     if part.tag == "polyline":
-        return line_shape(name, points)
+        if len(points) < 2:
+            raise ValueError(f"a line needs 2 points, and has {len(points)}")
+        return line(name, points, size)
     outline = polygon(points)
     return Shape(name, enclosing(outline), (outline,))
 
 
 def _pixels(rle: str, width: int, height: int) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
     """A mask of runs row by row, background first, [height, width]."""
-    drawable(width, height)
+    check_mask_size(width, height)
     try:
         counts = [int(word) for word in rle.split(",")]
     except ValueError as error:
@@ -224,7 +225,7 @@ def _points(text: str) -> list[tuple[float, float]]:
         try:
             x, y = (float(word) for word in words)
         except ValueError as error:
-            raise ValueError(f"{pair[:40]!r} is no point") from error
+            raise ValueError(f"{pair[:40]!r} is not a point") from error
         if not (math.isfinite(x) and math.isfinite(y)):
             raise ValueError(f"{pair[:40]!r} is not finite")
         points.append((x, y))
@@ -250,5 +251,5 @@ def _number(part: ElementTree.Element, name: str) -> float:
 def _whole(part: ElementTree.Element, name: str) -> int:
     number = _number(part, name)
     if not abs(number) < 1e9 or number != int(number):
-        raise ValueError(f"{name} is no whole number: {part.get(name)!r}")
+        raise ValueError(f"{name} is not a whole number: {part.get(name)!r}")
     return int(number)

@@ -24,21 +24,21 @@ def read(raw: Path) -> Iterator[Sample]:
     """Yields the samples, class by class, by name. `split` is the official one; `train` has defects too.
 
     An image without a label file is normal. Every class has one kind of defect, which has no name: `defect` is
-    `defect`. Labels are coarse ellipses round the defects. Folders are gone into, and files ignored, as for MVTec AD.
+    `defect`. Labels are coarse ellipses round the defects. Folders are entered, and files ignored, as for MVTec AD.
 
     Args:
         raw: The raw data set; its name is the name of the data set.
 
     Raises:
-        AdfmError: No image, a label without an image, or images without a place in the layout: all that was found, in
-            one error, after the last sample.
+        AdfmError: No image, a label without an image, or images without a place in the layout: all in one error, after
+            the last sample.
     """
     parts = ((folder, _category(raw, folder)) for folder in files.categories(raw, _is_category))
     return files.checked(raw, "dagm", parts, [])
 
 
 def _category(raw: Path, folder: Path) -> Iterator[Sample]:
-    dataset, category = raw.resolve().name, folder.resolve().name
+    dataset, category = files.dataset_name(raw), folder.resolve().name
     for split, part in (("train", "Train"), ("test", "Test")):
         labels = {label.stem: label for label in files.images(folder / part / "Label")}
         for image in files.images(folder / part):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from adfm.data.problems import MissingImage
-from adfm.data.readers.annotations import Shape, box, holds, listing, sample, text, walk
+from adfm.data.readers.annotations import Shape, box, holds, lines, listing, sample, walk
 from adfm.data.readers.files import folders, images, refuse
 from adfm.records import Sample, Split
 
@@ -66,11 +66,11 @@ def _add_lists(raw: Path, folder: Path, splits: dict[Path, Split], problems: lis
     for file in (folder / name for name in _LISTS if (folder / name).is_file()):
         where = file.relative_to(raw).as_posix()
         try:
-            lines = text(file).splitlines() if file.read_bytes().strip() else []
-        except (OSError, ValueError) as error:
+            content = lines(file)
+        except ValueError as error:
             problems.append(f"{where}: {error}")
             continue
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(content, start=1):
             words = line.replace("\\", "/").split()
             if len(words) != 2 or not words[1].endswith(".txt") or ".." in words[0].split("/"):
                 continue  # not a list of DeepPCB
@@ -107,11 +107,11 @@ def _shapes(raw: Path, file: Path, problems: list[str]) -> list[Shape]:
     where = file.relative_to(raw).as_posix()
     shapes = []
     try:
-        lines = text(file).splitlines() if file.read_bytes().strip() else []
-    except (OSError, ValueError) as error:
+        content = lines(file)
+    except ValueError as error:
         problems.append(f"{where}: {error}")
         return []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(content, start=1):
         try:
             if words := line.replace(",", " ").split():
                 shapes.append(_shape(words))

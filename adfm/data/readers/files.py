@@ -151,8 +151,18 @@ def categories(raw: Path, is_category: Callable[[Path], bool]) -> list[Path]:
     """
     if is_category(raw):
         return [raw]
-    found = root(raw, lambda folder: any(is_category(inside) for inside in folders(folder)))
-    return folders(found) if found else []
+    top = root(raw, lambda folder: any(is_category(inside) for inside in folders(folder)))
+    return folders(top) if top else []
+
+
+def relative(raw: Path, path: Path) -> str:
+    """A path in a data set, relative to it, with `/`."""
+    return path.relative_to(raw).as_posix()
+
+
+def dataset_name(raw: Path) -> str:
+    """The name of the folder of a data set; that of the folder that it leads to, if it is a link."""
+    return raw.resolve().name if raw.name in ("", "..") or raw.is_symlink() else raw.name
 
 
 def sample(
@@ -190,7 +200,7 @@ def sample(
     )
 
 
-def named(bases: Sequence[Path], name: str) -> Path | None:
+def listed_path(bases: Sequence[Path], name: str) -> Path | None:
     """The path that a data set's own file gives, under the first of some folders where it exists, else the first.
 
     Args:
@@ -213,7 +223,7 @@ def parse(raw: Path, file: Path, form: TypeAdapter[T], problems: list[str]) -> T
         raw: The data set.
         file: The file, in UTF-8, with or without a byte order mark.
         form: What should be in it.
-        problems: What is wrong with it is added here, one line each; a line and column where it is no JSON.
+        problems: What is wrong with it is added here, one line each; a line and column where it is not JSON.
 
     Returns:
         What is in it, or `None` where something is wrong.
@@ -239,7 +249,7 @@ def checked(
     """Yields all samples, and then raises one error about everything that was wrong.
 
     What is wrong: an image or mask that does not exist, an anomalous image without a mask, an image that comes twice,
-    no image at all, and what the reader itself found. Memory is that of the largest part.
+    no image at all, and the reader's own problems. Memory is that of the largest part.
 
     Args:
         raw: The data set.
@@ -257,7 +267,7 @@ def checked(
         used: set[Path] = set()
         for sample in samples:
             if sample.image in used:
-                problems.append(f"{sample.source}: is named twice")
+                problems.append(f"{sample.source}: is listed twice")
             if not _exists(sample.image):
                 problems.append(f"{sample.source}: does not exist")
             if sample.label == "anomalous" and not sample.masks:

@@ -10,7 +10,6 @@ images/*.jpg, masks/*.png                             the mask alone says what i
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,34 +17,23 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from adfm.data.readers import btad, dagm, files, kolektor, loco, mvtec, visa
-from adfm.data.readers.annotations import class_name, walk
+from adfm.data.readers import btad, dagm, files, kolektor, loco, mvtec, verdicts, visa
+from adfm.data.readers.annotations import SPLIT_NAMES, nfc, walk
+from adfm.data.readers.files import relative
+from adfm.data.readers.verdicts import class_name, core
 from adfm.records import Sample, Split
 
-# Names of folders, in lower case and without what separates words.
-NORMAL = frozenset(
-    ("good", "ok", "normal", "pass", "passed", "free", "defectfree", "nodefect", "nodefects", "nondefective")
-)
-ANOMALOUS = frozenset(
-    ("ng", "bad", "ko", "nok", "notok", "nogood", "notgood", "fail", "failed", "faulty", "reject", "rejected", "def")
-).union(("defect", "defects", "defective", "anomaly", "anomalies", "anomalous", "abnormal"))
-MASKS = frozenset(("mask", "masks", "groundtruth", "gt"))
+# Names of folders, as `verdicts.core` has them.
+_NORMAL = verdicts.NORMAL | {"free"}
+_ANOMALOUS = verdicts.ANOMALOUS | {"def"}
+_MASKS = frozenset(("mask", "masks", "groundtruth", "gt"))
 # Beside a normal folder, these would be taken for the name of a defect.
 _UNCLEAR = frozenset(
     ("0", "1", "positive", "negative", "pos", "neg", "yes", "no", "true", "false", "unknown", "unlabeled", "unlabelled")
 ).union(("unsorted", "label", "labels", "annotation", "annotations", "seg", "segmentation", "segmentations"))
-_UNCLEAR_WORDS = NORMAL | MASKS | {"truth"}
+_UNCLEAR_WORDS = _NORMAL | _MASKS | {"truth"}
 _NEGATIONS = frozenset(("no", "non", "not", "without"))
 _IMAGES = frozenset(("images", "image", "imgs", "img"))
-_SPLITS: dict[str, Split] = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
-    "testing": "test",
-}
 _NO_NORMAL = "no folder is called good or alike, so that every image is anomalous"
 _ANNOTATIONS = (".json", ".jsonl", ".xml", ".csv", ".tsv")
 _MASK_ENDING = re.compile(r"[-_](?:mask|gt|label)$", re.IGNORECASE)
@@ -108,7 +96,7 @@ def read(raw: Path) -> Iterator[Sample]:
     and any folder beside it those with a defect of its name; words that all of them share (MT_Free, MT_Crack) do not
     count. Within ng, bad, defect and alike, folders name the defects. train, val, valid, validation and test, where a
     folder has one of these names, are the split; folders above are the category. Without a normal folder anywhere every
-    image is anomalous, of a defect that is called as its folder.
+    image is anomalous, of a defect with the name of its folder.
 
     A mask has the name of its image, with or without `_mask`, `_gt` or `_label`. It lies in a folder called mask,
     masks, ground_truth or gt (`mask/crack`, `crack/mask`, `ground_truth` for all defects), or beside the image, where
@@ -122,8 +110,8 @@ def read(raw: Path) -> Iterator[Sample]:
 
     Raises:
         AdfmError: Folders of which it is not clear whether they are normal, images with no folder that says so, images
-            without a mask where others of their kind have one, masks without an image: all that was found, in one
-            error, after the last sample.
+            without a mask where others of their kind have one, masks without an image: all in one error, after the last
+            sample.
     """
     problems: list[str] = []
     places = _places(raw)
@@ -146,14 +134,14 @@ def read(raw: Path) -> Iterator[Sample]:
 
 def _samples(raw: Path, places: list[_Place], masks: _Masks, levels: _Levels, problems: list[str]) -> Iterator[Sample]:
     """The images of one level of kinds, those of defects first: their masks may lie in one folder for all kinds."""
-    dataset = raw.resolve().name
+    dataset = files.dataset_name(raw)
     kinds: dict[tuple[_Kind | None, _Names, Split | None], list[_Place]] = defaultdict(list)
     for place in places:
         try:
             kind = levels.kind(raw, place)
             kinds[kind, () if kind and not levels.are_plain else place.names, place.split].append(place)
         except ValueError as error:
-            problems.append(f"{_name(raw, place.folder)}: {error}")
+            problems.append(f"{relative(raw, place.folder)}: {error}")
     last = sorted(kinds, key=lambda key: bool(key[0] and not key[0].defect))
     paired: Iterable[tuple[Any, list[tuple[Path, Path | None]]]]
     paired = ((key, [pair for place in kinds[key] for pair in masks.pairs(place, key[0])]) for key in last)
@@ -170,17 +158,9 @@ def _samples(raw: Path, places: list[_Place], masks: _Masks, levels: _Levels, pr
         category = kind.category if kind else "/".join(levels.inner(names)) or dataset
         defect = kind.defect if kind else "defect"
         for image, mask in pairs:
-            source = _name(raw, image)
-            if not mask and kind is None:
-                problems.append(
-                    f"{source}: has no mask, and no folder that says whether it is normal; add the mask, or put normal"
-                    " images into a folder called good"
-                )
-            elif not mask and defect and masked:
-                problems.append(
-                    f"{source}: has no mask, but other images of this kind have one; add it, or remove all of them to"
-                    " train on the labels alone"
-                )
+            source = relative(raw, image)
+            if not mask and (missing := _missing_mask(kind, masked)):
+                problems.append(f"{source}: {missing}")
             yield Sample(
                 image=image,
                 source=source,
@@ -197,10 +177,25 @@ def _samples(raw: Path, places: list[_Place], masks: _Masks, levels: _Levels, pr
             )
 
 
+def _missing_mask(kind: _Kind | None, masked: bool) -> str | None:
+    """What is wrong with an image without a mask; `masked`: others of its kind have one."""
+    if kind is None:
+        return (
+            "has no mask, and no folder that says whether it is normal; add the mask, or put normal images into a"
+            " folder called good"
+        )
+    if kind.defect and masked:
+        return (
+            "has no mask, but other images of this kind have one; add it, or remove all of them to train on the labels"
+            " alone"
+        )
+    return None
+
+
 def _astray(raw: Path, place: _Place) -> str:
     return (
-        f"{_name(raw, place.folder)}: no folder says whether its images are normal, and they have no masks; put normal"
-        " images into a folder called good, and the others beside it into one that is called as their defect"
+        f"{relative(raw, place.folder)}: no folder says whether its images are normal, and they have no masks; put"
+        " normal images into a folder called good, and the others beside it into one with the name of their defect"
     )
 
 
@@ -215,9 +210,9 @@ class _Levels:
                 inside[place.names[:depth]].add(name)
         self._inside = dict(inside)
         self._short = {names: _without_shared_words(its) for names, its in inside.items()}
-        cores = {names: set(map(_core, short.values())) for names, short in self._short.items()}
-        self.normal = {names for names, its in cores.items() if its & NORMAL}
-        self._anomalous = {names for names, its in cores.items() if its & ANOMALOUS}
+        cores = {names: set(map(core, short.values())) for names, short in self._short.items()}
+        self.normal = {names for names, its in cores.items() if its & _NORMAL}
+        self._anomalous = {names for names, its in cores.items() if its & _ANOMALOUS}
         self.are_plain = not self.normal and not self._anomalous  # each folder is the name of a defect
         self._top = min(
             (len(names) for names, its in inside.items() if len(its) > 1 or names in self.normal), default=0
@@ -250,17 +245,17 @@ class _Levels:
         if len(level) == len(place.names):
             return None
         name, rest = self._short[level][place.names[len(level)]], place.names[len(level) + 1 :]
-        normal, category = _core(name) in NORMAL, self.inner(level)
+        normal, category = core(name) in _NORMAL, self.inner(level)
         _refuse_unclear(name)
         for inner in rest:
-            if _core(inner) in (ANOMALOUS if normal else NORMAL):
+            if core(inner) in (_ANOMALOUS if normal else _NORMAL):
                 raise ValueError(f"lies in {name}, but is called {inner}; rename one of the two")
         if rest and self._is_in_all(level, rest[0]):
             category, rest = (*category, rest[0]), rest[1:]
-        if _core(name) in ANOMALOUS and rest and not _NUMBER.fullmatch(rest[0]):
+        if core(name) in _ANOMALOUS and rest and not _NUMBER.fullmatch(rest[0]):
             name = rest[0]
             _refuse_unclear(name)
-        return _Kind("/".join(category) or raw.resolve().name, None if normal else class_name(name))
+        return _Kind("/".join(category) or files.dataset_name(raw), None if normal else class_name(name))
 
     def inner(self, names: _Names) -> _Names:
         """The folders without those that all images lie in, but for the last."""
@@ -269,7 +264,7 @@ class _Levels:
     def _is_in_all(self, level: _Names, name: str) -> bool:
         """Whether a folder is in normal ones and in others of a level: a category, not a defect."""
         kinds = [kind for kind in self._inside[level] if name in self._inside.get((*level, kind), ())]
-        normal = {_core(self._short[level][kind]) in NORMAL for kind in kinds}
+        normal = {core(self._short[level][kind]) in _NORMAL for kind in kinds}
         return len(normal) == 2 and not _NUMBER.fullmatch(name)
 
 
@@ -297,13 +292,13 @@ class _Masks:
                 masks = [mask for mask in masks if mask not in self._used]
             masks += beside.get(stem, [])
             if len(masks) > 1:
-                several = ", ".join(_name(self._raw, mask) for mask in masks)
-                self._problems.append(f"{_name(self._raw, image)}: has several masks, keep one: {several}")
+                several = ", ".join(relative(self._raw, mask) for mask in masks)
+                self._problems.append(f"{relative(self._raw, image)}: has several masks, keep one: {several}")
             mask = masks[0] if masks else None
             if mask and mask in self._used:
                 self._problems.append(
-                    f"{_name(self._raw, mask)}: may be the mask of {_name(self._raw, image)}, and of another image;"
-                    " put masks into a folder for each folder of images"
+                    f"{relative(self._raw, mask)}: may be the mask of {relative(self._raw, image)}, and of another"
+                    " image; put masks into a folder for each folder of images"
                 )
             self._used.update(masks)
             yield image, mask
@@ -315,13 +310,13 @@ class _Masks:
                 names = sorted(mask for masks in folder.values() for mask in masks if mask not in self._used)
                 if names:
                     yield (
-                        f"{_name(self._raw, names[0].parent)}: no image for the mask:"
+                        f"{relative(self._raw, names[0].parent)}: no image for the mask:"
                         f" {', '.join(mask.name for mask in names)}; add the images, or rename the folder if these are"
                         " photographs"
                     )
 
     def _near(self, place: _Place) -> Iterator[dict[str, list[Path]]]:
-        """The masks in the folder that is called as the place, or in the nearest above."""
+        """The masks in the folder with the names of the place, or in the nearest above."""
         for depth in range(len(place.names), -1, -1):
             splits = dict.fromkeys((place.split, None))
             folders = [self._folders[key] for split in splits if (key := (place.names[:depth], split)) in self._folders]
@@ -343,7 +338,7 @@ class _Masks:
                 masks[base] += paths
             else:
                 self._problems += [
-                    f"{_name(self._raw, path)}: is a mask by its name, but there is no image {base}.* beside it; add"
+                    f"{relative(self._raw, path)}: is a mask by its name, but there is no image {base}.* beside it; add"
                     " the image, or give it another name"
                     for path in paths
                 ]
@@ -356,7 +351,7 @@ class _Masks:
             if len(paths) > 1 and (not mask or not (tried or _is_mask(mask))):
                 several = ", ".join(path.name for path in paths[1:])
                 self._problems.append(
-                    f"{_name(self._raw, paths[0])}: has the same name as {several}, which is not its mask; keep one"
+                    f"{relative(self._raw, paths[0])}: has the same name as {several}, which is not its mask; keep one"
                 )
             tried = tried or bool(mask)
             if mask:
@@ -372,15 +367,15 @@ def _places(raw: Path) -> list[_Place]:
 def _place(raw: Path, folder: Path) -> _Place:
     names, split, masks = [], None, False
     for name in folder.relative_to(raw).parts:
-        core, words = _core(name), _words(name)
-        if core in MASKS:
+        plain, words = core(name), _words(name)
+        if plain in _MASKS:
             masks = True
-        elif len(words) > 1 and (words[0] in MASKS or words[-1] in MASKS):
+        elif len(words) > 1 and (words[0] in _MASKS or words[-1] in _MASKS):
             masks = True
             names.append(re.sub(r"^(?:masks?|gt)[-_. ]+|[-_. ]+(?:masks?|gt)$", "", name, flags=re.IGNORECASE))
-        elif core in _SPLITS:
-            split = _SPLITS[core]
-        elif core not in _IMAGES:
+        elif plain in SPLIT_NAMES:
+            split = SPLIT_NAMES[plain]
+        elif plain not in _IMAGES:
             names.append(name)
     return _Place(folder, tuple(names), split, masks)
 
@@ -397,10 +392,10 @@ def _masked_beside(folder: Path) -> bool:
 
 
 def _refuse_unclear(name: str) -> None:
-    core, words = _core(name), _words(name)
-    if core in NORMAL or core in ANOMALOUS:
+    plain, words = core(name), _words(name)
+    if plain in _NORMAL or plain in _ANOMALOUS:
         return
-    if core in _UNCLEAR or words[0] in _NEGATIONS or _UNCLEAR_WORDS.intersection(words):
+    if plain in _UNCLEAR or words[0] in _NEGATIONS or _UNCLEAR_WORDS.intersection(words):
         raise ValueError(
             f"it is not clear whether {name!r} is normal; rename the folder to good, or to the name of the defect, or"
             " to masks if they are"
@@ -447,13 +442,5 @@ def _words(name: str) -> list[str]:
     return re.split(r"[-_. ]+", name.lower())
 
 
-def _core(name: str) -> str:
-    return "".join(_words(name))
-
-
 def _stem(path: Path) -> str:
-    return unicodedata.normalize("NFC", path.stem)
-
-
-def _name(raw: Path, path: Path) -> str:
-    return path.relative_to(raw).as_posix()
+    return nfc(path.stem)

@@ -24,7 +24,6 @@ from adfm.data.readers import table
 from adfm.data.readers.annotations import (
     Shape,
     box,
-    class_name,
     folder_names,
     holds,
     mentions,
@@ -37,6 +36,7 @@ from adfm.data.readers.annotations import (
     within,
 )
 from adfm.data.readers.files import refuse
+from adfm.data.readers.verdicts import class_name
 from adfm.records import Sample
 
 _FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -201,12 +201,7 @@ def _sample(raw: Path, folder: Path, row: dict[str, Any], names: _Names, known: 
     drawn = [name for name in (*table.MAY_BE_BOXES, *_BOXES, "annotations") if isinstance(row.get(name), list | dict)]
     if drawn:
         raise ValueError(f"{drawn[0]!r} may say where the defects are; write them in 'objects'")
-    mask = None
-    if row.get("mask_file_name") is not None:
-        mask = _path(raw, folder, row["mask_file_name"])
-        if not mask:
-            raise ValueError(f"there is no mask {row['mask_file_name']!r}")
-        known.add(mask)
+    mask = _mask(raw, folder, row, known)
     label = row.get("label", row.get("text") if _is_verdict(row.get("text")) else None)
     defect = None if label is None else _defect(label, names.get("label", {}))
     has_objects = row.get("objects") is not None
@@ -216,7 +211,7 @@ def _sample(raw: Path, folder: Path, row: dict[str, Any], names: _Names, known: 
     if label is not None and not defect and (shapes or mask):
         raise ValueError(f"the label is {label!r}, but defects are marked on the image")
     if row.get("split") and not split_of(str(row["split"])):
-        raise ValueError(f"the split {row['split']!r} is none of train, validation, test")
+        raise ValueError(f"the split {row['split']!r} is not train, validation or test")
     further = _further(row)
     one = sample(
         raw,
@@ -239,6 +234,16 @@ def _sample(raw: Path, folder: Path, row: dict[str, Any], names: _Names, known: 
     )
 
 
+def _mask(raw: Path, folder: Path, row: dict[str, Any], known: set[Path]) -> Path | None:
+    if row.get("mask_file_name") is None:
+        return None
+    mask = _path(raw, folder, row["mask_file_name"])
+    if not mask:
+        raise ValueError(f"there is no mask {row['mask_file_name']!r}")
+    known.add(mask)
+    return mask
+
+
 def _path(raw: Path, folder: Path, name: Any) -> Path | None:
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f"{name!r} is not the name of a file; write one in 'file_name'")
@@ -246,7 +251,7 @@ def _path(raw: Path, folder: Path, name: Any) -> Path | None:
 
 
 def _is_verdict(word: Any) -> bool:
-    return isinstance(word, str) and word.strip().lower() in (*table.NORMAL, *table.ANOMALOUS)
+    return isinstance(word, str) and (table.is_normal(word.strip()) or table.is_anomalous(word.strip()))
 
 
 def _defect(label: Any, names: dict[int, str]) -> str | None:
@@ -254,9 +259,9 @@ def _defect(label: Any, names: dict[int, str]) -> str | None:
     name = _class(label, names)
     if name is None:
         raise ValueError(f"the label {label!r} is a number without a name; write names, or dataset_info in README.md")
-    if name.lower() in table.NORMAL:
+    if table.is_normal(name):
         return None
-    return "defect" if name.lower() in table.ANOMALOUS else class_name(name)
+    return "defect" if table.is_anomalous(name) else class_name(name)
 
 
 def _class(value: Any, names: dict[int, str]) -> str | None:

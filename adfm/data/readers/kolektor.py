@@ -24,14 +24,14 @@ def read(raw: Path) -> Iterator[Sample]:
 
     An image is normal where its label file, which is opened for that, shows nothing. There is one category,
     `kolektor`; kinds of defects are not told apart, so `defect` is `defect`. A folder has the surfaces of one
-    commutator, so it is the `group`. Folders are gone into, and files ignored, as for MVTec AD.
+    commutator, so it is the `group`. Folders are entered, and files ignored, as for MVTec AD.
 
     Args:
         raw: The raw data set; its name is the name of the data set.
 
     Raises:
-        AdfmError: No image, an image without a label file, label files without an image or that cannot be read: all
-            that was found, in one error, after the last sample.
+        AdfmError: No image, an image without a label file, label files without an image or that cannot be read: all, in
+            one error, after the last sample.
     """
     problems: list[str] = []
     parts = ((folder, _item(raw, folder, problems)) for folder in files.categories(raw, _is_item))
@@ -39,7 +39,7 @@ def read(raw: Path) -> Iterator[Sample]:
 
 
 def _item(raw: Path, folder: Path, problems: list[str]) -> Iterator[Sample]:
-    dataset, group = raw.resolve().name, folder.relative_to(raw).as_posix()
+    dataset, group = files.dataset_name(raw), folder.relative_to(raw).as_posix()
     images = files.images(folder)
     labels = {label.stem: label for label in images if label.stem.endswith("_label")}
     for image in images:

@@ -6,31 +6,29 @@ project-1-at-2024-05-02.json    and    images/000.jpg, <folder>/000.jpg or image
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
-from PIL import Image
 
-from adfm.data.readers import files
 from adfm.data.readers.annotations import (
     NoImage,
     Shape,
     box,
-    class_name,
     enclosing,
     folder_names,
     holds,
+    labelled,
     listing,
     member,
     mentions,
     number,
     parsed,
+    point,
     polygon,
     problem,
     sample,
@@ -38,10 +36,11 @@ from adfm.data.readers.annotations import (
     unlisted,
     walk,
 )
+from adfm.data.readers.files import IMAGES, folders, images, refuse, relative
 from adfm.data.readers.lookup import Images
-from adfm.data.readers.outlines import Point, ellipse, turned_rectangle
-from adfm.data.readers.verdicts import defect_type, is_verdict
-from adfm.records import Box, Rle, Sample
+from adfm.data.readers.shapes import Point, bitmap, check_mask_size, ellipse, turned_box
+from adfm.data.readers.verdicts import class_name, defect_type, is_verdict
+from adfm.records import Box, Sample
 
 _GEOMETRY = ("x", "y", "width", "height", "rotation", "points", "radiusX", "radiusY", "rle", "vertices", "imageDataURL")
 _HASH = re.compile("^[0-9a-f]{8}-")
@@ -78,7 +77,7 @@ class _Verdict:
         defect: From a choice about the whole image: the defect, "" if the image is normal, `None` if none was made.
         size: Width and height of the image; `None` if the annotation does not state them: then shapes are fractions.
         notes: As in `Sample`.
-        undecided: Whether there are choices about the whole image of which it is not known what they say.
+        undecided: Whether there are choices about the whole image whose meaning is not known.
     """
 
     shapes: tuple[Shape, ...]
@@ -135,7 +134,7 @@ def read(raw: Path) -> Iterator[Sample]:
         problems.append("no JSON file of Label Studio: no list of tasks with data and annotations")
     if seen:
         problems += unlisted(raw, used)
-    files.refuse(raw, "label-studio", problems)
+    refuse(raw, "label-studio", problems)
 
 
 def _is_export(file: Path) -> bool:
@@ -216,7 +215,7 @@ def _samples(
         try:
             image = _image(raw, task, pictures, folder)
             if image in used:
-                raise ValueError(f"{_relative(raw, image)} is the image of another task, {used[image]}; keep one")
+                raise ValueError(f"{relative(raw, image)} is the image of another task, {used[image]}; keep one")
             used[image] = f"{name} in {where}"
             verdict = _verdict(raw, image, task, labels)
             if not draws and verdict.undecided:
@@ -239,18 +238,11 @@ def _samples(
                 normalized=bool(verdict.shapes) and verdict.size is None,
             )
         else:
-            dataset = raw.resolve().name
-            yield files.sample(
-                raw, dataset, dataset, image, verdict.defect, split=split, located=False, notes=verdict.notes
-            )
+            yield labelled(raw, image, [verdict.defect], split, verdict.notes)
 
 
 class _NoAnnotation(NoImage):
-    """An image of which nobody said anything; `convert.missing: skip` leaves it out as it does a missing image."""
-
-
-def _relative(raw: Path, image: Path) -> str:
-    return image.relative_to(raw).as_posix()
+    """An image that nobody annotated; `convert.missing: skip` leaves it out as it does a missing image."""
 
 
 def _label_controls(tasks: Iterable[dict[str, Any]]) -> frozenset[str]:
@@ -284,7 +276,7 @@ def _image(raw: Path, task: dict[str, Any], pictures: Images, folder: Path) -> P
         names = {"image": names["image"]}
     if len(names) != 1:
         keys = ", ".join(map(repr, names)) or "none"
-        raise ValueError(f"its data should name one image; the keys that do: {keys}")
+        raise ValueError(f"its data should have the path of one image; the keys that have one: {keys}")
     (name,) = names.values()
     name = _SERVER.sub("", name)
     for storage, prefix in _STORAGES:
@@ -313,17 +305,17 @@ def _uploaded(raw: Path, path: str, pictures: Images, folder: Path) -> Path | No
             return pictures.locate(one, folder)
         except NoImage:
             continue
-    places = [folder, *(inside for inside in files.folders(folder) if inside.name.lower() in ("images", "data"))]
-    alike = [image for place in places for image in files.images(place) if _valid(image.name) == before]
+    places = [folder, *(inside for inside in folders(folder) if inside.name.lower() in ("images", "data"))]
+    alike = [image for place in places for image in images(place) if _valid(image.name) == before]
     if len(alike) > 1:
-        several = ", ".join(_relative(raw, image) for image in alike)
+        several = ", ".join(relative(raw, image) for image in alike)
         raise ValueError(f"the image {name!r} may be any of {several}; name its file {name}")
     return alike[0] if alike else None
 
 
 def _is_image_name(value: str) -> bool:
     path = re.split("[#?](?!d=|filepath=)", value)[0]
-    return Path(path.replace("\\", "/")).suffix.lower() in files.IMAGES
+    return Path(path.replace("\\", "/")).suffix.lower() in IMAGES
 
 
 def _valid(name: str) -> str:
@@ -341,7 +333,7 @@ def _verdict(raw: Path, image: Path, task: dict[str, Any], labels: frozenset[str
     if not valid:
         what = "was skipped" if annotations else "has no submitted annotation (a prediction is not one)"
         raise _NoAnnotation(
-            f"{_relative(raw, image)} {what}; annotate it, or set convert.missing to skip to leave such images out"
+            f"{relative(raw, image)} {what}; annotate it, or set convert.missing to skip to leave such images out"
         )
     truths = [one for one in valid if one.get("ground_truth") is True]
     notes: tuple[str, ...] = ()
@@ -357,7 +349,7 @@ def _verdict(raw: Path, image: Path, task: dict[str, Any], labels: frozenset[str
     if any(other.key != first.key for other in others):
         ids = ", ".join(str(annotation.get("id")) for annotation in valid)
         raise ValueError(
-            f"the annotations {ids} of {_relative(raw, image)} differ; delete all but one, or mark one as ground truth"
+            f"the annotations {ids} of {relative(raw, image)} differ; delete all but one, or mark one as ground truth"
         )
     if others:
         notes = ("of several annotations that agree, the first counts",)
@@ -414,7 +406,7 @@ def _size(place: int, result: dict[str, Any]) -> tuple[int, int] | None:
         return None
     for side in sides:
         if not isinstance(side, int | float) or not 1 <= side < 1e6 or side != int(side):
-            raise ValueError(f"result {place}: the size {sides[0]} x {sides[1]} is not one of an image")
+            raise ValueError(f"result {place}: the size {sides[0]} x {sides[1]} is not one in pixels")
     return int(sides[0]), int(sides[1])  # type: ignore[arg-type]
 
 
@@ -453,7 +445,7 @@ def _shape(region: _Region) -> Shape:
     if rotation and not region.size:
         raise ValueError("a turned region without original_width and original_height cannot be read")
     if "points" in value:
-        outline = polygon([_point(point, scale) for point in member(value, "points", list)])
+        outline = polygon([_point(one, scale) for one in member(value, "points", list)])
         return Shape(name, enclosing(outline), (outline,), cut=True)
     if "vertices" in value or "imageDataURL" in value:
         raise ValueError(
@@ -461,34 +453,25 @@ def _shape(region: _Region) -> Shape:
         )
     x, y = _point([value.get("x"), value.get("y")], scale)
     if "radiusX" in value:
-        return ellipse(name, (x, y), _point([value["radiusX"], value.get("radiusY")], scale), math.radians(rotation))
+        return ellipse(name, (x, y), _point([value["radiusX"], value.get("radiusY")], scale), rotation)
     if "width" not in value or "height" not in value:
         raise ValueError("a point has no area; draw a rectangle, polygon, ellipse or mask in its place")
     across, down = _point([value["width"], value["height"]], scale)
     if not rotation:
         return Shape(name, box(x, y, x + across, y + down))
-    return turned_rectangle(name, Box(x, y, x + across, y + down), rotation, pivot=(x, y))
+    return turned_box(name, Box(x, y, x + across, y + down), rotation, pivot=(x, y))
 
 
 def _point(value: object, scale: Point) -> Point:
-    if not isinstance(value, Sequence) or len(value) != 2:
-        raise ValueError(f"{str(value)[:40]!r} is no point [x, y]")
-    return number(value[0]) * scale[0], number(value[1]) * scale[1]
+    x, y = point(value)
+    return x * scale[0], y * scale[1]
 
 
 def _brush(name: str, packed: object, width: int, height: int) -> Shape:
     """A mask that was painted: a pixel belongs to it where its opacity is more than half of the mask's largest."""
-    if width * height > (Image.MAX_IMAGE_PIXELS or 0):
-        raise ValueError(f"an image of {width}x{height} is too large for a mask")
+    check_mask_size(width, height)
     opacity = _unpacked(packed, width * height * 4).reshape(height, width, 4)[..., 3]
-    mask = opacity > opacity.max() / 2
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not rows.size:
-        raise ValueError("its mask shows nothing; delete it")
-    pixels = mask.T.ravel()
-    counts = np.diff([0, *np.flatnonzero(np.diff(pixels, prepend=False)), pixels.size])
-    around = box(float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
-    return Shape(name, around, rle=Rle(height, width, tuple(counts.tolist())))
+    return bitmap(name, opacity > opacity.max() / 2, 0, 0, (width, height))
 
 
 def _unpacked(packed: object, length: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -498,9 +481,9 @@ def _unpacked(packed: object, length: int) -> np.ndarray[Any, np.dtype[np.uint8]
     length (less 1); then runs: a bit that says whether one word is repeated, two for the size of the length, the
     length (less 1), the word or words.
     """
-    damaged = ValueError("its mask is damaged")
+    damaged = ValueError("its mask is damaged; paint it again")
     if not isinstance(packed, list) or not all(type(value) is int and 0 <= value < 256 for value in packed):
-        raise ValueError("'rle' is no list of bytes")
+        raise ValueError("'rle' is not a list of bytes")
     bits = np.unpackbits(np.array(packed, np.uint8))
     text = (bits + ord("0")).tobytes().decode()
     at = 0
@@ -515,7 +498,7 @@ def _unpacked(packed: object, length: int) -> np.ndarray[Any, np.dtype[np.uint8]
     values, word = take(32), take(5) + 1
     sizes = [take(4) + 1 for _ in range(4)]
     if values != length:
-        raise ValueError(f"its mask has {values} values, and {length} would be those of the image")
+        raise ValueError(f"its mask has {values} values, and an image of the size that is stated has {length}")
     if word != 8:
         raise damaged
     unpacked = np.zeros(length, np.uint8)

@@ -19,14 +19,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from adfm.data.readers.annotations import (
+    POINT,
     NoImage,
     Shape,
-    box,
-    class_name,
     enclosing,
     folder_names,
     holds,
@@ -35,8 +33,8 @@ from adfm.data.readers.annotations import (
     member,
     mentions,
     nfc,
-    number,
     parsed,
+    point,
     problem,
     same_names,
     sample,
@@ -45,13 +43,13 @@ from adfm.data.readers.annotations import (
 )
 from adfm.data.readers.files import IMAGES, images, refuse
 from adfm.data.readers.lookup import Images
-from adfm.data.readers.verdicts import defect_type, is_verdict
-from adfm.records import Box, Polygon, Rle, Sample
+from adfm.data.readers.shapes import Point, bitmap, check_mask_size, corners, ellipse, join, line
+from adfm.data.readers.verdicts import class_name, defect_type, is_verdict
+from adfm.records import Sample
 
 _MANIFEST = "manifest.json"  # of a fetched data set
 _NO_DEFECT = ("__ignore__", "_background_")  # of LabelMe's own examples
 _PROGRESS = frozenset(("checked", "verified", "reviewed", "approved", "confirmed", "done", "finished", "completed"))
-_CORNERS = 64  # of the polygon that stands for a circle
 # The types of shapes, with their smallest and largest number of points; rotation and quadrilateral are X-AnyLabeling's.
 _OUTLINES = ("polygon", "quadrilateral", "oriented_rectangle", "rotation", None)  # early versions have no other type
 _LEAST: dict[str | None, int] = {
@@ -117,7 +115,9 @@ def read(raw: Path) -> Iterator[Sample]:
                 size = _size(content)
                 image, source, notes = _image(raw, file, content, pictures, stems)
                 if source in annotated:
-                    raise ValueError(f"its image {source} has a file before, {annotated[source]}; keep one of them")
+                    raise ValueError(
+                        f"its image {source} belongs to {annotated[source]} as well; keep one of the two files"
+                    )
             except ValueError as error:
                 problems.append(problem(where, error))
                 continue
@@ -125,13 +125,15 @@ def read(raw: Path) -> Iterator[Sample]:
             drawn = _drawn(where, shapes, size, problems, notes)
             split = split_of(*folder_names(raw, image))
             if flag := _flagged(where, content, bool(drawn), problems, notes):
-                yield replace(labelled(raw, image, flag, split, notes, size=size), source=source)
+                yield replace(labelled(raw, image, [flag], split, notes, size=size), source=source)
                 continue
-            found = sample(raw, image, [each.shape for each in drawn], split, notes, size=size)
+            defects = [each.shape for each in drawn]
             if any(each.extent == "point" for each in drawn):
-                notes = [*found.notes, "a point has no extent: the image is anomalous, but has no boxes"]
-                found = replace(found, located=False, boxes=(), cut=(), polygons=(), rles=(), notes=tuple(notes))
-            yield replace(found, source=source)
+                names = [shape.name for shape in defects]
+                one = labelled(raw, image, names, split, [*notes, POINT], size=size)
+            else:
+                one = sample(raw, image, defects, split, notes, size=size)
+            yield replace(one, source=source)
     for folder in walk(raw):
         there = images(folder)
         problems += same_names(raw, there)
@@ -296,21 +298,18 @@ def _joined(pieces: Sequence[_Drawn]) -> _Drawn:
         return pieces[0]
     shapes = [piece.shape for piece in pieces]
     extents = {piece.extent for piece in pieces}
-    name = shapes[0].name
-    around = enclosing(corner for shape in shapes for corner in _corners(shape.box))
     if extents != {"area"}:
-        return _Drawn(Shape(name, around, cut=True), "point" if extents == {"point"} else "line")
-    polygons = [outline for shape in shapes for outline in shape.polygons]
-    polygons += [_corners(shape.box) for shape in shapes if not shape.polygons and not shape.rle]
-    masks = [_pixels(shape.rle) for shape in shapes if shape.rle]
-    return _Drawn(
-        Shape(name, around, tuple(polygons), _rle(np.logical_or.reduce(masks)) if masks else None, True), "area"
-    )
+        plain = [Shape(shape.name, shape.box, cut=True) for shape in shapes]
+        return _Drawn(join(plain), "point" if extents == {"point"} else "line")
+    outlined = [
+        shape if shape.rle else replace(shape, polygons=shape.polygons or (corners(shape.box),)) for shape in shapes
+    ]
+    return _Drawn(join(outlined), "area")
 
 
 def _shape(name: str, drawn: object, size: tuple[int, int] | None) -> _Drawn:
     kind = drawn.get("shape_type") if isinstance(drawn, dict) else None
-    points = [_point(value) for value in member(drawn, "points", list)]
+    points = [point(value) for value in member(drawn, "points", list)]
     count = len(points)
     if not isinstance(kind, str | None) or kind not in _LEAST:
         raise ValueError(
@@ -319,50 +318,22 @@ def _shape(name: str, drawn: object, size: tuple[int, int] | None) -> _Drawn:
     if count < _LEAST[kind] or count > _MOST.get(kind, count):
         raise ValueError(f"a shape of the type {kind or 'polygon'} does not have {count} point{'s' * (count != 1)}")
     if kind in ("point", "points") or count == 1:
-        return _Drawn(Shape(name, _at_least_a_pixel(points, size), cut=True), "point")
+        return _Drawn(line(name, points, size), "point")
     if kind in ("line", "linestrip") or (count == 2 and kind in _OUTLINES):
-        return _Drawn(Shape(name, _at_least_a_pixel(points, size), cut=True), "line")
+        return _Drawn(line(name, points, size), "line")
     if kind == "rectangle":
         return _Drawn(Shape(name, enclosing(points), cut=True), "area")
     if kind == "mask":
         return _Drawn(_mask(name, points, member(drawn, "mask", str), size), "area")
     if kind == "circle":
-        (x, y), edge = points
-        radius = math.dist((x, y), edge)
-        turns = [2 * math.pi * corner / _CORNERS for corner in range(_CORNERS)]
-        outline = tuple((x + radius * math.cos(turn), y + radius * math.sin(turn)) for turn in turns)
-        around = enclosing([(x - radius, y - radius), (x + radius, y + radius)])
-        return _Drawn(Shape(name, around, (outline,), cut=True), "area")
+        radius = math.dist(*points)
+        return _Drawn(ellipse(name, points[0], (radius, radius)), "area")
     if any(min(side) == max(side) for side in zip(*points, strict=True)):  # a polygon without area
-        return _Drawn(Shape(name, _at_least_a_pixel(points, size), cut=True), "line")
+        return _Drawn(line(name, points, size), "line")
     return _Drawn(Shape(name, enclosing(points), (tuple(points),), cut=True), "area")
 
 
-def _point(value: object) -> tuple[float, float]:
-    if not isinstance(value, list) or len(value) != 2:
-        raise ValueError(f"{str(value)[:40]!r} is not a point [x, y]")
-    return number(value[0]), number(value[1])
-
-
-def _at_least_a_pixel(points: Sequence[tuple[float, float]], size: tuple[int, int] | None) -> Box:
-    """The box round points, in the middle of one that is a pixel wide and high, within the image, if it is less."""
-    sides = []
-    for values, length in zip(zip(*points, strict=True), size or (math.inf, math.inf), strict=True):
-        low, high = min(values), max(values)
-        if high - low < 1:
-            middle = (low + high) / 2
-            low = min(max(middle - 0.5, 0), length - 1) if 0 <= middle <= length else middle - 0.5
-            high = low + 1
-        sides.append((low, high))
-    (x1, x2), (y1, y2) = sides
-    return box(x1, y1, x2, y2)
-
-
-def _corners(area: Box) -> Polygon:
-    return ((area.x1, area.y1), (area.x2, area.y1), (area.x2, area.y2), (area.x1, area.y2))
-
-
-def _mask(name: str, points: list[tuple[float, float]], encoded: str, size: tuple[int, int] | None) -> Shape:
+def _mask(name: str, points: list[Point], encoded: str, size: tuple[int, int] | None) -> Shape:
     """A mask is a PNG of the part of the image between two corners, both of which belong to it.
 
     Corners that are no whole numbers say where it begins; its own size says where it ends.
@@ -370,8 +341,7 @@ def _mask(name: str, points: list[tuple[float, float]], encoded: str, size: tupl
     if not size:
         raise ValueError("a mask needs the imageWidth and imageHeight of the file")
     width, height = size
-    if width * height > (Image.MAX_IMAGE_PIXELS or 0):
-        raise ValueError(f"an image of {width}x{height} is too large for a mask")
+    check_mask_size(width, height)
     (left, top), (right, bottom) = ((round(x), round(y)) for x, y in points)
     span = (right - left + 1, bottom - top + 1)
     exact = all(value.is_integer() for point in points for value in point)
@@ -387,26 +357,10 @@ def _mask(name: str, points: list[tuple[float, float]], encoded: str, size: tupl
         raise ValueError(f"its mask cannot be read ({error})") from error
     if own != span and exact:
         raise ValueError(f"its mask is {own[0]}x{own[1]}, and its corners span {span[0]}x{span[1]}")
-    rows, columns = np.nonzero(part.reshape(*part.shape[:2], -1).any(axis=2))
-    rows, columns = rows + top, columns + left
-    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    mask = np.asarray(part.reshape(*part.shape[:2], -1).any(axis=2))
+    if not mask.any():
+        raise ValueError("its mask shows nothing")
+    inside = mask[max(-top, 0) : max(height - top, 0), max(-left, 0) : max(width - left, 0)]
     if not inside.any():
-        raise ValueError("its mask shows nothing" if not rows.size else "its mask lies outside the image")
-    rows, columns = rows[inside], columns[inside]
-    pixels = np.zeros((height, width), bool)
-    pixels[rows, columns] = True
-    area = box(float(columns.min()), float(rows.min()), float(columns.max() + 1), float(rows.max() + 1))
-    return Shape(name, area, rle=_rle(pixels), cut=True)
-
-
-def _rle(pixels: NDArray[np.bool_]) -> Rle:
-    column_by_column = pixels.T.ravel()
-    changes = np.flatnonzero(np.diff(column_by_column, prepend=False))
-    counts = np.diff([0, *changes, pixels.size])
-    height, width = pixels.shape
-    return Rle(height, width, tuple(counts.tolist()))
-
-
-def _pixels(rle: Rle) -> NDArray[np.bool_]:
-    runs = np.arange(len(rle.counts)) % 2 == 1
-    return np.repeat(runs, rle.counts).reshape(rle.width, rle.height).T
+        raise ValueError("its mask lies outside the image")
+    return replace(bitmap(name, inside, max(left, 0), max(top, 0), size), cut=True)

@@ -25,22 +25,22 @@ def matches(raw: Path) -> bool:
 def read(raw: Path) -> Iterator[Sample]:
     """Yields the samples, category by category, by name. `split` is the folder's; `defect` is the kind of anomaly.
 
-    A defect is what any of an image's masks marks, with whatever value: values number the defects. Folders are gone
-    into, and files ignored, as for MVTec AD.
+    A defect is what any of an image's masks marks, with whatever value: values number the defects. Folders are
+    entered, and files ignored, as for MVTec AD.
 
     Args:
         raw: The raw data set; its name is the name of the data set.
 
     Raises:
-        AdfmError: No image, an anomalous image without a mask, or images and masks without a place in the layout: all
-            that was found, in one error, after the last sample.
+        AdfmError: No image, an anomalous image without a mask, or images and masks without a place in the layout: all,
+            in one error, after the last sample.
     """
     parts = ((folder, _category(raw, folder)) for folder in files.categories(raw, _is_category))
     return files.checked(raw, "loco", parts, [], files.ADD_MASK)
 
 
 def _category(raw: Path, folder: Path) -> Iterator[Sample]:
-    dataset, category = raw.resolve().name, folder.resolve().name
+    dataset, category = files.dataset_name(raw), folder.resolve().name
     for split in SPLITS:
         for kind in files.folders(folder / split):
             defect = None if kind.name == "good" else kind.name

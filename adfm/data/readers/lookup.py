@@ -169,7 +169,7 @@ class Images:
 
     def _is_general(self, part: str) -> bool:
         """Whether the name of a folder does not say which images are in it, other than of which split they are."""
-        return part.lower() in _IMAGES or part.lower() in SPLIT_NAMES or part == self._raw.resolve().name
+        return part.lower() in _IMAGES or part.lower() in SPLIT_NAMES or part == files.dataset_name(self._raw)
 
     def _contradicts(self, folder: Path, split: Split | None) -> bool:
         """Whether a folder is that of another split."""
@@ -190,11 +190,11 @@ class Images:
                 bases.insert(1, folder.parent)
             general = [inside for base in bases for inside in self._inside(base) if inside.name.lower() in _IMAGES]
             inside = [each for base in (*bases, *general) for each in self._inside(base)]
-            named = self._with_images(each for each in inside if _mentions(f"{stem} {folder.name}", each.name))
-            named = named or self._with_images(each for each in inside if split and split_of(each.name) == split)
+            own = self._with_images(each for each in inside if _mentions(f"{stem} {folder.name}", each.name))
+            own = own or self._with_images(each for each in inside if split and split_of(each.name) == split)
             if annotations:
                 general += [place for place in partners(raw, folder, _ANNOTATIONS, _IMAGES) if place.is_dir()]
-            groups = [named, []] if named else [general, self._only]
+            groups = [own, []] if own else [general, self._only]
             self._groups[folder, stem] = [
                 [folder],
                 *(

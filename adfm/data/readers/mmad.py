@@ -49,7 +49,7 @@ def read(raw: Path) -> Iterator[Sample]:
 
     Raises:
         AdfmError: No or no such JSON, images and masks that it names and that do not exist, an anomalous image without
-            a mask: all that was found, in one error, after the last sample.
+            a mask: all in one error, after the last sample.
     """
     problems: list[str] = []
     root = _root(raw)
@@ -60,18 +60,18 @@ def read(raw: Path) -> Iterator[Sample]:
 def _samples(raw: Path, root: Path, problems: list[str]) -> Iterator[Sample]:
     content = files.parse(raw, root / "mmad.json", _FORM, problems) or {}
     for path, entry in sorted(content.items()):
-        image = files.named([root], path)
+        image = files.listed_path([root], path)
         parts = image.relative_to(root).parts if image else ()
         if image is None or len(parts) < 4:
-            problems.append(f"mmad.json: {path!r} is no path of a data set, category, good or defect, and image")
+            problems.append(f"mmad.json: {path!r} is not a path of a data set, category, good or defect, and image")
             continue
         kind = image.parent.name
         masks: tuple[Path, ...] = ()
         if kind != "good" and entry.mask_path:
             above = [folder for folder in image.parents if folder.is_relative_to(root)]
-            mask = files.named([root / parts[0] / parts[1], *above], entry.mask_path)
+            mask = files.listed_path([root / parts[0] / parts[1], *above], entry.mask_path)
             if mask is None:
-                problems.append(f"mmad.json: {entry.mask_path!r}, the mask of {path}, is no path within the data set")
+                problems.append(f"mmad.json: {entry.mask_path!r}, the mask of {path}, is not a path in the data set")
                 continue
             masks = tuple(files.images(mask.parent)) if mask.parent.name == image.stem else (mask,)
         yield files.sample(raw, parts[0], parts[1], image, None if kind == "good" else kind, masks, "test")

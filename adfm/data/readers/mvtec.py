@@ -28,22 +28,22 @@ def read(raw: Path) -> Iterator[Sample]:
     """Yields the samples, category by category, by name. `split` is the official one, `train` or `test`.
 
     A mask has its image's name, with or without `_mask`, and an extension of its own. A folder that holds one folder
-    alone is gone into until there are categories; a data set may also be one category itself. Files and folders whose
+    alone is entered until there are categories; a data set may also be one category itself. Files and folders whose
     names start with a dot are ignored, as are files that are no images, and masks of good images.
 
     Args:
         raw: The raw data set; its name is the name of the data set.
 
     Raises:
-        AdfmError: No image, an anomalous image without a mask, or images and masks without a place in the layout: all
-            that was found, in one error, after the last sample.
+        AdfmError: No image, an anomalous image without a mask, or images and masks without a place in the layout: all,
+            in one error, after the last sample.
     """
     parts = ((folder, _category(raw, folder)) for folder in files.categories(raw, _is_category))
     return files.checked(raw, "mvtec", parts, [], files.ADD_MASK)
 
 
 def _category(raw: Path, folder: Path) -> Iterator[Sample]:
-    dataset, category = raw.resolve().name, folder.resolve().name
+    dataset, category = files.dataset_name(raw), folder.resolve().name
     kinds = [*(("test", kind) for kind in files.folders(folder / "test")), ("train", folder / "train" / "good")]
     for split, kind in kinds:
         normal = kind.name == "good"

@@ -60,8 +60,8 @@ def read(raw: Path) -> Iterator[Sample]:
         raw: The raw data set; its name is the name of the data set.
 
     Raises:
-        AdfmError: No image, a category without a JSON file or with several that differ, a file that is no such JSON,
-            or that names images and masks that do not exist: all that was found, in one error, after the last sample.
+        AdfmError: No image, a category without a JSON file or with several that differ, a file that is not such JSON,
+            or that names images and masks that do not exist: all in one error, after the last sample.
     """
     problems: list[str] = []
     top = files.root(raw, lambda folder: bool(_places(folder))) or raw
@@ -74,25 +74,25 @@ def read(raw: Path) -> Iterator[Sample]:
 
 
 def _category(raw: Path, top: Path, folder: Path, problems: list[str]) -> Iterator[Sample]:
-    found = _jsons(top, folder)
-    if len({file.read_bytes() for file in found}) > 1:
-        found = [file for file in found if file.parent.name == "realiad_jsons"] or found
-    if len({file.read_bytes() for file in found}) != 1:
-        which = ", ".join(file.relative_to(raw).as_posix() for file in found)
-        what = f"has several JSON files that differ, keep one: {which}" if found else f"has no {folder.name}.json"
+    jsons = _jsons(top, folder)
+    if len({file.read_bytes() for file in jsons}) > 1:
+        jsons = [file for file in jsons if file.parent.name == "realiad_jsons"] or jsons
+    if len({file.read_bytes() for file in jsons}) != 1:
+        which = ", ".join(file.relative_to(raw).as_posix() for file in jsons)
+        what = f"has several JSON files that differ, keep one: {which}" if jsons else f"has no {folder.name}.json"
         problems.append(f"{folder.relative_to(raw).as_posix()}: {what}")
         return
-    content = files.parse(raw, found[0], _FORM, problems)
+    content = files.parse(raw, jsons[0], _FORM, problems)
     if content is None:
         return
-    dataset, bases = raw.resolve().name, (folder, folder.parent)
+    dataset, bases = files.dataset_name(raw), (folder, folder.parent)
     for split, listed in (("train", content.train), ("test", content.test)):
         for entry in listed:
-            image = files.named(bases, entry.image_path)
-            mask = files.named(bases, entry.mask_path) if entry.mask_path else None
+            image = files.listed_path(bases, entry.image_path)
+            mask = files.listed_path(bases, entry.mask_path) if entry.mask_path else None
             if image is None or (entry.mask_path and mask is None):
                 path = entry.image_path if image is None else entry.mask_path
-                problems.append(f"{found[0].relative_to(raw).as_posix()}: {path!r} is no path within the data set")
+                problems.append(f"{jsons[0].relative_to(raw).as_posix()}: {path!r} is not a path in the data set")
                 continue
             normal = entry.anomaly_class == content.meta.normal_class or mask is None
             yield files.sample(
@@ -121,4 +121,4 @@ def _jsons(top: Path, folder: Path) -> list[Path]:
     """The JSON files of a category that lie in the fewest folders."""
     name = glob.escape(f"{folder.name}.json")
     patterns = (name, f"*/{name}", f"*/*/{name}")
-    return next((found for pattern in patterns if (found := sorted(top.glob(pattern)))), [])
+    return next((jsons for pattern in patterns if (jsons := sorted(top.glob(pattern)))), [])

@@ -9,7 +9,7 @@ import base64
 import binascii
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +19,8 @@ from PIL import Image, ImageDraw
 
 from adfm.data.problems import MissingImage
 from adfm.data.readers.annotations import (
+    POINT,
     Shape,
-    class_name,
     enclosing,
     folder_names,
     holds,
@@ -30,20 +30,20 @@ from adfm.data.readers.annotations import (
     mentions,
     number,
     parsed,
+    point,
     polygon,
     sample,
     split_of,
     walk,
 )
-from adfm.data.readers.drawing import bitmap_shape, drawable, line_shape
 from adfm.data.readers.files import folders, images, refuse
-from adfm.data.readers.verdicts import defect_type, is_verdict
+from adfm.data.readers.shapes import Point, bitmap, check_mask_size, line
+from adfm.data.readers.verdicts import class_name, defect_type, is_verdict
 from adfm.records import Polygon, Sample, Split
 
 _ANN, _IMG, _META = "ann", "img", "meta.json"
 _LINES = ("line", "polyline")
 _LINE = "a line is the box round it"
-_POINT = "a point has no extent: the image is anomalous, but has no boxes"
 _PICTURES = "masks_"  # masks_human, masks_machine, masks_instances: drawn from the annotations
 _LARGEST = 1 << 28  # bytes of an unpacked bitmap
 
@@ -89,7 +89,7 @@ def read(raw: Path) -> Iterator[Sample]:
                 yield image
         elif folder.name != _IMG and (stray := images(folder)):
             names = ", ".join(image.name for image in stray)
-            problems.append(f"{folder.relative_to(raw).as_posix()}: images outside {_IMG}/: {names}")
+            problems.append(f"{folder.relative_to(raw).as_posix()}: images outside {_IMG}/, move them there: {names}")
     if empty and not problems:
         problems.append(f"no image in a folder {_IMG}/ beside {_ANN}/")
     refuse(raw, "supervisely", problems)
@@ -113,7 +113,9 @@ def _dataset(raw: Path, folder: Path, problems: list[str]) -> Iterator[Sample]:
             problems.append(f"{where}: there is no {_ANN}/{image.name}.json for it; export the annotations as well")
             continue
         if stems.setdefault(key, image) != image:
-            problems.append(f"{files[key].relative_to(raw).as_posix()}: belongs to {stems[key].name} and {image.name}")
+            problems.append(
+                f"{files[key].relative_to(raw).as_posix()}: belongs to {stems[key].name} and {image.name}; rename one"
+            )
         used.add(key)
         yield _sample(raw, image, files[key], meta, problems)
     for key, file in files.items():
@@ -121,7 +123,8 @@ def _dataset(raw: Path, folder: Path, problems: list[str]) -> Iterator[Sample]:
             where = file.relative_to(raw).as_posix()
             problems.append(MissingImage(f"{where}: there is no image {_IMG}/{key} for it"))
     problems += [
-        f"{inside.relative_to(raw).as_posix()}: images in a folder of {_IMG}/" for inside in folders(folder / _IMG)
+        f"{inside.relative_to(raw).as_posix()}: images in a folder of {_IMG}/; move them into {_IMG}/ itself"
+        for inside in folders(folder / _IMG)
     ]
 
 
@@ -171,10 +174,10 @@ def _sample(raw: Path, image: Path, file: Path, meta: _Meta, problems: list[str]
             problems.append(f"{where}: object {place}: {error}")
     split = split or split_of(*folder_names(raw, image))
     if points:
-        names = {*points, *(shape.name for shape in shapes)}
-        return labelled(raw, image, "+".join(sorted(names)), split, [*notes, _POINT], size=size)
+        names = [*points, *(shape.name for shape in shapes)]
+        return labelled(raw, image, names, split, [*notes, POINT], size=size)
     if label and not shapes:
-        return labelled(raw, image, label, split, notes, size=size)
+        return labelled(raw, image, [label], split, notes, size=size)
     return sample(raw, image, shapes, split, notes, size=size)
 
 
@@ -206,9 +209,9 @@ def _geometry(drawn: object, meta: _Meta) -> object:
 def _shape(drawn: object, geometry: object, size: _Size) -> Shape:
     name = class_name(member(drawn, "classTitle", str))
     if geometry == "bitmap":
-        bitmap = member(drawn, "bitmap", dict)
-        left, top = (int(side) for side in _point(member(bitmap, "origin", list)))
-        return bitmap_shape(name, _bitmap(member(bitmap, "data", str)), left, top, size)
+        drawing = member(drawn, "bitmap", dict)
+        left, top = (int(side) for side in point(member(drawing, "origin", list)))
+        return bitmap(name, _pixels(member(drawing, "data", str)), left, top, size)
     if geometry == "multipolygon":
         return _polygons(name, [_rings(part) for part in member(drawn, "parts", list)], size)
     if geometry not in ("rectangle", "polygon", *_LINES):
@@ -222,7 +225,7 @@ def _shape(drawn: object, geometry: object, size: _Size) -> Shape:
         raise ValueError(f"a {geometry} has 2 points or more, not {len(outer)}")
     if geometry == "rectangle":
         return Shape(name, enclosing(_last_included(outer)))
-    return line_shape(name, _last_included(outer))
+    return line(name, _last_included(outer))
 
 
 def _polygons(name: str, parts: list[tuple[Polygon, list[Polygon]]], size: _Size) -> Shape:
@@ -238,7 +241,7 @@ def _polygons(name: str, parts: list[tuple[Polygon, list[Polygon]]], size: _Size
     if size is None:
         raise ValueError("has a hole, but the file does not state the size of the image")
     width, height = int(min(round_it.x2, size[0])) - left, int(min(round_it.y2, size[1])) - top
-    drawable(width, height)
+    check_mask_size(width, height)
     part = np.zeros((height, width), bool)
     for outer, holes in parts:
         one = Image.new("1", (width, height))
@@ -247,42 +250,36 @@ def _polygons(name: str, parts: list[tuple[Polygon, list[Polygon]]], size: _Size
         for hole in holes:
             draw.polygon([(x - left, y - top) for x, y in polygon(hole)], fill=0)
         part |= np.asarray(one)
-    return bitmap_shape(name, part, left, top, size)
+    return bitmap(name, part, left, top, size)
 
 
 def _rings(part: object) -> tuple[Polygon, list[Polygon]]:
     """The outline and the holes of a polygon."""
-    outer = tuple(_point(value) for value in member(part, "exterior", list))
+    outer = tuple(point(value) for value in member(part, "exterior", list))
     holes = part.get("interior") if isinstance(part, dict) else None
     if not isinstance(holes, list) or not all(isinstance(hole, list) for hole in holes):
         holes = []
-    return outer, [tuple(_point(value) for value in hole) for hole in holes]
+    return outer, [tuple(point(value) for value in hole) for hole in holes]
 
 
-def _last_included(points: list[tuple[float, float]] | Polygon) -> list[tuple[float, float]]:
+def _last_included(points: Sequence[Point]) -> list[Point]:
     """The corners, and the far ends of the pixels in whole numbers that they name."""
     ends = [(x + 1 if x == int(x) else x, y + 1 if y == int(y) else y) for x, y in points]
     return [*points, *ends]
 
 
-def _point(value: object) -> tuple[float, float]:
-    if not isinstance(value, list) or len(value) != 2:
-        raise ValueError(f"{str(value)[:40]!r} is no point [x, y]")
-    return number(value[0]), number(value[1])
-
-
-def _bitmap(data: str) -> NDArray[np.bool_]:
+def _pixels(data: str) -> NDArray[np.bool_]:
     """The pixels of a bitmap: a PNG, packed by zlib, whose background is transparent."""
     try:
         packed = base64.b64decode(data, validate=True)
         unpacked = zlib.decompressobj().decompress(packed, _LARGEST)
         with Image.open(io.BytesIO(unpacked), formats=["PNG"]) as file:
-            drawable(*file.size)
+            check_mask_size(*file.size)
             if "transparency" in file.info or file.mode in ("LA", "RGBA"):
                 return np.asarray(file.convert("RGBA"))[..., 3] > 0
             values = np.asarray(file) != 0
     except binascii.Error as error:
-        raise ValueError("its bitmap cannot be read (it is no base64 text)") from error
+        raise ValueError("its bitmap cannot be read (it is not base64 text)") from error
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
         raise ValueError(f"its bitmap cannot be read ({error})") from error
     return np.asarray(values.reshape(*values.shape[:2], -1).any(axis=2))

@@ -9,7 +9,6 @@ tables of labels without boxes; and, without names of columns, RetinaNet's `000.
 
 from __future__ import annotations
 
-import codecs
 import csv
 import difflib
 import io
@@ -20,10 +19,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from adfm.data.problems import MissingImage, Unlisted
+from adfm.data.readers import verdicts
 from adfm.data.readers.annotations import (
     Shape,
     box,
-    class_name,
+    bracketed,
+    encoding_of,
     folder_names,
     holds,
     listing,
@@ -34,6 +35,7 @@ from adfm.data.readers.annotations import (
     within,
 )
 from adfm.data.readers.files import IMAGES, images, refuse, root
+from adfm.data.readers.verdicts import class_name
 from adfm.records import Box, Label, Sample, Split
 
 _SIDES = ("x1", "y1", "x2", "y2")
@@ -62,9 +64,7 @@ MAY_BE_BOXES = frozenset(
     )
 )
 # fmt: on
-NORMAL = ("normal", "good", "ok", "0")
-ANOMALOUS = ("anomalous", "anomaly", "defective", "defect", "bad", "ng", "ko", "nok", "1")
-_NOTHING = ("", *NORMAL, "none", "no defect", "-")
+_NOTHING = ("", "-", "none")
 _YES_OR_NO = {"true": "1", "yes": "1", "y": "1", "false": "0", "no": "0", "n": "0"}
 # Tables of other layouts: of VisA, and of Hugging Face's imagefolder.
 _OTHERS = frozenset(("image_anno.csv", "1cls.csv", "2cls_fewshot.csv", "2cls_highshot.csv", "metadata.csv"))
@@ -213,28 +213,11 @@ def _is_table(file: Path) -> bool:
     except OSError:
         return False
     try:
-        first = next(_rows(_decoded(start, errors="replace")), (1, []))
+        first = next(_rows(start.decode(encoding_of(start), errors="replace")), (1, []))
         header = _header(*first, strict=False)
     except (ValueError, csv.Error):
         return False
     return "image" in header.columns and bool(header.columns.keys() & {"label", "defect", "probability"})
-
-
-def _decoded(content: bytes, errors: str = "strict") -> str:
-    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-    try:
-        return content.decode(encoding, errors)
-    except UnicodeDecodeError as error:
-        raise ValueError("is not UTF-16 text, as its first bytes say; save the file with the encoding UTF-8") from error
-
-
-def _content(table: Path) -> str:
-    try:
-        with table.open("rb") as opened:
-            excel = opened.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # its "Unicode text"
-        return _decoded(table.read_bytes()) if excel else text(table)
-    except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror})") from error
 
 
 def _rows(content: str) -> Iterator[tuple[int, list[str]]]:
@@ -332,7 +315,7 @@ def _add_rows(raw: Path, table: Path, rows_of: dict[Path, list[_Row]], problems:
     line, read, header = 0, False, None
     bases = _bases(raw, table)
     try:
-        for line, cells in _rows(_content(table)):
+        for line, cells in _rows(text(table)):
             if header is None:
                 header = _header(line, cells)
                 if header.line:
@@ -353,7 +336,7 @@ def _add_rows(raw: Path, table: Path, rows_of: dict[Path, list[_Row]], problems:
             except ValueError as error:
                 problems.append(f"{where}: line {line}: {error}")
     except csv.Error as error:
-        problems.append(f"{where}: line {line + 1}: is no CSV ({error})")
+        problems.append(f"{where}: line {line + 1}: is not CSV ({error})")
         return ""
     except ValueError as error:
         problems.append(f"{where}: {error}")
@@ -380,7 +363,7 @@ def _row(raw: Path, table: Path, line: int, header: _Header, cells: list[str]) -
     mask, sides = values.get("mask", ""), [values.get(side, "") for side in _SIDES]
     split = split_of(values.get("split", ""))
     if values.get("split") and not split:
-        raise ValueError(f"the split {values['split']!r} is none of train, validation, test")
+        raise ValueError(f"the split {values['split']!r} is not train, validation or test")
     label, defect, notes = _judgement(header, values, marked=bool(any(sides) or mask))
     if label == "anomalous" and any(sides) and mask:
         raise ValueError(
@@ -429,23 +412,22 @@ def _judgement(header: _Header, values: dict[str, str], marked: bool) -> tuple[L
         word = values["label"].lower()
         if header.name("label") not in ("label", "target"):
             word = _YES_OR_NO.get(word, word)
-        if word in NORMAL:
-            if marked or defect.lower() not in _NOTHING:
+        if is_normal(word):
+            if marked or not _is_nothing(defect.lower()):
                 raise ValueError(f"the label is {word}, but there is a defect, a box or a mask")
             return "normal", "", ()
-        if word in ANOMALOUS:
+        if is_anomalous(word):
             return "anomalous", defect or "defect", ()
         if marked and "defect" not in values and not _is_number(word):
             return "anomalous", values["label"], ()  # VoTT, for one, calls the class so
-        known = f"{', '.join(NORMAL)}, or {', '.join(ANOMALOUS)}"
-        raise ValueError(f"the label {values['label']!r} is unknown; write {known}")
+        raise ValueError(f"the label {values['label']!r} is unknown; write normal or anomalous, OK or NG, or 0 or 1")
     if "defect" in values:
         if not header.line and not marked and not defect:
             return "normal", "", ()  # RetinaNet's row of an image without defects has its name alone
         return (*_of_class(header.name("defect"), defect, marked), ())
     chance = _number(header.name("probability"), values["probability"])
     if not 0 <= chance <= 1 or chance == 0.5:
-        raise ValueError(f"the probability {values['probability']} is neither below nor above 0.5, within 0 and 1")
+        raise ValueError(f"the probability {values['probability']} is not below or above 0.5, from 0 to 1")
     if marked and chance < 0.5:
         raise ValueError(f"the probability is {values['probability']}, but there is a box or a mask")
     return "anomalous" if chance > 0.5 else "normal", "defect", (_UNCERTAIN,) if 0 < chance < 1 else ()
@@ -464,7 +446,21 @@ def _of_class(column: str, name: str, marked: bool) -> tuple[Label, str]:
             return "anomalous", "defect"
     elif _is_number(word) or word in _YES_OR_NO:
         raise ValueError(f"its {column} is {name!r}, which may mean either; write `normal`, or the kind of the defect")
-    return ("normal", "") if word in _NOTHING else ("anomalous", name)
+    return ("normal", "") if _is_nothing(word) else ("anomalous", name)
+
+
+def is_normal(label: str) -> bool:
+    """Whether a label says normal; as a number that is 0."""
+    return label == "0" or verdicts.is_normal(label)
+
+
+def is_anomalous(label: str) -> bool:
+    """Whether a label says anomalous; as a number that is 1."""
+    return label == "1" or verdicts.is_anomalous(label)
+
+
+def _is_nothing(defect: str) -> bool:
+    return defect in _NOTHING or is_normal(defect)
 
 
 def _is_number(word: str) -> bool:
@@ -478,9 +474,7 @@ def _is_number(word: str) -> bool:
 def _box(header: _Header, sides: Sequence[str]) -> Box:
     drawn = box(*(_number(header.name(name), side) for name, side in zip(_SIDES, sides, strict=True)))
     if drawn.x2 <= 1 and drawn.y2 <= 1:
-        raise ValueError(
-            "the box [{:g}, {:g}, {:g}, {:g}] is not larger than a pixel; write pixels, not fractions".format(*drawn)
-        )
+        raise ValueError(f"the box {bracketed(drawn)} is not larger than a pixel; write pixels, not fractions")
     return drawn
 
 
@@ -500,7 +494,7 @@ def _number(name: str, written: str) -> float:
     try:
         return float(written)
     except ValueError as error:
-        raise ValueError(f"{name} is {written!r}, which is no number") from error
+        raise ValueError(f"{name} is {written!r}, which is not a number") from error
 
 
 def _bases(raw: Path, table: Path) -> list[list[Path]]:

@@ -1,20 +1,52 @@
-"""Labels of whole images, as people write them into annotation tools: OK, NG, good, scratch."""
+"""What people call images and defects: OK, NG, good, scratch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from adfm.data.readers.annotations import class_name
+# The words for a whole image, in lower case and without what separates words.
+NORMAL = frozenset(("normal", "good", "ok", "pass", "passed", "nodefect", "nodefects", "defectfree", "nondefective"))
+ANOMALOUS = frozenset(
+    ("anomalous", "anomaly", "anomalies", "abnormal", "defective", "defect", "defects", "faulty", "bad", "ng", "ko")
+).union(("nok", "notok", "nogood", "notgood", "fail", "failed", "reject", "rejected"))
+_SEPARATORS = str.maketrans("", "", "-_. ")
 
-_NORMAL = frozenset(("normal", "good", "ok", "pass", "no defect"))
-_DEFECTIVE = frozenset(
-    ("anomalous", "anomaly", "abnormal", "defective", "defect", "bad", "ng", "ko", "nok", "fail", "not ok")
-)
+
+def core(word: str) -> str:
+    """A word as in `NORMAL` and `ANOMALOUS`: `No defect` and `no_defect` are `nodefect`."""
+    return word.strip().lower().translate(_SEPARATORS)
+
+
+def is_normal(word: str) -> bool:
+    """Whether a word says that an image is normal."""
+    return core(word) in NORMAL
+
+
+def is_anomalous(word: str) -> bool:
+    """Whether a word says that an image is anomalous, without naming the defect."""
+    return core(word) in ANOMALOUS
 
 
 def is_verdict(answer: object) -> bool:
     """Whether an answer says that an image is normal or is not, as opposed to anything else about it."""
-    return isinstance(answer, str) and answer.strip().lower() in _NORMAL | _DEFECTIVE
+    return isinstance(answer, str) and (is_normal(answer) or is_anomalous(answer))
+
+
+def class_name(value: object) -> str:
+    """The name of a defect's class.
+
+    Raises:
+        ValueError: It is not a name, or one that says that nothing is wrong.
+    """
+    name = value.strip() if isinstance(value, str) else ""
+    if not name or not name.isprintable():
+        raise ValueError(f"the class {value!r} is not a name")
+    if is_normal(name):
+        raise ValueError(
+            f"its class is {name!r}, but every shape is taken for a defect; delete the shapes of this class,"
+            " an image without any is normal"
+        )
+    return name
 
 
 def defect_type(answers: Iterable[str]) -> str | None:
@@ -26,8 +58,8 @@ def defect_type(answers: Iterable[str]) -> str | None:
         ValueError: They say both that it is normal and that it is not, or one is not a name.
     """
     given = {answer.strip() for answer in answers if answer.strip()}
-    defects = sorted(answer for answer in given if answer.lower() not in _NORMAL)
+    defects = sorted(answer for answer in given if not is_normal(answer))
     if defects and len(defects) < len(given):
         raise ValueError(f"the image is labelled both normal and not: {', '.join(sorted(given))}")
-    types = [class_name(answer) for answer in defects if answer.lower() not in _DEFECTIVE]
+    types = [class_name(answer) for answer in defects if not is_anomalous(answer)]
     return "+".join(types) or ("defect" if defects else "" if given else None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +18,10 @@ from adfm.data.readers import files
 from adfm.data.readers.annotations import (
     Shape,
     box,
-    class_name,
     enclosing,
     folder_names,
     holds,
+    labelled,
     listing,
     member,
     mentions,
@@ -35,8 +36,8 @@ from adfm.data.readers.annotations import (
     walk,
 )
 from adfm.data.readers.lookup import Images
-from adfm.data.readers.outlines import ellipse
-from adfm.data.readers.verdicts import defect_type, is_verdict
+from adfm.data.readers.shapes import ellipse, line
+from adfm.data.readers.verdicts import class_name, defect_type, is_verdict
 from adfm.records import Sample
 
 # What people call the attribute that names the class, if a region has several.
@@ -59,7 +60,7 @@ class _Image(NamedTuple):
         name: Its file name, path or URL.
         size: Its size in bytes; -1 if unknown.
         regions: What is drawn on it.
-        attributes: What is said of it as a whole.
+        attributes: Those of the image as a whole.
     """
 
     name: str
@@ -147,28 +148,22 @@ def _samples(
             problems.append(problem(where, error))
             continue
         is_same = image.size < 0 or path.stat().st_size == image.size
-        shapes = []
-        for place, region in enumerate(image.regions):
-            try:
-                shapes.append(_shape(region, kind, is_same))
-            except ValueError as error:
-                problems.append(f"{where}: {image.name}: region {place}: {error}")
+        shapes = _shapes(f"{where}: {image.name}", image.regions, kind, is_same, problems)
         if defect == "" and image.regions:
             problems.append(
                 f"{where}: {image.name} is labelled normal, and {len(image.regions)} regions are drawn on it; correct"
                 " either"
             )
-        said = list(notes) if image.regions else []
+        its_notes = list(notes) if image.regions else []
         if defect is not None:
-            said += [f"the attribute {name!r} is taken for the label of the image" for name in labels]
+            its_notes += [f"the attribute {name!r} is taken for the label of the image" for name in labels]
         if not is_same:
-            said.append("the image file is not the one that was annotated: it has another size in bytes")
+            its_notes.append("the image file is not the one that was annotated: it has another size in bytes")
         its_split = split or split_of(*folder_names(raw, path))
         if defect and not image.regions:
-            name = raw.resolve().name
-            yield files.sample(raw, name, name, path, defect, split=its_split, located=False, notes=tuple(said))
+            yield labelled(raw, path, [defect], its_split, its_notes)
         else:
-            yield sample(raw, path, shapes, its_split, said)
+            yield sample(raw, path, shapes, its_split, its_notes)
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -263,10 +258,10 @@ def _from_version_3(content: dict[str, Any]) -> list[_Image]:
     declared = content["attribute"]
     images: dict[str, _Image] = {}
     for view, of_view in content["view"].items():
-        shown = member(of_view, "fid_list", list)
-        if len(shown) != 1:
-            raise ValueError(f"view {view} shows {len(shown)} files; only projects with one image a view are read")
-        file = member(content["file"], str(shown[0]), dict)
+        files_of = member(of_view, "fid_list", list)
+        if len(files_of) != 1:
+            raise ValueError(f"view {view} shows {len(files_of)} files; only projects with one image a view are read")
+        file = member(content["file"], str(files_of[0]), dict)
         images[view] = _Image(member(file, "fname", str), -1, [], {})
     for metadata in content["metadata"].values():
         view, points = str(member(metadata, "vid", object)), member(metadata, "xy", list)
@@ -344,6 +339,18 @@ def _label_attributes(images: list[_Image]) -> list[str]:
     return labels
 
 
+def _shapes(
+    where: str, regions: Iterable[_Region], kind: str | None, is_same: bool, problems: list[str]
+) -> list[Shape]:
+    shapes = []
+    for place, region in enumerate(regions):
+        try:
+            shapes.append(_shape(region, kind, is_same))
+        except ValueError as error:
+            problems.append(f"{where}: region {place}: {error}")
+    return shapes
+
+
 def _shape(region: _Region, kind: str | None, is_same: bool) -> Shape:
     """A region's shape; what reaches out of the image is cut off if the image is the one that was annotated."""
     if kind is not None and not region.attributes.get(kind):
@@ -358,17 +365,16 @@ def _shape(region: _Region, kind: str | None, is_same: bool) -> Shape:
         radii = ("r", "r") if form == "circle" else ("rx", "ry")
         x, y, across, down = (number(shape.get(key)) for key in ("cx", "cy", *radii))
         turn = number(shape.get("theta") or 0)  # radians, clockwise; early versions had none
-        return replace(ellipse(name, (x, y), (across, down), turn), cut=is_same)
+        return replace(ellipse(name, (x, y), (across, down), math.degrees(turn)), cut=is_same)
     if form not in ("polygon", "polyline", "box"):
         raise ValueError(
             f"a shape of the kind {form!r} has no area; draw a rectangle, circle, ellipse or polygon instead"
         )
     xs, ys = ([number(side) for side in member(shape, f"all_points_{axis}", list)] for axis in "xy")
     if len(xs) != len(ys) or len(xs) < 2:
-        raise ValueError(f"it has {len(xs)} x and {len(ys)} y")
+        raise ValueError(f"its points are {len(xs)} x and {len(ys)} y, not two or more of each")
     points = list(zip(xs, ys, strict=True))
     if form == "polygon" and len(points) > 2:
         outline = polygon(points)
         return Shape(name, enclosing(outline), (outline,), cut=is_same)
-    x1, y1, x2, y2 = min(xs), min(ys), max(xs), max(ys)
-    return Shape(name, box(x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)), cut=is_same)
+    return replace(line(name, points), cut=is_same)

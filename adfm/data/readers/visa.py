@@ -36,15 +36,15 @@ def read(raw: Path) -> Iterator[Sample]:
     With `split_csv/1cls.csv` the images, their labels, masks and `split` are what it lists, in its order; it may list
     categories that are not there. Without it they are what is in the folders, by name, and no split is fixed. `defect`
     is the label in `image_anno.csv`, such as `melt` or `bubble,scratch`, and `anomaly` where that does not say.
-    Folders are gone into, and files ignored, as for MVTec AD.
+    Folders are entered, and files ignored, as for MVTec AD.
 
     Args:
         raw: The raw data set; its name is the name of the data set.
 
     Raises:
         AdfmError: No image, an anomalous image without a mask, images and masks that a file names and that do not
-            exist, or that exist and are not named, rows that cannot be understood: all that was found, in one error,
-            after the last sample.
+            exist, or that exist and are not named, rows that cannot be understood: all in one error, after the last
+            sample.
     """
     problems: list[str] = []
     parts = ((folder, _category(raw, folder, problems)) for folder in files.categories(raw, _is_category))
@@ -52,7 +52,7 @@ def read(raw: Path) -> Iterator[Sample]:
 
 
 def _category(raw: Path, folder: Path, problems: list[str]) -> Iterator[Sample]:
-    dataset, category = raw.resolve().name, folder.resolve().name
+    dataset, category = files.dataset_name(raw), folder.resolve().name
     table = folder.parent / "split_csv" / "1cls.csv"
     listed = _listed(raw, table, folder, problems) if folder != raw and table.is_file() else _found(folder)
     defects = _defects(raw, folder / "image_anno.csv", problems)
@@ -75,15 +75,15 @@ def _listed(raw: Path, table: Path, folder: Path, problems: list[str]) -> Iterat
     for place, row in _rows(raw, table, ("object", "split", "label", "image", "mask"), problems):
         if row["object"] != folder.name:
             continue
-        image = files.named([folder.parent], row["image"])
-        mask = files.named([folder.parent], row["mask"]) if row["mask"] else None
+        image = files.listed_path([folder.parent], row["image"])
+        mask = files.listed_path([folder.parent], row["mask"]) if row["mask"] else None
         wrong = []
         if row["label"] not in ("normal", "anomaly"):
             wrong.append(f"label {row['label']!r} is neither normal nor anomaly")
         if row["split"] not in ("train", "test"):
             wrong.append(f"split {row['split']!r} is neither train nor test")
         if image is None or not image.is_relative_to(folder) or (row["mask"] and mask is None):
-            wrong.append(f"image {row['image']!r} or mask {row['mask']!r} is no path within {folder.name}")
+            wrong.append(f"image {row['image']!r} or mask {row['mask']!r} is not a path within {folder.name}")
         elif not wrong:
             normal = row["label"] == "normal"
             yield _Image(image, normal, None if normal else mask, row["split"])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -21,16 +20,18 @@ from adfm.data.readers import voc_masks, voc_sets
 from adfm.data.readers.annotations import (
     Shape,
     box,
-    class_name,
+    bracketed,
     enclosing,
     holds,
     listing,
+    nfc,
     polygon,
     sample,
     walk,
 )
-from adfm.data.readers.drawing import turned, turned_shape
-from adfm.data.readers.files import folders, images, refuse
+from adfm.data.readers.files import folders, images, refuse, relative
+from adfm.data.readers.shapes import turned_box
+from adfm.data.readers.verdicts import class_name
 from adfm.data.readers.xmlfiles import document, outermost
 from adfm.records import Box, Sample
 
@@ -95,37 +96,45 @@ def read(raw: Path) -> Iterator[Sample]:
         if voc_masks.pictures(raw, folder):
             continue
         same: dict[str, Path] = {}
-        there, here = images(folder), _place(raw, folder)
+        there, here = images(folder), relative(raw, folder)
         own, shared = _places(raw, folder) if there else ([], [])
         files = [_files(own), *([shared_files(tuple(shared))] if shared else [])]
         for image in there:
-            other = same.setdefault(_nfc(image.stem), image)
+            other = same.setdefault(nfc(image.stem), image)
             if other != image:
-                problems.append(f"{_place(raw, other)}: has the same name as {_place(raw, image)}")
+                problems.append(f"{relative(raw, other)}: has the same name as {relative(raw, image)}")
             file = _annotation(raw, image, here, files, owners, problems)
             drawn = _read(raw, file, problems) if file else _Drawn([], None, False, [])
-            shapes, notes = drawn.shapes, drawn.notes
             mask = classes.find(image, _IMAGES)
             try:
-                if mask:
-                    shapes, more = voc_masks.added(shapes, classes.shapes(mask, drawn.size))
-                    notes = [*notes, *more]
-                elif drawn.segmented and not shapes and file:
-                    raise ValueError(
-                        f"'segmented' is 1, but there is neither an object nor a mask {image.stem}.png in"
-                        " SegmentationClass; add the mask, export boxes, or write 0 if nothing is wrong with the part"
-                    )
+                shapes, notes = _with_mask(image, drawn, mask, classes)
             except ValueError as error:
-                problems.append(f"{_place(raw, mask.either if mask else file or image)}: {error}")
+                shapes, notes = drawn.shapes, drawn.notes
+                problems.append(f"{relative(raw, mask.either if mask else file or image)}: {error}")
             annotated |= file is not None or mask is not None
-            split, more = lists.split(image, _IMAGES)
-            yield sample(raw, image, shapes, split, [*notes, *more], size=drawn.size)
+            split, split_notes = lists.split(image, _IMAGES)
+            yield sample(raw, image, shapes, split, [*notes, *split_notes], size=drawn.size)
     _add_orphans(raw, owners, problems)
     classes.add_orphans()
     lists.add_missing()
     if not annotated and not problems:
         problems.append("no image has an XML file, beside it or in Annotations/ instead of JPEGImages/, or a mask")
     refuse(raw, "voc", problems)
+
+
+def _with_mask(
+    image: Path, drawn: _Drawn, mask: voc_masks.Masks | None, classes: voc_masks.Classes
+) -> tuple[list[Shape], list[str]]:
+    """The shapes of an image and of its mask, and notes."""
+    if mask:
+        shapes, notes = voc_masks.added(drawn.shapes, classes.shapes(mask, drawn.size))
+        return shapes, [*drawn.notes, *notes]
+    if drawn.segmented and not drawn.shapes:
+        raise ValueError(
+            f"'segmented' is 1, but there is neither an object nor a mask {image.stem}.png in SegmentationClass; add"
+            " the mask, export boxes, or write 0 if nothing is wrong with the part"
+        )
+    return drawn.shapes, drawn.notes
 
 
 # ------------------------------------------------------------------------------------------- which file is an image's
@@ -146,7 +155,7 @@ def _files(folders: Iterable[Path]) -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = {}
     for folder in folders:
         for file in listing(folder, ".xml"):
-            files.setdefault(_nfc(file.stem), []).append(file)
+            files.setdefault(nfc(file.stem), []).append(file)
     return files
 
 
@@ -199,15 +208,15 @@ def _annotation(
         problems: Gets two XML files of one image, and two images of one XML file.
     """
     for stems in files:
-        same = stems.get(_nfc(image.stem), [])
+        same = stems.get(nfc(image.stem), [])
         if len(same) > 1:
-            others = ", ".join(_place(raw, file) for file in same[1:])
-            problems.append(f"{_place(raw, same[0])}: has the same name as {others}")
+            others = ", ".join(relative(raw, file) for file in same[1:])
+            problems.append(f"{relative(raw, same[0])}: has the same name as {others}")
         for file in same:
-            other = owners.setdefault(_place(raw, file), folder)
+            other = owners.setdefault(relative(raw, file), folder)
             if other != folder:
                 problems.append(
-                    f"{_place(raw, file)}: may belong to an image in {other} or to one in {folder}; put it beside the"
+                    f"{relative(raw, file)}: may belong to an image in {other} or to one in {folder}; put it beside the"
                     " image that it is for, or into a folder of the same name"
                 )
         if same:
@@ -218,31 +227,23 @@ def _annotation(
 def _add_orphans(raw: Path, owners: dict[str, str], problems: list[str]) -> None:
     for folder in walk(raw):
         for file in listing(folder, ".xml"):
-            where = _place(raw, file)
+            where = relative(raw, file)
             if where not in owners and _is_annotation(file):
                 problems.append(MissingImage(f"{where}: there is no image {file.stem}.* for it"))
-
-
-def _place(raw: Path, path: Path) -> str:
-    return path.relative_to(raw).as_posix()
-
-
-def _nfc(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
 
 
 # --------------------------------------------------------------------------------------------------- what it says
 
 
 def _read(raw: Path, file: Path, problems: list[str]) -> _Drawn:
-    where = _place(raw, file)
+    where = relative(raw, file)
     shapes: list[Shape] = []
     notes: list[str] = []
     size, segmented = None, False
     try:
         content = document(file)
         if content.tag != "annotation":
-            raise ValueError(f"is no Pascal VOC file: it begins with <{content.tag}> instead of <annotation>")
+            raise ValueError(f"is not a Pascal VOC file: it begins with <{content.tag}> instead of <annotation>")
         segmented = (content.findtext("segmented") or "").strip() == "1"
         size = _size(content)
         objects = content.findall("object")
@@ -288,14 +289,12 @@ def _shapes(drawn: ElementTree.Element) -> list[Shape]:
     if rotation and outlines and not boxes:
         raise ValueError("the attribute rotation turns a polygon, which LabelMe does not know; export another format")
     if rotation:
-        shapes = [
-            turned_shape(name, (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, math.radians(rotation))
-            for x1, y1, x2, y2 in boxes
-        ]
+        shapes = [turned_box(name, one, rotation) for one in boxes]
     elif len(boxes) == 1 and outlines:
         round_it = enclosing([corner for outline in outlines for corner in outline])
         if round_it.iou(boxes[0]) < _OVERLAP:
-            raise ValueError(f"its bndbox {_text(boxes[0])} and its polygon, within {_text(round_it)}, contradict")
+            sides, spans = bracketed(boxes[0]), bracketed(round_it)
+            raise ValueError(f"its bndbox is {sides}, but its polygon spans {spans}; correct one of them")
         shapes = [Shape(name, boxes[0], tuple(outlines))]
     else:
         shapes = [Shape(name, one) for one in boxes]
@@ -314,7 +313,7 @@ def _box(bndbox: ElementTree.Element, rotation: float) -> Box:
     x1, y1, x2, y2 = sides if from_zero else (_from_zero(sides[0]), _from_zero(sides[1]), sides[2], sides[3])
     within = box(x1, y1, x2, y2)
     if not rotation and min(x1, y1) < -1:
-        raise ValueError(f"the box {_text(within)} begins before the image")
+        raise ValueError(f"the box {bracketed(within)} begins before the image")
     return within
 
 
@@ -329,9 +328,9 @@ def _rotation(drawn: ElementTree.Element) -> float:
     try:
         angle = float(values[0] or "") if values else 0.0
     except ValueError as error:
-        raise ValueError(f"its attribute rotation is no number: {values[0]!r}") from error
+        raise ValueError(f"its attribute rotation is not a number: {values[0]!r}") from error
     if not math.isfinite(angle):
-        raise ValueError(f"its attribute rotation is no number: {values[0]!r}")
+        raise ValueError(f"its attribute rotation is not a number: {values[0]!r}")
     return angle % 360
 
 
@@ -341,8 +340,8 @@ def _rolabelimg(name: str, robndbox: ElementTree.Element) -> Shape:
         outline = polygon([(_number(robndbox, f"x_{at}"), _number(robndbox, f"y_{at}")) for at in _CORNERS])
         return Shape(name, enclosing(outline), (outline,), cut=True)
     cx, cy, width, height, angle = (_number(robndbox, part) for part in _TURNED)
-    turned(cx, cy, width, height, angle)
-    return turned_shape(name, cx, cy, width, height, angle)
+    before = Box(cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2)
+    return turned_box(name, before, math.degrees(angle))
 
 
 def _corners(outline: ElementTree.Element) -> list[tuple[float, float]]:
@@ -364,7 +363,3 @@ def _number(part: ElementTree.Element, name: str) -> float:
 
 def _from_zero(first: float) -> float:
     return first - 1 if first >= 1 else min(first, 0.0)
-
-
-def _text(sides: Box) -> str:
-    return "[{:g}, {:g}, {:g}, {:g}]".format(*sides)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Container, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
@@ -13,9 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from adfm.data.problems import MissingImage
-from adfm.data.readers.annotations import Shape, class_name, folder_names, text, walk
-from adfm.data.readers.drawing import bitmap_shape, drawable
+from adfm.data.readers.annotations import Shape, folder_names, nfc, text, walk
 from adfm.data.readers.files import images
+from adfm.data.readers.shapes import bitmap, check_mask_size
+from adfm.data.readers.verdicts import class_name
 from adfm.records import Box
 
 _LABELMAP = "labelmap.txt"
@@ -84,7 +84,7 @@ class Classes:
             return None
         inner = image.relative_to(base).parts
         inner = inner[1:] if inner[0].lower() in own and len(inner) > 1 else inner
-        stem = unicodedata.normalize("NFC", image.stem)
+        stem = nfc(image.stem)
         classes, objects = (
             next((file for name in names if (file := self._files((base / name).joinpath(*inner[:-1])).get(stem))), None)
             for names in (_CLASS, _OBJECT)
@@ -133,7 +133,7 @@ class Classes:
             else:
                 parts = [(pixels, 0, 0)]
                 name = "defect" if classes is None else self._name(masks, _most(classes[pixels]))
-            shapes += [bitmap_shape(name, part, left, top, size) for part, left, top in parts]
+            shapes += [bitmap(name, part, left, top, size) for part, left, top in parts]
         return shapes
 
     def _name(self, masks: Masks, color: int) -> str:
@@ -141,7 +141,7 @@ class Classes:
         rgb = (color & 255, color >> 8 & 255, color >> 16)
         if names is not None:
             if rgb not in names:
-                raise ValueError(f"has the colour {rgb}, which is none of a class in the list of classes")
+                raise ValueError(f"has the colour {rgb}, which no class in the list of classes has")
             return names[rgb]
         index = _palette().get(rgb)
         if index is None:
@@ -182,7 +182,7 @@ def added(boxed: list[Shape], masked: list[Shape]) -> tuple[list[Shape], list[st
 
 def _files(folder: Path) -> dict[str, Path]:
     """The masks of a folder by their stems."""
-    return {unicodedata.normalize("NFC", mask.stem): mask for mask in images(folder)}
+    return {nfc(mask.stem): mask for mask in images(folder)}
 
 
 def _covers(drawn: Box, mask: Box) -> bool:
@@ -199,7 +199,7 @@ def _colors(path: Path, by_color: bool) -> NDArray[np.uint32]:
     """
     try:
         with Image.open(path) as file:
-            drawable(*file.size)
+            check_mask_size(*file.size)
             gray = file.mode in ("1", "L")
             if gray or (file.mode == "P" and not by_color):
                 values = np.asarray(file).astype(np.uint8)
@@ -225,7 +225,7 @@ def _most(colors: NDArray[np.uint32]) -> int:
     values, counts = np.unique(colors, return_counts=True)
     counts[(values == 0) | (values == _code(_VOID))] = 0
     if not counts.any():
-        raise ValueError("has an object that the mask in SegmentationClass gives no class")
+        raise ValueError("has an object that the mask in SegmentationClass gives no class; paint it there as well")
     return int(values[counts.argmax()])
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Container
 from pathlib import Path
 from typing import NamedTuple
 
 from adfm.data.problems import MissingImage
-from adfm.data.readers.annotations import folder_names, listing, split_of, text, walk
+from adfm.data.readers.annotations import folder_names, lines, listing, nfc, split_of, walk
 from adfm.data.readers.files import IMAGES
 from adfm.records import Split
 
@@ -68,7 +67,7 @@ class Lists:
     def _listed(
         self, image: Path, base: Path, places: list[list[_List]], own: Container[str]
     ) -> tuple[Split | None, list[str]]:
-        whole = _nfc(image.relative_to(base).as_posix()[: -len(image.suffix)])
+        whole = nfc(image.relative_to(base).as_posix()[: -len(image.suffix)])
         first, slash, rest = whole.partition("/")
         names = {whole, rest} if slash and first.lower() in own else {whole}
         lists = [[one for one in place if names & one.names] for place in places]
@@ -116,12 +115,12 @@ class Lists:
 
     def _read(self, file: Path, folder: str, plain: bool) -> _List | None:
         try:
-            lines = text(file).splitlines() if file.stat().st_size else []
+            content = lines(file)
         except ValueError as error:
             self._problems.append(f"{file.relative_to(self._raw).as_posix()}: {error}")
             return None
         columns = not plain or folder.endswith(("Layout", "Action"))
-        names = {_name(_COLUMNS.sub("", line.strip()) if columns else line) for line in lines if line.strip()}
+        names = {_name(_COLUMNS.sub("", line.strip()) if columns else line) for line in content if line.strip()}
         return _List(file, split_of(_last(file.stem)), frozenset(names))
 
 
@@ -144,13 +143,9 @@ def _of_voc(one: _List) -> bool:
 
 def _name(line: str) -> str:
     """The name in a line, without quotes, a leading `./`, the suffix of images, and the XML file after it."""
-    name = _nfc(line.strip().strip('"').replace("\\", "/"))
+    name = nfc(line.strip().strip('"').replace("\\", "/"))
     image, blank, annotation = name.rpartition(" ")
     if blank and annotation.endswith(".xml"):
         name = image.strip()
     stem, dot, suffix = name.rpartition(".")
     return (stem if dot and f".{suffix.lower()}" in IMAGES else name).removeprefix("./")
-
-
-def _nfc(name: str) -> str:
-    return unicodedata.normalize("NFC", name)

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
+from adfm.data.readers.annotations import contents
+
 # Web browsers read these names as the larger encodings too: the tools declare the smaller one and write the larger.
 _LARGER = {"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949", "big5": "big5hkscs"}
 _MARKS = {
@@ -39,16 +41,14 @@ def document(path: Path) -> ElementTree.Element:
     """An XML file in the encoding that it declares, of those that Python knows; the parser alone knows few.
 
     Raises:
-        ValueError: It cannot be read, is no XML, or is in another encoding than it declares.
+        ValueError: It cannot be read, is not XML, or is in another encoding than it declares.
     """
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror})") from error
-    try:
-        return ElementTree.fromstring(_decoded(content).lstrip())  # the parser takes no blank line before the first
+        return ElementTree.fromstring(
+            _decoded(contents(path)).lstrip()
+        )  # the parser takes no blank line before the first
     except ElementTree.ParseError as error:
-        raise ValueError(f"is no XML ({error})") from error
+        raise ValueError(f"is not XML ({error})") from error
 
 
 def _marked(content: bytes) -> str | None:

@@ -20,10 +20,11 @@ from adfm.data.problems import MissingImage
 from adfm.data.readers.annotations import (
     Shape,
     box,
-    class_name,
+    bracketed,
     enclosing,
     folder_names,
     holds,
+    lines,
     listing,
     mentions,
     paired,
@@ -35,6 +36,7 @@ from adfm.data.readers.annotations import (
     within,
 )
 from adfm.data.readers.files import images, refuse
+from adfm.data.readers.verdicts import class_name
 from adfm.records import Box, Sample, Split
 
 _IMAGES = frozenset(("images",))
@@ -129,8 +131,8 @@ def _is_settings(file: Path) -> bool:
 
 def _is_labels(file: Path) -> bool:
     try:
-        with file.open(encoding="utf-8", errors="replace") as lines:
-            first = next((line for line in lines if line.strip()), "").split()
+        with file.open(encoding="utf-8", errors="replace") as opened:
+            first = next((line for line in opened if line.strip()), "").split()
         return len(first) > 4 and _class(first[0]) >= 0 and all(math.isfinite(float(word)) for word in first)
     except (OSError, ValueError):
         return False
@@ -213,13 +215,13 @@ def _add_list(raw: Path, file: Path, split: Split, roots: list[Path], settings: 
     """Takes the images that a text file lists, a path a line."""
     where = file.relative_to(raw).as_posix()
     try:
-        lines = text(file).splitlines() if file.read_bytes().strip() else []
-    except (OSError, ValueError) as error:
+        content = lines(file)
+    except ValueError as error:
         problems.append(f"{where}: {error}")
         return
     bases = list(dict.fromkeys([file.parent, *roots]))
     folders: dict[str, Path] = {}  # as the list writes them; a list has a hundred thousand lines
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(content, start=1):
         if not line.strip():
             continue
         written, _, name = line.strip().replace("\\", "/").rpartition("/")
@@ -278,11 +280,11 @@ def _shapes(raw: Path, file: Path, names: dict[int, str], problems: list[str]) -
     where = file.relative_to(raw).as_posix()
     shapes = []
     try:
-        lines = text(file).splitlines() if file.read_bytes().strip() else []
-    except (OSError, ValueError) as error:
+        content = lines(file)
+    except ValueError as error:
         problems.append(f"{where}: {error}")
         return []
-    for place, line in enumerate(lines, start=1):
+    for place, line in enumerate(content, start=1):
         try:
             if line.strip():
                 shapes.append(_shape(line.split(), names))
@@ -293,7 +295,7 @@ def _shapes(raw: Path, file: Path, names: dict[int, str], problems: list[str]) -
 
 def _shape(words: list[str], names: dict[int, str]) -> Shape:
     if len(words) == 6:
-        raise ValueError("has 6 numbers: the last is a confidence, and predictions are no labels")
+        raise ValueError("has 6 numbers: the last is a confidence, and predictions are not labels")
     if len(words) < 5 or len(words) % 2 == 0:
         raise ValueError(f"is neither class, cx, cy, width, height nor class and points: has {len(words)} numbers")
     number = _class(words[0])
@@ -320,7 +322,7 @@ def _drawn(name: str, words: list[str]) -> Shape:
     width, height = (_fraction(word, _SLACK) for word in words[2:])
     drawn = box(cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2, side=1)
     if _reaches_out(drawn, _SLACK):
-        raise ValueError("the box [{:g}, {:g}, {:g}, {:g}] reaches out of the image; draw it again".format(*drawn))
+        raise ValueError(f"the box {bracketed(drawn)} reaches out of the image; draw it again")
     return Shape(name, drawn, cut=_reaches_out(drawn, 0))
 
 
@@ -335,14 +337,14 @@ def _class(word: str) -> int:
     except ValueError:
         number = math.nan
     if not (0 <= number < 1e6 and number.is_integer()):
-        raise ValueError(f"the class {word!r} is no whole number from 0")
+        raise ValueError(f"the class {word!r} is not a whole number from 0")
     return int(number)
 
 
 def _fraction(word: str, slack: float) -> float:
     value = _number(word)
     if not -slack <= value <= 1 + slack:
-        raise ValueError(f"{word} is no fraction of the image; write positions and sizes from 0 to 1, not in pixels")
+        raise ValueError(f"{word} is not a fraction of the image; write positions and sizes from 0 to 1, not pixels")
     return value
 
 
@@ -350,4 +352,4 @@ def _number(word: str) -> float:
     try:
         return float(word)
     except ValueError as error:
-        raise ValueError(f"{word!r} is no number") from error
+        raise ValueError(f"{word!r} is not a number") from error

@@ -15,7 +15,7 @@ from adfm.records import Sample
 
 Read = Callable[[Path], Iterator[Sample]]
 
-# What is no file of any layout, or one with something in it that no tool should have written.
+# What is not a file of any layout, or one with something in it that no tool should have written.
 NASTY = (
     b"",
     b"\0",

@@ -181,7 +181,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "a.json: image no. 8: has no 'id'",
         f"a.json: annotation 0: the box [5, 5, 3, 8] {outside}",
         f"a.json: annotation 1: the box [5, 5, 5, 8] {outside}",
-        "a.json: annotation 2: 'nan' is no finite number",
+        "a.json: annotation 2: 'nan' is not a finite number",
         "a.json: annotation 3: the box [-9, 5, -5, 8] lies outside the image",
         "a.json: annotation 4: 'bbox' is [x, y, width, height], and has 3 numbers",
         "a.json: annotation 5: there is no image with the id 9",
@@ -189,15 +189,15 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "a.json: annotation 7: its class is 'Good', but every shape is taken for a defect; delete the shapes of this"
         " class, an image without any is normal",
         "a.json: annotation 8: '1' is text, and a number is needed; write it without quotation marks",
-        "a.json: annotation no. 11: 'segmentation' is no list of polygons [x, y, x, y, …]",
+        "a.json: annotation no. 11: 'segmentation' is not a list of polygons [x, y, x, y, …]",
         "a.json: annotation no. 12: the run lengths sum to 3, not to 2 x 2",
         "a.json: annotation no. 13: the compressed run lengths break off",
         "a.json: annotation no. 14: the compressed run lengths are damaged",
         "a.json: annotation no. 15: run lengths and their size are whole numbers from 0",
-        "a.json: annotation no. 16: 'segmentation' is no list: 'x'",
+        "a.json: annotation no. 16: 'segmentation' is not a list: 'x'",
         "a.json: annotation 0: another annotation has the same id",
         "a.json: annotation no. 18: has no 'category_id'",
-        "a.json: annotation no. 19: is no JSON object, so that it has no 'image_id'",
+        "a.json: annotation no. 19: is not a JSON object, so that it has no 'image_id'",
         f"a.json: image 2: there is no image 'gone.jpg', {nowhere}",
         "a.json: image 3: a.jpg is listed before, in a.json; list each image once, with all of its annotations",
         f"a.json: image 4: there is no image 'twice.jpg', {nowhere}",
@@ -298,7 +298,9 @@ def test_a_turned_shape_with_an_outline_is_its_outline(tmp_path: Path) -> None:
     assert sample.boxes == ((10, 10, 50, 20),)
     sample = _one(tmp_path, [5, 5, 9, 9], attributes={"rotation": "left"})  # someone's own attribute
     assert sample.boxes == ((5, 5, 14, 14),)
-    assert "its rotation is no finite number" in _refusal(tmp_path, [5, 5, 9, 9], attributes={"rotation": float("inf")})
+    assert "its rotation is not a finite number" in _refusal(
+        tmp_path, [5, 5, 9, 9], attributes={"rotation": float("inf")}
+    )
 
 
 def test_an_outline_past_the_edge_is_cut_off_if_the_size_is_known(tmp_path: Path) -> None:

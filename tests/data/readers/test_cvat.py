@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from adfm.data.problems import MissingImage
 from adfm.data.readers import cvat
-from adfm.data.readers.drawing import pixels
+from adfm.data.readers.shapes import pixels
 from adfm.records import Sample
 from tests.data.readers.drawn import NASTY, by_source, never_fails_otherwise, problems, touch
 
@@ -225,7 +225,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         " the shapes of this class, an image without any is normal",
         "annotations.xml: image '1.jpg': shape 5: box: its rotation 'inf' is not finite",
         "annotations.xml: image '1.jpg': shape 6: polygon: a polygon needs 3 corners, and has 2",
-        "annotations.xml: image '1.jpg': shape 7: polygon: '3' is no point",
+        "annotations.xml: image '1.jpg': shape 7: polygon: '3' is not a point",
         "annotations.xml: image '1.jpg': shape 8: mask: its rle does not have 4 pixels, as its width and height do",
         "annotations.xml: image '1.jpg': shape 9: mask: its rle has something else than whole numbers",
         "annotations.xml: image '1.jpg': shape 10: mask: its mask of 2x2 at 127, 0 reaches out of the image of 128x96",

@@ -159,21 +159,21 @@ def test_the_only_folder_is_gone_into_three_times(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../x.png", "a/../../x.png", "", ".", "a\0.png"])
 def test_a_path_that_leads_out_or_nowhere(name: str, tmp_path: Path) -> None:
-    assert files.named([tmp_path], name) is None
+    assert files.listed_path([tmp_path], name) is None
 
 
 def test_a_path_is_looked_for_in_several_folders(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.png").touch()
-    assert files.named([tmp_path, tmp_path / "a"], "x.png") == tmp_path / "a" / "x.png"
-    assert files.named([tmp_path, tmp_path / "a"], "a/x.png") == tmp_path / "a" / "x.png"
+    assert files.listed_path([tmp_path, tmp_path / "a"], "x.png") == tmp_path / "a" / "x.png"
+    assert files.listed_path([tmp_path, tmp_path / "a"], "a/x.png") == tmp_path / "a" / "x.png"
     for missing in ("y.png", "y" * 300 + ".png"):
-        assert files.named([tmp_path, tmp_path / "a"], missing) == tmp_path / missing
+        assert files.listed_path([tmp_path, tmp_path / "a"], missing) == tmp_path / missing
 
 
 @given(st.text())
 def test_no_path_leads_out(name: str) -> None:
-    path = files.named([Path("/data/set")], name)
+    path = files.listed_path([Path("/data/set")], name)
     assert path is None or Path(os.path.normpath(path)).is_relative_to("/data/set")
 
 

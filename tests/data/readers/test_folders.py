@@ -256,7 +256,7 @@ def test_where_masks_alone_say_what_is_normal_every_image_needs_one(tmp_path: Pa
 def test_names_that_are_no_text_for_a_prompt_are_refused(tmp_path: Path) -> None:
     touch(tmp_path, "good/a.jpg", "cra\nck/b.jpg")
     (problem,) = problems(tmp_path)
-    assert "is no name" in problem
+    assert "is not a name" in problem
 
 
 def test_a_damaged_mask_beside_is_left_to_conversion(tmp_path: Path) -> None:

@@ -331,7 +331,7 @@ def test_what_is_not_a_label_is_refused(tmp_path: Path) -> None:
         "export.json: task 11: annotation 1: result 1: the region has no label; choose one, or delete it",
         "export.json: task 12: there is no image 'gone.png', neither where its path leads nor beside this file nor in"
         " a folder of images that belongs to it",
-        "export.json: task 13: its data should name one image; the keys that do: none",
+        "export.json: task 13: its data should have the path of one image; the keys that have one: none",
     ]
     assert [isinstance(problem, MissingImage) for problem in found].count(True) == 3
     assert isinstance(found[0], MissingImage) and isinstance(found[1], MissingImage)

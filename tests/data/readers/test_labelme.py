@@ -374,16 +374,16 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     nowhere = "neither where its path leads nor beside this file nor in a folder of images that belongs to it"
     assert [line for line in found if line != comma] == [
         "a.json: shape 1: the box [5, 5, 5, 9] is inverted or has no area",
-        "a.json: shape 2: 'nan' is no finite number",
+        "a.json: shape 2: 'nan' is not a finite number",
         "a.json: shape 3: the box [-5, -5, -1, 9] lies outside the image",
         "a.json: shape 4: a shape of the type rectangle does not have 1 point",
         "a.json: shape 5: a shape of the type oriented_rectangle does not have 2 points",
         f"a.json: shape 6: the type of the shape, 'cuboid', {unknown}",
         "a.json: shape 7: a shape of the type point does not have 0 points",
-        "a.json: shape 8: the box [1, 1, 1, 1] is inverted or has no area",
+        "a.json: shape 8: the ellipse with the radii 0 and 0 has no area",
         "a.json: shape 9: its class is 'good', but every shape is taken for a defect; delete the shapes of this class,"
         " an image without any is normal",
-        "a.json: shape 10: the class '' is no name",
+        "a.json: shape 10: the class '' is not a name",
         "a.json: shape 11: has no 'mask'",
         "a.json: shape 12: its mask cannot be read (it is not base64 text)",
         "a.json: shape 13: its mask is 5x3, and its corners span 5x4",
@@ -391,7 +391,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "a.json: shape 15: its mask lies outside the image",
         "a.json: shape 16: has no 'label'",
         "a.json: shape 17: '[1]' is not a point [x, y]",
-        "a.json: shape 18: is no JSON object, so that it has no 'label'",
+        "a.json: shape 18: is not a JSON object, so that it has no 'label'",
         "a.json: shape 19: 'group_id' is neither a whole number nor null: '1'",
         f"a.json: shape 20: the type of the shape, '[]', {unknown}",
         "c.json: has no 'shapes'",
@@ -399,7 +399,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "e.json: imageData is not an image in base64 (it is in no format of images); put the image beside this file",
         "empty.json: is empty",
         f"f.json: there is no image 'f.jpg', {nowhere}",
-        "g2.json: its image g.jpg has a file before, again.json; keep one of them",
+        "g2.json: its image g.jpg belongs to again.json as well; keep one of the two files",
         "h.json: shape 1: a mask needs the imageWidth and imageHeight of the file",
         "i.json: may be the file of any of i.jpg, i.png; remove all but one, or give them other names",
         "k.json: 'imageWidth' is not a number of pixels: '80'",
@@ -515,7 +515,7 @@ def test_json_files_of_something_else_are_left_alone(tmp_path: Path) -> None:
     dump(tmp_path / "settings.json", {"labels": ["dent"]})
     assert by_source(labelme.read, tmp_path).keys() == {"a.jpg", "b.jpg"}
     dump(tmp_path / "b.json", [])  # an image has its name: it is the annotation, and damaged
-    assert problems(labelme.read, tmp_path) == ["b.json: is no JSON object, so that it has no 'shapes'"]
+    assert problems(labelme.read, tmp_path) == ["b.json: is not a JSON object, so that it has no 'shapes'"]
 
 
 def test_a_json_file_elsewhere_may_have_the_name_of_its_image(tmp_path: Path) -> None:

@@ -50,13 +50,13 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     long = f"VisA/candle/test/good/{'y' * 300}.png"
     rewrite(tmp_path, {long: {}})
     assert lines(tmp_path) == [
-        "mmad.json: '../x.png' is no path of a data set, category, good or defect, and image",
+        "mmad.json: '../x.png' is not a path of a data set, category, good or defect, and image",
         f"{image}: has no mask",
         "GoodsAD/drink_can/test/opened/001.jpg: has no mask GoodsAD/drink_can/ground_truth/opened/001.png",
-        f"mmad.json: '/x.png', the mask of {loco}, is no path within the data set",
+        f"mmad.json: '/x.png', the mask of {loco}, is not a path in the data set",
         "VisA/candle/test/bad/000.JPG: does not exist",
         f"{long}: does not exist",
-        "mmad.json: 'VisA/x.png' is no path of a data set, category, good or defect, and image",
+        "mmad.json: 'VisA/x.png' is not a path of a data set, category, good or defect, and image",
     ]
 
 

@@ -80,9 +80,9 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     assert lines(tmp_path) == [
         f"{jpg}: does not exist",
         f"{jpg}: has no mask {png}",
-        "toy_brick.json: '../../secret.jpg' is no path within the data set",
-        "toy_brick/OK/S0001/toy_brick_0001_C2_20230922.jpg: is named twice",
-        "toy_brick.json: '/etc/passwd' is no path within the data set",
+        "toy_brick.json: '../../secret.jpg' is not a path in the data set",
+        "toy_brick/OK/S0001/toy_brick_0001_C2_20230922.jpg: is listed twice",
+        "toy_brick.json: '/etc/passwd' is not a path in the data set",
         "usb: has no usb.json",
         "zipper.json: Invalid JSON: trailing comma at line 3 column 1",
     ]

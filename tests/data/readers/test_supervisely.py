@@ -12,7 +12,7 @@ from PIL import Image
 
 from adfm.data.problems import BadData, MissingImage
 from adfm.data.readers import supervisely
-from adfm.data.readers.drawing import pixels
+from adfm.data.readers.shapes import pixels
 from adfm.records import Sample
 from tests.data.readers.drawn import NASTY, by_source, dump, never_fails_otherwise, problems, touch
 
@@ -188,22 +188,22 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "1: a rectangle has 2 points or more, not 1",
         "2: the box [-10, 20, -2, 41] lies outside the image",
         "3: a polygon needs 3 corners, and has 2",
-        f"4: {unread} (it is no base64 text)",
+        f"4: {unread} (it is not base64 text)",
         *[found[4].partition(": object ")[2]],
         "6: its mask of 3x3 at 126, 0 reaches out of the image of 128x96",
         "7: a shape of the type 'graph' is not a rectangle, polygon, line or bitmap; draw one in its place",
         "8: its class is 'good', but every shape is taken for a defect; delete the shapes of this class, an image"
         " without any is normal",
         "9: has no polygon",
-        "10: is no JSON object, so that it has no 'classTitle'",
+        "10: is not a JSON object, so that it has no 'classTitle'",
     ]
     assert found[4].startswith(f"ds/ann/1.jpg.json: object 5: {unread} (")
     assert found[10:] == [
-        "ds/ann/2.jpg.json: line 1, column 2: is no JSON (Expecting property name enclosed in double quotes)",
+        "ds/ann/2.jpg.json: line 1, column 2: is not JSON (Expecting property name enclosed in double quotes)",
         "ds/img/3.jpg: there is no ann/3.jpg.json for it; export the annotations as well",
-        "ds/ann/4.json: belongs to 4.jpg and 4.png",
+        "ds/ann/4.json: belongs to 4.jpg and 4.png; rename one",
         "ds/ann/gone.jpg.json: there is no image img/gone.jpg for it",
-        "other: images outside img/: 5.jpg",
+        "other: images outside img/, move them there: 5.jpg",
     ]
     assert isinstance(found[-2], MissingImage)
 

@@ -104,14 +104,13 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     )
     either = "the label is ng, so that either x1, y1, x2 and y2 or a mask is needed, not both"
     none = "the label is ok, but there is a defect, a box or a mask"
-    known = "normal, good, ok, 0, or anomalous, anomaly, defective, defect, bad, ng, ko, nok, 1"
     assert problems(table.read, tmp_path) == [
         "parts.csv: line 2: x1 is '1,5'; write it with a decimal point: 1.5",
-        "parts.csv: line 3: x1 is 'one', which is no number",
+        "parts.csv: line 3: x1 is 'one', which is not a number",
         "parts.csv: line 4: the box [nan, 2, 3, 4] is not finite",
         "parts.csv: line 5: the box [5, 2, 3, 4] is inverted or has no area",
         "parts.csv: line 6: the box [-5, 2, -3, 4] lies outside the image",
-        "parts.csv: line 7: y1 is '', which is no number",
+        "parts.csv: line 7: y1 is '', which is not a number",
         f"parts.csv: line 8: {either}",
         f"parts.csv: line 9: {either}",
         "parts.csv: line 10: its class is 'ok', but every shape is taken for a defect; delete the shapes of this class,"
@@ -119,10 +118,10 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         f"parts.csv: line 11: there is no file 'gone.png' in {tmp_path.name}",
         f"parts.csv: line 12: there is no file 'gone.jpg' in {tmp_path.name}",
         f"parts.csv: line 13: there is no file '../../a.jpg' in {tmp_path.name}",
-        f"parts.csv: line 14: the label 'perhaps' is unknown; write {known}",
+        "parts.csv: line 14: the label 'perhaps' is unknown; write normal or anomalous, OK or NG, or 0 or 1",
         f"parts.csv: line 15: {none}",
         f"parts.csv: line 16: {none}",
-        "parts.csv: line 17: the split 'later' is none of train, validation, test",
+        "parts.csv: line 17: the split 'later' is not train, validation or test",
         "parts.csv: line 18: has 2 cells, and the first line has 9",
         "parts.csv: line 20: line 19 has another label for 'b.jpg': anomalous, not normal",
         "parts.csv: line 22: line 19 has another split for 'b.jpg': train, not test",
@@ -231,7 +230,7 @@ def test_what_the_rows_of_such_a_table_must_not_say(tmp_path: Path) -> None:
         "2: the box [0.1, 0.2, 0.5, 0.9] is not larger than a pixel; write pixels, not fractions",
         "3: its class is 'good', but every shape is taken for a defect; delete the shapes of this class, an image"
         " without any is normal",
-        "4: the class '' is no name",
+        "4: the class '' is not a name",
         "5: its class is empty; write `normal`, or the kind of the defect",
         "6: the class is scratch, so that either x1, y1, x2 and y2 or a mask is needed, not both",
         "7: its class is '1', which may mean either; write `normal`, or the kind of the defect",
@@ -272,12 +271,15 @@ def test_a_table_of_labels_alone(tmp_path: Path, content: str, labels: list[str]
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("image,label\na.jpg,scratch\n", "line 2: the label 'scratch' is unknown; write normal, good, ok, 0, or"),
+        (
+            "image,label\na.jpg,scratch\n",
+            "line 2: the label 'scratch' is unknown; write normal or anomalous, OK or NG,",
+        ),
         ("image,class\na.jpg,0\n", "line 2: its class is '0', which may mean either; write `normal`, or the kind"),
         ("image,class\na.jpg,no\n", "line 2: its class is 'no', which may mean either; write `normal`, or the kind"),
         ("image,class\na.jpg,\n", "line 2: its class is empty; write `normal`, or the kind of the defect"),
-        ("a.jpg 0.5 mono\n", "line 1: the probability 0.5 is neither below nor above 0.5, within 0 and 1"),
-        ("a.jpg 1.7 mono\n", "line 1: the probability 1.7 is neither below nor above 0.5, within 0 and 1"),
+        ("a.jpg 0.5 mono\n", "line 1: the probability 0.5 is not below or above 0.5, from 0 to 1"),
+        ("a.jpg 1.7 mono\n", "line 1: the probability 1.7 is not below or above 0.5, from 0 to 1"),
         ("image,label,x,y,w,h\na.jpg,ng,1,2,3,4\n", "line 1: 'h', 'w', 'x', 'y' may say where the defects are; write"),
         ("image,label,splits\na.jpg,ok,train\n", "line 1: there is no column 'splits'; the nearest is 'split' (known:"),
         ("img,label\na.jpg,ok\n", "line 1: there is no column 'img'; the nearest is 'image'; the column 'image' is"),
@@ -356,8 +358,8 @@ def test_a_name_is_the_same_in_both_forms_of_unicode(tmp_path: Path) -> None:
         ),
         ("image,label\nä.jpg,ok\n".encode("latin-1"), "t.csv: line 2: is not UTF-8 text; save the file with the"),
         ("image,label\na é.jpg,ok\n".encode("latin-1"), "t.csv: line 2: is not UTF-8 text; save the file with the"),
-        ("image,label\na.jpg,ok".encode("utf-16")[:-1], "t.csv: is not UTF-16 text, as its first bytes say"),
-        (b'image,label\na.jpg,"ok', "t.csv: line 2: is no CSV (unexpected end of data)"),
+        ("image,label\na.jpg,ok".encode("utf-16")[:-1], "t.csv: line 2: is not UTF-16 text"),
+        (b'image,label\na.jpg,"ok', "t.csv: line 2: is not CSV (unexpected end of data)"),
     ],
 )
 def test_a_bad_table(tmp_path: Path, content: bytes, message: str) -> None:

@@ -145,7 +145,11 @@ def test_shapes_against_a_formula(
     points = points + complex(x, y)
     expected = [points.real.min(), points.imag.min(), points.real.max(), points.imag.max()]
     if kind == "polyline":  # at least a pixel wide
-        expected[2:] = [max(expected[2], expected[0] + 1), max(expected[3], expected[1] + 1)]
+        for low, high in ((0, 2), (1, 3)):
+            middle = (expected[low] + expected[high]) / 2
+            if expected[high] - expected[low] < 1:
+                expected[low] = middle - 0.5 if middle < 0 else max(middle - 0.5, 0)
+                expected[high] = expected[low] + 1
     dump(raw / "a.json", _export({"a.png": [_region({"name": kind} | shape, label="dent")]}))
     if expected[2] <= 1e-3 or expected[3] <= 1e-3:
         return
@@ -159,7 +163,7 @@ def test_a_line_is_a_pixel_wide_at_least(tmp_path: Path) -> None:
     line = {"name": "polyline", "all_points_x": [5, 5], "all_points_y": [5, 45]}
     dump(tmp_path / "a.json", _export({"a.png": [_region(line, type="scratch")]}))
     (sample,) = via.read(tmp_path)
-    assert (sample.boxes, sample.polygons) == (((5, 5, 6, 45),), ())
+    assert (sample.boxes, sample.polygons) == (((4.5, 5, 5.5, 45),), ())
 
 
 def test_the_attribute_that_is_the_class(tmp_path: Path) -> None:
@@ -248,8 +252,8 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "a.json: a.png: region 3: it has no 'type'; choose one, or delete the region",
         "a.json: a.png: region 4: its class is 'good', but every shape is taken for a defect; delete the shapes of"
         " this class, an image without any is normal",
-        "a.json: a.png: region 5: it has 1 x and 2 y",
-        "a.json: a.png: region 6: an ellipse with the radii -1 and -1 has no area",
+        "a.json: a.png: region 5: its points are 1 x and 2 y, not two or more of each",
+        "a.json: a.png: region 6: the ellipse with the radii -1 and -1 has no area",
         "a.json: there is no image 'gone.png', neither where its path leads nor beside this file nor in a folder of"
         " images that belongs to it",
         "a.json: a.png is listed before, in a.json; keep one",

@@ -68,15 +68,15 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         f"{where} 2: label 'good' is neither normal nor anomaly",
         f"{where} 2: split 'valid' is neither train nor test",
         "candle/Data/Images/Normal/0009.JPG: does not exist",
-        f"{where} 4: image '{pcb}/Normal/0000.JPG' or mask '' is no path within candle",
+        f"{where} 4: image '{pcb}/Normal/0000.JPG' or mask '' is not a path within candle",
         "candle/Data/Images/Anomaly/000.JPG: has no mask",
-        f"{where} 6: image '../secret.JPG' or mask '/etc/passwd' is no path within candle",
+        f"{where} 6: image '../secret.JPG' or mask '/etc/passwd' is not a path within candle",
         "candle/Data/Images/Anomaly: no place in the layout, or no image for the mask: 001.JPG",
         "candle/Data/Images/Normal: no place in the layout, or no image for the mask: 0000.JPG, 0001.JPG, 0002.JPG",
         "candle/Data/Masks/Anomaly: no place in the layout, or no image for the mask: 000.png, 001.png",
         "pcb1/image_anno.csv: has no column image, label",
         f"{pcb}/Anomaly/000.JPG: has no mask pcb1/Data/Masks/Anomaly/000.png",
-        f"{pcb}/Normal/0000.JPG: is named twice",
+        f"{pcb}/Normal/0000.JPG: is listed twice",
     ]
 
 

@@ -94,15 +94,15 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "annotations/a.xml: object 3: the box [-9, 4, -2, 9] lies outside the image",
         "annotations/a.xml: object 4: bndbox has no number xmin, but ''",
         "annotations/a.xml: object 5: bndbox has no number xmin, but '1,5'",
-        "annotations/a.xml: object 6: the class '' is no name",
+        "annotations/a.xml: object 6: the class '' is not a name",
         "annotations/a.xml: object 7: its class is 'OK', but every shape is taken for a defect; delete the shapes of"
         " this class, an image without any is normal",
         "images/a.jpg: has the same name as images/a.png",
-        "annotations/b.xml: is no XML (no element found: line 1, column 0)",
-        "annotations/c.xml: is no XML (mismatched tag: line 1, column 22)",
-        "annotations/d.xml: is no Pascal VOC file: it begins with <html> instead of <annotation>",
+        "annotations/b.xml: is not XML (no element found: line 1, column 0)",
+        "annotations/c.xml: is not XML (mismatched tag: line 1, column 22)",
+        "annotations/d.xml: is not a Pascal VOC file: it begins with <html> instead of <annotation>",
         "annotations/e.xml: is not UTF-8 text; save the file with the encoding UTF-8, and declare that",
-        "annotations/f.xml: object 1: the class None is no name",
+        "annotations/f.xml: object 1: the class None is not a name",
         "annotations/gone.xml: there is no image gone.* for it",
     ]
 
@@ -113,7 +113,7 @@ def test_entities_that_grow_without_end_are_refused(tmp_path: Path) -> None:
     document = f'<!DOCTYPE annotation [<!ENTITY l0 "laugh">{laughs}]><annotation>&l9;</annotation>'
     (tmp_path / "1.xml").write_text(document)
     (line,) = problems(voc.read, tmp_path)
-    assert line.startswith("1.xml: is no XML (limit on input amplification factor (from DTD and entities) breached")
+    assert line.startswith("1.xml: is not XML (limit on input amplification factor (from DTD and entities) breached")
 
 
 def test_entities_from_other_files_are_not_read(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_entities_from_other_files_are_not_read(tmp_path: Path) -> None:
         '<!DOCTYPE annotation [<!ENTITY e SYSTEM "secret">]><annotation><object><name>&e;</name></object></annotation>'
     )
     (tmp_path / "1.xml").write_text(document)
-    assert problems(voc.read, tmp_path) == ["1.xml: is no XML (undefined entity &e;: line 1, column 77)"]
+    assert problems(voc.read, tmp_path) == ["1.xml: is not XML (undefined entity &e;: line 1, column 77)"]
 
 
 def test_a_data_set_without_any_xml_file_is_not_taken_for_normal(tmp_path: Path) -> None:
@@ -282,10 +282,10 @@ def test_objects_that_are_refused(tmp_path: Path) -> None:
         "<point><x>3</x><y>4</y></point>",
     )
     assert problems(voc.read, tmp_path) == [
-        "1.xml: object 1: its bndbox [0, 0, 5, 5] and its polygon, within [50, 50, 60, 60], contradict",
+        "1.xml: object 1: its bndbox is [0, 0, 5, 5], but its polygon spans [50, 50, 60, 60]; correct one of them",
         "1.xml: object 2: its bndbox has a rotation, and tools differ in what that means; export boxes without it",
-        "1.xml: object 3: its attribute rotation is no number: 'much'",
-        "1.xml: object 4: its attribute rotation is no number: 'nan'",
+        "1.xml: object 3: its attribute rotation is not a number: 'much'",
+        "1.xml: object 4: its attribute rotation is not a number: 'nan'",
         "1.xml: object 5: the turned box of 0x5 has no area",
         "1.xml: object 6: a number of the turned box is not finite",
         "1.xml: object 7: robndbox has no number cy, but None",

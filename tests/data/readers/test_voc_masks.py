@@ -6,7 +6,7 @@ from PIL import Image
 
 from adfm.data.problems import MissingImage
 from adfm.data.readers import voc
-from adfm.data.readers.drawing import pixels
+from adfm.data.readers.shapes import pixels
 from adfm.records import Sample
 from tests.data.readers.drawn import by_source, problems, touch
 
@@ -142,7 +142,8 @@ def test_what_is_wrong_with_masks(tmp_path: Path) -> None:
         "SegmentationClass/b.png: has the colour (77, 77, 77), and no list says which class that is; add labelmap.txt"
         " with a line `name:77,77,77::` a class",
         "SegmentationObject/c.png: is of another size than the mask in SegmentationClass",
-        "SegmentationObject/d.png: has an object that the mask in SegmentationClass gives no class",
+        "SegmentationObject/d.png: has an object that the mask in SegmentationClass gives no class; paint it there as"
+        " well",
         "SegmentationClass/gone.png: there is no image gone.* for it",
     ]
     assert isinstance(found[-1], MissingImage)

@@ -42,8 +42,8 @@ def test_declared_encodings(tmp_path: Path, declared: str, encoding: str, name: 
 @pytest.mark.parametrize(
     ("content", "error"),
     [
-        (b"", "is no XML (no element found: line 1, column 0)"),
-        (b"<a>", "is no XML (no element found: line 1, column 3)"),
+        (b"", "is not XML (no element found: line 1, column 0)"),
+        (b"<a>", "is not XML (no element found: line 1, column 3)"),
         ("<a>é</a>".encode("latin-1"), "is not UTF-8 text; save the file with the encoding UTF-8, and declare that"),
         (
             "<?xml version='1.0' encoding='UTF-8'?><a>划痕</a>".encode("gbk"),

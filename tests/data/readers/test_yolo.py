@@ -129,8 +129,8 @@ def test_boxes_that_reach_out_a_little_and_turned_ones_are_cut_at_the_edge(tmp_p
     _write(tmp_path, **{"labels/1.txt": "0 0.9 0.5 0.25 0.5\n0 0.5 0.5 0.6 0.5 1.3 0.7\n0 9 9 8 9 8 8 9 8\n"})
     assert problems(yolo.read, tmp_path) == [
         "labels/1.txt: line 1: the box [0.775, 0.25, 1.025, 0.75] reaches out of the image; draw it again",
-        "labels/1.txt: line 2: 1.3 is no fraction of the image; write positions and sizes from 0 to 1, not in pixels",
-        "labels/1.txt: line 3: 9 is no fraction of the image; write positions and sizes from 0 to 1, not in pixels",
+        "labels/1.txt: line 2: 1.3 is not a fraction of the image; write positions and sizes from 0 to 1, not pixels",
+        "labels/1.txt: line 3: 9 is not a fraction of the image; write positions and sizes from 0 to 1, not pixels",
     ]
 
 
@@ -255,24 +255,24 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     )
     (tmp_path / "labels/b.txt").write_bytes("0 0.5 0.5 0.1 0.1 é\n".encode("latin-1"))
     (tmp_path / "labels/c.txt").write_text(" \n")
-    confidence = "has 6 numbers: the last is a confidence, and predictions are no labels"
+    confidence = "has 6 numbers: the last is a confidence, and predictions are not labels"
     assert problems(yolo.read, tmp_path) == [
         "elsewhere/1.txt: there is no image 1.* for it",
         f"labels/a.txt: line 1: {confidence}",
         "labels/a.txt: line 2: is neither class, cx, cy, width, height nor class and points: has 4 numbers",
         "labels/a.txt: line 3: is neither class, cx, cy, width, height nor class and points: has 8 numbers",
         f"labels/a.txt: line 4: {confidence}",
-        "labels/a.txt: line 5: 312 is no fraction of the image; write positions and sizes from 0 to 1, not in pixels",
-        "labels/a.txt: line 6: nan is no fraction of the image; write positions and sizes from 0 to 1, not in pixels",
+        "labels/a.txt: line 5: 312 is not a fraction of the image; write positions and sizes from 0 to 1, not pixels",
+        "labels/a.txt: line 6: nan is not a fraction of the image; write positions and sizes from 0 to 1, not pixels",
         "labels/a.txt: line 7: its width or height is -0.1: the box was drawn upwards or to the left, and where it is"
         " depends on the tool; draw it again",
         "labels/a.txt: line 8: the box [0.5, 0.45, 0.5, 0.55] is inverted or has no area",
         "labels/a.txt: line 9: the box [1.005, 0.45, 1.015, 0.55] lies outside the image",
         "labels/a.txt: line 10: the class 7 has no name; there are 0, 1, 2",
-        "labels/a.txt: line 11: the class '1.5' is no whole number from 0",
+        "labels/a.txt: line 11: the class '1.5' is not a whole number from 0",
         "labels/a.txt: line 12: its class is 'ok', but every shape is taken for a defect; delete the shapes of this"
         " class, an image without any is normal",
-        "labels/a.txt: line 13: 'half' is no number",
+        "labels/a.txt: line 13: 'half' is not a number",
         "labels/b.txt: line 1: is not UTF-8 text; save the file with the encoding UTF-8"
         " (`iconv -t UTF-8 -f` with the encoding of the system that it comes from, such as GB18030, CP1252, CP932)",
         "images/same.jpg: has the same name as images/same.png",
