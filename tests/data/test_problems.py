@@ -63,4 +63,4 @@ def test_no_problem_is_lost_and_the_message_can_be_printed(problems: list[str]) 
 def test_images_without_an_annotation_come_after_what_they_follow_from() -> None:
     left = [Unlisted(f"{name}: images that are not in the annotations: a.png") for name in "pq"]
     causes = list(grouped([*left, "via.json: there is no image 'a.png'"]))
-    assert causes == ["there is no image 'a.png'", "images that are not in the annotations: …"]
+    assert causes == ["there is no image 'a.png'", "images that are not in the annotations: a.png"]
