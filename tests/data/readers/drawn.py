@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,18 @@ NASTY = (
     b"image,label,x1,y1,x2,y2\na.jpg,1," + b"9" * 5_000 + b",0,nan,1\n",
     b"image,label\n" + b"a" * 200_000 + b",1\n",
 )
+
+
+def same_box(points: Iterable[tuple[float, float]]) -> tuple[float, ...]:
+    """Equal where the boxes round points are one to a reader, which counts a box that is drawn twice once."""
+    xs, ys = zip(*points, strict=True)
+    return tuple(round(side, 6) for side in (min(xs), min(ys), max(xs), max(ys)))
+
+
+def same_place(place: tuple[float, float, float, float]) -> tuple[float, ...]:
+    """The same for x, y, width and height."""
+    x, y, width, height = place
+    return same_box([(x, y), (x + width, y + height)])
 
 
 def touch(raw: Path, *names: str) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from adfm.data.problems import BadData, MissingImage
 from adfm.data.readers import imagefolder, table
-from tests.data.readers.drawn import NASTY, by_source, never_fails_otherwise, problems, touch
+from tests.data.readers.drawn import NASTY, by_source, never_fails_otherwise, problems, same_place, touch
 
 
 def _lines(path: Path, *rows: Any) -> None:
@@ -201,7 +201,7 @@ def test_a_table_of_boxes_by_that_name_is_refused(tmp_path: Path) -> None:
 _side = st.floats(0, 4000, allow_nan=False)
 
 
-@given(st.lists(st.tuples(_side, _side, st.floats(1, 900), st.floats(1, 900)), max_size=4, unique=True))
+@given(st.lists(st.tuples(_side, _side, st.floats(1, 900), st.floats(1, 900)), max_size=4, unique_by=same_place))
 @settings(deadline=None, max_examples=40)
 def test_what_is_written_is_read(
     tmp_path_factory: pytest.TempPathFactory, boxes: list[tuple[float, float, float, float]]

@@ -15,7 +15,7 @@ from PIL import Image
 from adfm.data.problems import MissingImage
 from adfm.data.readers import detect, labelme
 from adfm.records import Sample
-from tests.data.readers.drawn import NASTY, by_source, dump, never_fails_otherwise, problems, touch
+from tests.data.readers.drawn import NASTY, by_source, dump, never_fails_otherwise, problems, same_box, touch
 
 
 def _shape(label: str, *points: tuple[float, float], kind: str | None = "rectangle", **more: Any) -> dict[str, Any]:
@@ -424,7 +424,7 @@ _side = st.floats(0, 4000, width=32)
     st.lists(
         st.lists(st.tuples(_side, _side), min_size=2, max_size=6, unique_by=(lambda p: p[0], lambda p: p[1])),
         max_size=4,
-        unique_by=str,
+        unique_by=same_box,
     )
 )
 @settings(deadline=None, max_examples=40)

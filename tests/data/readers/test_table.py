@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from adfm.data.problems import MissingImage
 from adfm.data.readers import table
-from tests.data.readers.drawn import NASTY, by_source, never_fails_otherwise, problems, touch
+from tests.data.readers.drawn import NASTY, by_source, never_fails_otherwise, problems, same_place, touch
 
 _HEADER = "image,label,defect,x1,y1,x2,y2\n"
 
@@ -386,7 +386,7 @@ _side = st.floats(0, 4000, allow_nan=False)
 @given(
     st.dictionaries(
         st.text("a;,\"é'", min_size=1, max_size=5),
-        st.lists(st.tuples(_side, _side, st.floats(2, 900), st.floats(2, 900)), max_size=3, unique=True),
+        st.lists(st.tuples(_side, _side, st.floats(2, 900), st.floats(2, 900)), max_size=3, unique_by=same_place),
         min_size=1,
         max_size=5,
     ),
