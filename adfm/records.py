@@ -115,6 +115,11 @@ class Sample:
     columns: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    @property
+    def file(self) -> str:
+        """Path of the file that holds the image, relative to the data set; it is `source` but for images in JSON."""
+        return f"{self.source[: self.source.rfind('/') + 1]}{self.image.name}"
+
 
 @dataclass(frozen=True)
 class Record:

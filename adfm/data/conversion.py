@@ -41,7 +41,7 @@ from adfm import __version__
 from adfm.data import contradictions, duplicates, inspection, inventory, samples, shards, splits, summary
 from adfm.data.images import GreyRange, upright
 from adfm.data.problems import BadData, MissingImage, printable
-from adfm.data.readers import LAYOUTS, detect, files
+from adfm.data.readers import files, resolve
 from adfm.errors import AdfmError
 from adfm.files import atomic_folder, write_json
 from adfm.params import Params
@@ -175,23 +175,16 @@ def _opened(raw: Path, params: Params) -> _Raw:
     """Goes through the data set once, to know how much there is, and what of it is not used."""
     if not raw.is_dir():
         raise AdfmError(f"{raw}: no such folder; get a data set there with `adfm fetch URI {raw}`.")
-    files.refuse_special(raw)
-    layout, seen = params.convert.layout, None
-    if layout == "auto":
-        layout, seen = detect(raw)
+    layout, seen = resolve(raw, params.convert.layout)
+    if seen is not None:
         print(f"layout {layout}; seen in {raw}: {seen}", file=sys.stderr)
-    elif layout not in LAYOUTS:
-        near = difflib.get_close_matches(layout, [*LAYOUTS, "auto"], n=1, cutoff=0)[0]
-        raise AdfmError(
-            f"convert.layout: there is no layout {layout!r}; did you mean {near!r}? Known: auto, {', '.join(LAYOUTS)}."
-        )
     survey = samples.Survey(params.split.group)
     converted, masks = set[str](), set[str]()
     missing: list[str] = []
     try:
         for sample in samples.read(raw, layout, params.convert):
             survey.add(sample)
-            converted.add(_file(sample))
+            converted.add(sample.file)
             masks.update(os.path.relpath(mask, raw) for mask in sample.masks)
     except BadData as error:
         if not survey.images:
@@ -207,11 +200,6 @@ def _opened(raw: Path, params: Params) -> _Raw:
         )
     left = summary.Left(inventory.take(raw, converted, masks), missing if params.convert.missing == "skip" else [])
     return _Raw(raw, layout, seen, survey.images, survey.grouping(), left)
-
-
-def _file(sample: Sample) -> str:
-    """The path, relative to the data set, of the file that holds the image; it is `source` but for images in JSON."""
-    return f"{sample.source[: sample.source.rfind('/') + 1]}{sample.image.name}"
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import hashlib
 import math
 import zlib
 from collections.abc import Iterable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +32,7 @@ SCHEMA = pa.schema(
         ("mask", pa.binary()),
         ("unmarked", pa.bool_()),  # normal because its mask shows nothing
         ("notes", pa.list_(pa.string())),  # see `Sample`
-        ("file", pa.string()),  # that holds the image, relative to the data set; `source` but for images within JSON
+        ("file", pa.string()),  # see `Sample`
         ("part", pa.string()),  # set by conversion, as `split.group` says
         ("sha256", pa.string()),
         ("crc32", pa.uint32()),
@@ -73,7 +73,7 @@ def inspect(sample: Sample, settings: Convert) -> dict[str, Any]:
     if not _is_text(sample.source):
         return row | {"problems": _lines(sample, ["its name is not UTF-8; rename it"])}
     row |= {name: getattr(sample, name) for name in SCHEMA.names[:7]}
-    row["file"] = str(PurePosixPath(sample.source).with_name(sample.image.name))
+    row["file"] = sample.file
     try:
         content = files.content(sample.image)
         row |= _decoded(content)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from adfm.data.manifest import MANIFEST
 from adfm.data.problems import EXAMPLES
-from adfm.data.readers.files import IMAGES
+from adfm.data.readers.files import IMAGES, holds_true, is_hidden
 
 # Readers do not report which of these they have read.
 _ANNOTATIONS = frozenset(
@@ -115,25 +115,18 @@ def _walk(raw: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
         deeper = []
         for entry in inside:
             path = f"{folder}{entry.name}"
-            if _is(entry.is_dir):
+            if holds_true(entry.is_dir):
                 deeper.append((f"{path}/", above | {identity}))
             else:
                 yield path, entry
         pending += reversed(deeper)
 
 
-def _is(kind: Callable[[], bool]) -> bool:
-    try:
-        return kind()
-    except OSError:  # a link to itself
-        return False
-
-
 def _reason(path: str, suffix: str, entry: os.DirEntry[str]) -> str | None:
     """Why a file is left out; `None` for an annotation."""
-    if any(part.startswith((".", "__MACOSX")) for part in path.split("/")):
+    if any(map(is_hidden, path.split("/"))):
         return HIDDEN
-    if not _is(entry.is_file):
+    if not holds_true(entry.is_file):
         return BROKEN
     if suffix in IMAGES:
         return UNUSED

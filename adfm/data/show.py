@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from adfm.data import inspection, pictures, samples, shards
 from adfm.data.pictures import Picture
-from adfm.data.readers import LAYOUTS, detect, files
+from adfm.data.readers import files, resolve
 from adfm.errors import AdfmError
 from adfm.params import Convert, Params
 from adfm.records import SPLITS, Sample
@@ -118,12 +118,7 @@ def _entries(folder: Path, settings: Convert) -> Iterator[_Entry]:
                 yield _entry(number, *row.values())
                 number += 1
         return
-    layout = settings.layout
-    files.refuse_special(folder)
-    if layout == "auto":
-        layout, _ = detect(folder)
-    if layout not in LAYOUTS:
-        raise AdfmError(f"convert.layout: there is no layout {layout!r}; known: auto, {', '.join(LAYOUTS)}.")
+    layout, _ = resolve(folder, settings.layout)
     for sample in samples.read(folder, layout, settings):
         yield _entry(sample, sample.category, sample.label, sample.defect, sample.split, sample.source)
 

@@ -81,9 +81,12 @@ def draw(
 
 def boxes_known(shards: Path) -> tuple[int, int]:
     """How many anomalous images of the train split have boxes, and how many have none."""
-    anomalous = [row for row in shards_.table(shards, "train").to_pylist() if row["label"] == "anomalous"]
-    without = sum(map(_has_label_alone, anomalous))
-    return len(anomalous) - without, without
+    anomalous = without = 0
+    for batch in shards_.batches(shards, "train", ["label", "boxes"]):
+        for row in batch.to_pylist():
+            anomalous += row["label"] == "anomalous"
+            without += _has_label_alone(row)
+    return anomalous - without, without
 
 
 def _has_label_alone(row: dict[str, Any]) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from adfm.data.problems import printable
@@ -122,6 +124,30 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
+def resolve(raw: Path, layout: str) -> tuple[str, str | None]:
+    """The layout to read a raw data set in, as `convert.layout` says; call it before reading.
+
+    Args:
+        raw: The data set; a pipe or an endless link in it is refused.
+        layout: The name of a layout, or `auto`.
+
+    Returns:
+        The name of the layout, and what was seen in the data set where it was detected.
+
+    Raises:
+        AdfmError: There is no such layout, or as of `detect` and `files.refuse_special`.
+    """
+    files.refuse_special(raw)
+    if layout == "auto":
+        return detect(raw)
+    if layout not in LAYOUTS:
+        near = difflib.get_close_matches(layout, [*LAYOUTS, "auto"], n=1, cutoff=0)[0]
+        raise AdfmError(
+            f"convert.layout: there is no layout {layout!r}; did you mean {near!r}? Known: auto, {', '.join(LAYOUTS)}."
+        )
+    return layout, None
+
+
 def detect(raw: Path) -> tuple[str, str]:
     """The layout that a raw data set is in, and what was seen there.
 
@@ -144,7 +170,7 @@ def detect(raw: Path) -> tuple[str, str]:
         )
     if not layouts:
         if file := folders.hindrance(raw):
-            name = printable(file.relative_to(raw).as_posix())
+            name = printable(files.relative(raw, file))
             raise AdfmError(
                 f"{raw}: {name} may say more of the images than their folders do,"
                 " and is in no form that adfm reads; take the labels from the folders alone with --layout folders, or"
@@ -162,7 +188,7 @@ def _seen(raw: Path) -> str:
     top = files.root(raw, lambda folder: len(files.folders(folder)) != 1) or raw
     inside = files.folders(top)
     deepest = [folder for first in inside[:2] for folder in _deepest(first, depth=3)] if inside or top == raw else [top]
-    parts = [f"{folder.relative_to(raw).as_posix()}/ ({_kinds(folder) or 'no files'})" for folder in deepest[:8]]
+    parts = [f"{files.relative(raw, folder)}/ ({_kinds(folder) or 'no files'})" for folder in deepest[:8]]
     if len(inside) > 2:
         parts.append(f"and {len(inside) - 2} more folders")
     return ", ".join(filter(None, [*parts, _kinds(raw)])) or "nothing"
@@ -175,6 +201,7 @@ def _deepest(folder: Path, depth: int) -> list[Path]:
 
 
 def _kinds(folder: Path) -> str:
-    names = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
-    kinds = Counter(path.suffix.lower() or "without extension" for path in names)
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if not entry.name.startswith(".") and files.holds_true(entry.is_file)]
+    kinds = Counter(PurePosixPath(name).suffix.lower() or "without extension" for name in names)
     return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))

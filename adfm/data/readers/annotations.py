@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from adfm.data.problems import MissingImage, Unlisted
 from adfm.data.readers import files
-from adfm.data.readers.files import folders, images, root
+from adfm.data.readers.files import folders, holds_true, images, relative, root
 from adfm.records import Box, Polygon, Rle, Sample, Split
 
 _T = TypeVar("_T")
@@ -84,24 +84,20 @@ def sample(
         notes: As in `Sample`.
         more: Other fields of `Sample`.
     """
-    dataset = files.dataset_name(raw)
     unique = list({(shape.name, *(round(side, 6) for side in shape.box)): shape for shape in reversed(shapes)}.values())
     if len(unique) < len(shapes):
         notes = (*notes, "the same box of the same class is drawn more than once; it counts once")
     shapes = unique[::-1]
-    defect = "+".join(sorted({shape.name for shape in shapes})) or None
-    return files.sample(
+    return _of_classes(
         raw,
-        dataset,
-        dataset,
         image,
-        defect,
-        split=split,
+        (shape.name for shape in shapes),
+        split,
+        notes,
         boxes=tuple(shape.box for shape in shapes),
         polygons=tuple(polygon for shape in shapes for polygon in shape.polygons),
         rles=tuple(shape.rle for shape in shapes if shape.rle),
         cut=tuple(shape.cut for shape in shapes),
-        notes=tuple(dict.fromkeys(notes)),
         **more,
     )
 
@@ -119,8 +115,15 @@ def labelled(
         notes: As in `Sample`.
         more: Other fields of `Sample`.
     """
-    dataset, defect, unique = files.dataset_name(raw), "+".join(sorted(set(names))), tuple(dict.fromkeys(notes))
-    return files.sample(raw, dataset, dataset, image, defect, split=split, notes=unique, located=False, **more)
+    return _of_classes(raw, image, names, split, notes, located=False, **more)
+
+
+def _of_classes(
+    raw: Path, image: Path, names: Iterable[str], split: Split | None, notes: Iterable[str], **more: Any
+) -> Sample:
+    dataset, defect = files.dataset_name(raw), "+".join(sorted(set(names))) or None
+    unique = tuple(dict.fromkeys(notes))
+    return files.sample(raw, dataset, dataset, image, defect, split=split, notes=unique, **more)
 
 
 def number(value: object) -> float:
@@ -233,6 +236,34 @@ def lines(path: Path) -> list[str]:
     return _decoded(contents(path)).splitlines()
 
 
+def shapes_of_lines(
+    raw: Path, file: Path, shape: Callable[[list[str]], Shape], problems: list[str], blanks: str = ""
+) -> list[Shape]:
+    """The shapes of a text file that has one in each line.
+
+    Args:
+        raw: The data set.
+        file: The file.
+        shape: Makes a shape of the words of a line; raises `ValueError` if they are not one.
+        problems: Gets what is wrong, with the file and the line.
+        blanks: Characters that separate words as blanks do.
+    """
+    where, shapes = relative(raw, file), []
+    to_blank = str.maketrans(blanks, " " * len(blanks))
+    try:
+        content = lines(file)
+    except ValueError as error:
+        problems.append(f"{where}: {error}")
+        return []
+    for place, line in enumerate(content, start=1):
+        try:
+            if words := line.translate(to_blank).split():
+                shapes.append(shape(words))
+        except ValueError as error:
+            problems.append(f"{where}: line {place}: {error}")
+    return shapes
+
+
 def contents(path: Path) -> bytes:
     """The bytes of a file.
 
@@ -330,9 +361,8 @@ def listing(folder: Path, suffix: str) -> list[Path]:
     if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
         return []
     with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries]
-    names = [name for name in names if name.lower().endswith(suffix) and not name.startswith(".")]
-    return sorted(path for name in names if (path := folder / name).is_file())
+        names = [entry.name for entry in entries if entry.name.lower().endswith(suffix) and holds_true(entry.is_file)]
+    return [folder / name for name in sorted(names) if not name.startswith(".")]
 
 
 def partners(raw: Path, folder: Path, own: Container[str], other: Container[str]) -> list[Path]:
@@ -383,8 +413,8 @@ def paired(
     for stem, same in pictures.items():
         for path, several in ((same[0], same[1:]), *((file, files[stem][1:]) for file in files[stem][:1])):
             if several:
-                others = ", ".join(other.relative_to(raw).as_posix() for other in several)
-                problems.append(f"{path.relative_to(raw).as_posix()}: has the same name as {others}")
+                others = ", ".join(relative(raw, other) for other in several)
+                problems.append(f"{relative(raw, path)}: has the same name as {others}")
         for image in same:
             yield image, next(iter(files[stem]), None)
 
@@ -396,7 +426,7 @@ def paired(
             ]
             stems = {nfc(image.stem) for place in theirs for image in images(place)}
         if nfc(file.stem) not in stems and counts(file):
-            where = file.relative_to(raw).as_posix()
+            where = relative(raw, file)
             problems.append(MissingImage(f"{where}: there is no image {file.stem}.* for it"))
 
 
@@ -418,7 +448,7 @@ def unlisted(raw: Path, known: Container[Path]) -> Iterator[str]:
         yield from same_names(raw, there)
         names = [image.name for image in there if image not in known]
         if names:
-            where = folder.relative_to(raw).as_posix()
+            where = relative(raw, folder)
             yield Unlisted(f"{where}: images that are not in the annotations: {', '.join(names)}")
 
 
@@ -428,5 +458,5 @@ def same_names(raw: Path, paths: Iterable[Path]) -> Iterator[str]:
     for path in paths:
         other = names.setdefault(nfc(path.name), path)
         if other != path:
-            where = path.relative_to(raw).as_posix()
+            where = relative(raw, path)
             yield f"{where}: {path.name!a} and {other.name!a} are one name to people; rename or remove one"

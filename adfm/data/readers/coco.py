@@ -33,7 +33,7 @@ from adfm.data.readers.annotations import (
     unlisted,
     walk,
 )
-from adfm.data.readers.files import refuse
+from adfm.data.readers.files import refuse, relative
 from adfm.data.readers.lookup import Images
 from adfm.data.readers.shapes import turned_box
 from adfm.data.readers.verdicts import class_name
@@ -78,11 +78,11 @@ def read(raw: Path) -> Iterator[Sample]:
             try:
                 content = parsed(file)
             except ValueError as error:
-                problems.append(f"{file.relative_to(raw).as_posix()}: {error}")
+                problems.append(f"{relative(raw, file)}: {error}")
                 continue
             if isinstance(content, dict) and all(isinstance(content.get(key), list) for key in _KEYS):
                 if _is_panoptic(content["annotations"]):
-                    panoptic.append(file.relative_to(raw).as_posix())
+                    panoptic.append(relative(raw, file))
                     continue
                 seen = True
                 yield from _samples(raw, file, content, pictures, used, problems)
@@ -103,7 +103,7 @@ def _is_panoptic(annotations: list[Any]) -> bool:
 def _samples(
     raw: Path, file: Path, content: dict[str, Any], pictures: Images, used: dict[Path, str], problems: list[str]
 ) -> Iterator[Sample]:
-    where = file.relative_to(raw).as_posix()
+    where = relative(raw, file)
     classes = _by_id(where, "category", content["categories"], problems)
     entries = _by_id(where, "image", content["images"], problems)
     drawn, notes = _drawn(where, content["annotations"], entries, classes, problems)
@@ -114,10 +114,10 @@ def _samples(
         try:
             path = pictures.locate(member(entry, "file_name", str), file.parent, file.stem)
             if path in used:
-                raise ValueError(_listed_twice(path.relative_to(raw).as_posix(), where, used[path]))
+                raise ValueError(_listed_twice(relative(raw, path), where, used[path]))
             if from_label_studio and identifier in drawn and _is_stored_size(path, _size(entry)):
                 raise ValueError(
-                    f"{path.relative_to(raw).as_posix()} has an EXIF orientation; Label Studio exports its boxes turned"
+                    f"{relative(raw, path)} has an EXIF orientation; Label Studio exports its boxes turned"
                     " upright to COCO, and its size and polygons not; export JSON instead"
                 )
         except ValueError as error:

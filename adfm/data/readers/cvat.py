@@ -29,7 +29,7 @@ from adfm.data.readers.annotations import (
     walk,
     within,
 )
-from adfm.data.readers.files import IMAGES, refuse
+from adfm.data.readers.files import IMAGES, refuse, relative
 from adfm.data.readers.shapes import bitmap, check_mask_size, ellipse, group, line, turned_box
 from adfm.data.readers.verdicts import class_name, defect_type
 from adfm.data.readers.xmlfiles import outermost
@@ -84,7 +84,7 @@ def _is_export(file: Path) -> bool:
 
 
 def _samples(raw: Path, file: Path, known: dict[Path, str], problems: list[str]) -> Iterator[Sample]:
-    where = file.relative_to(raw).as_posix()
+    where = relative(raw, file)
     try:
         for place, element in enumerate(_images(file), start=1):
             name = element.get("name", "")

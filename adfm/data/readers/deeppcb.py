@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from adfm.data.problems import MissingImage
-from adfm.data.readers.annotations import Shape, box, holds, lines, listing, sample, walk
-from adfm.data.readers.files import folders, images, refuse
+from adfm.data.readers.annotations import Shape, box, holds, lines, listing, sample, shapes_of_lines, walk
+from adfm.data.readers.files import folders, images, refuse, relative
 from adfm.records import Sample, Split
 
 _CLASSES = {"1": "open", "2": "short", "3": "mousebite", "4": "spur", "5": "copper", "6": "pin-hole"}
@@ -64,7 +64,7 @@ def _parts(folder: Path) -> list[Path]:
 def _add_lists(raw: Path, folder: Path, splits: dict[Path, Split], problems: list[str]) -> None:
     """Takes the splits of the parts, which are the names of their images up to `_temp` or `_test`."""
     for file in (folder / name for name in _LISTS if (folder / name).is_file()):
-        where = file.relative_to(raw).as_posix()
+        where = relative(raw, file)
         try:
             content = lines(file)
         except ValueError as error:
@@ -87,7 +87,7 @@ def _samples(raw: Path, folder: Path, splits: dict[Path, Split], problems: list[
     files = {file.stem: file for file in listing(notes, ".txt")}
     for image in images(folder):
         part, _, kind = image.stem.rpartition("_")
-        where = image.relative_to(raw).as_posix()
+        where = relative(raw, image)
         if kind not in ("temp", "test") or not part:
             problems.append(f"{where}: is neither a template, …_temp, nor a tested image, …_test; remove it")
             continue
@@ -95,29 +95,12 @@ def _samples(raw: Path, folder: Path, splits: dict[Path, Split], problems: list[
         if kind == "test":
             file = files.pop(part, None)
             if file:
-                shapes = _shapes(raw, file, problems)
+                shapes = shapes_of_lines(raw, file, _shape, problems, blanks=",")
             else:
                 problems.append(f"{where}: has no text file {notes.name}/{part}.txt")
         yield sample(raw, image, shapes, splits.get(folder / part), group=part)
     for stem, file in files.items():
-        problems.append(MissingImage(f"{file.relative_to(raw).as_posix()}: there is no image {stem}_test.* for it"))
-
-
-def _shapes(raw: Path, file: Path, problems: list[str]) -> list[Shape]:
-    where = file.relative_to(raw).as_posix()
-    shapes = []
-    try:
-        content = lines(file)
-    except ValueError as error:
-        problems.append(f"{where}: {error}")
-        return []
-    for number, line in enumerate(content, start=1):
-        try:
-            if words := line.replace(",", " ").split():
-                shapes.append(_shape(words))
-        except ValueError as error:
-            problems.append(f"{where}: line {number}: {error}")
-    return shapes
+        problems.append(MissingImage(f"{relative(raw, file)}: there is no image {stem}_test.* for it"))
 
 
 def _shape(words: list[str]) -> Shape:

@@ -22,6 +22,7 @@ IMAGES = frozenset(
     (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".heic", ".heif", ".avif", ".pgm", ".ppm")
 )
 
+_ENDINGS = tuple(IMAGES)
 ADD_MASK = "; add it, or, where no image has one, convert the labels alone with --layout folders"
 _DEPTH = 100
 
@@ -42,7 +43,7 @@ def folders(folder: Path) -> list[Path]:
     if not _is_readable(folder):
         return []
     with os.scandir(folder) as entries:
-        return sorted(folder / entry.name for entry in entries if not _is_hidden(entry.name) and entry.is_dir())
+        return sorted(folder / entry.name for entry in entries if not is_hidden(entry.name) and entry.is_dir())
 
 
 def refuse_special(raw: Path) -> None:
@@ -112,16 +113,25 @@ def images(folder: Path, pattern: str = "*") -> list[Path]:
     """
     if not _is_readable(folder):
         return []
+    if pattern == "*":
+        # scandir knows what is a folder; asking the disk for each file of a large one takes seconds.
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if _has_image_name(entry.name) and not holds_true(entry.is_dir)]
+        return [folder / name for name in sorted(names) if not is_hidden(name)]
     return sorted(
         path
         for path in folder.glob(pattern)
-        if is_image(path) and not any(_is_hidden(part) for part in path.relative_to(folder).parts)
+        if is_image(path) and not any(is_hidden(part) for part in path.relative_to(folder).parts)
     )
 
 
 def is_image(path: Path) -> bool:
     """Whether the name is an image's, in upper or lower case, and no folder has it."""
-    return path.suffix.lower() in IMAGES and not path.is_dir()
+    return _has_image_name(path.name) and not path.is_dir()
+
+
+def _has_image_name(name: str) -> bool:
+    return name.lower().endswith(_ENDINGS)
 
 
 def root(raw: Path, holds: Callable[[Path], bool]) -> Path | None:
@@ -189,7 +199,7 @@ def sample(
     """
     return Sample(
         image=image,
-        source=image.relative_to(raw).as_posix(),
+        source=relative(raw, image),
         dataset=dataset,
         category=category,
         label="anomalous" if defect else "normal",
@@ -233,9 +243,9 @@ def parse(raw: Path, file: Path, form: TypeAdapter[T], problems: list[str]) -> T
     except ValidationError as error:
         for detail in error.errors(include_url=False, include_input=False):
             place = "".join(f"[{part!r}]" for part in detail["loc"])
-            problems.append(f"{file.relative_to(raw).as_posix()}: {place}{' ' if place else ''}{detail['msg']}")
+            problems.append(f"{relative(raw, file)}: {place}{' ' if place else ''}{detail['msg']}")
     except OSError as error:
-        problems.append(f"{file.relative_to(raw).as_posix()}: cannot be read ({error})")
+        problems.append(f"{relative(raw, file)}: cannot be read ({error})")
     return None
 
 
@@ -273,7 +283,7 @@ def checked(
             if sample.label == "anomalous" and not sample.masks:
                 problems.append(f"{sample.source}: has no mask")
             problems += [
-                f"{sample.source}: has no mask {mask.relative_to(raw).as_posix()}{remedy}"
+                f"{sample.source}: has no mask {relative(raw, mask)}{remedy}"
                 for mask in sample.masks
                 if not _exists(mask)
             ]
@@ -297,7 +307,7 @@ def strays(raw: Path, folder: Path, used: Iterable[Path]) -> list[str]:
         if stray.relative_to(folder).parts[:2] not in (("ground_truth", "good"), ("ground_truth", "ok")):
             names[stray.parent].append(stray.name)
     return [
-        f"{parent.relative_to(raw).as_posix()}: no place in the layout, or no image for the mask: {', '.join(stray)}"
+        f"{relative(raw, parent)}: no place in the layout, or no image for the mask: {', '.join(stray)}"
         for parent, stray in names.items()
     ]
 
@@ -347,5 +357,14 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is one of a system or tool, not of the data set."""
     return name.startswith((".", "__MACOSX"))
+
+
+def holds_true(kind: Callable[[], bool]) -> bool:
+    """What a directory entry's `is_dir` or `is_file` says; false for a link to itself, for which they raise."""
+    try:
+        return kind()
+    except OSError:
+        return False

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from adfm.data.manifest import MANIFEST
 from adfm.data.readers import btad, dagm, files, kolektor, loco, mvtec, verdicts, visa
 from adfm.data.readers.annotations import SPLIT_NAMES, nfc, walk
 from adfm.data.readers.files import relative
@@ -381,9 +382,12 @@ def _place(raw: Path, folder: Path) -> _Place:
 
 
 def _annotation(raw: Path) -> Path | None:
-    """A file that may say more of the images; `manifest.json` is our own."""
-    paths = (path for folder in walk(raw) for path in sorted(folder.glob("[!.]*")))
-    return next((path for path in paths if path.suffix.lower() in _ANNOTATIONS and path != raw / "manifest.json"), None)
+    """A file that may say more of the images; that of `adfm fetch` does not."""
+    for folder in walk(raw):
+        paths = (path for path in folder.glob("[!.]*") if path.suffix.lower() in _ANNOTATIONS)
+        if first := min((path for path in paths if path != raw / MANIFEST), default=None):
+            return first
+    return None
 
 
 def _masked_beside(folder: Path) -> bool:

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from adfm.data.readers.annotations import listing, mentions, walk
-from adfm.data.readers.files import images
+from adfm.data.readers.files import images, relative
 
 _FILES = 50  # of a kind that are looked into; the exports have one file, or many that are alike
 _COCO = "export as COCO"
@@ -44,13 +44,13 @@ def hint(raw: Path) -> str:
     for file in _files(raw, ".json"):
         for words, what, remedy in _JSON:
             if mentions(file, *words):
-                return f"{file.relative_to(raw).as_posix()} {what}; {remedy}"
+                return f"{relative(raw, file)} {what}; {remedy}"
     for file in _files(raw, ".txt"):
         if mentions(file, b"imagesource:"):
-            return f"{file.relative_to(raw).as_posix()} is DOTA's text; convert it to YOLO OBB, or export as COCO"
+            return f"{relative(raw, file)} is DOTA's text; convert it to YOLO OBB, or export as COCO"
     for suffix, (what, remedy) in _SUFFIXES.items():
         for file in _files(raw, suffix):
-            return f"{file.relative_to(raw).as_posix()} {what}; {remedy}"
+            return f"{relative(raw, file)} {what}; {remedy}"
     if _is_bare(raw):
         return "it holds images without annotations; export these as well, or sort the images into OK/ and NG/"
     return ""

@@ -35,7 +35,7 @@ from adfm.data.readers.annotations import (
     walk,
     within,
 )
-from adfm.data.readers.files import refuse
+from adfm.data.readers.files import refuse, relative
 from adfm.data.readers.verdicts import class_name
 from adfm.records import Sample
 
@@ -85,7 +85,7 @@ def _metadata(folder: Path) -> list[Path]:
 
 
 def _samples(raw: Path, file: Path, known: set[Path], problems: list[str]) -> Iterator[Sample]:
-    where = file.relative_to(raw).as_posix()
+    where = relative(raw, file)
     try:
         names = _names(raw, file.parent)
     except (yaml.YAMLError, RecursionError, ValueError) as error:

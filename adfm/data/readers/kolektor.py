@@ -39,7 +39,7 @@ def read(raw: Path) -> Iterator[Sample]:
 
 
 def _item(raw: Path, folder: Path, problems: list[str]) -> Iterator[Sample]:
-    dataset, group = files.dataset_name(raw), folder.relative_to(raw).as_posix()
+    dataset, group = files.dataset_name(raw), files.relative(raw, folder)
     images = files.images(folder)
     labels = {label.stem: label for label in images if label.stem.endswith("_label")}
     for image in images:
@@ -52,10 +52,10 @@ def _item(raw: Path, folder: Path, problems: list[str]) -> Iterator[Sample]:
         except FileNotFoundError:
             pass  # is among what is missing
         except Exception as error:  # a damaged file makes Pillow raise nearly anything
-            problems.append(f"{label.relative_to(raw).as_posix()}: cannot be read ({error})")
+            problems.append(f"{files.relative(raw, label)}: cannot be read ({error})")
         yield Sample(
             image=image,
-            source=image.relative_to(raw).as_posix(),
+            source=files.relative(raw, image),
             dataset=dataset,
             category="kolektor",
             label="normal" if normal else "anomalous",

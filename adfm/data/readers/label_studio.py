@@ -126,7 +126,7 @@ def read(raw: Path) -> Iterator[Sample]:
                 if (tasks := _tasks(parsed(file))) is not None:
                     exports[file] = tasks
             except ValueError as error:
-                problems.append(f"{file.relative_to(raw).as_posix()}: {error}")
+                problems.append(f"{relative(raw, file)}: {error}")
         if exports:
             seen = True
             yield from _samples(raw, folder, exports, pictures, used, problems)
@@ -211,7 +211,7 @@ def _samples(
     labels = _label_controls(task for _, _, task in tasks)
     draws = any(_is_region(result) for _, _, task in tasks for result in _results_of_all(task))
     for file, place, task in tasks:
-        where, name = file.relative_to(raw).as_posix(), f"task {task.get('id', f'no. {place}')}"
+        where, name = relative(raw, file), f"task {task.get('id', f'no. {place}')}"
         try:
             image = _image(raw, task, pictures, folder)
             if image in used:

@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from adfm.data.manifest import MANIFEST
 from adfm.data.readers.annotations import (
     POINT,
     NoImage,
@@ -41,13 +42,12 @@ from adfm.data.readers.annotations import (
     split_of,
     walk,
 )
-from adfm.data.readers.files import IMAGES, images, refuse
+from adfm.data.readers.files import IMAGES, images, refuse, relative
 from adfm.data.readers.lookup import Images
 from adfm.data.readers.shapes import Point, bitmap, check_mask_size, corners, ellipse, join, line
 from adfm.data.readers.verdicts import class_name, defect_type, is_verdict
 from adfm.records import Sample
 
-_MANIFEST = "manifest.json"  # of a fetched data set
 _NO_DEFECT = ("__ignore__", "_background_")  # of LabelMe's own examples
 _PROGRESS = frozenset(("checked", "verified", "reviewed", "approved", "confirmed", "done", "finished", "completed"))
 # The types of shapes, with their smallest and largest number of points; rotation and quadrilateral are X-AnyLabeling's.
@@ -104,9 +104,9 @@ def read(raw: Path) -> Iterator[Sample]:
         jsons = listing(folder, ".json")
         stems = {nfc(file.stem) for file in jsons}
         for file in jsons:
-            if file == raw / _MANIFEST:
+            if file == raw / MANIFEST:
                 continue
-            where = file.relative_to(raw).as_posix()
+            where = relative(raw, file)
             try:
                 content = parsed(file)
                 if _is_foreign(content) and not pictures.of_stem(file.stem, folder):
@@ -138,7 +138,7 @@ def read(raw: Path) -> Iterator[Sample]:
         there = images(folder)
         problems += same_names(raw, there)
         for image in there:
-            if image.relative_to(raw).as_posix() not in annotated:
+            if relative(raw, image) not in annotated:
                 yield sample(raw, image, [], split_of(*folder_names(raw, image)))
     if not annotated and not problems:
         problems.append("no LabelMe file: no JSON file with shapes")
@@ -220,14 +220,14 @@ def _image(
         except NoImage as error:
             image, missing = next(iter(own), None), error
     if image and image not in own:
-        path = image.relative_to(raw).as_posix()
+        path = relative(raw, image)
         if nfc(image.stem) in stems - {nfc(file.stem)}:
             missing = ValueError(
                 f"imagePath leads to {path}, which {image.stem}.json is named after; correct imagePath"
             )
             image = next(iter(own), None)
         elif own:
-            other = own[0].relative_to(raw).as_posix()
+            other = relative(raw, own[0])
             raise ValueError(f"imagePath leads to {path}, and its own name to {other}; correct imagePath, or rename")
     if not image:
         if not content.get("imageData"):
@@ -235,7 +235,7 @@ def _image(
         _check_image(content["imageData"])
         suffix = PurePosixPath(name).suffix
         source = file.with_name(file.stem + (suffix if suffix.lower() in IMAGES else ".png"))
-        return file, source.relative_to(raw).as_posix(), []
+        return file, relative(raw, source), []
     twins = [each.name for each in own if each.parent == image.parent]
     if image in own and len(twins) > 1:
         raise ValueError(f"may be the file of any of {', '.join(twins)}; remove all but one, or give them other names")
@@ -247,7 +247,7 @@ def _image(
                 f"imagePath is {name!r}, and the file's own name is that, garbled; unpack the archive again"
             )
         notes.append("imagePath names an image that is not the one with the file's own name; the latter counts")
-    return image, image.relative_to(raw).as_posix(), notes
+    return image, relative(raw, image), notes
 
 
 def _is_garbled(name: str, intended: str) -> bool:

@@ -67,7 +67,7 @@ def read(raw: Path) -> Iterator[Sample]:
     top = files.root(raw, lambda folder: bool(_places(folder))) or raw
     places = _places(top)
     if len(places) > 1:
-        names = ", ".join(place.relative_to(raw).as_posix() for place in places)
+        names = ", ".join(files.relative(raw, place) for place in places)
         problems.append(f"the images are there more than once, keep one: {names}")
     parts = ((None, _category(raw, top, folder, problems)) for place in places[:1] for folder in _folders(place))
     return files.checked(raw, "real-iad", parts, problems)
@@ -78,9 +78,9 @@ def _category(raw: Path, top: Path, folder: Path, problems: list[str]) -> Iterat
     if len({file.read_bytes() for file in jsons}) > 1:
         jsons = [file for file in jsons if file.parent.name == "realiad_jsons"] or jsons
     if len({file.read_bytes() for file in jsons}) != 1:
-        which = ", ".join(file.relative_to(raw).as_posix() for file in jsons)
+        which = ", ".join(files.relative(raw, file) for file in jsons)
         what = f"has several JSON files that differ, keep one: {which}" if jsons else f"has no {folder.name}.json"
-        problems.append(f"{folder.relative_to(raw).as_posix()}: {what}")
+        problems.append(f"{files.relative(raw, folder)}: {what}")
         return
     content = files.parse(raw, jsons[0], _FORM, problems)
     if content is None:
@@ -92,7 +92,7 @@ def _category(raw: Path, top: Path, folder: Path, problems: list[str]) -> Iterat
             mask = files.listed_path(bases, entry.mask_path) if entry.mask_path else None
             if image is None or (entry.mask_path and mask is None):
                 path = entry.image_path if image is None else entry.mask_path
-                problems.append(f"{jsons[0].relative_to(raw).as_posix()}: {path!r} is not a path in the data set")
+                problems.append(f"{files.relative(raw, jsons[0])}: {path!r} is not a path in the data set")
                 continue
             normal = entry.anomaly_class == content.meta.normal_class or mask is None
             yield files.sample(
@@ -104,7 +104,7 @@ def _category(raw: Path, top: Path, folder: Path, problems: list[str]) -> Iterat
                 [mask] if mask else [],
                 split,
                 unmarked_is_normal=True,
-                group=image.parent.relative_to(raw).as_posix(),
+                group=files.relative(raw, image.parent),
             )
 
 

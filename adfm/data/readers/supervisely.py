@@ -36,7 +36,7 @@ from adfm.data.readers.annotations import (
     split_of,
     walk,
 )
-from adfm.data.readers.files import folders, images, refuse
+from adfm.data.readers.files import folders, images, refuse, relative
 from adfm.data.readers.shapes import Point, bitmap, check_mask_size, line
 from adfm.data.readers.verdicts import class_name, defect_type, is_verdict
 from adfm.records import Polygon, Sample, Split
@@ -89,7 +89,7 @@ def read(raw: Path) -> Iterator[Sample]:
                 yield image
         elif folder.name != _IMG and (stray := images(folder)):
             names = ", ".join(image.name for image in stray)
-            problems.append(f"{folder.relative_to(raw).as_posix()}: images outside {_IMG}/, move them there: {names}")
+            problems.append(f"{relative(raw, folder)}: images outside {_IMG}/, move them there: {names}")
     if empty and not problems:
         problems.append(f"no image in a folder {_IMG}/ beside {_ANN}/")
     refuse(raw, "supervisely", problems)
@@ -108,22 +108,20 @@ def _dataset(raw: Path, folder: Path, problems: list[str]) -> Iterator[Sample]:
     stems: dict[str, Path] = {}
     for image in images(folder / _IMG):
         key = image.name if image.name in files else image.stem  # early versions left the suffix out
-        where = image.relative_to(raw).as_posix()
+        where = relative(raw, image)
         if key not in files:
             problems.append(f"{where}: there is no {_ANN}/{image.name}.json for it; export the annotations as well")
             continue
         if stems.setdefault(key, image) != image:
-            problems.append(
-                f"{files[key].relative_to(raw).as_posix()}: belongs to {stems[key].name} and {image.name}; rename one"
-            )
+            problems.append(f"{relative(raw, files[key])}: belongs to {stems[key].name} and {image.name}; rename one")
         used.add(key)
         yield _sample(raw, image, files[key], meta, problems)
     for key, file in files.items():
         if key not in used:
-            where = file.relative_to(raw).as_posix()
+            where = relative(raw, file)
             problems.append(MissingImage(f"{where}: there is no image {_IMG}/{key} for it"))
     problems += [
-        f"{inside.relative_to(raw).as_posix()}: images in a folder of {_IMG}/; move them into {_IMG}/ itself"
+        f"{relative(raw, inside)}: images in a folder of {_IMG}/; move them into {_IMG}/ itself"
         for inside in folders(folder / _IMG)
     ]
 
@@ -141,13 +139,13 @@ def _meta(raw: Path, folder: Path, problems: list[str]) -> _Meta:
                 verdicts = any(is_verdict(tag.get("name")) for tag in tags if isinstance(tag, dict))
                 return _Meta(geometries, verdicts or not classes)
             except (KeyError, TypeError, ValueError) as error:
-                problems.append(f"{file.relative_to(raw).as_posix()}: {error}")
+                problems.append(f"{relative(raw, file)}: {error}")
                 break
     return _Meta({}, False)
 
 
 def _sample(raw: Path, image: Path, file: Path, meta: _Meta, problems: list[str]) -> Sample:
-    where = file.relative_to(raw).as_posix()
+    where = relative(raw, file)
     try:
         content = parsed(file)
         size = _size(content)

@@ -34,7 +34,7 @@ from adfm.data.readers.annotations import (
     walk,
     within,
 )
-from adfm.data.readers.files import IMAGES, images, refuse, root
+from adfm.data.readers.files import IMAGES, images, refuse, relative, root
 from adfm.data.readers.verdicts import class_name
 from adfm.records import Box, Label, Sample, Split
 
@@ -182,11 +182,11 @@ def _unlisted(raw: Path, known: Container[Path], tables: dict[Path, str]) -> Ite
     for folder in walk(raw) if tables else []:
         above = [table for table in tables if folder.is_relative_to(table.parent)]
         table = max(above, key=lambda table: len(table.parts), default=next(iter(tables)))
-        where = table.relative_to(raw).as_posix()
+        where = relative(raw, table)
         for image in images(folder):
             if image not in known:
                 yield Unlisted(
-                    f"{image.relative_to(raw).as_posix()}: is in no row of {where}, in its column {tables[table]!r};"
+                    f"{relative(raw, image)}: is in no row of {where}, in its column {tables[table]!r};"
                     " add a row (for a normal image its name and `normal`, the other cells empty), or remove the image"
                 )
 
@@ -311,7 +311,7 @@ def _add_rows(raw: Path, table: Path, rows_of: dict[Path, list[_Row]], problems:
     Returns:
         What it calls the column of the images; "" where it cannot be read to its end.
     """
-    where = table.relative_to(raw).as_posix()
+    where = relative(raw, table)
     line, read, header = 0, False, None
     bases = _bases(raw, table)
     try:
@@ -521,7 +521,7 @@ def _file(raw: Path, groups: list[list[Path]], name: str) -> Path | None:
             bases = group[:1] if ".." in written else dict.fromkeys(group)
             paths = [path for base in bases if (path := within(raw, base, written))]
             if len(paths) > 1:
-                several = ", ".join(path.relative_to(raw).as_posix() for path in paths)
+                several = ", ".join(relative(raw, path) for path in paths)
                 raise ValueError(f"the file {name!r} may be any of {several}; write its folder with it")
             if paths:
                 return paths[0]
@@ -532,7 +532,7 @@ def _agree(raw: Path, name: str, rows: list[_Row], row: _Row) -> None:
     """Raises `ValueError` if a row contradicts the earlier rows of its image."""
     for other in rows[:1]:
         if other.table != row.table:
-            raise ValueError(f"{name!r} is in {other.table.relative_to(raw).as_posix()} too; keep one of them")
+            raise ValueError(f"{name!r} is in {relative(raw, other.table)} too; keep one of them")
         for key, was, now in (
             ("label", other.label, row.label),
             ("category", other.category, row.category),

@@ -96,7 +96,7 @@ def read(raw: Path) -> Iterator[Sample]:
     seen = False
     for folder in walk(raw):
         for file in [*listing(folder, ".json"), *listing(folder, ".csv")]:
-            where = file.relative_to(raw).as_posix()
+            where = files.relative(raw, file)
             try:
                 images = _images(file, where, problems)
             except ValueError as error:
@@ -130,7 +130,7 @@ def _samples(
     used: dict[Path, str],
     problems: list[str],
 ) -> Iterator[Sample]:
-    where, split = file.relative_to(raw).as_posix(), split_of(file.stem, *folder_names(raw, file))
+    where, split = files.relative(raw, file), split_of(file.stem, *folder_names(raw, file))
     try:
         kind, notes = _class_attribute(region for image in images for region in image.regions)
         labels = _label_attributes(images)
@@ -141,7 +141,7 @@ def _samples(
         try:
             path = pictures.locate(image.name, file.parent, file.stem)
             if path in used:
-                raise ValueError(f"{path.relative_to(raw).as_posix()} is listed before, in {used[path]}; keep one")
+                raise ValueError(f"{files.relative(raw, path)} is listed before, in {used[path]}; keep one")
             used[path] = where
             defect = defect_type(image.attributes[name] for name in labels if name in image.attributes)
         except ValueError as error:

@@ -100,7 +100,7 @@ def _defects(raw: Path, table: Path, problems: list[str]) -> dict[str, str]:
 
 def _rows(raw: Path, table: Path, columns: Sequence[str], problems: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """The rows of a CSV, each with its place; a cell that is missing is empty."""
-    name = table.relative_to(raw).as_posix()
+    name = files.relative(raw, table)
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restval="")

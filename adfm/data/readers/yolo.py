@@ -30,12 +30,13 @@ from adfm.data.readers.annotations import (
     paired,
     polygon,
     sample,
+    shapes_of_lines,
     split_of,
     text,
     walk,
     within,
 )
-from adfm.data.readers.files import images, refuse
+from adfm.data.readers.files import images, refuse, relative
 from adfm.data.readers.verdicts import class_name
 from adfm.records import Box, Sample, Split
 
@@ -100,10 +101,11 @@ def read(raw: Path) -> Iterator[Sample]:
     """
     problems: list[str] = []
     settings = _settings(raw, problems)
+    shape = partial(_shape, names=settings.names)
     defects = False
     for folder in walk(raw):
         for image, file in paired(raw, folder, ".txt", _IMAGES, _LABELS, partial(_belongs, raw), problems):
-            shapes = _shapes(raw, file, settings.names, problems) if file else []
+            shapes = shapes_of_lines(raw, file, shape, problems) if file else []
             defects = defects or bool(shapes)
             split, notes = _split(raw, image, settings)
             yield sample(raw, image, shapes, split, notes, normalized=True)
@@ -158,15 +160,15 @@ def _settings(raw: Path, problems: list[str]) -> _Settings:
                     sources[file] = _names(content)
                     _add_splits(raw, file, content, settings, problems)
             except (yaml.YAMLError, RecursionError, ValueError) as error:
-                problems.append(f"{file.relative_to(raw).as_posix()}: {' '.join(str(error).split())}")
+                problems.append(f"{relative(raw, file)}: {' '.join(str(error).split())}")
         for file in sorted(path for path in folder.glob("[!.]*") if path.name.endswith(_LISTS) and path.is_file()):
             try:
                 sources[file] = {n: name.strip() for n, name in enumerate(text(file).strip().splitlines())}
             except ValueError as error:
-                problems.append(f"{file.relative_to(raw).as_posix()}: {error}")
+                problems.append(f"{relative(raw, file)}: {error}")
     for names in sources.values():
         if any(settings.names.get(number, name) != name for number, name in names.items()):
-            files = ", ".join(file.relative_to(raw).as_posix() for file in sources)
+            files = ", ".join(relative(raw, file) for file in sources)
             problems.append(f"{files}: name the classes differently; keep one of them")
             break
         settings.names |= names
@@ -213,7 +215,7 @@ def _add_splits(raw: Path, file: Path, content: dict[Any, Any], settings: _Setti
 
 def _add_list(raw: Path, file: Path, split: Split, roots: list[Path], settings: _Settings, problems: list[str]) -> None:
     """Takes the images that a text file lists, a path a line."""
-    where = file.relative_to(raw).as_posix()
+    where = relative(raw, file)
     try:
         content = lines(file)
     except ValueError as error:
@@ -274,23 +276,6 @@ def _split(raw: Path, image: Path, settings: _Settings) -> tuple[Split | None, l
 
 
 # ------------------------------------------------------------------------------------------------------------ lines
-
-
-def _shapes(raw: Path, file: Path, names: dict[int, str], problems: list[str]) -> list[Shape]:
-    where = file.relative_to(raw).as_posix()
-    shapes = []
-    try:
-        content = lines(file)
-    except ValueError as error:
-        problems.append(f"{where}: {error}")
-        return []
-    for place, line in enumerate(content, start=1):
-        try:
-            if line.strip():
-                shapes.append(_shape(line.split(), names))
-        except ValueError as error:
-            problems.append(f"{where}: line {place}: {error}")
-    return shapes
 
 
 def _shape(words: list[str], names: dict[int, str]) -> Shape:
