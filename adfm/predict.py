@@ -234,7 +234,7 @@ def _files(images: Sequence[Path]) -> list[Path]:
     found = [
         file
         for path in images
-        for file in (readers.images(path, "**/*") if path.is_dir() else [path])
+        for file in (sorted(readers.images_within(path)) if path.is_dir() else [path])
         if file == path or not file.name.endswith(ENDING)
     ]
     if not found:

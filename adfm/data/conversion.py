@@ -217,25 +217,42 @@ def _inspected(raw: _Raw, work: Path, params: Params, part: int = 1, of: int = 1
     """Looks at the images of a part, as far as that was not done before; returns a file for each run."""
     settings = _settings(raw.layout, params)
     problems: list[str] = []
-    runs = []
+    runs: list[Path] = []
+    unfinished: deque[tuple[Path, _Key, list[Sample]]] = deque()
     total = sum(min(RUN, raw.images - first) for first in range((part - 1) * RUN, raw.images, of * RUN))
     progress = tqdm(total=total, desc="inspect", unit="image", disable=None)
-    with progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+
+    def samples_to_inspect() -> Iterator[Sample]:
         for number, run in enumerate(_runs(raw.samples(params), params.convert.missing, problems)):
             if number % of == part - 1:
                 path = work / f"{number:06d}.parquet"
                 key = _key(pool, raw.folder, run, settings)
-                if not _is_finished(path, key):
-                    done = map_in_order(pool, partial(inspection.inspect, settings=params.convert), run)
-                    rows = [row for row in done if progress.update() or True]
-                    for row, sample in zip(rows, run, strict=True):
-                        row["part"] = raw.grouping.part(sample)
-                    _save(rows, path, key)
-                else:
-                    progress.update(len(run))
-                listed = pq.read_table(path, columns=["problems"])["problems"]
-                problems += [problem for some in listed.to_pylist() for problem in some or ()]
                 runs.append(path)
+                if _is_finished(path, key):
+                    progress.update(len(run))
+                else:
+                    unfinished.append((path, key, run))
+                    yield from run
+
+    with progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows: list[dict[str, Any]] = []
+        saving: Future[None] | None = None
+        # One `map` over all runs: the threads have work while a run is saved and the next one is looked up.
+        for row in map_in_order(pool, partial(inspection.inspect, settings=params.convert), samples_to_inspect()):
+            progress.update()
+            path, key, run = unfinished[0]
+            rows.append(row | {"part": raw.grouping.part(run[len(rows)])})
+            if len(rows) == len(run):
+                if saving:
+                    saving.result()
+                saving = pool.submit(_save, rows, path, key)
+                rows = []
+                unfinished.popleft()
+        if saving:
+            saving.result()
+    for path in runs:
+        listed = pq.read_table(path, columns=["problems"])["problems"]
+        problems += [problem for some in listed.to_pylist() for problem in some or ()]
     if problems:
         raise BadData(raw.folder, raw.layout, problems)
     for path in set(work.glob("*.parquet*")) - set(runs):
@@ -333,10 +350,11 @@ def _save(rows: list[dict[str, Any]], path: Path, key: _Key) -> None:
 def map_in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """`map` in threads (Pillow, SciPy and hashing free the interpreter lock), only a few items ahead of who uses it."""
     ahead: deque[Future[R]] = deque()
+    few = 2 * (os.cpu_count() or 1)
     try:
         for item in items:
             ahead.append(pool.submit(function, item))
-            if len(ahead) > 2 * (os.cpu_count() or 1):
+            if len(ahead) > few:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()

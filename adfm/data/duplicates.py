@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 SIDE = 32
-_FINE = 256
+_FINE = 128
 _COARSE = 4
 _NEIGHBOURS = 8
+_BLOCK = 10_000
 
 # Root mean square difference of two small pictures, as a share of their contrast, or in grey levels if that is more.
 _SHARE = 0.02
@@ -36,7 +37,7 @@ def thumbnail(image: Image.Image) -> tuple[NDArray[np.float16], float]:
     """
     if image.mode not in ("L", "RGB"):
         image = image.convert("RGB")
-    fine = image.resize((_FINE, _FINE), Image.Resampling.BILINEAR, reducing_gap=1.0).convert("L")
+    fine = image.resize((_FINE, _FINE), Image.Resampling.BILINEAR, reducing_gap=1.5).convert("L")
     cell = _FINE // SIDE
     columns = np.asarray(fine).reshape(SIDE, cell, _FINE).sum(axis=1, dtype=np.uint32)
     grey = columns.reshape(SIDE, SIDE, cell).sum(axis=2).astype(np.float32) / cell**2
@@ -78,13 +79,16 @@ def near_duplicates(
         some = np.flatnonzero((contrasts >= low) & (contrasts < high))
         if len(some) > 1:
             bound = max(_SHARE, _LEVELS / low)
-            _, near = KDTree(vectors[some]).query(
-                vectors[some], k=min(len(some), _NEIGHBOURS + 1), distance_upper_bound=bound, workers=-1
-            )
-            first, second = np.repeat(np.arange(len(some)), near.shape[1]), near.ravel()
-            kept = (second < len(some)) & (first != second)
-            pairs = np.sort(np.stack([some[first[kept]], some[second[kept]]], axis=1), axis=1)
-            found.append(pairs)
+            tree = KDTree(vectors[some])
+            for start in range(0, len(some), _BLOCK):  # what is found of all images at once takes 400 bytes an image
+                these = some[start : start + _BLOCK]
+                _, near = tree.query(
+                    vectors[these], k=min(len(some), _NEIGHBOURS + 1), distance_upper_bound=bound, workers=-1
+                )
+                first, second = np.repeat(these, near.shape[1]), near.ravel()
+                kept = second < len(some)
+                pairs = np.sort(np.stack([first[kept], some[second[kept]]], axis=1), axis=1)
+                found.append(pairs[pairs[:, 0] != pairs[:, 1]])
     candidates = np.unique(np.concatenate(found), axis=0)
     kept_pairs = [candidates[:0]]
     for start in range(0, len(candidates), 1000):

@@ -75,18 +75,19 @@ def take(raw: Path, images: Container[str], masks: Container[str]) -> Inventory:
     """
     converted = annotations = 0
     left_out: dict[tuple[str, str], dict[str, Any]] = {}
-    for path, entry in _walk(raw):
+    for path, is_file in _walk(raw):
         if path in images:
             converted += 1
         elif path in masks:
             annotations += 1
         elif path != MANIFEST:
-            suffix = PurePosixPath(entry.name).suffix.lower()
-            reason = _reason(path, suffix, entry)
+            name = path.rpartition("/")[2]
+            suffix = PurePosixPath(name).suffix.lower()
+            reason = _reason(raw, path, suffix, is_file)
             if reason is None:
                 annotations += 1
                 continue
-            kind = _kind(entry.name, suffix)
+            kind = _kind(name, suffix)
             if len(left_out) >= _MOST_KINDS and (kind, reason) not in left_out:
                 kind = "other"
             row = left_out.setdefault((kind, reason), {"kind": kind, "reason": reason, "files": 0, "examples": []})
@@ -98,35 +99,40 @@ def take(raw: Path, images: Container[str], masks: Container[str]) -> Inventory:
     return Inventory(total, converted, annotations, rows)
 
 
-def _walk(raw: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Yields every file with its path below `raw`, folder by folder, by name; no folder twice within itself."""
+def _walk(raw: Path) -> Iterator[tuple[str, bool]]:
+    """Yields every file, folder by folder, by name; no folder twice within itself.
+
+    Yields:
+        The path below `raw`; and whether it is a file, not a link to nowhere.
+    """
     pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while pending:
         folder, above = pending.pop()
+        names: list[str] = []
+        folders, broken = set[str](), set[str]()
         try:
             status = (raw / folder).stat()
             identity = (status.st_dev, status.st_ino)
             if identity in above:
                 continue
             with os.scandir(raw / folder) as entries:
-                inside = sorted(entries, key=lambda entry: entry.name)
+                for entry in entries:  # an entry takes three times the memory of its name
+                    names.append(entry.name)
+                    if holds_true(entry.is_dir):
+                        folders.add(entry.name)
+                    elif not holds_true(entry.is_file):
+                        broken.add(entry.name)
         except OSError:  # a folder that its reader did not need, or had refused
             continue
-        deeper = []
-        for entry in inside:
-            path = f"{folder}{entry.name}"
-            if holds_true(entry.is_dir):
-                deeper.append((f"{path}/", above | {identity}))
-            else:
-                yield path, entry
-        pending += reversed(deeper)
+        yield from ((f"{folder}{name}", name not in broken) for name in sorted(names) if name not in folders)
+        pending += ((f"{folder}{name}/", above | {identity}) for name in sorted(folders, reverse=True))
 
 
-def _reason(path: str, suffix: str, entry: os.DirEntry[str]) -> str | None:
+def _reason(raw: Path, path: str, suffix: str, is_file: bool) -> str | None:
     """Why a file is left out; `None` for an annotation."""
     if any(map(is_hidden, path.split("/"))):
         return HIDDEN
-    if not holds_true(entry.is_file):
+    if not is_file:
         return BROKEN
     if suffix in IMAGES:
         return UNUSED
@@ -134,14 +140,14 @@ def _reason(path: str, suffix: str, entry: os.DirEntry[str]) -> str | None:
         return UNREAD
     if suffix in _ARCHIVES:
         return ARCHIVE
-    if _PAPERS.match(entry.name):
+    if _PAPERS.match(path.rpartition("/")[2]):
         return OTHER
     if suffix in _ANNOTATIONS:
         return None
     if suffix in _NOT_SNIFFED:
         return OTHER
     try:
-        with Path(entry.path).open("rb", buffering=0) as file:
+        with (raw / path).open("rb", buffering=0) as file:
             return MISNAMED if _is_image(file.read(16)) else OTHER
     except OSError:
         return BROKEN

@@ -249,13 +249,15 @@ def boxes_and_fragments(mask: NDArray[Any], dilation: float, connectivity: int, 
     labels, fragments = ndimage.label(defect, neighbours)
     areas = np.bincount(labels[defect], minlength=1)
     large = int((areas[1:] >= min_area).sum())
-    if radius >= 1 and fragments > 1 and _near(ndimage.find_objects(labels), 2 * radius + 1):
+    extents = ndimage.find_objects(labels)
+    if radius >= 1 and fragments > 1 and _near(extents, 2 * radius + 1):
         # A pixel lies in the dilated mask exactly when a mask pixel lies within the disk's radius.
         labels, _ = ndimage.label(ndimage.distance_transform_edt(~defect) <= radius, neighbours)
         labels[~defect] = 0
         areas = np.bincount(labels[defect])
+        extents = ndimage.find_objects(labels)
     boxes = []
-    for number, (y, x) in enumerate(ndimage.find_objects(labels), start=1):
+    for number, (y, x) in enumerate(extents, start=1):
         if areas[number] >= min_area:
             box = (x.start + left, y.start + top, x.stop + left, y.stop + top)
             boxes.append(Box(*(float(side - room) for side in box)))

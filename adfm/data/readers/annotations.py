@@ -12,7 +12,6 @@ import mmap
 import os
 import re
 import unicodedata
-from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any, TypeVar
 
 from adfm.data.problems import MissingImage, Unlisted
 from adfm.data.readers import files
-from adfm.data.readers.files import folders, holds_true, images, relative, root
+from adfm.data.readers.files import Paths, folders, holds_true, images, relative, root
 from adfm.records import Box, Polygon, Rle, Sample, Split
 
 _T = TypeVar("_T")
@@ -356,13 +355,22 @@ def holds(raw: Path, sign: Callable[[Path], bool]) -> bool:
     return root(raw, lambda folder: any(map(sign, walk(folder, 2)))) is not None
 
 
-def listing(folder: Path, suffix: str) -> list[Path]:
+def listing(folder: Path, suffix: str) -> Sequence[Path]:
     """The files of a folder with a suffix, in upper or lower case, by name; hidden ones do not count."""
     if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
         return []
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if entry.name.lower().endswith(suffix) and holds_true(entry.is_file)]
-    return [folder / name for name in sorted(names) if not name.startswith(".")]
+    return Paths(folder, sorted(name for name in names if not name.startswith(".")))
+
+
+def by_stem(paths: Iterable[Path]) -> dict[str, tuple[str, ...]]:
+    """Paths by their stem in Unicode's composed form; as text, since a `Path` takes several times the memory."""
+    groups: dict[str, tuple[str, ...]] = {}
+    for path in paths:
+        stem = nfc(path.stem)
+        groups[stem] = (*groups.get(stem, ()), str(path))
+    return groups
 
 
 def partners(raw: Path, folder: Path, own: Container[str], other: Container[str]) -> list[Path]:
@@ -403,20 +411,16 @@ def paired(
         counts: Whether a file that belongs to no image is an annotation file.
         problems: Gets two images or two annotation files of one name, and annotation files without an image.
     """
-    files: dict[str, list[Path]] = defaultdict(list)
-    pictures: dict[str, list[Path]] = defaultdict(list)
-    for image in images(folder):
-        pictures[nfc(image.stem)].append(image)
-    for partner in partners(raw, folder, own, other) if pictures else []:
-        for file in listing(partner, suffix):
-            files[nfc(file.stem)].append(file)
+    pictures = by_stem(images(folder))
+    places = partners(raw, folder, own, other) if pictures else []
+    files = by_stem(file for place in places for file in listing(place, suffix))
     for stem, same in pictures.items():
-        for path, several in ((same[0], same[1:]), *((file, files[stem][1:]) for file in files[stem][:1])):
+        for path, *several in filter(None, (same, files.get(stem))):
             if several:
-                others = ", ".join(relative(raw, other) for other in several)
-                problems.append(f"{relative(raw, path)}: has the same name as {others}")
+                others = ", ".join(relative(raw, Path(other)) for other in several)
+                problems.append(f"{relative(raw, Path(path))}: has the same name as {others}")
         for image in same:
-            yield image, next(iter(files[stem]), None)
+            yield Path(image), Path(files[stem][0]) if stem in files else None
 
     stems: set[str] | None = None
     for file in listing(folder, suffix):
@@ -454,9 +458,9 @@ def unlisted(raw: Path, known: Container[Path]) -> Iterator[str]:
 
 def same_names(raw: Path, paths: Iterable[Path]) -> Iterator[str]:
     """One problem for every two images of a folder whose names differ in Unicode normalisation only."""
-    names: dict[str, Path] = {}
+    names: dict[str, str] = {}
     for path in paths:
-        other = names.setdefault(nfc(path.name), path)
-        if other != path:
+        other = names.setdefault(nfc(path.name), path.name)
+        if other != path.name:
             where = relative(raw, path)
-            yield f"{where}: {path.name!a} and {other.name!a} are one name to people; rename or remove one"
+            yield f"{where}: {path.name!a} and {other!a} are one name to people; rename or remove one"

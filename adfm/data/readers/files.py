@@ -7,10 +7,10 @@ import codecs
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -27,6 +27,27 @@ ADD_MASK = "; add it, or, where no image has one, convert the labels alone with 
 _DEPTH = 100
 
 T = TypeVar("T")
+
+
+class Paths(Sequence[Path]):
+    """The paths of some files of a folder, in memory as names alone: as `Path` each would take a kilobyte."""
+
+    def __init__(self, folder: Path, names: Iterable[str]) -> None:
+        self._folder = folder
+        self._names = list(names)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, index: int) -> Path: ...
+    @overload
+    def __getitem__(self, index: slice) -> Paths: ...
+    def __getitem__(self, index: int | slice) -> Path | Paths:
+        """The path at a place, or those of a range."""
+        names = self._names[index]
+        return self._folder / names if isinstance(names, str) else Paths(self._folder, names)
 
 
 def folders(folder: Path) -> list[Path]:
@@ -101,28 +122,35 @@ def special_files(raw: Path) -> Iterator[str]:
     yield from walk(top, "", frozenset([top]))
 
 
-def images(folder: Path, pattern: str = "*") -> list[Path]:
-    """The images in a folder, by name. Neither hidden ones nor those in hidden folders count.
+def images(folder: Path) -> Sequence[Path]:
+    """The images in a folder, by name; hidden ones do not count.
 
     Args:
         folder: May be missing: it has none then.
-        pattern: As of `Path.glob`; `**/*` goes through all folders, but through no symbolic link.
 
     Raises:
         AdfmError: `folder` cannot be read.
     """
     if not _is_readable(folder):
         return []
-    if pattern == "*":
-        # scandir knows what is a folder; asking the disk for each file of a large one takes seconds.
-        with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries if _has_image_name(entry.name) and not holds_true(entry.is_dir)]
-        return [folder / name for name in sorted(names) if not is_hidden(name)]
-    return sorted(
-        path
-        for path in folder.glob(pattern)
-        if is_image(path) and not any(is_hidden(part) for part in path.relative_to(folder).parts)
-    )
+    # scandir knows what is a folder; asking the disk for each file of a large one takes seconds.
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if _has_image_name(entry.name) and not holds_true(entry.is_dir)]
+    return Paths(folder, sorted(name for name in names if not is_hidden(name)))
+
+
+def images_within(folder: Path) -> Iterator[Path]:
+    """The images in a folder and in those below it, in no order, but not behind a link to a folder.
+
+    Hidden ones do not count, nor do those in hidden folders.
+
+    Raises:
+        AdfmError: `folder` cannot be read.
+    """
+    if _is_readable(folder):
+        for path in folder.glob("**/*"):
+            if is_image(path) and not any(is_hidden(part) for part in path.relative_to(folder).parts):
+                yield path
 
 
 def is_image(path: Path) -> bool:
@@ -274,9 +302,9 @@ def checked(
     """
     empty = True
     for folder, samples in parts:
-        used: set[Path] = set()
+        used: set[str] = set()
         for sample in samples:
-            if sample.image in used:
+            if str(sample.image) in used:
                 problems.append(f"{sample.source}: is listed twice")
             if not _exists(sample.image):
                 problems.append(f"{sample.source}: does not exist")
@@ -287,7 +315,7 @@ def checked(
                 for mask in sample.masks
                 if not _exists(mask)
             ]
-            used.update((sample.image, *sample.masks))
+            used.update(map(str, (sample.image, *sample.masks)))
             yield sample
         empty = empty and not used
         if folder:
@@ -297,13 +325,13 @@ def checked(
     refuse(raw, layout, problems)
 
 
-def strays(raw: Path, folder: Path, used: Iterable[Path]) -> list[str]:
+def strays(raw: Path, folder: Path, used: Container[str]) -> list[str]:
     """One problem for every folder below `folder` that has images other than the `used` ones.
 
     Masks of normal images, in `ground_truth/good` or `ground_truth/ok`, are no matter.
     """
     names: dict[Path, list[str]] = defaultdict(list)
-    for stray in sorted(set(images(folder, "**/*")).difference(used)):
+    for stray in sorted(path for path in images_within(folder) if str(path) not in used):
         if stray.relative_to(folder).parts[:2] not in (("ground_truth", "good"), ("ground_truth", "ok")):
             names[stray.parent].append(stray.name)
     return [

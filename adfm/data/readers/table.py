@@ -194,7 +194,7 @@ def _unlisted(raw: Path, known: Container[Path], tables: dict[Path, str]) -> Ite
 # ----------------------------------------------------------------------------------------------------------- tables
 
 
-def _all_tables(raw: Path) -> list[Path]:
+def _all_tables(raw: Path) -> Sequence[Path]:
     base = root(raw, lambda folder: any(map(_tables, walk(folder, 2))))
     if base:
         return [table for folder in walk(base, 2) for table in _tables(folder)]

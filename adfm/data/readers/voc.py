@@ -21,6 +21,7 @@ from adfm.data.readers.annotations import (
     Shape,
     box,
     bracketed,
+    by_stem,
     enclosing,
     holds,
     listing,
@@ -95,14 +96,14 @@ def read(raw: Path) -> Iterator[Sample]:
     for folder in walk(raw):
         if voc_masks.pictures(raw, folder):
             continue
-        same: dict[str, Path] = {}
+        same: dict[str, str] = {}
         there, here = images(folder), relative(raw, folder)
         own, shared = _places(raw, folder) if there else ([], [])
         files = [_files(own), *([shared_files(tuple(shared))] if shared else [])]
         for image in there:
-            other = same.setdefault(nfc(image.stem), image)
-            if other != image:
-                problems.append(f"{relative(raw, other)}: has the same name as {relative(raw, image)}")
+            other = same.setdefault(nfc(image.stem), image.name)
+            if other != image.name:
+                problems.append(f"{relative(raw, folder / other)}: has the same name as {relative(raw, image)}")
             file = _annotation(raw, image, here, files, owners, problems)
             drawn = _read(raw, file, problems) if file else _Drawn([], None, False, [])
             mask = classes.find(image, _IMAGES)
@@ -150,13 +151,9 @@ def _has_annotations(folder: Path) -> bool:
     return any(_is_annotation(file) for place in inside for file in listing(place, ".xml"))
 
 
-def _files(folders: Iterable[Path]) -> dict[str, list[Path]]:
+def _files(folders: Iterable[Path]) -> dict[str, tuple[str, ...]]:
     """The XML files of some folders by their stems."""
-    files: dict[str, list[Path]] = {}
-    for folder in folders:
-        for file in listing(folder, ".xml"):
-            files.setdefault(nfc(file.stem), []).append(file)
-    return files
+    return by_stem(file for folder in folders for file in listing(folder, ".xml"))
 
 
 def _places(raw: Path, folder: Path) -> tuple[list[Path], list[Path]]:
@@ -193,7 +190,7 @@ def _annotation(
     raw: Path,
     image: Path,
     folder: str,
-    files: Iterable[dict[str, list[Path]]],
+    files: Iterable[dict[str, tuple[str, ...]]],
     owners: dict[str, str],
     problems: list[str],
 ) -> Path | None:
@@ -208,7 +205,7 @@ def _annotation(
         problems: Gets two XML files of one image, and two images of one XML file.
     """
     for stems in files:
-        same = stems.get(nfc(image.stem), [])
+        same = [Path(file) for file in stems.get(nfc(image.stem), ())]
         if len(same) > 1:
             others = ", ".join(relative(raw, file) for file in same[1:])
             problems.append(f"{relative(raw, same[0])}: has the same name as {others}")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from adfm.data.problems import MissingImage
 from adfm.data.readers.annotations import Shape, folder_names, nfc, text, walk
-from adfm.data.readers.files import images
+from adfm.data.readers.files import images, images_within
 from adfm.data.readers.shapes import bitmap, check_mask_size
 from adfm.data.readers.verdicts import class_name
 from adfm.records import Box
@@ -96,7 +96,7 @@ class Classes:
         """Adds the masks that no image has to the problems, after all images."""
         for folder in walk(self._raw):
             if folder.name in (*_CLASS, *_OBJECT):
-                for mask in images(folder, "**/*"):
+                for mask in sorted(images_within(folder)):
                     place = mask.relative_to(self._raw)
                     if str(place) not in self._used:
                         self._problems.append(

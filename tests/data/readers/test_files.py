@@ -29,16 +29,17 @@ def test_images_and_folders_are_listed_by_name_without_hidden_ones(tmp_path: Pat
         (tmp_path / name).touch()
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
     assert [path.name for path in files.images(tmp_path)] == ["a b'\".jpg", "b.PNG", "gone.png", "ä\n.webp"]
-    assert [path.name for path in files.images(tmp_path, "**/*")] == [
+    assert list(files.images(tmp_path)[1:3]) == [tmp_path / "b.PNG", tmp_path / "gone.png"]
+    assert {path.name for path in files.images_within(tmp_path)} == {
         "a b'\".jpg",
         "b.PNG",
         "g.png",
         "gone.png",
         "ä\n.webp",
-    ]
+    }
     assert files.folders(tmp_path) == [tmp_path / "f.png"]
     for missing in (tmp_path / "nowhere", tmp_path / "d.txt"):
-        assert files.images(missing) == files.folders(missing) == []
+        assert files.images(missing) == list(files.images_within(missing)) == files.folders(missing) == []
 
 
 def test_links_to_folders_are_folders(tmp_path: Path) -> None:
