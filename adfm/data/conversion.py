@@ -445,6 +445,7 @@ def _gathered(runs: Sequence[Path], path: Path, notes: summary.Notes) -> tuple[p
             }
             tables.append(pa.table(columns | more))
     images = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
+    tables.clear()  # what follows takes most of the memory of a conversion
     contrasts = images["contrast"].to_numpy().copy()
     contrasts[splits.repeated(images["sha256"].combine_chunks())[:, 0]] = 0  # identical ones are together anyhow
     mapped = np.memmap(path, np.float16, "r").reshape(-1, duplicates.SIDE, duplicates.SIDE)

@@ -51,7 +51,7 @@ def assign(images: pa.Table, duplicates: NDArray[np.int64], params: Params) -> N
     Returns:
         [images]: indices into `SPLITS`.
     """
-    column = {name: images[name].combine_chunks().dictionary_encode() for name in COLUMNS}
+    column = _columns(images)
     fixed = _fixed(column["split"], params.split)
     keeps = _keeps(fixed, _where(column["label"], "anomalous"))
     lacking = [name for number, name in enumerate(SPLITS) if not (fixed == number).any()] if keeps else list(SPLITS)
@@ -74,6 +74,15 @@ def assign(images: pa.Table, duplicates: NDArray[np.int64], params: Params) -> N
         for group, split in _divide(pool, fractions).items():
             of_group[group] = SPLITS.index(split)
     return of_group[together]
+
+
+def _columns(images: pa.Table) -> dict[str, pa.Array]:
+    """`COLUMNS`, dictionary-encoded but for the two that have about as many values as images."""
+    column = {name: images[name].combine_chunks() for name in COLUMNS}
+    return {
+        name: values if name in ("sha256", "photograph") else values.dictionary_encode()
+        for name, values in column.items()
+    }
 
 
 def _where(column: pa.Array, value: str) -> NDArray[np.bool_]:
@@ -127,7 +136,7 @@ def moved(
     Returns:
         Rows of `because` (`copies`, `part` or `near-duplicates`: the first that explains it), `from`, `to`, `images`.
     """
-    column = {name: images[name].combine_chunks().dictionary_encode() for name in COLUMNS}
+    column = _columns(images)
     fixed = _fixed(column["split"], params.split)
     held = np.isin(np.asarray(column["category"]), params.split.holdout_categories)
     left = (fixed != assigned) & (fixed >= 0) & ~held
@@ -154,11 +163,13 @@ def moved(
 
 def repeated(values: pa.Array) -> NDArray[np.int64]:
     """[pairs, 2]: every row that repeats a value, and the first row that has it; nulls are equal to nothing."""
-    codes = np.asarray(values.dictionary_encode().indices.fill_null(-1))
-    rows = np.flatnonzero(codes >= 0)
-    _, first, which = np.unique(codes[rows], return_index=True, return_inverse=True)
-    firsts = rows[first[which]]
-    return np.asarray(np.stack([rows, firsts], axis=1)[rows != firsts], np.int64)
+    order = np.asarray(pc.sort_indices(values))[: len(values) - values.null_count]  # nulls come last
+    if not len(order):
+        return np.empty((0, 2), np.int64)
+    ordered = values.take(order)
+    starts = np.flatnonzero(np.append(True, np.asarray(pc.not_equal(ordered[1:], ordered[:-1]))))
+    firsts = np.repeat(np.minimum.reduceat(order, starts), np.diff(np.append(starts, len(order))))
+    return np.asarray(np.stack([order, firsts], axis=1)[order != firsts], np.int64)
 
 
 _Pool = list[tuple[str, str, int, int, int]]  # label, defect, draw, number of the group, its images
@@ -172,7 +183,8 @@ def _pools(
     A group counts as its anomalous image, if it has one, and of those as the one whose SHA-256 is the smallest.
     """
     sizes = np.bincount(together, minlength=len(decided))
-    rank = {name: _ranks(column[name]) for name in ("sha256", "dataset", "category", "defect")}
+    rank = {name: _ranks(column[name]) for name in ("dataset", "category", "defect")}
+    rank["sha256"] = np.asarray(pc.rank(column["sha256"], tiebreaker="min"), np.int64)
     normal = ~_where(column["label"], "anomalous")
     smallest = _first_of_each(together, np.lexsort((rank["sha256"], together)))
     shown = _first_of_each(together, np.lexsort((rank["defect"], rank["category"], rank["sha256"], normal, together)))
