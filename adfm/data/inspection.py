@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -387,10 +388,11 @@ def _mask(
             if orientation != 1 and part.shape != (height, width):  # drawn on the upright image
                 part, _ = masks.decode(content, 1, settings.mask_threshold, notes)
         except Exception as error:  # a damaged file makes Pillow raise nearly anything
-            problems.append(f"its mask {path} cannot be read ({reason(error)})")
+            problems.append(f"its mask {_place(sample, path)} cannot be read ({reason(error)})")
             continue
         if part.shape != (height, width):
-            problems.append(f"is {width}x{height}, but its mask {path} is {part.shape[1]}x{part.shape[0]}")
+            where = _place(sample, path)
+            problems.append(f"is {width}x{height}, but its mask {where} is {part.shape[1]}x{part.shape[0]}")
         elif mask is None:
             mask, file = part, content if plain else None
         else:
@@ -404,5 +406,10 @@ def _contradictions(sample: Sample, mask: masks.Mask | None, boxes: list[Box]) -
     if sample.label == "anomalous" and not boxes and sample.located and not sample.unmarked_is_normal:
         if mask is None:
             return ["is anomalous, but nothing is marked on it"]
-        return [f"is anomalous, but its mask {sample.masks[0]} shows no defect"]
+        return [f"is anomalous, but its mask {_place(sample, sample.masks[0])} shows no defect"]
     return []
+
+
+def _place(sample: Sample, mask: Path) -> str:
+    """The path of a mask relative to the data set, as that of its image is."""
+    return os.path.relpath(mask, sample.image.parents[sample.file.count("/")])

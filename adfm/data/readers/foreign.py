@@ -45,6 +45,12 @@ def hint(raw: Path) -> str:
         for words, what, remedy in _JSON:
             if mentions(file, *words):
                 return f"{relative(raw, file)} {what}; {remedy}"
+    for file in _files(raw, ".csv"):
+        if file.name == "_classes.csv":
+            return (
+                f"{relative(raw, file)} is Roboflow's CSV of labels of whole images, a column a class; export as"
+                " 'Folder Structure', or write a CSV with the columns image and label"
+            )
     for file in _files(raw, ".txt"):
         if mentions(file, b"imagesource:"):
             return f"{relative(raw, file)} is DOTA's text; convert it to YOLO OBB, or export as COCO"

@@ -46,6 +46,11 @@ def test_other_files(tmp_path: Path) -> None:
     assert foreign.hint(tmp_path).startswith("it holds images without annotations; export these as well, or sort")
     touch(tmp_path, "a.csv")
     assert foreign.hint(tmp_path) == ""
+    touch(tmp_path, "_classes.csv")
+    assert foreign.hint(tmp_path).startswith(
+        "_classes.csv is Roboflow's CSV of labels of whole images, a column a class; "
+    )
+    (tmp_path / "_classes.csv").unlink()
     touch(tmp_path, "labels.xlsx")
     assert foreign.hint(tmp_path) == "labels.xlsx is a workbook of Excel; save it as CSV"
     (tmp_path / "labelTxt").mkdir()
