@@ -92,8 +92,8 @@ def defects(values: NDArray[Any], threshold: float, notes: list[str] | None = No
     and faint ones beside it. So:
 
     - Values are numbers, and every value but 0 is a defect, where none is above 32, where every connected area has one
-      value, or where a quarter of the pixels between a tenth and `threshold` of the maximum have neighbours of just
-      their value.
+      value (and none is a ripple of JPEG: thin, and below a tenth of a thick one within 8 pixels), or where a quarter
+      of the pixels between a tenth and `threshold` of the maximum have neighbours of just their value.
     - Otherwise edges are soft. What is below a tenth of the maximum is noise. A defect is what has at least `threshold`
       of the maximum of its own connected area, and of the maximum within 8 pixels. (A thin scratch that was blurred is
       faint as a whole, so the maximum of all of the mask would lose it.)
@@ -138,10 +138,15 @@ def _is_numbered(values: NDArray[Any], threshold: float, top: float) -> bool:
     from scipy import ndimage
 
     areas, count = ndimage.label(values > 0, _NEIGHBOURS)
-    if np.array_equal(*(extreme(values, areas, range(1, count + 1)) for extreme in (ndimage.minimum, ndimage.maximum))):
-        return True
+    numbers = range(1, count + 1)
+    plain = ndimage.maximum_filter(values, 3, mode="constant") == ndimage.minimum_filter(values, 3, mode="constant")
+    highest = ndimage.maximum(values, areas, numbers)
+    if np.array_equal(ndimage.minimum(values, areas, numbers), highest):
+        thick = np.concatenate([[False], ndimage.maximum(plain, areas, numbers)])
+        nearby = ndimage.maximum_filter(np.where(thick[areas], values, 0), 2 * _BLOCK + 1)
+        faint = highest < min(_NOISE, threshold) * ndimage.maximum(nearby, areas, numbers)
+        return not (faint & ~thick[1:]).any()
     between = (values >= min(_NOISE, threshold) * top) & (values < threshold * top)
-    plain = ndimage.maximum_filter(values, 3) == ndimage.minimum_filter(values, 3)
     return bool(plain[between].sum() >= _PLAIN_SHARE * max(1, between.sum()))
 
 

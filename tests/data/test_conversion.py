@@ -220,8 +220,6 @@ def test_bad_files_are_listed_in_full_and_nothing_is_lost(mvtec_folder: Path) ->
     speck = np.zeros((32, 48), np.uint8)
     speck[3, 3] = 255
     Image.fromarray(speck).save(truth / "003_mask.png")
-    gone = truth / "004_mask.png"
-    gone.unlink()
     (mvtec_folder / "bolt/test/good/000.png").write_bytes(b"")
     truncated = mvtec_folder / "tile/test/stain/000.png"
     truncated.write_bytes(truncated.read_bytes()[:2000])
@@ -229,12 +227,11 @@ def test_bad_files_are_listed_in_full_and_nothing_is_lost(mvtec_folder: Path) ->
     with pytest.raises(AdfmError) as error:
         _converted(mvtec_folder)
     text = str(error.value)
-    assert "of 8 problems" in text
+    assert "of 7 problems" in text
     for part in (
         "bolt/test/hole/000.png: is anomalous, but its mask bolt/ground_truth/hole/000_mask.png shows no defect",
         "bolt/test/hole/001.png: is 48x32, but its mask bolt/ground_truth/hole/001_mask.png is 47x32",
         "bolt/test/hole/002.png: its mask bolt/ground_truth/hole/002_mask.png cannot be read",
-        "bolt/test/hole/004.png: has no mask bolt/ground_truth/hole/004_mask.png",
         "bolt/test/hole/003.png: every defect is smaller than convert.min_area (4 pixels)",
         "bolt/test/good/000.png: cannot be read",
         "tile/test/stain/000.png: cannot be read",

@@ -445,12 +445,12 @@ def within(raw: Path, folder: Path, name: str, there: Callable[[Path], bool] = P
         return None
 
 
-def unlisted(raw: Path, known: Container[Path]) -> Iterator[str]:
-    """One problem for every folder with images other than the known ones, or with images of the same name."""
+def unlisted(raw: Path, known: Container[str]) -> Iterator[str]:
+    """One problem for every folder with images other than those of known paths, or with images of the same name."""
     for folder in walk(raw):
         there = images(folder)
         yield from same_names(raw, there)
-        names = [image.name for image in there if image not in known]
+        names = [image.name for image in there if str(image) not in known]
         if names:
             where = relative(raw, folder)
             yield Unlisted(f"{where}: images that are not in the annotations: {', '.join(names)}")

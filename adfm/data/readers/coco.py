@@ -70,7 +70,7 @@ def read(raw: Path) -> Iterator[Sample]:
     """
     problems: list[str] = []
     pictures = Images(raw)
-    used: dict[Path, str] = {}
+    used: dict[str, str] = {}
     seen = False
     panoptic: list[str] = []
     for folder in walk(raw):
@@ -101,7 +101,7 @@ def _is_panoptic(annotations: list[Any]) -> bool:
 
 
 def _samples(
-    raw: Path, file: Path, content: dict[str, Any], pictures: Images, used: dict[Path, str], problems: list[str]
+    raw: Path, file: Path, content: dict[str, Any], pictures: Images, used: dict[str, str], problems: list[str]
 ) -> Iterator[Sample]:
     where = relative(raw, file)
     classes = _by_id(where, "category", content["categories"], problems)
@@ -113,8 +113,8 @@ def _samples(
     for identifier, entry in entries.items():
         try:
             path = pictures.locate(member(entry, "file_name", str), file.parent, file.stem)
-            if path in used:
-                raise ValueError(_listed_twice(relative(raw, path), where, used[path]))
+            if str(path) in used:
+                raise ValueError(_listed_twice(relative(raw, path), where, used[str(path)]))
             if from_label_studio and identifier in drawn and _is_stored_size(path, _size(entry)):
                 raise ValueError(
                     f"{relative(raw, path)} has an EXIF orientation; Label Studio exports its boxes turned"
@@ -123,7 +123,7 @@ def _samples(
         except ValueError as error:
             problems.append(problem(f"{where}: image {identifier}", error))
             continue
-        used[path] = where
+        used[str(path)] = where
         its_split = split or split_of(*folder_names(raw, path))
         yield sample(raw, path, drawn.pop(identifier, []), its_split, notes[identifier], size=_size(entry))
 

@@ -69,7 +69,7 @@ def read(raw: Path) -> Iterator[Sample]:
             in one error, after the last sample.
     """
     problems: list[str] = []
-    known: dict[Path, str] = {}
+    known: dict[str, str] = {}
     for folder in walk(raw):
         for file in listing(folder, ".xml"):
             if _is_export(file):
@@ -83,7 +83,7 @@ def _is_export(file: Path) -> bool:
     return outermost(file) == "annotations"
 
 
-def _samples(raw: Path, file: Path, known: dict[Path, str], problems: list[str]) -> Iterator[Sample]:
+def _samples(raw: Path, file: Path, known: dict[str, str], problems: list[str]) -> Iterator[Sample]:
     where = relative(raw, file)
     try:
         for place, element in enumerate(_images(file), start=1):
@@ -95,10 +95,10 @@ def _samples(raw: Path, file: Path, known: dict[Path, str], problems: list[str])
                     MissingImage(f"{here}: there is no such image in images/ beside the file; export with the images")
                 )
                 continue
-            if image in known:
-                problems.append(f"{here}: is listed twice, here as number {place}, and {known[image]}")
+            if str(image) in known:
+                problems.append(f"{here}: is listed twice, here as number {place}, and {known[str(image)]}")
                 continue
-            known[image] = f"in {where} as number {place}"
+            known[str(image)] = f"in {where} as number {place}"
             yield _sample(raw, image, element, here, problems)
     except ElementTree.ParseError as error:
         problems.append(f"{where}: is not XML ({error})")

@@ -284,7 +284,7 @@ def checked(
     problems: list[str],
     remedy: str = "",
 ) -> Iterator[Sample]:
-    """Yields the samples that nothing is wrong with, and then raises one error about all others.
+    """Yields all samples, and then raises one error about everything that was wrong.
 
     What is wrong: an image or mask that does not exist, an anomalous image without a mask, an image that comes twice,
     no image at all, and the reader's own problems. Memory is that of the largest part.
@@ -304,22 +304,19 @@ def checked(
     for folder, samples in parts:
         used: set[str] = set()
         for sample in samples:
-            wrong = []
             if str(sample.image) in used:
-                wrong.append(f"{sample.source}: is listed twice")
+                problems.append(f"{sample.source}: is listed twice")
             if not _exists(sample.image):
-                wrong.append(f"{sample.source}: does not exist")
+                problems.append(f"{sample.source}: does not exist")
             if sample.label == "anomalous" and not sample.masks:
-                wrong.append(f"{sample.source}: has no mask")
-            wrong += [
+                problems.append(f"{sample.source}: has no mask")
+            problems += [
                 f"{sample.source}: has no mask {relative(raw, mask)}{remedy}"
                 for mask in sample.masks
                 if not _exists(mask)
             ]
             used.update(map(str, (sample.image, *sample.masks)))
-            problems += wrong
-            if not wrong:
-                yield sample
+            yield sample
         empty = empty and not used
         if folder:
             problems += strays(raw, folder, used)

@@ -70,7 +70,7 @@ def read(raw: Path) -> Iterator[Sample]:
             of them: in one error, after the last sample.
     """
     problems: list[str] = []
-    known: set[Path] = set()
+    known: set[str] = set()
     for folder in walk(raw):
         for file in _metadata(folder):
             yield from _samples(raw, file, known, problems)
@@ -84,7 +84,7 @@ def _metadata(folder: Path) -> list[Path]:
     return [file for file in (folder / name for name in _FILES) if file.is_file()]
 
 
-def _samples(raw: Path, file: Path, known: set[Path], problems: list[str]) -> Iterator[Sample]:
+def _samples(raw: Path, file: Path, known: set[str], problems: list[str]) -> Iterator[Sample]:
     where = relative(raw, file)
     try:
         names = _names(raw, file.parent)
@@ -131,7 +131,7 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
         for row in reader:
             yield reader.line_num, _of_csv(row)
     else:
-        for place, line in enumerate(text(file).splitlines(), start=1):
+        for place, line in enumerate(text(file).split("\n"), start=1):
             if line.strip():
                 yield place, _parsed(line)
 
@@ -191,14 +191,14 @@ def _add_names(part: Any, column: str, names: _Names) -> None:
             _add_names(inside, column, names)
 
 
-def _sample(raw: Path, folder: Path, row: dict[str, Any], names: _Names, known: set[Path]) -> Sample | None:
+def _sample(raw: Path, folder: Path, row: dict[str, Any], names: _Names, known: set[str]) -> Sample | None:
     """The sample of a row, or `None` if its image is not there."""
     image = _path(raw, folder, row.get("file_name"))
     if not image:
         return None
-    if image in known:
+    if str(image) in known:
         raise ValueError(f"{row['file_name']!r} is listed twice; keep one of the rows")
-    known.add(image)
+    known.add(str(image))
     drawn = [name for name in (*table.MAY_BE_BOXES, *_BOXES, "annotations") if isinstance(row.get(name), list | dict)]
     if drawn:
         raise ValueError(f"{drawn[0]!r} may say where the defects are; write them in 'objects'")
@@ -235,13 +235,13 @@ def _sample(raw: Path, folder: Path, row: dict[str, Any], names: _Names, known: 
     )
 
 
-def _mask(raw: Path, folder: Path, row: dict[str, Any], known: set[Path]) -> Path | None:
+def _mask(raw: Path, folder: Path, row: dict[str, Any], known: set[str]) -> Path | None:
     if row.get("mask_file_name") is None:
         return None
     mask = _path(raw, folder, row["mask_file_name"])
     if not mask:
         raise ValueError(f"there is no mask {row['mask_file_name']!r}")
-    known.add(mask)
+    known.add(str(mask))
     return mask
 
 

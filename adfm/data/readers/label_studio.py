@@ -117,7 +117,7 @@ def read(raw: Path) -> Iterator[Sample]:
     """
     problems: list[str] = []
     pictures = Images(raw)
-    used: dict[Path, str] = {}
+    used: dict[str, str] = {}
     seen = False
     for folder in walk(raw):
         exports: dict[Path, list[dict[str, Any]]] = {}
@@ -203,7 +203,7 @@ def _samples(
     folder: Path,
     exports: dict[Path, list[dict[str, Any]]],
     pictures: Images,
-    used: dict[Path, str],
+    used: dict[str, str],
     problems: list[str],
 ) -> Iterator[Sample]:
     """The samples of the tasks in the files of one folder."""
@@ -214,9 +214,9 @@ def _samples(
         where, name = relative(raw, file), f"task {task.get('id', f'no. {place}')}"
         try:
             image = _image(raw, task, pictures, folder)
-            if image in used:
-                raise ValueError(f"{relative(raw, image)} is the image of another task, {used[image]}; keep one")
-            used[image] = f"{name} in {where}"
+            if str(image) in used:
+                raise ValueError(f"{relative(raw, image)} is the image of another task, {used[str(image)]}; keep one")
+            used[str(image)] = f"{name} in {where}"
             verdict = _verdict(raw, image, task, labels)
             if not draws and verdict.undecided:
                 raise ValueError(

@@ -92,7 +92,7 @@ def read(raw: Path) -> Iterator[Sample]:
     """
     problems: list[str] = []
     pictures = Images(raw)
-    used: dict[Path, str] = {}
+    used: dict[str, str] = {}
     seen = False
     for folder in walk(raw):
         for file in [*listing(folder, ".json"), *listing(folder, ".csv")]:
@@ -127,7 +127,7 @@ def _samples(
     file: Path,
     images: list[_Image],
     pictures: Images,
-    used: dict[Path, str],
+    used: dict[str, str],
     problems: list[str],
 ) -> Iterator[Sample]:
     where, split = files.relative(raw, file), split_of(file.stem, *folder_names(raw, file))
@@ -140,9 +140,9 @@ def _samples(
     for image in images:
         try:
             path = pictures.locate(image.name, file.parent, file.stem)
-            if path in used:
-                raise ValueError(f"{files.relative(raw, path)} is listed before, in {used[path]}; keep one")
-            used[path] = where
+            if str(path) in used:
+                raise ValueError(f"{files.relative(raw, path)} is listed before, in {used[str(path)]}; keep one")
+            used[str(path)] = where
             defect = defect_type(image.attributes[name] for name in labels if name in image.attributes)
         except ValueError as error:
             problems.append(problem(where, error))

@@ -41,6 +41,14 @@ def test_samples(tmp_path: Path) -> None:
     assert [sample.split for sample in samples.values()] == ["test"] * 2 + ["train"] * 2 + ["validation"] * 2
 
 
+def test_a_line_of_jsonl_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
+    touch(tmp_path, "1.png", "2.png")
+    rows = [{"file_name": f"{number}.png", "label": "crack", "note": "two\u2028lines\x85"} for number in (1, 2)]
+    content = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "metadata.jsonl").write_bytes(content.encode())
+    assert [sample.defect for sample in imagefolder.read(tmp_path)] == ["crack", "crack"]
+
+
 _NEW = """- name: objects
     struct:
     - name: bbox
