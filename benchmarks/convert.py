@@ -1,6 +1,7 @@
 """How fast `adfm convert` is, against Pillow alone and against reading the same data set the usual way, in turn.
 
     python benchmarks/convert.py                                      # the steps of anomalib, written out below
+    python benchmarks/convert.py --who adfm pillow --side 2500        # photographs of a camera's size
     python benchmarks/convert.py --python /path/to/venv/bin/python    # anomalib itself, from an environment that has it
 
 Ours is all of `adfm convert`: every image proved decodable, hashed, compared with all others, boxes, splits, shards
@@ -31,13 +32,14 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-SIZES = {"PNG": 1024, "JPEG": 900}
+SIDES = {"PNG": 1024, "JPEG": 900}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=400, help="of each format")
-    parser.add_argument("--formats", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--formats", nargs="+", choices=list(SIDES), default=list(SIDES))
+    parser.add_argument("--side", type=int, help="of the images, in pixels, instead of 1024 (PNG) and 900 (JPEG)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--who", nargs="+", choices=("adfm", "pillow", "peer"), default=["adfm", "pillow", "peer"])
     parser.add_argument("--python", default=sys.executable, help="interpreter for the peer")
@@ -49,14 +51,14 @@ def main() -> None:
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.2f}")
     with tempfile.TemporaryDirectory() as folder:
         for kind in args.formats:
-            raw = Path(folder) / kind
-            _draw(raw, args.images, kind)
+            raw, side = Path(folder) / kind, args.side or SIDES[kind]
+            _draw(raw, args.images, kind, side)
             runs: dict[str, list[dict[str, Any]]] = {who: [] for who in args.who}
             for _ in range(args.rounds):
                 for who, done in runs.items():
                     done.append(_run(args.python if who == "peer" else sys.executable, who, raw))
             megabytes = sum(path.stat().st_size for path in raw.glob("*/t*/*/*")) / 2**20
-            print(f"{kind}, {SIZES[kind]} pixels a side, {megabytes / args.images:.2f} MiB an image:")
+            print(f"{kind}, {side} pixels a side, {megabytes / args.images:.2f} MiB an image:")
             rates, cpu = {}, {}
             for who, done in runs.items():
                 rates[who] = statistics.median(run["images"] / run["seconds"] for run in done)
@@ -198,10 +200,9 @@ def _masks_to_boxes(masks: Any) -> Any:
     return boxes
 
 
-def _draw(raw: Path, images: int, format_: str) -> None:
+def _draw(raw: Path, images: int, format_: str, size: int) -> None:
     """Files are named `.png`, JPEGs too: anomalib looks for no others."""
     rng = np.random.default_rng(0)
-    size = SIZES[format_]
     grounds = [_ground(rng, size) for _ in range(6)]
     for number in range(images):
         pixels = np.roll(grounds[number % 6], rng.integers(0, size, 2), axis=(0, 1))

@@ -7,6 +7,7 @@ with embedded bytes. Nothing after conversion reads images from anywhere else.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -62,13 +63,34 @@ _GROUP_ROWS = 100
 _GROUP_BYTES = 16 * 2**20
 
 
+class _Pieces(io.RawIOBase):
+    """A file that is written a megabyte at a time: Linux 6.18 takes up to four times as long for nine at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb", buffering=0)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        content = memoryview(data)
+        while content:
+            content = content[self._file.write(content[: 2**20]) :]
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 class _Shard:
     """A file that records are added to; a group is written while the next one is collected."""
 
     def __init__(self, path: Path) -> None:
+        self._file = _Pieces(path)
         # Images are compressed already; statistics and dictionaries of them would only cost.
         self._parquet = pq.ParquetWriter(
-            path, SCHEMA, compression="none", use_dictionary=["dataset", "category"], write_statistics=SMALL
+            self._file, SCHEMA, compression="none", use_dictionary=["dataset", "category"], write_statistics=SMALL
         )
         self.images = 0
         self._records: list[Record] = []
@@ -95,12 +117,12 @@ class _Shard:
         self._writing = None
 
     def close(self) -> None:
-        with self._writer:
-            try:
-                self._flush()
-                self._wait()
-            finally:
-                self._parquet.close()
+        with ExitStack() as stack:
+            stack.callback(self._file.close)
+            stack.callback(self._parquet.close)
+            stack.callback(self._writer.shutdown)
+            self._flush()
+            self._wait()
 
 
 def name(split: str, number: int) -> str:
@@ -111,7 +133,7 @@ def name(split: str, number: int) -> str:
 def write(records: Iterable[Record], folder: Path, shard_images: int) -> None:
     """Writes `records`, in their order, into the shards of their splits; the same records give the same bytes.
 
-    Memory holds one row group (at most 100 images or about 16 MiB) a split, however many records there are.
+    Memory holds two row groups (each at most 100 images or about 16 MiB) a split, however many records there are.
 
     Args:
         records: Any iterable; it is walked once.

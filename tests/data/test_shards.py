@@ -120,6 +120,7 @@ def test_a_row_group_is_bounded_in_images_and_bytes(tmp_path: Path) -> None:
     metadata = pq.read_metadata(tmp_path / "train-00000.parquet")
     assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [100, 100, 50]
     shards.write((_record(index, 5 * 2**20) for index in range(5)), tmp_path, 1000)
+    assert list(shards.read(tmp_path)) == [_record(index, 5 * 2**20) for index in range(5)]
     metadata = pq.read_metadata(tmp_path / "train-00000.parquet")
     assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [4, 1]
 
