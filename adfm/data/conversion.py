@@ -241,7 +241,8 @@ def _inspected(raw: _Raw, work: Path, params: Params, part: int = 1, of: int = 1
         for row in map_in_order(pool, partial(inspection.inspect, settings=params.convert), samples_to_inspect()):
             progress.update()
             path, key, run = unfinished[0]
-            rows.append(row | {"part": raw.grouping.part(run[len(rows)])})
+            row["part"] = raw.grouping.part(run[len(rows)])
+            rows.append(row)
             if len(rows) == len(run):
                 if saving:
                     saving.result()
@@ -350,11 +351,11 @@ def _save(rows: list[dict[str, Any]], path: Path, key: _Key) -> None:
 def map_in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """`map` in threads (Pillow, SciPy and hashing free the interpreter lock), only a few items ahead of who uses it."""
     ahead: deque[Future[R]] = deque()
-    few = 2 * (os.cpu_count() or 1)
+    limit = 2 * (os.cpu_count() or 1)
     try:
         for item in items:
             ahead.append(pool.submit(function, item))
-            if len(ahead) > few:
+            if len(ahead) > limit:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
@@ -445,7 +446,7 @@ def _gathered(runs: Sequence[Path], path: Path, notes: summary.Notes) -> tuple[p
             }
             tables.append(pa.table(columns | more))
     images = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
-    tables.clear()  # what follows takes most of the memory of a conversion
+    tables.clear()  # memory peaks below
     contrasts = images["contrast"].to_numpy().copy()
     contrasts[splits.repeated(images["sha256"].combine_chunks())[:, 0]] = 0  # identical ones are together anyhow
     mapped = np.memmap(path, np.float16, "r").reshape(-1, duplicates.SIDE, duplicates.SIDE)

@@ -80,7 +80,7 @@ def near_duplicates(
         if len(some) > 1:
             bound = max(_SHARE, _LEVELS / low)
             tree = KDTree(vectors[some])
-            for start in range(0, len(some), _BLOCK):  # what is found of all images at once takes 400 bytes an image
+            for start in range(0, len(some), _BLOCK):  # a query for all at once takes 400 bytes an image
                 these = some[start : start + _BLOCK]
                 _, near = tree.query(
                     vectors[these], k=min(len(some), _NEIGHBOURS + 1), distance_upper_bound=bound, workers=-1

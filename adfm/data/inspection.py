@@ -411,5 +411,5 @@ def _contradictions(sample: Sample, mask: masks.Mask | None, boxes: list[Box]) -
 
 
 def _place(sample: Sample, mask: Path) -> str:
-    """The path of a mask relative to the data set, as that of its image is."""
+    """The path of a mask, relative to the data set."""
     return os.path.relpath(mask, sample.image.parents[sample.file.count("/")])

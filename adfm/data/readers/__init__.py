@@ -135,7 +135,7 @@ def resolve(raw: Path, layout: str) -> tuple[str, str | None]:
         The name of the layout, and what was seen in the data set where it was detected.
 
     Raises:
-        AdfmError: There is no such layout, or as of `detect` and `files.refuse_special`.
+        AdfmError: `layout` is unknown, or `detect` or `files.refuse_special` refuses the data set.
     """
     files.refuse_special(raw)
     if layout == "auto":
@@ -143,7 +143,7 @@ def resolve(raw: Path, layout: str) -> tuple[str, str | None]:
     if layout not in LAYOUTS:
         near = difflib.get_close_matches(layout, [*LAYOUTS, "auto"], n=1, cutoff=0)[0]
         raise AdfmError(
-            f"convert.layout: there is no layout {layout!r}; did you mean {near!r}? Known: auto, {', '.join(LAYOUTS)}."
+            f"convert.layout: there is no layout {layout!r}; did you mean {near!r}? Choose auto, {', '.join(LAYOUTS)}."
         )
     return layout, None
 

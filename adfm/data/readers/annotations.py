@@ -446,7 +446,7 @@ def within(raw: Path, folder: Path, name: str, there: Callable[[Path], bool] = P
 
 
 def unlisted(raw: Path, known: Container[str]) -> Iterator[str]:
-    """One problem for every folder with images other than those of known paths, or with images of the same name."""
+    """One problem for every folder with images whose paths are not in `known`, or with images of the same name."""
     for folder in walk(raw):
         there = images(folder)
         yield from same_names(raw, there)
