@@ -143,7 +143,8 @@ def resolve(raw: Path, layout: str) -> tuple[str, str | None]:
     if layout not in LAYOUTS:
         near = difflib.get_close_matches(layout, [*LAYOUTS, "auto"], n=1, cutoff=0)[0]
         raise AdfmError(
-            f"convert.layout: there is no layout {layout!r}; did you mean {near!r}? Choose auto, {', '.join(LAYOUTS)}."
+            f"convert.layout: there is no layout {layout!r}; did you mean {near!r}?"
+            f" Valid layouts: auto, {', '.join(LAYOUTS)}."
         )
     return layout, None
 
