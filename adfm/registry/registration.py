@@ -33,7 +33,7 @@ from adfm.method import prompt
 from adfm.models import families, loading
 from adfm.models.loading import check_unchanged
 from adfm.params import Gate, Params
-from adfm.registry import gate, history, pyfunc
+from adfm.registry import gate, history, page, pyfunc
 from adfm.registry.alerts import alert
 from adfm.registry.lineage import lineage
 
@@ -49,8 +49,6 @@ NOBODY = "none"
 
 _PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 _STORED = "as registered"  # where production's predictions are from
-_MOST_REASONS = 15
-_MOST_TEXT = 5000  # the width of the description's column in MLflow's SQL schema
 
 
 def register(
@@ -114,7 +112,7 @@ def register(
                     version = _create(store, name, contents, described, measured, trained_by or run)
             elif version.tags.get("gate_digest") != described["gate_digest"]:
                 _put_decision(store, version, partial / "gate.json", described)
-            text = _text(decided, origin, measured, calibration, str(version.version), evaluated_by)
+            text = page.text(decided, origin, measured, calibration, str(version.version), evaluated_by)
             store.update_model_version(name, str(version.version), text)
         for key, value in (tags or {}).items():
             store.set_model_version_tag(name, str(version.version), key, value)
@@ -188,8 +186,8 @@ def renew(store: MlflowClient, version: ModelVersion, decided: dict[str, Any], w
     origin = json.loads(read_artifact(version, "lineage.json"))
     evaluated_by = tracking.find_run(about.get("mlflow_run_id"))
     calibration = calibration_.of_version(f"models:/{version.name}/{version.version}")
-    text = _text(decided, origin, measured, calibration, str(version.version), evaluated_by)
-    store.update_model_version(version.name, str(version.version), f"{why}\n\n{text}"[:_MOST_TEXT])
+    text = page.text(decided, origin, measured, calibration, str(version.version), evaluated_by)
+    store.update_model_version(version.name, str(version.version), f"{why}\n\n{text}"[: page.LONGEST])
 
 
 def holder(store: MlflowClient, name: str, alias: str = PRODUCTION) -> ModelVersion | None:
@@ -446,70 +444,3 @@ def _put_decision(store: MlflowClient, version: ModelVersion, decision: Path, ta
             store.delete_model_version_tag(version.name, number, key)
     history.tag(store, version, **tags)
     history.tag(store, version, approval="pending")
-
-
-def _text(
-    decided: dict[str, Any],
-    origin: dict[str, Any],
-    measured: dict[str, Any],
-    calibration: Calibration,
-    version: str,
-    evaluated_by: Run | None,
-) -> str:
-    """What a reviewer reads on the version's page, in Markdown."""
-    rival = decided["production_version"]
-    against = f"version {rival} in production ({decided['production_predictions']})" if rival else "the floors alone"
-    reasons = [f"- {reason}" for reason in decided["reasons"]]
-    if len(reasons) > _MOST_REASONS:
-        reasons[_MOST_REASONS:] = [f"- … and {len(reasons) - _MOST_REASONS} more, in gate.json"]
-    compared = [
-        [
-            name,
-            found["candidate"],
-            found["production"],
-            found["difference"],
-            found["low"],
-            found["high"],
-            found["verdict"],
-        ]
-        for name, found in decided["metrics"].items()
-    ]
-    names = [*metrics.HEADLINE, *(f"{name}_at_threshold" for name in metrics.AT_THRESHOLD), "ece_of_score", "ece"]
-    every = [
-        [name, measured[name], measured[f"{name}_low"], measured[f"{name}_high"]] for name in names if name in measured
-    ]
-    data, code = origin["data"], origin["git_commit"]
-    dirty = ", with changes that are not committed" if origin["git_dirty"] == "true" else ""
-    if decided["passed"]:
-        next_step = (
-            f"**To approve it**, set the tag `approval` to `approved`; then `adfm promote {version}` puts it into "
-            "production. To turn it down, set the tag to `rejected`, and say why in a tag `approval_reason`."
-        )
-    else:
-        next_step = "**It cannot be promoted.** Mend what the reasons name, train, and register again."
-    parts = [
-        f"**Gate {'passed' if decided['passed'] else 'failed'}** on {decided['decided_at']}, judged on "
-        f"{decided['images']} images of the {decided['split']} split against {against}.",
-        "\n".join(reasons),
-        calibration.summary,
-        next_step,
-        *_report_link(evaluated_by),
-        _table(["gate", "this version", "production", "difference", "at least", "at most", "verdict"], compared),
-        _table(["metric", "value", "95 % from", "to"], every),
-        f"Base model {origin['base']['name']} (revision {origin['base']['revision'] or 'none'}). Trained on data "
-        f"`{data['trained_on']}` (DVC {data['dvc_md5'] or 'unknown'}), with code {code or 'unknown'}{dirty}.",
-    ]
-    return "\n\n".join(parts)[:_MOST_TEXT]
-
-
-def _report_link(run: Run | None) -> list[str]:
-    """Where MLflow's own pages show the report that evaluation logged; nowhere, if its run is in another store."""
-    if run is None:
-        return []
-    place = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}/artifacts/evaluation/report/report.html"
-    return [f"[The report]({place}) shows images with true and predicted boxes beside the model's own words."]
-
-
-def _table(header: list[str], rows: list[list[Any]]) -> str:
-    cells = [["-" if c is None else f"{c:.3f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *cells])
