@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 from adfm.data.problems import printable
 from adfm.errors import AdfmError
 from adfm.registry import signing
+from adfm.registry.alerts import alert
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -221,6 +222,7 @@ class _Chain:
         # Steps by retired keys since the last one that counts: (step, digest). They count once another follows them.
         self._tail: list[tuple[Step, str]] = []
         self._confirmed = False  # whether a step by a key that is not retired is there
+        self._strangers = False  # whether a key that is not known has signed a step
 
     def add(self, version: ModelVersion) -> None:
         number, tags = int(version.version), version.tags
@@ -231,6 +233,7 @@ class _Chain:
             return
         if not signing.check_text(text, signature, key, self._keys, retired=True):
             known = key in self._keys.service or key in self._keys.retired
+            self._strangers |= not known
             reason = "its fields are not what was signed" if known else f"its key {key[:40]!r} is not one of the service"
             self._ignored[number] = reason
             return
@@ -275,11 +278,18 @@ class _Chain:
                 f"{self._tail[-1][0].number}, and nothing by the key of today follows. Nothing moves. If the steps are "
                 "right (`adfm registry log` shows them), confirm them with `adfm keys rotate`."
             )
+        if self._strangers and not self._confirmed:
+            raise BrokenHistory(
+                f"The history of {self._name} is signed, and not with a key in {self._keys.folder}/service. Nothing "
+                f"moves. Name the folder of the right keys in {signing.VARIABLE}; if somebody else has begun "
+                f"{_name(self._name)}, an administrator deletes it."
+            )
         number, _, digest = head.partition(" ")
         if digest and digest not in (*self._digests, *(digest for _, digest in self._tail)):
             raise BrokenHistory(
-                f"The history of {self._name} ended with step {printable(number)[:20]}, which is not there (any more). "
-                "Nothing moves. Find out who deleted or changed it, and bring it back from a backup."
+                f"The history of {self._name} ended with step {printable(number)[:20]}, which is not there (any more), "
+                f"or is signed by a key that is not in {self._keys.folder}/service. Nothing moves. Find out who deleted "
+                "or changed it, and bring it back from a backup."
             )
         self._confirm(0)
         return History(self._steps, self._digests[-1], self._ignored)
@@ -382,6 +392,31 @@ def tag(store: MlflowClient, version: ModelVersion, **tags: str) -> None:
     """Sets tags of a version."""
     for key, value in tags.items():
         insist(partial(store.set_model_version_tag, version.name, str(version.version), key, value))
+
+
+def note_rejection(store: MlflowClient, version: ModelVersion, history: History, keys: Keys) -> None:
+    """Writes down that the version's tag `approval` is `rejected`, if it is and the history does not have it.
+
+    Args:
+        store: MLflow's client.
+        version: A version with its tags; `approval_reason` and `approval_by` are kept with the rejection.
+        history: The history of its model.
+        keys: The own key is one of the service.
+    """
+    if version.tags.get("approval") != "rejected":
+        return
+    name, number = version.name, str(version.version)
+    why, by = version.tags.get("approval_reason", "")[:LONGEST], version.tags.get("approval_by", "")[:LONGEST]
+    by = "" if by == NOBODY else by
+    judged = history.last("judge", version=number)
+    decision = judged.decision if judged else ""
+    known = history.last("reject", version=number)
+    if known and (known.why, known.by, known.decision) == (why, by, decision):
+        return
+    append(store, name, keys, history, "reject", number, why=why, by=by, decision=decision)
+    words = f"{name}: version {number} was rejected" + f" by {by}" * bool(by) + f": {why}" * bool(why)
+    print(printable(words))
+    alert(words)
 
 
 def finish(store: MlflowClient, name: str, step: Step) -> None:
