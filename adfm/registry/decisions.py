@@ -27,9 +27,7 @@ from adfm.registry.submission import (
     AS_REGISTERED,
     FREE,
     TEST_IMAGES,
-    TRAINED_ON,
     Submission,
-    Unfit,
     check,
     fetch,
     read_artifact,
@@ -153,6 +151,13 @@ def digest(decided: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def parse(decided: dict[str, Any]) -> gate.Decision:
+    """A decision from its JSON values."""
+    rows = [gate.Row(**row | {"answers": [gate.Answer(**each) for each in row["answers"]]}) for row in decided["rows"]]
+    kept = {field.name: decided[field.name] for field in dataclasses.fields(gate.Decision)}
+    return gate.Decision(**kept | {"rows": rows})
+
+
 def summary(fields: dict[str, str], decided: dict[str, Any]) -> str:
     """A decision in one line, for the history."""
     return (
@@ -240,23 +245,17 @@ def is_shown(version: ModelVersion, step: Step) -> bool:
 def compare(submission: Submission, production: Submission | None) -> dict[str, Any]:
     """The proof that no test image was in the training data of the candidate or of production.
 
-    A version whose training data are not known proves nothing.
+    A submission without hashes of its images proves nothing.
     """
-    import pandas as pd
-
     from adfm.evaluation import separation
 
-    files = {"candidate": submission.folder / TRAINED_ON}
-    if production:
-        files["production"] = production.folder / TRAINED_ON
     test = submission.folder / TEST_IMAGES
-    if not test.is_file() or not all(file.is_file() for file in files.values()):
+    if not test.is_file():
         return dict(_UNKNOWN)
-    try:
-        tables = {name: pd.read_parquet(file) for name, file in files.items()}
-        return separation.compare(pd.read_parquet(test), tables)
-    except (OSError, ValueError, KeyError) as error:
-        raise Unfit(f"its hashes of images cannot be read ({error})") from error
+    models = {"candidate": submission} | ({"production": production} if production else {})
+    tables = {name: separation.of_model(files.folder / "model") for name, files in models.items()}
+    near_duplicates = bool(submission.settings.get("split", {}).get("near_duplicates", True))
+    return dict(separation.compare(separation.read(test), tables, near_duplicates=near_duplicates))
 
 
 def _rival(registry: Registry, number: str, to: Path) -> Submission:

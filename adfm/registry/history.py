@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adfm.data.problems import printable
 from adfm.errors import AdfmError
@@ -48,8 +48,8 @@ LONGEST = 2000
 """Characters of a reason that are kept."""
 
 _ABOUT = (
-    "Who was in production, when and why: one version a step, which `adfm registry log` prints and `adfm audit` checks. "
-    "adfm writes and signs it; a step that somebody else writes counts for nothing. See the tags of a version."
+    "Who was in production, when and why: one version a step, which `adfm registry log` prints and `adfm audit` "
+    "checks. adfm writes and signs it; a step that somebody else writes counts for nothing. See the tags of a version."
 )
 _SOURCE = "adfm:/history"  # there are no files; MLflow wants an address
 # What MLflow answers when others were faster: after its own three tries, or in the words of SQLite, PostgreSQL, MySQL.
@@ -234,11 +234,11 @@ class _Chain:
         if not signing.check_text(text, signature, key, self._keys, retired=True):
             known = key in self._keys.service or key in self._keys.retired
             self._strangers |= not known
-            reason = "its fields are not what was signed" if known else f"its key {key[:40]!r} is not one of the service"
+            reason = "its fields are not what was signed" if known else f"its key {key[:40]!r} is not of the service"
             self._ignored[number] = reason
             return
         at = datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds")
-        texts = {field: tags.get(field, "") for field in _SIGNED}
+        texts: dict[str, Any] = {field: tags.get(field, "") for field in _SIGNED}
         step = Step(**texts, number=number, at=at, finished="finished" in tags)
         self._place(step, hashlib.sha256(text.encode()).hexdigest(), key in self._keys.retired)
 
@@ -288,14 +288,16 @@ class _Chain:
         if digest and digest not in (*self._digests, *(digest for _, digest in self._tail)):
             raise BrokenHistory(
                 f"The history of {self._name} ended with step {printable(number)[:20]}, which is not there (any more), "
-                f"or is signed by a key that is not in {self._keys.folder}/service. Nothing moves. Find out who deleted "
-                "or changed it, and bring it back from a backup."
+                f"or is signed by a key that is not in {self._keys.folder}/service. Nothing moves. Find out who "
+                "deleted or changed it, and bring it back from a backup."
             )
         self._confirm(0)
         return History(self._steps, self._digests[-1], self._ignored)
 
 
-def append(store: MlflowClient, name: str, keys: Keys, seen: History, action: str, version: str, **content: str) -> Step:
+def append(
+    store: MlflowClient, name: str, keys: Keys, seen: History, action: str, version: str, **content: str
+) -> Step:
     """Signs and writes a step.
 
     Args:

@@ -30,9 +30,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 _UNDECIDED = ("pending", "withdrawn")
-_WAITS = (
-    "its tag approval_by is missing: the reviewer writes the own name there, beside approval; then it is promoted"
-)
+_WAITS = "its tag approval_by is missing: the reviewer writes the own name there, beside approval; then it is promoted"
 
 
 class _Changed(Exception):
@@ -391,7 +389,8 @@ def _refuse(registry: Registry, candidate: ModelVersion, refusals: list[str], by
     if refusals == [_WAITS]:
         _wait_for_name(registry.store, candidate)
     elif approval not in (*_UNDECIDED, "rejected") and registry.history.production != number:
-        history_.tag(registry.store, candidate, approval="pending", approval_refused=why[:1000])
+        refused = {"approval": "pending", "approval_by": NOBODY, "approval_refused": why[:1000]}
+        history_.tag(registry.store, candidate, **refused)
         message += "\nIts tag approval is 'pending' again."
         alert(f"{name}: version {number} was approved and cannot be promoted: {why}")
     raise Refused(message)
@@ -407,8 +406,8 @@ def _check_as_promoted(registry: Registry, version: ModelVersion, came: Step, fo
         raise AdfmError(f"Files of version {version.version} of {version.name} cannot be read: {error}") from error
     if files.manifest != came.manifest:
         raise Refused(
-            f"Version {version.version} of {version.name} cannot return: its files were changed, and signed again, since "
-            "it was in production."
+            f"Version {version.version} of {version.name} cannot return: its files were changed, and signed again, "
+            "since it was in production."
         )
 
 

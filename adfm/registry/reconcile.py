@@ -236,7 +236,7 @@ def _apply(registry: Registry, move: Step) -> None:
         history_.tag(store, version, restored_at=move.at, restored_by=move.by, restored_from=move.replaced)
     if move.action == "rollback" and replaced:
         gone = {"rolled_back_at": move.at, "rolled_back_by": move.by, "rolled_back_to": move.version}
-        history_.tag(store, replaced, approval="withdrawn", **gone)
+        history_.tag(store, replaced, approval="withdrawn", approval_by=NOBODY, **gone)
     history_.finish(store, registry.name, move)
 
 
@@ -253,5 +253,3 @@ def _set_alias(registry: Registry, alias: str, number: str | None) -> None:
 def _tell(registry: Registry, text: str) -> None:
     print(f"{registry.name}: {text}")
     alert(f"{registry.name}: {text}")
-
-

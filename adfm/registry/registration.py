@@ -25,11 +25,13 @@ from adfm.registry.history import NOBODY, Step
 from adfm.registry.policy import Policy
 from adfm.registry.reconcile import Registry, settle
 from adfm.registry.signing import Unverified
-from adfm.registry.submission import Unfit, check, download, fetch, own_policy, submit, waiting_submissions
+from adfm.registry.submission import Unfit, check, download, own_policy, submit, waiting_submissions
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
+
+PRODUCTION = reconcile.PRODUCTION
 
 WAIT = 900.0
 """Seconds that a submitter waits for the service."""
@@ -53,7 +55,7 @@ def register(
     params: Params,
     tags: Mapping[str, str] | None = None,
     wait: float = WAIT,
-) -> dict[str, Any]:
+) -> gate.Decision:
     """Submits a trained model, and has it made a version with the gate's decision on it.
 
     A version of the same model with the same predictions is used again, so a stage that is repeated makes no second
@@ -69,7 +71,7 @@ def register(
         wait: Seconds to wait for the service, where the own key is not one of it.
 
     Returns:
-        The decision as JSON values. The version is registered either way.
+        The decision. The version is registered either way.
 
     Raises:
         AdfmError: A folder lacks something, the evaluation is of other data or settings, the service refused or did not
@@ -100,7 +102,7 @@ def register(
         }
         write_json(registration, partial / "registration.json")
     print("\n  - ".join([_headline(version, step), *decided["reasons"]]))
-    return decided
+    return decisions.parse(decided)
 
 
 def accept(
@@ -157,12 +159,16 @@ def adopt_policy(registry: Registry, first: Policy | None = None) -> Registry:
         first: The policy to register where there is none yet, and no reviewer has set one.
     """
     store, name = registry.store, registry.name
+    wanted: Policy | None
     while True:
         model = reconcile.registered_model(store, name)
         tags = model.tags if model else {}
         text, by = tags.get("policy", ""), tags.get("policy_by", "")
         try:
-            wanted = policy.loads(text, "the tag policy") if text.strip() else first if not registry.history.policy else None
+            if text.strip():
+                wanted = policy.loads(text, "the tag policy")
+            else:
+                wanted = None if registry.history.policy else first
         except policy.PolicyError as error:
             _answer(store, name, tags, str(error))
             return registry
@@ -175,6 +181,44 @@ def adopt_policy(registry: Registry, first: Policy | None = None) -> Registry:
         if not step.void:
             print(f"{name}: policy registered as step {step.number} of the history: {lines}")
             alert(f"{name}: policy changed by {step.by}: {lines}")
+
+
+def holder(store: MlflowClient, name: str, alias: str = PRODUCTION) -> ModelVersion | None:
+    """The version of model `name` that `alias` points at; `None` if there is no such alias, model or version."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        version = store.get_registered_model(name).aliases.get(alias)
+        return None if version is None else store.get_model_version(name, str(version))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
+def set_policy(file: Path, params: Params) -> None:
+    """Sets the policy that judges from now on, with the own login at MLflow; the service registers it.
+
+    Where the own key is one of the service, as on a laptop, it is registered at once.
+
+    Args:
+        file: The policy.
+        params: Reads `register.model`.
+
+    Raises:
+        AdfmError: The file is not a policy, or the login may not edit the registered model.
+    """
+    wanted, name = policy.load(file), params.register_.model
+    with reconcile.client() as store:
+        registry = reconcile.look(store, name)
+        _make_model(store, name)
+        with history_.allowed(name, "edit"):
+            for key, value in (("policy_by", reconcile.user()), ("policy", policy.dumps(wanted))):
+                store.set_registered_model_tag(name, key, value)
+        if registry.keys.id in registry.keys.service:
+            adopt_policy(settle(store, name))
+        else:
+            print(f"{name}: the policy is set; the service registers it at its next look (`adfm policy show`)")
 
 
 def rejudge(registry: Registry, version: ModelVersion, why: str = "") -> tuple[Step, bool]:
@@ -368,5 +412,3 @@ def _answer(store: MlflowClient, name: str, tags: Mapping[str, str], problem: st
         print(f"{name}: the policy that a reviewer has set is refused: {problem}")
     elif not problem and "policy_refused" in tags:
         store.delete_registered_model_tag(name, "policy_refused")
-
-

@@ -5,7 +5,7 @@ Whoever submits may write to the experiment, not to the registered model. The se
 
     model/          the folder that training wrote: adapter, processor, chat template, prompt (in adfm.json)
     evaluation/     the folder that evaluation wrote: predictions.parquet, metrics.json, calibration.json, plots
-    separation/     hashes of the images that the model was trained on and judged on
+    separation/     hashes of the images that it is judged on; model/ has those of the images that it was trained on
     rivals/         predictions of production and anchor on the same images, and rivals.json: of which versions
     params.yaml     the settings as used
     gate.yaml       the submitter's policy; the registered one judges
@@ -59,8 +59,8 @@ SUBMITTED_FOR = "adfm_submitted_for"
 CONTENTS = "adfm_contents"
 """Tag of a logged model: digests of model and predictions, by which a repeated submission is recognised."""
 
-TEST_IMAGES, TRAINED_ON = Path("separation", "test.parquet"), Path("separation", "trained_on.parquet")
-"""Hashes of the images that a version is judged on, and of those that it was trained on."""
+TEST_IMAGES = Path("separation", "test.parquet")
+"""Hashes of the images that a version is judged on."""
 
 HELD_OUT = "test"
 """The split that the gate judges on."""
@@ -100,6 +100,14 @@ class Submission:
     def origin(self) -> dict[str, Any]:
         """What lineage.json says."""
         return _json(self.folder / "lineage.json")
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What params.yaml says."""
+        try:
+            return dict(yaml.safe_load((self.folder / "params.yaml").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+            raise Unfit(f"params.yaml is missing or broken ({error})") from error
 
     @cached_property
     def about(self) -> dict[str, Any]:
@@ -164,11 +172,10 @@ def check(submission: Submission, name: str) -> pd.DataFrame:
         raise Unfit(f"it was submitted for the registered model {origin.get('registered_model')!r}, not for {name!r}")
     if origin.get("artifact_digest") != digest(model):
         raise Unfit("its lineage.json is of another model")
-    try:
-        settings = yaml.safe_load((submission.folder / "params.yaml").read_text(encoding="utf-8"))["evaluate"]
-        return _check_evaluation(submission.folder / "evaluation", "its evaluation", origin, dict(settings), None)
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise Unfit(f"its params.yaml cannot be read ({error!r})") from error
+    settings = submission.settings.get("evaluate")
+    if not isinstance(settings, dict):
+        raise Unfit("its params.yaml has no section evaluate")
+    return _check_evaluation(submission.folder / "evaluation", "its evaluation", origin, settings, None)
 
 
 def submit(
@@ -226,7 +233,7 @@ def submit(
         (folder / "params.yaml").write_text(tracking.settings(params), encoding="utf-8")
         (folder / policy.FILE).write_text(policy.dumps(own_policy(registry.history)), encoding="utf-8")
         write_json(origin, folder / "lineage.json")
-        _write_hashes(folder, model, shards)
+        _write_hashes(folder, shards)
         _write_rivals(folder, registry, origin, shards, params)
         signing.sign(folder, registry.keys)
         return _log(registry.store, folder, registry.name, trained_by or run, origin)
@@ -237,8 +244,6 @@ def own_policy(history: History) -> Policy:
     if history.policy and not Path(policy.FILE).is_file():
         return policy.loads(history.policy, "the registered policy")
     return policy.load()
-
-
 
 
 def check_model(model: Path) -> str:
@@ -295,9 +300,7 @@ def _contents(model: Path, evaluation: Path) -> str:
 def _calibration(evaluation: Path) -> Calibration:
     """An evaluation of before there were thresholds has none: the letter decides then, and that is said."""
     file = evaluation / calibration_.FILE
-    return (
-        calibration_.read(file) if file.is_file() else Calibration(note=f"it was evaluated without a {file.name}")
-    )
+    return calibration_.read(file) if file.is_file() else Calibration(note=f"it was evaluated without a {file.name}")
 
 
 def _check_evaluation(
@@ -364,19 +367,15 @@ def _protocol(family: str, params: Params) -> str:
     return json.dumps({"family": family, **settings, "prompt": messages[:16]})
 
 
-def _write_hashes(folder: Path, model: Path, shards: Path) -> None:
-    """Write the hashes of the test images, and copy those of the images that the model was trained on."""
+def _write_hashes(folder: Path, shards: Path) -> None:
+    """Write the hashes of the test images; those of the images that it was trained on lie in the model's folder."""
     from adfm.evaluation import separation
 
     (folder / TEST_IMAGES).parent.mkdir()
-    separation.collect(shards, [HELD_OUT]).to_parquet(folder / TEST_IMAGES)
-    if (model / TRAINED_ON.name).is_file():
-        shutil.copyfile(model / TRAINED_ON.name, folder / TRAINED_ON)
+    separation.write(separation.collect(shards, [HELD_OUT]), folder / TEST_IMAGES)
 
 
-def _write_rivals(
-    folder: Path, registry: Registry, origin: dict[str, Any], shards: Path, params: Params
-) -> None:
+def _write_rivals(folder: Path, registry: Registry, origin: dict[str, Any], shards: Path, params: Params) -> None:
     """Write the predictions of production and anchor on these shards, made again where theirs are of other images."""
     history, rivals = registry.history, {}
     (folder / "rivals").mkdir()
