@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from adfm import tracking
+from adfm.data import hashes
 from adfm.errors import AdfmError
 from adfm.evaluation import calibration as calibration_
 from adfm.evaluation import metrics
@@ -26,8 +27,11 @@ from adfm.registry.reconcile import Registry
 from adfm.registry.submission import (
     AS_REGISTERED,
     FREE,
+    PROOF,
     TEST_IMAGES,
+    TRAINED_ON,
     Submission,
+    Unfit,
     check,
     fetch,
     read_artifact,
@@ -35,9 +39,10 @@ from adfm.registry.submission import (
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
     from mlflow.entities.model_registry import ModelVersion
 
-_UNKNOWN = {"images": 0, "against": {}, "problems": [], "proved": False}
+_UNKNOWN = {"images": 0, "against": {}, "unknown": ["candidate"], "problems": [], "alike": [], "proved": False}
 
 
 @dataclass(frozen=True)
@@ -249,13 +254,32 @@ def compare(submission: Submission, production: Submission | None) -> dict[str, 
     """
     from adfm.evaluation import separation
 
-    test = submission.folder / TEST_IMAGES
-    if not test.is_file():
+    if not (submission.folder / TEST_IMAGES).is_file():
         return dict(_UNKNOWN)
     models = {"candidate": submission} | ({"production": production} if production else {})
-    tables = {name: separation.of_model(files.folder / "model") for name, files in models.items()}
-    near_duplicates = bool(submission.settings.get("split", {}).get("near_duplicates", True))
-    return dict(separation.compare(separation.read(test), tables, near_duplicates=near_duplicates))
+    seen = {name: _hashes(files.folder / TRAINED_ON) for name, files in models.items()}
+    try:
+        near_duplicates = bool(submission.settings["split"]["near_duplicates"])
+        proof = json.loads((submission.folder / PROOF).read_text(encoding="utf-8"))
+        near = {image for each in [*proof["problems"], *proof["alike"]] for image in each["ids"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Unfit(f"its {PROOF} or params.yaml is broken ({error!r})") from error
+    compared = dict(separation.compare(hashes.read(submission.folder / TEST_IMAGES), seen, None, near_duplicates))
+    # Hashes alone only estimate whether two images are near-duplicates; whoever had the images has decided it.
+    for key in ("problems", "alike"):
+        kept = []
+        for each in compared[key]:
+            if each["kind"] == separation.NEAR_DUPLICATE and each["of"] == "candidate":
+                pairs = [pair for pair in zip(each["ids"], each["like"], strict=True) if pair[0] in near]
+                each = each | {"ids": [pair[0] for pair in pairs], "like": [pair[1] for pair in pairs]}
+            kept += [each] if each["ids"] else []
+        compared[key] = kept
+    known = "candidate" not in compared["unknown"]
+    return compared | {"proved": not compared["problems"] and known and compared["images"] > 0}
+
+
+def _hashes(file: Path) -> pa.Table | None:
+    return hashes.read(file) if file.is_file() else None
 
 
 def _rival(registry: Registry, number: str, to: Path) -> Submission:

@@ -5,7 +5,7 @@ Whoever submits may write to the experiment, not to the registered model. The se
 
     model/          the folder that training wrote: adapter, processor, chat template, prompt (in adfm.json)
     evaluation/     the folder that evaluation wrote: predictions.parquet, metrics.json, calibration.json, plots
-    separation/     hashes of the images that it is judged on; model/ has those of the images that it was trained on
+    separation/     hashes of the images that it was trained on and is judged on, and their comparison
     rivals/         predictions of production and anchor on the same images, and rivals.json: of which versions
     params.yaml     the settings as used
     gate.yaml       the submitter's policy; the registered one judges
@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from adfm import tracking
+from adfm.data import hashes
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.evaluation import calibration as calibration_
@@ -59,8 +60,11 @@ SUBMITTED_FOR = "adfm_submitted_for"
 CONTENTS = "adfm_contents"
 """Tag of a logged model: digests of model and predictions, by which a repeated submission is recognised."""
 
-TEST_IMAGES = Path("separation", "test.parquet")
-"""Hashes of the images that a version is judged on."""
+TEST_IMAGES, TRAINED_ON = Path("separation", "test.parquet"), Path("separation", "trained_on.parquet")
+"""Hashes of the images that a version is judged on, and of those that it has seen."""
+
+PROOF = Path("separation", "proof.json")
+"""Their comparison by the submitter, who has the images."""
 
 HELD_OUT = "test"
 """The split that the gate judges on."""
@@ -233,7 +237,7 @@ def submit(
         (folder / "params.yaml").write_text(tracking.settings(params), encoding="utf-8")
         (folder / policy.FILE).write_text(policy.dumps(own_policy(registry.history)), encoding="utf-8")
         write_json(origin, folder / "lineage.json")
-        _write_hashes(folder, shards)
+        _write_separation(folder, model, shards, params.split.near_duplicates)
         _write_rivals(folder, registry, origin, shards, params)
         signing.sign(folder, registry.keys)
         return _log(registry.store, folder, registry.name, trained_by or run, origin)
@@ -367,12 +371,20 @@ def _protocol(family: str, params: Params) -> str:
     return json.dumps({"family": family, **settings, "prompt": messages[:16]})
 
 
-def _write_hashes(folder: Path, shards: Path) -> None:
-    """Write the hashes of the test images; those of the images that it was trained on lie in the model's folder."""
+def _write_separation(folder: Path, model: Path, shards: Path, near_duplicates: bool) -> None:
+    """Write the hashes of the images that the model is judged on and of those that it has seen, and compare them.
+
+    Its threshold is chosen on the validation split of these shards, so that counts as seen. The shards are at hand
+    here, so that the rule itself decides on near-duplicates; the service has the hashes alone.
+    """
     from adfm.evaluation import separation
 
     (folder / TEST_IMAGES).parent.mkdir()
-    separation.write(separation.collect(shards, [HELD_OUT]), folder / TEST_IMAGES)
+    hashes.write(hashes.collect(shards, [HELD_OUT]), folder / TEST_IMAGES)
+    seen = hashes.of_model(model)
+    if seen is not None:
+        hashes.write(hashes.unite([seen, hashes.collect(shards, ["validation"])]), folder / TRAINED_ON)
+    write_json(separation.prove(shards, {"candidate": seen}, near_duplicates), folder / PROOF)
 
 
 def _write_rivals(folder: Path, registry: Registry, origin: dict[str, Any], shards: Path, params: Params) -> None:

@@ -25,14 +25,16 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from adfm import tracking
+from adfm.data import hashes
 from adfm.data import shards as shards_
-from adfm.evaluation import metrics, separation
+from adfm.evaluation import metrics
 from adfm.evaluation.calibration import DECIDED, Calibration
 from adfm.evaluation.inference import PREDICTIONS
 from adfm.files import digest
 from adfm.params import Params
 from adfm.records import Box, Record
 from adfm.registry.registration import register
+from adfm.training.warmup import trained_on
 
 
 @contextmanager
@@ -216,7 +218,7 @@ def make_model() -> Callable[..., Path]:
             "params": Params(seed=5).model_dump(mode="json", by_alias=True),
         }
         (folder / "adfm.json").write_text(json.dumps(description))
-        separation.write(separation.of_training(shards), folder / separation.FILE)
+        hashes.write(trained_on(shards), folder / hashes.FILE)
         return folder
 
     return make

@@ -60,9 +60,7 @@ def new_key(folder: Path) -> Keys:
     (folder / "private.pem").write_bytes(
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
     )
-    public = key.public_key().public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
+    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     for role in ("service", "submitters"):
         (folder / role / "own.pem").write_bytes(public)
     os.environ[signing.VARIABLE] = str(folder)
@@ -271,7 +269,7 @@ def test_the_table_shows_what_is_deleted_or_ignored_and_prints_no_control_charac
     lines = table(read(client, "adfm", keys)).splitlines()
     assert lines[0].split() == ["step", "at", "(UTC)", "what", "version", "in", "place", "of", "by", "why"]
     assert r"too many\nfalse alarms\x1b[31m" in lines[1] and "\x1b" not in lines[1]
-    assert [line.split()[:2] for line in lines[2:]][0] == ["2", "deleted"]
+    assert lines[2].split()[:2] == ["2", "deleted"]
     assert lines[4].split()[:2] == ["4", "ignored"]
 
 
