@@ -126,12 +126,13 @@ def sign(folder: Path, keys: Keys) -> None:
     config.set_hashing_config(_hashing()).sign(folder, folder / SIGNATURE)
 
 
-def verify(folder: Path, keys: Keys) -> str:
+def verify(folder: Path, keys: Keys, name: str = "") -> str:
     """Checks that a version's folder holds exactly the files that were signed by a submitter whose key counts.
 
     Args:
         folder: The folder, which nobody else can write to: what is read later must be what was verified.
         keys: Those of `submitters` count.
+        name: What messages call it; the folder's path by default.
 
     Returns:
         The id of the key that signed.
@@ -142,17 +143,18 @@ def verify(folder: Path, keys: Keys) -> str:
     """
     from model_signing import verifying
 
-    hint, payload = _signed(folder)
-    key, file = _signer(folder, hint, keys)
+    name = name or str(folder)
+    hint, payload = _signed(folder, name)
+    key, file = _signer(hint, keys, name)
     if irregular := _irregular(folder):
-        raise Unverified(_changed(folder, f"not plain files: {_names(irregular)}"))
+        raise Unverified(_changed(name, f"not plain files: {_names(irregular)}"))
     config = verifying.Config().use_elliptic_key_verifier(public_key=file).set_hashing_config(_hashing())
     try:
         config.verify(folder, folder / SIGNATURE)
     except InvalidSignature as error:
-        raise Unverified(_changed(folder, f"{SIGNATURE} was changed after it was signed")) from error
+        raise Unverified(_changed(name, f"{SIGNATURE} was changed after it was signed")) from error
     except Exception as error:  # a file that others made can raise anything in the library
-        raise Unverified(_changed(folder, _differences(folder, payload) or printable(str(error)))) from error
+        raise Unverified(_changed(name, _differences(folder, payload) or printable(str(error)))) from error
     return key
 
 
@@ -164,7 +166,7 @@ def manifest(folder: Path) -> str:
     Raises:
         Unverified: The folder has no signature, or a damaged one.
     """
-    return hashlib.sha256(json.dumps(sorted(_files(_signed(folder)[1]).items())).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(sorted(_files(_signed(folder, str(folder))[1]).items())).encode()).hexdigest()
 
 
 def sign_text(text: str, keys: Keys) -> str:
@@ -282,8 +284,8 @@ def _private(file: Path) -> ec.EllipticCurvePrivateKey:
         _of_curve(key.public_key())
     except TypeError as error:
         raise BadKey(
-            f"{file} is encrypted, and adfm asks for no password; decrypt it (openssl pkey -in FILE -out {PRIVATE}), and "
-            "let only this user read it"
+            f"{file} is encrypted, and adfm asks for no password; decrypt it where only this user can read it: "
+            f"openssl pkey -in FILE -out {PRIVATE}"
         ) from error
     except (ValueError, UnsupportedAlgorithm) as error:
         raise BadKey(
@@ -341,7 +343,7 @@ def _hashing() -> hashing.Config:
     return hashing.Config().set_ignored_paths(paths=[SIGNATURE, *_IGNORED], ignore_git_paths=False)
 
 
-def _signed(folder: Path) -> tuple[str, dict[str, Any]]:
+def _signed(folder: Path, name: str) -> tuple[str, dict[str, Any]]:
     """What `model.sig` says, not yet verified: the fingerprint of the key, and the payload.
 
     Nothing but what adfm writes is accepted. The library would read further spellings of the same keys, and would
@@ -367,20 +369,20 @@ def _signed(folder: Path) -> tuple[str, dict[str, Any]]:
         return str(material["publicKey"]["hint"]), payload
     except FileNotFoundError as error:
         raise Unverified(
-            f"{folder} has no {SIGNATURE}: it was never signed, or the signature was removed. Register the model again "
+            f"{name} has no {SIGNATURE}: it was never signed, or the signature was removed. Register the model again "
             "with `adfm register`; a version of an adfm without signatures has none"
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Unverified(_changed(folder, f"{SIGNATURE} is damaged, or not one of adfm ({error!r})")) from error
+        raise Unverified(_changed(name, f"{SIGNATURE} is damaged, or not one of adfm ({error!r})")) from error
 
 
-def _signer(folder: Path, hint: str, keys: Keys) -> tuple[str, Path]:
+def _signer(hint: str, keys: Keys, name: str) -> tuple[str, Path]:
     """The key among `submitters` that a signature names by the SHA-256 of its PEM."""
     for key, file in keys.submitters.items():
         if hashlib.sha256(_pem(_public(file))).hexdigest() == hint:
             return key, file
     raise Unverified(
-        f"{folder} was signed with a key whose versions do not count (the SHA-256 of its PEM is {printable(hint[:64])})"
+        f"{name} was signed with a key whose versions do not count (the SHA-256 of its PEM is {printable(hint[:64])})"
         f". If you trust it, put its public key into {keys.folder / 'submitters'}; if not, find out who registered it"
     )
 
@@ -424,8 +426,8 @@ def _names(files: list[str]) -> str:
     return ", ".join(printable(name) for name in sorted(files)[:_LISTED]) + more
 
 
-def _changed(folder: Path, what: str) -> str:
+def _changed(name: str, what: str) -> str:
     return (
-        f"{folder} is not what was signed: {what}. Do not use it: find out who changed the files in the artifact "
+        f"{name} is not what was signed: {what}. Do not use it: find out who changed the files in the artifact "
         "store, and register the model again with `adfm register`"
     )
