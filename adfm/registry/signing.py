@@ -92,7 +92,7 @@ def keys() -> Keys:
         BadKey: There is no folder of keys, a key cannot be used, or nobody would believe the own one.
     """
     given = os.environ.get(VARIABLE)
-    folder = Path(given) if given else FOLDER
+    folder = Path(given or FOLDER).absolute()
     try:
         if given and not folder.is_dir():
             raise BadKey(f"{VARIABLE}: there is no folder {folder}; name the folder that holds the keys")
@@ -101,8 +101,8 @@ def keys() -> Keys:
         return _read(folder)
     except OSError as error:
         raise BadKey(
-            f"{error.filename or folder}: {error.strerror}; the keys must be readable for this user. {VARIABLE} names "
-            "the folder that holds them"
+            f"{error.filename or folder}: {error.strerror}; keys can neither be read nor made there. {VARIABLE} names "
+            "another folder of keys"
         ) from error
 
 
@@ -123,7 +123,10 @@ def sign(folder: Path, keys: Keys) -> None:
     if irregular := _irregular(folder):
         raise AdfmError(f"{folder} cannot be signed: {_names(irregular)}: put a plain file in the place of each")
     config = signing.Config().use_elliptic_key_signer(private_key=keys.folder / PRIVATE)
-    config.set_hashing_config(_hashing()).sign(folder, folder / SIGNATURE)
+    try:
+        config.set_hashing_config(_hashing()).sign(folder, folder / SIGNATURE)
+    except ValueError as error:
+        raise AdfmError(f"{folder} cannot be signed: {printable(str(error))}; give its files other names") from error
 
 
 def verify(folder: Path, keys: Keys, name: str = "") -> str:
@@ -220,7 +223,7 @@ def _make(folder: Path) -> None:
                 raise
             return  # another process was faster, and its key is as good
         print(
-            f"adfm: made a key in {folder.resolve()}: it signs your versions and decisions, and shows later that they "
+            f"adfm: made a key in {folder}: it signs your versions and decisions, and shows later that they "
             "are unchanged. Keep private.pem to yourself. docs/signatures.md tells how to bring your own.",
             file=sys.stderr,
         )
@@ -248,7 +251,10 @@ def _read(folder: Path) -> Keys:
         raise BadKey(f"{service[key]} is in retired/ as well ({retired[key].name}); remove one of the two files")
     file, own = folder / PRIVATE, ""
     if file.exists():
-        _warn_of_readers(file)
+        about = file.stat()
+        # A secret that is mounted belongs to root and is read by group.
+        if stat.S_IMODE(about.st_mode) & (0o077 if about.st_uid == os.getuid() else 0o007):
+            _warn(f"{file} can be read by other users; chmod 600 {file}")
         public = _private(file).public_key()
         own = _id(public)
         if own not in submitters.keys() | service.keys():
@@ -309,11 +315,9 @@ def _reason(error: Exception) -> str:
 
 
 @functools.cache
-def _warn_of_readers(file: Path) -> None:
-    """Warns, once a process, of a private key that others can read; one of root's is a secret that was mounted."""
-    about = file.stat()
-    if stat.S_IMODE(about.st_mode) & (0o077 if about.st_uid == os.getuid() else 0o007):
-        print(f"adfm: warning: {file} can be read by other users; chmod 600 {file}", file=sys.stderr)
+def _warn(message: str) -> None:
+    """Prints a warning, once a process: the approvals service reads its keys every few seconds."""
+    print(f"adfm: warning: {message}", file=sys.stderr)
 
 
 def _pem(key: ec.EllipticCurvePublicKey) -> bytes:
