@@ -9,8 +9,11 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import traceback
+import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from adfm import tracking
 from adfm.errors import AdfmError
@@ -82,8 +85,8 @@ def _check_production(name: str, number: str) -> None:
         recorded = f"version {move.production}" if move else "none"
         raise NotInProduction(
             f"The alias {PRODUCTION} of {name} points at version {number}, and its history has {recorded} in "
-            f"production: somebody has moved the alias by hand. `adfm promote` puts it back; models:/{name}/{number} "
-            "serves this version all the same."
+            f"production: somebody has moved the alias by hand, or moves it just now. Try again; `adfm promote` puts it "
+            f"back. models:/{name}/{number} serves this version all the same."
         )
 
 
@@ -111,16 +114,34 @@ def _run(folder: Path, listener: socket.socket, workers: int) -> None:
 
     _, environment = scoring_server.get_cmd(str(folder))  # by which MLflow's app, also in a worker, knows its model
     os.environ.update(environment)
-    config = uvicorn.Config("mlflow.pyfunc.scoring_server.app:app", workers=workers)
     if workers > 1:
-        supervisor = Multiprocess(config, [listener])
+        supervisor = Multiprocess(uvicorn.Config(f"{__name__}:worker", factory=True, workers=workers), [listener])
         supervisor.run()
         if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
             raise AdfmError("A worker could not load the model; see above.")
         return
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(uvicorn.Config(f"{__name__}:application", factory=True))
     try:
         server.run([listener])
     except KeyboardInterrupt:  # uvicorn ends well at a signal, and then raises it once more
         if not server.started:
             raise
+
+
+def application() -> Any:
+    """MLflow's scoring server with the model of `_run`; for uvicorn."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow's, of its own type hints
+        from mlflow.pyfunc.scoring_server.app import app
+    return app
+
+
+def worker() -> Any:
+    """The same in one of several processes. One that cannot load the model ends all; uvicorn would try for ever."""
+    from uvicorn.config import STARTUP_FAILURE
+
+    try:
+        return application()
+    except Exception:
+        traceback.print_exc()
+        sys.exit(STARTUP_FAILURE)
