@@ -85,7 +85,7 @@ def _check_production(name: str, number: str) -> None:
         recorded = f"version {move.production}" if move else "none"
         raise NotInProduction(
             f"The alias {PRODUCTION} of {name} points at version {number}, and its history has {recorded} in "
-            f"production: somebody has moved the alias by hand, or moves it just now. Try again; `adfm promote` puts it "
+            f"production: somebody has moved the alias by hand, or is moving it now. Try again; `adfm promote` puts it "
             f"back. models:/{name}/{number} serves this version all the same."
         )
 
