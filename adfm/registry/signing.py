@@ -92,7 +92,7 @@ def keys() -> Keys:
         BadKey: There is no folder of keys, a key cannot be used, or nobody would believe the own one.
     """
     given = os.environ.get(VARIABLE)
-    folder = Path(given) if given else FOLDER
+    folder = Path(given or FOLDER).absolute()
     try:
         if given and not folder.is_dir():
             raise BadKey(f"{VARIABLE}: there is no folder {folder}; name the folder that holds the keys")
@@ -101,8 +101,8 @@ def keys() -> Keys:
         return _read(folder)
     except OSError as error:
         raise BadKey(
-            f"{error.filename or folder}: {error.strerror}; the keys must be readable for this user. {VARIABLE} names "
-            "the folder that holds them"
+            f"{error.filename or folder}: {error.strerror}; keys can neither be read nor made there. {VARIABLE} names "
+            "another folder of keys"
         ) from error
 
 
@@ -123,15 +123,19 @@ def sign(folder: Path, keys: Keys) -> None:
     if irregular := _irregular(folder):
         raise AdfmError(f"{folder} cannot be signed: {_names(irregular)}: put a plain file in the place of each")
     config = signing.Config().use_elliptic_key_signer(private_key=keys.folder / PRIVATE)
-    config.set_hashing_config(_hashing()).sign(folder, folder / SIGNATURE)
+    try:
+        config.set_hashing_config(_hashing()).sign(folder, folder / SIGNATURE)
+    except ValueError as error:
+        raise AdfmError(f"{folder} cannot be signed: {printable(str(error))}; give its files other names") from error
 
 
-def verify(folder: Path, keys: Keys) -> str:
+def verify(folder: Path, keys: Keys, name: str = "") -> str:
     """Checks that a version's folder holds exactly the files that were signed by a submitter whose key counts.
 
     Args:
         folder: The folder, which nobody else can write to: what is read later must be what was verified.
         keys: Those of `submitters` count.
+        name: What messages call it; the folder's path by default.
 
     Returns:
         The id of the key that signed.
@@ -142,17 +146,18 @@ def verify(folder: Path, keys: Keys) -> str:
     """
     from model_signing import verifying
 
-    hint, payload = _signed(folder)
-    key, file = _signer(folder, hint, keys)
+    name = name or str(folder)
+    hint, payload = _signed(folder, name)
+    key, file = _signer(hint, keys, name)
     if irregular := _irregular(folder):
-        raise Unverified(_changed(folder, f"not plain files: {_names(irregular)}"))
+        raise Unverified(_changed(name, f"not plain files: {_names(irregular)}"))
     config = verifying.Config().use_elliptic_key_verifier(public_key=file).set_hashing_config(_hashing())
     try:
         config.verify(folder, folder / SIGNATURE)
     except InvalidSignature as error:
-        raise Unverified(_changed(folder, f"{SIGNATURE} was changed after it was signed")) from error
+        raise Unverified(_changed(name, f"{SIGNATURE} was changed after it was signed")) from error
     except Exception as error:  # a file that others made can raise anything in the library
-        raise Unverified(_changed(folder, _differences(folder, payload) or printable(str(error)))) from error
+        raise Unverified(_changed(name, _differences(folder, payload) or printable(str(error)))) from error
     return key
 
 
@@ -164,7 +169,7 @@ def manifest(folder: Path) -> str:
     Raises:
         Unverified: The folder has no signature, or a damaged one.
     """
-    return hashlib.sha256(json.dumps(sorted(_files(_signed(folder)[1]).items())).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(sorted(_files(_signed(folder, str(folder))[1]).items())).encode()).hexdigest()
 
 
 def sign_text(text: str, keys: Keys) -> str:
@@ -218,7 +223,7 @@ def _make(folder: Path) -> None:
                 raise
             return  # another process was faster, and its key is as good
         print(
-            f"adfm: made a key in {folder.resolve()}: it signs your versions and decisions, and shows later that they "
+            f"adfm: made a key in {folder}: it signs your versions and decisions, and shows later that they "
             "are unchanged. Keep private.pem to yourself. docs/signatures.md tells how to bring your own.",
             file=sys.stderr,
         )
@@ -246,7 +251,10 @@ def _read(folder: Path) -> Keys:
         raise BadKey(f"{service[key]} is in retired/ as well ({retired[key].name}); remove one of the two files")
     file, own = folder / PRIVATE, ""
     if file.exists():
-        _warn_of_readers(file)
+        about = file.stat()
+        # A secret that is mounted belongs to root and is read by group.
+        if stat.S_IMODE(about.st_mode) & (0o077 if about.st_uid == os.getuid() else 0o007):
+            _warn(f"{file} can be read by other users; chmod 600 {file}")
         public = _private(file).public_key()
         own = _id(public)
         if own not in submitters.keys() | service.keys():
@@ -282,8 +290,8 @@ def _private(file: Path) -> ec.EllipticCurvePrivateKey:
         _of_curve(key.public_key())
     except TypeError as error:
         raise BadKey(
-            f"{file} is encrypted, and adfm asks for no password; decrypt it (openssl pkey -in FILE -out {PRIVATE}), and "
-            "let only this user read it"
+            f"{file} is encrypted, and adfm asks for no password; decrypt it where only this user can read it: "
+            f"openssl pkey -in FILE -out {PRIVATE}"
         ) from error
     except (ValueError, UnsupportedAlgorithm) as error:
         raise BadKey(
@@ -307,11 +315,9 @@ def _reason(error: Exception) -> str:
 
 
 @functools.cache
-def _warn_of_readers(file: Path) -> None:
-    """Warns, once a process, of a private key that others can read; one of root's is a secret that was mounted."""
-    about = file.stat()
-    if stat.S_IMODE(about.st_mode) & (0o077 if about.st_uid == os.getuid() else 0o007):
-        print(f"adfm: warning: {file} can be read by other users; chmod 600 {file}", file=sys.stderr)
+def _warn(message: str) -> None:
+    """Prints a warning, once a process: the approvals service reads its keys every few seconds."""
+    print(f"adfm: warning: {message}", file=sys.stderr)
 
 
 def _pem(key: ec.EllipticCurvePublicKey) -> bytes:
@@ -341,7 +347,7 @@ def _hashing() -> hashing.Config:
     return hashing.Config().set_ignored_paths(paths=[SIGNATURE, *_IGNORED], ignore_git_paths=False)
 
 
-def _signed(folder: Path) -> tuple[str, dict[str, Any]]:
+def _signed(folder: Path, name: str) -> tuple[str, dict[str, Any]]:
     """What `model.sig` says, not yet verified: the fingerprint of the key, and the payload.
 
     Nothing but what adfm writes is accepted. The library would read further spellings of the same keys, and would
@@ -367,20 +373,20 @@ def _signed(folder: Path) -> tuple[str, dict[str, Any]]:
         return str(material["publicKey"]["hint"]), payload
     except FileNotFoundError as error:
         raise Unverified(
-            f"{folder} has no {SIGNATURE}: it was never signed, or the signature was removed. Register the model again "
+            f"{name} has no {SIGNATURE}: it was never signed, or the signature was removed. Register the model again "
             "with `adfm register`; a version of an adfm without signatures has none"
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Unverified(_changed(folder, f"{SIGNATURE} is damaged, or not one of adfm ({error!r})")) from error
+        raise Unverified(_changed(name, f"{SIGNATURE} is damaged, or not one of adfm ({error!r})")) from error
 
 
-def _signer(folder: Path, hint: str, keys: Keys) -> tuple[str, Path]:
+def _signer(hint: str, keys: Keys, name: str) -> tuple[str, Path]:
     """The key among `submitters` that a signature names by the SHA-256 of its PEM."""
     for key, file in keys.submitters.items():
         if hashlib.sha256(_pem(_public(file))).hexdigest() == hint:
             return key, file
     raise Unverified(
-        f"{folder} was signed with a key whose versions do not count (the SHA-256 of its PEM is {printable(hint[:64])})"
+        f"{name} was signed with a key whose versions do not count (the SHA-256 of its PEM is {printable(hint[:64])})"
         f". If you trust it, put its public key into {keys.folder / 'submitters'}; if not, find out who registered it"
     )
 
@@ -424,8 +430,8 @@ def _names(files: list[str]) -> str:
     return ", ".join(printable(name) for name in sorted(files)[:_LISTED]) + more
 
 
-def _changed(folder: Path, what: str) -> str:
+def _changed(name: str, what: str) -> str:
     return (
-        f"{folder} is not what was signed: {what}. Do not use it: find out who changed the files in the artifact "
+        f"{name} is not what was signed: {what}. Do not use it: find out who changed the files in the artifact "
         "store, and register the model again with `adfm register`"
     )
