@@ -314,7 +314,7 @@ def _create(registry: Registry, submission: str) -> ModelVersion | None:
 
     with TemporaryDirectory() as folder:
         files = Path(mlflow.artifacts.download_artifacts(f"models:/{submission}", dst_path=folder))
-        check(read(files, registry.keys), name)
+        check(read(files, registry.keys, f"models:/{submission}"), name)
     _make_model(store, name)
     run = tracking.find_run(logged.source_run_id)
     run_id = run.info.run_id if run else None

@@ -147,13 +147,13 @@ class Submission:
         return self.origin.get("data", {}).get("test"), self.origin.get("protocol")
 
 
-def read(folder: Path, keys: Keys) -> Submission:
-    """Verify the signature of a folder.
+def read(folder: Path, keys: Keys, name: str | None = None) -> Submission:
+    """Verify the signature of a folder, which a message calls `name`.
 
     Raises:
         Unverified: The folder is not what a submitter whose key counts has signed.
     """
-    return Submission(folder, signing.verify(folder, keys))
+    return Submission(folder, signing.verify(folder, keys, name))
 
 
 def check(submission: Submission, name: str) -> pd.DataFrame:
@@ -284,7 +284,7 @@ def fetch(version: ModelVersion, to: Path, keys: Keys) -> Submission:
     """
     folder = to / str(version.version)
     folder.mkdir(parents=True)
-    return read(download(version, "", folder), keys)
+    return read(download(version, "", folder), keys, f"models:/{version.name}/{version.version}")
 
 
 def _json(file: Path) -> dict[str, Any]:
