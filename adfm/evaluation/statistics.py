@@ -224,13 +224,13 @@ def images_for_loss(spread: float, margin: float, alpha: float, power: float) ->
     Args:
         spread: Standard deviation of the loss between the models; for equal binary ones, the square root of the share
             of images on which they differ.
-        margin: Greatest loss that counts as none, in (0, 1).
+        margin: Greatest loss that counts as none, above 0, at most 1.
         alpha: One-sided level.
         power: Probability, at least 0.5, that an equal candidate passes.
     """
     at_margin = _spread_at(margin, spread**2 / 2, spread**2 / 2)
     z_alpha, z_power = float(stats.norm.isf(alpha)), float(stats.norm.ppf(power))
-    without_loss = math.log(alpha) / math.log1p(-margin)
+    without_loss = math.log(alpha) / math.log1p(-margin) if margin < 1 else 1.0
     return math.ceil(max(((z_alpha * at_margin + z_power * spread) / margin) ** 2, without_loss))
 
 
