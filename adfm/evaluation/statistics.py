@@ -21,6 +21,8 @@ Floats = NDArray[np.float64]
 Limits = tuple[float, float, float]
 """A measured value, its lower and its upper limit."""
 
+_ROUNDING = 1e-9  # differences of this size are of floating point, not of models
+
 
 # --------------------------------------------------------------------------------------------------- upper limits
 
@@ -164,8 +166,8 @@ def gain_p(gain: Floats, group: NDArray[Any] | None = None, binary: bool = True)
         better, worse = int(np.sum(gain > 0)), int(np.sum(gain < 0))
         return float(stats.binomtest(better, better + worse, alternative="greater").pvalue) if better else 1.0
     sums, _ = _by_group(gain, group)
-    least = 2.0 ** -int(np.count_nonzero(sums))
-    if len(sums) < 2 or np.ptp(sums) == 0:  # no variance to test against
+    least = 2.0 ** -int(np.sum(np.abs(sums) > _ROUNDING))
+    if len(sums) < 2 or np.ptp(sums) < _ROUNDING:  # no variance to test against
         return least if np.sum(sums) > 0 else 1.0
     return max(least, float(stats.ttest_1samp(sums, 0.0, alternative="greater").pvalue))
 
