@@ -192,6 +192,8 @@ def scenarios() -> list[Scenario]:
     """
     policy = Policy()
     whole = policy.model_copy(update={"parts": {}})
+    bounds = {name: bound.model_copy(update={"margin": 0.01}) for name, bound in whole.whole.items()}
+    narrow = whole.model_copy(update={"whole": bounds})
     noninferior = whole.model_copy(update={"rule": "noninferior"})
     only_look = noninferior.model_copy(update={"looks": 1})
     margin = {name: bound.margin or 0.0 for name, bound in policy.whole.items()}
@@ -221,7 +223,10 @@ def scenarios() -> list[Scenario]:
         Scenario(
             "recall -10 points, specificity +14, IoU as before", single(Truth(0.80, 0.99, 0.45 / 0.80), whole), 0.01
         ),
-        Scenario("accuracy -1 point, IoU +5 (a margin of 5 allows it)", single(Truth(0.89, 0.84, 0.50 / 0.89), whole)),
+        *(
+            Scenario(f"accuracy -1 point, IoU +5, {title}", single(Truth(0.89, 0.84, 0.50 / 0.89), of))
+            for title, of in (("margins of 5 points, which allow it", whole), ("margins of 1 point", narrow))
+        ),
         *(
             Scenario(f"{name} worse by the margin, {title}", single(truth, of), 0.05)
             for name, truth in worse.items()
@@ -239,9 +244,12 @@ def scenarios() -> list[Scenario]:
             )
             for fallen in (0.20, 0.25, 0.30)
         ),
-        Scenario(
-            "one of 20 categories (80 images, too few to be judged alone) 30 points worse",
-            single(Truth(0.95, 0.92, 0.50, 0.36), policy, categories=20),
+        *(
+            Scenario(
+                f"one of 20 categories (80 images, too few to be judged alone) {100 * fallen:.0f} points worse",
+                single(Truth(0.95, 0.92, 0.50, fallen + 0.06), policy, categories=20),
+            )
+            for fallen in (0.20, 0.30)
         ),
         *(
             Scenario(
