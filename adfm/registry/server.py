@@ -18,7 +18,7 @@ from typing import Any
 from adfm import tracking
 from adfm.errors import AdfmError
 from adfm.models import loading
-from adfm.registry import history
+from adfm.registry import history, signing
 
 PRODUCTION = "production"
 
@@ -80,9 +80,8 @@ def _check_production(name: str, number: str) -> None:
     """The history decides what is in production; an alias can be moved by anybody who may edit the model."""
     from mlflow import MlflowClient
 
-    move = history.last_move(history.read(MlflowClient(), name))
-    if move is None or move.production != number:
-        recorded = f"version {move.production}" if move else "none"
+    recorded = history.read(MlflowClient(), name, signing.keys()).production
+    if recorded != number:
         raise NotInProduction(
             f"The alias {PRODUCTION} of {name} points at version {number}, and its history has {recorded} in "
             f"production: somebody has moved the alias by hand, or is moving it now. Try again; `adfm promote` puts it "
