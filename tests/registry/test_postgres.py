@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -20,6 +21,10 @@ from typing import Any
 
 import pytest
 import yaml
+
+from adfm import tracking
+from adfm.params import Params
+from adfm.registry.promotion import history, promote, rollback
 
 ROOT = Path(__file__).parents[2]
 DATABASE_PASSWORD = "p@ss/w:rd %20#?"  # none of which could stand in an address
@@ -102,8 +107,8 @@ def postgres() -> Iterator[Postgres]:
 
 
 @contextmanager
-def mlflow_of_manifest(postgres: Postgres, database: str, home: Path, wait: bool = True) -> Iterator[tuple[str, str]]:
-    """Runs what the manifest's pod runs: its init container, then its server; the server's address and what it says.
+def mlflow_of_manifest(postgres: Postgres, database: str, home: Path) -> Iterator[str]:
+    """Runs what the manifest's pod runs: its init container, then its server; the server's address.
 
     Secrets, addresses and folders are those of the test.
 
@@ -179,17 +184,118 @@ def serve(command: list[str], environment: dict[str, str], home: Path) -> Iterat
             server.wait(60)
 
 
-def test_x(postgres, tmp_path):
-    postgres.run("createdb", "mlflow1")
-    t = time.monotonic()
-    with mlflow_of_manifest(postgres, "mlflow1", tmp_path / "home") as uri:
-        print(uri, time.monotonic() - t)
-        import requests
+@pytest.fixture
+def database(postgres: Postgres, request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of an empty database."""
+    name = request.node.name
+    postgres.run("createdb", name)
+    yield name
+    postgres.run("dropdb", "--if-exists", "--force", name)
 
-        s = requests.Session()
-        s.auth = ("admin", PASSWORDS["admin"])
-        for i in range(3):
-            t = time.monotonic()
-            print(s.get(f"{uri}/api/2.0/mlflow/users/current").text, time.monotonic() - t)
-        print(postgres.sql("mlflow1", "select count(*) from information_schema.tables where table_schema='public'"))
-    print((tmp_path / "home" / "log").read_text()[-1500:])
+
+def log_in(monkeypatch: pytest.MonkeyPatch, uri: str, user: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", user)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORDS[user])
+
+
+def test_the_whole_path_and_a_restored_backup(postgres, database, tmp_path, monkeypatch, add) -> None:
+    """Register, approve, promote, roll back; dump, lose everything, restore: history, production, files and users."""
+    monkeypatch.chdir(tmp_path)
+    home = tmp_path / "home"
+    with mlflow_of_manifest(postgres, database, home) as uri:
+        log_in(monkeypatch, uri, "admin")
+        monkeypatch.setenv("ADFM_PASSWORD_SERVICE", PASSWORDS["service"])
+        subprocess.run([ROOT / "scripts/set-up-roles.py", "--service", "service"], check=True)
+        log_in(monkeypatch, uri, "service")
+        for right in (26, 36):
+            promote(add(right), Params())
+        rollback(Params())
+        before = history(Params())
+        assert [(step.action, step.production) for step in before] == [
+            ("promote", "1"),
+            ("promote", "2"),
+            ("rollback", "1"),
+        ]
+    # The database first: every file that it names is in the later copy of the files.
+    postgres.run("pg_dump", "--format", "custom", "--file", str(tmp_path / "mlflow.dump"), database)
+    shutil.copytree(home / "files", tmp_path / "copy")
+
+    postgres.run("dropdb", database)
+    shutil.rmtree(home)
+
+    postgres.run("createdb", database)
+    restore = ["--exit-on-error", "--single-transaction", "--dbname", database, str(tmp_path / "mlflow.dump")]
+    postgres.run("pg_restore", *restore)
+    shutil.copytree(tmp_path / "copy", home / "files")
+    with mlflow_of_manifest(postgres, database, home) as uri:
+        log_in(monkeypatch, uri, "service")
+        assert history(Params()) == before
+        client = tracking.client()
+        assert client.get_registered_model("adfm").aliases["production"] == "1"
+        promote(add(38), Params())
+        assert client.get_registered_model("adfm").aliases["production"] == "3"
+        log_in(monkeypatch, uri, "admin")
+        assert client.get_registered_model("adfm").name == "adfm"
+
+
+def revisions() -> list[str]:
+    """MLflow's migrations, newest first."""
+    from alembic.script import ScriptDirectory
+    from mlflow.store.db.utils import _get_alembic_config
+
+    script = ScriptDirectory.from_config(_get_alembic_config(""))
+    return [revision.revision for revision in script.walk_revisions()]
+
+
+def test_a_database_of_an_older_release_is_migrated(postgres, database, tmp_path, monkeypatch) -> None:
+    import sqlalchemy
+    from alembic import command
+    from mlflow.store.db.utils import _get_alembic_config
+    from mlflow.store.tracking.dbmodels.initial_models import Base
+
+    monkeypatch.setenv("PGPASSWORD", DATABASE_PASSWORD)
+    engine = sqlalchemy.create_engine(postgres.uri(database))
+    Base.metadata.create_all(engine)
+    config = _get_alembic_config(postgres.uri(database))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "6953534de441")  # of MLflow 3.0, with logged models
+    engine.dispose()
+    for statement in (
+        "INSERT INTO registered_models (name, creation_time, last_updated_time) VALUES ('adfm', 1, 1)",
+        "INSERT INTO model_versions (name, version, creation_time, last_updated_time, source, status, current_stage) "
+        "VALUES ('adfm', 1, 1, 1, 'adfm:/1', 'READY', 'None')",
+        "INSERT INTO model_version_tags (name, version, key, value) VALUES ('adfm', 1, 'approval', 'approved')",
+        "INSERT INTO registered_model_aliases (name, alias, version) VALUES ('adfm', 'production', 1)",
+    ):
+        postgres.sql(database, statement)
+    with mlflow_of_manifest(postgres, database, tmp_path / "home") as uri:
+        log_in(monkeypatch, uri, "admin")
+        client = tracking.client()
+        assert client.get_model_version_by_alias("adfm", "production").tags == {"approval": "approved"}
+    assert postgres.sql(database, "SELECT version_num FROM alembic_version") == revisions()[0]
+
+
+def test_a_database_of_a_newer_release_is_refused_and_left_alone(postgres, database, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PGPASSWORD", DATABASE_PASSWORD)
+    upgrade = [sys.executable, "-m", "mlflow", "db", "upgrade", postgres.uri(database)]
+    subprocess.run(upgrade, check=True, capture_output=True)
+    postgres.sql(database, "UPDATE alembic_version SET version_num = 'fffffffffff1'")
+    with (
+        pytest.raises(AssertionError, match="Can't locate revision identified by 'fffffffffff1'"),
+        mlflow_of_manifest(postgres, database, tmp_path / "home"),
+    ):
+        pytest.fail("the server was started")
+    assert postgres.sql(database, "SELECT version_num FROM alembic_version") == "fffffffffff1"
+
+
+def test_the_driver_must_be_named(monkeypatch) -> None:
+    """Why the manifest says postgresql+psycopg2; when this fails, it need not any more."""
+    import sqlalchemy
+
+    assert sqlalchemy.make_url("postgresql://mlflow@postgres/mlflow").get_dialect().driver == "psycopg"
+    with pytest.raises(ModuleNotFoundError, match="psycopg"):
+        sqlalchemy.create_engine("postgresql://mlflow@postgres/mlflow")
+    for name in ("deploy/server/mlflow.yaml",):
+        assert "postgresql://" not in re.sub(r"#.*", "", (ROOT / name).read_text())

@@ -268,7 +268,10 @@ ON_OTHERS: dict[str, tuple[Callable[[Things], Any], set[str]]] = {
         lambda t: ("GET", f"{API}/model-versions/get", {"params": {"name": "adfm", "version": t.version("adfm")}}),
         set(USERS),
     ),
-    "delete the model": (lambda t: ("DELETE", f"{API}/registered-models/delete", {"json": {"name": "adfm"}}), NOBODY),
+    "delete the model": (
+        lambda t: ("DELETE", f"{API}/registered-models/delete", {"json": {"name": "adfm"}}),
+        {SERVICE},
+    ),
     "make a user": (
         lambda t: ("POST", f"{API}/users/create", {"json": {"username": "mallory", "password": "0123456789ab"}}),
         NOBODY,
@@ -301,11 +304,22 @@ ON_OTHERS: dict[str, tuple[Callable[[Things], Any], set[str]]] = {
 @pytest.mark.parametrize("what", ON_OTHERS)
 def test_rights_on_runs_files_and_users(server, things, what) -> None:
     request, may = ON_OTHERS[what]
-    # The service may delete the model that it manages; that is not tried.
-    for user in [user for user in USERS if not (what == "delete the model" and user == SERVICE)]:
+    for user in [READER, SUBMITTER, REVIEWER] if what == "delete the model" else USERS:
         method, path, options = request(things)
         answer = server.call(user, method, path, **options)
         assert answer.status_code == (200 if user in may else 403), (user, answer.text)
+
+
+def test_the_documentation_has_these_tables() -> None:
+    rows = re.findall(r"^\| ([a-z ]+) \|(.*)\|(.*)\|(.*)\|(.*)\|$", (ROOT / "docs/server.md").read_text(), re.MULTILINE)
+    documented = {what: [cell.strip() for cell in cells] for what, *cells in rows}
+    expected = {
+        what: [("yes" + " (yes)" * (user in history)) * (user in model) for user in USERS]
+        for what, (_, model, history) in (
+            ON_MODELS | {what: (f, may, ()) for what, (f, may) in ON_OTHERS.items()}
+        ).items()
+    }
+    assert {what: cells for what, cells in documented.items() if what in expected} == expected
 
 
 def test_without_a_login_nothing_is_read(server) -> None:
@@ -337,3 +351,53 @@ def test_a_missing_model_looks_forbidden_to_all_but_administrators(server) -> No
         200,
     ]
     assert server.call("admin", "GET", version[0], **version[1]).status_code == 404
+
+
+def test_a_new_users_password_is_printed_once_and_a_role_can_change(server) -> None:
+    done = server.set_up("--model", "press", "--reviewer", "emil")
+    generated = re.search(r"^made emil, password (\S{24})$", done.stdout, re.MULTILINE)
+    assert done.returncode == 0 and generated, done.stdout + done.stderr
+    tag = {"json": {"name": "press", "key": "policy", "value": "x"}}
+    path = f"{server.uri}{API}/registered-models/set-tag"
+    assert requests.post(path, auth=("emil", generated[1]), timeout=60, **tag).status_code == 200
+    done = server.set_up("--model", "press", "--reader", "emil", ADFM_PASSWORD_EMIL=password("emil"))
+    assert done.returncode == 0, done.stderr
+    assert "emil                 reader     READ        READ        READ" in done.stdout
+    assert "password " + generated[1] not in done.stdout and "changed the password of emil" in done.stdout
+    assert server.call("emil", "POST", f"{API}/registered-models/set-tag", **tag).status_code == 403
+
+
+def test_somebody_who_made_the_history_first_is_reported(server) -> None:
+    server.ok(READER, "POST", f"{API}/registered-models/create", json={"name": "gauge-history"})
+    done = server.set_up("--model", "gauge")
+    assert (done.returncode, f"{READER} has MANAGE on registered_model gauge-history" in done.stderr) == (1, True)
+    done = server.set_up("--model", "gauge", "--reader", READER)
+    assert done.returncode == 0, done.stderr
+    body = {"name": "gauge-history", "description": "x"}
+    assert server.call(READER, "PATCH", f"{API}/registered-models/update", json=body).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (["--reader", "admin"], {}, "MLflow checks no permission of an administrator"),
+        (["--reader", "emil", "--reviewer", "emil"], {}, "emil is named as reviewer and as reader"),
+        (["--reader", "frieda"], {"ADFM_PASSWORD_FRIEDA": "short"}, "at least 12 characters"),
+        ([], {"MLFLOW_TRACKING_PASSWORD": "another password"}, "knows no such user and password"),
+        ([], {"MLFLOW_TRACKING_USERNAME": REVIEWER, "MLFLOW_TRACKING_PASSWORD": password(REVIEWER)}, "administrator"),
+        ([], {"MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}, "there are no users without a server"),
+        (["--model", "poem"], {}, "the name poem-history is taken by a prompt"),
+    ],
+)
+def test_what_cannot_be_set_up_is_said(server, arguments, environment, message) -> None:
+    if "poem" in arguments:
+        prompt = {"name": "poem-history", "tags": [{"key": "mlflow.prompt.is_prompt", "value": "true"}]}
+        server.ok(READER, "POST", f"{API}/registered-models/create", json=prompt)
+    done = server.set_up(*arguments, **environment)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_server_without_users_is_said(server, mlflow_server) -> None:
+    done = server.set_up(MLFLOW_TRACKING_URI=mlflow_server)
+    assert (done.returncode, "start it with --app-name basic-auth" in done.stderr) == (2, True)
