@@ -22,7 +22,6 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
@@ -59,15 +58,16 @@ def main() -> int:
     parser.add_argument("--model", default="adfm", help="the registered model (register.model)")
     parser.add_argument("--experiment", default="adfm", help="the experiment (register.experiment)")
     options = vars(parser.parse_args())
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     try:
-        if not mlflow.get_tracking_uri().startswith("http"):
+        if not uri.startswith("http"):
             raise NotSetUp("set MLFLOW_TRACKING_URI to the server's address; there are no users without a server.")
         users = roles_of_users({role: options[role] for role in ROLES})
-        return set_up(users, options["model"], options["experiment"])
+        return set_up(uri, users, options["model"], options["experiment"])
     except NotSetUp as error:
         print(f"set-up-roles: {error}", file=sys.stderr)
     except MlflowException as error:
-        print(f"set-up-roles: MLflow at {mlflow.get_tracking_uri()} failed: {error.message}", file=sys.stderr)
+        print(f"set-up-roles: MLflow at {uri} failed: {error.message}", file=sys.stderr)
     return 2
 
 
@@ -80,8 +80,8 @@ def roles_of_users(users: Mapping[str, list[str]]) -> dict[str, str]:
     return roles
 
 
-def set_up(users: Mapping[str, str], model: str, experiment: str) -> int:
-    auth, store = AuthServiceClient(mlflow.get_tracking_uri()), MlflowClient()
+def set_up(uri: str, users: Mapping[str, str], model: str, experiment: str) -> int:
+    auth, store = AuthServiceClient(uri), MlflowClient(uri)
     administrators = {user["username"] for user in all_users(auth) if user["is_admin"]}
     if wrong := sorted(administrators & users.keys()):
         raise NotSetUp(f"{', '.join(wrong)}: MLflow checks no permission of an administrator; name other users.")

@@ -206,7 +206,7 @@ def test_the_whole_path_and_a_restored_backup(postgres, database, tmp_path, monk
     with mlflow_of_manifest(postgres, database, home) as uri:
         log_in(monkeypatch, uri, "admin")
         monkeypatch.setenv("ADFM_PASSWORD_SERVICE", PASSWORDS["service"])
-        subprocess.run([ROOT / "scripts/set-up-roles.py", "--service", "service"], check=True)
+        subprocess.run([sys.executable, ROOT / "scripts/set-up-roles.py", "--service", "service"], check=True)
         log_in(monkeypatch, uri, "service")
         for right in (26, 36):
             promote(add(right), Params())

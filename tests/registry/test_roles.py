@@ -6,6 +6,7 @@ although MLflow allows it.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -49,15 +50,13 @@ class Server:
             "MLFLOW_TRACKING_PASSWORD": password(user),
         }
 
-    def set_up(self, *arguments: str, user: str = "admin", **environment: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, ROOT / "scripts/set-up-roles.py", *arguments]
-        environment = os.environ | self.login(user) | environment
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-    def set_up_all(self, model: str) -> None:
-        named = [part for role, user in ROLES.items() for part in (f"--{role}", user)]
+    def set_up(self, model: str) -> None:
+        """Makes the four users as an administrator does."""
+        users = [part for role, user in ROLES.items() for part in (f"--{role}", user)]
         passwords = {f"ADFM_PASSWORD_{user.upper()}": password(user) for user in USERS}
-        done = self.set_up("--model", model, *named, **passwords)
+        command = [sys.executable, ROOT / "scripts/set-up-roles.py", "--model", model, *users]
+        environment = os.environ | self.login("admin") | passwords
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -82,7 +81,7 @@ def with_login(start_mlflow: Any, empty_database: Path, home: Path) -> Iterator[
 def server(start_mlflow, empty_database, tmp_path_factory) -> Iterator[Server]:
     """With the models `adfm` and `adfm-history`, the experiment `adfm` and the four users."""
     with with_login(start_mlflow, empty_database, tmp_path_factory.mktemp("roles") / "home") as server:
-        server.set_up_all("adfm")
+        server.set_up("adfm")
         yield server
 
 
@@ -198,7 +197,7 @@ ON_MODELS: dict[str, tuple[Callable[[Things, str], Any], set[str], set[str]]] = 
 
 
 @pytest.mark.parametrize("what", ON_MODELS)
-def test_rights_on_the_model_and_its_history(server, things, what) -> None:
+def test_rights_on_the_model_and_its_history(server, things, set_up, what) -> None:
     request, on_the_model, on_the_history = ON_MODELS[what]
     for model, may in (("adfm", on_the_model), ("adfm-history", on_the_history)):
         for user in USERS:
@@ -206,8 +205,7 @@ def test_rights_on_the_model_and_its_history(server, things, what) -> None:
             answer = server.call(user, method, path, **options)
             assert answer.status_code == (200 if user in may else 403), (user, model, answer.text)
         if what == "give rights away":
-            done = server.set_up("--reader", READER)
-            assert done.returncode == 0, done.stderr
+            assert set_up("--reader", READER).status == 0
 
 
 # Of runs, files and the rest; what a request needs beside is in `things`.
@@ -353,26 +351,52 @@ def test_a_missing_model_looks_forbidden_to_all_but_administrators(server) -> No
     assert server.call("admin", "GET", version[0], **version[1]).status_code == 404
 
 
-def test_a_new_users_password_is_printed_once_and_a_role_can_change(server) -> None:
-    done = server.set_up("--model", "press", "--reviewer", "emil")
-    generated = re.search(r"^made emil, password (\S{24})$", done.stdout, re.MULTILINE)
-    assert done.returncode == 0 and generated, done.stdout + done.stderr
+@dataclass(frozen=True)
+class Done:
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def set_up(server, monkeypatch, capsys) -> Callable[..., Done]:
+    """Runs the script in this process, where MLflow's server is imported once only."""
+    spec = importlib.util.spec_from_file_location("set_up_roles", ROOT / "scripts/set-up-roles.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def set_up(*arguments: str, **environment: str) -> Done:
+        with monkeypatch.context() as patch:
+            for key, value in (server.login("admin") | environment).items():
+                patch.setenv(key, value)
+            patch.setattr(sys, "argv", ["set-up-roles.py", *arguments])
+            capsys.readouterr()
+            status = script.main()
+            return Done(status, *capsys.readouterr())
+
+    return set_up
+
+
+def test_a_new_users_password_is_printed_once_and_a_role_can_change(server, set_up) -> None:
+    done = set_up("--model", "press", "--reviewer", "emil")
+    generated = re.search(r"^made emil, password (\S{24})$", done.out, re.MULTILINE)
+    assert done.status == 0 and generated, done.out + done.err
     tag = {"json": {"name": "press", "key": "policy", "value": "x"}}
     path = f"{server.uri}{API}/registered-models/set-tag"
     assert requests.post(path, auth=("emil", generated[1]), timeout=60, **tag).status_code == 200
-    done = server.set_up("--model", "press", "--reader", "emil", ADFM_PASSWORD_EMIL=password("emil"))
-    assert done.returncode == 0, done.stderr
-    assert "emil                 reader     READ        READ        READ" in done.stdout
-    assert "password " + generated[1] not in done.stdout and "changed the password of emil" in done.stdout
+    done = set_up("--model", "press", "--reader", "emil", ADFM_PASSWORD_EMIL=password("emil"))
+    assert done.status == 0, done.err
+    assert "emil                 reader     READ        READ        READ" in done.out
+    assert "password " + generated[1] not in done.out and "changed the password of emil" in done.out
     assert server.call("emil", "POST", f"{API}/registered-models/set-tag", **tag).status_code == 403
 
 
-def test_somebody_who_made_the_history_first_is_reported(server) -> None:
+def test_somebody_who_made_the_history_first_is_reported(server, set_up) -> None:
     server.ok(READER, "POST", f"{API}/registered-models/create", json={"name": "gauge-history"})
-    done = server.set_up("--model", "gauge")
-    assert (done.returncode, f"{READER} has MANAGE on registered_model gauge-history" in done.stderr) == (1, True)
-    done = server.set_up("--model", "gauge", "--reader", READER)
-    assert done.returncode == 0, done.stderr
+    done = set_up("--model", "gauge")
+    assert (done.status, f"{READER} has MANAGE on registered_model gauge-history" in done.err) == (1, True)
+    done = set_up("--model", "gauge", "--reader", READER)
+    assert done.status == 0, done.err
     body = {"name": "gauge-history", "description": "x"}
     assert server.call(READER, "PATCH", f"{API}/registered-models/update", json=body).status_code == 403
 
@@ -389,15 +413,15 @@ def test_somebody_who_made_the_history_first_is_reported(server) -> None:
         (["--model", "poem"], {}, "the name poem-history is taken by a prompt"),
     ],
 )
-def test_what_cannot_be_set_up_is_said(server, arguments, environment, message) -> None:
+def test_what_cannot_be_set_up_is_said(server, set_up, arguments, environment, message) -> None:
     if "poem" in arguments:
         prompt = {"name": "poem-history", "tags": [{"key": "mlflow.prompt.is_prompt", "value": "true"}]}
         server.ok(READER, "POST", f"{API}/registered-models/create", json=prompt)
-    done = server.set_up(*arguments, **environment)
-    assert done.returncode == 2
-    assert message in done.stderr and "Traceback" not in done.stderr
+    done = set_up(*arguments, **environment)
+    assert done.status == 2
+    assert message in done.err and "Traceback" not in done.err
 
 
-def test_a_server_without_users_is_said(server, mlflow_server) -> None:
-    done = server.set_up(MLFLOW_TRACKING_URI=mlflow_server)
-    assert (done.returncode, "start it with --app-name basic-auth" in done.stderr) == (2, True)
+def test_a_server_without_users_is_said(set_up, mlflow_server) -> None:
+    done = set_up(MLFLOW_TRACKING_URI=mlflow_server)
+    assert (done.status, "start it with --app-name basic-auth" in done.err) == (2, True)
