@@ -20,6 +20,16 @@ from typing import Any
 import pytest
 import requests
 import yaml
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from adfm import tracking
+from adfm.params import Params
+from adfm.registry.approvals import look
+from adfm.registry.audit import audit
+from adfm.registry.history import NOBODY
+from adfm.registry.promotion import approve, history, rollback
+from adfm.registry.registration import NotAccepted, register, set_policy
 
 ROOT = Path(__file__).parents[2]
 API, API3 = "/api/2.0/mlflow", "/api/3.0/mlflow"
@@ -135,7 +145,7 @@ def on_model(method: str, path: str, **body: str) -> Callable[[Things, str], Any
     return request
 
 
-NOBODY: set[str] = set()
+NO_ONE: set[str] = set()
 FORGE = {"source": "elsewhere:/forged"}  # MLflow checks sources of its own store only
 GRANT = {"username": READER, "resource_type": "registered_model", "permission": "MANAGE"}
 
@@ -215,14 +225,14 @@ ON_OTHERS: dict[str, tuple[Callable[[Things], Any], set[str]]] = {
         lambda t: ("PUT", file_of(t), {"data": b"another"}),
         {SUBMITTER, SERVICE},
     ),
-    "delete a file": (lambda t: ("DELETE", file_of(t), {}), NOBODY),
+    "delete a file": (lambda t: ("DELETE", file_of(t), {}), NO_ONE),
     "write a file of another experiment": (
         lambda t: ("PUT", "/api/2.0/mlflow-artifacts/artifacts/0/x", {"data": b"x"}),
-        NOBODY,
+        NO_ONE,
     ),
     "write a file beside all experiments": (
         lambda t: ("PUT", "/api/2.0/mlflow-artifacts/artifacts/x", {"data": b"x"}),
-        NOBODY,
+        NO_ONE,
     ),
     "make a run": (
         lambda t: ("POST", f"{API}/runs/create", {"json": {"experiment_id": t.experiment}}),
@@ -232,7 +242,7 @@ ON_OTHERS: dict[str, tuple[Callable[[Things], Any], set[str]]] = {
         lambda t: ("POST", f"{API}/runs/set-tag", {"json": {"run_id": t.run, "key": "a", "value": "b"}}),
         {SUBMITTER, SERVICE},
     ),
-    "delete a run": (lambda t: ("POST", f"{API}/runs/delete", {"json": {"run_id": t.run}}), NOBODY),
+    "delete a run": (lambda t: ("POST", f"{API}/runs/delete", {"json": {"run_id": t.run}}), NO_ONE),
     "make a logged model": (
         lambda t: ("POST", f"{API}/logged-models", {"json": {"experiment_id": t.experiment, "name": "adapter"}}),
         {SUBMITTER, SERVICE},
@@ -253,10 +263,10 @@ ON_OTHERS: dict[str, tuple[Callable[[Things], Any], set[str]]] = {
         ),
         {SUBMITTER, SERVICE},
     ),
-    "delete a logged model": (lambda t: ("DELETE", f"{API}/logged-models/{t.logged_model}", {}), NOBODY),
+    "delete a logged model": (lambda t: ("DELETE", f"{API}/logged-models/{t.logged_model}", {}), NO_ONE),
     "delete the experiment": (
         lambda t: ("POST", f"{API}/experiments/delete", {"json": {"experiment_id": t.experiment}}),
-        NOBODY,
+        NO_ONE,
     ),
     "search logged models": (
         lambda t: ("POST", f"{API}/logged-models/search", {"json": {"experiment_ids": [t.experiment]}}),
@@ -272,15 +282,15 @@ ON_OTHERS: dict[str, tuple[Callable[[Things], Any], set[str]]] = {
     ),
     "make a user": (
         lambda t: ("POST", f"{API}/users/create", {"json": {"username": "mallory", "password": "0123456789ab"}}),
-        NOBODY,
+        NO_ONE,
     ),
     "become administrator": (
         lambda t: ("PATCH", f"{API}/users/update-admin", {"json": {"username": READER, "is_admin": True}}),
-        NOBODY,
+        NO_ONE,
     ),
     "take a role": (
         lambda t: ("POST", f"{API3}/roles/assign", {"json": {"username": READER, "role_id": 1}}),
-        NOBODY,
+        NO_ONE,
     ),
     "make a webhook": (
         lambda t: (
@@ -294,7 +304,7 @@ ON_OTHERS: dict[str, tuple[Callable[[Things], Any], set[str]]] = {
                 }
             },
         ),
-        NOBODY,
+        NO_ONE,
     ),
 }
 
@@ -425,3 +435,130 @@ def test_what_cannot_be_set_up_is_said(server, set_up, arguments, environment, m
 def test_a_server_without_users_is_said(set_up, mlflow_server) -> None:
     done = set_up(MLFLOW_TRACKING_URI=mlflow_server)
     assert (done.status, "start it with --app-name basic-auth" in done.err) == (2, True)
+
+
+# Which a few images fulfil; who approves is not who submitted.
+POLICY = """\
+level: 0.45
+whole:
+  accuracy: {limit: 0.5, margin: 0.9}
+  iou: {limit: null, margin: 0.9}
+  escape_rate: {limit: null, margin: 0.9}
+  overkill: {limit: null, margin: 0.9}
+parts: {}
+"""
+
+
+class Plant:
+    """A registered model whose four users act with adfm, each with the own login and the keys of the role."""
+
+    def __init__(self, server: Server, model: str, home: Path, patch: pytest.MonkeyPatch, make: Any) -> None:
+        self.server, self.model, self.home, self._patch = server, model, home, patch
+        self.params = Params.model_validate({"register": {"model": model}})
+        self._make_model, self._make_evaluation, self.shards = make
+        write_keys(home / "keys")
+
+    def log_in(self, user: str) -> None:
+        for key, value in self.server.login(user).items():
+            self._patch.setenv(key, value)
+        self._patch.setenv("ADFM_KEYS", str(self.home / "keys" / user))
+
+    def submit(self, right: int, user: str = SUBMITTER) -> None:
+        """Registers a model that judges `right` of 40 images rightly; nobody waits for the service."""
+        self.log_in(user)
+        folder = self._make_model(self.home / f"model-{right}", float(right), self.shards)
+        evaluation = self._make_evaluation(self.home / f"evaluation-{right}", self.shards, right, iou=0.3 + right / 100)
+        with pytest.raises(NotAccepted, match="is there, and the service has not made a version"):
+            register(folder, self.shards, evaluation, self.home / "registration", self.params, wait=0)
+
+    def look(self) -> str:
+        """What the approvals service does every few seconds; what is wrong."""
+        self.log_in(SERVICE)
+        return look(self.params)
+
+    def approve(self, version: str) -> None:
+        self.log_in(REVIEWER)
+        approve(version, self.params)
+
+    def in_production(self, right: int, version: str) -> None:
+        """Submits, judges, approves and promotes."""
+        self.submit(right)
+        assert self.look() == ""
+        self.approve(version)
+        assert self.look() == ""
+        assert self.production() == (version, version)
+
+    def production(self) -> tuple[str | None, str | None]:
+        """The version that the alias names and the one that the history says, as a reader sees them."""
+        self.log_in(READER)
+        aliases = tracking.client().get_registered_model(self.model).aliases
+        said = history(self.params).production
+        return str(aliases["production"]) if "production" in aliases else None, None if said == NOBODY else said
+
+    def tag(self, version: str, key: str) -> str | None:
+        self.log_in(READER)
+        return tracking.client().get_model_version(self.model, version).tags.get(key)
+
+    def source(self, version: str) -> str:
+        """Id of the logged model with the version's files."""
+        self.log_in(READER)
+        return str(tracking.client().get_model_version(self.model, version).source).removeprefix("models:/")
+
+
+def write_keys(folder: Path) -> None:
+    """A folder of keys a user: the service and the submitter have one of their own, and all have both public ones."""
+    public = {}
+    for user in USERS:
+        (folder / user / "service").mkdir(parents=True)
+        (folder / user / "submitters").mkdir()
+        if user in (SERVICE, SUBMITTER):
+            public[user] = write_key(folder / user)
+    for user in USERS:
+        (folder / user / "service" / "service.pem").write_bytes(public[SERVICE])
+        (folder / user / "submitters" / "pipeline.pem").write_bytes(public[SUBMITTER])
+
+
+def write_key(folder: Path) -> bytes:
+    private = ec.generate_private_key(ec.SECP256R1())
+    plain = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / "private.pem").write_bytes(private.private_bytes(*plain))
+    (folder / "private.pem").chmod(0o600)
+    return private.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+
+
+@pytest.fixture
+def bare_plant(server, request, tmp_path, monkeypatch, make_shards, make_model, make_evaluation) -> Plant:
+    """A plant whose model nobody has made yet."""
+    monkeypatch.chdir(tmp_path)
+    model = re.sub(r"\W", "-", request.node.name.removeprefix("test_"))[:50].strip("-_")
+    shards = make_shards(tmp_path / "shards")
+    return Plant(server, model, tmp_path, monkeypatch, (make_model, make_evaluation, shards))
+
+
+@pytest.fixture
+def plant(bare_plant, set_up) -> Plant:
+    """A plant that is set up, with a policy that the reviewer has registered and the service has taken."""
+    users = [part for role, user in ROLES.items() for part in (f"--{role}", user)]
+    assert set_up("--model", bare_plant.model, *users).status == 0
+    (bare_plant.home / "policy.yaml").write_text(POLICY)
+    bare_plant.log_in(REVIEWER)
+    set_policy(bare_plant.home / "policy.yaml", bare_plant.params)
+    assert bare_plant.look() == ""
+    return bare_plant
+
+
+def test_a_service_that_is_not_an_administrator_promotes_and_rolls_back(plant) -> None:
+    plant.in_production(26, "1")
+    plant.in_production(36, "2")
+    plant.log_in(SERVICE)
+    rollback(plant.params)
+    assert plant.production() == ("1", "1")
+    steps = [step for step in history(plant.params).counting if step.action in ("promote", "rollback")]
+    assert [(step.action, step.approval_by, step.submitted_by) for step in steps] == [
+        ("promote", REVIEWER, SUBMITTER),
+        ("promote", REVIEWER, SUBMITTER),
+        ("rollback", "", ""),
+    ]
+    assert "everything is as the signed history says" in audit(plant.params)  # still logged in as the reader
