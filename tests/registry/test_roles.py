@@ -15,21 +15,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import requests
 import yaml
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from adfm import tracking
 from adfm.params import Params
+from adfm.registry import history as history_
+from adfm.registry import signing
 from adfm.registry.approvals import look
-from adfm.registry.audit import audit
-from adfm.registry.history import NOBODY
+from adfm.registry.audit import AuditFailed, audit
+from adfm.registry.history import NOBODY, Forbidden
 from adfm.registry.promotion import approve, history, rollback
+from adfm.registry.reconcile import Refused
 from adfm.registry.registration import NotAccepted, register, set_policy
+from adfm.registry.server import fetch
 
 ROOT = Path(__file__).parents[2]
 API, API3 = "/api/2.0/mlflow", "/api/3.0/mlflow"
@@ -446,6 +455,8 @@ whole:
   escape_rate: {limit: null, margin: 0.9}
   overkill: {limit: null, margin: 0.9}
 parts: {}
+approvers: [carla, pipeline]
+team_of_one: false
 """
 
 
@@ -499,10 +510,12 @@ class Plant:
         self.log_in(READER)
         return tracking.client().get_model_version(self.model, version).tags.get(key)
 
-    def source(self, version: str) -> str:
-        """Id of the logged model with the version's files."""
+    def files(self, version: str) -> str:
+        """Where the server keeps the version's files."""
         self.log_in(READER)
-        return str(tracking.client().get_model_version(self.model, version).source).removeprefix("models:/")
+        client = tracking.client()
+        logged = client.get_logged_model(client.get_model_version(self.model, version).source.removeprefix("models:/"))
+        return f"/api/2.0/mlflow-artifacts/artifacts/{logged.artifact_location.removeprefix('mlflow-artifacts:/')}"
 
 
 def write_keys(folder: Path) -> None:
@@ -542,11 +555,15 @@ def plant(bare_plant, set_up) -> Plant:
     """A plant that is set up, with a policy that the reviewer has registered and the service has taken."""
     users = [part for role, user in ROLES.items() for part in (f"--{role}", user)]
     assert set_up("--model", bare_plant.model, *users).status == 0
-    (bare_plant.home / "policy.yaml").write_text(POLICY)
-    bare_plant.log_in(REVIEWER)
-    set_policy(bare_plant.home / "policy.yaml", bare_plant.params)
-    assert bare_plant.look() == ""
+    register_policy(bare_plant)
     return bare_plant
+
+
+def register_policy(plant: Plant) -> None:
+    (plant.home / "policy.yaml").write_text(POLICY)
+    plant.log_in(REVIEWER)
+    set_policy(plant.home / "policy.yaml", plant.params)
+    assert plant.look() == ""
 
 
 def test_a_service_that_is_not_an_administrator_promotes_and_rolls_back(plant) -> None:
@@ -562,3 +579,240 @@ def test_a_service_that_is_not_an_administrator_promotes_and_rolls_back(plant) -
         ("rollback", "", ""),
     ]
     assert "everything is as the signed history says" in audit(plant.params)  # still logged in as the reader
+
+
+def forged_step(model: str, version: str) -> dict[str, str]:
+    """What a step of the history looks like that puts a version into production."""
+    return {
+        "action": "promote",
+        "version": version,
+        "production": version,
+        "previous": "none",
+        "replaced": "none",
+        "by": "somebody",
+        "why": f"forged for {model}",
+        "mark": "0" * 32,
+        "finished": "true",
+    }
+
+
+def write_step(plant: Plant, user: str, tags: dict[str, str]) -> None:
+    body = {
+        "name": f"{plant.model}-history",
+        "source": "adfm:/history",
+        "tags": [{"key": key, "value": value} for key, value in tags.items()],
+    }
+    plant.server.ok(user, "POST", f"{API}/model-versions/create", json=body)
+
+
+def make_history_first(plant: Plant, signed: bool = False) -> None:
+    """The reader makes the history before an administrator has set anything up, and writes a step into it."""
+    name = {"name": f"{plant.model}-history"}
+    plant.server.ok(READER, "POST", f"{API}/registered-models/create", json=name)
+    tags = forged_step(plant.model, "1")
+    if signed:
+        own = plant.home / "own-key"
+        own.mkdir()
+        (own / "public.pem").write_bytes(write_key(own))
+        keys = signing.Keys(own, "0123456789abcdef", {}, {"0123456789abcdef": own / "public.pem"}, {})
+        tags |= {"key": keys.id, "signature": signing.sign_text(history_._text(plant.model, tags), keys)}
+    write_step(plant, READER, tags)
+
+
+def test_a_reader_who_makes_the_history_first_moves_nothing(bare_plant, set_up) -> None:
+    plant = bare_plant
+    make_history_first(plant)
+    done = set_up("--model", plant.model, *[part for role, user in ROLES.items() for part in (f"--{role}", user)])
+    assert done.status == 0, done.err
+    register_policy(plant)
+    assert plant.production() == (None, None)
+    plant.in_production(26, "1")
+    plant.log_in(READER)
+    with pytest.raises(AuditFailed, match="history, version 1: it is not signed; it counts for nothing"):
+        audit(plant.params)
+
+
+def test_a_history_that_a_reader_has_signed_stops_everything(bare_plant, set_up) -> None:
+    plant = bare_plant
+    make_history_first(plant, signed=True)
+    done = set_up("--model", plant.model, *[part for role, user in ROLES.items() for part in (f"--{role}", user)])
+    assert done.status == 0, done.err
+    assert f"if somebody else has begun {plant.model}-history, an administrator deletes it" in plant.look()
+    plant.log_in(READER)
+    assert tracking.client().get_registered_model(plant.model).aliases == {}
+    plant.server.ok("admin", "DELETE", f"{API}/registered-models/delete", json={"name": f"{plant.model}-history"})
+    assert set_up("--model", plant.model).status == 0
+    register_policy(plant)
+    plant.in_production(26, "1")
+
+
+def test_only_the_service_writes_the_history(plant) -> None:
+    plant.in_production(26, "1")
+    plant.submit(36)
+    plant.look()
+    for user in (READER, SUBMITTER, REVIEWER):
+        plant.log_in(user)
+        with pytest.raises(MlflowException, match="Permission denied"):
+            tracking.client().create_model_version(
+                f"{plant.model}-history", "adfm:/history", tags=forged_step(plant.model, "2")
+            )
+    # The service's password alone does not do: a step needs its key.
+    write_step(plant, SERVICE, forged_step(plant.model, "2"))
+    assert plant.look() == ""
+    assert plant.production() == ("1", "1")
+
+
+def test_a_forged_version_is_not_promoted(plant) -> None:
+    """The reviewer may make versions and set every tag; no decision of the gate on it is in the history."""
+    plant.in_production(26, "1")
+    plant.log_in(REVIEWER)
+    client = tracking.client()
+    good = client.get_model_version(plant.model, "1").tags
+    forged = client.create_model_version(plant.model, "elsewhere:/forged", tags=good | {"approval": "approved"})
+    client.set_registered_model_alias(plant.model, "production", forged.version)
+    assert plant.look() == ""
+    assert plant.production() == ("1", "1")
+    assert "no decision of the gate on it is in the history" in plant.tag("2", "approval_refused")
+    assert [step.action for step in history(plant.params).counting[-2:]] == ["restore", "refuse"]
+
+
+def test_a_forged_verdict_is_not_believed(plant) -> None:
+    """Reviewer and submitter together change tags and gate.json of a version whose gate failed."""
+    plant.in_production(36, "1")
+    plant.submit(10)
+    plant.look()
+    assert plant.tag("2", "gate") == "failed"
+    passed = {"name": plant.model, "version": "1"}
+    good = plant.server.ok(READER, "GET", f"{API}/model-versions/get", params=passed)["model_version"]["tags"]
+    gate_json = plant.files("1") + "/gate.json"
+    content = plant.server.call(READER, "GET", gate_json).content
+    assert plant.server.call(SUBMITTER, "PUT", plant.files("2") + "/gate.json", data=content).status_code == 200
+    plant.log_in(REVIEWER)
+    for tag in good:
+        if tag["key"].startswith(("gate", "approval")):
+            tracking.client().set_model_version_tag(plant.model, "2", tag["key"], tag["value"])
+    assert plant.look() == ""
+    assert plant.production() == ("1", "1")
+    assert "its gate's verdict is 'failed', not 'passed'" in plant.tag("2", "approval_refused")
+    with pytest.raises(Refused, match="its gate's verdict is 'failed'"):
+        plant.approve("2")
+
+
+@pytest.mark.parametrize("file", ["MLmodel", "model/adapter_model.safetensors", "evaluation/predictions.parquet"])
+def test_an_exchanged_file_is_neither_promoted_nor_served(plant, file, tmp_path) -> None:
+    """The submitter may write any file of the experiment, also of the version in production."""
+    plant.in_production(26, "1")
+    plant.submit(36)
+    plant.look()
+    plant.approve("2")
+    for version in ("1", "2"):
+        where = f"{plant.files(version)}/{file}"
+        assert plant.server.call(SUBMITTER, "PUT", where, data=b"python_model: evil").status_code == 200
+    plant.look()
+    assert plant.production() == ("1", "1")
+    assert plant.tag("2", "approval") in ("pending", "approved")
+    assert plant.tag("2", "promoted_at") is None
+    plant.log_in(READER)
+    with pytest.raises(signing.Unverified, match=file):
+        fetch(f"models:/{plant.model}@production", Path(mkdtemp(dir=tmp_path)))
+    with pytest.raises(AuditFailed, match=file):
+        audit(plant.params)
+
+
+def test_one_who_is_killed_between_gate_json_and_its_tags_is_finished_by_the_next(plant, monkeypatch) -> None:
+    plant.submit(26)
+    original = MlflowClient.log_model_artifact
+
+    def killed(*arguments: Any, **options: Any) -> None:
+        original(*arguments, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_model_artifact", killed)
+        with pytest.raises(KeyboardInterrupt):
+            plant.look()
+    assert plant.tag("1", "gate") is None
+    assert plant.look() == ""
+    assert plant.tag("1", "gate") == "passed"
+    plant.approve("1")
+    assert plant.look() == ""
+    assert plant.production() == ("1", "1")
+
+
+def test_a_submitter_cannot_approve(plant) -> None:
+    plant.submit(26)
+    plant.look()
+    plant.log_in(SUBMITTER)
+    with pytest.raises(Forbidden, match="MLflow does not let this account edit version 1"):
+        approve("1", plant.params)
+    assert plant.look() == ""
+    assert plant.production() == (None, None)
+
+
+def test_who_submitted_does_not_approve(plant) -> None:
+    """Also with the reviewer's rights: the name of the submitter is signed with the version."""
+    plant.submit(26)
+    plant.look()
+    plant.log_in(REVIEWER)
+    for key, value in (("approval_by", SUBMITTER), ("approval", "approved")):
+        tracking.client().set_model_version_tag(plant.model, "1", key, value)
+    assert plant.look() == ""
+    assert plant.production() == (None, None)
+    assert "submitted it: another person has to approve" in plant.tag("1", "approval_refused")
+
+
+def test_a_version_that_is_deleted_between_approval_and_move_is_never_in_production(plant, monkeypatch, capsys) -> None:
+    plant.in_production(26, "1")
+    plant.submit(36)
+    plant.look()
+    plant.approve("2")
+    append = history_.append
+
+    def deleted_first(store: Any, name: str, keys: Any, seen: Any, action: str, version: str, **content: str) -> Any:
+        if action == "promote":
+            body = {"name": plant.model, "version": "2"}
+            plant.server.ok("admin", "DELETE", f"{API}/model-versions/delete", json=body)
+        return append(store, name, keys, seen, action, version, **content)
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(history_, "append", deleted_first)
+        problem = plant.look()
+    assert "was deleted while it was promoted; it is not in production" in problem
+    assert "version 2 of" not in capsys.readouterr().out.replace(f"version 2 of {plant.model} was deleted", "")
+    assert plant.look() == ""
+    assert plant.production() == (None, None)
+    plant.log_in(SERVICE)
+    rollback(plant.params)
+    assert plant.production() == ("1", "1")
+
+
+def test_only_a_reviewer_sets_the_policy_and_the_history_keeps_it(plant) -> None:
+    lax = plant.home / "lax.yaml"
+    lax.write_text(POLICY.replace("limit: 0.5", "limit: 0.01"))
+    for user in (READER, SUBMITTER):
+        plant.log_in(user)
+        with pytest.raises(Forbidden, match=f"MLflow does not let this account edit {plant.model}"):
+            set_policy(lax, plant.params)
+    plant.log_in(REVIEWER)
+    set_policy(lax, plant.params)
+    assert plant.look() == ""
+    step = history(plant.params).last("policy")
+    assert (step.by, "0.01" in step.policy) == (REVIEWER, True)
+
+
+def test_markup_in_a_category_stays_text(plant) -> None:
+    """A category is a folder's name: whoever brings images chooses it."""
+    nasty = "<img src=x onerror=alert(1)>\n\n# [Approve](javascript:alert(1)) ![x](https://example.com/x.png)\x1b[2J"
+    for file in plant.shards.glob("*.parquet"):
+        table = pq.read_table(file)
+        column = table.schema.get_field_index("category")
+        names = pa.array([nasty] * len(table), table.schema.field("category").type)
+        pq.write_table(table.set_column(column, table.schema.field("category"), names), file)
+    plant.in_production(26, "1")
+    plant.log_in(READER)
+    version = tracking.client().get_model_version(plant.model, "1")
+    for text in (version.description, *version.tags.values()):
+        assert not re.search(
+            r"(?<!\\)<img|(?<![\\!])\[Approve\]\(javascript|(?<!\\)!\[x\]\(|\x1b|^# \[", text, re.MULTILINE
+        )
