@@ -71,21 +71,28 @@ def fetch(model: str, to: Path) -> tuple[Path, str]:
         folder = loading.check_unchanged(version, to).parent
         about = f"version {version.version} of {version.name} has the files that were signed"
         if model.endswith(f"@{PRODUCTION}"):
-            _check_production(version.name, str(version.version))
+            _check_production(folder, version.name, str(version.version))
             about += " and is in production"
     return folder, about
 
 
-def _check_production(name: str, number: str) -> None:
+def _check_production(folder: Path, name: str, number: str) -> None:
     """The history decides what is in production; an alias can be moved by anybody who may edit the model."""
     from mlflow import MlflowClient
 
-    recorded = history.read(MlflowClient(), name, signing.keys()).production
-    if recorded != number:
+    seen = history.read(MlflowClient(), name, signing.keys())
+    if seen.production != number:
+        recorded = "none" if seen.production == history.NOBODY else f"version {seen.production}"
         raise NotInProduction(
             f"The alias {PRODUCTION} of {name} points at version {number}, and its history has {recorded} in "
             f"production: somebody has moved the alias by hand, or is moving it now. Try again; `adfm promote` puts it "
             f"back. models:/{name}/{number} serves this version all the same."
+        )
+    came = seen.last("promote", "rollback", "restore", version=number)
+    if came is None or came.manifest != signing.manifest(folder):
+        raise signing.Unverified(
+            f"models:/{name}/{number}: its files were changed, and signed again, since it came into production. Find "
+            "out who did it (`adfm audit`), and register the model again with `adfm register`."
         )
 
 
