@@ -214,6 +214,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add.add_argument("--json", action="store_true", help="print a line of JSON for each image")
 
+    add = verb("served", _served, "count what a served version answered and refused, and where its shadow differs")
+    add.add_argument("logs", metavar="LOG", type=Path, nargs="+", help="file that ADFM_SERVE_LOG named")
+
     add = verb("report", _report, "write the page that shows an evaluation anew; evaluate writes one itself")
     add.add_argument("evaluation", metavar="EVALUATION", type=Path, help="folder that evaluate wrote")
     add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of the shards that were evaluated")
@@ -413,6 +416,12 @@ def _predict(args: argparse.Namespace, params: Params) -> None:
 
     model = args.model or f"models:/{params.register_.model}@production"
     predict(args.images, model, params, args.out or (None if args.json else Path("predictions")), args.json)
+
+
+def _served(args: argparse.Namespace, params: Params) -> None:
+    from adfm.registry import servelog
+
+    print(servelog.summary(servelog.read(args.logs)))
 
 
 def _report(args: argparse.Namespace, params: Params) -> None:

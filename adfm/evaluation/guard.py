@@ -77,6 +77,12 @@ _IMAGES = 2000  # of a split that are measured at most
 _LEAST = 20  # training images to measure a distance to
 
 
+class BadGuard(AdfmError):
+    """A `guard.json` cannot be read, or was made by another release."""
+
+    exit_code = 2
+
+
 class Refusal(NamedTuple):
     """Why an image cannot be judged.
 
@@ -449,14 +455,14 @@ def read(file: Path) -> Guard | None:
     """Reads a `guard.json`; `None` if there is none, as in a version that was registered before there were guards.
 
     Raises:
-        AdfmError: It cannot be read, or other statistics were measured for it.
+        BadGuard: It cannot be read, or other statistics were measured for it.
     """
     if not file.is_file():
         return None
     try:
         return parse(file.read_text(encoding="utf-8"), str(file))
     except (OSError, UnicodeDecodeError) as error:
-        raise AdfmError(f"{file} cannot be read ({error}); evaluate and register the model again.") from error
+        raise BadGuard(f"{file} cannot be read ({error}); evaluate and register the model again.") from error
 
 
 def of_version(name: str) -> Guard | None:
@@ -466,7 +472,7 @@ def of_version(name: str) -> Guard | None:
         name: `models:/NAME/NUMBER`.
 
     Raises:
-        AdfmError: As `parse`.
+        BadGuard: As `parse`.
     """
     import mlflow
 
@@ -480,19 +486,19 @@ def parse(text: str, place: str) -> Guard:
     """The guard that a JSON text holds; `place` is named in errors.
 
     Raises:
-        AdfmError: It holds none, or other statistics were measured for it.
+        BadGuard: It holds none, or other statistics were measured for it.
     """
     try:
         guard = Guard.model_validate_json(text)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
-        raise AdfmError(
+        raise BadGuard(
             f"{place} is not a guard ({where}{': ' * bool(where)}{problem['msg']}); evaluate and register the model"
             " again."
         ) from error
     if guard.statistics != STATISTICS:
-        raise AdfmError(
+        raise BadGuard(
             f"{place} was made by another release of adfm, which measured other statistics; serve the version with that"
             " release, or evaluate and register the model again."
         )

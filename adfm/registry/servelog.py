@@ -18,8 +18,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,17 @@ FILE = "ADFM_SERVE_LOG"
 _ROUTINE = ("answered", "compared")  # too many for stderr
 
 
+class BadLog(AdfmError):
+    """A file is not a log of a served version, or cannot be read or written."""
+
+    exit_code = 2
+
+
 def check() -> None:
     """Refuse a log that cannot be written, when a version is loaded.
 
     Raises:
-        AdfmError: The file named by `ADFM_SERVE_LOG` cannot be opened.
+        BadLog: The file named by `ADFM_SERVE_LOG` cannot be opened.
     """
     file = os.environ.get(FILE)
     if not file:
@@ -44,7 +51,7 @@ def check() -> None:
     try:
         Path(file).open("a").close()
     except OSError as error:
-        raise AdfmError(
+        raise BadLog(
             f"{FILE}: {file} cannot be written ({error.strerror}); name a file in a folder that can."
         ) from error
 
@@ -77,7 +84,7 @@ def read(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
     """The lines of logs, in their order.
 
     Raises:
-        AdfmError: A file cannot be read, or a line is not one of a log; a last line that was cut off is left out.
+        BadLog: A file cannot be read, or a line is not one of a log; a last line that was cut off is left out.
     """
     for file in files:
         try:
@@ -85,7 +92,7 @@ def read(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
                 for number, line in enumerate(log, 1):
                     yield from _parse(line, file, number)
         except (OSError, UnicodeDecodeError) as error:
-            raise AdfmError(f"{file} cannot be read ({error}).") from error
+            raise BadLog(f"{file} cannot be read ({error}).") from error
 
 
 def _parse(line: str, file: Path, number: int) -> Iterator[dict[str, Any]]:
@@ -96,7 +103,7 @@ def _parse(line: str, file: Path, number: int) -> Iterator[dict[str, Any]]:
         yield entry
     except (ValueError, LookupError) as error:
         if line.endswith("\n"):
-            raise AdfmError(f"{file}, line {number}: it is not a line of a log that {FILE} names.") from error
+            raise BadLog(f"{file}, line {number}: it is not a line of a log that {FILE} names.") from error
 
 
 def summary(entries: Iterable[dict[str, Any]], most: int = 20) -> str:
@@ -105,42 +112,59 @@ def summary(entries: Iterable[dict[str, Any]], most: int = 20) -> str:
     Args:
         entries: Lines of a log.
         most: Images that differ to list, the latest ones.
+
+    Raises:
+        BadLog: A line lacks what its event has.
     """
-    labels: Counter[str] = Counter()
-    kinds: Counter[str] = Counter()
-    shadow: Counter[str] = Counter()
-    changes: Counter[str] = Counter()
-    differences: list[str] = []
+    total = _Total(deque(maxlen=most))
     for entry in entries:
-        event, images = entry["event"], int(entry.get("images", 0))
+        try:
+            total.add(entry)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise BadLog(f"{json.dumps(entry)[:300]} is not a line of a log that {FILE} names.") from error
+    return "\n".join(map(printable, total.lines()))
+
+
+@dataclass
+class _Total:
+    latest: deque[str]
+    labels: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
+    shadow: Counter[str] = field(default_factory=Counter)
+    changes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, entry: dict[str, Any]) -> None:
+        event = entry["event"]
         if event == "answered":
-            labels.update(entry["labels"])
+            self.labels.update({str(label): int(count) for label, count in entry["labels"].items()})
         elif event == "cannot judge":
-            kinds[str(entry["kind"])] += 1
+            self.kinds[str(entry["kind"])] += 1
         elif event == "differs":
-            own, other = entry["production"]["label"], entry["shadow"]["label"]
-            changes[f"{own}, the shadow: {other}" if own != other else f"both {own}, boxes apart"] += 1
-            differences.append(f"  {entry['time']}  {entry['image']}  {own} -> {other}")
+            own, other = (str(entry[side]["label"]) for side in ("production", "shadow"))
+            self.changes[f"{own}, shadow {other}" if own != other else f"both {own}, boxes apart"] += 1
+            self.latest.append(f"  {entry['time']}  {entry['image']}  {own}, shadow {other}")
         elif event in ("compared", "dropped", "failed"):
-            shadow[event] += images
-            shadow["differ"] += int(entry.get("differ", 0))
-    lines = [f"images answered     {labels.total()}", *_counts(labels, labels.total())]
-    if kinds:
-        lines += [f"cannot judge        {kinds.total()}", *_counts(kinds, labels.total())]
-    if shadow:
-        lines += [
-            f"compared to shadow  {shadow['compared']}, {shadow['dropped']} dropped, {shadow['failed']} failed",
-            f"differ              {shadow['differ']}{_share(shadow['differ'], shadow['compared'])}",
-            *_counts(changes, shadow["compared"]),
-        ]
-    if differences:
-        lines += [f"the latest {min(most, len(differences))} of them (SHA-256 of the file)", *differences[-most:]]
-    return "\n".join(map(printable, lines))
+            self.shadow[event] += int(entry["images"])
+            self.shadow["differ"] += int(entry.get("differ", 0))
+
+    def lines(self) -> list[str]:
+        answered, compared = self.labels.total(), self.shadow["compared"]
+        lines = [_line("images answered", answered), *_counts(self.labels, answered)]
+        if self.kinds:
+            lines += ["why they cannot be judged", *_counts(self.kinds, answered)]
+        if self.shadow:
+            lines += [_line("images of the shadow", compared), *_counts(self.changes, compared)]
+            lines += [_line(f"  {event}", self.shadow[event]) for event in ("dropped", "failed") if self.shadow[event]]
+        if self.latest:
+            lines += ["latest differences (time, SHA-256 of the image's file)", *self.latest]
+        return lines
 
 
 def _counts(counts: Counter[str], total: int) -> list[str]:
-    return [f"  {name:28} {count}{_share(count, total)}" for name, count in counts.most_common()]
+    return [
+        _line(f"  {name}", count) + (f" {count / total:8.2%}" if total else "") for name, count in counts.most_common()
+    ]
 
 
-def _share(count: int, total: int) -> str:
-    return f" ({count / total:.2%})" if total else ""
+def _line(name: str, count: int) -> str:
+    return f"{name:36} {count:>9,}"
