@@ -214,6 +214,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add.add_argument("--json", action="store_true", help="print a line of JSON for each image")
 
+    add = verb("serve", _serve, "verify a registered version and serve it over HTTP until stopped, as MLflow does")
+    add.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="models:/adfm/3 or models:/adfm@alias; the version in production by default",
+    )
+    add.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="to listen on; 127.0.0.1 by default")
+    add.add_argument("--port", metavar="PORT", type=int, default=5000, help="to listen on; 5000 by default")
+    add.add_argument("--workers", metavar="N", type=int, default=1, help="processes, each with a model; 1 by default")
     add = verb("served", _served, "count what a served version answered and refused, and where its shadow differs")
     add.add_argument("logs", metavar="LOG", type=Path, nargs="+", help="file that ADFM_SERVE_LOG named")
 
@@ -416,6 +426,12 @@ def _predict(args: argparse.Namespace, params: Params) -> None:
 
     model = args.model or f"models:/{params.register_.model}@production"
     predict(args.images, model, params, args.out or (None if args.json else Path("predictions")), args.json)
+
+
+def _serve(args: argparse.Namespace, params: Params) -> None:
+    from adfm.registry.server import serve
+
+    serve(args.model or f"models:/{params.register_.model}@production", args.host, args.port, args.workers)
 
 
 def _served(args: argparse.Namespace, params: Params) -> None:
