@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import yaml
 from PIL import Image, ImageDraw
 
-from adfm import tracking
 from adfm.data import images as images_
 from adfm.data import pictures
 from adfm.data.problems import printable
@@ -29,6 +28,7 @@ from adfm.evaluation import inference
 from adfm.evaluation.calibration import Calibration
 from adfm.evaluation.guard import Guard
 from adfm.evaluation.inference import Answer
+from adfm.files import digest
 from adfm.models import loading
 from adfm.params import Params
 from adfm.records import Box
@@ -119,20 +119,37 @@ def load(
     """
     local, name = loading.fetch(model, to)
     if name.startswith("models:"):
-        import mlflow
-
-        with tracking.store_errors(mlflow.get_tracking_uri()):
-            try:
-                text = mlflow.artifacts.load_text(f"{name}/params.yaml")
-            except (OSError, UnicodeDecodeError) as error:
-                raise AdfmError(f"{name}: its params.yaml cannot be read ({error}); register it again.") from error
-            calibration, guard = calibration_.of_version(name), guard_.of_version(name)
-        own = yaml.safe_load(text)
+        own, calibration, guard = read_version(Path(local).parent)  # which `fetch` has verified as a whole
     else:
         own = (loading.describe(Path(local)) or {}).get("params")
         calibration, guard = Calibration(note="only a registered version has a threshold"), None
     inspector = inference.Inspector(local, with_own(params, own))
     return inspector, name, calibration, guard, loading.grey_range(Path(local))
+
+
+def read_version(folder: Path) -> tuple[Any, Calibration, Guard | None]:
+    """What the files of a version say of how its model answers.
+
+    Args:
+        folder: The version's files.
+
+    Returns:
+        Its settings; what it decides by; and what images it can judge, `None` where it was registered without a guard.
+
+    Raises:
+        AdfmError: A file cannot be read, or belongs to another model.
+    """
+    file = folder / "params.yaml"
+    try:
+        own = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise AdfmError(f"{file} cannot be read ({error}); register the version again.") from error
+    fitted = folder / "evaluation" / calibration_.FILE
+    if fitted.is_file():
+        calibration = calibration_.read(fitted, digest(folder / "model"))
+    else:  # a version of before there were thresholds
+        calibration = Calibration(note=f"the version was registered without a {calibration_.FILE}")
+    return own, calibration, guard_.read(folder / "evaluation" / guard_.FILE)
 
 
 def with_own(params: Params, own: Any) -> Params:

@@ -460,46 +460,19 @@ def read(file: Path) -> Guard | None:
     if not file.is_file():
         return None
     try:
-        return parse(file.read_text(encoding="utf-8"), str(file))
+        guard = Guard.model_validate_json(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise BadGuard(f"{file} cannot be read ({error}); evaluate and register the model again.") from error
-
-
-def of_version(name: str) -> Guard | None:
-    """The guard that a registered version carries; `None` where it was registered before there were guards.
-
-    Args:
-        name: `models:/NAME/NUMBER`.
-
-    Raises:
-        BadGuard: As `parse`.
-    """
-    import mlflow
-
-    if not any(Path(file.path).name == FILE for file in mlflow.artifacts.list_artifacts(f"{name}/evaluation") or []):
-        return None
-    place = f"{name}/evaluation/{FILE}"
-    return parse(mlflow.artifacts.load_text(place), place)
-
-
-def parse(text: str, place: str) -> Guard:
-    """The guard that a JSON text holds; `place` is named in errors.
-
-    Raises:
-        BadGuard: It holds none, or other statistics were measured for it.
-    """
-    try:
-        guard = Guard.model_validate_json(text)
     except ValidationError as error:
         problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
+        place = ".".join(map(str, problem["loc"]))
         raise BadGuard(
-            f"{place} is not a guard ({where}{': ' * bool(where)}{problem['msg']}); evaluate and register the model"
+            f"{file} is not a guard ({place}{': ' * bool(place)}{problem['msg']}); evaluate and register the model"
             " again."
         ) from error
     if guard.statistics != STATISTICS:
         raise BadGuard(
-            f"{place} was made by another release of adfm, which measured other statistics; serve the version with that"
+            f"{file} was made by another release of adfm, which measured other statistics; serve the version with that"
             " release, or evaluate and register the model again."
         )
     return guard

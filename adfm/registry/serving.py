@@ -29,11 +29,7 @@ from PIL import Image
 from adfm import predict
 from adfm.data.images import GreyRange
 from adfm.errors import AdfmError
-from adfm.evaluation import calibration
-from adfm.evaluation import guard as guard_
-from adfm.evaluation.calibration import Calibration
 from adfm.evaluation.inference import Inspector
-from adfm.files import digest
 from adfm.models import loading
 from adfm.params import Params
 from adfm.registry import servelog, shadow
@@ -58,15 +54,9 @@ class Served:
     """
 
     def __init__(self, folder: Path) -> None:
-        own = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
+        own, self._calibration, self._guard = predict.read_version(folder)
         self._batch_size = int(own["evaluate"]["batch_size"])
         params = predict.with_own(Params.model_validate({"evaluate": {"batch_size": self._batch_size}}), own)
-        file = folder / "evaluation" / calibration.FILE
-        if file.is_file():
-            self._calibration = calibration.read(file, digest(folder / "model"))
-        else:  # a version of before there were thresholds
-            self._calibration = Calibration(note=f"the version was registered without a {calibration.FILE}")
-        self._guard = guard_.read(folder / "evaluation" / guard_.FILE)
         self.version = _version(folder)
         print(f"{self.version}: {self._calibration.summary}", file=sys.stderr)
         if self._guard is None:
