@@ -33,7 +33,7 @@ LOADER = """\
 import os, pathlib
 class Model:
     def __init__(self, path):
-        self.answer = [path, (pathlib.Path(path) / "params.yaml").read_text(), os.environ.get("EVIL", "")]
+        self.answer = [path, (pathlib.Path(path) / "params.yaml").read_text(), os.environ.get("ADFM_SHADOW", "")]
     def predict(self, data, params=None):
         return self.answer
 def _load_pyfunc(path):
@@ -288,6 +288,21 @@ def test_the_verified_copy_is_served_until_stopped(workers: str, version: Path, 
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
     assert not list((tmp_path / "private").glob("adfm-serve-*"))
+
+
+def test_the_shadow_is_verified_too(version: Path, serve: Any, tmp_path: Path, capsys: Any) -> None:
+    candidate = tmp_path / "candidate"
+    write(candidate, salt=" of a candidate")
+    signing.sign(candidate, signing.keys())
+    add(tracking.client(), candidate)
+    _, address = serve("models:/adfm/1", "--shadow", "models:/adfm/2")
+    path, params, beside = post(address, "")
+    assert params == "content: params.yaml\n"
+    assert (Path(beside) / "params.yaml").read_text() == "content: params.yaml of a candidate\n"
+    assert Path(beside) != Path(path) and Path(beside).is_relative_to(tmp_path / "private")
+    (candidate / "params.yaml").write_text("")
+    assert main(["serve", "models:/adfm/1", "--port", "0", "--shadow", "models:/adfm/2"]) == 2
+    assert "models:/adfm/2 is not what was signed: changed: params.yaml." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
