@@ -128,7 +128,7 @@ def sign(folder: Path, keys: Keys) -> None:
         raise AdfmError(f"{folder} cannot be signed: {printable(str(error))}; give its files other names") from error
 
 
-def verify(folder: Path, keys: Keys, name: str = "") -> str:
+def verify(folder: Path, keys: Keys, name: str | None = None) -> str:
     """Checks that a version's folder holds exactly the files that were signed by a submitter whose key counts.
 
     Args:
