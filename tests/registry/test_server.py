@@ -174,6 +174,18 @@ def test_an_exchanged_mlmodel_is_refused_before_its_loader_runs(
     assert (tmp_path / "evil").exists()
 
 
+def test_what_is_no_plain_file_in_the_store_is_refused(version: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = version / "model" / "odd"
+    for make in (lambda: odd.symlink_to("nowhere"), lambda: odd.symlink_to("/etc"), lambda: os.mkfifo(odd)):
+        make()
+        assert "models:/adfm/1 cannot be verified: its files cannot be downloaded (" in refused(capsys)
+        odd.unlink()
+    (version / "model" / "a\nb").write_text("")
+    assert "models:/adfm/1 cannot be verified: its files cannot be downloaded (" in refused(capsys)
+    shutil.rmtree(version)
+    assert "models:/adfm/1 has no model.sig: " in refused(capsys)
+
+
 def test_files_too_many_are_refused(version: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (version / "model" / "modeling.py").write_text("")
     assert "too many: model/modeling.py." in refused(capsys)
