@@ -226,6 +226,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add.add_argument("--workers", metavar="N", type=int, default=1, help="processes, each with a model; 1 by default")
     add = verb("served", _served, "count what a served version answered and refused, and where its shadow differs")
     add.add_argument("logs", metavar="LOG", type=Path, nargs="+", help="file that ADFM_SERVE_LOG named")
+    add.add_argument(
+        "--shadow",
+        metavar="MODEL",
+        help="another version, which answers the same images for the log alone (ADFM_SERVE_LOG, `adfm served`)",
+    )
 
     add = verb("report", _report, "write the page that shows an evaluation anew; evaluate writes one itself")
     add.add_argument("evaluation", metavar="EVALUATION", type=Path, help="folder that evaluate wrote")
@@ -431,7 +436,7 @@ def _predict(args: argparse.Namespace, params: Params) -> None:
 def _serve(args: argparse.Namespace, params: Params) -> None:
     from adfm.registry.server import serve
 
-    serve(args.model or f"models:/{params.register_.model}@production", args.host, args.port, args.workers)
+    serve(args.model or f"models:/{params.register_.model}@production", args.host, args.port, args.workers, args.shadow)
 
 
 def _served(args: argparse.Namespace, params: Params) -> None:

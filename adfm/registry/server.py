@@ -18,7 +18,7 @@ from typing import Any
 from adfm import tracking
 from adfm.errors import AdfmError
 from adfm.models import loading
-from adfm.registry import history
+from adfm.registry import history, shadow
 
 PRODUCTION = "production"
 
@@ -29,7 +29,7 @@ class NotInProduction(AdfmError):
     exit_code = 2
 
 
-def serve(model: str, host: str, port: int, workers: int) -> None:
+def serve(model: str, host: str, port: int, workers: int, candidate: str | None = None) -> None:
     """Serves a registered version, as `mlflow models serve` does, until stopped (SIGTERM, SIGINT).
 
     Args:
@@ -38,6 +38,7 @@ def serve(model: str, host: str, port: int, workers: int) -> None:
         host: Address to listen on.
         port: Port; 0: a free one, which is printed.
         workers: Processes, each with a model of its own.
+        candidate: A version to run in the shadow of the other one (`adfm.registry.shadow`); verified like it.
 
     Raises:
         Unverified: The version's files are not those that were signed; nothing of them was run.
@@ -48,6 +49,11 @@ def serve(model: str, host: str, port: int, workers: int) -> None:
         raise AdfmError(f"--workers {workers}: there must be at least one.")
     with _bind(host, port) as listener, TemporaryDirectory(prefix="adfm-serve-") as private:  # mode 0700
         folder, about = fetch(model, Path(private))
+        os.environ.pop(shadow.FOLDER, None)  # a folder that nobody has verified
+        if candidate:
+            beside, verified = fetch(candidate, Path(private))
+            os.environ[shadow.FOLDER] = str(beside)
+            about += f"; in its shadow, {verified}"
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         print(f"adfm: {about}; loading it to serve on {address}", file=sys.stderr, flush=True)
         _run(folder, listener, workers)
