@@ -224,13 +224,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="to listen on; 127.0.0.1 by default")
     add.add_argument("--port", metavar="PORT", type=int, default=5000, help="to listen on; 5000 by default")
     add.add_argument("--workers", metavar="N", type=int, default=1, help="processes, each with a model; 1 by default")
-    add = verb("served", _served, "count what a served version answered and refused, and where its shadow differs")
-    add.add_argument("logs", metavar="LOG", type=Path, nargs="+", help="file that ADFM_SERVE_LOG named")
     add.add_argument(
         "--shadow",
         metavar="MODEL",
         help="another version, which answers the same images for the log alone (ADFM_SERVE_LOG, `adfm served`)",
     )
+
+    add = verb("served", _served, "count what a served version answered and refused, and where its shadow differs")
+    add.add_argument("logs", metavar="LOG", type=Path, nargs="+", help="file that ADFM_SERVE_LOG named")
 
     add = verb("report", _report, "write the page that shows an evaluation anew; evaluate writes one itself")
     add.add_argument("evaluation", metavar="EVALUATION", type=Path, help="folder that evaluate wrote")
