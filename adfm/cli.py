@@ -225,7 +225,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="to listen on; 127.0.0.1 by default")
     add.add_argument("--port", metavar="PORT", type=int, default=5000, help="to listen on; 5000 by default")
     add.add_argument("--workers", metavar="N", type=int, default=1, help="processes, each with a model; 1 by default")
-    add.add_argument("--shadow", metavar="MODEL", help="a version that answers too, for the log (docs/serving.md)")
+    add.add_argument(
+        "--shadow",
+        metavar="MODEL",
+        help="another version, which answers the same images for the log alone (ADFM_SERVE_LOG, `adfm served`)",
+    )
+
     add = verb("served", _served, "count what a served version answered and refused, and where its shadow differs")
     add.add_argument("logs", metavar="LOG", type=Path, nargs="+", help="file that ADFM_SERVE_LOG named")
 

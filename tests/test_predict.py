@@ -136,7 +136,9 @@ def test_images_that_cannot_be_judged_are_not_put_to_the_model() -> None:
     guard = guard_.Guard(side=guard_.Range(low=50, high=60))
     calibration = Calibration(threshold=0.6, limit={"overkill": 0.1}, images=100)
     good = [Image.effect_noise((50, 50), 50).convert("RGB") for _ in range(2)]
-    portion = list(enumerate([good[0], Image.new("RGB", (50, 50)), good[1], Image.effect_noise((200, 90), 50).convert("RGB")]))
+    portion = list(
+        enumerate([good[0], Image.new("RGB", (50, 50)), good[1], Image.effect_noise((200, 90), 50).convert("RGB")])
+    )
     for stub, label, kind in ((Stub(), "anomalous", None), (Unclear(), "cannot judge", "no answer")):
         judged = predict_.judge(stub, calibration, guard, portion)  # type: ignore[arg-type]
         assert stub.batches == [good]

@@ -49,10 +49,11 @@ def serve(model: str, host: str, port: int, workers: int, candidate: str | None 
         raise AdfmError(f"--workers {workers}: there must be at least one.")
     with _bind(host, port) as listener, TemporaryDirectory(prefix="adfm-serve-") as private:  # mode 0700
         folder, about = fetch(model, Path(private))
+        os.environ.pop(shadow.FOLDER, None)  # a folder that nobody has verified
         if candidate:
-            beside, words = fetch(candidate, Path(private))
+            beside, verified = fetch(candidate, Path(private))
             os.environ[shadow.FOLDER] = str(beside)
-            about += f"; in its shadow, {words}"
+            about += f"; in its shadow, {verified}"
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         print(f"adfm: {about}; loading it to serve on {address}", file=sys.stderr, flush=True)
         _run(folder, listener, workers)

@@ -4,6 +4,10 @@ The version holds the adapter and names its base; nothing is merged, and nothing
 and calls `_load_pyfunc`. What comes in is a column `image` of base64, or of URIs. `data:` URIs are always read. Any
 other kind could be used to read what only the server may read, so `ADFM_SERVE_URIS` has to name the places that may be
 read, separated by white space: folders (`/data/line3`), `http(s)://host/path` and `s3://bucket/prefix`.
+
+An image that the version's guard refuses (`adfm.evaluation.guard`) is answered `cannot judge`, never `normal`, and the
+model is not asked. `ADFM_SERVE_LOG` names a file for counts (`adfm.registry.servelog`), and `ADFM_SHADOW` the folder of
+a candidate that answers the same images for that log (`adfm.registry.shadow`).
 """
 
 from __future__ import annotations

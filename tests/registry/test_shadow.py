@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adfm.cli import main
-from adfm.registry import servelog, shadow
+from adfm.errors import AdfmError
+from adfm.registry import servelog, server, shadow
 from adfm.registry.shadow import Shadow, Turns
 
 
@@ -290,3 +292,24 @@ def test_many_writers_share_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for thread in threads:
         thread.join()
     assert sum(entry["labels"]["normal"] for entry in servelog.read([tmp_path / "log"])) == 8 * 50 * 3
+
+
+# ----------------------------------------------------------------------------------------------------------- adfm serve
+
+
+def test_a_shadow_is_verified_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a folder that the environment names, which nobody has verified, is not loaded."""
+    folders: list[str | None] = []
+
+    def fetch(model: str, to: Path) -> tuple[Path, str]:
+        if model == "models:/adfm/9":
+            raise AdfmError("models:/adfm/9 is not what was signed")
+        return to / model.rpartition("/")[2], f"{model} verified"
+
+    monkeypatch.setenv(shadow.FOLDER, "/unverified")
+    monkeypatch.setattr(server, "fetch", fetch)
+    monkeypatch.setattr(server, "_run", lambda *arguments: folders.append(os.environ.get(shadow.FOLDER)))
+    assert main(["serve", "models:/adfm/7", "--port", "0", "--shadow", "models:/adfm/8"]) == 0
+    assert main(["serve", "models:/adfm/7", "--port", "0"]) == 0
+    assert main(["serve", "models:/adfm/7", "--port", "0", "--shadow", "models:/adfm/9"]) == 1
+    assert [folder and Path(folder).name for folder in folders] == ["8", None]
