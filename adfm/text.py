@@ -15,10 +15,10 @@ from typing import Any, TextIO
 
 _LAYOUT = "\n\r\t"  # of a text of several lines; a progress bar returns to the start of its line
 # What CommonMark, GitHub's tables and autolinks, and showdown (which draws MLflow's pages) read as more than itself. A
-# colon and a dot matter inside a word alone: http://, :smile:, www.example.com.
-_MARKUP = re.compile(r"[\\`*_{}\[\]<>#!~=|&$@^\"¨]|:(?=\S)|(?<=\w)\.(?=\w)")
-# What begins a list, a quotation, a heading or a rule at the start of a line.
-_START = re.compile(r"^(\d*)([-+.)])")
+# colon matters before a word alone (http://, :smile:), and a dot before a letter or after www.
+_MARKUP = re.compile(r"[\\`*_{}\[\]<>#!~|&$@^\"¨]|:(?=\S)|\.(?=[^\W\d])|(?<=[Ww])\.")
+# What begins a list, a rule or the underline of a heading at the start of a line.
+_START = re.compile(r"^(\d*)([-+=.)])(?=[-=\s]|$)")
 
 
 def printable(text: str) -> str:
@@ -67,6 +67,6 @@ class _Printable:
 def printable_output() -> Iterator[None]:
     """In the block, what is printed to stdout and stderr passes through `printable_lines`, whoever prints it."""
     with ExitStack() as stack:
-        stack.enter_context(redirect_stdout(_Printable(sys.stdout)))  # type: ignore[type-var]
+        stack.enter_context(redirect_stdout(_Printable(sys.stdout)))
         stack.enter_context(redirect_stderr(_Printable(sys.stderr)))
         yield

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from adfm.errors import AdfmError
 from adfm.records import Box
+from adfm.text import printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -349,7 +350,7 @@ def same_images(candidate: pd.DataFrame, reference: pd.DataFrame) -> None:
 def listed(names: Sequence[object], most: int = 10) -> str:
     """Names for an error message: the first few, and how many more."""
     more = len(names) - most
-    return ", ".join(map(str, names[:most])) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(printable(str(name)) for name in names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def category_names(table: pd.DataFrame) -> pd.Series[Any]:

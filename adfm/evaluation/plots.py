@@ -34,6 +34,7 @@ TITLES = {
     "iou": "IoU",
     "box_f1": "box F1",
     "parse_rate": "parse rate",
+    "ece": "calibration error",
 }
 INK, FAINT, GRID = "#1f2933", "#6b7785", "#e3e8ee"
 TRUTH, PREDICTED = "#2ea043", "#da3633"
