@@ -434,11 +434,11 @@ def _register(args: argparse.Namespace, params: Params) -> None:
 
 
 def _gate(args: argparse.Namespace, params: Params) -> int:
-    from adfm.registry import gate, policy
+    from adfm.registry import gate, policy, tables
 
     judged_by = policy.load(args.policy)
-    production, anchor = (None if file is None else gate.read(file) for file in (args.production, args.anchor))
-    decision = gate.decide(gate.read(args.candidate), production, anchor, judged_by, args.look)
+    production, anchor = (None if file is None else tables.read(file) for file in (args.production, args.anchor))
+    decision = gate.decide(tables.read(args.candidate), production, anchor, judged_by, args.look)
     decided = dataclasses.asdict(decision)
     print(json.dumps(decided, indent=2, allow_nan=False))
     return {"passed": 0, "failed": 3}.get(decision.verdict, 4)
