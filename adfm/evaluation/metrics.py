@@ -549,7 +549,7 @@ def _with_intervals(
 def _limits(table: pd.DataFrame, names: Sequence[str] | None = None) -> dict[str, float | None]:
     """The 95 % limits of rates and means, for a table ordered by id."""
     limits: dict[str, tuple[float, float]] = {}
-    group = _group(table)
+    group = groups(table)
     for name, values in _of_images(table).items():
         counting = ~np.isnan(values)
         if counting.any():
@@ -583,7 +583,7 @@ def confidence_limits(
 def _paired_limits(candidate: pd.DataFrame, reference: pd.DataFrame, alpha: float) -> dict[str, float | None]:
     """Limits of candidate minus reference, for tables in the same order; not of means over different images."""
     limits: dict[str, float | None] = {}
-    group, before = _group(candidate), _of_images(reference)
+    group, before = groups(candidate), _of_images(reference)
     for name, after in _of_images(candidate).items():
         counting = ~np.isnan(after)
         if not counting.any() or not np.array_equal(counting, ~np.isnan(before[name])):
@@ -662,8 +662,8 @@ def outcomes(table: pd.DataFrame) -> pd.Series[Any]:
     return pd.Series(np.select([*cases.values()], [*cases], ""), table.index)
 
 
-def _group(table: pd.DataFrame) -> NDArray[np.int64] | None:
-    """`samples`, or `None` where each image is its own."""
+def groups(table: pd.DataFrame) -> NDArray[np.int64] | None:
+    """`samples` of a prediction table, or `None` where each image is its own."""
     sample = samples(table)
     return sample if len(np.unique(sample)) < len(sample) else None
 

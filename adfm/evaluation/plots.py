@@ -147,7 +147,7 @@ def iou_by_size(sizes: Mapping[str, Mapping[str, Any]], small: float, large: flo
 def comparison(
     overall: Mapping[str, Mapping[str, Any]], differences: Mapping[str, Mapping[str, Any]], path: Path
 ) -> None:
-    """Draws escapes, overkill and the headline metrics of all models, and the paired differences to the candidate, with 95 % intervals."""
+    """Draws escapes, overkill and the headline metrics of all models, and paired differences, with 95 % intervals."""
     with drawn(path, 8.4 if differences else 5.2, 4.4) as figure:
         rows = np.arange(len(ESCAPES_FIRST))[::-1]
         panels = [("Held-out images", overall), (f"{[*overall][-1]} minus", differences)][: 1 + bool(differences)]
