@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from adfm import __version__
 from adfm.errors import AdfmError
 from adfm.stopping import Stopped, Terminated, terminable
+from adfm.text import printable_output
 
 if TYPE_CHECKING:
     from adfm.params import Params
@@ -67,7 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         terminated. Wrong usage exits with 2, as argparse does.
     """
     set_environment()
-    args = _parse(sys.argv[1:] if argv is None else argv)
+    with printable_output():  # names in messages are whatever files and annotations hold
+        return _main(sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: Sequence[str]) -> int:
+    args = _parse(argv)
     try:
         from adfm.params import load
 

@@ -19,7 +19,6 @@ from PIL import Image, ImageDraw
 
 from adfm.data import images as images_
 from adfm.data import pictures
-from adfm.data.problems import printable
 from adfm.data.readers import files as readers
 from adfm.errors import AdfmError
 from adfm.evaluation import calibration as calibration_
@@ -32,6 +31,7 @@ from adfm.files import digest
 from adfm.models import loading
 from adfm.params import Params
 from adfm.records import Box
+from adfm.text import printable
 
 ENDING = ".answer.png"
 """Of the names of the pictures that `predict` writes; it takes none of them for a photograph."""

@@ -39,6 +39,7 @@ _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it links to the start page for GenAI
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
@@ -126,6 +127,8 @@ def start_run(
             yield run
             with nullcontext() if must_end else _given_up():
                 mlflow.end_run()
+            if uri.startswith("http"):
+                print(f"{name}: {without_login(uri).rstrip('/')}/{run_page(run)}")
         except BaseException as error:
             # When the store is what failed, the error that is on its way says more than a second one.
             with _given_up():
@@ -229,6 +232,19 @@ def find_run(run_id: str | None) -> Run | None:
             raise
         return None
     return run if run.info.lifecycle_stage == "active" else None
+
+
+def run_page(run: Run, tab: str = "model-metrics") -> str:
+    """The address of a run in MLflow's pages, below the server's own; its curves by default.
+
+    An address without a tab and the kind of work opens MLflow's start page for GenAI, which shows neither runs nor
+    curves.
+
+    Args:
+        run: The run.
+        tab: `model-metrics`, or `artifacts/<path>`.
+    """
+    return f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}/{tab}?workflowType=machine_learning"
 
 
 def code_version() -> dict[str, str]:

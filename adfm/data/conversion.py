@@ -40,12 +40,13 @@ from tqdm import tqdm
 from adfm import __version__
 from adfm.data import contradictions, duplicates, inspection, inventory, samples, shards, splits, summary
 from adfm.data.images import GreyRange, upright
-from adfm.data.problems import BadData, MissingImage, printable
+from adfm.data.problems import BadData, MissingImage
 from adfm.data.readers import files, resolve
 from adfm.errors import AdfmError
 from adfm.files import atomic_folder, write_json
 from adfm.params import Params
 from adfm.records import SPLITS, Box, Record, Sample, Split
+from adfm.text import printable
 
 RUN = 500
 PART = "inspection.json"

@@ -35,12 +35,12 @@ from tqdm import tqdm
 from adfm import tracking
 from adfm.data import duplicates, pictures, shards
 from adfm.data.images import reduced
-from adfm.data.problems import printable
 from adfm.data.readers.files import IMAGES
 from adfm.errors import AdfmError
 from adfm.files import atomic_folder, write_json
 from adfm.params import Convert, Params
 from adfm.records import SPLITS, Label
+from adfm.text import printable
 
 if TYPE_CHECKING:
     import pandas as pd
