@@ -7,8 +7,10 @@ adfm convert data/raw/synthetic data/shards
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import errno
+import json
 import os
 import shlex
 import sys
@@ -223,9 +225,27 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add.add_argument("evaluation", metavar="EVALUATION", type=Path, help="folder that evaluate wrote")
     add.add_argument("out", metavar="OUT", type=Path, help="folder to write")
 
-    add = verb("gate", _gate, "judge one prediction table against another; exit status 3 if it does not pass")
-    add.add_argument("candidate", metavar="CANDIDATE", type=Path, help="predictions.parquet that evaluate wrote")
-    add.add_argument("production", metavar="PRODUCTION", type=Path, help="the same images, by the model in production")
+    add = verb(
+        "gate",
+        _gate,
+        "judge a prediction table by a policy; exit status 0 passed, 3 failed, 4 cannot tell, 2 bad input",
+    )
+    add.add_argument(
+        "candidate", metavar="CANDIDATE", type=Path, nargs="?", help="predictions.parquet that evaluate wrote"
+    )
+    add.add_argument(
+        "production", metavar="PRODUCTION", type=Path, nargs="?", help="the same images, by the version in production"
+    )
+    add.add_argument("--anchor", metavar="ANCHOR", type=Path, help="the same images, by the anchor")
+    add.add_argument("--policy", metavar="FILE", type=Path, help="the policy; gate.yaml in this folder by default")
+    add.add_argument("--look", metavar="N", type=int, default=1, help="candidates that these images judged, with this")
+    add.add_argument("--json", action="store_true", help="print the whole decision as JSON")
+    add.add_argument(
+        "--plan",
+        metavar="SHARDS",
+        type=Path,
+        help="print how many images of which kind the policy needs, and how many of them these shards have",
+    )
 
     add = verb("promote", _promote, "give an approved version the alias production")
     add.add_argument(
@@ -408,14 +428,14 @@ def _register(args: argparse.Namespace, params: Params) -> None:
 
 
 def _gate(args: argparse.Namespace, params: Params) -> int:
-    import dataclasses
-    import json
+    from adfm.registry import gate, policy, tables
 
-    from adfm.registry import gate
-
-    decision = gate.decide(gate.read(args.candidate), gate.read(args.production), params.gate, params.seed)
-    print(json.dumps(dataclasses.asdict(decision), indent=2, allow_nan=False))
-    return 0 if decision.passed else 3
+    judged_by = policy.load(args.policy)
+    production, anchor = (None if file is None else tables.read(file) for file in (args.production, args.anchor))
+    decision = gate.decide(tables.read(args.candidate), production, anchor, judged_by, args.look)
+    decided = dataclasses.asdict(decision)
+    print(json.dumps(decided, indent=2, allow_nan=False))
+    return {"passed": 0, "failed": 3}.get(decision.verdict, 4)
 
 
 def _promote(args: argparse.Namespace, params: Params) -> None:
@@ -451,9 +471,6 @@ def _registry_log(args: argparse.Namespace, params: Params) -> None:
 
     steps = history(params)
     if args.json:
-        import dataclasses
-        import json
-
         print(json.dumps([dataclasses.asdict(step) for step in steps], indent=2))
     else:
         print(table(steps))

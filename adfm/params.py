@@ -12,7 +12,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -24,6 +24,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+M = TypeVar("M", bound=BaseModel)
 
 
 class Section(BaseModel):
@@ -200,28 +201,6 @@ class Evaluate(Section):
         return self
 
 
-class MetricRule(Section):
-    """One metric of the gate."""
-
-    direction: Literal["higher", "lower"] = "higher"
-    floor: float = 0.0
-    max_loss: NonNegativeFloat = 0.01
-    min_gain: NonNegativeFloat = 0.0
-    min_relative_gain: NonNegativeFloat = 0.0
-
-
-class Gate(Section):
-    """The promotion gate."""
-
-    accuracy: MetricRule = MetricRule(floor=0.6)
-    iou: MetricRule = MetricRule(floor=0.1)
-    rule: Literal["none_worse_one_better", "none_worse", "all_better"] = "none_worse_one_better"
-    min_images: PositiveInt = 30
-    category_max_loss: NonNegativeFloat = 0.1
-    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    bootstrap: PositiveInt = 2000
-
-
 class Register(Section):
     """Where runs and versions go in MLflow."""
 
@@ -263,7 +242,6 @@ class Params(Section):
     warmup: Warmup = Warmup()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
-    gate: Gate = Gate()
     register_: Register = Field(default=Register(), alias="register")
 
 
@@ -332,23 +310,40 @@ def loads(text: str, overrides: Sequence[str] = ()) -> Params:
 
 def _params(texts: Sequence[tuple[str, str]], overrides: Sequence[str]) -> Params:
     """The settings of texts, each with its name for messages, and of overrides."""
+    return validated(Params, texts, overrides)
+
+
+def validated(model: type[M], texts: Sequence[tuple[str, str]], overrides: Sequence[str] = ()) -> M:
+    """Settings of any kind: later texts over earlier ones, overrides over all, defaults for what none of them has.
+
+    Args:
+        model: What they are validated as; it has a default for every setting.
+        texts: YAML texts, each with its name for messages.
+        overrides: `key=value`.
+
+    Raises:
+        AdfmError: A text is not YAML, or keys or values are wrong: all of them are listed.
+    """
+    defaults = model()
+    keys = tuple(flat(defaults))
+    sections = tuple({key[: dot.start()] for key in keys for dot in re.finditer(r"\.", key)})
     values: dict[str, Any] = {}
     where: dict[str, str] = {}  # dotted key -> the place that sets it, for messages
     problems = []
     for text, place in texts:
-        read, lines, repeated = _read(text, place)
+        read, lines, repeated = _read(text, place, sections)
         values = _merge(values, read)
         where |= lines
         problems += repeated
     for override in overrides:
-        problems += _override(override, values, where)
+        problems += _override(override, values, where, keys)
     try:
-        params = Params.model_validate(_merge(Params().model_dump(by_alias=True), values))
+        settings = model.model_validate(_merge(defaults.model_dump(by_alias=True), values))
     except ValidationError as error:
-        problems += _problems(error, where)
+        problems += _problems(error, where, keys + sections)
     if problems:
         raise AdfmError("\n  ".join(["these settings are wrong:", *problems]))
-    return params
+    return settings
 
 
 def flat(params: BaseModel) -> dict[str, object]:
@@ -373,7 +368,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read(text: str, place: str) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+def _read(text: str, place: str, sections: Sequence[str]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     """A text's settings; the place of each by dotted key; a problem for every key that is set twice."""
     try:
         loader = _Loader(text)
@@ -399,18 +394,18 @@ def _read(text: str, place: str) -> tuple[dict[str, Any], dict[str, str], list[s
 
     walk(root, "")
     # Reported here, because a later file, or an override, may have the section.
-    for name, value in _misplaced(read):
+    for name, value in _misplaced(read, sections):
         problems.append(f"{where[name]}: {name} should be a section with keys, not {value!r}")
     return read, where, problems
 
 
-def _misplaced(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+def _misplaced(tree: dict[str, Any], sections: Sequence[str], prefix: str = "") -> Iterator[tuple[str, object]]:
     """Takes what stands where a section belongs out of a tree of settings; its dotted key and value."""
     for key, value in list(tree.items()):
         name = f"{prefix}{key}"
-        if name in _SECTIONS and isinstance(value, dict):
-            yield from _misplaced(value, f"{name}.")
-        elif name in _SECTIONS:
+        if name in sections and isinstance(value, dict):
+            yield from _misplaced(value, sections, f"{name}.")
+        elif name in sections:
             del tree[key]
             yield name, value
 
@@ -460,7 +455,7 @@ def _written(value: object) -> str:
 
 
 def _merge(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
-    """`later` over `earlier`, key by key: the default of `gate.iou.floor` is not that of `gate.accuracy.floor`."""
+    """`later` over `earlier`, key by key: a section that is named in part keeps its other defaults."""
     both = dict(earlier)
     for key, value in later.items():
         before = earlier.get(key)
@@ -468,14 +463,14 @@ def _merge(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
-def _override(override: str, values: dict[str, Any], where: dict[str, str]) -> list[str]:
+def _override(override: str, values: dict[str, Any], where: dict[str, str], keys: Sequence[str]) -> list[str]:
     """Lays one `key=value` over `values`; returns what is wrong with it, if anything."""
     key, equals, text = override.partition("=")
     place = f"--set {override}"
     if not equals:
         return [f"{place}: key=value is expected, as in train.steps=50"]
-    if key not in _KEYS:
-        return [f"{place}: {_unknown(key)}"]
+    if key not in keys:
+        return [f"{place}: {_unknown(key, keys)}"]
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:
@@ -489,7 +484,7 @@ def _override(override: str, values: dict[str, Any], where: dict[str, str]) -> l
     return []
 
 
-def _problems(error: ValidationError, where: dict[str, str]) -> list[str]:
+def _problems(error: ValidationError, where: dict[str, str], names: Sequence[str]) -> list[str]:
     """One line a key: where, which, what is expected, what is there."""
     lines: dict[str, str] = {}
     for detail in error.errors(include_url=False):
@@ -499,7 +494,7 @@ def _problems(error: ValidationError, where: dict[str, str]) -> list[str]:
             key = key.rpartition(".")[0]
         message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
         if unknown:
-            message = _unknown(key)
+            message = _unknown(key, names)
         elif detail["type"] == "value_error":
             message = f"{key}: {message}"
         elif key in lines:  # another member of a union
@@ -511,13 +506,9 @@ def _problems(error: ValidationError, where: dict[str, str]) -> list[str]:
     return [f"{where.get(key, 'settings')}: {message}" for key, message in lines.items()]
 
 
-def _unknown(key: str) -> str:
+def _unknown(key: str, names: Sequence[str]) -> str:
     def likeness(name: str) -> float:
         return difflib.SequenceMatcher(None, key, name).ratio()
 
-    names = _KEYS if "." in key else _KEYS + _SECTIONS
-    return f"there is no setting {key}; the nearest is {max(names, key=likeness)}"
-
-
-_KEYS = tuple(flat(Params()))
-_SECTIONS = tuple({key.rpartition(".")[0] for key in _KEYS} - {""})
+    alike = [name for name in names if "." in name or "." not in key]
+    return f"there is no setting {key}; the nearest is {max(alike, key=likeness)}"

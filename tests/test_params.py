@@ -48,9 +48,9 @@ def test_without_a_file_the_one_in_the_current_folder_is_read(tmp_path: Path, mo
 
 
 def test_what_a_file_or_an_override_leaves_out_keeps_its_own_default(tmp_path: Path) -> None:
-    file = written(tmp_path, "gate: {accuracy: {min_gain: 0.25}}\nseed: 3")
-    params = load(file, ["gate.iou.min_gain=0.5"])
-    assert flat(params) == DEFAULTS | {"gate.accuracy.min_gain": 0.25, "gate.iou.min_gain": 0.5, "seed": 3}
+    file = written(tmp_path, "train: {weights: {format: 0.25}}\nseed: 3")
+    params = load(file, ["train.health.max_kl=0.5"])
+    assert flat(params) == DEFAULTS | {"train.weights.format": 0.25, "train.health.max_kl": 0.5, "seed": 3}
 
 
 def test_a_later_file_wins_key_by_key_and_an_override_over_all(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_a_later_file_wins_key_by_key_and_an_override_over_all(tmp_path: Path) -
 
 def test_problems_of_several_files_are_listed_each_with_its_file_and_line(tmp_path: Path) -> None:
     base, overlay = tmp_path / "base.yaml", tmp_path / "overlay.yaml"
-    base.write_text("seed: 1\ntrain: fast\nlora: {q: 4}\nsplit: {test: 0.5}\ngate: {confidence: 2}")
+    base.write_text("seed: 1\ntrain: fast\nlora: {q: 4}\nsplit: {test: 0.5}\nevaluate: {small: 2}")
     overlay.write_text("train: {steps: 0}\n\nseed: 2\nsplit:\n  validation: 0.5\nseed: 3")
     assert sorted(problem.partition(": ")[0] for problem in problems([base, overlay])) == [
         *(f"{base} line {line}" for line in (2, 3, 5)),
@@ -127,10 +127,10 @@ def test_any_settings_can_be_merged_into_the_shipped_file(data: st.DataObject) -
 
 
 def test_a_file_that_cannot_be_written_into_is_named(tmp_path: Path) -> None:
-    file = written(tmp_path, "gate: {accuracy: &rule {floor: 0.5}, iou: *rule}")
-    assert load(file, ["gate.iou.floor=0.3"]).gate.accuracy.floor == 0.5
+    file = written(tmp_path, "warmup: &steps {steps: 5}\ntrain: *steps")
+    assert load(file, ["train.steps=3"]).warmup.steps == 5
     with pytest.raises(AdfmError, match=r"settings\.yaml: write it in plain YAML"):
-        merged(file, ["gate.iou.floor=0.3"])
+        merged(file, ["train.steps=3"])
 
 
 @pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "0.001", ".1e-2", "1E-03"])
@@ -208,9 +208,9 @@ def test_a_wrong_override_is_named_with_what_is_expected(override: str, words: s
 
 def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
     file = written(tmp_path, "train: {steps: 0, beta: low}\nwarmup: 3\nsede: 1")
-    found = problems(file, "gate.confidence=2", "warmup.steps=1", "nonsense")
+    found = problems(file, "evaluate.small=2", "warmup.steps=1", "nonsense")
     assert len(found) == 6
-    for key in ("train.steps", "train.beta", "warmup", "sede", "gate.confidence", "nonsense"):
+    for key in ("train.steps", "train.beta", "warmup", "sede", "evaluate.small", "nonsense"):
         assert any(key in problem for problem in found)
 
 

@@ -1,66 +1,92 @@
-"""The promotion gate: may the candidate take production's place? A pure function of two prediction tables.
+"""The promotion gate: may the candidate take production's place? A pure function of prediction tables and a policy.
 
 It judges what a model does in production: decisions at the threshold (the column `decision`, and the regions of flagged
 images), or the letters of a table that has none.
 
-Each metric, accuracy and IoU over all images, gets a verdict:
+For all images, for each category and for each kind of defect, every metric of `policy.METRICS` answers up to four
+questions, each with `passed`, `failed` or `cannot tell`:
 
-- `worse`: it measures worse than production by more than `max_loss`;
-- `better`: it measures better by `min_gain` and by the share `min_relative_gain` of production's value, and a gain of
-  zero is excluded with the required confidence;
-- `equivalent`: neither.
+- `limit`: the confidence limit of its value is on the good side of the policy's limit;
+- `production`: the confidence limit of its loss against production, on the same images, is below the margin;
+- `anchor`: the same against the anchor, the best version that was ever in production, so that small losses cannot
+  add up;
+- `gain`, of all images alone: it is better than in production. Accuracy or IoU has to be (Holm's correction over both),
+  unless the policy asks for non-inferiority alone.
 
-`gate.rule` joins them: by default no metric is `worse` and at least one is `better`. Whatever the rule, every metric
-must reach its floor, and in no category may accuracy or IoU fall by more than `category_max_loss`. Without a production
-model the floors alone decide.
+A value beyond its limit, or a measured loss beyond its margin, fails if chance is excluded. What is neither shown to be
+good nor shown to be bad is `cannot tell`, with the number of images that would tell. The version passes if every answer
+does; a part with too few images is not judged, unless its fall is certain among all parts (Bonferroni).
 
-In a small category chance alone moves the metrics far; so a fall counts if the required confidence says that there is a
-fall at all. With many categories some fall by chance; so that confidence is of all of them together (Bonferroni: each
-of k comparisons is judged at 1 - (1 - confidence) / k). A fall that may be chance is told, not punished.
-
-A loss is judged by what was measured, not by the lower end of its interval: a few hundred images cannot prove that one
-point was not lost, and a gate that asked for it would stay shut. The reasons say which loss cannot be excluded, and how
-many images would exclude it. With fewer than `min_images` normal or anomalous images nothing is judged.
-
-Anomalous images without boxes are left out of IoU. Where no image has any, IoU is `not judged`: it is neither worse nor
-better, and a floor above 0 counts as missed, since nobody can say that it is kept.
-
-Confidence is that of a paired bootstrap: the same images are drawn again and again for both models; `low` and `high`
-are what the difference falls short of, and exceeds, in `1 - confidence` of the draws.
+The level of every answer is what `policy.level` leaves for this look: how many candidates the same test images have
+judged before. docs/gate.md has the formulas, their sources and the measured error rates.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from adfm.errors import AdfmError
-from adfm.evaluation.metrics import as_decided, category_names, difference, listed, same_images, values, without_boxes
-from adfm.params import Gate, MetricRule
+import numpy as np
+
+from adfm.evaluation import statistics
+from adfm.evaluation.metrics import category_names, listed, samples, without_boxes
+from adfm.registry import tables
+from adfm.registry.policy import METRICS, Bound, Floats, Metric, Policy
 
 if TYPE_CHECKING:
     import pandas as pd
+    from numpy.typing import NDArray
 
-_TITLES = {
-    "accuracy": "Accuracy (images judged correctly)",
-    "iou": "IoU (overlap of marked and true defects)",
-}
-_COLUMNS = ("id", "category", "label", "predicted", "iou")
-_RULES = {
-    "none_worse_one_better": "No metric may be worse than in production, and at least one must be better",
-    "none_worse": "No metric may be worse than in production",
-    "all_better": "Every metric must be better than in production",
-}
-# Draws that should lie beyond a bound, so that the bound is more than one extreme draw.
-_BEYOND = 5
+Verdict = Literal["passed", "failed", "cannot tell", "not judged"]
+
+_MOST_DECIMALS = 9  # 0.9 - 0.89 is to be 0.01
 
 
-class Incomparable(AdfmError):
-    """The tables cannot be judged: they are broken, or not of the same images."""
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one question about one metric.
 
-    exit_code = 2
+    Args:
+        question: `limit`, `production`, `anchor` or `gain`.
+        verdict: `passed`, `failed`, `cannot tell`; `not judged` where there are too few images.
+        bound: The confidence limit of the value, or of the loss; of `gain` the p-value. `None` without images.
+        limit: What it is compared with: the policy's limit or margin; of `gain` the level.
+        needed: Number of images that would tell, if what was measured is true; `None` if it is told, or none would.
+        kind: Which images these are.
+    """
+
+    question: str
+    verdict: Verdict
+    bound: float | None
+    limit: float | None
+    needed: int | None
+    kind: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric, over all images or a part of them.
+
+    Args:
+        of: `whole`, `category` or `defect`.
+        name: Name of the category or of the kind of defect; empty for the whole.
+        metric: Its name in `METRICS`.
+        images: How many images count.
+        candidate: Value of the candidate; `None` where no image counts.
+        production: Value of production; `None` if there is none.
+        anchor: Value of the anchor; `None` if there is none.
+        answers: One for each question.
+    """
+
+    of: str
+    name: str
+    metric: str
+    images: int
+    candidate: float | None
+    production: float | None
+    anchor: float | None
+    answers: list[Answer]
 
 
 @dataclass(frozen=True)
@@ -68,272 +94,465 @@ class Decision:
     """What the gate decided, and why; `dataclasses.asdict` gives JSON values.
 
     Args:
-        passed: Whether the candidate may go on to approval.
-        metrics: For `accuracy` and `iou`: `candidate`, `production`, `difference` (candidate minus production), its
-            bounds `low` and `high`, `verdict` (`better`, `equivalent`, `worse`, `no production`, `not judged`),
-            `floor_kept`, and the `rule`. What is not known is `None`: without production, or IoU without any boxes.
-        categories: For each category: `images`, and for each metric the same five numbers and `fallen`, whether it fell
-            by more than the limit, for certain. IoU is `None` where a category has no anomalous image with boxes.
-        reasons: The decision in words, first what made it fail, last the rule.
+        verdict: `passed`; `failed`; `cannot tell`, if nothing failed and something could not be told.
+        headline: Whether accuracy or IoU is better than in production, in words.
+        reasons: The decision in words: first what failed, then what cannot be told, then what else to know.
+        rows: Every metric, of the whole first.
+        changed: Images that candidate and production decide differently: `id`, `category`, `label`, and both answers.
+        images: Number of `normal` and `anomalous` images.
+        level: Level of each answer at this look.
+        look: The number of this candidate among those that the test images have judged.
+        looks: The policy's budget.
+        operating_point: `defect_rate`; at it `precision`, and per 10,000 parts `escapes` and `false_calls`, each a list
+            of value, lower and upper limit; missing where a rate cannot be measured.
+        separation: The proof that no test image was trained on, as `adfm.evaluation.separation.compare` gives it.
     """
 
-    passed: bool
-    metrics: dict[str, dict[str, Any]]
-    categories: dict[str, dict[str, Any]]
+    verdict: Verdict
+    headline: str
     reasons: list[str]
+    rows: list[Row]
+    changed: list[dict[str, Any]]
+    images: dict[str, int]
+    level: float
+    look: int
+    looks: int
+    operating_point: dict[str, Any]
+    separation: dict[str, Any] | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the candidate may go on to approval."""
+        return self.verdict == "passed"
 
 
-def read(file: Path) -> pd.DataFrame:
-    """A prediction table from a Parquet file, as evaluation writes them.
-
-    Raises:
-        Incomparable: It cannot be read.
-    """
-    import pandas as pd
-
-    try:
-        return pd.read_parquet(file)
-    except (OSError, ValueError, KeyError) as error:
-        raise Incomparable(
-            f"{file} cannot be read as a prediction table ({error}); `adfm evaluate` writes it."
-        ) from error
-
-
-def decide(candidate: pd.DataFrame, production: pd.DataFrame | None, gate: Gate, seed: int = 0) -> Decision:
-    """Judges a candidate's predictions against production's on the same images.
+def decide(
+    candidate: pd.DataFrame,
+    production: pd.DataFrame | None,
+    anchor: pd.DataFrame | None,
+    policy: Policy,
+    look: int = 1,
+    separation: dict[str, Any] | None = None,
+) -> Decision:
+    """Judges a candidate's predictions by a policy, against those of production and of the anchor on the same images.
 
     Args:
-        candidate: Prediction table: `id`, `category`, `label`, `predicted`, `iou`; `dataset` if there is more than one,
-            `group` where images show one part. With `decision` and `region_*`, these are judged. `attrs`, where both
-            tables have them, say how they were made; `threshold` may differ.
-        production: Prediction table of the model in production, or `None` if there is none yet.
-        gate: Floors, tolerances and confidence.
-        seed: Seed of the bootstrap; the order of the rows does not matter.
+        candidate: Prediction table: `id`, `category`, `label`, `predicted`, `iou`; `defect`; `dataset` if there is more
+            than one, `group` where images show one part. With `decision` and `region_*`, these are judged. `attrs`,
+            where two tables have them, say how they were made; `threshold` may differ.
+        production: Prediction table of the version in production, or `None` if there is none yet.
+        anchor: Prediction table of the anchor, or `None` if there is none or it is in production.
+        policy: What is asked.
+        look: The number of this candidate among those that the test images have judged.
+        separation: What `adfm.evaluation.separation.compare` gives; `None` if it was not compared.
 
     Raises:
-        Incomparable: A table is broken (all that is wrong with it is listed), the two are not of the same images or
-            were not made in the same way, or there are too few images.
+        Incomparable: A table is broken (all that is wrong with it is listed), or two are not of the same images or were
+            not made in the same way.
     """
-    judged = [_what_decides("The candidate", candidate)]
-    candidate = _checked(candidate, "candidate")
-    if production is not None:
-        judged.append(_what_decides("Production", production))
-        production = _checked(production, "production")
-        _check_pair(candidate, production)
-    _check_enough(candidate, gate.min_images)
-
-    rules = {"accuracy": gate.accuracy, "iou": gate.iou}
-    failures: list[str] = []
-    notes: list[str] = []
-
-    metrics = _compare(candidate, production, gate.confidence, gate.bootstrap, seed)
-    for name, found in metrics.items():
-        found["floor_kept"] = _reaches_floor(found, rules[name])
-        found["verdict"] = _verdict(found, rules[name])
-        failed = found["verdict"] == "worse" or not found["floor_kept"]
-        (failures if failed else notes).append(_sentence(name, found, rules[name], gate, len(candidate)))
-        found["rule"] = rules[name].model_dump()
-    if without := without_boxes(candidate):
-        of_all = f"{without} of {int((candidate['label'] == 'anomalous').sum())} anomalous images"
-        notes.append(f"{of_all} have no boxes; they are left out of IoU.")
-    notes += judged
-    verdicts = [found["verdict"] for found in metrics.values()]
-    if production is None:
-        notes.append("There is no model in production yet: the floors alone decide.")
-    else:
-        notes.append(f"The rule: {_RULES[gate.rule][0].lower()}{_RULES[gate.rule][1:]}.")
-        if gate.rule == "none_worse_one_better" and "better" not in verdicts:
-            failures.append("Neither metric is better than in production: there is nothing to gain from the candidate.")
-        if gate.rule == "all_better" and verdicts != ["better", "better"]:
-            failures.append("Not every metric is better than in production.")
-
-    parts = list(candidate.groupby(category_names(candidate), sort=True))
-    level = 1 - (1 - gate.confidence) / sum(1 + int(part["iou"].notna().any()) for _, part in parts)
-    draws = max(gate.bootstrap, math.ceil(_BEYOND / (1 - level)))
-    categories: dict[str, dict[str, Any]] = {}
-    for key, part in parts:
-        other = None if production is None else production[production["id"].isin(part["id"])]
-        compared = _compare(part, other, level, draws, seed)
-        categories[str(key)] = {"images": len(part), **compared}
-        for name, found in compared.items():
-            gain, _, most = _gain(found, rules[name])
-            found["fallen"] = -gain > gate.category_max_loss and most < 0
-            if -gain > gate.category_max_loss:
-                words = (
-                    f"{key}: {_TITLES[name]} is worse by {_points(-gain)} than in production ({len(part)} images);"
-                    f" {_points(gate.category_max_loss)} are allowed"
-                )
-                if found["fallen"]:
-                    failures.append(f"{words}.")
-                else:
-                    notes.append(f"{words}, but with so few images this may be chance, and it does not count.")
-    notes.sort(key=lambda note: note.startswith("The rule: "))
-    return Decision(not failures, metrics, categories, failures + notes)
-
-
-def _compare(
-    candidate: pd.DataFrame, production: pd.DataFrame | None, confidence: float, resamples: int, seed: int
-) -> dict[str, dict[str, Any]]:
-    """For each metric both values, the difference, and its bounds, each one-sided at `confidence`."""
-    before = dict.fromkeys(_TITLES) if production is None else values(production)
-    after, change = values(candidate), {}
-    if production is not None:
-        change = difference(candidate, production, resamples, seed, level=2 * confidence - 1)
-
-    def rounded(value: float | None) -> float | None:
-        return None if value is None else round(value, 9)  # 0.9 - 0.89 is to be 0.01
-
-    return {
-        name: {
-            "candidate": rounded(after[name]),
-            "production": rounded(before[name]),
-            "difference": rounded(change.get(name)),
-            "low": rounded(change.get(f"{name}_low")),
-            "high": rounded(change.get(f"{name}_high")),
-        }
-        for name in _TITLES
+    notes = [tables.what_decides("The candidate", candidate)]
+    judged = {"candidate": tables.checked(candidate, "candidate")}
+    for name, table in (("production", production), ("anchor", anchor)):
+        if table is not None:
+            notes.append(tables.what_decides(name.capitalize(), table))
+            judged[name] = tables.checked(table, name)
+            tables.check_pair(judged["candidate"], judged[name], name)
+    order = judged["candidate"].sort_values("id")["id"]
+    judged = {name: table.set_index("id").loc[order].reset_index() for name, table in judged.items()}
+    first = judged["candidate"]
+    values = {
+        name: {metric: METRICS[metric].values(table) for metric in policy.whole} for name, table in judged.items()
     }
+    level = statistics.level_of_look(min(look, policy.looks), policy.looks, policy.level)
+    group = samples(first) if "group" in first and first["group"].notna().any() else None
 
-
-def _gain(found: dict[str, Any], rule: MetricRule) -> tuple[float, float, float]:
-    """By how much the candidate is better (negative: worse), at least and at most; zeros where nothing is compared."""
-    if found["difference"] is None:
-        return 0.0, 0.0, 0.0
-    if rule.direction == "higher":
-        return found["difference"], found["low"], found["high"]
-    return -found["difference"], -found["high"], -found["low"]
-
-
-def _reaches_floor(found: dict[str, Any], rule: MetricRule) -> bool:
-    value: float | None = found["candidate"]
-    if value is None:
-        return rule.floor <= 0 if rule.direction == "higher" else rule.floor >= 1
-    return value >= rule.floor if rule.direction == "higher" else value <= rule.floor
-
-
-def _verdict(found: dict[str, Any], rule: MetricRule) -> str:
-    if found["candidate"] is None:
-        return "not judged"
-    if found["difference"] is None:
-        return "no production"
-    gain, least, _ = _gain(found, rule)
-    if -gain > rule.max_loss:
-        return "worse"
-    enough = gain >= rule.min_gain and gain >= rule.min_relative_gain * abs(found["production"])
-    return "better" if enough and least > 0 else "equivalent"
-
-
-def _sentence(name: str, found: dict[str, Any], rule: MetricRule, gate: Gate, images: int) -> str:
-    limit = "floor" if rule.direction == "higher" else "ceiling"
-    if found["verdict"] == "not judged":
-        words = f"{_TITLES[name]} is not judged: no anomalous image has boxes."
-        if found["floor_kept"]:
-            return words
-        nothing = 0 if rule.direction == "higher" else 1
-        return (
-            f"{words} Whether the {limit} of {rule.floor:.1%} is kept cannot be said; add images with boxes, or set"
-            f" gate.{name}.floor to {nothing} to decide without it."
+    rows = _whole(values, group, policy, level)
+    rows += _parts(first, values, group, policy, level)
+    answers = [(row, answer) for row in rows for answer in row.answers if answer.question != "gain"]
+    failed = [_sentence(row, answer) for row, answer in answers if answer.verdict == "failed"]
+    unclear = [_sentence(row, answer) for row, answer in answers if answer.verdict == "cannot tell"]
+    headline, gain = _gain(rows, production is not None)
+    if policy.rule == "gain" and gain != "passed":
+        (failed if gain == "failed" else unclear).insert(0, headline)
+    if look > policy.looks:
+        unclear.insert(
+            0,
+            f"The budget of this test set is used up: it has judged {look - 1} candidates, and {policy.looks} were "
+            "planned. New test images are due; then evaluate production and candidate on them.",
         )
-    gain, least, _ = _gain(found, rule)
-    words = f"{_TITLES[name]}: {found['candidate']:.1%}"
-    if found["verdict"] != "no production":
-        words += f" against {found['production']:.1%} in production, {found['verdict']}"
-    if found["verdict"] == "better":
-        words += f" by {_points(gain)} (at least {_points(least)} with {gate.confidence:.0%} confidence)"
-    elif found["verdict"] == "worse":
-        words += f" by {_points(-gain)}; {_points(rule.max_loss)} are allowed"
-    elif found["verdict"] == "equivalent" and -least > rule.max_loss:
-        words += f" (a loss of up to {_points(-least)} cannot be excluded with {gate.confidence:.0%} confidence"
-        if rule.max_loss > 0:
-            # An interval narrows with the square root of the number of images.
-            words += f"; about {math.ceil(images * ((gain - least) / rule.max_loss) ** 2)} images would be needed"
-        words += ")"
-    return f"{words}. The {limit} of {rule.floor:.1%} is {'kept' if found['floor_kept'] else 'missed'}."
+    _separate(separation, failed, unclear, notes)
+    if without := without_boxes(first):
+        notes.append(
+            f"{without} of {int((first['label'] == 'anomalous').sum())} anomalous images have no boxes; they are left "
+            "out of IoU."
+        )
+    if small := {row.name for row in rows if row.answers and all(a.verdict == "not judged" for a in row.answers)}:
+        notes.append(
+            f"Too few images to judge alone (fewer than {policy.enough}): {listed(sorted(small))}; only a certain fall "
+            "would count."
+        )
+    return Decision(
+        verdict="failed" if failed else "cannot tell" if unclear else "passed",
+        headline=headline,
+        reasons=failed + unclear + notes,
+        rows=rows,
+        changed=_changed(first, judged.get("production")),
+        images={label: int((first["label"] == label).sum()) for label in ("normal", "anomalous")},
+        level=level,
+        look=look,
+        looks=policy.looks,
+        operating_point=_operating_point(values["candidate"], group, policy, level),
+        separation=separation,
+    )
+
+
+def table(decided: dict[str, Any]) -> list[list[str]]:
+    """A decision as a table for people: header and rows of plain text.
+
+    Escapes and overkill come first: they are what a plant pays for. Of the parts only those are shown that failed or
+    cannot be told.
+
+    Args:
+        decided: A decision as JSON values.
+    """
+    rows = [row for row in decided["rows"] if row["of"] == "whole" or _open(row)]
+    # Sorting keeps the order of the rest: the whole before its parts, escapes and overkill before accuracy and IoU.
+    rows.sort(key=lambda row: (row["of"] != "whole", METRICS[row["metric"]].higher))
+    header = ["verdict", "metric", "candidate", "limit", "production", "difference", "margin", "anchor", "images"]
+    return [header, *([*_cells(row)] for row in rows)]
+
+
+def _cells(row: dict[str, Any]) -> Iterator[str]:
+    answers = {answer["question"]: answer for answer in row["answers"]}
+    title = METRICS[row["metric"]].title
+    sign, towards_worse = ("≥", -1) if METRICS[row["metric"]].higher else ("≤", 1)
+
+    def share(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1%}"
+
+    def bound(question: str, text: str) -> str:
+        answer = answers.get(question)
+        return text if answer is None or answer["bound"] is None else f"{text} ({share(answer['bound'])})"
+
+    def loss(rival: str) -> str:
+        """Candidate minus rival, and the largest loss that cannot be excluded."""
+        if row[rival] is None or row["candidate"] is None:
+            return "-"
+        text = f"{row['candidate'] - row[rival]:+.1%}"
+        answer = answers.get(rival)
+        return text if answer is None else f"{text} (at worst {towards_worse * answer['bound']:+.1%})"
+
+    yield _row_verdict(row)
+    yield f"{title}, {row['of']} {row['name']}" if row["name"] else title
+    yield bound("limit", share(row["candidate"]))
+    yield f"{sign} {share(answers['limit']['limit'])}" if "limit" in answers else "-"
+    yield share(row["production"])
+    yield loss("production")
+    margin = answers.get("production", answers.get("anchor"))
+    yield share(margin["limit"]) if margin else "-"
+    yield loss("anchor")
+    yield str(row["images"])
+
+
+def _row_verdict(row: dict[str, Any]) -> str:
+    verdicts = [answer["verdict"] for answer in row["answers"] if answer["question"] != "gain"]
+    better = any(answer["question"] == "gain" and answer["verdict"] == "passed" for answer in row["answers"])
+    worst = next((verdict for verdict in ("failed", "cannot tell", "passed") if verdict in verdicts), "not judged")
+    return "better" if worst == "passed" and better else worst
+
+
+def _open(row: dict[str, Any]) -> bool:
+    return _row_verdict(row) in ("failed", "cannot tell")
+
+
+def _whole(
+    values: dict[str, dict[str, Floats]], group: NDArray[np.int64] | None, policy: Policy, level: float
+) -> list[Row]:
+    everything = np.ones(len(next(iter(values["candidate"].values()))), dtype=bool)
+    rows = [
+        _row("whole", "", name, values, group, everything, policy.whole[name], policy, level, level)
+        for name in policy.whole
+    ]
+    if "production" not in values:
+        return rows
+    gains = [row for row in rows if METRICS[row.metric].gain and row.images]
+    parts = {row.metric: _paired(values, row.metric, "production", group, everything) for row in gains}
+    p = [statistics.gain_p(-loss, of, METRICS[name].binary) for name, (loss, of) in parts.items()]
+    for row, chance, holds in zip(gains, p, statistics.holm(p, level) if p else [], strict=True):
+        loss = parts[row.metric][0]
+        gain = -float(loss.mean())
+        verdict: Verdict = "passed" if holds else "failed" if gain <= 0 else "cannot tell"
+        needed = None
+        if verdict == "cannot tell":
+            needed = _more(len(loss), statistics.images_for_loss(_spread(loss), gain, level / len(gains), policy.power))
+        row.answers.append(Answer("gain", verdict, chance, level, needed, METRICS[row.metric].over))
+    return rows
+
+
+def _parts(
+    first: pd.DataFrame,
+    values: dict[str, dict[str, Floats]],
+    group: NDArray[np.int64] | None,
+    policy: Policy,
+    level: float,
+) -> list[Row]:
+    """Rows of the categories and of the kinds of defect, where there is more than one."""
+    parts = [("category", category_names(first).astype(str))]
+    if "defect" in first:
+        kinds = first["defect"].where(first["label"].isin(["anomalous"]) & first["defect"].notna())
+        parts.append(("defect", kinds))
+    places = [
+        (of, str(name), (column == name).to_numpy(dtype=bool, na_value=False), metric)
+        for of, column in parts
+        for name in (sorted(column.dropna().unique()) if column.nunique() > 1 else [])
+        for metric, bound in policy.parts.items()
+        # A kind of defect has no normal images, and accuracy over it is 1 - its escape rate.
+        if metric in policy.whole and (of == "category" or METRICS[metric].over.startswith("anomalous"))
+    ]
+    counted = [(of, name, where, metric) for of, name, where, metric in places if _counts(values, metric, where)]
+    # A fall has to be certain among all of them.
+    certain = level / max(1, len(counted))
+    return [
+        _row(of, name, metric, values, group, where, policy.parts[metric], policy, level, certain)
+        for of, name, where, metric in counted
+    ]
+
+
+def _counts(values: dict[str, dict[str, Floats]], metric: str, where: NDArray[np.bool_]) -> int:
+    return int((~np.isnan(values["candidate"][metric][where])).sum())
+
+
+def _row(
+    of: str,
+    name: str,
+    metric: str,
+    values: dict[str, dict[str, Floats]],
+    group: NDArray[np.int64] | None,
+    where: NDArray[np.bool_],
+    bound: Bound,
+    policy: Policy,
+    level: float,
+    certain: float,
+) -> Row:
+    """A metric over the images `where`; `certain` is the level at which a failure counts."""
+    entry = METRICS[metric]
+    counting = where & ~np.isnan(values["candidate"][metric])
+    images = int(counting.sum())
+    means = {rival: _mean(of_rival[metric][counting]) for rival, of_rival in values.items()}
+    answers = []
+    if bound.limit is not None:
+        of_images = None if group is None else group[counting]
+        answers.append(
+            _limit(entry, values["candidate"][metric][counting], of_images, bound.limit, level, certain, policy)
+        )
+    for rival in ("production", "anchor"):
+        if rival in values and bound.margin is not None:
+            loss, of_images = _paired(values, metric, rival, group, counting)
+            answers.append(_loss(entry, rival, loss, of_images, bound.margin, level, certain, policy))
+    if of != "whole" and images < policy.enough:
+        answers = [_too_few(answer, policy.enough) for answer in answers]
+    return Row(of, name, metric, images, means["candidate"], means.get("production"), means.get("anchor"), answers)
+
+
+def _mean(values: Floats) -> float | None:
+    return round(float(values.mean()), _MOST_DECIMALS) if len(values) else None
+
+
+def _paired(
+    values: dict[str, dict[str, Floats]],
+    metric: str,
+    rival: str,
+    group: NDArray[np.int64] | None,
+    where: NDArray[np.bool_],
+) -> tuple[Floats, NDArray[np.int64] | None]:
+    """Loss of the candidate against a rival on each image that counts, positive where it is worse; their groups."""
+    loss = values["candidate"][metric] - values[rival][metric]
+    counting = where & ~np.isnan(loss)
+    loss = -loss[counting] if METRICS[metric].higher else loss[counting]
+    return loss, None if group is None else group[counting]
+
+
+def _limit(
+    entry: Metric,
+    values: Floats,
+    group: NDArray[np.int64] | None,
+    limit: float,
+    level: float,
+    certain: float,
+    policy: Policy,
+) -> Answer:
+    """Whether the value is on the good side of its limit; reckoned as a cost, which is to be small."""
+    cost, most = (1 - values, 1 - limit) if entry.higher else (values, limit)
+    at_most = statistics.rate_at_most if entry.binary else statistics.mean_at_most
+    if not len(cost):
+        needed = statistics.images_for_rate(0.0, most, level, policy.power)
+        return Answer("limit", "cannot tell", None, limit, needed, entry.over)
+    upper, lower = at_most(cost, level, group), 1 - at_most(1 - cost, certain, group)
+    measured, needed = float(cost.mean()), None
+    verdict: Verdict = "passed" if upper < most or most >= 1 else "failed" if lower > most else "cannot tell"
+    if verdict == "cannot tell":
+        if entry.binary:
+            needed = (
+                statistics.images_for_rate(measured, most, level, policy.power)
+                if measured < most
+                else statistics.images_for_rate(1 - measured, 1 - most, certain, policy.power)
+            )
+        elif measured != most:
+            needed = statistics.images_for_loss(_spread(cost), abs(most - measured), level, policy.power)
+        needed = _more(len(cost), needed)
+    return Answer("limit", verdict, 1 - upper if entry.higher else upper, limit, needed, entry.over)
+
+
+def _loss(
+    entry: Metric,
+    rival: str,
+    loss: Floats,
+    group: NDArray[np.int64] | None,
+    margin: float,
+    level: float,
+    certain: float,
+    policy: Policy,
+) -> Answer:
+    """Whether the candidate is worse than a rival by less than the margin."""
+    if not len(loss):
+        return Answer(rival, "cannot tell", None, margin, None, entry.over)
+    upper = statistics.loss_at_most(loss, level, group, entry.binary)
+    lower = -statistics.loss_at_most(-loss, certain, group, entry.binary)
+    measured, needed = float(loss.mean()), None
+    verdict: Verdict = "passed" if upper < margin else "failed" if measured >= margin and lower > 0 else "cannot tell"
+    if verdict == "cannot tell":
+        gap = margin - max(0.0, measured) if measured < margin else measured
+        needed = _more(len(loss), statistics.images_for_loss(_spread(loss), gap, level, policy.power))
+    return Answer(rival, verdict, round(upper, _MOST_DECIMALS), margin, needed, entry.over)
+
+
+def _too_few(answer: Answer, enough: int) -> Answer:
+    if answer.verdict == "failed":
+        return answer
+    return Answer(answer.question, "not judged", answer.bound, answer.limit, enough, answer.kind)
+
+
+def _spread(loss: Floats) -> float:
+    return float(loss.std())
+
+
+def _more(images: int, needed: int | None) -> int | None:
+    """A number of images that would tell is larger than the number that did not."""
+    return None if needed is None else max(needed, images + 1)
+
+
+def _gain(rows: list[Row], compared: bool) -> tuple[str, Verdict]:
+    """Whether accuracy or IoU is better than in production, in words and as a verdict."""
+    if not compared:
+        return "There is no model in production yet: the limits alone decide.", "passed"
+    gains = [(row, answer) for row in rows for answer in row.answers if answer.question == "gain"]
+    verdicts = [answer.verdict for _, answer in gains]
+
+    def words(row: Row, answer: Answer) -> str:
+        return f"{METRICS[row.metric].title} {row.candidate:.1%} against {row.production:.1%} (p = {answer.bound:.2g})"
+
+    better = [words(row, answer) for row, answer in gains if answer.verdict == "passed"]
+    if better:
+        return f"Better than production: {' and '.join(better)}.", "passed"
+    every = ", ".join(words(row, answer) for row, answer in gains)
+    if "cannot tell" in verdicts:
+        needed = [
+            f"about {answer.needed} {answer.kind} would show the gain in {METRICS[row.metric].title}, if it is real"
+            for row, answer in gains
+            if answer.needed
+        ]
+        return f"No gain over production is shown: {every}; {'; '.join(needed)}.", "cannot tell"
+    return f"No better than production: {every or 'nothing to compare'}.", "failed"
+
+
+def _sentence(row: Row, answer: Answer) -> str:
+    """Why an answer is not `passed`, and what would help."""
+    entry = METRICS[row.metric]
+    name = entry.title[0].upper() + entry.title[1:] + (f" of {row.of} {row.name}" if row.name else "")
+    if row.candidate is None or answer.bound is None or answer.limit is None:
+        would = f"; {answer.needed} would" if answer.needed else ""
+        return (
+            f"{name}: cannot be told, there are no {answer.kind}{would}. A policy that does not ask for it has limit "
+            "and margin null."
+        )
+    if answer.question == "limit":
+        side = "below" if entry.higher else "above"
+        words = f"{name}: {row.candidate:.1%} {'of' if entry.binary else 'over'} {row.images} {answer.kind}"
+        if answer.verdict == "failed":
+            return f"{words}, certainly {side} the limit of {answer.limit:.1%}."
+        least = "as low" if entry.higher else "as high"
+        words += f"; it may be {least} as {answer.bound:.1%}, and the limit is {answer.limit:.1%}"
+    else:
+        rival = row.production if answer.question == "production" else row.anchor
+        worse = (rival or 0) - row.candidate if entry.higher else row.candidate - (rival or 0)
+        against = "in production" if answer.question == "production" else "of the anchor"
+        words = f"{name}: {row.candidate:.1%} against {rival:.1%} {against}"
+        if answer.verdict == "failed":
+            return f"{words}: worse by {_points(worse)}, and {_points(answer.limit)} are allowed."
+        words += f"; it may be worse by {_points(answer.bound)}, and {_points(answer.limit)} are allowed"
+    if answer.needed:
+        return f"{words}. About {answer.needed} {answer.kind} would tell."
+    return f"{words}. It lies so close that no number of images would tell."
 
 
 def _points(share: float) -> str:
     return f"{100 * share:.1f} points"
 
 
-def _what_decides(name: str, table: pd.DataFrame) -> str:
-    """Whether letters or decisions are judged, in words."""
-    if "decision" not in table or table.attrs.get("threshold", 0) is None:
-        return f"{name} has no threshold: its letters are judged."
-    at = f" from a probability of {table.attrs['threshold']:.6g} on" if "threshold" in table.attrs else ""
-    return f"{name} is judged by its decisions: an image is flagged{at or ' by the column decision'}."
+def _separate(separation: dict[str, Any] | None, failed: list[str], unclear: list[str], notes: list[str]) -> None:
+    """Puts the proof that no test image was trained on where it belongs."""
+    if separation is None:
+        notes.append("That no test image was trained on is not proved here; `adfm register` proves it.")
+        return
+    for problem in separation["problems"]:
+        failed.insert(
+            0,
+            f"{len(problem['ids'])} test images were in the training or validation data of the {problem['of']} "
+            f"({problem['kind']}): {listed(problem['ids'])}. Divide the data again, train, and register.",
+        )
+    if not separation["proved"] and not separation["problems"]:
+        unclear.insert(
+            0, "It is not known which images the models were trained on, so that no test image was is not proved."
+        )
 
 
-def _checked(table: pd.DataFrame, name: str) -> pd.DataFrame:
-    """The columns that the gate looks at; raises Incomparable with everything that is wrong with them."""
-    import pandas as pd
+def _changed(candidate: pd.DataFrame, production: pd.DataFrame | None) -> list[dict[str, Any]]:
+    if production is None:
+        return []
 
-    if missing := [column for column in _COLUMNS if column not in table]:
-        there = ", ".join(map(str, table.columns)) or "none"
-        raise Incomparable(f"The {name} table has no column {' and no column '.join(missing)}; it has {there}.")
-    if not len(table):
-        raise Incomparable(f"The {name} table is empty: evaluate the model first.")
-    try:
-        table = as_decided(table)
-    except AdfmError as error:
-        raise Incomparable(f"The {name} table cannot be judged: {error}") from error
-    table = table[[column for column in (*_COLUMNS, "dataset", "group", "boxes") if column in table]]
-    rows = table["id"].astype(object)
-    iou = pd.to_numeric(table["iou"], errors="coerce").astype(float)
-    anomalous = table["label"].isin(["anomalous"])
-    # Only the label is known where there is nothing to overlap with.
-    located = table["boxes"].map(len).gt(0) if "boxes" in table else anomalous
-    faults = {
-        "a missing id": rows.isna(),
-        "an id that occurs more than once": rows.duplicated(keep=False) & rows.notna(),
-        "no category or data set": table[["category", *(["dataset"] if "dataset" in table else [])]].isna().any(axis=1),
-        "a label other than normal and anomalous": ~table["label"].isin(["normal", "anomalous"]),
-        "a prediction other than normal, anomalous and null": ~table["predicted"].isin(["normal", "anomalous"])
-        & table["predicted"].notna(),
-        "no IoU in [0, 1] on an anomalous image": anomalous & located & ~iou.between(0, 1),
-        "an IoU on an image without boxes": anomalous & ~located & table["iou"].notna(),
-        "an IoU on a normal image": ~anomalous & table["iou"].notna(),
-    }
-    wrong = [
-        f"{fault}: {listed([f'row {row} ({key})' for row, key in zip(where.nonzero()[0], rows[where], strict=True)])}"
-        for fault, where in ((fault, found.to_numpy(dtype=bool)) for fault, found in faults.items())
-        if where.any()
+    def answers(table: pd.DataFrame) -> list[str]:
+        return [answer if isinstance(answer, str) else "unparseable" for answer in table["predicted"].astype(object)]
+
+    rows = zip(
+        candidate["id"],
+        category_names(candidate),
+        candidate["label"],
+        answers(candidate),
+        answers(production),
+        strict=True,
+    )
+    return [
+        {"id": str(key), "category": str(category), "label": str(label), "candidate": after, "production": before}
+        for key, category, label, after, before in rows
+        if after != before
     ]
-    if not anomalous.any():
-        wrong.append("no anomalous image, so IoU cannot be judged")
-    if wrong:
-        raise Incomparable(f"The {name} table cannot be judged:\n" + "\n".join(f"- {fault}" for fault in wrong))
-    return table.assign(iou=iou)
 
 
-def _check_pair(candidate: pd.DataFrame, production: pd.DataFrame) -> None:
-    """Raises Incomparable where the tables are not of the same images, labelled alike."""
-    try:
-        same_images(candidate, production)
-    except AdfmError as error:
-        raise Incomparable(f"Candidate (first) and production (second) cannot be compared. {error}") from error
-    left, right = candidate.attrs, production.attrs
-    if unlike := [key for key in left if key in right and key != "threshold" and left[key] != right[key]]:
-        raise Incomparable(
-            "Candidate and production were not evaluated in the same way; evaluate both anew with `adfm evaluate`:\n"
-            + "\n".join(f"- {key}: {left[key]} and {right[key]}" for key in unlike)
-        )
-    both = candidate.merge(production, on="id", suffixes=("", "_production"))
-    wrong = [
-        f"- {column}: {listed(sorted(both['id'][differs], key=str))}"
-        for column in ("label", "category", "dataset")
-        if f"{column}_production" in both and (differs := both[column] != both[f"{column}_production"]).any()
-    ]
-    if wrong:
-        raise Incomparable(
-            "Candidate and production were evaluated on data that differ for the same ids; evaluate both on the same"
-            " shards:\n" + "\n".join(wrong)
-        )
-
-
-def _check_enough(candidate: pd.DataFrame, least: int) -> None:
-    counts = {label: int((candidate["label"] == label).sum()) for label in ("normal", "anomalous")}
-    if few := [f"{count} {label}" for label, count in counts.items() if count < least]:
-        raise Incomparable(
-            f"Too few images to tell two models apart: {' and '.join(few)}; at least {least} of each would do"
-            " (gate.min_images). Evaluate on more."
-        )
+def _operating_point(
+    values: dict[str, Floats], group: NDArray[np.int64] | None, policy: Policy, level: float
+) -> dict[str, Any]:
+    """What the measured rates mean on the line, where the share of defects is the plant's and not the test set's."""
+    point: dict[str, Any] = {"defect_rate": policy.defect_rate}
+    rates = []
+    for name in ("escape_rate", "overkill"):
+        each = values.get(name, np.array([]))
+        counting = ~np.isnan(each)
+        if not counting.any():
+            return point
+        of_images = None if group is None else group[counting]
+        # Half the level each, since the limits of the precision need those of both rates.
+        low = 1 - statistics.rate_at_most(1 - each[counting], level / 2, of_images)
+        high = statistics.rate_at_most(each[counting], level / 2, of_images)
+        rates.append((float(each[counting].mean()), low, high))
+    at = statistics.at_prevalence(rates[0], rates[1], policy.defect_rate)
+    return point | {name: list(limits) for name, limits in at.items()}

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from adfm.evaluation import metrics
 from adfm.evaluation.calibration import Calibration
+from adfm.registry import gate
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -30,25 +31,13 @@ def text(
     reasons = [f"- {reason}" for reason in decided["reasons"]]
     if len(reasons) > _MOST_REASONS:
         reasons[_MOST_REASONS:] = [f"- … and {len(reasons) - _MOST_REASONS} more, in gate.json"]
-    compared = [
-        [
-            name,
-            found["candidate"],
-            found["production"],
-            found["difference"],
-            found["low"],
-            found["high"],
-            found["verdict"],
-        ]
-        for name, found in decided["metrics"].items()
-    ]
     names = [*metrics.HEADLINE, *(f"{name}_at_threshold" for name in metrics.AT_THRESHOLD), "ece_of_score", "ece"]
     every = [
         [name, measured[name], measured[f"{name}_low"], measured[f"{name}_high"]] for name in names if name in measured
     ]
     data, code = origin["data"], origin["git_commit"]
     dirty = ", with changes that are not committed" if origin["git_dirty"] == "true" else ""
-    if decided["passed"]:
+    if decided["verdict"] == "passed":
         next_step = (
             f"**To approve it**, set the tag `approval` to `approved`; then `adfm promote {version}` puts it into "
             "production. To turn it down, set the tag to `rejected`, and say why in a tag `approval_reason`."
@@ -56,14 +45,14 @@ def text(
     else:
         next_step = "**It cannot be promoted.** Mend what the reasons name, train, and register again."
     parts = [
-        f"**Gate {'passed' if decided['passed'] else 'failed'}** on {decided['decided_at']}, judged on "
-        f"{decided['images']} images of the {decided['split']} split against {against}.",
+        f"**Gate: {decided['verdict']}** on {decided['decided_at']}, judged on "
+        f"{sum(decided['images'].values())} images of the {decided['split']} split against {against}.",
         "\n".join(reasons),
         calibration.summary,
         next_step,
         *_report_link(evaluated_by),
-        _table(["gate", "this version", "production", "difference", "at least", "at most", "verdict"], compared),
-        _table(["metric", "value", "95 % from", "to"], every),
+        _table(*gate.table(decided)),
+        _table(["metric", "value", "95 % from", "to"], *every),
         f"Base model {origin['base']['name']} (revision {origin['base']['revision'] or 'none'}). Trained on data "
         f"`{data['trained_on']}` (DVC {data['dvc_md5'] or 'unknown'}), with code {code or 'unknown'}{dirty}.",
     ]
@@ -78,6 +67,6 @@ def _report_link(run: Run | None) -> list[str]:
     return [f"[The report]({place}) shows images with true and predicted boxes beside the model's own words."]
 
 
-def _table(header: list[str], rows: list[list[Any]]) -> str:
+def _table(header: list[str], *rows: list[Any]) -> str:
     cells = [["-" if c is None else f"{c:.3f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *cells])

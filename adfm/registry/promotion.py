@@ -257,12 +257,12 @@ def _decide_anew(
         return f"{changed}; the gate cannot decide anew from what is stored, {error}: run `adfm register` again"
     except OSError as error:
         raise AdfmError(f"Files of versions {number} and {after} of {name} cannot be read: {error}") from error
-    why = f"{changed}; decided again against version {after}: gate {'passed' if decided['passed'] else 'failed'}"
+    why = f"{changed}; decided again against version {after}: gate {decided['verdict']}"
     step = _append(store, candidate, "decide", move, by=by, why=why)
     same = ("decide", number, step.decision, step.follows)
     steps = history_.read(store, name)
     first = next(each for each in steps if (each.action, each.version, each.decision, each.follows) == same)
-    said = f"{why}; {'approve again' if decided['passed'] else 'it cannot be promoted'}"
+    said = f"{why}; {'approve again' if decided['verdict'] == 'passed' else 'it cannot be promoted'}"
     if decision(store.get_model_version(name, number)) == step.decision:
         renew(store, candidate, decided | {"decided_at": first.at}, f"Version {number}: {why}.")
         history_.tag(store, candidate, approval_refused=said[:1000])
@@ -282,7 +282,7 @@ def _changed(candidate: ModelVersion) -> list[str]:
                 return ["its gate.json is not the decision that was registered: run `adfm register` again"]
             decided = json.loads(file.read_text(encoding="utf-8"))
             agreed = {
-                "gate": "passed" if decided["passed"] else "failed",
+                "gate": decided["verdict"],
                 "gate_decided_at": decided["decided_at"],
                 "gate_production_version": decided["production_version"] or NOBODY,
             }

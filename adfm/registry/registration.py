@@ -32,8 +32,8 @@ from adfm.files import atomic_folder, file_digest, write_json
 from adfm.method import prompt
 from adfm.models import families, loading
 from adfm.models.loading import check_unchanged
-from adfm.params import Gate, Params
-from adfm.registry import gate, history, page, pyfunc
+from adfm.params import Params
+from adfm.registry import gate, history, page, policy, pyfunc
 from adfm.registry.alerts import alert
 from adfm.registry.lineage import lineage
 
@@ -65,7 +65,7 @@ def register(
         evaluation: Folder that evaluation wrote from these shards, with `model` as the candidate.
         out: Folder to write: `gate.json`, `registration.json`, and `production.parquet` if something is in production:
             the predictions that the candidate was compared with.
-        params: Reads `register`, `gate`, `evaluate` and `seed`.
+        params: Reads `register` and `evaluate`.
         tags: Further tags of the version, such as the run of the pipeline that made it.
 
     Returns:
@@ -123,7 +123,7 @@ def register(
             "logged_model": version.source,
             "run_id": run.info.run_id,
             "training_run": version.run_id,
-            "gate": "passed" if decided["passed"] else "failed",
+            "gate": decided["verdict"],
         }
         write_json(registration, partial / "registration.json")
     lines = [f"version {version.version} of {name}: gate {registration['gate']}", *decided["reasons"]]
@@ -150,9 +150,9 @@ def decide_again(version: ModelVersion, rival: ModelVersion | None) -> dict[str,
     """
     try:
         decided: dict[str, Any] = json.loads(read_artifact(version, "gate.json"))
-        settings, seed = Gate.model_validate(decided["settings"]["gate"]), decided["settings"]["seed"]
+        judged_by = policy.Policy.model_validate(decided["policy"])
     except (KeyError, ValueError) as error:
-        raise AdfmError("because its gate.json does not have the settings of a gate") from error
+        raise AdfmError("because its gate.json does not have a policy") from error
     tables = []
     for each in [version, rival] if rival else [version]:
         if any(each.tags.get(key) != version.tags.get(key) for key in ("test_fingerprint", "protocol")):
@@ -161,7 +161,7 @@ def decide_again(version: ModelVersion, rival: ModelVersion | None) -> dict[str,
         if table is None:
             raise AdfmError(f"because the predictions of version {each.version} are not those that were registered")
         tables.append(table)
-    decision = gate.decide(tables[0], tables[1] if rival else None, settings, seed)
+    decision = gate.decide(tables[0], tables[1] if rival else None, None, judged_by)
     against = {
         "production_version": str(rival.version) if rival else None,
         "production_predictions": _STORED if rival else None,
@@ -303,12 +303,12 @@ def _decide(
     if rival:
         production, source = _predictions_of(rival, origin["data"]["test"], shards, params)
         production.to_parquet(partial / "production.parquet")
-    decision = gate.decide(candidate, production, params.gate, params.seed)
+    judged_by = policy.load()
+    decision = gate.decide(candidate, production, None, judged_by)
     return dataclasses.asdict(decision) | {
-        "images": len(candidate),
         "split": params.evaluate.split,
         "fingerprint": origin["data"]["test"],
-        "settings": {"gate": params.gate.model_dump(), "seed": params.seed},
+        "policy": judged_by.model_dump(),
         "production_version": str(rival.version) if rival else None,
         "production_predictions": source,
         "decided_at": tracking.now(),
@@ -382,7 +382,7 @@ def _threshold_tags(calibration: Calibration, evaluation: Path) -> dict[str, str
 def _decision_tags(decided: dict[str, Any], file: Path) -> dict[str, str]:
     """The tags that repeat a decision, and tell the file that holds it from any other."""
     return {
-        "gate": "passed" if decided["passed"] else "failed",
+        "gate": decided["verdict"],
         "gate_decided_at": decided["decided_at"],
         "gate_production_version": decided["production_version"] or NOBODY,
         "gate_digest": file_digest(file),

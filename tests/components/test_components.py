@@ -24,7 +24,7 @@ SMALL = """
 fetch.source=synthetic://?images=20 validate.min_images_per_split=2 validate.min_label_share=0
 warmup.steps=1 warmup.batch_size=2
 train.steps=1 train.prompts_per_step=2 train.num_generations=2 train.max_completion_length=16 train.pictures_every=0
-evaluate.max_new_tokens=16 evaluate.bootstrap=20 gate.bootstrap=20 gate.min_images=10
+evaluate.max_new_tokens=16 evaluate.bootstrap=20
 """
 SETTINGS = settings(load(None, SMALL.split()))
 
