@@ -117,13 +117,12 @@ def of_model(folder: Path) -> pa.Table | None:
 
 def write(table: pa.Table, file: Path) -> None:
     """Writes a table; the same rows give the same bytes, with one version of Arrow."""
-    encodings = dict.fromkeys(table.column_names, "PLAIN")
-    if "sketch" in encodings:
-        encodings["sketch"] = "BYTE_STREAM_SPLIT"  # of numbers that look alike, so that zstd finds something
+    # Numbers that look alike byte by byte, so that zstd finds something.
+    encodings = dict.fromkeys(SCHEMA.names, "PLAIN") | {"sketch": "BYTE_STREAM_SPLIT"}
     pq.write_table(table, file, compression="zstd", use_dictionary=False, column_encoding=encodings)
 
 
-def read(file: Path, schema: pa.Schema = SCHEMA) -> pa.Table:
+def read(file: Path) -> pa.Table:
     """Reads a table that `write` wrote.
 
     Raises:
@@ -131,7 +130,7 @@ def read(file: Path, schema: pa.Schema = SCHEMA) -> pa.Table:
     """
     try:
         with pq.ParquetFile(file) as opened:
-            if not opened.schema_arrow.equals(schema, check_metadata=True):
+            if not opened.schema_arrow.equals(SCHEMA, check_metadata=True):
                 raise BadTable(f"{file} is not a table that this version of adfm compares; train and register again.")
             return opened.read()
     except (pa.ArrowInvalid, OSError) as error:

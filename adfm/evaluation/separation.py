@@ -34,59 +34,32 @@ KINDS = ("same bytes", "same pixels", "same part", NEAR_DUPLICATE)
 _COLUMNS = {"same bytes": "bytes", "same pixels": "pixels", "same part": "part"}
 
 
-TEST, VALIDATION, CHECKED = "test.parquet", "validation.parquet", "checked.parquet"
-"""The files that `prepare` writes: hashes of two splits, and pairs of images that were compared by the rule itself."""
-
 PAIRS = pa.schema(
     [pa.field("test", hashes.HASH), pa.field("other", hashes.HASH), pa.field("copies", pa.bool_())],
-    metadata={"adfm": "pairs of images, 1"},
 )
 
 
-def prepare(shards: Path, trained_on: Mapping[str, pa.Table | None], out: Path) -> None:
-    """Writes what `compare_prepared` needs of the shards that a version is judged on, where those are not at hand.
+def prove(shards: Path, trained_on: Mapping[str, pa.Table | None], near_duplicates: bool = True) -> dict[str, Any]:
+    """Compares the test split of some shards with the data that models were trained on.
+
+    The candidate's threshold is chosen on the validation split of these shards, so that counts as seen by it.
 
     Args:
         shards: Folder of shards.
-        trained_on: As of `compare`.
-        out: An existing folder.
-
-    Raises:
-        AdfmError: The shards or an image cannot be read.
-    """
-    test, validation = (hashes.collect(shards, [split]) for split in ("test", "validation"))
-    hashes.write(test, out / TEST)
-    hashes.write(validation, out / VALIDATION)
-    known = [table for table in _with_validation(trained_on, validation).values() if table is not None]
-    checked = [check(test, table, shards) for table in known]
-    hashes.write(pa.concat_tables([PAIRS.empty_table(), *checked]), out / CHECKED)
-
-
-def compare_prepared(
-    folder: Path, trained_on: Mapping[str, pa.Table | None], near_duplicates: bool = True
-) -> dict[str, Any]:
-    """Compares the test images of a version with the data that it and others were trained on.
-
-    The threshold is chosen on the validation split of the shards that the version is judged on, so that counts as seen.
-
-    Args:
-        folder: What `prepare` wrote.
-        trained_on: As of `compare`.
+        trained_on: As of `compare`; `hashes.of_model` gives the table of a model's folder.
         near_duplicates: As of `compare`.
 
     Returns:
         As `compare`.
 
     Raises:
-        BadTable: A file cannot be read.
+        AdfmError: The shards or an image cannot be read.
     """
-    seen = _with_validation(trained_on, hashes.read(folder / VALIDATION))
-    return compare(hashes.read(folder / TEST), seen, hashes.read(folder / CHECKED, PAIRS), near_duplicates)
-
-
-def _with_validation(trained_on: Mapping[str, pa.Table | None], validation: pa.Table) -> dict[str, pa.Table | None]:
-    candidate = trained_on.get("candidate")
-    return dict(trained_on) | {"candidate": None if candidate is None else hashes.unite([candidate, validation])}
+    test, seen = hashes.collect(shards, ["test"]), dict(trained_on)
+    if (candidate := seen.get("candidate")) is not None:
+        seen["candidate"] = hashes.unite([candidate, hashes.collect(shards, ["validation"])])
+    checked = [check(test, table, shards) for table in seen.values() if table is not None]
+    return compare(test, seen, pa.concat_tables([PAIRS.empty_table(), *checked]), near_duplicates)
 
 
 def check(test: pa.Table, other: pa.Table, shards: Path) -> pa.Table:

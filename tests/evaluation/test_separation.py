@@ -1,6 +1,5 @@
 import hashlib
 import io
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -188,24 +187,18 @@ def _pair(apart: float) -> tuple[bytes, bytes]:
     return one, other
 
 
-def test_what_is_prepared_for_those_without_shards_gives_the_same(parts: list[Image.Image], tmp_path: Path) -> None:
+def test_the_validation_split_that_a_threshold_is_chosen_on_counts_as_seen(
+    parts: list[Image.Image], tmp_path: Path
+) -> None:
     before = _folder(tmp_path, _record("a", _encoded(parts[0]), "train"))
     table = hashes.collect(before, hashes.SEEN)
     png, jpeg = _encoded(parts[1]), _encoded(parts[1], "JPEG", quality=90)
     folder = _folder(tmp_path, _record("b", png, "test"), _record("c", jpeg, "validation"))
-    prepared = tmp_path / "prepared"
-    prepared.mkdir()
-    separation.prepare(folder, {"candidate": table, "production": None}, prepared)
-    shutil.rmtree(folder)
-    result = separation.compare_prepared(prepared, {"candidate": table, "production": table})
-    # The threshold was chosen on the validation split of these shards, so that the candidate has seen it.
+    result = separation.prove(folder, {"candidate": table, "production": table})
     assert result["against"] == {"candidate": 2, "production": 1}
     assert result["problems"] == [{"kind": "near-duplicate", "of": "candidate", "ids": ["b"], "like": ["c"]}]
-    assert separation.compare_prepared(prepared, {"candidate": table}, near_duplicates=False)["proved"] is True
-    assert separation.compare_prepared(prepared, {"candidate": None})["proved"] is False
-    (prepared / separation.CHECKED).write_bytes((prepared / separation.TEST).read_bytes())
-    with pytest.raises(hashes.BadTable, match="checked.parquet is not a table"):
-        separation.compare_prepared(prepared, {"candidate": table})
+    assert separation.prove(folder, {"candidate": table}, near_duplicates=False)["proved"] is True
+    assert separation.prove(folder, {"candidate": None, "production": table})["proved"] is False
 
 
 def test_an_image_that_is_a_copy_of_another_of_its_part_counts_as_its_part(
