@@ -38,6 +38,7 @@ HASH = pa.binary(16)
 """Half of a SHA-256: no two of 10^10 pairs are equal by chance."""
 
 _SKETCH = 48
+_FEW = 20  # rows
 
 SCHEMA = pa.schema(
     [
@@ -82,9 +83,11 @@ def collect(shards: Path, splits: Sequence[str]) -> pa.Table:
         warnings.simplefilter("ignore")  # Pillow's, on damaged and on huge images
         for split in present:
             for rows in shards_.batches(shards, split, ["id", "image", "category", "sha256", "group"]):
-                hashed = list(pool.map(_hashes, rows.to_pylist()))
-                batches.append(pa.RecordBatch.from_pylist(hashed, schema=SCHEMA))
-                progress.update(rows.num_rows)
+                # A few at a time, so that images are not in memory twice.
+                for start in range(0, rows.num_rows, _FEW):
+                    some = rows.slice(start, _FEW).to_pylist()
+                    batches.append(pa.RecordBatch.from_pylist(list(pool.map(_hashes, some)), schema=SCHEMA))
+                    progress.update(len(some))
     return unite([pa.Table.from_batches(batches, schema=SCHEMA)])
 
 
