@@ -213,6 +213,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--compare", metavar="NAME=MODEL", type=_named, action="append", default=[], help="a further model; repeatable"
     )
 
+    add.add_argument(
+        "--production",
+        metavar="FILE",
+        type=Path,
+        help="compare with the versions in FILE, which `adfm production` wrote",
+    )
+
+    add = verb("production", _production, "write which versions a candidate is judged against: production and anchor")
+    add.add_argument("out", metavar="FILE", type=Path, help="JSON file to write")
+
     add = verb("predict", _predict, "let a model answer photographs, and draw what it says")
     add.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="a photograph, or a folder of them")
     add.add_argument("--model", metavar="MODEL", help="as of evaluate; the registered version in production by default")
@@ -453,9 +463,18 @@ def _resend(args: argparse.Namespace, params: Params) -> None:
 
 
 def _evaluate(args: argparse.Namespace, params: Params) -> None:
-    from adfm.evaluation.evaluate import evaluate
+    from adfm.evaluation.evaluate import evaluate, models_to_compare, read_production
 
-    evaluate({**dict(args.compare), "trained": args.model}, args.shards, args.out, params)
+    others = dict(args.compare)
+    if args.production:
+        others |= models_to_compare(read_production(args.production), args.model)
+    evaluate({**others, "trained": args.model}, args.shards, args.out, params)
+
+
+def _production(args: argparse.Namespace, params: Params) -> None:
+    from adfm.registry.production import write
+
+    write(args.out, params)
 
 
 def _predict(args: argparse.Namespace, params: Params) -> None:
