@@ -144,11 +144,7 @@ def read_version(folder: Path) -> tuple[Any, Calibration, Guard | None]:
         own = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise AdfmError(f"{file} cannot be read ({error}); register the version again.") from error
-    fitted = folder / "evaluation" / calibration_.FILE
-    if fitted.is_file():
-        calibration = calibration_.read(fitted, digest(folder / "model"))
-    else:  # a version of before there were thresholds
-        calibration = Calibration(note=f"the version was registered without a {calibration_.FILE}")
+    calibration = calibration_.of_version(folder, digest(folder / "model"))
     return own, calibration, guard_.read(folder / "evaluation" / guard_.FILE)
 
 

@@ -4,6 +4,7 @@ The folder that it writes; the candidate is the last model:
 
     predictions.parquet, <name>.parquet   one row an image: the candidate's, those of any other model
     validation/<name>.parquet             the same of the validation split, on which calibrations are fitted
+    guard.json                            which images the model can judge, and how many of the split it cannot
     calibration.json                      the candidate's calibration and threshold, by which it decides once registered
     calibration/<name>.json               those of the other models
     metrics.json                          each model's metrics with intervals; candidate minus each other model
@@ -38,7 +39,7 @@ import pyarrow.parquet as pq
 from adfm import tracking
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
-from adfm.evaluation import calibration, inference, metrics, plots
+from adfm.evaluation import calibration, guard, inference, metrics, plots
 from adfm.evaluation import report as page
 from adfm.evaluation.calibration import DECIDED, Calibration
 from adfm.files import atomic_folder, digest, write_json
@@ -109,9 +110,10 @@ def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Par
                 for name, model in local.items()
             }
             validation = {name: of["validation"] for name, of in answers.items() if len(splits) > 1}
-            calibrations = _calibrate(shown, digests, validation, shards, params)
+            calibrations = _calibrate(shown, local, digests, validation, shards, params)
             tables = {name: calibrations[name].apply(of[split]) for name, of in answers.items()}
             write_json(about | {"mlflow_run_id": run.info.run_id}, partial / "evaluation.json")
+            write_json(guard.fit(shards, params).model_dump(), partial / guard.FILE)
             for name, table in tables.items():
                 # Travels with the file, so that the gate can refuse to compare what was not made in the same way.
                 table.attrs = {"split": split, "fingerprint": fingerprint, "max_new_tokens": tokens}
@@ -170,6 +172,7 @@ def read_production(file: Path) -> dict[str, Any]:
 
 def _calibrate(
     models: dict[str, str],
+    local: dict[str, str | Path],
     digests: dict[str, str | None],
     validation: dict[str, pd.DataFrame],
     shards: Path,
@@ -180,8 +183,8 @@ def _calibrate(
     calibrations = {}
     for name, model in models.items():
         if model.startswith("models:"):
-            with tracking.store_errors(tracking.configure()):
-                calibrations[name] = calibration.of_version(model)
+            folder = Path(local[name])  # that of the model, within the version's
+            calibrations[name] = calibration.of_version(folder.parent, digest(folder))
         elif name in validation:
             calibrations[name] = calibration.fit(validation[name], params.evaluate, digests[name], fingerprint)
         else:
