@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from adfm import __version__
 from adfm.errors import AdfmError
 from adfm.stopping import Stopped, Terminated, terminable
+from adfm.text import printable_output
 
 if TYPE_CHECKING:
     from adfm.params import Params
@@ -67,7 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         terminated. Wrong usage exits with 2, as argparse does.
     """
     set_environment()
-    args = _parse(sys.argv[1:] if argv is None else argv)
+    with printable_output():  # names in messages are whatever files and annotations hold
+        return _main(sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: Sequence[str]) -> int:
+    args = _parse(argv)
     try:
         from adfm.params import load
 
@@ -207,6 +213,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--compare", metavar="NAME=MODEL", type=_named, action="append", default=[], help="a further model; repeatable"
     )
 
+    add.add_argument(
+        "--production",
+        metavar="FILE",
+        type=Path,
+        help="compare with the versions in FILE, which `adfm production` wrote",
+    )
+
+    add = verb("production", _production, "write which versions a candidate is judged against: production and anchor")
+    add.add_argument("out", metavar="FILE", type=Path, help="JSON file to write")
+
     add = verb("predict", _predict, "let a model answer photographs, and draw what it says")
     add.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="a photograph, or a folder of them")
     add.add_argument("--model", metavar="MODEL", help="as of evaluate; the registered version in production by default")
@@ -225,6 +241,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="to listen on; 127.0.0.1 by default")
     add.add_argument("--port", metavar="PORT", type=int, default=5000, help="to listen on; 5000 by default")
     add.add_argument("--workers", metavar="N", type=int, default=1, help="processes, each with a model; 1 by default")
+    add.add_argument(
+        "--shadow",
+        metavar="MODEL",
+        help="another version, which answers the same images for the log alone (ADFM_SERVE_LOG, `adfm served`)",
+    )
+
+    add = verb("served", _served, "count what a served version answered and refused, and where its shadow differs")
+    add.add_argument("logs", metavar="LOG", type=Path, nargs="+", help="file that ADFM_SERVE_LOG named")
 
     add = verb("report", _report, "write the page that shows an evaluation anew; evaluate writes one itself")
     add.add_argument("evaluation", metavar="EVALUATION", type=Path, help="folder that evaluate wrote")
@@ -439,9 +463,18 @@ def _resend(args: argparse.Namespace, params: Params) -> None:
 
 
 def _evaluate(args: argparse.Namespace, params: Params) -> None:
-    from adfm.evaluation.evaluate import evaluate
+    from adfm.evaluation.evaluate import evaluate, models_to_compare, read_production
 
-    evaluate({**dict(args.compare), "trained": args.model}, args.shards, args.out, params)
+    others = dict(args.compare)
+    if args.production:
+        others |= models_to_compare(read_production(args.production), args.model)
+    evaluate({**others, "trained": args.model}, args.shards, args.out, params)
+
+
+def _production(args: argparse.Namespace, params: Params) -> None:
+    from adfm.registry.production import write
+
+    write(args.out, params)
 
 
 def _predict(args: argparse.Namespace, params: Params) -> None:
@@ -454,7 +487,14 @@ def _predict(args: argparse.Namespace, params: Params) -> None:
 def _serve(args: argparse.Namespace, params: Params) -> None:
     from adfm.registry.server import serve
 
-    serve(args.model or f"models:/{params.register_.model}@production", args.host, args.port, args.workers)
+    model = args.model or f"models:/{params.register_.model}@production"
+    serve(model, args.host, args.port, args.workers, args.shadow)
+
+
+def _served(args: argparse.Namespace, params: Params) -> None:
+    from adfm.registry import servelog
+
+    print(servelog.summary(servelog.read(args.logs)))
 
 
 def _report(args: argparse.Namespace, params: Params) -> None:
@@ -470,11 +510,11 @@ def _register(args: argparse.Namespace, params: Params) -> None:
 
 
 def _gate(args: argparse.Namespace, params: Params) -> int:
-    from adfm.registry import gate, policy
+    from adfm.registry import gate, policy, tables
 
     judged_by = policy.load(args.policy)
-    production, anchor = (None if file is None else gate.read(file) for file in (args.production, args.anchor))
-    decision = gate.decide(gate.read(args.candidate), production, anchor, judged_by, args.look)
+    production, anchor = (None if file is None else tables.read(file) for file in (args.production, args.anchor))
+    decision = gate.decide(tables.read(args.candidate), production, anchor, judged_by, args.look)
     decided = dataclasses.asdict(decision)
     print(json.dumps(decided, indent=2, allow_nan=False))
     return {"passed": 0, "failed": 3}.get(decision.verdict, 4)

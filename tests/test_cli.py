@@ -16,7 +16,7 @@ from adfm.params import Train
 
 VERBS = (
     *("check", "fetch", "convert", "validate", "show", "warmup", "train", "evaluate", "predict"),
-    *("report", "register", "gate", "promote", "rollback", "score", "tiny-base", "params"),
+    *("served", "report", "register", "gate", "promote", "rollback", "score", "tiny-base", "params"),
 )
 HEAVY = "datasets great_expectations matplotlib mlflow numpy pandas peft pydantic scipy sklearn torch transformers trl"
 LINE = json.dumps({"completion": "<answer>B</answer>", "label": "normal", "boxes": []}) + "\n"
@@ -179,6 +179,12 @@ def test_a_reader_that_stops_reading_is_no_error(tmp_path: Path) -> None:
     with process.stderr:
         assert process.stderr.read() == ""
     assert process.wait() == 141
+
+
+def test_a_name_in_a_message_steers_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["score", str(tmp_path / "\x1b[2J\x9b31m\u202egood.jsonl")]) != 0
+    error = capsys.readouterr().err
+    assert "\\x1b[2J\\x9b31m\\u202egood.jsonl" in error and error.endswith("\n")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +20,7 @@ from adfm import tracking
 from adfm.errors import AdfmError
 from adfm.files import atomic_folder, write_json
 from adfm.params import Params
-from adfm.registry import decisions, gate, policy, reconcile, signing
+from adfm.registry import decisions, gate, page, policy, reconcile, signing, tables
 from adfm.registry import history as history_
 from adfm.registry.alerts import alert
 from adfm.registry.history import NOBODY, Step
@@ -39,7 +40,7 @@ WAIT = 900.0
 
 _POLL = 3.0
 # What makes a submission unfit for good; anything else may pass by the next time.
-_FOR_GOOD = (Unverified, Unfit, gate.Incomparable)
+_FOR_GOOD = (Unverified, Unfit, tables.Incomparable)
 
 
 class NoPolicy(AdfmError):
@@ -106,7 +107,7 @@ def register(
             "gate": step.verdict,
         }
         write_json(registration, partial / "registration.json")
-    print("\n  - ".join([_headline(version, step), *decided["reasons"]]))
+    print(page.screen(decided, str(version.version)))
     return decisions.parse(decided)
 
 
@@ -149,6 +150,8 @@ def accept(
             errors.append(error)
         except OSError as error:
             errors.append(AdfmError(f"Files of submission {submission} cannot be read: {error}"))
+        except (LookupError, TypeError, ValueError, AttributeError):  # one that is odd must not stop the others
+            errors.append(AdfmError(f"Submission {submission} cannot be judged:\n{traceback.format_exc()}"))
     if errors:
         raise errors[0] if len(errors) == 1 else AdfmError("\n".join(map(str, errors)))
     return decided
