@@ -149,24 +149,25 @@ def service() -> Iterator[Callable[..., None]]:
 
     def start(model: str, poll: float = 0.5) -> None:
         options = ["--poll", str(poll), "--set", f"register.model={model}"]
-        with Path("approvals.log").open("w") as log:
+        log_file = Path("approvals.log").resolve()
+        with log_file.open("w") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "adfm", "approvals", "serve", *options],
                 stdout=log,
                 stderr=log,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
             )
-        started.append(process)
+        started.append((process, log_file))
         deadline = time.monotonic() + 120
-        while "looking at MLflow every" not in Path("approvals.log").read_text():
-            assert process.poll() is None and time.monotonic() < deadline, Path("approvals.log").read_text()
+        while "looking at MLflow every" not in log_file.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log_file.read_text()
             time.sleep(0.05)
 
     yield start
-    for process in started:
+    for process, log_file in started:
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
-    print(Path("approvals.log").read_text())  # for a test that failed
+        print(log_file.read_text())  # for a test that failed
 
 
 def _record(number: int, shade: int) -> Record:

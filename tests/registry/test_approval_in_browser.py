@@ -72,9 +72,9 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 def test_a_reviewer_approves_and_rejects_by_clicking(server, add, service, page):
     params = Params.model_validate({"register": {"model": "line"}})
-    service("line")
     for right in (26, 30, 36):
         add(right, approve=False, model="line")
+    service("line")
     address = f"{server}/#/models/line/versions"
 
     decide(page, f"{address}/1", "rejected")

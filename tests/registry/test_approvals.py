@@ -214,8 +214,9 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def test_the_service_moves_production_within_seconds_of_the_tag(server, add, service):
-    service("belt", poll=5)
     add(26, approve=False, model="belt")
+    service("belt", poll=5)
+    wait_for(HEARTBEAT.exists)
     tag("1", "approval_by", "Rita", "belt")
     began = time.monotonic()
     tag("1", "approval", "approved", "belt")
@@ -223,6 +224,5 @@ def test_the_service_moves_production_within_seconds_of_the_tag(server, add, ser
     seconds = time.monotonic() - began
     params = Params.model_validate({"register": {"model": "belt"}})
     assert history(params).move.by.startswith("adfm approvals on ")
-    wait_for(HEARTBEAT.exists)
     print(f"from tag to alias: {seconds:.1f} s")
     assert seconds < 30

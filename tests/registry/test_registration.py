@@ -68,7 +68,7 @@ def test_first_version_carries_everything(store, shards, make_model, make_evalua
     decision = register(model, shards, evaluation, tmp_path / "out", PARAMS)
     assert decision.passed
     assert decision.rows[0].candidate == 0.9
-    assert "\nversion 1 of adfm: gate passed\n  - " in capsys.readouterr().out
+    assert "\nversion 1: gate passed\n" in capsys.readouterr().out
 
     [version] = versions()
     assert version.run_id == training.info.run_id
