@@ -17,6 +17,7 @@ is flagged and its boxes overlap the true ones with an IoU of at least `LOCATED`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -558,9 +559,9 @@ def _limits(table: pd.DataFrame, names: Sequence[str] | None = None) -> dict[str
     if {"recall", "specificity"} <= limits.keys():
         # Of the mean of two independent rates (MOVER; Newcombe 1998, Statistics in Medicine 17:873).
         rates = {name: float(np.nanmean(_of_images(table)[name])) for name in ("recall", "specificity")}
-        below, above = (np.hypot(*(rates[name] - limits[name][end] for name in rates)) / 2 for end in (0, 1))
+        below, above = (math.hypot(*(rates[name] - limits[name][end] for name in rates)) / 2 for end in (0, 1))
         middle = sum(rates.values()) / 2
-        limits["balanced_accuracy"] = float(middle - below), float(middle + above)
+        limits["balanced_accuracy"] = middle - below, middle + above
     wanted = [name for name in limits if names is None or name in names]
     return {f"{name}{end}": limits[name][place] for name in wanted for place, end in enumerate(("_low", "_high"))}
 

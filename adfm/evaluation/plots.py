@@ -268,7 +268,7 @@ def drawn(path: Path, width: float, height: float) -> Iterator[Figure]:
     from matplotlib.figure import Figure
 
     # A dollar sign in the name of a category or a model begins no formula.
-    look = {"font.size": 8, "axes.titlesize": 9, "text.color": INK, "text.parse_math": False}
+    look: Any = {"font.size": 8, "axes.titlesize": 9, "text.color": INK, "text.parse_math": False}
     with rc_context(look), warnings.catch_warnings():
         # A completion may hold any script; a glyph that the font lacks is drawn as a box.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")

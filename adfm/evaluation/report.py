@@ -205,7 +205,7 @@ def _located(table: pd.DataFrame) -> list[Any] | None:
     with_boxes = table[table["outcome"].ne("flagged") & table["iou"].notna() & table["label"].eq("anomalous")]
     if not len(with_boxes):
         return None
-    hits = (with_boxes["outcome"] == "located").to_numpy(dtype=float)
+    hits = np.asarray(with_boxes["outcome"] == "located", dtype=np.float64)
     return [
         int(hits.sum()),
         float(hits.mean()),
@@ -223,7 +223,7 @@ def _detection(table: pd.DataFrame, sizes: Mapping[str, tuple[int, int]]) -> dic
         return detection.curve(np.array([]), np.array([])) | {"side": {}}
     share = table["area_share"].to_numpy(dtype=float, na_value=np.nan)
     measured = (table["label"] == "anomalous").to_numpy(dtype=bool) & (share > 0)
-    flagged = (table["predicted"][measured] == "anomalous").to_numpy(dtype=float)
+    flagged = np.asarray(table["predicted"][measured] == "anomalous", dtype=np.float64)
     pixels = np.array([sizes[key][0] * sizes[key][1] for key in table.index[measured]], dtype=float)
     in_pixels = detection.curve(np.sqrt(share[measured] * pixels), flagged)
     names = ("a50", "a90", "a90_95")
