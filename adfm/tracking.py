@@ -56,9 +56,7 @@ def configure() -> str:
     Raises:
         AdfmError: If the store cannot be reached or refuses, within about ten seconds.
     """
-    asked = os.environ.get("MLFLOW_TRACKING_URI")
-    # Absolute, because MLflow keeps one connection per URI: a relative one would outlive a change of folder.
-    uri = asked or f"sqlite:///{Path('mlflow.db').resolve()}"
+    asked, uri = os.environ.get("MLFLOW_TRACKING_URI"), _uri()
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
     import mlflow
@@ -70,6 +68,17 @@ def configure() -> str:
         os.environ.pop("MLFLOW_TRACKING_URI", None)
     _probe(uri)
     return uri
+
+
+def _uri() -> str:
+    # Absolute, because MLflow keeps one connection per URI: a relative one would outlive a change of folder.
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+
+
+def store_is_missing() -> bool:
+    """Whether runs would go to a database file that is not there; `configure` would make it."""
+    file = sqlite_file(_uri())
+    return file is not None and not file.exists()
 
 
 def client() -> MlflowClient:

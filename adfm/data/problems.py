@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from adfm.errors import AdfmError
-from adfm.text import printable as printable
+from adfm.text import printable
 
 EXAMPLES = 10  # shown of each cause; the file lists all
 

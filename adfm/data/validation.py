@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import html
-import io
 import json
 import math
 import os
@@ -35,6 +34,7 @@ from tqdm import tqdm
 
 from adfm import tracking
 from adfm.data import duplicates, pictures, shards
+from adfm.data.images import reduced
 from adfm.data.readers.files import IMAGES
 from adfm.errors import AdfmError
 from adfm.files import atomic_folder, write_json
@@ -202,11 +202,13 @@ def _table(folder: Path, settings: Convert) -> pd.DataFrame:
                     progress.update(batch.num_rows)
         file.flush()
         copies = pd.Series(facts["pixels"], dtype=object).duplicated()  # another expectation is about them
-        pairs = duplicates.near_duplicates(
-            thumbnails=np.memmap(file, np.float16, "r").reshape(-1, duplicates.SIDE, duplicates.SIDE),
-            contrasts=np.where(copies, 0, np.nan_to_num(facts["contrast"])),
-            vectors=np.concatenate(vectors),
+        looks = (
+            np.memmap(file, np.float16, "r").reshape(-1, duplicates.SIDE, duplicates.SIDE),
+            np.where(copies, 0, np.nan_to_num(facts["contrast"])),
+            np.concatenate(vectors),
         )
+        split = small["split"].map({name: number for number, name in enumerate(SPLITS)}).fillna(0).to_numpy(np.int8)
+        pairs = np.concatenate([duplicates.near_duplicates(*looks), duplicates.near_duplicates_across(*looks, split)])
     table: pd.DataFrame = pd.concat([small, pd.DataFrame(facts)], axis=1)
     table["product"] = table["dataset"] + "/" + table["category"]
     table["is_anomalous"] = (table["label"] == "anomalous").astype(float)
@@ -332,13 +334,9 @@ def _covered(pixels: Array, boxes: Array, settings: Convert) -> bool:
 
 
 def _decoded(content: bytes | None) -> tuple[Image.Image | None, tuple[int, int] | None]:
-    """The image and its size; a large JPEG is decoded at a smaller scale, for which all of its data are read."""
+    """As of `reduced`; `None` twice where there is no image or it cannot be decoded."""
     try:
-        image = Image.open(io.BytesIO(content or b""))
-        size = image.size
-        image.draft("L", (256, 256))
-        image.load()
-        return image, size
+        return reduced(content or b"")
     except Exception:  # a damaged file makes Pillow raise nearly anything
         return None, None
 

@@ -26,7 +26,7 @@ import csv
 import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -130,6 +130,43 @@ def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Par
             _log(partial)
         shutil.rmtree(kept, ignore_errors=True)
     print(comparison)
+
+
+def models_to_compare(about: Mapping[str, Any], candidate: str | Path) -> dict[str, str]:
+    """Production and anchor, for `evaluate`; a version of the candidate itself is left out.
+
+    Args:
+        about: As `adfm.registry.production.in_production` gives it.
+        candidate: The candidate, as of `evaluate`.
+
+    Returns:
+        `models:/<name>/<version>` by alias.
+    """
+    name, models = about["model"], {}
+    is_folder = Path(candidate).is_dir()
+    for alias in ("production", "anchor"):
+        if (version := about[alias]) is not None:
+            uri = f"models:/{name}/{version['version']}"
+            by_name = str(candidate) in (uri, f"models:/{name}@{alias}")
+            if not by_name and not (is_folder and digest(Path(candidate)) == version["artifact_digest"]):
+                models[alias] = uri
+    return models
+
+
+def read_production(file: Path) -> dict[str, Any]:
+    """What `adfm production` wrote.
+
+    Raises:
+        AdfmError: The file cannot be read, or is another one.
+    """
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+        versions = [about[alias] for alias in ("production", "anchor")]
+        if any(version and not {"version", "artifact_digest"} <= version.keys() for version in versions):
+            raise KeyError("version")
+        return {"model": str(about["model"]), **about}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise AdfmError(f"{file} cannot be read ({error!r}); make it with `adfm production {file}`.") from error
 
 
 def _calibrate(

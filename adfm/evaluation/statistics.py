@@ -54,7 +54,7 @@ def mean_at_most(values: Floats, alpha: float, group: NDArray[Any] | None = None
     size, `1 - alpha ** (1 / n)`. A t limit would be 0 there, and for sparse losses falls short of the truth up to three
     times as often as it may; so does the effective sample size of Korn and Graubard (1998) for parts of unequal size
     (`benchmarks/gate_errors.py --limits`). The quantile is by saddlepoint (Barndorff-Nielsen 1986, Biometrika 73:307),
-    which errs by less than 1 % of the limit, to the safe side.
+    which errs by less than 0.6 % of the limit.
 
     Args:
         values: Array (images,) of values up to 1.
