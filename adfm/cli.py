@@ -40,6 +40,7 @@ from a data set to a registered model, by hand (`make repro` does the same, and 
   adfm train data/shards models/warmup models/trained
   adfm evaluate models/trained data/shards evaluation --compare warmup=models/warmup
   adfm register models/trained data/shards evaluation registration
+  adfm approve 1
   adfm promote 1
 """
 
@@ -214,6 +215,17 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add.add_argument("--json", action="store_true", help="print a line of JSON for each image")
 
+    add = verb("serve", _serve, "verify a registered version and serve it over HTTP until stopped, as MLflow does")
+    add.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="models:/adfm/3 or models:/adfm@alias; the version in production by default",
+    )
+    add.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="to listen on; 127.0.0.1 by default")
+    add.add_argument("--port", metavar="PORT", type=int, default=5000, help="to listen on; 5000 by default")
+    add.add_argument("--workers", metavar="N", type=int, default=1, help="processes, each with a model; 1 by default")
+
     add = verb("report", _report, "write the page that shows an evaluation anew; evaluate writes one itself")
     add.add_argument("evaluation", metavar="EVALUATION", type=Path, help="folder that evaluate wrote")
     add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of the shards that were evaluated")
@@ -224,6 +236,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
     add.add_argument("evaluation", metavar="EVALUATION", type=Path, help="folder that evaluate wrote")
     add.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    add.add_argument(
+        "--wait",
+        metavar="SECONDS",
+        type=float,
+        default=900,
+        help="how long to wait for the service, where the own key is not one of it; 900 by default",
+    )
 
     add = verb(
         "gate",
@@ -261,21 +280,38 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add.add_argument("--by", metavar="NAME", help="who rolls back; the user of this process by default")
     add.add_argument("--why", metavar="TEXT", default="", help="the reason, for the history")
 
-    approvals = group("approvals", "follow what reviewers decide in MLflow")
-    add = verb("serve", _serve_approvals, "promote what is approved, within seconds, until told to end", approvals)
-    add.add_argument(
-        "--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen on; 127.0.0.1 by default"
+    for name, run, summary in (
+        ("approve", _approve, "approve a version, with your login at MLflow; moves nothing by itself"),
+        ("reject", _reject, "reject a version, with your login at MLflow"),
+    ):
+        add = verb(name, run, summary)
+        add.add_argument("version", metavar="VERSION", help="number of the version")
+        add.add_argument("--reason", metavar="TEXT", default="", help="why, for the history")
+
+    verb(
+        "audit",
+        _audit,
+        "verify the signed history, the aliases and the files in production; exit status 2 if one is wrong",
     )
-    add.add_argument("--port", metavar="PORT", type=int, default=5080, help="to listen on; 5080 by default")
-    add.add_argument(
-        "--poll",
-        metavar="SECONDS",
-        type=float,
-        default=15,
-        help="look at MLflow as often without a webhook; 15 by default",
-    )
-    add = verb("register-webhook", _register_webhook, "make MLflow send its webhooks to the service", approvals)
-    add.add_argument("url", metavar="URL", help="where MLflow reaches `adfm approvals serve`")
+
+    policies = group("policy", "the policy of the gate that is registered on the model")
+    add = verb("set", _policy_set, "set the policy, with your login at MLflow; the service registers it", policies)
+    add.add_argument("file", metavar="FILE", type=Path, nargs="?", default=Path("gate.yaml"), help="gate.yaml")
+    verb("show", _policy_show, "print the registered policy", policies)
+
+    keys = group("keys", "the keys that sign versions and the history")
+    add = verb("rotate", _keys_rotate, "confirm what retired keys of the service have signed, with today's", keys)
+    add.add_argument("--by", metavar="NAME", help="who confirms; the user of this process by default")
+
+    approvals = group("approvals", "follow what submitters and reviewers ask for in MLflow")
+    for name, run, summary in (
+        ("serve", _serve_approvals, "accept what is submitted and promote what is approved, until stopped"),
+        ("health", _approvals_health, "whether the service in this folder has looked at MLflow lately, for a probe"),
+    ):
+        add = verb(name, run, summary, approvals)
+        add.add_argument(
+            "--poll", metavar="SECONDS", type=float, default=5, help="pause between two looks at MLflow; 5 by default"
+        )
 
     registry = group("registry", "look at the registered versions")
     add = verb("log", _registry_log, "print who was in production, when and why", registry)
@@ -415,6 +451,12 @@ def _predict(args: argparse.Namespace, params: Params) -> None:
     predict(args.images, model, params, args.out or (None if args.json else Path("predictions")), args.json)
 
 
+def _serve(args: argparse.Namespace, params: Params) -> None:
+    from adfm.registry.server import serve
+
+    serve(args.model or f"models:/{params.register_.model}@production", args.host, args.port, args.workers)
+
+
 def _report(args: argparse.Namespace, params: Params) -> None:
     from adfm.evaluation.report import write
 
@@ -424,7 +466,7 @@ def _report(args: argparse.Namespace, params: Params) -> None:
 def _register(args: argparse.Namespace, params: Params) -> None:
     from adfm.registry.registration import register
 
-    register(args.model, args.shards, args.evaluation, args.out, params)
+    register(args.model, args.shards, args.evaluation, args.out, params, wait=args.wait)
 
 
 def _gate(args: argparse.Namespace, params: Params) -> int:
@@ -453,27 +495,64 @@ def _rollback(args: argparse.Namespace, params: Params) -> None:
     rollback(params, args.by, args.to, args.why)
 
 
+def _approve(args: argparse.Namespace, params: Params) -> None:
+    from adfm.registry.promotion import approve
+
+    approve(args.version, params, "approved", args.reason)
+
+
+def _reject(args: argparse.Namespace, params: Params) -> None:
+    from adfm.registry.promotion import approve
+
+    approve(args.version, params, "rejected", args.reason)
+
+
+def _audit(args: argparse.Namespace, params: Params) -> None:
+    from adfm.registry.audit import audit
+
+    print(audit(params))
+
+
+def _policy_set(args: argparse.Namespace, params: Params) -> None:
+    from adfm.registry.registration import set_policy
+
+    set_policy(args.file, params)
+
+
+def _policy_show(args: argparse.Namespace, params: Params) -> None:
+    from adfm.registry.promotion import history
+
+    text = history(params).policy
+    print(text or f"no policy is registered for {params.register_.model}", end="" if text else "\n")
+
+
+def _keys_rotate(args: argparse.Namespace, params: Params) -> None:
+    from adfm.registry.promotion import confirm_keys
+
+    confirm_keys(params, args.by)
+
+
 def _serve_approvals(args: argparse.Namespace, params: Params) -> None:
     from adfm.registry.approvals import serve
 
-    serve(params, args.host, args.port, args.poll)
+    serve(params, args.poll)
 
 
-def _register_webhook(args: argparse.Namespace, params: Params) -> None:
-    from adfm.registry.approvals import register_webhook
+def _approvals_health(args: argparse.Namespace, params: Params) -> None:
+    from adfm.registry.approvals import health
 
-    register_webhook(args.url, params)
+    health(args.poll)
 
 
 def _registry_log(args: argparse.Namespace, params: Params) -> None:
     from adfm.registry.history import table
     from adfm.registry.promotion import history
 
-    steps = history(params)
+    read = history(params)
     if args.json:
-        print(json.dumps([dataclasses.asdict(step) for step in steps], indent=2))
+        print(json.dumps([dataclasses.asdict(step) for step in read.steps], indent=2))
     else:
-        print(table(steps))
+        print(table(read))
 
 
 def _ablate(args: argparse.Namespace, params: Params) -> None:

@@ -1,9 +1,9 @@
 #!/bin/sh
-# Installs the system packages that only the tests need, from Debian: a real S3 server (see s3-server.sh), a browser,
+# Installs the system packages that only the tests need, from Debian: a real S3 server (see s3-server.sh), Postgres, a browser,
 # and a builder of container images (see build-test-image.sh).
 set -eu
 
-set -- ceph-common ceph-mon ceph-osd radosgw fonts-dejavu-core debian-archive-keyring mmdebstrap podman runc
+set -- ceph-common ceph-mon ceph-osd radosgw fonts-dejavu-core debian-archive-keyring mmdebstrap podman postgresql runc
 command -v google-chrome >/dev/null || set -- "$@" chromium
 [ "$(dpkg-query -W -f '${Status}\n' "$@" 2>/dev/null | grep -c 'ok installed')" -ne $# ] || exit 0
 [ "$(id -u)" = 0 ] || exec sudo "$0"

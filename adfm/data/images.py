@@ -148,6 +148,19 @@ def upright(content: bytes, bounds: GreyRange | None = None) -> Image.Image:
     return scaled(values, bounds).convert("RGB")
 
 
+def reduced(content: bytes) -> tuple[Image.Image, tuple[int, int]]:
+    """An image of a shard and its own size; a JPEG grey and at a smaller scale, for which all of its data are read.
+
+    Raises:
+        Exception: It cannot be decoded: Pillow raises nearly anything.
+    """
+    image = Image.open(io.BytesIO(content))
+    size = image.size
+    image.draft("L", (256, 256))
+    image.load()
+    return image, size
+
+
 def colour(file: Image.Image) -> Image.Image:
     """The image upright, of a file without grey values of more than 8 bits.
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import html
-import io
 import json
 import math
 import os
@@ -35,6 +34,7 @@ from tqdm import tqdm
 
 from adfm import tracking
 from adfm.data import duplicates, pictures, shards
+from adfm.data.images import reduced
 from adfm.data.problems import printable
 from adfm.data.readers.files import IMAGES
 from adfm.errors import AdfmError
@@ -332,13 +332,9 @@ def _covered(pixels: Array, boxes: Array, settings: Convert) -> bool:
 
 
 def _decoded(content: bytes | None) -> tuple[Image.Image | None, tuple[int, int] | None]:
-    """The image and its size; a large JPEG is decoded at a smaller scale, for which all of its data are read."""
+    """As of `reduced`; `None` twice where there is no image or it cannot be decoded."""
     try:
-        image = Image.open(io.BytesIO(content or b""))
-        size = image.size
-        image.draft("L", (256, 256))
-        image.load()
-        return image, size
+        return reduced(content or b"")
     except Exception:  # a damaged file makes Pillow raise nearly anything
         return None, None
 

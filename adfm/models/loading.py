@@ -14,16 +14,21 @@ import importlib.util
 import json
 import os
 import re
+import shutil
+import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adfm import files, tracking
+from adfm.data.problems import printable
 from adfm.errors import AdfmError
 from adfm.files import digest
 from adfm.method import prompt
 from adfm.models import decoding, families
 from adfm.params import Model
+from adfm.registry import signing
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -219,26 +224,36 @@ def grey_range(model: Path) -> tuple[int, int] | None:
 
 
 def fetch(model: str | Path, to: Path) -> tuple[str | Path, str]:
-    """Makes a model local: a registered version is downloaded and proved to be what was registered.
+    """Makes a model local: a registered version is downloaded and verified.
 
     Args:
         model: Any model, as above.
-        to: An existing folder for what is downloaded.
+        to: An existing folder for what is downloaded, which nobody else can write to.
 
     Returns:
-        What `load` takes, and the model's name: that of a version has its number also where an alias was given.
+        What `load` takes, and the model's name: that of a version has its number also where an alias was given. The
+        model of a version lies in the verified folder of the whole version, beside `params.yaml` and `evaluation/`.
 
     Raises:
-        AdfmError: MLflow cannot be reached, has no such version or alias, or the version's files were changed.
+        AdfmError: MLflow cannot be reached, has no such version or alias, or the version's files cannot be verified.
     """
     if not str(model).startswith("models:"):
         return model, str(model)
-    asked = _REGISTERED.fullmatch(str(model))
-    if not asked:
-        raise AdfmError(f"{model} names no version; write models:/adfm/3, or models:/adfm@production for an alias.")
     with tracking.store_errors(tracking.configure()):
-        version = _version(asked["name"], asked["version"], asked["alias"])
+        version = registered(str(model))
         return check_unchanged(version, to), f"models:/{version.name}/{version.version}"
+
+
+def registered(model: str) -> ModelVersion:
+    """The version that `models:/<name>/<version>` or `models:/<name>@<alias>` names.
+
+    Raises:
+        AdfmError: It names none, or MLflow has no such version or alias.
+    """
+    uri = _REGISTERED.fullmatch(model)
+    if not uri:
+        raise AdfmError(f"{model} names no version; write models:/adfm/3, or models:/adfm@production for an alias.")
+    return _version(uri["name"], uri["version"], uri["alias"])
 
 
 def _version(name: str, number: str | None, alias: str | None) -> ModelVersion:
@@ -265,24 +280,48 @@ def _version(name: str, number: str | None, alias: str | None) -> ModelVersion:
 
 
 def check_unchanged(version: ModelVersion, to: Path) -> Path:
-    """Downloads a version's model folder to the folder `to`, and proves that it is what was registered.
+    """Downloads a version, and verifies that its files are those that were signed and registered.
+
+    Args:
+        version: The version.
+        to: An existing folder, which nobody else can write to; the version becomes a new folder in it.
+
+    Returns:
+        The folder of its model, in the folder of the version.
 
     Raises:
-        AdfmError: The files are not those whose digest the version carries.
+        Unverified: The files are not what a submitter whose key counts has signed, they are those of another version,
+            or they cannot be downloaded.
     """
     import mlflow
+    from mlflow.exceptions import MlflowException
 
-    folder = Path(
-        mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}/model", dst_path=str(to))
-    )
-    found, registered = digest(folder), version.tags.get("artifact_digest")
-    if found != registered:
-        raise AdfmError(
-            f"Version {version.version} of {version.name}: its model files have the digest {found}, and "
-            f"{registered or 'none'} was registered. Somebody has changed the files or the tag artifact_digest; "
-            "register the model again with `adfm register`."
+    name = f"models:/{version.name}/{version.version}"
+    own = tempfile.mkdtemp(prefix="version-", dir=to)  # empty: a file too many is an error
+    try:
+        folder = Path(mlflow.artifacts.download_artifacts(name, dst_path=own))
+    except (MlflowException, OSError) as error:  # also of links and pipes in a store that is a folder
+        _remove(Path(own))
+        raise signing.Unverified(
+            f"{name} cannot be verified: its files cannot be downloaded ({printable(_reason(error))}). See that the "
+            "artifact store can be reached and holds plain files alone."
+        ) from error
+    signing.verify(folder, signing.keys(), name)
+    present, expected = digest(folder / "model"), version.tags.get("artifact_digest")
+    if present != expected:  # the whole signed folder of another version lies there
+        raise signing.Unverified(
+            f"{name}: its model files have the digest {present}, and {expected or 'none'} was registered. Somebody has "
+            "put the files of another version there, or changed the tag artifact_digest; register the model again with "
+            "`adfm register`."
         )
-    return folder
+    return folder / "model"
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder into which threads of MLflow may still be downloading: they find no folder then, and end."""
+    deadline = time.monotonic() + 10
+    while folder.exists() and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def identity(model: str | Path, settings: Model) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from adfm.evaluation import metrics
@@ -24,6 +25,7 @@ def text(
     calibration: Calibration,
     version: str,
     evaluated_by: Run | None,
+    policy_difference: Sequence[str] = (),
 ) -> str:
     """What a reviewer reads on the version's page, in Markdown."""
     rival = decided["production_version"]
@@ -49,6 +51,7 @@ def text(
         f"{sum(decided['images'].values())} images of the {decided['split']} split against {against}.",
         "\n".join(reasons),
         calibration.summary,
+        *(["The submitter's policy differs: " + "; ".join(policy_difference)] if policy_difference else []),
         next_step,
         *_report_link(evaluated_by),
         _table(*gate.table(decided)),

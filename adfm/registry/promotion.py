@@ -1,52 +1,48 @@
-"""Promotion and rollback: the only code that moves the aliases `production` and `previous`.
+"""Promotion and rollback: the only code that decides which version is in production.
 
-A promotion checks, writes its step into the history, and then moves the aliases: `adfm.registry.history` says why two
-at once cannot both win. Whoever comes next finishes what a process that died has begun, and puts back an alias that was
-moved by hand.
+A promotion verifies the version's signature, decides again from its prediction tables with the registered policy, and
+checks the approval. Then it writes its step into the signed history, which the aliases follow:
+`adfm.registry.history` says why two at once cannot both win, `adfm.registry.reconcile` how an interrupted one is
+completed. Tags and gate.json are for people to read; nothing is promoted because of them, but for the approval.
 """
 
 from __future__ import annotations
 
-import getpass
-import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from adfm import tracking
 from adfm.errors import AdfmError
-from adfm.evaluation import calibration
-from adfm.files import file_digest
-from adfm.models.loading import check_unchanged
 from adfm.params import Params
+from adfm.registry import decisions, policy, signing
 from adfm.registry import history as history_
 from adfm.registry.alerts import alert
-from adfm.registry.history import Step, decision
-from adfm.registry.registration import NOBODY, PRODUCTION, decide_again, download, renew
+from adfm.registry.gate import Incomparable
+from adfm.registry.history import NOBODY, History, Step
+from adfm.registry.policy import Policy
+from adfm.registry.reconcile import Refused, Registry, client, find, settle, user
+from adfm.registry.registration import adopt_policy, rejudge
+from adfm.registry.submission import Unfit, fetch
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-PREVIOUS = "previous"
 _UNDECIDED = ("pending", "withdrawn")
-_MOST_MOVES = 20
+_WAITS = "its tag approval_by is missing: the reviewer writes the own name there, beside approval; then it is promoted"
 
 
-class Refused(AdfmError):
-    """What was asked may not be done; production is untouched."""
+class _Changed(Exception):
+    """History or tags have changed while files were checked: look again."""
 
 
 def promote(version: str, params: Params, by: str | None = None) -> None:
-    """Puts a version into production, if everything that its gate and its reviewer saw is still so.
+    """Puts a version into production, if its files are those that were signed, its gate passes, and it is approved.
 
     A refusal is written into the history. An approval that cannot be followed is set back to `pending`, and the tag
-    `approval_refused` says why. If production is another one than the gate compared with, the gate decides anew, where
-    the two versions' predictions can be compared, and the reviewer is asked again.
+    `approval_refused` says why. If production, anchor or policy are not those of the decision, the gate decides again,
+    and the reviewer is asked again.
 
     Args:
         version: Number of the version.
@@ -54,18 +50,19 @@ def promote(version: str, params: Params, by: str | None = None) -> None:
         by: Who promotes; the user of the process if not given.
 
     Raises:
-        AdfmError: The gate did not pass, the approval is missing or used up, production is another one than the gate
-            compared with, or the model's files or the gate's decision are not those that were registered. Production is
-            untouched.
+        AdfmError: The gate does not pass, the approval is missing, used up or not of somebody who may approve, or the
+            files are not what was signed. Production is untouched.
     """
-    with _store() as store:
-        _promote(store, params.register_.model, version, by or _user())
+    with client() as store:
+        adopt_policy(settle(store, params.register_.model))
+        _promote(store, params.register_.model, version, by or user())
 
 
 def promote_approved(params: Params, by: str | None = None) -> bool:
     """Does what the reviewers have decided since the last time: promotes what is approved, notes what is rejected.
 
-    The newest approved version comes first. Older ones are then refused, because their gate did not see it.
+    The newest approved version comes first. Older ones are then refused, because their gate did not see it. One whose
+    tag `approval_by` is still missing waits.
 
     Args:
         params: Reads `register.model`.
@@ -80,19 +77,23 @@ def promote_approved(params: Params, by: str | None = None) -> bool:
     """
     name = params.register_.model
     errors: list[AdfmError] = []
-    with _store() as store:
-        steps, move, versions = _settle(store, name)
+    with client() as store:
+        registry = adopt_policy(settle(store, name))
         approved = []
-        for number in sorted(versions, key=int, reverse=True):
-            version = versions[number]
+        for number in sorted(registry.versions, key=int, reverse=True):
+            version, history = registry.versions[number], registry.history
             approval = version.tags.get("approval", "pending")
             if approval == "rejected":
-                history_.note_rejection(store, version, steps)
-            elif approval not in _UNDECIDED and not (move and move.production == number) and not _used(version, steps):
+                history_.note_rejection(store, version, history, registry.keys)
+            elif approval in _UNDECIDED or history.production == number or _used(number, history):
+                continue
+            elif approval == "approved" and _approver(version) is None:
+                _wait_for_name(store, version)
+            else:
                 approved.append(number)
         for number in approved:
             try:
-                _promote(store, name, number, by or _user())
+                _promote(store, name, number, by or user())
             except AdfmError as error:
                 errors.append(error)
     if errors:
@@ -113,12 +114,13 @@ def rollback(params: Params, by: str | None = None, to: str | None = None, why: 
         why: The reason, for the history.
 
     Raises:
-        AdfmError: There is nothing to roll back to, `to` never was in production, or its files are not those that were
-            registered. Production is untouched.
+        AdfmError: There is nothing to roll back to, `to` never was in production, or its files are not what was signed.
+            Production is untouched.
     """
     name = params.register_.model
-    with _store() as store:
-        steps, move, versions = _settle(store, name)
+    with client() as store:
+        registry = settle(store, name)
+        history, versions, move = registry.history, registry.versions, registry.history.move
         if move is None or move.production == move.previous == NOBODY:
             raise AdfmError(f"No version of {name} is in production, so there is nothing to roll back.")
         leaving = move.production
@@ -127,326 +129,325 @@ def rollback(params: Params, by: str | None = None, to: str | None = None, why: 
                 f"Version {leaving} of {name} replaced no version that is still there, so there is nothing to "
                 "roll back to; name a version that was in production with --to."
             )
-        target = _version(versions, name, to or move.previous)
+        target = registry.version(to or move.previous)
         number = str(target.version)
         if number == leaving:
             raise AdfmError(f"Version {number} of {name} is in production already; name another with --to.")
-        if not any(step.production == number and not step.void for step in steps):
+        if not history.was_in_production(number):
             raise AdfmError(f"Version {number} of {name} was never in production; use `adfm promote`.")
+        came = next(s for s in reversed(history.counting) if s.action == "promote" and s.version == number)
         with TemporaryDirectory() as folder:
-            check_unchanged(target, Path(folder))
-        before = next((s.replaced for s in reversed(steps) if _promotes(s, number)), NOBODY)
-        previous = before if before in versions else NOBODY
+            _check_as_promoted(registry, target, came, Path(folder))
+        previous = came.replaced if came.replaced in versions else NOBODY
         state = {"production": number, "previous": previous, "replaced": leaving}
-        step = _append(store, target, "rollback", move, by=by or _user(), why=why, **state)
-        _settle(store, name)
+        kept = {"decision": came.decision, "manifest": came.manifest}
+        step = registry.append("rollback", number, by=by or user(), why=why, **state, **kept)
+        registry = settle(store, name)
         if step.void:
             raise AdfmError(f"Somebody else moved production of {name} meanwhile; see `adfm registry log`.")
+        registry.version(number)  # else it was deleted meanwhile
     print(f"version {number} of {name} is in production again; it replaced {leaving}")
     alert(f"{name}: rolled back from version {leaving} to {number} by {step.by}. {why}".rstrip())
 
 
-def history(params: Params) -> list[Step]:
-    """Every step in the history of production, oldest first.
+def history(params: Params) -> History:
+    """The history of production.
 
     Raises:
-        AdfmError: MLflow cannot be reached.
+        AdfmError: MLflow cannot be reached, or the history is broken.
     """
-    with _store() as store:
-        return history_.read(store, params.register_.model)
+    with client() as store:
+        return history_.read(store, params.register_.model, signing.keys())
+
+
+def approve(version: str, params: Params, value: str = "approved", reason: str = "") -> None:
+    """Sets the tags of an approval or a rejection, with the own login at MLflow; nothing moves by that.
+
+    Args:
+        version: Number of the version.
+        params: Reads `register.model`.
+        value: `approved` or `rejected`.
+        reason: Kept in the history.
+
+    Raises:
+        AdfmError: There is no such version, its gate did not pass, or the login may not edit it.
+    """
+    name = params.register_.model
+    with client() as store:
+        versions = {str(each.version): each for each in history_.versions(store, name)}
+        target = find(versions, name, version)
+        if value == "approved" and target.tags.get("gate") != "passed":
+            verdict = target.tags.get("gate", "missing")
+            raise Refused(f"Version {version} of {name} cannot be approved: its gate's verdict is {verdict!r}.")
+        tags = {"approval_by": user()} | ({"approval_reason": reason} if reason else {})
+        with history_.allowed(f"version {version} of {name}", "edit"):
+            history_.tag(store, target, **tags, approval=value)
+    print(f"version {version} of {name}: {value} by {user()}")
+
+
+def confirm_keys(params: Params, by: str | None = None) -> None:
+    """Confirms, with the service's key of today, the steps that retired keys have signed.
+
+    Raises:
+        AdfmError: The own key is not one of the service, or the history is broken.
+    """
+    name = params.register_.model
+    with client() as store:
+        keys = signing.keys()
+        trusting = replace(keys, service=keys.service | keys.retired, retired={})
+        seen = history_.read(store, name, trusting)
+        last = seen.counting[-1].number if seen.counting else 0
+        why = f"key {keys.id} of the service confirms the steps up to {last}"
+        step = history_.append(store, name, keys, seen, "keys", NOBODY, by=by or user(), why=why)
+    if step.void:
+        raise AdfmError(f"Somebody else wrote into the history of {name} meanwhile; try again.")
+    print(f"{name}: step {step.number}: {why}")
 
 
 def _promote(store: MlflowClient, name: str, number: str, by: str) -> None:
     while True:
-        steps, move, versions = _settle(store, name)
+        registry = settle(store, name)
         try:
-            candidate = _version(versions, name, number)
+            candidate = registry.version(number)
         except AdfmError as error:
-            if steps:
-                history_.append(store, name, "refuse", number, move.number if move else 0, by=by, why=str(error))
+            if registry.history.counting:
+                registry.append("refuse", number, by=by, why=str(error))
             raise
-        outdated, refusals = _outdated(candidate, steps, move), _refusals(candidate, steps, move)
-        if outdated or not refusals:
-            refusals = _changed(candidate)
-            if refusals and _approval(store, candidate) != candidate.tags.get("approval"):
-                continue  # somebody else lets the gate decide anew, and has set it back before changing anything
-        if outdated and not refusals:
-            refusals = [_decide_anew(store, candidate, move, versions, by)]
-        if not refusals:
-            # To check the files may have taken minutes.
-            steps, move, versions = _settle(store, name)
-            candidate = _version(versions, name, number)
-            if _outdated(candidate, steps, move):
-                continue
-            refusals = _refusals(candidate, steps, move)
-        if refusals:
-            _refuse(store, candidate, move, refusals, by)
-        replaced = move.production if move else NOBODY
-        why = f"gate passed on {candidate.tags['gate_decided_at']} against version {replaced}"
-        if reason := candidate.tags.get("approval_reason"):
-            why += f"; {reason}"
-        # The version before stays within reach when the one in production was deleted.
-        previous = move.previous if move and replaced == NOBODY else replaced
-        state = {"production": number, "previous": previous, "replaced": replaced}
-        approval_by = candidate.tags.get("approval_by", "")
-        step = _append(store, candidate, "promote", move, by=by, why=why, approval_by=approval_by, **state)
-        _settle(store, name)
-        if not step.void:
-            break
-    print(f"version {number} of {name} is in production; it replaced {replaced}")
-    alert(f"{name}: version {number} is in production, in place of {replaced}; promoted by {by}. {why}")
+        try:
+            step = _try(registry, candidate, by)
+        except _Changed:
+            continue
+        after = settle(store, name)
+        if step.void:
+            continue
+        if number not in after.versions:
+            raise AdfmError(f"Version {number} of {name} was deleted while it was promoted; it is not in production.")
+        break
+    print(f"version {number} of {name} is in production; it replaced {step.replaced}")
+    alert(f"{name}: version {number} is in production, in place of {step.replaced}; promoted by {by}. {step.why}")
 
 
-def _refusals(candidate: ModelVersion, steps: list[Step], move: Step | None) -> list[str]:
-    """What the tags and the history have against a promotion."""
-    tags, number = candidate.tags, move.production if move else NOBODY
-    if number == str(candidate.version):
+def _try(registry: Registry, candidate: ModelVersion, by: str) -> Step:
+    """Check everything, then write the move.
+
+    Raises:
+        Refused: It may not be promoted.
+        _Changed: History or tags have changed meanwhile.
+    """
+    number = str(candidate.version)
+    if refusals := _refusals(registry, candidate):
+        _refuse(registry, candidate, refusals, by)
+    judged = _decide_again(registry, candidate, by)
+    # To check the files may have taken minutes.
+    now = registry.read()
+    if any(step.action not in history_.NOTES for step in now.history.since(registry.history)):
+        raise _Changed
+    candidate = now.version(number)
+    if refusals := _refusals(now, candidate):
+        _refuse(now, candidate, refusals, by)
+    move, production = now.history.move, now.history.production
+    why = f"gate passed on {judged.at} against version {judged.production}"
+    if reason := candidate.tags.get("approval_reason"):
+        why += f"; {reason}"
+    approver = _approver(candidate) or ""
+    if _same_person(approver, judged.submitted_by):
+        why += "; team of one: the submitter approved"
+    # The version before stays within reach when the one in production was deleted.
+    previous = move.previous if move and production == NOBODY else production
+    state = {"production": number, "previous": previous, "replaced": production}
+    if now.history.anchor == NOBODY:
+        state["anchor"] = number
+    kept = {"decision": judged.decision, "manifest": judged.manifest, "submitted_by": judged.submitted_by}
+    return now.append("promote", number, by=by, why=why, approval_by=approver, **state, **kept)
+
+
+def _refusals(registry: Registry, candidate: ModelVersion) -> list[str]:
+    """What the history, the approval and the policy have against a promotion."""
+    history, tags, number = registry.history, candidate.tags, str(candidate.version)
+    if history.production == number:
         return ["it is in production already"]
+    judged = history.last("judge", version=number)
+    if judged is None or history.policy is None:
+        return ["no decision of the gate on it is in the history: only what `adfm register` makes can be promoted"]
     refusals = []
-    if tags.get("gate") != "passed":
-        refusals.append(f"its tag gate is {_quoted(tags.get('gate'))}, not 'passed': its gate.json says why")
+    outdated = decisions.stands(history, number) is None
+    if judged.verdict != "passed" and not outdated:
+        refusals.append(f"its gate's verdict is {judged.verdict!r}, not 'passed': its description says why")
     if tags.get("approval") != "approved":
         refusals.append(
             f"its tag approval is {_quoted(tags.get('approval'))}: a reviewer sets it to exactly 'approved' or "
             "'rejected'"
         )
-    if tags.get("gate_production_version") != number:
-        refusals.append(
-            f"its gate compared it with version {tags.get('gate_production_version')}, and in production is {number}: "
-            "the gate decides anew when it is approved, or with `adfm register`"
-        )
-    if _used(candidate, steps):
+    else:
+        refusals += _approver_refusals(_approver(candidate), judged, _policy(history))
+    if _used(number, history):
         refusals.append(
             "its approval was used: it has been in production since the gate decided, and was replaced; bring it back "
-            f"with `adfm rollback --to {candidate.version}`"
+            f"with `adfm rollback --to {number}`"
+        )
+    if outdated and refusals:
+        refusals.append(
+            f"{_outdated(registry, judged)}: the gate decides again when it is approved, or with `adfm register`"
         )
     return refusals
 
 
-def _outdated(candidate: ModelVersion, steps: list[Step], move: Step | None) -> bool:
-    """Whether a reviewer wants a version in production whose gate compared it with another than is there now."""
-    number = move.production if move else NOBODY
-    return (
-        candidate.tags.get("approval") == "approved"
-        and candidate.tags.get("gate_production_version", number) != number
-        and number != str(candidate.version)
-        and not _used(candidate, steps)
-    )
+def _approver_refusals(approver: str | None, judged: Step, registered: Policy) -> list[str]:
+    if approver is None:
+        return [_WAITS]
+    refusals = []
+    if registered.approvers and approver not in registered.approvers:
+        refusals.append(f"{_quoted(approver)} (tag approval_by) is not one of the policy's approvers")
+    if not registered.team_of_one and _same_person(approver, judged.submitted_by):
+        refusals.append(f"{_quoted(approver)} (tag approval_by) submitted it: another person has to approve")
+    return refusals
 
 
-def _decide_anew(
-    store: MlflowClient, candidate: ModelVersion, move: Step | None, versions: dict[str, ModelVersion], by: str
-) -> str:
-    """Lets the gate decide against today's production, and asks the reviewer again.
-
-    Several may do so at once: the decision follows from the versions, and its time is that of the first step of the
-    history that says so; so all of them write the same.
-
-    Returns:
-        Why it cannot be decided here.
+def _decide_again(registry: Registry, candidate: ModelVersion, by: str) -> Step:
+    """Verify the files and decide on them again; the decision, if it is the one that was approved.
 
     Raises:
-        Refused: It was decided.
+        Refused: The files are not those that were decided on, or the decision is another one now.
     """
-    name, number = candidate.name, str(candidate.version)
-    before, after = candidate.tags["gate_production_version"], move.production if move else NOBODY
-    changed = f"its gate compared it with version {before}, and in production is {after}"
-    try:
-        decided = decide_again(candidate, versions.get(after))
-    except AdfmError as error:
-        return f"{changed}; the gate cannot decide anew from what is stored, {error}: run `adfm register` again"
-    except OSError as error:
-        raise AdfmError(f"Files of versions {number} and {after} of {name} cannot be read: {error}") from error
-    why = f"{changed}; decided again against version {after}: gate {decided['verdict']}"
-    step = _append(store, candidate, "decide", move, by=by, why=why)
-    same = ("decide", number, step.decision, step.follows)
-    steps = history_.read(store, name)
-    first = next(each for each in steps if (each.action, each.version, each.decision, each.follows) == same)
-    said = f"{why}; {'approve again' if decided['verdict'] == 'passed' else 'it cannot be promoted'}"
-    if decision(store.get_model_version(name, number)) == step.decision:
-        renew(store, candidate, decided | {"decided_at": first.at}, f"Version {number}: {why}.")
-        history_.tag(store, candidate, approval_refused=said[:1000])
-    alert("\n- ".join([f"{name}: version {number} was approved and cannot be promoted: {said}", *decided["reasons"]]))
-    raise Refused(f"Version {number} of {name} cannot be promoted: {said}.\nIts tag approval is 'pending' again.")
-
-
-def _changed(candidate: ModelVersion) -> list[str]:
-    """What has been changed by hand: the gate's decision, the tags that repeat it, or the model's files."""
-    import mlflow
-
-    tags = candidate.tags
-    with TemporaryDirectory() as folder, tracking.store_errors(mlflow.get_tracking_uri()):
+    judged = registry.history.last("judge", version=str(candidate.version))
+    assert judged is not None
+    with TemporaryDirectory() as folder:
         try:
-            file = download(candidate, "gate.json", Path(folder))
-            if file_digest(file) != tags.get("gate_digest"):
-                return ["its gate.json is not the decision that was registered: run `adfm register` again"]
-            decided = json.loads(file.read_text(encoding="utf-8"))
-            agreed = {
-                "gate": decided["verdict"],
-                "gate_decided_at": decided["decided_at"],
-                "gate_production_version": decided["production_version"] or NOBODY,
-            }
-            if wrong := [f"{key} ({_quoted(tags.get(key))})" for key in agreed if tags.get(key) != agreed[key]]:
-                return [f"its gate.json says otherwise than its tags {', '.join(wrong)}: somebody has changed them"]
-            try:
-                check_unchanged(candidate, Path(folder))
-                calibration.of_version(f"models:/{candidate.name}/{candidate.version}")
-            except AdfmError as error:
-                return [str(error)]
-        except (ValueError, KeyError, TypeError):
-            return ["its gate.json is not the decision that was registered: run `adfm register` again"]
+            judgement = decisions.judge(registry, candidate, Path(folder))
+        except (signing.Unverified, Unfit, Incomparable) as error:
+            _refuse_if_same(registry, candidate, [str(error)], by)
+            raise
         except OSError as error:
             raise AdfmError(
                 f"Files of version {candidate.version} of {candidate.name} cannot be read: {error}"
             ) from error
-    return []
+    if judgement.fields["manifest"] != judged.manifest:
+        _refuse_if_same(
+            registry, candidate, ["its files were changed, and signed again, after the gate decided on them"], by
+        )
+    if judgement.fields["decision"] == judged.decision:
+        if judged.finished and decisions.is_shown(candidate, judged):
+            return judged
+        reason = "what its page showed was not the decision that stands, and was written again"
+    else:
+        reason = _outdated(registry, judged)
+    _ask_again(registry, candidate, reason, by)
+    raise AssertionError("unreachable")
 
 
-def _refuse(store: MlflowClient, candidate: ModelVersion, move: Step | None, refusals: list[str], by: str) -> None:
+def _ask_again(registry: Registry, candidate: ModelVersion, reason: str, by: str) -> None:
+    """Put the decision of today on a version, and ask its reviewer again.
+
+    Raises:
+        Refused: It was done.
+        _Changed: Somebody else was faster.
+    """
+    store, name, number = registry.store, registry.name, str(candidate.version)
+    now = registry.read()
+    if now.version(number).tags.get("approval") != candidate.tags.get("approval"):
+        raise _Changed  # somebody else asks again
+    step, _ = rejudge(registry, candidate, reason)
+    passed = step.verdict == "passed"
+    text = f"{reason}; decided against version {step.production}: gate {step.verdict}; "
+    text += "approve again" if passed else "it cannot be promoted"
+    history_.tag(store, candidate, approval_refused=text[:1000])
+    alert(f"{name}: version {number} was approved and cannot be promoted: {text}")
+    raise Refused(f"Version {number} of {name} cannot be promoted: {text}.\nIts tag approval is 'pending' again.")
+
+
+def _outdated(registry: Registry, judged: Step) -> str:
+    """What has changed since a decision."""
+    history, changed = registry.history, []
+    for role, then, now in (
+        ("production", judged.production, history.production),
+        ("the anchor", judged.anchor, history.anchor),
+    ):
+        if then != now:
+            changed.append(f"its gate compared it with version {then} ({role}), which is {now} now")
+    if judged.policy != policy.digest(_policy(history)):
+        changed.append("the policy has changed since its gate decided")
+    return "; ".join(changed) or "the gate decides otherwise than before on the same files (another version of adfm?)"
+
+
+def _refuse_if_same(registry: Registry, candidate: ModelVersion, refusals: list[str], by: str) -> None:
+    """Refuse, unless somebody else has changed the version meanwhile, whose half-done work was seen then."""
+    now = registry.read()
+    if now.version(str(candidate.version)).tags.get("approval") != candidate.tags.get("approval"):
+        raise _Changed
+    _refuse(registry, candidate, refusals, by)
+
+
+def _refuse(registry: Registry, candidate: ModelVersion, refusals: list[str], by: str) -> None:
     """Writes a refusal down, asks for another approval where one was given, and raises it."""
     name, number = candidate.name, str(candidate.version)
     message = "\n  - ".join([f"Version {number} of {name} cannot be promoted:", *refusals])
     why = "; ".join(refusals)
-    _append(store, candidate, "refuse", move, by=by, why=why)
+    judged = registry.history.last("judge", version=number)
+    registry.append("refuse", number, by=by, why=why, decision=judged.decision if judged else "")
+    if judged and judged.finished:  # somebody may have changed what people read
+        changed = {key: text for key, text in decisions.shown(judged).items() if candidate.tags.get(key) != text}
+        history_.tag(registry.store, candidate, **changed)
     approval = candidate.tags.get("approval", "pending")
-    in_production = move is not None and move.production == number
-    if approval not in (*_UNDECIDED, "rejected") and not in_production:
-        history_.tag(store, candidate, approval="pending", approval_refused=why[:1000])
+    if refusals == [_WAITS]:
+        _wait_for_name(registry.store, candidate)
+    elif approval not in (*_UNDECIDED, "rejected") and registry.history.production != number:
+        refused = {"approval": "pending", "approval_by": NOBODY, "approval_refused": why[:1000]}
+        history_.tag(registry.store, candidate, **refused)
         message += "\nIts tag approval is 'pending' again."
         alert(f"{name}: version {number} was approved and cannot be promoted: {why}")
     raise Refused(message)
 
 
-def _approval(store: MlflowClient, version: ModelVersion) -> str | None:
-    """The tag `approval` as it is now."""
-    return store.get_model_version(version.name, str(version.version)).tags.get("approval")
+def _check_as_promoted(registry: Registry, version: ModelVersion, came: Step, folder: Path) -> None:
+    """Check that a version's files are those with which it came into production."""
+    try:
+        files = fetch(version, folder, registry.keys)
+    except signing.Unverified as error:
+        raise Refused(f"Version {version.version} of {version.name} cannot return: {error}") from error
+    except OSError as error:
+        raise AdfmError(f"Files of version {version.version} of {version.name} cannot be read: {error}") from error
+    if files.manifest != came.manifest:
+        raise Refused(
+            f"Version {version.version} of {version.name} cannot return: its files were changed, and signed again, "
+            "since it was in production."
+        )
 
 
-def _used(version: ModelVersion, steps: list[Step]) -> bool:
+def _wait_for_name(store: MlflowClient, version: ModelVersion) -> None:
+    if version.tags.get("approval_refused") != _WAITS:
+        history_.tag(store, version, approval_refused=_WAITS)
+        print(f"version {version.version} of {version.name} is approved and waits: {_WAITS}")
+
+
+def _approver(version: ModelVersion) -> str | None:
+    """The name in the tag `approval_by`, if there is one."""
+    name = version.tags.get("approval_by", "").strip()
+    return name if name and name != NOBODY else None
+
+
+def _same_person(one: str, other: str) -> bool:
+    return one.strip().casefold() == other.strip().casefold()
+
+
+def _policy(history: History) -> Policy:
+    return policy.loads(history.policy or "", "the registered policy")
+
+
+def _used(number: str, history: History) -> bool:
     """Whether the approval of the version's present decision has brought it into production before.
 
     A rollback withdraws the approval of the version that leaves; one that is given after it is new.
     """
-    number = str(version.version)
-    for step in reversed(steps):
-        if step.void or step.action not in history_.MOVES:
+    judged = history.last("judge", version=number)
+    for step in reversed(history.counting):
+        if step.action not in history_.MOVES:
             continue
         if step.production == number:
-            return step.decision == decision(version)
+            return judged is not None and step.decision == judged.decision
         if step.action == "rollback" and step.replaced == number:
             return False
     return False
 
 
-def _promotes(step: Step, number: str) -> bool:
-    return step.action == "promote" and step.version == number and not step.void
-
-
-def _settle(store: MlflowClient, name: str) -> tuple[list[Step], Step | None, dict[str, ModelVersion]]:
-    """Makes the aliases agree with the history, and the history with what is there.
-
-    Returns:
-        The history; its last move, `None` if nothing was ever in production; the versions by number.
-    """
-    for _ in range(_MOST_MOVES):
-        steps, versions = history_.read(store, name), _versions(store, name)
-        move = history_.last_move(steps)
-        aliases = {alias: number for alias, number in _aliases(store, name).items() if number in versions}
-        actual, previous = aliases.get(PRODUCTION, NOBODY), aliases.get(PREVIOUS, NOBODY)
-        if move is None:
-            if actual == NOBODY:
-                return steps, None, versions
-            state = {"production": actual, "previous": previous, "decision": decision(versions[actual])}
-            why = "in production when this history began"
-            history_.append(store, name, "found", actual, 0, replaced=NOBODY, why=why, **state)
-        elif move.production != NOBODY and move.production not in versions:
-            state = {"production": NOBODY, "previous": move.previous, "replaced": move.production}
-            why = f"version {move.production}, which was in production, was deleted"
-            history_.append(store, name, "lost", move.production, move.number, why=why, **state)
-            alert(f"{name}: {why}. Nothing is in production; `adfm rollback` brings back version {move.previous}.")
-        elif not move.finished:
-            _apply(store, name, move, versions)
-        elif (actual, previous) != (move.production, move.previous if move.previous in versions else NOBODY):
-            why = (
-                f"by hand, production had been set to {actual} and previous to {previous}; put back to "
-                f"{move.production} and {move.previous}"
-            )
-            state = {"production": move.production, "previous": move.previous, "decision": move.decision}
-            history_.append(store, name, "restore", move.production, move.number, replaced=actual, why=why, **state)
-            print(f"{name}: {why}")
-            alert(f"{name}: {why}")
-        else:
-            return steps, move, versions
-    raise AdfmError(f"The aliases of {name} do not come to rest; see who else moves them, and `adfm registry log`.")
-
-
-def _apply(store: MlflowClient, name: str, move: Step, versions: dict[str, ModelVersion]) -> None:
-    """Aliases and tags as a move has them. Done twice, or by two processes, it does the same."""
-    for alias, number in ((PREVIOUS, move.previous), (PRODUCTION, move.production)):
-        if number in versions:
-            history_.insist(partial(store.set_registered_model_alias, name, alias, number))
-        elif alias in _aliases(store, name):
-            store.delete_registered_model_alias(name, alias)
-    version, replaced = versions.get(move.version), versions.get(move.replaced)
-    if move.action == "promote" and version:
-        approver = {"approval_by": move.approval_by} if move.approval_by else {}
-        history_.tag(
-            store, version, promoted_at=move.at, promoted_by=move.by, replaced_version=move.replaced, **approver
-        )
-        if "approval_refused" in version.tags:
-            store.delete_model_version_tag(name, move.version, "approval_refused")
-    if move.action == "rollback" and version:
-        history_.tag(store, version, restored_at=move.at, restored_by=move.by, restored_from=move.replaced)
-    if move.action == "rollback" and replaced:
-        gone = {"rolled_back_at": move.at, "rolled_back_by": move.by, "rolled_back_to": move.version}
-        history_.tag(store, replaced, approval="withdrawn", **gone)
-    history_.finish(store, name, move)
-
-
-@contextmanager
-def _store() -> Iterator[MlflowClient]:
-    """MLflow's client, which does not wait long: what is not done now is done the next time."""
-    from mlflow import MlflowClient
-
-    with tracking.impatient(timeout=20, retries=2):
-        uri = tracking.configure()
-        with tracking.store_errors(uri):
-            yield MlflowClient()
-
-
-def _append(store: MlflowClient, about: ModelVersion, action: str, move: Step | None, **content: str) -> Step:
-    follows, number = move.number if move else 0, str(about.version)
-    return history_.append(store, about.name, action, number, follows, decision=decision(about), **content)
-
-
-def _aliases(store: MlflowClient, name: str) -> dict[str, str]:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return {alias: str(number) for alias, number in store.get_registered_model(name).aliases.items()}
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return {}
-
-
-def _versions(store: MlflowClient, name: str) -> dict[str, ModelVersion]:
-    return {str(version.version): version for version in history_.versions(store, name)}
-
-
-def _version(versions: dict[str, ModelVersion], name: str, number: str) -> ModelVersion:
-    if number not in versions:
-        there = ", ".join(sorted(versions, key=int)) or "none yet; `adfm register` makes one"
-        raise AdfmError(f"{name} has no version {number}; its versions: {there}.")
-    return versions[number]
-
-
 def _quoted(text: str | None) -> str:
     return repr(text if text is None or len(text) <= 60 else f"{text[:60]}…")
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container may run as a user without a name
-        return f"uid {os.getuid()}"

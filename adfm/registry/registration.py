@@ -1,121 +1,97 @@
-"""Registration: a trained model becomes a version in MLflow that carries all it is, and the gate's decision on it.
+"""Registration: a submission becomes a version, and the gate decides on it. Nothing here moves production.
 
-Artifacts of a version, as `models:/<name>/<version>` has them:
-
-    model/          the folder that training wrote: adapter, processor, chat template, prompt (in adfm.json)
-    evaluation/     the folder that evaluation wrote: predictions.parquet, metrics.json, calibration.json, plots
-    params.yaml     the settings as used
-    lineage.json    data, code, libraries and base model
-    gate.json       the decision
-    MLmodel, …      what makes an MLflow pyfunc of it, which `adfm.registry.serving` loads
-
-Nothing here moves an alias.
+Whoever trains submits (`adfm.registry.submission`); the service, whose key signs the history, accepts: it verifies the
+signature, makes the version and decides with the registered policy. Where the own key is one of the service, as on a
+laptop, `adfm register` does both. Elsewhere it submits, and waits for the service.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
+import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from adfm import tracking
-from adfm.data import shards as shards_
 from adfm.errors import AdfmError
-from adfm.evaluation import calibration as calibration_
-from adfm.evaluation import metrics
-from adfm.evaluation.calibration import Calibration
-from adfm.files import atomic_folder, file_digest, write_json
-from adfm.method import prompt
-from adfm.models import families, loading
-from adfm.models.loading import check_unchanged
+from adfm.files import atomic_folder, write_json
 from adfm.params import Params
-from adfm.registry import gate, history, page, policy, pyfunc
+from adfm.registry import decisions, gate, policy, reconcile, signing
+from adfm.registry import history as history_
 from adfm.registry.alerts import alert
-from adfm.registry.lineage import lineage
+from adfm.registry.history import NOBODY, Step
+from adfm.registry.policy import Policy
+from adfm.registry.reconcile import Registry, settle
+from adfm.registry.signing import Unverified
+from adfm.registry.submission import Unfit, check, download, own_policy, submit, waiting_submissions
 
 if TYPE_CHECKING:
-    import pandas as pd
     from mlflow import MlflowClient
-    from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
 
-PRODUCTION = "production"
-NOBODY = "none"
-"""Value of the tag `gate_production_version` when nothing was in production."""
+PRODUCTION = reconcile.PRODUCTION
 
-_PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
-_STORED = "as registered"  # where production's predictions are from
+WAIT = 900.0
+"""Seconds that a submitter waits for the service."""
+
+_POLL = 3.0
+# What makes a submission unfit for good; anything else may pass by the next time.
+_FOR_GOOD = (Unverified, Unfit, gate.Incomparable)
+
+
+class NotAccepted(AdfmError):
+    """The service refused a submission, or has not answered yet."""
+
+    exit_code = 2
 
 
 def register(
-    model: Path, shards: Path, evaluation: Path, out: Path, params: Params, tags: Mapping[str, str] | None = None
+    model: Path,
+    shards: Path,
+    evaluation: Path,
+    out: Path,
+    params: Params,
+    tags: Mapping[str, str] | None = None,
+    wait: float = WAIT,
 ) -> gate.Decision:
-    """Registers a trained model as a version and lets the gate decide on it.
+    """Submits a trained model, and has it made a version with the gate's decision on it.
 
-    A version of the same model with the same evaluation is used again, so a stage that is repeated makes no second one;
-    its approval stands unless the decision is another one now. The verdict is printed.
+    A version of the same model with the same predictions is used again, so a stage that is repeated makes no second
+    one; its approval stands unless the decision is another one now. The verdict is printed.
 
     Args:
         model: Folder that training wrote.
         shards: Folder of shards.
         evaluation: Folder that evaluation wrote from these shards, with `model` as the candidate.
-        out: Folder to write: `gate.json`, `registration.json`, and `production.parquet` if something is in production:
-            the predictions that the candidate was compared with.
-        params: Reads `register` and `evaluate`.
+        out: Folder to write: `gate.json` and `registration.json`.
+        params: Reads `register`, `evaluate` and `model`.
         tags: Further tags of the version, such as the run of the pipeline that made it.
+        wait: Seconds to wait for the service, where the own key is not one of it.
 
     Returns:
         The decision. The version is registered either way.
 
     Raises:
-        AdfmError: A folder lacks something, the evaluation is of other data or settings, or MLflow cannot be reached.
+        AdfmError: A folder lacks something, the evaluation is of other data or settings, the service refused or did not
+            answer, or MLflow cannot be reached.
     """
-    tracking.configure()
-    family = _check_model(model)
     with tracking.start_run("register", params) as run, atomic_folder(out) as partial:
         from mlflow import MlflowClient
 
         store, name = MlflowClient(), params.register_.model
-        trained_by = tracking.find_run((loading.describe(model) or {}).get("mlflow_run_id"))
-        origin = lineage(model, shards, params, trained_by)
-        candidate, measured, calibration = _read_evaluation(evaluation, shards, origin, params)
-        evaluated = file_digest(evaluation / "predictions.parquet")
-        about = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8"))
-        evaluated_by = tracking.find_run(about.get("mlflow_run_id"))
-
-        production = holder(store, name)
-        version = _same_version(store, name, origin["artifact_digest"], evaluated)
-        if version and production and version.version == production.version:
-            # It cannot be its own rival; the decision that brought it there stands.
-            decided = json.loads(read_artifact(version, "gate.json"))
-            write_json(decided, partial / "gate.json")
-        else:
-            decided = _decide(candidate, production, origin, shards, partial, params)
-            if version:
-                decided = _as_before(version, decided)
-            write_json(decided, partial / "gate.json")
-            described = _tags(origin, measured, evaluated, _protocol(family, params))
-            described |= _threshold_tags(calibration, evaluation)
-            described |= _decision_tags(decided, partial / "gate.json")
-            if version is None:
-                with TemporaryDirectory() as temporary:
-                    folder = Path(temporary) / "version"
-                    pyfunc.write(folder)
-                    (folder / "params.yaml").write_text(tracking.settings(params), encoding="utf-8")
-                    write_json(origin, folder / "lineage.json")
-                    write_json(decided, folder / "gate.json")
-                    contents = {"": folder, "model": model, "evaluation": evaluation}
-                    version = _create(store, name, contents, described, measured, trained_by or run)
-            elif version.tags.get("gate_digest") != described["gate_digest"]:
-                _put_decision(store, version, partial / "gate.json", described)
-            text = page.text(decided, origin, measured, calibration, str(version.version), evaluated_by)
-            store.update_model_version(name, str(version.version), text)
-        for key, value in (tags or {}).items():
-            store.set_model_version_tag(name, str(version.version), key, value)
+        registry = reconcile.look(store, name)
+        accepts = registry.keys.id in registry.keys.service
+        submission = submit(registry, model, shards, evaluation, params, run, tags or {})
+        if accepts:
+            accept(store, params, [submission], own_policy(registry.history))
+        version, step = _accepted(store, name, submission, 0 if accepts else wait)
+        if tags and accepts:
+            history_.tag(store, version, **tags)
+        decided = _decided(version)
+        write_json(decided, partial / "gate.json")
         registration = {
             "model": name,
             "version": str(version.version),
@@ -123,71 +99,89 @@ def register(
             "logged_model": version.source,
             "run_id": run.info.run_id,
             "training_run": version.run_id,
-            "gate": decided["verdict"],
+            "gate": step.verdict,
         }
         write_json(registration, partial / "registration.json")
-    lines = [f"version {version.version} of {name}: gate {registration['gate']}", *decided["reasons"]]
-    print("\n  - ".join(lines))
-    alert("\n- ".join(lines))
-    return gate.Decision(**{field.name: decided[field.name] for field in dataclasses.fields(gate.Decision)})
+    print("\n  - ".join([_headline(version, step), *decided["reasons"]]))
+    return decisions.parse(decided)
 
 
-def decide_again(version: ModelVersion, rival: ModelVersion | None) -> dict[str, Any]:
-    """Lets the gate decide on a version once more, against another version, by the predictions that both carry.
+def accept(
+    store: MlflowClient, params: Params, submissions: list[str] | None = None, first_policy: Policy | None = None
+) -> list[str]:
+    """Makes versions of submissions and decides on them.
 
-    Args:
-        version: A registered version. The gate has the settings of its decision.
-        rival: The version that is in production now, if any.
-
-    Returns:
-        The decision, as JSON values; all but `decided_at`, which is still that of the earlier one. The same versions
-        give the same decision.
-
-    Raises:
-        AdfmError: Their predictions cannot be compared: they are of other data or another protocol, or are not those
-            that were registered.
-        OSError: Files cannot be read.
-    """
-    try:
-        decided: dict[str, Any] = json.loads(read_artifact(version, "gate.json"))
-        judged_by = policy.Policy.model_validate(decided["policy"])
-    except (KeyError, ValueError) as error:
-        raise AdfmError("because its gate.json does not have a policy") from error
-    tables = []
-    for each in [version, rival] if rival else [version]:
-        if any(each.tags.get(key) != version.tags.get(key) for key in ("test_fingerprint", "protocol")):
-            raise AdfmError(f"because version {each.version} was evaluated on other images or in another way")
-        table = _stored_predictions(each)
-        if table is None:
-            raise AdfmError(f"because the predictions of version {each.version} are not those that were registered")
-        tables.append(table)
-    decision = gate.decide(tables[0], tables[1] if rival else None, None, judged_by)
-    against = {
-        "production_version": str(rival.version) if rival else None,
-        "production_predictions": _STORED if rival else None,
-    }
-    return decided | dataclasses.asdict(decision) | against
-
-
-def renew(store: MlflowClient, version: ModelVersion, decided: dict[str, Any], why: str) -> None:
-    """Puts a new decision on a version, with its description; an approval was of the old one and is void.
+    Two that do so at once make one version of a submission, and one that is killed is finished by the next. A
+    submission that is not what was signed, or cannot be judged, is refused: the history says so.
 
     Args:
         store: MLflow's client.
-        version: The version.
-        decided: The decision, as `decide_again` gives it, with its own `decided_at`.
-        why: Why it was decided anew, for the description.
+        params: Reads `register`.
+        submissions: Ids of logged models; all that wait or are unfinished, if not given.
+        first_policy: The policy to register where there is none yet.
+
+    Returns:
+        Numbers of the versions that were decided on.
+
+    Raises:
+        AdfmError: Something could not be done; the rest was.
     """
-    with TemporaryDirectory() as folder:
-        write_json(decided, Path(folder) / "gate.json")
-        _put_decision(store, version, Path(folder) / "gate.json", _decision_tags(decided, Path(folder) / "gate.json"))
-    about = json.loads(read_artifact(version, "evaluation/evaluation.json"))
-    measured = json.loads(read_artifact(version, "evaluation/metrics.json"))[about["candidate"]]
-    origin = json.loads(read_artifact(version, "lineage.json"))
-    evaluated_by = tracking.find_run(about.get("mlflow_run_id"))
-    calibration = calibration_.of_version(f"models:/{version.name}/{version.version}")
-    text = page.text(decided, origin, measured, calibration, str(version.version), evaluated_by)
-    store.update_model_version(version.name, str(version.version), f"{why}\n\n{text}"[: page.LONGEST])
+    name = params.register_.model
+    registry = adopt_policy(settle(store, name), first_policy)
+    if submissions is None:
+        submissions = [str(each.model_id) for each in waiting_submissions(registry, params)]
+        submissions += _unfinished(registry)
+    decided, errors = [], []
+    if submissions and registry.history.policy is None:
+        raise AdfmError(
+            f"{len(submissions)} submissions for {name} wait for a policy: a reviewer sets one with `adfm policy set "
+            f"{policy.FILE}`."
+        )
+    for submission in submissions:
+        try:
+            if number := _accept(store, name, submission):
+                decided.append(number)
+        except AdfmError as error:
+            errors.append(error)
+        except OSError as error:
+            errors.append(AdfmError(f"Files of submission {submission} cannot be read: {error}"))
+    if errors:
+        raise errors[0] if len(errors) == 1 else AdfmError("\n".join(map(str, errors)))
+    return decided
+
+
+def adopt_policy(registry: Registry, first: Policy | None = None) -> Registry:
+    """Registers the policy that a reviewer has set on the registered model.
+
+    A policy that cannot be used is answered by the tag `policy_refused`, and changes nothing.
+
+    Args:
+        registry: The registered model.
+        first: The policy to register where there is none yet, and no reviewer has set one.
+    """
+    store, name = registry.store, registry.name
+    wanted: Policy | None
+    while True:
+        model = reconcile.registered_model(store, name)
+        tags = model.tags if model else {}
+        text, by = tags.get("policy", ""), tags.get("policy_by", "")
+        try:
+            if text.strip():
+                wanted = policy.loads(text, "the tag policy")
+            else:
+                wanted = None if registry.history.policy else first
+        except policy.PolicyError as error:
+            _answer(store, name, tags, str(error))
+            return registry
+        if wanted is None or policy.dumps(wanted) == registry.history.policy:
+            _answer(store, name, tags, "")
+            return registry
+        lines = _changes(registry.history.policy, wanted)
+        step = registry.append("policy", NOBODY, policy=policy.dumps(wanted), by=by or reconcile.user(), why=lines)
+        registry = settle(store, name)
+        if not step.void:
+            print(f"{name}: policy registered as step {step.number} of the history: {lines}")
+            alert(f"{name}: policy changed by {step.by}: {lines}")
 
 
 def holder(store: MlflowClient, name: str, alias: str = PRODUCTION) -> ModelVersion | None:
@@ -203,244 +197,230 @@ def holder(store: MlflowClient, name: str, alias: str = PRODUCTION) -> ModelVers
         return None
 
 
-def download(version: ModelVersion, path: str, to: Path) -> Path:
-    """A copy of a version's artifact, a file or a folder, below the folder `to`."""
-    import mlflow
+def set_policy(file: Path, params: Params) -> None:
+    """Sets the policy that judges from now on, with the own login at MLflow; the service registers it.
 
-    return Path(
-        mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}/{path}", dst_path=str(to))
-    )
+    Where the own key is one of the service, as on a laptop, it is registered at once.
 
+    Args:
+        file: The policy.
+        params: Reads `register.model`.
 
-def read_artifact(version: ModelVersion, path: str) -> str:
-    """The text of a version's artifact."""
-    with TemporaryDirectory() as folder:
-        return download(version, path, Path(folder)).read_text(encoding="utf-8")
-
-
-def _check_model(model: Path) -> str:
-    """The model's family; raises when the folder is not one to register."""
-    description = loading.describe(model)
-    if description is None or not any(model.glob("*.safetensors")):
-        raise AdfmError(f"{model} is not a model folder (adfm.json and *.safetensors); make one with `adfm train`.")
-    if pickles := sorted(str(path) for path in model.rglob("*") if path.suffix in _PICKLES):
-        raise AdfmError(f"{', '.join(pickles)}: pickles can run code and are not registered; remove them.")
-    return str(description["family"])
-
-
-def _read_evaluation(
-    evaluation: Path, shards: Path, origin: dict[str, Any], params: Params
-) -> tuple[pd.DataFrame, dict[str, Any], Calibration]:
-    """The candidate's predictions, metrics and calibration, after proof that they are of these shards and this model.
-
-    An evaluation of before there were thresholds has no calibration: the letter decides then, and that is said.
+    Raises:
+        AdfmError: The file is not a policy, or the login may not edit the registered model.
     """
-    import pandas as pd
+    wanted, name = policy.load(file), params.register_.model
+    with reconcile.client() as store:
+        _make_model(store, name)
+        with history_.allowed(name, "edit"):
+            for key, value in (("policy_by", reconcile.user()), ("policy", policy.dumps(wanted))):
+                store.set_registered_model_tag(name, key, value)
+        if _is_service(store, name):
+            adopt_policy(settle(store, name))
+        else:
+            print(f"{name}: the policy is set; the service registers it at its next look (`adfm policy show`)")
 
+
+def _is_service(store: MlflowClient, name: str) -> bool:
+    """Whether the own key signs the history of a model; a key is not made for that on a reviewer's machine."""
+    local = tracking.sqlite_file(store.tracking_uri) is not None
+    if not (local or signing.FOLDER.is_dir() or os.environ.get(signing.VARIABLE)):
+        return False
     try:
-        about = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8"))
-        measured = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))[about["candidate"]]
-        predictions = pd.read_parquet(evaluation / "predictions.parquet")
-        done = {
-            "split": about["split"],
-            "max_new_tokens": about["settings"]["max_new_tokens"],
-            "fingerprint of the shards": about["fingerprint"],
-            "digest of the model": about.get("candidate_digest", origin["artifact_digest"]),
-            "images": sorted(predictions["id"]),
-        }
-    except (OSError, ValueError, KeyError) as error:
-        raise AdfmError(f"{evaluation} is not a whole evaluation ({error!r}); make it with `adfm evaluate`.") from error
-    asked = {
-        "split": params.evaluate.split,
-        "max_new_tokens": params.evaluate.max_new_tokens,
-        "fingerprint of the shards": origin["data"]["test"],
-        "digest of the model": origin["artifact_digest"],
-        "images": sorted(shards_.ids(shards, params.evaluate.split)),
-    }
-    calibration = Calibration(note=f"it was evaluated without a {calibration_.FILE}")
-    if there := (evaluation / calibration_.FILE).is_file():
-        calibration = calibration_.read(evaluation / calibration_.FILE)
-        key = "digest of the calibrated model"
-        done[key], asked[key] = calibration.model, origin["artifact_digest"]
-        for key in ("calibration", "overkill_limit", "escape_limit", "score", "samples"):
-            done[key], asked[key] = about["settings"].get(key), getattr(params.evaluate, key)
-    if differing := [key for key in asked if asked[key] != done[key]]:
-        raise AdfmError(
-            f"{evaluation} is not an evaluation of this model on {shards} with these settings: {', '.join(differing)} "
-            "differ. Evaluate again with `adfm evaluate`, then register."
-        )
-    if "decision" in predictions and not (there and _decided_by(calibration, predictions)):
-        raise AdfmError(
-            f"{evaluation}: the decisions in predictions.parquet are not those of its {calibration_.FILE}. "
-            "Evaluate again with `adfm evaluate`, then register."
-        )
-    return predictions, measured, calibration
+        keys = reconcile.look(store, name).keys
+    except AdfmError:  # signed by keys that this machine does not know
+        return False
+    return keys.id in keys.service
 
 
-def _decided_by(calibration: Calibration, predictions: pd.DataFrame) -> bool:
-    """Whether the table's decisions are those that a version with this calibration would make."""
-    decisions = calibration.apply(predictions)["decision"]
-    return bool(decisions.fillna("").tolist() == predictions["decision"].fillna("").tolist())
+def rejudge(registry: Registry, version: ModelVersion, why: str = "") -> tuple[Step, bool]:
+    """Makes sure that the decision on a version stands, and that its page shows it.
+
+    Args:
+        registry: The registered model; a policy is registered.
+        version: The version.
+        why: Why it is decided again, for history and description.
+
+    Returns:
+        The step of the decision, and whether anything was written: an approval of before is void then.
+    """
+    number, name, store = str(version.version), registry.name, registry.store
+    while True:
+        step = decisions.stands(registry.history, number)
+        if step and step.finished and decisions.is_shown(version, step):
+            return step, False
+        with TemporaryDirectory() as folder:
+            judgement = decisions.judge(registry, version, Path(folder))
+            fresh = step is None or judgement.fields["decision"] != step.decision
+            if step is None or fresh:
+                words = decisions.summary(judgement.fields, judgement.decided)
+                step = registry.append(
+                    "judge", number, by="adfm", why=f"{why}; {words}" if why else words, **judgement.fields
+                )
+                if step.void:
+                    registry = settle(store, name)
+                    continue
+            registry = registry.read()
+            # Somebody else may have shown it meanwhile, and been answered.
+            now = next(each for each in registry.history.steps if each.number == step.number)
+            version = registry.version(number)
+            if not (now.finished and decisions.is_shown(version, now)):
+                decisions.present(registry, version, judgement, step, f"Version {number}: {why}." if why else "")
+            if fresh:
+                alert("\n- ".join([_headline(version, step), *judgement.decided["reasons"]]))
+            return step, True
 
 
-def _protocol(family: str, params: Params) -> str:
-    """What must be equal, besides the data, for two models' predictions to be comparable, as JSON."""
-    asked = hashlib.sha256(json.dumps(prompt.messages(families.get(family).units)).encode()).hexdigest()
-    settings = {"split": params.evaluate.split, "max_new_tokens": params.evaluate.max_new_tokens}
-    return json.dumps({"family": family, **settings, "prompt": asked[:16]})
+def _accept(store: MlflowClient, name: str, submission: str) -> str | None:
+    """Makes a version of a submission if there is none, and decides on it; its number, `None` if it was refused."""
+    registry = settle(store, name)
+    version = _version_of(registry, submission)
+    try:
+        if version is None:
+            version = _create(registry, submission)
+            if version is None:
+                return None
+            registry = settle(store, name)
+        if registry.history.production == str(version.version):
+            return None  # it cannot be its own rival; the decision that brought it there stands
+        rejudge(registry, version)
+        return str(version.version)
+    except _FOR_GOOD as error:
+        _refuse(registry, submission, version, error)
+        return None
 
 
-def _decide(
-    candidate: pd.DataFrame,
-    rival: ModelVersion | None,
-    origin: dict[str, Any],
-    shards: Path,
-    partial: Path,
-    params: Params,
-) -> dict[str, Any]:
-    """The gate's decision against the version in production, as JSON values with the circumstances."""
-    production, source = None, None
-    if rival:
-        production, source = _predictions_of(rival, origin["data"]["test"], shards, params)
-        production.to_parquet(partial / "production.parquet")
-    judged_by = policy.load()
-    decision = gate.decide(candidate, production, None, judged_by)
-    return dataclasses.asdict(decision) | {
-        "split": params.evaluate.split,
-        "fingerprint": origin["data"]["test"],
-        "policy": judged_by.model_dump(),
-        "production_version": str(rival.version) if rival else None,
-        "production_predictions": source,
-        "decided_at": tracking.now(),
-    }
+def _unfinished(registry: Registry) -> list[str]:
+    """Submissions whose version does not show its decision yet: whoever made it was killed."""
+    last = {step.version: step for step in registry.history.counting if step.action == "judge"}
+    production = registry.history.production
+    return [
+        step.submission
+        for number, step in last.items()
+        if not step.finished and number in registry.versions and number != production
+    ]
 
 
-def _predictions_of(version: ModelVersion, fingerprint: str, shards: Path, params: Params) -> tuple[pd.DataFrame, str]:
-    """The version's predictions on these shards: its own if they are of the same data and protocol, else new ones."""
-    from adfm.evaluation import inference
-
-    same_protocol = version.tags.get("protocol") in [_protocol(family, params) for family in families.FAMILIES]
-    with TemporaryDirectory() as folder:
-        if same_protocol and version.tags.get("test_fingerprint") == fingerprint:
-            stored = _stored_predictions(version)
-            if stored is not None:
-                return stored, _STORED
-        model = check_unchanged(version, Path(folder))
-        # It is judged as the model that it is: with its own precision and image size.
-        own = ((loading.describe(model) or {}).get("params") or {}).get("model", {})
-        kept = {key: own[key] for key in ("dtype", "max_pixels") if key in own}
-        settings = params.model_copy(update={"model": params.model.model_copy(update=kept)})
-        calibration = calibration_.of_version(f"models:/{version.name}/{version.version}")
-        table = calibration.apply(inference.predict(model, shards, settings, f"version {version.version}"))
-        table.attrs["threshold"] = calibration.threshold
-        return table, "evaluated again"
+def _refuse(registry: Registry, submission: str, version: ModelVersion | None, error: Exception) -> None:
+    registry = registry.read()
+    number = str(version.version) if version else NOBODY
+    why = f"submission {submission}: {error}"
+    registry.append("refuse", number, by="adfm", why=why, submission=submission)
+    if version:
+        history_.tag(registry.store, version, gate="refused", approval_refused=str(error)[:1000])
+    print(f"{registry.name}: refused: {why}")
+    alert(f"{registry.name}: refused: {why}")
 
 
-def _stored_predictions(version: ModelVersion) -> pd.DataFrame | None:
-    """The predictions that the version carries; `None` if they are not those that were registered."""
-    import pandas as pd
-
-    with TemporaryDirectory() as folder:
-        stored = download(version, "evaluation/predictions.parquet", Path(folder))
-        return pd.read_parquet(stored) if file_digest(stored) == version.tags.get("evaluation_digest") else None
-
-
-def _same_version(store: MlflowClient, name: str, digest: str, evaluated: str) -> ModelVersion | None:
-    same = f"name = '{name}' and tags.artifact_digest = '{digest}' and tags.evaluation_digest = '{evaluated}'"
-    return next(iter(store.search_model_versions(same)), None)
-
-
-def _tags(origin: dict[str, Any], measured: dict[str, Any], evaluated: str, protocol: str) -> dict[str, str]:
-    tags = {
-        "approval": "pending",
-        "artifact_digest": origin["artifact_digest"],
-        "evaluation_digest": evaluated,
-        "test_fingerprint": origin["data"]["test"],
-        "protocol": protocol,
-        "data_fingerprint": origin["data"]["trained_on"],
-        "dvc_md5": origin["data"]["dvc_md5"],
-        "git_commit": origin["git_commit"],
-        "git_dirty": origin["git_dirty"],
-        "base_model": origin["base"]["name"],
-        "base_revision": origin["base"]["revision"],
-        **{metric: measured[metric] and f"{measured[metric]:.4f}" for metric in metrics.HEADLINE},
-    }
-    return {key: str(value) for key, value in tags.items() if value is not None}
-
-
-def _threshold_tags(calibration: Calibration, evaluation: Path) -> dict[str, str]:
-    """The tags that say what the version decides by; a limit as `overkill <= 0.05`."""
-    file = evaluation / calibration_.FILE
-    tags = {"threshold": "none" if calibration.threshold is None else f"{calibration.threshold:.6g}"}
-    if file.is_file():
-        limit = "".join(f"{kind} <= {share:g}" for kind, share in calibration.limit.items())
-        tags |= {"threshold_limit": limit or "none", "calibration": calibration.method}
-        tags |= {calibration_.DIGEST_TAG: file_digest(file)}
-    return tags
-
-
-def _decision_tags(decided: dict[str, Any], file: Path) -> dict[str, str]:
-    """The tags that repeat a decision, and tell the file that holds it from any other."""
-    return {
-        "gate": decided["verdict"],
-        "gate_decided_at": decided["decided_at"],
-        "gate_production_version": decided["production_version"] or NOBODY,
-        "gate_digest": file_digest(file),
-    }
-
-
-def _create(
-    store: MlflowClient,
-    name: str,
-    contents: dict[str, Path],
-    tags: dict[str, str],
-    measured: dict[str, Any],
-    run: Run,
-) -> ModelVersion:
-    """A new version, which appears with all its files and tags or not at all."""
+def _create(registry: Registry, submission: str) -> ModelVersion | None:
+    """A version of a submission, once: of two that are made at once, the one with the smaller number stays."""
     import mlflow
+
+    store, name = registry.store, registry.name
+    if any(step.submission == submission for step in registry.history.counting):
+        return None  # it was refused, or its version was deleted
+    logged = store.get_logged_model(submission)
+    if str(logged.status) != "READY":
+        return None
+    from adfm.registry.submission import read
+
+    with TemporaryDirectory() as folder:
+        files = Path(mlflow.artifacts.download_artifacts(f"models:/{submission}", dst_path=folder))
+        check(read(files, registry.keys, f"models:/{submission}"), name)
+    _make_model(store, name)
+    run = tracking.find_run(logged.source_run_id)
+    run_id = run.info.run_id if run else None
+    with history_.allowed(name, "write"):
+        store.create_model_version(
+            name, f"models:/{submission}", run_id=run_id, tags={"approval": "pending"}, model_id=submission
+        )
+    return _version_of(registry.read(), submission)
+
+
+def _version_of(registry: Registry, submission: str) -> ModelVersion | None:
+    """The version of a submission; further ones, which nobody has decided on, are deleted."""
+    judged = {step.version for step in registry.history.counting if step.action == "judge"}
+    same = [
+        registry.versions[number]
+        for number in sorted(registry.versions, key=int)
+        if str(registry.versions[number].source).rstrip("/") == f"models:/{submission}"
+    ]
+    for twin in same[1:]:
+        if str(twin.version) not in judged:
+            _delete(registry.store, twin)
+    return same[0] if same else None
+
+
+def _delete(store: MlflowClient, version: ModelVersion) -> None:
     from mlflow.exceptions import MlflowException
 
-    logged = mlflow.initialize_logged_model(
-        name="adapter", tags=tags, source_run_id=run.info.run_id, experiment_id=run.info.experiment_id
-    )
     try:
-        for path, folder in contents.items():
-            store.log_model_artifacts(logged.model_id, str(folder), path or None)
-        found = {metric: measured[metric] for metric in metrics.HEADLINE if measured[metric] is not None}
-        mlflow.log_metrics(found, model_id=logged.model_id)
-    except BaseException:
-        store.finalize_logged_model(logged.model_id, "FAILED")
-        raise
-    store.finalize_logged_model(logged.model_id, "READY")
+        store.delete_model_version(version.name, str(version.version))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+
+
+def _make_model(store: MlflowClient, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    if reconcile.registered_model(store, name):
+        return
     try:
         store.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    return store.create_model_version(
-        name, logged.model_uri, run_id=run.info.run_id, tags=tags, model_id=logged.model_id
-    )
 
 
-def _as_before(version: ModelVersion, decided: dict[str, Any]) -> dict[str, Any]:
-    """The decision that the version has, if the new one differs in its time only."""
-    try:
-        stored: dict[str, Any] = json.loads(read_artifact(version, "gate.json"))
-    except ValueError:
-        return decided
-    return stored if isinstance(stored, dict) and stored | {"decided_at": decided["decided_at"]} == decided else decided
+def _accepted(store: MlflowClient, name: str, submission: str, wait: float) -> tuple[ModelVersion, Step]:
+    """The version of a submission with the decision on it, once both are there.
+
+    Raises:
+        NotAccepted: The submission is refused, or nothing has come in time.
+    """
+    deadline, waits = time.monotonic() + wait, False
+    while True:
+        registry = reconcile.look(store, name)
+        steps = [step for step in registry.history.counting if step.submission == submission]
+        if steps and steps[-1].action == "refuse":
+            raise NotAccepted(f"The submission {submission} for {name} is refused: {steps[-1].why}")
+        judged = next((step for step in reversed(steps) if step.action == "judge"), None)
+        if judged and judged.version not in registry.versions:
+            raise NotAccepted(f"Version {judged.version} of {name}, which was made of this submission, was deleted.")
+        if judged and (judged.finished or judged.version == registry.history.production):
+            return registry.versions[judged.version], judged
+        if time.monotonic() >= deadline:
+            raise NotAccepted(
+                f"The submission {submission} for {name} is there, and the service has not made a version of it in "
+                f"{wait:g} s. See that `adfm approvals serve` runs there and that a policy is registered (`adfm policy "
+                "show`); then run the same command again: it finds the submission."
+            )
+        if not waits:
+            print(f"submitted as {submission}; waiting up to {wait:g} s for the service to decide", flush=True)
+            waits = True
+        time.sleep(min(_POLL, max(0.0, deadline - time.monotonic())))
 
 
-def _put_decision(store: MlflowClient, version: ModelVersion, decision: Path, tags: dict[str, str]) -> None:
-    """Puts a new decision on a version; an approval was of the old one and is void."""
-    number = str(version.version)
-    history.note_rejection(store, version)
-    # First and last: one that arrives in between is of a page that showed the old decision.
-    history.tag(store, version, approval="pending")
-    store.log_model_artifact(str(version.source).removeprefix("models:/"), str(decision))
-    for key in ("approval_by", "approval_reason", "approval_refused"):
-        if key in version.tags:
-            store.delete_model_version_tag(version.name, number, key)
-    history.tag(store, version, **tags)
-    history.tag(store, version, approval="pending")
+def _decided(version: ModelVersion) -> dict[str, Any]:
+    with TemporaryDirectory() as folder:
+        content = json.loads(download(version, "gate.json", Path(folder)).read_text(encoding="utf-8"))
+        return dict(content)
+
+
+def _headline(version: ModelVersion, step: Step) -> str:
+    return f"version {version.version} of {version.name}: gate {step.verdict}"
+
+
+def _changes(registered: str | None, wanted: Policy) -> str:
+    if registered is None:
+        return "the first policy"
+    return "; ".join(policy.difference(policy.loads(registered, "the registered policy"), wanted))
+
+
+def _answer(store: MlflowClient, name: str, tags: Mapping[str, str], problem: str) -> None:
+    if problem and tags.get("policy_refused") != problem[:1000]:
+        store.set_registered_model_tag(name, "policy_refused", problem[:1000])
+        print(f"{name}: the policy that a reviewer has set is refused: {problem}")
+    elif not problem and "policy_refused" in tags:
+        store.delete_registered_model_tag(name, "policy_refused")

@@ -51,7 +51,7 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
     Args:
         shards: Folder of shards; the train split is used.
         model: Folder that warm-up wrote.
-        out: Folder to write: adapter, processor, `adfm.json`, `reward_curves.csv`.
+        out: Folder to write: adapter, processor, `adfm.json`, `trained_on.parquet`, `reward_curves.csv`.
         params: Reads `model`, `train` and `seed`.
         keep: Folder for the model of every checkpoint, a folder a step, to see how it came to be.
         force: Replace a finished model at `out`.
@@ -118,7 +118,7 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
         if state.is_main_process:
             trained = trainer.accelerator.unwrap_model(trainer.model)
-            save(folder, trained, loaded, shards, params, "train", run.info.run_id, weights)
+            save(folder, trained, loaded, shards, params, "train", run.info.run_id, weights, model)
             write_curves(trainer.state.log_history, folder / "reward_curves.csv")
             if keep:
                 _keep(work, folder, keep)

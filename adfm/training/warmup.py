@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adfm import tracking
+from adfm.data import hashes
 from adfm.data import shards as shards_
 from adfm.files import atomic_folder, refuse_to_replace, write_json
 from adfm.method import prompt
@@ -18,6 +19,9 @@ from adfm.outbox import Outbox
 from adfm.params import Params, Warmup
 from adfm.records import Box
 from adfm.training import examples
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 def warmup(shards: Path, out: Path, params: Params, force: bool = False) -> None:
@@ -28,7 +32,7 @@ def warmup(shards: Path, out: Path, params: Params, force: bool = False) -> None
 
     Args:
         shards: Folder of shards; the train split is used.
-        out: Folder to write: adapter, processor, `adfm.json`, `warmup_curves.csv`.
+        out: Folder to write: adapter, processor, `adfm.json`, `trained_on.parquet`, `warmup_curves.csv`.
         params: Reads `model`, `lora`, `warmup` and `seed`.
         force: Replace a finished model at `out`.
 
@@ -122,10 +126,11 @@ def save(
     stage: str,
     run_id: str,
     weights: dict[str, Any] | None = None,
+    start: Path | None = None,
 ) -> None:
-    """Write adapter, processor and `adfm.json` to `folder`, and nothing else that the training left there.
+    """Write adapter, processor, `adfm.json` and `trained_on.parquet`, and remove what else the training left there.
 
-    `weights` are those of a model of which each process holds a part.
+    `weights` are those of a model of which each process holds a part, `start` is the folder that it was trained from.
     """
     import shutil
 
@@ -145,3 +150,27 @@ def save(
         "params": params.model_dump(mode="json", by_alias=True),
     }
     write_json(description, folder / loading.DESCRIPTION)
+    seen = trained_on(shards, start)
+    if seen is not None:
+        hashes.write(seen, folder / hashes.FILE)
+
+
+def trained_on(shards: Path, start: Path | None = None) -> pa.Table | None:
+    """Hashes of all images that a model has seen.
+
+    Args:
+        shards: Folder of the shards that it is trained on.
+        start: The model's folder that the training starts from; `None` for a base model, whose data nobody knows.
+
+    Returns:
+        As `hashes.collect` gives them; `None` if `start`, by an earlier adfm, does not say what it was trained on.
+
+    Raises:
+        AdfmError: Shards or the table of `start` cannot be read.
+    """
+    if start is None:
+        return hashes.collect(shards, hashes.SEEN)
+    before = hashes.of_model(start)
+    if before is None or (loading.describe(start) or {}).get("data_fingerprint") == shards_.fingerprint(shards):
+        return before
+    return hashes.unite([before, hashes.collect(shards, hashes.SEEN)])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from adfm.errors import AdfmError
 from adfm.files import digest
 from adfm.models import loading
 from adfm.params import Model
+from adfm.registry import signing
 
 
 def test_embedded_model_is_small_and_of_the_real_architecture() -> None:
@@ -72,21 +74,26 @@ def test_a_model_has_an_identity_that_changes_with_its_files(tmp_path: Path) -> 
 
 @pytest.fixture(scope="module")
 def registered(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with three versions of `parts`: whole, with changed files, and without its digest."""
+    """A store with versions of `parts`: whole, with changed files, without its digest, unsigned, of other files."""
     folder = tmp_path_factory.mktemp("registered")
     shutil.copy(empty_database, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.delenv("ADFM_KEYS", raising=False)
         store = tracking.client()
         store.create_registered_model("parts")
-        for number in (1, 2, 3):
+        for number in range(1, 6):
             model = folder / str(number) / "model"
             model.mkdir(parents=True)
             (model / "adfm.json").write_text(json.dumps({"version": number}))
-            tags = {"artifact_digest": digest(model)} if number < 3 else {}
+            if number != 4:
+                signing.sign(model.parent, signing.keys())
+            tags = {"artifact_digest": digest(model)} if number != 3 else {}
             store.create_model_version("parts", model.parent.as_uri(), tags=tags)
         (folder / "2" / "model" / "adfm.json").write_text("{}")
+        shutil.rmtree(folder / "5")
+        shutil.copytree(folder / "1", folder / "5")
         store.set_registered_model_alias("parts", "production", "1")
     return folder
 
@@ -95,6 +102,7 @@ def registered(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -
 def here(registered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(registered)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("ADFM_KEYS", raising=False)
 
 
 @pytest.mark.parametrize("uri", ["models:/parts/1", "models:/parts@production"])
@@ -103,14 +111,17 @@ def test_a_registered_version_is_downloaded(uri: str, here: None, tmp_path: Path
     assert name == "models:/parts/1"
     assert Path(folder).is_relative_to(tmp_path)
     assert loading.describe(Path(folder)) == {"version": 1}
+    assert stat.S_IMODE(Path(folder).parent.stat().st_mode) == 0o700
 
 
 @pytest.mark.parametrize(
     ("uri", "says"),
     [
-        ("models:/parts/2", "changed the files"),
+        ("models:/parts/2", r"^models:/parts/2 is not what was signed: changed: model/adfm\.json\. "),
         ("models:/parts/3", "none was registered"),
-        ("models:/parts/4", "no version 4 of a model parts"),
+        ("models:/parts/4", r"^models:/parts/4 has no model\.sig: .*Register the model again"),
+        ("models:/parts/5", "the files of another version"),
+        ("models:/parts/6", "no version 6 of a model parts"),
         ("models:/parts@previous", "No version of parts has the alias previous in MLflow; there are: production"),
         ("models:/other/1", "no version 1 of a model other"),
         ("models:/other@production", "no version for production of a model other"),

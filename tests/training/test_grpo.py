@@ -146,6 +146,7 @@ def test_training_is_watched_and_changes_the_adapter(
     pictures = [file.path for file in client.list_artifacts(run.info.run_id, "completions")]
     assert pictures == ["completions/step-00000.png", "completions/step-00002.png"]
     assert not list(trained.parent.glob("trained.*"))
+    assert (trained / "trained_on.parquet").read_bytes() == (started / "trained_on.parquet").read_bytes()
 
 
 def test_groups_that_teach_nothing_are_drawn_anew(

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from adfm import cli
+from adfm.data import hashes, shards
+from adfm.errors import AdfmError
+from adfm.files import write_json
 from adfm.models import loading
 from adfm.params import Evaluate, Params
-from adfm.training.warmup import warmup
+from adfm.training.warmup import trained_on, warmup
 
 
 def test_no_steps_change_nothing(small_shards: Path, tmp_path: Path) -> None:
@@ -39,6 +42,9 @@ def test_warmup_moves_the_adapter_and_says_where_it_comes_from(
     assert description["params"]["warmup"]["steps"] == 2
     assert len((tmp_path / "warmup" / "warmup_curves.csv").read_text().splitlines()) == 3
     assert not (tmp_path / "warmup" / "cache").exists()
+    seen = hashes.of_model(tmp_path / "warmup")
+    assert seen is not None
+    assert seen["id"].to_pylist() == sorted(shards.ids(small_shards, "train") + shards.ids(small_shards, "validation"))
 
 
 @pytest.mark.parametrize("verb", [["warmup", "shards"], ["train", "shards", "model"]])
@@ -74,3 +80,23 @@ def test_no_place_is_made_up_where_only_the_label_is_known(
     warmup(label_shards, tmp_path / "plain", plain)
     assert len((tmp_path / "plain" / "warmup_curves.csv").read_text().splitlines()) == 3
     assert "left out" not in capsys.readouterr().out
+
+
+def test_a_training_on_other_shards_has_seen_both(small_shards: Path, tmp_path: Path) -> None:
+    records = [record for record in shards.read(small_shards) if record.split != "test"]
+    one, two, start = (tmp_path / name for name in ("one", "two", "start"))
+    for folder in (one, two, start):
+        folder.mkdir()
+    shards.write(records[:5], one, 100)
+    shards.write(records[5:9], two, 100)
+    write_json({"data_fingerprint": shards.fingerprint(one)}, start / loading.DESCRIPTION)
+    assert trained_on(one, start) is None  # an earlier adfm left no table
+
+    first, second = trained_on(one), trained_on(two)
+    assert first is not None and second is not None
+    hashes.write(first, start / hashes.FILE)
+    assert trained_on(two, start) == hashes.unite([first, second])
+    assert trained_on(one, start) == first
+    (start / hashes.FILE).write_bytes(b"")
+    with pytest.raises(AdfmError, match="trained_on.parquet cannot be read"):
+        trained_on(two, start)

@@ -1,0 +1,166 @@
+"""Hashes of the images of shards: small enough to keep with a model, so that it is known which images it has seen.
+
+Training writes them as `trained_on.parquet` into the model's folder; `adfm.evaluation.separation` compares them. They
+hold no names or paths, and ids that the shards have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from adfm.data import duplicates
+from adfm.data import shards as shards_
+from adfm.data.images import reduced
+from adfm.errors import AdfmError
+
+FILE = "trained_on.parquet"
+"""The table in the folder of a model: the training and validation images of its warm-up and its training."""
+
+SEEN = ("train", "validation")
+"""The splits that a training may see: it fits weights on the one, thresholds and limits on the other."""
+
+# 128 bits of a hash: no two of 10^10 pairs are equal by chance.
+_HASH = pa.binary(16)
+_SKETCH = 48
+
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("bytes", _HASH, nullable=False),
+        pa.field("pixels", _HASH, nullable=False),
+        pa.field("sketch", pa.binary(2 * _SKETCH), nullable=False),
+        pa.field("contrast", pa.float32(), nullable=False),
+        pa.field("part", _HASH),
+    ],
+    metadata={"adfm": "hashes of images, 1"},
+)
+"""Of an image: id; halves of SHA-256 of raw file and of pixels; `duplicates.sketch` as float16; its contrast in grey
+levels; half of the SHA-256 of category and part, null where the part is not known."""
+
+
+class BadTable(AdfmError):
+    """A file that does not hold the hashes of images."""
+
+    exit_code = 2
+
+
+def collect(shards: Path, splits: Sequence[str]) -> pa.Table:
+    """Hashes of the images of some splits.
+
+    Memory holds 400 bytes an image, and the images of a row group.
+
+    Args:
+        shards: Folder of shards.
+        splits: Which; those of which there are no shards are left out.
+
+    Returns:
+        A row an image, as `SCHEMA`, in the order of `unite`.
+
+    Raises:
+        AdfmError: The shards or an image cannot be read.
+    """
+    present = [split for split in splits if any(shards.glob(f"{split}-*.parquet"))]
+    batches = []
+    progress = tqdm(desc="hash", unit="image", disable=None)
+    with progress, ThreadPoolExecutor() as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, on damaged and on huge images
+        for split in present:
+            for rows in shards_.batches(shards, split, ["id", "image", "category", "sha256", "group"]):
+                hashed = list(pool.map(_hashes, rows.to_pylist()))
+                batches.append(pa.RecordBatch.from_pylist(hashed, schema=SCHEMA))
+                progress.update(rows.num_rows)
+    return unite([pa.Table.from_batches(batches, schema=SCHEMA)])
+
+
+def unite(tables: Iterable[pa.Table]) -> pa.Table:
+    """The rows of all tables, each once, ordered by their content."""
+    rows = pa.concat_tables(tables).combine_chunks()
+    order = pc.sort_indices(
+        rows, sort_keys=[(name, "ascending") for name in ("id", "bytes", "pixels", "part", "contrast")]
+    )
+    rows = rows.take(order)
+    if not len(rows):
+        return rows
+    same = pa.array(np.ones(len(rows) - 1, bool))
+    for name in SCHEMA.names:
+        column = rows[name].combine_chunks()
+        one, other = column[:-1], column[1:]
+        same = pc.and_(same, pc.or_(pc.equal(one, other).fill_null(False), pc.and_(one.is_null(), other.is_null())))
+    return rows.filter(pa.concat_arrays([pa.array([True]), pc.invert(same)]))
+
+
+def of_model(folder: Path) -> pa.Table | None:
+    """The table in a model's folder; `None` without one, as adfm before 0.9 left it.
+
+    Raises:
+        AdfmError: It cannot be read.
+    """
+    file = folder / FILE
+    return read(file) if file.is_file() else None
+
+
+def write(table: pa.Table, file: Path) -> None:
+    """Writes a table; the same rows give the same bytes, with one version of Arrow."""
+    split = {"sketch": "BYTE_STREAM_SPLIT"}  # of numbers that look alike, so that zstd finds something
+    plain = {name: "PLAIN" for name in SCHEMA.names if name != "sketch"}
+    pq.write_table(table, file, compression="zstd", use_dictionary=False, column_encoding=split | plain)
+
+
+def read(file: Path) -> pa.Table:
+    """Reads a table that `write` wrote.
+
+    Raises:
+        AdfmError: It cannot be read, or is another one.
+    """
+    try:
+        with pq.ParquetFile(file) as opened:
+            schema = opened.schema_arrow
+            if not schema.equals(SCHEMA) or (schema.metadata or {}).get(b"adfm") != SCHEMA.metadata[b"adfm"]:
+                raise BadTable(
+                    f"{file} does not hold the hashes of images that this version of adfm compares; train again."
+                )
+            return opened.read().cast(SCHEMA)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise BadTable(f"{file} cannot be read ({error}); get it again, or train again.") from error
+
+
+def sketches(table: pa.Table) -> NDArray[np.float16]:
+    """[images, 48]: the column `sketch`."""
+    return np.frombuffer(b"".join(table["sketch"].to_pylist()), "<f2").reshape(-1, _SKETCH)
+
+
+def _hashes(row: dict[str, Any]) -> dict[str, Any]:
+    try:
+        content, digest = row["image"]["bytes"], bytes.fromhex(row["sha256"])[:16]
+        small, size = reduced(content)
+        whole = small if small.format == "PNG" else Image.open(io.BytesIO(content))
+        pixels = whole.convert("RGB").tobytes()
+        thumbnail, contrast = duplicates.thumbnail(small)
+    except Exception as error:  # a damaged file makes Pillow raise nearly anything
+        raise AdfmError(
+            f"image {row['id']} cannot be read ({error}); make the shards again with `adfm convert`."
+        ) from error
+    part = json.dumps([row["category"], row["group"]]) if row["group"] is not None else None
+    return {
+        "id": row["id"],
+        "bytes": digest,
+        "pixels": hashlib.sha256(f"{size} ".encode() + pixels).digest()[:16],
+        "sketch": duplicates.sketch(thumbnail[None]).tobytes(),
+        "contrast": contrast,
+        "part": part and hashlib.sha256(part.encode()).digest()[:16],
+    }

@@ -1,0 +1,335 @@
+"""Decisions on a version: made from its signed files with the registered policy, written into the history, shown.
+
+The same files, rivals, policy and look give the same decision, whoever makes it. So the history keeps its digest, and
+what people read (gate.json, tags, description) can be written again from the files at any time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from adfm import tracking
+from adfm.data import hashes
+from adfm.errors import AdfmError
+from adfm.evaluation import calibration as calibration_
+from adfm.evaluation import metrics
+from adfm.files import file_digest, write_json
+from adfm.registry import gate, page, policy, signing
+from adfm.registry import history as history_
+from adfm.registry.history import NOBODY, History, Step
+from adfm.registry.reconcile import Registry
+from adfm.registry.submission import (
+    AS_REGISTERED,
+    FREE,
+    PROOF,
+    TEST_IMAGES,
+    TRAINED_ON,
+    Submission,
+    Unfit,
+    check,
+    fetch,
+    read_artifact,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+    from mlflow.entities.model_registry import ModelVersion
+
+_UNKNOWN = {"images": 0, "against": {}, "unknown": ["candidate"], "problems": [], "alike": [], "proved": False}
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A decision with what it is based on.
+
+    Args:
+        decided: The decision as JSON values, without its time.
+        submission: The version's verified files, as long as they are there.
+        fields: What a step of the history says of it.
+    """
+
+    decided: dict[str, Any]
+    submission: Submission
+    fields: dict[str, str]
+
+    @property
+    def verdict(self) -> str:
+        """`passed`, `failed` or `cannot tell`."""
+        return str(self.decided["verdict"])
+
+
+def judge(registry: Registry, version: ModelVersion, to: Path) -> Judgement:
+    """Decide on a version against production and anchor of the history, with the registered policy.
+
+    Args:
+        registry: As the version is to be judged; a policy is registered.
+        version: The version.
+        to: Folder for its files and those of its rivals.
+
+    Raises:
+        Unverified: Its files, or those of a rival, are not what was signed.
+        AdfmError: Its parts do not fit together, or tables cannot be compared.
+        OSError: Files cannot be read.
+    """
+    history, number = registry.history, str(version.version)
+    submission = fetch(version, to, registry.keys)
+    own = check(submission, registry.name)
+    registered = policy.loads(history.policy or "", "the registered policy")
+    rivals = {rival: _rival(registry, rival, to) for rival in {history.production, history.anchor} - {NOBODY, number}}
+    against = {"production": history.production, "anchor": history.anchor}
+    if history.anchor == history.production:
+        del against["anchor"]
+    tables: dict[str, pd.DataFrame] = {}
+    sources: dict[str, str] = {}
+    missing = []
+    for role, rival in against.items():
+        if rival not in rivals:
+            continue  # nothing is in production, or the anchor itself is judged
+        predictions = _predictions(submission, role, rivals[rival])
+        if predictions is None:
+            missing.append(
+                f"There are no predictions of version {rival} ({role}) on these test images; `adfm register` makes "
+                "them."
+            )
+        else:
+            tables[role], sources[role] = predictions
+    fingerprint = str(submission.origin["data"]["test"])
+    position = look(history, fingerprint, number)
+    separation = compare(submission, rivals.get(history.production))
+    decision = gate.decide(own, tables.get("production"), tables.get("anchor"), registered, position, separation)
+    decided = dataclasses.asdict(decision) | {
+        "split": submission.about["split"],
+        "fingerprint": fingerprint,
+        "policy": registered.model_dump(mode="json"),
+        "production_version": None if history.production == NOBODY else history.production,
+        "anchor_version": None if history.anchor == NOBODY else history.anchor,
+        "production_predictions": sources.get("production"),
+    }
+    if missing:
+        verdict = "failed" if decision.verdict == "failed" else "cannot tell"
+        decided |= {"verdict": verdict, "reasons": [*missing, *decided["reasons"]]}
+    decided = json.loads(json.dumps(decided, allow_nan=False))  # as a reader of the file has it
+    fields = {
+        "production": history.production,
+        "anchor": history.anchor,
+        "decision": digest(decided),
+        "verdict": decided["verdict"],
+        "manifest": submission.manifest,
+        "submission": str(version.source).removeprefix("models:/"),
+        "submitted_by": str(submission.origin.get("submitted_by", "")),
+        "signer": submission.signer,
+        "contents": submission.contents,
+        "fingerprint": fingerprint,
+        "look": str(position),
+        "policy": policy.digest(registered),
+    }
+    return Judgement(decided, submission, fields)
+
+
+def stands(history: History, version: str) -> Step | None:
+    """The decision on a version that counts, unless production, anchor or policy have changed since."""
+    step = history.last("judge", version=version)
+    if step is None or history.policy is None:
+        return None
+    registered = policy.digest(policy.loads(history.policy, "the registered policy"))
+    now = (history.production, history.anchor, registered)
+    return step if (step.production, step.anchor, step.policy) == now else None
+
+
+def look(history: History, fingerprint: str, version: str) -> int:
+    """How many distinct versions a test set had judged when it first judged this one, this one included."""
+    judged = [step.version for step in history.counting if step.action == "judge" and step.fingerprint == fingerprint]
+    return list(dict.fromkeys([*judged, version])).index(version) + 1
+
+
+def digest(decided: dict[str, Any]) -> str:
+    """SHA-256 of a decision as canonical JSON, without its time."""
+    timeless = {key: value for key, value in decided.items() if key != "decided_at"}
+    text = json.dumps(timeless, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def parse(decided: dict[str, Any]) -> gate.Decision:
+    """A decision from its JSON values."""
+    rows = [gate.Row(**row | {"answers": [gate.Answer(**each) for each in row["answers"]]}) for row in decided["rows"]]
+    kept = {field.name: decided[field.name] for field in dataclasses.fields(gate.Decision)}
+    return gate.Decision(**kept | {"rows": rows})
+
+
+def summary(fields: dict[str, str], decided: dict[str, Any]) -> str:
+    """A decision in one line, for the history."""
+    return (
+        f"gate {fields['verdict']} against version {fields['production']}, anchor {fields['anchor']}; look "
+        f"{fields['look']} of {decided['looks']}"
+    )
+
+
+def present(registry: Registry, version: ModelVersion, judgement: Judgement, step: Step, why: str = "") -> None:
+    """Put a decision on its version for people to read: gate.json, tags, description. An approval was of the old one.
+
+    Done twice, or by two processes, it does the same. The tag `approval` is `pending` first and last: one that arrives
+    in between is of a page that showed another decision.
+
+    Args:
+        registry: The registered model.
+        version: The version.
+        judgement: The decision.
+        step: The step that says so.
+        why: Why it was decided again, for the description.
+    """
+    store, number = registry.store, str(version.version)
+    history_.note_rejection(store, version, registry.history, registry.keys)
+    history_.tag(store, version, approval="pending", approval_by=NOBODY)
+    decided = judgement.decided | {"decided_at": step.at}
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "gate.json"
+        write_json(decided, file)
+        with history_.allowed("the experiment of the submissions", "write"):
+            store.log_model_artifact(str(version.source).removeprefix("models:/"), str(file))
+    for key in ("approval_reason", "approval_refused"):
+        if key in version.tags:
+            store.delete_model_version_tag(version.name, number, key)
+    history_.tag(store, version, **_tags(judgement), **shown(step))
+    submission = judgement.submission
+    text = page.text(
+        decided,
+        submission.origin,
+        submission.measured,
+        submission.calibration,
+        number,
+        tracking.find_run(submission.about.get("mlflow_run_id")),
+        policy_difference=policy_difference(submission, registry.history),
+    )
+    store.update_model_version(version.name, number, f"{why}\n\n{text}".strip()[: page.LONGEST])
+    history_.tag(store, version, approval="pending", approval_by=NOBODY)
+    history_.finish(store, registry.name, step)
+
+
+def policy_difference(submission: Submission, history: History) -> list[str]:
+    """What the submitter's policy says otherwise than the registered one."""
+    registered = policy.loads(history.policy or "", "the registered policy")
+    try:
+        own = policy.loads((submission.folder / policy.FILE).read_text(encoding="utf-8"), policy.FILE)
+    except (OSError, UnicodeDecodeError, policy.PolicyError):
+        return ["the submitter's gate.yaml cannot be read"]
+    return policy.difference(registered, own)
+
+
+def shown(step: Step) -> dict[str, str]:
+    """The tags that repeat a decision."""
+    return {
+        "gate": step.verdict,
+        "gate_decided_at": step.at,
+        "gate_production_version": step.production,
+        "gate_anchor_version": step.anchor,
+        "gate_look": step.look,
+        "gate_digest": step.decision,
+        "gate_step": str(step.number),
+        "submitted_by": step.submitted_by,
+        "signed_by": step.signer,
+    }
+
+
+def is_shown(version: ModelVersion, step: Step) -> bool:
+    """Whether the version's gate.json and tags are those of a decision."""
+    if any(version.tags.get(key) != text for key, text in shown(step).items()):
+        return False
+    try:
+        return digest(json.loads(read_artifact(version, "gate.json"))) == step.decision
+    except (ValueError, AttributeError, OSError):
+        return False
+
+
+def compare(submission: Submission, production: Submission | None) -> dict[str, Any]:
+    """The proof that no test image was in the training data of the candidate or of production.
+
+    A submission without hashes of its images proves nothing.
+    """
+    from adfm.evaluation import separation
+
+    if not (submission.folder / TEST_IMAGES).is_file():
+        return dict(_UNKNOWN)
+    models = {"candidate": submission} | ({"production": production} if production else {})
+    seen = {name: _hashes(files.folder / TRAINED_ON) for name, files in models.items()}
+    try:
+        near_duplicates = bool(submission.settings["split"]["near_duplicates"])
+        proof = json.loads((submission.folder / PROOF).read_text(encoding="utf-8"))
+        near = {image for each in [*proof["problems"], *proof["alike"]] for image in each["ids"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Unfit(f"its {PROOF} or params.yaml is broken ({error!r})") from error
+    compared = dict(separation.compare(hashes.read(submission.folder / TEST_IMAGES), seen, None, near_duplicates))
+    # Hashes alone only estimate whether two images are near-duplicates; whoever had the images has decided it.
+    for key in ("problems", "alike"):
+        kept = []
+        for each in compared[key]:
+            if each["kind"] == separation.NEAR_DUPLICATE and each["of"] == "candidate":
+                pairs = [pair for pair in zip(each["ids"], each["like"], strict=True) if pair[0] in near]
+                each = each | {"ids": [pair[0] for pair in pairs], "like": [pair[1] for pair in pairs]}
+            kept += [each] if each["ids"] else []
+        compared[key] = kept
+    known = "candidate" not in compared["unknown"]
+    return compared | {"proved": not compared["problems"] and known and compared["images"] > 0}
+
+
+def _hashes(file: Path) -> pa.Table | None:
+    return hashes.read(file) if file.is_file() else None
+
+
+def _rival(registry: Registry, number: str, to: Path) -> Submission:
+    try:
+        return fetch(registry.version(number), to, registry.keys)
+    except signing.Unverified as error:
+        raise AdfmError(
+            f"Version {number} of {registry.name}, which new versions are compared with, is not what was signed: "
+            f"{error}\nNothing is judged until it is whole again, or another is in production and the anchor: "
+            "`adfm audit`, `adfm rollback`."
+        ) from error
+
+
+def _predictions(submission: Submission, role: str, rival: Submission) -> tuple[pd.DataFrame, str] | None:
+    """A rival's predictions on the candidate's test images: its own, else those that came with the candidate."""
+    if rival.protocol() == submission.protocol():
+        return gate.read(rival.predictions), AS_REGISTERED
+    try:
+        about = json.loads((submission.folder / "rivals" / "rivals.json").read_text(encoding="utf-8"))[role]
+        if about["manifest"] != rival.manifest:
+            return None
+        return gate.read(submission.folder / "rivals" / f"{role}.parquet"), str(about["predictions"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _tags(judgement: Judgement) -> dict[str, str]:
+    """The tags that say what a version is."""
+    submission = judgement.submission
+    origin, measured, calibration = submission.origin, submission.measured, submission.calibration
+    data, base = origin["data"], origin.get("base") or {}
+    tags = {
+        "artifact_digest": origin["artifact_digest"],
+        "evaluation_digest": file_digest(submission.predictions),
+        "test_fingerprint": data["test"],
+        "protocol": origin.get("protocol"),
+        "data_fingerprint": data.get("trained_on"),
+        "dvc_md5": data.get("dvc_md5"),
+        "git_commit": origin.get("git_commit"),
+        "git_dirty": origin.get("git_dirty"),
+        "base_model": base.get("name"),
+        "base_revision": base.get("revision"),
+        **{name: f"{measured[name]:.4f}" for name in metrics.HEADLINE if measured.get(name) is not None},
+        "threshold": "none" if calibration.threshold is None else f"{calibration.threshold:.6g}",
+    }
+    file = submission.folder / "evaluation" / calibration_.FILE
+    if file.is_file():
+        limit = "".join(f"{kind} <= {share:g}" for kind, share in calibration.limit.items())
+        tags |= {"threshold_limit": limit or "none", "calibration": calibration.method}
+        tags |= {calibration_.DIGEST_TAG: file_digest(file)}
+    # What a submitter names a tag must not pass for one of adfm's.
+    tags |= {key: value for key, value in origin.get("tags", {}).items() if key.startswith(FREE)}
+    return {key: str(value) for key, value in tags.items() if value is not None}

@@ -1,0 +1,146 @@
+"""`adfm serve`: MLflow's scoring server on a registered version, started once the version is verified.
+
+`mlflow models serve` reads `MLmodel` and runs the loader and the code that it names before anything of adfm could
+check them. So the version is downloaded and verified here first, and MLflow is given the verified folder.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from adfm import tracking
+from adfm.errors import AdfmError
+from adfm.models import loading
+from adfm.registry import history, signing
+
+PRODUCTION = "production"
+
+
+class NotInProduction(AdfmError):
+    """The alias `production` is not where the history says that it is."""
+
+    exit_code = 2
+
+
+def serve(model: str, host: str, port: int, workers: int) -> None:
+    """Serves a registered version, as `mlflow models serve` does, until stopped (SIGTERM, SIGINT).
+
+    Args:
+        model: `models:/<name>/<version>`, or `models:/<name>@<alias>`. With the alias `production`, the history must
+            say that this version is in production.
+        host: Address to listen on.
+        port: Port; 0: a free one, which is printed.
+        workers: Processes, each with a model of its own.
+
+    Raises:
+        Unverified: The version's files are not those that were signed; nothing of them was run.
+        NotInProduction: The alias was moved by hand.
+        AdfmError: There is no such version, the address cannot be listened on, or the model cannot be loaded.
+    """
+    if workers < 1:
+        raise AdfmError(f"--workers {workers}: there must be at least one.")
+    with _bind(host, port) as listener, TemporaryDirectory(prefix="adfm-serve-") as private:  # mode 0700
+        folder, about = fetch(model, Path(private))
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+        print(f"adfm: {about}; loading it to serve on {address}", file=sys.stderr, flush=True)
+        _run(folder, listener, workers)
+
+
+def fetch(model: str, to: Path) -> tuple[Path, str]:
+    """Downloads and verifies a version to serve.
+
+    Args:
+        model: As in `serve`.
+        to: An existing folder, which nobody else can write to.
+
+    Returns:
+        The folder of the version, and what was verified, in words.
+
+    Raises:
+        AdfmError: As in `serve`.
+    """
+    with tracking.store_errors(tracking.configure()):
+        version = loading.registered(model)
+        folder = loading.check_unchanged(version, to).parent
+        about = f"version {version.version} of {version.name} has the files that were signed"
+        if model.endswith(f"@{PRODUCTION}"):
+            _check_production(version.name, str(version.version))
+            about += " and is in production"
+    return folder, about
+
+
+def _check_production(name: str, number: str) -> None:
+    """The history decides what is in production; an alias can be moved by anybody who may edit the model."""
+    from mlflow import MlflowClient
+
+    recorded = history.read(MlflowClient(), name, signing.keys()).production
+    if recorded != number:
+        raise NotInProduction(
+            f"The alias {PRODUCTION} of {name} points at version {number}, and its history has {recorded} in "
+            f"production: somebody has moved the alias by hand, or is moving it now. Try again; `adfm promote` puts it "
+            f"back. models:/{name}/{number} serves this version all the same."
+        )
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket with the address, on which nothing listens before the model is loaded."""
+    if not 0 <= port < 65536:
+        raise AdfmError(f"--port {port}: a port is a number from 0 to 65535.")
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise AdfmError(
+            f"{host}:{port} cannot be listened on: {error}. Choose others with --host and --port."
+        ) from error
+    return listener
+
+
+def _run(folder: Path, listener: socket.socket, workers: int) -> None:
+    import uvicorn
+    from mlflow.pyfunc import scoring_server
+    from uvicorn.config import STARTUP_FAILURE
+    from uvicorn.supervisors import Multiprocess
+
+    _, environment = scoring_server.get_cmd(str(folder))  # by which MLflow's app, also in a worker, knows its model
+    os.environ.update(environment)
+    if workers > 1:
+        supervisor = Multiprocess(uvicorn.Config(f"{__name__}:worker", factory=True, workers=workers), [listener])
+        supervisor.run()
+        if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
+            raise AdfmError("A worker could not load the model; see above.")
+        return
+    server = uvicorn.Server(uvicorn.Config(f"{__name__}:application", factory=True))
+    try:
+        server.run([listener])
+    except KeyboardInterrupt:  # uvicorn ends well at a signal, and then raises it once more
+        if not server.started:
+            raise
+
+
+def application() -> Any:
+    """MLflow's scoring server with the model of `_run`; for uvicorn."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow's, of its own type hints
+        from mlflow.pyfunc.scoring_server.app import app
+    return app
+
+
+def worker() -> Any:
+    """The same in one of several processes. One that cannot load the model ends all; uvicorn would try for ever."""
+    from uvicorn.config import STARTUP_FAILURE
+
+    try:
+        return application()
+    except Exception:
+        traceback.print_exc()
+        sys.exit(STARTUP_FAILURE)

@@ -1,0 +1,507 @@
+"""A submission: a trained model with everything by which it is judged, signed, as a logged model of MLflow.
+
+Whoever submits may write to the experiment, not to the registered model. The service makes a version of it
+(`adfm.registry.registration`). Its files, as `models:/<name>/<version>` has them later:
+
+    model/          the folder that training wrote: adapter, processor, chat template, prompt (in adfm.json)
+    evaluation/     the folder that evaluation wrote: predictions.parquet, metrics.json, calibration.json, plots
+    separation/     hashes of the images that it was trained on and is judged on, and their comparison
+    rivals/         predictions of production and anchor on the same images, and rivals.json: of which versions
+    params.yaml     the settings as used
+    gate.yaml       the submitter's policy; the registered one judges
+    lineage.json    data, code, libraries, base model; who submitted it, and for which registered model
+    MLmodel, …      what makes an MLflow pyfunc of it, which `adfm.registry.serving` loads
+    model.sig       the signature over all of these
+    gate.json       the decision, which the service adds for people to read
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from adfm import tracking
+from adfm.data import hashes
+from adfm.data import shards as shards_
+from adfm.errors import AdfmError
+from adfm.evaluation import calibration as calibration_
+from adfm.evaluation import metrics
+from adfm.evaluation.calibration import Calibration
+from adfm.files import digest, file_digest, write_json
+from adfm.method import prompt
+from adfm.models import families, loading
+from adfm.params import Params
+from adfm.registry import gate, policy, pyfunc, reconcile, signing
+from adfm.registry.history import History
+from adfm.registry.lineage import lineage
+from adfm.registry.policy import Policy
+from adfm.registry.reconcile import Registry
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel, Run
+    from mlflow.entities.model_registry import ModelVersion
+
+    from adfm.registry.signing import Keys
+
+SUBMITTED_FOR = "adfm_submitted_for"
+"""Tag of a logged model: the registered model that it was submitted for."""
+
+CONTENTS = "adfm_contents"
+"""Tag of a logged model: digests of its contents, by which a repeated submission is recognised."""
+
+TEST_IMAGES, TRAINED_ON = Path("separation", "test.parquet"), Path("separation", "trained_on.parquet")
+"""Hashes of the images that a version is judged on, and of those that it has seen."""
+
+PROOF = Path("separation", "proof.json")
+"""Their comparison by the submitter, who has the images."""
+
+HELD_OUT = "test"
+"""The split that the gate judges on."""
+
+FREE = ("kfp_", "data_")
+"""Beginnings of the names of those tags that a submitter may choose."""
+
+AS_REGISTERED, AGAIN = "as registered", "evaluated again"  # where a rival's predictions are from
+
+_PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
+
+
+class Unfit(AdfmError):
+    """A submission cannot be judged as it is."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Submission:
+    """The files of a submission or version, whose signature was verified.
+
+    Args:
+        folder: Where they lie.
+        signer: Id of the key that signed them.
+    """
+
+    folder: Path
+    signer: str
+
+    @cached_property
+    def manifest(self) -> str:
+        """Digest of the signed list of files."""
+        return signing.manifest(self.folder)
+
+    @cached_property
+    def origin(self) -> dict[str, Any]:
+        """What lineage.json says."""
+        return _json(self.folder / "lineage.json")
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What params.yaml says."""
+        try:
+            return dict(yaml.safe_load((self.folder / "params.yaml").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+            raise Unfit(f"params.yaml is missing or broken ({error})") from error
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """What evaluation.json says."""
+        return _json(self.folder / "evaluation" / "evaluation.json")
+
+    @cached_property
+    def measured(self) -> dict[str, Any]:
+        """The candidate's metrics."""
+        every = _json(self.folder / "evaluation" / "metrics.json")
+        try:
+            return dict(every[self.about["candidate"]])
+        except (KeyError, TypeError, ValueError) as error:
+            raise Unfit("evaluation/metrics.json does not have the candidate's metrics") from error
+
+    @property
+    def predictions(self) -> Path:
+        """The table of predictions."""
+        return self.folder / "evaluation" / "predictions.parquet"
+
+    @property
+    def calibration(self) -> Calibration:
+        """The calibration; one without a threshold where there is none."""
+        return _calibration(self.folder / "evaluation")
+
+    @cached_property
+    def contents(self) -> str:
+        """Digests of model, predictions and test images."""
+        return _contents(self.folder / "model", self.folder / "evaluation", self.origin)
+
+    def protocol(self) -> tuple[Any, Any]:
+        """What must be equal for the predictions of two models to be comparable."""
+        return self.origin.get("data", {}).get("test"), self.origin.get("protocol")
+
+
+def read(folder: Path, keys: Keys, name: str = "") -> Submission:
+    """Verify the signature of a folder, which a message calls `name`.
+
+    Raises:
+        Unverified: The folder is not what a submitter whose key counts has signed.
+    """
+    return Submission(folder, signing.verify(folder, keys, name))
+
+
+def check(submission: Submission, name: str) -> pd.DataFrame:
+    """Check that a submission is whole and fits together.
+
+    Args:
+        submission: The files.
+        name: The registered model that it is to be a version of.
+
+    Returns:
+        The candidate's predictions.
+
+    Raises:
+        AdfmError: It is for another model, its parts are not of one another, or it is not of the held-out split.
+    """
+    model = submission.folder / "model"
+    check_model(model)
+    origin = submission.origin
+    if origin.get("registered_model") != name:
+        raise Unfit(f"it was submitted for the registered model {origin.get('registered_model')!r}, not for {name!r}")
+    if origin.get("artifact_digest") != digest(model):
+        raise Unfit("its lineage.json is of another model")
+    settings = submission.settings.get("evaluate")
+    if not isinstance(settings, dict):
+        raise Unfit("its params.yaml has no section evaluate")
+    return _check_evaluation(submission.folder / "evaluation", "its evaluation", origin, settings, None)
+
+
+def submit(
+    registry: Registry,
+    model: Path,
+    shards: Path,
+    evaluation: Path,
+    params: Params,
+    run: Run,
+    tags: Mapping[str, str],
+) -> str:
+    """Sign a trained model with its evaluation, and give it to MLflow as a submission.
+
+    One with the same model and the same predictions that waits already is used again.
+
+    Args:
+        registry: The registered model, read only.
+        model: Folder that training wrote.
+        shards: Folder of shards.
+        evaluation: Folder that evaluation wrote from these shards, with `model` as the candidate.
+        params: Settings.
+        run: The run that submits, where that of the training is not in this store.
+        tags: Further tags of the version.
+
+    Returns:
+        Id of the logged model.
+
+    Raises:
+        AdfmError: A folder lacks something, or the evaluation is of other data or settings, or not of the held-out
+            split.
+    """
+    if params.evaluate.split != HELD_OUT:
+        raise Unfit(
+            f"evaluate.split is {params.evaluate.split!r}: a version is judged on the held-out images, the split "
+            f"{HELD_OUT!r} alone. Evaluate with --set evaluate.split={HELD_OUT}, then register."
+        )
+    family = check_model(model)
+    trained_by = tracking.find_run((loading.describe(model) or {}).get("mlflow_run_id"))
+    origin = lineage(model, shards, params, trained_by) | {
+        "protocol": _protocol(family, params),
+        "registered_model": registry.name,
+        "submitted_by": reconcile.user(),
+        "tags": dict(tags),
+    }
+    settings = params.evaluate.model_dump(mode="json")
+    ids = shards_.ids(shards, params.evaluate.split)
+    _check_evaluation(evaluation, str(evaluation), origin, settings, ids)
+    if waiting := _same(registry, params, _contents(model, evaluation, origin)):
+        return waiting
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "version"
+        pyfunc.write(folder)
+        shutil.copytree(model, folder / "model")
+        shutil.copytree(evaluation, folder / "evaluation")
+        (folder / "params.yaml").write_text(tracking.settings(params), encoding="utf-8")
+        (folder / policy.FILE).write_text(policy.dumps(own_policy(registry.history)), encoding="utf-8")
+        write_json(origin, folder / "lineage.json")
+        _write_separation(folder, model, shards, params.split.near_duplicates)
+        _write_rivals(folder, registry, origin, shards, params)
+        signing.sign(folder, registry.keys)
+        return _log(registry.store, folder, registry.name, trained_by or run, origin)
+
+
+def own_policy(history: History) -> Policy:
+    """The submitter's policy: `gate.yaml` of the current folder, else the registered one, else the default."""
+    if history.policy and not Path(policy.FILE).is_file():
+        return policy.loads(history.policy, "the registered policy")
+    return policy.load()
+
+
+def check_model(model: Path) -> str:
+    """The model's family; raises when the folder is not one to register."""
+    description = loading.describe(model)
+    if description is None or not any(model.glob("*.safetensors")):
+        raise Unfit(f"{model} is not a model folder (adfm.json and *.safetensors); make one with `adfm train`.")
+    if pickles := sorted(str(path) for path in model.rglob("*") if path.suffix in _PICKLES):
+        raise Unfit(f"{', '.join(pickles)}: pickles can run code and are not registered; remove them.")
+    return str(description["family"])
+
+
+def download(version: ModelVersion, path: str, to: Path) -> Path:
+    """A copy of a version's artifact, a file or a folder, below the folder `to`."""
+    import mlflow
+
+    return Path(
+        mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}/{path}", dst_path=str(to))
+    )
+
+
+def read_artifact(version: ModelVersion, path: str) -> str:
+    """The text of a version's artifact."""
+    with TemporaryDirectory() as folder:
+        return download(version, path, Path(folder)).read_text(encoding="utf-8")
+
+
+def fetch(version: ModelVersion, to: Path, keys: Keys) -> Submission:
+    """Download a version whole and verify its signature.
+
+    Raises:
+        Unverified: Its files are not what a submitter whose key counts has signed.
+        OSError: They cannot be read.
+    """
+    folder = to / str(version.version)
+    folder.mkdir(parents=True)
+    return read(download(version, "", folder), keys, f"models:/{version.name}/{version.version}")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+        return content
+    except (OSError, ValueError) as error:
+        raise Unfit(f"{file.name} is missing or broken ({error})") from error
+
+
+def _contents(model: Path, evaluation: Path, origin: dict[str, Any]) -> str:
+    """Digests of model, predictions and test images, shortened for a tag."""
+    parts = (digest(model), file_digest(evaluation / "predictions.parquet"), str(origin["data"]["test"]))
+    return "-".join(part[:32] for part in parts)
+
+
+def _calibration(evaluation: Path) -> Calibration:
+    """An evaluation of before there were thresholds has none: the letter decides then, and that is said."""
+    file = evaluation / calibration_.FILE
+    return calibration_.read(file) if file.is_file() else Calibration(note=f"it was evaluated without a {file.name}")
+
+
+def _check_evaluation(
+    evaluation: Path, place: str, origin: dict[str, Any], settings: dict[str, Any], ids: list[str] | None
+) -> pd.DataFrame:
+    """The candidate's predictions, after proof that they are of these data, this model and these settings.
+
+    Args:
+        evaluation: Folder of the evaluation.
+        place: What a message calls it.
+        origin: The lineage.
+        settings: Section `evaluate` of the settings.
+        ids: Ids of the test images, where the shards are at hand.
+    """
+    table = gate.read(evaluation / "predictions.parquet")
+    try:
+        about = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8"))
+        json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))[about["candidate"]]
+        done = {
+            "split": about["split"],
+            "max_new_tokens": about["settings"]["max_new_tokens"],
+            "fingerprint of the shards": about["fingerprint"],
+            "digest of the model": about.get("candidate_digest", origin["artifact_digest"]),
+        }
+        due = {
+            "split": HELD_OUT,
+            "max_new_tokens": settings["max_new_tokens"],
+            "fingerprint of the shards": origin["data"]["test"],
+            "digest of the model": origin["artifact_digest"],
+        }
+        if ids is not None:
+            done["images"], due["images"] = sorted(table["id"]), sorted(ids)
+        calibration = _calibration(evaluation)
+        if there := (evaluation / calibration_.FILE).is_file():
+            key = "digest of the calibrated model"
+            done[key], due[key] = calibration.model, origin["artifact_digest"]
+            for key in ("calibration", "overkill_limit", "escape_limit", "score", "samples"):
+                done[key], due[key] = about["settings"].get(key), settings[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Unfit(f"{place} is not a whole evaluation ({error!r}); make it with `adfm evaluate`.") from error
+    if differing := [key for key in due if due[key] != done[key]]:
+        raise Unfit(
+            f"{place} is not an evaluation of this model on these shards with these settings: {', '.join(differing)} "
+            "differ. Evaluate again with `adfm evaluate`, then register."
+        )
+    if "decision" in table and not (there and _decided_by(calibration, table)):
+        raise Unfit(
+            f"{place}: the decisions in predictions.parquet are not those of its {calibration_.FILE}. Evaluate again "
+            "with `adfm evaluate`, then register."
+        )
+    return table
+
+
+def _decided_by(calibration: Calibration, predictions: pd.DataFrame) -> bool:
+    """Whether the table's decisions are those that a version with this calibration would make."""
+    decisions = calibration.apply(predictions)["decision"]
+    return bool(decisions.fillna("").tolist() == predictions["decision"].fillna("").tolist())
+
+
+def _protocol(family: str, params: Params) -> str:
+    """What must be equal, besides the data, for two models' predictions to be comparable, as JSON."""
+    messages = hashlib.sha256(json.dumps(prompt.messages(families.get(family).units)).encode()).hexdigest()
+    settings = {"split": params.evaluate.split, "max_new_tokens": params.evaluate.max_new_tokens}
+    return json.dumps({"family": family, **settings, "prompt": messages[:16]})
+
+
+def _write_separation(folder: Path, model: Path, shards: Path, near_duplicates: bool) -> None:
+    """Write the hashes of the images that the model is judged on and of those that it has seen, and compare them.
+
+    Its threshold is chosen on the validation split of these shards, so that counts as seen. The shards are at hand
+    here, so that the rule itself decides on near-duplicates; the service has the hashes alone.
+    """
+    from adfm.evaluation import separation
+
+    (folder / TEST_IMAGES).parent.mkdir()
+    hashes.write(hashes.collect(shards, [HELD_OUT]), folder / TEST_IMAGES)
+    seen = hashes.of_model(model)
+    if seen is not None:
+        hashes.write(hashes.unite([seen, hashes.collect(shards, ["validation"])]), folder / TRAINED_ON)
+    write_json(separation.prove(shards, {"candidate": seen}, near_duplicates), folder / PROOF)
+
+
+def _write_rivals(folder: Path, registry: Registry, origin: dict[str, Any], shards: Path, params: Params) -> None:
+    """Write the predictions of production and anchor on these shards, made again where theirs are of other images."""
+    history, rivals = registry.history, {}
+    (folder / "rivals").mkdir()
+    tables: dict[str, tuple[pd.DataFrame, dict[str, str]]] = {}
+    for role, number in (("production", history.production), ("anchor", history.anchor)):
+        version = registry.versions.get(number)
+        if version is None:
+            continue
+        if number not in tables:
+            tables[number] = _predict(version, registry.keys, origin, shards, params)
+        table, rivals[role] = tables[number]
+        table.to_parquet(folder / "rivals" / f"{role}.parquet")
+    write_json(rivals, folder / "rivals" / "rivals.json")
+
+
+def _predict(
+    version: ModelVersion, keys: Keys, origin: dict[str, Any], shards: Path, params: Params
+) -> tuple[pd.DataFrame, dict[str, str]]:
+    """A version's predictions on these shards: its own if they are of the same data and protocol, else new ones."""
+    import pandas as pd
+
+    from adfm.evaluation import inference
+
+    with TemporaryDirectory() as temporary:
+        rival = fetch(version, Path(temporary), keys)
+        about = {"version": str(version.version), "manifest": rival.manifest}
+        protocols = [_protocol(family, params) for family in families.FAMILIES]
+        if rival.origin["data"]["test"] == origin["data"]["test"] and rival.origin.get("protocol") in protocols:
+            return pd.read_parquet(rival.predictions), about | {"predictions": AS_REGISTERED}
+        model = rival.folder / "model"
+        # It is judged as the model that it is: with its own precision and image size.
+        own = ((loading.describe(model) or {}).get("params") or {}).get("model", {})
+        kept = {key: own[key] for key in ("dtype", "max_pixels") if key in own}
+        settings = params.model_copy(update={"model": params.model.model_copy(update=kept)})
+        calibration = rival.calibration
+        table = calibration.apply(inference.predict(model, shards, settings, f"version {version.version}"))
+        table.attrs["threshold"] = calibration.threshold
+        return table, about | {"predictions": AGAIN}
+
+
+def _same(registry: Registry, params: Params, contents: str) -> str | None:
+    """A submission with the same contents: one that was accepted, else one that waits and that the own key signed."""
+    judged = (step for step in reversed(registry.history.counting) if step.action == "judge")
+    step = next((step for step in judged if step.contents == contents), None)
+    if step and step.version in registry.versions and _is_whole(registry.versions[step.version], registry.keys):
+        return step.submission
+    for waiting in waiting_submissions(registry, params, contents):
+        if _is_own(registry, waiting, contents):
+            return str(waiting.model_id)
+    return None
+
+
+def _is_whole(version: ModelVersion, keys: Keys) -> bool:
+    with TemporaryDirectory() as folder:
+        try:
+            fetch(version, Path(folder), keys)
+        except (AdfmError, OSError):
+            return False
+        return True
+
+
+def waiting_submissions(registry: Registry, params: Params, contents: str | None = None) -> list[LoggedModel]:
+    """The whole submissions on which the history has no step, oldest first."""
+    experiment = tracking.find_experiment(params.register_.experiment)
+    if experiment is None:
+        return []
+    query = f"tags.`{SUBMITTED_FOR}` = '{registry.name}'"
+    if contents:
+        query += f" and tags.`{CONTENTS}` = '{contents}'"
+    done = {step.submission for step in registry.history.counting}
+    result: list[LoggedModel] = []
+    token = None
+    while True:
+        page = registry.store.search_logged_models([experiment.experiment_id], query, page_token=token)
+        result += [each for each in page if str(each.status) == "READY" and each.model_id not in done]
+        token = page.token
+        if not token:
+            return sorted(result, key=lambda each: (each.creation_timestamp, each.model_id))
+
+
+def _is_own(registry: Registry, logged: LoggedModel, contents: str) -> bool:
+    import mlflow
+
+    with TemporaryDirectory() as folder:
+        try:
+            path = mlflow.artifacts.download_artifacts(f"models:/{logged.model_id}", dst_path=folder)
+            submission = read(Path(path), registry.keys)
+            return submission.signer == registry.keys.id and submission.contents == contents
+        except (AdfmError, OSError):
+            return False
+
+
+def _log(store: MlflowClient, folder: Path, name: str, run: Run, origin: dict[str, Any]) -> str:
+    """A new logged model, which is READY with all its files or not at all."""
+    import mlflow
+
+    submission = Submission(folder, "")
+    tags = {
+        SUBMITTED_FOR: name,
+        CONTENTS: submission.contents,
+        "submitted_by": str(origin["submitted_by"]),
+        "artifact_digest": str(origin["artifact_digest"]),
+    }
+    logged = mlflow.initialize_logged_model(
+        name="adapter", tags=tags, source_run_id=run.info.run_id, experiment_id=run.info.experiment_id
+    )
+    try:
+        store.log_model_artifacts(logged.model_id, str(folder))
+        values = {metric: submission.measured.get(metric) for metric in metrics.HEADLINE}
+        mlflow.log_metrics({key: value for key, value in values.items() if value is not None}, model_id=logged.model_id)
+    except BaseException:
+        store.finalize_logged_model(logged.model_id, "FAILED")
+        raise
+    store.finalize_logged_model(logged.model_id, "READY")
+    return str(logged.model_id)
