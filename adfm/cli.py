@@ -225,6 +225,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="to listen on; 127.0.0.1 by default")
     add.add_argument("--port", metavar="PORT", type=int, default=5000, help="to listen on; 5000 by default")
     add.add_argument("--workers", metavar="N", type=int, default=1, help="processes, each with a model; 1 by default")
+    add.add_argument("--shadow", metavar="MODEL", help="a version that answers too, for the log (docs/serving.md)")
+    add = verb("served", _served, "count what a served version answered and refused, and where its shadow differs")
+    add.add_argument("logs", metavar="LOG", type=Path, nargs="+", help="file that ADFM_SERVE_LOG named")
 
     add = verb("report", _report, "write the page that shows an evaluation anew; evaluate writes one itself")
     add.add_argument("evaluation", metavar="EVALUATION", type=Path, help="folder that evaluate wrote")
@@ -454,7 +457,14 @@ def _predict(args: argparse.Namespace, params: Params) -> None:
 def _serve(args: argparse.Namespace, params: Params) -> None:
     from adfm.registry.server import serve
 
-    serve(args.model or f"models:/{params.register_.model}@production", args.host, args.port, args.workers)
+    model = args.model or f"models:/{params.register_.model}@production"
+    serve(model, args.host, args.port, args.workers, args.shadow)
+
+
+def _served(args: argparse.Namespace, params: Params) -> None:
+    from adfm.registry import servelog
+
+    print(servelog.summary(servelog.read(args.logs)))
 
 
 def _report(args: argparse.Namespace, params: Params) -> None:

@@ -18,12 +18,12 @@ from adfm.params import Params
 from adfm.registry import decisions, policy, signing
 from adfm.registry import history as history_
 from adfm.registry.alerts import alert
-from adfm.registry.gate import Incomparable
 from adfm.registry.history import NOBODY, History, Step
 from adfm.registry.policy import Policy
 from adfm.registry.reconcile import Refused, Registry, client, find, settle, user
 from adfm.registry.registration import adopt_policy, rejudge
 from adfm.registry.submission import Unfit, fetch
+from adfm.registry.tables import Incomparable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

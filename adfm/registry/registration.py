@@ -19,7 +19,7 @@ from adfm import tracking
 from adfm.errors import AdfmError
 from adfm.files import atomic_folder, write_json
 from adfm.params import Params
-from adfm.registry import decisions, gate, policy, reconcile, signing
+from adfm.registry import decisions, gate, policy, reconcile, signing, tables
 from adfm.registry import history as history_
 from adfm.registry.alerts import alert
 from adfm.registry.history import NOBODY, Step
@@ -39,7 +39,7 @@ WAIT = 900.0
 
 _POLL = 3.0
 # What makes a submission unfit for good; anything else may pass by the next time.
-_FOR_GOOD = (Unverified, Unfit, gate.Incomparable)
+_FOR_GOOD = (Unverified, Unfit, tables.Incomparable)
 
 
 class NotAccepted(AdfmError):

@@ -40,7 +40,7 @@ from adfm.files import digest, file_digest, write_json
 from adfm.method import prompt
 from adfm.models import families, loading
 from adfm.params import Params
-from adfm.registry import gate, policy, pyfunc, reconcile, signing
+from adfm.registry import policy, pyfunc, reconcile, signing, tables
 from adfm.registry.history import History
 from adfm.registry.lineage import lineage
 from adfm.registry.policy import Policy
@@ -321,7 +321,7 @@ def _check_evaluation(
         settings: Section `evaluate` of the settings.
         ids: Ids of the test images, where the shards are at hand.
     """
-    table = gate.read(evaluation / "predictions.parquet")
+    table = tables.read(evaluation / "predictions.parquet")
     try:
         about = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8"))
         json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))[about["candidate"]]
