@@ -26,7 +26,7 @@ from adfm.registry.history import NOBODY, Step
 from adfm.registry.policy import Policy
 from adfm.registry.reconcile import Registry, settle
 from adfm.registry.signing import Unverified
-from adfm.registry.submission import Unfit, check, download, own_policy, submit, waiting_submissions
+from adfm.registry.submission import Unfit, check, download, own_policy, read, submit, waiting_submissions
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -40,6 +40,10 @@ WAIT = 900.0
 _POLL = 3.0
 # What makes a submission unfit for good; anything else may pass by the next time.
 _FOR_GOOD = (Unverified, Unfit, tables.Incomparable)
+
+
+class NoPolicy(AdfmError):
+    """Submissions wait for a policy."""
 
 
 class NotAccepted(AdfmError):
@@ -133,7 +137,7 @@ def accept(
         submissions += _unfinished(registry)
     decided, errors = [], []
     if submissions and registry.history.policy is None:
-        raise AdfmError(
+        raise NoPolicy(
             f"{len(submissions)} submissions for {name} wait for a policy: a reviewer sets one with `adfm policy set "
             f"{policy.FILE}`."
         )
@@ -292,12 +296,12 @@ def _accept(store: MlflowClient, name: str, submission: str) -> str | None:
 
 def _unfinished(registry: Registry) -> list[str]:
     """Submissions whose version does not show its decision yet: whoever made it was killed."""
-    last = {step.version: step for step in registry.history.counting if step.action == "judge"}
+    last = {step.version: step for step in registry.history.counting if step.action in ("judge", "refuse")}
     production = registry.history.production
     return [
         step.submission
         for number, step in last.items()
-        if not step.finished and number in registry.versions and number != production
+        if step.action == "judge" and not step.finished and number in registry.versions and number != production
     ]
 
 
@@ -322,8 +326,6 @@ def _create(registry: Registry, submission: str) -> ModelVersion | None:
     logged = store.get_logged_model(submission)
     if str(logged.status) != "READY":
         return None
-    from adfm.registry.submission import read
-
     with TemporaryDirectory() as folder:
         files = Path(mlflow.artifacts.download_artifacts(f"models:/{submission}", dst_path=folder))
         check(read(files, registry.keys, f"models:/{submission}"), name)
