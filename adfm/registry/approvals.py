@@ -22,12 +22,8 @@ from adfm.params import Params
 from adfm.registry import reconcile
 from adfm.registry.promotion import promote_approved
 from adfm.registry.reconcile import Refused
-<<<<<<< HEAD
-from adfm.registry.registration import accept
-from adfm.text import printable
-=======
 from adfm.registry.registration import NoPolicy, accept
->>>>>>> w-history
+from adfm.text import printable
 
 POLL = 5.0
 """Seconds between two looks at MLflow."""

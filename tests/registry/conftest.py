@@ -123,11 +123,8 @@ def add(
 ) -> Callable[..., str]:
     """Registers and, if wanted, approves the next model, which judges `right` of 40 images rightly; its version."""
     shards = make_shards(tmp_path / "shards")
-<<<<<<< HEAD
     monkeypatch.chdir(tmp_path)
     Path("gate.yaml").write_text(POLICY)
-=======
->>>>>>> w-history
 
     def add(right: int, approve: bool = True, model: str = "adfm") -> str:
         params = Params.model_validate({"register": {"model": model}})
