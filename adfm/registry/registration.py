@@ -19,7 +19,7 @@ from adfm import tracking
 from adfm.errors import AdfmError
 from adfm.files import atomic_folder, write_json
 from adfm.params import Params
-from adfm.registry import decisions, gate, policy, reconcile, signing, tables
+from adfm.registry import decisions, gate, page, policy, reconcile, signing, tables
 from adfm.registry import history as history_
 from adfm.registry.alerts import alert
 from adfm.registry.history import NOBODY, Step
@@ -106,7 +106,7 @@ def register(
             "gate": step.verdict,
         }
         write_json(registration, partial / "registration.json")
-    print("\n  - ".join([_headline(version, step), *decided["reasons"]]))
+    print(page.screen(decided, str(version.version)))
     return decisions.parse(decided)
 
 
