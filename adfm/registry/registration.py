@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -149,6 +150,8 @@ def accept(
             errors.append(error)
         except OSError as error:
             errors.append(AdfmError(f"Files of submission {submission} cannot be read: {error}"))
+        except (LookupError, TypeError, ValueError, AttributeError):  # one that is odd must not stop the others
+            errors.append(AdfmError(f"Submission {submission} cannot be judged:\n{traceback.format_exc()}"))
     if errors:
         raise errors[0] if len(errors) == 1 else AdfmError("\n".join(map(str, errors)))
     return decided
