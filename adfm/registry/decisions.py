@@ -199,7 +199,7 @@ def present(registry: Registry, version: ModelVersion, judgement: Judgement, ste
     history_.tag(store, version, **_tags(judgement), **shown(step))
     submission = judgement.submission
     text = page.text(
-        decided,
+        decided | {"reasons": [why, *decided["reasons"]]} if why else decided,
         submission.origin,
         submission.measured,
         submission.calibration,
@@ -208,7 +208,7 @@ def present(registry: Registry, version: ModelVersion, judgement: Judgement, ste
         policy_difference=policy_difference(submission, registry.history),
         trained_by=tracking.find_run(version.run_id),
     )
-    store.update_model_version(version.name, number, f"{why}\n\n{text}".strip()[: page.LONGEST])
+    store.update_model_version(version.name, number, text)
     history_.tag(store, version, approval="pending", approval_by=NOBODY)
     history_.finish(store, registry.name, step)
 

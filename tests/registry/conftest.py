@@ -119,9 +119,12 @@ def add(
     make_model: Callable[..., Path],
     make_evaluation: Callable[..., Path],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., str]:
     """Registers and, if wanted, approves the next model, which judges `right` of 40 images rightly; its version."""
     shards = make_shards(tmp_path / "shards")
+    monkeypatch.chdir(tmp_path)
+    Path("gate.yaml").write_text(POLICY)
 
     def add(right: int, approve: bool = True, model: str = "adfm") -> str:
         params = Params.model_validate({"register": {"model": model}})
