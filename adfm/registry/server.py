@@ -70,22 +70,33 @@ def fetch(model: str, to: Path) -> tuple[Path, str]:
         version = loading.registered(model)
         folder = loading.check_unchanged(version, to).parent
         about = f"version {version.version} of {version.name} has the files that were signed"
-        if model.endswith(f"@{PRODUCTION}"):
-            _check_production(version.name, str(version.version))
-            about += " and is in production"
+        production = model.endswith(f"@{PRODUCTION}")
+        _check_history(version.name, str(version.version), folder, production)
+        about += " and is in production" if production else ""
     return folder, about
 
 
-def _check_production(name: str, number: str) -> None:
-    """The history decides what is in production; an alias can be moved by anybody who may edit the model."""
+def _check_history(name: str, number: str, folder: Path, production: bool) -> None:
+    """The history decides what is in production, and with which files.
+
+    An alias can be moved by anybody who may edit the model, and a submitter may write other files over those of a
+    version and sign them again.
+    """
     from mlflow import MlflowClient
 
-    recorded = history.read(MlflowClient(), name, signing.keys()).production
-    if recorded != number:
+    recorded = history.read(MlflowClient(), name, signing.keys())
+    if production and recorded.production != number:
         raise NotInProduction(
-            f"The alias {PRODUCTION} of {name} points at version {number}, and its history has {recorded} in "
-            f"production: somebody has moved the alias by hand, or is moving it now. Try again; `adfm promote` puts it "
-            f"back. models:/{name}/{number} serves this version all the same."
+            f"The alias {PRODUCTION} of {name} points at version {number}, and its history has {recorded.production} "
+            f"in production: somebody has moved the alias by hand, or is moving it now. Try again; `adfm promote` puts "
+            f"it back. models:/{name}/{number} serves this version all the same."
+        )
+    step = recorded.move if production else recorded.last("judge", version=number)
+    if step and signing.manifest(folder) != step.manifest:
+        when = "with which it came into production" if production else "on which the gate decided"
+        raise signing.Unverified(
+            f"models:/{name}/{number}: its files are not those {when}: somebody has changed them and signed them "
+            "again. `adfm audit` says more; `adfm rollback` brings another version into production."
         )
 
 
