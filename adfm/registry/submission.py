@@ -147,7 +147,7 @@ class Submission:
         return self.origin.get("data", {}).get("test"), self.origin.get("protocol")
 
 
-def read(folder: Path, keys: Keys, name: str | None = None) -> Submission:
+def read(folder: Path, keys: Keys, name: str = "") -> Submission:
     """Verify the signature of a folder, which a message calls `name`.
 
     Raises:

@@ -12,7 +12,6 @@ from mlflow import MlflowClient
 
 from adfm import tracking
 from adfm.params import Params
-from adfm.registry.approvals import register_webhook
 from adfm.registry.promotion import history
 
 if TYPE_CHECKING:
@@ -38,15 +37,21 @@ def page(browser: Browser) -> Iterator[Page]:
     page.close()
 
 
-def decide(page: Page, version: str, value: str) -> None:
-    """Opens a version's page and edits its tag `approval`."""
-    page.goto(version)
-    page.get_by_text("Gate passed").wait_for()
-    row = page.locator("tr[data-row-key=approval]")
+def edit(page: Page, key: str, value: str) -> None:
+    """Edits a tag with the pencil beside it."""
+    row = page.locator(f"tr[data-row-key={key}]")
     row.get_by_test_id("editable-table-button-edit").click()
     row.get_by_role("textbox").fill(value)
     row.get_by_test_id("editable-table-button-save").click()
     row.get_by_text(value, exact=True).wait_for()
+
+
+def decide(page: Page, version: str, value: str, by: str = "Rita") -> None:
+    """Opens a version's page and edits its tags `approval` and `approval_by`, as the description says."""
+    page.goto(version)
+    page.get_by_text("passed").first.wait_for()
+    edit(page, "approval", value)
+    edit(page, "approval_by", by)
 
 
 def tag(model: str, version: str, key: str) -> str | None:
@@ -66,15 +71,14 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def test_a_reviewer_approves_and_rejects_by_clicking(server, add, service, page):
-    """The service hardly ever polls, so it is the webhook that moves production."""
     params = Params.model_validate({"register": {"model": "line"}})
-    register_webhook(service("line") + "/", params)
+    service("line")
     for right in (26, 30, 36):
         add(right, approve=False, model="line")
     address = f"{server}/#/models/line/versions"
 
     decide(page, f"{address}/1", "rejected")
-    wait_for(lambda: [step.action for step in history(params)] == ["reject"])
+    wait_for(lambda: history(params).last("reject") is not None)
     assert production("line") is None
 
     decide(page, f"{address}/2", "approved")
@@ -89,12 +93,11 @@ def test_a_reviewer_approves_and_rejects_by_clicking(server, add, service, page)
     wait_for(lambda: tag("line", "3", "approval") == "pending")
     assert production("line") == "2"
     page.reload()
-    page.locator("tr[data-row-key=approval_refused]").get_by_text("in production is 2").wait_for()
-    assert [(step.action, step.version) for step in history(params)] == [
-        ("reject", "1"),
-        ("promote", "2"),
-        ("decide", "3"),
-    ]
+    page.locator("tr[data-row-key=approval_refused]").get_by_text("which is 2 now").wait_for()
+    steps = history(params).counting
+    assert [(step.action, step.version) for step in steps if step.action == "promote"] == [("promote", "2")]
+    assert history(params).move.approval_by == "Rita"
+    assert (steps[-1].action, steps[-1].version, steps[-1].production) == ("judge", "3", "2")
 
 
 def test_only_a_reviewer_may_approve(
@@ -124,7 +127,7 @@ def test_only_a_reviewer_may_approve(
             "permission": "EDIT",
         }
         admin.post(f"{uri}/api/3.0/mlflow/users/permissions/grant", json=may).raise_for_status()
-        register_webhook(service("press") + "/", params)
+        service("press")
 
         def page_of(user: str) -> Page:
             login = {"username": user, "password": f"the-{user}s-password"}
@@ -144,7 +147,7 @@ def test_only_a_reviewer_may_approve(
         assert tag("press", "1", "approval") == "pending"
         assert production("press") is None
 
-        decide(page_of("reviewer"), address, "approved")
+        decide(page_of("reviewer"), address, "approved", "reviewer")
         wait_for(lambda: production("press") == "1")
         # The history is not the reviewer's to write.
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "reviewer")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,18 @@ import yaml
 from mlflow import MlflowClient
 
 from adfm import files, tracking
+from adfm.cli import main
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.evaluation import calibration
-from adfm.evaluation.calibration import Calibration
 from adfm.params import Params
-from adfm.registry import registration
-from adfm.registry.promotion import promote
-from adfm.registry.registration import register
+from adfm.registry import decisions, policy, registration, signing
+from adfm.registry.promotion import history, promote
+from adfm.registry.registration import NotAccepted, accept, register, set_policy
+from adfm.registry.submission import download, read_artifact
+from tests.registry.conftest import POLICY
 
-PARAMS = Params.model_validate({"gate": {"bootstrap": 200, "min_images": 20}})
+PARAMS = Params()
 
 
 def versions(name: str = "adfm") -> list[Any]:
@@ -27,12 +30,25 @@ def versions(name: str = "adfm") -> list[Any]:
 
 
 def put_into_production(version: str) -> None:
-    """Moves the alias as a person would in MLflow's own pages."""
-    tracking.client().set_registered_model_alias("adfm", "production", version)
+    for key, value in (("approval_by", "Rita"), ("approval", "approved")):
+        tracking.client().set_model_version_tag("adfm", version, key, value)
+    promote(version, PARAMS)
+
+
+def gate_of(version: Any) -> dict[str, Any]:
+    return dict(json.loads(read_artifact(version, "gate.json")))
+
+
+def refuses(*arguments: Any, **options: Any) -> str:
+    """Why a registration is refused."""
+    with pytest.raises(AdfmError) as caught:
+        register(*arguments, **options)
+    return str(caught.value)
 
 
 @pytest.fixture
-def shards(make_shards, tmp_path):
+def shards(make_shards, tmp_path, store):
+    Path("gate.yaml").write_text(POLICY)
     return make_shards(tmp_path / "shards")
 
 
@@ -51,8 +67,8 @@ def test_first_version_carries_everything(store, shards, make_model, make_evalua
     evaluation = make_evaluation(tmp_path / "evaluation", shards, 36)
     decision = register(model, shards, evaluation, tmp_path / "out", PARAMS)
     assert decision.passed
-    assert decision.metrics["accuracy"]["candidate"] == 0.9
-    assert capsys.readouterr().out.startswith("version 1 of adfm: gate passed\n  - Accuracy")
+    assert decision.rows[0].candidate == 0.9
+    assert "\nversion 1 of adfm: gate passed\n  - " in capsys.readouterr().out
 
     [version] = versions()
     assert version.run_id == training.info.run_id
@@ -67,7 +83,15 @@ def test_first_version_carries_everything(store, shards, make_model, make_evalua
     assert "base_revision" not in version.tags
     assert version.tags["accuracy"] == "0.9000"
 
-    carried = registration.download(version, "", tmp_path / "carried")
+    carried = download(version, "", tmp_path / "carried")
+    assert signing.verify(carried, signing.keys()) == signing.keys().id
+    [judged] = [step for step in history(PARAMS).counting if step.action == "judge"]
+    assert judged.manifest == signing.manifest(carried) and judged.finished
+    assert (judged.submission, judged.contents) == (
+        version.source.removeprefix("models:/"),
+        f"{files.digest(model)}-{files.file_digest(evaluation / 'predictions.parquet')}",
+    )
+    assert policy.loads((carried / "gate.yaml").read_text()) == policy.load() == policy.loads(history(PARAMS).policy)
     for folder, source in (("model", model), ("evaluation", evaluation)):
         assert files.digest(carried / folder) == files.digest(source)
     assert yaml.safe_load((carried / "params.yaml").read_text()) == PARAMS.model_dump(mode="json", by_alias=True)
@@ -77,7 +101,9 @@ def test_first_version_carries_everything(store, shards, make_model, make_evalua
     assert yaml.safe_load((carried / "MLmodel").read_text())["flavors"]["python_function"]["loader_module"] == (
         "adfm.registry.serving"
     )
-    assert gate["passed"] is True and gate["production_version"] is None and gate["reasons"] == decision.reasons
+    assert gate["verdict"] == "passed" and gate["production_version"] is None and gate["reasons"] == decision.reasons
+    assert gate["policy"] == policy.load().model_dump() and gate["fingerprint"] == version.tags["test_fingerprint"]
+    assert gate["separation"]["proved"] and gate["separation"]["images"] == 40
 
     out = json.loads((tmp_path / "out" / "registration.json").read_text())
     assert (out["model"], out["version"], out["uri"]) == ("adfm", "1", "models:/adfm/1")
@@ -92,34 +118,17 @@ def test_first_version_carries_everything(store, shards, make_model, make_evalua
 def test_description_is_for_a_reviewer(registered):
     [version] = versions()
     text = version.description
-    assert text.startswith("**Gate passed** on 20")
-    assert "judged on 40 images of the test split against the floors alone" in text
-    assert "set the tag `approval` to `approved`; then `adfm promote 1`" in text
-    assert "| accuracy | 0.750 | - | - | - | - | no production |" in text
-    assert "| balanced_accuracy | 0.750 |" in text
-    for reason in registered[2].reasons:
-        assert f"- {reason}" in text
+    assert "passed" in text.splitlines()[0]
+    assert "`approval`" in text and "75.0%" in text
 
 
 def test_a_failed_gate_registers_and_says_so(store, shards, make_model, make_evaluation, tmp_path):
     model = make_model(tmp_path / "model", 1.0, shards)
-    decision = register(model, shards, make_evaluation(tmp_path / "e", shards, 20), tmp_path / "out", PARAMS)
+    decision = register(model, shards, make_evaluation(tmp_path / "e", shards, 8), tmp_path / "out", PARAMS)
     assert not decision.passed
     [version] = versions()
     assert version.tags["gate"] == "failed"
-    assert "**It cannot be promoted.**" in version.description
     assert "adfm promote" not in version.description
-
-
-def test_long_description_fits_the_column():
-    decided = {"passed": False, "decided_at": "now", "images": 1, "split": "test", "production_version": None}
-    decided |= {"reasons": ["word " * 30] * 40, "metrics": {}}
-    origin = {"base": {"name": "b", "revision": None}, "git_commit": None, "git_dirty": None}
-    origin["data"] = {"trained_on": "d", "dvc_md5": None}
-    measured = {f"{m}{end}": None for m in registration.metrics.HEADLINE for end in ("", "_low", "_high")}
-    text = registration._text(decided, origin, measured, Calibration(), "1", None)
-    assert len(text) <= 5000
-    assert "and 25 more, in gate.json" in text
 
 
 def test_production_is_compared_by_the_predictions_that_it_carries(
@@ -130,23 +139,24 @@ def test_production_is_compared_by_the_predictions_that_it_carries(
     out = tmp_path / "out"
     decision = register(model, shards, make_evaluation(tmp_path / "e", shards, 40, iou=0.8), out, PARAMS)
     assert decision.passed
-    assert decision.metrics["accuracy"] | {"low": 0, "high": 0} == decision.metrics["accuracy"] | {
-        "candidate": 1.0, "production": 0.75, "difference": 0.25, "verdict": "better", "low": 0, "high": 0
-    }  # fmt: skip
+    assert (decision.rows[0].candidate, decision.rows[0].production) == (1.0, 0.75)
     gate = json.loads((out / "gate.json").read_text())
     assert (gate["production_version"], gate["production_predictions"]) == ("1", "as registered")
     assert versions()[1].tags["gate_production_version"] == "1"
-    assert "against version 1 in production (as registered)" in versions()[1].description
+    carried = download(versions()[1], "rivals", tmp_path / "carried")
     stored = pd.read_parquet(registered[1] / "predictions.parquet")
-    assert pd.read_parquet(out / "production.parquet")["predicted"].tolist() == stored["predicted"].tolist()
-    assert tracking.client().get_registered_model("adfm").aliases == {"production": 1}
+    for role in ("production", "anchor"):
+        assert pd.read_parquet(carried / f"{role}.parquet")["predicted"].tolist() == stored["predicted"].tolist()
+    rivals = json.loads((carried / "rivals.json").read_text())
+    assert {role: about["version"] for role, about in rivals.items()} == {"production": "1", "anchor": "1"}
+    assert tracking.client().get_registered_model("adfm").aliases == {"production": 1, "anchor": 1}
 
 
 def test_a_worse_model_fails(registered, shards, make_model, make_evaluation, tmp_path):
     put_into_production("1")
     model = make_model(tmp_path / "second", 2.0, shards)
-    decision = register(model, shards, make_evaluation(tmp_path / "e", shards, 26), tmp_path / "out", PARAMS)
-    assert decision.metrics["accuracy"]["verdict"] == "worse"
+    decision = register(model, shards, make_evaluation(tmp_path / "e", shards, 8), tmp_path / "out", PARAMS)
+    assert decision.verdict == "failed"
     assert versions()[1].tags["gate"] == "failed"
 
 
@@ -158,12 +168,13 @@ def test_repeated_registration_makes_no_second_version(registered, shards, tmp_p
     [version] = versions()
     assert version.tags["approval"] == "approved"  # the decision is the one that was approved
 
-    stricter = Params.model_validate({"gate": {"bootstrap": 200, "min_images": 20, "accuracy": {"floor": 0.8}}})
-    assert not register(model, shards, evaluation, tmp_path / "registration-first", stricter).passed
+    # A policy that is registered later judges it again, and the approval was of the old decision.
+    Path("gate.yaml").write_text(POLICY.replace("limit: 0.5", "limit: 0.9"))
+    set_policy(Path("gate.yaml"), PARAMS)
+    assert register(model, shards, evaluation, tmp_path / "registration-first", PARAMS).verdict != "passed"
     [version] = versions()
-    assert (version.tags["gate"], version.tags["approval"]) == ("failed", "pending")
-    assert version.description.startswith("**Gate failed**")
-    assert json.loads(registration.read_artifact(version, "gate.json"))["passed"] is False
+    assert version.tags["gate"] != "passed" and version.tags["approval"] == "pending"
+    assert gate_of(version)["verdict"] == version.tags["gate"]
 
 
 def test_another_evaluation_of_the_model_makes_another_version(registered, shards, make_evaluation, tmp_path):
@@ -197,10 +208,10 @@ def test_a_crash_before_the_end_leaves_one_version_in_the_end(
         register(model, shards, evaluation, tmp_path / "out", PARAMS)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
     [version] = versions()
-    assert version.tags["gate"] == "passed"  # a version is never without its decision
+    assert (version.tags, history(PARAMS).last("judge")) == ({"approval": "pending"}, None)
     register(model, shards, evaluation, tmp_path / "out", PARAMS)
     [version] = versions()
-    assert version.description.startswith("**Gate passed**")
+    assert version.tags["gate"] == "passed" and version.description
     runs = tracking.client().search_runs([tracking.experiment("adfm")], "tags.stage = 'register'")
     assert sorted(run.info.status for run in runs) == ["FINISHED", "KILLED"]
 
@@ -236,9 +247,9 @@ def test_an_evaluation_of_something_else_is_refused(store, shards, make_shards, 
     model, evaluation = make_model(tmp_path / "m", 1.0, shards), make_evaluation(tmp_path / "e", shards, 36)
 
     def refused(shards: Path = shards, params: Params = PARAMS) -> str:
-        with pytest.raises(AdfmError, match="adfm evaluate") as caught:
-            register(model, shards, evaluation, tmp_path / "out", params)
-        return str(caught.value)
+        text = refuses(model, shards, evaluation, tmp_path / "out", params)
+        assert "adfm evaluate" in text
+        return text
 
     assert "fingerprint of the shards differ" in refused(shards=make_shards(tmp_path / "other", 7))
     assert "max_new_tokens differ" in refused(params=Params.model_validate({"evaluate": {"max_new_tokens": 9}}))
@@ -267,11 +278,11 @@ def test_production_is_evaluated_again_when_the_shards_differ(
     tokens = tiny.tokenizer(corpus())
     tiny.model(tokens, seed=0).save_pretrained(tmp_path / "base")
     tiny.processor(tokens).save_pretrained(tmp_path / "base")
+    Path("gate.yaml").write_text(POLICY.replace("limit: 0.5", "limit: null"))
     params = Params.model_validate(
         {
             "model": {"name": str(tmp_path / "base")},
             "evaluate": {"max_new_tokens": 4, "bootstrap": 20},
-            "gate": {"bootstrap": 200, "min_images": 20, "accuracy": {"floor": 0.0}, "iou": {"floor": 0.0}},
         }
     )
     old, new = make_shards(tmp_path / "old", 100), make_shards(tmp_path / "new", 150)
@@ -299,21 +310,20 @@ def test_production_is_evaluated_again_when_the_shards_differ(
     decision = register(model, new, other, tmp_path / "out", params)
     gate = json.loads((tmp_path / "out" / "gate.json").read_text())
     assert gate["production_predictions"] == "evaluated again"
-    again = pd.read_parquet(tmp_path / "out" / "production.parquet")
+    again = pd.read_parquet(download(versions()[-1], "rivals/production.parquet", tmp_path / "again"))
     assert again["id"].tolist() == shards_.ids(new, "test")
     right = (again["predicted"] == again["label"]).mean()
-    assert decision.metrics["accuracy"]["production"] == pytest.approx(right)
+    assert decision.rows[0].production == pytest.approx(right)
     assert decision.passed
 
     # Predictions that somebody changed in the store are not believed, and neither is a changed model.
     [artifacts] = (store / "mlartifacts" / "models").glob(f"{versions()[0].source.removeprefix('models:/')}/artifacts")
-    flattering = pd.read_parquet(artifacts / "evaluation" / "predictions.parquet")
-    flattering.assign(predicted=flattering["label"]).to_parquet(artifacts / "evaluation" / "predictions.parquet")
-    register(make_model(tmp_path / "third", 3.0, old), old, same, tmp_path / "out", params)
-    assert json.loads((tmp_path / "out" / "gate.json").read_text())["production_predictions"] == "evaluated again"
-    (artifacts / "model" / "adapter_config.json").write_text("{}")
-    with pytest.raises(AdfmError, match="Version 1 of adfm: its model files have the digest"):
-        register(make_model(tmp_path / "fourth", 4.0, old), old, same, tmp_path / "out", params)
+    for path in ("evaluation/predictions.parquet", "model/adapter_config.json"):
+        content = (artifacts / path).read_bytes()
+        (artifacts / path).write_bytes(content + b" ")
+        third = make_model(tmp_path / path.replace("/", "-"), 3.0, old)
+        assert path in refuses(third, old, same, tmp_path / "out", params)
+        (artifacts / path).write_bytes(content)
 
 
 # ------------------------------------------------------------------------------------------------- the threshold
@@ -325,19 +335,16 @@ def test_threshold_and_limit_are_on_the_version(store, shards, make_model, make_
     for number, threshold in (("1", 0.95), ("2", 0.05)):
         evaluation = make_evaluation(tmp_path / number, shards, 36, model=model, threshold=threshold)
         decision = register(model, shards, evaluation, tmp_path / "out", PARAMS)
-        assert decision.metrics["accuracy"]["candidate"] == 0.5
+        assert decision.rows[0].candidate == 0.5
         [version] = [each for each in versions() if each.version == int(number)]
         assert version.tags["threshold"] == str(threshold) and version.tags["threshold_limit"] == "overkill <= 0.3"
         assert version.tags["calibration"] == "none"
-        assert f"An image is flagged from a probability of {threshold} on" in version.description
-        assert "| accuracy_at_threshold | 0.500 |" in version.description
         assert calibration.of_version(f"models:/adfm/{number}").threshold == threshold
 
 
 def test_a_version_of_before_there_were_thresholds_says_that_its_letters_decide(registered):
     [version] = versions()
     assert version.tags["threshold"] == "none" and "calibration_digest" not in version.tags
-    assert "The letter decides: it was evaluated without a calibration.json." in version.description
     carried = calibration.of_version("models:/adfm/1")
     assert carried.threshold is None and "was registered without a calibration.json" in carried.summary
 
@@ -347,9 +354,9 @@ def test_a_threshold_of_another_model_or_limit_is_refused(store, shards, make_mo
     evaluation = make_evaluation(tmp_path / "e", shards, 36, model=model)
 
     def refused(model: Path = model, params: Params = PARAMS) -> str:
-        with pytest.raises(AdfmError, match="adfm evaluate") as caught:
-            register(model, shards, evaluation, tmp_path / "out", params)
-        return str(caught.value)
+        text = refuses(model, shards, evaluation, tmp_path / "out", params)
+        assert "adfm evaluate" in text
+        return text
 
     assert "digest of the calibrated model differ" in refused(model=other)
     assert "overkill_limit differ" in refused(params=Params.model_validate({"evaluate": {"overkill_limit": 0.01}}))
@@ -372,5 +379,332 @@ def test_a_calibration_that_was_changed_in_the_store_is_refused(store, shards, m
         spoil()
         with pytest.raises(AdfmError, match=r"calibration\.json is not the file that was registered"):
             calibration.of_version("models:/adfm/1")
-    with pytest.raises(AdfmError, match=r"calibration\.json is not the file that was registered"):
+    with pytest.raises(AdfmError, match=r"missing: evaluation/calibration\.json"):
         promote("1", PARAMS)
+
+
+# -------------------------------------------------------------------------------------- submission and acceptance
+
+
+@pytest.fixture
+def apart(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Two folders of keys, of a submitter and of the service, who know each other; takes one for the process."""
+    folders = {role: tmp_path / "keys" / role for role in ("submitter", "service")}
+    for folder in folders.values():
+        monkeypatch.setattr(signing, "FOLDER", folder)
+        signing.keys()
+    monkeypatch.setattr(signing, "FOLDER", tmp_path / "none")
+    public = {role: (folder / "service" / "own.pem").read_bytes() for role, folder in folders.items()}
+    for folder in folders.values():
+        (folder / "service" / "own.pem").write_bytes(public["service"])
+        (folder / "submitters" / "own.pem").write_bytes(public["submitter"])
+
+    def take(role: str) -> None:
+        monkeypatch.setenv(signing.VARIABLE, str(folders[role]))
+
+    return take
+
+
+@pytest.fixture
+def one(shards, make_model, make_evaluation, tmp_path) -> tuple[Path, Path, Path, Path]:
+    """What is to be registered."""
+    evaluation = make_evaluation(tmp_path / "e", shards, 36)
+    return make_model(tmp_path / "m", 1.0, shards), shards, evaluation, tmp_path / "out"
+
+
+def accept_all() -> list[str]:
+    return accept(tracking.client(), PARAMS)
+
+
+def submissions() -> list[Any]:
+    experiment = tracking.experiment("adfm")
+    return list(tracking.client().search_logged_models([experiment]))
+
+
+def test_a_submitter_submits_and_the_service_accepts(apart, one, capsys):
+    apart("submitter")
+    assert "has not made a version of it in 0 s" in refuses(*one, PARAMS, wait=0)
+    assert versions() == [] and len(submissions()) == 1 and not one[3].exists()
+    with pytest.raises(NotAccepted):  # the same submission is found again
+        register(*one, PARAMS, wait=0)
+    assert len(submissions()) == 1
+
+    apart("service")
+    with pytest.raises(AdfmError, match="1 submissions for adfm wait for a policy: a reviewer sets one"):
+        accept_all()
+    Path("gate.yaml").rename("policy.yaml")
+    set_policy(Path("policy.yaml"), PARAMS)
+    assert accept_all() == ["1"]
+    assert accept_all() == []
+
+    apart("submitter")
+    decision = register(*one, PARAMS, {"kfp_run_id": "r", "approval": "approved"}, wait=0)
+    assert decision.passed and json.loads((one[3] / "registration.json").read_text())["version"] == "1"
+    [version] = versions()
+    [judged] = [step for step in history(PARAMS).counting if step.action == "judge"]
+    assert version.tags["signed_by"] == judged.signer == signing.keys().id
+    assert version.tags["approval"] == "pending" and len(submissions()) == 1
+
+
+def test_a_submitter_waits_for_the_service(apart, one):
+    apart("service")
+    set_policy(Path("gate.yaml"), PARAMS)
+    apart("submitter")
+    original = registration.reconcile.look
+    looks = []
+
+    def look(*arguments):
+        looks.append(1)
+        if len(looks) == 3:
+            apart("service")
+            accept_all()
+            apart("submitter")
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registration, "_POLL", 0.01)
+        patch.setattr(registration.reconcile, "look", look)
+        assert register(*one, PARAMS, wait=30).passed
+
+
+def test_what_is_submitted_unsigned_or_changed_is_refused_and_not_looked_at_again(apart, one, store, capsys):
+    apart("service")
+    set_policy(Path("gate.yaml"), PARAMS)
+    apart("submitter")
+    refuses(*one, PARAMS, wait=0)
+    [file] = (store / "mlartifacts").rglob("MLmodel")
+    file.write_text(file.read_text() + "# changed")
+    apart("service")
+    assert accept_all() == [] and versions() == []
+    assert history(PARAMS).last("refuse").submission == submissions()[0].model_id
+    assert "changed: MLmodel" in capsys.readouterr().out
+    assert accept_all() == []
+    assert [step.action for step in history(PARAMS).counting] == ["policy", "refuse"]
+    apart("submitter")
+    refuses(*one, PARAMS, wait=0)  # a new submission, not the one that was refused
+    assert len(submissions()) == 2
+    apart("service")
+    assert accept_all() == ["1"]
+
+
+def test_a_submission_by_an_unknown_key_or_for_another_model_is_refused(apart, one, store, tmp_path, monkeypatch):
+    apart("service")
+    set_policy(Path("gate.yaml"), PARAMS)
+    apart("submitter")
+    other = Params.model_validate({"register": {"model": "other"}})
+    refuses(*one, other, wait=0)
+    [submission] = submissions()
+    tracking.client().set_logged_model_tags(submission.model_id, {"adfm_submitted_for": "adfm"})
+    monkeypatch.delenv(signing.VARIABLE)
+    monkeypatch.setattr(signing, "FOLDER", tmp_path / "stranger")
+    keys = signing.keys()
+    for name in ("own.pem",):  # it believes in the service, and signs with its own key
+        service = tmp_path / "keys" / "service" / "service" / name
+        (keys.folder / "service" / name).write_bytes(service.read_bytes())
+    refuses(*one, PARAMS, wait=0)
+    apart("service")
+    assert accept_all() == [] and versions() == [] and versions("other") == []
+    refused = [step.why for step in history(PARAMS).counting if step.action == "refuse"]
+    assert len(refused) == 2
+    assert any("for the registered model 'other', not for 'adfm'" in why for why in refused)
+    assert any("signed with a key whose versions do not count" in why for why in refused)
+
+
+def test_another_split_than_the_held_out_one_is_refused(one):
+    params = Params.model_validate({"evaluate": {"split": "validation"}})
+    with pytest.raises(AdfmError, match="evaluate.split is 'validation'") as refused:
+        register(*one, params)
+    assert refused.value.exit_code == 2 and versions() == []
+
+
+@pytest.mark.parametrize(
+    "dies_in", ["log_model_artifacts", "finalize_logged_model", "create_model_version", "log_model_artifact"]
+)
+@pytest.mark.parametrize("after", [False, True])
+def test_killed_anywhere_one_submission_makes_one_version(one, monkeypatch, dies_in, after):
+    original = getattr(MlflowClient, dies_in)
+
+    def crash(self, *arguments, **options):
+        if dies_in == "create_model_version" and arguments[0] != "adfm":
+            return original(self, *arguments, **options)
+        if after:
+            original(self, *arguments, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MlflowClient, dies_in, crash)
+        register(*one, PARAMS)
+    accept_all()
+    register(*one, PARAMS)
+    [version] = versions()
+    assert version.tags["gate"] == "passed" and version.description
+    assert sum(step.action == "judge" for step in history(PARAMS).counting) == 1
+    assert decisions.is_shown(version, history(PARAMS).last("judge"))
+
+
+def test_two_services_that_accept_at_once_make_one_version(apart, one, monkeypatch):
+    apart("service")
+    set_policy(Path("gate.yaml"), PARAMS)
+    apart("submitter")
+    refuses(*one, PARAMS, wait=0)
+    apart("service")
+    original = MlflowClient.create_model_version
+
+    def create(self, name, *arguments, **options):
+        if name == "adfm":
+            monkeypatch.setattr(MlflowClient, "create_model_version", original)
+            assert accept_all() == ["1"]
+        return original(self, name, *arguments, **options)
+
+    monkeypatch.setattr(MlflowClient, "create_model_version", create)
+    assert accept_all() == ["1"]
+    [version] = versions()
+    assert version.tags["gate"] == "passed"
+    assert sum(step.action == "judge" for step in history(PARAMS).counting) == 1
+
+
+def test_a_version_that_was_deleted_is_not_made_again(one):
+    register(*one, PARAMS)
+    tracking.client().delete_model_version("adfm", "1")
+    assert accept_all() == [] and versions() == []
+    register(*one, PARAMS)  # a submission of its own
+    assert [version.version for version in versions()] == [2]
+
+
+def test_looks_count_the_versions_that_a_test_set_has_judged(
+    shards, make_model, make_evaluation, make_shards, tmp_path
+):
+    def judge(number: int, shards: Path = shards) -> dict[str, Any]:
+        model = make_model(tmp_path / f"m{number}", float(number), shards)
+        register(model, shards, make_evaluation(tmp_path / f"e{number}", shards, 36), tmp_path / "out", PARAMS)
+        return gate_of(versions()[-1])
+
+    Path("gate.yaml").write_text(POLICY + "looks: 2\n")
+    assert [judge(number)["look"] for number in (1, 2)] == [1, 2]
+    tracking.client().delete_model_version("adfm", "1")
+    third = judge(3)
+    assert (third["look"], third["verdict"]) == (3, "cannot tell")
+    assert "budget of this test set is used up" in third["reasons"][0]
+    assert judge(4, make_shards(tmp_path / "new", 50))["look"] == 1
+    # Judged again, a version keeps its look.
+    put_into_production("2")
+    register(tmp_path / "m3", shards, tmp_path / "e3", tmp_path / "out", PARAMS)
+    assert [step.look for step in history(PARAMS).counting if step.version == "3" and step.action == "judge"] == [
+        "3"
+    ] * 2
+
+
+def test_test_images_that_were_trained_on_fail_the_gate(one, shards):
+    from adfm.data import hashes
+
+    seen = hashes.collect(shards, ["test"]).slice(3, 2)
+    hashes.write(hashes.unite([hashes.of_model(one[0]), seen]), one[0] / hashes.FILE)
+    decision = register(*one, PARAMS)
+    assert (
+        decision.verdict == "failed" and "2 test images were in the training or validation data" in decision.reasons[0]
+    )
+
+
+def test_without_knowledge_of_the_training_data_the_gate_cannot_tell(one):
+    (one[0] / "trained_on.parquet").unlink()
+    decision = register(*one, PARAMS)
+    assert decision.verdict == "cannot tell" and "It is not known which images" in decision.reasons[0]
+
+
+# ------------------------------------------------------------------------------------------------------ the policy
+
+
+def test_the_first_policy_is_the_one_of_the_folder_and_later_ones_only_differ(one, shards, make_evaluation, tmp_path):
+    register(*one, PARAMS)
+    [step] = [step for step in history(PARAMS).counting if step.action == "policy"]
+    assert step.policy == policy.dumps(policy.load())
+    Path("gate.yaml").write_text(POLICY.replace("limit: 0.5", "limit: 0.1"))
+    register(one[0], shards, make_evaluation(tmp_path / "second", shards, 30), one[3], PARAMS)
+    assert history(PARAMS).policy == step.policy
+    assert gate_of(versions()[-1])["policy"]["whole"]["accuracy"]["limit"] == 0.5
+    assert "0.1 instead of 0.5" in versions()[-1].description
+
+
+def test_a_reviewer_sets_the_policy_with_a_tag(apart, one, capsys):
+    apart("submitter")
+    refuses(*one, PARAMS, wait=0)
+    client = tracking.client()
+    client.create_registered_model("adfm")
+    client.set_registered_model_tag("adfm", "policy_by", "Rita")
+    client.set_registered_model_tag("adfm", "policy", "whole: {acuracy: {limit: 0.5}}")
+    apart("service")
+    with pytest.raises(AdfmError, match="wait for a policy"):
+        accept_all()
+    assert "the nearest is accuracy" in client.get_registered_model("adfm").tags["policy_refused"]
+    assert capsys.readouterr().out.count("is refused") == 1
+    client.set_registered_model_tag("adfm", "policy", POLICY)
+    assert accept_all() == ["1"]
+    assert "policy_refused" not in client.get_registered_model("adfm").tags
+    [step] = [step for step in history(PARAMS).counting if step.action == "policy"]
+    assert (step.by, step.why) == ("Rita", "the first policy")
+    client.set_registered_model_tag("adfm", "policy", POLICY + "looks: 7\n")
+    accept_all()
+    assert history(PARAMS).last("policy").why == "looks: 7 instead of 20"
+    accept_all()
+    assert sum(step.action == "policy" for step in history(PARAMS).counting) == 2
+
+
+def test_a_policy_that_changes_after_an_approval_is_applied_before_promotion(one):
+    register(*one, PARAMS)
+    for key, value in (("approval_by", "Rita"), ("approval", "approved")):
+        tracking.client().set_model_version_tag("adfm", "1", key, value)
+    tracking.client().set_registered_model_tag("adfm", "policy", POLICY.replace("limit: 0.5", "limit: 0.99"))
+    with pytest.raises(AdfmError, match="the policy has changed since its gate decided; .* it cannot be promoted"):
+        promote("1", PARAMS)
+    assert tracking.client().get_registered_model("adfm").aliases == {}
+
+
+@pytest.mark.parametrize(
+    ("rules", "approver", "says"),
+    [
+        ("team_of_one: false\n", "ada", "'ada' (tag approval_by) submitted it: another person has to approve"),
+        ("team_of_one: false\n", " Ada ", "submitted it"),
+        ("approvers: [Rita]\n", "Ada", "'Ada' (tag approval_by) is not one of the policy's approvers"),
+        ("approvers: [Rita]\n", "rita", "is not one of the policy's approvers"),
+        ("", "none", "approval_by is missing"),
+        ("", " ", "approval_by is missing"),
+    ],
+)
+def test_who_may_approve(one, monkeypatch, rules, approver, says):
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ada")
+    Path("gate.yaml").write_text(POLICY + rules)
+    register(*one, PARAMS)
+    for key, value in (("approval_by", approver), ("approval", "approved")):
+        tracking.client().set_model_version_tag("adfm", "1", key, value)
+    with pytest.raises(AdfmError) as refused:
+        promote("1", PARAMS)
+    assert says in str(refused.value)
+    assert tracking.client().get_registered_model("adfm").aliases == {}
+
+
+def test_a_team_of_one_may_approve_its_own_and_the_history_says_so(one, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ada")
+    register(*one, PARAMS)
+    assert main(["approve", "1", "--reason", "it is good"]) == 0
+    assert main(["promote", "1"]) == 0
+    step = history(PARAMS).move
+    assert (step.approval_by, step.submitted_by) == ("ada", "ada")
+    assert step.why.endswith("; it is good; team of one: the submitter approved")
+
+
+def test_policy_and_approval_on_the_command_line(one, capsys):
+    assert main(["policy", "show"]) == 0
+    assert capsys.readouterr().out == "no policy is registered for adfm\n"
+    assert main(["policy", "set", "gate.yaml"]) == 0
+    assert main(["policy", "show"]) == 0
+    assert capsys.readouterr().out.endswith(policy.dumps(policy.load()))
+    Path("bad.yaml").write_text("whole: {acuracy: {limit: 0.5}}")
+    assert main(["policy", "set", "bad.yaml"]) == 2
+    Path("gate.yaml").write_text(POLICY)
+    register(*one, PARAMS)
+    assert main(["reject", "1", "--reason", "misses scratches"]) == 0
+    assert main(["promote"]) == 0
+    assert history(PARAMS).last("reject").why == "misses scratches"
+    assert main(["approve", "9"]) == 1
+    assert main(["audit"]) == 0
+    assert "everything is as the signed history says" in capsys.readouterr().out
