@@ -225,6 +225,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="to listen on; 127.0.0.1 by default")
     add.add_argument("--port", metavar="PORT", type=int, default=5000, help="to listen on; 5000 by default")
     add.add_argument("--workers", metavar="N", type=int, default=1, help="processes, each with a model; 1 by default")
+    add.add_argument(
+        "--shadow",
+        metavar="MODEL",
+        help="another version, which answers the same images for the log alone (ADFM_SERVE_LOG, `adfm served`)",
+    )
+
+    add = verb("served", _served, "count what a served version answered and refused, and where its shadow differs")
+    add.add_argument("logs", metavar="LOG", type=Path, nargs="+", help="file that ADFM_SERVE_LOG named")
 
     add = verb("report", _report, "write the page that shows an evaluation anew; evaluate writes one itself")
     add.add_argument("evaluation", metavar="EVALUATION", type=Path, help="folder that evaluate wrote")
@@ -454,7 +462,14 @@ def _predict(args: argparse.Namespace, params: Params) -> None:
 def _serve(args: argparse.Namespace, params: Params) -> None:
     from adfm.registry.server import serve
 
-    serve(args.model or f"models:/{params.register_.model}@production", args.host, args.port, args.workers)
+    model = args.model or f"models:/{params.register_.model}@production"
+    serve(model, args.host, args.port, args.workers, args.shadow)
+
+
+def _served(args: argparse.Namespace, params: Params) -> None:
+    from adfm.registry import servelog
+
+    print(servelog.summary(servelog.read(args.logs)))
 
 
 def _report(args: argparse.Namespace, params: Params) -> None:
@@ -470,11 +485,11 @@ def _register(args: argparse.Namespace, params: Params) -> None:
 
 
 def _gate(args: argparse.Namespace, params: Params) -> int:
-    from adfm.registry import gate, policy
+    from adfm.registry import gate, policy, tables
 
     judged_by = policy.load(args.policy)
-    production, anchor = (None if file is None else gate.read(file) for file in (args.production, args.anchor))
-    decision = gate.decide(gate.read(args.candidate), production, anchor, judged_by, args.look)
+    production, anchor = (None if file is None else tables.read(file) for file in (args.production, args.anchor))
+    decision = gate.decide(tables.read(args.candidate), production, anchor, judged_by, args.look)
     decided = dataclasses.asdict(decision)
     print(json.dumps(decided, indent=2, allow_nan=False))
     return {"passed": 0, "failed": 3}.get(decision.verdict, 4)

@@ -17,22 +17,35 @@ from typing import Any, TypeVar
 import yaml
 from PIL import Image, ImageDraw
 
-from adfm import tracking
 from adfm.data import images as images_
 from adfm.data import pictures
 from adfm.data.problems import printable
 from adfm.data.readers import files as readers
 from adfm.errors import AdfmError
 from adfm.evaluation import calibration as calibration_
+from adfm.evaluation import guard as guard_
 from adfm.evaluation import inference
 from adfm.evaluation.calibration import Calibration
+from adfm.evaluation.guard import Guard
 from adfm.evaluation.inference import Answer
+from adfm.files import digest
 from adfm.models import loading
 from adfm.params import Params
 from adfm.records import Box
 
 ENDING = ".answer.png"
 """Of the names of the pictures that `predict` writes; it takes none of them for a photograph."""
+
+CANNOT_JUDGE = "cannot judge"
+"""The label of an image that the guard refuses, and of one to which the model gives no clear answer."""
+
+NO_ANSWER = "no answer"
+"""Kind of reason: the model gave no clear answer."""
+
+KEYS = ["label", "probability", "threshold", "boxes", "reasoning", "reason"]
+"""Of `readable` and `refused`, in the order of the served model's columns."""
+
+UNGUARDED = f"No image is refused: there is no {guard_.FILE}, so a black one is answered as any other."
 
 _MOST_PIXELS = 80_000_000  # of an image: 240 MB when decoded
 _MOST_ASPECT = 200  # beyond it the families' processors refuse an image
@@ -53,39 +66,43 @@ def predict(images: Sequence[Path], model: str, params: Params, out: Path | None
         params: Reads `model` and `evaluate`; of a registered or trained model its own precision, image size and length
             of an answer count.
         out: Folder for a picture of each answer, `<image>.answer.png`, with boxes and reasoning; none without it.
-        as_json: Print a line of JSON for each image: `image`, what `readable` gives, `model`, `picture`.
+        as_json: Print a line of JSON for each image: `image`, what `readable` or `refused` gives, `model`, `picture`.
 
     Raises:
         AdfmError: There is no image, the model cannot be loaded, or images cannot be read: all of them are listed, and
             the others were answered.
     """
-    found = _files(images)
+    files = _files(images)
     above = Path(os.path.commonpath([path if path.is_dir() else path.parent for path in map(_absolute, images)]))
     unreadable: list[str] = []
+
     with TemporaryDirectory() as folder:
-        inspector, name, calibration, bounds = load(model, params, Path(folder))
+        inspector, name, calibration, guard, bounds = load(model, params, Path(folder))
         if calibration.threshold is None:
             print(f"{name}: {calibration.summary}", file=sys.stderr)
-        for portion in portions(_read(found, unreadable, bounds), params.evaluate.batch_size):
-            for (file, image), answer in zip(portion, answers(inspector, portion), strict=True):
-                said, picture = readable(answer, image.size, calibration), None
+        if guard is None:
+            print(f"{name}: {UNGUARDED}", file=sys.stderr)
+        for portion in portions(_read(files, unreadable, bounds), params.evaluate.batch_size):
+            rows = judge(inspector, calibration, guard, portion)
+            for (file, image), (row, _) in zip(portion, rows, strict=True):
+                picture = None
                 if out:
-                    picture = _save(draw(image, said), out / f"{_absolute(file).relative_to(above)}{ENDING}")
+                    picture = _save(draw(image, row), out / f"{_absolute(file).relative_to(above)}{ENDING}")
                 if as_json:
-                    told = json.dumps({"image": str(file), **said, "model": name, "picture": picture and str(picture)})
+                    line = json.dumps({"image": str(file), **row, "model": name, "picture": picture and str(picture)})
                 else:
-                    told = _told(file, said, picture)
-                print(told, flush=True)
+                    line = _told(file, row, picture)
+                print(line, flush=True)
     if unreadable:
         raise AdfmError(
-            f"{len(unreadable)} of {len(found)} images cannot be read; replace them, or leave them out:\n  "
+            f"{len(unreadable)} of {len(files)} images cannot be read; replace them, or leave them out:\n  "
             + "\n  ".join(unreadable)
         )
 
 
 def load(
     model: str, params: Params, to: Path
-) -> tuple[inference.Inspector, str, Calibration, images_.GreyRange | None]:
+) -> tuple[inference.Inspector, str, Calibration, Guard | None, images_.GreyRange | None]:
     """Loads a model to answer as it did when it was judged.
 
     Args:
@@ -94,28 +111,45 @@ def load(
         to: An existing folder for what is downloaded.
 
     Returns:
-        The model; its name: that of a version has its number also where an alias was given; what it decides by; and the
-        range of its grey images of more than 8 bits.
+        The model; its name: that of a version has its number also where an alias was given; what it decides by; what
+        images it can judge, `None` where that is not known; and the range of its grey images of more than 8 bits.
 
     Raises:
         AdfmError: It cannot be found or loaded.
     """
     local, name = loading.fetch(model, to)
     if name.startswith("models:"):
-        import mlflow
-
-        with tracking.store_errors(mlflow.get_tracking_uri()):
-            try:
-                text = mlflow.artifacts.load_text(f"{name}/params.yaml")
-            except (OSError, UnicodeDecodeError) as error:
-                raise AdfmError(f"{name}: its params.yaml cannot be read ({error}); register it again.") from error
-            calibration = calibration_.of_version(name)
-        own = yaml.safe_load(text)
+        own, calibration, guard = read_version(Path(local).parent)  # which `fetch` has verified as a whole
     else:
         own = (loading.describe(Path(local)) or {}).get("params")
-        calibration = Calibration(note="only a registered version has a threshold")
+        calibration, guard = Calibration(note="only a registered version has a threshold"), None
     inspector = inference.Inspector(local, with_own(params, own))
-    return inspector, name, calibration, loading.grey_range(Path(local))
+    return inspector, name, calibration, guard, loading.grey_range(Path(local))
+
+
+def read_version(folder: Path) -> tuple[Any, Calibration, Guard | None]:
+    """What the files of a version say of how its model answers.
+
+    Args:
+        folder: The version's files.
+
+    Returns:
+        Its settings; what it decides by; and what images it can judge, `None` where it was registered without a guard.
+
+    Raises:
+        AdfmError: A file cannot be read, or belongs to another model.
+    """
+    file = folder / "params.yaml"
+    try:
+        own = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise AdfmError(f"{file} cannot be read ({error}); register the version again.") from error
+    fitted = folder / "evaluation" / calibration_.FILE
+    if fitted.is_file():
+        calibration = calibration_.read(fitted, digest(folder / "model"))
+    else:  # a version of before there were thresholds
+        calibration = Calibration(note=f"the version was registered without a {calibration_.FILE}")
+    return own, calibration, guard_.read(folder / "evaluation" / guard_.FILE)
 
 
 def with_own(params: Params, own: Any) -> Params:
@@ -165,9 +199,35 @@ def portions(images: Iterable[tuple[T, Image.Image]], batch_size: int) -> Iterat
         yield portion
 
 
-def answers(inspector: inference.Inspector, portion: Sequence[tuple[Any, Image.Image]]) -> list[Answer]:
-    """The answers to a portion of images, in its order."""
-    return inspector.answers([image.size for _, image in portion], lambda i: portion[i][1])
+def judge(
+    inspector: inference.Inspector,
+    calibration: Calibration,
+    guard: Guard | None,
+    portion: Sequence[tuple[Any, Image.Image]],
+) -> list[tuple[dict[str, Any], str | None]]:
+    """Answers a portion of images; the model is asked for those that the guard lets through.
+
+    Args:
+        inspector: The model.
+        calibration: What it decides by.
+        guard: What images it can judge; `None`: any.
+        portion: The images, each upright RGB, with whatever tells them apart.
+
+    Returns:
+        For each image, in order, its row, as `readable` or `refused` gives it; and where it cannot be judged the kind
+        of reason, for counting: one of the guard's, or `no answer`.
+    """
+    refusals = [guard.judge(image) if guard else None for _, image in portion]
+    images = [image for (_, image), refusal in zip(portion, refusals, strict=True) if not refusal]
+    answers = iter(inspector.answers([image.size for image in images], images.__getitem__) if images else [])
+    rows: list[tuple[dict[str, Any], str | None]] = []
+    for (_, image), refusal in zip(portion, refusals, strict=True):
+        if refusal:
+            rows.append((refused(refusal.reason, calibration), refusal.kind))
+        else:
+            row = readable(next(answers), image.size, calibration)
+            rows.append((row, NO_ANSWER if row["label"] == CANNOT_JUDGE else None))
+    return rows
 
 
 def readable(answer: Answer, size: tuple[int, int], calibration: Calibration) -> dict[str, Any]:
@@ -180,9 +240,10 @@ def readable(answer: Answer, size: tuple[int, int], calibration: Calibration) ->
 
     Returns:
         `label`: the decision, `anomalous` from the threshold on, else `normal`; without a threshold the model's letter;
-        `None` where there is neither a score nor a clear letter. `probability` of a defect, calibrated, or `None`
-        without a score. `threshold`, or `None`. `boxes`: of an image that is `anomalous` all regions that the model
-        names, `[x1, y1, x2, y2]` in pixels of the upright image, half-open, within it.
+        `cannot judge` where there is neither a score nor a clear letter. `reason`: why not; `None` for other labels.
+        `probability` of a defect, calibrated, or `None` without a score. `threshold`, or `None`. `boxes`: of an image
+        that is `anomalous` all regions that the model names, `[x1, y1, x2, y2]` in pixels of the upright image,
+        half-open, within it.
         `reasoning`: what the model saw, and on the next line what it made of it, in its own words and, for coordinates,
         units; all that it wrote where it did not keep to that form.
     """
@@ -196,11 +257,29 @@ def readable(answer: Answer, size: tuple[int, int], calibration: Calibration) ->
     if answer.predicted is None or None in stages:
         stages = [answer.completion]
     return {
-        "label": label,
-        "probability": probability,
+        "label": label or CANNOT_JUDGE,
+        "probability": probability if label else None,
         "threshold": calibration.threshold,
         "boxes": [[round(side, 2) for side in box] for box in inside if box.area],
         "reasoning": "\n".join(" ".join(stage.split()) for stage in stages if stage),
+        "reason": None if label else "the model gave no clear answer",
+    }
+
+
+def refused(reason: str, calibration: Calibration) -> dict[str, Any]:
+    """The answer to an image that was not put to the model, with the keys of `readable`.
+
+    Args:
+        reason: Why not, for people.
+        calibration: What the model decides by.
+    """
+    return {
+        "label": CANNOT_JUDGE,
+        "probability": None,
+        "threshold": calibration.threshold,
+        "boxes": [],
+        "reasoning": "",
+        "reason": reason,
     }
 
 
@@ -209,7 +288,7 @@ def draw(image: Image.Image, said: dict[str, Any]) -> Image.Image:
 
     Args:
         image: Upright, RGB.
-        said: As `readable` gives it.
+        said: As `readable` or `refused` gives it.
     """
     side = min(max(*image.size, _SIDES[0]), _SIDES[1])
     shown = pictures.drawn(pictures.marked(image, image.size, None, said["boxes"]), side)
@@ -268,15 +347,15 @@ def _save(picture: Image.Image, file: Path) -> Path:
 
 
 def _told(file: Path, said: dict[str, Any], picture: Path | None) -> str:
-    lines = [f"{file}: {_verdict(said)}", *(f"  {line}" for line in said["reasoning"].split("\n"))]
+    lines = [f"{file}: {_verdict(said)}", *(f"  {line}" for line in said["reasoning"].split("\n") if line)]
     if picture:
         lines.append(f"  {picture}")
     return "\n".join(map(printable, lines))
 
 
 def _verdict(said: dict[str, Any]) -> str:
-    if said["label"] is None:
-        return "no clear answer"
+    if said["label"] == CANNOT_JUDGE:
+        return f"{CANNOT_JUDGE}: {said['reason']}"
     at = "" if said["threshold"] is None else f", flagged from {said['threshold']:.2f} on"
     sure = "" if said["probability"] is None else f" (probability of a defect {said['probability']:.2f}{at})"
     return f"{said['label']}{sure}" + "".join(f" {[round(side) for side in box]}" for box in said["boxes"])

@@ -16,7 +16,7 @@ from adfm.params import Train
 
 VERBS = (
     *("check", "fetch", "convert", "validate", "show", "warmup", "train", "evaluate", "predict"),
-    *("report", "register", "gate", "promote", "rollback", "score", "tiny-base", "params"),
+    *("served", "report", "register", "gate", "promote", "rollback", "score", "tiny-base", "params"),
 )
 HEAVY = "datasets great_expectations matplotlib mlflow numpy pandas peft pydantic scipy sklearn torch transformers trl"
 LINE = json.dumps({"completion": "<answer>B</answer>", "label": "normal", "boxes": []}) + "\n"

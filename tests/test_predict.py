@@ -16,6 +16,7 @@ from adfm import predict as predict_
 from adfm.cli import main
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
+from adfm.evaluation import guard as guard_
 from adfm.evaluation import inference
 from adfm.evaluation.calibration import Calibration
 from adfm.evaluation.inference import Answer
@@ -123,6 +124,66 @@ def test_pictures_lie_as_the_photographs_do_and_are_none_themselves(
     assert (pixels[256:].min(axis=(0, 2)) < 100).any()  # words below
 
 
+class Unclear(Stub):
+    """Gives no clear answer to any image."""
+
+    def answers(self, sizes: list[tuple[int, int]], image: Any) -> list[Answer]:
+        self.batches.append([image(i) for i in range(len(sizes))])
+        return [answer("I cannot say.") for _ in sizes]
+
+
+def test_images_that_cannot_be_judged_are_not_put_to_the_model() -> None:
+    guard = guard_.Guard(side=guard_.Range(low=50, high=60))
+    calibration = Calibration(threshold=0.6, limit={"overkill": 0.1}, images=100)
+    good = [Image.effect_noise((50, 50), 50).convert("RGB") for _ in range(2)]
+    portion = list(
+        enumerate([good[0], Image.new("RGB", (50, 50)), good[1], Image.effect_noise((200, 90), 50).convert("RGB")])
+    )
+    for stub, label, kind in ((Stub(), "anomalous", None), (Unclear(), "cannot judge", "no answer")):
+        judged = predict_.judge(stub, calibration, guard, portion)  # type: ignore[arg-type]
+        assert stub.batches == [good]
+        assert [row["label"] for row, _ in judged] == [label, "cannot judge", label, "cannot judge"]
+        assert [kind for _, kind in judged] == [kind, "uniform", kind, "size"]
+        refused = judged[1][0]
+        assert refused == {
+            "label": "cannot judge",
+            "probability": None,
+            "threshold": 0.6,
+            "boxes": [],
+            "reasoning": "",
+            "reason": "it is black, the same everywhere",
+        }
+        without = predict_.judge(stub, calibration, None, portion)  # type: ignore[arg-type]
+        assert [row["label"] for row, _ in without] == [label] * 4
+    stub = Stub()
+    judged = predict_.judge(stub, calibration, guard, portion[1:2])  # type: ignore[arg-type]
+    assert [kind for _, kind in judged] == ["uniform"] and not stub.batches
+
+
+def test_an_image_that_cannot_be_judged_is_reported_with_the_reason(
+    stub: Stub, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*arguments: Any) -> Any:
+        return stub, "models:/adfm/1", Calibration(), guard_.Guard(), None
+
+    monkeypatch.setattr(predict_, "load", load)
+    Image.effect_noise((50, 50), 50).save("1.png")
+    Image.new("L", (50, 50)).save("2.png")
+    Image.effect_noise((50, 50), 50).save("3.png")
+    assert main(["predict", ".", "--model", "models:/adfm/1", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["image"], row["label"], row["reason"]) for row in rows] == [
+        ("1.png", "anomalous", None),
+        ("2.png", "cannot judge", "it is black, the same everywhere"),
+        ("3.png", "anomalous", None),
+    ]
+    assert main(["predict", "2.png", "--model", "models:/adfm/1", "--out", "out"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["2.png: cannot judge: it is black, the same everywhere", "  out/2.png.answer.png"]
+    with Image.open("out/2.png.answer.png") as picture:
+        assert picture.width == 512
+
+
 def test_a_rotated_photograph_is_answered_upright(stub: Stub, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -148,8 +209,9 @@ def test_all_that_cannot_be_read_is_listed_and_the_rest_answered(
     assert main(["predict", ".", "--model", BASE, "--json"]) == 1
     told = capsys.readouterr()
     assert [json.loads(line)["image"] for line in told.out.splitlines()] == ["good.png"]
-    first, *lines = told.err.splitlines()
+    first, second, *lines = told.err.splitlines()
     assert first == f"{BASE}: The letter decides: only a registered version has a threshold."
+    assert second == f"{BASE}: No image is refused: there is no guard.json, so a black one is answered as any other."
     assert lines[0] == "adfm: error: 7 of 8 images cannot be read; replace them, or leave them out:"
     said = dict(line.strip().split(": ", 1) for line in lines[1:])
     assert said.keys() == {
@@ -240,8 +302,16 @@ def test_a_model_answers_with_what_it_was_judged_with() -> None:
 
 def test_an_answer_that_is_none_is_told_as_it_is() -> None:
     said = predict_.readable(answer("I  cannot\nsay."), (10, 10), Calibration())
-    assert said == {"label": None, "probability": None, "threshold": None, "boxes": [], "reasoning": "I cannot say."}
-    assert predict_._verdict(said) == "no clear answer"
+    assert said == {
+        "label": "cannot judge",
+        "probability": None,
+        "threshold": None,
+        "boxes": [],
+        "reasoning": "I cannot say.",
+        "reason": "the model gave no clear answer",
+    }
+    assert list(said) == predict_.KEYS == list(predict_.refused("it is black", Calibration()))
+    assert predict_._verdict(said) == "cannot judge: the model gave no clear answer"
     odd = predict_.readable(answer("<answer>B</answer>"), (10, 10), Calibration())
     assert (odd["label"], odd["reasoning"]) == ("normal", "<answer>B</answer>")
 

@@ -14,12 +14,15 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adfm import files, tracking
+from adfm.data.problems import printable
 from adfm.errors import AdfmError
 from adfm.files import digest
 from adfm.method import prompt
@@ -287,14 +290,22 @@ def check_unchanged(version: ModelVersion, to: Path) -> Path:
         The folder of its model, in the folder of the version.
 
     Raises:
-        Unverified: The files are not what a submitter whose key counts has signed.
-        AdfmError: They are, but they are not those of this version.
+        Unverified: The files are not what a submitter whose key counts has signed, they are those of another version,
+            or they cannot be downloaded.
     """
     import mlflow
+    from mlflow.exceptions import MlflowException
 
     name = f"models:/{version.name}/{version.version}"
     own = tempfile.mkdtemp(prefix="version-", dir=to)  # empty: a file too many is an error
-    folder = Path(mlflow.artifacts.download_artifacts(name, dst_path=own))
+    try:
+        folder = Path(mlflow.artifacts.download_artifacts(name, dst_path=own))
+    except (MlflowException, OSError) as error:  # also of links and pipes in a store that is a folder
+        _remove(Path(own))
+        raise signing.Unverified(
+            f"{name} cannot be verified: its files cannot be downloaded ({printable(_reason(error))}). See that the "
+            "artifact store can be reached and holds plain files alone."
+        ) from error
     signing.verify(folder, signing.keys(), name)
     present, expected = digest(folder / "model"), version.tags.get("artifact_digest")
     if present != expected:  # the whole signed folder of another version lies there
@@ -304,6 +315,13 @@ def check_unchanged(version: ModelVersion, to: Path) -> Path:
             "`adfm register`."
         )
     return folder / "model"
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder into which threads of MLflow may still be downloading: they find no folder then, and end."""
+    deadline = time.monotonic() + 10
+    while folder.exists() and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def identity(model: str | Path, settings: Model) -> str:

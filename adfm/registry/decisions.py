@@ -20,7 +20,7 @@ from adfm.errors import AdfmError
 from adfm.evaluation import calibration as calibration_
 from adfm.evaluation import metrics
 from adfm.files import file_digest, write_json
-from adfm.registry import gate, page, policy, signing
+from adfm.registry import gate, page, policy, signing, tables
 from adfm.registry import history as history_
 from adfm.registry.history import NOBODY, History, Step
 from adfm.registry.reconcile import Registry
@@ -296,12 +296,12 @@ def _rival(registry: Registry, number: str, to: Path) -> Submission:
 def _predictions(submission: Submission, role: str, rival: Submission) -> tuple[pd.DataFrame, str] | None:
     """A rival's predictions on the candidate's test images: its own, else those that came with the candidate."""
     if rival.protocol() == submission.protocol():
-        return gate.read(rival.predictions), AS_REGISTERED
+        return tables.read(rival.predictions), AS_REGISTERED
     try:
         about = json.loads((submission.folder / "rivals" / "rivals.json").read_text(encoding="utf-8"))[role]
         if about["manifest"] != rival.manifest:
             return None
-        return gate.read(submission.folder / "rivals" / f"{role}.parquet"), str(about["predictions"])
+        return tables.read(submission.folder / "rivals" / f"{role}.parquet"), str(about["predictions"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -25,14 +25,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from adfm.errors import AdfmError
 from adfm.evaluation import statistics
-from adfm.evaluation.metrics import as_decided, category_names, listed, same_images, samples, without_boxes
+from adfm.evaluation.metrics import category_names, listed, samples, without_boxes
+from adfm.registry import tables
 from adfm.registry.policy import METRICS, Bound, Floats, Metric, Policy
 
 if TYPE_CHECKING:
@@ -41,14 +40,7 @@ if TYPE_CHECKING:
 
 Verdict = Literal["passed", "failed", "cannot tell", "not judged"]
 
-_COLUMNS = ("id", "category", "label", "predicted", "iou")
 _MOST_DECIMALS = 9  # 0.9 - 0.89 is to be 0.01
-
-
-class Incomparable(AdfmError):
-    """The tables cannot be judged: they are broken, or not of the same images."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True)
@@ -134,22 +126,6 @@ class Decision:
         return self.verdict == "passed"
 
 
-def read(file: Path) -> pd.DataFrame:
-    """A prediction table from a Parquet file, as evaluation writes them.
-
-    Raises:
-        Incomparable: It cannot be read.
-    """
-    import pandas as pd
-
-    try:
-        return pd.read_parquet(file)
-    except (OSError, ValueError, KeyError) as error:
-        raise Incomparable(
-            f"{file} cannot be read as a prediction table ({error}); `adfm evaluate` writes it."
-        ) from error
-
-
 def decide(
     candidate: pd.DataFrame,
     production: pd.DataFrame | None,
@@ -174,18 +150,18 @@ def decide(
         Incomparable: A table is broken (all that is wrong with it is listed), or two are not of the same images or were
             not made in the same way.
     """
-    notes = [_what_decides("The candidate", candidate)]
-    tables = {"candidate": _checked(candidate, "candidate")}
+    notes = [tables.what_decides("The candidate", candidate)]
+    judged = {"candidate": tables.checked(candidate, "candidate")}
     for name, table in (("production", production), ("anchor", anchor)):
         if table is not None:
-            notes.append(_what_decides(name.capitalize(), table))
-            tables[name] = _checked(table, name)
-            _check_pair(tables["candidate"], tables[name], name)
-    order = tables["candidate"].sort_values("id")["id"]
-    tables = {name: table.set_index("id").loc[order].reset_index() for name, table in tables.items()}
-    first = tables["candidate"]
+            notes.append(tables.what_decides(name.capitalize(), table))
+            judged[name] = tables.checked(table, name)
+            tables.check_pair(judged["candidate"], judged[name], name)
+    order = judged["candidate"].sort_values("id")["id"]
+    judged = {name: table.set_index("id").loc[order].reset_index() for name, table in judged.items()}
+    first = judged["candidate"]
     values = {
-        name: {metric: METRICS[metric].values(table) for metric in policy.whole} for name, table in tables.items()
+        name: {metric: METRICS[metric].values(table) for metric in policy.whole} for name, table in judged.items()
     }
     level = statistics.level_of_look(min(look, policy.looks), policy.looks, policy.level)
     group = samples(first) if "group" in first and first["group"].notna().any() else None
@@ -220,7 +196,7 @@ def decide(
         headline=headline,
         reasons=failed + unclear + notes,
         rows=rows,
-        changed=_changed(first, tables.get("production")),
+        changed=_changed(first, judged.get("production")),
         images={label: int((first["label"] == label).sum()) for label in ("normal", "anomalous")},
         level=level,
         look=look,
@@ -580,76 +556,3 @@ def _operating_point(
         rates.append((float(each[counting].mean()), low, high))
     at = statistics.at_prevalence(rates[0], rates[1], policy.defect_rate)
     return point | {name: list(limits) for name, limits in at.items()}
-
-
-def _what_decides(name: str, table: pd.DataFrame) -> str:
-    """Whether letters or decisions are judged, in words."""
-    if "decision" not in table or table.attrs.get("threshold", 0) is None:
-        return f"{name} has no threshold: its letters are judged."
-    at = f" from a probability of {table.attrs['threshold']:.6g} on" if "threshold" in table.attrs else ""
-    return f"{name} is judged by its decisions: an image is flagged{at or ' by the column decision'}."
-
-
-def _checked(table: pd.DataFrame, name: str) -> pd.DataFrame:
-    """The columns that the gate looks at; raises Incomparable with everything that is wrong with them."""
-    import pandas as pd
-
-    if missing := [column for column in _COLUMNS if column not in table]:
-        there = ", ".join(map(str, table.columns)) or "none"
-        raise Incomparable(f"The {name} table has no column {' and no column '.join(missing)}; it has {there}.")
-    if not len(table):
-        raise Incomparable(f"The {name} table is empty: evaluate the model first.")
-    try:
-        table = as_decided(table)
-    except AdfmError as error:
-        raise Incomparable(f"The {name} table cannot be judged: {error}") from error
-    table = table[[column for column in (*_COLUMNS, "dataset", "defect", "group", "boxes") if column in table]]
-    rows = table["id"].astype(object)
-    iou = pd.to_numeric(table["iou"], errors="coerce").astype(float)
-    anomalous = table["label"].isin(["anomalous"])
-    # Only the label is known where there is nothing to overlap with.
-    located = table["boxes"].map(len).gt(0) if "boxes" in table else anomalous
-    faults = {
-        "a missing id": rows.isna(),
-        "an id that occurs more than once": rows.duplicated(keep=False) & rows.notna(),
-        "no category or data set": table[["category", *(["dataset"] if "dataset" in table else [])]].isna().any(axis=1),
-        "a label other than normal and anomalous": ~table["label"].isin(["normal", "anomalous"]),
-        "a prediction other than normal, anomalous and null": ~table["predicted"].isin(["normal", "anomalous"])
-        & table["predicted"].notna(),
-        "no IoU in [0, 1] on an anomalous image": anomalous & located & ~iou.between(0, 1),
-        "an IoU on an image without boxes": anomalous & ~located & table["iou"].notna(),
-        "an IoU on a normal image": ~anomalous & table["iou"].notna(),
-    }
-    wrong = [
-        f"{fault}: {listed([f'row {row} ({key})' for row, key in zip(where.nonzero()[0], rows[where], strict=True)])}"
-        for fault, where in ((fault, found.to_numpy(dtype=bool)) for fault, found in faults.items())
-        if where.any()
-    ]
-    if wrong:
-        raise Incomparable(f"The {name} table cannot be judged:\n" + "\n".join(f"- {fault}" for fault in wrong))
-    return table.assign(iou=iou)
-
-
-def _check_pair(candidate: pd.DataFrame, production: pd.DataFrame, name: str) -> None:
-    """Raises Incomparable where the tables are not of the same images, labelled alike."""
-    try:
-        same_images(candidate, production)
-    except AdfmError as error:
-        raise Incomparable(f"Candidate (first) and {name} (second) cannot be compared. {error}") from error
-    left, right = candidate.attrs, production.attrs
-    if unlike := [key for key in left if key in right and key != "threshold" and left[key] != right[key]]:
-        raise Incomparable(
-            f"Candidate and {name} were not evaluated in the same way; evaluate both again with `adfm evaluate`:\n"
-            + "\n".join(f"- {key}: {left[key]} and {right[key]}" for key in unlike)
-        )
-    both = candidate.merge(production, on="id", suffixes=("", "_production"))
-    wrong = [
-        f"- {column}: {listed(sorted(both['id'][differs], key=str))}"
-        for column in ("label", "category", "dataset")
-        if f"{column}_production" in both and (differs := both[column] != both[f"{column}_production"]).any()
-    ]
-    if wrong:
-        raise Incomparable(
-            f"Candidate and {name} were evaluated on data that differ for the same ids; evaluate both on the same"
-            " shards:\n" + "\n".join(wrong)
-        )

@@ -92,7 +92,7 @@ class Step:
         submission: Id of the logged model that was submitted.
         submitted_by: Who submitted it.
         signer: Id of the key that signed the version.
-        contents: Digests of the model and its predictions: tells one candidate from another.
+        contents: Digests of model, predictions and test images: tells one candidate from another.
         fingerprint: Fingerprint of the test set.
         look: How many versions the test set had judged, this one included.
         policy: Digest of the policy; of a step `policy`, the policy's text.
@@ -320,7 +320,7 @@ def append(
     Raises:
         Forbidden: The account may not write it.
     """
-    texts = {"action": action, "version": version[:100]}
+    texts = {"action": action, "version": version[:100] or NOBODY}
     texts |= {key: value if key == "policy" else value[:LONGEST] for key, value in content.items() if value}
     words = f"{action}: version {texts['version']}"
     if "replaced" in texts:

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 
 from adfm.errors import AdfmError
 from adfm.params import Params
-from adfm.registry import decisions, policy, reconcile, signing
+from adfm.registry import decisions, policy, signing
 from adfm.registry import history as history_
 from adfm.registry.alerts import alert
-from adfm.registry.gate import Incomparable
 from adfm.registry.history import NOBODY, History, Step
 from adfm.registry.policy import Policy
-from adfm.registry.reconcile import Refused, Registry, client, settle, user
+from adfm.registry.reconcile import Refused, Registry, client, find, settle, user
 from adfm.registry.registration import adopt_policy, rejudge
 from adfm.registry.submission import Unfit, fetch
+from adfm.registry.tables import Incomparable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -174,11 +174,10 @@ def approve(version: str, params: Params, value: str = "approved", reason: str =
     """
     name = params.register_.model
     with client() as store:
-        registry = reconcile.look(store, name)
-        target = registry.version(version)
-        judged = registry.history.last("judge", version=version)
-        if value == "approved" and (judged is None or judged.verdict != "passed"):
-            verdict = judged.verdict if judged else "missing"
+        versions = {str(each.version): each for each in history_.versions(store, name)}
+        target = find(versions, name, version)
+        if value == "approved" and target.tags.get("gate") != "passed":
+            verdict = target.tags.get("gate", "missing")
             raise Refused(f"Version {version} of {name} cannot be approved: its gate's verdict is {verdict!r}.")
         tags = {"approval_by": user()} | ({"approval_reason": reason} if reason else {})
         with history_.allowed(f"version {version} of {name}", "edit"):
@@ -385,6 +384,9 @@ def _refuse(registry: Registry, candidate: ModelVersion, refusals: list[str], by
     why = "; ".join(refusals)
     judged = registry.history.last("judge", version=number)
     registry.append("refuse", number, by=by, why=why, decision=judged.decision if judged else "")
+    if judged and judged.finished:  # somebody may have changed what people read
+        changed = {key: text for key, text in decisions.shown(judged).items() if candidate.tags.get(key) != text}
+        history_.tag(registry.store, candidate, **changed)
     approval = candidate.tags.get("approval", "pending")
     if refusals == [_WAITS]:
         _wait_for_name(registry.store, candidate)

@@ -54,6 +54,7 @@ def _write(folder: Path) -> None:
                 ColSpec("double", "threshold", required=False),
                 ColSpec(Array(Array(DataType.double)), "boxes"),
                 ColSpec("string", "reasoning"),
+                ColSpec("string", "reason", required=False),
             ]
         ),
     )

@@ -60,10 +60,7 @@ class Registry:
 
     def version(self, number: str) -> ModelVersion:
         """A version; raises AdfmError if there is none of this number."""
-        if number not in self.versions:
-            there = ", ".join(sorted(self.versions, key=int)) or "none yet; `adfm register` makes one"
-            raise AdfmError(f"{self.name} has no version {number}; its versions: {there}.")
-        return self.versions[number]
+        return find(self.versions, self.name, number)
 
     def append(self, action: str, version: str, **content: str) -> Step:
         """As `history.append`, after the steps that this caller has seen."""
@@ -114,6 +111,14 @@ def settle(store: MlflowClient, name: str) -> Registry:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise  # else a version was deleted meanwhile: look again
     raise AdfmError(f"The aliases of {name} keep changing; another process or user moves them: `adfm registry log`.")
+
+
+def find(versions: dict[str, ModelVersion], name: str, number: str) -> ModelVersion:
+    """The version of model `name` with a number; raises AdfmError if there is none."""
+    if number not in versions:
+        there = ", ".join(sorted(versions, key=int)) or "none yet; `adfm register` makes one"
+        raise AdfmError(f"{name} has no version {number}; its versions: {there}.")
+    return versions[number]
 
 
 def registered_model(store: MlflowClient, name: str) -> RegisteredModel | None:
@@ -182,7 +187,8 @@ def _step(registry: Registry, model: RegisteredModel | None) -> bool:
         _restore(registry, here, due)
         return True
     if history.anchor != NOBODY and history.anchor not in versions:
-        why = f"the anchor, version {history.anchor}, was deleted; the version in production takes its place"
+        heir = "the next one in production" if history.production == NOBODY else f"version {history.production}"
+        why = f"the anchor, version {history.anchor}, was deleted; {heir} takes its place"
         registry.append("anchor", history.production, anchor=history.production, by="adfm", why=why)
         _tell(registry, why)
         return True

@@ -8,6 +8,7 @@ laptop, `adfm register` does both. Elsewhere it submits, and waits for the servi
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from adfm import tracking
 from adfm.errors import AdfmError
 from adfm.files import atomic_folder, write_json
 from adfm.params import Params
-from adfm.registry import decisions, gate, policy, reconcile
+from adfm.registry import decisions, gate, policy, reconcile, signing, tables
 from adfm.registry import history as history_
 from adfm.registry.alerts import alert
 from adfm.registry.history import NOBODY, Step
@@ -38,7 +39,7 @@ WAIT = 900.0
 
 _POLL = 3.0
 # What makes a submission unfit for good; anything else may pass by the next time.
-_FOR_GOOD = (Unverified, Unfit, gate.Incomparable)
+_FOR_GOOD = (Unverified, Unfit, tables.Incomparable)
 
 
 class NotAccepted(AdfmError):
@@ -210,15 +211,26 @@ def set_policy(file: Path, params: Params) -> None:
     """
     wanted, name = policy.load(file), params.register_.model
     with reconcile.client() as store:
-        registry = reconcile.look(store, name)
         _make_model(store, name)
         with history_.allowed(name, "edit"):
             for key, value in (("policy_by", reconcile.user()), ("policy", policy.dumps(wanted))):
                 store.set_registered_model_tag(name, key, value)
-        if registry.keys.id in registry.keys.service:
+        if _is_service(store, name):
             adopt_policy(settle(store, name))
         else:
             print(f"{name}: the policy is set; the service registers it at its next look (`adfm policy show`)")
+
+
+def _is_service(store: MlflowClient, name: str) -> bool:
+    """Whether the own key signs the history of a model; a key is not made for that on a reviewer's machine."""
+    local = tracking.sqlite_file(store.tracking_uri) is not None
+    if not (local or signing.FOLDER.is_dir() or os.environ.get(signing.VARIABLE)):
+        return False
+    try:
+        keys = reconcile.look(store, name).keys
+    except AdfmError:  # signed by keys that this machine does not know
+        return False
+    return keys.id in keys.service
 
 
 def rejudge(registry: Registry, version: ModelVersion, why: str = "") -> tuple[Step, bool]:

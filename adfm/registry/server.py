@@ -18,7 +18,7 @@ from typing import Any
 from adfm import tracking
 from adfm.errors import AdfmError
 from adfm.models import loading
-from adfm.registry import history, signing
+from adfm.registry import history, shadow, signing
 
 PRODUCTION = "production"
 
@@ -29,7 +29,7 @@ class NotInProduction(AdfmError):
     exit_code = 2
 
 
-def serve(model: str, host: str, port: int, workers: int) -> None:
+def serve(model: str, host: str, port: int, workers: int, candidate: str | None = None) -> None:
     """Serves a registered version, as `mlflow models serve` does, until stopped (SIGTERM, SIGINT).
 
     Args:
@@ -38,6 +38,7 @@ def serve(model: str, host: str, port: int, workers: int) -> None:
         host: Address to listen on.
         port: Port; 0: a free one, which is printed.
         workers: Processes, each with a model of its own.
+        candidate: A version that answers the same images in the shadow of `model`, named and verified as it is.
 
     Raises:
         Unverified: The version's files are not those that were signed; nothing of them was run.
@@ -48,6 +49,11 @@ def serve(model: str, host: str, port: int, workers: int) -> None:
         raise AdfmError(f"--workers {workers}: there must be at least one.")
     with _bind(host, port) as listener, TemporaryDirectory(prefix="adfm-serve-") as private:  # mode 0700
         folder, about = fetch(model, Path(private))
+        os.environ.pop(shadow.FOLDER, None)  # a folder that nobody has verified
+        if candidate:
+            beside, verified = fetch(candidate, Path(private))
+            os.environ[shadow.FOLDER] = str(beside)
+            about += f"; in its shadow, {verified}"
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         print(f"adfm: {about}; loading it to serve on {address}", file=sys.stderr, flush=True)
         _run(folder, listener, workers)
@@ -70,33 +76,29 @@ def fetch(model: str, to: Path) -> tuple[Path, str]:
         version = loading.registered(model)
         folder = loading.check_unchanged(version, to).parent
         about = f"version {version.version} of {version.name} has the files that were signed"
-        production = model.endswith(f"@{PRODUCTION}")
-        _check_history(version.name, str(version.version), folder, production)
-        about += " and is in production" if production else ""
+        if model.endswith(f"@{PRODUCTION}"):
+            _check_production(folder, version.name, str(version.version))
+            about += " and is in production"
     return folder, about
 
 
-def _check_history(name: str, number: str, folder: Path, production: bool) -> None:
-    """The history decides what is in production, and with which files.
-
-    An alias can be moved by anybody who may edit the model, and a submitter may write other files over those of a
-    version and sign them again.
-    """
+def _check_production(folder: Path, name: str, number: str) -> None:
+    """The history decides what is in production; an alias can be moved by anybody who may edit the model."""
     from mlflow import MlflowClient
 
-    recorded = history.read(MlflowClient(), name, signing.keys())
-    if production and recorded.production != number:
+    seen = history.read(MlflowClient(), name, signing.keys())
+    if seen.production != number:
+        recorded = "none" if seen.production == history.NOBODY else f"version {seen.production}"
         raise NotInProduction(
-            f"The alias {PRODUCTION} of {name} points at version {number}, and its history has {recorded.production} "
-            f"in production: somebody has moved the alias by hand, or is moving it now. Try again; `adfm promote` puts "
-            f"it back. models:/{name}/{number} serves this version all the same."
+            f"The alias {PRODUCTION} of {name} points at version {number}, and its history has {recorded} in "
+            f"production: somebody has moved the alias by hand, or is moving it now. Try again; `adfm promote` puts it "
+            f"back. models:/{name}/{number} serves this version all the same."
         )
-    step = recorded.move if production else recorded.last("judge", version=number)
-    if step and signing.manifest(folder) != step.manifest:
-        when = "with which it came into production" if production else "on which the gate decided"
+    came = seen.last("promote", "rollback", "restore", version=number)
+    if came is None or came.manifest != signing.manifest(folder):
         raise signing.Unverified(
-            f"models:/{name}/{number}: its files are not those {when}: somebody has changed them and signed them "
-            "again. `adfm audit` says more; `adfm rollback` brings another version into production."
+            f"models:/{name}/{number}: its files were changed, and signed again, since it came into production. Find "
+            "out who did it (`adfm audit`), and register the model again with `adfm register`."
         )
 
 

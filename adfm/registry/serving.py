@@ -4,22 +4,26 @@ The version holds the adapter and names its base; nothing is merged, and nothing
 and calls `_load_pyfunc`. What comes in is a column `image` of base64, or of URIs. `data:` URIs are always read. Any
 other kind could be used to read what only the server may read, so `ADFM_SERVE_URIS` has to name the places that may be
 read, separated by white space: folders (`/data/line3`), `http(s)://host/path` and `s3://bucket/prefix`.
+
+An image that the version's guard refuses (`adfm.evaluation.guard`) is answered `cannot judge`, never `normal`, and the
+model is not asked. `ADFM_SERVE_LOG` names a file for counts (`adfm.registry.servelog`), and `ADFM_SHADOW` the folder of
+a candidate that answers the same images for that log (`adfm.registry.shadow`).
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import http.client
 import os
 import re
 import sys
-import threading
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +33,10 @@ from PIL import Image
 from adfm import predict
 from adfm.data.images import GreyRange
 from adfm.errors import AdfmError
-from adfm.evaluation import calibration
-from adfm.evaluation.calibration import Calibration
 from adfm.evaluation.inference import Inspector
-from adfm.files import digest
 from adfm.models import loading
 from adfm.params import Params
+from adfm.registry import servelog, shadow
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,18 +58,31 @@ class Served:
     """
 
     def __init__(self, folder: Path) -> None:
-        own = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
+        own, self._calibration, self._guard = predict.read_version(folder)
         self._batch_size = int(own["evaluate"]["batch_size"])
         params = predict.with_own(Params.model_validate({"evaluate": {"batch_size": self._batch_size}}), own)
-        file = folder / "evaluation" / calibration.FILE
-        if file.is_file():
-            self._calibration = calibration.read(file, digest(folder / "model"))
-        else:  # a version of before there were thresholds
-            self._calibration = Calibration(note=f"the version was registered without a {calibration.FILE}")
-        print(self._calibration.summary, file=sys.stderr)
+        self.version = _version(folder)
+        print(f"{self.version}: {self._calibration.summary}", file=sys.stderr)
+        if self._guard is None:
+            print(f"{self.version}: {predict.UNGUARDED}", file=sys.stderr)
         self._inspector = Inspector(folder / "model", params)
         self._grey_range = loading.grey_range(folder / "model")
-        self._one = threading.Lock()  # MLflow's server has many threads; memory is there for one
+        self._turns = shadow.Turns()  # MLflow's server has many threads
+        self.shadow: shadow.Shadow | None = None
+
+    def follow(self, folder: Path) -> None:
+        """Has a candidate answer the same images, for the log; production is served whether or not it can be loaded.
+
+        Args:
+            folder: The files of the candidate's version.
+        """
+        try:
+            candidate = Served(folder)
+        except Exception as error:  # files of anybody make libraries raise anything
+            shadow.warn(error)
+            servelog.write([("failed", {"candidate": str(folder), "images": 0, "reason": str(error)})], self.version)
+            return
+        self.shadow = shadow.Shadow(candidate.answers, self._turns, self.version, candidate.version)
 
     def predict(self, data: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Answers photographs.
@@ -77,8 +92,8 @@ class Served:
             params: There are none.
 
         Returns:
-            A row an image, in the order of `data`, with `label`, `probability`, `threshold`, `boxes` and `reasoning`
-            as `adfm.predict.readable` gives them.
+            A row an image, in the order of `data`, with `label`, `probability`, `threshold`, `boxes`, `reasoning` and
+            `reason` as `adfm.predict.readable` and `adfm.predict.refused` give them.
 
         Raises:
             MlflowException: Images cannot be read; all of them are listed, and none was answered. It is the server's
@@ -87,25 +102,86 @@ class Served:
         import pandas as pd
         from mlflow.exceptions import MlflowException
 
-        problems: list[str] = []
-        contents = list(_contents(data["image"], problems))
-        rows: list[dict[str, Any]] = []
-        with self._one:
-            for portion in predict.portions(_decoded(contents, problems, self._grey_range), self._batch_size):
-                if not problems:  # else it is read on for the sake of a whole list alone
-                    answers = predict.answers(self._inspector, portion)
-                    sizes = [image.size for _, image in portion]
-                    rows += map(predict.readable, answers, sizes, repeat(self._calibration))
+        problems: dict[int, str] = {}
+        contents = dict(_contents(data["image"], problems))
+        with self._turns.production():
+            judged = self._judge(contents, problems)
         if problems:
+            listed = " ".join(f"Image {number}: {problem}." for number, problem in sorted(problems.items()))
             raise MlflowException.invalid_parameter_value(
-                f"{len(problems)} of {len(data)} images cannot be read, and none was answered. " + " ".join(problems)
+                f"{len(problems)} of {len(data)} images cannot be read, and none was answered. {listed}"
             )
-        return pd.DataFrame(rows, columns=["label", "probability", "threshold", "boxes", "reasoning"], dtype=object)
+        rows = [judged[number][0] for number in contents]
+        self._log(contents, judged)
+        if self.shadow:
+            self.shadow.offer([*contents.values()], rows)
+        return pd.DataFrame(rows, columns=predict.KEYS, dtype=object)
+
+    def answers(self, contents: list[bytes]) -> list[dict[str, Any]]:
+        """Rows as `predict` gives them for image files, one a file; one that cannot be read is refused.
+
+        Args:
+            contents: The files.
+        """
+        problems: dict[int, str] = {}
+        judged = self._judge(dict(enumerate(contents)), problems, whole=False)
+        return [
+            judged[number][0] if number in judged else predict.refused(problems[number], self._calibration)
+            for number in range(len(contents))
+        ]
+
+    def _judge(
+        self, contents: dict[int, bytes], problems: dict[int, str], whole: bool = True
+    ) -> dict[int, tuple[dict[str, Any], str | None]]:
+        """Answers images, by their numbers.
+
+        Args:
+            contents: The files.
+            problems: Gets those that cannot be read, and why.
+            whole: Answer no more images once there is a problem; the rest is only read, for the list of problems.
+
+        Returns:
+            What `adfm.predict.judge` gives for each.
+        """
+        judged: dict[int, tuple[dict[str, Any], str | None]] = {}
+        for portion in predict.portions(_decoded(contents, problems, self._grey_range), self._batch_size):
+            if whole and problems:
+                continue
+            rows = predict.judge(self._inspector, self._calibration, self._guard, portion)
+            judged |= {number: row for (number, _), row in zip(portion, rows, strict=True)}
+        return judged
+
+    def _log(self, contents: dict[int, bytes], judged: dict[int, tuple[dict[str, Any], str | None]]) -> None:
+        events: list[tuple[str, dict[str, Any]]] = [
+            ("answered", {"labels": Counter(row["label"] for row, _ in judged.values())})
+        ]
+        events += (
+            (
+                "cannot judge",
+                {"image": hashlib.sha256(contents[number]).hexdigest(), "kind": kind, "reason": row["reason"]},
+            )
+            for number, (row, kind) in judged.items()
+            if kind
+        )
+        servelog.write(events, self.version)
 
 
 def _load_pyfunc(path: str) -> Served:
     """What MLflow calls with the version's folder."""
-    return Served(Path(path))
+    servelog.check()
+    served = Served(Path(path))
+    if candidate := os.environ.get(shadow.FOLDER):
+        served.follow(Path(candidate))
+    return served
+
+
+def _version(folder: Path) -> str:
+    """Name and number of a version, from the file that MLflow's client leaves in it; its folder's name without one."""
+    try:
+        about = yaml.safe_load((folder / "registered_model_meta").read_text(encoding="utf-8"))
+        return f"{about['model_name']}/{about['model_version']}"
+    except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError):
+        return folder.name
 
 
 def content(image: str) -> bytes:
@@ -130,29 +206,29 @@ def content(image: str) -> bytes:
         raise
 
 
-def _contents(images: Iterable[object], problems: list[str]) -> Iterator[tuple[int, bytes]]:
+def _contents(images: Iterable[object], problems: dict[int, str]) -> Iterator[tuple[int, bytes]]:
     total = 0
     for number, image in enumerate(images, 1):
         try:
-            found = content(image) if isinstance(image, str) else None
-            if not found:
+            read = content(image) if isinstance(image, str) else None
+            if not read:
                 raise AdfmError("it is empty")
-            total += len(found)
+            total += len(read)
             if total > _MOST_BYTES:
                 raise AdfmError(f"with it, the request has more than {_MOST_BYTES} bytes; send several")
-            yield number, found
+            yield number, read
         except AdfmError as error:
-            problems.append(f"Image {number}: {error}.")
+            problems[number] = str(error)
 
 
 def _decoded(
-    contents: list[tuple[int, bytes]], problems: list[str], bounds: GreyRange | None
+    contents: dict[int, bytes], problems: dict[int, str], bounds: GreyRange | None
 ) -> Iterator[tuple[int, Image.Image]]:
-    for number, found in contents:
+    for number, read in contents.items():
         try:
-            yield number, predict.decode(found, bounds)
+            yield number, predict.decode(read, bounds)
         except AdfmError as error:
-            problems.append(f"Image {number}: {error}.")
+            problems[number] = str(error)
 
 
 def _base64(text: str) -> bytes:

@@ -22,7 +22,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -129,7 +128,7 @@ def sign(folder: Path, keys: Keys) -> None:
         raise AdfmError(f"{folder} cannot be signed: {printable(str(error))}; give its files other names") from error
 
 
-def verify(folder: Path, keys: Keys, name: str = "") -> str:
+def verify(folder: Path, keys: Keys, name: str | None = None) -> str:
     """Checks that a version's folder holds exactly the files that were signed by a submitter whose key counts.
 
     Args:
@@ -252,8 +251,7 @@ def _read(folder: Path) -> Keys:
     file, own = folder / PRIVATE, ""
     if file.exists():
         about = file.stat()
-        # A secret that is mounted belongs to root and is read by group.
-        if stat.S_IMODE(about.st_mode) & (0o077 if about.st_uid == os.getuid() else 0o007):
+        if about.st_uid == os.getuid() and about.st_mode & 0o077:  # a secret that a cluster mounts is root's, and 0644
             _warn(f"{file} can be read by other users; chmod 600 {file}")
         public = _private(file).public_key()
         own = _id(public)

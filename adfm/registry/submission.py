@@ -40,7 +40,7 @@ from adfm.files import digest, file_digest, write_json
 from adfm.method import prompt
 from adfm.models import families, loading
 from adfm.params import Params
-from adfm.registry import gate, policy, pyfunc, reconcile, signing
+from adfm.registry import policy, pyfunc, reconcile, signing, tables
 from adfm.registry.history import History
 from adfm.registry.lineage import lineage
 from adfm.registry.policy import Policy
@@ -58,7 +58,7 @@ SUBMITTED_FOR = "adfm_submitted_for"
 """Tag of a logged model: the registered model that it was submitted for."""
 
 CONTENTS = "adfm_contents"
-"""Tag of a logged model: digests of model and predictions, by which a repeated submission is recognised."""
+"""Tag of a logged model: digests of its contents, by which a repeated submission is recognised."""
 
 TEST_IMAGES, TRAINED_ON = Path("separation", "test.parquet"), Path("separation", "trained_on.parquet")
 """Hashes of the images that a version is judged on, and of those that it has seen."""
@@ -139,8 +139,8 @@ class Submission:
 
     @cached_property
     def contents(self) -> str:
-        """Digests of model and predictions."""
-        return _contents(self.folder / "model", self.folder / "evaluation")
+        """Digests of model, predictions and test images."""
+        return _contents(self.folder / "model", self.folder / "evaluation", self.origin)
 
     def protocol(self) -> tuple[Any, Any]:
         """What must be equal for the predictions of two models to be comparable."""
@@ -227,7 +227,7 @@ def submit(
     settings = params.evaluate.model_dump(mode="json")
     ids = shards_.ids(shards, params.evaluate.split)
     _check_evaluation(evaluation, str(evaluation), origin, settings, ids)
-    if waiting := _same(registry, params, _contents(model, evaluation)):
+    if waiting := _same(registry, params, _contents(model, evaluation, origin)):
         return waiting
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / "version"
@@ -297,8 +297,10 @@ def _json(file: Path) -> dict[str, Any]:
         raise Unfit(f"{file.name} is missing or broken ({error})") from error
 
 
-def _contents(model: Path, evaluation: Path) -> str:
-    return f"{digest(model)}-{file_digest(evaluation / 'predictions.parquet')}"
+def _contents(model: Path, evaluation: Path, origin: dict[str, Any]) -> str:
+    """Digests of model, predictions and test images, shortened for a tag."""
+    parts = (digest(model), file_digest(evaluation / "predictions.parquet"), str(origin["data"]["test"]))
+    return "-".join(part[:32] for part in parts)
 
 
 def _calibration(evaluation: Path) -> Calibration:
@@ -319,7 +321,7 @@ def _check_evaluation(
         settings: Section `evaluate` of the settings.
         ids: Ids of the test images, where the shards are at hand.
     """
-    table = gate.read(evaluation / "predictions.parquet")
+    table = tables.read(evaluation / "predictions.parquet")
     try:
         about = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8"))
         json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))[about["candidate"]]

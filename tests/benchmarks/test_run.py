@@ -1,4 +1,4 @@
-"""The benchmarks for GPUs run at toy size where there is none, and print the figures they are for."""
+"""Benchmarks run at toy size, also those for GPUs without one, and print the figures they are for."""
 
 from __future__ import annotations
 
@@ -59,3 +59,12 @@ def test_evaluation_is_measured_beside_one_image_at_a_time(small_shards: Path) -
     assert re.search(r"one by one +\S+ images/s", done.stdout), done.stderr
     assert re.search(r"evaluation +\S+ images/s", done.stdout)
     assert "answers that differ: 0 of" in done.stdout
+
+
+def test_the_guard_refuses_spoilt_images_and_lets_good_ones_through(small_shards: Path) -> None:
+    done = run("guard.py", str(small_shards))
+    assert done.returncode == 0, done.stdout + done.stderr
+    shares = dict(re.findall(r"^(\S.*?\S) {2,}(\d+\.\d)$", done.stdout, re.MULTILINE))
+    assert float(shares["as they are"]) <= 1
+    assert float(shares["noise"]) == float(shares["4 times as large"]) == 100
+    assert float(shares["blurred by 4 %"]) > 90

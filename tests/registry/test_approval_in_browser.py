@@ -113,7 +113,6 @@ def test_only_a_reviewer_may_approve(
         monkeypatch.chdir(tmp_path)
         for key, value in (("URI", uri), ("USERNAME", "admin"), ("PASSWORD", secrets["MLFLOW_AUTH_ADMIN_PASSWORD"])):
             monkeypatch.setenv(f"MLFLOW_TRACKING_{key}", value)
-        params = Params.model_validate({"register": {"model": "press"}})
         add(26, approve=False, model="press")
         admin = requests.Session()
         admin.auth = ("admin", secrets["MLFLOW_AUTH_ADMIN_PASSWORD"])

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from adfm.errors import AdfmError
 from adfm.evaluation.metrics import COMPARED
 from adfm.registry import gate
-from adfm.registry.gate import Answer, Decision, Incomparable, decide, read
+from adfm.registry.gate import Answer, Decision, decide
 from adfm.registry.policy import METRICS, Bound, Metric, Policy, dumps, loads
+from adfm.registry.tables import Incomparable, read
 
 
 def predictions(images: int = 600, wrong: int = 60, iou: float = 0.4, categories: int = 3) -> pd.DataFrame:

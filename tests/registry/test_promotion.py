@@ -496,6 +496,7 @@ def test_tags_edited_by_hand_are_written_again_and_decide_nothing(store, add):
     tag("1", "gate", "passed")
     with pytest.raises(Refused, match="its gate's verdict is 'failed'"):
         promote("1", PARAMS)
+    assert tags("1")["gate"] == "failed"
     add(26)
     for key in ("gate", "gate_digest", "submitted_by"):
         tag("2", key, "something")
@@ -605,7 +606,7 @@ def test_a_version_that_is_deleted_while_it_is_promoted_is_never_in_production(s
         promote("1", PARAMS)
     assert aliases() == {} and history(PARAMS).production == "none"
     assert ("lost", "1", "1") in log()
-    assert "is in production" not in capsys.readouterr().out
+    assert "version 1 of adfm is in production" not in capsys.readouterr().out
 
 
 def test_a_version_that_is_deleted_between_step_and_alias_is_lost(store, add, monkeypatch):

@@ -87,9 +87,11 @@ def test_first_version_carries_everything(store, shards, make_model, make_evalua
     assert signing.verify(carried, signing.keys()) == signing.keys().id
     [judged] = [step for step in history(PARAMS).counting if step.action == "judge"]
     assert judged.manifest == signing.manifest(carried) and judged.finished
+    digests = [files.digest(model), files.file_digest(evaluation / "predictions.parquet")]
+    digests.append(version.tags["test_fingerprint"])
     assert (judged.submission, judged.contents) == (
         version.source.removeprefix("models:/"),
-        f"{files.digest(model)}-{files.file_digest(evaluation / 'predictions.parquet')}",
+        "-".join(digest[:32] for digest in digests),
     )
     assert policy.loads((carried / "gate.yaml").read_text()) == policy.load() == policy.loads(history(PARAMS).policy)
     for folder, source in (("model", model), ("evaluation", evaluation)):
@@ -199,9 +201,11 @@ def test_a_crash_before_the_end_leaves_one_version_in_the_end(
     model, evaluation = make_model(tmp_path / "m", 1.0, shards), make_evaluation(tmp_path / "e", shards, 36)
     create = MlflowClient.create_model_version
 
-    def crash(*args, **kwargs):
-        create(*args, **kwargs)
-        raise KeyboardInterrupt
+    def crash(self, name, *args, **kwargs):
+        version = create(self, name, *args, **kwargs)
+        if name == "adfm":
+            raise KeyboardInterrupt
+        return version
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(MlflowClient, "create_model_version", crash)
@@ -229,7 +233,10 @@ def test_registration_continues_without_the_trainings_run(store, shards, make_mo
         (lambda m, e: (m / "adfm.json").unlink(), r"is not a model folder"),
         (lambda m, e: (m / "adapter_model.safetensors").unlink(), r"is not a model folder"),
         (lambda m, e: (m / "optimizer.pt").touch(), r"optimizer\.pt: pickles can run code"),
-        (lambda m, e: (e / "predictions.parquet").unlink(), r"not a whole evaluation.*predictions\.parquet.*evaluate"),
+        (
+            lambda m, e: (e / "predictions.parquet").unlink(),
+            r"predictions\.parquet cannot be read as a prediction table.*evaluate",
+        ),
         (lambda m, e: (e / "evaluation.json").write_text("{}"), r"not a whole evaluation.*candidate"),
         (lambda m, e: (e / "metrics.json").write_text("{"), r"not a whole evaluation"),
     ],
@@ -372,7 +379,8 @@ def test_a_calibration_that_was_changed_in_the_store_is_refused(store, shards, m
     model = make_model(tmp_path / "m", 1.0, shards)
     evaluation = make_evaluation(tmp_path / "e", shards, 36, model=model)
     assert register(model, shards, evaluation, tmp_path / "out", PARAMS).passed
-    tracking.client().set_model_version_tag("adfm", "1", "approval", "approved")
+    for key, value in (("approval_by", "Rita"), ("approval", "approved")):
+        tracking.client().set_model_version_tag("adfm", "1", key, value)
     [artifact] = (store / "mlartifacts").rglob("evaluation/calibration.json")
     content = artifact.read_text()
     for spoil in (lambda: artifact.write_text(content.replace("0.5", "0.1")), artifact.unlink):
@@ -534,8 +542,8 @@ def test_killed_anywhere_one_submission_makes_one_version(one, monkeypatch, dies
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(MlflowClient, dies_in, crash)
         register(*one, PARAMS)
-    accept_all()
     register(*one, PARAMS)
+    assert accept_all() == []
     [version] = versions()
     assert version.tags["gate"] == "passed" and version.description
     assert sum(step.action == "judge" for step in history(PARAMS).counting) == 1

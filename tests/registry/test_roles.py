@@ -29,7 +29,6 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from adfm import tracking
-from adfm.errors import AdfmError
 from adfm.params import Params
 from adfm.registry import history as history_
 from adfm.registry import signing
@@ -734,7 +733,7 @@ def test_files_that_the_submitter_signs_again_are_not_served(plant, tmp_path) ->
         content = (folder / file).read_bytes()
         assert plant.server.call(SUBMITTER, "PUT", where, data=content).status_code == 200
     plant.log_in(READER)
-    with pytest.raises(AdfmError, match="not those with which it came into production"):
+    with pytest.raises(signing.Unverified, match="signed again, since it came into production"):
         fetch(f"models:/{plant.model}@production", Path(mkdtemp(dir=tmp_path)))
     with pytest.raises(AuditFailed, match="not those with which it came into production"):
         audit(plant.params)

@@ -33,7 +33,7 @@ LOADER = """\
 import os, pathlib
 class Model:
     def __init__(self, path):
-        self.answer = [path, (pathlib.Path(path) / "params.yaml").read_text(), os.environ.get("EVIL", "")]
+        self.answer = [path, (pathlib.Path(path) / "params.yaml").read_text(), os.environ.get("ADFM_SHADOW", "")]
     def predict(self, data, params=None):
         return self.answer
 def _load_pyfunc(path):
@@ -78,11 +78,13 @@ def add(client: Any, folder: Path) -> None:
     client.create_model_version("adfm", folder.as_uri(), tags={"artifact_digest": digest(folder / "model")})
 
 
-def move(number: str) -> None:
-    """Puts a version into production: in the history, and by its alias."""
-    client = tracking.client()
-    history.append(client, "adfm", "promote", number, 0, production=number, previous="none", replaced="none")
-    client.set_registered_model_alias("adfm", "production", number)
+def move(number: str, folder: Path, name: str = "adfm") -> None:
+    """Puts a version into production: in the signed history, and by its alias."""
+    client, keys = tracking.client(), signing.keys()
+    seen = history.read(client, name, keys)
+    moved = {"production": number, "previous": "none", "replaced": "none", "manifest": signing.manifest(folder)}
+    history.append(client, name, keys, seen, "promote", number, **moved)
+    client.set_registered_model_alias(name, "production", number)
 
 
 def free_port() -> int:
@@ -174,6 +176,18 @@ def test_an_exchanged_mlmodel_is_refused_before_its_loader_runs(
     assert (tmp_path / "evil").exists()
 
 
+def test_what_is_no_plain_file_in_the_store_is_refused(version: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = version / "model" / "odd"
+    for make in (lambda: odd.symlink_to("nowhere"), lambda: odd.symlink_to("/etc"), lambda: os.mkfifo(odd)):
+        make()
+        assert "models:/adfm/1 cannot be verified: its files cannot be downloaded (" in refused(capsys)
+        odd.unlink()
+    (version / "model" / "a\nb").write_text("")
+    assert "models:/adfm/1 cannot be verified: its files cannot be downloaded (" in refused(capsys)
+    shutil.rmtree(version)
+    assert "models:/adfm/1 has no model.sig: " in refused(capsys)
+
+
 def test_files_too_many_are_refused(version: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (version / "model" / "modeling.py").write_text("")
     assert "too many: model/modeling.py." in refused(capsys)
@@ -207,7 +221,7 @@ def test_an_alias_that_was_moved_by_hand_is_refused(version: Path, capsys: pytes
     client = tracking.client()
     client.set_registered_model_alias("adfm", "production", "1")
     assert "points at version 1, and its history has none in production" in refused(capsys, "models:/adfm@production")
-    move("1")
+    move("1", version)
     add(client, version)
     client.set_registered_model_alias("adfm", "production", "2")
     message = refused(capsys, "models:/adfm@production")
@@ -215,6 +229,16 @@ def test_an_alias_that_was_moved_by_hand_is_refused(version: Path, capsys: pytes
         "points at version 2, and its history has version 1 in production: somebody has moved the alias by hand"
         in message
     )
+
+
+def test_files_that_were_signed_again_since_the_promotion_are_refused(
+    version: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    move("1", version)
+    (version / "evaluation" / "metrics.json").write_text("better")
+    signing.sign(version, signing.keys())
+    message = refused(capsys, "models:/adfm@production")
+    assert "models:/adfm/1: its files were changed, and signed again, since it came into production" in message
 
 
 def test_what_names_no_version_is_an_error(version: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,7 +272,7 @@ def test_predict_refuses_what_serve_refuses(version: Path, tmp_path: Path, capsy
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_the_verified_copy_is_served_until_stopped(workers: str, version: Path, serve: Any, tmp_path: Path) -> None:
-    move("1")
+    move("1", version)
     process, address = serve("--workers", workers)
     log = (tmp_path / "serve-0.log").read_text()
     assert (
@@ -264,6 +288,21 @@ def test_the_verified_copy_is_served_until_stopped(workers: str, version: Path, 
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
     assert not list((tmp_path / "private").glob("adfm-serve-*"))
+
+
+def test_the_shadow_is_verified_too(version: Path, serve: Any, tmp_path: Path, capsys: Any) -> None:
+    candidate = tmp_path / "candidate"
+    write(candidate, salt=" of a candidate")
+    signing.sign(candidate, signing.keys())
+    add(tracking.client(), candidate)
+    _, address = serve("models:/adfm/1", "--shadow", "models:/adfm/2")
+    path, params, beside = post(address, "")
+    assert params == "content: params.yaml\n"
+    assert (Path(beside) / "params.yaml").read_text() == "content: params.yaml of a candidate\n"
+    assert Path(beside) != Path(path) and Path(beside).is_relative_to(tmp_path / "private")
+    (candidate / "params.yaml").write_text("")
+    assert main(["serve", "models:/adfm/1", "--port", "0", "--shadow", "models:/adfm/2"]) == 2
+    assert "models:/adfm/2 is not what was signed: changed: params.yaml." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
@@ -303,8 +342,7 @@ def test_the_version_in_production_is_served_from_a_real_server(
     client.create_registered_model("served")
     tags = {"artifact_digest": digest(folder / "model")}
     client.create_model_version("served", logged.model_uri, tags=tags, model_id=logged.model_id)
-    history.append(client, "served", "promote", "1", 0, production="1", previous="none", replaced="none")
-    client.set_registered_model_alias("served", "production", "1")
+    move("1", folder, "served")
 
     reader = tmp_path / "reader"
     shutil.copytree(tmp_path / ".adfm" / "keys", reader, ignore=shutil.ignore_patterns("private.pem"))

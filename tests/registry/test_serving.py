@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import base64
 import http.server
+import io
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -30,13 +32,15 @@ from adfm.data import shards as shards_
 from adfm.data import synthetic
 from adfm.errors import AdfmError
 from adfm.evaluation import calibration, metrics
+from adfm.evaluation import guard as guard_
 from adfm.evaluation.evaluate import evaluate
+from adfm.files import file_digest, write_json
 from adfm.params import Params
 from adfm.registry import pyfunc, serving
 from adfm.registry.registration import register
 
 BASE = "embedded://tiny-base"
-COLUMNS = ["label", "probability", "threshold", "boxes", "reasoning"]
+COLUMNS = ["label", "probability", "threshold", "boxes", "reasoning", "reason"]
 
 
 @pytest.fixture(scope="module")
@@ -130,17 +134,26 @@ def test_every_image_that_cannot_be_read_is_told(served: Any, photographs: list[
         assert part in told
 
 
-def test_an_unclear_answer_is_no_label(version: Path, monkeypatch: pytest.MonkeyPatch, photographs: list[Path]) -> None:
+def test_an_unclear_answer_cannot_pass_as_normal(
+    version: Path, monkeypatch: pytest.MonkeyPatch, photographs: list[Path]
+) -> None:
     from adfm.method import response
 
     model = serving._load_pyfunc(str(version))
     words = "<think>I do not know"
     unclear = predict.Answer(None, None, [], response.parse(words), words)
     monkeypatch.setattr(model._inspector, "answers", lambda sizes, image: [unclear for _ in sizes])
-    found = model.predict(pd.DataFrame({"image": [b64(photographs[0])]}))
-    row = {"label": None, "probability": None, "threshold": None, "boxes": [], "reasoning": words}
-    assert found.to_dict("records") == [row]
-    json.dumps(found.to_dict("records"), allow_nan=False)
+    answered = model.predict(pd.DataFrame({"image": [b64(photographs[0])]}))
+    row = {
+        "label": "cannot judge",
+        "probability": None,
+        "threshold": None,
+        "boxes": [],
+        "reasoning": words,
+        "reason": "the model gave no clear answer",
+    }
+    assert answered.to_dict("records") == [row]
+    json.dumps(answered.to_dict("records"), allow_nan=False)
 
 
 def test_a_request_is_bounded(served: Any, photographs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,8 +171,7 @@ def test_predict_serving_and_the_gate_decide_alike(
     adapter: Path, small_shards: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = {"batch_size": 40, "max_new_tokens": 96, "bootstrap": 20}
-    gate = {"bootstrap": 200, "min_images": 5, "accuracy": {"floor": 0.0}, "iou": {"floor": 0.0}}
-    params = Params.model_validate({"evaluate": settings, "gate": gate})
+    params = Params.model_validate({"evaluate": settings})
     evaluate({"trained": adapter}, small_shards, tmp_path / "evaluation", params)
     decision = register(adapter, small_shards, tmp_path / "evaluation", tmp_path / "out", params)
     fitted = calibration.read(tmp_path / "evaluation" / "calibration.json")
@@ -168,9 +180,9 @@ def test_predict_serving_and_the_gate_decide_alike(
     assert (table["decision"] != table["predicted"]).any()  # or the threshold would be of no consequence here
     judged = metrics.as_decided(table)
     right = (table["decision"] == table["label"]).mean()
-    assert decision.metrics["accuracy"]["candidate"] == pytest.approx(right)
-    assert decision.metrics["iou"]["candidate"] == pytest.approx(judged["iou"].mean())
-    assert any(f"from a probability of {fitted.threshold:.6g} on" in reason for reason in decision.reasons)
+    values = {row.metric: row.candidate for row in decision.rows if row.of == "whole"}
+    assert values["accuracy"] == pytest.approx(right)
+    assert values["iou"] == pytest.approx(judged["iou"].mean())
 
     tags = tracking.client().get_model_version("adfm", "1").tags
     assert tags["threshold"] == f"{fitted.threshold:.6g}" and tags["threshold_limit"] == "overkill <= 0.3"
@@ -194,8 +206,156 @@ def test_predict_serving_and_the_gate_decide_alike(
 
     for artifact in (store / "mlartifacts").rglob("evaluation/calibration.json"):
         artifact.write_text(fitted.model_copy(update={"threshold": 0.0}).model_dump_json())
-    assert main(["predict", str(files[0]), "--model", "models:/adfm/1"]) == 1
-    assert "calibration.json is not the file that was registered" in capsys.readouterr().err
+    assert main(["predict", str(files[0]), "--model", "models:/adfm/1"]) == 2
+    assert "changed: evaluation/calibration.json" in capsys.readouterr().err
+
+
+@pytest.fixture
+def guarded(version: Path, small_shards: Path, tmp_path: Path) -> Path:
+    """The version with a guard, as it is downloaded."""
+    folder = tmp_path / "guarded"
+    shutil.copytree(version, folder)
+    (folder / "evaluation").mkdir()
+    write_json(guard_.fit(small_shards, Params()).model_dump(), folder / "evaluation" / guard_.FILE)
+    (folder / "registered_model_meta").write_text("model_name: adfm\nmodel_version: '7'\n")
+    return folder
+
+
+def test_images_that_cannot_be_judged_are_refused_counted_and_not_put_to_the_model(
+    guarded: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = guarded.parent / "log"
+    monkeypatch.setenv("ADFM_SERVE_LOG", str(log))
+    model = serving._load_pyfunc(str(guarded))
+    assert "No image is refused" not in capsys.readouterr().err
+    batches = []
+    answers = model._inspector.answers
+    monkeypatch.setattr(
+        model._inspector, "answers", lambda sizes, image: batches.append(len(sizes)) or answers(sizes, image)
+    )
+    black, large = guarded.parent / "black.png", guarded.parent / "large.png"
+    Image.new("RGB", (128, 128)).save(black)
+    with Image.open(photographs[0]) as image:
+        image.resize((640, 640)).save(large)
+    files = [photographs[0], black, large, photographs[-1]]  # the last is stored turned, with EXIF
+    rows = model.predict(pd.DataFrame({"image": [b64(file) for file in files]})).to_dict("records")
+    alone = model.predict(pd.DataFrame({"image": [b64(photographs[0])]})).to_dict("records")
+    assert batches == [2, 1]
+    assert [row["label"] == "cannot judge" for row in rows] == [False, True, True, False]
+    assert [row["reason"] for row in rows] == [
+        None,
+        "it is black, the same everywhere",
+        "its size of 640 x 640 is not like the training images (longer side 128)",
+        None,
+    ]
+    for row in rows[1:3]:
+        assert (row["probability"], row["boxes"], row["reasoning"]) == (None, [], "")
+    assert [rows[0][key] for key in COLUMNS if key != "probability"] == [
+        alone[0][key] for key in COLUMNS if key != "probability"
+    ]
+    json.dumps(rows, allow_nan=False)
+
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {entry["version"] for entry in entries} == {"adfm/7"}
+    assert [entry["event"] for entry in entries] == ["answered", "cannot judge", "cannot judge", "answered"]
+    assert entries[0]["labels"]["cannot judge"] == 2 and sum(entries[0]["labels"].values()) == 4
+    assert [(entry["kind"], entry["image"]) for entry in entries[1:3]] == [
+        ("uniform", file_digest(black)),
+        ("size", file_digest(large)),
+    ]
+    assert entries[1]["reason"] == rows[1]["reason"]
+    assert main(["served", str(log)]) == 0
+    counts = capsys.readouterr().out
+    assert re.search(r"images answered +5\n", counts) and re.search(r"cannot judge +2 +40.00%\n", counts)
+    assert re.search(r"uniform +1 +20.00%\n +size +1 +20.00%", counts)
+
+
+def test_a_request_with_unreadable_images_is_not_counted(
+    guarded: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = guarded.parent / "log"
+    monkeypatch.setenv("ADFM_SERVE_LOG", str(log))
+    model = serving._load_pyfunc(str(guarded))
+    buffer = io.BytesIO()
+    Image.new("RGB", (128, 128)).save(buffer, "PNG")
+    black = base64.b64encode(buffer.getvalue()).decode()
+    with pytest.raises(MlflowException, match="1 of 2 images cannot be read"):
+        model.predict(pd.DataFrame({"image": [black, "no base64!"]}))
+    assert log.read_text() == ""
+
+
+def test_a_version_without_a_guard_is_served_and_says_so_once(
+    version: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = serving._load_pyfunc(str(version))
+    warning = "version: No image is refused: there is no guard.json, so a black one is answered as any other."
+    assert capsys.readouterr().err.splitlines().count(warning) == 1
+    buffer = io.BytesIO()
+    Image.new("RGB", (128, 128)).save(buffer, "PNG")
+    data = pd.DataFrame({"image": [base64.b64encode(buffer.getvalue()).decode()]})
+    assert model.predict(data)["label"][0] in ("normal", "anomalous")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_guard_that_cannot_be_read_is_not_left_out(guarded: Path) -> None:
+    (guarded / "evaluation" / guard_.FILE).write_text("{}x")
+    with pytest.raises(guard_.BadGuard, match=r"guard\.json is not a guard"):
+        serving._load_pyfunc(str(guarded))
+
+
+def test_a_log_that_cannot_be_written_is_refused_at_the_start(version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADFM_SERVE_LOG", str(version / "nowhere" / "log"))
+    with pytest.raises(AdfmError, match="ADFM_SERVE_LOG: .* cannot be written"):
+        serving._load_pyfunc(str(version))
+
+
+# -------------------------------------------------------------------------------------------------------------- shadow
+
+
+def test_a_candidate_answers_in_the_shadow_of_production(
+    guarded: Path, version: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = guarded.parent / "log"
+    monkeypatch.setenv("ADFM_SERVE_LOG", str(log))
+    data = pd.DataFrame({"image": [b64(file) for file in photographs]})
+    expected = serving._load_pyfunc(str(guarded)).predict(data)
+    log.unlink()
+    monkeypatch.setenv("ADFM_SHADOW", str(version))  # the same model without a guard
+    model = serving._load_pyfunc(str(guarded))
+    black = guarded.parent / "black.png"
+    Image.new("RGB", (128, 128)).save(black)
+    pd.testing.assert_frame_equal(model.predict(data), expected)
+    assert model.predict(pd.DataFrame({"image": [b64(black)]}))["label"][0] == "cannot judge"
+    model.shadow.wait()
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    compared = [entry for entry in entries if entry["event"] == "compared"]
+    assert sum(entry["images"] for entry in compared) == len(photographs) + 1
+    assert sum(entry["differ"] for entry in compared) == 1
+    [differs] = [entry for entry in entries if entry["event"] == "differs"]
+    assert (differs["version"], differs["candidate"], differs["in"]) == ("adfm/7", "version", "label")
+    assert differs["image"] == file_digest(black)
+    assert differs["production"]["label"] == "cannot judge" and differs["production"]["reason"]
+    assert differs["shadow"]["label"] in ("normal", "anomalous") and differs["shadow"]["probability"] is not None
+
+
+def test_a_shadow_that_cannot_be_loaded_stops_nothing(
+    version: Path, photographs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("ADFM_SERVE_LOG", str(tmp_path / "log"))
+    monkeypatch.setenv("ADFM_SHADOW", str(tmp_path / "nowhere"))
+    model = serving._load_pyfunc(str(version))
+    assert model.shadow is None
+    assert "ADFM_SHADOW: there is no shadow, only production answers: " in capsys.readouterr().err
+    assert json.loads((tmp_path / "log").read_text())["event"] == "failed"
+    assert model.predict(pd.DataFrame({"image": [b64(photographs[0])]}))["label"][0] in ("normal", "anomalous")
+
+
+def test_files_that_the_shadow_cannot_read_are_refused_by_it(version: Path, photographs: list[Path]) -> None:
+    model = serving._load_pyfunc(str(version))
+    rows = model.answers([b"no image", photographs[0].read_bytes()])
+    assert [row["label"] == "cannot judge" for row in rows] == [True, False]
+    assert rows[0]["reason"] == "it is no image"
 
 
 def test_a_calibration_of_another_model_is_not_served(version: Path, tmp_path: Path) -> None:
@@ -329,7 +489,7 @@ def post(address: str, images: list[str]) -> tuple[int, Any]:
 def address(store: Path, make_shards: Any, make_evaluation: Any, adapter: Path, tmp_path: Path) -> Iterator[str]:
     """`mlflow models serve` of a version that was registered and is in production."""
     shards = make_shards(tmp_path / "shards")
-    params = Params.model_validate({"gate": {"bootstrap": 200, "min_images": 20}})
+    params = Params()
     register(adapter, shards, make_evaluation(tmp_path / "evaluation", shards, 36), tmp_path / "out", params)
     tracking.client().set_registered_model_alias("adfm", "production", "1")
     with socket.socket() as free:

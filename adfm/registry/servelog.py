@@ -1,0 +1,170 @@
+"""The log of a served version: JSON lines that count answers, refusals, and differences to a shadow.
+
+`ADFM_SERVE_LOG` names the file; processes and servers may share it, and it may be moved away at any time. Without it,
+everything but the counts of answered requests is written to stderr. `adfm served FILE` prints a table of it. A line has
+`event`, `time` (UTC) and `version`, and by `event`:
+
+- `answered`: a request; `labels` counts its images by label.
+- `cannot judge`: one image; `image` is the SHA-256 of its file, `kind` is for counting (`adfm.evaluation.guard`, or
+  `no answer`), and `reason` for people.
+- `compared`: images that the shadow answered as well; `images`, and of those `differ`.
+- `differs`: one of these; `image`, `in` (`label` or `boxes`), `production` and `shadow` with both answers.
+- `dropped`: `images` that the shadow had no time for.
+- `failed`: `images` that the shadow failed at, and why (`reason`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from adfm.data.problems import printable
+from adfm.errors import AdfmError
+
+FILE = "ADFM_SERVE_LOG"
+
+_ROUTINE = ("answered", "compared")  # too many for stderr
+
+
+class BadLog(AdfmError):
+    """A file is not a log of a served version, or cannot be read or written."""
+
+    exit_code = 2
+
+
+def check() -> None:
+    """Refuse a log that cannot be written, when a version is loaded.
+
+    Raises:
+        BadLog: The file named by `ADFM_SERVE_LOG` cannot be opened.
+    """
+    file = os.environ.get(FILE)
+    if not file:
+        return
+    try:
+        Path(file).open("a").close()
+    except OSError as error:
+        raise BadLog(
+            f"{FILE}: {file} cannot be written ({error.strerror}); name a file in a folder that can."
+        ) from error
+
+
+def write(events: Iterable[tuple[str, dict[str, Any]]], version: str) -> None:
+    """Appends events, each a name and its values; never fails, because an answer depends on it.
+
+    Args:
+        events: Names as above, and the values beside `time` and `version`.
+        version: The version in production, `adfm/7`.
+    """
+    time = datetime.now(UTC).isoformat(timespec="milliseconds")
+    lines = [
+        (event, json.dumps({"event": event, "time": time, "version": version, **values})) for event, values in events
+    ]
+    file = os.environ.get(FILE)
+    if file:
+        try:
+            with Path(file).open("a", encoding="utf-8") as log:
+                log.write("".join(f"{line}\n" for _, line in lines))
+            return
+        except OSError as error:
+            print(f"adfm: {FILE}: {file} cannot be written ({error.strerror})", file=sys.stderr)
+    for event, line in lines:
+        if event not in _ROUTINE:
+            print(line, file=sys.stderr)
+
+
+def read(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """The lines of logs, in their order.
+
+    Raises:
+        BadLog: A file cannot be read, or a line is not one of a log; a last line that was cut off is left out.
+    """
+    for file in files:
+        try:
+            with file.open(encoding="utf-8") as log:
+                for number, line in enumerate(log, 1):
+                    yield from _parse(line, file, number)
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadLog(f"{file} cannot be read ({error}).") from error
+
+
+def _parse(line: str, file: Path, number: int) -> Iterator[dict[str, Any]]:
+    try:
+        entry = json.loads(line)
+        if not (isinstance(entry, dict) and isinstance(entry["event"], str)):
+            raise ValueError
+        yield entry
+    except (ValueError, LookupError) as error:
+        if line.endswith("\n"):
+            raise BadLog(f"{file}, line {number}: it is not a line of a log that {FILE} names.") from error
+
+
+def summary(entries: Iterable[dict[str, Any]], most: int = 20) -> str:
+    """Counts for people: answers, refusals by kind, differences between production and shadow, and where they are.
+
+    Args:
+        entries: Lines of a log.
+        most: Images that differ to list, the latest ones.
+
+    Raises:
+        BadLog: A line lacks what its event has.
+    """
+    total = _Total(deque(maxlen=most))
+    for entry in entries:
+        try:
+            total.add(entry)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise BadLog(f"{json.dumps(entry)[:300]} is not a line of a log that {FILE} names.") from error
+    return "\n".join(map(printable, total.lines()))
+
+
+@dataclass
+class _Total:
+    latest: deque[str]
+    labels: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
+    shadow: Counter[str] = field(default_factory=Counter)
+    changes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, entry: dict[str, Any]) -> None:
+        event = entry["event"]
+        if event == "answered":
+            self.labels.update({str(label): int(count) for label, count in entry["labels"].items()})
+        elif event == "cannot judge":
+            self.kinds[str(entry["kind"])] += 1
+        elif event == "differs":
+            own, other = (str(entry[side]["label"]) for side in ("production", "shadow"))
+            self.changes[f"{own}, shadow {other}" if own != other else f"both {own}, boxes apart"] += 1
+            self.latest.append(f"  {entry['time']}  {entry['image']}  {own}, shadow {other}")
+        elif event in ("compared", "dropped", "failed"):
+            self.shadow[event] += int(entry["images"])
+            self.shadow["differ"] += int(entry.get("differ", 0))
+
+    def lines(self) -> list[str]:
+        answered, compared = self.labels.total(), self.shadow["compared"]
+        lines = [_line("images answered", answered), *_counts(self.labels, answered)]
+        if self.kinds:
+            lines += ["why they cannot be judged", *_counts(self.kinds, answered)]
+        if self.shadow:
+            lines += [_line("images of the shadow", compared), *_counts(self.changes, compared)]
+            lines += [_line(f"  {event}", self.shadow[event]) for event in ("dropped", "failed") if self.shadow[event]]
+        if self.latest:
+            lines += ["latest differences (time, SHA-256 of the image's file)", *self.latest]
+        return lines
+
+
+def _counts(counts: Counter[str], total: int) -> list[str]:
+    return [
+        _line(f"  {name}", count) + (f" {count / total:8.2%}" if total else "") for name, count in counts.most_common()
+    ]
+
+
+def _line(name: str, count: int) -> str:
+    return f"{name:36} {count:>9,}"

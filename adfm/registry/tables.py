@@ -1,0 +1,117 @@
+"""Prediction tables as the gate takes them: read, and refused with all that is wrong with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adfm.errors import AdfmError
+from adfm.evaluation.metrics import as_decided, listed, same_images
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_COLUMNS = ("id", "category", "label", "predicted", "iou")
+
+
+class Incomparable(AdfmError):
+    """The tables cannot be judged: they are broken, or not of the same images."""
+
+    exit_code = 2
+
+
+def read(file: Path) -> pd.DataFrame:
+    """A prediction table from a Parquet file, as evaluation writes them.
+
+    Raises:
+        Incomparable: It cannot be read.
+    """
+    import pandas as pd
+
+    try:
+        return pd.read_parquet(file)
+    except (OSError, ValueError, KeyError) as error:
+        raise Incomparable(
+            f"{file} cannot be read as a prediction table ({error}); `adfm evaluate` writes it."
+        ) from error
+
+
+def what_decides(name: str, table: pd.DataFrame) -> str:
+    """Whether letters or decisions are judged, in words."""
+    if "decision" not in table or table.attrs.get("threshold", 0) is None:
+        return f"{name} has no threshold: its letters are judged."
+    at = f" from a probability of {table.attrs['threshold']:.6g} on" if "threshold" in table.attrs else ""
+    return f"{name} is judged by its decisions: an image is flagged{at or ' by the column decision'}."
+
+
+def checked(table: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The columns that the gate looks at, of decisions where the table has them.
+
+    Raises:
+        Incomparable: The table is broken; everything that is wrong with it is listed, under its `name`.
+    """
+    import pandas as pd
+
+    if missing := [column for column in _COLUMNS if column not in table]:
+        there = ", ".join(map(str, table.columns)) or "none"
+        raise Incomparable(f"The {name} table has no column {' and no column '.join(missing)}; it has {there}.")
+    if not len(table):
+        raise Incomparable(f"The {name} table is empty: evaluate the model first.")
+    try:
+        table = as_decided(table)
+    except AdfmError as error:
+        raise Incomparable(f"The {name} table cannot be judged: {error}") from error
+    table = table[[column for column in (*_COLUMNS, "dataset", "defect", "group", "boxes") if column in table]]
+    rows = table["id"].astype(object)
+    iou = pd.to_numeric(table["iou"], errors="coerce").astype(float)
+    anomalous = table["label"].isin(["anomalous"])
+    # Only the label is known where there is nothing to overlap with.
+    located = table["boxes"].map(len).gt(0) if "boxes" in table else anomalous
+    faults = {
+        "a missing id": rows.isna(),
+        "an id that occurs more than once": rows.duplicated(keep=False) & rows.notna(),
+        "no category or data set": table[["category", *(["dataset"] if "dataset" in table else [])]].isna().any(axis=1),
+        "a label other than normal and anomalous": ~table["label"].isin(["normal", "anomalous"]),
+        "a prediction other than normal, anomalous and null": ~table["predicted"].isin(["normal", "anomalous"])
+        & table["predicted"].notna(),
+        "no IoU in [0, 1] on an anomalous image": anomalous & located & ~iou.between(0, 1),
+        "an IoU on an image without boxes": anomalous & ~located & table["iou"].notna(),
+        "an IoU on a normal image": ~anomalous & table["iou"].notna(),
+    }
+    wrong = [
+        f"{fault}: {listed([f'row {row} ({key})' for row, key in zip(where.nonzero()[0], rows[where], strict=True)])}"
+        for fault, where in ((fault, found.to_numpy(dtype=bool)) for fault, found in faults.items())
+        if where.any()
+    ]
+    if wrong:
+        raise Incomparable(f"The {name} table cannot be judged:\n" + "\n".join(f"- {fault}" for fault in wrong))
+    return table.assign(iou=iou)
+
+
+def check_pair(candidate: pd.DataFrame, production: pd.DataFrame, name: str) -> None:
+    """Sees that the table `name` is of the same images as the candidate's, labelled alike and made in the same way.
+
+    Raises:
+        Incomparable: It is not.
+    """
+    try:
+        same_images(candidate, production)
+    except AdfmError as error:
+        raise Incomparable(f"Candidate (first) and {name} (second) cannot be compared. {error}") from error
+    left, right = candidate.attrs, production.attrs
+    if unlike := [key for key in left if key in right and key != "threshold" and left[key] != right[key]]:
+        raise Incomparable(
+            f"Candidate and {name} were not evaluated in the same way; evaluate both again with `adfm evaluate`:\n"
+            + "\n".join(f"- {key}: {left[key]} and {right[key]}" for key in unlike)
+        )
+    both = candidate.merge(production, on="id", suffixes=("", "_production"))
+    wrong = [
+        f"- {column}: {listed(sorted(both['id'][differs], key=str))}"
+        for column in ("label", "category", "dataset")
+        if f"{column}_production" in both and (differs := both[column] != both[f"{column}_production"]).any()
+    ]
+    if wrong:
+        raise Incomparable(
+            f"Candidate and {name} were evaluated on data that differ for the same ids; evaluate both on the same"
+            " shards:\n" + "\n".join(wrong)
+        )
