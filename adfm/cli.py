@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from adfm import __version__
 from adfm.errors import AdfmError
 from adfm.stopping import Stopped, Terminated, terminable
+from adfm.text import printable_output
 
 if TYPE_CHECKING:
     from adfm.params import Params
@@ -67,7 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         terminated. Wrong usage exits with 2, as argparse does.
     """
     set_environment()
-    args = _parse(sys.argv[1:] if argv is None else argv)
+    with printable_output():  # names in messages are whatever files and annotations hold
+        return _main(sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: Sequence[str]) -> int:
+    args = _parse(argv)
     try:
         from adfm.params import load
 
@@ -206,6 +212,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add.add_argument(
         "--compare", metavar="NAME=MODEL", type=_named, action="append", default=[], help="a further model; repeatable"
     )
+
+    add.add_argument(
+        "--production",
+        metavar="FILE",
+        type=Path,
+        help="compare with the versions in FILE, which `adfm production` wrote",
+    )
+
+    add = verb("production", _production, "write which versions a candidate is judged against: production and anchor")
+    add.add_argument("out", metavar="FILE", type=Path, help="JSON file to write")
 
     add = verb("predict", _predict, "let a model answer photographs, and draw what it says")
     add.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="a photograph, or a folder of them")
@@ -447,9 +463,18 @@ def _resend(args: argparse.Namespace, params: Params) -> None:
 
 
 def _evaluate(args: argparse.Namespace, params: Params) -> None:
-    from adfm.evaluation.evaluate import evaluate
+    from adfm.evaluation.evaluate import evaluate, models_to_compare, read_production
 
-    evaluate({**dict(args.compare), "trained": args.model}, args.shards, args.out, params)
+    others = dict(args.compare)
+    if args.production:
+        others |= models_to_compare(read_production(args.production), args.model)
+    evaluate({**others, "trained": args.model}, args.shards, args.out, params)
+
+
+def _production(args: argparse.Namespace, params: Params) -> None:
+    from adfm.registry.production import write
+
+    write(args.out, params)
 
 
 def _predict(args: argparse.Namespace, params: Params) -> None:

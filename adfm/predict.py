@@ -19,7 +19,6 @@ from PIL import Image, ImageDraw
 
 from adfm.data import images as images_
 from adfm.data import pictures
-from adfm.data.problems import printable
 from adfm.data.readers import files as readers
 from adfm.errors import AdfmError
 from adfm.evaluation import calibration as calibration_
@@ -32,6 +31,7 @@ from adfm.files import digest
 from adfm.models import loading
 from adfm.params import Params
 from adfm.records import Box
+from adfm.text import printable
 
 ENDING = ".answer.png"
 """Of the names of the pictures that `predict` writes; it takes none of them for a photograph."""
@@ -144,11 +144,7 @@ def read_version(folder: Path) -> tuple[Any, Calibration, Guard | None]:
         own = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise AdfmError(f"{file} cannot be read ({error}); register the version again.") from error
-    fitted = folder / "evaluation" / calibration_.FILE
-    if fitted.is_file():
-        calibration = calibration_.read(fitted, digest(folder / "model"))
-    else:  # a version of before there were thresholds
-        calibration = Calibration(note=f"the version was registered without a {calibration_.FILE}")
+    calibration = calibration_.of_version(folder, digest(folder / "model"))
     return own, calibration, guard_.read(folder / "evaluation" / guard_.FILE)
 
 

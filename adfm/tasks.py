@@ -144,16 +144,13 @@ def fixed_revision(source: str) -> str:
     return source if fixed else ""
 
 
-def rivals(asked: Params, warmup: Path) -> dict[str, str | Path]:
-    """The models that a candidate is evaluated beside: the base, the warmed-up one, and production if there is one."""
-    from adfm.registry.registration import PRODUCTION, holder
+def models_to_compare(params: Params, warmup: Path, candidate: Path) -> dict[str, str | Path]:
+    """The models that a candidate is evaluated beside: the base, the warmed-up one, production and anchor, if any."""
+    from adfm.evaluation import evaluate
+    from adfm.registry.production import in_production
 
-    models: dict[str, str | Path] = {"base": asked.model.name, "warmup": warmup}
-    store = tracking.client()
-    name = asked.register_.model
-    with tracking.store_errors(tracking.configure()):
-        current = holder(store, name)
-    return models if current is None else models | {PRODUCTION: f"models:/{name}/{current.version}"}
+    models: dict[str, str | Path] = {"base": params.model.name, "warmup": warmup}
+    return models | evaluate.models_to_compare(in_production(params), candidate)
 
 
 def last_figures(curves: Path) -> dict[str, float]:

@@ -39,6 +39,7 @@ _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it links to the start page for GenAI
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
@@ -55,9 +56,7 @@ def configure() -> str:
     Raises:
         AdfmError: If the store cannot be reached or refuses, within about ten seconds.
     """
-    asked = os.environ.get("MLFLOW_TRACKING_URI")
-    # Absolute, because MLflow keeps one connection per URI: a relative one would outlive a change of folder.
-    uri = asked or f"sqlite:///{Path('mlflow.db').resolve()}"
+    asked, uri = os.environ.get("MLFLOW_TRACKING_URI"), _uri()
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
     import mlflow
@@ -69,6 +68,17 @@ def configure() -> str:
         os.environ.pop("MLFLOW_TRACKING_URI", None)
     _probe(uri)
     return uri
+
+
+def _uri() -> str:
+    # Absolute, because MLflow keeps one connection per URI: a relative one would outlive a change of folder.
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+
+
+def store_is_missing() -> bool:
+    """Whether runs would go to a database file that is not there; `configure` would make it."""
+    file = sqlite_file(_uri())
+    return file is not None and not file.exists()
 
 
 def client() -> MlflowClient:
@@ -126,6 +136,8 @@ def start_run(
             yield run
             with nullcontext() if must_end else _given_up():
                 mlflow.end_run()
+            if uri.startswith("http"):
+                print(f"{name}: {without_login(uri).rstrip('/')}/{run_page(run)}")
         except BaseException as error:
             # When the store is what failed, the error that is on its way says more than a second one.
             with _given_up():
@@ -229,6 +241,19 @@ def find_run(run_id: str | None) -> Run | None:
             raise
         return None
     return run if run.info.lifecycle_stage == "active" else None
+
+
+def run_page(run: Run, tab: str = "model-metrics") -> str:
+    """The address of a run in MLflow's pages, below the server's own; its curves by default.
+
+    An address without a tab and the kind of work opens MLflow's start page for GenAI, which shows neither runs nor
+    curves.
+
+    Args:
+        run: The run.
+        tab: `model-metrics`, or `artifacts/<path>`.
+    """
+    return f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}/{tab}?workflowType=machine_learning"
 
 
 def code_version() -> dict[str, str]:

@@ -181,6 +181,12 @@ def test_a_reader_that_stops_reading_is_no_error(tmp_path: Path) -> None:
     assert process.wait() == 141
 
 
+def test_a_name_in_a_message_steers_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["score", str(tmp_path / "\x1b[2J\x9b31m\u202egood.jsonl")]) != 0
+    error = capsys.readouterr().err
+    assert "\\x1b[2J\\x9b31m\\u202egood.jsonl" in error and error.endswith("\n")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
 def test_a_full_disk_is_one_message(lines: Path) -> None:
     with Path("/dev/full").open("w") as full:

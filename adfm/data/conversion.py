@@ -40,12 +40,13 @@ from tqdm import tqdm
 from adfm import __version__
 from adfm.data import contradictions, duplicates, inspection, inventory, samples, shards, splits, summary
 from adfm.data.images import GreyRange, upright
-from adfm.data.problems import BadData, MissingImage, printable
+from adfm.data.problems import BadData, MissingImage
 from adfm.data.readers import files, resolve
 from adfm.errors import AdfmError
 from adfm.files import atomic_folder, write_json
 from adfm.params import Params
 from adfm.records import SPLITS, Box, Record, Sample, Split
+from adfm.text import printable
 
 RUN = 500
 PART = "inspection.json"
@@ -106,11 +107,12 @@ def _converted(data: _Raw, runs: list[Path], out: Path, params: Params) -> dict[
             raise BadData(data.folder, data.layout, problems)
         grey_range = inspection.grey_range(runs)
         notes = summary.Notes()
-        images, pairs = _gathered(runs, work / "thumbnails", notes)
+        images, looks = _gathered(runs, work / "thumbnails", notes)
+        pairs = duplicates.near_duplicates(*looks)
         rows, decode = partial(_rows, runs), partial(upright, bounds=grey_range)
         if problems := contradictions.under_two_labels(data.folder, images, pairs, rows, decode):
             raise BadData(data.folder, data.layout, problems)
-        assigned = splits.assign(images, pairs[: len(pairs) if params.split.near_duplicates else 0], params)
+        pairs, assigned = _assigned(images, looks, pairs, params)
         marks = contradictions.marked_differently(images, rows)
         report = _description(data, params) | summary.report(images, pairs, assigned, params, notes, marks, data.left)
         _write(data.folder, runs, assigned, folder, params.convert.shard_images, grey_range)
@@ -422,8 +424,16 @@ def _joined(parts: Sequence[Path], raw: _Raw, params: Params) -> list[Path]:
 # ---------------------------------------------------------------------------------------------------------- all images
 
 
-def _gathered(runs: Sequence[Path], path: Path, notes: summary.Notes) -> tuple[pa.Table, NDArray[np.int64]]:
-    """What splits and report depend on, of all images, and their near-duplicates; the thumbnails go to a file."""
+class _Looks(NamedTuple):
+    """What near-duplicates are recognised by, as `duplicates.near_duplicates` takes it."""
+
+    thumbnails: NDArray[np.float16]  # mapped from a file
+    contrasts: NDArray[Any]
+    vectors: NDArray[np.float32]
+
+
+def _gathered(runs: Sequence[Path], path: Path, notes: summary.Notes) -> tuple[pa.Table, _Looks]:
+    """What splits and report depend on, of all images; the thumbnails go to the file `path`."""
     encoded = [name for name in splits.COLUMNS if name not in ("sha256", "photograph")]
     plain = ["source", "sha256", "width", "height", "embedded", "contrast", "fragments", "unmarked"]
     tables, coarse = [], []
@@ -450,7 +460,21 @@ def _gathered(runs: Sequence[Path], path: Path, notes: summary.Notes) -> tuple[p
     contrasts = images["contrast"].to_numpy().copy()
     contrasts[splits.repeated(images["sha256"].combine_chunks())[:, 0]] = 0  # identical ones are together anyhow
     mapped = np.memmap(path, np.float16, "r").reshape(-1, duplicates.SIDE, duplicates.SIDE)
-    return images, duplicates.near_duplicates(mapped, contrasts, np.concatenate(coarse))
+    return images, _Looks(mapped, contrasts, np.concatenate(coarse))
+
+
+def _assigned(
+    images: pa.Table, looks: _Looks, pairs: NDArray[np.int64], params: Params
+) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
+    """Pairs of near-duplicates, with those that `pairs` lack and that would be divided, and the split of each image."""
+    if not params.split.near_duplicates:
+        return pairs, splits.assign(images, pairs[:0], params)
+    while True:
+        assigned = splits.assign(images, pairs, params)
+        divided = duplicates.near_duplicates_across(*looks, assigned)
+        if not len(divided):
+            return pairs, assigned
+        pairs = np.concatenate([pairs, divided])
 
 
 # --------------------------------------------------------------------------------------------------- writing the shards

@@ -136,12 +136,45 @@ def near_duplicates(
     if vectors is None:
         vectors = coarse(thumbnails)
     pairs = np.sort(_within_reach(vectors, contrasts, vectors, contrasts), axis=1)
-    candidates = np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0)
-    kept = [candidates[:0]]
-    for start in range(0, len(candidates), 1000):
-        pairs = candidates[start : start + 1000]
-        (one, other), (low, high) = ([of[pairs[:, side]] for side in (0, 1)] for of in (thumbnails, contrasts))
-        kept.append(pairs[are_copies(one, low, other, high)])
+    return _confirmed(np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0), thumbnails, contrasts)
+
+
+def near_duplicates_across(
+    thumbnails: NDArray[np.float16],
+    contrasts: NDArray[Any],
+    vectors: NDArray[np.float32],
+    splits: NDArray[np.int8],
+) -> NDArray[np.int64]:
+    """The pairs of images in different splits that are one picture, saved twice.
+
+    Where many images are copies, the few nearest to each may all be in its own split, and `near_duplicates` tells of
+    none in another.
+
+    Args:
+        thumbnails: As of `near_duplicates`.
+        contrasts: As of `near_duplicates`.
+        vectors: As of `near_duplicates`.
+        splits: [images], indices into `SPLITS`. Every image is compared with the few nearest in the splits before its
+            own, as `adfm.evaluation.separation` does.
+
+    Returns:
+        [pairs, 2]: indices of images.
+    """
+    pairs = [np.empty((0, 2), np.int64)]
+    for split in np.unique(splits)[1:]:
+        some, before = np.flatnonzero(splits == split), np.flatnonzero(splits < split)
+        near = _within_reach(vectors[some], contrasts[some], vectors[before], contrasts[before])
+        pairs.append(np.stack([some[near[:, 0]], before[near[:, 1]]], axis=1))
+    return _confirmed(np.unique(np.concatenate(pairs), axis=0), thumbnails, contrasts)
+
+
+def _confirmed(pairs: NDArray[np.int64], thumbnails: NDArray[np.float16], contrasts: NDArray[Any]) -> NDArray[np.int64]:
+    """Those of [pairs, 2] that are one picture, saved twice."""
+    kept = [pairs[:0]]
+    for start in range(0, len(pairs), 1000):
+        some = pairs[start : start + 1000]
+        (one, other), (of_one, of_other) = ([of[some[:, side]] for side in (0, 1)] for of in (thumbnails, contrasts))
+        kept.append(some[are_copies(one, of_one, other, of_other)])
     return np.concatenate(kept)
 
 

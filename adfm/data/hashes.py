@@ -34,18 +34,20 @@ FILE = "trained_on.parquet"
 SEEN = ("train", "validation")
 """The splits that a training may see: it fits weights on the one, thresholds and limits on the other."""
 
-# 128 bits of a hash: no two of 10^10 pairs are equal by chance.
-_HASH = pa.binary(16)
+HASH = pa.binary(16)
+"""Half of a SHA-256: no two of 10^10 pairs are equal by chance."""
+
 _SKETCH = 48
+_FEW = 20  # rows
 
 SCHEMA = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
-        pa.field("bytes", _HASH, nullable=False),
-        pa.field("pixels", _HASH, nullable=False),
+        pa.field("bytes", HASH, nullable=False),
+        pa.field("pixels", HASH, nullable=False),
         pa.field("sketch", pa.binary(2 * _SKETCH), nullable=False),
         pa.field("contrast", pa.float32(), nullable=False),
-        pa.field("part", _HASH),
+        pa.field("part", HASH),
     ],
     metadata={"adfm": "hashes of images, 1"},
 )
@@ -81,9 +83,11 @@ def collect(shards: Path, splits: Sequence[str]) -> pa.Table:
         warnings.simplefilter("ignore")  # Pillow's, on damaged and on huge images
         for split in present:
             for rows in shards_.batches(shards, split, ["id", "image", "category", "sha256", "group"]):
-                hashed = list(pool.map(_hashes, rows.to_pylist()))
-                batches.append(pa.RecordBatch.from_pylist(hashed, schema=SCHEMA))
-                progress.update(rows.num_rows)
+                # A few at a time, so that images are not in memory twice.
+                for start in range(0, rows.num_rows, _FEW):
+                    some = rows.slice(start, _FEW).to_pylist()
+                    batches.append(pa.RecordBatch.from_pylist(list(pool.map(_hashes, some)), schema=SCHEMA))
+                    progress.update(len(some))
     return unite([pa.Table.from_batches(batches, schema=SCHEMA)])
 
 
@@ -116,27 +120,24 @@ def of_model(folder: Path) -> pa.Table | None:
 
 def write(table: pa.Table, file: Path) -> None:
     """Writes a table; the same rows give the same bytes, with one version of Arrow."""
-    split = {"sketch": "BYTE_STREAM_SPLIT"}  # of numbers that look alike, so that zstd finds something
-    plain = {name: "PLAIN" for name in SCHEMA.names if name != "sketch"}
-    pq.write_table(table, file, compression="zstd", use_dictionary=False, column_encoding=split | plain)
+    # Numbers that look alike byte by byte, so that zstd finds something.
+    encodings = dict.fromkeys(SCHEMA.names, "PLAIN") | {"sketch": "BYTE_STREAM_SPLIT"}
+    pq.write_table(table, file, compression="zstd", use_dictionary=False, column_encoding=encodings)
 
 
 def read(file: Path) -> pa.Table:
     """Reads a table that `write` wrote.
 
     Raises:
-        AdfmError: It cannot be read, or is another one.
+        BadTable: It cannot be read, or is another one.
     """
     try:
         with pq.ParquetFile(file) as opened:
-            schema = opened.schema_arrow
-            if not schema.equals(SCHEMA) or (schema.metadata or {}).get(b"adfm") != SCHEMA.metadata[b"adfm"]:
-                raise BadTable(
-                    f"{file} does not hold the hashes of images that this version of adfm compares; train again."
-                )
-            return opened.read().cast(SCHEMA)
+            if not opened.schema_arrow.equals(SCHEMA, check_metadata=True):
+                raise BadTable(f"{file} is not a table that this version of adfm compares; train and register again.")
+            return opened.read()
     except (pa.ArrowInvalid, OSError) as error:
-        raise BadTable(f"{file} cannot be read ({error}); get it again, or train again.") from error
+        raise BadTable(f"{file} cannot be read ({error}); get it again, or train and register again.") from error
 
 
 def sketches(table: pa.Table) -> NDArray[np.float16]:

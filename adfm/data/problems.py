@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from adfm.errors import AdfmError
+from adfm.text import printable
 
 EXAMPLES = 10  # shown of each cause; the file lists all
 
@@ -75,11 +76,6 @@ def _cause(problems: list[str]) -> str:
     variables = [_VARIABLE.findall(_what(problem)) for problem in problems]
     common = iter(["…" if len(set(its)) > 1 else its[0] for its in zip(*variables, strict=False)])
     return _VARIABLE.sub(lambda _: next(common, "…"), _what(problems[0]))
-
-
-def printable(text: str) -> str:
-    """The text with what cannot be printed, such as a newline, escaped."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _what(problem: str) -> str:

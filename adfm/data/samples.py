@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from adfm.data.problems import printable
 from adfm.data.readers import LAYOUTS, files
 from adfm.data.readers.verdicts import is_verdict
 from adfm.errors import AdfmError
 from adfm.params import Convert
 from adfm.records import Sample
+from adfm.text import printable
 
 # Folders named after how a data set is laid out, not after a product.
 _STRUCTURE = re.compile(

@@ -26,6 +26,7 @@ from adfm.data.readers import files, resolve
 from adfm.errors import AdfmError
 from adfm.params import Convert, Params
 from adfm.records import SPLITS, Sample
+from adfm.text import printable
 
 MAX_IMAGES = 1000
 
@@ -124,7 +125,7 @@ def _entries(folder: Path, settings: Convert) -> Iterator[_Entry]:
 
 
 def _entry(content: Sample | int, *texts: str | None) -> _Entry:
-    category, label, defect, split, name = (_printable(text or "") for text in texts)
+    category, label, defect, split, name = (printable(text or "") for text in texts)
     return _Entry(category, label, defect, split, name, content)
 
 
@@ -159,10 +160,6 @@ def _in_turn(lists: Iterable[list[_T]]) -> Iterator[_T]:
         yield from (item for item in row if item is not nothing)  # type: ignore[misc]
 
 
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else "\ufffd" for char in text)
-
-
 def _tiles(folder: Path, chosen: list[_Entry], side: int, settings: Convert) -> Iterator[tuple[_Entry, Picture]]:
     numbers = [entry.content for entry in chosen if isinstance(entry.content, int)]
     found = {number: pictures.of_row(row, side) for number, row in pictures.rows(folder, numbers)}
@@ -180,7 +177,7 @@ def _tile(found: dict[int, Picture], side: int, settings: Convert, entry: _Entry
     problem = "; ".join(said.removeprefix(f"{entry.content.source}: ") for said in row["problems"])
     if row["label"] == "normal":  # as some images are that are not marked
         entry = entry._replace(label="normal", defect="")
-    return entry, replace(picture, problem=_printable(problem or picture.problem))
+    return entry, replace(picture, problem=printable(problem or picture.problem))
 
 
 def _write(out: Path, content: bytes) -> None:
@@ -247,7 +244,7 @@ _CONTROLS = """<nav><label><input type="checkbox" id="marks" checked> marks</lab
 
 
 def _page(title: str, tiles: _Tiles, counts: Counter[_Entry], problem: str, side: int) -> bytes:
-    title, summary = html.escape(_printable(title)), html.escape(_summary(counts, len(tiles)))
+    title, summary = html.escape(printable(title)), html.escape(_summary(counts, len(tiles)))
     problems = (
         f"<details open><summary>problems</summary><pre>{html.escape(problem)}</pre></details>" if problem else ""
     )
@@ -311,7 +308,7 @@ def _image(title: str, tiles: _Tiles, counts: Counter[_Entry], problem: str, sid
     rows = -(-len(tiles) // columns)
     sheet = Image.new("RGB", (width, top + rows * (side + 3 * line + 6 + gap) + margin - gap), "white")
     pen = ImageDraw.Draw(sheet)
-    pen.text((margin, margin - 6), _fitting(_printable(title), large, width - 2 * margin), _INK, large)
+    pen.text((margin, margin - 6), _fitting(printable(title), large, width - 2 * margin), _INK, large)
     pen.text((margin, margin + 34), "\n".join(said), _FAINT, plain, spacing=line - text)
     for number, (entry, picture) in enumerate(tiles):
         x = margin + number % columns * (side + gap)

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from adfm.data import duplicates, inventory, splits
 from adfm.data.contradictions import near_duplicates_with_two_labels
 from adfm.data.inventory import Inventory
-from adfm.data.problems import EXAMPLES, printable
+from adfm.data.problems import EXAMPLES
 from adfm.params import Params
 from adfm.records import SPLITS
+from adfm.text import printable
 
 # Near-duplicates that are more than these, in images and as a share of their category, are worth a warning.
 _FEW, _LARGE_SHARE = 10, 0.25

@@ -35,12 +35,12 @@ from tqdm import tqdm
 from adfm import tracking
 from adfm.data import duplicates, pictures, shards
 from adfm.data.images import reduced
-from adfm.data.problems import printable
 from adfm.data.readers.files import IMAGES
 from adfm.errors import AdfmError
 from adfm.files import atomic_folder, write_json
 from adfm.params import Convert, Params
 from adfm.records import SPLITS, Label
+from adfm.text import printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -202,11 +202,13 @@ def _table(folder: Path, settings: Convert) -> pd.DataFrame:
                     progress.update(batch.num_rows)
         file.flush()
         copies = pd.Series(facts["pixels"], dtype=object).duplicated()  # another expectation is about them
-        pairs = duplicates.near_duplicates(
-            thumbnails=np.memmap(file, np.float16, "r").reshape(-1, duplicates.SIDE, duplicates.SIDE),
-            contrasts=np.where(copies, 0, np.nan_to_num(facts["contrast"])),
-            vectors=np.concatenate(vectors),
+        looks = (
+            np.memmap(file, np.float16, "r").reshape(-1, duplicates.SIDE, duplicates.SIDE),
+            np.where(copies, 0, np.nan_to_num(facts["contrast"])),
+            np.concatenate(vectors),
         )
+        split = small["split"].map({name: number for number, name in enumerate(SPLITS)}).fillna(0).to_numpy(np.int8)
+        pairs = np.concatenate([duplicates.near_duplicates(*looks), duplicates.near_duplicates_across(*looks, split)])
     table: pd.DataFrame = pd.concat([small, pd.DataFrame(facts)], axis=1)
     table["product"] = table["dataset"] + "/" + table["category"]
     table["is_anomalous"] = (table["label"] == "anomalous").astype(float)

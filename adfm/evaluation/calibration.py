@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -35,7 +34,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adfm.errors import AdfmError
 from adfm.evaluation.inference import PREDICTIONS
-from adfm.files import file_digest
 from adfm.params import Evaluate
 from adfm.records import Label
 
@@ -192,35 +190,20 @@ def _parse(text: str, place: str) -> Calibration:
     return calibration
 
 
-def of_version(name: str) -> Calibration:
-    """The calibration that a registered version carries.
+def of_version(folder: Path, model: str) -> Calibration:
+    """The calibration in the folder of a version; one without a threshold, which says so, where there is none.
 
     Args:
-        name: `models:/NAME/NUMBER`.
-
-    Returns:
-        Its calibration; one without a threshold, which says so, where the version was registered without.
+        folder: The version's files, whose signature is verified.
+        model: Digest of its model.
 
     Raises:
-        AdfmError: It is not the file that was registered.
+        AdfmError: The file cannot be read, or was made for another model.
     """
-    import mlflow
-    from mlflow import MlflowClient
-
-    _, model, number = name.split("/")
-    registered = MlflowClient().get_model_version(model, number).tags.get(DIGEST_TAG)
-    place = f"{name}/evaluation/{FILE}"
-    there = any(Path(file.path).name == FILE for file in mlflow.artifacts.list_artifacts(f"{name}/evaluation") or [])
-    if not there and registered is None:
-        return Calibration(note=f"{name} was registered without a {FILE}")
-    with TemporaryDirectory() as folder:
-        file = Path(mlflow.artifacts.download_artifacts(place, dst_path=folder)) if there else None
-        if file is None or file_digest(file) != registered:
-            raise AdfmError(
-                f"{place} is not the file that was registered (tag {DIGEST_TAG}). Somebody has changed the file or the"
-                " tag; register the model again with `adfm register`."
-            )
-        return _parse(file.read_text(encoding="utf-8"), place)
+    file = folder / "evaluation" / FILE
+    if not file.is_file():
+        return Calibration(note=f"the version was registered without a {FILE}")
+    return read(file, model)
 
 
 def choose_threshold(

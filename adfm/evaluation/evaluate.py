@@ -4,6 +4,7 @@ The folder that it writes; the candidate is the last model:
 
     predictions.parquet, <name>.parquet   one row an image: the candidate's, those of any other model
     validation/<name>.parquet             the same of the validation split, on which calibrations are fitted
+    guard.json                            which images the model can judge, and how many of the split it cannot
     calibration.json                      the candidate's calibration and threshold, by which it decides once registered
     calibration/<name>.json               those of the other models
     metrics.json                          each model's metrics with intervals; candidate minus each other model
@@ -26,7 +27,7 @@ import csv
 import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ import pyarrow.parquet as pq
 from adfm import tracking
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
-from adfm.evaluation import calibration, inference, metrics, plots
+from adfm.evaluation import calibration, guard, inference, metrics, plots
 from adfm.evaluation import report as page
 from adfm.evaluation.calibration import DECIDED, Calibration
 from adfm.files import atomic_folder, digest, write_json
@@ -109,9 +110,10 @@ def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Par
                 for name, model in local.items()
             }
             validation = {name: of["validation"] for name, of in answers.items() if len(splits) > 1}
-            calibrations = _calibrate(shown, digests, validation, shards, params)
+            calibrations = _calibrate(shown, local, digests, validation, shards, params)
             tables = {name: calibrations[name].apply(of[split]) for name, of in answers.items()}
             write_json(about | {"mlflow_run_id": run.info.run_id}, partial / "evaluation.json")
+            write_json(guard.fit(shards, params).model_dump(), partial / guard.FILE)
             for name, table in tables.items():
                 # Travels with the file, so that the gate can refuse to compare what was not made in the same way.
                 table.attrs = {"split": split, "fingerprint": fingerprint, "max_new_tokens": tokens}
@@ -131,8 +133,46 @@ def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Par
     print(comparison)
 
 
+def models_to_compare(about: Mapping[str, Any], candidate: str | Path) -> dict[str, str]:
+    """Production and anchor, for `evaluate`; a version of the candidate itself is left out.
+
+    Args:
+        about: As `adfm.registry.production.in_production` gives it.
+        candidate: The candidate, as of `evaluate`.
+
+    Returns:
+        `models:/<name>/<version>` by alias.
+    """
+    name, models = about["model"], {}
+    is_folder = Path(candidate).is_dir()
+    for alias in ("production", "anchor"):
+        if (version := about[alias]) is not None:
+            uri = f"models:/{name}/{version['version']}"
+            by_name = str(candidate) in (uri, f"models:/{name}@{alias}")
+            if not by_name and not (is_folder and digest(Path(candidate)) == version["artifact_digest"]):
+                models[alias] = uri
+    return models
+
+
+def read_production(file: Path) -> dict[str, Any]:
+    """What `adfm production` wrote.
+
+    Raises:
+        AdfmError: The file cannot be read, or is another one.
+    """
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+        versions = [about[alias] for alias in ("production", "anchor")]
+        if any(version and not {"version", "artifact_digest"} <= version.keys() for version in versions):
+            raise KeyError("version")
+        return {"model": str(about["model"]), **about}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise AdfmError(f"{file} cannot be read ({error!r}); make it with `adfm production {file}`.") from error
+
+
 def _calibrate(
     models: dict[str, str],
+    local: dict[str, str | Path],
     digests: dict[str, str | None],
     validation: dict[str, pd.DataFrame],
     shards: Path,
@@ -143,8 +183,8 @@ def _calibrate(
     calibrations = {}
     for name, model in models.items():
         if model.startswith("models:"):
-            with tracking.store_errors(tracking.configure()):
-                calibrations[name] = calibration.of_version(model)
+            folder = Path(local[name])  # that of the model, within the version's
+            calibrations[name] = calibration.of_version(folder.parent, digest(folder))
         elif name in validation:
             calibrations[name] = calibration.fit(validation[name], params.evaluate, digests[name], fingerprint)
         else:

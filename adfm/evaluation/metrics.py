@@ -6,10 +6,18 @@ is never dropped; an image answered `normal` has no predicted box. Localisation 
 Every metric is a function of weighted sums over images, so the value (all weights 1) and its bootstrap resamples
 (weights = how often each image was drawn) come from the same lines of code. Images of one physical sample (column
 `group`) are drawn together: they are alike, and taken for independent they would make intervals too narrow.
+
+The bootstrap serves what has no better interval (AUROC, F1, calibration). Rates and means over images have the gate's
+confidence limits instead, exact for rates (`adfm.evaluation.statistics`): a bootstrap of 64 defects without a miss
+gives a miss rate of [0, 0], and the truth may be 5 %.
+
+A defective image is *flagged* if its decision is anomalous; whatever is not flagged has escaped. It is *located* if it
+is flagged and its boxes overlap the true ones with an IoU of at least `LOCATED`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adfm.errors import AdfmError
+from adfm.evaluation import statistics
 from adfm.records import Box
+from adfm.text import printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,8 +59,21 @@ AT_THRESHOLD = ("accuracy", "balanced_accuracy", "overkill", "miss_rate", "iou")
 BINS = 10
 """Of the expected calibration error: few enough for a hundred images to say something about each."""
 
-MATCH = 0.5
-"""IoU from which a matched box counts as found."""
+LOCATED = 0.5
+"""IoU with the true boxes from which a flagged defect counts as located; of a single box, from which it is true."""
+
+OUTCOMES = {
+    "missed": "m",
+    "missed, unparseable": "x",
+    "overkill": "o",
+    "overkill, unparseable": "u",
+    "elsewhere": "e",
+    "located": "l",
+    "flagged": "f",
+    "passed": "p",
+}
+"""What becomes of an image, with a letter for each: escapes and overkill first. A flagged defect without true boxes is
+`flagged`; with them it is `located` or marked `elsewhere`."""
 
 
 def localize(
@@ -92,7 +115,7 @@ def localize(
 
     overlap = _pairwise_iou(targets, found)
     matched = overlap[linear_sum_assignment(overlap, maximize=True)]
-    hits = int((matched >= MATCH).sum())
+    hits = int((matched >= LOCATED).sum())
     return {
         "iou": float(cells[true & guess].sum() / cells[true | guess].sum()),
         "mask_iou": _mask_iou(mask, found, width, height) if mask is not None else None,
@@ -142,7 +165,7 @@ def _pairwise_iou(left: NDArray[np.int64], right: NDArray[np.int64]) -> Floats:
 
 
 def summarize(table: pd.DataFrame, resamples: int, seed: int, small: float, large: float) -> dict[str, Any]:
-    """All metrics of a prediction table, with 95 % percentile bootstrap intervals.
+    """All metrics of a prediction table, with 95 % intervals.
 
     Args:
         table: Prediction table, one row an image.
@@ -170,7 +193,9 @@ def summarize(table: pd.DataFrame, resamples: int, seed: int, small: float, larg
             "without_boxes": without_boxes(part),
         }
         part = part.sort_values("id")
-        return counts | _with_intervals(measure(part), samples(part), resamples, seed, 0.95, names)
+        return (
+            counts | _with_intervals(measure(part), samples(part), resamples, seed, 0.95, names) | _limits(part, names)
+        )
 
     def grouped(keys: pd.Series[Any]) -> dict[str, dict[str, Any]]:
         return {str(key): described(part) for key, part in table.groupby(keys, sort=True)}
@@ -203,14 +228,14 @@ def without_boxes(table: pd.DataFrame) -> int:
 def difference(
     candidate: pd.DataFrame, reference: pd.DataFrame, resamples: int, seed: int, level: float = 0.95
 ) -> dict[str, float | None]:
-    """Candidate minus reference for every metric, by a paired bootstrap: both see the same resampled images.
+    """Candidate minus reference for every metric, with paired intervals: both see the same images.
 
     Args:
         candidate: Prediction table; its column `group`, if it has one, is that of both.
         reference: Prediction table of the same images, in any order.
         resamples: Bootstrap resamples.
         seed: Seed of the resampling.
-        level: Coverage of the two-sided percentile interval.
+        level: Coverage of the two-sided interval.
 
     Returns:
         For each metric of `measure` the difference, and its `<metric>_low` and `<metric>_high`.
@@ -226,7 +251,8 @@ def difference(
         after, before = left(weights), right(weights)
         return {name: after[name] - before[name] for name in after}
 
-    return _with_intervals(change, samples(candidate), resamples, seed, level)
+    intervals = _with_intervals(change, samples(candidate), resamples, seed, level)
+    return intervals | _paired_limits(candidate, reference, (1 - level) / 2)
 
 
 def as_decided(table: pd.DataFrame) -> pd.DataFrame:
@@ -280,6 +306,7 @@ def operating_point(table: pd.DataFrame, at: float | None, resamples: int, seed:
     if at is not None:
         judged = as_decided(table).sort_values("id")
         intervals = _with_intervals(measure(judged), samples(judged), resamples, seed, 0.95, AT_THRESHOLD)
+        intervals |= _limits(judged, AT_THRESHOLD)
     return {"threshold": at} | _at_threshold(intervals)
 
 
@@ -349,7 +376,7 @@ def same_images(candidate: pd.DataFrame, reference: pd.DataFrame) -> None:
 def listed(names: Sequence[object], most: int = 10) -> str:
     """Names for an error message: the first few, and how many more."""
     more = len(names) - most
-    return ", ".join(map(str, names[:most])) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(printable(str(name)) for name in names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def category_names(table: pd.DataFrame) -> pd.Series[Any]:
@@ -518,6 +545,128 @@ def _with_intervals(
             low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
             result |= {name: value, f"{name}_low": float(low), f"{name}_high": float(high)}
     return result
+
+
+def _limits(table: pd.DataFrame, names: Sequence[str] | None = None) -> dict[str, float | None]:
+    """The 95 % limits of rates and means, for a table ordered by id."""
+    limits: dict[str, tuple[float, float]] = {}
+    group = groups(table)
+    for name, values in _of_images(table).items():
+        counting = ~np.isnan(values)
+        if counting.any():
+            of_images = None if group is None else group[counting]
+            limits[name] = confidence_limits(values[counting], of_images, name not in _CONTINUOUS)
+    if {"recall", "specificity"} <= limits.keys():
+        # Of the mean of two independent rates (MOVER; Newcombe 1998, Statistics in Medicine 17:873).
+        rates = {name: float(np.nanmean(_of_images(table)[name])) for name in ("recall", "specificity")}
+        below, above = (math.hypot(*(rates[name] - limits[name][end] for name in rates)) / 2 for end in (0, 1))
+        middle = sum(rates.values()) / 2
+        limits["balanced_accuracy"] = middle - below, middle + above
+    wanted = [name for name in limits if names is None or name in names]
+    return {f"{name}{end}": limits[name][place] for name in wanted for place, end in enumerate(("_low", "_high"))}
+
+
+def confidence_limits(
+    values: Floats, group: NDArray[np.int64] | None = None, binary: bool = True, alpha: float = 0.025
+) -> tuple[float, float]:
+    """Lower and upper confidence limit of a mean of values in [0, 1], each at level `alpha`; exact for rates.
+
+    Args:
+        values: Array (images,), without NaN; 0 and 1 if `binary`.
+        group: Array (images,), which images show one part; `None`: each shows another.
+        binary: Whether it is a rate.
+        alpha: Level of each limit.
+    """
+    at_most = statistics.rate_at_most if binary else statistics.mean_at_most
+    return 1 - at_most(1 - values, alpha, group), at_most(values, alpha, group)
+
+
+def _paired_limits(candidate: pd.DataFrame, reference: pd.DataFrame, alpha: float) -> dict[str, float | None]:
+    """Limits of candidate minus reference, for tables in the same order; not of means over different images."""
+    limits: dict[str, float | None] = {}
+    group, before = groups(candidate), _of_images(reference)
+    for name, after in _of_images(candidate).items():
+        counting = ~np.isnan(after)
+        if not counting.any() or not np.array_equal(counting, ~np.isnan(before[name])):
+            continue
+        change = (after - before[name])[counting]
+        of_images = None if group is None else group[counting]
+        limits[f"{name}_low"], limits[f"{name}_high"] = difference_limits(
+            change, of_images, name not in _CONTINUOUS, alpha
+        )
+    return limits
+
+
+def difference_limits(
+    change: Floats, group: NDArray[np.int64] | None = None, binary: bool = True, alpha: float = 0.025
+) -> tuple[float, float]:
+    """Lower and upper confidence limit of a mean change on the same images, each at level `alpha`.
+
+    Args:
+        change: Array (images,) of differences in [-1, 1]; -1, 0 or 1 if `binary`.
+        group: As in `confidence_limits`.
+        binary: As in `confidence_limits`.
+        alpha: Level of each limit.
+    """
+    low, high = (statistics.loss_at_most(sign * change, alpha, group, binary) for sign in (-1, 1))
+    return -low, high
+
+
+_CONTINUOUS = ("iou", "mask_iou", "matched_iou")
+
+
+def _of_images(table: pd.DataFrame) -> dict[str, Floats]:
+    """For each metric that is a mean over images, each image's value, (n,); NaN where an image does not count."""
+    anomalous = (table["label"] == "anomalous").to_numpy(dtype=bool)
+    parsed = table["predicted"].notna().to_numpy(dtype=bool)
+    right = parsed & (table["predicted"].astype(object) == table["label"].astype(object)).to_numpy(dtype=bool)
+    flagged = anomalous & right | ~anomalous & ~right  # a normal image that is not passed
+    numbers = table.reindex(columns=[*_CONTINUOUS]).to_numpy(dtype=float, na_value=np.nan).T
+    localisation = {
+        name: np.where(anomalous, values, np.nan) for name, values in zip(_CONTINUOUS, numbers, strict=True)
+    }
+    iou = localisation["iou"]
+
+    def over(images: NDArray[np.bool_], values: NDArray[np.bool_]) -> Floats:
+        return np.where(images, values.astype(float), np.nan)
+
+    return {
+        "accuracy": right.astype(float),
+        "precision": over(flagged, anomalous),
+        "recall": over(anomalous, right),
+        "miss_rate": over(anomalous, ~right),
+        "specificity": over(~anomalous, right),
+        "overkill": over(~anomalous, ~right),
+        "parse_rate": parsed.astype(float),
+        **localisation,
+        **{f"iou_{percent}": over(~np.isnan(iou), iou >= percent / 100) for percent in (10, 30, 50)},
+    }
+
+
+def outcomes(table: pd.DataFrame) -> pd.Series[Any]:
+    """For each image one of `OUTCOMES`; the IoU is that of the table's boxes."""
+    import pandas as pd
+
+    anomalous = (table["label"] == "anomalous").to_numpy(dtype=bool)
+    flagged, passed = ((table["predicted"] == word).to_numpy(dtype=bool) for word in ("anomalous", "normal"))
+    iou = table["iou"].to_numpy(dtype=float, na_value=np.nan)
+    cases = {
+        "missed": anomalous & passed,
+        "overkill": ~anomalous & flagged,
+        "elsewhere": anomalous & flagged & (iou < LOCATED),
+        "located": anomalous & flagged & (iou >= LOCATED),
+        "flagged": anomalous & flagged & np.isnan(iou),
+        "passed": ~anomalous & passed,
+        "missed, unparseable": anomalous,
+        "overkill, unparseable": ~anomalous,
+    }
+    return pd.Series(np.select([*cases.values()], [*cases], ""), table.index)
+
+
+def groups(table: pd.DataFrame) -> NDArray[np.int64] | None:
+    """`samples` of a prediction table, or `None` where each image is its own."""
+    sample = samples(table)
+    return sample if len(np.unique(sample)) < len(sample) else None
 
 
 def samples(table: pd.DataFrame) -> NDArray[np.int64]:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from adfm.evaluation import metrics
 from adfm.evaluation.metrics import HEADLINE, SIZES
+from adfm.text import printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,29 +35,36 @@ TITLES = {
     "iou": "IoU",
     "box_f1": "box F1",
     "parse_rate": "parse rate",
+    "miss_rate": "escape rate",
+    "overkill": "overkill",
+    "ece": "calibration error",
 }
 INK, FAINT, GRID = "#1f2933", "#6b7785", "#e3e8ee"
 TRUTH, PREDICTED = "#2ea043", "#da3633"
-# Places on the sheet of examples, colour, and what is said.
+# Of each outcome: places on the sheet of examples, colour, and words; escapes and overkill first.
 _OUTCOMES = {
-    "found": (5, TRUTH, "✓ defect found, IoU {iou:.2f}"),
+    "missed": (2, PREDICTED, "✗ escape: defect missed"),
+    "missed, unparseable": (0, PREDICTED, "✗ escape: no clean answer"),
+    "overkill": (2, PREDICTED, "✗ overkill: normal, flagged"),
+    "overkill, unparseable": (0, PREDICTED, "✗ overkill: no clean answer"),
+    "elsewhere": (1, "#bf8700", "~ flagged, not located: IoU {iou:.2f} < {located:g}"),
+    "located": (5, TRUTH, "✓ defect located, IoU {iou:.2f}"),
+    "flagged": (0, TRUTH, "✓ defect flagged, label alone known"),
     "passed": (2, TRUTH, "✓ normal, passed"),
-    "misplaced": (1, "#bf8700", "✗ defect seen elsewhere, IoU {iou:.2f}"),
-    "missed": (2, PREDICTED, "✗ defect missed"),
-    "flagged": (2, PREDICTED, "✗ normal, flagged (overkill)"),
-    "unparseable": (0, PREDICTED, "✗ no clean answer"),
 }
+ESCAPES_FIRST = ("miss_rate", "overkill", *HEADLINE)
 # The candidate comes last and is the darkest.
 _SHADES = ("#c3ccd6", "#86b6e8", "#1f5fae")
 
 
 def confusion(tables: Mapping[str, pd.DataFrame], path: Path) -> None:
-    """Draws one confusion matrix a model: counts, shaded by the share of the actual class."""
+    """Draws one confusion matrix a model: counts of its decisions, shaded by the share of the actual class."""
     answers = ("normal", "anomalous", "unparseable")
     with drawn(path, 2.9 * len(tables) + 0.7, 2.5) as figure:
         for i, (name, table) in enumerate(tables.items()):
             axes = figure.add_subplot(1, len(tables), i + 1)
-            said = table["predicted"].astype(object).where(table["predicted"].notna(), "unparseable")
+            said = metrics.as_decided(table)["predicted"].astype(object)
+            said = said.where(said.notna(), "unparseable")
             counts = np.array(
                 [[((table["label"] == label) & (said == a)).sum() for a in answers] for label in answers[:2]]
             )
@@ -139,21 +147,21 @@ def iou_by_size(sizes: Mapping[str, Mapping[str, Any]], small: float, large: flo
 def comparison(
     overall: Mapping[str, Mapping[str, Any]], differences: Mapping[str, Mapping[str, Any]], path: Path
 ) -> None:
-    """Draws the headline metrics of all models, and the paired differences to the candidate, with 95 % intervals."""
-    with drawn(path, 8.4 if differences else 5.2, 3.9) as figure:
-        rows = np.arange(len(HEADLINE))[::-1]
+    """Draws escapes, overkill and the headline metrics of all models, and paired differences, with 95 % intervals."""
+    with drawn(path, 8.4 if differences else 5.2, 4.4) as figure:
+        rows = np.arange(len(ESCAPES_FIRST))[::-1]
         panels = [("Held-out images", overall), (f"{[*overall][-1]} minus", differences)][: 1 + bool(differences)]
         for panel, (title, series) in enumerate(panels):
             axes = figure.add_subplot(1, len(panels), panel + 1)
             for i, (name, values) in enumerate(series.items()):
-                points, errors = _errors([_one(values, metric) for metric in HEADLINE], "value")
+                points, errors = _errors([_one(values, metric) for metric in ESCAPES_FIRST], "value")
                 colour = _shade(i, len(series)) if panel == 0 else _shade(len(overall) - 2 - i, len(overall))
                 label = name if panel == 0 else name.split("_minus_", 1)[1]
                 at = rows + ((len(series) - 1) / 2 - i) * 0.22
                 axes.errorbar(
                     points, at, xerr=errors, fmt="o", ms=5, color=colour, elinewidth=1.6, capsize=0, label=label
                 )
-            axes.set_yticks(rows, [TITLES[metric] for metric in HEADLINE] if panel == 0 else [""] * len(rows))
+            axes.set_yticks(rows, [TITLES[metric] for metric in ESCAPES_FIRST] if panel == 0 else [""] * len(rows))
             axes.set_ylim(-0.6, len(rows) - 0.4)
             axes.set_title(title, loc="left", fontweight="bold")
             axes.grid(axis="both", color=GRID)
@@ -164,16 +172,15 @@ def comparison(
 
 
 def choose(table: pd.DataFrame, most: int = 12) -> pd.DataFrame:
-    """Picks rows of a prediction table for `examples`: some of each outcome, those the model was surest of first.
+    """Picks rows of a prediction table for `examples`, by its decisions: some of each outcome, escapes first.
 
-    Found defects are taken by IoU, the best first. Each kind comes from as many categories as it can; where one has too
-    few rows, others fill its places. The result has a further column `outcome`.
+    Those the model was surest of come first, and located defects by IoU, the best first. Each kind comes from as many
+    categories as it can; where one has too few rows, others fill its places. The result has a further column `outcome`.
     """
-    outcome = np.array(
-        [_outcome(*row) for row in zip(table["label"], table["predicted"], table["iou"], strict=True)], dtype=object
-    )
+    table = metrics.as_decided(table)
+    outcome = metrics.outcomes(table).to_numpy(dtype=object)
     score = table["score"].fillna(0.5)
-    order = np.where(outcome == "found", -table["iou"], np.where(table["predicted"] == "anomalous", -score, score))
+    order = np.where(outcome == "located", -table["iou"], np.where(table["predicted"] == "anomalous", -score, score))
     ranked = table.assign(outcome=outcome, kind=[[*_OUTCOMES].index(o) for o in outcome], order=order)
     ranked = ranked.sort_values(["order", "id"])
     ranked["turn"] = ranked.groupby(["kind", "category"]).cumcount()
@@ -184,16 +191,6 @@ def choose(table: pd.DataFrame, most: int = 12) -> pd.DataFrame:
     )
     chosen = ranked.sort_values(["extra", "rank", "kind"]).head(most)
     return chosen.sort_values(["kind", "rank"])
-
-
-def _outcome(label: str, predicted: Any, iou: float) -> str:
-    if predicted not in ("normal", "anomalous"):
-        return "unparseable"
-    if label == "normal":
-        return "passed" if predicted == "normal" else "flagged"
-    if predicted == "normal":
-        return "missed"
-    return "misplaced" if iou < 0.1 else "found"  # also where only the label is known
 
 
 def examples(rows: pd.DataFrame, images: Mapping[str, bytes], path: Path, columns: int = 4) -> None:
@@ -227,12 +224,14 @@ def examples(rows: pd.DataFrame, images: Mapping[str, bytes], path: Path, column
                 for box in boxes:
                     axes.add_patch(outline(box, colour, dashes, width, height))
             _, colour, verdict = _OUTCOMES[row["outcome"]]
-            if row["label"] == "anomalous" and np.isnan(row["iou"]):
-                verdict = verdict.replace("IoU {iou:.2f}", "label alone known")
-            axes.set_title(verdict.format(iou=row["iou"]), loc="left", color=colour, fontweight="bold")
-            product = " · ".join(str(row[key]) for key in ("category", "defect") if isinstance(row[key], str))
+            axes.set_title(
+                verdict.format(iou=row["iou"], located=metrics.LOCATED), loc="left", color=colour, fontweight="bold"
+            )
+            product = " · ".join(
+                printable(str(row[key])) for key in ("category", "defect") if isinstance(row[key], str)
+            )
             words = f"{product}\n{_wrapped(row['completion'])}\n"
-            axes.set_xlabel(words, loc="left", fontsize=6.5, color=FAINT, parse_math=False)
+            axes.set_xlabel(words, loc="left", fontsize=6.5, color=FAINT)
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
         key = [outline((0, 0, 1, 1), colour, dashes, 1, 1) for colour, dashes in ((TRUTH, "-"), (PREDICTED, "--"))]
@@ -268,7 +267,9 @@ def drawn(path: Path, width: float, height: float) -> Iterator[Figure]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context({"font.size": 8, "axes.titlesize": 9, "text.color": INK}), warnings.catch_warnings():
+    # A dollar sign in the name of a category or a model begins no formula.
+    look: Any = {"font.size": 8, "axes.titlesize": 9, "text.color": INK, "text.parse_math": False}
+    with rc_context(look), warnings.catch_warnings():
         # A completion may hold any script; a glyph that the font lacks is drawn as a box.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure = Figure(figsize=(width, height), layout="constrained")

@@ -5,7 +5,8 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const images = data.images;
 const models = data.models;
 const [candidate, ...others] = models;
-const reference = others.includes("production") ? "production" : others[0];
+const reference = data.rival;
+const LOCATED = data.located_from;
 const colour = (model) => `var(--model-${Math.min(models.indexOf(model), 3)})`;
 const RATES_LOWER = ["miss_rate", "overkill", "miss_rate_at_threshold", "overkill_at_threshold"];
 const LOWER_IS_BETTER = [...RATES_LOWER, "ece", "ece_of_score"];
@@ -17,28 +18,33 @@ const PERCENT = [...HIGHER_IS_BETTER, ...RATES_LOWER];
 const { threshold } = data.calibrations[candidate];
 const MEANINGS = {
   balanced_accuracy: "mean of recall and specificity",
-  recall: "defects found",
+  recall: "defects flagged",
   specificity: "good parts passed",
   auroc: "defects rank above good parts",
   iou: "overlap with the true boxes",
-  box_f1: "boxes found at IoU 0.5",
+  box_f1: `boxes with an IoU of at least ${LOCATED}`,
   parse_rate: "readable answers",
   precision: "flagged parts that are defective",
-  miss_rate: "defects missed",
-  overkill: "good parts flagged",
+  miss_rate: "defects that are not flagged",
+  overkill: "good parts that are not passed",
   threshold: "the calibrated probability from which on an image is flagged",
   iou_at_threshold: "of all regions of a flagged image, whatever its letter",
   ece_of_score: "expected calibration error of the raw score",
   ece: "expected calibration error of the calibrated probability",
 };
 const OUTCOMES = {
-  m: "defect missed",
+  m: "escape: defect missed",
+  x: "escape: no clean answer",
   o: "overkill: good part flagged",
-  u: "no clean answer",
-  f: "defect found",
+  u: "overkill: no clean answer",
+  e: "defect flagged, not located",
+  l: "defect flagged and located",
+  f: "defect flagged",
   p: "good part passed",
 };
-const WRONG = "mou";
+const WRONG = "mxou";
+const DECISIONS = { m: "normal", x: "no clean answer", o: "anomalous", u: "no clean answer", e: "anomalous" };
+Object.assign(DECISIONS, { l: "anomalous", f: "anomalous", p: "normal" });
 const ANSWERS = { A: "A: a defect", B: "B: no defect", "-": "no clean answer" };
 const count = (value) => value.toLocaleString("en");
 const PAGE = 24;
@@ -103,8 +109,8 @@ function drawTiles() {
   const [normal, anomalous] = data.confusion[candidate];
   const sum = (row) => row.reduce((a, b) => a + b, 0);
   const tiles = [
-    ["miss_rate", "defects missed", `${sum(anomalous) - anomalous[1]} of ${sum(anomalous)} defective parts`],
-    ["overkill", "overkill", `${sum(normal) - normal[0]} of ${sum(normal)} good parts`],
+    ["miss_rate", "escapes", `${sum(anomalous) - anomalous[1]} of ${sum(anomalous)} defective parts are not flagged`],
+    ["overkill", "overkill", `${sum(normal) - normal[0]} of ${sum(normal)} good parts are not passed`],
     ["iou", "mean IoU", "overlap of predicted and true boxes on defective parts, 1 is perfect"],
     ["parse_rate", "readable answers", `${normal[2] + anomalous[2]} of ${images.id.length} cannot be read`],
   ];
@@ -123,7 +129,38 @@ function drawTiles() {
       tile.append(make("span", {}, text, judged(verdict(change, metric))));
     }
     byId("tiles").append(tile);
+    if (written === "overkill" && data.located) byId("tiles").append(locatedTile(...data.located));
   }
+}
+
+function locatedTile(hits, share, low, high, images) {
+  const tile = make("div", { class: "tile" }, "located", make("b", {}, `${number(share, "recall")} %`));
+  tile.append(make("span", {}, `95 % interval ${range(low, high, "recall")}`));
+  const rule = `${hits} of ${images} defective parts with boxes are flagged with an IoU of at least ${LOCATED}`;
+  tile.append(make("span", {}, rule));
+  return tile;
+}
+
+// What the gate judges: escapes and overkill first.
+function drawCompared() {
+  const columns = [candidate, ...(reference ? [reference, `${candidate} − ${reference}`] : [])];
+  const head = make("tr", {}, ...["", ...columns, "images"].map((name) => make("th", { scope: "col" }, name || "Metric")));
+  const body = make("tbody");
+  for (const { title, higher, over, images: of, cells } of data.compared) {
+    const row = make("tr", {}, make("th", { scope: "row" }, `${title}, %`, make("small", {}, `of ${over}`)));
+    cells.forEach(([value, low, high], i) => {
+      const sign = i === 2 ? "+" : "";
+      const cell = make("td", {}, number(value, "recall", sign));
+      if (sign) cell.append(" ", judged(verdict([value, low, high], higher ? "recall" : "miss_rate")));
+      cell.append(make("small", {}, range(low, high, "recall", sign)));
+      row.append(cell);
+    });
+    row.append(make("td", {}, count(of)));
+    body.append(row);
+  }
+  const decides = threshold === null ? "by the letters as written" : "decided at the threshold";
+  const caption = make("caption", {}, `Escapes and overkill first, ${decides}`);
+  byId("compared").append(caption, make("thead", {}, head), body);
 }
 
 function drawHeadline() {
@@ -252,8 +289,8 @@ function chart(title, labels, limits, series, ticks) {
   return { svg, x, y };
 }
 
-function drawLines(title, labels, limits, series) {
-  const { svg, x, y } = chart(title, labels, limits, series);
+function drawLines(title, labels, limits, series, ticks) {
+  const { svg, x, y } = chart(title, labels, limits, series, ticks);
   for (const { points, stroke, own, chosen } of [...series].reverse()) {
     const places = points.map(([a, b]) => `${x(a).toFixed(1)} ${y(b).toFixed(1)}`);
     const line = make("path", { class: "line", d: `M${places.join("L")}` });
@@ -284,7 +321,7 @@ function drawCurves() {
     };
   });
   const ring = roc.some(({ chosen }) => !chosen.includes(null)) ? ", a ring what the threshold makes of them" : "";
-  const note = `share of defects found; a dot is where a model's own answers stand${ring}`;
+  const note = `share of defects flagged; a dot is where a model's own answers stand${ring}`;
   drawLines("ROC curve", ["overkill: share of good parts flagged", note], all, roc);
   const precision = known.map((model) => ({
     name: model,
@@ -292,7 +329,7 @@ function drawCurves() {
     points: data.curves[model].precision_recall,
     own: [at(model, "recall"), at(model, "precision")],
   }));
-  const labels = ["recall: share of defects found", "share of flagged parts that are defective"];
+  const labels = ["recall: share of defects flagged", "share of flagged parts that are defective"];
   drawLines("Precision and recall", labels, all, precision);
 }
 
@@ -339,6 +376,58 @@ function drawSizes() {
     const middle = x(from + width * 0.45);
     svg.append(bar, make("line", { class: "whisker", x1: middle, x2: middle, y1: y(low), y2: y(high) }));
   }));
+}
+
+// Probability of detection: the share of defects that is flagged, against their size.
+function drawDetection() {
+  const curves = Object.entries(data.detection);
+  const known = curves.filter(([, { points }]) => points.length);
+  if (known.length) {
+    const low = Math.log10(Math.min(...known.map(([, { smallest }]) => smallest)));
+    const high = Math.log10(Math.max(...known.map(([, { largest }]) => largest)));
+    const line = (points, of) => points
+      .filter((point) => point[of] !== null)
+      .map((point) => [Math.log10(point[of]), point.detection])
+      .filter(([x]) => x >= low && x <= high);
+    const series = known.map(([name, { points }]) => ({ name, stroke: colour(name), points: line(points, "size") }));
+    const own = data.detection[candidate];
+    if (own.points.length) {
+      series.push({ name: `${candidate}, lower 95 % limit`, stroke: "var(--line)", points: line(own.points, "high") });
+    }
+    const ticks = [0, 1, 2, 3, 4].map((i) => {
+      const place = low + ((high - low) * i) / 4;
+      return [place, `${Number((100 * 10 ** place).toPrecision(2))} %`];
+    });
+    const labels = ["size of the defect: share of the image", "probability that a defect of this size is flagged"];
+    const limits = { x: [low, high], y: [0, 1] };
+    drawLines("Probability of detection", labels, limits, series.filter(({ points }) => points.length > 1), ticks);
+  }
+  const names = ["a50", "a90", "a90_95"];
+  const columns = ["Model", "flagged", "a50", "a90", "a90/95"];
+  const head = make("tr", {}, ...columns.map((name) => make("th", { scope: "col" }, name)));
+  const body = make("tbody");
+  for (const [name, curve] of curves) {
+    const flagged = make("td", {}, `${curve.hits} of ${curve.defects}`);
+    const row = make("tr", {}, make("th", { scope: "row" }, name), flagged);
+    if (curve.reason) row.append(make("td", { colspan: 3, class: "reason" }, curve.reason));
+    else {
+      for (const size of names) {
+        const side = curve.side[size];
+        const cell = make("td", {}, curve[size] === null ? "–" : `${Number((100 * curve[size]).toPrecision(3))} %`);
+        if (side) cell.append(make("small", {}, `${Number(side.toPrecision(3))} px square`));
+        row.append(cell);
+      }
+    }
+    body.append(row);
+    if (curve.note) {
+      body.append(make("tr", {}, make("td", { colspan: 5, class: "reason" }, `${name}: ${curve.note}`)));
+    }
+  }
+  byId("detection").append(
+    make("caption", {}, "Size of defects that are flagged with a probability of 50 and 90 %"),
+    make("thead", {}, head),
+    body,
+  );
 }
 
 function drawRewards() {
@@ -409,14 +498,23 @@ function pictures(file, rows) {
 const position = images.id.map((_, i) => i);
 const ascending = (values) => (a, b) => (values[a] ?? 0.5) - (values[b] ?? 0.5);
 const descending = (values) => (a, b) => (values[b] ?? 0.5) - (values[a] ?? 0.5);
+const EVERY = Object.keys(OUTCOMES).join("");
+const rank = (i) => EVERY.indexOf(images.outcome[i]);
+// Title, outcomes, order; and which of these images, if not all.
 const GALLERIES = {
-  missed: ["Missed defects", "m", ascending(images.score)],
-  overkill: ["Overkill", "o", descending(images.score)],
-  worst: ["Worst localised", "f", ascending(images.iou.map((iou) => iou ?? 2))],
-  best: ["Best localised", "f", descending(images.iou.map((iou) => iou ?? -1))],
-  unparseable: ["Unparseable", "u", () => 0],
+  escapes: ["Escapes", "mx", ascending(images.score)],
+  overkill: ["Overkill", "ou", descending(images.score)],
+  changed: ["Changed", EVERY, (a, b) => rank(a) - rank(b), (i) => data.changed[i] === "1"],
+  elsewhere: ["Flagged, not located", "e", ascending(images.iou)],
+  located: ["Located", "l", descending(images.iou)],
+  flagged: ["Flagged, label alone known", "f", descending(images.score)],
+  unparseable: ["Unparseable", "xu", () => 0],
   passed: ["Passed", "p", descending(images.score)],
-  all: ["All", "moufp", (a, b) => (images.source[a] < images.source[b] ? -1 : 1)],
+  all: ["All", EVERY, (a, b) => (images.source[a] < images.source[b] ? -1 : 1)],
+};
+const belongs = (gallery, i) => {
+  const [, letters, , only] = GALLERIES[gallery];
+  return letters.includes(images.outcome[i]) && (!only || only(i));
 };
 const haystack = images.id.map((id, i) => `${id}\n${images.source[i]}`.toLowerCase());
 const form = byId("filters");
@@ -426,11 +524,12 @@ let page = 0;
 function drawFilters() {
   for (const [key, [title]] of Object.entries(GALLERIES)) {
     const input = make("input", { type: "radio", name: "gallery", value: key });
-    byId("galleries").append(make("label", {}, input, `${title} `, make("span", { "data-count": key })));
+    const label = make("label", {}, input, `${title} `, make("span", { "data-count": key }));
+    label.hidden = key === "changed" ? !reference : key === "flagged" && !images.outcome.includes("f");
+    byId("galleries").append(label);
   }
-  const letters = new Set(images.outcome);
-  const start = Object.entries(GALLERIES).find(([, [, wanted]]) => letters.has(wanted));
-  form.elements.gallery.value = start ? start[0] : "all";
+  const start = Object.keys(GALLERIES).find((key) => position.some((i) => belongs(key, i)));
+  form.elements.gallery.value = start ?? "all";
   images.categories.forEach((name, i) => form.elements.category.append(make("option", { value: i }, name)));
   for (const model of others) {
     form.elements.change.append(make("option", { value: `wrong ${model}` }, `wrong, ${model} is right`));
@@ -463,12 +562,11 @@ function select() {
     }
     return !wanted || haystack[i].includes(wanted);
   });
-  for (const [key, [, letters]] of Object.entries(GALLERIES)) {
-    const held = kept.filter((i) => letters.includes(images.outcome[i])).length;
+  for (const key of Object.keys(GALLERIES)) {
+    const held = kept.filter((i) => belongs(key, i)).length;
     document.querySelector(`[data-count="${key}"]`).textContent = count(held);
   }
-  const [, letters, order] = GALLERIES[gallery];
-  found = kept.filter((i) => letters.includes(images.outcome[i])).sort(order);
+  found = kept.filter((i) => belongs(gallery, i)).sort(GALLERIES[gallery][2]);
   byId("cards").classList.toggle("no-boxes", !boxes);
   page = 0;
   drawPage();
@@ -501,6 +599,9 @@ function drawPage() {
   byId("next").disabled = page === pages - 1;
 }
 
+// A name from the data: direction marks in it turn no other words round.
+const isolated = (text) => make("bdi", {}, text);
+
 function card(i) {
   const wrong = WRONG.includes(images.outcome[i]);
   const truth = images.anomalous[i] ? (images.defects[images.defect[i]] ?? "defective") : "good part";
@@ -508,11 +609,18 @@ function card(i) {
   const category = images.categories[images.category[i]];
   const facts = [];
   if (images.anomalous[i] && images.iou[i] === null) facts.push("label alone known");
-  else if (images.outcome[i] === "f") facts.push(`IoU ${images.iou[i].toFixed(2)}`);
+  else if (images.outcome[i] === "l") facts.push(`IoU ${images.iou[i].toFixed(2)}, at least ${LOCATED}`);
+  else if (images.outcome[i] === "e") facts.push(`IoU ${images.iou[i].toFixed(2)}, below ${LOCATED}`);
   if (images.score[i] !== null) facts.push(`probability of a defect ${images.score[i].toFixed(2)}`);
-  const says = { A: "fo", B: "mp", "-": "u" }[images.letter[i]];
+  const says = { A: "elfo", B: "mp", "-": "xu" }[images.letter[i]];
   if (!says.includes(images.outcome[i])) facts.push(`the model wrote ${ANSWERS[images.letter[i]]}`);
-  for (const other of others) facts.push(`${other}: ${OUTCOMES[data.others[other][i]].split(":")[0]}`);
+  for (const other of others) {
+    const before = data.others[other][i];
+    facts.push(`${other}: ${OUTCOMES[before]}`);
+    if (other === reference && data.changed[i] === "1") {
+      facts.push(`changed: ${DECISIONS[before]} by ${other}, ${DECISIONS[images.outcome[i]]} by ${candidate}`);
+    }
+  }
   const [width, height] = images.size[i];
   const picture = make("button", { type: "button", class: "picture", "aria-expanded": false });
   picture.style.aspectRatio = `${width} / ${height}`;
@@ -520,9 +628,9 @@ function card(i) {
   const article = make(
     "article",
     { "data-position": i },
-    make("h3", {}, make("span", { class: wrong ? "bad" : "good" }, title), ` · ${category}, ${truth}`),
+    make("h3", {}, make("span", { class: wrong ? "bad" : "good" }, title), " · ", isolated(category), ", ", isolated(truth)),
     make("p", { class: "facts" }, facts.join(" · ")),
-    make("p", { class: "facts" }, `${images.source[i]} · ${images.id[i]}`),
+    make("p", { class: "facts" }, isolated(images.source[i]), " · ", isolated(images.id[i])),
     picture,
     make("div", { class: "words" }),
   );
@@ -574,12 +682,14 @@ function fill(i) {
 
 drawAbout();
 drawTiles();
+drawCompared();
 drawHeadline();
 drawConfusion();
 drawGroups();
 drawCurves();
 drawReliability();
 drawSizes();
+drawDetection();
 drawRewards();
 drawFilters();
 select();

@@ -25,7 +25,7 @@ from PIL import Image
 
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
-from adfm.evaluation import calibration, metrics, plots
+from adfm.evaluation import calibration, detection, metrics, plots
 from adfm.evaluation.calibration import FILE
 from adfm.files import atomic_folder
 from adfm.method import response
@@ -36,11 +36,15 @@ if TYPE_CHECKING:
 SIDE = 512
 """Pictures are made smaller until neither side is longer, in pixels."""
 
-_RATES = ("precision", "miss_rate", "overkill")
+_FIRST_SHOWN = ("miss_rate_at_threshold", "overkill_at_threshold", "miss_rate", "overkill")
 _AT_THRESHOLD = ("threshold", *(f"{metric}_at_threshold" for metric in metrics.AT_THRESHOLD), "ece_of_score", "ece")
-_TITLES = {"iou_at_threshold": "IoU at threshold", "ece_of_score": "error of the score", "ece": "calibration error"}
-SHOWN = tuple(dict.fromkeys((*metrics.HEADLINE, *_RATES, *_AT_THRESHOLD)))
-OUTCOMES = ("missed", "overkill", "unparseable", "found", "passed")
+_TITLES = {
+    "iou_at_threshold": "IoU at threshold",
+    "miss_rate_at_threshold": "escape rate at threshold",
+    "ece_of_score": "error of the score",
+}
+SHOWN = tuple(dict.fromkeys((*_FIRST_SHOWN, *metrics.HEADLINE, "precision", *_AT_THRESHOLD)))
+"""The metrics of the page, escapes and overkill first."""
 
 _FIRST = 12  # of each gallery, in the page itself
 _EMBEDDED_BYTES = 2_000_000
@@ -67,8 +71,11 @@ def write(evaluation: Path, shards: Path, out: Path) -> None:
     # Of every image its letter: what is shown, counted and marked is what a model does in production.
     letters = written[candidate].set_index("id")["predicted"].map({"anomalous": "A", "normal": "B"})
     table = tables[candidate].assign(category=metrics.category_names(tables[candidate])).sort_values("id")
-    table = table.assign(outcome=_outcomes(table)).set_index("id", drop=False).rename_axis(None)
-    order, first = _order(table)
+    table = table.assign(outcome=metrics.outcomes(table)).set_index("id", drop=False).rename_axis(None)
+    rival = "production" if "production" in others else next(iter(others), None)
+    before = tables[rival].set_index("id").loc[table.index] if rival else None
+    changed = _changed(table, before)
+    order, first = _order(table, changed)
     with atomic_folder(out) as partial, TemporaryFile(dir=partial) as spool:
         (partial / "images").mkdir()
         pictures, sizes = _thumbnails(shards, figures["about"]["split"], set(order), spool)
@@ -84,7 +91,15 @@ def write(evaluation: Path, shards: Path, out: Path) -> None:
             "reliability": {name: _reliability(each) for name, each in tables.items()},
             "curves": {name: _curves(each) for name, each in tables.items()},
             "images": _columns(table.loc[order], sizes) | {"letter": letters[order].fillna("-").tolist()},
-            "others": {name: _letters(_outcomes(tables[name]).set_axis(tables[name]["id"])[order]) for name in others},
+            "others": {
+                name: _letters(metrics.outcomes(tables[name]).set_axis(tables[name]["id"])[order]) for name in others
+            },
+            "rival": rival,
+            "compared": _compared(table, before),
+            "changed": "".join("1" if each else "0" for each in changed[order]),
+            "located": _located(table),
+            "located_from": metrics.LOCATED,
+            "detection": {name: _detection(each.set_index("id"), sizes) for name, each in tables.items()},
             "without_boxes": metrics.without_boxes(table),
             "embedded": embedded,
             "starts": starts,
@@ -145,39 +160,97 @@ def _calibration(file: Path) -> dict[str, Any]:
     return {"threshold": fitted.threshold, "summary": fitted.summary}
 
 
-def _outcomes(table: pd.DataFrame) -> pd.Series[Any]:
-    """For each image one of OUTCOMES."""
-    import pandas as pd
+def _changed(table: pd.DataFrame, before: pd.DataFrame | None) -> pd.Series[Any]:
+    """Which images the candidate and its rival decide differently; none without a rival."""
+    now, then = (each["predicted"].fillna("unparseable") for each in (table, table if before is None else before))
+    return now != then
 
-    anomalous, said = table["label"] == "anomalous", table["predicted"]
-    choices = {
-        "missed": anomalous & (said == "normal"),
-        "overkill": ~anomalous & (said == "anomalous"),
-        "found": anomalous & (said == "anomalous"),
-        "passed": ~anomalous & (said == "normal"),
-    }
-    words = np.select([there.to_numpy(dtype=bool) for there in choices.values()], list(choices), "unparseable")
-    return pd.Series(words, table.index)
+
+def _compared(table: pd.DataFrame, before: pd.DataFrame | None) -> list[dict[str, Any]]:
+    """What the gate judges, escapes and overkill first: values of both models and their difference, with 95 % limits.
+
+    Args:
+        table: The candidate's decisions.
+        before: Those of its rival, on the same images in the same order; `None` if there is none.
+    """
+    from adfm.registry.policy import METRICS
+
+    group = metrics.groups(table)
+    rows = []
+    for entry in sorted(METRICS.values(), key=lambda entry: entry.higher):
+        both = [entry.values(each) for each in (table, before) if each is not None]
+        counting = ~np.isnan(both).any(axis=0)
+        if not counting.any():
+            continue
+        of_images = None if group is None else group[counting]
+        values = [each[counting] for each in both]
+        cells = [[each.mean(), *metrics.confidence_limits(each, of_images, entry.binary)] for each in values]
+        if before is not None:
+            change = values[0] - values[1]
+            cells.append([change.mean(), *metrics.difference_limits(change, of_images, entry.binary)])
+        rows.append(
+            {
+                "title": entry.title,
+                "higher": entry.higher,
+                "over": entry.over,
+                "images": int(counting.sum()),
+                "cells": [[float(number) for number in cell] for cell in cells],
+            }
+        )
+    return rows
+
+
+def _located(table: pd.DataFrame) -> list[Any] | None:
+    """Count and share of the defects with true boxes that are located, with 95 % limits, and how many there are."""
+    with_boxes = table[table["outcome"].ne("flagged") & table["iou"].notna() & table["label"].eq("anomalous")]
+    if not len(with_boxes):
+        return None
+    hits = np.asarray(with_boxes["outcome"] == "located", dtype=np.float64)
+    return [
+        int(hits.sum()),
+        float(hits.mean()),
+        *metrics.confidence_limits(hits, metrics.groups(with_boxes)),
+        len(hits),
+    ]
+
+
+def _detection(table: pd.DataFrame, sizes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    """The probability that a defect is flagged, against its size as a share of the image.
+
+    `side`: a50, a90 and a90/95 also as the side of a square of that area, in pixels.
+    """
+    if "area_share" not in table:
+        return detection.curve(np.array([]), np.array([])) | {"side": {}}
+    share = table["area_share"].to_numpy(dtype=float, na_value=np.nan)
+    measured = (table["label"] == "anomalous").to_numpy(dtype=bool) & (share > 0)
+    flagged = np.asarray(table["predicted"][measured] == "anomalous", dtype=np.float64)
+    pixels = np.array([sizes[key][0] * sizes[key][1] for key in table.index[measured]], dtype=float)
+    in_pixels = detection.curve(np.sqrt(share[measured] * pixels), flagged)
+    names = ("a50", "a90", "a90_95")
+    return detection.curve(share[measured], flagged) | {"side": {name: in_pixels[name] for name in names}}
 
 
 def _letters(outcomes: pd.Series[Any]) -> str:
-    return "".join(word[0] for word in outcomes)
+    return "".join(metrics.OUTCOMES[word] for word in outcomes)
 
 
-def _order(table: pd.DataFrame) -> tuple[list[str], int]:
+def _order(table: pd.DataFrame, changed: pd.Series[Any]) -> tuple[list[str], int]:
     """All ids in the order in which their pictures are kept, and how many of them begin a gallery.
 
     The first of each gallery come first, in turns; then the rest by outcome, those first that are looked at first: the
-    surest of the wrong answers, and found defects from the worst place to the best.
+    surest of the wrong answers, and flagged defects from the worst place to the best.
     """
+    outcomes = [*metrics.OUTCOMES]
     score = table["score"].astype(float).fillna(0.5)
-    key = np.where(table["outcome"] == "found", table["iou"].astype(float).fillna(0.5), score)
+    placed = table["outcome"].isin(["elsewhere", "located"])
+    key = np.where(placed, table["iou"].astype(float).fillna(0.5), score)
     key = np.where(table["outcome"] == "overkill", -key, key)
-    ranked = table["id"].to_frame().assign(key=key, place=table["outcome"].map(OUTCOMES.index))
+    ranked = table["id"].to_frame().assign(key=key, place=table["outcome"].map(outcomes.index), changed=changed)
     ranked = ranked.sort_values(["place", "key", "id"])
-    galleries = [ranked["id"][ranked["place"] == place].tolist() for place in range(len(OUTCOMES))]
-    best = galleries[OUTCOMES.index("found")][::-1]
-    turns = zip_longest(*(gallery[:_FIRST] for gallery in (*galleries, best)))
+    galleries = [ranked["id"][ranked["place"] == place].tolist() for place in range(len(outcomes))]
+    best = galleries[outcomes.index("located")][::-1]
+    otherwise = ranked["id"][ranked["changed"]].tolist()
+    turns = zip_longest(*(gallery[:_FIRST] for gallery in (*galleries, best, otherwise)))
     first = list(dict.fromkeys(key for turn in turns for key in turn if key is not None))
     return list(dict.fromkeys(first + ranked["id"].tolist())), len(first)
 
@@ -367,7 +440,8 @@ def _html(title: str, page: dict[str, Any]) -> str:
 
     text = part("report.html")
     # The data come last: they may hold anything.
-    fillings = {"title": html.escape(title), "style": part("report.css"), "script": part("report.js")}
+    fillings = {"title": html.escape(title), "located": f"{metrics.LOCATED:g}"}
+    fillings |= {"style": part("report.css"), "script": part("report.js")}
     for name, filling in (fillings | {"data": _json(page)}).items():
         text = text.replace(f"{{{{ {name} }}}}", filling)
     return text

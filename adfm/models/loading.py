@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adfm import files, tracking
-from adfm.data.problems import printable
 from adfm.errors import AdfmError
 from adfm.files import digest
 from adfm.method import prompt
 from adfm.models import decoding, families
 from adfm.params import Model
 from adfm.registry import signing
+from adfm.text import printable
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion

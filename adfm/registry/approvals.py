@@ -16,13 +16,13 @@ import traceback
 from pathlib import Path
 
 from adfm import tracking
-from adfm.data.problems import printable
 from adfm.errors import AdfmError
 from adfm.params import Params
 from adfm.registry import reconcile
 from adfm.registry.promotion import promote_approved
 from adfm.registry.reconcile import Refused
 from adfm.registry.registration import accept
+from adfm.text import printable
 
 POLL = 5.0
 """Seconds between two looks at MLflow."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from adfm.data.problems import printable
 from adfm.errors import AdfmError
 from adfm.params import Params
 from adfm.registry import reconcile
 from adfm.registry.history import NOBODY, BrokenHistory, Forbidden, History
 from adfm.registry.reconcile import ANCHOR, PREVIOUS, PRODUCTION, Registry, client, look
 from adfm.registry.submission import fetch
+from adfm.text import printable
 
 
 class AuditFailed(AdfmError):

@@ -24,10 +24,10 @@ from datetime import UTC, datetime
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from adfm.data.problems import printable
 from adfm.errors import AdfmError
 from adfm.registry import signing
 from adfm.registry.alerts import alert
+from adfm.text import printable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

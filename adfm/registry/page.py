@@ -1,13 +1,17 @@
-"""What a reviewer reads on a version's page in MLflow: its description, in Markdown."""
+"""The gate's decision for people: a version's description in MLflow (Markdown), and one screen of a terminal."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from adfm.evaluation import metrics
+from adfm import tracking
 from adfm.evaluation.calibration import Calibration
+from adfm.evaluation.plots import TITLES
 from adfm.registry import gate
+from adfm.text import markdown, printable
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -15,7 +19,55 @@ if TYPE_CHECKING:
 LONGEST = 5000
 """Characters of a description: the width of its column in MLflow's SQL schema."""
 
-_MOST_REASONS = 15
+LINES, WIDTH = 24, 100
+"""The screen that `screen` fits."""
+
+REPORT = "evaluation/report/report.html"
+"""Artifact of the run `evaluate`."""
+
+_MOST_REASONS = 6
+_MOST_PARTS = 6
+_MOST_CHANGED = 5
+_NAME = 60  # characters of a name in a table
+_BESIDES = ("balanced_accuracy", "auroc", "box_f1", "parse_rate", "ece")
+# What the change of a decision on an image means, the worst first.
+_CHANGES = {
+    ("anomalous", False, True): "new escapes",
+    ("normal", False, True): "good parts newly flagged",
+    ("anomalous", True, False): "defects that production misses",
+    ("normal", True, False): "good parts that production flags",
+    ("anomalous", False, False): "defects that both miss",
+    ("normal", False, False): "good parts that both flag",
+}
+
+
+@dataclass
+class _Block:
+    """A part of the description. The blocks that matter least lose their last lines first, if all are too long.
+
+    Args:
+        name: What its lines are, for the note on what was left out; empty: they always stay.
+        matters: Its rank: the lowest is shortened first.
+        lines: Sentences, rows of a table or items of a list, each whole.
+        head: Stands before the first line: a sentence, or a table's header.
+        most: Lines that are shown even where there is room for more.
+        separator: Between the lines.
+    """
+
+    name: str
+    matters: int
+    lines: list[str]
+    head: str = ""
+    most: int | None = None
+    separator: str = "\n"
+    left_out: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.left_out = len(self.lines) - len(self.lines[: self.most])
+        self.lines = self.lines[: self.most]
+
+    def __str__(self) -> str:
+        return self.head + self.separator.join(self.lines)
 
 
 def text(
@@ -26,50 +78,287 @@ def text(
     version: str,
     evaluated_by: Run | None,
     policy_difference: Sequence[str] = (),
+    trained_by: Run | None = None,
 ) -> str:
-    """What a reviewer reads on the version's page, in Markdown."""
-    rival = decided["production_version"]
-    against = f"version {rival} in production ({decided['production_predictions']})" if rival else "the floors alone"
-    reasons = [f"- {reason}" for reason in decided["reasons"]]
-    if len(reasons) > _MOST_REASONS:
-        reasons[_MOST_REASONS:] = [f"- … and {len(reasons) - _MOST_REASONS} more, in gate.json"]
-    names = [*metrics.HEADLINE, *(f"{name}_at_threshold" for name in metrics.AT_THRESHOLD), "ece_of_score", "ece"]
-    every = [
-        [name, measured[name], measured[f"{name}_low"], measured[f"{name}_high"]] for name in names if name in measured
+    """The description of a version, in Markdown: the decision, what it rests on, and how to approve.
+
+    What does not fit is left out by whole sentences and rows, the least important first; the text says so.
+
+    Args:
+        decided: The decision as JSON values, with what registration adds to it.
+        origin: The lineage.
+        measured: The candidate's metrics.
+        calibration: The version's calibration.
+        version: Its number.
+        evaluated_by: The run that evaluated it; `None` if MLflow does not have it.
+        policy_difference: What the submitter's policy says otherwise than the registered one.
+        trained_by: The run that trained it; `None` if MLflow does not have it.
+
+    Returns:
+        At most `LONGEST` characters. Nothing in it that comes from data or from people is markup.
+    """
+    header, *rows = gate.table(decided)
+    whole = sum(row["of"] == "whole" for row in decided["rows"])
+    reasons = _Block("reasons", 7, [f"- {markdown(reason)}" for reason in _reasons(decided)], most=_MOST_REASONS)
+    passed = decided["verdict"] == "passed"
+    blocks = [
+        _Block("", 99, [f"**{markdown(decided['headline'])}**"]),
+        _Block("", 98, [f"**Gate: {decided['verdict']}.** {markdown(_circumstances(decided))}"]),
+        *([] if passed else [reasons]),
+        _Block("", 97, [_row(row) for row in rows[:whole]], _header(header)),
+        _Block("rows of the table", 4, [_row(row) for row in rows[whole:]], _header(header), _MOST_PARTS),
+        _Block("sentences on operating point, looks and separation", 6, _facts(decided), separator=" "),
+        *_changed(decided),
+        _Block("differences of the policy", 5, [f"- {markdown(line)}" for line in policy_difference], _POLICY),
+        _Block("sentence on the threshold", 3, [markdown(calibration.summary)]),
+        *([reasons] if passed else []),  # which are notes alone then
+        _Block("", 96, [_next_step(decided, version)]),
+        _Block("links", 8, _links(evaluated_by, trained_by), separator=" "),
+        _Block("sentence on the origin", 2, [_origin(origin)]),
+        _Block("further metrics", 1, _besides(measured)),
     ]
-    data, code = origin["data"], origin["git_commit"]
-    dirty = ", with changes that are not committed" if origin["git_dirty"] == "true" else ""
-    if decided["verdict"] == "passed":
-        next_step = (
-            f"**To approve it**, set the tag `approval` to `approved`; then `adfm promote {version}` puts it into "
-            "production. To turn it down, set the tag to `rejected`, and say why in a tag `approval_reason`."
-        )
-    else:
-        next_step = "**It cannot be promoted.** Mend what the reasons name, train, and register again."
-    parts = [
-        f"**Gate: {decided['verdict']}** on {decided['decided_at']}, judged on "
-        f"{sum(decided['images'].values())} images of the {decided['split']} split against {against}.",
-        "\n".join(reasons),
-        calibration.summary,
-        *(["The submitter's policy differs: " + "; ".join(policy_difference)] if policy_difference else []),
-        next_step,
-        *_report_link(evaluated_by),
-        _table(*gate.table(decided)),
-        _table(["metric", "value", "95 % from", "to"], *every),
-        f"Base model {origin['base']['name']} (revision {origin['base']['revision'] or 'none'}). Trained on data "
-        f"`{data['trained_on']}` (DVC {data['dvc_md5'] or 'unknown'}), with code {code or 'unknown'}{dirty}.",
-    ]
-    return "\n\n".join(parts)[:LONGEST]
+    return _fitted(blocks)
 
 
-def _report_link(run: Run | None) -> list[str]:
-    """Where MLflow's own pages show the report that evaluation logged; nowhere, if its run is in another store."""
-    if run is None:
+def screen(decided: dict[str, Any], version: str = "") -> str:
+    """The decision on one screen: verdict, headline, the table of the whole, what is open, and the next commands.
+
+    Args:
+        decided: The decision as JSON values.
+        version: Number of the version; empty for predictions that are not registered.
+
+    Returns:
+        At most `LINES - 1` lines of at most `WIDTH` characters, so that a prompt fits below.
+    """
+    title = f"version {version}: gate {decided['verdict']}" if version else f"gate {decided['verdict']}"
+    above = [title, *_wrapped(decided["headline"]), *_wrapped(_circumstances(decided)), ""]
+    above += [*_aligned(decided), ""]
+    below = ["", *(line for sentence in _commands(decided, version) for line in _wrapped(sentence))]
+    room = LINES - 1 - len(above) - len(below)
+    lines: list[str] = []
+    reasons = _reasons(decided)
+    for number, reason in enumerate(reasons):
+        item = _wrapped(f"- {reason}", "  ")
+        rest = len(reasons) - number - 1
+        if len(lines) + len(item) > room - bool(rest):
+            lines.append(f"- and {rest + 1} more reasons, in gate.json")
+            break
+        lines += item
+    return "\n".join([*above, *lines, *below])
+
+
+def _reasons(decided: dict[str, Any]) -> list[str]:
+    return [reason for reason in decided["reasons"] if reason != decided["headline"]]
+
+
+def _circumstances(decided: dict[str, Any]) -> str:
+    """What was judged, against what, and what would tell where that is open."""
+    kinds = " and ".join(f"{count:,} {label}" for label, count in decided["images"].items())
+    rivals = [
+        f"version {decided[f'{rival}_version']} {words}"
+        for rival, words in (("production", "in production"), ("anchor", "(the anchor)"))
+        if decided.get(f"{rival}_version")
+    ]
+    against = f", against {' and '.join(rivals)}" if rivals else ""
+    split = f" of the {decided['split']} split" if decided.get("split") else ""
+    return " ".join([f"Judged on {kinds} images{split}{against}.", *_needed(decided)])
+
+
+def _needed(decided: dict[str, Any]) -> list[str]:
+    """How many images of which kind would tell what is open, if what was measured is true."""
+    largest: dict[tuple[str, str, str], tuple[int, int]] = {}
+    for row in decided["rows"]:
+        for answer in row["answers"]:
+            if answer["verdict"] == "cannot tell" and answer["needed"] and answer["question"] != "gain":
+                place = answer["kind"], row["of"], row["name"]
+                largest[place] = max(largest.get(place, (0, 0)), (answer["needed"], row["images"]))
+    if decided["verdict"] != "cannot tell" or not largest:
         return []
-    place = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}/artifacts/evaluation/report/report.html"
-    return [f"[The report]({place}) shows images with true and predicted boxes beside the model's own words."]
+
+    def words(place: tuple[str, str, str], needed: int, there: int) -> str:
+        kind, of, name = place
+        return f"{needed:,} {kind}{f' of {of} {_clipped(name)}' if name else ''} (now {there:,})"
+
+    parts = [words(place, *counts) for place, counts in largest.items()]
+    rest = f", and more of {len(parts) - 3} further parts" if len(parts) > 3 else ""
+    return [f"About {', '.join(parts[:3])}{rest} would tell."]
 
 
-def _table(header: list[str], *rows: list[Any]) -> str:
-    cells = [["-" if c is None else f"{c:.3f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *cells])
+def _facts(decided: dict[str, Any]) -> list[str]:
+    """Operating point, looks and separation, a sentence each."""
+    return [*_operating_point(decided["operating_point"]), _looks(decided), _separation(decided["separation"])]
+
+
+def _operating_point(point: dict[str, Any]) -> list[str]:
+    """Escapes, false calls and precision at the plant's share of defects, each as value, lower and upper limit."""
+    if not {"escapes", "false_calls", "precision"} <= point.keys():
+        return []
+    (escapes, *_, most_escapes), (calls, *_, most_calls) = point["escapes"], point["false_calls"]
+    precision, least, _ = point["precision"]
+    return [
+        f"**On the line**, where {point['defect_rate']:.2%} of the parts are defective, {escapes:,.0f} of 10,000 parts "
+        f"are escapes (at most {most_escapes:,.0f}) and {calls:,.0f} are false calls (at most {most_calls:,.0f}); "
+        f"{precision:.0%} of the flagged parts are defective (at least {least:.0%})."
+    ]
+
+
+def _looks(decided: dict[str, Any]) -> str:
+    return (
+        f"**Looks**: this is candidate {decided['look']} of the {decided['looks']} that this test set may judge; the "
+        f"level of this look is {decided['level']:.2g}."
+    )
+
+
+def _separation(separation: dict[str, Any] | None) -> str:
+    if separation is None:
+        return "**Separation** of test and training images is not proved."
+    against = " and ".join(
+        f"{images:,} of {'the ' * (name == 'candidate')}{markdown(name)}"
+        for name, images in separation["against"].items()
+    )
+    if separation["problems"]:
+        images = len({key for problem in separation["problems"] for key in problem["ids"]})
+        return f"**Separation failed**: {images:,} test images were in the training or validation data."
+    if not separation["proved"]:
+        return "**Separation** of test and training images is not proved."
+    return (
+        f"**Separation**: none of {separation['images']:,} test images is among the training and validation images "
+        f"({against})."
+    )
+
+
+def _changed(decided: dict[str, Any]) -> list[_Block]:
+    """The images that candidate and production decide differently: how many, and the first few, new escapes first."""
+    order = [*_CHANGES]
+    changes = sorted(decided["changed"], key=lambda change: order.index(_kind(change)))
+    if not changes:
+        return []
+    kinds = [_kind(change) for change in changes]
+    counts = ", ".join(f"{kinds.count(kind):,} {words}" for kind, words in _CHANGES.items() if kind in kinds)
+    columns = ("label", "production", "candidate", "category", "id")
+    rows = [_row([change[column] for column in columns]) for change in changes]
+    sentence = f"**{len(changes):,} images are decided otherwise than in production**: {counts}."
+    return [
+        _Block("", 95, [sentence]),
+        _Block("images that are decided otherwise", 5, rows, _header(columns), _MOST_CHANGED),
+    ]
+
+
+def _kind(change: dict[str, Any]) -> tuple[str, bool, bool]:
+    """Label of the image, and whether candidate and production are right."""
+    label = change["label"]
+    return label, change["candidate"] == label, change["production"] == label
+
+
+_POLICY = "**The submitter's policy differs** from the registered one, which judged:\n\n"
+
+
+def _next_step(decided: dict[str, Any], version: str) -> str:
+    if decided["verdict"] != "passed":
+        return f"**It cannot be promoted.** {_remedy(decided)}"
+    policy = decided.get("policy") or {}
+    approvers = [markdown(_clipped(name)) for name in policy.get("approvers", [])]
+    who = ""
+    if approvers:
+        who = f" May approve: {', '.join(approvers[:8])}{' and others' * (len(approvers) > 8)}."
+    if policy.get("team_of_one") is False:
+        who += " Not the one who submitted it."
+    return (
+        "**To approve it**, press the pencil of `approval` in the table *Tags* of this page, enter `approved` and press"
+        f" *Save*, with your name in the tag `approval_by`; or run `adfm approve {version}`. The approvals service, or"
+        " `adfm promote`, then puts it into production. To turn it down enter `rejected`, with the reason in the tag"
+        f" `approval_reason`.{who} MLflow's own button **Promote model** only copies the version to another model, and"
+        " an alias that is moved by hand is put back: neither promotes."
+    )
+
+
+def _remedy(decided: dict[str, Any]) -> str:
+    if decided["verdict"] == "failed":
+        return "Fix what the reasons name, train, and register again."
+    return "Add the images that would tell, evaluate candidate and production on them, and register again."
+
+
+def _commands(decided: dict[str, Any], version: str) -> list[str]:
+    if decided["verdict"] != "passed":
+        return [f"It cannot be promoted. {_remedy(decided)}"]
+    if not version:
+        return []
+    return [f"next: look at the version in MLflow; then `adfm approve {version}` and `adfm promote`"]
+
+
+def _links(evaluated_by: Run | None, trained_by: Run | None) -> list[str]:
+    """Where MLflow's own pages show report and curves; nothing for a run of another store."""
+    links = []
+    if evaluated_by:
+        place = tracking.run_page(evaluated_by, f"artifacts/{REPORT}")
+        links.append(f"[The report]({place}) shows images with true and predicted boxes beside the model's own words.")
+    if trained_by:
+        links.append(f"[The curves of the training]({tracking.run_page(trained_by)}).")
+    return links
+
+
+def _origin(origin: dict[str, Any]) -> str:
+    base, data = origin["base"] or {}, origin["data"]
+    dirty = ", with changes that are not committed" if origin["git_dirty"] == "true" else ""
+
+    def known(value: Any) -> str:
+        return markdown(_clipped(str(value))) if value else "unknown"
+
+    return (
+        f"Base model {known(base.get('name'))} (revision {known(base.get('revision'))}). Trained on data "
+        f"{known(data['trained_on'])} (DVC {known(data['dvc_md5'])}), with code {known(origin['git_commit'])}{dirty}."
+    )
+
+
+def _besides(measured: dict[str, Any]) -> list[str]:
+    values = [(TITLES.get(name, name), measured.get(name)) for name in _BESIDES]
+    parts = [f"{title} {value:.3f}" for title, value in values if value is not None]
+    return [f"Besides: {', '.join(parts)}."] if parts else []
+
+
+def _fitted(blocks: list[_Block]) -> str:
+    """The blocks as one text, shortened until it fits."""
+    for block in sorted(blocks, key=lambda block: block.matters):
+        while block.name and block.lines and len(_joined(blocks)) > LONGEST:
+            block.lines.pop()
+            block.left_out += 1
+    return _joined(blocks)
+
+
+def _joined(blocks: list[_Block]) -> str:
+    parts = [str(block) for block in blocks if block.lines]
+    if left_out := [f"{block.left_out:,} {block.name}" for block in blocks if block.left_out]:
+        parts.append(f"Left out here: {', '.join(left_out)}; `gate.json`, an artifact of the version, has all.")
+    return "\n\n".join(parts)
+
+
+def _header(cells: Sequence[str]) -> str:
+    return f"{_row(cells)}\n{_row(['---'] * len(cells), escape=False)}\n"
+
+
+def _row(cells: Sequence[str], escape: bool = True) -> str:
+    return f"| {' | '.join(markdown(_clipped(cell)) if escape else cell for cell in cells)} |"
+
+
+def _clipped(text: str) -> str:
+    """A name that is too long for a table, shortened to its ends."""
+    text = printable(text)
+    return text if len(text) <= _NAME else f"{text[: _NAME // 2]}…{text[-_NAME // 2 + 1 :]}"
+
+
+def _aligned(decided: dict[str, Any]) -> list[str]:
+    """The table of the whole, aligned, without the columns that are empty or do not fit."""
+    whole = sum(row["of"] == "whole" for row in decided["rows"])
+    rows = gate.table(decided)[: whole + 1]
+    columns = {name: column for name, *column in zip(*rows, strict=True) if any(cell != "-" for cell in column)}
+    for name in ("", "anchor", "images", "margin", "limit"):  # which the reasons and gate.json have
+        columns.pop(name, None)
+        widths = [max(map(len, (name, *column))) for name, column in columns.items()]
+        if sum(widths) + 2 * len(widths) - 2 <= WIDTH:
+            break
+    lines = zip(*([name, *column] for name, column in columns.items()), strict=True)
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def _wrapped(sentence: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(printable(sentence), WIDTH, subsequent_indent=indent) or [""]

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import stats
 
-from adfm.data.problems import printable
 from adfm.evaluation import statistics
 from adfm.evaluation.metrics import category_names, samples
 from adfm.registry.policy import METRICS, Bound, Metric, Policy
+from adfm.text import printable
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -25,8 +25,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from adfm.data.problems import printable
 from adfm.errors import AdfmError
+from adfm.text import printable
 
 FILE = "ADFM_SERVE_LOG"
 

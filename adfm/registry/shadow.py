@@ -157,7 +157,7 @@ def difference(production: Row, shadow: Row) -> str | None:
 
     Returns:
         `label`; `boxes` where both call it anomalous and the unions of their boxes have an IoU below
-        `adfm.evaluation.metrics.MATCH`; `None`: they do not differ.
+        `adfm.evaluation.metrics.LOCATED`; `None`: they do not differ.
     """
     if production["label"] != shadow["label"]:
         return "label"
@@ -166,7 +166,7 @@ def difference(production: Row, shadow: Row) -> str | None:
         return "boxes" if boxes or others else None
     width, height = (int(max(box[side] for box in [*boxes, *others])) + 1 for side in (2, 3))
     overlap = metrics.localize(boxes, others, width, height)["iou"]
-    return "boxes" if overlap is not None and overlap < metrics.MATCH else None
+    return "boxes" if overlap is not None and overlap < metrics.LOCATED else None
 
 
 def warn(reason: object) -> None:

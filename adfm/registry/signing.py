@@ -32,8 +32,8 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from adfm.data.problems import printable
 from adfm.errors import AdfmError
+from adfm.text import printable
 
 if TYPE_CHECKING:
     from model_signing import hashing

@@ -1,4 +1,4 @@
-"""Lets the candidate, the models that it came from and the one in production answer the same held-out images."""
+"""Lets the candidate, the models that it came from, production and anchor answer the same held-out images."""
 
 import os
 
@@ -22,9 +22,9 @@ def evaluate(
     from adfm import tasks
     from adfm.evaluation.evaluate import evaluate
 
-    asked, folder = tasks.begin(settings), Path(evaluation.path)
-    models = tasks.rivals(asked, Path(warmup.path)) | {"trained": Path(model.path)}
-    evaluate(models, Path(shards.path), folder, asked)
+    params, folder, trained = tasks.begin(settings), Path(evaluation.path), Path(model.path)
+    models = tasks.models_to_compare(params, Path(warmup.path), trained) | {"trained": trained}
+    evaluate(models, Path(shards.path), folder, params)
     tasks.show(folder / "report" / "report.html", page.path)
     for name, value in tasks.evaluation_figures(folder).items():
         figures.log_metric(name, value)

@@ -144,7 +144,9 @@ def test_all_tasks_go_on_with_the_run_that_the_platform_began(evaluated: Artifac
     assert run.info.status == "FINISHED"
 
 
-def test_a_version_carries_the_run_and_production_is_evaluated_the_next_time(evaluated: Artifacts) -> None:
+def test_a_version_carries_the_run_and_production_is_evaluated_the_next_time(
+    evaluated: Artifacts, tmp_path: Path
+) -> None:
     made = evaluated
     version, gate = function("register")(
         model=made("trained"),
@@ -169,10 +171,11 @@ def test_a_version_carries_the_run_and_production_is_evaluated_the_next_time(eva
     assert (tags["kfp_run_id"], tags["data_revision"]) == ("run-7", "data-3")
     assert "version 1 of adfm: gate failed" in tasks.notify("line", "SUCCEEDED", "", "run-7", SETTINGS, "")
 
-    asked = loads(SETTINGS)
-    assert list(tasks.rivals(asked, Path("warmup"))) == ["base", "warmup"]
+    params, start, candidate = loads(SETTINGS), Path("warmup"), Path(made("trained").path)
+    assert list(tasks.models_to_compare(params, start, candidate)) == ["base", "warmup"]
     store.set_registered_model_alias("adfm", "production", "1")
-    assert tasks.rivals(asked, Path("warmup"))["production"] == "models:/adfm/1"
+    assert list(tasks.models_to_compare(params, start, candidate)) == ["base", "warmup"]  # it is that version
+    assert tasks.models_to_compare(params, start, tmp_path)["production"] == "models:/adfm/1"
     store.delete_registered_model_alias("adfm", "production")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from adfm.data import conversion, inspection, masks, shards, show, sources, splits
+from adfm.data import conversion, duplicates, inspection, masks, shards, show, sources, splits
 from adfm.data.problems import BadData, MissingImage
 from adfm.data.readers import LAYOUTS
 from adfm.errors import AdfmError
@@ -797,3 +797,26 @@ def test_a_pipe_or_endless_link_is_refused_before_anything_is_read(mvtec_folder:
     with pytest.raises(AdfmError, match="'x.json' is a pipe"):
         show.show(mvtec_folder, tmp_path / "sheet.html", Params())
     assert not (tmp_path / "shards").exists()
+
+
+def test_two_bursts_of_one_scene_are_not_divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nearest of each picture are those of its own burst, so that no pair tells of the other burst."""
+    rng = np.random.default_rng(0)
+    for scene in range(6):
+        picture, moved = (np.kron(rng.normal(size=(32, 32)), np.ones((4, 4))) for _ in range(2))
+        for number in range(30):
+            noise = rng.normal(size=picture.shape)
+            image = 128 + 30 * (picture + 0.009 * (number % 2) * moved) + 0.3 * noise
+            path = tmp_path / "raw" / "line" / ("bad" if scene % 2 else "good") / f"{scene}-{number:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.clip(np.rint(image), 0, 255).astype(np.uint8)).save(path)
+
+    def divided(out: Path) -> list[str]:
+        conversion.convert(tmp_path / "raw", out, Params())
+        table = shards.table(out).to_pandas()
+        scenes = table["source"].str.extract(r"(\d)-\d+\.png")[0]
+        return [str(scene) for scene, splits in table["split"].groupby(scenes) if splits.nunique() > 1]
+
+    assert divided(tmp_path / "shards") == []
+    monkeypatch.setattr(duplicates, "near_duplicates_across", lambda *_: np.empty((0, 2), np.int64))
+    assert divided(tmp_path / "without")

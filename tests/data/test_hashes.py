@@ -48,7 +48,7 @@ def test_a_file_that_is_no_table_is_refused(small_shards: Path, tmp_path: Path) 
     assert error.value.exit_code == 2
     for other in (pa.table({"id": ["a"]}), table.drop_columns(["part"]), table.replace_schema_metadata({"adfm": "2"})):
         pq.write_table(other, file)
-        with pytest.raises(AdfmError, match="does not hold the hashes of images") as error:
+        with pytest.raises(AdfmError, match="is not a table that this version of adfm compares") as error:
             hashes.of_model(tmp_path)
         assert error.value.exit_code == 2
 

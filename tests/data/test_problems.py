@@ -5,7 +5,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adfm.data.problems import EXAMPLES, BadData, MissingImage, Unlisted, grouped, printable
+from adfm.data.problems import EXAMPLES, BadData, MissingImage, Unlisted, grouped
+from adfm.text import printable
 
 
 def test_problems_with_one_cause_are_one_group() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adfm.data import inventory, summary
-from adfm.data.problems import printable
+from adfm.text import printable
 
 REPORT: dict[str, Any] = {
     "dataset": "line",

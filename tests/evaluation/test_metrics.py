@@ -282,6 +282,47 @@ def test_intervals_hold_the_value_and_have_the_width_of_theory() -> None:
     assert found["accuracy"] - found["accuracy_low"] == pytest.approx(half, rel=0.1)
 
 
+def test_no_miss_among_64_defects_is_not_a_miss_rate_of_zero() -> None:
+    table = predictions(128, parsed=1.0)
+    table["label"] = np.where(np.arange(128) % 2 == 0, "anomalous", "normal")
+    table["predicted"] = table["label"]
+    found = metrics.summarize(table, 20, 0, 0.01, 0.05)["overall"]
+    most = 1 - 0.025 ** (1 / 64)
+    for name, ends in (("miss_rate", (0, most)), ("overkill", (0, most)), ("recall", (1 - most, 1))):
+        assert (found[f"{name}_low"], found[f"{name}_high"]) == pytest.approx(ends, abs=1e-9)
+    assert found["accuracy_low"] == pytest.approx(0.025 ** (1 / 128))
+    assert found["balanced_accuracy_low"] == pytest.approx(1 - most / math.sqrt(2))
+
+
+@given(st.integers(1, 60), st.integers(0, 60), st.integers(0, 1000))
+def test_limits_of_a_rate_are_those_of_clopper_and_pearson(images: int, events: int, seed: int) -> None:
+    from scipy.stats import binomtest
+
+    events = min(events, images)
+    values = np.random.default_rng(seed).permutation(np.arange(images) < events).astype(float)
+    exact = binomtest(events, images).proportion_ci(0.95, "exact")
+    assert metrics.confidence_limits(values) == pytest.approx((exact.low, exact.high), abs=1e-9)
+
+
+def test_what_becomes_of_an_image() -> None:
+    rows = [
+        ("anomalous", "normal", 0.0, "missed"),
+        ("anomalous", None, 0.0, "missed, unparseable"),
+        ("anomalous", "anomalous", 0.49, "elsewhere"),
+        ("anomalous", "anomalous", 0.5, "located"),
+        ("anomalous", "anomalous", None, "flagged"),
+        ("normal", "anomalous", None, "overkill"),
+        ("normal", None, None, "overkill, unparseable"),
+        ("normal", "normal", None, "passed"),
+    ]
+    table = pd.DataFrame(rows, columns=["label", "predicted", "iou", "outcome"])
+    assert metrics.outcomes(table).tolist() == table["outcome"].tolist()
+    assert set(metrics.OUTCOMES) == set(table["outcome"])
+    # Escapes and overkill are those that the gate counts.
+    escapes = table["outcome"].str.startswith("missed").sum() / (table["label"] == "anomalous").sum()
+    assert metrics.values(table)["miss_rate"] == pytest.approx(escapes)
+
+
 def test_summary_by_group() -> None:
     table = predictions(300)
     found = metrics.summarize(table, 20, 0, 0.01, 0.05)
@@ -468,7 +509,8 @@ def test_two_operating_points_are_compared_each_at_its_own_threshold() -> None:
     for name in metrics.AT_THRESHOLD:
         name = f"{name}_at_threshold"
         assert found[name] == pytest.approx((one[name] or 0) - (other[name] or 0))
-    assert set(metrics.operating_difference(left, 0.4, left, 0.4, 20, 0).values()) == {0.0}
+    same = metrics.operating_difference(left, 0.4, left, 0.4, 20, 0)
+    assert {same[f"{name}_at_threshold"] for name in metrics.AT_THRESHOLD} == {0.0}
     assert set(metrics.operating_difference(left, 0.5, right, None, 20, 0).values()) == {None}
 
 
@@ -527,7 +569,10 @@ def test_no_order_of_the_images_matters_to_the_diagram(images: list[tuple[float,
 def test_a_model_differs_from_itself_by_nothing() -> None:
     table = predictions(80).assign(probability=lambda table: table["score"])
     found = metrics.difference(table, table.sample(frac=1, random_state=0), 200, 0)
-    assert set(found.values()) == {0.0}
+    assert {value for name, value in found.items() if not name.endswith(("_low", "_high"))} == {0.0}
+    # That 80 images do not tell them apart does not prove them equal.
+    assert found["accuracy_low"] == -(found["accuracy_high"] or 0) < -0.03
+    assert found["miss_rate_low"] == -(found["miss_rate_high"] or 0) < found["accuracy_low"]
 
 
 def test_difference_is_candidate_minus_reference() -> None:

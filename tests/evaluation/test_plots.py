@@ -37,7 +37,7 @@ def row(number: int, label: str, predicted: str | None, **more: object) -> dict[
 
 @pytest.fixture
 def table() -> pd.DataFrame:
-    rows = [row(i, "anomalous", "anomalous", iou=0.2 + i / 40) for i in range(20)]
+    rows = [row(i, "anomalous", "anomalous", iou=0.5 + i / 40) for i in range(20)]
     rows += [row(20 + i, "anomalous", "anomalous", iou=0.05) for i in range(3)]
     rows += [row(30 + i, "anomalous", "normal") for i in range(5)]
     rows += [row(40 + i, "normal", "normal") for i in range(20)]
@@ -49,8 +49,9 @@ def table() -> pd.DataFrame:
 def test_the_sheet_shows_right_and_wrong(table: pd.DataFrame) -> None:
     chosen = plots.choose(table)
     counts = chosen["outcome"].value_counts().to_dict()
-    assert counts == {"found": 5, "passed": 2, "misplaced": 1, "missed": 2, "flagged": 2}
-    found = chosen[chosen["outcome"] == "found"]
+    assert counts == {"missed": 2, "overkill": 2, "elsewhere": 1, "located": 5, "passed": 2}
+    assert chosen["outcome"].tolist()[:2] == ["missed", "missed"]
+    found = chosen[chosen["outcome"] == "located"]
     assert set(found["category"]) == {"part-0", "part-1", "part-2"}
     assert found["iou"].max() == table["iou"].max()
     assert chosen["id"].is_unique
@@ -58,7 +59,11 @@ def test_the_sheet_shows_right_and_wrong(table: pd.DataFrame) -> None:
 
 def test_others_take_the_places_of_a_kind_that_is_rare(table: pd.DataFrame) -> None:
     only = table[table["label"] == "normal"]
-    assert plots.choose(only)["outcome"].value_counts().to_dict() == {"passed": 5, "flagged": 5, "unparseable": 2}
+    assert plots.choose(only)["outcome"].value_counts().to_dict() == {
+        "passed": 5,
+        "overkill": 5,
+        "overkill, unparseable": 2,
+    }
     assert len(plots.choose(table.head(2))) == 2
 
 
@@ -131,7 +136,7 @@ def test_where_only_the_label_is_known_a_defect_is_found_by_the_answer_alone(
     rows = [row(i, "anomalous", word, iou=None, boxes=[]) for i, word in enumerate(("anomalous", "normal"))]
     table = pd.DataFrame(rows).astype({"iou": float})
     chosen = plots.choose(table)
-    assert chosen["outcome"].tolist() == ["found", "missed"]
+    assert chosen["outcome"].tolist() == ["missed", "flagged"]
     titles: list[str] = []
     drawn = Axes.set_title
 
@@ -141,7 +146,35 @@ def test_where_only_the_label_is_known_a_defect_is_found_by_the_answer_alone(
 
     monkeypatch.setattr(Axes, "set_title", set_title)
     plots.examples(chosen, {key: png() for key in table["id"]}, tmp_path / "examples.png")
-    assert titles == ["\u2713 defect found, label alone known", "\u2717 defect missed"]
+    assert titles == ["\u2717 escape: defect missed", "\u2713 defect flagged, label alone known"]
+
+
+def test_the_sheet_is_of_decisions_and_says_from_which_iou_a_defect_is_located(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.axes import Axes
+
+    regions = {f"region_{name}": [0.3] for name in metrics.COMPARED} | {"regions": [[[1, 1, 9, 9]]]}
+    table = pd.DataFrame([row(0, "anomalous", "normal")]).assign(decision="anomalous", **regions)
+    titles: list[str] = []
+    monkeypatch.setattr(Axes, "set_title", lambda axes, label, **more: titles.append(label))
+    chosen = plots.choose(table)
+    plots.examples(chosen, {"000": png()}, tmp_path / "examples.png")
+    assert titles == ["~ flagged, not located: IoU 0.30 < 0.5"]
+    assert chosen["predicted_boxes"].tolist() == [[[1, 1, 9, 9]]]
+
+
+@pytest.mark.parametrize("name", ["$\\frac{", "$x$", "$$"])
+def test_no_name_is_read_as_a_formula(table: pd.DataFrame, name: str, tmp_path: Path) -> None:
+    from matplotlib.mathtext import MathTextParser
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MathTextParser, "parse", lambda *arguments, **more: pytest.fail("a formula"))
+        plots.confusion({name: table}, tmp_path / "confusion.png")
+        sizes = metrics.summarize(table, 20, 0, 0.01, 0.05)["sizes"]
+        plots.iou_by_size({name: sizes}, 0.01, 0.05, tmp_path / "sizes.png")
+        rows = table.head(3).assign(category=name, defect=name)
+        plots.examples(plots.choose(rows), {key: png() for key in rows["id"]}, tmp_path / "examples.png")
 
 
 def test_without_any_boxes_there_are_no_sizes_to_draw(tmp_path: Path) -> None:

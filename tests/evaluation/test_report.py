@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from scipy.stats import binomtest
 
 from adfm.cli import main
 from adfm.data import shards
@@ -178,6 +179,11 @@ def opened(browser: Browser, folder: Path) -> Iterator[Opened]:
     opened.page.close()
 
 
+def data_of(file: Path) -> Any:
+    """What a page holds."""
+    return json.loads(file.read_text(encoding="utf-8").partition('id="data">')[2].partition("</script>")[0])
+
+
 def choose(page: Page, gallery: str) -> None:
     page.locator(f"input[name=gallery][value={gallery}]").check()
 
@@ -204,26 +210,27 @@ def positions(page: Page) -> list[str]:
 
 def outcomes(table: pd.DataFrame) -> pd.Series:
     """The galleries' names, found another way than in the report."""
-    words = {("anomalous", "normal"): "missed", ("normal", "anomalous"): "overkill", ("normal", "normal"): "passed"}
-    said = table["predicted"].fillna("unparseable")
-    return pd.Series(
-        [
-            "unparseable" if s == "unparseable" else words.get((label, s), "best")
-            for label, s in zip(table["label"], said, strict=True)
-        ],
-        table.index,
-    )
+
+    def gallery(row: Any) -> str:
+        if row.label == "normal":
+            return "passed" if row.predicted == "normal" else "overkill"
+        if row.predicted != "anomalous":
+            return "escapes"
+        return "flagged" if np.isnan(row.iou) else "located" if row.iou >= 0.5 else "elsewhere"
+
+    return pd.Series([gallery(row) for row in table.itertuples()], table.index)
 
 
 def counts(page: Page) -> dict[str, int]:
-    names = ("missed", "overkill", "worst", "best", "unparseable", "passed", "all")
+    names = ("escapes", "overkill", "elsewhere", "located", "unparseable", "passed", "all")
     return {name: int(page.inner_text(f"[data-count={name}]").replace(",", "")) for name in names}
 
 
 def expected_counts(table: pd.DataFrame) -> dict[str, int]:
     found = outcomes(table).value_counts()
-    names = ("missed", "overkill", "best", "unparseable", "passed")
-    return {**{name: int(found.get(name, 0)) for name in names}, "worst": int(found.get("best", 0)), "all": len(table)}
+    names = ("escapes", "overkill", "elsewhere", "located", "passed")
+    unparseable = int(table["predicted"].isna().sum())
+    return {**{name: int(found.get(name, 0)) for name in names}, "unparseable": unparseable, "all": len(table)}
 
 
 # ------------------------------------------------------------------------------------------------- figures
@@ -240,8 +247,9 @@ def test_figures_are_those_of_the_metrics(opened: Opened, folder: Path) -> None:
     assert f"{100 * new['recall']:.1f}" in rows["recall, %"]
     change = found["new_minus_production"]
     assert f"{change['accuracy']:+.1%}".rstrip("%").replace("-", MINUS) in rows["accuracy, %"]
-    surely_better = change["accuracy_low"] > 0
-    assert ("better" in page.locator("#headline tbody tr").first.locator("td").nth(3).inner_text()) == surely_better
+    assert ("better" in rows["accuracy, %"].split("\t")[4]) == (change["accuracy_low"] > 0)
+    first = [text.split("\n")[0] for text in page.locator("#headline tbody th").all_inner_texts()[:4]]
+    assert first == ["escape rate at threshold, %", "overkill at threshold, %", "escape rate, %", "overkill, %"]
     assert f"{100 * new['miss_rate_at_threshold']:.1f} %" in page.inner_text("#tiles")
 
 
@@ -253,7 +261,7 @@ def test_the_operating_point_is_shown(opened: Opened, folder: Path) -> None:
     words = opened.page.inner_text("#decides")
     assert "new: An image is flagged from a probability of 0.5 on, chosen on 80 validation images" in words
     assert "at most 20.0% of the normal images" in words
-    assert f"{100 * new['miss_rate_at_threshold']:.1f}" in rows.filter(has_text="miss rate at threshold").inner_text()
+    assert f"{100 * new['miss_rate_at_threshold']:.1f}" in rows.filter(has_text="escape rate at threshold").inner_text()
     x, y = opened.page.locator(".chart circle").evaluate_all(
         "circles => { const ring = circles.filter(c => c.style.fill.includes('sheet')).pop();"
         "const grid = ring.ownerSVGElement.querySelectorAll('.grid');"
@@ -279,7 +287,7 @@ def test_galleries_are_of_decisions_and_cards_say_what_was_written(tmp_path: Pat
     letters = {"anomalous": "A", "normal": "B"}
     assert images["letter"] == [letters.get(written[key], "-") for key in images["id"]]
     flagged = [table["predicted"][key] == "anomalous" for key in images["id"]]
-    assert [outcome in "fo" for outcome in images["outcome"]] == flagged
+    assert [outcome in "elfo" for outcome in images["outcome"]] == flagged
     assert [bool(boxes) for boxes in images["predicted"]] == flagged
     assert (written == "anomalous").sum() > sum(flagged) == sum(row[1] for row in page["confusion"]["new"])
     assert sum(row[1] for row in page["written"]["new"]) == (written == "anomalous").sum()
@@ -301,11 +309,86 @@ def test_an_evaluation_of_before_there_were_thresholds_is_shown_by_its_letters(t
     assert "The letter decides: there is no threshold." in text
 
 
+def test_what_the_gate_judges_comes_first_with_exact_limits(opened: Opened, table: pd.DataFrame, folder: Path) -> None:
+    page = opened.page
+    assert page.locator("#compared thead th").all_inner_texts() == [
+        *("Metric", "new", "production", f"new {MINUS} production", "images")
+    ]
+    rows = [re.split(r"[\n\t]+", row) for row in page.locator("#compared tbody tr").all_inner_texts()]
+    assert [row[0] for row in rows] == ["escape rate, %", "overkill, %", "accuracy, %", "IoU, %"]
+    defects = table[table["label"] == "anomalous"]
+    escaped = int((defects["predicted"] != "anomalous").sum())
+    exact = binomtest(escaped, len(defects)).proportion_ci(0.95, "exact")
+    assert rows[0][1:4] == [
+        "of anomalous images",
+        f"{100 * escaped / len(defects):.1f}",
+        f"[{100 * exact.low:.1f}, {100 * exact.high:.1f}]",
+    ]
+    assert rows[0][-1] == str(len(defects))
+    before = pd.read_parquet(folder / "evaluation" / "production.parquet").set_index("id")["predicted"][table["id"]]
+    change = ((table["predicted"] == table["label"]).mean()) - (before.to_numpy() == table["label"]).mean()
+    assert f"{100 * change:+.1f}" in rows[2][6]
+    # The note says what counts as found.
+    assert "overlap the true ones with an IoU of at least 0.5" in page.inner_text("main")
+    hits, with_boxes = (outcomes(table) == "located").sum(), defects["iou"].notna().sum()
+    assert f"{hits} of {with_boxes} defective parts with boxes are flagged" in page.inner_text("#tiles")
+
+
+def test_a_perfect_model_is_not_shown_as_certain(tmp_path: Path) -> None:
+    records = [record(number) for number in range(128)]
+    (tmp_path / "shards").mkdir()
+    shards.write(records, tmp_path / "shards", 200)
+    table = predictions(records, 1.0, 1)
+    perfect = table.assign(predicted=table["label"], score=np.where(table["label"] == "anomalous", 0.9, 0.1))
+    report.write(evaluated(tmp_path / "evaluation", {"new": perfect}), tmp_path / "shards", tmp_path / "report")
+    page = data_of(tmp_path / "report" / "report.html")
+    most = 1 - 0.025 ** (1 / 64)
+    for title, row in zip(("escape rate", "overkill"), page["compared"], strict=False):
+        assert (row["title"], row["images"]) == (title, 64)
+        assert row["cells"] == [pytest.approx([0, 0, most])]
+    assert page["metrics"]["new"]["miss_rate_at_threshold"] == pytest.approx([0, 0, most])
+
+
+def test_the_curve_of_detection_names_a90_with_its_limit_or_why_not(tmp_path: Path, browser: Browser) -> None:
+    records = [record(number) for number in range(400)]
+    (tmp_path / "shards").mkdir()
+    shards.write(records, tmp_path / "shards", 500)
+    rng = np.random.default_rng(0)
+    table = predictions(records, 1.0, 1)
+    side = np.exp(rng.uniform(np.log(10), np.log(200), len(table)))
+    share = side**2 / (WIDTH * HEIGHT)
+    flagged = rng.random(len(table)) < 1 / (1 + np.exp(-4 * np.log(side / 40)))
+    anomalous = table["label"] == "anomalous"
+    table["area_share"] = np.where(anomalous, share, np.nan)
+    table["predicted"] = np.where(anomalous & flagged, "anomalous", "normal")
+    table["score"] = np.where(table["predicted"] == "anomalous", 0.9, 0.1)
+    blind = table.assign(predicted="normal", score=0.1)
+    report.write(
+        evaluated(tmp_path / "evaluation", {"blind": blind, "new": table}), tmp_path / "shards", tmp_path / "r"
+    )
+    found = data_of(tmp_path / "r" / "report.html")["detection"]
+    new = found["new"]
+    assert new["side"]["a50"] == pytest.approx(40, rel=0.15)
+    assert new["side"]["a90"] == pytest.approx(40 * 9**0.25, rel=0.2)
+    for name, pixels in new["side"].items():
+        assert new[name] * WIDTH * HEIGHT == pytest.approx(pixels**2, rel=1e-3)
+    assert new["a50"] < new["a90"] < new["a90_95"]
+    opened = Opened(browser, (tmp_path / "r" / "report.html").as_uri())
+    rows = opened.page.locator("#detection tbody tr").all_inner_texts()
+    assert "{:.3g} %".format(100 * new["a90_95"]) in rows[0]
+    assert "{:.3g} px square".format(new["side"]["a90_95"]) in rows[0]
+    assert "0 of 200 defects are detected; a curve needs 10 hits and 10 misses." in rows[1]
+    chart = opened.page.locator(".chart", has_text="Probability of detection")
+    assert chart.locator("path").count() == 2  # the curve and its lower limit
+    assert opened.complaints == []
+    opened.page.close()
+
+
 def test_fewer_misses_are_called_better(opened: Opened, folder: Path) -> None:
     change = json.loads((folder / "evaluation" / "metrics.json").read_text())["new_minus_base"]
     assert change["miss_rate_high"] < 0 and change["recall_low"] > 0
     rows = opened.page.locator("#headline tbody tr")
-    for title in ("miss rate", "recall"):
+    for title in ("escape rate", "recall"):
         assert "▲ better" in rows.filter(has_text=f"{title}, %").locator("td").last.inner_text()
 
 
@@ -336,16 +419,38 @@ def test_curves_are_drawn_for_each_model(opened: Opened) -> None:
 def test_galleries_hold_what_they_say(opened: Opened, table: pd.DataFrame) -> None:
     page, known = opened.page, outcomes(table).set_axis(table["id"])
     assert counts(page) == expected_counts(table)
-    for gallery in ("missed", "overkill", "best", "unparseable", "passed"):
+    for gallery in ("escapes", "overkill", "elsewhere", "located", "passed"):
         choose(page, gallery)
         shown = positions(page)
         assert len(shown) == min(24, (known == gallery).sum())
         assert set(known[shown]) == {gallery}
         assert page.inner_text("#status") == f"{(known == gallery).sum()} of 150 images"
-    iou = table.set_index("id")["iou"][known == "best"]
-    for gallery, ordered in (("worst", iou.sort_values()), ("best", iou.sort_values(ascending=False))):
+    iou = table.set_index("id")["iou"]
+    for gallery, rising in (("elsewhere", True), ("located", False)):
         choose(page, gallery)
+        ordered = iou[known == gallery].sort_values(ascending=rising)
         assert iou[positions(page)].tolist() == pytest.approx(ordered.head(24).tolist(), abs=1e-3)
+
+
+def test_changed_images_are_shown_with_both_answers(opened: Opened, folder: Path, table: pd.DataFrame) -> None:
+    page = opened.page
+    before = pd.read_parquet(folder / "evaluation" / "production.parquet").set_index("id")["predicted"]
+    now = table.set_index("id")["predicted"]
+    changed = now.index[now.fillna("-") != before[now.index].fillna("-")]
+    assert int(page.inner_text("[data-count=changed]")) == len(changed) > 0
+    choose(page, "changed")
+    seen = positions(page)
+    while page.locator("#next").is_enabled():
+        turn(page)
+        seen += positions(page)
+    assert sorted(seen) == sorted(changed)
+    label = table.set_index("id")["label"]
+    escapes = [label[key] == "anomalous" and now[key] != "anomalous" for key in seen]
+    assert escapes == sorted(escapes, reverse=True)  # first
+    page.fill("input[name=text]", seen[0])
+    card = page.locator("article").inner_text()
+    was = before[seen[0]] if isinstance(before[seen[0]], str) else "no clean answer"
+    assert f"changed: {was} by production" in card
 
 
 def test_filters_filter(opened: Opened, folder: Path, table: pd.DataFrame) -> None:
@@ -479,6 +584,8 @@ def test_what_comes_from_models_and_data_stays_text(opened: Opened, table: pd.Da
         assert row["source"] in card.locator(".facts").last.text_content()
         assert row["source"] in card.locator("img").get_attribute("alt")
         assert card.locator("b, i, script, img[src=x]").count() == 0
+        names = card.locator("bdi").all_text_contents()  # direction marks in a name end with it
+        assert row["category"] in names and row["source"] in names
     assert page.title() == "Evaluation of new"
     assert page.locator("#groups b, select b").count() == 0
     assert page.locator("script").count() == scripts
@@ -530,7 +637,7 @@ def test_the_page_alone_shows_the_first_of_each_gallery(
     page.set_content('<iframe sandbox="allow-scripts" width="1200" height="20000"></iframe>')
     page.locator("iframe").evaluate("(frame, text) => { frame.srcdoc = text }", text)
     frame = page.frame_locator("iframe")
-    for gallery in ("missed", "overkill", "worst", "best", "unparseable"):
+    for gallery in ("escapes", "overkill", "changed", "elsewhere", "located", "unparseable"):
         frame.locator(f"input[value={gallery}]").check()
         frame.locator("article").first.locator("img").wait_for()
     frame.locator("input[value=all]").check()
@@ -644,7 +751,9 @@ def test_what_is_not_there_is_not_shown(browser: Browser, folder: Path, table: p
     report.write(evaluation, folder / "shards", tmp_path / "report")
     opened = Opened(browser, (tmp_path / "report" / "report.html").as_uri())
     assert opened.page.locator(".chart").count() == 0
-    assert opened.page.locator("input[value=unparseable]").is_checked()
+    # An answer that cannot be read does not pass a good part.
+    assert opened.page.locator("input[value=overkill]").is_checked()
+    assert counts(opened.page)["unparseable"] == len(normal)
     opened.page.locator("article").first.scroll_into_view_if_needed()
     opened.page.locator("article img").first.wait_for()
     assert "(nothing)" in opened.page.locator("article").first.inner_text()

@@ -3,12 +3,14 @@ import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
-from adfm.data import hashes, shards, synthetic
+from adfm.data import duplicates, hashes, shards, synthetic
 from adfm.evaluation import separation
 from adfm.records import Record, Split
 
@@ -41,11 +43,12 @@ def _folder(tmp_path: Path, *records: Record) -> Path:
     return folder
 
 
-def _compared(folder: Path, near_duplicates: bool = True) -> dict[str, object]:
+def _compared(folder: Path, near_duplicates: bool = True) -> dict[str, Any]:
+    """The result of `compare`, which is the same whether the rule itself or sketches alone decide."""
     seen, test = hashes.collect(folder, hashes.SEEN), hashes.collect(folder, ["test"])
-    at_hand = separation.compare(test, {"candidate": seen}, folder, near_duplicates)
-    assert separation.compare(test, {"candidate": seen}, None, near_duplicates) == at_hand
-    return at_hand
+    result = separation.compare(test, {"candidate": seen}, separation.check(test, seen, folder), near_duplicates)
+    assert separation.compare(test, {"candidate": seen}, None, near_duplicates) == result
+    return result
 
 
 def test_the_embedded_data_set_is_proved(small_shards: Path) -> None:
@@ -87,7 +90,7 @@ def test_a_jpeg_and_the_png_of_it_have_the_same_pixels(parts: list[Image.Image],
     jpeg = _encoded(parts[0], "JPEG", quality=80)
     png = _encoded(Image.open(io.BytesIO(jpeg)))
     result = _compared(_folder(tmp_path, _record("a", jpeg, "test"), _record("b", png, "train")))
-    assert [problem["kind"] for problem in result["problems"]] == ["same pixels"]  # type: ignore[attr-defined]
+    assert [problem["kind"] for problem in result["problems"]] == ["same pixels"]
 
 
 def test_photographs_of_one_part_are_named_whatever_the_data_set_is_called(
@@ -151,6 +154,39 @@ def test_without_test_images_nothing_is_proved(small_shards: Path) -> None:
     assert separation.compare(seen, {"candidate": seen[:0]})["proved"] is True
 
 
+@pytest.mark.parametrize("apart", [0.8, 0.95, 1.05, 1.2])
+def test_the_rule_itself_decides_on_images_that_are_at_hand(apart: float, tmp_path: Path) -> None:
+    one, other = _pair(apart)
+    folder = _folder(tmp_path, _record("a", one, "test"), _record("b", other, "train"))
+    seen, test = hashes.collect(folder, hashes.SEEN), hashes.collect(folder, ["test"])
+    checked = separation.check(test, seen, folder)
+    assert checked["copies"].to_pylist() == [apart < 1]
+    opposite = checked.set_column(2, separation.PAIRS.field("copies"), pa.array([apart > 1]))
+    for pairs, copies in ((checked, apart < 1), (opposite, apart > 1)):
+        assert bool(separation.compare(test, {"candidate": seen}, pairs)["problems"]) is copies
+    elsewhere = _folder(tmp_path, _record("a", one, "test"))
+    assert len(separation.check(test, seen, elsewhere)) == 0
+
+
+def _pair(apart: float) -> tuple[bytes, bytes]:
+    """Two images whose thumbnails are so far apart, as a share of the bound of near-duplicates."""
+    rng = np.random.default_rng(3)
+    base, noise = (np.kron(rng.normal(size=(32, 32)), np.ones((8, 8))) for _ in range(2))
+
+    def shares(amount: float) -> tuple[float, bytes, bytes]:
+        one, other = (
+            Image.fromarray(np.clip(np.rint(128 + 30 * image), 0, 255).astype(np.uint8))
+            for image in (base, base + amount * noise)
+        )
+        (look, contrast), (other_look, _) = (duplicates.thumbnail(image) for image in (one, other))
+        distance = float(np.sqrt(((look.astype(float) - other_look.astype(float)) ** 2).mean()))
+        return distance / max(0.02, 0.5 / contrast), _encoded(one), _encoded(other)
+
+    amounts = np.linspace(0.005, 0.04, 300)
+    _, one, other = min((shares(amount) for amount in amounts), key=lambda found: abs(found[0] - apart))
+    return one, other
+
+
 def test_the_validation_split_that_a_threshold_is_chosen_on_counts_as_seen(
     parts: list[Image.Image], tmp_path: Path
 ) -> None:
@@ -162,4 +198,14 @@ def test_the_validation_split_that_a_threshold_is_chosen_on_counts_as_seen(
     assert result["against"] == {"candidate": 2, "production": 1}
     assert result["problems"] == [{"kind": "near-duplicate", "of": "candidate", "ids": ["b"], "like": ["c"]}]
     assert separation.prove(folder, {"candidate": table}, near_duplicates=False)["proved"] is True
-    assert separation.prove(folder, {"candidate": None})["proved"] is False
+    assert separation.prove(folder, {"candidate": None, "production": table})["proved"] is False
+
+
+def test_an_image_that_is_a_copy_of_another_of_its_part_counts_as_its_part(
+    parts: list[Image.Image], tmp_path: Path
+) -> None:
+    held = _record("a", _encoded(parts[0]), "test", "7")
+    copy = _record("b", _encoded(parts[0], "JPEG", quality=90), "train", "7")
+    for near_duplicates in (True, False):
+        result = _compared(_folder(tmp_path, held, copy), near_duplicates)
+        assert [problem["kind"] for problem in result["problems"]] == ["same part"]

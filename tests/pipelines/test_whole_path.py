@@ -23,6 +23,7 @@ pytestmark = pytest.mark.timeout(1200)
 
 ROOT = Path(__file__).parents[2]
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())
+ALWAYS = ["production"]
 
 
 class Checkout:
@@ -97,15 +98,40 @@ def test_the_whole_path_ends_in_a_registered_version(finished: Checkout) -> None
     assert finished.run("git", "status", "--short") == ""
 
 
-def test_a_second_run_runs_nothing(finished: Checkout) -> None:
-    assert finished.repro() == []
+def test_a_second_run_only_looks_what_is_in_production(finished: Checkout) -> None:
+    assert finished.repro() == ALWAYS
 
 
 def test_a_changed_setting_runs_only_what_depends_on_it(finished: Checkout) -> None:
     (finished.folder / "gate.yaml").write_text(SMALL_POLICY + "enough: 50\n")
-    assert finished.repro() == ["register"]
+    assert finished.repro() == [*ALWAYS, "register"]
     (finished.folder / "gate.yaml").write_text(SMALL_POLICY)
-    assert finished.repro() == ["register"]  # and not from DVC's run-cache
+    assert finished.repro() == [*ALWAYS, "register"]  # and not from DVC's run-cache
+
+
+def test_a_promotion_makes_stale_what_judges(finished: Checkout, tmp_path: Path) -> None:
+    checkout = Checkout.__new__(Checkout)
+    checkout.folder = tmp_path / "copy"
+    shutil.copytree(finished.folder, checkout.folder, symlinks=True)
+    approve = "import mlflow; mlflow.MlflowClient().set_model_version_tag('adfm', '1', 'approval', 'approved')"
+    checkout.run(sys.executable, "-c", f"from adfm import tracking; tracking.configure(); {approve}")
+    checkout.run(sys.executable, "-m", "adfm", "promote", "1")
+
+    def evaluated() -> list[str]:
+        return list(json.loads((checkout.folder / "evaluation" / "evaluation.json").read_text())["models"])
+
+    before = json.loads((checkout.folder / "registration" / "gate.json").read_text())
+    assert checkout.repro() == [*ALWAYS, "evaluate", "register"]
+    assert evaluated() == ["base", "warmup", "trained"]  # it is no rival of itself
+    assert json.loads((checkout.folder / "registration" / "registration.json").read_text())["version"] == "1"
+    assert json.loads((checkout.folder / "registration" / "gate.json").read_text()) == before
+    assert checkout.repro() == ALWAYS
+
+    checkout.settings(*SMALL, "train.learning_rate=2e-4")
+    assert checkout.repro()[-3:] == ["train", "evaluate", "register"]
+    assert evaluated() == ["base", "warmup", "production", "trained"]
+    assert json.loads((checkout.folder / "registration" / "gate.json").read_text())["production_version"] == "1"
+    assert checkout.repro() == ALWAYS
 
 
 def test_metrics_and_plots_are_shown_without_a_network(finished: Checkout) -> None:

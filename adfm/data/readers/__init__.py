@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from adfm.data.problems import printable
 from adfm.data.readers import (
     btad,
     coco,
@@ -36,6 +35,7 @@ from adfm.data.readers import (
 )
 from adfm.errors import AdfmError
 from adfm.records import Sample
+from adfm.text import printable
 
 
 class Layout(NamedTuple):
