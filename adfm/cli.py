@@ -222,6 +222,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
     add = verb("production", _production, "write which versions a candidate is judged against: production and anchor")
     add.add_argument("out", metavar="FILE", type=Path, help="JSON file to write")
+    add.add_argument("--policy", metavar="FILE", type=Path, help="a second one: digest of the policy that judges")
 
     add = verb("predict", _predict, "let a model answer photographs, and draw what it says")
     add.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="a photograph, or a folder of them")
@@ -474,7 +475,7 @@ def _evaluate(args: argparse.Namespace, params: Params) -> None:
 def _production(args: argparse.Namespace, params: Params) -> None:
     from adfm.registry.production import write
 
-    write(args.out, params)
+    write(args.out, params, args.policy)
 
 
 def _predict(args: argparse.Namespace, params: Params) -> None:
@@ -510,13 +511,18 @@ def _register(args: argparse.Namespace, params: Params) -> None:
 
 
 def _gate(args: argparse.Namespace, params: Params) -> int:
-    from adfm.registry import gate, policy, tables
+    from adfm.registry import gate, page, plan, policy, tables
 
     judged_by = policy.load(args.policy)
+    if args.plan:
+        print(plan.of_shards(args.plan, judged_by, args.look))
+        return 0
+    if args.candidate is None:
+        raise tables.Incomparable("name the predictions to judge, or --plan SHARDS (`adfm gate --help`).")
     production, anchor = (None if file is None else tables.read(file) for file in (args.production, args.anchor))
     decision = gate.decide(tables.read(args.candidate), production, anchor, judged_by, args.look)
     decided = dataclasses.asdict(decision)
-    print(json.dumps(decided, indent=2, allow_nan=False))
+    print(json.dumps(decided, indent=2, allow_nan=False) if args.json else page.screen(decided))
     return {"passed": 0, "failed": 3}.get(decision.verdict, 4)
 
 

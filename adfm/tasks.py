@@ -18,10 +18,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from adfm import cli, params, stopping, tracking
 from adfm.errors import AdfmError
 from adfm.params import Params
+from adfm.text import printable_output
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -115,12 +117,13 @@ def _require_s3_keys(source: str) -> None:
 @contextmanager
 def exit_status() -> Iterator[None]:
     """Ends the task as `adfm` would end: with the error alone and its exit status, 75 for what was told to stop."""
-    try:
-        with stopping.terminable():
-            yield
-    except AdfmError as error:
-        print(f"adfm: error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from error
+    with printable_output():
+        try:
+            with stopping.terminable():
+                yield
+        except AdfmError as error:
+            print(f"adfm: error: {error}", file=sys.stderr)
+            raise SystemExit(error.exit_code) from error
 
 
 def check_gpus(gpu_type: str, num_gpus: int) -> None:
@@ -250,7 +253,7 @@ def version_link(model: str, version: str) -> str:
     server = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not server.startswith(("http://", "https://")):
         return name
-    address = html.escape(f"{server.rstrip('/')}/#/models/{model}/versions/{version}", quote=True)
+    address = html.escape(f"{server.rstrip('/')}/#/models/{quote(model)}/versions/{version}", quote=True)
     return f'<a href="{address}">{name}</a>'
 
 

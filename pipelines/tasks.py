@@ -54,10 +54,17 @@ SECRETS = {
     },
     "adfm-hub": {"token": "HF_TOKEN"},
     "adfm-alerts": {"webhook": "ADFM_ALERT_WEBHOOK"},
+    "adfm-signing": {"folder": "ADFM_KEYS"},
 }
 """Kubernetes secrets, and which variable each of their keys becomes. None has to be there: a service account may do."""
 
 PULL_SECRET = "adfm-registry"
+KEYS = "/etc/adfm/keys"
+"""Where the public keys are mounted, for every task."""
+
+PRIVATE_KEYS = {"register": "adfm-signing", "promote": "adfm-service-signing"}
+"""Secrets with the private keys of the tasks that sign: versions as a submitter, moves of production as the service."""
+
 SHARED_MEMORY = "8Gi"
 WORKSPACE, WORKSPACE_CLAIM = "/workspace", "adfm-workspace"
 """Where the volume is mounted on which several machines train, and its claim; without several it is not asked for."""
@@ -76,6 +83,10 @@ def give(task: dsl.PipelineTask, name: str) -> dsl.PipelineTask:
     kubernetes.set_image_pull_secrets(task, [PULL_SECRET])
     for secret, keys in SECRETS.items():
         kubernetes.use_secret_as_env(task, secret, keys, optional=True)
+    if name in PRIVATE_KEYS:
+        kubernetes.use_secret_as_volume(task, PRIVATE_KEYS[name], KEYS, optional=True)
+    for role in ("submitters", "service"):
+        kubernetes.use_config_map_as_volume(task, f"adfm-{role}", f"{KEYS}/{role}", optional=True)
     return task
 
 

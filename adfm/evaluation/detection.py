@@ -36,7 +36,7 @@ def curve(size: Floats, detected: Floats) -> dict[str, Any]:
         of the logit in the natural logarithm of the size; `points`: `detection`, the `size` that reaches it, and the
         limits of that size `low` and `high`, each one-sided at 95 % (the upper and lower bound of the curve, read
         across). `reason`: why there is no curve, in words, else `None`; without a curve all of these are `None`, and
-        `points` is empty. `note`: that a90/95 lies outside the measured sizes, else `None`. With 60 to 100 defects
+        `points` is empty. `note`: that a90/95 lies outside the measured sizes, else `None`. With 60 to 200 defects
         a90/95 falls short of a90 in about 7 of 100 data sets, not 5: the likelihood ratio is exact for many only.
     """
     size, detected = np.asarray(size, dtype=float), np.asarray(detected, dtype=float)

@@ -45,6 +45,7 @@ from adfm.evaluation.calibration import DECIDED, Calibration
 from adfm.files import atomic_folder, digest, write_json
 from adfm.models import loading
 from adfm.params import Params
+from adfm.text import markdown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,7 +55,7 @@ _CALIBRATION = {
     "ece": "calibration error of the probability",
     "threshold": "threshold",
     **{f"{metric}_at_threshold": f"{plots.TITLES.get(metric, metric)} at threshold" for metric in metrics.AT_THRESHOLD},
-    "miss_rate_at_threshold": "miss rate at threshold",
+    "miss_rate_at_threshold": "escape rate at threshold",
 }
 
 
@@ -284,7 +285,7 @@ def _write_comparison(
 ) -> str:
     shown = overall | differences
     first = overall[[*overall][-1]]
-    titles = {metric: plots.TITLES[metric] for metric in metrics.HEADLINE}
+    titles = {metric: plots.TITLES[metric] for metric in plots.ESCAPES_FIRST}
     titles |= {metric: title for metric, title in _CALIBRATION.items() if metric in first}
     header = ["", *overall, *(name.replace("_minus_", " - ") for name in differences)]
     rows = [
@@ -293,8 +294,9 @@ def _write_comparison(
     ]
     table = _markdown([header, *rows])
     note = (
-        f"{first['images']} images. In brackets 95 % bootstrap intervals over images (images of one part are drawn"
-        " together), paired for differences."
+        f"{first['images']} images. In brackets 95 % intervals, paired for differences: confidence limits of rates and"
+        " means over images, exact for rates; by the bootstrap for AUROC, box F1 and calibration errors. Images of one"
+        " part count as one."
     )
     note += (
         " The first lines count the letters as written; those at the threshold the decisions made from the calibrated"
@@ -304,7 +306,7 @@ def _write_comparison(
     if without := first["without_boxes"]:
         left_out = f"\n\n{without} anomalous images have no boxes; they are left out of IoU and box F1."
     note += left_out
-    note += "".join(f"\n\n{name}: {fitted.summary}" for name, fitted in calibrations.items())
+    note += "".join(f"\n\n{markdown(f'{name}: {fitted.summary}')}" for name, fitted in calibrations.items())
     (out / "comparison.md").write_text(f"{table}\n\n{note}\n", encoding="utf-8")
     _write_csv(
         ["metric", "model", "value", "low", "high"],

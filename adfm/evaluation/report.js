@@ -392,7 +392,7 @@ function drawDetection() {
     const series = known.map(([name, { points }]) => ({ name, stroke: colour(name), points: line(points, "size") }));
     const own = data.detection[candidate];
     if (own.points.length) {
-      series.push({ name: `${candidate}, lower 95 % limit`, stroke: "var(--line)", points: line(own.points, "high") });
+      series.push({ name: `${candidate}, lower 95 % limit`, stroke: "var(--faint)", points: line(own.points, "high") });
     }
     const ticks = [0, 1, 2, 3, 4].map((i) => {
       const place = low + ((high - low) * i) / 4;

@@ -7,6 +7,7 @@ age `adfm approvals health` tells whether it is well.
 
 from __future__ import annotations
 
+import functools
 import signal
 import socket
 import sys
@@ -21,7 +22,7 @@ from adfm.params import Params
 from adfm.registry import reconcile
 from adfm.registry.promotion import promote_approved
 from adfm.registry.reconcile import Refused
-from adfm.registry.registration import accept
+from adfm.registry.registration import NoPolicy, accept
 from adfm.text import printable
 
 POLL = 5.0
@@ -76,7 +77,7 @@ def look(params: Params) -> str:
     """Does once what there is to do.
 
     Returns:
-        What is wrong; empty when all is well. That an approval was refused is not wrong.
+        What is wrong; empty when all is well. That an approval was refused, or a policy is missing, is not wrong.
     """
     by, problems = f"adfm approvals on {socket.gethostname()}", []
 
@@ -87,6 +88,8 @@ def look(params: Params) -> str:
     for act in (accept_all, lambda: promote_approved(params, by)):
         try:
             act()
+        except NoPolicy as error:
+            _say_once(str(error))
         except Refused as error:
             _say(str(error))
         except AdfmError as error:
@@ -111,6 +114,11 @@ def health(poll: float = POLL) -> None:
     if age > most:
         raise AdfmError(f"the last look at MLflow that went well was {age:.0f} s ago; its output says what is wrong.")
     print(f"the last look at MLflow that went well was {age:.0f} s ago")
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    _say(text)
 
 
 def _say(text: str) -> None:

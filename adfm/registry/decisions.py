@@ -26,8 +26,8 @@ from adfm.registry.history import NOBODY, History, Step
 from adfm.registry.reconcile import Registry
 from adfm.registry.submission import (
     AS_REGISTERED,
+    CHECKED,
     FREE,
-    PROOF,
     TEST_IMAGES,
     TRAINED_ON,
     Submission,
@@ -86,7 +86,7 @@ def judge(registry: Registry, version: ModelVersion, to: Path) -> Judgement:
     against = {"production": history.production, "anchor": history.anchor}
     if history.anchor == history.production:
         del against["anchor"]
-    tables: dict[str, pd.DataFrame] = {}
+    predicted: dict[str, pd.DataFrame] = {}
     sources: dict[str, str] = {}
     missing = []
     for role, rival in against.items():
@@ -99,11 +99,11 @@ def judge(registry: Registry, version: ModelVersion, to: Path) -> Judgement:
                 "them."
             )
         else:
-            tables[role], sources[role] = predictions
+            predicted[role], sources[role] = predictions
     fingerprint = str(submission.origin["data"]["test"])
     position = look(history, fingerprint, number)
     separation = compare(submission, rivals.get(history.production))
-    decision = gate.decide(own, tables.get("production"), tables.get("anchor"), registered, position, separation)
+    decision = gate.decide(own, predicted.get("production"), predicted.get("anchor"), registered, position, separation)
     decided = dataclasses.asdict(decision) | {
         "split": submission.about["split"],
         "fingerprint": fingerprint,
@@ -199,15 +199,16 @@ def present(registry: Registry, version: ModelVersion, judgement: Judgement, ste
     history_.tag(store, version, **_tags(judgement), **shown(step))
     submission = judgement.submission
     text = page.text(
-        decided,
+        decided | {"reasons": [why, *decided["reasons"]]} if why else decided,
         submission.origin,
         submission.measured,
         submission.calibration,
         number,
         tracking.find_run(submission.about.get("mlflow_run_id")),
         policy_difference=policy_difference(submission, registry.history),
+        trained_by=tracking.find_run(version.run_id),
     )
-    store.update_model_version(version.name, number, f"{why}\n\n{text}".strip()[: page.LONGEST])
+    store.update_model_version(version.name, number, text)
     history_.tag(store, version, approval="pending", approval_by=NOBODY)
     history_.finish(store, registry.name, step)
 
@@ -252,34 +253,29 @@ def compare(submission: Submission, production: Submission | None) -> dict[str, 
 
     A submission without hashes of its images proves nothing.
     """
+    import pyarrow.parquet as pq
+
     from adfm.evaluation import separation
 
-    if not (submission.folder / TEST_IMAGES).is_file():
+    test = _hashes(submission.folder / TEST_IMAGES)
+    if test is None:
         return dict(_UNKNOWN)
     models = {"candidate": submission} | ({"production": production} if production else {})
     seen = {name: _hashes(files.folder / TRAINED_ON) for name, files in models.items()}
     try:
         near_duplicates = bool(submission.settings["split"]["near_duplicates"])
-        proof = json.loads((submission.folder / PROOF).read_text(encoding="utf-8"))
-        near = {image for each in [*proof["problems"], *proof["alike"]] for image in each["ids"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Unfit(f"its {PROOF} or params.yaml is broken ({error!r})") from error
-    compared = dict(separation.compare(hashes.read(submission.folder / TEST_IMAGES), seen, None, near_duplicates))
-    # Hashes alone only estimate whether two images are near-duplicates; whoever had the images has decided it.
-    for key in ("problems", "alike"):
-        kept = []
-        for each in compared[key]:
-            if each["kind"] == separation.NEAR_DUPLICATE and each["of"] == "candidate":
-                pairs = [pair for pair in zip(each["ids"], each["like"], strict=True) if pair[0] in near]
-                each = each | {"ids": [pair[0] for pair in pairs], "like": [pair[1] for pair in pairs]}
-            kept += [each] if each["ids"] else []
-        compared[key] = kept
-    known = "candidate" not in compared["unknown"]
-    return compared | {"proved": not compared["problems"] and known and compared["images"] > 0}
+        file = submission.folder / CHECKED
+        checked = pq.read_table(file, schema=separation.PAIRS) if file.is_file() else None
+        return dict(separation.compare(test, seen, checked, near_duplicates))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise Unfit(f"its {CHECKED} or params.yaml is broken ({error!r})") from error
 
 
 def _hashes(file: Path) -> pa.Table | None:
-    return hashes.read(file) if file.is_file() else None
+    try:
+        return hashes.read(file) if file.is_file() else None
+    except AdfmError as error:
+        raise Unfit(str(error)) from error
 
 
 def _rival(registry: Registry, number: str, to: Path) -> Submission:

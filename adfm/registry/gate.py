@@ -33,6 +33,7 @@ from adfm.evaluation import statistics
 from adfm.evaluation.metrics import category_names, listed, samples, without_boxes
 from adfm.registry import tables
 from adfm.registry.policy import METRICS, Bound, Floats, Metric, Policy
+from adfm.text import printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -468,7 +469,7 @@ def _gain(rows: list[Row], compared: bool) -> tuple[str, Verdict]:
 def _sentence(row: Row, answer: Answer) -> str:
     """Why an answer is not `passed`, and what would help."""
     entry = METRICS[row.metric]
-    name = entry.title[0].upper() + entry.title[1:] + (f" of {row.of} {row.name}" if row.name else "")
+    name = entry.title[0].upper() + entry.title[1:] + (f" of {row.of} {printable(row.name)}" if row.name else "")
     if row.candidate is None or answer.bound is None or answer.limit is None:
         would = f"; {answer.needed} would" if answer.needed else ""
         return (

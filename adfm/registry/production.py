@@ -40,15 +40,37 @@ def in_production(params: Params) -> dict[str, Any]:
     return {"model": name, **versions}
 
 
-def write(out: Path, params: Params) -> None:
-    """Writes what `in_production` gives as JSON, and prints it; the same versions give the same bytes.
+def judging_policy(params: Params) -> str:
+    """Digest of the policy that judges: the registered one; where none is, `gate.yaml`, which would be registered.
 
     Raises:
-        AdfmError: As of `in_production`.
+        AdfmError: MLflow cannot be reached, the history is broken, or the policy cannot be read.
+    """
+    from adfm.registry import policy, reconcile
+
+    registered = None
+    if not tracking.store_is_missing():
+        with reconcile.client() as store:
+            registered = reconcile.look(store, params.register_.model).history.policy
+    return policy.digest(policy.load() if registered is None else policy.loads(registered, "the registered policy"))
+
+
+def write(out: Path, params: Params, policy: Path | None = None) -> None:
+    """Writes what `in_production` gives as JSON, and prints it; the same versions give the same bytes.
+
+    Args:
+        out: The file.
+        params: Reads `register`.
+        policy: File to write `judging_policy` to, for those stages alone that decide.
+
+    Raises:
+        AdfmError: As of `in_production` and `judging_policy`.
     """
     about = in_production(params)
     out.parent.mkdir(parents=True, exist_ok=True)
     replace_json(about, out)
+    if policy is not None:
+        replace_json({"policy": judging_policy(params)}, policy)
     lines = [f"{alias}: version {about[alias]['version']} of {about['model']}" for alias in ALIASES if about[alias]]
     print("\n".join(lines) or f"no version of {about['model']} is in production")
 

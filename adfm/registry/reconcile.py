@@ -192,6 +192,10 @@ def _step(registry: Registry, model: RegisteredModel | None) -> bool:
         registry.append("anchor", history.production, anchor=history.production, by="adfm", why=why)
         _tell(registry, why)
         return True
+    if history.anchor == NOBODY and history.production != NOBODY:  # after a rollback from a deleted anchor
+        why = "there was no anchor; the version in production is it"
+        registry.append("anchor", history.production, anchor=history.production, by="adfm", why=why)
+        return True
     if here.get(ANCHOR) != due.get(ANCHOR):
         _move_anchor(registry, here.get(ANCHOR), due.get(ANCHOR))
         return True

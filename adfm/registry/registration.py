@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,14 +20,14 @@ from adfm import tracking
 from adfm.errors import AdfmError
 from adfm.files import atomic_folder, write_json
 from adfm.params import Params
-from adfm.registry import decisions, gate, policy, reconcile, signing, tables
+from adfm.registry import decisions, gate, page, policy, reconcile, signing, tables
 from adfm.registry import history as history_
 from adfm.registry.alerts import alert
 from adfm.registry.history import NOBODY, Step
 from adfm.registry.policy import Policy
 from adfm.registry.reconcile import Registry, settle
 from adfm.registry.signing import Unverified
-from adfm.registry.submission import Unfit, check, download, own_policy, submit, waiting_submissions
+from adfm.registry.submission import Unfit, check, download, own_policy, read, submit, waiting_submissions
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -40,6 +41,10 @@ WAIT = 900.0
 _POLL = 3.0
 # What makes a submission unfit for good; anything else may pass by the next time.
 _FOR_GOOD = (Unverified, Unfit, tables.Incomparable)
+
+
+class NoPolicy(AdfmError):
+    """Submissions wait for a policy."""
 
 
 class NotAccepted(AdfmError):
@@ -102,7 +107,7 @@ def register(
             "gate": step.verdict,
         }
         write_json(registration, partial / "registration.json")
-    print("\n  - ".join([_headline(version, step), *decided["reasons"]]))
+    print(page.screen(decided, str(version.version)))
     return decisions.parse(decided)
 
 
@@ -133,7 +138,7 @@ def accept(
         submissions += _unfinished(registry)
     decided, errors = [], []
     if submissions and registry.history.policy is None:
-        raise AdfmError(
+        raise NoPolicy(
             f"{len(submissions)} submissions for {name} wait for a policy: a reviewer sets one with `adfm policy set "
             f"{policy.FILE}`."
         )
@@ -145,6 +150,8 @@ def accept(
             errors.append(error)
         except OSError as error:
             errors.append(AdfmError(f"Files of submission {submission} cannot be read: {error}"))
+        except (LookupError, TypeError, ValueError, AttributeError):  # one that is odd must not stop the others
+            errors.append(AdfmError(f"Submission {submission} cannot be judged:\n{traceback.format_exc()}"))
     if errors:
         raise errors[0] if len(errors) == 1 else AdfmError("\n".join(map(str, errors)))
     return decided
@@ -292,12 +299,12 @@ def _accept(store: MlflowClient, name: str, submission: str) -> str | None:
 
 def _unfinished(registry: Registry) -> list[str]:
     """Submissions whose version does not show its decision yet: whoever made it was killed."""
-    last = {step.version: step for step in registry.history.counting if step.action == "judge"}
+    last = {step.version: step for step in registry.history.counting if step.action in ("judge", "refuse")}
     production = registry.history.production
     return [
         step.submission
         for number, step in last.items()
-        if not step.finished and number in registry.versions and number != production
+        if step.action == "judge" and not step.finished and number in registry.versions and number != production
     ]
 
 
@@ -322,8 +329,6 @@ def _create(registry: Registry, submission: str) -> ModelVersion | None:
     logged = store.get_logged_model(submission)
     if str(logged.status) != "READY":
         return None
-    from adfm.registry.submission import read
-
     with TemporaryDirectory() as folder:
         files = Path(mlflow.artifacts.download_artifacts(f"models:/{submission}", dst_path=folder))
         check(read(files, registry.keys, f"models:/{submission}"), name)

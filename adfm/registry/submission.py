@@ -5,7 +5,7 @@ Whoever submits may write to the experiment, not to the registered model. The se
 
     model/          the folder that training wrote: adapter, processor, chat template, prompt (in adfm.json)
     evaluation/     the folder that evaluation wrote: predictions.parquet, metrics.json, calibration.json, plots
-    separation/     hashes of the images that it was trained on and is judged on, and their comparison
+    separation/     hashes of the images that it was trained on and is judged on, and pairs that were checked
     rivals/         predictions of production and anchor on the same images, and rivals.json: of which versions
     params.yaml     the settings as used
     gate.yaml       the submitter's policy; the registered one judges
@@ -63,8 +63,8 @@ CONTENTS = "adfm_contents"
 TEST_IMAGES, TRAINED_ON = Path("separation", "test.parquet"), Path("separation", "trained_on.parquet")
 """Hashes of the images that a version is judged on, and of those that it has seen."""
 
-PROOF = Path("separation", "proof.json")
-"""Their comparison by the submitter, who has the images."""
+CHECKED = Path("separation", "checked.parquet")
+"""Pairs of them that may be near-duplicates, decided by the submitter, who has the images."""
 
 HELD_OUT = "test"
 """The split that the gate judges on."""
@@ -179,7 +179,10 @@ def check(submission: Submission, name: str) -> pd.DataFrame:
     settings = submission.settings.get("evaluate")
     if not isinstance(settings, dict):
         raise Unfit("its params.yaml has no section evaluate")
-    return _check_evaluation(submission.folder / "evaluation", "its evaluation", origin, settings, None)
+    try:
+        return _check_evaluation(submission.folder / "evaluation", "its evaluation", origin, settings, None)
+    except AdfmError as error:  # of a calibration that cannot be read
+        raise Unfit(str(error)) from error
 
 
 def submit(
@@ -237,7 +240,7 @@ def submit(
         (folder / "params.yaml").write_text(tracking.settings(params), encoding="utf-8")
         (folder / policy.FILE).write_text(policy.dumps(own_policy(registry.history)), encoding="utf-8")
         write_json(origin, folder / "lineage.json")
-        _write_separation(folder, model, shards, params.split.near_duplicates)
+        _write_separation(folder, model, shards)
         _write_rivals(folder, registry, origin, shards, params)
         signing.sign(folder, registry.keys)
         return _log(registry.store, folder, registry.name, trained_by or run, origin)
@@ -373,20 +376,23 @@ def _protocol(family: str, params: Params) -> str:
     return json.dumps({"family": family, **settings, "prompt": messages[:16]})
 
 
-def _write_separation(folder: Path, model: Path, shards: Path, near_duplicates: bool) -> None:
-    """Write the hashes of the images that the model is judged on and of those that it has seen, and compare them.
+def _write_separation(folder: Path, model: Path, shards: Path) -> None:
+    """Write the hashes of the images that the model is judged on and of those that it has seen.
 
-    Its threshold is chosen on the validation split of these shards, so that counts as seen. The shards are at hand
-    here, so that the rule itself decides on near-duplicates; the service has the hashes alone.
+    Its threshold is chosen on the validation split of these shards, so that counts as seen. The images are at hand
+    here, so pairs that may be near-duplicates are decided by the rule itself; the service has the hashes alone.
     """
+    import pyarrow.parquet as pq
+
     from adfm.evaluation import separation
 
     (folder / TEST_IMAGES).parent.mkdir()
-    hashes.write(hashes.collect(shards, [HELD_OUT]), folder / TEST_IMAGES)
-    seen = hashes.of_model(model)
+    test, seen = hashes.collect(shards, [HELD_OUT]), hashes.of_model(model)
+    hashes.write(test, folder / TEST_IMAGES)
     if seen is not None:
-        hashes.write(hashes.unite([seen, hashes.collect(shards, ["validation"])]), folder / TRAINED_ON)
-    write_json(separation.prove(shards, {"candidate": seen}, near_duplicates), folder / PROOF)
+        seen = hashes.unite([seen, hashes.collect(shards, ["validation"])])
+        hashes.write(seen, folder / TRAINED_ON)
+        pq.write_table(separation.check(test, seen, shards), folder / CHECKED)
 
 
 def _write_rivals(folder: Path, registry: Registry, origin: dict[str, Any], shards: Path, params: Params) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from adfm import tracking
 from adfm.data import shards
 from adfm.errors import AdfmError
-from adfm.evaluation import calibration, evaluate, inference, metrics
+from adfm.evaluation import calibration, evaluate, inference, metrics, plots
 from adfm.method import response
 from adfm.params import Params
 from adfm.records import Box
@@ -54,7 +54,9 @@ def test_metrics_are_those_of_the_predictions(evaluated: Path) -> None:
     table = pd.read_parquet(evaluated / "predictions.parquet")
     expected = metrics.values(table)
     assert {name: found["again"][name] for name in expected} == pytest.approx(expected)
-    assert set(found["again_minus_base"].values()) <= {0.0, None}
+    change = found["again_minus_base"]
+    assert {value for name, value in change.items() if not name.endswith(("_low", "_high"))} <= {0.0, None}
+    assert change["accuracy_low"] == -change["accuracy_high"] < 0
     assert found["again"].items() >= metrics.operating_point(table, found["again"]["threshold"], 50, 0).items()
     assert read(evaluated / "metrics" / "again.json") == {name: found["again"][name] for name in metrics.HEADLINE}
     details = read(evaluated / "details.json")["base"]
@@ -236,15 +238,16 @@ def test_the_comparison_shows_models_and_differences(small_shards: Path, tmp_pat
     header, _, *lines = text.splitlines()
     columns = [cell.strip() for cell in header.strip("|").split("|")]
     assert columns == ["", "base", "warmup", "trained", "trained - warmup", "trained - base"]
-    accuracy = [cell.strip() for cell in lines[0].strip("|").split("|")]
-    assert accuracy[0] == "accuracy"
+    rows_ = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[0] for row in rows_[:3]] == ["escape rate", "overkill", "accuracy"]
+    accuracy = rows_[2]
     values = [float(cell.split()[0]) for cell in accuracy[1:]]
     assert values[3] == pytest.approx(values[2] - values[1], abs=2e-3) and accuracy[4].startswith("+")
     assert values[4] == pytest.approx(values[2] - values[0], abs=2e-3)
     assert len({len(line) for line in text.splitlines()}) == 1
     assert text in (tmp_path / "comparison.md").read_text()
     rows = pd.read_csv(tmp_path / "comparison.csv")
-    assert len(rows) == (len(metrics.HEADLINE) + 2) * 5
+    assert len(rows) == (len(plots.ESCAPES_FIRST) + 2) * 5
     assert "trained: The letter decides: no validation." in (tmp_path / "comparison.md").read_text()
     assert ((rows["low"] <= rows["value"]) & (rows["value"] <= rows["high"])).all()
 
@@ -263,7 +266,7 @@ def test_the_comparison_shows_each_model_at_its_threshold(small_shards: Path, tm
     found = read(tmp_path / "metrics.json")
     assert rows["threshold"] == ["-", f"{fitted['base'].threshold:.3f}", f"{fitted['trained'].threshold:.3f}", "-", "-"]
     assert "mute: The letter decides: " in (tmp_path / "comparison.md").read_text()
-    overkill, missed = rows["overkill at threshold"], rows["miss rate at threshold"]
+    overkill, missed = rows["overkill at threshold"], rows["escape rate at threshold"]
     assert missed[0] == missed[4] == "-" and missed[3].startswith("-0.")
     for name, cell in (("base", overkill[1]), ("trained", overkill[2])):
         assert cell.startswith(f"{found[name]['overkill_at_threshold']:.3f} [")

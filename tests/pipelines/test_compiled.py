@@ -40,6 +40,7 @@ SECRETS = {
     "adfm-s3": {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"},
     "adfm-hub": {"HF_TOKEN"},
     "adfm-alerts": {"ADFM_ALERT_WEBHOOK"},
+    "adfm-signing": {"ADFM_KEYS"},
 }
 
 
@@ -108,6 +109,11 @@ def test_each_task_is_given_what_the_table_says(name: str, task: str) -> None:
     secrets = {each["secretName"]: {key["envVar"] for key in each["keyToEnv"]} for each in given["secretAsEnv"]}
     assert secrets == SECRETS
     assert all(each["optional"] for each in given["secretAsEnv"])
+    # Every task can verify; those alone that sign have a private key.
+    assert [each["configMapName"] for each in given["configMapAsVolume"]] == ["adfm-submitters", "adfm-service"]
+    private = [(each["secretName"], each["mountPath"]) for each in given.get("secretAsVolume", [])]
+    signs = {"register": "adfm-signing", "promote": "adfm-service-signing"}
+    assert private == ([(signs[task], "/etc/adfm/keys")] if task in signs else [])
     assert ("nodeSelector" in given, "tolerations" in given, "emptyDirMounts" in given) == (gpu, gpu, gpu)
     claims = [mount["constant"] for mount in given.get("pvcMount", [])]
     assert claims == (["adfm-workspace"] if task == "train-on-nodes" else [])

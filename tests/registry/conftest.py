@@ -119,13 +119,16 @@ def add(
     make_model: Callable[..., Path],
     make_evaluation: Callable[..., Path],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., str]:
     """Registers and, if wanted, approves the next model, which judges `right` of 40 images rightly; its version."""
     shards = make_shards(tmp_path / "shards")
+    monkeypatch.chdir(tmp_path)
     Path("gate.yaml").write_text(POLICY)
 
     def add(right: int, approve: bool = True, model: str = "adfm") -> str:
         params = Params.model_validate({"register": {"model": model}})
+        Path("gate.yaml").write_text(POLICY)  # here, where the test is in a folder of its own
         folder = make_model(tmp_path / f"model-{right}", float(right), shards)
         evaluation = make_evaluation(tmp_path / f"evaluation-{right}", shards, right, iou=0.3 + right / 100)
         register(folder, shards, evaluation, tmp_path / "registration", params)
@@ -149,20 +152,24 @@ def service() -> Iterator[Callable[..., None]]:
 
     def start(model: str, poll: float = 0.5) -> None:
         options = ["--poll", str(poll), "--set", f"register.model={model}"]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "adfm", "approvals", "serve", *options],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(Path(tracking.__file__).parents[1])},
-        )
+        with Path("approvals.log").open("w") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "adfm", "approvals", "serve", *options],
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            )
         started.append(process)
-        assert f"approvals of {model}: looking at MLflow" in process.stdout.readline()
+        deadline = time.monotonic() + 120
+        while "looking at MLflow every" not in Path("approvals.log").read_text():
+            assert process.poll() is None and time.monotonic() < deadline, Path("approvals.log").read_text()
+            time.sleep(0.05)
 
     yield start
     for process in started:
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
-        process.stdout.close()
+    print(Path("approvals.log").read_text())  # for a test that failed
 
 
 def _record(number: int, shade: int) -> Record:

@@ -592,6 +592,33 @@ def test_an_alias_that_was_set_before_the_history_began_is_taken_away(store, add
     assert "by hand, production had been set to 1" in capsys.readouterr().out
 
 
+def test_a_reviewer_moves_the_anchor_to_what_was_in_production_and_nowhere_else(store, add, capsys):
+    promote(add(26), PARAMS)
+    promote(add(36), PARAMS)
+    add(38, approve=False)
+    client = tracking.client()
+    assert aliases(anchor=True) == {"production": "2", "previous": "1", "anchor": "1"}
+    client.set_registered_model_alias("adfm", "anchor", "3")
+    assert not promote_approved(PARAMS)
+    assert aliases(anchor=True)["anchor"] == "1"
+    assert "the anchor had been set to 3; put back to 1" in capsys.readouterr().out
+    client.delete_registered_model_alias("adfm", "anchor")
+    assert not promote_approved(PARAMS)
+    assert aliases(anchor=True)["anchor"] == "1" and log()[-1][0] == "promote"
+    client.set_registered_model_alias("adfm", "anchor", "2")
+    approve("3")
+    with pytest.raises(Refused, match=r"version 1 \(the anchor\), which is 2 now"):
+        promote_approved(PARAMS)
+    assert aliases(anchor=True)["anchor"] == history(PARAMS).anchor == "2"
+    assert history(PARAMS).last("anchor").why == "moved from version 1 in MLflow"
+    assert gate_of("3")["anchor_version"] == "2"
+    client.delete_model_version("adfm", "2")
+    assert not promote_approved(PARAMS)
+    assert (history(PARAMS).production, history(PARAMS).anchor) == ("none", "none")
+    rollback(PARAMS)
+    assert aliases(anchor=True) == {"production": "1", "anchor": "1"}
+
+
 def test_a_version_that_is_deleted_while_it_is_promoted_is_never_in_production(store, add, monkeypatch, capsys):
     add(26)
     original = history_.append
