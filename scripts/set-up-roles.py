@@ -224,8 +224,8 @@ def report(auth: AuthServiceClient, role_ids: Mapping[str, int], resources: Reso
         if excess:
             status = 1
             print(
-                f"set-up-roles: {user} has {', '.join(excess)}. Name {user} with a role here, take the grant away in "
-                "MLflow (Admin, Roles), and see that default_permission in basic_auth.ini is READ.",
+                f"set-up-roles: {user} has {', '.join(excess)}. Name {user} with a role here, take the grant away, "
+                "and see that default_permission in basic_auth.ini is READ.",
                 file=sys.stderr,
             )
     return status

@@ -185,6 +185,10 @@ class History:
         """Whether a version was ever in production."""
         return any(step.action in MOVES and step.production == version for step in self.counting)
 
+    def was_brought_by(self, version: str) -> Step | None:
+        """The last move that brought a version into production, or put it back."""
+        return next((s for s in reversed(self.counting) if s.action in MOVES and s.production == version), None)
+
     def since(self, earlier: History) -> list[Step]:
         """The steps that count and that an earlier reading did not have."""
         return self.counting[len(earlier.counting) :]

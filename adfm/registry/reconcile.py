@@ -145,7 +145,19 @@ def user() -> str:
 
 
 def _check_begun(registry: Registry, model: RegisteredModel | None) -> None:
-    """Notice a history that was deleted whole, which would otherwise look like one that has not begun."""
+    """Notice that model and history are not of one another: one of them was deleted, renamed or made again.
+
+    A history that was deleted whole would otherwise look like one that has not begun, and a model that a reviewer
+    renamed like one whose versions were all deleted. The first step comes before the first move, so that the tag is
+    there when something moves.
+    """
+    if registry.history.move and (model is None or _BEGUN not in model.tags):
+        state = "is missing" if model is None else f"is not the one that its history is of: its tag {_BEGUN} is missing"
+        raise BrokenHistory(
+            f"The registered model {registry.name} {state}. Nothing moves. Somebody has renamed or deleted it, removed "
+            "the tag, or made a prompt of it (tag mlflow.prompt.is_prompt): an administrator finds it in MLflow and "
+            "undoes that."
+        )
     if model is None:
         return
     if registry.history.counting and _BEGUN not in model.tags:
@@ -200,6 +212,15 @@ def _aliases(history: History, versions: dict[str, ModelVersion]) -> dict[str, s
 
 
 def _lose(registry: Registry, move: Step) -> None:
+    """Write down that the version in production was deleted; before its aliases moved, the one before it stays."""
+    before = registry.history.was_brought_by(move.replaced)
+    if not move.finished and before and move.replaced in registry.versions:
+        why = f"version {move.production} was deleted before it was in production; version {move.replaced} stays"
+        state = {"production": move.replaced, "previous": before.previous, "replaced": move.production}
+        kept = {"decision": before.decision, "manifest": before.manifest}
+        registry.append("restore", move.replaced, why=why, **state, **kept)
+        _tell(registry, why)
+        return
     why = f"version {move.production}, which was in production, was deleted"
     state = {"production": NOBODY, "previous": move.previous, "replaced": move.production}
     registry.append("lost", move.production, why=why, **state)

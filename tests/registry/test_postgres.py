@@ -24,6 +24,8 @@ import yaml
 
 from adfm import tracking
 from adfm.params import Params
+from adfm.registry.audit import audit
+from adfm.registry.history import MOVES
 from adfm.registry.promotion import history, promote, rollback
 
 ROOT = Path(__file__).parents[2]
@@ -199,9 +201,14 @@ def log_in(monkeypatch: pytest.MonkeyPatch, uri: str, user: str) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORDS[user])
 
 
-def test_the_whole_path_and_a_restored_backup(postgres, database, tmp_path, monkeypatch, add) -> None:
-    """Register, approve, promote, roll back; dump, lose everything, restore: history, production, files and users."""
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working folder is the test's; before `add`, which writes a policy there."""
     monkeypatch.chdir(tmp_path)
+
+
+def test_the_whole_path_and_a_restored_backup(postgres, database, own_folder, add, tmp_path, monkeypatch) -> None:
+    """Register, approve, promote, roll back; dump, lose everything, restore: history, production, files and users."""
     home = tmp_path / "home"
     with mlflow_of_manifest(postgres, database, home) as uri:
         log_in(monkeypatch, uri, "admin")
@@ -212,11 +219,8 @@ def test_the_whole_path_and_a_restored_backup(postgres, database, tmp_path, monk
             promote(add(right), Params())
         rollback(Params())
         before = history(Params())
-        assert [(step.action, step.production) for step in before] == [
-            ("promote", "1"),
-            ("promote", "2"),
-            ("rollback", "1"),
-        ]
+        moves = [(step.action, step.production) for step in before.counting if step.action in MOVES]
+        assert moves == [("promote", "1"), ("promote", "2"), ("rollback", "1")]
     # The database first: every file that it names is in the later copy of the files.
     postgres.run("pg_dump", "--format", "custom", "--file", str(tmp_path / "mlflow.dump"), database)
     shutil.copytree(home / "files", tmp_path / "copy")
@@ -230,7 +234,8 @@ def test_the_whole_path_and_a_restored_backup(postgres, database, tmp_path, monk
     shutil.copytree(tmp_path / "copy", home / "files")
     with mlflow_of_manifest(postgres, database, home) as uri:
         log_in(monkeypatch, uri, "service")
-        assert history(Params()) == before
+        assert history(Params()).steps == before.steps
+        assert "everything is as the signed history says" in audit(Params())
         client = tracking.client()
         assert client.get_registered_model("adfm").aliases["production"] == "1"
         promote(add(38), Params())

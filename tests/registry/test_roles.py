@@ -719,6 +719,26 @@ def test_an_exchanged_file_is_neither_promoted_nor_served(plant, file, tmp_path)
         audit(plant.params)
 
 
+def test_files_that_the_submitter_signs_again_are_not_served(plant, tmp_path) -> None:
+    """The signature is right then. What was judged and promoted is in the history."""
+    plant.in_production(26, "1")
+    plant.log_in(READER)
+    folder, _ = fetch(f"models:/{plant.model}@production", Path(mkdtemp(dir=tmp_path)))
+    calibration = folder / "MLmodel"
+    calibration.write_text(calibration.read_text() + "\n# another\n")
+    plant.log_in(SUBMITTER)
+    signing.sign(folder, signing.keys())
+    for file in ("MLmodel", "model.sig"):
+        where = f"{plant.files('1')}/{file}"
+        content = (folder / file).read_bytes()
+        assert plant.server.call(SUBMITTER, "PUT", where, data=content).status_code == 200
+    plant.log_in(READER)
+    with pytest.raises(signing.Unverified, match="signed again, since it came into production"):
+        fetch(f"models:/{plant.model}@production", Path(mkdtemp(dir=tmp_path)))
+    with pytest.raises(AuditFailed, match="not those with which it came into production"):
+        audit(plant.params)
+
+
 def test_one_who_is_killed_between_gate_json_and_its_tags_is_finished_by_the_next(plant, monkeypatch) -> None:
     plant.submit(26)
     original = MlflowClient.log_model_artifact
@@ -781,9 +801,6 @@ def test_a_version_that_is_deleted_between_approval_and_move_is_never_in_product
     assert "was deleted while it was promoted; it is not in production" in problem
     assert "version 2 of" not in capsys.readouterr().out.replace(f"version 2 of {plant.model} was deleted", "")
     assert plant.look() == ""
-    assert plant.production() == (None, None)
-    plant.log_in(SERVICE)
-    rollback(plant.params)
     assert plant.production() == ("1", "1")
 
 
@@ -816,3 +833,19 @@ def test_markup_in_a_category_stays_text(plant) -> None:
         assert not re.search(
             r"(?<!\\)<img|(?<![\\!])\[Approve\]\(javascript|(?<!\\)!\[x\]\(|\x1b|^# \[", text, re.MULTILINE
         )
+
+
+def test_a_reviewer_can_hinder_but_move_nothing(plant) -> None:
+    """Rename the model, or make a prompt of it: the service says what is wrong, and an administrator undoes it."""
+    plant.in_production(26, "1")
+    prompt = {"name": plant.model, "key": "mlflow.prompt.is_prompt", "value": "true"}
+    plant.server.ok(REVIEWER, "POST", f"{API}/registered-models/set-tag", json=prompt)
+    assert plant.look() != ""
+    plant.server.ok("admin", "DELETE", f"{API}/registered-models/delete-tag", json=prompt)
+    away = {"name": plant.model, "new_name": f"{plant.model}-away"}
+    plant.server.ok(REVIEWER, "POST", f"{API}/registered-models/rename", json=away)
+    assert plant.look() != ""
+    back = {"name": f"{plant.model}-away", "new_name": plant.model}
+    plant.server.ok("admin", "POST", f"{API}/registered-models/rename", json=back)
+    assert plant.look() == ""
+    assert plant.production() == ("1", "1")
