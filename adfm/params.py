@@ -217,8 +217,7 @@ class Register(Section):
     @field_validator("model")
     @classmethod
     def _a_model(cls, name: str) -> str:
-        # The name stands in URIs (models:/NAME/1), in MLflow's search expressions and, with -approvals behind it, as
-        # the name of a webhook, for which MLflow takes these characters and 63 of them.
+        # The name stands in URIs (models:/NAME/1) and in MLflow's search expressions.
         if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,51}[A-Za-z0-9])?", name):
             raise ValueError(
                 f"{name!r} should be 1 to 53 letters (A to Z), digits, dots, underscores and hyphens, with a letter or "

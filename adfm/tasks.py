@@ -258,18 +258,24 @@ def version_link(model: str, version: str) -> str:
 
 
 def promote(version: str, settings: str, by: str, page: str) -> None:
-    """Promotes a version, or what is newly approved if none is named, and writes the history as a page.
+    """Promotes a version, and writes the history as a page.
+
+    If none is named, does what the approvals service does at each look: accepts submissions, then promotes what is
+    newly approved.
 
     Raises:
-        AdfmError: As `adfm.registry.promotion.promote`.
+        AdfmError: As `adfm.registry.registration.accept` and `adfm.registry.promotion.promote`.
     """
-    from adfm.registry import history, promotion
+    from adfm.registry import history, promotion, reconcile, registration
 
     asked = begin(settings)
     try:
         if version:
             promotion.promote(version, asked, by)
-        elif not promotion.promote_approved(asked, by):
+            return
+        with reconcile.client() as store:
+            registration.accept(store, asked)
+        if not promotion.promote_approved(asked, by):
             print(f"no version of {asked.register_.model} is newly approved; nothing to do")
     finally:
         Path(page).parent.mkdir(parents=True, exist_ok=True)

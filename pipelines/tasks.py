@@ -62,8 +62,8 @@ PULL_SECRET = "adfm-registry"
 KEYS = "/etc/adfm/keys"
 """Where the public keys are mounted, for every task."""
 
-PRIVATE_KEYS = {"register": "adfm-signing", "promote": "adfm-service-signing"}
-"""Secrets with the private keys of the tasks that sign: versions as a submitter, moves of production as the service."""
+SIGNING = "adfm-signing"
+"""The secret with the private key of the tasks that sign: `register` as a submitter, `promote` as the service."""
 
 SHARED_MEMORY = "8Gi"
 WORKSPACE, WORKSPACE_CLAIM = "/workspace", "adfm-workspace"
@@ -83,8 +83,8 @@ def give(task: dsl.PipelineTask, name: str) -> dsl.PipelineTask:
     kubernetes.set_image_pull_secrets(task, [PULL_SECRET])
     for secret, keys in SECRETS.items():
         kubernetes.use_secret_as_env(task, secret, keys, optional=True)
-    if name in PRIVATE_KEYS:
-        kubernetes.use_secret_as_volume(task, PRIVATE_KEYS[name], KEYS, optional=True)
+    if name in ("register", "promote"):
+        kubernetes.use_secret_as_volume(task, SIGNING, KEYS, optional=True)
     for role in ("submitters", "service"):
         kubernetes.use_config_map_as_volume(task, f"adfm-{role}", f"{KEYS}/{role}", optional=True)
     return task

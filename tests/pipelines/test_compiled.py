@@ -112,8 +112,7 @@ def test_each_task_is_given_what_the_table_says(name: str, task: str) -> None:
     # Every task can verify; those alone that sign have a private key.
     assert [each["configMapName"] for each in given["configMapAsVolume"]] == ["adfm-submitters", "adfm-service"]
     private = [(each["secretName"], each["mountPath"]) for each in given.get("secretAsVolume", [])]
-    signs = {"register": "adfm-signing", "promote": "adfm-service-signing"}
-    assert private == ([(signs[task], "/etc/adfm/keys")] if task in signs else [])
+    assert private == ([("adfm-signing", "/etc/adfm/keys")] if task in ("register", "promote") else [])
     assert ("nodeSelector" in given, "tolerations" in given, "emptyDirMounts" in given) == (gpu, gpu, gpu)
     claims = [mount["constant"] for mount in given.get("pvcMount", [])]
     assert claims == (["adfm-workspace"] if task == "train-on-nodes" else [])
