@@ -117,9 +117,14 @@ def load(
     Raises:
         AdfmError: It cannot be found or loaded.
     """
-    local, name = loading.fetch(model, to)
-    if name.startswith("models:"):
-        own, calibration, guard = read_version(Path(local).parent)  # which `fetch` has verified as a whole
+    local: str | Path = model
+    name = model
+    if model.startswith("models:"):
+        from adfm.registry import verified
+
+        folder, name = verified.fetch(model, to)
+        local = folder / "model"
+        own, calibration, guard = read_version(folder)
     else:
         own = (loading.describe(Path(local)) or {}).get("params")
         calibration, guard = Calibration(note="only a registered version has a threshold"), None

@@ -15,18 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from adfm import tracking
 from adfm.errors import AdfmError
-from adfm.models import loading
-from adfm.registry import history, shadow, signing
-
-PRODUCTION = "production"
-
-
-class NotInProduction(AdfmError):
-    """The alias `production` is not where the history says that it is."""
-
-    exit_code = 2
+from adfm.registry import shadow, verified
 
 
 def serve(model: str, host: str, port: int, workers: int, candidate: str | None = None) -> None:
@@ -48,58 +38,16 @@ def serve(model: str, host: str, port: int, workers: int, candidate: str | None 
     if workers < 1:
         raise AdfmError(f"--workers {workers}: there must be at least one.")
     with _bind(host, port) as listener, TemporaryDirectory(prefix="adfm-serve-") as private:  # mode 0700
-        folder, about = fetch(model, Path(private))
+        folder, name = verified.fetch(model, Path(private))
+        about = f"{name} is verified"
         os.environ.pop(shadow.FOLDER, None)  # a folder that nobody has verified
         if candidate:
-            beside, verified = fetch(candidate, Path(private))
+            beside, name = verified.fetch(candidate, Path(private))
             os.environ[shadow.FOLDER] = str(beside)
-            about += f"; in its shadow, {verified}"
+            about += f", and in its shadow {name}"
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         print(f"adfm: {about}; loading it to serve on {address}", file=sys.stderr, flush=True)
         _run(folder, listener, workers)
-
-
-def fetch(model: str, to: Path) -> tuple[Path, str]:
-    """Downloads and verifies a version to serve.
-
-    Args:
-        model: As in `serve`.
-        to: An existing folder, which nobody else can write to.
-
-    Returns:
-        The folder of the version, and what was verified, in words.
-
-    Raises:
-        AdfmError: As in `serve`.
-    """
-    with tracking.store_errors(tracking.configure()):
-        version = loading.registered(model)
-        folder = loading.check_unchanged(version, to).parent
-        about = f"version {version.version} of {version.name} has the files that were signed"
-        if model.endswith(f"@{PRODUCTION}"):
-            _check_production(folder, version.name, str(version.version))
-            about += " and is in production"
-    return folder, about
-
-
-def _check_production(folder: Path, name: str, number: str) -> None:
-    """The history decides what is in production; an alias can be moved by anybody who may edit the model."""
-    from mlflow import MlflowClient
-
-    seen = history.read(MlflowClient(), name, signing.keys())
-    if seen.production != number:
-        recorded = "none" if seen.production == history.NOBODY else f"version {seen.production}"
-        raise NotInProduction(
-            f"The alias {PRODUCTION} of {name} points at version {number}, and its history has {recorded} in "
-            f"production: somebody has moved the alias by hand, or is moving it now. Try again; `adfm promote` puts it "
-            f"back. models:/{name}/{number} serves this version all the same."
-        )
-    came = seen.last("promote", "rollback", "restore", version=number)
-    if came is None or came.manifest != signing.manifest(folder):
-        raise signing.Unverified(
-            f"models:/{name}/{number}: its files were changed, and signed again, since it came into production. Find "
-            "out who did it (`adfm audit`), and register the model again with `adfm register`."
-        )
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -38,7 +38,7 @@ from adfm.registry.history import NOBODY, Forbidden
 from adfm.registry.promotion import approve, history, rollback
 from adfm.registry.reconcile import Refused
 from adfm.registry.registration import NotAccepted, register, set_policy
-from adfm.registry.server import fetch
+from adfm.registry.verified import fetch
 
 ROOT = Path(__file__).parents[2]
 API, API3 = "/api/2.0/mlflow", "/api/3.0/mlflow"

@@ -241,6 +241,20 @@ def test_files_that_were_signed_again_since_the_promotion_are_refused(
     assert "models:/adfm/1: its files were changed, and signed again, since it came into production" in message
 
 
+def test_files_that_were_signed_again_since_the_decision_are_refused(
+    version: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client, keys = tracking.client(), signing.keys()
+    seen = history.read(client, "adfm", keys)
+    history.append(client, "adfm", keys, seen, "judge", "1", manifest=signing.manifest(version))
+    (version / "evaluation" / "metrics.json").write_text("better")
+    signing.sign(version, keys)
+    assert "signed again, since the gate decided on them" in refused(capsys, "models:/adfm/1")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    assert main(["predict", str(tmp_path / "a.png"), "--model", "models:/adfm/1"]) == 2
+    assert "signed again, since the gate decided on them" in capsys.readouterr().err
+
+
 def test_what_names_no_version_is_an_error(version: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for model, says in [
         ("models:/adfm@production", "No version of adfm has the alias production in MLflow"),
@@ -275,10 +289,7 @@ def test_the_verified_copy_is_served_until_stopped(workers: str, version: Path, 
     move("1", version)
     process, address = serve("--workers", workers)
     log = (tmp_path / "serve-0.log").read_text()
-    assert (
-        f"version 1 of adfm has the files that were signed and is in production; loading it to serve on {address}"
-        in log
-    )
+    assert f"models:/adfm/1 is verified; loading it to serve on {address}" in log
     path, params, _ = post(address, "")
     assert Path(path).is_relative_to(tmp_path / "private") and params == "content: params.yaml\n"
     above = next(folder for folder in Path(path).parents if folder.parent == tmp_path / "private")
