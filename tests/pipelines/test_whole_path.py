@@ -113,8 +113,7 @@ def test_a_promotion_makes_stale_what_judges(finished: Checkout, tmp_path: Path)
     checkout = Checkout.__new__(Checkout)
     checkout.folder = tmp_path / "copy"
     shutil.copytree(finished.folder, checkout.folder, symlinks=True)
-    approve = "import mlflow; mlflow.MlflowClient().set_model_version_tag('adfm', '1', 'approval', 'approved')"
-    checkout.run(sys.executable, "-c", f"from adfm import tracking; tracking.configure(); {approve}")
+    checkout.run(sys.executable, "-m", "adfm", "approve", "1")
     checkout.run(sys.executable, "-m", "adfm", "promote", "1")
 
     def evaluated() -> list[str]:
@@ -128,7 +127,8 @@ def test_a_promotion_makes_stale_what_judges(finished: Checkout, tmp_path: Path)
     assert checkout.repro() == ALWAYS
 
     checkout.settings(*SMALL, "train.learning_rate=2e-4")
-    assert checkout.repro()[-3:] == ["train", "evaluate", "register"]
+    ran = checkout.repro()
+    assert "train" in ran and ran[-2:] == ["evaluate", "register"]
     assert evaluated() == ["base", "warmup", "production", "trained"]
     assert json.loads((checkout.folder / "registration" / "gate.json").read_text())["production_version"] == "1"
     assert checkout.repro() == ALWAYS

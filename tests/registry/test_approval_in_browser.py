@@ -49,7 +49,7 @@ def edit(page: Page, key: str, value: str) -> None:
 def decide(page: Page, version: str, value: str, by: str = "Rita") -> None:
     """Opens a version's page and edits its tags `approval` and `approval_by`, as the description says."""
     page.goto(version)
-    page.get_by_text("passed").first.wait_for()
+    page.locator("tr[data-row-key=gate]").get_by_text("passed").wait_for()
     edit(page, "approval", value)
     edit(page, "approval_by", by)
 
