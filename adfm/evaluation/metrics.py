@@ -562,8 +562,8 @@ def _limits(table: pd.DataFrame, names: Sequence[str] | None = None) -> dict[str
         below, above = (math.hypot(*(rates[name] - limits[name][end] for name in rates)) / 2 for end in (0, 1))
         middle = sum(rates.values()) / 2
         limits["balanced_accuracy"] = middle - below, middle + above
-    wanted = [name for name in limits if names is None or name in names]
-    return {f"{name}{end}": limits[name][place] for name in wanted for place, end in enumerate(("_low", "_high"))}
+    chosen = [name for name in limits if names is None or name in names]
+    return {f"{name}{end}": limits[name][place] for name in chosen for place, end in enumerate(("_low", "_high"))}
 
 
 def confidence_limits(

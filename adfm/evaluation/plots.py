@@ -63,10 +63,10 @@ def confusion(tables: Mapping[str, pd.DataFrame], path: Path) -> None:
     with drawn(path, 2.9 * len(tables) + 0.7, 2.5) as figure:
         for i, (name, table) in enumerate(tables.items()):
             axes = figure.add_subplot(1, len(tables), i + 1)
-            said = metrics.as_decided(table)["predicted"].astype(object)
-            said = said.where(said.notna(), "unparseable")
+            given = metrics.as_decided(table)["predicted"].astype(object)
+            given = given.where(given.notna(), "unparseable")
             counts = np.array(
-                [[((table["label"] == label) & (said == a)).sum() for a in answers] for label in answers[:2]]
+                [[((table["label"] == label) & (given == a)).sum() for a in answers] for label in answers[:2]]
             )
             shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
             axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")

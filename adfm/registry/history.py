@@ -92,7 +92,7 @@ class Step:
         submission: Id of the logged model that was submitted.
         submitted_by: Who submitted it.
         signer: Id of the key that signed the version.
-        contents: Digests of model, predictions and test images: tells one candidate from another.
+        contents: Digests of model, judged predictions and test images: tells one candidate from another.
         fingerprint: Fingerprint of the test set.
         look: How many versions the test set had judged, this one included.
         policy: Digest of the policy; of a step `policy`, the policy's text.

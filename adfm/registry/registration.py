@@ -167,24 +167,24 @@ def adopt_policy(registry: Registry, first: Policy | None = None) -> Registry:
         first: The policy to register where there is none yet, and no reviewer has set one.
     """
     store, name = registry.store, registry.name
-    wanted: Policy | None
+    proposed: Policy | None
     while True:
         model = reconcile.registered_model(store, name)
         tags = model.tags if model else {}
         text, by = tags.get("policy", ""), tags.get("policy_by", "")
         try:
             if text.strip():
-                wanted = policy.loads(text, "the tag policy")
+                proposed = policy.loads(text, "the tag policy")
             else:
-                wanted = None if registry.history.policy else first
+                proposed = None if registry.history.policy else first
         except policy.PolicyError as error:
             _answer(store, name, tags, str(error))
             return registry
-        if wanted is None or policy.dumps(wanted) == registry.history.policy:
+        if proposed is None or policy.dumps(proposed) == registry.history.policy:
             _answer(store, name, tags, "")
             return registry
-        lines = _changes(registry.history.policy, wanted)
-        step = registry.append("policy", NOBODY, policy=policy.dumps(wanted), by=by or reconcile.user(), why=lines)
+        lines = _changes(registry.history.policy, proposed)
+        step = registry.append("policy", NOBODY, policy=policy.dumps(proposed), by=by or reconcile.user(), why=lines)
         registry = settle(store, name)
         if not step.void:
             print(f"{name}: policy registered as step {step.number} of the history: {lines}")
@@ -216,11 +216,11 @@ def set_policy(file: Path, params: Params) -> None:
     Raises:
         AdfmError: The file is not a policy, or the login may not edit the registered model.
     """
-    wanted, name = policy.load(file), params.register_.model
+    proposed, name = policy.load(file), params.register_.model
     with reconcile.client() as store:
         _make_model(store, name)
         with history_.allowed(name, "edit"):
-            for key, value in (("policy_by", reconcile.user()), ("policy", policy.dumps(wanted))):
+            for key, value in (("policy_by", reconcile.user()), ("policy", policy.dumps(proposed))):
                 store.set_registered_model_tag(name, key, value)
         if _is_service(store, name):
             adopt_policy(settle(store, name))
@@ -417,10 +417,10 @@ def _headline(version: ModelVersion, step: Step) -> str:
     return f"version {version.version} of {version.name}: gate {step.verdict}"
 
 
-def _changes(registered: str | None, wanted: Policy) -> str:
+def _changes(registered: str | None, proposed: Policy) -> str:
     if registered is None:
         return "the first policy"
-    return "; ".join(policy.difference(policy.loads(registered, "the registered policy"), wanted))
+    return "; ".join(policy.difference(policy.loads(registered, "the registered policy"), proposed))
 
 
 def _answer(store: MlflowClient, name: str, tags: Mapping[str, str], problem: str) -> None:
