@@ -36,7 +36,7 @@ from adfm.evaluation import guard as guard_
 from adfm.evaluation.evaluate import evaluate
 from adfm.files import file_digest, write_json
 from adfm.params import Params
-from adfm.registry import pyfunc, serving
+from adfm.registry import history, pyfunc, serving, signing
 from adfm.registry.registration import register
 
 BASE = "embedded://tiny-base"
@@ -491,7 +491,11 @@ def address(store: Path, make_shards: Any, make_evaluation: Any, adapter: Path, 
     shards = make_shards(tmp_path / "shards")
     params = Params()
     register(adapter, shards, make_evaluation(tmp_path / "evaluation", shards, 36), tmp_path / "out", params)
-    tracking.client().set_registered_model_alias("adfm", "production", "1")
+    client, keys = tracking.client(), signing.keys()
+    seen = history.read(client, "adfm", keys)
+    moved = {"production": "1", "previous": "none", "replaced": "none", "manifest": seen.last("judge").manifest}
+    history.append(client, "adfm", keys, seen, "promote", "1", **moved)
+    client.set_registered_model_alias("adfm", "production", "1")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from adfm.cli import main
 from adfm.errors import AdfmError
-from adfm.registry import servelog, server, shadow
+from adfm.registry import servelog, server, shadow, verified
 from adfm.registry.shadow import Shadow, Turns
 
 
@@ -307,7 +307,7 @@ def test_a_shadow_is_verified_before_it_is_loaded(monkeypatch: pytest.MonkeyPatc
         return to / model.rpartition("/")[2], f"{model} verified"
 
     monkeypatch.setenv(shadow.FOLDER, "/unverified")
-    monkeypatch.setattr(server, "fetch", fetch)
+    monkeypatch.setattr(verified, "fetch", fetch)
     monkeypatch.setattr(server, "_run", lambda *arguments: folders.append(os.environ.get(shadow.FOLDER)))
     assert main(["serve", "models:/adfm/7", "--port", "0", "--shadow", "models:/adfm/8"]) == 0
     assert main(["serve", "models:/adfm/7", "--port", "0"]) == 0
