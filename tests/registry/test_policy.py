@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from adfm.registry.policy import METRICS, Policy, PolicyError, difference, digest, dumps, load, loads
+
+SHIPPED = Path(__file__).parents[2] / "gate.yaml"
+
+
+def test_the_shipped_policy_is_the_default() -> None:
+    assert load(SHIPPED) == loads("") == Policy()
+    assert [*Policy().whole] == [*Policy().parts] == [*METRICS]
+    assert [*METRICS][:2] == ["accuracy", "iou"]
+
+
+def test_without_a_file_the_default_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load() == Policy()
+    (tmp_path / "gate.yaml").write_text("looks: 3")
+    assert load().looks == 3
+
+
+def test_a_policy_survives_its_text_and_keeps_its_digest() -> None:
+    policy = loads("level: 0.1\nwhole: {iou: {limit: null, margin: null}}\napprovers: [Ünal]")
+    assert loads(dumps(policy)) == policy and digest(loads(dumps(policy))) == digest(policy) != digest(Policy())
+
+
+def test_what_a_policy_says_otherwise_is_listed_by_key() -> None:
+    own = loads("level: 0.1\nwhole: {iou: {margin: null}}\napprovers: [anna]")
+    assert difference(Policy(), own) == [
+        "level: 0.1 instead of 0.05",
+        "whole.iou.margin: null instead of 0.05",
+        "approvers: ['anna'] instead of []",
+    ]
+    assert difference(own, own) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("whole: {recal: {limit: 1}}", "gate.yaml line 1: whole: there is no metric 'recal'"),
+        ("whole: {iou: {limt: 1}}", "there is no setting whole.iou.limt; the nearest is whole.iou.limit"),
+        ("looks: 0", "looks should be greater than 0, not 0"),
+        ("parts: 3", "parts should be a section with keys, not 3"),
+        ("enough: 5\nenough: 6", "gate.yaml line 2: enough is set already in line 1"),
+        ("whole: [", "gate.yaml line 1 is not YAML"),
+    ],
+)
+def test_a_policy_that_cannot_be_used_names_line_and_key(text: str, message: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        loads(text)
+    assert message in str(caught.value) and caught.value.exit_code == 2
+
+
+def test_a_file_that_cannot_be_read_is_bad_input(tmp_path: Path) -> None:
+    (tmp_path / "gate.yaml").write_bytes(b"\xff\xfe")
+    for file in (tmp_path / "gate.yaml", tmp_path / "missing.yaml"):
+        with pytest.raises(PolicyError, match="cannot be read") as caught:
+            load(file)
+        assert caught.value.exit_code == 2
