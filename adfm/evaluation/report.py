@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 SIDE = 512
 """Pictures are made smaller until neither side is longer, in pixels."""
 
-_FIRST_SHOWN = ("miss_rate_at_threshold", "overkill_at_threshold", "miss_rate", "overkill")
+_LEADING = ("miss_rate_at_threshold", "overkill_at_threshold", "miss_rate", "overkill")
 _AT_THRESHOLD = ("threshold", *(f"{metric}_at_threshold" for metric in metrics.AT_THRESHOLD), "ece_of_score", "ece")
 _TITLES = {
     "iou_at_threshold": "IoU at threshold",
     "miss_rate_at_threshold": "escape rate at threshold",
     "ece_of_score": "error of the score",
 }
-SHOWN = tuple(dict.fromkeys((*_FIRST_SHOWN, *metrics.HEADLINE, "precision", *_AT_THRESHOLD)))
+SHOWN = tuple(dict.fromkeys((*_LEADING, *metrics.HEADLINE, "precision", *_AT_THRESHOLD)))
 """The metrics of the page, escapes and overkill first."""
 
 _FIRST = 12  # of each gallery, in the page itself

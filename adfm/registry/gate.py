@@ -53,7 +53,8 @@ class Answer:
         verdict: `passed`, `failed`, `cannot tell`; `not judged` where there are too few images.
         bound: The confidence limit of the value, or of the loss; of `gain` the p-value. `None` without images.
         limit: What it is compared with: the policy's limit or margin; of `gain` the level.
-        needed: Number of images that would tell, if what was measured is true; `None` if it is told, or none would.
+        needed: Number of images that would tell, if the measured value is true; `None` if no more are needed, or
+            no number would do.
         kind: Which images these are.
     """
 

@@ -183,7 +183,7 @@ class History:
 
     def was_in_production(self, version: str) -> bool:
         """Whether a version was ever in production."""
-        return any(step.action in MOVES and step.production == version for step in self.counting)
+        return self.was_brought_by(version) is not None
 
     def was_brought_by(self, version: str) -> Step | None:
         """The last move that brought a version into production, or put it back."""
@@ -355,7 +355,7 @@ def _write(store: MlflowClient, name: str, tags: dict[str, str], words: str) -> 
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            _create(store, name)
+            create_model(store, _name(name), _ABOUT)
             insist(write)
 
 
@@ -483,7 +483,7 @@ def _name(name: str) -> str:
 
 
 def _head(store: MlflowClient, name: str) -> str | None:
-    """What the writers noted as the history's end: number and digest of a step; `None` if there is no history."""
+    """Number and digest of the last step, as its writer noted them; `None` if there is no history."""
     from mlflow.exceptions import MlflowException
 
     with allowed(_name(name)):
@@ -495,11 +495,12 @@ def _head(store: MlflowClient, name: str) -> str | None:
             return None
 
 
-def _create(store: MlflowClient, name: str) -> None:
+def create_model(store: MlflowClient, name: str, description: str | None = None) -> None:
+    """Make a registered model, unless somebody else has made it meanwhile."""
     from mlflow.exceptions import MlflowException
 
     try:
-        store.create_registered_model(_name(name), description=_ABOUT)
+        store.create_registered_model(name, description=description)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise

@@ -367,15 +367,8 @@ def _delete(store: MlflowClient, version: ModelVersion) -> None:
 
 
 def _make_model(store: MlflowClient, name: str) -> None:
-    from mlflow.exceptions import MlflowException
-
-    if reconcile.registered_model(store, name):
-        return
-    try:
-        store.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
+    if reconcile.registered_model(store, name) is None:
+        history_.create_model(store, name)
 
 
 def _accepted(store: MlflowClient, name: str, submission: str, wait: float) -> tuple[ModelVersion, Step]:

@@ -140,7 +140,7 @@ class Submission:
     @cached_property
     def contents(self) -> str:
         """Digests of model, predictions and test images."""
-        return _contents(self.folder / "model", self.folder / "evaluation", self.origin)
+        return _contents(self.folder / "evaluation", self.origin)
 
     def protocol(self) -> tuple[Any, Any]:
         """What must be equal for the predictions of two models to be comparable."""
@@ -230,7 +230,7 @@ def submit(
     settings = params.evaluate.model_dump(mode="json")
     ids = shards_.ids(shards, params.evaluate.split)
     _check_evaluation(evaluation, str(evaluation), origin, settings, ids)
-    if waiting := _same(registry, params, _contents(model, evaluation, origin)):
+    if waiting := _same(registry, params, _contents(evaluation, origin)):
         return waiting
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / "version"
@@ -300,7 +300,7 @@ def _json(file: Path) -> dict[str, Any]:
         raise Unfit(f"{file.name} is missing or broken ({error})") from error
 
 
-def _contents(model: Path, evaluation: Path, origin: dict[str, Any]) -> str:
+def _contents(evaluation: Path, origin: dict[str, Any]) -> str:
     """Digests of model, judged predictions and test images, shortened for a tag.
 
     Of the predictions only what the gate judges counts: scores differ in their last digits from machine to machine.
@@ -308,7 +308,7 @@ def _contents(model: Path, evaluation: Path, origin: dict[str, Any]) -> str:
     predictions = tables.read(evaluation / "predictions.parquet").sort_values("id")
     judged = [name for name in ("id", "predicted", "decision", "iou", "region_iou") if name in predictions]
     text = predictions[judged].to_csv(index=False, float_format="%.4f")
-    parts = (digest(model), hashlib.sha256(text.encode()).hexdigest(), str(origin["data"]["test"]))
+    parts = (str(origin["artifact_digest"]), hashlib.sha256(text.encode()).hexdigest(), str(origin["data"]["test"]))
     return "-".join(part[:32] for part in parts)
 
 

@@ -13,11 +13,10 @@ from adfm import tracking
 from adfm.errors import AdfmError
 from adfm.models import loading
 from adfm.registry import history, signing
+from adfm.registry.reconcile import PRODUCTION
 
 if TYPE_CHECKING:
     from adfm.registry.history import History
-
-PRODUCTION = "production"
 
 
 class NotInProduction(AdfmError):

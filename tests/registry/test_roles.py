@@ -39,6 +39,7 @@ from adfm.registry.promotion import approve, history, rollback
 from adfm.registry.reconcile import Refused
 from adfm.registry.registration import NotAccepted, register, set_policy
 from adfm.registry.verified import fetch
+from tests.registry import conftest
 
 ROOT = Path(__file__).parents[2]
 API, API3 = "/api/2.0/mlflow", "/api/3.0/mlflow"
@@ -447,15 +448,8 @@ def test_a_server_without_users_is_said(set_up, mlflow_server) -> None:
 
 
 # Which a few images fulfil; who approves is not who submitted.
-POLICY = """\
-level: 0.45
-whole:
-  accuracy: {limit: 0.5, margin: 0.9}
-  iou: {limit: null, margin: 0.9}
-  escape_rate: {limit: null, margin: 0.9}
-  overkill: {limit: null, margin: 0.9}
-parts: {}
-approvers: [carla, pipeline]
+POLICY = f"""\
+{conftest.POLICY}approvers: [carla, pipeline]
 team_of_one: false
 """
 
