@@ -9,3 +9,7 @@ class AdfmError(Exception):
     """
 
     exit_code = 1
+
+
+class Unreachable(AdfmError):
+    """A server or the network did not answer, or answered that it cannot now: the same may work in a minute."""

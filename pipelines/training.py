@@ -15,6 +15,7 @@ from kfp import dsl, kubernetes
 
 from adfm.errors import AdfmError
 from adfm.params import Params
+from adfm.pods import WORKSPACE, WORKSPACE_CLAIM
 from adfm.tasks import GPUS, check_gpus, fixed_revision
 from components.check.component import check
 from components.convert.component import convert, inspect_part
@@ -25,7 +26,7 @@ from components.register.component import register
 from components.train.component import train, train_on_nodes
 from components.validate.component import validate
 from components.warmup.component import warmup
-from pipelines.tasks import WORKSPACE, WORKSPACE_CLAIM, give, give_gpu
+from pipelines.tasks import give, give_gpu
 
 GPU_IMAGE = os.environ.get("ADFM_GPU_IMAGE", "localhost/adfm:gpu")
 

@@ -48,7 +48,7 @@ def train_on_nodes(
     from pathlib import Path
 
     from adfm import tasks
-    from adfm.training.launch import on_nodes
+    from adfm.training.nodes import on_nodes
 
     folder = Path(model.path)
     on_nodes(

@@ -63,7 +63,7 @@ def test_every_key_of_a_secret_that_is_needed_is_in_the_example() -> None:
         for variable in container["env"]
         if "valueFrom" in variable
     }
-    from pipelines.tasks import SECRETS
+    from adfm.pods import SECRETS
 
     used |= {(secret, key) for secret, keys in SECRETS.items() for key in keys}
     assert used <= shown

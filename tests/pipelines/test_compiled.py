@@ -36,8 +36,13 @@ PIPELINES = {
     "promotion": {"promote", "notify"},
 }
 SECRETS = {
-    "adfm-mlflow": {"MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"},
-    "adfm-s3": {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"},
+    "adfm-mlflow": {
+        "ADFM_MLFLOW_TRACKING_URI",
+        "ADFM_MLFLOW_TRACKING_USERNAME",
+        "ADFM_MLFLOW_TRACKING_PASSWORD",
+        "ADFM_MLFLOW_UI",
+    },
+    "adfm-s3": {"ADFM_S3_ACCESS_KEY_ID", "ADFM_S3_SECRET_ACCESS_KEY", "ADFM_S3_ENDPOINT_URL", "ADFM_S3_REGION"},
     "adfm-hub": {"HF_TOKEN"},
     "adfm-alerts": {"ADFM_ALERT_WEBHOOK"},
     "adfm-signing": {"ADFM_KEYS"},
