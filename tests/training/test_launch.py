@@ -57,6 +57,11 @@ def test_several_gpus_are_used_by_accelerate(tmp_path: Path, monkeypatch: pytest
     assert command[-7:-2] == ["adfm", "train", *(str(tmp_path / name) for name in "smo")]
 
 
+def test_a_batch_that_does_not_divide_starts_nothing(tmp_path: Path) -> None:
+    with pytest.raises(AdfmError, match="in each of 5 processes does not divide the 48"):
+        launch.on_gpus(tmp_path / "s", tmp_path / "m", tmp_path / "o", Params(), 5)
+
+
 # `accelerate launch --cpu --num_processes 2` starts one process.
 IN_TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
 

@@ -140,8 +140,6 @@ def test_without_a_volume_or_a_cluster_nothing_is_begun(tmp_path: Path, monkeypa
 
 
 def test_a_batch_that_does_not_divide_starts_nothing(cluster: Cluster, tmp_path: Path) -> None:
-    with pytest.raises(AdfmError, match="in each of 5 processes does not divide the 48"):
-        nodes.on_gpus(tmp_path / "s", tmp_path / "m", tmp_path / "o", Params(), 5)
     with pytest.raises(AdfmError, match="in each of 10 processes does not divide the 48"):
         on_nodes(tmp_path, gpus=5)
     assert cluster.created == 0
