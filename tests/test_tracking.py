@@ -143,7 +143,15 @@ def test_a_run_that_is_not_there(here, monkeypatch):
     with tracking.start_run("train", Params(), run_id="0" * 32) as run:
         assert run.info.run_id != "0" * 32
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
-    with pytest.raises(AdfmError, match=r"0000.*not found"), tracking.start_run("train", Params()):
+    with (
+        pytest.raises(AdfmError, match=rf"MLflow at sqlite:///{here}/mlflow\.db does not have the run 0000.* MLFLOW_RUN_ID"),
+        tracking.start_run("train", Params()),
+    ):
+        pass
+    assert os.environ["MLFLOW_RUN_ID"] == "0" * 32
+    tracking.client().delete_run(run.info.run_id)
+    monkeypatch.setenv("MLFLOW_RUN_ID", run.info.run_id)
+    with pytest.raises(AdfmError, match="or was deleted"), tracking.start_run("train", Params()):
         pass
 
 
@@ -187,7 +195,7 @@ def test_each_folder_has_its_own_store(here, tmp_path, monkeypatch):
     assert tracking.find_run(run.info.run_id) is None
 
 
-@pytest.mark.parametrize("login", ["", "someone:secret@"])
+@pytest.mark.parametrize("login", ["", "someone:hidden@"])
 def test_server_that_is_not_there(tmp_path, monkeypatch, login):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -201,7 +209,7 @@ def test_server_that_is_not_there(tmp_path, monkeypatch, login):
     assert f"MLflow at http://127.0.0.1:{port} failed" in str(caught.value)
     assert "Connection refused" in str(caught.value)
     assert "MLFLOW_TRACKING_URI" in str(caught.value)
-    assert "secret" not in str(caught.value)
+    assert "hidden" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
 
