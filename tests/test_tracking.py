@@ -144,7 +144,9 @@ def test_a_run_that_is_not_there(here, monkeypatch):
         assert run.info.run_id != "0" * 32
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
     with (
-        pytest.raises(AdfmError, match=rf"MLflow at sqlite:///{here}/mlflow\.db does not have the run 0000.* MLFLOW_RUN_ID"),
+        pytest.raises(
+            AdfmError, match=rf"MLflow at sqlite:///{here}/mlflow\.db does not have the run 0000.* MLFLOW_RUN_ID"
+        ),
         tracking.start_run("train", Params()),
     ):
         pass
@@ -182,6 +184,21 @@ def test_store_that_fails_during_the_run(tmp_path, store, monkeypatch):
             database.execute("DROP TABLE metrics")
         mlflow.log_metric("reward", 0.1)
     assert mlflow.active_run() is None
+
+
+def test_files_that_go_to_s3_without_a_server_between(here, monkeypatch, tmp_path):
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    tracking.client().create_experiment("direct", artifact_location="s3://bucket/direct")
+    says = r"(?s)MLflow at .*sends clients to S3, which failed: .*credentials.*--serve-artifacts"
+    with (
+        pytest.raises(AdfmError, match=says),
+        tracking.start_run("train", Params(register=Register(experiment="direct"))),
+    ):
+        pytest.fail("the body was run")
 
 
 def test_each_folder_has_its_own_store(here, tmp_path, monkeypatch):
