@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from adfm import environment, pods, tracking
-from adfm.data import s3
+from adfm.data import s3, sources
 from adfm.environment import set_environment
 from adfm.errors import AdfmError
 
@@ -301,6 +301,18 @@ def test_without_it_no_client_does(use: Use, server: str, monkeypatch: pytest.Mo
         use(server, monkeypatch)
     if use is use_mlflow:
         assert "name the authority's certificate (PEM) in ADFM_CA_BUNDLE" in str(error.value)
+
+
+@pytest.mark.usefixtures("no_aws")
+def test_a_source_whose_authority_is_unknown_says_what_to_set(
+    server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "REGION"):
+        monkeypatch.setenv(f"ADFM_S3_{name}", "any")
+    monkeypatch.setenv("ADFM_S3_ENDPOINT_URL", server)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(AdfmError, match=r"name the authority's certificate \(PEM\) in ADFM_CA_BUNDLE"):
+        sources.fetch("s3://data/line", tmp_path / "out")
 
 
 def test_git_trusts_it_for_dvc(authority: Authority, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
