@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adfm import __version__
+from adfm import __version__, cpus
 from adfm.errors import AdfmError
 from adfm.stopping import Stopped, Terminated, terminable
 from adfm.text import printable_output
@@ -104,6 +104,7 @@ def set_environment() -> None:
     """Keeps the libraries quiet and at home, before they are imported."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    cpus.limit_threads()
     os.environ.pop("HF_MLFLOW_LOG_ARTIFACTS", None)  # would upload every checkpoint
     # Of checkpoints with an adapter on the input embedding: intended, and in them alone.
     warnings.filterwarnings("ignore", "Setting `save_embedding_layers`", UserWarning)
