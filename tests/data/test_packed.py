@@ -249,6 +249,7 @@ def test_images_take_no_space_and_have_their_size(tmp_path: Path) -> None:
             "labels.csv": 12,
         }
         assert sum(path.stat().st_blocks for path in folder.iterdir()) * 512 < 2**16
+        assert [path.stat().st_mode & 0o777 for path in folder.glob("*.png")] == [0]  # to open it is an error
         assert (folder / "labels.csv").read_text() == "image,label\n"
         with ThreadPoolExecutor(8) as pool:
             names = ["large.tiff", "small.PNG", "empty.png", "labels.csv"] * 50
