@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adfm import tracking
+from adfm import cpus, tracking
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.evaluation.plots import GRID, TITLES, bare, drawn
@@ -112,7 +112,7 @@ def ablate(shards: Path, runs: Path, out: Path, params: Params, arms: Sequence[s
         tracking.configure()
         tracking.experiment(params.register_.experiment)
     failed = []
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = cpus.share(jobs)
     # A process a run: libraries keep state, and a run that dies takes no other with it.
     with (
         ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool,
@@ -170,7 +170,7 @@ def _run(shards: Path, run: Path, params: Params, threads: int) -> dict[str, Any
     log = (run / "log.txt").open("a")
     for stream in (sys.stdout, sys.stderr):
         os.dup2(log.fileno(), stream.fileno())
-    from adfm.cli import set_environment
+    from adfm.environment import set_environment
 
     set_environment()
     import torch

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from adfm import pods
+from adfm import cpus, pods
 from adfm.errors import AdfmError
 
 # Nothing is reported to anyone, and nothing is uploaded that was not asked for.
@@ -62,6 +62,7 @@ def set_environment() -> None:
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    cpus.limit_threads()
     os.environ.pop("HF_MLFLOW_LOG_ARTIFACTS", None)  # would upload every checkpoint
     # Of checkpoints with an adapter on the input embedding: intended, and in them alone.
     warnings.filterwarnings("ignore", "Setting `save_embedding_layers`", UserWarning)

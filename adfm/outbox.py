@@ -10,6 +10,7 @@ Training never waits for the server, and never fails because of it. The folder h
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -38,7 +39,7 @@ class Outbox:
     it says where the rest lies and how to send it.
 
     Args:
-        folder: Where it is kept; what lies there of other runs is sent, if they still exist.
+        folder: Where it is kept; what lies there of other runs is sent, unless they were deleted.
         run_id: The run.
     """
 
@@ -47,6 +48,8 @@ class Outbox:
         for other in set(folder.glob("*.jsonl")) - {self._journal}:
             try:
                 _finish(other)
+            except AdfmError as error:
+                print(f"{other}: still not sent: {error}")
             except Exception as error:  # whatever the store's client raises
                 print(f"{other}: still not sent: {_reason(error)}")
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,14 +86,15 @@ class Outbox:
         self._closing.set()
         self._news.set()
         self._thread.join(_LEAVE)
-        if kind is not None:
-            return
         if _is_sent(self._journal):
-            _remove(self._journal)
-        else:
+            if kind is None:
+                _remove(self._journal)
+            return
+        folder = _to_workspace(self._journal)
+        if kind is None:
             _say(
                 "MLflow is still away. The model is written all the same; the figures and pictures that MLflow lacks "
-                f"are in {self._folder}. When it is back, send them: adfm resend {self._folder}"
+                f"are in {folder}. When it is back, send them: adfm resend {folder}"
             )
 
     def _write(self, entry: dict[str, Any]) -> None:
@@ -135,28 +139,77 @@ class Outbox:
 
 
 def resend(folder: Path) -> None:
-    """Send what a training could not, with the times at which it happened, and remove `folder`.
+    """Send what a training could not, with the times at which it happened, and remove what was sent.
 
     Raises:
-        AdfmError: There is nothing of the kind in `folder`, or MLflow does not take it.
+        AdfmError: There is nothing of the kind in `folder`, MLflow does not take it, or runs were deleted there: what
+            waits for the others is sent first.
     """
     journals = sorted(folder.glob("*.jsonl"))
     if not journals:
         raise AdfmError(f"{folder} holds no figures that wait; training makes such a folder, <OUT>.unsent.")
     uri = tracking.configure()
+    deleted = []
     with tracking.store_errors(uri):
         for journal in journals:
-            _finish(journal)
-            print(f"run {journal.stem}: done")
+            try:
+                _finish(journal)
+                print(f"run {journal.stem}: done")
+            except _Deleted as error:
+                deleted.append(str(error))
+    if deleted:
+        raise AdfmError("\n".join(deleted))
+
+
+class _Deleted(AdfmError):
+    """MLflow does not have the run (any more)."""
 
 
 def _finish(journal: Path) -> None:
-    """Sends the rest of a journal and removes it; that of a run which was deleted is removed unsent."""
+    """Sends the rest of a journal and removes it.
+
+    Raises:
+        _Deleted: MLflow does not have the run; the journal stays as it is.
+    """
     _whole(journal)
-    if tracking.find_run(journal.stem):
-        _tag(journal.stem, "the last ones")
-        _send(journal)
+    _require_run(journal)
+    _tag(journal.stem, "the last ones")
+    _send(journal)
     _remove(journal)
+
+
+def _require_run(journal: Path) -> None:
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    run, place = journal.stem, tracking.without_login(mlflow.get_tracking_uri())
+    remove = f"If its figures are not wanted, remove {journal}"
+    try:
+        if mlflow.MlflowClient().get_run(run).info.lifecycle_stage == "active":
+            return
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise _Deleted(
+            f"run {run}: MLflow at {place} does not have it; was it deleted for good, or did the training use another "
+            f"server? Then set MLFLOW_TRACKING_URI and send again. Nothing is lost: all of it is still there. {remove}"
+        ) from None
+    raise _Deleted(
+        f"run {run}: was deleted in MLflow at {place}. Bring it back (`mlflow runs restore --run-id {run}`) and send "
+        f"again. Nothing is lost: all of it is still there. {remove}"
+    )
+
+
+def _to_workspace(journal: Path) -> Path:
+    """Move a journal out of the copy of the workspace that DVC removes, if it is in one; returns its folder."""
+    if tracking.home() == Path.cwd():
+        return journal.parent
+    folder = tracking.home() / os.path.relpath(journal.parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (journal, journal.with_suffix(".sent"), journal.with_suffix("")):
+        if path.exists():
+            shutil.move(path, folder / path.name)
+    return folder
 
 
 def _send(journal: Path) -> None:

@@ -1,8 +1,8 @@
 """Runs in MLflow: where they go, what every run carries, and what is said when the server is not there.
 
 `MLFLOW_TRACKING_URI` names a server; adfm/environment.py sets it on a cluster. Without it, runs and versions go to
-`mlflow.db` and files to `mlartifacts/`, both in the current folder, which `mlflow ui --backend-store-uri
-sqlite:///mlflow.db` shows.
+`mlflow.db` and files to `mlartifacts/`, both in the current folder (of DVC's experiments, in the workspace: see `home`),
+which `mlflow ui --backend-store-uri sqlite:///mlflow.db` shows.
 """
 
 from __future__ import annotations
@@ -74,7 +74,18 @@ def configure() -> str:
 
 def _uri() -> str:
     # Absolute, because MLflow keeps one connection per URI: a relative one would outlive a change of folder.
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(home() / 'mlflow.db').resolve()}"
+
+
+def home() -> Path:
+    """Folder of the embedded store, the keys and what else has to outlive a stage: the current one, absolute.
+
+    `dvc exp run --temp` and `--queue` run stages in a copy of the workspace below `.dvc/tmp`, which is removed at the
+    end, and name the workspace in `DVC_ROOT` (dvc/repo/experiments/queue/base.py): there it is the workspace.
+    """
+    here, root = Path.cwd(), os.environ.get("DVC_ROOT")
+    workspace = Path(root).resolve() if root else here
+    return workspace if here.is_relative_to(workspace / ".dvc" / "tmp") else here
 
 
 def store_is_missing() -> bool:

@@ -352,7 +352,7 @@ def _tar_members(archive: Path, grows: Callable[[int], None]) -> Iterator[_Membe
     with archive.open("rb") as raw:
         ending = archive.name.lower().rpartition(".")[2]
         stream = cast("IO[bytes]", _DECOMPRESSED[ending](raw) if ending in _DECOMPRESSED else raw)
-        with tarfile.open(fileobj=stream, mode="r|", tarinfo=_TarInfo, encoding="utf-8") as file:
+        with tarfile.open(fileobj=stream, mode="r|", tarinfo=StrictTarInfo, encoding="utf-8") as file:
             while info := file.next():
                 file.members = []  # type: ignore[attr-defined]  # it would keep them all
                 grows(info.size)
@@ -370,7 +370,9 @@ def _tar_members(archive: Path, grows: Callable[[int], None]) -> Iterator[_Membe
             grows(len(rest))
 
 
-class _TarInfo(tarfile.TarInfo):
+class StrictTarInfo(tarfile.TarInfo):
+    """Headers of a tar of which damage is an error."""
+
     @classmethod
     def fromtarfile(cls, file: tarfile.TarFile) -> Self:
         """As of `TarInfo`; but a damaged header or a missing end mark, which end a `TarFile` in silence, are errors."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,6 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image
 
+from adfm import cpus
 from adfm.data.duplicates import clusters
 from adfm.data.problems import EXAMPLES
 from adfm.data.readers import files
@@ -87,7 +87,7 @@ def _same_pixels(
         images["sha256"].take(some).to_numpy(zero_copy_only=False), return_index=True, return_inverse=True
     )
     order = np.argsort(first)  # each file once, in the order of the rows
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cpus.count()) as pool:
         paths = [raw / row["file"] for row in rows(some[first[order]], ["file"])]
         digests = np.array([*pool.map(partial(_pixels, decode), paths)], object)
     return some[repeated(pa.array(digests[np.argsort(order)][which], pa.string()))]

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from adfm import __version__
+from adfm import __version__, cpus
 from adfm.data import contradictions, duplicates, inspection, inventory, samples, shards, splits, summary
 from adfm.data.images import GreyRange, upright
 from adfm.data.problems import BadData, MissingImage
@@ -236,7 +236,7 @@ def _inspected(raw: _Raw, work: Path, params: Params, part: int = 1, of: int = 1
                     unfinished.append((path, key, run))
                     yield from run
 
-    with progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with progress, ThreadPoolExecutor(cpus.count()) as pool:
         rows: list[dict[str, Any]] = []
         saving: Future[None] | None = None
         # One `map` over all runs: the threads have work while a run is saved and the next one is looked up.
@@ -353,7 +353,7 @@ def _save(rows: list[dict[str, Any]], path: Path, key: _Key) -> None:
 def map_in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """`map` in threads (Pillow, SciPy and hashing free the interpreter lock), only a few items ahead of who uses it."""
     ahead: deque[Future[R]] = deque()
-    limit = 2 * (os.cpu_count() or 1)
+    limit = 2 * cpus.count()
     try:
         for item in items:
             ahead.append(pool.submit(function, item))
@@ -402,7 +402,7 @@ def _joined(parts: Sequence[Path], raw: _Raw, params: Params) -> list[Path]:
     runs: list[Path] = []
     wrong: list[str] = []
     strangers = set()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cpus.count()) as pool:
         for number, run in enumerate(_runs(raw.samples(params), params.convert.missing, wrong)):
             folder = found[number % of + 1]
             path = folder / f"{number:06d}.parquet"
@@ -498,7 +498,7 @@ def _write(
         path.unlink()
     written.write_text(plan.hexdigest())
     progress = tqdm(total=len(assigned), desc="write", unit="image", disable=None)
-    with progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with progress, ThreadPoolExecutor(cpus.count()) as pool:
         for code, split in enumerate(SPLITS):
             images = np.flatnonzero(assigned == code)
             for number, first in enumerate(range(0, len(images), shard_images)):

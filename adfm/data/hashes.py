@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from adfm import cpus
 from adfm.data import duplicates
 from adfm.data import shards as shards_
 from adfm.data.images import reduced
@@ -79,7 +80,7 @@ def collect(shards: Path, splits: Sequence[str]) -> pa.Table:
     present = [split for split in splits if any(shards.glob(f"{split}-*.parquet"))]
     batches = []
     progress = tqdm(desc="hash", unit="image", disable=None)
-    with progress, ThreadPoolExecutor() as pool, warnings.catch_warnings():
+    with progress, ThreadPoolExecutor(cpus.count()) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, on damaged and on huge images
         for split in present:
             for rows in shards_.batches(shards, split, ["id", "image", "category", "sha256", "group"]):

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from adfm.data import duplicates, images, masks
+from adfm.data import contents, duplicates, images, masks
 from adfm.data.images import GreyRange, png, reason
 from adfm.data.readers import files
 from adfm.params import Convert
@@ -383,7 +383,7 @@ def _mask(
     file = None
     for path in sample.masks:
         try:
-            content = path.read_bytes()
+            content = contents.read(path)
             part, plain = masks.decode(content, orientation, settings.mask_threshold, notes)
             if orientation != 1 and part.shape != (height, width):  # drawn on the upright image
                 part, _ = masks.decode(content, 1, settings.mask_threshold, notes)

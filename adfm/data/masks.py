@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageDraw, ImageOps
 
+from adfm.data import contents
 from adfm.data.images import open_image
 from adfm.records import Box, Polygon, Rle
 
@@ -33,7 +34,7 @@ _NEIGHBOURS = np.ones((3, 3))
 
 def load_mask(path: Path, orientation: int = 1, threshold: float = 0.5, notes: list[str] | None = None) -> Mask:
     """Reads a mask file; see `decode`."""
-    return decode(path.read_bytes(), orientation, threshold, notes)[0]
+    return decode(contents.read(path), orientation, threshold, notes)[0]
 
 
 def decode(content: bytes, orientation: int, threshold: float, notes: list[str] | None = None) -> tuple[Mask, bool]:

@@ -6,7 +6,6 @@ import hashlib
 import heapq
 import html
 import io
-import os
 import textwrap
 import warnings
 from collections import Counter, defaultdict
@@ -20,6 +19,7 @@ from typing import NamedTuple, TypeVar
 
 from PIL import Image, ImageDraw, ImageFont
 
+from adfm import cpus
 from adfm.data import inspection, pictures, samples, shards
 from adfm.data.pictures import Picture
 from adfm.data.readers import files, resolve
@@ -163,7 +163,7 @@ def _in_turn(lists: Iterable[list[_T]]) -> Iterator[_T]:
 def _tiles(folder: Path, chosen: list[_Entry], side: int, settings: Convert) -> Iterator[tuple[_Entry, Picture]]:
     numbers = [entry.content for entry in chosen if isinstance(entry.content, int)]
     found = {number: pictures.of_row(row, side) for number, row in pictures.rows(folder, numbers)}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cpus.count()) as pool:
         yield from pool.map(partial(_tile, found, side, settings), chosen)
 
 

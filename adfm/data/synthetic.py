@@ -13,7 +13,6 @@ are `[size, size]` or `[size, size, 3]`; coordinates are pixels with the origin 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from adfm import cpus
 from adfm.errors import AdfmError
 from adfm.stopping import signals_blocked
 
@@ -504,7 +504,7 @@ def on_all_cores(draw: Callable[..., T], *columns: Sequence[Any], chunksize: int
         columns: Equally long.
         chunksize: Rows that a process gets at a time.
     """
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    with ProcessPoolExecutor(cpus.count()) as pool:
         try:
             with signals_blocked():
                 drawn = pool.map(draw, *columns, chunksize=chunksize)

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from adfm import tracking
+from adfm import cpus, tracking
 from adfm.data import duplicates, pictures, shards
 from adfm.data.images import reduced
 from adfm.data.readers.files import IMAGES
@@ -185,7 +185,7 @@ def _table(folder: Path, settings: Convert) -> pd.DataFrame:
     facts: dict[str, list[Any]] = defaultdict(list)
     vectors = []
     progress = tqdm(total=len(small), desc="validate", unit="image", disable=None)
-    with TemporaryFile() as file, progress, ThreadPoolExecutor() as pool, warnings.catch_warnings():
+    with TemporaryFile() as file, progress, ThreadPoolExecutor(cpus.count()) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, on damaged and on huge images: the table says what matters of it
         for split in SPLITS:
             if any(folder.glob(f"{split}-*.parquet")):

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from adfm import cpus
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.params import Params
@@ -394,7 +395,7 @@ def _measured(shards: Path, split: str) -> Sampled:
             image = file.convert("RGB")
         return row[0], image.size, measure(image)
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(cpus.count()) as pool:
         return [measured for rows in _sample(shards, split) for measured in pool.map(one, rows)]
 
 

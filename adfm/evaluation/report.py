@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from adfm import cpus
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.evaluation import calibration, detection, metrics, plots
@@ -265,7 +266,7 @@ def _thumbnails(
     """
     places: dict[str, tuple[int, int]] = {}
     sizes: dict[str, tuple[int, int]] = {}
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(cpus.count()) as pool:
         for batch in shards_.batches(shards, split, ["id", "image", "width", "height"]):
             rows = [row for row in batch.to_pylist() if row["id"] in ids]
             for row, small in zip(rows, pool.map(_smaller, (row["image"]["bytes"] for row in rows)), strict=True):

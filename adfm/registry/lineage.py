@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +11,15 @@ import yaml
 
 from adfm import tracking
 from adfm.data import shards as shards_
+from adfm.errors import AdfmError
 from adfm.files import digest
 from adfm.models import loading
 from adfm.params import Params
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
+
+_CONFLICT = re.compile(r"^(<{7}|\|{7}|={7}|>{7})( |$)", re.MULTILINE)
 
 
 def lineage(model: Path, shards: Path, params: Params, run: Run | None) -> dict[str, Any]:
@@ -58,7 +63,11 @@ def lineage(model: Path, shards: Path, params: Params, run: Run | None) -> dict[
 def dvc_md5(folder: Path) -> str | None:
     """The hash under which DVC keeps `folder`, from the `dvc.lock` that lists it; `None` if no such file does.
 
-    An entry whose size or number of files are not the folder's is of an earlier state, and counts for nothing.
+    An entry whose size or number of files are not the folder's is of an earlier state, and counts for nothing. So does
+    one without a hash.
+
+    Raises:
+        AdfmError: The file is not what DVC writes: it was cut off, or holds a conflict that nobody has resolved.
     """
     folder = folder.resolve()
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -67,9 +76,43 @@ def dvc_md5(folder: Path) -> str | None:
         lock = parent / "dvc.lock"
         if not lock.is_file():
             continue
-        stages = yaml.safe_load(lock.read_text(encoding="utf-8")) or {}
-        for stage in stages.get("stages", {}).values():
-            for out in stage.get("outs", []):
-                if (parent / out["path"]).resolve() == folder and (out.get("nfiles"), out.get("size")) == now:
-                    return str(out["md5"])
+        for out in _outs(lock):
+            if (parent / out["path"]).resolve() == folder and (out.get("nfiles"), out.get("size")) == now:
+                return str(out["md5"])
     return None
+
+
+def _outs(lock: Path) -> Iterator[dict[str, Any]]:
+    """The outputs in a `dvc.lock` that have a path and a hash.
+
+    DVC commits a stage when it has ended: of one that was interrupted there is no entry, or one without a hash.
+    """
+    stages = _read(lock).get("stages")
+    for stage in stages.values() if isinstance(stages, dict) else ():
+        outs = stage.get("outs") if isinstance(stage, dict) else None
+        for out in outs if isinstance(outs, list) else ():
+            if isinstance(out, dict) and isinstance(out.get("path"), str) and out.get("md5"):
+                yield out
+
+
+def _read(lock: Path) -> dict[str, Any]:
+    remedy = "Nothing was registered, and nothing is lost: repair the file, then register again."
+    try:
+        text = lock.read_text(encoding="utf-8")
+        if conflict := _CONFLICT.search(text):
+            line = text.count("\n", 0, conflict.start()) + 1
+            raise AdfmError(
+                f"{lock}: line {line}: has Git's conflict markers, so that it does not say which data is meant. Take"
+                f" one side (`git checkout --ours dvc.lock` or `--theirs`), run `dvc repro`, and commit it. {remedy}"
+            )
+        content = yaml.safe_load(text) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise AdfmError(
+            f"{lock}: cannot be read ({' '.join(str(error).split())}). Get it back (`git checkout dvc.lock`) or let DVC"
+            f" write it again (`dvc repro`). {remedy}"
+        ) from error
+    if not isinstance(content, dict):
+        raise AdfmError(
+            f"{lock}: does not list stages, as DVC writes it; get it back (`git checkout dvc.lock`). {remedy}"
+        )
+    return content

@@ -231,7 +231,7 @@ def set_policy(file: Path, params: Params) -> None:
 def _is_service(store: MlflowClient, name: str) -> bool:
     """Whether the own key signs the history of a model; a key is not made for that on a reviewer's machine."""
     local = tracking.sqlite_file(store.tracking_uri) is not None
-    if not (local or signing.FOLDER.is_dir() or os.environ.get(signing.VARIABLE)):
+    if not (local or (tracking.home() / signing.FOLDER).is_dir() or os.environ.get(signing.VARIABLE)):
         return False
     try:
         keys = reconcile.look(store, name).keys

@@ -3,7 +3,8 @@
 A version's folder is signed by OpenSSF model signing (`model-signing`, key method): `model.sig` in the folder lists
 every file with its SHA-256 and signs the list. Texts, such as the steps of the history, are signed by ECDSA directly.
 
-Keys lie in the folder that `ADFM_KEYS` names, or else in `.adfm/keys` in the working folder, made at first use:
+Keys lie in the folder that `ADFM_KEYS` names, or else in `.adfm/keys` in the working folder (`tracking.home`), made at
+first use:
 
     private.pem           own key (EC P-256, not encrypted); only those who sign have it
     submitters/*.pem      public keys whose versions count
@@ -32,6 +33,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from adfm import tracking
 from adfm.errors import AdfmError
 from adfm.text import printable
 
@@ -91,7 +93,7 @@ def keys() -> Keys:
         BadKey: There is no folder of keys, a key cannot be used, or nobody would believe the own one.
     """
     given = os.environ.get(VARIABLE)
-    folder = Path(given or FOLDER).absolute()
+    folder = Path(given).absolute() if given else tracking.home() / FOLDER
     try:
         if given and not folder.is_dir():
             raise BadKey(f"{VARIABLE}: there is no folder {folder}; name the folder that holds the keys")

@@ -314,6 +314,8 @@ def test_any_names_arrive_as_they_are_or_are_refused(
     tmp_path_factory: pytest.TempPathFactory, codec: str, names: list[str]
 ) -> None:
     names = ["".join(char for char in name if codec in ("flag", "utf-8") or _encodes(char, codec)) for name in names]
+    if codec == "flag":  # `zipfile` itself cuts a name at a zero byte when it writes one
+        names = [name.partition("\0")[0] for name in names]
     names = [name.strip("/\\.\0") for name in names]
     names = list(dict.fromkeys(f"{name}.png" for name in names))
     tmp_path = tmp_path_factory.mktemp("names")

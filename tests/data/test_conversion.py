@@ -311,7 +311,7 @@ def test_only_a_few_items_are_ahead_of_a_slow_writer(monkeypatch: pytest.MonkeyP
         started.append(number)
         return 2 * number
 
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("adfm.cpus.count", lambda: 2)
     with ThreadPoolExecutor(2) as pool:
         results = conversion.map_in_order(pool, double, range(100))
         assert next(results) == 0

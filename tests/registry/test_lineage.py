@@ -5,10 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from adfm import files, tracking
 from adfm.data import shards as shards_
+from adfm.errors import AdfmError
 from adfm.params import Params
 from adfm.registry import lineage
 
@@ -46,6 +48,74 @@ def test_dvc_md5_is_what_dvc_itself_wrote(tmp_path: Path) -> None:
     assert lineage.dvc_md5(tmp_path / "data") is None
     (shards / "c").write_text("more, by hand")
     assert lineage.dvc_md5(shards) is None
+
+
+@pytest.fixture
+def lock(tmp_path: Path) -> Path:
+    """A `dvc.lock` as DVC writes it, of the folder `shards` beside it."""
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "a").write_text("1")
+    out = {"path": "shards", "hash": "md5", "md5": "d41d.dir", "size": 1, "nfiles": 1}
+    stages = {"fetch": {"cmd": "adfm fetch"}, "convert": {"cmd": "adfm convert", "outs": [out]}}
+    (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}, sort_keys=False))
+    assert lineage.dvc_md5(tmp_path / "shards") == "d41d.dir"
+    return tmp_path / "dvc.lock"
+
+
+def test_a_conflict_that_git_itself_left(lock: Path) -> None:
+    def git(*arguments: str, status: int = 0) -> None:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        assert subprocess.run(command, cwd=lock.parent, capture_output=True).returncode == status
+
+    git("init", "--quiet", "--initial-branch=main")
+    git("add", "dvc.lock")
+    git("commit", "--message=1")
+    for branch, md5 in (("other", "aaaa.dir"), ("main", "bbbb.dir")):
+        git("checkout", "-B", branch)
+        lock.write_text(lock.read_text().replace("d41d.dir", md5))
+        git("commit", "--all", "--message=2")
+        git("checkout", "--detach", "HEAD~1")
+    git("checkout", "main")
+    git("merge", "other", status=1)
+    with pytest.raises(AdfmError, match=r"dvc\.lock: line \d+: has Git's conflict markers.*--theirs.*nothing is lost"):
+        lineage.dvc_md5(lock.parent / "shards")
+    git("checkout", "--theirs", "dvc.lock")
+    assert lineage.dvc_md5(lock.parent / "shards") == "aaaa.dir"
+
+
+def test_a_lock_that_is_cut_off_is_explained_or_counts_for_nothing(lock: Path) -> None:
+    text, seen = lock.read_text().rstrip(), set()
+    for length in range(len(text)):
+        lock.write_text(text[:length])
+        try:
+            seen.add(lineage.dvc_md5(lock.parent / "shards"))
+        except AdfmError as error:
+            assert "dvc.lock: " in str(error) and "nothing is lost" in str(error)
+            seen.add("refused")
+    assert seen == {None, "refused"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "schema: '2.0'\nstages:\n",
+        "stages: [1]",
+        "stages: {convert: }",
+        "stages: {convert: {outs: }}",
+        "stages: {convert: {outs: [{path: shards, size: 1, nfiles: 1}, {md5: d41d.dir}, 3]}}",
+    ],
+)
+def test_a_lock_that_lacks_something_counts_for_nothing(text: str, lock: Path) -> None:
+    lock.write_text(text)
+    assert lineage.dvc_md5(lock.parent / "shards") is None
+
+
+@pytest.mark.parametrize("text", [b"- 1", b"\xff\xfe", b"stages: {\n"])
+def test_a_lock_that_dvc_did_not_write(text: bytes, lock: Path) -> None:
+    lock.write_bytes(text)
+    with pytest.raises(AdfmError, match=r"dvc\.lock: .*git checkout dvc.lock.*nothing is lost"):
+        lineage.dvc_md5(lock.parent / "shards")
 
 
 def test_lineage_of_a_training(store, make_shards, make_model, tmp_path) -> None:

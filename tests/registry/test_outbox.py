@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -144,7 +148,7 @@ def test_what_a_killed_process_left_is_sent_once(store: Path) -> None:
     assert not folder.exists()
 
 
-def test_what_waits_of_an_earlier_run_is_sent_by_the_next(store: Path) -> None:
+def test_what_waits_of_an_earlier_run_is_sent_by_the_next(store: Path, capsys: Any) -> None:
     folder, (earlier, deleted, run) = store / "trained.unsent", [begin() for _ in range(3)]
     folder.mkdir()
     for each in (earlier, deleted):
@@ -152,7 +156,64 @@ def test_what_waits_of_an_earlier_run_is_sent_by_the_next(store: Path) -> None:
     MlflowClient().delete_run(deleted)
     with Outbox(folder, run):
         assert steps(earlier) == [7]
+    assert [file.name for file in folder.iterdir()] == [f"{deleted}.jsonl"]
+    assert f"mlflow runs restore --run-id {deleted}" in capsys.readouterr().out
+
+
+def test_what_waits_of_a_deleted_run_stays_until_the_run_is_back(store: Path, capsys: Any) -> None:
+    folder, (deleted, gone, kept) = store / "trained.unsent", sorted(begin() for _ in range(3))
+    folder.mkdir()
+    line = '{"step": 7, "figures": {"reward": 0.5}, "time": 1}\n'
+    for run in (deleted, gone, kept):
+        (folder / f"{run}.jsonl").write_text(line)
+    picture = folder / deleted / "completions" / "step-00007.png"
+    picture.parent.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(picture)
+    with (folder / f"{deleted}.jsonl").open("a") as journal:
+        journal.write('{"picture": "completions/step-00007.png", "time": 1}\n')
+    MlflowClient().delete_run(deleted)
+    with closing(sqlite3.connect(store / "mlflow.db")) as database, database:
+        database.execute("DELETE FROM runs WHERE run_uuid = ?", (gone,))  # as `mlflow gc` does
+
+    with pytest.raises(AdfmError) as error:
+        resend(folder)
+    first, second = str(error.value).splitlines()
+    assert f"run {deleted}: was deleted" in first and f"mlflow runs restore --run-id {deleted}" in first
+    assert f"run {gone}: " in second and "does not have it" in second and "MLFLOW_TRACKING_URI" in second
+    assert f"remove {folder / f'{gone}.jsonl'}" in second
+    assert steps(kept) == [7] and f"run {kept}: done" in capsys.readouterr().out
+    left = [deleted, f"{deleted}.jsonl", f"{gone}.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(left) and picture.is_file()
+
+    (folder / f"{gone}.jsonl").unlink()
+    command = [sys.executable, "-m", "mlflow", "runs", "restore", "--run-id", deleted]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{store / 'mlflow.db'}"}
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    resend(folder)
+    assert steps(deleted) == [7]
+    assert [file.path for file in MlflowClient().list_artifacts(deleted, "completions")] != []
     assert not folder.exists()
+
+
+def test_what_waits_outlives_the_copy_in_which_dvc_runs_an_experiment(
+    store: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(store))
+    copy = store / ".dvc" / "tmp" / "exps" / "tmp7"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    run = begin()
+    monkeypatch.setattr("adfm.outbox._send", lambda _: 1 / 0)
+    with Outbox(Path("models/trained.unsent"), run) as outbox:
+        outbox.add({"reward": 0.5}, 1)
+        outbox.add_picture(Image.new("RGB", (8, 8)), "completions/step-00001.png")
+    monkeypatch.undo()
+    monkeypatch.chdir(store)
+    assert f"adfm resend {store}/models/trained.unsent" in capsys.readouterr().out
+    resend(Path("models/trained.unsent"))
+    assert steps(run) == [1]
+    assert len(MlflowClient().list_artifacts(run, "completions")) == 1
+    assert not Path("models/trained.unsent").exists()
 
 
 def test_a_folder_without_figures_is_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ train/_annotations.coco.json            and    train/000.jpg
 
 from __future__ import annotations
 
+import io
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
+from adfm.data import contents
 from adfm.data.readers.annotations import (
     Shape,
     box,
@@ -170,7 +172,7 @@ def _drawn(
 def _is_stored_size(path: Path, size: tuple[int, int] | None) -> bool:
     """Whether a photograph lies on its side, and a size is that of the picture as it is stored, not of the upright."""
     try:
-        with Image.open(path) as file:
+        with Image.open(io.BytesIO(contents.read(path))) as file:
             turned = file.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
             return turned and file.size == size and file.width != file.height
     except Exception:  # a damaged file makes Pillow raise nearly anything; inspection reports it

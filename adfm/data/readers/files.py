@@ -14,6 +14,7 @@ from typing import Any, TypeVar, overload
 
 from pydantic import TypeAdapter, ValidationError
 
+from adfm.data import contents
 from adfm.data.problems import BadData
 from adfm.errors import AdfmError
 from adfm.records import Sample
@@ -363,7 +364,7 @@ def content(image: Path) -> bytes:
         OSError: The file cannot be read.
         ValueError: The JSON file holds no image.
     """
-    read = image.read_bytes()
+    read = contents.read(image)
     if image.suffix.lower() != ".json":
         return read
     encoded = json.loads(read).get("imageData")

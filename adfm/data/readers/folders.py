@@ -9,6 +9,7 @@ images/*.jpg, masks/*.png                             the mask alone says what i
 
 from __future__ import annotations
 
+import io
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from adfm.data import contents
 from adfm.data.manifest import MANIFEST
 from adfm.data.readers import btad, dagm, files, kolektor, loco, mvtec, verdicts, visa
 from adfm.data.readers.annotations import SPLIT_NAMES, nfc, walk
@@ -435,7 +437,7 @@ def _is_mask(path: Path) -> bool:
     if not path.is_file():  # a pipe would be waited for
         return True
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(contents.read(path))) as image:
             counts = sorted(image.convert("L").histogram(), reverse=True)
     except Exception:  # a damaged file makes Pillow raise nearly anything; conversion says what is wrong with it
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Container, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from adfm.data import contents
 from adfm.data.problems import MissingImage
 from adfm.data.readers.annotations import Shape, folder_names, nfc, text, walk
 from adfm.data.readers.files import images, images_within
@@ -198,7 +200,7 @@ def _colors(path: Path, by_color: bool) -> NDArray[np.uint32]:
             colours that VOC gives them.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(io.BytesIO(contents.read(path))) as file:
             check_mask_size(*file.size)
             gray = file.mode in ("1", "L")
             if gray or (file.mode == "P" and not by_color):

@@ -1,0 +1,80 @@
+"""The CPUs that this process may use: of a pod its limit, not the cores of the node.
+
+`os.cpu_count()` and PyTorch's own default know nothing of a cgroup's limit. On a node of 64 cores, a pod limited to 4
+would decode 64 images at a time, hold all of them in memory, and be throttled for most of each period.
+
+`joblib.cpu_count()` follows nearly the same rules. It cannot be used: importing joblib imports NumPy, whose threads are
+made at that moment, and `limit_threads` has to come before.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
+
+
+def count() -> int:
+    """CPUs that this process may use, at least 1: of the machine's, those of its affinity and of its cgroups' limits.
+
+    A limit is rounded up: with 2.5 CPUs, 3 threads are not idle. Kubernetes sets one where a container has a CPU limit;
+    a request alone sets none.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    cpus = len(affinity(0)) if affinity else _machine()
+    return max(1, min([_machine(), cpus, *map(math.ceil, _limits())]))
+
+
+def share(processes: int) -> int:
+    """CPUs of each of some processes that work at the same time, at least 1."""
+    return max(1, count() // processes)
+
+
+def limit_threads() -> None:
+    """Limit the threads of numerical libraries to `count()`, unless `OMP_NUM_THREADS` is set; call it before imports.
+
+    PyTorch, MKL, OpenBLAS (NumPy, SciPy) and Arrow all read this variable when they are loaded, and child processes
+    inherit it. Where a process may use the whole machine it is not set: PyTorch's default is the physical cores, which
+    is faster than one thread for each hyper-thread.
+    """
+    if count() < _machine():
+        os.environ.setdefault("OMP_NUM_THREADS", str(count()))
+
+
+def _machine() -> int:
+    return os.cpu_count() or 1
+
+
+def _limits() -> Iterator[float]:
+    """The CPU limits of the cgroups that this process is in, version 1 and 2, and of those above them.
+
+    https://docs.kernel.org/admin-guide/cgroup-v2.html, https://docs.kernel.org/scheduler/sched-bwc.html
+    """
+    for folder in _cgroups():
+        try:
+            if (limit := folder / "cpu.max").is_file():
+                quota, period = limit.read_text().split()
+            else:
+                quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            if quota != "max" and int(quota) > 0:  # -1 in version 1
+                yield int(quota) / int(period)
+        except (OSError, ValueError, ZeroDivisionError):  # the root of version 2 has no limit; not as documented
+            continue
+
+
+def _cgroups() -> Iterator[Path]:
+    """Folders of the cgroups of this process, up to the root. In a container the root often is the container's own."""
+    try:
+        lines = _OWN_CGROUPS.read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers or "cpu" in controllers.split(","):
+            top = _CGROUPS / "cpu" if controllers else _CGROUPS
+            inner = PurePosixPath(path.lstrip("/"))
+            yield from (top / folder for folder in (inner, *inner.parents))

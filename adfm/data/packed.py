@@ -1,0 +1,160 @@
+"""A raw data set as one uncompressed tar, and reading it from there.
+
+Kubeflow moves an artifact file by file, one after another: one archive is one object. `opened` does not unpack images,
+which are nearly all of the bytes: they are read at their place in the archive.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import IO
+
+from adfm.data import contents
+from adfm.data.archives import StrictTarInfo
+from adfm.data.readers.files import IMAGES, refuse_special
+from adfm.errors import AdfmError
+
+_ENDING = ".tar"
+_IMAGES = tuple(IMAGES)
+
+
+def pack(folder: Path, archive: Path) -> None:
+    """Write the files of a folder into an archive; the same names and contents give the same bytes.
+
+    Folders are kept, also empty ones; links become what they lead to, as in `fetch`. Names are kept byte by byte, in
+    UTF-8 or not. Times, owners and permissions are not. Memory holds one file's entry at a time.
+
+    Args:
+        folder: The data set.
+        archive: The file to make, `<name of the data set>.tar`; an earlier one stays until the new one is whole. It
+            takes as much space as the folder.
+
+    Raises:
+        AdfmError: There is a pipe, a device, or a link to nowhere or round; the archive cannot be written.
+    """
+    refuse_special(folder)
+    partial = archive.with_name(f"{archive.name}.partial")
+    try:
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT, encoding="utf-8") as tar:
+            for place, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
+                folders.sort()
+                inside = Path(place).relative_to(folder)
+                if inside.parts:
+                    _add(tar, inside.as_posix())
+                for name in sorted(names):
+                    with Path(place, name).open("rb") as content:
+                        _add(tar, (inside / name).as_posix(), content)
+        partial.replace(archive)
+    except OSError as error:
+        raise AdfmError(
+            f"{folder} cannot be packed into {archive} ({error}); see that the files can be read and that there is as"
+            " much space as they take."
+        ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _add(tar: tarfile.TarFile, name: str, content: IO[bytes] | None = None) -> None:
+    """Add a file, or a folder, without what differs between machines: `TarInfo` has 0 as time and owner."""
+    info = tarfile.TarInfo(name)
+    if content:
+        info.size = os.fstat(content.fileno()).st_size
+    else:
+        info.type, info.mode = tarfile.DIRTYPE, 0o755
+    tar.addfile(info, content)
+    tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+
+
+@contextmanager
+def opened(archive: Path) -> Iterator[Path]:
+    """The folder of a packed data set, to be read in the block: by conversion, by a part of it, by `adfm show`.
+
+    Folders and all files but images are unpacked into a temporary folder. An image has a file of its size there that
+    takes no space, so that listing and `stat` are true; its bytes are read by `adfm.data.contents.read`. Memory holds
+    some 200 bytes an image.
+
+    These files have the time of the archive: a conversion that is resumed with another archive begins again.
+
+    Args:
+        archive: As `pack` writes it; its name without `.tar` is that of the folder, and so of the data set.
+
+    Raises:
+        AdfmError: It is not there, damaged, or not such an archive.
+    """
+    with TemporaryDirectory(prefix="adfm-") as temporary:
+        raw = Path(os.path.realpath(temporary), archive.name.removesuffix(_ENDING))
+        raw.mkdir()
+        try:
+            file = archive.open("rb")
+        except OSError as error:
+            raise AdfmError(f"{archive}: cannot be read ({error.strerror}); fetch the data set again.") from error
+        with file:
+            offsets = _unpack(archive, file, raw)
+            with contents.lying_in(file.fileno(), offsets):
+                yield raw
+
+
+def _unpack(archive: Path, file: IO[bytes], raw: Path) -> dict[str, int]:
+    """Make the folder of `opened`, and return where in the archive its images are, by their paths."""
+    offsets: dict[str, int] = {}
+    time = os.fstat(file.fileno()).st_mtime_ns
+    try:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=StrictTarInfo, encoding="utf-8") as tar:
+            while member := tar.next():
+                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+                if not _is_plain(member):
+                    raise AdfmError(f"{archive}: holds {member.name!r}, which adfm does not pack; fetch it instead.")
+                path = raw / member.name
+                if member.isdir():
+                    path.mkdir(parents=True, exist_ok=True)
+                    continue
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if path.name.lower().endswith(_IMAGES):
+                    _stand_in(path, member.size)
+                    offsets[str(path)] = member.offset_data
+                else:
+                    _extract(tar, member, path)
+                os.utime(path, ns=(time, time))
+    except (tarfile.TarError, EOFError, ValueError, FileExistsError, NotADirectoryError) as error:
+        raise AdfmError(f"{archive}: is damaged, or not a tar ({error}); fetch the data set again.") from error
+    except OSError as error:
+        raise AdfmError(
+            f"{archive}: cannot be opened in {raw.parent} ({error}); free some space there, or set TMPDIR."
+        ) from error
+    return offsets
+
+
+def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
+    content = tar.extractfile(member)
+    assert content  # of a file
+    with path.open("xb") as target:
+        shutil.copyfileobj(content, target)
+
+
+def _is_plain(member: tarfile.TarInfo) -> bool:
+    """Whether a member is a file or a folder that lies within the data set."""
+    return (member.isdir() or member.type == tarfile.REGTYPE) and not {"", ".."} & set(member.name.split("/"))
+
+
+def _stand_in(path: Path, size: int) -> None:
+    """Make a file of a size without any content.
+
+    Nobody but root may open it: who reads it past `contents.read` gets an error and not zeros.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0)
+    try:
+        os.truncate(descriptor, size)
+    finally:
+        os.close(descriptor)
