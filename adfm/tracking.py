@@ -1,8 +1,8 @@
 """Runs in MLflow: where they go, what every run carries, and what is said when the server is not there.
 
 `MLFLOW_TRACKING_URI` names a server; adfm/environment.py sets it on a cluster. Without it, runs and versions go to
-`mlflow.db` and files to `mlartifacts/`, both in the current folder (of DVC's experiments, in the workspace: see `home`),
-which `mlflow ui --backend-store-uri sqlite:///mlflow.db` shows.
+`mlflow.db` and files to `mlartifacts/`, both in the current folder (of DVC's experiments, in the workspace: see
+`home`), which `mlflow ui --backend-store-uri sqlite:///mlflow.db` shows.
 """
 
 from __future__ import annotations
