@@ -7,7 +7,6 @@ import difflib
 import errno
 import html
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -16,16 +15,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 from urllib.parse import quote
 
 from adfm import environment, pods, stopping, termination, tracking
 from adfm.errors import AdfmError
 from adfm.params import Params, loads
 from adfm.text import printable_output
-
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
 
 RUN_TAG = "kfp_run_id"
 """Tag of a version: the run of the pipeline that registered it."""
@@ -62,9 +58,9 @@ def stage() -> Iterator[None]:
     Raises:
         SystemExit: After an `AdfmError`, a full disk or SIGTERM. The status is 75 for a training that can be resumed.
     """
-    environment.set_environment()
     with printable_output():
         try:
+            environment.set_environment()
             with stopping.terminable():
                 yield
         except AdfmError as error:
@@ -86,12 +82,13 @@ def _end(message: str, status: int) -> NoReturn:
 
 
 def check(
-    settings: str, revision: str = "", gpu_type: str = GPUS[0], num_gpus: int = 0, num_nodes: int = 0
+    settings: str, run: str = "", revision: str = "", gpu_type: str = GPUS[0], num_gpus: int = 0, num_nodes: int = 0
 ) -> tuple[str, str, str, str, str, str]:
     """Check that a run can start, and split its settings by task, so that a task runs again only for those it reads.
 
     Args:
         settings: All settings.
+        run: Id of the pipeline's run, by which a TrainJob is named.
         revision: What tells this data from an earlier one, if it is known.
         gpu_type: Resource that stands for a GPU.
         num_gpus: GPUs of a machine.
@@ -122,7 +119,7 @@ def check(
     if num_nodes:
         from adfm.training import nodes
 
-        nodes.check()
+        nodes.check(params, run=run, nodes=num_nodes, gpus=num_gpus, gpu_type=gpu_type)
     inspection, conversion = (tracking.settings(params, *sections) for sections in _SECTIONS.values())
     return (
         tracking.settings(params),
@@ -201,49 +198,6 @@ def convert(raw: Path, shards: Path, validation: Path, params: Params, parts: Se
     require(shards, validation, params)
     statistics = json.loads((validation / "validation.json").read_text(encoding="utf-8"))["statistics"]
     return {name: float(statistics[name]) for name in ("images", "expectations", "failed", "warnings")}
-
-
-def cold_start(shards: Path, out: Path, params: Params, gpus: int) -> None:
-    """Supervised cold start; with GPUs in a process of its own, which leaves their memory to the training after it.
-
-    Raises:
-        AdfmError: As `adfm.training.warmup.warmup`, or that process died.
-    """
-    if not gpus:
-        from adfm.training.warmup import warmup
-
-        warmup(shards, out, params)
-        return
-    context = multiprocessing.get_context("spawn")  # CUDA cannot be used in a forked process
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_cold_start, args=(sender, shards, out, tracking.settings(params)))
-    process.start()
-    sender.close()
-    try:
-        message = receiver.recv()
-        process.join()
-    except EOFError:
-        process.join()
-        raise AdfmError(
-            f"the process of the cold start died with status {process.exitcode}; -9 is a lack of memory: lower "
-            "warmup.batch_size or give the task more memory (adfm/pods.py)."
-        ) from None
-    finally:
-        process.kill()  # of use when SIGTERM interrupts this process
-    if message:
-        raise AdfmError(message)
-
-
-def _cold_start(sender: Connection, shards: Path, out: Path, settings: str) -> None:
-    """Run the cold start in this process and send the message of its error, empty if there was none."""
-    environment.set_environment()
-    from adfm.training.warmup import warmup
-
-    try:
-        warmup(shards, out, loads(settings))
-        sender.send("")
-    except AdfmError as error:
-        sender.send(str(error))
 
 
 def models_to_compare(params: Params, warmup: Path, candidate: Path) -> dict[str, str | Path]:

@@ -43,6 +43,7 @@ def _run(settings: Any, revision: Any, ui: Any, gpus: Any, parts: Any = None, nu
         # KFP compiles parameters for accelerators into a sub-DAG only if a task of it takes them as arguments as well.
         check_task = check(
             settings=settings,
+            run=run,
             revision=revision,
             gpu_type=gpus[0],
             num_gpus=gpus[1],

@@ -4,13 +4,8 @@ import csv
 import errno
 import json
 import math
-import multiprocessing
 import os
-import signal
-import threading
-import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +13,9 @@ import pytest
 import yaml
 from kfp import dsl
 
-from adfm import stopping, tasks, termination
+from adfm import environment, tasks, termination
 from adfm.errors import AdfmError
-from adfm.params import Params, loads
+from adfm.params import loads
 from adfm.stopping import Stopped, Terminated
 from adfm.training import nodes
 
@@ -75,6 +70,15 @@ def test_an_error_that_nobody_expected_keeps_its_traceback_and_leaves_a_line(las
     assert last_words == ["ZeroDivisionError: division by zero"]
 
 
+def test_an_environment_that_cannot_be_set_up_is_an_error_of_the_stage(
+    last_words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "set_environment", fail(AdfmError("ca.crt: holds no certificate")))
+    with pytest.raises(SystemExit), tasks.stage():
+        raise AssertionError
+    assert last_words == ["ca.crt: holds no certificate"]
+
+
 def test_a_stage_that_ends_well_leaves_nothing(last_words: list[str]) -> None:
     with tasks.stage():
         pass
@@ -115,12 +119,12 @@ def test_a_batch_that_does_not_divide_among_all_processes_is_refused(machines: d
 
 
 def test_what_a_trainjob_needs_is_checked_only_if_one_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-    monkeypatch.setattr(nodes, "check", lambda: calls.append("checked"))
-    tasks.check("")
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(nodes, "check", lambda params, **machines: calls.append(machines))
+    tasks.check("", "run-7")
     assert not calls
-    tasks.check("", num_nodes=2)
-    assert calls == ["checked"]
+    tasks.check("", "run-7", num_nodes=2)
+    assert calls == [{"run": "run-7", "nodes": 2, "gpus": 0, "gpu_type": "nvidia.com/gpu"}]
 
 
 @pytest.mark.parametrize(
@@ -242,56 +246,3 @@ def test_a_link_leads_to_the_public_address_and_is_made_only_to_a_server(monkeyp
     assert 'href="http://mlflow.adfm.svc:5000/#/models/adfm/versions/3"' in tasks.version_link("adfm", "3")
     monkeypatch.setenv("ADFM_MLFLOW_UI", "https://mlflow.example.com/")
     assert 'href="https://mlflow.example.com/#/models/adfm/versions/3"' in tasks.version_link("adfm", "3")
-
-
-# In a process of its own, these take the place of `tasks._cold_start`.
-
-
-def _succeed(sender: Connection, shards: Path, out: Path, settings: str) -> None:
-    out.write_text(f"{os.getpid()} {loads(settings).seed}")
-    sender.send("")
-
-
-def _refuse(sender: Connection, *_: Any) -> None:
-    sender.send("model.name: there is no such model")
-
-
-def _die(*_: Any) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _hang(*_: Any) -> None:
-    time.sleep(600)
-
-
-def test_with_gpus_the_cold_start_runs_in_a_process_of_its_own(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "_cold_start", _succeed)
-    tasks.cold_start(here, here / "out", Params(seed=7), gpus=1)
-    process, seed = (here / "out").read_text().split()
-    assert (int(process) != os.getpid(), seed) == (True, "7")
-
-
-@pytest.mark.parametrize(("work", "reason"), [(_refuse, "^model.name: there is no"), (_die, "died with status -9")])
-def test_the_reason_why_a_cold_start_failed_comes_back_from_its_process(
-    work: Callable[..., None], reason: str, here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tasks, "_cold_start", work)
-    with pytest.raises(AdfmError, match=reason):
-        tasks.cold_start(here, here / "out", Params(), gpus=1)
-
-
-def test_sigterm_ends_the_process_of_the_cold_start_as_well(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "_cold_start", _hang)
-    timer = threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM))
-    with pytest.raises(Terminated), stopping.terminable():
-        timer.start()
-        tasks.cold_start(here, here / "out", Params(), gpus=1)
-    for process in multiprocessing.active_children():
-        process.join(10)
-    assert not multiprocessing.active_children()
-
-
-def test_the_process_of_the_cold_start_sends_its_error(here: Path) -> None:
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    tasks._cold_start(sender, here / "no shards", here / "out", "model: {name: /no/such/model}")
-    assert "/no/such/model" in receiver.recv()

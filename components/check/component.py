@@ -9,6 +9,7 @@ from kfp import dsl
 @dsl.component(base_image=os.environ.get("ADFM_CPU_IMAGE", "localhost/adfm:cpu"), install_kfp_package=False)
 def check(
     settings: str,
+    run: str,
     revision: str,
     gpu_type: str,
     num_gpus: int,
@@ -19,5 +20,6 @@ def check(
 
     with tasks.stage():
         return retries.again(
-            lambda: tasks.check(settings, revision, gpu_type, int(num_gpus), int(num_nodes)), "the check before the run"
+            lambda: tasks.check(settings, run, revision, gpu_type, int(num_gpus), int(num_nodes)),
+            "the check before the run",
         )

@@ -15,16 +15,16 @@ def train(
     model: dsl.Output[dsl.Model],
     training_metrics: dsl.Output[dsl.Metrics],
 ):
-    """Several GPUs are used through accelerate."""
+    """Both run in processes of their own, which leave no memory of a GPU behind; several GPUs through accelerate."""
     from pathlib import Path
 
     from adfm import tasks
     from adfm.params import loads
-    from adfm.training.launch import on_gpus
+    from adfm.training.launch import cold_start, on_gpus
 
     with tasks.stage():
         params, start, trained = loads(settings), Path(warmup.path), Path(model.path)
-        tasks.cold_start(Path(shards.path), start, params, int(num_gpus))
+        cold_start(Path(shards.path), start, params)
         on_gpus(Path(shards.path), start, trained, params, int(num_gpus))
         tasks.name_artifacts({"Model after the cold start": warmup, "Trained model": model})
         metrics = tasks.last_metrics(start / "warmup_curves.csv")

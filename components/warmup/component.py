@@ -17,7 +17,7 @@ def warmup(
 
     from adfm import tasks
     from adfm.params import loads
-    from adfm.training.warmup import warmup as cold_start
+    from adfm.training.launch import cold_start
 
     with tasks.stage():
         folder = Path(warmup.path)

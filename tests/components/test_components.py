@@ -140,7 +140,9 @@ def test_shards_that_fail_validation_end_the_task_with_its_own_error(
 
 
 def test_check_hands_on_the_parts_of_the_settings(artifacts: Artifacts) -> None:
-    checked = function("check")(settings=SETTINGS, revision="", gpu_type="nvidia.com/gpu", num_gpus=1, num_nodes=0)
+    checked = function("check")(
+        settings=SETTINGS, run="run-7", revision="", gpu_type="nvidia.com/gpu", num_gpus=1, num_nodes=0
+    )
     assert checked[:4] == (SETTINGS, "synthetic://?images=20", "synthetic", "synthetic://?images=20")
 
 
