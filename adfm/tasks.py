@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import quote
 
-from adfm import environment, pods, stopping, termination, tracking
+from adfm import environment, stopping, termination, tracking
 from adfm.errors import AdfmError
 from adfm.params import Params, loads
 from adfm.text import printable_output
@@ -132,17 +132,9 @@ def check(
 
 
 def _require_s3_keys(source: str) -> None:
-    import boto3
-    from botocore.exceptions import BotoCoreError
+    from adfm.data import s3
 
-    keys = pods.SECRETS["adfm-s3"]
-    if all(os.environ.get(keys[key]) for key in ("access-key", "secret-key")):
-        return
-    try:
-        credentials = boto3.Session().get_credentials()
-    except BotoCoreError:  # one key without the other
-        credentials = None
-    if credentials is None:
+    if not s3.has_credentials():
         raise AdfmError(
             f"{source} cannot be read: neither the service account nor a secret gives credentials for S3; make the "
             "secret adfm-s3 in the namespace of the runs, with the keys access-key and secret-key "

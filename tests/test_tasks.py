@@ -133,7 +133,6 @@ def test_what_a_trainjob_needs_is_checked_only_if_one_is_asked_for(monkeypatch: 
         (),
         ("AWS_ACCESS_KEY_ID",),
         ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
-        ("ADFM_S3_ACCESS_KEY_ID",),
         ("ADFM_S3_ACCESS_KEY_ID", "ADFM_S3_SECRET_ACCESS_KEY"),
     ],
 )
