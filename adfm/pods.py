@@ -37,7 +37,8 @@ NEEDS = {
     "convert-parts": Needs("4", "8Gi", 8, cached=True),
     "warmup": Needs("4", "16Gi", 6, tries=1, gpu=True),
     "train": Needs("8", "32Gi", 78, tries=1, gpu=True),  # the cold start included
-    "train-on-nodes": Needs("1", "4Gi", 72, tries=5),  # each follows the TrainJob, or resumes from the last checkpoint
+    # Longer than `train`, whose hours the TrainJob's machines have; each try follows the job that is under way.
+    "train-on-nodes": Needs("1", "4Gi", 80, tries=5),
     "evaluate": Needs("4", "16Gi", 12, tries=1, gpu=True),
     "register": Needs("4", "16Gi", 12, tries=2, gpu=True),
     "promote": Needs("1", "4Gi", 0.5, tries=2),

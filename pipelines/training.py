@@ -214,7 +214,12 @@ PIPELINES = {
 def options(parser: argparse.ArgumentParser) -> None:
     """The parameters of the pipeline as options."""
     parser.add_argument("--data-revision", metavar="TEXT", default="", help="tells this data from an earlier one")
-    parser.add_argument("--parts", metavar="N", type=_positive, help="inspect images in N pods side by side; one task")
+    parser.add_argument(
+        "--parts",
+        metavar="N",
+        type=_positive,
+        help="inspect the images in N pods side by side; convert in one pod by default",
+    )
     parser.add_argument(
         "--gpu-type", metavar="NAME", type=_gpu, default=GPUS[0], help=f"one of {', '.join(GPUS)}, …/mig-…"
     )

@@ -112,6 +112,28 @@ def test_raw_data_are_one_archive_that_is_named_by_the_data_set(raw: Any) -> Non
     assert about == {"source": "synthetic://?images=20", "name": "line", "revision": "7"}
 
 
+def test_a_server_that_is_away_for_a_minute_fails_no_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adfm.data import sources
+    from adfm.errors import Unreachable
+
+    tries: list[Path] = []
+
+    def fetch(source: str, out: Path) -> None:
+        tries.append(out)
+        if len(tries) == 1:
+            raise Unreachable(f"{source}: no connection")
+        out.mkdir()
+        (out / "part.png").touch()
+
+    monkeypatch.setattr(sources, "fetch", fetch)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    raw = Artifacts(tmp_path)("raw", dsl.Dataset)
+    function("fetch")(source="s3://bucket/line", name="line", revision="7", raw=raw)
+    assert len(tries) == 2
+    assert tries[0] == tries[1]  # what was downloaded is resumed
+    assert (Path(raw.path) / "line.tar").is_file()
+
+
 def test_parts_give_the_shards_of_the_whole(artifacts: Artifacts, raw: Any, shards: Any) -> None:
     parts = []
     for part in ("1/2", "2/2"):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from adfm.pods import NEEDS
 from pipelines import promotion, training
 from pipelines.command import write
 
@@ -24,7 +25,7 @@ TABLE = {
     "convert-parts": (CPU, 4, 8, False, 28800, 0, True),
     "warmup": (GPU, 4, 16, True, 21600, 1, False),
     "train": (GPU, 8, 32, True, 280800, 1, False),
-    "train-on-nodes": (CPU, 1, 4, False, 259200, 5, False),
+    "train-on-nodes": (CPU, 1, 4, False, 288000, 5, False),
     "evaluate": (GPU, 4, 16, True, 43200, 1, False),
     "register": (GPU, 4, 16, True, 43200, 2, False),
     "notify": (CPU, 1, 2, False, 1800, 0, False),
@@ -185,6 +186,10 @@ def test_tries_of_ours_do_not_multiply(name: str) -> None:
     for dag in dags(pipeline).values():
         for task, spec in dag.items():
             assert "retryPolicy" not in spec or "executorLabel" in components[spec["componentRef"]["name"]], task
+
+
+def test_the_task_that_follows_a_trainjob_outlives_its_machines() -> None:
+    assert TABLE["train-on-nodes"][4] > NEEDS["train"].hours * 3600
 
 
 def test_the_default_run_is_16_pods_without_a_loop_or_a_nested_pipeline() -> None:
