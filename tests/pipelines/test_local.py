@@ -41,9 +41,12 @@ def test_data_that_are_not_fit_stop_the_run_before_a_model_is_touched(
     assert not list((here / "parts").glob("*/train"))
 
 
-def test_a_training_that_fails_is_reported(here: Path, small: list[str], channel: list[str]) -> None:
-    steps = ("--set", "warmup.steps=0", "--set", "train.learning_rate=1e30")
-    assert run("--root", "out", *small, *steps) == 1
+def test_a_training_that_fails_is_reported(
+    here: Path, small: list[str], channel: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    unhealthy = ("--set", "train.health.patience=1", "--set", "train.health.max_kl=1e-9")
+    assert run("--root", "out", *small, *unhealthy) == 1
+    assert "adfm: error: training was stopped" in capfd.readouterr().out
     assert list((here / "out").glob("*/train/warmup"))
     assert not list((here / "out").glob("*/evaluate"))
     assert len(channel) == 1
