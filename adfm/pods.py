@@ -13,7 +13,9 @@ class Needs(NamedTuple):
         cpu: Cores.
         memory: Of the pod, as Kubernetes writes it.
         hours: After which a try is stopped.
-        tries: How often it is started again after a failure.
+        tries: How often the cluster starts it again. A stock Kubeflow Pipelines 2.17 does so for a pod that was lost
+            and not for a failure (its Argo has `templateDefaults.retryStrategy` with `OnError`); one without that
+            setting does so for a failure and not for a lost pod. Stages retry what may work in a minute themselves.
         cached: Whether the result of the same inputs is used again.
         gpu: Whether it gets the GPUs that the run asks for.
     """
@@ -28,13 +30,15 @@ class Needs(NamedTuple):
 
 NEEDS = {
     "check": Needs("1", "4Gi", 0.5, tries=2),
-    "fetch": Needs("2", "4Gi", 6, tries=3, cached=True),
+    "fetch": Needs("2", "4Gi", 6, tries=2, cached=True),
     "inspect-part": Needs("4", "8Gi", 6, tries=1, cached=True),
-    "convert": Needs("4", "8Gi", 6, tries=1, cached=True),
-    "validate": Needs("2", "8Gi", 2, cached=True),
+    # Not again after a failure: data that are not fit to train on are not fit the next time either.
+    "convert": Needs("4", "8Gi", 8, cached=True),
+    "convert-parts": Needs("4", "8Gi", 8, cached=True),
     "warmup": Needs("4", "16Gi", 6, tries=1, gpu=True),
-    "train": Needs("8", "32Gi", 72, tries=1, gpu=True),
-    "train-on-nodes": Needs("1", "4Gi", 72, tries=5),  # each goes on from the last checkpoint
+    "train": Needs("8", "32Gi", 78, tries=1, gpu=True),  # the cold start included
+    # Longer than `train`, whose hours the TrainJob's machines have; each try follows the job that is under way.
+    "train-on-nodes": Needs("1", "4Gi", 80, tries=5),
     "evaluate": Needs("4", "16Gi", 12, tries=1, gpu=True),
     "register": Needs("4", "16Gi", 12, tries=2, gpu=True),
     "promote": Needs("1", "4Gi", 0.5, tries=2),

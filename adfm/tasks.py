@@ -1,12 +1,10 @@
-"""What a task of a pipeline does around the function of its stage.
-
-Settings come as text, the run's page shows figures and pages, and at the end somebody is told.
-"""
+"""Helpers shared by the KFP components: stages and their exit status, metrics and pages on a run's page."""
 
 from __future__ import annotations
 
 import csv
 import difflib
+import errno
 import html
 import json
 import os
@@ -14,19 +12,16 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 from urllib.parse import quote
 
-from adfm import cli, params, stopping, tracking
+from adfm import environment, stopping, termination, tracking
 from adfm.errors import AdfmError
-from adfm.params import Params
+from adfm.params import Params, loads
 from adfm.text import printable_output
-
-if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
 
 RUN_TAG = "kfp_run_id"
 """Tag of a version: the run of the pipeline that registered it."""
@@ -37,93 +32,114 @@ REVISION_TAG = "data_revision"
 GPUS = ("nvidia.com/gpu", "amd.com/gpu", "gpu.intel.com/i915", "gpu.intel.com/xe", "habana.ai/gaudi")
 """Resources by which the device plugins of Kubernetes announce GPUs; besides them, parts of one: `nvidia.com/mig-…`."""
 
+CANDIDATE = "trained"
+"""Name of the model in an evaluation that the run has trained."""
+
+TRAINING_FIRST = ("reward", "rewards/classification/mean", "rewards/localization/mean", "utilisation", "kl", "step")
+WARMUP_FIRST = ("loss", "mean_token_accuracy", "step")
+"""Metrics that head the tables of a run's page."""
+
+_EVALUATION_FIRST = ("balanced_accuracy", "miss_rate", "overkill", "iou")
 _ANSWERS = ("normal", "anomalous", "unparseable")
 _ROC_POINTS = 200
 _SECTIONS = {
-    "conversion": ("seed", "convert", "split"),
-    "validation": ("convert", "split", "validate", "register"),
+    "inspection": ("convert", "split"),
+    "conversion": ("seed", "convert", "split", "validate", "register"),
 }
 
 
-def begin(settings: str) -> Params:
-    """The settings of a task, after its environment is set up; an empty text gives the defaults.
+@contextmanager
+def stage() -> Iterator[None]:
+    """Run the body of a component as `adfm` runs a verb: set up the environment, and exit with the status of its error.
+
+    An `AdfmError` is printed alone, without a traceback. The first line of any error is left where Kubernetes and Argo
+    take a container's message from (`adfm.termination`), so that the notification has the stage's own reason.
 
     Raises:
-        AdfmError: The settings are wrong; all that is wrong is listed.
+        SystemExit: After an `AdfmError`, a full disk or SIGTERM. The status is 75 for a training that can be resumed.
     """
-    cli.set_environment()
-    return params.loads(settings)
+    with printable_output():
+        try:
+            environment.set_environment()
+            with stopping.terminable():
+                yield
+        except AdfmError as error:
+            _end(str(error), error.exit_code)
+        except stopping.Terminated:
+            _end("terminated by SIGTERM: the run was terminated, or its pod deleted", 143)
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                where = error.filename or "a file"
+                _end(f"{where}: the disk is full; use nodes with more ephemeral storage.", 1)
+            termination.leave(f"{type(error).__name__}: {error}".partition("\n")[0])
+            raise
+
+
+def _end(message: str, status: int) -> NoReturn:
+    print(f"adfm: error: {message}", file=sys.stderr)
+    termination.leave(message.partition("\n")[0])
+    raise SystemExit(status)
 
 
 def check(
-    settings: str, revision: str = "", gpu_type: str = GPUS[0], num_gpus: int = 0
+    settings: str, run: str = "", revision: str = "", gpu_type: str = GPUS[0], num_gpus: int = 0, num_nodes: int = 0
 ) -> tuple[str, str, str, str, str, str]:
-    """Sees that a run can start, and takes its settings apart, so that a task runs again only for those it reads.
+    """Check that a run can start, and split its settings by task, so that a task runs again only for those it reads.
 
     Args:
         settings: All settings.
+        run: Id of the pipeline's run, by which a TrainJob is named.
         revision: What tells this data from an earlier one, if it is known.
         gpu_type: Resource that stands for a GPU.
         num_gpus: GPUs of a machine.
+        num_nodes: Machines that train together in a TrainJob; 0: training is a task on one machine.
 
     Returns:
         The whole settings; where the data is; its name; its revision, which is the time for a source that may change;
-        what conversion reads; what validation reads.
+        what the inspection of a part reads; what conversion and validation read.
 
     Raises:
         AdfmError: Settings or GPUs are wrong, model or MLflow cannot be used, or what only a secret of the cluster can
-            give is missing: MLflow's address, or keys for S3 that the service account does not stand for.
+            give is missing: MLflow's address, or keys for S3 that the service account does not stand for; or the
+            cluster lacks what a TrainJob needs.
     """
     from adfm import preflight
 
-    asked = begin(settings)
+    params = loads(settings)
     check_gpus(gpu_type, num_gpus)
     if "KUBERNETES_SERVICE_HOST" in os.environ and not os.environ.get("MLFLOW_TRACKING_URI"):
         raise AdfmError(
-            "MLFLOW_TRACKING_URI is not set, and what is written to a file of a pod is lost with it; "
+            "MLflow's address is not set, and what is written to a file of a pod is lost with it; "
             "make the secret adfm-mlflow in the namespace of the runs, with the key uri (deploy/secrets.example.yaml)."
         )
-    preflight.check(asked, gpus=num_gpus)
-    if "KUBERNETES_SERVICE_HOST" in os.environ and asked.fetch.source.startswith("s3://"):
-        _require_s3_keys(asked.fetch.source)
-    conversion, validation = (tracking.settings(asked, *sections) for sections in _SECTIONS.values())
-    source = asked.fetch.source
+    preflight.check(params, gpus=num_nodes * max(num_gpus, 1) if num_nodes else num_gpus)
+    source = params.fetch.source
+    if "KUBERNETES_SERVICE_HOST" in os.environ and source.startswith("s3://"):
+        _require_s3_keys(source)
+    if num_nodes:
+        from adfm.training import nodes
+
+        nodes.check(params, run=run, nodes=num_nodes, gpus=num_gpus, gpu_type=gpu_type)
+    inspection, conversion = (tracking.settings(params, *sections) for sections in _SECTIONS.values())
     return (
-        tracking.settings(asked),
+        tracking.settings(params),
         source,
-        asked.fetch.name,
+        params.fetch.name,
         revision or fixed_revision(source) or tracking.now(),
+        inspection,
         conversion,
-        validation,
     )
 
 
 def _require_s3_keys(source: str) -> None:
-    import boto3
-    from botocore.exceptions import BotoCoreError
+    from adfm.data import s3
 
-    try:
-        found = boto3.Session().get_credentials()
-    except BotoCoreError:  # one key without the other
-        found = None
-    if found is None:
+    if not s3.has_credentials():
         raise AdfmError(
             f"{source} cannot be read: neither the service account nor a secret gives credentials for S3; make the "
             "secret adfm-s3 in the namespace of the runs, with the keys access-key and secret-key "
             "(deploy/secrets.example.yaml)."
         )
-
-
-@contextmanager
-def exit_status() -> Iterator[None]:
-    """Ends the task as `adfm` would end: with the error alone and its exit status, 75 for what was told to stop."""
-    with printable_output():
-        try:
-            with stopping.terminable():
-                yield
-        except AdfmError as error:
-            print(f"adfm: error: {error}", file=sys.stderr)
-            raise SystemExit(error.exit_code) from error
 
 
 def check_gpus(gpu_type: str, num_gpus: int) -> None:
@@ -147,6 +163,35 @@ def fixed_revision(source: str) -> str:
     return source if fixed else ""
 
 
+def convert(raw: Path, shards: Path, validation: Path, params: Params, parts: Sequence[Path] = ()) -> dict[str, float]:
+    """Convert a raw data set and validate the shards.
+
+    One task for both: shards that fail validation leave no output, so that nothing is trained on them. Their report is
+    in MLflow.
+
+    Args:
+        raw: Archive of the data set, as `adfm.data.packed.pack` writes it.
+        shards: Folder of shards to write.
+        validation: Folder of the report to write.
+        params: Reads `seed`, `convert`, `split`, `validate` and `register`.
+        parts: Folders of the inspected parts; without any, the images are inspected here.
+
+    Returns:
+        Metrics of the validation: how many images it saw, and how many expectations failed.
+
+    Raises:
+        AdfmError: As `adfm.data.conversion.convert` and `adfm.data.validation.require`.
+    """
+    from adfm.data import conversion, packed
+    from adfm.data.validation import require
+
+    with packed.opened(raw) as folder:
+        conversion.convert(folder, shards, params, parts)
+    require(shards, validation, params)
+    statistics = json.loads((validation / "validation.json").read_text(encoding="utf-8"))["statistics"]
+    return {name: float(statistics[name]) for name in ("images", "expectations", "failed", "warnings")}
+
+
 def models_to_compare(params: Params, warmup: Path, candidate: Path) -> dict[str, str | Path]:
     """The models that a candidate is evaluated beside: the base, the warmed-up one, production and anchor, if any."""
     from adfm.evaluation import evaluate
@@ -156,27 +201,58 @@ def models_to_compare(params: Params, warmup: Path, candidate: Path) -> dict[str
     return models | evaluate.models_to_compare(in_production(params), candidate)
 
 
-def last_figures(curves: Path) -> dict[str, float]:
-    """The last row of a curves file that training wrote; empty figures are left out."""
+def last_metrics(curves: Path) -> dict[str, float]:
+    """The last row of a curves file that training wrote; empty metrics are left out."""
     with curves.open(newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     return {name: float(value) for name, value in rows[-1].items() if value} if rows else {}
 
 
-def validation_figures(report: Path) -> dict[str, float]:
-    """How many images validation saw, and how many expectations did not hold."""
-    found = json.loads((report / "validation.json").read_text(encoding="utf-8"))["statistics"]
-    return {name: float(found[name]) for name in ("images", "expectations", "failed", "warnings")}
+def evaluation_metrics(evaluation: Path) -> tuple[dict[str, float], list[str]]:
+    """`<model>/<metric>` of the headline of each model in an evaluation, and of what the gate judges in the candidate.
 
-
-def evaluation_figures(evaluation: Path) -> dict[str, float]:
-    """`<model>/<metric>` of the headline of each model in an evaluation."""
-    found = {}
+    Returns:
+        Values by name; the names of balanced accuracy, escapes (`miss_rate`), overkill and IoU of the candidate: of its
+            decisions at the threshold where it has one, as the gate takes them.
+    """
+    metrics = {}
     for file in sorted((evaluation / "metrics").glob("*.json")):
         for metric, value in json.loads(file.read_text(encoding="utf-8")).items():
-            if value is not None:
-                found[f"{file.stem}/{metric}"] = float(value)
-    return found
+            metrics[f"{file.stem}/{metric}"] = value
+    candidate = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))[CANDIDATE]
+    suffix = "" if candidate.get("threshold") is None else "_at_threshold"
+    first = {f"{CANDIDATE}/{metric}{suffix}": candidate.get(metric + suffix) for metric in _EVALUATION_FIRST}
+    return {name: float(value) for name, value in (metrics | first).items() if value is not None}, list(first)
+
+
+def log_metrics(artifact: Any, title: str, metrics: Mapping[str, float], first: Sequence[str] = ()) -> None:
+    """Write metrics into an artifact of KFP, those of `first` with a number before their names.
+
+    KFP's page sorts metrics by name and shows ten at a time (frontend/src/components/viewers/PagedTable.tsx), whatever
+    the order in which they are logged.
+
+    Args:
+        artifact: A `dsl.Metrics`.
+        title: KFP's name for the artifact on the page.
+        metrics: Values by name.
+        first: Names of at most nine that come first, in this order; those that `metrics` lacks are left out.
+    """
+    name_artifacts({title: artifact})
+    leading = [name for name in first if name in metrics]
+    for number, name in enumerate(leading, 1):
+        artifact.log_metric(f"{number} {name}", metrics[name])
+    for name in sorted(set(metrics) - set(leading)):
+        artifact.log_metric(name, metrics[name])
+
+
+def name_artifacts(titles: Mapping[str, Any]) -> None:
+    """Give artifacts of KFP names for its pages.
+
+    KFP's launcher takes the name of the output where `display_name` is not set (backend/src/v2/metadata/client.go,
+    `RecordArtifact`).
+    """
+    for title, artifact in titles.items():
+        artifact.metadata["display_name"] = title
 
 
 def confusion(evaluation: Path) -> tuple[list[str], list[list[int]]]:
@@ -201,16 +277,17 @@ def roc(evaluation: Path) -> tuple[list[float], list[float], list[float]]:
     return fpr, tpr, [min(each, 2.0) for each in threshold]
 
 
-def show(page: Path, to: str) -> None:
-    """Copies a page to where the artifact of a task is wanted."""
-    Path(to).parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(page, to)
+def publish_page(artifact: Any, title: str, page: Path) -> None:
+    """Copy a page into an artifact of KFP, a `dsl.HTML`, which the task's visualizations show."""
+    name_artifacts({title: artifact})
+    Path(artifact.path).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(page, artifact.path)
 
 
 def register(
     model: str, shards: str, evaluation: str, out: str, settings: str, run: str, revision: str, page: str
 ) -> tuple[str, dict[str, float], str]:
-    """Registers the model of a run and writes a page that says what was decided.
+    """Register the model of a run, and write the gate's page: the version, the decision and its reasons.
 
     Args:
         model: Folder that training wrote.
@@ -223,17 +300,17 @@ def register(
         page: File of the page.
 
     Returns:
-        Number of the version; figures of the decision; `passed` or `failed`.
+        Number of the version; metrics of the decision; `passed` or `failed`.
 
     Raises:
         AdfmError: As `adfm.registry.registration.register`.
     """
     from adfm.registry import registration
 
-    asked = begin(settings)
+    params = loads(settings)
     tags = {RUN_TAG: run} | ({REVISION_TAG: revision} if revision else {})
     folder = Path(out)
-    decision = registration.register(Path(model), Path(shards), Path(evaluation), folder, asked, tags)
+    decision = registration.register(Path(model), Path(shards), Path(evaluation), folder, params, tags)
     about = json.loads((folder / "registration.json").read_text(encoding="utf-8"))
     title = f"Version {about['version']} of {about['model']}: gate {about['gate']}"
     reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in decision.reasons)
@@ -248,10 +325,10 @@ def register(
 
 
 def version_link(model: str, version: str) -> str:
-    """A link, as HTML, to a version in MLflow; its name alone where MLflow is not a server."""
+    """A link, as HTML, to a version in MLflow; its name alone where MLflow has no pages."""
     name = html.escape(f"models:/{model}/{version}")
-    server = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if not server.startswith(("http://", "https://")):
+    server = environment.mlflow_ui()
+    if not server:
         return name
     address = html.escape(f"{server.rstrip('/')}/#/models/{quote(model)}/versions/{version}", quote=True)
     return f'<a href="{address}">{name}</a>'
@@ -268,54 +345,16 @@ def promote(version: str, settings: str, by: str, page: str) -> None:
     """
     from adfm.registry import history, promotion, reconcile, registration
 
-    asked = begin(settings)
+    params = loads(settings)
     try:
         if version:
-            promotion.promote(version, asked, by)
+            promotion.promote(version, params, by)
             return
         with reconcile.client() as store:
-            registration.accept(store, asked)
-        if not promotion.promote_approved(asked, by):
-            print(f"no version of {asked.register_.model} is newly approved; nothing to do")
+            registration.accept(store, params)
+        if not promotion.promote_approved(params, by):
+            print(f"no version of {params.register_.model} is newly approved; nothing to do")
     finally:
         Path(page).parent.mkdir(parents=True, exist_ok=True)
-        steps = html.escape(history.table(promotion.history(asked)))
+        steps = html.escape(history.table(promotion.history(params)))
         Path(page).write_text(f"<!doctype html><meta charset='utf-8'><pre>{steps}</pre>\n", encoding="utf-8")
-
-
-def notify(name: str, state: str, error: str, run: str, settings: str, ui: str) -> str:
-    """Says how a run ended: status, the version that it registered with the gate's verdict, and a link.
-
-    Whatever goes wrong in finding that out, the status is told.
-
-    Args:
-        name: Name of the pipeline.
-        state: As Kubeflow Pipelines has it, e.g. `SUCCEEDED`.
-        error: What failed; may be empty.
-        run: Id of the run.
-        settings: All settings, as they were given.
-        ui: Address of the pipelines' pages; without one there is no link.
-
-    Returns:
-        What was sent.
-    """
-    from adfm.registry.alerts import alert
-
-    lines = [f"{name} {state.lower()}", error.strip()]
-    try:
-        made = _registered(run, begin(settings))
-        lines += [f"version {each.version} of {each.name}: gate {each.tags.get('gate', 'unknown')}" for each in made]
-    except AdfmError as problem:
-        lines.append(f"the gate's verdict is not known: {str(problem).splitlines()[0]}")
-    lines.append(f"{ui.rstrip('/')}/#/runs/details/{run}" if ui else f"run {run}")
-    text = "\n".join(line for line in lines if line)
-    print(text)
-    alert(text)
-    return text
-
-
-def _registered(run: str, asked: Params) -> list[ModelVersion]:
-    with tracking.store_errors(tracking.configure()):
-        wanted = f"name = '{asked.register_.model}' and tags.{RUN_TAG} = '{run}'"
-        found: Any = tracking.client().search_model_versions(wanted)
-        return list(found)

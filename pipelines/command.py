@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ Options = Callable[[argparse.ArgumentParser], None]
 Arguments = Callable[[argparse.Namespace, params.Params], tuple[Any, dict[str, Any]]]
 
 
-def main(pipelines: Sequence[Any], options: Options, arguments: Arguments, argv: Sequence[str] | None = None) -> int:
+def main(
+    pipelines: Mapping[str, Any], options: Options, arguments: Arguments, argv: Sequence[str] | None = None
+) -> int:
     """Does what the command line says.
 
     Args:
-        pipelines: What `dsl.pipeline` made: the pipelines that the options choose from.
+        pipelines: What `dsl.pipeline` made, by the stem of the file to compile it to: what the options choose from.
         options: Adds the options that are parameters of the pipelines.
         arguments: Chooses the pipeline and makes its arguments, but for `settings`, of what was asked.
         argv: The arguments; those of the process by default.
@@ -28,19 +30,20 @@ def main(pipelines: Sequence[Any], options: Options, arguments: Arguments, argv:
     Returns:
         The exit status: 0, or 1 for an error that was explained on stderr.
     """
-    args = _parse(pipelines[0], options, argv)
+    first = next(iter(pipelines.values()))
+    args = _parse(first, options, argv)
     cli.set_environment()
     try:
         if args.verb == "compile":
-            for pipeline in pipelines:
-                write(pipeline, args.out / f"{pipeline.name.removeprefix('adfm-')}.yaml")
+            for stem, pipeline in pipelines.items():
+                write(pipeline, args.out / f"{stem}.yaml")
             return 0
         asked = params.load(args.params, args.set)
         pipeline, given = arguments(args, asked)
         given = {"settings": tracking.settings(asked), **given}
         (_run if args.verb == "run" else _submit)(pipeline, given, args)
     except AdfmError as error:
-        print(f"{pipelines[0].name}: error: {error}", file=sys.stderr)
+        print(f"{first.name}: error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 

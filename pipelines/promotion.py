@@ -11,7 +11,7 @@ from kfp import dsl
 from adfm.params import Params
 from components.notify.component import notify
 from components.promote.component import promote
-from pipelines.tasks import give
+from pipelines.tasks import configure
 
 
 @dsl.pipeline(name="adfm-promotion", description="Puts an approved version into production.")
@@ -24,10 +24,10 @@ def promotion(settings: str = "", version: str = "", by: str = "adfm-promotion",
         by: Who promotes, for the history.
         ui: Address of the pipelines' pages, for the link in the notification.
     """
-    told = notify(pipeline="adfm-promotion", run=dsl.PIPELINE_JOB_ID_PLACEHOLDER, settings=settings, ui=ui)
-    give(told, "notify")
-    with dsl.ExitHandler(told, name="path"):
-        give(promote(version=version, settings=settings, by=by), "promote")
+    notify_task = notify(pipeline="adfm-promotion", run=dsl.PIPELINE_JOB_ID_PLACEHOLDER, settings=settings, ui=ui)
+    configure(notify_task, "notify")
+    with dsl.ExitHandler(notify_task, name="path"):
+        configure(promote(version=version, settings=settings, by=by), "promote")
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -37,12 +37,12 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ui", metavar="URL", default="", help="of the pages, for links; the host by default")
 
 
-def arguments(args: argparse.Namespace, asked: Params) -> tuple[Any, dict[str, Any]]:
+def arguments(args: argparse.Namespace, params: Params) -> tuple[Any, dict[str, Any]]:
     """The pipeline and its arguments, but for the settings."""
     return promotion, {"version": args.version, "by": args.by, "ui": args.ui}
 
 
-PIPELINES = (promotion,)
+PIPELINES = {"promotion": promotion}
 
 
 if __name__ == "__main__":

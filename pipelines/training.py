@@ -1,14 +1,17 @@
 """From a data set to a registered, gated version, as a pipeline of Kubeflow Pipelines.
 
 python -m pipelines.training run                             here, in subprocesses
-python -m pipelines.training compile                         to pipelines/compiled/training.yaml
+python -m pipelines.training compile                         to pipelines/compiled/training*.yaml
 python -m pipelines.training submit --host https://…         on a cluster
+
+Conversion in parts and training on several machines are variants: `PIPELINES`. All have one name: KFP's cache goes by
+the pipeline's name and by image, command, inputs and outputs of a task (`getFingerPrint` in kubeflow/pipelines
+backend/src/v2/driver/cache.go), so that data fetched and converted for one variant serve the others.
 """
 
 import argparse
 import os
 import re
-from collections.abc import Callable
 from typing import Any
 
 from kfp import dsl, kubernetes
@@ -18,71 +21,133 @@ from adfm.params import Params
 from adfm.pods import WORKSPACE, WORKSPACE_CLAIM
 from adfm.tasks import GPUS, check_gpus, fixed_revision
 from components.check.component import check
-from components.convert.component import convert, inspect_part
+from components.convert.component import convert, convert_parts, inspect_part
 from components.evaluate.component import evaluate
 from components.fetch.component import fetch
 from components.notify.component import notify
 from components.register.component import register
 from components.train.component import train, train_on_nodes
-from components.validate.component import validate
 from components.warmup.component import warmup
-from pipelines.tasks import give, give_gpu
+from pipelines.tasks import configure, configure_gpu
 
 GPU_IMAGE = os.environ.get("ADFM_GPU_IMAGE", "localhost/adfm:gpu")
+NAME = "adfm-training"
+
+
+def _run(settings: Any, revision: Any, ui: Any, gpus: Any, parts: Any = None, num_nodes: Any = None) -> None:
+    """The tasks of every variant: with `parts`, conversion in parts; with `num_nodes`, training on several machines."""
+    run = dsl.PIPELINE_JOB_ID_PLACEHOLDER
+    notify_task = notify(pipeline=NAME, run=run, settings=settings, ui=ui)
+    configure(notify_task, "notify")
+    with dsl.ExitHandler(notify_task, name="path"):
+        # KFP compiles parameters for accelerators into a sub-DAG only if a task of it takes them as arguments as well.
+        check_task = check(
+            settings=settings,
+            run=run,
+            revision=revision,
+            gpu_type=gpus[0],
+            num_gpus=gpus[1],
+            num_nodes=0 if num_nodes is None else num_nodes,
+        )
+        configure(check_task, "check")
+        checked = check_task.outputs
+        fetch_task = fetch(source=checked["source"], name=checked["name"], revision=checked["revision"])
+        configure(fetch_task, "fetch")
+        shards = _shards(fetch_task.outputs["raw"], checked, parts)
+        start, model = _models(shards, checked["settings"], gpus, num_nodes)
+        evaluate_task = evaluate(shards=shards, warmup=start, model=model, settings=checked["settings"])
+        configure_gpu(evaluate_task, "evaluate", *gpus)
+        register_task = register(
+            model=model,
+            shards=shards,
+            evaluation=evaluate_task.outputs["evaluation"],
+            settings=checked["settings"],
+            run=run,
+            revision=checked["revision"],
+        )
+        configure_gpu(register_task, "register", *gpus)
+
+
+def _shards(raw: Any, checked: dict[str, Any], parts: Any) -> Any:
+    if parts is None:
+        task = convert(raw=raw, settings=checked["conversion"])
+        return configure(task, "convert").outputs["shards"]
+    task = conversion(raw=raw, parts=parts, inspection=checked["inspection"], settings=checked["conversion"])
+    return task.set_display_name("convert").output
 
 
 @dsl.pipeline(name="conversion")
-def conversion(raw: dsl.Input[dsl.Dataset], parts: list[str], settings: str) -> dsl.Dataset:
-    """Raw data to shards, the parts side by side.
+def conversion(raw: dsl.Input[dsl.Dataset], parts: list[str], inspection: str, settings: str) -> dsl.Dataset:
+    """Raw data to shards that passed validation, the images inspected part by part.
 
-    A pipeline of its own, because in a loop KFP's local runner takes the output of another task for the loop's item.
+    A pipeline of its own, because in a loop KFP's local runner takes the output of another task for the loop's item
+    (`create_parameter_loop_iteration_task_spec` in kfp/local/orchestrator/task_spec_utils.py).
     """
-    with dsl.ParallelFor(parts, name="inspect") as part:
-        inspected = inspect_part(raw=raw, part=part, settings=settings)
-        give(inspected, "inspect-part")
-    converted = convert(raw=raw, parts=dsl.Collected(inspected.outputs["inspected"]), settings=settings)
-    give(converted, "convert")
-    return converted.outputs["shards"]
+    with dsl.ParallelFor(parts, name="parts") as part:
+        inspect_task = inspect_part(raw=raw, part=part, settings=inspection)
+        configure(inspect_task, "inspect-part")
+    inspected = dsl.Collected(inspect_task.outputs["inspected"])
+    convert_task = convert_parts(raw=raw, parts=inspected, settings=settings)
+    configure(convert_task, "convert-parts")
+    return convert_task.outputs["shards"]
 
 
-def _path(name: str, settings: Any, revision: Any, parts: Any, ui: Any, gpus: Any, train: Callable[..., Any]) -> None:
-    """The tasks of both; `train` makes the one of shards, warmed-up model and settings."""
-    run = dsl.PIPELINE_JOB_ID_PLACEHOLDER
-    told = notify(pipeline=name, run=run, settings=settings, ui=ui)
-    give(told, "notify")
-    with dsl.ExitHandler(told, name="path"):
-        # KFP compiles parameters for accelerators into a sub-DAG only if a task of it takes them as arguments as well.
-        checked = check(settings=settings, revision=revision, gpu_type=gpus[0], num_gpus=gpus[1])
-        give(checked, "check")
-        fetched = fetch(
-            source=checked.outputs["source"], name=checked.outputs["name"], revision=checked.outputs["revision"]
-        )
-        give(fetched, "fetch")
-        converted = conversion(
-            raw=fetched.outputs["raw"], parts=parts, settings=checked.outputs["conversion"]
-        ).set_display_name("convert")
-        shards = converted.output
-        validated = validate(shards=shards, settings=checked.outputs["validation"])
-        give(validated, "validate")
-        whole = checked.outputs["settings"]
-        warmed = warmup(shards=shards, validation=validated.outputs["report"], settings=whole)
-        give_gpu(warmed, "warmup", *gpus)
-        model = train(shards, warmed.outputs["model"], whole).outputs["model"]
-        evaluated = evaluate(shards=shards, warmup=warmed.outputs["model"], model=model, settings=whole)
-        give_gpu(evaluated, "evaluate", *gpus)
-        registered = register(
-            model=model,
-            shards=shards,
-            evaluation=evaluated.outputs["evaluation"],
-            settings=whole,
-            run=run,
-            revision=checked.outputs["revision"],
-        )
-        give_gpu(registered, "register", *gpus)
+def _models(shards: Any, settings: Any, gpus: Any, num_nodes: Any) -> tuple[Any, Any]:
+    """The model after the cold start, and the trained one."""
+    gpu_type, num_gpus, node_selector, tolerations = gpus
+    if num_nodes is None:
+        task = train(shards=shards, settings=settings, num_gpus=num_gpus)
+        configure_gpu(task, "train", *gpus)
+        return task.outputs["warmup"], task.outputs["model"]
+    warmup_task = warmup(shards=shards, settings=settings)
+    configure_gpu(warmup_task, "warmup", *gpus)
+    task = train_on_nodes(
+        shards=shards,
+        warmup=warmup_task.outputs["warmup"],
+        settings=settings,
+        num_nodes=num_nodes,
+        num_gpus=num_gpus,
+        gpu_type=gpu_type,
+        node_selector=node_selector,
+        tolerations=tolerations,
+        image=GPU_IMAGE,
+        run=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+        workspace=WORKSPACE,
+        claim=WORKSPACE_CLAIM,
+    )
+    configure(task, "train-on-nodes")
+    kubernetes.mount_pvc(task, WORKSPACE_CLAIM, WORKSPACE)
+    return warmup_task.outputs["warmup"], task.outputs["model"]
 
 
-@dsl.pipeline(name="adfm-training", description="Data, validation, training, evaluation, registration and gate.")
+@dsl.pipeline(name=NAME, description="Data, validation, training, evaluation, registration and gate.")
 def training(
+    settings: str = "",
+    data_revision: str = "",
+    gpu_type: str = "nvidia.com/gpu",
+    num_gpus: int = 0,
+    node_selector: dict[str, Any] = {},
+    tolerations: list[dict[str, Any]] = [],
+    ui: str = "",
+):
+    """The whole path, each task in one pod.
+
+    Args:
+        settings: Text of a `params.yaml`; empty: the embedded run.
+        data_revision: What tells this content of `fetch.source` from an earlier one; data stages are cached by it.
+            Empty: what the source says of itself, else the time, and nothing is taken from the cache.
+        gpu_type: Resource that stands for a GPU on the cluster's nodes.
+        num_gpus: GPUs of a machine; 0: none.
+        node_selector: Labels of the nodes for the tasks that use GPUs.
+        tolerations: Of taints of those nodes.
+        ui: Address of the pipelines' pages, for the link in the notification.
+    """
+    gpus = (gpu_type, num_gpus, node_selector, tolerations)
+    _run(settings, data_revision, ui, gpus)
+
+
+@dsl.pipeline(name=NAME, description="As the default one; images are inspected in several pods side by side.")
+def training_in_parts(
     settings: str = "",
     data_revision: str = "",
     parts: list[str] = ["1/2", "2/2"],
@@ -92,31 +157,36 @@ def training(
     tolerations: list[dict[str, Any]] = [],
     ui: str = "",
 ):
-    """The whole path, each task on one machine.
+    """The whole path; images are inspected in as many pods as there are `parts`, written as I/N.
 
-    Args:
-        settings: Text of a `params.yaml`; empty: the embedded run.
-        data_revision: What tells this content of `fetch.source` from an earlier one; data stages are cached by it.
-            Empty: what the source says of itself, else the time, and nothing is taken from the cache.
-        parts: Conversion is divided into these, written as I/N.
-        gpu_type: Resource that stands for a GPU on the cluster's nodes.
-        num_gpus: GPUs of a machine; 0: none.
-        node_selector: Labels of the nodes for the tasks that use GPUs.
-        tolerations: Of taints of those nodes.
-        ui: Address of the pipelines' pages, for the link in the notification.
+    KFP 2.17's page shows the conversion as running for ever where all of it came from the cache; the run ends as it
+    should.
     """
     gpus = (gpu_type, num_gpus, node_selector, tolerations)
-
-    def on_one(shards: Any, warmed: Any, whole: Any) -> Any:
-        trained = train(shards=shards, warmup=warmed, settings=whole, num_gpus=num_gpus)
-        give_gpu(trained, "train", *gpus)
-        return trained
-
-    _path("adfm-training", settings, data_revision, parts, ui, gpus, on_one)
+    _run(settings, data_revision, ui, gpus, parts)
 
 
-@dsl.pipeline(name="adfm-training-on-nodes", description="As adfm-training; several machines train together.")
+@dsl.pipeline(name=NAME, description="As the default one; several machines train together.")
 def training_on_nodes(
+    settings: str = "",
+    data_revision: str = "",
+    gpu_type: str = "nvidia.com/gpu",
+    num_gpus: int = 1,
+    num_nodes: int = 2,
+    node_selector: dict[str, Any] = {},
+    tolerations: list[dict[str, Any]] = [],
+    ui: str = "",
+):
+    """The whole path with a TrainJob of Kubeflow Trainer on `num_nodes` machines.
+
+    A variant of its own, because the volume that the machines share cannot be optional.
+    """
+    gpus = (gpu_type, num_gpus, node_selector, tolerations)
+    _run(settings, data_revision, ui, gpus, num_nodes=num_nodes)
+
+
+@dsl.pipeline(name=NAME, description="As the default one; several pods inspect images, several machines train.")
+def training_in_parts_on_nodes(
     settings: str = "",
     data_revision: str = "",
     parts: list[str] = ["1/2", "2/2"],
@@ -127,38 +197,29 @@ def training_on_nodes(
     tolerations: list[dict[str, Any]] = [],
     ui: str = "",
 ):
-    """The whole path with a TrainJob of Kubeflow Trainer on `num_nodes` machines; the rest is as of `training`.
-
-    A pipeline of its own, because the volume that the machines share cannot be optional.
-    """
+    """Both variants together."""
     gpus = (gpu_type, num_gpus, node_selector, tolerations)
+    _run(settings, data_revision, ui, gpus, parts, num_nodes)
 
-    def on_several(shards: Any, warmed: Any, whole: Any) -> Any:
-        trained = train_on_nodes(
-            shards=shards,
-            warmup=warmed,
-            settings=whole,
-            num_nodes=num_nodes,
-            num_gpus=num_gpus,
-            gpu_type=gpu_type,
-            node_selector=node_selector,
-            tolerations=tolerations,
-            image=GPU_IMAGE,
-            run=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
-            workspace=WORKSPACE,
-            claim=WORKSPACE_CLAIM,
-        )
-        give(trained, "train-on-nodes")
-        kubernetes.mount_pvc(trained, WORKSPACE_CLAIM, WORKSPACE)
-        return trained
 
-    _path("adfm-training-on-nodes", settings, data_revision, parts, ui, gpus, on_several)
+PIPELINES = {
+    "training": training,
+    "training-in-parts": training_in_parts,
+    "training-on-nodes": training_on_nodes,
+    "training-in-parts-on-nodes": training_in_parts_on_nodes,
+}
+"""The variants, by the file that they are compiled to."""
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     """The parameters of the pipeline as options."""
     parser.add_argument("--data-revision", metavar="TEXT", default="", help="tells this data from an earlier one")
-    parser.add_argument("--parts", metavar="N", type=_positive, default=2, help="conversion goes in N parts; 2")
+    parser.add_argument(
+        "--parts",
+        metavar="N",
+        type=_positive,
+        help="inspect the images in N pods side by side; convert in one pod by default",
+    )
     parser.add_argument(
         "--gpu-type", metavar="NAME", type=_gpu, default=GPUS[0], help=f"one of {', '.join(GPUS)}, …/mig-…"
     )
@@ -171,26 +232,30 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ui", metavar="URL", default="", help="of the pages, for links; the host by default")
 
 
-def arguments(args: argparse.Namespace, asked: Params) -> tuple[Any, dict[str, Any]]:
-    """The pipeline that was asked for, and its arguments, but for the settings.
+def arguments(args: argparse.Namespace, params: Params) -> tuple[Any, dict[str, Any]]:
+    """The variant that the options ask for, and its arguments, but for the settings.
 
     Raises:
         AdfmError: A TrainJob is to run here.
     """
-    given = {
-        "data_revision": args.data_revision or fixed_revision(asked.fetch.source),
-        "parts": [f"{part}/{args.parts}" for part in range(1, args.parts + 1)],
+    if args.num_nodes is not None and args.verb == "run":
+        raise AdfmError("--num-nodes: a TrainJob needs a cluster; leave it out here.")
+    values = {
+        "data_revision": args.data_revision or fixed_revision(params.fetch.source),
         "gpu_type": args.gpu_type,
         "num_gpus": args.num_gpus,
         "node_selector": dict(args.node_selector),
         "tolerations": args.toleration,
         "ui": args.ui,
     }
-    if args.num_nodes is None:
-        return training, given
-    if args.verb == "run":
-        raise AdfmError("--num-nodes: a TrainJob needs a cluster; leave it out here.")
-    return training_on_nodes, given | {"num_nodes": args.num_nodes}
+    variant = "training"
+    if args.parts is not None:
+        variant += "-in-parts"
+        values["parts"] = [f"{part}/{args.parts}" for part in range(1, args.parts + 1)]
+    if args.num_nodes is not None:
+        variant += "-on-nodes"
+        values["num_nodes"] = args.num_nodes
+    return PIPELINES[variant], values
 
 
 def _count(text: str) -> int:
@@ -221,17 +286,14 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _toleration(text: str) -> dict[str, str]:
-    found = re.fullmatch(r"([^=:]+)(?:=([^:]*))?(?::(NoSchedule|PreferNoSchedule|NoExecute))?", text)
-    if not found:
+    match = re.fullmatch(r"([^=:]+)(?:=([^:]*))?(?::(NoSchedule|PreferNoSchedule|NoExecute))?", text)
+    if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY[=VALUE][:EFFECT] with an effect of Kubernetes")
-    key, value, effect = found.groups()
+    key, value, effect = match.groups()
     tolerated = (
         {"key": key, "operator": "Exists"} if value is None else {"key": key, "operator": "Equal", "value": value}
     )
     return tolerated | ({"effect": effect} if effect else {})
-
-
-PIPELINES = (training, training_on_nodes)
 
 
 if __name__ == "__main__":

@@ -1,48 +1,145 @@
 """What tasks do around their stages."""
 
 import csv
+import errno
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from kfp import dsl
 
-from adfm import tasks
+from adfm import environment, tasks, termination
 from adfm.errors import AdfmError
-from adfm.params import Params, loads
+from adfm.params import loads
+from adfm.stopping import Stopped, Terminated
+from adfm.training import nodes
 
 
 @pytest.fixture(autouse=True)
 def here(store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("KUBERNETES_SERVICE_HOST", "ADFM_ALERT_WEBHOOK"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     return store
 
 
+@pytest.fixture
+def last_words(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What stages leave for Kubernetes."""
+    texts: list[str] = []
+    monkeypatch.setattr(termination, "leave", texts.append)
+    return texts
+
+
+def no_space() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", "shards/train.parquet")
+
+
+def fail(error: BaseException) -> Callable[[], None]:
+    def raise_error() -> None:
+        raise error
+
+    return raise_error
+
+
+@pytest.mark.parametrize(
+    ("work", "status", "line"),
+    [
+        (fail(AdfmError("shards: 2 problems:\n  a\n  b")), 1, "shards: 2 problems:"),
+        (fail(Stopped("told to stop")), 75, "told to stop"),
+        (fail(Terminated()), 143, "terminated by SIGTERM: the run was terminated, or its pod deleted"),
+        (no_space, 1, "shards/train.parquet: the disk is full; use nodes with more ephemeral storage."),
+    ],
+)
+def test_a_stage_ends_with_the_status_and_the_reason_of_its_error(
+    work: Callable[[], None], status: int, line: str, last_words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end, tasks.stage():
+        work()
+    assert end.value.code == status
+    assert last_words == [line]
+    assert capsys.readouterr().err.startswith(f"adfm: error: {line}\n")
+
+
+def test_an_error_that_nobody_expected_keeps_its_traceback_and_leaves_a_line(last_words: list[str]) -> None:
+    with pytest.raises(ZeroDivisionError), tasks.stage():
+        raise ZeroDivisionError("division by zero\nmore")
+    assert last_words == ["ZeroDivisionError: division by zero"]
+
+
+def test_an_environment_that_cannot_be_set_up_is_an_error_of_the_stage(
+    last_words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "set_environment", fail(AdfmError("ca.crt: holds no certificate")))
+    with pytest.raises(SystemExit), tasks.stage():
+        raise AssertionError
+    assert last_words == ["ca.crt: holds no certificate"]
+
+
+def test_a_stage_that_ends_well_leaves_nothing(last_words: list[str]) -> None:
+    with tasks.stage():
+        pass
+    assert not last_words
+
+
+def test_a_stage_sets_up_its_environment_before_the_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("ADFM_MLFLOW_TRACKING_URI", "https://mlflow.example.com")
+    with tasks.stage():
+        assert os.environ["MLFLOW_TRACKING_URI"] == "https://mlflow.example.com"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+
+
 def test_the_check_takes_settings_apart_for_those_that_read_them() -> None:
-    settings, source, name, revision, conversion, validation = tasks.check("seed: 3\nwarmup: {steps: 1}\n")
+    settings, source, name, revision, inspection, conversion = tasks.check("seed: 3\nwarmup: {steps: 1}\n")
     assert loads(settings).seed == 3
     assert source == revision == "synthetic://"
     assert name == "synthetic"
-    assert set(yaml.safe_load(conversion)) == {"seed", "convert", "split"}
-    assert set(yaml.safe_load(validation)) == {"convert", "split", "validate", "register"}
+    assert set(yaml.safe_load(inspection)) == {"convert", "split"}
+    assert set(yaml.safe_load(conversion)) == {"seed", "convert", "split", "validate", "register"}
     others = tasks.check("seed: 3\nwarmup: {steps: 2}\n")
-    assert others[1:] == (source, name, revision, conversion, validation)
+    assert others[1:] == (source, name, revision, inspection, conversion)
 
 
 def test_on_a_cluster_a_store_that_would_be_lost_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
-    with pytest.raises(AdfmError, match="MLFLOW_TRACKING_URI is not set.*secret adfm-mlflow"):
+    with pytest.raises(AdfmError, match="MLflow's address is not set.*secret adfm-mlflow"):
         tasks.check("")
 
 
-@pytest.mark.parametrize("names", [(), ("AWS_ACCESS_KEY_ID",), ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")])
+@pytest.mark.parametrize(
+    ("machines", "ranks"), [({"num_gpus": 3}, 3), ({"num_gpus": 3, "num_nodes": 2}, 6), ({"num_nodes": 3}, 3)]
+)
+def test_a_batch_that_does_not_divide_among_all_processes_is_refused(machines: dict[str, int], ranks: int) -> None:
+    with pytest.raises(AdfmError, match=rf"\b{ranks}\b"):
+        tasks.check("train: {prompts_per_step: 4, num_generations: 4}", **machines)
+
+
+def test_what_a_trainjob_needs_is_checked_only_if_one_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(nodes, "check", lambda params, **machines: calls.append(machines))
+    tasks.check("", "run-7")
+    assert not calls
+    tasks.check("", "run-7", num_nodes=2)
+    assert calls == [{"run": "run-7", "nodes": 2, "gpus": 0, "gpu_type": "nvidia.com/gpu"}]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        (),
+        ("AWS_ACCESS_KEY_ID",),
+        ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
+        ("ADFM_S3_ACCESS_KEY_ID", "ADFM_S3_SECRET_ACCESS_KEY"),
+    ],
+)
 def test_on_a_cluster_data_in_s3_want_a_secret_or_an_account_that_may(
     names: tuple[str, ...], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
+    for name in [name for name in os.environ if name.startswith(("AWS_", "ADFM_S3_"))]:
         monkeypatch.delenv(name)
     given = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "none", "AWS_SHARED_CREDENTIALS_FILE": "none"}
     given |= {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "MLFLOW_TRACKING_URI": f"sqlite:///{here}/mlflow.db"}
@@ -80,23 +177,38 @@ def test_a_source_whose_content_may_change_has_no_revision_of_its_own(source: st
 
 def test_settings_that_are_wrong_are_all_named() -> None:
     with pytest.raises(AdfmError, match=r"(?s)params line 1: seed .*params line 2: there is no setting tarin"):
-        tasks.begin("seed: x\ntarin: {}\n")
-    assert tasks.begin("") == Params()
+        tasks.check("seed: x\ntarin: {}\n")
 
 
 def test_the_last_row_of_curves(here: Path) -> None:
     with (here / "curves.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows([["step", "loss", "kl"], [1, 2.0, 0.1], [2, 1.5, ""]])
-    assert tasks.last_figures(here / "curves.csv") == {"step": 2.0, "loss": 1.5}
+    assert tasks.last_metrics(here / "curves.csv") == {"step": 2.0, "loss": 1.5}
     (here / "curves.csv").write_text("step\r\n")
-    assert tasks.last_figures(here / "curves.csv") == {}
+    assert tasks.last_metrics(here / "curves.csv") == {}
 
 
-def test_figures_of_an_evaluation(here: Path) -> None:
+@pytest.mark.parametrize(("threshold", "suffix"), [(None, ""), (0.4, "_at_threshold")])
+def test_metrics_of_an_evaluation_and_those_that_the_gate_judges(here: Path, threshold: Any, suffix: str) -> None:
     (here / "metrics").mkdir()
     (here / "metrics" / "base.json").write_text(json.dumps({"accuracy": 0.5, "auroc": None}))
     (here / "metrics" / "trained.json").write_text(json.dumps({"accuracy": 0.75, "auroc": 1.0}))
-    assert tasks.evaluation_figures(here) == {"base/accuracy": 0.5, "trained/accuracy": 0.75, "trained/auroc": 1.0}
+    greedy = {"balanced_accuracy": 0.7, "miss_rate": 0.2, "overkill": 0.3, "iou": None}
+    decided = {f"{name}_at_threshold": 0.1 for name in greedy}
+    candidate = greedy | {"threshold": threshold} | (decided if threshold else {})
+    (here / "metrics.json").write_text(json.dumps({"base": {}, "trained": candidate}))
+    metrics, first = tasks.evaluation_metrics(here)
+    assert first == [f"trained/{name}{suffix}" for name in greedy]
+    headline = {"base/accuracy": 0.5, "trained/accuracy": 0.75, "trained/auroc": 1.0}
+    judged = {f"trained/{name}": value for name, value in (decided if threshold else greedy).items()}
+    assert metrics == headline | {name: value for name, value in judged.items() if value is not None}
+
+
+def test_metrics_that_come_first_are_numbered_because_the_page_sorts_by_name() -> None:
+    artifact = dsl.Metrics(name="training_metrics", uri="", metadata={})
+    tasks.log_metrics(artifact, "Training metrics", {"kl": 1.0, "a": 2.0, "reward": 3.0}, ["reward", "gone", "kl"])
+    assert artifact.metadata == {"display_name": "Training metrics", "1 reward": 3.0, "2 kl": 1.0, "a": 2.0}
+    assert max(len(tasks.TRAINING_FIRST), len(tasks.WARMUP_FIRST)) < 10  # "10" would come before "2"
 
 
 def test_confusion_has_truth_in_rows_and_decisions_in_columns(here: Path) -> None:
@@ -126,19 +238,10 @@ def test_a_roc_curve_is_finite_and_of_few_points_with_both_ends(here: Path) -> N
     assert tasks.roc(here) == ([], [], [])
 
 
-def test_a_link_is_made_only_to_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_leads_to_the_public_address_and_is_made_only_to_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ADFM_MLFLOW_UI", raising=False)
     assert tasks.version_link("adfm", "3") == "models:/adfm/3"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example.com/")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.adfm.svc:5000")
+    assert 'href="http://mlflow.adfm.svc:5000/#/models/adfm/versions/3"' in tasks.version_link("adfm", "3")
+    monkeypatch.setenv("ADFM_MLFLOW_UI", "https://mlflow.example.com/")
     assert 'href="https://mlflow.example.com/#/models/adfm/versions/3"' in tasks.version_link("adfm", "3")
-
-
-def test_the_end_is_told_even_if_the_settings_are_wrong() -> None:
-    said = tasks.notify("line", "FAILED", "task check failed", "run-7", "seed: x", "https://kfp.example.com/")
-    assert said.splitlines()[0] == "line failed"
-    assert "task check failed" in said
-    assert "the gate's verdict is not known" in said
-    assert said.endswith("https://kfp.example.com/#/runs/details/run-7")
-
-
-def test_a_run_that_registered_nothing_has_no_verdict() -> None:
-    assert tasks.notify("line", "SUCCEEDED", "", "run-7", "", "") == "line succeeded\nrun run-7"

@@ -49,3 +49,10 @@ def on_gpus(shards: Path, model: Path, out: Path, params: Params, gpus: int) -> 
 def command(shards: Path, model: Path, out: Path, settings: Path) -> list[str]:
     """The module that each process runs, and its arguments."""
     return ["adfm", "train", str(shards), str(model), str(out), "--params", str(settings)]
+
+
+def cold_start(shards: Path, out: Path, params: Params) -> None:
+    """Supervised cold start (stand-in)."""
+    from adfm.training.warmup import warmup
+
+    warmup(shards, out, params)

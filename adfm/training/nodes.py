@@ -219,3 +219,11 @@ def _show_log(pods: Any, namespace: str, name: str, shown: int) -> int:
     for line in lines[shown:]:
         print(line)
     return max(shown, len(lines))
+
+
+def check(params: Params, *, run: str, nodes: int, gpus: int, gpu_type: str) -> None:
+    """Check that the cluster has what a TrainJob needs (stand-in)."""
+
+
+def end(run: str) -> None:
+    """Delete the TrainJob of a run that has ended (stand-in)."""

@@ -1,4 +1,4 @@
-"""Sees that a run can start, before anything is fetched: settings, weights of the base model, MLflow, disk."""
+"""Check that a run can start before anything is fetched: settings, weights of the base model, MLflow, disk, cluster."""
 
 import os
 from typing import NamedTuple
@@ -9,11 +9,17 @@ from kfp import dsl
 @dsl.component(base_image=os.environ.get("ADFM_CPU_IMAGE", "localhost/adfm:cpu"), install_kfp_package=False)
 def check(
     settings: str,
+    run: str,
     revision: str,
     gpu_type: str,
     num_gpus: int,
-) -> NamedTuple("Checked", settings=str, source=str, name=str, revision=str, conversion=str, validation=str):
+    num_nodes: int,
+) -> NamedTuple("Checked", settings=str, source=str, name=str, revision=str, inspection=str, conversion=str):
     """Settings are the text of a params.yaml; the parts of them that data stages read come out one by one."""
-    from adfm import tasks
+    from adfm import retries, tasks
 
-    return tasks.check(settings, revision, gpu_type, int(num_gpus))
+    with tasks.stage():
+        return retries.again(
+            lambda: tasks.check(settings, run, revision, gpu_type, int(num_gpus), int(num_nodes)),
+            "the check before the run",
+        )

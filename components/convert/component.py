@@ -1,4 +1,4 @@
-"""Turns a raw data set into Parquet shards: first its parts side by side, then all of them into one."""
+"""Convert a raw data set into Parquet shards and validate them, at once or after its parts were inspected."""
 
 import os
 from typing import List  # noqa: UP035
@@ -7,30 +7,66 @@ from kfp import dsl
 
 
 @dsl.component(base_image=os.environ.get("ADFM_CPU_IMAGE", "localhost/adfm:cpu"), install_kfp_package=False)
-def inspect_part(raw: dsl.Input[dsl.Dataset], part: str, settings: str, inspected: dsl.Output[dsl.Dataset]):
-    """Looks at the images of one part, which is written as I/N."""
+def convert(
+    raw: dsl.Input[dsl.Dataset],
+    settings: str,
+    shards: dsl.Output[dsl.Dataset],
+    validation: dsl.Output[dsl.Artifact],
+    validation_report: dsl.Output[dsl.HTML],
+    validation_metrics: dsl.Output[dsl.Metrics],
+):
+    """Shards that fail validation stop the run before a GPU is params for; their report is in MLflow."""
     from pathlib import Path
 
     from adfm import tasks
-    from adfm.data.conversion import inspect_part
+    from adfm.params import loads
 
-    number, of = part.split("/")
-    named = Path(raw.path) / raw.metadata["name"]
-    inspect_part(named, Path(inspected.path), tasks.begin(settings), int(number), int(of))
+    with tasks.stage():
+        report = Path(validation.path)
+        archive = Path(raw.path) / f"{raw.metadata['name']}.tar"
+        metrics = tasks.convert(archive, Path(shards.path), report, loads(settings))
+        tasks.name_artifacts({"Shards": shards, "Validation": validation})
+        tasks.publish_page(validation_report, "Validation report", report / "index.html")
+        tasks.log_metrics(validation_metrics, "Validation metrics", metrics)
 
 
 @dsl.component(base_image=os.environ.get("ADFM_CPU_IMAGE", "localhost/adfm:cpu"), install_kfp_package=False)
-def convert(
+def inspect_part(raw: dsl.Input[dsl.Dataset], part: str, settings: str, inspected: dsl.Output[dsl.Dataset]):
+    """Inspect the images of one part, which is written as I/N."""
+    from pathlib import Path
+
+    from adfm import tasks
+    from adfm.data import packed
+    from adfm.data.conversion import inspect_part
+    from adfm.params import loads
+
+    with tasks.stage(), packed.opened(Path(raw.path) / f"{raw.metadata['name']}.tar") as folder:
+        number, of = part.split("/")
+        inspect_part(folder, Path(inspected.path), loads(settings), int(number), int(of))
+        tasks.name_artifacts({f"Part {part}": inspected})
+
+
+@dsl.component(base_image=os.environ.get("ADFM_CPU_IMAGE", "localhost/adfm:cpu"), install_kfp_package=False)
+def convert_parts(
     raw: dsl.Input[dsl.Dataset],
     parts: dsl.Input[List[dsl.Dataset]],  # noqa: UP006
     settings: str,
     shards: dsl.Output[dsl.Dataset],
+    validation: dsl.Output[dsl.Artifact],
+    validation_report: dsl.Output[dsl.HTML],
+    validation_metrics: dsl.Output[dsl.Metrics],
 ):
-    """Divides the inspected images into splits and writes the shards."""
+    """As `convert`, of images that were inspected part by part."""
     from pathlib import Path
 
     from adfm import tasks
-    from adfm.data.conversion import convert
+    from adfm.params import loads
 
-    named = Path(raw.path) / raw.metadata["name"]
-    convert(named, Path(shards.path), tasks.begin(settings), [Path(part.path) for part in parts])
+    with tasks.stage():
+        report = Path(validation.path)
+        archive = Path(raw.path) / f"{raw.metadata['name']}.tar"
+        inspected = [Path(part.path) for part in parts]
+        metrics = tasks.convert(archive, Path(shards.path), report, loads(settings), inspected)
+        tasks.name_artifacts({"Shards": shards, "Validation": validation})
+        tasks.publish_page(validation_report, "Validation report", report / "index.html")
+        tasks.log_metrics(validation_metrics, "Validation metrics", metrics)

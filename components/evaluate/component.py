@@ -1,4 +1,4 @@
-"""Lets the candidate, the models that it came from, production and anchor answer the same held-out images."""
+"""Evaluate the candidate, the models that it came from, production and anchor on the same held-out images."""
 
 import os
 
@@ -12,21 +12,26 @@ def evaluate(
     model: dsl.Input[dsl.Model],
     settings: str,
     evaluation: dsl.Output[dsl.Artifact],
-    page: dsl.Output[dsl.HTML],
-    figures: dsl.Output[dsl.Metrics],
-    answers: dsl.Output[dsl.ClassificationMetrics],
+    evaluation_report: dsl.Output[dsl.HTML],
+    evaluation_metrics: dsl.Output[dsl.Metrics],
+    decisions: dsl.Output[dsl.ClassificationMetrics],
 ):
-    """The page is the report that reviewers read; with the pictures that are files of their own it is in MLflow."""
+    """The report is the one that reviewers read; with the pictures that are files of their own it is in MLflow."""
     from pathlib import Path
 
-    from adfm import tasks
+    from adfm import retries, tasks
     from adfm.evaluation.evaluate import evaluate
+    from adfm.params import loads
 
-    params, folder, trained = tasks.begin(settings), Path(evaluation.path), Path(model.path)
-    models = tasks.models_to_compare(params, Path(warmup.path), trained) | {"trained": trained}
-    evaluate(models, Path(shards.path), folder, params)
-    tasks.show(folder / "report" / "report.html", page.path)
-    for name, value in tasks.evaluation_figures(folder).items():
-        figures.log_metric(name, value)
-    answers.log_confusion_matrix(*tasks.confusion(folder))
-    answers.log_roc_curve(*tasks.roc(folder))
+    with tasks.stage():
+        params, folder, trained = loads(settings), Path(evaluation.path), Path(model.path)
+        models = retries.again(
+            lambda: tasks.models_to_compare(params, Path(warmup.path), trained), "looking up what is in production"
+        )
+        evaluate(models | {tasks.CANDIDATE: trained}, Path(shards.path), folder, params)
+        tasks.name_artifacts({"Evaluation": evaluation, "Decisions of the candidate": decisions})
+        tasks.publish_page(evaluation_report, "Evaluation report", folder / "report" / "report.html")
+        metrics, first = tasks.evaluation_metrics(folder)
+        tasks.log_metrics(evaluation_metrics, "Evaluation metrics", metrics, first)
+        decisions.log_confusion_matrix(*tasks.confusion(folder))
+        decisions.log_roc_curve(*tasks.roc(folder))

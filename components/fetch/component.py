@@ -1,4 +1,4 @@
-"""Fetches a raw data set and lists it in a manifest."""
+"""Fetch a raw data set into one archive."""
 
 import os
 
@@ -7,15 +7,20 @@ from kfp import dsl
 
 @dsl.component(base_image=os.environ.get("ADFM_CPU_IMAGE", "localhost/adfm:cpu"), install_kfp_package=False)
 def fetch(source: str, name: str, revision: str, raw: dsl.Output[dsl.Dataset]):
-    """Into the folder `name` of the artifact: a data set has the name of its folder.
+    """The archive is `<name>.tar` in the artifact's folder: KFP moves an artifact file by file, one after another.
 
     The revision names the content of the source: it is no more than a part of the key of the cache.
     """
     from pathlib import Path
+    from tempfile import TemporaryDirectory
 
-    from adfm import tasks
+    from adfm import retries, tasks
+    from adfm.data import packed
     from adfm.data.sources import fetch
 
-    tasks.begin("")
-    fetch(source, Path(raw.path) / name)
-    raw.metadata.update(source=source, name=name, revision=revision)
+    with tasks.stage(), TemporaryDirectory() as place:
+        folder = Path(place) / name
+        retries.again(lambda: fetch(source, folder), f"fetching {source}")
+        packed.pack(folder, Path(raw.path) / f"{name}.tar")
+        raw.metadata.update(source=source, name=name, revision=revision)
+        tasks.name_artifacts({"Raw data": raw})

@@ -1,4 +1,4 @@
-"""Tells how a run ended."""
+"""Report how a run ended, and remove what it left on the cluster."""
 
 import os
 
@@ -7,7 +7,16 @@ from kfp import dsl
 
 @dsl.component(base_image=os.environ.get("ADFM_CPU_IMAGE", "localhost/adfm:cpu"), install_kfp_package=False)
 def notify(status: dsl.PipelineTaskFinalStatus, pipeline: str, run: str, settings: str, ui: str) -> str:
-    """Status, gate verdict and link, to the chat channel that the secret adfm-alerts names, if any, and to the log."""
-    from adfm import tasks
+    """State, gate verdict and link, to the chat channel that the secret adfm-alerts names, if any, and to the log."""
+    from adfm import notification, tasks
+    from adfm.training import nodes
 
-    return tasks.notify(pipeline, status.state, status.error_message or "", run, settings, ui)
+    with tasks.stage():
+        nodes.end(run)
+        ended = notification.Status(
+            state=status.state,
+            error_message=status.error_message or "",
+            pipeline_job_resource_name=status.pipeline_job_resource_name,
+            pipeline_task_name=status.pipeline_task_name,
+        )
+        return notification.notify(pipeline, ended, run, settings, ui)

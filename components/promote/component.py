@@ -1,4 +1,4 @@
-"""Puts an approved version into production."""
+"""Put an approved version into production."""
 
 import os
 
@@ -8,6 +8,8 @@ from kfp import dsl
 @dsl.component(base_image=os.environ.get("ADFM_CPU_IMAGE", "localhost/adfm:cpu"), install_kfp_package=False)
 def promote(version: str, settings: str, by: str, history: dsl.Output[dsl.HTML]):
     """Without a version, whatever is newly approved; the page is the history of production."""
-    from adfm import tasks
+    from adfm import retries, tasks
 
-    tasks.promote(version, settings, by, history.path)
+    with tasks.stage():
+        tasks.name_artifacts({"History of production": history})
+        retries.again(lambda: tasks.promote(version, settings, by, history.path), "the promotion")

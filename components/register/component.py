@@ -1,4 +1,4 @@
-"""Registers the trained model as a version in MLflow, with the gate's decision on it; moves no alias."""
+"""Register the trained model as a version in MLflow, with the gate's decision on it; move no alias."""
 
 import os
 from typing import NamedTuple
@@ -15,16 +15,21 @@ def register(
     run: str,
     revision: str,
     registration: dsl.Output[dsl.Artifact],
-    page: dsl.Output[dsl.HTML],
-    figures: dsl.Output[dsl.Metrics],
+    gate_page: dsl.Output[dsl.HTML],
+    gate_metrics: dsl.Output[dsl.Metrics],
 ) -> NamedTuple("Registered", version=str, gate=str):
     """The version carries the ids of the run and of the data."""
-    from adfm import tasks
+    from adfm import retries, tasks
 
-    version, decided, gate = tasks.register(
-        model.path, shards.path, evaluation.path, registration.path, settings, run, revision, page.path
-    )
-    for name, value in decided.items():
-        figures.log_metric(name, value)
-    registration.metadata.update(version=version, gate=gate)
-    return version, gate
+    with tasks.stage():
+        version, metrics, gate = retries.again(
+            lambda: tasks.register(
+                model.path, shards.path, evaluation.path, registration.path, settings, run, revision, gate_page.path
+            ),
+            "the registration",
+        )
+        tasks.name_artifacts({"Registration": registration, f"Gate: {gate}": gate_page})
+        tasks.log_metrics(gate_metrics, "Gate metrics", metrics)
+        for artifact in (registration, gate_page):
+            artifact.metadata.update(version=version, gate=gate)
+        return version, gate

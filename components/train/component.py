@@ -1,4 +1,4 @@
-"""Trains by GRPO: on one machine, with one GPU or several, or on several machines."""
+"""Train: the cold start and GRPO on one machine, or GRPO alone on several machines."""
 
 import os
 
@@ -8,23 +8,29 @@ from kfp import dsl
 @dsl.component(base_image=os.environ.get("ADFM_GPU_IMAGE", "localhost/adfm:gpu"), install_kfp_package=False)
 def train(
     shards: dsl.Input[dsl.Dataset],
-    warmup: dsl.Input[dsl.Model],
     settings: str,
     num_gpus: int,
+    warmup: dsl.Output[dsl.Model],
+    warmup_metrics: dsl.Output[dsl.Metrics],
     model: dsl.Output[dsl.Model],
-    figures: dsl.Output[dsl.Metrics],
+    training_metrics: dsl.Output[dsl.Metrics],
 ):
-    """Several GPUs are used through accelerate."""
+    """Both run in processes of their own, which leave no memory of a GPU behind; several GPUs through accelerate."""
     from pathlib import Path
 
     from adfm import tasks
-    from adfm.training.launch import on_gpus
+    from adfm.params import loads
+    from adfm.training.launch import cold_start, on_gpus
 
-    folder = Path(model.path)
-    with tasks.exit_status():
-        on_gpus(Path(shards.path), Path(warmup.path), folder, tasks.begin(settings), int(num_gpus))
-    for name, value in tasks.last_figures(folder / "reward_curves.csv").items():
-        figures.log_metric(name, value)
+    with tasks.stage():
+        params, start, trained = loads(settings), Path(warmup.path), Path(model.path)
+        cold_start(Path(shards.path), start, params)
+        on_gpus(Path(shards.path), start, trained, params, int(num_gpus))
+        tasks.name_artifacts({"Model after the cold start": warmup, "Trained model": model})
+        metrics = tasks.last_metrics(start / "warmup_curves.csv")
+        tasks.log_metrics(warmup_metrics, "Cold start metrics", metrics, tasks.WARMUP_FIRST)
+        metrics = tasks.last_metrics(trained / "reward_curves.csv")
+        tasks.log_metrics(training_metrics, "Training metrics", metrics, tasks.TRAINING_FIRST)
 
 
 @dsl.component(base_image=os.environ.get("ADFM_CPU_IMAGE", "localhost/adfm:cpu"), install_kfp_package=False)
@@ -42,29 +48,32 @@ def train_on_nodes(
     workspace: str,
     claim: str,
     model: dsl.Output[dsl.Model],
-    figures: dsl.Output[dsl.Metrics],
+    training_metrics: dsl.Output[dsl.Metrics],
 ):
     """This task holds no GPU itself: it follows a TrainJob, which runs the image on the machines."""
     from pathlib import Path
 
     from adfm import tasks
+    from adfm.params import loads
     from adfm.training.nodes import on_nodes
 
-    folder = Path(model.path)
-    on_nodes(
-        Path(shards.path),
-        Path(warmup.path),
-        folder,
-        tasks.begin(settings),
-        run=run,
-        workspace=Path(workspace),
-        claim=claim,
-        image=image,
-        nodes=int(num_nodes),
-        gpus=int(num_gpus),
-        gpu_type=gpu_type,
-        node_selector=node_selector,
-        tolerations=tolerations,
-    )
-    for name, value in tasks.last_figures(folder / "reward_curves.csv").items():
-        figures.log_metric(name, value)
+    with tasks.stage():
+        trained = Path(model.path)
+        on_nodes(
+            Path(shards.path),
+            Path(warmup.path),
+            trained,
+            loads(settings),
+            run=run,
+            workspace=Path(workspace),
+            claim=claim,
+            image=image,
+            nodes=int(num_nodes),
+            gpus=int(num_gpus),
+            gpu_type=gpu_type,
+            node_selector=node_selector,
+            tolerations=tolerations,
+        )
+        tasks.name_artifacts({"Trained model": model})
+        metrics = tasks.last_metrics(trained / "reward_curves.csv")
+        tasks.log_metrics(training_metrics, "Training metrics", metrics, tasks.TRAINING_FIRST)

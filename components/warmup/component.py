@@ -1,4 +1,4 @@
-"""Teaches the base model the form of the answer."""
+"""Supervised fine-tuning of the base model, the cold start, as a task of its own for training on several machines."""
 
 import os
 
@@ -8,18 +8,20 @@ from kfp import dsl
 @dsl.component(base_image=os.environ.get("ADFM_GPU_IMAGE", "localhost/adfm:gpu"), install_kfp_package=False)
 def warmup(
     shards: dsl.Input[dsl.Dataset],
-    validation: dsl.Input[dsl.Artifact],
     settings: str,
-    model: dsl.Output[dsl.Model],
-    figures: dsl.Output[dsl.Metrics],
+    warmup: dsl.Output[dsl.Model],
+    warmup_metrics: dsl.Output[dsl.Metrics],
 ):
-    """The validation's report is an input so that nothing is trained on shards that were not judged."""
+    """Trains on shards that passed validation: others are not an output of their task."""
     from pathlib import Path
 
     from adfm import tasks
-    from adfm.training.warmup import warmup
+    from adfm.params import loads
+    from adfm.training.launch import cold_start
 
-    folder = Path(model.path)
-    warmup(Path(shards.path), folder, tasks.begin(settings))
-    for name, value in tasks.last_figures(folder / "warmup_curves.csv").items():
-        figures.log_metric(name, value)
+    with tasks.stage():
+        folder = Path(warmup.path)
+        cold_start(Path(shards.path), folder, loads(settings))
+        tasks.name_artifacts({"Model after the cold start": warmup})
+        metrics = tasks.last_metrics(folder / "warmup_curves.csv")
+        tasks.log_metrics(warmup_metrics, "Cold start metrics", metrics, tasks.WARMUP_FIRST)

@@ -15,6 +15,7 @@ import pytest
 from kfp import dsl
 
 from adfm import tracking
+from adfm.files import digest
 from adfm.params import load
 from adfm.tracking import settings
 
@@ -59,42 +60,38 @@ def artifacts(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def shards(artifacts: Artifacts) -> Any:
+def raw(artifacts: Artifacts) -> Any:
     raw = artifacts("raw", dsl.Dataset)
     function("fetch")(source="synthetic://?images=20", name="line", revision="7", raw=raw)
-    assert raw.metadata == {"source": "synthetic://?images=20", "name": "line", "revision": "7"}
-    parts = []
-    for part in ("1/2", "2/2"):
-        parts.append(artifacts(f"part-{part[0]}", dsl.Dataset))
-        function("convert", "inspect_part")(raw=raw, part=part, settings=SETTINGS, inspected=parts[-1])
-    function("convert")(raw=raw, parts=parts, settings=SETTINGS, shards=artifacts("shards", dsl.Dataset))
+    return raw
+
+
+@pytest.fixture(scope="module")
+def shards(artifacts: Artifacts, raw: Any) -> Any:
+    function("convert")(raw=raw, settings=SETTINGS, **outputs_of_conversion(artifacts, ""))
     return artifacts("shards")
+
+
+def outputs_of_conversion(made: Artifacts, suffix: str) -> dict[str, Any]:
+    return {
+        "shards": made(f"shards{suffix}", dsl.Dataset),
+        "validation": made(f"validation{suffix}"),
+        "validation_report": made(f"validation_report{suffix}.html", dsl.HTML),
+        "validation_metrics": made(f"validation_metrics{suffix}", dsl.Metrics),
+    }
 
 
 @pytest.fixture(scope="module")
 def evaluated(artifacts: Artifacts, shards: Any) -> Artifacts:
     made = artifacts
-    function("validate")(
-        shards=shards,
-        settings=SETTINGS,
-        report=made("report"),
-        page=made("validation.html", dsl.HTML),
-        figures=made("validation-figures", dsl.Metrics),
-    )
-    function("warmup")(
-        shards=shards,
-        validation=made("report"),
-        settings=SETTINGS,
-        model=made("warmup", dsl.Model),
-        figures=made("warmup-figures", dsl.Metrics),
-    )
     function("train")(
         shards=shards,
-        warmup=made("warmup"),
         settings=SETTINGS,
         num_gpus=0.0,
+        warmup=made("warmup", dsl.Model),
+        warmup_metrics=made("warmup_metrics", dsl.Metrics),
         model=made("trained", dsl.Model),
-        figures=made("training-figures", dsl.Metrics),
+        training_metrics=made("training_metrics", dsl.Metrics),
     )
     function("evaluate")(
         shards=shards,
@@ -102,36 +99,115 @@ def evaluated(artifacts: Artifacts, shards: Any) -> Artifacts:
         model=made("trained"),
         settings=SETTINGS,
         evaluation=made("evaluation"),
-        page=made("report.html", dsl.HTML),
-        figures=made("evaluation-figures", dsl.Metrics),
-        answers=made("answers", dsl.ClassificationMetrics),
+        evaluation_report=made("evaluation_report.html", dsl.HTML),
+        evaluation_metrics=made("evaluation_metrics", dsl.Metrics),
+        decisions=made("decisions", dsl.ClassificationMetrics),
     )
     return made
 
 
+def test_raw_data_are_one_archive_that_is_named_by_the_data_set(raw: Any) -> None:
+    assert [file.name for file in Path(raw.path).iterdir()] == ["line.tar"]
+    about = {name: raw.metadata[name] for name in ("source", "name", "revision")}
+    assert about == {"source": "synthetic://?images=20", "name": "line", "revision": "7"}
+
+
+def test_a_server_that_is_away_for_a_minute_fails_no_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adfm.data import sources
+    from adfm.errors import Unreachable
+
+    tries: list[Path] = []
+
+    def fetch(source: str, out: Path) -> None:
+        tries.append(out)
+        if len(tries) == 1:
+            raise Unreachable(f"{source}: no connection")
+        out.mkdir()
+        (out / "part.png").touch()
+
+    monkeypatch.setattr(sources, "fetch", fetch)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    raw = Artifacts(tmp_path)("raw", dsl.Dataset)
+    function("fetch")(source="s3://bucket/line", name="line", revision="7", raw=raw)
+    assert len(tries) == 2
+    assert tries[0] == tries[1]  # what was downloaded is resumed
+    assert (Path(raw.path) / "line.tar").is_file()
+
+
+def test_parts_give_the_shards_of_the_whole(artifacts: Artifacts, raw: Any, shards: Any) -> None:
+    parts = []
+    for part in ("1/2", "2/2"):
+        parts.append(artifacts(f"part-{part[0]}", dsl.Dataset))
+        function("convert", "inspect_part")(raw=raw, part=part, settings=SETTINGS, inspected=parts[-1])
+    outputs = outputs_of_conversion(artifacts, "_of_parts")
+    function("convert", "convert_parts")(raw=raw, parts=parts, settings=SETTINGS, **outputs)
+    assert digest(Path(outputs["shards"].path)) == digest(Path(shards.path))
+    assert outputs["validation_metrics"].metadata == artifacts("validation_metrics").metadata
+
+
+def test_shards_that_fail_validation_end_the_task_with_its_own_error(
+    raw: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = outputs_of_conversion(Artifacts(tmp_path), "")
+    strict = settings(load(None, [*SMALL.split(), "validate.min_images_per_split=1000"]))
+    with pytest.raises(SystemExit) as status:
+        function("convert")(raw=raw, settings=strict, **made)
+    assert status.value.code == 1
+    assert "is not fit to train on" in capsys.readouterr().err
+    assert not Path(made["validation_report"].path).exists()
+    store = tracking.client()  # the report is in MLflow all the same
+    assert "validation/index.html" in {
+        file.path for file in store.list_artifacts(os.environ["MLFLOW_RUN_ID"], "validation")
+    }
+
+
 def test_check_hands_on_the_parts_of_the_settings(artifacts: Artifacts) -> None:
-    checked = function("check")(settings=SETTINGS, revision="", gpu_type="nvidia.com/gpu", num_gpus=1)
+    checked = function("check")(
+        settings=SETTINGS, run="run-7", revision="", gpu_type="nvidia.com/gpu", num_gpus=1, num_nodes=0
+    )
     assert checked[:4] == (SETTINGS, "synthetic://?images=20", "synthetic", "synthetic://?images=20")
 
 
 def test_shards_and_models_are_where_the_artifacts_are(evaluated: Artifacts) -> None:
-    for name, file in (("shards", "conversion.json"), ("report", "validation.json"), ("trained", "adfm.json")):
+    for name, file in (
+        ("shards", "conversion.json"),
+        ("validation", "validation.json"),
+        ("warmup", "adfm.json"),
+        ("trained", "adfm.json"),
+    ):
         assert (Path(evaluated(name).path) / file).is_file()
-    for page in ("validation.html", "report.html"):
+    for page in ("validation_report.html", "evaluation_report.html"):
         assert "<html" in Path(evaluated(page).path).read_text()
 
 
-def test_figures_are_on_the_page_of_the_run(evaluated: Artifacts) -> None:
+def test_artifacts_say_on_the_page_what_they_are(evaluated: Artifacts) -> None:
+    names = {name: made.metadata["display_name"] for name, made in evaluated.made.items() if "_of_parts" not in name}
+    assert names["validation_report.html"] == "Validation report"
+    assert names["evaluation_report.html"] == "Evaluation report"
+    assert len(set(names.values())) == len(names)
+
+
+def test_metrics_that_matter_come_first_where_names_are_sorted(evaluated: Artifacts) -> None:
     files = Path(evaluated("shards").path).glob("*.parquet")
-    assert evaluated("validation-figures").metadata["images"] == sum(pq.read_metadata(file).num_rows for file in files)
-    assert evaluated("warmup-figures").metadata["step"] == 1
-    assert "reward" in evaluated("training-figures").metadata
-    assert {name.split("/")[0] for name in evaluated("evaluation-figures").metadata} == {"base", "warmup", "trained"}
-    matrix = evaluated("answers").metadata["confusionMatrix"]
+    images = sum(pq.read_metadata(file).num_rows for file in files)
+    assert evaluated("validation_metrics").metadata["images"] == images
+    assert next(iter(rows(evaluated("warmup_metrics")))) == "1 loss"
+    assert evaluated("warmup_metrics").metadata["3 step"] == 1
+    assert next(iter(rows(evaluated("training_metrics")))) == "1 reward"
+    leading = ("1 trained/balanced_accuracy", "2 trained/miss_rate", "3 trained/overkill", "4 trained/iou")
+    names = list(rows(evaluated("evaluation_metrics")))
+    assert [name.removesuffix("_at_threshold") for name in names[:4]] == list(leading)
+    assert {name.split("/")[0] for name in names[4:]} == {"base", "warmup", "trained"}
+    matrix = evaluated("decisions").metadata["confusionMatrix"]
     assert [each["displayName"] for each in matrix["annotationSpecs"]] == ["normal", "anomalous", "unparseable"]
-    curve = evaluated("answers").metadata["confidenceMetrics"]
+    curve = evaluated("decisions").metadata["confidenceMetrics"]
     assert curve[0] == {"confidenceThreshold": 2.0, "recall": 0.0, "falsePositiveRate": 0.0}
     assert (curve[-1]["recall"], curve[-1]["falsePositiveRate"]) == (1.0, 1.0)
+
+
+def rows(artifact: Any) -> dict[str, float]:
+    """The metrics of an artifact as KFP's page has them: sorted by name."""
+    return {name: value for name, value in sorted(artifact.metadata.items()) if name != "display_name"}
 
 
 def test_all_tasks_go_on_with_the_run_that_the_platform_began(evaluated: Artifacts) -> None:
@@ -156,12 +232,13 @@ def test_a_version_carries_the_run_and_production_is_evaluated_the_next_time(
         run="run-7",
         revision="data-3",
         registration=made("registration"),
-        page=made("version.html", dsl.HTML),
-        figures=made("decision", dsl.Metrics),
+        gate_page=made("gate_page.html", dsl.HTML),
+        gate_metrics=made("gate_metrics", dsl.Metrics),
     )
     assert (version, gate) == ("1", "failed")
-    assert made("decision").metadata == {"version": 1.0, "gate": 0.0}
-    assert "Version 1 of adfm: gate failed" in Path(made("version.html").path).read_text()
+    assert rows(made("gate_metrics")) == {"version": 1.0, "gate": 0.0}
+    assert "Version 1 of adfm: gate failed" in Path(made("gate_page.html").path).read_text()
+    assert made("gate_page.html").metadata == {"display_name": "Gate: failed", "version": "1", "gate": "failed"}
 
     from adfm import tasks
     from adfm.params import loads
@@ -169,7 +246,6 @@ def test_a_version_carries_the_run_and_production_is_evaluated_the_next_time(
     store = tracking.client()
     tags = store.get_model_version("adfm", "1").tags
     assert (tags["kfp_run_id"], tags["data_revision"]) == ("run-7", "data-3")
-    assert "version 1 of adfm: gate failed" in tasks.notify("line", "SUCCEEDED", "", "run-7", SETTINGS, "")
 
     params, start, candidate = loads(SETTINGS), Path("warmup"), Path(made("trained").path)
     assert list(tasks.models_to_compare(params, start, candidate)) == ["base", "warmup"]
@@ -179,22 +255,36 @@ def test_a_version_carries_the_run_and_production_is_evaluated_the_next_time(
     store.delete_registered_model_alias("adfm", "production")
 
 
-def test_a_promotion_without_approval_is_refused_and_the_history_shown(evaluated: Artifacts) -> None:
-    from adfm.registry.promotion import Refused
-
+def test_a_promotion_without_approval_is_refused_and_the_history_shown(
+    evaluated: Artifacts, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = evaluated("history.html", dsl.HTML)
-    with pytest.raises(Refused):
+    with pytest.raises(SystemExit) as status:
         function("promote")(version="1", settings=SETTINGS, by="somebody", history=page)
+    assert status.value.code == 1
+    assert "adfm: error: " in capsys.readouterr().err
     assert "refuse" in Path(page.path).read_text()
 
 
-def test_notify_tells_the_status(artifacts: Artifacts) -> None:
+def test_the_exit_task_ends_the_run_on_the_cluster_and_reports_what_kfp_says_of_it(
+    artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adfm import notification
+    from adfm.training import nodes
+
+    calls: list[Any] = []
+    monkeypatch.setattr(nodes, "end", lambda run: calls.append(("end", run)))
+    monkeypatch.setattr(notification, "notify", lambda *arguments: calls.append(arguments) or "sent")
     status = dsl.PipelineTaskFinalStatus(
-        state="FAILED",
-        pipeline_job_resource_name="job",
-        pipeline_task_name="path",
-        error_code=1,
-        error_message="no space",
+        state="RUNNING",
+        pipeline_job_resource_name="adfm-training-x7k2p",
+        pipeline_task_name="exit-handler-1",
+        error_code=None,
+        error_message=None,
     )
-    said = function("notify")(status=status, pipeline="line", run="run-8", settings="", ui="https://kfp.example.com")
-    assert said == "line failed\nno space\nhttps://kfp.example.com/#/runs/details/run-8"
+    ui = "https://kfp.example.com"
+    assert function("notify")(status=status, pipeline="line", run="run-8", settings="", ui=ui) == "sent"
+    ended, (name, given, *rest) = calls
+    assert ended == ("end", "run-8")
+    assert (name, rest) == ("line", ["run-8", "", ui])
+    assert given == notification.Status("RUNNING", "", "adfm-training-x7k2p", "exit-handler-1")

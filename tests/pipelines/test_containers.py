@@ -31,8 +31,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     given = os.environ | {"ADFM_CPU_IMAGE": IMAGE, "ADFM_GPU_IMAGE": IMAGE, "PYTHONPATH": str(ROOT)}
     if shutil.which("podman") and shutil.which("runc"):
         given.setdefault("CONTAINERS_CONF", str(Path(__file__).with_name("containers.conf")))
-    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    commit = asked.stdout.strip() or "unknown"  # as the Makefile has it
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    commit = head.stdout.strip() or "unknown"  # as the Makefile has it
     commits = {builder: _built_from(builder, given) for builder in ("podman", "docker") if shutil.which(builder)}
     if commit not in commits.values():
         assert not ("CI" in os.environ and any(commits.values())), f"{IMAGE} is of {commits}, not of {commit}"
@@ -71,13 +71,12 @@ def test_data_stages_give_in_containers_what_they_give_here(
     done = run(tmp_path, environment, *strict)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "is not fit to train on" in done.stdout
-    assert "adfm-training failed" in done.stdout
-    assert not list((tmp_path / "out").rglob("warmup"))
+    assert not list((tmp_path / "out").rglob("train"))
 
-    asked = params.load(None, strict[1::2])
+    settings = params.load(None, strict[1::2])
     monkeypatch.chdir(tmp_path)
-    fetch(asked.fetch.source, Path(asked.fetch.name))
-    convert(Path(asked.fetch.name), Path("shards"), asked)
+    fetch(settings.fetch.source, Path(settings.fetch.name))
+    convert(Path(settings.fetch.name), Path("shards"), settings)
     (shards,) = (tmp_path / "out").rglob("convert/shards")
     assert digest(shards) == digest(Path("shards"))
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
 
+from adfm.files import digest
+from adfm.params import Params
 from pipelines import promotion, training
 from pipelines.command import main
 
@@ -19,30 +22,42 @@ def run(*argv: str) -> int:
 def test_data_that_are_not_fit_stop_the_run_before_a_model_is_touched(
     here: Path, small: list[str], channel: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("--root", "out", "--parts", "1", *small, "--set", "validate.min_images_per_split=1000") == 1
+    unfit = (*small, "--set", "validate.min_images_per_split=1000")
+    assert run("--root", "out", *unfit) == 1
     captured = capfd.readouterr()
     assert "is not fit to train on" in captured.out
+    assert "Traceback" not in captured.out
     assert "adfm-training: error:" in captured.err
-    assert not list((here / "out").glob("*/warmup"))
     assert not list((here / "out").glob("*/train"))
-    assert channel == [text for text in channel if text.startswith("adfm-training failed")]
+    assert list((here / "mlartifacts").rglob("validation/index.html"))  # the report of the failure is in MLflow
     assert len(channel) == 1
+    assert "failed" in channel[0]
+
+    assert run("--root", "parts", "--parts", "2", *unfit) == 1
+    (whole,) = (here / "out").rglob("convert/shards")
+    (joined,) = (here / "parts").rglob("convert-parts/shards")
+    assert len(list((here / "parts").rglob("inspect-part/inspected"))) == 2
+    assert digest(joined) == digest(whole)
+    assert not list((here / "parts").glob("*/train"))
 
 
-def test_a_training_that_fails_is_told(here: Path, small: list[str], channel: list[str]) -> None:
-    steps = ("--set", "warmup.steps=0", "--set", "train.learning_rate=1e30")
-    assert run("--root", "out", "--parts", "1", *small, *steps) == 1
-    assert list((here / "out").glob("*/warmup"))
+def test_a_training_that_fails_is_reported(
+    here: Path, small: list[str], channel: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    unhealthy = ("--set", "train.health.patience=1", "--set", "train.health.max_kl=1e-9")
+    assert run("--root", "out", *small, *unhealthy) == 1
+    assert "adfm: error: training was stopped" in capfd.readouterr().out
+    assert list((here / "out").glob("*/train/warmup"))
     assert not list((here / "out").glob("*/evaluate"))
-    assert [text.split("\n")[0] for text in channel] == ["adfm-training failed"]
+    assert len(channel) == 1
+    assert "failed" in channel[0]
 
 
-def test_a_promotion_without_an_approval_moves_nothing(here: Path, channel: list[str]) -> None:
+def test_a_promotion_without_an_approval_moves_nothing(here: Path) -> None:
     argv = ["run", "--root", "out"]
     assert main(promotion.PIPELINES, promotion.options, promotion.arguments, argv) == 0
     (history,) = (here / "out").rglob("promote/history")
     assert "step" in history.read_text()
-    assert channel[-1].startswith("adfm-promotion succeeded")
 
 
 def test_settings_that_do_not_parse_start_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,7 +76,7 @@ def test_a_trainjob_without_a_cluster_starts_nothing(here: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize(
-    ("option", "said"),
+    ("option", "message"),
     [
         (["--gpu-type", "nvidia.com/gpus"], "there is no GPU type 'nvidia.com/gpus'; the nearest is nvidia.com/gpu"),
         (["--num-gpus", "-1"], "'-1' is not a whole number from 0 on"),
@@ -72,30 +87,25 @@ def test_a_trainjob_without_a_cluster_starts_nothing(here: Path, capsys: pytest.
     ],
 )
 def test_what_no_cluster_could_follow_starts_nothing(
-    here: Path, option: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    here: Path, option: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as status:
         run("--root", "out", *option)
     assert status.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (here / "out").exists()
 
 
 def test_options_become_the_arguments_of_the_pipeline() -> None:
-    import argparse
-
-    from adfm.params import Params
-
     parser = argparse.ArgumentParser()
     parser.set_defaults(verb="submit")
     training.options(parser)
-    asked = "--parts 3 --gpu-type nvidia.com/mig-1g.5gb --num-gpus 2 --node-selector pool=gpu --data-revision 7"
-    args = parser.parse_args([*asked.split(), "--toleration", "gpu:NoSchedule", "--toleration", "team=vision"])
-    pipeline, given = training.arguments(args, Params())
+    options = "--gpu-type nvidia.com/mig-1g.5gb --num-gpus 2 --node-selector pool=gpu --data-revision 7"
+    args = parser.parse_args([*options.split(), "--toleration", "gpu:NoSchedule", "--toleration", "team=vision"])
+    pipeline, values = training.arguments(args, Params())
     assert pipeline is training.training
-    assert given == {
+    assert values == {
         "data_revision": "7",
-        "parts": ["1/3", "2/3", "3/3"],
         "gpu_type": "nvidia.com/mig-1g.5gb",
         "num_gpus": 2,
         "node_selector": {"pool": "gpu"},
@@ -105,7 +115,28 @@ def test_options_become_the_arguments_of_the_pipeline() -> None:
         ],
         "ui": "",
     }
-    assert training.arguments(parser.parse_args([]), Params())[0] is training.training
-    for nodes in (1, 2):  # one machine too, when its checkpoints have to outlive a pod
-        pipeline, given = training.arguments(parser.parse_args(["--num-nodes", str(nodes)]), Params())
-        assert (pipeline, given["num_nodes"]) == (training.training_on_nodes, nodes)
+
+
+@pytest.mark.parametrize(
+    ("options", "variant", "values"),
+    [
+        ([], "training", {}),
+        (["--parts", "1"], "training-in-parts", {"parts": ["1/1"]}),
+        (["--parts", "3"], "training-in-parts", {"parts": ["1/3", "2/3", "3/3"]}),
+        # One machine too, when its checkpoints have to outlive a pod.
+        (["--num-nodes", "1"], "training-on-nodes", {"num_nodes": 1}),
+        (
+            ["--num-nodes", "2", "--parts", "2"],
+            "training-in-parts-on-nodes",
+            {"parts": ["1/2", "2/2"], "num_nodes": 2},
+        ),
+    ],
+)
+def test_options_choose_the_variant(options: list[str], variant: str, values: dict[str, object]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.set_defaults(verb="submit")
+    training.options(parser)
+    pipeline, arguments = training.arguments(parser.parse_args(options), Params())
+    assert pipeline is training.PIPELINES[variant]
+    assert {name: value for name, value in arguments.items() if name in ("parts", "num_nodes")} == values
+    assert set(arguments) < set(pipeline.component_spec.inputs)
