@@ -17,16 +17,12 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from adfm import cli, params, stopping, tracking
 from adfm.errors import AdfmError
 from adfm.params import Params
 from adfm.text import printable_output
-
-if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
 
 RUN_TAG = "kfp_run_id"
 """Tag of a version: the run of the pipeline that registered it."""
@@ -281,41 +277,3 @@ def promote(version: str, settings: str, by: str, page: str) -> None:
         Path(page).parent.mkdir(parents=True, exist_ok=True)
         steps = html.escape(history.table(promotion.history(asked)))
         Path(page).write_text(f"<!doctype html><meta charset='utf-8'><pre>{steps}</pre>\n", encoding="utf-8")
-
-
-def notify(name: str, state: str, error: str, run: str, settings: str, ui: str) -> str:
-    """Says how a run ended: status, the version that it registered with the gate's verdict, and a link.
-
-    Whatever goes wrong in finding that out, the status is told.
-
-    Args:
-        name: Name of the pipeline.
-        state: As Kubeflow Pipelines has it, e.g. `SUCCEEDED`.
-        error: What failed; may be empty.
-        run: Id of the run.
-        settings: All settings, as they were given.
-        ui: Address of the pipelines' pages; without one there is no link.
-
-    Returns:
-        What was sent.
-    """
-    from adfm.registry.alerts import alert
-
-    lines = [f"{name} {state.lower()}", error.strip()]
-    try:
-        made = _registered(run, begin(settings))
-        lines += [f"version {each.version} of {each.name}: gate {each.tags.get('gate', 'unknown')}" for each in made]
-    except AdfmError as problem:
-        lines.append(f"the gate's verdict is not known: {str(problem).splitlines()[0]}")
-    lines.append(f"{ui.rstrip('/')}/#/runs/details/{run}" if ui else f"run {run}")
-    text = "\n".join(line for line in lines if line)
-    print(text)
-    alert(text)
-    return text
-
-
-def _registered(run: str, asked: Params) -> list[ModelVersion]:
-    with tracking.store_errors(tracking.configure()):
-        wanted = f"name = '{asked.register_.model}' and tags.{RUN_TAG} = '{run}'"
-        found: Any = tracking.client().search_model_versions(wanted)
-        return list(found)
