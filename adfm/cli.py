@@ -14,12 +14,12 @@ import json
 import os
 import shlex
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adfm import __version__
+from adfm.environment import set_environment as set_environment
 from adfm.errors import AdfmError
 from adfm.stopping import Stopped, Terminated, terminable
 from adfm.text import printable_output
@@ -45,16 +45,6 @@ from a data set to a registered model, by hand (`make repro` does the same, and 
   adfm promote 1
 """
 
-# Nothing is reported to anyone, and nothing is uploaded that was not asked for. What the user has set is kept.
-_ENVIRONMENT = {
-    "DO_NOT_TRACK": "1",
-    "GX_ANALYTICS_ENABLED": "false",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",  # of steps that take no time
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "TOKENIZERS_PARALLELISM": "false",  # the tokenizer warns at every fork otherwise
-}
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb.
@@ -67,7 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         goes on when it is started again, 130 when interrupted, 141 when nobody reads the output any more, 143 when
         terminated. Wrong usage exits with 2, as argparse does.
     """
-    set_environment()
     with printable_output():  # names in messages are whatever files and annotations hold
         return _main(sys.argv[1:] if argv is None else argv)
 
@@ -75,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> int:
     args = _parse(argv)
     try:
+        set_environment()
         from adfm.params import load
 
         with terminable():
@@ -98,17 +88,6 @@ def _main(argv: Sequence[str]) -> int:
             raise
         _drop_output()
         return _fail(f"{error.filename or 'output'}: no space is left on the disk; free some and start again.", 1)
-
-
-def set_environment() -> None:
-    """Keeps the libraries quiet and at home, before they are imported."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    os.environ.pop("HF_MLFLOW_LOG_ARTIFACTS", None)  # would upload every checkpoint
-    # Of checkpoints with an adapter on the input embedding: intended, and in them alone.
-    warnings.filterwarnings("ignore", "Setting `save_embedding_layers`", UserWarning)
-    # Said by peft's and TRL's own calls.
-    warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)
 
 
 def _drop_output() -> None:

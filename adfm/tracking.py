@@ -1,7 +1,8 @@
 """Runs in MLflow: where they go, what every run carries, and what is said when the server is not there.
 
-`MLFLOW_TRACKING_URI` names a server. Without it, runs and versions go to `mlflow.db` and files to `mlartifacts/`, both
-in the current folder, which `mlflow ui --backend-store-uri sqlite:///mlflow.db` shows.
+`MLFLOW_TRACKING_URI` names a server; adfm/environment.py sets it on a cluster. Without it, runs and versions go to
+`mlflow.db` and files to `mlartifacts/`, both in the current folder, which `mlflow ui --backend-store-uri
+sqlite:///mlflow.db` shows.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from adfm import environment
 from adfm.errors import AdfmError
 from adfm.params import Params, flat
 from adfm.stopping import Stopped
@@ -107,26 +109,25 @@ def start_run(
         name: Name of the run, e.g. `train`.
         params: Settings to record.
         tags: Further tags.
-        run_id: A run to go on with, e.g. that of an interrupted training, if the store has it. Else the run that the
-            platform names in `MLFLOW_RUN_ID` is gone on with, if any; else a new one begins. A run that is gone on with
-            keeps the parameters that it has (MLflow cannot change them); its `params.yaml` is replaced.
+        run_id: A run to resume, e.g. that of an interrupted training, if the store has it. Else the run that the
+            platform names in `MLFLOW_RUN_ID` is resumed, if any, in its own experiment; else a new one begins.
+            A resumed run keeps the parameters that it has (MLflow cannot change them); its `params.yaml` is replaced.
         must_end: Whether it is an error if the store does not answer any more when the body has ended well.
 
     Yields:
         The active run.
 
     Raises:
-        AdfmError: If the store cannot be reached, or fails in the body.
+        AdfmError: If the store cannot be reached, does not have the run of `MLFLOW_RUN_ID`, or fails in the body.
     """
     uri = configure()
     import mlflow
 
     with store_errors(uri):
-        found = find_run(run_id)
-        named = os.environ.get("MLFLOW_RUN_ID")
-        go_on = found.info.run_id if found else named
-        if go_on:
-            run = mlflow.start_run(run_id=go_on)
+        given = os.environ.get("MLFLOW_RUN_ID")
+        resumed = find_run(run_id) or _given_run(given, uri)
+        if resumed:
+            run = mlflow.start_run(run_id=resumed.info.run_id)
         else:
             run = mlflow.start_run(run_name=name, experiment_id=experiment(params.register_.experiment))
         try:
@@ -136,16 +137,29 @@ def start_run(
             yield run
             with nullcontext() if must_end else _given_up():
                 mlflow.end_run()
-            if uri.startswith("http"):
-                print(f"{name}: {without_login(uri).rstrip('/')}/{run_page(run)}")
+            if pages := environment.mlflow_ui():
+                print(f"{name}: {pages}/{run_page(run)}")
         except BaseException as error:
             # When the store is what failed, the error that is on its way says more than a second one.
             with _given_up():
                 mlflow.end_run("KILLED" if isinstance(error, KeyboardInterrupt | Stopped) else "FAILED")
             raise
         finally:
-            if named:  # MLflow forgets it when a run ends; the next stage of this process needs it
-                os.environ["MLFLOW_RUN_ID"] = named
+            if given:  # MLflow forgets it when a run ends; the next stage of this process needs it
+                os.environ["MLFLOW_RUN_ID"] = given
+
+
+def _given_run(run_id: str | None, uri: str) -> Run | None:
+    if not run_id:
+        return None
+    run = find_run(run_id)
+    if run is None:
+        raise AdfmError(
+            f"MLflow at {without_login(uri)} does not have the run {run_id} that MLFLOW_RUN_ID names: it is a run of "
+            "another server, or was deleted. Set MLFLOW_TRACKING_URI to the server of that run (KFP's MLflow plug-in "
+            "sets both where injectUserEnvVars is true), or unset MLFLOW_RUN_ID."
+        )
+    return run
 
 
 @contextmanager
@@ -175,7 +189,8 @@ def store_errors(uri: str) -> Iterator[None]:
         if uri.startswith("http"):
             remedy = (
                 "See that the server runs and that MLFLOW_TRACKING_URI is its address (unset it to use mlflow.db in "
-                "the current folder); if it wants a login, set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
+                "the current folder); if it wants a login, set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. "
+                f"On a cluster, all three come from the secret adfm-mlflow.{environment.ca_remedy(error)}"
             )
         else:
             remedy = (
@@ -184,6 +199,15 @@ def store_errors(uri: str) -> Iterator[None]:
             )
         cause = without_login(" ".join(str(error).rpartition("Caused by ")[2].split()))[:300]
         raise AdfmError(f"MLflow at {shown} failed: {cause}\n{remedy}") from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("boto3", "botocore"):
+            raise
+        # MLflow raises what boto3 raised where files go to S3 directly (store/artifact/s3_artifact_repo.py).
+        raise AdfmError(
+            f"MLflow at {without_login(uri)} does not store files itself but sends clients to S3, which failed: "
+            f"{error}. Start the server with --serve-artifacts and --artifacts-destination s3://…, or give the clients "
+            "access to that bucket: AWS_*, on a cluster the service account."
+        ) from error
 
 
 def experiment(name: str) -> str:

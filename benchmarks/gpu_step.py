@@ -30,7 +30,7 @@ from grpo_step import bare_trainer
 from memory import GPUS, operations
 from PIL import Image
 
-from adfm import cli, tracking
+from adfm import environment, tracking
 from adfm import params as params_
 from adfm.method import prompt
 from adfm.models import adapters, families, hardware, liger, loading, tiny
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--only", choices=list(VARIANTS), nargs="+", default=list(VARIANTS))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
-    cli.set_environment()
+    environment.set_environment()
     gpu = torch.cuda.is_available()
     print(f"{args.model}, random weights, {torch.cuda.get_device_name()}" if gpu else "toy size: no GPU, no timing")
     file = Path(__file__).parents[1] / "params" / "published-qwen2.5-vl-7b.yaml"

@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from adfm import cli, tracking
+from adfm import environment, tracking
 from adfm import params as params_
 from adfm.data import synthetic
 from adfm.data.conversion import convert
@@ -37,7 +37,7 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
     params = params_.load(None, ["warmup.steps=0", *args.set, f"train.steps={args.steps}"])
-    cli.set_environment()
+    environment.set_environment()
     ours: list[float] = []
     theirs: list[float] = []
     with TemporaryDirectory() as folder:

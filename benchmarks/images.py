@@ -31,7 +31,7 @@ from gpu_step import peak_bytes, reset_peak
 from grpo_step import bare_trainer
 from PIL import Image
 
-from adfm import cli
+from adfm import environment
 from adfm.method import prompt
 from adfm.models import adapters, families, loading, tiny
 from adfm.params import Params
@@ -65,7 +65,7 @@ def main() -> int:
     parser.add_argument("--families", nargs="+", choices=list(PROCESSORS), default=list(PROCESSORS))
     parser.add_argument("--tokenizer", type=Path, help="folder; default: that of the embedded model")
     args = parser.parse_args()
-    cli.set_environment()
+    environment.set_environment()
     settings = {"steps": 1, "prompts_per_step": args.images, "num_generations": args.group, "beta": 0.0}
     settings |= {"micro_batch": args.micro_batch, "pictures_every": 0}
     params = Params.model_validate({"train": settings})

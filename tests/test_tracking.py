@@ -143,7 +143,17 @@ def test_a_run_that_is_not_there(here, monkeypatch):
     with tracking.start_run("train", Params(), run_id="0" * 32) as run:
         assert run.info.run_id != "0" * 32
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
-    with pytest.raises(AdfmError, match=r"0000.*not found"), tracking.start_run("train", Params()):
+    with (
+        pytest.raises(
+            AdfmError, match=rf"MLflow at sqlite:///{here}/mlflow\.db does not have the run 0000.* MLFLOW_RUN_ID"
+        ),
+        tracking.start_run("train", Params()),
+    ):
+        pass
+    assert os.environ["MLFLOW_RUN_ID"] == "0" * 32
+    tracking.client().delete_run(run.info.run_id)
+    monkeypatch.setenv("MLFLOW_RUN_ID", run.info.run_id)
+    with pytest.raises(AdfmError, match="or was deleted"), tracking.start_run("train", Params()):
         pass
 
 
@@ -176,6 +186,21 @@ def test_store_that_fails_during_the_run(tmp_path, store, monkeypatch):
     assert mlflow.active_run() is None
 
 
+def test_files_that_go_to_s3_without_a_server_between(here, monkeypatch, tmp_path):
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    tracking.client().create_experiment("direct", artifact_location="s3://bucket/direct")
+    says = r"(?s)MLflow at .*sends clients to S3, which failed: .*credentials.*--serve-artifacts"
+    with (
+        pytest.raises(AdfmError, match=says),
+        tracking.start_run("train", Params(register=Register(experiment="direct"))),
+    ):
+        pytest.fail("the body was run")
+
+
 def test_each_folder_has_its_own_store(here, tmp_path, monkeypatch):
     (tmp_path / "mlflow.db").write_bytes((here / "mlflow.db").read_bytes())
     monkeypatch.chdir(tmp_path)
@@ -187,7 +212,7 @@ def test_each_folder_has_its_own_store(here, tmp_path, monkeypatch):
     assert tracking.find_run(run.info.run_id) is None
 
 
-@pytest.mark.parametrize("login", ["", "someone:secret@"])
+@pytest.mark.parametrize("login", ["", "someone:hidden@"])
 def test_server_that_is_not_there(tmp_path, monkeypatch, login):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -201,7 +226,7 @@ def test_server_that_is_not_there(tmp_path, monkeypatch, login):
     assert f"MLflow at http://127.0.0.1:{port} failed" in str(caught.value)
     assert "Connection refused" in str(caught.value)
     assert "MLFLOW_TRACKING_URI" in str(caught.value)
-    assert "secret" not in str(caught.value)
+    assert "hidden" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
 

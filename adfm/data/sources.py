@@ -2,7 +2,7 @@
 
     path/to/folder  file:///path/to/folder      copied
     data.zip  data.tar[.gz|.xz|.zst]            unpacked
-    s3://bucket/prefix  s3://bucket/data.zip    downloaded; AWS_ENDPOINT_URL and the usual credentials of boto3
+    s3://bucket/prefix  s3://bucket/data.zip    downloaded; keys and endpoint as adfm/data/s3.py says
     dvc://REPO@REV:PATH                         downloaded; a versioned data set: a Git URL or folder, a tag, a path
     synthetic://?seed=0&images=360              drawn
 
@@ -29,9 +29,10 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from tqdm import tqdm
 
-from adfm.data import archives
+from adfm.data import archives, s3
 from adfm.data.manifest import STATE, Ledger
 from adfm.data.readers.files import special_files
+from adfm.environment import ca_remedy
 from adfm.errors import AdfmError
 from adfm.files import atomic_folder, file_digest
 
@@ -253,21 +254,16 @@ def _clear(folder: Path, path: str) -> None:
 
 
 def _fetch_s3(uri: str, out: Path) -> tuple[int, int]:
-    import boto3
-    from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
 
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     prefix = prefix.strip("/")
     if not bucket:
         raise AdfmError(f"{uri}: names no bucket; write s3://bucket/prefix.")
-    settings = Config(
-        connect_timeout=10, read_timeout=60, retries={"mode": "standard"}, max_pool_connections=_CONNECTIONS
-    )
     try:
-        client = boto3.client("s3", config=settings)
+        client = s3.client(_CONNECTIONS)
     except (BotoCoreError, ValueError) as error:
-        raise AdfmError(f"{uri}: {error}; check AWS_ENDPOINT_URL and AWS_PROFILE.") from error
+        raise AdfmError(f"{uri}: {error}; check {s3.prefix()}ENDPOINT_URL and AWS_PROFILE.") from error
     try:
         tries = client.meta.config.retries.get("total_max_attempts", 3)  # AWS_MAX_ATTEMPTS
         if not client.list_objects_v2(Bucket=bucket, Prefix=_start(prefix), MaxKeys=1).get("Contents"):
@@ -346,21 +342,21 @@ def _objects(client: Any, bucket: str, prefix: str, ledger: Ledger, problems: ar
 def _remedy(error: Exception) -> str:
     from botocore.exceptions import ClientError, NoCredentialsError, ParamValidationError, PartialCredentialsError
 
+    prefix = s3.prefix()
     if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
-        return "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        return f"no credentials; set {prefix}ACCESS_KEY_ID and {prefix}SECRET_ACCESS_KEY, or AWS_PROFILE"
     if isinstance(error, ParamValidationError):
         return "that is no name of a bucket; write s3://bucket/prefix"
     if not isinstance(error, ClientError):
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "Amazon S3"
         return (
-            f"{endpoint} cannot be reached; check AWS_ENDPOINT_URL and the network, and fetch again: "
-            "what has arrived is kept"
+            f"{s3.endpoint()} cannot be reached; check {prefix}ENDPOINT_URL and the network, and fetch again: "
+            f"what has arrived is kept.{ca_remedy(error)}"
         )
     code = error.response.get("Error", {}).get("Code", "")
     if code in ("NoSuchBucket", "InvalidBucketName"):
-        return "there is no such bucket; check its name and AWS_ENDPOINT_URL"
+        return f"there is no such bucket; check its name and {prefix}ENDPOINT_URL"
     if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken"):
-        return "the server does not accept the credentials; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        return f"the server does not accept the credentials; check {prefix}ACCESS_KEY_ID and {prefix}SECRET_ACCESS_KEY"
     if code in ("AccessDenied", "403"):
         return "these credentials may not read there; ask for s3:ListBucket and s3:GetObject"
     if code in ("404", "NoSuchKey", "412", "PreconditionFailed"):
@@ -390,6 +386,7 @@ def _fetch_dvc(uri: str, out: Path) -> tuple[int, int]:
     try:
         with _explained(f"{uri}: the repository cannot be opened at {rev!r}; check both, and that Git may read it"):
             files = DVCFileSystem(repo, rev=rev)
+            s3.configure_remotes(files.repo.config["remote"])
             commit = files.repo.get_rev()
         with _explained(f"{uri}: {path!r} cannot be listed; is it there at {rev!r}, and was it pushed (`dvc push`)?"):
             items = list(_tracked(uri, files, path))
@@ -448,7 +445,7 @@ def _explained(message: str) -> Iterator[None]:
     except AdfmError:
         raise
     except Exception as error:
-        raise AdfmError(f"{message} ({error.__cause__ or error}).") from error
+        raise AdfmError(f"{message} ({error.__cause__ or error}).{ca_remedy(error.__cause__ or error)}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------ synthetic

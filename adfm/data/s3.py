@@ -1,0 +1,113 @@
+"""Access to the data in S3: the client, and what DVC's remotes are given.
+
+`ADFM_S3_ACCESS_KEY_ID`, `_SECRET_ACCESS_KEY`, `_SESSION_TOKEN`, `_ENDPOINT_URL` and `_REGION` are for the data alone.
+They are handed over and never exported as `AWS_*`, which others would take for theirs: KFP's launcher, or MLflow. Where
+they are not set, boto3's usual chain holds.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from adfm.environment import variable
+from adfm.errors import AdfmError
+
+# Names that boto3 and DVC's remotes (dvc/config_schema.py) have for each variable `ADFM_S3_…`.
+_NAMES = {
+    "ACCESS_KEY_ID": ("aws_access_key_id", "access_key_id"),
+    "SECRET_ACCESS_KEY": ("aws_secret_access_key", "secret_access_key"),
+    "SESSION_TOKEN": ("aws_session_token", "session_token"),
+    "ENDPOINT_URL": ("endpoint_url", "endpointurl"),
+    "REGION": ("region_name", "region"),
+}
+_KEYS = ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")
+_OWN_LOGIN = ("access_key_id", "profile", "credentialpath", "configpath", "allow_anonymous_login")
+
+
+def settings() -> dict[str, str]:
+    """What is set of `ADFM_S3_*`, by the rest of the name.
+
+    Raises:
+        AdfmError: One key is set without the other, or a session token without keys.
+    """
+    given = {name: value for name in _NAMES if (value := variable(f"ADFM_S3_{name}"))}
+    missing = [name for name in _KEYS if name not in given]
+    if missing and given.keys() & {*_KEYS, "SESSION_TOKEN"}:
+        present = " and ".join(f"ADFM_S3_{name}" for name in given if name in (*_KEYS, "SESSION_TOKEN"))
+        raise AdfmError(
+            f"{present} is set without {' and '.join(f'ADFM_S3_{name}' for name in missing)}; set both keys or neither "
+            "(on a cluster, access-key and secret-key of the secret adfm-s3)."
+        )
+    return given
+
+
+def prefix() -> str:
+    """How the variables begin that hold access to the data here, for messages: `ADFM_S3_` or `AWS_`."""
+    return "ADFM_S3_" if settings() else "AWS_"
+
+
+def endpoint() -> str:
+    """The address of the data's server, for messages."""
+    given = settings()
+    if "ENDPOINT_URL" in given or "ACCESS_KEY_ID" in given:
+        return given.get("ENDPOINT_URL", "Amazon S3")
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "Amazon S3"
+
+
+def client(connections: int = 10) -> Any:
+    """boto3's client for the data.
+
+    Args:
+        connections: How many requests may run at a time.
+
+    Raises:
+        AdfmError: As `settings`.
+        botocore.exceptions.BotoCoreError: A profile or an endpoint cannot be used.
+        ValueError: The endpoint is not an address.
+    """
+    import boto3
+    from botocore.config import Config
+
+    given = settings()
+    config = Config(
+        connect_timeout=10,
+        read_timeout=60,
+        retries={"mode": "standard"},
+        max_pool_connections=connections,
+        # Keys of ours without an endpoint are Amazon's: AWS_ENDPOINT_URL may be that of other keys.
+        ignore_configured_endpoint_urls="ACCESS_KEY_ID" in given or None,
+    )
+    return boto3.client("s3", config=config, **{_NAMES[name][0]: value for name, value in given.items()})
+
+
+def has_credentials() -> bool:
+    """Whether there are keys for the data: ours, or some of boto3's chain (variables, profile, service account).
+
+    Raises:
+        AdfmError: As `settings`.
+    """
+    import boto3
+    from botocore.exceptions import BotoCoreError
+
+    if "ACCESS_KEY_ID" in settings():
+        return True
+    try:
+        return boto3.Session().get_credentials() is not None
+    except BotoCoreError:  # one key without the other
+        return False
+
+
+def configure_remotes(remotes: dict[str, dict[str, Any]]) -> None:
+    """Give DVC's S3 remotes what is set of `ADFM_S3_*`, unless they have a login of their own.
+
+    Args:
+        remotes: The section `remote` of a repository's configuration; changed in memory only.
+
+    Raises:
+        AdfmError: As `settings`.
+    """
+    given = {_NAMES[name][1]: value for name, value in settings().items()}
+    for remote in remotes.values():
+        if remote.get("url", "").startswith("s3://") and not any(map(remote.get, _OWN_LOGIN)):
+            remote.update({name: value for name, value in given.items() if not remote.get(name)})
