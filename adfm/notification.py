@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
+from urllib.parse import quote, urlsplit
 
-from adfm import cluster, params, tracking, workflows
+from adfm import cluster, environment, params, tracking, workflows
 from adfm.errors import AdfmError, Unreachable
 from adfm.params import Params
 from adfm.pods import NEEDS
@@ -134,7 +135,7 @@ def _workflow(status: Status, run: str) -> dict[str, Any]:
     from kubernetes import client
 
     name = status.pipeline_job_resource_name or _workflow_of_pods(run)
-    with _api_errors(f"Argo's Workflow {name}"):
+    with _api_errors(f"Argo's Workflow {name}", "`get` workflows of argoproj.io"):
         found: dict[str, Any] = client.CustomObjectsApi(cluster.api()).get_namespaced_custom_object(
             "argoproj.io", "v1alpha1", cluster.namespace(), "workflows", name, _request_timeout=cluster.TIMEOUT
         )
@@ -153,7 +154,7 @@ def _pods(run: str) -> list[dict[str, Any]]:
     from kubernetes import client
 
     api = cluster.api()
-    with _api_errors("the pods"):
+    with _api_errors(f"the pods of run {run}", "`list` pods"):
         pods = client.CoreV1Api(api).list_namespaced_pod(
             cluster.namespace(), label_selector=f"{_RUN_LABEL}={run}", _request_timeout=cluster.TIMEOUT
         )
@@ -169,8 +170,13 @@ def _pods_if_allowed(run: str) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _api_errors(what: str) -> Iterator[None]:
-    """Raise what the Kubernetes API answers as an `AdfmError`, and as `Unreachable` what may pass."""
+def _api_errors(what: str, right: str) -> Iterator[None]:
+    """Raise what the Kubernetes API answers as an `AdfmError`, and as `Unreachable` what may pass.
+
+    Args:
+        what: What is read.
+        right: Which right that needs.
+    """
     from kubernetes.client.exceptions import ApiException
     from urllib3.exceptions import HTTPError
 
@@ -188,8 +194,8 @@ def _api_errors(what: str) -> Iterator[None]:
         match = re.search(r"system:serviceaccount:([\w.:-]+)", str(error.body))
         account = f"the service account {match[1]}" if match else "the service account"
         raise AdfmError(
-            f"{account} may not read {what}. Allow it to `get` workflows of argoproj.io: apply deploy/runs/rbac.yaml, "
-            "or bind its Role to that account."
+            f"{account} may not read {what}. Allow it to {right}: apply deploy/runs/rbac.yaml, or bind its Role to "
+            "that account."
         ) from error
 
 
@@ -212,8 +218,17 @@ def _registered(loaded: Params, run: str) -> list[str]:
         versions: Any = tracking.client().search_model_versions(query)
         return [
             f"version {each.version} of {each.name}: gate {each.tags.get('gate') or 'not decided yet'}"
+            f"{_version_link(each.name, str(each.version))}"
             for each in versions
         ]
+
+
+def _version_link(model: str, version: str) -> str:
+    pages = environment.mlflow_ui()
+    host = urlsplit(pages).hostname or ""
+    if "." not in host or ".svc" in host:  # a Service's name, which no browser outside the cluster knows
+        return ""
+    return f", see {pages}/#/models/{quote(model)}/versions/{version}"
 
 
 def _promoted(loaded: Params, started: datetime | None) -> list[str]:

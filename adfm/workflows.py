@@ -42,7 +42,8 @@ NODE_NAME = "workflows.argoproj.io/node-name"
 _FAILED = ("Failed", "Error")
 _EXIT = ".onExit"
 _TRY = re.compile(r"\((\d+)\)$")
-_INDICES = re.compile(r"\([^)]*\)")
+_TRIES = re.compile(r"\(\d+\)")
+_INDICES = re.compile(r"\([^)]*\)")  # of tries, and of the items of a loop: (3:3)
 _DRIVER = "-driver"
 # Names of KFP that say nothing of the task: its pod, and the DAGs of a loop.
 _OF_KFP = ("executor", "iteration", "iteration-iterations", "iteration-item")
@@ -154,7 +155,7 @@ class _Tree:
             retried = self._by_name.get(_TRY.sub("", node["name"]))
             if retried is not None and retried is not node and retried.get("type") == "Retry":
                 self._tries[retried["name"]].append(node)
-            elif not node["name"].endswith(_EXIT):
+            else:
                 self._members[node.get("boundaryID") or ""].append(node)
 
     def exit_handler(self, task: str) -> Node:
@@ -259,13 +260,12 @@ def failures_of_pods(pods: Iterable[Mapping[str, Any]]) -> tuple[Failure, ...]:
     last: dict[str, tuple[str, Mapping[str, Any]]] = {}
     for pod in sorted(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp"))):
         name = (pod["metadata"].get("annotations") or {}).get(NODE_NAME, "")
-        path = _INDICES.sub("", name)
-        if path and f"{_EXIT}." not in path:
-            last[path] = name, pod
+        if name:
+            last[_TRIES.sub("", name)] = name, pod
     return _distinct(
         Failure(task_of(name), reason({"name": name, "message": _message(pod["status"])}))
         for name, pod in last.values()
-        if (pod.get("status") or {}).get("phase") == "Failed"
+        if pod["status"].get("phase") == "Failed"
     )
 
 
@@ -273,7 +273,8 @@ def _message(status: Mapping[str, Any]) -> str:
     """The message that Argo would give the node of a failed pod: `inferFailedReason`, without its rarer cases."""
     if status.get("message"):
         return str(status["message"])
-    for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
+    main_first = sorted(status.get("containerStatuses") or [], key=lambda container: container["name"] != "main")
+    for container in [*(status.get("initContainerStatuses") or []), *main_first]:
         ended = (container.get("state") or {}).get("terminated") or {}
         if ended.get("exitCode"):
             text = f"{container['name']}: {ended.get('reason') or 'Error'} (exit code {ended['exitCode']})"

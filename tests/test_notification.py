@@ -156,6 +156,19 @@ def test_the_workflow_is_found_by_the_run_where_kfp_does_not_name_it(cluster: Cl
     assert told(workflow="")[0] == "adfm-training succeeded in 441 s"
 
 
+def test_the_version_has_a_link_where_mlflow_has_public_pages(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.has(training())
+    registered(gate="passed")
+    monkeypatch.setenv("ADFM_MLFLOW_UI", "https://mlflow.example.com/")
+    page = "https://mlflow.example.com/#/models/adfm/versions/1"
+    assert told()[1] == f"version 1 of adfm: gate passed, see {page}"
+    for inside in ("http://mlflow.adfm.svc:5000", "http://mlflow.adfm.svc.cluster.local", "http://mlflow:5000"):
+        monkeypatch.setenv("ADFM_MLFLOW_UI", inside)
+        assert told()[1] == "version 1 of adfm: gate passed"
+
+
 @pytest.mark.parametrize("answers", [[500], [503, 429]])
 def test_an_api_that_is_busy_is_asked_again(cluster: Cluster, answers: list[int]) -> None:
     cluster.has(training())
@@ -216,7 +229,8 @@ def test_without_any_right(cluster: Cluster, channel: list[str]) -> None:
     cluster.has(training())
     cluster.refused = {"workflows", "pods"}
     assert "may not read Argo's Workflow" in unknown(told("COMPLETE"))
-    assert len(channel) == 1
+    assert "Allow it to `list` pods" in unknown(told("COMPLETE", workflow=""))
+    assert len(channel) == 2
 
 
 def test_a_workflow_that_is_gone(cluster: Cluster) -> None:

@@ -144,26 +144,34 @@ def test_a_failed_try_of_the_root_is_not_the_present_one() -> None:
     assert outcome(workflow, "path").state == "succeeded"
 
 
-@BOTH
-def test_parts_of_a_loop(stock: bool) -> None:
+def loop(stock: bool, *messages: str) -> Workflow:
+    """A loop over parts, of which those with a message failed, and then a training that failed."""
     workflow = Workflow(stock)
-    loop = workflow.dag(workflow.handler, "for-loop-1", "comp-for-loop-1-for-loop-1-iterator")
-    workflow.pod(loop, "iteration-driver", "system-dag-driver")
-    group = workflow.add(loop, "iteration-iterations", "TaskGroup", "comp-for-loop-1-for-loop-1", "Failed")
-    for number, message in enumerate(["", "main: Error (exit code 1): no part", "main: Error (exit code 1): no part"]):
+    dag = workflow.dag(workflow.handler, "for-loop-1", "comp-for-loop-1-for-loop-1-iterator")
+    workflow.pod(dag, "iteration-driver", "system-dag-driver")
+    group = workflow.add(dag, "iteration-iterations", "TaskGroup", "comp-for-loop-1-for-loop-1", "Failed")
+    for number, message in enumerate(messages):
         phase = "Failed" if message else "Succeeded"
-        item = workflow.dag(loop, f"iteration-iterations({number}:{number})", "comp-for-loop-1-for-loop-1")
+        item = workflow.dag(dag, f"iteration-iterations({number}:{number})", "comp-for-loop-1-for-loop-1")
         workflow._child(group, item[:-3] if stock else item)
         workflow.pod(item, "iteration-item-driver", "system-dag-driver")
         inner = workflow.dag(item, "iteration-item", "comp-for-loop-1")
         workflow.task(inner, "inspect-part", [(phase, message)])
         workflow.close(inner, phase)
         workflow.close(item, phase)
-    workflow.close(loop, "Failed")
+    workflow.close(dag, "Failed")
     workflow.task(workflow.handler, "train", [("Failed", "main: Error (exit code 1): no shards")])
     workflow.close(workflow.handler, "Failed")
     workflow.exit()
+    return workflow
+
+
+@BOTH
+def test_parts_of_a_loop(stock: bool) -> None:
+    no_part = "main: Error (exit code 1): no part"
+    workflow = loop(stock, "", no_part, no_part, "")
     assert failures(workflow) == [("inspect-part", "no part"), ("train", "no shards")]
+    assert workflows.failures_of_pods(workflow.pods()) == outcome(workflow).failures
 
 
 @BOTH
@@ -230,6 +238,13 @@ def test_pods_tell_the_failures_that_they_show(stock: bool) -> None:
     assert workflows.failures_of_pods(workflow.pods()) == (Failure("train", "no GPU at all"),)
     workflow = training("train", [*tries, ("Succeeded", "")], stock=stock)
     assert workflows.failures_of_pods(workflow.pods()) == ()
+    with_sidecar = training("train", tries, stock=stock).pods()
+    for pod in with_sidecar:
+        for container in pod["status"].get("containerStatuses", []):
+            container["state"]["terminated"] |= (
+                {"exitCode": 2, "reason": "Error"} if container["name"] == "wait" else {}
+            )
+    assert workflows.failures_of_pods(with_sidecar) == (Failure("train", "no GPU at all"),)
     (late,) = workflows.failures_of_pods(training("train", [("Failed", DEADLINE)], stock=stock).pods())
     assert late.reason.startswith("it ran longer than its limit")
 
