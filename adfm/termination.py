@@ -1,14 +1,29 @@
-"""The last words of a container (stand-in)."""
+"""The termination message of a container: one line of its own about why it ended.
+
+Kubernetes keeps what a container wrote to `/dev/termination-log` in its status (`state.terminated.message`, at most
+4096 bytes), and Argo Workflows puts that behind the exit code: `main: Error (exit code 1): <line>`
+(`inferFailedReason` in workflow/controller/operator.go, Argo 4.0). `adfm.workflows` reads it there, so that a
+notification has the stage's own reason.
+"""
+
+from __future__ import annotations
 
 import os
 from contextlib import suppress
 from pathlib import Path
 
-_FILE = Path("/dev/termination-log")
+from adfm.text import printable
+
+FILE = Path("/dev/termination-log")
+
+_LONGEST = 1000  # characters
 
 
 def leave(text: str) -> None:
-    """Write a line into the container's termination log, in a pod."""
-    if "KUBERNETES_SERVICE_HOST" in os.environ:
-        with suppress(OSError):
-            _FILE.write_text(text, encoding="utf-8")
+    """Leave the first line of a text as the termination message of this container; never fail.
+
+    Outside a pod there is no such file, and none is made. A later line replaces an earlier one.
+    """
+    line = printable(next((line for line in text.splitlines() if line.strip()), "").strip())
+    with suppress(OSError), os.fdopen(os.open(FILE, os.O_WRONLY | os.O_TRUNC), "wb") as stream:
+        stream.write(line[:_LONGEST].encode(errors="backslashreplace"))

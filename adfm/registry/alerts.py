@@ -1,4 +1,4 @@
-"""Alerts: one line to a chat channel when the gate decides and when production moves.
+"""Alerts: a message to a chat channel when a run ends, the gate decides or production moves.
 
 `ADFM_ALERT_WEBHOOK` holds the address of a Slack-compatible webhook; without it nothing is sent. The address is a
 secret and appears in no message.
@@ -10,27 +10,43 @@ import html
 import json
 import os
 import sys
+import time
 import urllib.request
 from http.client import HTTPException
+from urllib.error import HTTPError
 
 _TIMEOUT = 5  # seconds
+_PAUSE = 2  # seconds before the second and last try
 _LONGEST = 3000  # characters; Slack refuses longer texts
 
 
 def alert(text: str) -> None:
-    """Posts `{"text": text}` to `ADFM_ALERT_WEBHOOK`; a failure is told on stderr and changes nothing else."""
+    """Post `{"text": text}` to `ADFM_ALERT_WEBHOOK`; a failure is reported on stderr and changes nothing else.
+
+    An address that cannot be reached, or answers 429 or 5xx, is tried once more.
+    """
     address = os.environ.get("ADFM_ALERT_WEBHOOK", "").strip()
     if not address:
         return
     if not address.startswith(("http://", "https://")):
         print("adfm: no alert was sent: ADFM_ALERT_WEBHOOK is not an http(s) address", file=sys.stderr)
         return
-    shown = text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
-    body = json.dumps({"text": html.escape(shown, quote=False)}).encode()  # `<…>` is a command to Slack
+    shortened = text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    body = json.dumps({"text": html.escape(shortened, quote=False)}).encode()  # `<…>` is a command to Slack
     try:
-        request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=_TIMEOUT):
-            pass
+        try:
+            _post(address, body)
+        except OSError as error:
+            if isinstance(error, HTTPError) and error.code != 429 and error.code < 500:
+                raise
+            time.sleep(_PAUSE)
+            _post(address, body)
     except (OSError, ValueError, HTTPException) as error:
         reason = str(error) if isinstance(error, OSError) else type(error).__name__  # others quote the address
         print(f"adfm: no alert was sent: ADFM_ALERT_WEBHOOK failed: {reason}", file=sys.stderr)
+
+
+def _post(address: str, body: bytes) -> None:
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=_TIMEOUT):
+        pass

@@ -153,6 +153,7 @@ def test_alerts_of_a_whole_life(store, add, channel):
 def test_an_alert_that_fails_is_told_without_its_address(monkeypatch, capsys, address):
     from adfm.registry.alerts import alert
 
+    monkeypatch.setattr("adfm.registry.alerts._PAUSE", 0)
     monkeypatch.setenv("ADFM_ALERT_WEBHOOK", address)
     alert("version 1 is in production")
     told = capsys.readouterr().err
@@ -167,6 +168,19 @@ def test_an_alert_that_is_refused_fails_nothing(channel, capsys):
     alert("x" * 10_000)
     assert "404" in capsys.readouterr().err
     assert [len(text) for text in channel.said] == [3000]
+
+
+@pytest.mark.parametrize(
+    ("statuses", "tries"), [([429, 200], 2), ([503, 200], 2), ([500, 500, 200], 2), ([403, 200], 1)]
+)
+def test_an_alert_is_tried_once_more_where_that_may_help(channel, capsys, monkeypatch, statuses, tries):
+    from adfm.registry.alerts import alert
+
+    monkeypatch.setattr("adfm.registry.alerts._PAUSE", 0)
+    monkeypatch.setattr(Channel, "status", property(lambda _: statuses[len(Channel.said) - 1]))
+    alert("version 1 is in production")
+    assert channel.said == ["version 1 is in production"] * tries
+    assert ("no alert was sent" in capsys.readouterr().err) == (statuses[tries - 1] != 200)
 
 
 def test_fifty_promotions_that_race(server, add, monkeypatch):
