@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 TIMEOUT = (10, 60)
-"""Seconds for the connection and for the answer, as `_request_timeout` of a call: the client has no default for them."""
+"""Seconds for the connection and for the answer: `_request_timeout` of a call, for which the client has no default."""
 
 
 def inside() -> bool:
