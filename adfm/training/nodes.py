@@ -11,7 +11,7 @@ import re
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -55,6 +55,20 @@ class _Cluster(NamedTuple):
     namespace: str
 
 
+class _Own(NamedTuple):
+    """What a TrainJob has of the pod that makes it.
+
+    Args:
+        owner: Reference to the run's Workflow, with which the job is deleted; None for a pod that has none.
+        image: Of the pod.
+        mlflow: Variables of KFP's MLflow plug-in, so that the machines use the server and the run that the task has.
+    """
+
+    owner: dict[str, Any] | None
+    image: str
+    mlflow: list[dict[str, Any]]
+
+
 def job_name(run: str) -> str:
     """Name of the TrainJob of a pipeline's run."""
     return f"adfm-{re.sub('[^a-z0-9]+', '-', run.lower())[:18].strip('-')}"
@@ -72,6 +86,7 @@ def train_job(
     node_selector: dict[str, str],
     tolerations: list[dict[str, Any]],
     owner: dict[str, Any] | None = None,
+    variables: Sequence[dict[str, Any]] = (),
 ) -> TrainerV1alpha1TrainJob:
     """The TrainJob that trains on the data in the folder `work` of a shared volume.
 
@@ -88,6 +103,7 @@ def train_job(
         node_selector: Labels of the machines.
         tolerations: Of their taints.
         owner: Reference to the object with which the job is deleted.
+        variables: Environment variables besides those of the secrets, as a pod has them.
     """
     # By force: a machine that is started again after the training has ended must not fail for the model that it made.
     started = [*command(work / "shards", work / "warmup", work / "trained", work / "params.yaml"), "--force"]
@@ -98,7 +114,7 @@ def train_job(
         {"name": variable, "valueFrom": {"secretKeyRef": {"name": secret, "key": key, "optional": True}}}
         for secret, keys in pods.SECRETS.items()
         for key, variable in keys.items()
-    ]
+    ] + list(variables)
     if gpus:
         for resources in trainer["resourcesPerNode"].values():
             resources[gpu_type] = str(gpus)
@@ -236,13 +252,15 @@ def check(params: Params, *, run: str, nodes: int, gpus: int, gpu_type: str) -> 
     claim, name = pods.WORKSPACE_CLAIM, job_name(run)
     work = Path(pods.WORKSPACE) / name
     try:
-        owner, image = _own(at)
+        own = _own(at)
         where: dict[str, Any] = {"gpu_type": gpu_type, "node_selector": {}, "tolerations": []}
-        job = train_job(name, work, claim, image, nodes=nodes, gpus=gpus, owner=owner, **where)
+        job = train_job(
+            name, work, claim, own.image, nodes=nodes, gpus=gpus, owner=own.owner, variables=own.mlflow, **where
+        )
         _create(at, job, dry_run="All", patience=60.0)
         _check_claim(at, claim)
         if _await_deletion(at, f"{name}-volume"):
-            _create(at, volume_job(f"{name}-volume", work, claim, image, owner), patience=60.0)
+            _create(at, volume_job(f"{name}-volume", work, claim, own.image, own.owner), patience=60.0)
         answer = _answer(at, f"{name}-volume", claim)
     except ApiException as error:
         raise _refusal(error, f"the TrainJob {name}") from error
@@ -351,6 +369,7 @@ def on_nodes(
     try:
         if _await_deletion(at, name):
             _write(shards, model, work, params, claim)
+            own = _own(at)
             job = train_job(
                 name,
                 work,
@@ -361,7 +380,8 @@ def on_nodes(
                 gpu_type=gpu_type,
                 node_selector=node_selector,
                 tolerations=tolerations,
-                owner=_own(at)[0],
+                owner=own.owner,
+                variables=own.mlflow,
             )
             _create(at, job, patience=_OUTAGE)
         ended, why = _follow(at, log)
@@ -424,15 +444,17 @@ def _connect() -> _Cluster:
     return _Cluster(client.CustomObjectsApi(api), client.CoreV1Api(api), cluster.namespace())
 
 
-def _own(at: _Cluster) -> tuple[dict[str, Any] | None, str]:
-    """A reference to the Workflow that owns this pod, so that what has it is deleted with the run; the pod's image."""
+def _own(at: _Cluster) -> _Own:
+    """What this pod says of itself."""
     pod = cluster.call(at.core.read_namespaced_pod, cluster.pod_name(), at.namespace, patience=60.0)
-    image = next((each.image for each in pod.spec.containers if each.name == "main"), pod.spec.containers[0].image)
-    for owner in pod.metadata.owner_references or []:
-        if owner.kind == "Workflow":
-            reference = {"apiVersion": owner.api_version, "kind": owner.kind, "name": owner.name, "uid": owner.uid}
-            return reference, image
-    return None, image
+    main = next((each for each in pod.spec.containers if each.name == "main"), pod.spec.containers[0])
+    variables = [each for each in main.env or [] if each.name.startswith("MLFLOW_")]
+    owner = next((each for each in pod.metadata.owner_references or [] if each.kind == "Workflow"), None)
+    return _Own(
+        owner and {"apiVersion": owner.api_version, "kind": owner.kind, "name": owner.name, "uid": owner.uid},
+        main.image,
+        at.core.api_client.sanitize_for_serialization(variables),
+    )
 
 
 def _create(at: _Cluster, job: TrainerV1alpha1TrainJob, patience: float, **options: Any) -> None:

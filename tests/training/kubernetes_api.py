@@ -230,7 +230,7 @@ class _Handler(BaseHTTPRequestHandler):
             status, content = 200, answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         except Refused as refused:
             status, content = refused.code, refused.body.encode()
-        except Exception as error:  # a request that the real one would not get either: not to be waited for as an outage
+        except Exception as error:  # a mistake of a test, not an outage to wait for
             status, content = 418, json.dumps({"message": repr(error)}).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))

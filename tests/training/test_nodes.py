@@ -170,6 +170,18 @@ def test_what_a_machine_gets_is_in_the_table_of_the_pods(
     assert mounts == {"workspace": str(tmp_path / "workspace"), "shared-memory": "/dev/shm", "ca": "/some/folder"}
 
 
+def test_the_machines_get_what_the_mlflow_plug_in_of_kfp_gives_the_task(api: Api, tmp_path: Path) -> None:
+    password = {
+        "name": "MLFLOW_TRACKING_PASSWORD",
+        "valueFrom": {"secretKeyRef": {"name": "kfp-mlflow", "key": "password"}},
+    }
+    plugged = [{"name": "MLFLOW_RUN_ID", "value": "0f"}, password]
+    api.pods["own"]["spec"]["containers"][1]["env"] = [{"name": "KFP_POD_NAME", "value": "own"}, *plugged]
+    on_nodes(tmp_path)
+    assert api.created[0]["spec"]["trainer"]["env"][-2:] == plugged
+    assert "KFP_POD_NAME" not in str(api.created[0])
+
+
 def test_without_gpus_a_machine_gets_none_and_one_process(api: Api, tmp_path: Path) -> None:
     on_nodes(tmp_path, gpus=0)
     trainer = api.created[0]["spec"]["trainer"]
