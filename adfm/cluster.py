@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
-_TIMEOUT = (10, 60)  # seconds for the connection and for the answer; the client has no default for them
+TIMEOUT = (10, 60)
+"""Seconds for the connection and for the answer: `_request_timeout` of a call, for which the client has no default."""
+
 _PAUSE = 10.0  # seconds
 
 
@@ -89,7 +91,7 @@ def call(function: Callable[..., Any], *args: Any, patience: float = 0.0, **kwar
     end = time.monotonic() + patience
     while True:
         try:
-            return function(*args, _request_timeout=_TIMEOUT, **kwargs)
+            return function(*args, _request_timeout=TIMEOUT, **kwargs)
         except ApiException as error:
             if not (error.status in (0, 401, 408, 429) or error.status >= 500) or time.monotonic() >= end:
                 raise

@@ -45,6 +45,8 @@ _DELETION = 600.0  # seconds for which a job of the same name may be on its way 
 _TAIL = 20  # lines of a machine that failed
 _VOLUME_NEEDS = pods.Needs("500m", "1Gi", 0.5)  # of the pod that tries the volume
 
+_ERROR = "adfm: error: "  # before what the command line prints of an AdfmError
+
 _DOCS = "docs/kubernetes.md (Several machines)"
 _INSTALL = f"install Kubeflow Trainer 2.2 or newer, with its runtimes: {_DOCS}"
 
@@ -391,8 +393,8 @@ def on_nodes(
     if not ended:
         raise AdfmError(f"the TrainJob {name} cannot start, and is given up after {_HOPELESS / 60:.0f} minutes: {why}.")
     if ended != "Complete":
-        why = f"{why}; {log.last_end}" if log.last_end else why
-        raise AdfmError(f"the TrainJob {name} ended as {ended}: {why}; its log is above.")
+        reasons = "; ".join(reason for reason in (log.error or why, log.last_end) if reason)
+        raise AdfmError(f"the TrainJob {name} ended as {ended}: {reasons}; its log is above.")
     if not (work / "trained").is_dir():
         raise AdfmError(f"the TrainJob {name} ended as Complete without a model in {work / 'trained'}; see its log.")
     shutil.copytree(work / "trained", out)
@@ -516,7 +518,7 @@ def _delete(at: _Cluster, name: str) -> bool:
 def _refusal(error: ApiException, what: str) -> AdfmError:
     """The API's error as words, with what to do."""
     message = cluster.reason(error)
-    if error.status == 404:
+    if error.status == 404 and not message.startswith("pods "):
         remedy = f"the cluster does not know TrainJobs; {_INSTALL}"
     elif error.status == 400 and "unknown field" in message:
         remedy = f"Kubeflow Trainer is older than 2.2 or of another API; {_INSTALL}"
@@ -623,6 +625,7 @@ class _Log:
         name: Of the job.
         quiet: Its lines are kept and not printed.
         tail: Its last lines.
+        error: The last error that `adfm train` printed.
         last_end: The last failure of a container, with machine, exit code and reason.
         last: Time of the last line of a pod, as Kubernetes wrote it.
         read: When the log of a pod was read last, in seconds of this machine.
@@ -633,6 +636,7 @@ class _Log:
     name: str
     quiet: bool = False
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=_TAIL))
+    error: str = ""
     last_end: str = ""
     last: dict[str, tuple[datetime, str]] = field(default_factory=dict)
     read: dict[str, float] = field(default_factory=dict)
@@ -698,5 +702,6 @@ class _Log:
 
     def _write(self, text: str) -> None:
         self.tail.append(text)
+        self.error = text.partition(_ERROR)[2] or self.error
         if not self.quiet:
             print(text, flush=True)

@@ -377,6 +377,23 @@ def test_a_job_that_failed_is_said_and_removed_for_the_next_try(
     assert lines[-1] == "second ended with status 137 (OOMKilled)"
 
 
+def test_a_job_that_failed_is_said_with_the_error_of_the_training(api: Api, tmp_path: Path) -> None:
+    failed = {"terminated": {"exitCode": 1, "reason": "Error"}}
+
+    def run(job: dict[str, Any]) -> None:
+        api.pods["machine"] = machine(JOB, name="machine", state=failed)
+        api.logs["machine"] = stamped(b"[rank0] adfm: error: the loss is not a number; lower it.", b"E")
+        finish(job, "Failed", "jobset failed due to one or more job failures")
+
+    api.at_create = run
+    with pytest.raises(AdfmError) as raised:
+        on_nodes(tmp_path)
+    assert str(raised.value) == (
+        f"the TrainJob {JOB} ended as Failed: the loss is not a number; lower it.; "
+        "machine ended with status 1 (Error); its log is above."
+    )
+
+
 def test_a_job_without_a_model_is_said(api: Api, tmp_path: Path) -> None:
     api.at_create = lambda job: finish(job, "Complete")
     with pytest.raises(AdfmError, match="ended as Complete without a model in"):
@@ -505,6 +522,25 @@ def test_events_that_may_not_be_read_are_done_without(
     api.refusals["GET", EVENTS] = Refused(403, "events is forbidden")
     api.at_create = lambda job: None
     with pytest.raises(AdfmError, match="it has no pods"):
+        on_nodes(tmp_path)
+
+
+def test_a_job_that_was_made_by_a_request_without_an_answer_is_followed(api: Api, tmp_path: Path) -> None:
+    create = api.at_create
+
+    def run(job: dict[str, Any]) -> None:
+        create(job)
+        raise Refused(504, "the server was unable to return a response in the time allotted")
+
+    api.at_create = run
+    on_nodes(tmp_path)
+    assert [method for method, path in api.requests if method == "POST"] == ["POST", "POST"]
+    assert (tmp_path / "out" / "adfm.json").is_file()
+
+
+def test_a_pod_that_is_not_one_of_kubernetes_is_said(api: Api, tmp_path: Path) -> None:
+    del api.pods["own"]
+    with pytest.raises(AdfmError, match=f'the cluster refuses the TrainJob {JOB}: 404 pods "own" not found; see docs'):
         on_nodes(tmp_path)
 
 
