@@ -42,7 +42,7 @@ def arguments(args: argparse.Namespace, asked: Params) -> tuple[Any, dict[str, A
     return promotion, {"version": args.version, "by": args.by, "ui": args.ui}
 
 
-PIPELINES = (promotion,)
+PIPELINES = {"promotion": promotion}
 
 
 if __name__ == "__main__":

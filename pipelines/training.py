@@ -231,7 +231,7 @@ def _toleration(text: str) -> dict[str, str]:
     return tolerated | ({"effect": effect} if effect else {})
 
 
-PIPELINES = (training, training_on_nodes)
+PIPELINES = {"training": training, "training-on-nodes": training_on_nodes}
 
 
 if __name__ == "__main__":
