@@ -273,11 +273,11 @@ def _no_room(pod: _Pod, nodes: Sequence[Any]) -> str | None:
     from kubernetes.utils.quantity import parse_quantity
 
     amounts = {name: parse_quantity(amount) for name, amount in pod.requests.items()}
-    asked = ", ".join(f"{name} {amount}" for name, amount in pod.requests.items())
+    demand = ", ".join(f"{name} {amount}" for name, amount in pod.requests.items())
     labels = "".join(f", {key}={value}" for key, value in pod.selector.items())
     fitting = [node for node in nodes if _takes(node, pod)]
     if not fitting:
-        return f"no node is open to its pod{f' (labels{labels[1:]})' if labels else ''}, which asks for {asked}"
+        return f"no node is open to its pod{f' (labels{labels[1:]})' if labels else ''}, which asks for {demand}"
     rooms = [{name: _allocatable(node, name) for name in amounts} for node in fitting]
     fits = sum(
         min((int(room[name] // amount) for name, amount in amounts.items()), default=pod.copies) for room in rooms
@@ -285,9 +285,9 @@ def _no_room(pod: _Pod, nodes: Sequence[Any]) -> str | None:
     if fits >= pod.copies:
         return None
     if fits:
-        return f"the nodes have room for {fits} of {pod.copies} pods that ask for {asked}"
+        return f"the nodes have room for {fits} of {pod.copies} pods that ask for {demand}"
     most = ", ".join(f"{name} {_rounded(max(room[name] for room in rooms), name)}" for name in amounts)
-    return f"no node has {asked}{labels}; the most that one has is {most}"
+    return f"no node has {demand}{labels}; the most that one has is {most}"
 
 
 def _allocatable(node: Any, resource: str) -> Decimal:

@@ -80,24 +80,15 @@ def submit(
     ui = (arguments.get("ui") or os.environ.get("KF_PIPELINES_UI_ENDPOINT", "")).rstrip("/")
     if "ui" in arguments:
         arguments = {**arguments, "ui": ui}
+    token = os.environ.get("KFP_TOKEN") or _mounted_token()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "pipeline.yaml"
         write(pipeline, file)
-        ir, *platform = yaml.safe_load_all(file.read_text(encoding="utf-8"))
-        images = checks.images(ir)
-        print(f"images: {', '.join(images)}")
-        notes = checks.require_pullable(images, host)
-        token = os.environ.get("KFP_TOKEN") or _mounted_token()
-        notes += _require_server(host, token, namespace)
-        account = service_account or "default"
-        notes += cluster.check(namespace or _NAMESPACE, account, ir, platform[0] if platform else {}, arguments)
-        for note in notes:
-            print(f"warning: {note}", file=sys.stderr)
-
-        asked = {name: value for name, value in arguments.items() if name != "ui"}
+        _check(file, host, token, namespace, service_account, arguments)
         code = hashlib.sha256(file.read_bytes()).hexdigest()
-        identity = [code, asked, *((schedule, service_account) if schedule else ())]
-        name = f"{pipeline.name}-{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]}"
+        # A link changes nothing of a run that is under way; a schedule is to have the new one.
+        key = [code, arguments, schedule, service_account] if schedule else [code, {**arguments, "ui": ""}]
+        name = f"{pipeline.name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
         with _explained(host):
             client = _client(host, namespace, token)
             place = _experiment(client, experiment, namespace)
@@ -114,6 +105,26 @@ def submit(
                 client.terminate_run(run.run_id)  # another was faster
                 return _end("the same run was begun at the same time", "runs", first[0], ui)
             return _end("run", "runs", str(run.run_id), ui)
+
+
+def _check(
+    file: Path,
+    host: str,
+    token: str | None,
+    namespace: str | None,
+    service_account: str | None,
+    arguments: dict[str, Any],
+) -> None:
+    """Print the images of a compiled pipeline and what may go wrong with it; refuse what is known to go wrong."""
+    ir, *platform = yaml.safe_load_all(file.read_text(encoding="utf-8"))
+    images = checks.images(ir)
+    print(f"images: {', '.join(images)}")
+    notes = checks.require_pullable(images, host)
+    notes += _require_server(host, token, namespace)
+    account = service_account or "default"
+    notes += cluster.check(namespace or _NAMESPACE, account, ir, platform[0] if platform else {}, arguments)
+    for note in notes:
+        print(f"warning: {note}", file=sys.stderr)
 
 
 def _end(what: str, page: str, ident: str, ui: str) -> str:
@@ -184,8 +195,8 @@ def _version(client: Any, pipeline: str, name: str, file: Path, namespace: str |
 
 def _runs(client: Any, place: str, name: str) -> list[str]:
     """Runs of a name that are under way or succeeded, the oldest first."""
-    found = client.list_runs(experiment_id=place, page_size=100, sort_by="created_at asc", filter=_named(name)).runs
-    alive = [run for run in found or () if run.state not in _OVER]
+    runs = client.list_runs(experiment_id=place, page_size=100, sort_by="created_at asc", filter=_named(name)).runs
+    alive = [run for run in runs or () if run.state not in _OVER]
     return [str(run.run_id) for run in sorted(alive, key=lambda run: (str(run.created_at), run.run_id))]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import os
 import re
 import ssl
 import tempfile
@@ -318,6 +319,7 @@ def crons(server: Server) -> list[str]:
         (*NIGHTLY, "--set", "train.steps=7"),
         (*NIGHTLY, "--num-gpus", "2"),
         (*NIGHTLY, "--service-account", "another"),
+        (*NIGHTLY, "--ui", "https://kfp.example.com"),
     ],
 )
 def test_a_schedule_that_changes_replaces_the_old_one(
@@ -738,7 +740,20 @@ def test_an_image_of_this_machine_that_no_node_has_is_said(
     assert re.findall("no node has the image (.+), and none", capsys.readouterr().err) == missing
 
 
-# Certificates
+# Certificates and proxies
+
+
+def test_a_proxy_is_that_of_the_probe_and_of_the_client(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", os.environ["KF_PIPELINES_ENDPOINT"])
+
+    def with_images_of_a_registry(pipeline: Any, file: Path) -> None:
+        file.write_text(compiled(pipeline).replace("localhost/", "registry.example.com/"))
+
+    monkeypatch.setattr("pipelines.server.write", with_images_of_a_registry)
+    assert submit("--host", "http://kfp.example.com") == 0
+    assert len(server.things["runs"]) == 1
 
 
 @pytest.fixture
