@@ -116,7 +116,8 @@ def _check(
     arguments: dict[str, Any],
 ) -> None:
     """Print the images of a compiled pipeline and what may go wrong with it; refuse what is known to go wrong."""
-    ir, *platform = yaml.safe_load_all(file.read_text(encoding="utf-8"))
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where it was built in: ten times as fast
+    ir, *platform = yaml.load_all(file.read_text(encoding="utf-8"), Loader=loader)
     images = checks.images(ir)
     print(f"images: {', '.join(images)}")
     notes = checks.require_pullable(images, host)

@@ -18,7 +18,6 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import kfp_server_api
-import yaml
 
 API = "/apis/v2beta1"
 IDS = {
@@ -75,7 +74,7 @@ class Server:
         self.token = token
         self.health: Any = {"commit_sha": "1", "tag_name": "2.17.0", "multi_user": False, "pipeline_store": "database"}
         self.things: dict[str, list[dict[str, Any]]] = {kind: [] for kind in IDS}
-        self.uploads: list[Any] = []
+        self.uploads: list[bytes] = []
         self.terminated: list[str] = []
         self.policies: list[str] = []  # of deleted schedules
         self.wrong: list[str] = []
@@ -172,7 +171,7 @@ class Server:
 
     def uploaded(self, path: str, query: dict[str, str], body: bytes) -> tuple[int, Any]:
         content = body.split(b"\r\n\r\n", 1)[1].rsplit(b"\r\n--", 1)[0]
-        self.uploads.append(list(yaml.safe_load_all(content)))
+        self.uploads.append(content)
         names = {"name": query["name"], "display_name": query["name"]}
         if path == "/pipelines/upload_version":
             return self.kept("versions", names | {"pipeline_id": query["pipelineid"]})

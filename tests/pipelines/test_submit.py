@@ -87,7 +87,8 @@ def test_a_run_is_of_a_version_of_the_pipeline_with_the_whole_settings(server: S
     assert given["ui"] == ""
     (version,) = server.things["versions"]
     assert version["display_name"].startswith("training-")
-    ((pipeline, platform),) = server.uploads
+    pipeline, platform = yaml.safe_load_all(server.uploads[0])
+    assert len(server.uploads) == 1
     assert pipeline["pipelineInfo"]["name"] == "adfm-training"
     assert "kubernetes" in platform["platforms"]
 
