@@ -116,7 +116,7 @@ class Server:
 
     def kept(self, kind: str, thing: dict[str, Any]) -> tuple[int, Any]:
         many = self.things[kind]
-        if rival := self.rivals.pop(kind, None):
+        if (rival := self.rivals.pop(kind, None)) is not None:
             many.append(thing | {IDS[kind]: "rival", "created_at": "2025-12-31T23:59:59Z"} | rival)
         if any(all(each[key] == thing[key] for key in UNIQUE[kind]) for each in many if kind in UNIQUE):
             return CONFLICT

@@ -293,6 +293,7 @@ def test_of_two_first_submissions_both_end_well(kind: str, server: Server) -> No
     server.rivals[kind] = {}
     assert submit() == 0
     assert len(server.things[kind]) == 1
+    assert server.things[kind][0]["created_at"] == "2025-12-31T23:59:59Z"  # the other one's
     assert len(server.things["runs"]) == 1
 
 
