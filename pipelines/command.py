@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from adfm import cli, params, tracking
+from adfm import cli, environment, params, tracking
 from adfm.errors import AdfmError
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +22,8 @@ def main(
     """Does what the command line says.
 
     Args:
-        pipelines: What `dsl.pipeline` made, by the stem of the file to compile it to: what the options choose from.
+        pipelines: Stem of the compiled file -> what `dsl.pipeline` made: the pipelines that the options choose from,
+            which may be variants of one name.
         options: Adds the options that are parameters of the pipelines.
         arguments: Chooses the pipeline and makes its arguments, but for `settings`, of what was asked.
         argv: The arguments; those of the process by default.
@@ -32,16 +33,19 @@ def main(
     """
     first = next(iter(pipelines.values()))
     args = _parse(first, options, argv)
-    cli.set_environment()
+    environment.set_environment()
     try:
         if args.verb == "compile":
             for stem, pipeline in pipelines.items():
                 write(pipeline, args.out / f"{stem}.yaml")
             return 0
-        asked = params.load(args.params, args.set)
-        pipeline, given = arguments(args, asked)
-        given = {"settings": tracking.settings(asked), **given}
-        (_run if args.verb == "run" else _submit)(pipeline, given, args)
+        settings = params.load(args.params, args.set)
+        pipeline, given = arguments(args, settings)
+        given = {"settings": tracking.settings(settings), **given}
+        if args.verb == "run":
+            _run(pipeline, given, args)
+        else:
+            _submit(pipeline, given, args, variant=next(stem for stem, each in pipelines.items() if each is pipeline))
     except AdfmError as error:
         print(f"{first.name}: error: {error}", file=sys.stderr)
         return error.exit_code
@@ -72,9 +76,15 @@ def _parse(pipeline: Any, options: Options, argv: Sequence[str] | None) -> argpa
     submit = verbs.add_parser("submit", help="run it on a cluster; what runs there already is not run again")
     submit.add_argument("--host", metavar="URL", help="of the KFP API; KF_PIPELINES_ENDPOINT by default")
     submit.add_argument("--experiment", metavar="NAME", default="adfm", help="adfm by default")
-    submit.add_argument("--namespace", metavar="NAME", help="of the runs, where KFP serves several users")
+    submit.add_argument(
+        "--namespace", metavar="NAME", help="of the runs, where KFP serves several users: your profile's"
+    )
     submit.add_argument("--service-account", metavar="NAME", default="adfm-pipeline", help="adfm-pipeline by default")
-    submit.add_argument("--schedule", metavar="CRON", help="again and again; six fields, seconds first: '0 0 3 * * *'")
+    submit.add_argument(
+        "--schedule",
+        metavar="CRON",
+        help="again and again; six fields, seconds first: '0 0 3 * * *'; replaces that of the same data and model",
+    )
 
     for each in (run, submit):
         cli.add_settings(each)
@@ -88,7 +98,7 @@ def _run(pipeline: Any, given: dict[str, Any], args: argparse.Namespace) -> None
     local.run(pipeline, given, args.root, args.in_containers)
 
 
-def _submit(pipeline: Any, given: dict[str, Any], args: argparse.Namespace) -> None:
+def _submit(pipeline: Any, given: dict[str, Any], args: argparse.Namespace, variant: str) -> None:
     from pipelines import server
 
     server.submit(
@@ -98,6 +108,7 @@ def _submit(pipeline: Any, given: dict[str, Any], args: argparse.Namespace) -> N
         experiment=args.experiment,
         namespace=args.namespace,
         service_account=args.service_account,
+        variant=variant,
         schedule=args.schedule,
         once=bool(given.get("data_revision")),
     )

@@ -34,7 +34,12 @@ def options(parser: argparse.ArgumentParser) -> None:
     """The parameters of the pipeline as options."""
     parser.add_argument("--version", metavar="N", default="", help="number; the newest approved one by default")
     parser.add_argument("--by", metavar="NAME", default="adfm-promotion", help="who promotes, for the history")
-    parser.add_argument("--ui", metavar="URL", default="", help="of the pages, for links; the host by default")
+    parser.add_argument(
+        "--ui",
+        metavar="URL",
+        default="",
+        help="public address of KFP's pages, e.g. https://kubeflow.example.com/pipeline; without it notifications have no link",
+    )
 
 
 def arguments(args: argparse.Namespace, params: Params) -> tuple[Any, dict[str, Any]]:

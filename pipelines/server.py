@@ -1,21 +1,34 @@
 """Asks a server of Kubeflow Pipelines for a run: once for the same code, images, settings and data."""
 
+import contextlib
 import hashlib
+import io
 import json
 import os
+import re
+import ssl
+import sys
 import tempfile
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
-from adfm import tracking
+import yaml
+
+from adfm import environment, tracking
 from adfm.errors import AdfmError
-from pipelines.cluster import require_secret
+from pipelines import checks, cluster
 from pipelines.command import write
+
+T = TypeVar("T")
+
+MINIMUM = (2, 17)
+"""Version of Kubeflow Pipelines from which all that the pipelines use is there."""
 
 _OVER = ("FAILED", "CANCELED", "CANCELING", "SKIPPED")
 _TIMEOUT = 10  # seconds
@@ -32,106 +45,265 @@ def submit(
     experiment: str,
     namespace: str | None,
     service_account: str | None,
+    variant: str,
     schedule: str | None = None,
     once: bool = True,
 ) -> str:
-    """Starts a run, or finds the one that does the same; with a schedule, a recurring run.
+    """Start a run, or find the one that does the same; with a schedule, a recurring run.
+
+    All that can be checked is checked before anything is made on the server.
 
     Args:
         pipeline: What `dsl.pipeline` made.
         arguments: Of the pipeline, by name.
-        host: Address of the server; `KF_PIPELINES_ENDPOINT` without it.
+        host: Address of the KFP API; `KF_PIPELINES_ENDPOINT` without it.
         experiment: Name of the experiment, which is made if it is not there.
         namespace: Of the runs, where the server has several users.
         service_account: Of the pods.
-        schedule: Six fields of cron, seconds first.
+        variant: Name of the compiled file, for the version's name: several of them are one pipeline.
+        schedule: Six fields of cron, seconds first. A schedule of the same pipeline, experiment, data and registered
+            model is replaced.
         once: Whether a run of the same code, images and arguments that is under way, or succeeded, is used instead.
 
     Returns:
         The id of the run or recurring run.
 
     Raises:
-        AdfmError: There is no server, it cannot be reached, or it refuses; or a secret is known to be missing.
+        AdfmError: Names are wrong; there is no server, it cannot be reached, is too old, or refuses; the cluster
+            cannot pull the images, or is known to lack what the run needs.
     """
     host = (host or os.environ.get("KF_PIPELINES_ENDPOINT", "")).rstrip("/")
     if not host.startswith(("http://", "https://")):
         raise AdfmError(f"--host {host or 'is missing'}: name the KFP API by an http(s):// address.")
-    token = os.environ.get("KFP_TOKEN") or _mounted_token()
-    _probe(host, token)
-    require_secret(namespace or _NAMESPACE, service_account or "default")
+    checks.require_names(experiment, namespace, service_account, schedule)
+    checks.require_labels(arguments)
+    ui = (arguments.get("ui") or os.environ.get("KF_PIPELINES_UI_ENDPOINT", "")).rstrip("/")
     if "ui" in arguments:
-        arguments = {**arguments, "ui": arguments["ui"] or host}
-    with tempfile.TemporaryDirectory() as folder, _explained(host):
+        arguments = {**arguments, "ui": ui}
+    token = os.environ.get("KFP_TOKEN") or _mounted_token()
+    with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "pipeline.yaml"
         write(pipeline, file)
-        asked = {name: value for name, value in arguments.items() if name != "ui"}
+        _check(file, host, token, namespace, service_account, arguments)
         code = hashlib.sha256(file.read_bytes()).hexdigest()
-        key = hashlib.sha256(json.dumps([code, asked, schedule], sort_keys=True).encode()).hexdigest()
-        name = f"{pipeline.name}-{key[:16]}"
+        # A link changes nothing of a run that is under way; a schedule is to have the new one.
+        key = [code, arguments, schedule, service_account] if schedule else [code, {**arguments, "ui": ""}]
+        name = f"{pipeline.name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
+        with _explained(host):
+            client = _client(host, namespace, token)
+            place = _experiment(client, experiment, namespace)
+            if not schedule and once and (there := _runs(client, place, name)):
+                return _end("the same run is there already", "runs", there[0], ui)
+            version = _version(client, pipeline.name, _version_name(variant, code), file, namespace)
+            if schedule:
+                made = _schedule(client, place, name, version, arguments, service_account, schedule)
+                return _end(f"every {schedule}", "recurringrun", made, ui)
+            run = _quietly(
+                client.run_pipeline, place, name, params=arguments, service_account=service_account, **version
+            )
+            if once and (first := _runs(client, place, name)[:1]) and first[0] != run.run_id:
+                client.terminate_run(run.run_id)  # another was faster
+                return _end("the same run was begun at the same time", "runs", first[0], ui)
+            return _end("run", "runs", str(run.run_id), ui)
 
-        client = _client(host, namespace, token)
-        place = client.create_experiment(experiment, namespace=namespace).experiment_id
-        if schedule:
-            return _schedule(client, place, name, pipeline, file, code, arguments, service_account, schedule, namespace)
-        if once and (there := _runs(client, place, name)):
-            print(f"the same run is there already: {host}/#/runs/details/{there[0]}")
-            return there[0]
-        version = _version(client, pipeline.name, file, code, namespace)
-        run = client.run_pipeline(place, name, params=arguments, service_account=service_account, **version)
-        if once and (first := _runs(client, place, name)[:1]) and first[0] != run.run_id:
-            client.terminate_run(run.run_id)  # another was faster
-            print(f"the same run was begun at the same time: {host}/#/runs/details/{first[0]}")
-            return first[0]
-        return str(run.run_id)
+
+def _check(
+    file: Path,
+    host: str,
+    token: str | None,
+    namespace: str | None,
+    service_account: str | None,
+    arguments: dict[str, Any],
+) -> None:
+    """Print the images of a compiled pipeline and what may go wrong with it; refuse what is known to go wrong."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where it was built in: ten times as fast
+    ir, *platform = yaml.load_all(file.read_text(encoding="utf-8"), Loader=loader)
+    images = checks.images(ir)
+    print(f"images: {', '.join(images)}")
+    notes = checks.require_pullable(images, host)
+    notes += _require_server(host, token, namespace)
+    account = service_account or "default"
+    notes += cluster.check(namespace or _NAMESPACE, account, ir, platform[0] if platform else {}, arguments)
+    for note in notes:
+        print(f"warning: {note}", file=sys.stderr)
+
+
+def _end(what: str, page: str, ident: str, ui: str) -> str:
+    """Print what came of it, with a link where the address of the pages is known: the API's has none."""
+    print(f"{what}: {ident}")
+    if ui:
+        print(f"{ui}/#/{page}/details/{ident}")
+    return ident
+
+
+def _quietly(call: Callable[..., T], *args: Any, **options: Any) -> T:
+    """The call of KFP's client without its print of a link, which is one to the API."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return call(*args, **options)
+
+
+def _found_or_made(find: Callable[[], T | None], make: Callable[[], T]) -> T:
+    """What is there already, else what is made; if another was faster (409), what that one made."""
+    import kfp_server_api
+
+    there = find()
+    if there is not None:
+        return there
+    try:
+        return make()
+    except kfp_server_api.ApiException as error:
+        if error.status != 409 or (there := find()) is None:
+            raise
+        return there
+
+
+def _first(things: list[Any] | None) -> Any:
+    return things[0] if things else None
+
+
+def _experiment(client: Any, name: str, namespace: str | None) -> str:
+    there = _found_or_made(
+        lambda: _first(client.list_experiments(namespace=namespace, filter=_named(name)).experiments),
+        lambda: _quietly(client.create_experiment, name, namespace=namespace),
+    )
+    return str(there.experiment_id)
+
+
+def _version_name(variant: str, code: str) -> str:
+    """Variant, Git commit and digest."""
+    commit = tracking.code_version().get("git_commit", "")[:12]
+    return "-".join(part for part in (variant, commit, code[:8]) if part)
+
+
+def _version(client: Any, pipeline: str, name: str, file: Path, namespace: str | None) -> dict[str, str]:
+    """The pipeline's version of a name; pipeline and version are made unless they are there.
+
+    `upload_pipeline` would make pipeline and version at once, but calls the version like the pipeline
+    (backend/src/apiserver/server/pipeline_upload_server.go), and `get_pipeline_id` sees only pipelines that are shared
+    by all namespaces.
+    """
+    body = client.api_models.V2beta1Pipeline(name=pipeline, display_name=pipeline, namespace=namespace)
+    parent = _found_or_made(
+        lambda: _first(client.list_pipelines(namespace=namespace, filter=_named(pipeline)).pipelines),
+        lambda: client.pipelines.pipeline_service_create_pipeline(pipeline=body),
+    ).pipeline_id
+    version = _found_or_made(
+        lambda: _first(client.list_pipeline_versions(parent, filter=_named(name)).pipeline_versions),
+        lambda: _quietly(client.upload_pipeline_version, str(file), name, pipeline_id=parent),
+    )
+    return {"pipeline_id": parent, "version_id": version.pipeline_version_id}
+
+
+def _runs(client: Any, place: str, name: str) -> list[str]:
+    """Runs of a name that are under way or succeeded, the oldest first."""
+    runs = client.list_runs(experiment_id=place, page_size=100, sort_by="created_at asc", filter=_named(name)).runs
+    alive = [run for run in runs or () if run.state not in _OVER]
+    return [str(run.run_id) for run in sorted(alive, key=lambda run: (str(run.created_at), run.run_id))]
 
 
 def _schedule(
     client: Any,
     place: str,
     name: str,
-    pipeline: Any,
-    file: Path,
-    code: str,
+    version: dict[str, str],
     arguments: dict[str, Any],
     service_account: str | None,
-    schedule: str,
-    namespace: str | None,
+    cron: str,
 ) -> str:
-    found = client.list_recurring_runs(experiment_id=place, page_size=100, filter=_named(name)).recurring_runs
-    if found:
-        print(f"the same schedule is there already: {found[0].recurring_run_id}")
-        return str(found[0].recurring_run_id)
-    version = _version(client, pipeline.name, file, code, namespace)
-    made = client.create_recurring_run(
-        place,
-        name,
-        cron_expression=schedule,
-        no_catchup=True,
-        params=arguments,
-        service_account=service_account,
-        **version,
-    )
-    print(f"every {schedule}: {made.recurring_run_id}")
-    return str(made.recurring_run_id)
+    """The recurring run of a name: made, or switched on if it is there; those that it replaces are deleted.
+
+    What a schedule replaces are those of the same pipeline, experiment, data and registered model. Those of other data
+    or models stay, and are named.
+    """
+    line = _line(arguments)
+    earlier = [each for each in _recurring_runs(client, place, version) if each.display_name != name]
+    there = _same(client, place, version, name)
+    if not there:
+        made = client.create_recurring_run(
+            place,
+            name,
+            cron_expression=cron,
+            no_catchup=True,
+            params=arguments,
+            service_account=service_account,
+            **version,
+        )
+        there = _same(client, place, version, name) or [made]
+    kept, *twice = there
+    if kept.status == "DISABLED":
+        client.enable_recurring_run(kept.recurring_run_id)
+        print("the same schedule was there already, switched off; it is on again")
+    for each in twice:  # of another submission at the same moment
+        _remove(client, each)
+    for each in earlier:
+        if _line(each.runtime_config.parameters or {}) == line:
+            _remove(client, each)
+        elif each.status != "DISABLED":
+            print(f"another schedule of other data or another model stays: {_described(each)}")
+    return str(kept.recurring_run_id)
 
 
-def _runs(client: Any, place: str, name: str) -> list[str]:
-    """Runs of a name that are under way or succeeded, the oldest first."""
-    found = client.list_runs(experiment_id=place, page_size=100, sort_by="created_at asc", filter=_named(name)).runs
-    alive = [run for run in found or () if run.state not in _OVER]
-    return [str(run.run_id) for run in sorted(alive, key=lambda run: (str(run.created_at), run.run_id))]
+def _same(client: Any, place: str, version: dict[str, str], name: str) -> list[Any]:
+    """The schedules of a name, the oldest first."""
+    there = [each for each in _recurring_runs(client, place, version) if each.display_name == name]
+    return sorted(there, key=lambda each: (str(each.created_at), each.recurring_run_id))
 
 
-def _version(client: Any, name: str, file: Path, code: str, namespace: str | None) -> dict[str, str]:
-    """The pipeline's version of this code, named by Git commit and digest; it is uploaded unless it is there."""
-    commit = tracking.code_version().get("git_commit", "")[:12]
-    wanted = "-".join(part for part in (commit, code[:8]) if part)
-    pipeline_id = client.get_pipeline_id(name)
-    if pipeline_id is None:
-        pipeline_id = client.upload_pipeline(str(file), pipeline_name=name, namespace=namespace).pipeline_id
-    found = client.list_pipeline_versions(pipeline_id, page_size=10, filter=_named(wanted)).pipeline_versions
-    version = found[0] if found else client.upload_pipeline_version(str(file), wanted, pipeline_id=pipeline_id)
-    return {"pipeline_id": pipeline_id, "version_id": version.pipeline_version_id}
+def _recurring_runs(client: Any, place: str, version: dict[str, str]) -> list[Any]:
+    """All schedules of a pipeline in an experiment."""
+    schedules: list[Any] = []
+    token = ""
+    while True:
+        page = client.list_recurring_runs(experiment_id=place, page_size=100, page_token=token)
+        schedules += page.recurring_runs or []
+        if not (token := page.next_page_token or ""):
+            break
+    return [
+        each
+        for each in schedules
+        if each.pipeline_version_reference
+        and each.pipeline_version_reference.pipeline_id == version["pipeline_id"]
+        and each.runtime_config
+    ]
+
+
+def _line(arguments: dict[str, Any]) -> tuple[str, str]:
+    """What tells the schedules of one production line from those of another: its data and its registered model.
+
+    The commit in a `dvc://` source is left out: a schedule at a newer one replaces the older. A promotion has no data.
+    """
+    try:
+        settings = yaml.safe_load(arguments.get("settings") or "") or {}
+        source, model = settings["fetch"]["source"], settings["register"]["model"]
+    except (yaml.YAMLError, LookupError, TypeError):  # made by hand, or by another version
+        return "", ""
+    return re.sub(r"@[0-9a-f]{40}:", ":", str(source)) if "data_revision" in arguments else "", str(model)
+
+
+def _remove(client: Any, schedule: Any) -> None:
+    """Delete a schedule. Where that is refused, say that it will run as well."""
+    import kfp_server_api
+
+    try:
+        # Its workflows are the schedule's own in Kubernetes' sense (`SetOwnerReferences` in KFP's resource_manager.go):
+        # deleted in the usual way, it would take those under way with it.
+        client.recurring_runs.recurring_run_service_delete_recurring_run(
+            schedule.recurring_run_id, propagation_policy="ORPHAN"
+        )
+    except kfp_server_api.ApiException as error:
+        if error.status != 404:
+            print(
+                f"warning: two schedules will run: {_described(schedule)} should be replaced and could not be deleted "
+                f"({error.status} {error.reason}); delete it in the pages of Kubeflow Pipelines.",
+                file=sys.stderr,
+            )
+        return
+    print(f"replaced: {_described(schedule)}; its runs under way go on")
+
+
+def _described(schedule: Any) -> str:
+    trigger = schedule.trigger and schedule.trigger.cron_schedule
+    return f"{schedule.display_name} ({trigger.cron if trigger else 'no cron'}, {schedule.recurring_run_id})"
 
 
 def _named(name: str) -> str:
@@ -141,9 +313,18 @@ def _named(name: str) -> str:
 def _client(host: str, namespace: str | None, token: str | None) -> Any:
     import kfp
 
+    address = urlsplit(host)
+    bypassed = urllib.request.proxy_bypass(address.hostname or "")
+    proxy = None if bypassed else urllib.request.getproxies().get(address.scheme)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This client only works", FutureWarning)
-        return kfp.Client(host=host, namespace=namespace or _NAMESPACE, existing_token=token)
+        return kfp.Client(
+            host=host,
+            namespace=namespace or _NAMESPACE,
+            existing_token=token,
+            proxy=proxy,
+            ssl_ca_cert=environment.ca_bundle(),
+        )
 
 
 def _mounted_token() -> str | None:
@@ -151,24 +332,55 @@ def _mounted_token() -> str | None:
     return file.read_text(encoding="utf-8").strip() if file.is_file() else None
 
 
-def _probe(host: str, token: str | None) -> None:
-    """Asks once whether the server is there and lets us in; KFP's client would ask for a minute."""
+def _require_server(host: str, token: str | None, namespace: str | None) -> list[str]:
+    """Refuse a server that is too old, or has several users where no namespace is given; returns warnings.
+
+    `healthz` has `tag_name`, the release that the image was built for, and `multi_user`
+    (backend/src/apiserver/main.go). Images that are not of a release have a branch there, or `unknown`.
+    """
+    health = _probe(host, token)
+    if health.get("multi_user") is True and not namespace:
+        raise AdfmError(
+            f"--namespace is missing: the KFP API at {host} serves several users, and each run belongs to a namespace. "
+            "Name that of your profile."
+        )
+    minimum = ".".join(map(str, MINIMUM))
+    tag = str(health.get("tag_name") or "unknown")
+    release = re.match(r"v?(\d+)\.(\d+)", tag)
+    if not release:
+        return [f"the KFP API at {host} does not say its release (tag_name {tag!r}); it has to be {minimum} or newer."]
+    if (int(release[1]), int(release[2])) < MINIMUM:
+        raise AdfmError(
+            f"the KFP API at {host} is {tag}; adfm needs Kubeflow Pipelines {minimum} or newer: upgrade it."
+        )
+    return []
+
+
+def _probe(host: str, token: str | None) -> dict[str, Any]:
+    """Ask once whether the server is there and lets us in; KFP's client would ask for a minute."""
+    import certifi
+
     request = urllib.request.Request(
         f"{host}/apis/v2beta1/healthz", headers={"Authorization": f"Bearer {token}"} if token else {}
     )
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
-            json.load(answer)
+        # The same authorities as KFP's client has: kfp_server_api/rest.py.
+        context = ssl.create_default_context(cafile=environment.ca_bundle() or certifi.where())
+        with urllib.request.urlopen(request, timeout=_TIMEOUT, context=context) as answer:
+            health = json.load(answer)
     except urllib.error.HTTPError as error:
         error.close()
         raise AdfmError(_refusal(host, error.code, error.reason)) from error
     except json.JSONDecodeError as error:
         raise AdfmError(f"{host} answered with a page and not as the KFP API: a login is wanted. {_TOKEN}") from error
     except (OSError, ValueError) as error:
-        raise AdfmError(
-            f"the KFP API at {host} cannot be reached: {getattr(error, 'reason', error)}. See that the address is "
-            "right; from outside the cluster: kubectl port-forward -n kubeflow svc/ml-pipeline 8888."
-        ) from error
+        remedy = environment.ca_remedy(error) or (
+            " See that the address is right; from outside the cluster: "
+            "kubectl port-forward -n kubeflow svc/ml-pipeline 8888."
+        )
+        reason = getattr(error, "reason", error)
+        raise AdfmError(f"the KFP API at {host} cannot be reached: {reason}.{remedy}") from error
+    return health if isinstance(health, dict) else {}
 
 
 @contextmanager
@@ -179,16 +391,15 @@ def _explained(host: str) -> Iterator[None]:
     try:
         yield
     except kfp_server_api.ApiException as error:
-        said = error.body or error.reason
-        raise AdfmError(_refusal(host, error.status, said)) from error
+        raise AdfmError(_refusal(host, error.status, error.body or error.reason)) from error
     except urllib3.exceptions.HTTPError as error:
         raise AdfmError(f"the KFP API at {host} cannot be reached any more: {error}.") from error
     except ValueError as error:
         raise AdfmError(f"the KFP API at {host}: {error}") from error
 
 
-def _refusal(host: str, status: int, said: object) -> str:
-    text = " ".join(str(said).split())[:300]
+def _refusal(host: str, status: int, answer: object) -> str:
+    text = " ".join(str(answer).split())[:300]
     if status == 401:
         return f"{host} does not accept the token: it is missing or has expired ({text}). {_TOKEN}"
     if status == 403:

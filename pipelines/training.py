@@ -229,7 +229,12 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--node-selector", metavar="KEY=VALUE", type=_pair, action="append", default=[])
     parser.add_argument("--toleration", metavar="KEY[=VALUE][:EFFECT]", type=_toleration, action="append", default=[])
-    parser.add_argument("--ui", metavar="URL", default="", help="of the pages, for links; the host by default")
+    parser.add_argument(
+        "--ui",
+        metavar="URL",
+        default="",
+        help="public address of KFP's pages, e.g. https://kubeflow.example.com/pipeline; without it notifications have no link",
+    )
 
 
 def arguments(args: argparse.Namespace, params: Params) -> tuple[Any, dict[str, Any]]:

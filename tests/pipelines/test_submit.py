@@ -1,167 +1,75 @@
-"""Submitting, against a double of the server that holds each request against the shapes of the KFP API's own client."""
+"""Submitting, against doubles of the KFP API and of Kubernetes' API that the real clients talk to."""
 
 from __future__ import annotations
 
-import json
+import datetime
+import ipaddress
+import os
 import re
-import threading
+import ssl
+import tempfile
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
-import kfp_server_api
 import pytest
 import yaml
+from kfp import dsl
 from kubernetes.config import kube_config
 
-from pipelines import promotion, training
+from pipelines import checks, promotion, training
 from pipelines.command import main, write
-
-API = "/apis/v2beta1"
-
-
-def misshapen(value: Any, kind: str, where: str) -> list[str]:
-    """What is wrong with a JSON value of a type as the API's OpenAPI description names it."""
-    simple: dict[str, tuple[type, ...]] = {"str": (str,), "datetime": (str,), "int": (int,), "bool": (bool,)}
-    if where.endswith(".max_concurrency") and isinstance(value, int):
-        return []  # int64: JSON of protocol buffers reads numbers as well as texts
-    if kind in simple:
-        return [] if isinstance(value, simple[kind]) else [f"{where}: {value!r} is no {kind}"]
-    if kind == "object":
-        return []
-    if of := re.fullmatch(r"list\[(.+)\]", kind):
-        return [wrong for i, item in enumerate(value) for wrong in misshapen(item, of[1], f"{where}[{i}]")]
-    if of := re.fullmatch(r"dict\(str, (.+)\)", kind):
-        return [wrong for key, item in value.items() for wrong in misshapen(item, of[1], f"{where}.{key}")]
-    model = getattr(kfp_server_api, kind)
-    if not model.openapi_types:
-        return [] if value in model.allowable_values else [f"{where}: {value!r} is no {kind}"]
-    types = {model.attribute_map[name]: each for name, each in model.openapi_types.items()}
-    unknown = [f"{where}: {kind} has no {key}" for key in value if key not in types]
-    known = [key for key in value if key in types]
-    return unknown + [wrong for key in known for wrong in misshapen(value[key], types[key], f"{where}.{key}")]
-
-
-class Server:
-    """The part of the KFP API that submitting uses, with what it was asked to keep."""
-
-    def __init__(self, token: str | None) -> None:
-        self.token = token
-        self.things: dict[str, list[dict[str, Any]]] = {"experiments": [], "pipelines": [], "runs": []}
-        self.things |= {"recurringruns": [], "versions": []}
-        self.uploads: list[Any] = []
-        self.terminated: list[str] = []
-        self.wrong: list[str] = []
-        self.rival: dict[str, Any] | None = None  # a run that somebody else begins at the same time
-
-    def answer(self, method: str, url: str, body: bytes) -> tuple[int, Any]:
-        address = urlsplit(url)
-        query = {key: values[0] for key, values in parse_qs(address.query).items()}
-        path = address.path.removeprefix(API)
-        if path == "/healthz":
-            return 200, {"multi_user": False}
-        if method == "GET":
-            return self.listed(path, query)
-        if found := re.fullmatch(r"/runs/(.+):terminate", path):
-            self.terminated.append(found[1])
-            return 200, {}
-        if path in ("/pipelines/upload", "/pipelines/upload_version"):
-            return self.uploaded(path, query, body)
-        kinds = {"/experiments": "V2beta1Experiment", "/runs": "V2beta1Run", "/recurringruns": "V2beta1RecurringRun"}
-        if path not in kinds:
-            return 404, {"message": f"{method} {path}"}
-        asked = json.loads(body)
-        self.wrong += misshapen(asked, kinds[path], path)
-        return self.kept(path[1:], asked)
-
-    def kept(self, kind: str, asked: dict[str, Any]) -> tuple[int, Any]:
-        many = self.things[kind]
-        if kind == "runs" and self.rival:
-            many.append(asked | self.rival)
-        name = {"experiments": "experiment_id", "runs": "run_id", "recurringruns": "recurring_run_id"}[kind]
-        stamp = f"2026-01-01T00:00:{len(many):02d}Z"
-        made = asked | {name: f"{kind}-{len(many)}", "created_at": stamp}
-        many.append(made | ({"state": "RUNNING"} if kind == "runs" else {}))
-        return 200, many[-1]
-
-    def listed(self, path: str, query: dict[str, str]) -> tuple[int, Any]:
-        known = {"page_token", "page_size", "sort_by", "filter", "namespace", "experiment_id"}
-        self.wrong += [f"GET {path}: there is no {key}" for key in query if key not in known]
-        versions = re.fullmatch(r"/pipelines/(.+)/versions", path)
-        kind = "versions" if versions else path[1:]
-        found = self.things[kind]
-        for predicate in json.loads(query.get("filter", "{}")).get("predicates", []):
-            if set(predicate) != {"operation", "key", "stringValue"} or predicate["operation"] not in (1, "EQUALS"):
-                self.wrong.append(f"GET {path}: {predicate}")
-            found = [each for each in found if each.get(predicate["key"]) == predicate["stringValue"]]
-        listing = {"versions": "pipeline_versions", "recurringruns": "recurringRuns"}.get(kind, kind)
-        return 200, {listing: found, "total_size": len(found)}
-
-    def uploaded(self, path: str, query: dict[str, str], body: bytes) -> tuple[int, Any]:
-        content = body.split(b"\r\n\r\n", 1)[1].rsplit(b"\r\n--", 1)[0]
-        self.uploads.append(list(yaml.safe_load_all(content)))
-        if path == "/pipelines/upload":
-            pipeline = {"pipeline_id": "pipeline-0", "display_name": query["name"]}
-            self.things["pipelines"].append(pipeline)
-            return 200, pipeline
-        version = {
-            "pipeline_id": query["pipelineid"],
-            "pipeline_version_id": f"version-{len(self.things['versions'])}",
-            "display_name": query["name"],
-        }
-        self.things["versions"].append(version)
-        return 200, version
+from tests.pipelines.kfp_api import Server, misshapen, served
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home without a configuration of kubectl, outside of a cluster."""
+    """A home without a configuration of kubectl or KFP's client, outside of a cluster."""
     monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
-    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    monkeypatch.setattr("kfp.Client._LOCAL_KFP_CONTEXT", str(tmp_path / "context.json"))
+    for name in ("KUBERNETES_SERVICE_HOST", "KF_PIPELINES_UI_ENDPOINT", "ADFM_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE"):  # set for a private authority
+        monkeypatch.setenv(name, "")
     return tmp_path
 
 
-def send_json(handler: BaseHTTPRequestHandler, status: int, content: Any) -> None:
-    text = json.dumps(content).encode()
-    handler.send_response(status)
-    handler.send_header("Content-Type", "application/json")
-    handler.send_header("Content-Length", str(len(text)))
-    handler.end_headers()
-    handler.wfile.write(text)
+@cache
+def compiled(pipeline: Any) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        write(pipeline, Path(folder) / "pipeline.yaml")
+        return (Path(folder) / "pipeline.yaml").read_text()
+
+
+@pytest.fixture(autouse=True)
+def compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pipeline is compiled once for all tests, a second each time otherwise."""
+    monkeypatch.setattr("pipelines.server.write", lambda pipeline, file: file.write_text(compiled(pipeline)))
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    kept = Server("good")
+    double = Server("good")
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            status, answer = 401, {"message": "token is expired"}
-            if kept.token is None or self.headers.get("Authorization") == f"Bearer {kept.token}":
-                status, answer = kept.answer(self.command, self.path, body)
-            send_json(self, status, answer)
+    def answer(method: str, url: str, body: bytes, headers: Any) -> tuple[int, Any]:
+        if headers.get("Authorization") != f"Bearer {double.token}":
+            return 401, {"message": "token is expired"}
+        return double.answer(method, url, body)
 
-        do_POST = do_GET
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        thread = threading.Thread(target=http.serve_forever)
-        thread.start()
-        monkeypatch.setenv("KF_PIPELINES_ENDPOINT", f"http://127.0.0.1:{http.server_port}")
+    with served(answer) as address:
+        monkeypatch.setenv("KF_PIPELINES_ENDPOINT", address)
         monkeypatch.setenv("KFP_TOKEN", "good")
-        yield kept
-        http.shutdown()
-        thread.join()
-    assert kept.wrong == []
+        yield double
+    assert double.wrong == []
 
 
 def submit(*argv: str, pipeline: Any = training) -> int:
     return main(pipeline.PIPELINES, pipeline.options, pipeline.arguments, ["submit", *argv])
+
+
+def nothing_made(server: Server) -> bool:
+    return not any(server.things.values()) and not server.uploads
 
 
 def test_a_run_is_of_a_version_of_the_pipeline_with_the_whole_settings(server: Server) -> None:
@@ -170,13 +78,17 @@ def test_a_run_is_of_a_version_of_the_pipeline_with_the_whole_settings(server: S
     assert server.things["experiments"][0]["display_name"] == "line"
     assert run["experiment_id"] == server.things["experiments"][0]["experiment_id"]
     assert run["service_account"] == "trainer"
-    assert run["pipeline_version_reference"] == {"pipeline_id": "pipeline-0", "pipeline_version_id": "version-0"}
+    reference = {"pipeline_id": "pipelines-0", "pipeline_version_id": "versions-0"}
+    assert run["pipeline_version_reference"] == reference
     given = run["runtime_config"]["parameters"]
     assert yaml.safe_load(given["settings"])["seed"] == 3
-    assert (given["num_gpus"], given["parts"]) == (2, ["1/2", "2/2"])
+    assert given["num_gpus"] == 2
     assert given["data_revision"] == "synthetic://"
-    assert given["ui"].startswith("http://127.0.0.1")
-    pipeline, platform = server.uploads[-1]
+    assert given["ui"] == ""
+    (version,) = server.things["versions"]
+    assert version["display_name"].startswith("training-")
+    pipeline, platform = yaml.safe_load_all(server.uploads[0])
+    assert len(server.uploads) == 1
     assert pipeline["pipelineInfo"]["name"] == "adfm-training"
     assert "kubernetes" in platform["platforms"]
 
@@ -228,7 +140,7 @@ def test_other_images_are_another_run_of_another_version(server: Server, monkeyp
 
 
 def test_of_two_that_are_begun_at_once_the_later_one_is_ended(server: Server) -> None:
-    server.rival = {"run_id": "rival", "state": "PENDING", "created_at": "2025-12-31T23:59:59Z"}
+    server.rivals["runs"] = {"state": "PENDING"}
     assert submit() == 0
     assert server.terminated == ["runs-1"]
 
@@ -292,28 +204,356 @@ def test_a_server_that_is_not_there_is_said_at_once(
     assert said in capsys.readouterr().err
 
 
-ACCOUNT = "serviceaccounts/adfm-pipeline"
-SECRET = "secrets/adfm-mlflow"
+def test_the_client_sends_nothing_that_the_double_would_not_notice() -> None:
+    assert misshapen({"display_name": 1, "nmae": "line"}, "V2beta1Experiment", "/experiments") == [
+        "/experiments: V2beta1Experiment has no nmae",
+        "/experiments.display_name: 1 is no str",
+    ]
+
+
+# Links
+
+
+@pytest.mark.parametrize("by_variable", [False, True])
+def test_a_link_is_given_where_the_address_of_the_pages_is_known(
+    by_variable: bool, server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit("--set", "seed=1") == 0
+    first = capsys.readouterr().out
+    assert "run: runs-0" in first
+    assert "http" not in first  # the API's address has no pages
+    if by_variable:
+        monkeypatch.setenv("KF_PIPELINES_UI_ENDPOINT", "https://kfp.example.com/")
+    assert submit(*([] if by_variable else ["--ui", "https://kfp.example.com/"])) == 0
+    assert "https://kfp.example.com/#/runs/details/runs-1" in capsys.readouterr().out
+    given = server.things["runs"][1]["runtime_config"]["parameters"]
+    assert given["ui"] == "https://kfp.example.com"
+
+
+# Several users, several at once
+
+
+def test_several_settings_in_a_namespace_are_runs_of_one_pipeline(server: Server) -> None:
+    server.health["multi_user"] = True
+    server.things["pipelines"].append({"pipeline_id": "shared", "namespace": "", "name": "adfm-training"})
+    for seed in ("1", "2"):
+        assert submit("--namespace", "team-a", "--set", f"seed={seed}") == 0
+    assert submit("--namespace", "team-b") == 0
+    places = [(each["namespace"], each["name"]) for each in server.things["pipelines"]]
+    assert places == [("", "adfm-training"), ("team-a", "adfm-training"), ("team-b", "adfm-training")]
+    assert [each["namespace"] for each in server.things["experiments"]] == ["team-a", "team-b"]
+    assert [each["pipeline_id"] for each in server.things["versions"]] == ["pipelines-1", "pipelines-2"]
+    assert len(server.things["runs"]) == 3
+
+
+@dsl.component(base_image="localhost/adfm:cpu", install_kfp_package=False)
+def nothing():
+    pass
+
+
+@dsl.pipeline(name="adfm-training")
+def in_one():
+    nothing()
+
+
+@dsl.pipeline(name="adfm-training")
+def in_parts():
+    nothing()
+    nothing()
+
+
+def test_variants_are_versions_of_one_pipeline_that_can_be_told_apart(server: Server) -> None:
+    variants = {"training": in_one, "training-in-parts": in_parts}
+    for chosen in variants.values():
+        assert main(variants, lambda _: None, lambda *_, chosen=chosen: (chosen, {}), ["submit"]) == 0
+    (pipeline,) = server.things["pipelines"]
+    assert pipeline["display_name"] == "adfm-training"
+    one, parts = (each["display_name"] for each in server.things["versions"])
+    assert re.fullmatch(r"training(-[0-9a-f]{12})?-[0-9a-f]{8}", one)
+    assert re.fullmatch(r"training-in-parts(-[0-9a-f]{12})?-[0-9a-f]{8}", parts)
+
+
+def test_each_variant_is_compiled_to_its_file(tmp_path: Path) -> None:
+    variants = {"training": in_one, "training-in-parts": in_parts}
+    assert main(variants, lambda _: None, lambda *_: (in_one, {}), ["compile", "--out", str(tmp_path / "out")]) == 0
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["training-in-parts.yaml", "training.yaml"]
+
+
+def test_a_missing_namespace_is_said_before_anything_is_made(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.health["multi_user"] = True
+    assert submit() == 1
+    assert "--namespace is missing" in capsys.readouterr().err
+    assert nothing_made(server)
+
+
+@pytest.mark.parametrize("kind", ["experiments", "pipelines", "versions"])
+def test_of_two_first_submissions_both_end_well(kind: str, server: Server) -> None:
+    server.rivals[kind] = {}
+    assert submit() == 0
+    assert len(server.things[kind]) == 1
+    assert server.things[kind][0]["created_at"] == "2025-12-31T23:59:59Z"  # the other one's
+    assert len(server.things["runs"]) == 1
+
+
+def test_a_conflict_with_something_that_cannot_be_seen_is_said(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.rivals["pipelines"] = {"display_name": "renamed"}
+    assert submit() == 1
+    assert "answered 409" in capsys.readouterr().err
+
+
+# Schedules
+
+NIGHTLY = ("--schedule", "0 0 3 * * *")
+
+
+def crons(server: Server) -> list[str]:
+    return [each["trigger"]["cron_schedule"]["cron"] for each in server.things["recurringruns"]]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ("--schedule", "0 0 4 * * *"),
+        (*NIGHTLY, "--set", "train.steps=7"),
+        (*NIGHTLY, "--num-gpus", "2"),
+        (*NIGHTLY, "--service-account", "another"),
+        (*NIGHTLY, "--ui", "https://kfp.example.com"),
+    ],
+)
+def test_a_schedule_that_changes_replaces_the_old_one(
+    changed: tuple[str, ...], server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit(*NIGHTLY) == 0
+    assert submit(*changed) == 0
+    assert crons(server) == [changed[1]]
+    assert server.things["recurringruns"][0]["recurring_run_id"] != "recurringruns-0"
+    assert server.policies == ["ORPHAN"]  # a run of the old one that is under way goes on
+    assert "replaced: adfm-training-" in capsys.readouterr().out
+
+
+def test_other_code_replaces_the_schedule(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert submit(*NIGHTLY) == 0
+
+    def with_another_image(pipeline: Any, file: Path) -> None:
+        write(pipeline, file)
+        file.write_text(file.read_text().replace("localhost/adfm:gpu", "localhost/adfm@sha256:1"))
+
+    monkeypatch.setattr("pipelines.server.write", with_another_image)
+    assert submit(*NIGHTLY) == 0
+    (schedule,) = server.things["recurringruns"]
+    assert schedule["pipeline_version_reference"]["pipeline_version_id"] == "versions-1"
+
+
+def test_a_newer_commit_of_the_same_data_replaces_the_schedule(server: Server) -> None:
+    for commit in "ab":
+        source = f"dvc://https://git.example.com/images.git@{commit * 40}:data/line-3"
+        assert submit(*NIGHTLY, "--set", f"fetch.source={source}") == 0
+    assert len(crons(server)) == 1
+
+
+@pytest.mark.parametrize("line", ["fetch.source=s3://bucket/line-4", "register.model=line-4"])
+def test_lines_do_not_replace_the_schedules_of_one_another(
+    line: str, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit(*NIGHTLY) == 0
+    assert submit("--schedule", "0 0 4 * * *", "--set", line) == 0
+    assert sorted(crons(server)) == ["0 0 3 * * *", "0 0 4 * * *"]
+    assert "another schedule of other data or another model stays: adfm-training-" in capsys.readouterr().out
+    assert submit("--schedule", "0 0 5 * * *") == 0
+    assert sorted(crons(server)) == ["0 0 4 * * *", "0 0 5 * * *"]
+
+
+def test_schedules_of_other_pipelines_and_experiments_stay(server: Server) -> None:
+    assert submit(*NIGHTLY) == 0
+    assert submit("--schedule", "0 */10 * * * *", pipeline=promotion) == 0
+    assert submit("--schedule", "0 0 4 * * *", "--experiment", "another") == 0
+    assert len(crons(server)) == 3
+
+
+def test_promotions_are_replaced_whatever_data_the_settings_name(server: Server) -> None:
+    assert submit("--schedule", "0 */10 * * * *", pipeline=promotion) == 0
+    changed = ("--schedule", "0 */5 * * * *", "--set", "fetch.source=s3://bucket/line-4")
+    assert submit(*changed, pipeline=promotion) == 0
+    assert crons(server) == ["0 */5 * * * *"]
+
+
+def test_a_schedule_that_may_not_be_deleted_is_said_to_run_as_well(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit(*NIGHTLY) == 0
+    server.refused["DELETE"] = 403
+    assert submit("--schedule", "0 0 4 * * *") == 0
+    assert len(crons(server)) == 2
+    assert "two schedules will run" in capsys.readouterr().err
+
+
+def test_a_schedule_that_was_switched_off_is_switched_on(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit(*NIGHTLY) == 0
+    server.things["recurringruns"][0]["status"] = "DISABLED"
+    assert submit(*NIGHTLY) == 0
+    (schedule,) = server.things["recurringruns"]
+    assert schedule["status"] == "ENABLED"
+    assert "it is on again" in capsys.readouterr().out
+
+
+def test_of_two_equal_schedules_begun_at_once_the_older_stays(server: Server) -> None:
+    server.rivals["recurringruns"] = {"status": "ENABLED"}
+    assert submit(*NIGHTLY) == 0
+    (schedule,) = server.things["recurringruns"]
+    assert schedule["recurring_run_id"] == "rival"
+
+
+def test_schedules_on_further_pages_are_seen(server: Server) -> None:
+    assert submit(*NIGHTLY) == 0
+    (first,) = server.things["recurringruns"]
+    others = [first | {"recurring_run_id": f"other-{i}", "pipeline_version_reference": None} for i in range(120)]
+    server.things["recurringruns"] = [*others, first]
+    assert submit("--schedule", "0 0 4 * * *") == 0
+    assert first not in server.things["recurringruns"]
+
+
+# Names, versions, images
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "register.model=line/3"], "register.model"),
+        (["--set", "register.model="], "register.model"),
+        (["--set", "register.experiment='line '"], "register.experiment"),
+        (["--experiment", ""], "--experiment ''"),
+        (["--experiment", "x" * 129], "1 to 128 printable characters"),
+        (["--namespace", "Team_A"], "--namespace 'Team_A'"),
+        (["--namespace", "a" * 64], "1 to 63"),
+        (["--namespace", "team.a"], "--namespace 'team.a'"),
+        (["--service-account", "adfm pipeline"], "--service-account 'adfm pipeline'"),
+        (["--service-account", "adfm-"], "--service-account 'adfm-'"),
+        (["--schedule", "0 3 * * *"], "six fields, seconds first"),
+        (["--node-selector", "pool=a 100"], "'a 100' is not the value of a label"),
+        (["--node-selector", "a pool=a100"], "'a pool' is not the key of a label"),
+        (["--node-selector", "Cloud_x/pool=a100"], "'Cloud_x/pool' is not the key of a label"),
+        (["--toleration", "nvidia.com/=present"], "'nvidia.com/' is not the key of a label"),
+    ],
+)
+def test_a_wrong_name_is_said_before_the_server_is_asked(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit("--host", "http://127.0.0.1:9", *options) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "cannot be reached" not in error
+
+
+def test_all_names_that_are_wrong_are_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit("--host", "http://127.0.0.1:9", "--namespace", "A", "--service-account", "B") == 1
+    error = capsys.readouterr().err
+    assert "--namespace 'A'" in error
+    assert "--service-account 'B'" in error
+
+
+def test_names_that_kubernetes_takes_are_taken() -> None:
+    checks.require_names("Line 3, nights", "team-a", "runs.team-a", "@daily")
+    checks.require_labels({"node_selector": {"cloud.example.com/pool": "A100_80G", "spot": ""}, "tolerations": []})
+    checks.require_labels({"tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}]})
+    checks.require_labels({})
+
+
+@pytest.mark.parametrize("tag", ["2.16.1", "2.5.0", "v1.8.5", "2.9"])
+def test_a_server_that_is_too_old_is_refused(tag: str, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    server.health["tag_name"] = tag
+    assert submit() == 1
+    assert f"is {tag}; adfm needs Kubeflow Pipelines 2.17 or newer" in capsys.readouterr().err
+    assert nothing_made(server)
+
+
+@pytest.mark.parametrize(
+    ("tag", "known"), [("2.17.0", True), ("2.18.0-rc.1", True), ("3.0.0", True), ("master", False)]
+)
+def test_a_server_that_is_new_enough_or_does_not_say_is_used(
+    tag: str, known: bool, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.health["tag_name"] = tag
+    assert submit() == 0
+    assert ("does not say its release" in capsys.readouterr().err) is not known
+
+
+def test_a_server_that_says_nothing_of_its_release_is_used(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    server.health = {"multi_user": False}
+    assert submit() == 0
+    assert "tag_name 'unknown'" in capsys.readouterr().err
+
+
+def test_images_are_printed_and_those_of_this_machine_are_a_warning_behind_a_forwarded_port(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit() == 0
+    output = capsys.readouterr()
+    assert "images: localhost/adfm:cpu, localhost/adfm:gpu" in output.out
+    assert "can run only where the nodes have them already" in output.err
+
+
+@pytest.mark.parametrize(
+    "host", ["https://kfp.example.com", "http://10.0.0.7:8888", "http://ml-pipeline.kubeflow:8888"]
+)
+def test_images_of_this_machine_are_refused_for_a_server_elsewhere(
+    host: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit("--host", host) == 1
+    output = capsys.readouterr()
+    assert "images: localhost/adfm:cpu, localhost/adfm:gpu" in output.out
+    assert f"the nodes behind {host} cannot pull localhost/adfm:cpu, localhost/adfm:gpu" in output.err
+
+
+def test_which_images_are_of_this_machine() -> None:
+    local = ["localhost/adfm:cpu", "localhost:5000/adfm", "127.0.0.1:5000/adfm@sha256:1", "[::1]:5000/adfm"]
+    others = ["adfm:cpu", "localhost", "registry.example.com/localhost/adfm", "localhost.example.com/adfm", "[/adfm"]
+    assert checks.local_images([*local, *others]) == local
+    assert checks.require_pullable(others, "https://kfp.example.com") == []
+    for host in ("http://localhost:8888", "http://127.0.0.2", "http://[::1]:8888", "http://kfp.localhost"):
+        assert len(checks.require_pullable(local, host)) == 1
+
+
+# The cluster, as kubectl's context shows it
+
+ACCOUNT = "/api/v1/namespaces/kubeflow/serviceaccounts/adfm-pipeline"
+SECRET = "/api/v1/namespaces/kubeflow/secrets/adfm-mlflow"
+CLAIM = "/api/v1/namespaces/kubeflow/persistentvolumeclaims/adfm-workspace"
+NODES = "/api/v1/nodes"
+TRAINER = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/trainjobs.trainer.kubeflow.org"
+DESCRIPTION = "/openapi/v3/apis/trainer.kubeflow.org/v1alpha1"
+RUNTIME = "/apis/trainer.kubeflow.org/v1alpha1/clustertrainingruntimes/torch-distributed"
+READY = {ACCOUNT: {}, SECRET: {"data": {"uri": "aHR0cA=="}}}
+ON_NODES = ("--num-nodes", "2", "--num-gpus", "1")
+
+
+def trainer(*fields: str) -> dict[str, Any]:
+    """The definition of the TrainJob, with fields of its spec."""
+    spec = {"properties": {"spec": {"properties": {name: {} for name in fields}}}}
+    version = {"name": "v1alpha1", "served": True, "schema": {"openAPIV3Schema": spec}}
+    return {"spec": {"group": "trainer.kubeflow.org", "versions": [version]}}
+
+
+SEVERAL = READY | {
+    CLAIM: {"spec": {"accessModes": ["ReadWriteMany"]}, "status": {"phase": "Pending"}},
+    TRAINER: trainer("runtimeRef", "runtimePatches"),
+    RUNTIME: {"metadata": {"name": "torch-distributed"}},
+}
 
 
 @pytest.fixture
 def kubernetes(home: Path) -> Iterator[dict[str, Any]]:
-    """A cluster that kubectl would talk to: what it has in the namespace of the runs; a number is a refusal."""
+    """A cluster that kubectl would talk to: path -> what it has there; a number is a refusal, nothing a 404."""
     there: dict[str, Any] = {}
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            found = there.get(self.path.removeprefix("/api/v1/namespaces/kubeflow/"), 404)
-            status, answer = (found, {"kind": "Status"}) if isinstance(found, int) else (200, found)
-            send_json(self, status, answer)
+    def answer(_method: str, url: str, _body: bytes, _headers: Any) -> tuple[int, Any]:
+        content = there.get(url, 404)
+        return (content, {"kind": "Status"}) if isinstance(content, int) else (200, content)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        thread = threading.Thread(target=http.serve_forever)
-        thread.start()
-        address = f"http://127.0.0.1:{http.server_port}"
+    with served(answer) as address:
         context = {"name": "here", "context": {"cluster": "here", "user": "me"}}
         content = {
             "clusters": [{"name": "here", "cluster": {"server": address}}],
@@ -323,8 +563,6 @@ def kubernetes(home: Path) -> Iterator[dict[str, Any]]:
         }
         (home / "kubeconfig").write_text(yaml.safe_dump(content))
         yield there
-        http.shutdown()
-        thread.join()
 
 
 @pytest.mark.parametrize("secret", [404, {"metadata": {}}, {"data": {"username": "bWU="}}])
@@ -334,27 +572,229 @@ def test_a_secret_that_is_missing_is_said_before_anything_is_begun(
     kubernetes.update({ACCOUNT: {}, SECRET: secret})
     assert submit() == 1
     assert "has no secret adfm-mlflow with the key uri" in capsys.readouterr().err
-    assert server.things["experiments"] == []
+    assert nothing_made(server)
 
 
-@pytest.mark.parametrize(
-    "there",
-    [
-        {ACCOUNT: {}, SECRET: {"data": {"uri": "aHR0cA=="}}},
-        {ACCOUNT: {}, SECRET: 403},
-        {ACCOUNT: 403, SECRET: 404},
-        {},  # another cluster
-    ],
-)
+@pytest.mark.parametrize("there", [READY, {ACCOUNT: {}, SECRET: 403}, {ACCOUNT: 403, SECRET: 404}, {}])
 def test_where_the_secret_is_there_or_cannot_be_looked_for_a_run_is_begun(
-    there: dict[str, Any], server: Server, kubernetes: dict[str, Any]
+    there: dict[str, Any], server: Server, kubernetes: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     kubernetes.update(there)
     assert submit() == 0
     assert len(server.things["runs"]) == 1
+    assert ("is taken for another cluster" in capsys.readouterr().err) is (there == {})
 
 
 @pytest.mark.parametrize("content", ["", "clusters: [", "current-context: none"])
 def test_a_configuration_of_kubectl_that_is_of_no_use_stops_nothing(content: str, server: Server, home: Path) -> None:
     (home / "kubeconfig").write_text(content)
     assert submit() == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "message"),
+    [
+        (CLAIM, 404, "has no volume claim adfm-workspace"),
+        (CLAIM, {"spec": {"accessModes": ["ReadWriteOnce"]}}, "is ReadWriteOnce; the machines need ReadWriteMany"),
+        (CLAIM, {"spec": {"accessModes": ["ReadWriteMany"]}, "status": {"phase": "Lost"}}, "phase Lost"),
+        (TRAINER, 404, "there is no Kubeflow Trainer"),
+        (TRAINER, trainer("runtimeRef", "podTemplateOverrides"), "Kubeflow Trainer is older than 2.2"),
+        (RUNTIME, 404, "has no ClusterTrainingRuntime torch-distributed"),
+    ],
+)
+def test_what_several_machines_lack_is_said_before_anything_is_begun(
+    path: str,
+    content: Any,
+    message: str,
+    server: Server,
+    kubernetes: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    kubernetes.update(SEVERAL | {path: content})
+    assert submit(*ON_NODES) == 1
+    assert message in capsys.readouterr().err
+    assert nothing_made(server)
+    assert submit() == 0  # one machine needs none of it
+
+
+def test_all_that_the_cluster_lacks_is_said_at_once(
+    server: Server, kubernetes: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    kubernetes.update({ACCOUNT: {}})
+    assert submit(*ON_NODES) == 1
+    error = capsys.readouterr().err
+    assert "no secret adfm-mlflow" in error
+    assert "no volume claim" in error
+    assert "no Kubeflow Trainer" in error
+
+
+@pytest.mark.parametrize("path", [CLAIM, TRAINER, RUNTIME])
+def test_where_several_machines_may_not_be_looked_after_a_run_is_begun(
+    path: str, server: Server, kubernetes: dict[str, Any]
+) -> None:
+    kubernetes.update(SEVERAL | {path: 403, DESCRIPTION: 403})
+    assert submit(*ON_NODES) == 0
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        (404, "there is no Kubeflow Trainer"),
+        ({"runtimeRef": {}}, "Kubeflow Trainer is older than 2.2"),
+        ({"runtimeRef": {}, "runtimePatches": {}}, None),
+    ],
+)
+def test_without_a_right_to_the_definition_the_description_of_the_api_is_read(
+    description: Any,
+    message: str | None,
+    server: Server,
+    kubernetes: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if isinstance(description, dict):
+        job = {"properties": {"spec": {"properties": description}}}
+        names = {"org.kubeflow.trainer.v1alpha1.TrainJob": job, "org.kubeflow.trainer.v1alpha1.TrainJobList": {}}
+        description = {"components": {"schemas": names}}
+    kubernetes.update(SEVERAL | {TRAINER: 403, DESCRIPTION: description})
+    assert submit(*ON_NODES) == (1 if message else 0)
+    assert (message or "") in capsys.readouterr().err
+
+
+def node(name: str = "a", taints: Any = (), labels: Any = None, cordoned: bool = False, **room: str) -> dict[str, Any]:
+    room = {"cpu": "15890m", "memory": "64Gi"} | {
+        key.replace("__", "/").replace("_", "."): n for key, n in room.items()
+    }
+    return {
+        "metadata": {"name": name, "labels": labels or {}},
+        "spec": {"taints": list(taints), "unschedulable": cordoned},
+        "status": {"allocatable": room},
+    }
+
+
+GPU = {"nvidia_com__gpu": "2"}
+TAINT = {"key": "nvidia.com/gpu", "value": "present", "effect": "NoSchedule"}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "message"),
+    [
+        ([node()], [], None),
+        (
+            [node(memory="30Gi")],
+            [],
+            "train: no node has cpu 8, memory 32Gi; the most that one has is cpu 15.89, memory 30",
+        ),
+        ([node(cpu="4"), node(cpu="6")], [], "the most that one has is cpu 6"),
+        ([node(cordoned=True)], [], "no node is open to its pod"),
+        ([node(taints=[TAINT])], [], "no node is open to its pod"),
+        ([node(taints=[TAINT | {"effect": "PreferNoSchedule"}])], [], None),
+        (
+            [node()],
+            ["--num-gpus", "1"],
+            "nvidia.com/gpu 1; the most that one has is cpu 15.89, memory 64.0Gi, nvidia.com/gpu 0",
+        ),
+        ([node(**GPU)], ["--num-gpus", "2"], None),
+        ([node(**GPU)], ["--num-gpus", "3"], "the most that one has is cpu 15.89, memory 64.0Gi, nvidia.com/gpu 2"),
+        ([node(amd_com__gpu="2")], ["--num-gpus", "2", "--gpu-type", "amd.com/gpu"], None),
+        ([node(**GPU)], ["--num-gpus", "2", "--node-selector", "pool=a100"], "(labels pool=a100), which asks for"),
+        ([node(**GPU, labels={"pool": "a100"})], ["--num-gpus", "2", "--node-selector", "pool=a100"], None),
+        ([node(), node(**GPU, taints=[TAINT])], ["--num-gpus", "2"], "nvidia.com/gpu 0"),
+        ([node(), node(**GPU, taints=[TAINT])], ["--num-gpus", "2", "--toleration", "nvidia.com/gpu:NoSchedule"], None),
+        ([node(), node(**GPU, taints=[TAINT])], ["--num-gpus", "2", "--toleration", "nvidia.com/gpu=absent"], "gpu 0"),
+        ([node(**GPU)] * 2, ["--num-gpus", "2", "--num-nodes", "2"], None),
+        ([node(**GPU)], ["--num-gpus", "2", "--num-nodes", "2"], "the nodes have room for 1 of 2 pods"),
+        (403, [], None),
+    ],
+)
+def test_resources_beyond_every_node_are_said(
+    nodes: Any,
+    options: list[str],
+    message: str | None,
+    server: Server,
+    kubernetes: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    kubernetes.update(SEVERAL | {NODES: {"items": nodes} if isinstance(nodes, list) else nodes})
+    assert submit(*options) == 0  # an autoscaler may add a node
+    error = capsys.readouterr().err
+    assert (message in error) if message else ("the run waits there" not in error)
+
+
+@pytest.mark.parametrize(
+    ("images", "missing"),
+    [
+        (["localhost/adfm:cpu", "localhost/adfm:gpu"], []),
+        (["localhost/adfm:cpu", "registry.k8s.io/pause:3.10"], ["localhost/adfm:gpu"]),
+        ([f"registry.example.com/{i}" for i in range(50)], []),  # a node lists no more
+        ([], []),
+    ],
+)
+def test_an_image_of_this_machine_that_no_node_has_is_said(
+    images: list[str],
+    missing: list[str],
+    server: Server,
+    kubernetes: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    status = {"allocatable": {"cpu": "64", "memory": "512Gi"}, "images": [{"names": [name]} for name in images]}
+    kubernetes.update(READY | {NODES: {"items": [{"metadata": {"name": "a"}, "status": status}]}})
+    assert submit() == 0  # it may have been loaded a moment ago
+    assert re.findall("no node has the image (.+), and none", capsys.readouterr().err) == missing
+
+
+# Certificates and proxies
+
+
+def test_a_proxy_is_that_of_the_probe_and_of_the_client(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", os.environ["KF_PIPELINES_ENDPOINT"])
+
+    def with_images_of_a_registry(pipeline: Any, file: Path) -> None:
+        file.write_text(compiled(pipeline).replace("localhost/", "registry.example.com/"))
+
+    monkeypatch.setattr("pipelines.server.write", with_images_of_a_registry)
+    assert submit("--host", "http://kfp.example.com") == 0
+    assert len(server.things["runs"]) == 1
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Path:
+    """A certificate of 127.0.0.1 that vouches for itself, beside its key."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "line")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    (tmp_path / "tls.key").write_bytes(key.private_bytes(pem, pkcs8, serialization.NoEncryption()))
+    (tmp_path / "tls.crt").write_bytes(certificate.public_bytes(pem))
+    return tmp_path / "tls.crt"
+
+
+def test_a_private_authority_is_that_of_the_probe_and_of_the_client(
+    authority: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    double = Server("good")
+    monkeypatch.setenv("KFP_TOKEN", "good")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(authority, authority.with_suffix(".key"))
+    with served(lambda method, url, body, _: double.answer(method, url, body), tls) as address:
+        assert submit("--host", address) == 1
+        error = capsys.readouterr().err
+        assert f"the KFP API at {address} cannot be reached" in error
+        assert "ADFM_CA_BUNDLE" in error
+        assert nothing_made(double)
+        monkeypatch.setenv("ADFM_CA_BUNDLE", str(authority))
+        assert submit("--host", address) == 0
+    assert len(double.things["runs"]) == 1
