@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adfm import __version__
-from adfm.environment import set_environment as set_environment
+from adfm.environment import set_environment
 from adfm.errors import AdfmError
 from adfm.stopping import Stopped, Terminated, terminable
 from adfm.text import printable_output

@@ -33,8 +33,8 @@ def main(
     """
     first = next(iter(pipelines.values()))
     args = _parse(first, options, argv)
-    environment.set_environment()
     try:
+        environment.set_environment()
         if args.verb == "compile":
             for stem, pipeline in pipelines.items():
                 write(pipeline, args.out / f"{stem}.yaml")

@@ -38,7 +38,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--ui",
         metavar="URL",
         default="",
-        help="public address of KFP's pages, e.g. https://kubeflow.example.com/pipeline; without it notifications have no link",
+        help="of KFP's pages, e.g. https://kubeflow.example.com/pipeline; notifications have no link without it",
     )
 
 

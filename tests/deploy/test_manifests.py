@@ -37,7 +37,9 @@ def test_every_manifest_fits_its_schema(folder: str) -> None:
         kubernetes_validate.validate(manifest, VERSION, strict=True)
 
 
-@pytest.mark.parametrize("file", ["secrets.example.yaml", "keys.example.yaml", "runs/workspace.yaml"])
+@pytest.mark.parametrize(
+    "file", ["secrets.example.yaml", "keys.example.yaml", "runs/workspace.yaml", "runs/workspace-owner.yaml"]
+)
 def test_what_is_applied_by_hand_fits_its_schema(file: str) -> None:
     for manifest in yaml.safe_load_all((DEPLOY / file).read_text()):
         kubernetes_validate.validate(manifest, VERSION, strict=True)
