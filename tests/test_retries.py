@@ -149,7 +149,10 @@ def test_s3(what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def s3_settings(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
+    import boto3
+
+    patch.setattr(boto3, "DEFAULT_SESSION", None)  # it remembers credentials
+    for name in [name for name in os.environ if name.startswith(("AWS_", "ADFM_S3_"))]:
         patch.delenv(name)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         patch.setenv(name, "key")
@@ -235,6 +238,8 @@ def test_fetch_from_s3_resumes_where_the_server_went_away(
             return send(handler, 200, listing.encode())
         requests.append(path)
         if path == "b.png" and requests.count("b.png") < 3:
+            while not (tmp_path / "raw.partial" / "a.png").exists():  # the two files are read side by side
+                time.sleep(0.01)
             return send(handler, 503, b"")
         return send(handler, 200, content[path], ETag=f'"{tags[path]}"')
 
