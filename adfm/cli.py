@@ -425,15 +425,19 @@ def _show(args: argparse.Namespace, params: Params) -> None:
 
 
 def _warmup(args: argparse.Namespace, params: Params) -> None:
+    from adfm.training.launch import reported
     from adfm.training.warmup import warmup
 
-    warmup(args.shards, args.out, params, args.force)
+    with reported():
+        warmup(args.shards, args.out, params, args.force)
 
 
 def _train(args: argparse.Namespace, params: Params) -> None:
     from adfm.training.grpo import train
+    from adfm.training.launch import reported
 
-    train(args.shards, args.model, args.out, params, force=args.force)
+    with reported():
+        train(args.shards, args.model, args.out, params, force=args.force)
 
 
 def _resend(args: argparse.Namespace, params: Params) -> None:

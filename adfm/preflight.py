@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from adfm import tracking
-from adfm.errors import AdfmError
+from adfm.errors import AdfmError, Unreachable
 from adfm.files import replace_text
 from adfm.models import adapters, decoding, hardware, loading
 from adfm.params import Params
@@ -28,9 +28,10 @@ def check(params: Params, out: Path | None = None, gpus: int = 0) -> None:
         gpus: GPUs of the machines that train, if they are others than this one; what they have is not looked at.
 
     Raises:
-        AdfmError: Something is missing; everything that is missing is listed.
+        AdfmError: Something is missing; everything that is missing is listed. It is `Unreachable` if nothing is missing
+            but a server's answer.
     """
-    problems, found, warnings = [], [], []
+    problems, found, warnings, unreachable = [], [], [], 0
     try:
         folder = loading.resolve(params.model.name, params.model.revision)
         network = loading.outline(folder)
@@ -41,6 +42,7 @@ def check(params: Params, out: Path | None = None, gpus: int = 0) -> None:
         found.append(f"model     {folder}")
     except AdfmError as error:
         problems.append(str(error))
+        unreachable += isinstance(error, Unreachable)
     try:
         uri = tracking.configure()
         with tracking.store_errors(uri):
@@ -48,6 +50,7 @@ def check(params: Params, out: Path | None = None, gpus: int = 0) -> None:
         found.append(f"tracking  {uri}")
     except AdfmError as error:
         problems.append(str(error))
+        unreachable += isinstance(error, Unreachable)
     free = shutil.disk_usage(Path.cwd()).free
     found.append(f"disk      {free / 2**30:.1f} GiB free")
     if free < FREE_BYTES:
@@ -55,7 +58,7 @@ def check(params: Params, out: Path | None = None, gpus: int = 0) -> None:
             f"{Path.cwd()} has {free / 2**30:.1f} GiB left on its disk; have {FREE_BYTES / 2**30:.0f} GiB at least."
         )
     if problems:
-        raise AdfmError("\n  ".join(problems))
+        raise (Unreachable if unreachable == len(problems) else AdfmError)("\n  ".join(problems))
     print("\n".join(found + [f"warning   {warning}" for warning in warnings]))
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)

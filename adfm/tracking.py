@@ -23,8 +23,8 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from adfm import environment
-from adfm.errors import AdfmError
+from adfm import environment, retries
+from adfm.errors import AdfmError, Unreachable
 from adfm.params import Params, flat
 from adfm.stopping import Stopped
 
@@ -56,7 +56,7 @@ def configure() -> str:
         The tracking URI: `MLFLOW_TRACKING_URI`, else the SQLite file `mlflow.db` in the current folder.
 
     Raises:
-        AdfmError: If the store cannot be reached or refuses, within about ten seconds.
+        AdfmError: If the store cannot be reached (`Unreachable`) or refuses, within about ten seconds.
     """
     asked, uri = os.environ.get("MLFLOW_TRACKING_URI"), _uri()
     for key, value in _QUIET.items():
@@ -190,8 +190,13 @@ def settings(params: Params, *sections: str) -> str:
 
 @contextmanager
 def store_errors(uri: str) -> Iterator[None]:
-    """Turns MLflow's exceptions in the body into an `AdfmError` that names the store and the remedy."""
+    """Turn MLflow's exceptions in the body into an `AdfmError` that names the store and the remedy.
+
+    It is `Unreachable` if a server did not answer or replied 429 or 5xx. Errors of a database are not, since MLflow
+    itself tries to open one ten times, for 100 s (mlflow/store/db/utils.py).
+    """
     from mlflow.exceptions import MlflowException
+    from requests.exceptions import RetryError  # type: ignore[import-untyped]
 
     try:
         yield
@@ -209,12 +214,14 @@ def store_errors(uri: str) -> Iterator[None]:
                 f"folder); a database that another version of MLflow made needs `mlflow db upgrade {shown}`."
             )
         cause = without_login(" ".join(str(error).rpartition("Caused by ")[2].split()))[:300]
-        raise AdfmError(f"MLflow at {shown} failed: {cause}\n{remedy}") from error
+        # MLflow raises requests' RetryError for 408, 429, 500, 502, 503 and 504, after its own retries.
+        passes = uri.startswith("http") and retries.may_pass(error, RetryError)
+        raise (Unreachable if passes else AdfmError)(f"MLflow at {shown} failed: {cause}\n{remedy}") from error
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in ("boto3", "botocore"):
             raise
         # MLflow raises what boto3 raised where files go to S3 directly (store/artifact/s3_artifact_repo.py).
-        raise AdfmError(
+        raise (Unreachable if retries.may_pass(error) else AdfmError)(
             f"MLflow at {without_login(uri)} does not store files itself but sends clients to S3, which failed: "
             f"{error}. Start the server with --serve-artifacts and --artifacts-destination s3://…, or give the clients "
             "access to that bucket: AWS_*, on a cluster the service account."

@@ -29,11 +29,12 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from tqdm import tqdm
 
+from adfm import retries
 from adfm.data import archives, s3
 from adfm.data.manifest import STATE, Ledger
 from adfm.data.readers.files import special_files
 from adfm.environment import ca_remedy
-from adfm.errors import AdfmError
+from adfm.errors import AdfmError, Unreachable
 from adfm.files import atomic_folder, file_digest
 
 SCHEMES = ("file", "s3", "dvc", "synthetic")
@@ -55,8 +56,8 @@ def fetch(uri: str, out: Path) -> tuple[int, int]:
         The number of files, and of their bytes.
 
     Raises:
-        AdfmError: The source cannot be understood, found, reached or trusted, or holds no file, or two files that would
-            become one; the disk is full.
+        AdfmError: The source cannot be understood, found, reached (`Unreachable`) or trusted, or holds no file, or two
+            files that would become one; the disk is full.
     """
     scheme, separator, _ = uri.partition("://")
     if not separator or scheme == "file":
@@ -274,7 +275,7 @@ def _fetch_s3(uri: str, out: Path) -> tuple[int, int]:
             problems.finish()
             return _finish(uri, prefix, ledger, {"source": uri}, "etag")
     except (BotoCoreError, ClientError) as error:
-        raise AdfmError(f"{uri}: {_remedy(error)} ({error})") from error
+        raise _s3_error(uri, error) from error
     finally:
         client.close()
 
@@ -306,7 +307,7 @@ def _objects(client: Any, bucket: str, prefix: str, ledger: Ledger, problems: ar
         except ClientError as error:
             if error.response["Error"]["Code"] == "InvalidRange":
                 raise _Damaged("it is shorter there") from error
-            raise AdfmError(f"s3://{bucket}/{key}: {_remedy(error)} ({error})") from error
+            raise _s3_error(f"s3://{bucket}/{key}", error) from error
         if offset and not whole and "ContentRange" not in response:
             raise _Damaged("the server does not go on where it stopped")
 
@@ -339,6 +340,27 @@ def _objects(client: Any, bucket: str, prefix: str, ledger: Ledger, problems: ar
                 yield _Item(path, etag, content)
 
 
+def _s3_error(where: str, error: Exception) -> AdfmError:
+    """What boto3 raised as an error of ours, after its own tries: 3 of a request, unless `AWS_MAX_ATTEMPTS` is set.
+
+    Those are botocore's standard mode (botocore/retries/standard.py). `_download` reads a file that stopped again, from
+    where it stopped, until as many tries in a row brought no byte.
+    """
+    from botocore.exceptions import (
+        ClientError,
+        ConnectTimeoutError,
+        IncompleteReadError,
+        ReadTimeoutError,
+        ResponseStreamingError,
+    )
+
+    code = error.response.get("Error", {}).get("Code", "") if isinstance(error, ClientError) else ""
+    passes = code in ("RequestTimeout", "SlowDown") or retries.may_pass(  # the first has the status 400
+        error, ConnectTimeoutError, ReadTimeoutError, IncompleteReadError, ResponseStreamingError
+    )
+    return (Unreachable if passes else AdfmError)(f"{where}: {_remedy(error)} ({error})")
+
+
 def _remedy(error: Exception) -> str:
     from botocore.exceptions import ClientError, NoCredentialsError, ParamValidationError, PartialCredentialsError
 
@@ -361,6 +383,8 @@ def _remedy(error: Exception) -> str:
         return "these credentials may not read there; ask for s3:ListBucket and s3:GetObject"
     if code in ("404", "NoSuchKey", "412", "PreconditionFailed"):
         return "it changed or went away while it was downloaded; fetch again"
+    if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) in (429, 500, 502, 503, 504):
+        return "the server is not able to reply now; fetch again in a minute: what has arrived is kept"
     return "the server refused; check the URI"
 
 
@@ -439,12 +463,24 @@ def _admitted(items: Sequence[_Item], uri: str, ledger: Ledger) -> list[_Item]:
 
 @contextlib.contextmanager
 def _explained(message: str) -> Iterator[None]:
-    """Whatever DVC raises (its remotes have dozens of exceptions of their own) as an error of ours."""
+    """Whatever DVC raises (its remotes have dozens of exceptions of their own) as an error of ours.
+
+    DVC's remotes try again by themselves: S3 five times a request (aiobotocore, s3fs), HTTP for some seconds
+    (aiohttp-retry). Git does not.
+    """
     try:
         yield
     except AdfmError:
         raise
     except Exception as error:
+        import aiohttp
+
+        *_, first = retries.causes(error)
+        passes = re.search(r"unexpected http resp (429|5\d\d)", str(first)) or retries.may_pass(  # so says dulwich
+            error, aiohttp.ServerDisconnectedError, aiohttp.ClientPayloadError
+        )
+        if passes:
+            raise Unreachable(f"{message} ({error.__cause__ or error}: {first}).") from error
         raise AdfmError(f"{message} ({error.__cause__ or error}).{ca_remedy(error.__cause__ or error)}") from error
 
 

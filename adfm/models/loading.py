@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adfm import files, tracking
-from adfm.errors import AdfmError
+from adfm import files, retries, tracking
+from adfm.errors import AdfmError, Unreachable
 from adfm.files import digest
 from adfm.method import prompt
 from adfm.models import decoding, families
@@ -65,7 +65,8 @@ def resolve(name: str, revision: str | None) -> Path:
 
     Raises:
         AdfmError: There is no such folder or hub model, a hub model's revision is not pinned, or the folder holds no
-            safetensors of a model of a known family, vision tower included.
+            safetensors of a model of a known family, vision tower included; `Unreachable`: the hub did not answer, and
+            what was downloaded is kept.
     """
     if name in EMBEDDED:
         folder = EMBEDDED[name]
@@ -197,15 +198,21 @@ def _download(name: str, revision: str | None) -> Path:
         )
     if revision is None:
         raise AdfmError(f"model.revision: pin the commit of hub model {name} (a branch moves; a commit does not)")
+    import httpx2
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
         patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError, ValueError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.TransportError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise AdfmError(
+        # The hub's client itself tries each request six times, for 23 s (huggingface_hub/utils/_http.py, http_backoff).
+        # What it tells of HF_HUB_OFFLINE is a ConnectionError.
+        passes = not isinstance(error.__cause__, OfflineModeIsEnabled) and retries.may_pass(
+            error, httpx2.TimeoutException, httpx2.RemoteProtocolError
+        )
+        raise (Unreachable if passes else AdfmError)(
             f"model.name: the weights of {name} at {revision} are neither in the local cache nor could they be "
             f"downloaded ({reason}); download them once with network access, or name a local folder"
         ) from error

@@ -1,49 +1,75 @@
-"""Training on one machine: in one process, or in one for each GPU through `accelerate launch`.
+"""Run a training of one machine in processes of its own, and start it again from its checkpoint if one of them dies.
 
-Several machines: `adfm.training.nodes`.
+One process, or one for each GPU through `accelerate launch`; several machines: `adfm.training.nodes`. The pipelines
+start trainings here; `adfm train` runs in its own process and is not started again.
+
+The launcher of several processes exits with 1 whatever they exit with (torch/distributed/elastic/multiprocessing), so
+each process leaves the error that it ends with in a file (`reported`). An error that a person has to fix ends the
+training. A process that leaves none was killed or crashed; that, and errors of PyTorch or the network, is tried again.
 """
 
 from __future__ import annotations
 
+import ctypes
+import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
+from typing import IO, NamedTuple
 
-from adfm import stopping, tracking
-from adfm.errors import AdfmError
-from adfm.files import refuse_to_replace
+from adfm import retries, stopping, tracking
+from adfm.errors import AdfmError, Unreachable
+from adfm.files import MODEL, refuse_to_replace, replace_json
 from adfm.models import hardware
 from adfm.params import Params
 from adfm.stopping import Stopped
-from adfm.training import grpo
+from adfm.training import checkpoints
+
+TRIES = 3
+"""Starts from the same checkpoint. A later checkpoint gives as many again: a fault that comes every few hours, such as
+a memory leak or a faulty machine, must not end a training that advances, and a training has only so many checkpoints
+(`train.steps` / `train.checkpoint_every`). A fault that comes before the next checkpoint would come every time."""
+
+_PAUSE = 30.0  # seconds before the second start; twice as many before each later one
+_LEAVE = 35.0  # seconds; torchrun and accelerate give their processes 30
+_STOPPED = "training was told to stop; the same command resumes it from its last checkpoint"
+_INTERRUPTED = (130, 143)  # of `adfm`, by SIGINT and SIGTERM
+_REPORTS = "ADFM_REPORTS"
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def on_gpus(shards: Path, model: Path, out: Path, params: Params, gpus: int) -> None:
-    """Trains as `adfm.training.grpo.train` does, in as many processes as there are GPUs, or in this one.
+    """Train as `adfm.training.grpo.train` does, in as many processes as there are GPUs, or in one.
+
+    If a process dies (killed, e.g. for memory, crashed, hung in NCCL, or without MLflow at its start), all are started
+    again from the last checkpoint, `TRIES` times from each, after 30 and 60 s, with a line in the log.
 
     Raises:
-        AdfmError: As `adfm.training.grpo.train`; or a process failed, or they were told to stop.
+        AdfmError: As `adfm.training.grpo.train`; processes died too often; or (`Stopped`) they were told to stop.
     """
-    if gpus < 2:
-        grpo.train(shards, model, out, params)
-        return
-    refuse_to_replace(out)
-    hardware.shares(params.train, gpus)
-    with TemporaryDirectory() as folder:
-        settings = Path(folder) / "params.yaml"
-        settings.write_text(tracking.settings(params), encoding="utf-8")
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
-        launcher += ["--num_processes", str(gpus), "--mixed_precision", "no", "--dynamo_backend", "no"]
-        with (
-            subprocess.Popen([*launcher, "-m", *command(shards, model, out, settings)]) as processes,
-            stopping.noticed("it is passed on to the processes", processes.terminate) as told,
-        ):
-            status = processes.wait()
-    if status and told.is_set():
-        raise Stopped(f"training in {gpus} processes was told to stop; the same command goes on, as said above")
-    if status:
-        raise AdfmError(f"training in {gpus} processes failed with status {status}; the reason is above.")
+    hardware.shares(params.train, max(gpus, 1))
+    _supervise(gpus, lambda settings: command(shards, model, out, settings), out, params)
+
+
+def cold_start(shards: Path, out: Path, params: Params) -> None:
+    """Run `adfm.training.warmup.warmup` in a process of its own, which leaves no memory of a GPU behind.
+
+    If it dies, it is started again from its beginning: it has no checkpoints.
+
+    Raises:
+        AdfmError: As `adfm.training.warmup.warmup`; the process died too often; or (`Stopped`) it was told to stop.
+    """
+    verb = ["adfm", "warmup", str(shards), str(out)]
+    _supervise(1, lambda settings: [*verb, "--params", str(settings)], out, params)
 
 
 def command(shards: Path, model: Path, out: Path, settings: Path) -> list[str]:
@@ -51,8 +77,183 @@ def command(shards: Path, model: Path, out: Path, settings: Path) -> list[str]:
     return ["adfm", "train", str(shards), str(model), str(out), "--params", str(settings)]
 
 
-def cold_start(shards: Path, out: Path, params: Params) -> None:
-    """Supervised cold start (stand-in)."""
-    from adfm.training.warmup import warmup
+@contextmanager
+def reported() -> Iterator[None]:
+    """Leave the exception that ends the body to the process that started this one here, if one did.
 
-    warmup(shards, out, params)
+    This process also ends with that one: two trainings would write the same checkpoints.
+    """
+    folder = os.environ.get(_REPORTS)
+    if folder and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    try:
+        yield
+    except Exception as error:
+        if folder:
+            text = str(error) if isinstance(error, AdfmError) else f"{type(error).__name__}: {error}".splitlines()[0]
+            replace_json({"kind": _kind(error), "text": text}, Path(folder) / f"{os.environ.get('RANK', '0')}.json")
+        raise
+
+
+class _End(NamedTuple):
+    """Why processes ended.
+
+    Args:
+        kind: `stays`: a person has to fix it; `stopped`: they were told to; `passes`: the same may work again.
+        text: The error of a process, or how it died.
+    """
+
+    kind: str
+    text: str
+
+
+_KINDS = ("stays", "stopped", "passes")
+"""Of several processes, which one's error is the reason: those that lost another process end with one that passes."""
+
+
+def _kind(error: Exception) -> str:
+    if isinstance(error, Stopped):
+        return "stopped"
+    # PyTorch's errors of CUDA, NCCL and Gloo are RuntimeErrors, among them that of a process that lost another one.
+    lost = isinstance(error, RuntimeError) or retries.may_pass(error)
+    passes = isinstance(error, Unreachable) or (not isinstance(error, AdfmError) and lost)
+    return "passes" if passes else "stays"
+
+
+def _launcher(gpus: int) -> list[str]:
+    if gpus < 2:
+        return [sys.executable, "-m"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+    return [*launcher, "--num_processes", str(gpus), "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+
+
+def _supervise(gpus: int, verb: Callable[[Path], list[str]], out: Path, params: Params) -> None:
+    """Run a verb of adfm, which writes `out`, and start it again while it dies and has tries left."""
+    refuse_to_replace(out)
+    work = out.with_name(out.name + ".checkpoint")
+    running: list[subprocess.Popen[bytes]] = []
+
+    def terminate() -> None:
+        for process in running:
+            process.terminate()  # nothing for one that has ended
+
+    with TemporaryDirectory() as folder, stopping.noticed("it is passed on to the training", terminate) as told:
+        settings = Path(folder) / "params.yaml"
+        settings.write_text(tracking.settings(params), encoding="utf-8")
+        tries, pause = 1, _PAUSE
+        while True:
+            before = _newest(work)
+            end = _run([*_launcher(gpus), *verb(settings)], gpus > 1, Path(mkdtemp(dir=folder)), running, told)
+            if end is None:
+                return
+            if (out / MODEL).is_file():  # a folder gets its name when all of it is written and MLflow's run has ended
+                print(f"training ended ({end.text}) after it had written {out}, which is whole", flush=True)
+                return
+            if end.kind == "stopped":
+                raise Stopped(end.text)
+            if end.kind == "stays":
+                raise AdfmError(end.text)
+            newest = _newest(work)
+            start = work / f"checkpoint-{newest}" if newest else "its beginning"
+            if newest > before:
+                tries, pause = 1, _PAUSE
+            if tries == TRIES:
+                raise AdfmError(
+                    f"training died {TRIES} times from {start} on without a later checkpoint: {end.text}. If it was "
+                    "killed for memory, give the task more (adfm/pods.py) or lower train.prompts_per_step or "
+                    "train.micro_batch; else look for the fault in the log above."
+                )
+            tries += 1
+            print(f"training died: {end.text}; try {tries} of {TRIES} in {pause:g} s, from {start}", flush=True)
+            _sleep(pause, told)
+            if told.is_set():
+                raise Stopped(_STOPPED)
+            pause *= 2
+
+
+def _run(
+    command: list[str], several: bool, reports: Path, running: list[subprocess.Popen[bytes]], told: threading.Event
+) -> _End | None:
+    """Run a process to its end; `None` if it ended well.
+
+    Args:
+        command: What to start.
+        several: Whether it starts several processes, by PyTorch's launcher.
+        reports: Folder for the errors that processes end with.
+        running: Gets the process.
+        told: Set when it has to stop.
+    """
+    environment = os.environ | {_REPORTS: str(reports)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE if several else None)
+    running.append(process)
+    if told.is_set():  # while there was no process to pass it on to
+        process.terminate()
+    tail: deque[bytes] = deque(maxlen=100)
+    copier = threading.Thread(target=_copy, args=(process.stderr, tail), daemon=True)
+    copier.start()
+    try:
+        status = process.wait()
+    except BaseException:  # Ctrl-C, which has reached the process as well, or a second SIGTERM
+        _stop(process)
+        raise
+    copier.join(5)  # a process that is left over may hold the pipe
+    return _end(status, several, b"".join(tail).decode(errors="replace"), reports, told.is_set()) if status else None
+
+
+def _copy(stream: IO[bytes] | None, tail: deque[bytes]) -> None:
+    """Pass on what a process writes, as it comes, and keep the end of it."""
+    with stream or nullcontext():
+        while stream and (chunk := os.read(stream.fileno(), 2**16)):
+            tail.append(chunk)
+            sys.stderr.buffer.write(chunk)
+            sys.stderr.buffer.flush()
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        try:
+            process.wait(_LEAVE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _end(status: int, several: bool, log: str, reports: Path, told: bool) -> _End:
+    """Why a process ended with a status other than 0.
+
+    Args:
+        status: As `subprocess` gives it: minus the signal's number for one that was killed.
+        several: Whether it is PyTorch's launcher of several.
+        log: The end of what the launcher wrote, which says which process died first, and of what.
+        reports: Folder with the errors that processes ended with.
+        told: Whether the training was told to stop.
+    """
+    ends = [_End(**json.loads(file.read_text(encoding="utf-8"))) for file in sorted(reports.glob("*.json"))]
+    end = min(ends, key=lambda each: _KINDS.index(each.kind), default=None)
+    if end and end.kind != "passes":
+        return end
+    if told or (not several and status in (-signal.SIGINT, -signal.SIGTERM, *_INTERRUPTED)):
+        return _End("stopped", _STOPPED)
+    if not several and status > 0 and end is None:
+        return _End("stays", f"training exited with status {status}; the reason is above.")
+    first = re.search(r"Root Cause.*?rank +: (\d+).*?exitcode +: (-?\d+)", log, re.DOTALL)
+    if first:
+        who, status = f"process {first[1]} of several", int(first[2])
+    else:
+        who = "one process of several" if several else "its process"
+    how = f"{who} was killed by {signal.Signals(-status).name}" if status < 0 else f"{who} exited with {status}"
+    return _End("passes", f"{how} ({end.text.splitlines()[0]})" if end else how)
+
+
+def _newest(work: Path) -> int:
+    """The step of the newest checkpoint; 0 if there is none."""
+    return max(checkpoints.every(work), default=0)
+
+
+def _sleep(seconds: float, told: threading.Event) -> None:
+    """Wait until the time is over or the event is set. `Event.wait` could block a signal's handler that sets it."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not told.is_set():
+        time.sleep(0.1)
