@@ -334,7 +334,7 @@ def test_an_event_becomes_a_run(event: str, tmp_path: Path) -> None:
     settings = yaml.safe_load(given["settings"])
     assert (settings["fetch"]["source"], given["data_revision"]) == (source, revision)
     assert (settings["train"]["steps"] == 50) == (event == "workflow_dispatch")
-    uploaded, _ = kept.uploads[-1]
+    uploaded, _ = yaml.safe_load_all(kept.uploads[-1])
     executors = uploaded["deploymentSpec"]["executors"].values()
     assert {each["container"]["image"] for each in executors if "container" in each} <= set(images.values())
     assert kept.wrong == []

@@ -18,7 +18,6 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import kfp_server_api
-import yaml
 
 API = "/apis/v2beta1"
 IDS = {
@@ -75,7 +74,7 @@ class Server:
         self.token = token
         self.health: Any = {"commit_sha": "1", "tag_name": "2.17.0", "multi_user": False, "pipeline_store": "database"}
         self.things: dict[str, list[dict[str, Any]]] = {kind: [] for kind in IDS}
-        self.uploads: list[Any] = []
+        self.uploads: list[bytes] = []
         self.terminated: list[str] = []
         self.policies: list[str] = []  # of deleted schedules
         self.wrong: list[str] = []
@@ -101,27 +100,27 @@ class Server:
         kind = path[1:]
         if kind not in MODELS:
             return 404, {"message": f"{method} {path}"}
-        asked = json.loads(body)
-        self.wrong += misshapen(asked, MODELS[kind], path)
+        thing = json.loads(body)
+        self.wrong += misshapen(thing, MODELS[kind], path)
         if kind in ("experiments", "pipelines"):
-            asked = self.placed(asked)
+            thing = self.placed(thing)
             if kind == "pipelines":
-                asked["name"] = asked.get("name") or asked["display_name"]
-            if kind == "experiments" and self.health["multi_user"] and not asked["namespace"]:
+                thing["name"] = thing.get("name") or thing["display_name"]
+            if kind == "experiments" and self.health["multi_user"] and not thing["namespace"]:
                 return 400, {"message": "Experiment namespace is empty"}
-        return self.kept(kind, asked)
+        return self.kept(kind, thing)
 
-    def placed(self, asked: dict[str, Any]) -> dict[str, Any]:
+    def placed(self, thing: dict[str, Any]) -> dict[str, Any]:
         """With its namespace, which is none where there is one user."""
-        return asked | {"namespace": asked.get("namespace", "") if self.health["multi_user"] else ""}
+        return thing | {"namespace": thing.get("namespace", "") if self.health["multi_user"] else ""}
 
-    def kept(self, kind: str, asked: dict[str, Any]) -> tuple[int, Any]:
+    def kept(self, kind: str, thing: dict[str, Any]) -> tuple[int, Any]:
         many = self.things[kind]
-        if rival := self.rivals.pop(kind, None):
-            many.append(asked | {IDS[kind]: "rival", "created_at": "2025-12-31T23:59:59Z"} | rival)
-        if any(all(each[key] == asked[key] for key in UNIQUE[kind]) for each in many if kind in UNIQUE):
+        if (rival := self.rivals.pop(kind, None)) is not None:
+            many.append(thing | {IDS[kind]: "rival", "created_at": "2025-12-31T23:59:59Z"} | rival)
+        if any(all(each[key] == thing[key] for key in UNIQUE[kind]) for each in many if kind in UNIQUE):
             return CONFLICT
-        made = asked | {
+        made = thing | {
             IDS[kind]: f"{kind}-{len(many)}",
             "created_at": f"2026-01-01T00:{len(many) // 60:02d}:{len(many) % 60:02d}Z",
         }
@@ -172,7 +171,7 @@ class Server:
 
     def uploaded(self, path: str, query: dict[str, str], body: bytes) -> tuple[int, Any]:
         content = body.split(b"\r\n\r\n", 1)[1].rsplit(b"\r\n--", 1)[0]
-        self.uploads.append(list(yaml.safe_load_all(content)))
+        self.uploads.append(content)
         names = {"name": query["name"], "display_name": query["name"]}
         if path == "/pipelines/upload_version":
             return self.kept("versions", names | {"pipeline_id": query["pipelineid"]})

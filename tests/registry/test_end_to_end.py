@@ -221,7 +221,7 @@ def test_a_version_goes_into_production(
     assert {"Deployment", "StatefulSet", "Job", "CronJob", "Role", "Secret", "ConfigMap", "NetworkPolicy"} <= kinds
     ours = set(re.findall(r"image: (\S+)", yaml.safe_dump(cluster.things())))
     assert ours == {image, "docker.io/library/postgres:17"}
-    pipeline, _ = server.uploads[-1]
+    pipeline, _ = yaml.safe_load_all(server.uploads[-1])
     containers = [each["container"] for each in pipeline["deploymentSpec"]["executors"].values() if "container" in each]
     assert {each["image"] for each in containers} == {image}
     assert {each["resources"]["resourceMemoryRequest"] for each in containers} == {"3Gi"}
