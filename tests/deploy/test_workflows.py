@@ -306,6 +306,9 @@ EVENTS: dict[str, tuple[dict[str, Any], str, str]] = {
 }
 
 
+OPTIONS = {"ADFM_SUBMIT_OPTIONS": "--num-gpus 2 --experiment 'line 3' --set train.steps=40"}
+
+
 @pytest.mark.parametrize("event", EVENTS)
 def test_an_event_becomes_a_run(event: str, tmp_path: Path) -> None:
     payload, source, revision = EVENTS[event]
@@ -317,7 +320,7 @@ def test_an_event_becomes_a_run(event: str, tmp_path: Path) -> None:
 
     with served(answer) as address:
         images = {"ADFM_CPU_IMAGE": "ghcr.io/someone/adfm@sha256:1", "ADFM_GPU_IMAGE": "ghcr.io/someone/adfm@sha256:2"}
-        runner = Runner(tmp_path, vars={"KFP_HOST": address, **images}, secrets={"KFP_TOKEN": "secret"})
+        runner = Runner(tmp_path, vars={"KFP_HOST": address, **OPTIONS, **images}, secrets={"KFP_TOKEN": "secret"})
         runner.copy_checkout()
         guard(runner)
         assert event in load("train.yaml")["on"]
@@ -333,7 +336,9 @@ def test_an_event_becomes_a_run(event: str, tmp_path: Path) -> None:
     given = run["runtime_config"]["parameters"]
     settings = yaml.safe_load(given["settings"])
     assert (settings["fetch"]["source"], given["data_revision"]) == (source, revision)
-    assert (settings["train"]["steps"] == 50) == (event == "workflow_dispatch")
+    assert settings["train"]["steps"] == (50 if event == "workflow_dispatch" else 40)
+    assert given["num_gpus"] == 2
+    assert [each["display_name"] for each in kept.things["experiments"]] == ["line 3"]
     uploaded, _ = yaml.safe_load_all(kept.uploads[-1])
     executors = uploaded["deploymentSpec"]["executors"].values()
     assert {each["container"]["image"] for each in executors if "container" in each} <= set(images.values())
