@@ -30,6 +30,8 @@ from adfm.registry.audit import audit
 from adfm.registry.history import MOVES
 from adfm.registry.promotion import history, promote, rollback
 
+pytestmark = pytest.mark.timeout(900)  # each container imports MLflow
+
 ROOT = Path(__file__).parents[2]
 DATABASE_PASSWORD = "p@ss/w:rd %20#?"  # none of which could stand in an address
 PASSWORDS = {"admin": "the-admins-password", "service": "the-services-password"}
