@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
+GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
+RUNTIME = "torch-distributed"
+"""Kubeflow Trainer's API, and the runtime that a TrainJob of ours refers to."""
+
 TIMEOUT = (10, 60)
 """Seconds for the connection and for the answer: `_request_timeout` of a call, for which the client has no default."""
 

@@ -6,8 +6,8 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 from adfm import pods
+from adfm.cluster import GROUP, PLURAL, RUNTIME, VERSION
 from adfm.errors import AdfmError
-from adfm.training.nodes import GROUP, PLURAL, RUNTIME, VERSION
 from pipelines import checks
 
 _SECRET, _KEY = "adfm-mlflow", "uri"
@@ -111,7 +111,7 @@ def _secret_problems(core: Any, namespace: str) -> list[str]:
         return []
     return [
         f"the namespace {namespace} has no secret {_SECRET} with the key {_KEY}, MLflow's address; make it "
-        "(deploy/secrets.example.yaml). If runs go to another cluster, let kubectl's context be that one."
+        "(deploy/runs/secrets.example.yaml). If runs go to another cluster, let kubectl's context be that one."
     ]
 
 

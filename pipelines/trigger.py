@@ -1,7 +1,8 @@
 """Submits the training pipeline for an event of GitHub: `python -m pipelines.trigger`, in .github/workflows/train.yaml.
 
 New data is a push that changes `dvc.lock`, or a `repository_dispatch` that a bucket's event notification sends with
-`{"source": …, "revision": …}`. A schedule trains on what the settings name; by hand, settings can be given.
+`{"source": …, "revision": …}`. A schedule trains on what the settings name; by hand, settings can be given. Options for
+every event, such as `--num-gpus 2 --namespace team`, are in the variable `ADFM_SUBMIT_OPTIONS`.
 """
 
 import json
@@ -44,15 +45,28 @@ def arguments(event: str, payload: dict[str, Any], repository: str, commit: str,
             raise AdfmError("the event has to carry client_payload.source and client_payload.revision.")
         return ["--data-revision", str(sent["revision"]), "--set", f"fetch.source={sent['source']}"]
     if event == "workflow_dispatch":
-        return shlex.split((payload.get("inputs") or {}).get("arguments") or "")
+        return split((payload.get("inputs") or {}).get("arguments") or "", "the input `arguments`")
     if event == "schedule":
         return []
     raise AdfmError(f"nothing is trained for the event {event!r}.")
 
 
+def split(text: str, source: str) -> list[str]:
+    """Options as a shell splits them.
+
+    Raises:
+        AdfmError: A quotation mark is not closed; the message names the source of the text.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise AdfmError(f"{source}: {error} in {text!r}.") from error
+
+
 if __name__ == "__main__":
     try:
-        given = arguments(
+        options = split(os.environ.get("ADFM_SUBMIT_OPTIONS", ""), "ADFM_SUBMIT_OPTIONS")
+        options += arguments(  # later options win
             os.environ["GITHUB_EVENT_NAME"],
             json.loads(Path(os.environ["GITHUB_EVENT_PATH"]).read_text(encoding="utf-8")),
             f"{os.environ['GITHUB_SERVER_URL']}/{os.environ['GITHUB_REPOSITORY']}",
@@ -61,4 +75,6 @@ if __name__ == "__main__":
         )
     except AdfmError as error:
         raise SystemExit(f"trigger: error: {error}") from error
-    raise SystemExit(main(training.PIPELINES, training.options, training.arguments, ["submit", *given, *sys.argv[1:]]))
+    raise SystemExit(
+        main(training.PIPELINES, training.options, training.arguments, ["submit", *options, *sys.argv[1:]])
+    )

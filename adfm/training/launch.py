@@ -111,11 +111,15 @@ _KINDS = ("stays", "stopped", "passes")
 """Of several processes, which one's error is the reason: those that lost another process end with one that passes."""
 
 
+# PyTorch's errors of a device, and of a process that lost another one, are RuntimeErrors like those of its mathematics,
+# which would come again (`probability tensor contains either inf, nan`): their text tells them apart.
+_LOST = re.compile(r"CUDA|NCCL|RCCL|HIP error|gloo|connection|broken pipe|socket|time[d ]*out", re.IGNORECASE)
+
+
 def _kind(error: Exception) -> str:
     if isinstance(error, Stopped):
         return "stopped"
-    # PyTorch's errors of CUDA, NCCL and Gloo are RuntimeErrors, among them that of a process that lost another one.
-    lost = isinstance(error, RuntimeError) or retries.may_pass(error)
+    lost = retries.may_pass(error) or (isinstance(error, RuntimeError) and bool(_LOST.search(str(error))))
     passes = isinstance(error, Unreachable) or (not isinstance(error, AdfmError) and lost)
     return "passes" if passes else "stays"
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adfm import cluster, pods, tracking
+from adfm.cluster import GROUP, PLURAL, RUNTIME, VERSION
 from adfm.errors import AdfmError
 from adfm.models import hardware
 from adfm.params import Params
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from kubernetes.client import CoreV1Api, CustomObjectsApi
     from kubernetes.client.exceptions import ApiException
 
-GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
-RUNTIME = "torch-distributed"
 CONTAINER = "node"
 """Name of the replicated job, and of its container, in Kubeflow Trainer's Torch runtime."""
 

@@ -55,3 +55,8 @@ def test_an_event_that_lacks_something_is_said(lock: Path) -> None:
         asked("repository_dispatch", {"client_payload": {"source": "s3://bucket/line"}}, lock)
     with pytest.raises(AdfmError, match="nothing is trained for the event 'issues'"):
         asked("issues", {}, lock)
+
+
+def test_a_quotation_mark_that_is_not_closed_is_said(lock: Path) -> None:
+    with pytest.raises(AdfmError, match="the input `arguments`: No closing quotation in"):
+        asked("workflow_dispatch", {"inputs": {"arguments": "--set 'train.steps=50"}}, lock)

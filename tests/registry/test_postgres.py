@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 import yaml
 
 from adfm import tracking
@@ -27,6 +29,8 @@ from adfm.params import Params
 from adfm.registry.audit import audit
 from adfm.registry.history import MOVES
 from adfm.registry.promotion import history, promote, rollback
+
+pytestmark = pytest.mark.timeout(900)  # each container imports MLflow
 
 ROOT = Path(__file__).parents[2]
 DATABASE_PASSWORD = "p@ss/w:rd %20#?"  # none of which could stand in an address
@@ -39,6 +43,7 @@ class Postgres:
 
     programs: Path
     port: int
+    certificate: str
 
     def uri(self, database: str) -> str:
         return f"postgresql+psycopg2://mlflow@127.0.0.1:{self.port}/{database}"
@@ -60,6 +65,15 @@ class Postgres:
         return self.run("psql", "--dbname", database, "--tuples-only", "--no-align", "-c", statement).strip()
 
 
+def make_certificate(folder: Path) -> None:
+    """A key and a certificate of 127.0.0.1 that signs itself."""
+    command = ["openssl", "req", "-x509", "-nodes", "-newkey", "rsa:2048", "-days", "2", "-subj", "/CN=127.0.0.1"]
+    names = ["-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "ca.crt")]
+    subprocess.run([*command, *names, *files], check=True, capture_output=True)
+    (folder / "key.pem").chmod(0o600)
+
+
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[Postgres]:
     """A cluster of its own with the password-protected user `mlflow`, who may make databases."""
@@ -77,8 +91,9 @@ def postgres() -> Iterator[Postgres]:
     folder = Path(tempfile.mkdtemp(prefix="adfm-postgres-"))
     try:
         (folder / "password").write_text(DATABASE_PASSWORD)
+        make_certificate(folder)
         if account:
-            for path in (folder, folder / "password"):
+            for path in (folder, *folder.iterdir()):
                 os.chown(path, nobody.pw_uid, nobody.pw_gid)
         data = folder / "data"
         command = [programs / "initdb", "--pgdata", data, "--username", "mlflow", "--pwfile", folder / "password"]
@@ -90,9 +105,10 @@ def postgres() -> Iterator[Postgres]:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command = [programs / "postgres", "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", folder]
+        tls = ["-c", "ssl=on", "-c", f"ssl_cert_file={folder}/ca.crt", "-c", f"ssl_key_file={folder}/key.pem"]
         with (folder / "log").open("w") as log:
             started = subprocess.Popen(
-                [*command, "-c", "fsync=off"], cwd="/", stdout=log, stderr=log, start_new_session=True, **account
+                [*command, *tls, "-c", "fsync=off"], cwd="/", stdout=log, stderr=log, start_new_session=True, **account
             )
         try:
             ready = [programs / "pg_isready", "--host", "127.0.0.1", "--port", str(port)]
@@ -100,7 +116,7 @@ def postgres() -> Iterator[Postgres]:
             while subprocess.run(ready, capture_output=True, check=False).returncode:
                 assert started.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
                 time.sleep(0.05)
-            yield Postgres(programs, port)
+            yield Postgres(programs, port, (folder / "ca.crt").read_text())
         finally:
             started.send_signal(signal.SIGINT)  # a fast shutdown, which does not wait for clients
             started.wait(60)
@@ -108,50 +124,122 @@ def postgres() -> Iterator[Postgres]:
         shutil.rmtree(folder)
 
 
-@contextmanager
-def mlflow_of_manifest(postgres: Postgres, database: str, home: Path) -> Iterator[str]:
-    """Runs what the manifest's pod runs: its init container, then its server; the server's address.
+SERVER = ROOT / "deploy/server"
+PROGRAMS = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))  # python, mlflow, alembic
 
-    Secrets, addresses and folders are those of the test.
 
-    Raises:
-        AssertionError: One of them failed; the message is what it said.
+def manifest(file: str, kind: str, name: str) -> dict[str, Any]:
+    (found,) = [
+        each
+        for each in yaml.safe_load_all((SERVER / file).read_text())
+        if (each["kind"], each["metadata"]["name"]) == (kind, name)
+    ]
+    return found
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Runs the containers of the manifests as a kubelet does, each as a process: with their commands and environment.
+
+    Args:
+        postgres: Where the programs of Postgres' image are.
+        home: Stands in for the pods' folders.
+        secret: The keys of the secret adfm-server.
     """
+
+    postgres: Postgres
+    home: Path
+    secret: dict[str, str]
+
+    def local(self, text: str) -> str:
+        for folder in ("/backup", "/etc/adfm/ca", "/etc/schema", "/etc/mlflow"):
+            text = re.sub(rf"(?<![\w/]){folder}\b", f"{self.home}{folder}", text)
+        return text
+
+    def environment(self, container: dict[str, Any]) -> dict[str, str]:
+        """As kubelet_pods.go makes it: `env` outweighs `envFrom`, an optional key that is missing sets nothing."""
+        values = {}
+        for source in container["envFrom"]:
+            values |= manifest("database.yaml", "ConfigMap", source["configMapRef"]["name"])["data"]
+        for variable in container["env"]:
+            if "value" in variable:
+                values[variable["name"]] = variable["value"]
+                continue
+            reference = variable["valueFrom"]["secretKeyRef"]
+            assert reference["name"] == "adfm-server"
+            if reference["key"] in self.secret or not reference.get("optional"):
+                values[variable["name"]] = self.secret[reference["key"]]
+        inherited = {key: os.environ[key] for key in ("PYTHONPATH", "LANG") if key in os.environ}
+        inherited["PATH"] = os.pathsep.join((str(self.postgres.programs), PROGRAMS))
+        values = {name: self.local(value) for name, value in values.items()}
+        values |= {"HOME": str(self.home), "MLFLOW_DISABLE_TELEMETRY": "true", "NO_PROXY": "127.0.0.1"}
+        return inherited | values
+
+    def run(self, container: dict[str, Any], **environment: str) -> subprocess.CompletedProcess[str]:
+        for folder in ("backup", "etc/adfm/ca", "etc/schema", "etc/mlflow"):
+            (self.home / folder).mkdir(parents=True, exist_ok=True)
+        ini = manifest("database.yaml", "ConfigMap", "schema")["data"]["alembic.ini"]
+        (self.home / "etc/schema/alembic.ini").write_text(ini)
+        command = [self.local(part) for part in (*container["command"], *container.get("args", ()))]
+        return subprocess.run(
+            command,
+            cwd=self.home,
+            env=self.environment(container) | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def job(self, pod: dict[str, Any], **environment: str) -> subprocess.CompletedProcess[str]:
+        """Runs the containers of a Job's pod, one after the other, to the first that fails; the last one's result."""
+        for container in (*pod.get("initContainers", ()), *pod["containers"]):
+            done = self.run(container, **environment)
+            if done.returncode:
+                break
+        return done
+
+    def upgrade(self) -> subprocess.CompletedProcess[str]:
+        return self.job(manifest("upgrade/job.yaml", "Job", "upgrade")["spec"]["template"]["spec"])
+
+    def back_up(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        job = manifest("backup.yaml", "CronJob", "backup")["spec"]["jobTemplate"]
+        return self.job(job["spec"]["template"]["spec"], **environment)
+
+    def restore(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        return self.job(manifest("restore/job.yaml", "Job", "restore")["spec"]["template"]["spec"], **environment)
+
+    def dumps(self) -> list[str]:
+        return sorted(each.name for each in (self.home / "backup").iterdir())
+
+    @contextmanager
+    def mlflow(self) -> Iterator[str]:
+        """Runs the pod of MLflow; the server's address.
+
+        Raises:
+            AssertionError: A container failed; the message is what it wrote.
+        """
+        pod = manifest("mlflow.yaml", "Deployment", "mlflow")["spec"]["template"]["spec"]
+        for container in pod["initContainers"]:
+            done = self.run(container)
+            assert done.returncode == 0, done.stdout + done.stderr
+        (server,) = pod["containers"]
+        config = manifest("mlflow.yaml", "ConfigMap", "mlflow")["data"]["basic_auth.ini"]
+        (self.home / "etc/mlflow/basic_auth.ini").write_text(config)
+        command = [self.local(part) for part in (*server["command"], *server["args"])]
+        with serve(command, self.environment(server), self.home) as uri:
+            yield uri
+
+
+def cluster(postgres: Postgres, database: str, home: Path, **secret: str) -> Cluster:
+    """With a secret that names the database as it would a managed one."""
     home.mkdir(exist_ok=True)
-    manifests = list(yaml.safe_load_all((ROOT / "deploy/server/mlflow.yaml").read_text()))
-    (pod,) = [each["spec"]["template"]["spec"] for each in manifests if each["kind"] == "Deployment"]
-    (config,) = [each["data"] for each in manifests if each["kind"] == "ConfigMap"]
-
-    def local(text: str) -> str:
-        return text.replace("postgres:5432/mlflow", f"127.0.0.1:{postgres.port}/{database}")
-
-    (home / "basic_auth.ini").write_text(local(config["basic_auth.ini"]))
-    secrets = {
+    address = {"postgres-host": "127.0.0.1", "postgres-port": str(postgres.port), "postgres-database": database}
+    others = {
         "postgres-password": DATABASE_PASSWORD,
         "admin-password": PASSWORDS["admin"],
         "flask-secret-key": "x" * 32,
-        "artifacts": str(home / "files"),
     }
-
-    def environment(container: dict[str, Any]) -> dict[str, str]:
-        values = {}
-        for variable in container["env"]:
-            if "value" in variable:
-                values[variable["name"]] = local(variable["value"])
-            elif variable["valueFrom"]["secretKeyRef"]["key"] in secrets:
-                values[variable["name"]] = secrets[variable["valueFrom"]["secretKeyRef"]["key"]]
-        values |= {"MLFLOW_AUTH_CONFIG_PATH": str(home / "basic_auth.ini"), "HOME": str(home)}
-        inherited = {key: os.environ[key] for key in ("PATH", "PYTHONPATH") if key in os.environ}
-        return inherited | {"MLFLOW_DISABLE_TELEMETRY": "true", "NO_PROXY": "127.0.0.1"} | values
-
-    for container in pod["initContainers"]:
-        values = environment(container)
-        command = [values.get(part[2:-1], part) if part.startswith("$(") else part for part in container["command"]]
-        command = [sys.executable, "-m", *command]
-        done = subprocess.run(command, cwd=home, env=values, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-    with serve(pod["containers"][0]["command"], environment(pod["containers"][0]), home) as uri:
-        yield uri
+    return Cluster(postgres, home, address | others | {"artifacts": str(home / "files")} | secret)
 
 
 @contextmanager
@@ -160,26 +248,20 @@ def serve(command: list[str], environment: dict[str, str], home: Path) -> Iterat
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     command = [{"0.0.0.0": "127.0.0.1", "5000": port}.get(part, part) for part in command]
-    hosts = f"127.0.0.1:{port}"
+    host = f"127.0.0.1:{port}"
+    environment["MLFLOW_SERVER_ALLOWED_HOSTS"] += f",{host}"
     with (home / "log").open("w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", *command],
-            cwd=home,
-            env=environment | {"MLFLOW_SERVER_ALLOWED_HOSTS": hosts},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+        server = subprocess.Popen(command, cwd=home, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
         deadline = time.monotonic() + 240
         while True:
             try:
-                urllib.request.urlopen(f"http://{hosts}/health", timeout=5).close()
+                urllib.request.urlopen(f"http://{host}/health", timeout=5).close()
                 break
             except OSError:
                 assert server.poll() is None and time.monotonic() < deadline, (home / "log").read_text()
                 time.sleep(0.1)
-        yield f"http://{hosts}"
+        yield f"http://{host}"
     finally:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGTERM)
@@ -208,9 +290,10 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_whole_path_and_a_restored_backup(postgres, database, own_folder, add, tmp_path, monkeypatch) -> None:
-    """Register, approve, promote, roll back; dump, lose everything, restore: history, production, files and users."""
-    home = tmp_path / "home"
-    with mlflow_of_manifest(postgres, database, home) as uri:
+    """Register, approve, promote, roll back, back up, lose all, restore: history, production, files and users."""
+    server = cluster(postgres, database, tmp_path / "home")
+    assert server.upgrade().returncode == 0
+    with server.mlflow() as uri:
         log_in(monkeypatch, uri, "admin")
         monkeypatch.setenv("ADFM_PASSWORD_SERVICE", PASSWORDS["service"])
         subprocess.run([sys.executable, ROOT / "scripts/set-up-roles.py", "--service", "service"], check=True)
@@ -221,27 +304,178 @@ def test_the_whole_path_and_a_restored_backup(postgres, database, own_folder, ad
         before = history(Params())
         moves = [(step.action, step.production) for step in before.counting if step.action in MOVES]
         assert moves == [("promote", "1"), ("promote", "2"), ("rollback", "1")]
-    # The database first: every file that it names is in the later copy of the files.
-    postgres.run("pg_dump", "--format", "custom", "--file", str(tmp_path / "mlflow.dump"), database)
-    shutil.copytree(home / "files", tmp_path / "copy")
+        # The database first: every file that it names is in the later copy of the files.
+        done = server.back_up()  # beside a server that runs
+        assert done.returncode == 0, done.stderr
+        tracking.client().set_registered_model_tag("adfm", "after", "the backup")
+    shutil.copytree(server.home / "files", tmp_path / "copy")
 
     postgres.run("dropdb", database)
-    shutil.rmtree(home)
-
     postgres.run("createdb", database)
-    restore = ["--exit-on-error", "--single-transaction", "--dbname", database, str(tmp_path / "mlflow.dump")]
-    postgres.run("pg_restore", *restore)
-    shutil.copytree(tmp_path / "copy", home / "files")
-    with mlflow_of_manifest(postgres, database, home) as uri:
+    shutil.rmtree(server.home / "files")
+
+    done = server.restore()
+    assert done.returncode == 0, done.stderr
+    assert f"restored {server.home}/backup/{server.dumps()[-1]}" in done.stdout
+    shutil.copytree(tmp_path / "copy", server.home / "files")
+    with server.mlflow() as uri:
         log_in(monkeypatch, uri, "service")
         assert history(Params()).steps == before.steps
         assert "everything is as the signed history says" in audit(Params())
         client = tracking.client()
-        assert client.get_registered_model("adfm").aliases["production"] == "1"
+        model = client.get_registered_model("adfm")
+        assert (model.aliases["production"], "after" in model.tags) == ("1", False)
         promote(add(38), Params())
         assert client.get_registered_model("adfm").aliases["production"] == "3"
         log_in(monkeypatch, uri, "admin")
         assert client.get_registered_model("adfm").name == "adfm"
+
+
+def test_by_hand_a_dump_is_restored_as_the_documentation_says(postgres, database, tmp_path) -> None:
+    """The commands of docs/server.md for a copy outside the cluster, without `kubectl exec` around them."""
+    text = (ROOT / "docs/server.md").read_text()
+    server = cluster(postgres, database, tmp_path)
+    server.upgrade()
+    postgres.sql(database, "INSERT INTO registered_models (name, creation_time, last_updated_time) VALUES ('a', 1, 1)")
+    tables = postgres.sql(database, "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'")
+    lines = re.findall(
+        r"exec (?:-i )?statefulset/postgres -- (?:\\\n +)?(\w+) --username mlflow (.*)$", text, re.MULTILINE
+    )
+    assert [program for program, _ in lines] == ["pg_dump", "dropdb", "createdb", "pg_restore"]
+    for program, rest in lines:
+        command = re.sub(r"\bmlflow\b(?!\.)", database, rest)
+        command, redirection, file = re.sub(r"mlflow\.dump", str(tmp_path / "dump"), command).partition(
+            ">" if program == "pg_dump" else "<"
+        )
+        arguments = command.split()
+        if program == "pg_dump":
+            arguments += ["--file", file.strip()]
+        elif redirection:
+            arguments.append(file.strip())
+        postgres.run(program, *arguments)
+    assert postgres.sql(database, "SELECT name FROM registered_models") == "a"
+    assert postgres.sql(database, "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'") == tables
+
+
+def test_a_managed_postgres_is_named_by_the_secret_and_its_certificate_verified(
+    postgres, database, tmp_path, monkeypatch
+) -> None:
+    """Another user than the default one, who is not a superuser but owns the database; TLS with a private CA."""
+    postgres.sql("postgres", "CREATE ROLE plant LOGIN PASSWORD 'another'")
+    postgres.sql("postgres", f'ALTER DATABASE "{database}" OWNER TO plant')
+    named = {"postgres-user": "plant", "postgres-password": "another", "postgres-sslmode": "verify-full"}
+    server = cluster(postgres, database, tmp_path / "home", **named)
+    done = server.upgrade()
+    assert done.returncode != 0
+    assert "etc/adfm/ca/ca.crt" in done.stderr and "does not exist" in done.stderr
+    (server.home / "etc/adfm/ca/ca.crt").write_text(postgres.certificate)
+    assert server.upgrade().returncode == 0
+    with server.mlflow() as uri:
+        log_in(monkeypatch, uri, "admin")
+        tracking.client().create_registered_model("adfm")
+        connections = f"FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE datname = '{database}'"
+        assert postgres.sql(database, f"SELECT bool_and(ssl), min(usename) {connections} AND usename != 'mlflow'") == (
+            "t|plant"
+        )
+    for _ in range(2):  # a restored database can be backed up and restored again
+        done = server.back_up()
+        assert done.returncode == 0, done.stderr
+        time.sleep(1)  # a dump is named by the second
+        postgres.sql(database, "DELETE FROM registered_models; CREATE TABLE of_a_newer_release (id int)")
+        done = server.restore()
+        assert done.returncode == 0, done.stderr
+        assert postgres.sql(database, "SELECT name FROM registered_models") == "adfm"
+        assert postgres.sql(database, "SELECT to_regclass('of_a_newer_release')") == ""
+    with server.mlflow():
+        pass
+    make_certificate(tmp_path)  # of somebody else
+    shutil.copy(tmp_path / "ca.crt", server.home / "etc/adfm/ca/ca.crt")
+    done = server.back_up()
+    assert done.returncode != 0 and "certificate verify failed" in done.stderr
+    postgres.run("dropdb", database)
+    postgres.sql("postgres", "DROP ROLE plant")
+
+
+def test_the_defaults_are_those_of_the_postgres_beside_it() -> None:
+    """Without keys postgres-* in the secret, all containers ask postgres.yaml's server."""
+    defaults = manifest("database.yaml", "ConfigMap", "database")["data"]
+    service = manifest("postgres.yaml", "Service", "postgres")
+    (container,) = manifest("postgres.yaml", "StatefulSet", "postgres")["spec"]["template"]["spec"]["containers"]
+    made = {each["name"]: each.get("value") for each in container["env"]}
+    assert defaults["PGHOST"] == service["metadata"]["name"]
+    assert int(defaults["PGPORT"]) == service["spec"]["ports"][0]["port"]
+    assert (defaults["PGUSER"], defaults["PGDATABASE"]) == (made["POSTGRES_USER"], made["POSTGRES_DB"])
+
+
+def test_a_server_waits_for_the_upgrade(postgres, database, tmp_path) -> None:
+    server = cluster(postgres, database, tmp_path)
+    with pytest.raises(AssertionError, match="run the Job upgrade"), server.mlflow():
+        pytest.fail("the server was started")
+    assert postgres.sql(database, "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'") == "0"
+    unreachable = cluster(postgres, database, tmp_path, **{"postgres-port": "1"})
+    with pytest.raises(AssertionError, match="Connection refused") as raised, unreachable.mlflow():
+        pytest.fail("the server was started")
+    assert "run the Job upgrade" not in str(raised.value)
+
+
+def test_a_public_address_is_let_in_and_others_are_not(postgres, database, tmp_path) -> None:
+    """What a browser sends: Host, and with a form Origin, behind a proxy with TLS."""
+    server = cluster(postgres, database, tmp_path, ui="https://mlflow.example.com/")
+    assert server.upgrade().returncode == 0
+    with server.mlflow() as uri:
+
+        def status(method: str, path: str, **headers: str) -> int:
+            url = f"{uri}/{path}"
+            return requests.request(
+                method, url, headers=headers, json={}, auth=("admin", PASSWORDS["admin"]), timeout=60
+            ).status_code
+
+        search = "ajax-api/2.0/mlflow/experiments/search?max_results=1"
+        for host in ("mlflow.example.com", "mlflow.adfm:5000", "mlflow:5000"):
+            assert status("GET", search, Host=host) == 200, host
+        assert status("GET", search, Host="evil.example.com") == 403
+        created = "ajax-api/2.0/mlflow/registered-models/create"  # 400: it is let in, and lacks a name
+        host = "mlflow.example.com"
+        assert status("POST", created, Host=host, Origin="https://mlflow.example.com") == 400
+        assert status("POST", created, Host=host, Origin="http://mlflow.example.com") == 403
+        assert status("POST", created, Host=host, Origin="https://evil.example.com") == 403
+        assert status("GET", "health", Host="10.0.0.7:5000") == 200  # as the probes ask
+
+
+def test_a_backup_that_fails_removes_nothing_and_leaves_no_dump(postgres, database, tmp_path) -> None:
+    server = cluster(postgres, database, tmp_path)
+    assert server.upgrade().returncode == 0
+    (first,) = server.dumps()
+    old = tmp_path / "backup" / "mlflow-2020-01-01T00-00-00Z.dump"
+    for file in (old, tmp_path / "backup" / "mlflow-2020-01-02T00-00-00Z.dump.part"):
+        file.touch()
+        os.utime(file, (0, 0))
+    assert cluster(postgres, "nothing", tmp_path).back_up().returncode != 0
+    assert old.exists() and first in server.dumps()
+    assert not [each for each in server.dumps() if each.endswith(".dump") and each not in (first, old.name)]
+    time.sleep(1)
+    done = server.back_up()
+    assert done.returncode == 0 and re.search(r"mlflow-.*\.dump: \d{4,} bytes", done.stdout)
+    assert [each for each in server.dumps() if "2020" in each] == []
+    assert first in server.dumps() and len([each for each in server.dumps() if each.endswith(".dump")]) == 2
+
+
+def test_a_restore_that_fails_changes_nothing(postgres, database, tmp_path) -> None:
+    server = cluster(postgres, database, tmp_path)
+    assert server.upgrade().returncode == 0
+    (name,) = server.dumps()
+    tables = postgres.sql(database, "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'")
+    assert int(tables) > 50
+    time.sleep(1)
+    assert server.back_up().returncode == 0
+    whole = server.dumps()[-1]
+    content = (tmp_path / "backup" / whole).read_bytes()
+    (tmp_path / "backup" / "mlflow-cut.dump").write_bytes(content[: len(content) // 2])
+    for dump in ("mlflow-cut.dump", "mlflow-none.dump"):
+        assert server.restore(DUMP=dump).returncode != 0
+        assert postgres.sql(database, "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'") == tables
+    assert server.restore(DUMP=name).returncode == 0  # of the empty database, before the upgrade
+    assert postgres.sql(database, "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'") == "0"
 
 
 def revisions() -> list[str]:
@@ -253,7 +487,7 @@ def revisions() -> list[str]:
     return [revision.revision for revision in script.walk_revisions()]
 
 
-def test_a_database_of_an_older_release_is_migrated(postgres, database, tmp_path, monkeypatch) -> None:
+def test_a_database_of_an_older_release_is_migrated_by_the_job_alone(postgres, database, tmp_path, monkeypatch) -> None:
     import sqlalchemy
     from alembic import command
     from mlflow.store.db.utils import _get_alembic_config
@@ -275,24 +509,62 @@ def test_a_database_of_an_older_release_is_migrated(postgres, database, tmp_path
         "INSERT INTO registered_model_aliases (name, alias, version) VALUES ('adfm', 'production', 1)",
     ):
         postgres.sql(database, statement)
-    with mlflow_of_manifest(postgres, database, tmp_path / "home") as uri:
+    server = cluster(postgres, database, tmp_path / "home")
+    version = "SELECT version_num FROM alembic_version"
+    with pytest.raises(AssertionError, match="run the Job upgrade"), server.mlflow():
+        pytest.fail("the server was started")
+    assert postgres.sql(database, version) == "6953534de441"
+    done = server.upgrade()
+    assert done.returncode == 0, done.stderr
+    with server.mlflow() as uri:
         log_in(monkeypatch, uri, "admin")
         client = tracking.client()
         assert client.get_model_version_by_alias("adfm", "production").tags == {"approval": "approved"}
-    assert postgres.sql(database, "SELECT version_num FROM alembic_version") == revisions()[0]
+    assert postgres.sql(database, version) == revisions()[0]
+    assert server.upgrade().returncode == 0  # again: nothing to do
+    assert server.restore(DUMP=server.dumps()[0]).returncode == 0  # the way back
+    assert postgres.sql(database, version) == "6953534de441"
 
 
-def test_a_database_of_a_newer_release_is_refused_and_left_alone(postgres, database, tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("PGPASSWORD", DATABASE_PASSWORD)
-    upgrade = [sys.executable, "-m", "mlflow", "db", "upgrade", postgres.uri(database)]
-    subprocess.run(upgrade, check=True, capture_output=True)
+def test_a_database_of_a_newer_release_is_refused_and_left_alone(postgres, database, tmp_path) -> None:
+    server = cluster(postgres, database, tmp_path)
+    assert server.upgrade().returncode == 0
     postgres.sql(database, "UPDATE alembic_version SET version_num = 'fffffffffff1'")
-    with (
-        pytest.raises(AssertionError, match="Can't locate revision identified by 'fffffffffff1'"),
-        mlflow_of_manifest(postgres, database, tmp_path / "home"),
-    ):
+    with pytest.raises(AssertionError, match="or name the image that was there before"), server.mlflow():
         pytest.fail("the server was started")
+    done = server.upgrade()
+    assert done.returncode != 0 and "Can't locate revision identified by 'fffffffffff1'" in done.stderr
     assert postgres.sql(database, "SELECT version_num FROM alembic_version") == "fffffffffff1"
+
+
+def test_probes_take_a_server_that_recovers_for_alive_and_one_that_is_gone_for_dead(postgres) -> None:
+    """Status 0 accepts, 1 refuses at the moment (it recovers), 2 does not answer."""
+    (container,) = manifest("postgres.yaml", "StatefulSet", "postgres")["spec"]["template"]["spec"]["containers"]
+
+    def alive(probe: str, port: int) -> bool:
+        environment = os.environ | {"PATH": f"{postgres.programs}:{os.environ['PATH']}", "PGPORT": str(port)}
+        return subprocess.run(container[probe]["exec"]["command"], env=environment, check=False).returncode == 0
+
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            assert alive(probe, postgres.port)
+            assert not alive(probe, closed.getsockname()[1])
+
+    def refuse(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection:
+            while connection.recv(1024)[4:8] in (b"\x04\xd2\x16\x2f", b"\x04\xd2\x16\x30"):  # may it be TLS, or GSS?
+                connection.sendall(b"N")
+            error = b"SFATAL\0C57P03\0Mthe database system is starting up\0\0"
+            connection.sendall(b"E" + (len(error) + 4).to_bytes(4, "big") + error)
+
+    for probe, expected in (("livenessProbe", True), ("readinessProbe", False)):
+        with socket.create_server(("127.0.0.1", 0)) as recovering:
+            thread = threading.Thread(target=refuse, args=(recovering,))
+            thread.start()
+            assert alive(probe, recovering.getsockname()[1]) == expected
+            thread.join()
 
 
 def test_the_driver_must_be_named(monkeypatch) -> None:
@@ -302,5 +574,5 @@ def test_the_driver_must_be_named(monkeypatch) -> None:
     assert sqlalchemy.make_url("postgresql://mlflow@postgres/mlflow").get_dialect().driver == "psycopg"
     with pytest.raises(ModuleNotFoundError, match="psycopg"):
         sqlalchemy.create_engine("postgresql://mlflow@postgres/mlflow")
-    for name in ("deploy/server/mlflow.yaml",):
-        assert "postgresql://" not in re.sub(r"#.*", "", (ROOT / name).read_text())
+    for file in SERVER.rglob("*.yaml"):
+        assert "postgresql://" not in re.sub(r"#.*", "", file.read_text())
