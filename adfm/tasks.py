@@ -110,7 +110,8 @@ def check(
     if "KUBERNETES_SERVICE_HOST" in os.environ and not os.environ.get("MLFLOW_TRACKING_URI"):
         raise AdfmError(
             "MLflow's address is not set, and what is written to a file of a pod is lost with it; "
-            "make the secret adfm-mlflow in the namespace of the runs, with the key uri (deploy/runs/secrets.example.yaml)."
+            "make the secret adfm-mlflow in the namespace of the runs, with the key uri "
+            "(deploy/runs/secrets.example.yaml)."
         )
     preflight.check(params, gpus=num_nodes * max(num_gpus, 1) if num_nodes else num_gpus)
     source = params.fetch.source
