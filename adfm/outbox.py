@@ -258,6 +258,8 @@ def _sent(journal: Path) -> int:
 
 
 def _is_sent(journal: Path) -> bool:
+    if not journal.is_file():  # training failed before its first figure
+        return True
     return _sent(journal) == journal.stat().st_size
 
 

@@ -193,6 +193,20 @@ def convert(raw: Path, shards: Path, validation: Path, params: Params, parts: Se
     return {name: float(statistics[name]) for name in ("images", "expectations", "failed", "warnings")}
 
 
+def wait_for_servers(params: Params) -> None:
+    """Wait until MLflow answers and the base model is there, for 2.5 minutes each at most (`adfm.retries.again`).
+
+    Raises:
+        Unreachable: One of them cannot be reached.
+        AdfmError: It refuses, or the model is not what it should be.
+    """
+    from adfm import retries
+    from adfm.models import loading
+
+    retries.again(tracking.configure, "MLflow")
+    retries.again(lambda: loading.resolve(params.model.name, params.model.revision), f"model {params.model.name}")
+
+
 def models_to_compare(params: Params, warmup: Path, candidate: Path) -> dict[str, str | Path]:
     """The models that a candidate is evaluated beside: the base, the warmed-up one, production and anchor, if any."""
     from adfm.evaluation import evaluate

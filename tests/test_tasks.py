@@ -13,9 +13,10 @@ import pytest
 import yaml
 from kfp import dsl
 
-from adfm import environment, tasks, termination
-from adfm.errors import AdfmError
-from adfm.params import loads
+from adfm import environment, retries, tasks, termination, tracking
+from adfm.errors import AdfmError, Unreachable
+from adfm.models import loading
+from adfm.params import Params, loads
 from adfm.stopping import Stopped, Terminated
 from adfm.training import nodes
 
@@ -91,6 +92,25 @@ def test_a_stage_sets_up_its_environment_before_the_body(monkeypatch: pytest.Mon
     with tasks.stage():
         assert os.environ["MLFLOW_TRACKING_URI"] == "https://mlflow.example.com"
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
+
+
+def test_a_stage_waits_for_mlflow_and_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(retries.time, "sleep", pauses.append)
+    away = {"MLflow": [Unreachable("no connection"), Unreachable("no connection")], "model": [Unreachable("timed out")]}
+
+    def answer(server: str) -> None:
+        if away[server]:
+            raise away[server].pop()
+
+    monkeypatch.setattr(tracking, "configure", lambda: answer("MLflow"))
+    monkeypatch.setattr(loading, "resolve", lambda *_: answer("model"))
+    tasks.wait_for_servers(Params())
+    assert pauses == [10, 20, 10]
+    monkeypatch.setattr(loading, "resolve", lambda *_: fail(AdfmError("no such model"))())
+    with pytest.raises(AdfmError, match="no such model"):
+        tasks.wait_for_servers(Params())
+    assert pauses == [10, 20, 10]
 
 
 def test_the_check_takes_settings_apart_for_those_that_read_them() -> None:

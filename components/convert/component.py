@@ -15,7 +15,7 @@ def convert(
     validation_report: dsl.Output[dsl.HTML],
     validation_metrics: dsl.Output[dsl.Metrics],
 ):
-    """Shards that fail validation stop the run before a GPU is params for; their report is in MLflow."""
+    """Shards that fail validation stop the run before a GPU is asked for; their report is in MLflow."""
     from pathlib import Path
 
     from adfm import tasks

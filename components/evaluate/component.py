@@ -19,15 +19,14 @@ def evaluate(
     """The report is the one that reviewers read; with the pictures that are files of their own it is in MLflow."""
     from pathlib import Path
 
-    from adfm import retries, tasks
+    from adfm import tasks
     from adfm.evaluation.evaluate import evaluate
     from adfm.params import loads
 
     with tasks.stage():
         params, folder, trained = loads(settings), Path(evaluation.path), Path(model.path)
-        models = retries.again(
-            lambda: tasks.models_to_compare(params, Path(warmup.path), trained), "looking up what is in production"
-        )
+        tasks.wait_for_servers(params)
+        models = tasks.models_to_compare(params, Path(warmup.path), trained)
         evaluate(models | {tasks.CANDIDATE: trained}, Path(shards.path), folder, params)
         tasks.name_artifacts({"Evaluation": evaluation, "Decisions of the candidate": decisions})
         tasks.publish_page(evaluation_report, "Evaluation report", folder / "report" / "report.html")

@@ -24,6 +24,7 @@ def train(
 
     with tasks.stage():
         params, start, trained = loads(settings), Path(warmup.path), Path(model.path)
+        tasks.wait_for_servers(params)
         cold_start(Path(shards.path), start, params)
         on_gpus(Path(shards.path), start, trained, params, int(num_gpus))
         tasks.name_artifacts({"Model after the cold start": warmup, "Trained model": model})

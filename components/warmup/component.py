@@ -20,8 +20,9 @@ def warmup(
     from adfm.training.launch import cold_start
 
     with tasks.stage():
-        folder = Path(warmup.path)
-        cold_start(Path(shards.path), folder, loads(settings))
+        params, folder = loads(settings), Path(warmup.path)
+        tasks.wait_for_servers(params)
+        cold_start(Path(shards.path), folder, params)
         tasks.name_artifacts({"Model after the cold start": warmup})
         metrics = tasks.last_metrics(folder / "warmup_curves.csv")
         tasks.log_metrics(warmup_metrics, "Cold start metrics", metrics, tasks.WARMUP_FIRST)

@@ -216,6 +216,11 @@ def test_what_waits_outlives_the_copy_in_which_dvc_runs_an_experiment(
     assert not Path("models/trained.unsent").exists()
 
 
+def test_a_training_that_fails_before_its_first_figure_ends_with_its_own_error(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), Outbox(tmp_path / "trained.unsent", "0" * 32):
+        raise ZeroDivisionError
+
+
 def test_a_folder_without_figures_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdfmError, match=r"holds no figures that wait.*<OUT>\.unsent"):
         resend(tmp_path)
