@@ -20,7 +20,20 @@ FUNCTIONS = {
     "register": "adfm/registry/registration.py",
 }
 # Nothing in these can change a result.
-AROUND = {f"adfm/{name}.py" for name in ("__init__", "errors", "files", "outbox", "params", "stopping", "tracking")}
+_AROUND = (
+    "__init__",
+    "cpus",
+    "environment",
+    "errors",
+    "files",
+    "outbox",
+    "params",
+    "pods",
+    "retries",
+    "stopping",
+    "tracking",
+)
+AROUND = {f"adfm/{name}.py" for name in _AROUND}
 
 
 def imported(module: Path) -> Iterator[Path]:

@@ -26,7 +26,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import IO, NamedTuple
 
-from adfm import retries, stopping, tracking
+from adfm import cpus, retries, stopping, tracking
 from adfm.errors import AdfmError, Unreachable
 from adfm.files import MODEL, refuse_to_replace, replace_json
 from adfm.models import hardware
@@ -127,8 +127,11 @@ def _kind(error: Exception) -> str:
 def _launcher(gpus: int) -> list[str]:
     if gpus < 2:
         return [sys.executable, "-m"]
+    # Each process would take the threads of all (`OMP_NUM_THREADS`).
+    threads = min(int(os.environ.get("OMP_NUM_THREADS") or cpus.count()), cpus.share(gpus))
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
-    return [*launcher, "--num_processes", str(gpus), "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+    launcher += ["--num_processes", str(gpus), "--num_cpu_threads_per_process", str(threads)]
+    return [*launcher, "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
 
 
 def _supervise(gpus: int, verb: Callable[[Path], list[str]], out: Path, params: Params) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from adfm import cpus
 from adfm.errors import AdfmError
 from adfm.params import Params
 from adfm.stopping import Stopped
@@ -70,6 +71,10 @@ def test_several_gpus_are_used_by_accelerate(tmp_path: Path, monkeypatch: pytest
     command = launch._launcher(2)
     assert command[1:6] == ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
     assert command[command.index("--num_processes") + 1] == "2" and command[-1] == "-m"
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")  # of the pod: each process has its share
+    monkeypatch.setattr(cpus, "count", lambda: 8)
+    command = launch._launcher(4)
+    assert command[command.index("--num_cpu_threads_per_process") + 1] == "2"
     assert launch._launcher(1) == launch._launcher(0) == [sys.executable, "-m"]
     run_code(monkeypatch, "from adfm.params import load; assert load([pathlib.Path(sys.argv[7])], []).seed == 3")
     launch.on_gpus(tmp_path / "s", tmp_path / "m", tmp_path / "o", Params(seed=3), 0)
