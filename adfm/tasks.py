@@ -302,7 +302,7 @@ def publish_page(artifact: Any, title: str, page: Path) -> None:
 def register(
     model: str, shards: str, evaluation: str, out: str, settings: str, run: str, revision: str, page: str
 ) -> tuple[str, dict[str, float], str]:
-    """Register the model of a run, and write the gate's page: the version, the decision and its reasons.
+    """Register the model of a run, and write the gate's page: the version, the decision, its reasons and table.
 
     Args:
         model: Folder that training wrote.
@@ -320,7 +320,7 @@ def register(
     Raises:
         AdfmError: As `adfm.registry.registration.register`.
     """
-    from adfm.registry import registration
+    from adfm.registry import gate, registration
 
     params = loads(settings)
     tags = {RUN_TAG: run} | ({REVISION_TAG: revision} if revision else {})
@@ -329,14 +329,20 @@ def register(
     about = json.loads((folder / "registration.json").read_text(encoding="utf-8"))
     title = f"Version {about['version']} of {about['model']}: gate {about['gate']}"
     reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in decision.reasons)
+    header, *rows = gate.table(json.loads((folder / "gate.json").read_text(encoding="utf-8")))
+    table = "".join(_row(row, cell) for row, cell in [(header, "th"), *((row, "td") for row in rows)])
     link = version_link(about["model"], about["version"])
     Path(page).parent.mkdir(parents=True, exist_ok=True)
     Path(page).write_text(
         f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><h1>{html.escape(title)}</h1>"
-        f"<ul>{reasons}</ul><p>{link}</p>\n",
+        f"<ul>{reasons}</ul><table cellpadding='4'>{table}</table><p>{link}</p>\n",
         encoding="utf-8",
     )
     return about["version"], {"version": float(about["version"]), "gate": float(decision.passed)}, about["gate"]
+
+
+def _row(cells: Sequence[str], tag: str) -> str:
+    return f"<tr>{''.join(f'<{tag} align=left>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
 
 
 def version_link(model: str, version: str) -> str:

@@ -298,7 +298,7 @@ def _remove(client: Any, schedule: Any) -> None:
                 file=sys.stderr,
             )
         return
-    print(f"replaced: {_described(schedule)}; its runs under way go on")
+    print(f"replaced: {_described(schedule)}; its runs under way continue")
 
 
 def _described(schedule: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -237,7 +238,9 @@ def test_a_version_carries_the_run_and_production_is_evaluated_the_next_time(
     )
     assert (version, gate) == ("1", "failed")
     assert rows(made("gate_metrics")) == {"version": 1.0, "gate": 0.0}
-    assert "Version 1 of adfm: gate failed" in Path(made("gate_page.html").path).read_text()
+    page = Path(made("gate_page.html").path).read_text()
+    assert "Version 1 of adfm: gate failed" in page
+    assert re.search("<td align=left>escape rate</td>", page, re.IGNORECASE) and "<th align=left>candidate</th>" in page
     assert made("gate_page.html").metadata == {"display_name": "Gate: failed", "version": "1", "gate": "failed"}
 
     from adfm import tasks
