@@ -19,9 +19,10 @@ def convert(
     from pathlib import Path
 
     from adfm import tasks
-    from adfm.params import loads
 
     with tasks.stage():
+        from adfm.params import loads
+
         report = Path(validation.path)
         archive = Path(raw.path) / f"{raw.metadata['name']}.tar"
         metrics = tasks.convert(archive, Path(shards.path), report, loads(settings))
@@ -36,13 +37,15 @@ def inspect_part(raw: dsl.Input[dsl.Dataset], part: str, settings: str, inspecte
     from pathlib import Path
 
     from adfm import tasks
-    from adfm.data import packed
-    from adfm.data.conversion import inspect_part
-    from adfm.params import loads
 
-    with tasks.stage(), packed.opened(Path(raw.path) / f"{raw.metadata['name']}.tar") as folder:
+    with tasks.stage():
+        from adfm.data import packed
+        from adfm.data.conversion import inspect_part
+        from adfm.params import loads
+
         number, of = part.split("/")
-        inspect_part(folder, Path(inspected.path), loads(settings), int(number), int(of))
+        with packed.opened(Path(raw.path) / f"{raw.metadata['name']}.tar") as folder:
+            inspect_part(folder, Path(inspected.path), loads(settings), int(number), int(of))
         tasks.name_artifacts({f"Part {part}": inspected})
 
 
@@ -60,9 +63,10 @@ def convert_parts(
     from pathlib import Path
 
     from adfm import tasks
-    from adfm.params import loads
 
     with tasks.stage():
+        from adfm.params import loads
+
         report = Path(validation.path)
         archive = Path(raw.path) / f"{raw.metadata['name']}.tar"
         inspected = [Path(part.path) for part in parts]

@@ -20,10 +20,11 @@ def evaluate(
     from pathlib import Path
 
     from adfm import tasks
-    from adfm.evaluation.evaluate import evaluate
-    from adfm.params import loads
 
     with tasks.stage():
+        from adfm.evaluation.evaluate import evaluate
+        from adfm.params import loads
+
         params, folder, trained = loads(settings), Path(evaluation.path), Path(model.path)
         tasks.wait_for_servers(params)
         models = tasks.models_to_compare(params, Path(warmup.path), trained)

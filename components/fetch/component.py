@@ -14,11 +14,13 @@ def fetch(source: str, name: str, revision: str, raw: dsl.Output[dsl.Dataset]):
     from pathlib import Path
     from tempfile import TemporaryDirectory
 
-    from adfm import retries, tasks
-    from adfm.data import packed
-    from adfm.data.sources import fetch
+    from adfm import tasks
 
     with tasks.stage(), TemporaryDirectory() as place:
+        from adfm import retries
+        from adfm.data import packed
+        from adfm.data.sources import fetch
+
         folder = Path(place) / name
         retries.again(lambda: fetch(source, folder), f"fetching {source}")
         packed.pack(folder, Path(raw.path) / f"{name}.tar")

@@ -19,9 +19,11 @@ def register(
     gate_metrics: dsl.Output[dsl.Metrics],
 ) -> NamedTuple("Registered", version=str, gate=str):
     """The version carries the ids of the run and of the data."""
-    from adfm import retries, tasks
+    from adfm import tasks
 
     with tasks.stage():
+        from adfm import retries
+
         version, metrics, gate = retries.again(
             lambda: tasks.register(
                 model.path, shards.path, evaluation.path, registration.path, settings, run, revision, gate_page.path

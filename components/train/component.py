@@ -19,10 +19,11 @@ def train(
     from pathlib import Path
 
     from adfm import tasks
-    from adfm.params import loads
-    from adfm.training.launch import cold_start, on_gpus
 
     with tasks.stage():
+        from adfm.params import loads
+        from adfm.training.launch import cold_start, on_gpus
+
         params, start, trained = loads(settings), Path(warmup.path), Path(model.path)
         tasks.wait_for_servers(params)
         cold_start(Path(shards.path), start, params)
@@ -55,10 +56,11 @@ def train_on_nodes(
     from pathlib import Path
 
     from adfm import tasks
-    from adfm.params import loads
-    from adfm.training.nodes import on_nodes
 
     with tasks.stage():
+        from adfm.params import loads
+        from adfm.training.nodes import on_nodes
+
         trained = Path(model.path)
         on_nodes(
             Path(shards.path),

@@ -16,10 +16,11 @@ def warmup(
     from pathlib import Path
 
     from adfm import tasks
-    from adfm.params import loads
-    from adfm.training.launch import cold_start
 
     with tasks.stage():
+        from adfm.params import loads
+        from adfm.training.launch import cold_start
+
         params, folder = loads(settings), Path(warmup.path)
         tasks.wait_for_servers(params)
         cold_start(Path(shards.path), folder, params)
