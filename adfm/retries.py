@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from adfm import cluster
 from adfm.errors import Unreachable
 
 T = TypeVar("T")
@@ -25,6 +26,8 @@ _NOT_IMPLEMENTED = 501  # the one status of a server's errors that stays
 def again(work: Callable[[], T], what: str, tries: int = 5, pause: float = 10.0) -> T:
     """Retry work while a server cannot be reached, with growing pauses: 10, 20, 40 and 80 s by default.
 
+    Outside a pod it is done once: who runs a pipeline in a terminal is to hear of a wrong address at once.
+
     Args:
         work: What to do; it continues where it stopped, or can be done twice.
         what: Its name in the log, which gets a line for every try that failed.
@@ -34,7 +37,7 @@ def again(work: Callable[[], T], what: str, tries: int = 5, pause: float = 10.0)
     Raises:
         Unreachable: The last try's. Every other exception is raised at once.
     """
-    for number in range(1, tries):
+    for number in range(1, tries if cluster.inside() else 1):
         try:
             return work()
         except Unreachable as error:

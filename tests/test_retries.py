@@ -27,6 +27,12 @@ STAYS = ("401", "403", "404", "501", "tls")
 PASSES = ("refused", "reset", "silent", "name", "429", "500", "503")
 
 
+@pytest.fixture
+def pod(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+
+
+@pytest.mark.usefixtures("pod")
 def test_work_is_tried_again_with_growing_pauses(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -46,6 +52,7 @@ def test_work_is_tried_again_with_growing_pauses(
     ]
 
 
+@pytest.mark.usefixtures("pod")
 def test_the_last_try_raises_and_what_stays_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
@@ -64,6 +71,19 @@ def test_the_last_try_raises_and_what_stays_is_not_tried_again(monkeypatch: pyte
     with pytest.raises(AdfmError, match="no such bucket"):
         retries.again(wrong, "fetch")
     assert pauses == []
+
+
+def test_outside_a_pod_work_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    tries: list[None] = []
+
+    def away() -> None:
+        tries.append(None)
+        raise Unreachable("away")
+
+    with pytest.raises(Unreachable):
+        retries.again(away, "fetch")
+    assert len(tries) == 1
 
 
 @contextlib.contextmanager
@@ -218,6 +238,7 @@ def test_a_check_is_unreachable_if_nothing_else_is_wrong(store: Path, monkeypatc
         assert kinds(lambda: preflight.check(Params(model=Model(name="/no/such/model")))) is AdfmError
 
 
+@pytest.mark.usefixtures("pod")
 def test_fetch_from_s3_resumes_where_the_server_went_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -126,6 +126,7 @@ def test_a_server_that_is_away_for_a_minute_fails_no_fetch(tmp_path: Path, monke
         out.mkdir()
         (out / "part.png").touch()
 
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     monkeypatch.setattr(sources, "fetch", fetch)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     raw = Artifacts(tmp_path)("raw", dsl.Dataset)
