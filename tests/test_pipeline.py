@@ -21,17 +21,8 @@ FUNCTIONS = {
 }
 # Nothing in these can change a result.
 _AROUND = (
-    "__init__",
-    "cpus",
-    "environment",
-    "errors",
-    "files",
-    "outbox",
-    "params",
-    "pods",
-    "retries",
-    "stopping",
-    "tracking",
+    *("__init__", "cluster", "cpus", "environment", "errors", "files", "outbox"),
+    *("params", "pods", "retries", "stopping", "tracking"),
 )
 AROUND = {f"adfm/{name}.py" for name in _AROUND}
 
