@@ -1,16 +1,19 @@
 """Runs a compiled pipeline on this machine: each task in a subprocess, or in a container of its image."""
 
+import builtins
 import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from adfm.errors import AdfmError
 from pipelines.command import write
 
 
 def run(pipeline: Any, arguments: dict[str, Any], root: Path, in_containers: bool = False) -> None:
-    """Runs the pipeline as a cluster would, but for what only a cluster has: resources, timeouts, secrets, caching.
+    """Runs the pipeline as a cluster would, without its resources, time limits, retries, secrets and cache.
 
     Args:
         pipeline: What `dsl.pipeline` made.
@@ -28,6 +31,7 @@ def run(pipeline: Any, arguments: dict[str, Any], root: Path, in_containers: boo
         warnings.filterwarnings("ignore", "You may be attemping to run a task", RuntimeWarning)
         file = Path(folder) / "pipeline.yaml"
         write(pipeline, file)
+        _drop_retries(file)
         runner: Any = local.SubprocessRunner(use_venv=False)
         if in_containers:
             from pipelines import containers
@@ -35,7 +39,21 @@ def run(pipeline: Any, arguments: dict[str, Any], root: Path, in_containers: boo
             executors = pipeline.pipeline_spec.deployment_spec["executors"].values()
             runner = containers.runner(root, sorted({executor["container"]["image"] for executor in executors}))
         local.init(runner, pipeline_root=str(root), workspace_root=folder, raise_on_error=True)
+        plain = builtins.print
         try:
             components.load_component_from_file(str(file))(**arguments)
         except RuntimeError as error:
             raise AdfmError(f"{error} What failed is said above.") from error
+        finally:
+            # Tasks side by side each put an indenting one in its place and back (`indented_print` in
+            # kfp/local/logging_utils.py): one of them is left there.
+            builtins.print = plain
+
+
+def _drop_retries(file: Path) -> None:
+    """Remove the retries from a compiled pipeline: here a failure would be reported half a minute later, and again."""
+    spec, *platform = yaml.safe_load_all(file.read_text(encoding="utf-8"))
+    for component in (spec["root"], *spec["components"].values()):
+        for task in component.get("dag", {}).get("tasks", {}).values():
+            task.pop("retryPolicy", None)
+    file.write_text(yaml.safe_dump_all([spec, *platform]), encoding="utf-8")

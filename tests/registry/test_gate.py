@@ -414,7 +414,7 @@ def pairs(draw: st.DrawFn) -> tuple[pd.DataFrame, pd.DataFrame]:
 LOOSE = policy(looks=1, level=0.4, parts={}, enough=1)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=12)
 @given(pairs(), st.floats(0, 1), st.floats(0, 1))
 def test_nothing_passes_beyond_a_limit(pair: Any, escapes: float, overkill: float) -> None:
     asked = policy(looks=1, level=0.4, whole_escape_rate={"limit": escapes}, whole_overkill={"limit": overkill})
@@ -426,7 +426,7 @@ def test_nothing_passes_beyond_a_limit(pair: Any, escapes: float, overkill: floa
     assert kept or not decide(candidate, None, None, asked).passed
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=12)
 @given(pairs())
 def test_what_passes_measures_a_gain_and_no_loss_beyond_a_margin(pair: Any) -> None:
     decision = decide(*pair, None, LOOSE)
@@ -439,14 +439,14 @@ def test_what_passes_measures_a_gain_and_no_loss_beyond_a_margin(pair: Any) -> N
     assert not decide(pair[0], pair[0], None, LOOSE).passed
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=12)
 @given(pairs(), st.integers(0, 1000))
 def test_the_order_of_rows_does_not_matter(pair: Any, seed: int) -> None:
     shuffled = [table.sample(frac=1, random_state=seed + side) for side, table in enumerate(pair)]
     assert decide(*shuffled, None, Policy()) == decide(*pair, None, Policy())
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=12)
 @given(pairs(), st.data())
 def test_a_better_candidate_never_fails_where_a_worse_one_passes(pair: Any, data: st.DataObject) -> None:
     candidate, production = pair
