@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import hashlib
 import http.server
 import os
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,6 +27,15 @@ from adfm.params import Model, Params
 
 STAYS = ("401", "403", "404", "501", "tls")
 PASSES = ("refused", "reset", "silent", "name", "429", "500", "503")
+
+
+@pytest.fixture(autouse=True)
+def connections() -> Iterator[None]:
+    """Clients of libraries that a server refuses leave a connection to the garbage collector, which warns of it."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture
