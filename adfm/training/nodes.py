@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adfm import cluster, pods, tracking
 from adfm.cluster import GROUP, PLURAL, RUNTIME, VERSION
-from adfm.errors import AdfmError
+from adfm.errors import AdfmError, Unreachable
 from adfm.models import hardware
 from adfm.params import Params
 from adfm.training.trainjob import CONTAINER, USER, train_job, volume_job
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _POLL = 10.0  # seconds between two looks at a job
 _OUTAGE = 900.0  # seconds for which the Kubernetes API may be away while a job is followed
+_LOG = 60.0  # seconds for which a log is asked for again; a machine that was lost has none
 _QUIET = 180.0  # seconds after which a job that has not started is explained
 _HOPELESS = 900.0  # seconds after which a job is given up whose image or configuration cannot be used
 _PROBE = 600.0  # seconds in which the volume has to be there; the task `check` has half an hour
@@ -122,7 +123,7 @@ def check(params: Params, *, run: str, nodes: int, gpus: int, gpu_type: str) -> 
         raise _refusal(error, f"the TrainJob {name}") from error
     verdict, _, rest = answer.partition(" ")
     if verdict != "free":
-        raise _not_writable(claim, rest or "the pod that tried has left no word in its log")
+        raise _not_writable(claim, rest)
     print(f"nodes     TrainJob accepted; volume {claim} is writable, {int(rest) / 2**30:.1f} GiB free")
 
 
@@ -159,10 +160,20 @@ def _answer(at: _Cluster, name: str, claim: str) -> str:
     finally:
         _delete(at, name)
     if ended == "Complete":
-        return next((line for line in reversed(log.tail) if line.startswith(("free ", "refused "))), "")
-    problem = f"it has not started in {_PROBE / 60:.0f} minutes" if not ended else f"it ended as {ended}"
+        answer = next((line for line in reversed(log.tail) if line.startswith(("free ", "refused "))), "")
+        if answer:
+            return answer
+        problem, why = "its pod has left no word in its log", "; ".join(log.unread.values())
+    elif ended:
+        problem = f"it ended as {ended}"
+    elif why:
+        problem = f"it has not started in {_PROBE / 60:.0f} minutes"
+    else:
+        problem = f"its pod has been running for {_PROBE / 60:.0f} minutes; does its storage answer"
+    reason = log.last_end or why
     raise AdfmError(
-        f"the volume {claim} could not be tried by the TrainJob {name}: {problem}: {log.last_end or why}; see {_DOCS}."
+        f"the volume {claim} could not be tried by the TrainJob {name}: {problem}{reason and f': {reason}'}; "
+        f"see {_DOCS}."
     )
 
 
@@ -241,7 +252,9 @@ def on_nodes(
             )
             _create(at, job, patience=_OUTAGE)
         ended, why = _follow(at, log)
-        _delete(at, name)
+        has_model = ended == "Complete" and (work / "trained").is_dir()
+        if not has_model:
+            _delete(at, name)
     except ApiException as error:
         raise _refusal(error, f"the TrainJob {name}") from error
     if not ended:
@@ -249,9 +262,10 @@ def on_nodes(
     if ended != "Complete":
         reasons = "; ".join(reason for reason in (log.error or why, log.last_end) if reason)
         raise AdfmError(f"the TrainJob {name} ended as {ended}: {reasons}; its log is above.")
-    if not (work / "trained").is_dir():
+    if not has_model:
         raise AdfmError(f"the TrainJob {name} ended as Complete without a model in {work / 'trained'}; see its log.")
     shutil.copytree(work / "trained", out)
+    end(run)  # after the copy: that the API is away for a moment must not cost the model
     shutil.rmtree(work, ignore_errors=True)  # where the volume's root is not ours, the empty folder stays
 
 
@@ -391,7 +405,7 @@ def _follow(at: _Cluster, log: _Log, within: float = math.inf) -> tuple[str, str
     """Print a job's log until it has ended; how, and why.
 
     Without an end where it cannot start: for `_HOPELESS` seconds because of its image, configuration or rights, or for
-    `within` seconds whatever the reason. One that waits for a machine or in a queue may.
+    `within` seconds whatever it does. One that waits for a machine or in a queue may.
 
     Raises:
         AdfmError: Somebody deleted the job.
@@ -411,7 +425,7 @@ def _follow(at: _Cluster, log: _Log, within: float = math.inf) -> tuple[str, str
         now = time.monotonic()
         why, hopeless = _waiting(at, job, machines)
         started, hopeful = now if not why else started, now if not hopeless else hopeful
-        if now - hopeful > _HOPELESS or (why and now - begun > within):
+        if now - hopeful > _HOPELESS or now - begun > within:
             return "", why
         if why and why != explained and now - started > _QUIET:
             print(f"the TrainJob {log.name} has not started yet: {why}", flush=True)
@@ -436,7 +450,8 @@ def _waiting(at: _Cluster, job: dict[str, Any], machines: list[Any]) -> tuple[st
         return "it is suspended; a queue such as Kueue has not admitted it", False
     name = job["metadata"]["name"]
     if not machines:
-        warning = _warning(at, f"{name}-{CONTAINER}-0")
+        # Of its Job, or of TrainJob and JobSet, which share a name.
+        warning = _warning(at, f"{name}-{CONTAINER}-0") or _warning(at, name)
         return warning or "it has no pods; see whether the controllers of Trainer and JobSet run", True
     for pod in machines:
         if pod.status.phase != "Pending":
@@ -483,6 +498,7 @@ class _Log:
         last_end: The last failure of a container, with machine, exit code and reason.
         last: Time of the last line of a pod, as Kubernetes wrote it.
         read: When the log of a pod was read last, in seconds of this machine.
+        unread: Why the log of a pod could not be read the last time.
         ended: Pods and restarts whose failure was printed.
     """
 
@@ -494,6 +510,7 @@ class _Log:
     last_end: str = ""
     last: dict[str, tuple[datetime, str]] = field(default_factory=dict)
     read: dict[str, float] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
     ended: set[tuple[str, int]] = field(default_factory=set)
 
     def show(self, machines: list[Any]) -> None:
@@ -529,22 +546,20 @@ class _Log:
         if pod in self.read:  # a minute more than has passed; what was printed is told by its time
             options["since_seconds"] = math.ceil(now - self.read[pod]) + 60
         try:
-            response = cluster.call(
-                self.at.core.read_namespaced_pod_log,
-                pod,
-                self.at.namespace,
-                container=CONTAINER,
-                timestamps=True,
-                _preload_content=False,  # the client decodes strictly, and takes a line of JSON for its answer
-                patience=_OUTAGE,
-                **options,
-            )
+            lines = cluster.call(self._read, pod, patience=0.0 if pod in self.unread else _LOG, **options)
         except ApiException as error:
             if error.status in (400, 404):  # it has not started yet, or has gone already; the job's conditions decide
                 return
-            raise
+            if error.status == 403:
+                raise
+            self._miss(pod, f"{error.status} {cluster.reason(error)}")
+            return
+        except Unreachable as error:
+            self._miss(pod, str(error))
+            return
+        self.unread.pop(pod, None)
         self.read[pod] = now
-        for line in response.data.decode("utf-8", errors="replace").split("\n"):
+        for line in lines:
             stamp, _, text = line.partition(" ")
             try:
                 when = (datetime.fromisoformat(stamp), stamp)  # its microseconds, and what is finer
@@ -553,6 +568,25 @@ class _Log:
             if pod not in self.last or when > self.last[pod]:
                 self.last[pod] = when
                 self._write(text)
+
+    def _read(self, pod: str, **options: Any) -> list[str]:
+        response = self.at.core.read_namespaced_pod_log(
+            pod,
+            self.at.namespace,
+            container=CONTAINER,
+            timestamps=True,
+            _preload_content=False,  # the client decodes strictly, and takes a line of JSON for its answer
+            **options,
+        )
+        # Without `_preload_content` the connection may break here, and not in the call.
+        text: str = response.data.decode("utf-8", errors="replace")
+        return text.split("\n")
+
+    def _miss(self, pod: str, why: str) -> None:
+        """Say once that a log cannot be read: the pod of a lost machine stays for a while, and training continues."""
+        if pod not in self.unread:
+            print(f"the log of {pod} cannot be read now: {why}", flush=True)
+        self.unread[pod] = why
 
     def _write(self, text: str) -> None:
         self.tail.append(text)

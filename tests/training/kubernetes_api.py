@@ -40,6 +40,7 @@ class Api(ThreadingHTTPServer):
         claim: The volume claim; None: there is none.
         warnings: Messages of warning events, by the name of the object.
         refusals: Answers by method and beginning of the path, each given once; a last one that is not a list for ever.
+        broken: Paths at whose answers the connection breaks in the middle, each once.
         requests: Method and path with its query, in order.
     """
 
@@ -53,6 +54,7 @@ class Api(ThreadingHTTPServer):
         self.claim: dict[str, Any] | None = claim()
         self.warnings: dict[str, str] = {}
         self.refusals: dict[tuple[str, str], Refused | list[Refused]] = {}
+        self.broken: list[str] = []
         self.requests: list[tuple[str, str]] = []
         self.at_create: Callable[[dict[str, Any]], None] = lambda job: None
         self.at_get: Callable[[dict[str, Any]], None] = lambda job: None
@@ -235,6 +237,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
+        if parts.path in self.server.broken:
+            self.server.broken.remove(parts.path)
+            content, self.close_connection = content[: len(content) // 2], True
         self.wfile.write(content)
 
     do_GET = do_POST = do_DELETE = _handle

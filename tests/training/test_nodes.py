@@ -126,7 +126,7 @@ def test_a_train_job_runs_the_image_on_the_machines_and_gives_its_adapter(
     assert (tmp_path / "out" / "adfm.json").is_file()
     assert list((tmp_path / "workspace").iterdir()) == []
     assert api.jobs == {}
-    assert capsys.readouterr().out == "step 1\n"
+    assert capsys.readouterr().out == f"step 1\nthe TrainJob {JOB} of this run was deleted\n"
     (job,) = api.created
     assert job["metadata"]["name"] == JOB
     assert job["metadata"]["ownerReferences"] == [OWNER]
@@ -330,6 +330,21 @@ def test_a_volume_that_is_not_there_in_time_ends_the_check(api: Api, monkeypatch
     assert api.jobs == {}
 
 
+def test_a_volume_whose_storage_does_not_answer_ends_the_check(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes, "_PROBE", 0.1)
+    api.at_create = lambda job: api.pods.update({"machine": machine(VOLUME_JOB, name="machine")})
+    with pytest.raises(AdfmError, match="its pod has been running for 0 minutes; does its storage answer"):
+        check()
+    assert api.jobs == {}
+
+
+def test_a_volume_whose_trial_left_no_log_is_not_called_unwritable(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes, "_LOG", 0)
+    api.refusals["GET", f"{PODS}/machine/log"] = Refused(502, "proxy error")
+    with pytest.raises(AdfmError, match="could not be tried .*: its pod has left no word in its log: 502 proxy error;"):
+        check()
+
+
 def test_a_task_that_is_started_again_follows_the_job_that_is_under_way(api: Api, tmp_path: Path) -> None:
     work = tmp_path / "workspace" / JOB
     (work / "trained").mkdir(parents=True)
@@ -423,8 +438,46 @@ def test_a_log_is_printed_once_and_whole_whatever_is_in_it(
     on_nodes(tmp_path)
     assert capsys.readouterr().out == (
         '\N{REPLACEMENT CHARACTER} broken\n{"json": 1}\n  indented 50%|#####\r60%\nNCCL error\n'
-        "machine ended with status 1 (Error)\nresumed\n"
+        f"machine ended with status 1 (Error)\nresumed\nthe TrainJob {JOB} of this run was deleted\n"
     )
+
+
+def test_a_connection_that_breaks_within_a_log_does_not_end_the_training(
+    api: Api, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api.broken = [f"{PODS}/machine/log"] * 2
+    on_nodes(tmp_path)
+    assert api.broken == []
+    assert capsys.readouterr().out.startswith("step 1\n")
+
+
+def test_a_log_of_a_lost_machine_does_not_end_the_training(
+    api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(nodes, "_LOG", 0)
+    create, message = api.at_create, "dial tcp 10.0.0.7:10250: connect: no route to host"
+
+    def run(job: dict[str, Any]) -> None:
+        create(job)
+        del job["status"]
+        api.refusals["GET", f"{PODS}/machine/log"] = Refused(500, message)
+
+    def replace(job: dict[str, Any]) -> None:
+        api.pods["other"], api.logs["other"] = machine(JOB, name="other"), stamped(b"step 2", second=1)
+
+    api.at_create, api.at_get = run, Steps(replace, lambda job: None, lambda job: finish(job, "Complete"))
+    on_nodes(tmp_path)
+    assert (tmp_path / "out" / "adfm.json").is_file()
+    assert capsys.readouterr().out.splitlines()[:-1] == [
+        f"the log of machine cannot be read now: 500 {message}",
+        "step 2",
+    ]
+
+
+def test_a_model_is_taken_before_its_job_is_deleted(api: Api, tmp_path: Path) -> None:
+    api.refusals["DELETE", TRAIN_JOBS] = Refused(403, "not now")
+    on_nodes(tmp_path)
+    assert (tmp_path / "out" / "adfm.json").is_file()
 
 
 @pytest.mark.parametrize("path", [TRAIN_JOBS, PODS])
@@ -501,6 +554,11 @@ def test_a_job_that_waits_for_a_machine_says_so_and_waits(
             'FailedCreate: pods "x" is forbidden: violates PodSecurity',
             "FailedCreate: pods .* PodSecurity",
         ),
+        (
+            None,
+            'TrainJobResourcesCreationFailed: no matches for kind "JobSet"',
+            "TrainJobResourcesCreationFailed: no matches",
+        ),
     ],
 )
 def test_a_job_that_cannot_start_is_given_up(
@@ -508,7 +566,7 @@ def test_a_job_that_cannot_start_is_given_up(
 ) -> None:
     monkeypatch.setattr(nodes, "_HOPELESS", 0.05)
     if warning:
-        api.warnings[f"{JOB}-node-0"] = warning
+        api.warnings[JOB if warning.startswith("TrainJob") else f"{JOB}-node-0"] = warning
     api.at_create = lambda job: api.pods.update({"machine": pod} if pod else {})
     with pytest.raises(AdfmError, match=f"cannot start, and is given up after 0 minutes: {message}"):
         on_nodes(tmp_path)
