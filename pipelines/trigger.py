@@ -36,9 +36,11 @@ def arguments(event: str, payload: dict[str, Any], repository: str, commit: str,
         try:
             out = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"]["fetch"]["outs"][0]
             path, md5 = out["path"], out["md5"]
-        except (OSError, LookupError, TypeError, yaml.YAMLError) as error:
+            if not md5:  # of a stage that was interrupted
+                raise LookupError("md5")
+        except (OSError, LookupError, TypeError, ValueError, yaml.YAMLError) as error:
             raise AdfmError(f"{lock} does not say what the stage fetch wrote; run `dvc repro`, commit.") from error
-        return ["--data-revision", md5, "--set", f"fetch.source=dvc://{repository}@{commit}:{path}"]
+        return ["--data-revision", str(md5), "--set", f"fetch.source=dvc://{repository}@{commit}:{path}"]
     if event == "repository_dispatch":
         sent = payload.get("client_payload") or {}
         if not (sent.get("source") and sent.get("revision")):
@@ -75,6 +77,8 @@ if __name__ == "__main__":
         )
     except AdfmError as error:
         raise SystemExit(f"trigger: error: {error}") from error
+    except KeyError as error:
+        raise SystemExit(f"trigger: error: {error} is not set; this runs in a workflow of GitHub.") from error
     raise SystemExit(
         main(training.PIPELINES, training.options, training.arguments, ["submit", *options, *sys.argv[1:]])
     )

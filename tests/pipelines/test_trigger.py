@@ -43,9 +43,16 @@ def test_by_hand_settings_are_chosen_and_a_schedule_has_none(lock: Path) -> None
     assert asked("schedule", {}, lock) == []
 
 
-@pytest.mark.parametrize("text", ["", "stages: {}", "stages: {fetch: {outs: []}}", "["])
-def test_a_lock_without_data_is_said(text: str, tmp_path: Path) -> None:
-    (tmp_path / "dvc.lock").write_text(text)
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(b"", b"stages: {}", b"stages: {fetch: {outs: []}}", b"[", b"\xff"),
+        LOCK.replace("0123.dir", "null").encode(),
+        f"<<<<<<< HEAD\n{LOCK}=======\n{LOCK}>>>>>>> line\n".encode(),
+    ],
+)
+def test_a_lock_without_data_is_said(text: bytes, tmp_path: Path) -> None:
+    (tmp_path / "dvc.lock").write_bytes(text)
     with pytest.raises(AdfmError, match="does not say what the stage fetch wrote"):
         asked("push", {}, tmp_path / "dvc.lock")
 
