@@ -26,8 +26,12 @@ forwards=()
 
 main() {
   for program in docker kind kubectl openssl python; do
-    command -v "$program" >/dev/null || { echo "$0: $program is missing" >&2; exit 1; }
+    command -v "$program" >/dev/null || refuse "$program is missing"
   done
+  # One that is kept is not this run's to delete.
+  if kind get clusters 2>/dev/null | grep -x "$cluster" >/dev/null; then
+    refuse "there is a cluster $cluster already; remove it first: kind delete cluster --name $cluster"
+  fi
   trap end EXIT
   step 'images and cluster' make_cluster
   step "Kubeflow Pipelines $kfp" install_kubeflow
@@ -37,6 +41,12 @@ main() {
   step 'a run' run_pipeline
   step 'approval' approve
   echo "==> the version is in production after $SECONDS s"
+}
+
+refuse() {
+  echo "$0: $1" >&2
+  rmdir "$work"
+  exit 1
 }
 
 step() {
@@ -197,12 +207,20 @@ as() {
 
 # forward NAMESPACE SERVICE PORTS URL: keeps a port of this machine forwarded, also after a pod was replaced
 forward() {
-  local tries
-  while sleep 1; do kubectl -n "$1" port-forward "$2" "$3"; done >>"$work/forwards" 2>&1 &
+  local tries log=$work/forward-${3%:*}
+  while kubectl -n "$1" port-forward "$2" "$3" || true; do sleep 1; done >"$log" 2>&1 &
   forwards+=($!)
+  for tries in {10..0}; do # until it says where it listens; a port that is taken may be that of another cluster
+    [ ! -s "$log" ] || break
+    sleep 1
+  done
+  if grep -Eqi 'unable to listen|from \[::1\]' "$log" && ! grep -qF 'from 127.0.0.1' "$log"; then
+    echo "$0: port ${3%:*} of this machine is taken; name another in KFP_PORT or MLFLOW_PORT" >&2
+    return 1
+  fi
   for tries in {60..0}; do
     python -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5)' "$4" 2>/dev/null && return
-    [ "$tries" -gt 0 ] || { cat "$work/forwards" >&2; return 1; }
+    [ "$tries" -gt 0 ] || { cat "$log" >&2; return 1; }
     sleep 2
   done
 }

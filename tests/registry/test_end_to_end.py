@@ -38,7 +38,11 @@ case " $* " in
   *" apply -f - "*) cat >"$kept" ;;
   *" create "*) REAL "$@" --dry-run=client --output yaml >"$kept" ;;
   *" get secret mlpipeline-minio-artifact "*) printf bWluaW8= ;;
-  *" port-forward "*) exec sleep 600 ;;
+  *" port-forward "*)
+    [ -z "${TAKEN-}" ] || { echo "error: unable to listen on any of the requested ports: [{8888 3000}]"; exit 1; }
+    echo "Forwarding from 127.0.0.1:8888 -> 3000"
+    exec sleep 600
+    ;;
 esac
 """
 
@@ -116,7 +120,7 @@ def kfp() -> Iterator[tuple[Server, int]]:
 @pytest.fixture
 def start(
     cluster: Cluster, kfp: tuple[Server, int], tmp_path: Path
-) -> Iterator[Callable[[], tuple[subprocess.Popen[bytes], int]]]:
+) -> Iterator[Callable[..., tuple[subprocess.Popen[bytes], int]]]:
     """Starts the script; its process and the port where it expects MLflow."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -136,9 +140,9 @@ def start(
     }
     started = []
 
-    def begin() -> tuple[subprocess.Popen[bytes], int]:
+    def begin(**more: str) -> tuple[subprocess.Popen[bytes], int]:
         with (tmp_path / "log").open("w") as log:
-            started.append(subprocess.Popen([SCRIPT], env=environment, stdout=log, stderr=log))
+            started.append(subprocess.Popen([SCRIPT], env=environment | more, stdout=log, stderr=log))
         return started[-1], port
 
     yield begin
@@ -237,6 +241,26 @@ def test_a_run_that_fails_is_a_failure_and_its_cluster_is_removed(cluster, start
     assert "apply" not in calls
     assert "kubectl get pods --all-namespaces" in calls
     assert calls.endswith("kind delete cluster --name adfm\n")
+
+
+def test_a_cluster_of_that_name_that_is_there_already_is_left_alone(cluster, start, tmp_path) -> None:
+    (cluster.programs / "kind").write_text('#!/bin/bash\necho "kind $*" >>"$CALLS"\necho adfm\n')
+    script, _ = start()
+    assert script.wait(60) == 1
+    assert cluster.calls.read_text() == "kind get clusters\n"
+    assert (
+        "there is a cluster adfm already; remove it first: kind delete cluster --name adfm"
+        in (tmp_path / "log").read_text()
+    )
+    assert not list(tmp_path.glob("tmp.*"))
+
+
+def test_a_port_that_is_taken_is_not_taken_for_the_cluster(cluster, start, tmp_path) -> None:
+    """Here another service replies there: a run must not be submitted to it."""
+    script, _ = start(TAKEN="1")
+    assert script.wait(60) == 1
+    assert "is taken; name another in KFP_PORT or MLFLOW_PORT" in (tmp_path / "log").read_text()
+    assert "create namespace" not in cluster.calls.read_text()
 
 
 def test_it_takes_its_versions_from_the_project() -> None:
