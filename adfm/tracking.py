@@ -74,7 +74,12 @@ def configure() -> str:
 
 def _uri() -> str:
     # Absolute, because MLflow keeps one connection per URI: a relative one would outlive a change of folder.
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(home() / 'mlflow.db').resolve()}"
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    if not given:
+        return f"sqlite:///{(home() / 'mlflow.db').resolve()}"
+    relative = re.fullmatch(r"sqlite:///([^/:].*)", given)
+    # In the copy of the workspace that DVC removes, a relative path is one of the workspace.
+    return f"sqlite:///{home() / relative[1]}" if relative and home() != Path.cwd() else given
 
 
 def home() -> Path:

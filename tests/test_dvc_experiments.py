@@ -82,3 +82,19 @@ def test_only_a_copy_below_the_workspace_is_one(tmp_path: Path, monkeypatch: pyt
             homes.append(tracking.home().relative_to(tmp_path).as_posix())
     copy = "line/.dvc/tmp/exps/standalone/tmp7/sub"
     assert homes == [*["line", "line/sub", "other", copy] * 2, "line", "line/sub", "other", "line"]
+
+
+def test_a_relative_database_is_that_of_the_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dvc exp run --temp` would leave it in the copy, which it removes."""
+    copy = tmp_path / "line/.dvc/tmp/exps/standalone/tmp7"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "line"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///runs/mlflow.db")
+    assert tracking._uri() == f"sqlite:///{tmp_path}/line/runs/mlflow.db"
+    for other in (f"sqlite:///{tmp_path}/own.db", "sqlite:///:memory:", "https://mlflow.example.com"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", other)
+        assert tracking._uri() == other
+    monkeypatch.chdir(tmp_path / "line")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///runs/mlflow.db")
+    assert tracking._uri() == "sqlite:///runs/mlflow.db"
