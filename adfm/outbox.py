@@ -142,43 +142,47 @@ def resend(folder: Path) -> None:
     """Send what a training could not, with the times at which it happened, and remove what was sent.
 
     Raises:
-        AdfmError: There is nothing of the kind in `folder`, MLflow does not take it, or runs were deleted there: what
-            waits for the others is sent first.
+        AdfmError: There is nothing of the kind in `folder`, MLflow does not take it, runs were deleted there, or lines
+            are damaged: what waits for the others is sent first.
     """
     journals = sorted(folder.glob("*.jsonl"))
     if not journals:
         raise AdfmError(f"{folder} holds no figures that wait; training makes such a folder, <OUT>.unsent.")
     uri = tracking.configure()
-    deleted = []
+    problems = []
     with tracking.store_errors(uri):
         for journal in journals:
             try:
                 _finish(journal)
                 print(f"run {journal.stem}: done")
-            except _Deleted as error:
-                deleted.append(str(error))
-    if deleted:
-        raise AdfmError("\n".join(deleted))
-
-
-class _Deleted(AdfmError):
-    """MLflow does not have the run (any more)."""
+            except AdfmError as error:
+                problems.append(str(error))
+    if problems:
+        raise AdfmError("\n".join(problems))
 
 
 def _finish(journal: Path) -> None:
     """Sends the rest of a journal and removes it.
 
     Raises:
-        _Deleted: MLflow does not have the run; the journal stays as it is.
+        AdfmError: MLflow does not have the run, or lines are damaged; the journal stays as it is.
     """
+    _require_run(journal)  # before anything is done to a file that may be somebody else's
     _whole(journal)
-    _require_run(journal)
     _tag(journal.stem, "the last ones")
     _send(journal)
+    lines = journal.read_bytes().split(b"\n")[:-1]
+    damaged = [number for number, line in enumerate(lines, start=1) if not _entry(line)]
+    if damaged:
+        raise AdfmError(
+            f"{journal}: line {', '.join(map(str, damaged[:5]))}{', …' if damaged[5:] else ''} cannot be read, as "
+            "after a crash of the machine. All others are in MLflow. Repair it and send again, or remove the file."
+        )
     _remove(journal)
 
 
 def _require_run(journal: Path) -> None:
+    """Refuse a journal whose run MLflow does not have (any more)."""
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -190,11 +194,11 @@ def _require_run(journal: Path) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        raise _Deleted(
+        raise AdfmError(
             f"run {run}: MLflow at {place} does not have it; was it deleted for good, or did the training use another "
             f"server? Then set MLFLOW_TRACKING_URI and send again. Nothing is lost: all of it is still there. {remove}"
         ) from None
-    raise _Deleted(
+    raise AdfmError(
         f"run {run}: was deleted in MLflow at {place}. Bring it back (`mlflow runs restore --run-id {run}`) and send "
         f"again. Nothing is lost: all of it is still there. {remove}"
     )
@@ -223,7 +227,7 @@ def _send(journal: Path) -> None:
     with journal.open("rb") as stream, tracking.impatient():
         stream.seek(_sent(journal))
         while lines := [line for line in islice(stream, _LINES) if line.endswith(b"\n")]:
-            entries = [json.loads(line) for line in lines]
+            entries = [entry for line in lines if (entry := _entry(line))]
             metrics = [
                 Metric(name, value, entry["time"], entry["step"])
                 for entry in entries
@@ -249,12 +253,28 @@ def _whole(journal: Path) -> list[dict[str, Any]]:
     lines = text[: text.rfind(b"\n") + 1]
     if lines != text:
         journal.write_bytes(lines)
-    return [json.loads(line) for line in lines.splitlines()]
+    return [entry for line in lines.splitlines() if (entry := _entry(line))]
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """The entry of a line; None if the line is damaged."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    complete = isinstance(entry, dict) and "time" in entry and ("figures" not in entry or "step" in entry)
+    return entry if complete else None
 
 
 def _sent(journal: Path) -> int:
-    file = journal.with_suffix(".sent")
-    return int(file.read_text() or 0) if file.is_file() else 0
+    """How many bytes of a journal MLflow has; 0, so that all is sent again, if it is not the end of a line."""
+    try:
+        sent = int(journal.with_suffix(".sent").read_text())
+        with journal.open("rb") as stream:
+            stream.seek(max(sent - 1, 0))
+            return sent if stream.read(1) == b"\n" else 0
+    except (OSError, ValueError):
+        return 0
 
 
 def _is_sent(journal: Path) -> bool:

@@ -195,6 +195,42 @@ def test_what_waits_of_a_deleted_run_stays_until_the_run_is_back(store: Path, ca
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("sent", ["", "x", "5", "9999"])
+def test_a_count_that_is_not_of_the_journal_loses_nothing(sent: str, store: Path) -> None:
+    run, folder = begin(), store / "trained.unsent"
+    folder.mkdir()
+    lines = [f'{{"step": {step}, "figures": {{"reward": {step}.0}}, "time": {step}}}\n' for step in (1, 2)]
+    (folder / f"{run}.jsonl").write_text("".join(lines))
+    (folder / f"{run}.sent").write_text(sent)
+    resend(folder)
+    assert steps(run) == [1, 2]
+    assert not folder.exists()
+
+
+def test_damaged_lines_are_said_and_all_others_sent(store: Path) -> None:
+    folder, (damaged, run) = store / "trained.unsent", sorted(begin() for _ in range(2))
+    folder.mkdir()
+    line = '{"step": 7, "figures": {"reward": 0.5}, "time": 1}\n'
+    (folder / f"{run}.jsonl").write_text(line)
+    journal = folder / f"{damaged}.jsonl"
+    journal.write_bytes(b'\0\0\xff\n3\n{"step": 6}\n' + line.encode())
+    with pytest.raises(AdfmError, match=rf"{damaged}\.jsonl: line 1, 2, 3 cannot be read.* All others are in MLflow"):
+        resend(folder)
+    assert steps(damaged) == steps(run) == [7]
+    assert list(folder.glob("*.jsonl")) == [journal]
+    with Outbox(folder, damaged) as outbox:  # a training that resumes does not fail for it
+        outbox.add({"reward": 0.6}, 8)
+    assert steps(damaged) == [7, 8]
+
+
+def test_a_file_that_is_not_of_a_run_is_left_as_it_is(store: Path) -> None:
+    file = store / "images.jsonl"
+    file.write_text('{"of": "somebody else"}\n{"without": "an end of line"}')
+    with pytest.raises(AdfmError, match="run images: .* does not have it"):
+        resend(store)
+    assert file.read_text().endswith('line"}')
+
+
 def test_what_waits_outlives_the_copy_in_which_dvc_runs_an_experiment(
     store: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
