@@ -64,7 +64,7 @@ def dvc_md5(folder: Path) -> str | None:
     """The hash under which DVC keeps `folder`, from the `dvc.lock` that lists it; `None` if no such file does.
 
     An entry whose size or number of files are not the folder's is of an earlier state, and counts for nothing. So does
-    one without a hash.
+    one without a hash. Where there is a file and no entry that counts, that is printed.
 
     Raises:
         AdfmError: The file is not what DVC writes: it was cut off, or holds a conflict that nobody has resolved.
@@ -72,13 +72,16 @@ def dvc_md5(folder: Path) -> str | None:
     folder = folder.resolve()
     files = [path for path in folder.rglob("*") if path.is_file()]
     now = (len(files), sum(path.stat().st_size for path in files))
-    for parent in folder.parents:
-        lock = parent / "dvc.lock"
-        if not lock.is_file():
-            continue
+    locks = [lock for parent in folder.parents if (lock := parent / "dvc.lock").is_file()]
+    for lock in locks:
         for out in _outs(lock):
-            if (parent / out["path"]).resolve() == folder and (out.get("nfiles"), out.get("size")) == now:
+            if (lock.parent / out["path"]).resolve() == folder and (out.get("nfiles"), out.get("size")) == now:
                 return str(out["md5"])
+    if locks:
+        print(
+            f"note: {locks[0]} does not list {folder} as it is now, and the version lacks DVC's hash of its data; "
+            "`dvc repro` or `dvc commit` records it"
+        )
     return None
 
 

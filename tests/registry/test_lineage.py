@@ -83,6 +83,16 @@ def test_a_conflict_that_git_itself_left(lock: Path) -> None:
     assert lineage.dvc_md5(lock.parent / "shards") == "aaaa.dir"
 
 
+def test_a_lock_that_lacks_the_data_is_said(lock: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("schema: '2.0'\n", "", lock.read_text().replace("d41d.dir", "null")):
+        lock.write_text(text)
+        assert lineage.dvc_md5(lock.parent / "shards") is None
+        assert f"note: {lock} does not list {lock.parent / 'shards'} as it is now" in capsys.readouterr().out
+    lock.unlink()
+    assert lineage.dvc_md5(lock.parent / "shards") is None
+    assert capsys.readouterr().out == ""
+
+
 def test_a_lock_that_is_cut_off_is_explained_or_counts_for_nothing(lock: Path) -> None:
     text, seen = lock.read_text().rstrip(), set()
     for length in range(len(text)):
