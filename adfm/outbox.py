@@ -169,8 +169,9 @@ def _finish(journal: Path) -> None:
     """
     _require_run(journal)  # before anything is done to a file that may be somebody else's
     _whole(journal)
-    _tag(journal.stem, "the last ones")
-    _send(journal)
+    if not _is_sent(journal):
+        _tag(journal.stem, "the last ones")
+        _send(journal)
     lines = journal.read_bytes().split(b"\n")[:-1]
     damaged = [number for number, line in enumerate(lines, start=1) if not _entry(line)]
     if damaged:

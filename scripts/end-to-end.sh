@@ -6,7 +6,7 @@
 #
 # KEEP=1 leaves the cluster, and says how to use it; KFP_PORT and MLFLOW_PORT are the ports of this machine that it takes,
 # 8888 and 5000. It needs docker, kind, kubectl and openssl, and should do with 4 CPUs, 12 GiB of memory and 30 GB of disk.
-# It touches the cluster kind-adfm only, which it makes and deletes.
+# It touches the cluster kind-adfm only, which it makes and deletes; where there is one already, it does not begin.
 #
 # NOT RUN where it was written, for want of a cluster. tests/registry/test_end_to_end.py runs it with stand-ins for docker,
 # kind, kubectl and KFP, and all else real: MLflow, its users, submission, approval, promotion.
