@@ -144,6 +144,8 @@ def _trainer_problems(connection: Any) -> list[str]:
     fields = _trainjob_fields(connection, objects)
     if fields is None:
         return ["there is no Kubeflow Trainer (TrainJob); --num-nodes needs 2.2 or newer: install it."]
+    if not fields:
+        return [f"Kubeflow Trainer does not serve {GROUP}/{VERSION}, as 2.2 and 2.3 do; install one of these."]
     if fields is not _UNKNOWN and "runtimePatches" not in fields:
         return ["Kubeflow Trainer is older than 2.2: its TrainJob has no runtimePatches; upgrade it."]
     if _read(objects.get_cluster_custom_object, GROUP, VERSION, "clustertrainingruntimes", RUNTIME) is None:

@@ -599,6 +599,7 @@ def test_a_configuration_of_kubectl_that_is_of_no_use_stops_nothing(content: str
         (CLAIM, {"spec": {"accessModes": ["ReadWriteMany"]}, "status": {"phase": "Lost"}}, "phase Lost"),
         (TRAINER, 404, "there is no Kubeflow Trainer"),
         (TRAINER, trainer("runtimeRef", "podTemplateOverrides"), "Kubeflow Trainer is older than 2.2"),
+        (TRAINER, {"spec": {"versions": [{"name": "v1"}]}}, "does not serve trainer.kubeflow.org/v1alpha1"),
         (RUNTIME, 404, "has no ClusterTrainingRuntime torch-distributed"),
     ],
 )
