@@ -363,6 +363,7 @@ def test_a_managed_postgres_is_named_by_the_secret_and_its_certificate_verified(
     """Another user than the default one, who is not a superuser but owns the database; TLS with a private CA."""
     postgres.sql("postgres", "CREATE ROLE plant LOGIN PASSWORD 'another'")
     postgres.sql("postgres", f'ALTER DATABASE "{database}" OWNER TO plant')
+    postgres.sql(database, "CREATE SCHEMA provider; CREATE TABLE provider.hidden (id int)")  # as an operator makes them
     named = {"postgres-user": "plant", "postgres-password": "another", "postgres-sslmode": "verify-full"}
     server = cluster(postgres, database, tmp_path / "home", **named)
     done = server.upgrade()
@@ -386,6 +387,7 @@ def test_a_managed_postgres_is_named_by_the_secret_and_its_certificate_verified(
         assert done.returncode == 0, done.stderr
         assert postgres.sql(database, "SELECT name FROM registered_models") == "adfm"
         assert postgres.sql(database, "SELECT to_regclass('of_a_newer_release')") == ""
+        assert postgres.sql(database, "SELECT to_regclass('provider.hidden')") == "provider.hidden"
     with server.mlflow():
         pass
     make_certificate(tmp_path)  # of somebody else
@@ -431,9 +433,10 @@ def test_a_public_address_is_let_in_and_others_are_not(postgres, database, tmp_p
             ).status_code
 
         search = "ajax-api/2.0/mlflow/experiments/search?max_results=1"
-        for host in ("mlflow.example.com", "mlflow.adfm:5000", "mlflow:5000"):
+        for host in ("mlflow.example.com", "mlflow.adfm:5000", "mlflow.adfm.svc:5000", "mlflow:5000", "localhost:5001"):
             assert status("GET", search, Host=host) == 200, host
-        assert status("GET", search, Host="evil.example.com") == 403
+        for host in ("evil.example.com", "localhost.example.com:5000"):
+            assert status("GET", search, Host=host) == 403, host
         created = "ajax-api/2.0/mlflow/registered-models/create"  # 400: it is let in, and lacks a name
         host = "mlflow.example.com"
         assert status("POST", created, Host=host, Origin="https://mlflow.example.com") == 400
@@ -450,13 +453,16 @@ def test_a_backup_that_fails_removes_nothing_and_leaves_no_dump(postgres, databa
     for file in (old, tmp_path / "backup" / "mlflow-2020-01-02T00-00-00Z.dump.part"):
         file.touch()
         os.utime(file, (0, 0))
+    kept = tmp_path / "backup" / "keep" / old.name  # put aside by somebody
+    kept.parent.mkdir()
+    shutil.copy2(old, kept)
     assert cluster(postgres, "nothing", tmp_path).back_up().returncode != 0
     assert old.exists() and first in server.dumps()
     assert not [each for each in server.dumps() if each.endswith(".dump") and each not in (first, old.name)]
     time.sleep(1)
     done = server.back_up()
     assert done.returncode == 0 and re.search(r"mlflow-.*\.dump: \d{4,} bytes", done.stdout)
-    assert [each for each in server.dumps() if "2020" in each] == []
+    assert [each for each in server.dumps() if "2020" in each] == [] and kept.exists()
     assert first in server.dumps() and len([each for each in server.dumps() if each.endswith(".dump")]) == 2
 
 
