@@ -335,6 +335,8 @@ def _mounted_token() -> str | None:
 def _require_server(host: str, token: str | None, namespace: str | None) -> list[str]:
     """Refuse a server that is too old, or has several users where no namespace is given; returns warnings.
 
+    One with a single user ignores a namespace.
+
     `healthz` has `tag_name`, the release that the image was built for, and `multi_user`
     (backend/src/apiserver/main.go). Images that are not of a release have a branch there, or `unknown`.
     """
@@ -344,16 +346,26 @@ def _require_server(host: str, token: str | None, namespace: str | None) -> list
             f"--namespace is missing: the KFP API at {host} serves several users, and each run belongs to a namespace. "
             "Name that of your profile."
         )
+    warnings = []
+    # Without a word: ReplaceNamespace of backend/src/apiserver/resource/resource_manager.go makes it "".
+    if health.get("multi_user") is False and namespace not in (None, _NAMESPACE):
+        warnings.append(
+            f"the KFP API at {host} serves one user and ignores --namespace {namespace}: the run goes to the namespace "
+            "that Kubeflow Pipelines itself is in, with the secrets there."
+        )
     minimum = ".".join(map(str, MINIMUM))
     tag = str(health.get("tag_name") or "unknown")
     release = re.match(r"v?(\d+)\.(\d+)", tag)
     if not release:
-        return [f"the KFP API at {host} does not say its release (tag_name {tag!r}); it has to be {minimum} or newer."]
+        return [
+            *warnings,
+            f"the KFP API at {host} does not say its release (tag_name {tag!r}); it has to be {minimum} or newer.",
+        ]
     if (int(release[1]), int(release[2])) < MINIMUM:
         raise AdfmError(
             f"the KFP API at {host} is {tag}; adfm needs Kubeflow Pipelines {minimum} or newer: upgrade it."
         )
-    return []
+    return warnings
 
 
 def _probe(host: str, token: str | None) -> dict[str, Any]:

@@ -288,6 +288,15 @@ def test_a_missing_namespace_is_said_before_anything_is_made(
     assert nothing_made(server)
 
 
+def test_a_namespace_that_a_server_with_one_user_ignores_is_said(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit("--namespace", "adfm-promotion") == 0
+    assert "serves one user and ignores --namespace adfm-promotion" in capsys.readouterr().err
+    assert submit("--namespace", "kubeflow") == 0  # where it is installed
+    assert "ignores" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["experiments", "pipelines", "versions"])
 def test_of_two_first_submissions_both_end_well(kind: str, server: Server) -> None:
     server.rivals[kind] = {}
