@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import certifi
 import pytest
 import requests
 import yaml
@@ -407,6 +408,22 @@ def test_the_defaults_are_those_of_the_postgres_beside_it() -> None:
     assert defaults["PGHOST"] == service["metadata"]["name"]
     assert int(defaults["PGPORT"]) == service["spec"]["ports"][0]["port"]
     assert (defaults["PGUSER"], defaults["PGDATABASE"]) == (made["POSTGRES_USER"], made["POSTGRES_DB"])
+
+
+def test_s3_is_checked_against_the_private_ca_beside_the_public_ones(tmp_path) -> None:
+    """A Postgres with a CA of its own, and Amazon's S3."""
+    (container,) = manifest("mlflow.yaml", "Deployment", "mlflow")["spec"]["template"]["spec"]["containers"]
+    file = tmp_path / "ca.crt"
+    folders = {"PATH": PROGRAMS, "HOME": str(tmp_path), "PGSSLROOTCERT": str(file)}
+    environment = folders | {"MLFLOW_SERVER_ALLOWED_HOSTS": ""}
+    command = [*container["command"], "sh", "-c", 'cat "${AWS_CA_BUNDLE:-/dev/null}"']
+
+    def authorities() -> str:
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert authorities() == ""
+    file.write_text("the private one\n")
+    assert authorities() == Path(certifi.where()).read_text() + "the private one\n"
 
 
 def test_a_server_waits_for_the_upgrade(postgres, database, tmp_path) -> None:
