@@ -119,6 +119,25 @@ def test_pages_of_mlflow(variables: dict[str, str], pages: str, monkeypatch: pyt
     assert environment.mlflow_ui() == pages
 
 
+@pytest.mark.parametrize(
+    ("text", "after"),
+    [
+        ("http://someone:an@hidden@host:1/a@b", "http://host:1/a@b"),
+        ("cloning https://hidden@host/x.git to /tmp/x", "cloning https://host/x.git to /tmp/x"),
+        ("dvc://https://someone:hidden@host/x.git@v1:line", "dvc://https://host/x.git@v1:line"),
+        (
+            "dvc://folder@v1:line and dvc://git@host:x.git@v1:line",
+            "dvc://folder@v1:line and dvc://git@host:x.git@v1:line",
+        ),
+        ("s3://bucket/line//1@2x.png, line//1@2x.png", "s3://bucket/line//1@2x.png, line//1@2x.png"),
+        ("Invalid header value b'Bearer hidden\\n'", "Invalid header value"),  # http.client
+        ("return character(s) in header value: 'Bearer hidden'", "return character(s) in header value"),  # requests
+    ],
+)
+def test_logins_are_left_out_of_texts(text: str, after: str) -> None:
+    assert environment.without_login(text) == after
+
+
 # ------------------------------------------------------------------------------------------------ certificate authority
 
 

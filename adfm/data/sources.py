@@ -384,6 +384,8 @@ def _remedy(error: Exception) -> str:
             f"what has arrived is kept.{ca_remedy(error)}"
         )
     code = error.response.get("Error", {}).get("Code", "")
+    if error.operation_name.startswith("AssumeRole"):  # of AWS's service for roles, not of the bucket
+        return "the role cannot be assumed; check the service account's annotation and whom the role trusts"
     if code in ("NoSuchBucket", "InvalidBucketName"):
         return f"there is no such bucket; check its name and {prefix}ENDPOINT_URL"
     if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken"):

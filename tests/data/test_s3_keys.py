@@ -120,6 +120,11 @@ def test_keys_that_are_refused_are_named_by_where_they_are_from(monkeypatch: pyt
     assert "check ADFM_S3_ACCESS_KEY_ID" in sources._remedy(refused)
 
 
+def test_a_role_that_is_refused_is_not_taken_for_a_right_of_the_bucket() -> None:
+    refused = ClientError({"Error": {"Code": "AccessDenied"}}, "AssumeRoleWithWebIdentity")
+    assert "the role cannot be assumed" in sources._remedy(refused)
+
+
 @pytest.mark.usefixtures("bare")
 def test_a_remote_without_credentials_says_what_to_set() -> None:
     with (
