@@ -80,7 +80,7 @@ def submit(
     ui = (arguments.get("ui") or os.environ.get("KF_PIPELINES_UI_ENDPOINT", "")).rstrip("/")
     if "ui" in arguments:
         arguments = {**arguments, "ui": ui}
-    token = os.environ.get("KFP_TOKEN") or _mounted_token()
+    token = _bearer_token()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "pipeline.yaml"
         write(pipeline, file)
@@ -325,6 +325,13 @@ def _client(host: str, namespace: str | None, token: str | None) -> Any:
             proxy=proxy,
             ssl_ca_cert=environment.ca_bundle(),
         )
+
+
+def _bearer_token() -> str | None:
+    token = os.environ.get("KFP_TOKEN", "").strip() or _mounted_token()
+    if token and not re.fullmatch(r"[!-~]+", token):  # http.client would quote it in its error
+        raise AdfmError(f"the token for the KFP API has characters that no token has, such as a line end. {_TOKEN}")
+    return token
 
 
 def _mounted_token() -> str | None:

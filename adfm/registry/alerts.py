@@ -15,6 +15,8 @@ import urllib.request
 from http.client import HTTPException
 from urllib.error import HTTPError
 
+from adfm.environment import ca_remedy
+
 _TIMEOUT = 5  # seconds
 _PAUSE = 2  # seconds before the second and last try
 _LONGEST = 3000  # characters; Slack refuses longer texts
@@ -43,7 +45,7 @@ def alert(text: str) -> None:
             _post(address, body)
     except (OSError, ValueError, HTTPException) as error:
         reason = str(error) if isinstance(error, OSError) else type(error).__name__  # others quote the address
-        print(f"adfm: no alert was sent: ADFM_ALERT_WEBHOOK failed: {reason}", file=sys.stderr)
+        print(f"adfm: no alert was sent: ADFM_ALERT_WEBHOOK failed: {reason}.{ca_remedy(error)}", file=sys.stderr)
 
 
 def _post(address: str, body: bytes) -> None:

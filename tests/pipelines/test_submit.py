@@ -179,6 +179,18 @@ def test_a_token_that_has_expired_is_said(
     assert server.things["experiments"] == []
 
 
+def test_a_token_loses_its_line_end_and_one_that_no_header_can_hold_is_not_shown(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KFP_TOKEN", "hid\nden")
+    assert submit() == 1
+    error = capsys.readouterr().err
+    assert "KFP_TOKEN" in error
+    assert "hid" not in error
+    monkeypatch.setenv("KFP_TOKEN", "good\n")  # as a file's content
+    assert submit() == 0
+
+
 def test_a_token_is_taken_from_the_service_account(
     server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:

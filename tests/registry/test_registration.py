@@ -460,6 +460,19 @@ def test_a_submitter_submits_and_the_service_accepts(apart, one, capsys):
     assert version.tags["approval"] == "pending" and len(submissions()) == 1
 
 
+def test_the_service_sees_what_is_submitted_from_a_run_in_another_experiment(apart, one, monkeypatch):
+    given = tracking.client().create_run(tracking.experiment("of the platform")).info.run_id
+    apart("submitter")
+    monkeypatch.setenv("MLFLOW_RUN_ID", given)  # as KFP's MLflow plug-in names one
+    for _ in range(2):
+        refuses(*one, PARAMS, wait=0)
+    assert [each.source_run_id for each in submissions()] == [given]
+    apart("service")
+    set_policy(Path("gate.yaml"), PARAMS)
+    assert accept_all() == ["1"]
+    assert versions()[0].run_id == given
+
+
 def test_a_submitter_waits_for_the_service(apart, one):
     apart("service")
     set_policy(Path("gate.yaml"), PARAMS)
