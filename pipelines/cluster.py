@@ -87,8 +87,8 @@ def _settings() -> Any:
         try:
             load(client_configuration=settings)
             return settings
-        except (config.ConfigException, OSError, yaml.YAMLError):
-            continue
+        except (config.ConfigException, OSError, yaml.YAMLError, AttributeError, LookupError, TypeError):
+            continue  # the last three: a configuration of another shape, which the client does not check
     return None
 
 
