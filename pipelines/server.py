@@ -205,8 +205,8 @@ def _version(client: Any, pipeline: str, name: str, file: Path, namespace: str |
 
 
 def _runs(client: Any, place: str, name: str) -> list[str]:
-    """Runs of a name that are under way or succeeded, the oldest first."""
-    runs = client.list_runs(experiment_id=place, page_size=100, sort_by="created_at asc", filter=_named(name)).runs
+    """Runs of a name that are under way or succeeded, the oldest first; of the newest hundred."""
+    runs = client.list_runs(experiment_id=place, page_size=100, sort_by="created_at desc", filter=_named(name)).runs
     alive = [run for run in runs or () if run.state not in _OVER]
     return [str(run.run_id) for run in sorted(alive, key=lambda run: (str(run.created_at), run.run_id))]
 
