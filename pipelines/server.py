@@ -280,10 +280,11 @@ def _report_elsewhere(
 ) -> None:
     """Say which schedules of the same data and model another experiment has: they run as well."""
     import kfp_server_api
+    import urllib3
 
     try:
         schedules = _recurring_runs(client, version, namespace=namespace)
-    except kfp_server_api.ApiException:  # the right to list those of the experiment may be all that there is
+    except (kfp_server_api.ApiException, urllib3.exceptions.HTTPError):  # the schedule is made: no reason to fail
         return
     for each in _of(line, schedules):
         if each.experiment_id != place and each.status != "DISABLED":

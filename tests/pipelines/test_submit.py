@@ -935,6 +935,15 @@ def test_resources_beyond_every_node_are_said(
     assert (message in error) if message else ("the run waits there" not in error)
 
 
+@pytest.mark.parametrize("account", [403, 404])
+def test_where_only_nodes_may_be_seen_resources_beyond_them_are_said(
+    account: int, server: Server, kubernetes: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    kubernetes.update({ACCOUNT: account, NODES: {"items": [node(memory="30Gi")]}})
+    assert submit() == 0
+    assert re.search(r"if runs go to http://127\S+, which kubectl talks to: train: no node", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("images", "missing"),
     [
