@@ -37,7 +37,7 @@ _TIMEOUT = 10  # seconds
 _LOOKS, _PAUSE = 10, 0.5  # seconds between looks, until a run that gives way has ended
 _EQUALS = 1
 _NAMESPACE = "kubeflow"
-_HEALTH = {"commit_sha", "tag_name", "multi_user", "pipeline_store"}  # what `healthz` has
+_HEALTH = {"commit_sha", "tag_name", "multi_user", "apiServerReady"}  # what `healthz` has; the last: of KFP's pages
 _TOKEN = "Give a valid token in KFP_TOKEN, or run where the service account's is mounted (docs/kubernetes.md)."
 _ADDRESS = (
     "See that the address is right; from outside the cluster: kubectl port-forward -n kubeflow svc/ml-pipeline 8888."
@@ -405,16 +405,22 @@ def _require_server(host: str, token: str | None, namespace: str | None) -> list
     """Refuse a server that is too old, or has several users where no namespace is given; returns warnings.
 
     `healthz` has `tag_name`, the release that the image was built for, and `multi_user`
-    (backend/src/apiserver/main.go). Images that are not of a release have a branch there, or `unknown`.
+    (backend/src/apiserver/main.go). Images that are not of a release have a branch there, or `unknown`. KFP's pages,
+    through which the API is reached behind Kubeflow's gateway, reply themselves: with `apiServerTagName`, and whether
+    they reach the API (frontend/server/handlers/healthz.ts).
     """
     health = _probe(host, token)
+    if health.get("apiServerReady") is False:
+        raise AdfmError(
+            f"KFP's pages at {host} do not reach the API behind them: see whether the deployment ml-pipeline runs."
+        )
     if health.get("multi_user") is True and not namespace:
         raise AdfmError(
             f"--namespace is missing: the KFP API at {host} serves several users, and each run belongs to a namespace. "
             "Name that of your profile."
         )
     minimum = ".".join(map(str, MINIMUM))
-    tag = str(health.get("tag_name") or "unknown")
+    tag = str(health.get("tag_name") or health.get("apiServerTagName") or "unknown")
     release = re.match(r"v?(\d+)\.(\d+)", tag)
     if not release:
         return [f"the KFP API at {host} does not say its release (tag_name {tag!r}); it has to be {minimum} or newer."]

@@ -702,6 +702,25 @@ def test_a_server_that_says_nothing_of_its_release_is_used(server: Server, capsy
     assert "tag_name 'unknown'" in capsys.readouterr().err
 
 
+def test_through_kfps_pages_the_release_and_the_users_of_the_api_are_known(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pages = {"apiServerReady": True, "frontendTagName": "2.17.0", "apiServerMultiUser": False, "multi_user": False}
+    server.health = pages | {"apiServerTagName": "2.16.1"}
+    assert submit() == 1
+    assert "is 2.16.1; adfm needs Kubeflow Pipelines 2.17 or newer" in capsys.readouterr().err
+    server.health = pages | {"apiServerTagName": "2.17.0", "multi_user": True}
+    assert submit() == 1
+    assert "--namespace is missing" in capsys.readouterr().err
+    server.health = {"apiServerReady": False, "frontendTagName": "2.17.0"}
+    assert submit() == 1
+    assert "do not reach the API behind them" in capsys.readouterr().err
+    assert nothing_made(server)
+    server.health = pages | {"apiServerTagName": "2.17.0"}
+    assert submit() == 0
+    assert "does not say its release" not in capsys.readouterr().err
+
+
 def test_images_are_printed_and_those_of_this_machine_are_a_warning_behind_a_forwarded_port(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
