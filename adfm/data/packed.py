@@ -127,6 +127,10 @@ def _unpack(archive: Path, file: IO[bytes], raw: Path) -> dict[str, int]:
                 else:
                     _extract(tar, member, path)
                 os.utime(path, ns=(time, time))
+            file.seek(tar.offset)
+            # A header of zeros ends a tar. Less than this follows the true one: zeros up to a whole record.
+            if file.read(2 * tarfile.RECORDSIZE).strip(b"\0") or file.read(1):
+                raise tarfile.ReadError("more follows its end")
     except (tarfile.TarError, EOFError, ValueError, FileExistsError, NotADirectoryError) as error:
         raise AdfmError(f"{archive}: is damaged, or not a tar ({error}); fetch the data set again.") from error
     except OSError as error:

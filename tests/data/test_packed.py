@@ -331,6 +331,17 @@ def test_a_damaged_archive(keep: float, mvtec_folder: Path, tmp_path: Path) -> N
         pass
 
 
+@pytest.mark.parametrize("size", [512, 10240])
+def test_an_archive_with_a_piece_of_zeros(size: int, tmp_path: Path) -> None:
+    """Zeros end a tar: what lies behind them would be missing without a word."""
+    _tar(tmp_path / "line.tar", *((f"{number}.png", tarfile.REGTYPE, bytes(600)) for number in range(30)))
+    whole = bytearray((tmp_path / "line.tar").read_bytes())
+    whole[7 * 1536 : 7 * 1536 + size] = bytes(size)  # begins with the header of the eighth file
+    (tmp_path / "line.tar").write_bytes(whole)
+    with pytest.raises(AdfmError, match="is damaged, .*more follows its end"), packed.opened(tmp_path / "line.tar"):
+        pass
+
+
 def _pack_and_open(folder: Path) -> None:
     archive = folder.with_suffix(".tar")
     packed.pack(folder, archive)
