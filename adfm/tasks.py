@@ -7,6 +7,7 @@ import difflib
 import errno
 import html
 import json
+import math
 import os
 import re
 import shutil
@@ -164,6 +165,30 @@ def fixed_revision(source: str) -> str:
     return source if fixed else ""
 
 
+@contextmanager
+def raw_data(archive: Path) -> Iterator[Path]:
+    """The folder of a packed data set, as `adfm.data.packed.opened` makes it.
+
+    Errors in the data carry the name of the data set, not that of the temporary folder. In a pod their whole list goes
+    to the log: the file that it is written to is lost with the pod.
+
+    Raises:
+        BadData: The block raised one.
+    """
+    from adfm.data import packed
+    from adfm.data.problems import BadData
+
+    with packed.opened(archive) as folder:
+        try:
+            yield folder
+        except BadData as error:
+            listing = error.listing
+            if isinstance(listing, Path) and "KUBERNETES_SERVICE_HOST" in os.environ:
+                print(listing.read_text(encoding="utf-8"))
+                listing = "the log above"
+            raise BadData(Path(folder.name), error.layout, error.problems, listing) from None
+
+
 def convert(raw: Path, shards: Path, validation: Path, params: Params, parts: Sequence[Path] = ()) -> dict[str, float]:
     """Convert a raw data set and validate the shards.
 
@@ -183,10 +208,10 @@ def convert(raw: Path, shards: Path, validation: Path, params: Params, parts: Se
     Raises:
         AdfmError: As `adfm.data.conversion.convert` and `adfm.data.validation.require`.
     """
-    from adfm.data import conversion, packed
+    from adfm.data import conversion
     from adfm.data.validation import require
 
-    with packed.opened(raw) as folder:
+    with raw_data(raw) as folder:
         conversion.convert(folder, shards, params, parts)
     require(shards, validation, params)
     statistics = json.loads((validation / "validation.json").read_text(encoding="utf-8"))["statistics"]
@@ -243,6 +268,9 @@ def evaluation_metrics(evaluation: Path) -> tuple[dict[str, float], list[str]]:
 def log_metrics(artifact: Any, title: str, metrics: Mapping[str, float], first: Sequence[str] = ()) -> None:
     """Write metrics into an artifact of KFP, those of `first` with a number before their names.
 
+    NaN and infinity are left out: they are not JSON, and KFP's launcher fails a task whose output it cannot read
+    (`getExecutorOutputFile` in backend/src/v2/component/launcher_v2.go), here after the training.
+
     KFP's page sorts metrics by name and shows ten at a time (frontend/src/components/viewers/PagedTable.tsx), whatever
     the order in which they are logged.
 
@@ -253,11 +281,12 @@ def log_metrics(artifact: Any, title: str, metrics: Mapping[str, float], first: 
         first: Names of at most nine that come first, in this order; those that `metrics` lacks are left out.
     """
     name_artifacts({title: artifact})
-    leading = [name for name in first if name in metrics]
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    leading = [name for name in first if name in finite]
     for number, name in enumerate(leading, 1):
-        artifact.log_metric(f"{number} {name}", metrics[name])
-    for name in sorted(set(metrics) - set(leading)):
-        artifact.log_metric(name, metrics[name])
+        artifact.log_metric(f"{number} {name}", finite[name])
+    for name in sorted(set(finite) - set(leading)):
+        artifact.log_metric(name, finite[name])
 
 
 def name_artifacts(titles: Mapping[str, Any]) -> None:

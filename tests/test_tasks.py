@@ -14,6 +14,8 @@ import yaml
 from kfp import dsl
 
 from adfm import environment, retries, tasks, termination, tracking
+from adfm.data import packed
+from adfm.data.problems import BadData
 from adfm.errors import AdfmError, Unreachable
 from adfm.models import loading
 from adfm.params import Params, loads
@@ -229,6 +231,30 @@ def test_metrics_that_come_first_are_numbered_because_the_page_sorts_by_name() -
     tasks.log_metrics(artifact, "Training metrics", {"kl": 1.0, "a": 2.0, "reward": 3.0}, ["reward", "gone", "kl"])
     assert artifact.metadata == {"display_name": "Training metrics", "1 reward": 3.0, "2 kl": 1.0, "a": 2.0}
     assert max(len(tasks.TRAINING_FIRST), len(tasks.WARMUP_FIRST)) < 10  # "10" would come before "2"
+
+
+def test_metrics_that_json_lacks_do_not_fail_a_task_that_has_done_its_work() -> None:
+    artifact = dsl.Metrics(name="training_metrics", uri="", metadata={})
+    tasks.log_metrics(artifact, "Training metrics", {"kl": math.nan, "a": math.inf, "reward": 3.0}, ["kl", "reward"])
+    assert artifact.metadata == {"display_name": "Training metrics", "1 reward": 3.0}
+
+
+@pytest.mark.parametrize("in_a_pod", [False, True])
+def test_errors_in_packed_data_are_listed_where_they_can_be_read(
+    in_a_pod: bool, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if in_a_pod:
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    (here / "line").mkdir()
+    packed.pack(here / "line", here / "line.tar")
+    listing = here / "shards.problems.txt"
+    problems = [f"{number:02d}.jpg: has no mask" for number in range(12)]
+    with pytest.raises(BadData) as error, tasks.raw_data(here / "line.tar") as folder:
+        raise BadData(folder, "mvtec", problems).written(listing)
+    assert str(error.value).startswith("line: has no mask (12 of 12 problems, layout mvtec)\n")
+    place = "the log above" if in_a_pod else listing
+    assert f"\nAll of them are listed in {place}.\n" in str(error.value)
+    assert ("11.jpg: has no mask" in capsys.readouterr().out) == in_a_pod
 
 
 def test_confusion_has_truth_in_rows_and_decisions_in_columns(here: Path) -> None:
