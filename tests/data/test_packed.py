@@ -269,6 +269,32 @@ def test_two_archives_at_a_time(tmp_path: Path) -> None:
         assert (contents.read(a / "0.png"), contents.read(b / "0.png")) == (b"a", b"b")
 
 
+def test_what_kfp_cannot_upload_as_one_file_is_in_several(
+    mvtec_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = tmp_path / "packed" / "tiny.tar"
+    packed.pack(mvtec_folder, archive)
+    whole = archive.stat().st_size
+    monkeypatch.setattr(packed, "LARGEST", whole // 3)
+    packed.pack(mvtec_folder, archive)
+    volumes = sorted(archive.parent.iterdir())
+    count = len(volumes)
+    assert [path.name for path in volumes] == [f"tiny.{number}-of-{count}.tar" for number in range(1, count + 1)]
+    assert 3 <= count <= 5
+    assert all(path.stat().st_size <= whole // 3 + 2 * tarfile.RECORDSIZE for path in volumes)
+    expected = {path.relative_to(mvtec_folder): path.read_bytes() for path in mvtec_folder.rglob("*") if path.is_file()}
+    with packed.opened(archive) as folder:
+        assert folder.name == "tiny"
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        assert {path.relative_to(folder): contents.read(path) for path in paths} == expected
+    volumes[-1].unlink()
+    with pytest.raises(AdfmError, match=rf"tiny\.{count}-of-{count}\.tar: cannot be read"), packed.opened(archive):
+        pass
+    monkeypatch.undo()
+    packed.pack(mvtec_folder, archive)
+    assert list(archive.parent.iterdir()) == [archive]
+
+
 def test_links_become_what_they_lead_to(mvtec_folder: Path, tmp_path: Path) -> None:
     raw = tmp_path / "raw" / "linked"
     raw.mkdir()
