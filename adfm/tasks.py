@@ -43,10 +43,7 @@ WARMUP_FIRST = ("loss", "mean_token_accuracy", "step")
 _EVALUATION_FIRST = ("balanced_accuracy", "miss_rate", "overkill", "iou")
 _ANSWERS = ("normal", "anomalous", "unparseable")
 _ROC_POINTS = 200
-_SECTIONS = {
-    "inspection": ("convert", "split"),
-    "conversion": ("seed", "convert", "split", "validate", "register"),
-}
+_CONVERSION = ("seed", "convert", "split", "validate", "register")
 
 
 @contextmanager
@@ -122,15 +119,21 @@ def check(
         from adfm.training import nodes
 
         nodes.check(params, run=run, nodes=num_nodes, gpus=num_gpus, gpu_type=gpu_type)
-    inspection, conversion = (tracking.settings(params, *sections) for sections in _SECTIONS.values())
     return (
         tracking.settings(params),
         source,
         params.fetch.name,
         revision or fixed_revision(source) or tracking.now(),
-        inspection,
-        conversion,
+        _inspection(params),
+        tracking.settings(params, *_CONVERSION),
     )
+
+
+def _inspection(params: Params) -> str:
+    """What the inspection of a part reads; other settings of these sections are left at their defaults."""
+    convert = params.convert.model_dump(exclude={"shard_images"})
+    split = params.split.model_dump(include={"group", "holdout_categories"})
+    return tracking.settings(Params.model_validate({"convert": convert, "split": split}), "convert", "split")
 
 
 def _require_s3_keys(source: str) -> None:

@@ -126,6 +126,16 @@ def test_the_check_takes_settings_apart_for_those_that_read_them() -> None:
     assert others[1:] == (source, name, revision, inspection, conversion)
 
 
+def test_images_are_inspected_again_only_for_settings_that_their_inspection_reads() -> None:
+    inspection, conversion = tasks.check("")[4:]
+    others = tasks.check("split: {test: 0.3}\nconvert: {shard_images: 7}\n")[4:]
+    assert others[0] == inspection and others[1] != conversion
+    for settings in ("convert: {min_area: 7}", "split: {group: (.*)}", "split: {holdout_categories: [bolt]}"):
+        (other,) = tasks.check(settings)[4:5]
+        assert other != inspection
+        assert set(loads(other).model_dump(exclude_defaults=True)) == {settings.partition(":")[0]}
+
+
 def test_on_a_cluster_a_store_that_would_be_lost_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     with pytest.raises(AdfmError, match="MLflow's address is not set.*secret adfm-mlflow"):
