@@ -378,13 +378,17 @@ def _row(cells: Sequence[str], tag: str) -> str:
 
 
 def version_link(model: str, version: str) -> str:
-    """A link, as HTML, to a version in MLflow; its name alone where MLflow has no pages."""
+    """A version in MLflow, as HTML: its name, and its address where MLflow has pages.
+
+    The address is the text of the link, to be copied: KFP shows a page in a frame that opens no other window (`sandbox`
+    in frontend/src/components/viewers/HTMLViewer.tsx), and MLflow refuses to be shown in a frame.
+    """
     name = html.escape(f"models:/{model}/{version}")
     server = environment.mlflow_ui()
     if not server:
         return name
     address = html.escape(f"{server.rstrip('/')}/#/models/{quote(model)}/versions/{version}", quote=True)
-    return f'<a href="{address}">{name}</a>'
+    return f'{name}: <a href="{address}">{address}</a>'
 
 
 def promote(version: str, settings: str, by: str, page: str) -> None:

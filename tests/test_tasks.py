@@ -300,4 +300,5 @@ def test_a_link_leads_to_the_public_address_and_is_made_only_to_a_server(monkeyp
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.adfm.svc:5000")
     assert 'href="http://mlflow.adfm.svc:5000/#/models/adfm/versions/3"' in tasks.version_link("adfm", "3")
     monkeypatch.setenv("ADFM_MLFLOW_UI", "https://mlflow.example.com/")
-    assert 'href="https://mlflow.example.com/#/models/adfm/versions/3"' in tasks.version_link("adfm", "3")
+    address = "https://mlflow.example.com/#/models/adfm/versions/3"
+    assert tasks.version_link("adfm", "3") == f'models:/adfm/3: <a href="{address}">{address}</a>'
