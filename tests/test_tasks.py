@@ -14,6 +14,8 @@ import yaml
 from kfp import dsl
 
 from adfm import environment, retries, tasks, termination, tracking
+from adfm.data import packed
+from adfm.data.problems import BadData
 from adfm.errors import AdfmError, Unreachable
 from adfm.models import loading
 from adfm.params import Params, loads
@@ -124,6 +126,16 @@ def test_the_check_takes_settings_apart_for_those_that_read_them() -> None:
     assert others[1:] == (source, name, revision, inspection, conversion)
 
 
+def test_images_are_inspected_again_only_for_settings_that_their_inspection_reads() -> None:
+    inspection, conversion = tasks.check("")[4:]
+    others = tasks.check("split: {test: 0.3}\nconvert: {shard_images: 7}\n")[4:]
+    assert others[0] == inspection and others[1] != conversion
+    for settings in ("convert: {min_area: 7}", "split: {group: (.*)}", "split: {holdout_categories: [bolt]}"):
+        (other,) = tasks.check(settings)[4:5]
+        assert other != inspection
+        assert set(loads(other).model_dump(exclude_defaults=True)) == {settings.partition(":")[0]}
+
+
 def test_on_a_cluster_a_store_that_would_be_lost_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     with pytest.raises(AdfmError, match="MLflow's address is not set.*secret adfm-mlflow"):
@@ -231,6 +243,30 @@ def test_metrics_that_come_first_are_numbered_because_the_page_sorts_by_name() -
     assert max(len(tasks.TRAINING_FIRST), len(tasks.WARMUP_FIRST)) < 10  # "10" would come before "2"
 
 
+def test_metrics_that_json_lacks_do_not_fail_a_task_that_has_done_its_work() -> None:
+    artifact = dsl.Metrics(name="training_metrics", uri="", metadata={})
+    tasks.log_metrics(artifact, "Training metrics", {"kl": math.nan, "a": math.inf, "reward": 3.0}, ["kl", "reward"])
+    assert artifact.metadata == {"display_name": "Training metrics", "1 reward": 3.0}
+
+
+@pytest.mark.parametrize("in_a_pod", [False, True])
+def test_errors_in_packed_data_are_listed_where_they_can_be_read(
+    in_a_pod: bool, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if in_a_pod:
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    (here / "line").mkdir()
+    packed.pack(here / "line", here / "line.tar")
+    listing = here / "shards.problems.txt"
+    problems = [f"{number:02d}.jpg: has no mask" for number in range(12)]
+    with pytest.raises(BadData) as error, tasks.raw_data(here / "line.tar") as folder:
+        raise BadData(folder, "mvtec", problems).written(listing)
+    assert str(error.value).startswith("line: has no mask (12 of 12 problems, layout mvtec)\n")
+    place = "the log above" if in_a_pod else listing
+    assert f"\nAll of them are listed in {place}.\n" in str(error.value)
+    assert ("11.jpg: has no mask" in capsys.readouterr().out) == in_a_pod
+
+
 def test_confusion_has_truth_in_rows_and_decisions_in_columns(here: Path) -> None:
     (here / "plots").mkdir()
     answers = ["normal,normal", "normal,anomalous", "anomalous,unparseable", "anomalous,anomalous", "normal,normal"]
@@ -264,4 +300,5 @@ def test_a_link_leads_to_the_public_address_and_is_made_only_to_a_server(monkeyp
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.adfm.svc:5000")
     assert 'href="http://mlflow.adfm.svc:5000/#/models/adfm/versions/3"' in tasks.version_link("adfm", "3")
     monkeypatch.setenv("ADFM_MLFLOW_UI", "https://mlflow.example.com/")
-    assert 'href="https://mlflow.example.com/#/models/adfm/versions/3"' in tasks.version_link("adfm", "3")
+    address = "https://mlflow.example.com/#/models/adfm/versions/3"
+    assert tasks.version_link("adfm", "3") == f'models:/adfm/3: <a href="{address}">{address}</a>'
