@@ -194,7 +194,7 @@ def _api_errors(what: str, right: str) -> Iterator[None]:
     except HTTPError as error:
         raise Unreachable(f"the Kubernetes API does not answer ({error}).") from error
     except ApiException as error:
-        if error.status == 429 or error.status >= 500:
+        if error.status in (401, 408, 429) or error.status >= 500:  # 401: the token was renewed meanwhile
             raise Unreachable(f"the Kubernetes API answered {error.status} {error.reason}.") from error
         if error.status == 404:
             raise AdfmError(f"{what} is not there any more.") from error

@@ -171,7 +171,7 @@ def test_the_version_has_a_link_where_mlflow_has_public_pages(
         assert told()[1] == "version 1 of adfm: gate passed"
 
 
-@pytest.mark.parametrize("answers", [[500], [503, 429]])
+@pytest.mark.parametrize("answers", [[500], [503, 429], [401]])
 def test_an_api_that_is_busy_is_asked_again(cluster: Cluster, answers: list[int]) -> None:
     cluster.has(training())
     cluster.answers = answers
