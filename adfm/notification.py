@@ -79,7 +79,8 @@ def notify(name: str, status: Status, run: str, settings: str, ui: str) -> str:
     versions = _versions(name, settings, run, outcome)
     if not versions and name != PROMOTION:
         versions = ["no version was registered"]
-    text = "\n".join([_headline(name, outcome), *_reasons(outcome), *versions, _link(ui, run)])
+    link = f"run {run}" if _is_local(status) else _link(ui, run)
+    text = "\n".join([_headline(name, outcome), *_reasons(outcome), *versions, link])
     print(text)
     if name == PROMOTION and not versions and _is_quiet(outcome, status):
         print("no message is sent: nothing was promoted, and nothing is known to have failed")
@@ -102,8 +103,7 @@ def _is_quiet(outcome: Outcome, status: Status) -> bool:
 
 
 def _outcome(status: Status, run: str) -> Outcome:
-    # KFP's local runner, whose state is right; it may run in a pod, as in a notebook of Kubeflow.
-    if not cluster.inside() or (status.pipeline_job_resource_name or "").startswith(_LOCAL):
+    if not cluster.inside() or _is_local(status):
         return _local(status)
     try:
         return _patiently(lambda: workflows.outcome(_workflow(status, run), status.pipeline_task_name))
@@ -121,7 +121,13 @@ def _patiently(ask: Callable[[], Outcome]) -> Outcome:
     return ask()
 
 
+def _is_local(status: Status) -> bool:
+    """Whether it is from KFP's local runner, which may run in a pod as well: a notebook of Kubeflow."""
+    return (status.pipeline_job_resource_name or "").startswith(_LOCAL)
+
+
 def _local(status: Status) -> Outcome:
+    """The outcome of a local run, whose state is right."""
     state = _STATES.get(status.state)
     reason = printable(status.error_message.strip())
     failures = (Failure("", reason),) if reason else ()

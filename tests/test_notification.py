@@ -384,8 +384,9 @@ def test_the_state_of_the_local_runner_is_right(state: str, error: str, lines: l
 
 def test_a_local_run_in_a_pod_has_no_workflow(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(STARTED, "2026-11-20T10:00:00+00:00")
-    text = notify(TRAINING, Status("FAILED", "Task x failed.", f"local-pipeline-{HANDLER}", HANDLER), RUN, "", "")
+    text = notify(TRAINING, Status("FAILED", "Task x failed.", f"local-pipeline-{HANDLER}", HANDLER), RUN, "", UI)
     assert re.fullmatch(r"adfm-training failed after -?\d+ s", text.splitlines()[0])
+    assert text.splitlines()[1:] == ["Task x failed.", NO_VERSION, f"run {RUN}"]  # KFP's pages do not know it
     assert cluster.asked == []
 
 
