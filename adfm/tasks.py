@@ -25,10 +25,13 @@ from adfm.params import Params, loads
 from adfm.text import printable_output
 
 RUN_TAG = "kfp_run_id"
-"""Tag of a version: the run of the pipeline that registered it."""
+"""Tag of a version, and of the run of `register` in MLflow: the run of the pipeline that registered it."""
 
 REVISION_TAG = "data_revision"
 """Tag of a version: the revision of the data that the run was asked for."""
+
+STARTED = "ADFM_RUN_STARTED"
+"""Variable with the time at which a run on this machine started: `pipelines.local` sets it for the notification."""
 
 GPUS = ("nvidia.com/gpu", "amd.com/gpu", "gpu.intel.com/i915", "gpu.intel.com/xe", "habana.ai/gaudi")
 """Resources by which the device plugins of Kubernetes announce GPUs; besides them, parts of one: `nvidia.com/mig-…`."""
@@ -47,18 +50,27 @@ _CONVERSION = ("seed", "convert", "split", "validate", "register")
 
 
 @contextmanager
-def stage() -> Iterator[None]:
+def stage(tolerant: bool = False) -> Iterator[None]:
     """Run the body of a component as `adfm` runs a verb: set up the environment, and exit with the status of its error.
 
-    An `AdfmError` is printed alone, without a traceback. The first line of any error is left where Kubernetes and Argo
+    An `AdfmError` is printed alone, without a traceback. Any error is left, in one line, where Kubernetes and Argo
     take a container's message from (`adfm.termination`), so that the notification has the stage's own reason.
+
+    Args:
+        tolerant: Whether the body runs also where the environment cannot be set up. The notification does, which has
+            to report that the other stages did not.
 
     Raises:
         SystemExit: After an `AdfmError`, a full disk or SIGTERM. The status is 75 for a training that can be resumed.
     """
     with printable_output():
         try:
-            environment.set_environment()
+            try:
+                environment.set_environment()
+            except AdfmError as error:
+                if not tolerant:
+                    raise
+                print(f"adfm: {error}", file=sys.stderr)
             with stopping.terminable():
                 yield
         except AdfmError as error:
@@ -69,13 +81,13 @@ def stage() -> Iterator[None]:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 where = error.filename or "a file"
                 _end(f"{where}: the disk is full; use nodes with more ephemeral storage.", 1)
-            termination.leave(f"{type(error).__name__}: {error}".partition("\n")[0])
+            termination.leave(f"{type(error).__name__}: {error}")
             raise
 
 
 def _end(message: str, status: int) -> NoReturn:
     print(f"adfm: error: {message}", file=sys.stderr)
-    termination.leave(message.partition("\n")[0])
+    termination.leave(message)
     raise SystemExit(status)
 
 

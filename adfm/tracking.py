@@ -38,6 +38,9 @@ LIBRARIES = (
     *("pillow-heif", "pyarrow", "safetensors", "scipy", "tokenizers", "torch", "transformers", "trl"),
 )
 
+VERSION_TAG = "registered_version"
+"""Tag of the run of `register`: the version that it registered, or that was there already."""
+
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",

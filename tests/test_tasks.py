@@ -51,7 +51,7 @@ def fail(error: BaseException) -> Callable[[], None]:
 @pytest.mark.parametrize(
     ("work", "status", "line"),
     [
-        (fail(AdfmError("shards: 2 problems:\n  a\n  b")), 1, "shards: 2 problems:"),
+        (fail(AdfmError("shards: 2 problems:\n  a\n  b")), 1, "shards: 2 problems:\n  a\n  b"),
         (fail(Stopped("told to stop")), 75, "told to stop"),
         (fail(Terminated()), 143, "terminated by SIGTERM: the run was terminated, or its pod deleted"),
         (no_space, 1, "shards/train.parquet: the disk is full; use nodes with more ephemeral storage."),
@@ -70,7 +70,7 @@ def test_a_stage_ends_with_the_status_and_the_reason_of_its_error(
 def test_an_error_that_nobody_expected_keeps_its_traceback_and_leaves_a_line(last_words: list[str]) -> None:
     with pytest.raises(ZeroDivisionError), tasks.stage():
         raise ZeroDivisionError("division by zero\nmore")
-    assert last_words == ["ZeroDivisionError: division by zero"]
+    assert last_words == ["ZeroDivisionError: division by zero\nmore"]
 
 
 def test_an_environment_that_cannot_be_set_up_is_an_error_of_the_stage(
@@ -80,6 +80,15 @@ def test_an_environment_that_cannot_be_set_up_is_an_error_of_the_stage(
     with pytest.raises(SystemExit), tasks.stage():
         raise AssertionError
     assert last_words == ["ca.crt: holds no certificate"]
+
+
+def test_a_notification_is_sent_from_an_environment_that_cannot_be_set_up(
+    last_words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(environment, "set_environment", fail(AdfmError("ca.crt: holds no certificate")))
+    with tasks.stage(tolerant=True):
+        print("sent")
+    assert capsys.readouterr() == ("sent\n", "adfm: ca.crt: holds no certificate\n") and not last_words
 
 
 def test_a_stage_that_ends_well_leaves_nothing(last_words: list[str]) -> None:
