@@ -128,7 +128,8 @@ def _launcher(gpus: int) -> list[str]:
     if gpus < 2:
         return [sys.executable, "-m"]
     # Each process would take the threads of all (`OMP_NUM_THREADS`).
-    threads = min(int(os.environ.get("OMP_NUM_THREADS") or cpus.count()), cpus.share(gpus))
+    given = re.match(r"[1-9]\d*", os.environ.get("OMP_NUM_THREADS", ""))  # of "4,2" the first, as OpenMP does
+    threads = min(int(given[0]) if given else cpus.count(), cpus.share(gpus))
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
     launcher += ["--num_processes", str(gpus), "--num_cpu_threads_per_process", str(threads)]
     return [*launcher, "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
