@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -203,6 +204,23 @@ def test_files_of_mlflow(what: str, put: bool, monkeypatch: pytest.MonkeyPatch, 
     assert server in str(caught.value) and (not what.isdigit() or what in str(caught.value))
 
 
+def test_a_version_that_cannot_be_downloaded_now_is_not_called_changed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    def away(*_: object, **__: object) -> None:
+        raise MlflowException(
+            "failures occurred while downloading:\n(Caused by ResponseError('too many 503 error responses'))"
+        )
+
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", away)
+    version: Any = SimpleNamespace(name="adfm", version="1", tags={})
+    assert kinds(lambda: loading.check_unchanged(version, tmp_path)) is Unreachable
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("what", [*STAYS, *(what for what in PASSES if what != "silent")])
 def test_s3(what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     s3_settings(monkeypatch, tmp_path)
@@ -251,7 +269,11 @@ def test_file_servers_of_the_hub(what: str, passes: bool, monkeypatch: pytest.Mo
             file = b'{"type": "file", "path": "model.safetensors", "size": 9, "oid": "0"}'
             return send(handler, 200, b"[%b]" % file)
         if "/resolve/" in handler.path:
-            links: dict[str, Any] = {"X-Xet-Hash": "c" * 64, "X-Xet-Refresh-Route": f"{base}/token", "X-Linked-Size": "9"}
+            links: dict[str, Any] = {
+                "X-Xet-Hash": "c" * 64,
+                "X-Xet-Refresh-Route": f"{base}/token",
+                "X-Linked-Size": "9",
+            }
             return send(handler, 200, b"", ETag='"b"', **links, **{"X-Repo-Commit": "0" * 40})
         if handler.path == "/token":
             links = {"X-Xet-Cas-Url": files, "X-Xet-Access-Token": "t", "X-Xet-Token-Expiration": "9999999999"}
@@ -279,6 +301,29 @@ def test_dvc_whose_git_server_does_not_answer(what: str, passes: bool, tmp_path:
     with address(what) as server:
         kind = kinds(lambda: sources.fetch(f"dvc://{server}/images.git@v1:data", tmp_path / "raw"))
     assert kind is (Unreachable if passes else AdfmError)
+
+
+def test_the_error_of_a_git_server_has_its_cause(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import asyncssh
+    import dvc.api
+    from dvc.scm import CloneError
+
+    def refuse(error: Exception) -> None:
+        def clone(*_: object, **__: object) -> None:
+            try:
+                raise error
+            except type(error) as cause:
+                raise CloneError("Failed to clone repo 'git@example.com:a.git'") from cause
+
+        monkeypatch.setattr(dvc.api, "DVCFileSystem", clone)
+
+    refuse(asyncssh.ConnectionLost("Connection lost"))
+    fetch = functools.partial(sources.fetch, "dvc://git@example.com:a.git@v1:data", tmp_path / "raw")
+    assert kinds(fetch) is Unreachable
+    refuse(asyncssh.PermissionDenied("Permission denied for user git on host example.com"))
+    with pytest.raises(AdfmError, match="Permission denied for user git on host") as caught:
+        fetch()
+    assert not isinstance(caught.value, Unreachable)
 
 
 @pytest.fixture(scope="module")
