@@ -82,6 +82,15 @@ def test_affinity_counts_beside_the_limit(kernel: Path, monkeypatch: pytest.Monk
     assert (cpus.share(1), cpus.share(2), cpus.share(3)) == (2, 1, 1)
 
 
+@pytest.mark.parametrize(("given", "threads"), [("", 4), ("8", 4), ("3", 3), ("1,2", 1), ("odd", 4)])
+def test_processes_side_by_side_share_the_cpus(
+    given: str, threads: int, kernel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write(kernel / "cpu.max", "800000 100000\n")
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert cpus.threads(2) == threads
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="NOT TESTED: this system has no affinity")
 def test_a_real_affinity() -> None:
     assert _run("import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})", "cpus.count()") == "1"

@@ -133,11 +133,8 @@ def _kind(error: Exception) -> str:
 def _launcher(gpus: int) -> list[str]:
     if gpus < 2:
         return [sys.executable, "-m"]
-    # Each process would take the threads of all (`OMP_NUM_THREADS`).
-    given = re.match(r"[1-9]\d*", os.environ.get("OMP_NUM_THREADS", ""))  # of "4,2" the first, as OpenMP does
-    threads = min(int(given[0]) if given else cpus.count(), cpus.share(gpus))
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
-    launcher += ["--num_processes", str(gpus), "--num_cpu_threads_per_process", str(threads)]
+    launcher += ["--num_processes", str(gpus), "--num_cpu_threads_per_process", str(cpus.threads(gpus))]
     return [*launcher, "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
 
 
