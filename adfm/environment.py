@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from adfm import cpus, pods
+from adfm import cpus, pods, retries
 from adfm.errors import AdfmError
 
 # Nothing is reported to anyone, and nothing is uploaded that was not asked for.
@@ -114,7 +114,16 @@ def mlflow_ui() -> str:
         return ui.rstrip("/")
     if not server.startswith(("http://", "https://")):
         return ""
-    return re.sub(r"//[^/@\s]+@", "//", server).rstrip("/")
+    return without_login(server).rstrip("/")
+
+
+def without_login(text: str) -> str:
+    """The text, without the names and passwords of its addresses, and without headers that a client refused to send."""
+    # A password may hold an `@`; the one in `dvc://REPO@REV:PATH` ends no login.
+    text = re.sub(r"(?<!dvc)://[^/?#\s]*@", "://", text)
+    return re.sub(
+        r"(header value):? .*", r"\1", text
+    )  # http.client and requests quote it, with the token that it holds
 
 
 def same_server(one: str, other: str) -> bool:
@@ -145,7 +154,9 @@ def ca_bundle() -> str | None:
 
 def ca_remedy(error: BaseException) -> str:
     """What to do where a server's certificate was signed by an unknown authority; "" after any other error."""
-    unknown = re.search(r"self[- ]signed certificate|unable to get (local )?issuer certificate", str(error))
+    # Git's and DVC's errors do not have the reason in their text, but in the error that they were raised from.
+    reasons = " ".join(map(str, retries.causes(error)))
+    unknown = re.search(r"self[- ]signed certificate|unable to get (local )?issuer certificate", reasons)
     return (
         " Its certificate is signed by an authority that is unknown here: name the authority's certificate (PEM) in "
         f"ADFM_CA_BUNDLE, on a cluster in the ConfigMap {pods.CA}, key {pods.CA_FILE}."
@@ -178,7 +189,9 @@ def _trust_private_ca() -> None:
 
 def _private_ca() -> Path | None:
     if name := variable("ADFM_CA_BUNDLE"):
-        return Path(name).expanduser()
+        file = Path(name).expanduser().absolute()
+        os.environ["ADFM_CA_BUNDLE"] = str(file)  # for child processes, whose working folder may be another
+        return file
     folder = Path(pods.CA_FOLDER)
     keys = sorted(path.name for path in folder.glob("[!.]*"))  # what starts with a dot is Kubernetes' own
     if keys and pods.CA_FILE not in keys:

@@ -6,6 +6,7 @@ not, the notification says what is known and what to grant, and no state.
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +20,9 @@ from adfm.errors import AdfmError, Unreachable
 from adfm.params import Params
 from adfm.pods import NEEDS
 from adfm.registry.alerts import alert
-from adfm.tasks import RUN_TAG
-from adfm.text import printable
+from adfm.tasks import RUN_TAG, STARTED
+from adfm.text import one_line, printable, shortened
+from adfm.tracking import VERSION_TAG
 from adfm.workflows import Failure, Outcome, State
 
 PROMOTION = "adfm-promotion"
@@ -28,7 +30,9 @@ PROMOTION = "adfm-promotion"
 
 _PAUSES = (2.0, 10.0)  # seconds before the Kubernetes API is asked again
 _MOST = 5  # failed tasks that are listed
-_CLOCKS = timedelta(seconds=30)  # by which those of MLflow's server and the cluster may differ
+_LONGEST = 400  # characters of an error
+_CLOCKS = timedelta(seconds=30)  # by which those of a cluster's machines may differ
+_LOCAL = "local-pipeline-"  # before the "Workflow" of KFP's local runner: kfp/local/orchestrator/orchestrator_utils.py
 _RUN_LABEL = "pipeline/runid"  # of KFP, on a Workflow and its pods: backend/src/common/util/consts.go
 _WORKFLOW_LABEL = "workflows.argoproj.io/workflow"  # of Argo, on a pod
 _WORDS: dict[State, tuple[str, str]] = {
@@ -75,19 +79,23 @@ def notify(name: str, status: Status, run: str, settings: str, ui: str) -> str:
     versions = _versions(name, settings, run, outcome)
     if not versions and name != PROMOTION:
         versions = ["no version was registered"]
-    text = "\n".join([_headline(name, outcome), *_reasons(outcome), *versions, _link(ui, run)])
+    link = f"run {run}" if _is_local(status) else _link(ui, run)
+    text = "\n".join([_headline(name, outcome), *_reasons(outcome), *versions, link])
     print(text)
-    if name == PROMOTION and not versions and _is_quiet(outcome):
+    if name == PROMOTION and not versions and _is_quiet(outcome, status):
         print("no message is sent: nothing was promoted, and nothing is known to have failed")
     else:
         alert(text)
     return text
 
 
-def _is_quiet(outcome: Outcome) -> bool:
-    """Whether the run succeeded, or its pods at least are known and none of them failed."""
+def _is_quiet(outcome: Outcome, status: Status) -> bool:
+    """Whether the run succeeded, or is not known to have failed by its pods or, without them, by KFP's state.
+
+    KFP has a run of this pipeline as COMPLETE only if its one task was.
+    """
     if outcome.state is None:
-        return outcome.started is not None and not outcome.failures
+        return not outcome.failures and (outcome.started is not None or status.state == "COMPLETE")
     return outcome.state == "succeeded"
 
 
@@ -95,7 +103,7 @@ def _is_quiet(outcome: Outcome) -> bool:
 
 
 def _outcome(status: Status, run: str) -> Outcome:
-    if not cluster.inside():  # KFP's local runner, whose state is right
+    if not cluster.inside() or _is_local(status):
         return _local(status)
     try:
         return _patiently(lambda: workflows.outcome(_workflow(status, run), status.pipeline_task_name))
@@ -113,11 +121,18 @@ def _patiently(ask: Callable[[], Outcome]) -> Outcome:
     return ask()
 
 
+def _is_local(status: Status) -> bool:
+    """Whether it is from KFP's local runner, which may run in a pod as well: a notebook of Kubeflow."""
+    return (status.pipeline_job_resource_name or "").startswith(_LOCAL)
+
+
 def _local(status: Status) -> Outcome:
+    """The outcome of a local run, whose state is right."""
     state = _STATES.get(status.state)
     reason = printable(status.error_message.strip())
     failures = (Failure("", reason),) if reason else ()
-    return Outcome(state, failures, unknown="" if state else f"its state is {status.state!r}.")
+    started = workflows.moment(os.environ.get(STARTED))
+    return Outcome(state, failures, started, unknown="" if state else f"its state is {status.state!r}.")
 
 
 def _unknown(status: Status, why: str, pods: list[dict[str, Any]]) -> Outcome:
@@ -185,7 +200,7 @@ def _api_errors(what: str, right: str) -> Iterator[None]:
     except HTTPError as error:
         raise Unreachable(f"the Kubernetes API does not answer ({error}).") from error
     except ApiException as error:
-        if error.status == 429 or error.status >= 500:
+        if error.status in (401, 408, 429) or error.status >= 500:  # 401: the token was renewed meanwhile
             raise Unreachable(f"the Kubernetes API answered {error.status} {error.reason}.") from error
         if error.status == 404:
             raise AdfmError(f"{what} is not there any more.") from error
@@ -215,12 +230,27 @@ def _versions(name: str, settings: str, run: str, outcome: Outcome) -> list[str]
 def _registered(loaded: Params, run: str) -> list[str]:
     with tracking.store_errors(tracking.configure()):
         query = f"name = '{loaded.register_.model}' and tags.{RUN_TAG} = '{run}'"
-        versions: Any = tracking.client().search_model_versions(query)
+        versions = list(tracking.client().search_model_versions(query)) or _submitted_again(loaded, run)
         return [
             f"version {each.version} of {each.name}: gate {each.tags.get('gate') or 'not decided yet'}"
             f"{_version_link(each.name, str(each.version))}"
             for each in versions
         ]
+
+
+def _submitted_again(loaded: Params, run: str) -> list[Any]:
+    """Versions that were there when the run registered its model: they have the tag of the run that was first.
+
+    The run of `register` in MLflow names them.
+    """
+    store, ids = tracking.client(), []
+    if experiment := tracking.find_experiment(loaded.register_.experiment):
+        ids.append(experiment.experiment_id)
+    if given := tracking.find_run(os.environ.get("MLFLOW_RUN_ID")):  # of KFP's MLflow plug-in, in its own experiment
+        ids.append(given.info.experiment_id)
+    runs: Any = store.search_runs(ids, f"tags.{RUN_TAG} = '{run}'") if ids else []
+    numbers = {each.data.tags[VERSION_TAG] for each in runs if VERSION_TAG in each.data.tags}
+    return [store.get_model_version(loaded.register_.model, number) for number in sorted(numbers, key=int)]
 
 
 def _version_link(model: str, version: str) -> str:
@@ -234,7 +264,9 @@ def _version_link(model: str, version: str) -> str:
 def _promoted(loaded: Params, started: datetime | None) -> list[str]:
     from adfm.registry import promotion
 
-    since = (started or datetime.now(UTC) - timedelta(hours=NEEDS["promote"].hours)) - _CLOCKS
+    since = started or datetime.now(UTC) - timedelta(hours=NEEDS["promote"].hours)
+    if STARTED not in os.environ:
+        since -= _CLOCKS
     return [
         f"version {step.version} of {loaded.register_.model} was promoted to production by {printable(step.by)}"
         for step in promotion.history(loaded).counting
@@ -268,9 +300,9 @@ def _reason(failure: Failure) -> str:
 
 
 def _text(error: Exception) -> str:
-    """The first line of an error."""
+    """An error in one line."""
     text = str(error) if isinstance(error, AdfmError) else f"{type(error).__name__}: {error}"
-    return printable((text.splitlines() or [""])[0])
+    return shortened(one_line(text), _LONGEST)
 
 
 def _link(ui: str, run: str) -> str:

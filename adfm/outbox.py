@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 from tqdm import tqdm
 
 from adfm import tracking
+from adfm.environment import without_login
 from adfm.errors import AdfmError
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ def _require_run(journal: Path) -> None:
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    run, place = journal.stem, tracking.without_login(mlflow.get_tracking_uri())
+    run, place = journal.stem, without_login(mlflow.get_tracking_uri())
     remove = f"If its figures are not wanted, remove {journal}"
     try:
         if mlflow.MlflowClient().get_run(run).info.lifecycle_stage == "active":
@@ -280,7 +281,7 @@ def _tag(run: str, what: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return tracking.without_login(" ".join(str(error).rpartition("Caused by ")[2].split()))[:120]
+    return without_login(" ".join(str(error).rpartition("Caused by ")[2].split()))[:120]
 
 
 def _say(text: str) -> None:

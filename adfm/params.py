@@ -37,7 +37,8 @@ class Fetch(Section):
     """Where the raw data set comes from."""
 
     source: str = "synthetic://"
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "synthetic"
+    # Files are named by it, with endings; a disk takes 255 bytes.
+    name: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "synthetic"
 
 
 class Convert(Section):

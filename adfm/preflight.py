@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from adfm import tracking
+from adfm import environment, tracking
 from adfm.errors import AdfmError, Unreachable
 from adfm.files import replace_text
 from adfm.models import adapters, decoding, hardware, loading
@@ -47,7 +47,8 @@ def check(params: Params, out: Path | None = None, gpus: int = 0) -> None:
         uri = tracking.configure()
         with tracking.store_errors(uri):
             tracking.find_experiment(params.register_.experiment)
-        found.append(f"tracking  {uri}")
+            tracking.given_run(uri)
+        found.append(f"tracking  {environment.without_login(uri)}")
     except AdfmError as error:
         problems.append(str(error))
         unreachable += isinstance(error, Unreachable)

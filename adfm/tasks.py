@@ -7,6 +7,7 @@ import difflib
 import errno
 import html
 import json
+import math
 import os
 import re
 import shutil
@@ -24,10 +25,13 @@ from adfm.params import Params, loads
 from adfm.text import printable_output
 
 RUN_TAG = "kfp_run_id"
-"""Tag of a version: the run of the pipeline that registered it."""
+"""Tag of a version, and of the run of `register` in MLflow: the run of the pipeline that registered it."""
 
 REVISION_TAG = "data_revision"
 """Tag of a version: the revision of the data that the run was asked for."""
+
+STARTED = "ADFM_RUN_STARTED"
+"""Variable with the time at which a run on this machine started: `pipelines.local` sets it for the notification."""
 
 GPUS = ("nvidia.com/gpu", "amd.com/gpu", "gpu.intel.com/i915", "gpu.intel.com/xe", "habana.ai/gaudi")
 """Resources by which the device plugins of Kubernetes announce GPUs; besides them, parts of one: `nvidia.com/mig-…`."""
@@ -42,25 +46,31 @@ WARMUP_FIRST = ("loss", "mean_token_accuracy", "step")
 _EVALUATION_FIRST = ("balanced_accuracy", "miss_rate", "overkill", "iou")
 _ANSWERS = ("normal", "anomalous", "unparseable")
 _ROC_POINTS = 200
-_SECTIONS = {
-    "inspection": ("convert", "split"),
-    "conversion": ("seed", "convert", "split", "validate", "register"),
-}
+_CONVERSION = ("seed", "convert", "split", "validate", "register")
 
 
 @contextmanager
-def stage() -> Iterator[None]:
+def stage(tolerant: bool = False) -> Iterator[None]:
     """Run the body of a component as `adfm` runs a verb: set up the environment, and exit with the status of its error.
 
-    An `AdfmError` is printed alone, without a traceback. The first line of any error is left where Kubernetes and Argo
+    An `AdfmError` is printed alone, without a traceback. Any error is left, in one line, where Kubernetes and Argo
     take a container's message from (`adfm.termination`), so that the notification has the stage's own reason.
+
+    Args:
+        tolerant: Whether the body runs also where the environment cannot be set up. The notification does, which has
+            to report that the other stages did not.
 
     Raises:
         SystemExit: After an `AdfmError`, a full disk or SIGTERM. The status is 75 for a training that can be resumed.
     """
     with printable_output():
         try:
-            environment.set_environment()
+            try:
+                environment.set_environment()
+            except AdfmError as error:
+                if not tolerant:
+                    raise
+                print(f"adfm: {error}", file=sys.stderr)
             with stopping.terminable():
                 yield
         except AdfmError as error:
@@ -71,13 +81,13 @@ def stage() -> Iterator[None]:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 where = error.filename or "a file"
                 _end(f"{where}: the disk is full; use nodes with more ephemeral storage.", 1)
-            termination.leave(f"{type(error).__name__}: {error}".partition("\n")[0])
+            termination.leave(f"{type(error).__name__}: {error}")
             raise
 
 
 def _end(message: str, status: int) -> NoReturn:
     print(f"adfm: error: {message}", file=sys.stderr)
-    termination.leave(message.partition("\n")[0])
+    termination.leave(message)
     raise SystemExit(status)
 
 
@@ -121,15 +131,21 @@ def check(
         from adfm.training import nodes
 
         nodes.check(params, run=run, nodes=num_nodes, gpus=num_gpus, gpu_type=gpu_type)
-    inspection, conversion = (tracking.settings(params, *sections) for sections in _SECTIONS.values())
     return (
         tracking.settings(params),
         source,
         params.fetch.name,
         revision or fixed_revision(source) or tracking.now(),
-        inspection,
-        conversion,
+        _inspection(params),
+        tracking.settings(params, *_CONVERSION),
     )
+
+
+def _inspection(params: Params) -> str:
+    """What the inspection of a part reads; other settings of these sections are left at their defaults."""
+    convert = params.convert.model_dump(exclude={"shard_images"})
+    split = params.split.model_dump(include={"group", "holdout_categories"})
+    return tracking.settings(Params.model_validate({"convert": convert, "split": split}), "convert", "split")
 
 
 def _require_s3_keys(source: str) -> None:
@@ -164,6 +180,30 @@ def fixed_revision(source: str) -> str:
     return source if fixed else ""
 
 
+@contextmanager
+def raw_data(archive: Path) -> Iterator[Path]:
+    """The folder of a packed data set, as `adfm.data.packed.opened` makes it.
+
+    Errors in the data carry the name of the data set, not that of the temporary folder. In a pod their whole list goes
+    to the log: the file that it is written to is lost with the pod.
+
+    Raises:
+        BadData: The block raised one.
+    """
+    from adfm.data import packed
+    from adfm.data.problems import BadData
+
+    with packed.opened(archive) as folder:
+        try:
+            yield folder
+        except BadData as error:
+            listing = error.listing
+            if isinstance(listing, Path) and "KUBERNETES_SERVICE_HOST" in os.environ:
+                print(listing.read_text(encoding="utf-8"))
+                listing = "the log above"
+            raise BadData(Path(folder.name), error.layout, error.problems, listing) from None
+
+
 def convert(raw: Path, shards: Path, validation: Path, params: Params, parts: Sequence[Path] = ()) -> dict[str, float]:
     """Convert a raw data set and validate the shards.
 
@@ -183,10 +223,10 @@ def convert(raw: Path, shards: Path, validation: Path, params: Params, parts: Se
     Raises:
         AdfmError: As `adfm.data.conversion.convert` and `adfm.data.validation.require`.
     """
-    from adfm.data import conversion, packed
+    from adfm.data import conversion
     from adfm.data.validation import require
 
-    with packed.opened(raw) as folder:
+    with raw_data(raw) as folder:
         conversion.convert(folder, shards, params, parts)
     require(shards, validation, params)
     statistics = json.loads((validation / "validation.json").read_text(encoding="utf-8"))["statistics"]
@@ -243,6 +283,9 @@ def evaluation_metrics(evaluation: Path) -> tuple[dict[str, float], list[str]]:
 def log_metrics(artifact: Any, title: str, metrics: Mapping[str, float], first: Sequence[str] = ()) -> None:
     """Write metrics into an artifact of KFP, those of `first` with a number before their names.
 
+    NaN and infinity are left out: they are not JSON, and KFP's launcher fails a task whose output it cannot read
+    (`getExecutorOutputFile` in backend/src/v2/component/launcher_v2.go), here after the training.
+
     KFP's page sorts metrics by name and shows ten at a time (frontend/src/components/viewers/PagedTable.tsx), whatever
     the order in which they are logged.
 
@@ -253,11 +296,12 @@ def log_metrics(artifact: Any, title: str, metrics: Mapping[str, float], first: 
         first: Names of at most nine that come first, in this order; those that `metrics` lacks are left out.
     """
     name_artifacts({title: artifact})
-    leading = [name for name in first if name in metrics]
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    leading = [name for name in first if name in finite]
     for number, name in enumerate(leading, 1):
-        artifact.log_metric(f"{number} {name}", metrics[name])
-    for name in sorted(set(metrics) - set(leading)):
-        artifact.log_metric(name, metrics[name])
+        artifact.log_metric(f"{number} {name}", finite[name])
+    for name in sorted(set(finite) - set(leading)):
+        artifact.log_metric(name, finite[name])
 
 
 def name_artifacts(titles: Mapping[str, Any]) -> None:
@@ -346,13 +390,17 @@ def _row(cells: Sequence[str], tag: str) -> str:
 
 
 def version_link(model: str, version: str) -> str:
-    """A link, as HTML, to a version in MLflow; its name alone where MLflow has no pages."""
+    """A version in MLflow, as HTML: its name, and its address where MLflow has pages.
+
+    The address is the text of the link, to be copied: KFP shows a page in a frame that opens no other window (`sandbox`
+    in frontend/src/components/viewers/HTMLViewer.tsx), and MLflow refuses to be shown in a frame.
+    """
     name = html.escape(f"models:/{model}/{version}")
     server = environment.mlflow_ui()
     if not server:
         return name
     address = html.escape(f"{server.rstrip('/')}/#/models/{quote(model)}/versions/{version}", quote=True)
-    return f'<a href="{address}">{name}</a>'
+    return f'{name}: <a href="{address}">{address}</a>'
 
 
 def promote(version: str, settings: str, by: str, page: str) -> None:

@@ -12,7 +12,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from adfm.text import printable
+from adfm.text import one_line
 
 FILE = Path("/dev/termination-log")
 
@@ -20,10 +20,10 @@ _LONGEST = 1000  # characters
 
 
 def leave(text: str) -> None:
-    """Leave the first line of a text as the termination message of this container; never fail.
+    """Leave a text in one line (`one_line`) as the termination message of this container; never fail.
 
     Outside a pod there is no such file, and none is made. A later line replaces an earlier one.
     """
-    line = printable(next((line for line in text.splitlines() if line.strip()), "").strip())
+    line = one_line(text)
     with suppress(OSError), os.fdopen(os.open(FILE, os.O_WRONLY | os.O_TRUNC), "wb") as stream:
         stream.write(line[:_LONGEST].encode(errors="backslashreplace"))

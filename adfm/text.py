@@ -26,6 +26,25 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
+def one_line(text: str) -> str:
+    """The first line of a text, printable; where it ends with a colon, the lines that it introduces follow it.
+
+    What is wrong is often in those: "these settings are wrong:", "Version 3 of adfm cannot be promoted:".
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        return ""
+    listed = lines[1:] if lines[0].endswith(":") else []
+    if listed and listed[0].startswith("Traceback"):
+        listed = listed[-1:]
+    return printable(f"{lines[0]} {'; '.join(line.removeprefix('- ') for line in listed)}".rstrip())
+
+
+def shortened(text: str, most: int) -> str:
+    """The text, in at most so many characters."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def printable_lines(text: str) -> str:
     """As `printable`, for a text of several lines: newlines, carriage returns and tabs are kept."""
     return "".join(char if char.isprintable() or char in _LAYOUT else repr(char)[1:-1] for char in text)

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from adfm import environment, retries
+from adfm.environment import without_login
 from adfm.errors import AdfmError, Unreachable
 from adfm.params import Params, flat
 from adfm.stopping import Stopped
@@ -36,6 +37,9 @@ LIBRARIES = (
     *("adfm", "accelerate", "datasets", "dvc", "great_expectations", "mlflow", "numpy", "pandas", "peft", "pillow"),
     *("pillow-heif", "pyarrow", "safetensors", "scipy", "tokenizers", "torch", "transformers", "trl"),
 )
+
+VERSION_TAG = "registered_version"
+"""Tag of the run of `register`: the version that it registered, or that was there already."""
 
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -145,7 +149,7 @@ def start_run(
 
     with store_errors(uri):
         given = os.environ.get("MLFLOW_RUN_ID")
-        resumed = find_run(run_id) or _given_run(given, uri)
+        resumed = find_run(run_id) or given_run(uri)
         if resumed:
             run = mlflow.start_run(run_id=resumed.info.run_id)
         else:
@@ -169,7 +173,13 @@ def start_run(
                 os.environ["MLFLOW_RUN_ID"] = given
 
 
-def _given_run(run_id: str | None, uri: str) -> Run | None:
+def given_run(uri: str) -> Run | None:
+    """The run that the platform names in `MLFLOW_RUN_ID`; `None` where it names none.
+
+    Raises:
+        AdfmError: The store at `uri` does not have it.
+    """
+    run_id = os.environ.get("MLFLOW_RUN_ID")
     if not run_id:
         return None
     run = find_run(run_id)
@@ -220,7 +230,8 @@ def store_errors(uri: str) -> Iterator[None]:
         else:
             remedy = (
                 "See that MLFLOW_TRACKING_URI names a server or a database (unset it to use mlflow.db in the current "
-                f"folder); a database that another version of MLflow made needs `mlflow db upgrade {shown}`."
+                f"folder); a database that another version of MLflow made needs `mlflow db upgrade {shown}`. On a "
+                "cluster it comes from the secret adfm-mlflow, key uri: http://… or https://…"
             )
         cause = without_login(" ".join(str(error).rpartition("Caused by ")[2].split()))[:300]
         passes = uri.startswith("http") and may_pass(error)
@@ -306,7 +317,7 @@ def find_run(run_id: str | None) -> Run | None:
     try:
         run = MlflowClient().get_run(run_id)
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # the latter: not an id
             raise
         return None
     return run if run.info.lifecycle_stage == "active" else None
@@ -393,11 +404,6 @@ def _probe(uri: str) -> None:
             ) from error
     with store_errors(uri), impatient():
         MlflowClient().search_experiments(max_results=1)
-
-
-def without_login(text: str) -> str:
-    """The text, without the names and passwords of its addresses."""
-    return re.sub(r"//[^/@\s]+@", "//", text)
 
 
 def _git(*arguments: str) -> str | None:

@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 from adfm.errors import AdfmError, Unreachable
 from adfm.pods import NEEDS
-from adfm.text import printable
+from adfm.text import printable, shortened
 
 State = Literal["succeeded", "failed", "terminated"]
 Node = Mapping[str, Any]
@@ -54,7 +54,7 @@ _CONTAINER = re.compile(r"(?s)(?P<name>[\w.-]+): (?P<reason>\w*) \(exit code (?P
 _REFUSED = re.compile(
     r'(?s)(?:pods "[^"]*" is forbidden|Pod "[^"]*" is invalid|admission webhook "[^"]*" denied the request): (.*)'
 )
-_LONGEST = 600  # characters of a reason
+_LONGEST = 400  # characters of a reason; five of them and the link fit into a message
 
 
 @dataclass(frozen=True)
@@ -204,8 +204,7 @@ def task_of(name: str) -> str:
 def reason(node: Node) -> str:
     """Why a node failed, in one line: the stage's own words if it left any, else Argo's and Kubernetes' explained."""
     text = _explained((node.get("message") or "").strip(), task_of(node["name"]))
-    text = printable(" ".join(text.split()))
-    text = text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    text = shortened(printable(" ".join(text.split())), _LONGEST)
     is_driver = _INDICES.sub("", node["name"]).endswith(_DRIVER)
     return f"its driver, a pod of Kubeflow Pipelines, failed: {text}" if is_driver else text
 
@@ -229,10 +228,12 @@ def _explained(message: str, task: str) -> str:
 
 def _container(match: re.Match[str], task: str) -> str:
     name, code = match["name"], int(match["code"])
+    line = _own_line(match["message"] or "")
     if match["reason"] == "OOMKilled":
         limit = f" of {NEEDS[task].memory}" if task in NEEDS and name == "main" else ""
-        return f"out of memory: it needed more than its limit{limit}; raise the limit in adfm/pods.py and submit again"
-    if line := _own_line(match["message"] or ""):
+        text = f"out of memory: it needed more than its limit{limit}; raise the limit in adfm/pods.py and submit again"
+        return f"{text} ({line})" if line else text
+    if line:
         return line
     where = "" if name == "main" else f" of its container {name}"
     if code == 137:

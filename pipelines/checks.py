@@ -10,6 +10,25 @@ from adfm.errors import AdfmError
 
 _LABEL = r"[a-z0-9](?:[-a-z0-9]{0,61}[a-z0-9])?"
 _NAME = r"[A-Za-z0-9](?:[-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+_REFERENCE = (  # github.com/distribution/reference, the digest's length aside
+    r"(?:(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9](?:[-A-Za-z0-9.]*[A-Za-z0-9])?)(?::[0-9]+)?/)?"
+    r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*"
+    r"(?::[A-Za-z0-9_][-A-Za-z0-9_.]{0,127})?(?:@[A-Za-z][-A-Za-z0-9_+.]*:[0-9A-Fa-f]+)?"
+)
+_WORDS = ("@yearly", "@annually", "@monthly", "@weekly", "@daily", "@midnight", "@hourly")
+_EVERY = r"@every (?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:h|m|s|ms|us|µs|ns))+"  # a duration as Go writes it
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+_DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
+_CRON: tuple[tuple[str, int, int, tuple[str, ...]], ...] = (
+    ("seconds", 0, 59, ()),
+    ("minutes", 0, 59, ()),
+    ("hours", 0, 23, ()),
+    ("day of the month", 1, 31, ()),
+    ("month", 1, 12, _MONTHS),
+    ("day of the week", 0, 6, _DAYS),
+)
+"""The fields of KFP's cron: name, least, most, words."""
+
 _EXPERIMENT = 128  # bytes: `Experiment.Name` in KFP's backend/src/apiserver/validation/length.go
 
 
@@ -44,12 +63,73 @@ def require_names(experiment: str, namespace: str | None, service_account: str |
             f"--service-account {service_account!r} should be of a to z, digits, hyphens and dots, "
             "with a letter or digit first and last"
         )
-    if schedule is not None and not schedule.startswith("@") and len(schedule.split()) != 6:
-        problems.append(
-            f"--schedule {schedule!r} should have six fields, seconds first, as in '0 0 3 * * *' for three o'clock"
-        )
+    if schedule is not None and (problem := _cron_problem(schedule)):
+        problems.append(f"--schedule {schedule!r} {problem}")
     if problems:
         raise AdfmError("\n  ".join(problems))
+
+
+def _cron_problem(schedule: str) -> str:
+    """What robfig/cron 1.2 would refuse, by which KFP reads schedules once all else is made; "" if nothing.
+
+    A day that never comes is refused as well: KFP's controller would look for it for ever (`getNextScheduledEpochImp`
+    in backend/src/crd/controller/scheduledworkflow/util/cron_schedule.go).
+    """
+    if schedule.startswith("@"):
+        if schedule in _WORDS or re.fullmatch(_EVERY, schedule):
+            return ""
+        return f"should be one of {', '.join(_WORDS)}, or @every with a duration, as in '@every 12h'"
+    fields = schedule.split()
+    if len(fields) != len(_CRON):
+        return "should have six fields, seconds first, as in '0 0 3 * * *' for three o'clock"
+    chosen = []
+    for field, (name, least, most, words) in zip(fields, _CRON, strict=True):
+        values = [_cron_values(part, least, most, words) for part in field.split(",")]
+        if not all(values):
+            return f"has {field!r} for {name} ({least} to {most}); the first field is seconds"
+        chosen.append(set().union(*values))
+    *_, days, months, _ = chosen
+    if fields[5][0] in "*?" and min(days) > max(29 if m == 2 else 30 if m in (4, 6, 9, 11) else 31 for m in months):
+        return "names a day that its months do not have"
+    return ""
+
+
+def _cron_values(part: str, least: int, most: int, words: Sequence[str]) -> set[int]:
+    """The numbers that a part of a field stands for: `*`, `?`, N, N-M, each with /STEP; none if it is wrong."""
+    match = re.fullmatch(r"(?:[*?]|(\w+)(?:-(\w+))?)(?:/([0-9]+))?", part, re.ASCII)
+    if not match:
+        return set()
+    low, high, step = match.groups()
+    ends = [
+        least + words.index(end.lower()) if end.lower() in words else int(end) if end.isdecimal() else -1
+        for end in (low, high)
+        if end
+    ]
+    first = ends[0] if ends else least
+    last = ends[1] if high else first if ends and not step else most
+    if not least <= first <= last <= most or (step and not int(step)):
+        return set()
+    return set(range(first, last + 1, int(step or 1)))
+
+
+def address(option: str, text: str) -> str:
+    """The address of a server without a slash at its end.
+
+    Raises:
+        AdfmError: It is not an http(s):// address; the message names the option.
+    """
+    text = text.strip()
+    try:
+        parts = urlsplit(text)
+        right = (
+            parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not re.search(r"[\s?#]", text)
+        )
+    except ValueError:  # brackets that hold no IPv6 address, a port that is not a number
+        right = False
+    if not right:
+        what = "the KFP API" if option == "--host" else "KFP's pages"
+        raise AdfmError(f"{option} {text}: name {what} by an http(s):// address, without what follows ? or #.")
+    return text.rstrip("/")
 
 
 def require_labels(arguments: dict[str, Any]) -> None:
@@ -78,6 +158,20 @@ def images(ir: dict[str, Any]) -> list[str]:
     """The images of a compiled pipeline's tasks, each once, by name."""
     executors = ir["deploymentSpec"]["executors"].values()
     return sorted({executor["container"]["image"] for executor in executors if "container" in executor})
+
+
+def require_references(names: Sequence[str]) -> None:
+    """Refuse names that no image can have: Kubernetes would let their pods wait for ever (`InvalidImageName`).
+
+    Raises:
+        AdfmError: All names that are wrong.
+    """
+    wrong = [name for name in names if not re.fullmatch(_REFERENCE, name)]
+    if wrong:
+        raise AdfmError(
+            f"{', '.join(map(repr, wrong))} cannot be the name of an image: set ADFM_CPU_IMAGE and ADFM_GPU_IMAGE, "
+            "as in registry.example.com/adfm:1.0."
+        )
 
 
 def local_images(names: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ _SECRET, _KEY = "adfm-mlflow", "uri"
 _TIMEOUT = 5  # seconds
 _MANY_IMAGES = 50  # kubelet's nodeStatusMaxImages: a node's status lists no more
 _UNKNOWN: Any = object()
+_FORBIDDEN: Any = object()
 
 
 class _Pod(NamedTuple):
@@ -33,7 +34,8 @@ def check(
 
     The cluster is the one that this pod is in, or that `kubectl` would talk to, if it is the one of the runs: it has
     their service account. Without such a cluster, or where it does not answer or forbids the look, nothing is refused:
-    the run's first task checks again.
+    the run's first task checks again. Where it is not known to be theirs, its nodes are looked at all the same, and
+    warnings say so.
 
     Args:
         namespace: Of the runs.
@@ -56,24 +58,33 @@ def check(
     with client.ApiClient(settings) as connection:
         core = client.CoreV1Api(connection)
         account = _read(core.read_namespaced_service_account, service_account, namespace)
+        if account is _UNKNOWN:
+            return []
+        doubt = []
         if account is None:
-            return [
+            doubt = [
                 f"{settings.host}, which kubectl talks to, has no service account {service_account} in the namespace "
                 f"{namespace}, and is taken for another cluster. If runs go there: kubectl apply -k deploy/runs."
             ]
-        if account is _UNKNOWN:
-            return []
-        problems = _secret_problems(core, namespace)
-        if arguments.get("num_nodes"):
-            problems += _claim_problems(core, namespace) + _trainer_problems(connection)
-        if problems:
-            raise AdfmError("\n  ".join([f"{settings.host}, which kubectl talks to, cannot run this:", *problems]))
-        answer = _read(core.list_node)
-        nodes = [] if answer in (None, _UNKNOWN) else answer.items
-        if not nodes:
-            return []
-        local = checks.local_images(checks.images(ir))
-        return _image_warnings(local, nodes) + _room_warnings(_pods(ir, platform, arguments), nodes)
+        elif account is not _FORBIDDEN:
+            problems = _secret_problems(core, namespace)
+            if arguments.get("num_nodes"):
+                problems += _claim_problems(core, namespace) + _trainer_problems(connection)
+            if problems:
+                raise AdfmError("\n  ".join([f"{settings.host}, which kubectl talks to, cannot run this:", *problems]))
+            return _node_warnings(core, ir, platform, arguments)
+        place = f"if runs go to {settings.host}, which kubectl talks to: "
+        return doubt + [place + warning for warning in _node_warnings(core, ir, platform, arguments)]
+
+
+def _node_warnings(core: Any, ir: dict[str, Any], platform: dict[str, Any], arguments: dict[str, Any]) -> list[str]:
+    """Images and resources that no node has, where nodes may be listed."""
+    answer = _read(core.list_node)
+    nodes = [] if answer is None or _unknown(answer) else answer.items
+    if not nodes:
+        return []
+    local = checks.local_images(checks.images(ir))
+    return _image_warnings(local, nodes) + _room_warnings(_pods(ir, platform, arguments), nodes)
 
 
 def _settings() -> Any:
@@ -87,27 +98,31 @@ def _settings() -> Any:
         try:
             load(client_configuration=settings)
             return settings
-        except (config.ConfigException, OSError, yaml.YAMLError):
-            continue
+        except (config.ConfigException, OSError, yaml.YAMLError, AttributeError, LookupError, TypeError):
+            continue  # the last three: a configuration of another shape, which the client does not check
     return None
 
 
 def _read(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """What the cluster has; None if it lacks it, `_UNKNOWN` if it does not answer or forbids the look."""
+    """What the cluster has; None if it lacks it, `_FORBIDDEN` if it forbids the look, `_UNKNOWN` without an answer."""
     import urllib3
     from kubernetes.client.exceptions import ApiException
 
     try:
         return call(*args, _request_timeout=_TIMEOUT, **options)
     except ApiException as error:
-        return None if error.status == 404 else _UNKNOWN
+        return {404: None, 401: _FORBIDDEN, 403: _FORBIDDEN}.get(error.status, _UNKNOWN)
     except (urllib3.exceptions.HTTPError, ValueError):  # ValueError: an answer that is not of the API
         return _UNKNOWN
 
 
+def _unknown(answer: Any) -> bool:
+    return answer is _UNKNOWN or answer is _FORBIDDEN
+
+
 def _secret_problems(core: Any, namespace: str) -> list[str]:
     secret = _read(core.read_namespaced_secret, _SECRET, namespace)
-    if secret is _UNKNOWN or (secret and (secret.data or {}).get(_KEY)):
+    if _unknown(secret) or (secret and (secret.data or {}).get(_KEY)):
         return []
     return [
         f"the namespace {namespace} has no secret {_SECRET} with the key {_KEY}, MLflow's address; make it "
@@ -118,7 +133,7 @@ def _secret_problems(core: Any, namespace: str) -> list[str]:
 def _claim_problems(core: Any, namespace: str) -> list[str]:
     name = pods.WORKSPACE_CLAIM
     claim = _read(core.read_namespaced_persistent_volume_claim, name, namespace)
-    if claim is _UNKNOWN:
+    if _unknown(claim):
         return []
     if claim is None:
         return [
@@ -144,7 +159,7 @@ def _trainer_problems(connection: Any) -> list[str]:
     fields = _trainjob_fields(connection, objects)
     if fields is None:
         return ["there is no Kubeflow Trainer (TrainJob); --num-nodes needs 2.2 or newer: install it."]
-    if fields is not _UNKNOWN and "runtimePatches" not in fields:
+    if not _unknown(fields) and "runtimePatches" not in fields:
         return ["Kubeflow Trainer is older than 2.2: its TrainJob has no runtimePatches; upgrade it."]
     if _read(objects.get_cluster_custom_object, GROUP, VERSION, "clustertrainingruntimes", RUNTIME) is None:
         return [
@@ -162,7 +177,7 @@ def _trainjob_fields(connection: Any, objects: Any) -> Any:
     """
     group = "apiextensions.k8s.io"
     definition = _read(objects.get_cluster_custom_object, group, "v1", "customresourcedefinitions", f"{PLURAL}.{GROUP}")
-    if definition is not _UNKNOWN:
+    if not _unknown(definition):
         return definition and _fields(
             version.get("schema", {}).get("openAPIV3Schema", {})
             for version in definition.get("spec", {}).get("versions", [])
@@ -176,7 +191,7 @@ def _trainjob_fields(connection: Any, objects: Any) -> Any:
         response_type="object",
         _return_http_data_only=True,
     )
-    if description in (None, _UNKNOWN):
+    if description is None or _unknown(description):
         return description
     schemas = description.get("components", {}).get("schemas", {})
     return _fields(schema for name, schema in schemas.items() if name.split(".")[-1] == "TrainJob")

@@ -4,9 +4,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from adfm import pods
 from adfm.errors import AdfmError
 
-_PASSED_ON = ("ADFM_ALERT_WEBHOOK", "ADFM_MLFLOW_", "ADFM_S3_", "AWS_", "HF_TOKEN", "MLFLOW_")
+_PASSED_ON = ("ADFM_ALERT_WEBHOOK", "ADFM_MLFLOW_", "ADFM_RUN_STARTED", "ADFM_S3_", "AWS_", "HF_TOKEN", "MLFLOW_")
+_AUTHORITY = f"{pods.CA_FOLDER}/{pods.CA_FILE}"
 
 
 def runner(root: Path, images: list[str]) -> Any:
@@ -50,13 +52,17 @@ def runner(root: Path, images: list[str]) -> Any:
 def _run(client: Any, image: str, command: list[str], volumes: dict[str, Any]) -> int:
     """Runs a container, passes on what it says, and returns its exit status."""
     here = str(Path.cwd())
+    environment = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
+    if authority := os.environ.get("ADFM_CA_BUNDLE"):  # where a cluster mounts it
+        volumes = {**volumes, authority: {"bind": _AUTHORITY, "mode": "ro"}}
+        environment.pop("AWS_CA_BUNDLE", None)  # the temporary file of this process
     container = client.containers.create(
         image,
         command,
         user=f"{os.getuid()}:{os.getgid()}",
         working_dir=here,
         volumes={**volumes, here: {"bind": here, "mode": "rw"}},
-        environment={name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)},
+        environment=environment,
         network_mode="host",
         read_only=True,
         tmpfs={"/tmp": "exec"},

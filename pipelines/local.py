@@ -1,6 +1,7 @@
 """Runs a compiled pipeline on this machine: each task in a subprocess, or in a container of its image."""
 
 import builtins
+import os
 import tempfile
 import warnings
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any
 
 import yaml
 
+from adfm import tracking
 from adfm.errors import AdfmError
+from adfm.tasks import STARTED
 from pipelines.command import write
 
 
@@ -40,11 +43,13 @@ def run(pipeline: Any, arguments: dict[str, Any], root: Path, in_containers: boo
             runner = containers.runner(root, sorted({executor["container"]["image"] for executor in executors}))
         local.init(runner, pipeline_root=str(root), workspace_root=folder, raise_on_error=True)
         plain = builtins.print
+        os.environ[STARTED] = tracking.now()
         try:
             components.load_component_from_file(str(file))(**arguments)
         except RuntimeError as error:
             raise AdfmError(f"{error} What failed is said above.") from error
         finally:
+            del os.environ[STARTED]
             # Tasks side by side each put an indenting one in its place and back (`indented_print` in
             # kfp/local/logging_utils.py): one of them is left there.
             builtins.print = plain

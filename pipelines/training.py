@@ -12,7 +12,7 @@ backend/src/v2/driver/cache.go), so that data fetched and converted for one vari
 import argparse
 import os
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from kfp import dsl, kubernetes
 
@@ -73,11 +73,17 @@ def _shards(raw: Any, checked: dict[str, Any], parts: Any) -> Any:
         task = convert(raw=raw, settings=checked["conversion"])
         return configure(task, "convert").outputs["shards"]
     task = conversion(raw=raw, parts=parts, inspection=checked["inspection"], settings=checked["conversion"])
-    return task.set_display_name("convert").output
+    return task.set_display_name("convert").outputs["shards"]
+
+
+class Conversion(NamedTuple):
+    """Outputs of `conversion`, which KFP would name `Output` if there were no name for it here."""
+
+    shards: dsl.Dataset
 
 
 @dsl.pipeline(name="conversion")
-def conversion(raw: dsl.Input[dsl.Dataset], parts: list[str], inspection: str, settings: str) -> dsl.Dataset:
+def conversion(raw: dsl.Input[dsl.Dataset], parts: list[str], inspection: str, settings: str) -> Conversion:
     """Raw data to shards that passed validation, the images inspected part by part.
 
     A pipeline of its own, because in a loop KFP's local runner takes the output of another task for the loop's item
@@ -89,7 +95,7 @@ def conversion(raw: dsl.Input[dsl.Dataset], parts: list[str], inspection: str, s
     inspected = dsl.Collected(inspect_task.outputs["inspected"])
     convert_task = convert_parts(raw=raw, parts=inspected, settings=settings)
     configure(convert_task, "convert-parts")
-    return convert_task.outputs["shards"]
+    return Conversion(shards=convert_task.outputs["shards"])
 
 
 def _models(shards: Any, settings: Any, gpus: Any, num_nodes: Any) -> tuple[Any, Any]:

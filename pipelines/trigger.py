@@ -65,6 +65,8 @@ def split(text: str, source: str) -> list[str]:
 
 if __name__ == "__main__":
     try:
+        if "GITHUB_EVENT_PATH" not in os.environ:
+            raise AdfmError("no event of GitHub Actions here (GITHUB_EVENT_PATH); use `python -m pipelines.training`.")
         options = split(os.environ.get("ADFM_SUBMIT_OPTIONS", ""), "ADFM_SUBMIT_OPTIONS")
         options += arguments(  # later options win
             os.environ["GITHUB_EVENT_NAME"],

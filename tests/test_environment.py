@@ -24,6 +24,7 @@ from adfm import environment, pods, tracking
 from adfm.data import s3, sources
 from adfm.environment import set_environment
 from adfm.errors import AdfmError
+from adfm.registry import alerts
 
 OURS, OTHER = "http://mlflow.adfm:5000", "http://mlflow.kubeflow:5000"
 
@@ -116,6 +117,25 @@ def test_pages_of_mlflow(variables: dict[str, str], pages: str, monkeypatch: pyt
         monkeypatch.setenv(name, value)
     set_environment()
     assert environment.mlflow_ui() == pages
+
+
+@pytest.mark.parametrize(
+    ("text", "after"),
+    [
+        ("http://someone:an@hidden@host:1/a@b", "http://host:1/a@b"),
+        ("cloning https://hidden@host/x.git to /tmp/x", "cloning https://host/x.git to /tmp/x"),
+        ("dvc://https://someone:hidden@host/x.git@v1:line", "dvc://https://host/x.git@v1:line"),
+        (
+            "dvc://folder@v1:line and dvc://git@host:x.git@v1:line",
+            "dvc://folder@v1:line and dvc://git@host:x.git@v1:line",
+        ),
+        ("s3://bucket/line//1@2x.png, line//1@2x.png", "s3://bucket/line//1@2x.png, line//1@2x.png"),
+        ("Invalid header value b'Bearer hidden\\n'", "Invalid header value"),  # http.client
+        ("return character(s) in header value: 'Bearer hidden'", "return character(s) in header value"),  # requests
+    ],
+)
+def test_logins_are_left_out_of_texts(text: str, after: str) -> None:
+    assert environment.without_login(text) == after
 
 
 # ------------------------------------------------------------------------------------------------ certificate authority
@@ -315,6 +335,31 @@ def test_a_source_whose_authority_is_unknown_says_what_to_set(
         sources.fetch("s3://data/line", tmp_path / "out")
 
 
+def test_alerts_trust_it_and_say_what_to_set(
+    server: str, authority: Authority, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(alerts, "_PAUSE", 0)
+    monkeypatch.setenv("ADFM_ALERT_WEBHOOK", f"{server}/apis/v2beta1/healthz")
+    set_environment()
+    alerts.alert("a message")
+    assert "name the authority's certificate (PEM) in ADFM_CA_BUNDLE" in capsys.readouterr().err
+    monkeypatch.setenv("ADFM_CA_BUNDLE", str(authority.file))
+    set_environment()
+    alerts.alert("a message")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_relative_name_holds_for_processes_in_other_folders(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(authority.file.parent)
+    monkeypatch.setenv("ADFM_CA_BUNDLE", authority.file.name)
+    set_environment()
+    monkeypatch.chdir(tmp_path)
+    set_environment()
+    assert os.environ["ADFM_CA_BUNDLE"] == str(authority.file)
+
+
 def test_git_trusts_it_for_dvc(authority: Authority, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from dulwich import porcelain
     from dulwich.server import DictBackend
@@ -339,8 +384,8 @@ def test_git_trusts_it_for_dvc(authority: Authority, monkeypatch: pytest.MonkeyP
         thread = threading.Thread(target=git.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         try:
-            with pytest.raises(Exception, match="Failed to clone"):
-                Git.clone(f"https://localhost:{git.server_port}/", tmp_path / "refused")
+            with pytest.raises(AdfmError, match="Failed to clone.* is signed by an authority that is unknown here"):
+                sources.fetch(f"dvc://https://localhost:{git.server_port}/@v1:file", tmp_path / "refused")
             monkeypatch.setenv("ADFM_CA_BUNDLE", str(authority.file))
             set_environment()
             clone = Git.clone(f"https://localhost:{git.server_port}/", tmp_path / "clone")

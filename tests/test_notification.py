@@ -1,6 +1,7 @@
 """What people are told at the end of a run, with the real Kubernetes client against an API on loopback."""
 
 import json
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from kubernetes.config import incluster_config
 from adfm import cluster as api
 from adfm import notification, tracking
 from adfm.notification import PROMOTION, Status, notify
+from adfm.tasks import STARTED
 from tests import argo
 from tests.argo import DEADLINE, HANDLER, NAME, RUN, STOPPED, Cluster, Workflow, training
 
@@ -169,7 +171,7 @@ def test_the_version_has_a_link_where_mlflow_has_public_pages(
         assert told()[1] == "version 1 of adfm: gate passed"
 
 
-@pytest.mark.parametrize("answers", [[500], [503, 429]])
+@pytest.mark.parametrize("answers", [[500], [503, 429], [401]])
 def test_an_api_that_is_busy_is_asked_again(cluster: Cluster, answers: list[int]) -> None:
     cluster.has(training())
     cluster.answers = answers
@@ -315,6 +317,16 @@ def test_what_a_stage_says_means_nothing_to_the_channel(cluster: Cluster, channe
     assert "&lt;!channel&gt; &amp; &lt;http://evil|here&gt;\\x1b[2J" in channel[0]
 
 
+def test_long_reasons_leave_room_for_the_link(cluster: Cluster, channel: list[str]) -> None:
+    workflow = Workflow()
+    for number in range(8):
+        workflow.task(workflow.handler, f"part-{number}", [("Failed", f"main: Error (exit code 1): {'x' * 1000}")])
+    workflow.close(workflow.handler, "Failed")
+    workflow.exit()
+    cluster.has(workflow)
+    assert told()[-1] == LINK and channel[0].endswith(LINK)
+
+
 def test_many_failures_are_counted(cluster: Cluster) -> None:
     workflow = Workflow()
     for number in range(8):
@@ -349,8 +361,11 @@ def test_a_promotion_that_failed_sends_so(cluster: Cluster, channel: list[str]) 
 
 def test_a_promotion_of_which_nothing_is_known_sends_so(cluster: Cluster, channel: list[str]) -> None:
     cluster.refused = {"workflows", "pods"}
-    told(name=PROMOTION)
-    assert len(channel) == 1
+    told("COMPLETE", name=PROMOTION)  # as KFP has it only after its one task has succeeded
+    assert channel == []
+    told("RUNNING", name=PROMOTION)
+    told("FAILED", name=PROMOTION)
+    assert len(channel) == 2
 
 
 @pytest.mark.parametrize(
@@ -365,6 +380,14 @@ def test_a_promotion_of_which_nothing_is_known_sends_so(cluster: Cluster, channe
 def test_the_state_of_the_local_runner_is_right(state: str, error: str, lines: list[str]) -> None:
     text = notify("line", Status(state, error, "local-pipeline-exit-handler-1", HANDLER), "run-7", "", "")
     assert text.splitlines() == [*lines, NO_VERSION, "run run-7"]
+
+
+def test_a_local_run_in_a_pod_has_no_workflow(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(STARTED, "2026-11-20T10:00:00+00:00")
+    text = notify(TRAINING, Status("FAILED", "Task x failed.", f"local-pipeline-{HANDLER}", HANDLER), RUN, "", UI)
+    assert re.fullmatch(r"adfm-training failed after -?\d+ s", text.splitlines()[0])
+    assert text.splitlines()[1:] == ["Task x failed.", NO_VERSION, f"run {RUN}"]  # KFP's pages do not know it
+    assert cluster.asked == []
 
 
 def test_the_pods_account_may_read_workflows_and_nothing_else_of_them() -> None:

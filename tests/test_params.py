@@ -175,6 +175,7 @@ def test_a_key_that_lacks_a_letter_is_named_with_the_right_one(key: str, positio
         ("train: fast", 1, "train should be a section with keys, not 'fast'"),
         ("lora: {target_modules: 3}", 1, "lora.target_modules should be a valid string, not 3 (put it in quotes); or"),
         ("fetch: {name: ..}", 1, "fetch.name"),
+        (f"fetch: {{name: {'a' * 201}}}", 1, "fetch.name"),
         ("\nsplit: {validation: 0.5, test: 0.5}", 2, "validation + test should be less than 1"),
         ("evaluate: {small: 0.2}", 1, "small should be at most large"),
         ("seed: 1\nseed: 2", 2, "seed is set already in line 1; keep one of them"),

@@ -43,6 +43,23 @@ def test_everything_that_is_missing_is_said_at_once(tmp_path: Path, monkeypatch:
     assert not (tmp_path / "check.json").exists()
 
 
+def test_a_run_of_the_platform_that_is_elsewhere_is_said_before_work_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for other in ("0" * 32, "../no id"):
+        monkeypatch.setenv("MLFLOW_RUN_ID", other)
+        with pytest.raises(AdfmError, match=f"does not have the run {other} that MLFLOW_RUN_ID names"):
+            preflight.check(Params(), tmp_path / "check.json")
+
+
+def test_the_login_in_the_address_of_mlflow_is_not_printed(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracking, "configure", lambda: "https://someone:hid@den@mlflow.example.com")
+    preflight.check(Params(), tmp_path / "check.json")
+    assert "tracking  https://mlflow.example.com\n" in capsys.readouterr().out
+
+
 def test_a_batch_that_does_not_divide_among_the_gpus_and_an_adapter_on_nothing_are_said() -> None:
     params = load(None, ["train.prompts_per_step=3", "train.num_generations=2", "lora.target_modules=[no_proj]"])
     with pytest.raises(AdfmError) as caught:

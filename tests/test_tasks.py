@@ -14,6 +14,8 @@ import yaml
 from kfp import dsl
 
 from adfm import environment, retries, tasks, termination, tracking
+from adfm.data import packed
+from adfm.data.problems import BadData
 from adfm.errors import AdfmError, Unreachable
 from adfm.models import loading
 from adfm.params import Params, loads
@@ -49,7 +51,7 @@ def fail(error: BaseException) -> Callable[[], None]:
 @pytest.mark.parametrize(
     ("work", "status", "line"),
     [
-        (fail(AdfmError("shards: 2 problems:\n  a\n  b")), 1, "shards: 2 problems:"),
+        (fail(AdfmError("shards: 2 problems:\n  a\n  b")), 1, "shards: 2 problems:\n  a\n  b"),
         (fail(Stopped("told to stop")), 75, "told to stop"),
         (fail(Terminated()), 143, "terminated by SIGTERM: the run was terminated, or its pod deleted"),
         (no_space, 1, "shards/train.parquet: the disk is full; use nodes with more ephemeral storage."),
@@ -68,7 +70,7 @@ def test_a_stage_ends_with_the_status_and_the_reason_of_its_error(
 def test_an_error_that_nobody_expected_keeps_its_traceback_and_leaves_a_line(last_words: list[str]) -> None:
     with pytest.raises(ZeroDivisionError), tasks.stage():
         raise ZeroDivisionError("division by zero\nmore")
-    assert last_words == ["ZeroDivisionError: division by zero"]
+    assert last_words == ["ZeroDivisionError: division by zero\nmore"]
 
 
 def test_an_environment_that_cannot_be_set_up_is_an_error_of_the_stage(
@@ -78,6 +80,15 @@ def test_an_environment_that_cannot_be_set_up_is_an_error_of_the_stage(
     with pytest.raises(SystemExit), tasks.stage():
         raise AssertionError
     assert last_words == ["ca.crt: holds no certificate"]
+
+
+def test_a_notification_is_sent_from_an_environment_that_cannot_be_set_up(
+    last_words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(environment, "set_environment", fail(AdfmError("ca.crt: holds no certificate")))
+    with tasks.stage(tolerant=True):
+        print("sent")
+    assert capsys.readouterr() == ("sent\n", "adfm: ca.crt: holds no certificate\n") and not last_words
 
 
 def test_a_stage_that_ends_well_leaves_nothing(last_words: list[str]) -> None:
@@ -122,6 +133,16 @@ def test_the_check_takes_settings_apart_for_those_that_read_them() -> None:
     assert set(yaml.safe_load(conversion)) == {"seed", "convert", "split", "validate", "register"}
     others = tasks.check("seed: 3\nwarmup: {steps: 2}\n")
     assert others[1:] == (source, name, revision, inspection, conversion)
+
+
+def test_images_are_inspected_again_only_for_settings_that_their_inspection_reads() -> None:
+    inspection, conversion = tasks.check("")[4:]
+    others = tasks.check("split: {test: 0.3}\nconvert: {shard_images: 7}\n")[4:]
+    assert others[0] == inspection and others[1] != conversion
+    for settings in ("convert: {min_area: 7}", "split: {group: (.*)}", "split: {holdout_categories: [bolt]}"):
+        (other,) = tasks.check(settings)[4:5]
+        assert other != inspection
+        assert set(loads(other).model_dump(exclude_defaults=True)) == {settings.partition(":")[0]}
 
 
 def test_on_a_cluster_a_store_that_would_be_lost_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,6 +252,30 @@ def test_metrics_that_come_first_are_numbered_because_the_page_sorts_by_name() -
     assert max(len(tasks.TRAINING_FIRST), len(tasks.WARMUP_FIRST)) < 10  # "10" would come before "2"
 
 
+def test_metrics_that_json_lacks_do_not_fail_a_task_that_has_done_its_work() -> None:
+    artifact = dsl.Metrics(name="training_metrics", uri="", metadata={})
+    tasks.log_metrics(artifact, "Training metrics", {"kl": math.nan, "a": math.inf, "reward": 3.0}, ["kl", "reward"])
+    assert artifact.metadata == {"display_name": "Training metrics", "1 reward": 3.0}
+
+
+@pytest.mark.parametrize("in_a_pod", [False, True])
+def test_errors_in_packed_data_are_listed_where_they_can_be_read(
+    in_a_pod: bool, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if in_a_pod:
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    (here / "line").mkdir()
+    packed.pack(here / "line", here / "line.tar")
+    listing = here / "shards.problems.txt"
+    problems = [f"{number:02d}.jpg: has no mask" for number in range(12)]
+    with pytest.raises(BadData) as error, tasks.raw_data(here / "line.tar") as folder:
+        raise BadData(folder, "mvtec", problems).written(listing)
+    assert str(error.value).startswith("line: has no mask (12 of 12 problems, layout mvtec)\n")
+    place = "the log above" if in_a_pod else listing
+    assert f"\nAll of them are listed in {place}.\n" in str(error.value)
+    assert ("11.jpg: has no mask" in capsys.readouterr().out) == in_a_pod
+
+
 def test_confusion_has_truth_in_rows_and_decisions_in_columns(here: Path) -> None:
     (here / "plots").mkdir()
     answers = ["normal,normal", "normal,anomalous", "anomalous,unparseable", "anomalous,anomalous", "normal,normal"]
@@ -264,4 +309,5 @@ def test_a_link_leads_to_the_public_address_and_is_made_only_to_a_server(monkeyp
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.adfm.svc:5000")
     assert 'href="http://mlflow.adfm.svc:5000/#/models/adfm/versions/3"' in tasks.version_link("adfm", "3")
     monkeypatch.setenv("ADFM_MLFLOW_UI", "https://mlflow.example.com/")
-    assert 'href="https://mlflow.example.com/#/models/adfm/versions/3"' in tasks.version_link("adfm", "3")
+    address = "https://mlflow.example.com/#/models/adfm/versions/3"
+    assert tasks.version_link("adfm", "3") == f'models:/adfm/3: <a href="{address}">{address}</a>'

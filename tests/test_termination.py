@@ -20,6 +20,12 @@ def test_the_first_line_is_left_and_replaces_an_earlier_one(file: Path) -> None:
     assert file.read_text() == "val: 3 of 5 expectations fail\\x1b[2J"
 
 
+def test_what_the_first_line_introduces_is_left_with_it(file: Path) -> None:
+    file.touch()
+    termination.leave("Version 3 cannot be promoted:\n  - its gate failed\n  - nobody approved it\n")
+    assert file.read_text() == "Version 3 cannot be promoted: its gate failed; nobody approved it"
+
+
 def test_it_fits_what_kubernetes_keeps(file: Path) -> None:
     file.touch()
     termination.leave("ü" * 10_000)

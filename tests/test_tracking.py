@@ -212,7 +212,7 @@ def test_each_folder_has_its_own_store(here, tmp_path, monkeypatch):
     assert tracking.find_run(run.info.run_id) is None
 
 
-@pytest.mark.parametrize("login", ["", "someone:hidden@"])
+@pytest.mark.parametrize("login", ["", "someone:hidden@", "someone:an@hidden@"])
 def test_server_that_is_not_there(tmp_path, monkeypatch, login):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -229,6 +229,14 @@ def test_server_that_is_not_there(tmp_path, monkeypatch, login):
     assert "hidden" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
+
+
+def test_a_token_that_no_header_can_hold_is_not_shown(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "hidden\n")
+    with pytest.raises(AdfmError, match="Invalid header value\n") as caught:
+        tracking.configure()
+    assert "hidden" not in str(caught.value)
 
 
 def test_server_that_never_answers(monkeypatch):

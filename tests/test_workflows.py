@@ -49,6 +49,12 @@ def test_a_run_that_succeeded(stock: bool, cached: tuple[str, ...]) -> None:
         ),
         (
             "Failed",
+            "main: OOMKilled (exit code 1): training died 3 times",
+            "out of memory: it needed more than its limit of {memory}; raise the limit in adfm/pods.py and submit "
+            "again (training died 3 times)",
+        ),
+        (
+            "Failed",
             "main: Error (exit code 137)",
             "killed (exit code 137), as the kernel does when memory runs out; see",
         ),
@@ -104,7 +110,7 @@ def test_the_end_of_the_log_in_place_of_a_message_gives_its_error() -> None:
 
 def test_a_reason_is_one_printable_line_of_bounded_length() -> None:
     ((_, reason),) = failures(training("train", [("Failed", "main: Error (exit code 1): a\x1b[2J" + "b" * 5000)]))
-    assert reason.startswith("a\\x1b[2Jb") and reason.endswith("…") and len(reason) == 600
+    assert reason.startswith("a\\x1b[2Jb") and reason.endswith("…") and len(reason) == 400
 
 
 @BOTH

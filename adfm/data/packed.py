@@ -1,7 +1,7 @@
 """A raw data set as one uncompressed tar, and reading it from there.
 
-Kubeflow moves an artifact file by file, one after another: one archive is one object. `opened` does not unpack images,
-which are nearly all of the bytes: they are read at their place in the archive.
+Kubeflow moves an artifact file by file, one after another: one archive is one object, and above `LARGEST` a few.
+`opened` does not unpack images, which are nearly all of the bytes: they are read at their place in the archive.
 """
 
 from __future__ import annotations
@@ -10,15 +10,23 @@ import os
 import shutil
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO
+from typing import IO, NamedTuple
 
 from adfm.data import contents
 from adfm.data.archives import StrictTarInfo
 from adfm.data.readers.files import IMAGES, refuse_special
 from adfm.errors import AdfmError
+
+LARGEST = 40 * 2**30
+"""Bytes of an archive, above which another one is begun.
+
+KFP's launcher cannot upload a file of more than 48.8 GiB to S3: it leaves the AWS SDK at 10,000 parts of 5 MiB
+(`uploadFile` in backend/src/v2/objectstore/object_store.go).
+"""
 
 _ENDING = ".tar"
 _IMAGES = tuple(IMAGES)
@@ -32,49 +40,95 @@ def pack(folder: Path, archive: Path) -> None:
 
     Args:
         folder: The data set.
-        archive: The file to make, `<name of the data set>.tar`; an earlier one stays until the new one is whole. It
-            takes as much space as the folder.
+        archive: The file to make, `<name of the data set>.tar`; above `LARGEST` there are `<name>.1-of-2.tar` and so on
+            instead, each a tar of its own. An earlier one stays until the new one is whole. It takes as much space as
+            the folder.
 
     Raises:
         AdfmError: There is a pipe, a device, or a link to nowhere or round; the archive cannot be written.
     """
     refuse_special(folder)
-    partial = archive.with_name(f"{archive.name}.partial")
+    partials: list[Path] = []
     try:
         archive.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT, encoding="utf-8") as tar:
-            for place, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
-                folders.sort()
-                inside = Path(place).relative_to(folder)
-                if inside.parts:
-                    _add(tar, inside.as_posix())
-                for name in sorted(names):
-                    with Path(place, name).open("rb") as content:
-                        _add(tar, (inside / name).as_posix(), content)
-        partial.replace(archive)
+        entries = _entries(folder)
+        entry = next(entries, None)
+        while entry or not partials:
+            partials.append(archive.with_name(f"{archive.name}.{len(partials) + 1}.partial"))
+            with tarfile.open(partials[-1], "w", format=tarfile.GNU_FORMAT, encoding="utf-8") as tar:
+                while entry and (not tar.offset or tar.offset + entry.size <= LARGEST):
+                    _add(tar, entry)
+                    entry = next(entries, None)
+        _put_in_place(partials, archive)
     except OSError as error:
         raise AdfmError(
             f"{folder} cannot be packed into {archive} ({error}); see that the files can be read and that there is as"
             " much space as they take."
         ) from error
     finally:
-        with suppress(OSError):
-            partial.unlink()
+        for partial in partials:
+            with suppress(OSError):
+                partial.unlink()
+
+
+class _Entry(NamedTuple):
+    name: str  # in the archive
+    path: Path
+    size: int
+    is_file: bool
+
+
+def _entries(folder: Path) -> Iterator[_Entry]:
+    """The folders and files of a data set, in the order of an archive."""
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
+        folders.sort()
+        inside = Path(place).relative_to(folder)
+        if inside.parts:
+            yield _Entry(inside.as_posix(), Path(place), 0, is_file=False)
+        for name in sorted(names):
+            path = Path(place, name)
+            yield _Entry((inside / name).as_posix(), path, path.stat().st_size, is_file=True)
 
 
 def _raise(error: OSError) -> None:
     raise error
 
 
-def _add(tar: tarfile.TarFile, name: str, content: IO[bytes] | None = None) -> None:
+def _add(tar: tarfile.TarFile, entry: _Entry) -> None:
     """Add a file, or a folder, without what differs between machines: `TarInfo` has 0 as time and owner."""
-    info = tarfile.TarInfo(name)
-    if content:
-        info.size = os.fstat(content.fileno()).st_size
+    info = tarfile.TarInfo(entry.name)
+    if entry.is_file:
+        with entry.path.open("rb") as content:
+            info.size = os.fstat(content.fileno()).st_size
+            tar.addfile(info, content)
     else:
         info.type, info.mode = tarfile.DIRTYPE, 0o755
-    tar.addfile(info, content)
+        tar.addfile(info)
     tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+
+
+def _put_in_place(partials: list[Path], archive: Path) -> None:
+    for earlier in (archive, *_matching(archive, "[0-9]*-of-[0-9]*")):
+        earlier.unlink(missing_ok=True)
+    for partial, volume in zip(partials, _named(archive, len(partials)), strict=True):
+        partial.replace(volume)
+
+
+def _volumes(archive: Path) -> list[Path]:
+    """The files that an archive consists of, also one that is missing."""
+    for first in _matching(archive, "1-of-[0-9]*"):
+        return _named(archive, int(first.stem.rpartition("-")[2]))
+    return [archive]
+
+
+def _named(archive: Path, count: int) -> list[Path]:
+    if count == 1:
+        return [archive]
+    return [archive.with_suffix(f".{number}-of-{count}{_ENDING}") for number in range(1, count + 1)]
+
+
+def _matching(archive: Path, numbers: str) -> list[Path]:
+    return list(archive.parent.glob(f"{escape(archive.stem)}.{numbers}{_ENDING}"))
 
 
 @contextmanager
@@ -93,17 +147,16 @@ def opened(archive: Path) -> Iterator[Path]:
     Raises:
         AdfmError: It is not there, damaged, or not such an archive.
     """
-    with TemporaryDirectory(prefix="adfm-") as temporary:
+    with TemporaryDirectory(prefix="adfm-") as temporary, ExitStack() as stack:
         raw = Path(os.path.realpath(temporary), archive.name.removesuffix(_ENDING))
         raw.mkdir()
-        try:
-            file = archive.open("rb")
-        except OSError as error:
-            raise AdfmError(f"{archive}: cannot be read ({error.strerror}); fetch the data set again.") from error
-        with file:
-            offsets = _unpack(archive, file, raw)
-            with contents.lying_in(file.fileno(), offsets):
-                yield raw
+        for volume in _volumes(archive):
+            try:
+                file = stack.enter_context(volume.open("rb"))
+            except OSError as error:
+                raise AdfmError(f"{volume}: cannot be read ({error.strerror}); fetch the data set again.") from error
+            stack.enter_context(contents.lying_in(file.fileno(), _unpack(volume, file, raw)))
+        yield raw
 
 
 def _unpack(archive: Path, file: IO[bytes], raw: Path) -> dict[str, int]:
@@ -127,6 +180,10 @@ def _unpack(archive: Path, file: IO[bytes], raw: Path) -> dict[str, int]:
                 else:
                     _extract(tar, member, path)
                 os.utime(path, ns=(time, time))
+            file.seek(tar.offset)
+            # A header of zeros ends a tar. Less than this follows the true one: zeros up to a whole record.
+            if file.read(2 * tarfile.RECORDSIZE).strip(b"\0") or file.read(1):
+                raise tarfile.ReadError("more follows its end")
     except (tarfile.TarError, EOFError, ValueError, FileExistsError, NotADirectoryError) as error:
         raise AdfmError(f"{archive}: is damaged, or not a tar ({error}); fetch the data set again.") from error
     except OSError as error:

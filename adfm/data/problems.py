@@ -37,11 +37,11 @@ class BadData(AdfmError):
         raw: The data set.
         layout: Name of its layout.
         problems: One line each, `file: what is wrong`; the same line twice counts once.
-        listing: A file that lists all of them, for the message.
+        listing: A file that lists all of them, for the message, or where else they are.
     """
 
-    def __init__(self, raw: Path, layout: str, problems: Iterable[str], listing: Path | None = None) -> None:
-        self.raw, self.layout = raw, layout
+    def __init__(self, raw: Path, layout: str, problems: Iterable[str], listing: Path | str | None = None) -> None:
+        self.raw, self.layout, self.listing = raw, layout, listing
         self.problems = list(dict.fromkeys(problems))
         super().__init__(_message(raw, layout, self.problems, listing))
 
@@ -84,7 +84,7 @@ def _what(problem: str) -> str:
     return _PLACE.sub("", what, count=1) if separator and what else problem
 
 
-def _message(raw: Path, layout: str, problems: list[str], listing: Path | None) -> str:
+def _message(raw: Path, layout: str, problems: list[str], listing: Path | str | None) -> str:
     groups = grouped(problems)
     first, its = next(iter(groups.items()))
     count = f"{len(its)} of {len(problems)} problems, " if len(problems) > 1 else ""

@@ -7,6 +7,7 @@ they are not set, boto3's usual chain holds.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
@@ -47,12 +48,21 @@ def prefix() -> str:
     return "ADFM_S3_" if settings() else "AWS_"
 
 
+def keys_prefix() -> str:
+    """How the variables begin that hold the keys, which may be `AWS_*` where only an endpoint is ours."""
+    return "ADFM_S3_" if "ACCESS_KEY_ID" in settings() else "AWS_"
+
+
 def endpoint() -> str:
     """The address of the data's server, for messages."""
     given = settings()
     if "ENDPOINT_URL" in given or "ACCESS_KEY_ID" in given:
         return given.get("ENDPOINT_URL", "Amazon S3")
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "Amazon S3"
+    return _others_endpoint() or "Amazon S3"
+
+
+def _others_endpoint() -> str:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
 
 
 def client(connections: int = 10) -> Any:
@@ -108,6 +118,10 @@ def configure_remotes(remotes: dict[str, dict[str, Any]]) -> None:
         AdfmError: As `settings`.
     """
     given = {_NAMES[name][1]: value for name, value in settings().items()}
+    if "access_key_id" in given and "endpointurl" not in given and _others_endpoint():
+        # DVC's remotes, which cannot be told to ignore it, would send our keys there.
+        with contextlib.closing(client()) as amazon:
+            given["endpointurl"] = amazon.meta.endpoint_url
     for remote in remotes.values():
         if remote.get("url", "").startswith("s3://") and not any(map(remote.get, _OWN_LOGIN)):
             remote.update({name: value for name, value in given.items() if not remote.get(name)})

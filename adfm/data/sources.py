@@ -33,7 +33,7 @@ from adfm import retries
 from adfm.data import archives, s3
 from adfm.data.manifest import STATE, Ledger
 from adfm.data.readers.files import special_files
-from adfm.environment import ca_remedy
+from adfm.environment import ca_remedy, without_login
 from adfm.errors import AdfmError, Unreachable
 from adfm.files import atomic_folder, file_digest
 
@@ -59,6 +59,14 @@ def fetch(uri: str, out: Path) -> tuple[int, int]:
         AdfmError: The source cannot be understood, found, reached (`Unreachable`) or trusted, or holds no file, or two
             files that would become one; the disk is full.
     """
+    try:
+        return _fetch(uri, out)
+    except AdfmError as error:
+        error.args = (without_login(str(error)),)  # the address of a Git repository may hold a token
+        raise
+
+
+def _fetch(uri: str, out: Path) -> tuple[int, int]:
     scheme, separator, _ = uri.partition("://")
     if not separator or scheme == "file":
         return _fetch_local(uri, out)
@@ -366,7 +374,8 @@ def _remedy(error: Exception) -> str:
 
     prefix = s3.prefix()
     if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
-        return f"no credentials; set {prefix}ACCESS_KEY_ID and {prefix}SECRET_ACCESS_KEY, or AWS_PROFILE"
+        keys = f"{prefix}ACCESS_KEY_ID and {prefix}SECRET_ACCESS_KEY"
+        return f"no credentials; set {keys}, or AWS_PROFILE (on a cluster: the secret adfm-s3)"
     if isinstance(error, ParamValidationError):
         return "that is no name of a bucket; write s3://bucket/prefix"
     if not isinstance(error, ClientError):
@@ -375,10 +384,13 @@ def _remedy(error: Exception) -> str:
             f"what has arrived is kept.{ca_remedy(error)}"
         )
     code = error.response.get("Error", {}).get("Code", "")
+    if error.operation_name.startswith("AssumeRole"):  # of AWS's service for roles, not of the bucket
+        return "the role cannot be assumed; check the service account's annotation and whom the role trusts"
     if code in ("NoSuchBucket", "InvalidBucketName"):
         return f"there is no such bucket; check its name and {prefix}ENDPOINT_URL"
     if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken"):
-        return f"the server does not accept the credentials; check {prefix}ACCESS_KEY_ID and {prefix}SECRET_ACCESS_KEY"
+        keys = s3.keys_prefix()
+        return f"the server does not accept the credentials; check {keys}ACCESS_KEY_ID and {keys}SECRET_ACCESS_KEY"
     if code in ("AccessDenied", "403"):
         return "these credentials may not read there; ask for s3:ListBucket and s3:GetObject"
     if code in ("404", "NoSuchKey", "412", "PreconditionFailed"):
@@ -475,6 +487,7 @@ def _explained(message: str) -> Iterator[None]:
     except Exception as error:
         import aiohttp
         import asyncssh  # of Git by SSH
+        from botocore.exceptions import NoCredentialsError
 
         *_, first = retries.causes(error)
         passes = re.search(r"unexpected http resp (429|5\d\d)", str(first)) or retries.may_pass(  # so says dulwich
@@ -484,7 +497,11 @@ def _explained(message: str) -> Iterator[None]:
         reason = f"{why}: {str(first) or type(first).__name__}" if first not in (why, error) else str(why)
         if passes:
             raise Unreachable(f"{message} ({reason}).") from error
-        raise AdfmError(f"{message} ({reason}).{ca_remedy(why)}") from error
+        remedy = next(
+            (f" There are {_remedy(each)}." for each in retries.causes(error) if isinstance(each, NoCredentialsError)),
+            "",
+        )
+        raise AdfmError(f"{message} ({reason}).{remedy or ca_remedy(error)}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------ synthetic

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adfm import files, retries, tracking
+from adfm import environment, files, retries, tracking
 from adfm.errors import AdfmError, Unreachable
 from adfm.files import digest
 from adfm.method import prompt
@@ -222,7 +222,8 @@ def _download(name: str, revision: str | None) -> Path:
         )
         raise (Unreachable if passes else AdfmError)(
             f"model.name: the weights of {name} at {revision} are neither in the local cache nor could they be "
-            f"downloaded ({reason}); download them once with network access, or name a local folder"
+            f"downloaded ({reason}); download them once with network access, or name a local folder."
+            f"{environment.ca_remedy(error)}"
         ) from error
 
 

@@ -11,9 +11,13 @@ import json
 import os
 import sys
 import time
-import urllib.request
 from http.client import HTTPException
+from typing import Any
 from urllib.error import HTTPError
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+from adfm.environment import ca_remedy
+from adfm.text import shortened
 
 _TIMEOUT = 5  # seconds
 _PAUSE = 2  # seconds before the second and last try
@@ -31,8 +35,8 @@ def alert(text: str) -> None:
     if not address.startswith(("http://", "https://")):
         print("adfm: no alert was sent: ADFM_ALERT_WEBHOOK is not an http(s) address", file=sys.stderr)
         return
-    shortened = text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
-    body = json.dumps({"text": html.escape(shortened, quote=False)}).encode()  # `<…>` is a command to Slack
+    escaped = html.escape(shortened(text, _LONGEST), quote=False)  # `<…>` is a command to Slack
+    body = json.dumps({"text": escaped}).encode()
     try:
         try:
             _post(address, body)
@@ -43,10 +47,19 @@ def alert(text: str) -> None:
             _post(address, body)
     except (OSError, ValueError, HTTPException) as error:
         reason = str(error) if isinstance(error, OSError) else type(error).__name__  # others quote the address
-        print(f"adfm: no alert was sent: ADFM_ALERT_WEBHOOK failed: {reason}", file=sys.stderr)
+        if isinstance(error, HTTPError) and error.code < 400:
+            reason += "; it should be the address that this one redirects to"
+        print(f"adfm: no alert was sent: ADFM_ALERT_WEBHOOK failed: {reason}.{ca_remedy(error)}", file=sys.stderr)
+
+
+class _NoRedirect(HTTPRedirectHandler):
+    """A redirect is an error: urllib would follow it with a GET, without the message, and take its 200 for success."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
 
 
 def _post(address: str, body: bytes) -> None:
-    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=_TIMEOUT):
+    request = Request(address, body, {"Content-Type": "application/json"})
+    with build_opener(_NoRedirect).open(request, timeout=_TIMEOUT):
         pass

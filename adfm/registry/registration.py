@@ -73,7 +73,7 @@ def register(
         evaluation: Folder that evaluation wrote from these shards, with `model` as the candidate.
         out: Folder to write: `gate.json` and `registration.json`.
         params: Reads `register`, `evaluate` and `model`.
-        tags: Further tags of the version, such as the run of the pipeline that made it.
+        tags: Further tags of the version and of MLflow's run, such as the run of the pipeline that made it.
         wait: Seconds to wait for the service, where the own key is not one of it.
 
     Returns:
@@ -83,7 +83,8 @@ def register(
         AdfmError: A folder lacks something, the evaluation is of other data or settings, the service refused or did not
             answer, or MLflow cannot be reached.
     """
-    with tracking.start_run("register", params) as run, atomic_folder(out) as partial:
+    # The tags of the run as well: the version that was there already keeps those of the run that was first.
+    with tracking.start_run("register", params, tags) as run, atomic_folder(out) as partial:
         from mlflow import MlflowClient
 
         store, name = MlflowClient(), params.register_.model
@@ -93,6 +94,7 @@ def register(
         if accepts:
             accept(store, params, [submission], own_policy(registry.history))
         version, step = _accepted(store, name, submission, 0 if accepts else wait)
+        store.set_tag(run.info.run_id, tracking.VERSION_TAG, str(version.version))
         if tags and accepts:
             history_.tag(store, version, **tags)
         decided = _decided(version)

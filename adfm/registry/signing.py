@@ -33,7 +33,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from adfm import tracking
+from adfm import environment, tracking
 from adfm.errors import AdfmError
 from adfm.text import printable
 
@@ -92,7 +92,7 @@ def keys() -> Keys:
     Raises:
         BadKey: There is no folder of keys, a key cannot be used, or nobody would believe the own one.
     """
-    given = os.environ.get(VARIABLE)
+    given = environment.variable(VARIABLE)
     folder = Path(given).absolute() if given else tracking.home() / FOLDER
     try:
         if given and not folder.is_dir():

@@ -243,7 +243,9 @@ def submit(
         _write_separation(folder, model, shards)
         _write_rivals(folder, registry, origin, shards, params)
         signing.sign(folder, registry.keys)
-        return _log(registry.store, folder, registry.name, trained_by or run, origin)
+        # Where the service looks; the run may be in another one, that of KFP's MLflow plug-in.
+        experiment = tracking.experiment(params.register_.experiment)
+        return _log(registry.store, folder, registry.name, trained_by or run, origin, experiment)
 
 
 def own_policy(history: History) -> Policy:
@@ -494,7 +496,7 @@ def _is_own(registry: Registry, logged: LoggedModel, contents: str) -> bool:
             return False
 
 
-def _log(store: MlflowClient, folder: Path, name: str, run: Run, origin: dict[str, Any]) -> str:
+def _log(store: MlflowClient, folder: Path, name: str, run: Run, origin: dict[str, Any], experiment: str) -> str:
     """A new logged model, which is READY with all its files or not at all."""
     import mlflow
 
@@ -506,7 +508,7 @@ def _log(store: MlflowClient, folder: Path, name: str, run: Run, origin: dict[st
         "artifact_digest": str(origin["artifact_digest"]),
     }
     logged = mlflow.initialize_logged_model(
-        name="adapter", tags=tags, source_run_id=run.info.run_id, experiment_id=run.info.experiment_id
+        name="adapter", tags=tags, source_run_id=run.info.run_id, experiment_id=experiment
     )
     try:
         store.log_model_artifacts(logged.model_id, str(folder))

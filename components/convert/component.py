@@ -39,12 +39,11 @@ def inspect_part(raw: dsl.Input[dsl.Dataset], part: str, settings: str, inspecte
     from adfm import tasks
 
     with tasks.stage():
-        from adfm.data import packed
         from adfm.data.conversion import inspect_part
         from adfm.params import loads
 
         number, of = part.split("/")
-        with packed.opened(Path(raw.path) / f"{raw.metadata['name']}.tar") as folder:
+        with tasks.raw_data(Path(raw.path) / f"{raw.metadata['name']}.tar") as folder:
             inspect_part(folder, Path(inspected.path), loads(settings), int(number), int(of))
         tasks.name_artifacts({f"Part {part}": inspected})
 

@@ -16,13 +16,17 @@ def fetch(source: str, name: str, revision: str, raw: dsl.Output[dsl.Dataset]):
 
     from adfm import tasks
 
-    with tasks.stage(), TemporaryDirectory() as place:
+    with tasks.stage():
         from adfm import retries
         from adfm.data import packed
         from adfm.data.sources import fetch
 
-        folder = Path(place) / name
-        retries.again(lambda: fetch(source, folder), f"fetching {source}")
-        packed.pack(folder, Path(raw.path) / f"{name}.tar")
+        archive = Path(raw.path) / f"{name}.tar"
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        # Not in /tmp, which is in memory on many machines and in the containers of a local run.
+        with TemporaryDirectory(dir=archive.parent.parent) as place:
+            folder = Path(place) / name
+            retries.again(lambda: fetch(source, folder), f"fetching {source}")
+            packed.pack(folder, archive)
         raw.metadata.update(source=source, name=name, revision=revision)
         tasks.name_artifacts({"Raw data": raw})

@@ -10,7 +10,7 @@ def notify(status: dsl.PipelineTaskFinalStatus, pipeline: str, run: str, setting
     """State, gate verdict and link, to the chat channel that the secret adfm-alerts names, if any, and to the log."""
     from adfm import tasks
 
-    with tasks.stage():
+    with tasks.stage(tolerant=True):
         from adfm import notification
         from adfm.training import nodes
 

@@ -133,6 +133,8 @@ def test_a_server_that_is_away_for_a_minute_fails_no_fetch(tmp_path: Path, monke
     function("fetch")(source="s3://bucket/line", name="line", revision="7", raw=raw)
     assert len(tries) == 2
     assert tries[0] == tries[1]  # what was downloaded is resumed
+    assert Path(raw.path).parent in tries[0].parents  # and lies on the disk of the artifacts
+    assert [path.name for path in Path(raw.path).parent.iterdir()] == ["raw"]
     assert (Path(raw.path) / "line.tar").is_file()
 
 

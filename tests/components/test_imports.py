@@ -26,7 +26,8 @@ def test_every_body_is_a_stage() -> None:
         for function in (node for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)):
             last = function.body[-1]
             assert isinstance(last, ast.With), f"{file.parent.name}: {function.name}"
-            assert ast.unparse(last.items[0]) == "tasks.stage()", f"{file.parent.name}: {function.name}"
+            stage = "tasks.stage(tolerant=True)" if function.name == "notify" else "tasks.stage()"
+            assert ast.unparse(last.items[0]) == stage, f"{file.parent.name}: {function.name}"
             before = [ast.unparse(node) for node in function.body[1:-1]]  # the limits of CPUs come before NumPy
             ours = [line for line in before if "adfm" in line]
             assert ours == ["from adfm import tasks"], f"{file.parent.name}: {function.name}"

@@ -269,6 +269,32 @@ def test_two_archives_at_a_time(tmp_path: Path) -> None:
         assert (contents.read(a / "0.png"), contents.read(b / "0.png")) == (b"a", b"b")
 
 
+def test_what_kfp_cannot_upload_as_one_file_is_in_several(
+    mvtec_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = tmp_path / "packed" / "tiny.tar"
+    packed.pack(mvtec_folder, archive)
+    whole = archive.stat().st_size
+    monkeypatch.setattr(packed, "LARGEST", whole // 3)
+    packed.pack(mvtec_folder, archive)
+    volumes = sorted(archive.parent.iterdir())
+    count = len(volumes)
+    assert [path.name for path in volumes] == [f"tiny.{number}-of-{count}.tar" for number in range(1, count + 1)]
+    assert 3 <= count <= 5
+    assert all(path.stat().st_size <= whole // 3 + 2 * tarfile.RECORDSIZE for path in volumes)
+    expected = {path.relative_to(mvtec_folder): path.read_bytes() for path in mvtec_folder.rglob("*") if path.is_file()}
+    with packed.opened(archive) as folder:
+        assert folder.name == "tiny"
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        assert {path.relative_to(folder): contents.read(path) for path in paths} == expected
+    volumes[-1].unlink()
+    with pytest.raises(AdfmError, match=rf"tiny\.{count}-of-{count}\.tar: cannot be read"), packed.opened(archive):
+        pass
+    monkeypatch.undo()
+    packed.pack(mvtec_folder, archive)
+    assert list(archive.parent.iterdir()) == [archive]
+
+
 def test_links_become_what_they_lead_to(mvtec_folder: Path, tmp_path: Path) -> None:
     raw = tmp_path / "raw" / "linked"
     raw.mkdir()
@@ -328,6 +354,17 @@ def test_a_damaged_archive(keep: float, mvtec_folder: Path, tmp_path: Path) -> N
     with pytest.raises(AdfmError, match="is damaged, or not a tar"), packed.opened(tmp_path / "tiny.tar"):
         pass
     with pytest.raises(AdfmError, match="none.tar: cannot be read"), packed.opened(tmp_path / "none.tar"):
+        pass
+
+
+@pytest.mark.parametrize("size", [512, 10240])
+def test_an_archive_with_a_piece_of_zeros(size: int, tmp_path: Path) -> None:
+    """Zeros end a tar: what lies behind them would be missing without a word."""
+    _tar(tmp_path / "line.tar", *((f"{number}.png", tarfile.REGTYPE, bytes(600)) for number in range(30)))
+    whole = bytearray((tmp_path / "line.tar").read_bytes())
+    whole[7 * 1536 : 7 * 1536 + size] = bytes(size)  # begins with the header of the eighth file
+    (tmp_path / "line.tar").write_bytes(whole)
+    with pytest.raises(AdfmError, match="is damaged, .*more follows its end"), packed.opened(tmp_path / "line.tar"):
         pass
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import boto3
 import pytest
+from botocore.exceptions import ClientError, NoCredentialsError
 
 from adfm.data import s3 as access
 from adfm.data import sources
-from adfm.errors import AdfmError
+from adfm.errors import AdfmError, Unreachable
 
 
 @pytest.fixture
@@ -84,6 +85,18 @@ def test_keys_without_an_endpoint_are_amazons(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.usefixtures("bare")
+def test_remotes_send_keys_without_an_endpoint_to_amazon_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    _set(monkeypatch, **OURS, ADFM_S3_REGION="eu-central-1")
+    remotes = [{"url": "s3://data"}, {"url": "s3://data"}, {"url": "s3://data", "endpointurl": "there"}]
+    access.configure_remotes({"storage": remotes[0]})
+    assert "endpointurl" not in remotes[0]  # boto3 finds the region of a bucket where it may choose the address
+    _set(monkeypatch, **OF_THE_PIPELINE_ROOT)
+    access.configure_remotes({"storage": remotes[1], "elsewhere": remotes[2]})
+    assert remotes[1]["endpointurl"] == "https://s3.eu-central-1.amazonaws.com"
+    assert remotes[2]["endpointurl"] == "there"
+
+
+@pytest.mark.usefixtures("bare")
 def test_without_keys_of_ours_the_usual_chain_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert access.settings() == {}
     assert not access.has_credentials()
@@ -96,6 +109,37 @@ def test_without_keys_of_ours_the_usual_chain_holds(monkeypatch: pytest.MonkeyPa
     client = access.client()
     assert client.meta.endpoint_url == "http://127.0.0.1:9000"
     client.close()
+
+
+@pytest.mark.usefixtures("bare")
+def test_keys_that_are_refused_are_named_by_where_they_are_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = ClientError({"Error": {"Code": "InvalidAccessKeyId"}}, "ListObjectsV2")
+    _set(monkeypatch, **OF_THE_PIPELINE_ROOT, ADFM_S3_ENDPOINT_URL="http://127.0.0.1:9000")
+    assert "check AWS_ACCESS_KEY_ID" in sources._remedy(refused)
+    _set(monkeypatch, **OURS)
+    assert "check ADFM_S3_ACCESS_KEY_ID" in sources._remedy(refused)
+
+
+def test_a_role_that_is_refused_is_not_taken_for_a_right_of_the_bucket() -> None:
+    refused = ClientError({"Error": {"Code": "AccessDenied"}}, "AssumeRoleWithWebIdentity")
+    assert "the role cannot be assumed" in sources._remedy(refused)
+
+
+@pytest.mark.usefixtures("bare")
+def test_a_remote_without_credentials_says_what_to_set() -> None:
+    with (
+        pytest.raises(AdfmError, match=r"no credentials; set AWS_ACCESS_KEY_ID .* the secret adfm-s3"),
+        sources._explained("listing"),
+    ):
+        raise OSError("listing failed") from NoCredentialsError()
+
+
+def test_the_token_in_the_address_of_a_repository_is_not_shown(tmp_path: Path) -> None:
+    with pytest.raises(Unreachable, match="dvc://https://127.0.0.1:9/x.git@v1:line: the repository") as error:
+        sources.fetch("dvc://https://someone:hidden@127.0.0.1:9/x.git@v1:line", tmp_path / "out")
+    assert "hidden" not in str(error.value)
+    with pytest.raises(AdfmError, match=r"dvc://no-folder@v1:line: there is no folder"):
+        sources.fetch("dvc://no-folder@v1:line", tmp_path / "out")
 
 
 @pytest.mark.usefixtures("bare")

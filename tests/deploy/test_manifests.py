@@ -16,7 +16,7 @@ import yaml
 from adfm import pods
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-VERSION = "1.33.0"
+VERSIONS = ("1.29.0", "1.35.0")  # the oldest that docs/kubernetes.md names, and the newest that was tried
 FOLDERS = ["server", "server/upgrade", "server/restore", "runs"]
 SERVER = FOLDERS[:3]
 BY_HAND = [
@@ -38,6 +38,11 @@ def built(folder: Path) -> list[Manifest]:
 
 def loaded(file: str) -> list[Manifest]:
     return list(yaml.safe_load_all((DEPLOY / file).read_text()))
+
+
+def fits_schema(manifest: Manifest) -> None:
+    for version in VERSIONS:
+        kubernetes_validate.validate(manifest, version, strict=True)
 
 
 def pod_of(manifest: Manifest) -> Manifest | None:
@@ -62,13 +67,13 @@ def test_every_manifest_fits_its_schema(folder: str) -> None:
     manifests = built(DEPLOY / folder)
     assert manifests
     for manifest in manifests:
-        kubernetes_validate.validate(manifest, VERSION, strict=True)
+        fits_schema(manifest)
 
 
 @pytest.mark.parametrize("file", BY_HAND)
 def test_what_is_applied_by_hand_fits_its_schema_and_goes_where_the_command_line_says(file: str) -> None:
     for manifest in loaded(file):
-        kubernetes_validate.validate(manifest, VERSION, strict=True)
+        fits_schema(manifest)
         assert "namespace" not in manifest["metadata"]
 
 
@@ -84,6 +89,21 @@ def test_no_container_is_privileged_or_unbounded() -> None:
         resources = container["resources"]
         assert {"cpu", "memory", "ephemeral-storage"} <= set(resources["requests"]), container["name"]
         assert {"memory", "ephemeral-storage"} <= set(resources["limits"]), container["name"]
+
+
+def test_secrets_that_are_files_can_be_read_by_the_user_of_the_container() -> None:
+    """They are root's; only a pod's `fsGroup` gives them to another group."""
+    volumes = [(pod, each) for _, pod, _ in containers() for each in pod.get("volumes", ())]
+    secrets = [(pod, each["secret"]) for pod, each in volumes if "secret" in each]
+    assert [secret["secretName"] for _, secret in secrets] == ["adfm-signing"]
+    for pod, secret in secrets:
+        assert secret["defaultMode"] == 0o440  # a private key is not for all
+        assert pod["securityContext"]["fsGroup"] == pod["securityContext"]["runAsGroup"]
+
+
+def test_images_of_a_registry_with_a_login_are_pulled_with_the_secret_of_the_runs() -> None:
+    for _, pod, container in containers():
+        assert pod["imagePullSecrets"] == [{"name": pods.PULL_SECRET}], container["name"]
 
 
 def test_what_runs_for_ever_has_probes_that_are_patient() -> None:
@@ -168,7 +188,7 @@ def test_storage_classes_are_a_line_to_fill_in() -> None:
         assert re.search(r"^ +# storageClassName: ", text, re.MULTILINE), file
         uncommented = text.replace("# storageClassName", "storageClassName")
         for manifest in yaml.safe_load_all(uncommented):
-            kubernetes_validate.validate(manifest, VERSION, strict=True)
+            fits_schema(manifest)
         assert "storageClassName" in str(list(yaml.safe_load_all(uncommented)))
 
 
@@ -185,6 +205,7 @@ def test_every_key_of_a_secret_that_is_needed_is_in_the_examples() -> None:
         if "valueFrom" in variable
     }
     assert used | {("adfm-signing", "private.pem")} == keys("server/secrets.example.yaml")
+    assert {("adfm-server", f"s3-{key}") for key in pods.SECRETS["adfm-s3"]} <= used
     runs = {(secret, key) for secret, each in pods.SECRETS.items() for key in each}
     assert runs | {(pods.SIGNING, "private.pem")} == keys("runs/secrets.example.yaml")
 

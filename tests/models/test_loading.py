@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import ssl
 import stat
 from pathlib import Path
 
@@ -45,6 +46,15 @@ def test_unreachable_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_pa
     with pytest.raises(AdfmError, match="neither in the local cache nor") as error:
         loading.resolve("Qwen/Qwen2.5-VL-7B-Instruct", "cc594898137f460bfe9f0759e9844b3ce807cfb5")
     assert "\n" not in str(error.value)
+
+
+def test_a_hub_whose_authority_is_unknown_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: object, **__: object) -> None:
+        raise OSError("cannot find the files") from ssl.SSLCertVerificationError("self-signed certificate")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(AdfmError, match="name a local folder.*ADFM_CA_BUNDLE"):
+        loading.resolve("Qwen/Qwen2.5-VL-7B-Instruct", "cc594898137f460bfe9f0759e9844b3ce807cfb5")
 
 
 def test_folder_of_another_architecture_is_refused(tmp_path: Path) -> None:

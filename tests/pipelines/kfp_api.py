@@ -2,7 +2,8 @@
 
 What it does was read in the backend's source: names are unique in their namespace (409), pipelines of another
 namespace are not listed, one without a namespace is shared, an uploaded pipeline has a version of its own name, several
-users need a namespace, schedules with the same name may be there twice.
+users need a namespace, schedules with the same name may be there twice, a filter is unescaped once more than HTTP does
+and ignores case.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote_plus, urlsplit
 
 import kfp_server_api
 
@@ -140,13 +141,20 @@ class Server:
             many = [each for each in many if each["experiment_id"] == query["experiment_id"]]
         elif self.health["multi_user"]:
             namespace = query.get("namespace", "")
+            if kind == "recurringruns":
+                places = {each["experiment_id"]: each["namespace"] for each in self.things["experiments"]}
+                many = [each | {"namespace": places[each["experiment_id"]]} for each in many]
             if kind == "experiments" and not namespace:
                 return 400, {"message": "In multi-user mode, ListExperiment must filter by namespace"}
             many = [each for each in many if each["namespace"] == namespace]
-        for predicate in json.loads(query.get("filter", "{}")).get("predicates", []):
+        text = query.get("filter", "{}")
+        if re.search("%(?![0-9A-Fa-f]{2})", text):
+            return 400, {"message": f"invalid URL escape in {text}"}
+        for predicate in json.loads(unquote_plus(text)).get("predicates", []):
             if set(predicate) != {"operation", "key", "stringValue"} or predicate["operation"] not in (1, "EQUALS"):
                 self.wrong.append(f"GET {path}: {predicate}")
-            many = [each for each in many if each.get(predicate["key"]) == predicate["stringValue"]]
+            value = predicate["stringValue"].lower()
+            many = [each for each in many if str(each.get(predicate["key"], "")).lower() == value]
         listing = {"versions": "pipeline_versions", "recurringruns": "recurringRuns"}.get(kind, kind)
         start, size = int(query.get("page_token") or 0), int(query.get("page_size") or 20)
         rest = {"next_page_token": str(start + size)} if len(many) > start + size else {}

@@ -238,7 +238,13 @@ def test_no_two_artifacts_of_a_run_have_one_name(name: str) -> None:
         for output in pipeline["components"][task["componentRef"]["name"]]["outputDefinitions"].get("artifacts", {})
     ]
     assert len(names) == len(set(names))
-    assert not {"page", "figures", "report", "output"} & set(names)
+    every = {  # nested pipelines hand on what their tasks make
+        output
+        for component in pipeline["components"].values()
+        for output in component.get("outputDefinitions", {}).get("artifacts", {})
+    }
+    assert every - {"pipelinechannel--inspect-part-inspected"} == set(names)
+    assert not {"page", "figures", "report", "Output"} & every
 
 
 @pytest.mark.parametrize("name", TRAININGS)

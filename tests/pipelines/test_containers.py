@@ -10,13 +10,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
-from adfm import __version__, params
+from adfm import __version__, params, pods
 from adfm.data.conversion import convert
 from adfm.data.sources import fetch
 from adfm.files import digest
+from pipelines import containers
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -62,6 +64,21 @@ def _built_from(builder: str, environment: dict[str, str]) -> str:
 def run(folder: Path, environment: dict[str, str], *argv: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pipelines.training", "run", "--in-containers", "--root", "out", *argv]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_a_private_authority_is_where_a_cluster_mounts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADFM_CA_BUNDLE", str(tmp_path / "company.pem"))
+    monkeypatch.setenv("AWS_CA_BUNDLE", "/tmp/of-this-process.pem")
+    monkeypatch.setenv("AWS_REGION", "any")
+    client = MagicMock()
+    client.containers.create.return_value.wait.return_value = {"StatusCode": 0}
+    assert containers._run(client, IMAGE, ["true"], {"data": {"bind": "/data", "mode": "rw"}}) == 0
+    options = client.containers.create.call_args.kwargs
+    authority = {"bind": f"{pods.CA_FOLDER}/{pods.CA_FILE}", "mode": "ro"}
+    assert options["volumes"][str(tmp_path / "company.pem")] == authority
+    assert "data" in options["volumes"]
+    assert "AWS_REGION" in options["environment"]
+    assert "AWS_CA_BUNDLE" not in options["environment"]
 
 
 def test_data_stages_give_in_containers_what_they_give_here(

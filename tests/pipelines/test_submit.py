@@ -6,11 +6,15 @@ import datetime
 import ipaddress
 import os
 import re
+import socket
 import ssl
 import tempfile
+import threading
 from collections.abc import Iterator
 from functools import cache
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +22,7 @@ import yaml
 from kfp import dsl
 from kubernetes.config import kube_config
 
+from adfm.errors import AdfmError
 from pipelines import checks, promotion, training
 from pipelines.command import main, write
 from tests.pipelines.kfp_api import Server, misshapen, served
@@ -145,6 +150,24 @@ def test_of_two_that_are_begun_at_once_the_later_one_is_ended(server: Server) ->
     assert server.terminated == ["runs-1"]
 
 
+@pytest.mark.parametrize(("ends", "terminated"), [(True, []), (False, ["runs-1"])])
+def test_the_older_of_two_stays_if_the_other_ends_and_else_gives_way(
+    ends: bool, terminated: list[str], server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KFP knows the age in seconds, before it stores a run: the younger may have looked too early to see ours."""
+    server.rivals["runs"] = {"state": "PENDING", "created_at": "2026-01-02T00:00:00Z"}
+    pauses: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        server.things["runs"][0]["state"] = "CANCELING" if ends else "RUNNING"
+
+    monkeypatch.setattr("pipelines.server.time", SimpleNamespace(sleep=sleep))
+    assert submit() == 0
+    assert server.terminated == terminated
+    assert len(pauses) == (1 if ends else 10)
+
+
 def test_data_that_may_have_changed_are_asked_for_again(server: Server) -> None:
     for _ in range(2):
         assert submit("--set", "fetch.source=s3://bucket/line") == 0
@@ -179,6 +202,22 @@ def test_a_token_that_has_expired_is_said(
     assert server.things["experiments"] == []
 
 
+@pytest.mark.parametrize("token", ["go od", "go\nod", "Bearer good", "göd"])
+def test_a_token_that_cannot_be_one_is_refused_without_being_shown(
+    token: str, server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KFP_TOKEN", token)
+    assert submit() == 1
+    error = capsys.readouterr().err
+    assert "KFP_TOKEN holds blanks or characters that no token has" in error
+    assert token not in error
+
+
+def test_a_line_end_after_a_token_is_left_out(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KFP_TOKEN", "good\n")
+    assert submit() == 0
+
+
 def test_a_token_is_taken_from_the_service_account(
     server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
@@ -193,6 +232,10 @@ def test_a_token_is_taken_from_the_service_account(
     [
         ("http://127.0.0.1:9", "the KFP API at http://127.0.0.1:9 cannot be reached"),
         ("kfp.example.com", "name the KFP API by an http(s):// address"),
+        ("http://127.0.0.1:http", "name the KFP API by an http(s):// address"),
+        ("http://127.0.0.1:9/a b", "name the KFP API by an http(s):// address"),
+        ("http://127.0.0.1:9/pipeline/#/runs", "name the KFP API by an http(s):// address"),
+        ("http://:8888", "name the KFP API by an http(s):// address"),
         ("", "--host is missing"),
     ],
 )
@@ -202,6 +245,62 @@ def test_a_server_that_is_not_there_is_said_at_once(
     monkeypatch.delenv("KF_PIPELINES_ENDPOINT", raising=False)
     assert submit("--host", host) == 1
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (b"SSH-2.0-OpenSSH_9\r\n", "does not reply as the KFP API does (BadStatusLine)"),
+        (b'HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"', "does not reply as the KFP API does (IncompleteRead)"),
+        (b"", "cannot be reached: Remote end closed connection without response"),
+        (b'HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n{"status":"ok"}', "answered, but is not the KFP API"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", "answered, but is not the KFP API"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>", "it wants a login, or the address lacks a path"),
+        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", "the address may lack a path, as /pipeline"),
+    ],
+)
+def test_a_server_that_is_not_the_kfp_api_is_said(
+    reply: bytes, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(reply)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert submit("--host", f"http://127.0.0.1:{listener.getsockname()[1]}") == 1
+        thread.join()
+    assert message in capsys.readouterr().err
+
+
+def test_a_page_for_logins_is_not_sent_the_token(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KFP_TOKEN", "good")
+    tokens: list[str | None] = []
+
+    class Redirect(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            tokens.append(self.headers.get("Authorization"))
+            self.send_response(200 if self.path == "/login" else 302)
+            self.send_header("Location", "/login")
+            self.end_headers()
+            self.wfile.write(b"<html>")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Redirect) as http:
+        thread = threading.Thread(target=lambda: [http.handle_request() for _ in range(2)])
+        thread.start()
+        assert submit("--host", f"http://127.0.0.1:{http.server_port}") == 1
+        thread.join()
+    assert tokens == ["Bearer good", None]
+    assert "it wants a login" in capsys.readouterr().err
 
 
 def test_the_client_sends_nothing_that_the_double_would_not_notice() -> None:
@@ -230,6 +329,13 @@ def test_a_link_is_given_where_the_address_of_the_pages_is_known(
     assert given["ui"] == "https://kfp.example.com"
 
 
+@pytest.mark.parametrize("ui", ["kubeflow.example.com/pipeline", "https://kubeflow.example.com/pipeline/#/runs"])
+def test_an_address_that_makes_no_link_is_refused(ui: str, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit("--ui", ui) == 1
+    assert f"--ui {ui}: name KFP's pages by an http(s):// address" in capsys.readouterr().err
+    assert nothing_made(server)
+
+
 # Several users, several at once
 
 
@@ -244,6 +350,21 @@ def test_several_settings_in_a_namespace_are_runs_of_one_pipeline(server: Server
     assert [each["namespace"] for each in server.things["experiments"]] == ["team-a", "team-b"]
     assert [each["pipeline_id"] for each in server.things["versions"]] == ["pipelines-1", "pipelines-2"]
     assert len(server.things["runs"]) == 3
+
+
+@pytest.mark.parametrize("name", ["a+b", "100% line", 'Linie "ä"'])
+def test_an_experiment_of_any_name_is_known_again(name: str, server: Server) -> None:
+    for _ in range(2):
+        assert submit("--experiment", name) == 0
+    assert [each["display_name"] for each in server.things["experiments"]] == [name]
+    assert len(server.things["runs"]) == 1
+
+
+def test_an_experiment_is_not_mistaken_for_one_that_differs_in_case(server: Server) -> None:
+    for ident, name in enumerate(("LINE", "line")):
+        server.things["experiments"].append({"experiment_id": str(ident), "display_name": name, "namespace": ""})
+    assert submit("--experiment", "line") == 0
+    assert server.things["runs"][0]["experiment_id"] == "1"
 
 
 @dsl.component(base_image="localhost/adfm:cpu", install_kfp_package=False)
@@ -286,6 +407,15 @@ def test_a_missing_namespace_is_said_before_anything_is_made(
     assert submit() == 1
     assert "--namespace is missing" in capsys.readouterr().err
     assert nothing_made(server)
+
+
+def test_a_namespace_that_a_server_with_one_user_ignores_is_said(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit("--namespace", "adfm-promotion") == 0
+    assert "serves one user and ignores --namespace adfm-promotion" in capsys.readouterr().err
+    assert submit("--namespace", "kubeflow") == 0  # where it is installed
+    assert "ignores" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["experiments", "pipelines", "versions"])
@@ -400,11 +530,51 @@ def test_a_schedule_that_was_switched_off_is_switched_on(server: Server, capsys:
     assert "it is on again" in capsys.readouterr().out
 
 
-def test_of_two_equal_schedules_begun_at_once_the_older_stays(server: Server) -> None:
+def test_of_two_equal_schedules_begun_at_once_one_stays(server: Server) -> None:
     server.rivals["recurringruns"] = {"status": "ENABLED"}
     assert submit(*NIGHTLY) == 0
+    assert crons(server) == ["0 0 3 * * *"]
+
+
+def test_a_schedule_that_a_newer_one_should_have_replaced_is_the_newest_again(server: Server) -> None:
+    assert submit(*NIGHTLY) == 0
+    server.refused["DELETE"] = 403
+    assert submit("--schedule", "0 0 4 * * *") == 0
+    server.refused.clear()
+    assert submit(*NIGHTLY) == 0
+    assert crons(server) == ["0 0 3 * * *"]
+
+
+@pytest.mark.parametrize(("made", "stays"), [("2025-12-31", "recurringruns-1"), ("2026-01-02", "rival")])
+def test_of_two_schedules_of_a_line_begun_at_once_the_newer_stays(
+    made: str, stays: str, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = {"display_name": "other", "status": "ENABLED", "created_at": f"{made}T00:00:00Z"}
+    server.rivals["recurringruns"] = other
+    assert submit(*NIGHTLY) == 0
     (schedule,) = server.things["recurringruns"]
-    assert schedule["recurring_run_id"] == "rival"
+    assert schedule["recurring_run_id"] == stays
+    assert f"every 0 0 3 * * *: {stays}" in capsys.readouterr().out
+
+
+def test_a_schedule_of_the_line_in_another_experiment_is_said_to_run_as_well(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.health["multi_user"] = True
+    for experiment in ("first", "second"):
+        assert submit(*NIGHTLY, "--namespace", "team-a", "--experiment", experiment) == 0
+    assert "two schedules will run" in capsys.readouterr().err
+    assert submit(*NIGHTLY, "--namespace", "team-a", "--experiment", "third", "--set", "register.model=other") == 0
+    assert submit(*NIGHTLY, "--namespace", "team-b") == 0
+    assert "two schedules will run" not in capsys.readouterr().err
+
+
+def test_a_schedule_made_by_hand_is_named(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit(*NIGHTLY) == 0
+    del server.things["recurringruns"][0]["runtime_config"]
+    assert submit(*NIGHTLY, "--set", "seed=1") == 0
+    assert len(crons(server)) == 2
+    assert "another schedule of other data or another model stays" in capsys.readouterr().out
 
 
 def test_schedules_on_further_pages_are_seen(server: Server) -> None:
@@ -433,6 +603,7 @@ def test_schedules_on_further_pages_are_seen(server: Server) -> None:
         (["--service-account", "adfm pipeline"], "--service-account 'adfm pipeline'"),
         (["--service-account", "adfm-"], "--service-account 'adfm-'"),
         (["--schedule", "0 3 * * *"], "six fields, seconds first"),
+        (["--schedule", "0 0 25 * * *"], "'25' for hours (0 to 23)"),
         (["--node-selector", "pool=a 100"], "'a 100' is not the value of a label"),
         (["--node-selector", "a pool=a100"], "'a pool' is not the key of a label"),
         (["--node-selector", "Cloud_x/pool=a100"], "'Cloud_x/pool' is not the key of a label"),
@@ -453,6 +624,59 @@ def test_all_names_that_are_wrong_are_said_at_once(capsys: pytest.CaptureFixture
     error = capsys.readouterr().err
     assert "--namespace 'A'" in error
     assert "--service-account 'B'" in error
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ("60 0 3 * * *", "'60' for seconds (0 to 59)"),
+        ("0 0 3 0 * *", "'0' for day of the month (1 to 31)"),
+        ("0 0 3 * 13 *", "'13' for month (1 to 12)"),
+        ("0 0 3 * * 7", "'7' for day of the week (0 to 6)"),
+        ("0 0 5-3 * * *", "'5-3' for hours"),
+        ("0 */0 3 * * *", "'*/0' for minutes"),
+        ("0 0 3, * * *", "'3,' for hours"),
+        ("0 0 3 * * monday", "'monday' for day of the week"),
+        ("0 0 3 L * *", "'L' for day of the month"),
+        ("0 0 3 30,31 feb *", "a day that its months do not have"),
+        ("every day at three o clock", "'every' for seconds"),
+        ("@dayly", "should be one of @yearly"),
+        ("@every 12", "should be one of @yearly"),
+        ("", "six fields"),
+    ],
+)
+def test_a_schedule_that_kfp_could_not_read_is_refused(schedule: str, message: str) -> None:
+    with pytest.raises(AdfmError, match=re.escape(message)):
+        checks.require_names("adfm", None, None, schedule)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        *("0 0 3 * * *", "0 */10 * * * *", "0 0 3 ? * MON-FRI", "0 0 3 29 2 *", "5/15 0 3,15 1-7/2 jan-Mar,12 Sun"),
+        *("0 0 3 31 2 1", "@daily", "@every 1h30m"),  # of day and weekday, one will do
+    ],
+)
+def test_a_schedule_that_kfp_reads_is_taken(schedule: str) -> None:
+    checks.require_names("adfm", None, None, schedule)
+
+
+def test_names_that_no_image_can_have_are_refused(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def with_an_image_of_the_docs(pipeline: Any, file: Path) -> None:
+        file.write_text(compiled(pipeline).replace("localhost/adfm:gpu", "registry.example.com/adfm@sha256:…"))
+
+    monkeypatch.setattr("pipelines.server.write", with_an_image_of_the_docs)
+    assert submit() == 1
+    assert "'registry.example.com/adfm@sha256:…' cannot be the name of an image" in capsys.readouterr().err
+    assert nothing_made(server)
+    for name in ("", "adfm cpu", "registry.example.com/Adfm", "https://registry.example.com/adfm", "adfm:", "a//b"):
+        with pytest.raises(AdfmError, match="cannot be the name of an image"):
+            checks.require_references([name])
+    digest = "sha256:" + "0a" * 32
+    checks.require_references(["adfm", f"adfm@{digest}", f"r.example.com:5000/team_1/adfm:1.0-gpu_2@{digest}"])
+    checks.require_references(["[::1]:5000/adfm", "localhost/adfm:cpu", "Registry.example.com/a__b/c--d:V1"])
 
 
 def test_names_that_kubernetes_takes_are_taken() -> None:
@@ -485,6 +709,25 @@ def test_a_server_that_says_nothing_of_its_release_is_used(server: Server, capsy
     server.health = {"multi_user": False}
     assert submit() == 0
     assert "tag_name 'unknown'" in capsys.readouterr().err
+
+
+def test_through_kfps_pages_the_release_and_the_users_of_the_api_are_known(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pages = {"apiServerReady": True, "frontendTagName": "2.17.0", "apiServerMultiUser": False, "multi_user": False}
+    server.health = pages | {"apiServerTagName": "2.16.1"}
+    assert submit() == 1
+    assert "is 2.16.1; adfm needs Kubeflow Pipelines 2.17 or newer" in capsys.readouterr().err
+    server.health = pages | {"apiServerTagName": "2.17.0", "multi_user": True}
+    assert submit() == 1
+    assert "--namespace is missing" in capsys.readouterr().err
+    server.health = {"apiServerReady": False, "frontendTagName": "2.17.0"}
+    assert submit() == 1
+    assert "do not reach the API behind them" in capsys.readouterr().err
+    assert nothing_made(server)
+    server.health = pages | {"apiServerTagName": "2.17.0"}
+    assert submit() == 0
+    assert "does not say its release" not in capsys.readouterr().err
 
 
 def test_images_are_printed_and_those_of_this_machine_are_a_warning_behind_a_forwarded_port(
@@ -585,7 +828,7 @@ def test_where_the_secret_is_there_or_cannot_be_looked_for_a_run_is_begun(
     assert ("is taken for another cluster" in capsys.readouterr().err) is (there == {})
 
 
-@pytest.mark.parametrize("content", ["", "clusters: [", "current-context: none"])
+@pytest.mark.parametrize("content", ["", "[]", "clusters: [", "current-context: none"])
 def test_a_configuration_of_kubectl_that_is_of_no_use_stops_nothing(content: str, server: Server, home: Path) -> None:
     (home / "kubeconfig").write_text(content)
     assert submit() == 0
@@ -718,6 +961,15 @@ def test_resources_beyond_every_node_are_said(
     assert submit(*options) == 0  # an autoscaler may add a node
     error = capsys.readouterr().err
     assert (message in error) if message else ("the run waits there" not in error)
+
+
+@pytest.mark.parametrize("account", [403, 404])
+def test_where_only_nodes_may_be_seen_resources_beyond_them_are_said(
+    account: int, server: Server, kubernetes: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    kubernetes.update({ACCOUNT: account, NODES: {"items": [node(memory="30Gi")]}})
+    assert submit() == 0
+    assert re.search(r"if runs go to http://127\S+, which kubectl talks to: train: no node", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from adfm.errors import AdfmError
+from pipelines import trigger
 from pipelines.trigger import arguments
 
 COMMIT = "a" * 40
@@ -60,3 +62,9 @@ def test_an_event_that_lacks_something_is_said(lock: Path) -> None:
 def test_a_quotation_mark_that_is_not_closed_is_said(lock: Path) -> None:
     with pytest.raises(AdfmError, match="the input `arguments`: No closing quotation in"):
         asked("workflow_dispatch", {"inputs": {"arguments": "--set 'train.steps=50"}}, lock)
+
+
+def test_without_an_event_it_says_where_it_belongs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GITHUB_EVENT_PATH", raising=False)
+    with pytest.raises(SystemExit, match="no event of GitHub Actions here"):
+        runpy.run_path(str(trigger.__file__), run_name="__main__")

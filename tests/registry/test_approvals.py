@@ -101,6 +101,11 @@ class Channel(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.said.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
         self.send_response(self.status)
+        self.send_header("Location", "/login")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.send_response(200)
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
@@ -168,6 +173,17 @@ def test_an_alert_that_is_refused_fails_nothing(channel, capsys):
     alert("x" * 10_000)
     assert "404" in capsys.readouterr().err
     assert [len(text) for text in channel.said] == [3000]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_an_alert_that_is_redirected_is_not_taken_for_sent(channel, capsys, status):
+    """urllib would get the page that it is sent to, without the message."""
+    from adfm.registry.alerts import alert
+
+    channel.status = status
+    alert("version 1 is in production")
+    assert channel.said == ["version 1 is in production"]
+    assert "should be the address that this one redirects to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

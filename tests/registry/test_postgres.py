@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import certifi
 import pytest
 import requests
 import yaml
@@ -363,6 +364,7 @@ def test_a_managed_postgres_is_named_by_the_secret_and_its_certificate_verified(
     """Another user than the default one, who is not a superuser but owns the database; TLS with a private CA."""
     postgres.sql("postgres", "CREATE ROLE plant LOGIN PASSWORD 'another'")
     postgres.sql("postgres", f'ALTER DATABASE "{database}" OWNER TO plant')
+    postgres.sql(database, "CREATE SCHEMA provider; CREATE TABLE provider.hidden (id int)")  # as an operator makes them
     named = {"postgres-user": "plant", "postgres-password": "another", "postgres-sslmode": "verify-full"}
     server = cluster(postgres, database, tmp_path / "home", **named)
     done = server.upgrade()
@@ -386,6 +388,7 @@ def test_a_managed_postgres_is_named_by_the_secret_and_its_certificate_verified(
         assert done.returncode == 0, done.stderr
         assert postgres.sql(database, "SELECT name FROM registered_models") == "adfm"
         assert postgres.sql(database, "SELECT to_regclass('of_a_newer_release')") == ""
+        assert postgres.sql(database, "SELECT to_regclass('provider.hidden')") == "provider.hidden"
     with server.mlflow():
         pass
     make_certificate(tmp_path)  # of somebody else
@@ -405,6 +408,22 @@ def test_the_defaults_are_those_of_the_postgres_beside_it() -> None:
     assert defaults["PGHOST"] == service["metadata"]["name"]
     assert int(defaults["PGPORT"]) == service["spec"]["ports"][0]["port"]
     assert (defaults["PGUSER"], defaults["PGDATABASE"]) == (made["POSTGRES_USER"], made["POSTGRES_DB"])
+
+
+def test_s3_is_checked_against_the_private_ca_beside_the_public_ones(tmp_path) -> None:
+    """A Postgres with a CA of its own, and Amazon's S3."""
+    (container,) = manifest("mlflow.yaml", "Deployment", "mlflow")["spec"]["template"]["spec"]["containers"]
+    file = tmp_path / "ca.crt"
+    folders = {"PATH": PROGRAMS, "HOME": str(tmp_path), "PGSSLROOTCERT": str(file)}
+    environment = folders | {"MLFLOW_SERVER_ALLOWED_HOSTS": ""}
+    command = [*container["command"], "sh", "-c", 'cat "${AWS_CA_BUNDLE:-/dev/null}"']
+
+    def authorities() -> str:
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert authorities() == ""
+    file.write_text("the private one\n")
+    assert authorities() == Path(certifi.where()).read_text() + "the private one\n"
 
 
 def test_a_server_waits_for_the_upgrade(postgres, database, tmp_path) -> None:
@@ -431,9 +450,10 @@ def test_a_public_address_is_let_in_and_others_are_not(postgres, database, tmp_p
             ).status_code
 
         search = "ajax-api/2.0/mlflow/experiments/search?max_results=1"
-        for host in ("mlflow.example.com", "mlflow.adfm:5000", "mlflow:5000"):
+        for host in ("mlflow.example.com", "mlflow.adfm:5000", "mlflow.adfm.svc:5000", "mlflow:5000", "localhost:5001"):
             assert status("GET", search, Host=host) == 200, host
-        assert status("GET", search, Host="evil.example.com") == 403
+        for host in ("evil.example.com", "localhost.example.com:5000"):
+            assert status("GET", search, Host=host) == 403, host
         created = "ajax-api/2.0/mlflow/registered-models/create"  # 400: it is let in, and lacks a name
         host = "mlflow.example.com"
         assert status("POST", created, Host=host, Origin="https://mlflow.example.com") == 400
@@ -450,13 +470,16 @@ def test_a_backup_that_fails_removes_nothing_and_leaves_no_dump(postgres, databa
     for file in (old, tmp_path / "backup" / "mlflow-2020-01-02T00-00-00Z.dump.part"):
         file.touch()
         os.utime(file, (0, 0))
+    kept = tmp_path / "backup" / "keep" / old.name  # put aside by somebody
+    kept.parent.mkdir()
+    shutil.copy2(old, kept)
     assert cluster(postgres, "nothing", tmp_path).back_up().returncode != 0
     assert old.exists() and first in server.dumps()
     assert not [each for each in server.dumps() if each.endswith(".dump") and each not in (first, old.name)]
     time.sleep(1)
     done = server.back_up()
     assert done.returncode == 0 and re.search(r"mlflow-.*\.dump: \d{4,} bytes", done.stdout)
-    assert [each for each in server.dumps() if "2020" in each] == []
+    assert [each for each in server.dumps() if "2020" in each] == [] and kept.exists()
     assert first in server.dumps() and len([each for each in server.dumps() if each.endswith(".dump")]) == 2
 
 

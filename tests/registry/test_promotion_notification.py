@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
+
 import pytest
 
 from adfm import notification
 from adfm.notification import PROMOTION, Status, notify
 from adfm.params import Params
 from adfm.registry.promotion import promote
+from adfm.tasks import STARTED
 
 
 @pytest.fixture
@@ -27,6 +30,6 @@ def test_what_was_promoted_is_said_and_nothing_if_nothing_was(store, add, sent, 
     text = notify(PROMOTION, succeeded, "run-2", "", "")
     assert text.splitlines()[1] == f"version {version} of adfm was promoted to production by adfm-promotion"
     assert sent == [text]
-    monkeypatch.setattr(notification, "_CLOCKS", -notification.timedelta(hours=1))  # a later run
+    monkeypatch.setenv(STARTED, (datetime.now(UTC) + timedelta(seconds=1)).isoformat())  # a later run
     assert "promoted" not in notify(PROMOTION, succeeded, "run-3", "", "").splitlines()[1]
     assert sent == [text]

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from adfm import files, tracking
+from adfm import files, notification, tracking
 from adfm.cli import main
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
@@ -458,6 +458,27 @@ def test_a_submitter_submits_and_the_service_accepts(apart, one, capsys):
     [judged] = [step for step in history(PARAMS).counting if step.action == "judge"]
     assert version.tags["signed_by"] == judged.signer == signing.keys().id
     assert version.tags["approval"] == "pending" and len(submissions()) == 1
+    assert "kfp_run_id" not in version.tags  # those of the first submission, which the submitter may not change
+    assert notified("r") == "version 1 of adfm: gate passed" and notified("r2") == "no version was registered"
+
+
+def notified(run: str) -> str:
+    """What the notification of a pipeline's run says of its version."""
+    status = notification.Status("SUCCEEDED", "", "local-pipeline-exit-handler-1", "exit-handler-1")
+    return notification.notify("adfm-training", status, run, "", "").splitlines()[1]
+
+
+def test_the_service_sees_what_is_submitted_from_a_run_in_another_experiment(apart, one, monkeypatch):
+    given = tracking.client().create_run(tracking.experiment("of the platform")).info.run_id
+    apart("submitter")
+    monkeypatch.setenv("MLFLOW_RUN_ID", given)  # as KFP's MLflow plug-in names one
+    for _ in range(2):
+        refuses(*one, PARAMS, wait=0)
+    assert [each.source_run_id for each in submissions()] == [given]
+    apart("service")
+    set_policy(Path("gate.yaml"), PARAMS)
+    assert accept_all() == ["1"]
+    assert versions()[0].run_id == given
 
 
 def test_a_submitter_waits_for_the_service(apart, one):

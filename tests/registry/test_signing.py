@@ -508,5 +508,5 @@ def test_keys_that_a_cluster_mounts_are_links(keys: Keys, tmp_path: Path, monkey
     (mounted / "..data").symlink_to("..2026_11_26")
     for name in ("private.pem", "submitters", "service"):
         (mounted / name).symlink_to(Path("..data", name))
-    monkeypatch.setenv("ADFM_KEYS", str(mounted))
+    monkeypatch.setenv("ADFM_KEYS", f"{mounted}\n")  # as `echo … | base64` makes a secret
     assert signing.keys().id == keys.id
