@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -32,6 +33,15 @@ def count() -> int:
 def share(processes: int) -> int:
     """CPUs of each of some processes that work at the same time, at least 1."""
     return max(1, count() // processes)
+
+
+def threads(processes: int) -> int:
+    """Threads of each of some processes that work at the same time: its share, or fewer where OMP_NUM_THREADS is less.
+
+    Without it each would take the threads of all.
+    """
+    given = re.match(r"[1-9]\d*", os.environ.get("OMP_NUM_THREADS", ""))  # of "4,2" the first, as OpenMP does
+    return min(int(given[0]) if given else count(), share(processes))
 
 
 def limit_threads() -> None:

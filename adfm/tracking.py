@@ -50,6 +50,15 @@ _QUIET = {
 }
 
 
+# What requests, urllib3 and botocore say of a server that is away or busy.
+_OF_FILES = re.compile(
+    r"too many \d+ error responses|connection (aborted|broken|refused|reset|was closed)|timed out|timeout on endpoint|"
+    r"failed to resolve|could not connect|while reading from response|total bytes expected|"
+    r"an error occurred \((SlowDown|ServiceUnavailable|InternalError|50[0234])\)",
+    re.IGNORECASE,
+)
+
+
 def configure() -> str:
     """Points MLflow at its store and makes sure that the store answers.
 
@@ -211,7 +220,7 @@ def store_errors(uri: str) -> Iterator[None]:
     itself tries to open one ten times, for 100 s (mlflow/store/db/utils.py).
     """
     from mlflow.exceptions import MlflowException
-    from requests.exceptions import RetryError  # type: ignore[import-untyped]
+    from requests.exceptions import RequestException  # type: ignore[import-untyped]
 
     try:
         yield
@@ -230,9 +239,15 @@ def store_errors(uri: str) -> Iterator[None]:
                 "cluster it comes from the secret adfm-mlflow, key uri: http://… or https://…"
             )
         cause = without_login(" ".join(str(error).rpartition("Caused by ")[2].split()))[:300]
-        # MLflow raises requests' RetryError for 408, 429, 500, 502, 503 and 504, after its own retries.
-        passes = uri.startswith("http") and retries.may_pass(error, RetryError)
+        passes = uri.startswith("http") and may_pass(error)
         raise (Unreachable if passes else AdfmError)(f"MLflow at {shown} failed: {cause}\n{remedy}") from error
+    except RequestException as error:  # of files, which MLflow's client does not turn into its own exception
+        cause = without_login(" ".join(str(error).split()))[:300]
+        raise (Unreachable if may_pass(error) else AdfmError)(
+            f"MLflow at {without_login(uri)} did not take or give a file: {cause}. After 413, raise the limit for a "
+            "request's size in the proxy before MLflow (nginx: client_max_body_size); after 401 or 403, see that the "
+            "account may edit the experiment; after 404, that the server has --serve-artifacts."
+        ) from error
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in ("boto3", "botocore"):
             raise
@@ -242,6 +257,18 @@ def store_errors(uri: str) -> Iterator[None]:
             f"{error}. Start the server with --serve-artifacts and --artifacts-destination s3://…, or give the clients "
             "access to that bucket: AWS_*, on a cluster the service account."
         ) from error
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether an error of MLflow's client may be gone in a minute, as `adfm.retries.may_pass`.
+
+    It raises requests' RetryError for 408, 429, 500, 502, 503 and 504, after its own retries. What it raises after a
+    download has the errors of the single files in its text alone (`download_artifacts` in
+    mlflow/store/artifact/artifact_repo.py).
+    """
+    from requests.exceptions import RetryError
+
+    return retries.may_pass(error, RetryError) or bool(_OF_FILES.search(str(error)))
 
 
 def experiment(name: str) -> str:

@@ -82,6 +82,15 @@ def test_affinity_counts_beside_the_limit(kernel: Path, monkeypatch: pytest.Monk
     assert (cpus.share(1), cpus.share(2), cpus.share(3)) == (2, 1, 1)
 
 
+@pytest.mark.parametrize(("given", "threads"), [("", 4), ("8", 4), ("3", 3), ("1,2", 1), ("odd", 4)])
+def test_processes_side_by_side_share_the_cpus(
+    given: str, threads: int, kernel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write(kernel / "cpu.max", "800000 100000\n")
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert cpus.threads(2) == threads
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="NOT TESTED: this system has no affinity")
 def test_a_real_affinity() -> None:
     assert _run("import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})", "cpus.count()") == "1"
@@ -133,13 +142,15 @@ def _run(code: str, expression: str, threads: str | None = None) -> str:
 
 
 def test_nobody_else_counts_the_cores() -> None:
-    """A pool without a size takes `os.cpu_count()` as well."""
+    """A pool without a size takes `os.cpu_count()` as well, as do SciPy and scikit-learn that are given -1."""
     others = []
     for file in sorted(Path(adfm.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             counts = isinstance(node, ast.Attribute | ast.Name) and _name(node) in ("cpu_count", "get_num_threads")
             pool = isinstance(node, ast.Call) and _name(node.func).endswith("PoolExecutor") and not node.args
-            if (counts or pool) and file.name != "cpus.py":
+            all_cores = isinstance(node, ast.keyword) and node.arg in ("workers", "n_jobs")
+            all_cores = all_cores and ast.unparse(node.value) == "-1"  # type: ignore[attr-defined]
+            if (counts or pool or all_cores) and file.name != "cpus.py":
                 others.append(f"{file}:{node.lineno}")  # type: ignore[attr-defined]
     assert not others
 

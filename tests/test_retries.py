@@ -16,6 +16,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -106,7 +108,7 @@ def serving(reply: Callable[[http.server.BaseHTTPRequestHandler], None]) -> Iter
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
             reply(self)
 
-        do_POST = do_HEAD = do_GET
+        do_POST = do_HEAD = do_PUT = do_GET
 
         def log_message(self, *_: object) -> None:
             pass
@@ -170,6 +172,55 @@ def test_mlflow(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert kinds(tracking.configure) is (Unreachable if what in PASSES else AdfmError)
 
 
+@pytest.mark.parametrize(
+    ("what", "put"), [("404", False), ("413", True), ("503", False), ("503", True), ("cut", False), ("reset", True)]
+)
+def test_files_of_mlflow(what: str, put: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """MLflow's client leaves some of requests' exceptions as they are, and others in the text of its own."""
+    import mlflow
+    from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
+
+    def reply(handler: http.server.BaseHTTPRequestHandler) -> None:
+        if handler.path.endswith("?path=0"):
+            return send(handler, 200, b'{"files": [{"path": "a.txt", "is_dir": false, "file_size": 9}]}')
+        if what.isdigit():
+            return send(handler, int(what))
+        if what == "cut":
+            handler.send_response(200)
+            handler.send_header("Content-Length", "9")
+            handler.end_headers()
+            handler.wfile.write(b"half")
+        return reset(handler)
+
+    (tmp_path / "a.txt").touch()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with serving(reply) as server:
+        store: Any = MlflowArtifactsRepository("mlflow-artifacts:/0", tracking_uri=server)
+        with pytest.raises(AdfmError) as caught, tracking.store_errors(server):
+            if put:
+                store.log_artifact(str(tmp_path / "a.txt"))
+            mlflow.artifacts.download_artifacts("mlflow-artifacts:/0", dst_path=str(tmp_path), tracking_uri=server)
+    assert type(caught.value) is (AdfmError if what in ("404", "413") else Unreachable)
+    assert server in str(caught.value) and (not what.isdigit() or what in str(caught.value))
+
+
+def test_a_version_that_cannot_be_downloaded_now_is_not_called_changed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    def away(*_: object, **__: object) -> None:
+        raise MlflowException(
+            "failures occurred while downloading:\n(Caused by ResponseError('too many 503 error responses'))"
+        )
+
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", away)
+    version: Any = SimpleNamespace(name="adfm", version="1", tags={})
+    assert kinds(lambda: loading.check_unchanged(version, tmp_path)) is Unreachable
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("what", [*STAYS, *(what for what in PASSES if what != "silent")])
 def test_s3(what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     s3_settings(monkeypatch, tmp_path)
@@ -206,6 +257,43 @@ def test_hub(what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert kind is (Unreachable if what in PASSES else AdfmError)
 
 
+@pytest.mark.parametrize(("what", "passes"), [("refused", True), ("503", True), ("404", False)])
+def test_file_servers_of_the_hub(what: str, passes: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Weights come by hf_xet, whose errors are RuntimeErrors."""
+    from huggingface_hub import close_session, constants
+    from huggingface_hub.utils import _xet
+
+    def reply(handler: http.server.BaseHTTPRequestHandler) -> None:
+        base = f"http://{handler.headers['Host']}"
+        if "/tree/" in handler.path:
+            file = b'{"type": "file", "path": "model.safetensors", "size": 9, "oid": "0"}'
+            return send(handler, 200, b"[%b]" % file)
+        if "/resolve/" in handler.path:
+            links: dict[str, Any] = {
+                "X-Xet-Hash": "c" * 64,
+                "X-Xet-Refresh-Route": f"{base}/token",
+                "X-Linked-Size": "9",
+            }
+            return send(handler, 200, b"", ETag='"b"', **links, **{"X-Repo-Commit": "0" * 40})
+        if handler.path == "/token":
+            links = {"X-Xet-Cas-Url": files, "X-Xet-Access-Token": "t", "X-Xet-Token-Expiration": "9999999999"}
+            return send(handler, 200, **links)
+        return send(handler, 200)
+
+    monkeypatch.setenv("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("HF_XET_CLIENT_RETRY_BASE_DELAY", "10ms")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with address(what) as files, serving(reply) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server)
+        template = server + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        _xet.abort_xet_session()  # type: ignore[no-untyped-call]
+        kind = kinds(lambda: loading.resolve("owner/model", "0" * 40))
+        close_session()
+    assert kind is (Unreachable if passes else AdfmError)
+
+
 @pytest.mark.parametrize(
     ("what", "passes"), [("refused", True), ("name", True), ("503", True), ("404", False), ("401", False)]
 )
@@ -213,6 +301,29 @@ def test_dvc_whose_git_server_does_not_answer(what: str, passes: bool, tmp_path:
     with address(what) as server:
         kind = kinds(lambda: sources.fetch(f"dvc://{server}/images.git@v1:data", tmp_path / "raw"))
     assert kind is (Unreachable if passes else AdfmError)
+
+
+def test_the_error_of_a_git_server_has_its_cause(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import asyncssh
+    import dvc.api
+    from dvc.scm import CloneError
+
+    def refuse(error: Exception) -> None:
+        def clone(*_: object, **__: object) -> None:
+            try:
+                raise error
+            except type(error) as cause:
+                raise CloneError("Failed to clone repo 'git@example.com:a.git'") from cause
+
+        monkeypatch.setattr(dvc.api, "DVCFileSystem", clone)
+
+    refuse(asyncssh.ConnectionLost("Connection lost"))
+    fetch = functools.partial(sources.fetch, "dvc://git@example.com:a.git@v1:data", tmp_path / "raw")
+    assert kinds(fetch) is Unreachable
+    refuse(asyncssh.PermissionDenied("Permission denied for user git on host example.com"))
+    with pytest.raises(AdfmError, match="Permission denied for user git on host") as caught:
+        fetch()
+    assert not isinstance(caught.value, Unreachable)
 
 
 @pytest.fixture(scope="module")

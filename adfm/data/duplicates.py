@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from adfm import cpus
+
 SIDE = 32
 _FINE = 128
 _COARSE = 4
@@ -204,7 +206,7 @@ def _within_reach(
                     vectors[these],
                     k=list(range(1, min(len(among), _NEIGHBOURS + 1) + 1)),
                     distance_upper_bound=bound,
-                    workers=-1,
+                    workers=cpus.count(),
                 )
                 first, second = np.repeat(these, near.shape[1]), near.ravel()
                 kept = second < len(among)

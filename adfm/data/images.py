@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import pillow_heif
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import AvifImagePlugin, ExifTags, Image, ImageOps, UnidentifiedImageError
 
 GreyRange = tuple[int, int]
 """The values of grey files of more than 8 bits that become 0 and 255; those between are scaled linearly."""
 
 # Conversion has a thread for each core already.
 pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # else one for each core of the machine, whatever the pod's limit
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _SPACE = rb"(?:\s|#[^\r\n]*[\r\n])+"

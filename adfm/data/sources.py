@@ -486,19 +486,22 @@ def _explained(message: str) -> Iterator[None]:
         raise
     except Exception as error:
         import aiohttp
+        import asyncssh  # of Git by SSH
         from botocore.exceptions import NoCredentialsError
 
         *_, first = retries.causes(error)
         passes = re.search(r"unexpected http resp (429|5\d\d)", str(first)) or retries.may_pass(  # so says dulwich
-            error, aiohttp.ServerDisconnectedError, aiohttp.ClientPayloadError
+            error, aiohttp.ServerDisconnectedError, aiohttp.ClientPayloadError, asyncssh.ConnectionLost
         )
+        why = error.__cause__ or error
+        reason = f"{why}: {str(first) or type(first).__name__}" if first not in (why, error) else str(why)
         if passes:
-            raise Unreachable(f"{message} ({error.__cause__ or error}: {first}).") from error
+            raise Unreachable(f"{message} ({reason}).") from error
         remedy = next(
             (f" There are {_remedy(each)}." for each in retries.causes(error) if isinstance(each, NoCredentialsError)),
             "",
         )
-        raise AdfmError(f"{message} ({error.__cause__ or error}).{remedy or ca_remedy(error)}") from error
+        raise AdfmError(f"{message} ({reason}).{remedy or ca_remedy(error)}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------ synthetic

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from adfm import cpus, tracking
+from adfm import cpus, retries, tracking
 from adfm.data import duplicates, pictures, shards
 from adfm.data.images import reduced
 from adfm.data.readers.files import IMAGES
@@ -82,7 +82,7 @@ def validate(folder: Path, out: Path, params: Params) -> bool:
     """
     reference, reachable = None, True
     try:
-        tracking.configure()
+        retries.again(tracking.configure, "MLflow")
     except AdfmError as error:
         reachable = False
         print(f"adfm: warning: the validation is not logged, nor compared with production: {error}", file=sys.stderr)
@@ -724,12 +724,13 @@ def _of_production(model: str) -> dict[str, Any] | None:
         version = store.get_model_version_by_alias(model, _PRODUCTION)
         everywhere = [experiment.experiment_id for experiment in store.search_experiments()]
         filter_ = f"tags.validated = '{version.tags['data_fingerprint']}'"
-        run = store.search_runs(everywhere, filter_, max_results=1)[0].info.run_id
-        with TemporaryDirectory() as folder:
-            artifact = f"runs:/{run}/validation/validation.json"
+        run = store.search_runs(everywhere, filter_, max_results=1)[0].info
+        with TemporaryDirectory() as folder, tracking.store_errors(mlflow.get_tracking_uri()):
+            # Not `runs:/`: of that, MLflow says that there is no such file while its server is away.
+            artifact = f"{run.artifact_uri}/validation/validation.json"
             found = mlflow.artifacts.download_artifacts(artifact, dst_path=folder)
             return _checked(json.loads(Path(found).read_text(encoding="utf-8")))
-    except (MlflowException, OSError, ValueError, LookupError, TypeError) as error:
+    except (AdfmError, MlflowException, OSError, ValueError, LookupError, TypeError) as error:
         if getattr(error, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":  # nothing is in production
             print(f"adfm: warning: no drift is measured: production has no report ({error})", file=sys.stderr)
         return None

@@ -187,8 +187,13 @@ def outline(folder: Path) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """What an exception says, on one line; its name if it says nothing."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """What an exception says, on one line, without what MLflow's client did before; its name if it says nothing."""
+    return " ".join(str(error).rpartition("Caused by ")[2].split())[:300] or type(error).__name__
+
+
+# What hf_xet, which gets the weights from the hub's file servers, says of one that is away or busy. It raises
+# RuntimeErrors, after six tries of its own for 68 s (measured, with replies of 503).
+_OF_XET = re.compile(r"HTTP status server error|\(429 |error sending request|response body|connection|timed out", re.I)
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -202,15 +207,18 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    failures = (HfHubHTTPError, LocalEntryNotFoundError, httpx2.TransportError, OSError, ValueError, RuntimeError)
+
     try:
         patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.TransportError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except failures as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         # The hub's client itself tries each request six times, for 23 s (huggingface_hub/utils/_http.py, http_backoff).
         # What it tells of HF_HUB_OFFLINE is a ConnectionError.
-        passes = not isinstance(error.__cause__, OfflineModeIsEnabled) and retries.may_pass(
-            error, httpx2.TimeoutException, httpx2.RemoteProtocolError
+        passes = not isinstance(error.__cause__, OfflineModeIsEnabled) and (
+            retries.may_pass(error, httpx2.TimeoutException, httpx2.RemoteProtocolError)
+            or (isinstance(error, RuntimeError) and bool(_OF_XET.search(str(error))))
         )
         raise (Unreachable if passes else AdfmError)(
             f"model.name: the weights of {name} at {revision} are neither in the local cache nor could they be "
@@ -300,6 +308,7 @@ def check_unchanged(version: ModelVersion, to: Path) -> Path:
     Raises:
         Unverified: The files are not what a submitter whose key counts has signed, they are those of another version,
             or they cannot be downloaded.
+        Unreachable: MLflow, or the store of its files, does not answer.
     """
     import mlflow
     from mlflow.exceptions import MlflowException
@@ -310,6 +319,8 @@ def check_unchanged(version: ModelVersion, to: Path) -> Path:
         folder = Path(mlflow.artifacts.download_artifacts(name, dst_path=own))
     except (MlflowException, OSError) as error:  # also of links and pipes in a store that is a folder
         _remove(Path(own))
+        if tracking.may_pass(error):
+            raise Unreachable(f"{name} cannot be downloaded now ({printable(_reason(error))}).") from error
         raise signing.Unverified(
             f"{name} cannot be verified: its files cannot be downloaded ({printable(_reason(error))}). See that the "
             "artifact store can be reached and holds plain files alone."

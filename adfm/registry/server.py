@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from adfm import cpus
 from adfm.errors import AdfmError
 from adfm.registry import shadow, verified
 
@@ -75,6 +76,7 @@ def _run(folder: Path, listener: socket.socket, workers: int) -> None:
     _, environment = scoring_server.get_cmd(str(folder))  # by which MLflow's app, also in a worker, knows its model
     os.environ.update(environment)
     if workers > 1:
+        os.environ["OMP_NUM_THREADS"] = str(cpus.threads(workers))
         supervisor = Multiprocess(uvicorn.Config(f"{__name__}:worker", factory=True, workers=workers), [listener])
         supervisor.run()
         if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):

@@ -114,12 +114,18 @@ _KINDS = ("stays", "stopped", "passes")
 # PyTorch's errors of a device, and of a process that lost another one, are RuntimeErrors like those of its mathematics,
 # which would come again (`probability tensor contains either inf, nan`): their text tells them apart.
 _LOST = re.compile(r"CUDA|NCCL|RCCL|HIP error|gloo|connection|broken pipe|socket|time[d ]*out", re.IGNORECASE)
+# Of a device too, and come again: such mathematics on a GPU, a wheel or driver that does not fit it, too little memory.
+_STAYS = re.compile(
+    r"device-side assert|no kernel image|driver version|NVIDIA driver|invalid device|out of memory", re.IGNORECASE
+)
 
 
 def _kind(error: Exception) -> str:
     if isinstance(error, Stopped):
         return "stopped"
-    lost = retries.may_pass(error) or (isinstance(error, RuntimeError) and bool(_LOST.search(str(error))))
+    text = str(error)
+    device = isinstance(error, RuntimeError) and bool(_LOST.search(text)) and not _STAYS.search(text)
+    lost = retries.may_pass(error) or device
     passes = isinstance(error, Unreachable) or (not isinstance(error, AdfmError) and lost)
     return "passes" if passes else "stays"
 
@@ -127,10 +133,8 @@ def _kind(error: Exception) -> str:
 def _launcher(gpus: int) -> list[str]:
     if gpus < 2:
         return [sys.executable, "-m"]
-    # Each process would take the threads of all (`OMP_NUM_THREADS`).
-    threads = min(int(os.environ.get("OMP_NUM_THREADS") or cpus.count()), cpus.share(gpus))
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
-    launcher += ["--num_processes", str(gpus), "--num_cpu_threads_per_process", str(threads)]
+    launcher += ["--num_processes", str(gpus), "--num_cpu_threads_per_process", str(cpus.threads(gpus))]
     return [*launcher, "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
 
 

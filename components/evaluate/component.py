@@ -22,13 +22,18 @@ def evaluate(
     from adfm import tasks
 
     with tasks.stage():
+        from adfm import retries
         from adfm.evaluation.evaluate import evaluate
         from adfm.params import loads
 
         params, folder, trained = loads(settings), Path(evaluation.path), Path(model.path)
         tasks.wait_for_servers(params)
-        models = tasks.models_to_compare(params, Path(warmup.path), trained)
-        evaluate(models | {tasks.CANDIDATE: trained}, Path(shards.path), folder, params)
+
+        def work() -> None:  # predictions that it has made are kept in the pod until it ends well
+            models = tasks.models_to_compare(params, Path(warmup.path), trained)
+            evaluate(models | {tasks.CANDIDATE: trained}, Path(shards.path), folder, params)
+
+        retries.again(work, "the evaluation")
         tasks.name_artifacts({"Evaluation": evaluation, "Decisions of the candidate": decisions})
         tasks.publish_page(evaluation_report, "Evaluation report", folder / "report" / "report.html")
         metrics, first = tasks.evaluation_metrics(folder)

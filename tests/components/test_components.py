@@ -138,6 +138,29 @@ def test_a_server_that_is_away_for_a_minute_fails_no_fetch(tmp_path: Path, monke
     assert (Path(raw.path) / "line.tar").is_file()
 
 
+def test_an_evaluation_is_tried_again_where_mlflow_was_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adfm import tasks
+    from adfm.errors import AdfmError, Unreachable
+    from adfm.evaluation import evaluate
+
+    tries: list[Path] = []
+
+    def work(models: object, shards: object, out: Path, params: object) -> None:
+        tries.append(out)
+        raise Unreachable("MLflow failed: 503") if len(tries) == 1 else AdfmError("a person has to fix this")
+
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setattr(tasks, "wait_for_servers", lambda params: None)
+    monkeypatch.setattr(tasks, "models_to_compare", lambda *_: {})
+    monkeypatch.setattr(evaluate, "evaluate", work)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    inputs = {name: Artifacts(tmp_path)(name) for name in ("shards", "warmup", "model", "evaluation")}
+    outputs = dict.fromkeys(("evaluation_report", "evaluation_metrics", "decisions"))
+    with pytest.raises(SystemExit):
+        function("evaluate")(settings=SETTINGS, **inputs, **outputs)
+    assert tries == [Path(inputs["evaluation"].path)] * 2  # beside which the predictions that it made are kept
+
+
 def test_parts_give_the_shards_of_the_whole(artifacts: Artifacts, raw: Any, shards: Any) -> None:
     parts = []
     for part in ("1/2", "2/2"):

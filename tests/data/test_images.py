@@ -1,8 +1,10 @@
 import contextlib
 import io
+import os
 import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -178,3 +180,13 @@ def test_a_dead_and_a_hot_pixel_do_not_set_the_range() -> None:
     assert images.extent(values) == (least, 5000)
     assert images.extent(values[:90, :90]) == (0, 5000)  # of few pixels, each may matter
     assert images.extent(np.full((200, 300), 700)) == (700, 700)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="NOT TESTED: this system has no affinity")
+def test_a_decoder_starts_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow gives AVIF one for each core of a node, and conversion decodes an image on each of the pod's CPUs."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    image = images.open_image(_saved(Image.fromarray(COLOUR), "AVIF"))
+    before = set(Path("/proc/self/task").iterdir())
+    image.load()
+    assert set(Path("/proc/self/task").iterdir()) <= before

@@ -614,6 +614,10 @@ def test_the_reports_are_in_mlflow_and_drift_is_measured_from_production(
     assert validation.failures(tmp_path / "report")[0].startswith("warning: the shares of categories in train")
     assert capsys.readouterr().err == ""
 
+    (artifacts / "validation.json").unlink()
+    assert validation.validate(other, tmp_path / "report", PARAMS)
+    assert "warning: no drift is measured: production has no report" in capsys.readouterr().err
+
 
 def test_failed_shards_are_logged_as_such(store: Path, tmp_path: Path) -> None:
     records = faultless() | {"train/gear/normal/damaged": record("train/gear/normal/damaged", image=b"")}
@@ -633,6 +637,15 @@ def test_without_a_server_validation_goes_on(
     said = capsys.readouterr().err
     assert said.startswith("adfm: warning: the validation is not logged, nor compared with production")
     assert "127.0.0.1:9" in said
+
+
+def test_in_a_pod_validation_waits_for_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", pauses.append)
+    assert validation.validate(written(faultless(), tmp_path / "shards"), tmp_path / "report", PARAMS)
+    assert pauses == [10, 20, 40, 80]
 
 
 def test_a_reference_is_a_report(store: Path, tmp_path: Path, before: Path) -> None:

@@ -316,6 +316,34 @@ def test_the_shadow_is_verified_too(version: Path, serve: Any, tmp_path: Path, c
     assert "models:/adfm/2 is not what was signed: changed: params.yaml." in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:.*Any type hint:UserWarning")  # MLflow's, of its own
+def test_workers_share_the_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import uvicorn.supervisors
+    from mlflow.pyfunc import scoring_server
+
+    from adfm import cpus
+    from adfm.registry import server
+
+    threads: list[str] = []
+
+    class Supervisor:
+        processes: tuple[object, ...] = ()
+
+        def __init__(self, config: object, sockets: object) -> None:
+            pass
+
+        def run(self) -> None:
+            threads.append(os.environ["OMP_NUM_THREADS"])
+
+    monkeypatch.setattr(scoring_server, "get_cmd", lambda folder: ("", {}))
+    monkeypatch.setattr(uvicorn.supervisors, "Multiprocess", Supervisor)
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    monkeypatch.setattr(cpus, "count", lambda: 8)
+    with socket.socket() as listener:
+        server._run(tmp_path, listener, 4)
+    assert threads == ["2"]
+
+
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_model_that_cannot_be_loaded_ends_the_server(workers: str, version: Path, serve: Any, tmp_path: Path) -> None:
     write(version, "failing_loader")

@@ -128,6 +128,8 @@ os.kill(os.getpid(), signal.SIGSEGV)
         ("raise Unreachable('MLflow is away')", "process exited with 1 .MLflow is away", 3),
         ("raise TypeError('a bug')", "^TypeError: a bug$", 1),
         ("raise RuntimeError('NCCL error\\nand more')", "process exited with 1 .RuntimeError: NCCL error.", 3),
+        ("raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')", "^RuntimeError: CUDA out of memory", 1),
+        ("raise RuntimeError('CUDA error: device-side assert triggered')", "^RuntimeError: .* assert triggered$", 1),
         ("raise ConnectionResetError(104, 'reset')", "ConnectionResetError: .*reset", 3),
         ("raise FileNotFoundError(2, 'gone')", "^FileNotFoundError: .*gone$", 1),
         ("os._exit(2)", "exited with status 2", 1),
