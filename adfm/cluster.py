@@ -34,6 +34,15 @@ def inside() -> bool:
     return "KUBERNETES_SERVICE_HOST" in os.environ
 
 
+def task() -> bool:
+    """Whether this process is a task of Kubeflow Pipelines, whose files are lost with its pod.
+
+    A run that somebody starts in a notebook is in a pod and is none. KFP names the pod in each task's environment
+    (backend/src/v2/compiler/argocompiler/container.go).
+    """
+    return "KFP_POD_NAME" in os.environ
+
+
 def api() -> ApiClient:
     """A client of the cluster's API as the pod's service account; it reads the token again as Kubernetes renews it.
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import quote
 
-from adfm import environment, stopping, termination, tracking
+from adfm import cluster, environment, stopping, termination, tracking
 from adfm.errors import AdfmError
 from adfm.params import Params, loads
 from adfm.text import printable_output
@@ -117,7 +117,7 @@ def check(
 
     params = loads(settings)
     check_gpus(gpu_type, num_gpus)
-    if "KUBERNETES_SERVICE_HOST" in os.environ and not os.environ.get("MLFLOW_TRACKING_URI"):
+    if cluster.task() and not os.environ.get("MLFLOW_TRACKING_URI"):
         raise AdfmError(
             "MLflow's address is not set, and what is written to a file of a pod is lost with it; "
             "make the secret adfm-mlflow in the namespace of the runs, with the key uri "
@@ -125,7 +125,7 @@ def check(
         )
     preflight.check(params, gpus=num_nodes * max(num_gpus, 1) if num_nodes else num_gpus)
     source = params.fetch.source
-    if "KUBERNETES_SERVICE_HOST" in os.environ and source.startswith("s3://"):
+    if cluster.task() and source.startswith("s3://"):
         _require_s3_keys(source)
     if num_nodes:
         from adfm.training import nodes
@@ -198,7 +198,7 @@ def raw_data(archive: Path) -> Iterator[Path]:
             yield folder
         except BadData as error:
             listing = error.listing
-            if isinstance(listing, Path) and "KUBERNETES_SERVICE_HOST" in os.environ:
+            if isinstance(listing, Path) and cluster.task():
                 print(listing.read_text(encoding="utf-8"))
                 listing = "the log above"
             raise BadData(Path(folder.name), error.layout, error.problems, listing) from None
