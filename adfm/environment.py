@@ -121,9 +121,8 @@ def without_login(text: str) -> str:
     """The text, without the names and passwords of its addresses, and without headers that a client refused to send."""
     # A password may hold an `@`; the one in `dvc://REPO@REV:PATH` ends no login.
     text = re.sub(r"(?<!dvc)://[^/?#\s]*@", "://", text)
-    return re.sub(
-        r"(header value):? .*", r"\1", text
-    )  # http.client and requests quote it, with the token that it holds
+    # http.client and requests quote a header that they refuse, with the token that it holds.
+    return re.sub(r"(header value):? .*", r"\1", text)
 
 
 def same_server(one: str, other: str) -> bool:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -275,8 +276,21 @@ def download(version: ModelVersion, path: str, to: Path) -> Path:
 
 
 def read_artifact(version: ModelVersion, path: str) -> str:
-    """The text of a version's artifact."""
+    """The text of a version's artifact.
+
+    MLflow's server writes a file over the one that is there, so that the transfer breaks for who reads it at that
+    moment: it is read again.
+    """
+    from mlflow.exceptions import MlflowException
+
     with TemporaryDirectory() as folder:
+        for pause in (0.2, 1.0):  # seconds
+            try:
+                return download(version, path, Path(folder)).read_text(encoding="utf-8")
+            except MlflowException as error:
+                if "IncompleteRead" not in str(error):
+                    raise
+            time.sleep(pause)
         return download(version, path, Path(folder)).read_text(encoding="utf-8")
 
 

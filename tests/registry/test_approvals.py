@@ -7,9 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import ClassVar
 
+import mlflow
 import pytest
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
 
 from adfm import tracking
 from adfm.cli import main
@@ -229,6 +233,24 @@ def test_twenty_promotions_that_race(server, add, monkeypatch):
         version = tracking.client().get_model_version("race", number)
         assert (version.tags["approval"], version.tags["gate_production_version"]) == ("pending", won[0])
         assert decisions.digest(json.loads(read_artifact(version, "gate.json"))) == version.tags["gate_digest"]
+
+
+def test_a_file_that_is_being_written_is_read_again(monkeypatch):
+    errors = [MlflowException("Connection broken: IncompleteRead(0 bytes read, 5018 more expected)")] * 2
+
+    def download(uri: str, dst_path: str) -> str:
+        if errors:
+            raise errors.pop()
+        (Path(dst_path) / "gate.json").write_text("whole", encoding="utf-8")
+        return f"{dst_path}/gate.json"
+
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", download)
+    monkeypatch.setattr("adfm.registry.submission.time.sleep", lambda seconds: None)
+    version = ModelVersion("line", "3", 0)
+    assert read_artifact(version, "gate.json") == "whole"
+    errors.append(MlflowException("no such file"))
+    with pytest.raises(MlflowException, match="no such file"):
+        read_artifact(version, "gate.json")
 
 
 def production(model: str) -> str | None:
