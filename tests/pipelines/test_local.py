@@ -20,11 +20,10 @@ def run(*argv: str) -> int:
     return main(training.PIPELINES, training.options, training.arguments, ["run", *argv])
 
 
-def test_data_that_are_not_fit_stop_the_run_before_a_model_is_touched(
+def test_data_that_are_not_fit_and_a_training_that_fails_end_the_run_and_are_reported(
     here: Path, small: list[str], channel: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    unfit = (*small, "--set", "validate.min_images_per_split=1000")
-    assert run("--root", "out", *unfit) == 1
+    assert run("--root", "out", *small, "--set", "validate.min_images_per_split=1000") == 1
     captured = capfd.readouterr()
     assert "is not fit to train on" in captured.out
     assert "Traceback" not in captured.out
@@ -34,25 +33,18 @@ def test_data_that_are_not_fit_stop_the_run_before_a_model_is_touched(
     assert len(channel) == 1
     assert "failed" in channel[0]
 
-    assert run("--root", "parts", "--parts", "2", *unfit) == 1
+    unhealthy = ("--set", "train.health.patience=1", "--set", "train.health.max_kl=1e-9")
+    assert run("--root", "parts", "--parts", "2", *small, *unhealthy) == 1
+    assert "adfm: error: training was stopped" in capfd.readouterr().out
+    assert list((here / "parts").glob("*/train/warmup"))
+    assert not list((here / "parts").glob("*/evaluate"))
+    assert len(channel) == 2
+    assert "failed" in channel[1]
     (whole,) = (here / "out").rglob("convert/shards")
     (joined,) = (here / "parts").rglob("convert-parts/shards")
     assert len(list((here / "parts").rglob("inspect-part/inspected"))) == 2
     assert digest(joined) == digest(whole)
-    assert not list((here / "parts").glob("*/train"))
     assert builtins.print.__module__ == "builtins"  # KFP's indents, and parts side by side would leave it there
-
-
-def test_a_training_that_fails_is_reported(
-    here: Path, small: list[str], channel: list[str], capfd: pytest.CaptureFixture[str]
-) -> None:
-    unhealthy = ("--set", "train.health.patience=1", "--set", "train.health.max_kl=1e-9")
-    assert run("--root", "out", *small, *unhealthy) == 1
-    assert "adfm: error: training was stopped" in capfd.readouterr().out
-    assert list((here / "out").glob("*/train/warmup"))
-    assert not list((here / "out").glob("*/evaluate"))
-    assert len(channel) == 1
-    assert "failed" in channel[0]
 
 
 def test_a_promotion_without_an_approval_moves_nothing(here: Path) -> None:

@@ -358,15 +358,33 @@ def test_by_hand_a_dump_is_restored_as_the_documentation_says(postgres, database
     assert postgres.sql(database, "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'") == tables
 
 
-def test_a_managed_postgres_is_named_by_the_secret_and_its_certificate_verified(
-    postgres, database, tmp_path, monkeypatch
-) -> None:
+def assert_that_only_known_addresses_are_let_in(uri: str) -> None:
+    """What a browser sends: Host, and with a form Origin, behind a proxy with TLS."""
+
+    def status(method: str, path: str, **headers: str) -> int:
+        url, admin = f"{uri}/{path}", ("admin", PASSWORDS["admin"])
+        return requests.request(method, url, headers=headers, json={}, auth=admin, timeout=60).status_code
+
+    search = "ajax-api/2.0/mlflow/experiments/search?max_results=1"
+    for host in ("mlflow.example.com", "mlflow.adfm:5000", "mlflow.adfm.svc:5000", "mlflow:5000", "localhost:5001"):
+        assert status("GET", search, Host=host) == 200, host
+    for host in ("evil.example.com", "localhost.example.com:5000"):
+        assert status("GET", search, Host=host) == 403, host
+    created = "ajax-api/2.0/mlflow/registered-models/create"  # 400: it is let in, and lacks a name
+    host = "mlflow.example.com"
+    assert status("POST", created, Host=host, Origin="https://mlflow.example.com") == 400
+    assert status("POST", created, Host=host, Origin="http://mlflow.example.com") == 403
+    assert status("POST", created, Host=host, Origin="https://evil.example.com") == 403
+    assert status("GET", "health", Host="10.0.0.7:5000") == 200  # as the probes ask
+
+
+def test_postgres_and_the_public_address_are_those_of_the_secret(postgres, database, tmp_path, monkeypatch) -> None:
     """Another user than the default one, who is not a superuser but owns the database; TLS with a private CA."""
     postgres.sql("postgres", "CREATE ROLE plant LOGIN PASSWORD 'another'")
     postgres.sql("postgres", f'ALTER DATABASE "{database}" OWNER TO plant')
     postgres.sql(database, "CREATE SCHEMA provider; CREATE TABLE provider.hidden (id int)")  # as an operator makes them
     named = {"postgres-user": "plant", "postgres-password": "another", "postgres-sslmode": "verify-full"}
-    server = cluster(postgres, database, tmp_path / "home", **named)
+    server = cluster(postgres, database, tmp_path / "home", ui="https://mlflow.example.com/", **named)
     done = server.upgrade()
     assert done.returncode != 0
     assert "etc/adfm/ca/ca.crt" in done.stderr and "does not exist" in done.stderr
@@ -389,8 +407,8 @@ def test_a_managed_postgres_is_named_by_the_secret_and_its_certificate_verified(
         assert postgres.sql(database, "SELECT name FROM registered_models") == "adfm"
         assert postgres.sql(database, "SELECT to_regclass('of_a_newer_release')") == ""
         assert postgres.sql(database, "SELECT to_regclass('provider.hidden')") == "provider.hidden"
-    with server.mlflow():
-        pass
+    with server.mlflow() as uri:
+        assert_that_only_known_addresses_are_let_in(uri)
     make_certificate(tmp_path)  # of somebody else
     shutil.copy(tmp_path / "ca.crt", server.home / "etc/adfm/ca/ca.crt")
     done = server.back_up()
@@ -435,31 +453,6 @@ def test_a_server_waits_for_the_upgrade(postgres, database, tmp_path) -> None:
     with pytest.raises(AssertionError, match="Connection refused") as raised, unreachable.mlflow():
         pytest.fail("the server was started")
     assert "run the Job upgrade" not in str(raised.value)
-
-
-def test_a_public_address_is_let_in_and_others_are_not(postgres, database, tmp_path) -> None:
-    """What a browser sends: Host, and with a form Origin, behind a proxy with TLS."""
-    server = cluster(postgres, database, tmp_path, ui="https://mlflow.example.com/")
-    assert server.upgrade().returncode == 0
-    with server.mlflow() as uri:
-
-        def status(method: str, path: str, **headers: str) -> int:
-            url = f"{uri}/{path}"
-            return requests.request(
-                method, url, headers=headers, json={}, auth=("admin", PASSWORDS["admin"]), timeout=60
-            ).status_code
-
-        search = "ajax-api/2.0/mlflow/experiments/search?max_results=1"
-        for host in ("mlflow.example.com", "mlflow.adfm:5000", "mlflow.adfm.svc:5000", "mlflow:5000", "localhost:5001"):
-            assert status("GET", search, Host=host) == 200, host
-        for host in ("evil.example.com", "localhost.example.com:5000"):
-            assert status("GET", search, Host=host) == 403, host
-        created = "ajax-api/2.0/mlflow/registered-models/create"  # 400: it is let in, and lacks a name
-        host = "mlflow.example.com"
-        assert status("POST", created, Host=host, Origin="https://mlflow.example.com") == 400
-        assert status("POST", created, Host=host, Origin="http://mlflow.example.com") == 403
-        assert status("POST", created, Host=host, Origin="https://evil.example.com") == 403
-        assert status("GET", "health", Host="10.0.0.7:5000") == 200  # as the probes ask
 
 
 def test_a_backup_that_fails_removes_nothing_and_leaves_no_dump(postgres, database, tmp_path) -> None:
