@@ -23,6 +23,9 @@ GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 RUNTIME = "torch-distributed"
 """Kubeflow Trainer's API, and the runtime that a TrainJob of ours refers to."""
 
+STARTED = "ADFM_RUN_STARTED"
+"""Environment variable with the start time of a local run, set by `pipelines.local`."""
+
 TIMEOUT = (10, 60)
 """Seconds for the connection and for the answer: `_request_timeout` of a call, for which the client has no default."""
 
@@ -35,12 +38,11 @@ def inside() -> bool:
 
 
 def task() -> bool:
-    """Whether this process is a task of Kubeflow Pipelines, whose files are lost with its pod.
+    """Whether this process is a task on a cluster, whose files are lost with its pod, and not of a local run.
 
-    A run that somebody starts in a notebook is in a pod and is none. KFP names the pod in each task's environment
-    (backend/src/v2/compiler/argocompiler/container.go).
+    A local run may be in a pod as well: that of a notebook.
     """
-    return "KFP_POD_NAME" in os.environ
+    return inside() and STARTED not in os.environ
 
 
 def api() -> ApiClient:

@@ -20,7 +20,7 @@ from adfm.errors import AdfmError, Unreachable
 from adfm.params import Params
 from adfm.pods import NEEDS
 from adfm.registry.alerts import alert
-from adfm.tasks import RUN_TAG, STARTED
+from adfm.tasks import RUN_TAG
 from adfm.text import one_line, printable, shortened
 from adfm.tracking import VERSION_TAG
 from adfm.workflows import Failure, Outcome, State
@@ -32,7 +32,6 @@ _PAUSES = (2.0, 10.0)  # seconds before the Kubernetes API is asked again
 _MOST = 5  # failed tasks that are listed
 _LONGEST = 400  # characters of an error
 _CLOCKS = timedelta(seconds=30)  # by which those of a cluster's machines may differ
-_LOCAL = "local-pipeline-"  # before the "Workflow" of KFP's local runner: kfp/local/orchestrator/orchestrator_utils.py
 _RUN_LABEL = "pipeline/runid"  # of KFP, on a Workflow and its pods: backend/src/common/util/consts.go
 _WORKFLOW_LABEL = "workflows.argoproj.io/workflow"  # of Argo, on a pod
 _WORDS: dict[State, tuple[str, str]] = {
@@ -79,7 +78,7 @@ def notify(name: str, status: Status, run: str, settings: str, ui: str) -> str:
     versions = _versions(name, settings, run, outcome)
     if not versions and name != PROMOTION:
         versions = ["no version was registered"]
-    link = f"run {run}" if _is_local(status) else _link(ui, run)
+    link = _link(ui, run) if cluster.task() else f"run {run}"
     text = "\n".join([_headline(name, outcome), *_reasons(outcome), *versions, link])
     print(text)
     if name == PROMOTION and not versions and _is_quiet(outcome, status):
@@ -103,7 +102,7 @@ def _is_quiet(outcome: Outcome, status: Status) -> bool:
 
 
 def _outcome(status: Status, run: str) -> Outcome:
-    if not cluster.inside() or _is_local(status):
+    if not cluster.task():
         return _local(status)
     try:
         return _patiently(lambda: workflows.outcome(_workflow(status, run), status.pipeline_task_name))
@@ -121,17 +120,12 @@ def _patiently(ask: Callable[[], Outcome]) -> Outcome:
     return ask()
 
 
-def _is_local(status: Status) -> bool:
-    """Whether it is from KFP's local runner, which may run in a pod as well: a notebook of Kubeflow."""
-    return (status.pipeline_job_resource_name or "").startswith(_LOCAL)
-
-
 def _local(status: Status) -> Outcome:
     """The outcome of a local run, whose state is right."""
     state = _STATES.get(status.state)
     reason = printable(status.error_message.strip())
     failures = (Failure("", reason),) if reason else ()
-    started = workflows.moment(os.environ.get(STARTED))
+    started = workflows.moment(os.environ.get(cluster.STARTED))
     return Outcome(state, failures, started, unknown="" if state else f"its state is {status.state!r}.")
 
 
@@ -265,7 +259,7 @@ def _promoted(loaded: Params, started: datetime | None) -> list[str]:
     from adfm.registry import promotion
 
     since = started or datetime.now(UTC) - timedelta(hours=NEEDS["promote"].hours)
-    if STARTED not in os.environ:
+    if cluster.STARTED not in os.environ:
         since -= _CLOCKS
     return [
         f"version {step.version} of {loaded.register_.model} was promoted to production by {printable(step.by)}"

@@ -30,9 +30,6 @@ RUN_TAG = "kfp_run_id"
 REVISION_TAG = "data_revision"
 """Tag of a version: the revision of the data that the run was asked for."""
 
-STARTED = "ADFM_RUN_STARTED"
-"""Variable with the time at which a run on this machine started: `pipelines.local` sets it for the notification."""
-
 GPUS = ("nvidia.com/gpu", "amd.com/gpu", "gpu.intel.com/i915", "gpu.intel.com/xe", "habana.ai/gaudi")
 """Resources by which the device plugins of Kubernetes announce GPUs; besides them, parts of one: `nvidia.com/mig-…`."""
 

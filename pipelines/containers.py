@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from adfm import pods
+from adfm.cluster import STARTED
 from adfm.errors import AdfmError
 
-_PASSED_ON = ("ADFM_ALERT_WEBHOOK", "ADFM_MLFLOW_", "ADFM_RUN_STARTED", "ADFM_S3_", "AWS_", "HF_TOKEN", "MLFLOW_")
+_PASSED_ON = ("ADFM_ALERT_WEBHOOK", "ADFM_MLFLOW_", STARTED, "ADFM_S3_", "AWS_", "HF_TOKEN", "MLFLOW_")
 _AUTHORITY = f"{pods.CA_FOLDER}/{pods.CA_FILE}"
 
 

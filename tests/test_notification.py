@@ -15,8 +15,8 @@ from kubernetes.config import incluster_config
 
 from adfm import cluster as api
 from adfm import notification, tracking
+from adfm.cluster import STARTED
 from adfm.notification import PROMOTION, Status, notify
-from adfm.tasks import STARTED
 from tests import argo
 from tests.argo import DEADLINE, HANDLER, NAME, RUN, STOPPED, Cluster, Workflow, training
 

@@ -14,6 +14,7 @@ import yaml
 from kfp import dsl
 
 from adfm import environment, retries, tasks, termination, tracking
+from adfm.cluster import STARTED
 from adfm.data import packed
 from adfm.data.problems import BadData
 from adfm.errors import AdfmError, Unreachable
@@ -25,8 +26,7 @@ from adfm.training import nodes
 
 @pytest.fixture(autouse=True)
 def here(store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("KUBERNETES_SERVICE_HOST", "KFP_POD_NAME"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     return store
 
 
@@ -148,8 +148,9 @@ def test_images_are_inspected_again_only_for_settings_that_their_inspection_read
 
 def test_on_a_cluster_a_store_that_would_be_lost_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv(STARTED, "2026-11-20T10:00:00+00:00")
     tasks.check("")  # a local run, in the pod of a notebook, keeps its files
-    monkeypatch.setenv("KFP_POD_NAME", "adfm-training-1")
+    monkeypatch.delenv(STARTED)
     with pytest.raises(AdfmError, match="MLflow's address is not set.*secret adfm-mlflow"):
         tasks.check("")
 
@@ -186,7 +187,7 @@ def test_on_a_cluster_data_in_s3_want_a_secret_or_an_account_that_may(
     for name in [name for name in os.environ if name.startswith(("AWS_", "ADFM_S3_"))]:
         monkeypatch.delenv(name)
     given = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "none", "AWS_SHARED_CREDENTIALS_FILE": "none"}
-    given |= {"KFP_POD_NAME": "adfm-training-1", "MLFLOW_TRACKING_URI": f"sqlite:///{here}/mlflow.db"}
+    given |= {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "MLFLOW_TRACKING_URI": f"sqlite:///{here}/mlflow.db"}
     for name, value in (given | dict.fromkeys(names, "any")).items():
         monkeypatch.setenv(name, value)
     source = "fetch: {source: 's3://bucket/line'}"
@@ -266,7 +267,7 @@ def test_errors_in_packed_data_are_listed_where_they_can_be_read(
     in_a_pod: bool, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if in_a_pod:
-        monkeypatch.setenv("KFP_POD_NAME", "adfm-training-1")
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     (here / "line").mkdir()
     packed.pack(here / "line", here / "line.tar")
     listing = here / "shards.problems.txt"

@@ -7,10 +7,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from adfm import notification
+from adfm.cluster import STARTED
 from adfm.notification import PROMOTION, Status, notify
 from adfm.params import Params
 from adfm.registry.promotion import promote
-from adfm.tasks import STARTED
 
 
 @pytest.fixture
