@@ -302,7 +302,7 @@ def _tag(run: str, what: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return without_login(" ".join(str(error).rpartition("Caused by ")[2].split()))[:120]
+    return tracking.reason(error)[:120]
 
 
 def _say(text: str) -> None:

@@ -238,7 +238,7 @@ def store_errors(uri: str) -> Iterator[None]:
                 f"folder); a database that another version of MLflow made needs `mlflow db upgrade {shown}`. On a "
                 "cluster it comes from the secret adfm-mlflow, key uri: http://… or https://…"
             )
-        cause = without_login(" ".join(str(error).rpartition("Caused by ")[2].split()))[:300]
+        cause = reason(error)[:300]
         passes = uri.startswith("http") and may_pass(error)
         raise (Unreachable if passes else AdfmError)(f"MLflow at {shown} failed: {cause}\n{remedy}") from error
     except RequestException as error:  # of files, which MLflow's client does not turn into its own exception
@@ -257,6 +257,11 @@ def store_errors(uri: str) -> Iterator[None]:
             f"{error}. Start the server with --serve-artifacts and --artifacts-destination s3://…, or give the clients "
             "access to that bucket: AWS_*, on a cluster the service account."
         ) from error
+
+
+def reason(error: Exception) -> str:
+    """The root cause of an error of MLflow's client, on one line, without logins and what its retries reported."""
+    return without_login(" ".join(str(error).rpartition("Caused by ")[2].split()))
 
 
 def may_pass(error: BaseException) -> bool:

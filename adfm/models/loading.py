@@ -187,12 +187,12 @@ def outline(folder: Path) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """What an exception says, on one line, without what MLflow's client did before; its name if it says nothing."""
-    return " ".join(str(error).rpartition("Caused by ")[2].split())[:300] or type(error).__name__
+    """The message of an exception on one line, without logins; the exception's name if it has no message."""
+    return tracking.reason(error)[:300] or type(error).__name__
 
 
-# What hf_xet, which gets the weights from the hub's file servers, says of one that is away or busy. It raises
-# RuntimeErrors, after six tries of its own for 68 s (measured, with replies of 503).
+# Messages of hf_xet, which downloads weights from the hub's file servers, when a server is down or busy. It raises
+# RuntimeError after six tries of its own over 68 s (measured with replies of 503).
 _OF_XET = re.compile(r"HTTP status server error|\(429 |error sending request|response body|connection|timed out", re.I)
 
 
