@@ -36,9 +36,9 @@ def share(processes: int) -> int:
 
 
 def threads(processes: int) -> int:
-    """Threads of each of some processes that work at the same time: its share, or fewer where OMP_NUM_THREADS is less.
+    """Threads for each of `processes` processes that run at the same time: its share of the CPUs.
 
-    Without it each would take the threads of all.
+    Fewer if `OMP_NUM_THREADS` is lower. By default each process would take as many threads as there are CPUs.
     """
     given = re.match(r"[1-9]\d*", os.environ.get("OMP_NUM_THREADS", ""))  # of "4,2" the first, as OpenMP does
     return min(int(given[0]) if given else count(), share(processes))

@@ -212,10 +212,10 @@ def _runs(client: Any, place: str, name: str) -> list[str]:
 
 
 def _other(client: Any, place: str, name: str, ours: str) -> str | None:
-    """The run of that name to which ours gives way, if several were begun at once.
+    """The run to keep instead of ours, if several of the same name were started at once.
 
-    The oldest stays. But KFP knows the age in seconds only, and takes the time before it stores a run, so that the
-    others may not have seen the oldest. It waits until they have ended, and else gives way itself.
+    The oldest is kept. KFP's timestamps have whole seconds and are taken before a run is stored, so that the others may
+    not have seen the oldest: it waits for them to end, and is given up itself if they do not.
     """
     for _ in range(_LOOKS):
         runs = _runs(client, place, name)

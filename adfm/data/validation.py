@@ -726,7 +726,7 @@ def _of_production(model: str) -> dict[str, Any] | None:
         filter_ = f"tags.validated = '{version.tags['data_fingerprint']}'"
         run = store.search_runs(everywhere, filter_, max_results=1)[0].info
         with TemporaryDirectory() as folder, tracking.store_errors(mlflow.get_tracking_uri()):
-            # Not `runs:/`: of that, MLflow says that there is no such file while its server is away.
+            # Not `runs:/`: while its server is down, MLflow reports such a file as missing.
             artifact = f"{run.artifact_uri}/validation/validation.json"
             found = mlflow.artifacts.download_artifacts(artifact, dst_path=folder)
             return _checked(json.loads(Path(found).read_text(encoding="utf-8")))

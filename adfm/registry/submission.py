@@ -278,8 +278,7 @@ def download(version: ModelVersion, path: str, to: Path) -> Path:
 def read_artifact(version: ModelVersion, path: str) -> str:
     """The text of a version's artifact.
 
-    MLflow's server writes a file over the one that is there, so that the transfer breaks for who reads it at that
-    moment: it is read again.
+    Retried if the transfer breaks: MLflow's server overwrites files in place, which cuts off a concurrent download.
     """
     from mlflow.exceptions import MlflowException
 

@@ -114,7 +114,7 @@ _KINDS = ("stays", "stopped", "passes")
 # PyTorch's errors of a device, and of a process that lost another one, are RuntimeErrors like those of its mathematics,
 # which would come again (`probability tensor contains either inf, nan`): their text tells them apart.
 _LOST = re.compile(r"CUDA|NCCL|RCCL|HIP error|gloo|connection|broken pipe|socket|time[d ]*out", re.IGNORECASE)
-# Of a device too, and come again: such mathematics on a GPU, a wheel or driver that does not fit it, too little memory.
+# Device errors that a restart does not cure: such mathematics on a GPU, the wrong wheel or driver, too little memory.
 _STAYS = re.compile(
     r"device-side assert|no kernel image|driver version|NVIDIA driver|invalid device|out of memory", re.IGNORECASE
 )

@@ -583,7 +583,7 @@ class _Log:
         return text.split("\n")
 
     def _miss(self, pod: str, why: str) -> None:
-        """Say once that a log cannot be read: the pod of a lost machine stays for a while, and training continues."""
+        """Report once that a log cannot be read; a lost machine's pod stays for a while, and training continues."""
         if pod not in self.unread:
             print(f"the log of {pod} cannot be read now: {why}", flush=True)
         self.unread[pod] = why
