@@ -86,6 +86,13 @@ class Validate(Section):
     max_shift: PositiveFloat = 0.5
 
 
+class Tile(Section):
+    """Tiles into which large images are cut, at full resolution."""
+
+    size: Annotated[int, Field(ge=32)] | None = None
+    overlap: Annotated[float, Field(gt=0, le=0.5)] = 0.2
+
+
 class Model(Section):
     """The base model."""
 
@@ -237,6 +244,7 @@ class Params(Section):
     convert: Convert = Convert()
     split: Split = Split()
     validate_: Validate = Field(default=Validate(), alias="validate")
+    tile: Tile = Tile()
     model: Model = Model()
     lora: Lora = Lora()
     warmup: Warmup = Warmup()

@@ -246,7 +246,8 @@ def readable(answer: Answer, size: tuple[int, int], calibration: Calibration) ->
         that is `anomalous` all regions that the model names, `[x1, y1, x2, y2]` in pixels of the upright image,
         half-open, within it.
         `reasoning`: what the model saw, and on the next line what it made of it, in its own words and, for coordinates,
-        units; all that it wrote where it did not keep to that form.
+        units; all that it wrote where it did not keep to that form. Of an image in tiles, lines follow that say which
+        tile it is, and what it wrote of further suspicious tiles.
     """
     width, height = size
     probability, label = calibration.judge(answer.predicted, answer.score)
@@ -256,13 +257,13 @@ def readable(answer: Answer, size: tuple[int, int], calibration: Calibration) ->
     )
     stages = [answer.read.think, answer.read.rethink]
     if answer.predicted is None or None in stages:
-        stages = [answer.completion]
+        stages = [answer.completion.removesuffix("\n".join(answer.notes))]
     return {
         "label": label or CANNOT_JUDGE,
         "probability": probability if label else None,
         "threshold": calibration.threshold,
         "boxes": [[round(side, 2) for side in box] for box in inside if box.area],
-        "reasoning": "\n".join(" ".join(stage.split()) for stage in stages if stage),
+        "reasoning": "\n".join([*(" ".join(stage.split()) for stage in stages if stage), *answer.notes]),
         "reason": None if label else "the model gave no clear answer",
     }
 

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from adfm import cpus, retries, tracking
+from adfm import cpus, retries, tiles, tracking
 from adfm.data import duplicates, pictures, shards
 from adfm.data.images import reduced
 from adfm.data.readers.files import IMAGES
@@ -61,6 +61,8 @@ _PICTURES_LENGTH = 3_000_000
 _WHOLE = 0.95
 
 _PRODUCTION = "production"
+
+_EMBEDDED_PIXELS = 320 * 320  # that the embedded model sees of an image (its processor_config.json)
 
 
 def validate(folder: Path, out: Path, params: Params) -> bool:
@@ -123,7 +125,8 @@ def judge(folder: Path, out: Path, params: Params, reference: Mapping[str, Any] 
     Args:
         folder: The shards.
         out: Folder of the report.
-        params: The section `validate`; `convert` and `split` say what is expected of boxes and of which splits.
+        params: The section `validate`; `convert` and `split` say what is expected of boxes and of which splits, `model`
+            and `tile` at which size defects are seen.
         reference: The `statistics` of the report that drift is measured against; `None`: it is not.
 
     Returns:
@@ -135,7 +138,7 @@ def judge(folder: Path, out: Path, params: Params, reference: Mapping[str, Any] 
     os.environ["GX_ANALYTICS_ENABLED"] = "false"  # Great Expectations reads it when it is imported
     table = _table(folder, params.convert)
     train = _profile(table[table["split"] == "train"])
-    suite = _suite(table, params)
+    suite = _suite(table, params) + _tiling(table, _defects(folder), params)
     if reference is not None:
         suite += _drift(table, train, reference["train"], params)
     result, failing = _run(table, suite)
@@ -365,6 +368,9 @@ def _suite(table: pd.DataFrame, params: Params) -> list[Expectation]:
     given = {"train": 1.0, "validation": params.split.validation, "test": params.split.test}
     splits = [split for split in SPLITS if given[split] > 0 or (table["split"] == split).any()]
     labels, held_out = list(get_args(Label)), params.split.holdout_categories
+    if tile := params.tile.size:  # a model sees tiles then
+        sides = table[["width", "height"]].clip(upper=tile)
+        table["aspect"] = sides.max(axis=1) / sides.min(axis=1).clip(lower=1)
     in_train = table[(table["split"] == "train") & table["label"].isin(labels)].groupby("product")["label"].nunique()
     complete = {*in_train.index[in_train == len(labels)], *table["product"][table["category"].isin(held_out)]}
     in_test = {
@@ -378,6 +384,7 @@ def _suite(table: pd.DataFrame, params: Params) -> list[Expectation]:
     frame = "make them [x1, y1, x2, y2], half-open, in pixels of the original image"
     agree = f"use the settings of convert that the shards were made with, or {again}"
     resize = "resize or remove these, or change validate.min_side or validate.max_side"
+    resize += "" if params.tile.size else "; the defects of large ones want tile.size"
     crop = "crop or remove these, or change validate.max_aspect"
     more = "add images, change the section split, or lower validate.min_images_per_split"
     apart = "put these images into one split, or remove all but one"
@@ -568,6 +575,64 @@ def _notices(table: pd.DataFrame, complete: set[str], held_out: Sequence[str]) -
                 column="defect",
                 value_set=sorted(several),
                 row_condition=Column("label") == "anomalous",
+            )
+        )
+    return suite
+
+
+def _defects(folder: Path) -> list[tiles.Defect]:
+    """The sizes of all boxes that have an area."""
+    rows = shards.table(folder).select(["boxes", "width", "height"]).to_pylist()
+    return [
+        tiles.Defect(x2 - x1, y2 - y1, row["width"], row["height"])
+        for row in rows
+        for x1, y1, x2, y2 in row["boxes"] or ()
+        if x1 < x2 and y1 < y2 and row["width"] and row["height"]
+    ]
+
+
+def _tiling(table: pd.DataFrame, defects: Sequence[tiles.Defect], params: Params) -> list[Expectation]:
+    """Whether `tile.size` can do something, and whether the model sees small defects large enough."""
+    from great_expectations import expectations as gxe
+    from great_expectations.expectations.row_conditions import Column
+
+    largest, size, suite = gxe.ExpectColumnMaxToBeBetween, params.tile.size, []
+    if size:
+        table["longer_side"] = table[["width", "height"]].max(axis=1)
+        suite += [
+            _expect(
+                largest,
+                f"an image is larger than tile.size, {size}",
+                "lower tile.size, or set it to null: no image is cut, tiling does nothing",
+                "warning",
+                column="longer_side",
+                min_value=size + 1,
+            ),
+            _expect(
+                largest,
+                "an image in train has boxes, which tile.size needs",
+                "mark the defects, or set tile.size to null: without boxes nobody knows which tile is anomalous",
+                column="box_count",
+                min_value=1,
+                row_condition=Column("split") == "train",
+            ),
+        ]
+    embedded = params.model.name.startswith("embedded://")
+    pixels = params.model.max_pixels or (_EMBEDDED_PIXELS if embedded else None)
+    if defects and pixels and (proposal := tiles.propose(defects, pixels, size, params.tile.overlap)):
+        new, count = proposal
+        table["seen_side"], then = tiles.seen(defects, pixels, size), tiles.seen(defects, pixels, new)
+        side = math.isqrt(pixels)
+        suite.append(
+            _expect(
+                largest,
+                f"three quarters of the defects are at least {tiles.LEAST_SIDE} pixels wide and high to the model, "
+                f"which sees about {side} x {side}",
+                f"cut the images: tile.size={new} makes that {then:.0f} pixels; {count} tiles an image of middling "
+                f"size cost about {count} times the time in evaluation and use",
+                "warning",
+                column="seen_side",
+                min_value=tiles.LEAST_SIDE,
             )
         )
     return suite

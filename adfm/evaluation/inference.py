@@ -11,6 +11,9 @@ answer; `group` is null where it is not known which images show the same part.
 A window of a few batches is read at a time, and its images are answered in order of their size, so that a batch is
 padded little or not at all; rows keep the order of the shards. The next batch is decoded and resized in a thread while
 the model writes. A finished window is kept in a file, so that an interrupted evaluation goes on with the next one.
+
+With `tile.size`, a large image is answered tile by tile, and the answers are joined (`joined`); batches and windows
+then count tiles.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import importlib.util
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -33,12 +37,13 @@ from PIL import Image
 from tqdm import tqdm
 
 import adfm
+from adfm import tiles
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.evaluation import metrics
 from adfm.method import prompt, response
 from adfm.models import decoding, families, loading
-from adfm.params import Evaluate, Params
+from adfm.params import Evaluate, Params, Tile
 from adfm.records import Box, Label, Record
 
 if TYPE_CHECKING:
@@ -56,6 +61,7 @@ PREDICTIONS = pa.schema(
 )
 
 _WINDOW = 4  # batches that are read, sorted and kept at a time
+_MOST_NOTES = 8  # suspicious tiles of an image whose words are kept
 
 Answers = tuple[list[str], list[float | None]]
 """Completions, and for each the probability of a defect; `None` where it has no clean letter."""
@@ -74,6 +80,8 @@ class Answer:
         completion: The model's own words.
         regions: All boxes of the first stage, in pixels like `boxes`, whatever the letter: the defects of an image that
             is flagged by its probability.
+        notes: Of an image that was cut into tiles: which tile the words are of, and a line for each further tile that
+            is suspicious, with its words.
     """
 
     predicted: Label | None
@@ -82,6 +90,7 @@ class Answer:
     read: response.Response
     completion: str
     regions: list[Box] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def predict(model: str | Path, shards: Path, params: Params, describe: str) -> pd.DataFrame:
@@ -98,7 +107,7 @@ def predict_splits(
     Args:
         model: A base model's name, or a folder that warm-up or training wrote.
         shards: Folder of shards.
-        params: Reads the sections `model` and `evaluate`.
+        params: Reads the sections `model`, `tile` and `evaluate`.
         describe: What the progress bar says.
         splits: The splits.
         keep: Folder for what is finished; what it holds of the same model, data and settings is not done again.
@@ -110,14 +119,16 @@ def predict_splits(
         AdfmError: The model or the shards cannot be loaded, or the backend asked for is not there.
     """
     vllm = uses_vllm(params)
+    tile = tile_of(model, params)
     inspector: Inspector | None = None
     tables: dict[str, pd.DataFrame] = {}
     for split in splits:
         kept = keep / _key(model, shards, split, params, vllm) if keep else None
         parts: list[pa.Table] = []
-        total, said = len(shards_.ids(shards, split)), f"{describe}, {split}"
-        with tqdm(total=total, desc=said, unit="image", mininterval=1.0) as progress:
-            windows = _batched(shards_.read(shards, split), _WINDOW * params.evaluate.batch_size)
+        sizes = shards_.table(shards, split).select(["width", "height"]).to_pylist()
+        most = max((len(_grid((size["width"], size["height"]), tile)) for size in sizes), default=1)
+        with tqdm(total=len(sizes), desc=f"{describe}, {split}", unit="image", mininterval=1.0) as progress:
+            windows = _batched(shards_.read(shards, split), max(1, _WINDOW * params.evaluate.batch_size // most))
             for number, window in enumerate(windows):
                 file = kept / f"{number:06d}.parquet" if kept else None
                 if file and file.is_file():
@@ -168,10 +179,24 @@ def _key(model: str | Path, shards: Path, split: str, params: Params, vllm: bool
         "prompt": [prompt.messages(units) for units in families.UNITS.values()],
         "model": loading.identity(model, params.model),
         "how": [params.model.dtype, params.model.max_pixels, settings.batch_size, settings.max_new_tokens, vllm],
+        "tile": tile_of(model, params).model_dump(),
         "score": [settings.score, settings.samples, params.seed if settings.samples else None],
         "data": [split, shards_.fingerprint(shards, split)],
     }
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
+
+
+def tile_of(model: str | Path, params: Params) -> Tile:
+    """Into which tiles images are cut for a model: those it was trained with; the settings' for a base model."""
+    description = loading.describe(Path(model))
+    if description is None:
+        return params.tile
+    return Tile.model_validate((description.get("params") or {}).get("tile") or {})  # an older model saw whole images
+
+
+def _grid(size: tuple[int, int], tile: Tile) -> list[Box]:
+    """The tiles of an image; the image itself where it is not cut."""
+    return tiles.grid(*size, tile.size or max(size), tile.overlap)
 
 
 class Inspector:
@@ -179,7 +204,7 @@ class Inspector:
 
     Args:
         model: A base model's name, or a folder that warm-up or training wrote.
-        params: Reads the sections `model` and `evaluate`.
+        params: Reads the sections `model` and `evaluate`, and `tile` for a base model.
 
     Raises:
         AdfmError: The model cannot be loaded, or the backend asked for is not there.
@@ -188,6 +213,7 @@ class Inspector:
     def __init__(self, model: str | Path, params: Params) -> None:
         settings = params.evaluate
         self._batch_size = settings.batch_size
+        self._tile = tile_of(model, params)
         self._prepare: Callable[[list[Image.Image]], Any]
         self._generate: Callable[[Any], Answers]
         if uses_vllm(params):
@@ -210,16 +236,45 @@ class Inspector:
         image: Callable[[int], Image.Image],
         done: Callable[[int], object] = lambda count: None,
     ) -> list[Answer]:
-        """Inspects images in batches of like size, one answer an image, greedily.
+        """Inspects images, one answer an image, greedily; large ones in tiles, if the model was trained so.
 
         Args:
             sizes: Width and height of each image in pixels.
-            image: Gives the image of that number, RGB; it is asked for in a thread, shortly before it is needed.
-            done: Is told after each batch how many images it had.
+            image: Gives the image of that number, RGB; it is asked for in a thread, shortly before it is needed, and
+                more than once if its tiles are not answered one after the other.
+            done: Is told after each batch how many images it had; of images in tiles, how many it finished on average.
 
         Returns:
             The answers, in the order of `sizes`.
         """
+        grids = [_grid(size, self._tile) for size in sizes]
+        places = [(i, tile) for i, grid in enumerate(grids) for tile in grid]
+        if len(places) == len(sizes):
+            return self._answers(sizes, image, done)
+        last: list[tuple[int, Image.Image]] = []  # of the images that are cut, one is held at a time
+        answered = 0
+
+        def cut(number: int) -> Image.Image:
+            i, tile = places[number]
+            if not last or last[0][0] != i:
+                last[:] = [(i, image(i))]
+            return last[0][1].crop(tile)
+
+        def progressed(count: int) -> None:
+            nonlocal answered
+            before, answered = answered, answered + count
+            done(answered * len(sizes) // len(places) - before * len(sizes) // len(places))
+
+        of_tiles = iter(self._answers([_size(tile) for _, tile in places], cut, progressed))
+        return [joined([next(of_tiles) for _ in grid], grid) for grid in grids]
+
+    def _answers(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        image: Callable[[int], Image.Image],
+        done: Callable[[int], object],
+    ) -> list[Answer]:
+        """Inspects images as they are, in batches of like size; as `answers`."""
         resized, images = families.get(self._family).images.resized, self._processor.image_processor
         order = sorted(range(len(sizes)), key=lambda i: math.prod(resized(images, *sizes[i])))
         found: dict[int, Answer] = {}
@@ -241,6 +296,59 @@ class Inspector:
         regions = [frame.to_pixels(box, width, height) for box in parsed.boxes]
         boxes = regions if predicted == "anomalous" else []
         return Answer(predicted, score if predicted else None, boxes, parsed, completion, regions)
+
+
+def _size(tile: Box) -> tuple[int, int]:
+    return int(tile.x2 - tile.x1), int(tile.y2 - tile.y1)
+
+
+def joined(answers: Sequence[Answer], grid: Sequence[Box]) -> Answer:
+    """The answer to an image, of those to its tiles.
+
+    The image is anomalous if a tile is; unparsed if none is and the answer to some tile is; else normal. Its score is
+    the largest of its tiles. The words are those of the most suspicious tile among those that answer as the image does.
+    Boxes of tiles are joined across seams (`adfm.tiles.merged`).
+
+    Args:
+        answers: One a tile, boxes in pixels of the tile.
+        grid: The tiles, as of `adfm.tiles.grid`.
+
+    Returns:
+        The answer; its `boxes` are those of the tiles that are anomalous, its `regions` also those of the tile that
+        the score is of.
+    """
+    if len(answers) == 1:
+        return answers[0]
+    labels = [answer.predicted for answer in answers]
+    predicted: Label | None = "anomalous" if "anomalous" in labels else None if None in labels else "normal"
+    scores = [-1.0 if answer.score is None else answer.score for answer in answers]
+    order = sorted(range(len(answers)), key=lambda i: -scores[i])
+    suspicious = [i for i in order if labels[i] == "anomalous"]
+    first = next(i for i in order if labels[i] == predicted)
+    notes = [f"These are the words on {_place(first, grid)}{', the most suspicious' * (predicted is not None)}."]
+    notes += [f"On {_place(i, grid)}: {_words(answers[i])}" for i in suspicious if i != first][:_MOST_NOTES]
+    if len(suspicious) - 1 > _MOST_NOTES:
+        notes.append(f"{len(suspicious) - 1 - _MOST_NOTES} more tiles are suspicious.")
+    best, flagged = answers[first], set(suspicious)
+    return Answer(
+        predicted,
+        scores[order[0]] if predicted and scores[order[0]] >= 0 else None,
+        tiles.merged([answer.boxes for answer in answers], grid),
+        best.read,
+        "\n".join([best.completion, *notes]),
+        tiles.merged([a.regions if i in {*flagged, order[0]} else [] for i, a in enumerate(answers)], grid),
+        notes,
+    )
+
+
+def _place(number: int, grid: Sequence[Box]) -> str:
+    return f"tile {number + 1} of {len(grid)}, {[int(side) for side in grid[number]]}"
+
+
+def _words(answer: Answer) -> str:
+    """What a model wrote of a tile on one line, without tags: they would make the image's words two answers."""
+    words = f"{answer.read.think or ''} {answer.read.rethink or ''}"
+    return " ".join(re.sub(r"</?\w+>", " ", words).split())
 
 
 def _ahead(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:

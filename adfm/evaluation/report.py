@@ -333,10 +333,14 @@ def _files(
 
 
 def _stages(completion: str) -> list[str | None]:
-    """What the model wrote in `<think>` and in `<rethink>`; and all of it where it does not keep to the form."""
+    """What the model wrote in `<think>` and in `<rethink>`; and all of it where it does not keep to the form.
+
+    Of an image in tiles, what the third holds where it does are the notes on the tiles, which follow the answer.
+    """
     parsed = response.parse(completion)
     whole = parsed.think is not None and parsed.rethink is not None and parsed.answer is not None
-    return [parsed.think, parsed.rethink, None if whole else completion]
+    notes = completion.partition(response.STAGES[-1])[2].strip() or None
+    return [parsed.think, parsed.rethink, notes if whole else completion]
 
 
 def _columns(table: pd.DataFrame, sizes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:

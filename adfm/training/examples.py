@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+from PIL import Image
 
+from adfm import tiles
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.models import families
 from adfm.models.loading import Loaded
+from adfm.params import Tile
 from adfm.records import Box
 
 if TYPE_CHECKING:
@@ -27,11 +35,13 @@ def draw(
     cache: Path,
     weights: dict[str, float] | None = None,
     located: bool = False,
+    tile: Tile | None = None,
 ) -> datasets.Dataset:
-    """`count` training images in an order fixed by `seed`.
+    """`count` training images, or tiles of them, in an order fixed by `seed`.
 
     Every image of a label is drawn once before any is drawn again, unless there are weights. Images stay on disk until
-    they are used.
+    they are used. With `tile.size`, a row is a tile, labelled by what it shows (`adfm.tiles.truth`): most tiles of a
+    defective image are normal ones. Of an anomalous image without boxes nobody knows which tile is; it is left out.
 
     Args:
         shards: Folder of shards; its train split is read.
@@ -43,23 +53,31 @@ def draw(
         weights: By id, how often an image is drawn in proportion to others of its label; at least a twentieth of the
             largest.
         located: Whether to leave out anomalous images without boxes, of which only the label is known.
+        tile: Into which tiles images are cut; `None`: they are not.
 
     Returns:
         Columns `prompt` (messages), `image`, `label`, `defect`, `regions` (ground-truth boxes in the model's frame) and
         `frame` (width and height of that frame).
 
     Raises:
-        AdfmError: The train split lacks normal or anomalous images.
+        AdfmError: The train split lacks normal or anomalous images, or with `tile.size` anomalous ones with boxes.
     """
     import datasets
 
     table = shards_.table(shards, "train").to_pylist()
+    if tile and tile.size:
+        table = _tiles(table, tile.size, tile.overlap, shards)
     weight = np.array([weights[row["id"]] for row in table]) if weights else None
     labels = ["" if located and _has_label_alone(row) else row["label"] for row in table]
     order = _order(labels, count, anomalous_share, seed, shards, weight)
-    data = datasets.Dataset.from_parquet(
-        [str(file) for file in sorted(shards.glob("train-*.parquet"))], cache_dir=str(cache), columns=["image"]
-    )
+    if tile and tile.size:
+        drawn = sorted(set(order))
+        table, order = [table[i] for i in drawn], np.searchsorted(drawn, order).tolist()
+        data = _cut(table, shards, cache)
+    else:
+        data = datasets.Dataset.from_parquet(
+            [str(file) for file in sorted(shards.glob("train-*.parquet"))], cache_dir=str(cache), columns=["image"]
+        )
     family = families.get(loaded.family)
     regions, frames = [], []
     for row in table:
@@ -89,14 +107,72 @@ def boxes_known(shards: Path) -> tuple[int, int]:
     return anomalous - without, without
 
 
+def _tiles(table: list[dict[str, Any]], size: int, overlap: float, shards: Path) -> list[dict[str, Any]]:
+    """A row for every tile that can be labelled, with the `number` of its image and its place, `tile`."""
+    if any(row["label"] == "anomalous" for row in table) and not any(row["boxes"] for row in table):
+        raise AdfmError(
+            f"{shards}: no anomalous training image has boxes, so that nobody knows which of its tiles are anomalous; "
+            "mark the defects, or set tile.size=null to train on whole images"
+        )
+    rows = []
+    for number, row in enumerate(table):
+        boxes = [Box(*box) for box in row["boxes"]]
+        for place in tiles.grid(row["width"], row["height"], size, overlap) if not _has_label_alone(row) else ():
+            if truth := tiles.truth(row["label"], boxes, place):
+                label, inside = truth
+                width, height = int(place.x2 - place.x1), int(place.y2 - place.y1)
+                defect = row["defect"] if label == "anomalous" else None
+                its = {"label": label, "boxes": inside, "defect": defect, "width": width, "height": height}
+                rows.append(row | its | {"number": number, "tile": place})
+    return rows
+
+
+def _cut(rows: list[dict[str, Any]], shards: Path, cache: Path) -> datasets.Dataset:
+    """The images of rows of `_tiles`, in their order: on disk and memory-mapped, as whole images are.
+
+    They are cut once, an image of the shards after the other. A tile that is cut when its row is read would cost the
+    decoding of the whole photograph every time: 0.2 s for one of 16 million pixels.
+    """
+    import datasets
+
+    places = [(row["number"], *map(int, row["tile"])) for row in rows]
+    key = json.dumps([shards_.fingerprint(shards, "train"), places])
+    file = cache / f"tiles-{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow"
+    if not file.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        of_image: dict[int, list[tuple[int, ...]]] = defaultdict(list)
+        for number, *place in places:
+            of_image[number].append(tuple(place))
+        partial = file.with_suffix(".partial")
+        with pa.ipc.new_stream(str(partial), _TILE) as stream:
+            for number, record in enumerate(shards_.read(shards, "train")):
+                if number in of_image:
+                    image = Image.open(io.BytesIO(record.image))
+                    plain = image if image.mode in ("L", "RGB") else image.convert("RGB")
+                    cut = [{"bytes": _png(plain.crop(place)), "path": None} for place in of_image[number]]
+                    stream.write_batch(pa.record_batch([pa.array(cut, _TILE.field("image").type)], schema=_TILE))
+        partial.rename(file)
+    return datasets.Dataset.from_file(str(file))
+
+
+_TILE = pa.schema(
+    [shards_.SCHEMA.field("image")],
+    metadata={"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})},
+)
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
 def _has_label_alone(row: dict[str, Any]) -> bool:
     return row["label"] == "anomalous" and not row["boxes"]
 
 
 def as_seen(data: datasets.Dataset, loaded: Loaded) -> datasets.Dataset:
     """The same rows with each image as the processor resizes it, for an engine that has a processor of its own."""
-    from PIL import Image
-
     images, cut = loaded.processor.image_processor, families.get(loaded.family).images
 
     def resized(image: Image.Image) -> Image.Image:

@@ -106,6 +106,7 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
                 anomalous_share=settings.anomalous_share,
                 cache=work / "cache",
                 weights=doubt,
+                tile=params.tile,
             )
             data = draw(count=count, seed=params.seed + 1)
             reserve = draw(count=count * settings.resample, seed=params.seed + 2) if settings.resample else None
@@ -150,7 +151,7 @@ def _doubt(model: Path, shards: Path, params: Params, work: Path) -> dict[str, f
 
 def _identity(shards: Path, model: Path, params: Params) -> dict[str, Any]:
     """What must be the same for a checkpoint to be of use."""
-    sections = params.model_dump(mode="json", by_alias=True, include={"seed", "model", "train"})
+    sections = params.model_dump(mode="json", by_alias=True, include={"seed", "model", "tile", "train"})
     for no_matter in ("checkpoint_every", "pictures_every", "health", "vllm", "vllm_server"):
         sections["train"].pop(no_matter)
     return {"data": shards_.fingerprint(shards, "train"), "model": digest(model), **sections}

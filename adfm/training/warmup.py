@@ -63,7 +63,9 @@ def warmup(shards: Path, out: Path, params: Params, force: bool = False) -> None
         history: list[dict[str, Any]] = []
         if steps:
             count, share = steps * settings.batch_size, settings.anomalous_share
-            data = examples.draw(shards, loaded, count, share, params.seed, folder / "cache", located=settings.stages)
+            data = examples.draw(
+                shards, loaded, count, share, params.seed, folder / "cache", located=settings.stages, tile=params.tile
+            )
             trainer = SFTTrainer(
                 model=model,
                 args=SFTConfig(
