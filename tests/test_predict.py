@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -91,6 +92,18 @@ def test_the_threshold_decides_and_the_regions_of_a_flagged_image_are_its_boxes(
         assert found["boxes"] == ([[1, 2, 20, 50]] if label == "anomalous" else [])
         letters = predict_.readable(said, (20, 50), Calibration())
         assert letters["label"] == said.predicted and letters["threshold"] is None
+
+
+def test_the_words_of_an_image_in_tiles_end_with_the_tiles_that_they_are_of() -> None:
+    read = "<think>A\n scratch.</think><rethink>Real.</rethink><answer>{}</answer>"
+    notes = [
+        "These are the words on tile 2 of 4, [66, 0, 166, 100], the most suspicious.",
+        "On tile 1 of 4, …: A dent.",
+    ]
+    for letter, words in (("A", ["A scratch.", "Real."]), ("C", [" ".join(read.format("C").split())])):
+        of_tile = answer(read.format(letter), score=0.5)
+        image = dataclasses.replace(of_tile, completion="\n".join([of_tile.completion, *notes]), notes=notes)
+        assert predict_.readable(image, (300, 100), Calibration())["reasoning"].split("\n") == [*words, *notes]
 
 
 def test_pictures_lie_as_the_photographs_do_and_are_none_themselves(

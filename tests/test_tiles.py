@@ -200,7 +200,7 @@ def test_a_tile_size_makes_small_defects_visible() -> None:
     assert tiles.propose([Defect(6, 6, 300, 300)] * 8, 320 * 320, None, 0.2) is None  # all of the image is seen
     # Not smaller than what the model sees, nor than most defects.
     assert tiles.propose([Defect(6, 6, 4000, 3000)] * 8, 320 * 320, None, 0.2) == (320, 192)
-    assert tiles.propose([Defect(6, 900, 4000, 3000)] * 8, 320 * 320, None, 0.2) == (900, 30)
+    assert tiles.propose([Defect(6, 900, 4000, 3000)] * 8, 320 * 320, None, 0.2) == (900, 24)
 
 
 @given(

@@ -621,7 +621,8 @@ def _tiling(table: pd.DataFrame, defects: Sequence[tiles.Defect], params: Params
     pixels = params.model.max_pixels or (_EMBEDDED_PIXELS if embedded else None)
     if defects and pixels and (proposal := tiles.propose(defects, pixels, size, params.tile.overlap)):
         new, count = proposal
-        table["seen_side"], then = tiles.seen(defects, pixels, size), tiles.seen(defects, pixels, new)
+        now, then = tiles.seen(defects, pixels, size), tiles.seen(defects, pixels, new)
+        table["seen_side"] = math.floor(10 * now) / 10
         side = math.isqrt(pixels)
         suite.append(
             _expect(

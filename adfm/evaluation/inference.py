@@ -23,7 +23,6 @@ import importlib.util
 import io
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -346,9 +345,8 @@ def _place(number: int, grid: Sequence[Box]) -> str:
 
 
 def _words(answer: Answer) -> str:
-    """What a model wrote of a tile on one line, without tags: they would make the image's words two answers."""
-    words = f"{answer.read.think or ''} {answer.read.rethink or ''}"
-    return " ".join(re.sub(r"</?\w+>", " ", words).split())
+    """What a model wrote of a tile on one line, without an answer: the image's words would have two."""
+    return f"{answer.read.think or ''} {answer.read.rethink or ''}".strip().replace("\n", " ")
 
 
 def _ahead(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:

@@ -455,6 +455,50 @@ def test_warnings_do_not_fail(tmp_path: Path) -> None:
     assert report["statistics"]["failed"] == 0 and report["statistics"]["warnings"] == 1
 
 
+def on_large_images(boxes: bool = True) -> dict[str, Record]:
+    """The faultless records on images of 96 x 96 pixels, with boxes of 8 x 4 and 9 x 5 or without."""
+    return {
+        name: replace(record, image=picture(name, 96, 96), width=96, height=96, mask=None, boxes=record.boxes * boxes)
+        for name, record in faultless().items()
+    }
+
+
+def tiled(**sections: Any) -> Params:
+    return Params.model_validate({"validate": LIMITS | {"max_side": 96}} | sections)
+
+
+def test_small_defects_are_reported_with_the_tiles_that_make_them_visible(tmp_path: Path) -> None:
+    large, sees = written(on_large_images(), tmp_path / "shards"), {"max_pixels": 32 * 32}
+    passed, _ = run(large, tmp_path / "report", tiled(model=sees))
+    assert passed
+    assert validation.failures(tmp_path / "report") == [
+        "warning: three quarters of the defects are at least 16 pixels wide and high to the model, which sees about "
+        "32 x 32: observed 1.3; cut the images: tile.size=32 makes that 4 pixels; 16 tiles an image of "
+        "middling size cost about 16 times the time in evaluation and use."
+    ]
+    for params in (tiled(model=sees, tile={"size": 32}), tiled(), tiled(model={"name": "owner/name"})):
+        passed, report = run(large, tmp_path / "report", params)
+        assert passed and failed(report) == {}
+
+
+def test_tiles_need_larger_images_and_boxes(tmp_path: Path) -> None:
+    large = written(on_large_images(), tmp_path / "shards")
+    for size, expected in ((96, {"an image is larger than tile.size, 96": []}), (95, {})):
+        passed, report = run(large, tmp_path / "report", tiled(tile={"size": size}))
+        assert passed and failed(report) == expected
+    labels = written(on_large_images(boxes=False), tmp_path / "labels")
+    passed, report = run(labels, tmp_path / "report", tiled(tile={"size": 64}))
+    assert not passed and "an image in train has boxes, which tile.size needs" in failed(report)
+
+
+def test_a_strip_may_be_narrow_if_its_tiles_are_not(tmp_path: Path) -> None:
+    strips = {
+        name: replace(record, image=picture(name, 96, 32), width=96, mask=None) for name, record in faultless().items()
+    }
+    folder = written(strips, tmp_path / "shards")
+    assert [run(folder, tmp_path / "report", tiled(tile={"size": size}))[0] for size in (None, 64)] == [False, True]
+
+
 def test_ids_are_listed_up_to_a_limit_and_counted_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validation, "MAX_IDS", 12)
     names = [f"train/gear/normal/damaged {number}" for number in range(15)]

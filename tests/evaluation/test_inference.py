@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -15,12 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
+from adfm import tiles
 from adfm.data import shards
 from adfm.errors import AdfmError
 from adfm.evaluation import inference
 from adfm.method import prompt, response
 from adfm.models import families, loading, vllm_engine
 from adfm.params import Evaluate, Model, Params
+from adfm.records import Box
 
 BASE = "embedded://tiny-base"
 
@@ -84,8 +87,6 @@ def test_a_completion_ends_at_its_answer_also_where_the_model_would_go_on(embedd
 @pytest.fixture
 def mixed(small_shards: Path, tmp_path: Path) -> Path:
     """The first twelve test images in three sizes, in turn."""
-    import dataclasses
-
     records = []
     for number, record in enumerate(list(shards.read(small_shards, "test"))[:12]):
         size = [(128, 128), (192, 64), (64, 96)][number % 3]
@@ -185,6 +186,124 @@ def test_what_was_finished_with_other_settings_or_data_is_not_used(
         assert sum(batches) == 12
     keys = {inference._key(BASE, folder, "test", SMALL, vllm) for folder in (small_shards, mixed) for vllm in (0, 1)}
     assert len(keys) == 4
+
+
+# ------------------------------------------------------------------------------------------------- tiles
+
+
+@pytest.fixture
+def large(small_shards: Path, tmp_path: Path) -> Path:
+    """Four test images: each of the first three is a mosaic, 224 x 128, of which the right part is the next one's."""
+    records = list(shards.read(small_shards, "test"))[:4]
+    pictures = [Image.open(io.BytesIO(record.image)).convert("RGB") for record in records]
+    for number in range(3):
+        mosaic, png = Image.new("RGB", (224, 128)), io.BytesIO()
+        mosaic.paste(pictures[number], (0, 0))
+        mosaic.paste(pictures[number + 1], (96, 0))
+        mosaic.save(png, "PNG")
+        records[number] = dataclasses.replace(records[number], image=png.getvalue(), mask=None, width=224, boxes=())
+    shards.write(records, tmp_path, 1000)
+    return tmp_path
+
+
+def test_an_image_in_tiles_gets_what_its_tiles_get(large: Path, embedded: loading.Loaded, tmp_path: Path) -> None:
+    settings = {"batch_size": 3, "max_new_tokens": 40}
+    params = Params.model_validate({"evaluate": settings, "tile": {"size": 128, "overlap": 0.25}})
+    progress: list[int] = []
+    inspector = inference.Inspector(BASE, params)
+    images = [Image.open(io.BytesIO(record.image)).convert("RGB") for record in shards.read(large, "test")]
+    decoded: list[int] = []
+
+    def image(number: int) -> Image.Image:
+        decoded.append(number)
+        return images[number]
+
+    answers = inspector.answers([image.size for image in images], image, progress.append)
+    assert decoded == [0, 1, 2, 3]  # each once, though it has two tiles
+    assert len(progress) == 3 and sum(progress) == 4
+    alone = inference.Inspector(BASE, Params.model_validate({"evaluate": settings}))
+    for picture, answer in zip(images[:3], answers, strict=False):
+        grid = [Box(0, 0, 128, 128), Box(96, 0, 224, 128)]
+        of_tiles = alone.answers([(128, 128)] * 2, lambda i, p=picture, g=grid: p.crop(g[i]))  # type: ignore[misc]
+        expected = inference.joined(of_tiles, grid)
+        assert (answer.predicted, answer.boxes, answer.notes) == (expected.predicted, expected.boxes, expected.notes)
+        assert answer.score == pytest.approx(max(each.score or 0 for each in of_tiles), abs=1e-4)
+    assert (
+        answers[3].notes == []
+        and answers[3].completion == alone.answers([(128, 128)], lambda _: images[3])[0].completion
+    )
+
+    table = inference.predict_splits(BASE, large, params, "base", ["test"], tmp_path / "kept")["test"]
+    assert table["completion"].tolist() == [answer.completion for answer in answers]
+    # A window is as many tiles as it is images where none is cut.
+    assert len(list((tmp_path / "kept").rglob("*.parquet"))) == 1
+    settings = {"batch_size": 1, "max_new_tokens": 1}
+    params = Params.model_validate({"evaluate": settings, "tile": {"size": 128, "overlap": 0.25}})
+    inference.predict_splits(BASE, large, params, "base", ["test"], tmp_path / "two")
+    assert len(list((tmp_path / "two").rglob("*.parquet"))) == 2
+
+
+def test_kept_answers_are_those_of_the_same_tiles(small_shards: Path) -> None:
+    tiled = [Params.model_validate({"tile": tile}) for tile in ({}, {"size": 64}, {"size": 64, "overlap": 0.3})]
+    assert len({inference._key(BASE, small_shards, "test", params, False) for params in tiled}) == 3
+
+
+def test_a_model_keeps_the_tiles_that_it_was_trained_with(tmp_path: Path) -> None:
+    params = Params.model_validate({"tile": {"size": 256}})
+    assert inference.tile_of(BASE, params) == params.tile
+    for own, expected in (
+        ({"tile": {"size": 400, "overlap": 0.1}}, (400, 0.1)),
+        ({}, (None, 0.2)),
+        (None, (None, 0.2)),
+    ):
+        (tmp_path / "adfm.json").write_text(json.dumps({"params": own}))
+        tile = inference.tile_of(tmp_path, params)
+        assert (tile.size, tile.overlap) == expected
+
+
+GRID = tiles.grid(300, 100, 100, 0.2)
+
+
+def said(letter: str, score: float | None = None, *boxes: Box, words: str = "Here") -> inference.Answer:
+    completion = f"<think>{words}: {len(boxes)}</think><rethink>So.</rethink><answer>{letter}</answer>"
+    read = response.parse(completion)
+    defects = list(boxes) if letter == "A" else []
+    return inference.Answer(read.predicted_label, score, defects, read, completion, list(boxes))
+
+
+def test_the_most_suspicious_tile_decides() -> None:
+    seam = Box(90, 10, 100, 20), Box(23, 10, 40, 20)  # one defect, on the first tile and on the second
+    image = inference.joined([said("A", 0.6, seam[0]), said("A", 0.9, seam[1]), *[said("B", 0.1)] * 2], GRID)
+    assert (image.predicted, image.score, image.boxes) == ("anomalous", 0.9, [Box(89, 10, 106, 20)])
+    assert image.regions == image.boxes
+    assert image.completion.startswith("<think>Here: 1</think>") and response.parse(image.completion).answer == "A"
+    assert image.notes == [
+        "These are the words on tile 2 of 4, [66, 0, 166, 100], the most suspicious.",
+        "On tile 1 of 4, [0, 0, 100, 100]: Here: 1 So.",
+    ]
+
+
+def test_an_image_is_normal_if_all_its_tiles_are_and_keeps_the_region_of_the_most_suspicious() -> None:
+    rejected = Box(10, 10, 20, 20)
+    image = inference.joined([said("B", 0.1, rejected), said("B", 0.4, rejected), *[said("B", 0.2)] * 2], GRID)
+    assert (image.predicted, image.score, image.boxes) == ("normal", 0.4, [])
+    assert image.regions == [Box(76, 10, 86, 20)]  # what an image is flagged for if its score is above the threshold
+
+
+def test_an_unreadable_tile_leaves_the_image_open_unless_another_is_anomalous() -> None:
+    unclear = said("neither", words="<answer>A</answer>")
+    image = inference.joined([said("B", 0.3), unclear, said("B", 0.2), said("B", 0.2)], GRID)
+    assert (image.predicted, image.score, image.boxes) == (None, None, [])
+    assert image.completion.startswith(unclear.completion) and response.parse(image.completion).answer is None
+    image = inference.joined([said("B", 0.8), unclear, said("A", 0.6), said("A", None)], GRID)
+    assert (image.predicted, image.score) == ("anomalous", 0.8)
+    assert response.parse(image.completion).answer == "A" and len(image.notes) == 2
+
+
+def test_the_words_of_many_suspicious_tiles_are_cut_short() -> None:
+    grid = tiles.grid(2000, 100, 100, 0.2)
+    notes = inference.joined([said("A", 0.5)] * len(grid), grid).notes
+    assert len(notes) == 10 and notes[-1] == f"{len(grid) - 9} more tiles are suspicious."
 
 
 # ------------------------------------------------------------------------------------------------- vLLM

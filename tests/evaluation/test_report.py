@@ -821,3 +821,10 @@ def test_other_shards_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(AdfmError, match=f"10 of the 150 .*{140:016x}"):
         report.write(folder / "evaluation", tmp_path / "shards", tmp_path / "report")
     assert list(tmp_path.iterdir()) == [tmp_path / "shards"]
+
+
+def test_the_notes_on_tiles_follow_the_stages() -> None:
+    form = "<think>Here.</think><rethink>So.</rethink><answer>A</answer>"
+    assert report._stages(form) == ["Here.", "So.", None]
+    assert report._stages(f"{form}\nOn tile 1 of 4: a dent.") == ["Here.", "So.", "On tile 1 of 4: a dent."]
+    assert report._stages("neither") == [None, None, "neither"]

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+from adfm.data import shards
 from adfm.errors import AdfmError
 from adfm.models import loading
-from adfm.params import Model
+from adfm.params import Model, Tile
+from adfm.records import Box, Record
 from adfm.training import examples
 
 LABELS = st.lists(st.sampled_from(["normal", "anomalous"]), min_size=2, max_size=30).filter(
@@ -67,3 +72,64 @@ def test_images_are_drawn_by_their_weights() -> None:
     # No image is drawn less than a twentieth as often as the heaviest of its label.
     assert times[[0, 2, 4]] == pytest.approx(np.array([0.15, 1, 3]) / 4.15, abs=0.03)
     assert times[[1, 3, 5]] == pytest.approx([0.25, 0.25, 0.5], abs=0.03)
+
+
+# ------------------------------------------------------------------------------------------------- tiles
+
+SPOT = 10
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight photographs of 400 x 300 pixels; every second one has a white spot of 10 x 10, the last without a box."""
+    rng, records = np.random.default_rng(0), []
+    for number in range(8):
+        pixels, label, boxes = rng.integers(90, 110, (300, 400, 3), dtype=np.uint8), "normal", ()
+        if number % 2:
+            x, y = int(rng.integers(0, 400 - SPOT)), int(rng.integers(0, 300 - SPOT))
+            pixels[y : y + SPOT, x : x + SPOT] = 255
+            label, boxes = "anomalous", (Box(x, y, x + SPOT, y + SPOT),) if number < 7 else ()
+        png = io.BytesIO()
+        Image.fromarray(pixels).save(png, "PNG")
+        row: dict[str, Any] = {"dataset": "parts", "category": "plate", "split": "train", "sha256": "0" * 64}
+        row |= {"id": str(number), "source": f"{number}.png", "label": label, "boxes": boxes, "mask": None}
+        row |= {"width": 400, "height": 300, "defect": "spot" if label == "anomalous" else None}
+        records.append(Record(image=png.getvalue(), **row))
+    folder = tmp_path_factory.mktemp("large")
+    shards.write(records, folder, shard_images=3)
+    return folder
+
+
+def test_rows_are_tiles_labelled_by_what_they_show(large: Path, tmp_path: Path) -> None:
+    loaded = loading.load("embedded://tiny-base", Model())
+    tile = Tile(size=128)
+    data = examples.draw(large, loaded, 40, anomalous_share=0.25, seed=0, cache=tmp_path, tile=tile)
+    assert data.column_names == ["image", "prompt", "label", "defect", "regions", "frame"]
+    assert data["label"].count("anomalous") == 10
+    spots = 0
+    for row in data:
+        pixels = np.asarray(row["image"])
+        assert pixels.shape == (128, 128, 3)
+        white = np.argwhere((pixels == 255).all(2))
+        assert len(white) in ((0,) if row["label"] == "normal" else range(SPOT * SPOT // 4, SPOT * SPOT + 1))
+        assert row["defect"] == ("spot" if len(white) else None)
+        for x1, y1, x2, y2 in np.array(row["regions"]) * 128 / 1000:
+            assert [y1, x1, y2, x2] == pytest.approx([*white.min(0), *white.max(0) + 1])
+            spots += 1
+    assert spots == 10
+    # The same rows are cut once; others have a file of their own.
+    again = examples.draw(large, loaded, 40, anomalous_share=0.25, seed=0, cache=tmp_path, tile=tile)
+    assert again["regions"][:] == data["regions"][:] and len(list(tmp_path.glob("tiles-*.arrow"))) == 1
+    examples.draw(large, loaded, 4, anomalous_share=0.25, seed=0, cache=tmp_path, tile=tile)
+    assert len(list(tmp_path.glob("tiles-*"))) == 2
+
+
+def test_tiles_are_drawn_by_the_weights_of_their_images_and_need_boxes(
+    large: Path, label_shards: Path, tmp_path: Path
+) -> None:
+    loaded = loading.load("embedded://tiny-base", Model())
+    weights = {str(number): float(number in (1, 3)) for number in range(8)}
+    data = examples.draw(large, loaded, 20, 1.0, 0, tmp_path, weights=weights, tile=Tile(size=400))
+    assert {row["image"].size for row in data} == {(400, 300)}  # the height is the image's own
+    with pytest.raises(AdfmError, match=r"no anomalous training image has boxes.*tile\.size=null"):
+        examples.draw(label_shards, loaded, 12, 0.5, 0, tmp_path, tile=Tile(size=64))
