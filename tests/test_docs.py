@@ -33,7 +33,7 @@ def test_every_export_has_its_picture_in_tools_and_no_other_is_kept() -> None:
 
 def test_settings_in_own_images_exist() -> None:
     sections = Params().model_dump()
-    names = re.findall(r"`(convert|split)\.([a-z_.]+)", (ROOT / "docs" / "own-images.md").read_text())
+    names = re.findall(r"`(convert|split|tile)\.([a-z_.]+)", (ROOT / "docs" / "own-images.md").read_text())
     assert names
     for section, path in names:
         value = sections[section]
