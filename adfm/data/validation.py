@@ -596,7 +596,8 @@ def _tiling(table: pd.DataFrame, defects: Sequence[tiles.Defect], params: Params
     from great_expectations import expectations as gxe
     from great_expectations.expectations.row_conditions import Column
 
-    largest, size, suite = gxe.ExpectColumnMaxToBeBetween, params.tile.size, []
+    largest, size = gxe.ExpectColumnMaxToBeBetween, params.tile.size
+    suite: list[Expectation] = []
     if size:
         table["longer_side"] = table[["width", "height"]].max(axis=1)
         suite += [

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     import datasets
     from numpy.typing import NDArray
 
+# Of a file with the images of tiles.
+_TILE = pa.schema(
+    [shards_.SCHEMA.field("image")],
+    metadata={"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})},
+)
+
 
 def draw(
     shards: Path,
@@ -135,14 +141,13 @@ def _cut(rows: list[dict[str, Any]], shards: Path, cache: Path) -> datasets.Data
     """
     import datasets
 
-    places = [(row["number"], *map(int, row["tile"])) for row in rows]
-    key = json.dumps([shards_.fingerprint(shards, "train"), places])
+    key = json.dumps([shards_.fingerprint(shards, "train"), [[row["number"], *row["tile"]] for row in rows]])
     file = cache / f"tiles-{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow"
     if not file.is_file():
         cache.mkdir(parents=True, exist_ok=True)
-        of_image: dict[int, list[tuple[int, ...]]] = defaultdict(list)
-        for number, *place in places:
-            of_image[number].append(tuple(place))
+        of_image: dict[int, list[Box]] = defaultdict(list)
+        for row in rows:
+            of_image[row["number"]].append(row["tile"])
         partial = file.with_suffix(".partial")
         with pa.ipc.new_stream(str(partial), _TILE) as stream:
             for number, record in enumerate(shards_.read(shards, "train")):
@@ -153,12 +158,6 @@ def _cut(rows: list[dict[str, Any]], shards: Path, cache: Path) -> datasets.Data
                     stream.write_batch(pa.record_batch([pa.array(cut, _TILE.field("image").type)], schema=_TILE))
         partial.rename(file)
     return datasets.Dataset.from_file(str(file))
-
-
-_TILE = pa.schema(
-    [shards_.SCHEMA.field("image")],
-    metadata={"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})},
-)
 
 
 def _png(image: Image.Image) -> bytes:
