@@ -189,8 +189,13 @@ def _clear(work: Path) -> None:
     shutil.rmtree(work)
 
 
-def reward_functions(profile: str) -> list[Any]:
-    """One function a term, in TRL's form; what the first of them scores, the others have without scoring again."""
+def reward_functions(profile: str, located: bool = True) -> list[Any]:
+    """One function a term, in TRL's form; what the first of them scores, the others have without scoring again.
+
+    Args:
+        profile: A key of `adfm.method.rewards.PROFILES`.
+        located: Whether any training image has boxes; see `adfm.method.rewards.calibrated`.
+    """
     last: list[list[Any]] = []
     terms: list[rewards.Terms] = []
 
@@ -202,7 +207,7 @@ def reward_functions(profile: str) -> list[Any]:
             if columns != last:
                 last[:] = columns
                 terms[:] = [
-                    rewards.in_training(profile, completion[0]["content"], lab, boxes, Frame(*size))
+                    rewards.in_training(profile, completion[0]["content"], lab, boxes, Frame(*size), located)
                     for completion, lab, boxes, size in zip(*columns, strict=True)
                 ]
             return [each[term] for each in terms]
@@ -300,7 +305,7 @@ def _trainer(
 
     settings = params.train
     group = settings.num_generations
-    terms_of = reward_functions(settings.profile)
+    terms_of = reward_functions(settings.profile, located=any(data["regions"]))
     completions, _ = hardware.shares(settings, processes)
     unwanted = families.placeholders(loaded.processor)
     generation: dict[str, Any] = {"generation_kwargs": {"suppress_tokens": unwanted}}
