@@ -10,14 +10,14 @@ and improves sets of one to four boxes by hill climbing; all by seed. Truth is d
 
 - scattered: one to three defects of any place, sides log-uniform from 4 % to 50 % of the image;
 - central: the same, with centres near the middle of the image, as on most photographs of products;
-- one place: every defect at the same place and of the same size. To box it is to know the data set, and no reward of
-  single images can tell that from looking; the table shows it, and health checks of training do not stop it.
+- one place: every image with the same one box. To box it is to know the data set, and no reward of single images can
+  tell that from looking; so the table shows this case, and the tests leave it out.
 
 Two models that look are compared. Both box every defect with an IoU of 0.3, and one region of each normal image:
 
-- fixed: the letter is right on 77 % of the images of either label;
-- weighing: the same evidence (two normal distributions, AUROC 0.85), with the threshold that earns the most at this
-  share. With as good as no evidence at hand, it answers as the best blind policy does.
+- fixed: the letter is right on 77 % of the images of either label, whatever the share;
+- weighing: the same evidence (a normal distribution for each label, AUROC 0.85), with the threshold that earns the most
+  at this share.
 """
 
 from __future__ import annotations
@@ -119,7 +119,13 @@ def search(score: Score, truth: Truth, seed: int, steps: int = 60) -> dict[str, 
     rng = random.Random(seed)
     tried = {text: earnings(score, text, truth) for text in families()}
 
+    def localized(boxes: Sequence[Box]) -> float:
+        text = completion(boxes, "A")
+        return fmean(score(text, "anomalous", true) for true in truth)
+
     def anywhere() -> Box:
+        if rng.random() < 0.5:  # where defects of other images are is what a blind policy can learn
+            return rng.choice(rng.choice(truth))
         (x1, x2), (y1, y2) = (sorted(rng.sample(range(round(SIDE) + 1), 2)) for _ in range(2))
         return Box(x1, y1, x2, y2)
 
@@ -130,20 +136,15 @@ def search(score: Score, truth: Truth, seed: int, steps: int = 60) -> dict[str, 
     # The letter decides what boxes earn on normal images, and the share how much that counts. Climbing for A on
     # anomalous images alone therefore serves both letters: on normal images each further box costs or is free.
     for count in (1, 2, 3, 4):
-        best = max(([anywhere() for _ in range(count)] for _ in range(5)), key=lambda boxes: _climbed(score, boxes, truth))
-        height = _climbed(score, best, truth)
+        best = max(([anywhere() for _ in range(count)] for _ in range(steps // 3)), key=localized)
+        height = localized(best)
         for _ in range(steps):
             k = rng.randrange(count)
             other = [*best[:k], moved(best[k]) if rng.random() < 0.8 else anywhere(), *best[k + 1 :]]
-            if (reached := _climbed(score, other, truth)) > height:
+            if (reached := localized(other)) > height:
                 best, height = other, reached
         tried |= {text: earnings(score, text, truth) for text in (completion(best, letter) for letter in "AB")}
     return tried
-
-
-def _climbed(score: Score, boxes: Sequence[Box], truth: Truth) -> float:
-    text = completion(boxes, "A")
-    return fmean(score(text, "anomalous", true) for true in truth)
 
 
 def best_blind(tried: dict[str, Earnings], share: float) -> tuple[str, float]:
@@ -173,7 +174,8 @@ def looking(score: Score, truth: Truth) -> dict[str, Earnings]:
 def perfect(score: Score, truth: Truth) -> Earnings:
     """What the right letter with exactly the true boxes earns."""
     return Earnings(
-        fmean(score(completion(true, "A"), "anomalous", true) for true in truth), score(completion([], "B"), "normal", [])
+        fmean(score(completion(true, "A"), "anomalous", true) for true in truth),
+        score(completion([], "B"), "normal", []),
     )
 
 

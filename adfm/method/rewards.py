@@ -28,8 +28,8 @@ _BY_CHANCE = 0.1
 # What a box in vain takes off the summed IoU: too little to outweigh any overlap worth the name, enough to be felt.
 _IN_VAIN = 1e-3
 # The share of `localization` that an anomalous image pays with the wrong letter. Its boxes are then regions that were
-# examined and rejected, and in use they are not shown. Not 0, so that a model that still answers B learns where to look;
-# at most a half, so that the right letter alone beats all the right boxes with the wrong one.
+# examined and rejected, and in use they are not shown. Not 0, so that a model that still answers B learns where to
+# look; at most a half, so that the right letter alone beats all the right boxes with the wrong one.
 _REJECTED = 0.5
 # A completion of more boxes points at nothing: none of them is looked at, and all are in vain.
 _MOST_BOXES = 1000

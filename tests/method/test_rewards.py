@@ -336,7 +336,9 @@ def test_an_anomalous_answer_without_a_region_pays_less_than_one_that_names_any(
         assert nowhere.total < somewhere.total - 0.19
         no_box = calibrated(answer().replace("see", "see [9,9,1,1] [1,2,3]"), label, boxes)
         assert no_box.format == 0.75
-    assert calibrated("<answer>A</answer>", "normal", []).format == calibrated("<answer>B</answer>", "normal", []).format
+    assert (
+        calibrated("<answer>A</answer>", "normal", []).format == calibrated("<answer>B</answer>", "normal", []).format
+    )
 
 
 @given(LABELS, st.one_of(WILD, st.builds(answer, st.lists(box(), max_size=4), st.sampled_from(["A", "B", "x"]))))
