@@ -26,7 +26,7 @@ from adfm.models import families, hardware, liger, loading
 from adfm.outbox import Outbox
 from adfm.params import Params
 from adfm.records import Label
-from adfm.training import checkpoints, examples, images, memory
+from adfm.training import checkpoints, examples, health, images, memory
 from adfm.training.warmup import save
 
 if TYPE_CHECKING:
@@ -296,6 +296,7 @@ def _trainer(
     guard: Guard,
 ) -> GRPOTrainer:
     import torch
+    from accelerate.utils import gather_object
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
     from trl import GRPOConfig, GRPOTrainer
     from trl.data_utils import prepare_multimodal_messages
@@ -370,6 +371,10 @@ def _trainer(
             weights = self.reward_weights.to(terms.device)
             for name, value in utilisation(terms, weights, group).items():
                 self._metrics["train"][name].append(value)
+            columns = zip(inputs, completions, strict=True)
+            completed = [health.Completed(r["label"], r["regions"], r["frame"], c[0]["content"]) for r, c in columns]
+            for name, value in health.answer_figures(gather_object(completed), group).items():
+                self._metrics["train"][name].append(value)
             every, step = settings.pictures_every, self.state.global_step
             if every and step % every == 0 and outbox:
                 totals = (terms.nan_to_num() @ weights).tolist()
@@ -414,7 +419,15 @@ def _trainer(
         processing_class=loaded.processor,
         callbacks=[
             Watch(
-                "grpo", ["reward", "rewards/classification/mean", "rewards/localization/mean", "utilisation"], outbox
+                "grpo",
+                [
+                    "reward",
+                    "rewards/classification/mean",
+                    "rewards/localization/mean",
+                    "utilisation",
+                    "answers/anomalous_share",
+                ],
+                outbox,
             ),
             guard,
         ],
