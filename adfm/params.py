@@ -140,6 +140,8 @@ class Health(Section):
     min_utilisation: Fraction = 0.01
     max_kl: PositiveFloat = 5.0
     min_reward_range: NonNegativeFloat = 0.001
+    min_other_letter: Fraction = 0.02
+    max_region_overlap: Fraction = 0.8
 
 
 class Train(Section):

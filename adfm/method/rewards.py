@@ -2,7 +2,7 @@
 
 It keeps the idea of AD-FM (a graded reward of several terms, in which localisation tells insight from luck) and mends
 what the published numbers reward by mistake: boxes round everything, neighbouring boxes, missed defects, answers that
-merely contain the letter. Every term lies in [0, 1].
+merely contain the letter, answers that do not depend on the image (`benchmarks/blind.py`). Every term lies in [0, 1].
 """
 
 from __future__ import annotations
@@ -27,55 +27,71 @@ _NOTHING_FOUND = 0.05
 _BY_CHANCE = 0.1
 # What a box in vain takes off the summed IoU: too little to outweigh any overlap worth the name, enough to be felt.
 _IN_VAIN = 1e-3
+# The share of `localization` that an anomalous image pays with the wrong letter. Its boxes are then regions that were
+# examined and rejected, and in use they are not shown. Not 0, so that a model that still answers B learns where to
+# look; at most a half, so that the right letter alone beats all the right boxes with the wrong one.
+_REJECTED = 0.5
 # A completion of more boxes points at nothing: none of them is looked at, and all are in vain.
 _MOST_BOXES = 1000
 
 
-def calibrated(completion: str, label: Label, boxes: Sequence[Box], frame: Frame = PUBLISHED) -> Terms:
+def calibrated(
+    completion: str, label: Label, boxes: Sequence[Box], frame: Frame = PUBLISHED, located: bool = True
+) -> Terms:
     """The project's reward of one completion.
 
     `format`: a quarter for each stage that is there once and not empty (the answer: a clean letter), the last quarter
-    for all three in their order. `classification`: 1 for the right letter and nothing but the letter. `localization`
-    judges the boxes in `<think>`, whatever the letter; without that stage it is 0:
+    for all three in their order, in which an answer `A` has a box in `<think>`. `classification`: 1 for the right
+    letter and nothing but the letter. `localization` judges the boxes in `<think>`; without that stage it is 0:
 
-    - An anomalous image pays 1 for exactly the true boxes: see `_found`. Where its boxes are not known it pays 0
-      whatever is boxed, so that it tips no group.
-    - A normal image pays 1 while no box is in vain, and less for each that is: every box if the answer is `A`, every
-      box but one if it is `B`, since to examine one region and reject it is what the method asks for. Without an
-      answer nothing was rejected, and it pays 0.
+    - An anomalous image pays 1 for the letter `A` and exactly the true boxes (see `_found`), half as much for the same
+      boxes without that letter. Where its boxes are not known it pays 0 whatever is boxed, so that it never contributes
+      to the advantage; and no box is asked for there, so that the model does not learn to make places up.
+    - A normal image pays only for the letter `B`: 1 for at most one box, since to examine one region and reject it is
+      what the method asks for, and less for each further box.
 
     Args:
         completion: The model's text.
         label: The image's label.
         boxes: Ground-truth boxes, in `frame`; ignored on a normal image.
         frame: The units of all boxes.
+        located: Whether the data set has boxes at all. Where it has none, `A` needs no box on normal images either, and
+            `localization` is 0 on these too: paid for `B` alone, it would count the letter of normal images twice.
     """
     response = parse(completion)
+    box_required = located and (label == "normal" or bool(boxes))
     return Terms(
-        _format(response), float(response.predicted_label == label), _localization(response, label, boxes, frame)
+        _format(response, box_required),
+        float(response.predicted_label == label),
+        _localization(response, label, boxes, frame) if located else 0.0,
     )
 
 
-def _format(response: Response) -> float:
+def _format(response: Response, box_required: bool) -> float:
     tags, texts = response.tags, (response.think, response.rethink, response.answer)
     there = 0
     in_form = tags == STAGES
     for stage, text in enumerate(texts):
         if text and not text.isspace():
             there += in_form or tags.count(STAGES[2 * stage]) == tags.count(STAGES[2 * stage + 1]) == 1
-    return (there + (there == 3 and in_form)) / 4
+    # A defect that is nowhere is not a finding. A quarter is enough: a box in the wrong place takes at most 0.05 off
+    # `localization`, so that naming the likeliest place always pays more than naming none. It belongs to the form of
+    # the three stages, so that where the letter alone is asked for, A and B stay equal.
+    unplaced = box_required and response.answer == "A" and not response.boxes
+    return (there + (there == 3 and in_form and not unplaced)) / 4
 
 
 def _localization(response: Response, label: Label, truth: Sequence[Box], frame: Frame) -> float:
     if not (response.think or "").strip():
         return 0.0
     if label == "anomalous":
-        return _found(response.boxes, response.invalid, truth, frame) if truth else 0.0
-    if response.answer is None:
+        paid = _found(response.boxes, response.invalid, truth, frame) if truth else 0.0
+        return paid if response.answer == "A" else _REJECTED * paid
+    # Paid for A as well, an image without a box would give "nothing stands out, A" this term on every normal image: the
+    # best answer for a model that does not see (2.03 of 3 where 55 % of the images are anomalous).
+    if response.answer != "B":
         return 0.0
-    predicted = len(response.boxes) + response.invalid
-    in_vain = predicted if response.answer == "A" else max(0, predicted - 1)
-    return 4 / (4 + in_vain)
+    return 4 / (4 + max(0, len(response.boxes) + response.invalid - 1))
 
 
 def _found(boxes: Sequence[Box], invalid: int, truth: Sequence[Box], frame: Frame) -> float:
@@ -142,7 +158,9 @@ def _overlap_and_distance(box: Box, defect: Box, frame: Frame) -> tuple[float, f
     return 0.0, distance / (distance + (frame.width + frame.height) / 8)
 
 
-def in_training(profile: str, completion: str, label: Label, boxes: Sequence[Box], frame: Frame) -> Terms:
+def in_training(
+    profile: str, completion: str, label: Label, boxes: Sequence[Box], frame: Frame, located: bool = True
+) -> Terms:
     """What a completion earns in training: the terms of a profile.
 
     Where an anomalous image has no boxes, its place is not known: `localization` is 0 for every completion, so that it
@@ -154,7 +172,10 @@ def in_training(profile: str, completion: str, label: Label, boxes: Sequence[Box
         label: The image's label.
         boxes: Ground-truth boxes, in `frame`; empty on a normal image, and where only the label is known.
         frame: The units of all boxes.
+        located: Whether any training image has boxes: see `calibrated`. The published reward does not depend on it.
     """
+    if profile == "calibrated":
+        return calibrated(completion, label, boxes, frame, located)
     terms = PROFILES[profile](completion, label, boxes, frame)
     return terms if boxes or label == "normal" else terms._replace(localization=0.0)
 

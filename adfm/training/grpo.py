@@ -26,7 +26,7 @@ from adfm.models import families, hardware, liger, loading
 from adfm.outbox import Outbox
 from adfm.params import Params
 from adfm.records import Label
-from adfm.training import checkpoints, examples, images, memory
+from adfm.training import checkpoints, examples, health, images, memory
 from adfm.training.warmup import save
 
 if TYPE_CHECKING:
@@ -190,8 +190,13 @@ def _clear(work: Path) -> None:
     shutil.rmtree(work)
 
 
-def reward_functions(profile: str) -> list[Any]:
-    """One function a term, in TRL's form; what the first of them scores, the others have without scoring again."""
+def reward_functions(profile: str, located: bool = True) -> list[Any]:
+    """One function a term, in TRL's form; what the first of them scores, the others have without scoring again.
+
+    Args:
+        profile: A key of `adfm.method.rewards.PROFILES`.
+        located: Whether any training image has boxes; see `adfm.method.rewards.calibrated`.
+    """
     last: list[list[Any]] = []
     terms: list[rewards.Terms] = []
 
@@ -203,7 +208,7 @@ def reward_functions(profile: str) -> list[Any]:
             if columns != last:
                 last[:] = columns
                 terms[:] = [
-                    rewards.in_training(profile, completion[0]["content"], lab, boxes, Frame(*size))
+                    rewards.in_training(profile, completion[0]["content"], lab, boxes, Frame(*size), located)
                     for completion, lab, boxes, size in zip(*columns, strict=True)
                 ]
             return [each[term] for each in terms]
@@ -292,6 +297,7 @@ def _trainer(
     guard: Guard,
 ) -> GRPOTrainer:
     import torch
+    from accelerate.utils import gather_object
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
     from trl import GRPOConfig, GRPOTrainer
     from trl.data_utils import prepare_multimodal_messages
@@ -301,7 +307,7 @@ def _trainer(
 
     settings = params.train
     group = settings.num_generations
-    terms_of = reward_functions(settings.profile)
+    terms_of = reward_functions(settings.profile, located=any(data["regions"]))
     completions, _ = hardware.shares(settings, processes)
     unwanted = families.placeholders(loaded.processor)
     generation: dict[str, Any] = {"generation_kwargs": {"suppress_tokens": unwanted}}
@@ -366,6 +372,10 @@ def _trainer(
             weights = self.reward_weights.to(terms.device)
             for name, value in utilisation(terms, weights, group).items():
                 self._metrics["train"][name].append(value)
+            columns = zip(inputs, completions, strict=True)
+            completed = [health.Completed(r["label"], r["regions"], r["frame"], c[0]["content"]) for r, c in columns]
+            for name, value in health.answer_figures(gather_object(completed), group).items():
+                self._metrics["train"][name].append(value)
             every, step = settings.pictures_every, self.state.global_step
             if every and step % every == 0 and outbox:
                 totals = (terms.nan_to_num() @ weights).tolist()
@@ -410,7 +420,15 @@ def _trainer(
         processing_class=loaded.processor,
         callbacks=[
             Watch(
-                "grpo", ["reward", "rewards/classification/mean", "rewards/localization/mean", "utilisation"], outbox
+                "grpo",
+                [
+                    "reward",
+                    "rewards/classification/mean",
+                    "rewards/localization/mean",
+                    "utilisation",
+                    "answers/anomalous_share",
+                ],
+                outbox,
             ),
             guard,
         ],

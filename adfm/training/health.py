@@ -1,15 +1,87 @@
-"""Is a training still worth its electricity? What its figures say when it is not, in words, and what to change."""
+"""Training health checks: detect NaN loss, KL blow-up, blind answers, zero-variance groups, flat reward; suggest a fix.
+
+Blind answers are those that do not depend on the image: all one letter, or the same boxes everywhere.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
+from adfm.method import response
+from adfm.method.coordinates import Frame
 from adfm.params import Health
+from adfm.records import Box, Label
 
 Figures = Mapping[str, Any]
+
+# Where fewer of the images have the other label, answers of one letter may be those of a model that sees well.
+_BOTH_LABELS = 0.1
+# Boxes of an image that are compared with those of others; it bounds the time that a degenerate completion takes.
+_MOST_BOXES = 20
+
+
+class Completed(NamedTuple):
+    """A completion with what is true of its image.
+
+    Args:
+        label: The image's label.
+        regions: Ground-truth boxes `[x1, y1, x2, y2]`, in `frame`.
+        frame: Width and height of the model's frame.
+        completion: The model's text.
+    """
+
+    label: Label
+    regions: Sequence[Sequence[float]]
+    frame: Sequence[float]
+    completion: str
+
+
+def answer_figures(completed: Sequence[Completed], group: int) -> dict[str, float]:
+    """Figures of one step that show whether the answers depend on the image.
+
+    Args:
+        completed: All completions of the step; those of an image stand together.
+        group: Completions an image.
+
+    Returns:
+        - `answers/anomalous_share`, `answers/normal_share`: completions that answer `A`, and `B`; the rest has no clean
+          letter.
+        - `images/anomalous_share`: images that are anomalous.
+        - `answers/region_overlap`, `images/region_overlap`: how much predicted boxes, and the true ones, overlap with
+          those of the next image (mean IoU of each box with the nearest one, in shares of the frame), over anomalous
+          images of which both are known. Left out where there are fewer than two such images.
+    """
+    responses = [response.parse(each.completion) for each in completed]
+    predicted, true = [], []
+    for start in range(0, len(completed), group):
+        image = completed[start]
+        boxes = next((each.boxes for each in responses[start : start + group] if each.boxes), None)
+        if image.label == "anomalous" and image.regions and boxes:
+            frame = Frame(*image.frame)
+            predicted.append([frame.to_pixels(box, 1, 1) for box in boxes[:_MOST_BOXES]])
+            true.append([frame.to_pixels(Box(*box), 1, 1) for box in image.regions[:_MOST_BOXES]])
+    figures = {
+        "answers/anomalous_share": sum(each.answer == "A" for each in responses) / len(responses),
+        "answers/normal_share": sum(each.answer == "B" for each in responses) / len(responses),
+        "images/anomalous_share": sum(each.label == "anomalous" for each in completed) / len(completed),
+    }
+    if len(true) > 1:
+        figures["answers/region_overlap"] = _overlap_with_next(predicted)
+        figures["images/region_overlap"] = _overlap_with_next(true)
+    return figures
+
+
+def _overlap_with_next(images: Sequence[Sequence[Box]]) -> float:
+    """Mean, over neighbouring images, of the IoU of each box with the one of the other image that it overlaps most."""
+    overlaps = []
+    for one, other in pairwise(images):
+        best = [max(map(box.iou, boxes)) for some, boxes in ((one, other), (other, one)) for box in some]
+        overlaps.append(math.fsum(best) / len(best))
+    return math.fsum(overlaps) / len(overlaps)
 
 
 @dataclass(frozen=True)
@@ -46,7 +118,7 @@ def diagnose(history: Sequence[Figures], settings: Health) -> Diagnosis | None:
     if not window or len(window) < settings.patience:
         return None
     steps = f"steps {window[0]['step']} to {window[-1]['step']}"
-    for looked_for in (_blown_up, _collapsed, _flat):
+    for looked_for in (_blown_up, _one_letter, _same_regions, _collapsed, _flat):
         found = looked_for(window, settings)
         if found:
             return Diagnosis(window[0]["step"], f"{steps}: {found}")
@@ -71,6 +143,40 @@ def _blown_up(window: Sequence[Figures], settings: Health) -> str | None:
         f"the KL from the model that training started from stayed above {settings.max_kl:g} "
         f"(train.health.max_kl; it ended at {window[-1]['kl']:.3g}): the policy has run away. Lower "
         "train.learning_rate to a third, or raise train.beta (0.02 to 0.05)."
+    )
+
+
+def _one_letter(window: Sequence[Figures], settings: Health) -> str | None:
+    anomalous = _mean(window, "images/anomalous_share")
+    if min(anomalous, 1 - anomalous) < _BOTH_LABELS:
+        return None
+    for letter, name in (("A", "answers/anomalous_share"), ("B", "answers/normal_share")):
+        least = min(row.get(name, 0.0) for row in window)
+        if least > 1 - settings.min_other_letter:
+            others, change = (1 - anomalous, "Lower") if letter == "A" else (anomalous, "Raise")
+            return (
+                f"at least {least:.1%} of the answers of each step were {letter} (train.health.min_other_letter is "
+                f"{settings.min_other_letter:g}), although {others:.0%} of the images are "
+                f"{'normal' if letter == 'A' else 'anomalous'}: the letter does not depend on the image. {change} "
+                "train.anomalous_share; more warmup.steps with warmup.anomalous_share near 0.5 teach the model to tell "
+                "the labels apart. If it could before, lower train.learning_rate to a third, or raise train.beta."
+            )
+    return None
+
+
+def _same_regions(window: Sequence[Figures], settings: Health) -> str | None:
+    rows = [row for row in window if "answers/region_overlap" in row]
+    if 2 * len(rows) < len(window):
+        return None  # too few steps with two defects to compare
+    least = min(row["answers/region_overlap"] for row in rows)
+    true = _mean(rows, "images/region_overlap")
+    if least <= settings.max_region_overlap or true > least / 2:
+        return None  # where all defects are at one place, boxes that are all alike may be right
+    return (
+        f"the boxes on different images overlapped by an IoU of at least {least:.2f} at each step "
+        f"(train.health.max_region_overlap is {settings.max_region_overlap:g}), their true boxes by {true:.2f}: the "
+        "places do not depend on the image. More warmup.steps teach where defects are. If the model knew before, lower "
+        "train.learning_rate to a third, or raise train.beta; see that train.weights.localization is above 0."
     )
 
 

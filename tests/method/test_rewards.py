@@ -115,7 +115,7 @@ def test_1_the_clean_answer_without_a_box_is_a_maximum_on_a_normal_image(complet
     assert calibrated(answer(letter="B"), "normal", []) == (1, 1, 1)
     assert calibrated("<think>Even.</think><rethink>None.</rethink><answer>b</answer>", "normal", []).total == 3
     assert calibrated(completion, "normal", []).total <= 3
-    assert calibrated(answer(boxes, "A"), "normal", []).total < 3
+    assert calibrated(answer(boxes, "A"), "normal", []).total <= 1
 
 
 # 2. Strict rise with IoU, and with nearness where nothing overlaps.
@@ -247,8 +247,6 @@ def test_5_one_region_rejected_is_free_and_more_are_not(boxes):
     pays = [calibrated(answer(boxes[:count], "B"), "normal", []).total for count in range(len(boxes) + 1)]
     assert pays[0] == pays[1] == 3
     assert all(more < fewer for fewer, more in pairwise(pays[1:]))
-    claimed = [calibrated(answer(boxes[:count], "A"), "normal", []).localization for count in range(len(boxes) + 1)]
-    assert all(more < fewer for fewer, more in pairwise(claimed))
 
 
 @pytest.mark.parametrize(
@@ -256,6 +254,14 @@ def test_5_one_region_rejected_is_free_and_more_are_not(boxes):
 )
 def test_5_doing_nothing_is_not_paid_as_localization(completion):
     assert calibrated(completion, "normal", []).localization == 0
+
+
+@given(WILD, st.lists(box(), max_size=4), st.sampled_from(["A", "", "normal", "AB"]))
+@settings(deadline=None)
+def test_5_localization_on_a_normal_image_needs_the_right_letter(wild, boxes, letter):
+    assert calibrated(answer(boxes, letter), "normal", []).localization == 0
+    if calibrated(wild, "normal", []).classification == 0:
+        assert calibrated(wild, "normal", []).localization == 0
 
 
 # 6. Only a clean letter.
@@ -314,6 +320,45 @@ def test_8_order_does_not_matter_to_the_last_bit(truth, predicted, random, inval
 # Beyond the eight.
 
 
+@given(TRUTH, st.lists(box(), max_size=8), st.sampled_from(["B", "", "abnormal"]))
+@settings(deadline=None)
+def test_without_the_right_letter_the_same_boxes_pay_half(truth, predicted, letter):
+    paid = calibrated(answer(predicted, letter), "anomalous", truth).localization
+    assert paid == localization(predicted, truth) / 2 > 0
+
+
+@given(TRUTH, box())
+@settings(deadline=None)
+def test_an_anomalous_answer_without_a_region_pays_less_than_one_that_names_any(truth, region):
+    for label, boxes in (("anomalous", truth), ("normal", [])):
+        nowhere, somewhere = (calibrated(answer(regions), label, boxes) for regions in ([], [region]))
+        assert (nowhere.format, somewhere.format) == (0.75, 1)
+        assert nowhere.total < somewhere.total - 0.19
+        no_box = calibrated(answer().replace("see", "see [9,9,1,1] [1,2,3]"), label, boxes)
+        assert no_box.format == 0.75
+    assert (
+        calibrated("<answer>A</answer>", "normal", []).format == calibrated("<answer>B</answer>", "normal", []).format
+    )
+
+
+@given(LABELS, st.one_of(WILD, st.builds(answer, st.lists(box(), max_size=4), st.sampled_from(["A", "B", "x"]))))
+@settings(deadline=None)
+def test_in_a_set_without_boxes_only_form_and_letter_are_paid(label, completion):
+    terms = in_training("calibrated", completion, label, [], FRAME, located=False)
+    usual = calibrated(completion, label, [])
+    assert terms.localization == 0
+    assert terms.classification == usual.classification
+    assert usual.format <= terms.format <= usual.format + 0.25
+
+
+@given(LABELS, st.lists(box(), max_size=4))
+@settings(deadline=None)
+def test_in_a_set_without_boxes_no_place_is_asked_for(label, boxes):
+    for letter in LETTER.values():
+        right = letter == LETTER[label]
+        assert in_training("calibrated", answer(boxes, letter), label, [], FRAME, located=False) == (1, right, 0)
+
+
 @given(TRUTH)
 @settings(deadline=None)
 def test_the_right_letter_alone_beats_the_right_boxes_with_the_wrong_letter(truth):
@@ -356,8 +401,9 @@ def test_format(completion, expected):
 @given(LABELS, st.text("x ", min_size=1, max_size=200))
 def test_length_is_not_paid(label, text):
     assume(text.strip())
-    short, long = ("<think>x</think><rethink>x</rethink><answer>A</answer>".replace("x", t) for t in ("x", text))
-    assert calibrated(short, label, []) == calibrated(long, label, [])
+    for letter in LETTER.values():
+        form = f"<think>x</think><rethink>x</rethink><answer>{letter}</answer>"
+        assert calibrated(form, label, []) == calibrated(form.replace("x", text), label, [])
 
 
 @given(st.one_of(WILD, st.lists(box(), max_size=4).map(answer)), st.sampled_from(sorted(PROFILES)))

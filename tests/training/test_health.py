@@ -1,17 +1,23 @@
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adfm.method import prompt
 from adfm.params import Health
-from adfm.training.health import diagnose
+from adfm.records import Box, Label
+from adfm.training.health import Completed, answer_figures, diagnose
 
 HEALTHY: dict[str, Any] = {
     "loss": 0.01, "grad_norm": 0.4, "reward": 1.5, "utilisation": 0.6, "kl": 0.1, "entropy": 0.4,
     "groups/all_right": 0.3, "groups/all_wrong": 0.2, "completions/clipped_ratio": 0.0,
+    "answers/anomalous_share": 0.6, "answers/normal_share": 0.3, "images/anomalous_share": 0.5,
+    "answers/region_overlap": 0.2, "images/region_overlap": 0.1,
 }  # fmt: skip
 ALIKE = {"utilisation": 0.0, "entropy": 0.001, "groups/all_right": 0.5, "groups/all_wrong": 0.5}
 TROUBLES: dict[str, dict[str, float]] = {
@@ -21,6 +27,9 @@ TROUBLES: dict[str, dict[str, float]] = {
     "Raise train.num_generations": {"utilisation": 0.0},
     "raise train.beta": {"kl": 50.0},
     "mean reward stayed at 0": {"reward": 0.0},
+    "Lower train.anomalous_share": {"answers/anomalous_share": 0.99},
+    "Raise train.anomalous_share": {"answers/normal_share": 1.0},
+    "places do not depend on the image": {"answers/region_overlap": 0.95},
 }
 PATIENCE = 6
 
@@ -57,6 +66,45 @@ def test_where_all_answers_are_right_nothing_is_wrong() -> None:
     assert diagnose(history(*[solved] * 50), Health(patience=PATIENCE)) is None
 
 
+BLIND = {"answers/anomalous_share": 1.0, "answers/region_overlap": 1.0}
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        {"answers/anomalous_share": 1.0, "images/anomalous_share": 1.0},  # no normal image
+        {"answers/anomalous_share": 1.0, "images/anomalous_share": 0.95},
+        {"answers/normal_share": 1.0, "images/anomalous_share": 0.0},
+        {"answers/normal_share": 1.0, "images/anomalous_share": 0.05},
+        {"answers/anomalous_share": 0.97},
+        {"answers/region_overlap": 0.95, "images/region_overlap": 0.6},  # all defects are at one place
+        {"answers/region_overlap": 1.0, "images/region_overlap": 1.0},
+    ],
+)
+def test_answers_that_are_alike_because_the_images_are_do_not_stop_a_training(harmless: dict[str, float]) -> None:
+    assert diagnose(history(*[harmless] * 50), Health(patience=PATIENCE)) is None
+
+
+def test_each_check_of_blind_answers_can_be_switched_off() -> None:
+    for name, off in ({"min_other_letter": 0.0}, "places"), ({"max_region_overlap": 1.0}, "letter"):
+        problem = diagnose(history(*[BLIND] * PATIENCE), Health(patience=PATIENCE, **name))
+        assert problem is not None and f"{off} do" in problem.text.replace("does", "do")
+    off_both = Health(patience=PATIENCE, min_other_letter=0.0, max_region_overlap=1.0)
+    assert diagnose(history(*[BLIND] * 50), off_both) is None
+
+
+def test_one_step_with_other_answers_is_enough_to_continue() -> None:
+    rows = history(*[BLIND] * (PATIENCE - 1), {}, *[BLIND] * (PATIENCE - 1))
+    assert diagnose(rows, Health(patience=PATIENCE)) is None
+
+
+def test_steps_with_one_defect_or_none_prove_nothing_about_boxes() -> None:
+    rows = history(*[{"answers/region_overlap": 1.0}] * PATIENCE)
+    for row in rows[: PATIENCE // 2 + 1]:
+        del row["answers/region_overlap"], row["images/region_overlap"]
+    assert diagnose(rows, Health(patience=PATIENCE)) is None
+
+
 def test_without_a_reference_model_there_is_no_kl_to_blow_up() -> None:
     rows = [{name: value for name, value in row.items() if name != "kl"} for row in history(*[{}] * 50)]
     assert diagnose(rows, Health(patience=PATIENCE)) is None
@@ -90,3 +138,116 @@ def test_a_diagnosis_needs_a_whole_window_of_bad_steps(steps: list[dict[str, flo
     if found:
         assert found.began == len(steps) - patience + 1
         assert all(steps[-patience:])
+
+
+# From completions to the diagnosis.
+
+REGIONS = [Box(50 * k, 40 * (k % 3), 50 * k + 60, 40 * (k % 3) + 50) for k in range(8)]
+BOTH: list[tuple[Label, list[Box]]] = [("normal", []), *(("anomalous", [box]) for box in REGIONS[:3]), ("normal", [])]
+TWO: list[tuple[Label, list[Box]]] = [("anomalous", REGIONS[:1]), ("normal", [])]
+NO_NORMAL: list[tuple[Label, list[Box]]] = [("anomalous", [box, box._replace(y1=300, y2=340)]) for box in REGIONS[:5]]
+NO_BOXES: list[tuple[Label, list[Box]]] = [("anomalous", []), ("normal", [])] * 3
+Images = list[tuple[Label, list[Box]]]
+Policy = Callable[[Label, list[Box]], str]
+
+
+def diagnosed(images: Images, policy: Policy, group: int = 2) -> str | None:
+    """The diagnosis of a training in which each step has these images, and `policy` answers them."""
+    completed = [
+        Completed(label, [list(box) for box in boxes], [504, 504], policy(label, boxes))
+        for label, boxes in images
+        for _ in range(group)
+    ]
+    figures = answer_figures(completed, group)
+    others = {name: value for name, value in HEALTHY.items() if not name.startswith(("answers/", "images/"))}
+    rows = [{**others, **figures, "step": number, "reward": number} for number in range(1, PATIENCE + 1)]
+    problem = diagnose(rows, Health(patience=PATIENCE))
+    return problem and problem.text
+
+
+def constant(letter: Label, *boxes: Box) -> Policy:
+    return lambda label, truth: prompt.answer(letter, boxes)
+
+
+def right(label: Label, boxes: list[Box]) -> str:
+    return prompt.answer(label, boxes)
+
+
+@pytest.mark.parametrize("images", [BOTH, TWO, NO_BOXES])
+def test_one_letter_on_images_of_both_labels_is_diagnosed(images: Images) -> None:
+    for letter, change in ("anomalous", "Lower"), ("normal", "Raise"):
+        for boxes in ((), REGIONS[:1]):
+            text = diagnosed(images, constant(letter, *boxes))
+            assert text is not None and f"{change} train.anomalous_share" in text
+        plain = diagnosed(images, lambda label, boxes, letter=letter: prompt.answer(letter, [], stages=False))
+        assert plain == diagnosed(images, constant(letter))
+
+
+@pytest.mark.parametrize("boxes", [[REGIONS[0]], [Box(0, 0, 504, 504)], REGIONS[:3]])
+@pytest.mark.parametrize("images", [BOTH, NO_NORMAL])
+def test_the_same_boxes_on_images_with_different_defects_are_diagnosed(images: Images, boxes: list[Box]) -> None:
+    text = diagnosed(images, lambda label, truth: prompt.answer(label, boxes))
+    assert text is not None and "places do not depend on the image" in text
+
+
+@pytest.mark.parametrize("images", [BOTH, TWO, NO_NORMAL, NO_BOXES, [("anomalous", REGIONS[:1])] * 4])
+@pytest.mark.parametrize("stages", [True, False])
+def test_right_answers_are_not_diagnosed(images: Images, stages: bool) -> None:
+    assert diagnosed(images, lambda label, boxes: prompt.answer(label, boxes, stages=stages)) is None
+    assert diagnosed(images[::-1], right, group=1) is None
+
+
+def test_answers_without_a_letter_are_left_to_the_other_checks() -> None:
+    assert diagnosed(BOTH, lambda label, boxes: "<think>Even.</think>") is None
+    mostly = iter([*["<think>Even.</think>"] * 9, "<answer>A</answer>"])
+    assert diagnosed(BOTH, lambda label, boxes: next(mostly)) is None
+
+
+def test_figures_of_constructed_answers() -> None:
+    half, frames = Box(0, 0, 50, 100), ([100, 100], [200, 400])
+    completed = [
+        Completed("anomalous", [[0, 0, 50, 100]], frames[0], prompt.answer("anomalous", [])),
+        Completed("anomalous", [[0, 0, 50, 100]], frames[0], prompt.answer("anomalous", [half])),
+        Completed("anomalous", [[0, 0, 200, 400]], frames[1], prompt.answer("normal", [Box(0, 0, 50, 400)])),
+        Completed("anomalous", [[0, 0, 200, 400]], frames[1], "cut"),
+        Completed("normal", [], frames[0], prompt.answer("normal", [half])),
+        Completed("normal", [], frames[0], prompt.answer("normal", [])),
+    ]
+    assert answer_figures(completed, 2) == pytest.approx(
+        {
+            "answers/anomalous_share": 2 / 6,
+            "answers/normal_share": 3 / 6,
+            "images/anomalous_share": 2 / 3,
+            "answers/region_overlap": 0.5,
+            "images/region_overlap": 0.5,
+        }
+    )
+    assert "answers/region_overlap" not in answer_figures(completed[2:], 2)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.builds(
+            Completed,
+            st.sampled_from(["normal", "anomalous"]),
+            st.lists(st.sampled_from([list(box) for box in REGIONS]), max_size=3),
+            st.just([504, 504]),
+            st.one_of(
+                st.text(), st.lists(st.sampled_from(REGIONS)).map(lambda boxes: prompt.answer("anomalous", boxes))
+            ),
+        ),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_figures_of_any_answers_are_shares(completed: list[Completed]) -> None:
+    assert all(0 <= value <= 1 for value in answer_figures(completed, 1).values())
+
+
+def test_a_degenerate_completion_takes_no_longer() -> None:
+    boxes = "[1, 1, 9, 9]" * 20_000
+    many = Completed("anomalous", [[1, 1, 9, 9]], [504, 504], f"<think>{boxes}</think><answer>A</answer>")
+    start = time.process_time()
+    assert answer_figures([many] * 6, 1)["answers/region_overlap"] == 1
+    assert time.process_time() - start < 5  # compared with each other, they would take hours
