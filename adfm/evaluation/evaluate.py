@@ -293,6 +293,7 @@ def _write_comparison(
         for metric, title in titles.items()
     ]
     table = _markdown([header, *rows])
+    more = f"\n\n{metrics.more_images(first)}".rstrip()
     note = (
         f"{first['images']} images. In brackets 95 % intervals, paired for differences: confidence limits of rates and"
         " means over images, exact for rates; by the bootstrap for AUROC, box F1 and calibration errors. Images of one"
@@ -307,7 +308,7 @@ def _write_comparison(
         left_out = f"\n\n{without} anomalous images have no boxes; they are left out of IoU and box F1."
     note += left_out
     note += "".join(f"\n\n{markdown(f'{name}: {fitted.summary}')}" for name, fitted in calibrations.items())
-    (out / "comparison.md").write_text(f"{table}\n\n{note}\n", encoding="utf-8")
+    (out / "comparison.md").write_text(f"{table}{more}\n\n{note}\n", encoding="utf-8")
     _write_csv(
         ["metric", "model", "value", "low", "high"],
         (
@@ -318,7 +319,7 @@ def _write_comparison(
         ),
         out / "comparison.csv",
     )
-    return table + left_out
+    return table + more + left_out
 
 
 def _cell(values: dict[str, Any], metric: str, sign: str = "") -> str:

@@ -18,7 +18,7 @@ is flagged and its boxes overlap the true ones with an IoU of at least `LOCATED`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -308,6 +308,41 @@ def operating_point(table: pd.DataFrame, at: float | None, resamples: int, seed:
         intervals = _with_intervals(measure(judged), samples(judged), resamples, seed, 0.95, AT_THRESHOLD)
         intervals |= _limits(judged, AT_THRESHOLD)
     return {"threshold": at} | _at_threshold(intervals)
+
+
+def more_images(values: Mapping[str, Any], width: float = 0.05) -> str:
+    """What more test images would buy: how wide the intervals of recall and specificity are, and would be.
+
+    It is about decisions at the threshold where there is one, else about letters. Images of one part count as one
+    (`_limits`), so with parts the present interval is that of fewer images; as many a part are expected of new images.
+
+    Args:
+        values: Metrics of a model, as `summarize` and `operating_point` give them.
+        width: The half width of an interval to plan for.
+
+    Returns:
+        A sentence; an empty text where neither rate is measured.
+    """
+    at = "_at_threshold" if values.get("threshold") is not None else ""
+    now, more, enough = [], [], []
+    for title, label, miss in (("recall", "defective", "miss_rate"), ("specificity", "normal", "overkill")):
+        images, error = values.get("anomalous" if label == "defective" else "normal"), values.get(f"{miss}{at}")
+        low, high = (values.get(f"{miss}{at}_{end}") for end in ("low", "high"))
+        if not images or error is None or low is None or high is None:
+            continue
+        rate, present = 1 - error, (high - low) / 2
+        parts = min(images, statistics.images_for_half_width(rate, present + 1e-6))
+        needed = math.ceil(statistics.images_for_half_width(rate, width) * images / parts)
+        now.append(f"the {title} of {rate:.3f} is measured to ± {present:.3f} with {images:,} {label} images")
+        more.append(f"± {statistics.half_width(rate, 4 * parts):.3f}")
+        enough.append(f"{needed:,} {label}")
+    if not now:
+        return ""
+    how = " at the threshold" if at else ""
+    return (
+        f"More test images: {' and '.join(now)}{how}; four times as many would make it {' and '.join(more)};"
+        f" ± {width:g} takes about {' and '.join(enough)} images."
+    )
 
 
 def operating_difference(

@@ -92,6 +92,7 @@ function drawAbout() {
   const alone = data.without_boxes;
   const left = alone ? ` ${count(alone)} anomalous images have no boxes; they are left out of IoU.` : "";
   byId("about").textContent = `${split}, ${categories}${compared}.${left}`;
+  byId("more-images").textContent = data.more_images;
   byId("decides").textContent = models.map((model) => `${model}: ${data.calibrations[model].summary}`).join(" ");
   const list = document.querySelector("#made dl");
   const facts = {

@@ -139,6 +139,7 @@ def _read(evaluation: Path) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
                 }
                 for name, values in found.items()
             },
+            "more_images": metrics.more_images(found[candidate]),
             "sizes": {name: details[name]["sizes"] for name in models},
             "categories": details[candidate]["categories"],
             "defects": details[candidate]["defects"],
