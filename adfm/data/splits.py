@@ -100,23 +100,32 @@ def folds(
     Returns:
         [folds, images]: indices into `SPLITS`.
     """
-    column = _columns(images)
-    together = _together([*_ties(column).values(), duplicates], len(images))
-    groups = int(together.max(initial=-1)) + 1
-    part = np.full(groups, -1)
-    for pool in _pools(column, together, np.zeros(groups, bool), seed):
-        # Each category begins with the part that is smallest so far, or the first parts would get all remainders.
-        images_of = np.bincount(part[together][part[together] >= 0], minlength=count)
-        order = np.argsort(images_of, kind="stable")
-        for group, number in _divide(pool, [1 / count] * count, _any_parts(count)).items():
-            part[group] = order[number]
+    column, together = _columns(images), groups(images, duplicates)
+    part = np.full(int(together.max(initial=-1)) + 1, -1)
+
+    def pool(decided: NDArray[np.bool_]) -> list[_Group]:
+        """All categories at once, which keeps the sizes to an image and each label in every part."""
+        return [
+            group._replace(
+                defect=f"{number:09} {group.defect}", kinds=frozenset(f"{number} {kind}" for kind in group.kinds)
+            )
+            for number, of_category in enumerate(_pools(column, together, decided, seed))
+            for group in of_category
+        ]
+
+    for group, number in _divide(pool(part >= 0), [1 / count] * count, _any_parts(count)).items():
+        part[group] = number
     fractions = [1 - validation, validation, 0.0]
-    of_fold = np.full((count, groups), _TEST, np.int8)
+    of_fold = np.full((count, len(part)), _TEST, np.int8)
     for fold in range(count):
-        for pool in _pools(column, together, part == fold, seed):
-            for group, split in _divide(pool, fractions, _first_splits(fractions)).items():
-                of_fold[fold, group] = split
+        for group, split in _divide(pool(part == fold), fractions, _first_splits(fractions)).items():
+            of_fold[fold, group] = split
     return of_fold[:, together]
+
+
+def groups(images: pa.Table, duplicates: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[images]: the number of the group of images that go to one split, as of `assign`."""
+    return _together([*_ties(_columns(images)).values(), duplicates], len(images))
 
 
 def official_kept(images: pa.Table, params: Params) -> bool:

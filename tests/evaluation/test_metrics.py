@@ -413,7 +413,7 @@ def test_images_of_one_group_are_one_sample_and_others_are_not() -> None:
 
 def test_whole_samples_are_drawn_and_as_many_as_there_are() -> None:
     sample = np.array([0, 1, 0, 2, 3, 3, 3])
-    weights = np.concatenate([*metrics._resamples(sample, 500, 0)])
+    weights = np.concatenate([*metrics.bootstrap_weights(sample, 500, 0)])
     assert weights.shape == (500, 7)
     assert (weights[:, 0] == weights[:, 2]).all() and np.ptp(weights[:, 4:], axis=1).max() == 0
     assert (weights[:, [0, 1, 3, 4]].sum(axis=1) == 4).all()
