@@ -199,6 +199,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="compare with the versions in FILE, which `adfm production` wrote",
     )
 
+    add.add_argument(
+        "--folds", metavar="DIR", type=Path, help="show the cross-validation in DIR, which `adfm folds` wrote"
+    )
+
+    add = verb("folds", _folds, "cross-validate: train and judge a model for each of evaluate.folds; resumes")
+    add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
+    add.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+
     add = verb("production", _production, "write which versions a candidate is judged against: production and anchor")
     add.add_argument("out", metavar="FILE", type=Path, help="JSON file to write")
     add.add_argument("--policy", metavar="FILE", type=Path, help="a second one: digest of the policy that judges")
@@ -452,7 +460,13 @@ def _evaluate(args: argparse.Namespace, params: Params) -> None:
     others = dict(args.compare)
     if args.production:
         others |= models_to_compare(read_production(args.production), args.model)
-    evaluate({**others, "trained": args.model}, args.shards, args.out, params)
+    evaluate({**others, "trained": args.model}, args.shards, args.out, params, args.folds)
+
+
+def _folds(args: argparse.Namespace, params: Params) -> None:
+    from adfm.folds import cross_validate
+
+    cross_validate(args.shards, args.out, params)
 
 
 def _production(args: argparse.Namespace, params: Params) -> None:

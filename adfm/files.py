@@ -26,6 +26,7 @@ FINISHED = (
     MODEL,
     "config.json",
     "metrics.json",
+    "cross-validation.json",
     "gate.json",
     "report.html",
 )

@@ -187,6 +187,7 @@ class Evaluate(Section):
 
     backend: Literal["auto", "transformers", "vllm"] = "auto"
     split: Literal["train", "validation", "test"] = "test"
+    folds: NonNegativeInt = 0
     batch_size: PositiveInt = 96
     max_new_tokens: PositiveInt = 96
     score: Literal["branch", "letter"] = "branch"
@@ -197,6 +198,13 @@ class Evaluate(Section):
     calibration: Literal["temperature", "isotonic", "none"] = "temperature"
     overkill_limit: Annotated[float, Field(ge=0, lt=1)] | None = 0.3
     escape_limit: Annotated[float, Field(ge=0, lt=1)] | None = None
+
+    @field_validator("folds")
+    @classmethod
+    def _several_or_none(cls, folds: int) -> int:
+        if folds == 1:
+            raise ValueError("1 fold would train on nothing: folds should be 0 (none) or at least 2")
+        return folds
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:

@@ -120,6 +120,8 @@ def check(
             "make the secret adfm-mlflow in the namespace of the runs, with the key uri "
             "(deploy/runs/secrets.example.yaml)."
         )
+    for unused in unused_settings(params):
+        print(f"warning   {unused}")
     preflight.check(params, gpus=num_nodes * max(num_gpus, 1) if num_nodes else num_gpus)
     source = params.fetch.source
     if cluster.task() and source.startswith("s3://"):
@@ -136,6 +138,16 @@ def check(
         _inspection(params),
         tracking.settings(params, *_CONVERSION),
     )
+
+
+def unused_settings(params: Params) -> list[str]:
+    """What the settings ask for and a pipeline of Kubeflow does not do."""
+    if not params.evaluate.folds:
+        return []
+    return [
+        f"evaluate.folds is {params.evaluate.folds} and is not used in a pipeline of Kubeflow: cross-validation is for"
+        " small sets, where `dvc repro` or `adfm folds` does it"
+    ]
 
 
 def _inspection(params: Params) -> str:

@@ -24,6 +24,8 @@ import yaml
 
 from adfm import environment, tracking
 from adfm.errors import AdfmError
+from adfm.params import loads
+from adfm.tasks import unused_settings
 from pipelines import checks, cluster
 from pipelines.command import write
 
@@ -127,7 +129,7 @@ def _check(
     images = checks.images(ir)
     print(f"images: {', '.join(images)}")
     checks.require_references(images)
-    notes = checks.require_pullable(images, host)
+    notes = checks.require_pullable(images, host) + unused_settings(loads(arguments.get("settings", "")))
     notes += _require_server(host, token, namespace)
     account = service_account or "default"
     notes += cluster.check(namespace or _NAMESPACE, account, ir, platform[0] if platform else {}, arguments)

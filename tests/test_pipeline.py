@@ -16,6 +16,7 @@ FUNCTIONS = {
     "validate": "adfm/data/validation.py",
     "warmup": "adfm/training/warmup.py",
     "train": "adfm/training/grpo.py",
+    "folds": "adfm/folds.py",
     "evaluate": "adfm/evaluation/evaluate.py",
     "register": "adfm/registry/registration.py",
 }

@@ -27,6 +27,7 @@ _FEW, _LARGE_SHARE = 10, 0.25
 
 # Of the table: defects by name, lines of a list, characters of a name and of a line.
 _DEFECTS, _LINES, _NAME, _WIDTH = 10, 3, 30, 118
+_MISSING = 3  # names of a split
 
 
 class Left(NamedTuple):
@@ -121,6 +122,8 @@ def report(
             "left_out": sum(row["files"] for row in files.left_out),
         },
         "left_out": files.left_out,
+        "official_splits_kept": splits.official_kept(images, params),
+        "kinds_missing": _kinds_missing(_counts(images, assigned), params.split.holdout_categories),
         "missing": {"annotations": len(left.missing), "examples": left.missing[:EXAMPLES]},
         "warnings": [
             *_nothing_to_train_on(assigned),
@@ -146,6 +149,21 @@ def _counts(images: pa.Table, assigned: NDArray[np.int8]) -> list[dict[str, Any]
     for row in rows:
         row["split"] = SPLITS[row["split"]]
     return sorted(rows, key=lambda row: [row[name] or "" for name in columns])
+
+
+def _kinds_missing(counts: list[dict[str, Any]], held_out: Sequence[str]) -> dict[str, list[str]]:
+    """The kinds of defect of which a split has no image, by split, for splits that have any anomalous image.
+
+    Held-out categories are in test alone, on purpose. With several categories a kind is `category/kind`.
+    """
+    several = len({row["category"] for row in counts}) > 1
+    kinds: dict[str, set[str]] = {split: set() for split in SPLITS}
+    for row in counts:
+        if row["label"] == "anomalous" and row["category"] not in held_out:
+            names = (kind or "without a name" for kind in splits.kinds_of(row["defect"]))
+            kinds[row["split"]].update(f"{row['category']}/{name}" if several else name for name in names)
+    every = set().union(*kinds.values())
+    return {split: sorted(every - its) for split, its in kinds.items() if its and every - its}
 
 
 def _nothing_to_train_on(assigned: NDArray[np.int8]) -> list[str]:
@@ -210,7 +228,7 @@ def table(report: dict[str, Any], out: Path, seconds: float) -> str:
     for row in report["counts"]:
         splits_[row["split"]] += row["images"]
         categories.add(row["category"])
-        for name in (row["defect"] or "").split("+") if row["label"] == "anomalous" else ():
+        for name in splits.kinds_of(row["defect"]) if row["label"] == "anomalous" else ():
             defects[name] += row["images"]
     listed = [f"{_short(name) or 'without a name'} {count:,}" for name, count in defects.most_common(_DEFECTS)]
     if len(defects) > _DEFECTS:
@@ -226,6 +244,7 @@ def table(report: dict[str, Any], out: Path, seconds: float) -> str:
         ("defects", f"{len(defects):,}", lines[0] if lines else ""),
         *(("", "", line) for line in lines[1:]),
         ("splits", "", ", ".join(f"{name} {splits_[name]:,}" for name in SPLITS)),
+        *_not_in_every_split(report["kinds_missing"]),
         *(
             [("parts", f"{parts['parts']:,}", f"on {parts['images']:,} images, by split.group")]
             if parts["parts"]
@@ -255,6 +274,18 @@ def part(images: int, total: int, number: int, of: int, out: Path, seconds: floa
         f"{out}: part {number} of {of}, {images:,} of {total:,} images inspected in {seconds:.1f} s\n"
         "next: adfm convert RAW OUT --parts with the folders of all parts"
     )
+
+
+def _not_in_every_split(missing: dict[str, list[str]]) -> list[tuple[str, str, str]]:
+    """One line on the kinds of defect that a split lacks: those that cannot be judged first."""
+    kinds = set().union(*missing.values())
+    splits_ = [split for split in ("test", "train", "validation") if split in missing]
+    words = {"test": "not in test, so not judged", "train": "not in train", "validation": "not in validation"}
+    parts = []
+    for split in splits_:
+        names = [_short(name) for name in missing[split][:_MISSING]]
+        parts.append(f"{words[split]}: {', '.join(names)}" + (", …" if len(missing[split]) > _MISSING else ""))
+    return [("rare", f"{len(kinds):,}", "; ".join(parts))] if kinds else []
 
 
 def _by_reason(left_out: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from adfm import cpus, retries, tiles, tracking
-from adfm.data import duplicates, pictures, shards
+from adfm.data import duplicates, folds, pictures, shards
 from adfm.data.images import reduced
 from adfm.data.readers.files import IMAGES
 from adfm.errors import AdfmError
@@ -99,10 +99,11 @@ def validate(folder: Path, out: Path, params: Params) -> bool:
 
 
 def require(folder: Path, out: Path, params: Params) -> None:
-    """Validates shards and prints what was found.
+    """Validates shards and prints what was found; offers cross-validation to a small set.
 
     Raises:
-        AdfmError: As of `validate`; or the shards are not fit to train on: every failure is listed.
+        AdfmError: As of `validate`; or the shards are not fit to train on: every failure is listed; or they cannot be
+            divided into `evaluate.folds`.
     """
     fit = validate(folder, out, params)
     said = f"{folder} is {'fit' if fit else 'not fit'} to train on; the report is {out / 'index.html'}"
@@ -111,6 +112,10 @@ def require(folder: Path, out: Path, params: Params) -> None:
     if not fit:
         raise AdfmError(lines)
     print(lines)
+    if params.evaluate.folds:
+        folds.assign(folder, params)  # before anything is trained
+    elif offer := folds.offer(folder, params):
+        print(f"note: {offer}.")
 
 
 def judge(folder: Path, out: Path, params: Params, reference: Mapping[str, Any] | None = None) -> bool:

@@ -12,6 +12,7 @@ The folder that it writes; the candidate is the last model:
     details.json                          the same by data set, category, defect and size of the defect
     evaluation.json                       what was evaluated: models, split, fingerprint of the shards, settings
     comparison.md, comparison.csv         the table that is printed
+    cross-validation.json, .parquet       where `evaluate.folds` is set: what `adfm folds` wrote (adfm/folds.py)
     plots/                                confusion.csv, roc.csv, iou_by_size.csv for DVC; figures as PNG
     report/                               report.html, the page for people to look at, and its pictures
 
@@ -39,7 +40,7 @@ import pyarrow.parquet as pq
 from adfm import tracking
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
-from adfm.evaluation import calibration, guard, inference, metrics, plots
+from adfm.evaluation import calibration, crossvalidation, guard, inference, metrics, plots
 from adfm.evaluation import report as page
 from adfm.evaluation.calibration import DECIDED, Calibration
 from adfm.files import atomic_folder, digest, write_json
@@ -59,7 +60,7 @@ _CALIBRATION = {
 }
 
 
-def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Params) -> None:
+def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Params, folds: Path | None = None) -> None:
     """Lets each model answer the split `params.evaluate.split`, writes all results to `out`, prints the comparison.
 
     An evaluation that was interrupted goes on where it was when it is started again with the same models, data and
@@ -71,6 +72,7 @@ def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Par
         shards: Folder of shards.
         out: Folder to write.
         params: Reads the sections `evaluate`, `model` and `register`, and `seed`.
+        folds: Folder of a cross-validation of the same shards, by `adfm folds`, to show beside.
 
     Raises:
         AdfmError: A model or the shards cannot be read, MLflow cannot be reached, or `out` cannot be written.
@@ -80,6 +82,11 @@ def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Par
     for name in models:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name == "predictions":
             raise AdfmError(f"{name!r} cannot name a model: letters, digits, - and _ only, and not `predictions`.")
+    crossed = crossvalidation.read(folds, shards) if folds else None
+    if params.evaluate.folds and folds is None:
+        print(
+            f"evaluate.folds ({params.evaluate.folds}) is not used here: `adfm folds` cross-validates, --folds shows it"
+        )
     *_, candidate = models
     kept = out.with_name(f"{out.name}.answers.partial")  # for an evaluation that is interrupted
     split, tokens = params.evaluate.split, params.evaluate.max_new_tokens
@@ -128,6 +135,8 @@ def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Par
             for name, table in validation.items():
                 _write_table(calibrations[name].apply(table), partial / "validation" / f"{name}.parquet")
             comparison = report(tables, shards, partial, params, calibrations)
+            if folds and crossed:
+                comparison += crossvalidation.add(crossed, folds, partial)
             page.write(partial, shards, partial / "report")
             _log(partial)
         shutil.rmtree(kept, ignore_errors=True)
@@ -293,6 +302,7 @@ def _write_comparison(
         for metric, title in titles.items()
     ]
     table = _markdown([header, *rows])
+    more = f"\n\n{metrics.more_images(first)}".rstrip()
     note = (
         f"{first['images']} images. In brackets 95 % intervals, paired for differences: confidence limits of rates and"
         " means over images, exact for rates; by the bootstrap for AUROC, box F1 and calibration errors. Images of one"
@@ -307,7 +317,7 @@ def _write_comparison(
         left_out = f"\n\n{without} anomalous images have no boxes; they are left out of IoU and box F1."
     note += left_out
     note += "".join(f"\n\n{markdown(f'{name}: {fitted.summary}')}" for name, fitted in calibrations.items())
-    (out / "comparison.md").write_text(f"{table}\n\n{note}\n", encoding="utf-8")
+    (out / "comparison.md").write_text(f"{table}{more}\n\n{note}\n", encoding="utf-8")
     _write_csv(
         ["metric", "model", "value", "low", "high"],
         (
@@ -318,7 +328,7 @@ def _write_comparison(
         ),
         out / "comparison.csv",
     )
-    return table + left_out
+    return table + more + left_out
 
 
 def _cell(values: dict[str, Any], metric: str, sign: str = "") -> str:
@@ -341,6 +351,9 @@ def _log(folder: Path) -> None:
 
     found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     flat = {f"{name}/{metric}": value for name, values in found.items() for metric, value in values.items()}
+    if (file := folder / crossvalidation.FILE).is_file():
+        crossed = json.loads(file.read_text(encoding="utf-8"))["metrics"]
+        flat |= {f"cross-validation/{metric}": values["value"] for metric, values in crossed.items()}
     mlflow.log_metrics({key: float(value) for key, value in flat.items() if value is not None})
     mlflow.log_artifacts(str(folder), "evaluation")
 

@@ -18,7 +18,7 @@ is flagged and its boxes overlap the true ones with an IoU of at least `LOCATED`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -194,7 +194,9 @@ def summarize(table: pd.DataFrame, resamples: int, seed: int, small: float, larg
         }
         part = part.sort_values("id")
         return (
-            counts | _with_intervals(measure(part), samples(part), resamples, seed, 0.95, names) | _limits(part, names)
+            counts
+            | _with_intervals(measure(part), samples(part), resamples, seed, 0.95, names)
+            | limits_of_means(part, names)
         )
 
     def grouped(keys: pd.Series[Any]) -> dict[str, dict[str, Any]]:
@@ -306,8 +308,43 @@ def operating_point(table: pd.DataFrame, at: float | None, resamples: int, seed:
     if at is not None:
         judged = as_decided(table).sort_values("id")
         intervals = _with_intervals(measure(judged), samples(judged), resamples, seed, 0.95, AT_THRESHOLD)
-        intervals |= _limits(judged, AT_THRESHOLD)
+        intervals |= limits_of_means(judged, AT_THRESHOLD)
     return {"threshold": at} | _at_threshold(intervals)
+
+
+def more_images(values: Mapping[str, Any], width: float = 0.05) -> str:
+    """What more test images would buy: how wide the intervals of recall and specificity are, and would be.
+
+    It is about decisions at the threshold where there is one, else about letters. Images of one part count as one
+    (`limits_of_means`), so the interval is that of fewer images; new images are taken to have as many a part.
+
+    Args:
+        values: Metrics of a model, as `summarize` and `operating_point` give them.
+        width: The half width of an interval to plan for.
+
+    Returns:
+        A sentence; an empty text where neither rate is measured.
+    """
+    at = "_at_threshold" if values.get("threshold") is not None else ""
+    now, more, enough = [], [], []
+    for title, label, miss in (("recall", "defective", "miss_rate"), ("specificity", "normal", "overkill")):
+        images, error = values.get("anomalous" if label == "defective" else "normal"), values.get(f"{miss}{at}")
+        low, high = (values.get(f"{miss}{at}_{end}") for end in ("low", "high"))
+        if not images or error is None or low is None or high is None:
+            continue
+        rate, present = 1 - error, (high - low) / 2
+        parts = min(images, statistics.images_for_half_width(rate, present + 1e-6))
+        needed = math.ceil(statistics.images_for_half_width(rate, width) * images / parts)
+        now.append(f"the {title} of {rate:.3f} is measured to ± {present:.3f} with {images:,} {label} images")
+        more.append(f"± {statistics.half_width(rate, 4 * parts):.3f}")
+        enough.append(f"{needed:,} {label}")
+    if not now:
+        return ""
+    how = " at the threshold" if at else ""
+    return (
+        f"More test images: {' and '.join(now)}{how}; four times as many would make it {' and '.join(more)};"
+        f" ± {width:g} takes about {' and '.join(enough)} images."
+    )
 
 
 def operating_difference(
@@ -533,7 +570,7 @@ def _with_intervals(
 ) -> dict[str, float | None]:
     """Each metric with its percentile interval; resamples in which it is not defined are left out."""
     values = measured(np.ones((1, len(sample))))
-    drawn = [measured(weights) for weights in _resamples(sample, resamples, seed)]
+    drawn = [measured(weights) for weights in bootstrap_weights(sample, resamples, seed)]
     result: dict[str, float | None] = {}
     for name in names or values:
         value = float(values[name][0])
@@ -547,7 +584,7 @@ def _with_intervals(
     return result
 
 
-def _limits(table: pd.DataFrame, names: Sequence[str] | None = None) -> dict[str, float | None]:
+def limits_of_means(table: pd.DataFrame, names: Sequence[str] | None = None) -> dict[str, float | None]:
     """The 95 % limits of rates and means, for a table ordered by id."""
     limits: dict[str, tuple[float, float]] = {}
     group = groups(table)
@@ -680,7 +717,7 @@ def samples(table: pd.DataFrame) -> NDArray[np.int64]:
     return np.asarray(pd.factorize(named.where(table["group"].notna(), alone))[0])
 
 
-def _resamples(sample: NDArray[np.int64], resamples: int, seed: int) -> Iterator[Floats]:
+def bootstrap_weights(sample: NDArray[np.int64], resamples: int, seed: int) -> Iterator[Floats]:
     """How often each image is drawn in each bootstrap resample, (some resamples, images), a few megabytes at a time.
 
     As many physical samples are drawn as there are, each with all its images.

@@ -92,7 +92,16 @@ function drawAbout() {
   const alone = data.without_boxes;
   const left = alone ? ` ${count(alone)} anomalous images have no boxes; they are left out of IoU.` : "";
   byId("about").textContent = `${split}, ${categories}${compared}.${left}`;
+  byId("more-images").textContent = data.more_images;
   byId("decides").textContent = models.map((model) => `${model}: ${data.calibrations[model].summary}`).join(" ");
+  if (data.crossed) {
+    const part = byId("crossed");
+    const row = (cells, tag) => make("tr", {}, ...cells.map((cell) => make(tag, {}, cell)));
+    part.hidden = false;
+    part.querySelector("table").append(make("thead", {}, row(["", "all folds", "lowest and highest fold"], "th")));
+    part.querySelector("table").append(make("tbody", {}, ...data.crossed.rows.map((cells) => row(cells, "td"))));
+    part.querySelector("p").textContent = data.crossed.note;
+  }
   const list = document.querySelector("#made dl");
   const facts = {
     ...Object.fromEntries(models.map((model) => [`Model ${model}`, data.about.models[model]])),

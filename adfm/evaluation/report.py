@@ -26,7 +26,7 @@ from PIL import Image
 from adfm import cpus
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
-from adfm.evaluation import calibration, detection, metrics, plots
+from adfm.evaluation import calibration, crossvalidation, detection, metrics, plots
 from adfm.evaluation.calibration import FILE
 from adfm.files import atomic_folder
 from adfm.method import response
@@ -139,6 +139,8 @@ def _read(evaluation: Path) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
                 }
                 for name, values in found.items()
             },
+            "more_images": metrics.more_images(found[candidate]),
+            "crossed": _crossed(evaluation / crossvalidation.FILE),
             "sizes": {name: details[name]["sizes"] for name in models},
             "categories": details[candidate]["categories"],
             "defects": details[candidate]["defects"],
@@ -159,6 +161,14 @@ def _calibration(file: Path) -> dict[str, Any]:
     """The threshold, and what decides in words; an evaluation of before there were thresholds has letters alone."""
     fitted = calibration.read(file) if file.is_file() else calibration.Calibration()
     return {"threshold": fitted.threshold, "summary": fitted.summary}
+
+
+def _crossed(file: Path) -> dict[str, Any] | None:
+    """The table of a cross-validation and what it is, in words; `None` if there was none."""
+    if not file.is_file():
+        return None
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return {"rows": crossvalidation.rows(found), "note": crossvalidation.note(found)}
 
 
 def _changed(table: pd.DataFrame, before: pd.DataFrame | None) -> pd.Series[Any]:

@@ -236,6 +236,38 @@ def images_for_loss(spread: float, margin: float, alpha: float, power: float) ->
     return math.ceil(max(((z_alpha * at_margin + z_power * spread) / margin) ** 2, without_loss))
 
 
+def half_width(rate: float, images: float, alpha: float = 0.025) -> float:
+    """Half of the width of Clopper and Pearson's interval of a rate measured on so many images.
+
+    Args:
+        rate: The measured rate; `rate * images` need not be whole.
+        images: Number of images, above 0.
+        alpha: Level of each limit.
+    """
+    events = rate * images
+    low = special.betaincinv(events, images - events + 1, alpha) if events > 0 else 0.0
+    high = special.betaincinv(events + 1, images - events, 1 - alpha) if events < images else 1.0
+    return float(high - low) / 2
+
+
+def images_for_half_width(rate: float, width: float, alpha: float = 0.025) -> int:
+    """The fewest images from which on the interval of this rate is at most `width` to either side, on average.
+
+    Args:
+        rate: The rate to measure.
+        width: Largest half of the interval's width, in (0, 0.5).
+        alpha: Level of each limit.
+    """
+    enough = 1
+    while half_width(rate, enough, alpha) > width:
+        enough *= 2
+    low = enough // 2  # not enough, or 0; the width falls with the number of images
+    while enough - low > 1:
+        middle = (low + enough) // 2
+        low, enough = (low, middle) if half_width(rate, middle, alpha) <= width else (middle, enough)
+    return enough
+
+
 # ------------------------------------------------------------------------------------------------- in the plant
 
 

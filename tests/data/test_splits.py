@@ -1,3 +1,4 @@
+import hashlib
 import random
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -342,3 +343,144 @@ def test_fractions_hold_to_about_a_group(sizes: list[int], seed: int) -> None:
         # Up to one further group is moved to a split that would have none.
         assert abs(found[split] - share * len(samples)) <= 2 * max(sizes)
         assert found[split]
+
+
+def test_a_set_without_rare_kinds_is_divided_as_by_earlier_versions() -> None:
+    samples = _samples(("a", None, None, 90), *(("a", defect, None, 40) for defect in ("dent", "hole", "spot")))
+    assigned = _assign(samples, _digests(samples), _params())
+    assert hashlib.sha256(" ".join(assigned).encode()).hexdigest()[:16] == "cde0b659935bf629"
+
+
+rare = st.lists(st.integers(1, 9), min_size=1, max_size=6)
+
+
+@settings(deadline=None)
+@given(kinds=rare, normal=st.integers(10, 60), seed=st.integers(0, 9), size=st.integers(1, 3))
+def test_rare_kinds_of_defect_are_in_all_splits(kinds: list[int], normal: int, seed: int, size: int) -> None:
+    """Each kind has so many parts with `size` images each."""
+    samples = _samples(
+        ("a", None, None, normal), *(("a", f"kind {n}", None, parts * size) for n, parts in enumerate(kinds))
+    )
+    samples = [
+        sample
+        if sample.defect is None
+        else replace(sample, group=f"{sample.defect} {int(sample.source[-7:-4]) // size}")
+        for sample in samples
+    ]
+    assigned = _assign(samples, _digests(samples), _params(0.1, 0.4, seed))
+    where, of_group = defaultdict[str | None, set[str]](set), defaultdict[str | None, set[str]](set)
+    for sample, split in zip(samples, assigned, strict=True):
+        where[sample.defect].add(split)
+        of_group[sample.group or sample.source].add(split)
+    assert all(len(its) == 1 for its in of_group.values())
+    for number, parts in enumerate(kinds):
+        if parts >= 3:
+            assert where[f"kind {number}"] == set(SPLITS)
+        elif max(kinds) >= 3:  # else the label needs some of them elsewhere: it has to be in every split
+            assert where[f"kind {number}"] == ({"train", "test"} if parts == 2 else {"train"})
+    counts = Counter(assigned)
+    # With one image a part the sizes are exact unless there are more kinds than a split has room for.
+    crowded = len(kinds) > 0.5 * sum(kinds) - 1 or max(1, sum(parts >= 3 for parts in kinds)) > 0.1 * sum(kinds) - 1
+    for split, share in zip(SPLITS, (0.5, 0.1, 0.4), strict=True):
+        assert abs(counts[split] - share * len(samples)) <= size * (1 + len(kinds) * (crowded or size > 1))
+
+
+@settings(deadline=None)
+@given(
+    images=st.lists(st.sets(st.sampled_from("xyz"), min_size=1).map(sorted), min_size=9, max_size=40),
+    seed=st.integers(0, 9),
+)
+def test_an_image_of_several_kinds_counts_for_each(images: list[list[str]], seed: int) -> None:
+    normal = _samples(("a", None, None, 30))
+    several = [
+        replace(sample, defect="+".join(kinds))
+        for sample, kinds in zip(_samples(("a", "some", None, len(images))), images, strict=True)
+    ]
+    assigned = _assign([*normal, *several], _digests([*normal, *several]), _params(seed=seed))[30:]
+    for kind in "xyz":
+        if sum(kinds == [kind] for kinds in images) >= 3:
+            assert {split for split, kinds in zip(assigned, images, strict=True) if kind in kinds} == set(SPLITS)
+
+
+def test_a_kind_of_four_images_beside_frequent_ones_changes_places() -> None:
+    for seed in range(20):
+        samples = _samples(("a", None, None, 100), ("a", "dent", None, 96), ("a", "crack", None, 4))
+        assigned = _assign(samples, _digests(samples), _params(seed=seed))
+        assert set(assigned[-4:]) == set(SPLITS)
+        assert Counter(assigned) == {"train": 100, "validation": 20, "test": 80}
+        assert Counter(assigned[:100])["validation"] == 10
+
+
+# ------------------------------------------------------------------------------------------------- cross-validation
+
+
+@settings(deadline=None)
+@given(
+    kinds=st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    normal=st.integers(8, 50),
+    count=st.integers(2, 6),
+    seed=st.integers(0, 9),
+)
+def test_folds_judge_every_image_once_by_a_model_that_knows_its_kind(
+    kinds: list[int], normal: int, count: int, seed: int
+) -> None:
+    parts = [("a", None, None, normal), *(("a", f"kind {n}", None, images) for n, images in enumerate(kinds))]
+    samples = _samples(*parts)
+    table = _table(samples, _digests(samples))
+    fold = splits.folds(table, np.empty((0, 2), np.int64), count, 1 / 6, seed)
+    train, _, test = range(3)
+    assert fold.shape == (count, len(samples))
+    assert ((fold == test).sum(axis=0) == 1).all()
+    sizes = (fold == test).sum(axis=1)
+    assert sizes.max() - sizes.min() <= 1
+    for number, images in enumerate(kinds):
+        of_kind = np.array([sample.defect == f"kind {number}" for sample in samples])
+        judged = (fold[:, of_kind] == test).any(axis=1)
+        assert judged.sum() == min(images, count)
+        if images >= 2:
+            assert (fold[:, of_kind][judged] == train).any(axis=1).all()
+    for label in ("normal", "anomalous"):
+        of_label = np.array([sample.label == label for sample in samples])
+        if of_label.sum() >= count:
+            assert (fold[:, of_label] == test).any(axis=1).all()
+
+
+@settings(deadline=None)
+@given(
+    groups=st.lists(st.none() | st.integers(0, 12), min_size=40, max_size=40),
+    copies=st.lists(st.integers(0, 60), min_size=40, max_size=40),
+    pairs=st.lists(st.tuples(st.integers(0, 39), st.integers(0, 39)), max_size=6),
+    count=st.integers(2, 5),
+)
+def test_what_hangs_together_is_judged_in_one_fold(
+    groups: list[int | None], copies: list[int], pairs: list[tuple[int, int]], count: int
+) -> None:
+    samples = _samples(("a", None, "train", 20), ("b", "dent", "test", 20))
+    table = _table(samples, [f"{copy}" for copy in copies], part=groups)
+    fold = splits.folds(table, np.array(pairs, np.int64).reshape(-1, 2), count, 0.2, 0)
+    for one in range(40):
+        for other in range(one):
+            together = groups[one] is not None and groups[one] == groups[other]
+            if together or copies[one] == copies[other] or (one, other) in pairs or (other, one) in pairs:
+                assert (fold[:, one] == fold[:, other]).all()
+
+
+def test_folds_depend_on_content_and_seed_alone() -> None:
+    samples = _samples(("a", None, None, 30), ("a", "dent", None, 20))
+    digests = _digests(samples)
+    order = np.random.default_rng(0).permutation(len(samples))
+    pairs = np.empty((0, 2), np.int64)
+    fold = splits.folds(_table(samples, digests), pairs, 4, 0.2, 0)
+    shuffled = _table([replace(samples[i], source=f"{i}") for i in order], [digests[i] for i in order])
+    assert (splits.folds(shuffled, pairs, 4, 0.2, 0) == fold[:, order]).all()
+    assert (splits.folds(_table(samples, digests), pairs, 4, 0.2, 1) != fold).any()
+
+
+def test_official_splits_with_defects_to_learn_from_are_kept() -> None:
+    with_defects = _samples(("a", "dent", "train", 2), ("a", "dent", "test", 2))
+    of_normals = _samples(("a", None, "train", 2), ("a", "dent", "test", 2))
+    for samples, kept in ((with_defects, True), (of_normals, False)):
+        table = _table(samples, _digests(samples))
+        assert splits.official_kept(table, _params()) is kept
+        redivided = Params.model_validate({"split": {"redivide": True}})
+        assert not splits.official_kept(table, redivided)

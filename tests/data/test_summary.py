@@ -24,6 +24,7 @@ REPORT: dict[str, Any] = {
         {"split": "validation", "category": "nut", "label": "anomalous", "defect": "dent", "images": 34},
     ],
     "parts": {"split.group": {"parts": 0, "images": 0}},
+    "kinds_missing": {},
     "files": {"total": 0, "images": 1234, "annotations_and_masks": 1235, "left_out": 0},
     "left_out": [],
     "missing": {"annotations": 0, "examples": []},
@@ -61,11 +62,14 @@ def test_what_is_not_as_expected_has_a_line() -> None:
         "notes": [{"note": f"note {number}", "images": 9 - number, "examples": []} for number in range(5)],
         "moved": [{"because": "copies", "from": "train", "to": "test", "images": 5}],
         "parts": {"split.group": {"parts": 44, "images": 1200}},
+        "kinds_missing": {"test": ["chip", "dent"], "validation": ["a", "b", "c", "dent"]},
     }
     lines = summary.table(REPORT | more, Path("shards"), 1.25).splitlines()
     assert lines[3] == "  anomalous         234  7 with a label alone, without boxes"
-    assert lines[7] == "  parts              44  on 1,200 images, by split.group"
-    assert lines[9:] == [
+    rare = "not in test, so not judged: chip, dent; not in validation: a, b, c, …"
+    assert lines[7] == f"  rare                5  {rare}"
+    assert lines[8] == "  parts              44  on 1,200 images, by split.group"
+    assert lines[10:] == [
         "  left out            6  files",
         f"                      4  .gif, .psd (e.g. a.gif): {inventory.UNREAD}",
         f"                      2  .md (e.g. a.md): {inventory.OTHER}",
@@ -100,11 +104,27 @@ def test_it_fits_a_terminal_whatever_the_names(names: list[str], dataset: str) -
         "notes": [{"note": name, "images": 9, "examples": names} for name in names],
         "moved": [{"because": "part", "from": "train", "to": "test", "images": 5}] * 6,
         "parts": {"split.group": {"parts": 44, "images": 1200}},
+        "kinds_missing": {"test": sorted(names), "train": sorted(names)},
     }
     text = summary.table(REPORT | more, Path("shards"), 1.25)
     lines = text.split("\n")
     assert len(lines) <= 25
     assert all(printable(line) == line and len(line) <= 120 for line in lines)
+
+
+def test_kinds_that_a_split_lacks() -> None:
+    def row(split: str, category: str, defect: str | None) -> dict[str, Any]:
+        return {"split": split, "category": category, "label": "anomalous" if defect else "normal", "defect": defect}
+
+    counts = [
+        *(row(split, "a", "dent") for split in ("train", "validation", "test")),
+        *(row("train", "a", "chip+dent"), row("train", "a", "burr"), row("test", "a", "burr"), row("test", "a", None)),
+    ]
+    assert summary._kinds_missing(counts, []) == {"validation": ["burr", "chip"], "test": ["chip"]}
+    held = [*counts, row("test", "b", "hole")]
+    assert summary._kinds_missing(held, ["b"]) == {"validation": ["a/burr", "a/chip"], "test": ["a/chip"]}
+    assert summary._kinds_missing(held, [])["train"] == ["b/hole"]
+    assert summary._kinds_missing(counts[:1], []) == {}
 
 
 def test_a_part() -> None:

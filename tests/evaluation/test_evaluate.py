@@ -235,7 +235,9 @@ def test_the_comparison_shows_models_and_differences(small_shards: Path, tmp_pat
     letters = calibration.Calibration(note="no validation")
     tables = {name: letters.apply(table) for name, table in tables.items()}
     text = evaluate.report(tables, small_shards, tmp_path, PARAMS, dict.fromkeys(tables, letters))
-    header, _, *lines = text.splitlines()
+    shown, _, more = text.partition("\n\n")
+    assert more.startswith("More test images: the recall of ") and "normal images; four times" in more
+    header, _, *lines = shown.splitlines()
     columns = [cell.strip() for cell in header.strip("|").split("|")]
     assert columns == ["", "base", "warmup", "trained", "trained - warmup", "trained - base"]
     rows_ = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -244,7 +246,7 @@ def test_the_comparison_shows_models_and_differences(small_shards: Path, tmp_pat
     values = [float(cell.split()[0]) for cell in accuracy[1:]]
     assert values[3] == pytest.approx(values[2] - values[1], abs=2e-3) and accuracy[4].startswith("+")
     assert values[4] == pytest.approx(values[2] - values[0], abs=2e-3)
-    assert len({len(line) for line in text.splitlines()}) == 1
+    assert len({len(line) for line in shown.splitlines()}) == 1
     assert text in (tmp_path / "comparison.md").read_text()
     rows = pd.read_csv(tmp_path / "comparison.csv")
     assert len(rows) == (len(plots.ESCAPES_FIRST) + 2) * 5

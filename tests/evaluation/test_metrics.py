@@ -413,7 +413,7 @@ def test_images_of_one_group_are_one_sample_and_others_are_not() -> None:
 
 def test_whole_samples_are_drawn_and_as_many_as_there_are() -> None:
     sample = np.array([0, 1, 0, 2, 3, 3, 3])
-    weights = np.concatenate([*metrics._resamples(sample, 500, 0)])
+    weights = np.concatenate([*metrics.bootstrap_weights(sample, 500, 0)])
     assert weights.shape == (500, 7)
     assert (weights[:, 0] == weights[:, 2]).all() and np.ptp(weights[:, 4:], axis=1).max() == 0
     assert (weights[:, [0, 1, 3, 4]].sum(axis=1) == 4).all()
@@ -439,6 +439,41 @@ def test_pictures_of_the_same_part_say_no_more_than_one_of_them() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- at the threshold
+
+
+# --------------------------------------------------------------------------------------------------- further images
+
+
+def test_what_more_test_images_would_buy() -> None:
+    table = predictions(80, parsed=1.0)
+    anomalous = table["label"] == "anomalous"
+    table["predicted"] = table["label"]
+    table.loc[table[anomalous].index[:4], "predicted"] = "normal"  # a recall of 36 / 40
+    overall = metrics.summarize(table, 10, 0, 0.01, 0.05)["overall"]
+    assert metrics.more_images(overall) == (
+        "More test images: the recall of 0.900 is measured to ± 0.104 with 40 defective images and the specificity of"
+        " 1.000 is measured to ± 0.044 with 40 normal images; four times as many would make it ± 0.050 and ± 0.011;"
+        " ± 0.05 takes about 158 defective and 36 normal images."
+    )
+    at_threshold = overall | metrics.operating_point(decided(80, 0, 0.5), 0.5, 10, 0)
+    assert "images at the threshold; four times" in metrics.more_images(at_threshold)
+    alone = metrics.summarize(table[anomalous], 10, 0, 0.01, 0.05)["overall"]
+    assert "specificity" not in metrics.more_images(alone) and metrics.more_images({}) == ""
+
+
+def test_images_of_one_part_count_as_one_in_what_more_would_buy() -> None:
+    table = predictions(40, parsed=1.0).assign(group=[f"{i}" for i in range(40)])
+    many = pd.concat([table.assign(id=table["id"] + f" {n}") for n in range(5)], ignore_index=True)
+    once, five = (
+        int(
+            metrics.more_images(metrics.summarize(each, 10, 0, 0.01, 0.05)["overall"])
+            .split(" takes about ")[1]
+            .split()[0]
+            .replace(",", "")
+        )
+        for each in (table, many)
+    )
+    assert five == pytest.approx(5 * once, rel=0.1)
 
 
 def decided(images: int, seed: int, at: float | None, skill: float = 0.8) -> pd.DataFrame:

@@ -241,3 +241,31 @@ def test_rates_at_the_share_of_defects_in_the_plant() -> None:
     assert at["false_calls"] == pytest.approx((198, 99, 396))
     assert at["precision"] == pytest.approx((90 / 288, 80 / (80 + 396), 95 / (95 + 99)))
     assert statistics.at_prevalence((1.0, 0.9, 1.0), (0.0, 0.0, 0.1), 0.01)["precision"][0] == 0
+
+
+# ------------------------------------------------------------------------------------------------- width of intervals
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 400), st.data(), LEVELS)
+def test_half_the_width_is_that_of_clopper_and_pearson(images: int, data: st.DataObject, alpha: float) -> None:
+    events = data.draw(st.integers(0, images))
+    interval = stats.binomtest(events, images).proportion_ci(1 - 2 * alpha, "exact")
+    half = statistics.half_width(events / images, images, alpha)
+    assert half == pytest.approx((interval.high - interval.low) / 2, abs=1e-9)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.floats(0, 1), st.floats(0.01, 0.4), LEVELS)
+def test_so_many_images_make_the_interval_narrow_and_one_less_does_not(rate: float, width: float, alpha: float) -> None:
+    images = statistics.images_for_half_width(rate, width, alpha)
+    assert statistics.half_width(rate, images, alpha) <= width
+    assert images == 1 or statistics.half_width(rate, images - 1, alpha) > width
+    assert statistics.half_width(rate, 4 * images, alpha) < width
+
+
+def test_half_the_width_in_round_numbers() -> None:
+    assert statistics.images_for_half_width(0.5, 0.05) == pytest.approx(
+        1 / 0.05**2, rel=0.05
+    )  # 1.96 times 0.5, squared
+    assert statistics.images_for_half_width(0.0, 0.05) == 36  # 1 - 0.025 ** (1 / n) = 0.1 at n = 35.01

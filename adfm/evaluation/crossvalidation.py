@@ -1,0 +1,191 @@
+"""The figures of a cross-validation: every image judged once, by a model that was not trained on it.
+
+They say how good the recipe (data, settings, training) is on this data, not how good one model is. Two things make them
+uncertain: the images are few, and another training set would have given another model. The predictions of all folds
+together are not independent of each other: those of one fold are by one model, and any two models share most of their
+training images, so that no unbiased estimate of the variance exists (Bengio and Grandvalet 2004, "No unbiased estimator
+of the variance of K-fold cross-validation", JMLR 5:1089). `interval` is the wider of two, on each side.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from adfm.data import shards as shards_
+from adfm.errors import AdfmError
+from adfm.evaluation import metrics, plots
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FILE = "cross-validation.json"
+PREDICTIONS = "cross-validation.parquet"
+
+_WRITTEN = ("miss_rate", "overkill", "balanced_accuracy", "auroc", "iou", "box_f1", "parse_rate")
+_DECIDED = ("miss_rate", "overkill", "balanced_accuracy", "iou")
+
+
+def interval(
+    value: float, low: float, high: float, of_folds: Sequence[float], test_share: float
+) -> tuple[float, float]:
+    """95 % interval of a metric over all folds, the wider of two on each side.
+
+    - `low` and `high`, the limits of the pooled predictions: what so few images leave open if all folds had one model.
+    - Student's t of the folds' values, with the variance of their mean corrected for the training images that they
+      share: `variance * (1 / k + test_share)` (Nadeau and Bengio 2003, "Inference for the generalization error",
+      Machine Learning 52:239). It has the spread between the folds' models, and few degrees of freedom.
+
+    Args:
+        value: Of all predictions together.
+        low: Its lower limit.
+        high: Its upper limit.
+        of_folds: The metric in each fold that has it.
+        test_share: Images that a fold judges, divided by those that its model is trained on.
+    """
+    from scipy.stats import t
+
+    k = len(of_folds)
+    if k < 2:
+        return low, high
+    half = float(t.ppf(0.975, k - 1)) * math.sqrt(float(np.var(of_folds, ddof=1)) * (1 / k + test_share))
+    return max(0.0, min(low, value - half)), min(1.0, max(high, value + half))
+
+
+def summarize(tables: Sequence[pd.DataFrame], trained_on: Sequence[int], resamples: int, seed: int) -> dict[str, Any]:
+    """The metrics of a cross-validation.
+
+    Rates, means over images and box F1 are those of all predictions together. AUROC is the mean of the folds', since
+    scores of two models are on two scales (Forman and Scholz 2010, "Apples-to-apples in cross-validation studies",
+    SIGKDD Explorations 12:49). Limits are exact for rates; by a bootstrap of whole parts within each fold for AUROC and
+    box F1; all are then widened as `interval` says.
+
+    Args:
+        tables: The prediction table of each fold, with decisions.
+        trained_on: Training images of each fold.
+        resamples: Bootstrap resamples.
+        seed: Seed of the resampling.
+
+    Returns:
+        For each metric `value`, `low`, `high` and the values of `folds`; `None` where it is not defined.
+        `<metric>_at_threshold` counts decisions, each at the threshold of its fold, the rest letters.
+    """
+    share = float(np.mean([len(table) / images for table, images in zip(tables, trained_on, strict=True)]))
+    result = {name: _metric(name, tables, share, resamples, seed) for name in _WRITTEN}
+    decided = [metrics.as_decided(table) for table in tables]
+    return {
+        **{f"{name}_at_threshold": _metric(name, decided, share, resamples, seed) for name in _DECIDED},
+        **result,
+    }
+
+
+def _metric(name: str, tables: Sequence[pd.DataFrame], share: float, resamples: int, seed: int) -> dict[str, Any]:
+    import pandas as pd
+
+    of_folds = [metrics.values(table)[name] for table in tables]
+    known = [value for value in of_folds if value is not None]
+    pooled = pd.concat(tables, ignore_index=True)
+    value = (float(np.mean(known)) if known else None) if name == "auroc" else metrics.values(pooled)[name]
+    if value is None:
+        return {"value": None, "low": None, "high": None, "folds": of_folds}
+    limits = metrics.limits_of_means(pooled.sort_values("id"), [name])
+    if f"{name}_low" in limits:
+        low, high = limits[f"{name}_low"], limits[f"{name}_high"]
+    else:
+        low, high = np.nanquantile(_resampled(name, tables, resamples, seed), [0.025, 0.975]).tolist()
+    assert low is not None and high is not None
+    low, high = interval(value, low, high, known, share)
+    return {"value": value, "low": low, "high": high, "folds": of_folds}
+
+
+def _resampled(name: str, tables: Sequence[pd.DataFrame], resamples: int, seed: int) -> metrics.Floats:
+    """A metric in bootstrap resamples that draw the parts of each fold among themselves, (resamples,)."""
+    import pandas as pd
+
+    weights = [
+        np.concatenate([*metrics.bootstrap_weights(metrics.samples(table), resamples, seed + fold)])
+        for fold, table in enumerate(tables)
+    ]
+    if name == "auroc":
+        of_folds = [metrics.measure(table)(each)[name] for table, each in zip(tables, weights, strict=True)]
+        defined = [values for values in of_folds if not np.isnan(values).all()]
+        counts = np.sum([~np.isnan(values) for values in defined], axis=0)
+        return np.asarray(np.nansum(defined, axis=0) / np.where(counts > 0, counts, np.nan))
+    return metrics.measure(pd.concat(tables, ignore_index=True))(np.concatenate(weights, axis=1))[name]
+
+
+def read(folder: Path, shards: Path) -> dict[str, Any] | None:
+    """The figures of a cross-validation of these shards; `None` if it had no folds.
+
+    Raises:
+        AdfmError: They cannot be read, or are of other data.
+    """
+    try:
+        found: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        if not found["folds"]:
+            return None
+        same = found["fingerprint"] == shards_.fingerprint(shards)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise AdfmError(f"{folder / FILE} cannot be read ({error!r}); make it with `adfm folds`.") from error
+    if not same:
+        raise AdfmError(f"{folder / FILE} is of other data than {shards}; make it again with `adfm folds`.")
+    return found
+
+
+def add(found: dict[str, Any], folds: Path, evaluation: Path) -> str:
+    """Puts a cross-validation beside an evaluation, and its section under the comparison; returns that section."""
+    for name in (FILE, PREDICTIONS):
+        shutil.copy2(folds / name, evaluation)
+    text = f"\n\n{section(found)}"
+    with (evaluation / "comparison.md").open("a", encoding="utf-8") as stream:
+        stream.write(f"{text[1:]}\n")
+    return text
+
+
+def title(metric: str) -> str:
+    """The name of a metric of `summarize` for people."""
+    name = metric.removesuffix("_at_threshold")
+    return plots.TITLES[name] + " at threshold" * (metric != name)
+
+
+def note(found: dict[str, Any]) -> str:
+    """What the figures are, in words.
+
+    Args:
+        found: What `adfm.folds.cross_validate` wrote, with folds.
+    """
+    first = found["folds"][0]
+    return (
+        f"Cross-validation: {found['images']} images, {found['anomalous']} of them defective, each judged once by one"
+        f" of {len(found['folds'])} models that had not seen it (the first was trained on {first['train']} images, its"
+        f" threshold chosen on {first['validation']}). The figures are of the recipe on this data; the model that is"
+        " registered is another one, trained on train. In brackets 95 % intervals, the wider of two: limits of all"
+        " predictions together, for the few images, and Student's t over the folds with Nadeau and Bengio's correction"
+        " for the training images that they share, for the model that another training set would give."
+    )
+
+
+def section(found: dict[str, Any]) -> str:
+    """The section of the comparison, in Markdown."""
+    lines = ["## Cross-validation", "", "| | all folds | lowest and highest fold |", "|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows(found)]
+    return "\n".join([*lines, "", note(found)])
+
+
+def rows(found: dict[str, Any]) -> list[list[str]]:
+    """Title, value with its interval, and the range over the folds of each metric that is defined."""
+    return [
+        [
+            title(name),
+            f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]",
+            " to ".join(f"{end([v for v in metric['folds'] if v is not None]):.3f}" for end in (min, max)),
+        ]
+        for name, metric in found["metrics"].items()
+        if metric["value"] is not None
+    ]
