@@ -67,3 +67,10 @@ def test_images_are_drawn_by_their_weights() -> None:
     # No image is drawn less than a twentieth as often as the heaviest of its label.
     assert times[[0, 2, 4]] == pytest.approx(np.array([0.15, 1, 3]) / 4.15, abs=0.03)
     assert times[[1, 3, 5]] == pytest.approx([0.25, 0.25, 0.5], abs=0.03)
+
+
+def test_kinds_are_drawn_as_often_as_one_another() -> None:
+    kinds = ["dent"] * 8 + ["scratch"] * 2 + [None] * 2
+    weights = examples._evenly(kinds)
+    assert weights.tolist() == [1 / 8] * 8 + [1 / 2] * 2 + [1 / 8] * 2
+    assert examples._evenly([None, None]).tolist() == [1, 1]
