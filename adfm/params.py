@@ -123,6 +123,13 @@ class Warmup(Section):
     anomalous_share: Fraction = 0.06
     coordinate_step: PositiveInt = 10
     stages: bool = True
+    kinds: bool = False
+
+    @model_validator(mode="after")
+    def _kinds_have_a_stage(self) -> Self:
+        if self.kinds and not self.stages:
+            raise ValueError("kinds are named in a stage of the answer: set stages to true, or kinds to false")
+        return self
 
 
 class RewardWeights(Section):
@@ -131,6 +138,7 @@ class RewardWeights(Section):
     format: NonNegativeFloat = 1.0
     classification: NonNegativeFloat = 1.0
     localization: NonNegativeFloat = 1.0
+    kind: NonNegativeFloat = 0.5
 
 
 class Health(Section):

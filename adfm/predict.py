@@ -45,6 +45,9 @@ NO_ANSWER = "no answer"
 KEYS = ["label", "probability", "threshold", "boxes", "reasoning", "reason"]
 """Of `readable` and `refused`, in the order of the served model's columns."""
 
+KIND = "kind"
+"""A further key, after `KEYS`, of a model whose prompt asks for the defect's kind."""
+
 UNGUARDED = f"No image is refused: there is no {guard_.FILE}, so a black one is answered as any other."
 
 _MOST_PIXELS = 80_000_000  # of an image: 240 MB when decoded
@@ -215,8 +218,9 @@ def judge(
         portion: The images, each upright RGB, with whatever tells them apart.
 
     Returns:
-        For each image, in order, its row, as `readable` or `refused` gives it; and where it cannot be judged the kind
-        of reason, for counting: one of the guard's, or `no answer`.
+        For each image, in order, its row, as `readable` or `refused` gives it, with `kind` if the model's prompt asks
+        for it: the kind of defect that the model names on an image that is `anomalous`, else `None`; and where it
+        cannot be judged the kind of reason, for counting: one of the guard's, or `no answer`.
     """
     refusals = [guard.judge(image) if guard else None for _, image in portion]
     images = [image for (_, image), refusal in zip(portion, refusals, strict=True) if not refusal]
@@ -224,9 +228,13 @@ def judge(
     rows: list[tuple[dict[str, Any], str | None]] = []
     for (_, image), refusal in zip(portion, refusals, strict=True):
         if refusal:
-            rows.append((refused(refusal.reason, calibration), refusal.kind))
+            row = refused(refusal.reason, calibration)
+            rows.append((row | {KIND: None} if inspector.kinds else row, refusal.kind))
         else:
-            row = readable(next(answers), image.size, calibration)
+            answer = next(answers)
+            row = readable(answer, image.size, calibration)
+            if inspector.kinds:
+                row[KIND] = answer.kind if row["label"] == "anomalous" else None
             rows.append((row, NO_ANSWER if row["label"] == CANNOT_JUDGE else None))
     return rows
 
@@ -360,7 +368,8 @@ def _verdict(said: dict[str, Any]) -> str:
         return f"{CANNOT_JUDGE}: {said['reason']}"
     at = "" if said["threshold"] is None else f", flagged from {said['threshold']:.2f} on"
     sure = "" if said["probability"] is None else f" (probability of a defect {said['probability']:.2f}{at})"
-    return f"{said['label']}{sure}" + "".join(f" {[round(side) for side in box]}" for box in said["boxes"])
+    kind = f", {said[KIND]}" if said.get(KIND) else ""
+    return f"{said['label']}{kind}{sure}" + "".join(f" {[round(side) for side in box]}" for box in said["boxes"])
 
 
 def _absolute(path: Path) -> Path:

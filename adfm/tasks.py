@@ -136,7 +136,7 @@ def check(
         params.fetch.name,
         revision or fixed_revision(source) or tracking.now(),
         _inspection(params),
-        tracking.settings(params, *_CONVERSION),
+        _conversion(params),
     )
 
 
@@ -148,6 +148,11 @@ def unused_settings(params: Params) -> list[str]:
         f"evaluate.folds is {params.evaluate.folds} and is not used in a pipeline of Kubeflow: cross-validation is for"
         " small sets, where `dvc repro` or `adfm folds` does it"
     ]
+
+
+def _conversion(params: Params) -> str:
+    """What conversion and validation read; without kinds it is the same whatever the section `warmup` says."""
+    return tracking.settings(params, *_CONVERSION) + "warmup:\n  kinds: true\n" * params.warmup.kinds
 
 
 def _inspection(params: Params) -> str:
@@ -223,7 +228,7 @@ def convert(raw: Path, shards: Path, validation: Path, params: Params, parts: Se
         raw: Archive of the data set, as `adfm.data.packed.pack` writes it.
         shards: Folder of shards to write.
         validation: Folder of the report to write.
-        params: Reads `seed`, `convert`, `split`, `validate` and `register`.
+        params: Reads `seed`, `convert`, `split`, `validate`, `register` and `warmup.kinds`.
         parts: Folders of the inspected parts; without any, the images are inspected here.
 
     Returns:
@@ -328,6 +333,20 @@ def confusion(evaluation: Path) -> tuple[list[str], list[list[int]]]:
     with (evaluation / "plots" / "confusion.csv").open(newline="", encoding="utf-8") as stream:
         counted = Counter((row["actual"], row["decision"]) for row in csv.DictReader(stream))
     return list(_ANSWERS), [[counted[actual, said] for said in _ANSWERS] for actual in _ANSWERS]
+
+
+def kinds(evaluation: Path) -> tuple[list[str], list[list[int]]] | None:
+    """Kinds of defects, and how many images of each (row) the candidate of an evaluation gave each (column).
+
+    `None` if the candidate's prompt does not ask for the kind.
+    """
+    file = evaluation / "plots" / "kinds.csv"
+    if not file.is_file():
+        return None
+    with file.open(newline="", encoding="utf-8") as stream:
+        counted = Counter((row["actual"], row["predicted"]) for row in csv.DictReader(stream))
+    names = sorted({name for pair in counted for name in pair})
+    return names, [[counted[actual, given] for given in names] for actual in names]
 
 
 def roc(evaluation: Path) -> tuple[list[float], list[float], list[float]]:

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def answer(completion: str, *boxes: Box, score: float | None = 0.75) -> Answer:
 
 class Stub:
     """Instead of a model: calls every image anomalous, with a box over its left half."""
+
+    kinds: tuple[str, ...] = ()
 
     def __init__(self, *arguments: Any) -> None:
         self.batches: list[list[Image.Image]] = []
@@ -350,3 +353,27 @@ def test_any_bytes_are_an_image_or_a_clear_error(content: bytes) -> None:
             assert predict_.decode(spoilt).mode == "RGB"
         except AdfmError as error:
             assert str(error)
+
+
+class Kinds(Stub):
+    """Names a kind on every image, and answers every second one normal."""
+
+    kinds = ("dent", "scratch")
+
+    def answers(self, sizes: list[tuple[int, int]], image: Any) -> list[Answer]:
+        texts = [f'<think>x</think><rethink>"dent"</rethink><answer>{"AB"[i % 2]}</answer>' for i in range(len(sizes))]
+        return [replace(answer(text), kind="dent") for text in texts]
+
+
+def test_a_model_that_names_kinds_has_them_in_its_rows(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(inference, "Inspector", Kinds)
+    for name in ("1.png", "2.png"):
+        Image.new("RGB", (40, 20), "gray").save(here / name)
+    assert main(["predict", "1.png", "2.png", "--model", BASE, "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["label"], row["kind"]) for row in rows] == [("anomalous", "dent"), ("normal", None)]
+    assert main(["predict", "1.png", "2.png", "--model", BASE]) == 0
+    printed = capsys.readouterr().out
+    assert "1.png: anomalous, dent (probability" in printed and "2.png: normal (probability" in printed

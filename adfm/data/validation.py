@@ -38,6 +38,7 @@ from adfm.data.images import reduced
 from adfm.data.readers.files import IMAGES
 from adfm.errors import AdfmError
 from adfm.files import atomic_folder, write_json
+from adfm.method import kinds as kinds_
 from adfm.params import Convert, Params
 from adfm.records import SPLITS, Label
 from adfm.text import printable
@@ -73,7 +74,7 @@ def validate(folder: Path, out: Path, params: Params) -> bool:
     Args:
         folder: The shards.
         out: Folder of the report, as `judge` writes it; the artifact `validation` of the run.
-        params: Reads `validate`, `convert`, `split` and `register`.
+        params: Reads `validate`, `convert`, `split`, `register` and `warmup.kinds`.
 
     Returns:
         Whether every critical expectation holds.
@@ -131,7 +132,8 @@ def judge(folder: Path, out: Path, params: Params, reference: Mapping[str, Any] 
         folder: The shards.
         out: Folder of the report.
         params: The section `validate`; `convert` and `split` say what is expected of boxes and of which splits, `model`
-            and `tile` at which size defects are seen.
+            and `tile` at which size defects are seen, and `warmup.kinds` of the kinds of defects: with it, all images
+            may be defective.
         reference: The `statistics` of the report that drift is measured against; `None`: it is not.
 
     Returns:
@@ -372,7 +374,9 @@ def _suite(table: pd.DataFrame, params: Params) -> list[Expectation]:
     images, share = limits.min_images_per_split, limits.min_label_share
     given = {"train": 1.0, "validation": params.split.validation, "test": params.split.test}
     splits = [split for split in SPLITS if given[split] > 0 or (table["split"] == split).any()]
-    labels, held_out = list(get_args(Label)), params.split.holdout_categories
+    kinds = params.warmup.kinds
+    defects_alone = kinds and not (table["label"] == "normal").any()  # there are kinds to learn
+    labels, held_out = ["anomalous"] if defects_alone else list(get_args(Label)), params.split.holdout_categories
     if tile := params.tile.size:  # a model sees tiles then
         sides = table[["width", "height"]].clip(upper=tile)
         table["aspect"] = sides.max(axis=1) / sides.min(axis=1).clip(lower=1)
@@ -395,6 +399,11 @@ def _suite(table: pd.DataFrame, params: Params) -> list[Expectation]:
     apart = "put these images into one split, or remove all but one"
     judged = "add images of the missing label, or lower validate.min_category_images"
     balance = "add images of the rarer label, or lower validate.min_label_share"
+    lacking = "add images of the missing label, or change the section split"
+    if not (table["label"] == "normal").any():
+        lacking = "add normal images, or set warmup.kinds to true, and the model learns to tell the kinds of defects"
+    elif not (table["label"] == "anomalous").any():
+        lacking = "add images of defects: from normal ones alone there is nothing to learn here"
 
     suite = [
         _expect(not_null, f"every image has its {name}", again, column=name)
@@ -403,7 +412,7 @@ def _suite(table: pd.DataFrame, params: Params) -> list[Expectation]:
     ]
     suite += [
         _expect(gxe.ExpectColumnValuesToBeUnique, "ids are unique", "remove the doubles", column="id"),
-        _expect(in_set, "the label is one that is known", relabel, column="label", value_set=labels),
+        _expect(in_set, "the label is one that is known", relabel, column="label", value_set=list(get_args(Label))),
         holds("split_is_of_file", "the split is the one that the file is named after", again),
         holds("image_decodes", "the image decodes", f"replace or remove it, and {again}"),
         holds("image_has_stated_size", "the image has the stated width and height", again),
@@ -456,13 +465,15 @@ def _suite(table: pd.DataFrame, params: Params) -> list[Expectation]:
         _expect(between, "images of one part are in one split", again, column="splits_with_part", max_value=1),
         _expect(
             gxe.ExpectColumnDistinctValuesToContainSet,
-            "train has normal and anomalous images",
-            "add images of the missing label, or change the section split",
+            f"train has {' and '.join(labels)} images",
+            lacking,
             column="label",
             value_set=labels,
             row_condition=Column("split") == "train",
         ),
     ]
+    if kinds:
+        suite += _kinds(table)
     if params.split.near_duplicates:
         suite.append(
             _expect(
@@ -497,15 +508,43 @@ def _suite(table: pd.DataFrame, params: Params) -> list[Expectation]:
             ),
             _expect(
                 gxe.ExpectColumnMeanToBeBetween,
-                f"{split} has a share of anomalous images from {share:g} to {1 - share:g}",
+                f"{split} has a share of anomalous images from {share:g} to {1 if defects_alone else 1 - share:g}",
                 balance,
                 column="is_anomalous",
                 min_value=share,
-                max_value=1 - share,
+                max_value=1 if defects_alone else 1 - share,
                 row_condition=Column("split") == split,
             ),
         ]
     return [*suite, *_notices(table, complete, held_out)]
+
+
+def _kinds(table: pd.DataFrame) -> list[Expectation]:
+    """What is expected of the defect types of train where the model is to name them (`warmup.kinds`)."""
+    from great_expectations import expectations as gxe
+    from great_expectations.expectations.row_conditions import Column
+
+    train = Column("split") == "train"
+    table["kind"] = table["defect"].map(kinds_.written, na_action="ignore")
+    return [
+        _expect(
+            gxe.ExpectColumnUniqueValueCountToBeBetween,
+            f"train has {kinds_.FEWEST} to {kinds_.MOST} kinds of defects for the model to name",
+            "name the defects, join rare kinds, or set warmup.kinds to false",
+            column="kind",
+            min_value=kinds_.FEWEST,
+            max_value=kinds_.MOST,
+            row_condition=train,
+        ),
+        _expect(
+            gxe.ExpectColumnValueLengthsToBeBetween,
+            f"names of kinds have at most {kinds_.LONGEST} characters",
+            "shorten them in the data set, or set warmup.kinds to false",
+            column="kind",
+            max_value=kinds_.LONGEST,
+            row_condition=train,
+        ),
+    ]
 
 
 def _notices(table: pd.DataFrame, complete: set[str], held_out: Sequence[str]) -> list[Expectation]:

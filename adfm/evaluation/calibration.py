@@ -227,8 +227,9 @@ def choose_threshold(
     """
     ((kind, share),) = limit.items()
     anomalous = (table["label"] == "anomalous").to_numpy(dtype=bool)
-    lacking = "anomalous" if kind == "escapes" else "normal"
-    if not (anomalous == (kind == "escapes")).any():
+    # Without normal images any threshold at all keeps a limit of escapes, 0 included, which flags everything.
+    lacking = "normal" if anomalous.all() else "anomalous" if kind == "escapes" and not anomalous.any() else ""
+    if lacking:
         return None, f"the validation split has no {lacking} image to choose a threshold on"
     rank = _ranks(table, probability, anomalous)
     known = rank[(rank >= 0) & (rank <= 1)]

@@ -13,7 +13,8 @@ The folder that it writes; the candidate is the last model:
     evaluation.json                       what was evaluated: models, split, fingerprint of the shards, settings
     comparison.md, comparison.csv         the table that is printed
     cross-validation.json, .parquet       where `evaluate.folds` is set: what `adfm folds` wrote (adfm/folds.py)
-    plots/                                confusion.csv, roc.csv, iou_by_size.csv for DVC; figures as PNG
+    plots/                                confusion.csv, roc.csv, iou_by_size.csv for DVC; figures as PNG;
+                                          kinds.csv if the candidate's prompt asks for the kinds of defects
     report/                               report.html, the page for people to look at, and its pictures
 
 Every table has what the model wrote (`predicted`, its letter) and what it would do in production: `probability`, the
@@ -43,6 +44,7 @@ from adfm.errors import AdfmError
 from adfm.evaluation import calibration, crossvalidation, guard, inference, metrics, plots
 from adfm.evaluation import report as page
 from adfm.evaluation.calibration import DECIDED, Calibration
+from adfm.evaluation.inference import KINDS
 from adfm.files import atomic_folder, digest, write_json
 from adfm.models import loading
 from adfm.params import Params
@@ -206,7 +208,8 @@ def _calibrate(
 
 def _write_table(table: pd.DataFrame, file: Path) -> None:
     file.parent.mkdir(exist_ok=True)
-    pq.write_table(pa.Table.from_pandas(table, schema=DECIDED, preserve_index=False), file)
+    schema = pa.schema([*DECIDED, *KINDS]) if "predicted_kind" in table else DECIDED
+    pq.write_table(pa.Table.from_pandas(table, schema=schema, preserve_index=False), file)
 
 
 def report(
@@ -239,7 +242,7 @@ def report(
         for other in reversed(others)
     }
     at = {name: fitted.threshold for name, fitted in calibrations.items()}
-    if any(threshold is not None for threshold in at.values()):
+    if any(threshold is not None for threshold in at.values()) and not metrics.without_normal(tables[candidate]):
         repeat = (settings.bootstrap, params.seed)
         for name, table in tables.items():
             overall[name] |= metrics.operating_point(table, at[name], *repeat)
@@ -251,7 +254,8 @@ def report(
     write_json(details, out / "details.json")
     (out / "metrics").mkdir()
     for name, values in overall.items():
-        write_json({metric: values[metric] for metric in metrics.HEADLINE}, out / "metrics" / f"{name}.json")
+        headline = [metric for metric in (*metrics.HEADLINE, metrics.KIND) if metric in values]
+        write_json({metric: values[metric] for metric in headline}, out / "metrics" / f"{name}.json")
 
     folder = out / "plots"
     folder.mkdir()
@@ -275,6 +279,9 @@ def _write_plot_data(candidate: pd.DataFrame, sizes: dict[str, dict[str, Any]], 
     labels = (candidate[column].fillna("unparseable") for column in ("predicted", "decision"))
     answers = zip(candidate["label"], *labels, strict=True)
     _write_csv(["actual", "predicted", "decision"], answers, folder / "confusion.csv")
+    if "predicted_kind" in candidate:
+        pairs = (pair for pair in metrics.kind_pairs(candidate) if pair[0] is not None)
+        _write_csv(["actual", "predicted"], pairs, folder / "kinds.csv")
 
     anomalous, score = metrics.ranked(candidate)
     curve = roc_curve(anomalous, score) if 0 < anomalous.sum() < len(anomalous) else ((), (), ())
@@ -295,6 +302,8 @@ def _write_comparison(
     shown = overall | differences
     first = overall[[*overall][-1]]
     titles = {metric: plots.TITLES[metric] for metric in plots.ESCAPES_FIRST}
+    if any(metrics.KIND in values for values in overall.values()):
+        titles[metrics.KIND] = plots.TITLES[metrics.KIND]
     titles |= {metric: title for metric, title in _CALIBRATION.items() if metric in first}
     header = ["", *overall, *(name.replace("_minus_", " - ") for name in differences)]
     rows = [
@@ -315,7 +324,14 @@ def _write_comparison(
     left_out = ""
     if without := first["without_boxes"]:
         left_out = f"\n\n{without} anomalous images have no boxes; they are left out of IoU and box F1."
+    if not first["normal"]:
+        left_out += f"\n\n{metrics.NO_NORMAL_IMAGE}"
     note += left_out
+    if metrics.KIND in titles:
+        note += (
+            "\n\nKind right: the share of the defective images of one known kind that are answered A with this kind, "
+            "letters as written; plots/kinds.csv says which were taken for which."
+        )
     note += "".join(f"\n\n{markdown(f'{name}: {fitted.summary}')}" for name, fitted in calibrations.items())
     (out / "comparison.md").write_text(f"{table}{more}\n\n{note}\n", encoding="utf-8")
     _write_csv(

@@ -6,7 +6,9 @@ pixels, half-open. `regions` are all boxes that the completion names, whatever i
 compare them as `iou` and so on compare `predicted_boxes`: they are what an image gets that is flagged by its
 probability. `predicted` is null where the completion has no clean answer, and such an image counts as wrong everywhere;
 `score` is the uncalibrated probability of a defect, computed as `evaluate.score` says, and null where there is no valid
-answer; `group` is null where it is not known which images show the same part.
+answer; `group` is null where it is not known which images show the same part. A model whose prompt asks for the
+defect's kind has two further columns: `kind`, that of a defective image, null where it has several or none is known;
+and `predicted_kind`, the one that the model names, whatever its letter, null where it names none or several.
 
 A window of a few batches is read at a time, and its images are answered in order of their size, so that a batch is
 padded little or not at all; rows keep the order of the shards. The next batch is decoded and resized in a thread while
@@ -40,7 +42,7 @@ from adfm import tiles
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.evaluation import metrics
-from adfm.method import prompt, response
+from adfm.method import kinds, prompt, response
 from adfm.models import decoding, families, loading
 from adfm.params import Evaluate, Params, Tile
 from adfm.records import Box, Label, Record
@@ -58,6 +60,9 @@ PREDICTIONS = pa.schema(
     + [("area_share", pa.float64()), ("boxes", _BOXES), ("predicted_boxes", _BOXES), ("completion", pa.string())]
     + [("regions", _BOXES), *((f"region_{name}", pa.float64()) for name in metrics.COMPARED)]
 )
+
+KINDS = tuple(pa.field(name, pa.string()) for name in ("kind", "predicted_kind"))
+"""Further columns where the model's prompt asks for the defect's kind: the true one, and the one `<rethink>` names."""
 
 _WINDOW = 4  # batches that are read, sorted and kept at a time
 _MOST_NOTES = 8  # suspicious tiles of an image whose words are kept
@@ -81,6 +86,7 @@ class Answer:
             is flagged by its probability.
         notes: Of an image that was cut into tiles: which tile the words are of, and a line for each further tile that
             is suspicious, with its words.
+        kind: The kind of defect that the second stage names, whatever the letter; `None` where it names none.
     """
 
     predicted: Label | None
@@ -90,6 +96,7 @@ class Answer:
     completion: str
     regions: list[Box] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    kind: str | None = None
 
 
 def predict(model: str | Path, shards: Path, params: Params, describe: str) -> pd.DataFrame:
@@ -136,7 +143,8 @@ def predict_splits(
                     continue
                 if inspector is None:  # not before: everything may be finished
                     inspector = Inspector(model, params)
-                parts.append(pa.Table.from_pylist(_rows(inspector, window, progress.update), schema=PREDICTIONS))
+                schema = pa.schema([*PREDICTIONS, *KINDS]) if inspector.kinds else PREDICTIONS
+                parts.append(pa.Table.from_pylist(_rows(inspector, window, progress.update), schema=schema))
                 if file:
                     _write_whole(parts[-1], file)
         tables[split] = pa.concat_tables(parts).to_pandas()
@@ -201,6 +209,8 @@ def _grid(size: tuple[int, int], tile: Tile) -> list[Box]:
 class Inspector:
     """A loaded model that inspects images.
 
+    `kinds` are the kinds of defects that its prompt asks to name one of; empty if it asks for none.
+
     Args:
         model: A base model's name, or a folder that warm-up or training wrote.
         params: Reads the sections `model` and `evaluate`, and `tile` for a base model.
@@ -213,6 +223,7 @@ class Inspector:
         settings = params.evaluate
         self._batch_size = settings.batch_size
         self._tile = tile_of(model, params)
+        self.kinds = loading.kinds_of(model)
         self._prepare: Callable[[list[Image.Image]], Any]
         self._generate: Callable[[Any], Answers]
         if uses_vllm(params):
@@ -294,7 +305,8 @@ class Inspector:
         predicted = parsed.predicted_label
         regions = [frame.to_pixels(box, width, height) for box in parsed.boxes]
         boxes = regions if predicted == "anomalous" else []
-        return Answer(predicted, score if predicted else None, boxes, parsed, completion, regions)
+        kind = kinds.read(parsed.rethink, self.kinds)
+        return Answer(predicted, score if predicted else None, boxes, parsed, completion, regions, kind=kind)
 
 
 def _size(tile: Box) -> tuple[int, int]:
@@ -337,6 +349,7 @@ def joined(answers: Sequence[Answer], grid: Sequence[Box]) -> Answer:
         "\n".join([best.completion, *notes]),
         tiles.merged([a.regions if i in {*flagged, order[0]} else [] for i, a in enumerate(answers)], grid),
         notes,
+        best.kind,
     )
 
 
@@ -443,7 +456,12 @@ def _image(record: Record) -> Image.Image:
 
 def _rows(inspector: Inspector, window: Sequence[Record], done: Callable[[int], object]) -> list[dict[str, Any]]:
     sizes = [(record.width, record.height) for record in window]
-    return list(map(_row, window, inspector.answers(sizes, lambda i: _image(window[i]), done)))
+    answers = inspector.answers(sizes, lambda i: _image(window[i]), done)
+    rows = list(map(_row, window, answers))
+    if inspector.kinds:
+        for row, answer in zip(rows, answers, strict=True):
+            row |= {"kind": kinds.of(row["defect"], inspector.kinds), "predicted_kind": answer.kind}
+    return rows
 
 
 def _row(record: Record, answer: Answer) -> dict[str, Any]:

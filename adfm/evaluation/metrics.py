@@ -18,6 +18,7 @@ is flagged and its boxes overlap the true ones with an IoU of at least `LOCATED`
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,20 @@ Measure = Callable[[Floats], dict[str, Floats]]
 
 HEADLINE = ("accuracy", "balanced_accuracy", "recall", "specificity", "auroc", "iou", "box_f1", "parse_rate")
 """The metrics that tables and figures show; `summarize` has more."""
+
+KIND = "kind_right"
+"""A further metric, of a table with a column `predicted_kind`."""
+
+BOTH_LABELS = (
+    *("accuracy", "balanced_accuracy", "precision", "recall", "specificity", "f1", "auroc", "ece", "ece_of_score"),
+    *("overkill", "miss_rate"),
+)
+"""The metrics of the decision; images of one label do not show it, since always the same answer is right on them."""
+
+NO_NORMAL_IMAGE = (
+    "No image is normal: whether defects are told from good parts is not measured (recall, specificity, escapes, "
+    "overkill, AUROC), since always to answer A would be right on all of them."
+)
 
 SIZES = ("small", "medium", "large")
 
@@ -179,8 +194,10 @@ def summarize(table: pd.DataFrame, resamples: int, seed: int, small: float, larg
         normal ones of the categories that have it) and `sizes` (recall and localisation only). Each has the counts
         `images`, `anomalous`, `normal`, `unparseable`, `without_boxes` (anomalous, but only the label is known: left
         out of IoU and all that compares boxes), and for each metric of `measure` its value and `<metric>_low`,
-        `<metric>_high`; `None` where it is not defined (no such image).
+        `<metric>_high`; `None` where it is not defined (no such image), and those of `BOTH_LABELS` throughout where no
+        image of the table is normal.
     """
+    defects_alone = without_normal(table)
     located = ("recall", "miss_rate", "iou", "mask_iou", "matched_iou", "box_f1", "iou_10", "iou_30", "iou_50")
 
     def described(part: pd.DataFrame, names: Sequence[str] | None = None) -> dict[str, Any]:
@@ -193,11 +210,9 @@ def summarize(table: pd.DataFrame, resamples: int, seed: int, small: float, larg
             "without_boxes": without_boxes(part),
         }
         part = part.sort_values("id")
-        return (
-            counts
-            | _with_intervals(measure(part), samples(part), resamples, seed, 0.95, names)
-            | limits_of_means(part, names)
-        )
+        intervals = _with_intervals(measure(part), samples(part), resamples, seed, 0.95, names)
+        intervals |= limits_of_means(part, names)
+        return counts | (_decision_left_out(intervals) if defects_alone else intervals)
 
     def grouped(keys: pd.Series[Any]) -> dict[str, dict[str, Any]]:
         return {str(key): described(part) for key, part in table.groupby(keys, sort=True)}
@@ -222,6 +237,16 @@ def summarize(table: pd.DataFrame, resamples: int, seed: int, small: float, larg
     }
 
 
+def without_normal(table: pd.DataFrame) -> bool:
+    """Whether no image of a prediction table is normal, so that `BOTH_LABELS` are not measured."""
+    return not (table["label"] == "normal").any()
+
+
+def _decision_left_out(intervals: dict[str, float | None]) -> dict[str, float | None]:
+    left_out = {f"{name}{end}" for name in BOTH_LABELS for end in ("", "_low", "_high")}
+    return {name: None if name in left_out else value for name, value in intervals.items()}
+
+
 def without_boxes(table: pd.DataFrame) -> int:
     """How many anomalous images of a prediction table have nothing to locate, since only their label is known."""
     return int(((table["label"] == "anomalous") & table["iou"].isna()).sum())
@@ -240,7 +265,8 @@ def difference(
         level: Coverage of the two-sided interval.
 
     Returns:
-        For each metric of `measure` the difference, and its `<metric>_low` and `<metric>_high`.
+        For each metric of `measure` that both have the difference, and its `<metric>_low` and `<metric>_high`; `None`
+        as of `summarize`.
 
     Raises:
         AdfmError: The tables do not hold the same images.
@@ -251,10 +277,11 @@ def difference(
 
     def change(weights: Floats) -> dict[str, Floats]:
         after, before = left(weights), right(weights)
-        return {name: after[name] - before[name] for name in after}
+        return {name: after[name] - before[name] for name in after if name in before}
 
     intervals = _with_intervals(change, samples(candidate), resamples, seed, level)
-    return intervals | _paired_limits(candidate, reference, (1 - level) / 2)
+    intervals |= _paired_limits(candidate, reference, (1 - level) / 2)
+    return _decision_left_out(intervals) if without_normal(candidate) else intervals
 
 
 def as_decided(table: pd.DataFrame) -> pd.DataFrame:
@@ -446,6 +473,9 @@ def measure(table: pd.DataFrame) -> Measure:
     predicted) are means over images; `iou_10`, `iou_30`, `iou_50` are shares of images with an IoU of at least 0.1,
     0.3, 0.5; `box_f1` is over all boxes (micro), at IoU 0.5.
 
+    `kind_right`, of a table with the columns `kind` and `predicted_kind`: the share of the defective images of one
+    known kind that are answered anomalous with this kind.
+
     Args:
         table: Prediction table of n images. Without `score` or a localisation column its metrics are NaN.
 
@@ -471,6 +501,9 @@ def measure(table: pd.DataFrame) -> Measure:
         sums[f"has_{name}"] = anomalous & ~np.isnan(values)
     for percent in (10, 30, 50):
         sums[f"iou_{percent}"] = sums["has_iou"] & (sums["iou"] >= percent / 100)
+    kind_is_right = kinds_right(table)
+    if kind_is_right is not None:
+        sums["has_kind"], sums["kind_right"] = ~np.isnan(kind_is_right), np.nan_to_num(kind_is_right)
     summands = np.column_stack(list(sums.values())).astype(float)
     auroc = _auroc(score if "score" in table else None, anomalous)
     probability = table.reindex(columns=["probability"]).to_numpy(dtype=float, na_value=np.nan)[:, 0]
@@ -498,6 +531,7 @@ def measure(table: pd.DataFrame) -> Measure:
                 "box_f1": 2 * total["true_positives"] / boxes,
                 **{name: total[name] / total[f"has_{name}"] for name in ("iou", "mask_iou", "matched_iou")},
                 **{name: total[name] / total["has_iou"] for name in ("iou_10", "iou_30", "iou_50")},
+                **({} if kind_is_right is None else {KIND: total["kind_right"] / total["has_kind"]}),
             }
 
     return metrics
@@ -624,7 +658,7 @@ def _paired_limits(candidate: pd.DataFrame, reference: pd.DataFrame, alpha: floa
     group, before = groups(candidate), _of_images(reference)
     for name, after in _of_images(candidate).items():
         counting = ~np.isnan(after)
-        if not counting.any() or not np.array_equal(counting, ~np.isnan(before[name])):
+        if name not in before or not counting.any() or not np.array_equal(counting, ~np.isnan(before[name])):
             continue
         change = (after - before[name])[counting]
         of_images = None if group is None else group[counting]
@@ -677,7 +711,50 @@ def _of_images(table: pd.DataFrame) -> dict[str, Floats]:
         "parse_rate": parsed.astype(float),
         **localisation,
         **{f"iou_{percent}": over(~np.isnan(iou), iou >= percent / 100) for percent in (10, 30, 50)},
+        **({} if (kind_is_right := kinds_right(table)) is None else {KIND: kind_is_right}),
     }
+
+
+def kinds_right(table: pd.DataFrame) -> Floats | None:
+    """For each image whether it is answered anomalous with its own kind, (n,); NaN where no kind is known.
+
+    `None` if the model's prompt does not ask for the kind.
+    """
+    if "predicted_kind" not in table:
+        return None
+    pairs = kind_pairs(table)
+    return np.array([np.nan if actual in (None, NORMAL) else float(actual == its) for actual, its in pairs])
+
+
+NO_KIND, NORMAL = "(no kind)", "(normal)"
+"""In the table of kinds: an image answered anomalous, or without a letter, without a kind; and a normal image or one
+that is answered so."""
+
+
+def kind_pairs(table: pd.DataFrame) -> list[tuple[str | None, str]]:
+    """For each image its kind, `None` if it is defective and not of one known kind, and the kind that it is given.
+
+    Either may be `NORMAL`, the latter `NO_KIND`.
+    """
+    normal, given = ((table[name] == "normal").to_numpy(dtype=bool) for name in ("label", "predicted"))
+    flagged = (table["predicted"] == "anomalous").to_numpy(dtype=bool) & table["predicted_kind"].notna().to_numpy()
+    actual = np.where(normal, NORMAL, table["kind"].astype(object).where(table["kind"].notna(), None))
+    predicted = np.where(flagged, table["predicted_kind"].astype(object), np.where(given, NORMAL, NO_KIND))
+    return list(zip(actual.tolist(), predicted.tolist(), strict=True))
+
+
+def kinds_confusion(table: pd.DataFrame) -> tuple[list[str], list[str], list[list[int]]]:
+    """The confusion table of kinds: names of its rows (actual) and columns (given), and the counts.
+
+    Defective images that are not of one known kind are left out. The row and column `NORMAL`, and the column `NO_KIND`,
+    come last; `NORMAL` has no row where no image is normal.
+    """
+    counts = Counter(pair for pair in kind_pairs(table) if pair[0] is not None)
+    last = {NO_KIND: 1, NORMAL: 2}
+    rows = sorted({str(actual) for actual, _ in counts}, key=lambda name: (last.get(name, 0), name))
+    given = {name for _, name in counts} | {name for name in rows if name != NORMAL} | {NO_KIND, NORMAL}
+    columns = sorted(given, key=lambda name: (last.get(name, 0), name))
+    return rows, columns, [[counts[actual, name] for name in columns] for actual in rows]
 
 
 def outcomes(table: pd.DataFrame) -> pd.Series[Any]:

@@ -38,6 +38,7 @@ TITLES = {
     "miss_rate": "escape rate",
     "overkill": "overkill",
     "ece": "calibration error",
+    "kind_right": "kind right",
 }
 INK, FAINT, GRID = "#1f2933", "#6b7785", "#e3e8ee"
 TRUTH, PREDICTED = "#2ea043", "#da3633"

@@ -11,7 +11,7 @@ const colour = (model) => `var(--model-${Math.min(models.indexOf(model), 3)})`;
 const RATES_LOWER = ["miss_rate", "overkill", "miss_rate_at_threshold", "overkill_at_threshold"];
 const LOWER_IS_BETTER = [...RATES_LOWER, "ece", "ece_of_score"];
 const HIGHER_IS_BETTER = [
-  "accuracy", "balanced_accuracy", "recall", "specificity", "precision", "parse_rate",
+  "accuracy", "balanced_accuracy", "recall", "specificity", "precision", "parse_rate", "kind_right",
   "accuracy_at_threshold", "balanced_accuracy_at_threshold",
 ];
 const PERCENT = [...HIGHER_IS_BETTER, ...RATES_LOWER];
@@ -24,6 +24,7 @@ const MEANINGS = {
   iou: "overlap with the true boxes",
   box_f1: `boxes with an IoU of at least ${LOCATED}`,
   parse_rate: "readable answers",
+  kind_right: "defects of a known kind that are answered A with this kind",
   precision: "flagged parts that are defective",
   miss_rate: "defects that are not flagged",
   overkill: "good parts that are not passed",
@@ -91,7 +92,7 @@ function drawAbout() {
   const split = `${count(images.id.length)} images of the ${data.about.split} split`;
   const alone = data.without_boxes;
   const left = alone ? ` ${count(alone)} anomalous images have no boxes; they are left out of IoU.` : "";
-  byId("about").textContent = `${split}, ${categories}${compared}.${left}`;
+  byId("about").textContent = `${split}, ${categories}${compared}.${left} ${data.no_normal}`.trim();
   byId("more-images").textContent = data.more_images;
   byId("decides").textContent = models.map((model) => `${model}: ${data.calibrations[model].summary}`).join(" ");
   if (data.crossed) {
@@ -123,6 +124,7 @@ function drawTiles() {
     ["iou", "mean IoU", "overlap of predicted and true boxes on defective parts, 1 is perfect"],
     ["parse_rate", "readable answers", `${normal[2] + anomalous[2]} of ${images.id.length} cannot be read`],
   ];
+  if (data.kinds[candidate]) tiles.splice(3, 0, ["kind_right", "kind right", MEANINGS.kind_right]);
   for (const [written, title, words] of tiles) {
     // What the threshold makes of it, where there is one, as in the counts beside it.
     const decided = `${written}_at_threshold`;
@@ -203,16 +205,18 @@ function drawConfusion() {
       drawMatrix(data.confusion[model], `${model}, at the threshold`, "decided");
     }
   }
+  for (const [model, { rows, columns, counts }] of Object.entries(data.kinds)) {
+    drawMatrix(counts, `${model}, kinds as written`, "kinds", rows, columns);
+  }
 }
 
-function drawMatrix(matrix, title, kind) {
-  const answers = ["normal", "anomalous", "unparseable"];
+function drawMatrix(matrix, title, kind, names = ["normal", "anomalous"], answers = [...names, "unparseable"]) {
   const head = make("tr", {}, make("th", { scope: "col" }, "part"));
-  for (const answer of answers) head.append(make("th", { scope: "col" }, answer));
+  for (const answer of answers) head.append(make("th", { scope: "col" }, isolated(answer)));
   const body = make("tbody");
   matrix.forEach((counts, i) => {
     const total = counts.reduce((a, b) => a + b, 0) || 1;
-    const row = make("tr", {}, make("th", { scope: "row" }, answers[i]));
+    const row = make("tr", {}, make("th", { scope: "row" }, isolated(names[i])));
     for (const count of counts) {
       const cell = make("td", {}, String(count), make("small", {}, `${Math.round((100 * count) / total)} %`));
       cell.style.background = `rgba(var(--shade), ${(0.45 * count) / total})`;
@@ -226,9 +230,10 @@ function drawMatrix(matrix, title, kind) {
 
 function drawGroups() {
   const columns = [["miss_rate", "missed, %"], ["overkill", "overkill, %"], ["iou", "IoU"]];
+  const kind = data.kinds[candidate] ? [["kind_right", "kind right, %"]] : [];
   for (const [title, groups, shown] of [
     ["By category", data.categories, [["images", "images"], ...columns]],
-    ["By defect", data.defects, [["anomalous", "images"], columns[0], columns[2]]],
+    ["By defect", data.defects, [["anomalous", "images"], columns[0], columns[2], ...kind]],
   ]) {
     if (!Object.keys(groups).length) continue;
     const head = make("tr", {}, make("th", { scope: "col" }, title.slice(3)));

@@ -44,7 +44,7 @@ _TITLES = {
     "miss_rate_at_threshold": "escape rate at threshold",
     "ece_of_score": "error of the score",
 }
-SHOWN = tuple(dict.fromkeys((*_LEADING, *metrics.HEADLINE, "precision", *_AT_THRESHOLD)))
+SHOWN = tuple(dict.fromkeys((*_LEADING, *metrics.HEADLINE, metrics.KIND, "precision", *_AT_THRESHOLD)))
 """The metrics of the page, escapes and overkill first."""
 
 _FIRST = 12  # of each gallery, in the page itself
@@ -102,6 +102,8 @@ def write(evaluation: Path, shards: Path, out: Path) -> None:
             "located_from": metrics.LOCATED,
             "detection": {name: _detection(each.set_index("id"), sizes) for name, each in tables.items()},
             "without_boxes": metrics.without_boxes(table),
+            "no_normal": metrics.NO_NORMAL_IMAGE if metrics.without_normal(table) else "",
+            "kinds": {name: _kinds(each) for name, each in written.items() if "predicted_kind" in each},
             "embedded": embedded,
             "starts": starts,
         }
@@ -188,7 +190,9 @@ def _compared(table: pd.DataFrame, before: pd.DataFrame | None) -> list[dict[str
 
     group = metrics.groups(table)
     rows = []
-    for entry in sorted(METRICS.values(), key=lambda entry: entry.higher):
+    # Escapes among defects alone say nothing: to flag everything would be right.
+    judged = {"iou": METRICS["iou"]} if metrics.without_normal(table) else METRICS
+    for entry in sorted(judged.values(), key=lambda entry: entry.higher):
         both = [entry.values(each) for each in (table, before) if each is not None]
         counting = ~np.isnan(both).any(axis=0)
         if not counting.any():
@@ -397,6 +401,12 @@ def _confusion(table: pd.DataFrame) -> list[list[int]]:
     return [
         [int(((table["label"] == label) & (said == answer)).sum()) for answer in _ANSWERS] for label in _ANSWERS[:2]
     ]
+
+
+def _kinds(table: pd.DataFrame) -> dict[str, Any]:
+    """The confusion table of kinds, letters as written."""
+    rows, columns, counts = metrics.kinds_confusion(table)
+    return {"rows": rows, "columns": columns, "counts": counts}
 
 
 def _reliability(table: pd.DataFrame) -> dict[str, list[list[float]]]:

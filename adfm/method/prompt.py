@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from adfm.method import kinds as kinds_
 from adfm.records import Box, Label
 
 SYSTEM = "You inspect photographs of products for defects."
@@ -25,6 +26,9 @@ PLAIN_QUESTION = """\
 Inspect this product.
 <answer>one letter alone, A if the product has a defect or B if it is normal</answer>"""
 
+KINDS = " Name the kind of a real defect in double quotes, one of: {kinds}."
+"""What `<rethink>` of the multi-stage prompt asks as well where the model names kinds."""
+
 LETTERS: dict[str, Label] = {"A": "anomalous", "B": "normal"}
 
 OPENINGS: dict[str, dict[Label, tuple[str, ...]]] = {
@@ -37,23 +41,32 @@ OPENINGS: dict[str, dict[Label, tuple[str, ...]]] = {
 """How each stage of a supervised answer begins: in `rethink` with regions to examine, and without."""
 
 
-def messages(units: str, stages: bool = True) -> list[dict[str, Any]]:
+def messages(units: str, stages: bool = True, kinds: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The prompt as chat messages, without the image.
 
     Args:
         units: The words that say in which units boxes are asked for, as `adfm.models.families` has them.
         stages: Whether the decision is asked for in three stages, or alone.
+        kinds: Kinds of defects to name one of, as `adfm.method.kinds.listed` gives them; only with stages.
     """
-    return [
-        {"role": "system", "content": SYSTEM},
-        {"role": "user", "content": QUESTION.format(units=units) if stages else PLAIN_QUESTION},
-    ]
+    question = QUESTION.format(units=units) if stages else PLAIN_QUESTION
+    if kinds:
+        names = ", ".join(f'"{kind}"' for kind in kinds)
+        question = question.replace("</rethink>", KINDS.format(kinds=names) + "</rethink>")
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
 
 
 _NO_MARKUP = str.maketrans("<>", "()")
 
 
-def answer(label: Label, regions: Sequence[Box], defect: str | None = None, step: int = 1, stages: bool = True) -> str:
+def answer(
+    label: Label,
+    regions: Sequence[Box],
+    defect: str | None = None,
+    step: int = 1,
+    stages: bool = True,
+    kinds: Sequence[str] = (),
+) -> str:
     """A complete response in the form that the prompt asks for.
 
     Args:
@@ -62,6 +75,7 @@ def answer(label: Label, regions: Sequence[Box], defect: str | None = None, step
         defect: Name of the defect, for the examination stage of an anomalous image.
         step: Coordinates are rounded to multiples of this.
         stages: As in `messages`.
+        kinds: As in `messages`; the defect is named as one of them, in double quotes, if it is one.
     """
     letter = next(letter for letter, means in LETTERS.items() if means == label)
     decision = f"<answer>{letter}</answer>"
@@ -72,7 +86,10 @@ def answer(label: Label, regions: Sequence[Box], defect: str | None = None, step
     think = f"{suspicious} {boxes}" if regions else nothing
     examined, unexamined = OPENINGS["rethink"][label]
     rethink = examined if regions else unexamined
-    if label == "anomalous" and regions:
+    kind = kinds_.of(defect, kinds)
+    if label == "anomalous" and kind in kinds:
+        rethink += f' "{kind}".'
+    elif label == "anomalous" and regions:
         # A name with markup, as in "dent</rethink>" or "<|im_end|>", would end the stage or the response.
         rethink += f" {(defect or 'damage').translate(_NO_MARKUP)}."
     return f"<think>{think}</think><rethink>{rethink}</rethink>{decision}"

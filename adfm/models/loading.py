@@ -51,6 +51,7 @@ class Loaded:
         family: Its key in `adfm.models.families.FAMILIES`.
         base: Name and revision of the base model.
         prompt: What it is asked, as chat messages without the image.
+        kinds: The kinds of defects that the prompt asks to name one of; empty if it asks for none.
     """
 
     model: PreTrainedModel
@@ -58,6 +59,7 @@ class Loaded:
     family: str
     base: Model
     prompt: list[dict[str, Any]]
+    kinds: tuple[str, ...] = ()
 
 
 def resolve(name: str, revision: str | None) -> Path:
@@ -423,7 +425,8 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
     del zero3
     if torch.cuda.is_available() and not base.quantization and not divided:
         network = network.to("cuda")
-    return Loaded(network, processor, family_of(folder), base, prompt_of(model, family_of(folder)))
+    family = family_of(folder)
+    return Loaded(network, processor, family, base, prompt_of(model, family), kinds_of(model))
 
 
 def weights_are_divided() -> bool:
@@ -452,6 +455,11 @@ def prompt_of(model: str | Path, family: str) -> list[dict[str, Any]]:
     """What a model is asked: an adapter, what it was trained with; a base model of `family`, the multi-stage prompt."""
     description = describe(Path(model))
     return list(description["prompt"]) if description else prompt.messages(families.get(family).units)
+
+
+def kinds_of(model: str | Path) -> tuple[str, ...]:
+    """The kinds of defects that a model's prompt asks to name one of; empty for a base model, and without kinds."""
+    return tuple((describe(Path(model)) or {}).get("kinds", ()))
 
 
 def base_of(model: str | Path, settings: Model) -> tuple[Model, Path]:

@@ -24,18 +24,19 @@ _REQUIREMENTS = """\
 """
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, kinds: bool = False) -> None:
     """Writes what makes an MLflow pyfunc of a version: `MLmodel`, input example, and lists of requirements.
 
     Args:
         folder: To make; it is to lie beside `model/`, `evaluation/` and `params.yaml` in the version.
+        kinds: Whether the model names the kinds of defects.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow's, of its own type hints and its own use of pandas
-        _write(folder)
+        _write(folder, kinds)
 
 
-def _write(folder: Path) -> None:
+def _write(folder: Path, kinds: bool) -> None:
     import mlflow.pyfunc
     import pandas as pd
     from mlflow.models import ModelSignature
@@ -55,6 +56,7 @@ def _write(folder: Path) -> None:
                 ColSpec(Array(Array(DataType.double)), "boxes"),
                 ColSpec("string", "reasoning"),
                 ColSpec("string", "reason", required=False),
+                *([ColSpec("string", "kind", required=False)] if kinds else []),
             ]
         ),
     )

@@ -93,7 +93,8 @@ class Served:
 
         Returns:
             A row an image, in the order of `data`, with `label`, `probability`, `threshold`, `boxes`, `reasoning` and
-            `reason` as `adfm.predict.readable` and `adfm.predict.refused` give them.
+            `reason` as `adfm.predict.readable` and `adfm.predict.refused` give them; and `kind`, as
+            `adfm.predict.judge` gives it, if the model's prompt asks for the kind of a defect.
 
         Raises:
             MlflowException: Images cannot be read; all of them are listed, and none was answered. It is the server's
@@ -115,7 +116,8 @@ class Served:
         self._log(contents, judged)
         if self.shadow:
             self.shadow.offer([*contents.values()], rows)
-        return pd.DataFrame(rows, columns=predict.KEYS, dtype=object)
+        columns = [*predict.KEYS, predict.KIND] if self._inspector.kinds else predict.KEYS
+        return pd.DataFrame(rows, columns=columns, dtype=object)
 
     def answers(self, contents: list[bytes]) -> list[dict[str, Any]]:
         """Rows as `predict` gives them for image files, one a file; one that cannot be read is refused.

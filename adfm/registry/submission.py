@@ -235,7 +235,7 @@ def submit(
         return waiting
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / "version"
-        pyfunc.write(folder)
+        pyfunc.write(folder, bool(loading.kinds_of(model)))
         shutil.copytree(model, folder / "model")
         shutil.copytree(evaluation, folder / "evaluation")
         (folder / "params.yaml").write_text(tracking.settings(params), encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from PIL import Image
 from adfm import tiles
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
+from adfm.method import kinds as kinds_
 from adfm.models import families
 from adfm.models.loading import Loaded
 from adfm.params import Tile
@@ -53,7 +54,8 @@ def draw(
         shards: Folder of shards; its train split is read.
         loaded: Says what is asked, and in which frame boxes are written.
         count: Rows to draw.
-        anomalous_share: Share of anomalous images, evenly spread.
+        anomalous_share: Share of anomalous images, evenly spread. A model that names kinds can be trained on anomalous
+            images alone; where there is no normal one, it is 1.
         seed: Seeds the order.
         cache: Folder for the memory-mapped copy of the split.
         weights: By id, how often an image is drawn in proportion to others of its label; at least a twentieth of the
@@ -74,6 +76,11 @@ def draw(
     if tile and tile.size:
         table = _tiles(table, tile.size, tile.overlap, shards)
     weight = np.array([weights[row["id"]] for row in table]) if weights else None
+    if loaded.kinds:
+        evenly = _evenly([kinds_.of(row["defect"], loaded.kinds) for row in table])
+        weight = evenly if weight is None else evenly * weight
+        if all(row["label"] == "anomalous" for row in table):
+            anomalous_share = 1.0
     labels = ["" if located and _has_label_alone(row) else row["label"] for row in table]
     order = _order(labels, count, anomalous_share, seed, shards, weight)
     if tile and tile.size:
@@ -101,6 +108,16 @@ def draw(
     for name, values in columns.items():
         data = data.add_column(name, values)
     return data.select(order)
+
+
+def _evenly(kinds: list[str | None]) -> NDArray[np.float64]:
+    """Weights by which every kind is drawn as often as any other, so that always naming the commonest does not pay.
+
+    An image without one counts as one of the commonest kind.
+    """
+    counts = Counter(kind for kind in kinds if kind)
+    most = max(counts.values(), default=1)
+    return np.array([1 / (counts[kind] if kind else most) for kind in kinds])
 
 
 def boxes_known(shards: Path) -> tuple[int, int]:
@@ -196,7 +213,8 @@ def _order(
         needed = int(places.sum())
         if needed and not len(of_label):
             raise AdfmError(
-                f"{shards}: the train split has no {label} image, and training needs both; see split.* in params.yaml"
+                f"{shards}: the train split has no {label} image, and training needs both; add some, or see split.* in "
+                "params.yaml" + ("; on defects alone a model can learn their kinds: warmup.kinds" * (label == "normal"))
             )
         if needed and weight is not None:
             of_these = np.maximum(weight[of_label], weight[of_label].max() / 20)

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,8 @@ from adfm import stopping, tracking
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.files import atomic_folder, digest, refuse_to_replace, replace_json
-from adfm.method import rewards
+from adfm.method import kinds as kinds_
+from adfm.method import response, rewards
 from adfm.method.coordinates import Frame
 from adfm.models import families, hardware, liger, loading
 from adfm.outbox import Outbox
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from adfm.training.guard import Guard
 
 TERMS = ("format", "classification", "localization")
+KIND = "kind"
+"""A further term, only of a model whose prompt asks for the defect's kind."""
 IDENTITY = "identity.json"
 
 
@@ -190,12 +193,13 @@ def _clear(work: Path) -> None:
     shutil.rmtree(work)
 
 
-def reward_functions(profile: str, located: bool = True) -> list[Any]:
+def reward_functions(profile: str, located: bool = True, kinds: Sequence[str] = ()) -> list[Any]:
     """One function a term, in TRL's form; what the first of them scores, the others have without scoring again.
 
     Args:
         profile: A key of `adfm.method.rewards.PROFILES`.
         located: Whether any training image has boxes; see `adfm.method.rewards.calibrated`.
+        kinds: The kinds of defects that the prompt asks for; with some there is the term `KIND`, after `TERMS`.
     """
     last: list[list[Any]] = []
     terms: list[rewards.Terms] = []
@@ -216,15 +220,26 @@ def reward_functions(profile: str, located: bool = True) -> list[Any]:
         reward.__name__ = TERMS[term]
         return reward
 
-    return [function(term) for term in range(len(TERMS))]
+    def kind(completions: list[Any], label: list[Label], defect: list[str | None], **_: Any) -> list[float]:
+        return [
+            kinds_.reward(response.parse(completion[0]["content"]), lab, its, kinds)
+            for completion, lab, its in zip(completions, label, defect, strict=True)
+        ]
+
+    functions: list[Any] = [function(term) for term in range(len(TERMS))]
+    if kinds:
+        kind.__name__ = KIND
+        functions.append(kind)
+    return functions
 
 
 def utilisation(terms: torch.Tensor, weights: torch.Tensor, group: int) -> dict[str, float]:
     """Shares of the groups of one step, in [0, 1].
 
     Args:
-        terms: Rewards `[completions, 3]` in the order of `TERMS`; a group's completions stand together.
-        weights: Weight of each term, `[3]`.
+        terms: Rewards `[completions, 3]` in the order of `TERMS`, or `[completions, 4]` with `KIND` after them; a
+            group's completions stand together.
+        weights: Weight of each term, `[3]` or `[4]`.
         group: Completions a group.
 
     Returns:
@@ -233,7 +248,7 @@ def utilisation(terms: torch.Tensor, weights: torch.Tensor, group: int) -> dict[
     grouped = terms.nan_to_num().view(-1, group, terms.shape[1])
     total = grouped @ weights
     share = {"utilisation": (total != total[:, :1]).any(1)}
-    for i, term in enumerate(TERMS):
+    for i, term in enumerate((*TERMS, KIND)[: terms.shape[1]]):
         share[f"utilisation/{term}"] = (grouped[:, :, i] != grouped[:, :1, i]).any(1)
     right = grouped[:, :, TERMS.index("classification")] == 1
     share["groups/all_right"], share["groups/all_wrong"] = right.all(1), (~right).all(1)
@@ -307,7 +322,7 @@ def _trainer(
 
     settings = params.train
     group = settings.num_generations
-    terms_of = reward_functions(settings.profile, located=any(data["regions"]))
+    terms_of = reward_functions(settings.profile, any(data["regions"]), loaded.kinds)
     completions, _ = hardware.shares(settings, processes)
     unwanted = families.placeholders(loaded.processor)
     generation: dict[str, Any] = {"generation_kwargs": {"suppress_tokens": unwanted}}
@@ -359,7 +374,7 @@ def _trainer(
             return [row for i in range(at, at + count) for row in [reserve[i]] * group]
 
         def _differ(self, rows: Any, answers: Any) -> bool:
-            columns = {name: [row[name] for row in rows] for name in ("label", "regions", "frame")}
+            columns = {name: [row[name] for row in rows] for name in ("label", "defect", "regions", "frame")}
             terms = torch.tensor([function(completions=answers[3], **columns) for function in terms_of])
             return utilisation(terms.T, self.reward_weights.cpu(), group)["utilisation"] > 0
 
@@ -435,7 +450,7 @@ def _trainer(
         args=GRPOConfig(
             output_dir=str(work),
             **trl_settings(params, processes),
-            reward_weights=[getattr(settings.weights, term) for term in TERMS],
+            reward_weights=[getattr(settings.weights, term.__name__) for term in terms_of],
             **generation,
             logging_nan_inf_filter=False,
         ),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from adfm import tracking
 from adfm.data import hashes
 from adfm.data import shards as shards_
 from adfm.files import atomic_folder, refuse_to_replace, write_json
+from adfm.method import kinds as kinds_
 from adfm.method import prompt
 from adfm.models import adapters, decoding, families, loading
 from adfm.outbox import Outbox
@@ -51,7 +53,9 @@ def warmup(shards: Path, out: Path, params: Params, force: bool = False) -> None
     set_seed(params.seed)
     settings = params.warmup
     loaded = loading.load(params.model.name, params.model)
-    loaded = replace(loaded, prompt=prompt.messages(families.get(loaded.family).units, settings.stages))
+    kinds = kinds_.listed(shards_.table(shards, "train")["defect"].to_pylist()) if settings.kinds else ()
+    messages = prompt.messages(families.get(loaded.family).units, settings.stages, kinds)
+    loaded = replace(loaded, prompt=messages, kinds=kinds)
     decoding.Scorer(loaded.processor.tokenizer)  # refuses a tokenizer whose answers evaluation could not score
     model = adapters.attach(loaded.model, params.lora)
     steps = _steps(shards, settings)
@@ -87,7 +91,7 @@ def warmup(shards: Path, out: Path, params: Params, force: bool = False) -> None
                 ),
                 train_dataset=data.map(
                     _answer,
-                    fn_kwargs={"step": settings.coordinate_step, "stages": settings.stages},
+                    fn_kwargs={"step": settings.coordinate_step, "stages": settings.stages, "kinds": kinds},
                     remove_columns=["label", "defect", "regions", "frame"],
                 ),
                 processing_class=loaded.processor,
@@ -114,8 +118,8 @@ def _steps(shards: Path, settings: Warmup) -> int:
     return settings.steps
 
 
-def _answer(row: dict[str, Any], step: int, stages: bool) -> dict[str, Any]:
-    text = prompt.answer(row["label"], [Box(*box) for box in row["regions"]], row["defect"], step, stages)
+def _answer(row: dict[str, Any], step: int, stages: bool, kinds: Sequence[str]) -> dict[str, Any]:
+    text = prompt.answer(row["label"], [Box(*box) for box in row["regions"]], row["defect"], step, stages, kinds)
     return {"completion": [{"role": "assistant", "content": text}]}
 
 
@@ -146,6 +150,7 @@ def save(
         "base": {"name": loaded.base.name, "revision": loaded.base.revision},
         "family": loaded.family,
         "prompt": loaded.prompt,
+        **({"kinds": list(loaded.kinds)} if loaded.kinds else {}),
         "mlflow_run_id": run_id,
         "data_fingerprint": shards_.fingerprint(shards),
         "grey_range": shards_.grey_range(shards),

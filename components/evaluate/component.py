@@ -15,6 +15,7 @@ def evaluate(
     evaluation_report: dsl.Output[dsl.HTML],
     evaluation_metrics: dsl.Output[dsl.Metrics],
     decisions: dsl.Output[dsl.ClassificationMetrics],
+    kinds: dsl.Output[dsl.ClassificationMetrics],
 ):
     """The report is the one that reviewers read; with the pictures that are files of their own it is in MLflow."""
     from pathlib import Path
@@ -40,3 +41,6 @@ def evaluate(
         tasks.log_metrics(evaluation_metrics, "Evaluation metrics", metrics, first)
         decisions.log_confusion_matrix(*tasks.confusion(folder))
         decisions.log_roc_curve(*tasks.roc(folder))
+        if counts := tasks.kinds(folder):
+            tasks.name_artifacts({"Kinds of defects named by the candidate": kinds})
+            kinds.log_confusion_matrix(*counts)

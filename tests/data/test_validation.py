@@ -704,3 +704,49 @@ def test_a_reference_is_a_report(store: Path, tmp_path: Path, before: Path) -> N
         with pytest.raises(AdfmError, match=r"validate\.reference.*validation\.json is not the report"):
             validation.validate(shards_, tmp_path / "other", params)
         assert not (tmp_path / "other").exists()
+
+
+def defects_alone() -> dict[str, Record]:
+    kept = [(name, one) for name, one in faultless().items() if one.label == "anomalous"]
+    return {name: replace(one, defect=("dent", "scratch")[i % 2]) for i, (name, one) in enumerate(kept)}
+
+
+KINDS = Params.model_validate(
+    {"validate": {**LIMITS, "min_images_per_split": 4, "min_label_share": 0.05}, "warmup": {"kinds": True}}
+)
+
+
+def test_defects_alone_pass_where_their_kinds_are_learnt(tmp_path: Path) -> None:
+    folder = written(defects_alone(), tmp_path / "shards")
+    passed, report = run(folder, tmp_path / "report", KINDS)
+    assert passed and not failed(report)
+    without = KINDS.model_copy(update={"warmup": Params().warmup})
+    assert not run(folder, tmp_path / "refused", without)[0]
+    first = validation.failures(tmp_path / "refused")[0]
+    assert (
+        "train has normal and anomalous images" in first and "add normal images, or set warmup.kinds to true" in first
+    )
+
+
+def test_normal_images_alone_are_refused_with_or_without_kinds(tmp_path: Path) -> None:
+    normal = {name: one for name, one in faultless().items() if one.label == "normal"}
+    folder = written(normal, tmp_path / "shards")
+    for kinds in (True, False):
+        params = KINDS.model_copy(update={"warmup": Params().warmup.model_copy(update={"kinds": kinds})})
+        assert not run(folder, tmp_path / f"report {kinds}", params)[0]
+        assert "add images of defects" in "".join(validation.failures(tmp_path / f"report {kinds}"))
+
+
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        (["dent"], "train has 2 to 30 kinds of defects"),
+        (["dent", "x" * 61], "names of kinds have at most 60 characters"),
+    ],
+)
+def test_kinds_that_no_prompt_can_ask_for_are_refused(names: list[str], what: str, tmp_path: Path) -> None:
+    records = {
+        name: replace(one, defect=names[i % len(names)]) for i, (name, one) in enumerate(defects_alone().items())
+    }
+    assert not run(written(records, tmp_path / "shards"), tmp_path / "report", KINDS)[0]
+    assert what in validation.failures(tmp_path / "report")[0]

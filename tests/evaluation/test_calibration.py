@@ -281,3 +281,11 @@ def test_a_file_that_is_not_a_calibration_is_refused(tmp_path: Path, text: str) 
         calibration.read(tmp_path / "calibration.json")
     with pytest.raises(AdfmError, match="cannot be read"):
         calibration.read(tmp_path / "not-there.json")
+
+
+@pytest.mark.parametrize("limit", [{"overkill_limit": 0.1}, {"overkill_limit": None, "escape_limit": 0.1}])
+def test_on_defects_alone_there_is_neither_calibration_nor_threshold(limit: dict[str, float | None]) -> None:
+    table = pd.DataFrame({"label": ["anomalous"] * 3, "predicted": ["anomalous"] * 3, "score": [0.2, 0.7, 0.9]})
+    found = calibration.fit(table, Evaluate(**limit))
+    assert (found.method, found.threshold) == ("none", None)
+    assert "no normal image to choose a threshold on" in found.summary

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import sklearn.metrics
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -645,3 +646,63 @@ def test_other_images_are_refused_and_named() -> None:
         metrics.difference(pd.concat([table, table.iloc[3:4]]), table, 10, 0)
     with pytest.raises(AdfmError, match="empty"):
         metrics.difference(table, table.iloc[:0], 10, 0)
+
+
+# ------------------------------------------------------------------------------------------------------ kinds
+
+
+def with_kinds(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    named = pd.Series(rng.choice(["scratch", "dent", "none"], len(table)), dtype=object)
+    return table.assign(kind=table["defect"], predicted_kind=named.where(named != "none", None))
+
+
+def test_the_kind_is_right_where_letter_and_kind_are() -> None:
+    table = with_kinds(predictions(200))
+    table.loc[table.index[table["label"] == "anomalous"][:7], "kind"] = None  # several on one image, or none known
+    known = table[(table["label"] == "anomalous") & table["kind"].notna()]
+    right = (known["predicted"] == "anomalous") & (known["predicted_kind"] == known["kind"])
+    found = metrics.summarize(table, 20, 0, 0.01, 0.05)
+    assert found["overall"]["kind_right"] == pytest.approx(right.mean())
+    exact = scipy.stats.binomtest(int(right.sum()), len(right)).proportion_ci(method="exact")
+    assert found["overall"]["kind_right_low"] == pytest.approx(exact.low, abs=1e-6)
+    assert found["overall"]["kind_right_high"] == pytest.approx(exact.high, abs=1e-6)
+    for kind in ("scratch", "dent"):
+        assert found["defects"][kind]["kind_right"] == pytest.approx(right[known["kind"] == kind].mean())
+
+
+def test_kinds_change_no_other_metric_and_a_reference_without_them_none() -> None:
+    plain, other = predictions(60), predictions(60, seed=1)
+    named = with_kinds(plain)
+    both = metrics.values(named)
+    assert both.pop("kind_right") is not None
+    assert both == metrics.values(plain)
+    assert metrics.difference(named, other, 10, 0) == metrics.difference(plain, other, 10, 0)
+    assert "kind_right" in metrics.difference(named, with_kinds(other, 1), 10, 0)
+
+
+def test_the_table_of_kinds_counts_every_image_whose_kind_is_known() -> None:
+    table = with_kinds(predictions(200))
+    table.loc[table.index[table["label"] == "anomalous"][:7], "kind"] = None
+    rows, columns, counts = metrics.kinds_confusion(table)
+    assert rows == ["dent", "scratch", "(normal)"] and columns == ["dent", "scratch", "(no kind)", "(normal)"]
+    assert np.sum(counts) == 193
+    normal = table[table["label"] == "normal"]
+    assert counts[2][3] == (normal["predicted"] == "normal").sum()
+    answered = (table["kind"] == "dent") & (table["predicted"] == "normal")
+    assert counts[0][3] == answered.sum()
+    right = counts[0][0] + counts[1][1]
+    assert metrics.values(table)["kind_right"] == pytest.approx(right / sum(map(sum, counts[:2])))
+
+
+def test_among_defects_alone_the_decision_is_not_measured() -> None:
+    table = with_kinds(predictions(80))
+    defects, other = (each[each["label"] == "anomalous"] for each in (table, predictions(80, seed=1)))
+    found = metrics.summarize(defects, 10, 0, 0.01, 0.05)
+    change = metrics.difference(defects, other, 10, 0)
+    for of in (found["overall"], change, *found["defects"].values(), *found["categories"].values()):
+        for name in metrics.BOTH_LABELS:
+            assert of[name] is None and of[f"{name}_low"] is None and of[f"{name}_high"] is None
+        assert of["iou"] is not None and of["parse_rate"] is not None
+    assert found["overall"]["kind_right"] is not None
+    json.dumps([found, change], allow_nan=False)

@@ -400,6 +400,26 @@ def test_confusion_counts_every_answer(opened: Opened, table: pd.DataFrame) -> N
         assert [int(cell.split()[0]) for cell in cells] == shown.to_numpy().ravel().tolist()
 
 
+def test_kinds_of_defects_are_a_table_with_their_names_as_text(browser: Browser, tmp_path: Path) -> None:
+    records = [replace(record(number), defect=("dent", ATTACK)[number % 4 // 2]) for number in range(0, 24, 2)]
+    table = predictions(records, 0.9, 1)
+    table = table.assign(kind=table["defect"], predicted_kind=["dent"] * len(table))
+    folder = evaluated(tmp_path / "evaluation", {"old": predictions(records, 0.8, 2), "new": table}, at=None)
+    found = json.loads((folder / "metrics.json").read_text())
+    (tmp_path / "shards").mkdir()
+    shards.write(records, tmp_path / "shards", 100)
+    report.write(folder, tmp_path / "shards", folder / "report")
+    opened = Opened(browser, (folder / "report" / "report.html").as_uri())
+    cells = opened.page.locator('[data-model="new"][data-kind="kinds"] td').all_inner_texts()
+    _, columns, counts = metrics.kinds_confusion(table)
+    assert [int(cell.split()[0]) for cell in cells] == np.ravel(counts).tolist() and len(columns) == 4
+    assert opened.page.locator('[data-model="old"][data-kind="kinds"]').count() == 0
+    assert metrics.NO_NORMAL_IMAGE in opened.page.inner_text("#about")
+    assert "kind right" in opened.page.inner_text("#tiles") and "escapes" not in opened.page.inner_text("#tiles")
+    assert found["new"]["kind_right"] is not None and opened.complaints == []
+    opened.page.close()
+
+
 def test_curves_are_drawn_for_each_model(opened: Opened) -> None:
     titles = opened.page.locator(".chart figcaption").all_inner_texts()
     lines = [chart.locator("path").count() for chart in opened.page.locator(".chart").all()]

@@ -133,3 +133,10 @@ def test_tiles_are_drawn_by_the_weights_of_their_images_and_need_boxes(
     assert {row["image"].size for row in data} == {(400, 300)}  # the height is the image's own
     with pytest.raises(AdfmError, match=r"no anomalous training image has boxes.*tile\.size=null"):
         examples.draw(label_shards, loaded, 12, 0.5, 0, tmp_path, tile=Tile(size=64))
+
+
+def test_kinds_are_drawn_as_often_as_one_another() -> None:
+    kinds = ["dent"] * 8 + ["scratch"] * 2 + [None] * 2
+    weights = examples._evenly(kinds)
+    assert weights.tolist() == [1 / 8] * 8 + [1 / 2] * 2 + [1 / 8] * 2
+    assert examples._evenly([None, None]).tolist() == [1, 1]

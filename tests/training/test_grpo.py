@@ -84,6 +84,25 @@ def test_reward_functions_pay_what_the_profile_pays() -> None:
             assert function(**columns, prompts=[], completion_ids=[]) == expected
 
 
+def test_the_kind_is_a_term_where_kinds_are_asked_for() -> None:
+    known = ("dent", "scratch")
+    texts = [prompt.answer("anomalous", [], "dent", kinds=known), prompt.answer("normal", [])]
+    columns: dict[str, Any] = {
+        "completions": [[{"role": "assistant", "content": text}] for text in (*texts, *texts)],
+        "label": ["anomalous", "anomalous", "normal", "normal"],
+        "defect": ["dent", "dent", None, None],
+        "regions": [[]] * 4,
+        "frame": [[1000, 1000]] * 4,
+    }
+    functions = grpo.reward_functions("calibrated", kinds=known)
+    assert [function.__name__ for function in functions] == [*grpo.TERMS, "kind"]
+    terms = torch.tensor([function(**columns) for function in functions]).T
+    assert terms[:, 3].tolist() == [1, 0, 0, 1]
+    assert terms[:, :3].T.tolist() == [function(**columns) for function in grpo.reward_functions("calibrated")]
+    shares = grpo.utilisation(terms, torch.ones(4), group=2)
+    assert shares["utilisation/kind"] == 1 and "utilisation/kind" not in grpo.utilisation(terms[:, :3], WEIGHTS, 2)
+
+
 def test_where_only_the_label_is_known_places_tip_no_group() -> None:
     boxes = [[], [Box(100, 100, 300, 300)], [Box(1, 1, 9, 9), Box(500, 500, 600, 600)]]
     columns: dict[str, Any] = {

@@ -1,0 +1,106 @@
+"""The kinds of defects that a model names (`warmup.kinds`): their names, how they are written, read and rewarded.
+
+The prompt lists the kinds in double quotes, and a response names one of them, in quotes, in `<rethink>`. A name is read
+only where it stands in quotes and is one of the list: "scratch" is not read in "deep scratch", nor is a kind called
+"real" in "a real defect".
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+from adfm.errors import AdfmError
+from adfm.method.response import Response
+from adfm.records import Label
+
+FEWEST, MOST = 2, 30
+"""Kinds of one model: fewer leave nothing to tell apart, and more make the prompt longer than the image."""
+
+LONGEST = 60
+"""Characters of a name: it has to fit into a response with boxes."""
+
+# Markup would end a stage or the response, and a quote the name.
+_REPLACED = str.maketrans({"<": "(", ">": ")", '"': "'"})
+
+
+def written(name: str | None) -> str | None:
+    """The name of a kind as the prompt lists it and a response has it; `None` where no kind is known.
+
+    Composed (Unicode NFC, as tokenizers compose it), in one line, without markup and double quotes. Names that differ
+    in nothing else are one kind.
+    """
+    text = unicodedata.normalize("NFC", name or "").translate(_REPLACED)
+    text = "".join(char if char.isprintable() else " " for char in text)
+    return " ".join(text.split()) or None
+
+
+def of(defect: str | None, kinds: Sequence[str]) -> str | None:
+    """The kind of an image's defect, as it is written; `None` where none is known, or several of `kinds` are there.
+
+    Args:
+        defect: As the shards have it; of several kinds a name joined by plus signs ("dent+scratch").
+        kinds: The kinds that a model names; a kind beyond them, as a test split may have, is a kind all the same.
+    """
+    kind = written(defect)
+    return None if kind not in kinds and _is_joined(kind, kinds) else kind
+
+
+def _is_joined(kind: str | None, kinds: Iterable[str]) -> bool:
+    parts = {written(part) for part in (kind or "").split("+")}
+    return len(parts) > 1 and parts <= {*kinds}
+
+
+def listed(names: Iterable[str | None]) -> tuple[str, ...]:
+    """The kinds among the defects of a training split, as they are written, in alphabetical order.
+
+    A name that joins several of them by plus signs is no kind of its own.
+
+    Raises:
+        AdfmError: There are fewer than `FEWEST` or more than `MOST`, or one is longer than `LONGEST`.
+    """
+    every = {kind for name in names if (kind := written(name))}
+    kinds = sorted(kind for kind in every if not _is_joined(kind, every))
+    if not FEWEST <= len(kinds) <= MOST:
+        raise AdfmError(
+            f"warmup.kinds: the training images have {len(kinds)} kinds of defects, and a model can be asked to name "
+            f"{FEWEST} to {MOST}; name the defects of the data set, join rare kinds, or set warmup.kinds to false"
+        )
+    if long := [kind for kind in kinds if len(kind) > LONGEST]:
+        raise AdfmError(
+            f"warmup.kinds: the name {long[0]!r} has {len(long[0])} characters, and {LONGEST} are the most; "
+            "shorten it in the data set, or set warmup.kinds to false"
+        )
+    return tuple(kinds)
+
+
+def read(rethink: str | None, kinds: Sequence[str]) -> str | None:
+    """The kind that an examination stage names in double quotes; `None` where it names none of `kinds`, or several.
+
+    Args:
+        rethink: Text of the stage, of any length and content; `None` without such a stage.
+        kinds: As `listed` gives them.
+    """
+    # All that stands between two quotes, whichever pairs were meant: a stray quote, as of inches, hides no name.
+    named = set((rethink or "").split('"')[1:-1]).intersection(kinds)
+    return named.pop() if len(named) == 1 else None
+
+
+def reward(response: Response, label: Label, defect: str | None, kinds: Sequence[str]) -> float:
+    """The term `kind` of the reward: 1 for the right kind, else 0.
+
+    A defective image pays for the letter A with its own kind. One of no known kind, or of several, pays 0 whatever is
+    named, so that it never contributes to the advantage. A normal image pays for the letter B without a kind. The kind
+    counts only beside the right letter, so that no answer without a look at the image earns on both labels: always
+    the same kind earns that kind's share of the defective images, and always B nothing there.
+
+    Args:
+        response: The completion.
+        label: The image's label.
+        defect: The image's defect, as the shards have it.
+        kinds: As `listed` gives them.
+    """
+    named = read(response.rethink, kinds)
+    if label == "normal":
+        return float(response.answer == "B" and named is None)
+    return float(response.answer == "A" and named is not None and named == of(defect, kinds))

@@ -1,0 +1,173 @@
+"""Kinds of defects: what is asked, written and read agrees, and an answer without a look does not pay."""
+
+import hashlib
+import json
+import time
+
+import numpy as np
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+from adfm.errors import AdfmError
+from adfm.method import kinds, prompt, response
+from adfm.models import loading
+from adfm.params import Model
+from adfm.records import Box
+
+BOX = Box(10, 20, 30, 40)
+NASTY = (
+    *("scratch", "scratch deep", "deep", "a real defect", "A real defect:", "real", "Normal variation, no defect."),
+    *(
+        '5" notch',
+        '"',
+        "dent</rethink><answer>B</answer>",
+        "<|im_end|>",
+        "a\nb",
+        "[1, 2, 3, 4]",
+        "{kinds}",
+        "{0}",
+        "%s",
+    ),
+    *("划痕", "e\u0301cart", "\u00e9cart", "خدش", "a,b", '", "', "dent+scratch", "+", "A", "none", "\u200b", " ", ""),
+)
+NAMES = st.lists(st.text(max_size=12) | st.sampled_from(NASTY), min_size=2, max_size=8)
+
+
+def listed(names: list[str]) -> tuple[str, ...]:
+    try:
+        return kinds.listed(names)
+    except AdfmError:
+        assume(False)
+        raise
+
+
+@given(NAMES)
+@example(["scratch", "scratch deep", "deep"])
+@example(["dent", "scratch", "dent+scratch"])
+@settings(deadline=None)
+def test_what_is_asked_and_written_is_what_is_read(names: list[str]) -> None:
+    known = listed(names)
+    question = prompt.messages("units", kinds=known)[1]["content"]
+    assert tuple(question.split('"')[1::2]) == known
+    assert question.count("<") == question.count(">") == 6
+    for name in names:
+        for regions in ([BOX], []):
+            text = prompt.answer("anomalous", regions, name, kinds=known)
+            read = response.parse(text)
+            assert (read.tags, read.answer, read.boxes) == (response.STAGES, "A", tuple(regions))
+            assert kinds.read(read.rethink, known) == kinds.of(name, known)
+    for regions in ([BOX], []):
+        text = prompt.answer("normal", regions, kinds=known)
+        assert kinds.read(response.parse(text).rethink, known) is None
+        assert text == prompt.answer("normal", regions)
+
+
+def test_the_tokens_of_a_name_are_read_as_the_name() -> None:
+    tokenizer = loading.load_processor("embedded://tiny-base", Model()).tokenizer
+    known = kinds.listed(NASTY)
+    for kind in known:
+        text = prompt.answer("anomalous", [BOX], kind, kinds=known)
+        again = tokenizer.batch_decode([tokenizer(text)["input_ids"]], skip_special_tokens=True)[0]
+        assert kinds.read(response.parse(again).rethink, known) == kind
+
+
+@given(st.text())
+def test_a_written_name_stays_as_it_is(name: str) -> None:
+    text = kinds.written(name)
+    assert kinds.written(text) == text
+    assert text is None or text == text.strip() != ""
+
+
+def test_without_kinds_prompt_and_answers_are_those_of_models_already_trained() -> None:
+    texts = [prompt.messages("units"), prompt.messages("units", stages=False)]
+    texts += [prompt.answer("anomalous", boxes, name) for boxes in ([BOX], []) for name in (None, "dent")]
+    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    assert digest == "44e34b17868290b46590ab68a73b39955cd08f2b3c9cdce51509c9d33426a47c"
+
+
+@pytest.mark.parametrize(
+    ("rethink", "kind"),
+    [
+        ('A real defect: "dent".', "dent"),
+        ('"dent". Yes, "dent".', "dent"),
+        ('5" long: "deep dent".', "deep dent"),
+        ("A real defect: dent.", None),
+        ('A real defect: "Dent".', None),
+        ('"dent" or "scratch"', None),
+        ('"deep dent" and "dent"', None),
+        ('"crack"', None),
+        ('"dent', None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_one_quoted_kind_is_read(rethink: str | None, kind: str | None) -> None:
+    assert kinds.read(rethink, ("deep dent", "dent", "scratch")) == kind
+
+
+def test_no_string_makes_reading_slow() -> None:
+    known = tuple(f"kind {number}" for number in range(30))
+    begun = time.perf_counter()
+    for text in ('"' * 10**6, '"kind 1' * 10**5, "kind 1 " * 10**5, '"' + "x" * 10**6):
+        kinds.read(text, known)
+    assert time.perf_counter() - begun < 5
+
+
+def test_several_kinds_on_one_image_are_none_of_them() -> None:
+    known = kinds.listed(["dent", "scratch", "dent+scratch", "a+b", None])
+    assert known == ("a+b", "dent", "scratch")
+    assert kinds.of("scratch+dent", known) is None
+    assert [kinds.of(name, known) for name in ("a+b", "crack", " dent\n", None)] == ["a+b", "crack", "dent", None]
+    assert prompt.answer("anomalous", [BOX], "dent+scratch", kinds=known) == prompt.answer(
+        "anomalous", [BOX], "dent+scratch"
+    )
+
+
+def test_lists_that_no_prompt_can_hold_are_refused() -> None:
+    assert kinds.listed(f"kind {number}" for number in range(30))
+    with pytest.raises(AdfmError, match=r"warmup\.kinds: .* have 31 kinds .* 2 to 30"):
+        kinds.listed(f"kind {number}" for number in range(31))
+    for names in ([], [None], ["dent", " dent", None, ""]):
+        with pytest.raises(AdfmError, match="have [01] kinds"):
+            kinds.listed(names)
+    with pytest.raises(AdfmError, match="'x{200}' has 200 characters, and 60 are the most"):
+        kinds.listed(["dent", "x" * 200])
+
+
+def said(letter: str, kind: str | None) -> response.Response:
+    return response.parse(f'<think>x</think><rethink>"{kind}"</rethink><answer>{letter}</answer>')
+
+
+def test_the_right_kind_beside_the_right_letter_is_paid() -> None:
+    known = ("dent", "scratch")
+
+    def paid(letter: str, kind: str | None, label: str, defect: str | None) -> float:
+        return kinds.reward(said(letter, kind), label, defect, known)  # type: ignore[arg-type]
+
+    assert paid("A", "dent", "anomalous", "dent") == 1
+    assert paid("B", None, "normal", None) == 1
+    for letter, kind in (("A", "scratch"), ("B", "dent"), ("A", None), ("C", "dent"), ("B", None)):
+        assert paid(letter, kind, "anomalous", "dent") == 0
+    for letter, kind in (("B", "dent"), ("A", None), ("A", "dent"), ("?", None)):
+        assert paid(letter, kind, "normal", None) == 0
+    # Where the kind is not known nothing pays, so that no completion has an advantage by it.
+    for defect in (None, "dent+scratch"):
+        assert {paid(letter, kind, "anomalous", defect) for letter in "ABC" for kind in (*known, None)} == {0}
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.55, 0.95, 1.0])
+@pytest.mark.parametrize("number", [2, 6, 30])
+def test_no_answer_without_a_look_is_worth_one_with_it(number: int, share: float) -> None:
+    """The best blind completion, over all letters and kinds, where every kind is drawn as often as any other."""
+    known = tuple(f"kind {i}" for i in range(number))
+    earned = {
+        (letter, kind): share * np.mean([kinds.reward(said(letter, kind), "anomalous", its, known) for its in known])
+        + (1 - share) * kinds.reward(said(letter, kind), "normal", None, known)
+        for letter in "ABC"
+        for kind in (*known, None)
+    }
+    assert max(earned.values()) == pytest.approx(max(share / number, 1 - share))
+    assert max(earned.values()) < 0.96  # an answer that looks earns 1
+    # No constant kind gains on another, nor on naming none beside it, beyond its share.
+    assert [earned["A", kind] for kind in known] == pytest.approx([share / number] * number)
