@@ -118,6 +118,12 @@ class Warmup(Section):
     stages: bool = True
 
 
+class Detector(Section):
+    """Reference detector."""
+
+    steps: PositiveInt = 400
+
+
 class RewardWeights(Section):
     """Weight of each term in the total reward."""
 
@@ -240,6 +246,7 @@ class Params(Section):
     model: Model = Model()
     lora: Lora = Lora()
     warmup: Warmup = Warmup()
+    detector: Detector = Detector()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     register_: Register = Field(default=Register(), alias="register")
