@@ -130,6 +130,7 @@ def test_a_blind_answer_is_right_for_one_label_and_boxes_nothing(
         assert blind[name]["id"].tolist() == table["id"].tolist()
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 9)), min_size=1, max_size=30))
 def test_no_threshold_is_better_than_the_best(images: list[tuple[bool, int]]) -> None:
     anomalous = np.array([label for label, _ in images])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -15,6 +15,7 @@ HALF = detector.Rule(0.5, 0.0, 10)
 SIDES = st.integers(1, 4000)
 
 
+@settings(deadline=None)
 @given(width=SIDES, height=SIDES)
 def test_a_picture_has_whole_cells_of_every_stride(width: int, height: int) -> None:
     across, down = detector.picture_size(width, height)
@@ -24,6 +25,7 @@ def test_a_picture_has_whole_cells_of_every_stride(width: int, height: int) -> N
         assert 0.7 < across / down * height / width < 1.4
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_box_is_exactly_its_cells_in_pixels_of_the_image(data: st.DataObject) -> None:
     """Of a map that is 1 in a rectangle of cells and 0 elsewhere, whatever the shapes of map and image."""
@@ -38,6 +40,7 @@ def test_a_box_is_exactly_its_cells_in_pixels_of_the_image(data: st.DataObject) 
     assert box == pytest.approx((left * cell[0], top * cell[1], right * cell[0], bottom * cell[1]))
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_boxes_lie_in_the_image_and_there_is_always_one(data: st.DataObject) -> None:
     rows, columns = data.draw(st.integers(2, 20)), data.draw(st.integers(2, 20))
@@ -57,10 +60,9 @@ def test_regions_come_with_the_highest_first_and_no_more_than_the_rule_keeps() -
     size = 200, 100
     high = [Box(100, 10, 110, 20), Box(150, 70, 160, 80), Box(10, 10, 20, 20)]
     three = detector.regions(cells, size, detector.Rule(0.3, 0.0, 10))
-    assert [max(each.iou(box) for each in three) > 0.2 for box in high] == [True] * 3
-    assert [box.x1 // 50 for box in three] == [2, 3, 0] or [box.x1 // 50 for box in three] == [1, 2, 0]
-    assert detector.regions(cells, size, detector.Rule(0.3, 0.0, 2)) == three[:2]
-    assert detector.regions(cells, size, detector.Rule(0.0, 0.95, 10)) == [three[0]] or len(three) == 3
+    assert three == high
+    assert detector.regions(cells, size, detector.Rule(0.3, 0.0, 2)) == high[:2]
+    assert detector.regions(cells, size, detector.Rule(0.0, 0.95, 10)) == high[:1]
 
 
 def test_the_head_answers_a_picture_alone_as_in_a_batch() -> None:
