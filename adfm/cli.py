@@ -39,7 +39,8 @@ from a data set to a registered model, by hand (`make repro` does the same, and 
   adfm validate data/shards
   adfm warmup data/shards models/warmup
   adfm train data/shards models/warmup models/trained
-  adfm evaluate models/trained data/shards evaluation --compare warmup=models/warmup
+  adfm detector data/shards models/detector
+  adfm evaluate models/trained data/shards evaluation --compare detector=models/detector --compare warmup=models/warmup
   adfm register models/trained data/shards evaluation registration
   adfm approve 1
   adfm promote 1
@@ -168,6 +169,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add = verb("warmup", _warmup, "teach the base model the form of the answer (supervised)")
     add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
     add.add_argument("out", metavar="OUT", type=Path, help="folder to write the adapter to")
+    add.add_argument("--force", action="store_true", help="replace a finished model at OUT")
+
+    add = verb("detector", _detector, "train the reference detector: a small head on pretrained features, no language")
+    add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
+    add.add_argument("out", metavar="OUT", type=Path, help="folder to write the detector to")
     add.add_argument("--force", action="store_true", help="replace a finished model at OUT")
 
     add = verb("train", _train, "train by GRPO; goes on from the last checkpoint if it was interrupted")
@@ -438,6 +444,12 @@ def _warmup(args: argparse.Namespace, params: Params) -> None:
 
     with reported():
         warmup(args.shards, args.out, params, args.force)
+
+
+def _detector(args: argparse.Namespace, params: Params) -> None:
+    from adfm.training.detector import train
+
+    train(args.shards, args.out, params, args.force)
 
 
 def _train(args: argparse.Namespace, params: Params) -> None:

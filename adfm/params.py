@@ -132,6 +132,12 @@ class Warmup(Section):
         return self
 
 
+class Detector(Section):
+    """Reference detector."""
+
+    steps: PositiveInt = 400
+
+
 class RewardWeights(Section):
     """Weight of each term in the total reward."""
 
@@ -266,6 +272,7 @@ class Params(Section):
     model: Model = Model()
     lora: Lora = Lora()
     warmup: Warmup = Warmup()
+    detector: Detector = Detector()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     register_: Register = Field(default=Register(), alias="register")

@@ -129,8 +129,11 @@ def load(
         local = folder / "model"
         own, calibration, guard = read_version(folder)
     else:
-        own = (loading.describe(Path(local)) or {}).get("params")
+        about = loading.describe(Path(local)) or {}
+        own = about.get("params")
         calibration, guard = Calibration(note="only a registered version has a threshold"), None
+        if loading.is_detector(local):  # its score is a probability, and its threshold in its folder
+            calibration = Calibration(threshold=about["threshold"], images=about["chosen_on"])
     inspector = inference.Inspector(local, with_own(params, own))
     return inspector, name, calibration, guard, loading.grey_range(Path(local))
 

@@ -261,12 +261,12 @@ def wait_for_servers(params: Params) -> None:
     retries.again(lambda: loading.resolve(params.model.name, params.model.revision), f"model {params.model.name}")
 
 
-def models_to_compare(params: Params, warmup: Path, candidate: Path) -> dict[str, str | Path]:
-    """The models that a candidate is evaluated beside: the base, the warmed-up one, production and anchor, if any."""
+def models_to_compare(params: Params, detector: Path, warmup: Path, candidate: Path) -> dict[str, str | Path]:
+    """The models that a candidate is evaluated beside: detector, base, warmed-up one, production and anchor, if any."""
     from adfm.evaluation import evaluate
     from adfm.registry.production import in_production
 
-    models: dict[str, str | Path] = {"base": params.model.name, "warmup": warmup}
+    models: dict[str, str | Path] = {"detector": detector, "base": params.model.name, "warmup": warmup}
     return models | evaluate.models_to_compare(in_production(params), candidate)
 
 

@@ -6,6 +6,7 @@ SMALL = [
     "validate.min_label_share=0",
     "warmup.steps=2",
     "warmup.batch_size=2",
+    "detector.steps=2",
     "train.steps=2",
     "train.prompts_per_step=2",
     "train.num_generations=2",

@@ -15,7 +15,7 @@ from adfm.cli import main
 from adfm.params import Train
 
 VERBS = (
-    *("check", "fetch", "convert", "validate", "show", "warmup", "train", "evaluate", "predict"),
+    *("check", "fetch", "convert", "validate", "show", "warmup", "detector", "train", "evaluate", "predict"),
     *("served", "report", "register", "gate", "promote", "rollback", "score", "tiny-base", "params"),
 )
 HEAVY = "datasets great_expectations matplotlib mlflow numpy pandas peft pydantic scipy sklearn torch transformers trl"

@@ -15,6 +15,7 @@ FUNCTIONS = {
     "convert": "adfm/data/conversion.py",
     "validate": "adfm/data/validation.py",
     "warmup": "adfm/training/warmup.py",
+    "detector": "adfm/training/detector.py",
     "train": "adfm/training/grpo.py",
     "folds": "adfm/folds.py",
     "evaluate": "adfm/evaluation/evaluate.py",

@@ -65,7 +65,7 @@ class Calibration(BaseModel):
         parameters: Of `temperature`: `temperature` and `bias`; of `isotonic`: `scores` and `probabilities`, the corners
             of the function, linear between them; of `none`: nothing.
         threshold: The probability from which on an image is flagged; `None`: the letter decides.
-        limit: What the threshold was chosen for, as `{"overkill": 0.05}`.
+        limit: What the threshold was chosen for, as `{"overkill": 0.05}`; empty: a detector's own threshold.
         images: Images of the validation split that it comes from.
         model: Digest of the model's folder; `None` for a base model.
         data: Fingerprint of the validation split.
@@ -125,12 +125,14 @@ class Calibration(BaseModel):
         """One sentence for people: what decides."""
         if self.threshold is None:
             return f"The letter decides: {self.note or 'there is no threshold'}."
+        chosen = (
+            f"An image is flagged from a probability of {self.threshold:.6g} on, chosen on {self.images} validation"
+        )
+        if not self.limit:
+            return f"{chosen} images for the best balanced accuracy."
         ((kind, share),) = self.limit.items()
         words = {"overkill": "normal images are flagged", "escapes": "defective images are missed"}[kind]
-        return (
-            f"An image is flagged from a probability of {self.threshold:.6g} on, chosen on {self.images} validation"
-            f" images so that at most {share:.1%} of the {words}."
-        )
+        return f"{chosen} images so that at most {share:.1%} of the {words}."
 
 
 def fit(table: pd.DataFrame, settings: Evaluate, model: str | None = None, data: str | None = None) -> Calibration:

@@ -11,7 +11,8 @@ The folder that it writes; the candidate is the last model:
     metrics/<name>.json                   the headline alone, one row a model in `dvc metrics show`
     details.json                          the same by data set, category, defect and size of the defect
     evaluation.json                       what was evaluated: models, split, fingerprint of the shards, settings
-    comparison.md, comparison.csv         the table that is printed
+    references.json                       the blind answers, and how candidate and reference detector compare
+    comparison.md, comparison.csv         the tables that are printed
     cross-validation.json, .parquet       where `evaluate.folds` is set: what `adfm folds` wrote (adfm/folds.py)
     plots/                                confusion.csv, roc.csv, iou_by_size.csv for DVC; figures as PNG;
                                           kinds.csv if the candidate's prompt asks for the kinds of defects
@@ -41,7 +42,7 @@ import pyarrow.parquet as pq
 from adfm import tracking
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
-from adfm.evaluation import calibration, crossvalidation, guard, inference, metrics, plots
+from adfm.evaluation import calibration, crossvalidation, guard, inference, metrics, plots, references
 from adfm.evaluation import report as page
 from adfm.evaluation.calibration import DECIDED, Calibration
 from adfm.evaluation.inference import KINDS
@@ -69,8 +70,8 @@ def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Par
     settings.
 
     Args:
-        models: Base model names, model folders or registered versions (`models:/adfm@production`) by the name to show,
-            in the order to show; the last is the candidate.
+        models: Base model names, model folders, folders of detectors, or registered versions
+            (`models:/adfm@production`) by the name to show, in the order to show; the last is the candidate.
         shards: Folder of shards.
         out: Folder to write.
         params: Reads the sections `evaluate`, `model` and `register`, and `seed`.
@@ -82,8 +83,9 @@ def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Par
     if not models:
         raise AdfmError("There is no model to evaluate; name at least one.")
     for name in models:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name == "predictions":
-            raise AdfmError(f"{name!r} cannot name a model: letters, digits, - and _ only, and not `predictions`.")
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in ("predictions", *references.BLIND):
+            taken = ", ".join(("predictions", *references.BLIND))
+            raise AdfmError(f"{name!r} cannot name a model: letters, digits, - and _ only, and none of {taken}.")
     crossed = crossvalidation.read(folds, shards) if folds else None
     if params.evaluate.folds and folds is None:
         print(
@@ -101,12 +103,16 @@ def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Par
         for name, model in models.items():
             (Path(downloads) / name).mkdir()
             local[name], shown[name] = loading.fetch(model, Path(downloads) / name)
-            loading.base_of(local[name], params.model)  # before anything is done
+            if not loading.is_detector(local[name]):
+                loading.base_of(local[name], params.model)  # before anything is done
+        detectors = [name for name in models if name != candidate and loading.is_detector(local[name])]
+        reference = references.Reference(detectors[0], shown[detectors[0]]) if detectors else None
         digests = {name: digest(Path(model)) if Path(model).is_dir() else None for name, model in local.items()}
         about = {
             "candidate": candidate,
             "candidate_digest": digests[candidate],
             "models": shown,
+            "detector": reference.name if reference else None,
             "split": split,
             "images": len(shards_.ids(shards, split)),
             "fingerprint": fingerprint,
@@ -136,7 +142,7 @@ def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Par
                 write_json(calibrations[name].model_dump(), partial / file)
             for name, table in validation.items():
                 _write_table(calibrations[name].apply(table), partial / "validation" / f"{name}.parquet")
-            comparison = report(tables, shards, partial, params, calibrations)
+            comparison = report(tables, shards, partial, params, calibrations, validation, reference)
             if folds and crossed:
                 comparison += crossvalidation.add(crossed, folds, partial)
             page.write(partial, shards, partial / "report")
@@ -218,8 +224,10 @@ def report(
     out: Path,
     params: Params,
     calibrations: dict[str, Calibration],
+    validation: Mapping[str, pd.DataFrame] | None = None,
+    reference: references.Reference | None = None,
 ) -> str:
-    """Writes everything that follows from prediction tables; returns the comparison as an aligned Markdown table.
+    """Writes everything that follows from prediction tables; returns the comparison as aligned Markdown tables.
 
     Args:
         tables: Prediction tables of the same images by model, with decisions; the last is the candidate.
@@ -227,6 +235,8 @@ def report(
         out: An existing folder.
         params: Reads the section `evaluate`, and `seed`.
         calibrations: By model, what the decisions were made with.
+        validation: Prediction tables of the validation split by model, if there is one.
+        reference: The reference detector among the models, if there is one.
     """
     *others, candidate = tables
     settings = params.evaluate
@@ -250,10 +260,14 @@ def report(
             differences[f"{candidate}_minus_{other}"] |= metrics.operating_difference(
                 tables[candidate], at[candidate], tables[other], at[other], *repeat
             )
-    write_json(overall | differences, out / "metrics.json")
+    blind = {
+        name: metrics.overall(table, settings.bootstrap, params.seed)
+        for name, table in references.blind_tables(tables[candidate]).items()
+    }
+    write_json(overall | blind | differences, out / "metrics.json")
     write_json(details, out / "details.json")
     (out / "metrics").mkdir()
-    for name, values in overall.items():
+    for name, values in (overall | blind).items():
         headline = [metric for metric in (*metrics.HEADLINE, metrics.KIND) if metric in values]
         write_json({metric: values[metric] for metric in headline}, out / "metrics" / f"{name}.json")
 
@@ -269,7 +283,9 @@ def report(
     ids = set(shown["id"])
     images = {record.id: record.image for record in shards_.read(shards, settings.split) if record.id in ids}
     plots.examples(shown, images, folder / "examples.png")
-    return _write_comparison(overall, differences, calibrations, out)
+    compared = references.compare(tables, overall | blind, validation or {}, reference, settings.bootstrap, params.seed)
+    write_json(compared, out / references.FILE)
+    return _write_comparison(overall, differences, calibrations, compared, out)
 
 
 def _write_plot_data(candidate: pd.DataFrame, sizes: dict[str, dict[str, Any]], folder: Path) -> None:
@@ -297,7 +313,11 @@ def _write_plot_data(candidate: pd.DataFrame, sizes: dict[str, dict[str, Any]], 
 
 
 def _write_comparison(
-    overall: dict[str, Any], differences: dict[str, Any], calibrations: dict[str, Calibration], out: Path
+    overall: dict[str, Any],
+    differences: dict[str, Any],
+    calibrations: dict[str, Calibration],
+    compared: dict[str, Any],
+    out: Path,
 ) -> str:
     shown = overall | differences
     first = overall[[*overall][-1]]
@@ -310,7 +330,8 @@ def _write_comparison(
         [title, *(_cell(values, metric, "+" * (name in differences)) for name, values in shown.items())]
         for metric, title in titles.items()
     ]
-    table = _markdown([header, *rows])
+    first_lines = f"{compared['sentence']}\n\n{_markdown(references.table(compared))}".strip()
+    table = f"{first_lines}\n\n{_markdown([header, *rows])}"
     more = f"\n\n{metrics.more_images(first)}".rstrip()
     note = (
         f"{first['images']} images. In brackets 95 % intervals, paired for differences: confidence limits of rates and"

@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
+    from adfm.models.detector import Detection, Detector
+
 _TEXT = ("id", "source", "dataset", "category", "defect", "group", "label", "predicted")
 _BOXES = pa.list_(pa.list_(pa.float64()))
 PREDICTIONS = pa.schema(
@@ -207,12 +209,12 @@ def _grid(size: tuple[int, int], tile: Tile) -> list[Box]:
 
 
 class Inspector:
-    """A loaded model that inspects images.
+    """A loaded model, or a reference detector, that inspects images.
 
     `kinds` are the kinds of defects that its prompt asks to name one of; empty if it asks for none.
 
     Args:
-        model: A base model's name, or a folder that warm-up or training wrote.
+        model: A base model's name, or a folder that warm-up, training or the detector's training wrote.
         params: Reads the sections `model` and `evaluate`, and `tile` for a base model.
 
     Raises:
@@ -226,7 +228,13 @@ class Inspector:
         self.kinds = loading.kinds_of(model)
         self._prepare: Callable[[list[Image.Image]], Any]
         self._generate: Callable[[Any], Answers]
-        if uses_vllm(params):
+        self._detector: Detector | None = None
+        if loading.is_detector(model):
+            from adfm.models import detector
+
+            self._detector = detector.load(Path(model))
+            self._prepare = lambda images: [detector.picture(image) for image in images]
+        elif uses_vllm(params):
             from adfm.evaluation import vllm_backend
 
             self._processor, self._family, self._generate = vllm_backend.load(model, params)
@@ -285,8 +293,7 @@ class Inspector:
         done: Callable[[int], object],
     ) -> list[Answer]:
         """Inspects images as they are, in batches of like size; as `answers`."""
-        resized, images = families.get(self._family).images.resized, self._processor.image_processor
-        order = sorted(range(len(sizes)), key=lambda i: math.prod(resized(images, *sizes[i])))
+        order = self._order(sizes)
         found: dict[int, Answer] = {}
 
         def prepared(batch: list[int]) -> Any:
@@ -294,10 +301,26 @@ class Inspector:
 
         batches = list(_batched(order, self._batch_size))
         for batch, inputs in zip(batches, _ahead(prepared, batches), strict=True):
-            for i, completion, score in zip(batch, *self._generate(inputs), strict=True):
-                found[i] = self._read(completion, score, *sizes[i])
+            found.update(zip(batch, self._answer(inputs, [sizes[i] for i in batch]), strict=True))
             done(len(batch))
         return [found[i] for i in range(len(sizes))]
+
+    def _order(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """Images of like size one after the other, so that a batch is padded little; a detector pads nothing."""
+        if self._detector:
+            return [*range(len(sizes))]
+        resized, images = families.get(self._family).images.resized, self._processor.image_processor
+        return sorted(range(len(sizes)), key=lambda i: math.prod(resized(images, *sizes[i])))
+
+    def _answer(self, inputs: Any, sizes: list[tuple[int, int]]) -> list[Answer]:
+        """The answers to a batch, as `_prepare` gives it."""
+        if self._detector:
+            detections = self._detector.detect(inputs, sizes)
+            return [_detected(detection, self._detector.threshold) for detection in detections]
+        return [
+            self._read(completion, score, *size)
+            for completion, score, size in zip(*self._generate(inputs), sizes, strict=True)
+        ]
 
     def _read(self, completion: str, score: float | None, width: int, height: int) -> Answer:
         parsed = response.parse(completion)
@@ -360,6 +383,24 @@ def _place(number: int, grid: Sequence[Box]) -> str:
 def _words(answer: Answer) -> str:
     """What a model wrote of a tile on one line, without an answer: the image's words would have two."""
     return f"{answer.read.think or ''} {answer.read.rethink or ''}".strip().replace("\n", " ")
+
+
+def _detected(detection: Detection, threshold: float) -> Answer:
+    """A detector's answer in the form of a language model's; its few words are for people, in no form."""
+    flagged = detection.score >= threshold
+    count = len(detection.regions)
+    words = "no defect" if not flagged else detection.kind or "a defect"
+    if flagged and count:
+        words += f", in {count} {'place' if count == 1 else 'places'}"
+    completion = f"{words[0].upper()}{words[1:]}."
+    return Answer(
+        "anomalous" if flagged else "normal",
+        detection.score,
+        detection.regions if flagged else [],
+        response.parse(completion),
+        completion,
+        detection.regions,
+    )
 
 
 def _ahead(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:

@@ -201,18 +201,8 @@ def summarize(table: pd.DataFrame, resamples: int, seed: int, small: float, larg
     located = ("recall", "miss_rate", "iou", "mask_iou", "matched_iou", "box_f1", "iou_10", "iou_30", "iou_50")
 
     def described(part: pd.DataFrame, names: Sequence[str] | None = None) -> dict[str, Any]:
-        anomalous = int((part["label"] == "anomalous").sum())
-        counts = {
-            "images": len(part),
-            "anomalous": anomalous,
-            "normal": len(part) - anomalous,
-            "unparseable": int(part["predicted"].isna().sum()),
-            "without_boxes": without_boxes(part),
-        }
-        part = part.sort_values("id")
-        intervals = _with_intervals(measure(part), samples(part), resamples, seed, 0.95, names)
-        intervals |= limits_of_means(part, names)
-        return counts | (_decision_left_out(intervals) if defects_alone else intervals)
+        measured = overall(part, resamples, seed, names)
+        return _decision_left_out(measured) if defects_alone else measured
 
     def grouped(keys: pd.Series[Any]) -> dict[str, dict[str, Any]]:
         return {str(key): described(part) for key, part in table.groupby(keys, sort=True)}
@@ -242,9 +232,24 @@ def without_normal(table: pd.DataFrame) -> bool:
     return not (table["label"] == "normal").any()
 
 
-def _decision_left_out(intervals: dict[str, float | None]) -> dict[str, float | None]:
+def _decision_left_out(intervals: dict[str, Any]) -> dict[str, Any]:
     left_out = {f"{name}{end}" for name in BOTH_LABELS for end in ("", "_low", "_high")}
     return {name: None if name in left_out else value for name, value in intervals.items()}
+
+
+def overall(table: pd.DataFrame, resamples: int, seed: int, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """The counts and metrics of a table as a whole, as `summarize` gives them of each part."""
+    anomalous = int((table["label"] == "anomalous").sum())
+    counts = {
+        "images": len(table),
+        "anomalous": anomalous,
+        "normal": len(table) - anomalous,
+        "unparseable": int(table["predicted"].isna().sum()),
+        "without_boxes": without_boxes(table),
+    }
+    table = table.sort_values("id")
+    intervals = _with_intervals(measure(table), samples(table), resamples, seed, 0.95, names)
+    return counts | intervals | limits_of_means(table, names)
 
 
 def without_boxes(table: pd.DataFrame) -> int:
@@ -578,6 +583,26 @@ def _calibration_error(probability: Floats, anomalous: NDArray[np.bool_]) -> Cal
         return np.asarray(np.abs(sums).sum(axis=1) / total[:, 0])
 
     return error
+
+
+def best_threshold(anomalous: NDArray[np.bool_], score: Floats) -> float:
+    """The score from which on images are called anomalous with the best balanced accuracy.
+
+    It lies in the middle between the two scores that it parts. With defective images alone it is their lowest score.
+
+    Args:
+        anomalous: Which images have a defect, (n,), n > 0.
+        score: Their scores in [0, 1], (n,), without NaN.
+    """
+    distinct = np.unique(score)
+    starts = np.append(distinct, np.inf)  # what is flagged from each score on; and nothing
+    missed = np.searchsorted(np.sort(score[anomalous]), starts) / max(1, anomalous.sum())
+    passed = np.searchsorted(np.sort(score[~anomalous]), starts) / max(1, (~anomalous).sum())
+    place = int(np.argmax(passed - missed))
+    at = distinct[place] if place < len(distinct) else 1.0
+    below = distinct[place - 1] if place else at
+    middle = (below + at) / 2
+    return float(middle if middle > below else at)  # two numbers next to each other have no middle
 
 
 def ranked(table: pd.DataFrame) -> tuple[NDArray[np.bool_], Floats]:

@@ -115,6 +115,29 @@ function drawAbout() {
   }
 }
 
+// What the candidate has to beat: blind answers and the reference detector.
+function drawReferences() {
+  const { sentence, verdict, table } = data.references;
+  byId("verdict").textContent = sentence;
+  byId("verdict").className = verdict === "detector" ? "bad" : verdict === "candidate" ? "good" : "";
+  byId("verdict").hidden = !sentence;
+  const region = byId("references").parentElement;
+  region.hidden = region.nextElementSibling.hidden = !table.length;
+  if (!table.length) return;
+  const [head, ...rows] = table;
+  const columns = make("tr", {}, ...head.map((name) => make("th", { scope: "col" }, name || "Answers of")));
+  const body = make("tbody");
+  for (const [name, ...cells] of rows) {
+    const row = make("tr", {}, make("th", { scope: "row" }, name));
+    for (const cell of cells) {
+      const [value, interval] = cell.split(" [");
+      row.append(make("td", {}, value, ...(interval ? [make("small", {}, `[${interval}`)] : [])));
+    }
+    body.append(row);
+  }
+  byId("references").append(make("caption", {}, "Models beside the blind answers"), make("thead", {}, columns), body);
+}
+
 function drawTiles() {
   const [normal, anomalous] = data.confusion[candidate];
   const sum = (row) => row.reduce((a, b) => a + b, 0);
@@ -695,6 +718,7 @@ function fill(i) {
 }
 
 drawAbout();
+drawReferences();
 drawTiles();
 drawCompared();
 drawHeadline();

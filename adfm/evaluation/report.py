@@ -26,7 +26,7 @@ from PIL import Image
 from adfm import cpus
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
-from adfm.evaluation import calibration, crossvalidation, detection, metrics, plots
+from adfm.evaluation import calibration, crossvalidation, detection, metrics, plots, references
 from adfm.evaluation.calibration import FILE
 from adfm.files import atomic_folder
 from adfm.method import response
@@ -73,7 +73,9 @@ def write(evaluation: Path, shards: Path, out: Path) -> None:
     letters = written[candidate].set_index("id")["predicted"].map({"anomalous": "A", "normal": "B"})
     table = tables[candidate].assign(category=metrics.category_names(tables[candidate])).sort_values("id")
     table = table.assign(outcome=metrics.outcomes(table)).set_index("id", drop=False).rename_axis(None)
-    rival = "production" if "production" in others else next(iter(others), None)
+    detector = figures["about"].get("detector")
+    language = [name for name in others if name != detector]
+    rival = "production" if "production" in others else next(iter(language or others), None)
     before = tables[rival].set_index("id").loc[table.index] if rival else None
     changed = _changed(table, before)
     order, first = _order(table, changed)
@@ -140,9 +142,11 @@ def _read(evaluation: Path) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
                     if metric in found[candidate]
                 }
                 for name, values in found.items()
+                if name not in references.BLIND
             },
             "more_images": metrics.more_images(found[candidate]),
             "crossed": _crossed(evaluation / crossvalidation.FILE),
+            "references": _references(evaluation),
             "sizes": {name: details[name]["sizes"] for name in models},
             "categories": details[candidate]["categories"],
             "defects": details[candidate]["defects"],
@@ -157,6 +161,13 @@ def _read(evaluation: Path) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise AdfmError(f"{evaluation} is not a whole evaluation ({error!r}); make it with `adfm evaluate`.") from error
     return figures, tables
+
+
+def _references(evaluation: Path) -> dict[str, Any]:
+    """What the candidate is compared with, in a sentence and as a table of text."""
+    compared = references.read(evaluation)
+    rows = references.table(compared) if compared["rows"] else []
+    return {"sentence": compared["sentence"], "verdict": compared["verdict"], "table": rows}
 
 
 def _calibration(file: Path) -> dict[str, Any]:

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 EMBEDDED = {"embedded://tiny-base": Path(__file__).parent / "tiny_base"}
 DESCRIPTION = files.MODEL
+DETECTOR = "detector"
+"""The `stage` in `adfm.json` of a reference detector (`adfm.models.detector`), which is not a language model."""
 GPU_SETUP = "make setup REQUIREMENTS=requirements-gpu.txt"
 """What installs the packages that only a GPU needs, in the versions that fit."""
 _REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@]+))")
@@ -233,6 +235,11 @@ def describe(model: Path) -> dict[str, Any] | None:
     """The contents of `adfm.json` of a folder that warm-up or training wrote; `None` for any other model."""
     file = model / DESCRIPTION
     return dict(json.loads(file.read_text())) if file.is_file() else None
+
+
+def is_detector(model: str | Path) -> bool:
+    """Whether a model is the folder of a reference detector."""
+    return (describe(Path(model)) or {}).get("stage") == DETECTOR
 
 
 def grey_range(model: Path) -> tuple[int, int] | None:
@@ -466,9 +473,14 @@ def base_of(model: str | Path, settings: Model) -> tuple[Model, Path]:
     """The base of a model, which is the model itself unless it is an adapter, and the folder of its weights.
 
     Raises:
-        AdfmError: As `resolve`.
+        AdfmError: As `resolve`; or it is a reference detector, which has no base.
     """
     description = describe(Path(model))
+    if is_detector(model):
+        raise AdfmError(
+            f"{model} is a reference detector, not a language model: evaluate it, or use it with `adfm predict --model "
+            f"{model} IMAGES`; it cannot be trained further, registered or served"
+        )
     base = Model(**{**settings.model_dump(), **(description["base"] if description else {"name": str(model)})})
     return base, resolve(base.name, base.revision)
 

@@ -18,7 +18,7 @@ from adfm import tracking
 from adfm.data import hashes
 from adfm.errors import AdfmError
 from adfm.evaluation import calibration as calibration_
-from adfm.evaluation import metrics
+from adfm.evaluation import metrics, references
 from adfm.files import file_digest, write_json
 from adfm.registry import gate, page, policy, signing, tables
 from adfm.registry import history as history_
@@ -207,6 +207,7 @@ def present(registry: Registry, version: ModelVersion, judgement: Judgement, ste
         tracking.find_run(submission.about.get("mlflow_run_id")),
         policy_difference=policy_difference(submission, registry.history),
         trained_by=tracking.find_run(version.run_id),
+        compared=references.read(submission.folder / "evaluation"),
     )
     store.update_model_version(version.name, number, text)
     history_.tag(store, version, approval="pending", approval_by=NOBODY)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from adfm import tracking
+from adfm.evaluation import references
 from adfm.evaluation.calibration import Calibration
 from adfm.evaluation.plots import TITLES
 from adfm.registry import gate
@@ -29,6 +30,7 @@ _MOST_REASONS = 6
 _MOST_PARTS = 6
 _MOST_CHANGED = 5
 _NAME = 60  # characters of a name in a table
+_SENTENCE = 500  # characters of the sentence on the reference detector
 _BESIDES = ("balanced_accuracy", "auroc", "box_f1", "parse_rate", "ece")
 # What the change of a decision on an image means, the worst first.
 _CHANGES = {
@@ -79,6 +81,7 @@ def text(
     evaluated_by: Run | None,
     policy_difference: Sequence[str] = (),
     trained_by: Run | None = None,
+    compared: Mapping[str, Any] | None = None,
 ) -> str:
     """The description of a version, in Markdown: the decision, what it rests on, and how to approve.
 
@@ -93,6 +96,7 @@ def text(
         evaluated_by: The run that evaluated it; `None` if MLflow does not have it.
         policy_difference: What the submitter's policy says otherwise than the registered one.
         trained_by: The run that trained it; `None` if MLflow does not have it.
+        compared: The evaluation's `references.json`; the gate does not judge by it.
 
     Returns:
         At most `LONGEST` characters. Nothing in it that comes from data or from people is markup.
@@ -111,6 +115,7 @@ def text(
         *_changed(decided),
         _Block("differences of the policy", 5, [f"- {markdown(line)}" for line in policy_difference], _POLICY),
         _Block("sentence on the threshold", 3, [markdown(calibration.summary)]),
+        *_references(compared or {"rows": {}, "sentence": ""}),
         *([reasons] if passed else []),  # which are notes alone then
         _Block("", 96, [_next_step(decided, version)]),
         _Block("links", 8, _links(evaluated_by, trained_by), separator=" "),
@@ -308,6 +313,18 @@ def _origin(origin: dict[str, Any]) -> str:
         f"Base model {known(base.get('name'))} (revision {known(base.get('revision'))}). Trained on data "
         f"{known(data['trained_on'])} (DVC {known(data['dvc_md5'])}), with code {known(origin['git_commit'])}{dirty}."
     )
+
+
+def _references(compared: Mapping[str, Any]) -> list[_Block]:
+    """How the candidate and the reference detector compare, and their figures beside the blind answers."""
+    if not compared["rows"]:
+        return []
+    header, *rows = references.table(compared)
+    sentence = " ".join(printable(compared["sentence"])[:_SENTENCE].split())
+    return [
+        _Block("sentence on the reference detector", 9, [markdown(sentence)] if sentence else []),
+        _Block("rows of references, which the gate does not judge", 2, [_row(row) for row in rows], _header(header)),
+    ]
 
 
 def _besides(measured: dict[str, Any]) -> list[str]:

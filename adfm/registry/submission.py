@@ -259,6 +259,11 @@ def own_policy(history: History) -> Policy:
 def check_model(model: Path) -> str:
     """The model's family; raises when the folder is not one to register."""
     description = loading.describe(model)
+    if loading.is_detector(model):
+        raise Unfit(
+            f"{model} is a reference detector, and only language models are registered and served: register the model "
+            f"that it was compared with, or use it from its folder: adfm predict --model {model} IMAGES."
+        )
     if description is None or not any(model.glob("*.safetensors")):
         raise Unfit(f"{model} is not a model folder (adfm.json and *.safetensors); make one with `adfm train`.")
     if pickles := sorted(str(path) for path in model.rglob("*") if path.suffix in _PICKLES):

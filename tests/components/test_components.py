@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(900)
 
 SMALL = """
 fetch.source=synthetic://?images=20 validate.min_images_per_split=2 validate.min_label_share=0
-warmup.steps=1 warmup.batch_size=2
+warmup.steps=1 warmup.batch_size=2 detector.steps=1
 train.steps=1 train.prompts_per_step=2 train.num_generations=2 train.max_completion_length=16 train.pictures_every=0
 evaluate.max_new_tokens=16 evaluate.bootstrap=20
 """
@@ -99,6 +99,7 @@ def evaluated(artifacts: Artifacts, shards: Any) -> Artifacts:
         warmup=made("warmup"),
         model=made("trained"),
         settings=SETTINGS,
+        detector=made("detector", dsl.Model),
         evaluation=made("evaluation"),
         evaluation_report=made("evaluation_report.html", dsl.HTML),
         evaluation_metrics=made("evaluation_metrics", dsl.Metrics),
@@ -142,6 +143,7 @@ def test_an_evaluation_is_tried_again_where_mlflow_was_away(tmp_path: Path, monk
     from adfm import tasks
     from adfm.errors import AdfmError, Unreachable
     from adfm.evaluation import evaluate
+    from adfm.training import detector
 
     tries: list[Path] = []
 
@@ -153,8 +155,9 @@ def test_an_evaluation_is_tried_again_where_mlflow_was_away(tmp_path: Path, monk
     monkeypatch.setattr(tasks, "wait_for_servers", lambda params: None)
     monkeypatch.setattr(tasks, "models_to_compare", lambda *_: {})
     monkeypatch.setattr(evaluate, "evaluate", work)
+    monkeypatch.setattr(detector, "train", lambda *_, **__: None)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    inputs = {name: Artifacts(tmp_path)(name) for name in ("shards", "warmup", "model", "evaluation")}
+    inputs = {name: Artifacts(tmp_path)(name) for name in ("shards", "warmup", "model", "detector", "evaluation")}
     outputs = dict.fromkeys(("evaluation_report", "evaluation_metrics", "decisions"))
     with pytest.raises(SystemExit):
         function("evaluate")(settings=SETTINGS, **inputs, **outputs)
@@ -276,11 +279,12 @@ def test_a_version_carries_the_run_and_production_is_evaluated_the_next_time(
     tags = store.get_model_version("adfm", "1").tags
     assert (tags["kfp_run_id"], tags["data_revision"]) == ("run-7", "data-3")
 
-    params, start, candidate = loads(SETTINGS), Path("warmup"), Path(made("trained").path)
-    assert list(tasks.models_to_compare(params, start, candidate)) == ["base", "warmup"]
+    params, candidate = loads(SETTINGS), Path(made("trained").path)
+    others = Path("detector"), Path("warmup")
+    assert list(tasks.models_to_compare(params, *others, candidate)) == ["detector", "base", "warmup"]
     store.set_registered_model_alias("adfm", "production", "1")
-    assert list(tasks.models_to_compare(params, start, candidate)) == ["base", "warmup"]  # it is that version
-    assert tasks.models_to_compare(params, start, tmp_path)["production"] == "models:/adfm/1"
+    assert list(tasks.models_to_compare(params, *others, candidate)) == ["detector", "base", "warmup"]  # it is that one
+    assert tasks.models_to_compare(params, *others, tmp_path)["production"] == "models:/adfm/1"
     store.delete_registered_model_alias("adfm", "production")
 
 

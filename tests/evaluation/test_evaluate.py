@@ -16,7 +16,7 @@ from PIL import Image
 from adfm import tracking
 from adfm.data import shards
 from adfm.errors import AdfmError
-from adfm.evaluation import calibration, evaluate, inference, metrics, plots
+from adfm.evaluation import calibration, evaluate, inference, metrics, plots, references
 from adfm.method import response
 from adfm.params import Params
 from adfm.records import Box
@@ -50,7 +50,8 @@ def test_predictions_are_typed_and_complete(evaluated: Path, small_shards: Path)
 
 def test_metrics_are_those_of_the_predictions(evaluated: Path) -> None:
     found = read(evaluated / "metrics.json")
-    assert list(found) == ["base", "again", "again_minus_base"]
+    assert list(found) == ["base", "again", "always_A", "always_B", "again_minus_base"]
+    assert [found[f"always_{letter}"]["recall"] for letter in "AB"] == [1, 0]
     table = pd.read_parquet(evaluated / "predictions.parquet")
     expected = metrics.values(table)
     assert {name: found["again"][name] for name in expected} == pytest.approx(expected)
@@ -234,10 +235,11 @@ def test_the_comparison_shows_models_and_differences(small_shards: Path, tmp_pat
     }
     letters = calibration.Calibration(note="no validation")
     tables = {name: letters.apply(table) for name, table in tables.items()}
-    text = evaluate.report(tables, small_shards, tmp_path, PARAMS, dict.fromkeys(tables, letters))
-    shown, _, more = text.partition("\n\n")
+    whole = evaluate.report(tables, small_shards, tmp_path, PARAMS, dict.fromkeys(tables, letters))
+    beside, text, more = whole.split("\n\n")
+    assert [line.split("|")[1].strip() for line in beside.splitlines()[2:]] == [*tables, "always A", "always B"]
     assert more.startswith("More test images: the recall of ") and "normal images; four times" in more
-    header, _, *lines = shown.splitlines()
+    header, _, *lines = text.splitlines()
     columns = [cell.strip() for cell in header.strip("|").split("|")]
     assert columns == ["", "base", "warmup", "trained", "trained - warmup", "trained - base"]
     rows_ = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -246,8 +248,8 @@ def test_the_comparison_shows_models_and_differences(small_shards: Path, tmp_pat
     values = [float(cell.split()[0]) for cell in accuracy[1:]]
     assert values[3] == pytest.approx(values[2] - values[1], abs=2e-3) and accuracy[4].startswith("+")
     assert values[4] == pytest.approx(values[2] - values[0], abs=2e-3)
-    assert len({len(line) for line in shown.splitlines()}) == 1
-    assert text in (tmp_path / "comparison.md").read_text()
+    assert len({len(line) for line in text.splitlines()}) == 1
+    assert (tmp_path / "comparison.md").read_text().startswith(whole)
     rows = pd.read_csv(tmp_path / "comparison.csv")
     assert len(rows) == (len(plots.ESCAPES_FIRST) + 2) * 5
     assert "trained: The letter decides: no validation." in (tmp_path / "comparison.md").read_text()
@@ -260,7 +262,7 @@ def test_the_comparison_shows_each_model_at_its_threshold(small_shards: Path, tm
     tables = {"mute": tables["mute"], "base": tables["base"], "trained": tables["trained"]}
     fitted = {name: calibration.fit(table, PARAMS.evaluate) for name, table in tables.items()}
     tables = {name: fitted[name].apply(table) for name, table in tables.items()}
-    text = evaluate.report(tables, small_shards, tmp_path, PARAMS, fitted)
+    text = evaluate.report(tables, small_shards, tmp_path, PARAMS, fitted).split("\n\n")[-1]
     rows = {}
     for line in text.splitlines():
         title, *cells = (cell.strip() for cell in line.strip("|").split("|"))
@@ -274,6 +276,26 @@ def test_the_comparison_shows_each_model_at_its_threshold(small_shards: Path, tm
         assert cell.startswith(f"{found[name]['overkill_at_threshold']:.3f} [")
     rows = pd.read_csv(tmp_path / "comparison.csv").set_index(["metric", "model"])
     assert rows.loc[("overkill_at_threshold", "trained"), "high"] <= 1
+
+
+def test_the_first_line_says_whether_the_reference_detector_is_better(small_shards: Path, tmp_path: Path) -> None:
+    letters = calibration.Calibration(note="no validation")
+    for better, start in (
+        ("detector", "The reference detector is better on this data: balanced accuracy "),
+        ("trained", "trained is better than the reference detector on this data: balanced accuracy "),
+        ("", "trained and the reference detector cannot be told apart on this data: balanced accuracy "),
+    ):
+        tables = {
+            name: letters.apply(constructed(small_shards, 1.0 if name == better else 0.5, 0))
+            for name in ("detector", "trained")
+        }
+        (folder := tmp_path / f"better {better}").mkdir()
+        reference = references.Reference("detector", "models/detector")
+        fitted = dict.fromkeys(tables, letters)
+        text = evaluate.report(tables, small_shards, folder, PARAMS, fitted, tables, reference)
+        assert text.startswith(start) and (folder / "comparison.md").read_text().startswith(start)
+        assert ("adfm predict --model models/detector IMAGES" in text.splitlines()[0]) == (better == "detector")
+        assert read(folder / "references.json")["verdict"] == {"trained": "candidate", "": "open"}.get(better, better)
 
 
 def test_labels_alone_are_evaluated_without_iou(

@@ -22,7 +22,7 @@ from scipy.stats import binomtest
 from adfm.cli import main
 from adfm.data import shards
 from adfm.errors import AdfmError
-from adfm.evaluation import metrics, report
+from adfm.evaluation import metrics, references, report
 from adfm.evaluation.calibration import Calibration
 from adfm.records import Box, Record
 
@@ -182,6 +182,39 @@ def opened(browser: Browser, folder: Path) -> Iterator[Opened]:
 def data_of(file: Path) -> Any:
     """What a page holds."""
     return json.loads(file.read_text(encoding="utf-8").partition('id="data">')[2].partition("</script>")[0])
+
+
+def test_the_page_begins_with_the_reference_detector(browser: Browser, folder: Path, tmp_path: Path) -> None:
+    words = f"The reference detector is better on this data. {ATTACK}"
+    row = {metric: [0.75, 0.7, 0.8] for metric in references.SHOWN}
+    compared = {"rows": {"new": row, "always_A": row}, "sentence": words, "verdict": "detector"}
+    shutil.copytree(folder / "evaluation", tmp_path / "evaluation")
+    (tmp_path / "evaluation" / references.FILE).write_text(json.dumps(compared))
+    report.write(tmp_path / "evaluation", folder / "shards", tmp_path / "report")
+    page = Opened(browser, (tmp_path / "report" / "report.html").as_uri())
+    assert page.page.inner_text("header p").strip().startswith("The reference detector is better on this data.")
+    rows = page.page.locator("#references tbody tr").all_inner_texts()
+    assert (
+        [text.split()[0] for text in rows] == ["new", "always"] and "0.750" in rows[1] and "[0.700, 0.800]" in rows[1]
+    )
+    assert page.complaints == [] and page.page.title() == "Evaluation of new"
+    page.page.close()
+
+
+def test_a_page_without_references_shows_none_of_them(opened: Opened) -> None:
+    assert not opened.page.is_visible("#verdict") and not opened.page.is_visible("#references")
+
+
+def test_the_rival_is_a_language_model_where_there_is_one(folder: Path, tmp_path: Path) -> None:
+    records = [record(number) for number in range(12)]
+    (tmp_path / "shards").mkdir()
+    shards.write(records, tmp_path / "shards", 100)
+    tables = {name: predictions(records, 0.7, 0) for name in ("warmup", "detector", "trained")}
+    evaluation = evaluated(tmp_path / "evaluation", tables)
+    about = json.loads((evaluation / "evaluation.json").read_text()) | {"detector": "detector"}
+    (evaluation / "evaluation.json").write_text(json.dumps(about))
+    report.write(evaluation, tmp_path / "shards", tmp_path / "report")
+    assert data_of(tmp_path / "report" / "report.html")["rival"] == "warmup"
 
 
 def choose(page: Page, gallery: str) -> None:

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from adfm import tracking
+from adfm.evaluation import references
 from adfm.evaluation.calibration import Calibration
 from adfm.registry import page
 from adfm.registry.gate import decide
 from adfm.registry.policy import Policy
+from adfm.text import markdown
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -120,6 +122,21 @@ def test_the_gain_is_said_first_and_the_rest_in_order() -> None:
     ]
     places = [shown.index(part) for part in order]
     assert places == sorted(places)
+
+
+def test_blind_answers_and_the_reference_detector_are_shown_beside_the_candidate() -> None:
+    row = {metric: [0.75, 0.7, 0.8] for metric in references.SHOWN}
+    words = "The reference detector is better on this data: balanced accuracy 0.966 (detector)."
+    compared = {"rows": {"trained": row, "detector": row, "always_A": row}, "sentence": words, "verdict": "detector"}
+    shown = text(BETTER, compared=compared)
+    assert markdown(words) in shown and "the same by score" in shown
+    assert "| detector | 0.750 " in shown and "| always A | 0.750 " in shown
+    assert shown.index("| passed | escape rate |") < shown.index(markdown(words))
+    assert words not in text(BETTER)
+    hostile = compared | {"rows": {HOSTILE: row}, "sentence": HOSTILE * 30}
+    rendered = parser.render(text(BETTER, compared=hostile))
+    assert len(text(BETTER, compared=hostile)) <= page.LONGEST
+    assert "<img" not in rendered and "<a" not in rendered
 
 
 def test_a_failure_says_why_before_the_table() -> None:

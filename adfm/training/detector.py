@@ -1,0 +1,395 @@
+"""Training of the reference detector (`adfm.models.detector`): the head learns on frozen features, on the CPU.
+
+The loss is dense on the user's boxes (cross-entropy and Dice of the map of defects) where there are boxes and on normal
+images, and a cross-entropy of the image's logit on the label of every image. Where no image has boxes, the mean of the
+map's highest hundredth learns the label instead, so that the map still helps. Where no image is normal there is no loss
+of the label. Kinds of defects are a further output where there are several.
+
+The backbone runs once for each picture and its augmented variants (flips, brightness, contrast, noise); their features
+wait in a file. For about 1,000 images that takes two minutes on one core, and the head's training one more.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+from tqdm import tqdm
+
+from adfm.data import hashes
+from adfm.data import shards as shards_
+from adfm.errors import AdfmError
+from adfm.evaluation import metrics
+from adfm.files import atomic_folder, refuse_to_replace, write_json
+from adfm.models import detector, efficientnet, loading
+from adfm.params import Params
+from adfm.records import Box, Record
+
+VARIANTS = 4
+"""Of a picture: as it is, and flipped across, down and both ways, each with other light and noise."""
+
+MOST_PICTURES = 2400
+"""Pictures that the backbone computes for training, variants included: about two minutes on one core, 0.9 GB."""
+
+_MOST_VALIDATION = 1000  # images that threshold and boxes are chosen on
+_MOST_TUNED = 200  # of those with boxes
+_BATCH = 16
+_LEARNING_RATE, _WEIGHT_DECAY, _WARMUP = 2e-3, 2e-2, 30
+_DEFECT_WEIGHT = 3.0  # of a cell with a defect in the cross-entropy: few cells have one
+_COVERED = 0.4  # share of a cell from which on boxes make it one with a defect
+_RULES = [
+    detector.Rule(least, share, most)
+    for least in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+    for share in (0.0, 0.5, 0.7)
+    for most in (1, 3, 10)
+]
+
+Maps = dict[int, Tensor]
+
+
+class _Example(NamedTuple):
+    """A picture whose features wait in the file.
+
+    Args:
+        places: By variant, where its features begin, in numbers.
+        grid: Rows and columns of its map of defects.
+        target: Cells with a defect, float32 of `grid`.
+        anomalous: The label.
+        boxes: Whether it has boxes.
+        kind: Index of its kind; -1 if it has none.
+    """
+
+    places: list[int]
+    grid: tuple[int, int]
+    target: NDArray[np.float32]
+    anomalous: bool
+    boxes: bool
+    kind: int
+
+
+def train(shards: Path, out: Path, params: Params, force: bool = False) -> None:
+    """Trains a reference detector on the train split, chooses threshold and box rule on the validation split.
+
+    At most `MOST_PICTURES` images are drawn, half of them normal; the same settings and images give the same detector.
+    What it was trained on is printed.
+
+    Args:
+        shards: Folder of shards.
+        out: Folder to write: `detector.safetensors`, `adfm.json`, `trained_on.parquet`.
+        params: Reads `detector` and `seed`.
+        force: Replace a finished model at `out`.
+
+    Raises:
+        AdfmError: `out` holds a finished model or something else; the shards cannot be read; or there is nothing to
+            learn: no defective image, or neither boxes nor normal images.
+    """
+    refuse_to_replace(out, force)
+    rng = np.random.default_rng(params.seed)
+    rows = shards_.table(shards, "train").to_pylist()
+    _check(rows, shards)
+    chosen = _draw(rows, rng, MOST_PICTURES)
+    variants = min(VARIANTS, max(1, MOST_PICTURES // len(chosen)))
+    kinds = sorted({row["defect"] for row in chosen if row["defect"]})
+    by_image = any(row["label"] == "normal" for row in chosen)
+    with atomic_folder(out) as folder:
+        cache = folder / "cache"
+        cache.mkdir()
+        examples = _compute(shards, {row["id"] for row in chosen}, kinds, variants, params.seed, cache / "features")
+        print(_summary(len(rows), examples, kinds, variants), flush=True)
+        head = _fit(examples, cache / "features", len(kinds), by_image, params.detector.steps, rng)
+        shutil.rmtree(cache)
+        chosen_on = "validation" if any(shards.glob("validation-*.parquet")) else "train"
+        trained = _choose(detector.Detector(head, 0.0, None, kinds, by_image), shards, chosen_on, rng)
+        if chosen_on == "train":
+            print("detector: there is no validation split; threshold and boxes are chosen on training images")
+        _save(folder, trained, shards, params)
+    print(f"{out}: flags from a probability of {trained.threshold:.3g} on")
+    print(f"next: adfm evaluate MODEL {shards} OUT --compare detector={out}; adfm predict --model {out} IMAGES")
+
+
+def _check(rows: list[dict[str, Any]], shards: Path) -> None:
+    """Refuses training images that nothing can be learnt from."""
+    counts = Counter(row["label"] for row in rows)
+    if not counts["anomalous"]:
+        raise AdfmError(
+            f"{shards}: the train split has no defective image, and the detector learns from such; add defective "
+            "images, or change split.* in params.yaml and convert again"
+        )
+    if not counts["normal"] and not any(row["boxes"] for row in rows):
+        raise AdfmError(
+            f"{shards}: the train split has no normal image and no boxes, so that nothing tells a defect from what is "
+            "good; add normal images, or mark the defects with boxes"
+        )
+
+
+def _draw(rows: list[dict[str, Any]], rng: np.random.Generator, most: int) -> list[dict[str, Any]]:
+    """All images, or `most` of them: of each label half, or all that there are."""
+    if len(rows) <= most:
+        return rows
+    by_label = [[row for row in rows if row["label"] == label] for label in ("anomalous", "normal")]
+    fewer, more = sorted(by_label, key=len)
+    few = min(len(fewer), most // 2)
+    drawn = [(fewer, few), (more, most - few)]
+    return [own[i] for own, count in drawn for i in np.sort(rng.choice(len(own), count, replace=False))]
+
+
+def _summary(total: int, examples: list[_Example], kinds: list[str], variants: int) -> str:
+    anomalous, boxes = sum(e.anomalous for e in examples), sum(e.boxes for e in examples)
+    drawn = f" of {total:,}, drawn" if len(examples) < total else ""
+    notes = [f"detector: {len(examples):,} training images{drawn}, {anomalous:,} defective, in {variants} variants"]
+    if not boxes:
+        notes.append("no image has boxes, so that it learns the labels alone and draws no boxes")
+    elif boxes < anomalous:
+        notes.append(f"{anomalous - boxes:,} defective images have a label alone")
+    if anomalous == len(examples):
+        notes.append("no image is normal, so that it learns the boxes alone, and its score is the map's highest")
+    if len(kinds) > 1:
+        notes.append(f"{len(kinds)} kinds of defects")
+    return "; ".join(notes)
+
+
+def _records(shards: Path, split: str, ids: set[str]) -> Iterator[Record]:
+    for record in shards_.read(shards, split):
+        if record.id in ids:
+            yield record
+
+
+def _picture(record: Record) -> Tensor:
+    return detector.picture(Image.open(io.BytesIO(record.image)))
+
+
+def _compute(shards: Path, ids: set[str], kinds: list[str], variants: int, seed: int, file: Path) -> list[_Example]:
+    """Writes the features of all variants of the pictures to `file`, as float16, one picture after the other."""
+    compute = efficientnet.Features(tuple(efficientnet.CHANNELS), keep=0)
+    examples, place = [], 0
+    with file.open("wb") as stream, tqdm(total=len(ids), desc="features", unit="image", mininterval=1.0) as progress:
+        for number, record in enumerate(_records(shards, "train", ids)):
+            plain, places = _picture(record), []
+            for variant in range(variants):
+                maps = detector.features(compute, varied(plain, variant, [seed, number, variant]))
+                places.append(place)
+                for stride in efficientnet.CHANNELS:
+                    values = maps[stride].half().numpy()
+                    stream.write(values.tobytes())
+                    place += values.size
+            grid = plain.shape[1] // detector.STRIDE, plain.shape[2] // detector.STRIDE
+            examples.append(
+                _Example(
+                    places,
+                    grid,
+                    target(record.boxes, (record.width, record.height), grid),
+                    record.label == "anomalous",
+                    bool(record.boxes),
+                    kinds.index(record.defect) if record.defect in kinds else -1,
+                )
+            )
+            progress.update()
+    return examples
+
+
+def varied(picture: Tensor, variant: int, seed: Sequence[int]) -> Tensor:
+    """A variant of a picture.
+
+    Args:
+        picture: [3, height, width], from -1 to 1.
+        variant: 0: as it is; 1: flipped across, 2: flipped down, 3: both, with other brightness, contrast and noise.
+        seed: Of the light and the noise.
+    """
+    if not variant:
+        return picture
+    rng = np.random.default_rng(seed)
+    mean = picture.mean()
+    noise = torch.from_numpy(rng.standard_normal(picture.shape, dtype=np.float32))
+    lit = (picture - mean) * rng.uniform(0.75, 1.3) + mean + rng.normal(0, 0.15) + noise * rng.uniform(0, 0.04)
+    return flipped(lit.clamp(-1, 1), variant)
+
+
+def flipped(picture: Tensor, variant: int) -> Tensor:
+    """`picture`, or any tensor whose last dimensions are rows and columns, flipped as `variant` is."""
+    return picture.flip([dimension for bit, dimension in ((1, -1), (2, -2)) if variant & bit])
+
+
+def target(boxes: Sequence[Box], size: tuple[int, int], grid: tuple[int, int]) -> NDArray[np.float32]:
+    """The cells with a defect: those that a box covers by `_COVERED`, and of every box the one with its middle.
+
+    Args:
+        boxes: In pixels of the image.
+        size: Width and height of the image in pixels.
+        grid: Rows and columns.
+
+    Returns:
+        1 for cells with a defect, else 0, of shape `grid`.
+    """
+    (width, height), (rows, columns) = size, grid
+    cells = np.zeros(grid, np.float32)
+
+    def covered(low: float, high: float, count: int) -> NDArray[np.float64]:
+        edges = np.arange(count + 1)
+        return np.clip(np.minimum(edges[1:], high) - np.maximum(edges[:-1], low), 0, 1)
+
+    for box in boxes:
+        left, right = (x * columns / width for x in (box.x1, box.x2))
+        top, bottom = (y * rows / height for y in (box.y1, box.y2))
+        cells[np.outer(covered(top, bottom, rows), covered(left, right, columns)) >= _COVERED] = 1
+        cells[min(int((top + bottom) / 2), rows - 1), min(int((left + right) / 2), columns - 1)] = 1
+    return cells
+
+
+def _fit(
+    examples: list[_Example], file: Path, kinds: int, by_image: bool, steps: int, rng: np.random.Generator
+) -> detector.Head:
+    """The trained head, in evaluation mode."""
+    values = np.memmap(file, np.float16, "r")
+    seed = int(rng.integers(2**31))
+    anomalous, normal = (
+        np.array([i for i, e in enumerate(examples) if e.anomalous == label]) for label in (True, False)
+    )
+    located = any(example.boxes for example in examples)
+    with torch.random.fork_rng(devices=[]):  # dropout and the first weights, whatever ran before
+        torch.manual_seed(seed)
+        head = detector.Head(kinds)
+        _standardise(head, values, examples, rng)
+        optimizer = torch.optim.AdamW(head.parameters(), _LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
+        head.train()
+        for step in tqdm(range(steps), desc="detector", unit="step", mininterval=1.0):
+            rate = min(1.0, (step + 1) / _WARMUP) * (0.5 + 0.5 * np.cos(np.pi * step / steps))
+            for group in optimizer.param_groups:
+                group["lr"] = _LEARNING_RATE * rate + 1e-5
+            if by_image:  # half and half, however rare defects are
+                drawn = np.concatenate([rng.choice(own, _BATCH // 2) for own in (anomalous, normal)])
+            else:
+                drawn = rng.choice(anomalous, _BATCH)
+            variant = int(rng.integers(len(examples[0].places)))
+            loss = _loss(head, [examples[i] for i in drawn], values, variant, by_image, located, kinds)
+            if loss is None:  # of images with a label alone, none of which can be learnt from
+                continue
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    return head.eval().requires_grad_(False)
+
+
+def _standardise(
+    head: detector.Head, values: NDArray[np.float16], examples: list[_Example], rng: np.random.Generator
+) -> None:
+    """Sets mean and spread of each channel over some plain pictures."""
+    some = rng.choice(len(examples), min(len(examples), 200), replace=False)
+    maps = [_read(values, examples[i], 0) for i in some]
+    both = [torch.cat([one[stride].flatten(1) for one in maps], 1) for stride in efficientnet.CHANNELS]
+    head.mean.copy_(torch.cat([each.mean(1) for each in both]))
+    head.spread.copy_(torch.cat([each.std(1) + 1e-3 for each in both]))
+
+
+def _read(values: NDArray[np.float16], example: _Example, variant: int) -> Maps:
+    """The features of a variant, by stride, [channels, rows, columns]."""
+    place, maps = example.places[variant], {}
+    for stride, channels in efficientnet.CHANNELS.items():
+        coarser = max(stride, detector.STRIDE) // detector.STRIDE
+        shape = (channels, example.grid[0] // coarser, example.grid[1] // coarser)
+        size = int(np.prod(shape))
+        maps[stride] = torch.from_numpy(values[place : place + size].astype(np.float32).reshape(shape))
+        place += size
+    return maps
+
+
+def _loss(
+    head: detector.Head,
+    batch: list[_Example],
+    values: NDArray[np.float16],
+    variant: int,
+    by_image: bool,
+    located: bool,
+    kinds: int,
+) -> Tensor | None:
+    """The loss of a batch; `None` if none of its images has something to learn from."""
+    by_grid: dict[tuple[int, int], list[_Example]] = defaultdict(list)
+    for example in batch:
+        by_grid[example.grid].append(example)
+    terms: dict[str, list[Tensor]] = defaultdict(list)
+    for alike in by_grid.values():
+        maps = [_read(values, example, variant) for example in alike]
+        outputs = head({stride: torch.stack([one[stride] for one in maps]) for stride in efficientnet.CHANNELS})
+        label = torch.tensor([float(example.anomalous) for example in alike])
+        boxes = torch.tensor([example.boxes for example in alike])
+        if located:
+            truth = flipped(torch.from_numpy(np.stack([example.target for example in alike])), variant)
+            known = boxes | (label == 0)
+            weight = torch.tensor(_DEFECT_WEIGHT)
+            cells = F.binary_cross_entropy_with_logits(outputs.cells, truth, reduction="none", pos_weight=weight)
+            terms["cells"].append(cells.mean((1, 2))[known])
+            share = outputs.cells.sigmoid()
+            both, each = (share * truth).sum((1, 2)), share.sum((1, 2)) + truth.sum((1, 2))
+            terms["dice"].append((1 - (2 * both + 1) / (each + 1))[boxes])
+        else:
+            terms["top"].append(F.binary_cross_entropy_with_logits(outputs.top, label, reduction="none"))
+        if by_image:
+            terms["image"].append(F.binary_cross_entropy_with_logits(outputs.image, label, reduction="none"))
+        if kinds > 1:
+            kind = torch.tensor([example.kind for example in alike])
+            terms["kind"].append(F.cross_entropy(outputs.kinds, kind, reduction="none", ignore_index=-1)[kind >= 0])
+    weights = {"cells": 2.0, "dice": 0.5, "top": 0.5, "image": 0.5, "kind": 0.3}
+    means = [weights[name] * torch.cat(each).mean() for name, each in terms.items() if sum(map(len, each))]
+    return torch.stack(means).sum() if means else None
+
+
+def _choose(trained: detector.Detector, shards: Path, split: str, rng: np.random.Generator) -> detector.Detector:
+    """The detector with the threshold of the best balanced accuracy, and the box rule of the best IoU, on `split`."""
+    rows = _draw(shards_.table(shards, split).to_pylist(), rng, _MOST_VALIDATION)
+    compute = efficientnet.Features(tuple(efficientnet.CHANNELS), keep=0)
+    scores, labels, located = [], [], []
+    records = _records(shards, split, {row["id"] for row in rows})
+    for record in tqdm(records, total=len(rows), desc=split, unit="image", mininterval=1.0):
+        maps = detector.features(compute, _picture(record))
+        with torch.inference_mode():
+            outputs = trained.head({stride: one[None] for stride, one in maps.items()})
+        scores += detector.score_of(outputs, trained.by_image)
+        labels.append(record.label == "anomalous")
+        if record.boxes and len(located) < _MOST_TUNED:
+            located.append((record, detector.refined(outputs.cells[0].sigmoid())))
+    threshold = metrics.best_threshold(np.array(labels), np.array(scores))
+    return replace(trained, threshold=threshold, rule=_best_rule(located), chosen_on=len(rows))
+
+
+def _best_rule(located: list[tuple[Record, NDArray[np.float32]]]) -> detector.Rule | None:
+    """The rule with the highest mean IoU; `None` without an image with boxes."""
+
+    def mean_iou(rule: detector.Rule) -> float:
+        overlaps = []
+        for record, fine in located:
+            size = record.width, record.height
+            overlap = metrics.localize(record.boxes, detector.bounded(fine, size, rule), *size)
+            overlaps.append(overlap["iou"] or 0.0)
+        return float(np.mean(overlaps))
+
+    return max(_RULES, key=mean_iou) if located else None
+
+
+def _save(folder: Path, trained: detector.Detector, shards: Path, params: Params) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: each.contiguous() for name, each in trained.head.state_dict().items()}, folder / detector.WEIGHTS)
+    description = {
+        "stage": detector.STAGE,
+        "threshold": trained.threshold,
+        "rule": trained.rule._asdict() if trained.rule else None,
+        "kinds": trained.kinds,
+        "score": "image" if trained.by_image else "map",
+        "chosen_on": trained.chosen_on,
+        "backbone": efficientnet.SHA256,
+        "data_fingerprint": shards_.fingerprint(shards),
+        "grey_range": shards_.grey_range(shards),
+        "params": params.model_dump(mode="json", by_alias=True),
+    }
+    write_json(description, folder / loading.DESCRIPTION)
+    hashes.write(hashes.collect(shards, hashes.SEEN), folder / hashes.FILE)

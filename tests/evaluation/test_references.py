@@ -1,0 +1,160 @@
+"""Blind answers and the reference detector beside the models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adfm.errors import AdfmError
+from adfm.evaluation import metrics, references
+from adfm.evaluation.references import Reference
+
+DETECTOR = Reference("detector", "models/detector")
+
+
+def predictions(right: float, seed: int, images: int = 200, boxes: bool = True, iou: float = 0.5) -> pd.DataFrame:
+    """Every second image is defective; the score and the letter are right in a share `right`."""
+    rng = np.random.default_rng(seed)
+    anomalous = np.arange(images) % 2 == 0
+    hit = rng.random(images) < right
+    flagged = anomalous == hit
+    overlap = np.where(anomalous & boxes, np.where(flagged, iou, 0.0), np.nan)
+    return pd.DataFrame(
+        {
+            "id": [f"{i:04}" for i in range(images)],
+            "dataset": "d",
+            "category": "c",
+            "defect": np.where(anomalous, "scratch", None),
+            "label": np.where(anomalous, "anomalous", "normal"),
+            "predicted": np.where(flagged, "anomalous", "normal"),
+            "score": np.where(flagged, 0.8, 0.2) + rng.uniform(-0.1, 0.1, images),
+            "iou": overlap,
+            "mask_iou": np.nan,
+            "matched_iou": overlap,
+            "true_positives": np.where(anomalous & boxes, (flagged & (iou >= 0.5)).astype(float), np.nan),
+            "false_positives": np.where(anomalous & boxes, 0.0, np.nan),
+            "false_negatives": np.where(anomalous & boxes, 1.0 - (flagged & (iou >= 0.5)), np.nan),
+            "area_share": np.where(anomalous & boxes, 0.02, np.nan),
+        }
+    )
+
+
+def compared(tables: dict[str, pd.DataFrame], validation: dict[str, pd.DataFrame] | None = None) -> dict[str, Any]:
+    *_, candidate = tables
+    everything = tables | references.blind_tables(tables[candidate])
+    overall = {name: metrics.overall(table, 200, 0) for name, table in everything.items()}
+    reference = DETECTOR if "detector" in tables else None
+    result = references.compare(tables, overall, tables if validation is None else validation, reference, 200, 0)
+    return json.loads(json.dumps(result, allow_nan=False))  # as it is written
+
+
+@pytest.mark.parametrize(
+    ("of_detector", "of_candidate", "verdict", "start"),
+    [
+        (0.95, 0.6, "detector", "The reference detector is better on this data: balanced accuracy 0."),
+        (0.6, 0.95, "candidate", "trained is better than the reference detector on this data: balanced accuracy 0."),
+        (0.8, 0.8, "open", "trained and the reference detector cannot be told apart on this data: "),
+    ],
+)
+def test_the_sentence_says_which_of_the_two_is_better(
+    of_detector: float, of_candidate: float, verdict: str, start: str
+) -> None:
+    result = compared({"detector": predictions(of_detector, 0), "trained": predictions(of_candidate, 1)})
+    assert result["verdict"] == verdict and result["sentence"].startswith(start)
+    assert result["sentence"].endswith("Use it: adfm predict --model models/detector IMAGES") == (verdict == "detector")
+    value, low, high = result["difference"]
+    assert value == pytest.approx(result["values"]["detector"] - result["values"]["trained"]) and low < value < high
+    assert f"difference {value:+.3f} [{low:+.3f}, {high:+.3f}]" in result["sentence"]
+    assert "threshold that is best on the validation split" in result["sentence"]
+
+
+def test_letters_that_lean_to_one_side_do_not_decide() -> None:
+    good = predictions(0.95, 0)
+    leaning = good.assign(predicted="anomalous")
+    result = compared({"detector": good, "trained": leaning})
+    assert result["verdict"] == "open" and result["difference"] == [0, 0, 0]
+    rows = result["rows"]["trained"]
+    assert rows["balanced_accuracy"][0] == 0.5 and rows[references.BY_SCORE][0] > 0.9
+    without = compared({"detector": good, "trained": leaning}, {})
+    assert without["verdict"] == "detector" and "by the answers as written" in without["sentence"]
+    assert without["rows"]["trained"][references.BY_SCORE] == [None] * 3
+
+
+def test_images_of_one_label_are_compared_by_their_boxes() -> None:
+    def defective(iou: float, seed: int) -> pd.DataFrame:
+        table = predictions(0.9, seed, iou=iou)
+        return table[table["label"] == "anomalous"].reset_index(drop=True)
+
+    result = compared({"detector": defective(0.7, 0), "trained": defective(0.2, 1)})
+    assert result["metric"] == "iou" and result["verdict"] == "detector"
+    assert "IoU 0." in result["sentence"] and result["rows"]["always_A"]["balanced_accuracy"] == [None] * 3
+    labels = {name: table.assign(iou=np.nan) for name, table in (("detector", defective(0.7, 0)),)}
+    labels["trained"] = labels["detector"]
+    nothing = compared(labels)
+    assert nothing["verdict"] == "open" and "cannot be compared" in nothing["sentence"]
+
+
+def test_without_a_detector_there_are_blind_rows_and_no_sentence() -> None:
+    result = compared({"trained": predictions(0.9, 0)})
+    assert result["sentence"] == "" and result["verdict"] is None
+    assert list(result["rows"]) == ["trained", "always_A", "always_B"]
+    header, *rows = references.table(result)
+    assert header == ["", *references.SHOWN.values()]
+    assert [row[0] for row in rows] == ["trained", "always A", "always B"]
+    assert rows[1][1].startswith("0.500 [") and rows[1][3].startswith("1.000 [") and rows[2][3].startswith("0.000 [")
+
+
+@settings(deadline=None, max_examples=25)
+@given(right=st.floats(0, 1), seed=st.integers(0, 99), images=st.integers(2, 60), decisions=st.booleans())
+def test_a_blind_answer_is_right_for_one_label_and_boxes_nothing(
+    right: float, seed: int, images: int, decisions: bool
+) -> None:
+    table = predictions(right, seed, images)
+    if decisions:  # as evaluation gives them
+        regions = {f"region_{name}": table[name] for name in metrics.COMPARED}
+        table = table.assign(probability=table["score"], decision=table["predicted"], **regions)
+    blind = references.blind_tables(table)
+    for name, recall in (("always_A", 1.0), ("always_B", 0.0)):
+        measured = metrics.values(blind[name])
+        assert (measured["recall"], measured["specificity"]) == (recall, 1 - recall)
+        assert measured["balanced_accuracy"] == measured["auroc"] == 0.5
+        assert measured["iou"] == 0 and measured["parse_rate"] == 1
+        assert blind[name]["false_negatives"].sum() == (table["label"] == "anomalous").sum()
+        assert blind[name]["id"].tolist() == table["id"].tolist()
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 9)), min_size=1, max_size=30))
+def test_no_threshold_is_better_than_the_best(images: list[tuple[bool, int]]) -> None:
+    anomalous = np.array([label for label, _ in images])
+    score = np.array([value / 10 for _, value in images])
+
+    def balance(at: float) -> float:
+        recall = (score[anomalous] >= at).mean() if anomalous.any() else 0.0
+        return float(recall + ((score[~anomalous] < at).mean() if not anomalous.all() else 0.0))
+
+    best = metrics.best_threshold(anomalous, score)
+    assert 0 <= best <= 1
+    assert balance(best) == pytest.approx(max(map(balance, np.linspace(0, 1, 201))))
+
+
+def test_an_image_without_a_score_keeps_its_answer() -> None:
+    table = predictions(0.9, 0, 6)
+    table.loc[0, ["predicted", "score"]] = [None, np.nan]
+    decided = references.by_score(table, predictions(0.9, 1))
+    assert decided is not None and decided["predicted"].isna().tolist() == [True] + [False] * 5
+
+
+def test_an_evaluation_of_before_has_no_references_and_a_broken_one_is_refused(tmp_path: Path) -> None:
+    assert references.read(tmp_path) == {"rows": {}, "verdict": None, "sentence": ""}
+    for text in ("{", "[]", '{"rows": {"a": 1}, "sentence": ""}', '{"rows": {"a": {"iou": [1]}}, "sentence": ""}'):
+        (tmp_path / references.FILE).write_text(text)
+        with pytest.raises(AdfmError, match="make it with `adfm evaluate`"):
+            references.read(tmp_path)
