@@ -196,10 +196,15 @@ def _key(model: str | Path, shards: Path, split: str, params: Params, vllm: bool
 
 
 def tile_of(model: str | Path, params: Params) -> Tile:
-    """Into which tiles images are cut for a model: those it was trained with; the settings' for a base model."""
+    """Into which tiles images are cut for a model: those it was trained with; the settings' for a base model.
+
+    A reference detector is trained on whole images.
+    """
     description = loading.describe(Path(model))
     if description is None:
         return params.tile
+    if loading.is_detector(model):
+        return Tile()
     return Tile.model_validate((description.get("params") or {}).get("tile") or {})  # an older model saw whole images
 
 
@@ -400,6 +405,7 @@ def _detected(detection: Detection, threshold: float) -> Answer:
         response.parse(completion),
         completion,
         detection.regions,
+        kind=detection.kind,
     )
 
 
