@@ -29,8 +29,8 @@ Inspect this product.
 KINDS = f" End <rethink> of a defective product with {kinds_.NAMED} and its kind, one of: {{kinds}}."
 """What the system's message has as well where the model names kinds.
 
-Before the image, since the embedded model has seen no other question: its loss on correct answers stays at 1.33 with these
-words here, and rises to 1.4 with them before the question; words like them after it make it 2.4.
+Before the image, since the embedded model has seen no other question: its loss on correct answers stays at 1.33 with
+these words here, and rises to 1.41 with them before the question; words like them after it made it 2.4.
 """
 
 LETTERS: dict[str, Label] = {"A": "anomalous", "B": "normal"}
