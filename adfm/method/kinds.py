@@ -1,8 +1,8 @@
 """The kinds of defects that a model names (`warmup.kinds`): their names, how they are written, read and rewarded.
 
-The prompt lists the kinds in double quotes, and a response names one of them, in quotes, in `<rethink>`. A name is read
-only where it stands in quotes and is one of the list: "scratch" is not read in "deep scratch", nor is a kind called
-"real" in "a real defect".
+The prompt lists the kinds in double quotes. A response names one of them at the end of `<rethink>`, after the words
+"A real defect:", which begin the stage of every supervised answer to a defective image. All that stands after them has
+to be the name: "scratch" is not read in "scratch deep", nor is either in "scratch, scratch deep".
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ FEWEST, MOST = 2, 30
 LONGEST = 60
 """Characters of a name: it has to fit into a response with boxes."""
 
-# Markup would end a stage or the response, and a quote the name.
+NAMED = "A real defect:"
+"""What stands before the name, in the response."""
+
+# Markup would end a stage or the response, and a quote the name in the prompt.
 _REPLACED = str.maketrans({"<": "(", ">": ")", '"': "'"})
 
 
@@ -75,15 +78,15 @@ def listed(names: Iterable[str | None]) -> tuple[str, ...]:
 
 
 def read(rethink: str | None, kinds: Sequence[str]) -> str | None:
-    """The kind that an examination stage names in double quotes; `None` where it names none of `kinds`, or several.
+    """The kind that an examination stage names; `None` where it names none of `kinds`, or several.
 
     Args:
         rethink: Text of the stage, of any length and content; `None` without such a stage.
         kinds: As `listed` gives them.
     """
-    # All that stands between two quotes, whichever pairs were meant: a stray quote, as of inches, hides no name.
-    named = set((rethink or "").split('"')[1:-1]).intersection(kinds)
-    return named.pop() if len(named) == 1 else None
+    _, named, rest = (rethink or "").partition(NAMED)
+    kind = rest.strip().removesuffix(".").strip('"') if named else ""
+    return kind if kind in kinds else None
 
 
 def reward(response: Response, label: Label, defect: str | None, kinds: Sequence[str]) -> float:

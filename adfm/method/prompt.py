@@ -26,15 +26,19 @@ PLAIN_QUESTION = """\
 Inspect this product.
 <answer>one letter alone, A if the product has a defect or B if it is normal</answer>"""
 
-KINDS = " Name the kind of a real defect in double quotes, one of: {kinds}."
-"""What `<rethink>` of the multi-stage prompt asks as well where the model names kinds."""
+KINDS = f" End <rethink> of a defective product with {kinds_.NAMED} and its kind, one of: {{kinds}}."
+"""What the system's message has as well where the model names kinds.
+
+Before the image, since the embedded model has seen no other question: its loss on correct answers stays at 1.33 with
+these words here, and rises to 1.41 with them before the question; words like them after it made it 2.4.
+"""
 
 LETTERS: dict[str, Label] = {"A": "anomalous", "B": "normal"}
 
 OPENINGS: dict[str, dict[Label, tuple[str, ...]]] = {
     "think": {"anomalous": ("Suspicious:",), "normal": ("The surface is even, nothing stands out.",)},
     "rethink": {
-        "anomalous": ("A real defect:", "Something is wrong all the same."),
+        "anomalous": (kinds_.NAMED, "Something is wrong all the same."),
         "normal": ("Normal variation, no defect.", "There is no region to examine."),
     },
 }
@@ -49,11 +53,11 @@ def messages(units: str, stages: bool = True, kinds: Sequence[str] = ()) -> list
         stages: Whether the decision is asked for in three stages, or alone.
         kinds: Kinds of defects to name one of, as `adfm.method.kinds.listed` gives them; only with stages.
     """
-    question = QUESTION.format(units=units) if stages else PLAIN_QUESTION
-    if kinds:
-        names = ", ".join(f'"{kind}"' for kind in kinds)
-        question = question.replace("</rethink>", KINDS.format(kinds=names) + "</rethink>")
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+    names = ", ".join(f'"{kind}"' for kind in kinds)
+    return [
+        {"role": "system", "content": SYSTEM + KINDS.format(kinds=names) if kinds else SYSTEM},
+        {"role": "user", "content": QUESTION.format(units=units) if stages else PLAIN_QUESTION},
+    ]
 
 
 _NO_MARKUP = str.maketrans("<>", "()")
@@ -75,7 +79,7 @@ def answer(
         defect: Name of the defect, for the examination stage of an anomalous image.
         step: Coordinates are rounded to multiples of this.
         stages: As in `messages`.
-        kinds: As in `messages`; the defect is named as one of them, in double quotes, if it is one.
+        kinds: As in `messages`; the defect is named as one of them, if it is one.
     """
     letter = next(letter for letter, means in LETTERS.items() if means == label)
     decision = f"<answer>{letter}</answer>"
@@ -86,10 +90,10 @@ def answer(
     think = f"{suspicious} {boxes}" if regions else nothing
     examined, unexamined = OPENINGS["rethink"][label]
     rethink = examined if regions else unexamined
-    kind = kinds_.of(defect, kinds)
-    if label == "anomalous" and kind in kinds:
-        rethink += f' "{kind}".'
+    if label == "anomalous" and (kind := kinds_.of(defect, kinds)) in kinds:
+        rethink += f" {kind}." if regions else f" {kinds_.NAMED} {kind}."
     elif label == "anomalous" and regions:
         # A name with markup, as in "dent</rethink>" or "<|im_end|>", would end the stage or the response.
-        rethink += f" {(defect or 'damage').translate(_NO_MARKUP)}."
+        name = defect or ("" if "damage" in kinds else "damage")  # no kind is named where none is known
+        rethink += f" {name.translate(_NO_MARKUP)}."
     return f"<think>{think}</think><rethink>{rethink}</rethink>{decision}"

@@ -29,7 +29,22 @@ NASTY = (
         "{0}",
         "%s",
     ),
-    *("划痕", "e\u0301cart", "\u00e9cart", "خدش", "a,b", '", "', "dent+scratch", "+", "A", "none", "\u200b", " ", ""),
+    *(
+        "damage",
+        "划痕",
+        "e\u0301cart",
+        "\u00e9cart",
+        "خدش",
+        "a,b",
+        '", "',
+        "dent+scratch",
+        "+",
+        "A",
+        "none",
+        "\u200b",
+        " ",
+        "",
+    ),
 )
 NAMES = st.lists(st.text(max_size=12) | st.sampled_from(NASTY), min_size=2, max_size=8)
 
@@ -44,14 +59,15 @@ def listed(names: list[str]) -> tuple[str, ...]:
 
 @given(NAMES)
 @example(["scratch", "scratch deep", "deep"])
+@example(["dent", "dent.", "A real defect: dent", "damage"])
 @example(["dent", "scratch", "dent+scratch"])
 @settings(deadline=None)
 def test_what_is_asked_and_written_is_what_is_read(names: list[str]) -> None:
     known = listed(names)
-    question = prompt.messages("units", kinds=known)[1]["content"]
-    assert tuple(question.split('"')[1::2]) == known
-    assert question.count("<") == question.count(">") == 6
-    for name in names:
+    system, user = prompt.messages("units", kinds=known)
+    assert tuple(system["content"].split('"')[1::2]) == known
+    assert user == prompt.messages("units")[1]
+    for name in [*names, None]:
         for regions in ([BOX], []):
             text = prompt.answer("anomalous", regions, name, kinds=known)
             read = response.parse(text)
@@ -89,27 +105,28 @@ def test_without_kinds_prompt_and_answers_are_those_of_models_already_trained() 
 @pytest.mark.parametrize(
     ("rethink", "kind"),
     [
+        ("A real defect: dent.", "dent"),
+        ("It is long. A real defect:  deep dent\n", "deep dent"),
         ('A real defect: "dent".', "dent"),
-        ('"dent". Yes, "dent".', "dent"),
-        ('5" long: "deep dent".', "deep dent"),
-        ("A real defect: dent.", None),
-        ('A real defect: "Dent".', None),
-        ('"dent" or "scratch"', None),
-        ('"deep dent" and "dent"', None),
-        ('"crack"', None),
-        ('"dent', None),
+        ("A real defect: Dent.", None),
+        ("A real defect: dent, scratch.", None),
+        ("A real defect: dent. A real defect: scratch.", None),
+        ("A real defect: crack.", None),
+        ("A real defect.", None),
+        ("A real defect:", None),
+        ("dent", None),
         ("", None),
         (None, None),
     ],
 )
-def test_one_quoted_kind_is_read(rethink: str | None, kind: str | None) -> None:
+def test_the_name_after_the_words_is_read(rethink: str | None, kind: str | None) -> None:
     assert kinds.read(rethink, ("deep dent", "dent", "scratch")) == kind
 
 
 def test_no_string_makes_reading_slow() -> None:
     known = tuple(f"kind {number}" for number in range(30))
     begun = time.perf_counter()
-    for text in ('"' * 10**6, '"kind 1' * 10**5, "kind 1 " * 10**5, '"' + "x" * 10**6):
+    for text in ('"' * 10**6, kinds.NAMED * 10**5, f"{kinds.NAMED} kind 1." * 10**5, kinds.NAMED + " ." * 10**6):
         kinds.read(text, known)
     assert time.perf_counter() - begun < 5
 
@@ -119,9 +136,8 @@ def test_several_kinds_on_one_image_are_none_of_them() -> None:
     assert known == ("a+b", "dent", "scratch")
     assert kinds.of("scratch+dent", known) is None
     assert [kinds.of(name, known) for name in ("a+b", "crack", " dent\n", None)] == ["a+b", "crack", "dent", None]
-    assert prompt.answer("anomalous", [BOX], "dent+scratch", kinds=known) == prompt.answer(
-        "anomalous", [BOX], "dent+scratch"
-    )
+    for name in ("dent+scratch", "crack", "dent", None):
+        assert prompt.answer("anomalous", [BOX], name, kinds=known) == prompt.answer("anomalous", [BOX], name)
 
 
 def test_lists_that_no_prompt_can_hold_are_refused() -> None:
@@ -136,7 +152,7 @@ def test_lists_that_no_prompt_can_hold_are_refused() -> None:
 
 
 def said(letter: str, kind: str | None) -> response.Response:
-    return response.parse(f'<think>x</think><rethink>"{kind}"</rethink><answer>{letter}</answer>')
+    return response.parse(f"<think>x</think><rethink>{kinds.NAMED} {kind}.</rethink><answer>{letter}</answer>")
 
 
 def test_the_right_kind_beside_the_right_letter_is_paid() -> None:

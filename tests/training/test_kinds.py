@@ -41,7 +41,7 @@ def test_defects_alone_are_told_apart(defects: Path, tmp_path: Path, params: Par
     known = kinds_.listed(shards_.table(defects, "train")["defect"].to_pylist())
     for model in ("warmup", "trained"):
         assert loading.kinds_of(tmp_path / model) == known
-        text = json.loads((tmp_path / model / "adfm.json").read_text())["prompt"][1]["content"]
+        text = json.loads((tmp_path / model / "adfm.json").read_text())["prompt"][0]["content"]
         assert tuple(text.split('"')[1::2]) == known
     [curves] = csv.DictReader((tmp_path / "trained" / "reward_curves.csv").read_text().splitlines())
     assert {"rewards/kind/mean", "utilisation/kind"} <= curves.keys()
