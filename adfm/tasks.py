@@ -340,12 +340,11 @@ def kinds(evaluation: Path) -> tuple[list[str], list[list[int]]] | None:
 
     `None` if the candidate's prompt does not ask for the kind.
     """
-    file = evaluation / "plots" / "kinds.csv"
-    if not file.is_file():
-        return None
-    with file.open(newline="", encoding="utf-8") as stream:
+    with (evaluation / "plots" / "kinds.csv").open(newline="", encoding="utf-8") as stream:
         counted = Counter((row["actual"], row["predicted"]) for row in csv.DictReader(stream))
     names = sorted({name for pair in counted for name in pair})
+    if not names:
+        return None
     return names, [[counted[actual, given] for given in names] for actual in names]
 
 

@@ -318,7 +318,8 @@ def test_a_link_leads_to_the_public_address_and_is_made_only_to_a_server(monkeyp
 
 
 def test_the_table_of_kinds_is_square(here: Path) -> None:
-    assert tasks.kinds(here) is None
     (here / "plots").mkdir()
+    (here / "plots" / "kinds.csv").write_text("actual,predicted\n")
+    assert tasks.kinds(here) is None
     (here / "plots" / "kinds.csv").write_text('actual,predicted\ndent,dent\ndent,(normal)\n"a,b",dent\n')
     assert tasks.kinds(here) == (["(normal)", "a,b", "dent"], [[0, 0, 0], [0, 0, 1], [1, 0, 1]])

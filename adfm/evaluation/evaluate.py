@@ -15,7 +15,7 @@ The folder that it writes; the candidate is the last model:
     comparison.md, comparison.csv         the tables that are printed
     cross-validation.json, .parquet       where `evaluate.folds` is set: what `adfm folds` wrote (adfm/folds.py)
     plots/                                confusion.csv, roc.csv, iou_by_size.csv for DVC; figures as PNG;
-                                          kinds.csv if the candidate's prompt asks for the kinds of defects
+                                          kinds.csv, of rows only if the candidate's prompt asks for kinds
     report/                               report.html, the page for people to look at, and its pictures
 
 Every table has what the model wrote (`predicted`, its letter) and what it would do in production: `probability`, the
@@ -295,9 +295,9 @@ def _write_plot_data(candidate: pd.DataFrame, sizes: dict[str, dict[str, Any]], 
     labels = (candidate[column].fillna("unparseable") for column in ("predicted", "decision"))
     answers = zip(candidate["label"], *labels, strict=True)
     _write_csv(["actual", "predicted", "decision"], answers, folder / "confusion.csv")
-    if "predicted_kind" in candidate:
-        pairs = (pair for pair in metrics.kind_pairs(candidate) if pair[0] is not None)
-        _write_csv(["actual", "predicted"], pairs, folder / "kinds.csv")
+    # Without kinds the header alone: DVC reports a plot whose file is missing.
+    pairs = metrics.kind_pairs(candidate) if "predicted_kind" in candidate else []
+    _write_csv(["actual", "predicted"], (pair for pair in pairs if pair[0] is not None), folder / "kinds.csv")
 
     anomalous, score = metrics.ranked(candidate)
     curve = roc_curve(anomalous, score) if 0 < anomalous.sum() < len(anomalous) else ((), (), ())

@@ -588,7 +588,8 @@ def _calibration_error(probability: Floats, anomalous: NDArray[np.bool_]) -> Cal
 def best_threshold(anomalous: NDArray[np.bool_], score: Floats) -> float:
     """The score from which on images are called anomalous with the best balanced accuracy.
 
-    It lies in the middle between the two scores that it parts. With defective images alone it is their lowest score.
+    It lies in the middle between the two scores that it parts; of several that are as good it is the middle one. With
+    defective images alone it is their lowest score.
 
     Args:
         anomalous: Which images have a defect, (n,), n > 0.
@@ -598,7 +599,8 @@ def best_threshold(anomalous: NDArray[np.bool_], score: Floats) -> float:
     starts = np.append(distinct, np.inf)  # what is flagged from each score on; and nothing
     missed = np.searchsorted(np.sort(score[anomalous]), starts) / max(1, anomalous.sum())
     passed = np.searchsorted(np.sort(score[~anomalous]), starts) / max(1, (~anomalous).sum())
-    place = int(np.argmax(passed - missed))
+    best = np.flatnonzero(passed - missed >= (passed - missed).max() - 1e-12)
+    place = int(best[len(best) // 2])
     at = distinct[place] if place < len(distinct) else 1.0
     below = distinct[place - 1] if place else at
     middle = (below + at) / 2

@@ -154,7 +154,7 @@ def _compared(
         metric, scored = "iou", False
         left, right = tables[reference.name], tables[candidate]
         change = metrics.difference(left, right, resamples, seed)
-    result = {"detector": reference.name, "metric": metric, "rule": _RULES[scored]}
+    result: dict[str, Any] = {"detector": reference.name, "metric": metric, "rule": _RULES[scored]}
     if change[metric] is None:
         words = (
             f"{candidate} and the reference detector cannot be compared on these images, which have one label and no "
@@ -203,7 +203,7 @@ def read(evaluation: Path) -> dict[str, Any]:
     if not file.is_file():
         return {"rows": {}, "verdict": None, "sentence": ""}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda _: None)
         rows = {
             str(name): {metric: _numbers(values.get(metric)) for metric in SHOWN}
             for name, values in content["rows"].items()

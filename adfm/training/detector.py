@@ -236,7 +236,7 @@ def target(boxes: Sequence[Box], size: tuple[int, int], grid: tuple[int, int]) -
 
     def covered(low: float, high: float, count: int) -> NDArray[np.float64]:
         edges = np.arange(count + 1)
-        return np.clip(np.minimum(edges[1:], high) - np.maximum(edges[:-1], low), 0, 1)
+        return np.asarray(np.clip(np.minimum(edges[1:], high) - np.maximum(edges[:-1], low), 0, 1))
 
     for box in boxes:
         left, right = (x * columns / width for x in (box.x1, box.x2))
@@ -275,7 +275,7 @@ def _fit(
             if loss is None:  # of images with a label alone, none of which can be learnt from
                 continue
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
     return head.eval().requires_grad_(False)
 
@@ -347,7 +347,9 @@ def _choose(trained: detector.Detector, shards: Path, split: str, rng: np.random
     """The detector with the threshold of the best balanced accuracy, and the box rule of the best IoU, on `split`."""
     rows = _draw(shards_.table(shards, split).to_pylist(), rng, _MOST_VALIDATION)
     compute = efficientnet.Features(tuple(efficientnet.CHANNELS), keep=0)
-    scores, labels, located = [], [], []
+    scores: list[float] = []
+    labels: list[bool] = []
+    located: list[tuple[Record, NDArray[np.float32]]] = []
     records = _records(shards, split, {row["id"] for row in rows})
     for record in tqdm(records, total=len(rows), desc=split, unit="image", mininterval=1.0):
         maps = detector.features(compute, _picture(record))

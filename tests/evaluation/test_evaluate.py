@@ -107,6 +107,7 @@ def test_plots_hold_the_data_of_the_candidate(evaluated: Path) -> None:
     assert [r["actual"] for r in rows] == table["label"].tolist()
     assert [r["predicted"] for r in rows] == table["predicted"].fillna("unparseable").tolist()
     assert [r["decision"] for r in rows] == table["decision"].fillna("unparseable").tolist()
+    assert (evaluated / "plots" / "kinds.csv").read_text() == "actual,predicted\n"  # the model names none
     points = pd.read_csv(evaluated / "plots" / "reliability.csv")
     assert points["images"].sum() == table["probability"].notna().sum()
     assert points["probability"].is_monotonic_increasing and points["defective"].between(0, 1).all()
