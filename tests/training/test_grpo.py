@@ -116,6 +116,18 @@ def test_where_only_the_label_is_known_places_tip_no_group() -> None:
         assert (terms["localization"], terms["classification"]) == ([0, 0, 0], [1, 1, 1])
 
 
+def test_in_a_set_without_boxes_an_anomalous_answer_needs_no_region() -> None:
+    columns: dict[str, Any] = {
+        "completions": [[{"role": "assistant", "content": prompt.answer("anomalous", [])}]] * 2,
+        "label": ["anomalous", "normal"],
+        "regions": [[], []],
+        "frame": [[1000, 1000]] * 2,
+    }
+    for located, form in ((True, [1, 0.75]), (False, [1, 1])):
+        terms = [function(**columns) for function in grpo.reward_functions("calibrated", located)]
+        assert terms == [form, [1, 0], [0, 0]]
+
+
 def test_batch_that_does_not_divide_is_refused(small_shards: Path, started: Path, tmp_path: Path) -> None:
     params = Params.model_validate({"train": {"prompts_per_step": 3, "num_generations": 4, "micro_batch": 5}})
     with pytest.raises(AdfmError, match=r"train\.micro_batch: 5 does not divide the 12"):
@@ -158,7 +170,8 @@ def test_training_is_watched_and_changes_the_adapter(
         "reward", "reward_std", "rewards/localization/mean", "rewards/localization/std", "utilisation",
         "utilisation/classification", "groups/all_right", "groups/all_wrong", "kl", "entropy",
         "completions/mean_length", "completions/clipped_ratio", "learning_rate", "grad_norm", "seconds/generation",
-        "seconds/scoring", "seconds/backward",
+        "seconds/scoring", "seconds/backward", "answers/anomalous_share", "answers/normal_share",
+        "images/anomalous_share",
     ):  # fmt: skip
         history = client.get_metric_history(run.info.run_id, figure)
         assert [point.step for point in history] == [1, 2, 3, 4], figure
