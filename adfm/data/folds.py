@@ -109,6 +109,6 @@ def offer(folder: Path, params: Params) -> str | None:
     return (
         f"the test split has {(table['split'] == 'test').sum()} images, and its {tested} defective ones measure a"
         f" recall of 0.9 to ± {half_width(0.9, tested):.2f}; set evaluate.folds=5: every image is judged once, all"
-        f" {defects} defective ones give ± {half_width(0.9, defects):.2f}, more where the folds differ; it takes 5 times"
-        " the training"
+        f" {defects} defective ones give ± {half_width(0.9, defects):.2f}, more where the folds differ; it takes 5"
+        " times the training"
     )
