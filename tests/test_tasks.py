@@ -315,3 +315,9 @@ def test_a_link_leads_to_the_public_address_and_is_made_only_to_a_server(monkeyp
     monkeypatch.setenv("ADFM_MLFLOW_UI", "https://mlflow.example.com/")
     address = "https://mlflow.example.com/#/models/adfm/versions/3"
     assert tasks.version_link("adfm", "3") == f'models:/adfm/3: <a href="{address}">{address}</a>'
+
+
+def test_settings_that_a_pipeline_does_not_use_are_named() -> None:
+    assert tasks.unused_settings(Params()) == []
+    (text,) = tasks.unused_settings(Params.model_validate({"evaluate": {"folds": 5}}))
+    assert text.startswith("evaluate.folds is 5 and is not used") and "`adfm folds`" in text
