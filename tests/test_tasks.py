@@ -323,3 +323,9 @@ def test_the_table_of_kinds_is_square(here: Path) -> None:
     assert tasks.kinds(here) is None
     (here / "plots" / "kinds.csv").write_text('actual,predicted\ndent,dent\ndent,(normal)\n"a,b",dent\n')
     assert tasks.kinds(here) == (["(normal)", "a,b", "dent"], [[0, 0, 0], [0, 0, 1], [1, 0, 1]])
+
+
+def test_settings_that_a_pipeline_does_not_use_are_named() -> None:
+    assert tasks.unused_settings(Params()) == []
+    (text,) = tasks.unused_settings(Params.model_validate({"evaluate": {"folds": 5}}))
+    assert text.startswith("evaluate.folds is 5 and is not used") and "`adfm folds`" in text

@@ -112,6 +112,13 @@ def test_settings_files_are_laid_over_one_another_before_they_are_sent(server: S
     assert len(server.things["runs"]) == 1
 
 
+def test_a_cross_validation_that_is_not_done_on_a_cluster_is_reported(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit("--set", "evaluate.folds=5") == 0
+    assert "warning: evaluate.folds is 5 and is not used in a pipeline of Kubeflow" in capsys.readouterr().err
+
+
 def test_the_same_data_settings_and_images_asked_twice_are_one_run(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
