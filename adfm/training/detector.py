@@ -100,7 +100,7 @@ def train(shards: Path, out: Path, params: Params, force: bool = False) -> None:
     _check(rows, shards)
     chosen = _draw(rows, rng, MOST_PICTURES)
     variants = min(VARIANTS, max(1, MOST_PICTURES // len(chosen)))
-    kinds = sorted({row["defect"] for row in chosen if row["defect"]})
+    kinds = _kinds(chosen)
     by_image = any(row["label"] == "normal" for row in chosen)
     with atomic_folder(out) as folder:
         cache = folder / "cache"
@@ -131,6 +131,12 @@ def _check(rows: list[dict[str, Any]], shards: Path) -> None:
             f"{shards}: the train split has no normal image and no boxes, so that nothing tells a defect from what is "
             "good; add normal images, or mark the defects with boxes"
         )
+
+
+def _kinds(rows: list[dict[str, Any]]) -> list[str]:
+    """The kinds of defects; a name that joins several of them by plus signs ("dent+scratch") is none of its own."""
+    names = {row["defect"] for row in rows if row["defect"]}
+    return sorted(name for name in names if "+" not in name or not set(name.split("+")) <= names)
 
 
 def _draw(rows: list[dict[str, Any]], rng: np.random.Generator, most: int) -> list[dict[str, Any]]:
