@@ -118,9 +118,13 @@ class Warmup(Section):
     """Supervised cold start."""
 
     steps: NonNegativeInt = 30
+    epochs: PositiveInt = 10
+    patience: NonNegativeInt = 3
     batch_size: PositiveInt = 16
     learning_rate: PositiveFloat = 1e-3
     anomalous_share: Fraction = 0.06
+    augment: bool = True
+    places_weight: NonNegativeFloat = 0.3
     coordinate_step: PositiveInt = 10
     stages: bool = True
     kinds: bool = False
@@ -396,9 +400,14 @@ class _Loader(yaml.SafeLoader):
     """YAML that reads `1e-3` as a number; YAML 1.1 has it as text."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """YAML that puts in quotes what `_Loader` would take for a number."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def _read(text: str, place: str, sections: Sequence[str]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
@@ -484,7 +493,8 @@ def _written(value: object) -> str:
     """A value in YAML on one line, fit to stand in brackets too; numbers as Python writes them."""
     if type(value) in (int, float):
         return repr(value)
-    return yaml.safe_dump([value], default_flow_style=True, width=10**6, allow_unicode=True).strip()[1:-1]
+    text: str = yaml.dump([value], Dumper=_Dumper, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.strip()[1:-1]
 
 
 def _merge(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adfm.errors import AdfmError
-from adfm.params import Params, flat, load, loads, merged
+from adfm.params import Params, _written, flat, load, loads, merged
 
 SHIPPED = Path(__file__).parents[1] / "params.yaml"
 DEFAULTS = flat(Params())
@@ -122,7 +122,7 @@ def test_any_settings_can_be_merged_into_the_shipped_file(data: st.DataObject) -
         "train.liger": st.booleans(),
     }
     chosen = data.draw(st.fixed_dictionaries({}, optional=values))
-    overrides = [f"{key}={yaml.safe_dump([value], default_flow_style=True)[1:-2]}" for key, value in chosen.items()]
+    overrides = [f"{key}={_written(value)}" for key, value in chosen.items()]
     assert loads(merged(SHIPPED, overrides)) == load(SHIPPED, overrides)
 
 
