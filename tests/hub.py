@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from adfm.models import tiny
-from tests.models.random_models import TOWER
+from tests.models.random_models import MERGE, PATCH, SIDE, TOWER
 
 _TEXT = {
     "hidden_size": 32,
@@ -37,8 +37,8 @@ def write(folder: Path, family: str, tied: bool = False, shards: int = 1) -> Pat
     config = _config(family, processor.tokenizer, tied)
     name = "Qwen2_5_VLProcessor" if family == "qwen2_5_vl" else "Qwen3VLProcessor"
     images = {
-        **{"patch_size": tiny.PATCH, "temporal_patch_size": 2, "merge_size": tiny.MERGE, "processor_class": name},
-        **{"size": {"shortest_edge": tiny.SIDE**2, "longest_edge": tiny.SIDE**2}},
+        **{"patch_size": PATCH, "temporal_patch_size": 2, "merge_size": MERGE, "processor_class": name},
+        **{"size": {"shortest_edge": SIDE**2, "longest_edge": SIDE**2}},
         **{"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "image_processor_type": "Qwen2VLImageProcessor"},
     }
     generation = {"eos_token_id": config["eos_token_id"], "pad_token_id": processor.tokenizer.pad_token_id}
@@ -88,11 +88,15 @@ def _config(family: str, tokenizer: Any, tied: bool) -> dict[str, Any]:
     }
     text = _TEXT | {"vocab_size": len(tokenizer), "eos_token_id": ids["eos_token_id"], "use_cache": True}
     if family == "qwen2_5_vl":  # the text model's settings lie beside the vision tower's, not in a section of their own
-        vision = TOWER | {"window_size": 4 * tiny.PATCH * tiny.MERGE, "fullatt_block_indexes": [1], "in_chans": 3}
+        vision = TOWER | {"window_size": 4 * PATCH * MERGE, "fullatt_block_indexes": [1], "in_chans": 3}
         rope = {"rope_theta": 100.0, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
         architecture = "Qwen2_5_VLForConditionalGeneration"
         return {**text, **rope, **ids, "vision_config": vision, "model_type": family, "architectures": [architecture]}
-    vision = TOWER | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0], "model_type": "qwen3_vl"}
+    vision = TOWER | {
+        "num_position_embeddings": (SIDE // PATCH) ** 2,
+        "deepstack_visual_indexes": [0],
+        "model_type": "qwen3_vl",
+    }
     scaling = {"mrope_interleaved": True, "mrope_section": [2, 3, 3], "rope_type": "default"}
     text |= {"head_dim": 16, "rope_theta": 100.0, "rope_scaling": scaling, "model_type": "qwen3_vl_text"}
     sections = {"text_config": text, "vision_config": vision}

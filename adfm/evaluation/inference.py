@@ -164,7 +164,7 @@ def uses_vllm(params: Params) -> bool:
     """Whether vLLM does the work: where it is asked for, or with `auto` where it is installed and there is a GPU.
 
     Raises:
-        AdfmError: It is asked for and not installed.
+        AdfmError: It is asked for, and not installed or does not have the model's architecture.
     """
     backend = params.evaluate.backend
     if backend == "transformers":
@@ -172,11 +172,16 @@ def uses_vllm(params: Params) -> bool:
     installed = importlib.util.find_spec("vllm") is not None
     if backend == "vllm" and not installed:
         raise AdfmError("evaluate.backend is vllm, which is not installed: install it, or set the backend to auto.")
-    if backend == "vllm" or not installed:
-        return installed
+    if not installed:
+        return False
     import torch
 
-    return torch.cuda.is_available()
+    if backend == "auto" and not torch.cuda.is_available():
+        return False
+    known = families.get(loading.family_of(loading.base_of(params.model.name, params.model)[1])).vllm
+    if backend == "vllm" and not known:
+        raise AdfmError(f"evaluate.backend is vllm, which does not have {params.model.name}: set the backend to auto.")
+    return known
 
 
 def _key(model: str | Path, shards: Path, split: str, params: Params, vllm: bool) -> str:

@@ -202,7 +202,7 @@ def summarize(table: pd.DataFrame, resamples: int, seed: int, small: float, larg
 
     def described(part: pd.DataFrame, names: Sequence[str] | None = None) -> dict[str, Any]:
         measured = overall(part, resamples, seed, names)
-        return _decision_left_out(measured) if defects_alone else measured
+        return decision_left_out(measured) if defects_alone else measured
 
     def grouped(keys: pd.Series[Any]) -> dict[str, dict[str, Any]]:
         return {str(key): described(part) for key, part in table.groupby(keys, sort=True)}
@@ -232,7 +232,8 @@ def without_normal(table: pd.DataFrame) -> bool:
     return not (table["label"] == "normal").any()
 
 
-def _decision_left_out(intervals: dict[str, Any]) -> dict[str, Any]:
+def decision_left_out(intervals: dict[str, Any]) -> dict[str, Any]:
+    """Metrics without those of `BOTH_LABELS`, which need normal images too."""
     left_out = {f"{name}{end}" for name in BOTH_LABELS for end in ("", "_low", "_high")}
     return {name: None if name in left_out else value for name, value in intervals.items()}
 
@@ -286,7 +287,7 @@ def difference(
 
     intervals = _with_intervals(change, samples(candidate), resamples, seed, level)
     intervals |= _paired_limits(candidate, reference, (1 - level) / 2)
-    return _decision_left_out(intervals) if without_normal(candidate) else intervals
+    return decision_left_out(intervals) if without_normal(candidate) else intervals
 
 
 def as_decided(table: pd.DataFrame) -> pd.DataFrame:

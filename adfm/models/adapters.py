@@ -24,12 +24,15 @@ def config(network: Any, settings: Lora) -> LoraConfig:
     from peft import LoraConfig
 
     family = families.get(network.config.model_type)
+    whole = [module for module in family.whole if settings.vision or module not in family.vision]
     return LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
-        exclude_modules=None if settings.vision else family.vision_pattern,
+        exclude_modules=family.vision_pattern if family.whole or not settings.vision else None,
+        modules_to_save=whole or None,
+        ensure_weight_tying=bool(whole),
         task_type="CAUSAL_LM",
     )
 
@@ -76,7 +79,8 @@ def weights(network: Any, settings: Lora) -> int:
     """How many numbers the adapter has that `attach` makes; the network, which `problems` accepts, stays as it is."""
     modules = dict(network.named_modules())
     sizes: dict[Any, int] = {}  # by kind and shape: PEFT's layers are made once for each, not hundreds of times
-    total = 0
+    whole = config(network, settings).modules_to_save or []
+    total: int = sum(p.numel() for name, p in network.named_parameters() if not set(whole).isdisjoint(name.split(".")))
     for name in _matched(network, modules, settings):
         kind = type(modules[name]), tuple(modules[name].weight.shape)
         if kind not in sizes:

@@ -166,6 +166,9 @@ class Family:
             one of them among the parts of its name is of these, by the names of transformers as by those of the hub.
         images: How its image processor cuts images.
         chat_template: What replaces the chat template of its folders; `None`: nothing.
+        whole: Names of the modules of which an adapter holds all weights: convolutions, which take no low-rank change,
+            and the embeddings of a small vocabulary, in which the names of a user's defects are words not seen before.
+        vllm: Whether vLLM has its architecture.
     """
 
     models: str
@@ -174,6 +177,8 @@ class Family:
     vision: tuple[str, ...]
     images: type[Images]
     chat_template: str | None = None
+    whole: tuple[str, ...] = ()
+    vllm: bool = True
 
     @property
     def units(self) -> str:
@@ -232,6 +237,15 @@ FAMILIES = {
     "qwen3_vl": Family("Qwen3-VL", "Qwen3VLProcessor", "thousandths", ("visual",), Patches),
     "qwen3_5": Family(
         "Qwen3.5, 3.6 and 3.8, dense", "Qwen3VLProcessor", "thousandths", ("visual",), Patches, _QWEN3_5_TEMPLATE
+    ),
+    "adfm_embedded": Family(
+        "the embedded model",
+        "Qwen3VLProcessor",
+        "thousandths",
+        ("visual",),
+        Patches,
+        whole=("visual", "embed_tokens"),
+        vllm=False,
     ),
     "internvl": Family(
         "InternVL3 and 3.5, the folders that end in -HF",

@@ -120,6 +120,9 @@ def _vllm_lacking(params: Params) -> list[str]:
         missing.append("train.vllm shares this GPU and train.vllm_server has another; set one of them to null")
     if params.model.quantization:
         missing.append(f"{setting} cannot take the weights of model.quantization; set one of them to null")
+    _, folder = loading.base_of(params.model.name, params.model)
+    if not families.get(loading.family_of(folder)).vllm:
+        missing.append(f"{setting}: vLLM does not have the architecture of {params.model.name}; set it to null")
     return missing
 
 

@@ -157,6 +157,8 @@ def outline(folder: Path) -> Any:
     from transformers import AutoModelForImageTextToText
     from transformers.utils import logging
 
+    from adfm.models import tower  # noqa: F401 (transformers then knows the embedded model)
+
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # its report of what is missing is a table of many lines; ours is a sentence
     logging.disable_progress_bar()
@@ -383,6 +385,8 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
     from transformers.integrations.fsdp import is_fsdp_enabled
 
+    from adfm.models import tower  # noqa: F401 (as in `outline`)
+
     base, folder = base_of(model, settings)
     if missing := lacking(base):
         raise AdfmError("\n  ".join(missing))
@@ -492,6 +496,8 @@ def load_processor(model: str | Path, settings: Model) -> Any:
         AdfmError: As `resolve`; it is the processor of another model; or its chat template cannot be used.
     """
     from transformers import AutoConfig
+
+    from adfm.models import tower  # noqa: F401 (as in `outline`)
 
     base, folder = base_of(model, settings)
     source = model if describe(Path(model)) else folder

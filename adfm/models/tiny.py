@@ -1,9 +1,9 @@
-"""The embedded model: Qwen3-VL's own classes at about a million and a half weights, its tokenizer and its processor.
+"""The embedded model: Qwen3-VL's own classes with a pretrained vision tower, its tokenizer and its processor.
 
-The image is 96x96 pixels in 12x12 patches, which makes 16 visual tokens; coordinates are Qwen3-VL's, 0 to 1000, of
-which the vocabulary holds the multiples of 10 as whole tokens. The tokenizer is a byte-level BPE whose merges may cross
-spaces, so that a frequent sentence, such as one of the prompt, is a single token and a whole response about thirty; any
-other text still tokenizes, down to bytes.
+The image is reduced or enlarged to about 320 x 320 pixels, its shape kept, and becomes about 100 visual tokens (see
+`adfm.models.tower`); coordinates are Qwen3-VL's, 0 to 1000, of which the vocabulary holds the multiples of 10 as whole
+tokens. The tokenizer is a byte-level BPE whose merges may cross spaces, so that a frequent sentence, such as one of the
+prompt, is a single token and a whole response about thirty; any other text still tokenizes, down to bytes.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from adfm.models.families import processor_class
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-FAMILY = "qwen3_vl"
-SIDE = 96
-PATCH = 12
+FAMILY = "adfm_embedded"
+SIDE = 320
+PATCH = 16
 MERGE = 2
+HIDDEN = 128
 COORDINATES = range(0, 1001, 10)
 VOCABULARY = 1600
 SPECIAL = [
@@ -72,17 +73,17 @@ def tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def processor(tokens: PreTrainedTokenizerFast) -> Any:
-    """Qwen3-VL's processor with the tiny image size, and the chat template of the family."""
+def processor(tokens: PreTrainedTokenizerFast, side: int = SIDE) -> Any:
+    """Qwen3-VL's processor for images of `side` x `side` pixels or as many in another shape, with its chat template."""
     from transformers import Qwen2VLImageProcessorPil
 
     images = Qwen2VLImageProcessorPil(
         patch_size=PATCH,
         temporal_patch_size=2,
         merge_size=MERGE,
-        size={"shortest_edge": SIDE * SIDE, "longest_edge": SIDE * SIDE},
+        size={"shortest_edge": side * side, "longest_edge": side * side},
         image_mean=[0.5] * 3,
-        image_std=[0.25] * 3,
+        image_std=[0.5] * 3,
     )
     template = (importlib.resources.files("trl") / "chat_templates" / "qwen3_vl.jinja").read_text()
     return processor_class(FAMILY)(image_processor=images, tokenizer=tokens, chat_template=template)
@@ -91,14 +92,15 @@ def processor(tokens: PreTrainedTokenizerFast) -> Any:
 def model(tokens: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
     """A randomly initialised model for `tokens`."""
     import torch
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    from adfm.models.tower import EmbeddedConfig, EmbeddedForConditionalGeneration
 
     torch.manual_seed(seed)
     number: Any = tokens.convert_tokens_to_ids
     ends = {"eos_token_id": number("<|im_end|>"), "pad_token_id": number("<|endoftext|>"), "bos_token_id": None}
     text = {
         "vocab_size": len(tokens),
-        "hidden_size": 128,
+        "hidden_size": HIDDEN,
         "intermediate_size": 384,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
@@ -114,28 +116,16 @@ def model(tokens: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
         "tie_word_embeddings": True,
         **ends,
     }
-    vision = {
-        "depth": 4,
-        "hidden_size": 96,
-        "intermediate_size": 192,
-        "num_heads": 4,
-        "patch_size": PATCH,
-        "spatial_merge_size": MERGE,
-        "temporal_patch_size": 2,
-        "out_hidden_size": 128,
-        "num_position_embeddings": (SIDE // PATCH) ** 2,
-        "deepstack_visual_indexes": [1],
-    }
-    config = Qwen3VLConfig(
+    config = EmbeddedConfig(
         text_config=text,
-        vision_config=vision,
+        vision_config={"out_hidden_size": HIDDEN, "patch_size": PATCH, "spatial_merge_size": MERGE},
         image_token_id=number("<|image_pad|>"),
         video_token_id=number("<|video_pad|>"),
         vision_start_token_id=number("<|vision_start|>"),
         vision_end_token_id=number("<|vision_end|>"),
         tie_word_embeddings=True,
     )
-    network = Qwen3VLForConditionalGeneration(config)
+    network = EmbeddedForConditionalGeneration(config)
     network.generation_config.eos_token_id = ends["eos_token_id"]
     network.generation_config.pad_token_id = ends["pad_token_id"]
     return network

@@ -42,12 +42,11 @@ def evaluate(
 
         retries.again(work, "the evaluation")
         names = {"Reference detector": detector, "Evaluation": evaluation, "Decisions of the candidate": decisions}
-        tasks.name_artifacts(names)
+        tasks.name_artifacts(names | {"Kinds of defects named by the candidate": kinds})
         tasks.publish_page(evaluation_report, "Evaluation report", folder / "report" / "report.html")
         metrics, first = tasks.evaluation_metrics(folder)
         tasks.log_metrics(evaluation_metrics, "Evaluation metrics", metrics, first)
         decisions.log_confusion_matrix(*tasks.confusion(folder))
         decisions.log_roc_curve(*tasks.roc(folder))
         if counts := tasks.kinds(folder):
-            tasks.name_artifacts({"Kinds of defects named by the candidate": kinds})
             kinds.log_confusion_matrix(*counts)

@@ -104,6 +104,7 @@ def evaluated(artifacts: Artifacts, shards: Any) -> Artifacts:
         evaluation_report=made("evaluation_report.html", dsl.HTML),
         evaluation_metrics=made("evaluation_metrics", dsl.Metrics),
         decisions=made("decisions", dsl.ClassificationMetrics),
+        kinds=made("kinds", dsl.ClassificationMetrics),
     )
     return made
 
@@ -158,7 +159,7 @@ def test_an_evaluation_is_tried_again_where_mlflow_was_away(tmp_path: Path, monk
     monkeypatch.setattr(detector, "train", lambda *_, **__: None)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     inputs = {name: Artifacts(tmp_path)(name) for name in ("shards", "warmup", "model", "detector", "evaluation")}
-    outputs = dict.fromkeys(("evaluation_report", "evaluation_metrics", "decisions"))
+    outputs = dict.fromkeys(("evaluation_report", "evaluation_metrics", "decisions", "kinds"))
     with pytest.raises(SystemExit):
         function("evaluate")(settings=SETTINGS, **inputs, **outputs)
     assert tries == [Path(inputs["evaluation"].path)] * 2  # beside which the predictions that it made are kept
@@ -227,7 +228,8 @@ def test_metrics_that_matter_come_first_where_names_are_sorted(evaluated: Artifa
     leading = ("1 trained/balanced_accuracy", "2 trained/miss_rate", "3 trained/overkill", "4 trained/iou")
     names = list(rows(evaluated("evaluation_metrics")))
     assert [name.removesuffix("_at_threshold") for name in names[:4]] == list(leading)
-    assert {name.split("/")[0] for name in names[4:]} == {"base", "warmup", "trained"}
+    models = {"base", "warmup", "trained", "detector", "always_A", "always_B"}
+    assert {name.split("/")[0] for name in names[4:]} == models
     matrix = evaluated("decisions").metadata["confusionMatrix"]
     assert [each["displayName"] for each in matrix["annotationSpecs"]] == ["normal", "anomalous", "unparseable"]
     curve = evaluated("decisions").metadata["confidenceMetrics"]

@@ -13,6 +13,7 @@ from typing import Any
 from adfm.models import families, tiny
 from adfm.training import base
 
+SIDE, PATCH, MERGE = 96, 12, 2  # of Qwen's images: pixels of a side and of a patch, patches merged
 TILE = 48  # pixels of InternVL's tile: 4 x 4 patches, of which 2 x 2 tokens are made
 LANGUAGE = {
     "hidden_size": 32,
@@ -27,8 +28,8 @@ TOWER = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_heads": 2,
-    "patch_size": tiny.PATCH,
-    "spatial_merge_size": tiny.MERGE,
+    "patch_size": PATCH,
+    "spatial_merge_size": MERGE,
     "temporal_patch_size": 2,
     "out_hidden_size": 32,
 }
@@ -50,7 +51,8 @@ def _text(tokenizer: Any, **more: Any) -> dict[str, Any]:
 
 
 def _qwen(family: str, template: str) -> tuple[Any, dict[str, int]]:
-    embedded = tiny.processor(tiny.tokenizer(base.corpus()))
+    embedded = tiny.processor(tiny.tokenizer(base.corpus()), SIDE)
+    embedded.image_processor.patch_size = PATCH
     text = (importlib.resources.files("trl") / "chat_templates" / template).read_text()
     processor = families.processor_class(family)(embedded.image_processor, embedded.tokenizer, chat_template=text)
     number = embedded.tokenizer.convert_tokens_to_ids
@@ -67,7 +69,7 @@ def _qwen2_5_vl() -> tuple[Any, Any]:
 
     processor, numbers = _qwen("qwen2_5_vl", "qwen2_5_vl.jinja")
     rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 3, 3]}
-    windows = {"window_size": 4 * tiny.PATCH * tiny.MERGE, "fullatt_block_indexes": [1]}
+    windows = {"window_size": 4 * PATCH * MERGE, "fullatt_block_indexes": [1]}
     config = Qwen2_5_VLConfig(
         text_config=_text(processor.tokenizer, rope_parameters=rope), vision_config={**TOWER, **windows}, **numbers
     )
@@ -79,7 +81,7 @@ def _qwen3_vl() -> tuple[Any, Any]:
 
     processor, numbers = _qwen("qwen3_vl", "qwen3_vl.jinja")
     rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 3, 3], "mrope_interleaved": True}
-    tower = {**TOWER, "num_position_embeddings": (tiny.SIDE // tiny.PATCH) ** 2, "deepstack_visual_indexes": [0]}
+    tower = {**TOWER, "num_position_embeddings": (SIDE // PATCH) ** 2, "deepstack_visual_indexes": [0]}
     text = _text(processor.tokenizer, rope_parameters=rope, head_dim=16)
     config = Qwen3VLConfig(text_config=text, vision_config=tower, **numbers)
     return Qwen3VLForConditionalGeneration(config), processor
@@ -104,7 +106,7 @@ def _qwen3_5() -> tuple[Any, Any]:
         "layer_types": ["linear_attention", "full_attention"],
     }
     text = _text(processor.tokenizer, rope_parameters=rope, head_dim=32, **linear)
-    tower = {**TOWER, "num_position_embeddings": (tiny.SIDE // tiny.PATCH) ** 2}
+    tower = {**TOWER, "num_position_embeddings": (SIDE // PATCH) ** 2}
     config = Qwen3_5Config(text_config=text, vision_config=tower, **numbers)
     return Qwen3_5ForConditionalGeneration(config), processor
 
@@ -146,7 +148,7 @@ def _internvl() -> tuple[Any, Any]:
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "image_size": [TILE, TILE],
-        "patch_size": [tiny.PATCH, tiny.PATCH],
+        "patch_size": [PATCH, PATCH],
     }
     config = InternVLConfig(
         text_config=_text(tokenizer, model_type="qwen3", head_dim=16),
@@ -158,9 +160,15 @@ def _internvl() -> tuple[Any, Any]:
     return InternVLForConditionalGeneration(config), processor
 
 
+def _adfm_embedded() -> tuple[Any, Any]:
+    processor = tiny.processor(tiny.tokenizer(base.corpus()), SIDE)
+    return tiny.model(processor.tokenizer, seed=0), processor
+
+
 BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
     "qwen3_5": _qwen3_5,
+    "adfm_embedded": _adfm_embedded,
     "internvl": _internvl,
 }

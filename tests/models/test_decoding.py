@@ -117,7 +117,7 @@ def test_every_supervised_answer_parts_where_the_branches_are(name: str, label: 
         at = scorer(name)._position(tokens, text, fork)
         assert at is not None
         side = fork.side(text)
-        assert side == (label if fork.tag == "<rethink>" else "anomalous" if regions else "normal")
+        assert side == (label if fork.tag == "<rethink>" or not regions else "anomalous")
         split = scorer(name)._split(tokens[:at], fork)
         assert side and tokens[at] in [scorer(name).tokens[i] for i in split[side]]
         assert len(split["anomalous"]) and len(split["normal"])

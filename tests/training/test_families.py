@@ -16,7 +16,7 @@ from adfm import preflight
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.evaluation.evaluate import evaluate
-from adfm.models import adapters, families, hardware, loading, tiny
+from adfm.models import adapters, families, hardware, loading
 from adfm.params import Lora, Params
 from adfm.training import examples, grpo
 from adfm.training.warmup import warmup
@@ -123,7 +123,7 @@ def test_placeholders_of_images_are_never_generated(folder: Path) -> None:
 def test_images_are_limited_and_other_engines_get_them_in_the_size_that_the_model_sees(
     folder: Path, family: str, small_shards: Path, tmp_path: Path
 ) -> None:
-    limit = random_models.TILE**2
+    limit = (64 if family == "adfm_embedded" else random_models.TILE) ** 2
     settings = Params.model_validate({"model": {"name": str(folder), "max_pixels": limit}}).model
     loaded = loading.load(str(folder), settings)
     data = examples.draw(small_shards, loaded, 4, anomalous_share=0.5, seed=0, cache=tmp_path)
@@ -257,6 +257,6 @@ def test_an_adapter_on_nothing_is_refused(qwen2_5_vl: Path, small_shards: Path, 
 def test_boxes_are_pixels_of_the_resized_image(qwen2_5_vl: Path, small_shards: Path, tmp_path: Path) -> None:
     loaded = loading.load(str(qwen2_5_vl), Params().model)
     data = examples.draw(small_shards, loaded, 4, anomalous_share=0.5, seed=0, cache=tmp_path)
-    assert [row["frame"] for row in data] == [[tiny.SIDE, tiny.SIDE]] * 4
+    assert [row["frame"] for row in data] == [[random_models.SIDE, random_models.SIDE]] * 4
     assert [list(row["image"].size) for row in examples.as_seen(data, loaded)] == data["frame"][:]
     assert "pixels" in data[0]["prompt"][1]["content"]

@@ -21,8 +21,7 @@ from adfm.models import families, hardware, loading, tiny
 from adfm.params import Model, Params
 from adfm.training import base, grpo, vllm_generation
 from adfm.training.warmup import warmup
-
-BASE = "embedded://tiny-base"
+from tests.models import random_models
 
 
 def adapted(network: Any, targets: str | list[str], rank: int = 4) -> Any:
@@ -171,26 +170,13 @@ def processor_of(family: str) -> Any:
 
 
 def architecture(family: str) -> Any:
-    """The embedded model's sizes with two layers each, of either family, random."""
-    import transformers
+    """A network of a family with two layers each, random."""
+    return random_models.BUILDERS[family]()[0]
 
-    config = transformers.AutoConfig.from_pretrained(loading.EMBEDDED[BASE])
-    config.text_config.num_hidden_layers, config.vision_config.depth = 2, 2
-    if family == "qwen2_5_vl":
-        text, vision = config.text_config, config.vision_config
-        config = transformers.Qwen2_5_VLConfig(
-            text_config={
-                name: getattr(text, name)
-                for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
-            }
-            | {"num_hidden_layers": 2, "num_key_value_heads": text.num_key_value_heads},
-            vision_config={
-                name: getattr(vision, name)
-                for name in ("hidden_size", "intermediate_size", "num_heads", "patch_size", "out_hidden_size")
-            }
-            | {"depth": 2, "spatial_merge_size": vision.spatial_merge_size, "fullatt_block_indexes": [1]},
-        )
-    return transformers.AutoModelForImageTextToText.from_config(config)
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_models.write("qwen3_vl", tmp_path_factory.mktemp("qwen3_vl"))
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
@@ -244,7 +230,7 @@ class Engine:
     def generate(self, prompts: list[dict[str, Any]], sampling_params: Any, use_tqdm: bool) -> list[Any]:
         self.prompts.extend(prompts)
         assert sampling_params.logit_bias and sampling_params.repetition_penalty == 1.0
-        tokenizer = loading.load_processor(BASE, Model()).tokenizer
+        tokenizer = tiny.tokenizer(base.corpus())
         texts = [f"<answer>{'AB'[number % 2]}</answer><|im_end|>" for number in range(len(prompts))]
         written = [tokenizer(text)["input_ids"] for text in texts]
         logprobs = {0: types.SimpleNamespace(logprob=-0.1, rank=1)}
@@ -276,23 +262,26 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[Engine]:
 
 
 def test_a_training_hands_the_engine_prompts_sizes_and_merged_weights(
-    stand_in: type[Engine], small_shards: Path, tmp_path: Path, params: Params
+    stand_in: type[Engine], small_shards: Path, folder: Path, tmp_path: Path, params: Params
 ) -> None:
     settings = params.model_dump(by_alias=True)
+    settings["model"] = {"name": str(folder)}
     settings["train"] |= {"vllm": 0.3, "steps": 2}
     own = Params.model_validate(settings)
     warmup(small_shards, tmp_path / "warmup", own)
     grpo.train(small_shards, tmp_path / "warmup", tmp_path / "trained", own)
-    processor = loading.load_processor(BASE, Model())
+    processor = loading.load_processor(folder, Model())
     options = stand_in.options
     assert (options["gpu_memory_utilization"], options["dtype"]) == (0.3, "float32")
-    assert options["mm_processor_kwargs"] == {"size": {"shortest_edge": tiny.SIDE**2, "longest_edge": tiny.SIDE**2}}
+    assert options["mm_processor_kwargs"] == {
+        "size": {"shortest_edge": random_models.SIDE**2, "longest_edge": random_models.SIDE**2}
+    }
     assert options["limit_mm_per_prompt"] == {"image": 1, "video": 0}
     assert options["generation_config"] == "vllm"
     image = processor.image_token_id
     assert {prompt["prompt_token_ids"].count(image) for prompt in stand_in.prompts} == {1}
     longest = max(len(prompt["prompt_token_ids"]) for prompt in stand_in.prompts)
-    grid = (tiny.SIDE // tiny.PATCH // tiny.MERGE) ** 2
+    grid = (random_models.SIDE // random_models.PATCH // random_models.MERGE) ** 2
     assert options["max_model_len"] >= longest - 1 + grid + own.train.max_completion_length
     start = loading.load(tmp_path / "warmup", own.model)
     merged = start.model.merge_and_unload()
