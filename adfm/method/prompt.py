@@ -44,6 +44,8 @@ OPENINGS: dict[str, dict[Label, tuple[str, ...]]] = {
 }
 """How each stage of a supervised answer begins: in `rethink` with regions to examine, and without."""
 
+_NO_REGION = "no single region."  # after "Suspicious:", where the place of a defect is not known
+
 
 def messages(units: str, stages: bool = True, kinds: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The prompt as chat messages, without the image.
@@ -87,7 +89,7 @@ def answer(
         return decision
     boxes = ", ".join("[" + ", ".join(str(round(v / step) * step) for v in box) + "]" for box in regions)
     (suspicious,), (nothing,) = OPENINGS["think"].values()
-    think = f"{suspicious} {boxes}" if regions else nothing
+    think = f"{suspicious} {boxes or _NO_REGION}" if regions or label == "anomalous" else nothing
     examined, unexamined = OPENINGS["rethink"][label]
     rethink = examined if regions else unexamined
     if label == "anomalous" and (kind := kinds_.of(defect, kinds)) in kinds:

@@ -20,7 +20,7 @@ from adfm.method import kinds as kinds_
 from adfm.models import families
 from adfm.models.loading import Loaded
 from adfm.params import Tile
-from adfm.records import Box
+from adfm.records import Box, Split
 
 if TYPE_CHECKING:
     import datasets
@@ -43,15 +43,16 @@ def draw(
     weights: dict[str, float] | None = None,
     located: bool = False,
     tile: Tile | None = None,
+    split: Split = "train",
 ) -> datasets.Dataset:
-    """`count` training images, or tiles of them, in an order fixed by `seed`.
+    """`count` images of a split, or tiles of them, in an order fixed by `seed`.
 
     Every image of a label is drawn once before any is drawn again, unless there are weights. Images stay on disk until
     they are used. With `tile.size`, a row is a tile, labelled by what it shows (`adfm.tiles.truth`): most tiles of a
     defective image are normal ones. Of an anomalous image without boxes nobody knows which tile is; it is left out.
 
     Args:
-        shards: Folder of shards; its train split is read.
+        shards: Folder of shards.
         loaded: Says what is asked, and in which frame boxes are written.
         count: Rows to draw.
         anomalous_share: Share of anomalous images, evenly spread. A model that names kinds can be trained on anomalous
@@ -62,19 +63,20 @@ def draw(
             largest.
         located: Whether to leave out anomalous images without boxes, of which only the label is known.
         tile: Into which tiles images are cut; `None`: they are not.
+        split: The split that is read.
 
     Returns:
         Columns `prompt` (messages), `image`, `label`, `defect`, `regions` (ground-truth boxes in the model's frame) and
         `frame` (width and height of that frame).
 
     Raises:
-        AdfmError: The train split lacks normal or anomalous images, or with `tile.size` anomalous ones with boxes.
+        AdfmError: The split lacks normal or anomalous images, or with `tile.size` anomalous ones with boxes.
     """
     import datasets
 
-    table = shards_.table(shards, "train").to_pylist()
+    table = shards_.table(shards, split).to_pylist()
     if tile and tile.size:
-        table = _tiles(table, tile.size, tile.overlap, shards)
+        table = _tiles(table, tile.size, tile.overlap, f"{shards}: no anomalous image of the {split} split")
     weight = np.array([weights[row["id"]] for row in table]) if weights else None
     if loaded.kinds:
         evenly = _evenly([kinds_.of(row["defect"], loaded.kinds) for row in table])
@@ -82,14 +84,14 @@ def draw(
         if all(row["label"] == "anomalous" for row in table):
             anomalous_share = 1.0
     labels = ["" if located and _has_label_alone(row) else row["label"] for row in table]
-    order = _order(labels, count, anomalous_share, seed, shards, weight)
+    order = _order(labels, count, anomalous_share, seed, f"{shards}: the {split} split", weight)
     if tile and tile.size:
         drawn = sorted(set(order))
         table, order = [table[i] for i in drawn], np.searchsorted(drawn, order).tolist()
-        data = _cut(table, shards, cache)
+        data = _cut(table, shards, split, cache)
     else:
         data = datasets.Dataset.from_parquet(
-            [str(file) for file in sorted(shards.glob("train-*.parquet"))], cache_dir=str(cache), columns=["image"]
+            [str(file) for file in sorted(shards.glob(f"{split}-*.parquet"))], cache_dir=str(cache), columns=["image"]
         )
     family = families.get(loaded.family)
     regions, frames = [], []
@@ -130,12 +132,12 @@ def boxes_known(shards: Path) -> tuple[int, int]:
     return anomalous - without, without
 
 
-def _tiles(table: list[dict[str, Any]], size: int, overlap: float, shards: Path) -> list[dict[str, Any]]:
+def _tiles(table: list[dict[str, Any]], size: int, overlap: float, none: str) -> list[dict[str, Any]]:
     """A row for every tile that can be labelled, with the `number` of its image and its place, `tile`."""
     if any(row["label"] == "anomalous" for row in table) and not any(row["boxes"] for row in table):
         raise AdfmError(
-            f"{shards}: no anomalous training image has boxes, so that nobody knows which of its tiles are anomalous; "
-            "mark the defects, or set tile.size=null to train on whole images"
+            f"{none} has boxes, so that nobody knows which of its tiles are anomalous; mark the defects, or set "
+            "tile.size=null to train on whole images"
         )
     rows = []
     for number, row in enumerate(table):
@@ -150,7 +152,7 @@ def _tiles(table: list[dict[str, Any]], size: int, overlap: float, shards: Path)
     return rows
 
 
-def _cut(rows: list[dict[str, Any]], shards: Path, cache: Path) -> datasets.Dataset:
+def _cut(rows: list[dict[str, Any]], shards: Path, split: Split, cache: Path) -> datasets.Dataset:
     """The images of rows of `_tiles`, in their order: on disk and memory-mapped, as whole images are.
 
     They are cut once, an image of the shards after the other. A tile that is cut when its row is read would cost the
@@ -158,7 +160,7 @@ def _cut(rows: list[dict[str, Any]], shards: Path, cache: Path) -> datasets.Data
     """
     import datasets
 
-    key = json.dumps([shards_.fingerprint(shards, "train"), [[row["number"], *row["tile"]] for row in rows]])
+    key = json.dumps([shards_.fingerprint(shards, split), [[row["number"], *row["tile"]] for row in rows]])
     file = cache / f"tiles-{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow"
     if not file.is_file():
         cache.mkdir(parents=True, exist_ok=True)
@@ -167,7 +169,7 @@ def _cut(rows: list[dict[str, Any]], shards: Path, cache: Path) -> datasets.Data
             of_image[row["number"]].append(row["tile"])
         partial = file.with_suffix(".partial")
         with pa.ipc.new_stream(str(partial), _TILE) as stream:
-            for number, record in enumerate(shards_.read(shards, "train")):
+            for number, record in enumerate(shards_.read(shards, split)):
                 if number in of_image:
                     image = Image.open(io.BytesIO(record.image))
                     plain = image if image.mode in ("L", "RGB") else image.convert("RGB")
@@ -199,7 +201,7 @@ def as_seen(data: datasets.Dataset, loaded: Loaded) -> datasets.Dataset:
 
 
 def _order(
-    labels: list[str], count: int, share: float, seed: int, shards: Path, weight: NDArray[np.float64] | None = None
+    labels: list[str], count: int, share: float, seed: int, where: str, weight: NDArray[np.float64] | None = None
 ) -> list[int]:
     """Indices of `count` images, of which any run holds anomalous ones in the given share.
 
@@ -213,8 +215,8 @@ def _order(
         needed = int(places.sum())
         if needed and not len(of_label):
             raise AdfmError(
-                f"{shards}: the train split has no {label} image, and training needs both; add some, or see split.* in "
-                "params.yaml" + ("; on defects alone a model can learn their kinds: warmup.kinds" * (label == "normal"))
+                f"{where} has no {label} image, and training needs both; add some, or see split.* in params.yaml"
+                + ("; on defects alone a model can learn their kinds: warmup.kinds" * (label == "normal"))
             )
         if needed and weight is not None:
             of_these = np.maximum(weight[of_label], weight[of_label].max() / 20)

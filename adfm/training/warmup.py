@@ -1,4 +1,8 @@
-"""Supervised cold start: a LoRA adapter that has seen the form of the answer on the images of the line.
+"""Supervised stage: an adapter that has learned to answer, in the form of the prompt, on the images of the line.
+
+Batches hold normal and anomalous images in a fixed share, in several views (`adfm.training.augmentation`). After each
+epoch the loss on the validation split decides whether to stop, and the best epoch is what is kept. Where the tower
+looks for defects itself, as the embedded model's does, the boxes also teach it directly, by a second loss.
 
 `warmup.steps: 0` writes an adapter that changes nothing, and GRPO starts from the base: the paper's setting.
 """
@@ -7,8 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from adfm import tracking
 from adfm.data import hashes
@@ -21,21 +28,25 @@ from adfm.outbox import Outbox
 from adfm.params import Params, Warmup
 from adfm.records import Box
 from adfm.training import examples
+from adfm.training.augmentation import VIEWS, view, view_of_box
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+_MOST_BOXES = 8  # an answer of more would be cut at evaluate.max_new_tokens, and then have no letter
+_JUDGED = 400  # images of the validation split at most after an epoch
 
 
 def warmup(shards: Path, out: Path, params: Params, force: bool = False) -> None:
     """Train a new adapter on correct answers, and write it with its processor to `out`.
 
-    The correct answer in stages names the defects' boxes. Anomalous images without boxes are left out, as a made-up
-    place would be learnt; where no other is anomalous, the adapter changes nothing, as with `warmup.steps: 0`.
+    The correct answer in stages names the defects' boxes. Where some anomalous images have boxes, those without are
+    left out, as they would teach to name no place; where none has, the answer says that no place is known.
 
     Args:
-        shards: Folder of shards; the train split is used.
+        shards: Folder of shards; the train split is used, and the validation split to stop early.
         out: Folder to write: adapter, processor, `adfm.json`, `trained_on.parquet`, `warmup_curves.csv`.
-        params: Reads `model`, `lora`, `warmup` and `seed`.
+        params: Reads `model`, `lora`, `tile`, `warmup` and `seed`.
         force: Replace a finished model at `out`.
 
     Raises:
@@ -43,12 +54,9 @@ def warmup(shards: Path, out: Path, params: Params, force: bool = False) -> None
             `lora.target_modules` does not fit the model.
     """
     refuse_to_replace(out, force)
-    import torch
     from transformers import set_seed
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-    from trl import SFTConfig, SFTTrainer
 
-    from adfm.training.watch import Watch, write_curves
+    from adfm.training.watch import write_curves
 
     set_seed(params.seed)
     settings = params.warmup
@@ -58,69 +66,191 @@ def warmup(shards: Path, out: Path, params: Params, force: bool = False) -> None
     loaded = replace(loaded, prompt=messages, kinds=kinds)
     decoding.Scorer(loaded.processor.tokenizer)  # refuses a tokenizer whose answers evaluation could not score
     model = adapters.attach(loaded.model, params.lora)
-    steps = _steps(shards, settings)
     with (
         atomic_folder(out) as folder,
         tracking.start_run("warmup", params, {"attention": model.config._attn_implementation}, must_end=False) as run,
         Outbox(out.with_name(out.name + ".unsent"), run.info.run_id) as outbox,
     ):
         history: list[dict[str, Any]] = []
-        if steps:
-            count, share = steps * settings.batch_size, settings.anomalous_share
-            data = examples.draw(
-                shards, loaded, count, share, params.seed, folder / "cache", located=settings.stages, tile=params.tile
-            )
-            trainer = SFTTrainer(
-                model=model,
-                args=SFTConfig(
-                    output_dir=str(folder / "cache"),
-                    max_steps=steps,
-                    per_device_train_batch_size=settings.batch_size,
-                    learning_rate=settings.learning_rate,
-                    lr_scheduler_type="cosine",
-                    warmup_steps=min(10, steps // 4),
-                    max_length=None,
-                    logging_steps=1,
-                    save_strategy="no",
-                    report_to="none",
-                    seed=params.seed,
-                    bf16=params.model.dtype == "bfloat16",
-                    use_cpu=not torch.cuda.is_available(),
-                    activation_checkpointing=False,
-                    dataloader_pin_memory=torch.cuda.is_available(),
-                ),
-                train_dataset=data.map(
-                    _answer,
-                    fn_kwargs={"step": settings.coordinate_step, "stages": settings.stages, "kinds": kinds},
-                    remove_columns=["label", "defect", "regions", "frame"],
-                ),
-                processing_class=loaded.processor,
-                callbacks=[Watch("warm-up", ["loss", "mean_token_accuracy"], outbox)],
-            )
-            trainer.remove_callback(PrinterCallback)
-            trainer.remove_callback(ProgressCallback)
-            trainer.train()
-            history = trainer.state.log_history
+        if settings.steps:
+            history = _trained(model, loaded, shards, folder / "cache", params, outbox)
         save(folder, model, loaded, shards, params, "warmup", run.info.run_id)
         write_curves(history, folder / "warmup_curves.csv")
 
 
-def _steps(shards: Path, settings: Warmup) -> int:
-    """The steps to take; says which images are left out."""
-    if not settings.steps or not settings.stages:
-        return settings.steps
-    with_boxes, without = examples.boxes_known(shards)
-    if without:
-        print(f"cold start: {without} anomalous training images have no boxes and are left out")
-    if without and not with_boxes:
-        print("cold start: no anomalous image has boxes, so that no step is taken; GRPO starts from the base model")
+def _trained(
+    model: Any, loaded: loading.Loaded, shards: Path, work: Path, params: Params, outbox: Outbox
+) -> list[dict[str, Any]]:
+    """Trains `model`, and returns what was logged."""
+    import torch
+    from transformers import EarlyStoppingCallback
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+    from trl import SFTConfig
+
+    from adfm.training.watch import Watch
+
+    settings = params.warmup
+    images = len(shards_.ids(shards, "train"))
+    epoch = -(-images // settings.batch_size)
+    steps = min(settings.steps, epoch * settings.epochs)
+    located = settings.stages and _located(shards)
+    draw = partial(examples.draw, shards, loaded, cache=work, located=located, tile=params.tile)
+    share = settings.anomalous_share
+    data = draw(steps * settings.batch_size, share, params.seed)
+    judged = _judged(shards, settings, set(data["label"])) if steps > epoch else 0
+    stops: dict[str, Any] = {}
+    if judged:
+        stops = {
+            "eval_strategy": "steps",
+            "eval_steps": epoch,
+            "per_device_eval_batch_size": settings.batch_size,
+            "save_strategy": "steps",
+            "save_steps": epoch,
+            "save_total_limit": 1,
+            "save_only_model": True,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+        }
+    validation = draw(judged, share, params.seed, split="validation") if judged else None
+    trainer = _trainer_class()(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(work),
+            max_steps=steps,
+            per_device_train_batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=min(10, steps // 4),
+            train_sampling_strategy="sequential",  # the draw has spread the labels evenly over the batches
+            remove_unused_columns=False,  # those of the loss on places
+            max_length=None,
+            completion_only_loss=True,
+            logging_steps=1,
+            **({"save_strategy": "no"} | stops),
+            report_to="none",
+            seed=params.seed,
+            bf16=params.model.dtype == "bfloat16",
+            use_cpu=not torch.cuda.is_available(),
+            activation_checkpointing=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+        ),
+        train_dataset=data,
+        eval_dataset=validation,
+        processing_class=loaded.processor,
+        callbacks=[Watch("warm-up", ["loss", "mean_token_accuracy"], outbox)],
+    )
+    trainer.places_weight = settings.places_weight
+    trainer.train_dataset = Answers(data, settings, params.seed, settings.augment, loaded.kinds)
+    if judged:
+        trainer.eval_dataset = Answers(validation, settings, params.seed, False, loaded.kinds)
+        trainer.add_callback(EarlyStoppingCallback(settings.patience))
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.train()
+    return list(trainer.state.log_history)
+
+
+def _judged(shards: Path, settings: Warmup, needed: set[str]) -> int:
+    """How many images of the validation split judge an epoch; 0: it cannot stop early, and says why."""
+    if not settings.patience:
         return 0
-    return settings.steps
+    labels = {label for rows in shards_.batches(shards, "validation", ["label"]) for label in rows["label"].to_pylist()}
+    if not needed <= labels:
+        missing = " and no ".join(sorted(needed - labels))
+        print(f"cold start: the validation split has no {missing} image, so that it takes all its steps")
+        return 0
+    return min(len(shards_.ids(shards, "validation")), _JUDGED)
 
 
-def _answer(row: dict[str, Any], step: int, stages: bool, kinds: Sequence[str]) -> dict[str, Any]:
-    text = prompt.answer(row["label"], [Box(*box) for box in row["regions"]], row["defect"], step, stages, kinds)
-    return {"completion": [{"role": "assistant", "content": text}]}
+def _located(shards: Path) -> bool:
+    """Whether anomalous images have boxes; says which are left out."""
+    with_boxes, without = examples.boxes_known(shards)
+    if without and with_boxes:
+        print(f"cold start: {without} anomalous training images have no boxes and are left out")
+    elif without:
+        print("cold start: no anomalous training image has boxes; the model learns the verdict, and no place")
+    return bool(with_boxes)
+
+
+class Answers:
+    """Images with the answers that they should get, as the trainer reads them: `prompt`, `completion`, `image`.
+
+    With them come what the loss on places needs: `boxes`, as fractions of width and height, `None` where the place is
+    not known; and `defective`.
+
+    Args:
+        data: As `examples.draw` gives it.
+        settings: How answers are written.
+        seed: Decides which view of an image a row shows.
+        augment: Whether there are views other than the image as it is.
+        kinds: Those that the prompt asks for.
+    """
+
+    def __init__(self, data: Any, settings: Warmup, seed: int, augment: bool = True, kinds: Sequence[str] = ()) -> None:
+        self._data, self._settings, self._seed, self._augment, self._kinds = data, settings, seed, augment, kinds
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One row."""
+        row = self._data[index]
+        number = int(np.random.default_rng([self._seed, index]).integers(VIEWS)) if self._augment else 0
+        width, height = row["frame"]
+        regions = [view_of_box(Box(*box), number, width, height) for box in row["regions"]]
+        largest = sorted(regions, key=lambda box: -box.area)[:_MOST_BOXES]
+        named = sorted(largest, key=lambda box: (box.y1, box.x1))
+        step, stages = self._settings.coordinate_step, self._settings.stages
+        text = prompt.answer(row["label"], named, row["defect"], step, stages, self._kinds)
+        defective = row["label"] == "anomalous"
+        return {
+            "prompt": row["prompt"],
+            "completion": [{"role": "assistant", "content": text}],
+            "image": view(row["image"].convert("RGB"), number, [self._seed]),
+            "boxes": [[x1 / width, y1 / height, x2 / width, y2 / height] for x1, y1, x2, y2 in regions]
+            if regions or not defective
+            else None,
+            "defective": defective,
+        }
+
+
+def _trainer_class() -> type[Any]:
+    from trl import SFTTrainer
+
+    from adfm.models import tower
+
+    class Trainer(SFTTrainer):
+        """TRL's trainer with the loss on the places that the embedded model's tower looks for."""
+
+        places_weight = 0.0
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self._places: list[Any] = []
+            network: Any = self.model
+            for module in network.modules():
+                if isinstance(module, tower.Tower):
+                    module.register_forward_hook(lambda module, inputs, output: self._places.append(output.places))
+            collate = self.data_collator
+            self.data_collator = lambda rows: {
+                **collate([{k: row[k] for k in ("prompt", "completion", "image")} for row in rows]),
+                "boxes": [row["boxes"] for row in rows],
+                "defective": [row["defective"] for row in rows],
+            }
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            boxes, defective = inputs.pop("boxes"), inputs.pop("defective")
+            self._places.clear()
+            compute_loss: Any = super().compute_loss  # untyped in TRL
+            loss = compute_loss(model, inputs, *args, **kwargs)
+            if self._places and self.places_weight:
+                places = tower.loss(self._places[-1], boxes, defective)
+                self._metrics["train" if model.training else "eval"]["places_loss"].append(places.item())
+                loss = loss + self.places_weight * places
+            return loss
+
+    return Trainer
 
 
 def save(

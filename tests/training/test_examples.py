@@ -26,7 +26,7 @@ LABELS = st.lists(st.sampled_from(["normal", "anomalous"]), min_size=2, max_size
 def test_labels_come_in_their_share_and_all_images_before_any_comes_twice(
     labels: list[str], count: int, share: float, seed: int
 ) -> None:
-    order = examples._order(labels, count, share, seed, Path("shards"))
+    order = examples._order(labels, count, share, seed, "shards")
     assert len(order) == count
     for run in range(1, count + 1):
         assert abs(sum(labels[i] == "anomalous" for i in order[:run]) - run * share) < 1 + 1e-6
@@ -38,8 +38,8 @@ def test_labels_come_in_their_share_and_all_images_before_any_comes_twice(
 
 def test_one_label_alone_cannot_be_trained_on() -> None:
     with pytest.raises(AdfmError, match="no anomalous image"):
-        examples._order(["normal"] * 3, 4, 0.5, 0, Path("shards"))
-    assert examples._order(["normal"] * 3, 4, 0.0, 0, Path("shards"))
+        examples._order(["normal"] * 3, 4, 0.5, 0, "shards")
+    assert examples._order(["normal"] * 3, 4, 0.0, 0, "shards")
 
 
 def test_rows_hold_boxes_in_the_models_frame(small_shards: Path, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_tiles_are_drawn_by_the_weights_of_their_images_and_need_boxes(
     weights = {str(number): float(number in (1, 3)) for number in range(8)}
     data = examples.draw(large, loaded, 20, 1.0, 0, tmp_path, weights=weights, tile=Tile(size=400))
     assert {row["image"].size for row in data} == {(400, 300)}  # the height is the image's own
-    with pytest.raises(AdfmError, match=r"no anomalous training image has boxes.*tile\.size=null"):
+    with pytest.raises(AdfmError, match=r"no anomalous image of the train split has boxes.*tile\.size=null"):
         examples.draw(label_shards, loaded, 12, 0.5, 0, tmp_path, tile=Tile(size=64))
 
 

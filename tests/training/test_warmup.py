@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,12 @@ from adfm import cli
 from adfm.data import hashes, shards
 from adfm.errors import AdfmError
 from adfm.files import write_json
+from adfm.method import response
 from adfm.models import loading
 from adfm.params import Evaluate, Params
-from adfm.training.warmup import trained_on, warmup
+from adfm.training import examples
+from adfm.training import warmup as warmup_module
+from adfm.training.warmup import Answers, trained_on, warmup
 
 
 def test_no_steps_change_nothing(small_shards: Path, tmp_path: Path) -> None:
@@ -72,14 +76,92 @@ def test_no_place_is_made_up_where_only_the_label_is_known(
     label_shards: Path, tmp_path: Path, params: Params, capsys: pytest.CaptureFixture[str]
 ) -> None:
     warmup(label_shards, tmp_path / "stages", params)
-    printed = capsys.readouterr().out
-    assert "anomalous training images have no boxes and are left out" in printed
-    assert "no step is taken; GRPO starts from the base model" in printed
-    assert len((tmp_path / "stages" / "warmup_curves.csv").read_text().splitlines()) == 1
-    plain = params.model_copy(update={"warmup": params.warmup.model_copy(update={"stages": False})})
-    warmup(label_shards, tmp_path / "plain", plain)
-    assert len((tmp_path / "plain" / "warmup_curves.csv").read_text().splitlines()) == 3
-    assert "left out" not in capsys.readouterr().out
+    assert (
+        "no anomalous training image has boxes; the model learns the verdict, and no place" in capsys.readouterr().out
+    )
+    assert len((tmp_path / "stages" / "warmup_curves.csv").read_text().splitlines()) == 3
+    loaded = loading.load(params.model.name, params.model)
+    data = examples.draw(label_shards, loaded, 12, anomalous_share=0.5, seed=0, cache=tmp_path)
+    rows = Answers(data, params.warmup, seed=0, augment=True)
+    for row in (rows[i] for i in range(12)):
+        read = response.parse(row["completion"][0]["content"])
+        assert (read.predicted_label == "anomalous") == row["defective"] and not read.boxes
+        assert row["boxes"] is (None if row["defective"] else row["boxes"]) and not row["boxes"]
+
+
+def test_where_some_have_boxes_those_without_are_left_out(
+    small_shards: Path, tmp_path: Path, params: Params, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = list(shards.read(small_shards))
+    first = next(record.id for record in records if record.split == "train" and record.boxes)
+    (tmp_path / "mixed").mkdir()
+    mixed = (replace(record, boxes=(), mask=None) if record.id == first else record for record in records)
+    shards.write(mixed, tmp_path / "mixed", shard_images=1000)
+    warmup(tmp_path / "mixed", tmp_path / "out", params)
+    assert "1 anomalous training images have no boxes and are left out" in capsys.readouterr().out
+
+
+def test_rows_show_views_with_the_boxes_that_the_answer_names(
+    small_shards: Path, tmp_path: Path, params: Params
+) -> None:
+    loaded = loading.load(params.model.name, params.model)
+    data = examples.draw(small_shards, loaded, 24, anomalous_share=1.0, seed=0, cache=tmp_path)
+    rows, plain = Answers(data, params.warmup, 0, augment=True), Answers(data, params.warmup, 0, augment=False)
+    same = 0
+    for i in range(24):
+        row, as_it_is = rows[i], plain[i]
+        assert as_it_is["image"].tobytes() == data[i]["image"].convert("RGB").tobytes()
+        same += row["image"].tobytes() == as_it_is["image"].tobytes()
+        named = response.parse(row["completion"][0]["content"]).boxes
+        for box in named:
+            nearest = min(row["boxes"], key=lambda true: max(abs(a * 1000 - b) for a, b in zip(true, box, strict=True)))
+            assert max(abs(a * 1000 - b) for a, b in zip(nearest, box, strict=True)) <= 5.001
+        assert list(named) == sorted(named, key=lambda box: (box.y1, box.x1))
+    assert 0 < same < 24
+
+
+def test_it_stops_early_and_keeps_the_best_epoch(
+    small_shards: Path, tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file
+
+    sample = len(shards.ids(small_shards, "train"))
+    settings = {"steps": 100, "epochs": 20, "patience": 1, "batch_size": sample, "learning_rate": 1.0, "augment": False}
+    own = params.model_copy(update={"warmup": params.warmup.model_copy(update=settings)})
+    kept: dict[float, bytes] = {}
+    trainer_class = warmup_module._trainer_class()
+
+    class Watched(trainer_class):  # type: ignore[misc, valid-type]
+        def evaluate(self, *args: object, **kwargs: object) -> object:
+            figures = super().evaluate(*args, **kwargs)
+            weights = {n: p.detach().clone() for n, p in self.model.named_parameters() if "lora_B.default" in n}
+            kept[figures["eval_loss"]] = torch.cat([w.flatten() for w in weights.values()]).numpy().tobytes()
+            return figures
+
+    monkeypatch.setattr(warmup_module, "_trainer_class", lambda: Watched)
+    warmup(small_shards, tmp_path / "out", own)
+    steps = len((tmp_path / "out" / "warmup_curves.csv").read_text().splitlines()) - 1
+    assert 2 <= len(kept) == steps < 20
+    loaded = loading.load(tmp_path / "out", own.model)
+    best = torch.cat([p.detach().flatten() for n, p in loaded.model.named_parameters() if "lora_B.default" in n])
+    assert best.numpy().tobytes() == kept[min(kept)]
+    assert load_file(tmp_path / "out" / "adapter_model.safetensors")
+
+
+def test_without_both_labels_in_validation_it_takes_all_steps(
+    small_shards: Path, tmp_path: Path, params: Params, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "shards").mkdir()
+    some = (r for r in shards.read(small_shards) if r.split != "validation" or r.label == "normal")
+    shards.write(some, tmp_path / "shards", shard_images=1000)
+    settings = {"steps": 3, "batch_size": 100, "epochs": 3}
+    warmup(
+        tmp_path / "shards",
+        tmp_path / "out",
+        params.model_copy(update={"warmup": params.warmup.model_copy(update=settings)}),
+    )
+    assert "the validation split has no anomalous image, so that it takes all its steps" in capsys.readouterr().out
+    assert len((tmp_path / "out" / "warmup_curves.csv").read_text().splitlines()) == 4
 
 
 def test_a_training_on_other_shards_has_seen_both(small_shards: Path, tmp_path: Path) -> None:
@@ -100,3 +182,23 @@ def test_a_training_on_other_shards_has_seen_both(small_shards: Path, tmp_path: 
     (start / hashes.FILE).write_bytes(b"")
     with pytest.raises(AdfmError, match="trained_on.parquet cannot be read"):
         trained_on(two, start)
+
+
+def test_the_places_of_defects_teach_the_neck_of_a_tower(small_shards: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    from tests.models import random_models
+
+    folder = random_models.write("adfm_embedded", tmp_path / "base")
+
+    settings = {"steps": 3, "batch_size": 4, "anomalous_share": 0.5}
+    neck = {}
+    for weight in (0.0, 0.3):
+        params = Params.model_validate({"model": {"name": str(folder)}, "warmup": settings | {"places_weight": weight}})
+        warmup(small_shards, tmp_path / str(weight), params)
+        curves = (tmp_path / str(weight) / "warmup_curves.csv").read_text().splitlines()
+        assert ("places_loss" in curves[0]) == (weight > 0) and len(curves) == 4
+        weights = load_file(tmp_path / str(weight) / "adapter_model.safetensors")
+        neck[weight] = weights["base_model.model.model.visual.place.weight"]
+        assert loading.load(tmp_path / str(weight), params.model).family == "adfm_embedded"
+    assert not torch.equal(neck[0.0], neck[0.3])
