@@ -20,7 +20,7 @@ FEWEST, MOST = 2, 30
 LONGEST = 60
 """Characters of a name: it has to fit into a response with boxes."""
 
-NAMED = "A real defect:"
+PREFIX = "A real defect:"
 """What stands before the name, in the response."""
 
 # Markup would end a stage or the response, and a quote the name in the prompt.
@@ -54,16 +54,22 @@ def _is_joined(kind: str | None, kinds: Iterable[str]) -> bool:
     return len(parts) > 1 and parts <= {*kinds}
 
 
-def listed(names: Iterable[str | None]) -> tuple[str, ...]:
-    """The kinds among the defects of a training split, as they are written, in alphabetical order.
+def single(names: Iterable[str | None]) -> list[str]:
+    """The kinds among some defects, as they are written, in alphabetical order.
 
-    A name that joins several of them by plus signs is no kind of its own.
+    A name that joins several of them by plus signs is not a kind itself.
+    """
+    every = {kind for name in names if (kind := written(name))}
+    return sorted(kind for kind in every if not _is_joined(kind, every))
+
+
+def listed(names: Iterable[str | None]) -> tuple[str, ...]:
+    """The kinds among the defects of a training split, as of `single`, for a model to name.
 
     Raises:
         AdfmError: There are fewer than `FEWEST` or more than `MOST`, or one is longer than `LONGEST`.
     """
-    every = {kind for name in names if (kind := written(name))}
-    kinds = sorted(kind for kind in every if not _is_joined(kind, every))
+    kinds = single(names)
     if not FEWEST <= len(kinds) <= MOST:
         raise AdfmError(
             f"warmup.kinds: the training images have {len(kinds)} kinds of defects, and a model can be asked to name "
@@ -84,8 +90,8 @@ def read(rethink: str | None, kinds: Sequence[str]) -> str | None:
         rethink: Text of the stage, of any length and content; `None` without such a stage.
         kinds: As `listed` gives them.
     """
-    _, named, rest = (rethink or "").partition(NAMED)
-    kind = rest.strip().removesuffix(".").strip('"') if named else ""
+    _, prefix, rest = (rethink or "").partition(PREFIX)
+    kind = rest.strip().removesuffix(".").strip('"') if prefix else ""
     return kind if kind in kinds else None
 
 
@@ -103,7 +109,7 @@ def reward(response: Response, label: Label, defect: str | None, kinds: Sequence
         defect: The image's defect, as the shards have it.
         kinds: As `listed` gives them.
     """
-    named = read(response.rethink, kinds)
+    kind = read(response.rethink, kinds)
     if label == "normal":
-        return float(response.answer == "B" and named is None)
-    return float(response.answer == "A" and named is not None and named == of(defect, kinds))
+        return float(response.answer == "B" and kind is None)
+    return float(response.answer == "A" and kind is not None and kind == of(defect, kinds))

@@ -26,7 +26,7 @@ PLAIN_QUESTION = """\
 Inspect this product.
 <answer>one letter alone, A if the product has a defect or B if it is normal</answer>"""
 
-KINDS = f" End <rethink> of a defective product with {kinds_.NAMED} and its kind, one of: {{kinds}}."
+KINDS = f" End <rethink> of a defective product with {kinds_.PREFIX} and its kind, one of: {{kinds}}."
 """What the system's message has as well where the model names kinds.
 
 Before the image, since the embedded model has seen no other question: its loss on correct answers stays at 1.33 with
@@ -38,7 +38,7 @@ LETTERS: dict[str, Label] = {"A": "anomalous", "B": "normal"}
 OPENINGS: dict[str, dict[Label, tuple[str, ...]]] = {
     "think": {"anomalous": ("Suspicious:",), "normal": ("The surface is even, nothing stands out.",)},
     "rethink": {
-        "anomalous": (kinds_.NAMED, "Something is wrong all the same."),
+        "anomalous": (kinds_.PREFIX, "Something is wrong all the same."),
         "normal": ("Normal variation, no defect.", "There is no region to examine."),
     },
 }
@@ -93,7 +93,7 @@ def answer(
     examined, unexamined = OPENINGS["rethink"][label]
     rethink = examined if regions else unexamined
     if label == "anomalous" and (kind := kinds_.of(defect, kinds)) in kinds:
-        rethink += f" {kind}." if regions else f" {kinds_.NAMED} {kind}."
+        rethink += f" {kind}." if regions else f" {kinds_.PREFIX} {kind}."
     elif label == "anomalous" and regions:
         # A name with markup, as in "dent</rethink>" or "<|im_end|>", would end the stage or the response.
         name = defect or ("" if "damage" in kinds else "damage")  # no kind is named where none is known

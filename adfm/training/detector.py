@@ -32,6 +32,7 @@ from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.evaluation import metrics
 from adfm.files import atomic_folder, refuse_to_replace, write_json
+from adfm.method import kinds as kinds_
 from adfm.models import detector, efficientnet, loading
 from adfm.params import Params
 from adfm.records import Box, Record
@@ -100,7 +101,7 @@ def train(shards: Path, out: Path, params: Params, force: bool = False) -> None:
     _check(rows, shards)
     chosen = _draw(rows, rng, MOST_PICTURES)
     variants = min(VARIANTS, max(1, MOST_PICTURES // len(chosen)))
-    kinds = _kinds(chosen)
+    kinds = kinds_.single(row["defect"] for row in chosen)
     by_image = any(row["label"] == "normal" for row in chosen)
     with atomic_folder(out) as folder:
         cache = folder / "cache"
@@ -131,12 +132,6 @@ def _check(rows: list[dict[str, Any]], shards: Path) -> None:
             f"{shards}: the train split has no normal image and no boxes, so that nothing tells a defect from what is "
             "good; add normal images, or mark the defects with boxes"
         )
-
-
-def _kinds(rows: list[dict[str, Any]]) -> list[str]:
-    """The kinds of defects; a name that joins several of them by plus signs ("dent+scratch") is none of its own."""
-    names = {row["defect"] for row in rows if row["defect"]}
-    return sorted(name for name in names if "+" not in name or not set(name.split("+")) <= names)
 
 
 def _draw(rows: list[dict[str, Any]], rng: np.random.Generator, most: int) -> list[dict[str, Any]]:
@@ -197,7 +192,7 @@ def _compute(shards: Path, ids: set[str], kinds: list[str], variants: int, seed:
                     target(record.boxes, (record.width, record.height), grid),
                     record.label == "anomalous",
                     bool(record.boxes),
-                    kinds.index(record.defect) if record.defect in kinds else -1,
+                    kinds.index(kind) if (kind := kinds_.written(record.defect)) in kinds else -1,
                 )
             )
             progress.update()

@@ -126,7 +126,7 @@ def test_the_name_after_the_words_is_read(rethink: str | None, kind: str | None)
 def test_no_string_makes_reading_slow() -> None:
     known = tuple(f"kind {number}" for number in range(30))
     begun = time.perf_counter()
-    for text in ('"' * 10**6, kinds.NAMED * 10**5, f"{kinds.NAMED} kind 1." * 10**5, kinds.NAMED + " ." * 10**6):
+    for text in ('"' * 10**6, kinds.PREFIX * 10**5, f"{kinds.PREFIX} kind 1." * 10**5, kinds.PREFIX + " ." * 10**6):
         kinds.read(text, known)
     assert time.perf_counter() - begun < 5
 
@@ -152,7 +152,7 @@ def test_lists_that_no_prompt_can_hold_are_refused() -> None:
 
 
 def said(letter: str, kind: str | None) -> response.Response:
-    return response.parse(f"<think>x</think><rethink>{kinds.NAMED} {kind}.</rethink><answer>{letter}</answer>")
+    return response.parse(f"<think>x</think><rethink>{kinds.PREFIX} {kind}.</rethink><answer>{letter}</answer>")
 
 
 def test_the_right_kind_beside_the_right_letter_is_paid() -> None:
@@ -187,3 +187,11 @@ def test_no_answer_without_a_look_is_worth_one_with_it(number: int, share: float
     assert max(earned.values()) < 0.96  # an answer that looks earns 1
     # No constant kind gains on another, nor on naming none beside it, beyond its share.
     assert [earned["A", kind] for kind in known] == pytest.approx([share / number] * number)
+
+
+def test_a_name_that_joins_kinds_is_not_a_kind_itself() -> None:
+    assert kinds.single(["dent", "scratch", None, "dent+scratch", "oil+dust", "dent"]) == [
+        "dent",
+        "oil+dust",
+        "scratch",
+    ]

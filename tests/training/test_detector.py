@@ -281,11 +281,6 @@ def test_the_features_in_the_file_are_those_of_the_pictures(toy: Path, tmp_path:
             assert all(torch.equal(read[stride], maps[stride]) for stride in efficientnet.CHANNELS)
 
 
-def test_a_name_that_joins_kinds_is_none_of_its_own() -> None:
-    rows = [{"defect": name} for name in ("dent", "scratch", None, "dent+scratch", "oil+dust", "dent")]
-    assert training._kinds(rows) == ["dent", "oil+dust", "scratch"]
-
-
 # --------------------------------------------------------------------------------------------------- the command
 
 
