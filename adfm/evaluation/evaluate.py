@@ -264,8 +264,6 @@ def report(
         name: metrics.overall(table, settings.bootstrap, params.seed)
         for name, table in references.blind_tables(tables[candidate]).items()
     }
-    if metrics.without_normal(tables[candidate]):
-        blind = {name: metrics.decision_left_out(values) for name, values in blind.items()}
     write_json(overall | blind | differences, out / "metrics.json")
     write_json(details, out / "details.json")
     (out / "metrics").mkdir()

@@ -201,8 +201,8 @@ def summarize(table: pd.DataFrame, resamples: int, seed: int, small: float, larg
     located = ("recall", "miss_rate", "iou", "mask_iou", "matched_iou", "box_f1", "iou_10", "iou_30", "iou_50")
 
     def described(part: pd.DataFrame, names: Sequence[str] | None = None) -> dict[str, Any]:
-        measured = overall(part, resamples, seed, names)
-        return decision_left_out(measured) if defects_alone else measured
+        measured = _measured(part, resamples, seed, names)
+        return _decision_left_out(measured) if defects_alone else measured
 
     def grouped(keys: pd.Series[Any]) -> dict[str, dict[str, Any]]:
         return {str(key): described(part) for key, part in table.groupby(keys, sort=True)}
@@ -232,14 +232,18 @@ def without_normal(table: pd.DataFrame) -> bool:
     return not (table["label"] == "normal").any()
 
 
-def decision_left_out(intervals: dict[str, Any]) -> dict[str, Any]:
-    """Metrics without those of `BOTH_LABELS`, which need normal images too."""
+def _decision_left_out(intervals: dict[str, Any]) -> dict[str, Any]:
     left_out = {f"{name}{end}" for name in BOTH_LABELS for end in ("", "_low", "_high")}
     return {name: None if name in left_out else value for name, value in intervals.items()}
 
 
 def overall(table: pd.DataFrame, resamples: int, seed: int, names: Sequence[str] | None = None) -> dict[str, Any]:
-    """The counts and metrics of a table as a whole, as `summarize` gives them of each part."""
+    """The counts and metrics of a table as a whole: `overall` of `summarize`, without the parts."""
+    measured = _measured(table, resamples, seed, names)
+    return _decision_left_out(measured) if without_normal(table) else measured
+
+
+def _measured(table: pd.DataFrame, resamples: int, seed: int, names: Sequence[str] | None = None) -> dict[str, Any]:
     anomalous = int((table["label"] == "anomalous").sum())
     counts = {
         "images": len(table),
@@ -287,7 +291,7 @@ def difference(
 
     intervals = _with_intervals(change, samples(candidate), resamples, seed, level)
     intervals |= _paired_limits(candidate, reference, (1 - level) / 2)
-    return decision_left_out(intervals) if without_normal(candidate) else intervals
+    return _decision_left_out(intervals) if without_normal(candidate) else intervals
 
 
 def as_decided(table: pd.DataFrame) -> pd.DataFrame:
