@@ -118,7 +118,8 @@ def folds(
     fractions = [1 - validation, validation, 0.0]
     of_fold = np.full((count, len(part)), _TEST, np.int8)
     for fold in range(count):
-        for group, split in _divide(pool(part == fold), fractions, _first_splits(fractions)).items():
+        divided = _divide(pool(part == fold), fractions, _first_splits(fractions), kinds_first=True)
+        for group, split in divided.items():
             of_fold[fold, group] = split
     return of_fold[:, together]
 
@@ -322,7 +323,9 @@ def _any_parts(count: int) -> _Places:
 _NOTHING = 1e-9  # a share that is smaller is none
 
 
-def _divide(pool: list[_Group], fractions: Sequence[float], places: _Places) -> dict[int, int]:
+def _divide(
+    pool: list[_Group], fractions: Sequence[float], places: _Places, kinds_first: bool = False
+) -> dict[int, int]:
     """Divides one category's groups.
 
     Each next group, label by label and defect by defect, goes to the split that is furthest behind its fraction, so
@@ -333,33 +336,38 @@ def _divide(pool: list[_Group], fractions: Sequence[float], places: _Places) -> 
         pool: The groups.
         fractions: Of every split; they sum to 1.
         places: Where a kind belongs.
+        kinds_first: Whether a kind goes where it belongs even if a label then lacks in another split.
 
     Returns:
         The split of each group, by its number.
     """
     splits: dict[int, int] = {}
     counts: Counter[int] = Counter()
-    wanted = [split for split, fraction in enumerate(fractions) if fraction > _NOTHING]
+    filled = [split for split, fraction in enumerate(fractions) if fraction > _NOTHING]
     seen = 0
     for *_, group, size, _ in sorted(pool):
         seen += size
-        split = max(wanted, key=lambda code: fractions[code] * seen - counts[code])
+        split = max(filled, key=lambda code: fractions[code] * seen - counts[code])
         splits[group] = split
         counts[split] += size
 
     for label in {group.label for group in pool}:
         members = [group.number for group in sorted(pool, key=lambda group: group.draw) if group.label == label]
-        for split in wanted if len(members) >= len(wanted) else ():
+        for split in filled if len(members) >= len(filled) else ():
             here = Counter(splits[group] for group in members)
             if not here[split]:
                 largest = max(range(len(fractions)), key=lambda code: here[code])
                 splits[next(group for group in members if splits[group] == largest)] = split
-    _spread(pool, splits, fractions, places)
+    _spread(pool, splits, fractions, places, kinds_first)
     return splits
 
 
-def _spread(pool: list[_Group], splits: dict[int, int], fractions: Sequence[float], places: _Places) -> None:
+def _spread(
+    pool: list[_Group], splits: dict[int, int], fractions: Sequence[float], places: _Places, kinds_first: bool
+) -> None:
     """Moves groups such that kinds of defect are where they belong, as far as that takes no other kind or label away.
+
+    With `kinds_first` it may take a label away.
 
     A group changes places with one of the same label, or moves alone if that brings the sizes closer to `fractions`.
     Kinds with many groups come first: once they are in every split, so is their label, and the rare ones are free.
@@ -403,7 +411,7 @@ def _spread(pool: list[_Group], splits: dict[int, int], fractions: Sequence[floa
                 for group in sorted(pool, key=lambda group: group.draw)
                 if splits[group.number] == split and group.label == donor.label and spared(group)
             ]
-            if label[origin] > 1 or origin not in places(label):
+            if kinds_first or label[origin] > 1 or origin not in places(label):
                 partners.append(None)
 
             def moved_excess(

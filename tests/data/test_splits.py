@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from adfm.data import splits
@@ -421,6 +421,8 @@ def test_a_kind_of_four_images_beside_frequent_ones_changes_places() -> None:
     count=st.integers(2, 6),
     seed=st.integers(0, 9),
 )
+@example(kinds=[2, 1], normal=8, count=2, seed=0)
+@example(kinds=[2, 2, 2], normal=8, count=2, seed=0)
 def test_folds_judge_every_image_once_by_a_model_that_knows_its_kind(
     kinds: list[int], normal: int, count: int, seed: int
 ) -> None:
