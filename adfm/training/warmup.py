@@ -154,12 +154,12 @@ def _judged(shards: Path, settings: Warmup, needed: set[str]) -> int:
     """How many images of the validation split judge an epoch; 0: it cannot stop early, and says why."""
     if not settings.patience:
         return 0
-    labels = {label for rows in shards_.batches(shards, "validation", ["label"]) for label in rows["label"].to_pylist()}
-    if not needed <= labels:
-        missing = " and no ".join(sorted(needed - labels))
+    there = any(shards.glob("validation-*.parquet"))
+    labels = shards_.table(shards, "validation")["label"].to_pylist() if there else []
+    if missing := " and no ".join(sorted(needed - {*labels})):
         print(f"cold start: the validation split has no {missing} image, so that it takes all its steps")
         return 0
-    return min(len(shards_.ids(shards, "validation")), _JUDGED)
+    return min(len(labels), _JUDGED)
 
 
 def _located(shards: Path) -> bool:
@@ -200,9 +200,9 @@ class Answers:
         width, height = row["frame"]
         regions = [view_of_box(Box(*box), number, width, height) for box in row["regions"]]
         largest = sorted(regions, key=lambda box: -box.area)[:_MOST_BOXES]
-        named = sorted(largest, key=lambda box: (box.y1, box.x1))
+        ordered = sorted(largest, key=lambda box: (box.y1, box.x1))
         step, stages = self._settings.coordinate_step, self._settings.stages
-        text = prompt.answer(row["label"], named, row["defect"], step, stages, self._kinds)
+        text = prompt.answer(row["label"], ordered, row["defect"], step, stages, self._kinds)
         defective = row["label"] == "anomalous"
         return {
             "prompt": row["prompt"],

@@ -148,11 +148,12 @@ def test_it_stops_early_and_keeps_the_best_epoch(
     assert load_file(tmp_path / "out" / "adapter_model.safetensors")
 
 
+@pytest.mark.parametrize("labels", [["normal"], []])
 def test_without_both_labels_in_validation_it_takes_all_steps(
-    small_shards: Path, tmp_path: Path, params: Params, capsys: pytest.CaptureFixture[str]
+    labels: list[str], small_shards: Path, tmp_path: Path, params: Params, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "shards").mkdir()
-    some = (r for r in shards.read(small_shards) if r.split != "validation" or r.label == "normal")
+    some = (r for r in shards.read(small_shards) if r.split != "validation" or r.label in labels)
     shards.write(some, tmp_path / "shards", shard_images=1000)
     settings = {"steps": 3, "batch_size": 100, "epochs": 3}
     warmup(
@@ -160,7 +161,8 @@ def test_without_both_labels_in_validation_it_takes_all_steps(
         tmp_path / "out",
         params.model_copy(update={"warmup": params.warmup.model_copy(update=settings)}),
     )
-    assert "the validation split has no anomalous image, so that it takes all its steps" in capsys.readouterr().out
+    missing = "anomalous image" if labels else "anomalous and no normal image"
+    assert f"the validation split has no {missing}, so that it takes all its steps" in capsys.readouterr().out
     assert len((tmp_path / "out" / "warmup_curves.csv").read_text().splitlines()) == 4
 
 
