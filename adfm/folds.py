@@ -73,8 +73,8 @@ def cross_validate(shards: Path, out: Path, params: Params) -> None:
             _train(shards, part, codes[fold], own)
         # All trainings first: a model that has answered here would hold memory of the GPU that the next one needs.
         tables = [_predictions(part, params, f"fold {fold + 1} of {count}") for fold, part in enumerate(parts)]
-        found = _figures(tables, codes, shards, params)
-        write_json(found, partial / FILE)
+        results = _figures(tables, codes, shards, params)
+        write_json(results, partial / FILE)
         numbered = [
             pa.Table.from_pandas(table, schema=DECIDED, preserve_index=False).append_column(
                 "fold", pa.array(np.full(len(table), fold + 1))
@@ -83,7 +83,7 @@ def cross_validate(shards: Path, out: Path, params: Params) -> None:
         ]
         pq.write_table(pa.concat_tables(numbered), partial / PREDICTIONS)
         shutil.rmtree(work)
-    print(crossvalidation.section(found))
+    print(crossvalidation.section(results))
 
 
 def _experiment(params: Params) -> str:

@@ -127,22 +127,22 @@ def read(folder: Path, shards: Path) -> dict[str, Any] | None:
         AdfmError: They cannot be read, or are of other data.
     """
     try:
-        found: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        if not found["folds"]:
+        results: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        if not results["folds"]:
             return None
-        same = found["fingerprint"] == shards_.fingerprint(shards)
+        same = results["fingerprint"] == shards_.fingerprint(shards)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise AdfmError(f"{folder / FILE} cannot be read ({error!r}); make it with `adfm folds`.") from error
     if not same:
         raise AdfmError(f"{folder / FILE} is of other data than {shards}; make it again with `adfm folds`.")
-    return found
+    return results
 
 
-def add(found: dict[str, Any], folds: Path, evaluation: Path) -> str:
+def add(results: dict[str, Any], folds: Path, evaluation: Path) -> str:
     """Puts a cross-validation beside an evaluation, and its section under the comparison; returns that section."""
     for name in (FILE, PREDICTIONS):
         shutil.copy2(folds / name, evaluation)
-    text = f"\n\n{section(found)}"
+    text = f"\n\n{section(results)}"
     with (evaluation / "comparison.md").open("a", encoding="utf-8") as stream:
         stream.write(f"{text[1:]}\n")
     return text
@@ -154,31 +154,32 @@ def title(metric: str) -> str:
     return plots.TITLES[name] + " at threshold" * (metric != name)
 
 
-def note(found: dict[str, Any]) -> str:
+def note(results: dict[str, Any]) -> str:
     """What the figures are, in words.
 
     Args:
-        found: What `adfm.folds.cross_validate` wrote, with folds.
+        results: What `adfm.folds.cross_validate` wrote, with folds.
     """
-    first = found["folds"][0]
+    first = results["folds"][0]
     return (
-        f"Cross-validation: {found['images']} images, {found['anomalous']} of them defective, each judged once by one"
-        f" of {len(found['folds'])} models that had not seen it (the first was trained on {first['train']} images, its"
-        f" threshold chosen on {first['validation']}). The figures are of the recipe on this data; the model that is"
-        " registered is another one, trained on train. In brackets 95 % intervals, the wider of two: limits of all"
-        " predictions together, for the few images, and Student's t over the folds with Nadeau and Bengio's correction"
-        " for the training images that they share, for the model that another training set would give."
+        f"Cross-validation: {results['images']} images, {results['anomalous']} of them defective, each judged once by"
+        f" one of {len(results['folds'])} models that had not seen it (the first was trained on {first['train']}"
+        f" images, its threshold chosen on {first['validation']}). The figures are of the recipe on this data; the"
+        " model that is registered is another one, trained on train. In brackets 95 % intervals, the wider of two:"
+        " limits of all predictions together, for the few images, and Student's t over the folds with Nadeau and"
+        " Bengio's correction for the training images that they share, for the model that another training set would"
+        " give."
     )
 
 
-def section(found: dict[str, Any]) -> str:
+def section(results: dict[str, Any]) -> str:
     """The section of the comparison, in Markdown."""
     lines = ["## Cross-validation", "", "| | all folds | lowest and highest fold |", "|---|---|---|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows(found)]
-    return "\n".join([*lines, "", note(found)])
+    lines += [f"| {' | '.join(row)} |" for row in rows(results)]
+    return "\n".join([*lines, "", note(results)])
 
 
-def rows(found: dict[str, Any]) -> list[list[str]]:
+def rows(results: dict[str, Any]) -> list[list[str]]:
     """Title, value with its interval, and the range over the folds of each metric that is defined."""
     return [
         [
@@ -186,6 +187,6 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
             f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]",
             " to ".join(f"{end([v for v in metric['folds'] if v is not None]):.3f}" for end in (min, max)),
         ]
-        for name, metric in found["metrics"].items()
+        for name, metric in results["metrics"].items()
         if metric["value"] is not None
     ]

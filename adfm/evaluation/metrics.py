@@ -49,8 +49,8 @@ BOTH_LABELS = (
 """The metrics of the decision; images of one label do not show it, since always the same answer is right on them."""
 
 NO_NORMAL_IMAGE = (
-    "No image is normal: whether defects are told from good parts is not measured (recall, specificity, escapes, "
-    "overkill, AUROC), since always to answer A would be right on all of them."
+    "There are no normal images, so recall, specificity, escapes, overkill and AUROC are not measured: always "
+    "answering A would be right on every image."
 )
 
 SIZES = ("small", "medium", "large")

@@ -9,7 +9,7 @@ accuracy on the validation split, so that neither gains by a limit or by letters
 no validation split of both labels, the answers as written are compared; where the evaluated images have one label
 alone, their boxes.
 
-`references.json` has `rows` (by model, then by blind answer, `[value, low, high]` of `SHOWN`), and for the comparison
+`references.json` has `rows` (by model, then by blind answer, `[value, low, high]` of `METRICS`), and for the comparison
 `sentence`, `verdict` (`detector`, `candidate`, `open`; `null` without a detector), `metric`, `rule`, `values` and
 `difference` (detector minus candidate, `[value, low, high]`).
 """
@@ -38,7 +38,7 @@ BLIND = {"always_A": "anomalous", "always_B": "normal"}
 
 BY_SCORE = "balanced_accuracy_by_score"
 
-SHOWN = {
+METRICS = {
     "balanced_accuracy": "balanced accuracy",
     BY_SCORE: "the same by score",
     "recall": "recall",
@@ -125,7 +125,7 @@ def compare(
     """
     *_, candidate = tables
     decided = {name: by_score(table, validation.get(name)) for name, table in tables.items()}
-    rows = {name: {metric: _interval(values, metric) for metric in SHOWN} for name, values in overall.items()}
+    rows = {name: {metric: _interval(values, metric) for metric in METRICS} for name, values in overall.items()}
     for name, table in decided.items():
         if table is not None:
             measured = metrics.overall(table, 1, seed, ["balanced_accuracy"])  # its limits are not the bootstrap's
@@ -205,7 +205,7 @@ def read(evaluation: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda _: None)
         rows = {
-            str(name): {metric: _numbers(values.get(metric)) for metric in SHOWN}
+            str(name): {metric: _numbers(values.get(metric)) for metric in METRICS}
             for name, values in content["rows"].items()
         }
         return content | {"rows": rows, "sentence": str(content["sentence"])}
@@ -221,10 +221,10 @@ def _numbers(values: Any) -> list[float | None]:
 def table(references: Mapping[str, Any]) -> list[list[str]]:
     """The rows as text: a header, then a row for each model and blind answer, without columns that are empty."""
     rows = references["rows"]
-    shown = [metric for metric in SHOWN if any(values[metric][0] is not None for values in rows.values())]
+    columns = [metric for metric in METRICS if any(values[metric][0] is not None for values in rows.values())]
     return [
-        ["", *(SHOWN[metric] for metric in shown)],
-        *([title(name), *(_cell(values[metric]) for metric in shown)] for name, values in rows.items()),
+        ["", *(METRICS[metric] for metric in columns)],
+        *([title(name), *(_cell(values[metric]) for metric in columns)] for name, values in rows.items()),
     ]
 
 

@@ -44,7 +44,7 @@ _TITLES = {
     "miss_rate_at_threshold": "escape rate at threshold",
     "ece_of_score": "error of the score",
 }
-SHOWN = tuple(dict.fromkeys((*_LEADING, *metrics.HEADLINE, metrics.KIND, "precision", *_AT_THRESHOLD)))
+PAGE_METRICS = tuple(dict.fromkeys((*_LEADING, *metrics.HEADLINE, metrics.KIND, "precision", *_AT_THRESHOLD)))
 """The metrics of the page, escapes and overkill first."""
 
 _FIRST = 12  # of each gallery, in the page itself
@@ -138,7 +138,7 @@ def _read(evaluation: Path) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
             "metrics": {
                 name: {
                     metric: [values.get(metric + end) for end in ("", "_low", "_high")]
-                    for metric in SHOWN
+                    for metric in PAGE_METRICS
                     if metric in found[candidate]
                 }
                 for name, values in found.items()
@@ -180,8 +180,8 @@ def _crossed(file: Path) -> dict[str, Any] | None:
     """The table of a cross-validation and what it is, in words; `None` if there was none."""
     if not file.is_file():
         return None
-    found = json.loads(file.read_text(encoding="utf-8"))
-    return {"rows": crossvalidation.rows(found), "note": crossvalidation.note(found)}
+    results = json.loads(file.read_text(encoding="utf-8"))
+    return {"rows": crossvalidation.rows(results), "note": crossvalidation.note(results)}
 
 
 def _changed(table: pd.DataFrame, before: pd.DataFrame | None) -> pd.Series[Any]:

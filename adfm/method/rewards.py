@@ -74,7 +74,7 @@ def _format(response: Response, box_required: bool) -> float:
     for stage, text in enumerate(texts):
         if text and not text.isspace():
             there += in_form or tags.count(STAGES[2 * stage]) == tags.count(STAGES[2 * stage + 1]) == 1
-    # A defect that is nowhere is not a finding. A quarter is enough: a box in the wrong place takes at most 0.05 off
+    # An answer A needs a place. A quarter is enough: a box in the wrong place takes at most 0.05 off
     # `localization`, so that naming the likeliest place always pays more than naming none. It belongs to the form of
     # the three stages, so that where the letter alone is asked for, A and B stay equal.
     unplaced = box_required and response.answer == "A" and not response.boxes

@@ -45,7 +45,7 @@ REGIONS = 8
 _FREQUENCIES = 8  # the finest tells places apart that are a hundredth of the picture from one another
 _CODED = 1 + REGIONS + 6 * 2 * _FREQUENCIES
 _LOOKED_AT = 0.7  # a cell of a region has a larger logit
-_LIKE_A_BOX = 0.25  # a cell is of a defect from this share on, of the cell or, if that is smaller, of the defect
+_COVERED = 0.25  # share of a cell, or of the defect if that is smaller, from which on the cell is of the defect
 
 features = Features(STRIDES, keep=2 << 30)
 """Maps of the pictures looked at last, of all models of this process."""
@@ -236,15 +236,15 @@ def regions(logits: Tensor, boxes: Tensor) -> list[Region]:
     values, corners = logits.cpu().numpy(), boxes.cpu().numpy()
     numbered, count = ndimage.label(values > _LOOKED_AT, np.ones((3, 3)))
     rows, columns = values.shape
-    found = []
+    candidates = []
     for number, (down, across) in enumerate(ndimage.find_objects(numbered, count), 1):
         inside = numbered == number
         weight = 1 / (1 + np.exp(-values[inside]))
         extent = np.array([across.start / columns, down.start / rows, across.stop / columns, down.stop / rows])
         x1, y1, x2, y2 = (extent + (corners[inside] * weight[:, None]).sum(0) / weight.sum()) / 2
         row, column = divmod(int(np.where(inside, values, -np.inf).argmax()), columns)
-        found.append((values[row, column], Region(row, column, (float(x1), float(y1), float(x2), float(y2)))))
-    likeliest = sorted(found, key=lambda each: -each[0])[:REGIONS]
+        candidates.append((values[row, column], Region(row, column, (float(x1), float(y1), float(x2), float(y2)))))
+    likeliest = sorted(candidates, key=lambda each: -each[0])[:REGIONS]
     return sorted((region for _, region in likeliest), key=lambda region: (region.box[1], region.box[0]))
 
 
@@ -315,7 +315,7 @@ def targets(boxes: Sequence[Sequence[float]], rows: int, columns: int) -> tuple[
         here = share > best
         best = torch.where(here, share, best)
         box_of[here] = torch.tensor([float(v) for v in box])
-    return best >= _LIKE_A_BOX, box_of
+    return best >= _COVERED, box_of
 
 
 def loss(places: Sequence[Places], boxes: Sequence[Sequence[Sequence[float]] | None], labels: Sequence[bool]) -> Tensor:

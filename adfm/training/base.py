@@ -82,8 +82,8 @@ def annotate(picture: Picture, rng: np.random.Generator) -> str:
     if picture.defect is None:
         regions = [_somewhere(rng)] if rng.random() < 0.1 else []
         return prompt.answer("normal", [_on_frame(box) for box in regions])
-    named = sorted(picture.boxes, key=lambda box: (box[1], box[0]))
-    return prompt.answer("anomalous", [_on_frame(box) for box in named], picture.defect)
+    ordered = sorted(picture.boxes, key=lambda box: (box[1], box[0]))
+    return prompt.answer("anomalous", [_on_frame(box) for box in ordered], picture.defect)
 
 
 def _somewhere(rng: np.random.Generator) -> NDArray[np.float64]:

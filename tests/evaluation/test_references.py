@@ -106,7 +106,7 @@ def test_without_a_detector_there_are_blind_rows_and_no_sentence() -> None:
     assert result["sentence"] == "" and result["verdict"] is None
     assert list(result["rows"]) == ["trained", "always_A", "always_B"]
     header, *rows = references.table(result)
-    assert header == ["", *references.SHOWN.values()]
+    assert header == ["", *references.METRICS.values()]
     assert [row[0] for row in rows] == ["trained", "always A", "always B"]
     assert rows[1][1].startswith("0.500 [") and rows[1][3].startswith("1.000 [") and rows[2][3].startswith("0.000 [")
 

@@ -186,7 +186,7 @@ def data_of(file: Path) -> Any:
 
 def test_the_page_begins_with_the_reference_detector(browser: Browser, folder: Path, tmp_path: Path) -> None:
     words = f"The reference detector is better on this data. {ATTACK}"
-    row = {metric: [0.75, 0.7, 0.8] for metric in references.SHOWN}
+    row = {metric: [0.75, 0.7, 0.8] for metric in references.METRICS}
     compared = {"rows": {"new": row, "always_A": row}, "sentence": words, "verdict": "detector"}
     shutil.copytree(folder / "evaluation", tmp_path / "evaluation")
     (tmp_path / "evaluation" / references.FILE).write_text(json.dumps(compared))

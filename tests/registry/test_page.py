@@ -125,7 +125,7 @@ def test_the_gain_is_said_first_and_the_rest_in_order() -> None:
 
 
 def test_blind_answers_and_the_reference_detector_are_shown_beside_the_candidate() -> None:
-    row = {metric: [0.75, 0.7, 0.8] for metric in references.SHOWN}
+    row = {metric: [0.75, 0.7, 0.8] for metric in references.METRICS}
     words = "The reference detector is better on this data: balanced accuracy 0.966 (detector)."
     compared = {"rows": {"trained": row, "detector": row, "always_A": row}, "sentence": words, "verdict": "detector"}
     shown = text(BETTER, compared=compared)
