@@ -133,9 +133,8 @@ def predict_splits(
     for split in splits:
         kept = keep / _key(model, shards, split, params, vllm) if keep else None
         parts: list[pa.Table] = []
-        sizes = shards_.table(shards, split).select(["width", "height"]).to_pylist()
-        most = max((len(_grid((size["width"], size["height"]), tile)) for size in sizes), default=1)
-        with tqdm(total=len(sizes), desc=f"{describe}, {split}", unit="image", mininterval=1.0) as progress:
+        total, most = len(shards_.ids(shards, split)), _most_tiles(shards, split, tile)
+        with tqdm(total=total, desc=f"{describe}, {split}", unit="image", mininterval=1.0) as progress:
             windows = _batched(shards_.read(shards, split), max(1, _WINDOW * params.evaluate.batch_size // most))
             for number, window in enumerate(windows):
                 file = kept / f"{number:06d}.parquet" if kept else None
@@ -164,7 +163,7 @@ def uses_vllm(params: Params) -> bool:
     """Whether vLLM does the work: where it is asked for, or with `auto` where it is installed and there is a GPU.
 
     Raises:
-        AdfmError: It is asked for, and not installed or does not have the model's architecture.
+        AdfmError: `evaluate.backend` is `vllm`, which is not installed or does not have the model's architecture.
     """
     backend = params.evaluate.backend
     if backend == "transformers":
@@ -218,6 +217,18 @@ def _grid(size: tuple[int, int], tile: Tile) -> list[Box]:
     return tiles.grid(*size, tile.size or max(size), tile.overlap)
 
 
+def _most_tiles(shards: Path, split: str, tile: Tile) -> int:
+    """Tiles of the image of a split that has most of them."""
+    if not tile.size:
+        return 1
+    sizes = {
+        (row["width"], row["height"])
+        for rows in shards_.batches(shards, split, ["width", "height"])
+        for row in rows.to_pylist()
+    }
+    return max(len(_grid(size, tile)) for size in sizes)
+
+
 class Inspector:
     """A loaded model, or a reference detector, that inspects images.
 
@@ -268,9 +279,10 @@ class Inspector:
 
         Args:
             sizes: Width and height of each image in pixels.
-            image: Gives the image of that number, RGB; it is asked for in a thread, shortly before it is needed, and
+            image: Returns the image of that number, RGB. Called in a thread shortly before the image is needed, and
                 more than once if its tiles are not answered one after the other.
-            done: Is told after each batch how many images it had; of images in tiles, how many it finished on average.
+            done: Called after each batch with the number of images in it; for tiled images, with the average number
+                that it finished.
 
         Returns:
             The answers, in the order of `sizes`.
