@@ -32,7 +32,6 @@ def config(network: Any, settings: Lora) -> LoraConfig:
         target_modules=settings.target_modules,
         exclude_modules=family.vision_pattern if family.whole or not settings.vision else None,
         modules_to_save=whole or None,
-        ensure_weight_tying=bool(whole),
         task_type="CAUSAL_LM",
     )
 

@@ -244,7 +244,7 @@ FAMILIES = {
         "thousandths",
         ("visual",),
         Patches,
-        whole=("visual", "embed_tokens"),
+        whole=("visual", "embed_tokens", "lm_head"),
         vllm=False,
     ),
     "internvl": Family(

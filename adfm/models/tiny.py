@@ -113,7 +113,7 @@ def model(tokens: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
             "mrope_section": [4, 6, 6],
             "mrope_interleaved": True,
         },
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": False,  # PEFT ties those of one adapter only, and GRPO needs two
         **ends,
     }
     config = EmbeddedConfig(
@@ -123,7 +123,7 @@ def model(tokens: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
         video_token_id=number("<|video_pad|>"),
         vision_start_token_id=number("<|vision_start|>"),
         vision_end_token_id=number("<|vision_end|>"),
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
     )
     network = EmbeddedForConditionalGeneration(config)
     network.generation_config.eos_token_id = ends["eos_token_id"]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,8 +37,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KINDS = list(synthetic.DEFECTS)
+SYLLABLES = ("ba", "cor", "den", "fi", "gul", "ho", "in", "kra", "lo", "mer", "nu", "ost", "pit", "ra", "sco", "ux")
 BATCH = 32
 PLACES_WEIGHT = 0.3
+_WITH_KINDS = 0.3  # of the prompts ask for a kind of defect
 CHECKPOINT_EVERY = 100
 _FEATURES = 12 << 30  # bytes: the maps of all pictures, which are computed once
 
@@ -77,13 +80,27 @@ def _draw(seed: int, index: int) -> Picture:
     return Picture(Image.fromarray(np.ascontiguousarray(pixels)), fractions, defect if len(boxes) else None)
 
 
-def annotate(picture: Picture, rng: np.random.Generator) -> str:
-    """The correct answer; on some normal pictures a region is examined and rejected."""
+def annotate(picture: Picture, rng: np.random.Generator, kinds: Sequence[str] = ()) -> str:
+    """The correct answer; on some normal pictures a region is examined and rejected.
+
+    Where the prompt asks for one of some `kinds`, a defect has any of them: nothing in a picture belongs to a made-up
+    name, and what there is to learn is that a name of the prompt is written as it stands there.
+    """
     if picture.defect is None:
         regions = [_somewhere(rng)] if rng.random() < 0.1 else []
         return prompt.answer("normal", [_on_frame(box) for box in regions])
     ordered = sorted(picture.boxes, key=lambda box: (box[1], box[0]))
-    return prompt.answer("anomalous", [_on_frame(box) for box in ordered], picture.defect)
+    defect = str(rng.choice(kinds)) if kinds else picture.defect
+    return prompt.answer("anomalous", [_on_frame(box) for box in ordered], defect, kinds=kinds)
+
+
+def made_up_kinds(rng: np.random.Generator) -> tuple[str, ...]:
+    """Names of two to six kinds of defects that no tokenizer has met."""
+    count = rng.integers(2, 7)
+    names = {
+        "".join(rng.choice(SYLLABLES, rng.integers(2, 5))) + rng.choice(["", "", "_a", "-x"]) for _ in range(count)
+    }
+    return tuple(sorted(names)) if len(names) > 1 else ()
 
 
 def _somewhere(rng: np.random.Generator) -> NDArray[np.float64]:
@@ -99,6 +116,7 @@ def _on_frame(box: NDArray[Any]) -> Box:
 def corpus() -> list[str]:
     """What the tokenizer is trained on: the prompts and answers of every kind."""
     texts = [prompt.SYSTEM, *(prompt.QUESTION.format(units=u) for u in families.UNITS.values())]
+    texts += [*prompt.KINDS.split("{kinds}"), prompt.PLAIN_QUESTION]
     texts += ["system\n", "user\n", "assistant\n"]
     box = Box(10, 10, 20, 20)
     for defect in KINDS:
@@ -109,7 +127,7 @@ def corpus() -> list[str]:
     return [text for text in texts if text] * 20
 
 
-def build(out: Path, seed: int, pictures: int = 5000, places_steps: int = 200, response_steps: int = 900) -> None:
+def build(out: Path, seed: int, pictures: int = 5000, places_steps: int = 200, response_steps: int = 1500) -> None:
     """Train the base and write it to `out` as a folder that `transformers` loads.
 
     Args:
@@ -240,7 +258,7 @@ def _responses(
     language = [p for n, p in model.named_parameters() if "visual" not in n]
     groups = [{"params": language, "lr": 2e-3}, {"params": vision, "lr": 6e-4}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98))
-    text = loading.chat_text(processor, prompt.messages(families.get(tiny.FAMILY).units))
+    units = families.get(tiny.FAMILY).units
     start = processor.tokenizer.convert_tokens_to_ids("<|im_start|>")  # of the response: two tokens before its first
     start_step = state.load("responses", model, optimizer)
     progress = tqdm(range(start_step, steps), desc="responses", unit="step", mininterval=5.0)
@@ -248,7 +266,11 @@ def _responses(
         for group, rate in zip(optimizer.param_groups, (2e-3, 6e-4), strict=True):
             group["lr"] = rate * _rate(step, steps)
         rng, batch = _batch(data, seed + 1, step)
-        answers = [text + annotate(picture, rng) + "<|im_end|>" for picture in batch]
+        answers = []
+        for picture in batch:
+            kinds = made_up_kinds(rng) if rng.random() < _WITH_KINDS else ()
+            text = loading.chat_text(processor, prompt.messages(units, kinds=kinds))
+            answers.append(text + annotate(picture, rng, kinds) + "<|im_end|>")
         images = [picture.image for picture in batch]
         inputs = processor(text=answers, images=images, padding=True, padding_side="right", return_tensors="pt")
         begun = inputs["input_ids"].shape[1] - (inputs["input_ids"].flip(1) == start).int().argmax(1) + 2
