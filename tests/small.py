@@ -4,6 +4,7 @@ SMALL = [
     "fetch.source=synthetic://?images=20",
     "validate.min_images_per_split=2",
     "validate.min_label_share=0",
+    "model.max_pixels=9216",
     "warmup.steps=2",
     "warmup.batch_size=2",
     "detector.steps=2",

@@ -198,17 +198,18 @@ def test_more_tokens_than_the_model_takes_are_refused() -> None:
 def test_nonsense_about_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: True)
+    (problem,) = hardware.lacking(load(None, ["train.vllm=0.3"]))
+    assert problem.endswith("vLLM does not have the architecture of embedded://tiny-base; set it to null")
+    monkeypatch.setattr(loading, "family_of", lambda _: "qwen3_vl")
     both = ["train.vllm=0.3", "train.vllm_server=http://gpu0:8000"]
     (problem,) = hardware.lacking(load(None, both))
     assert "set one of them to null" in problem
     (problem,) = hardware.lacking(load(None, ["train.vllm=0.3", "model.quantization=nf4"]))
     assert "cannot take the weights of model.quantization" in problem
-    monkeypatch.setattr(loading, "family_of", lambda _: "adfm_embedded")
-    (problem,) = hardware.lacking(load(None, ["train.vllm=0.3"]))
-    assert problem.endswith("vLLM does not have the architecture of embedded://tiny-base; set it to null")
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(loading, "family_of", lambda _: "qwen3_vl")
     monkeypatch.setattr(hardware.vllm_engine.importlib.metadata, "version", lambda name: "0.33.0")
     (problem,) = hardware.lacking(load(None, ["train.vllm=0.3"]))
     assert "vllm==0.30.0" in problem

@@ -67,6 +67,7 @@ def test_what_cannot_be_used_is_refused_with_the_reason() -> None:
 @pytest.mark.usefixtures("installed")
 def test_a_training_with_kernels_that_its_model_has_not_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("GPU", (), {"total_memory": 2**40}))
+    monkeypatch.setattr(loading, "family_of", lambda _: "qwen3_vl")
     assert hardware.problems(Params(train=Train(liger=True))) == []
     monkeypatch.setattr(loading, "family_of", lambda _: "internvl")
     monkeypatch.setattr(loading, "base_of", lambda name, settings: (settings, Path()))

@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from transformers import Qwen3VLForConditionalGeneration
 
 from adfm import tracking
 from adfm.errors import AdfmError
@@ -18,8 +19,9 @@ from adfm.registry import signing
 
 def test_embedded_model_is_small_and_of_the_real_architecture() -> None:
     folder = loading.resolve("embedded://tiny-base", None)
-    assert loading.family_of(folder) == "qwen3_vl"
-    assert sum(f.stat().st_size for f in folder.glob("*.safetensors")) <= 12e6
+    assert loading.family_of(folder) == "adfm_embedded"
+    assert issubclass(type(loading.outline(folder)), Qwen3VLForConditionalGeneration)
+    assert sum(f.stat().st_size for f in folder.glob("*.safetensors")) <= 4e6  # without the pretrained features
     assert not list(folder.glob("*.py")) and not list(folder.glob("*.bin"))
 
 

@@ -99,7 +99,7 @@ def test_an_adapter_holds_the_neck_whole_and_can_be_switched_off(network: Any, p
 
 def test_lora_vision_false_leaves_the_neck_as_it_is(network: Any) -> None:
     config: LoraConfig = adapters.config(network, Lora(vision=False))
-    assert config.modules_to_save == ["embed_tokens"]
+    assert config.modules_to_save == ["embed_tokens", "lm_head"]
     adapted = adapters.attach(network, Lora(vision=False))
     assert not [name for name, p in adapted.named_parameters() if p.requires_grad and "visual" in name]
 

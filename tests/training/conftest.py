@@ -17,6 +17,7 @@ def params() -> Params:
     """The default run at its smallest."""
     return Params.model_validate(
         {
+            "model": {"max_pixels": 96 * 96},
             "warmup": {"steps": 2, "batch_size": 4},
             "train": {
                 "steps": 4,
