@@ -2,8 +2,8 @@
 
 The tower is the frozen EfficientNet-Lite0 of `adfm.models.efficientnet` and a small neck. The neck looks for defects
 itself, in cells of 16 x 16 pixels: for each it gives a logit and the box of the defect there, which a loss on the boxes
-of the data teaches within minutes (`loss`). The language model reads both with the features, one token for every
-2 x 2 cells, so that it has places to choose from and to name.
+of the data teaches within minutes (`loss`). The language model reads the features, one token for every 2 x 2 cells, and
+with them the regions that the logits make, edge after edge, so that it has boxes to choose from and to write.
 
 The pretrained weights are neither trained nor saved: a folder of the model holds the neck and the language model.
 """
@@ -43,7 +43,7 @@ CELL = 16
 REGIONS = 8
 """Most regions of a picture that the language model is pointed to."""
 _FREQUENCIES = 8  # the finest tells places apart that are a hundredth of the picture from one another
-_CODED = 1 + REGIONS + 6 * 2 * _FREQUENCIES
+_CODED = 1 + 4 * REGIONS + 2 * _FREQUENCIES
 _LOOKED_AT = 0.7  # a cell of a region has a larger logit
 _COVERED = 0.25  # share of a cell, or of the defect if that is smaller, from which on the cell is of the defect
 
@@ -167,47 +167,70 @@ class Tower(PreTrainedModel):
         x = x + F.relu(self.far(x))
         defect, offsets = self.place(x).float().split((1, 4), 1)
         boxes = _centres(x) + offsets * _cell(x)
-        flat = x.flatten(2)
-        most = flat.topk(max(flat.shape[2] // 50, 2), 2).values.mean(2)
-        pooled = torch.cat([flat.mean(2), most], 1)
-        image = self.image(pooled)[:, 0].float()
-        tokens = self.up(F.pixel_unshuffle(x, self.spatial_merge_size).flatten(2).transpose(1, 2))
-        code = _code(defect.detach(), boxes.detach(), self.spatial_merge_size).to(self.dtype)
-        tokens = self.last(tokens + self.code(code) + self.context(pooled)[:, None])
+        image = self.image(_pooled(x))[:, 0].float()
         places = [Places(*each) for each in zip(defect[:, 0], boxes.permute(0, 2, 3, 1), image, strict=True)]
-        return tokens, places
+        return self.tokens(x, defect[:, 0].detach(), boxes.permute(0, 2, 3, 1).detach()), places
+
+    def tokens(self, x: Tensor, defect: Tensor, boxes: Tensor) -> Tensor:
+        """What the language model sees of some pictures of one size.
+
+        Args:
+            x: The neck's features, `[n, hidden_size, rows, columns]`.
+            defect: Logit of a defect in each cell, `[n, rows, columns]`.
+            boxes: The defect's box, `[n, rows, columns, 4]`, as fractions of the picture's width and height.
+
+        Returns:
+            `[n, tokens, out_hidden_size]`.
+        """
+        seen = self.up(F.pixel_unshuffle(x, self.spatial_merge_size).flatten(2).transpose(1, 2))
+        code = _code(defect, boxes, self.spatial_merge_size).to(self.dtype)
+        tokens: Tensor = self.last(seen + self.code(code) + self.context(_pooled(x))[:, None])
+        return tokens
 
     def _of(self, what: str, stride: int) -> Tensor:
         values: Tensor = getattr(self, f"{what}{stride}")
         return values.float()[:, None, None]
 
 
-def _code(defect: Tensor, boxes: Tensor, merge: int) -> Tensor:
-    """What the language model is told of each token's likeliest cell, in numbers.
+def _pooled(x: Tensor) -> Tensor:
+    """The mean of each channel over a picture, and that of its largest cells: `[n, 2 * channels]`."""
+    flat = x.flatten(2)
+    return torch.cat([flat.mean(2), flat.topk(max(flat.shape[2] // 50, 2), 2).values.mean(2)], 1)
 
-    They are the logit; whether it is the peak of a region to look at, and of which in the order in which one reads; its
-    box, or the region's, and the token's own place, by the sines and cosines of several frequencies.
+
+def _code(defect: Tensor, boxes: Tensor, merge: int) -> Tensor:
+    """What each token says in numbers: the logit of its likeliest cell, and one edge of one region to look at.
+
+    The first token has the left edge of the first region, the second its upper edge, and so on, in the order in which a
+    response writes them. To write a box is then to copy token after token. To pick four edges out of one token is what
+    a language model of this size does not learn in an hour.
 
     Args:
-        defect: Logits, `[n, 1, rows, columns]`.
-        boxes: As fractions, `[n, 4, rows, columns]`.
+        defect: Logits, `[n, rows, columns]`.
+        boxes: As fractions, `[n, rows, columns, 4]`.
         merge: Cells of a token down, and across.
 
     Returns:
         `[n, tokens, _CODED]`.
     """
-    logit, best = F.max_pool2d(defect, merge, return_indices=True)
-    box = _picked(boxes, best)
-    peak = torch.zeros(len(logit), REGIONS, *logit.shape[-2:], device=logit.device)
-    for number, (logits, corners) in enumerate(zip(defect[:, 0], boxes.permute(0, 2, 3, 1), strict=True)):
-        for order, region in enumerate(regions(logits, corners)):
-            row, column = region.row // merge, region.column // merge
-            peak[number, order, row, column] = 1
-            box[number, :, row, column] = box.new_tensor(region.box)
-    corners = torch.cat([box, _centres(logit)[:, :2].expand(len(logit), -1, -1, -1)], 1).clamp(-0.25, 1.25)
-    angles = torch.cat([corners * (math.pi * 2**power) for power in range(_FREQUENCIES)], 1)
-    code = torch.cat([logit / 4, peak, angles.sin(), angles.cos()], 1)
-    return code.flatten(2).transpose(1, 2)
+    logit = F.max_pool2d(defect[:, None], merge).flatten(2).transpose(1, 2)
+    most = min(logit.shape[1] // 4, REGIONS)
+    turn = logit.new_zeros(len(logit), logit.shape[1], 4 * REGIONS)
+    edge = logit.new_zeros(len(logit), logit.shape[1], 2 * _FREQUENCIES)
+    for number, (logits, corners) in enumerate(zip(defect, boxes, strict=True)):
+        edges = [value for region in regions(logits, corners, most) for value in region.box]
+        turn[number, : len(edges), : len(edges)] = 4 * torch.eye(len(edges))
+        edge[number, : len(edges)] = sinusoids(logit.new_tensor(edges).clamp(0, 1))
+    return torch.cat([logit / 4, turn, edge], 2)
+
+
+def sinusoids(values: Tensor) -> Tensor:
+    """Sines and cosines of `values` from 0 to 1, at `_FREQUENCIES` frequencies: `[..., 2 * _FREQUENCIES]`.
+
+    A linear map of them tells values a hundredth apart from one another.
+    """
+    angles = values[..., None] * math.pi * 2 ** torch.arange(_FREQUENCIES, device=values.device)
+    return torch.cat([angles.sin(), angles.cos()], -1)
 
 
 class Region(NamedTuple):
@@ -218,7 +241,7 @@ class Region(NamedTuple):
     box: tuple[float, float, float, float]
 
 
-def regions(logits: Tensor, boxes: Tensor) -> list[Region]:
+def regions(logits: Tensor, boxes: Tensor, most: int = REGIONS) -> list[Region]:
     """The regions of a picture to look at: cells beside one another, also by a corner, that are likely of a defect.
 
     A region's box is halfway between the extent of its cells and the mean of the boxes that they give, weighted by
@@ -227,9 +250,10 @@ def regions(logits: Tensor, boxes: Tensor) -> list[Region]:
     Args:
         logits: Of a defect in each cell, `[rows, columns]`.
         boxes: That each cell gives, `[rows, columns, 4]`.
+        most: How many at most.
 
     Returns:
-        The `REGIONS` likeliest, in the order in which one reads.
+        The likeliest, in the order in which one reads.
     """
     from scipy import ndimage
 
@@ -244,15 +268,8 @@ def regions(logits: Tensor, boxes: Tensor) -> list[Region]:
         x1, y1, x2, y2 = (extent + (corners[inside] * weight[:, None]).sum(0) / weight.sum()) / 2
         row, column = divmod(int(np.where(inside, values, -np.inf).argmax()), columns)
         candidates.append((values[row, column], Region(row, column, (float(x1), float(y1), float(x2), float(y2)))))
-    likeliest = sorted(candidates, key=lambda each: -each[0])[:REGIONS]
+    likeliest = sorted(candidates, key=lambda each: -each[0])[:most]
     return sorted((region for _, region in likeliest), key=lambda region: (region.box[1], region.box[0]))
-
-
-def _picked(values: Tensor, at: Tensor) -> Tensor:
-    """`values` `[n, c, rows, columns]` at the flat places `at` `[n, 1, rows', columns']`."""
-    n, channels = values.shape[:2]
-    flat = at.reshape(n, 1, -1).expand(n, channels, -1)
-    return values.flatten(2).gather(2, flat).reshape(n, channels, *at.shape[-2:])
 
 
 def _cell(x: Tensor) -> Tensor:
