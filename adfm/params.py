@@ -117,12 +117,12 @@ class Lora(Section):
 class Warmup(Section):
     """Supervised cold start."""
 
-    steps: NonNegativeInt = 30
+    steps: NonNegativeInt = 600
     epochs: PositiveInt = 10
     patience: NonNegativeInt = 3
     batch_size: PositiveInt = 16
     learning_rate: PositiveFloat = 1e-3
-    anomalous_share: Fraction = 0.06
+    anomalous_share: Fraction = 0.5
     augment: bool = True
     places_weight: NonNegativeFloat = 0.3
     coordinate_step: PositiveInt = 10
@@ -167,11 +167,11 @@ class Train(Section):
 
     profile: Literal["calibrated", "paper"] = "calibrated"
     weights: RewardWeights = RewardWeights()
-    steps: PositiveInt = 150
+    steps: PositiveInt = 60
     prompts_per_step: PositiveInt = 12
     num_generations: Annotated[int, Field(ge=2)] = 4
     anomalous_share: Fraction = 0.55
-    learning_rate: PositiveFloat = 1e-3
+    learning_rate: PositiveFloat = 2e-4
     warmup_ratio: Fraction = 0.03
     temperature: PositiveFloat = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0

@@ -21,7 +21,7 @@ def test_embedded_model_is_small_and_of_the_real_architecture() -> None:
     folder = loading.resolve("embedded://tiny-base", None)
     assert loading.family_of(folder) == "adfm_embedded"
     assert issubclass(type(loading.outline(folder)), Qwen3VLForConditionalGeneration)
-    assert sum(f.stat().st_size for f in folder.glob("*.safetensors")) <= 4e6  # without the pretrained features
+    assert sum(f.stat().st_size for f in folder.glob("*.safetensors")) <= 5e6  # without the pretrained features
     assert not list(folder.glob("*.py")) and not list(folder.glob("*.bin"))
 
 

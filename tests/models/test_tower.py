@@ -71,7 +71,7 @@ def test_the_language_model_sees_the_picture(network: Any, processor: Any) -> No
 def test_pretrained_weights_are_neither_trained_nor_saved(network: Any, processor: Any, tmp_path: Any) -> None:
     network.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    assert (tmp_path / "model.safetensors").stat().st_size < 4e6
+    assert (tmp_path / "model.safetensors").stat().st_size < 5e6
     loaded = loading.load(str(tmp_path), Model())
     assert type(loaded.model) is tower.EmbeddedForConditionalGeneration
     outputs = [see(each, processor, [picture(0)]).pooler_output for each in (network, loaded.model.eval())]
@@ -144,3 +144,31 @@ def test_where_no_place_is_known_the_label_alone_counts() -> None:
     for defect in (-5.0, 5.0):
         alone = tower.loss([places(4, 4, defect, 0.0)], [None], [True])
         assert alone.item() == pytest.approx(0.5 * np.log(2))
+
+
+def test_a_linear_map_of_the_sinusoids_tells_every_coordinate_from_the_next() -> None:
+    each = tower.sinusoids(torch.arange(101) / 100)
+    assert (each @ each.T).argmax(1).equal(torch.arange(101))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 10**6))
+def test_tokens_list_the_edges_of_the_regions_in_the_order_in_which_they_are_written(
+    rows: int, columns: int, seed: int
+) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    defect = torch.randn(2, 2 * rows, 2 * columns, generator=rng) * 2 - 2
+    boxes = torch.rand(2, 2 * rows, 2 * columns, 4, generator=rng) * 1.2 - 0.1
+    code = tower._code(defect, boxes, 2)
+    assert code.shape == (2, rows * columns, tower._CODED)
+    grid = torch.linspace(0, 1, 1001)
+    for logits, corners, tokens in zip(defect, boxes, code, strict=True):
+        of_picture = tower.regions(logits, corners, min(rows * columns // 4, tower.REGIONS))
+        tops = [region.box[1] for region in of_picture]
+        assert tops == sorted(tops)
+        edges = torch.tensor([edge for region in of_picture for edge in region.box]).clamp(0, 1)
+        turn, edge = tokens[:, 1 : 1 + 4 * tower.REGIONS], tokens[:, 1 + 4 * tower.REGIONS :]
+        assert turn.nonzero().tolist() == [[number, number] for number in range(len(edges))]
+        read = grid[(tower.sinusoids(grid) @ edge[: len(edges)].T).argmax(0)]
+        torch.testing.assert_close(read, edges, atol=1e-3, rtol=0)
+        assert not edge[len(edges) :].any()

@@ -12,8 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from adfm.data import synthetic
+from adfm.method import kinds as kinds_
 from adfm.method import response
-from adfm.models import loading, tiny
+from adfm.models import loading, tiny, tower
 from adfm.training import base
 
 
@@ -50,9 +51,29 @@ def test_annotator_is_right() -> None:
     assert all(read.answer == "B" for read in answers) and 2 < sum(bool(read.boxes) for read in answers) < 25
 
 
+@settings(max_examples=50)
+@given(st.integers(0, 10**6))
+def test_an_answer_names_a_kind_that_its_prompt_asks_for(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    kinds = base.made_up_kinds(rng)
+    assert len(kinds) != 1 and len(kinds) == len({*kinds}) and kinds_.single(kinds) == [*kinds]
+    if kinds:
+        assert kinds_.read(response.parse(base.annotate(_picture(10, 20, 30, 10), rng, kinds)).rethink, kinds) in kinds
+
+
+def test_regions_to_copy_are_what_a_neck_could_give() -> None:
+    defect, boxes = base._regions(np.random.default_rng(0), 12, 16)
+    for logits, corners in zip(defect, boxes, strict=True):
+        text = base._naming(logits, corners, np.random.default_rng(0))
+        read = response.parse(text)
+        assert read.answer == "A" and 1 <= len(read.boxes) <= 4
+        regions = tower.regions(logits, corners)
+        assert all(np.allclose(box, np.array(r.box) * 1000, atol=5.001) for box, r in zip(read.boxes, regions, strict=True))
+
+
 def test_interrupted_build_gives_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def build(name: str) -> None:
-        base.build(tmp_path / name, seed=3, pictures=64, places_steps=3, response_steps=3)
+        base.build(tmp_path / name, seed=3, pictures=64, places_steps=3, copying_steps=3, response_steps=3)
 
     monkeypatch.setattr(base, "CHECKPOINT_EVERY", 1)
     monkeypatch.setattr(base, "BATCH", 4)
@@ -66,11 +87,11 @@ def test_interrupted_build_gives_the_same_weights(tmp_path: Path, monkeypatch: p
         nonlocal saves
         save(*args)  # type: ignore[arg-type]
         saves += 1
-        if saves in (2, 4):
+        if saves in (2, 5, 8):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(base._Checkpoint, "save", interrupted)
-    for _ in range(2):
+    for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             build("interrupted")
         assert not (tmp_path / "interrupted").exists()
