@@ -21,9 +21,10 @@ from adfm.errors import AdfmError
 from adfm.evaluation import inference
 from adfm.files import digest
 from adfm.models import detector, efficientnet, loading
-from adfm.params import Params
+from adfm.params import Params, Tile
 from adfm.records import Box, Record, Split
 from adfm.training import detector as training
+from adfm.training import examples as examples_
 
 PARAMS = Params.model_validate({"detector": {"steps": 60}})
 FEW = Params.model_validate({"detector": {"steps": 4}})
@@ -131,7 +132,7 @@ def test_a_loaded_detector_answers_as_the_one_that_was_saved(toy: Path, tmp_path
     rng = np.random.default_rng(0)
     head = detector.Head(2).eval()
     made = detector.Detector(head, 0.0, None, ["spot", "stripe"], True)
-    made = training._choose(made, toy, "validation", rng)
+    made = training._choose(made, toy, "validation", Tile(), rng)
     (tmp_path / "detector").mkdir()
     training._save(tmp_path / "detector", made, toy, FEW)
     loaded = detector.load(tmp_path / "detector")
@@ -269,8 +270,8 @@ def test_a_plain_picture_is_as_it_is_and_variants_differ() -> None:
 
 
 def test_the_features_in_the_file_are_those_of_the_pictures(toy: Path, tmp_path: Path) -> None:
-    ids = set(shards.ids(toy, "train")[:3])
-    examples = training._compute(toy, ids, ["spot", "stripe"], 2, 0, tmp_path / "features")
+    rows = examples_.rows(toy, "train", Tile())[:3]
+    examples = training._compute(toy, rows, ["spot", "stripe"], 2, 0, tmp_path / "features")
     values = np.memmap(tmp_path / "features", np.float16, "r")
     compute = efficientnet.Features(tuple(efficientnet.CHANNELS))
     for number, (example, one) in enumerate(zip(examples, list(shards.read(toy, "train"))[:3], strict=True)):
