@@ -50,8 +50,9 @@ VARIANTS = 4
 MOST_PICTURES = 2400
 """Pictures that the backbone computes for training, variants included: about two minutes on one core, 0.9 GB."""
 
-_MOST_VALIDATION = 1000  # images that threshold and boxes are chosen on; of images in tiles, as many as make
-_MOST_TILES, _FEWEST_VALIDATION = 2400, 40  # so many tiles, but no fewer images
+_MOST_VALIDATION = 1000  # images that threshold and boxes are chosen on
+_MOST_TILES = 2400  # of these images, where they are cut: about as many images as have so many tiles, but
+_FEWEST_VALIDATION = 40  # no fewer: a threshold on fewer images is chance
 _MOST_TUNED = 200  # of those with boxes
 _BATCH = 16
 _LEARNING_RATE, _WEIGHT_DECAY, _WARMUP = 2e-3, 2e-2, 30
@@ -424,9 +425,8 @@ def _choose(
     most = max(_FEWEST_VALIDATION, _MOST_TILES * len(rows) // sum(map(len, grids))) if tile.size else _MOST_VALIDATION
     chosen = _draw(rows, rng, min(most, _MOST_VALIDATION))
     if len(chosen) < len(rows):
-        print(
-            f"detector: threshold and boxes are chosen on {len(chosen):,} of {len(rows):,} {split} images", flush=True
-        )
+        drawn = f"{len(chosen):,} of {len(rows):,} {split} images"
+        print(f"detector: threshold and boxes are chosen on {drawn}, drawn", flush=True)
     compute = efficientnet.Features(tuple(efficientnet.CHANNELS), keep=0)
     scores: list[float] = []
     labels: list[bool] = []
