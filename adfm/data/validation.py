@@ -36,9 +36,11 @@ from adfm import cpus, retries, tiles, tracking
 from adfm.data import duplicates, folds, pictures, shards
 from adfm.data.images import reduced
 from adfm.data.readers.files import IMAGES
+from adfm.data.splits import kinds_of
 from adfm.errors import AdfmError
 from adfm.files import atomic_folder, write_json
 from adfm.method import kinds as kinds_
+from adfm.models import loading
 from adfm.params import Convert, Params
 from adfm.records import SPLITS, Label
 from adfm.text import printable
@@ -62,8 +64,6 @@ _PICTURES_LENGTH = 3_000_000
 _WHOLE = 0.95
 
 _PRODUCTION = "production"
-
-_EMBEDDED_PIXELS = 320 * 320  # that the embedded model sees of an image (its processor_config.json)
 
 
 def validate(folder: Path, out: Path, params: Params) -> bool:
@@ -525,7 +525,10 @@ def _kinds(table: pd.DataFrame) -> list[Expectation]:
     from great_expectations.expectations.row_conditions import Column
 
     train = Column("split") == "train"
-    table["kind"] = table["defect"].map(kinds_.written, na_action="ignore")
+    single = {*kinds_.single(table["defect"][table["split"] == "train"].dropna())}  # of "dent+scratch" its parts
+    table["kind"] = table["defect"].map(
+        lambda defect: kind if (kind := kinds_.written(defect)) in single else None, na_action="ignore"
+    )
     return [
         _expect(
             gxe.ExpectColumnUniqueValueCountToBeBetween,
@@ -564,8 +567,11 @@ def _notices(table: pd.DataFrame, complete: set[str], held_out: Sequence[str]) -
     between, in_set = gxe.ExpectColumnValuesToBeBetween, gxe.ExpectColumnValuesToBeInSet
     null = gxe.ExpectColumnValuesToBeNull
     known = table[table["label"] == "anomalous"]
-    shared = known[~known["category"].isin(held_out)].groupby("defect")["split"].nunique()
-    several = {*shared.index[shared > 1], *known["defect"][known["category"].isin(held_out)].dropna()}
+    by_kind = known.assign(kind=known["defect"].map(kinds_of, na_action="ignore")).explode("kind")
+    away = by_kind["category"].isin(held_out)
+    shared = by_kind[~away].groupby("kind")["split"].nunique()
+    kinds = {*shared.index[shared > 1], *by_kind["kind"][away].dropna()}
+    several = [defect for defect in known["defect"].dropna().unique() if kinds.issuperset(kinds_of(defect))]
     suite = [
         notice(
             in_set,
@@ -662,8 +668,7 @@ def _tiling(table: pd.DataFrame, defects: Sequence[tiles.Defect], params: Params
                 row_condition=Column("split") == "train",
             ),
         ]
-    embedded = params.model.name.startswith("embedded://")
-    pixels = params.model.max_pixels or (_EMBEDDED_PIXELS if embedded else None)
+    pixels = loading.pixels(params.model)
     if defects and pixels and (proposal := tiles.propose(defects, pixels, size, params.tile.overlap)):
         new, count = proposal
         now, then = tiles.seen(defects, pixels, size), tiles.seen(defects, pixels, new)

@@ -200,15 +200,10 @@ def _key(model: str | Path, shards: Path, split: str, params: Params, vllm: bool
 
 
 def tile_of(model: str | Path, params: Params) -> Tile:
-    """Into which tiles images are cut for a model: those it was trained with; the settings' for a base model.
-
-    A reference detector is trained on whole images.
-    """
+    """Into which tiles images are cut for a model: those it was trained with; the settings' for a base model."""
     description = loading.describe(Path(model))
     if description is None:
         return params.tile
-    if loading.is_detector(model):
-        return Tile()
     return Tile.model_validate((description.get("params") or {}).get("tile") or {})  # an older model saw whole images
 
 
@@ -403,8 +398,12 @@ def _place(number: int, grid: Sequence[Box]) -> str:
 
 
 def _words(answer: Answer) -> str:
-    """What a model wrote of a tile on one line, without an answer: the image's words would have two."""
-    return f"{answer.read.think or ''} {answer.read.rethink or ''}".strip().replace("\n", " ")
+    """What a model wrote of a tile on one line, without an answer: the image's words would have two.
+
+    A detector's words are in no form and have no answer.
+    """
+    parts = [answer.read.think, answer.read.rethink] if answer.read.answer else [answer.completion]
+    return " ".join(part for part in parts if part).strip().replace("\n", " ")
 
 
 def _detected(detection: Detection, threshold: float) -> Answer:

@@ -7,7 +7,8 @@ head joins them at stride 8 and has three outputs: a map of defects, the image's
 runs on the CPU, in float32, so that a folder gives the same answers on any machine: about 50 ms an image on one core.
 
 A folder of a detector holds `detector.safetensors` (weights, and mean and spread of the features) and `adfm.json`,
-whose `stage` is `detector`.
+whose `stage` is `detector`. Where it was trained on tiles of large images (`params.tile` in `adfm.json`), an image is
+answered tile by tile: `adfm.evaluation.inference.Inspector` cuts and joins, and an image here is a tile.
 """
 
 from __future__ import annotations

@@ -95,6 +95,25 @@ def resolve(name: str, revision: str | None) -> Path:
     return folder
 
 
+def pixels(settings: Model) -> int | None:
+    """The most pixels that a model sees of an image, as far as files here say; nothing is loaded or downloaded.
+
+    Returns:
+        `model.max_pixels`, else the limit of Qwen's processor in the folder of the model; `None` for a hub model and
+        other processors.
+    """
+    if settings.max_pixels:
+        return settings.max_pixels
+    folder = EMBEDDED.get(settings.name, Path(settings.name))
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            return int(content.get("image_processor", content)["size"]["longest_edge"])  # an area, whatever its name
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue  # what is wrong with it, `load_processor` says
+    return None
+
+
 def weights(folder: Path) -> list[str]:
     """The names of the weights in a model's folder, in order; nothing but the files' heads is read.
 

@@ -7,6 +7,11 @@ of the label. Kinds of defects are a further output where there are several.
 
 The backbone runs once for each picture and its augmented variants (flips, brightness, contrast, noise); their features
 wait in a file. For about 1,000 images that takes two minutes on one core, and the head's training one more.
+
+With `tile.size` it learns from tiles of the images, as the language model does (`adfm.training.examples.rows`): all
+with a defect and at least as many normal ones, as far as `MOST_PICTURES` allows. An image's score is then the highest
+of its tiles, and its boxes are joined across seams (`adfm.evaluation.inference.joined`); threshold and box rule are
+chosen on the joined answers.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
+from adfm import tiles
 from adfm.data import hashes
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
@@ -34,8 +40,9 @@ from adfm.evaluation import metrics
 from adfm.files import atomic_folder, refuse_to_replace, write_json
 from adfm.method import kinds as kinds_
 from adfm.models import detector, efficientnet, loading
-from adfm.params import Params
-from adfm.records import Box, Record
+from adfm.params import Params, Tile
+from adfm.records import Box, Record, Split
+from adfm.training import examples as examples_
 
 VARIANTS = 4
 """Of a picture: as it is, and flipped across, down and both ways, each with other light and noise."""
@@ -44,6 +51,8 @@ MOST_PICTURES = 2400
 """Pictures that the backbone computes for training, variants included: about two minutes on one core, 0.9 GB."""
 
 _MOST_VALIDATION = 1000  # images that threshold and boxes are chosen on
+_MOST_TILES = 2400  # of these images, where they are cut: about as many images as have so many tiles, but
+_FEWEST_VALIDATION = 40  # no fewer: a threshold on fewer images is chance
 _MOST_TUNED = 200  # of those with boxes
 _BATCH = 16
 _LEARNING_RATE, _WEIGHT_DECAY, _WARMUP = 2e-3, 2e-2, 30
@@ -82,36 +91,38 @@ class _Example(NamedTuple):
 def train(shards: Path, out: Path, params: Params, force: bool = False) -> None:
     """Trains a reference detector on the train split, chooses threshold and box rule on the validation split.
 
-    At most `MOST_PICTURES` images are drawn, half of them normal; the same settings and images give the same detector.
-    What it was trained on is printed.
+    At most `MOST_PICTURES` images or tiles are drawn, half of them normal; the same settings and images give the same
+    detector. What it was trained on, and what was left out, is printed.
 
     Args:
         shards: Folder of shards.
         out: Folder to write: `detector.safetensors`, `adfm.json`, `trained_on.parquet`.
-        params: Reads `detector` and `seed`.
+        params: Reads `detector`, `seed` and `tile`.
         force: Replace a finished model at `out`.
 
     Raises:
         AdfmError: `out` holds a finished model or something else; the shards cannot be read; or there is nothing to
-            learn: no defective image, or neither boxes nor normal images.
+            learn: no defective image, or neither boxes nor normal images; with `tile.size`, no boxes.
     """
     refuse_to_replace(out, force)
     rng = np.random.default_rng(params.seed)
-    rows = shards_.table(shards, "train").to_pylist()
+    rows = examples_.rows(shards, "train", params.tile)
     _check(rows, shards)
-    chosen = _draw(rows, rng, MOST_PICTURES)
-    variants = min(VARIANTS, max(1, MOST_PICTURES // len(chosen)))
+    chosen, variants = _chosen(rows, rng, params.tile)
     kinds = kinds_.single(row["defect"] for row in chosen)
     by_image = any(row["label"] == "normal" for row in chosen)
     with atomic_folder(out) as folder:
         cache = folder / "cache"
         cache.mkdir()
-        examples = _compute(shards, {row["id"] for row in chosen}, kinds, variants, params.seed, cache / "features")
-        print(_summary(len(rows), examples, kinds, variants), flush=True)
+        examples = _compute(shards, chosen, kinds, variants, params.seed, cache / "features")
+        if params.tile.size:
+            print(_tiles_summary(shards, rows, examples, kinds, variants), flush=True)
+        else:
+            print(_summary(len(rows), examples, kinds, variants), flush=True)
         head = _fit(examples, cache / "features", len(kinds), by_image, params.detector.steps, rng)
         shutil.rmtree(cache)
-        chosen_on = "validation" if any(shards.glob("validation-*.parquet")) else "train"
-        trained = _choose(detector.Detector(head, 0.0, None, kinds, by_image), shards, chosen_on, rng)
+        chosen_on: Split = "validation" if any(shards.glob("validation-*.parquet")) else "train"
+        trained = _choose(detector.Detector(head, 0.0, None, kinds, by_image), shards, chosen_on, params.tile, rng)
         if chosen_on == "train":
             print("detector: there is no validation split; threshold and boxes are chosen on training images")
         _save(folder, trained, shards, params)
@@ -132,6 +143,19 @@ def _check(rows: list[dict[str, Any]], shards: Path) -> None:
             f"{shards}: the train split has no normal image and no boxes, so that nothing tells a defect from what is "
             "good; add normal images, or mark the defects with boxes"
         )
+
+
+def _chosen(rows: list[dict[str, Any]], rng: np.random.Generator, tile: Tile) -> tuple[list[dict[str, Any]], int]:
+    """The images or tiles to learn from, and in how many variants each.
+
+    Of tiles few have a defect: they get as many variants as leave room for as many normal ones, which fill the rest.
+    """
+    if tile.size:
+        anomalous = sum(row["label"] == "anomalous" for row in rows)
+        variants = min(VARIANTS, max(1, MOST_PICTURES // (2 * anomalous)))
+        return _draw(rows, rng, MOST_PICTURES // variants), variants
+    chosen = _draw(rows, rng, MOST_PICTURES)
+    return chosen, min(VARIANTS, max(1, MOST_PICTURES // len(chosen)))
 
 
 def _draw(rows: list[dict[str, Any]], rng: np.random.Generator, most: int) -> list[dict[str, Any]]:
@@ -160,42 +184,73 @@ def _summary(total: int, examples: list[_Example], kinds: list[str], variants: i
     return "; ".join(notes)
 
 
-def _records(shards: Path, split: str, ids: set[str]) -> Iterator[Record]:
-    for record in shards_.read(shards, split):
-        if record.id in ids:
-            yield record
+def _tiles_summary(
+    shards: Path, rows: list[dict[str, Any]], examples: list[_Example], kinds: list[str], variants: int
+) -> str:
+    """What was drawn of the tiles `rows`, and what was left out."""
+    anomalous, total = sum(e.anomalous for e in examples), sum(row["label"] == "anomalous" for row in rows)
+    notes = [
+        f"detector: {anomalous:,} of {total:,} tiles with a defect, {len(examples) - anomalous:,} of "
+        f"{len(rows) - total:,} normal tiles of the training images, in {variants} variants"
+    ]
+    if without := examples_.boxes_known(shards)[1]:
+        notes.append(f"{without} defective images have no boxes and are left out")
+    if len(kinds) > 1:
+        notes.append(f"{len(kinds)} kinds of defects")
+    return "; ".join(notes)
 
 
-def _picture(record: Record) -> Tensor:
-    return detector.picture(Image.open(io.BytesIO(record.image)))
+def _images(
+    shards: Path, split: Split, rows: list[dict[str, Any]]
+) -> Iterator[tuple[Record, Image.Image, list[dict[str, Any]]]]:
+    """The images of some rows of `examples.rows`, in the order of the shards, each with its rows."""
+    of_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        of_image[row["number"]].append(row)
+    for number, record in enumerate(shards_.read(shards, split)):
+        if number in of_image:
+            yield record, Image.open(io.BytesIO(record.image)), of_image[number]
 
 
-def _compute(shards: Path, ids: set[str], kinds: list[str], variants: int, seed: int, file: Path) -> list[_Example]:
-    """Writes the features of all variants of the pictures to `file`, as float16, one picture after the other."""
+def _compute(
+    shards: Path, rows: list[dict[str, Any]], kinds: list[str], variants: int, seed: int, file: Path
+) -> list[_Example]:
+    """Writes the features of all variants of the pictures to `file`, as float16, one picture after the other.
+
+    Args:
+        shards: Folder of shards.
+        rows: Some of `examples.rows` of the train split; a picture is an image or a tile.
+        kinds: The kinds of defect.
+        variants: Of each picture.
+        seed: Of the variants.
+        file: The file to write.
+    """
     compute = efficientnet.Features(tuple(efficientnet.CHANNELS), keep=0)
-    examples, place = [], 0
-    with file.open("wb") as stream, tqdm(total=len(ids), desc="features", unit="image", mininterval=1.0) as progress:
-        for number, record in enumerate(_records(shards, "train", ids)):
-            plain, places = _picture(record), []
-            for variant in range(variants):
-                maps = detector.features(compute, varied(plain, variant, [seed, number, variant]))
-                places.append(place)
-                for stride in efficientnet.CHANNELS:
-                    values = maps[stride].half().numpy()
-                    stream.write(values.tobytes())
-                    place += values.size
-            grid = plain.shape[1] // detector.STRIDE, plain.shape[2] // detector.STRIDE
-            examples.append(
-                _Example(
-                    places,
-                    grid,
-                    target(record.boxes, (record.width, record.height), grid),
-                    record.label == "anomalous",
-                    bool(record.boxes),
-                    kinds.index(kind) if (kind := kinds_.written(record.defect)) in kinds else -1,
+    examples: list[_Example] = []
+    place = 0
+    with file.open("wb") as stream, tqdm(total=len(rows), desc="features", unit="picture", mininterval=1.0) as progress:
+        for _, image, of_image in _images(shards, "train", rows):
+            for row in of_image:
+                plain, places = detector.picture(image.crop(row["tile"])), []
+                for variant in range(variants):
+                    maps = detector.features(compute, varied(plain, variant, [seed, len(examples), variant]))
+                    places.append(place)
+                    for stride in efficientnet.CHANNELS:
+                        values = maps[stride].half().numpy()
+                        stream.write(values.tobytes())
+                        place += values.size
+                grid = plain.shape[1] // detector.STRIDE, plain.shape[2] // detector.STRIDE
+                examples.append(
+                    _Example(
+                        places,
+                        grid,
+                        target([Box(*box) for box in row["boxes"]], (row["width"], row["height"]), grid),
+                        row["label"] == "anomalous",
+                        bool(row["boxes"]),
+                        kinds.index(kind) if (kind := kinds_.written(row["defect"])) in kinds else -1,
+                    )
                 )
-            )
-            progress.update()
+                progress.update()
     return examples
 
 
@@ -344,38 +399,75 @@ def _loss(
     return torch.stack(means).sum() if means else None
 
 
-def _choose(trained: detector.Detector, shards: Path, split: str, rng: np.random.Generator) -> detector.Detector:
+class _Located(NamedTuple):
+    """An image with boxes, and what the head answers to its tiles; one that is not cut is its only tile.
+
+    Args:
+        record: The image.
+        grid: Its tiles.
+        scores: Probability of a defect, by tile.
+        cells: Map of defects, by tile.
+    """
+
+    record: Record
+    grid: list[Box]
+    scores: list[float]
+    cells: list[Tensor]
+
+
+def _choose(
+    trained: detector.Detector, shards: Path, split: Split, tile: Tile, rng: np.random.Generator
+) -> detector.Detector:
     """The detector with the threshold of the best balanced accuracy, and the box rule of the best IoU, on `split`."""
-    rows = _draw(shards_.table(shards, split).to_pylist(), rng, _MOST_VALIDATION)
+    rows = examples_.rows(shards, split, Tile())
+    sizes = [(row["width"], row["height"]) for row in rows]
+    grids = [tiles.grid(*size, tile.size or max(size), tile.overlap) for size in sizes]
+    most = max(_FEWEST_VALIDATION, _MOST_TILES * len(rows) // sum(map(len, grids))) if tile.size else _MOST_VALIDATION
+    chosen = _draw(rows, rng, min(most, _MOST_VALIDATION))
+    if len(chosen) < len(rows):
+        drawn = f"{len(chosen):,} of {len(rows):,} {split} images"
+        print(f"detector: threshold and boxes are chosen on {drawn}, drawn", flush=True)
     compute = efficientnet.Features(tuple(efficientnet.CHANNELS), keep=0)
     scores: list[float] = []
     labels: list[bool] = []
-    located: list[tuple[Record, NDArray[np.float32]]] = []
-    records = _records(shards, split, {row["id"] for row in rows})
-    for record in tqdm(records, total=len(rows), desc=split, unit="image", mininterval=1.0):
-        maps = detector.features(compute, _picture(record))
-        with torch.inference_mode():
-            outputs = trained.head({stride: one[None] for stride, one in maps.items()})
-        scores += detector.score_of(outputs, trained.by_image)
+    located: list[_Located] = []
+    images = _images(shards, split, chosen)
+    for record, image, [row] in tqdm(images, total=len(chosen), desc=split, unit="image", mininterval=1.0):
+        answer = _Located(record, grids[row["number"]], [], [])
+        for place in answer.grid:
+            maps = detector.features(compute, detector.picture(image.crop(place)))
+            with torch.inference_mode():
+                outputs = trained.head({stride: one[None] for stride, one in maps.items()})
+            answer.scores.extend(detector.score_of(outputs, trained.by_image))
+            answer.cells.append(outputs.cells[0].sigmoid())
+        scores.append(max(answer.scores))
         labels.append(record.label == "anomalous")
         if record.boxes and len(located) < _MOST_TUNED:
-            located.append((record, detector.refined(outputs.cells[0].sigmoid())))
+            located.append(answer)
     threshold = metrics.best_threshold(np.array(labels), np.array(scores))
-    return replace(trained, threshold=threshold, rule=_best_rule(located), chosen_on=len(rows))
+    return replace(trained, threshold=threshold, rule=_best_rule(located, threshold), chosen_on=len(chosen))
 
 
-def _best_rule(located: list[tuple[Record, NDArray[np.float32]]]) -> detector.Rule | None:
-    """The rule with the highest mean IoU; `None` without an image with boxes."""
+def _best_rule(located: list[_Located], threshold: float) -> detector.Rule | None:
+    """The rule with the highest mean IoU; `None` without an image with boxes.
+
+    Boxes are drawn on the tiles that are flagged, and on the most suspicious one, as `inference.joined` does.
+    """
+    images = []
+    for record, grid, scores, cells in located:
+        drawn = [i for i, score in enumerate(scores) if score >= min(threshold, max(scores))]
+        images.append((record, [(grid[i], detector.refined(cells[i])) for i in drawn]))
 
     def mean_iou(rule: detector.Rule) -> float:
         overlaps = []
-        for record, fine in located:
-            size = record.width, record.height
-            overlap = metrics.localize(record.boxes, detector.bounded(fine, size, rule), *size)
+        for record, drawn in images:
+            boxes = [detector.bounded(fine, (int(x2 - x1), int(y2 - y1)), rule) for (x1, y1, x2, y2), fine in drawn]
+            joined = tiles.merged(boxes, [tile for tile, _ in drawn])
+            overlap = metrics.localize(record.boxes, joined, record.width, record.height)
             overlaps.append(overlap["iou"] or 0.0)
         return float(np.mean(overlaps))
 
-    return max(_RULES, key=mean_iou) if located else None
+    return max(_RULES, key=mean_iou) if images else None
 
 
 def _save(folder: Path, trained: detector.Detector, shards: Path, params: Params) -> None:

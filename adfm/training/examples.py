@@ -70,13 +70,11 @@ def draw(
         `frame` (width and height of that frame).
 
     Raises:
-        AdfmError: The split lacks normal or anomalous images, or with `tile.size` anomalous ones with boxes.
+        AdfmError: As `rows`; or the split lacks normal or anomalous images.
     """
     import datasets
 
-    table = shards_.table(shards, split).to_pylist()
-    if tile and tile.size:
-        table = _tiles(table, tile.size, tile.overlap, f"{shards}: no anomalous image of the {split} split")
+    table = rows(shards, split, tile or Tile())
     weight = np.array([weights[row["id"]] for row in table]) if weights else None
     if loaded.kinds:
         evenly = _evenly([kinds_.of(row["defect"], loaded.kinds) for row in table])
@@ -132,40 +130,58 @@ def boxes_known(shards: Path) -> tuple[int, int]:
     return anomalous - without, without
 
 
-def _tiles(table: list[dict[str, Any]], size: int, overlap: float, none: str) -> list[dict[str, Any]]:
-    """A row for every tile that can be labelled, with the `number` of its image and its place, `tile`."""
+def rows(shards: Path, split: Split, tile: Tile) -> list[dict[str, Any]]:
+    """A row for every image of a split; with `tile.size` for every tile that can be labelled (`adfm.tiles.truth`).
+
+    Args:
+        shards: Folder of shards.
+        split: The split.
+        tile: Into which tiles images are cut.
+
+    Returns:
+        The columns of the shards but images and masks, in their order; `number`, the image's in the split; and `tile`,
+        the tile's place in the image, or the whole image. Label, boxes, defect, width and height are those of the tile.
+
+    Raises:
+        AdfmError: There are to be tiles, and no anomalous image has boxes.
+    """
+    table = shards_.table(shards, split).to_pylist()
+    if not tile.size:
+        whole = ({"number": i, "tile": Box(0, 0, row["width"], row["height"])} for i, row in enumerate(table))
+        return [row | its for row, its in zip(table, whole, strict=True)]
     if any(row["label"] == "anomalous" for row in table) and not any(row["boxes"] for row in table):
         raise AdfmError(
-            f"{none} has boxes, so that nobody knows which of its tiles are anomalous; mark the defects, or set "
-            "tile.size=null to train on whole images"
+            f"{shards}: no anomalous image of the {split} split has boxes, so that nobody knows which of its tiles are "
+            "anomalous; mark the defects, or set tile.size=null to train on whole images"
         )
-    rows = []
+    cut = []
     for number, row in enumerate(table):
         boxes = [Box(*box) for box in row["boxes"]]
-        for place in tiles.grid(row["width"], row["height"], size, overlap) if not _has_label_alone(row) else ():
+        known = not _has_label_alone(row)
+        for place in tiles.grid(row["width"], row["height"], tile.size, tile.overlap) if known else ():
             if truth := tiles.truth(row["label"], boxes, place):
                 label, inside = truth
                 width, height = int(place.x2 - place.x1), int(place.y2 - place.y1)
                 defect = row["defect"] if label == "anomalous" else None
                 its = {"label": label, "boxes": inside, "defect": defect, "width": width, "height": height}
-                rows.append(row | its | {"number": number, "tile": place})
-    return rows
+                cut.append(row | its | {"number": number, "tile": place})
+    return cut
 
 
-def _cut(rows: list[dict[str, Any]], shards: Path, split: Split, cache: Path) -> datasets.Dataset:
-    """The images of rows of `_tiles`, in their order: on disk and memory-mapped, as whole images are.
+def _cut(table: list[dict[str, Any]], shards: Path, split: Split, cache: Path) -> datasets.Dataset:
+    """The images of tiles, which are some of `rows`, in their order: on disk and memory-mapped, as whole images are.
 
     They are cut once, an image of the shards after the other. A tile that is cut when its row is read would cost the
     decoding of the whole photograph every time: 0.2 s for one of 16 million pixels.
     """
     import datasets
 
-    key = json.dumps([shards_.fingerprint(shards, split), [[row["number"], *row["tile"]] for row in rows]])
+    key = json.dumps([shards_.fingerprint(shards, split), [[row["number"], *row["tile"]] for row in table]])
     file = cache / f"tiles-{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow"
     if not file.is_file():
         cache.mkdir(parents=True, exist_ok=True)
         of_image: dict[int, list[Box]] = defaultdict(list)
-        for row in rows:
+        for row in table:
             of_image[row["number"]].append(row["tile"])
         partial = file.with_suffix(".partial")
         with pa.ipc.new_stream(str(partial), _TILE) as stream:

@@ -90,8 +90,7 @@ def _trained(
     from adfm.training.watch import Watch
 
     settings = params.warmup
-    images = len(shards_.ids(shards, "train"))
-    epoch = -(-images // settings.batch_size)
+    epoch = -(-len(examples.rows(shards, "train", params.tile)) // settings.batch_size)
     steps = min(settings.steps, epoch * settings.epochs)
     located = settings.stages and _located(shards)
     draw = partial(examples.draw, shards, loaded, cache=work, located=located, tile=params.tile)

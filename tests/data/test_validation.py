@@ -728,6 +728,27 @@ def test_defects_alone_pass_where_their_kinds_are_learnt(tmp_path: Path) -> None
     )
 
 
+def test_of_a_name_that_joins_kinds_its_parts_are_the_kinds(tmp_path: Path) -> None:
+    """Neither is "dent+scratch" a third kind, nor is it missed in a split that shows dents and scratches apart."""
+    both = "dent+scratch"
+    records = {
+        name: replace(one, defect=both if one.split == "train" and i % 4 == 1 else one.defect)
+        for i, (name, one) in enumerate(defects_alone().items())
+    }
+    names = {split: {one.defect for one in records.values() if one.split == split} for split in ("train", "test")}
+    assert names["train"] == {"dent", "scratch", both} and both not in names["test"]
+    passed, report = run(written(records, tmp_path / "two"), tmp_path / "report", KINDS)
+    assert passed and not failed(report)
+    [count] = [entry for entry in report["expectations"] if "kinds of defects for the model" in entry["what"]]
+    assert count["observed"] == 2
+    long = {name: replace(one, defect=f"{one.defect} " + "x" * 40) for name, one in defects_alone().items()}
+    kinds = "+".join(sorted({str(one.defect) for one in long.values()}))
+    long["joined"] = replace(next(iter(long.values())), id="joined", split="train", defect=kinds)
+    assert len(kinds) > 60
+    run(written(long, tmp_path / "long"), tmp_path / "report", KINDS)
+    assert "names of kinds" not in "".join(validation.failures(tmp_path / "report"))
+
+
 def test_normal_images_alone_are_refused_with_or_without_kinds(tmp_path: Path) -> None:
     normal = {name: one for name, one in faultless().items() if one.label == "normal"}
     folder = written(normal, tmp_path / "shards")

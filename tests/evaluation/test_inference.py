@@ -256,9 +256,10 @@ def test_a_model_keeps_the_tiles_that_it_was_trained_with(tmp_path: Path) -> Non
         ({}, (None, 0.2)),
         (None, (None, 0.2)),
     ):
-        (tmp_path / "adfm.json").write_text(json.dumps({"params": own}))
-        tile = inference.tile_of(tmp_path, params)
-        assert (tile.size, tile.overlap) == expected
+        for stage in ("warmup", loading.DETECTOR):
+            (tmp_path / "adfm.json").write_text(json.dumps({"stage": stage, "params": own}))
+            tile = inference.tile_of(tmp_path, params)
+            assert (tile.size, tile.overlap) == expected
 
 
 GRID = tiles.grid(300, 100, 100, 0.2)
@@ -298,6 +299,19 @@ def test_an_unreadable_tile_leaves_the_image_open_unless_another_is_anomalous() 
     image = inference.joined([said("B", 0.8), unclear, said("A", 0.6), said("A", None)], GRID)
     assert (image.predicted, image.score) == ("anomalous", 0.8)
     assert response.parse(image.completion).answer == "A" and len(image.notes) == 2
+
+
+def test_each_suspicious_tile_of_a_detector_is_noted_with_its_words() -> None:
+    from adfm.models.detector import Detection
+
+    scores = [0.6, 0.2, 0.9, 0.1]
+    answers = [inference._detected(Detection(score, [Box(0, 0, 9, 9)], "dent"), 0.5) for score in scores]
+    image = inference.joined(answers, GRID)
+    assert image.notes == [
+        "These are the words on tile 3 of 4, [133, 0, 233, 100], the most suspicious.",
+        "On tile 1 of 4, [0, 0, 100, 100]: Dent, in 1 place.",
+    ]
+    assert (image.predicted, image.score, image.kind) == ("anomalous", 0.9, "dent") and len(image.boxes) == 2
 
 
 def test_the_words_of_many_suspicious_tiles_are_cut_short() -> None:

@@ -72,6 +72,21 @@ def test_folder_without_weights_is_refused(tmp_path: Path) -> None:
         loading.resolve(str(tmp_path), None)
 
 
+def test_what_a_model_sees_of_an_image_is_known_without_loading_it(tmp_path: Path) -> None:
+    embedded = Model()
+    limit = loading.load_processor(embedded.name, embedded).image_processor.size["longest_edge"]
+    assert loading.pixels(embedded) == limit
+    assert loading.pixels(Model(max_pixels=1000)) == 1000
+    assert loading.pixels(Model(name="owner/name")) is None
+    folder = Model(name=str(tmp_path))
+    for content, expected in (
+        ({"size": {"longest_edge": 2000}}, 2000),
+        ({"size": {"height": 448, "width": 448}}, None),
+    ):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
+        assert loading.pixels(folder) == expected
+
+
 def test_a_model_has_an_identity_that_changes_with_its_files(tmp_path: Path) -> None:
     embedded = loading.identity("embedded://tiny-base", Model())
     assert embedded == digest(loading.EMBEDDED["embedded://tiny-base"])

@@ -15,15 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from adfm import tiles
 from adfm.cli import main
 from adfm.data import hashes, shards
 from adfm.errors import AdfmError
-from adfm.evaluation import inference
+from adfm.evaluation import inference, metrics
 from adfm.files import digest
 from adfm.models import detector, efficientnet, loading
-from adfm.params import Params
+from adfm.params import Params, Tile
 from adfm.records import Box, Record, Split
 from adfm.training import detector as training
+from adfm.training import examples as examples_
 
 PARAMS = Params.model_validate({"detector": {"steps": 60}})
 FEW = Params.model_validate({"detector": {"steps": 4}})
@@ -131,7 +133,7 @@ def test_a_loaded_detector_answers_as_the_one_that_was_saved(toy: Path, tmp_path
     rng = np.random.default_rng(0)
     head = detector.Head(2).eval()
     made = detector.Detector(head, 0.0, None, ["spot", "stripe"], True)
-    made = training._choose(made, toy, "validation", rng)
+    made = training._choose(made, toy, "validation", Tile(), rng)
     (tmp_path / "detector").mkdir()
     training._save(tmp_path / "detector", made, toy, FEW)
     loaded = detector.load(tmp_path / "detector")
@@ -233,6 +235,84 @@ def test_of_many_images_some_are_drawn_half_of_them_normal(
     assert "8 training images of 16, drawn, 4 defective, in 1 variants" in capsys.readouterr().out
 
 
+# ------------------------------------------------------------------------------------------------------- tiles
+
+LARGE = 240, 160
+TILED = Params.model_validate({"detector": {"steps": 60}, "tile": {"size": 80, "overlap": 0.25}})
+
+
+def test_it_learns_from_tiles_and_answers_large_images_by_its_tiles(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a whole image, which is seen with 96 pixels across, a stripe would be 2 pixels high."""
+    monkeypatch.setattr(training, "MOST_PICTURES", 160)
+    folder = written(tmp_path / "shards", drawn({"train": 20, "validation": 8, "test": 8}, LARGE))
+    training.train(folder, tmp_path / "detector", TILED)
+    defects = [row for row in examples_.rows(folder, "train", TILED.tile) if row["label"] == "anomalous"]
+    assert f"{len(defects)} of {len(defects)} tiles with a defect" in capsys.readouterr().out
+    trained = tmp_path / "detector"
+    assert inference.tile_of(trained, Params()) == TILED.tile
+    table = inference.predict(trained, folder, Params(), "detector")  # whatever the settings say later
+    assert (table["predicted"] == table["label"]).mean() >= 0.9
+    assert table["iou"].mean() > 0.35
+    loaded = detector.load(trained)
+    first = next(one for one in shards.read(folder, "test") if one.boxes)
+    image = Image.open(io.BytesIO(first.image))
+    grid = tiles.grid(*LARGE, 80, 0.25)
+    cut = [image.crop(tile) for tile in grid]
+    alone = loaded.detect([detector.picture(one) for one in cut], [one.size for one in cut])
+    answer = table[table["id"] == first.id].iloc[0]
+    assert answer["score"] == pytest.approx(max(one.score for one in alone))
+    flagged = [one.regions if one.score >= loaded.threshold else [] for one in alone]
+    assert [Box(*box) for box in answer["predicted_boxes"]] == tiles.merged(flagged, grid)
+
+
+def test_the_threshold_is_that_of_the_joined_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "MOST_PICTURES", 16)
+    folder = written(tmp_path / "shards", drawn({"train": 8, "validation": 8, "test": 4}, LARGE))
+    training.train(folder, tmp_path / "detector", Params.model_validate({"detector": {"steps": 4}, "tile": TILED.tile}))
+    loaded = detector.load(tmp_path / "detector")
+    table = inference.predict_splits(tmp_path / "detector", folder, Params(), "", ["validation"])["validation"]
+    best = metrics.best_threshold((table["label"] == "anomalous").to_numpy(), table["score"].to_numpy())
+    assert loaded.threshold == pytest.approx(best, abs=1e-6) and loaded.chosen_on == 8
+
+
+def test_of_many_tiles_some_are_drawn_and_it_says_what_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training, "MOST_PICTURES", 8)
+    monkeypatch.setattr(training, "_MOST_TILES", 24)
+    monkeypatch.setattr(training, "_FEWEST_VALIDATION", 1)
+    params = Params.model_validate({"detector": {"steps": 4}, "tile": TILED.tile})
+    records = drawn({"train": 24, "validation": 4, "test": 4}, LARGE)
+    some = [replace(one, boxes=()) if one.split == "train" and int(one.id, 16) < 8 else one for one in records]
+    folder = written(tmp_path / "shards", some)
+    training.train(folder, tmp_path / "detector", params)
+    rows = examples_.rows(folder, "train", params.tile)
+    defects = sum(row["label"] == "anomalous" for row in rows)
+    printed = capsys.readouterr().out
+    assert f"4 of {defects} tiles with a defect, 4 of {len(rows) - defects} normal tiles" in printed
+    assert "4 defective images have no boxes and are left out" in printed
+    assert "chosen on 2 of 4 validation images, drawn" in printed  # of 12 tiles each
+
+    none = written(tmp_path / "labels", [replace(one, boxes=()) for one in records])
+    with pytest.raises(AdfmError, match=r"no anomalous image of the train split has boxes.*tile\.size=null"):
+        training.train(none, tmp_path / "none", params)
+
+
+@settings(deadline=None)
+@given(anomalous=st.integers(1, 3000), normal=st.integers(0, 3000))
+def test_all_tiles_with_a_defect_are_drawn_while_as_many_normal_ones_fit_beside_them(
+    anomalous: int, normal: int
+) -> None:
+    rows = [{"label": "anomalous"}] * anomalous + [{"label": "normal"}] * normal
+    chosen, variants = training._chosen(rows, np.random.default_rng(0), TILED.tile)
+    drawn_ = sum(row["label"] == "anomalous" for row in chosen)
+    assert len(chosen) * variants <= training.MOST_PICTURES
+    assert drawn_ >= min(anomalous, training.MOST_PICTURES // 2)
+    assert len(chosen) - drawn_ >= min(normal, drawn_)
+
+
 # ------------------------------------------------------------------------------------------------------ pieces
 
 
@@ -269,8 +349,8 @@ def test_a_plain_picture_is_as_it_is_and_variants_differ() -> None:
 
 
 def test_the_features_in_the_file_are_those_of_the_pictures(toy: Path, tmp_path: Path) -> None:
-    ids = set(shards.ids(toy, "train")[:3])
-    examples = training._compute(toy, ids, ["spot", "stripe"], 2, 0, tmp_path / "features")
+    rows = examples_.rows(toy, "train", Tile())[:3]
+    examples = training._compute(toy, rows, ["spot", "stripe"], 2, 0, tmp_path / "features")
     values = np.memmap(tmp_path / "features", np.float16, "r")
     compute = efficientnet.Features(tuple(efficientnet.CHANNELS))
     for number, (example, one) in enumerate(zip(examples, list(shards.read(toy, "train"))[:3], strict=True)):

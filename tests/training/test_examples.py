@@ -124,6 +124,14 @@ def test_rows_are_tiles_labelled_by_what_they_show(large: Path, tmp_path: Path) 
     assert len(list(tmp_path.glob("tiles-*"))) == 2
 
 
+def test_an_uncut_image_is_a_row_and_its_place_is_all_of_it(large: Path) -> None:
+    rows = examples.rows(large, "train", Tile())
+    assert [row["number"] for row in rows] == list(range(8)) and {row["tile"] for row in rows} == {Box(0, 0, 400, 300)}
+    assert [row["label"] for row in rows] == ["normal", "anomalous"] * 4
+    assert len(examples.rows(large, "train", Tile(size=400))) == 7  # nobody knows where the last one's defect is
+    assert len(examples.rows(large, "train", Tile(size=200, overlap=0.5))) <= 7 * 6
+
+
 def test_tiles_are_drawn_by_the_weights_of_their_images_and_need_boxes(
     large: Path, label_shards: Path, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ from adfm.errors import AdfmError
 from adfm.files import write_json
 from adfm.method import response
 from adfm.models import loading
-from adfm.params import Evaluate, Params
+from adfm.params import Evaluate, Params, Tile
 from adfm.training import examples
 from adfm.training import warmup as warmup_module
 from adfm.training.warmup import Answers, trained_on, warmup
@@ -164,6 +164,17 @@ def test_without_both_labels_in_validation_it_takes_all_steps(
     missing = "anomalous image" if labels else "anomalous and no normal image"
     assert f"the validation split has no {missing}, so that it takes all its steps" in capsys.readouterr().out
     assert len((tmp_path / "out" / "warmup_curves.csv").read_text().splitlines()) == 4
+
+
+def test_an_epoch_of_tiles_shows_all_of_them(small_shards: Path, tmp_path: Path, params: Params) -> None:
+    images = len(shards.ids(small_shards, "train"))
+    width = shards.table(small_shards, "train")["width"][0].as_py()
+    tile = Tile(size=width * 2 // 3)
+    settings = {"steps": 100, "epochs": 1, "batch_size": images, "patience": 0}
+    own = params.model_copy(update={"warmup": params.warmup.model_copy(update=settings), "tile": tile})
+    warmup(small_shards, tmp_path / "out", own)
+    steps = len((tmp_path / "out" / "warmup_curves.csv").read_text().splitlines()) - 1
+    assert steps == -(-len(examples.rows(small_shards, "train", tile)) // images) > 1
 
 
 def test_a_training_on_other_shards_has_seen_both(small_shards: Path, tmp_path: Path) -> None:
