@@ -220,6 +220,23 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
     return [str(summary["model"]), *map(str, summary["comparison"]), *steps]
 
 
+def brief(references: Mapping[str, Any]) -> list[tuple[int, str]]:
+    """The summary for a screen that shows the gate's decision: the first sentence of each of its parts, with a rank.
+
+    The lower the rank, the more a sentence matters. The step to the gate is left out.
+
+    Args:
+        references: As `read` gives them.
+    """
+    if not (summary := references.get("summary")):
+        return []
+    steps = [f"Next: {step['text']}" for step in summary["steps"] if step["rule"] != "gate"]
+    ranked = [(3, str(summary["model"]))]
+    ranked += [(2 if place < 2 else 4, str(line)) for place, line in enumerate(summary["comparison"])]
+    ranked += [(1 if place == 0 else 5, step) for place, step in enumerate(steps)]
+    return [(rank, line.partition(". ")[0].rstrip(".") + ".") for rank, line in ranked]
+
+
 def _numbers(values: Any) -> list[float | None]:
     value, low, high = values or (None, None, None)
     return [None if number is None else float(number) for number in (value, low, high)]

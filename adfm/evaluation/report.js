@@ -117,10 +117,10 @@ function drawAbout() {
 
 // What the candidate has to beat: blind answers and the reference detector.
 function drawReferences() {
-  const { sentence, verdict, table } = data.references;
-  byId("verdict").textContent = sentence;
+  const { lines, verdict, table } = data.references;
+  byId("verdict").append(...lines.map((line) => make("li", {}, line)));
   byId("verdict").className = verdict === "detector" ? "bad" : verdict === "candidate" ? "good" : "";
-  byId("verdict").hidden = !sentence;
+  byId("verdict").hidden = !lines.length;
   const region = byId("references").parentElement;
   region.hidden = region.nextElementSibling.hidden = !table.length;
   if (!table.length) return;

@@ -236,7 +236,7 @@ def _what(kind: Kind) -> str:
     weights = f"{kind.weights / 1e9:.1f} billion" if kind.weights >= 1e9 else f"{kind.weights / 1e6:.1f} million"
     name = "the embedded model" if kind.embedded else printable(kind.base)
     weights += " weights on frozen pretrained features" if kind.features else " weights"
-    return f"{name} ({weights}; an image or tile is reduced to about {side} x {side} pixels)"
+    return f"{name} ({weights}; sees about {side} x {side} pixels)"
 
 
 def _larger(kind: Kind) -> str:
@@ -244,8 +244,8 @@ def _larger(kind: Kind) -> str:
     for larger in LARGER:
         if larger.weights * 2**30 / 2 > 1.5 * kind.weights:
             return (
-                f"{larger.name} ({larger.overlay}): about {larger.memory:.1f} GiB of GPU memory and {larger.hours[1]} h "
-                f"on an H100, {larger.hours[0]} h on an A100; estimates of docs/training.md, computed, not measured"
+                f"{larger.name} ({larger.overlay}), about {larger.memory:.1f} GiB of GPU memory and {larger.hours[1]} "
+                f"h on an H100, {larger.hours[0]} h on an A100: computed estimates of docs/training.md, not measured"
             )
     return ""
 
@@ -285,7 +285,7 @@ def _blind(facts: Facts) -> tuple[str, str]:
         return _blind_of_one_label(facts)
     best = max(rows[blind]["balanced_accuracy"][0] for blind in references.BLIND)
     figures = f"balanced accuracy {'by score' if by_score else 'as written'} {_interval(value, low, high)}"
-    against = f"{figures}, where always A and always B have {best:.3f}"
+    against = f"{figures}, blind {best:.3f}"
     if low is not None and low > best:
         words = f"{name} is better than a blind answer: {against}."
         written, lowest, highest = row["balanced_accuracy"]
@@ -302,8 +302,8 @@ def _blind_of_one_label(facts: Facts) -> tuple[str, str]:
     value, low, high = facts.compared["rows"][name]["iou"]
     if not measured["anomalous"]:
         return "none", (
-            f"No test image is defective, and always B is right on all {metrics['normal']:,}: nothing tells {name} from "
-            "a blind answer."
+            f"No test image is defective, and always B is right on all {measured['normal']:,}: nothing tells {name} "
+            "from a blind answer."
         )
     start = f"All {metrics['anomalous']:,} test images are defective, and always A is right on all of them"
     if value is None:
@@ -370,8 +370,8 @@ def _steps(facts: Facts, blind: str) -> list[tuple[str, str]]:
 def _one_label(facts: Facts) -> str:
     missing, present = ("normal", "defective") if not facts.metrics["normal"] else ("defective", "normal")
     return (
-        f"Add {missing} images to the test split: all {facts.metrics['images']:,} are {present}, and whether the letter "
-        "depends on the image can then not be measured."
+        f"Add {missing} images to the test split: all {facts.metrics['images']:,} are {present}, so that nothing shows "
+        "whether the letter depends on the image."
     )
 
 
@@ -386,9 +386,10 @@ def _look(facts: Facts) -> str:
     best = 0.5  # the balanced accuracy of every blind answer
     if value is not None and low is not None and value > best >= low:
         # The half width of an interval falls as one over the square root of the number of images.
-        needed = math.ceil(facts.metrics["images"] * ((value - low) / (value - best)) ** 2)
-        if needed <= 100 * facts.metrics["images"]:
-            text += f" If {value:.3f} is true, about {needed:,} test images would tell (now {facts.metrics['images']:,})."
+        images = facts.metrics["images"]
+        needed = math.ceil(images * ((value - low) / (value - best)) ** 2)
+        if needed <= 100 * images:
+            text += f" If {value:.3f} is true, about {needed:,} test images would tell (now {images:,})."
     return text
 
 
@@ -486,8 +487,8 @@ def _wide_difference(compared: Mapping[str, Any]) -> bool:
 
 def _register(facts: Facts) -> str:
     return (
-        "Register it (`make repro` does): the gate judges it by your policy, and a person approves it. `adfm gate --plan "
-        f"{shlex.quote(printable(facts.shards))}` says how many test images the policy needs."
+        "Register it (`make repro` does): the gate judges it by your policy, and a person approves it. `adfm gate "
+        f"--plan {shlex.quote(printable(facts.shards))}` says how many test images the policy needs."
     )
 
 

@@ -127,13 +127,13 @@ def test_the_gain_is_said_first_and_the_rest_in_order() -> None:
 def test_blind_answers_and_the_reference_detector_are_shown_beside_the_candidate() -> None:
     row = {metric: [0.75, 0.7, 0.8] for metric in references.METRICS}
     words = "The reference detector is better on this data: balanced accuracy 0.966 (detector)."
-    compared = {"rows": {"trained": row, "detector": row, "always_A": row}, "sentence": words, "verdict": "detector"}
+    compared = {"rows": {"trained": row, "detector": row, "always_A": row}, "lines": [words], "verdict": "detector"}
     shown = text(BETTER, compared=compared)
     assert markdown(words) in shown and "the same by score" in shown
     assert "| detector | 0.750 " in shown and "| always A | 0.750 " in shown
     assert shown.index("| passed | escape rate |") < shown.index(markdown(words))
     assert words not in text(BETTER)
-    hostile = compared | {"rows": {HOSTILE: row}, "sentence": HOSTILE * 30}
+    hostile = compared | {"rows": {HOSTILE: row}, "lines": [HOSTILE * 30] * 5}
     rendered = parser.render(text(BETTER, compared=hostile))
     assert len(text(BETTER, compared=hostile)) <= page.LONGEST
     assert "<img" not in rendered and "<a" not in rendered
