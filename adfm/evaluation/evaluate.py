@@ -187,7 +187,7 @@ def _summarize(
         compared,
         measured[candidate],
         difference=measured.get(f"{candidate}_minus_{reference.name}", {}) if reference else {},
-        detector=reference.folder if reference else "",
+        detector=reference.folder if reference else "" if kind.base else str(model),
         train=(counts[0], counts[1]),
         images=len(images),
         kinds=verdict.parts(tables[candidate], train),

@@ -139,7 +139,7 @@ class Facts:
         compared: The contents of `references.json`.
         metrics: The candidate's metrics, with `threshold` and `<metric>_at_threshold` where there is a threshold.
         difference: Candidate minus reference detector by metric, with limits; empty without a detector.
-        detector: Folder of the reference detector.
+        detector: Folder of the reference detector, which may be the candidate itself.
         train: Normal and anomalous images in train.
         images: Images of the whole data set.
         kinds: By name of the defect, as the candidate decides.
@@ -220,12 +220,10 @@ def expected(kind: Kind, memory: int) -> list[str]:
             "for a GPU; docs/training.md says what was checked of such a model, and that no real weights were trained. "
             "The report compares yours with a reference detector and the blind answers"
         )
-    gib = memory / 2**30
-    lines = [
-        f"kind      {_what(kind)}",
-        f"expect    {expect}",
-        f"memory    about {gib:.1f} GiB of GPU memory in training, computed from tensor sizes, not measured",
-    ]
+    needs = f"about {memory / 2**30:.1f} GiB to train it on a GPU, computed from tensor sizes, not measured"
+    if kind.embedded:
+        needs += "; README.md has what `make repro` took on two cores"
+    lines = [f"kind      {_what(kind)}", f"expect    {expect}", f"memory    {needs}"]
     if larger := _larger(kind):
         lines.append(f"larger    {larger}")
     return lines
@@ -305,7 +303,7 @@ def _blind_of_one_label(facts: Facts) -> tuple[str, str]:
             f"No test image is defective, and always B is right on all {measured['normal']:,}: nothing tells {name} "
             "from a blind answer."
         )
-    start = f"All {metrics['anomalous']:,} test images are defective, and always A is right on all of them"
+    start = f"All {measured['anomalous']:,} test images are defective, and always A is right on all of them"
     if value is None:
         return "none", f"{start}; none has boxes: nothing tells {name} from a blind answer."
     if low is not None and low > 0:
@@ -349,7 +347,7 @@ def _crossed(facts: Facts) -> str:
 
 def _steps(facts: Facts, blind: str) -> list[tuple[str, str]]:
     """One or two next steps, the most urgent first."""
-    detector = facts.compared["verdict"] == "detector"
+    detector = facts.compared["verdict"] == "detector" or (blind == "better" and not facts.kind.base)
     both = facts.metrics["normal"] > 0 and facts.metrics["anomalous"] > 0
     steps = [] if both else [("labels", _one_label(facts))]
     if blind in ("open", "worse"):
@@ -362,7 +360,7 @@ def _steps(facts: Facts, blind: str) -> list[tuple[str, str]]:
         steps.append(("rate", text))
     if both and not detector and (text := _more_images(facts)):
         steps.append(("images", text))
-    if blind == "better" and not detector and facts.kind.base:
+    if blind == "better" and not detector:
         steps.append(("gate", _register(facts)))
     return steps[:2]
 
@@ -377,9 +375,12 @@ def _one_label(facts: Facts) -> str:
 
 def _look(facts: Facts) -> str:
     normal, anomalous = facts.train
+    images = f"{normal:,} normal and {anomalous:,} defective images"
+    if facts.kind.base and not facts.kind.trained:
+        return f"Train it (`make repro`): it is a base model, and there are {images} to train on."
     text = (
-        f"Stop and look: check labels and boxes with `adfm show`, and the escapes in the report. There were "
-        f"{normal:,} normal and {anomalous:,} defective images to train on."
+        "Stop and look: check labels and boxes with `adfm show`, and the escapes in the report. There were "
+        f"{images} to train on."
     )
     row = facts.compared["rows"][facts.compared["candidate"]]
     value, low, _ = row[references.BY_SCORE] if row[references.BY_SCORE][0] is not None else row["balanced_accuracy"]

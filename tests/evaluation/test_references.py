@@ -59,7 +59,12 @@ def compared(tables: dict[str, pd.DataFrame], validation: dict[str, pd.DataFrame
     ("of_detector", "of_candidate", "verdict", "start"),
     [
         (0.95, 0.6, "detector", "The reference detector is better on this data: balanced accuracy by score 0."),
-        (0.6, 0.95, "candidate", "trained is better than the reference detector on this data: balanced accuracy by score 0."),
+        (
+            0.6,
+            0.95,
+            "candidate",
+            "trained is better than the reference detector on this data: balanced accuracy by score 0.",
+        ),
         (0.8, 0.8, "open", "trained and the reference detector cannot be told apart on this data: "),
     ],
 )

@@ -192,7 +192,9 @@ def test_the_page_begins_with_the_reference_detector(browser: Browser, folder: P
     (tmp_path / "evaluation" / references.FILE).write_text(json.dumps(compared))
     report.write(tmp_path / "evaluation", folder / "shards", tmp_path / "report")
     page = Opened(browser, (tmp_path / "report" / "report.html").as_uri())
-    assert page.page.locator("#verdict li").first.inner_text().startswith("The reference detector is better on this data.")
+    assert (
+        page.page.locator("#verdict li").first.inner_text().startswith("The reference detector is better on this data.")
+    )
     rows = page.page.locator("#references tbody tr").all_inner_texts()
     assert (
         [text.split()[0] for text in rows] == ["new", "always"] and "0.750" in rows[1] and "[0.700, 0.800]" in rows[1]
