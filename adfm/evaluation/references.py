@@ -221,9 +221,10 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def brief(references: Mapping[str, Any]) -> list[tuple[int, str]]:
-    """The summary for a screen that shows the gate's decision: the first sentence of each of its parts, with a rank.
+    """The summary for a screen that shows the gate's decision too, in sentences with a rank.
 
-    The lower the rank, the more a sentence matters. The step to the gate is left out.
+    They are the first sentence on the model, on each of its two references, and on the next step, unless that is the
+    gate. The lower the rank, the more a sentence matters.
 
     Args:
         references: As `read` gives them.
@@ -231,9 +232,8 @@ def brief(references: Mapping[str, Any]) -> list[tuple[int, str]]:
     if not (summary := references.get("summary")):
         return []
     steps = [f"Next: {step['text']}" for step in summary["steps"] if step["rule"] != "gate"]
-    ranked = [(3, str(summary["model"]))]
-    ranked += [(2 if place < 2 else 4, str(line)) for place, line in enumerate(summary["comparison"])]
-    ranked += [(1 if place == 0 else 5, step) for place, step in enumerate(steps)]
+    ranked = [(3, str(summary["model"])), *((2, str(line)) for line in summary["comparison"][:2])]
+    ranked += [(1, step) for step in steps[:1]]
     return [(rank, line.partition(". ")[0].rstrip(".") + ".") for rank, line in ranked]
 
 

@@ -167,7 +167,7 @@ def _references(evaluation: Path) -> dict[str, Any]:
     """What the candidate is compared with, in sentences and as a table of text."""
     compared = references.read(evaluation)
     rows = references.table(compared) if compared["rows"] else []
-    return {"lines": compared["lines"], "verdict": compared["verdict"], "table": rows}
+    return {"lines": compared["lines"], "sentence": compared["sentence"], "verdict": compared["verdict"], "table": rows}
 
 
 def _calibration(file: Path) -> dict[str, Any]:

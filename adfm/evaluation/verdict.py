@@ -286,9 +286,13 @@ def _blind(facts: Facts) -> tuple[str, str]:
     against = f"{figures}, blind {best:.3f}"
     if low is not None and low > best:
         words = f"{name} is better than a blind answer: {against}."
-        written, lowest, highest = row["balanced_accuracy"]
-        if by_score and written is not None and lowest is not None and lowest <= best:
-            words += f" Its letters as written are not: {_interval(written, lowest, highest)}."
+        decided = [facts.metrics.get(f"balanced_accuracy_at_threshold{end}") for end in ("", "_low", "_high")]
+        for title, (rate, lowest, highest) in (
+            ("Its letters as written are", row["balanced_accuracy"]),
+            ("Its decisions at the threshold are", decided),
+        ):
+            if by_score and rate is not None and lowest is not None and lowest <= best:
+                words += f" {title} not shown to be: {_interval(rate, lowest, highest)}."
         return "better", words
     if high is not None and high < best:
         return "worse", f"{name} is worse than a blind answer: {against}."
@@ -397,7 +401,7 @@ def _look(facts: Facts) -> str:
 def _use_detector(facts: Facts) -> str:
     command = f"adfm predict --model {shlex.quote(printable(facts.detector))} IMAGES"
     larger = _larger(facts.kind) if facts.kind.base else ""
-    return f"Use the reference detector now: `{command}`." + (f" A larger language model: {larger}." if larger else "")
+    return f"Use the reference detector now: `{command}`." + (f" Or try a larger model: {larger}." if larger else "")
 
 
 def _cut(proposal: Tiles) -> str:

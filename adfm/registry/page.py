@@ -143,7 +143,7 @@ def screen(decided: dict[str, Any], version: str = "", verdict: Sequence[tuple[i
     room = LINES - 1 - len(above) - len(below)
     lines: list[str] = []
     reasons = _reasons(decided)
-    least = len(_wrapped(f"- {reasons[0]}", "  ")) + (len(reasons) > 1) if reasons else 0
+    least = sum(len(_wrapped(f"- {reason}", "  ")) for reason in reasons[:1]) + (len(reasons) > 1)
     summary = _chosen(verdict, room - least - 1)
     room -= len(summary) + bool(summary)
     for number, reason in enumerate(reasons):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import re
 import shutil
@@ -62,6 +63,20 @@ def test_metrics_are_those_of_the_predictions(evaluated: Path) -> None:
     assert read(evaluated / "metrics" / "again.json") == {name: found["again"][name] for name in metrics.HEADLINE}
     details = read(evaluated / "details.json")["base"]
     assert set(details) == {"datasets", "categories", "defects", "sizes"} and len(details["categories"]) == 6
+
+
+def test_the_verdict_in_words_is_written_once_and_comes_first(evaluated: Path) -> None:
+    summary = read(evaluated / references.FILE)["summary"]
+    assert summary["model"].startswith("again is the embedded model (") and summary["model"].endswith("not trained.")
+    assert re.match(r"again is .* a blind answer: balanced accuracy by score 0\.\d{3} \[", summary["comparison"][0])
+    assert 1 <= len(summary["steps"]) <= 2
+    lines = references.read(evaluated)["lines"]
+    assert lines == [summary["model"], *summary["comparison"], *(f"Next: {step['text']}" for step in summary["steps"])]
+    paragraphs = (evaluated / "comparison.md").read_text().split("\n\n")
+    assert [html.unescape(text) for text in paragraphs[: len(lines)]] == lines
+    assert paragraphs[len(lines)].startswith("|          | balanced accuracy")
+    page = (evaluated / "report" / "report.html").read_text()
+    assert json.dumps(summary["model"]) in page
 
 
 def test_the_threshold_is_chosen_on_validation(evaluated: Path, small_shards: Path) -> None:

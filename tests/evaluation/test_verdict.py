@@ -150,7 +150,11 @@ def test_letters_that_lean_to_one_side_are_no_better_than_blind_as_written() -> 
     known = facts()
     known.compared["rows"]["trained"]["balanced_accuracy"] = [0.5, 0.45, 0.55]
     assert "is better than a blind answer" in words(known)
-    assert "Its letters as written are not: 0.500 [0.450, 0.550]." in words(known)
+    assert "Its letters as written are not shown to be: 0.500 [0.450, 0.550]." in words(known)
+    decided = {"balanced_accuracy_at_threshold": 0.53, "balanced_accuracy_at_threshold_low": 0.47}
+    decided = known.metrics | decided | {"balanced_accuracy_at_threshold_high": 0.59}
+    text = words(dataclasses.replace(known, metrics=decided))
+    assert "Its decisions at the threshold are not shown to be: 0.530 [0.470, 0.590]." in text
     known.compared["rows"]["trained"][references.BY_SCORE] = [None] * 3
     assert rules(known) == ["look"] and "balanced accuracy as written 0.500" in words(known)
 
@@ -190,8 +194,8 @@ def test_a_cross_validation_is_named_and_not_proposed_again() -> None:
 
 def test_what_kind_of_model_it_is() -> None:
     assert verdict.summarize(facts())["model"] == (
-        "trained is the embedded model (0.9 million weights on frozen pretrained features; sees about 320 x 320 pixels), "
-        "with an adapter trained on 144 images, 12 of them defective."
+        "trained is the embedded model (0.9 million weights on frozen pretrained features; sees about 320 x 320 "
+        "pixels), with an adapter trained on 144 images, 12 of them defective."
     )
     assert verdict.summarize(facts(kind=LARGE))["model"] == (
         "trained is Qwen/Qwen2.5-VL-7B-Instruct (8.3 billion weights; sees about 512 x 512 pixels), with an adapter "
