@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adfm.data import folds
-from adfm.evaluation import references, verdict
+from adfm.evaluation import metrics, references, verdict
 from adfm.evaluation.verdict import Facts, Kind, Part
 from adfm.models import loading
 from adfm.params import Model, Tile
@@ -50,14 +50,15 @@ def facts(
         comparison |= {"detector": "detector", "metric": "balanced_accuracy", "sentence": f"It is {compared}."}
         comparison["difference"] = around(shift)
         rows["detector"] = row
-    metrics: dict[str, Any] = {"images": normal + anomalous, "normal": normal, "anomalous": anomalous, "threshold": 0.4}
+    measured: dict[str, Any] = {"images": normal + anomalous, "normal": normal, "anomalous": anomalous}
+    measured["threshold"] = 0.4
     for name, rate in (("miss_rate", recall), ("overkill", specificity)):
         for end, value in zip(("", "_low", "_high"), around(1 - rate), strict=True):
-            metrics[f"{name}_at_threshold{end}"] = value if normal and anomalous else None
+            measured[f"{name}_at_threshold{end}"] = value if normal and anomalous else None
     values: dict[str, Any] = {
         "kind": EMBEDDED,
         "compared": comparison | {"rows": rows},
-        "metrics": metrics,
+        "metrics": measured,
         "train": (132, 12),
         "images": 600,
     }
@@ -242,7 +243,7 @@ def test_kinds_are_counted_as_decided() -> None:
     )
     train = pd.DataFrame({"label": ["anomalous", "normal"], "defect": ["dent", None]})
     decided = table.assign(decision=["anomalous", "normal", "anomalous", "anomalous"], score=0.5, iou=np.nan)
-    for name in references.metrics.COMPARED:
+    for name in metrics.COMPARED:
         decided = decided.assign(**{name: np.nan, f"region_{name}": np.nan})
     decided["regions"] = decided["predicted_boxes"] = [[]] * 4
     assert verdict.parts(decided, train) == {"scratch": Part(2, 1, 0), "dent": Part(1, 1, 1)}
