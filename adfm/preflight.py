@@ -8,6 +8,7 @@ from pathlib import Path
 
 from adfm import environment, tracking
 from adfm.errors import AdfmError, Unreachable
+from adfm.evaluation import verdict
 from adfm.files import replace_text
 from adfm.models import adapters, decoding, hardware, loading
 from adfm.params import Params
@@ -18,6 +19,8 @@ FREE_BYTES = 2**30
 
 def check(params: Params, out: Path | None = None, gpus: int = 0) -> None:
     """Check that the base model is whole and takes the adapter, that MLflow answers and the disk has room; print it.
+
+    Also printed: what kind of model it is, what to expect of it, and the next larger one.
 
     What is refused here, training refuses as well, by the same functions. Estimates only warn.
 
@@ -40,6 +43,9 @@ def check(params: Params, out: Path | None = None, gpus: int = 0) -> None:
         problems += hardware.batch_problems(params.train, gpus) if gpus else hardware.problems(params)
         warnings += [] if gpus or problems else hardware.memory_warnings(params)
         found.append(f"model     {folder}")
+        if not problems:
+            memory = hardware.total(hardware.memory(network, params, gpus or 1))
+            found += verdict.expected(verdict.kind_of(params.model.name, params.model), memory)
     except AdfmError as error:
         problems.append(str(error))
         unreachable += isinstance(error, Unreachable)

@@ -13,10 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import combinations, product
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from adfm.data import shards
 from adfm.records import Box, Label
 
 COUNTS = 0.25
@@ -158,6 +160,17 @@ class Defect(NamedTuple):
     height: float
     image_width: int
     image_height: int
+
+
+def defects_of(folder: Path) -> list[Defect]:
+    """The sizes of all boxes in a folder of shards that have an area."""
+    rows = shards.table(folder).select(["boxes", "width", "height"]).to_pylist()
+    return [
+        Defect(x2 - x1, y2 - y1, row["width"], row["height"])
+        for row in rows
+        for x1, y1, x2, y2 in row["boxes"] or ()
+        if x1 < x2 and y1 < y2 and row["width"] and row["height"]
+    ]
 
 
 def seen(defects: Sequence[Defect], pixels: int, size: int | None) -> float:

@@ -145,7 +145,7 @@ def judge(folder: Path, out: Path, params: Params, reference: Mapping[str, Any] 
     os.environ["GX_ANALYTICS_ENABLED"] = "false"  # Great Expectations reads it when it is imported
     table = _table(folder, params.convert)
     train = _profile(table[table["split"] == "train"])
-    suite = _suite(table, params) + _tiling(table, _defects(folder), params)
+    suite = _suite(table, params) + _tiling(table, tiles.defects_of(folder), params)
     if reference is not None:
         suite += _drift(table, train, reference["train"], params)
     result, failing = _run(table, suite)
@@ -628,17 +628,6 @@ def _notices(table: pd.DataFrame, complete: set[str], held_out: Sequence[str]) -
             )
         )
     return suite
-
-
-def _defects(folder: Path) -> list[tiles.Defect]:
-    """The sizes of all boxes that have an area."""
-    rows = shards.table(folder).select(["boxes", "width", "height"]).to_pylist()
-    return [
-        tiles.Defect(x2 - x1, y2 - y1, row["width"], row["height"])
-        for row in rows
-        for x1, y1, x2, y2 in row["boxes"] or ()
-        if x1 < x2 and y1 < y2 and row["width"] and row["height"]
-    ]
 
 
 def _tiling(table: pd.DataFrame, defects: Sequence[tiles.Defect], params: Params) -> list[Expectation]:

@@ -11,7 +11,8 @@ The folder that it writes; the candidate is the last model:
     metrics/<name>.json                   the headline alone, one row a model in `dvc metrics show`
     details.json                          the same by data set, category, defect and size of the defect
     evaluation.json                       what was evaluated: models, split, fingerprint of the shards, settings
-    references.json                       the blind answers, and how candidate and reference detector compare
+    references.json                       the blind answers, how candidate and reference detector compare, and the
+                                          verdict in words (adfm/evaluation/verdict.py), which is printed last
     comparison.md, comparison.csv         the tables that are printed
     cross-validation.json, .parquet       where `evaluate.folds` is set: what `adfm folds` wrote (adfm/folds.py)
     plots/                                confusion.csv, roc.csv, iou_by_size.csv for DVC; figures as PNG;
@@ -39,10 +40,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from adfm import tracking
+from adfm import tiles, tracking
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
-from adfm.evaluation import calibration, crossvalidation, guard, inference, metrics, plots, references
+from adfm.evaluation import calibration, crossvalidation, guard, inference, metrics, plots, references, verdict
 from adfm.evaluation import report as page
 from adfm.evaluation.calibration import DECIDED, Calibration
 from adfm.evaluation.inference import KINDS
@@ -145,10 +146,62 @@ def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Par
             comparison = report(tables, shards, partial, params, calibrations, validation, reference)
             if folds and crossed:
                 comparison += crossvalidation.add(crossed, folds, partial)
+            summary = _summarize(local[candidate], tables, shards, partial, params, calibrations, reference, crossed)
             page.write(partial, shards, partial / "report")
             _log(partial)
         shutil.rmtree(kept, ignore_errors=True)
-    print(comparison)
+    print(comparison, *references.lines(summary), sep="\n\n")
+
+
+def _summarize(
+    model: str | Path,
+    tables: Mapping[str, pd.DataFrame],
+    shards: Path,
+    out: Path,
+    params: Params,
+    calibrations: Mapping[str, Calibration],
+    reference: references.Reference | None,
+    crossed: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The verdict in words: written into `references.json` and above the comparison, and returned.
+
+    Args:
+        model: The candidate.
+        tables: As of `report`, which has written to `out`.
+        shards: The shards.
+        out: Folder of the evaluation.
+        params: Reads `model` and `tile`.
+        calibrations: By model.
+        reference: The reference detector, if there is one.
+        crossed: The cross-validation, if there was one.
+    """
+    *_, candidate = tables
+    measured, compared = (json.loads((out / name).read_text()) for name in ("metrics.json", references.FILE))
+    images = shards_.table(shards).select(["split", "label", "defect"]).to_pandas()
+    train = images[images["split"] == "train"]
+    counts = tuple(int((train["label"] == label).sum()) for label in ("normal", "anomalous"))
+    kind = verdict.kind_of(model, params.model, shards_.fingerprint(shards), (counts[0], counts[1]))
+    limit = next(iter(calibrations[candidate].limit.items()), None)
+    facts = verdict.Facts(
+        kind,
+        compared,
+        measured[candidate],
+        difference=measured.get(f"{candidate}_minus_{reference.name}", {}) if reference else {},
+        detector=reference.folder if reference else "" if kind.base else str(model),
+        train=(counts[0], counts[1]),
+        images=len(images),
+        kinds=verdict.parts(tables[candidate], train),
+        tiles=verdict.tiling(tiles.defects_of(shards), kind.pixels, params.tile),
+        limit=(f"evaluate.{limit[0].removesuffix('s')}_limit", limit[1]) if limit else None,
+        crossed=crossed,
+        shards=str(shards),
+    )
+    summary = verdict.summarize(facts)
+    write_json(compared | {"summary": summary}, out / references.FILE)
+    file = out / "comparison.md"
+    above = "\n\n".join(markdown(line) for line in references.lines(summary))
+    file.write_text(f"{above}\n\n{file.read_text(encoding='utf-8')}", encoding="utf-8")
+    return summary
 
 
 def models_to_compare(about: Mapping[str, Any], candidate: str | Path) -> dict[str, str]:
@@ -330,8 +383,7 @@ def _write_comparison(
         [title, *(_cell(values, metric, "+" * (name in differences)) for name, values in shown.items())]
         for metric, title in titles.items()
     ]
-    first_lines = f"{compared['sentence']}\n\n{_markdown(references.table(compared))}".strip()
-    table = f"{first_lines}\n\n{_markdown([header, *rows])}"
+    table = f"{_markdown(references.table(compared))}\n\n{_markdown([header, *rows])}"
     more = f"\n\n{metrics.more_images(first)}".rstrip()
     note = (
         f"{first['images']} images. In brackets 95 % intervals, paired for differences: confidence limits of rates and"
@@ -339,6 +391,7 @@ def _write_comparison(
         " part count as one."
     )
     note += (
+        " By score: each decided by its score, at the threshold that is best on the validation split."
         " The first lines count the letters as written; those at the threshold the decisions made from the calibrated"
         " probability, with all regions of a flagged image for its boxes."
     )

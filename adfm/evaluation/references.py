@@ -11,7 +11,7 @@ alone, their boxes.
 
 `references.json` has `rows` (by model, then by blind answer, `[value, low, high]` of `METRICS`), and for the comparison
 `sentence`, `verdict` (`detector`, `candidate`, `open`; `null` without a detector), `metric`, `rule`, `values` and
-`difference` (detector minus candidate, `[value, low, high]`).
+`difference` (detector minus candidate, `[value, low, high]`). `summary` is that of `adfm.evaluation.verdict`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import numpy as np
 
 from adfm.errors import AdfmError
 from adfm.evaluation import metrics
-from adfm.text import printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,6 +51,7 @@ _RULES = {
     True: "each decided by its score, at the threshold that is best on the validation split",
     False: "by the answers as written",
 }
+_BY = {True: "balanced accuracy by score", False: "balanced accuracy as written"}
 
 
 class Reference(NamedTuple):
@@ -174,18 +174,15 @@ def _compared(
 def _sentence(compared: dict[str, Any], candidate: str, reference: Reference) -> str:
     """Which of the two is better on these images, and by how much."""
     of_detector, of_candidate = compared["values"][reference.name], compared["values"][candidate]
-    metric = {"balanced_accuracy": "balanced accuracy", "iou": "IoU"}[compared["metric"]]
+    metric = _BY[compared["rule"] == _RULES[True]] if compared["metric"] == "balanced_accuracy" else "IoU"
     value, low, high = compared["difference"]
     figures = f"{metric} {of_detector:.3f} (detector) and {of_candidate:.3f} ({candidate})"
     if low is not None:
         figures += f", difference {value:+.3f} [{low:+.3f}, {high:+.3f}]"
-    figures += f"; {compared['rule']}."
-    folder = printable(reference.folder)
     return {
-        "detector": f"The reference detector is better on this data: {figures} "
-        f"Use it: adfm predict --model {folder} IMAGES",
-        "candidate": f"{candidate} is better than the reference detector on this data: {figures}",
-        "open": f"{candidate} and the reference detector cannot be told apart on this data: {figures}",
+        "detector": f"The reference detector is better on this data: {figures}.",
+        "candidate": f"{candidate} is better than the reference detector on this data: {figures}.",
+        "open": f"{candidate} and the reference detector cannot be told apart on this data: {figures}.",
     }[compared["verdict"]]
 
 
@@ -194,23 +191,50 @@ def _interval(values: Mapping[str, Any], metric: str) -> list[float | None]:
 
 
 def read(evaluation: Path) -> dict[str, Any]:
-    """`references.json` of an evaluation; without rows and sentence for one of before there were references.
+    """`references.json` of an evaluation; without rows, sentence and lines for one of before there were references.
+
+    Its `summary` is given as text for people, `lines`; one of before there were summaries has the sentence alone.
 
     Raises:
         AdfmError: It is broken.
     """
     file = evaluation / FILE
     if not file.is_file():
-        return {"rows": {}, "verdict": None, "sentence": ""}
+        return {"rows": {}, "verdict": None, "sentence": "", "lines": []}
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda _: None)
         rows = {
             str(name): {metric: _numbers(values.get(metric)) for metric in METRICS}
             for name, values in content["rows"].items()
         }
-        return content | {"rows": rows, "sentence": str(content["sentence"])}
+        summary = content.get("summary")
+        own = lines(summary) if summary else [str(content["sentence"])] * bool(content["sentence"])
+        return content | {"rows": rows, "sentence": str(content["sentence"]), "lines": own}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise AdfmError(f"{file} cannot be read ({error!r}); make it with `adfm evaluate`.") from error
+
+
+def lines(summary: Mapping[str, Any]) -> list[str]:
+    """A summary of `adfm.evaluation.verdict` as sentences: model, comparison, next steps."""
+    steps = [f"Next: {step['text']}" for step in summary["steps"]]
+    return [str(summary["model"]), *map(str, summary["comparison"]), *steps]
+
+
+def brief(references: Mapping[str, Any]) -> list[tuple[int, str]]:
+    """The summary for a screen that shows the gate's decision too, in sentences with a rank.
+
+    They are the first sentence on the model, on each of its two references, and on the next step, unless that is the
+    gate. The lower the rank, the more a sentence matters.
+
+    Args:
+        references: As `read` gives them.
+    """
+    if not (summary := references.get("summary")):
+        return []
+    steps = [f"Next: {step['text']}" for step in summary["steps"] if step["rule"] != "gate"]
+    ranked = [(3, str(summary["model"])), *((2, str(line)) for line in summary["comparison"][:2])]
+    ranked += [(1, step) for step in steps[:1]]
+    return [(rank, line.partition(". ")[0].rstrip(".") + ".") for rank, line in ranked]
 
 
 def _numbers(values: Any) -> list[float | None]:

@@ -117,10 +117,11 @@ function drawAbout() {
 
 // What the candidate has to beat: blind answers and the reference detector.
 function drawReferences() {
-  const { sentence, verdict, table } = data.references;
-  byId("verdict").textContent = sentence;
-  byId("verdict").className = verdict === "detector" ? "bad" : verdict === "candidate" ? "good" : "";
-  byId("verdict").hidden = !sentence;
+  const { lines, sentence, verdict, table } = data.references;
+  const judgement = verdict === "detector" ? "bad" : verdict === "candidate" ? "good" : "";
+  const attributes = (line) => (line === sentence ? { class: judgement } : {});
+  byId("verdict").append(...lines.map((line) => make("li", attributes(line), line)));
+  byId("verdict").hidden = !lines.length;
   const region = byId("references").parentElement;
   region.hidden = region.nextElementSibling.hidden = !table.length;
   if (!table.length) return;

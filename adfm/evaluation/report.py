@@ -164,10 +164,10 @@ def _read(evaluation: Path) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
 
 
 def _references(evaluation: Path) -> dict[str, Any]:
-    """What the candidate is compared with, in a sentence and as a table of text."""
+    """What the candidate is compared with, in sentences and as a table of text."""
     compared = references.read(evaluation)
     rows = references.table(compared) if compared["rows"] else []
-    return {"sentence": compared["sentence"], "verdict": compared["verdict"], "table": rows}
+    return {"lines": compared["lines"], "sentence": compared["sentence"], "verdict": compared["verdict"], "table": rows}
 
 
 def _calibration(file: Path) -> dict[str, Any]:

@@ -46,6 +46,10 @@ class Images(Protocol):
         """The limits in force, as the processor's own keyword arguments."""
 
     @staticmethod
+    def most(images: Any) -> int:
+        """The most pixels that an image has after resizing."""
+
+    @staticmethod
     def resized(images: Any, width: int, height: int) -> tuple[int, int]:
         """Width and height in pixels to which an image is resized before it is cut.
 
@@ -73,6 +77,10 @@ class Patches:
     @staticmethod
     def limits(images: Any) -> dict[str, Any]:  # noqa: D102
         return {"size": dict(images.size)}
+
+    @staticmethod
+    def most(images: Any) -> int:  # noqa: D102
+        return int(images.size["longest_edge"])
 
     @staticmethod
     def resized(images: Any, width: int, height: int) -> tuple[int, int]:  # noqa: D102
@@ -125,6 +133,10 @@ class Tiles:
     @staticmethod
     def limits(images: Any) -> dict[str, Any]:  # noqa: D102
         return {"min_patches": images.min_patches, "max_patches": images.max_patches}
+
+    @staticmethod
+    def most(images: Any) -> int:  # noqa: D102
+        return int(images.max_patches * images.size["height"] * images.size["width"])
 
     @staticmethod
     def resized(images: Any, width: int, height: int) -> tuple[int, int]:  # noqa: D102

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -132,6 +133,17 @@ def weights(folder: Path) -> list[str]:
                 f"model.name: {file} is no file of safetensors, or half of one ({error}); get it again"
             ) from error
     return sorted(names)
+
+
+def parameters(folder: Path) -> int:
+    """How many numbers the weights in a model's folder are, which `weights` accepts; only the files' heads are read."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="np") as opened:
+            total += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+    return total
 
 
 def family_of(folder: Path) -> str:

@@ -30,7 +30,7 @@ _MOST_REASONS = 6
 _MOST_PARTS = 6
 _MOST_CHANGED = 5
 _NAME = 60  # characters of a name in a table
-_SENTENCE = 500  # characters of the sentence on the reference detector
+_SENTENCE = 500  # characters of a sentence on model, references or next steps
 _BESIDES = ("balanced_accuracy", "auroc", "box_f1", "parse_rate", "ece")
 # What the change of a decision on an image means, the worst first.
 _CHANGES = {
@@ -125,12 +125,13 @@ def text(
     return _fitted(blocks)
 
 
-def screen(decided: dict[str, Any], version: str = "") -> str:
+def screen(decided: dict[str, Any], version: str = "", verdict: Sequence[tuple[int, str]] = ()) -> str:
     """The decision on one screen: verdict, headline, the table of the whole, what is open, and the next commands.
 
     Args:
         decided: The decision as JSON values.
         version: Number of the version; empty for predictions that are not registered.
+        verdict: The evaluation's verdict, as `references.brief` gives it; those of a high rank are left out first.
 
     Returns:
         At most `LINES - 1` lines of at most `WIDTH` characters, so that a prompt fits below.
@@ -142,6 +143,9 @@ def screen(decided: dict[str, Any], version: str = "") -> str:
     room = LINES - 1 - len(above) - len(below)
     lines: list[str] = []
     reasons = _reasons(decided)
+    least = sum(len(_wrapped(f"- {reason}", "  ")) for reason in reasons[:1]) + (len(reasons) > 1)
+    summary = _chosen(verdict, room - least - 1)
+    room -= len(summary) + bool(summary)
     for number, reason in enumerate(reasons):
         item = _wrapped(f"- {reason}", "  ")
         rest = len(reasons) - number - 1
@@ -149,7 +153,18 @@ def screen(decided: dict[str, Any], version: str = "") -> str:
             lines.append(f"- and {rest + 1} more reasons, in gate.json")
             break
         lines += item
-    return "\n".join([*above, *lines, *below])
+    return "\n".join([*above, *lines, *([""] if lines and summary else []), *summary, *below])
+
+
+def _chosen(verdict: Sequence[tuple[int, str]], room: int) -> list[str]:
+    """The sentences of the lowest rank that fit into so many lines of the screen, in their order."""
+    lines = [_wrapped(sentence, "  ") for _, sentence in verdict]
+    chosen = set()
+    for place in sorted(range(len(lines)), key=lambda place: verdict[place][0]):
+        if len(lines[place]) <= room:
+            chosen.add(place)
+            room -= len(lines[place])
+    return [line for place in sorted(chosen) for line in lines[place]]
 
 
 def _reasons(decided: dict[str, Any]) -> list[str]:
@@ -316,13 +331,13 @@ def _origin(origin: dict[str, Any]) -> str:
 
 
 def _references(compared: Mapping[str, Any]) -> list[_Block]:
-    """How the candidate and the reference detector compare, and their figures beside the blind answers."""
+    """The evaluation's verdict in words, and the figures of the models beside the blind answers."""
     if not compared["rows"]:
         return []
     header, *rows = references.table(compared)
-    sentence = " ".join(printable(compared["sentence"])[:_SENTENCE].split())
+    lines = [" ".join(printable(line)[:_SENTENCE].split()) for line in compared["lines"]]
     return [
-        _Block("sentence on the reference detector", 9, [markdown(sentence)] if sentence else []),
+        _Block("sentences on model, references and next steps", 9, [f"- {markdown(line)}" for line in lines]),
         _Block("rows of references, which the gate does not judge", 2, [_row(row) for row in rows], _header(header)),
     ]
 

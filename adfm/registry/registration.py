@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from adfm import tracking
 from adfm.errors import AdfmError
+from adfm.evaluation import references
 from adfm.files import atomic_folder, write_json
 from adfm.params import Params
 from adfm.registry import decisions, gate, page, policy, reconcile, signing, tables
@@ -109,7 +110,7 @@ def register(
             "gate": step.verdict,
         }
         write_json(registration, partial / "registration.json")
-    print(page.screen(decided, str(version.version)))
+    print(page.screen(decided, str(version.version), references.brief(references.read(evaluation))))
     return decisions.parse(decided)
 
 

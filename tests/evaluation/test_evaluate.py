@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import re
 import shutil
@@ -62,6 +63,20 @@ def test_metrics_are_those_of_the_predictions(evaluated: Path) -> None:
     assert read(evaluated / "metrics" / "again.json") == {name: found["again"][name] for name in metrics.HEADLINE}
     details = read(evaluated / "details.json")["base"]
     assert set(details) == {"datasets", "categories", "defects", "sizes"} and len(details["categories"]) == 6
+
+
+def test_the_verdict_in_words_is_written_once_and_comes_first(evaluated: Path) -> None:
+    summary = read(evaluated / references.FILE)["summary"]
+    assert summary["model"].startswith("again is the embedded model (") and summary["model"].endswith("not trained.")
+    assert re.match(r"again is .* a blind answer: balanced accuracy by score 0\.\d{3} \[", summary["comparison"][0])
+    assert 1 <= len(summary["steps"]) <= 2
+    lines = references.read(evaluated)["lines"]
+    assert lines == [summary["model"], *summary["comparison"], *(f"Next: {step['text']}" for step in summary["steps"])]
+    paragraphs = (evaluated / "comparison.md").read_text().split("\n\n")
+    assert [html.unescape(text) for text in paragraphs[: len(lines)]] == lines
+    assert paragraphs[len(lines)].startswith("|          | balanced accuracy")
+    page = (evaluated / "report" / "report.html").read_text()
+    assert json.dumps(summary["model"]) in page
 
 
 def test_the_threshold_is_chosen_on_validation(evaluated: Path, small_shards: Path) -> None:
@@ -279,7 +294,7 @@ def test_the_comparison_shows_each_model_at_its_threshold(small_shards: Path, tm
     assert rows.loc[("overkill_at_threshold", "trained"), "high"] <= 1
 
 
-def test_the_first_line_says_whether_the_reference_detector_is_better(small_shards: Path, tmp_path: Path) -> None:
+def test_the_sentence_says_whether_the_reference_detector_is_better(small_shards: Path, tmp_path: Path) -> None:
     letters = calibration.Calibration(note="no validation")
     for better, start in (
         ("detector", "The reference detector is better on this data: balanced accuracy "),
@@ -293,10 +308,10 @@ def test_the_first_line_says_whether_the_reference_detector_is_better(small_shar
         (folder := tmp_path / f"better {better}").mkdir()
         reference = references.Reference("detector", "models/detector")
         fitted = dict.fromkeys(tables, letters)
-        text = evaluate.report(tables, small_shards, folder, PARAMS, fitted, tables, reference)
-        assert text.startswith(start) and (folder / "comparison.md").read_text().startswith(start)
-        assert ("adfm predict --model models/detector IMAGES" in text.splitlines()[0]) == (better == "detector")
-        assert read(folder / "references.json")["verdict"] == {"trained": "candidate", "": "open"}.get(better, better)
+        evaluate.report(tables, small_shards, folder, PARAMS, fitted, tables, reference)
+        compared = read(folder / "references.json")
+        assert compared["sentence"].startswith(start)
+        assert compared["verdict"] == {"trained": "candidate", "": "open"}.get(better, better)
 
 
 def test_labels_alone_are_evaluated_without_iou(

@@ -187,12 +187,18 @@ def data_of(file: Path) -> Any:
 def test_the_page_begins_with_the_reference_detector(browser: Browser, folder: Path, tmp_path: Path) -> None:
     words = f"The reference detector is better on this data. {ATTACK}"
     row = {metric: [0.75, 0.7, 0.8] for metric in references.METRICS}
-    compared = {"rows": {"new": row, "always_A": row}, "sentence": words, "verdict": "detector"}
+    steps = [{"rule": "detector", "text": f"Use it. {ATTACK}"}]
+    summary = {"model": "new is embedded.", "comparison": [words], "steps": steps}
+    compared = {"rows": {"new": row, "always_A": row}, "sentence": words, "verdict": "detector", "summary": summary}
     shutil.copytree(folder / "evaluation", tmp_path / "evaluation")
     (tmp_path / "evaluation" / references.FILE).write_text(json.dumps(compared))
     report.write(tmp_path / "evaluation", folder / "shards", tmp_path / "report")
     page = Opened(browser, (tmp_path / "report" / "report.html").as_uri())
-    assert page.page.inner_text("header p").strip().startswith("The reference detector is better on this data.")
+    lines = page.page.locator("#verdict li")
+    model, comparison, step = lines.all_inner_texts()
+    assert model == "new is embedded." and step.startswith("Next: Use it.")
+    assert comparison.startswith("The reference detector is better on this data.")
+    assert [lines.nth(place).get_attribute("class") for place in range(3)] == [None, "bad", None]
     rows = page.page.locator("#references tbody tr").all_inner_texts()
     assert (
         [text.split()[0] for text in rows] == ["new", "always"] and "0.750" in rows[1] and "[0.700, 0.800]" in rows[1]

@@ -127,13 +127,13 @@ def test_the_gain_is_said_first_and_the_rest_in_order() -> None:
 def test_blind_answers_and_the_reference_detector_are_shown_beside_the_candidate() -> None:
     row = {metric: [0.75, 0.7, 0.8] for metric in references.METRICS}
     words = "The reference detector is better on this data: balanced accuracy 0.966 (detector)."
-    compared = {"rows": {"trained": row, "detector": row, "always_A": row}, "sentence": words, "verdict": "detector"}
+    compared = {"rows": {"trained": row, "detector": row, "always_A": row}, "lines": [words], "verdict": "detector"}
     shown = text(BETTER, compared=compared)
     assert markdown(words) in shown and "the same by score" in shown
     assert "| detector | 0.750 " in shown and "| always A | 0.750 " in shown
     assert shown.index("| passed | escape rate |") < shown.index(markdown(words))
     assert words not in text(BETTER)
-    hostile = compared | {"rows": {HOSTILE: row}, "sentence": HOSTILE * 30}
+    hostile = compared | {"rows": {HOSTILE: row}, "lines": [HOSTILE * 30] * 5}
     rendered = parser.render(text(BETTER, compared=hostile))
     assert len(text(BETTER, compared=hostile)) <= page.LONGEST
     assert "<img" not in rendered and "<a" not in rendered
@@ -206,15 +206,38 @@ def test_it_fits_and_is_cut_nowhere(decision: dict[str, Any], parts: int, lines:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.sampled_from(DECISIONS), st.integers(0, 60), st.sampled_from(["", "4", "1234"]), st.text(max_size=300))
-def test_a_decision_fits_on_one_screen(decision: dict[str, Any], parts: int, version: str, name: str) -> None:
+@given(
+    st.sampled_from(DECISIONS),
+    st.integers(0, 60),
+    st.sampled_from(["", "4", "1234"]),
+    st.text(max_size=300),
+    st.lists(st.tuples(st.integers(1, 5), st.text(max_size=300)), max_size=8),
+)
+def test_a_decision_fits_on_one_screen(
+    decision: dict[str, Any], parts: int, version: str, name: str, verdict: list[tuple[int, str]]
+) -> None:
     decision = with_names(decision, name, parts) | {"anchor_version": "1"}
-    lines = page.screen(decision, version).splitlines()
+    lines = page.screen(decision, version, verdict).splitlines()
     assert len(lines) < page.LINES and max(map(len, lines)) <= page.WIDTH
     assert decision["verdict"] in lines[0]
     assert all(char.isprintable() for line in lines for char in line)
     if decision["verdict"] == "passed" and version:
         assert f"`adfm approve {version}`" in lines[-1] and "`adfm promote`" in lines[-1]
+
+
+@pytest.mark.parametrize("decision", DECISIONS)
+def test_the_screen_has_model_comparison_and_the_first_step_above_the_next_commands(decision: dict[str, Any]) -> None:
+    comparison = [
+        "trained is better than a blind answer: balanced accuracy 0.8 [0.7, 0.9], blind 0.5. More.",
+        "It wins.",
+    ]
+    steps = [{"rule": "rate", "text": "Look. At it."}, {"rule": "gate", "text": "Register it."}]
+    summary = {"model": "trained is the embedded model.", "comparison": comparison, "steps": steps}
+    shown = page.screen(decision, "4", references.brief({"summary": summary}))
+    assert len(shown.splitlines()) < page.LINES
+    expected = ["trained is the embedded model.", comparison[0].removesuffix(" More."), "It wins.", "Next: Look."]
+    places = [shown.index(f"\n{line}\n") for line in expected]
+    assert places == sorted(places) and "At it" not in shown and "Register it" not in shown
 
 
 # ------------------------------------------------------------------------------------------------ what is markup
