@@ -110,7 +110,7 @@ def model(tokens: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
         "max_position_embeddings": 1024,
         "rope_parameters": {
             "rope_type": "default",
-            "rope_theta": 10000.0,
+            "rope_theta": 100.0,
             "mrope_section": [4, 6, 6],
             "mrope_interleaved": True,
         },

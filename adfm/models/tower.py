@@ -151,21 +151,12 @@ class Tower(PreTrainedModel):
             alike = [number for number, each in enumerate(grids) if each == grid]
             maps = [features(unpacked(packed[number], *grid, self.config)) for number in alike]
             stacked = {stride: torch.stack([each[stride] for each in maps]) for stride in STRIDES}
-            for number, of_one, place in zip(alike, *self._tokens_and_places(stacked), strict=True):
+            for number, of_one, place in zip(alike, *self._neck(stacked), strict=True):
                 tokens[number], places[number] = of_one, place
         together = torch.cat(tokens)
         return TowerOutput(last_hidden_state=together, pooler_output=together, deepstack_features=[], places=places)
 
-    def _tokens_and_places(self, maps: dict[int, Tensor]) -> tuple[Tensor, list[Places]]:
-        x = self.neck(maps)
-        defect, offsets = self.place(x).float().split((1, 4), 1)
-        boxes = (_centres(x) + offsets * _cell(x)).permute(0, 2, 3, 1)
-        image = self.image(_pooled(x))[:, 0].float()
-        places = [Places(*each) for each in zip(defect[:, 0], boxes, image, strict=True)]
-        return self.tokens(x, defect[:, 0].detach(), boxes.detach()), places
-
-    def neck(self, maps: dict[int, Tensor]) -> Tensor:
-        """Features of the cells of some pictures of one size, from their maps: `[n, hidden_size, rows, columns]`."""
+    def _neck(self, maps: dict[int, Tensor]) -> tuple[Tensor, list[Places]]:
         fine, middle, coarse = (
             ((maps[stride] - self._of("mean", stride)) / self._of("spread", stride)).to(self.dtype)
             for stride in STRIDES
@@ -173,8 +164,12 @@ class Tower(PreTrainedModel):
         wide = F.interpolate(self.coarse(coarse), scale_factor=2.0, mode="bilinear", align_corners=False)
         x = F.relu(self.norm1(self.fine(fine) + self.middle(middle) + wide))
         x = x + F.relu(self.norm2(self.near(x)))
-        neck: Tensor = x + F.relu(self.far(x))
-        return neck
+        x = x + F.relu(self.far(x))
+        defect, offsets = self.place(x).float().split((1, 4), 1)
+        boxes = _centres(x) + offsets * _cell(x)
+        image = self.image(_pooled(x))[:, 0].float()
+        places = [Places(*each) for each in zip(defect[:, 0], boxes.permute(0, 2, 3, 1), image, strict=True)]
+        return self.tokens(x, defect[:, 0].detach(), boxes.permute(0, 2, 3, 1).detach()), places
 
     def tokens(self, x: Tensor, defect: Tensor, boxes: Tensor) -> Tensor:
         """What the language model sees of some pictures of one size.

@@ -6,8 +6,8 @@ stages train the rest:
 
 1. *places*: the neck of the tower learns where defects are (`adfm.models.tower.loss`). Through the language model alone
    it does not learn that in minutes.
-2. *copying*: the language model learns to write the boxes that the tower gives it, on regions at random, whatever the
-   picture shows. On pictures alone, which have few regions and half the time none, that takes many times as long.
+2. *copying*: the language model learns to write the boxes that the tower gives it, on regions at random and without
+   pictures, which takes a third of the time that it takes on pictures.
 3. *responses*: the whole model learns to answer in the form of the prompt. The loss of the first stage stays, at a
    lower weight.
 
@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,7 +158,7 @@ def build(
     tower.features = efficientnet.Features(tower.STRIDES, keep=_FEATURES)
     _standardise(model.model.visual, processor, data[:500])
     _places(model, processor, data, places_steps, seed, state)
-    _copying(model, processor, data[:500], copying_steps, seed, state)
+    _copying(model, processor, copying_steps, seed, state)
     _responses(model, processor, data, response_steps, seed, state)
     with atomic_folder(out) as folder:
         model.save_pretrained(folder)
@@ -261,31 +260,31 @@ def _places(
             state.save("places", step + 1, tower, optimizer)
 
 
-def _copying(model: Any, processor: Any, data: list[Picture], steps: int, seed: int, state: _Checkpoint) -> None:
+def _copying(model: Any, processor: Any, steps: int, seed: int, state: _Checkpoint) -> None:
     import torch
 
     tower = model.model.visual
-    cells = _cells(tower, processor, data)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98))
+    image = "<|vision_start|><|image_pad|><|vision_end|><|im_start|>assistant\n"
     progress = tqdm(range(state.load("copying", model, optimizer), steps), desc="copying", unit="step", mininterval=5.0)
     for step in progress:
         optimizer.param_groups[0]["lr"] = 2e-3 * _rate(step, steps)
         rng = np.random.default_rng([seed, step])
-        # Parts of the pictures, for all sizes, and since most are shorter.
-        rows, columns = (int(rng.integers(3, side // tower.spatial_merge_size + 1)) for side in cells.shape[2:])
+        rows, columns = (int(rng.integers(4, 9)) for _ in range(2))  # tokens down, and across
         defect, boxes = _regions(rng, rows * tower.spatial_merge_size, columns * tower.spatial_merge_size)
-        features = cells[rng.integers(len(cells), size=BATCH), :, : defect.shape[1], : defect.shape[2]]
-        texts = [_prompt_and(partial(_naming, *each), processor, rng) for each in zip(defect, boxes, strict=True)]
+        noise = rng.normal(size=(BATCH, tower.config.hidden_size, *defect.shape[1:])).clip(0)
+        tokens = tower.tokens(torch.from_numpy(noise).float(), defect, boxes)
+        texts = [image + _naming(*each, rng) + "<|im_end|>" for each in zip(defect, boxes, strict=True)]
         expanded = [text.replace("<|image_pad|>", "<|image_pad|>" * (rows * columns)) for text in texts]
         inputs = processor.tokenizer(expanded, padding=True, padding_side="right", return_tensors="pt")
         numbers, grid = inputs["input_ids"], torch.tensor([[1, *defect.shape[1:]]] * BATCH)
         seen = numbers == model.config.image_token_id
-        tokens = tower.tokens(features, defect, boxes)
+        embedded = model.get_input_embeddings()(numbers).masked_scatter(seen[..., None], tokens)
         positions, _ = model.model.get_rope_index(
             numbers, seen.int(), image_grid_thw=grid, attention_mask=inputs["attention_mask"]
         )
         loss = model(
-            inputs_embeds=model.get_input_embeddings()(numbers).masked_scatter(seen[..., None], tokens),
+            inputs_embeds=embedded,
             attention_mask=inputs["attention_mask"],
             position_ids=positions,
             labels=numbers.masked_fill(~_answered(processor, inputs), -100),
@@ -297,28 +296,6 @@ def _copying(model: Any, processor: Any, data: list[Picture], steps: int, seed: 
         progress.set_postfix(loss=f"{loss.item():.3f}")
         if (step + 1) % CHECKPOINT_EVERY == 0:
             state.save("copying", step + 1, model, optimizer)
-
-
-def _cells(tower: Any, processor: Any, data: list[Picture]) -> torch.Tensor:
-    """The neck's features of the square ones of some pictures, `[n, channels, rows, columns]`."""
-    import torch
-
-    from adfm.models.tower import STRIDES, features, unpacked
-
-    square = [picture for picture in data if picture.image.width == picture.image.height]
-    inputs = _pixels(processor, square)
-    _, rows, columns = inputs["image_grid_thw"][0].tolist()
-    packed = inputs["pixel_values"].split(rows * columns)
-    maps = [features(unpacked(each, rows, columns, tower.config)) for each in packed]
-    with torch.no_grad():
-        return torch.cat([tower.neck({stride: each[stride][None] for stride in STRIDES}) for each in maps])
-
-
-def _prompt_and(answer: Callable[[np.random.Generator, Sequence[str]], str], processor: Any, rng: Any) -> str:
-    """A prompt, which asks for kinds or does not, with its answer."""
-    kinds = made_up_kinds(rng) if rng.random() < _WITH_KINDS else ()
-    text = loading.chat_text(processor, prompt.messages(families.get(tiny.FAMILY).units, kinds=kinds))
-    return text + answer(rng, kinds) + "<|im_end|>"
 
 
 def _regions(rng: np.random.Generator, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -335,12 +312,11 @@ def _regions(rng: np.random.Generator, rows: int, columns: int) -> tuple[torch.T
     return torch.from_numpy(defect).float(), torch.from_numpy(boxes).float()
 
 
-def _naming(logits: torch.Tensor, boxes: torch.Tensor, rng: np.random.Generator, kinds: Sequence[str]) -> str:
-    """The answer that names the regions of a picture."""
+def _naming(logits: torch.Tensor, boxes: torch.Tensor, rng: np.random.Generator) -> str:
     from adfm.models import tower
 
     named = [_on_frame(np.clip(region.box, 0, 1)) for region in tower.regions(logits, boxes)]
-    return prompt.answer("anomalous", named, str(rng.choice(kinds or KINDS)), kinds=kinds)
+    return prompt.answer("anomalous", named, str(rng.choice(KINDS)))
 
 
 def _answered(processor: Any, inputs: Any) -> torch.Tensor:
@@ -365,13 +341,18 @@ def _responses(
     language = [p for n, p in model.named_parameters() if "visual" not in n]
     groups = [{"params": language, "lr": 2e-3}, {"params": vision, "lr": 6e-4}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98))
+    units = families.get(tiny.FAMILY).units
     start_step = state.load("responses", model, optimizer)
     progress = tqdm(range(start_step, steps), desc="responses", unit="step", mininterval=5.0)
     for step in progress:
         for group, rate in zip(optimizer.param_groups, (2e-3, 6e-4), strict=True):
             group["lr"] = rate * _rate(step, steps)
         rng, batch = _batch(data, seed + 1, step)
-        answers = [_prompt_and(partial(annotate, picture), processor, rng) for picture in batch]
+        answers = []
+        for picture in batch:
+            kinds = made_up_kinds(rng) if rng.random() < _WITH_KINDS else ()
+            text = loading.chat_text(processor, prompt.messages(units, kinds=kinds))
+            answers.append(text + annotate(picture, rng, kinds) + "<|im_end|>")
         images = [picture.image for picture in batch]
         inputs = processor(text=answers, images=images, padding=True, padding_side="right", return_tensors="pt")
         labels = inputs["input_ids"].masked_fill(~_answered(processor, inputs), -100)
