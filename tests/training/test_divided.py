@@ -14,12 +14,15 @@ from adfm.models import loading
 from adfm.params import Params
 from adfm.training import vllm_generation
 from adfm.training.warmup import warmup
+from tests.models import random_models
 
 
 @pytest.mark.timeout(300)
 def test_only_the_first_process_reads_a_model_and_vllm_is_sent_all_of_it(
     small_shards: Path, tmp_path: Path, params: Params
 ) -> None:
+    base = random_models.write("qwen3_vl", tmp_path / "base")
+    params = params.model_copy(update={"model": params.model.model_copy(update={"name": str(base)})})
     warmup(small_shards, tmp_path / "warmup", params)
     asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
