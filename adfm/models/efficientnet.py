@@ -125,8 +125,10 @@ def _network(device: str) -> _Network:
         )
     weights: dict[str, Any] = torch.load(file, weights_only=True)
     head = ("_conv_head.", "_bn1.", "_fc.")
-    network = _Network()
-    network.load_state_dict({name: weight for name, weight in weights.items() if not name.startswith(head)})
+    with torch.device("meta"):  # to draw weights at random would move the generator on, in the middle of a training
+        network = _Network()
+    kept = {name: weight for name, weight in weights.items() if not name.startswith(head)}
+    network.load_state_dict(kept, assign=True)
     _fold_norms(network.eval())
     return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload, no-any-return]
 

@@ -35,6 +35,13 @@ def test_any_size_from_the_smallest_has_a_cell_of_every_stride(height: int, widt
         assert maps[stride].shape == (channels, -(-height // stride), -(-width // stride))
 
 
+def test_reading_the_weights_leaves_the_random_numbers_of_a_training_alone() -> None:
+    efficientnet._network.cache_clear()
+    state = torch.get_rng_state()
+    Features((8,))(slope(64, 64))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_kept_maps_are_those_computed_before() -> None:
     features, pictures = Features((8, 32)), [torch.rand(3, 64, 64) for _ in range(3)]
     first = [features(picture) for picture in pictures]
