@@ -23,7 +23,7 @@ from adfm.params import Params
 from adfm.records import Box
 
 BASE = "embedded://tiny-base"
-PARAMS = Params.model_validate({"evaluate": {"batch_size": 24, "max_new_tokens": 40, "bootstrap": 50}})
+PARAMS = Params.model_validate({"evaluate": {"batch_size": 24, "max_new_tokens": 96, "bootstrap": 50}})
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +108,10 @@ def test_what_was_evaluated_is_recorded(evaluated: Path, small_shards: Path) -> 
     assert about["candidate"] == "again" and about["models"] == {"base": BASE, "again": BASE}
     assert about["fingerprint"] == shards.fingerprint(small_shards, "test")
     assert about["images"] == len(shards.ids(small_shards, "test"))
-    assert about["settings"]["max_new_tokens"] == 40
+    assert about["settings"]["max_new_tokens"] == 96
     attrs = pd.read_parquet(evaluated / "predictions.parquet").attrs
     threshold = calibration.read(evaluated / "calibration.json").threshold
-    how = {"split": "test", "fingerprint": about["fingerprint"], "max_new_tokens": 40, "threshold": threshold}
+    how = {"split": "test", "fingerprint": about["fingerprint"], "max_new_tokens": 96, "threshold": threshold}
     assert attrs == how
 
 

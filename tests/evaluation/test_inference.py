@@ -24,6 +24,7 @@ from adfm.method import prompt, response
 from adfm.models import families, loading, vllm_engine
 from adfm.params import Evaluate, Model, Params
 from adfm.records import Box
+from tests.models import random_models
 
 BASE = "embedded://tiny-base"
 
@@ -207,7 +208,7 @@ def large(small_shards: Path, tmp_path: Path) -> Path:
 
 
 def test_an_image_in_tiles_gets_what_its_tiles_get(large: Path, embedded: loading.Loaded, tmp_path: Path) -> None:
-    settings = {"batch_size": 3, "max_new_tokens": 40}
+    settings = {"batch_size": 3, "max_new_tokens": 96}
     params = Params.model_validate({"evaluate": settings, "tile": {"size": 128, "overlap": 0.25}})
     progress: list[int] = []
     inspector = inference.Inspector(BASE, params)
@@ -330,16 +331,34 @@ def test_transformers_is_used_where_vllm_is_not(monkeypatch: pytest.MonkeyPatch)
         inference.uses_vllm(Params.model_validate({"evaluate": {"backend": "vllm"}}))
 
 
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model of an architecture that vLLM has."""
+    return str(random_models.write("qwen3_vl", tmp_path_factory.mktemp("qwen3_vl")))
+
+
+def of(model: str, **evaluate: Any) -> Params:
+    return Params.model_validate({"model": {"name": model}, "evaluate": evaluate})
+
+
 @pytest.mark.parametrize(
     ("backend", "gpu", "expected"),
     [("auto", True, True), ("auto", False, False), ("transformers", True, False), ("vllm", False, True)],
 )
 def test_vllm_is_chosen_where_it_is_installed_and_there_is_a_gpu(
-    backend: str, gpu: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+    backend: str, gpu: bool, expected: bool, qwen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inference.importlib.util, "find_spec", lambda name: ModuleSpec(name, None))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    assert inference.uses_vllm(Params.model_validate({"evaluate": {"backend": backend}})) is expected
+    assert inference.uses_vllm(of(qwen, backend=backend)) is expected
+
+
+def test_vllm_does_not_have_the_embedded_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference.importlib.util, "find_spec", lambda name: ModuleSpec(name, None))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not inference.uses_vllm(Params())
+    with pytest.raises(AdfmError, match="set the backend to auto"):
+        inference.uses_vllm(Params.model_validate({"evaluate": {"backend": "vllm"}}))
 
 
 class Engine:
@@ -378,46 +397,47 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> type[Engine]:
 
 
 def test_vllm_gets_the_same_prompts_and_its_answers_are_read_the_same(
-    mixed: Path, vllm: type[Engine], embedded: loading.Loaded
+    mixed: Path, vllm: type[Engine], qwen: str
 ) -> None:
-    params = Params.model_validate(
-        {"evaluate": {"batch_size": 5, "backend": "vllm", "max_new_tokens": 77, "score": "letter"}}
-    )
-    table = inference.predict(BASE, mixed, params, "base")
+    params = of(qwen, batch_size=5, backend="vllm", max_new_tokens=77, score="letter")
+    loaded = loading.load(qwen, Model())
+    table = inference.predict(qwen, mixed, params, "base")
     assert set(table["completion"]) == {Engine.completion} and set(table["predicted"]) == {"anomalous"}
     assert table["score"].tolist() == pytest.approx([0.75] * 12)
     assert [list(box) for box in table["predicted_boxes"][1]] == [[0, 0, 96, 32]]  # half of 192 x 64
     prompts = [prompt for asked, _, _ in vllm.asked for prompt in asked]
-    assert {prompt["prompt"] for prompt in prompts} == {loading.chat_text(embedded.processor, embedded.prompt)}
+    assert {prompt["prompt"] for prompt in prompts} == {loading.chat_text(loaded.processor, loaded.prompt)}
     assert [len(asked) for asked, _, _ in vllm.asked] == [5, 5, 2]
     sampling = vllm.asked[0][1]
     assert (sampling.temperature, sampling.max_tokens, sampling.stop) == (0, 77, ["</answer>"])
     assert all(asked[2] is None for asked in vllm.asked) and "enable_lora" not in vllm.made[0]
     (made,) = vllm.made
-    assert made["max_model_len"] == vllm_engine.model_length(embedded.processor, embedded.prompt, 77)
+    assert made["max_model_len"] == vllm_engine.model_length(loaded.processor, loaded.prompt, 77)
     assert (made["generation_config"], made["dtype"], made["gpu_memory_utilization"]) == ("vllm", "float32", 0.9)
-    size = {name: embedded.processor.image_processor.size[name] for name in ("shortest_edge", "longest_edge")}
+    size = {name: loaded.processor.image_processor.size[name] for name in ("shortest_edge", "longest_edge")}
     assert made["mm_processor_kwargs"] == {"size": size}
 
 
-def test_vllm_samples_answers_for_the_score_and_shows_the_greedy_one(mixed: Path, vllm: type[Engine]) -> None:
-    params = Params.model_validate({"evaluate": {"batch_size": 12, "backend": "vllm", "samples": 3}})
-    table = inference.predict(BASE, mixed, params, "base")
+def test_vllm_samples_answers_for_the_score_and_shows_the_greedy_one(
+    mixed: Path, vllm: type[Engine], qwen: str
+) -> None:
+    params = of(qwen, batch_size=12, backend="vllm", samples=3)
+    table = inference.predict(qwen, mixed, params, "base")
     assert table["score"].tolist() == pytest.approx([0.75] * 12)  # at the letter
     greedy, sampled = (sampling for _, sampling, _ in vllm.asked)
     assert greedy.temperature == 0 and (sampled.temperature, sampled.n, sampled.seed) == (1.0, 3, params.seed)
 
 
-def test_an_adapter_is_a_lora_request_to_vllm(mixed: Path, vllm: type[Engine], tmp_path: Path) -> None:
+def test_an_adapter_is_a_lora_request_to_vllm(mixed: Path, vllm: type[Engine], qwen: str, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
-    loading.load_processor(BASE, Model()).save_pretrained(adapter)
-    described = {"base": {"name": BASE, "revision": None}, "prompt": prompt.messages(families.get("qwen3_vl").units)}
+    loading.load_processor(qwen, Model()).save_pretrained(adapter)
+    described = {"base": {"name": qwen, "revision": None}, "prompt": prompt.messages(families.get("qwen3_vl").units)}
     (adapter / "adfm.json").write_text(json.dumps(described))
     (adapter / "adapter_config.json").write_text('{"r": 24}')
-    params = Params.model_validate({"evaluate": {"backend": "vllm"}})
+    params = of(qwen, backend="vllm")
     inference.predict(adapter, mixed, params, "adapter")
     assert vllm.made[0]["enable_lora"] and vllm.made[0]["max_lora_rank"] == 32
-    assert vllm.made[0]["model"] == str(loading.resolve(BASE, None))
+    assert vllm.made[0]["model"] == str(loading.resolve(qwen, None))
     assert vllm.asked[0][2] == ("adapter", 1, str(adapter))
     (adapter / "adapter_config.json").write_text('{"r": 1024}')
     with pytest.raises(AdfmError, match="rank 512 at most"):
