@@ -117,7 +117,7 @@ class Lora(Section):
 class Warmup(Section):
     """Supervised cold start."""
 
-    steps: NonNegativeInt = 600
+    steps: NonNegativeInt = 200
     epochs: PositiveInt = 10
     patience: NonNegativeInt = 3
     batch_size: PositiveInt = 16
@@ -167,7 +167,7 @@ class Train(Section):
 
     profile: Literal["calibrated", "paper"] = "calibrated"
     weights: RewardWeights = RewardWeights()
-    steps: PositiveInt = 60
+    steps: PositiveInt = 40
     prompts_per_step: PositiveInt = 12
     num_generations: Annotated[int, Field(ge=2)] = 4
     anomalous_share: Fraction = 0.55
