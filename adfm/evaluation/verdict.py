@@ -212,7 +212,7 @@ def expected(kind: Kind, memory: int) -> list[str]:
     if kind.embedded:
         expect = (
             "runs on a CPU, for a first result and for small sets; it writes letter and boxes in a fixed form and "
-            "explains nothing beyond them. docs/evidence.md has what it reached; the report compares yours with a "
+            "explains nothing beyond them. docs/experiments.md has what it reached; the report compares yours with a "
             "reference detector and the blind answers"
         )
     else:
