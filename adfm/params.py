@@ -214,7 +214,7 @@ class Evaluate(Section):
     small: Fraction = 0.01
     large: Fraction = 0.05
     calibration: Literal["temperature", "isotonic", "none"] = "temperature"
-    overkill_limit: Annotated[float, Field(ge=0, lt=1)] | None = 0.3
+    overkill_limit: Annotated[float, Field(ge=0, lt=1)] | None = 0.05
     escape_limit: Annotated[float, Field(ge=0, lt=1)] | None = None
 
     @field_validator("folds")
