@@ -353,7 +353,7 @@ def test_threshold_and_limit_are_on_the_version(store, shards, make_model, make_
         decision = register(model, shards, evaluation, tmp_path / "out", PARAMS)
         assert decision.rows[0].candidate == 0.5
         [version] = [each for each in versions() if each.version == int(number)]
-        assert version.tags["threshold"] == str(threshold) and version.tags["threshold_limit"] == "overkill <= 0.3"
+        assert version.tags["threshold"] == str(threshold) and version.tags["threshold_limit"] == "overkill <= 0.05"
         assert version.tags["calibration"] == "none"
 
 

@@ -185,7 +185,7 @@ def test_predict_serving_and_the_gate_decide_alike(
     assert values["iou"] == pytest.approx(judged["iou"].mean())
 
     tags = tracking.client().get_model_version("adfm", "1").tags
-    assert tags["threshold"] == f"{fitted.threshold:.6g}" and tags["threshold_limit"] == "overkill <= 0.3"
+    assert tags["threshold"] == f"{fitted.threshold:.6g}" and tags["threshold_limit"] == "overkill <= 0.05"
     assert fitted.summary in tracking.client().get_model_version("adfm", "1").description
 
     flipped = table["decision"] != table["predicted"]
