@@ -110,7 +110,7 @@ class Tiles(NamedTuple):
     """A proposal of `adfm.tiles.propose`: the size, tiles an image, and the small defects' side before and after."""
 
     size: int
-    count: int
+    parts: int
     now: float
     then: float
 
@@ -408,7 +408,7 @@ def _cut(proposal: Tiles) -> str:
     return (
         f"Cut the images: set tile.size={proposal.size} and train again. A quarter of the defects are less than "
         f"{proposal.now:.1f} pixels wide or high in what the model sees; in tiles that is {proposal.then:.1f}. "
-        f"{proposal.count} tiles an image take about {proposal.count} times the time in evaluation and use."
+        f"{proposal.parts} tiles an image take about {proposal.parts} times the time in evaluation and use."
     )
 
 

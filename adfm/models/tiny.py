@@ -131,8 +131,8 @@ def model(tokens: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
     # third of the boxes is copied after the 400 steps after which three quarters are.
     places = sinusoids(torch.tensor(COORDINATES) / 1000)
     numbers = number([str(value) for value in COORDINATES])
-    head: Any = network.get_output_embeddings()
-    embeddings: Any = network.get_input_embeddings()
+    untyped: Any = network
+    head, embeddings = untyped.get_output_embeddings(), untyped.get_input_embeddings()
     for weights, length in ((head.weight, 1.0), (embeddings.weight, 0.3)):
         plane = torch.linalg.qr(torch.randn(HIDDEN, places.shape[1]))[0]
         with torch.no_grad():
