@@ -126,7 +126,7 @@ def test_a_promotion_makes_stale_what_judges(finished: Checkout, tmp_path: Path)
     assert json.loads((checkout.folder / "registration" / "gate.json").read_text()) == before
     assert checkout.repro() == ALWAYS
 
-    checkout.settings(*SMALL, "train.learning_rate=2e-4")
+    checkout.settings(*SMALL, "train.learning_rate=3e-4")
     ran = checkout.repro()
     assert "train" in ran and ran[-2:] == ["evaluate", "register"]
     assert evaluated() == ["detector", "base", "warmup", "production", "trained"]
