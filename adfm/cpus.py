@@ -13,6 +13,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -53,6 +54,19 @@ def limit_threads() -> None:
     """
     if count() < _machine():
         os.environ.setdefault("OMP_NUM_THREADS", str(count()))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch's operations use one thread within this context, and as many as before after it."""
+    import torch  # here: this module is imported before the libraries whose threads it limits
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _machine() -> int:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import adfm
 from adfm import cpus
@@ -129,6 +130,15 @@ def test_nothing_is_set_where_nothing_is_limited(kernel: Path, monkeypatch: pyte
 def test_it_comes_before_the_imports_that_count() -> None:
     code = "from adfm import environment; environment.set_environment()"
     assert _run(code, "{'numpy', 'pyarrow', 'torch'} & set(sys.modules)") == "set()"
+
+
+def test_one_thread_also_gives_back_the_others_after_an_error() -> None:
+    with cpus.one_thread():
+        torch.set_num_threads(3)
+        with pytest.raises(ZeroDivisionError), cpus.one_thread():
+            within = torch.get_num_threads()
+            raise ZeroDivisionError
+        assert (within, torch.get_num_threads()) == (1, 3)
 
 
 def _run(code: str, expression: str, threads: str | None = None) -> str:

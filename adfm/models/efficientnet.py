@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from adfm import cpus
 from adfm.errors import AdfmError
 
 if TYPE_CHECKING:
@@ -185,14 +186,9 @@ class Features:
 
     def _computed(self, picture: Tensor) -> dict[int, Tensor]:
         network = _network(str(picture.device))
-        threads = torch.get_num_threads()
-        # Two take as long for one picture (36 ms against 40), and beside other work they wait for one another: 1.5 s.
-        torch.set_num_threads(1)
-        try:
-            with torch.no_grad(), torch.autocast(picture.device.type, enabled=False):
-                maps = network(picture[None].contiguous(memory_format=torch.channels_last))
-        finally:
-            torch.set_num_threads(threads)
+        # Two threads take as long (36 ms a picture against 40), and beside other work they wait for one another: 1.5 s.
+        with cpus.one_thread(), torch.no_grad(), torch.autocast(picture.device.type, enabled=False):
+            maps = network(picture[None].contiguous(memory_format=torch.channels_last))
         return {stride: maps[stride][0].to("cpu", torch.float16).contiguous() for stride in self._strides}
 
     def _remember(self, key: bytes, maps: dict[int, Tensor]) -> None:
