@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,12 +204,10 @@ def _standardise(tower: Any, processor: Any, data: list[Picture]) -> None:
     """Set the means and spreads by which the neck scales the maps of the features."""
     import torch
 
-    from adfm.models.tower import STRIDES, features, unpacked
+    from adfm.models.tower import STRIDES
 
     inputs = _pixels(processor, data)
-    grids = [(rows, columns) for _, rows, columns in inputs["image_grid_thw"].tolist()]
-    packed = inputs["pixel_values"].split([rows * columns for rows, columns in grids])
-    maps = [features(unpacked(each, *grid, tower.config)) for each, grid in zip(packed, grids, strict=True)]
+    maps = tower.maps(inputs["pixel_values"], inputs["image_grid_thw"])
     for stride in STRIDES:
         values = torch.cat([each[stride].flatten(1) for each in maps], 1)
         getattr(tower, f"mean{stride}").copy_(values.mean(1))
@@ -236,45 +234,75 @@ def _places_loss(places: Any, batch: list[Picture]) -> torch.Tensor:
     return tower.loss(places, [picture.boxes.tolist() for picture in batch], [len(p.boxes) > 0 for p in batch])
 
 
+def _train(
+    stage: str,
+    modules: Any,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    state: _Checkpoint,
+    loss_of: Callable[[int], tuple[torch.Tensor, dict[str, str]]],
+) -> None:
+    """Takes the steps of one stage that are left.
+
+    Args:
+        stage: Its name.
+        modules: What is trained and saved.
+        optimizer: With the highest learning rate of each group.
+        steps: Of the whole stage.
+        state: Where it begins, and is saved.
+        loss_of: Returns a step's loss, by the step's number, and figures for the progress bar.
+    """
+    import torch
+
+    rates = [group["lr"] for group in optimizer.param_groups]  # those of a checkpoint have fallen
+    progress = tqdm(range(state.load(stage, modules, optimizer), steps), desc=stage, unit="step", mininterval=5.0)
+    for step in progress:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * _rate(step, steps)
+        loss, figures = loss_of(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        optimizer.step()
+        progress.set_postfix(figures)
+        if (step + 1) % CHECKPOINT_EVERY == 0:
+            state.save(stage, step + 1, modules, optimizer)
+
+
 def _places(
     model: PreTrainedModel, processor: Any, data: list[Picture], steps: int, seed: int, state: _Checkpoint
 ) -> None:
     import torch
 
     tower = model.model.visual
-    optimizer = torch.optim.AdamW(tower.parameters(), lr=2e-3, weight_decay=0.02, betas=(0.9, 0.98))
-    progress = tqdm(range(state.load("places", tower, optimizer), steps), desc="places", unit="step", mininterval=5.0)
-    for step in progress:
-        optimizer.param_groups[0]["lr"] = 2e-3 * _rate(step, steps)
+
+    def loss_of(step: int) -> tuple[torch.Tensor, dict[str, str]]:
         _, batch = _batch(data, seed, step)
         images = _pixels(processor, batch)
         places = tower(images["pixel_values"], grid_thw=images["image_grid_thw"]).places
         loss = _places_loss(places, batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
-        optimizer.step()
         right = np.mean([(each.image.item() > 0) == (len(p.boxes) > 0) for each, p in zip(places, batch, strict=True)])
-        progress.set_postfix(loss=f"{loss.item():.3f}", images_right=f"{right:.2f}")
-        if (step + 1) % CHECKPOINT_EVERY == 0:
-            state.save("places", step + 1, tower, optimizer)
+        return loss, {"loss": f"{loss.item():.3f}", "images_right": f"{right:.2f}"}
+
+    optimizer = torch.optim.AdamW(tower.parameters(), lr=2e-3, weight_decay=0.02, betas=(0.9, 0.98))
+    _train("places", tower, optimizer, steps, state, loss_of)
 
 
 def _copying(model: Any, processor: Any, steps: int, seed: int, state: _Checkpoint) -> None:
     import torch
 
+    from adfm.models.tower import pooled
+
     tower = model.model.visual
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98))
     image = "<|vision_start|><|image_pad|><|vision_end|><|im_start|>assistant\n"
-    progress = tqdm(range(state.load("copying", model, optimizer), steps), desc="copying", unit="step", mininterval=5.0)
-    for step in progress:
-        optimizer.param_groups[0]["lr"] = 2e-3 * _rate(step, steps)
+
+    def loss_of(step: int) -> tuple[torch.Tensor, dict[str, str]]:
         rng = np.random.default_rng([seed, step])
         rows, columns = (int(rng.integers(4, 9)) for _ in range(2))  # tokens down, and across
         defect, boxes = _regions(rng, rows * tower.spatial_merge_size, columns * tower.spatial_merge_size)
-        noise = rng.normal(size=(BATCH, tower.config.hidden_size, *defect.shape[1:])).clip(0)
-        tokens = tower.tokens(torch.from_numpy(noise).float(), defect, boxes)
-        texts = [image + _naming(*each, rng) + "<|im_end|>" for each in zip(defect, boxes, strict=True)]
+        noise = torch.from_numpy(rng.normal(size=(BATCH, tower.config.hidden_size, *defect.shape[1:])).clip(0)).float()
+        tokens = tower.tokens(noise, pooled(noise), defect, boxes)
+        texts = [image + _answer_of_regions(*each, rng) + "<|im_end|>" for each in zip(defect, boxes, strict=True)]
         expanded = [text.replace("<|image_pad|>", "<|image_pad|>" * (rows * columns)) for text in texts]
         inputs = processor.tokenizer(expanded, padding=True, padding_side="right", return_tensors="pt")
         numbers, grid = inputs["input_ids"], torch.tensor([[1, *defect.shape[1:]]] * BATCH)
@@ -289,13 +317,10 @@ def _copying(model: Any, processor: Any, steps: int, seed: int, state: _Checkpoi
             position_ids=positions,
             labels=numbers.masked_fill(~_answered(processor, inputs), -100),
         ).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        progress.set_postfix(loss=f"{loss.item():.3f}")
-        if (step + 1) % CHECKPOINT_EVERY == 0:
-            state.save("copying", step + 1, model, optimizer)
+        return loss, {"loss": f"{loss.item():.3f}"}
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98))
+    _train("copying", model, optimizer, steps, state, loss_of)
 
 
 def _regions(rng: np.random.Generator, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -312,11 +337,12 @@ def _regions(rng: np.random.Generator, rows: int, columns: int) -> tuple[torch.T
     return torch.from_numpy(defect).float(), torch.from_numpy(boxes).float()
 
 
-def _naming(logits: torch.Tensor, boxes: torch.Tensor, rng: np.random.Generator) -> str:
+def _answer_of_regions(logits: torch.Tensor, boxes: torch.Tensor, rng: np.random.Generator) -> str:
+    """The answer that writes the regions of a picture, and a kind of defect at random."""
     from adfm.models import tower
 
-    named = [_on_frame(np.clip(region.box, 0, 1)) for region in tower.regions(logits, boxes)]
-    return prompt.answer("anomalous", named, str(rng.choice(KINDS)))
+    regions = [_on_frame(np.clip(box, 0, 1)) for box in tower.regions(logits, boxes)]
+    return prompt.answer("anomalous", regions, str(rng.choice(KINDS)))
 
 
 def _answered(processor: Any, inputs: Any) -> torch.Tensor:
@@ -337,16 +363,9 @@ def _responses(
 
     tower: list[Any] = []
     model.model.visual.register_forward_hook(lambda module, inputs, output: tower.append(output.places))
-    vision = [p for n, p in model.named_parameters() if "visual" in n]
-    language = [p for n, p in model.named_parameters() if "visual" not in n]
-    groups = [{"params": language, "lr": 2e-3}, {"params": vision, "lr": 6e-4}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98))
     units = families.get(tiny.FAMILY).units
-    start_step = state.load("responses", model, optimizer)
-    progress = tqdm(range(start_step, steps), desc="responses", unit="step", mininterval=5.0)
-    for step in progress:
-        for group, rate in zip(optimizer.param_groups, (2e-3, 6e-4), strict=True):
-            group["lr"] = rate * _rate(step, steps)
+
+    def loss_of(step: int) -> tuple[torch.Tensor, dict[str, str]]:
         rng, batch = _batch(data, seed + 1, step)
         answers = []
         for picture in batch:
@@ -357,10 +376,10 @@ def _responses(
         inputs = processor(text=answers, images=images, padding=True, padding_side="right", return_tensors="pt")
         labels = inputs["input_ids"].masked_fill(~_answered(processor, inputs), -100)
         loss = model(**inputs, labels=labels).loss
-        (loss + PLACES_WEIGHT * _places_loss(tower.pop(), batch)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        progress.set_postfix(loss=f"{loss.item():.3f}")
-        if (step + 1) % CHECKPOINT_EVERY == 0:
-            state.save("responses", step + 1, model, optimizer)
+        return loss + PLACES_WEIGHT * _places_loss(tower.pop(), batch), {"loss": f"{loss.item():.3f}"}
+
+    vision = [p for n, p in model.named_parameters() if "visual" in n]
+    language = [p for n, p in model.named_parameters() if "visual" not in n]
+    groups = [{"params": language, "lr": 2e-3}, {"params": vision, "lr": 6e-4}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98))
+    _train("responses", model, optimizer, steps, state, loss_of)

@@ -64,12 +64,13 @@ def test_an_answer_names_a_kind_that_its_prompt_asks_for(seed: int) -> None:
 def test_regions_to_copy_are_what_a_neck_could_give() -> None:
     defect, boxes = base._regions(np.random.default_rng(0), 12, 16)
     for logits, corners in zip(defect, boxes, strict=True):
-        text = base._naming(logits, corners, np.random.default_rng(0))
+        text = base._answer_of_regions(logits, corners, np.random.default_rng(0))
         read = response.parse(text)
         assert read.answer == "A" and 1 <= len(read.boxes) <= 4
         regions = tower.regions(logits, corners)
         assert all(
-            np.allclose(box, np.array(r.box) * 1000, atol=5.001) for box, r in zip(read.boxes, regions, strict=True)
+            np.allclose(box, np.array(region) * 1000, atol=5.001)
+            for box, region in zip(read.boxes, regions, strict=True)
         )
 
 
