@@ -188,7 +188,23 @@ def seen(defects: Sequence[Defect], pixels: int, size: int | None) -> float:
     return float(np.quantile(sides, 0.25))
 
 
-def propose(defects: Sequence[Defect], pixels: int, size: int | None, overlap: float) -> tuple[int, int] | None:
+class Proposal(NamedTuple):
+    """A tile size.
+
+    Args:
+        size: Side of a tile in pixels.
+        tiles: Of an image of middling size.
+        now: The smaller side of the defects as of `seen`, with the tile size in use.
+        then: The same with `size`.
+    """
+
+    size: int
+    tiles: int
+    now: float
+    then: float
+
+
+def propose(defects: Sequence[Defect], pixels: int, size: int | None, overlap: float) -> Proposal | None:
     """A tile size that makes small defects visible.
 
     It is the largest with which three quarters of the defects have `LEAST_SIDE` pixels and more in what the model sees.
@@ -196,15 +212,16 @@ def propose(defects: Sequence[Defect], pixels: int, size: int | None, overlap: f
     side of nine defects in ten, which would be cut to pieces.
 
     Args:
-        defects: At least one.
-        pixels: As of `seen`.
+        defects: Of the data; none: nothing is known of their sizes.
+        pixels: As of `seen`; 0 if unknown.
         size: The tile size in use; `None`: none.
         overlap: Share of a tile's side that neighbours share.
 
     Returns:
-        The size, and how many tiles an image of middling size has; `None` where the defects are large enough, or
-        cutting would gain less than a quarter.
+        `None` where the defects are large enough, cutting would gain less than a quarter, or sizes are not known.
     """
+    if not defects or not pixels:
+        return None
     now = seen(defects, pixels, size)
     if now >= LEAST_SIDE:
         return None
@@ -212,7 +229,8 @@ def propose(defects: Sequence[Defect], pixels: int, size: int | None, overlap: f
     smaller = np.quantile([min(defect.width, defect.height) for defect in defects], 0.25)
     longer = np.quantile([max(defect.width, defect.height) for defect in defects], 0.9)
     new = math.floor(max(smaller * side / LEAST_SIDE, side, longer))
-    if seen(defects, pixels, new) < 1.25 * now:
+    then = seen(defects, pixels, new)
+    if then < 1.25 * now:
         return None
     sizes = sorted((defect.image_width * defect.image_height, defect[2:]) for defect in defects)
-    return new, len(grid(*sizes[len(sizes) // 2][1], new, overlap))
+    return Proposal(new, len(grid(*sizes[len(sizes) // 2][1], new, overlap)), now, then)

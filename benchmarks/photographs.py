@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from adfm.ablation import interval
 from adfm.data.conversion import convert
-from adfm.evaluation import inference, metrics
+from adfm.evaluation import inference, metrics, references
 from adfm.files import replace_json
 from adfm.params import Params, load
 from adfm.training import detector, grpo
@@ -39,19 +38,6 @@ COLUMNS = {
     "iou": "IoU",
     "kind_right": "kind",
 }
-
-
-def balanced_by_score(validation: pd.DataFrame, test: pd.DataFrame) -> float | None:
-    """Balanced accuracy on `test`, with the threshold on the score that is best on `validation`; `None`: one label."""
-
-    def accuracy(table: pd.DataFrame, threshold: float) -> float:
-        flagged, defective = table["score"] >= threshold, table["label"] == "anomalous"
-        return float((flagged[defective].mean() + (~flagged[~defective]).mean()) / 2)
-
-    if validation["label"].nunique() < 2 or test["label"].nunique() < 2:
-        return None
-    best = max(validation["score"].dropna().unique(), key=lambda threshold: accuracy(validation, threshold))
-    return accuracy(test, best)
 
 
 def run(raw: Path, work: Path, params: Params) -> dict[str, dict[str, float | None]]:
@@ -73,7 +59,8 @@ def run(raw: Path, work: Path, params: Params) -> dict[str, dict[str, float | No
     for name, model in models.items():
         tables = inference.predict_splits(model, shards, params, name, ["validation", "test"], work / "answers")
         results[name] = metrics.values(tables["test"])
-        results[name]["by_score"] = balanced_by_score(tables["validation"], tables["test"])
+        decided = references.by_score(tables["test"], tables["validation"])
+        results[name]["by_score"] = None if decided is None else metrics.values(decided)["balanced_accuracy"]
     replace_json(results, done)
     return results
 

@@ -657,19 +657,17 @@ def _tiling(table: pd.DataFrame, defects: Sequence[tiles.Defect], params: Params
                 row_condition=Column("split") == "train",
             ),
         ]
-    pixels = loading.pixels(params.model)
-    if defects and pixels and (proposal := tiles.propose(defects, pixels, size, params.tile.overlap)):
-        new, count = proposal
-        now, then = tiles.seen(defects, pixels, size), tiles.seen(defects, pixels, new)
-        table["seen_side"] = math.floor(10 * now) / 10
+    pixels = loading.pixels(params.model) or 0
+    if proposal := tiles.propose(defects, pixels, size, params.tile.overlap):
+        table["seen_side"] = math.floor(10 * proposal.now) / 10
         side = math.isqrt(pixels)
         suite.append(
             _expect(
                 largest,
                 f"three quarters of the defects are at least {tiles.LEAST_SIDE} pixels wide and high to the model, "
                 f"which sees about {side} x {side}",
-                f"cut the images: tile.size={new} makes that {then:.0f} pixels; {count} tiles an image of middling "
-                f"size cost about {count} times the time in evaluation and use",
+                f"cut the images: tile.size={proposal.size} makes that {proposal.then:.0f} pixels; {proposal.tiles} "
+                f"tiles an image of middling size cost about {proposal.tiles} times the time in evaluation and use",
                 "warning",
                 column="seen_side",
                 min_value=tiles.LEAST_SIDE,

@@ -191,7 +191,7 @@ def _summarize(
         train=(counts[0], counts[1]),
         images=len(images),
         kinds=verdict.parts(tables[candidate], train),
-        tiles=verdict.tiling(tiles.defects_of(shards), kind.pixels, params.tile),
+        tiles=tiles.propose(tiles.defects_of(shards), kind.pixels, params.tile.size, params.tile.overlap),
         limit=(f"evaluate.{limit[0].removesuffix('s')}_limit", limit[1]) if limit else None,
         crossed=crossed,
         shards=str(shards),

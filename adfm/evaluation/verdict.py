@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from adfm import tiles
 from adfm.evaluation import metrics, references, statistics
 from adfm.models import families, loading
-from adfm.params import Model, Tile
+from adfm.params import Model
 from adfm.text import printable
+from adfm.tiles import Proposal
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -106,30 +106,6 @@ def parts(table: pd.DataFrame, train: pd.DataFrame) -> dict[str, Part]:
     }
 
 
-class Tiles(NamedTuple):
-    """A proposal of `adfm.tiles.propose`: the size, tiles an image, and the small defects' side before and after."""
-
-    size: int
-    parts: int
-    now: float
-    then: float
-
-
-def tiling(defects: Sequence[tiles.Defect], pixels: int, settings: Tile) -> Tiles | None:
-    """The tile size that `adfm.tiles.propose` proposes, if it does.
-
-    Args:
-        defects: Of the data; none: nothing is known of their sizes.
-        pixels: That the model sees of an image or tile; 0 if that is unknown.
-        settings: The section `tile`.
-    """
-    proposal = tiles.propose(defects, pixels, settings.size, settings.overlap) if defects and pixels else None
-    if proposal is None:
-        return None
-    now, then = (tiles.seen(defects, pixels, size) for size in (settings.size, proposal[0]))
-    return Tiles(*proposal, now, then)
-
-
 @dataclass(frozen=True)
 class Facts:
     """What an evaluation knows.
@@ -157,7 +133,7 @@ class Facts:
     train: tuple[int, int] = (0, 0)
     images: int = 0
     kinds: Mapping[str, Part] = field(default_factory=dict)
-    tiles: Tiles | None = None
+    tiles: Proposal | None = None
     limit: tuple[str, float] | None = None
     crossed: Mapping[str, Any] | None = None
     shards: str = "data/shards"
@@ -339,10 +315,10 @@ def _crossed(facts: Facts) -> str:
     at = next((at for at in ("_at_threshold", "") if measured[f"balanced_accuracy{at}"]["value"] is not None), None)
     if at is None:
         return ""
-    found = measured[f"balanced_accuracy{at}"]
+    balanced = measured[f"balanced_accuracy{at}"]
     return (
         f"Cross-validation of the same settings: balanced accuracy {_at(bool(at))} "
-        f"{_interval(found['value'], found['low'], found['high'])} on all {facts.crossed['images']:,} images."
+        f"{_interval(balanced['value'], balanced['low'], balanced['high'])} on all {facts.crossed['images']:,} images."
     )
 
 
@@ -404,11 +380,11 @@ def _use_detector(facts: Facts) -> str:
     return f"Use the reference detector now: `{command}`." + (f" Or try a larger model: {larger}." if larger else "")
 
 
-def _cut(proposal: Tiles) -> str:
+def _cut(proposal: Proposal) -> str:
     return (
         f"Cut the images: set tile.size={proposal.size} and train again. A quarter of the defects are less than "
         f"{proposal.now:.1f} pixels wide or high in what the model sees; in tiles that is {proposal.then:.1f}. "
-        f"{proposal.parts} tiles an image take about {proposal.parts} times the time in evaluation and use."
+        f"{proposal.tiles} tiles an image take about {proposal.tiles} times the time in evaluation and use."
     )
 
 
@@ -457,8 +433,8 @@ def _worst(facts: Facts, recall: float) -> tuple[str, str] | None:
     name, part = min(facts.kinds.items(), key=lambda each: (each[1].flagged / each[1].images, each[1].train, each[0]))
     if part.flagged / part.images > recall - _KIND:
         return None
-    shown = printable(name)
-    return f"of which {part.flagged:,} of {part.images:,} are flagged in test, with {part.train:,} in train", shown
+    figures = f"of which {part.flagged:,} of {part.images:,} are flagged in test, with {part.train:,} in train"
+    return figures, printable(name)
 
 
 def _more_images(facts: Facts) -> str:

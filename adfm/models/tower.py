@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -143,18 +143,22 @@ class Tower(PreTrainedModel):
         Returns:
             `pooler_output` `[tokens, hidden]`, the pictures one after the other; `places`.
         """
-        grids = [(rows, columns) for _, rows, columns in grid_thw.tolist()]
-        packed = pixel_values.split([rows * columns for rows, columns in grids])
+        maps, grids = self.maps(pixel_values, grid_thw), [tuple(grid) for grid in grid_thw.tolist()]
         tokens: list[Tensor] = [pixel_values] * len(grids)
         places: list[Any] = [None] * len(grids)
-        for grid in dict.fromkeys(grids):  # pictures of one size go through the neck together
-            alike = [number for number, each in enumerate(grids) if each == grid]
-            maps = [features(unpacked(packed[number], *grid, self.config)) for number in alike]
-            stacked = {stride: torch.stack([each[stride] for each in maps]) for stride in STRIDES}
+        for size in dict.fromkeys(grids):  # pictures of one size go through the neck together
+            alike = [number for number, grid in enumerate(grids) if grid == size]
+            stacked = {stride: torch.stack([maps[number][stride] for number in alike]) for stride in STRIDES}
             for number, of_one, place in zip(alike, *self._neck(stacked), strict=True):
                 tokens[number], places[number] = of_one, place
         together = torch.cat(tokens)
         return TowerOutput(last_hidden_state=together, pooler_output=together, deepstack_features=[], places=places)
+
+    def maps(self, pixel_values: Tensor, grid_thw: Tensor) -> list[dict[int, Tensor]]:
+        """The pretrained features of some pictures, by stride; arguments as of `forward`."""
+        grids = [(rows, columns) for _, rows, columns in grid_thw.tolist()]
+        packed = pixel_values.split([rows * columns for rows, columns in grids])
+        return [features(unpacked(each, *grid, self.config)) for each, grid in zip(packed, grids, strict=True)]
 
     def _neck(self, maps: dict[int, Tensor]) -> tuple[Tensor, list[Places]]:
         fine, middle, coarse = (
@@ -166,16 +170,18 @@ class Tower(PreTrainedModel):
         x = x + F.relu(self.norm2(self.near(x)))
         x = x + F.relu(self.far(x))
         defect, offsets = self.place(x).float().split((1, 4), 1)
-        boxes = _centres(x) + offsets * _cell(x)
-        image = self.image(_pooled(x))[:, 0].float()
-        places = [Places(*each) for each in zip(defect[:, 0], boxes.permute(0, 2, 3, 1), image, strict=True)]
-        return self.tokens(x, defect[:, 0].detach(), boxes.permute(0, 2, 3, 1).detach()), places
+        logits, boxes = defect[:, 0], (_centres(x) + offsets * _cell(x)).permute(0, 2, 3, 1)
+        summary = pooled(x)
+        image = self.image(summary)[:, 0].float()
+        places = [Places(*each) for each in zip(logits, boxes, image, strict=True)]
+        return self.tokens(x, summary, logits.detach(), boxes.detach()), places
 
-    def tokens(self, x: Tensor, defect: Tensor, boxes: Tensor) -> Tensor:
+    def tokens(self, x: Tensor, summary: Tensor, defect: Tensor, boxes: Tensor) -> Tensor:
         """What the language model sees of some pictures of one size.
 
         Args:
             x: The neck's features, `[n, hidden_size, rows, columns]`.
+            summary: `pooled` of them.
             defect: Logit of a defect in each cell, `[n, rows, columns]`.
             boxes: The defect's box, `[n, rows, columns, 4]`, as fractions of the picture's width and height.
 
@@ -184,7 +190,7 @@ class Tower(PreTrainedModel):
         """
         seen = self.up(F.pixel_unshuffle(x, self.spatial_merge_size).flatten(2).transpose(1, 2))
         code = _code(defect, boxes, self.spatial_merge_size).to(self.dtype)
-        tokens: Tensor = self.last(seen + self.code(code) + self.context(_pooled(x))[:, None])
+        tokens: Tensor = self.last(seen + self.code(code) + self.context(summary)[:, None])
         return tokens
 
     def _of(self, what: str, stride: int) -> Tensor:
@@ -192,7 +198,7 @@ class Tower(PreTrainedModel):
         return values.float()[:, None, None]
 
 
-def _pooled(x: Tensor) -> Tensor:
+def pooled(x: Tensor) -> Tensor:
     """The mean of each channel over a picture, and that of its largest cells: `[n, 2 * channels]`."""
     flat = x.flatten(2)
     return torch.cat([flat.mean(2), flat.topk(max(flat.shape[2] // 50, 2), 2).values.mean(2)], 1)
@@ -218,7 +224,7 @@ def _code(defect: Tensor, boxes: Tensor, merge: int) -> Tensor:
     turn = logit.new_zeros(len(logit), logit.shape[1], 4 * REGIONS)
     edge = logit.new_zeros(len(logit), logit.shape[1], 2 * _FREQUENCIES)
     for number, (logits, corners) in enumerate(zip(defect, boxes, strict=True)):
-        edges = [value for region in regions(logits, corners, most) for value in region.box]
+        edges = [value for box in regions(logits, corners, most) for value in box]
         turn[number, : len(edges), : len(edges)] = 4 * torch.eye(len(edges))
         edge[number, : len(edges)] = sinusoids(logit.new_tensor(edges).clamp(0, 1))
     return torch.cat([logit / 4, turn, edge], 2)
@@ -233,15 +239,7 @@ def sinusoids(values: Tensor) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], -1)
 
 
-class Region(NamedTuple):
-    """A region to look at: its likeliest cell, and its box as fractions of the picture's width and height."""
-
-    row: int
-    column: int
-    box: tuple[float, float, float, float]
-
-
-def regions(logits: Tensor, boxes: Tensor, most: int = REGIONS) -> list[Region]:
+def regions(logits: Tensor, boxes: Tensor, most: int = REGIONS) -> list[tuple[float, float, float, float]]:
     """The regions of a picture to look at: cells beside one another, also by a corner, that are likely of a defect.
 
     A region's box is halfway between the extent of its cells and the mean of the boxes that they give, weighted by
@@ -253,7 +251,7 @@ def regions(logits: Tensor, boxes: Tensor, most: int = REGIONS) -> list[Region]:
         most: How many at most.
 
     Returns:
-        The likeliest, in the order in which one reads.
+        The boxes of the likeliest, as fractions of the picture's width and height, in the order in which one reads.
     """
     from scipy import ndimage
 
@@ -266,10 +264,9 @@ def regions(logits: Tensor, boxes: Tensor, most: int = REGIONS) -> list[Region]:
         weight = 1 / (1 + np.exp(-values[inside]))
         extent = np.array([across.start / columns, down.start / rows, across.stop / columns, down.stop / rows])
         x1, y1, x2, y2 = (extent + (corners[inside] * weight[:, None]).sum(0) / weight.sum()) / 2
-        row, column = divmod(int(np.where(inside, values, -np.inf).argmax()), columns)
-        candidates.append((values[row, column], Region(row, column, (float(x1), float(y1), float(x2), float(y2)))))
+        candidates.append((values[inside].max(), (float(x1), float(y1), float(x2), float(y2))))
     likeliest = sorted(candidates, key=lambda each: -each[0])[:most]
-    return sorted((region for _, region in likeliest), key=lambda region: (region.box[1], region.box[0]))
+    return sorted((box for _, box in likeliest), key=lambda box: (box[1], box[0]))
 
 
 def _cell(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adfm import tiles
 from adfm.data import folds
 from adfm.evaluation import metrics, references, verdict
 from adfm.evaluation.verdict import Facts, Kind, Part
@@ -73,7 +74,7 @@ def words(known: Facts) -> str:
     return " ".join(references.lines(verdict.summarize(known)))
 
 
-CUT = verdict.tiling([Defect(18, 18, 640, 640)] * 8, 320 * 320, Tile())
+CUT = tiles.propose([Defect(18, 18, 640, 640)] * 8, 320 * 320, None, Tile().overlap)
 KINDS = {"scratch": Part(10, 2, 5), "dent": Part(90, 85, 40)}
 CASES: list[tuple[dict[str, Any], list[str], list[str]]] = [
     ({}, ["gate"], ["is better than a blind answer: balanced accuracy by score 0.800 [0.750, 0.850], blind 0.500."]),

@@ -164,9 +164,9 @@ def test_tokens_list_the_edges_of_the_regions_in_the_order_in_which_they_are_wri
     grid = torch.linspace(0, 1, 1001)
     for logits, corners, tokens in zip(defect, boxes, code, strict=True):
         of_picture = tower.regions(logits, corners, min(rows * columns // 4, tower.REGIONS))
-        tops = [region.box[1] for region in of_picture]
+        tops = [box[1] for box in of_picture]
         assert tops == sorted(tops)
-        edges = torch.tensor([edge for region in of_picture for edge in region.box]).clamp(0, 1)
+        edges = torch.tensor([edge for box in of_picture for edge in box]).clamp(0, 1)
         turn, edge = tokens[:, 1 : 1 + 4 * tower.REGIONS], tokens[:, 1 + 4 * tower.REGIONS :]
         assert turn.nonzero().tolist() == [[number, number] for number in range(len(edges))]
         read = grid[(tower.sinusoids(grid) @ edge[: len(edges)].T).argmax(0)]

@@ -233,11 +233,11 @@ def test_the_screen_has_model_comparison_and_the_first_step_above_the_next_comma
     ]
     steps = [{"rule": "rate", "text": "Look. At it."}, {"rule": "gate", "text": "Register it."}]
     summary = {"model": "trained is the embedded model.", "comparison": comparison, "steps": steps}
-    shown = page.screen(decision, "4", references.brief({"summary": summary}))
-    assert len(shown.splitlines()) < page.LINES
+    screen = page.screen(decision, "4", references.brief({"summary": summary}))
+    assert len(screen.splitlines()) < page.LINES
     expected = ["trained is the embedded model.", comparison[0].removesuffix(" More."), "It wins.", "Next: Look."]
-    places = [shown.index(f"\n{line}\n") for line in expected]
-    assert places == sorted(places) and "At it" not in shown and "Register it" not in shown
+    places = [screen.index(f"\n{line}\n") for line in expected]
+    assert places == sorted(places) and "At it" not in screen and "Register it" not in screen
 
 
 # ------------------------------------------------------------------------------------------------ what is markup

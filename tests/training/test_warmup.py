@@ -112,11 +112,11 @@ def test_rows_show_views_with_the_boxes_that_the_answer_names(
         row, as_it_is = rows[i], plain[i]
         assert as_it_is["image"].tobytes() == data[i]["image"].convert("RGB").tobytes()
         same += row["image"].tobytes() == as_it_is["image"].tobytes()
-        named = response.parse(row["completion"][0]["content"]).boxes
-        for box in named:
+        boxes = response.parse(row["completion"][0]["content"]).boxes
+        for box in boxes:
             nearest = min(row["boxes"], key=lambda true: max(abs(a * 1000 - b) for a, b in zip(true, box, strict=True)))
             assert max(abs(a * 1000 - b) for a, b in zip(nearest, box, strict=True)) <= 5.001
-        assert list(named) == sorted(named, key=lambda box: (box.y1, box.x1))
+        assert list(boxes) == sorted(boxes, key=lambda box: (box.y1, box.x1))
     assert 0 < same < 24
 
 
