@@ -171,7 +171,7 @@ class Detector:
             sizes: Width and height of each image in pixels.
         """
         compute = efficientnet.Features(tuple(efficientnet.CHANNELS), keep=0)
-        return [self._detect(features(compute, one), size) for one, size in zip(pictures, sizes, strict=True)]
+        return [self._detect(maps, size) for maps, size in zip(features(compute, pictures), sizes, strict=True)]
 
     def _detect(self, maps: dict[int, Tensor], size: tuple[int, int]) -> Detection:
         with torch.inference_mode():
@@ -205,10 +205,9 @@ def picture(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def features(compute: efficientnet.Features, one: Tensor) -> dict[int, Tensor]:
-    """The maps of one picture that the head takes: those of `compute`, the one of stride 4 pooled to stride 8."""
-    maps = compute(one)
-    return maps | {4: F.avg_pool2d(maps[4], 2).half().float()}
+def features(compute: efficientnet.Features, pictures: Sequence[Tensor]) -> list[dict[int, Tensor]]:
+    """The maps of some pictures that the head takes: those of `compute`, the one of stride 4 pooled to stride 8."""
+    return [maps | {4: F.avg_pool2d(maps[4], 2).half().float()} for maps in compute(pictures)]
 
 
 def regions(cells: Tensor, size: tuple[int, int], rule: Rule) -> list[Box]:

@@ -158,7 +158,7 @@ class Tower(PreTrainedModel):
         """The pretrained features of some pictures, by stride; arguments as of `forward`."""
         grids = [(rows, columns) for _, rows, columns in grid_thw.tolist()]
         packed = pixel_values.split([rows * columns for rows, columns in grids])
-        return [features(unpacked(each, *grid, self.config)) for each, grid in zip(packed, grids, strict=True)]
+        return features([unpacked(each, *grid, self.config) for each, grid in zip(packed, grids, strict=True)])
 
     def _neck(self, maps: dict[int, Tensor]) -> tuple[Tensor, list[Places]]:
         fine, middle, coarse = (

@@ -21,6 +21,7 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -230,16 +231,22 @@ def _compute(
     place = 0
     with file.open("wb") as stream, tqdm(total=len(rows), desc="features", unit="picture", mininterval=1.0) as progress:
         for _, image, of_image in _images(shards, "train", rows):
-            for row in of_image:
-                plain, places = detector.picture(image.crop(row["tile"])), []
-                for variant in range(variants):
-                    maps = detector.features(compute, varied(plain, variant, [seed, len(examples), variant]))
+            plain = [detector.picture(image.crop(row["tile"])) for row in of_image]
+            pictures = [
+                varied(one, variant, [seed, len(examples) + number, variant])
+                for number, one in enumerate(plain)
+                for variant in range(variants)
+            ]
+            computed = iter(detector.features(compute, pictures))
+            for row, one in zip(of_image, plain, strict=True):
+                places = []
+                for maps in islice(computed, variants):
                     places.append(place)
                     for stride in efficientnet.CHANNELS:
                         values = maps[stride].half().numpy()
                         stream.write(values.tobytes())
                         place += values.size
-                grid = plain.shape[1] // detector.STRIDE, plain.shape[2] // detector.STRIDE
+                grid = one.shape[1] // detector.STRIDE, one.shape[2] // detector.STRIDE
                 examples.append(
                     _Example(
                         places,
@@ -434,8 +441,7 @@ def _choose(
     images = _images(shards, split, chosen)
     for record, image, [row] in tqdm(images, total=len(chosen), desc=split, unit="image", mininterval=1.0):
         answer = _Located(record, grids[row["number"]], [], [])
-        for place in answer.grid:
-            maps = detector.features(compute, detector.picture(image.crop(place)))
+        for maps in detector.features(compute, [detector.picture(image.crop(place)) for place in answer.grid]):
             with torch.inference_mode():
                 outputs = trained.head({stride: one[None] for stride, one in maps.items()})
             answer.scores.extend(detector.score_of(outputs, trained.by_image))

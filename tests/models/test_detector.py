@@ -70,7 +70,7 @@ def test_the_head_answers_a_picture_alone_as_in_a_batch() -> None:
     head = detector.Head(3).eval()
     compute = efficientnet.Features(tuple(efficientnet.CHANNELS))
     pictures = [detector.picture(Image.effect_noise((100, 60), 40 + 20 * i)) for i in range(3)]
-    maps = [detector.features(compute, one) for one in pictures]
+    maps = detector.features(compute, pictures)
     assert {stride: one.shape[1] for stride, one in maps[0].items()} == {4: 32, 8: 32, 16: 16, 32: 8}
     with torch.inference_mode():
         together = head({stride: torch.stack([one[stride] for one in maps]) for stride in maps[0]})

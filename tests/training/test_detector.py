@@ -356,7 +356,7 @@ def test_the_features_in_the_file_are_those_of_the_pictures(toy: Path, tmp_path:
     for number, (example, one) in enumerate(zip(examples, list(shards.read(toy, "train"))[:3], strict=True)):
         plain = detector.picture(Image.open(io.BytesIO(one.image)))
         for variant in range(2):
-            maps = detector.features(compute, training.varied(plain, variant, [0, number, variant]))
+            [maps] = detector.features(compute, [training.varied(plain, variant, [0, number, variant])])
             read = training._read(values, example, variant)
             assert all(torch.equal(read[stride], maps[stride]) for stride in efficientnet.CHANNELS)
 
