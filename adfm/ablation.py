@@ -71,7 +71,7 @@ _COLOURS = dict(zip(ARMS, ("#6b7785", "#b35c00", "#7b4fb5", "#1f5fae", "#2ea043"
 
 
 def ablate(shards: Path, runs: Path, out: Path, params: Params, arms: Sequence[str], seeds: int, jobs: int) -> None:
-    """Does the runs that are missing, and writes `evidence.json`, `evidence.md` and `evidence.png` to `out`.
+    """Does the runs that are missing, and writes `ablation.json`, `ablation.md` and `ablation.png` to `out`.
 
     What was finished before is kept, and a run that was interrupted goes on from its last checkpoint. The report is
     written anew after every run, from those that are finished.
@@ -216,9 +216,9 @@ def _report(runs: Path, out: Path, params: Params, planned: Sequence[tuple[str, 
     if not evidence:
         return
     out.mkdir(parents=True, exist_ok=True)
-    draw(evidence, out / "evidence.png")
+    draw(evidence, out / "ablation.png")
     text = describe(evidence, params, len(planned))
-    for name, content in {"evidence.json": json.dumps(evidence, indent=1) + "\n", "evidence.md": text}.items():
+    for name, content in {"ablation.json": json.dumps(evidence, indent=1) + "\n", "ablation.md": text}.items():
         replace_text(content, out / name)
 
 
@@ -302,7 +302,7 @@ def describe(evidence: dict[str, dict[int, dict[str, Any]]], params: Params, pla
     shared = "".join(f" --set {key}={value}" for key, value in flat(params).items() if value != usual[key])
     verdicts = "\n".join(f"- **{'Found' if holds else 'Not found'}**: {words}." for words, holds in claims(evidence))
     return f"""\
-# Evidence
+# What the stages and the reward are good for
 
     adfm ablate data/shards ablation docs{shared}
 
@@ -316,7 +316,7 @@ answers without stages draws no boxes, and its IoU is 0.
 
 {verdicts}
 
-![Balanced accuracy, IoU, recall, specificity and utilisation against steps](evidence.png)
+![Balanced accuracy, IoU, recall, specificity and utilisation against steps](ablation.png)
 
 The figure shows mean and 95 % interval too; utilisation is a running mean over 10 steps. The arms, as one run of the
 pipeline each (seeds by `-S seed=1`, which also changes the split of the data there):

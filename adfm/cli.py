@@ -338,7 +338,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add = verb("ablate", _ablate, "train and judge the arms that show what stages and reward are good for; goes on")
     add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
     add.add_argument("runs", metavar="RUNS", type=Path, help="folder of the runs; finished ones are kept")
-    add.add_argument("out", metavar="OUT", type=Path, help="folder for evidence.json, evidence.md and evidence.png")
+    add.add_argument("out", metavar="OUT", type=Path, help="folder for ablation.json, ablation.md and ablation.png")
     add.add_argument(
         "--arms", metavar="ARM", nargs="+", help="answer, stages, paper, calibrated, resample, doubt; all by default"
     )

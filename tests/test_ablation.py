@@ -98,7 +98,7 @@ def test_arms_are_trained_judged_and_kept(
     settings = [part for setting in small for part in ("--set", setting)]
 
     assert main([*command, "--jobs", "2", *settings]) == 0
-    found = json.loads(Path("docs/evidence.json").read_text())
+    found = json.loads(Path("docs/ablation.json").read_text())
     assert {arm: [*runs] for arm, runs in found.items()} == {"answer": ["0"], "calibrated": ["0"]}
     for arm, runs in found.items():
         figures = runs["0"]
@@ -107,9 +107,9 @@ def test_arms_are_trained_judged_and_kept(
         assert figures["curve"][-1][1:] == [figures["balanced_accuracy"], figures["iou"]]
         asked = json.loads(Path(f"runs/{arm}-0/trained/adfm.json").read_text())["prompt"][1]["content"]
         assert ("<think>" in asked) == (arm == "calibrated")
-    page = Path("docs/evidence.md").read_text()
+    page = Path("docs/ablation.md").read_text()
     assert "| no stages, answer-only reward | 0 |" in page and "before GRPO" in page and "2 of 2 runs" in page
-    assert Path("docs/evidence.png").stat().st_size > 10_000
+    assert Path("docs/ablation.png").stat().st_size > 10_000
 
     finished = {file: file.stat().st_mtime_ns for file in Path("runs").rglob("*") if file.is_file()}
     assert main([*command, *settings]) == 0
