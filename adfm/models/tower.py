@@ -1,9 +1,10 @@
 """The embedded model's network: Qwen3-VL's own classes, with a vision tower that was pretrained on photographs.
 
 The tower is the frozen EfficientNet-Lite0 of `adfm.models.efficientnet` and a small neck. The neck looks for defects
-itself, in cells of 16 x 16 pixels: for each it gives a logit and the box of the defect there, which a loss on the boxes
-of the data teaches within minutes (`loss`). The language model reads the features, one token for every 2 x 2 cells, and
-with them the regions that the logits make, edge after edge, so that it has boxes to choose from and to write.
+itself, in cells of 16 x 16 pixels: for each it gives a logit and the box of the defect there, and for the picture the
+kind of its defect, which a loss on the boxes and kinds of the data teaches within minutes (`loss`). The language model
+reads the features, one token for every 2 x 2 cells, and with them the regions that the logits make, edge after edge, so
+that it has boxes to choose from and to write, and the number of the kind.
 
 The pretrained weights are neither trained nor saved: a folder of the model holds the neck and the language model.
 """
@@ -32,6 +33,7 @@ from transformers import (
 )
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
+from adfm.method.kinds import MOST as MOST_KINDS
 from adfm.models.efficientnet import CHANNELS, Features
 
 if TYPE_CHECKING:
@@ -89,11 +91,13 @@ class Places:
         defect: Logit of a defect in each cell, `[rows, columns]`.
         boxes: The defect's box, `[rows, columns, 4]`, as fractions of the picture's width and height.
         image: Logit of a defect anywhere in the picture.
+        kinds: Logits of the kinds of its defect, `[MOST_KINDS]`.
     """
 
     defect: Tensor
     boxes: Tensor
     image: Tensor
+    kinds: Tensor
 
 
 @dataclass
@@ -127,9 +131,11 @@ class Tower(PreTrainedModel):
         self.far = nn.Conv2d(width, width, 3, padding=2, dilation=2)
         self.place = nn.Conv2d(width, 5, 1)
         self.image = nn.Linear(2 * width, 1)
+        self.kinds = nn.Linear(2 * width, MOST_KINDS)
         self.up = nn.Linear(merged * width, out)
         self.context = nn.Linear(2 * width, out)
         self.code = nn.Linear(_CODED, out)
+        self.kind = nn.Linear(MOST_KINDS, out, bias=False)
         self.last = nn.LayerNorm(out)
         self.post_init()  # type: ignore[no-untyped-call]
 
@@ -172,11 +178,11 @@ class Tower(PreTrainedModel):
         defect, offsets = self.place(x).float().split((1, 4), 1)
         logits, boxes = defect[:, 0], (_centres(x) + offsets * _cell(x)).permute(0, 2, 3, 1)
         summary = pooled(x)
-        image = self.image(summary)[:, 0].float()
-        places = [Places(*each) for each in zip(logits, boxes, image, strict=True)]
-        return self.tokens(x, summary, logits.detach(), boxes.detach()), places
+        image, kinds = self.image(summary)[:, 0].float(), self.kinds(summary).float()
+        places = [Places(*each) for each in zip(logits, boxes, image, kinds, strict=True)]
+        return self.tokens(x, summary, logits.detach(), boxes.detach(), kinds.detach().softmax(1)), places
 
-    def tokens(self, x: Tensor, summary: Tensor, defect: Tensor, boxes: Tensor) -> Tensor:
+    def tokens(self, x: Tensor, summary: Tensor, defect: Tensor, boxes: Tensor, kinds: Tensor) -> Tensor:
         """What the language model sees of some pictures of one size.
 
         Args:
@@ -184,13 +190,15 @@ class Tower(PreTrainedModel):
             summary: `pooled` of them.
             defect: Logit of a defect in each cell, `[n, rows, columns]`.
             boxes: The defect's box, `[n, rows, columns, 4]`, as fractions of the picture's width and height.
+            kinds: Probability of each kind, `[n, MOST_KINDS]`.
 
         Returns:
             `[n, tokens, out_hidden_size]`.
         """
         seen = self.up(F.pixel_unshuffle(x, self.spatial_merge_size).flatten(2).transpose(1, 2))
         code = _code(defect, boxes, self.spatial_merge_size).to(self.dtype)
-        tokens: Tensor = self.last(seen + self.code(code) + self.context(summary)[:, None])
+        of_picture = self.context(summary) + self.kind(4 * kinds.to(self.dtype))
+        tokens: Tensor = self.last(seen + self.code(code) + of_picture[:, None])
         return tokens
 
     def _of(self, what: str, stride: int) -> Tensor:
@@ -332,23 +340,31 @@ def targets(boxes: Sequence[Sequence[float]], rows: int, columns: int) -> tuple[
     return best >= _COVERED, box_of
 
 
-def loss(places: Sequence[Places], boxes: Sequence[Sequence[Sequence[float]] | None], labels: Sequence[bool]) -> Tensor:
-    """How far the neck is from the boxes and labels of some pictures.
+def loss(
+    places: Sequence[Places],
+    boxes: Sequence[Sequence[Sequence[float]] | None],
+    labels: Sequence[bool],
+    kinds: Sequence[int | None],
+) -> Tensor:
+    """How far the neck is from the boxes, labels and kinds of some pictures.
 
     Each picture adds the cross-entropy of its cells, a Dice loss (a defect of one cell then counts as much as one of a
-    hundred) and the distance of the boxes in the defects' cells; and the cross-entropy of its label.
+    hundred) and the distance of the boxes in the defects' cells; and the cross-entropies of its label and kind.
 
     Args:
         places: Of each picture.
         boxes: Ground truth of each, as fractions of width and height; `None` where a defect's place is not known.
         labels: Whether each is defective.
+        kinds: The number of its kind, below `MOST_KINDS`; `None` where it has none, or none is known.
 
     Returns:
         The mean over the pictures.
     """
     total = places[0].image.new_zeros(())
-    for place, truth, label in zip(places, boxes, labels, strict=True):
+    for place, truth, label, kind in zip(places, boxes, labels, kinds, strict=True):
         total = total + 0.5 * F.binary_cross_entropy_with_logits(place.image, place.image.new_tensor(float(label)))
+        if kind is not None:
+            total = total + 0.5 * F.cross_entropy(place.kinds, torch.tensor(kind, device=place.kinds.device))
         if truth is None:
             continue
         rows, columns = place.defect.shape

@@ -6,8 +6,9 @@ stages train the rest:
 
 1. *places*: the neck of the tower learns where defects are (`adfm.models.tower.loss`). Through the language model alone
    it does not learn that in minutes.
-2. *copying*: the language model learns to write the boxes that the tower gives it, on regions at random and without
-   pictures, which takes a third of the time that it takes on pictures.
+2. *copying*: the language model learns to write the boxes that the tower gives it, and the name that the prompt lists
+   at the number of the kind, on regions and kinds at random and without pictures, which takes a third of the time that
+   it takes on pictures.
 3. *responses*: the whole model learns to answer in the form of the prompt. The loss of the first stage stays, at a
    lower weight.
 
@@ -85,24 +86,22 @@ def _draw(seed: int, index: int) -> Picture:
 def annotate(picture: Picture, rng: np.random.Generator, kinds: Sequence[str] = ()) -> str:
     """The correct answer; on some normal pictures a region is examined and rejected.
 
-    Where the prompt asks for one of some `kinds`, a defect has any of them: nothing in a picture belongs to a made-up
-    name, and what there is to learn is that a name of the prompt is written as it stands there.
+    Where the prompt asks for one of some `kinds`, they are other names of `KINDS`, in the same order.
     """
     if picture.defect is None:
         regions = [_somewhere(rng)] if rng.random() < 0.1 else []
         return prompt.answer("normal", [_on_frame(box) for box in regions])
     ordered = sorted(picture.boxes, key=lambda box: (box[1], box[0]))
-    defect = str(rng.choice(kinds)) if kinds else picture.defect
+    defect = kinds[KINDS.index(picture.defect)] if kinds else picture.defect
     return prompt.answer("anomalous", [_on_frame(box) for box in ordered], defect, kinds=kinds)
 
 
-def made_up_kinds(rng: np.random.Generator) -> tuple[str, ...]:
-    """Names of two to six kinds of defects that no tokenizer has met."""
-    count = rng.integers(2, 7)
-    names = {
-        "".join(rng.choice(SYLLABLES, rng.integers(2, 5))) + rng.choice(["", "", "_a", "-x"]) for _ in range(count)
-    }
-    return tuple(sorted(names)) if len(names) > 1 else ()
+def made_up_kinds(rng: np.random.Generator, count: int) -> tuple[str, ...]:
+    """Names of kinds of defects that no tokenizer has met, in alphabetical order."""
+    names: set[str] = set()
+    while len(names) < count:
+        names.add("".join(rng.choice(SYLLABLES, rng.integers(2, 5))) + rng.choice(["", "", "_a", "-x"]))
+    return tuple(sorted(names))
 
 
 def _somewhere(rng: np.random.Generator) -> NDArray[np.float64]:
@@ -231,7 +230,8 @@ def _rate(step: int, steps: int) -> float:
 def _places_loss(places: Any, batch: list[Picture]) -> torch.Tensor:
     from adfm.models import tower
 
-    return tower.loss(places, [picture.boxes.tolist() for picture in batch], [len(p.boxes) > 0 for p in batch])
+    boxes, kinds = [p.boxes.tolist() for p in batch], [KINDS.index(p.defect) if p.defect else None for p in batch]
+    return tower.loss(places, boxes, [len(p.boxes) > 0 for p in batch], kinds)
 
 
 def _train(
@@ -301,8 +301,16 @@ def _copying(model: Any, processor: Any, steps: int, seed: int, state: _Checkpoi
         rows, columns = (int(rng.integers(4, 9)) for _ in range(2))  # tokens down, and across
         defect, boxes = _regions(rng, rows * tower.spatial_merge_size, columns * tower.spatial_merge_size)
         noise = torch.from_numpy(rng.normal(size=(BATCH, tower.config.hidden_size, *defect.shape[1:])).clip(0)).float()
-        tokens = tower.tokens(noise, pooled(noise), defect, boxes)
-        texts = [image + _answer_of_regions(*each, rng) + "<|im_end|>" for each in zip(defect, boxes, strict=True)]
+        drawn = [_names(rng) for _ in range(BATCH)]
+        kinds = torch.from_numpy(np.stack([probabilities for _, _, probabilities in drawn])).float()
+        tokens = tower.tokens(noise, pooled(noise), defect, boxes, kinds)
+        texts = [
+            (prompt.KINDS.format(kinds=", ".join(f'"{name}"' for name in names)) if names else "")
+            + image
+            + _answer_of_regions(*cells, kind, names)
+            + "<|im_end|>"
+            for *cells, (names, kind, _) in zip(defect, boxes, drawn, strict=True)
+        ]
         expanded = [text.replace("<|image_pad|>", "<|image_pad|>" * (rows * columns)) for text in texts]
         inputs = processor.tokenizer(expanded, padding=True, padding_side="right", return_tensors="pt")
         numbers, grid = inputs["input_ids"], torch.tensor([[1, *defect.shape[1:]]] * BATCH)
@@ -337,12 +345,23 @@ def _regions(rng: np.random.Generator, rows: int, columns: int) -> tuple[torch.T
     return torch.from_numpy(defect).float(), torch.from_numpy(boxes).float()
 
 
-def _answer_of_regions(logits: torch.Tensor, boxes: torch.Tensor, rng: np.random.Generator) -> str:
-    """The answer that writes the regions of a picture, and a kind of defect at random."""
+def _names(rng: np.random.Generator) -> tuple[tuple[str, ...], str, NDArray[Any]]:
+    """Kinds to ask for, or none; the name of one of them or of `KINDS`; probabilities, its own the highest."""
+    from adfm.models import tower
+
+    asked = made_up_kinds(rng, int(rng.integers(2, 9))) if rng.random() < 0.5 else ()
+    number = int(rng.integers(len(asked or KINDS)))
+    probabilities = rng.dirichlet([0.1] * tower.MOST_KINDS) * rng.uniform(0, 0.5)
+    probabilities[number] += 1 - probabilities.sum()
+    return asked, (asked or KINDS)[number], probabilities
+
+
+def _answer_of_regions(logits: torch.Tensor, boxes: torch.Tensor, kind: str, kinds: Sequence[str]) -> str:
+    """The answer that writes the regions of a picture, and the kind."""
     from adfm.models import tower
 
     regions = [_on_frame(np.clip(box, 0, 1)) for box in tower.regions(logits, boxes)]
-    return prompt.answer("anomalous", regions, str(rng.choice(KINDS)))
+    return prompt.answer("anomalous", regions, kind, kinds=kinds)
 
 
 def _answered(processor: Any, inputs: Any) -> torch.Tensor:
@@ -369,7 +388,7 @@ def _responses(
         rng, batch = _batch(data, seed + 1, step)
         answers = []
         for picture in batch:
-            kinds = made_up_kinds(rng) if rng.random() < _WITH_KINDS else ()
+            kinds = made_up_kinds(rng, len(KINDS)) if rng.random() < _WITH_KINDS else ()
             text = loading.chat_text(processor, prompt.messages(units, kinds=kinds))
             answers.append(text + annotate(picture, rng, kinds) + "<|im_end|>")
         images = [picture.image for picture in batch]

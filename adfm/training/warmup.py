@@ -139,13 +139,20 @@ def _trained(
         callbacks=[Watch("warm-up", ["loss", "mean_token_accuracy"], outbox)],
     )
     trainer.places_weight = settings.places_weight
-    trainer.train_dataset = Answers(data, settings, params.seed, settings.augment, loaded.kinds)
+    kinds = kinds_.single(shards_.table(shards, "train")["defect"].to_pylist())[: kinds_.MOST]
+    trainer.train_dataset = Answers(data, settings, params.seed, settings.augment, kinds)
     if judged:
-        trainer.eval_dataset = Answers(validation, settings, params.seed, False, loaded.kinds)
+        trainer.eval_dataset = Answers(validation, settings, params.seed, False, kinds)
         trainer.add_callback(EarlyStoppingCallback(settings.patience))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.train()
+    if judged and trainer.state.best_global_step == steps:
+        limit = "warmup.steps" if steps == settings.steps else "warmup.epochs"
+        print(
+            f"cold start: after {steps} steps, which {limit} allows, its loss on validation was still falling; "
+            f"raise {limit} where the model is not good enough"
+        )
     return list(trainer.state.log_history)
 
 
@@ -175,14 +182,15 @@ class Answers:
     """Images with the answers that they should get, as the trainer reads them: `prompt`, `completion`, `image`.
 
     With them come what the loss on places needs: `boxes`, as fractions of width and height, `None` where the place is
-    not known; and `defective`.
+    not known; `defective`; and `kind`, the number of its kind among those of the training images, `None` where it has
+    none of them, or several.
 
     Args:
         data: As `examples.draw` gives it.
         settings: How answers are written.
         seed: Decides which view of an image a row shows.
         augment: Whether there are views other than the image as it is.
-        kinds: Those that the prompt asks for.
+        kinds: Those of the training images; the prompt asks for one where the settings say so.
     """
 
     def __init__(self, data: Any, settings: Warmup, seed: int, augment: bool = True, kinds: Sequence[str] = ()) -> None:
@@ -201,8 +209,9 @@ class Answers:
         largest = sorted(regions, key=lambda box: -box.area)[:_MOST_BOXES]
         ordered = sorted(largest, key=lambda box: (box.y1, box.x1))
         step, stages = self._settings.coordinate_step, self._settings.stages
-        text = prompt.answer(row["label"], ordered, row["defect"], step, stages, self._kinds)
-        defective = row["label"] == "anomalous"
+        asked = self._kinds if self._settings.kinds else ()
+        text = prompt.answer(row["label"], ordered, row["defect"], step, stages, asked)
+        defective, kind = row["label"] == "anomalous", kinds_.of(row["defect"], self._kinds)
         return {
             "prompt": row["prompt"],
             "completion": [{"role": "assistant", "content": text}],
@@ -211,6 +220,7 @@ class Answers:
             if regions or not defective
             else None,
             "defective": defective,
+            "kind": self._kinds.index(kind) if defective and kind in self._kinds else None,
         }
 
 
@@ -236,15 +246,16 @@ def _trainer_class() -> type[Any]:
                 **collate([{k: row[k] for k in ("prompt", "completion", "image")} for row in rows]),
                 "boxes": [row["boxes"] for row in rows],
                 "defective": [row["defective"] for row in rows],
+                "kinds": [row["kind"] for row in rows],
             }
 
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            boxes, defective = inputs.pop("boxes"), inputs.pop("defective")
+            truth = [inputs.pop(name) for name in ("boxes", "defective", "kinds")]
             self._places.clear()
             compute_loss: Any = super().compute_loss  # untyped in TRL
             loss = compute_loss(model, inputs, *args, **kwargs)
             if self._places and self.places_weight:
-                places = tower.loss(self._places[-1], boxes, defective)
+                places = tower.loss(self._places[-1], *truth)
                 self._metrics["train" if model.training else "eval"]["places_loss"].append(places.item())
                 loss = loss + self.places_weight * places
             return loss

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -122,28 +123,40 @@ def test_targets_mark_every_box_and_nothing_far_from_one(rows: int, columns: int
 
 
 def places(rows: int, columns: int, defect: float, image: float) -> tower.Places:
-    return tower.Places(
-        torch.full((rows, columns), defect), torch.zeros(rows, columns, 4), torch.tensor(image, requires_grad=True)
-    )
+    label = torch.tensor(image, requires_grad=True)
+    return tower.Places(torch.full((rows, columns), defect), torch.zeros(rows, columns, 4), label, torch.zeros(30))
 
 
 def test_the_loss_is_least_for_the_truth() -> None:
     truth = [[0.25, 0.25, 0.5, 0.5]]
     hit, box_of = tower.targets(truth, 8, 8)
-    exact = tower.Places(torch.where(hit, 20.0, -20.0), box_of, torch.tensor(20.0))
-    assert tower.loss([exact], [truth], [True]).item() == pytest.approx(0, abs=1e-3)
+    exact = tower.Places(torch.where(hit, 20.0, -20.0), box_of, torch.tensor(20.0), 20.0 * (torch.arange(30) == 7))
+    assert tower.loss([exact], [truth], [True], [7]).item() == pytest.approx(0, abs=1e-3)
     for worse in (
-        tower.Places(-exact.defect, box_of, exact.image),
-        tower.Places(exact.defect, box_of + 0.1, exact.image),
-        tower.Places(exact.defect, box_of, -exact.image),
+        replace(exact, defect=-exact.defect),
+        replace(exact, boxes=box_of + 0.1),
+        replace(exact, image=-exact.image),
+        replace(exact, kinds=exact.kinds.roll(1)),
     ):
-        assert tower.loss([worse], [truth], [True]) > 0.1
+        assert tower.loss([worse], [truth], [True], [7]) > 0.1
 
 
-def test_where_no_place_is_known_the_label_alone_counts() -> None:
+def test_where_neither_place_nor_kind_is_known_the_label_alone_counts() -> None:
     for defect in (-5.0, 5.0):
-        alone = tower.loss([places(4, 4, defect, 0.0)], [None], [True])
+        alone = tower.loss([places(4, 4, defect, 0.0)], [None], [True], [None])
         assert alone.item() == pytest.approx(0.5 * np.log(2))
+
+
+def test_the_tokens_of_a_picture_say_which_kind_is_likeliest(network: Any, processor: Any) -> None:
+    """The language model reads the number of the kind in every token, whatever else the picture shows."""
+    visual = network.model.visual
+    with torch.no_grad():
+        visual.kind.weight.mul_(50)
+        read = []
+        for number in (3, 4, 3):
+            visual.kinds.bias.copy_(20.0 * (torch.arange(30) == number))
+            read.append(see(network, processor, [picture(len(read))]).pooler_output.mean(0))
+    assert torch.cosine_similarity(read[0], read[2], 0) > 0.95 > torch.cosine_similarity(read[0], read[1], 0)
 
 
 def test_a_linear_map_of_the_sinusoids_tells_every_coordinate_from_the_next() -> None:

@@ -53,20 +53,28 @@ def test_annotator_is_right() -> None:
 
 @settings(max_examples=50)
 @given(st.integers(0, 10**6))
-def test_an_answer_names_a_kind_that_its_prompt_asks_for(seed: int) -> None:
+def test_an_answer_names_the_kind_by_the_name_that_its_prompt_lists_at_the_number(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    kinds = base.made_up_kinds(rng)
-    assert len(kinds) != 1 and len(kinds) == len({*kinds}) and kinds_.single(kinds) == [*kinds]
-    if kinds:
-        assert kinds_.read(response.parse(base.annotate(_picture(10, 20, 30, 10), rng, kinds)).rethink, kinds) in kinds
+    kinds = base.made_up_kinds(rng, len(base.KINDS))
+    assert len(kinds) == len(base.KINDS) and kinds_.single(kinds) == [*kinds]
+    read = response.parse(base.annotate(_picture(10, 20, 30, 10), rng, kinds))
+    assert kinds_.read(read.rethink, kinds) == kinds[base.KINDS.index("spot")]
+
+
+@settings(max_examples=50)
+@given(st.integers(0, 10**6))
+def test_a_kind_to_copy_is_the_likeliest(seed: int) -> None:
+    asked, name, probabilities = base._names(np.random.default_rng(seed))
+    assert len(probabilities) == tower.MOST_KINDS and probabilities.sum() == pytest.approx(1)
+    assert [*(asked or base.KINDS)].index(name) == probabilities.argmax()
 
 
 def test_regions_to_copy_are_what_a_neck_could_give() -> None:
     defect, boxes = base._regions(np.random.default_rng(0), 12, 16)
     for logits, corners in zip(defect, boxes, strict=True):
-        text = base._answer_of_regions(logits, corners, np.random.default_rng(0))
-        read = response.parse(text)
+        read = response.parse(base._answer_of_regions(logits, corners, "gulost", ["gulost", "kraba"]))
         assert read.answer == "A" and 1 <= len(read.boxes) <= 4
+        assert kinds_.read(read.rethink, ["gulost", "kraba"]) == "gulost"
         regions = tower.regions(logits, corners)
         assert all(
             np.allclose(box, np.array(region) * 1000, atol=5.001)

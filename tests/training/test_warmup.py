@@ -120,6 +120,21 @@ def test_rows_show_views_with_the_boxes_that_the_answer_names(
     assert 0 < same < 24
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_rows_have_the_number_of_their_kind_whether_or_not_the_prompt_asks_for_it(
+    small_shards: Path, tmp_path: Path, params: Params, asked: bool
+) -> None:
+    loaded = loading.load(params.model.name, params.model)
+    data = examples.draw(small_shards, loaded, 24, anomalous_share=0.5, seed=0, cache=tmp_path)
+    defects = sorted({row["defect"] for row in data if row["label"] == "anomalous"})
+    known = [*defects[:-1], "a kind of other images"]
+    rows = Answers(data, params.warmup.model_copy(update={"kinds": asked}), 0, kinds=known)
+    for i in range(24):
+        defect = data[i]["defect"] if data[i]["label"] == "anomalous" else None
+        assert rows[i]["kind"] == (known.index(defect) if defect in known else None)
+    assert len({row["kind"] for row in (rows[i] for i in range(24))}) == len(defects) + (len(defects) > 1)
+
+
 def test_it_stops_early_and_keeps_the_best_epoch(
     small_shards: Path, tmp_path: Path, params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +161,24 @@ def test_it_stops_early_and_keeps_the_best_epoch(
     best = torch.cat([p.detach().flatten() for n, p in loaded.model.named_parameters() if "lora_B.default" in n])
     assert best.numpy().tobytes() == kept[min(kept)]
     assert load_file(tmp_path / "out" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(("steps", "epochs", "limit"), [(2, 20, "warmup.steps"), (100, 2, "warmup.epochs")])
+def test_it_says_which_limit_ended_it_while_it_was_still_learning(
+    small_shards: Path,
+    tmp_path: Path,
+    params: Params,
+    capsys: pytest.CaptureFixture[str],
+    steps: int,
+    epochs: int,
+    limit: str,
+) -> None:
+    sample = len(shards.ids(small_shards, "train"))
+    settings = {"steps": steps, "epochs": epochs, "batch_size": sample, "learning_rate": 1e-3, "augment": False}
+    warmup(
+        small_shards, tmp_path / "out", params.model_copy(update={"warmup": params.warmup.model_copy(update=settings)})
+    )
+    assert f"after 2 steps, which {limit} allows, its loss on validation was still falling" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("labels", [["normal"], []])
