@@ -33,7 +33,7 @@ from transformers import (
 )
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-from adfm.method.kinds import MOST as MOST_KINDS
+from adfm.method import kinds as kinds_
 from adfm.models.efficientnet import CHANNELS, Features
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Places:
         defect: Logit of a defect in each cell, `[rows, columns]`.
         boxes: The defect's box, `[rows, columns, 4]`, as fractions of the picture's width and height.
         image: Logit of a defect anywhere in the picture.
-        kinds: Logits of the kinds of its defect, `[MOST_KINDS]`.
+        kinds: Logits of the kinds of its defect, `[kinds_.MOST]`.
     """
 
     defect: Tensor
@@ -131,11 +131,11 @@ class Tower(PreTrainedModel):
         self.far = nn.Conv2d(width, width, 3, padding=2, dilation=2)
         self.place = nn.Conv2d(width, 5, 1)
         self.image = nn.Linear(2 * width, 1)
-        self.kinds = nn.Linear(2 * width, MOST_KINDS)
+        self.kinds = nn.Linear(2 * width, kinds_.MOST)
         self.up = nn.Linear(merged * width, out)
         self.context = nn.Linear(2 * width, out)
         self.code = nn.Linear(_CODED, out)
-        self.kind = nn.Linear(MOST_KINDS, out, bias=False)
+        self.kind = nn.Linear(kinds_.MOST, out, bias=False)
         self.last = nn.LayerNorm(out)
         self.post_init()  # type: ignore[no-untyped-call]
 
@@ -190,7 +190,7 @@ class Tower(PreTrainedModel):
             summary: `pooled` of them.
             defect: Logit of a defect in each cell, `[n, rows, columns]`.
             boxes: The defect's box, `[n, rows, columns, 4]`, as fractions of the picture's width and height.
-            kinds: Probability of each kind, `[n, MOST_KINDS]`.
+            kinds: Probability of each kind, `[n, kinds_.MOST]`.
 
         Returns:
             `[n, tokens, out_hidden_size]`.
@@ -355,7 +355,7 @@ def loss(
         places: Of each picture.
         boxes: Ground truth of each, as fractions of width and height; `None` where a defect's place is not known.
         labels: Whether each is defective.
-        kinds: The number of its kind, below `MOST_KINDS`; `None` where it has none, or none is known.
+        kinds: The number of its kind, below `kinds_.MOST`; `None` where it has none, or none is known.
 
     Returns:
         The mean over the pictures.

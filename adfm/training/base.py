@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from adfm.data import masks, synthetic
 from adfm.files import atomic_folder
+from adfm.method import kinds as kinds_
 from adfm.method import prompt
 from adfm.models import families, loading, tiny
 from adfm.records import Box
@@ -307,9 +308,9 @@ def _copying(model: Any, processor: Any, steps: int, seed: int, state: _Checkpoi
         texts = [
             (prompt.KINDS.format(kinds=", ".join(f'"{name}"' for name in names)) if names else "")
             + image
-            + _answer_of_regions(*cells, kind, names)
+            + _answer_of_regions(logits, corners, kind, names)
             + "<|im_end|>"
-            for *cells, (names, kind, _) in zip(defect, boxes, drawn, strict=True)
+            for logits, corners, (names, kind, _) in zip(defect, boxes, drawn, strict=True)
         ]
         expanded = [text.replace("<|image_pad|>", "<|image_pad|>" * (rows * columns)) for text in texts]
         inputs = processor.tokenizer(expanded, padding=True, padding_side="right", return_tensors="pt")
@@ -347,11 +348,9 @@ def _regions(rng: np.random.Generator, rows: int, columns: int) -> tuple[torch.T
 
 def _names(rng: np.random.Generator) -> tuple[tuple[str, ...], str, NDArray[Any]]:
     """Kinds to ask for, or none; the name of one of them or of `KINDS`; probabilities, its own the highest."""
-    from adfm.models import tower
-
     asked = made_up_kinds(rng, int(rng.integers(2, 9))) if rng.random() < 0.5 else ()
     number = int(rng.integers(len(asked or KINDS)))
-    probabilities = rng.dirichlet([0.1] * tower.MOST_KINDS) * rng.uniform(0, 0.5)
+    probabilities = rng.dirichlet([0.1] * kinds_.MOST) * rng.uniform(0, 0.5)
     probabilities[number] += 1 - probabilities.sum()
     return asked, (asked or KINDS)[number], probabilities
 

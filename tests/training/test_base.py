@@ -65,7 +65,7 @@ def test_an_answer_names_the_kind_by_the_name_that_its_prompt_lists_at_the_numbe
 @given(st.integers(0, 10**6))
 def test_a_kind_to_copy_is_the_likeliest(seed: int) -> None:
     asked, name, probabilities = base._names(np.random.default_rng(seed))
-    assert len(probabilities) == tower.MOST_KINDS and probabilities.sum() == pytest.approx(1)
+    assert len(probabilities) == kinds_.MOST and probabilities.sum() == pytest.approx(1)
     assert [*(asked or base.KINDS)].index(name) == probabilities.argmax()
 
 
