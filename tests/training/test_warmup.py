@@ -132,7 +132,7 @@ def test_rows_have_the_number_of_their_kind_whether_or_not_the_prompt_asks_for_i
     for i in range(24):
         defect = data[i]["defect"] if data[i]["label"] == "anomalous" else None
         assert rows[i]["kind"] == (known.index(defect) if defect in known else None)
-    assert len({row["kind"] for row in (rows[i] for i in range(24))}) == len(defects) + (len(defects) > 1)
+    assert len({rows[i]["kind"] for i in range(24)}) == len(defects) > 2
 
 
 def test_it_stops_early_and_keeps_the_best_epoch(
