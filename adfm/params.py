@@ -118,7 +118,7 @@ class Warmup(Section):
     """Supervised cold start."""
 
     steps: NonNegativeInt = 150
-    epochs: PositiveInt = 10
+    epochs: PositiveInt = 20
     patience: NonNegativeInt = 3
     batch_size: PositiveInt = 16
     learning_rate: PositiveFloat = 1e-3
