@@ -188,8 +188,10 @@ def test_predict_serving_and_the_gate_decide_alike(
     assert tags["threshold"] == f"{fitted.threshold:.6g}" and tags["threshold_limit"] == "overkill <= 0.05"
     assert fitted.summary in tracking.client().get_model_version("adfm", "1").description
 
+    answered = table["predicted"].notna()
     flipped = table["decision"] != table["predicted"]
-    rows = pd.concat([judged[flipped][:3], judged[~flipped][:3]])
+    rows = pd.concat([judged[answered & flipped][:3], judged[answered & ~flipped][:3]])
+    assert len(rows) > 3
     images = {record.id: record for record in shards_.read(small_shards, "test")}
     for key in rows["id"]:
         (tmp_path / f"{key}.png").write_bytes(images[key].image)
