@@ -500,8 +500,9 @@ def prompt_of(model: str | Path, family: str) -> list[dict[str, Any]]:
 
 
 def kinds_of(model: str | Path) -> tuple[str, ...]:
-    """The kinds of defects that a model's prompt asks to name one of; empty for a base model, and without kinds."""
-    return tuple((describe(Path(model)) or {}).get("kinds", ()))
+    """The kinds of defects that a model names one of; empty for a base model, without kinds, and for a single kind."""
+    kinds = tuple((describe(Path(model)) or {}).get("kinds", ()))
+    return kinds if len(kinds) > 1 else ()  # a detector of one kind has learned none
 
 
 def base_of(model: str | Path, settings: Model) -> tuple[Model, Path]:

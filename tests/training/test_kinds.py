@@ -76,3 +76,9 @@ def test_a_model_without_kinds_has_no_column_of_them(small_shards: Path) -> None
     inspector = inference.Inspector(BASE, Params())
     assert inspector.kinds == ()
     assert {field.name for field in inference.KINDS}.isdisjoint(inference.PREDICTIONS.names)
+
+
+@pytest.mark.parametrize(("trained_on", "named"), [([], ()), (["dent"], ()), (["dent", "spot"], ("dent", "spot"))])
+def test_a_model_of_one_kind_names_none(trained_on: list[str], named: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "adfm.json").write_text(json.dumps({"stage": "detector", "kinds": trained_on}))
+    assert loading.kinds_of(tmp_path) == named
