@@ -55,11 +55,15 @@ def messages(units: str, stages: bool = True, kinds: Sequence[str] = ()) -> list
         stages: Whether the decision is asked for in three stages, or alone.
         kinds: Kinds of defects to name one of, as `adfm.method.kinds.listed` gives them; only with stages.
     """
-    names = ", ".join(f'"{kind}"' for kind in kinds)
     return [
-        {"role": "system", "content": SYSTEM + KINDS.format(kinds=names) if kinds else SYSTEM},
+        {"role": "system", "content": SYSTEM + asking_for(kinds)},
         {"role": "user", "content": QUESTION.format(units=units) if stages else PLAIN_QUESTION},
     ]
+
+
+def asking_for(kinds: Sequence[str]) -> str:
+    """The sentence of the system's message that lists the kinds to name one of; empty without kinds."""
+    return KINDS.format(kinds=", ".join(f'"{kind}"' for kind in kinds)) if kinds else ""
 
 
 _NO_MARKUP = str.maketrans("<>", "()")

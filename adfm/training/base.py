@@ -302,15 +302,12 @@ def _copying(model: Any, processor: Any, steps: int, seed: int, state: _Checkpoi
         rows, columns = (int(rng.integers(4, 9)) for _ in range(2))  # tokens down, and across
         defect, boxes = _regions(rng, rows * tower.spatial_merge_size, columns * tower.spatial_merge_size)
         noise = torch.from_numpy(rng.normal(size=(BATCH, tower.config.hidden_size, *defect.shape[1:])).clip(0)).float()
-        drawn = [_names(rng) for _ in range(BATCH)]
+        drawn = [_draw_kind(rng) for _ in range(BATCH)]
         kinds = torch.from_numpy(np.stack([probabilities for _, _, probabilities in drawn])).float()
         tokens = tower.tokens(noise, pooled(noise), defect, boxes, kinds)
         texts = [
-            (prompt.KINDS.format(kinds=", ".join(f'"{name}"' for name in names)) if names else "")
-            + image
-            + _answer_of_regions(logits, corners, kind, names)
-            + "<|im_end|>"
-            for logits, corners, (names, kind, _) in zip(defect, boxes, drawn, strict=True)
+            prompt.asking_for(listed) + image + _answer_of_regions(logits, corners, kind, listed) + "<|im_end|>"
+            for logits, corners, (listed, kind, _) in zip(defect, boxes, drawn, strict=True)
         ]
         expanded = [text.replace("<|image_pad|>", "<|image_pad|>" * (rows * columns)) for text in texts]
         inputs = processor.tokenizer(expanded, padding=True, padding_side="right", return_tensors="pt")
@@ -346,13 +343,13 @@ def _regions(rng: np.random.Generator, rows: int, columns: int) -> tuple[torch.T
     return torch.from_numpy(defect).float(), torch.from_numpy(boxes).float()
 
 
-def _names(rng: np.random.Generator) -> tuple[tuple[str, ...], str, NDArray[Any]]:
-    """Kinds to ask for, or none; the name of one of them or of `KINDS`; probabilities, its own the highest."""
-    asked = made_up_kinds(rng, int(rng.integers(2, 9))) if rng.random() < 0.5 else ()
-    number = int(rng.integers(len(asked or KINDS)))
+def _draw_kind(rng: np.random.Generator) -> tuple[tuple[str, ...], str, NDArray[Any]]:
+    """The kinds that a prompt lists, or none; the kind to name; a neck's probabilities, the highest at its number."""
+    listed = made_up_kinds(rng, int(rng.integers(2, 9))) if rng.random() < 0.5 else ()
+    number = int(rng.integers(len(listed or KINDS)))
     probabilities = rng.dirichlet([0.1] * kinds_.MOST) * rng.uniform(0, 0.5)
     probabilities[number] += 1 - probabilities.sum()
-    return asked, (asked or KINDS)[number], probabilities
+    return listed, (listed or KINDS)[number], probabilities
 
 
 def _answer_of_regions(logits: torch.Tensor, boxes: torch.Tensor, kind: str, kinds: Sequence[str]) -> str:

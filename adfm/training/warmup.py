@@ -139,7 +139,7 @@ def _trained(
         callbacks=[Watch("warm-up", ["loss", "mean_token_accuracy"], outbox)],
     )
     trainer.places_weight = settings.places_weight
-    kinds = kinds_.single(shards_.table(shards, "train")["defect"].to_pylist())[: kinds_.MOST]
+    kinds = loaded.kinds or kinds_.single(shards_.table(shards, "train")["defect"].to_pylist())[: kinds_.MOST]
     trainer.train_dataset = Answers(data, settings, params.seed, settings.augment, kinds)
     if judged:
         trainer.eval_dataset = Answers(validation, settings, params.seed, False, kinds)
@@ -209,8 +209,8 @@ class Answers:
         largest = sorted(regions, key=lambda box: -box.area)[:_MOST_BOXES]
         ordered = sorted(largest, key=lambda box: (box.y1, box.x1))
         step, stages = self._settings.coordinate_step, self._settings.stages
-        asked = self._kinds if self._settings.kinds else ()
-        text = prompt.answer(row["label"], ordered, row["defect"], step, stages, asked)
+        listed = self._kinds if self._settings.kinds else ()
+        text = prompt.answer(row["label"], ordered, row["defect"], step, stages, listed)
         defective, kind = row["label"] == "anomalous", kinds_.of(row["defect"], self._kinds)
         return {
             "prompt": row["prompt"],

@@ -64,9 +64,9 @@ def test_an_answer_names_the_kind_by_the_name_that_its_prompt_lists_at_the_numbe
 @settings(max_examples=50)
 @given(st.integers(0, 10**6))
 def test_a_kind_to_copy_is_the_likeliest(seed: int) -> None:
-    asked, name, probabilities = base._names(np.random.default_rng(seed))
+    listed, name, probabilities = base._draw_kind(np.random.default_rng(seed))
     assert len(probabilities) == kinds_.MOST and probabilities.sum() == pytest.approx(1)
-    assert [*(asked or base.KINDS)].index(name) == probabilities.argmax()
+    assert [*(listed or base.KINDS)].index(name) == probabilities.argmax()
 
 
 def test_regions_to_copy_are_what_a_neck_could_give() -> None:

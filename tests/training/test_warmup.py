@@ -120,15 +120,15 @@ def test_rows_show_views_with_the_boxes_that_the_answer_names(
     assert 0 < same < 24
 
 
-@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("listed", [False, True])
 def test_rows_have_the_number_of_their_kind_whether_or_not_the_prompt_asks_for_it(
-    small_shards: Path, tmp_path: Path, params: Params, asked: bool
+    small_shards: Path, tmp_path: Path, params: Params, listed: bool
 ) -> None:
     loaded = loading.load(params.model.name, params.model)
     data = examples.draw(small_shards, loaded, 24, anomalous_share=0.5, seed=0, cache=tmp_path)
     defects = sorted({row["defect"] for row in data if row["label"] == "anomalous"})
     known = [*defects[:-1], "a kind of other images"]
-    rows = Answers(data, params.warmup.model_copy(update={"kinds": asked}), 0, kinds=known)
+    rows = Answers(data, params.warmup.model_copy(update={"kinds": listed}), 0, kinds=known)
     for i in range(24):
         defect = data[i]["defect"] if data[i]["label"] == "anomalous" else None
         assert rows[i]["kind"] == (known.index(defect) if defect in known else None)
