@@ -63,7 +63,7 @@ ARMS = {
     "stages": Arm("stages, answer-only reward", _LETTER_ALONE),
     "paper": Arm("stages, `paper` reward", ("train.profile=paper",)),
     "calibrated": Arm("stages, `calibrated` reward", ("train.profile=calibrated",)),
-    "resample": Arm("the same, groups all alike drawn anew", ("train.profile=calibrated", "train.resample=2")),
+    "resample": Arm("the same, groups of equal rewards redrawn", ("train.profile=calibrated", "train.resample=2")),
     "doubt": Arm("the same, doubtful images more often", ("train.profile=calibrated", "train.favour_doubt=true")),
 }
 _TITLES = {name: title[0].upper() + title[1:] for name in METRICS for title in [TITLES.get(name, name)]}

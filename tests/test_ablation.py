@@ -98,9 +98,9 @@ def test_arms_are_trained_judged_and_kept(
     settings = [part for setting in small for part in ("--set", setting)]
 
     assert main([*command, "--jobs", "2", *settings]) == 0
-    found = json.loads(Path("docs/ablation.json").read_text())
-    assert {arm: [*runs] for arm, runs in found.items()} == {"answer": ["0"], "calibrated": ["0"]}
-    for arm, runs in found.items():
+    report = json.loads(Path("docs/ablation.json").read_text())
+    assert {arm: [*runs] for arm, runs in report.items()} == {"answer": ["0"], "calibrated": ["0"]}
+    for arm, runs in report.items():
         figures = runs["0"]
         assert figures.keys() >= {*ablation.METRICS, "steps", "curve"} and figures["steps"] == 10
         assert [step for step, _, _ in figures["curve"]] == [0, 5, 10]
