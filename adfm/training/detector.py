@@ -55,6 +55,7 @@ _MOST_VALIDATION = 1000  # images that threshold and boxes are chosen on
 _MOST_TILES = 2400  # of these images, where they are cut: about as many images as have so many tiles, but
 _FEWEST_VALIDATION = 40  # no fewer: a threshold on fewer images is chance
 _MOST_TUNED = 200  # of those with boxes
+_AT_ONCE = 8  # pictures, each in its variants, whose features are computed side by side
 _BATCH = 16
 _LEARNING_RATE, _WEIGHT_DECAY, _WARMUP = 2e-3, 2e-2, 30
 _DEFECT_WEIGHT = 3.0  # of a cell with a defect in the cross-entropy: few cells have one
@@ -230,15 +231,19 @@ def _compute(
     examples: list[_Example] = []
     place = 0
     with file.open("wb") as stream, tqdm(total=len(rows), desc="features", unit="picture", mininterval=1.0) as progress:
-        for _, image, of_image in _images(shards, "train", rows):
-            plain = [detector.picture(image.crop(row["tile"])) for row in of_image]
+        plain = (
+            (row, detector.picture(image.crop(row["tile"])))
+            for _, image, of_image in _images(shards, "train", rows)
+            for row in of_image
+        )
+        while some := list(islice(plain, _AT_ONCE)):
             pictures = [
-                varied(one, variant, [seed, len(examples) + number, variant])
-                for number, one in enumerate(plain)
+                varied(one, variant, [seed, number, variant])
+                for number, (_, one) in enumerate(some, len(examples))
                 for variant in range(variants)
             ]
             computed = iter(detector.features(compute, pictures))
-            for row, one in zip(of_image, plain, strict=True):
+            for row, one in some:
                 places = []
                 for maps in islice(computed, variants):
                     places.append(place)
