@@ -1,8 +1,9 @@
 """References in every report: the blind answers, and the reference detector where one was evaluated.
 
-A blind answer is the same for every image, `always A` (anomalous) or `always B` (normal), and names no box. A model
-that does not beat both has learnt nothing from the images. The reference detector (`adfm.models.detector`) learns from
-the same images without language; where it is better than the language model, the report says so first.
+A blind answer is the same for every image, `always A` (anomalous) or `always B` (normal), and names no box; where
+kinds are asked for, A comes with the commonest. A model that does not beat both has learnt nothing from the images. The
+reference detector (`adfm.models.detector`) learns from the same images without language; where it is better than the
+language model, the report says so first.
 
 Language model and detector are compared by their scores: each is decided at the threshold that has the best balanced
 accuracy on the validation split, so that neither gains by a limit or by letters that lean to one side. Where there is
@@ -44,6 +45,7 @@ METRICS = {
     "specificity": "specificity",
     "auroc": "AUROC",
     "iou": "IoU",
+    metrics.KIND: "kind right",
 }
 """The metrics of the rows and their titles; all but `BY_SCORE` and AUROC count the answers as written."""
 
@@ -70,6 +72,9 @@ def blind_tables(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Prediction tables of the blind answers on the images of `table`, by the names of `BLIND`."""
     without_boxes = metrics.as_decided(table.assign(decision="normal", **_regions(table)))
     without_boxes = without_boxes.drop(columns=["probability", "decision"], errors="ignore")
+    if "predicted_kind" in table:
+        commonest = table["kind"][table["label"] == "anomalous"].mode()
+        without_boxes = without_boxes.assign(predicted_kind=None if commonest.empty else commonest.iloc[0])
     return {name: without_boxes.assign(predicted=label, score=0.5) for name, label in BLIND.items()}
 
 

@@ -240,7 +240,7 @@ def _model(facts: Facts) -> str:
 def summarize(facts: Facts) -> dict[str, Any]:
     """The verdict on a candidate: `model`, `comparison` and `steps`, as the module says."""
     blind, sentence = _blind(facts)
-    comparison = [sentence, facts.compared["sentence"], _boxes(facts), _crossed(facts)]
+    comparison = [sentence, facts.compared["sentence"], _boxes(facts), _named_kinds(facts), _crossed(facts)]
     steps = [{"rule": rule, "text": text} for rule, text in _steps(facts, blind)]
     return {"model": _model(facts), "comparison": [text for text in comparison if text], "steps": steps}
 
@@ -306,6 +306,19 @@ def _boxes(facts: Facts) -> str:
         verdict = f"{name if low > 0 else 'the detector'} is better"
     change = _interval(-value, _minus(high), _minus(low), "+")
     return f"By IoU {verdict}: {theirs:.3f} (detector) and {ours:.3f} ({name}), difference {change}."
+
+
+def _named_kinds(facts: Facts) -> str:
+    """How often the candidate names the kind right, beside detector and blind answer; empty without kinds."""
+    rows, name, detector = (facts.compared[key] for key in ("rows", "candidate", "detector"))
+    value, low, high = rows[name][metrics.KIND]
+    if value is None:
+        return ""
+    others = [("always the commonest", max(rows[blind][metrics.KIND][0] for blind in references.BLIND))]
+    if detector is not None and rows[detector][metrics.KIND][0] is not None:
+        others.insert(0, ("detector", rows[detector][metrics.KIND][0]))
+    compared = ", ".join(f"{other} {right:.3f}" for other, right in others)
+    return f"{name} names the kind right in {_interval(value, low, high)} of the defective images ({compared})."
 
 
 def _crossed(facts: Facts) -> str:

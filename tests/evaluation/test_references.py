@@ -112,7 +112,7 @@ def test_without_a_detector_there_are_blind_rows_and_no_sentence() -> None:
     assert result["sentence"] == "" and result["verdict"] is None
     assert list(result["rows"]) == ["trained", "always_A", "always_B"]
     header, *rows = references.table(result)
-    assert header == ["", *references.METRICS.values()]
+    assert header == ["", *(title for title in references.METRICS.values() if title != "kind right")]
     assert [row[0] for row in rows] == ["trained", "always A", "always B"]
     assert rows[1][1].startswith("0.500 [") and rows[1][3].startswith("1.000 [") and rows[2][3].startswith("0.000 [")
 
@@ -134,6 +134,20 @@ def test_a_blind_answer_is_right_for_one_label_and_boxes_nothing(
         assert measured["iou"] == 0 and measured["parse_rate"] == 1
         assert blind[name]["false_negatives"].sum() == (table["label"] == "anomalous").sum()
         assert blind[name]["id"].tolist() == table["id"].tolist()
+
+
+def test_a_blind_answer_names_the_commonest_kind() -> None:
+    table = predictions(0.9, 0, 60)
+    defective = table["label"] == "anomalous"
+    kinds = np.where(defective, np.where(np.arange(60) % 3 == 0, "dent", "scratch"), None)
+    table = table.assign(kind=kinds, predicted_kind=kinds)
+    rows = compared({"trained": table})["rows"]
+    assert rows["always_B"][metrics.KIND][0] == 0
+    assert rows["always_A"][metrics.KIND][0] == (kinds[defective] == "scratch").mean() > 0.5
+    header, *cells = references.table({"rows": rows})
+    assert header[-1] == "kind right" and cells[-1][-1].startswith("0.000 [")
+    nothing = table.assign(kind=None, predicted_kind=None)
+    assert compared({"trained": nothing})["rows"]["always_A"][metrics.KIND] == [None] * 3
 
 
 @pytest.mark.parametrize(("shift", "apart"), [(0.0, 2.0), (2.0, 2.0), (-3.0, 3.0), (0.0, 4.0)])

@@ -23,7 +23,13 @@ from adfm.tiles import Defect
 
 EMBEDDED = Kind("embedded://tiny-base", True, True, 900_000, 320 * 320, True, (132, 12))
 LARGE = Kind("Qwen/Qwen2.5-VL-7B-Instruct", weights=8_290_000_000, pixels=512 * 512, trained=True)
-BLIND = {"balanced_accuracy": [0.5, 0.4, 0.6], references.BY_SCORE: [None] * 3, "iou": [0.0, 0.0, 0.1]}
+UNKNOWN: list[float | None] = [None] * 3
+BLIND = {
+    "balanced_accuracy": [0.5, 0.4, 0.6],
+    references.BY_SCORE: UNKNOWN,
+    "iou": [0.0, 0.0, 0.1],
+    metrics.KIND: UNKNOWN,
+}
 
 
 def facts(
@@ -42,7 +48,8 @@ def facts(
     def around(value: float | None) -> list[float | None]:
         return [None] * 3 if value is None else [value, value - half, value + half]
 
-    row = {"balanced_accuracy": around(balanced), references.BY_SCORE: around(balanced), "iou": around(iou)}
+    row = {metric: around(balanced) for metric in ("balanced_accuracy", references.BY_SCORE)}
+    row |= {"iou": around(iou), metrics.KIND: UNKNOWN}
     blind = BLIND if balanced is not None else BLIND | {"balanced_accuracy": [None] * 3}
     rows = {"trained": row, "always_A": blind, "always_B": blind}
     comparison: dict[str, Any] = {"candidate": "trained", "detector": None, "verdict": compared, "sentence": ""}
@@ -180,6 +187,18 @@ def test_boxes_are_compared_where_both_have_some(change: tuple[float, float, flo
     assert start in words(known)
     rows["detector"]["iou"] = [None] * 3
     assert "By IoU" not in words(known)
+
+
+def test_kinds_named_right_are_compared_with_the_commonest() -> None:
+    known = facts(compared="open")
+    rows = known.compared["rows"]
+    assert "names the kind" not in words(known)
+    rows |= {"trained": rows["trained"] | {metrics.KIND: [0.991, 0.968, 0.999]}}
+    rows |= {"always_A": rows["always_A"] | {metrics.KIND: [0.2] * 3}, "always_B": BLIND | {metrics.KIND: [0.0] * 3}}
+    named = "trained names the kind right in 0.991 [0.968, 0.999] of the defective images "
+    assert f"{named}(always the commonest 0.200)." in words(known)
+    rows["detector"] = rows["detector"] | {metrics.KIND: [0.973] * 3}
+    assert f"{named}(detector 0.973, always the commonest 0.200)." in words(known)
 
 
 def test_a_cross_validation_is_named_and_not_proposed_again() -> None:
