@@ -3,7 +3,8 @@
 The loss is dense on the user's boxes (cross-entropy and Dice of the map of defects) where there are boxes and on normal
 images, and a cross-entropy of the image's logit on the label of every image. Where no image has boxes, the mean of the
 map's highest hundredth learns the label instead, so that the map still helps. Where no image is normal there is no loss
-of the label. Kinds of defects are a further output where there are several.
+of the label. Kinds of defects are a further output where there are several, and all that it learns where no image is
+normal and none has boxes.
 
 The backbone runs once for each picture and its augmented variants (flips, brightness, contrast, noise); their features
 wait in a file. For about 1,000 images that takes two minutes on one core, and the head's training one more.
@@ -104,7 +105,7 @@ def train(shards: Path, out: Path, params: Params, force: bool = False) -> None:
 
     Raises:
         AdfmError: `out` holds a finished model or something else; the shards cannot be read; or there is nothing to
-            learn: no defective image, or neither boxes nor normal images; with `tile.size`, no boxes.
+            learn: no defective image, or neither boxes nor normal images nor several kinds; with `tile.size`, no boxes.
     """
     refuse_to_replace(out, force)
     rng = np.random.default_rng(params.seed)
@@ -140,10 +141,11 @@ def _check(rows: list[dict[str, Any]], shards: Path) -> None:
             f"{shards}: the train split has no defective image, and the detector learns from such; add defective "
             "images, or change split.* in params.yaml and convert again"
         )
-    if not counts["normal"] and not any(row["boxes"] for row in rows):
+    several = len(kinds_.single(row["defect"] for row in rows)) > 1
+    if not counts["normal"] and not several and not any(row["boxes"] for row in rows):
         raise AdfmError(
-            f"{shards}: the train split has no normal image and no boxes, so that nothing tells a defect from what is "
-            "good; add normal images, or mark the defects with boxes"
+            f"{shards}: the train split has no normal image, no boxes and one kind of defect, so that nothing tells a "
+            "defect from what is good; add normal images, or mark the defects with boxes"
         )
 
 
@@ -175,11 +177,13 @@ def _summary(total: int, examples: list[_Example], kinds: list[str], variants: i
     anomalous, boxes = sum(e.anomalous for e in examples), sum(e.boxes for e in examples)
     drawn = f" of {total:,}, drawn" if len(examples) < total else ""
     notes = [f"detector: {len(examples):,} training images{drawn}, {anomalous:,} defective, in {variants} variants"]
-    if not boxes:
+    if not boxes and anomalous == len(examples):
+        notes.append("no image has boxes or is normal, so that it learns the kinds alone, and its score says nothing")
+    elif not boxes:
         notes.append("no image has boxes, so that it learns the labels alone and draws no boxes")
     elif boxes < anomalous:
         notes.append(f"{anomalous - boxes:,} defective images have a label alone")
-    if anomalous == len(examples):
+    if boxes and anomalous == len(examples):
         notes.append("no image is normal, so that it learns the boxes alone, and its score is the map's highest")
     if len(kinds) > 1:
         notes.append(f"{len(kinds)} kinds of defects")

@@ -174,6 +174,7 @@ ODD: dict[str, tuple[Callable[[Record], Record | None], str]] = {
         "defective images have a label alone",
     ),
     "defective alone": (lambda one: one if one.boxes else None, "no image is normal"),
+    "kinds alone": (lambda one: replace(one, boxes=()) if one.boxes else None, "it learns the kinds alone"),
     "no kinds": (lambda one: replace(one, defect=None), "in 2 variants\n"),
     "no validation": (lambda one: None if one.split == "validation" else one, "there is no validation split"),
     "one-sided validation": (lambda one: None if one.split == "validation" and one.boxes else one, "in 2 variants"),
@@ -193,8 +194,8 @@ def test_it_is_trained_on_an_odd_set_and_says_what_it_learns_from(
     table = inference.predict(tmp_path / "detector", folder, FEW, "detector")
     assert table["score"].between(0, 1).all() and table["predicted"].notna().all()
     boxes = [len(each) for each in table["regions"]]
-    assert max(boxes) == 0 if name in ("labels alone", "one-sided validation") else min(boxes) > 0
-    if name == "defective alone":  # flagged from the lowest score of a defective validation image on
+    assert max(boxes) == 0 if name in ("labels alone", "kinds alone", "one-sided validation") else min(boxes) > 0
+    if name in ("defective alone", "kinds alone"):  # flagged from the lowest score of a defective validation image on
         validation = inference.predict_splits(tmp_path / "detector", folder, FEW, "", ["validation"])["validation"]
         assert (validation["predicted"] == "anomalous").all()
 
@@ -203,7 +204,7 @@ def test_it_is_trained_on_an_odd_set_and_says_what_it_learns_from(
     ("change", "message"),
     [
         (lambda one: None if one.boxes else one, "has no defective image"),
-        (lambda one: replace(one, boxes=()) if one.boxes else None, "no normal image and no boxes"),
+        (lambda one: replace(one, boxes=(), defect="spot") if one.boxes else None, "no normal image, no boxes and one"),
     ],
 )
 def test_a_set_that_nothing_can_be_learnt_from_is_refused(
