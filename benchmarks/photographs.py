@@ -11,7 +11,8 @@ warm-up, GRPO and the detector, and lets all three answer the test split. A run 
 - IoU: of the boxes of the response, mean over defective images with boxes; nothing boxed counts 0.
 - kind: defective images of a known kind answered defective with this kind.
 
-Mean and 95 % interval over the seeds (Student's t).
+Mean and 95 % interval over the seeds (Student's t). A second table has GRPO's gain of each seed alone, with the 95 %
+interval of a paired comparison of its two models on its test images (`metrics.difference`).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ COLUMNS = {
     "iou": "IoU",
     "kind_right": "kind",
 }
+ENDS = ("", "_low", "_high")
 
 
 def run(raw: Path, work: Path, params: Params) -> dict[str, dict[str, float | None]]:
@@ -55,34 +57,59 @@ def run(raw: Path, work: Path, params: Params) -> dict[str, dict[str, float | No
         grpo.train(shards, models["warm-up"], models["trained"], params)
     if not models["detector"].exists():
         detector.train(shards, models["detector"], params)
-    results = {}
+    results, written, decided = {}, {}, {}
     for name, model in models.items():
         tables = inference.predict_splits(model, shards, params, name, ["validation", "test"], work / "answers")
-        results[name] = metrics.values(tables["test"])
-        decided = references.by_score(tables["test"], tables["validation"])
-        results[name]["by_score"] = None if decided is None else metrics.values(decided)["balanced_accuracy"]
+        written[name], decided[name] = tables["test"], references.by_score(tables["test"], tables["validation"])
+        results[name] = metrics.values(written[name])
+        results[name]["by_score"] = balanced(metrics.values(decided[name])) if decided[name] is not None else None
+    results["gain"] = gain(written, params) | {f"by_score{end}": None for end in ENDS}
+    if decided["trained"] is not None:
+        by_score = gain(decided, params)
+        results["gain"] |= {f"by_score{end}": by_score[f"balanced_accuracy{end}"] for end in ENDS}
     replace_json(results, done)
     return results
 
 
-def described(values: list[float | None]) -> str:
+def balanced(values: dict[str, float | None]) -> float | None:
+    return values["balanced_accuracy"]
+
+
+def gain(tables: dict[str, Any], params: Params) -> dict[str, float | None]:
+    """What the trained model has more than the warm-up on the same images, with limits."""
+    return metrics.difference(tables["trained"], tables["warm-up"], params.evaluate.bootstrap, params.seed)
+
+
+def described(values: list[float | None], change: bool = False) -> str:
     """Mean and interval, as a cell of the table; empty where the metric is not defined."""
     if any(value is None for value in values):
         return ""
-    mean, low, high = interval(values)
-    return f"{mean:.3f} [{low:.3f}, {high:.3f}]" if np.isfinite(low) else f"{mean:.3f}"
+    return cell(*interval(values), change)
+
+
+def cell(value: float, low: float, high: float, change: bool) -> str:
+    """A figure and its limits: a change with its sign, a share within 0 and 1."""
+    sign, (least, most) = ("+", (-1, 1)) if change else ("", (0, 1))
+    limits = f" [{max(low, least):{sign}.3f}, {min(high, most):{sign}.3f}]" if np.isfinite(low) else ""
+    return f"{value:{sign}.3f}{limits}"
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """The models as rows, and what GRPO adds to the warm-up."""
+    """The models as rows, what GRPO adds to the warm-up over the seeds, and in each of them."""
     lines = ["| model | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    rows = {name: [[each[name].get(key) for each in runs] for key in COLUMNS] for name in runs[0]}
-    rows["GRPO's gain"] = [
-        [None if after is None else after - before for before, after in zip(*pair, strict=True)]
-        for pair in zip(rows["warm-up"], rows["trained"], strict=True)
-    ]
-    lines += [f"| {name} | " + " | ".join(map(described, cells)) + " |" for name, cells in rows.items()]
+    for name in ("warm-up", "trained", "detector"):
+        lines.append(row(name, [described([each[name].get(key) for each in runs]) for key in COLUMNS]))
+    gains = [[each["gain"].get(key) for each in runs] for key in COLUMNS]
+    lines += [row("GRPO's gain", [described(each, change=True) for each in gains]), "", *lines[:2]]
+    for seed, each in enumerate(runs):
+        of_key = [[each["gain"].get(key + end) for end in ENDS] for key in COLUMNS]
+        cells = ["" if None in numbers else cell(*numbers, change=True) for numbers in of_key]
+        lines.append(row(f"gain, seed {seed}", cells))
     return "\n".join(lines)
+
+
+def row(name: str, cells: list[str]) -> str:
+    return f"| {name} | " + " | ".join(cells) + " |"
 
 
 def main() -> None:
