@@ -11,8 +11,9 @@ warm-up, GRPO and the detector, and lets all three answer the test split. A run 
 - IoU: of the boxes of the response, mean over defective images with boxes; nothing boxed counts 0.
 - kind: defective images of a known kind answered defective with this kind.
 
-Mean and 95 % interval over the seeds (Student's t). A second table has GRPO's gain of each seed alone, with the 95 %
-interval of a paired comparison of its two models on its test images (`metrics.difference`).
+Mean and 95 % interval over the seeds (Student's t). The first row, the warm-up's answers to its own training images,
+shows what is left for GRPO, which learns from the same images. A second table has GRPO's gain of each seed alone, with
+the 95 % interval of a paired comparison of its two models on its test images (`metrics.difference`).
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ COLUMNS = {
     "kind_right": "kind",
 }
 ENDS = ("", "_low", "_high")
+TRAIN = "warm-up, training images"
 
 
 def run(raw: Path, work: Path, params: Params) -> dict[str, dict[str, float | None]]:
@@ -63,6 +65,8 @@ def run(raw: Path, work: Path, params: Params) -> dict[str, dict[str, float | No
         written[name], decided[name] = tables["test"], references.by_score(tables["test"], tables["validation"])
         results[name] = metrics.values(written[name])
         results[name]["by_score"] = balanced(metrics.values(decided[name])) if decided[name] is not None else None
+    own = inference.predict_splits(models["warm-up"], shards, params, "warm-up", ["train"], work / "answers")["train"]
+    results[TRAIN] = metrics.values(own)
     results["gain"] = gain(written, params) | {f"by_score{end}": None for end in ENDS}
     if decided["trained"] is not None:
         by_score = gain(decided, params)
@@ -97,7 +101,7 @@ def cell(value: float, low: float, high: float, change: bool) -> str:
 def table(runs: list[dict[str, Any]]) -> str:
     """The models as rows, what GRPO adds to the warm-up over the seeds, and in each of them."""
     lines = ["| model | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for name in ("warm-up", "trained", "detector"):
+    for name in (TRAIN, "warm-up", "trained", "detector"):
         lines.append(row(name, [described([each[name].get(key) for each in runs]) for key in COLUMNS]))
     gains = [[each["gain"].get(key) for each in runs] for key in COLUMNS]
     lines += [row("GRPO's gain", [described(each, change=True) for each in gains]), "", *lines[:2]]
