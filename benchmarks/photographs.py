@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,21 +63,19 @@ def run(raw: Path, work: Path, params: Params) -> dict[str, dict[str, float | No
     results, written, decided = {}, {}, {}
     for name, model in models.items():
         tables = inference.predict_splits(model, shards, params, name, ["validation", "test"], work / "answers")
-        written[name], decided[name] = tables["test"], references.by_score(tables["test"], tables["validation"])
-        results[name] = metrics.values(written[name])
-        results[name]["by_score"] = balanced(metrics.values(decided[name])) if decided[name] is not None else None
+        written[name] = tables["test"]
+        results[name] = metrics.values(written[name]) | {"by_score": None}
+        if (table := references.by_score(tables["test"], tables["validation"])) is not None:
+            decided[name] = table
+            results[name]["by_score"] = metrics.values(table)["balanced_accuracy"]
     own = inference.predict_splits(models["warm-up"], shards, params, "warm-up", ["train"], work / "answers")["train"]
     results[TRAIN] = metrics.values(own)
     results["gain"] = gain(written, params) | {f"by_score{end}": None for end in ENDS}
-    if decided["trained"] is not None:
+    if decided:
         by_score = gain(decided, params)
         results["gain"] |= {f"by_score{end}": by_score[f"balanced_accuracy{end}"] for end in ENDS}
     replace_json(results, done)
     return results
-
-
-def balanced(values: dict[str, float | None]) -> float | None:
-    return values["balanced_accuracy"]
 
 
 def gain(tables: dict[str, Any], params: Params) -> dict[str, float | None]:
@@ -88,11 +87,12 @@ def described(values: list[float | None], change: bool = False) -> str:
     """Mean and interval, as a cell of the table; empty where the metric is not defined."""
     if any(value is None for value in values):
         return ""
-    return cell(*interval(values), change)
+    return cell(interval(values), change)
 
 
-def cell(value: float, low: float, high: float, change: bool) -> str:
+def cell(numbers: Sequence[float], change: bool) -> str:
     """A figure and its limits: a change with its sign, a share within 0 and 1."""
+    value, low, high = numbers
     sign, (least, most) = ("+", (-1, 1)) if change else ("", (0, 1))
     limits = f" [{max(low, least):{sign}.3f}, {min(high, most):{sign}.3f}]" if np.isfinite(low) else ""
     return f"{value:{sign}.3f}{limits}"
@@ -107,7 +107,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     lines += [row("GRPO's gain", [described(each, change=True) for each in gains]), "", *lines[:2]]
     for seed, each in enumerate(runs):
         of_key = [[each["gain"].get(key + end) for end in ENDS] for key in COLUMNS]
-        cells = ["" if None in numbers else cell(*numbers, change=True) for numbers in of_key]
+        cells = ["" if None in numbers else cell(numbers, change=True) for numbers in of_key]
         lines.append(row(f"gain, seed {seed}", cells))
     return "\n".join(lines)
 
