@@ -7,7 +7,7 @@ The seed also decides how the images are divided, where the data set does not fi
 warm-up, GRPO and the detector, and lets all three answer the test split. A run that is finished is not done again.
 
 - as written: by the letter of the response; for the detector by its own threshold.
-- by score: by the threshold of the best balanced accuracy on the validation split.
+- by score: by a threshold fitted on the validation split (`metrics.best_threshold`).
 - IoU: of the boxes of the response, mean over defective images with boxes; nothing boxed counts 0.
 - kind: defective images of a known kind answered defective with this kind.
 

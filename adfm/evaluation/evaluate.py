@@ -391,7 +391,7 @@ def _write_comparison(
         " part count as one."
     )
     note += (
-        " By score: each decided by its score, at the threshold that is best on the validation split."
+        " By score: each decided by its score, at a threshold fitted on the validation split."
         " The first lines count the letters as written; those at the threshold the decisions made from the calibrated"
         " probability, with all regions of a flagged image for its boxes."
     )

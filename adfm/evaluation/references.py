@@ -5,8 +5,8 @@ kinds are asked for, A comes with the commonest. A model that does not beat both
 reference detector (`adfm.models.detector`) learns from the same images without language; where it is better than the
 language model, the report says so first.
 
-Language model and detector are compared by their scores: each is decided at the threshold that has the best balanced
-accuracy on the validation split, so that neither gains by a limit or by letters that lean to one side. Where there is
+Language model and detector are compared by their scores: each is decided at a threshold fitted on the validation split
+for the best balanced accuracy, so that neither gains by a limit or by letters that lean to one side. Where there is
 no validation split of both labels, the answers as written are compared; where the evaluated images have one label
 alone, their boxes.
 
@@ -50,7 +50,7 @@ METRICS = {
 """The metrics of the rows and their titles; all but `BY_SCORE` and AUROC count the answers as written."""
 
 _RULES = {
-    True: "each decided by its score, at the threshold that is best on the validation split",
+    True: "each decided by its score, at a threshold fitted on the validation split",
     False: "by the answers as written",
 }
 _BY = {True: "balanced accuracy by score", False: "balanced accuracy as written"}
@@ -86,7 +86,7 @@ def _regions(table: pd.DataFrame) -> dict[str, Any]:
 
 
 def by_score(table: pd.DataFrame, validation: pd.DataFrame | None) -> pd.DataFrame | None:
-    """A prediction table whose answers are those of the score, at the threshold that is best on the validation split.
+    """A prediction table whose answers are those of the score, at a threshold fitted on the validation split.
 
     An image without a score keeps its answer.
 
@@ -248,9 +248,17 @@ def _numbers(values: Any) -> list[float | None]:
 
 
 def table(references: Mapping[str, Any]) -> list[list[str]]:
-    """The rows as text: a header, then a row for each model and blind answer, without columns that are empty."""
+    """The rows as text: a header, then a row for each model and blind answer, without columns that are empty.
+
+    Kinds are shown where the candidate was asked for them, and so a blind answer has one.
+    """
     rows = references["rows"]
-    columns = [metric for metric in METRICS if any(values[metric][0] is not None for values in rows.values())]
+
+    def filled(metric: str) -> bool:
+        those = [row for name, row in rows.items() if metric != metrics.KIND or name in BLIND]
+        return any(row[metric][0] is not None for row in those)
+
+    columns = [*filter(filled, METRICS)]
     return [
         ["", *(METRICS[metric] for metric in columns)],
         *([title(name), *(_cell(values[metric]) for metric in columns)] for name, values in rows.items()),

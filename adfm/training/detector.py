@@ -434,7 +434,7 @@ class _Located(NamedTuple):
 def _choose(
     trained: detector.Detector, shards: Path, split: Split, tile: Tile, rng: np.random.Generator
 ) -> detector.Detector:
-    """The detector with the threshold of the best balanced accuracy, and the box rule of the best IoU, on `split`."""
+    """The detector with a threshold fitted on `split` (`metrics.best_threshold`), and its box rule of the best IoU."""
     rows = examples_.rows(shards, split, Tile())
     sizes = [(row["width"], row["height"]) for row in rows]
     grids = [tiles.grid(*size, tile.size or max(size), tile.overlap) for size in sizes]
@@ -447,18 +447,22 @@ def _choose(
     scores: list[float] = []
     labels: list[bool] = []
     located: list[_Located] = []
-    images = _images(shards, split, chosen)
-    for record, image, [row] in tqdm(images, total=len(chosen), desc=split, unit="image", mininterval=1.0):
-        answer = _Located(record, grids[row["number"]], [], [])
-        for maps in detector.features(compute, [detector.picture(image.crop(place)) for place in answer.grid]):
-            with torch.inference_mode():
-                outputs = trained.head({stride: one[None] for stride, one in maps.items()})
-            answer.scores.extend(detector.score_of(outputs, trained.by_image))
-            answer.cells.append(outputs.cells[0].sigmoid())
-        scores.append(max(answer.scores))
-        labels.append(record.label == "anomalous")
-        if record.boxes and len(located) < _MOST_TUNED:
-            located.append(answer)
+    images = iter(tqdm(_images(shards, split, chosen), total=len(chosen), desc=split, unit="image", mininterval=1.0))
+    at_once = 1 if tile.size else _AT_ONCE  # the tiles of one image are enough for all cores
+    while some := list(islice(images, at_once)):
+        pictures = [detector.picture(image.crop(place)) for _, image, [row] in some for place in grids[row["number"]]]
+        computed = iter(detector.features(compute, pictures))
+        for record, _, [row] in some:
+            answer = _Located(record, grids[row["number"]], [], [])
+            for maps in islice(computed, len(answer.grid)):
+                with torch.inference_mode():
+                    outputs = trained.head({stride: one[None] for stride, one in maps.items()})
+                answer.scores.extend(detector.score_of(outputs, trained.by_image))
+                answer.cells.append(outputs.cells[0].sigmoid())
+            scores.append(max(answer.scores))
+            labels.append(record.label == "anomalous")
+            if record.boxes and len(located) < _MOST_TUNED:
+                located.append(answer)
     threshold = metrics.best_threshold(np.array(labels), np.array(scores))
     return replace(trained, threshold=threshold, rule=_best_rule(located, threshold), chosen_on=len(chosen))
 

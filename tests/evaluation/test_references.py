@@ -78,7 +78,7 @@ def test_the_sentence_says_which_of_the_two_is_better(
     value, low, high = result["difference"]
     assert value == pytest.approx(result["values"]["detector"] - result["values"]["trained"]) and low < value < high
     assert f"difference {value:+.3f} [{low:+.3f}, {high:+.3f}]" in result["sentence"]
-    assert ": balanced accuracy by score " in result["sentence"] and "best on the validation split" in result["rule"]
+    assert ": balanced accuracy by score " in result["sentence"] and "fitted on the validation split" in result["rule"]
 
 
 def test_letters_that_lean_to_one_side_do_not_decide() -> None:
