@@ -152,7 +152,7 @@ class Features:
 
     Args:
         strides: Keys of `CHANNELS`: which maps.
-        keep: Bytes of maps to keep, in half precision.
+        keep: Bytes of maps to keep, in half precision; 0 keeps none.
     """
 
     def __init__(self, strides: tuple[int, ...], keep: int = 1 << 30) -> None:
@@ -174,6 +174,13 @@ class Features:
         Raises:
             AdfmError: As `_network`.
         """
+        maps = self._looked_up(pictures) if self._keep else self._computed([*pictures])
+        return [
+            {stride: values.to(picture.device, torch.float32) for stride, values in own.items()}
+            for own, picture in zip(maps, pictures, strict=True)
+        ]
+
+    def _looked_up(self, pictures: Sequence[Tensor]) -> list[dict[int, Tensor]]:
         keys = [_key(picture) for picture in pictures]
         maps = {key: self._kept[key] for key in keys if key in self._kept}
         for key in maps:
@@ -182,10 +189,7 @@ class Features:
         for key, computed in zip(missing, self._computed([*missing.values()]), strict=True):
             self._remember(key, computed)
             maps[key] = computed
-        return [
-            {stride: values.to(picture.device, torch.float32) for stride, values in maps[key].items()}
-            for key, picture in zip(keys, pictures, strict=True)
-        ]
+        return [maps[key] for key in keys]
 
     def _computed(self, pictures: list[Tensor]) -> list[dict[int, Tensor]]:
         if not pictures:
