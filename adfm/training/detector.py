@@ -144,8 +144,8 @@ def _check(rows: list[dict[str, Any]], shards: Path) -> None:
     several = len(kinds_.single(row["defect"] for row in rows)) > 1
     if not counts["normal"] and not several and not any(row["boxes"] for row in rows):
         raise AdfmError(
-            f"{shards}: the train split has no normal image, no boxes and one kind of defect, so that nothing tells a "
-            "defect from what is good; add normal images, or mark the defects with boxes"
+            f"{shards}: the train split has no normal image, no boxes and no two kinds of defects, so that nothing is "
+            "told apart; add normal images, or mark the defects with boxes"
         )
 
 

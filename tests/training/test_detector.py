@@ -204,7 +204,10 @@ def test_it_is_trained_on_an_odd_set_and_says_what_it_learns_from(
     ("change", "message"),
     [
         (lambda one: None if one.boxes else one, "has no defective image"),
-        (lambda one: replace(one, boxes=(), defect="spot") if one.boxes else None, "no normal image, no boxes and one"),
+        (
+            lambda one: replace(one, boxes=(), defect="spot") if one.boxes else None,
+            "no normal image, no boxes and no two",
+        ),
     ],
 )
 def test_a_set_that_nothing_can_be_learnt_from_is_refused(
