@@ -62,14 +62,15 @@ def run(raw: Path, work: Path, params: Params) -> dict[str, dict[str, float | No
         detector.train(shards, models["detector"], params)
     results, written, decided = {}, {}, {}
     for name, model in models.items():
-        tables = inference.predict_splits(model, shards, params, name, ["validation", "test"], work / "answers")
+        splits = ["validation", "test", *(["train"] if name == "warm-up" else [])]
+        tables = inference.predict_splits(model, shards, params, name, splits, work / "answers")
+        if name == "warm-up":
+            results[TRAIN] = metrics.values(tables["train"])
         written[name] = tables["test"]
         results[name] = metrics.values(written[name]) | {"by_score": None}
-        if (table := references.by_score(tables["test"], tables["validation"])) is not None:
-            decided[name] = table
-            results[name]["by_score"] = metrics.values(table)["balanced_accuracy"]
-    own = inference.predict_splits(models["warm-up"], shards, params, "warm-up", ["train"], work / "answers")["train"]
-    results[TRAIN] = metrics.values(own)
+        if (scored := references.by_score(tables["test"], tables["validation"])) is not None:
+            decided[name] = scored
+            results[name]["by_score"] = metrics.values(scored)["balanced_accuracy"]
     results["gain"] = gain(written, params) | {f"by_score{end}": None for end in ENDS}
     if decided:
         by_score = gain(decided, params)
@@ -100,7 +101,7 @@ def cell(numbers: Sequence[float], change: bool) -> str:
 
 def table(runs: list[dict[str, Any]]) -> str:
     """The models as rows, what GRPO adds to the warm-up over the seeds, and in each of them."""
-    lines = ["| model | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines = [row("model", [*COLUMNS.values()]), "|---" * (len(COLUMNS) + 1) + "|"]
     for name in (TRAIN, "warm-up", "trained", "detector"):
         lines.append(row(name, [described([each[name].get(key) for each in runs]) for key in COLUMNS]))
     gains = [[each["gain"].get(key) for each in runs] for key in COLUMNS]
