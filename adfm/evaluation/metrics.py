@@ -609,8 +609,10 @@ def best_threshold(anomalous: NDArray[np.bool_], score: Floats) -> float:
     from scipy.special import expit, logit
     from sklearn.linear_model import LogisticRegression
 
-    if anomalous.all() or not anomalous.any():
-        return float(score.min()) if anomalous.all() else 1.0
+    if anomalous.all():
+        return float(score.min())
+    if not anomalous.any():
+        return 1.0
     if (least := score[anomalous].min()) > (most := score[~anomalous].max()):
         return float(most + least) / 2
     odds = logit(np.clip(score, _SURE, 1 - _SURE))

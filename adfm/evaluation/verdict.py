@@ -314,11 +314,10 @@ def _named_kinds(facts: Facts) -> str:
     value, low, high = rows[name][metrics.KIND]
     if value is None:
         return ""
-    others = [("always the commonest", max(rows[blind][metrics.KIND][0] for blind in references.BLIND))]
-    if detector is not None and rows[detector][metrics.KIND][0] is not None:
-        others.insert(0, ("detector", rows[detector][metrics.KIND][0]))
-    compared = ", ".join(f"{other} {right:.3f}" for other, right in others)
-    return f"{name} names the kind right in {_interval(value, low, high)} of the defective images ({compared})."
+    others = f"always the commonest {rows['always_A'][metrics.KIND][0]:.3f}"
+    if detector is not None and (right := rows[detector][metrics.KIND][0]) is not None:
+        others = f"detector {right:.3f}, {others}"
+    return f"{name} names the kind right in {_interval(value, low, high)} of the defective images ({others})."
 
 
 def _crossed(facts: Facts) -> str:

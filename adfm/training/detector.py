@@ -177,13 +177,14 @@ def _summary(total: int, examples: list[_Example], kinds: list[str], variants: i
     anomalous, boxes = sum(e.anomalous for e in examples), sum(e.boxes for e in examples)
     drawn = f" of {total:,}, drawn" if len(examples) < total else ""
     notes = [f"detector: {len(examples):,} training images{drawn}, {anomalous:,} defective, in {variants} variants"]
-    if not boxes and anomalous == len(examples):
+    normal = len(examples) - anomalous
+    if not boxes and not normal:
         notes.append("no image has boxes or is normal, so that it learns the kinds alone, and its score says nothing")
     elif not boxes:
         notes.append("no image has boxes, so that it learns the labels alone and draws no boxes")
     elif boxes < anomalous:
         notes.append(f"{anomalous - boxes:,} defective images have a label alone")
-    if boxes and anomalous == len(examples):
+    if boxes and not normal:
         notes.append("no image is normal, so that it learns the boxes alone, and its score is the map's highest")
     if len(kinds) > 1:
         notes.append(f"{len(kinds)} kinds of defects")

@@ -195,10 +195,10 @@ def test_kinds_named_right_are_compared_with_the_commonest() -> None:
     assert "names the kind" not in words(known)
     rows |= {"trained": rows["trained"] | {metrics.KIND: [0.991, 0.968, 0.999]}}
     rows |= {"always_A": rows["always_A"] | {metrics.KIND: [0.2] * 3}, "always_B": BLIND | {metrics.KIND: [0.0] * 3}}
-    named = "trained names the kind right in 0.991 [0.968, 0.999] of the defective images "
-    assert f"{named}(always the commonest 0.200)." in words(known)
+    start = "trained names the kind right in 0.991 [0.968, 0.999] of the defective images "
+    assert f"{start}(always the commonest 0.200)." in words(known)
     rows["detector"] = rows["detector"] | {metrics.KIND: [0.973] * 3}
-    assert f"{named}(detector 0.973, always the commonest 0.200)." in words(known)
+    assert f"{start}(detector 0.973, always the commonest 0.200)." in words(known)
 
 
 def test_a_cross_validation_is_named_and_not_proposed_again() -> None:
