@@ -36,7 +36,7 @@ class Section(BaseModel):
 class Fetch(Section):
     """Where the raw data set comes from."""
 
-    source: str = "synthetic://?images=240"
+    source: str = "synthetic://?images=200"
     # Files are named by it, with endings; a disk takes 255 bytes.
     name: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "synthetic"
 
@@ -117,7 +117,7 @@ class Lora(Section):
 class Warmup(Section):
     """Supervised cold start."""
 
-    steps: NonNegativeInt = 150
+    steps: NonNegativeInt = 60
     epochs: PositiveInt = 20
     patience: NonNegativeInt = 3
     batch_size: PositiveInt = 16
@@ -167,7 +167,7 @@ class Train(Section):
 
     profile: Literal["calibrated", "paper"] = "calibrated"
     weights: RewardWeights = RewardWeights()
-    steps: PositiveInt = 30
+    steps: PositiveInt = 40
     prompts_per_step: PositiveInt = 12
     num_generations: Annotated[int, Field(ge=2)] = 4
     anomalous_share: Fraction = 0.55

@@ -128,7 +128,7 @@ def test_a_stage_waits_for_mlflow_and_the_hub(monkeypatch: pytest.MonkeyPatch) -
 def test_the_check_takes_settings_apart_for_those_that_read_them() -> None:
     settings, source, name, revision, inspection, conversion = tasks.check("seed: 3\nwarmup: {steps: 1}\n")
     assert loads(settings).seed == 3
-    assert source == revision == "synthetic://?images=240"
+    assert source == revision == "synthetic://?images=200"
     assert name == "synthetic"
     assert set(yaml.safe_load(inspection)) == {"convert", "split"}
     assert set(yaml.safe_load(conversion)) == {"seed", "convert", "split", "validate", "register"}

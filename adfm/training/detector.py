@@ -129,7 +129,10 @@ def train(shards: Path, out: Path, params: Params, force: bool = False) -> None:
         if chosen_on == "train":
             print("detector: there is no validation split; threshold and boxes are chosen on training images")
         _save(folder, trained, shards, params)
-    print(f"{out}: flags from a probability of {trained.threshold:.3g} on")
+    if trained.threshold:
+        print(f"{out}: flags from a probability of {trained.threshold:.3g} on")
+    else:
+        print(f"{out}: flags every image, as no normal one was there to learn from")
     print(f"next: adfm evaluate MODEL {shards} OUT --compare detector={out}; adfm predict --model {out} IMAGES")
 
 
@@ -435,7 +438,10 @@ class _Located(NamedTuple):
 def _choose(
     trained: detector.Detector, shards: Path, split: Split, tile: Tile, rng: np.random.Generator
 ) -> detector.Detector:
-    """The detector with a threshold fitted on `split` (`metrics.best_threshold`), and its box rule of the best IoU."""
+    """The detector with a threshold fitted on `split` (`metrics.best_threshold`), and its box rule of the best IoU.
+
+    The threshold is 0 where no normal image is in `split` or was trained on.
+    """
     rows = examples_.rows(shards, split, Tile())
     sizes = [(row["width"], row["height"]) for row in rows]
     grids = [tiles.grid(*size, tile.size or max(size), tile.overlap) for size in sizes]
@@ -464,7 +470,10 @@ def _choose(
             labels.append(record.label == "anomalous")
             if record.boxes and len(located) < _MOST_TUNED:
                 located.append(answer)
-    threshold = metrics.best_threshold(np.array(labels), np.array(scores))
+    if all(labels) and not trained.by_image:  # how low normal images score is not known
+        threshold = 0.0
+    else:
+        threshold = metrics.best_threshold(np.array(labels), np.array(scores))
     return replace(trained, threshold=threshold, rule=_best_rule(located, threshold), chosen_on=len(chosen))
 
 

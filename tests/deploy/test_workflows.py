@@ -301,11 +301,11 @@ def test_compiled_pipelines_that_are_not_those_of_the_code_fail(drift: str, runn
 EVENTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "push": ({}, f"dvc://https://github.com/Someone/line@{COMMIT}:data/raw/line", "0123.dir"),
     "repository_dispatch": ({"client_payload": {"source": "s3://b/line", "revision": "7f3"}}, "s3://b/line", "7f3"),
-    "schedule": ({}, "synthetic://?images=240", "synthetic://?images=240"),
+    "schedule": ({}, "synthetic://?images=200", "synthetic://?images=200"),
     "workflow_dispatch": (
         {"inputs": {"arguments": "--set train.steps=50"}},
-        "synthetic://?images=240",
-        "synthetic://?images=240",
+        "synthetic://?images=200",
+        "synthetic://?images=200",
     ),
 }
 

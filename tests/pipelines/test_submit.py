@@ -88,7 +88,7 @@ def test_a_run_is_of_a_version_of_the_pipeline_with_the_whole_settings(server: S
     given = run["runtime_config"]["parameters"]
     assert yaml.safe_load(given["settings"])["seed"] == 3
     assert given["num_gpus"] == 2
-    assert given["data_revision"] == "synthetic://?images=240"
+    assert given["data_revision"] == "synthetic://?images=200"
     assert given["ui"] == ""
     (version,) = server.things["versions"]
     assert version["display_name"].startswith("training-")
