@@ -48,7 +48,7 @@ _OUTCOMES = {
     "missed, unparseable": (0, PREDICTED, "✗ escape: no clean answer"),
     "overkill": (2, PREDICTED, "✗ overkill: normal, flagged"),
     "overkill, unparseable": (0, PREDICTED, "✗ overkill: no clean answer"),
-    "elsewhere": (1, "#bf8700", "~ flagged, not located: IoU {iou:.2f} < {located:g}"),
+    "elsewhere": (1, "#bf8700", "~ not located: IoU {iou:.2f} < {located:g}"),
     "located": (5, TRUTH, "✓ defect located, IoU {iou:.2f}"),
     "flagged": (0, TRUTH, "✓ defect flagged, label alone known"),
     "passed": (2, TRUTH, "✓ normal, passed"),

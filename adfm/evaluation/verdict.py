@@ -30,6 +30,7 @@ FEW = 200
 
 _WIDE = 0.1  # half of an interval from which on a rate is too uncertain to act on
 _GAP = 0.1  # between recall and specificity, from which on the lower one is named
+_LONG = 600  # steps of warm-up in params/photographs.yaml
 _KIND = 0.1  # by which a kind's recall is below the whole's, from which on the kind is named
 
 
@@ -70,6 +71,7 @@ class Kind:
         pixels: Most pixels that it sees of an image, or of a tile.
         trained: Whether it is more than the base: it has an adapter.
         images: Normal and anomalous images that it was trained on; `None` if it was on other data.
+        cut: Steps after which `warmup.steps` ended its warm-up too early, as `adfm.json` says.
     """
 
     base: str
@@ -79,6 +81,7 @@ class Kind:
     pixels: int = 0
     trained: bool = False
     images: tuple[int, int] | None = None
+    cut: int | None = None
 
 
 class Part(NamedTuple):
@@ -175,6 +178,7 @@ def kind_of(
         pixels=families.get(family).images.most(processor.image_processor),
         trained=description is not None,
         images=images,
+        cut=(description or {}).get("warmup_cut"),
     )
 
 
@@ -188,8 +192,8 @@ def expected(kind: Kind, memory: int) -> list[str]:
     if kind.embedded:
         expect = (
             "runs on a CPU, for a first result and for small sets; it writes letter and boxes in a fixed form and "
-            "explains nothing beyond them. docs/experiments.md has what it reached; the report compares yours with a "
-            "reference detector and the blind answers"
+            "explains nothing beyond them. docs/evidence.md has what it reached on photographs, with "
+            "params/photographs.yaml; the report compares yours with a reference detector and the blind answers"
         )
     else:
         expect = (
@@ -342,6 +346,8 @@ def _steps(facts: Facts, blind: str) -> list[tuple[str, str]]:
     detector = facts.compared["verdict"] == "detector" or (blind == "better" and not facts.kind.base)
     both = facts.metrics["normal"] > 0 and facts.metrics["anomalous"] > 0
     steps = [] if both else [("labels", _one_label(facts))]
+    if facts.kind.embedded and facts.kind.cut:
+        steps.append(("longer", _longer(facts.kind.cut)))
     if blind in ("open", "worse"):
         steps.append(("look", _look(facts)))
     if detector:
@@ -363,6 +369,13 @@ def _one_label(facts: Facts) -> str:
         f"Add {missing} images to the test split: all {facts.metrics['images']:,} are {present}, so that nothing shows "
         "whether the letter depends on the image."
     )
+
+
+def _longer(cut: int) -> str:
+    more = (
+        f"raise it, or `make repro PARAMS=params/photographs.yaml`, which allows {_LONG}" if cut < _LONG else "raise it"
+    )
+    return f"Train longer: warmup.steps={cut} ended the warm-up while it was still learning; {more}."
 
 
 def _look(facts: Facts) -> str:

@@ -72,16 +72,22 @@ def warmup(shards: Path, out: Path, params: Params, force: bool = False) -> None
         Outbox(out.with_name(out.name + ".unsent"), run.info.run_id) as outbox,
     ):
         history: list[dict[str, Any]] = []
+        cut = None
         if settings.steps:
-            history = _trained(model, loaded, shards, folder / "cache", params, outbox)
-        save(folder, model, loaded, shards, params, "warmup", run.info.run_id)
+            history, cut = _trained(model, loaded, shards, folder / "cache", params, outbox)
+        save(folder, model, loaded, shards, params, "warmup", run.info.run_id, cut=cut)
         write_curves(history, folder / "warmup_curves.csv")
 
 
 def _trained(
     model: Any, loaded: loading.Loaded, shards: Path, work: Path, params: Params, outbox: Outbox
-) -> list[dict[str, Any]]:
-    """Trains `model`, and returns what was logged."""
+) -> tuple[list[dict[str, Any]], int | None]:
+    """Trains `model`.
+
+    Returns:
+        What was logged; and the steps, if `warmup.steps` ended it within the first pass over the images, or while the
+        loss on validation was still falling.
+    """
     import torch
     from transformers import EarlyStoppingCallback
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -147,13 +153,18 @@ def _trained(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.train()
-    if judged and trainer.state.best_global_step == steps:
-        limit = "warmup.steps" if steps == settings.steps else "warmup.epochs"
+    limit = "warmup.steps" if steps == settings.steps else "warmup.epochs"
+    early = ""
+    if steps <= epoch:
+        early = "it has made no more than one pass over the images"
+    elif judged and trainer.state.best_global_step == steps:
+        early = "its loss on validation was still falling"
+    if early:
         print(
-            f"cold start: after {steps} steps, which {limit} allows, its loss on validation was still falling; "
+            f"cold start: after {steps} steps, which {limit} allows, {early}; "
             f"raise {limit} where the model is not good enough"
         )
-    return list(trainer.state.log_history)
+    return list(trainer.state.log_history), steps if early and limit == "warmup.steps" else None
 
 
 def _judged(shards: Path, settings: Warmup, needed: set[str]) -> int:
@@ -273,13 +284,17 @@ def save(
     run_id: str,
     weights: dict[str, Any] | None = None,
     start: Path | None = None,
+    cut: int | None = None,
 ) -> None:
     """Write adapter, processor, `adfm.json` and `trained_on.parquet`, and remove what else the training left there.
 
-    `weights` are those of a model of which each process holds a part, `start` is the folder that it was trained from.
+    `weights` are those of a model of which each process holds a part, `start` is the folder that it was trained from,
+    and `cut` the steps of a warm-up that `warmup.steps` ended too early, which later stages hand on.
     """
     import shutil
 
+    if start is not None:
+        cut = (loading.describe(start) or {}).get("warmup_cut")
     shutil.rmtree(folder / "cache", ignore_errors=True)
     # The embeddings are the base's; PEFT would add them to an adapter on `lm_head` or `embed_tokens`.
     model.save_pretrained(folder, selected_adapters=["default"], state_dict=weights, save_embedding_layers=False)
@@ -291,6 +306,7 @@ def save(
         "family": loaded.family,
         "prompt": loaded.prompt,
         **({"kinds": list(loaded.kinds)} if loaded.kinds else {}),
+        **({"warmup_cut": cut} if cut else {}),
         "mlflow_run_id": run_id,
         "data_fingerprint": shards_.fingerprint(shards),
         "grey_range": shards_.grey_range(shards),

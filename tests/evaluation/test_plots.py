@@ -160,7 +160,7 @@ def test_the_sheet_is_of_decisions_and_says_from_which_iou_a_defect_is_located(
     monkeypatch.setattr(Axes, "set_title", lambda axes, label, **more: titles.append(label))
     chosen = plots.choose(table)
     plots.examples(chosen, {"000": png()}, tmp_path / "examples.png")
-    assert titles == ["~ flagged, not located: IoU 0.30 < 0.5"]
+    assert titles == ["~ not located: IoU 0.30 < 0.5"]
     assert chosen["predicted_boxes"].tolist() == [[[1, 1, 9, 9]]]
 
 

@@ -145,6 +145,13 @@ CASES: list[tuple[dict[str, Any], list[str], list[str]]] = [
         ["is a reference detector", "--model 'models/d e' IM"],
     ),
     ({"kind": dataclasses.replace(EMBEDDED, trained=False), "balanced": 0.5}, ["look"], ["Train it (`make repro`)"]),
+    (
+        {"kind": dataclasses.replace(EMBEDDED, cut=60)},
+        ["longer", "gate"],
+        ["warmup.steps=60 ended the warm-up", "PARAMS=params/photographs.yaml`, which allows 600."],
+    ),
+    ({"kind": dataclasses.replace(EMBEDDED, cut=700), "balanced": 0.5}, ["longer", "look"], ["learning; raise it."]),
+    ({"kind": dataclasses.replace(LARGE, cut=60)}, ["gate"], []),
 ]
 
 

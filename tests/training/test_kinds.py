@@ -12,7 +12,7 @@ import pytest
 
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
-from adfm.evaluation import calibration, evaluate, inference, metrics
+from adfm.evaluation import calibration, evaluate, inference, metrics, verdict
 from adfm.method import kinds as kinds_
 from adfm.models import loading
 from adfm.params import Params
@@ -43,6 +43,7 @@ def test_defects_alone_are_told_apart(defects: Path, tmp_path: Path, params: Par
         assert loading.kinds_of(tmp_path / model) == known
         text = json.loads((tmp_path / model / "adfm.json").read_text())["prompt"][0]["content"]
         assert tuple(text.split('"')[1::2]) == known
+        assert verdict.kind_of(tmp_path / model, params.model).cut == params.warmup.steps  # less than one pass
     [curves] = csv.DictReader((tmp_path / "trained" / "reward_curves.csv").read_text().splitlines())
     assert {"rewards/kind/mean", "utilisation/kind"} <= curves.keys()
     weights = params.train.weights

@@ -10,6 +10,7 @@ import torch
 from adfm import cli
 from adfm.data import hashes, shards
 from adfm.errors import AdfmError
+from adfm.evaluation import verdict
 from adfm.files import write_json
 from adfm.method import response
 from adfm.models import loading
@@ -163,7 +164,17 @@ def test_it_stops_early_and_keeps_the_best_epoch(
     assert load_file(tmp_path / "out" / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize(("steps", "epochs", "limit"), [(2, 20, "warmup.steps"), (100, 2, "warmup.epochs")])
+STILL_FALLING = "its loss on validation was still falling"
+
+
+@pytest.mark.parametrize(
+    ("steps", "epochs", "limit", "early"),
+    [
+        (2, 20, "warmup.steps", STILL_FALLING),
+        (100, 2, "warmup.epochs", STILL_FALLING),
+        (1, 20, "warmup.steps", "it has made no more than one pass over the images"),
+    ],
+)
 def test_it_says_which_limit_ended_it_while_it_was_still_learning(
     small_shards: Path,
     tmp_path: Path,
@@ -172,13 +183,16 @@ def test_it_says_which_limit_ended_it_while_it_was_still_learning(
     steps: int,
     epochs: int,
     limit: str,
+    early: str,
 ) -> None:
     sample = len(shards.ids(small_shards, "train"))
     settings = {"steps": steps, "epochs": epochs, "batch_size": sample, "learning_rate": 1e-3, "augment": False}
-    warmup(
-        small_shards, tmp_path / "out", params.model_copy(update={"warmup": params.warmup.model_copy(update=settings)})
-    )
-    assert f"after 2 steps, which {limit} allows, its loss on validation was still falling" in capsys.readouterr().out
+    changed = params.model_copy(update={"warmup": params.warmup.model_copy(update=settings)})
+    warmup(small_shards, tmp_path / "out", changed)
+    taken = min(steps, epochs)
+    assert f"after {taken} steps, which {limit} allows, {early}" in capsys.readouterr().out
+    kind = verdict.kind_of(tmp_path / "out", changed.model)
+    assert kind.cut == (taken if limit == "warmup.steps" else None)
 
 
 @pytest.mark.parametrize("labels", [["normal"], []])
