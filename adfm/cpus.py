@@ -51,15 +51,9 @@ def limit_threads() -> None:
     PyTorch, MKL, OpenBLAS (NumPy, SciPy) and Arrow all read this variable when they are loaded, and child processes
     inherit it. Where a process may use the whole machine it is not set: PyTorch's default is the physical cores, which
     is faster than one thread for each hyper-thread.
-
-    A thread that waits for the others spins for a short time only, unless the user has set how it waits.
     """
     if count() < _machine():
         os.environ.setdefault("OMP_NUM_THREADS", str(count()))
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # GNU's OpenMP, which PyTorch has on Linux, spins for milliseconds otherwise, and takes the CPU from the very
-        # thread that it waits for: beside a busy program steps take more than twice as long (docs/experiments.md).
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 @contextmanager

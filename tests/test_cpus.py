@@ -127,15 +127,6 @@ def test_nothing_is_set_where_nothing_is_limited(kernel: Path, monkeypatch: pyte
     assert "OMP_NUM_THREADS" not in os.environ
 
 
-@pytest.mark.parametrize(
-    ("given", "count"),
-    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
-)
-def test_threads_spin_briefly_unless_the_user_says_how_they_wait(given: dict[str, str], count: str) -> None:
-    code = f"import os; os.environ.pop('GOMP_SPINCOUNT', None); os.environ.update({given}); cpus.limit_threads()"
-    assert _run(code, "os.environ.get('GOMP_SPINCOUNT')") == count
-
-
 def test_it_comes_before_the_imports_that_count() -> None:
     code = "from adfm import environment; environment.set_environment()"
     assert _run(code, "{'numpy', 'pyarrow', 'torch'} & set(sys.modules)") == "set()"
