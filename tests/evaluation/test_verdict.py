@@ -18,7 +18,7 @@ from adfm.data import folds
 from adfm.evaluation import metrics, references, verdict
 from adfm.evaluation.verdict import Facts, Kind, Part
 from adfm.models import loading
-from adfm.params import Model, Tile
+from adfm.params import Model, Tile, load
 from adfm.tiles import Defect
 
 EMBEDDED = Kind("embedded://tiny-base", True, True, 900_000, 320 * 320, True, (132, 12))
@@ -234,6 +234,11 @@ def test_what_kind_of_model_it_is() -> None:
     assert kind.embedded and not kind.trained and kind.weights == loading.parameters(base) > 500_000
     assert kind.pixels == verdict.kind_of(base, Model()).pixels > 0
     assert verdict.kind_of("embedded://tiny-base", Model(max_pixels=64 * 64)).pixels == 64 * 64
+
+
+def test_the_settings_for_photographs_allow_the_steps_that_the_verdict_names() -> None:
+    overlay = Path(verdict.__file__).parents[2] / "params" / "photographs.yaml"
+    assert load(overlay).warmup.steps == verdict._LONG
 
 
 def test_larger_models_have_the_figures_of_the_documentation() -> None:
