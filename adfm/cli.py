@@ -13,15 +13,16 @@ import errno
 import json
 import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adfm import __version__
-from adfm.environment import set_environment
 from adfm.errors import AdfmError
-from adfm.stopping import Stopped, Terminated, terminable
+from adfm.process.environment import set_environment
+from adfm.process.stopping import Stopped, Terminated, terminable
 from adfm.text import printable_output
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 Run = Callable[[argparse.Namespace, "Params"], int | None]
 
 _DESCRIPTION = "Adapt a vision-language model to finding defects: data, training, evaluation, registration."
+
+_MOVED = {"ablate": "ablation", "tiny-base": "tiny-base"}
+"""Verbs of version 0.1 that `experiments` has now; their old names go with the next release."""
 
 _EXAMPLE = """\
 from a data set to a registered model, by hand (`make repro` does the same, and runs only what changed):
@@ -58,12 +62,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         goes on when it is started again, 130 when interrupted, 141 when nobody reads the output any more, 143 when
         terminated. Wrong usage exits with 2, as argparse does.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in _MOVED:
+        return _run_moved(argv[0], argv[1:])
     with printable_output():  # names in messages are whatever files and annotations hold
-        return _main(sys.argv[1:] if argv is None else argv)
+        return run(_parse(argv))
 
 
-def _main(argv: Sequence[str]) -> int:
-    args = _parse(argv)
+def run(args: argparse.Namespace) -> int:
+    """Call `args.run` with the settings that `args.params` and `args.set` name, and turn errors into an exit status.
+
+    Args:
+        args: What a parser with `add_settings` has read.
+
+    Returns:
+        The exit status, as of `main`.
+    """
     try:
         set_environment()
         from adfm.params import load
@@ -89,6 +103,12 @@ def _main(argv: Sequence[str]) -> int:
             raise
         _drop_output()
         return _fail(f"{error.filename or 'output'}: no space is left on the disk; free some and start again.", 1)
+
+
+def _run_moved(verb: str, argv: Sequence[str]) -> int:
+    """Run an experiment under the name that it had in version 0.1."""
+    print(f"adfm: `adfm {verb}` is now `python -m experiments {_MOVED[verb]}`, in a checkout of adfm", file=sys.stderr)
+    return subprocess.call([sys.executable, "-m", "experiments", _MOVED[verb], *argv])
 
 
 def _drop_output() -> None:
@@ -335,22 +355,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add = verb("log", _registry_log, "print who was in production, when and why", registry)
     add.add_argument("--json", action="store_true", help="as a list in JSON")
 
-    add = verb("ablate", _ablate, "train and judge the arms that show what stages and reward are good for; goes on")
-    add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
-    add.add_argument("runs", metavar="RUNS", type=Path, help="folder of the runs; finished ones are kept")
-    add.add_argument("out", metavar="OUT", type=Path, help="folder for ablation.json, ablation.md and ablation.png")
-    add.add_argument(
-        "--arms", metavar="ARM", nargs="+", help="answer, stages, paper, calibrated, resample, doubt; all by default"
-    )
-    add.add_argument("--seeds", metavar="N", type=int, default=3, help="runs an arm; 3 by default")
-    add.add_argument("--jobs", metavar="N", type=int, default=1, help="runs at a time; 1 by default")
-
     add = verb("score", _score, "print what completions earn, one JSON object a line")
     add.add_argument("file", metavar="FILE", type=Path, help="JSON lines with completion, label, boxes (504x504 frame)")
     add.add_argument("--profile", choices=("calibrated", "paper"), help="reward profile; train.profile by default")
-
-    add = verb("tiny-base", _tiny_base, "train the embedded base model anew; goes on if it was interrupted")
-    add.add_argument("out", metavar="OUT", type=Path, help="folder to write the model to")
 
     for each in leaves:
         add_settings(each)
@@ -427,7 +434,7 @@ def _convert(args: argparse.Namespace, params: Params) -> None:
 
 
 def _validate(args: argparse.Namespace, params: Params) -> None:
-    from adfm.data.validation import require
+    from adfm.validation.validate import require
 
     require(args.shards, args.out, params)
 
@@ -461,7 +468,7 @@ def _train(args: argparse.Namespace, params: Params) -> None:
 
 
 def _resend(args: argparse.Namespace, params: Params) -> None:
-    from adfm.outbox import resend
+    from adfm.training.outbox import resend
 
     resend(args.folder)
 
@@ -476,7 +483,7 @@ def _evaluate(args: argparse.Namespace, params: Params) -> None:
 
 
 def _folds(args: argparse.Namespace, params: Params) -> None:
-    from adfm.folds import cross_validate
+    from adfm.training.folds import cross_validate
 
     cross_validate(args.shards, args.out, params)
 
@@ -488,21 +495,21 @@ def _production(args: argparse.Namespace, params: Params) -> None:
 
 
 def _predict(args: argparse.Namespace, params: Params) -> None:
-    from adfm.predict import predict
+    from adfm.serving.predict import predict
 
     model = args.model or f"models:/{params.register_.model}@production"
     predict(args.images, model, params, args.out or (None if args.json else Path("predictions")), args.json)
 
 
 def _serve(args: argparse.Namespace, params: Params) -> None:
-    from adfm.registry.server import serve
+    from adfm.serving.server import serve
 
     model = args.model or f"models:/{params.register_.model}@production"
     serve(model, args.host, args.port, args.workers, args.shadow)
 
 
 def _served(args: argparse.Namespace, params: Params) -> None:
-    from adfm.registry import servelog
+    from adfm.serving import servelog
 
     print(servelog.summary(servelog.read(args.logs)))
 
@@ -610,19 +617,7 @@ def _registry_log(args: argparse.Namespace, params: Params) -> None:
         print(table(read))
 
 
-def _ablate(args: argparse.Namespace, params: Params) -> None:
-    from adfm.ablation import ARMS, ablate
-
-    ablate(args.shards, args.runs, args.out, params, args.arms or list(ARMS), args.seeds, args.jobs)
-
-
 def _score(args: argparse.Namespace, params: Params) -> None:
     from adfm.method.score import score_file
 
     score_file(args.file, args.profile or params.train.profile, sys.stdout)
-
-
-def _tiny_base(args: argparse.Namespace, params: Params) -> None:
-    from adfm.training.base import build
-
-    build(args.out, params.seed)

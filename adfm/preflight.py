@@ -6,12 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
-from adfm import environment, tracking
+from adfm import tracking
 from adfm.errors import AdfmError, Unreachable
 from adfm.evaluation import verdict
 from adfm.files import replace_text
 from adfm.models import adapters, decoding, hardware, loading
 from adfm.params import Params
+from adfm.process import environment
 
 # The embedded run writes about a quarter of it, DVC's cache included; a full disk shows itself late and everywhere.
 FREE_BYTES = 2**30

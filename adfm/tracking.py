@@ -1,7 +1,7 @@
 """Runs in MLflow: where they go, what every run carries, and what is said when the server is not there.
 
-`MLFLOW_TRACKING_URI` names a server; adfm/environment.py sets it on a cluster. Without it, runs and versions go to
-`mlflow.db` and files to `mlartifacts/`, both in the current folder (of DVC's experiments, in the workspace: see
+`MLFLOW_TRACKING_URI` names a server; `adfm.process.environment` sets it on a cluster. Without it, runs and versions go
+to `mlflow.db` and files to `mlartifacts/`, both in the current folder (of DVC's experiments, in the workspace: see
 `home`), which `mlflow ui --backend-store-uri sqlite:///mlflow.db` shows.
 """
 
@@ -23,11 +23,11 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from adfm import environment, retries
-from adfm.environment import without_login
 from adfm.errors import AdfmError, Unreachable
 from adfm.params import Params, flat
-from adfm.stopping import Stopped
+from adfm.process import environment, retries
+from adfm.process.environment import without_login
+from adfm.process.stopping import Stopped
 
 if TYPE_CHECKING:
     from mlflow import ActiveRun, MlflowClient
@@ -265,7 +265,7 @@ def reason(error: Exception) -> str:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether an error of MLflow's client may be gone in a minute, as `adfm.retries.may_pass`.
+    """Whether an error of MLflow's client may be gone in a minute, as `adfm.process.retries.may_pass`.
 
     It raises requests' RetryError for 408, 429, 500, 502, 503 and 504, after its own retries. What it raises after a
     download has the errors of the single files in its text alone (`download_artifacts` in

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from adfm.data import shards as shards_
 from adfm.data import synthetic
 from adfm.data.conversion import convert
-from adfm.evaluation import inference
+from adfm.evaluation import predictions
 from adfm.models import decoding, families, loading
 from adfm.params import Params
 
@@ -62,7 +62,7 @@ def main(model: str, shards: Path) -> int:
     params = Params()
     alone, slow = one_by_one(model, shards, params)
     start = time.perf_counter()
-    table = inference.predict(model, shards, params, "batched")  # loading included
+    table = predictions.predict(model, shards, params, "batched")  # loading included
     fast = len(table) / (time.perf_counter() - start)
     together = dict(zip(table["id"], table["completion"], strict=True))
     differing = [name for name, answer in alone.items() if together[name] != answer]

@@ -28,7 +28,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from adfm.evaluation import statistics
+from adfm import statistics
 from adfm.registry import gate
 from adfm.registry.policy import Policy
 

@@ -30,14 +30,16 @@ from grpo_step import bare_trainer
 from memory import GPUS, operations
 from PIL import Image
 
-from adfm import environment, tracking
 from adfm import params as params_
+from adfm import tracking
 from adfm.method import prompt
-from adfm.models import adapters, families, hardware, liger, loading, tiny
-from adfm.outbox import Outbox
+from adfm.models import adapters, families, hardware, liger, loading
 from adfm.params import Params
-from adfm.training import base, grpo
+from adfm.process import environment
+from adfm.training import grpo
 from adfm.training.guard import Guard
+from adfm.training.outbox import Outbox
+from experiments import tiny_base, tiny_model
 
 VARIANTS = {
     "published": [],
@@ -96,7 +98,9 @@ def measured(name: str, params: Params, adfm: bool) -> tuple[dict[str, tuple[flo
 
     loaded = built(name, params)
     settings = params.train
-    data = rows(loaded, settings.steps * settings.prompts_per_step, 512 if torch.cuda.is_available() else tiny.SIDE)
+    data = rows(
+        loaded, settings.steps * settings.prompts_per_step, 512 if torch.cuda.is_available() else tiny_model.SIDE
+    )
     work = Path(f"work-{time.monotonic_ns()}")
     parts = Parts()
     ended: list[float] = []
@@ -198,8 +202,8 @@ def built(name: str, params: Params) -> loading.Loaded:
     from transformers import AutoModelForImageTextToText
 
     torch.manual_seed(0)
-    processor = tiny.processor(tiny.tokenizer(base.corpus()))
-    family = ARCHITECTURES[name][0] if torch.cuda.is_available() else tiny.FAMILY
+    processor = tiny_model.processor(tiny_model.tokenizer(tiny_base.corpus()))
+    family = ARCHITECTURES[name][0] if torch.cuda.is_available() else tiny_model.FAMILY
     if torch.cuda.is_available():
         config = configuration(name)
         number = processor.tokenizer.convert_tokens_to_ids
@@ -215,7 +219,7 @@ def built(name: str, params: Params) -> loading.Loaded:
                 config, dtype=dtype, attn_implementation=loading.attention(params.model)
             )
     else:
-        network = tiny.model(processor.tokenizer, seed=0)
+        network = tiny_model.model(processor.tokenizer, seed=0)
     processor.tokenizer.padding_side = "left"
     adapted = adapters.attach(network, params.lora)
     if liger.enabled(params.train, family):

@@ -18,12 +18,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from adfm import environment, tracking
 from adfm import params as params_
+from adfm import tracking
 from adfm.data import synthetic
 from adfm.data.conversion import convert
 from adfm.models import liger, loading
 from adfm.params import Params
+from adfm.process import environment
 from adfm.training import examples, grpo
 from adfm.training.warmup import warmup
 

@@ -31,12 +31,13 @@ from gpu_step import peak_bytes, reset_peak
 from grpo_step import bare_trainer
 from PIL import Image
 
-from adfm import environment
 from adfm.method import prompt
-from adfm.models import adapters, families, loading, tiny
+from adfm.models import adapters, families, loading
 from adfm.params import Params
-from adfm.training import base, grpo
+from adfm.process import environment
+from adfm.training import grpo
 from adfm.training.guard import Guard
+from experiments import tiny_base, tiny_model
 
 MAX_PIXELS = 512 * 512
 PROCESSORS: dict[str, dict[str, Any]] = {
@@ -94,12 +95,12 @@ def built(family: str, tokenizer: Path | None) -> loading.Loaded:
     """The embedded model's network, which is not run, with the image processor of a real one."""
     from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
-    embedded = tiny.processor(tiny.tokenizer(base.corpus()))
+    embedded = tiny_model.processor(tiny_model.tokenizer(tiny_base.corpus()))
     tokens = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else embedded.tokenizer
     tokens.padding_side = "left"
     images = Qwen2VLImageProcessorPil(**PROCESSORS[family])
     processor = families.processor_class(family)(images, tokens, chat_template=embedded.chat_template)
-    network = adapters.attach(tiny.model(embedded.tokenizer, seed=0), Params().lora)
+    network = adapters.attach(tiny_model.model(embedded.tokenizer, seed=0), Params().lora)
     return loading.Loaded(network, processor, family, Params().model, prompt.messages(families.get(family).units))
 
 

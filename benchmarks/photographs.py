@@ -26,13 +26,13 @@ from typing import Any
 
 import numpy as np
 
-from adfm.ablation import interval
 from adfm.data.conversion import convert
-from adfm.evaluation import inference, metrics, references
+from adfm.evaluation import metrics, predictions, references
 from adfm.files import replace_json
 from adfm.params import Params, load
 from adfm.training import detector, grpo
 from adfm.training.warmup import warmup
+from experiments.ablation import interval
 
 COLUMNS = {
     "balanced_accuracy": "as written",
@@ -63,7 +63,7 @@ def run(raw: Path, work: Path, params: Params) -> dict[str, dict[str, float | No
     results, written, decided = {}, {}, {}
     for name, model in models.items():
         splits = ["validation", "test", *(["train"] if name == "warm-up" else [])]
-        tables = inference.predict_splits(model, shards, params, name, splits, work / "answers")
+        tables = predictions.predict_splits(model, shards, params, name, splits, work / "answers")
         if name == "warm-up":
             results[TRAIN] = metrics.values(tables["train"])
         written[name] = tables["test"]

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from transformers.utils import logging
 
-from adfm.evaluation import calibration, inference, metrics
+from adfm.evaluation import calibration, metrics, predictions
 from adfm.params import Params
 
 
@@ -29,7 +29,7 @@ def main(model: str, shards: Path) -> int:
         params = Params.model_validate({"evaluate": settings})
         evaluate = params.evaluate
         start = time.perf_counter()
-        tables = inference.predict_splits(model, shards, params, score, ["validation", "test"])
+        tables = predictions.predict_splits(model, shards, params, score, ["validation", "test"])
         seconds = time.perf_counter() - start
         alone = alone or seconds
         fitted = calibration.fit(tables["validation"], evaluate)

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from adfm import pods
-from adfm.cluster import GROUP, PLURAL, RUNTIME, VERSION
 from adfm.errors import AdfmError
+from adfm.kubeflow import resources
+from adfm.kubeflow.cluster import GROUP, PLURAL, RUNTIME, VERSION
 from pipelines import checks
 
 _SECRET, _KEY = "adfm-mlflow", "uri"
@@ -131,7 +131,7 @@ def _secret_problems(core: Any, namespace: str) -> list[str]:
 
 
 def _claim_problems(core: Any, namespace: str) -> list[str]:
-    name = pods.WORKSPACE_CLAIM
+    name = resources.WORKSPACE_CLAIM
     claim = _read(core.read_namespaced_persistent_volume_claim, name, namespace)
     if _unknown(claim):
         return []
@@ -238,13 +238,13 @@ def _pods(ir: dict[str, Any], platform: dict[str, Any], arguments: dict[str, Any
     kubernetes = platform.get("platforms", {}).get("kubernetes", {}).get("deploymentSpec", {}).get("executors", {})
     tasks = []
     for label, executor in ir["deploymentSpec"]["executors"].items():
-        resources = executor.get("container", {}).get("resources", {})
+        requests = executor.get("container", {}).get("resources", {})
         settings = kubernetes.get(label, {})
         selector = settings.get("nodeSelector", {})
-        gpu = resources.get("accelerator", {})
+        gpu = requests.get("accelerator", {})
         requests = {
-            "cpu": value(resources.get("resourceCpuRequest")),
-            "memory": value(resources.get("resourceMemoryRequest")),
+            "cpu": value(requests.get("resourceCpuRequest")),
+            "memory": value(requests.get("resourceMemoryRequest")),
             str(value(gpu.get("resourceType"))): value(gpu.get("resourceCount")),
         }
         tolerations: list[Any] = []
@@ -261,7 +261,7 @@ def _pods(ir: dict[str, Any], platform: dict[str, Any], arguments: dict[str, Any
             )
         )
     if arguments.get("num_nodes"):
-        needs = pods.NEEDS["train"]
+        needs = resources.NEEDS["train"]
         gpus = {values["gpu_type"]: str(values["num_gpus"])} if values.get("num_gpus") else {}
         tasks.append(
             _Pod(

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from adfm import cli, environment, params, tracking
+from adfm import cli, params, tracking
 from adfm.errors import AdfmError
+from adfm.process import environment
 
 ROOT = Path(__file__).parents[1]
 COMPILED = ROOT / "pipelines" / "compiled"

@@ -4,12 +4,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from adfm import pods
-from adfm.cluster import STARTED
 from adfm.errors import AdfmError
+from adfm.process.environment import CA_FILE, CA_FOLDER
+from adfm.process.pod import STARTED
 
 _PASSED_ON = ("ADFM_ALERT_WEBHOOK", "ADFM_MLFLOW_", STARTED, "ADFM_S3_", "AWS_", "HF_TOKEN", "MLFLOW_")
-_AUTHORITY = f"{pods.CA_FOLDER}/{pods.CA_FILE}"
+_AUTHORITY = f"{CA_FOLDER}/{CA_FILE}"
 
 
 def runner(root: Path, images: list[str]) -> Any:
@@ -40,7 +40,7 @@ def runner(root: Path, images: list[str]) -> Any:
         except docker.errors.ImageNotFound as error:
             raise AdfmError(f"there is no image {image} here; make it with `make image`.") from error
         try:
-            failed = _run(client, image, ["python", "-c", "import adfm.tasks, kfp"], {})
+            failed = _run(client, image, ["python", "-c", "import adfm.kubeflow.tasks, kfp"], {})
         except docker.errors.APIError as error:  # without Python, for one
             raise AdfmError(f"the image {image} does not run ({error}); make it with `make image`.") from error
         if failed:

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from adfm import tracking
-from adfm.cluster import STARTED
 from adfm.errors import AdfmError
+from adfm.process.pod import STARTED
 from pipelines.command import write
 
 

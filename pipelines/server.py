@@ -22,10 +22,11 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from adfm import environment, tracking
+from adfm import tracking
 from adfm.errors import AdfmError
+from adfm.kubeflow.tasks import unused_settings
 from adfm.params import loads
-from adfm.tasks import unused_settings
+from adfm.process import environment
 from pipelines import checks, cluster
 from pipelines.command import write
 

@@ -2,7 +2,8 @@
 
 from kfp import dsl, kubernetes
 
-from adfm.pods import CA, CA_FOLDER, KEYS, NEEDS, PULL_SECRET, SECRETS, SHARED_MEMORY, SIGNING, Needs
+from adfm.kubeflow.resources import KEYS, NEEDS, PULL_SECRET, SECRETS, SHARED_MEMORY, SIGNING, Needs
+from adfm.process.environment import CA, CA_FOLDER
 
 _PAUSE, _FACTOR = 30, 2  # seconds before the second try; each further pause is so many times longer
 _WAITING = 24 * 3600  # seconds that a try may wait for a node or an image

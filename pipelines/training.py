@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 from kfp import dsl, kubernetes
 
 from adfm.errors import AdfmError
+from adfm.kubeflow.resources import WORKSPACE, WORKSPACE_CLAIM
+from adfm.kubeflow.tasks import GPUS, check_gpus, fixed_revision
 from adfm.params import Params
-from adfm.pods import WORKSPACE, WORKSPACE_CLAIM
-from adfm.tasks import GPUS, check_gpus, fixed_revision
 from components.check.component import check
 from components.convert.component import convert, convert_parts, inspect_part
 from components.evaluate.component import evaluate

@@ -164,7 +164,7 @@ run_pipeline() {
   ADFM_CPU_IMAGE=$image ADFM_GPU_IMAGE=$image python - submit --host "$api" "${settings[@]/#/--set=}" <<'END'
 import runpy
 
-from adfm.pods import NEEDS
+from adfm.kubeflow.resources import NEEDS
 
 NEEDS.update({task: needs._replace(cpu="500m", memory="3Gi") for task, needs in NEEDS.items()})
 runpy.run_module("pipelines.training", run_name="__main__")

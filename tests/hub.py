@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from adfm.models import tiny
+from experiments import tiny_model
 from tests.models.random_models import MERGE, PATCH, SIDE, TOWER
 
 _TEXT = {
@@ -29,10 +29,10 @@ def write(folder: Path, family: str, tied: bool = False, shards: int = 1) -> Pat
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    from adfm.training import base
+    from experiments import tiny_base
 
     folder.mkdir(parents=True, exist_ok=True)
-    processor = tiny.processor(tiny.tokenizer(base.corpus()))
+    processor = tiny_model.processor(tiny_model.tokenizer(tiny_base.corpus()))
     processor.tokenizer.save_pretrained(folder)
     config = _config(family, processor.tokenizer, tied)
     name = "Qwen2_5_VLProcessor" if family == "qwen2_5_vl" else "Qwen3VLProcessor"

@@ -16,7 +16,7 @@ _STAGE = """
 from pathlib import Path
 from adfm import tracking
 from adfm.params import Params
-from adfm.registry import signing
+from adfm import signing
 
 with tracking.start_run("train", Params()) as run:
     tracking.client().log_text(run.info.run_id, "kept", "note.txt")
@@ -60,7 +60,7 @@ def _run(*command: str) -> None:
 
 
 def _key() -> str:
-    from adfm.registry import signing
+    from adfm import signing
 
     return signing.keys().id
 

@@ -13,20 +13,19 @@ FUNCTIONS = {
     "check": "adfm/preflight.py",
     "fetch": "adfm/data/sources.py",
     "convert": "adfm/data/conversion.py",
-    "validate": "adfm/data/validation.py",
+    "validate": "adfm/validation/validate.py",
     "warmup": "adfm/training/warmup.py",
     "detector": "adfm/training/detector.py",
     "train": "adfm/training/grpo.py",
-    "folds": "adfm/folds.py",
+    "folds": "adfm/training/folds.py",
     "evaluate": "adfm/evaluation/evaluate.py",
     "register": "adfm/registry/registration.py",
 }
 # Nothing in these can change a result.
-_AROUND = (
-    *("__init__", "cluster", "cpus", "environment", "errors", "files", "outbox"),
-    *("params", "pods", "retries", "stopping", "tracking"),
-)
-AROUND = {f"adfm/{name}.py" for name in _AROUND}
+AROUND = {
+    *(f"adfm/{name}.py" for name in ("__init__", "errors", "files", "params", "tracking", "training/outbox")),
+    *(f"adfm/process/{name}.py" for name in ("cpus", "environment", "pod", "retries", "stopping")),
+}
 
 
 def imported(module: Path) -> Iterator[Path]:

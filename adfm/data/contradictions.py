@@ -15,11 +15,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image
 
-from adfm import cpus
 from adfm.data.duplicates import clusters
 from adfm.data.problems import EXAMPLES
 from adfm.data.readers import files
 from adfm.data.splits import repeated
+from adfm.process import cpus
 
 Rows = Callable[[NDArray[np.int64], list[str]], Iterator[dict[str, Any]]]
 """Gives columns of the rows of some images, in ascending order."""

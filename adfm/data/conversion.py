@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from adfm import __version__, cpus
+from adfm import __version__
 from adfm.data import contradictions, duplicates, inspection, inventory, samples, shards, splits, summary
 from adfm.data.images import GreyRange, upright
 from adfm.data.problems import BadData, MissingImage
@@ -45,6 +45,7 @@ from adfm.data.readers import files, resolve
 from adfm.errors import AdfmError
 from adfm.files import atomic_folder, write_json
 from adfm.params import Params
+from adfm.process import cpus
 from adfm.records import SPLITS, Box, Record, Sample, Split
 from adfm.text import printable
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from adfm import cpus
+from adfm.process import cpus
 
 SIDE = 32
 _FINE = 128

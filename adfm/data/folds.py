@@ -95,7 +95,7 @@ def _near_duplicates(folder: Path) -> NDArray[np.int64]:
 
 def offer(folder: Path, params: Params) -> str | None:
     """A sentence that offers cross-validation to a set of fewer than `FEW` images; `None` where it would not help."""
-    from adfm.evaluation.statistics import half_width
+    from adfm.statistics import half_width
 
     table = shards.table(folder).to_pandas()
     counts = table.groupby("split")["label"].value_counts()

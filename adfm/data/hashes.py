@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from adfm import cpus
 from adfm.data import duplicates
 from adfm.data import shards as shards_
 from adfm.data.images import reduced
 from adfm.errors import AdfmError
+from adfm.process import cpus
 
 FILE = "trained_on.parquet"
 """The table in the folder of a model: the training and validation images of its warm-up and its training."""

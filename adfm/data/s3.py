@@ -11,8 +11,8 @@ import contextlib
 import os
 from typing import Any
 
-from adfm.environment import variable
 from adfm.errors import AdfmError
+from adfm.process.environment import variable
 
 # Names that boto3 and DVC's remotes (dvc/config_schema.py) have for each variable `ADFM_S3_…`.
 _NAMES = {

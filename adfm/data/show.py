@@ -19,12 +19,12 @@ from typing import NamedTuple, TypeVar
 
 from PIL import Image, ImageDraw, ImageFont
 
-from adfm import cpus
 from adfm.data import inspection, pictures, samples, shards
 from adfm.data.pictures import Picture
 from adfm.data.readers import files, resolve
 from adfm.errors import AdfmError
 from adfm.params import Convert, Params
+from adfm.process import cpus
 from adfm.records import SPLITS, Sample
 from adfm.text import printable
 

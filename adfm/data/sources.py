@@ -29,13 +29,13 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from tqdm import tqdm
 
-from adfm import retries
 from adfm.data import archives, s3
 from adfm.data.manifest import STATE, Ledger
 from adfm.data.readers.files import special_files
-from adfm.environment import ca_remedy, without_login
 from adfm.errors import AdfmError, Unreachable
 from adfm.files import atomic_folder, file_digest
+from adfm.process import retries
+from adfm.process.environment import ca_remedy, without_login
 
 SCHEMES = ("file", "s3", "dvc", "synthetic")
 _CONNECTIONS = 16

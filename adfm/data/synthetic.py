@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from adfm import cpus
 from adfm.errors import AdfmError
-from adfm.stopping import signals_blocked
+from adfm.process import cpus
+from adfm.process.stopping import signals_blocked
 
 Array = NDArray[Any]
 SIZE = 128

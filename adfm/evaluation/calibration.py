@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adfm.errors import AdfmError
-from adfm.evaluation.inference import PREDICTIONS
+from adfm.evaluation.predictions import PREDICTIONS
 from adfm.params import Evaluate
 from adfm.records import Label
 

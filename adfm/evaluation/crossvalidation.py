@@ -158,7 +158,7 @@ def note(results: dict[str, Any]) -> str:
     """What the figures are, in words.
 
     Args:
-        results: What `adfm.folds.cross_validate` wrote, with folds.
+        results: What `adfm.training.folds.cross_validate` wrote, with folds.
     """
     first = results["folds"][0]
     return (

@@ -14,7 +14,7 @@ The folder that it writes; the candidate is the last model:
     references.json                       the blind answers, how candidate and reference detector compare, and the
                                           verdict in words (adfm/evaluation/verdict.py), which is printed last
     comparison.md, comparison.csv         the tables that are printed
-    cross-validation.json, .parquet       where `evaluate.folds` is set: what `adfm folds` wrote (adfm/folds.py)
+    cross-validation.json, .parquet       where `evaluate.folds` is set: what `adfm folds` wrote
     plots/                                confusion.csv, roc.csv, iou_by_size.csv for DVC; figures as PNG;
                                           kinds.csv, of rows only if the candidate's prompt asks for kinds
     report/                               report.html, the page for people to look at, and its pictures
@@ -40,13 +40,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from adfm import tiles, tracking
+from adfm import tracking
 from adfm.data import shards as shards_
+from adfm.data import tiles
 from adfm.errors import AdfmError
-from adfm.evaluation import calibration, crossvalidation, guard, inference, metrics, plots, references, verdict
+from adfm.evaluation import calibration, crossvalidation, guard, metrics, plots, predictions, references, verdict
 from adfm.evaluation import report as page
 from adfm.evaluation.calibration import DECIDED, Calibration
-from adfm.evaluation.inference import KINDS
+from adfm.evaluation.predictions import KINDS
 from adfm.files import atomic_folder, digest, write_json
 from adfm.models import loading
 from adfm.params import Params
@@ -123,7 +124,7 @@ def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Par
         tags = {"candidate": candidate, "data_fingerprint": fingerprint}
         with tracking.start_run("evaluate", params, tags) as run, atomic_folder(out) as partial:
             answers = {
-                name: inference.predict_splits(model, shards, params, name, splits, kept)
+                name: predictions.predict_splits(model, shards, params, name, splits, kept)
                 for name, model in local.items()
             }
             validation = {name: of["validation"] for name, of in answers.items() if len(splits) > 1}

@@ -33,10 +33,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from adfm import cpus
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.params import Params
+from adfm.process import cpus
 
 Floats = NDArray[np.float64]
 Kind = Literal["uniform", "black", "white", "size", "shape", "far"]
@@ -173,7 +173,7 @@ class Guard(BaseModel):
         """Whether the model can judge an image.
 
         Args:
-            image: Upright RGB, at its own size, as the model gets it (`adfm.predict.decode`).
+            image: Upright RGB, at its own size, as the model gets it (`adfm.serving.predict.decode`).
 
         Returns:
             Why not; `None` if it can.

@@ -8,7 +8,7 @@ Every metric is a function of weighted sums over images, so the value (all weigh
 `group`) are drawn together: they are alike, and taken for independent they would make intervals too narrow.
 
 The bootstrap serves what has no better interval (AUROC, F1, calibration). Rates and means over images have the gate's
-confidence limits instead, exact for rates (`adfm.evaluation.statistics`): a bootstrap of 64 defects without a miss
+confidence limits instead, exact for rates (`adfm.statistics`): a bootstrap of 64 defects without a miss
 gives a miss rate of [0, 0], and the truth may be 5 %.
 
 A defective image is *flagged* if its decision is anomalous; whatever is not flagged has escaped. It is *located* if it
@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adfm import statistics
 from adfm.errors import AdfmError
-from adfm.evaluation import statistics
 from adfm.records import Box
 from adfm.text import printable
 

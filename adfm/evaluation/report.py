@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from adfm import cpus
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.evaluation import calibration, crossvalidation, detection, metrics, plots, references
 from adfm.evaluation.calibration import FILE
+from adfm.evaluation.gate_metrics import METRICS
 from adfm.files import atomic_folder
 from adfm.method import response
+from adfm.process import cpus
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -197,8 +198,6 @@ def _compared(table: pd.DataFrame, before: pd.DataFrame | None) -> list[dict[str
         table: The candidate's decisions.
         before: Those of its rival, on the same images in the same order; `None` if there is none.
     """
-    from adfm.registry.policy import METRICS
-
     group = metrics.groups(table)
     rows = []
     # Escapes among defects alone say nothing: to flag everything would be right.

@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from adfm.evaluation import metrics, references, statistics
+from adfm import statistics
+from adfm.data.tiles import Proposal
+from adfm.evaluation import metrics, references
 from adfm.models import families, loading
 from adfm.params import Model
 from adfm.text import printable
-from adfm.tiles import Proposal
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -159,7 +160,7 @@ def kind_of(
     Raises:
         AdfmError: As `loading.load_processor`.
     """
-    from adfm.models import tower
+    from adfm.tiny import tower
 
     description = loading.describe(Path(model))
     same = description is not None and fingerprint is not None and description.get("data_fingerprint") == fingerprint

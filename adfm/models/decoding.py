@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     Logits = Callable[[int], NDArray[np.floating]]
     """Logits, or log-probabilities, of `Scorer.tokens` at a position of a completion."""
 
+Completions = tuple[list[str], list[float | None]]
+"""Completions, and for each the probability of a defect; `None` where it has no clean letter."""
+
 STOP = "</answer>"
 """A completion ends here."""
 

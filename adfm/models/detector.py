@@ -2,13 +2,13 @@
 
 It is what a language model has to beat, and what to use where it does not. `adfm.training.detector` trains it.
 
-The features are those of EfficientNet-Lite0 (`adfm.models.efficientnet`) at strides 4 (pooled to 8), 8, 16 and 32. The
+The features are those of EfficientNet-Lite0 (`adfm.tiny.efficientnet`) at strides 4 (pooled to 8), 8, 16 and 32. The
 head joins them at stride 8 and has three outputs: a map of defects, the image's logit, and the kind of the defect. It
 runs on the CPU, in float32, so that a folder gives the same answers on any machine: about 50 ms an image on one core.
 
 A folder of a detector holds `detector.safetensors` (weights, and mean and spread of the features) and `adfm.json`,
 whose `stage` is `detector`. Where it was trained on tiles of large images (`params.tile` in `adfm.json`), an image is
-answered tile by tile: `adfm.evaluation.inference.Inspector` cuts and joins, and an image here is a tile.
+answered tile by tile: `adfm.models.predictor.Predictor` cuts and joins, and an image here is a tile.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from adfm.errors import AdfmError
-from adfm.models import efficientnet, loading
+from adfm.models import loading
 from adfm.records import Box
+from adfm.tiny import efficientnet
 
 STAGE = loading.DETECTOR
 """The `stage` in `adfm.json` of a detector's folder."""

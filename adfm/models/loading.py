@@ -22,20 +22,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adfm import environment, files, retries, tracking
+from adfm import files, signing, tracking
 from adfm.errors import AdfmError, Unreachable
 from adfm.files import digest
 from adfm.method import prompt
 from adfm.models import decoding, families
 from adfm.params import Model
-from adfm.registry import signing
+from adfm.process import environment, retries
 from adfm.text import printable
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from transformers import PreTrainedModel, ProcessorMixin
 
-EMBEDDED = {"embedded://tiny-base": Path(__file__).parent / "tiny_base"}
+EMBEDDED = {"embedded://tiny-base": Path(__file__).parents[1] / "tiny" / "base"}
 DESCRIPTION = files.MODEL
 DETECTOR = "detector"
 """The `stage` in `adfm.json` of a reference detector (`adfm.models.detector`), which is not a language model."""
@@ -188,7 +188,7 @@ def outline(folder: Path) -> Any:
     from transformers import AutoModelForImageTextToText
     from transformers.utils import logging
 
-    from adfm.models import tower  # noqa: F401 (transformers then knows the embedded model)
+    from adfm.tiny import tower  # noqa: F401 (transformers then knows the embedded model)
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # its report of what is missing is a table of many lines; ours is a sentence
@@ -416,7 +416,7 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
     from transformers.integrations.fsdp import is_fsdp_enabled
 
-    from adfm.models import tower  # noqa: F401 (as in `outline`)
+    from adfm.tiny import tower  # noqa: F401 (as in `outline`)
 
     base, folder = base_of(model, settings)
     if missing := lacking(base):
@@ -529,7 +529,7 @@ def load_processor(model: str | Path, settings: Model) -> Any:
     """
     from transformers import AutoConfig
 
-    from adfm.models import tower  # noqa: F401 (as in `outline`)
+    from adfm.tiny import tower  # noqa: F401 (as in `outline`)
 
     base, folder = base_of(model, settings)
     source = model if describe(Path(model)) else folder

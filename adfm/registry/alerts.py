@@ -16,7 +16,7 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from adfm.environment import ca_remedy
+from adfm.process.environment import ca_remedy
 from adfm.text import shortened
 
 _TIMEOUT = 5  # seconds

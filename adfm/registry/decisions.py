@@ -14,13 +14,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from adfm import tracking
+from adfm import signing, tracking
 from adfm.data import hashes
 from adfm.errors import AdfmError
 from adfm.evaluation import calibration as calibration_
 from adfm.evaluation import metrics, references
 from adfm.files import file_digest, write_json
-from adfm.registry import gate, page, policy, signing, tables
+from adfm.registry import gate, page, policy, tables
 from adfm.registry import history as history_
 from adfm.registry.history import NOBODY, History, Step
 from adfm.registry.reconcile import Registry

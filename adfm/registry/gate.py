@@ -29,10 +29,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from adfm.evaluation import statistics
+from adfm import statistics
+from adfm.evaluation.gate_metrics import METRICS, Bound, Floats, Metric
 from adfm.evaluation.metrics import category_names, listed, samples, without_boxes
 from adfm.registry import tables
-from adfm.registry.policy import METRICS, Bound, Floats, Metric, Policy
+from adfm.registry.policy import Policy
 from adfm.text import printable
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ from datetime import UTC, datetime
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+from adfm import signing
 from adfm.errors import AdfmError
-from adfm.registry import signing
 from adfm.registry.alerts import alert
 from adfm.text import printable
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-    from adfm.registry.signing import Keys
+    from adfm.signing import Keys
 
 NOBODY = "none"
 """Stands for a version where there is none."""

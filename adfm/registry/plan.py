@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import stats
 
-from adfm.evaluation import statistics
+from adfm import statistics
+from adfm.evaluation.gate_metrics import METRICS, Bound, Metric
 from adfm.evaluation.metrics import category_names, samples
-from adfm.registry.policy import METRICS, Bound, Metric, Policy
+from adfm.registry.policy import Policy
 from adfm.text import printable
 
 if TYPE_CHECKING:

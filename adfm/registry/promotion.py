@@ -13,9 +13,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from adfm import signing
 from adfm.errors import AdfmError
 from adfm.params import Params
-from adfm.registry import decisions, policy, signing
+from adfm.registry import decisions, policy
 from adfm.registry import history as history_
 from adfm.registry.alerts import alert
 from adfm.registry.history import NOBODY, History, Step

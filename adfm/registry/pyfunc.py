@@ -1,4 +1,4 @@
-"""What makes an MLflow pyfunc of a registered version; `adfm.registry.serving` is what MLflow then loads."""
+"""What makes an MLflow pyfunc of a registered version; `adfm.serving.scoring` is what MLflow then loads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 import adfm
 from adfm import tracking
 
-_LOADER = "adfm.registry.serving"
+_LOADER = "adfm.serving.scoring"
 # Without these the loader cannot be imported where the model is served.
 _NEEDED = (
     *("accelerate", "mlflow", "numpy", "pandas", "peft", "pillow", "pillow-heif", "pyarrow", "safetensors", "scipy"),

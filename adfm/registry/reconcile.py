@@ -15,10 +15,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from adfm import tracking
+from adfm import signing, tracking
 from adfm.errors import AdfmError
 from adfm.registry import history as history_
-from adfm.registry import signing
 from adfm.registry.alerts import alert
 from adfm.registry.history import NOBODY, BrokenHistory, History, Step
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
-    from adfm.registry.signing import Keys
+    from adfm.signing import Keys
 
 PRODUCTION = "production"
 PREVIOUS = "previous"

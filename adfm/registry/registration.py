@@ -16,19 +16,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from adfm import tracking
+from adfm import signing, tracking
 from adfm.errors import AdfmError
 from adfm.evaluation import references
 from adfm.files import atomic_folder, write_json
 from adfm.params import Params
-from adfm.registry import decisions, gate, page, policy, reconcile, signing, tables
+from adfm.registry import decisions, gate, page, policy, reconcile, tables
 from adfm.registry import history as history_
 from adfm.registry.alerts import alert
 from adfm.registry.history import NOBODY, Step
 from adfm.registry.policy import Policy
 from adfm.registry.reconcile import Registry, settle
-from adfm.registry.signing import Unverified
 from adfm.registry.submission import Unfit, check, download, own_policy, read, submit, waiting_submissions
+from adfm.signing import Unverified
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -10,7 +10,7 @@ Whoever submits may write to the experiment, not to the registered model. The se
     params.yaml     the settings as used
     gate.yaml       the submitter's policy; the registered one judges
     lineage.json    data, code, libraries, base model; who submitted it, and for which registered model
-    MLmodel, …      what makes an MLflow pyfunc of it, which `adfm.registry.serving` loads
+    MLmodel, …      what makes an MLflow pyfunc of it, which `adfm.serving.scoring` loads
     model.sig       the signature over all of these
     gate.json       the decision, which the service adds for people to read
 """
@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from adfm import tracking
+from adfm import signing, tracking
 from adfm.data import hashes
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
@@ -41,7 +41,7 @@ from adfm.files import digest, write_json
 from adfm.method import prompt
 from adfm.models import families, loading
 from adfm.params import Params
-from adfm.registry import policy, pyfunc, reconcile, signing, tables
+from adfm.registry import policy, pyfunc, reconcile, tables
 from adfm.registry.history import History
 from adfm.registry.lineage import lineage
 from adfm.registry.policy import Policy
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Run
     from mlflow.entities.model_registry import ModelVersion
 
-    from adfm.registry.signing import Keys
+    from adfm.signing import Keys
 
 SUBMITTED_FOR = "adfm_submitted_for"
 """Tag of a logged model: the registered model that it was submitted for."""
@@ -443,7 +443,7 @@ def _predict(
     """A version's predictions on these shards: its own if they are of the same data and protocol, else new ones."""
     import pandas as pd
 
-    from adfm.evaluation import inference
+    from adfm.evaluation import predictions
 
     with TemporaryDirectory() as temporary:
         rival = fetch(version, Path(temporary), keys)
@@ -457,7 +457,7 @@ def _predict(
         kept = {key: own[key] for key in ("dtype", "max_pixels") if key in own}
         settings = params.model_copy(update={"model": params.model.model_copy(update=kept)})
         calibration = rival.calibration
-        table = calibration.apply(inference.predict(model, shards, settings, f"version {version.version}"))
+        table = calibration.apply(predictions.predict(model, shards, settings, f"version {version.version}"))
         table.attrs["threshold"] = calibration.threshold
         return table, about | {"predictions": AGAIN}
 

@@ -11,7 +11,7 @@ wait in a file. For about 1,000 images that takes two minutes on one core, and t
 
 With `tile.size` it learns from tiles of the images, as the language model does (`adfm.training.examples.rows`): all
 with a defect and at least as many normal ones, as far as `MOST_PICTURES` allows. An image's score is then the highest
-of its tiles, and its boxes are joined across seams (`adfm.evaluation.inference.joined`); threshold and box rule are
+of its tiles, and its boxes are joined across seams (`adfm.models.predictor.joined`); threshold and box rule are
 chosen on the joined answers.
 """
 
@@ -34,16 +34,16 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
-from adfm import tiles
-from adfm.data import hashes
+from adfm.data import hashes, tiles
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.evaluation import metrics
 from adfm.files import atomic_folder, refuse_to_replace, write_json
 from adfm.method import kinds as kinds_
-from adfm.models import detector, efficientnet, loading
+from adfm.models import detector, loading
 from adfm.params import Params, Tile
 from adfm.records import Box, Record, Split
+from adfm.tiny import efficientnet
 from adfm.training import examples as examples_
 
 VARIANTS = 4
@@ -480,7 +480,7 @@ def _choose(
 def _best_rule(located: list[_Located], threshold: float) -> detector.Rule | None:
     """The rule with the highest mean IoU; `None` without an image with boxes.
 
-    Boxes are drawn on the tiles that are flagged, and on the most suspicious one, as `inference.joined` does.
+    Boxes are drawn on the tiles that are flagged, and on the most suspicious one, as `predictor.joined` does.
     """
     images = []
     for record, grid, scores, cells in located:

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from adfm import tiles
 from adfm.data import shards as shards_
+from adfm.data import tiles
 from adfm.errors import AdfmError
 from adfm.method import kinds as kinds_
 from adfm.models import families
@@ -48,7 +48,7 @@ def draw(
     """`count` images of a split, or tiles of them, in an order fixed by `seed`.
 
     Every image of a label is drawn once before any is drawn again, unless there are weights. Images stay on disk until
-    they are used. With `tile.size`, a row is a tile, labelled by what it shows (`adfm.tiles.truth`): most tiles of a
+    they are used. With `tile.size`, a row is a tile, labelled by what it shows (`tiles.truth`): most tiles of a
     defective image are normal ones. Of an anomalous image without boxes nobody knows which tile is; it is left out.
 
     Args:
@@ -131,7 +131,7 @@ def boxes_known(shards: Path) -> tuple[int, int]:
 
 
 def rows(shards: Path, split: Split, tile: Tile) -> list[dict[str, Any]]:
-    """A row for every image of a split; with `tile.size` for every tile that can be labelled (`adfm.tiles.truth`).
+    """A row for every image of a split; with `tile.size` for every tile that can be labelled (`adfm.data.tiles.truth`).
 
     Args:
         shards: Folder of shards.

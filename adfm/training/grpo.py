@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adfm import stopping, tracking
+from adfm import tracking
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.files import atomic_folder, digest, refuse_to_replace, replace_json
@@ -24,10 +24,11 @@ from adfm.method import kinds as kinds_
 from adfm.method import response, rewards
 from adfm.method.coordinates import Frame
 from adfm.models import families, hardware, liger, loading
-from adfm.outbox import Outbox
 from adfm.params import Params
+from adfm.process import stopping
 from adfm.records import Label
 from adfm.training import checkpoints, examples, health, images, memory
+from adfm.training.outbox import Outbox
 from adfm.training.warmup import save
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def _keep(work: Path, trained: Path, keep: Path) -> None:
 
 def _doubt(model: Path, shards: Path, params: Params, work: Path) -> dict[str, float]:
     """For every training image, how unsure the model is of the letter: 1 at even odds, 0 when it is certain."""
-    from adfm.evaluation.inference import predict_splits
+    from adfm.evaluation.predictions import predict_splits
 
     # vLLM would claim the memory of the GPU that holds the model in training, which is already loaded.
     evaluate = params.evaluate.model_copy(update={"backend": "transformers"})

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from adfm.errors import AdfmError
 from adfm.files import write_json
 from adfm.params import Health
-from adfm.stopping import Stopped
+from adfm.process.stopping import Stopped
 from adfm.training import checkpoints, health
 
 if TYPE_CHECKING:

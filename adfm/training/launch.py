@@ -1,6 +1,6 @@
 """Run a training of one machine in processes of its own, and start it again from its checkpoint if one of them dies.
 
-One process, or one for each GPU through `accelerate launch`; several machines: `adfm.training.nodes`. The pipelines
+One process, or one for each GPU through `accelerate launch`; several machines: `adfm.kubeflow.nodes`. The pipelines
 start trainings here; `adfm train` runs in its own process and is not started again.
 
 The launcher of several processes exits with 1 whatever they exit with (torch/distributed/elastic/multiprocessing), so
@@ -26,12 +26,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import IO, NamedTuple
 
-from adfm import cpus, retries, stopping, tracking
+from adfm import tracking
 from adfm.errors import AdfmError, Unreachable
 from adfm.files import MODEL, refuse_to_replace, replace_json
 from adfm.models import hardware
 from adfm.params import Params
-from adfm.stopping import Stopped
+from adfm.process import cpus, retries, stopping
+from adfm.process.stopping import Stopped
 from adfm.training import checkpoints
 
 TRIES = 3
@@ -171,8 +172,8 @@ def _supervise(gpus: int, verb: Callable[[Path], list[str]], out: Path, params: 
             if tries == TRIES:
                 raise AdfmError(
                     f"training died {TRIES} times from {start} on without a later checkpoint: {end.text}. If it was "
-                    "killed for memory, give the task more (adfm/pods.py) or lower train.prompts_per_step or "
-                    "train.micro_batch; else look for the fault in the log above."
+                    "killed for memory, give the task more (adfm/kubeflow/resources.py) or lower "
+                    "train.prompts_per_step or train.micro_batch; else look for the fault in the log above."
                 )
             tries += 1
             print(f"training died: {end.text}; try {tries} of {TRIES} in {pause:g} s, from {start}", flush=True)

@@ -24,11 +24,11 @@ from adfm.files import atomic_folder, refuse_to_replace, write_json
 from adfm.method import kinds as kinds_
 from adfm.method import prompt
 from adfm.models import adapters, decoding, families, loading
-from adfm.outbox import Outbox
 from adfm.params import Params, Warmup
 from adfm.records import Box
 from adfm.training import examples
 from adfm.training.augmentation import VIEWS, view, view_of_box
+from adfm.training.outbox import Outbox
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -238,7 +238,7 @@ class Answers:
 def _trainer_class() -> type[Any]:
     from trl import SFTTrainer
 
-    from adfm.models import tower
+    from adfm.tiny import tower
 
     class Trainer(SFTTrainer):
         """TRL's trainer with the loss on the places that the embedded model's tower looks for."""

@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 
 from adfm.method import response
 from adfm.method.coordinates import Frame
-from adfm.outbox import Outbox
 from adfm.records import Box
+from adfm.training.outbox import Outbox
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments

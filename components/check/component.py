@@ -16,10 +16,10 @@ def check(
     num_nodes: int,
 ) -> NamedTuple("Checked", settings=str, source=str, name=str, revision=str, inspection=str, conversion=str):
     """Settings are the text of a params.yaml; the parts of them that data stages read come out one by one."""
-    from adfm import tasks
+    from adfm.kubeflow import tasks
 
     with tasks.stage():
-        from adfm import retries
+        from adfm.process import retries
 
         return retries.again(
             lambda: tasks.check(settings, run, revision, gpu_type, int(num_gpus), int(num_nodes)),

@@ -18,7 +18,7 @@ def convert(
     """Shards that fail validation stop the run before a GPU is asked for; their report is in MLflow."""
     from pathlib import Path
 
-    from adfm import tasks
+    from adfm.kubeflow import tasks
 
     with tasks.stage():
         from adfm.params import loads
@@ -36,7 +36,7 @@ def inspect_part(raw: dsl.Input[dsl.Dataset], part: str, settings: str, inspecte
     """Inspect the images of one part, which is written as I/N."""
     from pathlib import Path
 
-    from adfm import tasks
+    from adfm.kubeflow import tasks
 
     with tasks.stage():
         from adfm.data.conversion import inspect_part
@@ -61,7 +61,7 @@ def convert_parts(
     """As `convert`, of images that were inspected part by part."""
     from pathlib import Path
 
-    from adfm import tasks
+    from adfm.kubeflow import tasks
 
     with tasks.stage():
         from adfm.params import loads

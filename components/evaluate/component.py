@@ -24,12 +24,12 @@ def evaluate(
     """
     from pathlib import Path
 
-    from adfm import tasks
+    from adfm.kubeflow import tasks
 
     with tasks.stage():
-        from adfm import retries
         from adfm.evaluation.evaluate import evaluate
         from adfm.params import loads
+        from adfm.process import retries
         from adfm.training.detector import train
 
         params, folder, trained = loads(settings), Path(evaluation.path), Path(model.path)

@@ -14,12 +14,12 @@ def fetch(source: str, name: str, revision: str, raw: dsl.Output[dsl.Dataset]):
     from pathlib import Path
     from tempfile import TemporaryDirectory
 
-    from adfm import tasks
+    from adfm.kubeflow import tasks
 
     with tasks.stage():
-        from adfm import retries
         from adfm.data import packed
         from adfm.data.sources import fetch
+        from adfm.process import retries
 
         archive = Path(raw.path) / f"{name}.tar"
         archive.parent.mkdir(parents=True, exist_ok=True)

@@ -8,11 +8,10 @@ from kfp import dsl
 @dsl.component(base_image=os.environ.get("ADFM_CPU_IMAGE", "localhost/adfm:cpu"), install_kfp_package=False)
 def notify(status: dsl.PipelineTaskFinalStatus, pipeline: str, run: str, settings: str, ui: str) -> str:
     """State, gate verdict and link, to the chat channel that the secret adfm-alerts names, if any, and to the log."""
-    from adfm import tasks
+    from adfm.kubeflow import tasks
 
     with tasks.stage(tolerant=True):
-        from adfm import notification
-        from adfm.training import nodes
+        from adfm.kubeflow import nodes, notification
 
         nodes.end(run)
         ended = notification.Status(

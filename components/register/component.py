@@ -19,10 +19,10 @@ def register(
     gate_metrics: dsl.Output[dsl.Metrics],
 ) -> NamedTuple("Registered", version=str, gate=str):
     """The version carries the ids of the run and of the data."""
-    from adfm import tasks
+    from adfm.kubeflow import tasks
 
     with tasks.stage():
-        from adfm import retries
+        from adfm.process import retries
 
         version, metrics, gate = retries.again(
             lambda: tasks.register(

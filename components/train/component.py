@@ -18,7 +18,7 @@ def train(
     """Both run in processes of their own, which leave no memory of a GPU behind; several GPUs through accelerate."""
     from pathlib import Path
 
-    from adfm import tasks
+    from adfm.kubeflow import tasks
 
     with tasks.stage():
         from adfm.params import loads
@@ -55,11 +55,11 @@ def train_on_nodes(
     """This task holds no GPU itself: it follows a TrainJob, which runs the image on the machines."""
     from pathlib import Path
 
-    from adfm import tasks
+    from adfm.kubeflow import tasks
 
     with tasks.stage():
+        from adfm.kubeflow.nodes import on_nodes
         from adfm.params import loads
-        from adfm.training.nodes import on_nodes
 
         trained = Path(model.path)
         on_nodes(

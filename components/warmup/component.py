@@ -15,7 +15,7 @@ def warmup(
     """Trains on shards that passed validation: others are not an output of their task."""
     from pathlib import Path
 
-    from adfm import tasks
+    from adfm.kubeflow import tasks
 
     with tasks.stage():
         from adfm.params import loads

@@ -141,9 +141,9 @@ def test_a_server_that_is_away_for_a_minute_fails_no_fetch(tmp_path: Path, monke
 
 
 def test_an_evaluation_is_tried_again_where_mlflow_was_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from adfm import tasks
     from adfm.errors import AdfmError, Unreachable
     from adfm.evaluation import evaluate
+    from adfm.kubeflow import tasks
     from adfm.training import detector
 
     tries: list[Path] = []
@@ -274,7 +274,7 @@ def test_a_version_carries_the_run_and_production_is_evaluated_the_next_time(
     assert re.search("<td align=left>escape rate</td>", page, re.IGNORECASE) and "<th align=left>candidate</th>" in page
     assert made("gate_page.html").metadata == {"display_name": "Gate: failed", "version": "1", "gate": "failed"}
 
-    from adfm import tasks
+    from adfm.kubeflow import tasks
     from adfm.params import loads
 
     store = tracking.client()
@@ -304,8 +304,7 @@ def test_a_promotion_without_approval_is_refused_and_the_history_shown(
 def test_the_exit_task_ends_the_run_on_the_cluster_and_reports_what_kfp_says_of_it(
     artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from adfm import notification
-    from adfm.training import nodes
+    from adfm.kubeflow import nodes, notification
 
     calls: list[Any] = []
     monkeypatch.setattr(nodes, "end", lambda run: calls.append(("end", run)))

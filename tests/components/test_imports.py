@@ -35,7 +35,7 @@ def test_every_body_is_a_stage() -> None:
 
 
 def test_the_helpers_of_stages_import_no_library_that_makes_threads() -> None:
-    code = "import adfm.tasks, sys; print({'numpy', 'pyarrow', 'torch', 'pandas'} & set(sys.modules))"
+    code = "import adfm.kubeflow.tasks, sys; print({'numpy', 'pyarrow', 'torch', 'pandas'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"set()\n"
 
 

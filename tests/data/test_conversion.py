@@ -19,8 +19,8 @@ from adfm.data.problems import BadData, MissingImage
 from adfm.data.readers import LAYOUTS
 from adfm.errors import AdfmError
 from adfm.params import Convert, Params
-from adfm.predict import decode
 from adfm.records import Record, Sample
+from adfm.serving.predict import decode
 from tests.data.readers.layouts import LAYOUTS as LAYOUTS_OF_TESTS
 from tests.memory import peaks
 
@@ -311,7 +311,7 @@ def test_only_a_few_items_are_ahead_of_a_slow_writer(monkeypatch: pytest.MonkeyP
         started.append(number)
         return 2 * number
 
-    monkeypatch.setattr("adfm.cpus.count", lambda: 2)
+    monkeypatch.setattr("adfm.process.cpus.count", lambda: 2)
     with ThreadPoolExecutor(2) as pool:
         results = conversion.map_in_order(pool, double, range(100))
         assert next(results) == 0

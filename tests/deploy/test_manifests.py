@@ -13,7 +13,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from adfm import pods
+from adfm.kubeflow import resources
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 VERSIONS = ("1.29.0", "1.35.0")  # the oldest that docs/kubernetes.md names, and the newest that was tried
@@ -103,7 +103,7 @@ def test_secrets_that_are_files_can_be_read_by_the_user_of_the_container() -> No
 
 def test_images_of_a_registry_with_a_login_are_pulled_with_the_secret_of_the_runs() -> None:
     for _, pod, container in containers():
-        assert pod["imagePullSecrets"] == [{"name": pods.PULL_SECRET}], container["name"]
+        assert pod["imagePullSecrets"] == [{"name": resources.PULL_SECRET}], container["name"]
 
 
 def test_what_runs_for_ever_has_probes_that_are_patient() -> None:
@@ -205,9 +205,9 @@ def test_every_key_of_a_secret_that_is_needed_is_in_the_examples() -> None:
         if "valueFrom" in variable
     }
     assert used | {("adfm-signing", "private.pem")} == keys("server/secrets.example.yaml")
-    assert {("adfm-server", f"s3-{key}") for key in pods.SECRETS["adfm-s3"]} <= used
-    runs = {(secret, key) for secret, each in pods.SECRETS.items() for key in each}
-    assert runs | {(pods.SIGNING, "private.pem")} == keys("runs/secrets.example.yaml")
+    assert {("adfm-server", f"s3-{key}") for key in resources.SECRETS["adfm-s3"]} <= used
+    runs = {(secret, key) for secret, each in resources.SECRETS.items() for key in each}
+    assert runs | {(resources.SIGNING, "private.pem")} == keys("runs/secrets.example.yaml")
 
 
 def test_the_account_of_the_runs_may_read_no_secret_but_that_of_the_artifacts() -> None:
@@ -223,8 +223,8 @@ def test_the_server_and_its_jobs_see_the_private_ca() -> None:
         if container["name"] == "postgres":
             continue
         mounts = {each["name"]: each["mountPath"] for each in container["volumeMounts"]}
-        assert mounts["ca"] == pods.CA_FOLDER, container["name"]
+        assert mounts["ca"] == resources.CA_FOLDER, container["name"]
         (volume,) = [each for each in pod["volumes"] if each["name"] == "ca"]
-        assert volume["configMap"] == {"name": pods.CA, "optional": True}
+        assert volume["configMap"] == {"name": resources.CA, "optional": True}
     defaults = next(each["data"] for each in loaded("server/database.yaml") if each["metadata"]["name"] == "database")
-    assert defaults["PGSSLROOTCERT"] == f"{pods.CA_FOLDER}/{pods.CA_FILE}"
+    assert defaults["PGSSLROOTCERT"] == f"{resources.CA_FOLDER}/{resources.CA_FILE}"

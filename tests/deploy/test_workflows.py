@@ -102,7 +102,7 @@ class Runner:
         """The files that Git has or would take, in a repository of their own."""
         listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
         for name in subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0"):
-            if name and (ROOT / name).is_file() and not name.startswith(("docs/images", "adfm/models/tiny_base")):
+            if name and (ROOT / name).is_file() and not name.startswith(("docs/images", "adfm/tiny/base")):
                 (self.checkout / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, self.checkout / name)
         for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "state"]):

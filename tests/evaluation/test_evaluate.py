@@ -17,8 +17,9 @@ from PIL import Image
 from adfm import tracking
 from adfm.data import shards
 from adfm.errors import AdfmError
-from adfm.evaluation import calibration, evaluate, inference, metrics, plots, references
+from adfm.evaluation import calibration, evaluate, metrics, plots, predictions, references
 from adfm.method import response
+from adfm.models import predictor
 from adfm.params import Params
 from adfm.records import Box
 
@@ -174,7 +175,7 @@ def test_an_interrupted_evaluation_keeps_what_is_finished(
 ) -> None:
     monkeypatch.chdir(evaluated.parent)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    out, original = evaluated.with_name("interrupted"), inference.predict_splits
+    out, original = evaluated.with_name("interrupted"), predictions.predict_splits
 
     def interrupted(model: str, folder: Path, params: Params, describe: str, *rest: Any) -> Any:
         if describe == "second":
@@ -182,7 +183,7 @@ def test_an_interrupted_evaluation_keeps_what_is_finished(
         return original(model, folder, params, describe, *rest)
 
     models = {"first": BASE, "second": BASE}
-    monkeypatch.setattr(inference, "predict_splits", interrupted)
+    monkeypatch.setattr(predictions, "predict_splits", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate(models, small_shards, out, PARAMS)
     assert not out.exists() and not out.with_name("interrupted.partial").exists()
@@ -190,8 +191,8 @@ def test_an_interrupted_evaluation_keeps_what_is_finished(
     def refused(*_: Any) -> Any:
         raise AssertionError("everything is finished")
 
-    monkeypatch.setattr(inference, "predict_splits", original)
-    monkeypatch.setattr(inference, "Inspector", refused)
+    monkeypatch.setattr(predictions, "predict_splits", original)
+    monkeypatch.setattr(predictor, "Predictor", refused)
     evaluate.evaluate(models, small_shards, out, PARAMS)
     assert read(out / "metrics.json")["second"] == read(evaluated / "metrics.json")["again"]
     assert not list(out.parent.glob("interrupted*.partial"))

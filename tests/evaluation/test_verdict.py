@@ -13,13 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adfm import tiles
-from adfm.data import folds
+from adfm.data import folds, tiles
+from adfm.data.tiles import Defect
 from adfm.evaluation import metrics, references, verdict
 from adfm.evaluation.verdict import Facts, Kind, Part
 from adfm.models import loading
 from adfm.params import Model, Tile, load
-from adfm.tiles import Defect
 
 EMBEDDED = Kind("embedded://tiny-base", True, True, 900_000, 320 * 320, True, (132, 12))
 LARGE = Kind("Qwen/Qwen2.5-VL-7B-Instruct", weights=8_290_000_000, pixels=512 * 512, trained=True)

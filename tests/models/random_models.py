@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from adfm.models import families, tiny
-from adfm.training import base
+from adfm.models import families
+from experiments import tiny_base, tiny_model
 
 SIDE, PATCH, MERGE = 96, 12, 2  # of Qwen's images: pixels of a side and of a patch, patches merged
 TILE = 48  # pixels of InternVL's tile: 4 x 4 patches, of which 2 x 2 tokens are made
@@ -51,7 +51,7 @@ def _text(tokenizer: Any, **more: Any) -> dict[str, Any]:
 
 
 def _qwen(family: str, template: str) -> tuple[Any, dict[str, int]]:
-    embedded = tiny.processor(tiny.tokenizer(base.corpus()), SIDE)
+    embedded = tiny_model.processor(tiny_model.tokenizer(tiny_base.corpus()), SIDE)
     embedded.image_processor.patch_size = PATCH
     text = (importlib.resources.files("trl") / "chat_templates" / template).read_text()
     processor = families.processor_class(family)(embedded.image_processor, embedded.tokenizer, chat_template=text)
@@ -126,7 +126,7 @@ def _internvl() -> tuple[Any, Any]:
         "video_token": "<video>",
     }
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tiny.tokenizer(base.corpus()).backend_tokenizer,
+        tokenizer_object=tiny_model.tokenizer(tiny_base.corpus()).backend_tokenizer,
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
         extra_special_tokens=named,
@@ -161,8 +161,8 @@ def _internvl() -> tuple[Any, Any]:
 
 
 def _adfm_embedded() -> tuple[Any, Any]:
-    processor = tiny.processor(tiny.tokenizer(base.corpus()), SIDE)
-    return tiny.model(processor.tokenizer, seed=0), processor
+    processor = tiny_model.processor(tiny_model.tokenizer(tiny_base.corpus()), SIDE)
+    return tiny_model.model(processor.tokenizer, seed=0), processor
 
 
 BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from adfm.errors import AdfmError
-from adfm.evaluation import inference
 from adfm.method import prompt
-from adfm.models import decoding, loading
+from adfm.models import decoding, loading, predictor
 from adfm.params import Evaluate, Model
 from adfm.records import Box, Label
 from tests import qwen
@@ -264,7 +263,7 @@ def test_a_model_with_the_real_tokenizer_gets_the_odds_that_it_has(
     [a], [b] = (kind(text, add_special_tokens=False)["input_ids"][-1:] for text in ("<answer>A", "<answer>B"))
     hook = follow(loaded, tokens, tokens.index(a if written == "A" else b), {a: odds, b: 1 - odds})
     try:
-        [completion], [score] = inference.answer(loaded, [Image.new("RGB", (56, 56))], Evaluate(max_new_tokens=60))
+        [completion], [score] = predictor.generate(loaded, [Image.new("RGB", (56, 56))], Evaluate(max_new_tokens=60))
     finally:
         hook.remove()
     assert completion == text and score == pytest.approx(odds, abs=1e-4)
@@ -290,13 +289,13 @@ def test_a_folder_s_settings_for_chat_are_not_taken_over(tmp_path: Path, embedde
     chatty = loading.load(folder, Model())
     for setting in chat:
         assert not getattr(chatty.model.generation_config, setting)
-    assert inference.answer(chatty, [image], how) == inference.answer(embedded, [image], how)
+    assert predictor.generate(chatty, [image], how) == predictor.generate(embedded, [image], how)
 
 
 def test_sampled_scores_are_the_same_each_time_and_leave_the_answer_alone(embedded: loading.Loaded) -> None:
     images = [Image.new("RGB", (128, 128), color) for color in ("gray", "white")]
-    greedy = inference.answer(embedded, images, Evaluate(max_new_tokens=40, score="letter"))
+    greedy = predictor.generate(embedded, images, Evaluate(max_new_tokens=40, score="letter"))
     state = torch.get_rng_state()
-    first, second = (inference.answer(embedded, images, Evaluate(max_new_tokens=40, samples=3)) for _ in range(2))
+    first, second = (predictor.generate(embedded, images, Evaluate(max_new_tokens=40, samples=3)) for _ in range(2))
     assert first == second and first[0] == greedy[0] and first[1] != greedy[1]
     assert torch.equal(torch.get_rng_state(), state)

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from adfm.models import detector, efficientnet
+from adfm.models import detector
 from adfm.records import Box
+from adfm.tiny import efficientnet
 
 HALF = detector.Rule(0.5, 0.0, 10)
 SIDES = st.integers(1, 4000)

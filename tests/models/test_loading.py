@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 from transformers import Qwen3VLForConditionalGeneration
 
-from adfm import tracking
+from adfm import signing, tracking
 from adfm.errors import AdfmError
 from adfm.files import digest
 from adfm.models import loading
 from adfm.params import Model
-from adfm.registry import signing
 
 
 def test_embedded_model_is_small_and_of_the_real_architecture() -> None:

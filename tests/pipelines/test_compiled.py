@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from adfm.pods import NEEDS
+from adfm.kubeflow.resources import NEEDS
 from pipelines import promotion, training
 from pipelines.command import write
 

@@ -29,7 +29,7 @@ from adfm.data import hashes
 from adfm.data import shards as shards_
 from adfm.evaluation import metrics
 from adfm.evaluation.calibration import DECIDED, Calibration
-from adfm.evaluation.inference import PREDICTIONS
+from adfm.evaluation.predictions import PREDICTIONS
 from adfm.files import digest
 from adfm.params import Params
 from adfm.records import Box, Record

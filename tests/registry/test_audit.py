@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from adfm import tracking
+from adfm import signing, tracking
 from adfm.cli import main
 from adfm.params import Params
-from adfm.registry import signing
 from adfm.registry.audit import AuditFailed, audit
 from adfm.registry.history import BrokenHistory
 from adfm.registry.promotion import confirm_keys, history, promote

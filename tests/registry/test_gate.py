@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adfm.errors import AdfmError
+from adfm.evaluation.gate_metrics import METRICS, Bound, Metric
 from adfm.evaluation.metrics import COMPARED
 from adfm.registry import gate
 from adfm.registry.gate import Answer, Decision, decide
-from adfm.registry.policy import METRICS, Bound, Metric, Policy, dumps, loads
+from adfm.registry.policy import Policy, dumps, loads
 from adfm.registry.tables import Incomparable, read
 
 

@@ -18,11 +18,10 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
-from adfm import tracking
+from adfm import signing, tracking
 from adfm.registry import history as history_
-from adfm.registry import signing
 from adfm.registry.history import BrokenHistory, History, Step, _Chain, append, read, table
-from adfm.registry.signing import Keys
+from adfm.signing import Keys
 
 MODEL = "adfm-history"
 

@@ -20,9 +20,9 @@ from PIL import Image
 
 from adfm import tracking
 from adfm.errors import AdfmError
-from adfm.outbox import Outbox, resend
 from adfm.params import Params
 from adfm.training import grpo
+from adfm.training.outbox import Outbox, resend
 from adfm.training.warmup import warmup
 
 
@@ -239,7 +239,7 @@ def test_what_waits_outlives_the_copy_in_which_dvc_runs_an_experiment(
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
     run = begin()
-    monkeypatch.setattr("adfm.outbox._send", lambda _: 1 / 0)
+    monkeypatch.setattr("adfm.training.outbox._send", lambda _: 1 / 0)
     with Outbox(Path("models/trained.unsent"), run) as outbox:
         outbox.add({"reward": 0.5}, 1)
         outbox.add_picture(Image.new("RGB", (8, 8)), "completions/step-00001.png")

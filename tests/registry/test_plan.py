@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from adfm.evaluation import statistics
+from adfm import statistics
+from adfm.evaluation.gate_metrics import METRICS, Bound
 from adfm.registry import plan
-from adfm.registry.policy import METRICS, Bound, Policy
+from adfm.registry.policy import Policy
 
 
 def images(normal: int, anomalous: int, located: int, category: str = "gear", defect: str = "dent") -> pd.DataFrame:

@@ -9,9 +9,10 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from adfm import environment, tracking
+from adfm import tracking
 from adfm.errors import AdfmError
 from adfm.params import Params
+from adfm.process import environment
 
 Start = Callable[..., AbstractContextManager[str]]
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from adfm.registry.policy import METRICS, Policy, PolicyError, difference, digest, dumps, load, loads
+from adfm.evaluation.gate_metrics import METRICS
+from adfm.registry.policy import Policy, PolicyError, difference, digest, dumps, load, loads
 
 SHIPPED = Path(__file__).parents[2] / "gate.yaml"
 

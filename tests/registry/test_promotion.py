@@ -12,11 +12,11 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from adfm import tracking
+from adfm import signing, tracking
 from adfm.cli import main
 from adfm.errors import AdfmError
 from adfm.params import Params
-from adfm.registry import decisions, signing
+from adfm.registry import decisions
 from adfm.registry import history as history_
 from adfm.registry.audit import audit
 from adfm.registry.history import Step

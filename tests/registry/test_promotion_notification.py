@@ -6,10 +6,10 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from adfm import notification
-from adfm.cluster import STARTED
-from adfm.notification import PROMOTION, Status, notify
+from adfm.kubeflow import notification
+from adfm.kubeflow.notification import PROMOTION, Status, notify
 from adfm.params import Params
+from adfm.process.pod import STARTED
 from adfm.registry.promotion import promote
 
 

@@ -12,13 +12,14 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from adfm import files, notification, tracking
+from adfm import files, signing, tracking
 from adfm.cli import main
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.evaluation import calibration
+from adfm.kubeflow import notification
 from adfm.params import Params
-from adfm.registry import decisions, policy, registration, signing
+from adfm.registry import decisions, policy, registration
 from adfm.registry.promotion import history, promote
 from adfm.registry.registration import NotAccepted, accept, register, set_policy
 from adfm.registry.submission import download, read_artifact
@@ -100,7 +101,7 @@ def test_first_version_carries_everything(store, shards, make_model, make_evalua
     gate = json.loads((carried / "gate.json").read_text())
     assert gate == json.loads((tmp_path / "out" / "gate.json").read_text())
     assert yaml.safe_load((carried / "MLmodel").read_text())["flavors"]["python_function"]["loader_module"] == (
-        "adfm.registry.serving"
+        "adfm.serving.scoring"
     )
     assert gate["verdict"] == "passed" and gate["production_version"] is None and gate["reasons"] == decision.reasons
     assert gate["policy"] == policy.load().model_dump() and gate["fingerprint"] == version.tags["test_fingerprint"]
@@ -287,13 +288,14 @@ def test_production_is_evaluated_again_when_the_shards_differ(
     from peft import LoraConfig, get_peft_model
 
     from adfm.evaluation.evaluate import evaluate
-    from adfm.models import loading, tiny
-    from adfm.training.base import corpus
+    from adfm.models import loading
     from adfm.training.warmup import save
+    from experiments import tiny_model
+    from experiments.tiny_base import corpus
 
-    tokens = tiny.tokenizer(corpus())
-    tiny.model(tokens, seed=0).save_pretrained(tmp_path / "base")
-    tiny.processor(tokens).save_pretrained(tmp_path / "base")
+    tokens = tiny_model.tokenizer(corpus())
+    tiny_model.model(tokens, seed=0).save_pretrained(tmp_path / "base")
+    tiny_model.processor(tokens).save_pretrained(tmp_path / "base")
     Path("gate.yaml").write_text(POLICY.replace("limit: 0.5", "limit: null"))
     params = Params.model_validate(
         {

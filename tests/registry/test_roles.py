@@ -28,17 +28,16 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from adfm import tracking
+from adfm import signing, tracking
 from adfm.params import Params
 from adfm.registry import history as history_
-from adfm.registry import signing
 from adfm.registry.approvals import look
 from adfm.registry.audit import AuditFailed, audit
 from adfm.registry.history import NOBODY, Forbidden
 from adfm.registry.promotion import approve, history, rollback
 from adfm.registry.reconcile import Refused
 from adfm.registry.registration import NotAccepted, register, set_policy
-from adfm.registry.verified import fetch
+from adfm.serving.verified import fetch
 from tests.registry import conftest
 
 ROOT = Path(__file__).parents[2]

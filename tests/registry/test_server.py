@@ -21,11 +21,11 @@ import pytest
 from PIL import Image
 
 import adfm
-from adfm import tracking
+from adfm import signing, tracking
 from adfm.cli import main
 from adfm.files import digest
 from adfm.params import Params
-from adfm.registry import history, pyfunc, signing
+from adfm.registry import history, pyfunc
 
 FILES = ("MLmodel", "params.yaml", "model/adfm.json", "evaluation/metrics.json")
 MLMODEL = "flavors:\n  python_function:\n    loader_module: {}\n"
@@ -321,8 +321,8 @@ def test_workers_share_the_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     import uvicorn.supervisors
     from mlflow.pyfunc import scoring_server
 
-    from adfm import cpus
-    from adfm.registry import server
+    from adfm.process import cpus
+    from adfm.serving import server
 
     threads: list[str] = []
 
@@ -396,7 +396,7 @@ def test_the_version_in_production_is_served_from_a_real_server(
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 0
 
-    (tmp_path / "MLmodel").write_text((folder / "MLmodel").read_text().replace("adfm.registry.serving", "os"))
+    (tmp_path / "MLmodel").write_text((folder / "MLmodel").read_text().replace("adfm.serving.scoring", "os"))
     client.log_model_artifact(logged.model_id, str(tmp_path / "MLmodel"))  # as anybody who may edit the run can
     assert main(["serve", "models:/served@production", "--port", "0"]) == 2
     assert "models:/served/1 is not what was signed: changed: MLmodel." in capsys.readouterr().err

@@ -26,7 +26,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 import adfm
-from adfm import predict, tracking
+from adfm import signing, tracking
 from adfm.cli import main
 from adfm.data import shards as shards_
 from adfm.data import synthetic
@@ -35,9 +35,11 @@ from adfm.evaluation import calibration, metrics
 from adfm.evaluation import guard as guard_
 from adfm.evaluation.evaluate import evaluate
 from adfm.files import file_digest, write_json
+from adfm.models.predictor import Prediction
 from adfm.params import Params
-from adfm.registry import history, pyfunc, serving, signing
+from adfm.registry import history, pyfunc
 from adfm.registry.registration import register
+from adfm.serving import scoring
 
 BASE = "embedded://tiny-base"
 COLUMNS = ["label", "probability", "threshold", "boxes", "reasoning", "reason"]
@@ -94,7 +96,7 @@ def test_the_version_says_what_goes_in_and_out(version: Path, served: Any) -> No
     assert served.metadata.signature.outputs.input_names() == COLUMNS
     example = served.input_example
     assert isinstance(example, pd.DataFrame)
-    assert serving.content(example["image"][0]).startswith(b"\x89PNG")
+    assert scoring.content(example["image"][0]).startswith(b"\x89PNG")
     assert list(served.predict(example).columns) == COLUMNS
     assert not [path for path in version.rglob("*") if path.suffix in (".pkl", ".pickle", ".bin", ".pt", ".py")]
     requirements = (version / "requirements.txt").read_text()
@@ -139,9 +141,9 @@ def test_an_unclear_answer_cannot_pass_as_normal(
 ) -> None:
     from adfm.method import response
 
-    model = serving._load_pyfunc(str(version))
+    model = served._load_pyfunc(str(version))
     words = "<think>I do not know"
-    unclear = predict.Answer(None, None, [], response.parse(words), words)
+    unclear = Prediction(None, None, [], response.parse(words), words)
     monkeypatch.setattr(model._inspector, "answers", lambda sizes, image: [unclear for _ in sizes])
     answered = model.predict(pd.DataFrame({"image": [b64(photographs[0])]}))
     row = {
@@ -158,7 +160,7 @@ def test_an_unclear_answer_cannot_pass_as_normal(
 
 def test_a_request_is_bounded(served: Any, photographs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     size = photographs[0].stat().st_size
-    monkeypatch.setattr(serving, "_MOST_BYTES", size + 10)
+    monkeypatch.setattr(scoring, "_MOST_BYTES", size + 10)
     images = [b64(photographs[0])] * 2
     assert len(served.predict(pd.DataFrame({"image": images[:1]}))) == 1
     with pytest.raises(
@@ -228,7 +230,7 @@ def test_images_that_cannot_be_judged_are_refused_counted_and_not_put_to_the_mod
 ) -> None:
     log = guarded.parent / "log"
     monkeypatch.setenv("ADFM_SERVE_LOG", str(log))
-    model = serving._load_pyfunc(str(guarded))
+    model = served._load_pyfunc(str(guarded))
     assert "No image is refused" not in capsys.readouterr().err
     batches = []
     answers = model._inspector.answers
@@ -277,7 +279,7 @@ def test_a_request_with_unreadable_images_is_not_counted(
 ) -> None:
     log = guarded.parent / "log"
     monkeypatch.setenv("ADFM_SERVE_LOG", str(log))
-    model = serving._load_pyfunc(str(guarded))
+    model = served._load_pyfunc(str(guarded))
     buffer = io.BytesIO()
     Image.new("RGB", (128, 128)).save(buffer, "PNG")
     black = base64.b64encode(buffer.getvalue()).decode()
@@ -289,7 +291,7 @@ def test_a_request_with_unreadable_images_is_not_counted(
 def test_a_version_without_a_guard_is_served_and_says_so_once(
     version: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = serving._load_pyfunc(str(version))
+    model = served._load_pyfunc(str(version))
     warning = "version: No image is refused: there is no guard.json, so a black one is answered as any other."
     assert capsys.readouterr().err.splitlines().count(warning) == 1
     buffer = io.BytesIO()
@@ -302,13 +304,13 @@ def test_a_version_without_a_guard_is_served_and_says_so_once(
 def test_a_guard_that_cannot_be_read_is_not_left_out(guarded: Path) -> None:
     (guarded / "evaluation" / guard_.FILE).write_text("{}x")
     with pytest.raises(guard_.BadGuard, match=r"guard\.json is not a guard"):
-        serving._load_pyfunc(str(guarded))
+        served._load_pyfunc(str(guarded))
 
 
 def test_a_log_that_cannot_be_written_is_refused_at_the_start(version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADFM_SERVE_LOG", str(version / "nowhere" / "log"))
     with pytest.raises(AdfmError, match="ADFM_SERVE_LOG: .* cannot be written"):
-        serving._load_pyfunc(str(version))
+        served._load_pyfunc(str(version))
 
 
 # -------------------------------------------------------------------------------------------------------------- shadow
@@ -320,10 +322,10 @@ def test_a_candidate_answers_in_the_shadow_of_production(
     log = guarded.parent / "log"
     monkeypatch.setenv("ADFM_SERVE_LOG", str(log))
     data = pd.DataFrame({"image": [b64(file) for file in photographs]})
-    expected = serving._load_pyfunc(str(guarded)).predict(data)
+    expected = served._load_pyfunc(str(guarded)).predict(data)
     log.unlink()
     monkeypatch.setenv("ADFM_SHADOW", str(version))  # the same model without a guard
-    model = serving._load_pyfunc(str(guarded))
+    model = served._load_pyfunc(str(guarded))
     black = guarded.parent / "black.png"
     Image.new("RGB", (128, 128)).save(black)
     pd.testing.assert_frame_equal(model.predict(data), expected)
@@ -346,7 +348,7 @@ def test_a_shadow_that_cannot_be_loaded_stops_nothing(
 ) -> None:  # fmt: skip
     monkeypatch.setenv("ADFM_SERVE_LOG", str(tmp_path / "log"))
     monkeypatch.setenv("ADFM_SHADOW", str(tmp_path / "nowhere"))
-    model = serving._load_pyfunc(str(version))
+    model = served._load_pyfunc(str(version))
     assert model.shadow is None
     assert "ADFM_SHADOW: there is no shadow, only production answers: " in capsys.readouterr().err
     assert json.loads((tmp_path / "log").read_text())["event"] == "failed"
@@ -354,7 +356,7 @@ def test_a_shadow_that_cannot_be_loaded_stops_nothing(
 
 
 def test_files_that_the_shadow_cannot_read_are_refused_by_it(version: Path, photographs: list[Path]) -> None:
-    model = serving._load_pyfunc(str(version))
+    model = served._load_pyfunc(str(version))
     rows = model.answers([b"no image", photographs[0].read_bytes()])
     assert [row["label"] == "cannot judge" for row in rows] == [True, False]
     assert rows[0]["reason"] == "it is no image"
@@ -366,19 +368,19 @@ def test_a_calibration_of_another_model_is_not_served(version: Path, tmp_path: P
     other = calibration.Calibration(threshold=0.5, limit={"overkill": 0.1}, model="another")
     (tmp_path / "version" / "evaluation" / "calibration.json").write_text(other.model_dump_json())
     with pytest.raises(AdfmError, match="made for another model"):
-        serving._load_pyfunc(str(tmp_path / "version"))
+        served._load_pyfunc(str(tmp_path / "version"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- URIs
 
 
 def test_base64_and_data_uris() -> None:
-    assert serving.content("aGVs\nbG8=") == b"hello"
-    assert serving.content("data:image/png;base64,aGVsbG8=") == b"hello"
-    assert serving.content("DATA:,a%20b") == b"a b"
+    assert scoring.content("aGVs\nbG8=") == b"hello"
+    assert scoring.content("data:image/png;base64,aGVsbG8=") == b"hello"
+    assert scoring.content("DATA:,a%20b") == b"a b"
     for odd in ("aGVsbG8", "a b c", "data:image/png;base64,!", "picture.png", "\N{SNOWMAN}"):
         with pytest.raises(AdfmError, match="neither base64 nor a URI"):
-            serving.content(odd)
+            scoring.content(odd)
 
 
 def test_files_are_read_in_named_folders_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,9 +392,9 @@ def test_files_are_read_in_named_folders_alone(tmp_path: Path, monkeypatch: pyte
     os.mkfifo(tmp_path / "line 3" / "pipe.png")
     refused = "this server may not read there"
     with pytest.raises(AdfmError, match=refused):
-        serving.content(inside.as_uri())
-    monkeypatch.setenv(serving.URIS, f"s3://bucket/x {(tmp_path / 'line 3').as_uri()}")
-    assert serving.content(inside.as_uri()) == serving.content(str(inside)) == b"inside"
+        scoring.content(inside.as_uri())
+    monkeypatch.setenv(served.URIS, f"s3://bucket/x {(tmp_path / 'line 3').as_uri()}")
+    assert scoring.content(inside.as_uri()) == scoring.content(str(inside)) == b"inside"
     folder = (tmp_path / "line 3").as_uri()
     for elsewhere in (
         outside.as_uri(),
@@ -407,13 +409,13 @@ def test_files_are_read_in_named_folders_alone(tmp_path: Path, monkeypatch: pyte
         "file://[broken",
     ):
         with pytest.raises(AdfmError, match=refused):
-            serving.content(elsewhere)
+            scoring.content(elsewhere)
     for unreadable in ("pipe.png", "none.png"):
         with pytest.raises(AdfmError, match="cannot be read"):
-            serving.content(f"{folder}/{unreadable}")
-    monkeypatch.setattr(serving, "_MOST_BYTES", 3)
+            scoring.content(f"{folder}/{unreadable}")
+    monkeypatch.setattr(scoring, "_MOST_BYTES", 3)
     with pytest.raises(AdfmError, match="more than 3 bytes"):
-        serving.content(str(inside))
+        scoring.content(str(inside))
 
 
 @pytest.fixture
@@ -441,8 +443,8 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_web_addresses_are_read_where_they_are_named(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(serving.URIS, f"{web}/camera/ /data")
-    assert serving.content(f"{web}/camera/1.png?at=3") == b"/camera/1.png?at=3"
+    monkeypatch.setenv(served.URIS, f"{web}/camera/ /data")
+    assert scoring.content(f"{web}/camera/1.png?at=3") == b"/camera/1.png?at=3"
     for elsewhere in (
         f"{web}/secret",
         f"{web}/camera/../secret",
@@ -455,22 +457,22 @@ def test_web_addresses_are_read_where_they_are_named(web: str, monkeypatch: pyte
         "http:///camera/1.png",
     ):
         with pytest.raises(AdfmError, match="this server may not read there"):
-            serving.content(elsewhere)
+            scoring.content(elsewhere)
     for unreadable in ("moved", "none", "a b"):
         with pytest.raises(AdfmError, match="it cannot be read"):
-            serving.content(f"{web}/camera/{unreadable}")
+            scoring.content(f"{web}/camera/{unreadable}")
 
 
 def test_objects_are_read_in_named_buckets(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     s3.put_object(Bucket="data", Key="line 3/a.png", Body=b"inside")
     with pytest.raises(AdfmError, match="this server may not read there"):
-        serving.content("s3://data/line%203/a.png")
-    monkeypatch.setenv(serving.URIS, "s3://data/line%203")
-    assert serving.content("s3://data/line%203/a.png") == b"inside"
+        scoring.content("s3://data/line%203/a.png")
+    monkeypatch.setenv(served.URIS, "s3://data/line%203")
+    assert scoring.content("s3://data/line%203/a.png") == b"inside"
     with pytest.raises(AdfmError, match="this server may not read there"):
-        serving.content("s3://other/line%203/a.png")
+        scoring.content("s3://other/line%203/a.png")
     with pytest.raises(AdfmError, match=r"it cannot be read .*NoSuchKey"):
-        serving.content("s3://data/line%203/b.png")
+        scoring.content("s3://data/line%203/b.png")
 
 
 # ----------------------------------------------------------------------------------------------------- the real server

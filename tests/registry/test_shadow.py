@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from adfm.cli import main
 from adfm.errors import AdfmError
-from adfm.registry import servelog, server, shadow, verified
-from adfm.registry.shadow import Shadow, Turns
+from adfm.serving import servelog, server, shadow, verified
+from adfm.serving.shadow import Shadow, Turns
 
 
 def row(label: str, *boxes: list[float], probability: float | None = 0.5) -> dict[str, Any]:

@@ -15,15 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from adfm import tiles
 from adfm.cli import main
-from adfm.data import hashes, shards
+from adfm.data import hashes, shards, tiles
 from adfm.errors import AdfmError
-from adfm.evaluation import inference, metrics
+from adfm.evaluation import metrics, predictions
 from adfm.files import digest
-from adfm.models import detector, efficientnet, loading
+from adfm.models import detector, loading, predictor
 from adfm.params import Params, Tile
 from adfm.records import Box, Record, Split
+from adfm.tiny import efficientnet
 from adfm.training import detector as training
 from adfm.training import examples as examples_
 
@@ -93,7 +93,7 @@ def trained(toy: Path) -> Path:
 
 
 def test_it_learns_label_place_and_kind(toy: Path, trained: Path) -> None:
-    table = inference.predict(trained, toy, PARAMS, "detector")
+    table = predictions.predict(trained, toy, PARAMS, "detector")
     right = table["predicted"] == table["label"]
     assert right.mean() >= 0.9
     assert table["iou"].mean() > 0.4  # boxes of an 8-pixel grid on stripes 5 pixels high
@@ -192,7 +192,7 @@ def test_it_is_trained_on_an_odd_set_and_says_what_it_learns_from(
     training.train(folder, tmp_path / "detector", FEW)
     printed = capsys.readouterr().out
     assert message in printed
-    table = inference.predict(tmp_path / "detector", folder, FEW, "detector")
+    table = predictions.predict(tmp_path / "detector", folder, FEW, "detector")
     assert table["score"].between(0, 1).all() and table["predicted"].notna().all()
     boxes = [len(each) for each in table["regions"]]
     assert max(boxes) == 0 if name in ("labels alone", "kinds alone", "one-sided validation") else min(boxes) > 0
@@ -226,7 +226,7 @@ def test_images_of_any_size_are_learnt_from_together(tmp_path: Path, monkeypatch
     records = [record(n, "train", sizes[n // 4]) for n in range(12)]
     folder = written(tmp_path / "shards", [*records, *(record(100 + n, "test", sizes[n % 3]) for n in range(6))])
     training.train(folder, tmp_path / "detector", FEW)
-    table = inference.predict(tmp_path / "detector", folder, FEW, "detector")
+    table = predictions.predict(tmp_path / "detector", folder, FEW, "detector")
     assert table["iou"].notna().any() and min(len(each) for each in table["regions"]) > 0
 
 
@@ -256,8 +256,8 @@ def test_it_learns_from_tiles_and_answers_large_images_by_its_tiles(
     defects = [row for row in examples_.rows(folder, "train", TILED.tile) if row["label"] == "anomalous"]
     assert f"{len(defects)} of {len(defects)} tiles with a defect" in capsys.readouterr().out
     trained = tmp_path / "detector"
-    assert inference.tile_of(trained, Params()) == TILED.tile
-    table = inference.predict(trained, folder, Params(), "detector")  # whatever the settings say later
+    assert predictor.tile_of(trained, Params()) == TILED.tile
+    table = predictions.predict(trained, folder, Params(), "detector")  # whatever the settings say later
     assert (table["predicted"] == table["label"]).mean() >= 0.9
     assert table["iou"].mean() > 0.35
     loaded = detector.load(trained)
@@ -277,7 +277,7 @@ def test_the_threshold_is_that_of_the_joined_answers(tmp_path: Path, monkeypatch
     folder = written(tmp_path / "shards", drawn({"train": 8, "validation": 8, "test": 4}, LARGE))
     training.train(folder, tmp_path / "detector", Params.model_validate({"detector": {"steps": 4}, "tile": TILED.tile}))
     loaded = detector.load(tmp_path / "detector")
-    table = inference.predict_splits(tmp_path / "detector", folder, Params(), "", ["validation"])["validation"]
+    table = predictions.predict_splits(tmp_path / "detector", folder, Params(), "", ["validation"])["validation"]
     best = metrics.best_threshold((table["label"] == "anomalous").to_numpy(), table["score"].to_numpy())
     assert loaded.threshold == pytest.approx(best, abs=1e-6) and loaded.chosen_on == 8
 

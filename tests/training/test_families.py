@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from adfm import predict as predict_
 from adfm import preflight
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.evaluation.evaluate import evaluate
 from adfm.models import adapters, families, hardware, loading
 from adfm.params import Lora, Params
+from adfm.serving import predict as predict_
 from adfm.training import examples, grpo
 from adfm.training.warmup import warmup
 from tests.models import random_models

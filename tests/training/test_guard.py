@@ -10,7 +10,7 @@ from transformers import TrainerControl, TrainerState
 
 from adfm.errors import AdfmError
 from adfm.params import Health
-from adfm.stopping import Stopped
+from adfm.process.stopping import Stopped
 from adfm.training import checkpoints, guard
 
 

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from adfm.method import prompt
-from adfm.models import families, loading, tiny
+from adfm.models import families, loading
 from adfm.params import Params
-from adfm.training import base, grpo, images
+from adfm.training import grpo, images
 from adfm.training.warmup import warmup
+from experiments import tiny_base, tiny_model
 
 FAMILIES = {"qwen2_5_vl": {"patch_size": 14}, "qwen3_vl": {"patch_size": 16}}
 
@@ -30,7 +31,7 @@ def processor(request: pytest.FixtureRequest) -> Any:
     """A processor of a family whose images differ in their number of patches."""
     size = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
     pixels = transformers.Qwen2VLImageProcessorPil(**FAMILIES[request.param], size=size)
-    embedded = tiny.processor(tiny.tokenizer(base.corpus()))
+    embedded = tiny_model.processor(tiny_model.tokenizer(tiny_base.corpus()))
     embedded.tokenizer.padding_side = "left"
     return families.processor_class(request.param)(pixels, embedded.tokenizer, chat_template=embedded.chat_template)
 

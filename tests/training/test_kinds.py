@@ -12,9 +12,9 @@ import pytest
 
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
-from adfm.evaluation import calibration, evaluate, inference, metrics, verdict
+from adfm.evaluation import calibration, evaluate, metrics, predictions, verdict
 from adfm.method import kinds as kinds_
-from adfm.models import loading
+from adfm.models import loading, predictor
 from adfm.params import Params
 from adfm.training import grpo, warmup
 
@@ -74,9 +74,9 @@ def test_without_kinds_defects_alone_are_refused(defects: Path, tmp_path: Path, 
 
 
 def test_a_model_without_kinds_has_no_column_of_them(small_shards: Path) -> None:
-    inspector = inference.Inspector(BASE, Params())
+    inspector = predictor.Predictor(BASE, Params())
     assert inspector.kinds == ()
-    assert {field.name for field in inference.KINDS}.isdisjoint(inference.PREDICTIONS.names)
+    assert {field.name for field in predictions.KINDS}.isdisjoint(predictions.PREDICTIONS.names)
 
 
 @pytest.mark.parametrize(("trained_on", "named"), [([], ()), (["dent"], ()), (["dent", "spot"], ("dent", "spot"))])

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import yaml
 
-from adfm import cpus
 from adfm.errors import AdfmError
 from adfm.params import Params
-from adfm.stopping import Stopped
+from adfm.process import cpus
+from adfm.process.stopping import Stopped
 from adfm.tracking import settings
 from adfm.training import checkpoints, grpo, launch
 from adfm.training.warmup import warmup
@@ -156,7 +156,7 @@ with launch.reported():
 @pytest.mark.parametrize(
     "code",
     [
-        "from adfm.stopping import Stopped\nwith launch.reported(): raise Stopped('after step 3')",
+        "from adfm.process.stopping import Stopped\nwith launch.reported(): raise Stopped('after step 3')",
         "os.kill(os.getpid(), signal.SIGTERM)",
         "sys.exit(130)",
     ],

@@ -17,10 +17,11 @@ from trl.distributed import DistributedBackend
 from trl.generation import vllm_generation as trl_generation
 
 from adfm.errors import AdfmError
-from adfm.models import families, hardware, loading, tiny
+from adfm.models import families, hardware, loading
 from adfm.params import Model, Params
-from adfm.training import base, grpo, vllm_generation
+from adfm.training import grpo, vllm_generation
 from adfm.training.warmup import warmup
+from experiments import tiny_base, tiny_model
 from tests.models import random_models
 
 
@@ -163,7 +164,7 @@ def test_an_adapter_that_cannot_be_added_to_a_weight_is_refused() -> None:
 
 
 def processor_of(family: str) -> Any:
-    whole = tiny.processor(tiny.tokenizer(base.corpus()))
+    whole = tiny_model.processor(tiny_model.tokenizer(tiny_base.corpus()))
     return families.processor_class(family)(
         image_processor=whole.image_processor, tokenizer=whole.tokenizer, chat_template=whole.chat_template
     )
@@ -188,7 +189,7 @@ def test_each_run_of_image_tokens_becomes_one(family: str) -> None:
     encoded = processor.apply_chat_template(chat, tokenize=True, return_dict=True, add_generation_prompt=True)
     text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     (ids,), image = encoded["input_ids"], processor.image_token_id
-    assert ids.count(image) == sum(int(grid.prod()) // tiny.MERGE**2 for grid in encoded["image_grid_thw"]) > 3
+    assert ids.count(image) == sum(int(grid.prod()) // tiny_model.MERGE**2 for grid in encoded["image_grid_thw"]) > 3
     once = vllm_generation.collapsed(ids, image)
     assert once == processor.tokenizer(text)["input_ids"] and once.count(image) == 3
     assert vllm_generation.collapsed(once, image) == once
@@ -230,7 +231,7 @@ class Engine:
     def generate(self, prompts: list[dict[str, Any]], sampling_params: Any, use_tqdm: bool) -> list[Any]:
         self.prompts.extend(prompts)
         assert sampling_params.logit_bias and sampling_params.repetition_penalty == 1.0
-        tokenizer = tiny.tokenizer(base.corpus())
+        tokenizer = tiny_model.tokenizer(tiny_base.corpus())
         texts = [f"<answer>{'AB'[number % 2]}</answer><|im_end|>" for number in range(len(prompts))]
         written = [tokenizer(text)["input_ids"] for text in texts]
         logprobs = {0: types.SimpleNamespace(logprob=-0.1, rank=1)}

@@ -23,13 +23,13 @@ from adfm.training.warmup import Answers, trained_on, warmup
 def test_no_steps_change_nothing(small_shards: Path, tmp_path: Path) -> None:
     from PIL import Image
 
-    from adfm.evaluation.inference import answer
+    from adfm.models.predictor import generate
 
     warmup(small_shards, tmp_path / "warmup", Params.model_validate({"warmup": {"steps": 0}}))
     params = Params()
     images = [Image.new("RGB", (128, 128), colour) for colour in ("gray", "white", "navy")]
-    base = answer(loading.load(params.model.name, params.model), images, Evaluate(max_new_tokens=40))
-    warmed = answer(loading.load(tmp_path / "warmup", params.model), images, Evaluate(max_new_tokens=40))
+    base = generate(loading.load(params.model.name, params.model), images, Evaluate(max_new_tokens=40))
+    warmed = generate(loading.load(tmp_path / "warmup", params.model), images, Evaluate(max_new_tokens=40))
     assert base[0] == warmed[0]
 
 

@@ -1,0 +1,236 @@
+"""Tiling: cut large images into overlapping tiles at full resolution, and join what a model answers to them.
+
+A model sees an image at a fixed number of pixels, so a defect of 20 pixels in a photograph of 4,000 disappears. In
+tiles it keeps its size. Here are the geometry and the rules; pixels are cut where images are decoded
+(`adfm.training.examples`, `adfm.models.predictor`).
+
+A tile is a `Box` of whole pixels of the image. Boxes are half-open, in pixels of the image, or of the tile where a
+docstring says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import combinations, product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from adfm.data import shards
+from adfm.records import Box, Label
+
+COUNTS = 0.25
+"""Share of a defect that a tile must hold for the defect to count there; see `truth`. At a quarter, every defect counts
+in at least one tile, also without overlap: the best tile holds half of it, or of itself, in each direction."""
+
+SAME = 0.3
+"""IoU from which two boxes of different tiles are one defect, within the zone that both tiles show; see `merged`. Two
+equal boxes have it when they are shifted by half of their side."""
+
+LEAST_SIDE = 16
+"""Pixels that the smaller side of a defect needs in what the model sees: half of a visual token of 32 pixels."""
+
+
+def grid(width: int, height: int, size: int, overlap: float) -> list[Box]:
+    """The tiles of an image, row by row.
+
+    All have the same size: `size`, or in a direction in which the image is smaller, the image's own. They cover the
+    image exactly. As many are taken as neighbours need to share `overlap` of the side, and they are spread evenly, so
+    that they share that or more.
+
+    Args:
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
+        size: Side of a tile in pixels.
+        overlap: Share of a tile's side that neighbours share, above 0, at most 0.5.
+    """
+    columns, rows = (_starts(length, size, overlap) for length in (width, height))
+    across, down = min(size, width), min(size, height)
+    return [Box(x, y, x + across, y + down) for y in rows for x in columns]
+
+
+def shared(size: int, overlap: float) -> int:
+    """The pixels that neighbours share at least: a box with no longer side lies wholly in at least one tile."""
+    return min(size - 1, max(1, round(size * overlap)))
+
+
+def _starts(length: int, size: int, overlap: float) -> list[int]:
+    rest = length - size
+    if rest <= 0:
+        return [0]
+    steps = math.ceil(rest / (size - shared(size, overlap)))
+    return [i * rest // steps for i in range(steps + 1)]
+
+
+def truth(label: Label, boxes: Sequence[Box], tile: Box) -> tuple[Label, list[Box]] | None:
+    """The label and the boxes of a tile, for training.
+
+    A defect counts in a tile that holds at least `COUNTS` of it, or of the largest part of it that fits into a tile,
+    by area; its box is cut at the tile's border. A tile that a smaller rest of a defect reaches into, and no defect
+    that counts, is neither normal nor anomalous: such a rest may show nothing, or all that there is to see.
+
+    Args:
+        label: Of the image.
+        boxes: Its defects, pixels of the image.
+        tile: One of `grid`.
+
+    Returns:
+        The label, and the boxes in pixels of the tile; `None` for a tile that is neither. A tile of an anomalous image
+        that no box reaches into is normal, so an anomalous image needs boxes.
+    """
+    if label == "normal":
+        return "normal", []
+    parts = [(box, _overlap(box, tile)) for box in boxes]
+    parts = [(box, part) for box, part in parts if part.area > 0]
+    if not parts:
+        return "normal", []
+    counting = [part for box, part in parts if part.area >= COUNTS * _fitting(box, tile) * (1 - 1e-9)]
+    return ("anomalous", [to_tile(part, tile) for part in counting]) if counting else None
+
+
+def _overlap(box: Box, tile: Box) -> Box:
+    return Box(max(box.x1, tile.x1), max(box.y1, tile.y1), min(box.x2, tile.x2), min(box.y2, tile.y2))
+
+
+def _fitting(box: Box, tile: Box) -> float:
+    """Area of the largest part of a box that fits into a tile."""
+    return min(box.x2 - box.x1, tile.x2 - tile.x1) * min(box.y2 - box.y1, tile.y2 - tile.y1)
+
+
+def to_tile(box: Box, tile: Box) -> Box:
+    """A box in pixels of the image, in pixels of the tile."""
+    return Box(box.x1 - tile.x1, box.y1 - tile.y1, box.x2 - tile.x1, box.y2 - tile.y1)
+
+
+def to_image(box: Box, tile: Box) -> Box:
+    """A box in pixels of a tile, in pixels of the image; of whole numbers if the box is."""
+    return Box(box.x1 + tile.x1, box.y1 + tile.y1, box.x2 + tile.x1, box.y2 + tile.y1)
+
+
+def merged(boxes: Sequence[Sequence[Box]], tiles: Sequence[Box]) -> list[Box]:
+    """The defects of an image, of the boxes that are drawn on its tiles.
+
+    Two boxes of different tiles are one defect if they agree where both tiles look: cut to the zone that the tiles
+    share, their IoU is at least `SAME`. That joins the parts of a defect that a seam cuts, however large it is, and the
+    doubles of one that lies in the zone; boxes that do not overlap there stay apart, and so do all boxes of one tile
+    unless a box of another tile joins them. What is connected in this way becomes the smallest box around it.
+
+    Args:
+        boxes: For each tile its boxes, in pixels of the tile. They are cut at its border first; what lies outside is
+            left out, for the model has not seen it.
+        tiles: As of `grid`.
+
+    Returns:
+        The boxes in pixels of the image, sorted.
+    """
+    parts: list[Box] = []
+    of_tile: list[range] = []
+    for its, tile in zip(boxes, tiles, strict=True):
+        cut = [_overlap(to_image(box, tile), tile) for box in its]
+        parts += [part for part in cut if part.area]
+        of_tile.append(range(of_tile[-1].stop if of_tile else 0, len(parts)))
+    group = list(range(len(parts)))
+
+    def root(i: int) -> int:
+        while group[i] != i:
+            i = group[i]
+        return i
+
+    with_boxes = [(tile, its) for tile, its in zip(tiles, of_tile, strict=True) if its]
+    for (one, first), (other, second) in combinations(with_boxes, 2):
+        zone = _overlap(one, other)
+        for i, j in product(first, second) if zone.area else ():
+            if _overlap(parts[i], zone).iou(_overlap(parts[j], zone)) >= SAME:
+                group[root(i)] = root(j)
+    around: dict[int, Box] = {}
+    for i, part in enumerate(parts):
+        whole = around.setdefault(root(i), part)
+        around[root(i)] = Box(
+            min(whole.x1, part.x1), min(whole.y1, part.y1), max(whole.x2, part.x2), max(whole.y2, part.y2)
+        )
+    return sorted(around.values())
+
+
+class Defect(NamedTuple):
+    """The size of a defect's box and of its image, in pixels."""
+
+    width: float
+    height: float
+    image_width: int
+    image_height: int
+
+
+def defects_of(folder: Path) -> list[Defect]:
+    """The sizes of all boxes in a folder of shards that have an area."""
+    rows = shards.table(folder).select(["boxes", "width", "height"]).to_pylist()
+    return [
+        Defect(x2 - x1, y2 - y1, row["width"], row["height"])
+        for row in rows
+        for x1, y1, x2, y2 in row["boxes"] or ()
+        if x1 < x2 and y1 < y2 and row["width"] and row["height"]
+    ]
+
+
+def seen(defects: Sequence[Defect], pixels: int, size: int | None) -> float:
+    """The smaller side of the defects, in pixels of what the model sees: a quarter of them have a smaller one.
+
+    Args:
+        defects: At least one.
+        pixels: What the model sees of an image or tile: larger ones are reduced to so many pixels in their shape.
+        size: Side of a tile; `None`: the image is looked at as a whole.
+    """
+    sides = []
+    for width, height, image_width, image_height in defects:
+        across, down = (min(side, size or side) for side in (image_width, image_height))
+        sides.append(min(width, height) * min(1.0, math.sqrt(pixels / (across * down))))
+    return float(np.quantile(sides, 0.25))
+
+
+class Proposal(NamedTuple):
+    """A tile size.
+
+    Args:
+        size: Side of a tile in pixels.
+        tiles: Of an image of middling size.
+        now: The smaller side of the defects as of `seen`, with the tile size in use.
+        then: The same with `size`.
+    """
+
+    size: int
+    tiles: int
+    now: float
+    then: float
+
+
+def propose(defects: Sequence[Defect], pixels: int, size: int | None, overlap: float) -> Proposal | None:
+    """A tile size that makes small defects visible.
+
+    It is the largest with which three quarters of the defects have `LEAST_SIDE` pixels and more in what the model sees.
+    It is not smaller than what the model sees without reduction, as more is not gained by cutting, nor than the longer
+    side of nine defects in ten, which would be cut to pieces.
+
+    Args:
+        defects: Of the data; none: nothing is known of their sizes.
+        pixels: As of `seen`; 0 if unknown.
+        size: The tile size in use; `None`: none.
+        overlap: Share of a tile's side that neighbours share.
+
+    Returns:
+        `None` where the defects are large enough, cutting would gain less than a quarter, or sizes are not known.
+    """
+    if not defects or not pixels:
+        return None
+    now = seen(defects, pixels, size)
+    if now >= LEAST_SIDE:
+        return None
+    side = math.sqrt(pixels)
+    smaller = np.quantile([min(defect.width, defect.height) for defect in defects], 0.25)
+    longer = np.quantile([max(defect.width, defect.height) for defect in defects], 0.9)
+    new = math.floor(max(smaller * side / LEAST_SIDE, side, longer))
+    then = seen(defects, pixels, new)
+    if then < 1.25 * now:
+        return None
+    sizes = sorted((defect.image_width * defect.image_height, defect[2:]) for defect in defects)
+    return Proposal(new, len(grid(*sizes[len(sizes) // 2][1], new, overlap)), now, then)

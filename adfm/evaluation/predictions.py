@@ -1,0 +1,181 @@
+"""Prediction tables: a model's answers to a split, one row an image, resumable.
+
+Columns: `id source dataset category defect group label predicted score iou mask_iou matched_iou true_positives
+false_positives false_negatives area_share boxes predicted_boxes completion regions region_*`. Boxes are original
+pixels, half-open. `regions` are all boxes that the completion names, whatever its letter; `region_iou` and so on
+compare them as `iou` and so on compare `predicted_boxes`: they are what an image gets that is flagged by its
+probability. `predicted` is null where the completion has no clean answer, and such an image counts as wrong everywhere;
+`score` is the uncalibrated probability of a defect, computed as `evaluate.score` says, and null where there is no valid
+answer; `group` is null where it is not known which images show the same part. A model whose prompt asks for the
+defect's kind has two further columns: `kind`, that of a defective image, null where it has several or none is known;
+and `predicted_kind`, the one that the model names, whatever its letter, null where it names none or several.
+
+A few batches are read at a time. A finished window is kept in a file, so that an interrupted evaluation continues with
+the next one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from tqdm import tqdm
+
+import adfm
+from adfm.data import shards as shards_
+from adfm.evaluation import metrics
+from adfm.method import kinds, prompt
+from adfm.models import families, loading
+from adfm.models.predictor import Prediction, Predictor, batched, grid_of, tile_of, uses_vllm
+from adfm.params import Params, Tile
+from adfm.records import Record
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_TEXT = ("id", "source", "dataset", "category", "defect", "group", "label", "predicted")
+_BOXES = pa.list_(pa.list_(pa.float64()))
+PREDICTIONS = pa.schema(
+    [(name, pa.string()) for name in _TEXT]
+    + [(name, pa.float64()) for name in ("score", "iou", "mask_iou", "matched_iou")]
+    + [(name, pa.int64()) for name in ("true_positives", "false_positives", "false_negatives")]
+    + [("area_share", pa.float64()), ("boxes", _BOXES), ("predicted_boxes", _BOXES), ("completion", pa.string())]
+    + [("regions", _BOXES), *((f"region_{name}", pa.float64()) for name in metrics.COMPARED)]
+)
+
+KINDS = tuple(pa.field(name, pa.string()) for name in ("kind", "predicted_kind"))
+"""Further columns where the model's prompt asks for the defect's kind: the true one, and the one `<rethink>` names."""
+_WINDOW = 4  # batches that are read, sorted and kept at a time
+
+
+def predict(model: str | Path, shards: Path, params: Params, describe: str) -> pd.DataFrame:
+    """Let `model` answer every image of the split `params.evaluate.split`; as `predict_splits`."""
+    split = params.evaluate.split
+    return predict_splits(model, shards, params, describe, [split])[split]
+
+
+def predict_splits(
+    model: str | Path, shards: Path, params: Params, describe: str, splits: Sequence[str], keep: Path | None = None
+) -> dict[str, pd.DataFrame]:
+    """Let `model` answer every image of some splits, greedily, one answer an image.
+
+    Args:
+        model: A base model's name, or a folder that warm-up or training wrote.
+        shards: Folder of shards.
+        params: Reads the sections `model`, `tile` and `evaluate`.
+        describe: What the progress bar says.
+        splits: The splits.
+        keep: Folder for what is finished; what it holds of the same model, data and settings is not done again.
+
+    Returns:
+        The prediction table of each split.
+
+    Raises:
+        AdfmError: The model or the shards cannot be loaded, or the backend asked for is not there.
+    """
+    vllm = uses_vllm(params)
+    tile = tile_of(model, params)
+    inspector: Predictor | None = None
+    tables: dict[str, pd.DataFrame] = {}
+    for split in splits:
+        kept = keep / _key(model, shards, split, params, vllm) if keep else None
+        parts: list[pa.Table] = []
+        total, most = len(shards_.ids(shards, split)), _most_tiles(shards, split, tile)
+        with tqdm(total=total, desc=f"{describe}, {split}", unit="image", mininterval=1.0) as progress:
+            windows = batched(shards_.read(shards, split), max(1, _WINDOW * params.evaluate.batch_size // most))
+            for number, window in enumerate(windows):
+                file = kept / f"{number:06d}.parquet" if kept else None
+                if file and file.is_file():
+                    parts.append(pq.read_table(file))
+                    progress.update(len(window))
+                    continue
+                if inspector is None:  # not before: everything may be finished
+                    inspector = Predictor(model, params)
+                schema = pa.schema([*PREDICTIONS, *KINDS]) if inspector.kinds else PREDICTIONS
+                parts.append(pa.Table.from_pylist(_rows(inspector, window, progress.update), schema=schema))
+                if file:
+                    _write_whole(parts[-1], file)
+        tables[split] = pa.concat_tables(parts).to_pandas()
+    return tables
+
+
+def _write_whole(table: pa.Table, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    pq.write_table(table, partial)
+    partial.rename(file)
+
+
+def _key(model: str | Path, shards: Path, split: str, params: Params, vllm: bool) -> str:
+    """What decides the predictions, as a name for their folder."""
+    settings = params.evaluate
+    decides = {
+        "code": adfm.__version__,
+        "columns": PREDICTIONS.names,
+        "prompt": [prompt.messages(units) for units in families.UNITS.values()],
+        "model": loading.identity(model, params.model),
+        "how": [params.model.dtype, params.model.max_pixels, settings.batch_size, settings.max_new_tokens, vllm],
+        "tile": tile_of(model, params).model_dump(),
+        "score": [settings.score, settings.samples, params.seed if settings.samples else None],
+        "data": [split, shards_.fingerprint(shards, split)],
+    }
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
+
+
+def _most_tiles(shards: Path, split: str, tile: Tile) -> int:
+    """Tiles of the image of a split that has most of them."""
+    if not tile.size:
+        return 1
+    sizes = {
+        (row["width"], row["height"])
+        for rows in shards_.batches(shards, split, ["width", "height"])
+        for row in rows.to_pylist()
+    }
+    return max(len(grid_of(size, tile)) for size in sizes)
+
+
+def _image(record: Record) -> Image.Image:
+    return Image.open(io.BytesIO(record.image)).convert("RGB")
+
+
+def _rows(inspector: Predictor, window: Sequence[Record], done: Callable[[int], object]) -> list[dict[str, Any]]:
+    sizes = [(record.width, record.height) for record in window]
+    answers = inspector.answers(sizes, lambda i: _image(window[i]), done)
+    rows = list(map(_row, window, answers))
+    if inspector.kinds:
+        for row, answer in zip(rows, answers, strict=True):
+            row |= {"kind": kinds.of(row["defect"], inspector.kinds), "predicted_kind": answer.kind}
+    return rows
+
+
+def _row(record: Record, answer: Prediction) -> dict[str, Any]:
+    mask = None if record.mask is None else np.asarray(Image.open(io.BytesIO(record.mask))) > 0
+    overlap: dict[str, Any] = {}
+    if record.label == "anomalous":
+        overlap = metrics.localize(record.boxes, answer.boxes, record.width, record.height, mask)
+        of_regions = metrics.localize(record.boxes, answer.regions, record.width, record.height, mask)
+        overlap |= {f"region_{name}": of_regions[name] for name in metrics.COMPARED}
+    return {
+        "id": record.id,
+        "source": record.source,
+        "dataset": record.dataset,
+        "category": record.category,
+        "defect": record.defect,
+        "group": record.group,
+        "label": record.label,
+        "predicted": answer.predicted,
+        "score": answer.score,
+        **overlap,
+        "boxes": [list(box) for box in record.boxes],
+        "predicted_boxes": [list(box) for box in answer.boxes],
+        "completion": answer.completion,
+        "regions": [list(box) for box in answer.regions],
+    }

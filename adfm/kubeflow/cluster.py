@@ -1,0 +1,113 @@
+"""Access to the Kubernetes API from inside a pod, with the rights of the pod's service account."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adfm.errors import AdfmError, Unreachable
+
+if TYPE_CHECKING:
+    from kubernetes.client import ApiClient
+    from kubernetes.client.exceptions import ApiException
+
+SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+
+GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
+RUNTIME = "torch-distributed"
+"""Kubeflow Trainer's API, and the runtime that a TrainJob of ours refers to."""
+
+TIMEOUT = (10, 60)
+"""Seconds for the connection and for the answer: `_request_timeout` of a call, for which the client has no default."""
+
+_PAUSE = 10.0  # seconds
+
+
+def api() -> ApiClient:
+    """A client of the cluster's API as the pod's service account; it reads the token again as Kubernetes renews it.
+
+    Raises:
+        AdfmError: This is not a pod, or its service account's token is not mounted.
+    """
+    from kubernetes import client, config
+
+    configuration = client.Configuration()
+    try:
+        config.load_incluster_config(configuration)
+    except config.ConfigException as error:
+        raise AdfmError(f"the Kubernetes API can only be used from a pod with a service account: {error}") from error
+    return client.ApiClient(configuration)
+
+
+def namespace() -> str:
+    """The pod's namespace.
+
+    Raises:
+        AdfmError: As `api`.
+    """
+    try:
+        return (SERVICE_ACCOUNT / "namespace").read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise AdfmError(
+            f"the namespace of this pod is not known: {error}; mount the service account's token "
+            "(automountServiceAccountToken)."
+        ) from error
+
+
+def pod_name() -> str:
+    """The pod's name, which KFP sets; a host's name, which is cut off at 63 characters, where it does not."""
+    return os.environ.get("KFP_POD_NAME") or socket.gethostname()
+
+
+def call(function: Callable[..., Any], *args: Any, patience: float = 0.0, **kwargs: Any) -> Any:
+    """Call a method of a `kubernetes.client` API with a time limit, again while the server does not answer.
+
+    A token that was renewed meanwhile (401), an overloaded server (429) and one that is being updated (5xx, no
+    connection) pass.
+
+    Args:
+        function: The method, e.g. `CoreV1Api(cluster.api()).read_namespaced_pod`.
+        *args: Its arguments.
+        patience: Seconds for which it is called again.
+        **kwargs: Its keyword arguments.
+
+    Returns:
+        What the method returns.
+
+    Raises:
+        ApiException: What the server answers; also such a passing state that outlasts `patience`.
+        Unreachable: There is no connection.
+    """
+    from kubernetes.client.exceptions import ApiException
+    from urllib3.exceptions import HTTPError
+
+    end = time.monotonic() + patience
+    while True:
+        try:
+            return function(*args, _request_timeout=TIMEOUT, **kwargs)
+        except ApiException as error:
+            if not (error.status in (0, 401, 408, 429) or error.status >= 500) or time.monotonic() >= end:
+                raise
+            problem = f"{error.status} {reason(error)}"
+        except HTTPError as error:
+            if time.monotonic() >= end:
+                raise Unreachable(f"the Kubernetes API cannot be reached: {error}") from error
+            problem = str(error)
+        print(f"the Kubernetes API does not answer ({problem}); trying again", file=sys.stderr)
+        time.sleep(min(_PAUSE, max(end - time.monotonic(), 0.0)))
+
+
+def reason(error: ApiException) -> str:
+    """The message of an API's error, e.g. of an admission webhook; its HTTP reason where it has none."""
+    try:
+        status = json.loads(error.body)
+    except (TypeError, ValueError):  # no body, or text that is not of the API: a proxy, an unknown path
+        status = None
+    message = status.get("message") if isinstance(status, dict) else None
+    return str(message or error.reason)

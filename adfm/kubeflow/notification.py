@@ -1,0 +1,306 @@
+"""Notification at the end of a run: how it ended, which stage failed and why, the version and its gate verdict, a link.
+
+The state is that of Argo's Workflow (`adfm.kubeflow.workflows`), which the pod reads with its service account. Where it
+may not, the notification says what is known and what to grant, and no state.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
+from urllib.parse import quote, urlsplit
+
+from adfm import params, tracking
+from adfm.errors import AdfmError, Unreachable
+from adfm.kubeflow import cluster, workflows
+from adfm.kubeflow.resources import NEEDS
+from adfm.kubeflow.tasks import RUN_TAG
+from adfm.kubeflow.workflows import Failure, Outcome, State
+from adfm.params import Params
+from adfm.process import environment, pod
+from adfm.registry.alerts import alert
+from adfm.text import one_line, printable, shortened
+from adfm.tracking import VERSION_TAG
+
+PROMOTION = "adfm-promotion"
+"""The pipeline that may have nothing to do, and then says nothing."""
+
+_PAUSES = (2.0, 10.0)  # seconds before the Kubernetes API is asked again
+_MOST = 5  # failed tasks that are listed
+_LONGEST = 400  # characters of an error
+_CLOCKS = timedelta(seconds=30)  # by which those of a cluster's machines may differ
+_RUN_LABEL = "pipeline/runid"  # of KFP, on a Workflow and its pods: backend/src/common/util/consts.go
+_WORKFLOW_LABEL = "workflows.argoproj.io/workflow"  # of Argo, on a pod
+_WORDS: dict[State, tuple[str, str]] = {
+    "succeeded": ("succeeded", "in"),
+    "failed": ("failed", "after"),
+    "terminated": ("was terminated", "after"),
+}
+_STATES: dict[str, State] = {"SUCCEEDED": "succeeded", "FAILED": "failed", "CANCELLED": "terminated"}
+
+
+class Status(NamedTuple):
+    """The final status of a run as Kubeflow Pipelines gives it to the exit task: `dsl.PipelineTaskFinalStatus`.
+
+    Args:
+        state: MLMD's state of the exit handler. Only the local runner's can be trusted.
+        error_message: Empty in KFP 2.17.
+        pipeline_job_resource_name: Name of Argo's Workflow: `RunName`, `{{workflow.name}}`, in
+            backend/src/v2/driver/resolve.go.
+        pipeline_task_name: Name of the exit handler, which is the display name of its node.
+    """
+
+    state: str
+    error_message: str = ""
+    pipeline_job_resource_name: str = ""
+    pipeline_task_name: str = ""
+
+
+def notify(name: str, status: Status, run: str, settings: str, ui: str) -> str:
+    """Send how a run ended to the log and to the chat channel; never fail.
+
+    A promotion that promoted nothing and did not fail is only logged: a scheduled one would send 144 messages a day.
+
+    Args:
+        name: Name of the pipeline.
+        status: As KFP gives it.
+        run: Id of the run.
+        settings: All settings, as they were given.
+        ui: Public address of the pipelines' pages; without one there is no link.
+
+    Returns:
+        The text.
+    """
+    outcome = _outcome(status, run)
+    versions = _versions(name, settings, run, outcome)
+    if not versions and name != PROMOTION:
+        versions = ["no version was registered"]
+    link = _link(ui, run) if pod.is_task() else f"run {run}"
+    text = "\n".join([_headline(name, outcome), *_reasons(outcome), *versions, link])
+    print(text)
+    if name == PROMOTION and not versions and _is_quiet(outcome, status):
+        print("no message is sent: nothing was promoted, and nothing is known to have failed")
+    else:
+        alert(text)
+    return text
+
+
+def _is_quiet(outcome: Outcome, status: Status) -> bool:
+    """Whether the run succeeded, or is not known to have failed by its pods or, without them, by KFP's state.
+
+    KFP has a run of this pipeline as COMPLETE only if its one task was.
+    """
+    if outcome.state is None:
+        return not outcome.failures and (outcome.started is not None or status.state == "COMPLETE")
+    return outcome.state == "succeeded"
+
+
+# --------------------------------------------------------------------------------------------------------- the outcome
+
+
+def _outcome(status: Status, run: str) -> Outcome:
+    if not pod.is_task():
+        return _local(status)
+    try:
+        return _patiently(lambda: workflows.outcome(_workflow(status, run), status.pipeline_task_name))
+    except Exception as error:  # whatever the cluster answers, people are to hear that the run has ended
+        return _unknown(status, _text(error), _pods_if_allowed(run))
+
+
+def _patiently(ask: Callable[[], Outcome]) -> Outcome:
+    for pause in _PAUSES:
+        try:
+            return ask()
+        except Unreachable as error:
+            print(f"{error} Asking again in {pause:g} s.", flush=True)
+            time.sleep(pause)
+    return ask()
+
+
+def _local(status: Status) -> Outcome:
+    """The outcome of a local run, whose state is right."""
+    state = _STATES.get(status.state)
+    reason = printable(status.error_message.strip())
+    failures = (Failure("", reason),) if reason else ()
+    started = workflows.moment(os.environ.get(pod.STARTED))
+    return Outcome(state, failures, started, unknown="" if state else f"its state is {status.state!r}.")
+
+
+def _unknown(status: Status, why: str, pods: list[dict[str, Any]]) -> Outcome:
+    """What is known without the Workflow: the pods that failed, and when the first one started."""
+    failures = workflows.failures_of_pods(pods)
+    if status.state == "FAILED" and not failures:  # RUNNING and COMPLETE prove nothing
+        text = status.error_message.strip() or "Kubeflow Pipelines has it as FAILED, which a later try may have mended"
+        failures = (Failure("", printable(text)),)
+    created = [workflows.moment(pod["metadata"].get("creationTimestamp")) for pod in pods]
+    started = min((each for each in created if each), default=None)
+    return Outcome(None, failures, started, unknown=why)
+
+
+def _workflow(status: Status, run: str) -> dict[str, Any]:
+    from kubernetes import client
+
+    name = status.pipeline_job_resource_name or _workflow_of_pods(run)
+    with _api_errors(f"Argo's Workflow {name}", "`get` workflows of argoproj.io"):
+        found: dict[str, Any] = client.CustomObjectsApi(cluster.api()).get_namespaced_custom_object(
+            "argoproj.io", "v1alpha1", cluster.namespace(), "workflows", name, _request_timeout=cluster.TIMEOUT
+        )
+    return found
+
+
+def _workflow_of_pods(run: str) -> str:
+    labels = [pod["metadata"].get("labels") or {} for pod in _pods(run)]
+    name = next((each[_WORKFLOW_LABEL] for each in labels if _WORKFLOW_LABEL in each), "")
+    if not name:
+        raise AdfmError(f"Kubeflow Pipelines names no Workflow of Argo, and run {run} has no pods.")
+    return name
+
+
+def _pods(run: str) -> list[dict[str, Any]]:
+    from kubernetes import client
+
+    api = cluster.api()
+    with _api_errors(f"the pods of run {run}", "`list` pods"):
+        pods = client.CoreV1Api(api).list_namespaced_pod(
+            cluster.namespace(), label_selector=f"{_RUN_LABEL}={run}", _request_timeout=cluster.TIMEOUT
+        )
+    return [api.sanitize_for_serialization(pod) for pod in pods.items]
+
+
+def _pods_if_allowed(run: str) -> list[dict[str, Any]]:
+    try:
+        return _pods(run)
+    except Exception as error:  # as above
+        print(f"the pods of the run are not known either: {error}")
+        return []
+
+
+@contextmanager
+def _api_errors(what: str, right: str) -> Iterator[None]:
+    """Raise what the Kubernetes API answers as an `AdfmError`, and as `Unreachable` what may pass.
+
+    Args:
+        what: What is read.
+        right: Which right that needs.
+    """
+    from kubernetes.client.exceptions import ApiException
+    from urllib3.exceptions import HTTPError
+
+    try:
+        yield
+    except HTTPError as error:
+        raise Unreachable(f"the Kubernetes API does not answer ({error}).") from error
+    except ApiException as error:
+        if error.status in (401, 408, 429) or error.status >= 500:  # 401: the token was renewed meanwhile
+            raise Unreachable(f"the Kubernetes API answered {error.status} {error.reason}.") from error
+        if error.status == 404:
+            raise AdfmError(f"{what} is not there any more.") from error
+        if error.status != 403:
+            raise AdfmError(f"the Kubernetes API answered {error.status} {error.reason}.") from error
+        match = re.search(r"system:serviceaccount:([\w.:-]+)", str(error.body))
+        account = f"the service account {match[1]}" if match else "the service account"
+        raise AdfmError(
+            f"{account} may not read {what}. Allow it to {right}: apply deploy/runs/rbac.yaml, or bind its Role to "
+            "that account."
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------ versions, production
+
+
+def _versions(name: str, settings: str, run: str, outcome: Outcome) -> list[str]:
+    """What the run did to the registered model, a line each; or why that is not known."""
+    try:
+        loaded = params.loads(settings)
+        with tracking.impatient(timeout=30, retries=2):
+            return _promoted(loaded, outcome.started) if name == PROMOTION else _registered(loaded, run)
+    except Exception as error:  # nothing of MLflow may keep the end of a run from people
+        return [f"{'what was promoted' if name == PROMOTION else 'the gate verdict'} is not known: {_text(error)}"]
+
+
+def _registered(loaded: Params, run: str) -> list[str]:
+    with tracking.store_errors(tracking.configure()):
+        query = f"name = '{loaded.register_.model}' and tags.{RUN_TAG} = '{run}'"
+        versions = list(tracking.client().search_model_versions(query)) or _submitted_again(loaded, run)
+        return [
+            f"version {each.version} of {each.name}: gate {each.tags.get('gate') or 'not decided yet'}"
+            f"{_version_link(each.name, str(each.version))}"
+            for each in versions
+        ]
+
+
+def _submitted_again(loaded: Params, run: str) -> list[Any]:
+    """Versions that were there when the run registered its model: they have the tag of the run that was first.
+
+    The run of `register` in MLflow names them.
+    """
+    store, ids = tracking.client(), []
+    if experiment := tracking.find_experiment(loaded.register_.experiment):
+        ids.append(experiment.experiment_id)
+    if given := tracking.find_run(os.environ.get("MLFLOW_RUN_ID")):  # of KFP's MLflow plug-in, in its own experiment
+        ids.append(given.info.experiment_id)
+    runs: Any = store.search_runs(ids, f"tags.{RUN_TAG} = '{run}'") if ids else []
+    numbers = {each.data.tags[VERSION_TAG] for each in runs if VERSION_TAG in each.data.tags}
+    return [store.get_model_version(loaded.register_.model, number) for number in sorted(numbers, key=int)]
+
+
+def _version_link(model: str, version: str) -> str:
+    pages = environment.mlflow_ui()
+    host = urlsplit(pages).hostname or ""
+    if "." not in host or ".svc" in host:  # a Service's name, which no browser outside the cluster knows
+        return ""
+    return f", see {pages}/#/models/{quote(model)}/versions/{version}"
+
+
+def _promoted(loaded: Params, started: datetime | None) -> list[str]:
+    from adfm.registry import promotion
+
+    since = started or datetime.now(UTC) - timedelta(hours=NEEDS["promote"].hours)
+    if pod.STARTED not in os.environ:
+        since -= _CLOCKS
+    return [
+        f"version {step.version} of {loaded.register_.model} was promoted to production by {printable(step.by)}"
+        for step in promotion.history(loaded).counting
+        if step.action == "promote" and (at := workflows.moment(step.at)) and at >= since
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------ the text
+
+
+def _headline(name: str, outcome: Outcome) -> str:
+    ended = outcome.ended or datetime.now(UTC)
+    duration = f"{(ended - outcome.started).total_seconds():.0f} s" if outcome.started else ""
+    if outcome.state is None:
+        after = f" after {duration}" if duration else ""
+        return f"{name} has ended{after}. Whether it succeeded is not known: {outcome.unknown}"
+    words, preposition = _WORDS[outcome.state]
+    return f"{name} {words} {preposition} {duration}" if duration else f"{name} {words}"
+
+
+def _reasons(outcome: Outcome) -> list[str]:
+    lines = [_reason(failure) for failure in outcome.failures]
+    more = len(lines) - _MOST
+    return [*lines[:_MOST], f"and {more} more"] if more > 0 else lines
+
+
+def _reason(failure: Failure) -> str:
+    if failure.stopped:
+        return f"{failure.task} was under way" if failure.task else "no task was under way"
+    return f"{failure.task} failed: {failure.reason}" if failure.task else failure.reason
+
+
+def _text(error: Exception) -> str:
+    """An error in one line."""
+    text = str(error) if isinstance(error, AdfmError) else f"{type(error).__name__}: {error}"
+    return shortened(one_line(text), _LONGEST)
+
+
+def _link(ui: str, run: str) -> str:
+    pages = ui.partition("#")[0].rstrip("/")
+    return f"{pages}/#/runs/details/{run}" if pages.startswith(("http://", "https://")) else f"run {run}"

@@ -1,0 +1,458 @@
+"""Helpers shared by the KFP components: stages and their exit status, metrics and pages on a run's page."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import errno
+import html
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import quote
+
+from adfm import tracking
+from adfm.errors import AdfmError
+from adfm.kubeflow import termination
+from adfm.params import Params, loads
+from adfm.process import environment, pod, stopping
+from adfm.text import printable_output
+
+RUN_TAG = "kfp_run_id"
+"""Tag of a version, and of the run of `register` in MLflow: the run of the pipeline that registered it."""
+
+REVISION_TAG = "data_revision"
+"""Tag of a version: the revision of the data that the run was asked for."""
+
+GPUS = ("nvidia.com/gpu", "amd.com/gpu", "gpu.intel.com/i915", "gpu.intel.com/xe", "habana.ai/gaudi")
+"""Resources by which the device plugins of Kubernetes announce GPUs; besides them, parts of one: `nvidia.com/mig-…`."""
+
+CANDIDATE = "trained"
+"""Name of the model in an evaluation that the run has trained."""
+
+TRAINING_FIRST = ("reward", "rewards/classification/mean", "rewards/localization/mean", "utilisation", "kl", "step")
+WARMUP_FIRST = ("loss", "mean_token_accuracy", "step")
+"""Metrics that head the tables of a run's page."""
+
+_EVALUATION_FIRST = ("balanced_accuracy", "miss_rate", "overkill", "iou")
+_ANSWERS = ("normal", "anomalous", "unparseable")
+_ROC_POINTS = 200
+_CONVERSION = ("seed", "convert", "split", "validate", "register")
+
+
+@contextmanager
+def stage(tolerant: bool = False) -> Iterator[None]:
+    """Run the body of a component as `adfm` runs a verb: set up the environment, and exit with the status of its error.
+
+    An `AdfmError` is printed alone, without a traceback. Any error is left, in one line, where Kubernetes and Argo
+    take a container's message from (`adfm.kubeflow.termination`), so that the notification has the stage's own reason.
+
+    Args:
+        tolerant: Whether the body runs also where the environment cannot be set up. The notification does, which has
+            to report that the other stages did not.
+
+    Raises:
+        SystemExit: After an `AdfmError`, a full disk or SIGTERM. The status is 75 for a training that can be resumed.
+    """
+    with printable_output():
+        try:
+            try:
+                environment.set_environment()
+            except AdfmError as error:
+                if not tolerant:
+                    raise
+                print(f"adfm: {error}", file=sys.stderr)
+            with stopping.terminable():
+                yield
+        except AdfmError as error:
+            _end(str(error), error.exit_code)
+        except stopping.Terminated:
+            _end("terminated by SIGTERM: the run was terminated, or its pod deleted", 143)
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                where = error.filename or "a file"
+                _end(f"{where}: the disk is full; use nodes with more ephemeral storage.", 1)
+            termination.leave(f"{type(error).__name__}: {error}")
+            raise
+
+
+def _end(message: str, status: int) -> NoReturn:
+    print(f"adfm: error: {message}", file=sys.stderr)
+    termination.leave(message)
+    raise SystemExit(status)
+
+
+def check(
+    settings: str, run: str = "", revision: str = "", gpu_type: str = GPUS[0], num_gpus: int = 0, num_nodes: int = 0
+) -> tuple[str, str, str, str, str, str]:
+    """Check that a run can start, and split its settings by task, so that a task runs again only for those it reads.
+
+    Args:
+        settings: All settings.
+        run: Id of the pipeline's run, by which a TrainJob is named.
+        revision: What tells this data from an earlier one, if it is known.
+        gpu_type: Resource that stands for a GPU.
+        num_gpus: GPUs of a machine.
+        num_nodes: Machines that train together in a TrainJob; 0: training is a task on one machine.
+
+    Returns:
+        The whole settings; where the data is; its name; its revision, which is the time for a source that may change;
+        what the inspection of a part reads; what conversion and validation read.
+
+    Raises:
+        AdfmError: Settings or GPUs are wrong, model or MLflow cannot be used, or what only a secret of the cluster can
+            give is missing: MLflow's address, or keys for S3 that the service account does not stand for; or the
+            cluster lacks what a TrainJob needs.
+    """
+    from adfm import preflight
+
+    params = loads(settings)
+    check_gpus(gpu_type, num_gpus)
+    if pod.is_task() and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise AdfmError(
+            "MLflow's address is not set, and what is written to a file of a pod is lost with it; "
+            "make the secret adfm-mlflow in the namespace of the runs, with the key uri "
+            "(deploy/runs/secrets.example.yaml)."
+        )
+    for unused in unused_settings(params):
+        print(f"warning   {unused}")
+    preflight.check(params, gpus=num_nodes * max(num_gpus, 1) if num_nodes else num_gpus)
+    source = params.fetch.source
+    if pod.is_task() and source.startswith("s3://"):
+        _require_s3_keys(source)
+    if num_nodes:
+        from adfm.kubeflow import nodes
+
+        nodes.check(params, run=run, nodes=num_nodes, gpus=num_gpus, gpu_type=gpu_type)
+    return (
+        tracking.settings(params),
+        source,
+        params.fetch.name,
+        revision or fixed_revision(source) or tracking.now(),
+        _inspection(params),
+        _conversion(params),
+    )
+
+
+def unused_settings(params: Params) -> list[str]:
+    """What the settings ask for and a pipeline of Kubeflow does not do."""
+    if not params.evaluate.folds:
+        return []
+    return [
+        f"evaluate.folds is {params.evaluate.folds} and is not used in a pipeline of Kubeflow: cross-validation is for"
+        " small sets, where `dvc repro` or `adfm folds` does it"
+    ]
+
+
+def _conversion(params: Params) -> str:
+    """What conversion and validation read; without kinds it is the same whatever the section `warmup` says."""
+    return tracking.settings(params, *_CONVERSION) + "warmup:\n  kinds: true\n" * params.warmup.kinds
+
+
+def _inspection(params: Params) -> str:
+    """What the inspection of a part reads; other settings of these sections are left at their defaults."""
+    convert = params.convert.model_dump(exclude={"shard_images"})
+    split = params.split.model_dump(include={"group", "holdout_categories"})
+    return tracking.settings(Params.model_validate({"convert": convert, "split": split}), "convert", "split")
+
+
+def _require_s3_keys(source: str) -> None:
+    from adfm.data import s3
+
+    if not s3.has_credentials():
+        raise AdfmError(
+            f"{source} cannot be read: neither the service account nor a secret gives credentials for S3; make the "
+            "secret adfm-s3 in the namespace of the runs, with the keys access-key and secret-key "
+            "(deploy/runs/secrets.example.yaml)."
+        )
+
+
+def check_gpus(gpu_type: str, num_gpus: int) -> None:
+    """Refuses a type of GPU that no device plugin announces, and a number that no machine has.
+
+    Raises:
+        AdfmError: As said.
+    """
+    if gpu_type not in GPUS and not re.fullmatch(r"nvidia\.com/mig-\d+g\.\d+gb(\.me)?", gpu_type):
+        near = difflib.get_close_matches(gpu_type, GPUS, n=1, cutoff=0)[0]
+        raise AdfmError(
+            f"there is no GPU type {gpu_type!r}; the nearest is {near}. Known: {', '.join(GPUS)}, nvidia.com/mig-…"
+        )
+    if num_gpus < 0:
+        raise AdfmError(f"num_gpus is {num_gpus}; it has to be 0 or more.")
+
+
+def fixed_revision(source: str) -> str:
+    """What names the content of a source for ever; empty for a source that may have other content tomorrow."""
+    fixed = source.startswith("synthetic://") or re.match(r"dvc://.+@[0-9a-f]{40}:", source)
+    return source if fixed else ""
+
+
+@contextmanager
+def raw_data(archive: Path) -> Iterator[Path]:
+    """The folder of a packed data set, as `adfm.data.packed.opened` makes it.
+
+    Errors in the data carry the name of the data set, not that of the temporary folder. In a pod their whole list goes
+    to the log: the file that it is written to is lost with the pod.
+
+    Raises:
+        BadData: The block raised one.
+    """
+    from adfm.data import packed
+    from adfm.data.problems import BadData
+
+    with packed.opened(archive) as folder:
+        try:
+            yield folder
+        except BadData as error:
+            listing = error.listing
+            if isinstance(listing, Path) and pod.is_task():
+                print(listing.read_text(encoding="utf-8"))
+                listing = "the log above"
+            raise BadData(Path(folder.name), error.layout, error.problems, listing) from None
+
+
+def convert(raw: Path, shards: Path, validation: Path, params: Params, parts: Sequence[Path] = ()) -> dict[str, float]:
+    """Convert a raw data set and validate the shards.
+
+    One task for both: shards that fail validation leave no output, so that nothing is trained on them. Their report is
+    in MLflow.
+
+    Args:
+        raw: Archive of the data set, as `adfm.data.packed.pack` writes it.
+        shards: Folder of shards to write.
+        validation: Folder of the report to write.
+        params: Reads `seed`, `convert`, `split`, `validate`, `register` and `warmup.kinds`.
+        parts: Folders of the inspected parts; without any, the images are inspected here.
+
+    Returns:
+        Metrics of the validation: how many images it saw, and how many expectations failed.
+
+    Raises:
+        AdfmError: As `adfm.data.conversion.convert` and `adfm.validation.validate.require`.
+    """
+    from adfm.data import conversion
+    from adfm.validation.validate import require
+
+    with raw_data(raw) as folder:
+        conversion.convert(folder, shards, params, parts)
+    require(shards, validation, params)
+    statistics = json.loads((validation / "validation.json").read_text(encoding="utf-8"))["statistics"]
+    return {name: float(statistics[name]) for name in ("images", "expectations", "failed", "warnings")}
+
+
+def wait_for_servers(params: Params) -> None:
+    """Wait until MLflow answers and the base model is there, for 2.5 minutes each at most (`retries.again`).
+
+    Raises:
+        Unreachable: One of them cannot be reached.
+        AdfmError: It refuses, or the model is not what it should be.
+    """
+    from adfm.models import loading
+    from adfm.process import retries
+
+    retries.again(tracking.configure, "MLflow")
+    retries.again(lambda: loading.resolve(params.model.name, params.model.revision), f"model {params.model.name}")
+
+
+def models_to_compare(params: Params, detector: Path, warmup: Path, candidate: Path) -> dict[str, str | Path]:
+    """The models that a candidate is evaluated beside: detector, base, warmed-up one, production and anchor, if any."""
+    from adfm.evaluation import evaluate
+    from adfm.registry.production import in_production
+
+    models: dict[str, str | Path] = {"detector": detector, "base": params.model.name, "warmup": warmup}
+    return models | evaluate.models_to_compare(in_production(params), candidate)
+
+
+def last_metrics(curves: Path) -> dict[str, float]:
+    """The last row of a curves file that training wrote; empty metrics are left out."""
+    with curves.open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    return {name: float(value) for name, value in rows[-1].items() if value} if rows else {}
+
+
+def evaluation_metrics(evaluation: Path) -> tuple[dict[str, float], list[str]]:
+    """`<model>/<metric>` of the headline of each model in an evaluation, and of what the gate judges in the candidate.
+
+    Returns:
+        Values by name; the names of balanced accuracy, escapes (`miss_rate`), overkill and IoU of the candidate: of its
+            decisions at the threshold where it has one, as the gate takes them.
+    """
+    metrics = {}
+    for file in sorted((evaluation / "metrics").glob("*.json")):
+        for metric, value in json.loads(file.read_text(encoding="utf-8")).items():
+            metrics[f"{file.stem}/{metric}"] = value
+    candidate = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))[CANDIDATE]
+    suffix = "" if candidate.get("threshold") is None else "_at_threshold"
+    first = {f"{CANDIDATE}/{metric}{suffix}": candidate.get(metric + suffix) for metric in _EVALUATION_FIRST}
+    return {name: float(value) for name, value in (metrics | first).items() if value is not None}, list(first)
+
+
+def log_metrics(artifact: Any, title: str, metrics: Mapping[str, float], first: Sequence[str] = ()) -> None:
+    """Write metrics into an artifact of KFP, those of `first` with a number before their names.
+
+    NaN and infinity are left out: they are not JSON, and KFP's launcher fails a task whose output it cannot read
+    (`getExecutorOutputFile` in backend/src/v2/component/launcher_v2.go), here after the training.
+
+    KFP's page sorts metrics by name and shows ten at a time (frontend/src/components/viewers/PagedTable.tsx), whatever
+    the order in which they are logged.
+
+    Args:
+        artifact: A `dsl.Metrics`.
+        title: KFP's name for the artifact on the page.
+        metrics: Values by name.
+        first: Names of at most nine that come first, in this order; those that `metrics` lacks are left out.
+    """
+    name_artifacts({title: artifact})
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    leading = [name for name in first if name in finite]
+    for number, name in enumerate(leading, 1):
+        artifact.log_metric(f"{number} {name}", finite[name])
+    for name in sorted(set(finite) - set(leading)):
+        artifact.log_metric(name, finite[name])
+
+
+def name_artifacts(titles: Mapping[str, Any]) -> None:
+    """Give artifacts of KFP names for its pages.
+
+    KFP's launcher takes the name of the output where `display_name` is not set (backend/src/v2/metadata/client.go,
+    `RecordArtifact`).
+    """
+    for title, artifact in titles.items():
+        artifact.metadata["display_name"] = title
+
+
+def confusion(evaluation: Path) -> tuple[list[str], list[list[int]]]:
+    """Labels, and how many images of each (row) the candidate of an evaluation decided to be each (column)."""
+    with (evaluation / "plots" / "confusion.csv").open(newline="", encoding="utf-8") as stream:
+        counted = Counter((row["actual"], row["decision"]) for row in csv.DictReader(stream))
+    return list(_ANSWERS), [[counted[actual, said] for said in _ANSWERS] for actual in _ANSWERS]
+
+
+def kinds(evaluation: Path) -> tuple[list[str], list[list[int]]] | None:
+    """Kinds of defects, and how many images of each (row) the candidate of an evaluation gave each (column).
+
+    `None` if the candidate's prompt does not ask for the kind.
+    """
+    with (evaluation / "plots" / "kinds.csv").open(newline="", encoding="utf-8") as stream:
+        counted = Counter((row["actual"], row["predicted"]) for row in csv.DictReader(stream))
+    names = sorted({name for pair in counted for name in pair})
+    if not names:
+        return None
+    return names, [[counted[actual, given] for given in names] for actual in names]
+
+
+def roc(evaluation: Path) -> tuple[list[float], list[float], list[float]]:
+    """The ROC curve of the candidate of an evaluation, for a page: 200 points of it at most, its ends among them.
+
+    Returns:
+        False positive rates, true positive rates, and the scores from which an image is called anomalous; 2, which no
+        probability reaches, stands for infinity, which JSON lacks. All are empty if only one class was there.
+    """
+    with (evaluation / "plots" / "roc.csv").open(newline="", encoding="utf-8") as stream:
+        points = [tuple(map(float, row)) for row in list(csv.reader(stream))[1:]]
+    if len(points) > _ROC_POINTS:
+        points = [points[i * (len(points) - 1) // (_ROC_POINTS - 1)] for i in range(_ROC_POINTS)]
+    fpr, tpr, threshold = ([point[column] for point in points] for column in range(3))
+    return fpr, tpr, [min(each, 2.0) for each in threshold]
+
+
+def publish_page(artifact: Any, title: str, page: Path) -> None:
+    """Copy a page into an artifact of KFP, a `dsl.HTML`, which the task's visualizations show."""
+    name_artifacts({title: artifact})
+    Path(artifact.path).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(page, artifact.path)
+
+
+def register(
+    model: str, shards: str, evaluation: str, out: str, settings: str, run: str, revision: str, page: str
+) -> tuple[str, dict[str, float], str]:
+    """Register the model of a run, and write the gate's page: the version, the decision, its reasons and table.
+
+    Args:
+        model: Folder that training wrote.
+        shards: Folder of shards.
+        evaluation: Folder that evaluation wrote.
+        out: Folder to write.
+        settings: All settings.
+        run: Id of the pipeline's run, a tag of the version.
+        revision: Revision of the data, a tag of the version if it is not empty.
+        page: File of the page.
+
+    Returns:
+        Number of the version; metrics of the decision; `passed` or `failed`.
+
+    Raises:
+        AdfmError: As `adfm.registry.registration.register`.
+    """
+    from adfm.registry import gate, registration
+
+    params = loads(settings)
+    tags = {RUN_TAG: run} | ({REVISION_TAG: revision} if revision else {})
+    folder = Path(out)
+    decision = registration.register(Path(model), Path(shards), Path(evaluation), folder, params, tags)
+    about = json.loads((folder / "registration.json").read_text(encoding="utf-8"))
+    title = f"Version {about['version']} of {about['model']}: gate {about['gate']}"
+    reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in decision.reasons)
+    header, *rows = gate.table(json.loads((folder / "gate.json").read_text(encoding="utf-8")))
+    table = "".join(_row(row, cell) for row, cell in [(header, "th"), *((row, "td") for row in rows)])
+    link = version_link(about["model"], about["version"])
+    Path(page).parent.mkdir(parents=True, exist_ok=True)
+    Path(page).write_text(
+        f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><h1>{html.escape(title)}</h1>"
+        f"<ul>{reasons}</ul><table cellpadding='4'>{table}</table><p>{link}</p>\n",
+        encoding="utf-8",
+    )
+    return about["version"], {"version": float(about["version"]), "gate": float(decision.passed)}, about["gate"]
+
+
+def _row(cells: Sequence[str], tag: str) -> str:
+    return f"<tr>{''.join(f'<{tag} align=left>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+
+def version_link(model: str, version: str) -> str:
+    """A version in MLflow, as HTML: its name, and its address where MLflow has pages.
+
+    The address is the text of the link, to be copied: KFP shows a page in a frame that opens no other window (`sandbox`
+    in frontend/src/components/viewers/HTMLViewer.tsx), and MLflow refuses to be shown in a frame.
+    """
+    name = html.escape(f"models:/{model}/{version}")
+    server = environment.mlflow_ui()
+    if not server:
+        return name
+    address = html.escape(f"{server.rstrip('/')}/#/models/{quote(model)}/versions/{version}", quote=True)
+    return f'{name}: <a href="{address}">{address}</a>'
+
+
+def promote(version: str, settings: str, by: str, page: str) -> None:
+    """Promotes a version, and writes the history as a page.
+
+    If none is named, does what the approvals service does at each look: accepts submissions, then promotes what is
+    newly approved.
+
+    Raises:
+        AdfmError: As `adfm.registry.registration.accept` and `adfm.registry.promotion.promote`.
+    """
+    from adfm.registry import history, promotion, reconcile, registration
+
+    params = loads(settings)
+    try:
+        if version:
+            promotion.promote(version, params, by)
+            return
+        with reconcile.client() as store:
+            registration.accept(store, params)
+        if not promotion.promote_approved(params, by):
+            print(f"no version of {params.register_.model} is newly approved; nothing to do")
+    finally:
+        Path(page).parent.mkdir(parents=True, exist_ok=True)
+        steps = html.escape(history.table(promotion.history(params)))
+        Path(page).write_text(f"<!doctype html><meta charset='utf-8'><pre>{steps}</pre>\n", encoding="utf-8")

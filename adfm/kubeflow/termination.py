@@ -1,0 +1,29 @@
+"""The termination message of a container: one line of its own about why it ended.
+
+Kubernetes keeps what a container wrote to `/dev/termination-log` in its status (`state.terminated.message`, at most
+4096 bytes), and Argo Workflows puts that behind the exit code: `main: Error (exit code 1): <line>`
+(`inferFailedReason` in workflow/controller/operator.go, Argo 4.0). `adfm.kubeflow.workflows` reads it there, so that a
+notification has the stage's own reason.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from adfm.text import one_line
+
+FILE = Path("/dev/termination-log")
+
+_LONGEST = 1000  # characters
+
+
+def leave(text: str) -> None:
+    """Leave a text in one line (`one_line`) as the termination message of this container; never fail.
+
+    Outside a pod there is no such file, and none is made. A later line replaces an earlier one.
+    """
+    line = one_line(text)
+    with suppress(OSError), os.fdopen(os.open(FILE, os.O_WRONLY | os.O_TRUNC), "wb") as stream:
+        stream.write(line[:_LONGEST].encode(errors="backslashreplace"))

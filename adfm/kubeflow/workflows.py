@@ -1,0 +1,304 @@
+"""How a run of a pipeline ended, from the Workflow of Argo that Kubeflow Pipelines made of it.
+
+KFP's own final status says `COMPLETE`, `RUNNING` or `FAILED` and no reason, and stays `RUNNING` when a pod was killed,
+a driver failed or a loop's tasks came from the cache. The nodes of the Workflow have the truth. Their form was read in
+the sources of KFP 2.17 (backend/src/v2/compiler/argocompiler/dag.go, container.go) and Argo Workflows 4.0
+(workflow/controller/operator.go, exec_control.go, workflow/packer/packer.go):
+
+- A node's name is its path, such as `adfm-training-x7k2p.root.exit-handler-1.train.executor`: the Workflow, KFP's root
+  DAG, its exit handler, the task (a DAG of one), its pod. The driver of a task is a pod beside it, `train-driver`.
+  What runs after the handler hangs from `exit-handler-1.onExit`.
+- `boundaryID` is the id of the DAG that a node belongs to.
+- A template with a retry strategy is a node of the type Retry, whose tries are nodes of the same DAG with `(0)`, `(1)`,
+  … after its name. With the `templateDefaults` of a stock controller, every template has one.
+- A large Workflow has `status.compressedNodes`, the same in gzip and base64; or, if Argo has a database for them, only
+  `status.offloadNodeStatusVersion`.
+- KFP terminates a run by `spec.activeDeadlineSeconds: 0`; Argo then fails what runs with `Step exceeded its deadline`.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import re
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from adfm.errors import AdfmError, Unreachable
+from adfm.kubeflow.resources import NEEDS
+from adfm.text import printable, shortened
+
+State = Literal["succeeded", "failed", "terminated"]
+Node = Mapping[str, Any]
+
+NODE_NAME = "workflows.argoproj.io/node-name"
+"""Annotation of a pod: the name of its node."""
+
+_FAILED = ("Failed", "Error")
+_EXIT = ".onExit"
+_TRY = re.compile(r"\((\d+)\)$")
+_TRIES = re.compile(r"\(\d+\)")
+_INDICES = re.compile(r"\([^)]*\)")  # of tries, and of the items of a loop: (3:3)
+_DRIVER = "-driver"
+# Names of KFP that say nothing of the task: its pod, and the DAGs of a loop.
+_OF_KFP = ("executor", "iteration", "iteration-iterations", "iteration-item")
+_STOPPED = re.compile(
+    r"exceeded its deadline$|retry exceeded workflow deadline|workflow shutdown with strategy|Stopped with strategy"
+)
+_CONTAINER = re.compile(r"(?s)(?P<name>[\w.-]+): (?P<reason>\w*) \(exit code (?P<code>\d+)\)(?:: (?P<message>.*))?")
+_REFUSED = re.compile(
+    r'(?s)(?:pods "[^"]*" is forbidden|Pod "[^"]*" is invalid|admission webhook "[^"]*" denied the request): (.*)'
+)
+_LONGEST = 400  # characters of a reason; five of them and the link fit into a message
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A task that failed.
+
+    Args:
+        task: Its name in the pipeline; "" if no task is to blame.
+        reason: Why, in one line.
+        stopped: Whether it failed because the whole run was terminated.
+    """
+
+    task: str
+    reason: str
+    stopped: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Args:
+        state: `None` if it is not known.
+        failures: The tasks that failed, the first one first.
+        started: When the run started, if it is known.
+        ended: When its tasks had ended, if it is known.
+        unknown: Why the state is not known and what to do about it; "" if it is.
+    """
+
+    state: State | None
+    failures: tuple[Failure, ...] = ()
+    started: datetime | None = None
+    ended: datetime | None = None
+    unknown: str = ""
+
+
+def outcome(workflow: Mapping[str, Any], task: str) -> Outcome:
+    """The outcome of a run, for the task that runs after all others.
+
+    Args:
+        workflow: The Workflow, as the Kubernetes API has it.
+        task: Name of KFP's exit handler, `pipeline_task_name` of its final status.
+
+    Raises:
+        Unreachable: The Workflow does not show the end of the exit handler yet.
+        AdfmError: The nodes cannot be read, or none is the exit handler.
+    """
+    status = workflow.get("status") or {}
+    tree = _Tree(nodes(status))
+    handler = tree.exit_handler(task)
+    started = moment(status.get("startedAt") or (workflow.get("metadata") or {}).get("creationTimestamp"))
+    ended = moment(handler.get("finishedAt"))
+    phase = handler.get("phase")
+    if phase == "Succeeded":
+        return Outcome("succeeded", (), started, ended)
+    if phase not in _FAILED:
+        raise Unreachable(f"{handler.get('displayName')} is {phase} in Argo's Workflow, and has not ended.")
+    is_terminated = _is_terminated(workflow.get("spec") or {})
+    failures = []
+    for leaf in sorted(tree.failed(handler), key=lambda leaf: (leaf.get("finishedAt") or "", leaf["name"])):
+        name = task_of(leaf["name"]) if task_of(leaf["name"]) != task_of(handler["name"]) else ""
+        stopped = is_terminated and (not name or bool(_STOPPED.search(leaf.get("message") or "")))
+        failures.append(Failure(name, reason(leaf), stopped))
+    state: State = "terminated" if all(failure.stopped for failure in failures) else "failed"
+    return Outcome(state, _distinct(failures), started, ended)
+
+
+def nodes(status: Mapping[str, Any]) -> dict[str, Node]:
+    """The nodes in the status of a Workflow, by id.
+
+    Raises:
+        AdfmError: They are in Argo's database, or cannot be unpacked.
+    """
+    if status.get("nodes"):
+        return dict(status["nodes"])
+    if status.get("compressedNodes"):
+        try:
+            return dict(json.loads(gzip.decompress(base64.b64decode(status["compressedNodes"]))))
+        except (ValueError, OSError, EOFError, zlib.error) as error:
+            raise AdfmError(f"the compressed nodes of Argo's Workflow cannot be unpacked ({error}).") from error
+    if status.get("offloadNodeStatusVersion"):
+        raise AdfmError(
+            "Argo keeps the nodes of this Workflow in its own database (nodeStatusOffLoad); `argo get` and the page of "
+            "the run show them."
+        )
+    raise AdfmError("Argo's Workflow has no nodes.")
+
+
+class _Tree:
+    """The nodes of a Workflow, by what they belong to."""
+
+    def __init__(self, nodes: Mapping[str, Node]) -> None:
+        self._nodes = nodes
+        self._by_name = {node["name"]: node for node in nodes.values()}
+        self._members: dict[str, list[Node]] = defaultdict(list)
+        self._tries: dict[str, list[Node]] = defaultdict(list)
+        for node in nodes.values():
+            retried = self._by_name.get(_TRY.sub("", node["name"]))
+            if retried is not None and retried is not node and retried.get("type") == "Retry":
+                self._tries[retried["name"]].append(node)
+            else:
+                self._members[node.get("boundaryID") or ""].append(node)
+
+    def exit_handler(self, task: str) -> Node:
+        """The newest node of the exit handler: one of a retried DAG has the same display name.
+
+        KFP makes the exit task a hook of the handler, so the handler can also be found without its name.
+        """
+        handlers = [node for node in self._by_name.values() if node.get("displayName") == task] or [
+            self._by_name[name.removesuffix(_EXIT)]
+            for name in self._by_name
+            if name.endswith(_EXIT) and name.removesuffix(_EXIT) in self._by_name
+        ]
+        if not handlers:
+            raise AdfmError(f"Argo's Workflow has no node {task!r}.")
+        return max(handlers, key=lambda node: node.get("startedAt") or "")
+
+    def failed(self, node: Node) -> list[Node]:
+        """The failed nodes at the bottom of a node: what made it fail.
+
+        Only the last try of what was tried again counts, and nothing of what succeeded at last.
+        """
+        if node.get("phase") not in _FAILED:
+            return []
+        below: Iterable[Node]
+        if node.get("type") == "Retry":
+            below = sorted(self._tries[node["name"]], key=_number)[-1:]
+        elif node.get("type") == "TaskGroup":  # of a loop, whose items belong to the DAG as well
+            below = [self._nodes[child] for child in node.get("children") or [] if child in self._nodes]
+        else:
+            below = self._members[node["id"]]
+        leaves = {leaf["id"]: leaf for each in below if each is not node for leaf in self.failed(each)}
+        return list(leaves.values()) or [node]
+
+
+def _number(node: Node) -> int:
+    match = _TRY.search(node["name"])
+    return int(match[1]) if match else -1
+
+
+def task_of(name: str) -> str:
+    """The task in the name of a node: `train` of `adfm-training-x7k2p.root.exit-handler-1.train(0).executor(0)`."""
+    parts = [part.removesuffix(_DRIVER) for part in _INDICES.sub("", name).split(".")]
+    return next((part for part in reversed(parts) if part not in _OF_KFP), parts[-1])
+
+
+def reason(node: Node) -> str:
+    """Why a node failed, in one line: the stage's own words if it left any, else Argo's and Kubernetes' explained."""
+    text = _explained((node.get("message") or "").strip(), task_of(node["name"]))
+    text = shortened(printable(" ".join(text.split())), _LONGEST)
+    is_driver = _INDICES.sub("", node["name"]).endswith(_DRIVER)
+    return f"its driver, a pod of Kubeflow Pipelines, failed: {text}" if is_driver else text
+
+
+def _explained(message: str, task: str) -> str:
+    if not message:
+        return "Argo gives no reason; see the log of its pod"
+    if container := _CONTAINER.fullmatch(message):
+        return _container(container, task)
+    if refused := _REFUSED.search(message):
+        return f"the cluster refused its pod: {refused[1]}"
+    if "active on the node longer than the specified deadline" in message:  # kubelet, pkg/kubelet/active_deadline.go
+        limit = f" of {NEEDS[task].hours:g} h" if task in NEEDS else ""
+        return f"it ran longer than its limit{limit}; raise the limit in adfm/kubeflow/resources.py and submit again"
+    if message == "pod deleted":
+        return "its pod was deleted: its node was drained or lost, or somebody removed it"
+    if _STOPPED.search(message):
+        return "it was stopped: the run was terminated, or a time limit set for it was over"
+    return message
+
+
+def _container(match: re.Match[str], task: str) -> str:
+    name, code = match["name"], int(match["code"])
+    line = _own_line(match["message"] or "")
+    if match["reason"] == "OOMKilled":
+        limit = f" of {NEEDS[task].memory}" if task in NEEDS and name == "main" else ""
+        text = (
+            f"out of memory: it needed more than its limit{limit}; raise the limit in adfm/kubeflow/resources.py and "
+            "submit again"
+        )
+        return f"{text} ({line})" if line else text
+    if line:
+        return line
+    where = "" if name == "main" else f" of its container {name}"
+    if code == 137:
+        return f"killed (exit code 137){where}, as the kernel does when memory runs out; see the log of its pod"
+    if code == 143:
+        return f"stopped by SIGTERM (exit code 143){where}; see the log of its pod"
+    return f"exit code {code}{where}; see the log of its pod"
+
+
+def _own_line(message: str) -> str:
+    """The line that the stage left, or the one that tells most where Kubernetes took the end of the log instead."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    errors = [line.partition("adfm: error: ")[2] for line in lines if "adfm: error: " in line]
+    return (errors or lines or [""])[-1]
+
+
+def failures_of_pods(pods: Iterable[Mapping[str, Any]]) -> tuple[Failure, ...]:
+    """The tasks of a run whose last pod failed, for where the Workflow cannot be read.
+
+    What they leave out: pods that were deleted or refused, and runs that were terminated.
+
+    Args:
+        pods: The pods of the run, as the Kubernetes API has them.
+    """
+    last: dict[str, tuple[str, Mapping[str, Any]]] = {}
+    for pod in sorted(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp"))):
+        name = (pod["metadata"].get("annotations") or {}).get(NODE_NAME, "")
+        if name:
+            last[_TRIES.sub("", name)] = name, pod
+    return _distinct(
+        Failure(task_of(name), reason({"name": name, "message": _message(pod["status"])}))
+        for name, pod in last.values()
+        if pod["status"].get("phase") == "Failed"
+    )
+
+
+def _message(status: Mapping[str, Any]) -> str:
+    """The message that Argo would give the node of a failed pod: `inferFailedReason`, without its rarer cases."""
+    if status.get("message"):
+        return str(status["message"])
+    main_first = sorted(status.get("containerStatuses") or [], key=lambda container: container["name"] != "main")
+    for container in [*(status.get("initContainerStatuses") or []), *main_first]:
+        ended = (container.get("state") or {}).get("terminated") or {}
+        if ended.get("exitCode"):
+            text = f"{container['name']}: {ended.get('reason') or 'Error'} (exit code {ended['exitCode']})"
+            return f"{text}: {ended['message']}" if ended.get("message") else text
+    return ""
+
+
+def moment(text: Any) -> datetime | None:
+    """A time as Kubernetes and MLflow's history write it; `None` if it is none."""
+    try:
+        value = datetime.fromisoformat(str(text))
+    except ValueError:
+        return None
+    return value if value.tzinfo else value.replace(tzinfo=UTC)
+
+
+def _is_terminated(spec: Mapping[str, Any]) -> bool:
+    return spec.get("activeDeadlineSeconds") == 0 or spec.get("shutdown") in ("Terminate", "Stop")
+
+
+def _distinct(failures: Iterable[Failure]) -> tuple[Failure, ...]:
+    """One failure of each task and reason: the parts of a loop fail alike."""
+    return tuple(dict.fromkeys(failures))

@@ -1,0 +1,388 @@
+"""Greedy decoding of images in batches, with transformers, vLLM or the reference detector.
+
+Images are answered in order of their size, so that a batch is padded little or not at all, and the next batch is
+decoded and resized in a thread while the model generates. With `tile.size`, a large image is answered tile by tile, and
+the answers are joined (`joined`); batches then count tiles.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from adfm.data import tiles
+from adfm.errors import AdfmError
+from adfm.method import kinds, response
+from adfm.models import decoding, families, loading
+from adfm.models.decoding import Completions
+from adfm.params import Evaluate, Params, Tile
+from adfm.records import Box, Label
+
+if TYPE_CHECKING:
+    import torch
+
+    from adfm.models.detector import Detection, Detector
+
+_MOST_NOTES = 8  # suspicious tiles of an image whose words are kept
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model answers to one image, read.
+
+    Args:
+        predicted: The decision; `None` where the completion has no clean answer.
+        score: The probability of `anomalous`, before calibration; `None` where there is no decision.
+        boxes: The defects, in pixels of the image, half-open, not clipped; none unless it is `anomalous`: a region that
+            was examined and rejected is no defect.
+        read: The completion in its parts.
+        completion: The model's own words.
+        regions: All boxes of the first stage, in pixels like `boxes`, whatever the letter: the defects of an image that
+            is flagged by its probability.
+        notes: Of an image that was cut into tiles: which tile the words are of, and a line for each further tile that
+            is suspicious, with its words.
+        kind: The kind of defect that the second stage names, whatever the letter; `None` where it names none.
+    """
+
+    predicted: Label | None
+    score: float | None
+    boxes: list[Box]
+    read: response.Response
+    completion: str
+    regions: list[Box] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    kind: str | None = None
+
+
+def uses_vllm(params: Params) -> bool:
+    """Whether vLLM does the work: where it is asked for, or with `auto` where it is installed and there is a GPU.
+
+    Raises:
+        AdfmError: `evaluate.backend` is `vllm`, which is not installed or does not have the model's architecture.
+    """
+    backend = params.evaluate.backend
+    if backend == "transformers":
+        return False
+    installed = importlib.util.find_spec("vllm") is not None
+    if backend == "vllm" and not installed:
+        raise AdfmError("evaluate.backend is vllm, which is not installed: install it, or set the backend to auto.")
+    if not installed:
+        return False
+    import torch
+
+    if backend == "auto" and not torch.cuda.is_available():
+        return False
+    known = families.get(loading.family_of(loading.base_of(params.model.name, params.model)[1])).vllm
+    if backend == "vllm" and not known:
+        raise AdfmError(f"evaluate.backend is vllm, which does not have {params.model.name}: set the backend to auto.")
+    return known
+
+
+def tile_of(model: str | Path, params: Params) -> Tile:
+    """Into which tiles images are cut for a model: those it was trained with; the settings' for a base model."""
+    description = loading.describe(Path(model))
+    if description is None:
+        return params.tile
+    return Tile.model_validate((description.get("params") or {}).get("tile") or {})  # an older model saw whole images
+
+
+def grid_of(size: tuple[int, int], tile: Tile) -> list[Box]:
+    """The tiles of an image; the image itself where it is not cut."""
+    return tiles.grid(*size, tile.size or max(size), tile.overlap)
+
+
+class Predictor:
+    """A loaded model, or a reference detector, that inspects images.
+
+    `kinds` are the kinds of defects that its prompt asks to name one of; empty if it asks for none.
+
+    Args:
+        model: A base model's name, or a folder that warm-up, training or the detector's training wrote.
+        params: Reads the sections `model` and `evaluate`, and `tile` for a base model.
+
+    Raises:
+        AdfmError: The model cannot be loaded, or the backend asked for is not there.
+    """
+
+    def __init__(self, model: str | Path, params: Params) -> None:
+        settings = params.evaluate
+        self._batch_size = settings.batch_size
+        self._tile = tile_of(model, params)
+        self.kinds = loading.kinds_of(model)
+        self._prepare: Callable[[list[Image.Image]], Any]
+        self._generate: Callable[[Any], Completions]
+        self._detector: Detector | None = None
+        if loading.is_detector(model):
+            from adfm.models import detector
+
+            self._detector = detector.load(Path(model))
+            self._prepare = lambda images: [detector.picture(image) for image in images]
+        elif uses_vllm(params):
+            from adfm.models import vllm_backend
+
+            self._processor, self._family, self._generate = vllm_backend.load(model, params)
+            self._prepare = lambda images: images
+        else:
+            loaded = loading.load(model, params.model)
+            loaded.model.eval()
+            self._processor, self._family = loaded.processor, loaded.family
+            text = loading.chat_text(loaded.processor, loaded.prompt)
+            self._prepare = lambda images: _inputs(loaded.processor, text, images)
+            scorer = decoding.Scorer(loaded.processor.tokenizer)
+            self._generate = lambda inputs: _generate(loaded, scorer, inputs, settings, params.seed)
+
+    def answers(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        image: Callable[[int], Image.Image],
+        done: Callable[[int], object] = lambda count: None,
+    ) -> list[Prediction]:
+        """Inspects images, one answer an image, greedily; large ones in tiles, if the model was trained so.
+
+        Args:
+            sizes: Width and height of each image in pixels.
+            image: Returns the image of that number, RGB. Called in a thread shortly before the image is needed, and
+                more than once if its tiles are not answered one after the other.
+            done: Called after each batch with the number of images in it; for tiled images, with the average number
+                that it finished.
+
+        Returns:
+            The answers, in the order of `sizes`.
+        """
+        grids = [grid_of(size, self._tile) for size in sizes]
+        places = [(i, tile) for i, grid in enumerate(grids) for tile in grid]
+        if len(places) == len(sizes):
+            return self._answers(sizes, image, done)
+        last: list[tuple[int, Image.Image]] = []  # of the images that are cut, one is held at a time
+        answered = 0
+
+        def cut(number: int) -> Image.Image:
+            i, tile = places[number]
+            if not last or last[0][0] != i:
+                last[:] = [(i, image(i))]
+            return last[0][1].crop(tile)
+
+        def progressed(count: int) -> None:
+            nonlocal answered
+            before, answered = answered, answered + count
+            done(answered * len(sizes) // len(places) - before * len(sizes) // len(places))
+
+        of_tiles = iter(self._answers([_size(tile) for _, tile in places], cut, progressed))
+        return [joined([next(of_tiles) for _ in grid], grid) for grid in grids]
+
+    def _answers(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        image: Callable[[int], Image.Image],
+        done: Callable[[int], object],
+    ) -> list[Prediction]:
+        """Inspects images as they are, in batches of like size; as `answers`."""
+        order = self._order(sizes)
+        found: dict[int, Prediction] = {}
+
+        def prepared(batch: list[int]) -> Any:
+            return self._prepare([image(i) for i in batch])
+
+        batches = list(batched(order, self._batch_size))
+        for batch, inputs in zip(batches, _ahead(prepared, batches), strict=True):
+            found.update(zip(batch, self._answer(inputs, [sizes[i] for i in batch]), strict=True))
+            done(len(batch))
+        return [found[i] for i in range(len(sizes))]
+
+    def _order(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """Images of like size one after the other, so that a batch is padded little; a detector pads nothing."""
+        if self._detector:
+            return [*range(len(sizes))]
+        resized, images = families.get(self._family).images.resized, self._processor.image_processor
+        return sorted(range(len(sizes)), key=lambda i: math.prod(resized(images, *sizes[i])))
+
+    def _answer(self, inputs: Any, sizes: list[tuple[int, int]]) -> list[Prediction]:
+        """The answers to a batch, as `_prepare` gives it."""
+        if self._detector:
+            detections = self._detector.detect(inputs, sizes)
+            return [_detected(detection, self._detector.threshold) for detection in detections]
+        return [
+            self._read(completion, score, *size)
+            for completion, score, size in zip(*self._generate(inputs), sizes, strict=True)
+        ]
+
+    def _read(self, completion: str, score: float | None, width: int, height: int) -> Prediction:
+        parsed = response.parse(completion)
+        frame = families.get(self._family).frame(self._processor, width, height)
+        predicted = parsed.predicted_label
+        regions = [frame.to_pixels(box, width, height) for box in parsed.boxes]
+        boxes = regions if predicted == "anomalous" else []
+        kind = kinds.read(parsed.rethink, self.kinds)
+        return Prediction(predicted, score if predicted else None, boxes, parsed, completion, regions, kind=kind)
+
+
+def _size(tile: Box) -> tuple[int, int]:
+    return int(tile.x2 - tile.x1), int(tile.y2 - tile.y1)
+
+
+def joined(answers: Sequence[Prediction], grid: Sequence[Box]) -> Prediction:
+    """The answer to an image, of those to its tiles.
+
+    The image is anomalous if a tile is; unparsed if none is and the answer to some tile is; else normal. Its score is
+    the largest of its tiles. The words are those of the most suspicious tile among those that answer as the image does.
+    Boxes of tiles are joined across seams (`adfm.data.tiles.merged`).
+
+    Args:
+        answers: One a tile, boxes in pixels of the tile.
+        grid: The tiles, as of `adfm.data.tiles.grid`.
+
+    Returns:
+        The answer; its `boxes` are those of the tiles that are anomalous, its `regions` also those of the tile that
+        the score is of.
+    """
+    if len(answers) == 1:
+        return answers[0]
+    labels = [answer.predicted for answer in answers]
+    predicted: Label | None = "anomalous" if "anomalous" in labels else None if None in labels else "normal"
+    scores = [-1.0 if answer.score is None else answer.score for answer in answers]
+    order = sorted(range(len(answers)), key=lambda i: -scores[i])
+    suspicious = [i for i in order if labels[i] == "anomalous"]
+    first = next(i for i in order if labels[i] == predicted)
+    notes = [f"These are the words on {_place(first, grid)}{', the most suspicious' * (predicted is not None)}."]
+    notes += [f"On {_place(i, grid)}: {_words(answers[i])}" for i in suspicious if i != first][:_MOST_NOTES]
+    if len(suspicious) - 1 > _MOST_NOTES:
+        notes.append(f"{len(suspicious) - 1 - _MOST_NOTES} more tiles are suspicious.")
+    best, flagged = answers[first], set(suspicious)
+    return Prediction(
+        predicted,
+        scores[order[0]] if predicted and scores[order[0]] >= 0 else None,
+        tiles.merged([answer.boxes for answer in answers], grid),
+        best.read,
+        "\n".join([best.completion, *notes]),
+        tiles.merged([a.regions if i in {*flagged, order[0]} else [] for i, a in enumerate(answers)], grid),
+        notes,
+        best.kind,
+    )
+
+
+def _place(number: int, grid: Sequence[Box]) -> str:
+    return f"tile {number + 1} of {len(grid)}, {[int(side) for side in grid[number]]}"
+
+
+def _words(answer: Prediction) -> str:
+    """What a model wrote of a tile on one line, without an answer: the image's words would have two.
+
+    A detector's words are in no form and have no answer.
+    """
+    parts = [answer.read.think, answer.read.rethink] if answer.read.answer else [answer.completion]
+    return " ".join(part for part in parts if part).strip().replace("\n", " ")
+
+
+def _detected(detection: Detection, threshold: float) -> Prediction:
+    """A detector's answer in the form of a language model's; its few words are for people, in no form."""
+    flagged = detection.score >= threshold
+    count = len(detection.regions)
+    words = "no defect" if not flagged else detection.kind or "a defect"
+    if flagged and count:
+        words += f", in {count} {'place' if count == 1 else 'places'}"
+    completion = f"{words[0].upper()}{words[1:]}."
+    return Prediction(
+        "anomalous" if flagged else "normal",
+        detection.score,
+        detection.regions if flagged else [],
+        response.parse(completion),
+        completion,
+        detection.regions,
+        kind=detection.kind,
+    )
+
+
+def _ahead(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """`work` of each item, the next one already under way in a thread while one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(work, items[0])
+        for item in items[1:]:
+            ready, pending = pending.result(), pool.submit(work, item)
+            yield ready
+        yield pending.result()
+
+
+def generate(loaded: loading.Loaded, images: list[Image.Image], settings: Evaluate) -> Completions:
+    """Greedy completions for `images`, and the probability of a defect for each."""
+    scorer = decoding.Scorer(loaded.processor.tokenizer)
+    text = loading.chat_text(loaded.processor, loaded.prompt)
+    return _generate(loaded, scorer, _inputs(loaded.processor, text, images), settings)
+
+
+def _inputs(processor: Any, text: str, images: list[Image.Image]) -> Any:
+    return processor(text=[text] * len(images), images=images, padding=True, return_tensors="pt")
+
+
+def _generate(
+    loaded: loading.Loaded, scorer: decoding.Scorer, inputs: Any, settings: Evaluate, seed: int = 0
+) -> Completions:
+    import torch
+
+    inputs = inputs.to(loaded.model.device)
+    completions, scores = _complete(loaded, scorer, inputs, settings)
+    if settings.samples:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)  # the same batch gets the same samples
+            samples = [_complete(loaded, scorer, inputs, settings, sample=True)[1] for _ in range(settings.samples)]
+        scores = decoding.mean_of_samples(scores, samples)
+    return completions, scores
+
+
+def _complete(
+    loaded: loading.Loaded, scorer: decoding.Scorer, inputs: Any, settings: Evaluate, sample: bool = False
+) -> Completions:
+    import torch
+    from transformers import LogitsProcessorList
+
+    tokenizer = loaded.processor.tokenizer
+    logits = _DecidingLogits(scorer.tokens)
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
+    generate: Any = loaded.model.generate
+    with torch.inference_mode():
+        output = generate(
+            **inputs,
+            **sampling,
+            max_new_tokens=settings.max_new_tokens,
+            stop_strings=[decoding.STOP],
+            tokenizer=tokenizer,
+            logits_processor=LogitsProcessorList([logits]),
+        )
+    tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
+    steps = torch.stack(logits.steps, 1).cpu().numpy()  # [images, tokens, deciding tokens]
+    completions = [decoding.until_stop(text) for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    scores = [
+        scorer.score(settings, row, text, at.__getitem__)
+        for row, text, at in zip(tokens, completions, steps, strict=True)
+    ]
+    return completions, scores
+
+
+class _DecidingLogits:
+    """Called by `generate` at every step: keeps the logits of a few tokens, not of the whole vocabulary."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self._tokens = tokens
+        self.steps: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.steps.append(scores[:, self._tokens].float())
+        return scores
+
+
+def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """The items in lists of `size`, the last one shorter; `itertools.batched` is of Python 3.12."""
+    batch: list[Any] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

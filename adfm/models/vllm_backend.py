@@ -1,0 +1,132 @@
+"""Greedy decoding by vLLM: the same prompts, the same end, the same scores as with transformers, and many times faster.
+
+Written from the source of vLLM 0.30 and tested with a stand-in for it: this file has not been run with vLLM itself.
+There `logprob_token_ids` takes at most 128 tokens and gives their log-probabilities at every position, before
+`logit_bias` and temperature; `enable_tower_connector_lora`, which vLLM calls experimental, adds an adapter to the
+vision tower and the layers after it, in both families; sampling parameters that are not given are neutral, whatever
+the model's folder says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from adfm.errors import AdfmError
+from adfm.models import decoding, families, loading, vllm_engine
+from adfm.models.decoding import Completions
+from adfm.params import Params
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_LOGPROBS = 128  # most tokens whose probabilities a request may ask for (vllm/sampling_params.py)
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # for which vLLM has kernels
+_SHARE = 0.9
+
+
+def load(model: str | Path, params: Params) -> tuple[Any, str, Callable[[list[Image.Image]], Completions]]:
+    """Loads a model into vLLM.
+
+    Args:
+        model: A base model's name, or a folder that warm-up or training wrote.
+        params: Reads the sections `model` and `evaluate`, and `seed`.
+
+    Returns:
+        The model's processor and family, and the function that answers a list of images.
+
+    Raises:
+        AdfmError: As `adfm.models.loading.resolve`; the adapter's rank, or the number of tokens that decide, is beyond
+            what vLLM takes; or the vLLM that is installed does not fit.
+    """
+    import vllm
+    from vllm.lora.request import LoRARequest
+
+    settings = params.evaluate
+    base, folder = loading.base_of(model, params.model)
+    processor, family = loading.load_processor(model, params.model), loading.family_of(folder)
+    options: dict[str, Any] = {}
+    adapter = None
+    if loading.describe(Path(model)):
+        rank = json.loads((Path(model) / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+        if rank > _RANKS[-1]:
+            raise AdfmError(
+                f"{model}: vLLM takes adapters of rank {_RANKS[-1]} at most; set evaluate.backend=transformers."
+            )
+        adapter = LoRARequest("adapter", 1, str(model))
+        options = {
+            "enable_lora": True,
+            "max_lora_rank": next(known for known in _RANKS if known >= rank),
+            "enable_tower_connector_lora": True,  # the adapter is on the vision tower too
+        }
+    if problems := vllm_engine.wrong_version():
+        raise AdfmError("; ".join(problems))
+    messages = loading.prompt_of(model, family)
+    engine = vllm.LLM(
+        model=str(folder),
+        max_model_len=vllm_engine.model_length(processor, messages, settings.max_new_tokens),
+        gpu_memory_utilization=_free_share(),
+        **vllm_engine.options(processor, base.dtype),
+        **options,
+    )
+    scorer = decoding.Scorer(processor.tokenizer)
+    if len(scorer.tokens) > _LOGPROBS:
+        raise AdfmError(
+            f"{model}: {len(scorer.tokens)} of its tokens can decide an answer, and vLLM gives the probabilities of "
+            f"{_LOGPROBS}; set evaluate.backend=transformers."
+        )
+
+    def sampling(**how: Any) -> Any:
+        return vllm.SamplingParams(
+            max_tokens=settings.max_new_tokens,
+            stop=[decoding.STOP],
+            include_stop_str_in_output=True,
+            logit_bias=dict.fromkeys(families.placeholders(processor), -100.0),
+            logprob_token_ids=scorer.tokens,
+            **how,
+        )
+
+    def complete(prompts: list[Any], how: Any) -> tuple[list[list[str]], list[list[float | None]]]:
+        """Completions of each prompt, and their scores."""
+        outputs = [request.outputs for request in engine.generate(prompts, how, lora_request=adapter, use_tqdm=False)]
+        texts = [[decoding.until_stop(output.text) for output in of_prompt] for of_prompt in outputs]
+        scores = [
+            [
+                scorer.score(settings, output.token_ids, text, _logits(output, scorer.tokens))
+                for output, text in zip(*pair, strict=True)
+            ]
+            for pair in zip(outputs, texts, strict=True)
+        ]
+        return texts, scores
+
+    text = loading.chat_text(processor, messages)
+
+    def answer(images: list[Image.Image]) -> Completions:
+        prompts = [{"prompt": text, "multi_modal_data": {"image": image}} for image in images]
+        texts, letters = complete(prompts, sampling(temperature=0.0))
+        completions, scores = [text for [text] in texts], [score for [score] in letters]
+        if settings.samples:
+            _, samples = complete(prompts, sampling(temperature=1.0, n=settings.samples, seed=params.seed))
+            scores = decoding.mean_of_samples(scores, list(zip(*samples, strict=True)))
+        return completions, scores
+
+    return processor, family, answer
+
+
+def _logits(output: Any, tokens: list[int]) -> Any:
+    """The log-probabilities of `tokens` by position, as `Scorer` reads them."""
+    return lambda at: np.array([output.logprobs[at][token].logprob for token in tokens])
+
+
+def _free_share() -> float:
+    """Share of the GPU's memory that vLLM may take: it refuses to start with less free than it asks for."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return _SHARE
+    free, total = torch.cuda.mem_get_info()
+    return min(_SHARE, 0.95 * free / total)

@@ -1,0 +1,86 @@
+"""Retries inside a pod: which errors of a network may pass by themselves, and work that is tried again after them.
+
+Kubeflow Pipelines does not try a failed task again (docs/training.md), so the tasks of the pipelines do it here. The
+command line does not: a wrong address is to be reported at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from adfm.errors import Unreachable
+from adfm.process import pod
+
+T = TypeVar("T")
+
+_TYPES = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+_ERRNOS = {errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+_NOT_IMPLEMENTED = 501  # the one status of a server's errors that stays
+
+
+def again(work: Callable[[], T], what: str, tries: int = 5, pause: float = 10.0) -> T:
+    """Retry work while a server cannot be reached, with growing pauses: 10, 20, 40 and 80 s by default.
+
+    Outside a pod it is done once: who runs a pipeline in a terminal is to hear of a wrong address at once.
+
+    Args:
+        work: What to do; it continues where it stopped, or can be done twice.
+        what: Its name in the log, which gets a line for every try that failed.
+        tries: How often to try, the first time included.
+        pause: Seconds before the second try; each later pause is twice the one before.
+
+    Raises:
+        Unreachable: The last try's. Every other exception is raised at once.
+    """
+    for number in range(1, tries if pod.inside() else 1):
+        try:
+            return work()
+        except Unreachable as error:
+            reason = str(error).splitlines()[0]
+            print(f"{what}: try {number} of {tries} failed, the next is in {pause:g} s: {reason}", flush=True)
+        time.sleep(pause)
+        pause *= 2
+    return work()
+
+
+def may_pass(error: BaseException, *types: type[BaseException]) -> bool:
+    """Whether an error of a client may be gone in a minute, with nothing changed.
+
+    It may if a connection was refused, reset or timed out, a name was not resolved, or a server replied 408, 429 or
+    5xx. Wrong keys, names, addresses and certificates stay. boto3, requests, httpx, aiohttp and dulwich wrap the
+    socket's error, which is therefore searched for in `__cause__`, `__context__` and the arguments.
+
+    Args:
+        error: What the client raised.
+        types: Further errors of the client that may pass and do not come from one of a socket.
+    """
+    for each in causes(error):
+        status = _status(each)
+        if status is not None:  # a server replied: what went wrong before does not count
+            return status in (408, 429) or (500 <= status < 600 and status != _NOT_IMPLEMENTED)
+        if isinstance(each, (*_TYPES, *types)) or (isinstance(each, OSError) and each.errno in _ERRNOS):
+            return True
+    return False
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, and those that it was raised from or while handling, or that it holds, the newest first."""
+    while error is not None:
+        yield error
+        within = next((each for each in error.args if isinstance(each, BaseException)), None)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__) or within
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status in an error: botocore's `ClientError`, those of requests and httpx, and aiohttp's."""
+    response: Any = getattr(error, "response", None)
+    if isinstance(response, dict):
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    else:
+        status = getattr(response, "status_code", getattr(error, "status", None))
+    return status if isinstance(status, int) else None

@@ -1,0 +1,160 @@
+"""Cross-validation of the recipe on a small data set: `adfm folds SHARDS OUT` with `evaluate.folds`.
+
+For each fold a model is trained on the other parts, by warm-up and GRPO as the settings say, and answers its own part.
+`adfm evaluate --folds OUT` shows the figures beside those of the model that is registered. OUT holds:
+
+    cross-validation.json      the figures with their intervals, and what each fold was trained on and judged
+    cross-validation.parquet   the predictions, with the number of the fold; each image once
+
+Trainings of an interrupted cross-validation are kept in `<OUT>.partial/` and used when it is started again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from adfm.data import folds as division
+from adfm.data import shards as shards_
+from adfm.evaluation import calibration, crossvalidation, predictions
+from adfm.evaluation.calibration import DECIDED, Calibration
+from adfm.evaluation.crossvalidation import FILE, PREDICTIONS
+from adfm.files import atomic_folder, digest, replace_json, write_json
+from adfm.models import loading
+from adfm.params import Params, flat
+from adfm.records import SPLITS
+from adfm.training import launch
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from numpy.typing import NDArray
+
+_WORK = "work"
+_UNUSED = ("fetch.", "convert.", "validate.", "register.")  # sections that change no figure
+
+
+def cross_validate(shards: Path, out: Path, params: Params) -> None:
+    """Trains and judges a model for each fold, and writes the figures of all.
+
+    Without `evaluate.folds` it writes that there are none, in a moment. The trainings are runs of the experiment
+    `<register.experiment>-folds` in MLflow, apart from those of models that may be registered.
+
+    Args:
+        shards: Folder of shards; train, validation and test are pooled.
+        out: Folder to write.
+        params: All settings of training and evaluation.
+
+    Raises:
+        AdfmError: The data set cannot be divided into so many folds, or a training or an evaluation fails.
+    """
+    count = params.evaluate.folds
+    if not count:
+        shutil.rmtree(out.with_name(out.name + ".partial"), ignore_errors=True)
+        with atomic_folder(out) as partial:
+            write_json({"folds": []}, partial / FILE)
+        print("evaluate.folds is 0: no cross-validation")
+        return
+    codes = division.assign(shards, params)
+    with atomic_folder(out, keep_partial=True) as partial:
+        work = _work(partial / _WORK, shards, params)
+        own = params.model_copy(
+            update={"register_": params.register_.model_copy(update={"experiment": _experiment(params)})}
+        )
+        parts = [work / f"{fold + 1}" for fold in range(count)]
+        for fold, part in enumerate(parts):
+            print(f"cross-validation, fold {fold + 1} of {count}: {_images(codes[fold])}", flush=True)
+            _train(shards, part, codes[fold], own)
+        # All trainings first: a model that has answered here would hold memory of the GPU that the next one needs.
+        tables = [_predictions(part, params, f"fold {fold + 1} of {count}") for fold, part in enumerate(parts)]
+        results = _figures(tables, codes, shards, params)
+        write_json(results, partial / FILE)
+        numbered = [
+            pa.Table.from_pandas(table, schema=DECIDED, preserve_index=False).append_column(
+                "fold", pa.array(np.full(len(table), fold + 1))
+            )
+            for fold, table in enumerate(tables)
+        ]
+        pq.write_table(pa.concat_tables(numbered), partial / PREDICTIONS)
+        shutil.rmtree(work)
+    print(crossvalidation.section(results))
+
+
+def _experiment(params: Params) -> str:
+    return f"{params.register_.experiment[:250]}-folds"
+
+
+def _work(work: Path, shards: Path, params: Params) -> Path:
+    """The folder of the trainings, emptied if those in it are of other data, models or settings."""
+    settings = {key: value for key, value in flat(params).items() if not key.startswith(_UNUSED)}
+    base = loading.identity(params.model.name, params.model)
+    identity = json.loads(json.dumps({"data": shards_.fingerprint(shards), "base": base, "settings": settings}))
+    file = work / "identity.json"
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != identity:
+        print(f"{work}: the trainings are of other data, models or settings and are removed")
+        shutil.rmtree(work)
+    work.mkdir(exist_ok=True)
+    replace_json(identity, file)
+    return work
+
+
+def _images(codes: NDArray[np.int8]) -> str:
+    train, validation, test = np.bincount(codes, minlength=len(SPLITS)).tolist()
+    return f"{train} images train, {validation} validate, {test} are judged"
+
+
+def _train(shards: Path, part: Path, codes: NDArray[np.int8], params: Params) -> None:
+    """Writes the shards of a fold and trains its model, as far as that was not done before."""
+    own = part / "shards"
+    if not own.exists():
+        unfinished = part / "shards.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        records = (
+            replace(record, split=SPLITS[code])
+            for record, code in zip(shards_.read(shards), codes.tolist(), strict=True)
+        )
+        shards_.write(records, unfinished, params.convert.shard_images)
+        shutil.copy2(shards / "conversion.json", unfinished)
+        unfinished.rename(own)
+    # Each in a process of its own, which leaves no memory behind.
+    if not (part / "warmup").exists():
+        launch.cold_start(own, part / "warmup", params)
+    if not (part / "trained").exists():
+        launch.on_gpus(own, part / "warmup", part / "trained", params, gpus=1)
+
+
+def _predictions(part: Path, params: Params, describe: str) -> pd.DataFrame:
+    """What the model of a fold answers and decides on its part; the threshold is chosen on its validation split."""
+    shards, model = part / "shards", part / "trained"
+    splits = [split for split in ("validation", "test") if any(shards.glob(f"{split}-*.parquet"))]
+    tables = predictions.predict_splits(model, shards, params, describe, splits, part / "answers")
+    if "validation" in tables:
+        fitted = calibration.fit(tables["validation"], params.evaluate, digest(model))
+    else:
+        fitted = Calibration(note="the fold has no validation split, on which a threshold is chosen")
+    return fitted.apply(tables["test"])
+
+
+def _figures(tables: list[pd.DataFrame], codes: NDArray[np.int8], shards: Path, params: Params) -> dict[str, Any]:
+    counts = [np.bincount(each, minlength=len(SPLITS)).tolist() for each in codes]
+    labels = [int((table["label"] == "anomalous").sum()) for table in tables]
+    resamples = params.evaluate.bootstrap
+    return {
+        "folds": [
+            {**dict(zip(SPLITS, count, strict=True)), "anomalous": anomalous}
+            for count, anomalous in zip(counts, labels, strict=True)
+        ],
+        "images": sum(map(len, tables)),
+        "anomalous": sum(labels),
+        "metrics": crossvalidation.summarize(tables, [count[0] for count in counts], resamples, params.seed),
+        "fingerprint": shards_.fingerprint(shards),
+        "seed": params.seed,
+        "settings": params.model_dump(mode="json", by_alias=True),
+    }

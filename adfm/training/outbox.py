@@ -1,0 +1,309 @@
+"""What a training has to say to MLflow: written to disk first, sent by a thread, kept while MLflow is away.
+
+Training never waits for the server, and never fails because of it. The folder holds, for each MLflow run,
+
+    <run>.jsonl      a line each: figures of a step, a picture, how the run ended
+    <run>.sent       how many bytes of it MLflow has
+    <run>/…          the pictures that it does not have yet
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from tqdm import tqdm
+
+from adfm import tracking
+from adfm.errors import AdfmError
+from adfm.process.environment import without_login
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_LINES = 10  # a request; MLflow takes 1,000 figures in one, and a step has fewer than 100
+_LONGEST_PAUSE = 60.0  # seconds between two attempts
+_LEAVE = 60.0  # seconds
+
+
+class Outbox:
+    """Takes figures and pictures of one run at once, and sends them in order when MLflow takes them.
+
+    A step that was taken before is not taken again: a training that was killed repeats the steps after its last
+    checkpoint. As a context manager, it ends by sending what it can; if that was not all after a body that ended well,
+    it says where the rest lies and how to send it.
+
+    Args:
+        folder: Where it is kept; what lies there of other runs is sent, unless they were deleted.
+        run_id: The run.
+    """
+
+    def __init__(self, folder: Path, run_id: str) -> None:
+        self._folder, self._journal = folder, folder / f"{run_id}.jsonl"
+        for other in set(folder.glob("*.jsonl")) - {self._journal}:
+            try:
+                _finish(other)
+            except AdfmError as error:
+                print(f"{other}: still not sent: {error}")
+            except Exception as error:  # whatever the store's client raises
+                print(f"{other}: still not sent: {_reason(error)}")
+        folder.mkdir(parents=True, exist_ok=True)
+        entries = _whole(self._journal)
+        self._step = max((entry.get("step", 0) for entry in entries), default=0)
+        self._pictures = {entry.get("picture") for entry in entries}
+        self._news, self._closing = threading.Event(), threading.Event()
+        self._away_since: int | None = None
+        self._news.set()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def add(self, figures: dict[str, float], step: int) -> None:
+        """Take the figures of a step."""
+        if step > self._step:
+            self._step = step
+            self._write({"step": step, "figures": figures})
+
+    def add_picture(self, picture: Image.Image, name: str) -> None:
+        """Take a picture, for the artifact `name` of the run."""
+        if name not in self._pictures:
+            self._pictures.add(name)
+            file = self._journal.with_suffix("") / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(file)
+            self._write({"picture": name})
+
+    def __enter__(self) -> Self:  # noqa: D105
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:  # noqa: D105
+        if kind is None:
+            self._write({"end": "FINISHED"})
+        self._closing.set()
+        self._news.set()
+        self._thread.join(_LEAVE)
+        if _is_sent(self._journal):
+            if kind is None:
+                _remove(self._journal)
+            return
+        folder = _to_workspace(self._journal)
+        if kind is None:
+            _say(
+                "MLflow is still away. The model is written all the same; the figures and pictures that MLflow lacks "
+                f"are in {folder}. When it is back, send them: adfm resend {folder}"
+            )
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        line = json.dumps({**entry, "time": round(time.time() * 1000)}, allow_nan=False)
+        with self._journal.open("a", encoding="utf-8") as journal:
+            journal.write(line + "\n")
+        self._news.set()
+
+    def _run(self) -> None:
+        pause = 1.0
+        while True:
+            self._news.wait()
+            self._news.clear()
+            try:
+                _send(self._journal)
+                self._back()
+                pause = 1.0
+            except Exception as error:  # whatever the store's client raises: training is worth more than its figures
+                self._away(error)
+                if self._closing.is_set():
+                    return
+                self._closing.wait(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+                self._news.set()
+            if self._closing.is_set() and not self._news.is_set():
+                return
+
+    def _away(self, error: Exception) -> None:
+        if self._away_since is None:
+            self._away_since = self._step
+            _say(
+                f"MLflow does not answer ({_reason(error)}); training goes on, and its figures from step {self._step} "
+                f"on wait in {self._folder}"
+            )
+
+    def _back(self) -> None:
+        if self._away_since is not None:
+            steps = f"steps {self._away_since} to {self._step}"
+            _tag(self._journal.stem, steps)
+            self._away_since = None
+            _say(f"MLflow is back and has the figures of {steps}")
+
+
+def resend(folder: Path) -> None:
+    """Send what a training could not, with the times at which it happened, and remove what was sent.
+
+    Raises:
+        AdfmError: There is nothing of the kind in `folder`, MLflow does not take it, runs were deleted there, or lines
+            are damaged: what waits for the others is sent first.
+    """
+    journals = sorted(folder.glob("*.jsonl"))
+    if not journals:
+        raise AdfmError(f"{folder} holds no figures that wait; training makes such a folder, <OUT>.unsent.")
+    uri = tracking.configure()
+    problems = []
+    with tracking.store_errors(uri):
+        for journal in journals:
+            try:
+                _finish(journal)
+                print(f"run {journal.stem}: done")
+            except AdfmError as error:
+                problems.append(str(error))
+    if problems:
+        raise AdfmError("\n".join(problems))
+
+
+def _finish(journal: Path) -> None:
+    """Sends the rest of a journal and removes it.
+
+    Raises:
+        AdfmError: MLflow does not have the run, or lines are damaged; the journal stays as it is.
+    """
+    _require_run(journal)  # before anything is done to a file that may be somebody else's
+    _whole(journal)
+    if not _is_sent(journal):
+        _tag(journal.stem, "the last ones")
+        _send(journal)
+    lines = journal.read_bytes().split(b"\n")[:-1]
+    damaged = [number for number, line in enumerate(lines, start=1) if not _entry(line)]
+    if damaged:
+        raise AdfmError(
+            f"{journal}: line {', '.join(map(str, damaged[:5]))}{', …' if damaged[5:] else ''} cannot be read, as "
+            "after a crash of the machine. All others are in MLflow. Repair it and send again, or remove the file."
+        )
+    _remove(journal)
+
+
+def _require_run(journal: Path) -> None:
+    """Refuse a journal whose run MLflow does not have (any more)."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    run, place = journal.stem, without_login(mlflow.get_tracking_uri())
+    remove = f"If its figures are not wanted, remove {journal}"
+    try:
+        if mlflow.MlflowClient().get_run(run).info.lifecycle_stage == "active":
+            return
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise AdfmError(
+            f"run {run}: MLflow at {place} does not have it; was it deleted for good, or did the training use another "
+            f"server? Then set MLFLOW_TRACKING_URI and send again. Nothing is lost: all of it is still there. {remove}"
+        ) from None
+    raise AdfmError(
+        f"run {run}: was deleted in MLflow at {place}. Bring it back (`mlflow runs restore --run-id {run}`) and send "
+        f"again. Nothing is lost: all of it is still there. {remove}"
+    )
+
+
+def _to_workspace(journal: Path) -> Path:
+    """Move a journal out of the copy of the workspace that DVC removes, if it is in one; returns its folder."""
+    if tracking.home() == Path.cwd():
+        return journal.parent
+    folder = tracking.home() / os.path.relpath(journal.parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (journal, journal.with_suffix(".sent"), journal.with_suffix("")):
+        if path.exists():
+            shutil.move(path, folder / path.name)
+    return folder
+
+
+def _send(journal: Path) -> None:
+    """Sends the lines that MLflow lacks; what was sent twice, because a process died in between, it keeps once."""
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+    if not journal.is_file():
+        return
+    store, run = MlflowClient(), journal.stem
+    with journal.open("rb") as stream, tracking.impatient():
+        stream.seek(_sent(journal))
+        while lines := [line for line in islice(stream, _LINES) if line.endswith(b"\n")]:
+            entries = [entry for line in lines if (entry := _entry(line))]
+            metrics = [
+                Metric(name, value, entry["time"], entry["step"])
+                for entry in entries
+                for name, value in entry.get("figures", {}).items()
+            ]
+            if metrics:
+                store.log_batch(run, metrics)
+            for entry in entries:
+                picture = journal.with_suffix("") / entry.get("picture", "")
+                if "picture" in entry and picture.is_file():
+                    store.log_artifact(run, str(picture), str(Path(entry["picture"]).parent))
+                    picture.unlink()
+                if "end" in entry:
+                    store.set_terminated(run, entry["end"], entry["time"])
+            journal.with_suffix(".sent").write_text(str(_sent(journal) + sum(map(len, lines))))
+
+
+def _whole(journal: Path) -> list[dict[str, Any]]:
+    """The entries of a journal, after a line that a killed process had half written is cut off."""
+    if not journal.is_file():
+        return []
+    text = journal.read_bytes()
+    lines = text[: text.rfind(b"\n") + 1]
+    if lines != text:
+        journal.write_bytes(lines)
+    return [entry for line in lines.splitlines() if (entry := _entry(line))]
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """The entry of a line; None if the line is damaged."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    complete = isinstance(entry, dict) and "time" in entry and ("figures" not in entry or "step" in entry)
+    return entry if complete else None
+
+
+def _sent(journal: Path) -> int:
+    """How many bytes of a journal MLflow has; 0, so that all is sent again, if it is not the end of a line."""
+    try:
+        sent = int(journal.with_suffix(".sent").read_text())
+        with journal.open("rb") as stream:
+            stream.seek(max(sent - 1, 0))
+            return sent if stream.read(1) == b"\n" else 0
+    except (OSError, ValueError):
+        return 0
+
+
+def _is_sent(journal: Path) -> bool:
+    if not journal.is_file():  # training failed before its first figure
+        return True
+    return _sent(journal) == journal.stat().st_size
+
+
+def _remove(journal: Path) -> None:
+    shutil.rmtree(journal.with_suffix(""), ignore_errors=True)
+    for file in (journal.with_suffix(".sent"), journal):
+        file.unlink(missing_ok=True)
+    if not any(journal.parent.iterdir()):
+        journal.parent.rmdir()
+
+
+def _tag(run: str, what: str) -> None:
+    from mlflow import MlflowClient
+
+    with tracking.impatient():
+        before = MlflowClient().get_run(run).data.tags.get("mlflow_away")
+        MlflowClient().set_tag(run, "mlflow_away", f"{before}; {what}" if before else what)
+
+
+def _reason(error: Exception) -> str:
+    return tracking.reason(error)[:120]
+
+
+def _say(text: str) -> None:
+    tqdm.write(text)

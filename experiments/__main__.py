@@ -1,0 +1,51 @@
+"""Experiments on adfm, from a checkout: `python -m experiments ablation …`, `python -m experiments tiny-base OUT`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from adfm.cli import add_settings, run
+from adfm.params import Params
+from adfm.text import printable_output
+
+
+def _ablation(args: argparse.Namespace, params: Params) -> None:
+    from experiments.ablation import ARMS, ablate
+
+    ablate(args.shards, args.runs, args.out, params, args.arms or list(ARMS), args.seeds, args.jobs)
+
+
+def _tiny_base(args: argparse.Namespace, params: Params) -> None:
+    from experiments.tiny_base import build
+
+    build(args.out, params.seed)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m experiments", description="Experiments on adfm.")
+    verbs = parser.add_subparsers(metavar="<experiment>", required=True)
+
+    add = verbs.add_parser("ablation", help="train and evaluate the arms of the ablation (docs/ablation.md); resumes")
+    add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
+    add.add_argument("runs", metavar="RUNS", type=Path, help="folder of the runs; finished ones are kept")
+    add.add_argument("out", metavar="OUT", type=Path, help="folder for ablation.json, ablation.md and ablation.png")
+    add.add_argument(
+        "--arms", metavar="ARM", nargs="+", help="answer, stages, paper, calibrated, resample, doubt; all by default"
+    )
+    add.add_argument("--seeds", metavar="N", type=int, default=3, help="runs an arm; 3 by default")
+    add.add_argument("--jobs", metavar="N", type=int, default=1, help="runs at a time; 1 by default")
+    add.set_defaults(run=_ablation)
+    add_settings(add)
+
+    add = verbs.add_parser("tiny-base", help="train the embedded base model (docs/training.md); resumes")
+    add.add_argument("out", metavar="OUT", type=Path, help="folder to write the model to")
+    add.set_defaults(run=_tiny_base)
+    add_settings(add)
+    return parser
+
+
+if __name__ == "__main__":
+    with printable_output():
+        sys.exit(run(_parser().parse_args()))
