@@ -3,7 +3,7 @@
 A version's folder is signed by OpenSSF model signing (`model-signing`, key method): `model.sig` in the folder lists
 every file with its SHA-256 and signs the list. Texts, such as the steps of the history, are signed by ECDSA directly.
 
-Keys lie in the folder that `ADFM_KEYS` names, or else in `.adfm/keys` in the working folder (`tracking.home`), made at
+Keys lie in the folder that `ADFM_KEYS` names, or else in `.adfm/keys` in the working folder (`environment.home`), made at
 first use:
 
     private.pem           own key (EC P-256, not encrypted); only those who sign have it
@@ -33,7 +33,6 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from adfm import tracking
 from adfm.errors import AdfmError
 from adfm.process import environment
 from adfm.text import printable
@@ -94,7 +93,7 @@ def keys() -> Keys:
         BadKey: There is no folder of keys, a key cannot be used, or nobody would believe the own one.
     """
     given = environment.variable(VARIABLE)
-    folder = Path(given).absolute() if given else tracking.home() / FOLDER
+    folder = Path(given).absolute() if given else environment.home() / FOLDER
     try:
         if given and not folder.is_dir():
             raise BadKey(f"{VARIABLE}: there is no folder {folder}; name the folder that holds the keys")

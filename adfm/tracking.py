@@ -2,7 +2,7 @@
 
 `MLFLOW_TRACKING_URI` names a server; `adfm.process.environment` sets it on a cluster. Without it, runs and versions go
 to `mlflow.db` and files to `mlartifacts/`, both in the current folder (of DVC's experiments, in the workspace: see
-`home`), which `mlflow ui --backend-store-uri sqlite:///mlflow.db` shows.
+`environment.home`), which `mlflow ui --backend-store-uri sqlite:///mlflow.db` shows.
 """
 
 from __future__ import annotations
@@ -89,21 +89,10 @@ def _uri() -> str:
     # Absolute, because MLflow keeps one connection per URI: a relative one would outlive a change of folder.
     given = os.environ.get("MLFLOW_TRACKING_URI")
     if not given:
-        return f"sqlite:///{(home() / 'mlflow.db').resolve()}"
+        return f"sqlite:///{(environment.home() / 'mlflow.db').resolve()}"
     relative = re.fullmatch(r"sqlite:///([^/:].*)", given)
     # In the copy of the workspace that DVC removes, a relative path is one of the workspace.
-    return f"sqlite:///{home() / relative[1]}" if relative and home() != Path.cwd() else given
-
-
-def home() -> Path:
-    """Folder of the embedded store, the keys and what else has to outlive a stage: the current one, absolute.
-
-    `dvc exp run --temp` and `--queue` run stages in a copy of the workspace below `.dvc/tmp`, which is removed at the
-    end, and name the workspace in `DVC_ROOT` (dvc/repo/experiments/queue/base.py): there it is the workspace.
-    """
-    here, root = Path.cwd(), os.environ.get("DVC_ROOT")
-    workspace = Path(root).resolve() if root else here
-    return workspace if here.is_relative_to(workspace / ".dvc" / "tmp") else here
+    return f"sqlite:///{environment.home() / relative[1]}" if relative and environment.home() != Path.cwd() else given
 
 
 def store_is_missing() -> bool:

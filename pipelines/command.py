@@ -9,6 +9,8 @@ from typing import Any
 from adfm import cli, params, tracking
 from adfm.errors import AdfmError
 from adfm.process import environment
+from pipelines import local, server
+from pipelines.ir import write
 
 ROOT = Path(__file__).parents[1]
 COMPILED = ROOT / "pipelines" / "compiled"
@@ -53,14 +55,6 @@ def main(
     return 0
 
 
-def write(pipeline: Any, file: Path) -> None:
-    """Compiles a pipeline to IR; the same code and images give the same bytes."""
-    from kfp import compiler
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    compiler.Compiler().compile(pipeline, str(file))
-
-
 def _parse(pipeline: Any, options: Options, argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(pipeline.name, description=pipeline.description)
     verbs = parser.add_subparsers(dest="verb", metavar="<verb>", required=True, title="verbs")
@@ -94,14 +88,10 @@ def _parse(pipeline: Any, options: Options, argv: Sequence[str] | None) -> argpa
 
 
 def _run(pipeline: Any, given: dict[str, Any], args: argparse.Namespace) -> None:
-    from pipelines import local
-
     local.run(pipeline, given, args.root, args.in_containers)
 
 
 def _submit(pipeline: Any, given: dict[str, Any], args: argparse.Namespace, variant: str) -> None:
-    from pipelines import server
-
     server.submit(
         pipeline,
         given,

@@ -12,7 +12,7 @@ import yaml
 from adfm import tracking
 from adfm.errors import AdfmError
 from adfm.process.pod import STARTED
-from pipelines.command import write
+from pipelines.ir import write
 
 
 def run(pipeline: Any, arguments: dict[str, Any], root: Path, in_containers: bool = False) -> None:

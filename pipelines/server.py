@@ -28,7 +28,7 @@ from adfm.kubeflow.tasks import unused_settings
 from adfm.params import loads
 from adfm.process import environment
 from pipelines import checks, cluster
-from pipelines.command import write
+from pipelines.ir import write
 
 T = TypeVar("T")
 

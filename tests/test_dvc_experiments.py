@@ -11,6 +11,7 @@ import yaml
 from mlflow import MlflowClient
 
 from adfm import tracking
+from adfm.process import environment
 
 _STAGE = """
 from pathlib import Path
@@ -79,7 +80,7 @@ def test_only_a_copy_below_the_workspace_is_one(tmp_path: Path, monkeypatch: pyt
         monkeypatch.delenv("DVC_ROOT", raising=False) if root is None else monkeypatch.setenv("DVC_ROOT", root)
         for folder in (workspace, workspace / "sub", other, workspace / ".dvc/tmp/exps/standalone/tmp7/sub"):
             monkeypatch.chdir(folder)
-            homes.append(tracking.home().relative_to(tmp_path).as_posix())
+            homes.append(environment.home().relative_to(tmp_path).as_posix())
     copy = "line/.dvc/tmp/exps/standalone/tmp7/sub"
     assert homes == [*["line", "line/sub", "other", copy] * 2, "line", "line/sub", "other", "line"]
 

@@ -83,6 +83,17 @@ def variable(name: str) -> str:
     return os.environ.get(name, "").strip("\r\n")
 
 
+def home() -> Path:
+    """Folder of the embedded store, the keys and what else has to outlive a stage: the current one, absolute.
+
+    `dvc exp run --temp` and `--queue` run stages in a copy of the workspace below `.dvc/tmp`, which is removed at the
+    end, and name the workspace in `DVC_ROOT` (dvc/repo/experiments/queue/base.py): there it is the workspace.
+    """
+    here, root = Path.cwd(), os.environ.get("DVC_ROOT")
+    workspace = Path(root).resolve() if root else here
+    return workspace if here.is_relative_to(workspace / ".dvc" / "tmp") else here
+
+
 # --------------------------------------------------------------------------------------------------------------- MLflow
 
 

@@ -21,6 +21,7 @@ from adfm.errors import AdfmError
 from adfm.evaluation import references
 from adfm.files import atomic_folder, write_json
 from adfm.params import Params
+from adfm.process import environment
 from adfm.registry import decisions, gate, page, policy, reconcile, tables
 from adfm.registry import history as history_
 from adfm.registry.alerts import alert
@@ -234,7 +235,7 @@ def set_policy(file: Path, params: Params) -> None:
 def _is_service(store: MlflowClient, name: str) -> bool:
     """Whether the own key signs the history of a model; a key is not made for that on a reviewer's machine."""
     local = tracking.sqlite_file(store.tracking_uri) is not None
-    if not (local or (tracking.home() / signing.FOLDER).is_dir() or os.environ.get(signing.VARIABLE)):
+    if not (local or (environment.home() / signing.FOLDER).is_dir() or os.environ.get(signing.VARIABLE)):
         return False
     try:
         keys = reconcile.look(store, name).keys

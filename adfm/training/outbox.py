@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from adfm import tracking
 from adfm.errors import AdfmError
+from adfm.process import environment
 from adfm.process.environment import without_login
 
 if TYPE_CHECKING:
@@ -208,9 +209,9 @@ def _require_run(journal: Path) -> None:
 
 def _to_workspace(journal: Path) -> Path:
     """Move a journal out of the copy of the workspace that DVC removes, if it is in one; returns its folder."""
-    if tracking.home() == Path.cwd():
+    if environment.home() == Path.cwd():
         return journal.parent
-    folder = tracking.home() / os.path.relpath(journal.parent)
+    folder = environment.home() / os.path.relpath(journal.parent)
     folder.mkdir(parents=True, exist_ok=True)
     for path in (journal, journal.with_suffix(".sent"), journal.with_suffix("")):
         if path.exists():

@@ -30,7 +30,7 @@ def test_every_body_is_a_stage() -> None:
             assert ast.unparse(last.items[0]) == stage, f"{file.parent.name}: {function.name}"
             before = [ast.unparse(node) for node in function.body[1:-1]]  # the limits of CPUs come before NumPy
             ours = [line for line in before if "adfm" in line]
-            assert ours == ["from adfm import tasks"], f"{file.parent.name}: {function.name}"
+            assert ours == ["from adfm.kubeflow import tasks"], f"{file.parent.name}: {function.name}"
             assert all(line.startswith(("from pathlib", "from tempfile")) for line in before if line not in ours)
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from adfm.kubeflow.resources import NEEDS
 from pipelines import promotion, training
-from pipelines.command import write
+from pipelines.ir import write
 
 ROOT = Path(__file__).parents[2]
 COMPILED = ROOT / "pipelines" / "compiled"

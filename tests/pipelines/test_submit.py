@@ -24,7 +24,8 @@ from kubernetes.config import kube_config
 
 from adfm.errors import AdfmError
 from pipelines import checks, promotion, training
-from pipelines.command import main, write
+from pipelines.command import main
+from pipelines.ir import write
 from tests.pipelines.kfp_api import Server, misshapen, served
 
 
