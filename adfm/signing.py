@@ -3,8 +3,8 @@
 A version's folder is signed by OpenSSF model signing (`model-signing`, key method): `model.sig` in the folder lists
 every file with its SHA-256 and signs the list. Texts, such as the steps of the history, are signed by ECDSA directly.
 
-Keys lie in the folder that `ADFM_KEYS` names, or else in `.adfm/keys` in the working folder (`environment.home`), made at
-first use:
+Keys lie in the folder that `ADFM_KEYS` names, or else in `.adfm/keys` in the working folder (`environment.home`),
+made at first use:
 
     private.pem           own key (EC P-256, not encrypted); only those who sign have it
     submitters/*.pem      public keys whose versions count
