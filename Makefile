@@ -48,6 +48,8 @@ $(INSTALLED): requirements.txt requirements-gpu.txt pyproject.toml
 
 repro: $(INSTALLED)
 	@git rev-parse --git-dir >/dev/null 2>&1 || python -m dvc config --local core.no_scm true
+	@grep -qE '^(register|validate|warmup):' params.yaml || exit 0; \
+	  echo 'params.yaml: renaming the sections that have new names'; python -m adfm params params.yaml --params params.yaml
 	$(if $(PARAMS),python -m adfm params params.yaml --params params.yaml $(PARAMS:%=--params %))
 	python -m dvc repro
 

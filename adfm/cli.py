@@ -32,6 +32,7 @@ Run = Callable[[argparse.Namespace, "Params"], int | None]
 
 _DESCRIPTION = "Adapt a vision-language model to finding defects: data, training, evaluation, registration."
 
+_RENAMED = {"warmup": "sft"}
 _MOVED = {"ablate": "ablation", "tiny-base": "tiny-base"}
 """Verbs of version 0.1 that `experiments` has now; their old names go with the next release."""
 
@@ -41,10 +42,10 @@ from a data set to a registered model, by hand (`make repro` does the same, and 
   adfm fetch synthetic:// data/raw/synthetic
   adfm convert data/raw/synthetic data/shards
   adfm validate data/shards
-  adfm warmup data/shards models/warmup
-  adfm train data/shards models/warmup models/trained
+  adfm sft data/shards models/sft
+  adfm train data/shards models/sft models/trained
   adfm detector data/shards models/detector
-  adfm evaluate models/trained data/shards evaluation --compare detector=models/detector --compare warmup=models/warmup
+  adfm evaluate models/trained data/shards evaluation --compare detector=models/detector --compare sft=models/sft
   adfm register models/trained data/shards evaluation registration
   adfm approve 1
   adfm promote 1
@@ -63,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         terminated. Wrong usage exits with 2, as argparse does.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in _RENAMED:
+        print(f"adfm: `adfm {argv[0]}` is now `adfm {_RENAMED[argv[0]]}`; the old name goes with 0.3", file=sys.stderr)
+        argv = [_RENAMED[argv[0]], *argv[1:]]
     if argv and argv[0] in _MOVED:
         return _run_moved(argv[0], argv[1:])
     with printable_output():  # names in messages are whatever files and annotations hold
@@ -186,7 +190,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add.add_argument("--split", choices=("train", "validation", "test"), help="show this split alone")
     add.add_argument("-n", dest="images", metavar="N", type=int, default=48, help="how many images; 48 by default")
 
-    add = verb("warmup", _warmup, "teach the base model the form of the answer (supervised)")
+    add = verb("sft", _sft, "teach the base model the form of the answer (supervised)")
     add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
     add.add_argument("out", metavar="OUT", type=Path, help="folder to write the adapter to")
     add.add_argument("--force", action="store_true", help="replace a finished model at OUT")
@@ -198,18 +202,18 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
     add = verb("train", _train, "train by GRPO; goes on from the last checkpoint if it was interrupted")
     add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
-    add.add_argument("model", metavar="MODEL", type=Path, help="folder that warmup or train wrote")
+    add.add_argument("model", metavar="MODEL", type=Path, help="folder that sft or train wrote")
     add.add_argument("out", metavar="OUT", type=Path, help="folder to write the adapter to")
     add.add_argument("--force", action="store_true", help="replace a finished model at OUT")
 
     add = verb("resend", _resend, "send MLflow the figures of a training during which it was away")
-    add.add_argument("folder", metavar="UNSENT", type=Path, help="folder that warmup or train left: <OUT>.unsent")
+    add.add_argument("folder", metavar="UNSENT", type=Path, help="folder that sft or train left: <OUT>.unsent")
 
     add = verb("evaluate", _evaluate, "let models answer the test split and compare them; goes on if interrupted")
     add.add_argument(
         "model",
         metavar="MODEL",
-        help="the candidate: a folder that warmup or train wrote, a registered version (models:/adfm@production, "
+        help="the candidate: a folder that sft or train wrote, a registered version (models:/adfm@production, "
         "models:/adfm/3), or a base model's name",
     )
     add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
@@ -445,12 +449,12 @@ def _show(args: argparse.Namespace, params: Params) -> None:
     show(args.folder, args.out, params, args.split, args.images)
 
 
-def _warmup(args: argparse.Namespace, params: Params) -> None:
+def _sft(args: argparse.Namespace, params: Params) -> None:
     from adfm.training.launch import reported
-    from adfm.training.warmup import warmup
+    from adfm.training.sft import sft
 
     with reported():
-        warmup(args.shards, args.out, params, args.force)
+        sft(args.shards, args.out, params, args.force)
 
 
 def _detector(args: argparse.Namespace, params: Params) -> None:
@@ -497,14 +501,14 @@ def _production(args: argparse.Namespace, params: Params) -> None:
 def _predict(args: argparse.Namespace, params: Params) -> None:
     from adfm.serving.predict import predict
 
-    model = args.model or f"models:/{params.register_.model}@production"
+    model = args.model or f"models:/{params.mlflow.registered_model}@production"
     predict(args.images, model, params, args.out or (None if args.json else Path("predictions")), args.json)
 
 
 def _serve(args: argparse.Namespace, params: Params) -> None:
     from adfm.serving.server import serve
 
-    model = args.model or f"models:/{params.register_.model}@production"
+    model = args.model or f"models:/{params.mlflow.registered_model}@production"
     serve(model, args.host, args.port, args.workers, args.shadow)
 
 
@@ -548,7 +552,7 @@ def _promote(args: argparse.Namespace, params: Params) -> None:
     if args.version is not None:
         promote(args.version, params, args.by)
     elif not promote_approved(params, args.by):
-        print(f"no version of {params.register_.model} is newly approved; nothing to do")
+        print(f"no version of {params.mlflow.registered_model} is newly approved; nothing to do")
 
 
 def _rollback(args: argparse.Namespace, params: Params) -> None:
@@ -585,7 +589,7 @@ def _policy_show(args: argparse.Namespace, params: Params) -> None:
     from adfm.registry.promotion import history
 
     text = history(params).policy
-    print(text or f"no policy is registered for {params.register_.model}", end="" if text else "\n")
+    print(text or f"no policy is registered for {params.mlflow.registered_model}", end="" if text else "\n")
 
 
 def _keys_rotate(args: argparse.Namespace, params: Params) -> None:

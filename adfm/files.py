@@ -15,7 +15,7 @@ from typing import Any
 from adfm.errors import AdfmError
 
 MODEL = "adfm.json"
-"""The file that lies in the folder of every model that warm-up or training has finished."""
+"""The file that lies in the folder of every model that cold start or training has finished."""
 
 # One of these lies in every folder that a stage finishes; a folder without any is somebody else's: never replaced.
 FINISHED = (

@@ -9,7 +9,9 @@ overlay: it names only the settings that it changes.
 from __future__ import annotations
 
 import difflib
+import functools
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -25,6 +27,17 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 M = TypeVar("M", bound=BaseModel)
+
+
+RENAMED = {
+    "register": "mlflow",
+    "register.model": "registered_model",
+    "train.favour_doubt": "uncertainty_sampling",
+    "train.resample": "dynamic_sampling",
+    "validate": "validation",
+    "warmup": "sft",
+}
+"""Settings of version 0.1 by their dotted keys, and the name that the last part has now; both are read until 0.3."""
 
 
 class Section(BaseModel):
@@ -72,7 +85,7 @@ class Split(Section):
         return self
 
 
-class Validate(Section):
+class Validation(Section):
     """What the shards must satisfy before anything is trained on them."""
 
     min_side: PositiveInt = 16
@@ -105,7 +118,7 @@ class Model(Section):
 
 
 class Lora(Section):
-    """The adapter that warm-up creates and GRPO goes on training."""
+    """The adapter that cold start creates and GRPO goes on training."""
 
     r: PositiveInt = 16
     alpha: PositiveInt = 32
@@ -114,7 +127,7 @@ class Lora(Section):
     vision: bool = True
 
 
-class Warmup(Section):
+class Sft(Section):
     """Supervised cold start."""
 
     steps: NonNegativeInt = 60
@@ -195,8 +208,8 @@ class Train(Section):
     vllm_server: str | None = None
     checkpoint_every: PositiveInt = 25
     pictures_every: NonNegativeInt = 25
-    resample: NonNegativeInt = 0
-    favour_doubt: bool = False
+    dynamic_sampling: NonNegativeInt = 0
+    uncertainty_sampling: bool = False
     health: Health = Health()
 
 
@@ -237,11 +250,11 @@ class Evaluate(Section):
         return self
 
 
-class Register(Section):
+class Mlflow(Section):
     """Where runs and versions go in MLflow."""
 
     experiment: str = "adfm"
-    model: str = "adfm"
+    registered_model: str = "adfm"
 
     @field_validator("experiment")
     @classmethod
@@ -250,7 +263,7 @@ class Register(Section):
             raise ValueError(f"{name!r} should be 1 to 256 printable characters, without blanks at its ends")
         return name
 
-    @field_validator("model")
+    @field_validator("registered_model")
     @classmethod
     def _a_model(cls, name: str) -> str:
         # The name stands in URIs (models:/NAME/1) and in MLflow's search expressions.
@@ -271,15 +284,15 @@ class Params(Section):
     fetch: Fetch = Fetch()
     convert: Convert = Convert()
     split: Split = Split()
-    validate_: Validate = Field(default=Validate(), alias="validate")
+    validation: Validation = Validation()
     tile: Tile = Tile()
     model: Model = Model()
     lora: Lora = Lora()
-    warmup: Warmup = Warmup()
+    sft: Sft = Sft()
     detector: Detector = Detector()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
-    register_: Register = Field(default=Register(), alias="register")
+    mlflow: Mlflow = Mlflow()
 
 
 def load(files: Path | Sequence[Path] | None = None, overrides: Sequence[str] = ()) -> Params:
@@ -312,7 +325,8 @@ def merged(files: Path | Sequence[Path] | None = None, overrides: Sequence[str] 
     paths = _files(files)
     if not paths:
         raise AdfmError("no params.yaml in this folder to apply the settings to; give a file with --params.")
-    text, first = _text(paths[0]), str(paths[0])
+    first = str(paths[0])
+    text = _with_new_names(_text(paths[0]), first)
     params = _params([(_text(file), str(file)) for file in paths], overrides)
     before = flat(_params([(text, first)], ()))
     for key, value in flat(params).items():
@@ -347,7 +361,55 @@ def loads(text: str, overrides: Sequence[str] = ()) -> Params:
 
 def _params(texts: Sequence[tuple[str, str]], overrides: Sequence[str]) -> Params:
     """The settings of texts, each with its name for messages, and of overrides."""
-    return validated(Params, texts, overrides)
+    texts = [(_with_new_names(text, place), place) for text, place in texts]
+    return validated(Params, texts, [_with_new_name(override) for override in overrides])
+
+
+def _with_new_names(text: str, place: str) -> str:
+    """A YAML text in which the keys of `RENAMED` have their new names; all else is untouched, to the byte."""
+    keys: list[tuple[str, Any]] = []
+
+    def walk(node: yaml.Node | None, prefix: str) -> None:
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            if (name := f"{prefix}{key.value}") in RENAMED:
+                keys.append((name, key))
+            walk(value, f"{name}.")
+
+    try:
+        walk(yaml.compose(text, _Loader), "")
+    except yaml.YAMLError:
+        return text  # reported where it is read
+    for name, key in reversed(keys):
+        text = text[: key.start_mark.index] + RENAMED[name] + text[key.end_mark.index :]
+    if keys:
+        note_renamed(place, tuple(name for name, _ in keys))
+    return text
+
+
+def _with_new_name(override: str) -> str:
+    """A `key=value` with the new names of `RENAMED` in its key."""
+    key, equals, value = override.partition("=")
+    parts = key.split(".")
+    old = [name for name in (".".join(parts[: depth + 1]) for depth in range(len(parts))) if name in RENAMED]
+    if not old:
+        return override
+    note_renamed(f"--set {override}", tuple(old))
+    for name in old:
+        parts[name.count(".")] = RENAMED[name]
+    return ".".join(parts) + equals + value
+
+
+@functools.cache
+def note_renamed(place: str, names: tuple[str, ...]) -> None:
+    """Print, once a process, which settings of a place have new names."""
+    pairs = ", ".join(f"`{name}` is now `{new_name(name)}`" for name in names)
+    print(f"{place}: {pairs}; the old names are read until adfm 0.3", file=sys.stderr)
+
+
+def new_name(old: str) -> str:
+    """The dotted key that a renamed setting or section has now."""
+    parts = old.split(".")
+    return ".".join(RENAMED.get(".".join(parts[: depth + 1]), part) for depth, part in enumerate(parts))
 
 
 def validated(model: type[M], texts: Sequence[tuple[str, str]], overrides: Sequence[str] = ()) -> M:

@@ -53,7 +53,7 @@ def check(params: Params, out: Path | None = None, gpus: int = 0) -> None:
     try:
         uri = tracking.configure()
         with tracking.store_errors(uri):
-            tracking.find_experiment(params.register_.experiment)
+            tracking.find_experiment(params.mlflow.experiment)
             tracking.given_run(uri)
         found.append(f"tracking  {environment.without_login(uri)}")
     except AdfmError as error:

@@ -117,7 +117,7 @@ def start_run(
     run_id: str | None = None,
     must_end: bool = True,
 ) -> Iterator[ActiveRun]:
-    """Runs the body as one MLflow run of the experiment `register.experiment`.
+    """Runs the body as one MLflow run of the experiment `mlflow.experiment`.
 
     The run carries all of `params` (flattened, and whole as `params.yaml`), the Git commit and the versions of the
     libraries. It ends FINISHED, FAILED on an exception, or KILLED when it was interrupted or
@@ -147,7 +147,7 @@ def start_run(
         if resumed:
             run = mlflow.start_run(run_id=resumed.info.run_id)
         else:
-            run = mlflow.start_run(run_name=name, experiment_id=experiment(params.register_.experiment))
+            run = mlflow.start_run(run_name=name, experiment_id=experiment(params.mlflow.experiment))
         try:
             mlflow.log_params({key: value for key, value in flat(params).items() if key not in run.data.params})
             mlflow.log_text(settings(params), "params.yaml")
@@ -301,7 +301,7 @@ def find_experiment(name: str) -> Experiment | None:
     if found is not None and found.lifecycle_stage == "deleted":
         raise AdfmError(
             f"MLflow's experiment {name!r} was deleted; bring it back with "
-            f"`mlflow experiments restore --experiment-id {found.experiment_id}`, or set register.experiment."
+            f"`mlflow experiments restore --experiment-id {found.experiment_id}`, or set mlflow.experiment."
         )
     return found
 

@@ -26,7 +26,7 @@ from adfm.models import liger, loading
 from adfm.params import Params
 from adfm.process import environment
 from adfm.training import examples, grpo
-from adfm.training.warmup import warmup
+from adfm.training.sft import sft
 
 MOST = 1.02
 
@@ -37,7 +37,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
-    params = params_.load(None, ["warmup.steps=0", *args.set, f"train.steps={args.steps}"])
+    params = params_.load(None, ["sft.steps=0", *args.set, f"train.steps={args.steps}"])
     environment.set_environment()
     ours: list[float] = []
     theirs: list[float] = []
@@ -45,7 +45,7 @@ def main() -> int:
         os.chdir(folder)
         synthetic.generate(Path("raw"), images=100)
         convert(Path("raw"), Path("shards"), params)
-        warmup(Path("shards"), Path("warmup"), params)
+        sft(Path("shards"), Path("sft"), params)
         for number in range(args.rounds):
             ours += adfm(Path(f"adfm-{number}"), params)
             theirs += bare(Path(f"bare-{number}"), params)
@@ -59,7 +59,7 @@ def main() -> int:
 
 def adfm(out: Path, params: Params) -> list[float]:
     """Seconds of the steps of a training, from one entry in MLflow to the next."""
-    grpo.train(Path("shards"), Path("warmup"), out, params)
+    grpo.train(Path("shards"), Path("sft"), out, params)
     store = tracking.client()
     run_id = str((loading.describe(out) or {})["mlflow_run_id"])
     times = [point.timestamp / 1000 for point in store.get_metric_history(run_id, "reward")]
@@ -79,7 +79,7 @@ def bare(out: Path, params: Params) -> list[float]:
 
     set_seed(params.seed)
     settings = params.train
-    loaded = loading.load(Path("warmup"), params.model, trainable=True)
+    loaded = loading.load(Path("sft"), params.model, trainable=True)
     if liger.enabled(settings, loaded.family):
         liger.apply(loaded.model)
     count = settings.steps * settings.prompts_per_step

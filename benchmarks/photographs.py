@@ -1,17 +1,17 @@
 """What a model learns from a data set, beside the reference detector: one run of the pipeline for each seed.
 
 python benchmarks/photographs.py data/raw/magnetic-tile work              # the tables of docs/evidence.md
-python benchmarks/photographs.py data/raw/neu work --set warmup.kinds=true
+python benchmarks/photographs.py data/raw/neu work --set sft.kinds=true
 
 The seed also decides how the images are divided, where the data set does not fix it. Each run converts, trains the
-warm-up, GRPO and the detector, and lets all three answer the test split. A run that is finished is not done again.
+cold start, GRPO and the detector, and lets all three answer the test split. A run that is finished is not done again.
 
 - as written: by the letter of the response; for the detector by its own threshold.
 - by score: by a threshold fitted on the validation split (`metrics.best_threshold`).
 - IoU: of the boxes of the response, mean over defective images with boxes; nothing boxed counts 0.
 - kind: defective images of a known kind answered defective with this kind.
 
-Mean and 95 % interval over the seeds (Student's t). The first row, the warm-up's answers to its own training images,
+Mean and 95 % interval over the seeds (Student's t). The first row, the cold start's answers to its own training images,
 shows what is left for GRPO, which learns from the same images. A second table has GRPO's gain of each seed alone, with
 the 95 % interval of a paired comparison of its two models on its test images (`metrics.difference`).
 """
@@ -31,7 +31,7 @@ from adfm.evaluation import metrics, predictions, references
 from adfm.files import replace_json
 from adfm.params import Params, load
 from adfm.training import detector, grpo
-from adfm.training.warmup import warmup
+from adfm.training.sft import sft
 from experiments.ablation import interval
 
 COLUMNS = {
@@ -42,7 +42,7 @@ COLUMNS = {
     "kind_right": "kind",
 }
 ENDS = ("", "_low", "_high")
-TRAIN = "warm-up, training images"
+TRAIN = "cold start, training images"
 
 
 def run(raw: Path, work: Path, params: Params) -> dict[str, dict[str, float | None]]:
@@ -53,18 +53,18 @@ def run(raw: Path, work: Path, params: Params) -> dict[str, dict[str, float | No
         return results
     if not shards.exists():
         convert(raw, shards, params)
-    models = {"warm-up": work / "warmup", "trained": work / "trained", "detector": work / "detector"}
-    if not models["warm-up"].exists():
-        warmup(shards, models["warm-up"], params)
+    models = {"cold start": work / "sft", "trained": work / "trained", "detector": work / "detector"}
+    if not models["cold start"].exists():
+        sft(shards, models["cold start"], params)
     if not models["trained"].exists():
-        grpo.train(shards, models["warm-up"], models["trained"], params)
+        grpo.train(shards, models["cold start"], models["trained"], params)
     if not models["detector"].exists():
         detector.train(shards, models["detector"], params)
     results, written, decided = {}, {}, {}
     for name, model in models.items():
-        splits = ["validation", "test", *(["train"] if name == "warm-up" else [])]
+        splits = ["validation", "test", *(["train"] if name == "cold start" else [])]
         tables = predictions.predict_splits(model, shards, params, name, splits, work / "answers")
-        if name == "warm-up":
+        if name == "cold start":
             results[TRAIN] = metrics.values(tables["train"])
         written[name] = tables["test"]
         results[name] = metrics.values(written[name]) | {"by_score": None}
@@ -80,8 +80,8 @@ def run(raw: Path, work: Path, params: Params) -> dict[str, dict[str, float | No
 
 
 def gain(tables: dict[str, Any], params: Params) -> dict[str, float | None]:
-    """What the trained model has more than the warm-up on the same images, with limits."""
-    return metrics.difference(tables["trained"], tables["warm-up"], params.evaluate.bootstrap, params.seed)
+    """What the trained model has more than the cold start on the same images, with limits."""
+    return metrics.difference(tables["trained"], tables["cold start"], params.evaluate.bootstrap, params.seed)
 
 
 def described(values: list[float | None], change: bool = False) -> str:
@@ -100,9 +100,9 @@ def cell(numbers: Sequence[float], change: bool) -> str:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """The models as rows, what GRPO adds to the warm-up over the seeds, and in each of them."""
+    """The models as rows, what GRPO adds to the cold start over the seeds, and in each of them."""
     lines = [row("model", [*COLUMNS.values()]), "|---" * (len(COLUMNS) + 1) + "|"]
-    for name in (TRAIN, "warm-up", "trained", "detector"):
+    for name in (TRAIN, "cold start", "trained", "detector"):
         lines.append(row(name, [described([each[name].get(key) for each in runs]) for key in COLUMNS]))
     gains = [[each["gain"].get(key) for each in runs] for key in COLUMNS]
     lines += [row("GRPO's gain", [described(each, change=True) for each in gains]), "", *lines[:2]]

@@ -20,10 +20,10 @@ ROOT = Path(__file__).parents[1]
 MOST_OVER, MOST_COMPILE = 10.0, 3.0
 SMALL = {
     "fetch.source": "synthetic://?images=20",
-    "validate.min_images_per_split": 2,
-    "validate.min_label_share": 0,
-    "warmup.steps": 2,
-    "warmup.batch_size": 2,
+    "validation.min_images_per_split": 2,
+    "validation.min_label_share": 0,
+    "sft.steps": 2,
+    "sft.batch_size": 2,
     "train.steps": 2,
     "train.prompts_per_step": 2,
     "train.num_generations": 2,
@@ -38,7 +38,7 @@ STAGES = (
     ("fetch", SMALL["fetch.source"], "raw"),
     ("convert", "raw", "shards"),
     ("validate", "shards", "report"),
-    ("warmup", "shards", "warm"),
+    ("sft", "shards", "warm"),
     ("train", "shards", "warm", "trained"),
     (
         "evaluate",
@@ -48,7 +48,7 @@ STAGES = (
         "--compare",
         "base=embedded://tiny-base",
         "--compare",
-        "warmup=warm",
+        "sft=warm",
     ),
     ("register", "trained", "shards", "evaluation", "registration"),
 )

@@ -1,10 +1,10 @@
 """The ablation: what the stages and the fine-grained reward are each good for.
 
-Every arm goes through warm-up, GRPO and evaluation with the same base model, data, steps and seeds; the settings of an
+Every arm goes through SFT, GRPO and evaluation with the same base model, data, steps and seeds; the settings of an
 arm are all that differs, so that `dvc exp run -S train.profile=paper` repeats one by hand. Runs are kept:
 
     <arm>-<seed>/run.json            what the run is of; another of the same name is refused
-    <arm>-<seed>/warmup, trained     the models, with the curves of their trainings
+    <arm>-<seed>/sft, trained     the models, with the curves of their trainings
     <arm>-<seed>/steps/<step>        the adapter of every checkpoint
     <arm>-<seed>/answers             predictions, a folder a model
     <arm>-<seed>/result.json         the figures; with it the run is finished
@@ -60,12 +60,16 @@ class Arm:
 
 _LETTER_ALONE = ("train.weights.format=0", "train.weights.localization=0")
 ARMS = {
-    "answer": Arm("no stages, answer-only reward", ("warmup.stages=false", *_LETTER_ALONE)),
+    "answer": Arm("no stages, answer-only reward", ("sft.stages=false", *_LETTER_ALONE)),
     "stages": Arm("stages, answer-only reward", _LETTER_ALONE),
     "paper": Arm("stages, `paper` reward", ("train.profile=paper",)),
     "calibrated": Arm("stages, `calibrated` reward", ("train.profile=calibrated",)),
-    "resample": Arm("the same, groups of equal rewards redrawn", ("train.profile=calibrated", "train.resample=2")),
-    "doubt": Arm("the same, doubtful images more often", ("train.profile=calibrated", "train.favour_doubt=true")),
+    "resample": Arm(
+        "the same, groups of equal rewards redrawn", ("train.profile=calibrated", "train.dynamic_sampling=2")
+    ),
+    "doubt": Arm(
+        "the same, doubtful images more often", ("train.profile=calibrated", "train.uncertainty_sampling=true")
+    ),
 }
 _TITLES = {name: title[0].upper() + title[1:] for name in METRICS for title in [TITLES.get(name, name)]}
 _COLOURS = dict(zip(ARMS, ("#6b7785", "#b35c00", "#7b4fb5", "#1f5fae", "#2ea043", "#bf8700"), strict=True))
@@ -111,7 +115,7 @@ def ablate(shards: Path, runs: Path, out: Path, params: Params, arms: Sequence[s
     _report(runs, out, params, list(planned))
     if missing:  # the runs would make the same tables and the same experiment at the same time
         tracking.configure()
-        tracking.experiment(params.register_.experiment)
+        tracking.experiment(params.mlflow.experiment)
     failed = []
     threads = cpus.share(jobs)
     # A process a run: libraries keep state, and a run that dies takes no other with it.
@@ -178,16 +182,16 @@ def _run(shards: Path, run: Path, params: Params, threads: int) -> dict[str, Any
 
     from adfm.evaluation import metrics, predictions
     from adfm.training.grpo import train
-    from adfm.training.warmup import warmup
+    from adfm.training.sft import sft
 
     torch.set_num_threads(threads)
     try:
-        if not (run / "warmup").exists():
-            warmup(shards, run / "warmup", params)
+        if not (run / "sft").exists():
+            sft(shards, run / "sft", params)
         if not (run / "trained").exists():
-            train(shards, run / "warmup", run / "trained", params, keep=run / "steps")
+            train(shards, run / "sft", run / "trained", params, keep=run / "steps")
         models = {int(folder.name): folder for folder in (run / "steps").iterdir()}
-        models |= {0: run / "warmup", params.train.steps: run / "trained"}
+        models |= {0: run / "sft", params.train.steps: run / "trained"}
         curve = []
         for step, model in sorted(models.items()):
             split = params.evaluate.split

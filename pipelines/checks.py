@@ -35,7 +35,7 @@ _EXPERIMENT = 128  # bytes: `Experiment.Name` in KFP's backend/src/apiserver/val
 def require_names(experiment: str, namespace: str | None, service_account: str | None, schedule: str | None) -> None:
     """Refuse names that the server or the cluster would refuse later, with half of the submission done.
 
-    Names in the settings, as `register.model`, are checked by `adfm.params`.
+    Names in the settings, as `mlflow.registered_model`, are checked by `adfm.params`.
 
     Args:
         experiment: Name of KFP's experiment.

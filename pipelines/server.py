@@ -330,7 +330,7 @@ def _line(arguments: dict[str, Any]) -> tuple[str, str]:
     """
     try:
         settings = yaml.safe_load(arguments.get("settings") or "") or {}
-        source, model = settings["fetch"]["source"], settings["register"]["model"]
+        source, model = settings["fetch"]["source"], settings["mlflow"]["registered_model"]
     except (yaml.YAMLError, LookupError, TypeError):  # made by hand, or by another version
         return "", ""
     return re.sub(r"@[0-9a-f]{40}:", ":", str(source)) if "data_revision" in arguments else "", str(model)

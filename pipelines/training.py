@@ -26,8 +26,8 @@ from components.evaluate.component import evaluate
 from components.fetch.component import fetch
 from components.notify.component import notify
 from components.register.component import register
+from components.sft.component import sft
 from components.train.component import train, train_on_nodes
-from components.warmup.component import warmup
 from pipelines.tasks import configure, configure_gpu
 
 GPU_IMAGE = os.environ.get("ADFM_GPU_IMAGE", "localhost/adfm:gpu")
@@ -55,7 +55,7 @@ def _run(settings: Any, revision: Any, ui: Any, gpus: Any, parts: Any = None, nu
         configure(fetch_task, "fetch")
         shards = _shards(fetch_task.outputs["raw"], checked, parts)
         start, model = _models(shards, checked["settings"], gpus, num_nodes)
-        evaluate_task = evaluate(shards=shards, warmup=start, model=model, settings=checked["settings"])
+        evaluate_task = evaluate(shards=shards, sft=start, model=model, settings=checked["settings"])
         configure_gpu(evaluate_task, "evaluate", *gpus)
         register_task = register(
             model=model,
@@ -104,12 +104,12 @@ def _models(shards: Any, settings: Any, gpus: Any, num_nodes: Any) -> tuple[Any,
     if num_nodes is None:
         task = train(shards=shards, settings=settings, num_gpus=num_gpus)
         configure_gpu(task, "train", *gpus)
-        return task.outputs["warmup"], task.outputs["model"]
-    warmup_task = warmup(shards=shards, settings=settings)
-    configure_gpu(warmup_task, "warmup", *gpus)
+        return task.outputs["sft"], task.outputs["model"]
+    sft_task = sft(shards=shards, settings=settings)
+    configure_gpu(sft_task, "sft", *gpus)
     task = train_on_nodes(
         shards=shards,
-        warmup=warmup_task.outputs["warmup"],
+        sft=sft_task.outputs["sft"],
         settings=settings,
         num_nodes=num_nodes,
         num_gpus=num_gpus,
@@ -123,7 +123,7 @@ def _models(shards: Any, settings: Any, gpus: Any, num_nodes: Any) -> tuple[Any,
     )
     configure(task, "train-on-nodes")
     kubernetes.mount_pvc(task, WORKSPACE_CLAIM, WORKSPACE)
-    return warmup_task.outputs["warmup"], task.outputs["model"]
+    return sft_task.outputs["sft"], task.outputs["model"]
 
 
 @dsl.pipeline(name=NAME, description="Data, validation, training, evaluation, registration and gate.")

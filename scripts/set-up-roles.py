@@ -55,8 +55,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for role in ROLES:
         parser.add_argument(f"--{role}", nargs="+", default=[], metavar="USER", help=f"users who get the role {role}")
-    parser.add_argument("--model", default="adfm", help="the registered model (register.model)")
-    parser.add_argument("--experiment", default="adfm", help="the experiment (register.experiment)")
+    parser.add_argument("--model", default="adfm", help="the registered model (mlflow.registered_model)")
+    parser.add_argument("--experiment", default="adfm", help="the experiment (mlflow.experiment)")
     options = vars(parser.parse_args())
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     try:

@@ -2,11 +2,11 @@
 
 SMALL = [
     "fetch.source=synthetic://?images=20",
-    "validate.min_images_per_split=2",
-    "validate.min_label_share=0",
+    "validation.min_images_per_split=2",
+    "validation.min_label_share=0",
     "model.max_pixels=9216",
-    "warmup.steps=2",
-    "warmup.batch_size=2",
+    "sft.steps=2",
+    "sft.batch_size=2",
     "detector.steps=2",
     "train.steps=2",
     "train.prompts_per_step=2",

@@ -15,7 +15,7 @@ from adfm.cli import main
 from adfm.params import Train
 
 VERBS = (
-    *("check", "fetch", "convert", "validate", "show", "warmup", "detector", "train", "evaluate", "predict"),
+    *("check", "fetch", "convert", "validate", "show", "sft", "detector", "train", "evaluate", "predict"),
     *("served", "report", "register", "gate", "promote", "rollback", "score", "tiny-base", "params"),
 )
 HEAVY = "datasets great_expectations matplotlib mlflow numpy pandas peft pydantic scipy sklearn torch transformers trl"
@@ -130,9 +130,9 @@ def test_layout_is_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_a_comparison_needs_a_name(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["evaluate", "models/trained", "data/shards", "evaluation", "--compare", "models/warmup"])
+        main(["evaluate", "models/trained", "data/shards", "evaluation", "--compare", "models/sft"])
     assert stop.value.code == 2
-    assert "'models/warmup' is not NAME=MODEL" in capsys.readouterr().err
+    assert "'models/sft' is not NAME=MODEL" in capsys.readouterr().err
 
 
 def test_raw_data_becomes_shards_and_every_reason_against_them_is_listed(
@@ -141,12 +141,12 @@ def test_raw_data_becomes_shards_and_every_reason_against_them_is_listed(
     monkeypatch.chdir(tmp_path)
     assert main(["fetch", "synthetic://?images=24", "raw"]) == 0
     assert main(["convert", "raw", "shards", "--layout", "mvtec"]) == 0
-    small = ["--set", "validate.min_images_per_split=1", "--set", "validate.min_label_share=0"]
+    small = ["--set", "validation.min_images_per_split=1", "--set", "validation.min_label_share=0"]
     assert main(["validate", "shards", "good", *small]) == 0
     assert (tmp_path / "good" / "index.html").is_file()
     capsys.readouterr()
 
-    strict = ["--set", "validate.min_images_per_split=1000", "--set", "validate.min_side=1000"]
+    strict = ["--set", "validation.min_images_per_split=1000", "--set", "validation.min_side=1000"]
     assert main(["validate", "shards", *strict]) == 1
     error = capsys.readouterr().err
     assert "shards is not fit to train on; the report is reports/validation/index.html" in error

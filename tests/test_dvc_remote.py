@@ -57,7 +57,7 @@ class Machine:
         self.dvc("remote", "modify", "storage", "endpointurl", self._server)
 
     def settings(self, *overrides: str) -> None:
-        small = ["fetch.name=line", "validate.min_images_per_split=1", "validate.min_label_share=0", *overrides]
+        small = ["fetch.name=line", "validation.min_images_per_split=1", "validation.min_label_share=0", *overrides]
         file = self.folder / "params.yaml"
         params = load(file if file.exists() else ROOT / "params.yaml", small).model_dump(by_alias=True)
         file.write_text(yaml.safe_dump(params))
@@ -121,7 +121,7 @@ def test_two_machines_and_two_versions(
     second.dvc("pull", "data/shards")
     assert shards.fingerprint(second.folder / "data/shards") == shards.fingerprint(first.folder / "data/shards")
     assert second.repro("--allow-missing", "validate") == []
-    second.settings("validate.max_aspect=7.5")
+    second.settings("validation.max_aspect=7.5")
     assert second.repro("--allow-missing", "validate") == ["check", "validate"]
     assert (second.folder / "reports/validation/validation.json").is_file()
     assert not (second.folder / "data/raw").exists()

@@ -127,8 +127,8 @@ def test_any_settings_can_be_merged_into_the_shipped_file(data: st.DataObject) -
 
 
 def test_a_file_that_cannot_be_written_into_is_named(tmp_path: Path) -> None:
-    file = written(tmp_path, "warmup: &steps {steps: 5}\ntrain: *steps")
-    assert load(file, ["train.steps=3"]).warmup.steps == 5
+    file = written(tmp_path, "sft: &steps {steps: 5}\ntrain: *steps")
+    assert load(file, ["train.steps=3"]).sft.steps == 5
     with pytest.raises(AdfmError, match=r"settings\.yaml: write it in plain YAML"):
         merged(file, ["train.steps=3"])
 
@@ -209,10 +209,10 @@ def test_a_wrong_override_is_named_with_what_is_expected(override: str, words: s
 
 
 def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
-    file = written(tmp_path, "train: {steps: 0, beta: low}\nwarmup: 3\nsede: 1")
-    found = problems(file, "evaluate.small=2", "warmup.steps=1", "nonsense")
+    file = written(tmp_path, "train: {steps: 0, beta: low}\nsft: 3\nsede: 1")
+    found = problems(file, "evaluate.small=2", "sft.steps=1", "nonsense")
     assert len(found) == 6
-    for key in ("train.steps", "train.beta", "warmup", "sede", "evaluate.small", "nonsense"):
+    for key in ("train.steps", "train.beta", "sft", "sede", "evaluate.small", "nonsense"):
         assert any(key in problem for problem in found)
 
 

@@ -33,7 +33,7 @@ AS_PUBLISHED = {
     "lora.dropout": 0.05,
     "lora.target_modules": "all-linear",
     "lora.vision": False,
-    "warmup.steps": 0,
+    "sft.steps": 0,
     "train.profile": "paper",
     "train.weights.format": 1.0,
     "train.weights.classification": 1.0,
@@ -58,8 +58,8 @@ AS_PUBLISHED = {
     "train.max_grad_norm": 1.0,
     "train.optimizer": "adamw_torch_fused",
     "train.liger": True,
-    "train.resample": 0,
-    "train.favour_doubt": False,
+    "train.dynamic_sampling": 0,
+    "train.uncertainty_sampling": False,
 }
 
 

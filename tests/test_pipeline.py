@@ -14,7 +14,7 @@ FUNCTIONS = {
     "fetch": "adfm/data/sources.py",
     "convert": "adfm/data/conversion.py",
     "validate": "adfm/validation/validate.py",
-    "warmup": "adfm/training/warmup.py",
+    "sft": "adfm/training/sft.py",
     "detector": "adfm/training/detector.py",
     "train": "adfm/training/grpo.py",
     "folds": "adfm/training/folds.py",

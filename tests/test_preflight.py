@@ -14,7 +14,7 @@ from adfm import preflight, tracking
 from adfm.errors import AdfmError
 from adfm.models import adapters, loading
 from adfm.params import Lora, Model, Params, load
-from adfm.training.warmup import warmup
+from adfm.training.sft import sft
 from tests import hub
 
 
@@ -74,8 +74,8 @@ def test_a_deleted_experiment_is_refused_before_a_run_begins(store: Path) -> Non
     client = tracking.client()
     client.delete_experiment(client.create_experiment("lines"))
     with pytest.raises(AdfmError, match="experiment 'lines' was deleted; bring it back"):
-        preflight.check(load(None, ["register.experiment=lines"]))
-    preflight.check(load(None, ["register.experiment=others"]))
+        preflight.check(load(None, ["mlflow.experiment=lines"]))
+    preflight.check(load(None, ["mlflow.experiment=others"]))
     assert client.get_experiment_by_name("others") is None  # a check makes nothing
 
 
@@ -206,7 +206,7 @@ def test_a_folder_that_cannot_be_trained_is_refused_in_one_sentence_and_by_train
     assert reason in message
     assert "\n" not in message and ("model.name: " in message or "the model's tokenizer" in message)
     with pytest.raises(AdfmError) as again:
-        warmup(tmp_path / "shards", tmp_path / "warmup", params)
+        sft(tmp_path / "shards", tmp_path / "sft", params)
     assert str(again.value) == message
 
 
@@ -228,10 +228,10 @@ def test_what_check_passes_training_starts_with(
     if setting == "lora.vision=false":  # a model may be without it
         folder = Path(shutil.copytree(folder, tmp_path / "model"))
         (folder / "generation_config.json").unlink()
-    params = load(None, [f"model.name={folder}", "warmup.steps=1", "warmup.batch_size=2", setting])
+    params = load(None, [f"model.name={folder}", "sft.steps=1", "sft.batch_size=2", setting])
     preflight.check(params)
-    warmup(small_shards, tmp_path / "warmup", params)
-    assert (tmp_path / "warmup" / "adapter_model.safetensors").is_file()
+    sft(small_shards, tmp_path / "sft", params)
+    assert (tmp_path / "sft" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -243,8 +243,8 @@ def test_training_starts_with_all_names_at_once_that_check_passes(
     names = {name.split(".")[-1] for name, _ in network.named_modules() if name}
     passed = sorted(name for name in names if not adapters.problems(network, Lora(target_modules=[name])))
     assert {"q_proj", "embed_tokens", "proj"} <= set(passed)
-    settings = [f"model.name={folder}", "warmup.steps=1", "warmup.batch_size=2", f"lora.target_modules={passed}"]
-    warmup(small_shards, tmp_path / "warmup", load(None, settings))
+    settings = [f"model.name={folder}", "sft.steps=1", "sft.batch_size=2", f"lora.target_modules={passed}"]
+    sft(small_shards, tmp_path / "sft", load(None, settings))
 
 
 def test_it_is_trl_that_refuses_an_adapter_on_the_output_head(
@@ -253,6 +253,6 @@ def test_it_is_trl_that_refuses_an_adapter_on_the_output_head(
     """If it takes one some day, `adapters.problems` need not refuse it any more."""
     monkeypatch.setattr(adapters, "problems", lambda network, settings: [])
     folder = hub_folders["qwen3_vl", 3]
-    params = load(None, [f"model.name={folder}", "warmup.steps=1", "lora.target_modules=[lm_head]"])
+    params = load(None, [f"model.name={folder}", "sft.steps=1", "lora.target_modules=[lm_head]"])
     with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
-        warmup(small_shards, tmp_path / "warmup", params)
+        sft(small_shards, tmp_path / "sft", params)

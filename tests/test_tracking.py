@@ -90,7 +90,7 @@ def test_run_carries_what_repeats_it(here):
     assert data.info.run_name == "train"
     assert data.data.params["seed"] == "7"
     assert data.data.params["train.weights.format"] == "1.0"
-    assert data.data.params["register.experiment"] == "adfm"
+    assert data.data.params["mlflow.experiment"] == "adfm"
     assert data.data.tags["stage"] == "train"
     assert data.data.tags["data_fingerprint"] == "abc"
     for library in ("torch", "transformers", "trl", "peft"):
@@ -126,12 +126,12 @@ def test_goes_on_with_a_run(here):
 def test_attaches_to_the_run_of_the_platform(here, monkeypatch):
     given = tracking.client().create_run(tracking.experiment("platform"), run_name="task").info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", given)
-    for stage in ("warmup", "train"):
+    for stage in ("sft", "train"):
         with tracking.start_run(stage, Params()) as run:
             assert run.info.run_id == given
     run = tracking.client().get_run(given)
     assert run.info.run_name == "task"
-    assert run.data.params["warmup.steps"] == str(Params().warmup.steps)
+    assert run.data.params["sft.steps"] == str(Params().sft.steps)
 
 
 def test_a_run_that_is_not_there(here, monkeypatch):

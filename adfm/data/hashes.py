@@ -30,7 +30,7 @@ from adfm.errors import AdfmError
 from adfm.process import cpus
 
 FILE = "trained_on.parquet"
-"""The table in the folder of a model: the training and validation images of its warm-up and its training."""
+"""The table in the folder of a model: the training and validation images of its cold start and its training."""
 
 SEEN = ("train", "validation")
 """The splits that a training may see: it fits weights on the one, thresholds and limits on the other."""

@@ -68,7 +68,7 @@ def predict_splits(
     """Let `model` answer every image of some splits, greedily, one answer an image.
 
     Args:
-        model: A base model's name, or a folder that warm-up or training wrote.
+        model: A base model's name, or a folder that cold start or training wrote.
         shards: Folder of shards.
         params: Reads the sections `model`, `tile` and `evaluate`.
         describe: What the progress bar says.

@@ -31,7 +31,7 @@ FEW = 200
 
 _WIDE = 0.1  # half of an interval from which on a rate is too uncertain to act on
 _GAP = 0.1  # between recall and specificity, from which on the lower one is named
-_LONG = 600  # steps of warm-up in params/photographs.yaml
+_LONG = 600  # steps of cold start in params/photographs.yaml
 _KIND = 0.1  # by which a kind's recall is below the whole's, from which on the kind is named
 
 
@@ -72,7 +72,7 @@ class Kind:
         pixels: Most pixels that it sees of an image, or of a tile.
         trained: Whether it is more than the base: it has an adapter.
         images: Normal and anomalous images that it was trained on; `None` if it was on other data.
-        cut: Steps after which `warmup.steps` ended its warm-up too early, as `adfm.json` says.
+        cut: Steps after which `sft.steps` ended its cold start too early, as `adfm.json` says.
     """
 
     base: str
@@ -179,7 +179,7 @@ def kind_of(
         pixels=families.get(family).images.most(processor.image_processor),
         trained=description is not None,
         images=images,
-        cut=(description or {}).get("warmup_cut"),
+        cut=(description or {}).get("cut_short"),
     )
 
 
@@ -376,7 +376,7 @@ def _longer(cut: int) -> str:
     more = (
         f"raise it, or `make repro PARAMS=params/photographs.yaml`, which allows {_LONG}" if cut < _LONG else "raise it"
     )
-    return f"Train longer: warmup.steps={cut} ended the warm-up while it was still learning; {more}."
+    return f"Train longer: sft.steps={cut} ended the cold start while it was still learning; {more}."
 
 
 def _look(facts: Facts) -> str:

@@ -209,7 +209,7 @@ def on_nodes(
 
     Args:
         shards: Folder of shards.
-        model: Folder that warm-up wrote.
+        model: Folder that cold start wrote.
         out: Folder to write.
         params: All settings.
         run: Id of the pipeline's run; the job's name has its beginning.
@@ -273,7 +273,7 @@ def on_nodes(
 
 def _write(shards: Path, model: Path, work: Path, params: Params, claim: str) -> None:
     try:
-        for source, folder in ((shards, "shards"), (model, "warmup")):
+        for source, folder in ((shards, "shards"), (model, "sft")):
             shutil.copytree(source, work / folder, dirs_exist_ok=True)
         (work / "params.yaml").write_text(tracking.settings(params), encoding="utf-8")
     except OSError as error:

@@ -225,7 +225,7 @@ def _versions(name: str, settings: str, run: str, outcome: Outcome) -> list[str]
 
 def _registered(loaded: Params, run: str) -> list[str]:
     with tracking.store_errors(tracking.configure()):
-        query = f"name = '{loaded.register_.model}' and tags.{RUN_TAG} = '{run}'"
+        query = f"name = '{loaded.mlflow.registered_model}' and tags.{RUN_TAG} = '{run}'"
         versions = list(tracking.client().search_model_versions(query)) or _submitted_again(loaded, run)
         return [
             f"version {each.version} of {each.name}: gate {each.tags.get('gate') or 'not decided yet'}"
@@ -240,13 +240,13 @@ def _submitted_again(loaded: Params, run: str) -> list[Any]:
     The run of `register` in MLflow names them.
     """
     store, ids = tracking.client(), []
-    if experiment := tracking.find_experiment(loaded.register_.experiment):
+    if experiment := tracking.find_experiment(loaded.mlflow.experiment):
         ids.append(experiment.experiment_id)
     if given := tracking.find_run(os.environ.get("MLFLOW_RUN_ID")):  # of KFP's MLflow plug-in, in its own experiment
         ids.append(given.info.experiment_id)
     runs: Any = store.search_runs(ids, f"tags.{RUN_TAG} = '{run}'") if ids else []
     numbers = {each.data.tags[VERSION_TAG] for each in runs if VERSION_TAG in each.data.tags}
-    return [store.get_model_version(loaded.register_.model, number) for number in sorted(numbers, key=int)]
+    return [store.get_model_version(loaded.mlflow.registered_model, number) for number in sorted(numbers, key=int)]
 
 
 def _version_link(model: str, version: str) -> str:
@@ -264,7 +264,7 @@ def _promoted(loaded: Params, started: datetime | None) -> list[str]:
     if pod.STARTED not in os.environ:
         since -= _CLOCKS
     return [
-        f"version {step.version} of {loaded.register_.model} was promoted to production by {printable(step.by)}"
+        f"version {step.version} of {loaded.mlflow.registered_model} was promoted to production by {printable(step.by)}"
         for step in promotion.history(loaded).counting
         if step.action == "promote" and (at := workflows.moment(step.at)) and at >= since
     ]

@@ -35,7 +35,7 @@ NEEDS = {
     # Not again after a failure: data that are not fit to train on are not fit the next time either.
     "convert": Needs("4", "8Gi", 8, cached=True),
     "convert-parts": Needs("4", "8Gi", 8, cached=True),
-    "warmup": Needs("4", "16Gi", 6, tries=1, gpu=True),
+    "sft": Needs("4", "16Gi", 6, tries=1, gpu=True),
     "train": Needs("8", "32Gi", 78, tries=1, gpu=True),  # the cold start included
     # Longer than `train`, whose hours the TrainJob's machines have; each try follows the job that is under way.
     "train-on-nodes": Needs("1", "4Gi", 80, tries=5),

@@ -39,13 +39,13 @@ CANDIDATE = "trained"
 """Name of the model in an evaluation that the run has trained."""
 
 TRAINING_FIRST = ("reward", "rewards/classification/mean", "rewards/localization/mean", "utilisation", "kl", "step")
-WARMUP_FIRST = ("loss", "mean_token_accuracy", "step")
+SFT_FIRST = ("loss", "mean_token_accuracy", "step")
 """Metrics that head the tables of a run's page."""
 
 _EVALUATION_FIRST = ("balanced_accuracy", "miss_rate", "overkill", "iou")
 _ANSWERS = ("normal", "anomalous", "unparseable")
 _ROC_POINTS = 200
-_CONVERSION = ("seed", "convert", "split", "validate", "register")
+_CONVERSION = ("seed", "convert", "split", "validation", "mlflow")
 
 
 @contextmanager
@@ -153,8 +153,8 @@ def unused_settings(params: Params) -> list[str]:
 
 
 def _conversion(params: Params) -> str:
-    """What conversion and validation read; without kinds it is the same whatever the section `warmup` says."""
-    return tracking.settings(params, *_CONVERSION) + "warmup:\n  kinds: true\n" * params.warmup.kinds
+    """What conversion and validation read; without kinds it is the same whatever the section `sft` says."""
+    return tracking.settings(params, *_CONVERSION) + "sft:\n  kinds: true\n" * params.sft.kinds
 
 
 def _inspection(params: Params) -> str:
@@ -230,7 +230,7 @@ def convert(raw: Path, shards: Path, validation: Path, params: Params, parts: Se
         raw: Archive of the data set, as `adfm.data.packed.pack` writes it.
         shards: Folder of shards to write.
         validation: Folder of the report to write.
-        params: Reads `seed`, `convert`, `split`, `validate`, `register` and `warmup.kinds`.
+        params: Reads `seed`, `convert`, `split`, `validate`, `register` and `sft.kinds`.
         parts: Folders of the inspected parts; without any, the images are inspected here.
 
     Returns:
@@ -263,12 +263,12 @@ def wait_for_servers(params: Params) -> None:
     retries.again(lambda: loading.resolve(params.model.name, params.model.revision), f"model {params.model.name}")
 
 
-def models_to_compare(params: Params, detector: Path, warmup: Path, candidate: Path) -> dict[str, str | Path]:
+def models_to_compare(params: Params, detector: Path, sft: Path, candidate: Path) -> dict[str, str | Path]:
     """The models that a candidate is evaluated beside: detector, base, warmed-up one, production and anchor, if any."""
     from adfm.evaluation import evaluate
     from adfm.registry.production import in_production
 
-    models: dict[str, str | Path] = {"detector": detector, "base": params.model.name, "warmup": warmup}
+    models: dict[str, str | Path] = {"detector": detector, "base": params.model.name, "sft": sft}
     return models | evaluate.models_to_compare(in_production(params), candidate)
 
 
@@ -451,7 +451,7 @@ def promote(version: str, settings: str, by: str, page: str) -> None:
         with reconcile.client() as store:
             registration.accept(store, params)
         if not promotion.promote_approved(params, by):
-            print(f"no version of {params.register_.model} is newly approved; nothing to do")
+            print(f"no version of {params.mlflow.registered_model} is newly approved; nothing to do")
     finally:
         Path(page).parent.mkdir(parents=True, exist_ok=True)
         steps = html.escape(history.table(promotion.history(params)))

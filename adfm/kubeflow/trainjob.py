@@ -46,7 +46,7 @@ def train_job(
 
     Args:
         name: Of the job.
-        work: Folder with `shards`, `warmup` and `params.yaml`; `trained` is written beside them.
+        work: Folder with `shards`, `sft` and `params.yaml`; `trained` is written beside them.
         claim: The volume's claim, mounted at the folder above `work`.
         image: Of the containers.
         nodes: Machines.
@@ -58,7 +58,7 @@ def train_job(
         variables: Environment variables besides those of the secrets, as a pod has them.
     """
     # By force: a machine that is started again after the training has ended must not fail for the model that it made.
-    started = [*command(work / "shards", work / "warmup", work / "trained", work / "params.yaml"), "--force"]
+    started = [*command(work / "shards", work / "sft", work / "trained", work / "params.yaml"), "--force"]
     job = _job(name, resources.NEEDS["train"], claim, work.parent, image, ["torchrun", "-m", *started], owner)
     trainer, pod = job["spec"]["trainer"], _pod(job)
     trainer |= {"numNodes": nodes, "numProcPerNode": max(gpus, 1)}

@@ -1,4 +1,4 @@
-"""The kinds of defects that a model names (`warmup.kinds`): their names, how they are written, read and rewarded.
+"""The kinds of defects that a model names (`sft.kinds`): their names, how they are written, read and rewarded.
 
 The prompt lists the kinds in double quotes. A response names one of them at the end of `<rethink>`, after the words
 "A real defect:", which begin the stage of every supervised answer to a defective image. All that stands after them has
@@ -72,13 +72,13 @@ def listed(names: Iterable[str | None]) -> tuple[str, ...]:
     kinds = single(names)
     if not FEWEST <= len(kinds) <= MOST:
         raise AdfmError(
-            f"warmup.kinds: the training images have {len(kinds)} kinds of defects, and a model can be asked to name "
-            f"{FEWEST} to {MOST}; name the defects of the data set, join rare kinds, or set warmup.kinds to false"
+            f"sft.kinds: the training images have {len(kinds)} kinds of defects, and a model can be asked to name "
+            f"{FEWEST} to {MOST}; name the defects of the data set, join rare kinds, or set sft.kinds to false"
         )
     if long := [kind for kind in kinds if len(kind) > LONGEST]:
         raise AdfmError(
-            f"warmup.kinds: the name {long[0]!r} has {len(long[0])} characters, and {LONGEST} are the most; "
-            "shorten it in the data set, or set warmup.kinds to false"
+            f"sft.kinds: the name {long[0]!r} has {len(long[0])} characters, and {LONGEST} are the most; "
+            "shorten it in the data set, or set sft.kinds to false"
         )
     return tuple(kinds)
 

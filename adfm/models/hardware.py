@@ -33,10 +33,10 @@ def shares(settings: Train, processes: int) -> tuple[int, int]:
             f"train.micro_batch: {share} does not divide the {completions} completions of a step "
             "(train.prompts_per_step * train.num_generations)"
         )
-    if settings.resample and completions // processes % settings.num_generations:
+    if settings.dynamic_sampling and completions // processes % settings.num_generations:
         raise AdfmError(
-            f"train.resample: {completions // processes} completions in each of {processes} processes are no whole "
-            f"groups of {settings.num_generations}; make train.prompts_per_step a multiple of {processes}"
+            f"train.dynamic_sampling: {completions // processes} completions in each of {processes} processes are not "
+            f"whole groups of {settings.num_generations}; make train.prompts_per_step a multiple of {processes}"
         )
     return completions // processes, settings.micro_batch or completions // processes
 

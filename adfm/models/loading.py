@@ -4,7 +4,7 @@ A *model* is one of:
 - `embedded://tiny-base`, the tiny base model that ships with the package,
 - a local folder of a model of a family that `adfm.models.families` lists,
 - a hub id, with a pinned revision,
-- a folder that warm-up or training wrote: a LoRA adapter, its processor, and `adfm.json`, which names its base,
+- a folder that cold start or training wrote: a LoRA adapter, its processor, and `adfm.json`, which names its base,
 - a registered version, `models:/<name>/<version>` or `models:/<name>@<alias>`, which `fetch` makes such a folder of.
 """
 
@@ -265,7 +265,7 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 def describe(model: Path) -> dict[str, Any] | None:
-    """The contents of `adfm.json` of a folder that warm-up or training wrote; `None` for any other model."""
+    """The contents of `adfm.json` of a folder that cold start or training wrote; `None` for any other model."""
     file = model / DESCRIPTION
     return dict(json.loads(file.read_text())) if file.is_file() else None
 
@@ -405,7 +405,7 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
     it later; with ZeRO-3 DeepSpeed divides each weight as it is read.
 
     Args:
-        model: A base model's name, or a folder that warm-up or training wrote.
+        model: A base model's name, or a folder that cold start or training wrote.
         settings: `revision` of a base model, and for every model the other settings.
         trainable: Whether the adapter's weights ask for gradients.
 

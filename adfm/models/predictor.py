@@ -104,7 +104,7 @@ class Predictor:
     `kinds` are the kinds of defects that its prompt asks to name one of; empty if it asks for none.
 
     Args:
-        model: A base model's name, or a folder that warm-up, training or the detector's training wrote.
+        model: A base model's name, or a folder that cold start, training or the detector's training wrote.
         params: Reads the sections `model` and `evaluate`, and `tile` for a base model.
 
     Raises:

@@ -33,7 +33,7 @@ def load(model: str | Path, params: Params) -> tuple[Any, str, Callable[[list[Im
     """Loads a model into vLLM.
 
     Args:
-        model: A base model's name, or a folder that warm-up or training wrote.
+        model: A base model's name, or a folder that cold start or training wrote.
         params: Reads the sections `model` and `evaluate`, and `seed`.
 
     Returns:

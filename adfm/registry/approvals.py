@@ -55,7 +55,7 @@ def serve(params: Params, poll: float = POLL) -> None:
 
     before = [(each, signal.signal(each, end)) for each in (signal.SIGTERM, signal.SIGINT)]
     try:
-        _say(f"approvals of {params.register_.model}: looking at MLflow every {poll:g} s")
+        _say(f"approvals of {params.mlflow.registered_model}: looking at MLflow every {poll:g} s")
         problem = "it has not looked at MLflow yet"
         while not over.is_set():
             now = look(params)

@@ -30,7 +30,7 @@ def audit(params: Params) -> str:
         AuditFailed: Something is wrong; all of it is listed.
         AdfmError: MLflow cannot be reached.
     """
-    name = params.register_.model
+    name = params.mlflow.registered_model
     with client() as store:
         try:
             registry = look(store, name)

@@ -33,7 +33,7 @@ def in_production(params: Params) -> dict[str, Any]:
     Raises:
         AdfmError: MLflow cannot be reached.
     """
-    name = params.register_.model
+    name = params.mlflow.registered_model
     versions = dict.fromkeys(ALIASES) if tracking.store_is_missing() else _versions(name)
     if versions["anchor"] == versions["production"]:
         versions["anchor"] = None
@@ -51,7 +51,7 @@ def judging_policy(params: Params) -> str:
     registered = None
     if not tracking.store_is_missing():
         with reconcile.client() as store:
-            registered = reconcile.look(store, params.register_.model).history.policy
+            registered = reconcile.look(store, params.mlflow.registered_model).history.policy
     return policy.digest(policy.load() if registered is None else policy.loads(registered, "the registered policy"))
 
 

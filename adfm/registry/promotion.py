@@ -47,7 +47,7 @@ def promote(version: str, params: Params, by: str | None = None) -> None:
 
     Args:
         version: Number of the version.
-        params: Reads `register.model`.
+        params: Reads `mlflow.registered_model`.
         by: Who promotes; the user of the process if not given.
 
     Raises:
@@ -55,8 +55,8 @@ def promote(version: str, params: Params, by: str | None = None) -> None:
             files are not what was signed. Production is untouched.
     """
     with client() as store:
-        adopt_policy(settle(store, params.register_.model))
-        _promote(store, params.register_.model, version, by or user())
+        adopt_policy(settle(store, params.mlflow.registered_model))
+        _promote(store, params.mlflow.registered_model, version, by or user())
 
 
 def promote_approved(params: Params, by: str | None = None) -> bool:
@@ -66,7 +66,7 @@ def promote_approved(params: Params, by: str | None = None) -> bool:
     tag `approval_by` is still missing waits.
 
     Args:
-        params: Reads `register.model`.
+        params: Reads `mlflow.registered_model`.
         by: Who promotes; the user of the process if not given.
 
     Returns:
@@ -76,7 +76,7 @@ def promote_approved(params: Params, by: str | None = None) -> bool:
         Refused: An approval could not be followed; others were.
         AdfmError: MLflow failed, or a version's files could not be read; the approval stands for the next time.
     """
-    name = params.register_.model
+    name = params.mlflow.registered_model
     errors: list[AdfmError] = []
     with client() as store:
         registry = adopt_policy(settle(store, name))
@@ -109,7 +109,7 @@ def rollback(params: Params, by: str | None = None, to: str | None = None, why: 
     Afterwards `previous` is the version that the restored one had once replaced, so that one can go back further.
 
     Args:
-        params: Reads `register.model`.
+        params: Reads `mlflow.registered_model`.
         by: Who rolls back; the user of the process if not given.
         to: Number of a version that was in production; without it, the version under `previous`.
         why: The reason, for the history.
@@ -118,7 +118,7 @@ def rollback(params: Params, by: str | None = None, to: str | None = None, why: 
         AdfmError: There is nothing to roll back to, `to` never was in production, or its files are not what was signed.
             Production is untouched.
     """
-    name = params.register_.model
+    name = params.mlflow.registered_model
     with client() as store:
         registry = settle(store, name)
         history, versions, move = registry.history, registry.versions, registry.history.move
@@ -158,7 +158,7 @@ def history(params: Params) -> History:
         AdfmError: MLflow cannot be reached, or the history is broken.
     """
     with client() as store:
-        return history_.read(store, params.register_.model, signing.keys())
+        return history_.read(store, params.mlflow.registered_model, signing.keys())
 
 
 def approve(version: str, params: Params, value: str = "approved", reason: str = "") -> None:
@@ -166,14 +166,14 @@ def approve(version: str, params: Params, value: str = "approved", reason: str =
 
     Args:
         version: Number of the version.
-        params: Reads `register.model`.
+        params: Reads `mlflow.registered_model`.
         value: `approved` or `rejected`.
         reason: Kept in the history.
 
     Raises:
         AdfmError: There is no such version, its gate did not pass, or the login may not edit it.
     """
-    name = params.register_.model
+    name = params.mlflow.registered_model
     with client() as store:
         versions = {str(each.version): each for each in history_.versions(store, name)}
         target = find(versions, name, version)
@@ -192,7 +192,7 @@ def confirm_keys(params: Params, by: str | None = None) -> None:
     Raises:
         AdfmError: The own key is not one of the service, or the history is broken.
     """
-    name = params.register_.model
+    name = params.mlflow.registered_model
     with client() as store:
         keys = signing.keys()
         trusting = replace(keys, service=keys.service | keys.retired, retired={})

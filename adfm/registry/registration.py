@@ -89,7 +89,7 @@ def register(
     with tracking.start_run("register", params, tags) as run, atomic_folder(out) as partial:
         from mlflow import MlflowClient
 
-        store, name = MlflowClient(), params.register_.model
+        store, name = MlflowClient(), params.mlflow.registered_model
         registry = reconcile.look(store, name)
         accepts = registry.keys.id in registry.keys.service
         submission = submit(registry, model, shards, evaluation, params, run, tags or {})
@@ -135,7 +135,7 @@ def accept(
     Raises:
         AdfmError: Something could not be done; the rest was.
     """
-    name = params.register_.model
+    name = params.mlflow.registered_model
     registry = adopt_policy(settle(store, name), first_policy)
     if submissions is None:
         submissions = [str(each.model_id) for each in waiting_submissions(registry, params)]
@@ -215,12 +215,12 @@ def set_policy(file: Path, params: Params) -> None:
 
     Args:
         file: The policy.
-        params: Reads `register.model`.
+        params: Reads `mlflow.registered_model`.
 
     Raises:
         AdfmError: The file is not a policy, or the login may not edit the registered model.
     """
-    proposed, name = policy.load(file), params.register_.model
+    proposed, name = policy.load(file), params.mlflow.registered_model
     with reconcile.client() as store:
         _make_model(store, name)
         with history_.allowed(name, "edit"):

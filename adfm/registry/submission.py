@@ -245,7 +245,7 @@ def submit(
         _write_rivals(folder, registry, origin, shards, params)
         signing.sign(folder, registry.keys)
         # Where the service looks; the run may be in another one, that of KFP's MLflow plug-in.
-        experiment = tracking.experiment(params.register_.experiment)
+        experiment = tracking.experiment(params.mlflow.experiment)
         return _log(registry.store, folder, registry.name, trained_by or run, origin, experiment)
 
 
@@ -485,7 +485,7 @@ def _is_whole(version: ModelVersion, keys: Keys) -> bool:
 
 def waiting_submissions(registry: Registry, params: Params, contents: str | None = None) -> list[LoggedModel]:
     """The whole submissions on which the history has no step, oldest first."""
-    experiment = tracking.find_experiment(params.register_.experiment)
+    experiment = tracking.find_experiment(params.mlflow.experiment)
     if experiment is None:
         return []
     query = f"tags.`{SUBMITTED_FOR}` = '{registry.name}'"

@@ -232,7 +232,7 @@ def _order(
         if needed and not len(of_label):
             raise AdfmError(
                 f"{where} has no {label} image, and training needs both; add some, or see split.* in params.yaml"
-                + ("; on defects alone a model can learn their kinds: warmup.kinds" * (label == "normal"))
+                + ("; on defects alone a model can learn their kinds: sft.kinds" * (label == "normal"))
             )
         if needed and weight is not None:
             of_these = np.maximum(weight[of_label], weight[of_label].max() / 20)

@@ -1,6 +1,6 @@
 """Cross-validation of the recipe on a small data set: `adfm folds SHARDS OUT` with `evaluate.folds`.
 
-For each fold a model is trained on the other parts, by warm-up and GRPO as the settings say, and answers its own part.
+For each fold a model is trained on the other parts, by SFT and GRPO as the settings say, and answers its own part.
 `adfm evaluate --folds OUT` shows the figures beside those of the model that is registered. OUT holds:
 
     cross-validation.json      the figures with their intervals, and what each fold was trained on and judged
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _WORK = "work"
-_UNUSED = ("fetch.", "convert.", "validate.", "register.")  # sections that change no figure
+_UNUSED = ("fetch.", "convert.", "validation.", "mlflow.")  # sections that change no figure
 
 
 def cross_validate(shards: Path, out: Path, params: Params) -> None:
     """Trains and judges a model for each fold, and writes the figures of all.
 
     Without `evaluate.folds` it writes that there are none, in a moment. The trainings are runs of the experiment
-    `<register.experiment>-folds` in MLflow, apart from those of models that may be registered.
+    `<mlflow.experiment>-folds` in MLflow, apart from those of models that may be registered.
 
     Args:
         shards: Folder of shards; train, validation and test are pooled.
@@ -64,9 +64,7 @@ def cross_validate(shards: Path, out: Path, params: Params) -> None:
     codes = division.assign(shards, params)
     with atomic_folder(out, keep_partial=True) as partial:
         work = _work(partial / _WORK, shards, params)
-        own = params.model_copy(
-            update={"register_": params.register_.model_copy(update={"experiment": _experiment(params)})}
-        )
+        own = params.model_copy(update={"mlflow": params.mlflow.model_copy(update={"experiment": _experiment(params)})})
         parts = [work / f"{fold + 1}" for fold in range(count)]
         for fold, part in enumerate(parts):
             print(f"cross-validation, fold {fold + 1} of {count}: {_images(codes[fold])}", flush=True)
@@ -87,7 +85,7 @@ def cross_validate(shards: Path, out: Path, params: Params) -> None:
 
 
 def _experiment(params: Params) -> str:
-    return f"{params.register_.experiment[:250]}-folds"
+    return f"{params.mlflow.experiment[:250]}-folds"
 
 
 def _work(work: Path, shards: Path, params: Params) -> Path:
@@ -124,10 +122,10 @@ def _train(shards: Path, part: Path, codes: NDArray[np.int8], params: Params) ->
         shutil.copy2(shards / "conversion.json", unfinished)
         unfinished.rename(own)
     # Each in a process of its own, which leaves no memory behind.
-    if not (part / "warmup").exists():
-        launch.cold_start(own, part / "warmup", params)
+    if not (part / "sft").exists():
+        launch.cold_start(own, part / "sft", params)
     if not (part / "trained").exists():
-        launch.on_gpus(own, part / "warmup", part / "trained", params, gpus=1)
+        launch.on_gpus(own, part / "sft", part / "trained", params, gpus=1)
 
 
 def _predictions(part: Path, params: Params, describe: str) -> pd.DataFrame:

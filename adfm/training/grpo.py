@@ -29,7 +29,7 @@ from adfm.process import stopping
 from adfm.records import Label
 from adfm.training import checkpoints, examples, health, images, memory
 from adfm.training.outbox import Outbox
-from adfm.training.warmup import save
+from adfm.training.sft import save
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,7 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
 
     Args:
         shards: Folder of shards; the train split is used.
-        model: Folder that warm-up wrote.
+        model: Folder that cold start wrote.
         out: Folder to write: adapter, processor, `adfm.json`, `trained_on.parquet`, `reward_curves.csv`.
         params: Reads `model`, `train` and `seed`.
         keep: Folder for the model of every checkpoint, a folder a step, to see how it came to be.
@@ -69,7 +69,7 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
     settings = params.train
     hardware.require(params, int(os.environ.get("WORLD_SIZE", "1")))
     if loading.describe(model) is None:
-        raise AdfmError(f"{model} is not a folder that `adfm warmup` wrote; run that first (warmup.steps may be 0)")
+        raise AdfmError(f"{model} is not a folder that `adfm sft` wrote; run that first (sft.steps may be 0)")
     import torch
     from accelerate import PartialState
     from transformers import set_seed
@@ -102,7 +102,7 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
         count = settings.steps * settings.prompts_per_step
         with state.main_process_first():
             start = checkpoints.last(work)
-            doubt = _doubt(model, shards, params, work) if settings.favour_doubt else None
+            doubt = _doubt(model, shards, params, work) if settings.uncertainty_sampling else None
             draw = functools.partial(
                 examples.draw,
                 shards,
@@ -113,7 +113,8 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
                 tile=params.tile,
             )
             data = draw(count=count, seed=params.seed + 1)
-            reserve = draw(count=count * settings.resample, seed=params.seed + 2) if settings.resample else None
+            rounds = settings.dynamic_sampling
+            reserve = draw(count=count * rounds, seed=params.seed + 2) if rounds else None
         trainer = _trainer(loaded, data, reserve, work, params, state.num_processes, bool(keep), outbox, guard)
         with memory.explained(params, state.num_processes):
             trainer.train(resume_from_checkpoint=str(start) if start else None)
@@ -351,9 +352,9 @@ def _trainer(
                 return self._generated_and_scored(inputs)
 
         def _generated_and_scored(self, inputs: Any) -> Any:
-            if settings.resample:
+            if settings.dynamic_sampling:
                 inputs, self._kept, share = resampling.informative(
-                    inputs, self._further, self._answers, self._differ, self._most, group, settings.resample
+                    inputs, self._further, self._answers, self._differ, self._most, group, settings.dynamic_sampling
                 )
                 self._metrics["train"]["utilisation/drawn"].append(share)
             return super()._generate_and_score_completions(inputs)
@@ -370,7 +371,7 @@ def _trainer(
 
         def _further(self, number: int, count: int) -> Any:
             # A place for every step, round and process, so that a resumed training draws the same.
-            at = (self.state.global_step * settings.resample + number) * settings.prompts_per_step
+            at = (self.state.global_step * settings.dynamic_sampling + number) * settings.prompts_per_step
             at += self.accelerator.process_index * completions // group
             return [row for i in range(at, at + count) for row in [reserve[i]] * group]
 

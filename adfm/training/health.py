@@ -158,7 +158,7 @@ def _one_letter(window: Sequence[Figures], settings: Health) -> str | None:
                 f"at least {least:.1%} of the answers of each step were {letter} (train.health.min_other_letter is "
                 f"{settings.min_other_letter:g}), although {others:.0%} of the images are "
                 f"{'normal' if letter == 'A' else 'anomalous'}: the letter does not depend on the image. {change} "
-                "train.anomalous_share; more warmup.steps with warmup.anomalous_share near 0.5 teach the model to tell "
+                "train.anomalous_share; more sft.steps with sft.anomalous_share near 0.5 teach the model to tell "
                 "the labels apart. If it could before, lower train.learning_rate to a third, or raise train.beta."
             )
     return None
@@ -175,7 +175,7 @@ def _same_regions(window: Sequence[Figures], settings: Health) -> str | None:
     return (
         f"the boxes on different images overlapped by an IoU of at least {least:.2f} at each step "
         f"(train.health.max_region_overlap is {settings.max_region_overlap:g}), their true boxes by {true:.2f}: the "
-        "places do not depend on the image. More warmup.steps teach where defects are. If the model knew before, lower "
+        "places do not depend on the image. More sft.steps teach where defects are. If the model knew before, lower "
         "train.learning_rate to a third, or raise train.beta; see that train.weights.localization is above 0."
     )
 
@@ -197,12 +197,12 @@ def _why(window: Sequence[Figures]) -> str:
         return (
             f"The completions are all alike (entropy {_mean(window, 'entropy', 1.0):.2g} a token): the policy has "
             "collapsed. Raise train.temperature or train.beta, or lower train.learning_rate; begin from fewer "
-            "warmup.steps, and see that all weights in train.weights are above 0."
+            "sft.steps, and see that all weights in train.weights are above 0."
         )
     if _mean(window, "groups/all_wrong") > 0.9:
         return (
             "All answers were wrong: see the pictures of completions in MLflow whether they have the form that the "
-            "reward reads; more warmup.steps teach it."
+            "reward reads; more sft.steps teach it."
         )
     return "Raise train.num_generations or train.temperature, and see that all weights in train.weights are above 0."
 
@@ -217,7 +217,7 @@ def _flat(window: Sequence[Figures], settings: Health) -> str | None:
         f"the mean reward stayed at {rewards[-1]:.4g} (within train.health.min_reward_range, "
         f"{settings.min_reward_range:g}) on ever new images: it does not depend on the answers. See the pictures of "
         "completions in MLflow whether they have the form that the reward reads; raise train.temperature, and "
-        "warmup.steps if they have not."
+        "sft.steps if they have not."
     )
 
 

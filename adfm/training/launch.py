@@ -62,14 +62,14 @@ def on_gpus(shards: Path, model: Path, out: Path, params: Params, gpus: int) -> 
 
 
 def cold_start(shards: Path, out: Path, params: Params) -> None:
-    """Run `adfm.training.warmup.warmup` in a process of its own, which leaves no memory of a GPU behind.
+    """Run `adfm.training.sft.sft` in a process of its own, which leaves no memory of a GPU behind.
 
     If it dies, it is started again from its beginning: it has no checkpoints.
 
     Raises:
-        AdfmError: As `adfm.training.warmup.warmup`; the process died too often; or (`Stopped`) it was told to stop.
+        AdfmError: As `adfm.training.sft.sft`; the process died too often; or (`Stopped`) it was told to stop.
     """
-    verb = ["adfm", "warmup", str(shards), str(out)]
+    verb = ["adfm", "sft", str(shards), str(out)]
     _supervise(1, lambda settings: [*verb, "--params", str(settings)], out, params)
 
 

@@ -67,9 +67,9 @@ def advice(params: Params, processes: int = 1, generating: bool = False) -> list
             tries.append("train.gradient_checkpointing=true")
     pixels = params.model.max_pixels
     tries.append(
-        f"model.max_pixels={pixels // 2} (it is {pixels}), in warm-up and evaluation too"
+        f"model.max_pixels={pixels // 2} (it is {pixels}), in cold start and evaluation too"
         if pixels
-        else "model.max_pixels=262144 (it is null: the processor's own limit), in warm-up and evaluation too"
+        else "model.max_pixels=262144 (it is null: the processor's own limit), in cold start and evaluation too"
     )
     if params.model.dtype == "float32":
         tries.append("model.dtype=bfloat16, on a GPU")

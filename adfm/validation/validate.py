@@ -75,14 +75,14 @@ def validate(folder: Path, out: Path, params: Params) -> bool:
     Args:
         folder: The shards.
         out: Folder of the report, as `judge` writes it; the artifact `validation` of the run.
-        params: Reads `validate`, `convert`, `split`, `register` and `warmup.kinds`.
+        params: Reads `validate`, `convert`, `split`, `register` and `sft.kinds`.
 
     Returns:
         Whether every critical expectation holds.
 
     Raises:
-        AdfmError: There are no shards, they have other columns, or one cannot be read; `validate.reference` is neither
-            `production` nor a report.
+        AdfmError: There are no shards, they have other columns, or one cannot be read; `validation.reference` is
+            neither `production` nor a report.
     """
     reference, reachable = None, True
     try:
@@ -90,10 +90,10 @@ def validate(folder: Path, out: Path, params: Params) -> bool:
     except AdfmError as error:
         reachable = False
         print(f"adfm: warning: the validation is not logged, nor compared with production: {error}", file=sys.stderr)
-    if params.validate_.reference == _PRODUCTION:
-        reference = _of_production(params.register_.model) if reachable else None
-    elif params.validate_.reference is not None:
-        reference = _of_file(Path(params.validate_.reference))
+    if params.validation.reference == _PRODUCTION:
+        reference = _of_production(params.mlflow.registered_model) if reachable else None
+    elif params.validation.reference is not None:
+        reference = _of_file(Path(params.validation.reference))
     passed = judge(folder, out, params, reference)
     if reachable:
         _log(folder, out, params, passed)
@@ -133,7 +133,7 @@ def judge(folder: Path, out: Path, params: Params, reference: Mapping[str, Any] 
         folder: The shards.
         out: Folder of the report.
         params: The section `validate`; `convert` and `split` say what is expected of boxes and of which splits, `model`
-            and `tile` at which size defects are seen, and `warmup.kinds` of the kinds of defects: with it, all images
+            and `tile` at which size defects are seen, and `sft.kinds` of the kinds of defects: with it, all images
             may be defective.
         reference: The `statistics` of the report that drift is measured against; `None`: it is not.
 
@@ -370,12 +370,12 @@ def _suite(table: pd.DataFrame, params: Params) -> list[Expectation]:
     null, not_null = gxe.ExpectColumnValuesToBeNull, gxe.ExpectColumnValuesToNotBeNull
     normal, anomalous = Column("label") == "normal", Column("label") == "anomalous"
 
-    limits = params.validate_
+    limits = params.validation
     low, high, aspect = limits.min_side, limits.max_side, limits.max_aspect
     images, share = limits.min_images_per_split, limits.min_label_share
     given = {"train": 1.0, "validation": params.split.validation, "test": params.split.test}
     splits = [split for split in SPLITS if given[split] > 0 or (table["split"] == split).any()]
-    kinds = params.warmup.kinds
+    kinds = params.sft.kinds
     defects_alone = kinds and not (table["label"] == "normal").any()  # there are kinds to learn
     labels, held_out = ["anomalous"] if defects_alone else list(get_args(Label)), params.split.holdout_categories
     if tile := params.tile.size:  # a model sees tiles then
@@ -393,16 +393,16 @@ def _suite(table: pd.DataFrame, params: Params) -> list[Expectation]:
     relabel = "correct the label or the annotation"
     frame = "make them [x1, y1, x2, y2], half-open, in pixels of the original image"
     agree = f"use the settings of convert that the shards were made with, or {again}"
-    resize = "resize or remove these, or change validate.min_side or validate.max_side"
+    resize = "resize or remove these, or change validation.min_side or validation.max_side"
     resize += "" if params.tile.size else "; the defects of large ones want tile.size"
-    crop = "crop or remove these, or change validate.max_aspect"
-    more = "add images, change the section split, or lower validate.min_images_per_split"
+    crop = "crop or remove these, or change validation.max_aspect"
+    more = "add images, change the section split, or lower validation.min_images_per_split"
     apart = "put these images into one split, or remove all but one"
-    judged = "add images of the missing label, or lower validate.min_category_images"
-    balance = "add images of the rarer label, or lower validate.min_label_share"
+    judged = "add images of the missing label, or lower validation.min_category_images"
+    balance = "add images of the rarer label, or lower validation.min_label_share"
     lacking = "add images of the missing label, or change the section split"
     if not (table["label"] == "normal").any():
-        lacking = "add normal images, or set warmup.kinds to true, and the model learns to tell the kinds of defects"
+        lacking = "add normal images, or set sft.kinds to true, and the model learns to tell the kinds of defects"
     elif not (table["label"] == "anomalous").any():
         lacking = "add images of defects: from normal ones alone there is nothing to learn here"
 
@@ -521,7 +521,7 @@ def _suite(table: pd.DataFrame, params: Params) -> list[Expectation]:
 
 
 def _kinds(table: pd.DataFrame) -> list[Expectation]:
-    """What is expected of the defect types of train where the model is to name them (`warmup.kinds`)."""
+    """What is expected of the defect types of train where the model is to name them (`sft.kinds`)."""
     from great_expectations import expectations as gxe
     from great_expectations.expectations.row_conditions import Column
 
@@ -534,7 +534,7 @@ def _kinds(table: pd.DataFrame) -> list[Expectation]:
         _expect(
             gxe.ExpectColumnUniqueValueCountToBeBetween,
             f"train has {kinds_.FEWEST} to {kinds_.MOST} kinds of defects for the model to name",
-            "name the defects, join rare kinds, or set warmup.kinds to false",
+            "name the defects, join rare kinds, or set sft.kinds to false",
             column="kind",
             min_value=kinds_.FEWEST,
             max_value=kinds_.MOST,
@@ -543,7 +543,7 @@ def _kinds(table: pd.DataFrame) -> list[Expectation]:
         _expect(
             gxe.ExpectColumnValueLengthsToBeBetween,
             f"names of kinds have at most {kinds_.LONGEST} characters",
-            "shorten them in the data set, or set warmup.kinds to false",
+            "shorten them in the data set, or set sft.kinds to false",
             column="kind",
             max_value=kinds_.LONGEST,
             row_condition=train,
@@ -683,14 +683,14 @@ def _drift(
     """Warnings of drift of the training split, `train`, from an earlier one.
 
     Shares of categories and of defects are compared by `distance`. Of each figure of the images, the mean must lie
-    within `validate.max_shift` standard deviations of the earlier mean: Glass's delta, the difference of the means over
-    the standard deviation of the reference group (Glass, "Primary, Secondary, and Meta-Analysis of Research", 1976), of
-    which 0.2 is called small, 0.5 medium and 0.8 large (Cohen, "Statistical Power Analysis", 1988).
+    within `validation.max_shift` standard deviations of the earlier mean: Glass's delta, the difference of the means
+    over the standard deviation of the reference group (Glass, "Primary, Secondary, and Meta-Analysis of Research",
+    1976), of which 0.2 is called small, 0.5 medium and 0.8 large (Cohen, "Statistical Power Analysis", 1988).
     """
     from great_expectations import expectations as gxe
     from great_expectations.expectations.row_conditions import Column
 
-    limits = params.validate_
+    limits = params.validation
     remedy = "see `statistics` in both reports; if the line has changed, train and evaluate on new images of it"
     suite = []
     for name in ("categories", "defects"):
@@ -813,8 +813,8 @@ def _of_file(path: Path) -> dict[str, Any]:
         return _checked(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise AdfmError(
-            f"validate.reference: {file} is not the report of a validation ({error!r}); make one with `adfm validate`, "
-            "or say production, or null."
+            f"validation.reference: {file} is not the report of a validation ({error!r}); make one with "
+            "`adfm validate`, or say production, or null."
         ) from error
 
 

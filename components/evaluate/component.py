@@ -8,7 +8,7 @@ from kfp import dsl
 @dsl.component(base_image=os.environ.get("ADFM_GPU_IMAGE", "localhost/adfm:gpu"), install_kfp_package=False)
 def evaluate(
     shards: dsl.Input[dsl.Dataset],
-    warmup: dsl.Input[dsl.Model],
+    sft: dsl.Input[dsl.Model],
     model: dsl.Input[dsl.Model],
     settings: str,
     detector: dsl.Output[dsl.Model],
@@ -37,7 +37,7 @@ def evaluate(
         train(Path(shards.path), Path(detector.path), params, force=True)
 
         def work() -> None:  # predictions that it has made are kept in the pod until it ends well
-            models = tasks.models_to_compare(params, Path(detector.path), Path(warmup.path), trained)
+            models = tasks.models_to_compare(params, Path(detector.path), Path(sft.path), trained)
             evaluate(models | {tasks.CANDIDATE: trained}, Path(shards.path), folder, params)
 
         retries.again(work, "the evaluation")

@@ -10,8 +10,8 @@ def train(
     shards: dsl.Input[dsl.Dataset],
     settings: str,
     num_gpus: int,
-    warmup: dsl.Output[dsl.Model],
-    warmup_metrics: dsl.Output[dsl.Metrics],
+    sft: dsl.Output[dsl.Model],
+    sft_metrics: dsl.Output[dsl.Metrics],
     model: dsl.Output[dsl.Model],
     training_metrics: dsl.Output[dsl.Metrics],
 ):
@@ -24,13 +24,13 @@ def train(
         from adfm.params import loads
         from adfm.training.launch import cold_start, on_gpus
 
-        params, start, trained = loads(settings), Path(warmup.path), Path(model.path)
+        params, start, trained = loads(settings), Path(sft.path), Path(model.path)
         tasks.wait_for_servers(params)
         cold_start(Path(shards.path), start, params)
         on_gpus(Path(shards.path), start, trained, params, int(num_gpus))
-        tasks.name_artifacts({"Model after the cold start": warmup, "Trained model": model})
-        metrics = tasks.last_metrics(start / "warmup_curves.csv")
-        tasks.log_metrics(warmup_metrics, "Cold start metrics", metrics, tasks.WARMUP_FIRST)
+        tasks.name_artifacts({"Model after the cold start": sft, "Trained model": model})
+        metrics = tasks.last_metrics(start / "sft_curves.csv")
+        tasks.log_metrics(sft_metrics, "Cold start metrics", metrics, tasks.SFT_FIRST)
         metrics = tasks.last_metrics(trained / "reward_curves.csv")
         tasks.log_metrics(training_metrics, "Training metrics", metrics, tasks.TRAINING_FIRST)
 
@@ -38,7 +38,7 @@ def train(
 @dsl.component(base_image=os.environ.get("ADFM_CPU_IMAGE", "localhost/adfm:cpu"), install_kfp_package=False)
 def train_on_nodes(
     shards: dsl.Input[dsl.Dataset],
-    warmup: dsl.Input[dsl.Model],
+    sft: dsl.Input[dsl.Model],
     settings: str,
     num_nodes: int,
     num_gpus: int,
@@ -64,7 +64,7 @@ def train_on_nodes(
         trained = Path(model.path)
         on_nodes(
             Path(shards.path),
-            Path(warmup.path),
+            Path(sft.path),
             trained,
             loads(settings),
             run=run,

@@ -23,8 +23,8 @@ from adfm.tracking import settings
 pytestmark = pytest.mark.timeout(900)
 
 SMALL = """
-fetch.source=synthetic://?images=20 validate.min_images_per_split=2 validate.min_label_share=0
-warmup.steps=1 warmup.batch_size=2 detector.steps=1
+fetch.source=synthetic://?images=20 validation.min_images_per_split=2 validation.min_label_share=0
+sft.steps=1 sft.batch_size=2 detector.steps=1
 train.steps=1 train.prompts_per_step=2 train.num_generations=2 train.max_completion_length=16 train.pictures_every=0
 evaluate.max_new_tokens=16 evaluate.bootstrap=20
 """
@@ -89,14 +89,14 @@ def evaluated(artifacts: Artifacts, shards: Any) -> Artifacts:
         shards=shards,
         settings=SETTINGS,
         num_gpus=0.0,
-        warmup=made("warmup", dsl.Model),
-        warmup_metrics=made("warmup_metrics", dsl.Metrics),
+        sft=made("sft", dsl.Model),
+        sft_metrics=made("sft_metrics", dsl.Metrics),
         model=made("trained", dsl.Model),
         training_metrics=made("training_metrics", dsl.Metrics),
     )
     function("evaluate")(
         shards=shards,
-        warmup=made("warmup"),
+        sft=made("sft"),
         model=made("trained"),
         settings=SETTINGS,
         detector=made("detector", dsl.Model),
@@ -158,7 +158,7 @@ def test_an_evaluation_is_tried_again_where_mlflow_was_away(tmp_path: Path, monk
     monkeypatch.setattr(evaluate, "evaluate", work)
     monkeypatch.setattr(detector, "train", lambda *_, **__: None)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    inputs = {name: Artifacts(tmp_path)(name) for name in ("shards", "warmup", "model", "detector", "evaluation")}
+    inputs = {name: Artifacts(tmp_path)(name) for name in ("shards", "sft", "model", "detector", "evaluation")}
     outputs = dict.fromkeys(("evaluation_report", "evaluation_metrics", "decisions", "kinds"))
     with pytest.raises(SystemExit):
         function("evaluate")(settings=SETTINGS, **inputs, **outputs)
@@ -180,7 +180,7 @@ def test_shards_that_fail_validation_end_the_task_with_its_own_error(
     raw: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = outputs_of_conversion(Artifacts(tmp_path), "")
-    strict = settings(load(None, [*SMALL.split(), "validate.min_images_per_split=1000"]))
+    strict = settings(load(None, [*SMALL.split(), "validation.min_images_per_split=1000"]))
     with pytest.raises(SystemExit) as status:
         function("convert")(raw=raw, settings=strict, **made)
     assert status.value.code == 1
@@ -203,7 +203,7 @@ def test_shards_and_models_are_where_the_artifacts_are(evaluated: Artifacts) -> 
     for name, file in (
         ("shards", "conversion.json"),
         ("validation", "validation.json"),
-        ("warmup", "adfm.json"),
+        ("sft", "adfm.json"),
         ("trained", "adfm.json"),
     ):
         assert (Path(evaluated(name).path) / file).is_file()
@@ -222,13 +222,13 @@ def test_metrics_that_matter_come_first_where_names_are_sorted(evaluated: Artifa
     files = Path(evaluated("shards").path).glob("*.parquet")
     images = sum(pq.read_metadata(file).num_rows for file in files)
     assert evaluated("validation_metrics").metadata["images"] == images
-    assert next(iter(rows(evaluated("warmup_metrics")))) == "1 loss"
-    assert evaluated("warmup_metrics").metadata["3 step"] == 1
+    assert next(iter(rows(evaluated("sft_metrics")))) == "1 loss"
+    assert evaluated("sft_metrics").metadata["3 step"] == 1
     assert next(iter(rows(evaluated("training_metrics")))) == "1 reward"
     leading = ("1 trained/balanced_accuracy", "2 trained/miss_rate", "3 trained/overkill", "4 trained/iou")
     names = list(rows(evaluated("evaluation_metrics")))
     assert [name.removesuffix("_at_threshold") for name in names[:4]] == list(leading)
-    models = {"base", "warmup", "trained", "detector", "always_A", "always_B"}
+    models = {"base", "sft", "trained", "detector", "always_A", "always_B"}
     assert {name.split("/")[0] for name in names[4:]} == models
     matrix = evaluated("decisions").metadata["confusionMatrix"]
     assert [each["displayName"] for each in matrix["annotationSpecs"]] == ["normal", "anomalous", "unparseable"]
@@ -282,10 +282,10 @@ def test_a_version_carries_the_run_and_production_is_evaluated_the_next_time(
     assert (tags["kfp_run_id"], tags["data_revision"]) == ("run-7", "data-3")
 
     params, candidate = loads(SETTINGS), Path(made("trained").path)
-    others = Path("detector"), Path("warmup")
-    assert list(tasks.models_to_compare(params, *others, candidate)) == ["detector", "base", "warmup"]
+    others = Path("detector"), Path("sft")
+    assert list(tasks.models_to_compare(params, *others, candidate)) == ["detector", "base", "sft"]
     store.set_registered_model_alias("adfm", "production", "1")
-    assert list(tasks.models_to_compare(params, *others, candidate)) == ["detector", "base", "warmup"]  # it is that one
+    assert list(tasks.models_to_compare(params, *others, candidate)) == ["detector", "base", "sft"]  # it is that one
     assert tasks.models_to_compare(params, *others, tmp_path)["production"] == "models:/adfm/1"
     store.delete_registered_model_alias("adfm", "production")
 

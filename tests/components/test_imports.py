@@ -40,5 +40,5 @@ def test_the_helpers_of_stages_import_no_library_that_makes_threads() -> None:
 
 
 def test_there_is_a_component_for_every_stage() -> None:
-    stages = {"check", "fetch", "convert", "warmup", "train", "evaluate", "register"}  # `convert` validates as well
+    stages = {"check", "fetch", "convert", "sft", "train", "evaluate", "register"}  # `convert` validates as well
     assert {file.parent.name for file in COMPONENTS} == stages | {"promote", "notify"}

@@ -248,7 +248,7 @@ def constructed(folder: Path, right: float, seed: int) -> pd.DataFrame:
 
 def test_the_comparison_shows_models_and_differences(small_shards: Path, tmp_path: Path) -> None:
     tables = {
-        name: constructed(small_shards, right, 0) for name, right in (("base", 0.5), ("warmup", 0.7), ("trained", 0.95))
+        name: constructed(small_shards, right, 0) for name, right in (("base", 0.5), ("sft", 0.7), ("trained", 0.95))
     }
     letters = calibration.Calibration(note="no validation")
     tables = {name: letters.apply(table) for name, table in tables.items()}
@@ -258,7 +258,7 @@ def test_the_comparison_shows_models_and_differences(small_shards: Path, tmp_pat
     assert more.startswith("More test images: the recall of ") and "normal images; four times" in more
     header, _, *lines = text.splitlines()
     columns = [cell.strip() for cell in header.strip("|").split("|")]
-    assert columns == ["", "base", "warmup", "trained", "trained - warmup", "trained - base"]
+    assert columns == ["", "base", "sft", "trained", "trained - sft", "trained - base"]
     rows_ = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [row[0] for row in rows_[:3]] == ["escape rate", "overkill", "accuracy"]
     accuracy = rows_[2]

@@ -215,12 +215,12 @@ def test_the_rival_is_a_language_model_where_there_is_one(folder: Path, tmp_path
     records = [record(number) for number in range(12)]
     (tmp_path / "shards").mkdir()
     shards.write(records, tmp_path / "shards", 100)
-    tables = {name: predictions(records, 0.7, 0) for name in ("warmup", "detector", "trained")}
+    tables = {name: predictions(records, 0.7, 0) for name in ("sft", "detector", "trained")}
     evaluation = evaluated(tmp_path / "evaluation", tables)
     about = json.loads((evaluation / "evaluation.json").read_text()) | {"detector": "detector"}
     (evaluation / "evaluation.json").write_text(json.dumps(about))
     report.write(evaluation, tmp_path / "shards", tmp_path / "report")
-    assert data_of(tmp_path / "report" / "report.html")["rival"] == "warmup"
+    assert data_of(tmp_path / "report" / "report.html")["rival"] == "sft"
 
 
 def choose(page: Page, gallery: str) -> None:

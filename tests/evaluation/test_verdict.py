@@ -147,7 +147,7 @@ CASES: list[tuple[dict[str, Any], list[str], list[str]]] = [
     (
         {"kind": dataclasses.replace(EMBEDDED, cut=60)},
         ["longer", "gate"],
-        ["warmup.steps=60 ended the warm-up", "PARAMS=params/photographs.yaml`, which allows 600."],
+        ["sft.steps=60 ended the cold start", "PARAMS=params/photographs.yaml`, which allows 600."],
     ),
     ({"kind": dataclasses.replace(EMBEDDED, cut=700), "balanced": 0.5}, ["longer", "look"], ["learning; raise it."]),
     ({"kind": dataclasses.replace(LARGE, cut=60)}, ["gate"], []),
@@ -237,7 +237,7 @@ def test_what_kind_of_model_it_is() -> None:
 
 def test_the_settings_for_photographs_allow_the_steps_that_the_verdict_names() -> None:
     overlay = Path(verdict.__file__).parents[2] / "params" / "photographs.yaml"
-    assert load(overlay).warmup.steps == verdict._LONG
+    assert load(overlay).sft.steps == verdict._LONG
 
 
 def test_larger_models_have_the_figures_of_the_documentation() -> None:

@@ -50,7 +50,7 @@ def on_nodes(folder: Path, **changed: Any) -> None:
         "node_selector": {"pool": "gpu"},
         "tolerations": [{"key": "gpu", "operator": "Exists"}],
     }
-    nodes.on_nodes(folder / "shards", folder / "warmup", folder / "out", Params(), **options | changed)
+    nodes.on_nodes(folder / "shards", folder / "sft", folder / "out", Params(), **options | changed)
 
 
 def check() -> None:
@@ -77,7 +77,7 @@ def stamped(*lines: bytes, second: int = 0) -> bytes:
 @pytest.fixture
 def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
     """The API with Kubeflow Trainer, a pod of a pipeline's run, and a volume; every training ends well."""
-    for folder in ("workspace", "shards", "warmup"):
+    for folder in ("workspace", "shards", "sft"):
         (tmp_path / folder).mkdir()
     (tmp_path / "shards" / "train.parquet").write_text("data")
     with Api() as served:
@@ -133,7 +133,7 @@ def test_a_train_job_runs_the_image_on_the_machines_and_gives_its_adapter(
     trainer = job["spec"]["trainer"]
     work = tmp_path / "workspace" / JOB
     assert trainer["command"] == [
-        *("torchrun", "-m", "adfm", "train", f"{work}/shards", f"{work}/warmup", f"{work}/trained"),
+        *("torchrun", "-m", "adfm", "train", f"{work}/shards", f"{work}/sft", f"{work}/trained"),
         *("--params", f"{work}/params.yaml", "--force"),  # whoever finds the model made must not fail for it
     ]
     assert (trainer["image"], trainer["numNodes"], trainer["numProcPerNode"]) == ("localhost/adfm:gpu", 2, 4)

@@ -127,13 +127,13 @@ def test_a_stage_waits_for_mlflow_and_the_hub(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_check_takes_settings_apart_for_those_that_read_them() -> None:
-    settings, source, name, revision, inspection, conversion = tasks.check("seed: 3\nwarmup: {steps: 1}\n")
+    settings, source, name, revision, inspection, conversion = tasks.check("seed: 3\nsft: {steps: 1}\n")
     assert loads(settings).seed == 3
     assert source == revision == "synthetic://?images=200"
     assert name == "synthetic"
     assert set(yaml.safe_load(inspection)) == {"convert", "split"}
-    assert set(yaml.safe_load(conversion)) == {"seed", "convert", "split", "validate", "register"}
-    others = tasks.check("seed: 3\nwarmup: {steps: 2}\n")
+    assert set(yaml.safe_load(conversion)) == {"seed", "convert", "split", "validation", "mlflow"}
+    others = tasks.check("seed: 3\nsft: {steps: 2}\n")
     assert others[1:] == (source, name, revision, inspection, conversion)
 
 
@@ -254,7 +254,7 @@ def test_metrics_that_come_first_are_numbered_because_the_page_sorts_by_name() -
     artifact = dsl.Metrics(name="training_metrics", uri="", metadata={})
     tasks.log_metrics(artifact, "Training metrics", {"kl": 1.0, "a": 2.0, "reward": 3.0}, ["reward", "gone", "kl"])
     assert artifact.metadata == {"display_name": "Training metrics", "1 reward": 3.0, "2 kl": 1.0, "a": 2.0}
-    assert max(len(tasks.TRAINING_FIRST), len(tasks.WARMUP_FIRST)) < 10  # "10" would come before "2"
+    assert max(len(tasks.TRAINING_FIRST), len(tasks.SFT_FIRST)) < 10  # "10" would come before "2"
 
 
 def test_metrics_that_json_lacks_do_not_fail_a_task_that_has_done_its_work() -> None:

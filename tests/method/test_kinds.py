@@ -142,7 +142,7 @@ def test_several_kinds_on_one_image_are_none_of_them() -> None:
 
 def test_lists_that_no_prompt_can_hold_are_refused() -> None:
     assert kinds.listed(f"kind {number}" for number in range(30))
-    with pytest.raises(AdfmError, match=r"warmup\.kinds: .* have 31 kinds .* 2 to 30"):
+    with pytest.raises(AdfmError, match=r"sft\.kinds: .* have 31 kinds .* 2 to 30"):
         kinds.listed(f"kind {number}" for number in range(31))
     for names in ([], [None], ["dent", " dent", None, ""]):
         with pytest.raises(AdfmError, match="have [01] kinds"):

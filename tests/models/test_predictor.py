@@ -259,7 +259,7 @@ def test_a_model_keeps_the_tiles_that_it_was_trained_with(tmp_path: Path) -> Non
         ({}, (None, 0.2)),
         (None, (None, 0.2)),
     ):
-        for stage in ("warmup", loading.DETECTOR):
+        for stage in ("sft", loading.DETECTOR):
             (tmp_path / "adfm.json").write_text(json.dumps({"stage": stage, "params": own}))
             tile = predictor.tile_of(tmp_path, params)
             assert (tile.size, tile.overlap) == expected

@@ -23,7 +23,7 @@ TABLE = {
     "inspect-part": (CPU, 4, 8, False, 21600, 1, True),
     "convert": (CPU, 4, 8, False, 28800, 0, True),
     "convert-parts": (CPU, 4, 8, False, 28800, 0, True),
-    "warmup": (GPU, 4, 16, True, 21600, 1, False),
+    "sft": (GPU, 4, 16, True, 21600, 1, False),
     "train": (GPU, 8, 32, True, 280800, 1, False),
     "train-on-nodes": (CPU, 1, 4, False, 288000, 5, False),
     "evaluate": (GPU, 4, 16, True, 43200, 1, False),
@@ -35,8 +35,8 @@ EVERY = {"check", "fetch", "evaluate", "register", "notify"}
 PIPELINES = {
     "training": EVERY | {"convert", "train"},
     "training-in-parts": EVERY | {"inspect-part", "convert-parts", "train"},
-    "training-on-nodes": EVERY | {"convert", "warmup", "train-on-nodes"},
-    "training-in-parts-on-nodes": EVERY | {"inspect-part", "convert-parts", "warmup", "train-on-nodes"},
+    "training-on-nodes": EVERY | {"convert", "sft", "train-on-nodes"},
+    "training-in-parts-on-nodes": EVERY | {"inspect-part", "convert-parts", "sft", "train-on-nodes"},
     "promotion": {"promote", "notify"},
 }
 TRAININGS = [name for name in PIPELINES if name != "promotion"]

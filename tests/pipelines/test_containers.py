@@ -85,7 +85,7 @@ def test_a_private_authority_is_where_a_cluster_mounts_it(tmp_path: Path, monkey
 def test_data_stages_give_in_containers_what_they_give_here(
     tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    strict = ["--set", "fetch.source=synthetic://?images=20", "--set", "validate.min_images_per_split=1000"]
+    strict = ["--set", "fetch.source=synthetic://?images=20", "--set", "validation.min_images_per_split=1000"]
     done = run(tmp_path, environment, *strict)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "is not fit to train on" in done.stdout

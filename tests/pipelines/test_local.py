@@ -23,7 +23,7 @@ def run(*argv: str) -> int:
 def test_data_that_are_not_fit_and_a_training_that_fails_end_the_run_and_are_reported(
     here: Path, small: list[str], channel: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("--root", "out", *small, "--set", "validate.min_images_per_split=1000") == 1
+    assert run("--root", "out", *small, "--set", "validation.min_images_per_split=1000") == 1
     captured = capfd.readouterr()
     assert "is not fit to train on" in captured.out
     assert "Traceback" not in captured.out
@@ -36,7 +36,7 @@ def test_data_that_are_not_fit_and_a_training_that_fails_end_the_run_and_are_rep
     unhealthy = ("--set", "train.health.patience=1", "--set", "train.health.max_kl=1e-9")
     assert run("--root", "parts", "--parts", "2", *small, *unhealthy) == 1
     assert "adfm: error: training was stopped" in capfd.readouterr().out
-    assert list((here / "parts").glob("*/train/warmup"))
+    assert list((here / "parts").glob("*/train/sft"))
     assert not list((here / "parts").glob("*/evaluate"))
     assert len(channel) == 2
     assert "failed" in channel[1]

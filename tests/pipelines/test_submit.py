@@ -493,7 +493,7 @@ def test_a_newer_commit_of_the_same_data_replaces_the_schedule(server: Server) -
     assert len(crons(server)) == 1
 
 
-@pytest.mark.parametrize("line", ["fetch.source=s3://bucket/line-4", "register.model=line-4"])
+@pytest.mark.parametrize("line", ["fetch.source=s3://bucket/line-4", "mlflow.registered_model=line-4"])
 def test_lines_do_not_replace_the_schedules_of_one_another(
     line: str, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -572,7 +572,8 @@ def test_a_schedule_of_the_line_in_another_experiment_is_said_to_run_as_well(
     for experiment in ("first", "second"):
         assert submit(*NIGHTLY, "--namespace", "team-a", "--experiment", experiment) == 0
     assert "two schedules will run" in capsys.readouterr().err
-    assert submit(*NIGHTLY, "--namespace", "team-a", "--experiment", "third", "--set", "register.model=other") == 0
+    other = ["--experiment", "third", "--set", "mlflow.registered_model=other"]
+    assert submit(*NIGHTLY, "--namespace", "team-a", *other) == 0
     assert submit(*NIGHTLY, "--namespace", "team-b") == 0
     assert "two schedules will run" not in capsys.readouterr().err
 
@@ -600,9 +601,9 @@ def test_schedules_on_further_pages_are_seen(server: Server) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--set", "register.model=line/3"], "register.model"),
-        (["--set", "register.model="], "register.model"),
-        (["--set", "register.experiment='line '"], "register.experiment"),
+        (["--set", "mlflow.registered_model=line/3"], "mlflow.registered_model"),
+        (["--set", "mlflow.registered_model="], "mlflow.registered_model"),
+        (["--set", "mlflow.experiment='line '"], "mlflow.experiment"),
         (["--experiment", ""], "--experiment ''"),
         (["--experiment", "x" * 129], "1 to 128 printable characters"),
         (["--namespace", "Team_A"], "--namespace 'Team_A'"),

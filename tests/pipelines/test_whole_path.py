@@ -121,7 +121,7 @@ def test_a_promotion_makes_stale_what_judges(finished: Checkout, tmp_path: Path)
 
     before = json.loads((checkout.folder / "registration" / "gate.json").read_text())
     assert checkout.repro() == [*ALWAYS, "evaluate", "register"]
-    assert evaluated() == ["detector", "base", "warmup", "trained"]  # it is no rival of itself
+    assert evaluated() == ["detector", "base", "sft", "trained"]  # it is no rival of itself
     assert json.loads((checkout.folder / "registration" / "registration.json").read_text())["version"] == "1"
     assert json.loads((checkout.folder / "registration" / "gate.json").read_text()) == before
     assert checkout.repro() == ALWAYS
@@ -129,14 +129,14 @@ def test_a_promotion_makes_stale_what_judges(finished: Checkout, tmp_path: Path)
     checkout.settings(*SMALL, "train.learning_rate=3e-4")
     ran = checkout.repro()
     assert "train" in ran and ran[-2:] == ["evaluate", "register"]
-    assert evaluated() == ["detector", "base", "warmup", "production", "trained"]
+    assert evaluated() == ["detector", "base", "sft", "production", "trained"]
     assert json.loads((checkout.folder / "registration" / "gate.json").read_text())["production_version"] == "1"
     assert checkout.repro() == ALWAYS
 
 
 def test_metrics_and_plots_are_shown_without_a_network(finished: Checkout) -> None:
     shown = json.loads(finished.dvc("metrics", "show", "--json"))
-    names = ("always_A", "always_B", "detector", "base", "warmup", "trained")
+    names = ("always_A", "always_B", "detector", "base", "sft", "trained")
     assert set(shown[""]["data"]) == {f"evaluation/metrics/{name}.json" for name in names}
     assert "balanced_accuracy" in finished.dvc("metrics", "diff", "--all")
     finished.dvc("plots", "show")

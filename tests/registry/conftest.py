@@ -34,7 +34,7 @@ from adfm.files import digest
 from adfm.params import Params
 from adfm.records import Box, Record
 from adfm.registry.registration import register
-from adfm.training.warmup import trained_on
+from adfm.training.sft import trained_on
 
 
 @contextmanager
@@ -151,7 +151,7 @@ def service() -> Iterator[Callable[..., None]]:
     started = []
 
     def start(model: str, poll: float = 0.5) -> None:
-        options = ["--poll", str(poll), "--set", f"register.model={model}"]
+        options = ["--poll", str(poll), "--set", f"mlflow.registered_model={model}"]
         log_file = Path("approvals.log").resolve()
         with log_file.open("w") as log:
             process = subprocess.Popen(

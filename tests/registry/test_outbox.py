@@ -23,7 +23,7 @@ from adfm.errors import AdfmError
 from adfm.params import Params
 from adfm.training import grpo
 from adfm.training.outbox import Outbox, resend
-from adfm.training.warmup import warmup
+from adfm.training.sft import sft
 
 
 class Server:
@@ -108,8 +108,8 @@ def test_a_server_that_never_comes_back_costs_no_training(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     small = {"steps": 3, "prompts_per_step": 2, "num_generations": 2, "max_completion_length": 16, "pictures_every": 1}
-    params = Params.model_validate({"warmup": {"steps": 0}, "train": small})
-    warmup(small_shards, tmp_path / "warmup", params)
+    params = Params.model_validate({"sft": {"steps": 0}, "train": small})
+    sft(small_shards, tmp_path / "sft", params)
     score, seen = grpo.utilisation, []
 
     def stop_the_server(*given: Any) -> dict[str, float]:
@@ -119,7 +119,7 @@ def test_a_server_that_never_comes_back_costs_no_training(
         return score(*given)
 
     monkeypatch.setattr(grpo, "utilisation", stop_the_server)
-    grpo.train(small_shards, tmp_path / "warmup", Path("trained"), params)
+    grpo.train(small_shards, tmp_path / "sft", Path("trained"), params)
     said = capsys.readouterr().out
     assert said.count("MLflow does not answer") == 1
     assert "The model is written all the same" in said and "adfm resend trained.unsent" in said

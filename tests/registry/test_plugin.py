@@ -65,7 +65,7 @@ def test_the_plug_ins_run_is_resumed_in_its_own_experiment(
     monkeypatch.setenv("MLFLOW_RUN_ID", nested.info.run_id)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", nested.info.experiment_id)
     environment.set_environment()
-    for stage in ("warmup", "train"):
+    for stage in ("sft", "train"):
         with tracking.start_run(stage, _params("not-used")) as run:
             assert run.info.run_id == nested.info.run_id
     client = MlflowClient(plugin_server)
@@ -73,7 +73,7 @@ def test_the_plug_ins_run_is_resumed_in_its_own_experiment(
     assert after.info.experiment_id == nested.info.experiment_id
     assert after.data.tags["mlflow.parentRunId"] == nested.data.tags["mlflow.parentRunId"]
     assert after.data.tags["stage"] == "train"
-    assert after.data.params["register.experiment"] == "not-used"
+    assert after.data.params["mlflow.experiment"] == "not-used"
     assert [file.path for file in client.list_artifacts(nested.info.run_id)] == ["params.yaml"]
     assert client.get_experiment_by_name("not-used") is None
     assert len(_runs(pod)) == before

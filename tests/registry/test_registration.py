@@ -289,7 +289,7 @@ def test_production_is_evaluated_again_when_the_shards_differ(
 
     from adfm.evaluation.evaluate import evaluate
     from adfm.models import loading
-    from adfm.training.warmup import save
+    from adfm.training.sft import save
     from experiments import tiny_model
     from experiments.tiny_base import corpus
 

@@ -361,7 +361,7 @@ def test_the_version_in_production_is_served_from_a_real_server(
     from peft import LoraConfig, get_peft_model
 
     from adfm.models import loading
-    from adfm.training.warmup import save
+    from adfm.training.sft import save
 
     monkeypatch.delenv("ADFM_KEYS", raising=False)
     params, folder = Params(), tmp_path / "version"
@@ -390,7 +390,7 @@ def test_the_version_in_production_is_served_from_a_real_server(
     assert main(["predict", str(tmp_path / "a.png"), "--model", "models:/served@production", "--json"]) == 0
     expected = json.loads(capsys.readouterr().out)
 
-    process, address = serve("--set", "register.model=served")
+    process, address = serve("--set", "mlflow.registered_model=served")
     answer = post(address, base64.b64encode((tmp_path / "a.png").read_bytes()).decode())[0]
     assert answer["label"] == expected["label"] and answer["reasoning"] == expected["reasoning"]
     process.send_signal(signal.SIGINT)

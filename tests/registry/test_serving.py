@@ -63,7 +63,7 @@ def adapter(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     from peft import LoraConfig, get_peft_model
 
     from adfm.models import loading
-    from adfm.training.warmup import save
+    from adfm.training.sft import save
 
     folder, params = tmp_path_factory.mktemp("adapter"), Params()
     loaded = loading.load(BASE, params.model)

@@ -18,7 +18,7 @@ def params() -> Params:
     return Params.model_validate(
         {
             "model": {"max_pixels": 96 * 96},
-            "warmup": {"steps": 2, "batch_size": 4},
+            "sft": {"steps": 2, "batch_size": 4},
             "train": {
                 "steps": 4,
                 "prompts_per_step": 2,

@@ -19,7 +19,7 @@ from adfm.models import adapters, families, hardware, loading
 from adfm.params import Lora, Params
 from adfm.serving import predict as predict_
 from adfm.training import examples, grpo
-from adfm.training.warmup import warmup
+from adfm.training.sft import sft
 from tests.models import random_models
 
 
@@ -57,8 +57,8 @@ def test_the_whole_path(
     step = {"steps": 2, "micro_batch": 2, "gradient_checkpointing": True, "pictures_every": 0}
     own = changed(params, folder, train=step, evaluate={"bootstrap": 50, "max_new_tokens": 8})
     preflight.check(own)
-    warmup(small_shards, tmp_path / "warmup", own)
-    grpo.train(small_shards, tmp_path / "warmup", tmp_path / "trained", own)
+    sft(small_shards, tmp_path / "sft", own)
+    grpo.train(small_shards, tmp_path / "sft", tmp_path / "trained", own)
     assert json.loads((tmp_path / "trained" / "adfm.json").read_text())["family"] == family
     losses = (tmp_path / "trained" / "reward_curves.csv").read_text().splitlines()
     assert len(losses) > 2 and "nan" not in "".join(losses[1:])
@@ -239,8 +239,8 @@ def test_settings_of_a_real_run_take_the_same_path(
         lora={"vision": False},
         train={"steps": 1, "gradient_checkpointing": True, "micro_batch": 4},
     )
-    warmup(small_shards, tmp_path / "warmup", own)
-    grpo.train(small_shards, tmp_path / "warmup", tmp_path / "trained", own)
+    sft(small_shards, tmp_path / "sft", own)
+    grpo.train(small_shards, tmp_path / "sft", tmp_path / "trained", own)
     with safe_open(tmp_path / "trained" / "adapter_model.safetensors", framework="np") as weights:
         names = list(weights.keys())
     assert names and not any("visual" in name for name in names)
@@ -251,7 +251,7 @@ def test_an_adapter_on_nothing_is_refused(qwen2_5_vl: Path, small_shards: Path, 
     for targets in (["q_proj", "no_proj"], "no_such_.*"):
         own = Params.model_validate({"model": {"name": str(qwen2_5_vl)}, "lora": {"target_modules": targets}})
         with pytest.raises(AdfmError, match=r"lora\.target_modules: 'no_\S+' matches no module"):
-            warmup(small_shards, tmp_path / "warmup", own)
+            sft(small_shards, tmp_path / "sft", own)
 
 
 def test_boxes_are_pixels_of_the_resized_image(qwen2_5_vl: Path, small_shards: Path, tmp_path: Path) -> None:

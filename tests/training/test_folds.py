@@ -17,10 +17,10 @@ from adfm.evaluation.calibration import DECIDED
 from adfm.params import Params, load
 from adfm.training import folds, launch
 from adfm.training.grpo import train
-from adfm.training.warmup import warmup
+from adfm.training.sft import sft
 from tests.small import SMALL
 
-ONE_STEP = [*SMALL, "warmup.steps=1", "train.steps=1", "train.pictures_every=0", "evaluate.folds=2"]
+ONE_STEP = [*SMALL, "sft.steps=1", "train.steps=1", "train.pictures_every=0", "evaluate.folds=2"]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_every_image_is_judged_once_and_the_evaluation_shows_it(
         trained.append(out.parent.name)
 
     # `launch` does the same in processes of their own, each of which takes seconds to start.
-    monkeypatch.setattr(launch, "cold_start", warmup)
+    monkeypatch.setattr(launch, "cold_start", sft)
     monkeypatch.setattr(launch, "on_gpus", in_this_process)
     with pytest.raises(KeyboardInterrupt):
         _interrupted(few_shards, store / "folds", params, monkeypatch)

@@ -23,20 +23,20 @@ from adfm.models import loading
 from adfm.params import Health, Params
 from adfm.records import Box
 from adfm.training import checkpoints, grpo
-from adfm.training.warmup import warmup
+from adfm.training.sft import sft
 
 WEIGHTS = torch.ones(3)
 
 
 @pytest.fixture(scope="module")
 def started(small_shards: Path, empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A warm-up of no steps: the model that GRPO starts from."""
+    """A cold start of no steps: the model that GRPO starts from."""
     folder = tmp_path_factory.mktemp("started")
     shutil.copy(empty_database, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        warmup(small_shards, folder / "warmup", Params.model_validate({"warmup": {"steps": 0}}))
-    return folder / "warmup"
+        sft(small_shards, folder / "sft", Params.model_validate({"sft": {"steps": 0}}))
+    return folder / "sft"
 
 
 def test_utilisation_of_constructed_groups() -> None:
@@ -135,7 +135,7 @@ def test_batch_that_does_not_divide_is_refused(small_shards: Path, started: Path
 
 
 def test_a_folder_without_adapter_is_refused(small_shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(AdfmError, match="adfm warmup"):
+    with pytest.raises(AdfmError, match="adfm sft"):
         grpo.train(small_shards, tmp_path, tmp_path / "out", Params())
 
 

@@ -20,7 +20,7 @@ from adfm.method import prompt
 from adfm.models import families, loading
 from adfm.params import Params
 from adfm.training import grpo, images
-from adfm.training.warmup import warmup
+from adfm.training.sft import sft
 from experiments import tiny_base, tiny_model
 
 FAMILIES = {"qwen2_5_vl": {"patch_size": 14}, "qwen3_vl": {"patch_size": 16}}
@@ -185,10 +185,10 @@ def test_a_training_is_the_same_to_the_bit(
     import datasets
 
     settings = params.model_dump(by_alias=True)
-    settings["warmup"]["steps"] = 0
+    settings["sft"]["steps"] = 0
     settings["train"] |= {"steps": 2, "micro_batch": 2, "pictures_every": 0, "checkpoint_every": 100}
     own = Params.model_validate(settings)
-    warmup(small_shards, tmp_path / "warmup", own)
+    sft(small_shards, tmp_path / "sft", own)
     decoded: list[Any] = []
     original = datasets.Image.decode_example
 
@@ -199,7 +199,7 @@ def test_a_training_is_the_same_to_the_bit(
     def train(name: str) -> tuple[int, int]:
         decoded.clear()
         with counted(processing) as calls:
-            grpo.train(small_shards, tmp_path / "warmup", tmp_path / name, own)
+            grpo.train(small_shards, tmp_path / "sft", tmp_path / name, own)
         return len(decoded), sum(calls)
 
     monkeypatch.setattr(datasets.Image, "decode_example", decode)

@@ -16,7 +16,7 @@ from adfm.evaluation import calibration, evaluate, metrics, predictions, verdict
 from adfm.method import kinds as kinds_
 from adfm.models import loading, predictor
 from adfm.params import Params
-from adfm.training import grpo, warmup
+from adfm.training import grpo, sft
 
 BASE = "embedded://tiny-base"
 
@@ -32,18 +32,18 @@ def defects(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def test_defects_alone_are_told_apart(defects: Path, tmp_path: Path, params: Params) -> None:
     values = params.model_dump(by_alias=True)
-    values["warmup"] |= {"kinds": True}
+    values["sft"] |= {"kinds": True}
     values["train"] |= {"steps": 1, "pictures_every": 0, "resample": 1}
     values["evaluate"] |= {"bootstrap": 10}
     params = Params.model_validate(values)
-    warmup.warmup(defects, tmp_path / "warmup", params)
-    grpo.train(defects, tmp_path / "warmup", tmp_path / "trained", params)
+    sft.sft(defects, tmp_path / "sft", params)
+    grpo.train(defects, tmp_path / "sft", tmp_path / "trained", params)
     known = kinds_.listed(shards_.table(defects, "train")["defect"].to_pylist())
-    for model in ("warmup", "trained"):
+    for model in ("sft", "trained"):
         assert loading.kinds_of(tmp_path / model) == known
         text = json.loads((tmp_path / model / "adfm.json").read_text())["prompt"][0]["content"]
         assert tuple(text.split('"')[1::2]) == known
-        assert verdict.kind_of(tmp_path / model, params.model).cut == params.warmup.steps  # less than one pass
+        assert verdict.kind_of(tmp_path / model, params.model).cut == params.sft.steps  # less than one pass
     [curves] = csv.DictReader((tmp_path / "trained" / "reward_curves.csv").read_text().splitlines())
     assert {"rewards/kind/mean", "utilisation/kind"} <= curves.keys()
     weights = params.train.weights
@@ -69,8 +69,8 @@ def test_defects_alone_are_told_apart(defects: Path, tmp_path: Path, params: Par
 
 
 def test_without_kinds_defects_alone_are_refused(defects: Path, tmp_path: Path, params: Params) -> None:
-    with pytest.raises(AdfmError, match=r"no normal image.*warmup\.kinds"):
-        warmup.warmup(defects, tmp_path / "warmup", params)
+    with pytest.raises(AdfmError, match=r"no normal image.*sft\.kinds"):
+        sft.sft(defects, tmp_path / "sft", params)
 
 
 def test_a_model_without_kinds_has_no_column_of_them(small_shards: Path) -> None:

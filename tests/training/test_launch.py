@@ -23,26 +23,26 @@ from adfm.process import cpus
 from adfm.process.stopping import Stopped
 from adfm.tracking import settings
 from adfm.training import checkpoints, grpo, launch
-from adfm.training.warmup import warmup
+from adfm.training.sft import sft
 
 # `accelerate launch --cpu --num_processes 2` starts one process.
 IN_TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
 # So cold that a completion does not depend on chance, and all rewards can be compared.
 SMALL = {"steps": 3, "prompts_per_step": 2, "num_generations": 2, "max_completion_length": 16, "temperature": 1e-3}
 OFTEN = {"checkpoint_every": 1, "pictures_every": 1, "beta": 0.0}
-COLD = Params.model_validate({"warmup": {"steps": 0}, "train": SMALL | OFTEN})
+COLD = Params.model_validate({"sft": {"steps": 0}, "train": SMALL | OFTEN})
 
 
 @pytest.fixture(scope="module")
 def undisturbed(small_shards: Path, empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `warmup`, and `trained` by one process that nothing disturbed."""
+    """A folder with `sft`, and `trained` by one process that nothing disturbed."""
     folder = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.chdir(folder)
         shutil.copy(empty_database, folder / "mlflow.db")
-        warmup(small_shards, folder / "warmup", COLD)
-        grpo.train(small_shards, folder / "warmup", folder / "trained", COLD)
+        sft(small_shards, folder / "sft", COLD)
+        grpo.train(small_shards, folder / "sft", folder / "trained", COLD)
     return folder
 
 
@@ -64,7 +64,7 @@ def run_code(patch: pytest.MonkeyPatch, code: str) -> None:
 
 def train(folder: Path, gpus: int = 0, **settings: object) -> None:
     params = Params.model_validate({"train": settings})
-    launch.on_gpus(folder / "shards", folder / "warmup", folder / "trained", params, gpus)
+    launch.on_gpus(folder / "shards", folder / "sft", folder / "trained", params, gpus)
 
 
 def test_several_gpus_are_used_by_accelerate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,8 +210,8 @@ sys.argv[0:2] = ["adfm"]
 runpy.run_module("adfm", run_name="__main__")
 """
     run_as(monkeypatch, sys.executable, "-c", f"import os, pathlib, signal, sys\n{code}")
-    launch.cold_start(small_shards, tmp_path / "warmup", COLD)
-    assert json.loads((tmp_path / "warmup" / "adfm.json").read_text())["stage"] == "warmup"
+    launch.cold_start(small_shards, tmp_path / "sft", COLD)
+    assert json.loads((tmp_path / "sft" / "adfm.json").read_text())["stage"] == "sft"
     assert "was killed by SIGKILL; try 2 of 3 in 0 s, from its beginning" in capfd.readouterr().out
 
 
@@ -293,10 +293,10 @@ def test_two_processes_that_are_told_to_stop_stop_together_with_a_checkpoint(
     small_shards: Path, tmp_path: Path
 ) -> None:
     small = {"steps": 500, "prompts_per_step": 2, "num_generations": 2, "max_completion_length": 16}
-    params = Params.model_validate({"warmup": {"steps": 0}, "train": small | {"checkpoint_every": 1}})
-    warmup(small_shards, tmp_path / "warmup", params)
+    params = Params.model_validate({"sft": {"steps": 0}, "train": small | {"checkpoint_every": 1}})
+    sft(small_shards, tmp_path / "sft", params)
     (tmp_path / "params.yaml").write_text(settings(params))
-    command = launch.command(small_shards, tmp_path / "warmup", tmp_path / "trained", tmp_path / "params.yaml")
+    command = launch.command(small_shards, tmp_path / "sft", tmp_path / "trained", tmp_path / "params.yaml")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     processes = subprocess.Popen([*IN_TWO, *command], env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "trained.checkpoint" / "checkpoint-1").is_dir():
@@ -322,11 +322,11 @@ def test_two_processes_go_on_from_a_checkpoint_of_one_and_do_what_one_would(
     params = COLD
     stop_at_step(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        grpo.train(small_shards, undisturbed / "warmup", tmp_path / "trained", params)
+        grpo.train(small_shards, undisturbed / "sft", tmp_path / "trained", params)
     assert (tmp_path / "trained.checkpoint" / "checkpoint-1").is_dir()
 
     (tmp_path / "params.yaml").write_text(settings(params))
-    command = launch.command(small_shards, undisturbed / "warmup", tmp_path / "trained", tmp_path / "params.yaml")
+    command = launch.command(small_shards, undisturbed / "sft", tmp_path / "trained", tmp_path / "params.yaml")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([*IN_TWO, *command], check=True, env=environment, cwd=tmp_path)
 
@@ -350,7 +350,7 @@ def test_a_process_that_was_killed_is_started_again_from_its_checkpoint(
     work = tmp_path / "trained.checkpoint"
     monkeypatch.setenv("ADFM_TEST_DEATH", f"2:{processes - 1}:{work}")
     run_as(monkeypatch, *launch._launcher(processes)[:-1], Path(__file__).with_name("dying.py"))
-    launch.on_gpus(small_shards, undisturbed / "warmup", tmp_path / "trained", COLD, processes)
+    launch.on_gpus(small_shards, undisturbed / "sft", tmp_path / "trained", COLD, processes)
 
     log = capfd.readouterr().out
     who = "process 1 of several" if processes == 2 else "its process"

@@ -16,7 +16,7 @@ def test_the_next_smaller_divisor_is_advised_then_what_costs_time_then_what_cost
     assert memory.advice(params(micro_batch=16)) == [
         "train.micro_batch=12 (it is 16)",
         "train.gradient_checkpointing=true",
-        "model.max_pixels=262144 (it is null: the processor's own limit), in warm-up and evaluation too",
+        "model.max_pixels=262144 (it is null: the processor's own limit), in cold start and evaluation too",
         "model.dtype=bfloat16, on a GPU",
     ]
     assert memory.advice(params())[0] == "train.micro_batch=24 (it is null: 48)"
@@ -27,7 +27,7 @@ def test_the_next_smaller_divisor_is_advised_then_what_costs_time_then_what_cost
             "model": {"max_pixels": 262144, "dtype": "bfloat16"},
         }
     )
-    assert memory.advice(least) == ["model.max_pixels=131072 (it is 262144), in warm-up and evaluation too"]
+    assert memory.advice(least) == ["model.max_pixels=131072 (it is 262144), in cold start and evaluation too"]
 
 
 def test_generation_has_all_completions_at_once_and_other_settings() -> None:

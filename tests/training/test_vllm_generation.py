@@ -20,7 +20,7 @@ from adfm.errors import AdfmError
 from adfm.models import families, hardware, loading
 from adfm.params import Model, Params
 from adfm.training import grpo, vllm_generation
-from adfm.training.warmup import warmup
+from adfm.training.sft import sft
 from experiments import tiny_base, tiny_model
 from tests.models import random_models
 
@@ -269,8 +269,8 @@ def test_a_training_hands_the_engine_prompts_sizes_and_merged_weights(
     settings["model"] = {"name": str(folder)}
     settings["train"] |= {"vllm": 0.3, "steps": 2}
     own = Params.model_validate(settings)
-    warmup(small_shards, tmp_path / "warmup", own)
-    grpo.train(small_shards, tmp_path / "warmup", tmp_path / "trained", own)
+    sft(small_shards, tmp_path / "sft", own)
+    grpo.train(small_shards, tmp_path / "sft", tmp_path / "trained", own)
     processor = loading.load_processor(folder, Model())
     options = stand_in.options
     assert (options["gpu_memory_utilization"], options["dtype"]) == (0.3, "float32")
@@ -284,7 +284,7 @@ def test_a_training_hands_the_engine_prompts_sizes_and_merged_weights(
     longest = max(len(prompt["prompt_token_ids"]) for prompt in stand_in.prompts)
     grid = (random_models.SIDE // random_models.PATCH // random_models.MERGE) ** 2
     assert options["max_model_len"] >= longest - 1 + grid + own.train.max_completion_length
-    start = loading.load(tmp_path / "warmup", own.model)
+    start = loading.load(tmp_path / "sft", own.model)
     merged = start.model.merge_and_unload()
     (first, *_), last = stand_in.weights, stand_in.weights[-1]
     assert set(first) == {name for name, _ in merged.named_parameters()}

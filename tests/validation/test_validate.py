@@ -713,7 +713,7 @@ def defects_alone() -> dict[str, Record]:
 
 
 KINDS = Params.model_validate(
-    {"validate": {**LIMITS, "min_images_per_split": 4, "min_label_share": 0.05}, "warmup": {"kinds": True}}
+    {"validate": {**LIMITS, "min_images_per_split": 4, "min_label_share": 0.05}, "sft": {"kinds": True}}
 )
 
 
@@ -721,12 +721,10 @@ def test_defects_alone_pass_where_their_kinds_are_learnt(tmp_path: Path) -> None
     folder = written(defects_alone(), tmp_path / "shards")
     passed, report = run(folder, tmp_path / "report", KINDS)
     assert passed and not failed(report)
-    without = KINDS.model_copy(update={"warmup": Params().warmup})
+    without = KINDS.model_copy(update={"sft": Params().sft})
     assert not run(folder, tmp_path / "refused", without)[0]
     first = validate.failures(tmp_path / "refused")[0]
-    assert (
-        "train has normal and anomalous images" in first and "add normal images, or set warmup.kinds to true" in first
-    )
+    assert "train has normal and anomalous images" in first and "add normal images, or set sft.kinds to true" in first
 
 
 def test_of_a_name_that_joins_kinds_its_parts_are_the_kinds(tmp_path: Path) -> None:
@@ -754,7 +752,7 @@ def test_normal_images_alone_are_refused_with_or_without_kinds(tmp_path: Path) -
     normal = {name: one for name, one in faultless().items() if one.label == "normal"}
     folder = written(normal, tmp_path / "shards")
     for kinds in (True, False):
-        params = KINDS.model_copy(update={"warmup": Params().warmup.model_copy(update={"kinds": kinds})})
+        params = KINDS.model_copy(update={"sft": Params().sft.model_copy(update={"kinds": kinds})})
         assert not run(folder, tmp_path / f"report {kinds}", params)[0]
         assert "add images of defects" in "".join(validate.failures(tmp_path / f"report {kinds}"))
 

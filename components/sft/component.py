@@ -6,11 +6,11 @@ from kfp import dsl
 
 
 @dsl.component(base_image=os.environ.get("ADFM_GPU_IMAGE", "localhost/adfm:gpu"), install_kfp_package=False)
-def warmup(
+def sft(
     shards: dsl.Input[dsl.Dataset],
     settings: str,
-    warmup: dsl.Output[dsl.Model],
-    warmup_metrics: dsl.Output[dsl.Metrics],
+    sft: dsl.Output[dsl.Model],
+    sft_metrics: dsl.Output[dsl.Metrics],
 ):
     """Trains on shards that passed validation: others are not an output of their task."""
     from pathlib import Path
@@ -21,9 +21,9 @@ def warmup(
         from adfm.params import loads
         from adfm.training.launch import cold_start
 
-        params, folder = loads(settings), Path(warmup.path)
+        params, folder = loads(settings), Path(sft.path)
         tasks.wait_for_servers(params)
         cold_start(Path(shards.path), folder, params)
-        tasks.name_artifacts({"Model after the cold start": warmup})
-        metrics = tasks.last_metrics(folder / "warmup_curves.csv")
-        tasks.log_metrics(warmup_metrics, "Cold start metrics", metrics, tasks.WARMUP_FIRST)
+        tasks.name_artifacts({"Model after the cold start": sft})
+        metrics = tasks.last_metrics(folder / "sft_curves.csv")
+        tasks.log_metrics(sft_metrics, "Cold start metrics", metrics, tasks.SFT_FIRST)

@@ -4,7 +4,7 @@ Batches hold normal and anomalous images in a fixed share, in several views (`ad
 epoch the loss on the validation split decides whether to stop, and the best epoch is what is kept. Where the tower
 looks for defects itself, as the embedded model's does, the boxes also teach it directly, by a second loss.
 
-`warmup.steps: 0` writes an adapter that changes nothing, and GRPO starts from the base: the paper's setting.
+`sft.steps: 0` writes an adapter that changes nothing, and GRPO starts from the base: the paper's setting.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from adfm.files import atomic_folder, refuse_to_replace, write_json
 from adfm.method import kinds as kinds_
 from adfm.method import prompt
 from adfm.models import adapters, decoding, families, loading
-from adfm.params import Params, Warmup
+from adfm.params import Params, Sft
 from adfm.records import Box
 from adfm.training import examples
 from adfm.training.augmentation import VIEWS, view, view_of_box
@@ -37,7 +37,7 @@ _MOST_BOXES = 8  # an answer of more would be cut at evaluate.max_new_tokens, an
 _JUDGED = 400  # images of the validation split at most after an epoch
 
 
-def warmup(shards: Path, out: Path, params: Params, force: bool = False) -> None:
+def sft(shards: Path, out: Path, params: Params, force: bool = False) -> None:
     """Train a new adapter on correct answers, and write it with its processor to `out`.
 
     The correct answer in stages names the defects' boxes. Where some anomalous images have boxes, those without are
@@ -45,8 +45,8 @@ def warmup(shards: Path, out: Path, params: Params, force: bool = False) -> None
 
     Args:
         shards: Folder of shards; the train split is used, and the validation split to stop early.
-        out: Folder to write: adapter, processor, `adfm.json`, `trained_on.parquet`, `warmup_curves.csv`.
-        params: Reads `model`, `lora`, `tile`, `warmup` and `seed`.
+        out: Folder to write: adapter, processor, `adfm.json`, `trained_on.parquet`, `sft_curves.csv`.
+        params: Reads `model`, `lora`, `tile`, `sft` and `seed`.
         force: Replace a finished model at `out`.
 
     Raises:
@@ -59,7 +59,7 @@ def warmup(shards: Path, out: Path, params: Params, force: bool = False) -> None
     from adfm.training.watch import write_curves
 
     set_seed(params.seed)
-    settings = params.warmup
+    settings = params.sft
     loaded = loading.load(params.model.name, params.model)
     kinds = kinds_.listed(shards_.table(shards, "train")["defect"].to_pylist()) if settings.kinds else ()
     messages = prompt.messages(families.get(loaded.family).units, settings.stages, kinds)
@@ -68,15 +68,15 @@ def warmup(shards: Path, out: Path, params: Params, force: bool = False) -> None
     model = adapters.attach(loaded.model, params.lora)
     with (
         atomic_folder(out) as folder,
-        tracking.start_run("warmup", params, {"attention": model.config._attn_implementation}, must_end=False) as run,
+        tracking.start_run("sft", params, {"attention": model.config._attn_implementation}, must_end=False) as run,
         Outbox(out.with_name(out.name + ".unsent"), run.info.run_id) as outbox,
     ):
         history: list[dict[str, Any]] = []
         cut = None
         if settings.steps:
             history, cut = _trained(model, loaded, shards, folder / "cache", params, outbox)
-        save(folder, model, loaded, shards, params, "warmup", run.info.run_id, cut=cut)
-        write_curves(history, folder / "warmup_curves.csv")
+        save(folder, model, loaded, shards, params, "sft", run.info.run_id, cut=cut)
+        write_curves(history, folder / "sft_curves.csv")
 
 
 def _trained(
@@ -85,7 +85,7 @@ def _trained(
     """Trains `model`.
 
     Returns:
-        What was logged; and the steps, if `warmup.steps` ended it within the first pass over the images, or while the
+        What was logged; and the steps, if `sft.steps` ended it within the first pass over the images, or while the
         loss on validation was still falling.
     """
     import torch
@@ -95,7 +95,7 @@ def _trained(
 
     from adfm.training.watch import Watch
 
-    settings = params.warmup
+    settings = params.sft
     epoch = -(-len(examples.rows(shards, "train", params.tile)) // settings.batch_size)
     steps = min(settings.steps, epoch * settings.epochs)
     located = settings.stages and _located(shards)
@@ -142,7 +142,7 @@ def _trained(
         train_dataset=data,
         eval_dataset=validation,
         processing_class=loaded.processor,
-        callbacks=[Watch("warm-up", ["loss", "mean_token_accuracy"], outbox)],
+        callbacks=[Watch("cold start", ["loss", "mean_token_accuracy"], outbox)],
     )
     trainer.places_weight = settings.places_weight
     kinds = loaded.kinds or kinds_.single(shards_.table(shards, "train")["defect"].to_pylist())[: kinds_.MOST]
@@ -153,7 +153,7 @@ def _trained(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.train()
-    limit = "warmup.steps" if steps == settings.steps else "warmup.epochs"
+    limit = "sft.steps" if steps == settings.steps else "sft.epochs"
     early = ""
     if steps <= epoch:
         early = "it has made no more than one pass over the images"
@@ -164,10 +164,10 @@ def _trained(
             f"cold start: after {steps} steps, which {limit} allows, {early}; "
             f"raise {limit} where the model is not good enough"
         )
-    return list(trainer.state.log_history), steps if early and limit == "warmup.steps" else None
+    return list(trainer.state.log_history), steps if early and limit == "sft.steps" else None
 
 
-def _judged(shards: Path, settings: Warmup, needed: set[str]) -> int:
+def _judged(shards: Path, settings: Sft, needed: set[str]) -> int:
     """How many images of the validation split judge an epoch; 0: it cannot stop early, and says why."""
     if not settings.patience:
         return 0
@@ -204,7 +204,7 @@ class Answers:
         kinds: Those of the training images; the prompt asks for one where the settings say so.
     """
 
-    def __init__(self, data: Any, settings: Warmup, seed: int, augment: bool = True, kinds: Sequence[str] = ()) -> None:
+    def __init__(self, data: Any, settings: Sft, seed: int, augment: bool = True, kinds: Sequence[str] = ()) -> None:
         self._data, self._settings, self._seed, self._augment, self._kinds = data, settings, seed, augment, kinds
 
     def __len__(self) -> int:
@@ -289,12 +289,12 @@ def save(
     """Write adapter, processor, `adfm.json` and `trained_on.parquet`, and remove what else the training left there.
 
     `weights` are those of a model of which each process holds a part, `start` is the folder that it was trained from,
-    and `cut` the steps of a warm-up that `warmup.steps` ended too early, which later stages hand on.
+    and `cut` the steps of a cold start that `sft.steps` ended too early, which later stages hand on.
     """
     import shutil
 
     if start is not None:
-        cut = (loading.describe(start) or {}).get("warmup_cut")
+        cut = (loading.describe(start) or {}).get("cut_short")
     shutil.rmtree(folder / "cache", ignore_errors=True)
     # The embeddings are the base's; PEFT would add them to an adapter on `lm_head` or `embed_tokens`.
     model.save_pretrained(folder, selected_adapters=["default"], state_dict=weights, save_embedding_layers=False)
@@ -306,7 +306,7 @@ def save(
         "family": loaded.family,
         "prompt": loaded.prompt,
         **({"kinds": list(loaded.kinds)} if loaded.kinds else {}),
-        **({"warmup_cut": cut} if cut else {}),
+        **({"cut_short": cut} if cut else {}),
         "mlflow_run_id": run_id,
         "data_fingerprint": shards_.fingerprint(shards),
         "grey_range": shards_.grey_range(shards),
