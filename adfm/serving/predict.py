@@ -1,4 +1,4 @@
-"""What a model says of photographs that nobody has judged: of files on the command line, of bytes in a served model.
+"""Inference on unlabelled images: files on the command line, bytes in a served model.
 
 It is the path of evaluation: the same prompt, the same batches, the same reading of the answer.
 """
@@ -26,7 +26,8 @@ from adfm.evaluation import guard as guard_
 from adfm.evaluation.calibration import Calibration
 from adfm.evaluation.guard import Guard
 from adfm.files import digest
-from adfm.models import loading, predictor
+from adfm.models import loading
+from adfm.models import predictor as predictor_
 from adfm.models.predictor import Prediction
 from adfm.params import Params
 from adfm.records import Box
@@ -60,7 +61,7 @@ T = TypeVar("T")
 
 
 def predict(images: Sequence[Path], model: str, params: Params, out: Path | None = None, as_json: bool = False) -> None:
-    """Lets a model answer photographs, prints what it says, and draws it.
+    """Run a model on unlabelled images, print its answers, and draw them.
 
     Args:
         images: Files, and folders, of which every image is taken, also in folders inside.
@@ -74,27 +75,43 @@ def predict(images: Sequence[Path], model: str, params: Params, out: Path | None
         AdfmError: There is no image, the model cannot be loaded, or images cannot be read: all of them are listed, and
             the others were answered.
     """
+    for row in answers(images, model, params, out):
+        line = json.dumps(row) if as_json else _text(row)
+        print(line, flush=True)
+
+
+def answers(images: Sequence[Path], model: str, params: Params, out: Path | None = None) -> Iterator[dict[str, Any]]:
+    """Run a model on unlabelled images, a batch at a time.
+
+    Args:
+        images: As in `predict`.
+        model: As in `predict`.
+        params: As in `predict`.
+        out: As in `predict`.
+
+    Yields:
+        For each image, in order, `image`, what `readable` or `refused` gives, `model`, and `picture`, the path of the
+        drawn answer; `None` without `out`.
+
+    Raises:
+        AdfmError: As in `predict`; for images that cannot be read, after the last answer.
+    """
     files = _files(images)
     above = Path(os.path.commonpath([path if path.is_dir() else path.parent for path in map(_absolute, images)]))
     unreadable: list[str] = []
-
     with TemporaryDirectory() as folder:
-        inspector, name, calibration, guard, bounds = load(model, params, Path(folder))
+        predictor, name, calibration, guard, bounds = load(model, params, Path(folder))
         if calibration.threshold is None:
             print(f"{name}: {calibration.summary}", file=sys.stderr)
         if guard is None:
             print(f"{name}: {UNGUARDED}", file=sys.stderr)
-        for portion in portions(_read(files, unreadable, bounds), params.evaluate.batch_size):
-            rows = judge(inspector, calibration, guard, portion)
-            for (file, image), (row, _) in zip(portion, rows, strict=True):
+        for batch in batches(_read(files, unreadable, bounds), params.evaluate.batch_size):
+            rows = judge(predictor, calibration, guard, batch)
+            for (file, image), (row, _) in zip(batch, rows, strict=True):
                 picture = None
                 if out:
-                    picture = _save(draw(image, row), out / f"{_absolute(file).relative_to(above)}{ENDING}")
-                if as_json:
-                    line = json.dumps({"image": str(file), **row, "model": name, "picture": picture and str(picture)})
-                else:
-                    line = _told(file, row, picture)
-                print(line, flush=True)
+                    picture = str(_save(draw(image, row), out / f"{_absolute(file).relative_to(above)}{ENDING}"))
+                yield {"image": str(file), **row, "model": name, "picture": picture}
     if unreadable:
         raise AdfmError(
             f"{len(unreadable)} of {len(files)} images cannot be read; replace them, or leave them out:\n  "
@@ -104,8 +121,8 @@ def predict(images: Sequence[Path], model: str, params: Params, out: Path | None
 
 def load(
     model: str, params: Params, to: Path
-) -> tuple[predictor.Predictor, str, Calibration, Guard | None, images_.GreyRange | None]:
-    """Loads a model to answer as it did when it was judged.
+) -> tuple[predictor_.Predictor, str, Calibration, Guard | None, images_.GreyRange | None]:
+    """Load a model with the settings that it was evaluated with.
 
     Args:
         model: As in `predict`.
@@ -133,8 +150,8 @@ def load(
         calibration, guard = Calibration(note="only a registered version has a threshold"), None
         if loading.is_detector(local):  # its score is a probability, and its threshold in its folder
             calibration = Calibration(threshold=about["threshold"], images=about["chosen_on"])
-    inspector = predictor.Predictor(local, with_own(params, own))
-    return inspector, name, calibration, guard, loading.grey_range(Path(local))
+    predictor = predictor_.Predictor(local, with_own(params, own))
+    return predictor, name, calibration, guard, loading.grey_range(Path(local))
 
 
 def read_version(folder: Path) -> tuple[Any, Calibration, Guard | None]:
@@ -190,52 +207,52 @@ def decode(content: bytes, bounds: images_.GreyRange | None = None) -> Image.Ima
         raise AdfmError(images_.reason(error)) from error
 
 
-def portions(images: Iterable[tuple[T, Image.Image]], batch_size: int) -> Iterator[list[tuple[T, Image.Image]]]:
+def batches(images: Iterable[tuple[T, Image.Image]], batch_size: int) -> Iterator[list[tuple[T, Image.Image]]]:
     """Images in the order in which they come, as many together as fit into a batch and into memory."""
-    portion: list[tuple[T, Image.Image]] = []
+    batch: list[tuple[T, Image.Image]] = []
     pixels = 0
     for what, image in images:
         size = image.width * image.height
-        if portion and (len(portion) == batch_size or pixels + size > _TOGETHER):
-            yield portion
-            portion, pixels = [], 0
-        portion.append((what, image))
+        if batch and (len(batch) == batch_size or pixels + size > _TOGETHER):
+            yield batch
+            batch, pixels = [], 0
+        batch.append((what, image))
         pixels += size
-    if portion:
-        yield portion
+    if batch:
+        yield batch
 
 
 def judge(
-    inspector: predictor.Predictor,
+    predictor: predictor_.Predictor,
     calibration: Calibration,
     guard: Guard | None,
-    portion: Sequence[tuple[Any, Image.Image]],
+    batch: Sequence[tuple[Any, Image.Image]],
 ) -> list[tuple[dict[str, Any], str | None]]:
-    """Answers a portion of images; the model is asked for those that the guard lets through.
+    """Answers a batch of images; the model is asked for those that the guard lets through.
 
     Args:
-        inspector: The model.
+        predictor: The model.
         calibration: What it decides by.
         guard: What images it can judge; `None`: any.
-        portion: The images, each upright RGB, with whatever tells them apart.
+        batch: The images, each upright RGB, with whatever tells them apart.
 
     Returns:
         For each image, in order, its row, as `readable` or `refused` gives it, with `kind` if the model's prompt asks
         for it: the kind of defect that the model names on an image that is `anomalous`, else `None`; and where it
         cannot be judged the kind of reason, for counting: one of the guard's, or `no answer`.
     """
-    refusals = [guard.judge(image) if guard else None for _, image in portion]
-    images = [image for (_, image), refusal in zip(portion, refusals, strict=True) if not refusal]
-    answers = iter(inspector.answers([image.size for image in images], images.__getitem__) if images else [])
+    refusals = [guard.judge(image) if guard else None for _, image in batch]
+    images = [image for (_, image), refusal in zip(batch, refusals, strict=True) if not refusal]
+    answers = iter(predictor.answers([image.size for image in images], images.__getitem__) if images else [])
     rows: list[tuple[dict[str, Any], str | None]] = []
-    for (_, image), refusal in zip(portion, refusals, strict=True):
+    for (_, image), refusal in zip(batch, refusals, strict=True):
         if refusal:
             row = refused(refusal.reason, calibration)
-            rows.append((row | {KIND: None} if inspector.kinds else row, refusal.kind))
+            rows.append((row | {KIND: None} if predictor.kinds else row, refusal.kind))
         else:
             answer = next(answers)
             row = readable(answer, image.size, calibration)
-            if inspector.kinds:
+            if predictor.kinds:
                 row[KIND] = answer.kind if row["label"] == "anomalous" else None
             rows.append((row, NO_ANSWER if row["label"] == CANNOT_JUDGE else None))
     return rows
@@ -358,10 +375,10 @@ def _save(picture: Image.Image, file: Path) -> Path:
     return file
 
 
-def _told(file: Path, said: dict[str, Any], picture: Path | None) -> str:
-    lines = [f"{file}: {_verdict(said)}", *(f"  {line}" for line in said["reasoning"].split("\n") if line)]
-    if picture:
-        lines.append(f"  {picture}")
+def _text(row: dict[str, Any]) -> str:
+    lines = [f"{row['image']}: {_verdict(row)}", *(f"  {line}" for line in row["reasoning"].split("\n") if line)]
+    if row["picture"]:
+        lines.append(f"  {row['picture']}")
     return "\n".join(map(printable, lines))
 
 

@@ -64,7 +64,7 @@ class Served:
         print(f"{self.version}: {self._calibration.summary}", file=sys.stderr)
         if self._guard is None:
             print(f"{self.version}: {predict.UNGUARDED}", file=sys.stderr)
-        self._inspector = Predictor(folder / "model", params)
+        self._predictor = Predictor(folder / "model", params)
         self._grey_range = loading.grey_range(folder / "model")
         self._turns = shadow.Turns()  # MLflow's server has many threads
         self.shadow: shadow.Shadow | None = None
@@ -115,7 +115,7 @@ class Served:
         self._log(contents, judged)
         if self.shadow:
             self.shadow.offer([*contents.values()], rows)
-        columns = [*predict.KEYS, predict.KIND] if self._inspector.kinds else predict.KEYS
+        columns = [*predict.KEYS, predict.KIND] if self._predictor.kinds else predict.KEYS
         return pd.DataFrame(rows, columns=columns, dtype=object)
 
     def answers(self, contents: list[bytes]) -> list[dict[str, Any]]:
@@ -145,11 +145,11 @@ class Served:
             What `adfm.serving.predict.judge` gives for each.
         """
         judged: dict[int, tuple[dict[str, Any], str | None]] = {}
-        for portion in predict.portions(_decoded(contents, problems, self._grey_range), self._batch_size):
+        for batch in predict.batches(_decoded(contents, problems, self._grey_range), self._batch_size):
             if whole and problems:
                 continue
-            rows = predict.judge(self._inspector, self._calibration, self._guard, portion)
-            judged |= {number: row for (number, _), row in zip(portion, rows, strict=True)}
+            rows = predict.judge(self._predictor, self._calibration, self._guard, batch)
+            judged |= {number: row for (number, _), row in zip(batch, rows, strict=True)}
         return judged
 
     def _log(self, contents: dict[int, bytes], judged: dict[int, tuple[dict[str, Any], str | None]]) -> None:
