@@ -292,52 +292,52 @@ def register(model: File, shards: File, evaluation: File, out: File, params: Par
     return registration.register(Path(model), Path(shards), Path(evaluation), Path(out), params or Params())
 
 
-def approve(version: str, params: Params | None = None, *, reason: str = "") -> None:
+def approve(version: str, model: str = "adfm", *, reason: str = "") -> None:
     """Approve a registered version as the current user of MLflow; nothing moves by that.
 
     Args:
         version: Its number.
-        params: Reads `mlflow.registered_model`.
+        model: The registered model.
         reason: Why, for the history.
 
     Raises:
         AdfmError: The version does not exist, or MLflow cannot be reached.
 
     Example:
-        >>> adfm.approve("1", params)  # doctest: +ELLIPSIS
+        >>> adfm.approve("1")  # doctest: +ELLIPSIS
         adfm ...
     """
     from adfm.registry import promotion
 
-    promotion.approve(version, params or Params(), "approved", reason)
+    promotion.approve(version, model, "approved", reason)
 
 
-def promote(version: str, params: Params | None = None) -> None:
+def promote(version: str, model: str = "adfm") -> None:
     """Move the alias `production` to a version, if its signature, its gate and its approval are in order.
 
     Args:
         version: Its number.
-        params: Reads `mlflow.registered_model`.
+        model: The registered model.
 
     Raises:
         AdfmError: It may not be promoted: every reason is listed.
 
     Example:
-        >>> adfm.promote("2", params)  # doctest: +ELLIPSIS
+        >>> adfm.promote("2")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
         adfm.errors.AdfmError: ...
     """
     from adfm.registry import promotion
 
-    promotion.promote(version, params or Params())
+    promotion.promote(version, model)
 
 
-def rollback(params: Params | None = None, *, to: str | None = None, why: str = "") -> None:
+def rollback(model: str = "adfm", *, to: str | None = None, why: str = "") -> None:
     """Move the alias `production` back to an earlier version; the one that leaves needs a new approval to return.
 
     Args:
-        params: Reads `mlflow.registered_model`.
+        model: The registered model.
         to: Number of the version; the one before, without.
         why: The reason, for the history.
 
@@ -345,11 +345,11 @@ def rollback(params: Params | None = None, *, to: str | None = None, why: str = 
         AdfmError: No earlier version can take over.
 
     Example:
-        >>> adfm.rollback(params)  # doctest: +ELLIPSIS
+        >>> adfm.rollback()  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
         adfm.errors.AdfmError: ...
     """
     from adfm.registry import promotion
 
-    promotion.rollback(params or Params(), to=to, why=why)
+    promotion.rollback(model, to=to, why=why)

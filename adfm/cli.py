@@ -495,7 +495,7 @@ def _folds(args: argparse.Namespace, params: Params) -> None:
 def _production(args: argparse.Namespace, params: Params) -> None:
     from adfm.registry.production import write
 
-    write(args.out, params, args.policy)
+    write(args.out, params.mlflow.registered_model, args.policy)
 
 
 def _predict(args: argparse.Namespace, params: Params) -> None:
@@ -550,33 +550,33 @@ def _promote(args: argparse.Namespace, params: Params) -> None:
     from adfm.registry.promotion import promote, promote_approved
 
     if args.version is not None:
-        promote(args.version, params, args.by)
-    elif not promote_approved(params, args.by):
+        promote(args.version, params.mlflow.registered_model, args.by)
+    elif not promote_approved(params.mlflow.registered_model, args.by):
         print(f"no version of {params.mlflow.registered_model} is newly approved; nothing to do")
 
 
 def _rollback(args: argparse.Namespace, params: Params) -> None:
     from adfm.registry.promotion import rollback
 
-    rollback(params, args.by, args.to, args.why)
+    rollback(params.mlflow.registered_model, args.by, args.to, args.why)
 
 
 def _approve(args: argparse.Namespace, params: Params) -> None:
     from adfm.registry.promotion import approve
 
-    approve(args.version, params, "approved", args.reason)
+    approve(args.version, params.mlflow.registered_model, "approved", args.reason)
 
 
 def _reject(args: argparse.Namespace, params: Params) -> None:
     from adfm.registry.promotion import approve
 
-    approve(args.version, params, "rejected", args.reason)
+    approve(args.version, params.mlflow.registered_model, "rejected", args.reason)
 
 
 def _audit(args: argparse.Namespace, params: Params) -> None:
     from adfm.registry.audit import audit
 
-    print(audit(params))
+    print(audit(params.mlflow.registered_model))
 
 
 def _policy_set(args: argparse.Namespace, params: Params) -> None:
@@ -588,14 +588,14 @@ def _policy_set(args: argparse.Namespace, params: Params) -> None:
 def _policy_show(args: argparse.Namespace, params: Params) -> None:
     from adfm.registry.promotion import history
 
-    text = history(params).policy
+    text = history(params.mlflow.registered_model).policy
     print(text or f"no policy is registered for {params.mlflow.registered_model}", end="" if text else "\n")
 
 
 def _keys_rotate(args: argparse.Namespace, params: Params) -> None:
     from adfm.registry.promotion import confirm_keys
 
-    confirm_keys(params, args.by)
+    confirm_keys(params.mlflow.registered_model, args.by)
 
 
 def _serve_approvals(args: argparse.Namespace, params: Params) -> None:
@@ -614,7 +614,7 @@ def _registry_log(args: argparse.Namespace, params: Params) -> None:
     from adfm.registry.history import table
     from adfm.registry.promotion import history
 
-    read = history(params)
+    read = history(params.mlflow.registered_model)
     if args.json:
         print(json.dumps([dataclasses.asdict(step) for step in read.steps], indent=2))
     else:

@@ -265,7 +265,7 @@ def _promoted(loaded: Params, started: datetime | None) -> list[str]:
         since -= _CLOCKS
     return [
         f"version {step.version} of {loaded.mlflow.registered_model} was promoted to production by {printable(step.by)}"
-        for step in promotion.history(loaded).counting
+        for step in promotion.history(loaded.mlflow.registered_model).counting
         if step.action == "promote" and (at := workflows.moment(step.at)) and at >= since
     ]
 

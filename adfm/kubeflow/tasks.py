@@ -269,7 +269,7 @@ def models_to_compare(params: Params, detector: Path, sft: Path, candidate: Path
     from adfm.registry.production import in_production
 
     models: dict[str, str | Path] = {"detector": detector, "base": params.model.name, "sft": sft}
-    return models | evaluate.models_to_compare(in_production(params), candidate)
+    return models | evaluate.models_to_compare(in_production(params.mlflow.registered_model), candidate)
 
 
 def last_metrics(curves: Path) -> dict[str, float]:
@@ -446,13 +446,13 @@ def promote(version: str, settings: str, by: str, page: str) -> None:
     params = loads(settings)
     try:
         if version:
-            promotion.promote(version, params, by)
+            promotion.promote(version, params.mlflow.registered_model, by)
             return
         with reconcile.client() as store:
             registration.accept(store, params)
-        if not promotion.promote_approved(params, by):
+        if not promotion.promote_approved(params.mlflow.registered_model, by):
             print(f"no version of {params.mlflow.registered_model} is newly approved; nothing to do")
     finally:
         Path(page).parent.mkdir(parents=True, exist_ok=True)
-        steps = html.escape(history.table(promotion.history(params)))
+        steps = html.escape(history.table(promotion.history(params.mlflow.registered_model)))
         Path(page).write_text(f"<!doctype html><meta charset='utf-8'><pre>{steps}</pre>\n", encoding="utf-8")

@@ -85,7 +85,7 @@ def look(params: Params) -> str:
         with reconcile.client() as store:
             accept(store, params)
 
-    for act in (accept_all, lambda: promote_approved(params, by)):
+    for act in (accept_all, lambda: promote_approved(params.mlflow.registered_model, by)):
         try:
             act()
         except NoPolicy as error:

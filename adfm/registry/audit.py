@@ -6,7 +6,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from adfm.errors import AdfmError
-from adfm.params import Params
 from adfm.registry import reconcile
 from adfm.registry.history import NOBODY, BrokenHistory, Forbidden, History
 from adfm.registry.reconcile import ANCHOR, PREVIOUS, PRODUCTION, Registry, client, look
@@ -20,7 +19,7 @@ class AuditFailed(AdfmError):
     exit_code = 2
 
 
-def audit(params: Params) -> str:
+def audit(name: str) -> str:
     """Verify history, signatures and aliases of the registered model; changes nothing.
 
     Returns:
@@ -30,7 +29,6 @@ def audit(params: Params) -> str:
         AuditFailed: Something is wrong; all of it is listed.
         AdfmError: MLflow cannot be reached.
     """
-    name = params.mlflow.registered_model
     with client() as store:
         try:
             registry = look(store, name)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from adfm import tracking
 from adfm.files import replace_json
-from adfm.params import Params
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -18,13 +17,13 @@ if TYPE_CHECKING:
 ALIASES = ("production", "anchor")
 
 
-def in_production(params: Params) -> dict[str, Any]:
+def in_production(name: str) -> dict[str, Any]:
     """The versions that a candidate is judged against.
 
     Where there is no store yet, none is made.
 
     Args:
-        params: Reads `register`.
+        name: The registered model.
 
     Returns:
         `model`: its name; `production`, `anchor`: `version` and `artifact_digest` of the version that the alias points
@@ -33,14 +32,13 @@ def in_production(params: Params) -> dict[str, Any]:
     Raises:
         AdfmError: MLflow cannot be reached.
     """
-    name = params.mlflow.registered_model
     versions = dict.fromkeys(ALIASES) if tracking.store_is_missing() else _versions(name)
     if versions["anchor"] == versions["production"]:
         versions["anchor"] = None
     return {"model": name, **versions}
 
 
-def judging_policy(params: Params) -> str:
+def judging_policy(name: str) -> str:
     """Digest of the policy that judges: the registered one; where none is, `gate.yaml`, which would be registered.
 
     Raises:
@@ -51,26 +49,26 @@ def judging_policy(params: Params) -> str:
     registered = None
     if not tracking.store_is_missing():
         with reconcile.client() as store:
-            registered = reconcile.look(store, params.mlflow.registered_model).history.policy
+            registered = reconcile.look(store, name).history.policy
     return policy.digest(policy.load() if registered is None else policy.loads(registered, "the registered policy"))
 
 
-def write(out: Path, params: Params, policy: Path | None = None) -> None:
+def write(out: Path, name: str, policy: Path | None = None) -> None:
     """Writes what `in_production` gives as JSON, and prints it; the same versions give the same bytes.
 
     Args:
         out: The file.
-        params: Reads `register`.
+        name: The registered model.
         policy: File to write `judging_policy` to, for those stages alone that decide.
 
     Raises:
         AdfmError: As of `in_production` and `judging_policy`.
     """
-    about = in_production(params)
+    about = in_production(name)
     out.parent.mkdir(parents=True, exist_ok=True)
     replace_json(about, out)
     if policy is not None:
-        replace_json({"policy": judging_policy(params)}, policy)
+        replace_json({"policy": judging_policy(name)}, policy)
     lines = [f"{alias}: version {about[alias]['version']} of {about['model']}" for alias in ALIASES if about[alias]]
     print("\n".join(lines) or f"no version of {about['model']} is in production")
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from adfm import signing
 from adfm.errors import AdfmError
-from adfm.params import Params
 from adfm.registry import decisions, policy
 from adfm.registry import history as history_
 from adfm.registry.alerts import alert
@@ -38,7 +37,7 @@ class _Changed(Exception):
     """History or tags have changed while files were checked: look again."""
 
 
-def promote(version: str, params: Params, by: str | None = None) -> None:
+def promote(version: str, name: str, by: str | None = None) -> None:
     """Puts a version into production, if its files are those that were signed, its gate passes, and it is approved.
 
     A refusal is written into the history. An approval that cannot be followed is set back to `pending`, and the tag
@@ -47,7 +46,7 @@ def promote(version: str, params: Params, by: str | None = None) -> None:
 
     Args:
         version: Number of the version.
-        params: Reads `mlflow.registered_model`.
+        name: The registered model.
         by: Who promotes; the user of the process if not given.
 
     Raises:
@@ -55,18 +54,18 @@ def promote(version: str, params: Params, by: str | None = None) -> None:
             files are not what was signed. Production is untouched.
     """
     with client() as store:
-        adopt_policy(settle(store, params.mlflow.registered_model))
-        _promote(store, params.mlflow.registered_model, version, by or user())
+        adopt_policy(settle(store, name))
+        _promote(store, name, version, by or user())
 
 
-def promote_approved(params: Params, by: str | None = None) -> bool:
+def promote_approved(name: str, by: str | None = None) -> bool:
     """Does what the reviewers have decided since the last time: promotes what is approved, notes what is rejected.
 
     The newest approved version comes first. Older ones are then refused, because their gate did not see it. One whose
     tag `approval_by` is still missing waits.
 
     Args:
-        params: Reads `mlflow.registered_model`.
+        name: The registered model.
         by: Who promotes; the user of the process if not given.
 
     Returns:
@@ -76,7 +75,6 @@ def promote_approved(params: Params, by: str | None = None) -> bool:
         Refused: An approval could not be followed; others were.
         AdfmError: MLflow failed, or a version's files could not be read; the approval stands for the next time.
     """
-    name = params.mlflow.registered_model
     errors: list[AdfmError] = []
     with client() as store:
         registry = adopt_policy(settle(store, name))
@@ -103,13 +101,13 @@ def promote_approved(params: Params, by: str | None = None) -> bool:
     return bool(approved)
 
 
-def rollback(params: Params, by: str | None = None, to: str | None = None, why: str = "") -> None:
+def rollback(name: str, by: str | None = None, to: str | None = None, why: str = "") -> None:
     """Puts an earlier version back into production; the one that leaves needs a new approval to return.
 
     Afterwards `previous` is the version that the restored one had once replaced, so that one can go back further.
 
     Args:
-        params: Reads `mlflow.registered_model`.
+        name: The registered model.
         by: Who rolls back; the user of the process if not given.
         to: Number of a version that was in production; without it, the version under `previous`.
         why: The reason, for the history.
@@ -118,7 +116,6 @@ def rollback(params: Params, by: str | None = None, to: str | None = None, why: 
         AdfmError: There is nothing to roll back to, `to` never was in production, or its files are not what was signed.
             Production is untouched.
     """
-    name = params.mlflow.registered_model
     with client() as store:
         registry = settle(store, name)
         history, versions, move = registry.history, registry.versions, registry.history.move
@@ -151,29 +148,28 @@ def rollback(params: Params, by: str | None = None, to: str | None = None, why: 
     alert(f"{name}: rolled back from version {leaving} to {number} by {step.by}. {why}".rstrip())
 
 
-def history(params: Params) -> History:
+def history(name: str) -> History:
     """The history of production.
 
     Raises:
         AdfmError: MLflow cannot be reached, or the history is broken.
     """
     with client() as store:
-        return history_.read(store, params.mlflow.registered_model, signing.keys())
+        return history_.read(store, name, signing.keys())
 
 
-def approve(version: str, params: Params, value: str = "approved", reason: str = "") -> None:
+def approve(version: str, name: str, value: str = "approved", reason: str = "") -> None:
     """Sets the tags of an approval or a rejection, with the own login at MLflow; nothing moves by that.
 
     Args:
         version: Number of the version.
-        params: Reads `mlflow.registered_model`.
+        name: The registered model.
         value: `approved` or `rejected`.
         reason: Kept in the history.
 
     Raises:
         AdfmError: There is no such version, its gate did not pass, or the login may not edit it.
     """
-    name = params.mlflow.registered_model
     with client() as store:
         versions = {str(each.version): each for each in history_.versions(store, name)}
         target = find(versions, name, version)
@@ -186,13 +182,12 @@ def approve(version: str, params: Params, value: str = "approved", reason: str =
     print(f"version {version} of {name}: {value} by {user()}")
 
 
-def confirm_keys(params: Params, by: str | None = None) -> None:
+def confirm_keys(name: str, by: str | None = None) -> None:
     """Confirms, with the service's key of today, the steps that retired keys have signed.
 
     Raises:
         AdfmError: The own key is not one of the service, or the history is broken.
     """
-    name = params.mlflow.registered_model
     with client() as store:
         keys = signing.keys()
         trusting = replace(keys, service=keys.service | keys.retired, retired={})

@@ -78,7 +78,7 @@ def test_a_reviewer_approves_and_rejects_by_clicking(server, add, service, page)
     address = f"{server}/#/models/line/versions"
 
     decide(page, f"{address}/1", "rejected")
-    wait_for(lambda: history(params).last("reject") is not None)
+    wait_for(lambda: history(params.mlflow.registered_model).last("reject") is not None)
     assert production("line") is None
 
     decide(page, f"{address}/2", "approved")
@@ -94,9 +94,9 @@ def test_a_reviewer_approves_and_rejects_by_clicking(server, add, service, page)
     assert production("line") == "2"
     page.reload()
     page.locator("tr[data-row-key=approval_refused]").get_by_text("which is 2 now").wait_for()
-    steps = history(params).counting
+    steps = history(params.mlflow.registered_model).counting
     assert [(step.action, step.version) for step in steps if step.action == "promote"] == [("promote", "2")]
-    assert history(params).move.approval_by == "Rita"
+    assert history(params.mlflow.registered_model).move.approval_by == "Rita"
     assert (steps[-1].action, steps[-1].version, steps[-1].production) == ("judge", "3", "2")
 
 

@@ -39,11 +39,11 @@ def test_an_approval_without_a_name_waits_for_it(store, add, capsys):
     version = tracking.client().get_model_version("adfm", "1")
     assert version.tags["approval"] == "approved" and "approval_by is missing" in version.tags["approval_refused"]
     assert capsys.readouterr().out.count("is approved and waits") == 1
-    assert history(PARAMS).production == "none"
-    assert [step.action for step in history(PARAMS).counting] == ["policy", "judge"]
+    assert history("adfm").production == "none"
+    assert [step.action for step in history("adfm").counting] == ["policy", "judge"]
     tag("1", "approval_by", "Rita")
     assert look(PARAMS) == ""
-    assert history(PARAMS).production == "1" and history(PARAMS).move.approval_by == "Rita"
+    assert history("adfm").production == "1" and history("adfm").move.approval_by == "Rita"
 
 
 def test_a_look_that_fails_is_reported_and_the_rest_is_done(store, add, monkeypatch, capsys):
@@ -54,7 +54,7 @@ def test_a_look_that_fails_is_reported_and_the_rest_is_done(store, add, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(approvals, "accept", fail)
         assert "a bug" in look(PARAMS)
-    assert history(PARAMS).production == "1"
+    assert history("adfm").production == "1"
     add(30)
     monkeypatch.setattr(decisions, "judge", fail)
     assert "a bug" in look(PARAMS)
@@ -134,12 +134,12 @@ def test_alerts_of_a_whole_life(store, add, channel):
     add(28, approve=False)
     tag("2", "approval", "rejected")
     tag("2", "approval_reason", "misses <!channel> & co")
-    promote(add(30), PARAMS, "Ada")
-    promote(add(38), PARAMS, "Ada")
+    promote(add(30), "adfm", "Ada")
+    promote(add(38), "adfm", "Ada")
     tag("1", "approval", "yes")
     with pytest.raises(AdfmError):
-        promote_approved(PARAMS)
-    rollback(PARAMS, "Grace", why="false alarms")
+        promote_approved("adfm")
+    rollback("adfm", "Grace", why="false alarms")
     heads = [text.splitlines()[0] for text in channel.said]
     begins = [
         "adfm: policy changed by ",
@@ -211,7 +211,7 @@ def test_twenty_promotions_that_race(server, add, monkeypatch):
 
     def run(number: str) -> str:
         try:
-            promote(number, params, by="a racer")
+            promote(number, params.mlflow.registered_model, by="a racer")
         except AdfmError as error:
             return str(error)
         return number
@@ -223,7 +223,7 @@ def test_twenty_promotions_that_race(server, add, monkeypatch):
     assert [lost for lost in outcomes if lost not in versions and "cannot be promoted" not in lost] == []
     aliases = tracking.client().get_registered_model("race").aliases
     assert {alias: str(number) for alias, number in aliases.items()} == {"production": won[0], "anchor": won[0]}
-    read = history(params)
+    read = history(params.mlflow.registered_model)
     assert [step.number for step in read.steps] == list(range(1, len(read.steps) + 1))
     moved = [step for step in read.counting if step.action == "promote"]
     assert [(step.version, step.finished) for step in moved] == [(won[0], True)]
@@ -275,6 +275,6 @@ def test_the_service_moves_production_within_seconds_of_the_tag(server, add, ser
     wait_for(lambda: production("belt") == "1")
     seconds = time.monotonic() - began
     params = Params.model_validate({"register": {"model": "belt"}})
-    assert history(params).move.by.startswith("adfm approvals on ")
+    assert history(params.mlflow.registered_model).move.by.startswith("adfm approvals on ")
     print(f"from tag to alias: {seconds:.1f} s")
     assert seconds < 30

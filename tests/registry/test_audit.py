@@ -26,8 +26,8 @@ def files_of(store: Path, number: str) -> Path:
 @pytest.fixture
 def plant(store: Path, add: Callable[..., str]) -> Path:
     """Version 2 in production, version 1 previous and anchor."""
-    promote(add(26), PARAMS)
-    promote(add(36), PARAMS)
+    promote(add(26), "adfm")
+    promote(add(36), "adfm")
     return store
 
 
@@ -40,7 +40,7 @@ def test_all_is_well(plant, capsys):
 
 
 def test_nothing_is_well_too(store):
-    assert audit(PARAMS).splitlines() == [
+    assert audit("adfm").splitlines() == [
         "adfm: everything is as the signed history says",
         "  - history: 0 signed steps, each naming the one before",
     ]
@@ -54,7 +54,7 @@ def test_everything_that_is_wrong_is_listed_and_nothing_is_changed(plant, capsys
     client.set_registered_model_alias("adfm", "production", "1")
     client.create_model_version("adfm-history", "s3://x/y", tags={"action": "promote", "version": "1"})
     with pytest.raises(AuditFailed) as failed:
-        audit(PARAMS)
+        audit("adfm")
     message = str(failed.value)
     assert failed.value.exit_code == 2
     for text in (
@@ -73,7 +73,7 @@ def test_everything_that_is_wrong_is_listed_and_nothing_is_changed(plant, capsys
 def test_a_broken_history_fails_the_audit(plant):
     tracking.client().delete_model_version("adfm-history", "3")
     with pytest.raises(AuditFailed, match=r"has a gap: step 4 follows one"):
-        audit(PARAMS)
+        audit("adfm")
 
 
 def test_files_that_were_signed_again_are_not_those_that_were_promoted(plant, tmp_path):
@@ -84,7 +84,7 @@ def test_files_that_were_signed_again_are_not_those_that_were_promoted(plant, tm
     signing.sign(copy, signing.keys())
     shutil.copy(copy / "model.sig", folder / "model.sig")
     with pytest.raises(AuditFailed, match="production: version 2: its files are not those with which it came into"):
-        audit(PARAMS)
+        audit("adfm")
 
 
 def test_a_new_key_of_the_service_takes_over(plant, tmp_path, monkeypatch, capsys):
@@ -97,13 +97,13 @@ def test_a_new_key_of_the_service_takes_over(plant, tmp_path, monkeypatch, capsy
     with pytest.raises(BrokenHistory, match="confirm them with `adfm keys rotate`"):
         settle(tracking.client(), "adfm")
     assert main(["keys", "rotate", "--by", "Ada"]) == 0
-    step = history(PARAMS).counting[-1]
+    step = history("adfm").counting[-1]
     assert (step.action, step.by) == ("keys", "Ada")
     assert step.why == f"key {new.id} of the service confirms the steps up to 5"
     assert settle(tracking.client(), "adfm").history.production == "2"
-    assert "everything is as the signed history says" in audit(PARAMS)
+    assert "everything is as the signed history says" in audit("adfm")
     # The old key is not one to confirm with.
     monkeypatch.setattr(signing, "FOLDER", old.folder)
     (old.folder / "service" / "own.pem").unlink()
     with pytest.raises((signing.BadKey, BrokenHistory)):
-        confirm_keys(PARAMS)
+        confirm_keys("adfm")

@@ -22,13 +22,15 @@ ACCEPTED = ["a", "0", "12", "x" * 53, "Steel-plates_2.v3", "a..b", "latest", "mo
 def test_a_name_that_is_accepted_is_registered_promoted_and_found(store, add, tmp_path: Path, name: str) -> None:
     params = Params.model_validate({"register": {"model": name}})
     assert add(28, model=name) == "1"
-    promote("1", params, "Ada")
+    promote("1", params.mlflow.registered_model, "Ada")
     for uri in (f"models:/{name}/1", f"models:/{name}@production"):
         (tmp_path / "fetched").mkdir(exist_ok=True)
         folder, version = loading.fetch(uri, tmp_path / "fetched")
         assert version == f"models:/{name}/1"
         assert (Path(folder) / "adapter_model.safetensors").is_file()
-    assert [step.version for step in history(params).counting if step.action == "promote"] == ["1"]
+    assert [step.version for step in history(params.mlflow.registered_model).counting if step.action == "promote"] == [
+        "1"
+    ]
 
 
 REFUSED = [

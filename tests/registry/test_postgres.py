@@ -26,7 +26,6 @@ import requests
 import yaml
 
 from adfm import tracking
-from adfm.params import Params
 from adfm.registry.audit import audit
 from adfm.registry.history import MOVES
 from adfm.registry.promotion import history, promote, rollback
@@ -301,9 +300,9 @@ def test_the_whole_path_and_a_restored_backup(postgres, database, own_folder, ad
         subprocess.run([sys.executable, ROOT / "scripts/set-up-roles.py", "--service", "service"], check=True)
         log_in(monkeypatch, uri, "service")
         for right in (26, 36):
-            promote(add(right), Params())
-        rollback(Params())
-        before = history(Params())
+            promote(add(right), "adfm")
+        rollback("adfm")
+        before = history("adfm")
         moves = [(step.action, step.production) for step in before.counting if step.action in MOVES]
         assert moves == [("promote", "1"), ("promote", "2"), ("rollback", "1")]
         # The database first: every file that it names is in the later copy of the files.
@@ -322,12 +321,12 @@ def test_the_whole_path_and_a_restored_backup(postgres, database, own_folder, ad
     shutil.copytree(tmp_path / "copy", server.home / "files")
     with server.mlflow() as uri:
         log_in(monkeypatch, uri, "service")
-        assert history(Params()).steps == before.steps
-        assert "everything is as the signed history says" in audit(Params())
+        assert history("adfm").steps == before.steps
+        assert "everything is as the signed history says" in audit("adfm")
         client = tracking.client()
         model = client.get_registered_model("adfm")
         assert (model.aliases["production"], "after" in model.tags) == ("1", False)
-        promote(add(38), Params())
+        promote(add(38), "adfm")
         assert client.get_registered_model("adfm").aliases["production"] == "3"
         log_in(monkeypatch, uri, "admin")
         assert client.get_registered_model("adfm").name == "adfm"

@@ -84,7 +84,7 @@ def test_the_candidate_is_not_compared_with_itself(store: Path) -> None:
     _versions(tracking.client(), digest(model), "another")
     for alias, version in (("production", "2"), ("anchor", "1")):
         tracking.client().set_registered_model_alias("adfm", alias, version)
-    about = in_production(Params())
+    about = in_production("adfm")
     assert models_to_compare(about, model) == {"production": "models:/adfm/2"}
     (model / "adfm.json").write_text("{ }")
     assert models_to_compare(about, model) == {"production": "models:/adfm/2", "anchor": "models:/adfm/1"}
@@ -97,7 +97,7 @@ def test_the_candidate_is_not_compared_with_itself(store: Path) -> None:
 
 def test_what_was_written_is_read(store: Path) -> None:
     write(store / "production.json", Params())
-    assert read_production(store / "production.json") == in_production(Params())
+    assert read_production(store / "production.json") == in_production("adfm")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"model": "adfm", "production": {"version": "1"}, "anchor": null}'])

@@ -8,7 +8,6 @@ import pytest
 
 from adfm.kubeflow import notification
 from adfm.kubeflow.notification import PROMOTION, Status, notify
-from adfm.params import Params
 from adfm.process.pod import STARTED
 from adfm.registry.promotion import promote
 
@@ -26,7 +25,7 @@ def test_what_was_promoted_is_said_and_nothing_if_nothing_was(store, add, sent, 
     version = add(30)
     assert notify(PROMOTION, succeeded, "run-1", "", "") == "adfm-promotion succeeded\nrun run-1"
     assert sent == []
-    promote(version, Params(), "adfm-promotion")
+    promote(version, "adfm", "adfm-promotion")
     text = notify(PROMOTION, succeeded, "run-2", "", "")
     assert text.splitlines()[1] == f"version {version} of adfm was promoted to production by adfm-promotion"
     assert sent == [text]

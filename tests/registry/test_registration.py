@@ -35,7 +35,7 @@ def versions(name: str = "adfm") -> list[Any]:
 def put_into_production(version: str) -> None:
     for key, value in (("approval_by", "Rita"), ("approval", "approved")):
         tracking.client().set_model_version_tag("adfm", version, key, value)
-    promote(version, PARAMS)
+    promote(version, "adfm")
 
 
 def gate_of(version: Any) -> dict[str, Any]:
@@ -88,12 +88,12 @@ def test_first_version_carries_everything(store, shards, make_model, make_evalua
 
     carried = download(version, "", tmp_path / "carried")
     assert signing.verify(carried, signing.keys()) == signing.keys().id
-    [judged] = [step for step in history(PARAMS).counting if step.action == "judge"]
+    [judged] = [step for step in history("adfm").counting if step.action == "judge"]
     assert judged.manifest == signing.manifest(carried) and judged.finished
     assert judged.submission == version.source.removeprefix("models:/")
     of_model, _, of_test = judged.contents.split("-")
     assert (of_model, of_test) == (files.digest(model)[:32], version.tags["test_fingerprint"][:32])
-    assert policy.loads((carried / "gate.yaml").read_text()) == policy.load() == policy.loads(history(PARAMS).policy)
+    assert policy.loads((carried / "gate.yaml").read_text()) == policy.load() == policy.loads(history("adfm").policy)
     for folder, source in (("model", model), ("evaluation", evaluation)):
         assert files.digest(carried / folder) == files.digest(source)
     assert yaml.safe_load((carried / "params.yaml").read_text()) == PARAMS.model_dump(mode="json", by_alias=True)
@@ -222,7 +222,7 @@ def test_a_crash_before_the_end_leaves_one_version_in_the_end(
         register(model, shards, evaluation, tmp_path / "out", PARAMS)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
     [version] = versions()
-    assert (version.tags, history(PARAMS).last("judge")) == ({"approval": "pending"}, None)
+    assert (version.tags, history("adfm").last("judge")) == ({"approval": "pending"}, None)
     register(model, shards, evaluation, tmp_path / "out", PARAMS)
     [version] = versions()
     assert version.tags["gate"] == "passed" and version.description
@@ -396,7 +396,7 @@ def test_a_calibration_that_was_changed_in_the_store_is_refused(store, shards, m
         for key, value in (("approval_by", "Rita"), ("approval", "approved")):
             tracking.client().set_model_version_tag("adfm", "1", key, value)
         with pytest.raises(AdfmError, match=r"(changed|missing): evaluation/calibration\.json"):
-            promote("1", PARAMS)
+            promote("1", "adfm")
 
 
 # -------------------------------------------------------------------------------------- submission and acceptance
@@ -457,7 +457,7 @@ def test_a_submitter_submits_and_the_service_accepts(apart, one, capsys):
     decision = register(*one, PARAMS, {"kfp_run_id": "r", "approval": "approved"}, wait=0)
     assert decision.passed and json.loads((one[3] / "registration.json").read_text())["version"] == "1"
     [version] = versions()
-    [judged] = [step for step in history(PARAMS).counting if step.action == "judge"]
+    [judged] = [step for step in history("adfm").counting if step.action == "judge"]
     assert version.tags["signed_by"] == judged.signer == signing.keys().id
     assert version.tags["approval"] == "pending" and len(submissions()) == 1
     assert "kfp_run_id" not in version.tags  # those of the first submission, which the submitter may not change
@@ -513,10 +513,10 @@ def test_what_is_submitted_unsigned_or_changed_is_refused_and_not_looked_at_agai
     file.write_text(file.read_text() + "# changed")
     apart("service")
     assert accept_all() == [] and versions() == []
-    assert history(PARAMS).last("refuse").submission == submissions()[0].model_id
+    assert history("adfm").last("refuse").submission == submissions()[0].model_id
     assert "changed: MLmodel" in capsys.readouterr().out
     assert accept_all() == []
-    assert [step.action for step in history(PARAMS).counting] == ["policy", "refuse"]
+    assert [step.action for step in history("adfm").counting] == ["policy", "refuse"]
     apart("submitter")
     refuses(*one, PARAMS, wait=0)  # a new submission, not the one that was refused
     assert len(submissions()) == 2
@@ -541,7 +541,7 @@ def test_a_submission_by_an_unknown_key_or_for_another_model_is_refused(apart, o
     refuses(*one, PARAMS, wait=0)
     apart("service")
     assert accept_all() == [] and versions() == [] and versions("other") == []
-    refused = [step.why for step in history(PARAMS).counting if step.action == "refuse"]
+    refused = [step.why for step in history("adfm").counting if step.action == "refuse"]
     assert len(refused) == 2
     assert any("for the registered model 'other', not for 'adfm'" in why for why in refused)
     assert any("signed with a key whose versions do not count" in why for why in refused)
@@ -575,8 +575,8 @@ def test_killed_anywhere_one_submission_makes_one_version(one, monkeypatch, dies
     assert accept_all() == []
     [version] = versions()
     assert version.tags["gate"] == "passed" and version.description
-    assert sum(step.action == "judge" for step in history(PARAMS).counting) == 1
-    assert decisions.is_shown(version, history(PARAMS).last("judge"))
+    assert sum(step.action == "judge" for step in history("adfm").counting) == 1
+    assert decisions.is_shown(version, history("adfm").last("judge"))
 
 
 def test_two_services_that_accept_at_once_make_one_version(apart, one, monkeypatch):
@@ -597,7 +597,7 @@ def test_two_services_that_accept_at_once_make_one_version(apart, one, monkeypat
     assert accept_all() == ["1"]
     [version] = versions()
     assert version.tags["gate"] == "passed"
-    assert sum(step.action == "judge" for step in history(PARAMS).counting) == 1
+    assert sum(step.action == "judge" for step in history("adfm").counting) == 1
 
 
 def test_a_version_that_was_deleted_is_not_made_again(one):
@@ -626,7 +626,7 @@ def test_looks_count_the_versions_that_a_test_set_has_judged(
     # Judged again, a version keeps its look.
     put_into_production("2")
     register(tmp_path / "m3", shards, tmp_path / "e3", tmp_path / "out", PARAMS)
-    assert [step.look for step in history(PARAMS).counting if step.version == "3" and step.action == "judge"] == [
+    assert [step.look for step in history("adfm").counting if step.version == "3" and step.action == "judge"] == [
         "3"
     ] * 2
 
@@ -653,11 +653,11 @@ def test_without_knowledge_of_the_training_data_the_gate_cannot_tell(one):
 
 def test_the_first_policy_is_the_one_of_the_folder_and_later_ones_only_differ(one, shards, make_evaluation, tmp_path):
     register(*one, PARAMS)
-    [step] = [step for step in history(PARAMS).counting if step.action == "policy"]
+    [step] = [step for step in history("adfm").counting if step.action == "policy"]
     assert step.policy == policy.dumps(policy.load())
     Path("gate.yaml").write_text(POLICY.replace("limit: 0.5", "limit: 0.1"))
     register(one[0], shards, make_evaluation(tmp_path / "second", shards, 30), one[3], PARAMS)
-    assert history(PARAMS).policy == step.policy
+    assert history("adfm").policy == step.policy
     assert gate_of(versions()[-1])["policy"]["whole"]["accuracy"]["limit"] == 0.5
     assert "0.1 instead of 0.5" in versions()[-1].description
 
@@ -677,13 +677,13 @@ def test_a_reviewer_sets_the_policy_with_a_tag(apart, one, capsys):
     client.set_registered_model_tag("adfm", "policy", POLICY)
     assert accept_all() == ["1"]
     assert "policy_refused" not in client.get_registered_model("adfm").tags
-    [step] = [step for step in history(PARAMS).counting if step.action == "policy"]
+    [step] = [step for step in history("adfm").counting if step.action == "policy"]
     assert (step.by, step.why) == ("Rita", "the first policy")
     client.set_registered_model_tag("adfm", "policy", POLICY + "looks: 7\n")
     accept_all()
-    assert history(PARAMS).last("policy").why == "looks: 7 instead of 20"
+    assert history("adfm").last("policy").why == "looks: 7 instead of 20"
     accept_all()
-    assert sum(step.action == "policy" for step in history(PARAMS).counting) == 2
+    assert sum(step.action == "policy" for step in history("adfm").counting) == 2
 
 
 def test_a_policy_that_changes_after_an_approval_is_applied_before_promotion(one):
@@ -692,7 +692,7 @@ def test_a_policy_that_changes_after_an_approval_is_applied_before_promotion(one
         tracking.client().set_model_version_tag("adfm", "1", key, value)
     tracking.client().set_registered_model_tag("adfm", "policy", POLICY.replace("limit: 0.5", "limit: 0.99"))
     with pytest.raises(AdfmError, match="the policy has changed since its gate decided; .* it cannot be promoted"):
-        promote("1", PARAMS)
+        promote("1", "adfm")
     assert tracking.client().get_registered_model("adfm").aliases == {}
 
 
@@ -714,7 +714,7 @@ def test_who_may_approve(one, monkeypatch, rules, approver, says):
     for key, value in (("approval_by", approver), ("approval", "approved")):
         tracking.client().set_model_version_tag("adfm", "1", key, value)
     with pytest.raises(AdfmError) as refused:
-        promote("1", PARAMS)
+        promote("1", "adfm")
     assert says in str(refused.value)
     assert tracking.client().get_registered_model("adfm").aliases == {}
 
@@ -724,7 +724,7 @@ def test_a_team_of_one_may_approve_its_own_and_the_history_says_so(one, monkeypa
     register(*one, PARAMS)
     assert main(["approve", "1", "--reason", "it is good"]) == 0
     assert main(["promote", "1"]) == 0
-    step = history(PARAMS).move
+    step = history("adfm").move
     assert (step.approval_by, step.submitted_by) == ("ada", "ada")
     assert step.why.endswith("; it is good; team of one: the submitter approved")
 
@@ -741,7 +741,7 @@ def test_policy_and_approval_on_the_command_line(one, capsys):
     register(*one, PARAMS)
     assert main(["reject", "1", "--reason", "misses scratches"]) == 0
     assert main(["promote"]) == 0
-    assert history(PARAMS).last("reject").why == "misses scratches"
+    assert history("adfm").last("reject").why == "misses scratches"
     assert main(["approve", "9"]) == 1
     assert main(["audit"]) == 0
     assert "everything is as the signed history says" in capsys.readouterr().out
