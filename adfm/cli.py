@@ -12,39 +12,50 @@ import difflib
 import errno
 import json
 import os
-import shlex
+import shutil
 import subprocess
 import sys
+import textwrap
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adfm import __version__
+from adfm import __version__, outcome
+from adfm.completion import SHELLS
 from adfm.errors import AdfmError
 from adfm.process.environment import set_environment
 from adfm.process.stopping import Stopped, Terminated, terminable
-from adfm.text import printable_output
+from adfm.text import did_you_mean, printable_output
+from adfm.verbs import GROUPS, VERBS, epilog
 
 if TYPE_CHECKING:
     from adfm.params import Params
 
-Run = Callable[[argparse.Namespace, "Params"], int | None]
+Run = Callable[..., int | None]
 
 _DESCRIPTION = "Adapt a vision-language model to finding defects: data, training, evaluation, registration."
 
 _RENAMED = {"warmup": "sft"}
 _MOVED = {"ablate": "ablation", "tiny-base": "tiny-base"}
-"""Verbs of version 0.1 that `experiments` has now; their old names go with the next release."""
+"""Verbs of version 0.1 that have another name, and that `experiments` has, until 0.3."""
+# First words of the verbs of two words.
+_PREFIXES = {
+    "policy": "the registered policy of the gate",
+    "keys": "the keys that sign versions and the history",
+    "approvals": "the service that accepts submissions and promotes what is approved",
+    "registry": "the registered versions",
+}
 
 _EXAMPLE = """\
-from a data set to a registered model, by hand (`make repro` does the same, and runs only what changed):
+from a data set to production (`make repro` does all up to `register`, and runs only what changed):
   adfm check
   adfm fetch synthetic:// data/raw/synthetic
   adfm convert data/raw/synthetic data/shards
   adfm validate data/shards
   adfm sft data/shards models/sft
-  adfm train data/shards models/sft models/trained
   adfm detector data/shards models/detector
+  adfm train data/shards models/sft models/trained
   adfm evaluate models/trained data/shards evaluation --compare detector=models/detector --compare sft=models/sft
   adfm register models/trained data/shards evaluation registration
   adfm approve 1
@@ -59,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; those of the process by default.
 
     Returns:
-        The exit status: 0, or 1 for an error that was explained on stderr, 75 for a training that was told to stop and
-        goes on when it is started again, 130 when interrupted, 141 when nobody reads the output any more, 143 when
-        terminated. Wrong usage exits with 2, as argparse does.
+        The exit status: 0, or 1 for an error that was explained on stderr, 75 for a training that was stopped after a
+        checkpoint and resumes when it is started again, 130 when interrupted, 141 when nobody reads the output any
+        more, 143 when terminated. Wrong usage exits with 2, as argparse does.
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in _RENAMED:
@@ -70,24 +81,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv and argv[0] in _MOVED:
         return _run_moved(argv[0], argv[1:])
     with printable_output():  # names in messages are whatever files and annotations hold
-        return run(_parse(argv))
+        return run(_parse(argv), ["adfm", *argv])
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, command: Sequence[str]) -> int:
     """Call `args.run` with the settings that `args.params` and `args.set` name, and turn errors into an exit status.
 
     Args:
-        args: What a parser with `add_settings` has read.
+        args: What a parser has read: `run`, `name`, and the settings of `add_settings`.
+        command: The whole command as it was typed.
 
     Returns:
         The exit status, as of `main`.
     """
+    begin = time.monotonic()
+    settings: dict[str, Params] = {}
     try:
-        set_environment()
-        from adfm.params import load
+        if "params" in args:
+            set_environment()
+            from adfm.params import load
 
+            settings["params"] = load(args.params, args.set)
         with terminable():
-            status = args.run(args, load(args.params, args.set)) or 0
+            status = args.run(args, **settings) or 0
+            if not status and (block := outcome.finished(args, settings.get("params"), time.monotonic() - begin)):
+                print(block)
         sys.stdout.flush()
         return int(status)
     except Stopped as stopped:
@@ -95,10 +113,10 @@ def run(args: argparse.Namespace) -> int:
         return stopped.exit_code
     except AdfmError as error:
         return _fail(error, error.exit_code)
-    except Terminated:
-        return _fail("terminated; what was finished is kept", 143)
-    except KeyboardInterrupt:
-        return _fail("interrupted; what was finished is kept", 130)
+    except KeyboardInterrupt as interrupt:
+        word, status = ("terminated", 143) if isinstance(interrupt, Terminated) else ("interrupted", 130)
+        print(f"\nadfm: {word}; {outcome.interrupted(args, command)}", file=sys.stderr)
+        return status
     except BrokenPipeError:
         _drop_output()
         return 141
@@ -125,44 +143,79 @@ def _fail(message: object, status: int) -> int:
     return status
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "adfm", description=_DESCRIPTION, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--version", action="version", version=f"adfm {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="<verb>", required=True, title="verbs")
+class _Parser(argparse.ArgumentParser):
+    """A parser whose help may be that of another one: argparse does not divide verbs into groups."""
 
+    overview: argparse.ArgumentParser | None = None
+
+    def format_help(self) -> str:
+        return self.overview.format_help() if self.overview else super().format_help()
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser, names = _parser()
+    first, *_ = argv = argv or ["--help"]
+    if first.startswith("-") and first not in ("-h", "--help", "--version"):
+        parser.error(f"the verb comes first: adfm <verb> {first} ...")
+    if not first.startswith("-") and first not in names:
+        near = did_you_mean(difflib.get_close_matches(first, names, n=1)) or "`adfm --help` lists all verbs"
+        parser.error(f"unknown verb `{first}`; {near}")
+    args, extra = parser.parse_known_args(argv)
+    if extra:
+        option = extra[0].partition("=")[0]
+        if not option.startswith("-"):
+            args.parser.error(f"unexpected argument `{option}`")
+        near = did_you_mean(difflib.get_close_matches(option, args.parser._option_string_actions, n=1))
+        args.parser.error(f"unknown option `{option}`; {near or f'`{args.parser.prog} --help` lists all options'}")
+    return args
+
+
+def _parser() -> tuple[_Parser, list[str]]:
+    """The parser of the command line, and the words that may come first."""
+    parser = _Parser("adfm", formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"adfm {__version__}")
+    parser.overview = _overview()
+    verbs = parser.add_subparsers(dest="verb", metavar="<verb>", required=True, title="verbs", parser_class=_Parser)
+    groups: dict[str, Any] = {}
     leaves: list[argparse.ArgumentParser] = []
 
-    def verb(name: str, run: Run, summary: str, under: Any = verbs) -> argparse.ArgumentParser:
-        added: argparse.ArgumentParser = under.add_parser(name, help=summary, description=summary)
-        added.set_defaults(run=run)
+    def verb(name: str, run: Run) -> argparse.ArgumentParser:
+        first, _, second = name.partition(" ")
+        if second and first not in groups:
+            several = verbs.add_parser(first, help=_PREFIXES[first], description=_PREFIXES[first])
+            groups[first] = several.add_subparsers(metavar="<verb>", required=True, title="verbs", parser_class=_Parser)
+        added: argparse.ArgumentParser = (groups[first] if second else verbs).add_parser(
+            second or first,
+            help=VERBS[name].summary,
+            description=textwrap.fill(VERBS[name].about, min(shutil.get_terminal_size().columns - 2, 100)),
+            epilog=epilog(name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(run=run, name=name, parser=added)
         leaves.append(added)
         return added
 
-    def group(name: str, summary: str) -> Any:
-        added = verbs.add_parser(name, help=summary, description=summary)
-        return added.add_subparsers(metavar="<verb>", required=True, title="verbs")
+    def path(add: argparse.ArgumentParser, name: str, about: str, **options: Any) -> None:
+        options = {"metavar": name.removeprefix("--").upper()} | options
+        add.add_argument(name, type=Path, help=about, **options)
 
-    add = verb(
-        "params", _params, "print the first settings file with the values of the others and of --set; its comments stay"
-    )
-    add.add_argument("out", metavar="OUT", type=Path, nargs="?", help="file to write them to instead, e.g. params.yaml")
+    def force(add: argparse.ArgumentParser) -> None:
+        add.add_argument("--force", action="store_true", help="replace a finished model at OUT")
 
-    add = verb("check", _check, "see that settings, model, MLflow and disk are fit for a run, before it starts")
-    add.add_argument("out", metavar="OUT", type=Path, nargs="?", help="file to write when all is well")
+    add = verb("check", _check)
+    path(add, "out", "file to write if everything is in order", nargs="?")
 
-    add = verb("fetch", _fetch, "fetch a raw data set and list it in a manifest")
+    add = verb("fetch", _fetch)
     add.add_argument(
         "uri",
         metavar="URI",
         help="folder, .zip or .tar archive, s3://bucket/prefix, dvc://REPO@REV:PATH or synthetic://",
     )
-    add.add_argument("out", metavar="DIR", type=Path, help="folder to write")
+    path(add, "out", "folder to write", metavar="DIR")
 
-    add = verb("convert", _convert, "turn a raw data set into Parquet shards: boxes from masks, and splits")
-    add.add_argument("raw", metavar="RAW", type=Path, help="folder of the raw data set")
-    add.add_argument("out", metavar="OUT", type=Path, help="folder to write the shards to")
+    add = verb("convert", _convert)
+    path(add, "raw", "folder of the raw data set")
+    path(add, "out", "folder to write the shards to")
     add.add_argument(
         "--layout",
         metavar="L",
@@ -170,86 +223,71 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         type="convert.layout={}".format,
         action="append",
         default=[],
-        help="how RAW is laid out; the same as --set convert.layout=L",
+        help="layout of RAW; the same as --set convert.layout=L",
     )
     several = add.add_mutually_exclusive_group()
-    several.add_argument(
-        "--part", metavar="I/N", type=_part, help="only look at the images of the I-th of N parts, for --parts"
-    )
+    several.add_argument("--part", metavar="I/N", type=_part, help="inspect the I-th of N parts alone, for --parts")
     several.add_argument("--parts", metavar="PART", type=Path, nargs="+", default=[], help="folders of all N parts")
 
-    add = verb("validate", _validate, "judge shards; status 1 and a list of failures if they are not fit to train on")
-    add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
-    add.add_argument(
-        "out", metavar="OUT", type=Path, nargs="?", default=Path("reports/validation"), help="report folder"
-    )
+    add = verb("validate", _validate)
+    path(add, "shards", "folder of shards")
+    path(add, "out", "report folder; reports/validation by default", nargs="?", default=Path("reports/validation"))
 
-    add = verb("show", _show, "draw a contact sheet of raw data or shards, with boxes and masks")
-    add.add_argument("folder", metavar="DIR", type=Path, help="folder of a raw data set or of shards")
-    add.add_argument("--out", metavar="FILE", type=Path, help="page.html or sheet.png; show-<DIR>.html by default")
-    add.add_argument("--split", choices=("train", "validation", "test"), help="show this split alone")
+    add = verb("show", _show)
+    path(add, "folder", "folder of a raw data set or of shards", metavar="DIR")
+    path(add, "--out", "page.html or sheet.png; show-<DIR>.html by default", metavar="FILE")
+    add.add_argument("--split", choices=("train", "validation", "test"), help="this split alone")
     add.add_argument("-n", dest="images", metavar="N", type=int, default=48, help="how many images; 48 by default")
 
-    add = verb("sft", _sft, "teach the base model the form of the answer (supervised)")
-    add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
-    add.add_argument("out", metavar="OUT", type=Path, help="folder to write the adapter to")
-    add.add_argument("--force", action="store_true", help="replace a finished model at OUT")
+    add = verb("sft", _sft)
+    path(add, "shards", "folder of shards")
+    path(add, "out", "folder to write the adapter to")
+    force(add)
 
-    add = verb("detector", _detector, "train the reference detector: a small head on pretrained features, no language")
-    add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
-    add.add_argument("out", metavar="OUT", type=Path, help="folder to write the detector to")
-    add.add_argument("--force", action="store_true", help="replace a finished model at OUT")
+    add = verb("detector", _detector)
+    path(add, "shards", "folder of shards")
+    path(add, "out", "folder to write the detector to")
+    force(add)
 
-    add = verb("train", _train, "train by GRPO; goes on from the last checkpoint if it was interrupted")
-    add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
-    add.add_argument("model", metavar="MODEL", type=Path, help="folder that sft or train wrote")
-    add.add_argument("out", metavar="OUT", type=Path, help="folder to write the adapter to")
-    add.add_argument("--force", action="store_true", help="replace a finished model at OUT")
+    add = verb("train", _train)
+    path(add, "shards", "folder of shards")
+    path(add, "model", "folder that sft or train wrote")
+    path(add, "out", "folder to write the adapter to")
+    force(add)
 
-    add = verb("resend", _resend, "send MLflow the figures of a training during which it was away")
-    add.add_argument("folder", metavar="UNSENT", type=Path, help="folder that sft or train left: <OUT>.unsent")
+    add = verb("resend", _resend)
+    path(add, "folder", "folder that sft or train left: <OUT>.unsent", metavar="UNSENT")
 
-    add = verb("evaluate", _evaluate, "let models answer the test split and compare them; goes on if interrupted")
+    add = verb("evaluate", _evaluate)
     add.add_argument(
         "model",
         metavar="MODEL",
         help="the candidate: a folder that sft or train wrote, a registered version (models:/adfm@production, "
         "models:/adfm/3), or a base model's name",
     )
-    add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
-    add.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    path(add, "shards", "folder of shards")
+    path(add, "out", "folder to write")
     add.add_argument(
         "--compare", metavar="NAME=MODEL", type=_named, action="append", default=[], help="a further model; repeatable"
     )
+    path(add, "--production", "compare with the versions in FILE, which `adfm production` wrote", metavar="FILE")
+    path(add, "--folds", "show the cross-validation in DIR, which `adfm folds` wrote", metavar="DIR")
 
-    add.add_argument(
-        "--production",
-        metavar="FILE",
-        type=Path,
-        help="compare with the versions in FILE, which `adfm production` wrote",
-    )
+    add = verb("folds", _folds)
+    path(add, "shards", "folder of shards")
+    path(add, "out", "folder to write")
 
-    add.add_argument(
-        "--folds", metavar="DIR", type=Path, help="show the cross-validation in DIR, which `adfm folds` wrote"
-    )
+    add = verb("production", _production)
+    path(add, "out", "JSON file to write", metavar="FILE")
+    path(add, "--policy", "a second one: digest of the policy that judges", metavar="FILE")
 
-    add = verb("folds", _folds, "cross-validate: train and judge a model for each of evaluate.folds; resumes")
-    add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
-    add.add_argument("out", metavar="OUT", type=Path, help="folder to write")
-
-    add = verb("production", _production, "write which versions a candidate is judged against: production and anchor")
-    add.add_argument("out", metavar="FILE", type=Path, help="JSON file to write")
-    add.add_argument("--policy", metavar="FILE", type=Path, help="a second one: digest of the policy that judges")
-
-    add = verb("predict", _predict, "let a model answer photographs, and draw what it says")
-    add.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="a photograph, or a folder of them")
+    add = verb("predict", _predict)
+    path(add, "images", "an image, or a folder of them", metavar="IMAGE", nargs="+")
     add.add_argument("--model", metavar="MODEL", help="as of evaluate; the registered version in production by default")
-    add.add_argument(
-        "--out", metavar="DIR", type=Path, help="folder for the pictures; `predictions` by default, none with --json"
-    )
+    path(add, "--out", "folder for the pictures; `predictions` by default, none with --json", metavar="DIR")
     add.add_argument("--json", action="store_true", help="print a line of JSON for each image")
 
-    add = verb("serve", _serve, "verify a registered version and serve it over HTTP until stopped, as MLflow does")
+    add = verb("serve", _serve)
     add.add_argument(
         "model",
         metavar="MODEL",
@@ -265,50 +303,48 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="another version, which answers the same images for the log alone (ADFM_SERVE_LOG, `adfm served`)",
     )
 
-    add = verb("served", _served, "count what a served version answered and refused, and where its shadow differs")
-    add.add_argument("logs", metavar="LOG", type=Path, nargs="+", help="file that ADFM_SERVE_LOG named")
+    add = verb("served", _served)
+    path(add, "logs", "file that ADFM_SERVE_LOG named", metavar="LOG", nargs="+")
 
-    add = verb("report", _report, "write the page that shows an evaluation anew; evaluate writes one itself")
-    add.add_argument("evaluation", metavar="EVALUATION", type=Path, help="folder that evaluate wrote")
-    add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of the shards that were evaluated")
-    add.add_argument("out", metavar="OUT", type=Path, help="folder to write: report.html and images/")
+    add = verb("report", _report)
+    path(add, "evaluation", "folder that evaluate wrote")
+    path(add, "shards", "folder of the shards that were evaluated")
+    path(add, "out", "folder to write: report.html and images/")
 
-    add = verb("register", _register, "register a version in MLflow with the gate's decision; moves nothing")
-    add.add_argument("model", metavar="MODEL", type=Path, help="folder that train wrote")
-    add.add_argument("shards", metavar="SHARDS", type=Path, help="folder of shards")
-    add.add_argument("evaluation", metavar="EVALUATION", type=Path, help="folder that evaluate wrote")
-    add.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    add = verb("register", _register)
+    path(add, "model", "folder that train wrote")
+    path(add, "shards", "folder of shards")
+    path(add, "evaluation", "folder that evaluate wrote")
+    path(add, "out", "folder to write")
     add.add_argument(
         "--wait",
         metavar="SECONDS",
         type=float,
         default=900,
-        help="how long to wait for the service, where the own key is not one of it; 900 by default",
+        help="how long to wait for the approvals service where your key is not one of its own; 900 by default",
     )
 
-    add = verb(
-        "gate",
-        _gate,
-        "judge a prediction table by a policy; exit status 0 passed, 3 failed, 4 cannot tell, 2 bad input",
-    )
+    add = verb("gate", _gate)
+    path(add, "candidate", "predictions.parquet that evaluate wrote", nargs="?")
+    path(add, "production", "predictions for the same images by the version in production", nargs="?")
+    path(add, "--anchor", "predictions for the same images by the anchor")
+    path(add, "--policy", "the policy; gate.yaml in this folder by default", metavar="FILE")
     add.add_argument(
-        "candidate", metavar="CANDIDATE", type=Path, nargs="?", help="predictions.parquet that evaluate wrote"
+        "--look",
+        metavar="N",
+        type=int,
+        default=1,
+        help="candidates that these test images have judged, this one included; 1 by default",
     )
-    add.add_argument(
-        "production", metavar="PRODUCTION", type=Path, nargs="?", help="the same images, by the version in production"
-    )
-    add.add_argument("--anchor", metavar="ANCHOR", type=Path, help="the same images, by the anchor")
-    add.add_argument("--policy", metavar="FILE", type=Path, help="the policy; gate.yaml in this folder by default")
-    add.add_argument("--look", metavar="N", type=int, default=1, help="candidates that these images judged, with this")
     add.add_argument("--json", action="store_true", help="print the whole decision as JSON")
-    add.add_argument(
+    path(
+        add,
         "--plan",
+        "print how many images of which kind the policy needs, and how many of them these shards have",
         metavar="SHARDS",
-        type=Path,
-        help="print how many images of which kind the policy needs, and how many of them these shards have",
     )
 
-    add = verb("promote", _promote, "give an approved version the alias production")
+    add = verb("promote", _promote)
     add.add_argument(
         "version",
         metavar="VERSION",
@@ -317,58 +353,67 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add.add_argument("--by", metavar="NAME", help="who promotes; the user of this process by default")
 
-    add = verb("rollback", _rollback, "give the alias production back to the version that had it before")
+    add = verb("rollback", _rollback)
     add.add_argument("--to", metavar="VERSION", help="an earlier version; the one before by default")
     add.add_argument("--by", metavar="NAME", help="who rolls back; the user of this process by default")
     add.add_argument("--why", metavar="TEXT", default="", help="the reason, for the history")
 
-    for name, run, summary in (
-        ("approve", _approve, "approve a version, with your login at MLflow; moves nothing by itself"),
-        ("reject", _reject, "reject a version, with your login at MLflow"),
-    ):
-        add = verb(name, run, summary)
+    for name, run in (("approve", _approve), ("reject", _reject)):
+        add = verb(name, run)
         add.add_argument("version", metavar="VERSION", help="number of the version")
         add.add_argument("--reason", metavar="TEXT", default="", help="why, for the history")
 
-    verb(
-        "audit",
-        _audit,
-        "verify the signed history, the aliases and the files in production; exit status 2 if one is wrong",
-    )
+    verb("audit", _audit)
 
-    policies = group("policy", "the policy of the gate that is registered on the model")
-    add = verb("set", _policy_set, "set the policy, with your login at MLflow; the service registers it", policies)
-    add.add_argument("file", metavar="FILE", type=Path, nargs="?", default=Path("gate.yaml"), help="gate.yaml")
-    verb("show", _policy_show, "print the registered policy", policies)
+    add = verb("policy set", _policy_set)
+    path(add, "file", "gate.yaml by default", nargs="?", default=Path("gate.yaml"))
+    verb("policy show", _policy_show)
 
-    keys = group("keys", "the keys that sign versions and the history")
-    add = verb("rotate", _keys_rotate, "confirm what retired keys of the service have signed, with today's", keys)
+    add = verb("keys rotate", _keys_rotate)
     add.add_argument("--by", metavar="NAME", help="who confirms; the user of this process by default")
 
-    approvals = group("approvals", "follow what submitters and reviewers ask for in MLflow")
-    for name, run, summary in (
-        ("serve", _serve_approvals, "accept what is submitted and promote what is approved, until stopped"),
-        ("health", _approvals_health, "whether the service in this folder has looked at MLflow lately, for a probe"),
-    ):
-        add = verb(name, run, summary, approvals)
+    for name, run in (("approvals serve", _serve_approvals), ("approvals health", _approvals_health)):
+        add = verb(name, run)
         add.add_argument(
-            "--poll", metavar="SECONDS", type=float, default=5, help="pause between two looks at MLflow; 5 by default"
+            "--poll", metavar="SECONDS", type=float, default=5, help="pause between two polls of MLflow; 5 by default"
         )
 
-    registry = group("registry", "look at the registered versions")
-    add = verb("log", _registry_log, "print who was in production, when and why", registry)
+    add = verb("registry log", _registry_log)
     add.add_argument("--json", action="store_true", help="as a list in JSON")
 
-    add = verb("score", _score, "print what completions earn, one JSON object a line")
-    add.add_argument("file", metavar="FILE", type=Path, help="JSON lines with completion, label, boxes (504x504 frame)")
+    add = verb("score", _score)
+    path(add, "file", "JSON lines with completion, label, boxes (504x504 frame)")
     add.add_argument("--profile", choices=("calibrated", "paper"), help="reward profile; train.profile by default")
 
-    for each in leaves:
-        add_settings(each)
-    if argv and not argv[0].startswith("-") and argv[0] not in verbs.choices:
-        nearest = difflib.get_close_matches(argv[0], verbs.choices, n=1, cutoff=0)
-        parser.error(f"there is no verb {argv[0]!r}; the nearest is {nearest[0]} (`adfm --help` lists all)")
-    return parser.parse_args(argv)
+    add = verb("params", _params)
+    path(add, "out", "file to write them to instead of stdout, e.g. params.yaml", nargs="?")
+
+    for leaf in leaves:
+        add_settings(leaf)
+
+    add = verb("env", _env)
+    add.add_argument("--json", action="store_true", help="as JSON")
+
+    add = verb("completion", _completion)
+    add.add_argument("shell", choices=SHELLS, help="the shell to write the script for")
+    return parser, list(verbs.choices)
+
+
+def _overview() -> argparse.ArgumentParser:
+    """The parser that writes the help of `adfm` itself: its arguments are the verbs, group by group."""
+    overview = argparse.ArgumentParser(
+        "adfm",
+        usage="adfm <verb> ...",
+        description=f"{_DESCRIPTION}\n`adfm <verb> --help` describes a verb, with examples and exit codes.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    overview.add_argument("--version", action="store_true", help="print the version and exit")
+    for title, verbs in GROUPS.items():
+        group = overview.add_argument_group(title)
+        for name, verb in verbs.items():
+            group.add_argument(name, help=verb.summary)
+    return overview
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -423,9 +468,7 @@ def _check(args: argparse.Namespace, params: Params) -> None:
 def _fetch(args: argparse.Namespace, params: Params) -> None:
     from adfm.data.sources import fetch
 
-    files, size = fetch(args.uri, args.out)
-    print(f"{args.out}: {files:,} files, {size / 1e6:,.1f} MB")
-    print(f"next: adfm convert {shlex.quote(str(args.out))} data/shards")
+    fetch(args.uri, args.out)
 
 
 def _convert(args: argparse.Namespace, params: Params) -> None:
@@ -625,3 +668,16 @@ def _score(args: argparse.Namespace, params: Params) -> None:
     from adfm.method.score import score_file
 
     score_file(args.file, args.profile or params.train.profile, sys.stdout)
+
+
+def _env(args: argparse.Namespace) -> None:
+    from adfm import env_report
+
+    report = env_report.collect()
+    print(json.dumps(report, indent=2) if args.json else env_report.text(report))
+
+
+def _completion(args: argparse.Namespace) -> None:
+    from adfm.completion import script
+
+    print(script(_parser()[0], args.shell))

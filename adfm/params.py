@@ -20,6 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from adfm.errors import AdfmError
+from adfm.text import did_you_mean
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -27,6 +28,9 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 M = TypeVar("M", bound=BaseModel)
+
+_NEAR = 0.7
+"""Similarity (difflib's ratio) from which on a setting is suggested for an unknown one: `seed` for `sede`."""
 
 
 RENAMED = {
@@ -412,13 +416,16 @@ def new_name(old: str) -> str:
     return ".".join(RENAMED.get(".".join(parts[: depth + 1]), part) for depth, part in enumerate(parts))
 
 
-def validated(model: type[M], texts: Sequence[tuple[str, str]], overrides: Sequence[str] = ()) -> M:
+def validated(
+    model: type[M], texts: Sequence[tuple[str, str]], overrides: Sequence[str] = (), listed: str = "params.yaml"
+) -> M:
     """Settings of any kind: later texts over earlier ones, overrides over all, defaults for what none of them has.
 
     Args:
         model: What they are validated as; it has a default for every setting.
         texts: YAML texts, each with its name for messages.
         overrides: `key=value`.
+        listed: Name of the file that lists all settings, for messages about unknown ones.
 
     Raises:
         AdfmError: A text is not YAML, or keys or values are wrong: all of them are listed.
@@ -435,11 +442,11 @@ def validated(model: type[M], texts: Sequence[tuple[str, str]], overrides: Seque
         where |= lines
         problems += repeated
     for override in overrides:
-        problems += _override(override, values, where, keys)
+        problems += _override(override, values, where, keys, listed)
     try:
         settings = model.model_validate(_merge(defaults.model_dump(by_alias=True), values))
     except ValidationError as error:
-        problems += _problems(error, where, keys + sections)
+        problems += _problems(error, where, keys + sections, listed)
     if problems:
         raise AdfmError("\n  ".join(["these settings are wrong:", *problems]))
     return settings
@@ -568,14 +575,16 @@ def _merge(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
-def _override(override: str, values: dict[str, Any], where: dict[str, str], keys: Sequence[str]) -> list[str]:
+def _override(
+    override: str, values: dict[str, Any], where: dict[str, str], keys: Sequence[str], listed: str
+) -> list[str]:
     """Lays one `key=value` over `values`; returns what is wrong with it, if anything."""
     key, equals, text = override.partition("=")
     place = f"--set {override}"
     if not equals:
         return [f"{place}: key=value is expected, as in train.steps=50"]
     if key not in keys:
-        return [f"{place}: {_unknown(key, keys)}"]
+        return [f"{place}: {_unknown(key, keys, listed)}"]
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:
@@ -589,7 +598,7 @@ def _override(override: str, values: dict[str, Any], where: dict[str, str], keys
     return []
 
 
-def _problems(error: ValidationError, where: dict[str, str], names: Sequence[str]) -> list[str]:
+def _problems(error: ValidationError, where: dict[str, str], names: Sequence[str], listed: str) -> list[str]:
     """One line a key: where, which, what is expected, what is there."""
     lines: dict[str, str] = {}
     for detail in error.errors(include_url=False):
@@ -599,7 +608,7 @@ def _problems(error: ValidationError, where: dict[str, str], names: Sequence[str
             key = key.rpartition(".")[0]
         message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
         if unknown:
-            message = _unknown(key, names)
+            message = _unknown(key, names, listed)
         elif detail["type"] == "value_error":
             message = f"{key}: {message}"
         elif key in lines:  # another member of a union
@@ -611,9 +620,20 @@ def _problems(error: ValidationError, where: dict[str, str], names: Sequence[str
     return [f"{where.get(key, 'settings')}: {message}" for key, message in lines.items()]
 
 
-def _unknown(key: str, names: Sequence[str]) -> str:
-    def likeness(name: str) -> float:
-        return difflib.SequenceMatcher(None, key, name).ratio()
+def _unknown(key: str, names: Sequence[str], listed: str) -> str:
+    sections = {name[: dot.start()] for name in names for dot in re.finditer(r"\.", name)}
+    if key in sections:
+        return f"{key} is a section; set one of its keys, as in {next(n for n in names if n.startswith(f'{key}.'))}"
+    section, _, leaf = key.rpartition(".")
+    # Its own section is no answer; an undotted name is none to a dotted key either.
+    candidates = [name for name in names if ("." in name or not section) and not (name == section and name in sections)]
+    near = [name for name in candidates if not section and name.rpartition(".")[2] == key]  # `steps`, for `train.steps`
 
-    alike = [name for name in names if "." in name or "." not in key]
-    return f"there is no setting {key}; the nearest is {max(alike, key=likeness)}"
+    def likeness(name: str) -> float:
+        # Within one section the common prefix would make any two keys alike: `train.foo` and `train.top_p`.
+        same = leaf and name.rpartition(".")[0] == section
+        return difflib.SequenceMatcher(None, *((leaf, name.rpartition(".")[2]) if same else (key, name))).ratio()
+
+    if not near and likeness(best := max(candidates, key=likeness)) >= _NEAR:
+        near = [best]
+    return f"unknown setting `{key}`; " + (did_you_mean(near) or f"{listed} lists all settings")

@@ -86,14 +86,19 @@ class Keys:
     retired: dict[str, Path]
 
 
+def key_folder() -> Path:
+    """Folder of the keys of this process; it need not be there yet."""
+    given = environment.variable(VARIABLE)
+    return Path(given).absolute() if given else environment.home() / FOLDER
+
+
 def keys() -> Keys:
     """The keys of this process. Without `ADFM_KEYS`, a key for all roles is made at first use.
 
     Raises:
         BadKey: There is no folder of keys, a key cannot be used, or nobody would believe the own one.
     """
-    given = environment.variable(VARIABLE)
-    folder = Path(given).absolute() if given else environment.home() / FOLDER
+    given, folder = environment.variable(VARIABLE), key_folder()
     try:
         if given and not folder.is_dir():
             raise BadKey(f"{VARIABLE}: there is no folder {folder}; name the folder that holds the keys")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TextIO
 
@@ -38,6 +38,12 @@ def one_line(text: str) -> str:
     if listed and listed[0].startswith("Traceback"):
         listed = listed[-1:]
     return printable(f"{lines[0]} {'; '.join(line.removeprefix('- ') for line in listed)}".rstrip())
+
+
+def did_you_mean(names: Sequence[str]) -> str:
+    """A question that suggests one or more names; "" without any."""
+    *others, last = [f"`{name}`" for name in names] or [""]
+    return f"did you mean {', '.join(others)}{' or ' * bool(others)}{last}?" if last else ""
 
 
 def shortened(text: str, most: int) -> str:

@@ -71,7 +71,7 @@ def configure() -> str:
     Raises:
         AdfmError: If the store cannot be reached (`Unreachable`) or refuses, within about ten seconds.
     """
-    asked, uri = os.environ.get("MLFLOW_TRACKING_URI"), _uri()
+    asked, uri = os.environ.get("MLFLOW_TRACKING_URI"), address()
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
     import mlflow
@@ -85,7 +85,8 @@ def configure() -> str:
     return uri
 
 
-def _uri() -> str:
+def address() -> str:
+    """The tracking URI; no server is contacted."""
     # Absolute, because MLflow keeps one connection per URI: a relative one would outlive a change of folder.
     given = os.environ.get("MLFLOW_TRACKING_URI")
     if not given:
@@ -97,7 +98,7 @@ def _uri() -> str:
 
 def store_is_missing() -> bool:
     """Whether runs would go to a database file that is not there; `configure` would make it."""
-    file = sqlite_file(_uri())
+    file = sqlite_file(address())
     return file is not None and not file.exists()
 
 

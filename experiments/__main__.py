@@ -36,16 +36,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     add.add_argument("--seeds", metavar="N", type=int, default=3, help="runs an arm; 3 by default")
     add.add_argument("--jobs", metavar="N", type=int, default=1, help="runs at a time; 1 by default")
-    add.set_defaults(run=_ablation)
+    add.set_defaults(run=_ablation, name="ablation")
     add_settings(add)
 
     add = verbs.add_parser("tiny-base", help="train the embedded base model (docs/training.md); resumes")
     add.add_argument("out", metavar="OUT", type=Path, help="folder to write the model to")
-    add.set_defaults(run=_tiny_base)
+    add.set_defaults(run=_tiny_base, name="tiny-base")
     add_settings(add)
     return parser
 
 
 if __name__ == "__main__":
     with printable_output():
-        sys.exit(run(_parser().parse_args()))
+        sys.exit(run(_parser().parse_args(), ["python", "-m", "experiments", *sys.argv[1:]]))

@@ -27,13 +27,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from adfm.data import masks, synthetic
 from adfm.files import atomic_folder
 from adfm.method import kinds as kinds_
 from adfm.method import prompt
 from adfm.models import families, loading
+from adfm.process.progress import bar
 from adfm.records import Box
 from experiments import tiny_model
 
@@ -257,7 +257,7 @@ def _train(
     import torch
 
     rates = [group["lr"] for group in optimizer.param_groups]  # those of a checkpoint have fallen
-    progress = tqdm(range(state.load(stage, modules, optimizer), steps), desc=stage, unit="step", mininterval=5.0)
+    progress = bar(range(state.load(stage, modules, optimizer), steps), desc=stage, unit="step")
     for step in progress:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * _rate(step, steps)
@@ -266,7 +266,7 @@ def _train(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         optimizer.step()
-        progress.set_postfix(figures)
+        progress.set_postfix(figures, refresh=False)
         if (step + 1) % CHECKPOINT_EVERY == 0:
             state.save(stage, step + 1, modules, optimizer)
 

@@ -1,24 +1,27 @@
 """The command line: its verbs, its errors and exit codes, and what happens around the functions that it calls."""
 
+import argparse
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
+from adfm import cli
 from adfm.cli import main
 from adfm.params import Train
+from adfm.verbs import VERBS
 
-VERBS = (
-    *("check", "fetch", "convert", "validate", "show", "sft", "detector", "train", "evaluate", "predict"),
-    *("served", "report", "register", "gate", "promote", "rollback", "score", "tiny-base", "params"),
-)
 HEAVY = "datasets great_expectations matplotlib mlflow numpy pandas peft pydantic scipy sklearn torch transformers trl"
+WITHOUT_SETTINGS = {"completion", "env"}
 LINE = json.dumps({"completion": "<answer>B</answer>", "label": "normal", "boxes": []}) + "\n"
 
 
@@ -43,32 +46,80 @@ def test_help_lists_every_verb_and_imports_nothing_heavy() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stderr == ""
-    assert all(f"\n    {verb} " in found.stdout or f"\n    {verb}\n" in found.stdout for verb in VERBS)
+    assert all(f"\n  {verb} " in found.stdout for verb in VERBS)
     assert "adfm evaluate models/trained data/shards evaluation" in found.stdout
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", sorted(VERBS.keys() - WITHOUT_SETTINGS))
 def test_every_verb_takes_settings(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        main([verb, "--help"])
+        main([*verb.split(), "--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert "--params FILE" in shown
     assert "--set KEY=VALUE" in shown
 
 
-def test_an_unknown_verb_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian", "--set", "seed=1"], "adfm: error: unknown verb `trian`; did you mean `train`?\n"),
+        (["--set", "seed=1", "audit"], "adfm: error: the verb comes first: adfm <verb> --set ...\n"),
+        (["wombat"], "adfm: error: unknown verb `wombat`; `adfm --help` lists all verbs\n"),
+        (["audit", "--sett=seed=1"], "adfm audit: error: unknown option `--sett`; did you mean `--set`?\n"),
+        (["policy", "show", "--params", "a", "--wombat"], "`--wombat`; `adfm policy show --help` lists all options\n"),
+        (["validate", "shards", "report", "more"], "adfm validate: error: unexpected argument `more`\n"),
+    ],
+)
+def test_a_suggestion_is_made_only_if_one_is_near(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["trian", "--set", "seed=1"])
+        main(arguments)
     assert stop.value.code == 2
-    assert "there is no verb 'trian'; the nearest is train" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith(message)
 
 
-def test_without_a_verb_the_usage_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_verb_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([])
-    assert stop.value.code == 2
-    assert "usage: adfm" in capsys.readouterr().err
+    assert stop.value.code == 0
+    without = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert capsys.readouterr().out == without
+
+
+def leaves(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """The parsers of all verbs."""
+    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    for action in below:
+        for each in action.choices.values():
+            yield from leaves(each)
+    if not below:
+        yield parser
+
+
+def test_the_help_describes_every_verb_that_the_parser_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    names = [leaf.prog.removeprefix("adfm ") for leaf in leaves(cli._parser()[0])]
+    assert sorted(names) == sorted(VERBS)
+    for line in cli._overview().format_help().partition("\nfrom a data set to production")[0].splitlines()[3:]:
+        assert len(line) <= 80 and not line.startswith(" " * 20), line  # a line a verb, on any terminal
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_the_help_of_a_verb_has_examples_that_parse(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*name.split(), "--help"])
+    shown = capsys.readouterr().out
+    assert VERBS[name].about[:40] in shown
+    examples = shown.partition("\nexamples:\n")[2].partition("\n\nexit codes:\n")[0].splitlines()
+    assert 1 <= len(examples) <= 3
+    for example in examples:
+        program, *arguments = shlex.split(example)
+        assert program == "adfm" and cli._parse(arguments).name == name
+    assert re.search(r"exit codes:\n  0 +\w", shown)
 
 
 def test_the_profiles_of_score_are_those_of_the_settings(lines: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,7 +152,7 @@ def test_params_writes_settings_files_laid_over_one_another(tmp_path: Path, caps
     assert base.read_text() == "seed: 2 # kept\ntrain:\n  steps: 6 # too\n"
     overlay.write_text("train: {stepz: 6}")
     assert main(["params", str(base), *files]) == 1
-    assert f"{overlay} line 1: there is no setting train.stepz" in capsys.readouterr().err
+    assert f"{overlay} line 1: unknown setting `train.stepz`" in capsys.readouterr().err
     assert base.read_text().startswith("seed: 2")
 
 
@@ -139,10 +190,25 @@ def test_raw_data_becomes_shards_and_every_reason_against_them_is_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for name in ("ADFM_REPORTS", "DVC_STAGE", "KUBERNETES_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+
+    def block() -> list[str]:
+        return [line.partition(" MB, in ")[0] for line in capsys.readouterr().out.splitlines()[-2:]]
+
+    def size(folder: str) -> str:
+        return f"{sum(file.stat().st_size for file in Path(folder).rglob('*') if file.is_file()) / 1e6:.1f}"
+
     assert main(["fetch", "synthetic://?images=24", "raw"]) == 0
+    files = json.loads(Path("raw/manifest.json").read_text())["files"]
+    assert block() == [f"wrote raw: {len(files)} files, {size('raw')}", "next: adfm convert raw data/shards"]
     assert main(["convert", "raw", "shards", "--layout", "mvtec"]) == 0
+    images = json.loads(Path("shards/conversion.json").read_text())["images"]
+    following = "next: adfm validate shards --set convert.layout=mvtec"
+    assert block() == [f"wrote shards: {images} images, {size('shards')}", following]
     small = ["--set", "validation.min_images_per_split=1", "--set", "validation.min_label_share=0"]
     assert main(["validate", "shards", "good", *small]) == 0
+    assert block()[0] == f"wrote good: {images} images checked, {size('good')}"
     assert (tmp_path / "good" / "index.html").is_file()
     capsys.readouterr()
 
@@ -212,6 +278,6 @@ def test_an_interrupt_leaves_nothing_that_looks_finished(
     finally:
         process.kill()
     assert process.returncode == status
-    assert f"adfm: error: {said}" in error
+    assert f"adfm: {said}; nothing of it is kept; to start over, run the same command:\n  adfm fetch " in error
     assert "Traceback" not in error
     assert not (tmp_path / "raw").exists()

@@ -92,10 +92,10 @@ def test_a_relative_database_is_that_of_the_workspace(tmp_path: Path, monkeypatc
     monkeypatch.chdir(copy)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "line"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///runs/mlflow.db")
-    assert tracking._uri() == f"sqlite:///{tmp_path}/line/runs/mlflow.db"
+    assert tracking.address() == f"sqlite:///{tmp_path}/line/runs/mlflow.db"
     for other in (f"sqlite:///{tmp_path}/own.db", "sqlite:///:memory:", "https://mlflow.example.com"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", other)
-        assert tracking._uri() == other
+        assert tracking.address() == other
     monkeypatch.chdir(tmp_path / "line")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///runs/mlflow.db")
-    assert tracking._uri() == "sqlite:///runs/mlflow.db"
+    assert tracking.address() == "sqlite:///runs/mlflow.db"

@@ -158,14 +158,16 @@ def test_a_key_that_lacks_a_letter_is_named_with_the_right_one(key: str, positio
     typo = key[:position] + key[position + 1 :]
     (problem,) = problems(None, f"{typo}=1")
     as_near = [other for other in DEFAULTS if typo in {other[:i] + other[i + 1 :] for i in range(len(other))}]
-    assert problem in [f"--set {typo}=1: there is no setting {typo}; the nearest is {other}" for other in as_near]
+    assert problem in [f"--set {typo}=1: unknown setting `{typo}`; did you mean `{other}`?" for other in as_near]
 
 
 @pytest.mark.parametrize(
     ("text", "line", "words"),
     [
-        ("train:\n  stepz: 3", 2, "there is no setting train.stepz; the nearest is train.steps"),
-        ("trian: {steps: 3}", 1, "there is no setting trian; the nearest is train"),
+        ("train:\n  stepz: 3", 2, "unknown setting `train.stepz`; did you mean `train.steps`?"),
+        ("trian: {steps: 3}", 1, "unknown setting `trian`; did you mean `train`?"),
+        ("train: {foo: 3}", 1, "unknown setting `train.foo`; params.yaml lists all settings"),
+        ("train: {health: {foo: 3}}", 1, "unknown setting `train.health.foo`; params.yaml lists all settings"),
         ("train:\n  steps: many", 2, "train.steps should be a valid integer, not 'many'"),
         ("train: {steps: 1.5}", 1, "train.steps should be a valid integer, not 1.5"),
         ("seed: true", 1, "seed should be a valid integer, not True"),
@@ -195,9 +197,13 @@ def test_a_wrong_setting_is_named_with_its_line_and_what_is_expected(
     ("override", "words"),
     [
         ("train.steps", "--set train.steps: key=value is expected"),
-        ("=3", "--set =3: there is no setting ;"),
-        ("train=3", "--set train=3: there is no setting train;"),
-        ("train.steps.more=3", "there is no setting train.steps.more; the nearest is train.steps"),
+        ("=3", "--set =3: unknown setting ``; params.yaml lists all settings"),
+        ("train=3", "--set train=3: train is a section; set one of its keys, as in train.profile"),
+        ("train.steps.more=3", "unknown setting `train.steps.more`; did you mean `train.steps`?"),
+        ("patience=3", "unknown setting `patience`; did you mean `sft.patience` or `train.health.patience`?"),
+        ("train.foo=3", "--set train.foo=3: unknown setting `train.foo`; params.yaml lists all settings"),
+        ("train.health.foo=3", "unknown setting `train.health.foo`; params.yaml lists all settings"),
+        ("wombat=3", "unknown setting `wombat`; params.yaml lists all settings"),
         ("train.steps=[", "--set train.steps=[: the value is not YAML"),
         ("train.steps=", "--set train.steps=: train.steps should be a valid integer, not None"),
         ("split.test=0.95", "--set split.test=0.95: split: validation + test should be less than 1"),

@@ -24,7 +24,7 @@ FUNCTIONS = {
 # Nothing in these can change a result.
 AROUND = {
     *(f"adfm/{name}.py" for name in ("__init__", "errors", "files", "params", "tracking", "training/outbox")),
-    *(f"adfm/process/{name}.py" for name in ("cpus", "environment", "pod", "retries", "stopping")),
+    *(f"adfm/process/{name}.py" for name in ("cpus", "environment", "pod", "progress", "retries", "stopping")),
 }
 
 

@@ -33,11 +33,11 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, Self, cast
 
 import pyarrow as pa
-from tqdm import tqdm
 
 from adfm.data import codepages
 from adfm.data.manifest import STATE, Ledger
 from adfm.errors import AdfmError
+from adfm.process.progress import bar
 
 ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.zst")
 
@@ -230,8 +230,8 @@ def _growth(archive: Path, folder: Path, who: str) -> Callable[[int], None]:
 
 
 def _progress(members: Iterator[_Member]) -> Iterator[_Member]:
-    bar: Iterator[_Member] = tqdm(members, desc="unpack", unit="file", disable=None)
-    return bar
+    counted: Iterator[_Member] = bar(members, desc="unpack", unit="file")
+    return counted
 
 
 class _Member(NamedTuple):

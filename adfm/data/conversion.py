@@ -35,7 +35,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from adfm import __version__
 from adfm.data import contradictions, duplicates, inspection, inventory, samples, shards, splits, summary
@@ -46,6 +45,7 @@ from adfm.errors import AdfmError
 from adfm.files import atomic_folder, write_json
 from adfm.params import Params
 from adfm.process import cpus
+from adfm.process.progress import bar
 from adfm.records import SPLITS, Box, Record, Sample, Split
 from adfm.text import printable
 
@@ -223,7 +223,7 @@ def _inspected(raw: _Raw, work: Path, params: Params, part: int = 1, of: int = 1
     runs: list[Path] = []
     unfinished: deque[tuple[Path, _Key, list[Sample]]] = deque()
     total = sum(min(RUN, raw.images - first) for first in range((part - 1) * RUN, raw.images, of * RUN))
-    progress = tqdm(total=total, desc="inspect", unit="image", disable=None)
+    progress = bar(total=total, desc="inspect images", unit="image")
 
     def samples_to_inspect() -> Iterator[Sample]:
         for number, run in enumerate(_runs(raw.samples(params), params.convert.missing, problems)):
@@ -498,7 +498,7 @@ def _write(
     for path in folder.glob("*.parquet.partial" if same else "*.parquet*"):
         path.unlink()
     written.write_text(plan.hexdigest())
-    progress = tqdm(total=len(assigned), desc="write", unit="image", disable=None)
+    progress = bar(total=len(assigned), desc="write shards", unit="image")
     with progress, ThreadPoolExecutor(cpus.count()) as pool:
         for code, split in enumerate(SPLITS):
             images = np.flatnonzero(assigned == code)

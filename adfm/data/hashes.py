@@ -21,13 +21,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from adfm.data import duplicates
 from adfm.data import shards as shards_
 from adfm.data.images import reduced
 from adfm.errors import AdfmError
 from adfm.process import cpus
+from adfm.process.progress import bar
 
 FILE = "trained_on.parquet"
 """The table in the folder of a model: the training and validation images of its cold start and its training."""
@@ -79,7 +79,8 @@ def collect(shards: Path, splits: Sequence[str]) -> pa.Table:
     """
     present = [split for split in splits if any(shards.glob(f"{split}-*.parquet"))]
     batches = []
-    progress = tqdm(desc="hash", unit="image", disable=None)
+    total = sum(len(shards_.ids(shards, split)) for split in present)
+    progress = bar(total=total, desc="hash images", unit="image")
     with progress, ThreadPoolExecutor(cpus.count()) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, on damaged and on huge images
         for split in present:

@@ -27,8 +27,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from tqdm import tqdm
-
 from adfm.data import archives, s3
 from adfm.data.manifest import STATE, Ledger
 from adfm.data.readers.files import special_files
@@ -36,6 +34,7 @@ from adfm.errors import AdfmError, Unreachable
 from adfm.files import atomic_folder, file_digest
 from adfm.process import retries
 from adfm.process.environment import ca_remedy, without_login
+from adfm.process.progress import bar
 
 SCHEMES = ("file", "s3", "dvc", "synthetic")
 _CONNECTIONS = 16
@@ -87,7 +86,7 @@ def _fetch(uri: str, out: Path) -> tuple[int, int]:
 def _parallel(work: Callable[[T], None], items: Iterable[T], what: str, stopped: threading.Event) -> None:
     """Works on items in threads, with few in hand at a time, and sets `stopped` as soon as one has failed."""
     running: set[Future[None]] = set()
-    with ThreadPoolExecutor(_CONNECTIONS) as pool, tqdm(desc=what, unit="file", disable=None) as progress:
+    with ThreadPoolExecutor(_CONNECTIONS) as pool, bar(desc=what, unit="file") as progress:
         try:
             for item in items:
                 running.add(pool.submit(work, item))

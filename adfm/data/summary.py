@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -263,17 +262,12 @@ def table(report: dict[str, Any], out: Path, seconds: float) -> str:
     rows.append(("seconds", f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.1f}", ""))
     head = f"{out}: {_short(report['dataset'])}, layout {report['layout']['name']}"
     body = [_cut(f"  {name:<12}{count:>9}  {text}") for name, count, text in rows]
-    return "\n".join(
-        [printable(head), *body, f"next: adfm validate {shlex.quote(printable(str(out)))} reports/validation"]
-    )
+    return "\n".join([printable(head), *body])
 
 
 def part(images: int, total: int, number: int, of: int, out: Path, seconds: float) -> str:
     """What the terminal shows after a part: see `inspect_part`."""
-    return (
-        f"{out}: part {number} of {of}, {images:,} of {total:,} images inspected in {seconds:.1f} s\n"
-        "next: adfm convert RAW OUT --parts with the folders of all parts"
-    )
+    return f"{out}: part {number} of {of}, {images:,} of {total:,} images inspected in {seconds:.1f} s"
 
 
 def _not_in_every_split(missing: dict[str, list[str]]) -> list[tuple[str, str, str]]:

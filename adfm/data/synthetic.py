@@ -22,10 +22,10 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from adfm.errors import AdfmError
 from adfm.process import cpus
+from adfm.process.progress import bar
 from adfm.process.stopping import signals_blocked
 
 Array = NDArray[Any]
@@ -508,7 +508,7 @@ def on_all_cores(draw: Callable[..., T], *columns: Sequence[Any], chunksize: int
         try:
             with signals_blocked():
                 drawn = pool.map(draw, *columns, chunksize=chunksize)
-            yield from tqdm(drawn, total=len(columns[0]), desc="drawing", unit="image", mininterval=1.0)
+            yield from bar(drawn, total=len(columns[0]), desc="draw images", unit="image")
         except BaseException:  # including an interrupt: do not wait for the remaining images
             pool.shutdown(cancel_futures=True)
             raise

@@ -27,7 +27,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from tqdm import tqdm
 
 import adfm
 from adfm.data import shards as shards_
@@ -36,6 +35,7 @@ from adfm.method import kinds, prompt
 from adfm.models import families, loading
 from adfm.models.predictor import Prediction, Predictor, batched, grid_of, tile_of, uses_vllm
 from adfm.params import Params, Tile
+from adfm.process.progress import bar
 from adfm.records import Record
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def predict_splits(
         kept = keep / _key(model, shards, split, params, vllm) if keep else None
         parts: list[pa.Table] = []
         total, most = len(shards_.ids(shards, split)), _most_tiles(shards, split, tile)
-        with tqdm(total=total, desc=f"{describe}, {split}", unit="image", mininterval=1.0) as progress:
+        with bar(total=total, desc=f"{describe}, {split} split", unit="image") as progress:
             windows = batched(shards_.read(shards, split), max(1, _WINDOW * params.evaluate.batch_size // most))
             for number, window in enumerate(windows):
                 file = kept / f"{number:06d}.parquet" if kept else None

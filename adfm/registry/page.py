@@ -303,7 +303,7 @@ def _commands(decided: dict[str, Any], version: str) -> list[str]:
         return [f"It cannot be promoted. {_remedy(decided)}"]
     if not version:
         return []
-    return [f"next: look at the version in MLflow; then `adfm approve {version}` and `adfm promote`"]
+    return [f"To promote it, look at it in MLflow first; then `adfm approve {version}` and `adfm promote`"]
 
 
 def _links(evaluated_by: Run | None, trained_by: Run | None) -> list[str]:

@@ -91,7 +91,7 @@ def loads(text: str, place: str = FILE) -> Policy:
         PolicyError: As `load`.
     """
     try:
-        return validated(Policy, [(text, place)])
+        return validated(Policy, [(text, place)], listed=FILE)
     except AdfmError as error:
         raise PolicyError(str(error)) from error
 

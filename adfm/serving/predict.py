@@ -30,6 +30,7 @@ from adfm.models import loading
 from adfm.models import predictor as predictor_
 from adfm.models.predictor import Prediction
 from adfm.params import Params
+from adfm.process.progress import bar
 from adfm.records import Box
 from adfm.text import printable
 
@@ -105,13 +106,15 @@ def answers(images: Sequence[Path], model: str, params: Params, out: Path | None
             print(f"{name}: {calibration.summary}", file=sys.stderr)
         if guard is None:
             print(f"{name}: {UNGUARDED}", file=sys.stderr)
-        for batch in batches(_read(files, unreadable, bounds), params.evaluate.batch_size):
-            rows = judge(predictor, calibration, guard, batch)
-            for (file, image), (row, _) in zip(batch, rows, strict=True):
-                picture = None
-                if out:
-                    picture = str(_save(draw(image, row), out / f"{_absolute(file).relative_to(above)}{ENDING}"))
-                yield {"image": str(file), **row, "model": name, "picture": picture}
+        with bar(total=len(files), desc="predict", unit="image", leave=False) as progress:
+            for batch in batches(_read(files, unreadable, bounds), params.evaluate.batch_size):
+                rows = judge(predictor, calibration, guard, batch)
+                for (file, image), (row, _) in zip(batch, rows, strict=True):
+                    picture = None
+                    if out:
+                        picture = str(_save(draw(image, row), out / f"{_absolute(file).relative_to(above)}{ENDING}"))
+                    yield {"image": str(file), **row, "model": name, "picture": picture}
+                    progress.update()
     if unreadable:
         raise AdfmError(
             f"{len(unreadable)} of {len(files)} images cannot be read; replace them, or leave them out:\n  "

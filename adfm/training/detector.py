@@ -32,7 +32,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
-from tqdm import tqdm
 
 from adfm.data import hashes, tiles
 from adfm.data import shards as shards_
@@ -42,6 +41,7 @@ from adfm.files import atomic_folder, refuse_to_replace, write_json
 from adfm.method import kinds as kinds_
 from adfm.models import detector, loading
 from adfm.params import Params, Tile
+from adfm.process.progress import bar
 from adfm.records import Box, Record, Split
 from adfm.tiny import efficientnet
 from adfm.training import examples as examples_
@@ -133,7 +133,6 @@ def train(shards: Path, out: Path, params: Params, force: bool = False) -> None:
         print(f"{out}: flags from a probability of {trained.threshold:.3g} on")
     else:
         print(f"{out}: flags every image, as no normal one was there to learn from")
-    print(f"next: adfm evaluate MODEL {shards} OUT --compare detector={out}; adfm predict --model {out} IMAGES")
 
 
 def _check(rows: list[dict[str, Any]], shards: Path) -> None:
@@ -238,7 +237,7 @@ def _compute(
     compute = efficientnet.Features(tuple(efficientnet.CHANNELS), keep=0)
     examples: list[_Example] = []
     place = 0
-    with file.open("wb") as stream, tqdm(total=len(rows), desc="features", unit="picture", mininterval=1.0) as progress:
+    with file.open("wb") as stream, bar(total=len(rows), desc="detector, features", unit="picture") as progress:
         plain = (
             (row, detector.picture(image.crop(row["tile"])))
             for _, image, of_image in _images(shards, "train", rows)
@@ -338,7 +337,7 @@ def _fit(
         _standardise(head, values, examples, rng)
         optimizer = torch.optim.AdamW(head.parameters(), _LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
         head.train()
-        for step in tqdm(range(steps), desc="detector", unit="step", mininterval=1.0):
+        for step in bar(range(steps), desc="detector, training", unit="step"):
             rate = min(1.0, (step + 1) / _WARMUP) * (0.5 + 0.5 * np.cos(np.pi * step / steps))
             for group in optimizer.param_groups:
                 group["lr"] = _LEARNING_RATE * rate + 1e-5
@@ -454,7 +453,7 @@ def _choose(
     scores: list[float] = []
     labels: list[bool] = []
     located: list[_Located] = []
-    images = iter(tqdm(_images(shards, split, chosen), total=len(chosen), desc=split, unit="image", mininterval=1.0))
+    images = iter(bar(_images(shards, split, chosen), total=len(chosen), desc="detector, threshold", unit="image"))
     at_once = 1 if tile.size else _AT_ONCE  # the tiles of one image are enough for all cores
     while some := list(islice(images, at_once)):
         pictures = [detector.picture(image.crop(place)) for _, image, [row] in some for place in grids[row["number"]]]

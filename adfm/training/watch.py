@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 from transformers import TrainerCallback
 
 from adfm.method import response
 from adfm.method.coordinates import Frame
+from adfm.process.progress import bar
 from adfm.records import Box
 from adfm.training.outbox import Outbox
 
@@ -31,12 +31,11 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Open the bar where an interrupted training left off."""
-        self._bar = tqdm(
+        self._bar = bar(
             total=state.max_steps,
             initial=state.global_step,
             desc=self._describe,
             unit="step",
-            mininterval=1.0,
             disable=not state.is_world_process_zero,
         )
 
@@ -54,7 +53,9 @@ class Watch(TrainerCallback):
         figures = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float) and math.isfinite(v)}
         if "loss" in (logs or {}):
             self._outbox.add(figures, state.global_step)
-            self._bar.set_postfix({k.rsplit("/", 1)[-1]: f"{figures[k]:.3f}" for k in self._shown if k in figures})
+            self._bar.set_postfix(
+                {k.rsplit("/", 1)[-1]: f"{figures[k]:.3f}" for k in self._shown if k in figures}, refresh=False
+            )
             self._bar.update(state.global_step - self._bar.n)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from adfm import tracking
 from adfm.data import duplicates, folds, pictures, shards, tiles
@@ -43,6 +42,7 @@ from adfm.method import kinds as kinds_
 from adfm.models import loading
 from adfm.params import Convert, Params
 from adfm.process import cpus, retries
+from adfm.process.progress import bar
 from adfm.records import SPLITS, Label
 from adfm.text import printable
 
@@ -195,7 +195,7 @@ def _table(folder: Path, settings: Convert) -> pd.DataFrame:
         raise AdfmError(f"{folder}: the shards hold no images; make them anew with `adfm convert`.")
     facts: dict[str, list[Any]] = defaultdict(list)
     vectors = []
-    progress = tqdm(total=len(small), desc="validate", unit="image", disable=None)
+    progress = bar(total=len(small), desc="validate images", unit="image")
     with TemporaryFile() as file, progress, ThreadPoolExecutor(cpus.count()) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, on damaged and on huge images: the table says what matters of it
         for split in SPLITS:

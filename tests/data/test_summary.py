@@ -45,7 +45,6 @@ def test_the_table() -> None:
         "  annotations     1,235  files, masks included",
         "  left out            0",
         "  seconds            12",
-        "next: adfm validate 'data/my shards' reports/validation",
     ]
 
 
@@ -79,7 +78,6 @@ def test_what_is_not_as_expected_has_a_line() -> None:
         "  note                   and 3 more kinds, see conversion.json",
         "  moved               5  images from train to test: a copy is there",
         "  seconds           1.2",
-        "next: adfm validate shards reports/validation",
     ]
 
 

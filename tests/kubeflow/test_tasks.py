@@ -222,7 +222,9 @@ def test_a_source_whose_content_may_change_has_no_revision_of_its_own(source: st
 
 
 def test_settings_that_are_wrong_are_all_named() -> None:
-    with pytest.raises(AdfmError, match=r"(?s)params line 1: seed .*params line 2: there is no setting tarin"):
+    with pytest.raises(
+        AdfmError, match=r"(?s)params line 1: seed .*params line 2: unknown setting `tarin`; did you mean `train`"
+    ):
         tasks.check("seed: x\ntarin: {}\n")
 
 

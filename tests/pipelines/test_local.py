@@ -59,7 +59,7 @@ def test_settings_that_do_not_parse_start_nothing(here: Path, capsys: pytest.Cap
     assert run("--root", "out") == 1
     error = capsys.readouterr().err
     assert "params.yaml line 1: train.steps" in error
-    assert "there is no setting sede; the nearest is seed" in error
+    assert "unknown setting `sede`; did you mean `seed`?" in error
     assert not (here / "out").exists()
 
 

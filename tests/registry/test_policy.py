@@ -42,7 +42,8 @@ def test_what_a_policy_says_otherwise_is_listed_by_key() -> None:
     ("text", "message"),
     [
         ("whole: {recal: {limit: 1}}", "gate.yaml line 1: whole: there is no metric 'recal'"),
-        ("whole: {iou: {limt: 1}}", "there is no setting whole.iou.limt; the nearest is whole.iou.limit"),
+        ("whole: {iou: {limt: 1}}", "unknown setting `whole.iou.limt`; did you mean `whole.iou.limit`?"),
+        ("whole: {iou: {foo: 1}}", "unknown setting `whole.iou.foo`; gate.yaml lists all settings"),
         ("looks: 0", "looks should be greater than 0, not 0"),
         ("parts: 3", "parts should be a section with keys, not 3"),
         ("enough: 5\nenough: 6", "gate.yaml line 2: enough is set already in line 1"),
