@@ -18,28 +18,27 @@ import json
 import multiprocessing
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from adfm import tracking
 from adfm.data import shards as shards_
+from adfm.drawing import WIDTH, drawn, panels, smoothed
 from adfm.errors import AdfmError
-from adfm.evaluation.plots import GRID, TITLES, bare, drawn
+from adfm.evaluation.plots import TITLES
 from adfm.files import replace_json, replace_text, write_json
 from adfm.models import loading
 from adfm.params import Params, flat, loads
 from adfm.process import cpus
 from adfm.process.stopping import Terminated
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 METRICS = ("balanced_accuracy", "iou", "utilisation", "recall", "specificity")
 _ON_CURVE = tuple(name for name in METRICS if name != "utilisation")
@@ -323,33 +322,38 @@ answers without stages draws no boxes, and its IoU is 0.
 
 ![Balanced accuracy, IoU, recall, specificity and utilisation against steps](ablation.png)
 
-The figure shows mean and 95 % interval too; utilisation is a running mean over 10 steps. The arms, as one run of the
-pipeline each (seeds by `-S seed=1`, which also changes the split of the data there):
+The figure shows the mean against steps, and at the right its 95 % interval after the last; utilisation is smoothed. The
+arms, as one run of the pipeline each (seeds by `-S seed=1`, which also changes the split of the data there):
 
 {settings}
 """
 
 
 def draw(evidence: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
-    """Draws each metric against steps: mean of the seeds and its 95 % interval."""
-    with drawn(path, 11, 3) as figure:
-        for place, name in enumerate(METRICS):
-            axes: Axes = figure.add_subplot(1, len(METRICS), place + 1)
-            for arm, of_arm in evidence.items():
+    """Draws the mean of the seeds for each metric against steps, and at the right its 95 % interval after the last."""
+    with drawn(path, WIDTH, 5) as figure:
+        *axes_of, legend = panels(figure, len(METRICS) + 1, 3)
+        for name, axes in zip(METRICS, axes_of, strict=True):
+            for place, (arm, of_arm) in enumerate(evidence.items()):
                 curves = [np.array(run["curves"][name], float) for run in of_arm.values()]
-                if name == "utilisation":
-                    curves = [_smooth(curve) for curve in curves]
                 steps, values = curves[0][:, 0], np.stack([curve[:, 1] for curve in curves])
-                mean, low, high = np.array([interval(column) for column in values.T.tolist()]).T
-                axes.plot(steps, mean, color=_COLOURS[arm], label=ARMS[arm].title.replace("`", ""))
+                if name == "utilisation":
+                    values = np.array([*map(smoothed, values)])
+                label = textwrap.fill(ARMS[arm].title.replace("`", ""), 28)
+                axes.plot(steps, values.mean(0), color=_COLOURS[arm], label=label)
+                mean, low, high = interval(values[:, -1].tolist())
                 if len(curves) > 1:
-                    axes.fill_between(steps, low.clip(0, 1), high.clip(0, 1), color=_COLOURS[arm], alpha=0.15, lw=0)
+                    beside = steps[-1] * (1.06 + 0.035 * place)
+                    axes.plot([beside] * 2, np.clip([low, high], 0, 1), color=_COLOURS[arm], lw=2, alpha=0.6)
+                    axes.plot(beside, mean, ".", color=_COLOURS[arm])
             axes.set_title(_TITLES[name], loc="left", fontweight="bold")
-            axes.set_xlabel("step")
-            axes.grid(color=GRID)
-            bare(axes)
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(evidence)), frameon=False)
+            axes.set(xlabel="step of GRPO", xticks=np.linspace(0, steps[-1], 5))
+        legend.set_axis_off()
+        title = "Mean of the seeds; bars at the\nright: 95 % interval at the end"
+        key = legend.legend(
+            *axes.get_legend_handles_labels(), loc="center", frameon=False, title=title, alignment="left"
+        )
+        key.set_in_layout(False)  # columns of panels stay equally wide
 
 
 def _shown(found: tuple[float, float, float]) -> str:
@@ -362,11 +366,3 @@ def _shown(found: tuple[float, float, float]) -> str:
 def _mean_curve(runs: dict[int, dict[str, Any]], name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Steps and the mean of a metric at each, `[n, 2]`."""
     return np.asarray(np.mean([run["curves"][name] for run in runs.values()], axis=0))
-
-
-def _smooth(curve: np.ndarray[Any, Any], width: int = 10) -> np.ndarray[Any, Any]:
-    """A running mean over at most `width` steps."""
-    sums = np.cumsum(np.insert(curve[:, 1], 0, 0.0))
-    first = np.maximum(np.arange(len(curve)) + 1 - width, 0)
-    means = (sums[1:] - sums[first]) / (np.arange(len(curve)) + 1 - first)
-    return np.column_stack([curve[:, 0], means])

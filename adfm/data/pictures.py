@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from adfm import drawing
 from adfm.data import images
+from adfm.drawing import MARK
 from adfm.records import SPLITS, Box
 
-MARK = "#ff2d55"
 _MASK_OPACITY = 90  # of 255
 
 
@@ -161,18 +162,19 @@ figure {{ margin: 0; min-width: 0; font-size: .8rem; line-height: 1.4 }}
 .picture .halo {{ stroke: #fffa; stroke-width: 4 }}
 .missing {{ padding: 1em; text-align: center; overflow-wrap: anywhere; opacity: .8 }}
 figcaption {{ padding: .35em .1em 0 }}
-figcaption span {{ display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap }}
-.problem {{ color: #b3261e }}
+figcaption span {{ display: block; overflow-wrap: anywhere }}
+.problem {{ color: light-dark(#b3261e, #ff8078) }}
 """
 
 
 def figure(picture: Picture, *lines: str, kind: str = "") -> str:
     """A picture and lines of text under it as an HTML figure of the class `kind` that needs `STYLE` and nothing else.
 
-    The text is escaped; a line that is too long for its place is cut, and shown in full by the pointer.
+    The text is escaped.
     """
-    said = [*lines, *([picture.problem] if picture.image and picture.problem else [])]
-    spans = [f'<span title="{html.escape(line)}">{html.escape(line)}</span>' for line in said]
+    texts = [*lines, *([picture.problem] if picture.image and picture.problem else [])]
+    # The path of a file may break after each folder.
+    spans = [f"<span>{html.escape(text).replace('/', '/<wbr>')}</span>" for text in texts]
     if picture.image and picture.problem:
         spans[-1] = spans[-1].replace("<span", '<span class="problem"', 1)
     plate = f'<div class="missing">{html.escape(picture.problem)}</div>'
@@ -221,10 +223,7 @@ def _uri(kind: str, save: Callable[[io.BytesIO], None]) -> str:
 
 
 def drawn(picture: Picture, side: int) -> Image.Image:
-    """The picture with its marks drawn on it, scaled such that its longer side is `side` pixels.
-
-    A box is framed from outside, so that nothing in it is covered, as far as the image has room for the frame.
-    """
+    """The picture with its marks drawn on it, scaled such that its longer side is `side` pixels."""
     if picture.image is None:
         raise ValueError("there is no image to draw on")
     times = side / max(picture.image.size)
@@ -236,13 +235,5 @@ def drawn(picture: Picture, side: int) -> Image.Image:
         layer = np.asarray(Image.fromarray(picture.mask).resize((width, height), Image.Resampling.NEAREST))
         share = _MASK_OPACITY / 255
         pixels[layer] = (1 - share) * pixels[layer] + share * colour
-    for inner, outer, paint in ((2, 3, np.float32(255)), (0, 2, colour)):
-        for box in picture.boxes:
-            x1, y1, x2, y2 = (round(edge * times) for edge in box)
-            left, top = min(max(outer, x1), width - outer - 1), min(max(outer, y1), height - outer - 1)
-            right, bottom = max(left + 1, min(width - outer, x2)), max(top + 1, min(height - outer, y2))
-            frame = np.zeros((height, width), bool)
-            for room, inside in ((outer, True), (inner, False)):
-                frame[max(0, top - room) : bottom + room, max(0, left - room) : right + room] = inside
-            pixels[frame] = paint
+    drawing.frame(pixels, (Box(*(edge * times for edge in box)) for box in picture.boxes), MARK)
     return Image.fromarray(pixels.round().astype(np.uint8))

@@ -6,7 +6,6 @@ import hashlib
 import heapq
 import html
 import io
-import textwrap
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -17,11 +16,13 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from adfm import drawing
 from adfm.data import inspection, pictures, samples, shards
 from adfm.data.pictures import Picture
 from adfm.data.readers import files, resolve
+from adfm.drawing import FAINT, INK, MARK, TRUTH
 from adfm.errors import AdfmError
 from adfm.params import Convert, Params
 from adfm.process import cpus
@@ -287,47 +288,43 @@ def _table(counts: Counter[_Entry]) -> str:
 
 # ------------------------------------------------------------------------------------------------------------ as pixels
 
-_INK, _FAINT, _PLATE = "#1f2933", "#6b7785", "#eef1f4"
-_DOTS = {"normal": "#2ea043", "anomalous": pictures.MARK, "": "#8a8f98"}
+_PLATE = "#eef1f4"
+_DOTS = {"normal": TRUTH, "anomalous": MARK, "": "#8a8f98"}
 
 
 def _image(title: str, tiles: _Tiles, counts: Counter[_Entry], problem: str, side: int) -> bytes:
-    import matplotlib
-
-    fonts = Path(matplotlib.get_data_path(), "fonts", "ttf")  # they come with it, and are free
-    text = max(10, min(14, side // 14))
-    plain = ImageFont.truetype(fonts / "DejaVuSans.ttf", text)
-    bold = ImageFont.truetype(fonts / "DejaVuSans-Bold.ttf", text)
-    large = ImageFont.truetype(fonts / "DejaVuSans-Bold.ttf", 26)
-    line, gap, margin = round(text * 1.45), side // 12, 28
+    size = max(10, min(14, side // 14))
+    plain, bold, large = drawing.font(size), drawing.font(size, bold=True), drawing.font(26, bold=True)
+    line, gap, margin = round(size * 1.45), side // 12, 28
     columns = _columns(len(tiles))
     width = max(columns * (side + gap) - gap, 480) + 2 * margin
     summary = _summary(counts, len(tiles)) + (" · the data set has problems" if problem else "")
-    said = textwrap.wrap(summary, int((width - 2 * margin) / plain.getlength("n")))
-    top = margin + 40 + line * len(said) + gap
-    rows = -(-len(tiles) // columns)
-    sheet = Image.new("RGB", (width, top + rows * (side + 3 * line + 6 + gap) + margin - gap), "white")
+    header = drawing.wrapped(summary, plain, width - 2 * margin, 9)
+    top = margin + 40 + line * len(header) + gap
+    height = side + 4 * line + 6 + gap
+    sheet = Image.new("RGB", (width, top + -(-len(tiles) // columns) * height + margin - gap), "white")
     pen = ImageDraw.Draw(sheet)
-    pen.text((margin, margin - 6), _fitting(printable(title), large, width - 2 * margin), _INK, large)
-    pen.text((margin, margin + 34), "\n".join(said), _FAINT, plain, spacing=line - text)
+    pen.text((margin, margin - 6), drawing.fitted(printable(title), large, width - 2 * margin), INK, large)
+    pen.text((margin, margin + 34), "\n".join(header), FAINT, plain, spacing=line - size)
     for number, (entry, picture) in enumerate(tiles):
         x = margin + number % columns * (side + gap)
-        y = top + number // columns * (side + 3 * line + 6 + gap)
+        y = top + number // columns * height
         pen.rounded_rectangle((x, y, x + side - 1, y + side - 1), 6, _PLATE)
         if picture.image:
             drawn = pictures.drawn(picture, side)
             sheet.paste(drawn, (x + (side - drawn.width) // 2, y + (side - drawn.height) // 2))
         if picture.problem:
-            wrapped = textwrap.wrap(picture.problem, max(8, int(side * 1.5 / text)))[: side // line - 1]
+            lines = drawing.wrapped(picture.problem, plain, side - 16, side // line - 1)
             place = (x + 8, y + side - 8) if picture.image else (x + side / 2, y + side / 2)
             anchor = "ld" if picture.image else "mm"
-            pen.multiline_text(place, "\n".join(wrapped), "#b3261e", plain, anchor=anchor, align="center")
-        for row, (said_, font) in enumerate(zip(_lines(entry, picture), (bold, plain, plain), strict=True)):
+            pen.multiline_text(place, "\n".join(lines), "#b3261e", plain, anchor=anchor, align="center")
+        for row, text in enumerate((*_lines(entry, picture), entry.name)):
             at = y + side + 6 + row * line
-            dot = text if row == 1 else 0
+            dot = size if row == 1 else 0
             if dot:
-                pen.ellipse((x, at + text * 0.3, x + text * 0.6, at + text * 0.9), _DOTS[_kind(entry)])
-            pen.text((x + dot, at), _fitting(said_, font, side - dot), _FAINT if row == 2 else _INK, font)
+                pen.ellipse((x, at + size * 0.3, x + size * 0.6, at + size * 0.9), _DOTS[_kind(entry)])
+            font = plain if row else bold
+            pen.text((x + dot, at), drawing.fitted(text, font, side - dot), INK if row < 2 else FAINT, font)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue()
@@ -337,11 +334,3 @@ def _columns(tiles: int) -> int:
     """As many columns as make a sheet that is a little wider than high, with few empty places."""
     wide = max(4, round((1.6 * tiles) ** 0.5))
     return min(tiles, min(range(wide * 3 // 4, wide * 5 // 4 + 1), key=lambda n: (-tiles % n, abs(n - wide))))
-
-
-def _fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"

@@ -139,13 +139,10 @@ def read(folder: Path, shards: Path) -> dict[str, Any] | None:
 
 
 def add(results: dict[str, Any], folds: Path, evaluation: Path) -> str:
-    """Puts a cross-validation beside an evaluation, and its section under the comparison; returns that section."""
+    """Copies a cross-validation into an evaluation; returns the section for its comparison."""
     for name in (FILE, PREDICTIONS):
         shutil.copy2(folds / name, evaluation)
-    text = f"\n\n{section(results)}"
-    with (evaluation / "comparison.md").open("a", encoding="utf-8") as stream:
-        stream.write(f"{text[1:]}\n")
-    return text
+    return section(results)
 
 
 def title(metric: str) -> str:

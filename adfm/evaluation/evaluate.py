@@ -13,7 +13,7 @@ The folder that it writes; the candidate is the last model:
     evaluation.json                       what was evaluated: models, split, fingerprint of the shards, settings
     references.json                       the blind answers, how candidate and reference detector compare, and the
                                           verdict in words (adfm/evaluation/verdict.py), which is printed last
-    comparison.md, comparison.csv         the tables that are printed
+    comparison.md, comparison.csv         the tables that are printed, and those for which a terminal is too narrow
     cross-validation.json, .parquet       where `evaluate.folds` is set: what `adfm folds` wrote
     plots/                                confusion.csv, roc.csv, iou_by_size.csv for DVC; figures as PNG;
                                           kinds.csv, of rows only if the candidate's prompt asks for kinds
@@ -31,10 +31,11 @@ import csv
 import json
 import re
 import shutil
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -48,7 +49,7 @@ from adfm.evaluation import calibration, crossvalidation, guard, metrics, plots,
 from adfm.evaluation import report as page
 from adfm.evaluation.calibration import DECIDED, Calibration
 from adfm.evaluation.predictions import KINDS
-from adfm.files import atomic_folder, digest, write_json
+from adfm.files import atomic_folder, digest, replace_text, write_json
 from adfm.models import loading
 from adfm.params import Params
 from adfm.text import markdown
@@ -56,9 +57,10 @@ from adfm.text import markdown
 if TYPE_CHECKING:
     import pandas as pd
 
+_TERMINAL = 100  # columns
 _CALIBRATION = {
-    "ece_of_score": "calibration error of the score",
-    "ece": "calibration error of the probability",
+    "ece_of_score": "calibration error, score",
+    "ece": "calibration error, probability",
     "threshold": "threshold",
     **{f"{metric}_at_threshold": f"{plots.TITLES.get(metric, metric)} at threshold" for metric in metrics.AT_THRESHOLD},
     "miss_rate_at_threshold": "escape rate at threshold",
@@ -145,39 +147,59 @@ def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Par
             for name, table in validation.items():
                 _write_table(calibrations[name].apply(table), partial / "validation" / f"{name}.parquet")
             comparison = report(tables, shards, partial, params, calibrations, validation, reference)
-            if folds and crossed:
-                comparison += crossvalidation.add(crossed, folds, partial)
-            summary = _summarize(local[candidate], tables, shards, partial, params, calibrations, reference, crossed)
+            section = [crossvalidation.add(crossed, folds, partial)] if folds and crossed else []
+            summary = _summarize(local[candidate], tables, shards, comparison, params, calibrations, reference, crossed)
+            write_json(comparison.compared | {"summary": summary}, partial / references.FILE)
+            sentences = references.lines(summary)
+            paragraphs = [*map(markdown, sentences), *comparison.written, *section]
+            replace_text("\n\n".join(paragraphs) + "\n", partial / "comparison.md")
             page.write(partial, shards, partial / "report")
             _log(partial)
         shutil.rmtree(kept, ignore_errors=True)
-    print(comparison, *references.lines(summary), sep="\n\n")
+    file = f"Differences to the other models, and what the figures are: {out / 'comparison.md'}"
+    print(_folded("\n\n".join([*comparison.printed, *section, file, *sentences])))
+
+
+class Comparison(NamedTuple):
+    """What follows from prediction tables: figures, and paragraphs of Markdown.
+
+    Args:
+        measured: The contents of `metrics.json`.
+        compared: Those of `references.json`, without the summary.
+        printed: For the terminal: all models, and the candidate beside production, or the model before it.
+        written: For `comparison.md`: beside every model, and what the figures are.
+    """
+
+    measured: dict[str, Any]
+    compared: dict[str, Any]
+    printed: list[str]
+    written: list[str]
 
 
 def _summarize(
     model: str | Path,
     tables: Mapping[str, pd.DataFrame],
     shards: Path,
-    out: Path,
+    comparison: Comparison,
     params: Params,
     calibrations: Mapping[str, Calibration],
     reference: references.Reference | None,
     crossed: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """The verdict in words: written into `references.json` and above the comparison, and returned.
+    """The verdict in words, for `references.json` and above the comparison.
 
     Args:
         model: The candidate.
-        tables: As of `report`, which has written to `out`.
+        tables: As of `report`.
         shards: The shards.
-        out: Folder of the evaluation.
+        comparison: What `report` returned.
         params: Reads `model` and `tile`.
         calibrations: By model.
         reference: The reference detector, if there is one.
         crossed: The cross-validation, if there was one.
     """
     *_, candidate = tables
-    measured, compared = (json.loads((out / name).read_text()) for name in ("metrics.json", references.FILE))
+    measured = comparison.measured
     images = shards_.table(shards).select(["split", "label", "defect"]).to_pandas()
     train = images[images["split"] == "train"]
     counts = tuple(int((train["label"] == label).sum()) for label in ("normal", "anomalous"))
@@ -185,7 +207,7 @@ def _summarize(
     limit = next(iter(calibrations[candidate].limit.items()), None)
     facts = verdict.Facts(
         kind,
-        compared,
+        comparison.compared,
         measured[candidate],
         difference=measured.get(f"{candidate}_minus_{reference.name}", {}) if reference else {},
         detector=reference.folder if reference else "" if kind.base else str(model),
@@ -197,12 +219,7 @@ def _summarize(
         crossed=crossed,
         shards=str(shards),
     )
-    summary = verdict.summarize(facts)
-    write_json(compared | {"summary": summary}, out / references.FILE)
-    file = out / "comparison.md"
-    above = "\n\n".join(markdown(line) for line in references.lines(summary))
-    file.write_text(f"{above}\n\n{file.read_text(encoding='utf-8')}", encoding="utf-8")
-    return summary
+    return verdict.summarize(facts)
 
 
 def models_to_compare(about: Mapping[str, Any], candidate: str | Path) -> dict[str, str]:
@@ -280,8 +297,8 @@ def report(
     calibrations: dict[str, Calibration],
     validation: Mapping[str, pd.DataFrame] | None = None,
     reference: references.Reference | None = None,
-) -> str:
-    """Writes everything that follows from prediction tables; returns the comparison as aligned Markdown tables.
+) -> Comparison:
+    """Writes what follows from prediction tables, but for the verdict in words and what is shown beside it.
 
     Args:
         tables: Prediction tables of the same images by model, with decisions; the last is the candidate.
@@ -303,7 +320,7 @@ def report(
         f"{candidate}_minus_{other}": metrics.difference(
             tables[candidate], tables[other], settings.bootstrap, params.seed
         )
-        for other in reversed(others)
+        for other in sorted(others, key="production".__eq__)[::-1]  # what it would replace comes first
     }
     at = {name: fitted.threshold for name, fitted in calibrations.items()}
     if any(threshold is not None for threshold in at.values()) and not metrics.without_normal(tables[candidate]):
@@ -318,7 +335,8 @@ def report(
         name: metrics.overall(table, settings.bootstrap, params.seed)
         for name, table in references.blind_tables(tables[candidate]).items()
     }
-    write_json(overall | blind | differences, out / "metrics.json")
+    measured = overall | blind | differences
+    write_json(measured, out / "metrics.json")
     write_json(details, out / "details.json")
     (out / "metrics").mkdir()
     for name, values in (overall | blind).items():
@@ -338,8 +356,23 @@ def report(
     images = {record.id: record.image for record in shards_.read(shards, settings.split) if record.id in ids}
     plots.examples(shown, images, folder / "examples.png")
     compared = references.compare(tables, overall | blind, validation or {}, reference, settings.bootstrap, params.seed)
-    write_json(compared, out / references.FILE)
-    return _write_comparison(overall, differences, calibrations, compared, out)
+    titles = _titles(overall)
+    _write_csv(
+        ["metric", "model", "value", "low", "high"],
+        (
+            [metric, name, *(values.get(metric + end) for end in ("", "_low", "_high"))]
+            for metric in titles
+            for name, values in (overall | differences).items()
+            if metric in values
+        ),
+        out / "comparison.csv",
+    )
+    everyone = _tables(_values(titles, overall, compared["rows"]))
+    differing = _tables(_intervals(titles, {candidate: overall[candidate]}, differences))
+    notes, explanations = _notes(overall[candidate], metrics.KIND in titles)
+    decided = [markdown(f"{name}: {fitted.summary}") for name, fitted in calibrations.items()]
+    written = [*everyone, *differing, *notes, *explanations, *decided]
+    return Comparison(measured, compared, [*everyone, *differing[:1], *notes], written)
 
 
 def _write_plot_data(candidate: pd.DataFrame, sizes: dict[str, dict[str, Any]], folder: Path) -> None:
@@ -366,75 +399,110 @@ def _write_plot_data(candidate: pd.DataFrame, sizes: dict[str, dict[str, Any]], 
     _write_csv(["size", *sizes], rows, folder / "iou_by_size.csv")
 
 
-def _write_comparison(
-    overall: dict[str, Any],
-    differences: dict[str, Any],
-    calibrations: dict[str, Calibration],
-    compared: dict[str, Any],
-    out: Path,
-) -> str:
-    shown = overall | differences
-    first = overall[[*overall][-1]]
+def _titles(overall: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The metrics of the comparison, each with its title."""
+    *_, candidate = overall.values()
     titles = {metric: plots.TITLES[metric] for metric in plots.ESCAPES_FIRST}
     if any(metrics.KIND in values for values in overall.values()):
         titles[metrics.KIND] = plots.TITLES[metrics.KIND]
-    titles |= {metric: title for metric, title in _CALIBRATION.items() if metric in first}
-    header = ["", *overall, *(name.replace("_minus_", " - ") for name in differences)]
-    rows = [
-        [title, *(_cell(values, metric, "+" * (name in differences)) for name, values in shown.items())]
+    return titles | {metric: title for metric, title in _CALIBRATION.items() if metric in candidate}
+
+
+def _values(titles: Mapping[str, str], overall: Mapping[str, Any], rows: Mapping[str, Any]) -> list[list[str]]:
+    """A table of all models and the blind answers, without intervals.
+
+    Args:
+        titles: As `_titles` gives them.
+        overall: Metrics by model.
+        rows: Of `references.json`, which has the blind answers and the balanced accuracy by score.
+    """
+    beside = {name: {metric: values[0] for metric, values in row.items()} for name, row in rows.items()}
+    columns = {name: {**row, **overall.get(name, {})} for name, row in beside.items()}
+    listed = {**titles, references.BY_SCORE: references.METRICS[references.BY_SCORE]}
+    order = sorted(listed, key=lambda metric: [*titles].index(metric.removesuffix("_by_score")))
+    cells = [
+        [listed[metric], *(_cell(values, metric, limits=False) for values in columns.values())] for metric in order
+    ]
+    return [["", *map(references.title, columns)], *(row for row in cells if {*row[1:]} != {"-"})]
+
+
+def _intervals(
+    titles: Mapping[str, str], candidate: Mapping[str, Any], differences: Mapping[str, Any]
+) -> list[list[str]]:
+    """A table of the candidate and its differences to the other models, with intervals."""
+    columns = {**candidate, **differences}
+    cells = [
+        [title, *(_cell(values, metric, "+" * (name in differences)) for name, values in columns.items())]
         for metric, title in titles.items()
     ]
-    table = f"{_markdown(references.table(compared))}\n\n{_markdown([header, *rows])}"
-    more = f"\n\n{metrics.more_images(first)}".rstrip()
-    note = (
-        f"{first['images']} images. In brackets 95 % intervals, paired for differences: confidence limits of rates and"
-        " means over images, exact for rates; by the bootstrap for AUROC, box F1 and calibration errors. Images of one"
-        " part count as one."
-    )
-    note += (
+    return [["95 % intervals", *(name.replace("_minus_", " - ") for name in columns)], *cells]
+
+
+def _notes(candidate: Mapping[str, Any], kinds: bool) -> tuple[list[str], list[str]]:
+    """What to know of these images, and what the figures of a comparison are, as paragraphs."""
+    notes = [metrics.more_images(candidate)]
+    if without := candidate["without_boxes"]:
+        notes.append(f"{without} anomalous images have no boxes; they are left out of IoU and box F1.")
+    if not candidate["normal"]:
+        notes.append(metrics.NO_NORMAL_IMAGE)
+    explanations = [
+        f"{candidate['images']} images. In brackets 95 % intervals, paired for differences: confidence limits of rates"
+        " and means over images, exact for rates; by the bootstrap for AUROC, box F1 and calibration errors. Images of"
+        " one part count as one. comparison.csv has the intervals of every model."
         " By score: each decided by its score, at a threshold fitted on the validation split."
         " The first lines count the letters as written; those at the threshold the decisions made from the calibrated"
         " probability, with all regions of a flagged image for its boxes."
-    )
-    left_out = ""
-    if without := first["without_boxes"]:
-        left_out = f"\n\n{without} anomalous images have no boxes; they are left out of IoU and box F1."
-    if not first["normal"]:
-        left_out += f"\n\n{metrics.NO_NORMAL_IMAGE}"
-    note += left_out
-    if metrics.KIND in titles:
-        note += (
-            "\n\nKind right: the share of the defective images of one known kind that are answered A with this kind, "
+    ]
+    if kinds:
+        explanations.append(
+            "Kind right: the share of the defective images of one known kind that are answered A with this kind, "
             "letters as written; plots/kinds.csv says which were taken for which."
         )
-    note += "".join(f"\n\n{markdown(f'{name}: {fitted.summary}')}" for name, fitted in calibrations.items())
-    (out / "comparison.md").write_text(f"{table}{more}\n\n{note}\n", encoding="utf-8")
-    _write_csv(
-        ["metric", "model", "value", "low", "high"],
-        (
-            [metric, name, *(values.get(metric + end) for end in ("", "_low", "_high"))]
-            for metric in titles
-            for name, values in shown.items()
-            if metric in values
-        ),
-        out / "comparison.csv",
-    )
-    return table + more + left_out
+    return [note for note in notes if note], explanations
 
 
-def _cell(values: dict[str, Any], metric: str, sign: str = "") -> str:
-    found = [values.get(metric + end) for end in ("", "_low", "_high")]
-    shown = [format(value, f"{sign}.3f") for value in found if value is not None]
-    return f"{shown[0]} [{shown[1]}, {shown[2]}]" if len(shown) == 3 else shown[0] if shown else "-"
+def _cell(values: Mapping[str, Any], metric: str, sign: str = "", limits: bool = True) -> str:
+    value, low, high = (values.get(metric + end) for end in ("", "_low", "_high"))
+    if value is None:
+        return "-"
+    text = f"{value:{sign}.3f}"
+    return f"{text} [{low:{sign}.3f}, {high:{sign}.3f}]" if limits and low is not None and high is not None else text
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table that is also aligned as plain text."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+def _tables(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Markdown tables that are also aligned as plain text, as many as it takes to fit a terminal.
+
+    Each has the first column, and rows in which another has a value. A column that is too wide has a table of its own.
+    """
+    first, *columns = zip(*rows, strict=True)
+    groups: list[list[Sequence[str]]] = [[]]
+    for column in columns:
+        if groups[-1] and len(_lines([first, *groups[-1], column])[0]) > _TERMINAL:
+            groups.append([])
+        groups[-1].append(column)
+    tables = []
+    for group in groups:
+        kept = [cells for cells in zip(first, *group, strict=True) if {*cells[1:]} != {"-"}]
+        head, *body = _lines([*zip(*kept, strict=True)])
+        rule = re.sub(r"[^|]", "-", head)
+        tables.append("\n".join([head, rule, *body]))
+    return tables
+
+
+def _lines(columns: Sequence[Sequence[str]]) -> list[str]:
+    padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
+    return [f"| {' | '.join(cells)} |" for cells in zip(*padded, strict=True)]
+
+
+def _folded(text: str) -> str:
+    """Markdown for a terminal: paragraphs in lines that fit it, with tables and commands left as they are."""
+
+    def fold(paragraph: str) -> str:
+        whole = re.sub(r"`[^`]*`", lambda command: command[0].replace(" ", "\u00a0"), paragraph)
+        return textwrap.fill(whole, _TERMINAL, break_long_words=False, break_on_hyphens=False).replace("\u00a0", " ")
+
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(part if part.startswith(("|", "#")) else fold(part) for part in paragraphs)
 
 
 def _log(folder: Path) -> None:

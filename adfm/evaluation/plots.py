@@ -1,30 +1,23 @@
-"""The pictures of an evaluation: confusion, IoU by size of the defect, the models side by side, and examples.
-
-Drawn on bare figures, not through pyplot, so that no window, backend or global state is involved.
-"""
+"""The pictures of an evaluation: confusion, reliability, IoU by size of the defect, models side by side, examples."""
 
 from __future__ import annotations
 
 import io
-import re
 import textwrap
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
+from adfm.drawing import FAINT, INK, PALETTE, PREDICTED, TRUTH, WIDTH, drawn, panels, stages
 from adfm.evaluation import metrics
 from adfm.evaluation.metrics import HEADLINE, SIZES
 from adfm.text import printable
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 TITLES = {
     "accuracy": "accuracy",
@@ -40,8 +33,6 @@ TITLES = {
     "ece": "calibration error",
     "kind_right": "kind right",
 }
-INK, FAINT, GRID = "#1f2933", "#6b7785", "#e3e8ee"
-TRUTH, PREDICTED = "#2ea043", "#da3633"
 # Of each outcome: places on the sheet of examples, colour, and words; escapes and overkill first.
 _OUTCOMES = {
     "missed": (2, PREDICTED, "✗ escape: defect missed"),
@@ -54,16 +45,16 @@ _OUTCOMES = {
     "passed": (2, TRUTH, "✓ normal, passed"),
 }
 ESCAPES_FIRST = ("miss_rate", "overkill", *HEADLINE)
-# The candidate comes last and is the darkest.
-_SHADES = ("#c3ccd6", "#86b6e8", "#1f5fae")
+_COLUMNS = 3  # panels a row
 
 
 def confusion(tables: Mapping[str, pd.DataFrame], path: Path) -> None:
     """Draws one confusion matrix a model: counts of its decisions, shaded by the share of the actual class."""
     answers = ("normal", "anomalous", "unparseable")
-    with drawn(path, 2.9 * len(tables) + 0.7, 2.5) as figure:
-        for i, (name, table) in enumerate(tables.items()):
-            axes = figure.add_subplot(1, len(tables), i + 1)
+    rows = -(-len(tables) // _COLUMNS)
+    with drawn(path, WIDTH, 2.1 * rows) as figure:
+        made = panels(figure, len(tables), min(len(tables), _COLUMNS))
+        for i, (axes, (name, table)) in enumerate(zip(made, tables.items(), strict=True)):
             given = metrics.as_decided(table)["predicted"].astype(object)
             given = given.where(given.notna(), "unparseable")
             counts = np.array(
@@ -75,40 +66,34 @@ def confusion(tables: Mapping[str, pd.DataFrame], path: Path) -> None:
                 dark = shares[row, column] > 0.55
                 words = f"{count}\n{shares[row, column]:.0%}"
                 axes.text(column, row, words, ha="center", va="center", fontsize=9, color="white" if dark else INK)
-            axes.set_xticks(range(3), answers)
-            axes.set_yticks(range(2), answers[:2] if i == 0 else ("", ""), rotation=90, va="center")
+            first = i % _COLUMNS == 0
+            axes.set_xticks(range(3), answers, fontsize=7)
+            axes.set_yticks(range(2), answers[:2] if first else ("", ""), rotation=90, va="center", fontsize=7)
             axes.set_title(name, loc="left", fontweight="bold")
-            axes.set_xlabel("answer")
-            axes.tick_params(length=0)
-            axes.spines[:].set_visible(False)
-            if i == 0:
-                axes.set_ylabel("actual")
+            axes.set(xlabel="decision", ylabel="actual" if first else "")
+            axes.grid(visible=False)
 
 
 def reliability(tables: Mapping[str, pd.DataFrame], path: Path) -> None:
     """Draws a reliability diagram a model: share of defects against mean probability, before and after calibration."""
-    with drawn(path, 2.5 * len(tables) + 0.7, 3.3) as figure:
-        for i, (name, table) in enumerate(tables.items()):
-            axes = figure.add_subplot(1, len(tables), i + 1)
+    rows = -(-len(tables) // _COLUMNS)
+    with drawn(path, WIDTH, 2.7 * rows + 0.3) as figure:
+        made = panels(figure, len(tables), min(len(tables), _COLUMNS))
+        for i, (axes, (name, table)) in enumerate(zip(made, tables.items(), strict=True)):
             anomalous = (table["label"] == "anomalous").to_numpy(dtype=bool)
-            axes.plot([0, 1], [0, 1], color=FAINT, lw=1, ls=":")
+            axes.plot([0, 1], [0, 1], color=FAINT, lw=1, ls=":", label="perfect")
             for column, colour, label in (
-                ("score", _SHADES[0], "raw score"),
-                ("probability", _SHADES[2], "calibrated"),
+                ("score", PALETTE[1], "raw score"),
+                ("probability", PALETTE[0], "calibrated probability"),
             ):
                 probability = table[column].to_numpy(dtype=float, na_value=np.nan)
                 points = np.array(metrics.reliability(probability, anomalous)).reshape(-1, 3)
-                # The area of a dot says how many images it stands for.
-                sizes = 200 * points[:, 2] / max(1, len(table))
-                axes.plot(points[:, 0], points[:, 1], color=colour, lw=1.2, label=label)
-                axes.scatter(points[:, 0], points[:, 1], sizes, color=colour)
+                axes.plot(points[:, 0], points[:, 1], color=colour, lw=1.2, marker="o", ms=3.5, label=label)
             axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal", xlabel="mean probability of a defect")
             axes.set_title(name, loc="left", fontweight="bold")
-            axes.grid(color=GRID)
-            bare(axes)
-            if i == 0:
+            if i % _COLUMNS == 0:
                 axes.set_ylabel("share of defective images")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
 
 
 def iou_by_size(sizes: Mapping[str, Mapping[str, Any]], small: float, large: float, path: Path) -> None:
@@ -120,14 +105,14 @@ def iou_by_size(sizes: Mapping[str, Mapping[str, Any]], small: float, large: flo
         large: Share from which it is large.
         path: The PNG file.
     """
-    with drawn(path, 5.6, 3.1) as figure:
-        axes = figure.add_subplot()
+    with drawn(path, WIDTH, 3.4) as figure:
+        [axes] = panels(figure, 1, 1)
         there = [size for size in SIZES if size in sizes[[*sizes][-1]]]
         width = 0.8 / len(sizes)
         for i, (name, of) in enumerate(sizes.items()):
             at = np.arange(len(there)) + (i - (len(sizes) - 1) / 2) * width
             values, errors = _errors([of[size] for size in there], "iou")
-            axes.bar(at, values, width * 0.92, color=_shade(i, len(sizes)), label=name)
+            axes.bar(at, values, width * 0.92, color=_colour(name, sizes), label=name)
             axes.errorbar(at, values, errors, fmt="none", ecolor=INK, elinewidth=1, capsize=2)
         ranges = {
             "small": f"below {100 * small:g} %",
@@ -139,37 +124,38 @@ def iou_by_size(sizes: Mapping[str, Mapping[str, Any]], small: float, large: flo
         axes.set_xticks(range(len(there)), labels)
         axes.set_ylabel("mean IoU on anomalous images")
         axes.set_ylim(bottom=0)
-        axes.grid(axis="y", color=GRID)
-        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(sizes))
-        axes.set_title("Localisation by size of the defect", loc="left", fontweight="bold")
-        bare(axes)
+        axes.grid(visible=False, axis="x")
+        axes.set_title("Localisation by size of the defect, with 95 % intervals", loc="left", fontweight="bold")
+        figure.legend(loc="outside lower center", ncols=min(6, len(sizes)), frameon=False)
 
 
 def comparison(
     overall: Mapping[str, Mapping[str, Any]], differences: Mapping[str, Mapping[str, Any]], path: Path
 ) -> None:
     """Draws escapes, overkill and the headline metrics of all models, and paired differences, with 95 % intervals."""
-    with drawn(path, 8.4 if differences else 5.2, 4.4) as figure:
-        rows = np.arange(len(ESCAPES_FIRST))[::-1]
-        panels = [("Held-out images", overall), (f"{[*overall][-1]} minus", differences)][: 1 + bool(differences)]
-        for panel, (title, series) in enumerate(panels):
-            axes = figure.add_subplot(1, len(panels), panel + 1)
-            for i, (name, values) in enumerate(series.items()):
+    rows = np.arange(len(ESCAPES_FIRST))[::-1]
+    *_, candidate = overall
+    with drawn(path, WIDTH, 0.7 + len(rows) * (0.25 + 0.09 * len(overall))) as figure:
+        titles = ["Held-out images", f"Difference: {candidate} minus the other"][: 1 + bool(differences)]
+        others = {name.split("_minus_", 1)[1]: values for name, values in differences.items()}
+        for axes, title in zip(panels(figure, len(titles), len(titles)), titles, strict=True):
+            absolute = title == titles[0]
+            for name, values in (overall if absolute else others).items():
                 points, errors = _errors([_one(values, metric) for metric in ESCAPES_FIRST], "value")
-                colour = _shade(i, len(series)) if panel == 0 else _shade(len(overall) - 2 - i, len(overall))
-                label = name if panel == 0 else name.split("_minus_", 1)[1]
-                at = rows + ((len(series) - 1) / 2 - i) * 0.22
-                axes.errorbar(
-                    points, at, xerr=errors, fmt="o", ms=5, color=colour, elinewidth=1.6, capsize=0, label=label
-                )
-            axes.set_yticks(rows, [TITLES[metric] for metric in ESCAPES_FIRST] if panel == 0 else [""] * len(rows))
-            axes.set_ylim(-0.6, len(rows) - 0.4)
+                # A model has the same place in both panels.
+                at = rows + 0.8 * ((len(overall) - 1) / 2 - [*overall].index(name)) / max(3, len(overall))
+                colour, label = _colour(name, overall), name if absolute else None
+                axes.errorbar(points, at, xerr=errors, fmt="o", ms=4, color=colour, elinewidth=1.6, label=label)
+            axes.set_yticks(rows, [TITLES[metric] for metric in ESCAPES_FIRST] if absolute else [""] * len(rows))
+            axes.set_ylim(-0.5, len(rows) - 0.5)
             axes.set_title(title, loc="left", fontweight="bold")
-            axes.grid(axis="both", color=GRID)
-            axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=len(series))
-            if panel == 1:
+            # Bands of two shades keep the dots of a metric together.
+            axes.grid(visible=False, axis="y")
+            for row in rows[::2]:
+                axes.axhspan(row - 0.5, row + 0.5, color="#f4f6f8", zorder=0)
+            if not absolute:
                 axes.axvline(0, color=INK, lw=1)
-            bare(axes)
+        figure.legend(loc="outside lower center", ncols=min(6, len(overall)), frameon=False)
 
 
 def choose(table: pd.DataFrame, most: int = 12) -> pd.DataFrame:
@@ -194,7 +180,7 @@ def choose(table: pd.DataFrame, most: int = 12) -> pd.DataFrame:
     return chosen.sort_values(["kind", "rank"])
 
 
-def examples(rows: pd.DataFrame, images: Mapping[str, bytes], path: Path, columns: int = 4) -> None:
+def examples(rows: pd.DataFrame, images: Mapping[str, bytes], path: Path, columns: int = _COLUMNS) -> None:
     """Draws a sheet of images with true and predicted boxes, the verdict above and the completion below.
 
     Args:
@@ -214,7 +200,7 @@ def examples(rows: pd.DataFrame, images: Mapping[str, bytes], path: Path, column
         return shape
 
     lines = -(-len(rows) // columns)
-    with drawn(path, 2.6 * columns, 3.5 * lines + 0.4) as figure:
+    with drawn(path, WIDTH / _COLUMNS * columns, 3.4 * lines + 0.4) as figure:
         for i, row in enumerate(rows.to_dict("records")):
             axes = figure.add_subplot(lines, columns, i + 1)
             image = Image.open(io.BytesIO(images[row["id"]])).convert("RGB")
@@ -232,18 +218,15 @@ def examples(rows: pd.DataFrame, images: Mapping[str, bytes], path: Path, column
                 printable(str(row[key])) for key in ("category", "defect") if isinstance(row[key], str)
             )
             words = f"{product}\n{_wrapped(row['completion'])}\n"
-            axes.set_xlabel(words, loc="left", fontsize=6.5, color=FAINT)
+            axes.set_xlabel(words, loc="left", fontsize=7, color=FAINT)
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
         key = [outline((0, 0, 1, 1), colour, dashes, 1, 1) for colour, dashes in ((TRUTH, "-"), (PREDICTED, "--"))]
         figure.legend(key, ["ground truth", "predicted"], loc="outside upper right", ncols=2, frameon=False)
 
 
-def _wrapped(completion: str, width: int = 46, most: int = 7) -> str:
-    """A completion in a few short lines: each stage begins a line, boxes stay whole."""
-    stages = re.sub(r">\s*(?=<(?:rethink|answer)>)", ">\n", completion.strip()).splitlines()
-    whole = [re.sub(r",\s(?=[^\[\]]*\])", ",\u00a0", stage) for stage in stages]
-    lines = [line for stage in whole for line in textwrap.wrap(stage, width)]
+def _wrapped(completion: str, width: int = 42, most: int = 7) -> str:
+    lines = [line for stage in stages(completion).splitlines() for line in textwrap.wrap(stage, width)]
     return "\n".join(lines[:most] + (["…"] if len(lines) > most else []))
 
 
@@ -258,32 +241,6 @@ def _errors(parts: Iterable[Mapping[str, Any]], metric: str) -> tuple[Any, Any]:
     return value, np.maximum([value - low, high - value], 0)
 
 
-def _shade(index: int, count: int) -> str:
-    return _SHADES[max(0, len(_SHADES) - count + index)]
-
-
-@contextmanager
-def drawn(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """An empty figure of a size in inches, which is written to `path` when the block ends."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    # A dollar sign in the name of a category or a model begins no formula.
-    look: Any = {"font.size": 8, "axes.titlesize": 9, "text.color": INK, "text.parse_math": False}
-    with rc_context(look), warnings.catch_warnings():
-        # A completion may hold any script; a glyph that the font lacks is drawn as a box.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure
-        written = io.BytesIO()
-        figure.savefig(written, dpi=130)
-    full = Image.open(written).convert("RGB")
-    # 256 colours, dithered, are less than half the bytes and look the same.
-    full.quantize(palette=full.quantize(256), dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
-
-
-def bare(axes: Axes) -> None:
-    """Takes frame and ticks off."""
-    axes.set_axisbelow(True)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
+def _colour(name: str, names: Iterable[str]) -> str:
+    """The colour of a model: the candidate, which comes last, has the first of the palette."""
+    return PALETTE[[*names][::-1].index(name) % len(PALETTE)]

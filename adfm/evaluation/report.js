@@ -7,7 +7,7 @@ const models = data.models;
 const [candidate, ...others] = models;
 const reference = data.rival;
 const LOCATED = data.located_from;
-const colour = (model) => `var(--model-${Math.min(models.indexOf(model), 3)})`;
+const colour = (model) => `var(--model-${models.indexOf(model) % 7})`;
 const RATES_LOWER = ["miss_rate", "overkill", "miss_rate_at_threshold", "overkill_at_threshold"];
 const LOWER_IS_BETTER = [...RATES_LOWER, "ece", "ece_of_score"];
 const HIGHER_IS_BETTER = [
@@ -329,9 +329,9 @@ function chart(title, labels, limits, series, ticks) {
 
 function drawLines(title, labels, limits, series, ticks) {
   const { svg, x, y } = chart(title, labels, limits, series, ticks);
-  for (const { points, stroke, own, chosen } of [...series].reverse()) {
+  for (const { points, stroke, own, chosen, thin } of [...series].reverse()) {
     const places = points.map(([a, b]) => `${x(a).toFixed(1)} ${y(b).toFixed(1)}`);
-    const line = make("path", { class: "line", d: `M${places.join("L")}` });
+    const line = make("path", { class: thin ? "line thin" : "line", d: `M${places.join("L")}` });
     line.style.stroke = stroke;
     svg.append(line);
     for (const [dot, fill] of [[own, stroke], [chosen, "var(--sheet)"]]) {
@@ -469,16 +469,17 @@ function drawDetection() {
 }
 
 function drawRewards() {
-  const series = Object.entries(data.rewards).map(([name, points], i) => {
-    return { name, points, stroke: `var(--model-${Math.min(i, 3)})` };
-  });
-  const points = series.flatMap((one) => one.points);
-  if (!points.length) return;
-  const steps = points.map(([step]) => step);
-  const rewards = points.map(([, reward]) => reward);
-  const lowest = Math.floor(Math.min(0, ...rewards));
-  const limits = { x: [0, Math.max(...steps)], y: [lowest, lowest + nice(Math.max(...rewards) - lowest)] };
-  drawLines("Reward in training", ["step", "mean reward of the sampled answers"], limits, series);
+  const stroke = "var(--model-0)";
+  const faint = `color-mix(in srgb, ${stroke} 45%, transparent)`;
+  for (const [name, { raw, smooth }] of Object.entries(data.rewards)) {
+    const rewards = raw.map(([, reward]) => reward);
+    const [low, high] = [Math.min(...rewards), Math.max(...rewards)];
+    // Of a curve that hardly moves, the scale shows that it does not.
+    const room = Math.max(0, 0.1 - (high - low)) / 2;
+    const limits = { x: [0, raw.at(-1)[0]], y: [low - room, high + room] };
+    const series = [{ name: "smoothed", points: smooth, stroke }, { name: "each step", points: raw, stroke: faint, thin: true }];
+    drawLines(`Reward in training: ${name}`, ["step", "mean of the sampled completions"], limits, series);
+  }
 }
 
 // ------------------------------------------------------------------------------------ pictures and words

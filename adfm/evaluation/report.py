@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from adfm.data import shards as shards_
+from adfm.drawing import smoothed
 from adfm.errors import AdfmError
 from adfm.evaluation import calibration, crossvalidation, detection, metrics, plots, references
 from adfm.evaluation.calibration import FILE
@@ -455,18 +456,22 @@ def _thinned(points: Any) -> list[list[float]]:
     return [[round(float(number), 4) for number in points[at]] for at in chosen]
 
 
-def _rewards(file: Path) -> dict[str, list[list[float]]]:
-    """For each reward that training logged its points (step, mean reward); none for a model that was not trained."""
+def _rewards(file: Path) -> dict[str, dict[str, list[list[float]]]]:
+    """For each reward that training logged its points (step, mean reward), raw and smoothed; none without training."""
     import pandas as pd
 
     if not file.is_file():
         return {}
     history = pd.read_csv(file)
-    terms = [name for name in map(str, history) if name.startswith("rewards/") and name.endswith("/mean")]
-    names = {name: name.removeprefix("rewards/").removesuffix("/mean") for name in ("reward", *terms)}
-    return {
-        short: _thinned(history[["step", name]].dropna().to_numpy()) for name, short in names.items() if name in history
-    }
+    curves = {}
+    for name in map(str, history):
+        if name == "reward" or (name.startswith("rewards/") and name.endswith("/mean")):
+            steps, rewards = history[["step", name]].dropna().to_numpy().T
+            if len(steps):
+                both = {"raw": rewards, "smooth": smoothed(rewards)}
+                short = name.removeprefix("rewards/").removesuffix("/mean")
+                curves[short] = {key: _thinned(np.column_stack([steps, values])) for key, values in both.items()}
+    return dict(sorted(curves.items(), key=lambda curve: curve[0] != "reward"))
 
 
 def _html(title: str, page: dict[str, Any]) -> str:

@@ -8,15 +8,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import yaml
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from adfm import drawing
 from adfm.data import images as images_
 from adfm.data import pictures
 from adfm.data.readers import files as readers
@@ -55,6 +55,7 @@ _MOST_PIXELS = 80_000_000  # of an image: 240 MB when decoded
 _MOST_ASPECT = 200  # beyond it the families' processors refuse an image
 _TOGETHER = 100_000_000  # pixels of the images that are in memory at once
 _SIDES = (512, 1600)  # shortest and longest longer side of a picture
+_MOST_LINES = 60  # under it
 # What a model was registered, or trained, with decides its answers; how many images a batch has does not.
 _OWN = {"model": ("dtype", "max_pixels"), "evaluate": ("max_new_tokens", "score", "samples")}
 
@@ -324,17 +325,14 @@ def draw(image: Image.Image, said: dict[str, Any]) -> Image.Image:
     """
     side = min(max(*image.size, _SIDES[0]), _SIDES[1])
     shown = pictures.drawn(pictures.marked(image, image.size, None, said["boxes"]), side)
-    width, font = max(shown.width, _SIDES[0]), side // 36
-    lines = [
-        part
-        for line in [_verdict(said), *said["reasoning"].split("\n")]
-        for part in textwrap.wrap(printable(line), width * 2 // font) or [""]
-    ]
-    margin = font // 2
-    sheet = Image.new("RGB", (width, shown.height + round(len(lines) * font * 1.5) + 2 * margin), "white")
+    width, font = max(shown.width, _SIDES[0]), drawing.font(side // 40)
+    margin = side // 40
+    text = "\n".join(map(printable, [_verdict(said), *said["reasoning"].split("\n")]))
+    lines = drawing.wrapped(text, font, width - 2 * margin, _MOST_LINES)
+    height = shown.height + len(lines) * drawing.line_height(font) + 2 * margin
+    sheet = Image.new("RGB", (width, height), "white")
     sheet.paste(shown, ((width - shown.width) // 2, 0))
-    place = (margin, shown.height + margin)
-    ImageDraw.Draw(sheet).multiline_text(place, "\n".join(lines), "black", font_size=font, spacing=font // 4)
+    drawing.write(sheet, (margin, shown.height + margin), lines, font)
     return sheet
 
 

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 from adfm import tracking
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
@@ -55,7 +57,7 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
     Args:
         shards: Folder of shards; the train split is used.
         model: Folder that cold start wrote.
-        out: Folder to write: adapter, processor, `adfm.json`, `trained_on.parquet`, `reward_curves.csv`.
+        out: Folder to write: adapter, processor, `adfm.json`, `trained_on.parquet`, `reward_curves.csv` and `.png`.
         params: Reads `model`, `train` and `seed`.
         keep: Folder for the model of every checkpoint, a folder a step, to see how it came to be.
         force: Replace a finished model at `out`.
@@ -75,7 +77,7 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
     from transformers import set_seed
 
     from adfm.training.guard import Guard
-    from adfm.training.watch import write_curves
+    from adfm.training.watch import draw_curves, write_curves
 
     set_seed(params.seed)
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -126,6 +128,10 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
             trained = trainer.accelerator.unwrap_model(trainer.model)
             save(folder, trained, loaded, shards, params, "train", run.info.run_id, weights, model)
             write_curves(trainer.state.log_history, folder / "reward_curves.csv")
+            draw_curves(folder / "reward_curves.csv", folder / "reward_curves.png")
+            if outbox:
+                with Image.open(folder / "reward_curves.png") as chart:
+                    outbox.add_picture(chart, "curves/reward_curves.png")
             if keep:
                 _keep(work, folder, keep)
         state.wait_for_everyone()
@@ -137,7 +143,7 @@ def _keep(work: Path, trained: Path, keep: Path) -> None:
     """Makes a model of every checkpoint: `trained`, with the checkpoint's adapter."""
     for checkpoint in work.glob("checkpoint-*"):
         model = keep / checkpoint.name.removeprefix("checkpoint-")
-        shutil.copytree(trained, model, ignore=shutil.ignore_patterns("*.csv"), dirs_exist_ok=True)
+        shutil.copytree(trained, model, ignore=shutil.ignore_patterns("*.csv", "*.png"), dirs_exist_ok=True)
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             shutil.copy2(checkpoint / file, model / file)
 

@@ -8,19 +8,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageDraw
+import numpy as np
+from PIL import Image
 from transformers import TrainerCallback
 
+from adfm import drawing
 from adfm.method import response
 from adfm.method.coordinates import Frame
 from adfm.process.progress import bar
 from adfm.records import Box
+from adfm.text import printable
 from adfm.training.outbox import Outbox
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-TRUTH, PREDICTED = (46, 160, 67), (218, 54, 51)
+_LEAST = 0.1  # height of a scale
+_LINES, _GAP = 8, 8  # of a sampled completion; pixels
 
 
 class Watch(TrainerCallback):
@@ -73,7 +77,39 @@ def write_curves(history: list[dict[str, Any]], file: Path) -> None:
         writer.writerows(rows)
 
 
-def picture(samples: Sequence[dict[str, Any]], columns: int = 4, side: int = 192) -> Image.Image:
+def draw_curves(curves: Path, path: Path) -> None:
+    """Draw reward, its terms, utilisation and KL against steps: every step faint, smoothed bold, each on its own scale.
+
+    Args:
+        curves: As `write_curves` wrote it.
+        path: The PNG file.
+    """
+    with curves.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    terms = [name for name in (rows[0] if rows else ()) if name.startswith("rewards/") and name.endswith("/mean")]
+    titles = {name: name.removeprefix("rewards/").removesuffix("/mean") for name in terms}
+    titles = {"reward": "reward", **titles, "utilisation": "utilisation", "kl": "KL divergence"}
+    known = {name: [(float(row["step"]), float(row[name])) for row in rows if row.get(name)] for name in titles}
+    known = {name: points for name, points in known.items() if points} or {"reward": [(0.0, 0.0)]}
+    columns = min(3, len(known))
+    words = "Faint: mean of each step. Bold, and at the right its first and last value: smoothed."
+    with drawing.drawn(path, drawing.WIDTH, 0.3 + 2.0 * -(-len(known) // columns)) as figure:
+        figure.suptitle(words, x=0.015, ha="left", fontsize=8, color=drawing.FAINT)
+        for axes, (name, points) in zip(drawing.panels(figure, len(known), columns), known.items(), strict=True):
+            steps, values = np.array(points).T
+            smooth = drawing.smoothed(values)
+            axes.plot(steps, values, color=drawing.PALETTE[0], lw=0.8, alpha=0.35)
+            axes.plot(steps, smooth, color=drawing.PALETTE[0], lw=2)
+            # Of a curve that hardly moves, the scale shows that it does not.
+            low, high = min(values), max(values)
+            room = max(0.05 * (high - low), (_LEAST - (high - low)) / 2)
+            axes.set_ylim(low - room, high + room)
+            axes.set_title(titles[name], loc="left", fontweight="bold")
+            axes.set_title(f"{smooth[0]:.2f} → {smooth[-1]:.2f}", loc="right", color=drawing.FAINT)
+            axes.set_xlabel("step")
+
+
+def picture(samples: Sequence[dict[str, Any]], columns: int = 4, side: int = 240) -> Image.Image:
     """A sheet of sampled completions: the image, ground truth in green, predicted boxes in red, the text below.
 
     Args:
@@ -82,24 +118,21 @@ def picture(samples: Sequence[dict[str, Any]], columns: int = 4, side: int = 192
         columns: Samples a row.
         side: Width of a sample in pixels.
     """
-    text_height = 92
-    rows = -(-len(samples) // columns)
-    sheet = Image.new("RGB", (columns * (side + 8), rows * (side + text_height)), "white")
-    draw = ImageDraw.Draw(sheet)
+    font = drawing.font(12)
+    height = side + _LINES * drawing.line_height(font) + 3 * _GAP
+    sheet = Image.new("RGB", (columns * (side + _GAP) + _GAP, -(-len(samples) // columns) * height), "white")
     for i, sample in enumerate(samples):
-        x, y = (i % columns) * (side + 8) + 4, (i // columns) * (side + text_height) + 4
+        x, y = (i % columns) * (side + _GAP) + _GAP, (i // columns) * height + _GAP
         image = sample["image"].convert("RGB")
         scale = side / max(image.size)
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        sheet.paste(image.resize(size), (x, y))
+        pixels = np.array(image.resize(size))
         frame = Frame(*sample["frame"])
-        parsed = response.parse(sample["completion"])
-        for boxes, colour in (([Box(*b) for b in sample["regions"]], TRUTH), (parsed.boxes, PREDICTED)):
-            for box in boxes:
-                x1, y1, x2, y2 = frame.to_pixels(box, *size)
-                if x1 < x2 and y1 < y2:
-                    draw.rectangle((x + x1, y + y1, x + x2, y + y2), outline=colour, width=2)
-        words = f"reward {sample['reward']:.2f}  {sample['completion']}"
-        lines = [words[k : k + 30] for k in range(0, len(words), 30)][:7]
-        draw.multiline_text((x, y + size[1] + 2), "\n".join(lines), fill="black", spacing=1, font_size=10)
+        predicted = response.parse(sample["completion"]).boxes
+        for boxes, colour in (([Box(*b) for b in sample["regions"]], drawing.TRUTH), (predicted, drawing.PREDICTED)):
+            drawing.frame(pixels, (box for b in boxes if (box := frame.to_pixels(b, *size)).area), colour)
+        sheet.paste(Image.fromarray(pixels), (x, y))
+        text = f"reward {sample['reward']:.2f}\n{drawing.stages(printable(sample['completion']))}"
+        lines = drawing.wrapped(text, font, side, _LINES)
+        drawing.write(sheet, (x, y + size[1] + _GAP), lines, font)
     return sheet

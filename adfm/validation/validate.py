@@ -899,14 +899,17 @@ def _pictures(folder: Path, table: pd.DataFrame, failing: Mapping[str, Sequence[
 _HEAD = f"""<meta http-equiv="Content-Security-Policy" content="{pictures.POLICY}">
 <style>{pictures.STYLE}</style>"""
 _HEAD += """<style>
-body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em }
+:root { color-scheme: light dark }
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em }
 h5 { font: 600 1.1em monospace; margin: 1.6em 0 .4em } h6 { font-size: 1em; margin: 1em 0 .4em }
-ul { list-style: none; padding: 0; columns: 4 } a { color: #0a58ca; text-decoration: none } i { font-style: normal }
+ul { list-style: none; padding: 0; columns: 4 }
+a { color: light-dark(#0a58ca, #78b4ff); text-decoration: none } i { font-style: normal }
 table { border-collapse: collapse; width: 100% } td { overflow-wrap: anywhere }
-th, td { border-bottom: 1px solid #ddd; padding: .35em .6em; text-align: left; vertical-align: top }
+th, td { border-bottom: 1px solid #8884; padding: .35em .6em; text-align: left; vertical-align: top }
 .table-responsive > table > * > tr > :first-child:not(:nth-last-child(2)) { width: 4em }
 .table-responsive > table > * > tr > :nth-child(3) { width: 11em }
-.show-scrollbars { max-height: 20em; overflow: auto } .text-danger { color: #b02a37 } .text-success { color: #146c43 }
+.show-scrollbars { max-height: 20em; overflow: auto } .text-danger { color: light-dark(#b02a37, #ff8078) }
+.text-success { color: light-dark(#146c43, #56d364) }
 .fa-times::before { content: "\\2717" } .fa-check-circle::before { content: "\\2713" }
 .sticky-top, .sticky > :first-child, .collapse, [data-toggle="collapse"] { display: none }
 </style></head>"""

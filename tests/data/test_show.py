@@ -70,7 +70,7 @@ class Page(HTMLParser):
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.texts: list[str] = []
         self._open: list[str] = []
-        self.text = file.read_text(encoding="utf-8")
+        self.text = file.read_text(encoding="utf-8").replace("<wbr>", "")
         self.feed(self.text)
         self.close()
         assert self._open == []

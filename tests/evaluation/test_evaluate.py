@@ -75,7 +75,7 @@ def test_the_verdict_in_words_is_written_once_and_comes_first(evaluated: Path) -
     assert lines == [summary["model"], *summary["comparison"], *(f"Next: {step['text']}" for step in summary["steps"])]
     paragraphs = (evaluated / "comparison.md").read_text().split("\n\n")
     assert [html.unescape(text) for text in paragraphs[: len(lines)]] == lines
-    assert paragraphs[len(lines)].startswith("|          | balanced accuracy")
+    assert re.match(r"\| +\| base +\| again +\| always A +\| always B +\|\n", paragraphs[len(lines)])
     page = (evaluated / "report" / "report.html").read_text()
     assert json.dumps(summary["model"]) in page
 
@@ -246,30 +246,36 @@ def constructed(folder: Path, right: float, seed: int) -> pd.DataFrame:
     return pd.concat([known.assign(predicted=said, score=flagged * 0.8 + 0.1), pd.DataFrame(rows)], axis=1)
 
 
+def cells(table: str) -> dict[str, list[str]]:
+    """The rows of an aligned Markdown table that fits a terminal, by title."""
+    lines = table.splitlines()
+    assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 100
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("|--")]
+    return {title: row for title, *row in rows}
+
+
 def test_the_comparison_shows_models_and_differences(small_shards: Path, tmp_path: Path) -> None:
     tables = {
         name: constructed(small_shards, right, 0) for name, right in (("base", 0.5), ("sft", 0.7), ("trained", 0.95))
     }
     letters = calibration.Calibration(note="no validation")
     tables = {name: letters.apply(table) for name, table in tables.items()}
-    whole = evaluate.report(tables, small_shards, tmp_path, PARAMS, dict.fromkeys(tables, letters))
-    beside, text, more = whole.split("\n\n")
-    assert [line.split("|")[1].strip() for line in beside.splitlines()[2:]] == [*tables, "always A", "always B"]
+    comparison = evaluate.report(tables, small_shards, tmp_path, PARAMS, dict.fromkeys(tables, letters))
+    everyone, first, second, more, *_ = comparison.written
+    assert comparison.printed == [everyone, first, more]
     assert more.startswith("More test images: the recall of ") and "normal images; four times" in more
-    header, _, *lines = text.splitlines()
-    columns = [cell.strip() for cell in header.strip("|").split("|")]
-    assert columns == ["", "base", "sft", "trained", "trained - sft", "trained - base"]
-    rows_ = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert [row[0] for row in rows_[:3]] == ["escape rate", "overkill", "accuracy"]
-    accuracy = rows_[2]
-    values = [float(cell.split()[0]) for cell in accuracy[1:]]
-    assert values[3] == pytest.approx(values[2] - values[1], abs=2e-3) and accuracy[4].startswith("+")
-    assert values[4] == pytest.approx(values[2] - values[0], abs=2e-3)
-    assert len({len(line) for line in text.splitlines()}) == 1
-    assert (tmp_path / "comparison.md").read_text().startswith(whole)
+    values, gained, further = map(cells, (everyone, first, second))
+    assert values[""] == ["base", "sft", "trained", "always A", "always B"]
+    assert [*values][1:4] == ["escape rate", "overkill", "accuracy"]
+    assert values["balanced accuracy"][3:] == ["0.500", "0.500"] and values["escape rate"][3:] == ["-", "-"]
+    assert gained["95 % intervals"] == ["trained", "trained - sft"]
+    assert further["95 % intervals"] == ["trained - base"]
+    base, sft, trained = map(float, values["accuracy"][:3])
+    for cell, other in ((gained["accuracy"][1], sft), (further["accuracy"][0], base)):
+        assert float(cell.split()[0]) == pytest.approx(trained - other, abs=2e-3) and cell.startswith("+")
     rows = pd.read_csv(tmp_path / "comparison.csv")
     assert len(rows) == (len(plots.ESCAPES_FIRST) + 2) * 5
-    assert "trained: The letter decides: no validation." in (tmp_path / "comparison.md").read_text()
+    assert "trained: The letter decides: no validation." in comparison.written
     assert ((rows["low"] <= rows["value"]) & (rows["value"] <= rows["high"])).all()
 
 
@@ -279,20 +285,35 @@ def test_the_comparison_shows_each_model_at_its_threshold(small_shards: Path, tm
     tables = {"mute": tables["mute"], "base": tables["base"], "trained": tables["trained"]}
     fitted = {name: calibration.fit(table, PARAMS.evaluate) for name, table in tables.items()}
     tables = {name: fitted[name].apply(table) for name, table in tables.items()}
-    text = evaluate.report(tables, small_shards, tmp_path, PARAMS, fitted).split("\n\n")[1]
-    rows = {}
-    for line in text.splitlines():
-        title, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-        rows[title] = cells
+    comparison = evaluate.report(tables, small_shards, tmp_path, PARAMS, fitted)
+    values, first, second = map(cells, comparison.written[:3])
     found = read(tmp_path / "metrics.json")
-    assert rows["threshold"] == ["-", f"{fitted['base'].threshold:.3f}", f"{fitted['trained'].threshold:.3f}", "-", "-"]
-    assert "mute: The letter decides: " in (tmp_path / "comparison.md").read_text()
-    overkill, missed = rows["overkill at threshold"], rows["escape rate at threshold"]
-    assert missed[0] == missed[4] == "-" and missed[3].startswith("-0.")
-    for name, cell in (("base", overkill[1]), ("trained", overkill[2])):
-        assert cell.startswith(f"{found[name]['overkill_at_threshold']:.3f} [")
+    thresholds = [f"{fitted[name].threshold:.3f}" for name in ("base", "trained")]
+    assert values["threshold"] == ["-", *thresholds, "-", "-"] and first["threshold"] == [thresholds[1], "-"]
+    assert any(note.startswith("mute: The letter decides: ") for note in comparison.written)
+    assert values["escape rate at threshold"][0] == "-" and first["escape rate at threshold"][1].startswith("-0.")
+    assert "escape rate at threshold" not in second  # of a model without a threshold
+    expected = found["trained"]["overkill_at_threshold"]
+    assert first["overkill at threshold"][0].startswith(f"{expected:.3f} [")
     rows = pd.read_csv(tmp_path / "comparison.csv").set_index(["metric", "model"])
     assert rows.loc[("overkill_at_threshold", "trained"), "high"] <= 1
+
+
+def test_a_comparison_of_many_models_fits_a_terminal(small_shards: Path, tmp_path: Path) -> None:
+    letters = calibration.Calibration(note="no validation")
+    names = ("detector", "base", "sft", "production", "anchor", "a-model-with-a-name-of-its-own", "trained")
+    table = letters.apply(constructed(small_shards, 0.8, 0))
+    comparison = evaluate.report(
+        dict.fromkeys(names, table), small_shards, tmp_path, PARAMS, dict.fromkeys(names, letters)
+    )
+    tables = [cells(part) for part in comparison.written if part.startswith("|")]
+    heads = [name for rows in tables for name in next(iter(rows.values()))]
+    others = ("production", "a-model-with-a-name-of-its-own", "anchor", "sft", "base", "detector")
+    differences = [f"trained - {name}" for name in others]
+    assert heads == [*names, "always A", "always B", "trained", *differences]
+    command = "`adfm gate --plan data/shards`"
+    lines = evaluate._folded("\n\n".join([*comparison.printed, "a " * 80 + command])).splitlines()
+    assert max(map(len, lines)) <= 100 and any(command in line for line in lines)
 
 
 def test_the_sentence_says_whether_the_reference_detector_is_better(small_shards: Path, tmp_path: Path) -> None:
@@ -309,8 +330,7 @@ def test_the_sentence_says_whether_the_reference_detector_is_better(small_shards
         (folder := tmp_path / f"better {better}").mkdir()
         reference = references.Reference("detector", "models/detector")
         fitted = dict.fromkeys(tables, letters)
-        evaluate.report(tables, small_shards, folder, PARAMS, fitted, tables, reference)
-        compared = read(folder / "references.json")
+        compared = evaluate.report(tables, small_shards, folder, PARAMS, fitted, tables, reference).compared
         assert compared["sentence"].startswith(start)
         assert compared["verdict"] == {"trained": "candidate", "": "open"}.get(better, better)
 

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from adfm import drawing
 from adfm.evaluation import metrics, plots
 
 
@@ -87,8 +88,8 @@ def test_examples_draw_truth_and_prediction(table: pd.DataFrame, tmp_path: Path)
     images = {key: png() for key in chosen["id"]}
     plots.examples(chosen, images, tmp_path / "all.png")
     seen = pixels_of(tmp_path / "all.png")
-    assert near(seen, plots.TRUTH).sum() > 1000 and near(seen, plots.PREDICTED).sum() > 1000
-    assert seen.shape[1] > 1000
+    assert near(seen, drawing.TRUTH).sum() > 1000 and near(seen, drawing.PREDICTED).sum() > 1000
+    assert seen.shape[1] == 130 * drawing.WIDTH
     assert (tmp_path / "all.png").stat().st_size < 1_000_000
 
 
@@ -96,7 +97,7 @@ def test_boxes_stand_where_they_should(tmp_path: Path) -> None:
     rows = pd.DataFrame([row(0, "anomalous", "anomalous", iou=0.9, boxes=[[30, 0, 60, 40]], predicted_boxes=[])])
     plots.examples(plots.choose(rows), {"000": png(colour="blue")}, tmp_path / "one.png", columns=1)
     pixels = pixels_of(tmp_path / "one.png")
-    blue, green = near(pixels, "#0000ff"), near(pixels, plots.TRUTH)
+    blue, green = near(pixels, "#0000ff"), near(pixels, drawing.TRUTH)
     rows_, columns = np.nonzero(blue)
     top, bottom, left, right = rows_.min(), rows_.max(), columns.min(), columns.max()
     inside = np.argwhere(green[top + 20 : bottom - 20])[:, 1]
@@ -180,3 +181,25 @@ def test_no_name_is_read_as_a_formula(table: pd.DataFrame, name: str, tmp_path: 
 def test_without_any_boxes_there_are_no_sizes_to_draw(tmp_path: Path) -> None:
     plots.iou_by_size({"base": {}, "trained": {}}, 0.01, 0.1, tmp_path / "sizes.png")
     assert (tmp_path / "sizes.png").is_file()
+
+
+def test_charts_of_many_models_fit_a_page_on_white_and_each_model_has_its_colour(
+    table: pd.DataFrame, tmp_path: Path
+) -> None:
+    names = ("base", "sft", "detector", "production", "anchor", "trained")
+    tables = {name: table.assign(probability=table["score"]) for name in names}
+    overall = {name: metrics.overall(part, 20, 0) for name, part in tables.items()}
+    sizes = metrics.summarize(table, 20, 0, 0.01, 0.05)["sizes"]
+    change = {f"trained_minus_{name}": metrics.difference(table, table, 20, 0) for name in names[-2::-1]}
+    plots.confusion(tables, tmp_path / "confusion.png")
+    plots.reliability(tables, tmp_path / "reliability.png")
+    plots.iou_by_size(dict.fromkeys(names, sizes), 0.01, 0.05, tmp_path / "sizes.png")
+    plots.comparison(overall, change, tmp_path / "comparison.png")
+    for path in tmp_path.glob("*.png"):
+        pixels = pixels_of(path)
+        assert pixels.shape[1] == 130 * drawing.WIDTH
+        edge = np.concatenate([pixels[[0, -1]].reshape(-1, 3), pixels[:, [0, -1]].reshape(-1, 3)])
+        assert (edge == 255).all(), path.name
+    for chart in ("sizes", "comparison"):
+        pixels = pixels_of(tmp_path / f"{chart}.png")
+        assert all(near(pixels, colour).sum() > 100 for colour in drawing.PALETTE[:6])

@@ -39,6 +39,7 @@ class Checkout:
         (folder / ".dvc").mkdir()
         for name in ("config", ".gitignore", "plots.html"):
             shutil.copy(ROOT / ".dvc" / name, folder / ".dvc")
+        shutil.copytree(ROOT / ".dvc" / "plots", folder / ".dvc" / "plots")
         self.settings(*SMALL)
         (folder / "gate.yaml").write_text(SMALL_POLICY)
         self.run("git", "init", "-q")

@@ -177,6 +177,8 @@ def test_training_is_watched_and_changes_the_adapter(
         assert [point.step for point in history] == [1, 2, 3, 4], figure
     pictures = [file.path for file in client.list_artifacts(run.info.run_id, "completions")]
     assert pictures == ["completions/step-00000.png", "completions/step-00002.png"]
+    [chart] = client.list_artifacts(run.info.run_id, "curves")
+    assert chart.path == "curves/reward_curves.png" and (trained / "reward_curves.png").is_file()
     assert not list(trained.parent.glob("trained.*"))
     assert (trained / "trained_on.parquet").read_bytes() == (started / "trained_on.parquet").read_bytes()
 
