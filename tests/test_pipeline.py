@@ -41,7 +41,8 @@ def imported(module: Path) -> Iterator[Path]:
         for name in names:
             stem = Path(*name.split("."))
             for file in (stem.with_suffix(".py"), stem / "__init__.py"):
-                if stem.parts[0] == "adfm" and (ROOT / file).is_file():
+                # The package's face imports the public functions, when they are used: for users, not for stages.
+                if stem.parts[0] == "adfm" and (ROOT / file).is_file() and file != Path("adfm/__init__.py"):
                     yield file
 
 
