@@ -65,6 +65,7 @@ unit: $(INSTALLED)
 	OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 mlflow: $(INSTALLED)
+	@echo 'experiments: http://127.0.0.1:5000/#/experiments?workflowType=machine_learning'
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///mlflow.db
 
 kfp-run: $(INSTALLED)

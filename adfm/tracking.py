@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from adfm import descriptions
 from adfm.errors import AdfmError, Unreachable
 from adfm.params import Params, flat
 from adfm.process import environment, retries
@@ -148,7 +149,8 @@ def start_run(
         if resumed:
             run = mlflow.start_run(run_id=resumed.info.run_id)
         else:
-            run = mlflow.start_run(run_name=name, experiment_id=experiment(params.mlflow.experiment))
+            place = params.mlflow
+            run = mlflow.start_run(run_name=name, experiment_id=experiment(place.experiment, place.model))
         try:
             mlflow.log_params({key: value for key, value in flat(params).items() if key not in run.data.params})
             mlflow.log_text(settings(params), "params.yaml")
@@ -266,8 +268,13 @@ def may_pass(error: BaseException) -> bool:
     return retries.may_pass(error, RetryError) or bool(_OF_FILES.search(str(error)))
 
 
-def experiment(name: str) -> str:
+def experiment(name: str, model: str | None = None) -> str:
     """The id of the experiment `name`, which is made when it is not there.
+
+    Args:
+        name: Its name.
+        model: The registered model that its description is to link to (`adfm.descriptions`); `None` leaves the
+            description as it is.
 
     Raises:
         AdfmError: If an experiment of that name was deleted.
@@ -282,11 +289,15 @@ def experiment(name: str) -> str:
         database = sqlite_file(mlflow.get_tracking_uri())
         artifacts = database.with_name("mlartifacts").as_uri() if database else None
         try:
-            return str(store.create_experiment(name, artifact_location=artifacts))
+            found = store.get_experiment(store.create_experiment(name, artifact_location=artifacts))
         except MlflowException as error:
             found = find_experiment(name)
             if found is None or error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
+    if model:
+        note = descriptions.to_write(found.tags.get(descriptions.NOTE), descriptions.of_experiment(model))
+        if note:
+            store.set_experiment_tag(found.experiment_id, descriptions.NOTE, note)
     return str(found.experiment_id)
 
 

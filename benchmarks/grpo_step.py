@@ -62,7 +62,7 @@ def adfm(out: Path, params: Params) -> list[float]:
     grpo.train(Path("shards"), Path("sft"), out, params)
     store = tracking.client()
     run_id = str((loading.describe(out) or {})["mlflow_run_id"])
-    times = [point.timestamp / 1000 for point in store.get_metric_history(run_id, "reward")]
+    times = [point.timestamp / 1000 for point in store.get_metric_history(run_id, "Overview/reward")]
     return [after - before for before, after in itertools.pairwise(times)]
 
 

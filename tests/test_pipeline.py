@@ -23,7 +23,10 @@ FUNCTIONS = {
 }
 # Nothing in these can change a result.
 AROUND = {
-    *(f"adfm/{name}.py" for name in ("__init__", "errors", "files", "params", "tracking", "training/outbox")),
+    *(
+        f"adfm/{name}.py"
+        for name in ("__init__", "descriptions", "errors", "files", "params", "tracking", "training/outbox")
+    ),
     *(f"adfm/process/{name}.py" for name in ("cpus", "environment", "pod", "progress", "retries", "stopping")),
 }
 # Trainings draw their curves; no model is trained again because a chart looks different.

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from adfm import tracking
+from adfm import descriptions, tracking
 from adfm.errors import AdfmError
 from adfm.params import Params, Register
 
@@ -107,6 +107,24 @@ def test_run_ends_as_it_went(here, error, status):
     assert tracking.client().get_run(run.info.run_id).info.status == status
     with tracking.start_run("train", Params()):  # nothing is left active
         pass
+
+
+def test_the_experiment_says_where_to_look_until_somebody_edits_that(here):
+    def note():
+        return tracking.find_experiment("described").tags[descriptions.NOTE]
+
+    def start(model):
+        with tracking.start_run("train", Params(register=Register(experiment="described", model=model))):
+            pass
+
+    start("line-1")
+    assert "](#/models/line-1?" in note()
+    start("line-2")
+    assert "](#/models/line-2?" in note() and "line-1" not in note()
+    store, edited = tracking.client(), f"Ask Ada first.\n\n{note()}"
+    store.set_experiment_tag(tracking.experiment("described"), descriptions.NOTE, edited)
+    start("line-3")
+    assert note() == edited
 
 
 def test_goes_on_with_a_run(here):

@@ -66,6 +66,9 @@ _CALIBRATION = {
     "miss_rate_at_threshold": "escape rate at threshold",
 }
 
+_OF_ALL = ("images", "normal", "anomalous", "without_boxes")
+"""Counts of the images, which all models have in common."""
+
 
 def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Params, folds: Path | None = None) -> None:
     """Lets each model answer the split `params.evaluate.split`, writes all results to `out`, prints the comparison.
@@ -154,7 +157,7 @@ def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Par
             paragraphs = [*map(markdown, sentences), *comparison.written, *section]
             replace_text("\n\n".join(paragraphs) + "\n", partial / "comparison.md")
             page.write(partial, shards, partial / "report")
-            _log(partial)
+            _log(partial, candidate)
         shutil.rmtree(kept, ignore_errors=True)
     file = f"Differences to the other models, and what the figures are: {out / 'comparison.md'}"
     print(_folded("\n\n".join([*comparison.printed, *section, file, *sentences])))
@@ -505,16 +508,24 @@ def _folded(text: str) -> str:
     return "\n\n".join(part if part.startswith(("|", "#")) else fold(part) for part in paragraphs)
 
 
-def _log(folder: Path) -> None:
+def _log(folder: Path, candidate: str) -> None:
     import mlflow
 
-    found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    flat = {f"{name}/{metric}": value for name, values in found.items() for metric, value in values.items()}
+    every = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    flat = {
+        f"{name}/{metric}": value
+        for name, values in every.items()
+        if name not in references.BLIND  # the same for every model; they are in metrics.json
+        for metric, value in values.items()
+        if name == candidate or metric not in _OF_ALL
+    }
     if (file := folder / crossvalidation.FILE).is_file():
         crossed = json.loads(file.read_text(encoding="utf-8"))["metrics"]
         flat |= {f"cross-validation/{metric}": values["value"] for metric, values in crossed.items()}
     mlflow.log_metrics({key: float(value) for key, value in flat.items() if value is not None})
-    mlflow.log_artifacts(str(folder), "evaluation")
+    for path in sorted(folder.iterdir()):
+        if path.name != "metrics":  # for `dvc metrics show`: a part of metrics.json
+            mlflow.log_artifact(str(path), "evaluation")
 
 
 def _write_csv(header: Sequence[str], rows: Iterable[Sequence[Any]], file: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +32,7 @@ _MOST_REASONS = 6
 _MOST_PARTS = 6
 _MOST_CHANGED = 5
 _NAME = 60  # characters of a name in a table
+_GAP = "\u00a0" * 3
 _SENTENCE = 500  # characters of a sentence on model, references or next steps
 _BESIDES = ("balanced_accuracy", "auroc", "box_f1", "parse_rate", "ece")
 # What the change of a decision on an image means, the worst first.
@@ -54,6 +57,7 @@ class _Block:
         head: Stands before the first line: a sentence, or a table's header.
         most: Lines that are shown even where there is room for more.
         separator: Between the lines.
+        caption: Stands below a table, which MLflow draws without a space after it.
     """
 
     name: str
@@ -62,6 +66,7 @@ class _Block:
     head: str = ""
     most: int | None = None
     separator: str = "\n"
+    caption: str = ""
     left_out: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -69,7 +74,7 @@ class _Block:
         self.lines = self.lines[: self.most]
 
     def __str__(self) -> str:
-        return self.head + self.separator.join(self.lines)
+        return self.head + self.separator.join(self.lines) + (self.caption and f"\n\n{self.caption}")
 
 
 def text(
@@ -101,26 +106,33 @@ def text(
     Returns:
         At most `LONGEST` characters. Nothing in it that comes from data or from people is markup.
     """
-    header, *rows = gate.table(decided)
-    whole = sum(row["of"] == "whole" for row in decided["rows"])
+    table = gate.table(decided)
+    whole = 1 + sum(row["of"] == "whole" for row in decided["rows"])
     reasons = _Block("reasons", 7, [f"- {markdown(reason)}" for reason in _reasons(decided)], most=_MOST_REASONS)
     passed = decided["verdict"] == "passed"
+    facts = [*_facts(decided), markdown(calibration.summary)]
     blocks = [
+        # The list of versions shows the beginning, as plain text.
+        _Block("", 99, [f"Gate: {decided['verdict']}."]),
         _Block("", 99, [f"**{markdown(decided['headline'])}**"]),
-        _Block("", 98, [f"**Gate: {decided['verdict']}.** {markdown(_circumstances(decided))}"]),
+        _Block("", 98, [markdown(_circumstances(decided))]),
+        _Block("links", 8, _links(evaluated_by, trained_by), separator=" "),
         *([] if passed else [reasons]),
-        _Block("", 97, [_row(row) for row in rows[:whole]], _header(header)),
-        _Block("rows of the table", 4, [_row(row) for row in rows[whole:]], _header(header), _MOST_PARTS),
-        _Block("sentences on operating point, looks and separation", 6, _facts(decided), separator=" "),
+        _table("", 97, table[:whole], "In brackets the confidence limit, by which the gate judges."),
+        _table("rows of the table", 4, [table[0], *table[whole:]], "The parts that failed or are open.", _MOST_PARTS),
+        *([reasons] if passed else []),  # which are notes alone then
+        _Block("", 96, [_next_step(decided, version)], _heading("Approval")),
+        _Block(
+            "sentences on operating point, looks, separation and threshold",
+            6,
+            [f"- {fact}" for fact in facts],
+            _heading("What the decision rests on"),
+        ),
         *_changed(decided),
         _Block("differences of the policy", 5, [f"- {markdown(line)}" for line in policy_difference], _POLICY),
-        _Block("sentence on the threshold", 3, [markdown(calibration.summary)]),
         *_references(compared or {"rows": {}, "sentence": ""}),
-        *([reasons] if passed else []),  # which are notes alone then
-        _Block("", 96, [_next_step(decided, version)]),
-        _Block("links", 8, _links(evaluated_by, trained_by), separator=" "),
-        _Block("sentence on the origin", 2, [_origin(origin)]),
-        _Block("further metrics", 1, _besides(measured)),
+        _Block("sentence on the origin", 2, [_origin(origin)], _heading("Origin")),
+        _Block("further metrics", 1, _besides(measured, compared)),
     ]
     return _fitted(blocks)
 
@@ -256,11 +268,17 @@ def _changed(decided: dict[str, Any]) -> list[_Block]:
     kinds = [_kind(change) for change in changes]
     counts = ", ".join(f"{kinds.count(kind):,} {words}" for kind, words in _CHANGES.items() if kind in kinds)
     columns = ("label", "production", "candidate", "category", "id")
-    rows = [_row([change[column] for column in columns]) for change in changes]
+    rows = [[change[column] for column in columns] for change in changes]
     sentence = f"**{len(changes):,} images are decided otherwise than in production**: {counts}."
     return [
-        _Block("", 95, [sentence]),
-        _Block("images that are decided otherwise", 5, rows, _header(columns), _MOST_CHANGED),
+        _Block("", 95, [sentence], _heading("Changes from production")),
+        _table(
+            "images that are decided otherwise",
+            5,
+            [columns, *rows],
+            "Label of each image, and what production and candidate decide.",
+            _MOST_CHANGED,
+        ),
     ]
 
 
@@ -313,7 +331,7 @@ def _links(evaluated_by: Run | None, trained_by: Run | None) -> list[str]:
         place = tracking.run_page(evaluated_by, f"artifacts/{REPORT}")
         links.append(f"[The report]({place}) shows images with true and predicted boxes beside the model's own words.")
     if trained_by:
-        links.append(f"[The curves of the training]({tracking.run_page(trained_by)}).")
+        links.append(f"[The curves of the training]({tracking.run_page(trained_by)}) show how it learned.")
     return links
 
 
@@ -334,16 +352,39 @@ def _references(compared: Mapping[str, Any]) -> list[_Block]:
     """The evaluation's verdict in words, and the figures of the models beside the blind answers."""
     if not compared["rows"]:
         return []
-    header, *rows = references.table(compared)
-    lines = [" ".join(printable(line)[:_SENTENCE].split()) for line in compared["lines"]]
+    # Without the intervals, which would wrap in every cell.
+    values = {
+        name: {metric: [value[0], None, None] for metric, value in row.items()}
+        for name, row in compared["rows"].items()
+    }
+    steps = (compared.get("summary") or {}).get("steps", [])
+    done = [f"Next: {step['text']}" for step in steps if step.get("rule") == "gate"]  # it is registered already
+    lines = [" ".join(printable(line)[:_SENTENCE].split()) for line in compared["lines"] if line not in done]
     return [
-        _Block("sentences on model, references and next steps", 9, [f"- {markdown(line)}" for line in lines]),
-        _Block("rows of references, which the gate does not judge", 2, [_row(row) for row in rows], _header(header)),
+        _Block(
+            "sentences on model, references and next steps",
+            9,
+            [f"- {_with_commands(line)}" for line in lines],
+            _heading("Comparison with the reference models, by which the gate does not judge"),
+        ),
+        _table(
+            "rows of references, which the gate does not judge",
+            2,
+            references.table({"rows": values}),
+            "The 95 % intervals are in `evaluation/comparison.md`, an artifact of the version.",
+        ),
     ]
 
 
-def _besides(measured: dict[str, Any]) -> list[str]:
-    values = [(TITLES.get(name, name), measured.get(name)) for name in _BESIDES]
+def _with_commands(line: str) -> str:
+    """The line as `markdown` makes it, but with commands between backticks as code."""
+    plain = re.compile(r"&#96;((?:[A-Za-z0-9 /=-]|&#46;|&#95;|&#58;)+)&#96;")
+    return plain.sub(lambda match: f"`{html.unescape(match[1])}`", markdown(line))
+
+
+def _besides(measured: dict[str, Any], compared: Mapping[str, Any] | None) -> list[str]:
+    shown = references.METRICS if compared and compared["rows"] else {}
+    values = [(TITLES.get(name, name), measured.get(name)) for name in _BESIDES if name not in shown]
     parts = [f"{title} {value:.3f}" for title, value in values if value is not None]
     return [f"Besides: {', '.join(parts)}."] if parts else []
 
@@ -364,12 +405,21 @@ def _joined(blocks: list[_Block]) -> str:
     return "\n\n".join(parts)
 
 
-def _header(cells: Sequence[str]) -> str:
-    return f"{_row(cells)}\n{_row(['---'] * len(cells), escape=False)}\n"
+def _heading(text: str) -> str:
+    return f"#### **{text}**\n\n"
 
 
-def _row(cells: Sequence[str], escape: bool = True) -> str:
-    return f"| {' | '.join(markdown(_clipped(cell)) if escape else cell for cell in cells)} |"
+def _table(name: str, matters: int, rows: Sequence[Sequence[str]], caption: str, most: int | None = None) -> _Block:
+    """A table, whose first row is the header, without the columns that are empty."""
+    kept = [column for column in zip(*rows, strict=True) if any(cell != "-" for cell in column[1:])]
+    header, *lines = [_row(row) for row in zip(*kept, strict=True)] or [""]
+    rule = f"|{' --- |' * len(kept)}"
+    return _Block(name, matters, lines, f"{header}\n{rule}\n", most, caption=caption)
+
+
+def _row(cells: Sequence[str]) -> str:
+    # MLflow draws tables without padding or lines: spaces that do not break keep the columns apart.
+    return f"|{''.join(f' {markdown(_clipped(cell))}{_GAP} |' for cell in cells)}"
 
 
 def _clipped(text: str) -> str:

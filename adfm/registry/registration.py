@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from adfm import signing, tracking
+from adfm import descriptions, signing, tracking
 from adfm.errors import AdfmError
 from adfm.evaluation import references
 from adfm.files import atomic_folder, write_json
@@ -294,6 +294,7 @@ def _accept(store: MlflowClient, name: str, submission: str) -> str | None:
             registry = settle(store, name)
         if registry.history.production == str(version.version):
             return None  # it cannot be its own rival; the decision that brought it there stands
+        _describe_model(store, name, submission)
         rejudge(registry, version)
         return str(version.version)
     except _FOR_GOOD as error:
@@ -373,6 +374,15 @@ def _delete(store: MlflowClient, version: ModelVersion) -> None:
 def _make_model(store: MlflowClient, name: str) -> None:
     if reconcile.registered_model(store, name) is None:
         history_.create_model(store, name)
+
+
+def _describe_model(store: MlflowClient, name: str, submission: str) -> None:
+    """Write the registered model's description, or bring it up to date, unless somebody has edited it."""
+    model = reconcile.registered_model(store, name)
+    text = descriptions.of_model(name, str(store.get_logged_model(submission).experiment_id))
+    if model and (description := descriptions.to_write(model.description, text)):
+        with history_.allowed(name, "write"):
+            store.update_registered_model(name, description)
 
 
 def _accepted(store: MlflowClient, name: str, submission: str, wait: float) -> tuple[ModelVersion, Step]:

@@ -401,10 +401,14 @@ def _trainer(
                 self._metrics["train"][name].append(value)
             every, step = settings.pictures_every, self.state.global_step
             if every and step % every == 0 and outbox:
-                totals = (terms.nan_to_num() @ weights).tolist()
+                earned, totals = terms.nan_to_num().tolist(), (terms.nan_to_num() @ weights).tolist()
+                names = [
+                    f"{function.__name__} (x {weight:g})" if weight != 1 else function.__name__
+                    for function, weight in zip(terms_of, weights.tolist(), strict=True)
+                ]
                 each = [
-                    {**row, "completion": c[0]["content"], "reward": total}
-                    for row, c, total in zip(inputs, completions, totals, strict=False)
+                    {**row, "completion": c[0]["content"], "reward": total, "terms": dict(zip(names, own, strict=True))}
+                    for row, c, own, total in zip(inputs, completions, earned, totals, strict=False)
                 ]
                 firsts = [each[k : k + 4] for k in range(0, min(len(each), 3 * group), group)]
                 outbox.add_picture(picture([s for first in firsts for s in first]), f"completions/step-{step:05d}.png")

@@ -51,6 +51,8 @@ def answer_figures(completed: Sequence[Completed], group: int) -> dict[str, floa
         - `answers/anomalous_share`, `answers/normal_share`: completions that answer `A`, and `B`; the rest has no clean
           letter.
         - `images/anomalous_share`: images that are anomalous.
+        - `balanced_accuracy`: mean of the shares of right answers on anomalous and on normal images; 0.5 for answers
+          that do not depend on the image. Left out where all images have the same label.
         - `answers/region_overlap`, `images/region_overlap`: how much predicted boxes, and the true ones, overlap with
           those of the next image (mean IoU of each box with the nearest one, in shares of the frame), over anomalous
           images of which both are known. Left out where there are fewer than two such images.
@@ -69,6 +71,11 @@ def answer_figures(completed: Sequence[Completed], group: int) -> dict[str, floa
         "answers/normal_share": sum(each.answer == "B" for each in responses) / len(responses),
         "images/anomalous_share": sum(each.label == "anomalous" for each in completed) / len(completed),
     }
+    right: dict[Label, list[bool]] = {"anomalous": [], "normal": []}
+    for each, parsed in zip(completed, responses, strict=True):
+        right[each.label].append(parsed.predicted_label == each.label)
+    if all(right.values()):
+        figures["balanced_accuracy"] = sum(sum(of) / len(of) for of in right.values()) / len(right)
     if len(true) > 1:
         figures["answers/region_overlap"] = _overlap_with_next(predicted)
         figures["images/region_overlap"] = _overlap_with_next(true)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 from transformers import TrainerCallback
 
 from adfm import drawing
@@ -24,7 +24,26 @@ if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
 _LEAST = 0.1  # height of a scale
-_LINES, _GAP = 8, 8  # of a sampled completion; pixels
+
+# MLflow sorts a run's charts by name, a section for each prefix before `/`, capital letters first; metrics without a
+# prefix come last.
+_FIRST = {name: f"Overview/{name}" for name in ("balanced_accuracy", "reward", "utilisation")}
+# `epoch` repeats the step, and `frac_reward_zero_std` is 1 - utilisation. Clip ratios are 0: the weights do not change
+# between the sampling of a batch and the one step on it.
+_NOT_IN_MLFLOW = ("epoch", "frac_reward_zero_std", "clip_ratio/")
+
+_FONT = drawing.font(14)
+_IMAGE_SIDE, _TEXT_WIDTH, _MARGIN = 192, 520, 8  # pixels
+_MOST_LINES = 24  # of a completion
+
+
+def mlflow_metrics(logs: Mapping[str, Any]) -> dict[str, float]:
+    """The finite metrics of a step under their names in MLflow: the most important in the section `Overview`."""
+    return {
+        _FIRST.get(name, name): float(value)
+        for name, value in logs.items()
+        if isinstance(value, int | float) and math.isfinite(value) and not name.startswith(_NOT_IN_MLFLOW)
+    }
 
 
 class Watch(TrainerCallback):
@@ -54,11 +73,10 @@ class Watch(TrainerCallback):
         """Show and send one step, from one process."""
         if self._outbox is None:
             return
-        figures = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float) and math.isfinite(v)}
-        if "loss" in (logs or {}):
-            self._outbox.add(figures, state.global_step)
+        if logs and "loss" in logs:
+            self._outbox.add(mlflow_metrics(logs), state.global_step)
             self._bar.set_postfix(
-                {k.rsplit("/", 1)[-1]: f"{figures[k]:.3f}" for k in self._shown if k in figures}, refresh=False
+                {k.rsplit("/", 1)[-1]: f"{logs[k]:.3f}" for k in self._shown if k in logs}, refresh=False
             )
             self._bar.update(state.global_step - self._bar.n)
 
@@ -109,30 +127,49 @@ def draw_curves(curves: Path, path: Path) -> None:
             axes.set_xlabel("step")
 
 
-def picture(samples: Sequence[dict[str, Any]], columns: int = 4, side: int = 240) -> Image.Image:
-    """A sheet of sampled completions: the image, ground truth in green, predicted boxes in red, the text below.
+def picture(samples: Sequence[Mapping[str, Any]]) -> Image.Image:
+    """A sheet of sampled completions, one below the other: the image on the left, reward and text on the right.
+
+    The ground truth is green, predicted boxes are red.
 
     Args:
-        samples: Dicts with `image` (PIL), `completion`, `regions` (ground truth, model's frame), `frame` (its width and
-            height) and `reward`.
-        columns: Samples a row.
-        side: Width of a sample in pixels.
+        samples: Dicts with `image` (PIL), `label`, `completion`, `regions` (ground truth, model's frame), `frame` (its
+            width and height), `reward` and `terms` (the value of each term of it by name).
     """
-    font = drawing.font(12)
-    height = side + _LINES * drawing.line_height(font) + 3 * _GAP
-    sheet = Image.new("RGB", (columns * (side + _GAP) + _GAP, -(-len(samples) // columns) * height), "white")
-    for i, sample in enumerate(samples):
-        x, y = (i % columns) * (side + _GAP) + _GAP, (i // columns) * height + _GAP
-        image = sample["image"].convert("RGB")
-        scale = side / max(image.size)
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        pixels = np.array(image.resize(size))
-        frame = Frame(*sample["frame"])
-        predicted = response.parse(sample["completion"]).boxes
-        for boxes, colour in (([Box(*b) for b in sample["regions"]], drawing.TRUTH), (predicted, drawing.PREDICTED)):
-            drawing.frame(pixels, (box for b in boxes if (box := frame.to_pixels(b, *size)).area), colour)
-        sheet.paste(Image.fromarray(pixels), (x, y))
-        text = f"reward {sample['reward']:.2f}\n{drawing.stages(printable(sample['completion']))}"
-        lines = drawing.wrapped(text, font, side, _LINES)
-        drawing.write(sheet, (x, y + size[1] + _GAP), lines, font)
+    rows = [(_with_boxes(sample), words(sample)) for sample in samples]
+    line, heading = drawing.line_height(_FONT), drawing.font(16)
+    heights = [max(image.height, line * len(lines)) + 2 * _MARGIN for image, lines in rows]
+    # As wide as MLflow's pane for an artifact: a wider sheet would be shown smaller, and its text with it.
+    sheet = Image.new("RGB", (_IMAGE_SIDE + _TEXT_WIDTH + 3 * _MARGIN, sum(heights)), "white")
+    top = 0
+    for (image, (first, *lines)), height in zip(rows, heights, strict=True):
+        sheet.paste(image, (_MARGIN, top + _MARGIN))
+        left = _IMAGE_SIDE + 2 * _MARGIN
+        drawing.write(sheet, (left, top + _MARGIN), [first], heading)
+        drawing.write(sheet, (left, top + _MARGIN + line), lines, _FONT)
+        top += height
+        ImageDraw.Draw(sheet).line((0, top - 1, sheet.width, top - 1), fill="lightgrey")
     return sheet
+
+
+def _with_boxes(sample: Mapping[str, Any]) -> Image.Image:
+    scale = _IMAGE_SIDE / max(sample["image"].size)
+    size = (max(1, round(sample["image"].width * scale)), max(1, round(sample["image"].height * scale)))
+    pixels = np.array(sample["image"].convert("RGB").resize(size))
+    frame = Frame(*sample["frame"])
+    predicted = response.parse(sample["completion"]).boxes
+    for boxes, colour in (([Box(*b) for b in sample["regions"]], drawing.TRUTH), (predicted, drawing.PREDICTED)):
+        drawing.frame(pixels, (box for b in boxes if (box := frame.to_pixels(b, *size)).area), colour)
+    return Image.fromarray(pixels)
+
+
+def words(sample: Mapping[str, Any]) -> list[str]:
+    """The lines beside an image: the reward, its terms, the label, an empty line, the completion."""
+    terms = ", ".join(f"{name} {value:.2f}" for name, value in sample["terms"].items())
+    return [
+        f"reward {sample['reward']:.2f}",
+        *drawing.wrapped(terms, _FONT, _TEXT_WIDTH, _MOST_LINES),
+        f"label: {sample['label']}",
+        "",
+        *drawing.wrapped(drawing.stages(printable(sample["completion"])), _FONT, _TEXT_WIDTH, _MOST_LINES),
+    ]

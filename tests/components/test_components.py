@@ -248,7 +248,7 @@ def test_all_tasks_go_on_with_the_run_that_the_platform_began(evaluated: Artifac
     assert run.info.run_id == os.environ["MLFLOW_RUN_ID"]
     assert json.loads((Path(evaluated("trained").path) / "adfm.json").read_text())["mlflow_run_id"] == run.info.run_id
     assert {file.path for file in store.list_artifacts(run.info.run_id)} > {"validation", "evaluation"}
-    assert {"validation/images", "trained/accuracy", "reward"} < set(run.data.metrics)
+    assert {"validation/images", "trained/accuracy", "Overview/reward"} < set(run.data.metrics)
     assert run.info.status == "FINISHED"
 
 

@@ -151,6 +151,9 @@ def test_the_run_is_in_mlflow(evaluated: Path, monkeypatch: pytest.MonkeyPatch) 
     assert run.data.tags["candidate"] == "again" and run.data.tags["data_fingerprint"] == about["fingerprint"]
     assert run.data.metrics["again/accuracy"] == read(evaluated / "metrics.json")["again"]["accuracy"]
     assert "again_minus_base/accuracy_low" in run.data.metrics
+    # What models have in common is logged once, and a part of metrics.json is not logged beside it.
+    assert "again/images" in run.data.metrics and "base/images" not in run.data.metrics
+    assert not any(name.startswith("always_") for name in run.data.metrics)
     logged = {file.path for file in client.list_artifacts(run.info.run_id, "evaluation")}
     assert {
         "evaluation/predictions.parquet",
@@ -158,6 +161,7 @@ def test_the_run_is_in_mlflow(evaluated: Path, monkeypatch: pytest.MonkeyPatch) 
         "evaluation/plots",
         "evaluation/report",
     } <= logged
+    assert "evaluation/metrics.json" in logged and "evaluation/metrics" not in logged
 
 
 def test_a_model_that_is_not_there_destroys_nothing(

@@ -129,7 +129,7 @@ def test_a_server_that_never_comes_back_costs_no_training(
 
     away.start()
     resend(Path("trained.unsent"))
-    assert steps(run) == [1, 2, 3]
+    assert steps(run, "Overview/reward") == [1, 2, 3]
     assert len(MlflowClient().list_artifacts(run, "completions")) == 3
     assert MlflowClient().get_run(run).info.status == "FINISHED"
     assert not (tmp_path / "trained.unsent").exists()

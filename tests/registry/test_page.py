@@ -82,6 +82,11 @@ def text(decision: dict[str, Any], **more: Any) -> str:
     return page.text(decision, **values | more)
 
 
+def plain(shown: str) -> str:
+    """The description without the spaces that keep columns apart."""
+    return shown.replace("\u00a0", "")
+
+
 BETTER = decided(predictions(1600, 60), predictions(1600, 160))
 PART = next(row for row in decided(predictions(900, 300), predictions(900))["rows"] if row["of"] == "category")
 WORSE = decided(predictions(1600, 300), predictions(1600, 100))
@@ -102,22 +107,22 @@ def with_names(decision: dict[str, Any], name: str, parts: int = 3) -> dict[str,
 
 
 def test_the_gain_is_said_first_and_the_rest_in_order() -> None:
-    shown = text(BETTER, policy_difference=["level: 0.1 instead of 0.05"])
-    assert shown.startswith("**Better than production: accuracy 96.2% against 90.0%")
+    shown = plain(text(BETTER, policy_difference=["level: 0.1 instead of 0.05"]))
+    assert shown.startswith("Gate: passed.\n\n**Better than production: accuracy 96.2% against 90.0%")
     order = [
-        "**Gate: passed.** Judged on 800 normal and 800 anomalous images of the test split, against version 3 in",
+        "Judged on 800 normal and 800 anomalous images of the test split, against version 3 in",
         "| passed | escape rate | 3.8%",
         "| passed | overkill |",
         "| better | accuracy | 96.2%",
+        "**To approve it**, press the pencil of `approval`",
         "**On the line**, where 2.00% of the parts are defective, 8 of 10,000 parts are escapes (at most ",
         "**Looks**: this is candidate 1 of the 20",
         "**Separation**: none of 600 test images is among the training and validation images (5,200 of the candidate",
+        "An image is flagged from a probability of 0.3 on",
         "**100 images are decided otherwise than in production**: 50 defects that production misses, 50 good parts",
         "| anomalous | normal | anomalous | 000part | 0060part |",
         "**The submitter's policy differs**",
         "level: 0.1 instead of 0.05",
-        "An image is flagged from a probability of 0.3 on",
-        "**To approve it**, press the pencil of `approval`",
         "Left out here: 95 images that are decided otherwise; `gate.json`",
     ]
     places = [shown.index(part) for part in order]
@@ -128,9 +133,9 @@ def test_blind_answers_and_the_reference_detector_are_shown_beside_the_candidate
     row = {metric: [0.75, 0.7, 0.8] for metric in references.METRICS}
     words = "The reference detector is better on this data: balanced accuracy 0.966 (detector)."
     compared = {"rows": {"trained": row, "detector": row, "always_A": row}, "lines": [words], "verdict": "detector"}
-    shown = text(BETTER, compared=compared)
+    shown = plain(text(BETTER, compared=compared))
     assert markdown(words) in shown and "the same by score" in shown
-    assert "| detector | 0.750 " in shown and "| always A | 0.750 " in shown
+    assert "| detector | 0.750 |" in shown and "| always A | 0.750 |" in shown
     assert shown.index("| passed | escape rate |") < shown.index(markdown(words))
     assert words not in text(BETTER)
     hostile = compared | {"rows": {HOSTILE: row}, "lines": [HOSTILE * 30] * 5}
@@ -139,9 +144,28 @@ def test_blind_answers_and_the_reference_detector_are_shown_beside_the_candidate
     assert "<img" not in rendered and "<a" not in rendered
 
 
+def test_commands_are_code_and_the_step_that_is_done_is_left_out() -> None:
+    steps = [
+        {"rule": "longer", "text": "Train longer: `make repro PARAMS=params/own_set.yaml`, not `<b>` or ``x`."},
+        {"rule": "gate", "text": "Register it (`make repro` does)."},
+    ]
+    lines = [f"Next: {step['text']}" for step in steps]
+    row = {metric: [0.75, 0.7, 0.8] for metric in references.METRICS}
+    compared = {"rows": {"trained": row}, "lines": lines, "summary": {"steps": steps}}
+    shown = text(BETTER, compared=compared)
+    codes = [child.content for token in parser.parse(shown) for child in token.children or [] if "code" in child.type]
+    assert "make repro PARAMS=params/own_set.yaml" in codes and "<b>" not in codes
+    assert "&#60;b&#62;" in shown and "Register it" not in shown
+
+
 def test_a_failure_says_why_before_the_table() -> None:
-    shown = text(WORSE)
-    assert "**Gate: failed.**" in shown and "**It cannot be promoted.** Fix" in shown and "To approve" not in shown
+    shown = plain(text(WORSE))
+    assert (
+        shown.startswith("Gate: failed.")
+        and "To approve" not in shown
+        and "**It cannot be promoted.** Fix" in shown
+        and "To approve" not in shown
+    )
     assert shown.index("- Escape rate: ") < shown.index("| verdict |")
     assert "100 new escapes, 100 good parts newly flagged" in shown
 
@@ -160,8 +184,10 @@ def test_cannot_tell_names_the_images_that_would_tell() -> None:
 
 def test_the_first_version_has_nothing_to_be_compared_with() -> None:
     shown = text(decided(predictions()))
-    assert shown.startswith("**There is no model in production yet: the limits alone decide.**")
+    assert shown.startswith("Gate: passed.\n\n**There is no model in production yet: the limits alone decide.**")
     assert "decided otherwise" not in shown and "against version" not in shown
+    # Columns of comparisons would be empty.
+    assert "\n| verdict | metric | candidate | limit | images |\n| --- | --- | --- | --- | --- |\n" in plain(shown)
 
 
 def test_who_may_approve() -> None:
@@ -194,11 +220,12 @@ def test_it_fits_and_is_cut_nowhere(decision: dict[str, Any], parts: int, lines:
     decision = with_names(decision, "n" * length, parts)
     shown = text(decision, policy_difference=["x" * lines] * 5)
     assert len(shown) <= page.LONGEST
+    shown = plain(shown)
     for line in shown.splitlines():
         assert not line.startswith("|") or line.endswith(" |")
         assert not line.startswith("- ") or line.endswith((".", "x", "- "))
-    tables = [row.split(" | ") for row in shown.splitlines() if row.startswith("|")]
-    assert {len(row) for row in tables} <= {9, 5}
+    for part in shown.split("\n\n"):  # a table has as many cells in every row
+        assert not part.startswith("|") or len({len(row.split(" | ")) for row in part.splitlines()}) == 1
     assert ("To approve it" if decision["verdict"] == "passed" else "It cannot be promoted") in shown
     left_out = re.search(r"([\d,]+) images that are decided otherwise;? ?", shown)
     rows = sum(line.startswith(("| anomalous |", "| normal |")) for line in shown.splitlines())

@@ -151,7 +151,7 @@ def test_when_production_has_changed_the_gate_decides_again_and_the_reviewer_is_
     )
     assert decided["rows"][0]["production"] == 26 / 40
     description = tracking.client().get_model_version("adfm", "2").description
-    assert f"- Version 2: {reason}" in description and "**Gate: passed.**" in description
+    assert f"- Version 2: {reason}" in description and description.startswith("Gate: passed.")
 
     # Registration, which reads the shards, decides the same, so what is approved now stands.
     approve("2")

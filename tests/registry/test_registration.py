@@ -114,7 +114,20 @@ def test_first_version_carries_everything(store, shards, make_model, make_evalua
     assert logged.source_run_id == training.info.run_id
     assert {metric.key: metric.value for metric in logged.metrics}["accuracy"] == 0.9
     assert tracking.client().get_run(out["run_id"]).data.metrics["accuracy"] == 0.9
-    assert tracking.client().get_registered_model("adfm").aliases == {}
+    registered_model = tracking.client().get_registered_model("adfm")
+    assert registered_model.aliases == {}
+    assert f"](#/experiments/{training.info.experiment_id}/runs?" in registered_model.description
+
+
+def test_a_description_of_the_model_that_somebody_wrote_stays(
+    registered, shards, make_model, make_evaluation, tmp_path
+):
+    client = tracking.client()
+    client.update_registered_model("adfm", "Ask Ada first.")
+    second = make_model(tmp_path / "second", 2.0, shards)
+    register(second, shards, make_evaluation(tmp_path / "evaluation", shards, 36), tmp_path / "out", PARAMS)
+    assert len(versions()) == 2
+    assert client.get_registered_model("adfm").description == "Ask Ada first."
 
 
 def test_scores_that_differ_in_their_last_digits_make_no_second_version(registered, shards, tmp_path):
@@ -130,7 +143,7 @@ def test_scores_that_differ_in_their_last_digits_make_no_second_version(register
 def test_description_is_for_a_reviewer(registered):
     [version] = versions()
     text = version.description
-    assert text.startswith("**There is no model in production yet") and "**Gate: passed.**" in text
+    assert text.startswith("Gate: passed.\n\n**There is no model in production yet")
     assert "`approval`" in text and "75.0%" in text
 
 
@@ -226,6 +239,7 @@ def test_a_crash_before_the_end_leaves_one_version_in_the_end(
     register(model, shards, evaluation, tmp_path / "out", PARAMS)
     [version] = versions()
     assert version.tags["gate"] == "passed" and version.description
+    assert tracking.client().get_registered_model("adfm").description
     runs = tracking.client().search_runs([tracking.experiment("adfm")], "tags.stage = 'register'")
     assert sorted(run.info.status for run in runs) == ["FINISHED", "KILLED"]
 

@@ -167,7 +167,8 @@ def test_training_is_watched_and_changes_the_adapter(
     run = client.get_run(description["mlflow_run_id"])
     assert run.info.status == "FINISHED" and "mlflow_away" not in run.data.tags
     for figure in (
-        "reward", "reward_std", "rewards/localization/mean", "rewards/localization/std", "utilisation",
+        "Overview/reward", "reward_std", "rewards/localization/mean", "rewards/localization/std",
+        "Overview/utilisation", "Overview/balanced_accuracy",
         "utilisation/classification", "groups/all_right", "groups/all_wrong", "kl", "entropy",
         "completions/mean_length", "completions/clipped_ratio", "learning_rate", "grad_norm", "seconds/generation",
         "seconds/scoring", "seconds/backward", "answers/anomalous_share", "answers/normal_share",
@@ -331,7 +332,7 @@ def test_a_training_that_is_ended_at_any_moment_goes_on_as_if_nothing_had_been(
         ours, other = (_but_for_time(folder / file) for folder in (tmp_path / "trained", trained))
         assert ours == other, file
     assert json.loads((tmp_path / "trained" / "adfm.json").read_text())["mlflow_run_id"] == run_id
-    history = tracking.client().get_metric_history(run_id, "reward")
+    history = tracking.client().get_metric_history(run_id, "Overview/reward")
     assert [point.step for point in history] == [1, 2, 3, 4]
 
 

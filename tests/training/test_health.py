@@ -218,6 +218,7 @@ def test_figures_of_constructed_answers() -> None:
             "answers/anomalous_share": 2 / 6,
             "answers/normal_share": 3 / 6,
             "images/anomalous_share": 2 / 3,
+            "balanced_accuracy": (2 / 4 + 2 / 2) / 2,
             "answers/region_overlap": 0.5,
             "images/region_overlap": 0.5,
         }

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -49,31 +51,68 @@ def test_a_chart_has_a_panel_for_each_reward_and_its_smoothed_curve(tmp_path: Pa
             assert image.width == 130 * drawing.WIDTH
 
 
-def test_boxes_stand_where_they_should_in_the_picture() -> None:
-    sample = {
-        "image": Image.new("RGB", (80, 40), "black"),
-        "completion": prompt.answer("anomalous", [Box(500, 500, 750, 750)], "spot"),
-        "regions": [[100, 250, 250, 500]],
-        "frame": [1000, 1000],
-        "reward": 2.0,
+def test_mlflow_has_the_first_charts_in_a_section_of_their_own_and_nothing_twice() -> None:
+    logs = {
+        "balanced_accuracy": 0.75,
+        "clip_ratio/low_mean": 0.0,
+        "epoch": 0.5,
+        "frac_reward_zero_std": 0.25,
+        "kl": math.nan,
+        "loss": 0.5,
+        "reward": 2,
+        "rewards/format/mean": 1.0,
+        "utilisation": 0.75,
+        "utilisation/format": 0.25,
     }
-    pixels = np.asarray(watch.picture([sample], columns=1, side=240))
-    for colour, left, top, right, bottom in (
-        (drawing.TRUTH, 24, 30, 60, 60),
-        (drawing.PREDICTED, 120, 60, 180, 90),
-    ):
+    metrics = watch.mlflow_metrics(logs)
+    assert metrics == {
+        "Overview/balanced_accuracy": 0.75,
+        "Overview/reward": 2.0,
+        "Overview/utilisation": 0.75,
+        "loss": 0.5,
+        "rewards/format/mean": 1.0,
+        "utilisation/format": 0.25,
+    }
+    # The order in which MLflow draws them; those without a prefix come last.
+    first = ["Overview/balanced_accuracy", "Overview/reward", "Overview/utilisation"]
+    assert sorted(name for name in metrics if "/" in name)[:3] == first
+
+
+SAMPLE: dict[str, Any] = {
+    "image": Image.new("RGB", (64, 32), "black"),
+    "label": "anomalous",
+    "completion": prompt.answer("anomalous", [Box(500, 500, 750, 1000)], "spot"),
+    "regions": [[0, 0, 250, 500]],
+    "frame": [1000, 1000],
+    "reward": 2.25,
+    "terms": {"format": 1.0, "classification": 1.0, "localization": 0.25},
+}
+
+
+def test_boxes_stand_where_they_should_in_the_picture() -> None:
+    pixels = np.asarray(watch.picture([SAMPLE]))
+    for colour, left, top, right, bottom in ((drawing.TRUTH, 0, 0, 48, 48), (drawing.PREDICTED, 96, 48, 144, 96)):
         ys, xs = np.nonzero((pixels == tuple(bytes.fromhex(colour[1:]))).all(-1))
-        # framed from outside, two pixels wide, in a sheet with a margin of eight
-        assert [xs.min(), ys.min(), xs.max(), ys.max()] == [left + 6, top + 6, right + 9, bottom + 9]
+        # Framed from outside, two pixels wide, as far as the image has room, in a sheet with a margin of eight.
+        assert abs(xs.min() - (left + 8)) <= 2 and abs(ys.min() - (top + 8)) <= 2
+        assert abs(xs.max() - (right + 8)) <= 2 and abs(ys.max() - (bottom + 8)) <= 2
 
 
-def test_a_completion_without_form_is_drawn_too() -> None:
-    sample = {
+def test_reward_terms_and_text_stand_beside_the_image() -> None:
+    reward, terms, label, empty, *text = watch.words(SAMPLE)
+    assert (reward, label, empty) == ("reward 2.25", "label: anomalous", "")
+    assert terms == "format 1.00, classification 1.00, localization 0.25"
+    assert [line.split(">")[0] for line in text] == ["<think", "<rethink", "<answer"]  # a line for each stage
+    assert "".join(text).replace(" ", "") == SAMPLE["completion"].replace(" ", "")
+
+
+def test_the_longest_line_fits_and_a_completion_without_form_is_drawn_too() -> None:
+    sample = SAMPLE | {
         "image": Image.new("L", (10, 500)),
-        "completion": "<think>[9, 9, 1, 1] [0, 0, 1e9, nan]" + "x" * 5000,
-        "regions": [],
-        "frame": [1000, 1000],
+        "completion": "<think>[9, 9, 1, 1] [0, 0, 1e9, nan]\n\n" + "suspicious texture " * 500,
         "reward": 0.0,
     }
-    width, height = watch.picture([sample] * 5).size
-    assert width == 4 * 248 + 8 and height == watch.picture([sample]).height * 2
+    sheet = watch.picture([sample] * 5)
+    assert sheet.width == 736 and sheet.height == 5 * watch.picture([sample]).height
+    edge = np.asarray(sheet)[:, -4:]
+    assert (edge == edge[:, :1]).all()  # no letter reaches it
