@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adfm import __version__, outcome
+from adfm import __version__, extras, outcome
 from adfm.completion import SHELLS
 from adfm.errors import AdfmError
 from adfm.process.environment import set_environment
@@ -113,6 +113,11 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> int:
         return stopped.exit_code
     except AdfmError as error:
         return _fail(error, error.exit_code)
+    except ModuleNotFoundError as error:
+        message = extras.missing(error)
+        if message is None:
+            raise
+        return _fail(message, 1)
     except KeyboardInterrupt as interrupt:
         word, status = ("terminated", 143) if isinstance(interrupt, Terminated) else ("interrupted", 130)
         print(f"\nadfm: {word}; {outcome.interrupted(args, command)}", file=sys.stderr)

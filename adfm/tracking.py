@@ -150,7 +150,7 @@ def start_run(
             run = mlflow.start_run(run_id=resumed.info.run_id)
         else:
             place = params.mlflow
-            run = mlflow.start_run(run_name=name, experiment_id=experiment(place.experiment, place.model))
+            run = mlflow.start_run(run_name=name, experiment_id=experiment(place.experiment, place.registered_model))
         try:
             mlflow.log_params({key: value for key, value in flat(params).items() if key not in run.data.params})
             mlflow.log_text(settings(params), "params.yaml")

@@ -11,7 +11,7 @@ pin() {
   file=$1
   shift
   uv pip compile --quiet --no-header --no-annotate --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
-    --extra dev "$@" pyproject.toml --output-file "$file" >/dev/null
+    --extra all --extra dev "$@" pyproject.toml --output-file "$file" >/dev/null
 }
 
 cp requirements.txt "$made/cpu"

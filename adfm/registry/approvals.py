@@ -94,6 +94,8 @@ def look(params: Params) -> str:
             _say(str(error))
         except AdfmError as error:
             problems.append(str(error))
+        except ModuleNotFoundError:  # no later look would have it
+            raise
         except Exception:  # the service continues; its health tells
             problems.append(traceback.format_exc())
     sys.stdout.flush()

@@ -11,15 +11,16 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator, Mapping
-from importlib.metadata import distribution, packages_distributions
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from adfm import __version__
+from tests.packages import closure
 from tests.pipelines.kfp_api import Server, served
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +63,7 @@ def filled(text: str, contexts: Mapping[str, Any]) -> str:
 
 
 class Runner:
-    """Runs the `run` steps of a job with `bash -e`, in a checkout, and passes variables on by GITHUB_ENV.
+    """Runs the `run` steps of jobs with `bash -e`, in a checkout, and passes on variables, outputs and artifacts.
 
     Args:
         folder: For the checkout and the stand-ins: programs that write down how they were called.
@@ -76,7 +77,9 @@ class Runner:
         self.github_env = folder / "env"
         self.calls_file = folder / "calls"
         github = {"repository": "Someone/line", "ref_name": "main", "workflow": "w", "token": "t", "actor": "someone"}
-        self.contexts = {"vars": {}, "secrets": {}, "matrix": {}, **contexts}
+        self.used: list[tuple[str, str, dict[str, str]]] = []
+        self.needs: dict[str, Any] = {}
+        self.contexts = {"vars": {}, "secrets": {}, "matrix": {}, "needs": self.needs, **contexts}
         self.contexts["github"] = github | contexts.get("github", {})
         self.environment = {
             "PATH": f"{self.programs}:/usr/local/bin:/usr/bin:/bin",
@@ -89,7 +92,7 @@ class Runner:
             "NO_PROXY": "127.0.0.1",
             **GIT,
         }
-        for program in ("docker", "gh", "pip", "sudo"):
+        for program in ("cosign", "docker", "gh", "pip", "sudo"):
             self.stand_in(program)
         self.stand_in("python", f'exec {sys.executable} "$@"')
 
@@ -119,26 +122,66 @@ class Runner:
         return "if" not in thing or bool(evaluate(thing["if"], self.contexts))
 
     def run(self, workflow: str) -> subprocess.CompletedProcess[str]:
-        """The result of the first step that failed, or of the last."""
+        """The result of the first step that failed, or of the last. Jobs run one after the other."""
         content = load(workflow)
-        (job,) = content["jobs"].values()
-        assert self.wants(job)
+        for name, job in content["jobs"].items():
+            assert self.wants(job)
+            needed = job.get("needs", [])
+            assert {needed} <= set(self.needs) if isinstance(needed, str) else set(needed) <= set(self.needs)
+            done = self.run_job(content, name)
+            if done.returncode:
+                break
+        return done
+
+    def run_job(self, content: dict[str, Any], name: str) -> subprocess.CompletedProcess[str]:
+        job = content["jobs"][name]
+        checks_out = any(step.get("uses", "").startswith("actions/checkout@") for step in job["steps"])
+        workspace = self.checkout if checks_out else self.programs.parent / f"workspace-{name}"
+        if self.needs and checks_out:  # nothing of an earlier job is left
+            self.git("clean", "-fdxq")
+        workspace.mkdir(exist_ok=True)
         self.github_env.write_text("")
-        for step in (each for each in job["steps"] if "run" in each and self.wants(each)):
-            environment = dict(self.environment)
+        outputs: dict[str, Any] = {}
+        self.contexts["steps"] = outputs
+        for step in (each for each in job["steps"] if self.wants(each)):
+            if "uses" in step:
+                inputs = {key: filled(str(value), self.contexts) for key, value in step.get("with", {}).items()}
+                self.use(name, step["uses"].partition("@")[0], inputs, workspace)
+                continue
+            environment = self.environment | {"GITHUB_OUTPUT": str(self.programs.parent / "output")}
+            Path(environment["GITHUB_OUTPUT"]).write_text("")
             for more in (content, job, step):
-                environment |= {name: filled(str(value), self.contexts) for name, value in more.get("env", {}).items()}
+                environment |= {key: filled(str(value), self.contexts) for key, value in more.get("env", {}).items()}
             environment |= dict(line.split("=", 1) for line in self.github_env.read_text().splitlines())
             script = self.programs.parent / "step.sh"
             assert "${{" not in step["run"], "an expression in a script is an injection"
             script.write_text(step["run"])
             command = ["bash", "-e", str(script)]
-            done = subprocess.run(
-                command, cwd=self.checkout, env=environment, capture_output=True, text=True, check=False
-            )
+            done = subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, check=False)
             if done.returncode:
-                break
+                return done
+            lines = Path(environment["GITHUB_OUTPUT"]).read_text().splitlines()
+            outputs[step.get("id", "")] = {"outputs": dict(line.split("=", 1) for line in lines)}
+        given = {key: filled(value, self.contexts) for key, value in job.get("outputs", {}).items()}
+        self.needs[name] = {"outputs": given}
         return done
+
+    def use(self, job: str, action: str, inputs: dict[str, str], workspace: Path) -> None:
+        """Does what an action does to files: artifacts are kept, and an SBOM is written."""
+        self.used.append((job, action, inputs))
+        artifacts = self.programs.parent / "artifacts"
+        if action == "actions/upload-artifact":
+            source, target = workspace / inputs["path"], artifacts / inputs["name"]
+            if source.is_dir():
+                shutil.copytree(source, target)
+            else:
+                target.mkdir(parents=True)
+                shutil.copy(source, target)
+        elif action == "actions/download-artifact":
+            shutil.copytree(artifacts, workspace / inputs["path"])
+        elif action == "anchore/sbom-action":
+            assert "path" not in inputs or any((workspace / inputs["path"]).iterdir())
+            (workspace / inputs["output-file"]).write_text("{}")
 
     def calls(self, program: str) -> list[str]:
         lines = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
@@ -157,6 +200,8 @@ def test_a_workflow_is_pinned_bounded_and_has_no_right_that_it_does_not_name(fil
     workflow = load(file.name)
     assert workflow["permissions"] in ({}, {"contents": "read"})
     assert "concurrency" in workflow
+    jobs = workflow["jobs"].values()
+    assert all("permissions" in job or workflow["permissions"] for job in jobs)
     assert all("timeout-minutes" in job and job["runs-on"].endswith("-24.04") for job in workflow["jobs"].values())
     uses = re.findall(r"uses: (\S+)(.*)", file.read_text())
     for action, comment in uses:
@@ -203,7 +248,7 @@ def test_no_script_has_what_shellcheck_finds(tmp_path: Path) -> None:
 def test_no_workflow_has_what_zizmor_finds() -> None:
     if not shutil.which("zizmor"):
         pytest.skip("NOT TESTED: there is no zizmor (pip install zizmor)")
-    done = subprocess.run(["zizmor", "--offline", *WORKFLOWS], capture_output=True, text=True, check=False)
+    done = subprocess.run(["zizmor", "--offline", ROOT / ".github"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
@@ -214,7 +259,7 @@ def test_every_file_of_the_repository_that_a_step_names_is_there() -> None:
                 if not name.startswith(("out/", "/")):
                     assert (ROOT / name).exists(), f"{file.name}: {name}"
             for module in re.findall(r"python -m ([\w.]+)", step["run"]):
-                if module != "pytest":
+                if module not in ("build", "pytest", "zipfile"):
                     assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
 
 
@@ -233,30 +278,13 @@ sys.meta_path.insert(0, Guard())
 """
 
 
-def closure(names: list[str]) -> set[str]:
-    """The distributions that `pip install` of these brings, as their metadata says."""
-    found: set[str] = set()
-    todo = [(name, "") for name in names]
-    while todo:
-        name, extra = todo.pop()
-        key = re.sub(r"[-_.]+", "-", name).lower()
-        if f"{key}[{extra}]" in found:
-            continue
-        found |= {key, f"{key}[{extra}]"}
-        for line in distribution(name).requires or ():
-            requirement = Requirement(line)
-            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
-                todo += [(requirement.name, each) for each in ("", *requirement.extras)]
-    return found
-
-
 def guard(runner: Runner) -> None:
     """`python` has nothing but what INSTALL installs."""
     installed = closure(INSTALL.split()[4:])
     forbidden = {
         module
         for module, distributions in packages_distributions().items()
-        if not any(re.sub(r"[-_.]+", "-", each).lower() in installed for each in distributions)
+        if not any(canonicalize_name(each) in installed for each in distributions)
     }
     forbidden -= {"adfm", "components", "pipelines", "tests"}
     assert {"torch", "transformers", "mlflow", "boto3", "dvc", "numpy", "PIL", "pyarrow"} <= forbidden
@@ -355,40 +383,99 @@ def test_without_a_host_nothing_is_submitted(tmp_path: Path) -> None:
     assert Runner(tmp_path / "with", vars={"KFP_HOST": "https://kfp.example.com"}).wants(job)
 
 
-def test_a_tag_becomes_a_release_whose_pipelines_name_its_images_by_digest(tmp_path: Path) -> None:
+@pytest.fixture
+def release(tmp_path: Path) -> Runner:
+    """A checkout with notes for the version; its tests, and the build of its packages, have stand-ins."""
     runner = Runner(tmp_path, github={"ref_name": f"v{__version__}", "repository": "Someone/Line"})
     runner.copy_checkout()
-    guard(runner)
-    digests = {"cpu": f"ghcr.io/someone/line@sha256:{'1' * 64}", "gpu": f"ghcr.io/someone/line@sha256:{'2' * 64}"}
-    runner.stand_in(
-        "docker", f"[ $1 != inspect ] || case ${{!#}} in *-cpu) echo {digests['cpu']};; *) echo {digests['gpu']};; esac"
+    (runner.checkout / ".ci/run").write_text(f"#!/bin/sh\necho tests >>{runner.calls_file}\n")
+    (runner.checkout / "CHANGELOG.md").write_text(
+        f"## [{__version__}] - 2027-01-31\n\n- All of it.\n\n## [0.0.9] - 2026"
     )
-    done = runner.run("release.yaml")
+    runner.git("commit", "-q", "-a", "-m", "release")
+    guard(runner)
+    wheel, sdist = f"out/packages/adfm-{__version__}-py3-none-any.whl", f"out/packages/adfm-{__version__}.tar.gz"
+    build = f"mkdir -p out/packages && touch {sdist} && exec {sys.executable} -m zipfile -c {wheel} LICENSE"
+    runner.stand_in(
+        "python", f'case "$*" in "-m build --outdir out/packages") {build};; esac\nexec {sys.executable} "$@"'
+    )
+    return runner
+
+
+DIGESTS = {"cpu": f"sha256:{'1' * 64}", "gpu": f"sha256:{'2' * 64}"}
+
+
+def test_a_tag_becomes_a_signed_release_whose_pipelines_name_its_images_by_digest(release: Runner) -> None:
+    names = {target: f"ghcr.io/someone/line@{digest}" for target, digest in DIGESTS.items()}
+    release.stand_in(
+        "docker", f"[ $1 != inspect ] || case ${{!#}} in *-cpu) echo {names['cpu']};; *) echo {names['gpu']};; esac"
+    )
+    done = release.run("release.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert release.calls_file.read_text().splitlines().count("tests") == 1
 
     version = __version__
-    calls = runner.calls("docker")
+    calls = release.calls("docker")
     built = [call for call in calls if call.startswith("build ")]
     assert [re.search(r"--target (\w+)", call)[1] for call in built] == ["cpu", "gpu"]
     for target in ("cpu", "gpu"):
         assert f"push ghcr.io/someone/line:{version}-{target}" in calls
     assert calls[-1] == "logout ghcr.io" and "t" not in " ".join(calls).split()  # the token is not an argument
-    (archive,) = (runner.checkout / "out").glob("*.tar.gz")
-    with tarfile.open(archive) as tar:
+    published = release.programs.parent / "workspace-publish/out"
+    with tarfile.open(published / f"images/pipelines-{version}.tar.gz") as tar:
         files = {Path(each.name).name: tar.extractfile(each).read().decode() for each in tar if each.isfile()}
     assert set(files) == {each.name for each in (ROOT / "pipelines/compiled").iterdir()}
     for name, text in files.items():
         images = set(re.findall(r"^ +image: (\S+)$", text, re.MULTILINE))
-        assert images <= set(digests.values()) and images, name
-    assert runner.calls("gh") == [
-        f"release create v{version} out/pipelines-{version}.tar.gz --verify-tag --generate-notes"
-    ]
+        assert images <= set(names.values()) and images, name
+
+    assert release.calls("cosign") == [f"sign --yes {names['cpu']} {names['gpu']}"]
+    attested = [given for _, action, given in release.used if action == "actions/attest-build-provenance"]
+    assert [each.get("subject-digest") for each in attested] == [*DIGESTS.values(), None]
+    assert {each["subject-name"] for each in attested[:2]} == {"ghcr.io/someone/line"}
+    assert attested[2]["subject-path"].split() == ["out/packages/*", "out/images/*"]
+
+    (call,) = release.calls("gh")
+    create, _, options = call.partition(" --")
+    assert options == "verify-tag --notes-file out/notes/notes.md"
+    assert (published / "notes/notes.md").read_text() == "- All of it.\n"
+    assert create.split()[:3] == ["release", "create", f"v{version}"]
+    assert {Path(name).name for name in create.split()[3:]} == {
+        f"adfm-{version}-py3-none-any.whl",
+        f"adfm-{version}.tar.gz",
+        "adfm-packages.spdx.json",
+        "adfm-cpu.spdx.json",
+        "adfm-gpu.spdx.json",
+        f"pipelines-{version}.tar.gz",
+    }
 
 
-def test_a_tag_that_is_not_the_packages_version_is_no_release(runner: Runner) -> None:
-    runner.contexts["github"]["ref_name"] = "v0.0.0"
-    assert runner.run("release.yaml").returncode != 0
-    assert runner.calls("docker") == runner.calls("gh") == []
+def test_only_the_job_that_runs_no_code_of_packages_may_sign_and_publish() -> None:
+    jobs = load("release.yaml")["jobs"]
+    rights = {
+        name: {right for right, level in job["permissions"].items() if level == "write"} for name, job in jobs.items()
+    }
+    assert rights == {
+        "test": set(),
+        "packages": set(),
+        "images": {"packages"},
+        "publish": {"attestations", "contents", "id-token", "packages"},
+    }
+    commands = " ".join(step.get("run", "") for step in jobs["publish"]["steps"])
+    assert not re.search(r"pip|python|make|\./", commands)
+    assert not any("checkout" in step.get("uses", "") for step in jobs["publish"]["steps"])
+
+
+@pytest.mark.parametrize("fault", ["tag", "changelog", "tests"])
+def test_nothing_is_published_where_the_tag_the_notes_or_the_tests_are_wrong(fault: str, release: Runner) -> None:
+    if fault == "tag":
+        release.contexts["github"]["ref_name"] = "v0.0.0"
+    elif fault == "changelog":
+        (release.checkout / "CHANGELOG.md").write_text("## [Unreleased]\n\n- All of it.\n")
+    else:
+        (release.checkout / ".ci/run").write_text("#!/bin/sh\nexit 1\n")
+    assert release.run("release.yaml").returncode != 0
+    assert release.calls("docker") == release.calls("gh") == release.calls("cosign") == []
 
 
 @pytest.mark.parametrize("target", ["cpu", "gpu"])

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
-import tomllib
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.packages import PROJECT, closure, requirements
+
 ROOT = Path(__file__).parents[2]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+# Torch's build for CPUs has none of these; with its CUDA build, they are installed and not pinned.
+CUDA = re.compile(r"(cuda|nvidia)-|triton$")
 
 
 def pins(name: str) -> dict[str, str]:
@@ -20,13 +25,28 @@ def pins(name: str) -> dict[str, str]:
     return dict(line.split("==") for line in lines)
 
 
-@pytest.mark.parametrize(("file", "extras"), [("requirements.txt", ["dev"]), ("requirements-gpu.txt", ["dev", "gpu"])])
+@pytest.mark.parametrize(
+    ("file", "extras"), [("requirements.txt", ["all", "dev"]), ("requirements-gpu.txt", ["all", "dev", "gpu"])]
+)
 def test_pins_are_what_the_project_asks_for(file: str, extras: list[str]) -> None:
     pinned = pins(file)
-    for text in sum((PROJECT["optional-dependencies"][extra] for extra in extras), PROJECT["dependencies"]):
+    for text in requirements(*extras):
         wanted = Requirement(text)
         version = pinned[canonicalize_name(wanted.name)]
         assert wanted.specifier.contains(version, prereleases=True), f"{file} has {version}; pyproject.toml: {text}"
+
+
+def test_all_is_every_extra_but_those_for_a_gpu_and_for_development() -> None:
+    others = PROJECT["optional-dependencies"].keys() - {"all", "dev", "gpu"}
+    assert set(requirements("all")) == set(requirements(*others))
+
+
+def test_the_core_and_the_extras_together_are_what_is_pinned() -> None:
+    needed = closure(requirements("all", "dev"))
+    pinned = pins("requirements.txt").keys()
+    installed = {canonicalize_name(each.name) for each in distributions()}
+    assert (pinned - needed) & installed == set()  # what others need is in their metadata, if they are installed
+    assert {name for name in needed - pinned if not CUDA.match(name)} == set()
 
 
 def test_the_files_differ_in_what_vllm_caps_alone() -> None:

@@ -1,0 +1,42 @@
+"""Which extra of the package a module belongs to, for the message where it is not installed."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+# Modules that adfm imports and the core of the package does not bring. tests/test_extras.py compares these with the
+# imports in adfm/ and with pyproject.toml.
+EXTRAS = {
+    "data": {"aiohttp", "asyncssh", "boto3", "botocore", "dvc", "great_expectations"},
+    "pipelines": {"docker", "kfp", "kubeflow_trainer_api", "kubernetes", "urllib3"},
+    "registry": {"mlflow", "model_signing", "requests", "uvicorn"},
+    "train": {
+        "accelerate",
+        "datasets",
+        "httpx2",
+        "huggingface_hub",
+        "peft",
+        "safetensors",
+        "tokenizers",
+        "torch",
+        "transformers",
+        "trl",
+    },
+}
+
+
+def missing(error: ModuleNotFoundError) -> str | None:
+    """The message for a module of an extra that is not installed.
+
+    Args:
+        error: What the import raised.
+
+    Returns:
+        One line that names the extra to install, or None where the error has another cause: a module that no extra
+        brings, or a part of a package that is installed.
+    """
+    module = (error.name or "").partition(".")[0]
+    extra = next((name for name, modules in EXTRAS.items() if module in modules), None)
+    if extra is None or find_spec(module) is not None:
+        return None
+    return f'this needs {module}, which is not installed: pip install "adfm[{extra}]", or "adfm[all]" for every verb.'
