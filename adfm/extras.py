@@ -17,7 +17,6 @@ EXTRAS = {
         "huggingface_hub",
         "peft",
         "safetensors",
-        "tokenizers",
         "torch",
         "transformers",
         "trl",

@@ -103,7 +103,7 @@ def test_reward_terms_and_text_stand_beside_the_image() -> None:
     assert (reward, label, empty) == ("reward 2.25", "label: anomalous", "")
     assert terms == "format 1.00, classification 1.00, localization 0.25"
     assert [line.split(">")[0] for line in text] == ["<think", "<rethink", "<answer"]  # a line for each stage
-    assert "".join(text).replace(" ", "") == SAMPLE["completion"].replace(" ", "")
+    assert "".join("".join(text).split()) == "".join(SAMPLE["completion"].split())
 
 
 def test_the_longest_line_fits_and_a_completion_without_form_is_drawn_too() -> None:
