@@ -390,7 +390,7 @@ def test_a_key_is_made_once_for_this_user_alone(tmp_path: Path, monkeypatch: Any
 
 
 def test_processes_that_make_the_key_at_once_end_with_one(tmp_path: Path) -> None:
-    code = "from adfm.registry import signing; print(input() or signing.keys().id)"
+    code = "from adfm import signing; print(input() or signing.keys().id)"
     environment = {key: value for key, value in os.environ.items() if key != "ADFM_KEYS"}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (Path(adfm.__file__).parents[1], *sys.path)))
     pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)

@@ -89,7 +89,7 @@ def volume_job(
 
     Pods of a TrainJob have an `fsGroup`, which Kubernetes applies to the volume; those of KFP cannot have one.
     """
-    code = "import sys; from adfm.training import nodes; nodes.prepare(sys.argv[1])"
+    code = "import sys; from adfm.kubeflow import nodes; nodes.prepare(sys.argv[1])"
     return _model(_job(name, _VOLUME_NEEDS, claim, work.parent, image, ["python", "-c", code, str(work)], owner))
 
 

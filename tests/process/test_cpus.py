@@ -130,7 +130,7 @@ def test_nothing_is_set_where_nothing_is_limited(kernel: Path, monkeypatch: pyte
 
 
 def test_it_comes_before_the_imports_that_count() -> None:
-    code = "from adfm import environment; environment.set_environment()"
+    code = "from adfm.process import environment; environment.set_environment()"
     assert _run(code, "{'numpy', 'pyarrow', 'torch'} & set(sys.modules)") == "set()"
 
 
@@ -147,7 +147,7 @@ def _run(code: str, expression: str, threads: str | None = None) -> str:
     """The value of an expression in a process of its own, in which OMP_NUM_THREADS is what `threads` says."""
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
     environment |= {"OMP_NUM_THREADS": threads} if threads else {}
-    lines = ["import os, sys", "from adfm import cpus", code, f"print({expression})"]
+    lines = ["import os, sys", "from adfm.process import cpus", code, f"print({expression})"]
     command = [sys.executable, "-c", "\n".join(lines)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return done.stdout.strip()
