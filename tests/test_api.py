@@ -36,8 +36,15 @@ def test_docstrings_are_complete(function: object) -> None:
         assert f"    {name}: " in text
 
 
+class Checker(doctest.OutputChecker):
+    """An example that states no output may print: stages say what they do."""
+
+    def check_output(self, want: str, got: str, optionflags: int) -> bool:
+        return not want or super().check_output(want, got, optionflags)
+
+
 def test_the_examples_run(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner(Checker())
     names: dict[str, object] = {}
     for function in sorted(FUNCTIONS, key=lambda function: function.__code__.co_firstlineno):
         for test in finder.find(function, function.__name__, globs=names):

@@ -15,7 +15,7 @@ import yaml
 
 from adfm import descriptions, tracking
 from adfm.errors import AdfmError
-from adfm.params import Params, Register
+from adfm.params import Mlflow, Params
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_the_experiment_says_where_to_look_until_somebody_edits_that(here):
         return tracking.find_experiment("described").tags[descriptions.NOTE]
 
     def start(model):
-        with tracking.start_run("train", Params(register=Register(experiment="described", model=model))):
+        with tracking.start_run("train", Params(mlflow=Mlflow(experiment="described", registered_model=model))):
             pass
 
     start("line-1")
@@ -185,7 +185,7 @@ def test_long_values_are_cut_not_refused(here):
 
 
 def test_deleted_experiment(here):
-    params = Params(register=Register(experiment="gone"))
+    params = Params(mlflow=Mlflow(experiment="gone"))
     tracking.client().delete_experiment(tracking.experiment("gone"))
     with pytest.raises(AdfmError, match="mlflow experiments restore"), tracking.start_run("train", params):
         pass
@@ -214,7 +214,7 @@ def test_files_that_go_to_s3_without_a_server_between(here, monkeypatch, tmp_pat
     says = r"(?s)MLflow at .*sends clients to S3, which failed: .*credentials.*--serve-artifacts"
     with (
         pytest.raises(AdfmError, match=says),
-        tracking.start_run("train", Params(register=Register(experiment="direct"))),
+        tracking.start_run("train", Params(mlflow=Mlflow(experiment="direct"))),
     ):
         pytest.fail("the body was run")
 
@@ -222,7 +222,7 @@ def test_files_that_go_to_s3_without_a_server_between(here, monkeypatch, tmp_pat
 def test_each_folder_has_its_own_store(here, tmp_path, monkeypatch):
     (tmp_path / "mlflow.db").write_bytes((here / "mlflow.db").read_bytes())
     monkeypatch.chdir(tmp_path)
-    with tracking.start_run("train", Params(register=Register(experiment="elsewhere"))) as run:
+    with tracking.start_run("train", Params(mlflow=Mlflow(experiment="elsewhere"))) as run:
         pass
     assert (tmp_path / "mlartifacts" / run.info.run_id).is_dir()
     monkeypatch.chdir(here)

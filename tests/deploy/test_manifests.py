@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from adfm.kubeflow import resources
+from adfm.process import environment
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 VERSIONS = ("1.29.0", "1.35.0")  # the oldest that docs/kubernetes.md names, and the newest that was tried
@@ -223,8 +224,8 @@ def test_the_server_and_its_jobs_see_the_private_ca() -> None:
         if container["name"] == "postgres":
             continue
         mounts = {each["name"]: each["mountPath"] for each in container["volumeMounts"]}
-        assert mounts["ca"] == resources.CA_FOLDER, container["name"]
+        assert mounts["ca"] == environment.CA_FOLDER, container["name"]
         (volume,) = [each for each in pod["volumes"] if each["name"] == "ca"]
-        assert volume["configMap"] == {"name": resources.CA, "optional": True}
+        assert volume["configMap"] == {"name": environment.CA, "optional": True}
     defaults = next(each["data"] for each in loaded("server/database.yaml") if each["metadata"]["name"] == "database")
-    assert defaults["PGSSLROOTCERT"] == f"{resources.CA_FOLDER}/{resources.CA_FILE}"
+    assert defaults["PGSSLROOTCERT"] == f"{environment.CA_FOLDER}/{environment.CA_FILE}"

@@ -18,7 +18,7 @@ from adfm import __version__, params
 from adfm.data.conversion import convert
 from adfm.data.sources import fetch
 from adfm.files import digest
-from adfm.kubeflow import resources
+from adfm.process.environment import CA_FILE, CA_FOLDER
 from pipelines import containers
 
 pytestmark = pytest.mark.timeout(1200)
@@ -75,7 +75,7 @@ def test_a_private_authority_is_where_a_cluster_mounts_it(tmp_path: Path, monkey
     client.containers.create.return_value.wait.return_value = {"StatusCode": 0}
     assert containers._run(client, IMAGE, ["true"], {"data": {"bind": "/data", "mode": "rw"}}) == 0
     options = client.containers.create.call_args.kwargs
-    authority = {"bind": f"{resources.CA_FOLDER}/{resources.CA_FILE}", "mode": "ro"}
+    authority = {"bind": f"{CA_FOLDER}/{CA_FILE}", "mode": "ro"}
     assert options["volumes"][str(tmp_path / "company.pem")] == authority
     assert "data" in options["volumes"]
     assert "AWS_REGION" in options["environment"]

@@ -127,7 +127,7 @@ def add(
     Path("gate.yaml").write_text(POLICY)
 
     def add(right: int, approve: bool = True, model: str = "adfm") -> str:
-        params = Params.model_validate({"register": {"model": model}})
+        params = Params.model_validate({"mlflow": {"registered_model": model}})
         Path("gate.yaml").write_text(POLICY)  # here, where the test is in a folder of its own
         folder = make_model(tmp_path / f"model-{right}", float(right), shards)
         evaluation = make_evaluation(tmp_path / f"evaluation-{right}", shards, right, iou=0.3 + right / 100)

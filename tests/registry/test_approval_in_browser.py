@@ -71,7 +71,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def test_a_reviewer_approves_and_rejects_by_clicking(server, add, service, page):
-    params = Params.model_validate({"register": {"model": "line"}})
+    params = Params.model_validate({"mlflow": {"registered_model": "line"}})
     for right in (26, 30, 36):
         add(right, approve=False, model="line")
     service("line")

@@ -206,7 +206,7 @@ def test_an_alert_is_tried_once_more_where_that_may_help(channel, capsys, monkey
 def test_twenty_promotions_that_race(server, add, monkeypatch):
     """Of five versions, all decided on with nothing in production; ten at a time."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "200")
-    params = Params.model_validate({"register": {"model": "race"}})
+    params = Params.model_validate({"mlflow": {"registered_model": "race"}})
     versions = [add(right, model="race") for right in (26, 28, 30, 32, 34)]
 
     def run(number: str) -> str:
@@ -274,7 +274,7 @@ def test_the_service_moves_production_within_seconds_of_the_tag(server, add, ser
     tag("1", "approval", "approved", "belt")
     wait_for(lambda: production("belt") == "1")
     seconds = time.monotonic() - began
-    params = Params.model_validate({"register": {"model": "belt"}})
+    params = Params.model_validate({"mlflow": {"registered_model": "belt"}})
     assert history(params.mlflow.registered_model).move.by.startswith("adfm approvals on ")
     print(f"from tag to alias: {seconds:.1f} s")
     assert seconds < 30

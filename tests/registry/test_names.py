@@ -12,7 +12,7 @@ from mlflow.utils.validation import _validate_experiment_name, _validate_model_n
 
 from adfm import tracking
 from adfm.models import loading
-from adfm.params import Params, Register
+from adfm.params import Mlflow, Params
 from adfm.registry.promotion import history, promote
 
 ACCEPTED = ["a", "0", "12", "x" * 53, "Steel-plates_2.v3", "a..b", "latest", "models", "Production", "m-0f" + "0" * 30]
@@ -20,7 +20,7 @@ ACCEPTED = ["a", "0", "12", "x" * 53, "Steel-plates_2.v3", "a..b", "latest", "mo
 
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_a_name_that_is_accepted_is_registered_promoted_and_found(store, add, tmp_path: Path, name: str) -> None:
-    params = Params.model_validate({"register": {"model": name}})
+    params = Params.model_validate({"mlflow": {"registered_model": name}})
     assert add(28, model=name) == "1"
     promote("1", params.mlflow.registered_model, "Ada")
     for uri in (f"models:/{name}/1", f"models:/{name}@production"):
@@ -61,7 +61,7 @@ REFUSED = [
 @pytest.mark.parametrize("name", REFUSED)
 def test_any_other_name_of_a_model_is_refused_with_what_is_accepted(name: str) -> None:
     with pytest.raises(ValueError, match="letters|-history"):
-        Register(model=name)
+        Mlflow(registered_model=name)
 
 
 @given(
@@ -69,7 +69,7 @@ def test_any_other_name_of_a_model_is_refused_with_what_is_accepted(name: str) -
 )
 def test_what_is_accepted_mlflow_accepts_and_reads_back(name: str) -> None:
     try:
-        Register(model=name)
+        Mlflow(registered_model=name)
     except ValueError:
         return
     _validate_model_name(name)
@@ -84,7 +84,7 @@ def test_what_is_accepted_mlflow_accepts_and_reads_back(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["adfm", "a/b", "/Users/ada/lines", "Prüfung 3", "100 %", 'it\'s "here"', "x" * 256])
 def test_an_experiment_that_is_accepted_takes_runs(store, name: str) -> None:
-    params = Params.model_validate({"register": {"experiment": name}})
+    params = Params.model_validate({"mlflow": {"experiment": name}})
     _validate_experiment_name(name)
     with tracking.start_run("train", params) as run:
         pass
@@ -95,4 +95,4 @@ def test_an_experiment_that_is_accepted_takes_runs(store, name: str) -> None:
 @pytest.mark.parametrize("name", ["", " ", " a", "a ", "a\nb", "a\0b", "x" * 257, "\ud800"])
 def test_any_other_name_of_an_experiment_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="mlflow.experiment|printable"):
-        Register(experiment=name)
+        Mlflow(experiment=name)

@@ -54,7 +54,7 @@ def _runs(uri: str) -> list[Run]:
 
 
 def _params(experiment: str) -> Params:
-    return Params.model_validate({"register": {"experiment": experiment}})
+    return Params.model_validate({"mlflow": {"experiment": experiment}})
 
 
 def test_the_plug_ins_run_is_resumed_in_its_own_experiment(

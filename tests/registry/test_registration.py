@@ -542,7 +542,7 @@ def test_a_submission_by_an_unknown_key_or_for_another_model_is_refused(apart, o
     apart("service")
     set_policy(Path("gate.yaml"), PARAMS)
     apart("submitter")
-    other = Params.model_validate({"register": {"model": "other"}})
+    other = Params.model_validate({"mlflow": {"registered_model": "other"}})
     refuses(*one, other, wait=0)
     [submission] = submissions()
     tracking.client().set_logged_model_tags(submission.model_id, {"adfm_submitted_for": "adfm"})

@@ -458,7 +458,7 @@ class Plant:
 
     def __init__(self, server: Server, model: str, home: Path, patch: pytest.MonkeyPatch, make: Any) -> None:
         self.server, self.model, self.home, self._patch = server, model, home, patch
-        self.params = Params.model_validate({"register": {"model": model}})
+        self.params = Params.model_validate({"mlflow": {"registered_model": model}})
         self._make_model, self._make_evaluation, self.shards = make
         write_keys(home / "keys")
 

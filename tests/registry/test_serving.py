@@ -141,10 +141,10 @@ def test_an_unclear_answer_cannot_pass_as_normal(
 ) -> None:
     from adfm.method import response
 
-    model = served._load_pyfunc(str(version))
+    model = scoring._load_pyfunc(str(version))
     words = "<think>I do not know"
     unclear = Prediction(None, None, [], response.parse(words), words)
-    monkeypatch.setattr(model._inspector, "answers", lambda sizes, image: [unclear for _ in sizes])
+    monkeypatch.setattr(model._predictor, "answers", lambda sizes, image: [unclear for _ in sizes])
     answered = model.predict(pd.DataFrame({"image": [b64(photographs[0])]}))
     row = {
         "label": "cannot judge",
@@ -230,12 +230,12 @@ def test_images_that_cannot_be_judged_are_refused_counted_and_not_put_to_the_mod
 ) -> None:
     log = guarded.parent / "log"
     monkeypatch.setenv("ADFM_SERVE_LOG", str(log))
-    model = served._load_pyfunc(str(guarded))
+    model = scoring._load_pyfunc(str(guarded))
     assert "No image is refused" not in capsys.readouterr().err
     batches = []
-    answers = model._inspector.answers
+    answers = model._predictor.answers
     monkeypatch.setattr(
-        model._inspector, "answers", lambda sizes, image: batches.append(len(sizes)) or answers(sizes, image)
+        model._predictor, "answers", lambda sizes, image: batches.append(len(sizes)) or answers(sizes, image)
     )
     black, large = guarded.parent / "black.png", guarded.parent / "large.png"
     Image.new("RGB", (128, 128)).save(black)
@@ -279,7 +279,7 @@ def test_a_request_with_unreadable_images_is_not_counted(
 ) -> None:
     log = guarded.parent / "log"
     monkeypatch.setenv("ADFM_SERVE_LOG", str(log))
-    model = served._load_pyfunc(str(guarded))
+    model = scoring._load_pyfunc(str(guarded))
     buffer = io.BytesIO()
     Image.new("RGB", (128, 128)).save(buffer, "PNG")
     black = base64.b64encode(buffer.getvalue()).decode()
@@ -291,7 +291,7 @@ def test_a_request_with_unreadable_images_is_not_counted(
 def test_a_version_without_a_guard_is_served_and_says_so_once(
     version: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = served._load_pyfunc(str(version))
+    model = scoring._load_pyfunc(str(version))
     warning = "version: No image is refused: there is no guard.json, so a black one is answered as any other."
     assert capsys.readouterr().err.splitlines().count(warning) == 1
     buffer = io.BytesIO()
@@ -304,13 +304,13 @@ def test_a_version_without_a_guard_is_served_and_says_so_once(
 def test_a_guard_that_cannot_be_read_is_not_left_out(guarded: Path) -> None:
     (guarded / "evaluation" / guard_.FILE).write_text("{}x")
     with pytest.raises(guard_.BadGuard, match=r"guard\.json is not a guard"):
-        served._load_pyfunc(str(guarded))
+        scoring._load_pyfunc(str(guarded))
 
 
 def test_a_log_that_cannot_be_written_is_refused_at_the_start(version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADFM_SERVE_LOG", str(version / "nowhere" / "log"))
     with pytest.raises(AdfmError, match="ADFM_SERVE_LOG: .* cannot be written"):
-        served._load_pyfunc(str(version))
+        scoring._load_pyfunc(str(version))
 
 
 # -------------------------------------------------------------------------------------------------------------- shadow
@@ -322,10 +322,10 @@ def test_a_candidate_answers_in_the_shadow_of_production(
     log = guarded.parent / "log"
     monkeypatch.setenv("ADFM_SERVE_LOG", str(log))
     data = pd.DataFrame({"image": [b64(file) for file in photographs]})
-    expected = served._load_pyfunc(str(guarded)).predict(data)
+    expected = scoring._load_pyfunc(str(guarded)).predict(data)
     log.unlink()
     monkeypatch.setenv("ADFM_SHADOW", str(version))  # the same model without a guard
-    model = served._load_pyfunc(str(guarded))
+    model = scoring._load_pyfunc(str(guarded))
     black = guarded.parent / "black.png"
     Image.new("RGB", (128, 128)).save(black)
     pd.testing.assert_frame_equal(model.predict(data), expected)
@@ -348,7 +348,7 @@ def test_a_shadow_that_cannot_be_loaded_stops_nothing(
 ) -> None:  # fmt: skip
     monkeypatch.setenv("ADFM_SERVE_LOG", str(tmp_path / "log"))
     monkeypatch.setenv("ADFM_SHADOW", str(tmp_path / "nowhere"))
-    model = served._load_pyfunc(str(version))
+    model = scoring._load_pyfunc(str(version))
     assert model.shadow is None
     assert "ADFM_SHADOW: there is no shadow, only production answers: " in capsys.readouterr().err
     assert json.loads((tmp_path / "log").read_text())["event"] == "failed"
@@ -356,7 +356,7 @@ def test_a_shadow_that_cannot_be_loaded_stops_nothing(
 
 
 def test_files_that_the_shadow_cannot_read_are_refused_by_it(version: Path, photographs: list[Path]) -> None:
-    model = served._load_pyfunc(str(version))
+    model = scoring._load_pyfunc(str(version))
     rows = model.answers([b"no image", photographs[0].read_bytes()])
     assert [row["label"] == "cannot judge" for row in rows] == [True, False]
     assert rows[0]["reason"] == "it is no image"
@@ -368,7 +368,7 @@ def test_a_calibration_of_another_model_is_not_served(version: Path, tmp_path: P
     other = calibration.Calibration(threshold=0.5, limit={"overkill": 0.1}, model="another")
     (tmp_path / "version" / "evaluation" / "calibration.json").write_text(other.model_dump_json())
     with pytest.raises(AdfmError, match="made for another model"):
-        served._load_pyfunc(str(tmp_path / "version"))
+        scoring._load_pyfunc(str(tmp_path / "version"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- URIs
@@ -393,7 +393,7 @@ def test_files_are_read_in_named_folders_alone(tmp_path: Path, monkeypatch: pyte
     refused = "this server may not read there"
     with pytest.raises(AdfmError, match=refused):
         scoring.content(inside.as_uri())
-    monkeypatch.setenv(served.URIS, f"s3://bucket/x {(tmp_path / 'line 3').as_uri()}")
+    monkeypatch.setenv(scoring.URIS, f"s3://bucket/x {(tmp_path / 'line 3').as_uri()}")
     assert scoring.content(inside.as_uri()) == scoring.content(str(inside)) == b"inside"
     folder = (tmp_path / "line 3").as_uri()
     for elsewhere in (
@@ -443,7 +443,7 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_web_addresses_are_read_where_they_are_named(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(served.URIS, f"{web}/camera/ /data")
+    monkeypatch.setenv(scoring.URIS, f"{web}/camera/ /data")
     assert scoring.content(f"{web}/camera/1.png?at=3") == b"/camera/1.png?at=3"
     for elsewhere in (
         f"{web}/secret",
@@ -467,7 +467,7 @@ def test_objects_are_read_in_named_buckets(s3: Any, monkeypatch: pytest.MonkeyPa
     s3.put_object(Bucket="data", Key="line 3/a.png", Body=b"inside")
     with pytest.raises(AdfmError, match="this server may not read there"):
         scoring.content("s3://data/line%203/a.png")
-    monkeypatch.setenv(served.URIS, "s3://data/line%203")
+    monkeypatch.setenv(scoring.URIS, "s3://data/line%203")
     assert scoring.content("s3://data/line%203/a.png") == b"inside"
     with pytest.raises(AdfmError, match="this server may not read there"):
         scoring.content("s3://other/line%203/a.png")

@@ -187,7 +187,9 @@ def test_training_is_watched_and_changes_the_adapter(
 def test_groups_that_teach_nothing_are_drawn_anew(
     small_shards: Path, started: Path, tmp_path: Path, params: Params
 ) -> None:
-    sampled = params.train.model_copy(update={"steps": 2, "resample": 3, "favour_doubt": True, "beta": 0.0})
+    sampled = params.train.model_copy(
+        update={"steps": 2, "dynamic_sampling": 3, "uncertainty_sampling": True, "beta": 0.0}
+    )
     grpo.train(small_shards, started, tmp_path / "trained", params.model_copy(update={"train": sampled}))
     with (tmp_path / "trained" / "reward_curves.csv").open(newline="") as stream:
         steps = list(csv.DictReader(stream))
@@ -263,7 +265,7 @@ def test_groups_that_processes_would_share_are_not_drawn_anew(
     small_shards: Path, started: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    params = Params.model_validate({"train": {"prompts_per_step": 3, "num_generations": 4, "resample": 1}})
+    params = Params.model_validate({"train": {"prompts_per_step": 3, "num_generations": 4, "dynamic_sampling": 1}})
     with pytest.raises(AdfmError, match=r"train\.resample: .* make train\.prompts_per_step a multiple of 2"):
         grpo.train(small_shards, started, tmp_path / "out", params)
 

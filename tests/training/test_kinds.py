@@ -33,7 +33,7 @@ def defects(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_defects_alone_are_told_apart(defects: Path, tmp_path: Path, params: Params) -> None:
     values = params.model_dump(by_alias=True)
     values["sft"] |= {"kinds": True}
-    values["train"] |= {"steps": 1, "pictures_every": 0, "resample": 1}
+    values["train"] |= {"steps": 1, "pictures_every": 0, "dynamic_sampling": 1}
     values["evaluate"] |= {"bootstrap": 10}
     params = Params.model_validate(values)
     sft.sft(defects, tmp_path / "sft", params)

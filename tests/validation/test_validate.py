@@ -33,7 +33,7 @@ from adfm.validation import validate
 pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_:DeprecationWarning")
 
 LIMITS = {"min_side": 16, "max_side": 64, "max_aspect": 2.0, "min_images_per_split": 8, "min_label_share": 0.25}
-PARAMS = Params.model_validate({"validate": LIMITS})
+PARAMS = Params.model_validate({"validation": LIMITS})
 DEFECTS = ((4, 6, 12, 10), (20, 20, 29, 25))  # x1, y1, x2, y2 of a 32x32 mask
 
 
@@ -377,7 +377,7 @@ def test_held_out_categories_are_in_test_alone_and_need_nothing_in_train(tmp_pat
     more = {f"{split}/gear/{label}/9{n}" for split in SPLITS for label in ("normal", "anomalous") for n in range(2)}
     records |= {name: record(name) for name in more}
     shards_ = written(records, tmp_path / "shards")
-    settings = {"validate": LIMITS, "split": {"holdout_categories": ["weave"]}}
+    settings = {"validation": LIMITS, "split": {"holdout_categories": ["weave"]}}
     passed, report = run(shards_, tmp_path / "a", Params.model_validate(settings))
     assert passed and failed(report) == {}
     settings["split"] = {"holdout_categories": ["gear"]}
@@ -397,7 +397,7 @@ def test_lookalikes_may_be_allowed(tmp_path: Path) -> None:
         "near-identical images are in one split": ["test/gear/normal/0", "train/gear/normal/0"]
     }
     assert run(
-        shards_, tmp_path / "b", Params.model_validate({"validate": LIMITS, "split": {"near_duplicates": False}})
+        shards_, tmp_path / "b", Params.model_validate({"validation": LIMITS, "split": {"near_duplicates": False}})
     )[0]
 
 
@@ -412,27 +412,27 @@ def test_lookalikes_may_be_allowed(tmp_path: Path) -> None:
         (lambda name: name != "test/gear/normal/0", PARAMS, ["test has at least 8 images"]),
         (
             lambda name: not name.startswith("validation"),
-            Params.model_validate({"validate": LIMITS, "split": {"validation": 0.0}}),
+            Params.model_validate({"validation": LIMITS, "split": {"validation": 0.0}}),
             [],
         ),
         (
             lambda name: "train/" not in name or "normal" not in name or name == "train/gear/normal/0",
-            Params.model_validate({"validate": LIMITS | {"min_images_per_split": 5}}),
+            Params.model_validate({"validation": LIMITS | {"min_images_per_split": 5}}),
             ["train has a share", "warning: every category has both labels in train"],
         ),
         (
             lambda name: "train/" not in name or "normal" in name,
-            Params.model_validate({"validate": LIMITS | {"min_images_per_split": 4, "min_label_share": 0.0}}),
+            Params.model_validate({"validation": LIMITS | {"min_images_per_split": 4, "min_label_share": 0.0}}),
             ["train has normal and anomalous images", "warning: every category has both labels in train"],
         ),
         (
             lambda name: name not in ("test/gear/normal/0", "test/gear/normal/1"),
-            Params.model_validate({"validate": LIMITS | {"min_images_per_split": 4}}),
+            Params.model_validate({"validation": LIMITS | {"min_images_per_split": 4}}),
             ["every category has 1 and more images of each label in test"],
         ),
         (
             lambda name: name not in ("test/gear/normal/0", "test/gear/normal/1"),
-            Params.model_validate({"validate": LIMITS | {"min_images_per_split": 4, "min_category_images": 0}}),
+            Params.model_validate({"validation": LIMITS | {"min_images_per_split": 4, "min_category_images": 0}}),
             [],
         ),
     ],
@@ -465,7 +465,7 @@ def on_large_images(boxes: bool = True) -> dict[str, Record]:
 
 
 def tiled(**sections: Any) -> Params:
-    return Params.model_validate({"validate": LIMITS | {"max_side": 96}} | sections)
+    return Params.model_validate({"validation": LIMITS | {"max_side": 96}} | sections)
 
 
 def test_small_defects_are_reported_with_the_tiles_that_make_them_visible(tmp_path: Path) -> None:
@@ -696,12 +696,12 @@ def test_in_a_pod_validation_waits_for_mlflow(tmp_path: Path, monkeypatch: pytes
 def test_a_reference_is_a_report(store: Path, tmp_path: Path, before: Path) -> None:
     shards_ = written({name: drifted(name) for name in faultless()}, tmp_path / "shards")
     for reference in (before, before / "validation.json"):
-        params = Params.model_validate({"validate": LIMITS | {"reference": str(reference)}})
+        params = Params.model_validate({"validation": LIMITS | {"reference": str(reference)}})
         assert validate.validate(shards_, tmp_path / "report", params)
         assert len(validate.failures(tmp_path / "report")) == 6
     for content in ("no JSON", "[]", "{}", '{"statistics": {"train": {"categories": {}}}}'):
         (tmp_path / "validation.json").write_text(content)
-        params = Params.model_validate({"validate": LIMITS | {"reference": str(tmp_path / "validation.json")}})
+        params = Params.model_validate({"validation": LIMITS | {"reference": str(tmp_path / "validation.json")}})
         with pytest.raises(AdfmError, match=r"validate\.reference.*validation\.json is not the report"):
             validate.validate(shards_, tmp_path / "other", params)
         assert not (tmp_path / "other").exists()
@@ -713,7 +713,7 @@ def defects_alone() -> dict[str, Record]:
 
 
 KINDS = Params.model_validate(
-    {"validate": {**LIMITS, "min_images_per_split": 4, "min_label_share": 0.05}, "sft": {"kinds": True}}
+    {"validation": {**LIMITS, "min_images_per_split": 4, "min_label_share": 0.05}, "sft": {"kinds": True}}
 )
 
 
