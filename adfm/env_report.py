@@ -36,7 +36,7 @@ def collect() -> dict[str, dict[str, Any]]:
         "versions": {"adfm": __version__, "Python": platform.python_version(), **_libraries()},
         "machine": {
             "system": _system(),
-            "CPUs": f"{cpus.count()} of {os.cpu_count()} for this process",
+            "CPUs": f"{cpus.count()} of {cpus.of_machine()} for this process",
             "memory": _memory(),
             **_gpus(),
         },

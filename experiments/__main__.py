@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from adfm.cli import add_settings, run
@@ -46,6 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str]) -> int:
+    """Run one experiment; returns the exit status, as of `adfm.cli.main`."""
     with printable_output():
-        sys.exit(run(_parser().parse_args(), ["python", "-m", "experiments", *sys.argv[1:]]))
+        return run(_parser().parse_args(argv), ["python", "-m", "experiments", *argv])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -27,8 +27,8 @@ def count() -> int:
     a request alone sets none.
     """
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
-    cpus = len(affinity(0)) if affinity else _machine()
-    return max(1, min([_machine(), cpus, *map(math.ceil, _limits())]))
+    cpus = len(affinity(0)) if affinity else of_machine()
+    return max(1, min([of_machine(), cpus, *map(math.ceil, _limits())]))
 
 
 def share(processes: int) -> int:
@@ -52,7 +52,7 @@ def limit_threads() -> None:
     inherit it. Where a process may use the whole machine it is not set: PyTorch's default is the physical cores, which
     is faster than one thread for each hyper-thread.
     """
-    if count() < _machine():
+    if count() < of_machine():
         os.environ.setdefault("OMP_NUM_THREADS", str(count()))
 
 
@@ -69,7 +69,8 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _machine() -> int:
+def of_machine() -> int:
+    """Return the CPUs of the machine, whatever this process may use of them."""
     return os.cpu_count() or 1
 
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from adfm.cli import main
 from adfm.errors import AdfmError
 from adfm.params import Params
 from adfm.process.stopping import Terminated
 from experiments import ablation
+from experiments.__main__ import main
 from tests.small import SMALL
 
 
@@ -93,7 +93,7 @@ def test_arms_are_trained_judged_and_kept(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    command = ["ablate", str(small_shards), "runs", "docs", "--arms", "answer", "calibrated", "--seeds", "1"]
+    command = ["ablation", str(small_shards), "runs", "docs", "--arms", "answer", "calibrated", "--seeds", "1"]
     small = [*SMALL, "train.steps=10", "train.checkpoint_every=5"]
     settings = [part for setting in small for part in ("--set", setting)]
 
