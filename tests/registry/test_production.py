@@ -12,7 +12,6 @@ from adfm import tracking
 from adfm.errors import AdfmError
 from adfm.evaluation.evaluate import models_to_compare, read_production
 from adfm.files import digest
-from adfm.params import Params
 from adfm.registry.production import in_production, write
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ def test_without_a_store_nothing_is_in_production_and_none_is_made(
         monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
         if uri:
             monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        write(tmp_path / "reports" / "production.json", Params())
+        write(tmp_path / "reports" / "production.json", "adfm")
         about = json.loads((tmp_path / "reports" / "production.json").read_text())
         assert about == {"model": "adfm", "production": None, "anchor": None}
     assert [path.name for path in tmp_path.iterdir()] == ["reports"]
@@ -43,7 +42,7 @@ def test_the_file_changes_with_the_versions_and_with_nothing_else(store: Path) -
     file, client = store / "production.json", tracking.client()
 
     def written() -> str:
-        write(file, Params())
+        write(file, "adfm")
         return file.read_text()
 
     empty = written()
@@ -73,7 +72,7 @@ def test_the_file_changes_with_the_versions_and_with_nothing_else(store: Path) -
 def test_a_server_that_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     with pytest.raises(AdfmError, match=r"MLflow at http://127\.0\.0\.1:9 failed"):
-        write(tmp_path / "production.json", Params())
+        write(tmp_path / "production.json", "adfm")
     assert not list(tmp_path.iterdir())
 
 
@@ -96,7 +95,7 @@ def test_the_candidate_is_not_compared_with_itself(store: Path) -> None:
 
 
 def test_what_was_written_is_read(store: Path) -> None:
-    write(store / "production.json", Params())
+    write(store / "production.json", "adfm")
     assert read_production(store / "production.json") == in_production("adfm")
 
 

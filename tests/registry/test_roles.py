@@ -482,7 +482,7 @@ class Plant:
 
     def approve(self, version: str) -> None:
         self.log_in(REVIEWER)
-        approve(version, self.params)
+        approve(version, self.params.mlflow.registered_model)
 
     def in_production(self, right: int, version: str) -> None:
         """Submits, judges, approves and promotes."""
@@ -496,7 +496,7 @@ class Plant:
         """The version that the alias names and the one that the history says, as a reader sees them."""
         self.log_in(READER)
         aliases = tracking.client().get_registered_model(self.model).aliases
-        said = history(self.params).production
+        said = history(self.params.mlflow.registered_model).production
         return str(aliases["production"]) if "production" in aliases else None, None if said == NOBODY else said
 
     def tag(self, version: str, key: str) -> str | None:
@@ -563,15 +563,21 @@ def test_a_service_that_is_not_an_administrator_promotes_and_rolls_back(plant) -
     plant.in_production(26, "1")
     plant.in_production(36, "2")
     plant.log_in(SERVICE)
-    rollback(plant.params)
+    rollback(plant.params.mlflow.registered_model)
     assert plant.production() == ("1", "1")
-    steps = [step for step in history(plant.params).counting if step.action in ("promote", "rollback")]
+    steps = [
+        step
+        for step in history(plant.params.mlflow.registered_model).counting
+        if step.action in ("promote", "rollback")
+    ]
     assert [(step.action, step.approval_by, step.submitted_by) for step in steps] == [
         ("promote", REVIEWER, SUBMITTER),
         ("promote", REVIEWER, SUBMITTER),
         ("rollback", "", ""),
     ]
-    assert "everything is as the signed history says" in audit(plant.params)  # still logged in as the reader
+    assert "everything is as the signed history says" in audit(
+        plant.params.mlflow.registered_model
+    )  # still logged in as the reader
 
 
 def forged_step(model: str, version: str) -> dict[str, str]:
@@ -622,7 +628,7 @@ def test_a_reader_who_makes_the_history_first_moves_nothing(bare_plant, set_up) 
     plant.in_production(26, "1")
     plant.log_in(READER)
     with pytest.raises(AuditFailed, match="history, version 1: it is not signed; it counts for nothing"):
-        audit(plant.params)
+        audit(plant.params.mlflow.registered_model)
 
 
 def test_a_history_that_a_reader_has_signed_stops_everything(bare_plant, set_up) -> None:
@@ -666,7 +672,10 @@ def test_a_forged_version_is_not_promoted(plant) -> None:
     assert plant.look() == ""
     assert plant.production() == ("1", "1")
     assert "no decision of the gate on it is in the history" in plant.tag("2", "approval_refused")
-    assert [step.action for step in history(plant.params).counting[-2:]] == ["restore", "refuse"]
+    assert [step.action for step in history(plant.params.mlflow.registered_model).counting[-2:]] == [
+        "restore",
+        "refuse",
+    ]
 
 
 def test_a_forged_verdict_is_not_believed(plant) -> None:
@@ -709,7 +718,7 @@ def test_an_exchanged_file_is_neither_promoted_nor_served(plant, file, tmp_path)
     with pytest.raises(signing.Unverified, match=file):
         fetch(f"models:/{plant.model}@production", Path(mkdtemp(dir=tmp_path)))
     with pytest.raises(AuditFailed, match=file):
-        audit(plant.params)
+        audit(plant.params.mlflow.registered_model)
 
 
 def test_files_that_the_submitter_signs_again_are_not_served(plant, tmp_path) -> None:
@@ -729,7 +738,7 @@ def test_files_that_the_submitter_signs_again_are_not_served(plant, tmp_path) ->
     with pytest.raises(signing.Unverified, match="signed again, since it came into production"):
         fetch(f"models:/{plant.model}@production", Path(mkdtemp(dir=tmp_path)))
     with pytest.raises(AuditFailed, match="not those with which it came into production"):
-        audit(plant.params)
+        audit(plant.params.mlflow.registered_model)
 
 
 def test_one_who_is_killed_between_gate_json_and_its_tags_is_finished_by_the_next(plant, monkeypatch) -> None:
@@ -757,7 +766,7 @@ def test_a_submitter_cannot_approve(plant) -> None:
     plant.look()
     plant.log_in(SUBMITTER)
     with pytest.raises(Forbidden, match="MLflow does not let this account edit version 1"):
-        approve("1", plant.params)
+        approve("1", plant.params.mlflow.registered_model)
     assert plant.look() == ""
     assert plant.production() == (None, None)
 
@@ -807,7 +816,7 @@ def test_only_a_reviewer_sets_the_policy_and_the_history_keeps_it(plant) -> None
     plant.log_in(REVIEWER)
     set_policy(lax, plant.params)
     assert plant.look() == ""
-    step = history(plant.params).last("policy")
+    step = history(plant.params.mlflow.registered_model).last("policy")
     assert (step.by, "0.01" in step.policy) == (REVIEWER, True)
 
 
