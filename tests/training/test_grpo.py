@@ -266,7 +266,7 @@ def test_groups_that_processes_would_share_are_not_drawn_anew(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     params = Params.model_validate({"train": {"prompts_per_step": 3, "num_generations": 4, "dynamic_sampling": 1}})
-    with pytest.raises(AdfmError, match=r"train\.resample: .* make train\.prompts_per_step a multiple of 2"):
+    with pytest.raises(AdfmError, match=r"train\.dynamic_sampling: .* make train\.prompts_per_step a multiple of 2"):
         grpo.train(small_shards, started, tmp_path / "out", params)
 
 
