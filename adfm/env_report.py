@@ -119,8 +119,8 @@ def _keys() -> str:
 
 def _address(uri: str) -> str:
     """An address without login, and without a query, which may hold one too."""
-    shown = re.sub(r"(://[^?#]*)[?#].*", r"\1", environment.without_login(uri))
-    return "(set)" if "@" in shown else shown  # a login in what is not a proper address
+    address = re.sub(r"(://[^?#]*)[?#].*", r"\1", environment.without_login(uri))
+    return "(set)" if "@" in address else address  # a login in what is not a proper address
 
 
 def _masked(name: str, value: str) -> str:

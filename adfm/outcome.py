@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adfm.process import pod
+
 if TYPE_CHECKING:
     from argparse import Namespace
 
@@ -89,7 +91,7 @@ _PARTIAL = {
 def _started_by_a_program() -> bool:
     """Whether this process is a pod's, one that a stage of a pipeline has started, or not the first of several."""
     several = os.environ.get("RANK", "0") != "0"
-    return several or "KUBERNETES_SERVICE_HOST" in os.environ or "ADFM_REPORTS" in os.environ
+    return several or pod.inside() or "ADFM_REPORTS" in os.environ
 
 
 # ---------------------------------------------------------------------------------------------------- what was written

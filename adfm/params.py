@@ -122,7 +122,7 @@ class Model(Section):
 
 
 class Lora(Section):
-    """The adapter that cold start creates and GRPO goes on training."""
+    """The LoRA adapter: SFT creates it, GRPO trains it further."""
 
     r: PositiveInt = 16
     alpha: PositiveInt = 32

@@ -32,7 +32,7 @@ _FIRST = {name: f"Overview/{name}" for name in ("balanced_accuracy", "reward", "
 # between the sampling of a batch and the one step on it.
 _NOT_IN_MLFLOW = ("epoch", "frac_reward_zero_std", "clip_ratio/")
 
-_FONT = drawing.font(14)
+_FONT_SIZE = 14  # pixels; the font is loaded when it is needed: matplotlib has it
 _IMAGE_SIDE, _TEXT_WIDTH, _MARGIN = 192, 520, 8  # pixels
 _MOST_LINES = 24  # of a completion
 
@@ -137,7 +137,8 @@ def picture(samples: Sequence[Mapping[str, Any]]) -> Image.Image:
             width and height), `reward` and `terms` (the value of each term of it by name).
     """
     rows = [(_with_boxes(sample), words(sample)) for sample in samples]
-    line, heading = drawing.line_height(_FONT), drawing.font(16)
+    font, heading = drawing.font(_FONT_SIZE), drawing.font(16)
+    line = drawing.line_height(font)
     heights = [max(image.height, line * len(lines)) + 2 * _MARGIN for image, lines in rows]
     # As wide as MLflow's pane for an artifact: a wider sheet would be shown smaller, and its text with it.
     sheet = Image.new("RGB", (_IMAGE_SIDE + _TEXT_WIDTH + 3 * _MARGIN, sum(heights)), "white")
@@ -146,7 +147,7 @@ def picture(samples: Sequence[Mapping[str, Any]]) -> Image.Image:
         sheet.paste(image, (_MARGIN, top + _MARGIN))
         left = _IMAGE_SIDE + 2 * _MARGIN
         drawing.write(sheet, (left, top + _MARGIN), [first], heading)
-        drawing.write(sheet, (left, top + _MARGIN + line), lines, _FONT)
+        drawing.write(sheet, (left, top + _MARGIN + line), lines, font)
         top += height
         ImageDraw.Draw(sheet).line((0, top - 1, sheet.width, top - 1), fill="lightgrey")
     return sheet
@@ -165,11 +166,12 @@ def _with_boxes(sample: Mapping[str, Any]) -> Image.Image:
 
 def words(sample: Mapping[str, Any]) -> list[str]:
     """The lines beside an image: the reward, its terms, the label, an empty line, the completion."""
+    font = drawing.font(_FONT_SIZE)
     terms = ", ".join(f"{name} {value:.2f}" for name, value in sample["terms"].items())
     return [
         f"reward {sample['reward']:.2f}",
-        *drawing.wrapped(terms, _FONT, _TEXT_WIDTH, _MOST_LINES),
+        *drawing.wrapped(terms, font, _TEXT_WIDTH, _MOST_LINES),
         f"label: {sample['label']}",
         "",
-        *drawing.wrapped(drawing.stages(printable(sample["completion"])), _FONT, _TEXT_WIDTH, _MOST_LINES),
+        *drawing.wrapped(drawing.stages(printable(sample["completion"])), font, _TEXT_WIDTH, _MOST_LINES),
     ]
