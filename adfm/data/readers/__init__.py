@@ -42,7 +42,8 @@ class Layout(NamedTuple):
     """A layout of raw data sets.
 
     Args:
-        read: Yields the samples of a raw data set.
+        read: Yields the samples of a raw data set, whose folder gives the data set its name. Raises `BadData` after the
+            last of them, with everything that is wrong; so it does if there is no image.
         matches: Whether a raw data set has this layout; `None` where another entry stands for it.
         form: What the layout looks like, for messages.
     """
@@ -52,87 +53,35 @@ class Layout(NamedTuple):
     form: str
 
 
-LAYOUTS: dict[str, Layout] = {
-    "mvtec": Layout(
-        mvtec.read,
-        mvtec.matches,
-        "<category>/train/good/*.png, <category>/test/<good or defect>/*.png,"
-        " <category>/ground_truth/<defect>/*_mask.png",
-    ),
+LAYOUTS = {
+    "mvtec": Layout(mvtec.read, mvtec.matches, mvtec.FORM),
     "visa-1cls": Layout(mvtec.read, None, "as mvtec"),
-    "loco": Layout(
-        loco.read,
-        loco.matches,
-        "<category>/validation/good/*.png, <category>/test/logical_anomalies/*.png,"
-        " <category>/ground_truth/logical_anomalies/<image>/*.png",
-    ),
-    "visa": Layout(
-        visa.read,
-        visa.matches,
-        "<category>/Data/Images/<Normal or Anomaly>/*.JPG, <category>/Data/Masks/Anomaly/*.png, split_csv/1cls.csv",
-    ),
-    "real-iad": Layout(
-        real_iad.read,
-        real_iad.matches,
-        "<category>/OK/<part>/*.jpg, <category>/NG/<defect>/<part>/*.jpg, <category>.json",
-    ),
-    "btad": Layout(
-        btad.read,
-        btad.matches,
-        "<category>/train/ok/*.png, <category>/test/<ok or ko>/*.png, <category>/ground_truth/ko/*.png",
-    ),
-    "dagm": Layout(dagm.read, dagm.matches, "<class>/<Train or Test>/*.PNG, <class>/<Train or Test>/Label/*_label.PNG"),
-    "kolektor": Layout(kolektor.read, kolektor.matches, "<part>/*.jpg, <part>/*_label.bmp"),
-    "mmad": Layout(mmad.read, mmad.matches, "mmad.json, <data set>/<category>/.../<good or defect>/*"),
-    "coco": Layout(coco.read, coco.matches, "annotations/*.json with images, annotations and categories; images/*"),
-    "imagefolder": Layout(
-        imagefolder.read,
-        imagefolder.matches,
-        "<split>/*.png, <split>/metadata.jsonl with file_name and objects or label",
-    ),
-    "deeppcb": Layout(
-        deeppcb.read, deeppcb.matches, "<group>/<part>/*_temp.jpg, <group>/<part>/*_test.jpg, <group>/<part>_not/*.txt"
-    ),
-    "yolo": Layout(yolo.read, yolo.matches, "images/*, labels/*.txt, data.yaml"),
-    "voc": Layout(voc.read, voc.matches, "JPEGImages/*, Annotations/*.xml or SegmentationClass/*.png"),
-    "cvat": Layout(cvat.read, cvat.matches, "annotations.xml of 'CVAT for images 1.1', images/*"),
-    "supervisely": Layout(
-        supervisely.read,
-        supervisely.matches,
-        "<project>/meta.json, <project>/<data set>/img/*, <project>/<data set>/ann/*.json",
-    ),
-    "labelme": Layout(labelme.read, labelme.matches, "*.jpg, *.json with shapes and imagePath"),
-    "label-studio": Layout(
-        label_studio.read,
-        label_studio.matches,
-        "*.json of Label Studio's JSON or JSON-MIN export; images/*, or the folders that its paths name",
-    ),
-    "via": Layout(
-        via.read, via.matches, "*.json or *.csv of VGG Image Annotator, a project or an export; *.jpg or images/*"
-    ),
-    "csv": Layout(
-        table.read,
-        table.matches,
-        "*.jpg, *.csv with the columns image, label, defect, x1, y1, x2, y2 or filename, class, xmin, ymin, xmax, ymax",
-    ),
-    "folders": Layout(
-        folders.read,
-        folders.matches,
-        "good/*.jpg, <defect>/*.jpg, and, if there are masks, mask/<defect>/*.png; OK/*.jpg, NG/*.jpg;"
-        " images/*.jpg, masks/*.png",
-    ),
+    "loco": Layout(loco.read, loco.matches, loco.FORM),
+    "visa": Layout(visa.read, visa.matches, visa.FORM),
+    "real-iad": Layout(real_iad.read, real_iad.matches, real_iad.FORM),
+    "btad": Layout(btad.read, btad.matches, btad.FORM),
+    "dagm": Layout(dagm.read, dagm.matches, dagm.FORM),
+    "kolektor": Layout(kolektor.read, kolektor.matches, kolektor.FORM),
+    "mmad": Layout(mmad.read, mmad.matches, mmad.FORM),
+    "coco": Layout(coco.read, coco.matches, coco.FORM),
+    "imagefolder": Layout(imagefolder.read, imagefolder.matches, imagefolder.FORM),
+    "deeppcb": Layout(deeppcb.read, deeppcb.matches, deeppcb.FORM),
+    "yolo": Layout(yolo.read, yolo.matches, yolo.FORM),
+    "voc": Layout(voc.read, voc.matches, voc.FORM),
+    "cvat": Layout(cvat.read, cvat.matches, cvat.FORM),
+    "supervisely": Layout(supervisely.read, supervisely.matches, supervisely.FORM),
+    "labelme": Layout(labelme.read, labelme.matches, labelme.FORM),
+    "label-studio": Layout(label_studio.read, label_studio.matches, label_studio.FORM),
+    "via": Layout(via.read, via.matches, via.FORM),
+    "csv": Layout(table.read, table.matches, table.FORM),
+    "folders": Layout(folders.read, folders.matches, folders.FORM),
 }
 
 
 def resolve(raw: Path, layout: str) -> tuple[str, str | None]:
-    """The layout to read a raw data set in, as `convert.layout` says; call it before reading.
+    """The layout to read a raw data set in: the one of a name, or the detected one for `auto`; call it before reading.
 
-    Args:
-        raw: The data set; a pipe or an endless link in it is refused.
-        layout: The name of a layout, or `auto`.
-
-    Returns:
-        The name of the layout, and what was seen in the data set where it was detected.
+    With the name of the layout comes what was seen in the data set where it was detected.
 
     Raises:
         AdfmError: `layout` is unknown, or `detect` or `files.refuse_special` refuses the data set.
@@ -150,10 +99,7 @@ def resolve(raw: Path, layout: str) -> tuple[str, str | None]:
 
 
 def detect(raw: Path) -> tuple[str, str]:
-    """The layout that a raw data set is in, and what was seen there.
-
-    Returns:
-        The name of the layout; some of the folders and files, as one line.
+    """The layout that a raw data set is in, and some of the folders and files there, as one line.
 
     Raises:
         AdfmError: It is in none that is known, or may be in several; says what was seen.
@@ -162,8 +108,8 @@ def detect(raw: Path) -> tuple[str, str]:
     layouts = [name for name, layout in LAYOUTS.items() if layout.matches and layout.matches(raw)]
     if "mmad" in layouts:  # its parts are in layouts of their own
         layouts = ["mmad"]
-    if len(layouts) > 1:  # files with annotations say more than the names of folders
-        layouts = [name for name in layouts if name != "folders"]
+    if len(layouts) > 1:
+        layouts = [name for name in layouts if name != "folders"]  # annotations say more than the names of folders
     if len(layouts) > 1:
         raise AdfmError(
             f"{raw} may be in any of these layouts: {', '.join(layouts)}. Seen there: {seen}. Say which it is with"

@@ -14,38 +14,33 @@ from pathlib import Path
 from adfm.data.readers import files
 from adfm.records import Sample
 
+FORM = "<category>/train/ok/*.png, <category>/test/<ok or ko>/*.png, <category>/ground_truth/ko/*.png"
+
 
 def matches(raw: Path) -> bool:
     """Whether there is a category in this layout, and one with masks: without any the labels are all there is."""
-    categories = [folder for folder in files.categories(raw, _is_category) if _is_category(folder)]
-    return any((folder / "ground_truth").is_dir() for folder in categories)
+    return files.has_category(raw, _is_category, "ground_truth")
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yields the samples, category by category, by name. `split` is the official one, `train` or `test`.
+    """Yield the samples, category by category, by name. `split` is the official one, `train` or `test`.
 
     BTAD names no kinds of defect: `defect` is the name of the folder, `ko`. Folders are entered, and files ignored,
     as for MVTec AD.
 
-    Args:
-        raw: The raw data set; its name is the name of the data set.
-
     Raises:
-        AdfmError: No image, an anomalous image without a mask, or images and masks without a place in the layout: all,
-            in one error, after the last sample.
+        BadData: An anomalous image has no mask, or images and masks have no place in the layout.
     """
-    parts = ((folder, _category(raw, folder)) for folder in files.categories(raw, _is_category))
-    return files.checked(raw, "btad", parts, [], files.ADD_MASK)
+    return files.DataSet(raw, "btad").by_category(_is_category, _category, files.ADD_MASK)
 
 
-def _category(raw: Path, folder: Path) -> Iterator[Sample]:
-    dataset, category = files.dataset_name(raw), folder.resolve().name
+def _category(data: files.DataSet, folder: Path) -> Iterator[Sample]:
     truth = folder / "ground_truth" / "ko"
     masks = {mask.stem: mask for mask in files.images(truth)}
     for split, kind in (("train", "ok"), ("test", "ko"), ("test", "ok")):
         for image in files.images(folder / split / kind):
             mask = masks.get(image.stem, truth / f"{image.stem}.png")
-            yield files.sample(raw, dataset, category, image, None if kind == "ok" else kind, [mask], split)
+            yield data.sample(folder.resolve().name, image, None if kind == "ok" else kind, [mask], split)
 
 
 def _is_category(folder: Path) -> bool:

@@ -6,6 +6,7 @@ train/_annotations.coco.json            and    train/000.jpg
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 from collections import Counter, defaultdict
@@ -17,33 +18,23 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from adfm.data import contents
-from adfm.data.readers.annotations import (
-    Shape,
-    box,
-    bracketed,
-    folder_names,
-    holds,
-    listing,
-    member,
-    mentions,
-    number,
-    parsed,
-    polygon,
-    problem,
-    sample,
-    split_of,
-    unlisted,
-    walk,
-)
-from adfm.data.readers.files import refuse, relative
+from adfm.data.readers.annotations import Shape, box, bracketed, polygon, sample, unlisted
+from adfm.data.readers.files import DataSet, holds, listing, walk
 from adfm.data.readers.lookup import Images
 from adfm.data.readers.shapes import turned_box
+from adfm.data.readers.textfiles import member, mentions, number, optional, parsed, pixel_size
 from adfm.data.readers.verdicts import class_name
 from adfm.records import Polygon, Rle, Sample
 
+_Id = int | str
+_Entries = dict[_Id, dict[str, Any]]
+
+FORM = "annotations/*.json with images, annotations and categories; images/*"
 _KEYS = ("images", "annotations", "categories")
 _SLACK = 2  # pixels between a box and its outline: tools round either, and some count the last pixel and some do not
 _MANY = 5  # annotations whose areas fit the same wrong reading within a pixel a side: no chance
+_LISTED_AGAIN = "list each image once, with all of its annotations"
+_LISTED_ELSEWHERE = "an image belongs to one file (and so to one split), remove it from the other"
 _APART = "if the file was put together from several, keep these as files of their own"
 
 
@@ -54,7 +45,7 @@ def matches(raw: Path) -> bool:
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yields the images that the JSON files list, file by file.
+    """Yield the images that the JSON files list, file by file.
 
     An annotation is a defect: its `bbox` the box, its `segmentation` (polygons, or run lengths, compressed or not) the
     mask. The box of one that CVAT turned is that round the turned one. A box that has another meaning than COCO's, by
@@ -63,93 +54,65 @@ def read(raw: Path) -> Iterator[Sample]:
 
     A JSON file is in memory whole while its images are yielded; so are the paths of all images.
 
-    Args:
-        raw: The raw data set; its name is the name of the data set and of the category.
-
     Raises:
-        AdfmError: Everything that is wrong in the JSON files, images that are missing, and images that none of them
-            lists: in one error, after the last sample.
+        BadData: Anything is wrong in the JSON files, or images are missing, or in none of the files.
     """
-    problems: list[str] = []
+    data = DataSet(raw, "coco")
     pictures = Images(raw)
-    used: dict[str, str] = {}
-    seen = False
-    panoptic: list[str] = []
-    for folder in walk(raw):
-        for file in listing(folder, ".json"):
-            try:
-                content = parsed(file)
-            except ValueError as error:
-                problems.append(f"{relative(raw, file)}: {error}")
+    seen, panoptic = False, []
+    for file in (file for folder in walk(raw) for file in listing(folder, ".json")):
+        content = None
+        with data.at(file):
+            content = parsed(file)
+        if isinstance(content, dict) and all(isinstance(content.get(key), list) for key in _KEYS):
+            # COCO's panoptic format: an annotation for each image, with a PNG of its segments.
+            drawn = content["annotations"]
+            if drawn and all(isinstance(entry, dict) and "segments_info" in entry for entry in drawn):
+                panoptic.append(f"{data.relative(file)}: is a panoptic segmentation (segments_info); export instances")
                 continue
-            if isinstance(content, dict) and all(isinstance(content.get(key), list) for key in _KEYS):
-                if _is_panoptic(content["annotations"]):
-                    panoptic.append(relative(raw, file))
-                    continue
-                seen = True
-                yield from _samples(raw, file, content, pictures, used, problems)
-    if not seen and panoptic:
-        problems += [f"{where}: is a panoptic segmentation (segments_info); export instances" for where in panoptic]
-    elif not seen and not problems:
-        problems.append("no JSON file with the lists images, annotations and categories")
-    if seen:
-        problems += unlisted(raw, used)
-    refuse(raw, "coco", problems)
+            seen = True
+            yield from _samples(data, file, content, pictures)
+    data.problems += unlisted(data) if seen else panoptic
+    data.finish(seen, "no JSON file with the lists images, annotations and categories")
 
 
-def _is_panoptic(annotations: list[Any]) -> bool:
-    """Whether annotations are of COCO's panoptic format: one for each image, with a PNG of its segments."""
-    return bool(annotations) and all(isinstance(entry, dict) and "segments_info" in entry for entry in annotations)
-
-
-def _samples(
-    raw: Path, file: Path, content: dict[str, Any], pictures: Images, used: dict[str, str], problems: list[str]
-) -> Iterator[Sample]:
-    where = relative(raw, file)
-    classes = _by_id(where, "category", content["categories"], problems)
-    entries = _by_id(where, "image", content["images"], problems)
-    drawn, notes = _drawn(where, content["annotations"], entries, classes, problems)
-    split = split_of(file.stem, *folder_names(raw, file))
-    info = content.get("info")
-    from_label_studio = isinstance(info, dict) and str(info.get("contributor")).startswith("Label Studio")
+def _samples(data: DataSet, file: Path, content: dict[str, Any], pictures: Images) -> Iterator[Sample]:
+    where = data.relative(file)
+    classes = _by_id(data, where, "category", content["categories"])
+    entries = _by_id(data, where, "image", content["images"])
+    drawn, notes = _drawn(data, where, content["annotations"], entries, classes)
+    split = data.split(file, file.stem)
+    contributor = optional(content.get("info"), "contributor", str) or ""
     for identifier, entry in entries.items():
-        try:
-            path = pictures.locate(member(entry, "file_name", str), file.parent, file.stem)
-            if str(path) in used:
-                raise ValueError(_listed_twice(relative(raw, path), where, used[str(path)]))
-            if from_label_studio and identifier in drawn and _is_stored_size(path, _size(entry)):
+        with data.at(f"{where}: image {identifier}"):
+            path, size = pictures.locate(member(entry, "file_name", str), file.parent, file.stem), _size(entry)
+            same_file = data.listed.get(str(path)) == where
+            data.claim(path, where, _LISTED_AGAIN if same_file else _LISTED_ELSEWHERE)
+            if contributor.startswith("Label Studio") and identifier in drawn and _is_stored_size(path, size):
                 raise ValueError(
-                    f"{relative(raw, path)} has an EXIF orientation; Label Studio exports its boxes turned"
+                    f"{data.relative(path)} has an EXIF orientation; Label Studio exports its boxes turned"
                     " upright to COCO, and its size and polygons not; export JSON instead"
                 )
-        except ValueError as error:
-            problems.append(problem(f"{where}: image {identifier}", error))
-            continue
-        used[str(path)] = where
-        its_split = split or split_of(*folder_names(raw, path))
-        yield sample(raw, path, drawn.pop(identifier, []), its_split, notes[identifier], size=_size(entry))
+            shapes = drawn.pop(identifier, [])
+            yield sample(data, path, shapes, split or data.split(path), notes[identifier], size=size)
 
 
 def _drawn(
-    where: str,
-    annotations: list[Any],
-    entries: dict[int | str, dict[str, Any]],
-    classes: dict[int | str, dict[str, Any]],
-    problems: list[str],
-) -> tuple[dict[int | str, list[Shape]], dict[int | str, list[str]]]:
+    data: DataSet, where: str, drawings: list[Any], entries: _Entries, classes: _Entries
+) -> tuple[dict[_Id, list[Shape]], dict[_Id, list[str]]]:
     """The shapes of each image, and what there is to note about them."""
-    drawn: dict[int | str, list[Shape]] = defaultdict(list)
-    notes: dict[int | str, list[str]] = defaultdict(list)
-    ids: set[int | str] = set()
+    drawn: dict[_Id, list[Shape]] = defaultdict(list)
+    notes: dict[_Id, list[str]] = defaultdict(list)
+    ids: set[_Id] = set()
     sizes = {identifier: _size(entry) for identifier, entry in entries.items()}
-    areas_are_of_corners = _areas_are_of_corners(annotations)
-    for place, annotation in enumerate(annotations, start=1):
-        name = f"annotation no. {place}"
-        try:
+    areas_are_of_corners = _areas_are_of_corners(drawings)
+    for place, annotation in enumerate(drawings, start=1):
+        identifier = annotation.get("id") if isinstance(annotation, dict) else None
+        name = identifier if isinstance(identifier, int | str) else f"no. {place}"
+        with data.at(f"{where}: annotation {name}"):
             image, category = _id(annotation, "image_id"), _id(annotation, "category_id")
             if "id" in annotation:
                 identifier = _id(annotation, "id")
-                name = f"annotation {identifier}"
                 if identifier in ids:
                     raise ValueError("another annotation has the same id")
                 ids.add(identifier)
@@ -160,12 +123,14 @@ def _drawn(
             if annotation.get("ignore") in (1, "1"):  # not to be detected, as in CrowdHuman
                 notes[image].append("an annotation that is marked to be ignored is left out")
                 continue
-            if areas_are_of_corners:
-                _check_area(annotation)
+            if areas_are_of_corners and _area_fits(annotation) == "corners":
+                raise ValueError(
+                    f"'bbox' {bracketed(annotation['bbox'])} is [x, y, width, height] in COCO, but its area of"
+                    f" {annotation['area']:g} says that it is [x1, y1, x2, y2]; write all boxes as [x, y, width,"
+                    " height]"
+                )
             kind = class_name(classes[category].get("name"))
             drawn[image].append(_shape(kind, annotation, sizes[image], notes[image]))
-        except ValueError as error:
-            problems.append(f"{where}: {name}: {error}")
     return drawn, notes
 
 
@@ -179,31 +144,20 @@ def _is_stored_size(path: Path, size: tuple[int, int] | None) -> bool:
         return False
 
 
-def _listed_twice(image: str, where: str, before: str) -> str:
-    if where == before:
-        return f"{image} is listed before, in {before}; list each image once, with all of its annotations"
-    return (
-        f"{image} is listed before, in {before}; an image belongs to one file (and so to one split), remove it from"
-        " the other"
-    )
-
-
-def _by_id(where: str, kind: str, entries: list[Any], problems: list[str]) -> dict[int | str, dict[str, Any]]:
-    by_id: dict[int | str, dict[str, Any]] = {}
+def _by_id(data: DataSet, where: str, kind: str, entries: list[Any]) -> _Entries:
+    by_id: _Entries = {}
     for place, entry in enumerate(entries, start=1):
-        try:
+        with data.at(f"{where}: {kind} no. {place}"):
             identifier = _id(entry, "id")
-        except ValueError as error:
-            problems.append(f"{where}: {kind} no. {place}: {error}")
-            continue
-        if identifier in by_id:
-            problems.append(f"{where}: {kind} {identifier}: another {kind} has the same id; {_APART}")
-        by_id[identifier] = entry
+            if identifier in by_id:
+                data.add(where, f"{kind} {identifier}: another {kind} has the same id; {_APART}")
+            by_id[identifier] = entry
     return by_id
 
 
-def _id(entry: object, key: str) -> int | str:
-    """An id; whole numbers are the same as text and as number, since tools write either."""
+def _id(entry: object, key: str) -> _Id:
+    """An id; whole numbers are the same as text and as number."""
+    # Tools write either, and one file may have both.
     value: object = member(entry, key, object)
     if isinstance(value, float) and value.is_integer():
         return int(value)
@@ -215,29 +169,21 @@ def _id(entry: object, key: str) -> int | str:
 
 
 def _size(entry: dict[str, Any]) -> tuple[int, int] | None:
-    """The width and height that the file states; `None` where it does not (tools write null or 0 then)."""
-    sides = []
-    for key in ("width", "height"):
-        try:
-            side = float(entry.get(key) or 0)
-        except (TypeError, ValueError, OverflowError):
-            return None
-        if not 1 <= side < 1e6 or not side.is_integer():
-            return None
-        sides.append(int(side))
-    return sides[0], sides[1]
+    """The width and height that the file states; `None` where it states none, or nonsense."""
+    with contextlib.suppress(ValueError):
+        return pixel_size(entry.get("width"), entry.get("height"), as_text=True)
+    return None
 
 
 def _shape(name: str, annotation: dict[str, Any], size: tuple[int, int] | None, notes: list[str]) -> Shape:
-    """The shape of an annotation.
-
-    Raises:
-        ValueError: It cannot be read, or its box and its outline contradict each other.
-    """
+    """The shape of an annotation, unless its box and its outline contradict each other."""
     drawn = annotation.get("segmentation") or []
     rle = _rle(drawn) if isinstance(drawn, dict) else None
     polygons = () if rle else _polygons(drawn, bool(annotation.get("bbox")), notes)
-    extent = _extent(rle) if rle else _enclosing(polygons)
+    extent = _extent(rle) if rle else None
+    if polygons:
+        xs, ys = zip(*(corner for part in polygons for corner in part), strict=True)
+        extent = min(xs), min(ys), max(xs), max(ys)
     rotation = _rotation(annotation)
     if extent and (rotation or not annotation.get("bbox")):  # CVAT's box is that before the turn
         return Shape(name, box(*extent), polygons, rle, cut=size is not None)
@@ -245,7 +191,11 @@ def _shape(name: str, annotation: dict[str, Any], size: tuple[int, int] | None, 
     if len(sides) != 4:
         raise ValueError(f"'bbox' is [x, y, width, height], and has {len(sides)} numbers")
     x, y, width, height = sides
-    _check_fractions(sides, size)
+    if size and min(size) > 1 and all(0 <= side <= 1 for side in sides) and 0 < max(width, height) < 1:
+        raise ValueError(
+            f"'bbox' {bracketed(sides)} would be smaller than a pixel; COCO's boxes are [x, y, width, height] in"
+            " pixels, not in fractions of the image"
+        )
     if extent:
         _check_outline(sides, extent)
         same = _distance(extent, _READINGS["[x, y, width, height]"](*sides)) <= _SLACK
@@ -258,17 +208,14 @@ def _shape(name: str, annotation: dict[str, Any], size: tuple[int, int] | None, 
 
 def _rotation(annotation: dict[str, Any]) -> float:
     """The turn that CVAT puts into `attributes`, in degrees."""
-    attributes = annotation.get("attributes")
     try:
-        degrees = float(attributes.get("rotation") or 0) if isinstance(attributes, dict) else 0.0
+        degrees = float((optional(annotation, "attributes", dict) or {}).get("rotation") or 0)
     except (TypeError, ValueError):  # someone's own attribute of that name
         return 0.0
     if not math.isfinite(degrees):
         raise ValueError("its rotation is not a finite number")
     return degrees % 360
 
-
-# ------------------------------------------------------------------------------------ do the box and the rest agree?
 
 # What people and tools take the four numbers for; the first is COCO's.
 _READINGS: dict[str, Callable[[float, float, float, float], tuple[float, ...]]] = {
@@ -285,16 +232,13 @@ def _distance(extent: tuple[float, ...], other: tuple[float, ...]) -> float:
 
 
 def _check_outline(sides: list[float], extent: tuple[float, float, float, float]) -> None:
-    """Refuses a box that is the outline's only if its numbers are taken for something else than COCO's.
-
-    An outline may be smaller than its box (an occluded part, a group of shapes), so that alone is not a contradiction.
-    """
+    """Refuse a box that is the outline's only if its numbers are taken for something else than COCO's."""
+    # An outline may be smaller than its box (an occluded part, a group of shapes): that alone is not a contradiction.
     x1, y1, x2, y2 = _READINGS["[x, y, width, height]"](*sides)
     apart = _distance(extent, (x1, y1, x2, y2))
     if apart <= _SLACK:
         return
-    text = bracketed(sides)
-    outline = bracketed(extent)
+    text, outline = bracketed(sides), bracketed(extent)
     for meaning, reading in _READINGS.items():
         other = _distance(extent, reading(*sides))
         if other <= _SLACK and other < apart - _SLACK / 2:
@@ -309,20 +253,9 @@ def _check_outline(sides: list[float], extent: tuple[float, float, float, float]
         )
 
 
-def _check_fractions(sides: list[float], size: tuple[int, int] | None) -> None:
-    if size and min(size) > 1 and all(0 <= side <= 1 for side in sides) and 0 < max(sides[2:]) < 1:
-        text = bracketed(sides)
-        raise ValueError(
-            f"'bbox' {text} would be smaller than a pixel; COCO's boxes are [x, y, width, height] in pixels, not in"
-            " fractions of the image"
-        )
-
-
 def _areas_are_of_corners(annotations: list[Any]) -> bool:
-    """Whether areas say of any box without an outline that it is given as corners.
-
-    Areas of masks may be anything up to the box's, and so hit that of the corners by chance: then most hit neither.
-    """
+    """Whether areas say of any box without an outline that it is given as corners."""
+    # Areas of masks may be anything up to the box's, and so hit that of the corners by chance: then most hit neither.
     fits = Counter(_area_fits(annotation) for annotation in annotations)
     return fits["corners"] > fits["neither"] and (
         fits["corners"] >= _MANY or "corners" in {_area_fits(annotation, exactly=True) for annotation in annotations}
@@ -332,9 +265,7 @@ def _areas_are_of_corners(annotations: list[Any]) -> bool:
 def _area_fits(annotation: Any, exactly: bool = False) -> str | None:
     """Whether the area is that of `size` or of `corners` or of `neither`; `None` where it cannot tell them apart.
 
-    Args:
-        annotation: One of the file's.
-        exactly: The corners' area counts only if it is off by rounding of the area, not of the sides.
+    `exactly`: the corners' area counts only if it is off by rounding of the area, not of the sides.
     """
     if not isinstance(annotation, dict) or annotation.get("segmentation"):
         return None
@@ -360,18 +291,6 @@ def _is_area(area: float, width: float, height: float) -> bool:
     return max(width - 1, 0) * max(height - 1, 0) <= area <= (width + 1) * (height + 1)
 
 
-def _check_area(annotation: dict[str, Any]) -> None:
-    if _area_fits(annotation) == "corners":
-        text = bracketed(annotation["bbox"])
-        raise ValueError(
-            f"'bbox' {text} is [x, y, width, height] in COCO, but its area of {annotation['area']:g} says that it is"
-            " [x1, y1, x2, y2]; write all boxes as [x, y, width, height]"
-        )
-
-
-# ------------------------------------------------------------------------------------------------------- segmentation
-
-
 def _polygons(drawn: object, has_box: bool, notes: list[str]) -> tuple[Polygon, ...]:
     if not isinstance(drawn, list):
         raise ValueError(f"'segmentation' is not a list: {str(drawn)[:40]!r}")
@@ -388,13 +307,6 @@ def _polygons(drawn: object, has_box: bool, notes: list[str]) -> tuple[Polygon, 
             continue
         polygons.append(polygon(list(zip(numbers[::2], numbers[1::2], strict=True))))
     return tuple(polygons)
-
-
-def _enclosing(polygons: tuple[Polygon, ...]) -> tuple[float, float, float, float] | None:
-    if not polygons:
-        return None
-    xs, ys = zip(*(corner for part in polygons for corner in part), strict=True)
-    return min(xs), min(ys), max(xs), max(ys)
 
 
 def _extent(rle: Rle) -> tuple[float, float, float, float] | None:

@@ -5,36 +5,24 @@ annotations.xml    and    images/000.jpg, images/<subset>/000.jpg or both beside
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 
-from adfm.data.problems import MissingImage
-from adfm.data.readers.annotations import (
-    POINT,
-    Shape,
-    box,
-    enclosing,
-    folder_names,
-    holds,
-    labelled,
-    listing,
-    polygon,
-    sample,
-    split_of,
-    unlisted,
-    walk,
-    within,
-)
-from adfm.data.readers.files import IMAGES, refuse, relative
+from adfm.data.readers.annotations import Shape, box, outlined, sample, unlisted, within
+from adfm.data.readers.files import IMAGES, DataSet, NoImage, holds, listing, walk
 from adfm.data.readers.shapes import bitmap, check_mask_size, ellipse, group, line, turned_box
+from adfm.data.readers.textfiles import decimal, pixel_size
 from adfm.data.readers.verdicts import class_name, defect_type
 from adfm.data.readers.xmlfiles import outermost
 from adfm.records import Sample
 
+FORM = "annotations.xml of 'CVAT for images 1.1', images/*"
 _SHAPES = frozenset(("box", "polygon", "polyline", "ellipse", "mask", "points", "cuboid", "skeleton"))
 _NO_AREA = frozenset(("cuboid", "skeleton"))
 _FEW = 100  # a folder with more XML files than these has one an image, and opening all of them would take long
@@ -44,11 +32,11 @@ _TAGS = "tags beside shapes are left out"
 
 def matches(raw: Path) -> bool:
     """Whether there is an XML file with `annotations` near the top."""
-    return holds(raw, lambda folder: any(map(_is_export, listing(folder, ".xml")[:_FEW])))
+    return holds(raw, lambda folder: any(map(_is_export, islice(listing(folder, ".xml"), _FEW))))
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yields the images of all XML files, in their order. One without a shape and a tag is normal.
+    """Yield the images of all XML files, in their order. One without a shape and a tag is normal.
 
     Boxes are in pixels from 0 on. A turned box or an ellipse is the box round it, cut off at the edge of the image,
     and an outline; polygons and masks are masks as well; a polyline is the box round it, at least one pixel wide.
@@ -61,57 +49,41 @@ def read(raw: Path) -> Iterator[Sample]:
 
     The paths of all images are in memory.
 
-    Args:
-        raw: The raw data set; its name is the name of the data set and of the category.
-
     Raises:
-        AdfmError: Everything that is wrong in the XML files, images that are missing, and images that no file lists:
-            in one error, after the last sample.
+        BadData: Anything is wrong in the XML files, or images are missing, or in none of the files.
     """
-    problems: list[str] = []
-    known: dict[str, str] = {}
+    data = DataSet(raw, "cvat")
     for folder in walk(raw):
         for file in listing(folder, ".xml"):
             if _is_export(file):
-                yield from _samples(raw, file, known, problems)
-    if not known and not problems:
-        problems.append("no annotations.xml of CVAT lists an image")
-    refuse(raw, "cvat", [*problems, *unlisted(raw, known)])
+                yield from _samples(data, file)
+    nothing = [] if data.listed or data.problems else ["no annotations.xml of CVAT lists an image"]
+    data.problems += [*nothing, *unlisted(data)]
+    data.finish(True, "")
 
 
 def _is_export(file: Path) -> bool:
     return outermost(file) == "annotations"
 
 
-def _samples(raw: Path, file: Path, known: dict[str, str], problems: list[str]) -> Iterator[Sample]:
-    where = relative(raw, file)
+def _samples(data: DataSet, file: Path) -> Iterator[Sample]:
+    where = data.relative(file)
     try:
         for place, element in enumerate(_images(file), start=1):
             name = element.get("name", "")
             here = f"{where}: image {name!r}"
-            image = _image(raw, file.parent, name, element.get("subset", ""))
-            if image is None:
-                problems.append(
-                    MissingImage(f"{here}: there is no such image in images/ beside the file; export with the images")
-                )
-                continue
-            if str(image) in known:
-                problems.append(f"{here}: is listed twice, here as number {place}, and {known[str(image)]}")
-                continue
-            known[str(image)] = f"in {where} as number {place}"
-            yield _sample(raw, image, element, here, problems)
+            with data.at(here):
+                image = _image(data.raw, file.parent, name, element.get("subset", ""))
+                data.claim(image, f"{where} as number {place}")
+                yield _sample(data, image, element, here)
     except ElementTree.ParseError as error:
-        problems.append(f"{where}: is not XML ({error})")
+        data.add(where, f"is not XML ({error})")
     except (OSError, ValueError, LookupError) as error:  # LookupError: an encoding that the parser does not know
-        problems.append(f"{where}: {error}")
+        data.add(where, str(error))
 
 
 def _images(file: Path) -> Iterator[ElementTree.Element]:
-    """The elements of images, one in memory at a time.
-
-    Raises:
-        ValueError: It is CVAT's format for videos.
-    """
+    """The elements of images, one in memory at a time."""
     with file.open("rb") as content:
         events = ElementTree.iterparse(content, ("start", "end"))
         _, root = next(events)
@@ -126,59 +98,44 @@ def _images(file: Path) -> Iterator[ElementTree.Element]:
                 root.clear()
 
 
-def _image(raw: Path, folder: Path, name: str, subset: str) -> Path | None:
+def _image(raw: Path, folder: Path, name: str, subset: str) -> Path:
     """The image of a name, which has no suffix if it is a frame of a video."""
     slashed = name.replace("\\", "/")
     for base in ("images", "."):
         for inner in (f"{base}/{subset}", base) if subset else (base,):
-            for tried in dict.fromkeys((name, slashed)):
-                if image := within(raw, folder, f"{inner}/{tried}"):
-                    return image
-                if Path(tried).suffix.lower() not in IMAGES:
-                    for suffix in (*IMAGES, *(suffix.upper() for suffix in IMAGES)):
-                        if image := within(raw, folder, f"{inner}/{tried}{suffix}"):
-                            return image
-    return None
+            for written in dict.fromkeys((name, slashed)):  # a backslash may be part of a name on Linux
+                known = Path(written).suffix.lower() in IMAGES
+                for suffix in ("",) if known else ("", *IMAGES, *map(str.upper, IMAGES)):
+                    if image := within(raw, folder, f"{inner}/{written}{suffix}"):
+                        return image
+    raise NoImage("there is no such image in images/ beside the file; export with the images")
 
 
-def _sample(raw: Path, image: Path, element: ElementTree.Element, here: str, problems: list[str]) -> Sample:
-    size = _size(element)
-    split = split_of(element.get("subset", ""), *folder_names(raw, image))
+def _sample(data: DataSet, image: Path, element: ElementTree.Element, here: str) -> Sample:
+    size = None
+    with contextlib.suppress(ValueError):
+        size = pixel_size(element.get("width"), element.get("height"), as_text=True)
+    split = data.split(image, element.get("subset", ""))
     drawn: list[tuple[str | None, Shape]] = []
     points: list[str] = []
     notes = []
     for place, part in enumerate((part for part in element if part.tag in _SHAPES), start=1):
-        try:
+        with data.at(f"{here}: shape {place}: {part.tag}"):
             if part.tag == "points":
                 points.append(class_name(part.get("label")))
             else:
                 drawn.append((part.get("group_id"), _shape(part, size)))
             notes += [_LINE] if part.tag == "polyline" else []
-        except ValueError as error:
-            problems.append(f"{here}: shape {place}: {part.tag}: {error}")
     shapes = group(drawn)
     if len(shapes) < len(drawn):
         notes.append("shapes of one group and class are one defect")
-    try:
+    tags = None
+    with data.at(here):
         tags = defect_type(tag.get("label", "") for tag in element.findall("tag"))
         if tags == "" and (shapes or points):
             raise ValueError("a tag says that it is normal, but shapes are drawn on it; remove one of them")
-    except ValueError as error:
-        problems.append(f"{here}: {error}")
-        tags = None
-    if points:
-        names = [*points, *(shape.name for shape in shapes)]
-        return labelled(raw, image, names, split, [*notes, POINT], size=size)
-    if tags and not shapes:
-        return labelled(raw, image, [tags], split, notes, size=size)
-    return sample(raw, image, shapes, split, [*notes, *([_TAGS] if tags else [])], size=size)
-
-
-def _size(element: ElementTree.Element) -> tuple[int, int] | None:
-    width, height = (element.get(side, "") for side in ("width", "height"))
-    if not (width.isdecimal() and height.isdecimal() and len(width) < 10 and len(height) < 10):
-        return None
-    return (int(width), int(height)) if int(width) and int(height) else None
+    notes += [_TAGS] if tags and shapes and not points else []
+    return sample(data, image, shapes, split, notes, points, tags, size=size)
 
 
 def _shape(part: ElementTree.Element, size: tuple[int, int] | None) -> Shape:
@@ -187,10 +144,8 @@ def _shape(part: ElementTree.Element, size: tuple[int, int] | None) -> Shape:
         raise ValueError("is not an area; draw a rectangle, polygon, ellipse or mask in its place")
     if part.tag == "box":
         x1, y1, x2, y2 = (_number(part, side) for side in ("xtl", "ytl", "xbr", "ybr"))
-        before = box(x1, y1, x2, y2)
-        if degrees := _rotation(part):
-            return turned_box(name, before, degrees)
-        return Shape(name, before)
+        before, degrees = box(x1, y1, x2, y2), _rotation(part)
+        return turned_box(name, before, degrees) if degrees else Shape(name, before)
     if part.tag == "ellipse":
         cx, cy, rx, ry = (_number(part, side) for side in ("cx", "cy", "rx", "ry"))
         return ellipse(name, (cx, cy), (rx, ry), _rotation(part))
@@ -202,8 +157,7 @@ def _shape(part: ElementTree.Element, size: tuple[int, int] | None) -> Shape:
         if len(points) < 2:
             raise ValueError(f"a line needs 2 points, and has {len(points)}")
         return line(name, points, size)
-    outline = polygon(points)
-    return Shape(name, enclosing(outline), (outline,))
+    return outlined(name, points)
 
 
 def _pixels(rle: str, width: int, height: int) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
@@ -241,11 +195,7 @@ def _rotation(part: ElementTree.Element) -> float:
 
 
 def _number(part: ElementTree.Element, name: str) -> float:
-    value = part.get(name)
-    try:
-        return float(value or "")
-    except ValueError as error:
-        raise ValueError(f"has no number {name}, but {value!r}") from error
+    return decimal(part.get(name), name)
 
 
 def _whole(part: ElementTree.Element, name: str) -> int:

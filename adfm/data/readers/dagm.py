@@ -14,37 +14,34 @@ from pathlib import Path
 from adfm.data.readers import files
 from adfm.records import Sample
 
+FORM = "<class>/<Train or Test>/*.PNG, <class>/<Train or Test>/Label/*_label.PNG"
+
 
 def matches(raw: Path) -> bool:
     """Whether there is a class in this layout."""
-    return any(_is_category(folder) for folder in files.categories(raw, _is_category))
+    return files.has_category(raw, _is_category)
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yields the samples, class by class, by name. `split` is the official one; `train` has defects too.
+    """Yield the samples, class by class, by name. `split` is the official one; `train` has defects too.
 
     An image without a label file is normal. Every class has one kind of defect, which has no name: `defect` is
     `defect`. Labels are coarse ellipses round the defects. Folders are entered, and files ignored, as for MVTec AD.
 
-    Args:
-        raw: The raw data set; its name is the name of the data set.
-
     Raises:
-        AdfmError: No image, a label without an image, or images without a place in the layout: all in one error, after
-            the last sample.
+        BadData: A label has no image, or images have no place in the layout.
     """
-    parts = ((folder, _category(raw, folder)) for folder in files.categories(raw, _is_category))
-    return files.checked(raw, "dagm", parts, [])
+    return files.DataSet(raw, "dagm").by_category(_is_category, _category)
 
 
-def _category(raw: Path, folder: Path) -> Iterator[Sample]:
-    dataset, category = files.dataset_name(raw), folder.resolve().name
+def _category(data: files.DataSet, folder: Path) -> Iterator[Sample]:
     for split, part in (("train", "Train"), ("test", "Test")):
         labels = {label.stem: label for label in files.images(folder / part / "Label")}
         for image in files.images(folder / part):
             label = labels.get(f"{image.stem}_label")
-            defect, masks = ("defect", [label]) if label else (None, [])
-            yield files.sample(raw, dataset, category, image, defect, masks, split)
+            yield data.sample(
+                folder.resolve().name, image, "defect" if label else None, [label] if label else [], split
+            )
 
 
 def _is_category(folder: Path) -> bool:

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from adfm.data.problems import MissingImage
-from adfm.data.readers.annotations import Shape, box, holds, lines, listing, sample, shapes_of_lines, walk
-from adfm.data.readers.files import folders, images, refuse, relative
+from adfm.data.readers.annotations import Shape, box, sample, shapes_of_lines
+from adfm.data.readers.files import NO_IMAGE, DataSet, NoImage, folders, holds, images, listing, walk
+from adfm.data.readers.textfiles import lines
 from adfm.records import Sample, Split
 
+FORM = "<group>/<part>/*_temp.jpg, <group>/<part>/*_test.jpg, <group>/<part>_not/*.txt"
 _CLASSES = {"1": "open", "2": "short", "3": "mousebite", "4": "spur", "5": "copper", "6": "pin-hole"}
-_NOTES = "_not"
+_NOTES = "_not"  # ends the name of the folder of text files
 _LISTS: dict[str, Split] = {"trainval.txt": "train", "test.txt": "test"}
 
 
@@ -26,29 +27,23 @@ def matches(raw: Path) -> bool:
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yields the images, folder by folder: templates are normal, tested images have the defects of their text file.
+    """Yield the images, folder by folder: templates are normal, tested images have the defects of their text file.
 
     Both images of a part are one `group`. `split` is train for those in trainval.txt, and test for those in test.txt.
 
-    Args:
-        raw: The raw data set; its name is the name of the data set and of the category.
-
     Raises:
-        AdfmError: Everything that is wrong in the text files, images without one and the reverse, and images of other
-            names: in one error, after the last sample.
+        BadData: Anything is wrong in the text files, an image has none or the reverse, or has another name.
     """
-    problems: list[str] = []
+    data = DataSet(raw, "deeppcb")
     splits: dict[Path, Split] = {}
     empty = True
     for folder in walk(raw):
-        _add_lists(raw, folder, splits, problems)
+        _add_lists(data, folder, splits)
         for part in _parts(folder):
-            for one in _samples(raw, part, splits, problems):
+            for one in _samples(data, part, splits):
                 empty = False
                 yield one
-    if empty and not problems:
-        problems.append("no image in any place of the layout")
-    refuse(raw, "deeppcb", problems)
+    data.finish(not empty, NO_IMAGE)
 
 
 def _parts(folder: Path) -> list[Path]:
@@ -61,46 +56,39 @@ def _parts(folder: Path) -> list[Path]:
     ]
 
 
-def _add_lists(raw: Path, folder: Path, splits: dict[Path, Split], problems: list[str]) -> None:
-    """Takes the splits of the parts, which are the names of their images up to `_temp` or `_test`."""
-    for file in (folder / name for name in _LISTS if (folder / name).is_file()):
-        where = relative(raw, file)
-        try:
-            content = lines(file)
-        except ValueError as error:
-            problems.append(f"{where}: {error}")
-            continue
-        for number, line in enumerate(content, start=1):
-            words = line.replace("\\", "/").split()
-            if len(words) != 2 or not words[1].endswith(".txt") or ".." in words[0].split("/"):
-                continue  # not a list of DeepPCB
-            part = folder / Path(words[0].lstrip("/")).with_suffix("")
-            split = _LISTS[file.name]
-            if not any((part.parent / f"{part.name}_test{suffix}").is_file() for suffix in (".jpg", ".png")):
-                problems.append(MissingImage(f"{where}: line {number}: there is no image {words[0]!r}"))
-            elif splits.setdefault(part, split) != split:
-                problems.append(f"{where}: line {number}: {words[0]!r} is in the other list too; keep it in one")
+def _add_lists(data: DataSet, folder: Path, splits: dict[Path, Split]) -> None:
+    """Add the splits of the parts, which are the names of their images up to `_temp` or `_test`."""
+    for name, split in _LISTS.items():
+        where = data.relative(folder / name)
+        with data.at(where):
+            for number, line in enumerate(lines(folder / name) if (folder / name).is_file() else (), start=1):
+                words = line.replace("\\", "/").split()
+                if len(words) != 2 or not words[1].endswith(".txt") or ".." in words[0].split("/"):
+                    continue  # not a list of DeepPCB
+                part = folder / Path(words[0].lstrip("/")).with_suffix("")
+                with data.at(f"{where}: line {number}"):
+                    if not any((part.parent / f"{part.name}_test{suffix}").is_file() for suffix in (".jpg", ".png")):
+                        raise NoImage(f"there is no image {words[0]!r}")
+                    if splits.setdefault(part, split) != split:
+                        raise ValueError(f"{words[0]!r} is in the other list too; keep it in one")
 
 
-def _samples(raw: Path, folder: Path, splits: dict[Path, Split], problems: list[str]) -> Iterator[Sample]:
+def _samples(data: DataSet, folder: Path, splits: dict[Path, Split]) -> Iterator[Sample]:
     notes = folder.with_name(folder.name + _NOTES)
     files = {file.stem: file for file in listing(notes, ".txt")}
     for image in images(folder):
         part, _, kind = image.stem.rpartition("_")
-        where = relative(raw, image)
-        if kind not in ("temp", "test") or not part:
-            problems.append(f"{where}: is neither a template, …_temp, nor a tested image, …_test; remove it")
-            continue
-        shapes: list[Shape] = []
-        if kind == "test":
-            file = files.pop(part, None)
-            if file:
-                shapes = shapes_of_lines(raw, file, _shape, problems, blanks=",")
-            else:
-                problems.append(f"{where}: has no text file {notes.name}/{part}.txt")
-        yield sample(raw, image, shapes, splits.get(folder / part), group=part)
+        with data.at(image):
+            if kind not in ("temp", "test") or not part:
+                raise ValueError("is neither a template, …_temp, nor a tested image, …_test; remove it")
+            shapes: list[Shape] = []
+            if kind == "test":
+                if part not in files:
+                    raise ValueError(f"has no text file {notes.name}/{part}.txt")
+                shapes = list(shapes_of_lines(data, files.pop(part), _shape, blanks=","))
+            yield sample(data, image, shapes, splits.get(folder / part), group=part)
     for stem, file in files.items():
-        problems.append(MissingImage(f"{relative(raw, file)}: there is no image {stem}_test.* for it"))
+        data.add(file, NoImage(f"there is no image {stem}_test.* for it"))
 
 
 def _shape(words: list[str]) -> Shape:

@@ -13,6 +13,7 @@ import io
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +22,15 @@ from PIL import Image
 from adfm.data import contents
 from adfm.data.manifest import MANIFEST
 from adfm.data.readers import btad, dagm, files, kolektor, loco, mvtec, verdicts, visa
-from adfm.data.readers.annotations import SPLIT_NAMES, nfc, walk
-from adfm.data.readers.files import relative
+from adfm.data.readers.annotations import nfc
+from adfm.data.readers.files import NO_IMAGE, SPLIT_NAMES, DataSet, walk
 from adfm.data.readers.verdicts import class_name, core
 from adfm.records import Sample, Split
 
+FORM = (
+    "good/*.jpg, <defect>/*.jpg, and, if there are masks, mask/<defect>/*.png; OK/*.jpg, NG/*.jpg; images/*.jpg,"
+    " masks/*.png"
+)
 # Names of folders, as `verdicts.core` has them.
 _NORMAL = verdicts.NORMAL | {"free"}
 _ANOMALOUS = verdicts.ANOMALOUS | {"def"}
@@ -46,19 +51,12 @@ _Names = tuple[str, ...]
 
 
 class _Place(NamedTuple):
-    """A folder that holds images.
-
-    Args:
-        folder: Its path.
-        names: The folders that lead to it, without those that stand for a split, for images or for masks.
-        split: The split that one of them stands for.
-        masks: Whether one of them says that the images are masks.
-    """
+    """A folder that holds images, and what the folders that lead to it say."""
 
     folder: Path
-    names: _Names
+    names: _Names  # without folders that stand for a split, for images or for masks
     split: Split | None
-    masks: bool
+    masks: bool  # whether the images are masks
 
 
 class _Kind(NamedTuple):
@@ -83,17 +81,19 @@ def _says_enough(raw: Path) -> bool:
     if any(layout.matches(raw) for layout in (btad, dagm, kolektor, loco, mvtec, visa)):
         return False
     places = _places(raw)
-    if not places:
-        return False
-    levels = _Levels(places)
-    if levels.normal:
-        return True
     masks = {place.names for place in places if place.masks}
-    return any(not place.masks and (place.names in masks or _masked_beside(place.folder)) for place in places)
+    if _Levels(places).normal:
+        return True
+    for place in (place for place in places if not place.masks):
+        stems = set(map(_stem, files.images(place.folder)))
+        beside = {_MASK_ENDING.sub("", stem) for stem in stems if _MASK_ENDING.search(stem)}
+        if place.names in masks or beside & stems:
+            return True
+    return False
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yields the images, folder by folder.
+    """Yield the images, folder by folder.
 
     A folder called good, ok, normal, pass, passed, free, defect_free, no_defect or non_defective holds normal images,
     and any folder beside it those with a defect of its name; words that all of them share (MT_Free, MT_Crack) do not
@@ -108,15 +108,10 @@ def read(raw: Path) -> Iterator[Sample]:
 
     Images above the folders of the kinds, such as a figure of the whole data set, are left out.
 
-    Args:
-        raw: The raw data set; its name is the name of the data set.
-
     Raises:
-        AdfmError: Folders of which it is not clear whether they are normal, images with no folder that says so, images
-            without a mask where others of their kind have one, masks without an image: all in one error, after the last
-            sample.
+        BadData: It is not clear whether images are normal, or a mask is missing or has no image.
     """
-    problems: list[str] = []
+    data = DataSet(raw, "folders")
     places = _places(raw)
     levels = _Levels(places)
     groups: dict[tuple[_Names, bool], list[_Place]] = defaultdict(list)
@@ -125,26 +120,21 @@ def read(raw: Path) -> Iterator[Sample]:
             groups[levels.of(place.names), place.masks].append(place)
     empty = True
     for names in dict.fromkeys(names for names, _ in groups):
-        masks = _Masks(raw, groups[names, True], problems)
-        for sample in _samples(raw, groups[names, False], masks, levels, problems):
+        masks = _Masks(data, groups[names, True])
+        for sample in _samples(data, groups[names, False], masks, levels):
             yield sample
             empty = False
-        problems += masks.unused()
-    if empty and not problems:
-        problems.append("no image in any place of the layout")
-    files.refuse(raw, "folders", problems)
+        data.problems += masks.unused()
+    data.finish(not empty, NO_IMAGE)
 
 
-def _samples(raw: Path, places: list[_Place], masks: _Masks, levels: _Levels, problems: list[str]) -> Iterator[Sample]:
+def _samples(data: DataSet, places: list[_Place], masks: _Masks, levels: _Levels) -> Iterator[Sample]:
     """The images of one level of kinds, those of defects first: their masks may lie in one folder for all kinds."""
-    dataset = files.dataset_name(raw)
     kinds: dict[tuple[_Kind | None, _Names, Split | None], list[_Place]] = defaultdict(list)
     for place in places:
-        try:
-            kind = levels.kind(raw, place)
+        with data.at(place.folder):
+            kind = levels.kind(data, place)
             kinds[kind, () if kind and not levels.are_plain else place.names, place.split].append(place)
-        except ValueError as error:
-            problems.append(f"{relative(raw, place.folder)}: {error}")
     last = sorted(kinds, key=lambda key: bool(key[0] and not key[0].defect))
     paired: Iterable[tuple[Any, list[tuple[Path, Path | None]]]]
     paired = ((key, [pair for place in kinds[key] for pair in masks.pairs(place, key[0])]) for key in last)
@@ -156,50 +146,38 @@ def _samples(raw: Path, places: list[_Place], masks: _Masks, levels: _Levels, pr
         kind = None if by_mask else of_folder
         masked = any(mask for _, mask in pairs)
         if kind is None and not masked:
-            problems += [_astray(raw, place) for place in kinds[of_folder, names, split]]
+            data.problems += [
+                f"{data.relative(place.folder)}: no folder says whether its images are normal, and they have no masks;"
+                " put normal images into a folder called good, and the others beside it into one with the name of"
+                " their defect"
+                for place in kinds[of_folder, names, split]
+            ]
             continue
-        category = kind.category if kind else "/".join(levels.inner(names)) or dataset
-        defect = kind.defect if kind else "defect"
+        category = kind.category if kind else "/".join(levels.inner(names)) or data.name
         for image, mask in pairs:
-            source = relative(raw, image)
-            if not mask and (missing := _missing_mask(kind, masked)):
-                problems.append(f"{source}: {missing}")
-            yield Sample(
-                image=image,
-                source=source,
-                dataset=dataset,
-                category=category,
-                label="anomalous" if defect else "normal",
-                defect=defect,
-                masks=(mask,) if mask else (),
+            if not mask and kind is None:
+                data.add(
+                    image,
+                    "has no mask, and no folder that says whether it is normal; add the mask,"
+                    " or put normal images into a folder called good",
+                )
+            elif not mask and kind and kind.defect and masked:
+                data.add(
+                    image,
+                    "has no mask, but other images of this kind have one; add it, or remove"
+                    " all of them to train on the labels alone",
+                )
+            one = data.sample(
+                category,
+                image,
+                kind.defect if kind else "defect",
+                split=split,
                 unmarked_is_normal=kind is None,
                 # What the folder says holds for an image whose mask shows nothing, too.
                 located=kind is None,
-                split=split,
                 notes=() if levels.normal or kind is None else (_NO_NORMAL,),
             )
-
-
-def _missing_mask(kind: _Kind | None, masked: bool) -> str | None:
-    """What is wrong with an image without a mask; `masked`: others of its kind have one."""
-    if kind is None:
-        return (
-            "has no mask, and no folder that says whether it is normal; add the mask, or put normal images into a"
-            " folder called good"
-        )
-    if kind.defect and masked:
-        return (
-            "has no mask, but other images of this kind have one; add it, or remove all of them to train on the labels"
-            " alone"
-        )
-    return None
-
-
-def _astray(raw: Path, place: _Place) -> str:
-    return (
-        f"{relative(raw, place.folder)}: no folder says whether its images are normal, and they have no masks; put"
-        " normal images into a folder called good, and the others beside it into one with the name of their defect"
-    )
+            yield replace(one, masks=(mask,)) if mask else one
 
 
 class _Levels:
@@ -238,12 +216,8 @@ class _Levels:
         above = any(level[: len(place.names)] == place.names for level in self.normal | self._anomalous)
         return above and not place.masks and place.names not in self._masked
 
-    def kind(self, raw: Path, place: _Place) -> _Kind | None:
-        """What the folders of a place say of it; `None` where they say nothing.
-
-        Raises:
-            ValueError: It is not clear, or contradicts itself.
-        """
+    def kind(self, data: DataSet, place: _Place) -> _Kind | None:
+        """What the folders of a place say of it; `None` where they say nothing."""
         level = self.of(place.names)
         if len(level) == len(place.names):
             return None
@@ -258,7 +232,7 @@ class _Levels:
         if core(name) in _ANOMALOUS and rest and not _NUMBER.fullmatch(rest[0]):
             name = rest[0]
             _refuse_unclear(name)
-        return _Kind("/".join(category) or files.dataset_name(raw), None if normal else class_name(name))
+        return _Kind("/".join(category) or data.name, None if normal else class_name(name))
 
     def inner(self, names: _Names) -> _Names:
         """The folders without those that all images lie in, but for the last."""
@@ -274,8 +248,8 @@ class _Levels:
 class _Masks:
     """The masks of one level of kinds, by their folders and by the names of their images."""
 
-    def __init__(self, raw: Path, places: Iterable[_Place], problems: list[str]) -> None:
-        self._raw, self._problems = raw, problems
+    def __init__(self, data: DataSet, places: Iterable[_Place]) -> None:
+        self._data = data
         self._folders: dict[tuple[_Names, Split | None], list[dict[str, list[Path]]]] = defaultdict(list)
         self._used: set[Path] = set()
         for place in places:
@@ -285,7 +259,7 @@ class _Masks:
             self._folders[place.names, place.split].append(by_stem)
 
     def pairs(self, place: _Place, kind: _Kind | None) -> Iterator[tuple[Path, Path | None]]:
-        """Yields the images of a folder, each with its mask."""
+        """Yield the images of a folder, each with its mask."""
         beside, images = self._beside(place.folder)
         folders = list(self._near(place))
         for image in images:
@@ -295,13 +269,14 @@ class _Masks:
                 masks = [mask for mask in masks if mask not in self._used]
             masks += beside.get(stem, [])
             if len(masks) > 1:
-                several = ", ".join(relative(self._raw, mask) for mask in masks)
-                self._problems.append(f"{relative(self._raw, image)}: has several masks, keep one: {several}")
+                several = ", ".join(self._data.relative(mask) for mask in masks)
+                self._data.add(image, f"has several masks, keep one: {several}")
             mask = masks[0] if masks else None
             if mask and mask in self._used:
-                self._problems.append(
-                    f"{relative(self._raw, mask)}: may be the mask of {relative(self._raw, image)}, and of another"
-                    " image; put masks into a folder for each folder of images"
+                self._data.add(
+                    mask,
+                    f"may be the mask of {self._data.relative(image)}, and of another"
+                    " image; put masks into a folder for each folder of images",
                 )
             self._used.update(masks)
             yield image, mask
@@ -313,7 +288,7 @@ class _Masks:
                 names = sorted(mask for masks in folder.values() for mask in masks if mask not in self._used)
                 if names:
                     yield (
-                        f"{relative(self._raw, names[0].parent)}: no image for the mask:"
+                        f"{self._data.relative(names[0].parent)}: no image for the mask:"
                         f" {', '.join(mask.name for mask in names)}; add the images, or rename the folder if these are"
                         " photographs"
                     )
@@ -333,38 +308,31 @@ class _Masks:
         for path in files.images(folder):
             files_of[_stem(path)].append(path)
         masks: dict[str, list[Path]] = defaultdict(list)
-        for stem, paths in files_of.items():
-            base = _MASK_ENDING.sub("", stem)
-            if base == stem:
-                continue
-            if base in files_of:
-                masks[base] += paths
-            else:
-                self._problems += [
-                    f"{relative(self._raw, path)}: is a mask by its name, but there is no image {base}.* beside it; add"
-                    " the image, or give it another name"
-                    for path in paths
-                ]
         images = []
         tried = False
         for stem, paths in files_of.items():
-            if _MASK_ENDING.search(stem):
+            base = _MASK_ENDING.sub("", stem)
+            if base != stem:
+                masks[base] += paths if base in files_of else []
+                self._data.problems += [
+                    f"{self._data.relative(path)}: is a mask by its name, but there is no image {base}.* beside it; add"
+                    " the image, or give it another name"
+                    for path in paths
+                    if base not in files_of
+                ]
                 continue
             mask = _twin(paths) if len(paths) == 2 else None
             if len(paths) > 1 and (not mask or not (tried or _is_mask(mask))):
                 several = ", ".join(path.name for path in paths[1:])
-                self._problems.append(
-                    f"{relative(self._raw, paths[0])}: has the same name as {several}, which is not its mask; keep one"
-                )
+                self._data.add(paths[0], f"has the same name as {several}, which is not its mask; keep one")
             tried = tried or bool(mask)
-            if mask:
-                masks[stem].append(mask)
+            masks[stem] += [mask] if mask else []
             images.append(paths[0] if paths[0] != mask else paths[1])
         return masks, images
 
 
 def _places(raw: Path) -> list[_Place]:
-    return [_place(raw, folder) for folder in walk(raw) if any(map(files.is_image, folder.glob("[!.]*")))]
+    return [_place(raw, folder) for folder in walk(raw) if files.images(folder)]
 
 
 def _place(raw: Path, folder: Path) -> _Place:
@@ -385,16 +353,8 @@ def _place(raw: Path, folder: Path) -> _Place:
 
 def _annotation(raw: Path) -> Path | None:
     """A file that may say more of the images; that of `adfm fetch` does not."""
-    for folder in walk(raw):
-        paths = (path for path in folder.glob("[!.]*") if path.suffix.lower() in _ANNOTATIONS)
-        if first := min((path for path in paths if path != raw / MANIFEST), default=None):
-            return first
-    return None
-
-
-def _masked_beside(folder: Path) -> bool:
-    stems = {_stem(path) for path in files.images(folder)}
-    return any(_MASK_ENDING.search(stem) and _MASK_ENDING.sub("", stem) in stems for stem in stems)
+    paths = (path for folder in walk(raw) for path in files.listing(folder, *_ANNOTATIONS))
+    return next((path for path in paths if path != raw / MANIFEST), None)
 
 
 def _refuse_unclear(name: str) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from adfm.data.readers.annotations import listing, mentions, walk
-from adfm.data.readers.files import images, relative
+from adfm.data.readers.files import images, listing, relative, walk
+from adfm.data.readers.textfiles import mentions
 
 _FILES = 50  # of a kind that are looked into; the exports have one file, or many that are alike
 _COCO = "export as COCO"
@@ -57,15 +57,10 @@ def hint(raw: Path) -> str:
     for suffix, (what, remedy) in _SUFFIXES.items():
         for file in _files(raw, suffix):
             return f"{relative(raw, file)} {what}; {remedy}"
-    if _is_bare(raw):
+    folders = list(islice(walk(raw, 3), 1000))
+    if any(map(images, folders)) and not any(listing(folder, *_ABOUT) for folder in folders):
         return "it holds images without annotations; export these as well, or sort the images into OK/ and NG/"
     return ""
-
-
-def _is_bare(raw: Path) -> bool:
-    """Whether there are images, and nothing beside them that may be about them."""
-    folders = list(islice(walk(raw, 3), 1000))
-    return any(map(images, folders)) and not any(listing(folder, suffix) for folder in folders for suffix in _ABOUT)
 
 
 def _files(raw: Path, suffix: str) -> Iterator[Path]:

@@ -10,8 +10,9 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +20,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from adfm.data.problems import MissingImage
 from adfm.data.readers import table
-from adfm.data.readers.annotations import (
-    Shape,
-    box,
-    folder_names,
-    holds,
-    mentions,
-    number,
-    sample,
-    split_of,
-    text,
-    unlisted,
-    walk,
-    within,
-)
-from adfm.data.readers.files import refuse, relative
+from adfm.data.readers.annotations import Shape, box, sample, unlisted, within
+from adfm.data.readers.files import DataSet, NoImage, holds, split_of, walk
+from adfm.data.readers.textfiles import mentions, number, pixel_size, text
 from adfm.data.readers.verdicts import class_name
 from adfm.records import Sample
 
+FORM = "<split>/*.png, <split>/metadata.jsonl with file_name and objects or label"
 _FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _BOXES = ("bbox", "bboxes")
 _CATEGORIES = ("categories", "category", "labels", "label")
@@ -54,7 +43,7 @@ def matches(raw: Path) -> bool:
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yields the images of the metadata files, in their order.
+    """Yield the images of the metadata files, in their order.
 
     `file_name` is relative to the file. `objects` has the boxes, `bbox`, as `[x, y, width, height]` in pixels, and
     their classes, `categories` or `category`; without boxes the image is normal. Or else `label` says what the image
@@ -62,56 +51,44 @@ def read(raw: Path) -> Iterator[Sample]:
     names a mask. Classes may be numbers, whose names are in `dataset_info` in README.md. `split` is that of the
     folders' names.
 
-    Args:
-        raw: The raw data set; its name is the name of the data set and of the category.
-
     Raises:
-        AdfmError: Everything that is wrong in the metadata files, images that are missing, and images that are in none
-            of them: in one error, after the last sample.
+        BadData: Anything is wrong in the metadata files, or images are missing, or in none of the files.
     """
-    problems: list[str] = []
-    known: set[str] = set()
+    data = DataSet(raw, "imagefolder")
     for folder in walk(raw):
         for file in _metadata(folder):
-            yield from _samples(raw, file, known, problems)
-    if not known and not problems:
-        problems.append("no metadata.jsonl, metadata.csv or metadata.parquet that lists an image in `file_name`")
-    problems += unlisted(raw, known) if known else []
-    refuse(raw, "imagefolder", problems)
+            yield from _samples(data, file)
+    data.problems += unlisted(data) if data.listed else []
+    data.finish(
+        bool(data.listed), "no metadata.jsonl, metadata.csv or metadata.parquet that lists an image in `file_name`"
+    )
 
 
 def _metadata(folder: Path) -> list[Path]:
     return [file for file in (folder / name for name in _FILES) if file.is_file()]
 
 
-def _samples(raw: Path, file: Path, known: set[str], problems: list[str]) -> Iterator[Sample]:
-    where = relative(raw, file)
+def _samples(data: DataSet, file: Path) -> Iterator[Sample]:
+    where = data.relative(file)
     try:
-        names = _names(raw, file.parent)
+        names = _names(data, file)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        problems.append(f"README.md: {' '.join(str(error).split())}")
+        data.problems.append(f"README.md: {' '.join(str(error).split())}")
         return
     place = 0
     try:
         for place, row in _rows(file):
-            try:
-                if isinstance(row, ValueError):
-                    raise row
-                if one := _sample(raw, file.parent, row, names, known):
-                    yield one
-                else:
-                    missing = f"there is no image {row.get('file_name')!r}"
-                    problems.append(MissingImage(f"{where}: line {place}: {missing}"))
-            except ValueError as error:
-                problems.append(f"{where}: line {place}: {error}")
+            here = f"{where}: line {place}"
+            with data.at(here):
+                yield _sample(data, file.parent, here, row(), names)
     except csv.Error as error:
-        problems.append(f"{where}: line {place + 1}: is not CSV ({error})")
+        data.add(where, f"line {place + 1}: is not CSV ({error})")
     except (ValueError, OSError, RecursionError, pa.ArrowException) as error:
-        problems.append(f"{where}: {' '.join(str(error).split())}")
+        data.add(where, " ".join(str(error).split()))
 
 
-def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    """The rows of a metadata file, with their lines; a row that cannot be read is an error.
+def _rows(file: Path) -> Iterator[tuple[int, Callable[[], dict[str, Any]]]]:
+    """The rows of a metadata file, with their lines; a row that cannot be read raises `ValueError` when it is called.
 
     Raises:
         ValueError: The file cannot be read.
@@ -119,7 +96,7 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
     if file.suffix == ".parquet":
         start = 1
         for batch in pq.ParquetFile(file).iter_batches():
-            yield from enumerate(batch.to_pylist(), start)
+            yield from ((place, partial(dict, row)) for place, row in enumerate(batch.to_pylist(), start))
             start += len(batch)
     elif file.suffix == ".csv":
         reader = csv.DictReader(io.StringIO(text(file), newline=""), strict=True)
@@ -128,43 +105,39 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
             raise ValueError(
                 f"the columns {', '.join(drawn)} are not of this layout; rename the file, and it is read as layout csv"
             )
-        for row in reader:
-            yield reader.line_num, _of_csv(row)
+        yield from ((reader.line_num, partial(_of_csv, row)) for row in reader)
     else:
-        for place, line in enumerate(text(file).split("\n"), start=1):
-            if line.strip():
-                yield place, _parsed(line)
+        lines = enumerate(text(file).split("\n"), start=1)
+        yield from ((place, partial(_parsed, line)) for place, line in lines if line.strip())
 
 
-def _of_csv(row: dict[str | Any, Any]) -> dict[str, Any] | ValueError:
+def _of_csv(row: dict[str | Any, Any]) -> dict[str, Any]:
     if None in row or None in row.values():
-        return ValueError("has more or fewer cells than the first line")
+        raise ValueError("has more or fewer cells than the first line")
     cells: dict[str, Any] = {name: cell.strip() for name, cell in row.items() if cell.strip()}
     if "objects" in cells:
         cells["objects"] = _parsed(cells["objects"])
-        if isinstance(cells["objects"], ValueError):
-            return cells["objects"]
     for name in ("width", "height", "label"):
         if re.fullmatch("[0-9]{1,9}", cells.get(name, "")):
             cells[name] = int(cells[name])
     return cells
 
 
-def _parsed(line: str) -> dict[str, Any] | ValueError:
+def _parsed(line: str) -> dict[str, Any]:
     try:
         content = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return ValueError(f"is not JSON ({error})")
-    return content if isinstance(content, dict) else ValueError("is not a JSON object")
+        raise ValueError(f"is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError("is not a JSON object")
+    return content
 
 
-def _names(raw: Path, folder: Path) -> _Names:
-    """The names of classes in the README.md nearest above a folder, as the `datasets` library writes them there."""
-    for above in (folder, *folder.parents):
-        if not above.is_relative_to(raw):
-            break
-        if (file := above / "README.md").is_file() and file.read_bytes().strip():
-            front = re.match(r"---\s*\n(.*?)\n---", text(file), re.DOTALL)
+def _names(data: DataSet, file: Path) -> _Names:
+    """The names of classes in the README.md nearest above a file, as the `datasets` library writes them there."""
+    for above in data.above(file):
+        if (readme := above / "README.md").is_file() and readme.read_bytes().strip():
+            front = re.match(r"---\s*\n(.*?)\n---", text(readme), re.DOTALL)
             # The base loader leaves all as text: for others a class called `no` is a boolean.
             content = yaml.load(front[1], yaml.BaseLoader) if front else None
             names: _Names = {}
@@ -191,19 +164,23 @@ def _add_names(part: Any, column: str, names: _Names) -> None:
             _add_names(inside, column, names)
 
 
-def _sample(raw: Path, folder: Path, row: dict[str, Any], names: _Names, known: set[str]) -> Sample | None:
-    """The sample of a row, or `None` if its image is not there."""
-    image = _path(raw, folder, row.get("file_name"))
+def _sample(data: DataSet, folder: Path, here: str, row: dict[str, Any], names: _Names) -> Sample:
+    image = _path(data.raw, folder, row.get("file_name"))
     if not image:
-        return None
-    if str(image) in known:
-        raise ValueError(f"{row['file_name']!r} is listed twice; keep one of the rows")
-    known.add(str(image))
+        raise NoImage(f"there is no image {row.get('file_name')!r}")
+    data.claim(image, here, "keep one of the rows")
     drawn = [name for name in (*table.MAY_BE_BOXES, *_BOXES, "annotations") if isinstance(row.get(name), list | dict)]
     if drawn:
         raise ValueError(f"{drawn[0]!r} may say where the defects are; write them in 'objects'")
-    mask = _mask(raw, folder, row, known)
-    label = row.get("label", row.get("text") if _is_verdict(row.get("text")) else None)
+    mask = None
+    if row.get("mask_file_name") is not None:
+        mask = _path(data.raw, folder, row["mask_file_name"])
+        if not mask:
+            raise ValueError(f"there is no mask {row['mask_file_name']!r}")
+        data.listed[str(mask)] = here
+    word = row.get("text")
+    is_label = isinstance(word, str) and (table.is_normal(word.strip()) or table.is_anomalous(word.strip()))
+    label = row.get("label", word if is_label else None)
     defect = None if label is None else _defect(label, names.get("label", {}))
     has_objects = row.get("objects") is not None
     shapes = _shapes(row["objects"], names) if has_objects else []
@@ -213,15 +190,19 @@ def _sample(raw: Path, folder: Path, row: dict[str, Any], names: _Names, known: 
         raise ValueError(f"the label is {label!r}, but defects are marked on the image")
     if row.get("split") and not split_of(str(row["split"])):
         raise ValueError(f"the split {row['split']!r} is not train, validation or test")
-    further = _further(row)
+    columns = {
+        str(name): str(value)
+        for name, value in row.items()
+        if name not in _KNOWN and isinstance(value, str | int | float) and str(value).isprintable()
+    }
     one = sample(
-        raw,
+        data,
         image,
         shapes,
-        split_of(str(row.get("split") or ""), *folder_names(raw, image)),
-        [f"columns that only split.group reads: {', '.join(further)}"] if further else [],
-        size=_size(row),
-        columns=further,
+        data.split(image, str(row.get("split") or "")),
+        [f"columns that only split.group reads: {', '.join(columns)}"] if columns else [],
+        size=pixel_size(row.get("width"), row.get("height")),
+        columns=columns,
     )
     if shapes or (not defect and not mask):
         return one
@@ -235,24 +216,10 @@ def _sample(raw: Path, folder: Path, row: dict[str, Any], names: _Names, known: 
     )
 
 
-def _mask(raw: Path, folder: Path, row: dict[str, Any], known: set[str]) -> Path | None:
-    if row.get("mask_file_name") is None:
-        return None
-    mask = _path(raw, folder, row["mask_file_name"])
-    if not mask:
-        raise ValueError(f"there is no mask {row['mask_file_name']!r}")
-    known.add(str(mask))
-    return mask
-
-
 def _path(raw: Path, folder: Path, name: Any) -> Path | None:
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f"{name!r} is not the name of a file; write one in 'file_name'")
     return within(raw, folder, name) or within(raw, folder, name.replace("\\", "/"))
-
-
-def _is_verdict(word: Any) -> bool:
-    return isinstance(word, str) and (table.is_normal(word.strip()) or table.is_anomalous(word.strip()))
 
 
 def _defect(label: Any, names: dict[int, str]) -> str | None:
@@ -277,20 +244,16 @@ def _class(value: Any, names: dict[int, str]) -> str | None:
 
 
 def _shapes(objects: Any, names: _Names) -> list[Shape]:
-    if isinstance(objects, dict):
-        boxes = next((objects[key] for key in _BOXES if key in objects), None)
-        categories = next(((key, objects[key]) for key in _CATEGORIES if key in objects), ("", None))
-    elif isinstance(objects, list) and all(isinstance(one, dict) for one in objects):
-        boxes = [next((one[key] for key in _BOXES if key in one), None) for one in objects]
-        key = next((key for key in _CATEGORIES if objects and key in objects[0]), "")
-        categories = (key, [one.get(key) for one in objects] if key else None)
-    else:
+    if isinstance(objects, list) and all(isinstance(one, dict) for one in objects):
+        keys = objects[0] if objects else ("bbox",)
+        objects = {key: [one.get(key) for one in objects] for key in keys}
+    if not isinstance(objects, dict):
         raise ValueError("'objects' is neither an object of lists nor a list of objects")
+    boxes = next((objects[key] for key in _BOXES if key in objects), None)
     if not isinstance(boxes, list):
         raise ValueError("'objects' has no list 'bbox'")
-    key, classes = categories
-    if classes is None and not key:
-        classes = ["defect"] * len(boxes)
+    key = next((key for key in _CATEGORIES if key in objects), "")
+    classes = objects[key] if key else ["defect"] * len(boxes)
     if not isinstance(classes, list) or len(classes) != len(boxes):
         raise ValueError(f"'objects' has {len(boxes)} boxes, but not as many {key or 'categories'}")
     return [_shape(drawn, value, names.get(key, {})) for drawn, value in zip(boxes, classes, strict=True)]
@@ -302,20 +265,3 @@ def _shape(drawn: Any, value: Any, names: dict[int, str]) -> Shape:
     x, y, width, height = map(number, drawn)
     name = _class(value, names)
     return Shape(class_name(f"class {value}" if name is None else name), box(x, y, x + width, y + height))
-
-
-def _size(row: dict[str, Any]) -> tuple[int, int] | None:
-    if row.get("width") is None or row.get("height") is None:
-        return None
-    width, height = number(row["width"]), number(row["height"])
-    if not (width.is_integer() and height.is_integer() and width > 0 and height > 0):
-        raise ValueError(f"{width:g}x{height:g} is not a size in pixels")
-    return int(width), int(height)
-
-
-def _further(row: dict[str, Any]) -> dict[str, str]:
-    return {
-        str(name): str(value)
-        for name, value in row.items()
-        if name not in _KNOWN and isinstance(value, str | int | float) and str(value).isprintable()
-    }

@@ -7,39 +7,35 @@ kos01/Part0_label.bmp    (of every image)
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from adfm.data.masks import load_mask
 from adfm.data.readers import files
 from adfm.records import Sample
 
+FORM = "<part>/*.jpg, <part>/*_label.bmp"
+
 
 def matches(raw: Path) -> bool:
     """Whether there is a folder of images and `_label.bmp` files."""
-    return any(_is_item(folder) for folder in files.categories(raw, _is_item))
+    return files.has_category(raw, _is_item)
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yields the samples, folder by folder, by name. The data set fixes no split.
+    """Yield the samples, folder by folder, by name. The data set fixes no split.
 
     An image is normal where its label file, which is opened for that, shows nothing. There is one category,
     `kolektor`; kinds of defects are not told apart, so `defect` is `defect`. A folder has the surfaces of one
     commutator, so it is the `group`. Folders are entered, and files ignored, as for MVTec AD.
 
-    Args:
-        raw: The raw data set; its name is the name of the data set.
-
     Raises:
-        AdfmError: No image, an image without a label file, label files without an image or that cannot be read: all, in
-            one error, after the last sample.
+        BadData: An image has no label file, or a label file has no image or cannot be read.
     """
-    problems: list[str] = []
-    parts = ((folder, _item(raw, folder, problems)) for folder in files.categories(raw, _is_item))
-    return files.checked(raw, "kolektor", parts, problems)
+    return files.DataSet(raw, "kolektor").by_category(_is_item, _item)
 
 
-def _item(raw: Path, folder: Path, problems: list[str]) -> Iterator[Sample]:
-    dataset, group = files.dataset_name(raw), files.relative(raw, folder)
+def _item(data: files.DataSet, folder: Path) -> Iterator[Sample]:
     images = files.images(folder)
     labels = {label.stem: label for label in images if label.stem.endswith("_label")}
     for image in images:
@@ -50,19 +46,11 @@ def _item(raw: Path, folder: Path, problems: list[str]) -> Iterator[Sample]:
         try:
             normal = not load_mask(label).any()
         except FileNotFoundError:
-            pass  # is among what is missing
+            pass  # `checked` reports it
         except Exception as error:  # a damaged file makes Pillow raise nearly anything
-            problems.append(f"{files.relative(raw, label)}: cannot be read ({error})")
-        yield Sample(
-            image=image,
-            source=files.relative(raw, image),
-            dataset=dataset,
-            category="kolektor",
-            label="normal" if normal else "anomalous",
-            defect=None if normal else "defect",
-            masks=(label,),
-            group=group,
-        )
+            data.add(label, f"cannot be read ({error})")
+        one = data.sample("kolektor", image, None if normal else "defect", [label], group=data.relative(folder))
+        yield replace(one, masks=(label,))  # of a normal image too: `checked` has to know it
 
 
 def _is_item(folder: Path) -> bool:

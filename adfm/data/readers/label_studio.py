@@ -5,46 +5,31 @@ project-1-at-2024-05-02.json    and    images/000.jpg, <folder>/000.jpg or image
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
 
-from adfm.data.readers.annotations import (
-    NoImage,
-    Shape,
-    box,
-    enclosing,
-    folder_names,
-    holds,
-    labelled,
-    listing,
-    member,
-    mentions,
-    number,
-    parsed,
-    point,
-    polygon,
-    problem,
-    sample,
-    split_of,
-    unlisted,
-    walk,
-)
-from adfm.data.readers.files import IMAGES, folders, images, refuse, relative
+from adfm.data.readers.annotations import Shape, box, outlined, sample, unlisted
+from adfm.data.readers.files import IMAGES, DataSet, NoImage, folders, holds, images, listing, walk
 from adfm.data.readers.lookup import Images
 from adfm.data.readers.shapes import Point, bitmap, check_mask_size, ellipse, turned_box
+from adfm.data.readers.textfiles import member, mentions, number, optional, parsed, pixel_size, point
 from adfm.data.readers.verdicts import class_name, defect_type, is_verdict
 from adfm.records import Box, Sample
 
+FORM = "*.json of Label Studio's JSON or JSON-MIN export; images/*, or the folders that its paths name"
+# Keys of the `value` of a result that make it a region; results without any are answers about the image.
 _GEOMETRY = ("x", "y", "width", "height", "rotation", "points", "radiusX", "radiusY", "rle", "vertices", "imageDataURL")
-_HASH = re.compile("^[0-9a-f]{8}-")
+_HASH = re.compile("^[0-9a-f]{8}-")  # before the name of what was uploaded
 _UPLOAD = re.compile(r"(?:^|[/\\])(upload[/\\]\d+[/\\][^/\\]+)$")  # the number is the project's
+# Paths as Label Studio's server serves them, and what they mean on its disk: local files, uploads to a storage.
 _SERVER = re.compile(r"^https?://[^/]+(?=/(?:data|storage-data)/)")
 _STORAGES = (
     (re.compile(r"/data/local-files/?\?d="), "/data/local-files/?d="),
@@ -52,39 +37,26 @@ _STORAGES = (
 )
 
 
-class _Region(NamedTuple):
-    """One region of an annotation.
+_Task = tuple[Path, str, dict[str, Any]]  # of a file, with its name in messages
 
-    Args:
-        place: Its number among the results, from 1.
-        value: Its geometry.
-        names: Its labels.
-        size: Width and height of the image; `None` if it does not state them.
-    """
+
+class _Region(NamedTuple):
+    """One region of an annotation: its number among the results, from 1, its geometry, and its labels."""
 
     place: int
     value: dict[str, Any]
     names: list[str]
-    size: tuple[int, int] | None
+    size: tuple[int, int] | None  # of the image; `None` if the region does not state it
 
 
-@dataclass(frozen=True)
-class _Verdict:
-    """What one annotation says of its image.
+class _Verdict(NamedTuple):
+    """What one annotation says of its image."""
 
-    Args:
-        shapes: What is drawn.
-        defect: From a choice about the whole image: the defect, "" if the image is normal, `None` if none was made.
-        size: Width and height of the image; `None` if the annotation does not state them: then shapes are fractions.
-        notes: As in `Sample`.
-        undecided: Whether there are choices about the whole image whose meaning is not known.
-    """
-
-    shapes: tuple[Shape, ...]
-    defect: str | None
-    size: tuple[int, int] | None
+    shapes: list[Shape]
+    defect: str | None  # chosen for the whole image; "" if it is normal, `None` if nothing was chosen
+    size: tuple[int, int] | None  # of the image; `None` if it is not stated: then shapes are fractions
     notes: tuple[str, ...]
-    undecided: bool = False
+    undecided: bool  # whether there are choices about the whole image whose meaning is not known
 
     @property
     def key(self) -> object:
@@ -99,7 +71,7 @@ def matches(raw: Path) -> bool:
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yields the images of the tasks that have an annotation, file by file.
+    """Yield the images of the tasks that have an annotation, file by file.
 
     Regions are defects: rectangles and ellipses (turned or not), polygons and brush masks. A submitted annotation
     without regions is a normal image. A choice about the whole image is its label if the choices of that name are
@@ -108,50 +80,36 @@ def read(raw: Path) -> Iterator[Sample]:
 
     A JSON file is in memory whole while its images are yielded; so are the paths of all images.
 
-    Args:
-        raw: The raw data set; its name is the name of the data set and of the category.
-
     Raises:
-        AdfmError: Everything that is wrong in the JSON files, tasks without an annotation, annotations of one task
-            that differ, images that are missing, and images without a task: in one error, after the last sample.
+        BadData: A JSON file is bad, a task has no annotation or several that differ, or an image or a task is missing.
     """
-    problems: list[str] = []
+    data = DataSet(raw, "label-studio")
     pictures = Images(raw)
-    used: dict[str, str] = {}
     seen = False
     for folder in walk(raw):
-        exports: dict[Path, list[dict[str, Any]]] = {}
+        tasks: list[_Task] = []
         for file in listing(folder, ".json"):
-            try:
-                if (tasks := _tasks(parsed(file))) is not None:
-                    exports[file] = tasks
-            except ValueError as error:
-                problems.append(f"{relative(raw, file)}: {error}")
-        if exports:
-            seen = True
-            yield from _samples(raw, folder, exports, pictures, used, problems)
-    if not seen and not problems:
-        problems.append("no JSON file of Label Studio: no list of tasks with data and annotations")
-    if seen:
-        problems += unlisted(raw, used)
-    refuse(raw, "label-studio", problems)
+            with data.at(file):
+                if (content := _tasks(parsed(file))) is not None:  # else the file is not of Label Studio
+                    seen = True
+                    for place, task in enumerate(content, start=1):
+                        tasks.append((file, f"task {task.get('id', f'no. {place}')}", task))
+        yield from _samples(data, folder, tasks, pictures)
+    data.problems += unlisted(data) if seen else []
+    data.finish(seen, "no JSON file of Label Studio: no list of tasks with data and annotations")
 
 
 def _is_export(file: Path) -> bool:
-    first = _first_character(file)
-    if first == b"[":
-        return mentions(file, b'"annotations"', b'"result"', b'"data"') or mentions(
-            file, b'"annotation_id"', b'"annotator"', b'"lead_time"'
-        )
-    return first == b"{" and mentions(file, b'"result"', b'"data"', b'"was_cancelled"')
-
-
-def _first_character(file: Path) -> bytes:
     try:
         with file.open("rb") as content:
-            return content.read(64).removeprefix(b"\xef\xbb\xbf").strip()[:1]
+            first = content.read(64).removeprefix(codecs.BOM_UTF8).strip()[:1]
     except OSError:
-        return b""
+        return False
+    words = {
+        b"[": ((b'"annotations"', b'"result"', b'"data"'), (b'"annotation_id"', b'"annotator"', b'"lead_time"')),
+        b"{": ((b'"result"', b'"data"', b'"was_cancelled"'),),
+    }
+    return any(mentions(file, *its) for its in words.get(first, ()))
 
 
 def _tasks(content: Any) -> list[dict[str, Any]] | None:
@@ -195,83 +153,47 @@ def _from_min(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(tasks.values())
 
 
-# --------------------------------------------------------------------------------------------------------------- tasks
-
-
-def _samples(
-    raw: Path,
-    folder: Path,
-    exports: dict[Path, list[dict[str, Any]]],
-    pictures: Images,
-    used: dict[str, str],
-    problems: list[str],
-) -> Iterator[Sample]:
+def _samples(data: DataSet, folder: Path, tasks: list[_Task], pictures: Images) -> Iterator[Sample]:
     """The samples of the tasks in the files of one folder."""
-    tasks = [(file, place, task) for file, its in exports.items() for place, task in enumerate(its, start=1)]
-    labels = _label_controls(task for _, _, task in tasks)
-    draws = any(_is_region(result) for _, _, task in tasks for result in _results_of_all(task))
-    for file, place, task in tasks:
-        where, name = relative(raw, file), f"task {task.get('id', f'no. {place}')}"
-        try:
-            image = _image(raw, task, pictures, folder)
-            if str(image) in used:
-                raise ValueError(f"{relative(raw, image)} is the image of another task, {used[str(image)]}; keep one")
-            used[str(image)] = f"{name} in {where}"
-            verdict = _verdict(raw, image, task, labels)
+    written = [optional(each, "result", list) or () for _, _, task in tasks for each in _annotations(task)]
+    results = [result for its in written for result in its if isinstance(result, dict)]
+    # The names of the choices that are labels: a word such as OK or NG is chosen there at least once.
+    labels = frozenset(
+        str(result.get("from_name")) for result in results if any(map(is_verdict, _choices(result) or ()))
+    )
+    draws = any(map(_is_region, results))
+    for file, name, task in tasks:
+        where = data.relative(file)
+        with data.at(f"{where}: {name}"):
+            image = _image(data, task, pictures, folder)
+            data.claim(image, f"{name} of {where}")
+            verdict = _verdict(data.relative(image), task, labels)
             if not draws and verdict.undecided:
                 raise ValueError(
                     "no region is drawn in any task, and it is not known which choice means a defect; call the choice"
                     " of a normal image OK, good or normal"
                 )
-        except ValueError as error:
-            problems.append(problem(f"{where}: {name}", error))
-            continue
-        split = split_of(*folder_names(raw, image))
-        if verdict.shapes or not verdict.defect:
-            yield sample(
-                raw,
-                image,
-                verdict.shapes,
-                split,
-                verdict.notes,
-                size=verdict.size,
-                normalized=bool(verdict.shapes) and verdict.size is None,
-            )
-        else:
-            yield labelled(raw, image, [verdict.defect], split, verdict.notes)
+            shapes, defect, size, notes, _ = verdict
+            fractions = bool(shapes) and size is None
+            yield sample(data, image, shapes, data.split(image), notes, label=defect, size=size, normalized=fractions)
 
 
 class _NoAnnotation(NoImage):
     """An image that nobody annotated; `convert.missing: skip` leaves it out as it does a missing image."""
 
 
-def _label_controls(tasks: Iterable[dict[str, Any]]) -> frozenset[str]:
-    """The names of the choices that are labels: a word such as OK or NG is chosen there at least once."""
-    names = set()
-    for task in tasks:
-        for result in _results_of_all(task):
-            value = result.get("value")
-            choices = value.get("choices") if isinstance(value, dict) else None
-            for choice in choices if isinstance(choices, list) else []:
-                if is_verdict(choice):
-                    names.add(str(result.get("from_name")))
-    return frozenset(names)
-
-
-def _results_of_all(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for annotation in _annotations(task):
-        results = annotation.get("result")
-        yield from (result for result in results if isinstance(result, dict)) if isinstance(results, list) else ()
-
-
 def _annotations(task: dict[str, Any]) -> list[dict[str, Any]]:
-    annotations = task.get("annotations", task.get("completions"))
-    return [one for one in annotations if isinstance(one, dict)] if isinstance(annotations, list) else []
+    key = "annotations" if "annotations" in task else "completions"
+    return [one for one in optional(task, key, list) or () if isinstance(one, dict)]
 
 
-def _image(raw: Path, task: dict[str, Any], pictures: Images, folder: Path) -> Path:
-    data = member(task, "data", dict)
-    names = {key: value for key, value in data.items() if isinstance(value, str) and _is_image_name(value)}
+def _choices(result: object) -> list[Any] | None:
+    return optional(optional(result, "value", dict), "choices", list)
+
+
+def _image(data: DataSet, task: dict[str, Any], pictures: Images, folder: Path) -> Path:
+    fields = member(task, "data", dict)
+    names = {key: value for key, value in fields.items() if isinstance(value, str) and _is_image_name(value)}
     if "image" in names:
         names = {"image": names["image"]}
     if len(names) != 1:
@@ -285,30 +207,25 @@ def _image(raw: Path, task: dict[str, Any], pictures: Images, folder: Path) -> P
         return pictures.locate(name, folder)
     except NoImage:
         path = _UPLOAD.search(name)
-        if not path:
-            raise
-        uploaded = _uploaded(raw, unquote(path[1].replace("\\", "/")), pictures, folder)
-        if uploaded is None:
+        uploaded = _uploaded(data, unquote(path[1].replace("\\", "/")), pictures, folder) if path else None
+        if not uploaded:
             raise
         return uploaded
 
 
-def _uploaded(raw: Path, path: str, pictures: Images, folder: Path) -> Path | None:
-    """The image that was uploaded: under the name that Label Studio gave it, or the one that it had before.
-
-    Label Studio puts a hash before the name, and replaces spaces and other signs (Django's `get_valid_filename`).
-    """
+def _uploaded(data: DataSet, path: str, pictures: Images, folder: Path) -> Path | None:
+    """The image that was uploaded: under the name that Label Studio gave it, or the one that it had before."""
+    # Label Studio puts a hash before the name, and replaces spaces and other signs (Django's `get_valid_filename`).
     name = path.rsplit("/", 1)[1]
     before = _HASH.sub("", name)
     for one in dict.fromkeys((f"media/{path}", name, before)):
-        try:
+        with contextlib.suppress(NoImage):
             return pictures.locate(one, folder)
-        except NoImage:
-            continue
     places = [folder, *(inside for inside in folders(folder) if inside.name.lower() in ("images", "data"))]
-    alike = [image for place in places for image in images(place) if _valid(image.name) == before]
+    everything = [image for place in places for image in images(place)]
+    alike = [image for image in everything if re.sub(r"[^-\w.]", "", image.name.strip().replace(" ", "_")) == before]
     if len(alike) > 1:
-        several = ", ".join(relative(raw, image) for image in alike)
+        several = ", ".join(map(data.relative, alike))
         raise ValueError(f"the image {name!r} may be any of {several}; name its file {name}")
     return alike[0] if alike else None
 
@@ -318,23 +235,13 @@ def _is_image_name(value: str) -> bool:
     return Path(path.replace("\\", "/")).suffix.lower() in IMAGES
 
 
-def _valid(name: str) -> str:
-    return re.sub(r"[^-\w.]", "", name.strip().replace(" ", "_"))
-
-
-def _verdict(raw: Path, image: Path, task: dict[str, Any], labels: frozenset[str]) -> _Verdict:
-    """What the annotations of a task say of its image.
-
-    Raises:
-        ValueError: They say something that cannot be read, or differ, or there are none.
-    """
+def _verdict(image: str, task: dict[str, Any], labels: frozenset[str]) -> _Verdict:
+    """What the annotations of a task say of its image."""
     annotations = _annotations(task)
     valid = [one for one in annotations if not (one.get("was_cancelled") or one.get("skipped"))]
     if not valid:
         what = "was skipped" if annotations else "has no submitted annotation (a prediction is not one)"
-        raise _NoAnnotation(
-            f"{relative(raw, image)} {what}; annotate it, or set convert.missing to skip to leave such images out"
-        )
+        raise _NoAnnotation(f"{image} {what}; annotate it, or set convert.missing to skip to leave such images out")
     truths = [one for one in valid if one.get("ground_truth") is True]
     notes: tuple[str, ...] = ()
     if len(truths) == 1 and len(valid) > 1:
@@ -348,35 +255,32 @@ def _verdict(raw: Path, image: Path, task: dict[str, Any], labels: frozenset[str
     first, *others = verdicts
     if any(other.key != first.key for other in others):
         ids = ", ".join(str(annotation.get("id")) for annotation in valid)
-        raise ValueError(
-            f"the annotations {ids} of {relative(raw, image)} differ; delete all but one, or mark one as ground truth"
-        )
+        raise ValueError(f"the annotations {ids} of {image} differ; delete all but one, or mark one as ground truth")
     if others:
         notes = ("of several annotations that agree, the first counts",)
-    return replace(first, notes=notes + first.notes)
+    return first._replace(notes=notes + first.notes)
 
 
 def _of_annotation(annotation: dict[str, Any], labels: frozenset[str]) -> _Verdict:
     results = member(annotation, "result", list)
-    regions, size = _regions(results), None
+    regions = _regions(results)
     shapes = []
     for region in regions:
         try:
             shapes.append(_shape(region))
         except ValueError as error:
             raise ValueError(f"result {region.place}: {error}") from error
-        size = region.size
-    if len({region.size for region in regions}) > 1:
+    sizes = {region.size for region in regions}
+    if len(sizes) > 1:
         raise ValueError("its results state different sizes of the image")
     defect, notes = _choice(results, labels, {str(result.get("id")) for result in results if _is_region(result)})
     if defect == "" and shapes:
         raise ValueError(f"the image is labelled normal, and {len(shapes)} defects are drawn on it; correct either")
-    return _Verdict(tuple(shapes), defect, size, notes, undecided=defect is None and bool(notes))
+    return _Verdict(shapes, defect, next(iter(sizes), None), notes, undecided=defect is None and bool(notes))
 
 
 def _is_region(result: object) -> bool:
-    value = result.get("value") if isinstance(result, dict) else None
-    return isinstance(value, dict) and any(key in value for key in _GEOMETRY)
+    return any(key in (optional(result, "value", dict) or ()) for key in _GEOMETRY)
 
 
 def _regions(results: list[Any]) -> list[_Region]:
@@ -401,13 +305,10 @@ def _regions(results: list[Any]) -> list[_Region]:
 
 
 def _size(place: int, result: dict[str, Any]) -> tuple[int, int] | None:
-    sides = [result.get(key) for key in ("original_width", "original_height")]
-    if sides == [None, None]:
-        return None
-    for side in sides:
-        if not isinstance(side, int | float) or not 1 <= side < 1e6 or side != int(side):
-            raise ValueError(f"result {place}: the size {sides[0]} x {sides[1]} is not one in pixels")
-    return int(sides[0]), int(sides[1])  # type: ignore[arg-type]
+    try:
+        return pixel_size(result.get("original_width"), result.get("original_height"))
+    except ValueError as error:
+        raise ValueError(f"result {place}: {error}") from error
 
 
 def _choice(results: list[Any], labels: frozenset[str], regions: set[str]) -> tuple[str | None, tuple[str, ...]]:
@@ -415,9 +316,8 @@ def _choice(results: list[Any], labels: frozenset[str], regions: set[str]) -> tu
     chosen: list[str] = []
     notes: list[str] = []
     for result in results:
-        value = result.get("value") if isinstance(result, dict) else None
-        choices = value.get("choices") if isinstance(value, dict) else None
-        if not isinstance(choices, list) or _is_region(result) or str(result.get("id")) in regions:
+        choices = _choices(result)
+        if choices is None or _is_region(result) or str(result.get("id")) in regions:
             continue
         name = str(result.get("from_name"))
         if name in labels:
@@ -426,9 +326,6 @@ def _choice(results: list[Any], labels: frozenset[str], regions: set[str]) -> tu
         else:
             notes.append(f"the choice {name!r} is not about a defect and is left out")
     return defect_type(chosen), tuple(notes)
-
-
-# -------------------------------------------------------------------------------------------------------------- shapes
 
 
 def _shape(region: _Region) -> Shape:
@@ -441,12 +338,14 @@ def _shape(region: _Region) -> Shape:
     if "rle" in value:
         if not region.size:
             raise ValueError("a brush mask without original_width and original_height cannot be read")
-        return _brush(name, value["rle"], width, height)
+        check_mask_size(width, height)
+        opacity = _unpacked(value["rle"], width * height * 4).reshape(height, width, 4)[..., 3]
+        # A pixel belongs to the mask where its opacity is more than half of the largest.
+        return bitmap(name, opacity > opacity.max() / 2, 0, 0, region.size)
     if rotation and not region.size:
         raise ValueError("a turned region without original_width and original_height cannot be read")
     if "points" in value:
-        outline = polygon([_point(one, scale) for one in member(value, "points", list)])
-        return Shape(name, enclosing(outline), (outline,), cut=True)
+        return outlined(name, [_point(one, scale) for one in member(value, "points", list)], cut=True)
     if "vertices" in value or "imageDataURL" in value:
         raise ValueError(
             "a region of this kind is not read; draw a rectangle, polygon, ellipse or brush mask in its place"
@@ -465,13 +364,6 @@ def _shape(region: _Region) -> Shape:
 def _point(value: object, scale: Point) -> Point:
     x, y = point(value)
     return x * scale[0], y * scale[1]
-
-
-def _brush(name: str, packed: object, width: int, height: int) -> Shape:
-    """A mask that was painted: a pixel belongs to it where its opacity is more than half of the mask's largest."""
-    check_mask_size(width, height)
-    opacity = _unpacked(packed, width * height * 4).reshape(height, width, 4)[..., 3]
-    return bitmap(name, opacity > opacity.max() / 2, 0, 0, (width, height))
 
 
 def _unpacked(packed: object, length: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import contextlib
 import io
 import itertools
@@ -18,36 +17,18 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from adfm.data.manifest import MANIFEST
-from adfm.data.readers.annotations import (
-    POINT,
-    NoImage,
-    Shape,
-    enclosing,
-    folder_names,
-    holds,
-    labelled,
-    listing,
-    member,
-    mentions,
-    nfc,
-    parsed,
-    point,
-    problem,
-    same_names,
-    sample,
-    split_of,
-    walk,
-)
-from adfm.data.readers.files import IMAGES, images, refuse, relative
+from adfm.data.readers.annotations import Shape, enclosing, nfc, outlined, same_names, sample
+from adfm.data.readers.files import IMAGES, DataSet, NoImage, folder_names, holds, images, listing, split_of, walk
 from adfm.data.readers.lookup import Images
-from adfm.data.readers.shapes import Point, bitmap, check_mask_size, corners, ellipse, join, line
+from adfm.data.readers.shapes import Point, bitmap, check_mask_size, corners, ellipse, join, line, png
+from adfm.data.readers.textfiles import member, mentions, optional, parsed, pixel_size, point
 from adfm.data.readers.verdicts import class_name, defect_type, is_verdict
 from adfm.records import Sample
 
+FORM = "*.jpg, *.json with shapes and imagePath"
 _NO_DEFECT = ("__ignore__", "_background_")  # of LabelMe's own examples
 _PROGRESS = frozenset(("checked", "verified", "reviewed", "approved", "confirmed", "done", "finished", "completed"))
 # The types of shapes, with their smallest and largest number of points; rotation and quadrilateral are X-AnyLabeling's.
@@ -75,7 +56,7 @@ def matches(raw: Path) -> bool:
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yields the images with a JSON file, then those without one, which are normal, as are those without a shape.
+    """Yield the images with a JSON file, then those without one, which are normal, as are those without a shape.
 
     Rectangles are boxes; polygons, oriented rectangles, circles and masks are masks as well. The box of a line is at
     least one pixel wide and high. Shapes of one label and one `group_id` are one defect. What reaches out of the image
@@ -90,124 +71,80 @@ def read(raw: Path) -> Iterator[Sample]:
 
     The paths of all annotated images are in memory.
 
-    Args:
-        raw: The raw data set; its name is the name of the data set and of the category.
-
     Raises:
-        AdfmError: Everything that is wrong in the JSON files, images that are missing, and a data set without any JSON
-            file: in one error, after the last sample.
+        BadData: Anything is wrong in the JSON files, an image is missing, or there is no JSON file.
     """
-    problems: list[str] = []
+    data = DataSet(raw, "labelme")
     pictures = Images(raw)
-    annotated: dict[str, str] = {}
     for folder in walk(raw):
         jsons = listing(folder, ".json")
         stems = {nfc(file.stem) for file in jsons}
         for file in jsons:
-            if file == raw / MANIFEST:
-                continue
-            where = relative(raw, file)
-            try:
-                content = parsed(file)
-                if _is_foreign(content) and not pictures.of_stem(file.stem, folder):
-                    continue
-                shapes = member(content, "shapes", list)
-                size = _size(content)
-                image, source, notes = _image(raw, file, content, pictures, stems)
-                if source in annotated:
-                    raise ValueError(
-                        f"its image {source} belongs to {annotated[source]} as well; keep one of the two files"
-                    )
-            except ValueError as error:
-                problems.append(problem(where, error))
-                continue
-            annotated[source] = where
-            drawn = _drawn(where, shapes, size, problems, notes)
-            split = split_of(*folder_names(raw, image))
-            if flag := _flagged(where, content, bool(drawn), problems, notes):
-                yield replace(labelled(raw, image, [flag], split, notes, size=size), source=source)
-                continue
-            defects = [each.shape for each in drawn]
-            if any(each.extent == "point" for each in drawn):
-                names = [shape.name for shape in defects]
-                one = labelled(raw, image, names, split, [*notes, POINT], size=size)
-            else:
-                one = sample(raw, image, defects, split, notes, size=size)
-            yield replace(one, source=source)
+            if file != raw / MANIFEST:
+                with data.at(file):
+                    if one := _sample(data, file, pictures, stems):
+                        yield one
     for folder in walk(raw):
         there = images(folder)
-        problems += same_names(raw, there)
+        data.problems += same_names(raw, there)
         for image in there:
-            if relative(raw, image) not in annotated:
-                yield sample(raw, image, [], split_of(*folder_names(raw, image)))
-    if not annotated and not problems:
-        problems.append("no LabelMe file: no JSON file with shapes")
-    refuse(raw, "labelme", problems)
+            if data.relative(image) not in data.listed:
+                yield sample(data, image, [], split_of(*folder_names(raw, image)))
+    data.finish(bool(data.listed), "no LabelMe file: no JSON file with shapes")
 
 
-def _is_foreign(content: object) -> bool:
-    """Whether what a JSON file holds cannot be LabelMe's, such as a list of classes or the settings of a tool."""
-    return not isinstance(content, dict) or not content.keys() & {"shapes", "imagePath", "imageData"}
-
-
-def _flagged(where: str, content: dict[str, Any], drawn: bool, problems: list[str], notes: list[str]) -> str | None:
-    """The defect that the flags of an image without shapes name; "" or `None` if they name none.
-
-    LabelMe's flags are for classes of whole images, but people note there as well that an image was checked.
-    """
-    flags = content.get("flags")
-    if not isinstance(flags, dict):
+def _sample(data: DataSet, file: Path, pictures: Images, stems: set[str]) -> Sample | None:
+    """The sample of a JSON file; `None` if it cannot be LabelMe's, such as a list of classes or a tool's settings."""
+    where, content = data.relative(file), parsed(file)
+    is_own = isinstance(content, dict) and content.keys() & {"shapes", "imagePath", "imageData"}
+    if not is_own and not pictures.of_stem(file.stem, file.parent):
         return None
+    shapes = member(content, "shapes", list)
+    size = pixel_size(content.get("imageWidth"), content.get("imageHeight"))
+    image, source, notes = _image(data, file, content, pictures, stems)
+    if other := data.listed.get(source):
+        raise ValueError(f"its image {source} belongs to {other} as well; keep one of the two files")
+    data.listed[source] = where
+    drawn = _drawn(data, where, shapes, size, notes)
+    split = data.split(image)
+    flag = None
+    with data.at(where):
+        flag = _flagged(content, bool(drawn))
+    points = [each.shape.name for each in drawn if each.extent == "point"]
+    defects = [each.shape for each in drawn if each.extent != "point"]
+    if flag:
+        notes.append("nothing is drawn on the image: its flag is taken for its label")
+    return replace(sample(data, image, defects, split, notes, points, flag, size=size), source=source)
+
+
+def _flagged(content: dict[str, Any], drawn: bool) -> str | None:
+    """The defect that the flags of an image without shapes name; "" or `None` if they name none."""
+    # LabelMe's flags are for classes of whole images, but people note there as well that an image was checked.
+    flags = optional(content, "flags", dict) or {}
     given = [flag for flag, value in flags.items() if value is True and flag.strip() not in _NO_DEFECT]
     given = [flag for flag in given if flag.strip().lower() not in _PROGRESS]
     if not given or (drawn and not all(map(is_verdict, given))):
         return None
-    try:
-        if not any(map(is_verdict, flags)):
-            raise ValueError(
-                f"nothing is drawn on the image, but its flag {given[0]!r} is set; if that is a defect, draw it or give"
-                " all files a flag 'ok' (true or false) beside it; if it says something else, remove it"
-            )
-        defect = defect_type(given)
-        if drawn and defect == "":
-            raise ValueError(f"its flag {given[0]!r} says that it is normal, but shapes are drawn on it; remove one")
-    except ValueError as error:
-        problems.append(f"{where}: {error}")
-        return None
-    if drawn:
-        return None
-    notes.append("nothing is drawn on the image: its flag is taken for its label")
-    return defect
-
-
-def _size(content: dict[str, Any]) -> tuple[int, int] | None:
-    """Width and height of the image, where the file states them."""
-    sides = []
-    for key in ("imageWidth", "imageHeight"):
-        value = content.get(key)
-        if value is None or value == -1:  # -1: X-AnyLabeling's "unknown"
-            return None
-        if not isinstance(value, int | float) or not (value == value // 1 and 0 < value < 1e9):
-            raise ValueError(f"{key!r} is not a number of pixels: {str(value)[:40]!r}")
-        sides.append(int(value))
-    return sides[0], sides[1]
+    if not any(map(is_verdict, flags)):
+        raise ValueError(
+            f"nothing is drawn on the image, but its flag {given[0]!r} is set; if that is a defect, draw it or give"
+            " all files a flag 'ok' (true or false) beside it; if it says something else, remove it"
+        )
+    defect = defect_type(given)
+    if drawn and defect == "":
+        raise ValueError(f"its flag {given[0]!r} says that it is normal, but shapes are drawn on it; remove one")
+    return None if drawn else defect
 
 
 def _image(
-    raw: Path, file: Path, content: dict[str, Any], pictures: Images, stems: set[str]
+    data: DataSet, file: Path, content: dict[str, Any], pictures: Images, stems: set[str]
 ) -> tuple[Path, str, list[str]]:
     """The image of a JSON file, its `source`, and notes.
 
-    LabelMe names a JSON file after its image, and finds it by that name; `imagePath` is not changed when both are
-    renamed. So the file's own name counts first, and an image that another JSON file is named after is that one's.
-
-    Args:
-        raw: The data set.
-        file: The JSON file.
-        content: What is in it.
-        pictures: The images of the data set.
-        stems: The names of the JSON files in its folder.
+    `stems` are the names of the JSON files in its folder.
     """
+    # LabelMe names a JSON file after its image, and finds it by that name; `imagePath` is not changed when both are
+    # renamed. So the file's own name counts first, and an image that another JSON file is named after is that one's.
     name = member(content, "imagePath", str)
     own = pictures.of_stem(file.stem, file.parent)
     image: Path | None = None
@@ -220,14 +157,14 @@ def _image(
         except NoImage as error:
             image, missing = next(iter(own), None), error
     if image and image not in own:
-        path = relative(raw, image)
+        path = data.relative(image)
         if nfc(image.stem) in stems - {nfc(file.stem)}:
             missing = ValueError(
                 f"imagePath leads to {path}, which {image.stem}.json is named after; correct imagePath"
             )
             image = next(iter(own), None)
         elif own:
-            other = relative(raw, own[0])
+            other = data.relative(own[0])
             raise ValueError(f"imagePath leads to {path}, and its own name to {other}; correct imagePath, or rename")
     if not image:
         if not content.get("imageData"):
@@ -235,7 +172,7 @@ def _image(
         _check_image(content["imageData"])
         suffix = PurePosixPath(name).suffix
         source = file.with_name(file.stem + (suffix if suffix.lower() in IMAGES else ".png"))
-        return file, relative(raw, source), []
+        return file, data.relative(source), []
     twins = [each.name for each in own if each.parent == image.parent]
     if image in own and len(twins) > 1:
         raise ValueError(f"may be the file of any of {', '.join(twins)}; remove all but one, or give them other names")
@@ -247,7 +184,7 @@ def _image(
                 f"imagePath is {name!r}, and the file's own name is that, garbled; unpack the archive again"
             )
         notes.append("imagePath names an image that is not the one with the file's own name; the latter counts")
-    return image, relative(raw, image), notes
+    return image, data.relative(image), notes
 
 
 def _is_garbled(name: str, intended: str) -> bool:
@@ -260,7 +197,7 @@ def _is_garbled(name: str, intended: str) -> bool:
 
 
 def _check_image(encoded: object) -> None:
-    """Raises `ValueError` if `imageData` is not an image."""
+    """Raise `ValueError` if `imageData` is not an image."""
     try:
         if not isinstance(encoded, str):
             raise ValueError("it is not a text")
@@ -271,23 +208,20 @@ def _check_image(encoded: object) -> None:
 
 
 def _drawn(
-    where: str, shapes: Sequence[object], size: tuple[int, int] | None, problems: list[str], notes: list[str]
+    data: DataSet, where: str, shapes: Sequence[object], size: tuple[int, int] | None, notes: list[str]
 ) -> list[_Drawn]:
     """The defects that are drawn: the shapes of one label and group are one."""
     defects: dict[object, list[_Drawn]] = defaultdict(list)
     for place, shape in enumerate(shapes, start=1):
-        try:
+        with data.at(f"{where}: shape {place}"):
             label = member(shape, "label", str).strip()
             if label in _NO_DEFECT:
                 notes.append(f"a shape labelled {label} is left out")
                 continue
-            group = shape.get("group_id") if isinstance(shape, dict) else None
+            group = optional(shape, "group_id", object)
             if group is not None and type(group) is not int:
                 raise ValueError(f"'group_id' is neither a whole number nor null: {str(group)[:40]!r}")
             drawn = _shape(class_name(label), shape, size)
-        except ValueError as error:
-            problems.append(f"{where}: shape {place}: {error}")
-        else:
             defects[place if group is None else (label, group)].append(drawn)
     return [_joined(pieces) for pieces in defects.values()]
 
@@ -308,7 +242,7 @@ def _joined(pieces: Sequence[_Drawn]) -> _Drawn:
 
 
 def _shape(name: str, drawn: object, size: tuple[int, int] | None) -> _Drawn:
-    kind = drawn.get("shape_type") if isinstance(drawn, dict) else None
+    kind = optional(drawn, "shape_type", object)
     points = [point(value) for value in member(drawn, "points", list)]
     count = len(points)
     if not isinstance(kind, str | None) or kind not in _LEAST:
@@ -330,34 +264,22 @@ def _shape(name: str, drawn: object, size: tuple[int, int] | None) -> _Drawn:
         return _Drawn(ellipse(name, points[0], (radius, radius)), "area")
     if any(min(side) == max(side) for side in zip(*points, strict=True)):  # a polygon without area
         return _Drawn(line(name, points, size), "line")
-    return _Drawn(Shape(name, enclosing(points), (tuple(points),), cut=True), "area")
+    return _Drawn(outlined(name, points, cut=True), "area")
 
 
 def _mask(name: str, points: list[Point], encoded: str, size: tuple[int, int] | None) -> Shape:
-    """A mask is a PNG of the part of the image between two corners, both of which belong to it.
-
-    Corners that are no whole numbers say where it begins; its own size says where it ends.
-    """
+    """A mask is a PNG of the part of the image between two corners, both of which belong to it."""
     if not size:
         raise ValueError("a mask needs the imageWidth and imageHeight of the file")
     width, height = size
     check_mask_size(width, height)
     (left, top), (right, bottom) = ((round(x), round(y)) for x, y in points)
     span = (right - left + 1, bottom - top + 1)
+    # Corners that are not whole numbers say where it begins; its own size says where it ends.
     exact = all(value.is_integer() for point in points for value in point)
-    try:
-        content = base64.b64decode(encoded, validate=True)
-    except binascii.Error as error:
-        raise ValueError("its mask cannot be read (it is not base64 text)") from error
-    try:
-        with Image.open(io.BytesIO(content), formats=["PNG"]) as file:
-            own = file.size
-            part = np.asarray(file) != 0 if own == span or not exact else np.empty(0)
-    except Exception as error:  # a damaged file makes Pillow raise nearly anything
-        raise ValueError(f"its mask cannot be read ({error})") from error
-    if own != span and exact:
-        raise ValueError(f"its mask is {own[0]}x{own[1]}, and its corners span {span[0]}x{span[1]}")
-    mask = np.asarray(part.reshape(*part.shape[:2], -1).any(axis=2))
+    mask = png(encoded)
+    if exact and mask.shape != span[::-1]:
+        raise ValueError(f"its mask is {mask.shape[1]}x{mask.shape[0]}, and its corners span {span[0]}x{span[1]}")
     if not mask.any():
         raise ValueError("its mask shows nothing")
     inside = mask[max(-top, 0) : max(height - top, 0), max(-left, 0) : max(width - left, 0)]

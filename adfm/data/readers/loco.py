@@ -15,39 +15,37 @@ from pathlib import Path
 from adfm.data.readers import files
 from adfm.records import SPLITS, Sample
 
+FORM = (
+    "<category>/validation/good/*.png, <category>/test/logical_anomalies/*.png,"
+    " <category>/ground_truth/logical_anomalies/<image>/*.png"
+)
+
 
 def matches(raw: Path) -> bool:
     """Whether there is a category in this layout, and one with masks: without any the labels are all there is."""
-    categories = [folder for folder in files.categories(raw, _is_category) if _is_category(folder)]
-    return any((folder / "ground_truth").is_dir() for folder in categories)
+    return files.has_category(raw, _is_category, "ground_truth")
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yields the samples, category by category, by name. `split` is the folder's; `defect` is the kind of anomaly.
+    """Yield the samples, category by category, by name. `split` is the folder's; `defect` is the kind of anomaly.
 
     A defect is what any of an image's masks marks, with whatever value: values number the defects. Folders are
     entered, and files ignored, as for MVTec AD.
 
-    Args:
-        raw: The raw data set; its name is the name of the data set.
-
     Raises:
-        AdfmError: No image, an anomalous image without a mask, or images and masks without a place in the layout: all,
-            in one error, after the last sample.
+        BadData: An anomalous image has no mask, or images and masks have no place in the layout.
     """
-    parts = ((folder, _category(raw, folder)) for folder in files.categories(raw, _is_category))
-    return files.checked(raw, "loco", parts, [], files.ADD_MASK)
+    return files.DataSet(raw, "loco").by_category(_is_category, _category, files.ADD_MASK)
 
 
-def _category(raw: Path, folder: Path) -> Iterator[Sample]:
-    dataset, category = files.dataset_name(raw), folder.resolve().name
+def _category(data: files.DataSet, folder: Path) -> Iterator[Sample]:
     for split in SPLITS:
         for kind in files.folders(folder / split):
             defect = None if kind.name == "good" else kind.name
             for image in files.images(kind):
                 truth = folder / "ground_truth" / kind.name / image.stem
                 masks = files.images(truth) or [truth / "000.png"]
-                yield files.sample(raw, dataset, category, image, defect, masks, split)
+                yield data.sample(folder.resolve().name, image, defect, masks, split)
 
 
 def _is_category(folder: Path) -> bool:

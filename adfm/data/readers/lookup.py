@@ -12,8 +12,8 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 from adfm.data.readers import files
-from adfm.data.readers.annotations import SPLIT_NAMES, NoImage, folder_names, nfc, partners, split_of, walk
-from adfm.data.readers.files import folders
+from adfm.data.readers.annotations import nfc, partners
+from adfm.data.readers.files import SPLIT_NAMES, NoImage, folder_names, folders, split_of, walk
 from adfm.records import Split
 
 _IMAGES = frozenset(
@@ -38,29 +38,23 @@ class Images:
     and lower case of the extension, are the same, unless one is exactly right.
 
     The names of the files in folders that were looked into are in memory.
-
-    Args:
-        raw: The data set.
     """
 
     def __init__(self, raw: Path) -> None:
         self._raw = raw
-        self._names: dict[Path, frozenset[str]] = {}
-        self._alike: dict[Path, dict[str, list[str]]] = {}
-        self._stems: dict[Path, dict[str, list[str]]] = {}
-        self._folders: dict[tuple[Path, tuple[str, ...]], Path | None] = {}
-        self._children: dict[Path, list[Path]] = {}
-        self._parents: dict[Path, list[Path]] = {}
-        self._groups: dict[tuple[Path, str], list[list[Path]]] = {}
+        # Data sets have many annotation files a folder: what they ask of a folder is looked up once.
+        self._inside = functools.cache(folders)
+        self._above = functools.cache(self._folders_above)
+        self._folder = functools.cache(self._find_folder)
+        self._files = functools.cache(_file_names)
+        self._alike = functools.cache(lambda folder: _grouped(self._files(folder), _alike))
+        self._by_stem = functools.cache(self._images_by_stem)
+        self._own = functools.cache(self._own_folders)
 
     def locate(self, name: str, folder: Path, stem: str = "") -> Path:
-        """The image that an annotation file means by a name.
+        """The image that an annotation file in a folder means by a name: a path of any system, or a URL.
 
-        Args:
-            name: A path, absolute or relative, with `/` or backslashes, or a URL.
-            folder: The folder of the annotation file.
-            stem: The name of the annotation file without its extension, where it says which images the file is of, as
-                `instances_train` does.
+        `stem` is the name of the file without its extension, where that says which images it is of: `instances_train`.
 
         Raises:
             NoImage: The data set does not have this image.
@@ -119,53 +113,30 @@ class Images:
         """The file of a name in a folder."""
         if last in self._files(folder):
             return folder / last
-        if folder not in self._alike:
-            self._alike[folder] = _grouped(self._files(folder), _alike)
-        alike = self._alike[folder].get(_alike(last), [])
+        alike = self._alike(folder).get(_alike(last), [])
         if len(alike) > 1:
             raise ValueError(
                 f"the image {name!r} may be any of {', '.join(sorted(alike))}; write it as its file is named"
             )
         return folder / alike[0] if alike else None
 
-    def _files(self, folder: Path) -> frozenset[str]:
-        if folder not in self._names:
-            with os.scandir(folder) as entries:
-                self._names[folder] = frozenset(entry.name for entry in entries if entry.is_file())
-        return self._names[folder]
+    def _images_by_stem(self, folder: Path) -> dict[str, list[str]]:
+        suffixes = [(name, PurePosixPath(name).suffix.lower()) for name in sorted(self._files(folder))]
+        images = (name for name, suffix in suffixes if suffix in files.IMAGES and not name.startswith("."))
+        return _grouped(images, lambda name: nfc(PurePosixPath(name).stem))
 
-    def _by_stem(self, folder: Path) -> dict[str, list[str]]:
-        """The images of a folder."""
-        if folder not in self._stems:
-            suffixes = [(name, PurePosixPath(name).suffix.lower()) for name in sorted(self._files(folder))]
-            images = (name for name, suffix in suffixes if suffix in files.IMAGES and not name.startswith("."))
-            self._stems[folder] = _grouped(images, lambda name: nfc(PurePosixPath(name).stem))
-        return self._stems[folder]
-
-    def _folder(self, base: Path, parts: tuple[str, ...]) -> Path | None:
+    def _find_folder(self, base: Path, parts: tuple[str, ...]) -> Path | None:
         """The folder that a path leads to from another."""
-        if not parts:
-            return base
-        if (base, parts) not in self._folders:
-            folder = base.joinpath(*parts)
-            if os.path.isdir(folder):  # noqa: PTH112 - unlike is_dir, false for a name that no folder can have
-                self._folders[base, parts] = folder
-            else:
-                above = self._folder(base, parts[:-1])
-                alike = [each for each in self._inside(above) if nfc(each.name) == nfc(parts[-1])] if above else []
-                self._folders[base, parts] = alike[0] if len(alike) == 1 else None
-        return self._folders[base, parts]
+        folder = base.joinpath(*parts)
+        if not parts or os.path.isdir(folder):  # noqa: PTH112 - unlike is_dir, false for a name that no folder can have
+            return folder
+        above = self._folder(base, parts[:-1])
+        alike = [each for each in self._inside(above) if nfc(each.name) == nfc(parts[-1])] if above else []
+        return alike[0] if len(alike) == 1 else None
 
-    def _inside(self, folder: Path) -> list[Path]:
-        if folder not in self._children:
-            self._children[folder] = folders(folder)
-        return self._children[folder]
-
-    def _above(self, folder: Path) -> list[Path]:
+    def _folders_above(self, folder: Path) -> list[Path]:
         """A folder and those that it is in, up to the data set."""
-        if folder not in self._parents:
-            self._parents[folder] = [each for each in (folder, *folder.parents) if each.is_relative_to(self._raw)]
-        return self._parents[folder]
+        return [each for each in (folder, *folder.parents) if each.is_relative_to(self._raw)]
 
     def _is_general(self, part: str) -> bool:
         """Whether the name of a folder does not say which images are in it, other than of which split they are."""
@@ -175,47 +146,48 @@ class Images:
         """Whether a folder is that of another split."""
         return split is not None and split_of(*folder_names(self._raw, folder / "image")) not in (None, split)
 
-    def _own(self, folder: Path, stem: str) -> list[list[Path]]:
+    def _own_folders(self, folder: Path, stem: str) -> list[list[Path]]:
         """The folders that the images of an annotation file may be in, the nearest group first.
 
         These are: the one that it is in; then those of its name, else of its split, else those for images and the only
         one that has any. The last group does not count for a name with a folder.
         """
-        if (folder, stem) not in self._groups:
-            raw = self._raw
-            split = split_of(stem, *folder_names(raw, folder / "image"))
-            annotations = [place for place in self._above(folder)[:-1] if place.name.lower() in _ANNOTATIONS][:1]
-            bases = [folder, *(place.parent for place in annotations)]
-            if folder != raw and (annotations or not self._by_stem(folder)):
-                bases.insert(1, folder.parent)
-            general = [inside for base in bases for inside in self._inside(base) if inside.name.lower() in _IMAGES]
-            inside = [each for base in (*bases, *general) for each in self._inside(base)]
-            own = self._with_images(each for each in inside if _mentions(f"{stem} {folder.name}", each.name))
-            own = own or self._with_images(each for each in inside if split and split_of(each.name) == split)
-            if annotations:
-                general += [place for place in partners(raw, folder, _ANNOTATIONS, _IMAGES) if place.is_dir()]
-            groups = [own, []] if own else [general, self._only]
-            self._groups[folder, stem] = [
-                [folder],
-                *(
-                    [place for place in dict.fromkeys(group) if place != folder and not self._contradicts(place, split)]
-                    for group in groups
-                ),
-            ]
-        return self._groups[folder, stem]
+        raw = self._raw
+        split = split_of(stem, *folder_names(raw, folder / "image"))
+        annotations = [place for place in self._above(folder)[:-1] if place.name.lower() in _ANNOTATIONS][:1]
+        bases = [folder, *(place.parent for place in annotations)]
+        if folder != raw and (annotations or not self._by_stem(folder)):
+            bases.insert(1, folder.parent)
+        general = [inside for base in bases for inside in self._inside(base) if inside.name.lower() in _IMAGES]
+        inside = [each for base in (*bases, *general) for each in self._inside(base)]
+        own = self._with_images(each for each in inside if _mentions(f"{stem} {folder.name}", each.name))
+        own = own or self._with_images(each for each in inside if split and split_of(each.name) == split)
+        if annotations:
+            general += [place for place in partners(raw, folder, _ANNOTATIONS, _IMAGES) if place.is_dir()]
+        near, last = (own, []) if own else (general, self._only)
+        near, last = (
+            [place for place in dict.fromkeys(group) if place != folder and not self._contradicts(place, split)]
+            for group in (near, last)
+        )
+        return [[folder], near, last]
 
     def _with_images(self, places: Iterable[Path]) -> list[Path]:
         """Those of some folders that have images somewhere in them, each with its folders for images."""
-        both = [
-            each for place in places for each in (place, *(i for i in self._inside(place) if i.name.lower() in _IMAGES))
-        ]
-        return [place for place in dict.fromkeys(both) if any(map(self._by_stem, walk(place)))]
+        both: dict[Path, None] = {}
+        for place in places:
+            both |= dict.fromkeys((place, *(each for each in self._inside(place) if each.name.lower() in _IMAGES)))
+        return [place for place in both if any(map(self._by_stem, walk(place)))]
 
     @functools.cached_property
     def _only(self) -> list[Path]:
         """The folder that has all images of the data set, if one has."""
         some = list(itertools.islice((folder for folder in walk(self._raw) if self._by_stem(folder)), 2))
         return some if len(some) == 1 else []
+
+
+def _file_names(folder: Path) -> frozenset[str]:
+    with os.scandir(folder) as entries:
+        return frozenset(entry.name for entry in entries if entry.is_file())
 
 
 def _readings(name: str) -> list[str]:

@@ -10,13 +10,16 @@ VisA/<category>/test/<good or bad>/000.JPG          (and likewise MVTec-AD, MVTe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pydantic import BaseModel, TypeAdapter
 
 from adfm.data.readers import files
+from adfm.data.readers.files import DataSet
 from adfm.records import Sample
+
+FORM = "mmad.json, <data set>/<category>/.../<good or defect>/*"
 
 
 class _Image(BaseModel):
@@ -32,49 +35,43 @@ def matches(raw: Path) -> bool:
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yields the samples that `mmad.json` names, by path. `split` is `test` throughout: MMAD is there to evaluate.
+    """Yield the samples that `mmad.json` names, by path. `split` is `test` throughout: MMAD is there to evaluate.
 
     `split.redivide: true` divides it all the same: the published run of AD-FM trained on a fifth, not published which.
     Copies of one picture stay in one split while `split.near_duplicates` is true.
 
     A path says it all: `dataset` is its first folder, `category` its second, and the folder of the image is `good` or
-    the `defect`. (MMAD itself has 22 metal nuts in a folder of pills; here they are what their path says.) A mask's
+    the `defect`. A mask's
     path begins at the category, or at any other folder of its image's path. A mask in a folder of its image's name, as
     LOCO has them, stands for all that lie there. Other images, such as templates, are left out.
 
     The images are those of the data sets above, so do not evaluate on MMAD what was trained on the tests of those.
 
-    Args:
-        raw: The raw data set.
-
     Raises:
-        AdfmError: No or no such JSON, images and masks that it names and that do not exist, an anomalous image without
-            a mask: all in one error, after the last sample.
+        BadData: `mmad.json` is missing or bad, names what does not exist, or gives an anomalous image no mask.
     """
-    problems: list[str] = []
+    data = DataSet(raw, "mmad")
     root = _root(raw)
-    samples = _samples(raw, root, problems) if root else ()
-    return files.checked(raw, "mmad", [(None, samples)], problems)
+    return data.checked([(None, _samples(data, root) if root else ())])
 
 
-def _samples(raw: Path, root: Path, problems: list[str]) -> Iterator[Sample]:
-    content = files.parse(raw, root / "mmad.json", _FORM, problems) or {}
-    for path, entry in sorted(content.items()):
-        image = files.listed_path([root], path)
-        parts = image.relative_to(root).parts if image else ()
-        if image is None or len(parts) < 4:
-            problems.append(f"mmad.json: {path!r} is not a path of a data set, category, good or defect, and image")
-            continue
-        kind = image.parent.name
-        masks: tuple[Path, ...] = ()
-        if kind != "good" and entry.mask_path:
-            above = [folder for folder in image.parents if folder.is_relative_to(root)]
-            mask = files.listed_path([root / parts[0] / parts[1], *above], entry.mask_path)
-            if mask is None:
-                problems.append(f"mmad.json: {entry.mask_path!r}, the mask of {path}, is not a path in the data set")
-                continue
-            masks = tuple(files.images(mask.parent)) if mask.parent.name == image.stem else (mask,)
-        yield files.sample(raw, parts[0], parts[1], image, None if kind == "good" else kind, masks, "test")
+def _samples(data: DataSet, root: Path) -> Iterator[Sample]:
+    for path, entry in sorted((data.parse(root / "mmad.json", _FORM) or {}).items()):
+        with data.at("mmad.json"):
+            image = files.listed_path([root], path)
+            parts = image.relative_to(root).parts if image else ()
+            if image is None or len(parts) < 4:
+                raise ValueError(f"{path!r} is not a path of a data set, category, good or defect, and image")
+            defect = None if image.parent.name == "good" else image.parent.name
+            masks: Iterable[Path] = ()
+            if defect and entry.mask_path:
+                above = [folder for folder in image.parents if folder.is_relative_to(root)]
+                mask = files.listed_path([root / parts[0] / parts[1], *above], entry.mask_path)
+                if mask is None:
+                    raise ValueError(f"{entry.mask_path!r}, the mask of {path}, is not a path in the data set")
+                masks = files.images(mask.parent) if mask.parent.name == image.stem else (mask,)
+            # MMAD itself has 22 metal nuts in a folder of pills; here they are what their path says.
+            yield data.sample(parts[1], image, defect, masks, "test", dataset=parts[0])
 
 
 def _root(raw: Path) -> Path | None:

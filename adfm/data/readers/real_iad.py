@@ -18,7 +18,10 @@ from pathlib import Path
 from pydantic import BaseModel, TypeAdapter
 
 from adfm.data.readers import files
+from adfm.data.readers.files import DataSet
 from adfm.records import Sample
+
+FORM = "<category>/OK/<part>/*.jpg, <category>/NG/<defect>/<part>/*.jpg, <category>.json"
 
 
 class _Meta(BaseModel):
@@ -47,7 +50,7 @@ def matches(raw: Path) -> bool:
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yields the samples, category by category, in the order of its JSON file. `split` is the list that has the image.
+    """Yield the samples, category by category, in the order of its JSON file. `split` is the list that has the image.
 
     The JSON file is the authority: images that it does not name are left out (that of a single view names a fifth of
     them). `defect` is its `anomaly_class`. A view of a defective part that has no mask does not show the defect: it is
@@ -56,56 +59,43 @@ def read(raw: Path) -> Iterator[Sample]:
     The categories may lie in a folder of their own (`realiad_1024`) beside those of the JSON files. Of several JSON
     files for a category the one in the fewest folders counts, and then the one in a folder called `realiad_jsons`.
 
-    Args:
-        raw: The raw data set; its name is the name of the data set.
-
     Raises:
-        AdfmError: No image, a category without a JSON file or with several that differ, a file that is not such JSON,
-            or that names images and masks that do not exist: all in one error, after the last sample.
+        BadData: A category has no JSON file or several that differ, or one is bad or names what is not there.
     """
-    problems: list[str] = []
+    data = DataSet(raw, "real-iad")
     top = files.root(raw, lambda folder: bool(_places(folder))) or raw
     places = _places(top)
     if len(places) > 1:
-        names = ", ".join(files.relative(raw, place) for place in places)
-        problems.append(f"the images are there more than once, keep one: {names}")
-    parts = ((None, _category(raw, top, folder, problems)) for place in places[:1] for folder in _folders(place))
-    return files.checked(raw, "real-iad", parts, problems)
+        names = ", ".join(map(data.relative, places))
+        data.problems.append(f"the images are there more than once, keep one: {names}")
+    return data.checked((None, _category(data, top, folder)) for place in places[:1] for folder in _folders(place))
 
 
-def _category(raw: Path, top: Path, folder: Path, problems: list[str]) -> Iterator[Sample]:
+def _category(data: DataSet, top: Path, folder: Path) -> Iterator[Sample]:
     jsons = _jsons(top, folder)
     if len({file.read_bytes() for file in jsons}) > 1:
         jsons = [file for file in jsons if file.parent.name == "realiad_jsons"] or jsons
     if len({file.read_bytes() for file in jsons}) != 1:
-        which = ", ".join(files.relative(raw, file) for file in jsons)
+        which = ", ".join(map(data.relative, jsons))
         what = f"has several JSON files that differ, keep one: {which}" if jsons else f"has no {folder.name}.json"
-        problems.append(f"{files.relative(raw, folder)}: {what}")
+        data.add(folder, what)
         return
-    content = files.parse(raw, jsons[0], _FORM, problems)
+    content = data.parse(jsons[0], _FORM)
     if content is None:
         return
-    dataset, bases = files.dataset_name(raw), (folder, folder.parent)
-    for split, listed in (("train", content.train), ("test", content.test)):
-        for entry in listed:
+    bases = (folder, folder.parent)
+    for split, entries in (("train", content.train), ("test", content.test)):
+        for entry in entries:
             image = files.listed_path(bases, entry.image_path)
             mask = files.listed_path(bases, entry.mask_path) if entry.mask_path else None
             if image is None or (entry.mask_path and mask is None):
                 path = entry.image_path if image is None else entry.mask_path
-                problems.append(f"{files.relative(raw, jsons[0])}: {path!r} is not a path in the data set")
+                data.add(jsons[0], f"{path!r} is not a path in the data set")
                 continue
-            normal = entry.anomaly_class == content.meta.normal_class or mask is None
-            yield files.sample(
-                raw,
-                dataset,
-                folder.name,
-                image,
-                None if normal else entry.anomaly_class,
-                [mask] if mask else [],
-                split,
-                unmarked_is_normal=True,
-                group=files.relative(raw, image.parent),
-            )
+            # A view without a mask does not show the defect of its part.
+            defect = entry.anomaly_class if mask and entry.anomaly_class != content.meta.normal_class else None
+            masks, part = [mask] if mask else [], data.relative(image.parent)
+            yield data.sample(folder.name, image, defect, masks, split, unmarked_is_normal=True, group=part)
 
 
 def _places(folder: Path) -> list[Path]:

@@ -5,14 +5,17 @@ Angles are in degrees, clockwise as an image is seen.
 
 from __future__ import annotations
 
+import base64
+import binascii
+import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from adfm.data.readers.annotations import Shape, box, enclosing
+from adfm.data.readers.annotations import Shape, box, enclosing, outlined
 from adfm.records import Box, Polygon, Rle
 
 Point = tuple[float, float]
@@ -23,11 +26,7 @@ _CORNERS = 64  # of the polygon that stands for an ellipse
 def turned_box(name: str, before: Box, degrees: float, pivot: Point | None = None) -> Shape:
     """A turned box: the box round it, cut off at the edge of the image, and its outline.
 
-    Args:
-        name: The class.
-        before: The box before the turn.
-        degrees: How far it is turned.
-        pivot: The point that it is turned about; its center if `None`.
+    It is turned about its center, unless another pivot is given.
 
     Raises:
         ValueError: It has no area, or a number is not finite.
@@ -38,8 +37,7 @@ def turned_box(name: str, before: Box, degrees: float, pivot: Point | None = Non
     if x2 <= x1 or y2 <= y1:
         raise ValueError(f"the turned box of {x2 - x1:g}x{y2 - y1:g} has no area")
     x, y = pivot or ((x1 + x2) / 2, (y1 + y2) / 2)
-    outline = _turned((x, y), [(corner[0] - x, corner[1] - y) for corner in corners(before)], degrees)
-    return Shape(name, enclosing(outline), (outline,), cut=True)
+    return outlined(name, _turned((x, y), [(left - x, top - y) for left, top in corners(before)], degrees), cut=True)
 
 
 def ellipse(name: str, center: Point, radii: Point, degrees: float = 0) -> Shape:
@@ -61,10 +59,7 @@ def ellipse(name: str, center: Point, radii: Point, degrees: float = 0) -> Shape
 def line(name: str, points: Sequence[Point], size: tuple[int, int] | None = None) -> Shape:
     """A line or a point: the box round it, at least one pixel wide and high, cut off at the edge of the image.
 
-    Args:
-        name: The class.
-        points: One or more.
-        size: Width and height of the image, if known: the pixel lies within it.
+    Where the width and height of the image are known, that pixel lies within it.
     """
     sides = []
     for values, length in zip(zip(*points, strict=True), size or (math.inf, math.inf), strict=True):
@@ -81,12 +76,7 @@ def line(name: str, points: Sequence[Point], size: tuple[int, int] | None = None
 def bitmap(name: str, part: NDArray[np.bool_], left: int, top: int, size: tuple[int, int] | None) -> Shape:
     """A bitmap that covers a part of the image: the box round its pixels, and its mask.
 
-    Args:
-        name: The class.
-        part: [height, width] of the part.
-        left: The column of the image that the part begins at.
-        top: The row.
-        size: Width and height of the image.
+    `part` is [height, width], and begins at the column `left` and the row `top` of an image of `size` (width, height).
 
     Raises:
         ValueError: It shows nothing, reaches out of the image, or the size of the image is not stated.
@@ -118,8 +108,29 @@ def pixels(rle: Rle) -> NDArray[np.bool_]:
     return np.repeat(runs, rle.counts).reshape(rle.width, rle.height).T
 
 
+def png(encoded: str, unpack: Callable[[bytes], bytes] = bytes) -> NDArray[np.bool_]:
+    """The pixels of a PNG in base64 that are not background, [height, width]: transparent if any is, else 0.
+
+    `unpack` makes a PNG of the bytes.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    try:
+        content = unpack(base64.b64decode(encoded, validate=True))
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as file:
+            check_mask_size(*file.size)
+            transparent = "transparency" in file.info or file.mode in ("LA", "RGBA")
+            values = np.asarray(file.convert("RGBA"))[..., 3] if transparent else np.asarray(file)
+    except binascii.Error as error:
+        raise ValueError("its mask cannot be read (it is not base64 text)") from error
+    except Exception as error:  # a damaged file makes Pillow raise nearly anything
+        raise ValueError(f"its mask cannot be read ({error})") from error
+    return np.asarray((values != 0).reshape(*values.shape[:2], -1).any(axis=2))
+
+
 def check_mask_size(width: int, height: int) -> None:
-    """Refuses a mask of more pixels than Pillow takes for an image.
+    """Refuse a mask of more pixels than Pillow takes for an image.
 
     Raises:
         ValueError: It is too large, or has no pixel.
@@ -129,11 +140,7 @@ def check_mask_size(width: int, height: int) -> None:
 
 
 def group(shapes: Iterable[tuple[str | None, Shape]]) -> list[Shape]:
-    """Joins the shapes that have the same group and class.
-
-    Args:
-        shapes: In the order of drawing, each with its group; `None` is not a group.
-    """
+    """Join the shapes, given in the order of drawing, that have the same group and class; `None` is not a group."""
     groups: dict[object, list[Shape]] = {}
     for place, (key, shape) in enumerate(shapes):
         groups.setdefault(place if key is None else (key, shape.name), []).append(shape)
@@ -141,7 +148,7 @@ def group(shapes: Iterable[tuple[str | None, Shape]]) -> list[Shape]:
 
 
 def join(pieces: Sequence[Shape]) -> Shape:
-    """Joins shapes of one class. If any has an outline or a mask, the boxes of those without become outlines."""
+    """Join shapes of one class. If any has an outline or a mask, the boxes of those without become outlines."""
     if len(pieces) == 1:
         return pieces[0]
     name, boxes, cut = pieces[0].name, [piece.box for piece in pieces], any(piece.cut for piece in pieces)

@@ -14,30 +14,20 @@ import difflib
 import io
 import re
 import unicodedata
-from collections.abc import Container, Iterator, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from adfm.data.problems import MissingImage, Unlisted
+from adfm.data.problems import Unlisted
 from adfm.data.readers import verdicts
-from adfm.data.readers.annotations import (
-    Shape,
-    box,
-    bracketed,
-    encoding_of,
-    folder_names,
-    holds,
-    listing,
-    sample,
-    split_of,
-    text,
-    walk,
-    within,
-)
-from adfm.data.readers.files import IMAGES, images, refuse, relative, root
+from adfm.data.readers.annotations import Shape, box, bracketed, sample, within
+from adfm.data.readers.files import IMAGES, DataSet, NoImage, folder_names, holds, images, listing, root, split_of, walk
+from adfm.data.readers.textfiles import decimal, encoding_of, pixel_size, text
 from adfm.data.readers.verdicts import class_name
 from adfm.records import Box, Label, Sample, Split
 
+FORM = "*.jpg, *.csv with the columns image, label, defect, x1, y1, x2, y2 or filename, class, xmin, ymin, xmax, ymax"
 _SIDES = ("x1", "y1", "x2", "y2")
 _COLUMNS = ("image", "label", "defect", *_SIDES, "category", "split", "mask")
 # What other tools call the columns. The first of a row that is there counts.
@@ -65,7 +55,7 @@ MAY_BE_BOXES = frozenset(
 )
 # fmt: on
 _NOTHING = ("", "-", "none")
-_YES_OR_NO = {"true": "1", "yes": "1", "y": "1", "false": "0", "no": "0", "n": "0"}
+_YES_OR_NO = {"true": "1", "yes": "1", "y": "1", "false": "0", "no": "0", "n": "0"}  # to `is_anomaly` and alike
 # Tables of other layouts: of VisA, and of Hugging Face's imagefolder.
 _OTHERS = frozenset(("image_anno.csv", "1cls.csv", "2cls_fewshot.csv", "2cls_highshot.csv", "metadata.csv"))
 
@@ -74,19 +64,12 @@ _UNCERTAIN = "its label is uncertain: the probability of a defect is neither 0 n
 
 @dataclass(frozen=True, slots=True)
 class _Header:
-    """The first line of a table.
+    """The first line of a table."""
 
-    Args:
-        names: What it calls its columns, in lower case.
-        columns: The place of each column that is known, by its name in `_NAMES`.
-        further: The places of those that are not, by their names.
-        line: The line that has it; 0: the table has none.
-    """
-
-    names: tuple[str, ...]
-    columns: dict[str, int]
-    further: dict[str, int]
-    line: int
+    names: tuple[str, ...]  # of its columns, in lower case
+    columns: dict[str, int]  # the place of each column that is known, by its name in `_NAMES`
+    further: dict[str, int]  # the places of those that are not, by their names
+    line: int  # 0: the table has none
 
     def name(self, column: str) -> str:
         """What the table calls a column."""
@@ -118,7 +101,7 @@ def matches(raw: Path) -> bool:
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yields the images of the tables, in their order.
+    """Yield the images of the tables, in their order.
 
     Columns, in any order: `image` (path, from the table's folder or from images/ in it or beside it) and `label`; for
     defects `defect` (its name; "defect" if there is none), and either `x1`, `y1`, `x2`, `y2` (pixels, half-open) or
@@ -131,38 +114,34 @@ def read(raw: Path) -> Iterator[Sample]:
 
     The tables are in memory.
 
-    Args:
-        raw: The raw data set; its name is the name of the data set.
-
     Raises:
-        AdfmError: Everything that is wrong in the tables, images that are missing, and images that are in no row.
+        BadData: Anything is wrong in the tables, or images are missing, or in no row.
     """
-    problems: list[str] = []
-    tables = _all_tables(raw)
+    data = DataSet(raw, "csv")
+    base = root(raw, lambda folder: any(map(_tables, walk(folder, 2))))
+    tables = [table for folder in walk(base, 2) for table in _tables(folder)] if base else list(listing(raw, ".csv"))
     rows_of: dict[Path, list[_Row]] = {}
-    image_columns = {table: _add_rows(raw, table, rows_of, problems) for table in tables}
-    if not tables:
-        problems.append("a CSV file is needed with at least the columns image and label; there is none")
+    image_columns = {table: _add_rows(data, table, rows_of) for table in tables}
     masks = {row.mask for rows in rows_of.values() for row in rows if row.mask}
     if all(image_columns.values()):  # rows that cannot be read may name any image
-        problems += _unlisted(raw, rows_of.keys() | masks, image_columns)
+        data.problems += _unlisted(data, rows_of.keys() | masks, image_columns)
     for image, rows in rows_of.items():
         if rows:
-            yield _sample(raw, image, rows)
-    refuse(raw, "csv", problems)
+            yield _sample(data, image, rows)
+    data.finish(bool(tables), "a CSV file is needed with at least the columns image and label; there is none")
 
 
-def _sample(raw: Path, image: Path, rows: list[_Row]) -> Sample:
+def _sample(data: DataSet, image: Path, rows: list[_Row]) -> Sample:
     first = rows[0]
     notes = [note for row in rows for note in row.notes]
     unique = list({(row.defect, row.box, row.mask): row for row in reversed(rows)}.values())[::-1]
     if len(unique) < len(rows):
         notes.append("a row of the table is repeated; it counts once")
     read = sample(
-        raw,
+        data,
         image,
         [Shape(row.defect, row.box) for row in unique if row.box],
-        first.split or split_of(*folder_names(raw, image), first.table.stem),
+        first.split or split_of(*folder_names(data.raw, image), first.table.stem),
         notes,
         size=first.size,
         located=first.label == "normal" or bool(first.marking),
@@ -177,28 +156,18 @@ def _sample(raw: Path, image: Path, rows: list[_Row]) -> Sample:
     )
 
 
-def _unlisted(raw: Path, known: Container[Path], tables: dict[Path, str]) -> Iterator[str]:
+def _unlisted(data: DataSet, known: Container[Path], tables: dict[Path, str]) -> Iterator[str]:
     """One problem for each image that is in no row, which names the nearest table above it, else the first."""
-    for folder in walk(raw) if tables else []:
+    for folder in walk(data.raw) if tables else []:
         above = [table for table in tables if folder.is_relative_to(table.parent)]
         table = max(above, key=lambda table: len(table.parts), default=next(iter(tables)))
-        where = relative(raw, table)
+        where = data.relative(table)
         for image in images(folder):
             if image not in known:
                 yield Unlisted(
-                    f"{relative(raw, image)}: is in no row of {where}, in its column {tables[table]!r};"
+                    f"{data.relative(image)}: is in no row of {where}, in its column {tables[table]!r};"
                     " add a row (for a normal image its name and `normal`, the other cells empty), or remove the image"
                 )
-
-
-# ----------------------------------------------------------------------------------------------------------- tables
-
-
-def _all_tables(raw: Path) -> Sequence[Path]:
-    base = root(raw, lambda folder: any(map(_tables, walk(folder, 2))))
-    if base:
-        return [table for folder in walk(base, 2) for table in _tables(folder)]
-    return listing(raw, ".csv")
 
 
 def _tables(folder: Path) -> list[Path]:
@@ -210,12 +179,8 @@ def _is_table(file: Path) -> bool:
     try:
         with file.open("rb") as opened:
             start = opened.read(20_000)
-    except OSError:
-        return False
-    try:
-        first = next(_rows(start.decode(encoding_of(start), errors="replace")), (1, []))
-        header = _header(*first, strict=False)
-    except (ValueError, csv.Error):
+        header = _header(*next(_rows(start.decode(encoding_of(start), errors="replace")), (1, [])), strict=False)
+    except (OSError, ValueError, csv.Error):
         return False
     return "image" in header.columns and bool(header.columns.keys() & {"label", "defect", "probability"})
 
@@ -226,13 +191,11 @@ def _rows(content: str) -> Iterator[tuple[int, list[str]]]:
     first = lines[0] if lines else ""
     declared = re.fullmatch(r"sep=(.)", first.strip())  # a line that Excel reads and writes
     delimiter = declared[1] if declared else max(",;\t|", key=first.count)
-    file = io.StringIO(content, newline="")
+    file: Iterable[str] = io.StringIO(content, newline="")
     if delimiter not in first:
         delimiter = " "
-        stripped = (line.strip() + "\n" for line in file)
-        reader = csv.reader(stripped, delimiter=delimiter, skipinitialspace=True, strict=True)
-    else:
-        reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
+        file = (line.strip() + "\n" for line in file)
+    reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
     for cells in reader:
         cells = [cell.strip() for cell in cells]
         if any(cells) and not (declared and reader.line_num == 1):
@@ -240,23 +203,14 @@ def _rows(content: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _header(line: int, cells: list[str], strict: bool = True) -> _Header:
-    """What the columns are.
-
-    Args:
-        line: The line of the first row.
-        cells: Its cells.
-        strict: Whether what is missing is an error.
-    """
+    """What the columns are, by the first row; `strict`: what is missing is an error."""
     names = _nameless(cells)
     line = 0 if names else line
     names = names or [cell.lower() for cell in cells]
     while names and not names[-1]:
         names.pop()
-    columns = {
-        column: names.index(name)
-        for column, others in _NAMES.items()
-        if (name := next((other for other in others if other in names), None))
-    }
+    known = {column: next((name for name in others if name in names), "") for column, others in _NAMES.items()}
+    columns = {column: names.index(name) for column, name in known.items() if name}
     if columns.keys() & {"label", "defect"}:
         columns.pop("probability", None)
     further = {
@@ -284,99 +238,88 @@ def _nameless(cells: list[str]) -> list[str] | None:
 
 
 def _wrong(names: list[str], columns: dict[str, int], further: dict[str, int]) -> list[str]:
-    wrong = [
-        f"the column {name!r} is there {names.count(name)} times"
-        for name in dict.fromkeys(names)
-        if name and names.count(name) > 1
-    ]
+    counts = Counter(name for name in names if name)
+    wrong = [f"the column {name!r} is there {count} times" for name, count in counts.items() if count > 1]
     needed = ["image"] if "image" not in columns else []
     needed += [] if columns.keys() & {"label", "defect", "probability"} else ["label"]
     sides = _SIDES if columns.keys() & set(_SIDES) else ()
+    unused = [column for column in _COLUMNS if column not in columns and (needed or column not in ("image", "label"))]
     for name in further:
         # What looks like a name that is known, mistyped, would be left out in silence.
-        unused = [
-            column for column in _COLUMNS if column not in columns and (needed or column not in ("image", "label"))
-        ]
-        near = difflib.get_close_matches(name, unused, n=1, cutoff=0 if needed else 0.77)
-        if near:
-            wrong.append(f"there is no column {name!r}; the nearest is {near[0]!r}")
+        for near in difflib.get_close_matches(name, unused, n=1, cutoff=0 if needed else 0.77):
+            wrong.append(f"there is no column {name!r}; the nearest is {near!r}")
     if not sides and (drawn := sorted(MAY_BE_BOXES & further.keys())):
         wrong.append(f"{', '.join(map(repr, drawn))} may say where the defects are; write boxes as x1, y1, x2, y2")
     return wrong + [f"the column {column!r} is missing" for column in (*needed, *sides) if column not in columns]
 
 
-def _add_rows(raw: Path, table: Path, rows_of: dict[Path, list[_Row]], problems: list[str]) -> str:
-    """Adds the rows of a table to those of each image.
+def _add_rows(data: DataSet, table: Path, rows_of: dict[Path, list[_Row]]) -> str:
+    """Add the rows of a table to those of each image; return what it calls the column of the images.
 
-    Returns:
-        What it calls the column of the images; "" where it cannot be read to its end.
+    That is "" where the table cannot be read to its end.
     """
-    where = relative(raw, table)
+    where = data.relative(table)
     line, read, header = 0, False, None
-    bases = _bases(raw, table)
-    try:
-        for line, cells in _rows(text(table)):
-            if header is None:
-                header = _header(line, cells)
-                if header.line:
-                    continue
-            read = True
-            try:
-                cells = _of_length(cells, len(header.names))
-                name = cells[header.columns["image"]]
-                image = _file(raw, bases, name)
-                if not image:
-                    missing = f"there is no file {name!r} in {table.parent.resolve().name}"
-                    problems.append(MissingImage(f"{where}: line {line}: {missing}"))
-                    continue
-                rows = rows_of.setdefault(image, [])
-                row = _row(raw, table, line, header, cells)
-                _agree(raw, name, rows, row)
-                rows.append(row)
-            except ValueError as error:
-                problems.append(f"{where}: line {line}: {error}")
-    except csv.Error as error:
-        problems.append(f"{where}: line {line + 1}: is not CSV ({error})")
-        return ""
-    except ValueError as error:
-        problems.append(f"{where}: {error}")
-        return ""
-    if not read:
-        problems.append(f"{where}: has no rows")
-    return header.name("image") if header else "image"
+    bases = _bases(data.raw, table)
+    with data.at(where):
+        try:
+            for line, cells in _rows(text(table)):
+                if header is None:
+                    header = _header(line, cells)
+                    if header.line:
+                        continue
+                read = True
+                with data.at(f"{where}: line {line}"):
+                    length = len(header.names)
+                    if not any(cells[length:]):  # a spreadsheet adds empty cells at the end
+                        cells = cells[:length]
+                    if len(cells) != length:
+                        raise ValueError(f"has {len(cells)} cells, and the first line has {length}")
+                    name = cells[header.columns["image"]]
+                    image = _file(data, bases, name)
+                    if not image:
+                        raise NoImage(f"there is no file {name!r} in {table.parent.resolve().name}")
+                    rows = rows_of.setdefault(image, [])
+                    row = _row(data, table, line, header, cells)
+                    _agree(data, name, rows, row)
+                    rows.append(row)
+        except csv.Error as error:
+            raise ValueError(f"line {line + 1}: is not CSV ({error})") from error
+        if not read:
+            data.add(where, "has no rows")
+        return header.name("image") if header else "image"
+    return ""
 
 
-def _of_length(cells: list[str], length: int) -> list[str]:
-    """A row without the empty cells that a spreadsheet adds at its end."""
-    if len(cells) > length and not any(cells[length:]):
-        cells = cells[:length]
-    if len(cells) != length:
-        raise ValueError(f"has {len(cells)} cells, and the first line has {length}")
-    return cells
-
-
-# ------------------------------------------------------------------------------------------------------------- rows
-
-
-def _row(raw: Path, table: Path, line: int, header: _Header, cells: list[str]) -> _Row:
+def _row(data: DataSet, table: Path, line: int, header: _Header, cells: list[str]) -> _Row:
     values = {column: cells[place] for column, place in header.columns.items()}
     mask, sides = values.get("mask", ""), [values.get(side, "") for side in _SIDES]
     split = split_of(values.get("split", ""))
     if values.get("split") and not split:
         raise ValueError(f"the split {values['split']!r} is not train, validation or test")
-    label, defect, notes = _judgement(header, values, marked=bool(any(sides) or mask))
-    if label == "anomalous" and any(sides) and mask:
+    has_box, has_mask = any(sides), bool(mask)
+    label, defect, notes = _judgement(header, values, marked=has_box or has_mask)
+    can_be_marked = header.columns.keys() & {"x1", "mask"}
+    if label == "anomalous" and can_be_marked and has_box == has_mask:
+        column = next(column for column in ("label", "defect", "probability") if column in values)
+        word = values[column].lower() if column == "label" else values[column]
         raise ValueError(
-            f"{_label_text(header, values)}, so that either x1, y1, x2 and y2 or a mask is needed, not both"
+            f"the {header.name(column)} is {word}, so that either x1, y1, x2 and y2 or a mask is needed, not both"
         )
-    if label == "anomalous" and not any(sides) and not mask and header.columns.keys() & {"x1", "mask"}:
-        raise ValueError(
-            f"{_label_text(header, values)}, so that either x1, y1, x2 and y2 or a mask is needed, not both"
-        )
-    path = _file(raw, [[table.parent]], mask) if mask else None
+    path = _file(data, [[table.parent]], mask) if mask else None
     if mask and not path:
         raise ValueError(f"there is no file {mask!r} in {table.parent.resolve().name}")
-    further = _further(header)
+    drawn = None
+    if has_box:
+        drawn = box(*(_number(header.name(name), side) for name, side in zip(_SIDES, sides, strict=True)))
+        if drawn.x2 <= 1 and drawn.y2 <= 1:
+            raise ValueError(f"the box {bracketed(drawn)} is not larger than a pixel; write pixels, not fractions")
+    # The size of the image is not one of the further columns where boxes are drawn on it.
+    further, size = list(header.further), None
+    if "x1" in header.columns:
+        further = [name for name in further if name not in ("width", "height")]
+        if len(further) == len(header.further) - 2:
+            size = pixel_size(cells[header.further["width"]], cells[header.further["height"]], as_text=True)
     if further:
         notes = (*notes, f"columns that only split.group reads: {', '.join(further)}")
     return _Row(
@@ -386,23 +329,13 @@ def _row(raw: Path, table: Path, line: int, header: _Header, cells: list[str]) -
         values.get("category", ""),
         split,
         class_name(defect) if label == "anomalous" else "",
-        _box(header, sides) if any(sides) else None,
+        drawn,
         path,
-        _size(header, cells),
+        size,
         {name: cells[header.further[name]] for name in further}
         | {name: values[name] for name in ("probability",) if name in values},
         notes,
     )
-
-
-def _further(header: _Header) -> list[str]:
-    """The further columns, without the size of the image where boxes are drawn on it."""
-    return [name for name in header.further if "x1" not in header.columns or name not in ("width", "height")]
-
-
-def _label_text(header: _Header, values: dict[str, str]) -> str:
-    column = next(column for column in ("label", "defect", "probability") if column in values)
-    return f"the {header.name(column)} is {values[column].lower() if column == 'label' else values[column]}"
 
 
 def _judgement(header: _Header, values: dict[str, str], marked: bool) -> tuple[Label, str, tuple[str, ...]]:
@@ -413,7 +346,7 @@ def _judgement(header: _Header, values: dict[str, str], marked: bool) -> tuple[L
         if header.name("label") not in ("label", "target"):
             word = _YES_OR_NO.get(word, word)
         if is_normal(word):
-            if marked or not _is_nothing(defect.lower()):
+            if marked or not (defect.lower() in _NOTHING or is_normal(defect.lower())):
                 raise ValueError(f"the label is {word}, but there is a defect, a box or a mask")
             return "normal", "", ()
         if is_anomalous(word):
@@ -446,7 +379,7 @@ def _of_class(column: str, name: str, marked: bool) -> tuple[Label, str]:
             return "anomalous", "defect"
     elif _is_number(word) or word in _YES_OR_NO:
         raise ValueError(f"its {column} is {name!r}, which may mean either; write `normal`, or the kind of the defect")
-    return ("normal", "") if _is_nothing(word) else ("anomalous", name)
+    return ("normal", "") if word in _NOTHING or is_normal(word) else ("anomalous", name)
 
 
 def is_normal(label: str) -> bool:
@@ -459,10 +392,6 @@ def is_anomalous(label: str) -> bool:
     return label == "1" or verdicts.is_anomalous(label)
 
 
-def _is_nothing(defect: str) -> bool:
-    return defect in _NOTHING or is_normal(defect)
-
-
 def _is_number(word: str) -> bool:
     try:
         float(word)
@@ -471,74 +400,43 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def _box(header: _Header, sides: Sequence[str]) -> Box:
-    drawn = box(*(_number(header.name(name), side) for name, side in zip(_SIDES, sides, strict=True)))
-    if drawn.x2 <= 1 and drawn.y2 <= 1:
-        raise ValueError(f"the box {bracketed(drawn)} is not larger than a pixel; write pixels, not fractions")
-    return drawn
-
-
-def _size(header: _Header, cells: list[str]) -> tuple[int, int] | None:
-    """Width and height of the image; some tools write 0 where they do not know them."""
-    if "x1" not in header.columns or not {"width", "height"} <= header.further.keys():
-        return None
-    width, height = (_number(name, cells[header.further[name]]) for name in ("width", "height"))
-    if not all(0 <= side < 1e9 and side.is_integer() for side in (width, height)):
-        raise ValueError(f"{width:g}x{height:g} is not a size in pixels")
-    return (int(width), int(height)) if width and height else None
-
-
 def _number(name: str, written: str) -> float:
     if re.fullmatch(r"[-+]?\d+,\d*", written):
         raise ValueError(f"{name} is {written!r}; write it with a decimal point: {written.replace(',', '.')}")
-    try:
-        return float(written)
-    except ValueError as error:
-        raise ValueError(f"{name} is {written!r}, which is not a number") from error
+    return decimal(written, name)
 
 
 def _bases(raw: Path, table: Path) -> list[list[Path]]:
-    """Where the images of a table may be: in its folder, in images/ or a folder of the table's name there; or beside.
-
-    The scripts that make `images/train_labels.csv` for TensorFlow have the images in `images/train`, and those that
-    make `data/train_labels.csv` in `images`.
-    """
+    """Where the images of a table may be: in its folder, images/ or a folder of its name there; or beside."""
+    # The scripts that make `images/train_labels.csv` for TensorFlow have the images in `images/train`, and those that
+    # make `data/train_labels.csv` in `images`.
     name = re.sub(r"[-_ ]?(labels?|annotations?)$", "", table.stem, flags=re.IGNORECASE)
     here, above = table.parent, table.parent.parent / "images"
     groups = [[here, here / "images", here / name, here / "images" / name], [above, above / name]]
     return [[base for base in group if base.is_relative_to(raw) and base.is_dir()] for group in groups]
 
 
-def _file(raw: Path, groups: list[list[Path]], name: str) -> Path | None:
-    """The file that a table names, in the first group of folders that has it.
-
-    Raises:
-        ValueError: Several folders of a group have it.
-    """
+def _file(data: DataSet, groups: list[list[Path]], name: str) -> Path | None:
+    """The file that a table names, in the first group of folders that has it."""
     slashed = name.replace("\\", "/")
     for written in dict.fromkeys((name, slashed, *(unicodedata.normalize(form, slashed) for form in ("NFC", "NFD")))):
         for group in groups if written else []:
             bases = group[:1] if ".." in written else dict.fromkeys(group)
-            paths = [path for base in bases if (path := within(raw, base, written))]
+            paths = [path for base in bases if (path := within(data.raw, base, written))]
             if len(paths) > 1:
-                several = ", ".join(relative(raw, path) for path in paths)
+                several = ", ".join(map(data.relative, paths))
                 raise ValueError(f"the file {name!r} may be any of {several}; write its folder with it")
             if paths:
                 return paths[0]
     return None
 
 
-def _agree(raw: Path, name: str, rows: list[_Row], row: _Row) -> None:
-    """Raises `ValueError` if a row contradicts the earlier rows of its image."""
+def _agree(data: DataSet, name: str, rows: list[_Row], row: _Row) -> None:
+    """Raise `ValueError` if a row contradicts the earlier rows of its image."""
     for other in rows[:1]:
         if other.table != row.table:
-            raise ValueError(f"{name!r} is in {relative(raw, other.table)} too; keep one of them")
-        for key, was, now in (
-            ("label", other.label, row.label),
-            ("category", other.category, row.category),
-            ("split", other.split, row.split),
-            ("size", other.size, row.size),
-            ("way of marking", other.marking, row.marking),
-        ):
+            raise ValueError(f"{name!r} is in {data.relative(other.table)} too; keep one of them")
+        for field in ("label", "category", "split", "size", "marking"):
+            was, now, key = getattr(other, field), getattr(row, field), field.replace("marking", "way of marking")
             if was != now:
                 raise ValueError(f"line {other.line} has another {key} for {name!r}: {was or 'none'}, not {now}")

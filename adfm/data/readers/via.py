@@ -9,41 +9,25 @@ import csv
 import io
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from adfm.data.readers import files
-from adfm.data.readers.annotations import (
-    Shape,
-    box,
-    enclosing,
-    folder_names,
-    holds,
-    labelled,
-    listing,
-    member,
-    mentions,
-    number,
-    parsed,
-    polygon,
-    problem,
-    sample,
-    split_of,
-    text,
-    unlisted,
-    walk,
-)
+from adfm.data.readers.annotations import Shape, box, outlined, sample, unlisted
+from adfm.data.readers.files import DataSet, holds, listing, walk
 from adfm.data.readers.lookup import Images
 from adfm.data.readers.shapes import ellipse, line
+from adfm.data.readers.textfiles import member, mentions, number, optional, parsed, text
 from adfm.data.readers.verdicts import class_name, defect_type, is_verdict
 from adfm.records import Sample
 
+FORM = "*.json or *.csv of VGG Image Annotator, a project or an export; *.jpg or images/*"
 # What people call the attribute that names the class, if a region has several.
 _CLASS_ATTRIBUTES = frozenset(("class", "classes", "label", "name", "type", "category", "defect", "defect_type"))
 _SHAPES = {2: "rect", 3: "circle", 4: "ellipse", 5: "polyline", 6: "polyline", 7: "polygon", 8: "box"}  # of VIA 3
-_UNNAMED = "defect"
+_UNNAMED = "defect"  # the class where no region has an attribute
 
 Attributes = dict[str, str]
 
@@ -54,28 +38,21 @@ class _Region(NamedTuple):
 
 
 class _Image(NamedTuple):
-    """What a file says of one image.
+    """What a file says of one image."""
 
-    Args:
-        name: Its file name, path or URL.
-        size: Its size in bytes; -1 if unknown.
-        regions: What is drawn on it.
-        attributes: Those of the image as a whole.
-    """
-
-    name: str
-    size: int
+    name: str  # a path or URL
+    size: int  # in bytes; -1 if unknown
     regions: list[_Region]
-    attributes: Attributes
+    attributes: Attributes  # of the image as a whole
 
 
 def matches(raw: Path) -> bool:
     """Whether there is a JSON or CSV file of VIA near the top."""
-    return holds(raw, lambda folder: any(map(_is_export, [*listing(folder, ".json"), *listing(folder, ".csv")])))
+    return holds(raw, lambda folder: any(map(_is_export, listing(folder, ".json", ".csv"))))
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yields the images that the files list, file by file.
+    """Yield the images that the files list, file by file.
 
     A rectangle, circle, ellipse and polygon is a defect, a polyline too (its box alone). Its class is the region's only
     attribute, or the one that is called class, label, name, type, category or defect; where no region has any, all are
@@ -83,33 +60,22 @@ def read(raw: Path) -> Iterator[Sample]:
 
     A JSON or CSV file is in memory whole while its images are yielded; so are the paths of all images.
 
-    Args:
-        raw: The raw data set; its name is the name of the data set and of the category.
-
     Raises:
-        AdfmError: Everything that is wrong in the files, images that are missing, and images that none of them lists:
-            in one error, after the last sample.
+        BadData: Anything is wrong in the files, or images are missing, or in none of the files.
     """
-    problems: list[str] = []
+    data = DataSet(raw, "via")
     pictures = Images(raw)
-    used: dict[str, str] = {}
     seen = False
     for folder in walk(raw):
         for file in [*listing(folder, ".json"), *listing(folder, ".csv")]:
-            where = files.relative(raw, file)
-            try:
-                images = _images(file, where, problems)
-            except ValueError as error:
-                problems.append(f"{where}: {error}")
-                continue
+            images = None
+            with data.at(file):
+                images = _images(data, file)
             if images is not None:
                 seen = True
-                yield from _samples(raw, file, images, pictures, used, problems)
-    if not seen and not problems:
-        problems.append("no JSON or CSV file of VIA: none with regions and file_attributes")
-    if seen:
-        problems += unlisted(raw, used)
-    files.refuse(raw, "via", problems)
+                yield from _samples(data, file, images, pictures)
+    data.problems += unlisted(data) if seen else []
+    data.finish(seen, "no JSON or CSV file of VIA: none with regions and file_attributes")
 
 
 def _is_export(file: Path) -> bool:
@@ -122,75 +88,54 @@ def _is_export(file: Path) -> bool:
     )
 
 
-def _samples(
-    raw: Path,
-    file: Path,
-    images: list[_Image],
-    pictures: Images,
-    used: dict[str, str],
-    problems: list[str],
-) -> Iterator[Sample]:
-    where, split = files.relative(raw, file), split_of(file.stem, *folder_names(raw, file))
-    try:
+def _samples(data: DataSet, file: Path, images: list[_Image], pictures: Images) -> Iterator[Sample]:
+    where, split = data.relative(file), data.split(file, file.stem)
+    with data.at(where):
         kind, notes = _class_attribute(region for image in images for region in image.regions)
         labels = _label_attributes(images)
-    except ValueError as error:
-        problems.append(f"{where}: {error}")
-        return
-    for image in images:
-        try:
-            path = pictures.locate(image.name, file.parent, file.stem)
-            if str(path) in used:
-                raise ValueError(f"{files.relative(raw, path)} is listed before, in {used[str(path)]}; keep one")
-            used[str(path)] = where
-            defect = defect_type(image.attributes[name] for name in labels if name in image.attributes)
-        except ValueError as error:
-            problems.append(problem(where, error))
-            continue
-        is_same = image.size < 0 or path.stat().st_size == image.size
-        shapes = _shapes(f"{where}: {image.name}", image.regions, kind, is_same, problems)
-        if defect == "" and image.regions:
-            problems.append(
-                f"{where}: {image.name} is labelled normal, and {len(image.regions)} regions are drawn on it; correct"
-                " either"
-            )
-        its_notes = list(notes) if image.regions else []
-        if defect is not None:
-            its_notes += [f"the attribute {name!r} is taken for the label of the image" for name in labels]
-        if not is_same:
-            its_notes.append("the image file is not the one that was annotated: it has another size in bytes")
-        its_split = split or split_of(*folder_names(raw, path))
-        if defect and not image.regions:
-            yield labelled(raw, path, [defect], its_split, its_notes)
-        else:
-            yield sample(raw, path, shapes, its_split, its_notes)
+        for image in images:
+            with data.at(where):
+                path = pictures.locate(image.name, file.parent, file.stem)
+                data.claim(path, where)
+                defect = defect_type(image.attributes[name] for name in labels if name in image.attributes)
+                is_same = image.size < 0 or path.stat().st_size == image.size
+                shapes = []
+                for place, region in enumerate(image.regions):
+                    with data.at(f"{where}: {image.name}: region {place}"):
+                        shapes.append(_shape(region, kind, is_same))
+                if defect == "" and image.regions:
+                    raise ValueError(
+                        f"{image.name} is labelled normal, and {len(image.regions)} regions are drawn on it; correct"
+                        " either"
+                    )
+                its_notes = list(notes) if image.regions else []
+                if defect is not None:
+                    its_notes += [f"the attribute {name!r} is taken for the label of the image" for name in labels]
+                if not is_same:
+                    its_notes.append("the image file is not the one that was annotated: it has another size in bytes")
+                yield sample(data, path, shapes, split or data.split(path), its_notes, label=defect)
 
 
-# --------------------------------------------------------------------------------------------------------------- files
-
-
-def _images(file: Path, where: str, problems: list[str]) -> list[_Image] | None:
+def _images(data: DataSet, file: Path) -> list[_Image] | None:
     """The images that a file lists; `None` if it is not one of VIA."""
     if file.suffix.lower() == ".csv":
-        return _from_csv(text(file), where, problems) if _is_export(file) else None
+        return _from_csv(data, file) if _is_export(file) else None
     content = parsed(file)
     if not isinstance(content, dict):
         return None
     if all(isinstance(content.get(key), dict) for key in ("file", "view", "metadata", "attribute")):
         return _from_version_3(content)
+    is_project = "_via_img_metadata" in content
     entries = content.get("_via_img_metadata", content)
-    if not isinstance(entries, dict) or not all(_is_entry(entry) for entry in entries.values()):
-        if "_via_img_metadata" in content:
+    values = list(entries.values()) if isinstance(entries, dict) else [entries]
+    if not all(isinstance(optional(entry, "filename", str), str) and "regions" in entry for entry in values):
+        if is_project:
             raise ValueError("_via_img_metadata is not an object of images with filename and regions")
         return None
-    if not entries and entries is content:
+    if not values and not is_project:
         return None
     declared = content.get("_via_attributes")
-    return [_from_entry(entry, declared) for entry in entries.values()]
-
-
-def _is_entry(entry: object) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("filename"), str) and "regions" in entry
+    return [_from_entry(entry, declared) for entry in values]
 
 
 def _from_entry(entry: dict[str, Any], declared: object) -> _Image:
@@ -200,12 +145,10 @@ def _from_entry(entry: dict[str, Any], declared: object) -> _Image:
         regions = list(regions.values())
     if not isinstance(regions, list):
         raise ValueError(f"the regions of {entry['filename']!r} are not a list")
-    drawn = [
-        _Region(
-            member(region, "shape_attributes", dict), _attributes(region.get("region_attributes"), declared, "region")
-        )
-        for region in regions
-    ]
+    drawn = []
+    for region in regions:
+        shape = member(region, "shape_attributes", dict)
+        drawn.append(_Region(shape, _attributes(region.get("region_attributes"), declared, "region")))
     size = entry.get("size")
     attributes = _attributes(entry.get("file_attributes"), declared, "file")
     return _Image(entry["filename"], size if type(size) is int else -1, drawn, attributes)
@@ -213,42 +156,37 @@ def _from_entry(entry: dict[str, Any], declared: object) -> _Image:
 
 def _attributes(given: object, declared: object, kind: str) -> Attributes:
     """Attributes with their values as text; a value of several options is their names, joined by `+`."""
-    known = declared.get(kind) if isinstance(declared, dict) else None
     attributes = {}
     for name, value in given.items() if isinstance(given, dict) else ():
-        attribute = known.get(name) if isinstance(known, dict) else None
-        options = attribute.get("options") if isinstance(attribute, dict) else None
+        options = optional(optional(optional(declared, kind, dict), name, dict), "options", dict)
         chosen = [option for option, on in value.items() if on] if isinstance(value, dict) else [value]
-        names = [_option(option, options) for option in chosen if option not in (None, "")]
-        attributes[name] = "+".join(sorted(names)).strip()
+        attributes[name] = _joined((option for option in chosen if option not in (None, "")), options)
     return attributes
 
 
-def _option(option: object, options: object) -> str:
-    """What an option is called; its id may be a mere number."""
-    description = options.get(str(option)) if isinstance(options, dict) else None
-    return description if isinstance(description, str) and description.strip() else str(option)
+def _joined(chosen: Iterable[object], options: object) -> str:
+    """The names of options, joined by `+`; their ids may be mere numbers."""
+    descriptions = ((option, optional(options, str(option), str) or "") for option in chosen)
+    return "+".join(sorted(name if name.strip() else str(option) for option, name in descriptions)).strip()
 
 
-def _from_csv(content: str, where: str, problems: list[str]) -> list[_Image]:
+def _from_csv(data: DataSet, file: Path) -> list[_Image]:
     """The images of a CSV export, which has a row a region, or a row with `{}` for an image without."""
     images: dict[tuple[str, str], _Image] = {}
     try:
-        for row in csv.DictReader(io.StringIO(content.lstrip("#")), strict=True):
+        for row in csv.DictReader(io.StringIO(text(file).lstrip("#")), strict=True):
             name, size = row.get("filename") or row.get("#filename") or "", row.get("file_size") or ""
             try:
-                parts = {
-                    key: json.loads(row.get(key) or "{}") for key in ("region_shape_attributes", "region_attributes")
-                }
-                whole = json.loads(row.get("file_attributes") or "{}")
+                shape, attributes, whole = (
+                    json.loads(row.get(f"{column}_attributes") or "{}") for column in ("region_shape", "region", "file")
+                )
             except (ValueError, RecursionError):
-                problems.append(f"{where}: {name}: its attributes are not JSON")
+                data.add(file, f"{name}: its attributes are not JSON")
                 continue
             its_size = int(size) if size.isascii() and size.isdigit() and len(size) < 16 else -1
             image = images.setdefault((name, size), _Image(name, its_size, [], _attributes(whole, None, "file")))
-            shape = parts["region_shape_attributes"]
             if shape and isinstance(shape, dict):
-                image.regions.append(_Region(shape, _attributes(parts["region_attributes"], None, "region")))
+                image.regions.append(_Region(shape, _attributes(attributes, None, "region")))
     except csv.Error as error:
         raise ValueError(f"is not CSV that can be read ({error})") from error
     return list(images.values())
@@ -273,8 +211,7 @@ def _from_version_3(content: dict[str, Any]) -> list[_Image]:
             if not isinstance(attribute, dict) or value in (None, ""):
                 continue
             chosen = str(value).split(",") if attribute.get("type") == 2 else [str(value)]  # 2: several of the options
-            names = [_option(option, attribute.get("options")) for option in chosen]
-            attributes[str(attribute.get("aname"))] = "+".join(sorted(names)).strip()
+            attributes[str(attribute.get("aname"))] = _joined(chosen, attribute.get("options"))
         if points:
             images[view].regions.append(_Region(_shape_of_version_3(points), attributes))
         else:
@@ -291,22 +228,11 @@ def _shape_of_version_3(points: list[Any]) -> dict[str, Any]:
     return {"name": name or f"number {points[0]}", "all_points_x": points[1::2], "all_points_y": points[2::2]}
 
 
-# -------------------------------------------------------------------------------------------------------------- shapes
-
-
 def _class_attribute(regions: Iterable[_Region]) -> tuple[str | None, tuple[str, ...]]:
-    """The attribute that names the class of a region, `None` if no region has any; and notes about the regions.
-
-    Raises:
-        ValueError: There are several, and it is not clear which.
-    """
-    names: dict[str, None] = {}
-    drawn = False
-    for region in regions:
-        drawn = True
-        names.update(dict.fromkeys(name for name, value in region.attributes.items() if value))
+    """The attribute that names the class of a region, `None` if no region has any; and notes about the regions."""
+    names = dict.fromkeys(name for region in regions for name, value in region.attributes.items() if value)
     if not names:
-        return None, (f"no region has a class; all are called {_UNNAMED}",) if drawn else ()
+        return None, (f"no region has a class; all are called {_UNNAMED}",)  # only images with regions get notes
     likely = [name for name in names if name.strip().lower() in _CLASS_ATTRIBUTES]
     if len(names) > 1 and len(likely) != 1:
         raise ValueError(
@@ -319,15 +245,11 @@ def _class_attribute(regions: Iterable[_Region]) -> tuple[str | None, tuple[str,
 
 
 def _label_attributes(images: list[_Image]) -> list[str]:
-    """The attributes of files that say whether an image is normal.
-
-    Raises:
-        ValueError: One says it of some images, and something else of others.
-    """
-    values: dict[str, set[str]] = {}
+    """The attributes of files that say whether an image is normal."""
+    values: dict[str, set[str]] = defaultdict(set)
     for image in images:
         for name, value in image.attributes.items():
-            values.setdefault(name, set()).add(value)
+            values[name].add(value)
     labels = [name for name, its in values.items() if any(map(is_verdict, its))]
     for name in labels:
         others = sorted(value for value in values[name] if value and not is_verdict(value))
@@ -339,25 +261,12 @@ def _label_attributes(images: list[_Image]) -> list[str]:
     return labels
 
 
-def _shapes(
-    where: str, regions: Iterable[_Region], kind: str | None, is_same: bool, problems: list[str]
-) -> list[Shape]:
-    shapes = []
-    for place, region in enumerate(regions):
-        try:
-            shapes.append(_shape(region, kind, is_same))
-        except ValueError as error:
-            problems.append(f"{where}: region {place}: {error}")
-    return shapes
-
-
 def _shape(region: _Region, kind: str | None, is_same: bool) -> Shape:
     """A region's shape; what reaches out of the image is cut off if the image is the one that was annotated."""
     if kind is not None and not region.attributes.get(kind):
         raise ValueError(f"it has no {kind!r}; choose one, or delete the region")
     name = _UNNAMED if kind is None else class_name(region.attributes[kind])
-    shape = region.shape
-    form = shape.get("name")
+    shape, form = region.shape, region.shape.get("name")
     if form == "rect":
         x, y, width, height = (number(shape.get(key)) for key in ("x", "y", "width", "height"))
         return Shape(name, box(x, y, x + width, y + height))
@@ -375,6 +284,5 @@ def _shape(region: _Region, kind: str | None, is_same: bool) -> Shape:
         raise ValueError(f"its points are {len(xs)} x and {len(ys)} y, not two or more of each")
     points = list(zip(xs, ys, strict=True))
     if form == "polygon" and len(points) > 2:
-        outline = polygon(points)
-        return Shape(name, enclosing(outline), (outline,), cut=is_same)
+        return outlined(name, points, cut=is_same)
     return replace(line(name, points), cut=is_same)

@@ -15,7 +15,10 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from adfm.data.readers import files
+from adfm.data.readers.files import DataSet
 from adfm.records import Sample
+
+FORM = "<category>/Data/Images/<Normal or Anomaly>/*.JPG, <category>/Data/Masks/Anomaly/*.png, split_csv/1cls.csv"
 
 
 class _Image(NamedTuple):
@@ -27,52 +30,46 @@ class _Image(NamedTuple):
 
 def matches(raw: Path) -> bool:
     """Whether there is a category in this layout."""
-    return any(_is_category(folder) for folder in files.categories(raw, _is_category))
+    return files.has_category(raw, _is_category)
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yields the samples, category by category.
+    """Yield the samples, category by category.
 
     With `split_csv/1cls.csv` the images, their labels, masks and `split` are what it lists, in its order; it may list
     categories that are not there. Without it they are what is in the folders, by name, and no split is fixed. `defect`
     is the label in `image_anno.csv`, such as `melt` or `bubble,scratch`, and `anomaly` where that does not say.
     Folders are entered, and files ignored, as for MVTec AD.
 
-    Args:
-        raw: The raw data set; its name is the name of the data set.
-
     Raises:
-        AdfmError: No image, an anomalous image without a mask, images and masks that a file names and that do not
-            exist, or that exist and are not named, rows that cannot be understood: all in one error, after the last
-            sample.
+        BadData: A row cannot be understood, an image has no mask, or an image or mask is missing or not named.
     """
-    problems: list[str] = []
-    parts = ((folder, _category(raw, folder, problems)) for folder in files.categories(raw, _is_category))
-    return files.checked(raw, "visa", parts, problems)
+    return DataSet(raw, "visa").by_category(_is_category, _category)
 
 
-def _category(raw: Path, folder: Path, problems: list[str]) -> Iterator[Sample]:
-    dataset, category = files.dataset_name(raw), folder.resolve().name
+def _category(data: DataSet, folder: Path) -> Iterator[Sample]:
     table = folder.parent / "split_csv" / "1cls.csv"
-    listed = _listed(raw, table, folder, problems) if folder != raw and table.is_file() else _found(folder)
-    defects = _defects(raw, folder / "image_anno.csv", problems)
-    for image in listed:
+    images = _from_table(data, table, folder) if folder != data.raw and table.is_file() else _from_folders(folder)
+    # The kinds of defects by the name of the image file.
+    kinds = folder / "image_anno.csv"
+    rows = _rows(data, kinds, ("image", "label")) if kinds.is_file() else ()
+    defects = {PurePosixPath(row["image"]).name: row["label"] for _, row in rows if row["label"] not in ("", "normal")}
+    for image in images:
         defect = None if image.normal else defects.get(image.path.name, "anomaly")
-        masks = [image.mask] if image.mask else []
-        yield files.sample(raw, dataset, category, image.path, defect, masks, image.split)
+        yield data.sample(folder.resolve().name, image.path, defect, [image.mask] if image.mask else [], image.split)
 
 
-def _found(folder: Path) -> Iterator[_Image]:
-    data = folder / "Data"
-    masks = {mask.stem: mask for mask in files.images(data / "Masks" / "Anomaly")}
-    for image in files.images(data / "Images" / "Anomaly"):
-        yield _Image(image, False, masks.get(image.stem, data / "Masks" / "Anomaly" / f"{image.stem}.png"), None)
-    for image in files.images(data / "Images" / "Normal"):
+def _from_folders(folder: Path) -> Iterator[_Image]:
+    truth = folder / "Data" / "Masks" / "Anomaly"
+    masks = {mask.stem: mask for mask in files.images(truth)}
+    for image in files.images(folder / "Data" / "Images" / "Anomaly"):
+        yield _Image(image, False, masks.get(image.stem, truth / f"{image.stem}.png"), None)
+    for image in files.images(folder / "Data" / "Images" / "Normal"):
         yield _Image(image, True, None, None)
 
 
-def _listed(raw: Path, table: Path, folder: Path, problems: list[str]) -> Iterator[_Image]:
-    for place, row in _rows(raw, table, ("object", "split", "label", "image", "mask"), problems):
+def _from_table(data: DataSet, table: Path, folder: Path) -> Iterator[_Image]:
+    for place, row in _rows(data, table, ("object", "split", "label", "image", "mask")):
         if row["object"] != folder.name:
             continue
         image = files.listed_path([folder.parent], row["image"])
@@ -85,33 +82,24 @@ def _listed(raw: Path, table: Path, folder: Path, problems: list[str]) -> Iterat
         if image is None or not image.is_relative_to(folder) or (row["mask"] and mask is None):
             wrong.append(f"image {row['image']!r} or mask {row['mask']!r} is not a path within {folder.name}")
         elif not wrong:
-            normal = row["label"] == "normal"
-            yield _Image(image, normal, None if normal else mask, row["split"])
-        problems += [f"{place}: {what}" for what in wrong]
+            yield _Image(image, row["label"] == "normal", mask, row["split"])
+        data.problems += [f"{place}: {what}" for what in wrong]
 
 
-def _defects(raw: Path, table: Path, problems: list[str]) -> dict[str, str]:
-    """The kinds of defects by the name of the image file."""
-    if not table.is_file():
-        return {}
-    rows = _rows(raw, table, ("image", "label"), problems)
-    return {PurePosixPath(row["image"]).name: row["label"] for _, row in rows if row["label"] not in ("", "normal")}
-
-
-def _rows(raw: Path, table: Path, columns: Sequence[str], problems: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
+def _rows(data: DataSet, table: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """The rows of a CSV, each with its place; a cell that is missing is empty."""
-    name = files.relative(raw, table)
+    where = data.relative(table)
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restval="")
             missing = [column for column in columns if column not in (reader.fieldnames or ())]
             if missing:
-                problems.append(f"{name}: has no column {', '.join(missing)}")
+                data.add(where, f"has no column {', '.join(missing)}")
                 return
             for row in reader:
-                yield f"{name}, line {reader.line_num}", {column: row[column] for column in columns}
+                yield f"{where}, line {reader.line_num}", {column: row[column] for column in columns}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        problems.append(f"{name}: cannot be read ({error})")
+        data.add(where, f"cannot be read ({error})")
 
 
 def _is_category(folder: Path) -> bool:

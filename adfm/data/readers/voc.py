@@ -15,45 +15,38 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from adfm.data.problems import MissingImage
 from adfm.data.readers import voc_masks, voc_sets
-from adfm.data.readers.annotations import (
-    Shape,
-    box,
-    bracketed,
-    by_stem,
-    enclosing,
-    holds,
-    listing,
-    nfc,
-    polygon,
-    sample,
-    walk,
-)
-from adfm.data.readers.files import folders, images, refuse, relative
+from adfm.data.readers.annotations import Shape, box, bracketed, by_stem, enclosing, nfc, outlined, polygon, sample
+from adfm.data.readers.files import DataSet, NoImage, folders, holds, images, listing, walk
 from adfm.data.readers.shapes import turned_box
+from adfm.data.readers.textfiles import decimal
 from adfm.data.readers.verdicts import class_name
 from adfm.data.readers.xmlfiles import document, outermost
 from adfm.records import Box, Sample
 
+FORM = "JPEGImages/*, Annotations/*.xml or SegmentationClass/*.png"
 _IMAGES = frozenset(("images", "jpegimages", "image", "imgs", "img", "data"))
 _XML = frozenset(("annotations", "annotation", "labels", "label", "lable", "xml", "xmls"))
 # A box and an outline of one object that overlap less than this are not of one object.
 _OVERLAP = 0.5
-_TURNED = ("cx", "cy", "w", "h", "angle")
-_CORNERS = ("left_top", "right_top", "right_bottom", "left_bottom")
-_ROTATION = re.compile(r"\brotation\s*=\s*([^,;]+)")
+_SIDES = ("xmin", "ymin", "xmax", "ymax")
+_TURNED = ("cx", "cy", "w", "h", "angle")  # of roLabelImg
+_CORNERS = ("left_top", "right_top", "right_bottom", "left_bottom")  # of DIOR-R
+_ROTATION = re.compile(r"\brotation\s*=\s*([^,;]+)")  # in the attributes of LabelMe, which are one text
 
 _Size = tuple[int, int] | None
 
 
 class _Drawn(NamedTuple):
-    """What an XML file says."""
+    """What an XML file says; `segmented`: that the image has a mask, and no object."""
 
     shapes: list[Shape]
     size: _Size
     segmented: bool
     notes: list[str]
+
+
+_NOTHING = _Drawn([], None, False, [])
 
 
 def matches(raw: Path) -> bool:
@@ -62,7 +55,7 @@ def matches(raw: Path) -> bool:
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yields the images, folder by folder. One without an XML file, or with one that has no `object`, is normal.
+    """Yield the images, folder by folder. One without an XML file, or with one that has no `object`, is normal.
 
     An image and its XML file have the same name; the image's name and folder in the file do not count. Sides of a
     `bndbox` are numbers of pixels from 1 on, the last one included, as the VOC development kit has them; the 0 of tools
@@ -80,65 +73,49 @@ def read(raw: Path) -> Iterator[Sample]:
 
     In memory are the paths of the XML files, and the names in ImageSets.
 
-    Args:
-        raw: The raw data set; its name is the name of the data set and of the category.
-
     Raises:
-        AdfmError: Everything that is wrong in the XML files, XML files without an image, names in ImageSets without
-            one, and a data set without any XML file or mask: in one error, after the last sample.
+        BadData: An XML file is bad or has no image, ImageSets names an image that is missing, or nothing is annotated.
     """
-    problems: list[str] = []
+    data = DataSet(raw, "voc")
     owners: dict[str, str] = {}  # of an XML file, the folder of its image
-    lists = voc_sets.Lists(raw, problems)
-    classes = voc_masks.Classes(raw, problems)
+    lists = voc_sets.Lists(data, _IMAGES)
+    classes = voc_masks.Classes(data, _IMAGES)
     shared_files = lru_cache(maxsize=4)(_files)  # class folders share them
     annotated = False
     for folder in walk(raw):
         if voc_masks.pictures(raw, folder):
             continue
         same: dict[str, str] = {}
-        there, here = images(folder), relative(raw, folder)
-        own, shared = _places(raw, folder) if there else ([], [])
+        there = images(folder)
+        own, shared = _places(data, folder) if there else ([], [])
         files = [_files(own), *([shared_files(tuple(shared))] if shared else [])]
         for image in there:
             other = same.setdefault(nfc(image.stem), image.name)
             if other != image.name:
-                problems.append(f"{relative(raw, folder / other)}: has the same name as {relative(raw, image)}")
-            file = _annotation(raw, image, here, files, owners, problems)
-            drawn = _read(raw, file, problems) if file else _Drawn([], None, False, [])
-            mask = classes.find(image, _IMAGES)
-            try:
-                shapes, notes = _with_mask(image, drawn, mask, classes)
-            except ValueError as error:
-                shapes, notes = drawn.shapes, drawn.notes
-                problems.append(f"{relative(raw, mask.either if mask else file or image)}: {error}")
+                data.add(folder / other, f"has the same name as {data.relative(image)}")
+            file = _annotation(data, image, files, owners)
+            drawn = _read(data, file) if file else _NOTHING
+            mask = classes.find(image)
             annotated |= file is not None or mask is not None
-            split, split_notes = lists.split(image, _IMAGES)
-            yield sample(raw, image, shapes, split, [*notes, *split_notes], size=drawn.size)
-    _add_orphans(raw, owners, problems)
+            shapes, notes = drawn.shapes, drawn.notes
+            with data.at((mask and (mask.objects or mask.classes)) or file or image):
+                if mask:
+                    shapes, mask_notes = voc_masks.added(drawn.shapes, classes.shapes(mask))
+                    notes = [*notes, *mask_notes]
+                elif drawn.segmented:
+                    raise ValueError(
+                        f"'segmented' is 1, but there is neither an object nor a mask {image.stem}.png in"
+                        " SegmentationClass; add the mask, export boxes, or write 0 if nothing is wrong with the part"
+                    )
+            split, split_notes = lists.split(image)
+            yield sample(data, image, shapes, split, [*notes, *split_notes], size=drawn.size)
+    for folder in walk(raw):
+        for file in listing(folder, ".xml"):
+            if str(file) not in owners and _is_annotation(file):
+                data.add(file, NoImage(f"there is no image {file.stem}.* for it"))
     classes.add_orphans()
     lists.add_missing()
-    if not annotated and not problems:
-        problems.append("no image has an XML file, beside it or in Annotations/ instead of JPEGImages/, or a mask")
-    refuse(raw, "voc", problems)
-
-
-def _with_mask(
-    image: Path, drawn: _Drawn, mask: voc_masks.Masks | None, classes: voc_masks.Classes
-) -> tuple[list[Shape], list[str]]:
-    """The shapes of an image and of its mask, and notes."""
-    if mask:
-        shapes, notes = voc_masks.added(drawn.shapes, classes.shapes(mask, drawn.size))
-        return shapes, [*drawn.notes, *notes]
-    if drawn.segmented and not drawn.shapes:
-        raise ValueError(
-            f"'segmented' is 1, but there is neither an object nor a mask {image.stem}.png in SegmentationClass; add"
-            " the mask, export boxes, or write 0 if nothing is wrong with the part"
-        )
-    return drawn.shapes, drawn.notes
-
-
-# ------------------------------------------------------------------------------------------- which file is an image's
+    data.finish(annotated, "no image has an XML file, beside it or in Annotations/ instead of JPEGImages/, or a mask")
 
 
 def _is_annotation(file: Path) -> bool:
@@ -156,18 +133,14 @@ def _files(folders: Iterable[Path]) -> dict[str, tuple[str, ...]]:
     return by_stem(file for folder in folders for file in listing(folder, ".xml"))
 
 
-def _places(raw: Path, folder: Path) -> tuple[list[Path], list[Path]]:
-    """Folders where the annotations of a folder of images may be.
+def _places(data: DataSet, folder: Path) -> tuple[list[Path], list[Path]]:
+    """Folders where the annotations of a folder of images may be: its own, and those for several folders.
 
-    Returns:
-        Those that are for this folder: for `a/images/b`, itself, `a/b`, `a/annotations/b` and `a/images/b/annotations`;
-        and those that are for several folders, the nearest first: `a/annotations`.
+    For `a/images/b`: itself, `a/b`, `a/annotations/b` and `a/images/b/annotations`; and `a/annotations`, nearest first.
     """
     own = [folder, *_annotation_folders(folder)]
     shared: list[Path] = []
-    for above in folder.parents:
-        if not above.is_relative_to(raw):
-            break
+    for above in data.above(folder):
         first, *rest = folder.relative_to(above).parts
         inner = rest if first.lower() in _IMAGES else [first, *rest]
         own += [place.joinpath(*inner) for place in (above, *_annotation_folders(above))]
@@ -187,83 +160,58 @@ def _annotation_folders(folder: Path) -> list[Path]:
 
 
 def _annotation(
-    raw: Path,
-    image: Path,
-    folder: str,
-    files: Iterable[dict[str, tuple[str, ...]]],
-    owners: dict[str, str],
-    problems: list[str],
+    data: DataSet, image: Path, files: Iterable[dict[str, tuple[str, ...]]], owners: dict[str, str]
 ) -> Path | None:
-    """The XML file of an image.
+    """The XML file of an image, in the first of some groups, by their stems, that has one.
 
-    Args:
-        raw: The data set.
-        image: An image in it.
-        folder: The folder of the image, in the data set.
-        files: The XML files that may be meant, by their stems; the first group that has any counts.
-        owners: By XML file, the folder of the image that it belongs to; gets this one.
-        problems: Gets two XML files of one image, and two images of one XML file.
+    `owners` has, by XML file, the folder of the image that it belongs to, and gets this one.
     """
-    for stems in files:
-        same = [Path(file) for file in stems.get(nfc(image.stem), ())]
-        if len(same) > 1:
-            others = ", ".join(relative(raw, file) for file in same[1:])
-            problems.append(f"{relative(raw, same[0])}: has the same name as {others}")
-        for file in same:
-            other = owners.setdefault(relative(raw, file), folder)
-            if other != folder:
-                problems.append(
-                    f"{relative(raw, file)}: may belong to an image in {other} or to one in {folder}; put it beside the"
-                    " image that it is for, or into a folder of the same name"
-                )
-        if same:
-            return same[0]
-    return None
+    folder = data.relative(image.parent)
+    same = next((group[nfc(image.stem)] for group in files if nfc(image.stem) in group), ())
+    names = [data.relative(Path(file)) for file in same]
+    if len(names) > 1:
+        data.problems.append(f"{names[0]}: has the same name as {', '.join(names[1:])}")
+    for file, name in zip(same, names, strict=True):
+        other = owners.setdefault(file, folder)
+        if other != folder:
+            data.add(
+                name,
+                f"may belong to an image in {other} or to one in {folder}; put it beside the image that it is"
+                " for, or into a folder of the same name",
+            )
+    return Path(same[0]) if same else None
 
 
-def _add_orphans(raw: Path, owners: dict[str, str], problems: list[str]) -> None:
-    for folder in walk(raw):
-        for file in listing(folder, ".xml"):
-            where = relative(raw, file)
-            if where not in owners and _is_annotation(file):
-                problems.append(MissingImage(f"{where}: there is no image {file.stem}.* for it"))
-
-
-# --------------------------------------------------------------------------------------------------- what it says
-
-
-def _read(raw: Path, file: Path, problems: list[str]) -> _Drawn:
-    where = relative(raw, file)
-    shapes: list[Shape] = []
-    notes: list[str] = []
-    size, segmented = None, False
-    try:
+def _read(data: DataSet, file: Path) -> _Drawn:
+    where = data.relative(file)
+    with data.at(where):
         content = document(file)
         if content.tag != "annotation":
             raise ValueError(f"is not a Pascal VOC file: it begins with <{content.tag}> instead of <annotation>")
-        segmented = (content.findtext("segmented") or "").strip() == "1"
         size = _size(content)
         objects = content.findall("object")
         if not objects and content.find(".//object") is not None:
             raise ValueError("has objects, but not directly in <annotation>; export it as Pascal VOC again")
-    except ValueError as error:
-        problems.append(f"{where}: {error}")
-        return _Drawn([], None, False, [])
-    for place, drawn in enumerate(objects, start=1):
-        try:
-            if (drawn.findtext("deleted") or "").strip() == "1":
-                notes.append("an object that LabelMe marks as deleted is left out")
-            else:
-                shapes += _shapes(drawn)
-        except ValueError as error:
-            problems.append(f"{where}: object {place}: {error}")
-    return _Drawn(shapes, size, segmented and not objects, notes)
+        shapes: list[Shape] = []
+        notes: list[str] = []
+        for place, drawn in enumerate(objects, start=1):
+            with data.at(f"{where}: object {place}"):
+                if _text(drawn, "deleted") == "1":
+                    notes.append("an object that LabelMe marks as deleted is left out")
+                else:
+                    shapes += _shapes(drawn)
+        return _Drawn(shapes, size, _text(content, "segmented") == "1" and not objects, notes)
+    return _NOTHING
+
+
+def _text(part: ElementTree.Element, name: str) -> str:
+    return (part.findtext(name) or "").strip()
 
 
 def _size(content: ElementTree.Element) -> _Size:
     """Width and height, if they are stated: several tools write 0."""
     for width, height in (("size/width", "size/height"), ("imagesize/ncols", "imagesize/nrows")):
-        texts = [(content.findtext(name) or "").strip() for name in (width, height)]
+        texts = [_text(content, name) for name in (width, height)]
         if all(texts):
             try:
                 sides = [float(text) for text in texts]
@@ -295,7 +243,7 @@ def _shapes(drawn: ElementTree.Element) -> list[Shape]:
         shapes = [Shape(name, boxes[0], tuple(outlines))]
     else:
         shapes = [Shape(name, one) for one in boxes]
-        shapes += [Shape(name, enclosing(outline), (outline,), cut=True) for outline in outlines]
+        shapes += [outlined(name, outline, cut=True) for outline in outlines]
     if not shapes:
         raise ValueError("has neither a bndbox nor a robndbox nor a polygon")
     return shapes
@@ -305,9 +253,9 @@ def _box(bndbox: ElementTree.Element, rotation: float) -> Box:
     """The box, before it is turned."""
     if bndbox.find("rotation") is not None:
         raise ValueError("its bndbox has a rotation, and tools differ in what that means; export boxes without it")
-    sides = [_number(bndbox, side) for side in ("xmin", "ymin", "xmax", "ymax")]
-    from_zero = rotation or all("." in (bndbox.findtext(side) or "") for side in ("xmin", "ymin", "xmax", "ymax"))
-    x1, y1, x2, y2 = sides if from_zero else (_from_zero(sides[0]), _from_zero(sides[1]), sides[2], sides[3])
+    x1, y1, x2, y2 = (_number(bndbox, side) for side in _SIDES)
+    if not rotation and not all("." in (bndbox.findtext(side) or "") for side in _SIDES):
+        x1, y1 = (side - 1 if side >= 1 else min(side, 0.0) for side in (x1, y1))  # from 1 on, or 0
     within = box(x1, y1, x2, y2)
     if not rotation and min(x1, y1) < -1:
         raise ValueError(f"the box {bracketed(within)} begins before the image")
@@ -319,13 +267,13 @@ def _rotation(drawn: ElementTree.Element) -> float:
     values = [
         attribute.findtext("value")
         for attribute in drawn.findall("attributes/attribute")
-        if (attribute.findtext("name") or "").strip() == "rotation"
+        if _text(attribute, "name") == "rotation"
     ]
     values += _ROTATION.findall(drawn.findtext("attributes") or "")
     try:
         angle = float(values[0] or "") if values else 0.0
-    except ValueError as error:
-        raise ValueError(f"its attribute rotation is not a number: {values[0]!r}") from error
+    except ValueError:
+        angle = math.nan
     if not math.isfinite(angle):
         raise ValueError(f"its attribute rotation is not a number: {values[0]!r}")
     return angle % 360
@@ -334,8 +282,8 @@ def _rotation(drawn: ElementTree.Element) -> float:
 def _rolabelimg(name: str, robndbox: ElementTree.Element) -> Shape:
     """A turned box, by its centre and an angle in radians or, in DIOR-R, by its corners."""
     if robndbox.find("cx") is None and robndbox.find("x_left_top") is not None:
-        outline = polygon([(_number(robndbox, f"x_{at}"), _number(robndbox, f"y_{at}")) for at in _CORNERS])
-        return Shape(name, enclosing(outline), (outline,), cut=True)
+        corners = [(_number(robndbox, f"x_{at}"), _number(robndbox, f"y_{at}")) for at in _CORNERS]
+        return outlined(name, corners, cut=True)
     cx, cy, width, height, angle = (_number(robndbox, part) for part in _TURNED)
     before = Box(cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2)
     return turned_box(name, before, math.degrees(angle))
@@ -351,12 +299,4 @@ def _corners(outline: ElementTree.Element) -> list[tuple[float, float]]:
 
 
 def _number(part: ElementTree.Element, name: str) -> float:
-    value = part.findtext(name)
-    try:
-        return float(value or "")
-    except ValueError as error:
-        raise ValueError(f"{part.tag} has no number {name}, but {value!r}") from error
-
-
-def _from_zero(first: float) -> float:
-    return first - 1 if first >= 1 else min(first, 0.0)
+    return decimal(part.findtext(name), f"{name} of {part.tag}")

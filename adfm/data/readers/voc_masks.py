@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from adfm.data import contents
-from adfm.data.problems import MissingImage
-from adfm.data.readers.annotations import Shape, folder_names, nfc, text, walk
-from adfm.data.readers.files import images, images_within
+from adfm.data.readers.annotations import Shape, nfc
+from adfm.data.readers.files import DataSet, NoImage, folder_names, images, images_within, walk
 from adfm.data.readers.shapes import bitmap, check_mask_size
+from adfm.data.readers.textfiles import text
 from adfm.data.readers.verdicts import class_name
-from adfm.records import Box
 
 _LABELMAP = "labelmap.txt"
 # LabelMe's script once kept other files in the folders without PNG.
@@ -40,11 +39,6 @@ class Masks(NamedTuple):
     objects: Path | None
     base: Path
 
-    @property
-    def either(self) -> Path:
-        """The one that says more."""
-        return self.objects or self.classes or self.base
-
 
 def pictures(raw: Path, folder: Path) -> bool:
     """Whether a folder, or one that it is in, holds masks or what is drawn of them."""
@@ -57,60 +51,42 @@ def beside(folder: Path) -> bool:
 
 
 class Classes:
-    """The masks of a data set, and the names of the classes in them.
+    """The masks of a data set, and the names of the classes in them; `own` are names of folders of images."""
 
-    Args:
-        raw: The data set.
-        problems: Gets lists of classes that cannot be read, and masks without an image.
-    """
-
-    def __init__(self, raw: Path, problems: list[str]) -> None:
-        self._raw, self._problems = raw, problems
+    def __init__(self, data: DataSet, own: Container[str]) -> None:
+        self._data, self._own = data, own
         self._files = lru_cache(maxsize=4)(_files)
         self._used: set[str] = set()
         self._bases: dict[Path, Path | None] = {}
         self._names: dict[Path, dict[_Color, str] | None] = {}
 
-    def find(self, image: Path, own: Container[str]) -> Masks | None:
-        """The masks of an image, which have its name and, in their folder, its path.
-
-        Args:
-            image: In the data set.
-            own: Names, in lower case, of folders of images.
-        """
+    def find(self, image: Path) -> Masks | None:
+        """The masks of an image, which have its name and, in their folder, its path."""
         if image.parent not in self._bases:
-            above = [base for base in image.parents if base.is_relative_to(self._raw)]
-            self._bases[image.parent] = next((base for base in above if beside(base)), None)
+            self._bases[image.parent] = next(filter(beside, self._data.above(image)), None)
         base = self._bases[image.parent]
         if base is None:
             return None
         inner = image.relative_to(base).parts
-        inner = inner[1:] if inner[0].lower() in own and len(inner) > 1 else inner
+        inner = inner[1:] if inner[0].lower() in self._own and len(inner) > 1 else inner
         stem = nfc(image.stem)
         classes, objects = (
             next((file for name in names if (file := self._files((base / name).joinpath(*inner[:-1])).get(stem))), None)
             for names in (_CLASS, _OBJECT)
         )
-        self._used.update(str(path.relative_to(self._raw)) for path in (classes, objects) if path)
+        self._used.update(self._data.relative(path) for path in (classes, objects) if path)
         return Masks(classes, objects, base) if classes or objects else None
 
     def add_orphans(self) -> None:
-        """Adds the masks that no image has to the problems, after all images."""
-        for folder in walk(self._raw):
-            if folder.name in (*_CLASS, *_OBJECT):
-                for mask in sorted(images_within(folder)):
-                    place = mask.relative_to(self._raw)
-                    if str(place) not in self._used:
-                        self._problems.append(
-                            MissingImage(f"{place.as_posix()}: there is no image {mask.stem}.* for it")
-                        )
+        """Add the masks that no image has to the problems, after all images."""
+        for folder in walk(self._data.raw):
+            for mask in sorted(images_within(folder)) if folder.name in (*_CLASS, *_OBJECT) else ():
+                where = self._data.relative(mask)
+                if where not in self._used:
+                    self._data.add(where, NoImage(f"there is no image {mask.stem}.* for it"))
 
-    def shapes(self, masks: Masks, size: tuple[int, int] | None) -> list[Shape]:
+    def shapes(self, masks: Masks) -> list[Shape]:
         """One shape for every object, or for every patch of a class where only classes are drawn.
-
-        Args:
-            masks: Of an image.
-            size: Of the image, as its XML file states it.
 
         Raises:
             ValueError: A mask cannot be read, is of another size than the other, or has a colour without a class.
@@ -130,7 +106,10 @@ class Classes:
             if objects is None:
                 patches, _ = ndimage.label(pixels, np.ones((3, 3)))
                 places = ndimage.find_objects(patches)
-                parts = [_only(patches, number, place) for number, place in enumerate(places, start=1)]
+                parts = [
+                    (patches[down, across] == number, across.start, down.start)
+                    for number, (down, across) in enumerate(places, start=1)
+                ]
                 name = self._name(masks, color)
             else:
                 parts = [(pixels, 0, 0)]
@@ -157,27 +136,18 @@ class Classes:
         if base not in self._names:
             self._names[base] = None
             for file, read in ((base / _LABELMAP, _labelmap), (base / "class_names.txt", _class_names)):
-                try:
+                with self._data.at(file):
                     if self._names[base] is None and file.is_file():
                         self._names[base] = read(text(file))
-                except ValueError as error:
-                    self._problems.append(f"{file.relative_to(self._raw).as_posix()}: {error}")
         return self._names[base]
 
 
 def added(boxed: list[Shape], masked: list[Shape]) -> tuple[list[Shape], list[str]]:
-    """The shapes of an image with boxes and masks: objects, with the masks that lie in them, and the other masks.
-
-    Args:
-        boxed: Objects of the XML file.
-        masked: Shapes of the masks.
-
-    Returns:
-        The shapes, and notes.
-    """
+    """The shapes, and notes, of an image with boxes and masks: the objects of the XML file, and masks beside them."""
     if not boxed:
         return masked, []
-    alone = [shape for shape in masked if not any(_covers(one.box, shape.box) for one in boxed)]
+    boxes = [one.box for one in boxed]
+    alone = [one for one in masked if all(box.intersection(one.box) < _COVERED * one.box.area for box in boxes)]
     notes = ["a mask without an object of its own is a defect too"] if alone else []
     return [*boxed, *alone], notes
 
@@ -187,17 +157,11 @@ def _files(folder: Path) -> dict[str, Path]:
     return {nfc(mask.stem): mask for mask in images(folder)}
 
 
-def _covers(drawn: Box, mask: Box) -> bool:
-    return drawn.intersection(mask) >= _COVERED * mask.area
-
-
 def _colors(path: Path, by_color: bool) -> NDArray[np.uint32]:
-    """[height, width] of colours, as 0xBBGGRR.
+    """[height, width] of the colours of a mask, as 0xBBGGRR.
 
-    Args:
-        path: A mask.
-        by_color: Whether the colours in a palette tell the classes; the numbers in it otherwise, which become the
-            colours that VOC gives them.
+    `by_color`: the colours in a palette tell the classes; otherwise the numbers in it, which become the colours that
+    VOC gives them.
     """
     try:
         with Image.open(io.BytesIO(contents.read(path))) as file:
@@ -229,10 +193,6 @@ def _most(colors: NDArray[np.uint32]) -> int:
     if not counts.any():
         raise ValueError("has an object that the mask in SegmentationClass gives no class; paint it there as well")
     return int(values[counts.argmax()])
-
-
-def _only(patches: NDArray[np.int32], number: int, place: Sequence[slice]) -> tuple[NDArray[np.bool_], int, int]:
-    return patches[tuple(place)] == number, place[1].start, place[0].start
 
 
 def _code(rgb: _Color) -> int:
@@ -267,8 +227,8 @@ def _class_names(content: str) -> dict[_Color, str]:
 @cache
 def _palette() -> dict[_Color, int]:
     """VOC's colours and their numbers: the bits of a number, by threes, are the highest of red, green and blue."""
-    return {(_channel(number, 0), _channel(number, 1), _channel(number, 2)): number for number in range(256)}
-
-
-def _channel(number: int, channel: int) -> int:
-    return sum((number >> 3 * place + channel & 1) << 7 - place for place in range(8))
+    channels = [
+        [sum((number >> 3 * place + channel & 1) << 7 - place for place in range(8)) for channel in range(3)]
+        for number in range(256)
+    ]
+    return {(red, green, blue): number for number, (red, green, blue) in enumerate(channels)}

@@ -7,9 +7,9 @@ from collections.abc import Container
 from pathlib import Path
 from typing import NamedTuple
 
-from adfm.data.problems import MissingImage
-from adfm.data.readers.annotations import folder_names, lines, listing, nfc, split_of, walk
-from adfm.data.readers.files import IMAGES
+from adfm.data.readers.annotations import nfc
+from adfm.data.readers.files import IMAGES, DataSet, NoImage, listing, split_of, walk
+from adfm.data.readers.textfiles import lines
 from adfm.records import Split
 
 # The first of these places that lists an image decides.
@@ -28,48 +28,32 @@ class _List(NamedTuple):
 
 
 class Lists:
-    """The lists of a data set, read when an image needs them.
+    """The lists of a data set, read when an image needs them; they leave out `own`, names of folders of images."""
 
-    Args:
-        raw: The data set.
-        problems: Gets lists that cannot be read, and names without an image.
-    """
-
-    def __init__(self, raw: Path, problems: list[str]) -> None:
-        self._raw, self._problems = raw, problems
+    def __init__(self, data: DataSet, own: Container[str]) -> None:
+        self._data, self._own = data, own
         self._lists: dict[Path, list[list[_List]]] = {}
         self._seen: dict[Path, set[str]] = {}
 
-    def split(self, image: Path, own: Container[str]) -> tuple[Split | None, list[str]]:
-        """The split of an image, and notes about it; by the names of its folders where there are no lists.
-
-        Args:
-            image: In the data set.
-            own: Names, in lower case, of folders of images, which lists leave out.
-        """
-        for base in image.parents:
-            if not base.is_relative_to(self._raw):
-                break
+    def split(self, image: Path) -> tuple[Split | None, list[str]]:
+        """The split of an image, and notes about it; by the names of its folders where there are no lists."""
+        for base in self._data.above(image):
             if places := self._of(base):
-                return self._listed(image, base, places, own)
-        return split_of(*folder_names(self._raw, image)), []
+                return self._listed(image, base, places)
+        return self._data.split(image), []
 
     def add_missing(self) -> None:
-        """Adds the names that no image has to the problems, after all images."""
+        """Add the names that no image has to the problems, after all images."""
         for base, places in self._lists.items():
             for one in (one for place in places for one in place):
                 if missing := sorted(one.names - self._seen[base]):
                     names = ", ".join(missing[:_MANY]) + f" and {len(missing) - _MANY} more" * (len(missing) > _MANY)
-                    self._problems.append(
-                        MissingImage(f"{one.file.relative_to(self._raw).as_posix()}: there are no images {names}")
-                    )
+                    self._data.add(one.file, NoImage(f"there are no images {names}"))
 
-    def _listed(
-        self, image: Path, base: Path, places: list[list[_List]], own: Container[str]
-    ) -> tuple[Split | None, list[str]]:
+    def _listed(self, image: Path, base: Path, places: list[list[_List]]) -> tuple[Split | None, list[str]]:
         whole = nfc(image.relative_to(base).as_posix()[: -len(image.suffix)])
         first, slash, rest = whole.partition("/")
-        names = {whole, rest} if slash and first.lower() in own else {whole}
+        names = {whole, rest} if slash and first.lower() in self._own else {whole}
         lists = [[one for one in place if names & one.names] for place in places]
         if any(lists):
             self._seen[base] |= names
@@ -100,45 +84,40 @@ class Lists:
         plain = [file for file in files if _is_plain(file.stem)]
         of_classes = [file for file in files if folder != "." and _is_plain(_last(file.stem))]
         lists = [self._read(file, folder, file in plain) for file in plain or of_classes]
-        return [one for one in lists if one and (folder != "." or _of_voc(one))]
+        # A list beside ImageSets is one of images and XML files, as PaddleDetection has them.
+        return [one for one in lists if one and (folder != "." or any("/" in name for name in one.names))]
 
     def _further(self, base: Path) -> list[list[_List]]:
         """The lists in a folder of ImageSets that VOC does not have, such as ImageSets/fold1; one of them at most."""
-        inside = [folder for folder in walk(base / "ImageSets") if any(map(_is_list, listing(folder, ".txt")))]
+        inside = [
+            folder
+            for folder in walk(base / "ImageSets")
+            if any(_is_plain(file.stem) for file in listing(folder, ".txt"))
+        ]
         if len(inside) > 1:
             names = ", ".join(folder.name for folder in inside[:_MANY])
-            self._problems.append(
-                f"{inside[0].relative_to(self._raw).as_posix()}: one of {len(inside)} folders of lists ({names}), which"
-                " may divide the images differently; keep one of them, or move its lists to ImageSets/Main"
+            self._data.add(
+                inside[0],
+                f"one of {len(inside)} folders of lists ({names}), which"
+                " may divide the images differently; keep one of them, or move its lists to ImageSets/Main",
             )
         return [self._place(base, folder.relative_to(base).as_posix()) for folder in inside[:1]]
 
     def _read(self, file: Path, folder: str, plain: bool) -> _List | None:
-        try:
-            content = lines(file)
-        except ValueError as error:
-            self._problems.append(f"{file.relative_to(self._raw).as_posix()}: {error}")
-            return None
         columns = not plain or folder.endswith(("Layout", "Action"))
-        names = {_name(_COLUMNS.sub("", line.strip()) if columns else line) for line in content if line.strip()}
-        return _List(file, split_of(_last(file.stem)), frozenset(names))
+        with self._data.at(file):
+            filled = [line.strip() for line in lines(file) if line.strip()]
+            names = {_name(_COLUMNS.sub("", line) if columns else line) for line in filled}
+            return _List(file, split_of(_last(file.stem)), frozenset(names))
+        return None
 
 
 def _is_plain(stem: str) -> bool:
     return stem.lower() == "trainval" or (split_of(stem) is not None and stem.isalpha())
 
 
-def _is_list(file: Path) -> bool:
-    return _is_plain(file.stem)
-
-
 def _last(stem: str) -> str:
     return stem.rsplit("_", 1)[-1]
-
-
-def _of_voc(one: _List) -> bool:
-    """Whether a list beside ImageSets is one of images and XML files, as PaddleDetection has them."""
-    return any("/" in name for name in one.names)
 
 
 def _name(line: str) -> str:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
-from adfm.data.readers.annotations import contents
+from adfm.data.readers.textfiles import contents
 
 # Web browsers read these names as the larger encodings too: the tools declare the smaller one and write the larger.
 _LARGER = {"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949", "big5": "big5hkscs"}
@@ -44,9 +44,8 @@ def document(path: Path) -> ElementTree.Element:
         ValueError: It cannot be read, is not XML, or is in another encoding than it declares.
     """
     try:
-        return ElementTree.fromstring(
-            _decoded(contents(path)).lstrip()
-        )  # the parser takes no blank line before the first
+        # The parser takes no blank line before the first.
+        return ElementTree.fromstring(_decoded(contents(path)).lstrip())
     except ElementTree.ParseError as error:
         raise ValueError(f"is not XML ({error})") from error
 
@@ -76,14 +75,12 @@ def _decoded(content: bytes) -> str:
 
 
 def _is_utf_8(content: bytes, encoding: str) -> bool:
-    """Whether text is UTF-8 in spite of what it declares.
-
-    Text in an encoding of two bytes a character is sometimes UTF-8 by chance, but hardly ever with characters that
-    take three bytes in it.
-    """
+    """Whether text is UTF-8 in spite of what it declares."""
     try:
         text = content.decode()
     except UnicodeDecodeError:
         return False
+    # Text in an encoding of two bytes a character is sometimes UTF-8 by chance, but hardly ever with characters that
+    # take three bytes in it.
     one_byte = len("é".encode().decode(encoding, errors="replace")) == 2
     return one_byte or max(text) > "\u07ff"

@@ -9,39 +9,33 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
 
-from adfm.data.problems import MissingImage
 from adfm.data.readers.annotations import (
     Shape,
     box,
     bracketed,
-    enclosing,
-    folder_names,
-    holds,
-    lines,
-    listing,
-    mentions,
-    paired,
-    polygon,
+    by_stem,
+    nfc,
+    outlined,
+    partners,
     sample,
     shapes_of_lines,
-    split_of,
-    text,
-    walk,
     within,
 )
-from adfm.data.readers.files import images, refuse, relative
+from adfm.data.readers.files import DataSet, NoImage, folder_names, holds, images, listing, split_of, walk
+from adfm.data.readers.textfiles import lines, mentions, text
 from adfm.data.readers.verdicts import class_name
 from adfm.records import Box, Sample, Split
 
+FORM = "images/*, labels/*.txt, data.yaml"
 _IMAGES = frozenset(("images",))
-_LABELS = frozenset(("labels",))
+_LABELS = frozenset(("labels",))  # Ultralytics finds labels by /labels/ in the place of the last /images/
 # Ends of the names of lists of classes, one a line: of LabelImg and Label Studio, of Darknet and CVAT, of Roboflow.
 _LISTS = ("classes.txt", ".names", "_darknet.labels")
 _SLACK = 0.01  # rounding of the tools that write the files; Ultralytics allows as much
@@ -61,17 +55,11 @@ class _TextLoader(yaml.BaseLoader):
 
 @dataclass
 class _Settings:
-    """What the YAML files and lists of a data set say.
+    """What the YAML files and lists of a data set say."""
 
-    Args:
-        names: The names of the classes, by number.
-        splits: The splits to which a YAML file gives a folder or an image.
-        lost: Whether a place that a YAML file gives to a split is not in the data set.
-    """
-
-    names: dict[int, str] = field(default_factory=dict)
-    splits: dict[Path, set[Split]] = field(default_factory=lambda: defaultdict(set))
-    lost: bool = False
+    names: dict[int, str] = field(default_factory=dict)  # of the classes
+    splits: dict[Path, set[Split]] = field(default_factory=lambda: defaultdict(set))  # of a folder or an image
+    lost: bool = False  # whether a place that a YAML file gives to a split is not in the data set
 
 
 def matches(raw: Path) -> bool:
@@ -83,7 +71,7 @@ def matches(raw: Path) -> bool:
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yields the images, folder by folder. One without a text file, or with an empty one, is normal.
+    """Yield the images, folder by folder. One without a text file, or with an empty one, is normal.
 
     `class cx cy width height` is a box, `class x1 y1 x2 y2 x3 y3 …` a polygon or, of four corners, a turned box. Boxes
     are cut off at the edge of the image where rounding, or a turned box, reaches out of it. Classes have the names in
@@ -92,39 +80,29 @@ def read(raw: Path) -> Iterator[Sample]:
     folders' names (train, val, valid, validation, test). Images that are both validation and test count as test;
     images that are training and something else have no split.
 
-    Args:
-        raw: The raw data set; its name is the name of the data set and of the category.
-
     Raises:
-        AdfmError: Everything that is wrong in the text files, text files without an image, and a data set without any
-            text file: in one error, after the last sample.
+        BadData: Anything is wrong in the text files, a text file has no image, or there is no text file.
     """
-    problems: list[str] = []
-    settings = _settings(raw, problems)
+    data = DataSet(raw, "yolo")
+    settings = _settings(data)
     shape = partial(_shape, names=settings.names)
     defects = False
     for folder in walk(raw):
-        for image, file in paired(raw, folder, ".txt", _IMAGES, _LABELS, partial(_belongs, raw), problems):
-            shapes = shapes_of_lines(raw, file, shape, problems) if file else []
+        for image, file in _paired(data, folder):
+            shapes = list(shapes_of_lines(data, file, shape)) if file else []
             defects = defects or bool(shapes)
             split, notes = _split(raw, image, settings)
-            yield sample(raw, image, shapes, split, notes, normalized=True)
-    if not defects and not problems:
-        problems.append("no image has a text file with a defect, beside it or in labels/ instead of images/")
-    refuse(raw, "yolo", problems)
+            yield sample(data, image, shapes, split, notes, normalized=True)
+    data.finish(defects, "no image has a text file with a defect, beside it or in labels/ instead of images/")
 
 
 def _is_part(folder: Path) -> bool:
-    below = walk(folder) if folder.name.lower() in _LABELS else (folder,)
-    return any(map(_is_in, below))
-
-
-def _is_in(folder: Path) -> bool:
-    settings = [*listing(folder, ".yaml"), *listing(folder, ".yml")]
-    if any(map(_is_settings, settings)):
-        return True
-    # The text files of DeepPCB have folders of this name; their numbers are pixels.
-    return not folder.name.endswith("_not") and any(map(_is_labels, listing(folder, ".txt")))
+    for place in walk(folder) if folder.name.lower() in _LABELS else (folder,):
+        # The text files of DeepPCB have folders of this name; their numbers are pixels.
+        texts = listing(place, ".txt") if not place.name.endswith("_not") else ()
+        if any(map(_is_settings, listing(place, ".yaml", ".yml"))) or any(map(_is_labels, texts)):
+            return True
+    return False
 
 
 def _is_settings(file: Path) -> bool:
@@ -140,36 +118,48 @@ def _is_labels(file: Path) -> bool:
         return False
 
 
-def _belongs(raw: Path, file: Path) -> bool:
-    """Whether a text file without an image should have one."""
-    inside = any(name.lower() in _LABELS for name in folder_names(raw, file))
-    return not file.name.endswith(_LISTS) and (inside or _is_labels(file))
+def _paired(data: DataSet, folder: Path) -> Iterator[tuple[Path, Path | None]]:
+    """Yield the images of a folder, each with the text file of its name, which may be in a partner folder."""
+    pictures = by_stem(images(folder))
+    places = partners(data.raw, folder, _IMAGES, _LABELS) if pictures else []
+    files = by_stem(file for place in places for file in listing(place, ".txt"))
+    for stem, same in pictures.items():
+        for path, *several in filter(None, (same, files.get(stem))):
+            if several:
+                others = ", ".join(data.relative(Path(other)) for other in several)
+                data.add(Path(path), f"has the same name as {others}")
+        for image in same:
+            yield Path(image), Path(files[stem][0]) if stem in files else None
+
+    texts = listing(folder, ".txt")
+    places = partners(data.raw, folder, _LABELS, _IMAGES) if texts else []
+    theirs = [place for place in places if folder in partners(data.raw, place, _IMAGES, _LABELS)]
+    stems = {nfc(image.stem) for place in theirs for image in images(place)}
+    in_labels = any(name.lower() in _LABELS for name in folder_names(data.raw, folder / "file"))
+    for file in texts:
+        if nfc(file.stem) not in stems and not file.name.endswith(_LISTS) and (in_labels or _is_labels(file)):
+            data.add(file, NoImage(f"there is no image {file.stem}.* for it"))
 
 
-# ------------------------------------------------------------------------------------------------- names and splits
-
-
-def _settings(raw: Path, problems: list[str]) -> _Settings:
+def _settings(data: DataSet) -> _Settings:
     settings = _Settings()
     sources: dict[Path, dict[int, str]] = {}
-    for folder in walk(raw, 2):
-        for file in [*listing(folder, ".yaml"), *listing(folder, ".yml")]:
+    for folder in walk(data.raw, 2):
+        for file in listing(folder, ".yaml", ".yml"):
             try:
                 content = yaml.load(text(file), _TextLoader) if _is_settings(file) else None
                 if isinstance(content, dict) and "names" in content:
                     sources[file] = _names(content)
-                    _add_splits(raw, file, content, settings, problems)
+                    _add_splits(data, file, content, settings)
             except (yaml.YAMLError, RecursionError, ValueError) as error:
-                problems.append(f"{relative(raw, file)}: {' '.join(str(error).split())}")
-        for file in sorted(path for path in folder.glob("[!.]*") if path.name.endswith(_LISTS) and path.is_file()):
-            try:
+                data.add(file, " ".join(str(error).split()))
+        for file in (file for file in listing(folder, *_LISTS) if file.name.endswith(_LISTS)):
+            with data.at(file):
                 sources[file] = {n: name.strip() for n, name in enumerate(text(file).strip().splitlines())}
-            except ValueError as error:
-                problems.append(f"{relative(raw, file)}: {error}")
     for names in sources.values():
         if any(settings.names.get(number, name) != name for number, name in names.items()):
-            files = ", ".join(relative(raw, file) for file in sources)
-            problems.append(f"{files}: name the classes differently; keep one of them")
+            files = ", ".join(map(data.relative, sources))
+            data.problems.append(f"{files}: name the classes differently; keep one of them")
             break
         settings.names |= names
     return settings
@@ -181,9 +171,8 @@ def _names(content: dict[Any, Any]) -> dict[int, str]:
         raise ValueError("kpt_shape says that the labels are points of a pose; export boxes or polygons")
     if isinstance(names, list):
         names = dict(enumerate(names))
-    if not isinstance(names, dict) or not names or not all(str(number).isdecimal() for number in names):
-        raise ValueError("'names' is neither a list of names nor names under their numbers")
-    if not all(isinstance(name, str) for name in names.values()):
+    numbered = isinstance(names, dict) and names and all(str(number).isdecimal() for number in names)
+    if not numbered or not all(isinstance(name, str) for name in names.values()):
         raise ValueError("'names' is neither a list of names nor names under their numbers")
     count = content.get("nc", "")
     if isinstance(count, str) and count.isdecimal() and int(count) != len(names):
@@ -191,13 +180,11 @@ def _names(content: dict[Any, Any]) -> dict[int, str]:
     return {int(number): name for number, name in names.items()}
 
 
-def _add_splits(raw: Path, file: Path, content: dict[Any, Any], settings: _Settings, problems: list[str]) -> None:
-    """Takes train, val and test from a YAML file where they lead to something in the data set.
-
-    The files of several tools lead out of the data set (`../train/images`, or to the machine that wrote them).
-    """
-    roots = [file.parent, raw]
-    if base := within(raw, file.parent, str(content.get("path", "")), Path.is_dir):
+def _add_splits(data: DataSet, file: Path, content: dict[Any, Any], settings: _Settings) -> None:
+    """Add train, val and test of a YAML file where they lead to something in the data set."""
+    # The files of several tools lead out of the data set (`../train/images`, or to the machine that wrote them).
+    roots = [file.parent, data.raw]
+    if base := within(data.raw, file.parent, str(content.get("path", "")), Path.is_dir):
         roots.insert(0, base)
     for key in ("train", "val", "test"):
         places = content.get(key)
@@ -205,52 +192,46 @@ def _add_splits(raw: Path, file: Path, content: dict[Any, Any], settings: _Setti
         for place in places if isinstance(places, list) else [places]:
             if not isinstance(place, str) or place.lower() in ("", "null", "~"):
                 continue
-            path = _resolved(raw, roots, place)
+            path = _resolved(data.raw, roots, place)
             settings.lost = settings.lost or not path
             if path and path.is_file() and path.suffix == ".txt":
-                _add_list(raw, path, split, roots, settings, problems)
+                _add_list(data, path, split, roots, settings)
             elif path:
                 settings.splits[path].add(split)
 
 
-def _add_list(raw: Path, file: Path, split: Split, roots: list[Path], settings: _Settings, problems: list[str]) -> None:
-    """Takes the images that a text file lists, a path a line."""
-    where = relative(raw, file)
-    try:
-        content = lines(file)
-    except ValueError as error:
-        problems.append(f"{where}: {error}")
-        return
+def _add_list(data: DataSet, file: Path, split: Split, roots: list[Path], settings: _Settings) -> None:
+    """Add the images that a text file lists, a path a line."""
+    where = data.relative(file)
     bases = list(dict.fromkeys([file.parent, *roots]))
     folders: dict[str, Path] = {}  # as the list writes them; a list has a hundred thousand lines
-    for number, line in enumerate(content, start=1):
-        if not line.strip():
-            continue
-        written, _, name = line.strip().replace("\\", "/").rpartition("/")
-        image = folders[written] / name if written in folders else None
-        if not image or not image.is_file():
-            image = _resolved(raw, bases, line.strip())
-        if image and image.is_file():
-            folders[written] = image.parent
-            settings.splits[image].add(split)
-        else:
-            problems.append(MissingImage(f"{where}: line {number}: there is no image {line.strip()[:200]!r}"))
+    with data.at(where):
+        for number, line in enumerate(map(str.strip, lines(file)), start=1):
+            if not line:
+                continue
+            written, _, name = line.replace("\\", "/").rpartition("/")
+            image = folders[written] / name if written in folders else None
+            if not image or not image.is_file():
+                image = _resolved(data.raw, bases, line)
+            with data.at(f"{where}: line {number}"):
+                if not image or not image.is_file():
+                    raise NoImage(f"there is no image {line[:200]!r}")
+                folders[written] = image.parent
+                settings.splits[image].add(split)
 
 
 def _resolved(raw: Path, bases: list[Path], name: str) -> Path | None:
-    """What a path leads to that may have been written elsewhere: the longest of its ends that is in the data set.
-
-    The end has to speak of the same split as the whole, so that `elsewhere/train/images` does not lead to `images`. A
-    file's name alone does only where the folder before it is the one to look in.
-    """
+    """What a path leads to that may have been written elsewhere: the longest of its ends that is in the data set."""
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     split = split_of(*reversed(parts))
     for first in range(len(parts)):
         end = parts[first:]
+        # The end has to name the same split as the whole: `elsewhere/train/images` does not lead to `images`.
         if ".." in end or split_of(*reversed(end)) != split:
             continue
         for base in bases:
             path = within(raw, base, "/".join(end), Path.exists)
+            # A file's name alone leads to it only from the folder that the path names before it.
             bare = len(end) == 1 and first and parts[first - 1] not in ("..", base.resolve().name)
             if path and not (bare and path.is_file()):
                 return path
@@ -275,9 +256,6 @@ def _split(raw: Path, image: Path, settings: _Settings) -> tuple[Split | None, l
     return split, []
 
 
-# ------------------------------------------------------------------------------------------------------------ lines
-
-
 def _shape(words: list[str], names: dict[int, str]) -> Shape:
     if len(words) == 6:
         raise ValueError("has 6 numbers: the last is a confidence, and predictions are not labels")
@@ -291,15 +269,14 @@ def _shape(words: list[str], names: dict[int, str]) -> Shape:
         return _drawn(name, words[1:])
     turned = len(words) == 9
     values = [_fraction(word, _REACH if turned else _SLACK) for word in words[1:]]
-    points = polygon(list(zip(values[::2], values[1::2], strict=True)))
-    round_it = enclosing(points, side=1)
-    return Shape(name, round_it, (points,), cut=_reaches_out(round_it, 0))
+    drawn = outlined(name, list(zip(values[::2], values[1::2], strict=True)), side=1)
+    return replace(drawn, cut=_reaches_out(drawn.box, 0))
 
 
 def _drawn(name: str, words: list[str]) -> Shape:
     cx, cy = (_fraction(word, _SLACK) for word in words[:2])
     for word in words[2:]:
-        if _number(word) < 0:
+        if _fraction(word, math.inf) < 0:
             raise ValueError(
                 f"its width or height is {word}: the box was drawn upwards or to the left, and where it is depends on"
                 " the tool; draw it again"
@@ -327,14 +304,10 @@ def _class(word: str) -> int:
 
 
 def _fraction(word: str, slack: float) -> float:
-    value = _number(word)
+    try:
+        value = float(word)
+    except ValueError as error:
+        raise ValueError(f"{word!r} is not a number") from error
     if not -slack <= value <= 1 + slack:
         raise ValueError(f"{word} is not a fraction of the image; write positions and sizes from 0 to 1, not pixels")
     return value
-
-
-def _number(word: str) -> float:
-    try:
-        return float(word)
-    except ValueError as error:
-        raise ValueError(f"{word!r} is not a number") from error

@@ -75,10 +75,10 @@ def dump(path: Path, content: Any) -> None:
 def by_source(read: Read, raw: Path) -> dict[str, Sample]:
     """The samples of a data set that has nothing wrong with it."""
     samples = list(read(raw))
-    found = {sample.source: sample for sample in samples}
-    assert len(found) == len(samples)
+    by_name = {sample.source: sample for sample in samples}
+    assert len(by_name) == len(samples)
     assert all(sample.image == raw / sample.source and sample.image.is_file() for sample in samples)
-    return found
+    return by_name
 
 
 def problems(read: Read, raw: Path) -> list[str]:

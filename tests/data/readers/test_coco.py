@@ -37,8 +37,8 @@ def test_samples(tmp_path: Path) -> None:
     boxes = [(0, 2, [10, 20, 30.5, 40]), (0, 1, [0, 0, 1, 1]), (0, 2, [5, 5, 5, 5]), (2, 2, [1, 2, 3, 4])]
     dump(raw / "annotations" / "instances.json", _file(["a.jpg", "b.PNG", "c.jpg"], boxes))
     assert coco.matches(raw)
-    found = by_source(coco.read, raw)
-    a, b, c = (found[f"images/{name}"] for name in ("a.jpg", "b.PNG", "c.jpg"))
+    samples = by_source(coco.read, raw)
+    a, b, c = (samples[f"images/{name}"] for name in ("a.jpg", "b.PNG", "c.jpg"))
     assert (a.label, a.defect, a.dataset, a.category, a.split) == (
         "anomalous",
         "dent+scratch",
@@ -74,8 +74,8 @@ def test_where_an_image_and_its_split_may_be(
 ) -> None:
     touch(tmp_path, image)
     dump(tmp_path / file, _file([name], [(0, 1, [1, 1, 1, 1])]))
-    found = by_source(coco.read, tmp_path)
-    assert found[image].split == split
+    samples = by_source(coco.read, tmp_path)
+    assert samples[image].split == split
     assert coco.matches(tmp_path)
 
 
@@ -84,8 +84,8 @@ def test_two_files_with_images_of_the_same_names(tmp_path: Path) -> None:
         touch(tmp_path, f"{part}2017/1.jpg")
         dump(tmp_path / f"annotations/instances_{part}2017.json", _file(["1.jpg"], [(0, number, [1, 1, 1, number])]))
     dump(tmp_path / "annotations" / "captions_train2017.json", {"images": [], "annotations": []})
-    found = by_source(coco.read, tmp_path)
-    assert {(s.source, s.split, s.defect, s.boxes) for s in found.values()} == {
+    samples = by_source(coco.read, tmp_path)
+    assert {(s.source, s.split, s.defect, s.boxes) for s in samples.values()} == {
         ("train2017/1.jpg", "train", "scratch", ((1, 1, 2, 2),)),
         ("val2017/1.jpg", "validation", "dent", ((1, 1, 2, 3),)),
     }
@@ -172,10 +172,10 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     (tmp_path / "utf16.json").write_bytes('{"images": []}'.encode("utf-16"))  # read, and not an annotation file
     outside = "is inverted or has no area"
     nowhere = "neither where its path leads nor beside this file nor in a folder of images that belongs to it"
-    found = problems(coco.read, tmp_path)
-    (comma,) = (line for line in found if line.startswith("comma.json: line 2, column 2"))
+    problem_lines = problems(coco.read, tmp_path)
+    (comma,) = (line for line in problem_lines if line.startswith("comma.json: line 2, column 2"))
     assert "comma " in comma  # the rest is Python's, and differs from version to version
-    assert [line for line in found if line != comma] == [
+    assert [line for line in problem_lines if line != comma] == [
         f"a.json: category 1: another category has the same id; {_APART}",
         f"a.json: image 1: another image has the same id; {_APART}",
         "a.json: image no. 8: has no 'id'",
@@ -393,9 +393,9 @@ def test_corners_that_contradict_the_rest_of_the_file_are_always_refused(
     """From 6 pixels on from the corner of the image, where the two readings differ enough to tell them apart."""
     raw = tmp_path_factory.mktemp("corners")
     _written(raw, places, kind, data.draw, corners=True)
-    found = problems(coco.read, raw)
-    assert len(found) == len(places)
-    assert all("[x1, y1, x2, y2]; write all boxes" in problem for problem in found)
+    listed = problems(coco.read, raw)
+    assert len(listed) == len(places)
+    assert all("[x1, y1, x2, y2]; write all boxes" in problem for problem in listed)
 
 
 def test_areas_of_masks_that_hit_those_of_corners_by_chance_are_no_contradiction(tmp_path: Path) -> None:
@@ -434,18 +434,18 @@ def test_fiftyone(tmp_path: Path) -> None:
     content["categories"] = [{"id": 0, "name": "scratch", "supercategory": None}]
     content |= {"info": {"description": "Exported from FiftyOne"}, "licenses": []}
     dump(tmp_path / "labels.json", content)
-    found = by_source(coco.read, tmp_path)
-    assert found["data/1.jpg"].boxes == ((20, 30, 60, 50),)
-    assert found["data/2.jpg"].label == "normal"
+    samples = by_source(coco.read, tmp_path)
+    assert samples["data/1.jpg"].boxes == ((20, 30, 60, 50),)
+    assert samples["data/2.jpg"].label == "normal"
 
 
 def test_an_image_that_was_deleted_is_not_one_of_another_split(tmp_path: Path) -> None:
     touch(tmp_path, "images/train/1.jpg", "images/val/2.jpg")
     dump(tmp_path / "annotations" / "instances_train.json", _file(["1.jpg", "2.jpg"], [(1, 1, [1, 1, 9, 9])]))
-    found = problems(coco.read, tmp_path)
-    assert "annotations/instances_train.json: image 1: there is no image '2.jpg'" in found[0]
-    assert [isinstance(problem, MissingImage) for problem in found] == [True, False]
-    assert found[1] == "images/val: images that are not in the annotations: 2.jpg"
+    listed = problems(coco.read, tmp_path)
+    assert "annotations/instances_train.json: image 1: there is no image '2.jpg'" in listed[0]
+    assert [isinstance(problem, MissingImage) for problem in listed] == [True, False]
+    assert listed[1] == "images/val: images that are not in the annotations: 2.jpg"
 
 
 @pytest.mark.parametrize(
@@ -503,8 +503,8 @@ def test_what_is_written_is_read(
     touch(raw, *(f"images/{name}" for name in names))
     boxes = [(n, 1, [x, y, w, h]) for n, its in enumerate(drawn.values()) for x, y, w, h in its]
     dump(raw / "annotations" / "a.json", _file(names, boxes))
-    found = by_source(coco.read, raw)
-    assert {s.removeprefix("images/").removesuffix(".png"): list(f.boxes) for s, f in found.items()} == {
+    samples = by_source(coco.read, raw)
+    assert {s.removeprefix("images/").removesuffix(".png"): list(f.boxes) for s, f in samples.items()} == {
         stem: [(x, y, x + w, y + h) for x, y, w, h in its] for stem, its in drawn.items()
     }
 

@@ -57,8 +57,8 @@ def test_samples(tmp_path: Path) -> None:
         _image("cam 1/b.jpg", number=1),
     )
     assert cvat.matches(raw)
-    found = by_source(cvat.read, raw)
-    a, b = found["images/a.jpg"], found["images/cam 1/b.jpg"]
+    samples = by_source(cvat.read, raw)
+    a, b = samples["images/a.jpg"], samples["images/cam 1/b.jpg"]
     assert (a.boxes, a.defect, a.size, a.category) == (
         ((20, 30, 60.5, 50), (1, 2, 3, 4)),
         "dent+scratch",
@@ -85,8 +85,8 @@ def test_where_the_images_are(tmp_path: Path, image: str, name: str, subset: str
     touch(tmp_path, image)
     more = {"subset": subset, "task_id": 3} if subset else {}
     _export(tmp_path / "annotations.xml", _image(name, _box(1, 2, 3, 4), **more))
-    found = by_source(cvat.read, tmp_path)
-    assert (found[image].boxes, found[image].split) == (((1, 2, 3, 4),), split)
+    samples = by_source(cvat.read, tmp_path)
+    assert (samples[image].boxes, samples[image].split) == (((1, 2, 3, 4),), split)
 
 
 def test_several_tasks_beside_each_other(tmp_path: Path) -> None:
@@ -216,11 +216,11 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     )
     area = "is not an area; draw a rectangle, polygon, ellipse or mask in its place"
     gone = "there is no such image in images/ beside the file; export with the images"
-    found = problems(cvat.read, tmp_path)
-    assert found == [
+    problem_lines = problems(cvat.read, tmp_path)
+    assert problem_lines == [
         "annotations.xml: image '1.jpg': shape 1: box: the box [5, 5, 4, 9] is inverted or has no area",
         "annotations.xml: image '1.jpg': shape 2: box: the box [nan, 5, 7, 9] is not finite",
-        "annotations.xml: image '1.jpg': shape 3: box: has no number xtl, but ''",
+        "annotations.xml: image '1.jpg': shape 3: box: xtl is '', which is not a number",
         "annotations.xml: image '1.jpg': shape 4: box: its class is 'OK', but every shape is taken for a defect; delete"
         " the shapes of this class, an image without any is normal",
         "annotations.xml: image '1.jpg': shape 5: box: its rotation 'inf' is not finite",
@@ -235,13 +235,13 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         f"annotations.xml: image '1.jpg': shape 14: skeleton: {area}",
         f"annotations.xml: image '1.jpg': shape 15: cuboid: {area}",
         "annotations.xml: image '2.jpg': the image is labelled both normal and not: good, scratch",
-        "annotations.xml: image '1.jpg': is listed twice, here as number 3, and in annotations.xml as number 1",
+        "annotations.xml: image '1.jpg': images/1.jpg is listed before, in annotations.xml as number 1; keep one",
         f"annotations.xml: image 'gone.jpg': {gone}",
         f"annotations.xml: image '../../secret.jpg': {gone}",
         "elsewhere: images that are not in the annotations: gone.jpg",
         "images: images that are not in the annotations: more.jpg",
     ]
-    assert [type(problem) for problem in found].count(MissingImage) == 2
+    assert [type(problem) for problem in problem_lines].count(MissingImage) == 2
 
 
 def test_a_tag_that_contradicts_the_shapes(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from adfm.data.problems import BadData
+from adfm.data.problems import BadData, MissingImage
 from adfm.data.readers import files
+from adfm.data.readers.files import DataSet
 from adfm.errors import AdfmError
 
 
@@ -29,7 +30,8 @@ def test_images_and_folders_are_listed_by_name_without_hidden_ones(tmp_path: Pat
         (tmp_path / name).touch()
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
     assert [path.name for path in files.images(tmp_path)] == ["a b'\".jpg", "b.PNG", "gone.png", "ä\n.webp"]
-    assert list(files.images(tmp_path)[1:3]) == [tmp_path / "b.PNG", tmp_path / "gone.png"]
+    assert list(files.images(tmp_path))[1:3] == [tmp_path / "b.PNG", tmp_path / "gone.png"]
+    assert [path.name for path in files.listing(tmp_path, ".txt", ".webp")] == ["d.txt", "ä\n.webp"]
     assert {path.name for path in files.images_within(tmp_path)} == {
         "a b'\".jpg",
         "b.PNG",
@@ -39,7 +41,7 @@ def test_images_and_folders_are_listed_by_name_without_hidden_ones(tmp_path: Pat
     }
     assert files.folders(tmp_path) == [tmp_path / "f.png"]
     for missing in (tmp_path / "nowhere", tmp_path / "d.txt"):
-        assert files.images(missing) == list(files.images_within(missing)) == files.folders(missing) == []
+        assert list(files.images(missing)) == list(files.images_within(missing)) == files.folders(missing) == []
 
 
 def test_links_to_folders_are_folders(tmp_path: Path) -> None:
@@ -190,26 +192,44 @@ def test_no_path_leads_out(name: str) -> None:
 )
 def test_what_is_wrong_with_a_json_file(content: bytes, problem: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(content)
-    problems: list[str] = []
-    assert files.parse(tmp_path, tmp_path / "x.json", TypeAdapter(dict[str, list[int]]), problems) is None
-    assert problems == [problem]
+    data = DataSet(tmp_path, "mmad")
+    assert data.parse(tmp_path / "x.json", TypeAdapter(dict[str, list[int]])) is None
+    assert data.problems == [problem]
 
 
 def test_json_with_a_byte_order_mark_or_nested_without_end(tmp_path: Path) -> None:
-    problems: list[str] = []
+    data = DataSet(tmp_path, "mmad")
     (tmp_path / "x.json").write_text('{"a": [1]}', encoding="utf-8-sig")
     form = TypeAdapter(dict[str, list[int]])
-    assert files.parse(tmp_path, tmp_path / "x.json", form, problems) == {"a": [1]}
+    assert data.parse(tmp_path / "x.json", form) == {"a": [1]}
     (tmp_path / "x.json").write_bytes(b"[" * 100_000)
-    assert files.parse(tmp_path, tmp_path / "x.json", form, problems) is None
-    assert files.parse(tmp_path, tmp_path / "gone.json", form, problems) is None
-    assert [problem.split(":")[0] for problem in problems] == ["x.json", "gone.json"]
+    assert data.parse(tmp_path / "x.json", form) is None
+    assert data.parse(tmp_path / "gone.json", form) is None
+    assert [problem.split(":")[0] for problem in data.problems] == ["x.json", "gone.json"]
 
 
-def test_problems_are_one_line_each_and_said_once(tmp_path: Path) -> None:
+def test_problems_are_one_line_each_and_listed_once(tmp_path: Path) -> None:
+    data = DataSet(tmp_path, "mvtec")
+    data.finish(True, "nothing")
+    data.problems += ["螺丝.png: a", "b\n\x1b[31m.png: b", "螺丝.png: a"]
     with pytest.raises(BadData) as error:
-        files.refuse(tmp_path, "mvtec", ["螺丝.png: a", "b\n\x1b[31m.png: b", "螺丝.png: a"])
+        data.finish(False, "nothing")
     assert str(error.value).splitlines()[2:3] == ["    螺丝.png: a"]
     assert r"b\n\x1b[31m.png: b" in str(error.value)
     assert len(error.value.problems) == 2
-    files.refuse(tmp_path, "mvtec", [])
+
+
+def test_where_nothing_was_read_that_is_the_problem(tmp_path: Path) -> None:
+    with pytest.raises(BadData, match="no image at all"):
+        DataSet(tmp_path, "mvtec").finish(False, "no image at all")
+
+
+def test_only_bad_data_in_a_block_become_problems(tmp_path: Path) -> None:
+    data = DataSet(tmp_path, "coco")
+    for error in (ValueError("is empty"), files.NoImage("there is no image")):
+        with data.at("a.json"):
+            raise error
+    with pytest.raises(KeyError), data.at("b.json"):
+        raise KeyError("a bug")
+    assert data.problems == ["a.json: is empty", "a.json: there is no image"]
+    assert [isinstance(problem, MissingImage) for problem in data.problems] == [False, True]

@@ -189,7 +189,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "10: the box [1, 2, 3] is not [x, y, width, height]",
         "11: 'bbox' may say where the defects are; write them in 'objects'",
         "12: the split 'later' is not train, validation or test",
-        "13: '0.png' is listed twice; keep one of the rows",
+        "13: 0.png is listed before, in metadata.jsonl: line 4; keep one of the rows",
         "14: is not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))",
         "15: is not a JSON object",
         "more: images that are not in the annotations: x.png",

@@ -127,9 +127,9 @@ def test_where_an_image_may_be(tmp_path: Path, url: str, file: str) -> None:
 def test_a_bare_name_is_not_looked_for_in_folders_that_the_path_does_not_name(tmp_path: Path) -> None:
     touch(tmp_path, "line4/a.png", "line5/b.png")
     dump(tmp_path / "export.json", [_task(1, "/data/local-files/?d=line3/a.png", _annotation())])
-    found = problems(label_studio.read, tmp_path)
-    assert "export.json: task 1: there is no image '/data/local-files/?d=line3/a.png', neither" in found[0]
-    assert isinstance(found[0], MissingImage)
+    listed = problems(label_studio.read, tmp_path)
+    assert "export.json: task 1: there is no image '/data/local-files/?d=line3/a.png', neither" in listed[0]
+    assert isinstance(listed[0], MissingImage)
 
 
 @pytest.mark.parametrize(
@@ -314,13 +314,13 @@ def test_what_is_not_a_label_is_refused(tmp_path: Path) -> None:
         _task(13, "x", _annotation()),
     ]
     dump(tmp_path / "export.json", tasks)
-    found = problems(label_studio.read, tmp_path)
-    assert found == [
+    problem_lines = problems(label_studio.read, tmp_path)
+    assert problem_lines == [
         "export.json: task 1: a.png has no submitted annotation (a prediction is not one); annotate it, or set"
         " convert.missing to skip to leave such images out",
         "export.json: task 2: b.png was skipped; annotate it, or set convert.missing to skip to leave such images out",
         "export.json: task 3: the annotations 8, 9 of c.png differ; delete all but one, or mark one as ground truth",
-        "export.json: task 6: a.png is the image of another task, task 1 in export.json; keep one",
+        "export.json: task 6: a.png is listed before, in task 1 of export.json; keep one",
         "export.json: task 7: annotation 1: the image is labelled normal, and 1 defects are drawn on it; correct"
         " either",
         "export.json: task 8: annotation 1: result 1: a point has no area; draw a rectangle, polygon, ellipse or mask"
@@ -333,8 +333,8 @@ def test_what_is_not_a_label_is_refused(tmp_path: Path) -> None:
         " a folder of images that belongs to it",
         "export.json: task 13: its data should have the path of one image; the keys that have one: none",
     ]
-    assert [isinstance(problem, MissingImage) for problem in found].count(True) == 3
-    assert isinstance(found[0], MissingImage) and isinstance(found[1], MissingImage)
+    assert [isinstance(problem, MissingImage) for problem in problem_lines].count(True) == 3
+    assert isinstance(problem_lines[0], MissingImage) and isinstance(problem_lines[1], MissingImage)
 
     dump(tmp_path / "export.json", [tasks[3], tasks[4]])
     for name in "abcfghij":

@@ -57,12 +57,12 @@ def test_samples(tmp_path: Path) -> None:
     dump(raw / "x" / "c.json", _file("c.png", _shape("dent", (40, 30), (43, 34), kind="circle")))
     dump(raw / "manifest.json", {"files": []})
     assert labelme.matches(raw)
-    found = by_source(labelme.read, raw)
-    a, c = found["a.jpg"], found["x/c.png"]
+    samples = by_source(labelme.read, raw)
+    a, c = samples["a.jpg"], samples["x/c.png"]
     assert (a.label, a.defect, a.dataset, a.category) == ("anomalous", "dent+scratch", "line", "line")
     assert a.boxes == ((10, 40, 30.5, 50.25), (1, 2, 5, 9.5), (1, 2, 5, 9))
     assert a.polygons == (((1, 2), (5, 2), (3, 9.5)), ((1, 2), (5, 2), (5, 9)))
-    assert [found[name].label for name in ("b.jpg", "no file.jpg")] == ["normal", "normal"]
+    assert [samples[name].label for name in ("b.jpg", "no file.jpg")] == ["normal", "normal"]
     assert c.boxes == ((35, 25, 45, 35),)
     (circle,) = c.polygons
     assert all(math.dist((40, 30), corner) == pytest.approx(5) for corner in circle)
@@ -87,8 +87,8 @@ def test_samples(tmp_path: Path) -> None:
 def test_where_an_image_may_be(tmp_path: Path, file: str, name: str, image: str, split: str | None) -> None:
     touch(tmp_path, image)
     dump(tmp_path / file, _file(name, _shape("dent", (1, 1), (2, 2))))
-    found = by_source(labelme.read, tmp_path)
-    assert (found[image].defect, found[image].split) == ("dent", split)
+    samples = by_source(labelme.read, tmp_path)
+    assert (samples[image].defect, samples[image].split) == ("dent", split)
 
 
 @pytest.mark.parametrize(
@@ -366,13 +366,13 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     dump(tmp_path / "l.json", _file("l.jpg", imageWidth=10**30))
     dump(tmp_path / "list.json", [])
     dump(tmp_path / "x.json", _file("x.jpg"))
-    found = problems(labelme.read, tmp_path)
-    (comma,) = (line for line in found if line.startswith("b.json: line "))
+    listed = problems(labelme.read, tmp_path)
+    (comma,) = (line for line in listed if line.startswith("b.json: line "))
     unknown = (
         "is unknown; draw one of rectangle, oriented_rectangle, polygon, circle, line, linestrip, point, mask instead"
     )
     nowhere = "neither where its path leads nor beside this file nor in a folder of images that belongs to it"
-    assert [line for line in found if line != comma] == [
+    assert [line for line in listed if line != comma] == [
         "a.json: shape 1: the box [5, 5, 5, 9] is inverted or has no area",
         "a.json: shape 2: 'nan' is not a finite number",
         "a.json: shape 3: the box [-5, -5, -1, 9] lies outside the image",
@@ -402,11 +402,11 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "g2.json: its image g.jpg belongs to again.json as well; keep one of the two files",
         "h.json: shape 1: a mask needs the imageWidth and imageHeight of the file",
         "i.json: may be the file of any of i.jpg, i.png; remove all but one, or give them other names",
-        "k.json: 'imageWidth' is not a number of pixels: '80'",
-        "l.json: 'imageWidth' is not a number of pixels: '1000000000000000000000000000000'",
+        "k.json: '80' x 60 is not a size in pixels",
+        "l.json: 1000000000000000000000000000000 x 60 is not a size in pixels",
         f"x.json: there is no image 'x.jpg', {nowhere}",
     ]
-    assert [line for line in found if isinstance(line, MissingImage)] == [
+    assert [line for line in listed if isinstance(line, MissingImage)] == [
         f"{name}.json: there is no image '{name}.jpg', {nowhere}" for name in "fx"
     ]
 
@@ -524,8 +524,8 @@ def test_json_files_of_something_else_are_left_alone(tmp_path: Path) -> None:
 def test_a_json_file_elsewhere_may_have_the_name_of_its_image(tmp_path: Path) -> None:
     touch(tmp_path, "cam1/a.jpg", "cam2/a.jpg")
     dump(tmp_path / "a.json", _file("cam1/a.jpg", _shape("dent", (1, 2), (5, 9))))
-    found = by_source(labelme.read, tmp_path)
-    assert {source: sample.label for source, sample in found.items()} == {
+    samples = by_source(labelme.read, tmp_path)
+    assert {source: sample.label for source, sample in samples.items()} == {
         "cam1/a.jpg": "anomalous",
         "cam2/a.jpg": "normal",
     }
@@ -538,11 +538,11 @@ def test_flags_are_the_labels_of_images_on_which_nothing_is_drawn(tmp_path: Path
     dump(tmp_path / "b.json", _file("b.jpg", flags={"OK": True, "scratch": False}))
     dump(tmp_path / "c.json", _file("c.jpg", drawn, flags={"OK": False, "scratch": True}))
     dump(tmp_path / "d.json", _file("d.jpg", flags={"checked": True}))
-    found = by_source(labelme.read, tmp_path)
-    assert [found[f"{name}.jpg"].label for name in "abcd"] == ["anomalous", "normal", "anomalous", "normal"]
-    assert (found["a.jpg"].defect, found["a.jpg"].located, found["a.jpg"].boxes) == ("scratch", False, ())
-    assert found["a.jpg"].notes == ("nothing is drawn on the image: its flag is taken for its label",)
-    assert (found["c.jpg"].defect, found["c.jpg"].located, found["d.jpg"].notes) == ("dent", True, ())
+    samples = by_source(labelme.read, tmp_path)
+    assert [samples[f"{name}.jpg"].label for name in "abcd"] == ["anomalous", "normal", "anomalous", "normal"]
+    assert (samples["a.jpg"].defect, samples["a.jpg"].located, samples["a.jpg"].boxes) == ("scratch", False, ())
+    assert samples["a.jpg"].notes == ("nothing is drawn on the image: its flag is taken for its label",)
+    assert (samples["c.jpg"].defect, samples["c.jpg"].located, samples["d.jpg"].notes) == ("dent", True, ())
 
 
 def test_flags_that_contradict_the_shapes_or_may_mean_anything_are_refused(tmp_path: Path) -> None:

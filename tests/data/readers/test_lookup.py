@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adfm.data.readers.annotations import NoImage, split_of
+from adfm.data.readers.files import NoImage, split_of
 from adfm.data.readers.lookup import Images
 from tests.data.readers.drawn import touch
 

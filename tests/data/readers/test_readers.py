@@ -30,7 +30,7 @@ def test_samples(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS, *DRAWN])
-def test_exactly_one_layout_is_recognised(name: str, tmp_path: Path) -> None:
+def test_exactly_one_layout_matches(name: str, tmp_path: Path) -> None:
     layout = LAYOUTS[name][0] if name in LAYOUTS else name
     (LAYOUTS[name][1] if name in LAYOUTS else DRAWN[name])(tmp_path)
     assert [known for known, of in readers.LAYOUTS.items() if of.matches and of.matches(tmp_path)] == [layout]

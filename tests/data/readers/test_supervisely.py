@@ -71,15 +71,15 @@ def test_samples(tmp_path: Path) -> None:
     dump(raw / "project/test/datasets/val/ann/2.png.json", _ann())
     dump(raw / "project/train/img_info/a.b.jpg.json", {"name": "a.b.jpg"})
     assert supervisely.matches(raw)
-    found = by_source(supervisely.read, raw)
-    first = found["project/train/img/a.b.jpg"]
+    samples = by_source(supervisely.read, raw)
+    first = samples["project/train/img/a.b.jpg"]
     assert (first.boxes, first.defect, first.size, first.category) == (
         ((10, 20, 30, 40),),
         "scratch",
         (128, 96),
         "parts",
     )
-    assert {source: (sample.label, sample.split) for source, sample in found.items()} == {
+    assert {source: (sample.label, sample.split) for source, sample in samples.items()} == {
         "project/train/img/a.b.jpg": ("anomalous", "train"),
         "project/test/img/1.png": ("normal", "test"),
         "project/test/datasets/val/img/2.png": ("normal", "validation"),
@@ -182,14 +182,14 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     (tmp_path / "ds/ann/2.jpg.json").write_text("{")
     dump(tmp_path / "ds/ann/4.json", _ann())
     dump(tmp_path / "ds/ann/gone.jpg.json", _ann())
-    found = problems(supervisely.read, tmp_path)
-    unread = "its bitmap cannot be read"
-    assert [problem.partition(": object ")[2] for problem in found[:10]] == [
+    listed = problems(supervisely.read, tmp_path)
+    unread = "its mask cannot be read"
+    assert [problem.partition(": object ")[2] for problem in listed[:10]] == [
         "1: a rectangle has 2 points or more, not 1",
         "2: the box [-10, 20, -2, 41] lies outside the image",
         "3: a polygon needs 3 corners, and has 2",
         f"4: {unread} (it is not base64 text)",
-        *[found[4].partition(": object ")[2]],
+        *[listed[4].partition(": object ")[2]],
         "6: its mask of 3x3 at 126, 0 reaches out of the image of 128x96",
         "7: a shape of the type 'graph' is not a rectangle, polygon, line or bitmap; draw one in its place",
         "8: its class is 'good', but every shape is taken for a defect; delete the shapes of this class, an image"
@@ -197,15 +197,15 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "9: has no polygon",
         "10: is not a JSON object, so that it has no 'classTitle'",
     ]
-    assert found[4].startswith(f"ds/ann/1.jpg.json: object 5: {unread} (")
-    assert found[10:] == [
+    assert listed[4].startswith(f"ds/ann/1.jpg.json: object 5: {unread} (")
+    assert listed[10:] == [
         "ds/ann/2.jpg.json: line 1, column 2: is not JSON (Expecting property name enclosed in double quotes)",
         "ds/img/3.jpg: there is no ann/3.jpg.json for it; export the annotations as well",
         "ds/ann/4.json: belongs to 4.jpg and 4.png; rename one",
         "ds/ann/gone.jpg.json: there is no image img/gone.jpg for it",
         "other: images outside img/, move them there: 5.jpg",
     ]
-    assert isinstance(found[-2], MissingImage)
+    assert isinstance(listed[-2], MissingImage)
 
 
 @given(st.binary() | st.sampled_from(NASTY))
@@ -256,8 +256,8 @@ def test_tags_are_the_labels_of_images_without_objects_where_one_is_a_verdict(tm
     assert (labelled.label, labelled.defect, labelled.located, labelled.notes) == ("anomalous", "dent", False, ())
     drawn = _object("rectangle", **_points((1, 2), (5, 9)))
     dump(tmp_path / "ds0/ann/1.jpg.json", _ann(drawn, tags=["dent"]))
-    found = by_source(supervisely.read, tmp_path)["ds0/img/1.jpg"]
-    assert (found.defect, found.located, found.notes) == ("scratch", True, ("tags of an image are left out",))
+    samples = by_source(supervisely.read, tmp_path)["ds0/img/1.jpg"]
+    assert (samples.defect, samples.located, samples.notes) == ("scratch", True, ("tags of an image are left out",))
     dump(tmp_path / "ds0/ann/1.jpg.json", _ann(drawn, tags=["ok"]))
     assert problems(supervisely.read, tmp_path) == [
         "ds0/ann/1.jpg.json: a tag says that it is normal, but objects are drawn on it; remove one of them"

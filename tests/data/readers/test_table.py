@@ -26,8 +26,8 @@ def test_samples(tmp_path: Path) -> None:
         "e.jpg,OK,good,,,,\n\n"
     )
     assert table.matches(raw)
-    found = by_source(table.read, raw)
-    a, b, c, e = (found[name] for name in ("a.jpg", "images/b.png", "sub/c d.jpg", "e.jpg"))
+    samples = by_source(table.read, raw)
+    a, b, c, e = (samples[name] for name in ("a.jpg", "images/b.png", "sub/c d.jpg", "e.jpg"))
     assert (a.label, a.defect, a.dataset, a.category) == ("anomalous", "crack+dent", "line", "line")
     assert a.boxes == ((1, 2, 3.5, 4), (5, 5, 6, 6))
     assert (b.label, b.defect, b.boxes) == (e.label, e.defect, e.boxes) == ("normal", None, ())
@@ -49,12 +49,12 @@ def test_categories_splits_and_masks(tmp_path: Path) -> None:
         "Val,,nut,0,2.jpg\n"
         ",,,0,3.jpg\n"
     )
-    found = by_source(table.read, tmp_path)
-    one = found["1.jpg"]
+    samples = by_source(table.read, tmp_path)
+    one = samples["1.jpg"]
     assert (one.label, one.defect, one.category, one.split, one.boxes) == ("anomalous", "defect", "bolt", "train", ())
     assert one.masks == (tmp_path / "masks/1.png", tmp_path / "masks/1 b.png")
-    assert (found["2.jpg"].category, found["2.jpg"].split) == ("nut", "validation")
-    assert (found["3.jpg"].category, found["3.jpg"].split) == (tmp_path.name, None)
+    assert (samples["2.jpg"].category, samples["2.jpg"].split) == ("nut", "validation")
+    assert (samples["3.jpg"].category, samples["3.jpg"].split) == (tmp_path.name, None)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
@@ -234,7 +234,7 @@ def test_what_the_rows_of_such_a_table_must_not_say(tmp_path: Path) -> None:
         "5: its class is empty; write `normal`, or the kind of the defect",
         "6: the class is scratch, so that either x1, y1, x2 and y2 or a mask is needed, not both",
         "7: its class is '1', which may mean either; write `normal`, or the kind of the defect",
-        "8: 128x9.5 is not a size in pixels",
+        "8: '128' x '9.5' is not a size in pixels",
         "10: line 9 has another size for 'b.jpg': (128, 96), not (96, 128)",
         "11: the file 'a.jpg' may be any of a.jpg, images/a.jpg; write its folder with it",
         "13: has 7 cells, and the first line has 8",
@@ -417,8 +417,8 @@ def test_what_is_written_is_read(
     writer.writeheader()
     writer.writerows(rows)
     (raw / "t.csv").write_text(buffer.getvalue())
-    found = {source: sorted(sample.boxes) for source, sample in by_source(table.read, raw).items()}
-    assert found == {name: sorted(its) for name, its in boxes.items()}
+    samples = {source: sorted(sample.boxes) for source, sample in by_source(table.read, raw).items()}
+    assert samples == {name: sorted(its) for name, its in boxes.items()}
 
 
 _CELL = st.text(max_size=4) | st.sampled_from(("a.jpg", "1", "0", "nan", "1e400", "train"))

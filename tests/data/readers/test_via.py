@@ -197,14 +197,14 @@ def test_attributes_of_the_file_are_labels(tmp_path: Path) -> None:
     }
     content = _export({"a.png": [], "b.png": [], "c.png": [], "d.png": []}, **labels)
     dump(tmp_path / "a.json", content)
-    found = by_source(via.read, tmp_path)
-    assert [(sample.label, sample.defect, sample.located) for sample in found.values()] == [
+    samples = by_source(via.read, tmp_path)
+    assert [(sample.label, sample.defect, sample.located) for sample in samples.values()] == [
         ("normal", None, True),
         ("anomalous", "defect", False),
         ("anomalous", "dent", False),
         ("normal", None, True),
     ]
-    assert found["a.png"].notes == ("the attribute 'label' is taken for the label of the image",)
+    assert samples["a.png"].notes == ("the attribute 'label' is taken for the label of the image",)
     for entry in content.values():
         entry["file_attributes"]["caption"] = entry["file_attributes"]["label"]
     dump(tmp_path / "a.json", content)
@@ -243,8 +243,8 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     ]
     content = _export({"a.png": regions, "gone.png": []}) | {"again": _export({"a.png": []})["a.png6"]}
     dump(tmp_path / "a.json", content)
-    found = problems(via.read, tmp_path)
-    assert found == [
+    problem_lines = problems(via.read, tmp_path)
+    assert problem_lines == [
         "a.json: a.png: region 0: a shape of the kind 'point' has no area; draw a rectangle, circle, ellipse or"
         " polygon instead",
         "a.json: a.png: region 1: the box [20, 30, 20, 50] is inverted or has no area",
@@ -259,7 +259,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "a.json: a.png is listed before, in a.json; keep one",
         ".: images that are not in the annotations: b.png, not listed.png",
     ]
-    assert [isinstance(problem, MissingImage) for problem in found].index(True) == 7
+    assert [isinstance(problem, MissingImage) for problem in problem_lines].index(True) == 7
 
 
 def test_no_file_of_via(tmp_path: Path) -> None:

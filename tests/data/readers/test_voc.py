@@ -32,12 +32,12 @@ def test_samples(tmp_path: Path) -> None:
     _xml(raw / "Annotations/a.xml", ("dent", 11, 21, 30, 40), ("scratch & dent", 1, 1, 1, 1), ("dent", 0, 0, 8, 9))
     _xml(raw / "Annotations/b.xml")
     assert voc.matches(raw)
-    found = by_source(voc.read, raw)
-    assert found.keys() == {"JPEGImages/a.jpg", "JPEGImages/b.jpg", "JPEGImages/c c.jpg"}
-    a = found["JPEGImages/a.jpg"]
+    samples = by_source(voc.read, raw)
+    assert samples.keys() == {"JPEGImages/a.jpg", "JPEGImages/b.jpg", "JPEGImages/c c.jpg"}
+    a = samples["JPEGImages/a.jpg"]
     assert (a.label, a.defect, a.category, a.split) == ("anomalous", "dent+scratch & dent", "VOC2012", None)
     assert a.boxes == ((10, 20, 30, 40), (0, 0, 1, 1), (0, 0, 8, 9))
-    assert {found[f"JPEGImages/{name}.jpg"].label for name in ("b", "c c")} == {"normal"}
+    assert {samples[f"JPEGImages/{name}.jpg"].label for name in ("b", "c c")} == {"normal"}
 
 
 @pytest.mark.parametrize(
@@ -64,8 +64,8 @@ def test_where_the_xml_file_of_an_image_may_be(tmp_path: Path, image: str, xml: 
     touch(tmp_path, image)
     _xml(tmp_path / xml, ("dent", 2, 3, 4, 5))
     assert voc.matches(tmp_path)
-    found = by_source(voc.read, tmp_path)
-    assert (found[image].defect, found[image].boxes, found[image].split) == ("dent", ((1, 2, 4, 5),), split)
+    samples = by_source(voc.read, tmp_path)
+    assert (samples[image].defect, samples[image].boxes, samples[image].split) == ("dent", ((1, 2, 4, 5),), split)
 
 
 def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None:
@@ -92,8 +92,8 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         f"annotations/a.xml: object 1: the box [4, 4, 4, 9] {empty}",
         "annotations/a.xml: object 2: the box [nan, 4, 7, 9] is not finite",
         "annotations/a.xml: object 3: the box [-9, 4, -2, 9] lies outside the image",
-        "annotations/a.xml: object 4: bndbox has no number xmin, but ''",
-        "annotations/a.xml: object 5: bndbox has no number xmin, but '1,5'",
+        "annotations/a.xml: object 4: xmin of bndbox is '', which is not a number",
+        "annotations/a.xml: object 5: xmin of bndbox is '1,5', which is not a number",
         "annotations/a.xml: object 6: the class '' is not a name",
         "annotations/a.xml: object 7: its class is 'OK', but every shape is taken for a defect; delete the shapes of"
         " this class, an image without any is normal",
@@ -240,8 +240,8 @@ def test_turned_boxes_are_enclosed(cx: float, cy: float, width: float, height: f
         drawn = (_bndbox(*written) + _rotation(degrees), _robndbox(cx, cy, width, height, np.radians(degrees)))
         _object(raw / "1.xml", *drawn)
         sample = by_source(voc.read, raw)["1.jpg"]
-    for found in sample.boxes:
-        assert found == pytest.approx(expected, abs=1e-3)
+    for samples in sample.boxes:
+        assert samples == pytest.approx(expected, abs=1e-3)
 
 
 def test_the_corners_of_dior_r(tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_objects_that_are_refused(tmp_path: Path) -> None:
         "1.xml: object 4: its attribute rotation is not a number: 'nan'",
         "1.xml: object 5: the turned box of 0x5 has no area",
         "1.xml: object 6: a number of the turned box is not finite",
-        "1.xml: object 7: robndbox has no number cy, but None",
+        "1.xml: object 7: cy of robndbox is None, which is not a number",
         "1.xml: object 8: a polygon needs 3 corners, and has 1",
         "1.xml: object 9: the attribute rotation turns a polygon, which LabelMe does not know; export another format",
         "1.xml: object 10: has neither a bndbox nor a robndbox nor a polygon",
@@ -340,8 +340,8 @@ def test_a_missing_image_can_be_skipped(tmp_path: Path) -> None:
 def test_the_stem_of_the_file_beats_the_name_in_it(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg", "b.jpg")
     _object(tmp_path / "a.xml", _bndbox(1, 1, 5, 5), more="<filename>b.jpg</filename><path>C:\\b.jpg</path>")
-    found = by_source(voc.read, tmp_path)
-    assert (found["a.jpg"].label, found["b.jpg"].label) == ("anomalous", "normal")
+    samples = by_source(voc.read, tmp_path)
+    assert (samples["a.jpg"].label, samples["b.jpg"].label) == ("anomalous", "normal")
 
 
 def test_composed_and_decomposed_names_are_the_same(tmp_path: Path) -> None:

@@ -56,13 +56,13 @@ def test_masks_of_classes_without_xml(tmp_path: Path, mode: str) -> None:
     touch(tmp_path, "JPEGImages/a.jpg", "JPEGImages/b.jpg")
     _save(tmp_path / "SegmentationClass/a.png", _indices(), mode)
     assert voc.matches(tmp_path)
-    found = by_source(voc.read, tmp_path)
-    assert found.keys() == {"JPEGImages/a.jpg", "JPEGImages/b.jpg"}
-    sample = found["JPEGImages/a.jpg"]
+    samples = by_source(voc.read, tmp_path)
+    assert samples.keys() == {"JPEGImages/a.jpg", "JPEGImages/b.jpg"}
+    sample = samples["JPEGImages/a.jpg"]
     assert (_boxes(sample), sample.defect) == (_THREE, "class 1+class 2")
     together = np.logical_or.reduce([pixels(rle) for rle in sample.rles])
     assert (together == ((_indices() != 0) & (_indices() != 255))).all()
-    assert found["JPEGImages/b.jpg"].label == "normal"
+    assert samples["JPEGImages/b.jpg"].label == "normal"
 
 
 def test_objects_of_several_patches_are_one_box(tmp_path: Path) -> None:
@@ -95,10 +95,10 @@ def test_the_segmentation_export_of_cvat(tmp_path: Path) -> None:
     (tmp_path / "labelmap.txt").write_text("# label:color_rgb:parts:actions\nscratch:250,50,83::\nbackground:0,0,0::\n")
     (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
     (tmp_path / "ImageSets/Segmentation/default.txt").write_text("a\nb\n")
-    found = by_source(voc.read, tmp_path)
-    sample = found["JPEGImages/a.jpg"]
+    samples = by_source(voc.read, tmp_path)
+    sample = samples["JPEGImages/a.jpg"]
     assert (_boxes(sample), sample.defect, sample.split) == ([(3, 3, 6, 7), (6, 3, 9, 7)], "scratch", None)
-    assert found["JPEGImages/b.jpg"].label == "normal"
+    assert samples["JPEGImages/b.jpg"].label == "normal"
 
 
 def test_a_mask_counts_where_no_object_does(tmp_path: Path) -> None:
@@ -136,9 +136,9 @@ def test_what_is_wrong_with_masks(tmp_path: Path) -> None:
     _save(tmp_path / "SegmentationClass/d.png", np.zeros(_SIZE, np.uint8))
     _save(tmp_path / "SegmentationObject/d.png", _indices())
     _save(tmp_path / "SegmentationClass/gone.png", _indices())
-    found = problems(voc.read, tmp_path)
-    assert found[0].startswith("SegmentationClass/a.png: the mask cannot be read (cannot identify image file")
-    assert found[1:] == [
+    listed = problems(voc.read, tmp_path)
+    assert listed[0].startswith("SegmentationClass/a.png: the mask cannot be read (cannot identify image file")
+    assert listed[1:] == [
         "SegmentationClass/b.png: has the colour (77, 77, 77), and no list says which class that is; add labelmap.txt"
         " with a line `name:77,77,77::` a class",
         "SegmentationObject/c.png: is of another size than the mask in SegmentationClass",
@@ -146,6 +146,6 @@ def test_what_is_wrong_with_masks(tmp_path: Path) -> None:
         " well",
         "SegmentationClass/gone.png: there is no image gone.* for it",
     ]
-    assert isinstance(found[-1], MissingImage)
+    assert isinstance(listed[-1], MissingImage)
     (tmp_path / "labelmap.txt").write_text("scratch:1,2::\n")
     assert "labelmap.txt: line 1: is not a class and its colour, `name:r,g,b::`" in problems(voc.read, tmp_path)

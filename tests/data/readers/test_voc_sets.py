@@ -84,12 +84,12 @@ def test_names_without_an_image_are_refused(tmp_path: Path) -> None:
     raw = _raw(
         tmp_path, *_FIVE[:1], Main__train="0\nseven\neight\n", Main__val="".join(f"{n}\n" for n in range(10, 30))
     )
-    found = problems(voc.read, raw)
-    assert found == [
+    listed = problems(voc.read, raw)
+    assert listed == [
         "ImageSets/Main/train.txt: there are no images eight, seven",
         "ImageSets/Main/val.txt: there are no images 10, 11, 12, 13, 14, 15, 16, 17, 18, 19 and 10 more",
     ]
-    assert {type(problem) for problem in found} == {MissingImage}
+    assert {type(problem) for problem in listed} == {MissingImage}
 
 
 def test_a_list_that_cannot_be_read(tmp_path: Path) -> None:

@@ -31,16 +31,16 @@ def test_samples(tmp_path: Path) -> None:
         },
     )
     assert yolo.matches(raw)
-    found = by_source(yolo.read, raw)
-    a, b, c, d = (found[f"images/train/{name}.jpg"] for name in "abcd")
+    samples = by_source(yolo.read, raw)
+    a, b, c, d = (samples[f"images/train/{name}.jpg"] for name in "abcd")
     assert (a.label, a.defect, a.category, a.dataset) == ("anomalous", "dent+scratch", "line", "line")
     assert a.boxes == ((0.375, 0.25, 0.625, 0.75), (0, 0, 0.5, 0.5), (0.6875, 0.6875, 0.8125, 0.8125))
     assert (b.label, b.boxes, c.label, c.boxes) == ("normal", (), "normal", ())
     assert d.polygons == (((0.1, 0.2), (0.5, 0.2), (0.5, 0.9)),)
     assert d.boxes == ((0.1, 0.2, 0.5, 0.9),)
-    assert all(sample.normalized for sample in found.values())
-    assert found["images/val/a.png"].boxes == ((0, 0, 1, 1),)
-    assert (a.split, found["images/val/a.png"].split, found["images/test/e.png"].split) == (
+    assert all(sample.normalized for sample in samples.values())
+    assert samples["images/val/a.png"].boxes == ((0, 0, 1, 1),)
+    assert (a.split, samples["images/val/a.png"].split, samples["images/test/e.png"].split) == (
         "train",
         "validation",
         "test",
@@ -64,8 +64,8 @@ def test_samples(tmp_path: Path) -> None:
 def test_where_the_text_file_of_an_image_may_be(tmp_path: Path, image: str, label: str, split: str | None) -> None:
     touch(tmp_path, image)
     _write(tmp_path, **{label: "3 0.5 0.5 0.5 0.5\n", "README.roboflow.txt": "exported with care\n"})
-    found = by_source(yolo.read, tmp_path)
-    assert (found[image].defect, found[image].boxes, found[image].split) == (
+    samples = by_source(yolo.read, tmp_path)
+    assert (samples[image].defect, samples[image].boxes, samples[image].split) == (
         "class 3",
         ((0.25, 0.25, 0.75, 0.75),),
         split,
