@@ -33,7 +33,7 @@ _EXPERIMENT = 128  # bytes: `Experiment.Name` in KFP's backend/src/apiserver/val
 
 
 def require_names(experiment: str, namespace: str | None, service_account: str | None, schedule: str | None) -> None:
-    """Refuse names that the server or the cluster would refuse later, with half of the submission done.
+    """Check names that the server or the cluster would refuse later, with half of the submission done.
 
     Names in the settings, as `mlflow.registered_model`, are checked by `adfm.params`.
 
@@ -70,11 +70,7 @@ def require_names(experiment: str, namespace: str | None, service_account: str |
 
 
 def _cron_problem(schedule: str) -> str:
-    """What robfig/cron 1.2 would refuse, by which KFP reads schedules once all else is made; "" if nothing.
-
-    A day that never comes is refused as well: KFP's controller would look for it for ever (`getNextScheduledEpochImp`
-    in backend/src/crd/controller/scheduledworkflow/util/cron_schedule.go).
-    """
+    """Why robfig/cron 1.2, by which KFP reads schedules once all else is created, would refuse one; "" if not."""
     if schedule.startswith("@"):
         if schedule in _WORDS or re.fullmatch(_EVERY, schedule):
             return ""
@@ -89,13 +85,15 @@ def _cron_problem(schedule: str) -> str:
             return f"has {field!r} for {name} ({least} to {most}); the first field is seconds"
         chosen.append(set().union(*values))
     *_, days, months, _ = chosen
+    # KFP's controller would search for ever for a day that never comes (`getNextScheduledEpochImp` in
+    # backend/src/crd/controller/scheduledworkflow/util/cron_schedule.go).
     if fields[5][0] in "*?" and min(days) > max(29 if m == 2 else 30 if m in (4, 6, 9, 11) else 31 for m in months):
         return "names a day that its months do not have"
     return ""
 
 
 def _cron_values(part: str, least: int, most: int, words: Sequence[str]) -> set[int]:
-    """The numbers that a part of a field stands for: `*`, `?`, N, N-M, each with /STEP; none if it is wrong."""
+    """The values of a part of a field, `*`, `?`, N or N-M, each with /STEP; empty if it is wrong."""
     match = re.fullmatch(r"(?:[*?]|(\w+)(?:-(\w+))?)(?:/([0-9]+))?", part, re.ASCII)
     if not match:
         return set()
@@ -133,10 +131,10 @@ def address(option: str, text: str) -> str:
 
 
 def require_labels(arguments: dict[str, Any]) -> None:
-    """Refuse a node selector and tolerations that Kubernetes would refuse once the pods with GPUs are made.
+    """Check a node selector and tolerations, which Kubernetes would refuse once the pods with GPUs are created.
 
     Args:
-        arguments: Of the pipeline; `node_selector` and `tolerations` are looked at, if they are there.
+        arguments: Of the pipeline; `node_selector` and `tolerations` are optional.
 
     Raises:
         AdfmError: Keys or values that are not those of a label, all of them.
@@ -161,7 +159,7 @@ def images(ir: dict[str, Any]) -> list[str]:
 
 
 def require_references(names: Sequence[str]) -> None:
-    """Refuse names that no image can have: Kubernetes would let their pods wait for ever (`InvalidImageName`).
+    """Check the names of images: the pods of an impossible one would wait for ever (`InvalidImageName`).
 
     Raises:
         AdfmError: All names that are wrong.
@@ -175,12 +173,12 @@ def require_references(names: Sequence[str]) -> None:
 
 
 def local_images(names: Sequence[str]) -> list[str]:
-    """Those images whose name says that they are on the machine that uses them: `localhost/adfm:cpu`."""
+    """The images that are on the machine itself, by their names: `localhost/adfm:cpu`."""
     return [name for name in names if "/" in name and _is_loopback(_host_of(f"//{name}"))]
 
 
 def require_pullable(names: Sequence[str], host: str) -> list[str]:
-    """Refuse images of this machine for a server on another one: its pods would wait for them for ever.
+    """Check that a server on another machine is not given images of this one, for which its pods would wait for ever.
 
     A server at a loopback address may be a cluster on this machine (kind, minikube), into whose nodes images are
     loaded, as well as a remote one behind `kubectl port-forward`: that is a warning.

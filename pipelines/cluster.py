@@ -1,20 +1,27 @@
-"""Checks of the cluster that a run is for, with kubectl's rights, before the run is asked for."""
+"""Checks of the cluster that a run is for, with kubectl's rights, before the run is submitted."""
 
-import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from decimal import Decimal
 from typing import Any, NamedTuple
 
 from adfm.errors import AdfmError
-from adfm.kubeflow import resources
 from adfm.kubeflow.cluster import GROUP, PLURAL, RUNTIME, VERSION
+from adfm.kubeflow.resources import MACHINE, RESOURCES, WORKSPACE_CLAIM
+from adfm.kubeflow.volume import claim_problem
 from pipelines import checks
 
 _SECRET, _KEY = "adfm-mlflow", "uri"
 _TIMEOUT = 5  # seconds
 _MANY_IMAGES = 50  # kubelet's nodeStatusMaxImages: a node's status lists no more
-_UNKNOWN: Any = object()
-_FORBIDDEN: Any = object()
+
+
+class _Unreadable(Exception):
+    """The cluster does not answer, or not as the Kubernetes API does."""
+
+
+class _Forbidden(_Unreadable):
+    """The account may not read it."""
 
 
 class _Pod(NamedTuple):
@@ -27,21 +34,18 @@ class _Pod(NamedTuple):
     copies: int = 1
 
 
-def check(
-    namespace: str, service_account: str, ir: dict[str, Any], platform: dict[str, Any], arguments: dict[str, Any]
-) -> list[str]:
-    """Refuse a run whose pods would fail or wait for what the cluster lacks, as far as it lets us look.
+def check(namespace: str, service_account: str, ir: dict[str, Any], arguments: dict[str, Any]) -> list[str]:
+    """Refuse a run whose pods would fail or wait for something that the cluster lacks, as far as it may be read.
 
-    The cluster is the one that this pod is in, or that `kubectl` would talk to, if it is the one of the runs: it has
-    their service account. Without such a cluster, or where it does not answer or forbids the look, nothing is refused:
-    the run's first task checks again. Where it is not known to be theirs, its nodes are looked at all the same, and
+    The cluster is the one that this pod is in, or that `kubectl` would talk to, if it has the service account of the
+    runs. Without such a cluster, or where it does not answer or may not be read, nothing is refused: the run's first
+    task checks again. Where it is not known whether the runs go there, its nodes are checked all the same, and the
     warnings say so.
 
     Args:
         namespace: Of the runs.
         service_account: Of their pods.
         ir: The compiled pipeline.
-        platform: Its settings for Kubernetes, the second document of a compiled file; may be empty.
         arguments: Of the pipeline, by name; with `num_nodes`, training is a TrainJob.
 
     Returns:
@@ -57,34 +61,53 @@ def check(
         return []
     with client.ApiClient(settings) as connection:
         core = client.CoreV1Api(connection)
-        account = _read(core.read_namespaced_service_account, service_account, namespace)
-        if account is _UNKNOWN:
-            return []
+        place = f"{settings.host}, which kubectl talks to"
         doubt = []
-        if account is None:
+        try:
+            if _read(core.read_namespaced_service_account, service_account, namespace):
+                _require(connection, namespace, place, several_machines=bool(arguments.get("num_nodes")))
+                return _node_warnings(core, ir, arguments)
             doubt = [
-                f"{settings.host}, which kubectl talks to, has no service account {service_account} in the namespace "
-                f"{namespace}, and is taken for another cluster. If runs go there: kubectl apply -k deploy/runs."
+                f"{place}, has no service account {service_account} in the namespace {namespace}, and is taken for "
+                "another cluster. If runs go there: kubectl apply -k deploy/runs."
             ]
-        elif account is not _FORBIDDEN:
-            problems = _secret_problems(core, namespace)
-            if arguments.get("num_nodes"):
-                problems += _claim_problems(core, namespace) + _trainer_problems(connection)
-            if problems:
-                raise AdfmError("\n  ".join([f"{settings.host}, which kubectl talks to, cannot run this:", *problems]))
-            return _node_warnings(core, ir, platform, arguments)
-        place = f"if runs go to {settings.host}, which kubectl talks to: "
-        return doubt + [place + warning for warning in _node_warnings(core, ir, platform, arguments)]
+        except _Forbidden:
+            pass  # it is not known whether runs go there
+        except _Unreadable:
+            return []
+        return doubt + [f"if runs go to {place}: {text}" for text in _node_warnings(core, ir, arguments)]
 
 
-def _node_warnings(core: Any, ir: dict[str, Any], platform: dict[str, Any], arguments: dict[str, Any]) -> list[str]:
+def _require(connection: Any, namespace: str, place: str, several_machines: bool) -> None:
+    from kubernetes import client
+
+    core, objects = client.CoreV1Api(connection), client.CustomObjectsApi(connection)
+    problems = _problems(_secret_problem, core, namespace)
+    if several_machines:
+        problems += _problems(_claim_problem, core, namespace)
+        problems += _problems(_version_problem, connection, objects) or _problems(_runtime_problem, objects)
+    if problems:
+        raise AdfmError("\n  ".join([f"{place}, cannot run this:", *problems]))
+
+
+def _problems(check: Callable[..., str], *args: Any) -> list[str]:
+    """What a check finds wrong; nothing where it cannot read what it checks."""
+    with suppress(_Unreadable):
+        if problem := check(*args):
+            return [problem]
+    return []
+
+
+def _node_warnings(core: Any, ir: dict[str, Any], arguments: dict[str, Any]) -> list[str]:
     """Images and resources that no node has, where nodes may be listed."""
-    answer = _read(core.list_node)
-    nodes = [] if answer is None or _unknown(answer) else answer.items
+    try:
+        nodes = (answer := _read(core.list_node)) and answer.items
+    except _Unreadable:
+        return []
     if not nodes:
         return []
     local = checks.local_images(checks.images(ir))
-    return _image_warnings(local, nodes) + _room_warnings(_pods(ir, platform, arguments), nodes)
+    return _image_warnings(local, nodes) + _room_warnings(_pods(ir, arguments), nodes)
 
 
 def _settings() -> Any:
@@ -104,82 +127,71 @@ def _settings() -> Any:
 
 
 def _read(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """What the cluster has; None if it lacks it, `_FORBIDDEN` if it forbids the look, `_UNKNOWN` without an answer."""
+    """What the cluster has; None if it does not exist.
+
+    Raises:
+        _Forbidden: The account may not read it.
+        _Unreadable: There is no answer, or it is not of the API.
+    """
     import urllib3
     from kubernetes.client.exceptions import ApiException
 
     try:
         return call(*args, _request_timeout=_TIMEOUT, **options)
     except ApiException as error:
-        return {404: None, 401: _FORBIDDEN, 403: _FORBIDDEN}.get(error.status, _UNKNOWN)
-    except (urllib3.exceptions.HTTPError, ValueError):  # ValueError: an answer that is not of the API
-        return _UNKNOWN
+        if error.status == 404:
+            return None
+        raise (_Forbidden if error.status in (401, 403) else _Unreadable) from error
+    except (urllib3.exceptions.HTTPError, ValueError) as error:  # ValueError: an answer that is not of the API
+        raise _Unreadable from error
 
 
-def _unknown(answer: Any) -> bool:
-    return answer is _UNKNOWN or answer is _FORBIDDEN
-
-
-def _secret_problems(core: Any, namespace: str) -> list[str]:
+def _secret_problem(core: Any, namespace: str) -> str:
     secret = _read(core.read_namespaced_secret, _SECRET, namespace)
-    if _unknown(secret) or (secret and (secret.data or {}).get(_KEY)):
-        return []
-    return [
+    if secret and (secret.data or {}).get(_KEY):
+        return ""
+    return (
         f"the namespace {namespace} has no secret {_SECRET} with the key {_KEY}, MLflow's address; make it "
         "(deploy/runs/secrets.example.yaml). If runs go to another cluster, let kubectl's context be that one."
-    ]
+    )
 
 
-def _claim_problems(core: Any, namespace: str) -> list[str]:
-    name = resources.WORKSPACE_CLAIM
-    claim = _read(core.read_namespaced_persistent_volume_claim, name, namespace)
-    if _unknown(claim):
-        return []
-    if claim is None:
-        return [
-            f"the namespace {namespace} has no volume claim {name}, on which several machines train; make it "
-            "(deploy/runs/workspace.yaml)."
-        ]
-    modes = (claim.spec and claim.spec.access_modes) or []
-    if "ReadWriteMany" not in modes:
-        return [
-            f"the volume claim {name} in the namespace {namespace} is {', '.join(modes) or 'without access mode'}; the "
-            "machines need ReadWriteMany: make it again with a storage class that has it (deploy/runs/workspace.yaml)."
-        ]
-    if claim.status and claim.status.phase == "Lost":
-        return [f"the volume of the claim {name} in the namespace {namespace} is gone (phase Lost); make both again."]
-    return []
+def _claim_problem(core: Any, namespace: str) -> str:
+    name = WORKSPACE_CLAIM
+    return claim_problem(_read(core.read_namespaced_persistent_volume_claim, name, namespace), name, namespace)
 
 
-def _trainer_problems(connection: Any) -> list[str]:
-    """What is wrong with Kubeflow Trainer: it is missing, older than 2.2, or lacks the runtime."""
-    from kubernetes import client
-
-    objects = client.CustomObjectsApi(connection)
+def _version_problem(connection: Any, objects: Any) -> str:
     fields = _trainjob_fields(connection, objects)
     if fields is None:
-        return ["there is no Kubeflow Trainer (TrainJob); --num-nodes needs 2.2 or newer: install it."]
+        return "there is no Kubeflow Trainer (TrainJob); --num-nodes needs 2.2 or newer: install it."
     if not fields:
-        return [f"Kubeflow Trainer does not serve {GROUP}/{VERSION}, as 2.2 and 2.3 do; install one of these."]
-    if not _unknown(fields) and "runtimePatches" not in fields:
-        return ["Kubeflow Trainer is older than 2.2: its TrainJob has no runtimePatches; upgrade it."]
-    if _read(objects.get_cluster_custom_object, GROUP, VERSION, "clustertrainingruntimes", RUNTIME) is None:
-        return [
-            f"Kubeflow Trainer has no ClusterTrainingRuntime {RUNTIME}; install its runtimes "
-            "(manifests/overlays/runtimes of the Trainer's release)."
-        ]
-    return []
+        return f"Kubeflow Trainer does not serve {GROUP}/{VERSION}, as 2.2 and 2.3 do; install one of these."
+    if "runtimePatches" not in fields:
+        return "Kubeflow Trainer is older than 2.2: its TrainJob has no runtimePatches; upgrade it."
+    return ""
 
 
-def _trainjob_fields(connection: Any, objects: Any) -> Any:
+def _runtime_problem(objects: Any) -> str:
+    if _read(objects.get_cluster_custom_object, GROUP, VERSION, "clustertrainingruntimes", RUNTIME) is not None:
+        return ""
+    return (
+        f"Kubeflow Trainer has no ClusterTrainingRuntime {RUNTIME}; install its runtimes "
+        "(manifests/overlays/runtimes of the Trainer's release)."
+    )
+
+
+def _trainjob_fields(connection: Any, objects: Any) -> set[str] | None:
     """Names of the fields of a TrainJob's spec; None without Kubeflow Trainer.
 
     The CustomResourceDefinition has them. Where it may not be read, the API's own description, which every account
     may read (the cluster role `system:discovery`), has them as well.
     """
     group = "apiextensions.k8s.io"
-    definition = _read(objects.get_cluster_custom_object, group, "v1", "customresourcedefinitions", f"{PLURAL}.{GROUP}")
-    if not _unknown(definition):
+    with suppress(_Unreadable):
+        definition = _read(
+            objects.get_cluster_custom_object, group, "v1", "customresourcedefinitions", f"{PLURAL}.{GROUP}"
+        )
         return definition and _fields(
             version.get("schema", {}).get("openAPIV3Schema", {})
             for version in definition.get("spec", {}).get("versions", [])
@@ -193,8 +205,8 @@ def _trainjob_fields(connection: Any, objects: Any) -> Any:
         response_type="object",
         _return_http_data_only=True,
     )
-    if description is None or _unknown(description):
-        return description
+    if description is None:
+        return None
     schemas = description.get("components", {}).get("schemas", {})
     return _fields(schema for name, schema in schemas.items() if name.split(".")[-1] == "TrainJob")
 
@@ -222,57 +234,22 @@ def _image_warnings(local: Sequence[str], nodes: Sequence[Any]) -> list[str]:
     ]
 
 
-def _pods(ir: dict[str, Any], platform: dict[str, Any], arguments: dict[str, Any]) -> list[_Pod]:
-    """The pods of the tasks, and of a TrainJob's machines, with the arguments of the run in them."""
-    defaults = {
-        name: definition.get("defaultValue")
-        for name, definition in ir["root"].get("inputDefinitions", {}).get("parameters", {}).items()
-    }
-    values = defaults | arguments
+def _pods(ir: dict[str, Any], arguments: dict[str, Any]) -> list[_Pod]:
+    """The pods of the tasks, and of a TrainJob's machines, as `RESOURCES` and the run's arguments make them."""
+    number = arguments.get("num_gpus")
+    gpus = {arguments["gpu_type"]: str(number)} if number else {}
+    selector, tolerations = arguments.get("node_selector") or {}, arguments.get("tolerations") or []
 
-    def value(text: Any) -> Any:
-        """The constant, or the argument that a placeholder, or the name of a task's input, stands for."""
-        name = re.fullmatch(r"(?:\{\{\$\.inputs\.parameters\[')?pipelinechannel--(\w+)(?:'\]\}\})?", str(text))
-        return values.get(name[1]) if name else text
+    def pod(name: str, task: str, copies: int = 1) -> _Pod:
+        entry = RESOURCES[task]
+        requests = {"cpu": entry.cpu, "memory": entry.memory}
+        if entry.gpu:
+            return _Pod(name, requests | gpus, selector, tolerations, copies)
+        return _Pod(name, requests, {}, [], copies)
 
-    kubernetes = platform.get("platforms", {}).get("kubernetes", {}).get("deploymentSpec", {}).get("executors", {})
-    tasks = []
-    for label, executor in ir["deploymentSpec"]["executors"].items():
-        requests = executor.get("container", {}).get("resources", {})
-        settings = kubernetes.get(label, {})
-        selector = settings.get("nodeSelector", {})
-        gpu = requests.get("accelerator", {})
-        requests = {
-            "cpu": value(requests.get("resourceCpuRequest")),
-            "memory": value(requests.get("resourceMemoryRequest")),
-            str(value(gpu.get("resourceType"))): value(gpu.get("resourceCount")),
-        }
-        tolerations: list[Any] = []
-        for each in settings.get("tolerations", []):
-            given = value(each["tolerationJson"].get("componentInputParameter")) if "tolerationJson" in each else each
-            tolerations += given if isinstance(given, list) else [given or {}]
-        labels = value(selector.get("nodeSelectorJson", {}).get("componentInputParameter"))
-        tasks.append(
-            _Pod(
-                label.removeprefix("exec-"),
-                {name: str(amount) for name, amount in requests.items() if amount not in (None, "", 0, "0")},
-                dict(labels if isinstance(labels, dict) else selector.get("labels") or {}),
-                tolerations,
-            )
-        )
-    if arguments.get("num_nodes"):
-        needs = resources.NEEDS["train"]
-        gpus = {values["gpu_type"]: str(values["num_gpus"])} if values.get("num_gpus") else {}
-        tasks.append(
-            _Pod(
-                "train on a machine",
-                {"cpu": needs.cpu, "memory": needs.memory, **gpus},
-                values.get("node_selector") or {},
-                values.get("tolerations") or [],
-                int(arguments["num_nodes"]),
-            )
-        )
-    return tasks
+    tasks = [label.removeprefix("exec-") for label in ir["deploymentSpec"]["executors"]]
+    machines = [pod("train on a machine", MACHINE, nodes)] if (nodes := arguments.get("num_nodes")) else []
+    return [pod(task, task) for task in tasks if task in RESOURCES] + machines
 
 
 def _room_warnings(tasks: Sequence[_Pod], nodes: Sequence[Any]) -> list[str]:

@@ -22,13 +22,13 @@ Arguments = Callable[[argparse.Namespace, params.Params], tuple[Any, dict[str, A
 def main(
     pipelines: Mapping[str, Any], options: Options, arguments: Arguments, argv: Sequence[str] | None = None
 ) -> int:
-    """Does what the command line says.
+    """Run, compile or submit a pipeline, as the command line says.
 
     Args:
         pipelines: Stem of the compiled file -> what `dsl.pipeline` made: the pipelines that the options choose from,
             which may be variants of one name.
         options: Adds the options that are parameters of the pipelines.
-        arguments: Chooses the pipeline and makes its arguments, but for `settings`, of what was asked.
+        arguments: Chooses the pipeline and makes its arguments, without `settings`, of the options and the settings.
         argv: The arguments; those of the process by default.
 
     Returns:
@@ -43,12 +43,22 @@ def main(
                 write(pipeline, args.out / f"{stem}.yaml")
             return 0
         settings = params.load(args.params, args.set)
-        pipeline, given = arguments(args, settings)
-        given = {"settings": tracking.settings(settings), **given}
+        pipeline, values = arguments(args, settings)
+        values = {"settings": tracking.settings(settings), **values}
         if args.verb == "run":
-            _run(pipeline, given, args)
-        else:
-            _submit(pipeline, given, args, variant=next(stem for stem, each in pipelines.items() if each is pipeline))
+            local.run(pipeline, values, args.root, args.in_containers)
+            return 0
+        server.submit(
+            pipeline,
+            values,
+            host=args.host,
+            experiment=args.experiment,
+            namespace=args.namespace,
+            service_account=args.service_account,
+            variant=next(stem for stem, each in pipelines.items() if each is pipeline),
+            schedule=args.schedule,
+            once=bool(values.get("data_revision")),
+        )
     except AdfmError as error:
         print(f"{first.name}: error: {error}", file=sys.stderr)
         return error.exit_code
@@ -85,21 +95,3 @@ def _parse(pipeline: Any, options: Options, argv: Sequence[str] | None) -> argpa
         cli.add_settings(each)
         options(each)
     return parser.parse_args(argv)
-
-
-def _run(pipeline: Any, given: dict[str, Any], args: argparse.Namespace) -> None:
-    local.run(pipeline, given, args.root, args.in_containers)
-
-
-def _submit(pipeline: Any, given: dict[str, Any], args: argparse.Namespace, variant: str) -> None:
-    server.submit(
-        pipeline,
-        given,
-        host=args.host,
-        experiment=args.experiment,
-        namespace=args.namespace,
-        service_account=args.service_account,
-        variant=variant,
-        schedule=args.schedule,
-        once=bool(given.get("data_revision")),
-    )

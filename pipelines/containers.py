@@ -1,4 +1,4 @@
-"""Runs the tasks of a local run in containers of their images, by Docker or by what speaks its API (Podman)."""
+"""Run the tasks of a local run in containers of their images, by Docker or what has its API (Podman)."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ _AUTHORITY = f"{CA_FOLDER}/{CA_FILE}"
 
 
 def runner(root: Path, images: list[str]) -> Any:
-    """The runner for a local run, after proof that containers run and that the images hold the package.
+    """The runner of a local run, after a check that containers run and that the images have the packages.
 
     Containers see the current folder (for `mlflow.db`) and `root`, both at their own paths, run as the current user,
     and can write nowhere else but to `/tmp`.
@@ -45,13 +45,13 @@ def runner(root: Path, images: list[str]) -> Any:
             raise AdfmError(f"the image {image} does not run ({error}); make it with `make image`.") from error
         if failed:
             raise AdfmError(f"the image {image} lacks the packages adfm and kfp; make it with `make image`.")
-    # The handler's own way takes a container that is gone for one that succeeded, which it is not.
+    # The handler's own function takes a container that is gone for one that succeeded.
     docker_task_handler.run_docker_container = _run
     return local.DockerRunner()
 
 
 def _run(client: Any, image: str, command: list[str], volumes: dict[str, Any]) -> int:
-    """Runs a container, passes on what it says, and returns its exit status."""
+    """Run a container, print its log, and return its exit status."""
     here = str(Path.cwd())
     environment = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
     if authority := os.environ.get("ADFM_CA_BUNDLE"):  # where a cluster mounts it

@@ -1,4 +1,4 @@
-"""Runs a compiled pipeline on this machine: each task in a subprocess, or in a container of its image."""
+"""Run a pipeline on this machine: each task in a subprocess, or in a container of its image."""
 
 import builtins
 import os
@@ -12,11 +12,12 @@ import yaml
 from adfm import tracking
 from adfm.errors import AdfmError
 from adfm.process.pod import STARTED
+from pipelines import checks
 from pipelines.ir import write
 
 
 def run(pipeline: Any, arguments: dict[str, Any], root: Path, in_containers: bool = False) -> None:
-    """Runs the pipeline as a cluster would, without its resources, time limits, retries, secrets and cache.
+    """Run the pipeline as a cluster would, without its resources, time limits, retries, secrets and cache.
 
     Args:
         pipeline: What `dsl.pipeline` made.
@@ -34,20 +35,19 @@ def run(pipeline: Any, arguments: dict[str, Any], root: Path, in_containers: boo
         warnings.filterwarnings("ignore", "You may be attemping to run a task", RuntimeWarning)
         file = Path(folder) / "pipeline.yaml"
         write(pipeline, file)
-        _drop_retries(file)
+        images = checks.images(_drop_retries(file))
         runner: Any = local.SubprocessRunner(use_venv=False)
         if in_containers:
             from pipelines import containers
 
-            executors = pipeline.pipeline_spec.deployment_spec["executors"].values()
-            runner = containers.runner(root, sorted({executor["container"]["image"] for executor in executors}))
+            runner = containers.runner(root, images)
         local.init(runner, pipeline_root=str(root), workspace_root=folder, raise_on_error=True)
         plain = builtins.print
         os.environ[STARTED] = tracking.now()
         try:
             components.load_component_from_file(str(file))(**arguments)
         except RuntimeError as error:
-            raise AdfmError(f"{error} What failed is said above.") from error
+            raise AdfmError(f"{error} The reason is printed above.") from error
         finally:
             del os.environ[STARTED]
             # Tasks side by side each put an indenting one in its place and back (`indented_print` in
@@ -55,10 +55,11 @@ def run(pipeline: Any, arguments: dict[str, Any], root: Path, in_containers: boo
             builtins.print = plain
 
 
-def _drop_retries(file: Path) -> None:
-    """Remove the retries from a compiled pipeline: here a failure would be reported half a minute later, and again."""
-    spec, *platform = yaml.safe_load_all(file.read_text(encoding="utf-8"))
-    for component in (spec["root"], *spec["components"].values()):
+def _drop_retries(file: Path) -> dict[str, Any]:
+    """Remove the retries from a compiled pipeline, which only delay the report of a failure here; return its IR."""
+    ir, *platform = yaml.safe_load_all(file.read_text(encoding="utf-8"))
+    for component in (ir["root"], *ir["components"].values()):
         for task in component.get("dag", {}).get("tasks", {}).values():
             task.pop("retryPolicy", None)
-    file.write_text(yaml.safe_dump_all([spec, *platform]), encoding="utf-8")
+    file.write_text(yaml.safe_dump_all([ir, *platform]), encoding="utf-8")
+    return dict(ir)

@@ -1,4 +1,4 @@
-"""Puts what reviewers approved into production, as a pipeline of Kubeflow Pipelines.
+"""Put approved versions into production, as a pipeline of Kubeflow Pipelines.
 
 python -m pipelines.promotion run | compile | submit, as for pipelines.training.
 """
@@ -8,13 +8,14 @@ from typing import Any
 
 from kfp import dsl
 
+from adfm.kubeflow.notification import PROMOTION
 from adfm.params import Params
 from components.notify.component import notify
 from components.promote.component import promote
 from pipelines.tasks import configure
 
 
-@dsl.pipeline(name="adfm-promotion", description="Puts an approved version into production.")
+@dsl.pipeline(name=PROMOTION, description="Puts an approved version into production.")
 def promotion(settings: str = "", version: str = "", by: str = "adfm-promotion", ui: str = ""):
     """Promotes.
 
@@ -24,14 +25,13 @@ def promotion(settings: str = "", version: str = "", by: str = "adfm-promotion",
         by: Who promotes, for the history.
         ui: Address of the pipelines' pages, for the link in the notification.
     """
-    notify_task = notify(pipeline="adfm-promotion", run=dsl.PIPELINE_JOB_ID_PLACEHOLDER, settings=settings, ui=ui)
-    configure(notify_task, "notify")
+    notify_task = configure(notify(pipeline=PROMOTION, run=dsl.PIPELINE_JOB_ID_PLACEHOLDER, settings=settings, ui=ui))
     with dsl.ExitHandler(notify_task, name="path"):
-        configure(promote(version=version, settings=settings, by=by), "promote")
+        configure(promote(version=version, settings=settings, by=by))
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """The parameters of the pipeline as options."""
+    """Add the parameters of the pipeline as options."""
     parser.add_argument("--version", metavar="N", default="", help="number; the newest approved one by default")
     parser.add_argument("--by", metavar="NAME", default="adfm-promotion", help="who promotes, for the history")
     parser.add_argument(
@@ -43,7 +43,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def arguments(args: argparse.Namespace, params: Params) -> tuple[Any, dict[str, Any]]:
-    """The pipeline and its arguments, but for the settings."""
+    """The pipeline, and its arguments without the settings."""
     return promotion, {"version": args.version, "by": args.by, "ui": args.ui}
 
 

@@ -10,14 +10,13 @@ backend/src/v2/driver/cache.go), so that data fetched and converted for one vari
 """
 
 import argparse
-import os
 import re
 from typing import Any, NamedTuple
 
-from kfp import dsl, kubernetes
+from kfp import dsl
 
 from adfm.errors import AdfmError
-from adfm.kubeflow.resources import WORKSPACE, WORKSPACE_CLAIM
+from adfm.kubeflow.resources import MACHINE, WORKSPACE, WORKSPACE_CLAIM, image
 from adfm.kubeflow.tasks import GPUS, check_gpus, fixed_revision
 from adfm.params import Params
 from components.check.component import check
@@ -28,50 +27,49 @@ from components.notify.component import notify
 from components.register.component import register
 from components.sft.component import sft
 from components.train.component import train, train_on_nodes
-from pipelines.tasks import configure, configure_gpu
+from pipelines.tasks import Gpus, configure
 
-GPU_IMAGE = os.environ.get("ADFM_GPU_IMAGE", "localhost/adfm:gpu")
 NAME = "adfm-training"
 
 
-def _run(settings: Any, revision: Any, ui: Any, gpus: Any, parts: Any = None, num_nodes: Any = None) -> None:
+def _run(settings: Any, revision: Any, ui: Any, gpus: Gpus, parts: Any = None, num_nodes: Any = None) -> None:
     """The tasks of every variant: with `parts`, conversion in parts; with `num_nodes`, training on several machines."""
     run = dsl.PIPELINE_JOB_ID_PLACEHOLDER
-    notify_task = notify(pipeline=NAME, run=run, settings=settings, ui=ui)
-    configure(notify_task, "notify")
+    notify_task = configure(notify(pipeline=NAME, run=run, settings=settings, ui=ui))
     with dsl.ExitHandler(notify_task, name="path"):
-        # KFP compiles parameters for accelerators into a sub-DAG only if a task of it takes them as arguments as well.
-        check_task = check(
-            settings=settings,
-            run=run,
-            revision=revision,
-            gpu_type=gpus[0],
-            num_gpus=gpus[1],
-            num_nodes=0 if num_nodes is None else num_nodes,
-        )
-        configure(check_task, "check")
-        checked = check_task.outputs
-        fetch_task = fetch(source=checked["source"], name=checked["name"], revision=checked["revision"])
-        configure(fetch_task, "fetch")
-        shards = _shards(fetch_task.outputs["raw"], checked, parts)
+        checked = configure(
+            check(
+                settings=settings,
+                run=run,
+                revision=revision,
+                # KFP compiles parameters for accelerators into a sub-DAG only if a task of it takes them as arguments.
+                gpu_type=gpus.kind,
+                num_gpus=gpus.number,
+                num_nodes=0 if num_nodes is None else num_nodes,
+            )
+        ).outputs
+        fetched = configure(fetch(source=checked["source"], name=checked["name"], revision=checked["revision"])).outputs
+        shards = _shards(fetched["raw"], checked, parts)
         start, model = _models(shards, checked["settings"], gpus, num_nodes)
-        evaluate_task = evaluate(shards=shards, sft=start, model=model, settings=checked["settings"])
-        configure_gpu(evaluate_task, "evaluate", *gpus)
-        register_task = register(
-            model=model,
-            shards=shards,
-            evaluation=evaluate_task.outputs["evaluation"],
-            settings=checked["settings"],
-            run=run,
-            revision=checked["revision"],
+        evaluated = configure(
+            evaluate(shards=shards, sft=start, model=model, settings=checked["settings"]), gpus
+        ).outputs
+        configure(
+            register(
+                model=model,
+                shards=shards,
+                evaluation=evaluated["evaluation"],
+                settings=checked["settings"],
+                run=run,
+                revision=checked["revision"],
+            ),
+            gpus,
         )
-        configure_gpu(register_task, "register", *gpus)
 
 
 def _shards(raw: Any, checked: dict[str, Any], parts: Any) -> Any:
     if parts is None:
-        task = convert(raw=raw, settings=checked["conversion"])
-        return configure(task, "convert").outputs["shards"]
+        return configure(convert(raw=raw, settings=checked["conversion"])).outputs["shards"]
     task = conversion(raw=raw, parts=parts, inspection=checked["inspection"], settings=checked["conversion"])
     return task.set_display_name("convert").outputs["shards"]
 
@@ -84,46 +82,36 @@ class Conversion(NamedTuple):
 
 @dsl.pipeline(name="conversion")
 def conversion(raw: dsl.Input[dsl.Dataset], parts: list[str], inspection: str, settings: str) -> Conversion:
-    """Raw data to shards that passed validation, the images inspected part by part.
-
-    A pipeline of its own, because in a loop KFP's local runner takes the output of another task for the loop's item
-    (`create_parameter_loop_iteration_task_spec` in kfp/local/orchestrator/task_spec_utils.py).
-    """
+    """Raw data to shards that passed validation, the images inspected part by part."""
+    # A pipeline of its own, because in a loop KFP's local runner takes the output of another task for the loop's item
+    # (`create_parameter_loop_iteration_task_spec` in kfp/local/orchestrator/task_spec_utils.py).
     with dsl.ParallelFor(parts, name="parts") as part:
-        inspect_task = inspect_part(raw=raw, part=part, settings=inspection)
-        configure(inspect_task, "inspect-part")
-    inspected = dsl.Collected(inspect_task.outputs["inspected"])
-    convert_task = convert_parts(raw=raw, parts=inspected, settings=settings)
-    configure(convert_task, "convert-parts")
-    return Conversion(shards=convert_task.outputs["shards"])
+        inspected = configure(inspect_part(raw=raw, part=part, settings=inspection)).outputs["inspected"]
+    task = configure(convert_parts(raw=raw, parts=dsl.Collected(inspected), settings=settings))
+    return Conversion(shards=task.outputs["shards"])
 
 
-def _models(shards: Any, settings: Any, gpus: Any, num_nodes: Any) -> tuple[Any, Any]:
+def _models(shards: Any, settings: Any, gpus: Gpus, num_nodes: Any) -> tuple[Any, Any]:
     """The model after the cold start, and the trained one."""
-    gpu_type, num_gpus, node_selector, tolerations = gpus
     if num_nodes is None:
-        task = train(shards=shards, settings=settings, num_gpus=num_gpus)
-        configure_gpu(task, "train", *gpus)
-        return task.outputs["sft"], task.outputs["model"]
-    sft_task = sft(shards=shards, settings=settings)
-    configure_gpu(sft_task, "sft", *gpus)
+        models = configure(train(shards=shards, settings=settings, num_gpus=gpus.number), gpus).outputs
+        return models["sft"], models["model"]
+    start = configure(sft(shards=shards, settings=settings), gpus).outputs["sft"]
     task = train_on_nodes(
         shards=shards,
-        sft=sft_task.outputs["sft"],
+        sft=start,
         settings=settings,
         num_nodes=num_nodes,
-        num_gpus=num_gpus,
-        gpu_type=gpu_type,
-        node_selector=node_selector,
-        tolerations=tolerations,
-        image=GPU_IMAGE,
+        num_gpus=gpus.number,
+        gpu_type=gpus.kind,
+        node_selector=gpus.node_selector,
+        tolerations=gpus.tolerations,
+        image=image(MACHINE),
         run=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
         workspace=WORKSPACE,
         claim=WORKSPACE_CLAIM,
     )
-    configure(task, "train-on-nodes")
-    kubernetes.mount_pvc(task, WORKSPACE_CLAIM, WORKSPACE)
-    return sft_task.outputs["sft"], task.outputs["model"]
+    return start, configure(task).outputs["model"]
 
 
 @dsl.pipeline(name=NAME, description="Data, validation, training, evaluation, registration and gate.")
@@ -148,8 +136,7 @@ def training(
         tolerations: Of taints of those nodes.
         ui: Address of the pipelines' pages, for the link in the notification.
     """
-    gpus = (gpu_type, num_gpus, node_selector, tolerations)
-    _run(settings, data_revision, ui, gpus)
+    _run(settings, data_revision, ui, Gpus(gpu_type, num_gpus, node_selector, tolerations))
 
 
 @dsl.pipeline(name=NAME, description="As the default one; images are inspected in several pods side by side.")
@@ -168,8 +155,7 @@ def training_in_parts(
     KFP 2.17's page shows the conversion as running for ever where all of it came from the cache; the run ends as it
     should.
     """
-    gpus = (gpu_type, num_gpus, node_selector, tolerations)
-    _run(settings, data_revision, ui, gpus, parts)
+    _run(settings, data_revision, ui, Gpus(gpu_type, num_gpus, node_selector, tolerations), parts)
 
 
 @dsl.pipeline(name=NAME, description="As the default one; several machines train together.")
@@ -187,8 +173,7 @@ def training_on_nodes(
 
     A variant of its own, because the volume that the machines share cannot be optional.
     """
-    gpus = (gpu_type, num_gpus, node_selector, tolerations)
-    _run(settings, data_revision, ui, gpus, num_nodes=num_nodes)
+    _run(settings, data_revision, ui, Gpus(gpu_type, num_gpus, node_selector, tolerations), num_nodes=num_nodes)
 
 
 @dsl.pipeline(name=NAME, description="As the default one; several pods inspect images, several machines train.")
@@ -204,8 +189,7 @@ def training_in_parts_on_nodes(
     ui: str = "",
 ):
     """Both variants together."""
-    gpus = (gpu_type, num_gpus, node_selector, tolerations)
-    _run(settings, data_revision, ui, gpus, parts, num_nodes)
+    _run(settings, data_revision, ui, Gpus(gpu_type, num_gpus, node_selector, tolerations), parts, num_nodes)
 
 
 PIPELINES = {
@@ -218,7 +202,7 @@ PIPELINES = {
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """The parameters of the pipeline as options."""
+    """Add the parameters of the pipeline as options."""
     parser.add_argument("--data-revision", metavar="TEXT", default="", help="tells this data from an earlier one")
     parser.add_argument(
         "--parts",
@@ -244,10 +228,10 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def arguments(args: argparse.Namespace, params: Params) -> tuple[Any, dict[str, Any]]:
-    """The variant that the options ask for, and its arguments, but for the settings.
+    """The variant that the options choose, and its arguments without the settings.
 
     Raises:
-        AdfmError: A TrainJob is to run here.
+        AdfmError: `--num-nodes` with the verb `run`.
     """
     if args.num_nodes is not None and args.verb == "run":
         raise AdfmError("--num-nodes: a TrainJob needs a cluster; leave it out here.")

@@ -1,4 +1,4 @@
-"""Submits the training pipeline for an event of GitHub: `python -m pipelines.trigger`, in .github/workflows/train.yaml.
+"""Submit the training pipeline for an event of GitHub: `python -m pipelines.trigger`, in .github/workflows/train.yaml.
 
 New data is a push that changes `dvc.lock`, or a `repository_dispatch` that a bucket's event notification sends with
 `{"source": …, "revision": …}`. A schedule trains on what the settings name; by hand, settings can be given. Options for
@@ -39,7 +39,9 @@ def arguments(event: str, payload: dict[str, Any], repository: str, commit: str,
             if not md5:  # of a stage that was interrupted
                 raise LookupError("md5")
         except (OSError, LookupError, TypeError, ValueError, yaml.YAMLError) as error:
-            raise AdfmError(f"{lock} does not say what the stage fetch wrote; run `dvc repro`, commit.") from error
+            raise AdfmError(
+                f"{lock} does not have the output of the stage fetch; run `dvc repro` and commit it."
+            ) from error
         return ["--data-revision", str(md5), "--set", f"fetch.source=dvc://{repository}@{commit}:{path}"]
     if event == "repository_dispatch":
         sent = payload.get("client_payload") or {}

@@ -10,7 +10,6 @@ import base64
 import gzip
 import json
 import re
-import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
+
+from tests.certificates import self_signed
 
 NAME = "adfm-training-x7k2p"
 RUN = "5f0c8a0e-6a1d-4c58-9a55-0d8a3a1f3c11"
@@ -338,9 +339,9 @@ def serve(folder: Path) -> Iterator[Cluster]:
         def log_message(self, *_: object) -> None:
             pass
 
-    certificate(folder)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(folder / "ca.crt", folder / "tls.key")
+    context = self_signed(folder)
+    (folder / "token").write_text("a-token")
+    (folder / "namespace").write_text("kubeflow\n")
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
         server.socket = context.wrap_socket(server.socket, server_side=True)
@@ -352,33 +353,3 @@ def serve(folder: Path) -> Iterator[Cluster]:
         finally:
             server.shutdown()
             thread.join()
-
-
-def certificate(folder: Path) -> None:
-    """A certificate for 127.0.0.1 that is its own authority, the token and the namespace of a service account."""
-    import ipaddress
-
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "kubernetes")])
-    now = datetime.now(UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    plain = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    (folder / "tls.key").write_bytes(key.private_bytes(serialization.Encoding.PEM, *plain))
-    (folder / "ca.crt").write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    (folder / "token").write_text("a-token")
-    (folder / "namespace").write_text("kubeflow\n")

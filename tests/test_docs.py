@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from adfm.data.readers import LAYOUTS
+from adfm.kubeflow.resources import RESOURCES
 from adfm.params import Params
 from tests.data.readers.exports import EXPORTS
 
@@ -40,3 +41,18 @@ def test_settings_in_own_images_exist() -> None:
         for name in path.rstrip(".").split("."):
             assert name in value, f"{section}.{path}"
             value = value[name]
+
+
+def test_the_table_of_tasks_in_the_readme_is_that_of_the_resources() -> None:
+    row = r"^\| `([a-z-]+)` \| (cpu|gpu) \| (\d+) \| (\d+) GiB \| (yes|no) \| (on|off) \|"
+    rows = {task: cells for task, *cells in re.findall(row, (ROOT / "README.md").read_text(), re.MULTILINE)}
+    assert rows == {
+        task: [
+            "gpu" if entry.gpu else "cpu",
+            entry.cpu,
+            entry.memory.removesuffix("Gi"),
+            "yes" if entry.gpu else "no",
+            "on" if entry.cached else "off",
+        ]
+        for task, entry in RESOURCES.items()
+    }

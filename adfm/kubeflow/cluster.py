@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adfm.errors import AdfmError, Unreachable
+from adfm.process import retries
 
 if TYPE_CHECKING:
     from kubernetes.client import ApiClient
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
+"""Kubeflow Trainer's API."""
+
 RUNTIME = "torch-distributed"
-"""Kubeflow Trainer's API, and the runtime that a TrainJob of ours refers to."""
+"""Kubeflow Trainer's runtime for a TrainJob."""
 
-TIMEOUT = (10, 60)
-"""Seconds for the connection and for the answer: `_request_timeout` of a call, for which the client has no default."""
-
+_TIMEOUT = (10, 60)  # seconds for the connection and for the answer; the client has no default
 _PAUSE = 10.0  # seconds
 
 
@@ -66,22 +67,19 @@ def pod_name() -> str:
 
 
 def call(function: Callable[..., Any], *args: Any, patience: float = 0.0, **kwargs: Any) -> Any:
-    """Call a method of a `kubernetes.client` API with a time limit, again while the server does not answer.
-
-    A token that was renewed meanwhile (401), an overloaded server (429) and one that is being updated (5xx, no
-    connection) pass.
+    """Call a method of a `kubernetes.client` API with a time limit; retry transient errors (`is_transient`).
 
     Args:
         function: The method, e.g. `CoreV1Api(cluster.api()).read_namespaced_pod`.
         *args: Its arguments.
-        patience: Seconds for which it is called again.
+        patience: Seconds for which a transient error is retried.
         **kwargs: Its keyword arguments.
 
     Returns:
         What the method returns.
 
     Raises:
-        ApiException: What the server answers; also such a passing state that outlasts `patience`.
+        ApiException: The server's error; a transient one after `patience` seconds.
         Unreachable: There is no connection.
     """
     from kubernetes.client.exceptions import ApiException
@@ -90,11 +88,11 @@ def call(function: Callable[..., Any], *args: Any, patience: float = 0.0, **kwar
     end = time.monotonic() + patience
     while True:
         try:
-            return function(*args, _request_timeout=TIMEOUT, **kwargs)
+            return function(*args, _request_timeout=_TIMEOUT, **kwargs)
         except ApiException as error:
-            if not (error.status in (0, 401, 408, 429) or error.status >= 500) or time.monotonic() >= end:
+            if not is_transient(error) or time.monotonic() >= end:
                 raise
-            problem = f"{error.status} {reason(error)}"
+            problem = f"{error.status} {message(error)}"
         except HTTPError as error:
             if time.monotonic() >= end:
                 raise Unreachable(f"the Kubernetes API cannot be reached: {error}") from error
@@ -103,11 +101,19 @@ def call(function: Callable[..., Any], *args: Any, patience: float = 0.0, **kwar
         time.sleep(min(_PAUSE, max(end - time.monotonic(), 0.0)))
 
 
-def reason(error: ApiException) -> str:
+def is_transient(error: ApiException) -> bool:
+    """Whether the same call may work in a minute.
+
+    Besides `retries.is_transient`: no connection (0), and a token that was renewed meanwhile (401).
+    """
+    return error.status in (0, 401) or retries.is_transient(error.status)
+
+
+def message(error: ApiException) -> str:
     """The message of an API's error, e.g. of an admission webhook; its HTTP reason where it has none."""
     try:
         status = json.loads(error.body)
     except (TypeError, ValueError):  # no body, or text that is not of the API: a proxy, an unknown path
         status = None
-    message = status.get("message") if isinstance(status, dict) else None
-    return str(message or error.reason)
+    text = status.get("message") if isinstance(status, dict) else None
+    return str(text or error.reason)

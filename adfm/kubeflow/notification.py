@@ -1,7 +1,7 @@
 """Notification at the end of a run: how it ended, which stage failed and why, the version and its gate verdict, a link.
 
-The state is that of Argo's Workflow (`adfm.kubeflow.workflows`), which the pod reads with its service account. Where it
-may not, the notification says what is known and what to grant, and no state.
+The state is that of Argo's Workflow (`adfm.kubeflow.workflows`). Without the right to read it, the notification leaves
+the state out, and has what is known and the right to grant.
 """
 
 from __future__ import annotations
@@ -9,26 +9,25 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 from adfm import params, tracking
 from adfm.errors import AdfmError, Unreachable
 from adfm.kubeflow import cluster, workflows
-from adfm.kubeflow.resources import NEEDS
+from adfm.kubeflow.resources import RESOURCES
 from adfm.kubeflow.tasks import RUN_TAG
 from adfm.kubeflow.workflows import Failure, Outcome, State
-from adfm.params import Params
+from adfm.params import Mlflow, Params
 from adfm.process import environment, pod
 from adfm.registry.alerts import alert
 from adfm.text import one_line, printable, shortened
 from adfm.tracking import VERSION_TAG
 
 PROMOTION = "adfm-promotion"
-"""The pipeline that may have nothing to do, and then says nothing."""
+"""The pipeline that sends no message when it had nothing to do."""
 
 _PAUSES = (2.0, 10.0)  # seconds before the Kubernetes API is asked again
 _MOST = 5  # failed tasks that are listed
@@ -62,7 +61,7 @@ class Status(NamedTuple):
 
 
 def notify(name: str, status: Status, run: str, settings: str, ui: str) -> str:
-    """Send how a run ended to the log and to the chat channel; never fail.
+    """Report how a run ended, in the log and to the chat channel; never fail.
 
     A promotion that promoted nothing and did not fail is only logged: a scheduled one would send 144 messages a day.
 
@@ -81,7 +80,7 @@ def notify(name: str, status: Status, run: str, settings: str, ui: str) -> str:
     if not versions and name != PROMOTION:
         versions = ["no version was registered"]
     link = _link(ui, run) if pod.is_task() else f"run {run}"
-    text = "\n".join([_headline(name, outcome), *_reasons(outcome), *versions, link])
+    text = "\n".join([_headline(name, outcome), *_failure_lines(outcome.failures), *versions, link])
     print(text)
     if name == PROMOTION and not versions and _is_quiet(outcome, status):
         print("no message is sent: nothing was promoted, and nothing is known to have failed")
@@ -91,11 +90,9 @@ def notify(name: str, status: Status, run: str, settings: str, ui: str) -> str:
 
 
 def _is_quiet(outcome: Outcome, status: Status) -> bool:
-    """Whether the run succeeded, or is not known to have failed by its pods or, without them, by KFP's state.
-
-    KFP has a run of this pipeline as COMPLETE only if its one task was.
-    """
+    """Whether the promotion succeeded, as far as is known by its Workflow, its pods or, without both, KFP's state."""
     if outcome.state is None:
+        # KFP has a run of this pipeline as COMPLETE only if its one task was.
         return not outcome.failures and (outcome.started is not None or status.state == "COMPLETE")
     return outcome.state == "succeeded"
 
@@ -107,19 +104,15 @@ def _outcome(status: Status, run: str) -> Outcome:
     if not pod.is_task():
         return _local(status)
     try:
-        return _patiently(lambda: workflows.outcome(_workflow(status, run), status.pipeline_task_name))
-    except Exception as error:  # whatever the cluster answers, people are to hear that the run has ended
-        return _unknown(status, _text(error), _pods_if_allowed(run))
-
-
-def _patiently(ask: Callable[[], Outcome]) -> Outcome:
-    for pause in _PAUSES:
-        try:
-            return ask()
-        except Unreachable as error:
-            print(f"{error} Asking again in {pause:g} s.", flush=True)
-            time.sleep(pause)
-    return ask()
+        for pause in _PAUSES:
+            try:
+                return workflows.outcome(_workflow(status, run), status.pipeline_task_name)
+            except Unreachable as error:
+                print(f"trying again in {pause:g} s: {error}", flush=True)
+                time.sleep(pause)
+        return workflows.outcome(_workflow(status, run), status.pipeline_task_name)
+    except Exception as error:  # people hear that the run has ended whatever the cluster answers
+        return _unknown(status, _error_line(error), _pods_if_allowed(run))
 
 
 def _local(status: Status) -> Outcome:
@@ -146,62 +139,61 @@ def _workflow(status: Status, run: str) -> dict[str, Any]:
     from kubernetes import client
 
     name = status.pipeline_job_resource_name or _workflow_of_pods(run)
-    with _api_errors(f"Argo's Workflow {name}", "`get` workflows of argoproj.io"):
-        found: dict[str, Any] = client.CustomObjectsApi(cluster.api()).get_namespaced_custom_object(
-            "argoproj.io", "v1alpha1", cluster.namespace(), "workflows", name, _request_timeout=cluster.TIMEOUT
-        )
-    return found
+    workflow: dict[str, Any] = _read(
+        client.CustomObjectsApi(cluster.api()).get_namespaced_custom_object,
+        *("argoproj.io", "v1alpha1", cluster.namespace(), "workflows", name),
+        what=f"Argo's Workflow {name}",
+        right="`get` workflows of argoproj.io",
+    )
+    return workflow
 
 
 def _workflow_of_pods(run: str) -> str:
-    labels = [pod["metadata"].get("labels") or {} for pod in _pods(run)]
-    name = next((each[_WORKFLOW_LABEL] for each in labels if _WORKFLOW_LABEL in each), "")
-    if not name:
-        raise AdfmError(f"Kubeflow Pipelines names no Workflow of Argo, and run {run} has no pods.")
-    return name
+    for each in _pods(run):
+        if name := (each["metadata"].get("labels") or {}).get(_WORKFLOW_LABEL):
+            return str(name)
+    raise AdfmError(f"Kubeflow Pipelines names no Workflow of Argo, and run {run} has no pods.")
 
 
 def _pods(run: str) -> list[dict[str, Any]]:
     from kubernetes import client
 
     api = cluster.api()
-    with _api_errors(f"the pods of run {run}", "`list` pods"):
-        pods = client.CoreV1Api(api).list_namespaced_pod(
-            cluster.namespace(), label_selector=f"{_RUN_LABEL}={run}", _request_timeout=cluster.TIMEOUT
-        )
+    pods = _read(
+        client.CoreV1Api(api).list_namespaced_pod,
+        cluster.namespace(),
+        label_selector=f"{_RUN_LABEL}={run}",
+        what=f"the pods of run {run}",
+        right="`list` pods",
+    )
     return [api.sanitize_for_serialization(pod) for pod in pods.items]
 
 
 def _pods_if_allowed(run: str) -> list[dict[str, Any]]:
     try:
         return _pods(run)
-    except Exception as error:  # as above
+    except Exception as error:  # as in `_outcome`
         print(f"the pods of the run are not known either: {error}")
         return []
 
 
-@contextmanager
-def _api_errors(what: str, right: str) -> Iterator[None]:
-    """Raise what the Kubernetes API answers as an `AdfmError`, and as `Unreachable` what may pass.
+def _read(function: Callable[..., Any], *args: Any, what: str, right: str, **options: Any) -> Any:
+    """Call a method of the Kubernetes API that reads `what`, for which the service account needs `right`.
 
-    Args:
-        what: What is read.
-        right: Which right that needs.
+    Raises:
+        Unreachable: The API does not answer, or not now.
+        AdfmError: The account lacks the right, or the object does not exist.
     """
     from kubernetes.client.exceptions import ApiException
-    from urllib3.exceptions import HTTPError
 
     try:
-        yield
-    except HTTPError as error:
-        raise Unreachable(f"the Kubernetes API does not answer ({error}).") from error
+        return cluster.call(function, *args, **options)
     except ApiException as error:
-        if error.status in (401, 408, 429) or error.status >= 500:  # 401: the token was renewed meanwhile
-            raise Unreachable(f"the Kubernetes API answered {error.status} {error.reason}.") from error
         if error.status == 404:
             raise AdfmError(f"{what} is not there any more.") from error
         if error.status != 403:
-            raise AdfmError(f"the Kubernetes API answered {error.status} {error.reason}.") from error
+            kind = Unreachable if cluster.is_transient(error) else AdfmError
+            raise kind(f"the Kubernetes API answered {error.status} {error.reason}.") from error
         match = re.search(r"system:serviceaccount:([\w.:-]+)", str(error.body))
         account = f"the service account {match[1]}" if match else "the service account"
         raise AdfmError(
@@ -218,49 +210,52 @@ def _versions(name: str, settings: str, run: str, outcome: Outcome) -> list[str]
     try:
         loaded = params.loads(settings)
         with tracking.impatient(timeout=30, retries=2):
-            return _promoted(loaded, outcome.started) if name == PROMOTION else _registered(loaded, run)
+            if name == PROMOTION:
+                return _promoted(loaded, outcome.started)
+            return _registered(loaded.mlflow, run)
     except Exception as error:  # nothing of MLflow may keep the end of a run from people
-        return [f"{'what was promoted' if name == PROMOTION else 'the gate verdict'} is not known: {_text(error)}"]
-
-
-def _registered(loaded: Params, run: str) -> list[str]:
-    with tracking.store_errors(tracking.configure()):
-        query = f"name = '{loaded.mlflow.registered_model}' and tags.{RUN_TAG} = '{run}'"
-        versions = list(tracking.client().search_model_versions(query)) or _submitted_again(loaded, run)
         return [
-            f"version {each.version} of {each.name}: gate {each.tags.get('gate') or 'not decided yet'}"
-            f"{_version_link(each.name, str(each.version))}"
-            for each in versions
+            f"{'what was promoted' if name == PROMOTION else 'the gate verdict'} is not known: {_error_line(error)}"
         ]
 
 
-def _submitted_again(loaded: Params, run: str) -> list[Any]:
-    """Versions that were there when the run registered its model: they have the tag of the run that was first.
+def _registered(place: Mlflow, run: str) -> list[str]:
+    with tracking.store_errors(tracking.configure()):
+        query = f"name = '{place.registered_model}' and tags.{RUN_TAG} = '{run}'"
+        versions = list(tracking.client().search_model_versions(query)) or _submitted_again(place, run)
+        return [
+            f"version {version.version} of {version.name}: gate {version.tags.get('gate') or 'not decided yet'}"
+            f"{_version_link(version.name, str(version.version))}"
+            for version in versions
+        ]
+
+
+def _submitted_again(place: Mlflow, run: str) -> list[Any]:
+    """Versions that an earlier run registered from the same model, and whose tag names that run.
 
     The run of `register` in MLflow names them.
     """
     store, ids = tracking.client(), []
-    if experiment := tracking.find_experiment(loaded.mlflow.experiment):
+    if experiment := tracking.find_experiment(place.experiment):
         ids.append(experiment.experiment_id)
-    if given := tracking.find_run(os.environ.get("MLFLOW_RUN_ID")):  # of KFP's MLflow plug-in, in its own experiment
-        ids.append(given.info.experiment_id)
+    if plugged := tracking.find_run(os.environ.get("MLFLOW_RUN_ID")):  # of KFP's MLflow plug-in, in its own experiment
+        ids.append(plugged.info.experiment_id)
     runs: Any = store.search_runs(ids, f"tags.{RUN_TAG} = '{run}'") if ids else []
     numbers = {each.data.tags[VERSION_TAG] for each in runs if VERSION_TAG in each.data.tags}
-    return [store.get_model_version(loaded.mlflow.registered_model, number) for number in sorted(numbers, key=int)]
+    return [store.get_model_version(place.registered_model, number) for number in sorted(numbers, key=int)]
 
 
 def _version_link(model: str, version: str) -> str:
-    pages = environment.mlflow_ui()
-    host = urlsplit(pages).hostname or ""
-    if "." not in host or ".svc" in host:  # a Service's name, which no browser outside the cluster knows
-        return ""
-    return f", see {pages}/#/models/{quote(model)}/versions/{version}"
+    page = environment.version_page(model, version)
+    host = urlsplit(page).hostname or ""
+    # The name of a Service is left out, which only the cluster resolves.
+    return "" if "." not in host or ".svc" in host else f", see {page}"
 
 
 def _promoted(loaded: Params, started: datetime | None) -> list[str]:
     from adfm.registry import promotion
 
-    since = started or datetime.now(UTC) - timedelta(hours=NEEDS["promote"].hours)
+    since = started or datetime.now(UTC) - timedelta(hours=RESOURCES["promote"].hours)
     if pod.STARTED not in os.environ:
         since -= _CLOCKS
     return [
@@ -283,20 +278,12 @@ def _headline(name: str, outcome: Outcome) -> str:
     return f"{name} {words} {preposition} {duration}" if duration else f"{name} {words}"
 
 
-def _reasons(outcome: Outcome) -> list[str]:
-    lines = [_reason(failure) for failure in outcome.failures]
-    more = len(lines) - _MOST
-    return [*lines[:_MOST], f"and {more} more"] if more > 0 else lines
+def _failure_lines(failures: Sequence[Failure]) -> list[str]:
+    more = len(failures) - _MOST
+    return [*map(str, failures[:_MOST]), *([f"and {more} more"] if more > 0 else [])]
 
 
-def _reason(failure: Failure) -> str:
-    if failure.stopped:
-        return f"{failure.task} was under way" if failure.task else "no task was under way"
-    return f"{failure.task} failed: {failure.reason}" if failure.task else failure.reason
-
-
-def _text(error: Exception) -> str:
-    """An error in one line."""
+def _error_line(error: Exception) -> str:
     text = str(error) if isinstance(error, AdfmError) else f"{type(error).__name__}: {error}"
     return shortened(one_line(text), _LONGEST)
 

@@ -1,50 +1,68 @@
-"""What the pods of a run are given on a cluster: CPU, memory, time, tries, caching, secrets, keys, volumes.
+"""What each pod of a run gets on a cluster: image, CPU, memory, GPU, time, retries, caching, secrets, volumes.
 
 One table for the tasks of the pipelines and for the machines of a TrainJob.
 """
 
+# Components import this module where they are defined, so it imports nothing but the standard library.
+import os
 from typing import NamedTuple
 
+from adfm.process.environment import CA, CA_FOLDER
 
-class Needs(NamedTuple):
-    """What a task is given.
+
+class Resources(NamedTuple):
+    """What a task gets.
 
     Args:
-        cpu: Cores.
-        memory: Of the pod, as Kubernetes writes it.
+        cpu: Cores, requested and as a limit.
+        memory: Of the pod, requested and as a limit, as Kubernetes writes it.
         hours: After which a try is stopped.
-        tries: How often the cluster starts it again. A stock Kubeflow Pipelines 2.17 does so for a pod that was lost
-            and not for a failure (its Argo has `templateDefaults.retryStrategy` with `OnError`); one without that
-            setting does so for a failure and not for a lost pod. Stages retry what may work in a minute themselves.
+        tries: How often the cluster starts it again.
         cached: Whether the result of the same inputs is used again.
-        gpu: Whether it gets the GPUs that the run asks for.
+        gpu: Whether it runs in the image for GPUs and gets those that the run asks for, with shared memory.
+        signs: Whether the private key of `SIGNING` is mounted.
+        workspace: Whether the volume of `WORKSPACE` is mounted.
     """
 
     cpu: str
     memory: str
     hours: float
+    # A stock Kubeflow Pipelines 2.17 starts a task again whose pod was lost, and not one that failed (its Argo has
+    # `templateDefaults.retryStrategy` with `OnError`); without that setting it is the other way round. Stages retry
+    # what may work in a minute themselves.
     tries: int = 0
     cached: bool = False
     gpu: bool = False
+    signs: bool = False
+    workspace: bool = False
 
 
-NEEDS = {
-    "check": Needs("1", "4Gi", 0.5, tries=2),
-    "fetch": Needs("2", "4Gi", 6, tries=2, cached=True),
-    "inspect-part": Needs("4", "8Gi", 6, tries=1, cached=True),
+RESOURCES = {
+    "check": Resources("1", "4Gi", 0.5, tries=2),
+    "fetch": Resources("2", "4Gi", 6, tries=2, cached=True),
+    "inspect-part": Resources("4", "8Gi", 6, tries=1, cached=True),
     # Not again after a failure: data that are not fit to train on are not fit the next time either.
-    "convert": Needs("4", "8Gi", 8, cached=True),
-    "convert-parts": Needs("4", "8Gi", 8, cached=True),
-    "sft": Needs("4", "16Gi", 6, tries=1, gpu=True),
-    "train": Needs("8", "32Gi", 78, tries=1, gpu=True),  # the cold start included
+    "convert": Resources("4", "8Gi", 8, cached=True),
+    "convert-parts": Resources("4", "8Gi", 8, cached=True),
+    "sft": Resources("4", "16Gi", 6, tries=1, gpu=True),
+    "train": Resources("8", "32Gi", 78, tries=1, gpu=True),  # the cold start included
     # Longer than `train`, whose hours the TrainJob's machines have; each try follows the job that is under way.
-    "train-on-nodes": Needs("1", "4Gi", 80, tries=5),
-    "evaluate": Needs("4", "16Gi", 12, tries=1, gpu=True),
-    "register": Needs("4", "16Gi", 12, tries=2, gpu=True),
-    "promote": Needs("1", "4Gi", 0.5, tries=2),
-    "notify": Needs("1", "2Gi", 0.5),
+    "train-on-nodes": Resources("1", "4Gi", 80, tries=5, workspace=True),
+    "evaluate": Resources("4", "16Gi", 12, tries=1, gpu=True),
+    "register": Resources("4", "16Gi", 12, tries=2, gpu=True, signs=True),  # as a submitter
+    "promote": Resources("1", "4Gi", 0.5, tries=2, signs=True),  # as the service
+    "notify": Resources("1", "2Gi", 0.5),
 }
+"""By the name of the task in a pipeline, which is that of its component's function with hyphens."""
 
+MACHINE = "train"
+"""The task whose resources each machine of a TrainJob gets."""
+
+VOLUME_CHECK = Resources("500m", "1Gi", 0.5)
+"""What the pod gets that checks the volume before a TrainJob."""
+
+# MLflow's and the data's variables have names of our own: KFP's launcher runs in the task's container and would take
+# `AWS_*` for those of the pipeline root, and KFP's MLflow plug-in sets `MLFLOW_*` itself.
 SECRETS = {
     "adfm-mlflow": {
         "uri": "ADFM_MLFLOW_TRACKING_URI",
@@ -62,19 +80,27 @@ SECRETS = {
     "adfm-alerts": {"webhook": "ADFM_ALERT_WEBHOOK"},
     "adfm-signing": {"folder": "ADFM_KEYS"},
 }
-"""Kubernetes secrets, and which variable each of their keys becomes. None has to be there: a service account may do.
+"""Kubernetes secrets, and the environment variable that each of their keys becomes; all are optional."""
 
-MLflow's and the data's variables have names of our own. KFP's launcher runs in the task's container and would take
-`AWS_*` for those of the pipeline root, and KFP's MLflow plug-in sets `MLFLOW_*` itself.
-"""
-
-PULL_SECRET = "adfm-registry"
 KEYS = "/etc/adfm/keys"
-"""Where the public keys are mounted, for every task."""
+"""Folder of the keys: the public ones of every task, and the private one of the tasks that sign."""
 
 SIGNING = "adfm-signing"
-"""The secret with the private key of the tasks that sign: `register` as a submitter, `promote` as the service."""
+"""The secret with the private key."""
 
+CONFIG_MAPS = {"adfm-submitters": f"{KEYS}/submitters", "adfm-service": f"{KEYS}/service", CA: CA_FOLDER}
+"""ConfigMaps that every task has, and where they are mounted: public keys, the private authority; all are optional."""
+
+PULL_SECRET = "adfm-registry"
 SHARED_MEMORY = "8Gi"
+USER = 1000
+"""User and group of all containers, and of the files on the volume."""
+
 WORKSPACE, WORKSPACE_CLAIM = "/workspace", "adfm-workspace"
-"""Where the volume is mounted on which several machines train, and its claim; without several it is not asked for."""
+"""Where the volume on which several machines train is mounted, and its claim."""
+
+
+def image(task: str) -> str:
+    """The image of a task: that for GPUs or that for CPUs, as `ADFM_GPU_IMAGE` and `ADFM_CPU_IMAGE` name them."""
+    kind = "gpu" if RESOURCES[task].gpu else "cpu"
+    return os.environ.get(f"ADFM_{kind.upper()}_IMAGE", f"localhost/adfm:{kind}")

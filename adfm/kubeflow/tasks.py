@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 import errno
 import html
@@ -12,17 +11,15 @@ import os
 import re
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import quote
 
 from adfm import tracking
 from adfm.errors import AdfmError
 from adfm.kubeflow import termination
-from adfm.params import Params, loads
+from adfm.params import Evaluate, Params, loads
 from adfm.process import environment, pod, stopping
 from adfm.text import printable_output
 
@@ -52,12 +49,12 @@ _CONVERSION = ("seed", "convert", "split", "validation", "mlflow")
 def stage(tolerant: bool = False) -> Iterator[None]:
     """Run the body of a component as `adfm` runs a verb: set up the environment, and exit with the status of its error.
 
-    An `AdfmError` is printed alone, without a traceback. Any error is left, in one line, where Kubernetes and Argo
-    take a container's message from (`adfm.kubeflow.termination`), so that the notification has the stage's own reason.
+    An `AdfmError` is printed alone, without a traceback. Any error becomes, in one line, the container's termination
+    message (`adfm.kubeflow.termination`), so that the notification has the stage's own reason.
 
     Args:
-        tolerant: Whether the body runs also where the environment cannot be set up. The notification does, which has
-            to report that the other stages did not.
+        tolerant: Whether the body runs even if the environment cannot be set up, as the notification, which reports
+            that the other stages could not.
 
     Raises:
         SystemExit: After an `AdfmError`, a full disk or SIGTERM. The status is 75 for a training that can be resumed.
@@ -98,7 +95,7 @@ def check(
     Args:
         settings: All settings.
         run: Id of the pipeline's run, by which a TrainJob is named.
-        revision: What tells this data from an earlier one, if it is known.
+        revision: Of the data, if it is known.
         gpu_type: Resource that stands for a GPU.
         num_gpus: GPUs of a machine.
         num_nodes: Machines that train together in a TrainJob; 0: training is a task on one machine.
@@ -122,7 +119,7 @@ def check(
             "make the secret adfm-mlflow in the namespace of the runs, with the key uri "
             "(deploy/runs/secrets.example.yaml)."
         )
-    for unused in unused_settings(params):
+    for unused in unused_settings(params.evaluate):
         print(f"warning   {unused}")
     preflight.check(params, gpus=num_nodes * max(num_gpus, 1) if num_nodes else num_gpus)
     source = params.fetch.source
@@ -131,7 +128,7 @@ def check(
     if num_nodes:
         from adfm.kubeflow import nodes
 
-        nodes.check(params, run=run, nodes=num_nodes, gpus=num_gpus, gpu_type=gpu_type)
+        nodes.check(params.train, run=run, nodes=num_nodes, gpus=num_gpus, gpu_type=gpu_type)
     return (
         tracking.settings(params),
         source,
@@ -142,12 +139,12 @@ def check(
     )
 
 
-def unused_settings(params: Params) -> list[str]:
-    """What the settings ask for and a pipeline of Kubeflow does not do."""
-    if not params.evaluate.folds:
+def unused_settings(evaluate: Evaluate) -> list[str]:
+    """Settings that a pipeline of Kubeflow does not use, a line each."""
+    if not evaluate.folds:
         return []
     return [
-        f"evaluate.folds is {params.evaluate.folds} and is not used in a pipeline of Kubeflow: cross-validation is for"
+        f"evaluate.folds is {evaluate.folds} and is not used in a pipeline of Kubeflow: cross-validation is for"
         " small sets, where `dvc repro` or `adfm folds` does it"
     ]
 
@@ -176,10 +173,10 @@ def _require_s3_keys(source: str) -> None:
 
 
 def check_gpus(gpu_type: str, num_gpus: int) -> None:
-    """Refuses a type of GPU that no device plugin announces, and a number that no machine has.
+    """Check that a device plugin announces GPUs of this type, and that their number is not negative.
 
     Raises:
-        AdfmError: As said.
+        AdfmError: One of them is wrong.
     """
     if gpu_type not in GPUS and not re.fullmatch(r"nvidia\.com/mig-\d+g\.\d+gb(\.me)?", gpu_type):
         near = difflib.get_close_matches(gpu_type, GPUS, n=1, cutoff=0)[0]
@@ -191,7 +188,7 @@ def check_gpus(gpu_type: str, num_gpus: int) -> None:
 
 
 def fixed_revision(source: str) -> str:
-    """What names the content of a source for ever; empty for a source that may have other content tomorrow."""
+    """The revision of a source whose content cannot change; "" for one that may have other content tomorrow."""
     fixed = source.startswith("synthetic://") or re.match(r"dvc://.+@[0-9a-f]{40}:", source)
     return source if fixed else ""
 
@@ -200,8 +197,7 @@ def fixed_revision(source: str) -> str:
 def raw_data(archive: Path) -> Iterator[Path]:
     """The folder of a packed data set, as `adfm.data.packed.opened` makes it.
 
-    Errors in the data carry the name of the data set, not that of the temporary folder. In a pod their whole list goes
-    to the log: the file that it is written to is lost with the pod.
+    Errors in the data have the name of the data set, not that of the temporary folder.
 
     Raises:
         BadData: The block raised one.
@@ -214,17 +210,14 @@ def raw_data(archive: Path) -> Iterator[Path]:
             yield folder
         except BadData as error:
             listing = error.listing
-            if isinstance(listing, Path) and pod.is_task():
+            if isinstance(listing, Path) and pod.is_task():  # where the file is lost with the pod
                 print(listing.read_text(encoding="utf-8"))
                 listing = "the log above"
             raise BadData(Path(folder.name), error.layout, error.problems, listing) from None
 
 
 def convert(raw: Path, shards: Path, validation: Path, params: Params, parts: Sequence[Path] = ()) -> dict[str, float]:
-    """Convert a raw data set and validate the shards.
-
-    One task for both: shards that fail validation leave no output, so that nothing is trained on them. Their report is
-    in MLflow.
+    """Convert a raw data set and validate the shards, whose report is in MLflow too.
 
     Args:
         raw: Archive of the data set, as `adfm.data.packed.pack` writes it.
@@ -244,7 +237,7 @@ def convert(raw: Path, shards: Path, validation: Path, params: Params, parts: Se
 
     with raw_data(raw) as folder:
         conversion.convert(folder, shards, params, parts)
-    require(shards, validation, params)
+    require(shards, validation, params)  # in the same task: shards that fail leave no output to train on
     statistics = json.loads((validation / "validation.json").read_text(encoding="utf-8"))["statistics"]
     return {name: float(statistics[name]) for name in ("images", "expectations", "failed", "warnings")}
 
@@ -274,9 +267,10 @@ def models_to_compare(params: Params, detector: Path, sft: Path, candidate: Path
 
 def last_metrics(curves: Path) -> dict[str, float]:
     """The last row of a curves file that training wrote; empty metrics are left out."""
-    with curves.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    return {name: float(value) for name, value in rows[-1].items() if value} if rows else {}
+    import pandas as pd
+
+    rows = pd.read_csv(curves)
+    return {} if rows.empty else {str(name): float(value) for name, value in rows.iloc[-1].dropna().items()}
 
 
 def evaluation_metrics(evaluation: Path) -> tuple[dict[str, float], list[str]]:
@@ -297,13 +291,7 @@ def evaluation_metrics(evaluation: Path) -> tuple[dict[str, float], list[str]]:
 
 
 def log_metrics(artifact: Any, title: str, metrics: Mapping[str, float], first: Sequence[str] = ()) -> None:
-    """Write metrics into an artifact of KFP, those of `first` with a number before their names.
-
-    NaN and infinity are left out: they are not JSON, and KFP's launcher fails a task whose output it cannot read
-    (`getExecutorOutputFile` in backend/src/v2/component/launcher_v2.go), here after the training.
-
-    KFP's page sorts metrics by name and shows ten at a time (frontend/src/components/viewers/PagedTable.tsx), whatever
-    the order in which they are logged.
+    """Write metrics into an artifact of KFP, those of `first` with a number before their names; skip NaN and infinity.
 
     Args:
         artifact: A `dsl.Metrics`.
@@ -312,8 +300,11 @@ def log_metrics(artifact: Any, title: str, metrics: Mapping[str, float], first: 
         first: Names of at most nine that come first, in this order; those that `metrics` lacks are left out.
     """
     name_artifacts({title: artifact})
+    # NaN and infinity are not JSON, and KFP's launcher fails a task whose output it cannot read, here after training
+    # (`getExecutorOutputFile` in backend/src/v2/component/launcher_v2.go).
     finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
     leading = [name for name in first if name in finite]
+    # KFP's page sorts metrics by name, ten at a time (frontend/src/components/viewers/PagedTable.tsx).
     for number, name in enumerate(leading, 1):
         artifact.log_metric(f"{number} {name}", finite[name])
     for name in sorted(set(finite) - set(leading)):
@@ -321,20 +312,16 @@ def log_metrics(artifact: Any, title: str, metrics: Mapping[str, float], first: 
 
 
 def name_artifacts(titles: Mapping[str, Any]) -> None:
-    """Give artifacts of KFP names for its pages.
-
-    KFP's launcher takes the name of the output where `display_name` is not set (backend/src/v2/metadata/client.go,
-    `RecordArtifact`).
-    """
+    """Give artifacts of KFP names for its pages."""
+    # Without `display_name`, KFP's launcher takes the name of the output (backend/src/v2/metadata/client.go,
+    # `RecordArtifact`).
     for title, artifact in titles.items():
         artifact.metadata["display_name"] = title
 
 
 def confusion(evaluation: Path) -> tuple[list[str], list[list[int]]]:
     """Labels, and how many images of each (row) the candidate of an evaluation decided to be each (column)."""
-    with (evaluation / "plots" / "confusion.csv").open(newline="", encoding="utf-8") as stream:
-        counted = Counter((row["actual"], row["decision"]) for row in csv.DictReader(stream))
-    return list(_ANSWERS), [[counted[actual, said] for said in _ANSWERS] for actual in _ANSWERS]
+    return _crosstab(evaluation / "plots" / "confusion.csv", "decision", _ANSWERS)
 
 
 def kinds(evaluation: Path) -> tuple[list[str], list[list[int]]] | None:
@@ -342,27 +329,35 @@ def kinds(evaluation: Path) -> tuple[list[str], list[list[int]]] | None:
 
     `None` if the candidate's prompt does not ask for the kind.
     """
-    with (evaluation / "plots" / "kinds.csv").open(newline="", encoding="utf-8") as stream:
-        counted = Counter((row["actual"], row["predicted"]) for row in csv.DictReader(stream))
-    names = sorted({name for pair in counted for name in pair})
-    if not names:
-        return None
-    return names, [[counted[actual, given] for given in names] for actual in names]
+    names, counts = _crosstab(evaluation / "plots" / "kinds.csv", "predicted")
+    return (names, counts) if names else None
+
+
+def _crosstab(file: Path, column: str, labels: Sequence[str] = ()) -> tuple[list[str], list[list[int]]]:
+    """Labels, and the counts of `actual` (rows) against a column; by default the labels of both, sorted."""
+    import pandas as pd
+
+    rows = pd.read_csv(file, dtype=str, keep_default_na=False)  # a kind may be called NA
+    names = list(labels) or sorted({*rows["actual"], *rows[column]})
+    counts = pd.crosstab(rows["actual"], rows[column]).reindex(index=names, columns=names, fill_value=0)
+    return names, counts.to_numpy().tolist()
 
 
 def roc(evaluation: Path) -> tuple[list[float], list[float], list[float]]:
     """The ROC curve of the candidate of an evaluation, for a page: 200 points of it at most, its ends among them.
 
     Returns:
-        False positive rates, true positive rates, and the scores from which an image is called anomalous; 2, which no
-        probability reaches, stands for infinity, which JSON lacks. All are empty if only one class was there.
+        False positive rates, true positive rates, and the scores from which an image is called anomalous, at most 2.
+        All are empty if only one class was there.
     """
-    with (evaluation / "plots" / "roc.csv").open(newline="", encoding="utf-8") as stream:
-        points = [tuple(map(float, row)) for row in list(csv.reader(stream))[1:]]
+    import numpy as np
+    import pandas as pd
+
+    points = pd.read_csv(evaluation / "plots" / "roc.csv", dtype=float)
     if len(points) > _ROC_POINTS:
-        points = [points[i * (len(points) - 1) // (_ROC_POINTS - 1)] for i in range(_ROC_POINTS)]
-    fpr, tpr, threshold = ([point[column] for point in points] for column in range(3))
-    return fpr, tpr, [min(each, 2.0) for each in threshold]
+        points = points.iloc[np.linspace(0, len(points) - 1, _ROC_POINTS).astype(int)]
+    # The first threshold is infinity, which JSON lacks; no probability reaches 2.
+    return points["fpr"].tolist(), points["tpr"].tolist(), points["threshold"].clip(upper=2.0).tolist()
 
 
 def publish_page(artifact: Any, title: str, page: Path) -> None:
@@ -400,14 +395,14 @@ def register(
     folder = Path(out)
     decision = registration.register(Path(model), Path(shards), Path(evaluation), folder, params, tags)
     about = json.loads((folder / "registration.json").read_text(encoding="utf-8"))
-    title = f"Version {about['version']} of {about['model']}: gate {about['gate']}"
+    title = html.escape(f"Version {about['version']} of {about['model']}: gate {about['gate']}")
     reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in decision.reasons)
     header, *rows = gate.table(json.loads((folder / "gate.json").read_text(encoding="utf-8")))
-    table = "".join(_row(row, cell) for row, cell in [(header, "th"), *((row, "td") for row in rows)])
+    table = _row(header, "th") + "".join(_row(row, "td") for row in rows)
     link = version_link(about["model"], about["version"])
     Path(page).parent.mkdir(parents=True, exist_ok=True)
     Path(page).write_text(
-        f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><h1>{html.escape(title)}</h1>"
+        f"<!doctype html><meta charset='utf-8'><title>{title}</title><h1>{title}</h1>"
         f"<ul>{reasons}</ul><table cellpadding='4'>{table}</table><p>{link}</p>\n",
         encoding="utf-8",
     )
@@ -419,24 +414,18 @@ def _row(cells: Sequence[str], tag: str) -> str:
 
 
 def version_link(model: str, version: str) -> str:
-    """A version in MLflow, as HTML: its name, and its address where MLflow has pages.
-
-    The address is the text of the link, to be copied: KFP shows a page in a frame that opens no other window (`sandbox`
-    in frontend/src/components/viewers/HTMLViewer.tsx), and MLflow refuses to be shown in a frame.
-    """
-    name = html.escape(f"models:/{model}/{version}")
-    server = environment.mlflow_ui()
-    if not server:
-        return name
-    address = html.escape(f"{server.rstrip('/')}/#/models/{quote(model)}/versions/{version}", quote=True)
-    return f'{name}: <a href="{address}">{address}</a>'
+    """A version in MLflow, as HTML: its name, and its address where MLflow has pages."""
+    # The address is the text of the link, to be copied: KFP's frame for a page opens no other window (`sandbox` in
+    # frontend/src/components/viewers/HTMLViewer.tsx), and MLflow refuses to be shown in a frame.
+    name, address = html.escape(f"models:/{model}/{version}"), html.escape(environment.version_page(model, version))
+    return f'{name}: <a href="{address}">{address}</a>' if address else name
 
 
 def promote(version: str, settings: str, by: str, page: str) -> None:
-    """Promotes a version, and writes the history as a page.
+    """Promote a version, and write the history as a page.
 
-    If none is named, does what the approvals service does at each look: accepts submissions, then promotes what is
-    newly approved.
+    Without a version, do what the approvals service does at each poll: accept submissions, then promote what is newly
+    approved.
 
     Raises:
         AdfmError: As `adfm.registry.registration.accept` and `adfm.registry.promotion.promote`.

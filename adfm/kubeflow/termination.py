@@ -1,9 +1,8 @@
-"""The termination message of a container: one line of its own about why it ended.
+"""The termination message of a container: one line about why it ended, for the notification.
 
-Kubernetes keeps what a container wrote to `/dev/termination-log` in its status (`state.terminated.message`, at most
-4096 bytes), and Argo Workflows puts that behind the exit code: `main: Error (exit code 1): <line>`
-(`inferFailedReason` in workflow/controller/operator.go, Argo 4.0). `adfm.kubeflow.workflows` reads it there, so that a
-notification has the stage's own reason.
+Kubernetes keeps it in the container's status (`state.terminated.message`, at most 4096 bytes), and Argo Workflows puts
+it behind the exit code: `main: Error (exit code 1): <line>` (`inferFailedReason` in workflow/controller/operator.go,
+Argo 4.0), where `adfm.kubeflow.workflows` reads it.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ _LONGEST = 1000  # characters
 
 
 def leave(text: str) -> None:
-    """Leave a text in one line (`one_line`) as the termination message of this container; never fail.
+    """Write a text in one line (`one_line`) as the termination message of this container; never fail.
 
-    Outside a pod there is no such file, and none is made. A later line replaces an earlier one.
+    Outside a pod nothing is written. A later line replaces an earlier one.
     """
     line = one_line(text)
     with suppress(OSError), os.fdopen(os.open(FILE, os.O_WRONLY | os.O_TRUNC), "wb") as stream:

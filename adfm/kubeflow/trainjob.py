@@ -1,29 +1,18 @@
-"""The manifests of TrainJobs of Kubeflow Trainer: one that trains on several machines, a small one for their volume.
-
-`adfm.kubeflow.nodes` sends them to the cluster.
-"""
+"""Manifests of Kubeflow Trainer's TrainJobs: one trains on several machines, a small one tries their volume."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adfm.kubeflow import resources
 from adfm.kubeflow.cluster import GROUP, RUNTIME, VERSION
 from adfm.process import environment
 from adfm.training.launch import command
 
-if TYPE_CHECKING:
-    from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
-
 CONTAINER = "node"
 """Name of the replicated job, and of its container, in Kubeflow Trainer's Torch runtime."""
-
-USER = 1000
-"""User and group of the containers, here and in the pipeline's pods; of the files on the volume too."""
-
-_VOLUME_NEEDS = resources.Needs("500m", "1Gi", 0.5)  # of the pod that tries the volume
 
 
 def train_job(
@@ -39,7 +28,7 @@ def train_job(
     tolerations: list[dict[str, Any]],
     owner: dict[str, Any] | None = None,
     variables: Sequence[dict[str, Any]] = (),
-) -> TrainerV1alpha1TrainJob:
+) -> dict[str, Any]:
     """The TrainJob that trains on the data in the folder `work` of a shared volume.
 
     A machine gets what `adfm.kubeflow.resources` has for the task `train`, and is stopped after its hours.
@@ -58,9 +47,10 @@ def train_job(
         variables: Environment variables besides those of the secrets, as a pod has them.
     """
     # By force: a machine that is started again after the training has ended must not fail for the model that it made.
-    started = [*command(work / "shards", work / "sft", work / "trained", work / "params.yaml"), "--force"]
-    job = _job(name, resources.NEEDS["train"], claim, work.parent, image, ["torchrun", "-m", *started], owner)
-    trainer, pod = job["spec"]["trainer"], _pod(job)
+    train = [*command(work / "shards", work / "sft", work / "trained", work / "params.yaml"), "--force"]
+    entry = resources.RESOURCES[resources.MACHINE]
+    job, pod = _job(name, entry, claim, work.parent, image, ["torchrun", "-m", *train], owner)
+    trainer = job["spec"]["trainer"]
     trainer |= {"numNodes": nodes, "numProcPerNode": max(gpus, 1)}
     trainer["env"] = [
         {"name": variable, "valueFrom": {"secretKeyRef": {"name": secret, "key": key, "optional": True}}}
@@ -79,43 +69,40 @@ def train_job(
         {"name": "shared-memory", "mountPath": "/dev/shm"},
         {"name": "ca", "mountPath": environment.CA_FOLDER, "readOnly": True},
     ]
-    return _model(job)
+    return job
 
 
-def volume_job(
-    name: str, work: Path, claim: str, image: str, owner: dict[str, Any] | None = None
-) -> TrainerV1alpha1TrainJob:
-    """The TrainJob of one small pod that makes the folder `work` on the volume, by `adfm.kubeflow.nodes.prepare`.
-
-    Pods of a TrainJob have an `fsGroup`, which Kubernetes applies to the volume; those of KFP cannot have one.
-    """
-    code = "import sys; from adfm.kubeflow import nodes; nodes.prepare(sys.argv[1])"
-    return _model(_job(name, _VOLUME_NEEDS, claim, work.parent, image, ["python", "-c", code, str(work)], owner))
+def volume_job(name: str, work: Path, claim: str, image: str, owner: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The TrainJob of one small pod that makes the folder `work` on the volume, by `adfm.kubeflow.volume.prepare`."""
+    code = "import sys; from adfm.kubeflow import volume; volume.prepare(sys.argv[1])"
+    prepare = ["python", "-c", code, str(work)]
+    job, _ = _job(name, resources.VOLUME_CHECK, claim, work.parent, image, prepare, owner)
+    return job
 
 
 def _job(
     name: str,
-    needs: resources.Needs,
+    entry: resources.Resources,
     claim: str,
     mount: Path,
     image: str,
     command: list[str],
     owner: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """A TrainJob of one machine with the volume, as Pod Security `restricted` admits it."""
-    amounts = {"cpu": needs.cpu, "memory": needs.memory}
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A TrainJob of one machine with the volume, as Pod Security `restricted` admits it; and its pod's spec."""
+    amounts = {"cpu": entry.cpu, "memory": entry.memory}
     container = {
         "name": CONTAINER,
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
         "volumeMounts": [{"name": "workspace", "mountPath": str(mount)}],
     }
-    pod = {
+    pod: dict[str, Any] = {
         "containers": [container],
         "imagePullSecrets": [{"name": resources.PULL_SECRET}],
         "securityContext": {
-            **{"runAsUser": USER, "runAsGroup": USER, "runAsNonRoot": True},
+            **{"runAsUser": resources.USER, "runAsGroup": resources.USER, "runAsNonRoot": True},
             # On the first mount only: a volume of many files would be walked through before every start.
-            **{"fsGroup": USER, "fsGroupChangePolicy": "OnRootMismatch"},
+            **{"fsGroup": resources.USER, "fsGroupChangePolicy": "OnRootMismatch"},
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         "volumes": [{"name": "workspace", "persistentVolumeClaim": {"claimName": claim}}],
@@ -123,7 +110,7 @@ def _job(
     # Istio's proxy, which a namespace of Kubeflow's profiles adds, would outlive the training and stand between nodes.
     template = {"metadata": {"labels": {"sidecar.istio.io/inject": "false"}}, "spec": pod}
     patch = {"name": CONTAINER, "template": {"spec": {"template": template}}}
-    return {
+    job = {
         "apiVersion": f"{GROUP}/{VERSION}",
         "kind": "TrainJob",
         "metadata": {
@@ -132,7 +119,7 @@ def _job(
             **({"ownerReferences": [owner]} if owner else {}),
         },
         "spec": {
-            "activeDeadlineSeconds": round(needs.hours * 3600),
+            "activeDeadlineSeconds": round(entry.hours * 3600),
             "runtimeRef": {"name": RUNTIME},
             "trainer": {
                 "image": image,
@@ -148,17 +135,4 @@ def _job(
             ],
         },
     }
-
-
-def _pod(job: dict[str, Any]) -> dict[str, Any]:
-    (replicated,) = job["spec"]["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
-    pod: dict[str, Any] = replicated["template"]["spec"]["template"]["spec"]
-    return pod
-
-
-def _model(job: dict[str, Any]) -> TrainerV1alpha1TrainJob:
-    from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
-
-    made = TrainerV1alpha1TrainJob.from_dict(job)
-    assert made is not None
-    return made
+    return job, pod

@@ -1,19 +1,11 @@
 """How a run of a pipeline ended, from the Workflow of Argo that Kubeflow Pipelines made of it.
 
-KFP's own final status says `COMPLETE`, `RUNNING` or `FAILED` and no reason, and stays `RUNNING` when a pod was killed,
-a driver failed or a loop's tasks came from the cache. The nodes of the Workflow have the truth. Their form was read in
-the sources of KFP 2.17 (backend/src/v2/compiler/argocompiler/dag.go, container.go) and Argo Workflows 4.0
-(workflow/controller/operator.go, exec_control.go, workflow/packer/packer.go):
-
-- A node's name is its path, such as `adfm-training-x7k2p.root.exit-handler-1.train.executor`: the Workflow, KFP's root
-  DAG, its exit handler, the task (a DAG of one), its pod. The driver of a task is a pod beside it, `train-driver`.
-  What runs after the handler hangs from `exit-handler-1.onExit`.
-- `boundaryID` is the id of the DAG that a node belongs to.
-- A template with a retry strategy is a node of the type Retry, whose tries are nodes of the same DAG with `(0)`, `(1)`,
-  … after its name. With the `templateDefaults` of a stock controller, every template has one.
-- A large Workflow has `status.compressedNodes`, the same in gzip and base64; or, if Argo has a database for them, only
-  `status.offloadNodeStatusVersion`.
-- KFP terminates a run by `spec.activeDeadlineSeconds: 0`; Argo then fails what runs with `Step exceeded its deadline`.
+KFP's own final status says `COMPLETE`, `RUNNING` or `FAILED` without a reason, and stays `RUNNING` when a pod was
+killed, a driver failed or a loop's tasks came from the cache; the nodes of the Workflow are right. Their form is that
+of KFP 2.17 (backend/src/v2/compiler/argocompiler/dag.go, container.go) and Argo Workflows 4.0
+(workflow/controller/operator.go, exec_control.go, workflow/packer/packer.go). A node's name is its path, such as
+`adfm-training-x7k2p.root.exit-handler-1.train.executor`: the Workflow, KFP's root DAG, its exit handler, the task (a
+DAG of one), its pod.
 """
 
 from __future__ import annotations
@@ -30,7 +22,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from adfm.errors import AdfmError, Unreachable
-from adfm.kubeflow.resources import NEEDS
+from adfm.kubeflow.resources import RESOURCES
 from adfm.text import printable, shortened
 
 State = Literal["succeeded", "failed", "terminated"]
@@ -40,11 +32,11 @@ NODE_NAME = "workflows.argoproj.io/node-name"
 """Annotation of a pod: the name of its node."""
 
 _FAILED = ("Failed", "Error")
-_EXIT = ".onExit"
-_TRY = re.compile(r"\((\d+)\)$")
+_EXIT = ".onExit"  # after the name of the exit handler: what runs after it
+_TRY = re.compile(r"\((\d+)\)$")  # after the name of a node of the type Retry
 _TRIES = re.compile(r"\(\d+\)")
 _INDICES = re.compile(r"\([^)]*\)")  # of tries, and of the items of a loop: (3:3)
-_DRIVER = "-driver"
+_DRIVER = "-driver"  # after the name of a task: the pod of KFP that starts it
 # Names of KFP that say nothing of the task: its pod, and the DAGs of a loop.
 _OF_KFP = ("executor", "iteration", "iteration-iterations", "iteration-item")
 _STOPPED = re.compile(
@@ -70,6 +62,12 @@ class Failure:
     task: str
     reason: str
     stopped: bool = False
+
+    def __str__(self) -> str:
+        """The failure as a line of a message."""
+        if self.stopped:
+            return f"{self.task} was under way" if self.task else "no task was under way"
+        return f"{self.task} failed: {self.reason}" if self.task else self.reason
 
 
 @dataclass(frozen=True)
@@ -130,12 +128,12 @@ def nodes(status: Mapping[str, Any]) -> dict[str, Node]:
     """
     if status.get("nodes"):
         return dict(status["nodes"])
-    if status.get("compressedNodes"):
+    if status.get("compressedNodes"):  # of a large Workflow
         try:
             return dict(json.loads(gzip.decompress(base64.b64decode(status["compressedNodes"]))))
         except (ValueError, OSError, EOFError, zlib.error) as error:
             raise AdfmError(f"the compressed nodes of Argo's Workflow cannot be unpacked ({error}).") from error
-    if status.get("offloadNodeStatusVersion"):
+    if status.get("offloadNodeStatusVersion"):  # where Argo has a database for them
         raise AdfmError(
             "Argo keeps the nodes of this Workflow in its own database (nodeStatusOffLoad); `argo get` and the page of "
             "the run show them."
@@ -144,7 +142,11 @@ def nodes(status: Mapping[str, Any]) -> dict[str, Node]:
 
 
 class _Tree:
-    """The nodes of a Workflow, by what they belong to."""
+    """The nodes of a Workflow by the DAG that they belong to, their `boundaryID`.
+
+    A template with a retry strategy is a node of the type Retry, whose tries are nodes of the same DAG. With the
+    `templateDefaults` of a stock controller, every template has one.
+    """
 
     def __init__(self, nodes: Mapping[str, Node]) -> None:
         self._nodes = nodes
@@ -159,10 +161,8 @@ class _Tree:
                 self._members[node.get("boundaryID") or ""].append(node)
 
     def exit_handler(self, task: str) -> Node:
-        """The newest node of the exit handler: one of a retried DAG has the same display name.
-
-        KFP makes the exit task a hook of the handler, so the handler can also be found without its name.
-        """
+        """The newest node of the exit handler: one of a retried DAG has the same display name."""
+        # KFP makes the exit task a hook of the handler, by which the handler can be found without its name.
         handlers = [node for node in self._by_name.values() if node.get("displayName") == task] or [
             self._by_name[name.removesuffix(_EXIT)]
             for name in self._by_name
@@ -173,10 +173,7 @@ class _Tree:
         return max(handlers, key=lambda node: node.get("startedAt") or "")
 
     def failed(self, node: Node) -> list[Node]:
-        """The failed nodes at the bottom of a node: what made it fail.
-
-        Only the last try of what was tried again counts, and nothing of what succeeded at last.
-        """
+        """The failed nodes at the bottom of a node: what made it fail. Of a retried one only the last try counts."""
         if node.get("phase") not in _FAILED:
             return []
         below: Iterable[Node]
@@ -202,14 +199,14 @@ def task_of(name: str) -> str:
 
 
 def reason(node: Node) -> str:
-    """Why a node failed, in one line: the stage's own words if it left any, else Argo's and Kubernetes' explained."""
-    text = _explained((node.get("message") or "").strip(), task_of(node["name"]))
+    """Why a node failed, in one line: the stage's own message if it left one, else Argo's or Kubernetes' explained."""
+    text = _explain((node.get("message") or "").strip(), task_of(node["name"]))
     text = shortened(printable(" ".join(text.split())), _LONGEST)
     is_driver = _INDICES.sub("", node["name"]).endswith(_DRIVER)
     return f"its driver, a pod of Kubeflow Pipelines, failed: {text}" if is_driver else text
 
 
-def _explained(message: str, task: str) -> str:
+def _explain(message: str, task: str) -> str:
     if not message:
         return "Argo gives no reason; see the log of its pod"
     if container := _CONTAINER.fullmatch(message):
@@ -217,7 +214,7 @@ def _explained(message: str, task: str) -> str:
     if refused := _REFUSED.search(message):
         return f"the cluster refused its pod: {refused[1]}"
     if "active on the node longer than the specified deadline" in message:  # kubelet, pkg/kubelet/active_deadline.go
-        limit = f" of {NEEDS[task].hours:g} h" if task in NEEDS else ""
+        limit = f" of {RESOURCES[task].hours:g} h" if task in RESOURCES else ""
         return f"it ran longer than its limit{limit}; raise the limit in adfm/kubeflow/resources.py and submit again"
     if message == "pod deleted":
         return "its pod was deleted: its node was drained or lost, or somebody removed it"
@@ -230,7 +227,7 @@ def _container(match: re.Match[str], task: str) -> str:
     name, code = match["name"], int(match["code"])
     line = _own_line(match["message"] or "")
     if match["reason"] == "OOMKilled":
-        limit = f" of {NEEDS[task].memory}" if task in NEEDS and name == "main" else ""
+        limit = f" of {RESOURCES[task].memory}" if task in RESOURCES and name == "main" else ""
         text = (
             f"out of memory: it needed more than its limit{limit}; raise the limit in adfm/kubeflow/resources.py and "
             "submit again"
@@ -241,13 +238,12 @@ def _container(match: re.Match[str], task: str) -> str:
     where = "" if name == "main" else f" of its container {name}"
     if code == 137:
         return f"killed (exit code 137){where}, as the kernel does when memory runs out; see the log of its pod"
-    if code == 143:
-        return f"stopped by SIGTERM (exit code 143){where}; see the log of its pod"
-    return f"exit code {code}{where}; see the log of its pod"
+    prefix = f"stopped by SIGTERM (exit code {code})" if code == 143 else f"exit code {code}"
+    return f"{prefix}{where}; see the log of its pod"
 
 
 def _own_line(message: str) -> str:
-    """The line that the stage left, or the one that tells most where Kubernetes took the end of the log instead."""
+    """The line that the stage left; where Kubernetes took the end of the log instead, its error or its last line."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     errors = [line.partition("adfm: error: ")[2] for line in lines if "adfm: error: " in line]
     return (errors or lines or [""])[-1]
@@ -256,7 +252,7 @@ def _own_line(message: str) -> str:
 def failures_of_pods(pods: Iterable[Mapping[str, Any]]) -> tuple[Failure, ...]:
     """The tasks of a run whose last pod failed, for where the Workflow cannot be read.
 
-    What they leave out: pods that were deleted or refused, and runs that were terminated.
+    Pods that were deleted or refused are missing, and whether the run was terminated.
 
     Args:
         pods: The pods of the run, as the Kubernetes API has them.
@@ -296,6 +292,7 @@ def moment(text: Any) -> datetime | None:
 
 
 def _is_terminated(spec: Mapping[str, Any]) -> bool:
+    # KFP terminates a run by a deadline of 0 seconds; Argo then fails what runs with `Step exceeded its deadline`.
     return spec.get("activeDeadlineSeconds") == 0 or spec.get("shutdown") in ("Terminate", "Stop")
 
 

@@ -1,11 +1,11 @@
-"""The CPUs that this process may use: of a pod its limit, not the cores of the node.
+"""The CPUs that this process may use: in a pod its limit, not the cores of the node.
 
-`os.cpu_count()` and PyTorch's own default know nothing of a cgroup's limit. On a node of 64 cores, a pod limited to 4
-would decode 64 images at a time, hold all of them in memory, and be throttled for most of each period.
-
-`joblib.cpu_count()` follows nearly the same rules. It cannot be used: importing joblib imports NumPy, whose threads are
-made at that moment, and `limit_threads` has to come before.
+`os.cpu_count()` and PyTorch's own default ignore a cgroup's limit. On a node of 64 cores, a pod limited to 4 would
+decode 64 images at a time, hold all of them in memory, and be throttled for most of each period.
 """
+
+# Not joblib.cpu_count(), which follows nearly the same rules: importing joblib imports NumPy, whose threads are made at
+# that moment, and `limit_threads` has to come before.
 
 from __future__ import annotations
 
@@ -21,18 +21,17 @@ _OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def count() -> int:
-    """CPUs that this process may use, at least 1: of the machine's, those of its affinity and of its cgroups' limits.
+    """CPUs that this process may use, at least 1: the least of the machine's, its affinity and its cgroups' limits.
 
-    A limit is rounded up: with 2.5 CPUs, 3 threads are not idle. Kubernetes sets one where a container has a CPU limit;
-    a request alone sets none.
+    Kubernetes sets a cgroup's limit where a container has a CPU limit; a request alone sets none.
     """
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     cpus = len(affinity(0)) if affinity else of_machine()
-    return max(1, min([of_machine(), cpus, *map(math.ceil, _limits())]))
+    return max(1, min([of_machine(), cpus, *map(math.ceil, _limits())]))  # of 2.5 CPUs, 3 threads are busy
 
 
 def share(processes: int) -> int:
-    """CPUs of each of some processes that work at the same time, at least 1."""
+    """CPUs for each of `processes` processes that run at the same time, at least 1."""
     return max(1, count() // processes)
 
 
@@ -58,7 +57,7 @@ def limit_threads() -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """PyTorch's operations use one thread within this context, and as many as before after it."""
+    """Let PyTorch's operations use one thread in the body."""
     import torch  # here: this module is imported before the libraries whose threads it limits
 
     threads = torch.get_num_threads()
@@ -75,10 +74,8 @@ def of_machine() -> int:
 
 
 def _limits() -> Iterator[float]:
-    """The CPU limits of the cgroups that this process is in, version 1 and 2, and of those above them.
-
-    https://docs.kernel.org/admin-guide/cgroup-v2.html, https://docs.kernel.org/scheduler/sched-bwc.html
-    """
+    """The CPU limits of this process's cgroups and of those above them, version 1 and 2."""
+    # https://docs.kernel.org/admin-guide/cgroup-v2.html, https://docs.kernel.org/scheduler/sched-bwc.html
     for folder in _cgroups():
         try:
             if (limit := folder / "cpu.max").is_file():
@@ -92,7 +89,7 @@ def _limits() -> Iterator[float]:
 
 
 def _cgroups() -> Iterator[Path]:
-    """Folders of the cgroups of this process, up to the root. In a container the root often is the container's own."""
+    """Folders of the cgroups of this process, up to the root, which in a container often is the container's own."""
     try:
         lines = _OWN_CGROUPS.read_text().splitlines()
     except OSError:  # not Linux

@@ -1,7 +1,6 @@
-"""The environment of a stage: quiet libraries, MLflow's address and login, and a private certificate authority.
+"""Environment variables of a stage: quiet libraries, MLflow's address and login, and a private certificate authority.
 
-Everything works by environment variables that libraries read, so that child processes have the same. What the user or
-the platform has set is kept.
+Child processes inherit them. A variable that the user or the platform has set is kept.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ import tempfile
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from adfm.errors import AdfmError
 from adfm.process import cpus, retries
 
-# Nothing is reported to anyone, and nothing is uploaded that was not asked for.
+# No library sends telemetry.
 _QUIET = {
     "DO_NOT_TRACK": "1",
     "GX_ANALYTICS_ENABLED": "false",
@@ -38,7 +37,7 @@ _MLFLOW_LOGIN = (
 )
 
 CA, CA_FILE = "adfm-ca", "ca.crt"
-"""The ConfigMap of a private certificate authority, and its key; none has to be there."""
+"""The ConfigMap of a private certificate authority, and its key; both are optional."""
 
 CA_FOLDER = "/etc/adfm/ca"
 """Where that ConfigMap is mounted, for every task."""
@@ -69,7 +68,7 @@ def set_environment() -> None:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     cpus.limit_threads()
-    os.environ.pop("HF_MLFLOW_LOG_ARTIFACTS", None)  # would upload every checkpoint
+    os.environ.pop("HF_MLFLOW_LOG_ARTIFACTS", None)  # transformers would upload every checkpoint
     # Of checkpoints with an adapter on the input embedding: intended, and in them alone.
     warnings.filterwarnings("ignore", "Setting `save_embedding_layers`", UserWarning)
     # Raised by peft's and TRL's own calls.
@@ -100,11 +99,10 @@ def home() -> Path:
 def _set_mlflow() -> None:
     """Take MLflow's address and login from `ADFM_MLFLOW_TRACKING_*` where `MLFLOW_TRACKING_URI` is not set.
 
-    Address and login belong together. KFP's MLflow plug-in puts the login of its server into every pod, and the address
-    only with `injectUserEnvVars` (kubeflow/pipelines backend/src/apiserver/plugins/mlflow/handler.go,
-    backend/src/v2/common/plugins/mlflow/handler.go): a login that comes without an address is never sent to our server,
-    and ours never to another one.
+    A login without an address is never sent to our server, and ours never to another one.
     """
+    # KFP's MLflow plug-in puts the login of its server into every pod, and the address only with `injectUserEnvVars`
+    # (backend/src/apiserver/plugins/mlflow/handler.go, backend/src/v2/common/plugins/mlflow/handler.go).
     ours, given = variable("ADFM_MLFLOW_TRACKING_URI"), os.environ.get("MLFLOW_TRACKING_URI", "")
     if not ours:
         return
@@ -122,8 +120,8 @@ def _set_mlflow() -> None:
 def mlflow_ui() -> str:
     """The public address of MLflow's pages, for links; "" if there are none.
 
-    It is `ADFM_MLFLOW_UI`, unless runs go to another server than `ADFM_MLFLOW_TRACKING_URI`, and else the tracking
-    server's own address.
+    `ADFM_MLFLOW_UI`, unless runs go to another server than `ADFM_MLFLOW_TRACKING_URI`; else the tracking server's own
+    address.
     """
     ui, ours = variable("ADFM_MLFLOW_UI"), variable("ADFM_MLFLOW_TRACKING_URI")
     server = os.environ.get("MLFLOW_TRACKING_URI", "")
@@ -132,6 +130,12 @@ def mlflow_ui() -> str:
     if not server.startswith(("http://", "https://")):
         return ""
     return without_login(server).rstrip("/")
+
+
+def version_page(model: str, version: str) -> str:
+    """The public address of a registered version's page in MLflow; "" if there is none."""
+    ui = mlflow_ui()
+    return ui and f"{ui}/#/models/{quote(model)}/versions/{version}"
 
 
 def without_login(text: str) -> str:
@@ -160,17 +164,14 @@ def _place(address: str) -> tuple[str, str, int | None, str] | None:
 
 
 def ca_bundle() -> str | None:
-    """The file of trusted authorities for clients that read no variable, as KFP's; `None`: their own default.
-
-    It is the one that urllib reads too.
-    """
+    """The file of trusted authorities for clients that read no variable, as KFP's; `None`: their own default."""
     file = os.environ.get("SSL_CERT_FILE", "")
     return file if Path(file).is_file() else None
 
 
 def ca_remedy(error: BaseException) -> str:
-    """What to do where a server's certificate was signed by an unknown authority; "" after any other error."""
-    # Git's and DVC's errors do not have the reason in their text, but in the error that they were raised from.
+    """What to do where a server's certificate was signed by an unknown authority; "" for any other error."""
+    # Git's and DVC's errors have the reason in the error that they were raised from.
     reasons = " ".join(map(str, retries.causes(error)))
     unknown = re.search(r"self[- ]signed certificate|unable to get (local )?issuer certificate", reasons)
     return (
@@ -182,11 +183,9 @@ def ca_remedy(error: BaseException) -> str:
 
 
 def _trust_private_ca() -> None:
-    """Let all libraries trust a private authority beside the public ones.
-
-    Each variable names one file, which replaces the library's own. So it has to hold the public authorities too: the
-    hub may be on the internet while MLflow and S3 are not.
-    """
+    """Let all libraries trust a private authority beside the public ones."""
+    # Each variable names one file, which replaces the library's own, so that the public authorities have to be in it:
+    # the hub may be on the internet while MLflow and S3 are not.
     file = _private_ca()
     if file is None:
         return
@@ -259,14 +258,12 @@ def _blocks(file: Path, must_be_there: bool = False) -> Iterable[bytes]:
 
 
 def _write_bundle(private: list[bytes]) -> str:
-    """Write the public authorities of certifi and of the system, and the private ones, to a temporary file.
-
-    The file is this user's alone, and new, so that nobody else can have put it there. It goes when this process ends.
-    """
+    """Write the public authorities of certifi and of the system, and the private ones, to a file until exit."""
     import certifi
 
     public = [certificate for file in (certifi.where(), *_SYSTEM_CAS) for certificate in _blocks(Path(file))]
     try:
+        # New and readable by this user alone, so that nobody else can have put it there.
         handle, name = tempfile.mkstemp(prefix="adfm-ca-", suffix=".pem")
         with os.fdopen(handle, "wb") as bundle:
             bundle.writelines(dict.fromkeys([*public, *private]))

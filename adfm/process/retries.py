@@ -1,6 +1,6 @@
-"""Retries inside a pod: which errors of a network may pass by themselves, and work that is tried again after them.
+"""Retries inside a pod: which network errors may pass by themselves, and how work is retried after them.
 
-Kubeflow Pipelines does not try a failed task again (docs/training.md), so the tasks of the pipelines do it here. The
+Kubeflow Pipelines does not retry a failed task (docs/training.md), so the tasks of the pipelines do it here. The
 command line does not: a wrong address is to be reported at once.
 """
 
@@ -20,7 +20,6 @@ T = TypeVar("T")
 
 _TYPES = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 _ERRNOS = {errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
-_NOT_IMPLEMENTED = 501  # the one status of a server's errors that stays
 
 
 def again(work: Callable[[], T], what: str, tries: int = 5, pause: float = 10.0) -> T:
@@ -51,9 +50,10 @@ def again(work: Callable[[], T], what: str, tries: int = 5, pause: float = 10.0)
 def may_pass(error: BaseException, *types: type[BaseException]) -> bool:
     """Whether an error of a client may be gone in a minute, with nothing changed.
 
-    It may if a connection was refused, reset or timed out, a name was not resolved, or a server replied 408, 429 or
-    5xx. Wrong keys, names, addresses and certificates stay. boto3, requests, httpx, aiohttp and dulwich wrap the
-    socket's error, which is therefore searched for in `__cause__`, `__context__` and the arguments.
+    It may if a connection was refused, reset or timed out, a name was not resolved, or a server replied with a
+    transient status (`is_transient`). Wrong keys, names, addresses and certificates stay. boto3, requests, httpx,
+    aiohttp and dulwich wrap the socket's error, which is therefore searched for in `__cause__`, `__context__` and the
+    arguments.
 
     Args:
         error: What the client raised.
@@ -62,10 +62,15 @@ def may_pass(error: BaseException, *types: type[BaseException]) -> bool:
     for each in causes(error):
         status = _status(each)
         if status is not None:  # a server replied: what went wrong before does not count
-            return status in (408, 429) or (500 <= status < 600 and status != _NOT_IMPLEMENTED)
+            return is_transient(status)
         if isinstance(each, (*_TYPES, *types)) or (isinstance(each, OSError) and each.errno in _ERRNOS):
             return True
     return False
+
+
+def is_transient(status: int) -> bool:
+    """Whether an HTTP status may be gone in a minute: timeout (408), too many requests (429), 5xx but not 501."""
+    return status in (408, 429) or (500 <= status < 600 and status != 501)
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -1,12 +1,13 @@
 """Check that a run can start before anything is fetched: settings, weights of the base model, MLflow, disk, cluster."""
 
-import os
 from typing import NamedTuple
 
 from kfp import dsl
 
+from adfm.kubeflow.resources import image
 
-@dsl.component(base_image=os.environ.get("ADFM_CPU_IMAGE", "localhost/adfm:cpu"), install_kfp_package=False)
+
+@dsl.component(base_image=image("check"), install_kfp_package=False)
 def check(
     settings: str,
     run: str,

@@ -1,12 +1,13 @@
 """Convert a raw data set into Parquet shards and validate them, at once or after its parts were inspected."""
 
-import os
 from typing import List  # noqa: UP035
 
 from kfp import dsl
 
+from adfm.kubeflow.resources import image
 
-@dsl.component(base_image=os.environ.get("ADFM_CPU_IMAGE", "localhost/adfm:cpu"), install_kfp_package=False)
+
+@dsl.component(base_image=image("convert"), install_kfp_package=False)
 def convert(
     raw: dsl.Input[dsl.Dataset],
     settings: str,
@@ -31,7 +32,7 @@ def convert(
         tasks.log_metrics(validation_metrics, "Validation metrics", metrics)
 
 
-@dsl.component(base_image=os.environ.get("ADFM_CPU_IMAGE", "localhost/adfm:cpu"), install_kfp_package=False)
+@dsl.component(base_image=image("inspect-part"), install_kfp_package=False)
 def inspect_part(raw: dsl.Input[dsl.Dataset], part: str, settings: str, inspected: dsl.Output[dsl.Dataset]):
     """Inspect the images of one part, which is written as I/N."""
     from pathlib import Path
@@ -48,7 +49,7 @@ def inspect_part(raw: dsl.Input[dsl.Dataset], part: str, settings: str, inspecte
         tasks.name_artifacts({f"Part {part}": inspected})
 
 
-@dsl.component(base_image=os.environ.get("ADFM_CPU_IMAGE", "localhost/adfm:cpu"), install_kfp_package=False)
+@dsl.component(base_image=image("convert-parts"), install_kfp_package=False)
 def convert_parts(
     raw: dsl.Input[dsl.Dataset],
     parts: dsl.Input[List[dsl.Dataset]],  # noqa: UP006

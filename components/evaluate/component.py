@@ -1,11 +1,11 @@
 """Train the reference detector; evaluate it, the candidate, the models that it came from, production and anchor."""
 
-import os
-
 from kfp import dsl
 
+from adfm.kubeflow.resources import image
 
-@dsl.component(base_image=os.environ.get("ADFM_GPU_IMAGE", "localhost/adfm:gpu"), install_kfp_package=False)
+
+@dsl.component(base_image=image("evaluate"), install_kfp_package=False)
 def evaluate(
     shards: dsl.Input[dsl.Dataset],
     sft: dsl.Input[dsl.Model],

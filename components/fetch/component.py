@@ -1,11 +1,11 @@
 """Fetch a raw data set into one archive."""
 
-import os
-
 from kfp import dsl
 
+from adfm.kubeflow.resources import image
 
-@dsl.component(base_image=os.environ.get("ADFM_CPU_IMAGE", "localhost/adfm:cpu"), install_kfp_package=False)
+
+@dsl.component(base_image=image("fetch"), install_kfp_package=False)
 def fetch(source: str, name: str, revision: str, raw: dsl.Output[dsl.Dataset]):
     """The archive is `<name>.tar` in the artifact's folder: KFP moves an artifact file by file, one after another.
 

@@ -1,11 +1,11 @@
 """Report how a run ended, and remove what it left on the cluster."""
 
-import os
-
 from kfp import dsl
 
+from adfm.kubeflow.resources import image
 
-@dsl.component(base_image=os.environ.get("ADFM_CPU_IMAGE", "localhost/adfm:cpu"), install_kfp_package=False)
+
+@dsl.component(base_image=image("notify"), install_kfp_package=False)
 def notify(status: dsl.PipelineTaskFinalStatus, pipeline: str, run: str, settings: str, ui: str) -> str:
     """State, gate verdict and link, to the chat channel that the secret adfm-alerts names, if any, and to the log."""
     from adfm.kubeflow import tasks

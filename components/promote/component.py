@@ -1,11 +1,11 @@
 """Put an approved version into production."""
 
-import os
-
 from kfp import dsl
 
+from adfm.kubeflow.resources import image
 
-@dsl.component(base_image=os.environ.get("ADFM_CPU_IMAGE", "localhost/adfm:cpu"), install_kfp_package=False)
+
+@dsl.component(base_image=image("promote"), install_kfp_package=False)
 def promote(version: str, settings: str, by: str, history: dsl.Output[dsl.HTML]):
     """Without a version, whatever is newly approved; the page is the history of production."""
     from adfm.kubeflow import tasks

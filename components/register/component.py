@@ -1,12 +1,13 @@
 """Register the trained model as a version in MLflow, with the gate's decision on it; move no alias."""
 
-import os
 from typing import NamedTuple
 
 from kfp import dsl
 
+from adfm.kubeflow.resources import image
 
-@dsl.component(base_image=os.environ.get("ADFM_GPU_IMAGE", "localhost/adfm:gpu"), install_kfp_package=False)
+
+@dsl.component(base_image=image("register"), install_kfp_package=False)
 def register(
     model: dsl.Input[dsl.Model],
     shards: dsl.Input[dsl.Dataset],

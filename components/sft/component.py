@@ -1,11 +1,11 @@
 """Supervised fine-tuning of the base model, the cold start, as a task of its own for training on several machines."""
 
-import os
-
 from kfp import dsl
 
+from adfm.kubeflow.resources import image
 
-@dsl.component(base_image=os.environ.get("ADFM_GPU_IMAGE", "localhost/adfm:gpu"), install_kfp_package=False)
+
+@dsl.component(base_image=image("sft"), install_kfp_package=False)
 def sft(
     shards: dsl.Input[dsl.Dataset],
     settings: str,

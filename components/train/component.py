@@ -1,11 +1,11 @@
 """Train: the cold start and GRPO on one machine, or GRPO alone on several machines."""
 
-import os
-
 from kfp import dsl
 
+from adfm.kubeflow.resources import image
 
-@dsl.component(base_image=os.environ.get("ADFM_GPU_IMAGE", "localhost/adfm:gpu"), install_kfp_package=False)
+
+@dsl.component(base_image=image("train"), install_kfp_package=False)
 def train(
     shards: dsl.Input[dsl.Dataset],
     settings: str,
@@ -35,7 +35,7 @@ def train(
         tasks.log_metrics(training_metrics, "Training metrics", metrics, tasks.TRAINING_FIRST)
 
 
-@dsl.component(base_image=os.environ.get("ADFM_CPU_IMAGE", "localhost/adfm:cpu"), install_kfp_package=False)
+@dsl.component(base_image=image("train-on-nodes"), install_kfp_package=False)
 def train_on_nodes(
     shards: dsl.Input[dsl.Dataset],
     sft: dsl.Input[dsl.Model],

@@ -7,18 +7,30 @@ from pathlib import Path
 
 import pytest
 
-COMPONENTS = sorted((Path(__file__).parents[2] / "components").glob("*/component.py"))
+ROOT = Path(__file__).parents[2]
+COMPONENTS = sorted((ROOT / "components").glob("*/component.py"))
+
+
+def imports(file: Path) -> set[str]:
+    names = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            names.add(module if module.startswith("adfm") else module.split(".")[0])
+    return names
 
 
 @pytest.mark.parametrize("file", COMPONENTS, ids=lambda file: file.parent.name)
-def test_a_component_imports_nothing_but_the_standard_library_and_kfp(file: Path) -> None:
-    roots = set()
-    for node in ast.parse(file.read_text()).body:
-        if isinstance(node, ast.Import):
-            roots |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            roots.add((node.module or "").split(".")[0])
-    assert roots <= set(sys.stdlib_module_names) | {"kfp"}
+def test_a_component_imports_nothing_but_the_standard_library_kfp_and_the_table_of_resources(file: Path) -> None:
+    assert imports(file) <= set(sys.stdlib_module_names) | {"kfp", "adfm.kubeflow.resources"}
+
+
+def test_the_table_of_resources_loads_no_library() -> None:
+    code = "import adfm.kubeflow.resources, sys; print({name.split('.')[0] for name in sys.modules})"
+    loaded = ast.literal_eval(subprocess.check_output([sys.executable, "-S", "-c", code], text=True, cwd=ROOT))
+    assert loaded <= set(sys.stdlib_module_names) | {"__main__", "adfm"}
 
 
 def test_every_body_is_a_stage() -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import json
 import socket
-import ssl
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -14,9 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from kubernetes import client
 from kubernetes.client.exceptions import ApiException
 from kubernetes.config import incluster_config
@@ -24,6 +18,7 @@ from kubernetes.config import incluster_config
 from adfm.errors import AdfmError, Unreachable
 from adfm.kubeflow import cluster
 from adfm.process.pod import inside
+from tests.certificates import self_signed
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -44,45 +39,18 @@ class Handler(BaseHTTPRequestHandler):
         """Not to the output of the tests."""
 
 
-def certificate(folder: Path) -> Path:
-    """A certificate for 127.0.0.1 that signs itself, and its key, in one file."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "kube-apiserver")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
-        .sign(key, hashes.SHA256())
-    )
-    encoding = serialization.Encoding.PEM
-    plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    file = folder / "server.pem"
-    file.write_bytes(made.public_bytes(encoding) + key.private_bytes(encoding, *plain))
-    return file
-
-
 @pytest.fixture
 def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Handler]]:
     """A pod with the token, the namespace and the authority of its service account, and the API behind TLS."""
-    file = certificate(tmp_path)
     handler = type("Pod", (Handler,), {"statuses": [], "tokens": []})
     with HTTPServer(("127.0.0.1", 0), handler) as server:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(file)
-        server.socket = context.wrap_socket(server.socket, server_side=True)
+        server.socket = self_signed(tmp_path).wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         (tmp_path / "token").write_text("secret")
         (tmp_path / "namespace").write_text("line\n")
         monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(tmp_path / "token"))
-        monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(file))
+        monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(tmp_path / "ca.crt"))
         monkeypatch.setattr(cluster, "SERVICE_ACCOUNT", tmp_path)
         monkeypatch.setattr(cluster, "_PAUSE", 0)
         monkeypatch.setitem(incluster_config.os.environ, "KUBERNETES_SERVICE_HOST", "127.0.0.1")
@@ -122,7 +90,7 @@ def test_an_answer_that_lasts_is_not_asked_for_again(pod: type[Handler], status:
     with pytest.raises(ApiException) as raised:
         get(patience=60)
     assert raised.value.status == status
-    assert cluster.reason(raised.value) == "as it is"
+    assert cluster.message(raised.value) == "as it is"
 
 
 @pytest.mark.parametrize("body", [b"404 page not found", b"[]", b'{"message": ""}', b""])
@@ -130,7 +98,7 @@ def test_an_answer_without_a_message_has_the_reason_of_http(pod: type[Handler], 
     pod.statuses[:] = [(404, body)]
     with pytest.raises(ApiException) as raised:
         get()
-    assert cluster.reason(raised.value) == "Not Found"
+    assert cluster.message(raised.value) == "Not Found"
 
 
 def test_a_server_that_is_not_there_is_unreachable(pod: type[Handler], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +109,7 @@ def test_a_server_that_is_not_there_is_unreachable(pod: type[Handler], monkeypat
             get(patience=0.1)
 
 
-def test_outside_of_a_pod_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outside_of_a_pod_it_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     assert not inside()
     with pytest.raises(AdfmError, match="can only be used from a pod with a service account: Service host/port"):

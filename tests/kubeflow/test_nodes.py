@@ -15,7 +15,7 @@ import pytest
 from kubernetes import client
 
 from adfm.errors import AdfmError
-from adfm.kubeflow import cluster, nodes, resources
+from adfm.kubeflow import cluster, joblog, jobs, nodes, resources, volume
 from adfm.params import Params
 from adfm.process import environment
 from tests.kubeflow.kubernetes_api import (
@@ -54,7 +54,7 @@ def on_nodes(folder: Path, **changed: Any) -> None:
 
 
 def check() -> None:
-    nodes.check(Params(), run=RUN, nodes=2, gpus=4, gpu_type=GPU)
+    nodes.check(Params().train, run=RUN, nodes=2, gpus=4, gpu_type=GPU)
 
 
 def finish(job: dict[str, Any], kind: str, message: str = "") -> None:
@@ -100,7 +100,7 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
         monkeypatch.setattr(cluster, "api", lambda: client.ApiClient(client.Configuration(host=served.address)))
         monkeypatch.setattr(cluster, "namespace", lambda: "line")
         monkeypatch.setattr(cluster, "_PAUSE", 0)
-        monkeypatch.setattr(nodes, "_POLL", 0)
+        monkeypatch.setattr(jobs, "_POLL", 0)
         monkeypatch.setattr(resources, "WORKSPACE", str(tmp_path / "workspace"))
         monkeypatch.setenv("KFP_POD_NAME", "own")
         monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
@@ -145,10 +145,10 @@ def test_a_train_job_runs_the_image_on_the_machines_and_gives_its_adapter(
     assert ("DELETE", f"{TRAIN_JOBS}/{JOB}?propagationPolicy=Foreground") in api.requests
 
 
-def test_what_a_machine_gets_is_in_the_table_of_the_pods(
+def test_a_machine_gets_the_resources_of_the_task_train(
     api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(resources.NEEDS, "train", resources.Needs("12", "96Gi", 10))
+    monkeypatch.setitem(resources.RESOURCES, "train", resources.Resources("12", "96Gi", 10))
     monkeypatch.setattr(resources, "SECRETS", {"some-secret": {"some-key": "SOME_VARIABLE"}})
     monkeypatch.setattr(resources, "PULL_SECRET", "some-registry")
     monkeypatch.setattr(resources, "SHARED_MEMORY", "16Gi")
@@ -234,7 +234,7 @@ def test_the_volume_is_tried_by_making_the_folder_of_the_run(api: Api, tmp_path:
     assert list((tmp_path / "workspace" / JOB).iterdir()) == []
 
 
-def test_a_volume_that_cannot_be_written_is_said_with_the_reason(api: Api, tmp_path: Path) -> None:
+def test_a_volume_that_cannot_be_written_is_reported_with_the_reason(api: Api, tmp_path: Path) -> None:
     def run(job: dict[str, Any]) -> None:
         api.pods["machine"] = machine(VOLUME_JOB, name="machine")
         api.logs["machine"] = stamped(b"refused [Errno 13] Permission denied: '/workspace/adfm-1'")
@@ -247,19 +247,19 @@ def test_a_volume_that_cannot_be_written_is_said_with_the_reason(api: Api, tmp_p
 
 def test_prepare_prints_why_a_folder_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    nodes.prepare(str(tmp_path / "file" / "run"))
+    volume.prepare(str(tmp_path / "file" / "run"))
     assert capsys.readouterr().out.startswith("refused [Errno 20] Not a directory")
 
 
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (None, "there is no volume claim adfm-workspace in the namespace line; kubectl -n line apply"),
-        (claim(("ReadWriteOnce",)), "is ReadWriteOnce, and several nodes have to write"),
-        (claim(phase="Lost"), "the volume of the claim adfm-workspace is lost"),
+        (None, "the namespace line has no volume claim adfm-workspace, .*; kubectl -n line apply"),
+        (claim(("ReadWriteOnce",)), "is ReadWriteOnce, and several machines write to it"),
+        (claim(phase="Lost"), "the volume of the claim adfm-workspace in the namespace line is lost"),
     ],
 )
-def test_a_claim_that_cannot_be_used_is_said_before_a_pod_waits_for_it(api: Api, state: Any, message: str) -> None:
+def test_a_claim_that_cannot_be_used_is_reported_before_a_pod_waits_for_it(api: Api, state: Any, message: str) -> None:
     api.claim = state
     with pytest.raises(AdfmError, match=message):
         check()
@@ -269,7 +269,7 @@ def test_a_claim_that_cannot_be_used_is_said_before_a_pod_waits_for_it(api: Api,
 def test_a_claim_that_may_not_be_read_is_tried(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
     api.refusals["GET", CLAIM] = Refused(403, 'persistentvolumeclaims "adfm-workspace" is forbidden')
     check()
-    assert "may not look at the claim adfm-workspace (deploy/runs/rbac.yaml); it is tried" in capsys.readouterr().out
+    assert "may not read the claim adfm-workspace (deploy/runs/rbac.yaml); it is tried" in capsys.readouterr().out
 
 
 FORBIDDEN = (
@@ -297,7 +297,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("refusal", "message"), REFUSALS)
-def test_a_cluster_that_refuses_train_jobs_is_said_by_check(
+def test_a_cluster_that_refuses_train_jobs_is_reported_by_check(
     api: Api, refusal: Refused, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api.refusals["POST", TRAIN_JOBS] = refusal
@@ -309,7 +309,7 @@ def test_a_cluster_that_refuses_train_jobs_is_said_by_check(
     assert api.created == []
 
 
-def test_a_train_job_that_cannot_be_made_for_training_is_said(api: Api, tmp_path: Path) -> None:
+def test_a_train_job_that_cannot_be_made_for_training_is_reported(api: Api, tmp_path: Path) -> None:
     api.refusals["POST", TRAIN_JOBS] = Refused(403, FORBIDDEN)
     with pytest.raises(AdfmError, match=f"the cluster refuses the TrainJob {JOB}: 403 .* apply deploy/runs/rbac.yaml"):
         on_nodes(tmp_path)
@@ -317,7 +317,7 @@ def test_a_train_job_that_cannot_be_made_for_training_is_said(api: Api, tmp_path
 
 
 def test_a_volume_that_is_not_there_in_time_ends_the_check(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nodes, "_PROBE", 0.2)
+    monkeypatch.setattr(volume, "_PROBE", 0.2)
     unbound = "0/3 nodes are available: pod has unbound immediate PersistentVolumeClaims."
     condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": unbound}
 
@@ -331,7 +331,7 @@ def test_a_volume_that_is_not_there_in_time_ends_the_check(api: Api, monkeypatch
 
 
 def test_a_volume_whose_storage_does_not_answer_ends_the_check(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nodes, "_PROBE", 0.1)
+    monkeypatch.setattr(volume, "_PROBE", 0.1)
     api.at_create = lambda job: api.pods.update({"machine": machine(VOLUME_JOB, name="machine")})
     with pytest.raises(AdfmError, match="its pod has been running for 0 minutes; does its storage answer"):
         check()
@@ -339,7 +339,7 @@ def test_a_volume_whose_storage_does_not_answer_ends_the_check(api: Api, monkeyp
 
 
 def test_a_volume_whose_trial_left_no_log_is_not_called_unwritable(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nodes, "_LOG", 0)
+    monkeypatch.setattr(joblog, "_PATIENCE", 0)
     api.refusals["GET", f"{PODS}/machine/log"] = Refused(502, "proxy error")
     with pytest.raises(AdfmError, match="could not be tried .*: its pod has left no word in its log: 502 proxy error;"):
         check()
@@ -361,12 +361,12 @@ def test_a_job_that_is_being_deleted_is_waited_for(api: Api, tmp_path: Path, mon
     on_nodes(tmp_path)
     assert len(api.created) == 1
     api.jobs[JOB] = {"metadata": {"name": JOB, "deletionTimestamp": "2026-11-20T10:00:00Z"}, "spec": {}}
-    monkeypatch.setattr(nodes, "_DELETION", 0)
+    monkeypatch.setattr(jobs, "_DELETION", 0)
     with pytest.raises(AdfmError, match=f"kubectl -n line describe trainjob {JOB}"):
         on_nodes(tmp_path)
 
 
-def test_a_job_that_failed_is_said_and_removed_for_the_next_try(
+def test_a_job_that_failed_is_reported_and_removed_for_the_next_try(
     api: Api, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     killed = {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
@@ -392,7 +392,7 @@ def test_a_job_that_failed_is_said_and_removed_for_the_next_try(
     assert lines[-1] == "second ended with status 137 (OOMKilled)"
 
 
-def test_a_job_that_failed_is_said_with_the_error_of_the_training(api: Api, tmp_path: Path) -> None:
+def test_a_job_that_failed_is_reported_with_the_error_of_the_training(api: Api, tmp_path: Path) -> None:
     failed = {"terminated": {"exitCode": 1, "reason": "Error"}}
 
     def run(job: dict[str, Any]) -> None:
@@ -409,7 +409,7 @@ def test_a_job_that_failed_is_said_with_the_error_of_the_training(api: Api, tmp_
     )
 
 
-def test_a_job_without_a_model_is_said(api: Api, tmp_path: Path) -> None:
+def test_a_job_without_a_model_is_reported(api: Api, tmp_path: Path) -> None:
     api.at_create = lambda job: finish(job, "Complete")
     with pytest.raises(AdfmError, match="ended as Complete without a model in"):
         on_nodes(tmp_path)
@@ -454,7 +454,7 @@ def test_a_connection_that_breaks_within_a_log_does_not_end_the_training(
 def test_a_log_of_a_lost_machine_does_not_end_the_training(
     api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(nodes, "_LOG", 0)
+    monkeypatch.setattr(joblog, "_PATIENCE", 0)
     create, message = api.at_create, "dial tcp 10.0.0.7:10250: connect: no route to host"
 
     def run(job: dict[str, Any]) -> None:
@@ -496,7 +496,7 @@ def test_an_outage_of_the_api_does_not_end_the_training(api: Api, tmp_path: Path
 
 
 def test_an_outage_without_end_ends_the_task(api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nodes, "_OUTAGE", 0.1)
+    monkeypatch.setattr(jobs, "OUTAGE", 0.1)
     api.refusals["GET", TRAIN_JOBS] = Refused(503, "apiserver is shutting down")
     with pytest.raises(AdfmError, match="503 apiserver is shutting down"):
         on_nodes(tmp_path)
@@ -510,8 +510,8 @@ def waiting(reason: str, message: str) -> dict[str, Any]:
 def test_a_job_that_waits_for_a_machine_says_so_and_waits(
     api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(nodes, "_QUIET", -1)
-    monkeypatch.setattr(nodes, "_HOPELESS", 0)
+    monkeypatch.setattr(jobs, "_QUIET", -1)
+    monkeypatch.setattr(jobs, "HOPELESS", 0)
     create = api.at_create
     full = "0/5 nodes are available: 5 Insufficient nvidia.com/gpu."
     condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": full}
@@ -564,7 +564,7 @@ def test_a_job_that_waits_for_a_machine_says_so_and_waits(
 def test_a_job_that_cannot_start_is_given_up(
     api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pod: Any, warning: str, message: str
 ) -> None:
-    monkeypatch.setattr(nodes, "_HOPELESS", 0.05)
+    monkeypatch.setattr(jobs, "HOPELESS", 0.05)
     if warning:
         api.warnings[JOB if warning.startswith("TrainJob") else f"{JOB}-node-0"] = warning
     api.at_create = lambda job: api.pods.update({"machine": pod} if pod else {})
@@ -576,7 +576,7 @@ def test_a_job_that_cannot_start_is_given_up(
 def test_events_that_may_not_be_read_are_done_without(
     api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nodes, "_HOPELESS", 0.05)
+    monkeypatch.setattr(jobs, "HOPELESS", 0.05)
     api.refusals["GET", EVENTS] = Refused(403, "events is forbidden")
     api.at_create = lambda job: None
     with pytest.raises(AdfmError, match="it has no pods"):
@@ -596,7 +596,7 @@ def test_a_job_that_was_made_by_a_request_without_an_answer_is_followed(api: Api
     assert (tmp_path / "out" / "adfm.json").is_file()
 
 
-def test_a_pod_that_is_not_one_of_kubernetes_is_said(api: Api, tmp_path: Path) -> None:
+def test_a_pod_that_is_not_one_of_kubernetes_is_reported(api: Api, tmp_path: Path) -> None:
     del api.pods["own"]
     with pytest.raises(AdfmError, match=f'the cluster refuses the TrainJob {JOB}: 404 pods "own" not found; see docs'):
         on_nodes(tmp_path)
@@ -623,7 +623,7 @@ def test_a_job_that_somebody_deletes_ends_the_task(api: Api, tmp_path: Path) -> 
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "the volume adfm-workspace is full: .* remove folders"),
     ],
 )
-def test_a_volume_that_cannot_take_the_data_is_said_without_a_traceback(
+def test_a_volume_that_cannot_take_the_data_is_reported_without_a_traceback(
     api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, message: str
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
@@ -679,7 +679,7 @@ def test_a_pod_that_no_workflow_owns_makes_a_job_without_an_owner(api: Api, tmp_
     assert "ownerReferences" not in api.created[0]["metadata"]
 
 
-def test_without_a_volume_or_a_cluster_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_volume_or_a_cluster_nothing_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AdfmError, match="mount the volume adfm-workspace"):
         on_nodes(tmp_path)
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
@@ -695,5 +695,5 @@ def test_a_batch_that_does_not_divide_starts_nothing(api: Api, tmp_path: Path) -
     with pytest.raises(AdfmError, match="in each of 10 processes does not divide the 48"):
         on_nodes(tmp_path, gpus=5)
     with pytest.raises(AdfmError, match="in each of 10 processes does not divide the 48"):
-        nodes.check(Params(), run=RUN, nodes=2, gpus=5, gpu_type=GPU)
+        nodes.check(Params().train, run=RUN, nodes=2, gpus=5, gpu_type=GPU)
     assert api.requests == []

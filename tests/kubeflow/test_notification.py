@@ -1,4 +1,4 @@
-"""What people are told at the end of a run, with the real Kubernetes client against an API on loopback."""
+"""The notification at the end of a run, with the real Kubernetes client against an API on loopback."""
 
 import json
 import re
@@ -72,7 +72,7 @@ def channel(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         thread.join()
 
 
-def told(state: str = "RUNNING", name: str = TRAINING, ui: str = UI, workflow: str = NAME) -> list[str]:
+def notified(state: str = "RUNNING", name: str = TRAINING, ui: str = UI, workflow: str = NAME) -> list[str]:
     return notify(name, Status(state, "", workflow, HANDLER), RUN, "", ui).splitlines()
 
 
@@ -92,7 +92,7 @@ def test_a_run_that_succeeded_from_the_cache(cluster: Cluster, channel: list[str
     cluster.has(training(cached=("fetch", "convert"), stock=stock))
     registered(gate="passed")
     lines = ["adfm-training succeeded in 441 s", "version 1 of adfm: gate passed", LINK]
-    assert told(state) == lines
+    assert notified(state) == lines
     assert channel == ["\n".join(lines)]
 
 
@@ -100,7 +100,7 @@ def test_a_run_that_succeeded_from_the_cache(cluster: Cluster, channel: list[str
 def test_the_verdict(cluster: Cluster, gate: str) -> None:
     cluster.has(training())
     registered(gate=gate)
-    assert told()[1] == f"version 1 of adfm: gate {gate}"
+    assert notified()[1] == f"version 1 of adfm: gate {gate}"
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -127,7 +127,7 @@ def test_a_run_that_failed(
     cluster: Cluster, channel: list[str], state: str, phase: str, message: str, line: str
 ) -> None:
     cluster.has(training("train", [(phase, message)]))
-    lines = told(state)
+    lines = notified(state)
     assert lines[0] == "adfm-training failed after 441 s"
     assert lines[1].startswith(line)
     assert lines[2:] == [NO_VERSION, LINK]
@@ -137,13 +137,13 @@ def test_a_run_that_failed(
 @pytest.mark.parametrize("state", STATES)
 def test_a_run_that_was_terminated(cluster: Cluster, channel: list[str], state: str) -> None:
     cluster.has(training("train", [("Failed", STOPPED)], terminated=True))
-    assert told(state) == ["adfm-training was terminated after 441 s", "train was under way", NO_VERSION, LINK]
+    assert notified(state) == ["adfm-training was terminated after 441 s", "train was under way", NO_VERSION, LINK]
     assert len(channel) == 1
 
 
 def test_a_driver_that_failed(cluster: Cluster) -> None:
     cluster.has(training("fetch", driver=[("Failed", "main: Error (exit code 1)")]))
-    lines = told()
+    lines = notified()
     assert lines[0] == "adfm-training failed after 441 s"
     assert lines[1].startswith("fetch failed: its driver, a pod of Kubeflow Pipelines, failed: exit code 1")
 
@@ -151,12 +151,12 @@ def test_a_driver_that_failed(cluster: Cluster) -> None:
 def test_a_large_workflow_has_compressed_nodes(cluster: Cluster) -> None:
     workflow = training("train", [("Failed", "main: Error (exit code 1): no GPU")])
     cluster.has(workflow, workflow.compressed())
-    assert told()[:2] == ["adfm-training failed after 441 s", "train failed: no GPU"]
+    assert notified()[:2] == ["adfm-training failed after 441 s", "train failed: no GPU"]
 
 
 def test_the_workflow_is_found_by_the_run_where_kfp_does_not_name_it(cluster: Cluster) -> None:
     cluster.has(training())
-    assert told(workflow="")[0] == "adfm-training succeeded in 441 s"
+    assert notified(workflow="")[0] == "adfm-training succeeded in 441 s"
 
 
 def test_the_version_has_a_link_where_mlflow_has_public_pages(
@@ -166,17 +166,17 @@ def test_the_version_has_a_link_where_mlflow_has_public_pages(
     registered(gate="passed")
     monkeypatch.setenv("ADFM_MLFLOW_UI", "https://mlflow.example.com/")
     page = "https://mlflow.example.com/#/models/adfm/versions/1"
-    assert told()[1] == f"version 1 of adfm: gate passed, see {page}"
+    assert notified()[1] == f"version 1 of adfm: gate passed, see {page}"
     for inside in ("http://mlflow.adfm.svc:5000", "http://mlflow.adfm.svc.cluster.local", "http://mlflow:5000"):
         monkeypatch.setenv("ADFM_MLFLOW_UI", inside)
-        assert told()[1] == "version 1 of adfm: gate passed"
+        assert notified()[1] == "version 1 of adfm: gate passed"
 
 
 @pytest.mark.parametrize("answers", [[500], [503, 429], [401]])
 def test_an_api_that_is_busy_is_asked_again(cluster: Cluster, answers: list[int]) -> None:
     cluster.has(training())
     cluster.answers = answers
-    assert told()[0] == "adfm-training succeeded in 441 s"
+    assert notified()[0] == "adfm-training succeeded in 441 s"
 
 
 def test_a_handler_that_has_not_ended_is_asked_for_again(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +186,7 @@ def test_a_handler_that_has_not_ended_is_asked_for_again(cluster: Cluster, monke
     cluster.workflows[NAME] = json.loads(json.dumps(workflow.json()))
     done = training().json()
     monkeypatch.setattr("time.sleep", lambda _: cluster.workflows.update({NAME: done}))
-    assert told()[0] == "adfm-training succeeded in 441 s"
+    assert notified()[0] == "adfm-training succeeded in 441 s"
 
 
 def unknown(lines: list[str]) -> str:
@@ -213,7 +213,7 @@ def test_without_the_right(cluster: Cluster, channel: list[str], state: str, wor
     cluster.has(workflow)
     cluster.refused = {"workflows"}
     registered(gate="passed")
-    lines = told(state)
+    lines = notified(state)
     assert unknown(lines) == (
         f"the service account kubeflow:adfm-pipeline may not read Argo's Workflow {NAME}. Allow it to `get` workflows "
         "of argoproj.io: apply deploy/runs/rbac.yaml, or bind its Role to that account."
@@ -231,20 +231,20 @@ def test_without_the_right(cluster: Cluster, channel: list[str], state: str, wor
 def test_without_any_right(cluster: Cluster, channel: list[str]) -> None:
     cluster.has(training())
     cluster.refused = {"workflows", "pods"}
-    assert "may not read Argo's Workflow" in unknown(told("COMPLETE"))
-    assert "Allow it to `list` pods" in unknown(told("COMPLETE", workflow=""))
+    assert "may not read Argo's Workflow" in unknown(notified("COMPLETE"))
+    assert "Allow it to `list` pods" in unknown(notified("COMPLETE", workflow=""))
     assert len(channel) == 2
 
 
 def test_a_workflow_that_is_gone(cluster: Cluster) -> None:
-    assert unknown(told("COMPLETE")) == f"Argo's Workflow {NAME} is not there any more."
-    assert "has no pods" in unknown(told("COMPLETE", workflow=""))
+    assert unknown(notified("COMPLETE")) == f"Argo's Workflow {NAME} is not there any more."
+    assert "has no pods" in unknown(notified("COMPLETE", workflow=""))
 
 
 def test_nodes_in_the_database_of_argo(cluster: Cluster) -> None:
     workflow = training("train", [("Failed", "main: Error (exit code 1): no GPU")])
     cluster.has(workflow, workflow.json(offloadNodeStatusVersion="fnv:123"))
-    lines = told("COMPLETE")
+    lines = notified("COMPLETE")
     assert "in its own database" in unknown(lines)
     assert lines[1] == "train failed: no GPU"
 
@@ -253,7 +253,7 @@ def test_an_api_that_does_not_answer(cluster: Cluster, channel: list[str], monke
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(closed.getsockname()[1]))
-    assert unknown(told("COMPLETE")).startswith("the Kubernetes API does not answer (")
+    assert unknown(notified("COMPLETE")).startswith("the Kubernetes API cannot be reached: ")
     assert len(channel) == 1
 
 
@@ -261,7 +261,7 @@ def test_an_api_that_does_not_answer(cluster: Cluster, channel: list[str], monke
 def test_an_api_that_fails(cluster: Cluster, answers: list[int]) -> None:
     cluster.has(training())
     cluster.answers = answers
-    assert unknown(told("COMPLETE")).startswith(f"the Kubernetes API answered {answers[0]} ")
+    assert unknown(notified("COMPLETE")).startswith(f"the Kubernetes API answered {answers[0]} ")
 
 
 @pytest.mark.parametrize(
@@ -269,29 +269,29 @@ def test_an_api_that_fails(cluster: Cluster, answers: list[int]) -> None:
 )
 def test_a_workflow_of_another_form(cluster: Cluster, channel: list[str], resource: dict[str, Any]) -> None:
     cluster.has(training(), resource)
-    unknown(told("COMPLETE"))
+    unknown(notified("COMPLETE"))
     assert len(channel) == 1
 
 
 def test_a_pod_without_a_service_account(cluster: Cluster, channel: list[str]) -> None:
     (cluster.folder / "token").unlink()
-    assert "service account" in unknown(told("COMPLETE"))
+    assert "service account" in unknown(notified("COMPLETE"))
     assert len(channel) == 1
 
 
-def test_mlflow_that_does_not_answer_is_said(
+def test_mlflow_that_does_not_answer_is_reported(
     cluster: Cluster, channel: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster.has(training())
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    lines = told()
+    lines = notified()
     assert lines[0] == "adfm-training succeeded in 441 s"
     assert lines[1].startswith("the gate verdict is not known: ") and "127.0.0.1:9" in lines[1]
     assert lines[2] == LINK and len(channel) == 1
 
 
-def test_wrong_settings_are_said(cluster: Cluster) -> None:
+def test_wrong_settings_are_reported(cluster: Cluster) -> None:
     cluster.has(training("check", [("Failed", "main: Error (exit code 1): seed: should be a number")]))
     lines = notify(TRAINING, Status("RUNNING", "", NAME, HANDLER), RUN, "seed: x", UI).splitlines()
     assert lines[1] == "check failed: seed: should be a number"
@@ -309,12 +309,12 @@ def test_wrong_settings_are_said(cluster: Cluster) -> None:
 )
 def test_the_link(cluster: Cluster, ui: str, link: str) -> None:
     cluster.has(training())
-    assert told(ui=ui)[-1] == link
+    assert notified(ui=ui)[-1] == link
 
 
 def test_what_a_stage_says_means_nothing_to_the_channel(cluster: Cluster, channel: list[str]) -> None:
     cluster.has(training("train", [("Failed", "main: Error (exit code 1): <!channel> & <http://evil|here>\x1b[2J")]))
-    assert told()[1] == "train failed: <!channel> & <http://evil|here>\\x1b[2J"
+    assert notified()[1] == "train failed: <!channel> & <http://evil|here>\\x1b[2J"
     assert "&lt;!channel&gt; &amp; &lt;http://evil|here&gt;\\x1b[2J" in channel[0]
 
 
@@ -325,7 +325,7 @@ def test_long_reasons_leave_room_for_the_link(cluster: Cluster, channel: list[st
     workflow.close(workflow.handler, "Failed")
     workflow.exit()
     cluster.has(workflow)
-    assert told()[-1] == LINK and channel[0].endswith(LINK)
+    assert notified()[-1] == LINK and channel[0].endswith(LINK)
 
 
 def test_many_failures_are_counted(cluster: Cluster) -> None:
@@ -335,7 +335,7 @@ def test_many_failures_are_counted(cluster: Cluster) -> None:
     workflow.close(workflow.handler, "Failed")
     workflow.exit()
     cluster.has(workflow)
-    lines = told()
+    lines = notified()
     assert lines[5:7] == ["part-4 failed: no", "and 3 more"]
 
 
@@ -343,29 +343,29 @@ def test_a_promotion_that_had_nothing_to_do_sends_nothing(
     cluster: Cluster, channel: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     cluster.has(training())
-    assert told(name=PROMOTION) == ["adfm-promotion succeeded in 441 s", LINK]
+    assert notified(name=PROMOTION) == ["adfm-promotion succeeded in 441 s", LINK]
     assert "no message is sent" in capsys.readouterr().out
     cluster.refused = {"workflows"}
-    assert told(name=PROMOTION)[0].startswith("adfm-promotion has ended")
+    assert notified(name=PROMOTION)[0].startswith("adfm-promotion has ended")
     assert channel == []
 
 
 def test_a_promotion_that_failed_sends_so(cluster: Cluster, channel: list[str]) -> None:
     cluster.has(training("register", [("Failed", "main: Error (exit code 1): not approved")]))
-    assert told(name=PROMOTION)[1] == "register failed: not approved"
+    assert notified(name=PROMOTION)[1] == "register failed: not approved"
     cluster.refused = {"workflows"}
-    assert told(name=PROMOTION)[1] == "register failed: not approved"
+    assert notified(name=PROMOTION)[1] == "register failed: not approved"
     cluster.pods = []
-    assert "FAILED" in told("FAILED", name=PROMOTION)[1]
+    assert "FAILED" in notified("FAILED", name=PROMOTION)[1]
     assert len(channel) == 3
 
 
 def test_a_promotion_of_which_nothing_is_known_sends_so(cluster: Cluster, channel: list[str]) -> None:
     cluster.refused = {"workflows", "pods"}
-    told("COMPLETE", name=PROMOTION)  # as KFP has it only after its one task has succeeded
+    notified("COMPLETE", name=PROMOTION)  # as KFP has it only after its one task has succeeded
     assert channel == []
-    told("RUNNING", name=PROMOTION)
-    told("FAILED", name=PROMOTION)
+    notified("RUNNING", name=PROMOTION)
+    notified("FAILED", name=PROMOTION)
     assert len(channel) == 2
 
 

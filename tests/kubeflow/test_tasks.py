@@ -199,7 +199,7 @@ def test_on_a_cluster_data_in_s3_want_a_secret_or_an_account_that_may(
             tasks.check(source)
 
 
-def test_gpus_that_no_machine_has_are_refused_also_where_a_run_is_begun_by_hand() -> None:
+def test_gpus_that_no_machine_has_are_refused_also_where_a_run_is_started_by_hand() -> None:
     with pytest.raises(AdfmError, match="no GPU type 'nvidia.com/gpus'; the nearest is nvidia.com/gpu"):
         tasks.check("", gpu_type="nvidia.com/gpus")
     with pytest.raises(AdfmError, match="num_gpus is -1"):
@@ -329,6 +329,6 @@ def test_the_table_of_kinds_is_square(here: Path) -> None:
 
 
 def test_settings_that_a_pipeline_does_not_use_are_named() -> None:
-    assert tasks.unused_settings(Params()) == []
-    (text,) = tasks.unused_settings(Params.model_validate({"evaluate": {"folds": 5}}))
+    assert tasks.unused_settings(Params().evaluate) == []
+    (text,) = tasks.unused_settings(Params.model_validate({"evaluate": {"folds": 5}}).evaluate)
     assert text.startswith("evaluate.folds is 5 and is not used") and "`adfm folds`" in text

@@ -6,7 +6,7 @@ import pytest
 
 from adfm.errors import AdfmError, Unreachable
 from adfm.kubeflow import workflows
-from adfm.kubeflow.resources import NEEDS
+from adfm.kubeflow.resources import RESOURCES
 from adfm.kubeflow.workflows import Failure, Outcome
 from tests.argo import DEADLINE, HANDLER, STOPPED, Workflow, training
 
@@ -18,17 +18,17 @@ def outcome(workflow: Workflow, task: str = HANDLER) -> Outcome:
 
 
 def failures(workflow: Workflow) -> list[tuple[str, str]]:
-    found = outcome(workflow)
-    assert found.state == "failed"
-    return [(each.task, each.reason) for each in found.failures]
+    result = outcome(workflow)
+    assert result.state == "failed"
+    return [(each.task, each.reason) for each in result.failures]
 
 
 @BOTH
 @pytest.mark.parametrize("cached", [(), ("fetch", "convert"), ("check", "fetch", "convert", "train", "evaluate")])
 def test_a_run_that_succeeded(stock: bool, cached: tuple[str, ...]) -> None:
-    found = outcome(training(cached=cached, stock=stock))
-    assert (found.state, found.failures, found.unknown) == ("succeeded", (), "")
-    assert found.started and found.ended and (found.ended - found.started).total_seconds() == 441
+    result = outcome(training(cached=cached, stock=stock))
+    assert (result.state, result.failures, result.unknown) == ("succeeded", (), "")
+    assert result.started and result.ended and (result.ended - result.started).total_seconds() == 441
 
 
 @BOTH
@@ -100,7 +100,7 @@ def test_a_run_that_succeeded(stock: bool, cached: tuple[str, ...]) -> None:
 def test_the_task_and_the_reason_of_a_failed_pod(stock: bool, phase: str, message: str, reason: str) -> None:
     ((task, text),) = failures(training("train", [(phase, message)], stock=stock))
     assert task == "train"
-    assert text.startswith(reason.format(**NEEDS["train"]._asdict()))
+    assert text.startswith(reason.format(**RESOURCES["train"]._asdict()))
 
 
 def test_the_end_of_the_log_in_place_of_a_message_gives_its_error() -> None:
@@ -134,9 +134,9 @@ def test_tries_that_failed_are_no_failures_of_a_task_that_succeeded(stock: bool)
 
 @BOTH
 def test_a_driver_that_failed_is_called_so(stock: bool) -> None:
-    found = failures(training("train", driver=[("Failed", "main: Error (exit code 1)")], stock=stock))
+    result = failures(training("train", driver=[("Failed", "main: Error (exit code 1)")], stock=stock))
     driver = "its driver, a pod of Kubeflow Pipelines, failed: exit code 1; see the log of its pod"
-    assert found == [("train", driver)]
+    assert result == [("train", driver)]
 
 
 def test_a_failed_try_of_the_root_is_not_the_present_one() -> None:
@@ -191,9 +191,9 @@ def test_a_run_that_was_terminated(stock: bool, spec: dict[str, Any]) -> None:
     message = f"workflow shutdown with strategy:  {strategy}" if strategy else STOPPED
     workflow = training("train", [("Failed", message)], stock=stock)
     workflow.spec |= spec
-    found = outcome(workflow)
-    assert found.state == "terminated"
-    assert [(each.task, each.stopped) for each in found.failures] == [("train", True)]
+    result = outcome(workflow)
+    assert result.state == "terminated"
+    assert [(each.task, each.stopped) for each in result.failures] == [("train", True)]
 
 
 def test_a_run_that_was_terminated_between_two_tasks() -> None:

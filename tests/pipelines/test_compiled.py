@@ -1,6 +1,5 @@
-"""The IR that is checked in: the code's own, byte for byte, and what each task is given in it."""
+"""The compiled pipelines: equal to the code byte for byte, with the resources of the table in each task."""
 
-import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,29 +7,13 @@ from typing import Any
 import pytest
 import yaml
 
-from adfm.kubeflow.resources import NEEDS
+from adfm.kubeflow.resources import RESOURCES, SECRETS
 from pipelines import promotion, training
 from pipelines.ir import write
 
 ROOT = Path(__file__).parents[2]
 COMPILED = ROOT / "pipelines" / "compiled"
-CPU, GPU = "localhost/adfm:cpu", "localhost/adfm:gpu"
 
-# task: image, CPU, GiB, GPU, seconds, tries, cached
-TABLE = {
-    "check": (CPU, 1, 4, False, 1800, 2, False),
-    "fetch": (CPU, 2, 4, False, 21600, 2, True),
-    "inspect-part": (CPU, 4, 8, False, 21600, 1, True),
-    "convert": (CPU, 4, 8, False, 28800, 0, True),
-    "convert-parts": (CPU, 4, 8, False, 28800, 0, True),
-    "sft": (GPU, 4, 16, True, 21600, 1, False),
-    "train": (GPU, 8, 32, True, 280800, 1, False),
-    "train-on-nodes": (CPU, 1, 4, False, 288000, 5, False),
-    "evaluate": (GPU, 4, 16, True, 43200, 1, False),
-    "register": (GPU, 4, 16, True, 43200, 2, False),
-    "notify": (CPU, 1, 2, False, 1800, 0, False),
-    "promote": (CPU, 1, 4, False, 1800, 2, False),
-}
 EVERY = {"check", "fetch", "evaluate", "register", "notify"}
 PIPELINES = {
     "training": EVERY | {"convert", "train"},
@@ -40,23 +23,11 @@ PIPELINES = {
     "promotion": {"promote", "notify"},
 }
 TRAININGS = [name for name in PIPELINES if name != "promotion"]
-SECRETS = {
-    "adfm-mlflow": {
-        "ADFM_MLFLOW_TRACKING_URI",
-        "ADFM_MLFLOW_TRACKING_USERNAME",
-        "ADFM_MLFLOW_TRACKING_PASSWORD",
-        "ADFM_MLFLOW_UI",
-    },
-    "adfm-s3": {"ADFM_S3_ACCESS_KEY_ID", "ADFM_S3_SECRET_ACCESS_KEY", "ADFM_S3_ENDPOINT_URL", "ADFM_S3_REGION"},
-    "adfm-hub": {"HF_TOKEN"},
-    "adfm-alerts": {"ADFM_ALERT_WEBHOOK"},
-    "adfm-signing": {"ADFM_KEYS"},
-}
 
 
 @cache
 def ir(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The pipeline and what is said for Kubernetes."""
+    """The pipeline, and its settings for Kubernetes."""
     pipeline, platform = yaml.safe_load_all((COMPILED / f"{name}.yaml").read_text())
     return pipeline, platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
 
@@ -103,7 +74,7 @@ def seconds(text: str) -> int:
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_what_is_checked_in_is_what_the_code_compiles_to(name: str, tmp_path: Path) -> None:
+def test_the_compiled_files_are_what_the_code_compiles_to(name: str, tmp_path: Path) -> None:
     pipeline = (training.PIPELINES | promotion.PIPELINES)[name]
     for attempt in ("first.yaml", "second.yaml"):
         write(pipeline, tmp_path / attempt)
@@ -119,34 +90,34 @@ def test_every_compiled_pipeline_is_of_the_code() -> None:
 @pytest.mark.parametrize(
     ("name", "task"), [(name, task) for name, members in PIPELINES.items() for task in sorted(members)]
 )
-def test_each_task_is_given_what_the_table_says(name: str, task: str) -> None:
+def test_each_task_has_the_resources_of_its_entry(name: str, task: str) -> None:
     pipeline, kubernetes = ir(name)
     members = tasks(pipeline)
     assert set(members) == PIPELINES[name]
     label = members[task]["executor"]
     container = pipeline["deploymentSpec"]["executors"][label]["container"]
-    image, cpu, memory, gpu, limit, tries, cached = TABLE[task]
+    entry = RESOURCES[task]
 
-    assert container["image"] == image
+    assert container["image"] == f"localhost/adfm:{'gpu' if entry.gpu else 'cpu'}"
     resources = container["resources"]
-    for kind, size in (("cpu", str(cpu)), ("memory", f"{memory}Gi")):
+    for kind, size in (("cpu", entry.cpu), ("memory", entry.memory)):
         assert resources[f"resource{kind.capitalize()}Limit"] == size
         assert resources[f"resource{kind.capitalize()}Request"] == size
-    assert ("accelerator" in resources) == gpu
-    if gpu:
+    assert ("accelerator" in resources) == entry.gpu
+    if entry.gpu:
         assert resources["accelerator"] == {
             "resourceType": "{{$.inputs.parameters['pipelinechannel--gpu_type']}}",
             "resourceCount": "{{$.inputs.parameters['pipelinechannel--num_gpus']}}",
         }
-    assert members[task].get("retryPolicy", {}).get("maxRetryCount", 0) == tries
-    assert members[task]["cachingOptions"].get("enableCache", False) == cached
+    assert members[task].get("retryPolicy", {}).get("maxRetryCount", 0) == entry.tries
+    assert members[task]["cachingOptions"].get("enableCache", False) == entry.cached
 
     config = kubernetes[label]
-    assert int(config["activeDeadlineSeconds"]) == limit
+    assert int(config["activeDeadlineSeconds"]) == entry.hours * 3600
     assert config["securityContext"] == {"runAsNonRoot": True, "runAsUser": "1000", "runAsGroup": "1000"}
     assert [secret["secretName"] for secret in config["imagePullSecret"]] == ["adfm-registry"]
     secrets = {each["secretName"]: {key["envVar"] for key in each["keyToEnv"]} for each in config["secretAsEnv"]}
-    assert secrets == SECRETS
+    assert secrets == {secret: set(keys.values()) for secret, keys in SECRETS.items()}
     assert all(each["optional"] for each in config["secretAsEnv"])
     # Every task can verify and trusts the private CA; those alone that sign have a private key.
     assert {each["configMapName"]: (each["mountPath"], each["optional"]) for each in config["configMapAsVolume"]} == {
@@ -155,17 +126,17 @@ def test_each_task_is_given_what_the_table_says(name: str, task: str) -> None:
         "adfm-ca": ("/etc/adfm/ca", True),
     }
     private = [(each["secretName"], each["mountPath"]) for each in config.get("secretAsVolume", [])]
-    assert private == ([("adfm-signing", "/etc/adfm/keys")] if task in ("register", "promote") else [])
-    assert ("nodeSelector" in config, "tolerations" in config, "emptyDirMounts" in config) == (gpu, gpu, gpu)
+    assert private == ([("adfm-signing", "/etc/adfm/keys")] if entry.signs else [])
+    assert ("nodeSelector" in config, "tolerations" in config, "emptyDirMounts" in config) == (entry.gpu,) * 3
     claims = [mount["constant"] for mount in config.get("pvcMount", [])]
-    assert claims == (["adfm-workspace"] if task == "train-on-nodes" else [])
-    if gpu:
+    assert claims == (["adfm-workspace"] if entry.workspace else [])
+    if entry.gpu:
         shared = {"volumeName": "shared-memory", "mountPath": "/dev/shm", "medium": "Memory", "sizeLimit": "8Gi"}
         assert config["emptyDirMounts"] == [shared]
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_argo_tries_again_until_every_try_of_a_task_has_had_its_time(name: str) -> None:
+def test_argo_retries_a_task_until_each_try_has_had_its_time(name: str) -> None:
     pipeline, kubernetes = ir(name)
     for task, spec in tasks(pipeline).items():
         policy = spec.get("retryPolicy")
@@ -180,7 +151,7 @@ def test_argo_tries_again_until_every_try_of_a_task_has_had_its_time(name: str) 
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_tries_of_ours_do_not_multiply(name: str) -> None:
+def test_only_tasks_are_retried_and_no_pipeline_around_them(name: str) -> None:
     pipeline, _ = ir(name)
     components = pipeline["components"]
     for dag in dags(pipeline).values():
@@ -189,7 +160,15 @@ def test_tries_of_ours_do_not_multiply(name: str) -> None:
 
 
 def test_the_task_that_follows_a_trainjob_outlives_its_machines() -> None:
-    assert TABLE["train-on-nodes"][4] > NEEDS["train"].hours * 3600
+    assert RESOURCES["train-on-nodes"].hours > RESOURCES["train"].hours
+
+
+def test_only_registration_and_promotion_have_a_private_key() -> None:
+    assert {task for task, entry in RESOURCES.items() if entry.signs} == {"register", "promote"}
+
+
+def test_every_entry_of_the_table_is_a_task_of_a_pipeline() -> None:
+    assert RESOURCES.keys() == set().union(*PIPELINES.values())
 
 
 def test_the_default_run_is_16_pods_without_a_loop_or_a_nested_pipeline() -> None:
@@ -282,9 +261,9 @@ def test_every_parameter_that_a_task_asks_for_is_one_of_its_pipeline(name: str) 
     for component in (pipeline["root"], *pipeline["components"].values()):
         defined = set(component.get("inputDefinitions", {}).get("parameters", {}))
         for task in component.get("dag", {}).get("tasks", {}).values():
-            asked = task.get("inputs", {}).get("parameters", {}).values()
+            parameters = task.get("inputs", {}).get("parameters", {}).values()
             inner = task.get("parameterIterator", {}).get("itemInput")
-            assert {each.get("componentInputParameter") for each in asked} <= defined | {None, inner}
+            assert {each.get("componentInputParameter") for each in parameters} <= defined | {None, inner}
 
 
 @pytest.mark.parametrize("name", TRAININGS)
@@ -299,15 +278,6 @@ def test_no_task_with_a_gpu_starts_before_validation_has_passed(name: str) -> No
     without = {"check", "fetch", "conversion" if "in-parts" in name else "convert"}  # the last one validates
     assert without < set(dag)
     inner = set(dags(pipeline).get("comp-conversion", {})) - {"for-loop-1"}
-    assert not any(TABLE[task][3] for task in (without | inner) - {"conversion"})
+    assert not any(RESOURCES[task].gpu for task in (without | inner) - {"conversion"})
     for task in set(dag) - without:
         assert without <= before(task), task
-
-
-def test_the_table_in_the_readme_is_that_of_the_tasks() -> None:
-    row = r"^\| `([a-z-]+)` \| (cpu|gpu) \| (\d+) \| (\d+) GiB \| (yes|no) \| (on|off) \|"
-    rows = {
-        task: (f"localhost/adfm:{target}", int(cpu), int(memory), gpu == "yes", cached == "on")
-        for task, target, cpu, memory, gpu, cached in re.findall(row, (ROOT / "README.md").read_text(), re.MULTILINE)
-    }
-    assert rows == {task: (*needs[:4], needs[6]) for task, needs in TABLE.items()}

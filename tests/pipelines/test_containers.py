@@ -110,16 +110,16 @@ def without_package(environment: dict[str, str], tmp_path_factory: pytest.TempPa
     return name
 
 
-def test_an_image_without_the_package_is_said_before_anything_is_begun(
+def test_an_image_without_the_package_is_reported_before_anything_is_started(
     tmp_path: Path, environment: dict[str, str], without_package: str
 ) -> None:
-    for image, said in {
+    for image, message in {
         "localhost/nothing:here": "there is no image localhost/nothing:here here",
         without_package: f"the image {without_package} ",
     }.items():
         done = run(tmp_path, environment | {"ADFM_GPU_IMAGE": image})
         assert done.returncode == 1
-        assert said in done.stderr
+        assert message in done.stderr
         assert "make it with `make image`" in done.stderr
         assert "Traceback" not in done.stderr
         assert not (tmp_path / "mlflow.db").exists()
@@ -127,8 +127,8 @@ def test_an_image_without_the_package_is_said_before_anything_is_begun(
 
 def test_the_image_says_what_it_is_and_is_not_root(environment: dict[str, str]) -> None:
     command = [environment["BUILDER"], "image", "inspect", IMAGE]
-    said = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
-    (image,) = json.loads(said)
+    inspected = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
+    (image,) = json.loads(inspected)
     assert image["Config"]["User"] == "1000:1000"
     labels = image["Config"]["Labels"]
     assert labels["org.opencontainers.image.version"] == __version__

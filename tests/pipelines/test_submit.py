@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import os
 import re
 import socket
-import ssl
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -26,6 +23,7 @@ from adfm.errors import AdfmError
 from pipelines import checks, promotion, training
 from pipelines.command import main
 from pipelines.ir import write
+from tests.certificates import self_signed
 from tests.pipelines.kfp_api import Server, misshapen, served
 
 
@@ -152,7 +150,7 @@ def test_other_images_are_another_run_of_another_version(server: Server, monkeyp
     assert (len(server.things["runs"]), len(server.things["versions"])) == (2, 2)
 
 
-def test_of_two_that_are_begun_at_once_the_later_one_is_ended(server: Server) -> None:
+def test_of_two_that_are_started_at_once_the_later_one_is_ended(server: Server) -> None:
     server.rivals["runs"] = {"state": "PENDING"}
     assert submit() == 0
     assert server.terminated == ["runs-1"]
@@ -198,7 +196,7 @@ def test_a_promotion_is_a_run_each_time(server: Server) -> None:
     assert [run["runtime_config"]["parameters"]["version"] for run in server.things["runs"]] == ["3", "3"]
 
 
-def test_a_token_that_has_expired_is_said(
+def test_a_token_that_has_expired_is_reported(
     server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("KFP_TOKEN", "old")
@@ -236,7 +234,7 @@ def test_a_token_is_taken_from_the_service_account(
 
 
 @pytest.mark.parametrize(
-    ("host", "said"),
+    ("host", "message"),
     [
         ("http://127.0.0.1:9", "the KFP API at http://127.0.0.1:9 cannot be reached"),
         ("kfp.example.com", "name the KFP API by an http(s):// address"),
@@ -247,12 +245,12 @@ def test_a_token_is_taken_from_the_service_account(
         ("", "--host is missing"),
     ],
 )
-def test_a_server_that_is_not_there_is_said_at_once(
-    host: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_server_that_is_not_there_is_reported_at_once(
+    host: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("KF_PIPELINES_ENDPOINT", raising=False)
     assert submit("--host", host) == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -267,7 +265,7 @@ def test_a_server_that_is_not_there_is_said_at_once(
         (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", "the address may lack a path, as /pipeline"),
     ],
 )
-def test_a_server_that_is_not_the_kfp_api_is_said(
+def test_a_server_that_is_not_the_kfp_api_is_reported(
     reply: bytes, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -408,7 +406,7 @@ def test_each_variant_is_compiled_to_its_file(tmp_path: Path) -> None:
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["training-in-parts.yaml", "training.yaml"]
 
 
-def test_a_missing_namespace_is_said_before_anything_is_made(
+def test_a_missing_namespace_is_reported_before_anything_is_created(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.health["multi_user"] = True
@@ -417,7 +415,7 @@ def test_a_missing_namespace_is_said_before_anything_is_made(
     assert nothing_made(server)
 
 
-def test_a_namespace_that_a_server_with_one_user_ignores_is_said(
+def test_a_namespace_that_a_server_with_one_user_ignores_is_reported(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert submit("--namespace", "adfm-promotion") == 0
@@ -435,7 +433,7 @@ def test_of_two_first_submissions_both_end_well(kind: str, server: Server) -> No
     assert len(server.things["runs"]) == 1
 
 
-def test_a_conflict_with_something_that_cannot_be_seen_is_said(
+def test_a_conflict_with_something_that_cannot_be_seen_is_reported(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.rivals["pipelines"] = {"display_name": "renamed"}
@@ -519,7 +517,7 @@ def test_promotions_are_replaced_whatever_data_the_settings_name(server: Server)
     assert crons(server) == ["0 */5 * * * *"]
 
 
-def test_a_schedule_that_may_not_be_deleted_is_said_to_run_as_well(
+def test_a_schedule_that_may_not_be_deleted_is_reported_to_run_as_well(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert submit(*NIGHTLY) == 0
@@ -538,7 +536,7 @@ def test_a_schedule_that_was_switched_off_is_switched_on(server: Server, capsys:
     assert "it is on again" in capsys.readouterr().out
 
 
-def test_of_two_equal_schedules_begun_at_once_one_stays(server: Server) -> None:
+def test_of_two_equal_schedules_started_at_once_one_stays(server: Server) -> None:
     server.rivals["recurringruns"] = {"status": "ENABLED"}
     assert submit(*NIGHTLY) == 0
     assert crons(server) == ["0 0 3 * * *"]
@@ -554,7 +552,7 @@ def test_a_schedule_that_a_newer_one_should_have_replaced_is_the_newest_again(se
 
 
 @pytest.mark.parametrize(("made", "stays"), [("2025-12-31", "recurringruns-1"), ("2026-01-02", "rival")])
-def test_of_two_schedules_of_a_line_begun_at_once_the_newer_stays(
+def test_of_two_schedules_of_a_line_started_at_once_the_newer_stays(
     made: str, stays: str, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = {"display_name": "other", "status": "ENABLED", "created_at": f"{made}T00:00:00Z"}
@@ -565,7 +563,7 @@ def test_of_two_schedules_of_a_line_begun_at_once_the_newer_stays(
     assert f"every 0 0 3 * * *: {stays}" in capsys.readouterr().out
 
 
-def test_a_schedule_of_the_line_in_another_experiment_is_said_to_run_as_well(
+def test_a_schedule_of_the_line_in_another_experiment_is_reported_to_run_as_well(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.health["multi_user"] = True
@@ -619,7 +617,7 @@ def test_schedules_on_further_pages_are_seen(server: Server) -> None:
         (["--toleration", "nvidia.com/=present"], "'nvidia.com/' is not the key of a label"),
     ],
 )
-def test_a_wrong_name_is_said_before_the_server_is_asked(
+def test_a_wrong_name_is_reported_before_the_server_is_asked(
     options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert submit("--host", "http://127.0.0.1:9", *options) == 1
@@ -628,7 +626,7 @@ def test_a_wrong_name_is_said_before_the_server_is_asked(
     assert "cannot be reached" not in error
 
 
-def test_all_names_that_are_wrong_are_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_names_that_are_wrong_are_reported_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert submit("--host", "http://127.0.0.1:9", "--namespace", "A", "--service-account", "B") == 1
     error = capsys.readouterr().err
     assert "--namespace 'A'" in error
@@ -818,7 +816,7 @@ def kubernetes(home: Path) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("secret", [404, {"metadata": {}}, {"data": {"username": "bWU="}}])
-def test_a_secret_that_is_missing_is_said_before_anything_is_begun(
+def test_a_secret_that_is_missing_is_reported_before_anything_is_started(
     secret: Any, server: Server, kubernetes: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     kubernetes.update({ACCOUNT: {}, SECRET: secret})
@@ -828,7 +826,7 @@ def test_a_secret_that_is_missing_is_said_before_anything_is_begun(
 
 
 @pytest.mark.parametrize("there", [READY, {ACCOUNT: {}, SECRET: 403}, {ACCOUNT: 403, SECRET: 404}, {}])
-def test_where_the_secret_is_there_or_cannot_be_looked_for_a_run_is_begun(
+def test_where_the_secret_is_there_or_cannot_be_looked_for_a_run_is_started(
     there: dict[str, Any], server: Server, kubernetes: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     kubernetes.update(there)
@@ -847,7 +845,7 @@ def test_a_configuration_of_kubectl_that_is_of_no_use_stops_nothing(content: str
     ("path", "content", "message"),
     [
         (CLAIM, 404, "has no volume claim adfm-workspace"),
-        (CLAIM, {"spec": {"accessModes": ["ReadWriteOnce"]}}, "is ReadWriteOnce; the machines need ReadWriteMany"),
+        (CLAIM, {"spec": {"accessModes": ["ReadWriteOnce"]}}, "is ReadWriteOnce, and several machines write to it"),
         (CLAIM, {"spec": {"accessModes": ["ReadWriteMany"]}, "status": {"phase": "Lost"}}, "phase Lost"),
         (TRAINER, 404, "there is no Kubeflow Trainer"),
         (TRAINER, trainer("runtimeRef", "podTemplateOverrides"), "Kubeflow Trainer is older than 2.2"),
@@ -855,7 +853,7 @@ def test_a_configuration_of_kubectl_that_is_of_no_use_stops_nothing(content: str
         (RUNTIME, 404, "has no ClusterTrainingRuntime torch-distributed"),
     ],
 )
-def test_what_several_machines_lack_is_said_before_anything_is_begun(
+def test_what_several_machines_lack_is_reported_before_anything_is_started(
     path: str,
     content: Any,
     message: str,
@@ -870,7 +868,7 @@ def test_what_several_machines_lack_is_said_before_anything_is_begun(
     assert submit() == 0  # one machine needs none of it
 
 
-def test_all_that_the_cluster_lacks_is_said_at_once(
+def test_all_that_the_cluster_lacks_is_reported_at_once(
     server: Server, kubernetes: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     kubernetes.update({ACCOUNT: {}})
@@ -882,7 +880,7 @@ def test_all_that_the_cluster_lacks_is_said_at_once(
 
 
 @pytest.mark.parametrize("path", [CLAIM, TRAINER, RUNTIME])
-def test_where_several_machines_may_not_be_looked_after_a_run_is_begun(
+def test_where_several_machines_may_not_be_looked_after_a_run_is_started(
     path: str, server: Server, kubernetes: dict[str, Any]
 ) -> None:
     kubernetes.update(SEVERAL | {path: 403, DESCRIPTION: 403})
@@ -959,7 +957,7 @@ TAINT = {"key": "nvidia.com/gpu", "value": "present", "effect": "NoSchedule"}
         (403, [], None),
     ],
 )
-def test_resources_beyond_every_node_are_said(
+def test_resources_beyond_every_node_are_reported(
     nodes: Any,
     options: list[str],
     message: str | None,
@@ -974,7 +972,7 @@ def test_resources_beyond_every_node_are_said(
 
 
 @pytest.mark.parametrize("account", [403, 404])
-def test_where_only_nodes_may_be_seen_resources_beyond_them_are_said(
+def test_where_only_nodes_may_be_seen_resources_beyond_them_are_reported(
     account: int, server: Server, kubernetes: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     kubernetes.update({ACCOUNT: account, NODES: {"items": [node(memory="30Gi")]}})
@@ -991,7 +989,7 @@ def test_where_only_nodes_may_be_seen_resources_beyond_them_are_said(
         ([], []),
     ],
 )
-def test_an_image_of_this_machine_that_no_node_has_is_said(
+def test_an_image_of_this_machine_that_no_node_has_is_reported(
     images: list[str],
     missing: list[str],
     server: Server,
@@ -1020,43 +1018,18 @@ def test_a_proxy_is_that_of_the_probe_and_of_the_client(server: Server, monkeypa
     assert len(server.things["runs"]) == 1
 
 
-@pytest.fixture
-def authority(tmp_path: Path) -> Path:
-    """A certificate of 127.0.0.1 that vouches for itself, beside its key."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "line")])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-    (tmp_path / "tls.key").write_bytes(key.private_bytes(pem, pkcs8, serialization.NoEncryption()))
-    (tmp_path / "tls.crt").write_bytes(certificate.public_bytes(pem))
-    return tmp_path / "tls.crt"
-
-
 def test_a_private_authority_is_that_of_the_probe_and_of_the_client(
-    authority: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     double = Server("good")
     monkeypatch.setenv("KFP_TOKEN", "good")
-    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    tls.load_cert_chain(authority, authority.with_suffix(".key"))
+    tls = self_signed(tmp_path)
     with served(lambda method, url, body, _: double.answer(method, url, body), tls) as address:
         assert submit("--host", address) == 1
         error = capsys.readouterr().err
         assert f"the KFP API at {address} cannot be reached" in error
         assert "ADFM_CA_BUNDLE" in error
         assert nothing_made(double)
-        monkeypatch.setenv("ADFM_CA_BUNDLE", str(authority))
+        monkeypatch.setenv("ADFM_CA_BUNDLE", str(tmp_path / "ca.crt"))
         assert submit("--host", address) == 0
     assert len(double.things["runs"]) == 1

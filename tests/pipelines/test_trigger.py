@@ -16,7 +16,7 @@ COMMIT = "a" * 40
 LOCK = "stages:\n  fetch:\n    outs:\n    - path: data/raw/line\n      md5: 0123.dir\n"
 
 
-def asked(event: str, payload: dict[str, Any], lock: Path) -> list[str]:
+def arguments_of(event: str, payload: dict[str, Any], lock: Path) -> list[str]:
     return arguments(event, payload, "https://github.com/someone/line", COMMIT, lock)
 
 
@@ -28,21 +28,21 @@ def lock(tmp_path: Path) -> Path:
 
 def test_a_changed_lock_is_trained_on_at_its_commit(lock: Path) -> None:
     source = f"fetch.source=dvc://https://github.com/someone/line@{COMMIT}:data/raw/line"
-    assert asked("push", {}, lock) == ["--data-revision", "0123.dir", "--set", source]
+    assert arguments_of("push", {}, lock) == ["--data-revision", "0123.dir", "--set", source]
 
 
 def test_a_bucket_says_what_is_new(lock: Path) -> None:
     payload = {"client_payload": {"source": "s3://bucket/line", "revision": "7f3"}}
-    assert asked("repository_dispatch", payload, lock) == [
+    assert arguments_of("repository_dispatch", payload, lock) == [
         *("--data-revision", "7f3", "--set", "fetch.source=s3://bucket/line")
     ]
 
 
 def test_by_hand_settings_are_chosen_and_a_schedule_has_none(lock: Path) -> None:
     payload = {"inputs": {"arguments": "--set train.steps=50 --num-gpus 2"}}
-    assert asked("workflow_dispatch", payload, lock) == ["--set", "train.steps=50", "--num-gpus", "2"]
-    assert asked("workflow_dispatch", {"inputs": None}, lock) == []
-    assert asked("schedule", {}, lock) == []
+    assert arguments_of("workflow_dispatch", payload, lock) == ["--set", "train.steps=50", "--num-gpus", "2"]
+    assert arguments_of("workflow_dispatch", {"inputs": None}, lock) == []
+    assert arguments_of("schedule", {}, lock) == []
 
 
 @pytest.mark.parametrize(
@@ -53,22 +53,22 @@ def test_by_hand_settings_are_chosen_and_a_schedule_has_none(lock: Path) -> None
         f"<<<<<<< HEAD\n{LOCK}=======\n{LOCK}>>>>>>> line\n".encode(),
     ],
 )
-def test_a_lock_without_data_is_said(text: bytes, tmp_path: Path) -> None:
+def test_a_lock_without_data_is_reported(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "dvc.lock").write_bytes(text)
-    with pytest.raises(AdfmError, match="does not say what the stage fetch wrote"):
-        asked("push", {}, tmp_path / "dvc.lock")
+    with pytest.raises(AdfmError, match="does not have the output of the stage fetch"):
+        arguments_of("push", {}, tmp_path / "dvc.lock")
 
 
-def test_an_event_that_lacks_something_is_said(lock: Path) -> None:
+def test_an_event_that_lacks_something_is_reported(lock: Path) -> None:
     with pytest.raises(AdfmError, match="client_payload"):
-        asked("repository_dispatch", {"client_payload": {"source": "s3://bucket/line"}}, lock)
+        arguments_of("repository_dispatch", {"client_payload": {"source": "s3://bucket/line"}}, lock)
     with pytest.raises(AdfmError, match="nothing is trained for the event 'issues'"):
-        asked("issues", {}, lock)
+        arguments_of("issues", {}, lock)
 
 
-def test_a_quotation_mark_that_is_not_closed_is_said(lock: Path) -> None:
+def test_a_quotation_mark_that_is_not_closed_is_reported(lock: Path) -> None:
     with pytest.raises(AdfmError, match="the input `arguments`: No closing quotation in"):
-        asked("workflow_dispatch", {"inputs": {"arguments": "--set 'train.steps=50"}}, lock)
+        arguments_of("workflow_dispatch", {"inputs": {"arguments": "--set 'train.steps=50"}}, lock)
 
 
 def test_without_an_event_it_says_where_it_belongs(monkeypatch: pytest.MonkeyPatch) -> None:

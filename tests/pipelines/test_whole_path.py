@@ -68,8 +68,8 @@ class Checkout:
 
     def repro(self) -> list[str]:
         """Runs what has to run; returns the stages that ran."""
-        said = self.dvc("repro").splitlines()
-        return [line.split("'")[1] for line in said if line.startswith("Running stage ")]
+        output = self.dvc("repro").splitlines()
+        return [line.split("'")[1] for line in output if line.startswith("Running stage ")]
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +84,10 @@ def finished(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_a_model_that_is_not_there_stops_the_run_before_data_is_touched(empty_database: Path, tmp_path: Path) -> None:
     checkout = Checkout(tmp_path, empty_database)
     checkout.settings(*SMALL, "model.name=/no/such/model")
-    said = checkout.dvc("repro", status=255)
-    assert "adfm: error: model.name" in said
-    assert "/no/such/model" in said
-    assert "Traceback" not in said
+    output = checkout.dvc("repro", status=255)
+    assert "adfm: error: model.name" in output
+    assert "/no/such/model" in output
+    assert "Traceback" not in output
     assert not (tmp_path / "data").exists()
 
 
@@ -136,9 +136,9 @@ def test_a_promotion_makes_stale_what_judges(finished: Checkout, tmp_path: Path)
 
 
 def test_metrics_and_plots_are_shown_without_a_network(finished: Checkout) -> None:
-    shown = json.loads(finished.dvc("metrics", "show", "--json"))
+    metrics = json.loads(finished.dvc("metrics", "show", "--json"))
     names = ("always_A", "always_B", "detector", "base", "sft", "trained")
-    assert set(shown[""]["data"]) == {f"evaluation/metrics/{name}.json" for name in names}
+    assert set(metrics[""]["data"]) == {f"evaluation/metrics/{name}.json" for name in names}
     assert "balanced_accuracy" in finished.dvc("metrics", "diff", "--all")
     finished.dvc("plots", "show")
     page = (finished.folder / "dvc_plots" / "index.html").read_text()

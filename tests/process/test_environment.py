@@ -477,7 +477,7 @@ def test_the_authority_of_a_cluster_is_taken_from_where_it_is_mounted(
     assert bundle and _certificates(bundle) >= _certificates(authority.file)
 
 
-def test_an_authority_that_cannot_be_used_is_said_at_the_start(
+def test_an_authority_that_cannot_be_used_is_reported_at_the_start(
     authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from adfm.cli import main

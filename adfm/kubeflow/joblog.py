@@ -1,0 +1,131 @@
+"""The log of a TrainJob: of its first machine as it grows, and the ends of the others that fail."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from adfm.errors import Unreachable
+from adfm.kubeflow import cluster
+from adfm.kubeflow.trainjob import CONTAINER
+
+if TYPE_CHECKING:
+    from kubernetes.client import CoreV1Api
+
+_PATIENCE = 60.0  # seconds for which a log is asked for again; a machine that was lost has none
+_TAIL = 20  # lines of a machine that failed
+_ERROR = "adfm: error: "  # before what the command line prints of an AdfmError
+
+
+@dataclass
+class JobLog:
+    """What is printed of a TrainJob's log.
+
+    Args:
+        core: The cluster's API.
+        namespace: Of the job.
+        name: Of the job.
+        quiet: Whether lines are kept and not printed.
+        tail: The last lines.
+        error: The last error that `adfm train` printed.
+        last_end: The last failure of a container, with machine, exit code and reason.
+        unread: Why the log of a pod could not be read the last time.
+    """
+
+    core: CoreV1Api
+    namespace: str
+    name: str
+    quiet: bool = False
+    tail: deque[str] = field(default_factory=lambda: deque(maxlen=_TAIL))
+    error: str = ""
+    last_end: str = ""
+    unread: dict[str, str] = field(default_factory=dict)
+    _last: dict[str, tuple[datetime, str]] = field(default_factory=dict)  # time of a pod's last line
+    _read_at: dict[str, float] = field(default_factory=dict)  # when a pod's log was read last, on this machine's clock
+    _ended: set[tuple[str, int]] = field(default_factory=set)  # pods and restarts whose failure was printed
+
+    def show(self, pods: Iterable[Any]) -> None:
+        """Print what is new in the logs of the pods."""
+        for pod in pods:
+            for status in pod.status.container_statuses or []:
+                if status.name == CONTAINER:
+                    self._show(pod, status)
+
+    def _show(self, pod: Any, status: Any) -> None:
+        first = pod.metadata.labels.get("batch.kubernetes.io/job-completion-index") == "0"
+        restarts, name = status.restart_count, pod.metadata.name
+        if status.last_state and status.last_state.terminated:
+            self._end(name, status.last_state.terminated, restarts - 1, first, previous=True)
+        if first and (status.state.running or status.state.terminated):
+            self._print(name)
+        if status.state.terminated:
+            self._end(name, status.state.terminated, restarts, first, previous=False)
+
+    def _end(self, pod: str, terminated: Any, restarts: int, first: bool, *, previous: bool) -> None:
+        """Print once how a container failed, and the end of its log."""
+        if terminated.exit_code == 0 or (pod, restarts) in self._ended:
+            return
+        self._ended.add((pod, restarts))
+        self._print(pod, previous=previous, **({} if first else {"tail_lines": _TAIL}))
+        self.last_end = f"{pod} ended with status {terminated.exit_code} ({terminated.reason})"
+        self._write(f"{self.last_end}, restart {restarts}" if restarts else self.last_end)
+
+    def _print(self, pod: str, **options: Any) -> None:
+        from kubernetes.client.exceptions import ApiException
+
+        now = time.monotonic()
+        if pod in self._read_at:  # a minute more than has passed; lines that were printed are known by their time
+            options["since_seconds"] = math.ceil(now - self._read_at[pod]) + 60
+        try:
+            lines = cluster.call(self._read, pod, patience=0.0 if pod in self.unread else _PATIENCE, **options)
+        except ApiException as error:
+            if error.status in (400, 404):  # it has not started yet, or has gone already; the job's conditions decide
+                return
+            if error.status == 403:
+                raise
+            self._miss(pod, f"{error.status} {cluster.message(error)}")
+            return
+        except Unreachable as error:
+            self._miss(pod, str(error))
+            return
+        self.unread.pop(pod, None)
+        self._read_at[pod] = now
+        for line in lines:
+            stamp, _, text = line.partition(" ")
+            try:
+                when = (datetime.fromisoformat(stamp), stamp)  # its microseconds, and what is finer
+            except ValueError:  # the empty rest after the last line
+                continue
+            if pod not in self._last or when > self._last[pod]:
+                self._last[pod] = when
+                self._write(text)
+
+    def _read(self, pod: str, **options: Any) -> list[str]:
+        response = self.core.read_namespaced_pod_log(
+            pod,
+            self.namespace,
+            container=CONTAINER,
+            timestamps=True,
+            _preload_content=False,  # the client decodes strictly, and takes a line of JSON for its answer
+            **options,
+        )
+        # Without `_preload_content` the connection may break here, and not in the call.
+        text: str = response.data.decode("utf-8", errors="replace")
+        return text.split("\n")
+
+    def _miss(self, pod: str, why: str) -> None:
+        """Report once that a log cannot be read; a lost machine's pod stays for a while, and training continues."""
+        if pod not in self.unread:
+            print(f"the log of {pod} cannot be read now: {why}", flush=True)
+        self.unread[pod] = why
+
+    def _write(self, text: str) -> None:
+        self.tail.append(text)
+        self.error = text.partition(_ERROR)[2] or self.error
+        if not self.quiet:
+            print(text, flush=True)

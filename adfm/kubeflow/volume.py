@@ -1,0 +1,134 @@
+"""The volume that the machines of a TrainJob share: its claim, and whether it can be written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from adfm.errors import AdfmError
+from adfm.kubeflow import cluster, resources
+from adfm.kubeflow.joblog import JobLog
+from adfm.kubeflow.jobs import DOCS, TrainJobs
+from adfm.kubeflow.trainjob import volume_job
+
+_PROBE = 600.0  # seconds in which the volume has to be there; the task `check` has half an hour
+
+
+def claim_problem(claim: Any, name: str, namespace: str) -> str:
+    """Why several machines cannot train on a volume claim, and what to do; "" if they can, as far as it says.
+
+    Args:
+        claim: As the Kubernetes API has it; None if it does not exist.
+        name: Of the claim.
+        namespace: Of the claim.
+    """
+    if claim is None:
+        return (
+            f"the namespace {namespace} has no volume claim {name}, on which several machines train; "
+            f"kubectl -n {namespace} apply -f deploy/runs/workspace.yaml, with a storage class of ReadWriteMany."
+        )
+    modes = (claim.spec and claim.spec.access_modes) or []
+    if "ReadWriteMany" not in modes:
+        return (
+            f"the volume claim {name} in the namespace {namespace} is {', '.join(modes) or 'without access mode'}, and "
+            "several machines write to it; make it again with ReadWriteMany and a storage class that has it "
+            "(deploy/runs/workspace.yaml)."
+        )
+    if claim.status and claim.status.phase == "Lost":
+        return (
+            f"the volume of the claim {name} in the namespace {namespace} is lost (phase Lost); make the claim again "
+            "(deploy/runs/workspace.yaml)."
+        )
+    return ""  # one that is not bound may be of a storage class that makes the volume for its first pod
+
+
+def prepare(work: str) -> None:
+    """Make the folder of a run on the volume, and print `free BYTES`, or `refused` and why, in `volume_job`'s pod."""
+    folder = Path(work)
+    try:
+        folder.mkdir(exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+        print("free", shutil.disk_usage(folder).free)
+    except OSError as error:
+        print("refused", error)  # and no failure, after which Kubernetes would start the pod again
+
+
+def check(jobs: TrainJobs, name: str, work: Path, claim: str, image: str, owner: dict[str, Any] | None) -> int:
+    """Check that a run can use the volume, and make its folder there.
+
+    Args:
+        jobs: The TrainJobs of the namespace.
+        name: Of the TrainJob that tries the volume.
+        work: The run's folder.
+        claim: Name of the volume's claim.
+        image: Of the pod.
+        owner: Reference to the object with which the TrainJob is deleted.
+
+    Returns:
+        Free bytes.
+
+    Raises:
+        AdfmError: The claim is missing, cannot be shared or is not bound, or the volume cannot be written.
+        ApiException: The API refuses the TrainJob.
+    """
+    _check_claim(jobs, claim)
+    # Tried by a pod of its own: a volume that this pod mounted would keep it waiting for ever where the claim is
+    # missing, and Kubernetes applies `fsGroup` to the volume, which pods of KFP cannot have.
+    if jobs.await_deletion(name):
+        jobs.create(volume_job(name, work, claim, image, owner), patience=60.0)
+    verdict, _, rest = _answer(jobs, name, claim).partition(" ")
+    if verdict != "free":
+        raise not_writable(claim, rest)
+    return int(rest)
+
+
+def not_writable(claim: str, why: object) -> AdfmError:
+    """The error of a volume that cannot be written."""
+    return AdfmError(
+        f"user and group {resources.USER} cannot write to the volume {claim}: {why}; its driver does not apply "
+        f"fsGroup, so that its root folder has to be made writable for them once: {DOCS}."
+    )
+
+
+def _check_claim(jobs: TrainJobs, name: str) -> None:
+    from kubernetes.client.exceptions import ApiException
+
+    claim: Any = None
+    try:
+        read = jobs.core.read_namespaced_persistent_volume_claim
+        claim = cluster.call(read, name, jobs.namespace, patience=60.0)
+    except ApiException as error:
+        if error.status == 403:
+            print(f"nodes     the account may not read the claim {name} (deploy/runs/rbac.yaml); it is tried")
+            return
+        if error.status != 404:
+            raise
+    if problem := claim_problem(claim, name, jobs.namespace):
+        raise AdfmError(problem)
+
+
+def _answer(jobs: TrainJobs, name: str, claim: str) -> str:
+    """The line that `prepare` printed in its pod; the job is deleted."""
+    log = JobLog(jobs.core, jobs.namespace, name, quiet=True)
+    try:
+        ended, why = jobs.follow(log, within=_PROBE)
+    finally:
+        jobs.delete(name)
+    if ended == "Complete":
+        answer = next((line for line in reversed(log.tail) if line.startswith(("free ", "refused "))), "")
+        if answer:
+            return answer
+        problem, why = "its pod has left no word in its log", "; ".join(log.unread.values())
+    elif ended:
+        problem = f"it ended as {ended}"
+    elif why:
+        problem = f"it has not started in {_PROBE / 60:.0f} minutes"
+    else:
+        problem = f"its pod has been running for {_PROBE / 60:.0f} minutes; does its storage answer"
+    reason = log.last_end or why
+    raise AdfmError(
+        f"the volume {claim} could not be tried by the TrainJob {name}: {problem}{reason and f': {reason}'}; "
+        f"see {DOCS}."
+    )
