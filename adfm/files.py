@@ -1,4 +1,4 @@
-"""A stage's output folder: written beside its place, renamed when whole. Every stage writes through here."""
+"""Atomic output: folders and files are written beside their place and renamed when whole."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any
 from adfm.errors import AdfmError
 
 MODEL = "adfm.json"
-"""The file that lies in the folder of every model that cold start or training has finished."""
+"""Name of the file in the folder of every model that cold start or training has finished."""
 
-# One of these lies in every folder that a stage finishes; a folder without any is somebody else's: never replaced.
+# Every folder that a stage finishes has one of these; a folder without any is somebody else's and never replaced.
 FINISHED = (
     "manifest.json",
     "conversion.json",
@@ -43,14 +43,13 @@ _REMEDIES = {
 
 @contextlib.contextmanager
 def atomic_folder(out: Path, keep_partial: bool = False) -> Iterator[Path]:
-    """Gives `<out>.partial` to write into, and renames it to `out` when the block ends without an exception.
+    """Yield `<out>.partial` to write into, and rename it to `out` when the block ends without an exception.
 
-    An earlier result at `out` stays as it is until the new one is whole. A block that fails leaves no partial folder,
-    unless it is to be resumed.
+    An earlier result at `out` stays as it is until the new one is whole.
 
     Args:
         out: The folder to make; its parents are made as needed.
-        keep_partial: Keep the partial folder when the block fails and hand it over, as it was left, the next time.
+        keep_partial: Keep the partial folder when the block fails, and yield it as it was left the next time.
 
     Raises:
         AdfmError: `out` is a file or holds something that no stage wrote; the disk is full or not writable.
@@ -113,8 +112,23 @@ def _refuse_foreign(out: Path) -> None:
         raise AdfmError(f"{out} holds files that adfm did not write; empty it or choose another folder.")
 
 
+def walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield every folder below and its files, by name, through links too.
+
+    Raises:
+        OSError: A folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        folders.sort()
+        yield Path(place), sorted(files)
+
+
 def digest(folder: Path) -> str:
-    """SHA-256, hex, over the files of a folder: their relative paths, sorted, and their contents."""
+    """Return the SHA-256, hex, of the files of a folder: their relative paths, sorted, and their contents."""
     total = hashlib.sha256()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         total.update(json.dumps([file.relative_to(folder).as_posix(), file_digest(file)]).encode())
@@ -122,27 +136,31 @@ def digest(folder: Path) -> str:
 
 
 def file_digest(file: Path) -> str:
-    """SHA-256 of a file, hex."""
+    """Return the SHA-256 of a file, hex."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def replace_text(text: str, file: Path) -> None:
-    """Writes text beside its place and renames it, so that `file` is never half of it."""
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Yield `<file>.partial` to write, and rename it to `file` when the block ends without an exception."""
     partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    yield partial
     partial.replace(file)
 
 
+def replace_text(text: str, file: Path) -> None:
+    """Write text to a file atomically: readers never see half of it."""
+    with replacing(file) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def replace_json(content: dict[str, Any], file: Path) -> None:
-    """As `replace_text`, the JSON of `write_json`."""
-    replace_text(_json(content), file)
+    """Write JSON to a file atomically, as `write_json`."""
+    with replacing(file) as partial:
+        write_json(content, partial)
 
 
 def write_json(content: dict[str, Any], file: Path) -> None:
-    """Writes JSON for people and programs: indented, and without `NaN`, which not every program can read."""
-    file.write_text(_json(content), encoding="utf-8")
-
-
-def _json(content: dict[str, Any]) -> str:
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+    """Write JSON for people and programs: indented, and without `NaN`, which not every program can read."""
+    file.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The words of the domain: `Box`, `Label`, `Sample`, `Record`.
+"""Types of the domain: `Box`, `Label`, `Sample`, `Record`.
 
 A reader turns a raw data set into `Sample`s; conversion turns those into `Record`s, the rows of the shards.
 Boxes are `[x1, y1, x2, y2]` in pixels of the original image unless a docstring names another frame, half-open:
@@ -27,17 +27,17 @@ class Box(NamedTuple):
 
     @property
     def area(self) -> float:
-        """Area in square units of the box's frame; 0 for an inverted box."""
+        """The area in square units of the box's frame; 0 for an inverted box."""
         return max(0.0, self.x2 - self.x1) * max(0.0, self.y2 - self.y1)
 
     def intersection(self, other: Box) -> float:
-        """Area shared with `other`."""
+        """Return the area shared with `other`."""
         width = min(self.x2, other.x2) - max(self.x1, other.x1)
         height = min(self.y2, other.y2) - max(self.y1, other.y1)
         return max(0.0, width) * max(0.0, height)
 
     def iou(self, other: Box) -> float:
-        """Intersection over union with `other`, in [0, 1]; 0 when both are empty."""
+        """Return the intersection over union with `other`, in [0, 1]; 0 when both are empty."""
         shared = self.intersection(other)
         union = self.area + other.area - shared
         return shared / union if union > 0 else 0.0
@@ -48,25 +48,19 @@ Polygon = tuple[tuple[float, float], ...]
 
 
 class Rle(NamedTuple):
-    """A mask as lengths of runs, column by column (COCO's run-length encoding).
+    """A mask as lengths of runs, column by column (COCO's run-length encoding)."""
 
-    Args:
-        height: Height of the image that it was drawn on, in pixels.
-        width: Its width.
-        counts: Lengths of runs, background and defect by turns, background first; their sum is `height * width`.
-    """
-
-    height: int
+    height: int  # of the image that it was drawn on, in pixels
     width: int
-    counts: tuple[int, ...]
+    counts: tuple[int, ...]  # background and defect by turns, background first; their sum is `height * width`
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image of a raw data set, as its reader found it.
+    """One image of a raw data set, as its reader yields it.
 
-    What is marked on an image is either pixel masks, of which conversion makes boxes, or shapes that a person drew:
-    each is one box, and its polygon, where it has one, is the mask too.
+    Defects are marked either by pixel masks, of which conversion makes boxes, or by shapes that a person drew: each is
+    one box, and its polygon, where it has one, is the mask too.
 
     Args:
         image: Path of the image file, or of a JSON file of LabelMe that holds the image in its `imageData`.
@@ -90,9 +84,9 @@ class Sample:
             where it does not. An image of another size is an error, unless `convert.rescale` is set.
         split: The split that the data set itself fixes, or `None`.
         group: Images of one physical part share it and never straddle a split; `None` where that is not known.
-        columns: What a table says of the image besides, by the name of the column; for `split.group`.
-        notes: What the reader did with the annotation of this image that its author may not expect, such as dropping
-            one that was drawn twice. Images are counted by note in `conversion.json`, so a note names no file.
+        columns: Further columns of a table, by name; for `split.group`.
+        notes: Changes of the annotation that its author may not expect, such as dropping a shape that was drawn twice.
+            Images are counted by note in `conversion.json`, so a note names no file.
     """
 
     image: Path
@@ -117,13 +111,13 @@ class Sample:
 
     @property
     def file(self) -> str:
-        """Path of the file that holds the image, relative to the data set; it is `source` but for images in JSON."""
+        """The path of the image's file, relative to the data set: `source`, but for images in JSON."""
         return f"{self.source[: self.source.rfind('/') + 1]}{self.image.name}"
 
 
 @dataclass(frozen=True)
 class Record:
-    """One row of the shards.
+    """One row of the shards, whose columns are these fields (see `adfm.data.shards.Columns`).
 
     Args:
         id: Stable identifier, from content and path.

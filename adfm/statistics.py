@@ -1,9 +1,8 @@
-"""Confidence limits, tests and sample sizes of the gate: plain functions of numpy arrays.
+"""Confidence limits, tests and sample sizes of the gate, as functions of numpy arrays.
 
-Every metric is a mean over images of a value in [0, 1], so a handful of functions serve them all: an upper limit of one
-model's mean, an upper limit of the loss between two models on the same images, a test for a gain, and the number of
-images that a limit or a margin needs. All limits are one-sided: they fall short of the truth in at most a share `alpha`
-of test sets. `group` numbers the parts: images of one part are alike, and nowhere count as independent.
+Every metric is a mean over images of a value in [0, 1]. All limits are one-sided: they fall short of the truth in at
+most a share `alpha` of test sets; at `alpha` 0 a limit is 1. `group`, an array (images,), numbers the parts, whose
+images are alike and do not count as independent; `None`: each image shows another part.
 """
 
 from __future__ import annotations
@@ -28,14 +27,15 @@ _ROUNDING = 1e-9  # differences of this size are of floating point, not of model
 
 
 def rate_at_most(events: Floats, alpha: float, group: NDArray[Any] | None = None) -> float:
-    """Upper confidence limit of a rate; with n images and no event `1 - alpha ** (1 / n)`, about 3 / n, never 0.
+    """Return the upper confidence limit of a rate.
 
-    Clopper and Pearson (1934, Biometrika 26:404); with groups `mean_at_most`.
+    Clopper and Pearson (1934, Biometrika 26:404); with groups `mean_at_most`. With n images and no event it is
+    `1 - alpha ** (1 / n)`, about 3 / n, never 0.
 
     Args:
         events: Array (images,) of 0 and 1.
-        alpha: One-sided level; at 0 the limit is 1.
-        group: Array (images,), which images show one part; `None`: each shows another.
+        alpha: One-sided level.
+        group: Parts of the images.
     """
     if group is not None:
         return mean_at_most(events, alpha, group)
@@ -46,7 +46,7 @@ def rate_at_most(events: Floats, alpha: float, group: NDArray[Any] | None = None
 
 
 def mean_at_most(values: Floats, alpha: float, group: NDArray[Any] | None = None) -> float:
-    """Upper confidence limit of a mean of values up to 1; for a lower one, take minus (or one minus) the values.
+    """Return the upper confidence limit of a mean of values up to 1; for a lower one, pass minus or 1 minus the values.
 
     One part whose images are all 1, the worst there can be, is added, and the limit is the quantile of the mean when
     the parts get random weights, exponential and independent (Gaffke 2005, Metrika 61:1; a Bayesian bootstrap with the
@@ -58,8 +58,8 @@ def mean_at_most(values: Floats, alpha: float, group: NDArray[Any] | None = None
 
     Args:
         values: Array (images,) of values up to 1.
-        alpha: One-sided level below 0.5; at 0 the limit is 1.
-        group: Array (images,), which images show one part; `None`: each shows another.
+        alpha: One-sided level below 0.5.
+        group: Parts of the images.
     """
     if not len(values) or alpha <= 0:
         return 1.0
@@ -102,7 +102,7 @@ def _by_group(values: Floats, group: NDArray[Any] | None) -> tuple[Floats, Float
 
 
 def loss_at_most(loss: Floats, alpha: float, group: NDArray[Any] | None = None, binary: bool = True) -> float:
-    """Upper confidence limit of the mean loss of a candidate against another model on the same images.
+    """Return the upper confidence limit of the mean loss of a candidate against another model on the same images.
 
     For single images with a loss of -1, 0 or 1: the score limit of Tango (1998, Statistics in Medicine 17:891), since
     neither scipy nor statsmodels has one. Else `mean_at_most`. Neither is 0 for models that answer alike on all images:
@@ -110,8 +110,8 @@ def loss_at_most(loss: Floats, alpha: float, group: NDArray[Any] | None = None, 
 
     Args:
         loss: Array (images,) in [-1, 1], positive where the candidate is worse.
-        alpha: One-sided level; at 0 the limit is 1.
-        group: Array (images,), which images show one part; `None`: each shows another.
+        alpha: One-sided level.
+        group: Parts of the images.
         binary: Whether every loss is -1, 0 or 1.
     """
     if not len(loss) or alpha <= 0:
@@ -152,14 +152,14 @@ def _spread_at(difference: float, losses: float, gains: float) -> float:
 
 
 def gain_p(gain: Floats, group: NDArray[Any] | None = None, binary: bool = True) -> float:
-    """One-sided p value of the hypothesis that a candidate is not better than another model on the same images.
+    """Return the one-sided p value of the hypothesis that a candidate is not better than another model.
 
     For single images with a gain of -1, 0 or 1: McNemar's exact test. Else a paired t test over the parts; its p is
     never below `2 ** -k` with k parts that differ, the least that a sign-flip test can give.
 
     Args:
         gain: Array (images,) in [-1, 1], positive where the candidate is better.
-        group: Array (images,), which images show one part; `None`: each shows another.
+        group: Parts of the images.
         binary: Whether every gain is -1, 0 or 1.
     """
     if binary and group is None:
@@ -173,7 +173,7 @@ def gain_p(gain: Floats, group: NDArray[Any] | None = None, binary: bool = True)
 
 
 def holm(p: Sequence[float], alpha: float) -> list[bool]:
-    """Which hypotheses are rejected while the error over all of them stays at `alpha` (Holm 1979)."""
+    """Return which hypotheses are rejected while the error over all of them stays at `alpha` (Holm 1979)."""
     from statsmodels.stats.multitest import multipletests  # type: ignore[import-untyped]
 
     return [bool(rejected) for rejected in multipletests(p, alpha, method="holm")[0]] if len(p) else []
@@ -195,7 +195,7 @@ def level_of_look(look: int, looks: int, alpha: float) -> float:
 
 @lru_cache(maxsize=4096)
 def images_for_rate(rate: float, limit: float, alpha: float, power: float) -> int | None:
-    """The fewest images on which a model with this rate is shown to be below the limit with this power.
+    """Return the fewest images on which a model with this rate is shown to be below the limit with this power.
 
     Exact: the fewest n with P(`rate_at_most` < limit) >= power, the number of events being binomial.
 
@@ -218,7 +218,7 @@ def images_for_rate(rate: float, limit: float, alpha: float, power: float) -> in
 
 
 def images_for_loss(spread: float, margin: float, alpha: float, power: float) -> int:
-    """Images on which an equal candidate is shown not to be worse by the margin, with this power.
+    """Return the number of images on which an equal candidate is shown not to be worse by the margin, with this power.
 
     Nam (1997, Biometrics 53:1422), for Tango's limit; close for continuous losses. At least as many as are needed to
     show that a loss which never occurred is below the margin.
@@ -237,7 +237,7 @@ def images_for_loss(spread: float, margin: float, alpha: float, power: float) ->
 
 
 def half_width(rate: float, images: float, alpha: float = 0.025) -> float:
-    """Half of the width of Clopper and Pearson's interval of a rate measured on so many images.
+    """Return half of the width of Clopper and Pearson's interval of a rate measured on so many images.
 
     Args:
         rate: The measured rate; `rate * images` need not be whole.
@@ -251,7 +251,7 @@ def half_width(rate: float, images: float, alpha: float = 0.025) -> float:
 
 
 def images_for_half_width(rate: float, width: float, alpha: float = 0.025) -> int:
-    """The fewest images from which on the interval of this rate is at most `width` to either side, on average.
+    """Return the fewest images from which on the interval of this rate is at most `width` to either side, on average.
 
     Args:
         rate: The rate to measure.
@@ -272,7 +272,7 @@ def images_for_half_width(rate: float, width: float, alpha: float = 0.025) -> in
 
 
 def at_prevalence(escape: Limits, overkill: Limits, prevalence: float) -> dict[str, Limits]:
-    """What rates that were measured on a test set mean at the plant's share of defects.
+    """Convert rates that were measured on a test set to the plant's share of defects.
 
     Args:
         escape: Share of defects that pass: value, lower and upper limit.

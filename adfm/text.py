@@ -1,8 +1,6 @@
-"""Text from data and from people, made safe for where it is shown: a terminal, a Markdown page.
+"""Escape untrusted text, such as the names of files, for a terminal or a Markdown page.
 
-Names of categories, files and models, reasons that somebody typed, and messages that quote them may hold anything. What
-shows them passes them through one of these functions: control characters move no cursor and forge no line, direction
-marks turn no words round, and no character is read as markup.
+Control characters could move the cursor or forge a line, direction marks turn words round, and markup run or mislead.
 """
 
 from __future__ import annotations
@@ -22,21 +20,19 @@ _START = re.compile(r"^(\d*)([-+=.)])(?=[-=\s]|$)")
 
 
 def printable(text: str) -> str:
-    """The text in one line, with what cannot be printed escaped: newlines, ESC, C1 controls, direction marks."""
+    """Return the text in one line, with newlines, ESC, C1 controls and direction marks escaped."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def one_line(text: str) -> str:
-    """The first line of a text, printable; where it ends with a colon, the lines that it introduces follow it.
-
-    What is wrong is often in those: "these settings are wrong:", "Version 3 of adfm cannot be promoted:".
-    """
+    """Return the first line of a text, printable, and, where it ends with a colon, the lines that it introduces."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         return ""
+    # The cause is often in these: "these settings are wrong:", "Version 3 of adfm cannot be promoted:".
     listed = lines[1:] if lines[0].endswith(":") else []
     if listed and listed[0].startswith("Traceback"):
-        listed = listed[-1:]
+        listed = listed[-1:]  # the error
     return printable(f"{lines[0]} {'; '.join(line.removeprefix('- ') for line in listed)}".rstrip())
 
 
@@ -47,21 +43,19 @@ def did_you_mean(names: Sequence[str]) -> str:
 
 
 def shortened(text: str, most: int) -> str:
-    """The text, in at most so many characters."""
+    """Return the text in at most `most` characters."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def printable_lines(text: str) -> str:
-    """As `printable`, for a text of several lines: newlines, carriage returns and tabs are kept."""
+    """Escape as `printable`, but keep newlines, carriage returns and tabs."""
     return "".join(char if char.isprintable() or char in _LAYOUT else repr(char)[1:-1] for char in text)
 
 
 def markdown(text: str) -> str:
-    """The text as Markdown that shows it and means nothing else, in a paragraph, a list or a cell of a table.
-
-    Special characters become numeric entities: unlike backslashes, these are literal in CommonMark, in GitHub's dialect
-    and in showdown alike, and hide the `|` of a table too.
-    """
+    """Escape text for a paragraph, a list or a cell of a table in Markdown."""
+    # Numeric entities, unlike backslashes, are literal in CommonMark, GitHub's dialect and showdown alike, and hide the
+    # `|` of a table too.
     line = _MARKUP.sub(lambda match: _entity(match[0]), printable(text).strip())
     return _START.sub(lambda match: match[1] + _entity(match[2]), line)
 
@@ -71,7 +65,7 @@ def _entity(char: str) -> str:
 
 
 class _Printable:
-    """A text stream that escapes what could steer a terminal; all else is the stream's own."""
+    """A text stream that escapes control characters."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -90,7 +84,7 @@ class _Printable:
 
 @contextmanager
 def printable_output() -> Iterator[None]:
-    """In the block, what is printed to stdout and stderr passes through `printable_lines`, whoever prints it."""
+    """Escape control characters of all that is printed to stdout and stderr in the block."""
     with ExitStack() as stack:
         stack.enter_context(redirect_stdout(_Printable(sys.stdout)))
         stack.enter_context(redirect_stderr(_Printable(sys.stderr)))

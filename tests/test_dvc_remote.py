@@ -145,7 +145,7 @@ def test_two_machines_and_two_versions(
     key = f"adfm/files/md5/{md5[:2]}/{md5[2:]}"
     content = s3.get_object(Bucket="data", Key=key)["Body"].read()
     s3.delete_object(Bucket="data", Key=key)
-    with pytest.raises(AdfmError, match=f"{lost} is not to be had; it may never have been pushed"):
+    with pytest.raises(AdfmError, match=f"{lost} cannot be read; it may never have been pushed"):
         sources.fetch(uri, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     kept = _images(tmp_path / "out.partial")
@@ -164,7 +164,7 @@ def test_two_machines_and_two_versions(
         (f"dvc://{first.folder}@v9:data/raw/line", "cannot be opened at 'v9'; .*unknown Git revision 'v9'"),
         (f"dvc://{tmp_path}@v1:data/raw/line", "cannot be opened at 'v1'; .*is not a git repository"),
         (f"dvc://{first.folder}@v1:data/nowhere", "'data/nowhere' cannot be listed; is it there"),
-        (f"dvc://{first.folder}@v1:params.yaml", "is a file, but no archive that adfm unpacks"),
+        (f"dvc://{first.folder}@v1:params.yaml", "is a file, but not an archive that adfm unpacks"),
     ):
         with pytest.raises(AdfmError, match=says) as error:
             sources.fetch(wrong, tmp_path / "wrong")

@@ -1,10 +1,11 @@
+import json
 import os
 from pathlib import Path
 
 import pytest
 
 from adfm.errors import AdfmError
-from adfm.files import atomic_folder, refuse_to_replace
+from adfm.files import atomic_folder, refuse_to_replace, replace_json, replacing, walk
 
 
 def _names(folder: Path) -> list[str]:
@@ -131,3 +132,30 @@ def test_what_is_not_a_model_is_not_replaced_by_one_not_even_by_force(tmp_path: 
     (tmp_path / "foreign" / "letters.txt").write_text("dear")
     with pytest.raises(AdfmError, match="holds files that adfm did not write"):
         refuse_to_replace(tmp_path / "foreign", force)
+
+
+def test_a_file_is_replaced_when_the_new_one_is_whole(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.json"
+    replace_json({"loss": 1.0}, file)
+    with pytest.raises(ValueError, match="nan"):
+        replace_json({"loss": float("nan")}, file)
+    with pytest.raises(KeyError), replacing(file) as partial:
+        partial.write_text("half")
+        raise KeyError
+    assert json.loads(file.read_text()) == {"loss": 1.0}
+    with replacing(file) as partial:
+        partial.write_text("{}")
+    assert file.read_text() == "{}" and [*tmp_path.iterdir()] == [file]
+
+
+def test_a_walk_goes_by_name_and_through_links(tmp_path: Path) -> None:
+    for name in ("b/2.png", "b/1.png", "a/3.png"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "4.png").touch()
+    (tmp_path / "set" / "c").symlink_to(tmp_path / "elsewhere")
+    files = [(folder / name).relative_to(tmp_path).as_posix() for folder, its in walk(tmp_path / "set") for name in its]
+    assert files == ["set/a/3.png", "set/b/1.png", "set/b/2.png", "set/c/4.png"]
+    with pytest.raises(FileNotFoundError):
+        next(walk(tmp_path / "nowhere"))

@@ -1,18 +1,9 @@
-"""Archives that nobody vouches for: `.zip`, `.tar`, `.tar.gz`, `.tar.xz`, `.tar.zst`.
+"""Safe extraction of untrusted archives: `.zip`, `.tar`, `.tar.gz`, `.tar.xz`, `.tar.zst`.
 
-Nothing is written outside the folder, no link is made, and no archive fills the disk or the memory:
-
-- a name that leads out of the folder, that comes twice, or that no disk takes is refused, as are devices, pipes and
-  encrypted members; all of them are named in one error;
-- a zip whose names do not say their encoding is read in UTF-8 if they are valid, or else in the code page that all of
-  them are plausible in, which is reported (`adfm.data.codepages`); a backslash separates folders;
-- what is damaged is refused: a member that fails its checksum, headers that contradict each other, a missing end. A
-  plain tar has no checksum of its contents;
-- a link to a file of the archive becomes a copy of it; any other link is refused;
-- what expands to more than the disk has free, or to more than 1 GiB and 100 times the archive's own size, is refused
-  (photographs hardly shrink when they are packed, and black masks beside them do not change that);
-- a zip's table of contents is read into memory: above 32 MiB, some 300,000 files, the zip is refused. A tar of any
-  number of files is unpacked as it is read.
+Nothing is written outside the folder, no link is made, and no archive fills the disk or the memory. Refused are names
+that lead out of the folder, come twice or suit no disk; devices, pipes, encrypted members, and links to anything but a
+file of the archive, which become copies; damage; and archives that expand too far. A plain tar has no checksum of its
+contents, so that damage there is not noticed.
 """
 
 from __future__ import annotations
@@ -36,42 +27,46 @@ import pyarrow as pa
 
 from adfm.data import codepages
 from adfm.data.manifest import STATE, Ledger
+from adfm.data.problems import ProblemList
 from adfm.errors import AdfmError
 from adfm.process.progress import bar
 
 ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.zst")
 
+# An archive may expand to 1 GiB, or to 100 times its size: photographs hardly shrink when they are packed, and black
+# masks beside them do not change that.
 _GROWTH = 100
 _HARMLESS = 2**30
+# A zip's table of contents is read into memory: some 300,000 files. A tar is unpacked as it is read.
 _TABLE = 32 * 2**20
 _LINKS = 100_000
-_LISTED = 50
 _UTF8 = 0x800  # a zip's flag of a name in UTF-8
 _PATH = 3000  # bytes; Linux takes 4,096, with the path of the folder
 
 
 def is_archive(name: str) -> bool:
-    """Whether a file of that name is taken for an archive."""
+    """Return whether a file of that name is taken for an archive."""
     return name.lower().endswith(ENDINGS)
 
 
 def unpack(archive: Path, folder: Path, ledger: Ledger, who: str) -> None:
-    """Unpacks an archive and enters its files in the ledger.
+    """Unpack an archive and enter its files in the ledger.
 
     Args:
         archive: The file; its ending says what it is.
-        folder: Where to; the folder of the ledger.
-        ledger: Of what is whole.
+        folder: The folder of the ledger.
+        ledger: Of the files that are whole.
         who: What errors call the archive.
 
     Raises:
         AdfmError: It is damaged, encrypted, too large, or not to be trusted; see the module's docstring.
     """
-    problems = Problems(who)
+    problems = ProblemList(who)
     links: dict[str, str] = {}
     grows = _growth(archive, folder, who)
     try:
-        for member in _progress(_members(archive, who, grows)):
+        members = bar(_members(archive, who, grows), desc="unpack", unit="file")
+        for member in members:
             name = utf8(member.name)
             if member.complaint:
                 problems.add(f"{name!r} {member.complaint}")
@@ -90,7 +85,7 @@ def unpack(archive: Path, folder: Path, ledger: Ledger, who: str) -> None:
                 target = links.get(target, target)
             source = folder / target
             if refusal(target) or not source.is_file():
-                problems.add(f"{name!r} is a link to {target!r}, which is no file of the archive")
+                problems.add(f"{name!r} is a link to {target!r}, which is not a file of the archive")
                 continue
             grows(source.stat().st_size)
             with source.open("rb") as content:
@@ -99,12 +94,11 @@ def unpack(archive: Path, folder: Path, ledger: Ledger, who: str) -> None:
         raise AdfmError(
             f"{who}: cannot be unpacked ({error}); unpack it by other means and give the folder."
         ) from error
-    except _DAMAGED as error:
-        raise AdfmError(f"{who}: is damaged ({error}); get it anew.") from error
-    except OSError as error:
-        if error.errno in (None, errno.EINVAL):  # gzip's; a header that points before the file's beginning
-            raise AdfmError(f"{who}: is damaged ({error}); get it anew.") from error
-        raise
+    except (*_DAMAGED, OSError) as error:
+        # Without a number it is gzip's; with this one, a header points before the file's beginning.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
+        raise AdfmError(f"{who}: is damaged ({error}); get it again.") from error
     problems.finish()
 
 
@@ -122,38 +116,8 @@ _DAMAGED = (
 )
 
 
-class Problems:
-    """What is wrong with the members of a source, to be said all at once.
-
-    Args:
-        who: What the error calls the source.
-    """
-
-    def __init__(self, who: str) -> None:
-        self._who = who
-        self._found: list[str] = []
-        self._number = 0
-
-    def add(self, problem: str) -> None:
-        """Notes one, to be listed unless there are very many."""
-        self._number += 1
-        if len(self._found) < _LISTED:
-            self._found.append(problem)
-
-    def finish(self) -> None:
-        """Raises an error if there was any.
-
-        Raises:
-            AdfmError: There was one.
-        """
-        if self._number:
-            more = [f"and {self._number - _LISTED} more"] if self._number > _LISTED else []
-            listed = "\n".join(f"  {problem}" for problem in [*self._found, *more])
-            raise AdfmError(f"{self._who}: cannot be taken as it is; mend it, or unpack it by hand:\n{listed}")
-
-
 def utf8(name: str) -> str:
-    """The name itself if it is UTF-8; otherwise its bytes are read as Latin-1, where every byte is a letter."""
+    """Return the name, if it is UTF-8; otherwise its bytes as Latin-1, where every byte is a letter."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -162,7 +126,7 @@ def utf8(name: str) -> str:
 
 
 def refusal(name: str) -> str | None:
-    """Why no file of that name (with `/`) is written into a folder; `None` if nothing speaks against it."""
+    """Return why a file of that name (with `/`) cannot be written into a folder; `None` if it can."""
     parts = name.split("/")
     if "\0" in name:
         return "has a zero byte in its name; rename it"
@@ -179,7 +143,7 @@ def refusal(name: str) -> str | None:
     return None
 
 
-def admit(ledger: Ledger, name: str, problems: Problems, origin: str | None = None) -> str | None:
+def admit(ledger: Ledger, name: str, problems: ProblemList, origin: str | None = None) -> str | None:
     """Claim the path of a file in the folder: its name without `//` and `./`.
 
     Args:
@@ -198,8 +162,8 @@ def admit(ledger: Ledger, name: str, problems: Problems, origin: str | None = No
     return path
 
 
-def store(ledger: Ledger, path: str, content: IO[bytes], problems: Problems) -> None:
-    """Writes and enters a file, or notes why its place is taken."""
+def store(ledger: Ledger, path: str, content: IO[bytes], problems: ProblemList) -> None:
+    """Write a file and enter it in the ledger, or add the problem that its place is taken."""
     try:
         ledger.store(path, content)
     except (FileExistsError, NotADirectoryError, IsADirectoryError):
@@ -207,7 +171,7 @@ def store(ledger: Ledger, path: str, content: IO[bytes], problems: Problems) -> 
 
 
 def _growth(archive: Path, folder: Path, who: str) -> Callable[[int], None]:
-    """A function that is told of bytes before they are written, and refuses when they become too many."""
+    """Return a function to call with a number of bytes before they are written; it refuses too many."""
     free = shutil.disk_usage(folder).free
     most = max(_HARMLESS, _GROWTH * archive.stat().st_size)
     total = 0
@@ -227,11 +191,6 @@ def _growth(archive: Path, folder: Path, who: str) -> Callable[[int], None]:
             )
 
     return grows
-
-
-def _progress(members: Iterator[_Member]) -> Iterator[_Member]:
-    counted: Iterator[_Member] = bar(members, desc="unpack", unit="file")
-    return counted
 
 
 class _Member(NamedTuple):
@@ -281,10 +240,10 @@ def _zip_members(archive: Path, who: str, grows: Callable[[int], None]) -> Itera
 
 
 def _zip_names(raw: IO[bytes], members: Sequence[zipfile.ZipInfo], who: str) -> Iterator[str]:
-    """The names of a zip's members, with `/`.
+    """Yield the names of a zip's members, with `/`.
 
     Raises:
-        AdfmError: They do not say their encoding, and it cannot be told from them.
+        AdfmError: Their encoding is not stated, and cannot be guessed.
     """
     names = [_zip_name(raw, info) for info in members]
     ambiguous = [name for name in names if isinstance(name, bytes) and not name.isascii()]
@@ -309,7 +268,7 @@ def _zip_names(raw: IO[bytes], members: Sequence[zipfile.ZipInfo], who: str) -> 
 
 
 def _zip_name(raw: IO[bytes], info: zipfile.ZipInfo) -> str | bytes:
-    """The name of a member if its encoding is known, otherwise its bytes.
+    """Return the name of a member if its encoding is known, otherwise its bytes.
 
     Raises:
         BadZipFile: The header before its content names another file.
@@ -330,7 +289,7 @@ def _zip_name(raw: IO[bytes], info: zipfile.ZipInfo) -> str | bytes:
 
 
 def _unicode_path(name: bytes, extra: bytes) -> str | None:
-    """The name in UTF-8 that Info-ZIP and others write beside a name in a code page, unless it belongs to another."""
+    """Return the name in UTF-8 that Info-ZIP and others write beside one in a code page; `None` if it is of another."""
     while len(extra) >= 4:
         kind, size = struct.unpack("<HH", extra[:4])
         if kind == 0x7075 and extra[4:9] == struct.pack("<BL", 1, zlib.crc32(name)):
@@ -371,11 +330,11 @@ def _tar_members(archive: Path, grows: Callable[[int], None]) -> Iterator[_Membe
 
 
 class StrictTarInfo(tarfile.TarInfo):
-    """Headers of a tar of which damage is an error."""
+    """A header of a tar, whose damage is an error: a `TarFile` ends there in silence."""
 
     @classmethod
     def fromtarfile(cls, file: tarfile.TarFile) -> Self:
-        """As of `TarInfo`; but a damaged header or a missing end mark, which end a `TarFile` in silence, are errors."""
+        """Read a header; a damaged one, or a missing end mark, is an error."""
         try:
             return super().fromtarfile(file)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
@@ -385,7 +344,7 @@ class StrictTarInfo(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        """As of `TarInfo`, which goes on to read long names and attributes into memory, as long as they claim to be."""
+        """Read a header; `TarInfo` would read names and attributes into memory, however long they claim to be."""
         info = super().frombuf(buf, encoding, errors)
         if info.type in _ATTRIBUTES and info.size > 2**20:
             raise tarfile.ReadError("a name or its attributes are longer than 1 MiB")

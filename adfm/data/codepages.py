@@ -30,7 +30,7 @@ _CHINESE = frozenset(
 
 
 def decoder(names: Iterable[bytes]) -> tuple[str, str]:
-    """The encoding of some names, and one of them in it.
+    """Guess the encoding of names, and return it with one of them as an example.
 
     Args:
         names: Names of one archive that are not ASCII.
@@ -39,7 +39,7 @@ def decoder(names: Iterable[bytes]) -> tuple[str, str]:
         The name of a codec, in which all of them are valid, and an example.
 
     Raises:
-        ValueError: No encoding is plausible, or several are; says what they make of a name.
+        ValueError: No encoding is plausible, or several are; the message has a name as they read it.
     """
     distinct = sorted(set(names), key=lambda name: (len(name), name))
     example = distinct[0]
@@ -65,22 +65,22 @@ def decoder(names: Iterable[bytes]) -> tuple[str, str]:
 
 
 def _double(weigh: Callable[[str], float]) -> Callable[[str], float]:
-    """The log-likelihood of a text, from that of each character that is not ASCII; few stand within a Latin word."""
+    """Return the log-likelihood of a text, from that of each of its characters that is not ASCII."""
 
     def likelihood(text: str) -> float:
-        return sum(
-            (weigh(char) if ord(char) > 127 else 0.0) - (math.log(20) if _within(before, char) else 0.0)
-            for before, char in pairwise(f" {text}")
-        )
-
-    def _within(before: str, char: str) -> bool:
-        return before.isascii() != char.isascii() and (before if before.isascii() else char).islower()
+        total = 0.0
+        for before, char in pairwise(f" {text}"):
+            total += weigh(char) if ord(char) > 127 else 0.0
+            # Such characters rarely stand within a Latin word.
+            if before.isascii() != char.isascii() and (before if before.isascii() else char).islower():
+                total -= math.log(20)
+        return total
 
     return likelihood
 
 
 def _is_wide_mark(char: str) -> bool:
-    """Whether it is a digit or a punctuation mark of the width of a Chinese character."""
+    """Return whether it is a digit or a punctuation mark of the width of a Chinese character."""
     return unicodedata.east_asian_width(char) in "FW" and unicodedata.category(char)[0] in "PN"
 
 
@@ -135,7 +135,7 @@ def _korean(char: str) -> float:
 
 
 def _alphabet(letters: str) -> Callable[[str], float]:
-    """The log-likelihood of a text in an alphabet beyond ASCII, by where its letters stand and their case."""
+    """Return the log-likelihood of a text in an alphabet beyond ASCII, by where its letters stand and their case."""
 
     def likelihood(text: str) -> float:
         total = 0.0

@@ -1,7 +1,7 @@
-"""Contents of the image files of a raw data set, which may lie in an archive: the only place that opens them.
+"""Read image files of a raw data set, which may lie in an archive; image files are opened nowhere else.
 
 `adfm.data.packed.opened` makes a folder in which images have their name and size alone, and registers here where in the
-archive their bytes are. Code that opened such a file by its path would read zeros.
+archive their bytes are.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _archives: list[_Archive] = []
 
 
 def read(path: Path) -> bytes:
-    """The bytes of an image or mask file, from its folder or from an archive that is opened; threads may share it.
+    """Read an image or mask file, from its folder or from an archive that is open; threads may share it.
 
     Raises:
         OSError: It is not there or cannot be read.
@@ -35,22 +35,6 @@ def read(path: Path) -> bytes:
     return path.read_bytes()
 
 
-@contextmanager
-def lying_in(descriptor: int, offsets: Mapping[str, int]) -> Iterator[None]:
-    """Let `read` take files from an archive in the block.
-
-    Args:
-        descriptor: Of the open archive.
-        offsets: Where the bytes of a file begin, by its absolute, normalised path; a file of the same size is there.
-    """
-    archive = _Archive(descriptor, offsets)
-    _archives.append(archive)
-    try:
-        yield
-    finally:
-        _archives.remove(archive)
-
-
 def _read(descriptor: int, offset: int, size: int, path: Path) -> bytes:
     pieces = []
     while size:
@@ -60,3 +44,19 @@ def _read(descriptor: int, offset: int, size: int, path: Path) -> bytes:
         pieces.append(piece)
         offset, size = offset + len(piece), size - len(piece)
     return b"".join(pieces)
+
+
+@contextmanager
+def lying_in(descriptor: int, offsets: Mapping[str, int]) -> Iterator[None]:
+    """Let `read` take files from an archive in the block.
+
+    Args:
+        descriptor: Of the open archive.
+        offsets: Where the bytes of a file begin, by its absolute, normalised path. A file of that size must be there.
+    """
+    archive = _Archive(descriptor, offsets)
+    _archives.append(archive)
+    try:
+        yield
+    finally:
+        _archives.remove(archive)

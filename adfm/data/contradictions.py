@@ -1,4 +1,4 @@
-"""Copies of one picture that a data set labels or marks differently."""
+"""Find copies of one image that a data set labels or marks differently."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from adfm.data.splits import repeated
 from adfm.process import cpus
 
 Rows = Callable[[NDArray[np.int64], list[str]], Iterator[dict[str, Any]]]
-"""Gives columns of the rows of some images, in ascending order."""
+"""Function that yields columns of the rows of some images, in ascending order."""
 
 Decode = Callable[[bytes], Image.Image]
 
@@ -30,16 +30,16 @@ Decode = Callable[[bytes], Image.Image]
 def under_two_labels(
     raw: Path, images: pa.Table, near_duplicates: NDArray[np.int64], rows: Rows, decode: Decode
 ) -> list[str]:
-    """One problem for every image that is normal and, as the same bytes or the same pixels, anomalous too.
+    """Return a problem for every image that is normal and, as the same bytes or the same pixels, anomalous too.
 
-    Only images whose small pictures are alike are decoded and compared.
+    Only images whose thumbnails are alike are decoded and compared.
 
     Args:
         raw: The data set.
         images: `label`, `sha256`, `source`, `width`, `height`, `embedded`, and `look`: equal where thumbnails are.
         near_duplicates: [pairs, 2]: indices of images that look alike.
-        rows: Gives columns of some images.
-        decode: Gives the picture that the content of a file shows.
+        rows: See `Rows`.
+        decode: Decodes the content of a file.
     """
     copies = repeated(images["sha256"].combine_chunks())
     same = np.concatenate([copies, _same_pixels(raw, images, copies, near_duplicates, rows, decode)])
@@ -48,7 +48,9 @@ def under_two_labels(
         sources: dict[str, list[str]] = {"normal": [], "anomalous": []}
         for row in images.select(["label", "source"]).take(cluster).to_pylist():
             sources[row["label"]].append(row["source"])
-        for one, other in _covering(**sources):
+        normal, anomalous = sources["normal"], sources["anomalous"]
+        for number in range(max(len(normal), len(anomalous))):  # pairs in which each of both is
+            one, other = normal[min(number, len(normal) - 1)], anomalous[min(number, len(anomalous) - 1)]
             problems.append(
                 f"{one}: is labelled normal, but {other!r}, the same picture, is anomalous; correct the label of one of"
                 " them, or remove it"
@@ -61,14 +63,6 @@ def _mixed(images: pa.Table, pairs: NDArray[np.int64]) -> list[NDArray[np.int64]
     return [cluster for cluster in clusters(pairs) if 0 < anomalous[cluster].sum() < len(cluster)]
 
 
-def _covering(normal: list[str], anomalous: list[str]) -> list[tuple[str, str]]:
-    """Pairs in which every one of both lists is."""
-    count = max(len(normal), len(anomalous))
-    return [
-        (normal[min(number, len(normal) - 1)], anomalous[min(number, len(anomalous) - 1)]) for number in range(count)
-    ]
-
-
 def _same_pixels(
     raw: Path,
     images: pa.Table,
@@ -77,7 +71,8 @@ def _same_pixels(
     rows: Rows,
     decode: Decode,
 ) -> NDArray[np.int64]:
-    """[pairs, 2] of images with the same pixels in different files, where that may be a contradiction."""
+    """[pairs, 2] of images with the same pixels in different files, where their labels may differ."""
+    # Decoding is slow: only images that look alike, in clusters with both labels.
     alike = [repeated(images["look"].combine_chunks()), _decoded_differently(images, near_duplicates)]
     mixed = _mixed(images, np.concatenate([copies, *alike]))
     if not mixed:
@@ -94,10 +89,8 @@ def _same_pixels(
 
 
 def _decoded_differently(images: pa.Table, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The pairs with two labels and one size that may have the same pixels though their thumbnails differ a little.
-
-    A JPEG's thumbnail comes from a smaller scale of it; that of a PNG with the same pixels comes from all of them.
-    """
+    """Return pairs with two labels and one size that may have equal pixels though their thumbnails differ a little."""
+    # A JPEG's thumbnail comes from a smaller scale of it; that of a PNG with the same pixels comes from all of them.
     for name in ("label", "width", "height"):
         values = np.asarray(images[name].combine_chunks().dictionary_encode().indices)
         equal = values[pairs[:, 0]] == values[pairs[:, 1]]
@@ -108,7 +101,7 @@ def _decoded_differently(images: pa.Table, pairs: NDArray[np.int64]) -> NDArray[
 
 
 def _pixels(decode: Decode, path: Path) -> str | None:
-    """A digest of the decoded picture."""
+    """Return the SHA-256 of the decoded image; `None` if it cannot be decoded."""
     try:
         image = decode(files.content(path))
     except Exception:  # changed since it was inspected, which is an error when it is written
@@ -117,7 +110,7 @@ def _pixels(decode: Decode, path: Path) -> str | None:
 
 
 def marked_differently(images: pa.Table, rows: Rows) -> dict[str, Any]:
-    """Counts the files that are there several times, each time with the same label but other boxes or defects.
+    """Count the images with copies of the same label, but other boxes or defects.
 
     Args:
         images: `label` and `sha256`.
@@ -132,14 +125,14 @@ def marked_differently(images: pa.Table, rows: Rows) -> dict[str, Any]:
     different: dict[str, list[str]] = {}
     for row in rows(copies[anomalous[copies]], ["source", "sha256", "defect", "boxes"]):
         marks = hash((row["defect"], *map(tuple, row["boxes"])))
-        source, those = first.setdefault(row["sha256"], (row["source"], marks))
-        if marks != those:
+        source, first_marks = first.setdefault(row["sha256"], (row["source"], marks))
+        if marks != first_marks:
             different.setdefault(row["sha256"], [source, row["source"]])
     return {"pictures": len(different), "examples": list(different.values())[:EXAMPLES]}
 
 
 def near_duplicates_with_two_labels(images: pa.Table, pairs: NDArray[np.int64]) -> dict[str, Any]:
-    """Counts the pairs of near-duplicates of which one is normal and one anomalous, with some `examples`."""
+    """Count the pairs of near-duplicates of which one is normal and one anomalous, with some `examples`."""
     anomalous = pc.equal(images["label"], "anomalous").to_numpy()
     mixed = pairs[anomalous[pairs[:, 0]] != anomalous[pairs[:, 1]]]
     sources = images["source"].take(mixed[:EXAMPLES].ravel()).to_pylist()

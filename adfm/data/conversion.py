@@ -1,12 +1,12 @@
-"""Raw data set -> shards: `adfm convert RAW OUT`. The last place where raw images are read.
+"""Convert a raw data set to shards: `adfm convert RAW OUT`.
 
     adfm convert RAW OUT
     adfm convert RAW PART1 --part 1/2      on one machine,
     adfm convert RAW PART2 --part 2/2      on another, and then
     adfm convert RAW OUT --parts PART1 PART2
 
-Images are looked at in runs of `RUN`, each of which becomes a file of the work folder; then every image is given its
-split; then the shards are written. What is finished when a conversion is killed is not done again.
+Images are inspected in runs of `RUN`, each of which becomes a file of the work folder; then every image gets its split;
+then the shards are written. A conversion that was killed is resumed: what is finished is not done again.
 """
 
 from __future__ import annotations
@@ -38,22 +38,21 @@ from PIL import Image
 
 from adfm import __version__
 from adfm.data import contradictions, duplicates, inspection, inventory, samples, shards, splits, summary
-from adfm.data.images import GreyRange, upright
+from adfm.data.images import GreyRange, png, upright
 from adfm.data.problems import BadData, MissingImage
 from adfm.data.readers import files, resolve
 from adfm.errors import AdfmError
-from adfm.files import atomic_folder, write_json
-from adfm.params import Params
+from adfm.files import atomic_folder, replacing, write_json
+from adfm.params import Convert, Params
 from adfm.process import cpus
 from adfm.process.progress import bar
 from adfm.records import SPLITS, Box, Record, Sample, Split
 from adfm.text import printable
 
-RUN = 500
+RUN = 500  # images
 PART = "inspection.json"
 _WORK = "inspected"
-_KEPT = ("mask", "width", "height", "dataset", "category", "defect", "label", "source", "sha256")
-# What an earlier version has left in the work folder is of no use where it recorded something else.
+# The work folder of an earlier version is not used where that recorded other columns.
 _COLUMNS = zlib.crc32(str(inspection.SCHEMA).encode())
 
 T = TypeVar("T")
@@ -61,7 +60,7 @@ R = TypeVar("R")
 
 
 def convert(raw: Path, out: Path, params: Params, parts: Sequence[Path] = ()) -> None:
-    """Writes the shards of a raw data set and `conversion.json`, which says what was converted and how.
+    """Write the shards of a raw data set and `conversion.json`, which says what was converted and how.
 
     Prints a table of what became of all images and files, and warnings of what may have gone wrong.
 
@@ -73,7 +72,7 @@ def convert(raw: Path, out: Path, params: Params, parts: Sequence[Path] = ()) ->
     out of the image. Files of several frames or pages are refused, as are images of more pixels than Pillow's guard
     against decompression bombs lets pass.
 
-    The same raw data and parameters give the same bytes, whether in parts or at once, at one go or resumed. Memory
+    The same raw data and parameters give the same bytes, in parts or at once, resumed or not. Memory
     holds some hundred bytes an image, and those thumbnails of likely copies that the system keeps of a mapped file.
 
     Args:
@@ -81,7 +80,7 @@ def convert(raw: Path, out: Path, params: Params, parts: Sequence[Path] = ()) ->
         out: Folder of the shards. What is finished of a conversion that was killed or refused lies in `<out>.partial`,
             and is used the next time, as far as neither files nor parameters have changed.
         params: The sections `convert` and `split`, and `seed`.
-        parts: The folders that `inspect_part` wrote, all of them; without any, the images are looked at here.
+        parts: The folders that `inspect_part` wrote, all of them; without any, the images are inspected here.
 
     Raises:
         AdfmError: No such folder, layout or category, or bad data: unreadable images and masks, masks of another size
@@ -91,7 +90,7 @@ def convert(raw: Path, out: Path, params: Params, parts: Sequence[Path] = ()) ->
     """
     begin = time.monotonic()
     with _listing(out):
-        data = _opened(raw, params)
+        data = _scan(raw, params)
         runs = _joined(parts, data, params) if parts else []
         report = _converted(data, runs, out, params)
     for warning in report["warnings"]:
@@ -100,7 +99,7 @@ def convert(raw: Path, out: Path, params: Params, parts: Sequence[Path] = ()) ->
 
 
 def _converted(data: _Raw, runs: list[Path], out: Path, params: Params) -> dict[str, Any]:
-    with _unfinished(out, data) as folder:
+    with _resumable(out, data) as folder:
         work = folder / _WORK
         work.mkdir(exist_ok=True)
         runs = runs or _inspected(data, work, params)
@@ -109,13 +108,21 @@ def _converted(data: _Raw, runs: list[Path], out: Path, params: Params) -> dict[
         grey_range = inspection.grey_range(runs)
         notes = summary.Notes()
         images, looks = _gathered(runs, work / "thumbnails", notes)
-        pairs = duplicates.near_duplicates(*looks)
+        pairs = duplicates.near_duplicates(looks)
         rows, decode = partial(_rows, runs), partial(upright, bounds=grey_range)
         if problems := contradictions.under_two_labels(data.folder, images, pairs, rows, decode):
             raise BadData(data.folder, data.layout, problems)
         pairs, assigned = _assigned(images, looks, pairs, params)
         marks = contradictions.marked_differently(images, rows)
-        report = _description(data, params) | summary.report(images, pairs, assigned, params, notes, marks, data.left)
+        report = {
+            "layout": {"name": data.layout, "detected": data.seen is not None, "seen": data.seen},
+            "params": {
+                "seed": params.seed,
+                "convert": params.convert.model_dump(),
+                "split": params.split.model_dump(),
+            },
+            **summary.report(images, pairs, assigned, params.split, notes, marks, data.files, data.missing),
+        }
         _write(data.folder, runs, assigned, folder, params.convert.shard_images, grey_range)
         shutil.rmtree(work)
         report |= {"grey_range": grey_range, "fingerprint": shards.fingerprint(folder)}
@@ -123,19 +130,8 @@ def _converted(data: _Raw, runs: list[Path], out: Path, params: Params) -> dict[
     return report
 
 
-def _description(data: _Raw, params: Params) -> dict[str, Any]:
-    return {
-        "layout": {"name": data.layout, "detected": data.seen is not None, "seen": data.seen},
-        "params": {
-            "seed": params.seed,
-            "convert": params.convert.model_dump(),
-            "split": params.split.model_dump(),
-        },
-    }
-
-
 def inspect_part(raw: Path, out: Path, params: Params, part: int, of: int) -> None:
-    """Looks at a part of the images: every `of`th run of `RUN`, from the `part`th on.
+    """Inspect a part of the images: every `of`th run of `RUN`, from the `part`th on.
 
     Args:
         raw: A folder in a layout that has a reader; the same one for all parts.
@@ -149,17 +145,13 @@ def inspect_part(raw: Path, out: Path, params: Params, part: int, of: int) -> No
     """
     begin = time.monotonic()
     with _listing(out):
-        data = _opened(raw, params)
-        images = _inspected_part(data, out, params, part, of)
+        data = _scan(raw, params)
+        with _resumable(out, data) as folder:
+            runs = _inspected(data, folder, params, part, of)
+            description = {"part": part, "of": of, "settings": _settings(data.layout, params)}
+            write_json(description, folder / PART)
+            images = sum(pq.read_metadata(run).num_rows for run in runs)
     print(summary.part(images, data.images, part, of, out, time.monotonic() - begin))
-
-
-def _inspected_part(data: _Raw, out: Path, params: Params, part: int, of: int) -> int:
-    with _unfinished(out, data) as folder:
-        runs = _inspected(data, folder, params, part, of)
-        description = {"part": part, "of": of, "settings": _settings(data.layout, params)}
-        write_json(description, folder / PART)
-        return sum(pq.read_metadata(run).num_rows for run in runs)
 
 
 class _Raw(NamedTuple):
@@ -168,14 +160,12 @@ class _Raw(NamedTuple):
     seen: str | None  # where the layout was detected
     images: int
     grouping: samples.Grouping
-    left: summary.Left
-
-    def samples(self, params: Params) -> Iterator[Sample]:
-        return samples.read(self.folder, self.layout, params.convert)
+    files: inventory.Inventory
+    missing: list[str]  # problems that `convert.missing: skip` skips
 
 
-def _opened(raw: Path, params: Params) -> _Raw:
-    """Goes through the data set once, to know how much there is, and what of it is not used."""
+def _scan(raw: Path, params: Params) -> _Raw:
+    """Read all samples once, to know how many there are, and which files are not used."""
     if not raw.is_dir():
         raise AdfmError(f"{raw}: no such folder; get a data set there with `adfm fetch URI {raw}`.")
     layout, seen = resolve(raw, params.convert.layout)
@@ -192,7 +182,7 @@ def _opened(raw: Path, params: Params) -> _Raw:
     except BadData as error:
         if not survey.images:
             raise
-        # Problems are raised again together with those of the images themselves.
+        # The problems are raised again, together with those of the images themselves.
         missing = [one for one in error.problems if isinstance(one, MissingImage)]
     unknown = [name for name in params.split.holdout_categories if name not in survey.categories]
     if unknown:
@@ -201,23 +191,24 @@ def _opened(raw: Path, params: Params) -> _Raw:
             f"split.holdout_categories: {raw} has no category {', '.join(map(repr, unknown))}; did you mean {near!r}?"
             f" There are: {', '.join(map(printable, sorted(survey.categories)))}."
         )
-    left = summary.Left(inventory.take(raw, converted, masks), missing if params.convert.missing == "skip" else [])
-    return _Raw(raw, layout, seen, survey.images, survey.grouping(), left)
+    inventory_ = inventory.take(raw, converted, masks)
+    skipped = missing if params.convert.missing == "skip" else []
+    return _Raw(raw, layout, seen, survey.images, survey.grouping(), inventory_, skipped)
 
 
 @contextmanager
-def _unfinished(out: Path, raw: _Raw) -> Iterator[Path]:
-    """A folder to be resumed, unless the images are so few that it is not worth it."""
+def _resumable(out: Path, raw: _Raw) -> Iterator[Path]:
+    """A folder that is kept if the block fails, unless the images are too few for that to save time."""
     with atomic_folder(out, keep_partial=raw.images > RUN) as folder, warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow's guard; a problem of that image
         yield folder
 
 
-# ------------------------------------------------------------------------------------------------- looking at images
+# ------------------------------------------------------------------------------------------------- inspecting images
 
 
 def _inspected(raw: _Raw, work: Path, params: Params, part: int = 1, of: int = 1) -> list[Path]:
-    """Looks at the images of a part, as far as that was not done before; returns a file for each run."""
+    """Inspect the images of a part that are not inspected yet, and return the file of each run."""
     settings = _settings(raw.layout, params)
     problems: list[str] = []
     runs: list[Path] = []
@@ -226,12 +217,12 @@ def _inspected(raw: _Raw, work: Path, params: Params, part: int = 1, of: int = 1
     progress = bar(total=total, desc="inspect images", unit="image")
 
     def samples_to_inspect() -> Iterator[Sample]:
-        for number, run in enumerate(_runs(raw.samples(params), params.convert.missing, problems)):
+        for number, run in enumerate(_runs(raw, params.convert, problems)):
             if number % of == part - 1:
                 path = work / f"{number:06d}.parquet"
                 key = _key(pool, raw.folder, run, settings)
                 runs.append(path)
-                if _is_finished(path, key):
+                if _read_key(path) == key:
                     progress.update(len(run))
                 else:
                     unfinished.append((path, key, run))
@@ -240,7 +231,7 @@ def _inspected(raw: _Raw, work: Path, params: Params, part: int = 1, of: int = 1
     with progress, ThreadPoolExecutor(cpus.count()) as pool:
         rows: list[dict[str, Any]] = []
         saving: Future[None] | None = None
-        # One `map` over all runs: the threads have work while a run is saved and the next one is looked up.
+        # One `map` over all runs: the threads have work while a run is saved and the next one is read.
         for row in map_in_order(pool, partial(inspection.inspect, settings=params.convert), samples_to_inspect()):
             progress.update()
             path, key, run = unfinished[0]
@@ -259,35 +250,30 @@ def _inspected(raw: _Raw, work: Path, params: Params, part: int = 1, of: int = 1
         problems += [problem for some in listed.to_pylist() for problem in some or ()]
     if problems:
         raise BadData(raw.folder, raw.layout, problems)
-    for path in set(work.glob("*.parquet*")) - set(runs):
+    for path in set(work.glob("*.parquet*")) - set(runs):  # of more raw data, or of another part
         path.unlink()
     return runs
 
 
-def _runs(samples: Iterable[Sample], missing: str, problems: list[str]) -> Iterator[list[Sample]]:
-    """The samples, `RUN` at a time.
-
-    Args:
-        samples: As a reader yields them.
-        missing: The setting `convert.missing`.
-        problems: Gets those that the reader raises after its last sample.
-    """
+def _runs(raw: _Raw, settings: Convert, problems: list[str]) -> Iterator[list[Sample]]:
+    """Yield the samples, `RUN` at a time; `problems` gets those that the reader raises after its last sample."""
     run = []
     try:
-        for sample in samples:
+        for sample in samples.read(raw.folder, raw.layout, settings):
             run.append(sample)
             if len(run) == RUN:
                 yield run
                 run = []
     except BadData as error:
-        problems += [one for one in error.problems if missing == "refuse" or not isinstance(one, MissingImage)]
+        refuse = settings.missing == "refuse"
+        problems += [problem for problem in error.problems if refuse or not isinstance(problem, MissingImage)]
     if run:
         yield run
 
 
 @contextmanager
 def _listing(out: Path) -> Iterator[None]:
-    """Writes the problems of bad data to `<out>.problems.txt`; that of an earlier conversion is removed."""
+    """Write the problems of bad data to `<out>.problems.txt`; that of an earlier conversion is removed."""
     path = out.with_name(f"{out.name}.problems.txt")
     path.unlink(missing_ok=True)
     try:
@@ -297,14 +283,14 @@ def _listing(out: Path) -> Iterator[None]:
 
 
 def _settings(layout: str, params: Params) -> dict[str, Any]:
-    """What the result of looking at an image depends on, besides the image."""
+    """Return what the inspection of an image depends on besides the image."""
     own = params.convert.model_dump(exclude={"layout", "shard_images"})
     versions = {"adfm": __version__, "pillow": PIL.__version__}
     return {"layout": layout, **own, "group": params.split.group, **versions, "run": RUN, "columns": _COLUMNS}
 
 
 class _Key(NamedTuple):
-    """What tells whether a finished run is that of these files: `content` wherever they lie, `times` in this folder."""
+    """Identity of the files of a run: `content` wherever they lie, `times` in this folder alone."""
 
     content: str
     times: str
@@ -322,21 +308,18 @@ def _identity(raw: Path, sample: Sample) -> tuple[str, str]:
     sizes, times = [], []
     for path in (sample.image, *sample.masks):
         try:
-            found = path.stat()
+            status = path.stat()
         except OSError:
             sizes.append(-1)
         else:
-            sizes.append(found.st_size)
-            times.append(found.st_mtime_ns)
-    said = {name: getattr(sample, name) for name in Sample.__slots__ if name not in ("image", "masks")}
-    return repr((said, [os.path.relpath(path, raw) for path in sample.masks], sizes)), repr(times)
-
-
-def _is_finished(path: Path, key: _Key) -> bool:
-    return path.is_file() and _read_key(path) == key
+            sizes.append(status.st_size)
+            times.append(status.st_mtime_ns)
+    fields = {name: getattr(sample, name) for name in Sample.__slots__ if name not in ("image", "masks")}
+    return repr((fields, [os.path.relpath(path, raw) for path in sample.masks], sizes)), repr(times)
 
 
 def _read_key(path: Path) -> _Key | None:
+    """Return the key of a run's file; `None` if there is none, or it is damaged."""
     try:
         metadata = pq.read_schema(path).metadata or {}
     except (OSError, pa.ArrowInvalid):
@@ -346,13 +329,12 @@ def _read_key(path: Path) -> _Key | None:
 
 def _save(rows: list[dict[str, Any]], path: Path, key: _Key) -> None:
     table = pa.Table.from_pylist(rows, schema=inspection.SCHEMA).replace_schema_metadata(key._asdict())
-    unfinished = path.with_name(path.name + ".partial")
-    pq.write_table(table, unfinished, compression="zstd")
-    unfinished.rename(path)
+    with replacing(path) as unfinished:
+        pq.write_table(table, unfinished, compression="zstd")
 
 
 def map_in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`map` in threads (Pillow, SciPy and hashing free the interpreter lock), only a few items ahead of who uses it."""
+    """`map` in threads, a few items ahead of the consumer; Pillow, SciPy and hashing free the interpreter lock."""
     ahead: deque[Future[R]] = deque()
     limit = 2 * cpus.count()
     try:
@@ -371,70 +353,65 @@ def map_in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: It
 
 
 def _joined(parts: Sequence[Path], raw: _Raw, params: Params) -> list[Path]:
-    """The files of all runs, in order."""
-    wanted = _settings(raw.layout, params)
-    problems: list[str] = []
-    found: dict[int, Path] = {}
-    counts = set()
-    for folder in parts:
-        try:
-            description = json.loads((folder / PART).read_text())
-            part, of, settings = description["part"], description["of"], description["settings"]
-        except (OSError, ValueError, KeyError, TypeError):
-            problems.append(f"{folder}: is no part of a conversion, or not finished")
-            continue
-        counts.add(of)
-        if part in found:
-            problems.append(f"{folder}: is part {part} of {of}, and so is {found[part]}")
-        found[part] = folder
-        other = [f"{name} {settings.get(name)!r}" for name in wanted if settings.get(name) != wanted[name]]
-        if other:
-            problems.append(f"{folder}: was made with {', '.join(other)}")
-    if len(counts) > 1:
-        problems.append(f"some are parts of {' and others of '.join(map(str, sorted(counts)))}")
-    of = max(counts, default=0)
-    problems += [f"part {part} of {of} is missing" for part in range(1, of + 1) if part not in found]
-    if problems:
-        listed = "\n".join(f"  {problem}" for problem in problems)
-        raise AdfmError(
-            f"these parts do not make a whole; make them anew with `adfm convert RAW PART --part`:\n{listed}"
-        )
-
+    """Check that the parts are all of this data set, and return the files of all runs, in order."""
+    settings = _settings(raw.layout, params)
+    folders = _folders_of_parts(parts, settings)
     runs: list[Path] = []
-    wrong: list[str] = []
+    problems: list[str] = []
     strangers = set()
     with ThreadPoolExecutor(cpus.count()) as pool:
-        for number, run in enumerate(_runs(raw.samples(params), params.convert.missing, wrong)):
-            folder = found[number % of + 1]
-            path = folder / f"{number:06d}.parquet"
-            key = _read_key(path) if path.is_file() else None
-            if key is None or key.content != _key(pool, raw.folder, run, wanted).content:
+        for number, run in enumerate(_runs(raw, params.convert, problems)):
+            folder = folders[number % len(folders)]
+            runs.append(folder / f"{number:06d}.parquet")
+            key = _read_key(runs[-1])
+            if key is None or key.content != _key(pool, raw.folder, run, settings).content:
                 strangers.add(folder)
-            runs.append(path)
-    for folder in found.values():
-        if set(folder.glob("*.parquet")) - set(runs):
-            strangers.add(folder)
-    if wrong:
-        raise BadData(raw.folder, raw.layout, wrong)
+    strangers |= {folder for folder in folders if set(folder.glob("*.parquet")) - set(runs)}
+    if problems:
+        raise BadData(raw.folder, raw.layout, problems)
     if strangers:
         listed = "\n".join(f"  {folder}" for folder in sorted(strangers))
         raise AdfmError(f"{raw.folder}: these parts were made from other raw data:\n{listed}")
     return runs
 
 
+def _folders_of_parts(parts: Sequence[Path], settings: dict[str, Any]) -> list[Path]:
+    """Return the folders of all parts, in order; refuses parts that are missing, doubled or of other settings."""
+    problems: list[str] = []
+    folders: dict[int, Path] = {}
+    counts = set()
+    for folder in parts:
+        try:
+            description = json.loads((folder / PART).read_text())
+            part, of, its = description["part"], description["of"], description["settings"]
+        except (OSError, ValueError, KeyError, TypeError):
+            problems.append(f"{folder}: is not a part of a conversion, or not finished")
+            continue
+        counts.add(of)
+        if part in folders:
+            problems.append(f"{folder}: is part {part} of {of}, and so is {folders[part]}")
+        folders[part] = folder
+        other = [f"{name} {its.get(name)!r}" for name in settings if its.get(name) != settings[name]]
+        if other:
+            problems.append(f"{folder}: was made with {', '.join(other)}")
+    if len(counts) > 1:
+        problems.append(f"some are parts of {' and others of '.join(map(str, sorted(counts)))}")
+    numbers = range(1, max(counts, default=0) + 1)
+    problems += [f"part {part} of {len(numbers)} is missing" for part in numbers if part not in folders]
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise AdfmError(
+            f"these parts are not all of one conversion; make them again with `adfm convert RAW PART --part`:\n{listed}"
+        )
+    return [folders[part] for part in numbers]
+
+
 # ---------------------------------------------------------------------------------------------------------- all images
 
 
-class _Looks(NamedTuple):
-    """What near-duplicates are recognised by, as `duplicates.near_duplicates` takes it."""
-
-    thumbnails: NDArray[np.float16]  # mapped from a file
-    contrasts: NDArray[Any]
-    vectors: NDArray[np.float32]
-
-
-def _gathered(runs: Sequence[Path], path: Path, notes: summary.Notes) -> tuple[pa.Table, _Looks]:
-    """What splits and report depend on, of all images; the thumbnails go to the file `path`."""
+def _gathered(runs: Sequence[Path], path: Path, notes: summary.Notes) -> tuple[pa.Table, duplicates.Looks]:
+    """Return what splits and report depend on, of all images; the thumbnails are mapped from the file `path`."""
+    # Of these, many images share a value, so that a dictionary saves memory.
     encoded = [name for name in splits.COLUMNS if name not in ("sha256", "photograph")]
     plain = ["source", "sha256", "width", "height", "embedded", "contrast", "fragments", "unmarked"]
     tables, coarse = [], []
@@ -460,19 +437,18 @@ def _gathered(runs: Sequence[Path], path: Path, notes: summary.Notes) -> tuple[p
     tables.clear()  # memory peaks below
     contrasts = images["contrast"].to_numpy().copy()
     contrasts[splits.repeated(images["sha256"].combine_chunks())[:, 0]] = 0  # identical ones are together anyhow
-    mapped = np.memmap(path, np.float16, "r").reshape(-1, duplicates.SIDE, duplicates.SIDE)
-    return images, _Looks(mapped, contrasts, np.concatenate(coarse))
+    return images, duplicates.Looks(duplicates.mapped(path), contrasts, np.concatenate(coarse))
 
 
 def _assigned(
-    images: pa.Table, looks: _Looks, pairs: NDArray[np.int64], params: Params
+    images: pa.Table, looks: duplicates.Looks, pairs: NDArray[np.int64], params: Params
 ) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
-    """Pairs of near-duplicates, with those that `pairs` lack and that would be divided, and the split of each image."""
+    """Return all pairs of near-duplicates, `pairs` and those that a split would divide, and the split of each image."""
     if not params.split.near_duplicates:
         return pairs, splits.assign(images, pairs[:0], params)
-    while True:
+    while True:  # keeping the copies of one pair together may divide those of another
         assigned = splits.assign(images, pairs, params)
-        divided = duplicates.near_duplicates_across(*looks, assigned)
+        divided = duplicates.near_duplicates_across(looks, assigned)
         if not len(divided):
             return pairs, assigned
         pairs = np.concatenate([pairs, divided])
@@ -489,18 +465,19 @@ def _write(
     shard_images: int,
     grey_range: GreyRange | None,
 ) -> None:
-    """Writes the shards that are not there yet, in the order in which the images were read."""
+    """Write the shards that are missing."""
     plan = hashlib.sha256(b"%d" % shard_images + assigned.tobytes())
     for run in runs:
         plan.update(repr(_read_key(run)).encode())
     written = folder / _WORK / "plan"
     same = written.is_file() and written.read_text() == plan.hexdigest()
-    for path in folder.glob("*.parquet.partial" if same else "*.parquet*"):
+    for path in folder.glob("*.parquet.partial" if same else "*.parquet*"):  # of a conversion that was killed
         path.unlink()
     written.write_text(plan.hexdigest())
     progress = bar(total=len(assigned), desc="write shards", unit="image")
     with progress, ThreadPoolExecutor(cpus.count()) as pool:
         for code, split in enumerate(SPLITS):
+            # In the order in which they were read: the order of rows decides which images a training step draws.
             images = np.flatnonzero(assigned == code)
             for number, first in enumerate(range(0, len(images), shard_images)):
                 path, some = folder / shards.name(split, number), images[first : first + shard_images]
@@ -512,7 +489,7 @@ def _write(
 
 
 def _rows(runs: Sequence[Path], images: NDArray[np.int64], columns: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
-    """What inspection wrote of some images, in ascending order."""
+    """Yield what inspection wrote of some images, in ascending order."""
     columns = columns or [
         name for name in inspection.SCHEMA.names if name not in ("thumbnail", "contrast", "problems", "notes")
     ]
@@ -527,13 +504,13 @@ def _record(raw: Path, split: Split, grey_range: GreyRange | None, row: dict[str
     except OSError as error:
         source = printable(row["source"])
         raise AdfmError(f"{raw}: {source} cannot be read any more ({error}); convert again.") from error
-    if zlib.crc32(content) != row["crc32"]:
-        raise AdfmError(f"{raw}: {printable(row['source'])} has changed since it was looked at; convert again.")
-    return Record(
-        id=hashlib.sha256(f"{row['source']}\n{row['sha256']}".encode()).hexdigest()[:16],
-        image=content if row["embedded"] else inspection.encoded(content, grey_range),
-        boxes=tuple(Box(*box) for box in row["boxes"]),
-        split=split,
-        group=row["part"] or row["group"] or samples.photograph(row["source"]),
-        **{name: row[name] for name in _KEPT},
-    )
+    if zlib.crc32(content) != row["crc32"]:  # boxes and splits are those of another image
+        raise AdfmError(f"{raw}: {printable(row['source'])} has changed since it was inspected; convert again.")
+    made: dict[str, Any] = {
+        "id": hashlib.sha256(f"{row['source']}\n{row['sha256']}".encode()).hexdigest()[:16],
+        "image": content if row["embedded"] else png(upright(content, grey_range)),
+        "boxes": tuple(Box(*box) for box in row["boxes"]),
+        "split": split,
+        "group": row["part"] or row["group"] or samples.photograph(row["source"]),
+    }
+    return Record(**made, **{name: row[name] for name in shards.COLUMNS.schema.names if name not in made})

@@ -1,4 +1,4 @@
-"""Cross-validation of a small data set: which images are in which fold, and whether it can be done."""
+"""Divide a small data set for cross-validation, or offer that."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from adfm.errors import AdfmError
 from adfm.params import Params
 
 FEW = 200
-"""A data set with fewer images is offered cross-validation."""
+"""Cross-validation is offered for a data set with fewer images."""
 
 
 def assign(folder: Path, params: Params) -> NDArray[np.int8]:
-    """The split of each image in each fold.
+    """Assign each image to a split in each fold.
 
     Images of one part, copies and, with `split.near_duplicates`, near-duplicates are in one part of the division.
     Train and validation have the proportion that the section `split` gives them.
@@ -33,10 +33,10 @@ def assign(folder: Path, params: Params) -> NDArray[np.int8]:
         [folds, images]: indices into `SPLITS`, in the order of the shards.
 
     Raises:
-        AdfmError: The data set cannot be divided so; the error says what to do.
+        AdfmError: The data set cannot be divided so; the message says what to do.
     """
     count = params.evaluate.folds
-    _require_free_splits(folder, params)
+    _require_free_splits(folder, count)
     table = shards.table(folder)
     # `group` is a part, by `split.group` or by the layout, or a photograph that augmented copies share.
     images = table.append_column("part", table["group"]).append_column("photograph", pa.nulls(len(table), pa.string()))
@@ -56,11 +56,13 @@ def assign(folder: Path, params: Params) -> NDArray[np.int8]:
             f"evaluate.folds is {count}, but the {rarer} images of {folder} show only {parts[rarer]} parts (copies and"
             f" near-duplicates count as one), and every fold has to judge one: {fewer}add images, or set it to 0."
         )
+    # Validation keeps its proportion to train.
     share = params.split.validation / (1 - params.split.test)
     return splits.folds(images, pairs, count, share, params.seed)
 
 
-def _require_free_splits(folder: Path, params: Params) -> None:
+def _require_free_splits(folder: Path, count: int) -> None:
+    """Refuse shards whose splits the data set or `split.holdout_categories` fixes."""
     file = folder / "conversion.json"
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
@@ -72,12 +74,12 @@ def _require_free_splits(folder: Path, params: Params) -> None:
         ) from error
     if kept:
         raise AdfmError(
-            f"evaluate.folds is {params.evaluate.folds}, but the data set fixes its splits, which cross-validation"
+            f"evaluate.folds is {count}, but the data set fixes its splits, which cross-validation"
             " would mix: set evaluate.folds to 0, or split.redivide to true and convert it again."
         )
     if held_out:
         raise AdfmError(
-            f"evaluate.folds is {params.evaluate.folds}, but split.holdout_categories keeps {', '.join(held_out)} for"
+            f"evaluate.folds is {count}, but split.holdout_categories keeps {', '.join(held_out)} for"
             " the test alone, which cross-validation would mix: set one of them to its default and convert again."
         )
 
@@ -88,22 +90,22 @@ def _near_duplicates(folder: Path) -> NDArray[np.int64]:
         for batch in shards.batches(folder, None, ["image"])
         for row in batch["image"].to_pylist()
     ]
-    thumbnails = np.stack([small for small, _ in looks])
-    contrast = np.array([contrast for _, contrast in looks])
-    return duplicates.near_duplicates(thumbnails, contrast, duplicates.coarse(thumbnails))
+    thumbnails = np.stack([thumbnail for thumbnail, _ in looks])
+    contrasts = np.array([contrast for _, contrast in looks])
+    return duplicates.near_duplicates(duplicates.Looks(thumbnails, contrasts, duplicates.coarse(thumbnails)))
 
 
-def offer(folder: Path, params: Params) -> str | None:
-    """A sentence that offers cross-validation to a set of fewer than `FEW` images; `None` where it would not help."""
+def offer(folder: Path) -> str | None:
+    """Return a sentence that offers cross-validation of fewer than `FEW` images; `None` where it would not help."""
     from adfm.statistics import half_width
 
     table = shards.table(folder).to_pandas()
     counts = table.groupby("split")["label"].value_counts()
     defects, tested = int((table["label"] == "anomalous").sum()), int(counts.get(("test", "anomalous"), 0))
-    if params.evaluate.folds or len(table) >= FEW or not 0 < defects < len(table) or not 0 < tested < defects:
+    if len(table) >= FEW or not 0 < defects < len(table) or not 0 < tested < defects:
         return None
     try:
-        _require_free_splits(folder, params)
+        _require_free_splits(folder, 0)
     except AdfmError:
         return None
     return (

@@ -1,7 +1,7 @@
-"""Hashes of the images of shards: small enough to keep with a model, so that it is known which images it has seen.
+"""Hashes of the training images, kept with a model as `trained_on.parquet`.
 
-Training writes them as `trained_on.parquet` into the model's folder; `adfm.evaluation.separation` compares them. They
-hold no names or paths, and ids that the shards have.
+`adfm.evaluation.separation` checks with them that no test image was trained on. They hold the ids of the shards, and no
+names or paths.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
@@ -30,10 +29,10 @@ from adfm.process import cpus
 from adfm.process.progress import bar
 
 FILE = "trained_on.parquet"
-"""The table in the folder of a model: the training and validation images of its cold start and its training."""
+"""Name of the table in a model's folder: the training and validation images of its cold start and its training."""
 
 SEEN = ("train", "validation")
-"""The splits that a training may see: it fits weights on the one, thresholds and limits on the other."""
+"""The splits that a training may see: weights are fitted on the one, thresholds and limits on the other."""
 
 HASH = pa.binary(16)
 """Half of a SHA-256: no two of 10^10 pairs are equal by chance."""
@@ -57,22 +56,19 @@ levels; half of the SHA-256 of category and part, null where the part is not kno
 
 
 class BadTable(AdfmError):
-    """A file that does not hold the hashes of images."""
+    """A file is not a table of hashes."""
 
     exit_code = 2
 
 
 def collect(shards: Path, splits: Sequence[str]) -> pa.Table:
-    """Hashes of the images of some splits.
+    """Return the hashes of the images of some splits, a row an image, as `unite` orders them.
 
     Memory holds 400 bytes an image, and the images of a row group.
 
     Args:
         shards: Folder of shards.
-        splits: Which; those of which there are no shards are left out.
-
-    Returns:
-        A row an image, as `SCHEMA`, in the order of `unite`.
+        splits: Those without shards are left out.
 
     Raises:
         AdfmError: The shards or an image cannot be read.
@@ -94,24 +90,13 @@ def collect(shards: Path, splits: Sequence[str]) -> pa.Table:
 
 
 def unite(tables: Iterable[pa.Table]) -> pa.Table:
-    """The rows of all tables, each once, ordered by their content."""
-    rows = pa.concat_tables(tables).combine_chunks()
-    order = pc.sort_indices(
-        rows, sort_keys=[(name, "ascending") for name in ("id", "bytes", "pixels", "part", "contrast")]
-    )
-    rows = rows.take(order)
-    if not len(rows):
-        return rows
-    same = pa.array(np.ones(len(rows) - 1, bool))
-    for name in SCHEMA.names:
-        column = rows[name].combine_chunks()
-        one, other = column[:-1], column[1:]
-        same = pc.and_(same, pc.or_(pc.equal(one, other).fill_null(False), pc.and_(one.is_null(), other.is_null())))
-    return rows.filter(pa.concat_arrays([pa.array([True]), pc.invert(same)]))
+    """Return the rows of all tables, each once, ordered by their content."""
+    rows = pa.concat_tables(tables).group_by(SCHEMA.names, use_threads=False).aggregate([])
+    return rows.sort_by([(name, "ascending") for name in ("id", "bytes", "pixels", "part", "contrast")]).cast(SCHEMA)
 
 
 def of_model(folder: Path) -> pa.Table | None:
-    """The table in a model's folder; `None` without one, as adfm before 0.9 left it.
+    """Read the table in a model's folder; `None` without one, as adfm before 0.9 left it.
 
     Raises:
         AdfmError: It cannot be read.
@@ -121,17 +106,17 @@ def of_model(folder: Path) -> pa.Table | None:
 
 
 def write(table: pa.Table, file: Path) -> None:
-    """Writes a table; the same rows give the same bytes, with one version of Arrow."""
-    # Numbers that look alike byte by byte, so that zstd finds something.
+    """Write a table; with one version of Arrow, the same rows give the same bytes."""
+    # The exponents of sketches are alike: side by side, zstd compresses them.
     encodings = dict.fromkeys(SCHEMA.names, "PLAIN") | {"sketch": "BYTE_STREAM_SPLIT"}
     pq.write_table(table, file, compression="zstd", use_dictionary=False, column_encoding=encodings)
 
 
 def read(file: Path) -> pa.Table:
-    """Reads a table that `write` wrote.
+    """Read a table that `write` wrote.
 
     Raises:
-        BadTable: It cannot be read, or is another one.
+        BadTable: The file cannot be read, or is another table.
     """
     try:
         with pq.ParquetFile(file) as opened:
@@ -143,7 +128,7 @@ def read(file: Path) -> pa.Table:
 
 
 def sketches(table: pa.Table) -> NDArray[np.float16]:
-    """[images, 48]: the column `sketch`."""
+    """Return the column `sketch` as [images, 48]."""
     return np.frombuffer(b"".join(table["sketch"].to_pylist()), "<f2").reshape(-1, _SKETCH)
 
 

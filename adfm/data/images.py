@@ -1,9 +1,4 @@
-"""Image files of any format, decoded to upright pictures of 8 bits.
-
-Cameras of 10 and 12 bits write grey files of 16 bits whose upper byte is nearly black. So grey values of more than 8
-bits are scaled by a range (`GreyRange`): conversion takes that of all such images of a data set, and a model keeps the
-one of its training data.
-"""
+"""Decode image files of any format to upright images of 8 bits."""
 
 from __future__ import annotations
 
@@ -18,7 +13,11 @@ from numpy.typing import NDArray
 from PIL import AvifImagePlugin, ExifTags, Image, ImageOps, UnidentifiedImageError
 
 GreyRange = tuple[int, int]
-"""The values of grey files of more than 8 bits that become 0 and 255; those between are scaled linearly."""
+"""The values of grey files of more than 8 bits that become 0 and 255; those between are scaled linearly.
+
+Cameras of 10 and 12 bits write files of 16 bits whose upper byte is nearly black. Conversion takes the range of all
+such images of a data set, and a model keeps that of its training data.
+"""
 
 # Conversion has a thread for each core already.
 pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
@@ -32,10 +31,10 @@ _DARK = 64  # of 255: files of 16 bits in which a camera of 14 bits or fewer lef
 
 
 def open_image(content: bytes) -> Image.Image:
-    """Opens an image file of one picture.
+    """Open an image file of one picture.
 
     Raises:
-        ValueError: It is empty, a pointer of Git LFS, or several frames or pages.
+        ValueError: It is empty, a pointer of Git LFS, or has several frames or pages.
         Exception: It is not an image, or damaged: Pillow raises nearly anything.
     """
     if not content:
@@ -47,18 +46,18 @@ def open_image(content: bytes) -> Image.Image:
     # MPO has a preview of the photograph beside it; HEIF says which of its images is the primary one.
     if frames > 1 and file.format not in ("MPO", "HEIF"):
         file.close()
-        raise ValueError(f"it has {frames} frames or pages; save the one that counts by itself")
+        raise ValueError(f"it has {frames} frames or pages; save the one that counts as a file of its own")
     return file
 
 
 def orientation(file: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; of a PNG only after it was loaded."""
+    """Return the EXIF orientation, 1 to 8; load a PNG first."""
     value = file.getexif().get(ExifTags.Base.Orientation, 1)
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def is_deep_colour(file: Image.Image) -> bool:
-    """Whether a file that was opened, and not loaded, has more than 8 bits in each of several channels."""
+    """Return whether a file that is open, but not loaded, has more than 8 bits in each of several channels."""
     if file.mode.startswith("I") or file.mode == "F":
         return False
     if file.format == "TIFF":
@@ -73,7 +72,7 @@ def is_deep_colour(file: Image.Image) -> bool:
 
 
 def grey(file: Image.Image, content: bytes) -> NDArray[np.int64] | None:
-    """Upright grey values of a file that has more than 8 bits of them; `None` for any other.
+    """Return the upright grey values of a file that has more than 8 bits of them; `None` for any other.
 
     Raises:
         Exception: It cannot be decoded.
@@ -95,29 +94,24 @@ def grey(file: Image.Image, content: bytes) -> NDArray[np.int64] | None:
 
 
 def extent(values: NDArray[np.int64]) -> GreyRange:
-    """The least and the greatest grey value of an image, but for one pixel in 10,000 at either end.
-
-    Sensors have dead and hot pixels, and a single one at 65535 would darken all images of a camera of 12 bits.
-    """
+    """Return the least and the greatest grey value of an image, but for one pixel in 10,000 at either end."""
+    # Sensors have dead and hot pixels; a single one at 65535 would darken all images of a camera of 12 bits.
     few = values.size // 10_000
     low, high = np.partition(values, (few, values.size - 1 - few), axis=None)[[few, values.size - 1 - few]]
     return int(low), int(high)
 
 
 def scaled(values: NDArray[np.int64], bounds: GreyRange) -> Image.Image:
-    """Grey values as a picture of 8 bits; what is out of `bounds` becomes black or white.
-
-    Where all values of the set are the same, the bounds are 0 and this value.
-    """
+    """Return grey values as an image of 8 bits; values out of `bounds` become black or white."""
     low, high = bounds
-    if low == high:
+    if low == high:  # all values of the set are the same
         low, high = 0, max(1, high)
     shares = (np.clip(values, low, high) - low) / (high - low)
     return Image.fromarray(np.rint(shares * 255).astype(np.uint8))
 
 
 def size(content: bytes) -> tuple[int, int]:
-    """Width and height of the image as it is stored, from its header alone.
+    """Return width and height of the image as it is stored, from its header alone.
 
     Raises:
         Exception: As of `open_image`.
@@ -127,7 +121,7 @@ def size(content: bytes) -> tuple[int, int]:
 
 
 def upright(content: bytes, bounds: GreyRange | None = None) -> Image.Image:
-    """The image as a model sees it: upright, RGB.
+    """Decode an image as a model sees it: upright, RGB.
 
     Args:
         content: The file.
@@ -150,7 +144,7 @@ def upright(content: bytes, bounds: GreyRange | None = None) -> Image.Image:
 
 
 def reduced(content: bytes) -> tuple[Image.Image, tuple[int, int]]:
-    """An image of a shard and its own size; a JPEG grey and at a smaller scale, for which all of its data are read.
+    """Decode an image of a shard, a JPEG to grey and at a smaller scale, and return it and its own size.
 
     Raises:
         Exception: It cannot be decoded: Pillow raises nearly anything.
@@ -158,12 +152,12 @@ def reduced(content: bytes) -> tuple[Image.Image, tuple[int, int]]:
     image = Image.open(io.BytesIO(content))
     size = image.size
     image.draft("L", (256, 256))
-    image.load()
+    image.load()  # reads all data of a JPEG also at a smaller scale
     return image, size
 
 
 def colour(file: Image.Image) -> Image.Image:
-    """The image upright, of a file without grey values of more than 8 bits.
+    """Return the upright image of a file without grey values of more than 8 bits.
 
     Raises:
         ValueError: It has pixels that cannot be reduced to 8 bits.
@@ -185,15 +179,15 @@ def colour(file: Image.Image) -> Image.Image:
 
 
 def png(image: Image.Image, strategy: int = zlib.Z_DEFAULT_STRATEGY) -> bytes:
-    """The image as a PNG file; zlib's `strategy` changes its size and the time that it takes."""
+    """Encode an image as PNG; zlib's `strategy` changes its size and the time that it takes."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_type=strategy)
     return buffer.getvalue()
 
 
 def reason(error: Exception) -> str:
-    """What is wrong with a file that cannot be read."""
-    return "it is no image" if isinstance(error, UnidentifiedImageError) else str(error)
+    """Return what is wrong with a file that cannot be read."""
+    return "it is not an image" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def _tag(file: Image.Image, number: int, default: Any) -> Any:

@@ -1,4 +1,4 @@
-"""One raw image and what is marked on it: decoded, checked, and made into what the shards need."""
+"""Inspect a raw image and its annotation: decode and check both, and make boxes and mask."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from adfm.data.readers import files
 from adfm.params import Convert
 from adfm.records import Box, Polygon, Rle, Sample
 
-# What is known of an image after it was looked at. Of one with problems, only `source` and `problems` mean anything.
+_OF_SAMPLE = ("source", "dataset", "category", "label", "defect", "split", "group")
+# The columns of an inspected image. Of one with problems, only `source` and `problems` mean anything.
 SCHEMA = pa.schema(
     [
-        *((name, pa.string()) for name in ("source", "dataset", "category", "label", "defect", "split", "group")),
+        *((name, pa.string()) for name in _OF_SAMPLE),
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("boxes", pa.list_(pa.list_(pa.float64(), 4))),
@@ -40,7 +41,7 @@ SCHEMA = pa.schema(
         ("embedded", pa.bool_()),  # as it is, byte for byte
         ("darkest", pa.int64()),  # grey value of an image that has more than 8 bits of them; null for any other
         ("brightest", pa.int64()),
-        ("frame", pa.string()),  # what boxes on a photograph with an EXIF orientation were drawn on, see below
+        ("frame", pa.string()),  # on which boxes on a photograph with an EXIF orientation were drawn, see below
         ("thumbnail", pa.binary(duplicates.SIDE**2 * 2)),
         ("contrast", pa.float32()),
         ("problems", pa.list_(pa.string())),
@@ -61,25 +62,28 @@ STRETCHED = SCALED + ", by another factor across than down, which is wrong if th
 
 
 def inspect(sample: Sample, settings: Convert) -> dict[str, Any]:
-    """Decodes an image and checks it and its marks.
+    """Decode an image and check it and its annotation.
 
     Args:
-        sample: As its reader found it.
+        sample: As its reader yields it.
         settings: How boxes are made from masks.
 
     Returns:
-        A row of `SCHEMA`; whatever is wrong with the image or its marks is among its `problems`.
+        A row of `SCHEMA`; whatever is wrong with the image or its annotation is among its `problems`.
     """
     row: dict[str, Any] = dict.fromkeys(SCHEMA.names)
-    if not _is_text(sample.source):
+    try:
+        sample.source.encode()
+    except UnicodeEncodeError:
         return row | {"problems": _lines(sample, ["its name is not UTF-8; rename it"])}
-    row |= {name: getattr(sample, name) for name in SCHEMA.names[:7]}
+    row |= {name: getattr(sample, name) for name in _OF_SAMPLE}
     row["file"] = sample.file
     try:
         content = files.content(sample.image)
         row |= _decoded(content)
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
         return row | {"problems": _lines(sample, [f"cannot be read ({reason(error)})"])}
+    # The checksum, much faster than SHA-256, notices a file that changes before the shards are written.
     row |= {"sha256": hashlib.sha256(content).hexdigest(), "crc32": zlib.crc32(content)}
     orientation = row.pop("orientation")
     problems: list[str] = []
@@ -108,6 +112,7 @@ def inspect(sample: Sample, settings: Convert) -> dict[str, Any]:
     return row | {
         "boxes": [list(box) for box in boxes],
         "fragments": fragments,
+        # A clean mask's file is kept as it is. Packed by runs, a mask is as small in half the time.
         "mask": None if mask is None else file or png(Image.fromarray(mask), zlib.Z_RLE),
         "frame": shapes.frame,
         "notes": list(dict.fromkeys(notes)),
@@ -115,65 +120,39 @@ def inspect(sample: Sample, settings: Convert) -> dict[str, Any]:
     }
 
 
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _lines(sample: Sample, problems: list[str]) -> list[str]:
     return [f"{sample.source}: {problem}".encode(errors="backslashreplace").decode() for problem in problems]
 
 
-def encoded(content: bytes, bounds: GreyRange | None) -> bytes:
-    """The image as an upright RGB PNG; for those that are not embedded as they are."""
-    return png(images.upright(content, bounds))
-
-
-def grey_range(runs: Iterable[Path]) -> GreyRange | None:
-    """Least and greatest value of the grey images of more than 8 bits of a data set, each as `images.extent` takes it.
-
-    `None` if it has none such.
+def grey_range(runs: Sequence[Path]) -> GreyRange | None:
+    """Return the range of the grey images of more than 8 bits of a data set; `None` if it has none.
 
     Args:
         runs: Files of rows of `SCHEMA`.
     """
-    bounds = None
-    for run in runs:
-        table = pq.read_table(run, columns=["darkest", "brightest"])
-        low, high = pc.min(table["darkest"]).as_py(), pc.max(table["brightest"]).as_py()
-        if low is not None:
-            bounds = (low, high) if bounds is None else (min(low, bounds[0]), max(high, bounds[1]))
-    return bounds
+    table = pq.read_table([*runs], columns=["darkest", "brightest"])
+    low, high = pc.min(table["darkest"]).as_py(), pc.max(table["brightest"]).as_py()
+    return None if low is None else (low, high)
 
 
 def frame_problems(runs: Sequence[Path]) -> list[str]:
-    """Problems of photographs whose size does not tell what the boxes were drawn on, where others show it.
-
-    A tool that ignores the EXIF orientation ignores it in all photographs. By the size that the annotation states, it
-    is seen in those that lie on their side, and not in those that stand on their head, are mirrored or square.
-    """
-    either: list[str] = []
-    stored = False
-    for run in runs:
-        table = pq.read_table(run, columns=["source", "frame"])
-        stored = stored or pc.any(pc.equal(table["frame"], STORED)).as_py() is True
-        either += table.filter(pc.equal(table["frame"], EITHER))["source"].to_pylist()
+    """Return problems of photographs whose boxes may have been drawn on the stored image, as those of others were."""
+    # A tool that ignores the EXIF orientation ignores it in all photographs. By the size that the annotation states, it
+    # shows in those that lie on their side, and not in those that stand on their head, are mirrored or square.
+    table = pq.read_table([*runs], columns=["source", "frame"])
+    if not pc.any(pc.equal(table["frame"], STORED)).as_py():
+        return []
     return [
         f"{source}: has an EXIF orientation, and its size does not tell what its boxes were drawn on, while other"
         " images of the set were annotated as they are stored; save it upright, without orientation, and annotate it"
         " again"
-        for source in (either if stored else [])
+        for source in table.filter(pc.equal(table["frame"], EITHER))["source"].to_pylist()
     ]
 
 
 def mask_problems(runs: Sequence[Path]) -> list[str]:
-    """Problems of masks that may be black on white, where most boxes of the set are all of the image.
-
-    Of one mask alone it cannot be told: a defect may cover most of an image. It does not in most images of a set.
-    """
+    """Return problems of masks that may be black on white, where most boxes of the set are all of the image."""
+    # One mask alone cannot be judged: a defect may cover most of an image. It does not in most images of a set.
     inverted: list[str] = []
     marked = whole = 0
     notes = (pq.read_table(run, columns=["notes"])["notes"] for run in runs)
@@ -194,6 +173,7 @@ def mask_problems(runs: Sequence[Path]) -> list[str]:
 
 
 def _decoded(content: bytes) -> dict[str, Any]:
+    """Return the columns of `SCHEMA` that depend on the image file alone, and its `orientation`."""
     row: dict[str, Any] = {"darkest": None, "brightest": None}
     with images.open_image(content) as file:
         width, height = file.size
@@ -206,11 +186,10 @@ def _decoded(content: bytes) -> dict[str, Any]:
         )
         image: Image.Image = file
         if embedded:
-            # All of a JPEG's data are read to decode it at a smaller scale.
             file.draft("L", (256, 256))
-            file.load()
+            file.load()  # reads all data of a JPEG also at a smaller scale
             if file.format == "PNG":
-                orientation = images.orientation(file)
+                orientation = images.orientation(file)  # of a PNG it may follow the pixels
                 embedded = orientation == 1
         if not embedded:
             values = images.grey(file, content)
@@ -236,7 +215,7 @@ def _decoded(content: bytes) -> dict[str, Any]:
 
 
 class _Shapes(NamedTuple):
-    """What a person drew, in pixels of the upright image."""
+    """Shapes that a person drew, in pixels of the upright image."""
 
     boxes: list[Box]
     polygons: list[Polygon]
@@ -256,7 +235,7 @@ def _shapes(
     rles = list(sample.rles)
     for polygon in polygons:
         if not all(math.isfinite(side) for corner in polygon for side in corner):
-            problems.append("an outline has a corner that is no number")
+            problems.append("an outline has a corner that is not a number")
     for rle in rles:
         if (rle.width, rle.height) != size:
             where = "is" if size == upright else "was drawn on"
@@ -283,10 +262,10 @@ def _shapes(
 def _drawn_on(
     sample: Sample, upright: tuple[int, int], orientation: int, rescale: bool, problems: list[str], notes: list[str]
 ) -> tuple[str | None, tuple[int, int] | None]:
-    """What an annotation was drawn on: the picture as it is stored or upright, and its width and height.
+    """On which image an annotation was drawn: as it is stored or upright, and of which width and height.
 
     Returns:
-        `STORED`, `UPRIGHT` or `EITHER`, `None` of a picture that is stored upright; and the size in that frame, `None`
+        `STORED`, `UPRIGHT` or `EITHER`, `None` of an image that is stored upright; and the size in that frame, `None`
         if it is not that of the image, which is a problem then.
     """
     stored = upright_size(upright, orientation)
@@ -294,7 +273,6 @@ def _drawn_on(
     sizes = {(rle.width, rle.height) for rle in sample.rles}
     if size is None and sizes == {stored}:
         size = stored
-    drawn: list[str] = []
     if size is not None and size not in (stored, upright):
         if not rescale:
             problems.append(
@@ -318,17 +296,17 @@ def _drawn_on(
 
 
 def _same_aspect(size: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether one is the other, resized, but for rounding to whole pixels."""
+    """Return whether two sizes have one aspect ratio, but for rounding to whole pixels."""
     return abs(size[0] * other[1] - size[1] * other[0]) <= max(sum(size), sum(other))
 
 
 def upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
-    """Width and height of a stored picture when it is turned upright; and the other way round."""
+    """Return width and height of a stored image turned upright, and the other way round."""
     return (size[1], size[0]) if orientation >= 5 else size
 
 
 def turned_polygon(polygon: Iterable[tuple[float, float]], size: tuple[int, int], orientation: int) -> Polygon:
-    """Points of a stored picture of `size`, as an EXIF orientation turns it upright."""
+    """Turn points of a stored image of `size` as an EXIF orientation turns it upright."""
     width, height = size
     # Orientations 2 to 4 mirror sides, 5 to 8 exchange them as well.
     across = orientation in (2, 3, 7, 8)
@@ -338,7 +316,7 @@ def turned_polygon(polygon: Iterable[tuple[float, float]], size: tuple[int, int]
 
 
 def turned_box(box: Box, size: tuple[int, int], orientation: int) -> Box:
-    """A box of a stored picture of `size`, as an EXIF orientation turns it upright."""
+    """Turn a box of a stored image of `size` as an EXIF orientation turns it upright."""
     (x1, y1), (x2, y2) = turned_polygon([(box.x1, box.y1), (box.x2, box.y2)], size, orientation)
     if (box.x1 <= box.x2) != (x1 <= x2):
         x1, x2 = x2, x1
@@ -348,21 +326,22 @@ def turned_box(box: Box, size: tuple[int, int], orientation: int) -> Box:
 
 
 def _clipped(box: Box, width: int, height: int, cut: bool, problems: list[str], notes: list[str]) -> Box | None:
-    """The box, cut off where it reaches out of the image by rounding, or, if `cut`, by any length."""
-    shown = "({:.6g}, {:.6g}, {:.6g}, {:.6g})".format(*box)
+    """Return the box, cut off where it reaches out of the image by rounding, or, if `cut`, by any length."""
+    corners = "({:.6g}, {:.6g}, {:.6g}, {:.6g})".format(*box)
+    # Up to a pixel is taken for a rounding error.
     reach = max(-box.x1, -box.y1, box.x2 - width, box.y2 - height)
     if not all(math.isfinite(side) for side in box):
-        problems.append(f"its box {shown} has a side that is no number")
+        problems.append(f"its box {corners} has a side that is not a number")
     elif box.x2 <= box.x1 or box.y2 <= box.y1:
-        problems.append(f"its box {shown} is empty or inverted")
+        problems.append(f"its box {corners} is empty or inverted")
     elif reach > 1 and not cut:
-        problems.append(f"its box {shown} reaches out of the image of {width}x{height}")
+        problems.append(f"its box {corners} reaches out of the image of {width}x{height}")
     else:
         inside = Box(max(box.x1, 0.0), max(box.y1, 0.0), min(box.x2, float(width)), min(box.y2, float(height)))
         if inside.x2 > inside.x1 and inside.y2 > inside.y1:
             notes += [CUT] if reach > 1 else []
             return inside
-        problems.append(f"its box {shown} lies outside the image of {width}x{height}")
+        problems.append(f"its box {corners} lies outside the image of {width}x{height}")
     return None
 
 
@@ -377,15 +356,16 @@ def _mask(
     problems: list[str],
     notes: list[str],
 ) -> tuple[masks.Mask | None, bytes | None]:
-    """What the mask files mark, upright, `None` if there are none; and the file, if it is one PNG of just that."""
+    """Return the union of the mask files, upright, `None` without any; and the file, if it is one PNG of just that."""
     width, height = upright
     mask = np.zeros((height, width), np.uint8) if len(sample.masks) > 1 else None
     file = None
     for path in sample.masks:
         try:
             content = contents.read(path)
+            # A mask without an orientation of its own is stored as its image is, or else was drawn on the upright one.
             part, plain = masks.decode(content, orientation, settings.mask_threshold, notes)
-            if orientation != 1 and part.shape != (height, width):  # drawn on the upright image
+            if orientation != 1 and part.shape != (height, width):
                 part, _ = masks.decode(content, 1, settings.mask_threshold, notes)
         except Exception as error:  # a damaged file makes Pillow raise nearly anything
             problems.append(f"its mask {_place(sample, path)} cannot be read ({reason(error)})")
@@ -411,5 +391,5 @@ def _contradictions(sample: Sample, mask: masks.Mask | None, boxes: list[Box]) -
 
 
 def _place(sample: Sample, mask: Path) -> str:
-    """The path of a mask, relative to the data set."""
+    """Return the path of a mask, relative to the data set."""
     return os.path.relpath(mask, sample.image.parents[sample.file.count("/")])

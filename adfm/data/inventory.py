@@ -1,4 +1,4 @@
-"""What became of every file of a raw data set: converted, used as an annotation, or left out, and why."""
+"""Inventory of a raw data set: which files are converted, used as annotations, or left out, and why."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ _UNREAD = frozenset(
 )
 _ARCHIVES = frozenset((".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"))
 _PAPERS = re.compile(r"(readme|licen[cs]e|changelog|citation)\b.*", re.IGNORECASE)
+# Not opened to see whether they are images.
 _NOT_SNIFFED = frozenset((".md", ".rst", ".pdf", ".html", ".htm", ".db", ".py", ".ipynb", ".log", ".ini", ".sh"))
 _SUFFIX = re.compile(r"\.(?=.*[a-z])[a-z0-9_+-]{1,10}")
-_MOST_KINDS = 100
+_MOST_KINDS = 100  # rows of `left_out`, whatever names a data set has
 
 HIDDEN = "hidden: the name, or that of a folder, begins with a dot or __MACOSX"
 UNREAD = "adfm does not read this format; save images as PNG, tables as CSV"
@@ -50,7 +51,7 @@ _ORDER = (*LOST, UNUSED, OTHER, HIDDEN)
 
 
 class Inventory(NamedTuple):
-    """The files of a data set, counted.
+    """Numbers of files of a data set.
 
     Args:
         files: All of them.
@@ -66,7 +67,7 @@ class Inventory(NamedTuple):
 
 
 def take(raw: Path, images: Container[str], masks: Container[str]) -> Inventory:
-    """Counts the files of a data set by what became of them; `manifest.json` of `adfm fetch` does not count.
+    """Count the files of a data set by their use; `manifest.json` of `adfm fetch` does not count.
 
     Args:
         raw: The data set.
@@ -100,10 +101,9 @@ def take(raw: Path, images: Container[str], masks: Container[str]) -> Inventory:
 
 
 def _walk(raw: Path) -> Iterator[tuple[str, bool]]:
-    """Yields every file, folder by folder, by name; no folder twice within itself.
+    """Yield the path of every file below `raw`, and whether it is a file, not a link to nowhere.
 
-    Yields:
-        The path below `raw`; and whether it is a file, not a link to nowhere.
+    A folder that a link within itself leads to is not entered again.
     """
     pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while pending:
@@ -129,17 +129,14 @@ def _walk(raw: Path) -> Iterator[tuple[str, bool]]:
 
 
 def _reason(raw: Path, path: str, suffix: str, is_file: bool) -> str | None:
-    """Why a file is left out; `None` for an annotation."""
+    """Return why a file is left out; `None` for an annotation."""
     if any(map(is_hidden, path.split("/"))):
         return HIDDEN
     if not is_file:
         return BROKEN
-    if suffix in IMAGES:
-        return UNUSED
-    if suffix in _UNREAD:
-        return UNREAD
-    if suffix in _ARCHIVES:
-        return ARCHIVE
+    for suffixes, reason in ((IMAGES, UNUSED), (_UNREAD, UNREAD), (_ARCHIVES, ARCHIVE)):
+        if suffix in suffixes:
+            return reason
     if _PAPERS.match(path.rpartition("/")[2]):
         return OTHER
     if suffix in _ANNOTATIONS:
@@ -154,7 +151,7 @@ def _reason(raw: Path, path: str, suffix: str, is_file: bool) -> str | None:
 
 
 def _is_image(start: bytes) -> bool:
-    """Whether a file begins as PNG, JPEG, GIF, BMP, TIFF, WebP, HEIF or JPEG 2000 does."""
+    """Return whether a file begins as PNG, JPEG, GIF, BMP, TIFF, WebP, HEIF or JPEG 2000 does."""
     return (
         start.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  "))
         or (start[:2] == b"BM" and start[6:10] == bytes(4))

@@ -1,4 +1,4 @@
-"""What a raw data set holds: `manifest.json`, and the ledger from which it is written while the files arrive."""
+"""The files of a fetched data set: a ledger while they arrive, and `manifest.json`, which is written from it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from typing import IO
 from adfm.errors import AdfmError
 
 MANIFEST = "manifest.json"
-STATE = ".fetch"  # folder for what is on its way; gone from a finished data set
+STATE = ".fetch"  # folder of the ledger and of unfinished downloads; removed at the end
 
 
 class Ledger:
-    """The files that are whole in a folder that is being filled; kept on disk, so that a killed fetch can go on.
+    """The files of a folder that are whole, on disk, so that a fetch that was killed can be resumed.
 
     It is an SQLite file: memory does not grow with the number of files. Threads may share it.
 
     Args:
-        folder: The folder that is being filled.
-        source: What it is filled from. The files of another source are removed.
+        folder: The folder to fetch into.
+        source: What is fetched. The files of another source are removed.
     """
 
     def __init__(self, folder: Path, source: str) -> None:
@@ -35,25 +35,37 @@ class Ledger:
         self._lock = threading.Lock()
         self._claimed_folder = ""
         try:
-            self._database = self._opened(source)
+            self._database = self._open(source)
         except sqlite3.OperationalError as error:
             raise self._unwritable(error) from error
         except sqlite3.DatabaseError:  # of another source, or the machine went down while it was written
             for path in folder.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-            self._database = self._opened(source)
+            self._database = self._open(source)
         self._ignores_case = ignores_case(folder / STATE)
-        self._names = self._opened_names()
+        # The paths that are claimed: of use to this process only, so in one transaction.
+        (folder / STATE / "names.sqlite").unlink(missing_ok=True)
+        self._names = self._connect("names.sqlite", "OFF", one_thread=True)
+        self._names.execute("CREATE TABLE names (key PRIMARY KEY, path, origin, folder) WITHOUT ROWID")
+        self._names.execute("BEGIN")
 
-    def _opened(self, source: str) -> sqlite3.Connection:
-        path = self.folder / STATE / "ledger.sqlite"
-        path.parent.mkdir(exist_ok=True)
+    def _connect(self, name: str, journal: str, one_thread: bool) -> sqlite3.Connection:
         # Network file systems often have no locks; one process alone works in this folder.
-        uri = f"{path.resolve().as_uri()}?nolock=1"
-        database = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+        uri = f"{(self.folder / STATE / name).resolve().as_uri()}?nolock=1"
+        database = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=one_thread)
         try:
+            # No waiting for the disk: if the machine goes down and damages the file, the fetch starts over.
             database.execute("PRAGMA synchronous = OFF")
-            database.execute("PRAGMA journal_mode = TRUNCATE")
+            database.execute(f"PRAGMA journal_mode = {journal}")
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+    def _open(self, source: str) -> sqlite3.Connection:
+        (self.folder / STATE).mkdir(exist_ok=True)
+        database = self._connect("ledger.sqlite", "TRUNCATE", one_thread=False)
+        try:
             database.execute("CREATE TABLE IF NOT EXISTS source (name PRIMARY KEY)")
             database.execute(
                 "CREATE TABLE IF NOT EXISTS files (path PRIMARY KEY, size, sha256, tag, version, current) WITHOUT ROWID"
@@ -67,19 +79,8 @@ class Ledger:
             raise
         return database
 
-    def _opened_names(self) -> sqlite3.Connection:
-        """A database of the paths that are claimed; of use to this process only, so in one transaction."""
-        path = self.folder / STATE / "names.sqlite"
-        path.unlink(missing_ok=True)
-        names = sqlite3.connect(f"{path.resolve().as_uri()}?nolock=1", uri=True, isolation_level=None)
-        names.execute("PRAGMA synchronous = OFF")
-        names.execute("PRAGMA journal_mode = OFF")
-        names.execute("CREATE TABLE names (key PRIMARY KEY, path, origin, folder) WITHOUT ROWID")
-        names.execute("BEGIN")
-        return names
-
     def close(self) -> None:
-        """Leaves the ledger as it is, to go on with it later."""
+        """Close the ledger; the same folder and source open it again."""
         self._database.close()
         self._names.close()
 
@@ -94,18 +95,19 @@ class Ledger:
         return AdfmError(f"{self.folder}: cannot be written ({error}); free some space or choose another folder.")
 
     def claim(self, path: str, origin: str) -> str | None:
-        """Reserve a path for a file of the source, so that no two files become one. Called by one thread only.
+        """Reserve a path for a file of the source, so that no two files become one. Call it from one thread only.
 
-        Two paths are the same on every disk that people copy data sets to if they differ only in their Unicode
-        normalisation, and on this one if it ignores case.
+        Two paths are the same if they differ only in their Unicode normalisation, as on disks that people copy data
+        sets to, or in case, if this disk ignores it.
 
         Args:
             path: Relative to the folder, with `/`, normalised.
             origin: What the source calls the file.
 
         Returns:
-            Which other file of the source has that place, as what is wrong with this one; `None` if it is free.
+            The problem that another file of the source has that place; `None` if it is free.
         """
+        # Files come folder by folder: the folders above one are claimed once.
         if (folder := posixpath.dirname(path)) != self._claimed_folder:
             parts = folder.split("/")
             for depth in range(1, len(parts) + 1):
@@ -145,7 +147,7 @@ class Ledger:
         return f"differs from {other!r} only in case, and the disk of {self.folder} ignores case; rename one"
 
     def holds(self, path: str, tag: str) -> bool:
-        """Whether an earlier attempt has left that file whole; from then on it counts as one of this attempt."""
+        """Return whether an earlier attempt has left that file whole; if so, it counts as one of this attempt."""
         row = self._execute("SELECT size FROM files WHERE (path, tag) = (?, ?)", path, tag).fetchone()
         if row and (file := self.folder / path).is_file() and file.stat().st_size == row[0]:
             self._execute("UPDATE files SET current = 1 WHERE path = ?", path)
@@ -153,7 +155,7 @@ class Ledger:
         return False
 
     def add(self, path: str, size: int, sha256: str, tag: str = "", version: str = "") -> None:
-        """Enters a file that is whole and in its place, or enters it anew.
+        """Enter a file that is whole and in its place, instead of an earlier entry.
 
         Args:
             path: Relative to the folder, with `/`.
@@ -165,7 +167,7 @@ class Ledger:
         self._execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, 1)", path, size, sha256, tag, version)
 
     def store(self, path: str, content: IO[bytes]) -> None:
-        """Writes and enters a file.
+        """Write a file and enter it.
 
         Raises:
             FileExistsError: There is one of that name.
@@ -181,7 +183,7 @@ class Ledger:
         self.add(path, size, sha256.hexdigest())
 
     def sweep(self) -> None:
-        """Removes what earlier attempts have left and this one did not meet."""
+        """Remove files of earlier attempts that the source no longer has."""
         for root, _, names in os.walk(self.folder, topdown=False):
             folder = Path(root)
             if self.folder / STATE in (folder, *folder.parents):
@@ -195,7 +197,7 @@ class Ledger:
         self._execute("DELETE FROM files WHERE NOT current")
 
     def finish(self, source: dict[str, str], tag: str = "etag") -> tuple[int, int]:
-        """Writes `manifest.json`: facts about the source, and path, size and SHA-256 of every file.
+        """Write `manifest.json`: facts about the source, and path, size and SHA-256 of every file.
 
         Args:
             source: The facts; `source` is its URI.
@@ -205,7 +207,7 @@ class Ledger:
             The number of files, and of their bytes.
 
         Raises:
-            AdfmError: There is no file, or one that has the name of the manifest and is none.
+            AdfmError: The source holds no file, or one that has the name of the manifest.
         """
         self._execute("DELETE FROM files WHERE path LIKE ?", f"{STATE}/%")
         own = self.folder / MANIFEST
@@ -215,14 +217,15 @@ class Ledger:
                     raise AdfmError(f"{source['source']}: holds a {MANIFEST}, which adfm writes itself; rename it.")
             self._execute("DELETE FROM files WHERE path = ?", MANIFEST)
         rows = self._execute("SELECT path, size, sha256, tag, version FROM files ORDER BY path")
+        # Row by row: memory does not grow with the number of files.
         with own.open("w", encoding="utf-8") as file:
             file.write("{\n")
             for key, value in source.items():
                 file.write(f" {json.dumps(key)}: {json.dumps(value)},\n")
             file.write(' "files": [')
             separator = "\n"
-            for path, size, sha256, named, version in rows:
-                entry = {"path": path, "size": size, "sha256": sha256, tag: named, "version": version}
+            for path, size, sha256, its_tag, version in rows:
+                entry = {"path": path, "size": size, "sha256": sha256, tag: its_tag, "version": version}
                 file.write(f"{separator}  {json.dumps({key: value for key, value in entry.items() if value != ''})}")
                 separator = ",\n"
             file.write("\n ]\n}\n")
@@ -236,5 +239,5 @@ class Ledger:
 
 
 def ignores_case(path: Path) -> bool:
-    """Whether a path that exists, with letters in its name, is also there in the other case."""
+    """Return whether the disk of a path that exists, with letters in its name, ignores case."""
     return path.with_name(path.name.swapcase()).exists()

@@ -1,4 +1,4 @@
-"""Pixel masks: from any file or drawn shape to one form, and from that form to boxes."""
+"""Pixel masks: read them from any file or drawn shape, and make boxes of them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from adfm.records import Box, Polygon, Rle
 Mask = NDArray[np.uint8]
 
 FAINT = "its mask has faint areas, which are not taken for defects; convert.mask_threshold decides"
-"""The note of an image whose mask has values far from any defect that are not taken for one."""
+"""Note on an image whose mask has values far from any defect that are not taken for one."""
 
 INVERTED = "its mask marks the corners and most of the image, but not alike: its background may be white, not black"
-"""The note of an image whose mask may show the background where others show the defects."""
+"""Note on an image whose mask may mark the background instead of the defects."""
 
 _NUMBERS = 32  # no soft edge has a maximum as small
 _NOISE = 0.1  # of the maximum
@@ -33,21 +33,20 @@ _NEIGHBOURS = np.ones((3, 3))
 
 
 def load_mask(path: Path, orientation: int = 1, threshold: float = 0.5, notes: list[str] | None = None) -> Mask:
-    """Reads a mask file; see `decode`."""
+    """Read a mask file; see `decode`."""
     return decode(contents.read(path), orientation, threshold, notes)[0]
 
 
 def decode(content: bytes, orientation: int, threshold: float, notes: list[str] | None = None) -> tuple[Mask, bool]:
-    """Reads a mask in any form it comes in.
+    """Decode a mask of any mode: index, palette, RGB, 1, 16 or 32 bits, floating point.
 
-    Modes are index, palette, RGB, 1, 16 and 32 bit and floating point; transparency weakens a value in proportion.
-    Which values are defects, `defects` decides.
+    Transparency weakens a value in proportion. `defects` decides which values are defects.
 
     Args:
         content: The file.
         orientation: EXIF orientation of the image that the mask belongs to, for a mask that states none of its own.
         threshold: As of `defects`.
-        notes: As of `defects`; and gets `INVERTED` where that may be so.
+        notes: As of `defects`; also gets `INVERTED`.
 
     Returns:
         [height, width], 0 or 255; and whether the file is a PNG of just that.
@@ -80,17 +79,19 @@ def decode(content: bytes, orientation: int, threshold: float, notes: list[str] 
     if lossy and values.max(initial=0) < _LOSSY_BLACK:
         return np.zeros(values.shape, np.uint8), False
     mask = defects(values, threshold, notes).view(np.uint8) * np.uint8(255)
-    if notes is not None and (_may_be_inverted(mask) or (coloured and mask.all())):
+    corners = mask[[0, 0, -1, -1], [0, -1, 0, -1]].all()
+    most = corners and mask.size / 2 < np.count_nonzero(mask) < mask.size
+    if notes is not None and (most or (coloured and mask.all())):
         notes.append(INVERTED)
     return mask, plain and np.array_equal(mask, values)
 
 
 def defects(values: NDArray[Any], threshold: float, notes: list[str] | None = None) -> NDArray[np.bool_]:
-    """Tells the defects of a mask from the background and from soft edges.
+    """Separate the defects of a mask from its background and from soft edges.
 
     Many masks are not black and white. Some number their defects: each has one value throughout, be it 1 of 255. Others
-    were drawn with antialiasing, resized, or compressed as JPEG, so that there are values in between round every edge,
-    and faint ones beside it. So:
+    were drawn with antialiasing, resized, or compressed as JPEG, which puts values in between round every edge, and
+    faint ones beside it. So:
 
     - Values are numbers, and every value but 0 is a defect, where none is above 32, where every connected area has one
       value (and none is a ripple of JPEG: thin, and below a tenth of a thick one within 8 pixels), or where a quarter
@@ -102,11 +103,13 @@ def defects(values: NDArray[Any], threshold: float, notes: list[str] | None = No
     Args:
         values: [height, width].
         threshold: As a share of the maximum; 0: every value above 0 is a defect.
-        notes: Gets a note where values that are left out lie further from a defect than soft edges reach.
+        notes: Gets `FAINT` where values that are left out lie further from a defect than soft edges reach.
 
     Returns:
         [height, width].
     """
+    from scipy import ndimage
+
     if values.dtype.kind == "f":
         values = np.nan_to_num(values)
     top = values.max(initial=0)
@@ -122,15 +125,9 @@ def defects(values: NDArray[Any], threshold: float, notes: list[str] | None = No
         return marked
     defect = np.zeros_like(marked)
     defect[extent] = kept = _without_soft_edges(inside, threshold, top)
-    if notes is not None and _leaves_out_areas(inside > 0, kept):
+    if notes is not None and ((inside > 0) & (ndimage.distance_transform_edt(~kept) > _REACH)).any():
         notes.append(FAINT)
     return defect
-
-
-def _may_be_inverted(mask: Mask) -> bool:
-    """Whether a mask marks all corners and more than half of the image, but not all of it."""
-    corners = mask[[0, 0, -1, -1], [0, -1, 0, -1]]
-    return bool(corners.all() and mask.size / 2 < np.count_nonzero(mask) < mask.size)
 
 
 def _is_numbered(values: NDArray[Any], threshold: float, top: float) -> bool:
@@ -140,9 +137,11 @@ def _is_numbered(values: NDArray[Any], threshold: float, top: float) -> bool:
 
     areas, count = ndimage.label(values > 0, _NEIGHBOURS)
     numbers = range(1, count + 1)
+    # All eight neighbours, background included: stripes of JPEG's ringing have marked neighbours of one value too.
     plain = ndimage.maximum_filter(values, 3, mode="constant") == ndimage.minimum_filter(values, 3, mode="constant")
     highest = ndimage.maximum(values, areas, numbers)
     if np.array_equal(ndimage.minimum(values, areas, numbers), highest):
+        # Where edges fall on JPEG's blocks, every area has one value, and the ripple beside a defect has one too.
         thick = np.concatenate([[False], ndimage.maximum(plain, areas, numbers)])
         nearby = ndimage.maximum_filter(np.where(thick[areas], values, 0), 2 * _BLOCK + 1)
         faint = highest < min(_NOISE, threshold) * ndimage.maximum(nearby, areas, numbers)
@@ -154,25 +153,20 @@ def _is_numbered(values: NDArray[Any], threshold: float, top: float) -> bool:
 def _without_soft_edges(values: NDArray[Any], threshold: float, top: float) -> NDArray[np.bool_]:
     from scipy import ndimage
 
+    # The maximum of the whole mask would lose thin scratches that were blurred; that of the connected area alone would
+    # keep JPEG's ringing, which lies in areas of its own. Bounds below a half keep ringing too (docs/experiments.md).
     nearby = ndimage.maximum_filter(values, 2 * _BLOCK + 1)
     areas, count = ndimage.label(values >= np.maximum(min(_NOISE, threshold) * top, threshold * nearby), _NEIGHBOURS)
     highest = np.concatenate([[np.inf], ndimage.maximum(values, areas, range(1, count + 1))])
     return np.asarray(values >= threshold * highest[areas])
 
 
-def _leaves_out_areas(marked: NDArray[np.bool_], kept: NDArray[np.bool_]) -> bool:
-    from scipy import ndimage
-
-    return bool((marked & (ndimage.distance_transform_edt(~kept) > _REACH)).any())
-
-
 def painted(
     width: int, height: int, boxes: Iterable[Box], polygons: Iterable[Polygon], rles: Iterable[Rle]
 ) -> Mask | None:
-    """Paints the shapes that a person drew.
+    """Paint shapes that a person drew into a mask.
 
-    A polygon is filled with its outline, and cut off at the boxes. A mask says of every pixel whether it is defective,
-    so there is none if not every box has a shape in it.
+    A polygon is filled with its outline, and cut off at the boxes.
 
     Args:
         width: Of the mask, in pixels.
@@ -182,7 +176,7 @@ def painted(
         rles: Of the mask's size.
 
     Returns:
-        [height, width], 0 or 255; or `None`.
+        [height, width], 0 or 255; `None` if a box has no shape in it: a mask must mark all defects.
     """
     image = Image.new("L", (width, height))
     draw = ImageDraw.Draw(image)
@@ -201,13 +195,13 @@ def painted(
 
 
 def decoded(rle: Rle) -> Mask:
-    """[height, width], 0 or 255."""
+    """Decode a run-length encoding to [height, width], 0 or 255."""
     runs = np.resize(np.array([0, 255], np.uint8), len(rle.counts))
     return np.repeat(runs, rle.counts).reshape(rle.width, rle.height).T
 
 
 def encoded(mask: Mask) -> Rle:
-    """The run-length encoding of a mask; a defect is what is not 0."""
+    """Encode a mask by run lengths; a defect is what is not 0."""
     pixels = np.concatenate([[False], (mask != 0).ravel(order="F")])
     ends = np.flatnonzero(pixels[1:] != pixels[:-1])
     counts = np.diff(np.concatenate([[0], ends, [mask.size]]))
@@ -215,19 +209,19 @@ def encoded(mask: Mask) -> Rle:
 
 
 def placed(mask: Mask, orientation: int, size: tuple[int, int]) -> Mask:
-    """A mask turned as an EXIF orientation turns its image, and resized to `size`, width and height."""
+    """Turn a mask as an EXIF orientation turns its image, and resize it to `size`, width and height."""
     image = Image.fromarray(mask)
     image.getexif()[ExifTags.Base.Orientation] = orientation
     return np.asarray(ImageOps.exif_transpose(image).resize(size, Image.Resampling.NEAREST))
 
 
 def to_boxes(mask: NDArray[Any], dilation: float, connectivity: int, min_area: int) -> list[Box]:
-    """Encloses every defect of a mask; see `boxes_and_fragments`."""
+    """Enclose every defect of a mask in a box; see `boxes_and_fragments`."""
     return boxes_and_fragments(mask, dilation, connectivity, min_area)[0]
 
 
 def boxes_and_fragments(mask: NDArray[Any], dilation: float, connectivity: int, min_area: int) -> tuple[list[Box], int]:
-    """Encloses every defect of a mask; fragments that lie close together are one defect.
+    """Enclose every defect of a mask in a box; fragments that lie close together are one defect.
 
     The mask is dilated by a disk, and fragments that then touch are merged. Every box encloses the mask's own pixels
     (not the dilated ones) of one merged defect as tightly as can be. The method is AD-FM's (arXiv 2508.04175).
@@ -256,6 +250,7 @@ def boxes_and_fragments(mask: NDArray[Any], dilation: float, connectivity: int, 
     areas = np.bincount(labels[defect], minlength=1)
     large = int((areas[1:] >= min_area).sum())
     extents = ndimage.find_objects(labels)
+    # A single fragment needs no dilation.
     if radius >= 1 and fragments > 1 and _near(extents, 2 * radius + 1):
         # A pixel lies in the dilated mask exactly when a mask pixel lies within the disk's radius.
         labels, _ = ndimage.label(ndimage.distance_transform_edt(~defect) <= radius, neighbours)
@@ -271,7 +266,7 @@ def boxes_and_fragments(mask: NDArray[Any], dilation: float, connectivity: int, 
 
 
 def _near(fragments: list[tuple[slice, slice]], reach: float) -> bool:
-    """Whether any two fragments can be within reach of each other, judged by their extents."""
+    """Return whether any two fragments can be within reach of each other, judged by their extents."""
     if len(fragments) > 1000:
         return True
     near = np.ones((len(fragments), len(fragments)), bool)

@@ -1,7 +1,6 @@
-"""A raw data set as one uncompressed tar, and reading it from there.
+"""Pack a raw data set into an uncompressed tar, and read it from there without unpacking its images.
 
-Kubeflow moves an artifact file by file, one after another: one archive is one object, and above `LARGEST` a few.
-`opened` does not unpack images, which are nearly all of the bytes: they are read at their place in the archive.
+Kubeflow moves an artifact file by file, one after another; an archive is one file, and above `LARGEST` a few.
 """
 
 from __future__ import annotations
@@ -14,15 +13,16 @@ from contextlib import ExitStack, contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, cast
 
 from adfm.data import contents
 from adfm.data.archives import StrictTarInfo
 from adfm.data.readers.files import IMAGES, refuse_special
 from adfm.errors import AdfmError
+from adfm.files import walk
 
 LARGEST = 40 * 2**30
-"""Bytes of an archive, above which another one is begun.
+"""Largest archive in bytes; what does not fit goes into further ones.
 
 KFP's launcher cannot upload a file of more than 48.8 GiB to S3: it leaves the AWS SDK at 10,000 parts of 5 MiB
 (`uploadFile` in backend/src/v2/objectstore/object_store.go).
@@ -36,18 +36,17 @@ def pack(folder: Path, archive: Path) -> None:
     """Write the files of a folder into an archive; the same names and contents give the same bytes.
 
     Folders are kept, also empty ones; links become what they lead to, as in `fetch`. Names are kept byte by byte, in
-    UTF-8 or not. Times, owners and permissions are not. Memory holds one file's entry at a time.
+    UTF-8 or not; times, owners and permissions are not. Memory holds one file's entry at a time.
 
     Args:
         folder: The data set.
-        archive: The file to make, `<name of the data set>.tar`; above `LARGEST` there are `<name>.1-of-2.tar` and so on
-            instead, each a tar of its own. An earlier one stays until the new one is whole. It takes as much space as
-            the folder.
+        archive: The file to make, `<name of the data set>.tar`; above `LARGEST` `<name>.1-of-2.tar` and so on instead,
+            each a tar of its own. An earlier one stays until the new one is whole.
 
     Raises:
         AdfmError: There is a pipe, a device, or a link to nowhere or round; the archive cannot be written.
     """
-    refuse_special(folder)
+    refuse_special(folder)  # before anything is opened: a pipe would be waited for
     partials: list[Path] = []
     try:
         archive.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +58,10 @@ def pack(folder: Path, archive: Path) -> None:
                 while entry and (not tar.offset or tar.offset + entry.size <= LARGEST):
                     _add(tar, entry)
                     entry = next(entries, None)
-        _put_in_place(partials, archive)
+        for earlier in (archive, *_matching(archive, "[0-9]*-of-[0-9]*")):
+            earlier.unlink(missing_ok=True)
+        for partial, volume in zip(partials, _volume_names(archive, len(partials)), strict=True):
+            partial.replace(volume)
     except OSError as error:
         raise AdfmError(
             f"{folder} cannot be packed into {archive} ({error}); see that the files can be read and that there is as"
@@ -79,19 +81,14 @@ class _Entry(NamedTuple):
 
 
 def _entries(folder: Path) -> Iterator[_Entry]:
-    """The folders and files of a data set, in the order of an archive."""
-    for place, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
-        folders.sort()
-        inside = Path(place).relative_to(folder)
+    """Yield the folders and files of a data set, in the order of an archive."""
+    for place, names in walk(folder):
+        inside = place.relative_to(folder)
         if inside.parts:
-            yield _Entry(inside.as_posix(), Path(place), 0, is_file=False)
-        for name in sorted(names):
-            path = Path(place, name)
+            yield _Entry(inside.as_posix(), place, 0, is_file=False)
+        for name in names:
+            path = place / name
             yield _Entry((inside / name).as_posix(), path, path.stat().st_size, is_file=True)
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 def _add(tar: tarfile.TarFile, entry: _Entry) -> None:
@@ -107,21 +104,14 @@ def _add(tar: tarfile.TarFile, entry: _Entry) -> None:
     tar.members = []  # type: ignore[attr-defined]  # it would keep them all
 
 
-def _put_in_place(partials: list[Path], archive: Path) -> None:
-    for earlier in (archive, *_matching(archive, "[0-9]*-of-[0-9]*")):
-        earlier.unlink(missing_ok=True)
-    for partial, volume in zip(partials, _named(archive, len(partials)), strict=True):
-        partial.replace(volume)
-
-
 def _volumes(archive: Path) -> list[Path]:
-    """The files that an archive consists of, also one that is missing."""
+    """Return the files that an archive consists of, also one that is missing."""
     for first in _matching(archive, "1-of-[0-9]*"):
-        return _named(archive, int(first.stem.rpartition("-")[2]))
+        return _volume_names(archive, int(first.stem.rpartition("-")[2]))
     return [archive]
 
 
-def _named(archive: Path, count: int) -> list[Path]:
+def _volume_names(archive: Path, count: int) -> list[Path]:
     if count == 1:
         return [archive]
     return [archive.with_suffix(f".{number}-of-{count}{_ENDING}") for number in range(1, count + 1)]
@@ -133,13 +123,11 @@ def _matching(archive: Path, numbers: str) -> list[Path]:
 
 @contextmanager
 def opened(archive: Path) -> Iterator[Path]:
-    """The folder of a packed data set, to be read in the block: by conversion, by a part of it, by `adfm show`.
+    """Yield the folder of a packed data set, to be read in the block.
 
     Folders and all files but images are unpacked into a temporary folder. An image has a file of its size there that
-    takes no space, so that listing and `stat` are true; its bytes are read by `adfm.data.contents.read`. Memory holds
-    some 200 bytes an image.
-
-    These files have the time of the archive: a conversion that is resumed with another archive begins again.
+    takes no space, so that listing and `stat` are true; `adfm.data.contents.read` reads its bytes from the archive.
+    Memory holds some 200 bytes an image.
 
     Args:
         archive: As `pack` writes it; its name without `.tar` is that of the folder, and so of the data set.
@@ -162,6 +150,7 @@ def opened(archive: Path) -> Iterator[Path]:
 def _unpack(archive: Path, file: IO[bytes], raw: Path) -> dict[str, int]:
     """Make the folder of `opened`, and return where in the archive its images are, by their paths."""
     offsets: dict[str, int] = {}
+    # All files get the time of the archive: a conversion that is resumed with another archive begins again.
     time = os.fstat(file.fileno()).st_mtime_ns
     try:
         with tarfile.open(fileobj=file, mode="r:", tarinfo=StrictTarInfo, encoding="utf-8") as tar:
@@ -178,7 +167,8 @@ def _unpack(archive: Path, file: IO[bytes], raw: Path) -> dict[str, int]:
                     _stand_in(path, member.size)
                     offsets[str(path)] = member.offset_data
                 else:
-                    _extract(tar, member, path)
+                    with cast("IO[bytes]", tar.extractfile(member)) as content, path.open("xb") as target:
+                        shutil.copyfileobj(content, target)
                 os.utime(path, ns=(time, time))
             file.seek(tar.offset)
             # A header of zeros ends a tar. Less than this follows the true one: zeros up to a whole record.
@@ -193,23 +183,14 @@ def _unpack(archive: Path, file: IO[bytes], raw: Path) -> dict[str, int]:
     return offsets
 
 
-def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
-    content = tar.extractfile(member)
-    assert content  # of a file
-    with path.open("xb") as target:
-        shutil.copyfileobj(content, target)
-
-
 def _is_plain(member: tarfile.TarInfo) -> bool:
-    """Whether a member is a file or a folder that lies within the data set."""
+    """Return whether a member is a file or a folder that lies within the data set."""
     return (member.isdir() or member.type == tarfile.REGTYPE) and not {"", ".."} & set(member.name.split("/"))
 
 
 def _stand_in(path: Path, size: int) -> None:
-    """Make a file of a size without any content.
-
-    Nobody but root may open it: who reads it past `contents.read` gets an error and not zeros.
-    """
+    """Make a file of a size without any content."""
+    # Without permissions: to open it past `contents.read` is an error, unless one is root, and does not read zeros.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0)
     try:
         os.truncate(descriptor, size)

@@ -1,4 +1,4 @@
-"""Problems of a data set, grouped by cause: an error that a person can read when 10,000 files have the same fault."""
+"""Errors about many files: grouped by cause, so that 10,000 files with one fault are one line and some examples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 from adfm.errors import AdfmError
 from adfm.text import printable
 
-EXAMPLES = 10  # shown of each cause; the file lists all
+EXAMPLES = 10  # of each cause in a message; the file lists all
+_LISTED = 50  # problems of a source in a message
 
 # "a.json: shape 3: …": the file, and the places within it that readers name.
 _PLACE = re.compile(
@@ -23,11 +24,37 @@ _VARIABLE = re.compile(
 
 
 class MissingImage(str):
-    """A problem that `convert.missing: skip` turns into a note: an annotation whose image is not there."""
+    """The problem that an annotation's image is missing, which `convert.missing: skip` turns into a note."""
 
 
 class Unlisted(str):
-    """A problem of an image that no annotation names: often it only follows from another one, and so comes after it."""
+    """The problem that no annotation names an image; often a consequence of other problems, so it is listed last."""
+
+
+class ProblemList:
+    """The problems of a source that is fetched, raised all at once; memory does not grow with their number.
+
+    Args:
+        who: What the error calls the source.
+    """
+
+    def __init__(self, who: str) -> None:
+        self._who = who
+        self._first: list[str] = []
+        self._count = 0
+
+    def add(self, problem: str) -> None:
+        """Add a problem: what is wrong with which member."""
+        self._count += 1
+        if len(self._first) < _LISTED:
+            self._first.append(problem)
+
+    def finish(self) -> None:
+        """Raise an `AdfmError` if there are problems."""
+        if self._count:
+            more = [f"and {self._count - _LISTED} more"] if self._count > _LISTED else []
+            listed = "\n".join(f"  {problem}" for problem in [*self._first, *more])
+            raise AdfmError(f"{self._who}: cannot be taken as it is; fix it, or unpack it by hand:\n{listed}")
 
 
 class BadData(AdfmError):
@@ -46,12 +73,12 @@ class BadData(AdfmError):
         super().__init__(_message(raw, layout, self.problems, listing))
 
     def written(self, listing: Path) -> BadData:
-        """The same error; if it shows only some of the problems, they are all in a file that the message names."""
-        if all(len(its) <= EXAMPLES for its in grouped(self.problems).values()):
+        """Return the error; if it lists only some of the problems, write all to a file that its message names."""
+        groups = grouped(self.problems)
+        if all(len(its) <= EXAMPLES for its in groups.values()):
             return self
         lines = [
-            f"{cause} ({len(its)})\n" + "".join(f"  {printable(one)}\n" for one in its)
-            for cause, its in grouped(self.problems).items()
+            f"{cause} ({len(its)})\n" + "".join(f"  {printable(one)}\n" for one in its) for cause, its in groups.items()
         ]
         listing.parent.mkdir(parents=True, exist_ok=True)
         listing.write_text("\n".join(lines), encoding="utf-8")
@@ -59,7 +86,7 @@ class BadData(AdfmError):
 
 
 def grouped(problems: Iterable[str]) -> dict[str, list[str]]:
-    """Problems by their cause, the most frequent first, but images without an annotation last.
+    """Group problems by their cause, the most frequent first, but images without an annotation last.
 
     The cause is the text without the file and the place in it. Problems have one cause if they differ only in names,
     numbers and paths; those that differ become `…`.
@@ -72,14 +99,14 @@ def grouped(problems: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _cause(problems: list[str]) -> str:
-    """What problems that differ in names, numbers and paths have in common."""
+    """Return what problems that differ in names, numbers and paths have in common."""
     variables = [_VARIABLE.findall(_what(problem)) for problem in problems]
     common = iter(["…" if len(set(its)) > 1 else its[0] for its in zip(*variables, strict=False)])
     return _VARIABLE.sub(lambda _: next(common, "…"), _what(problems[0]))
 
 
 def _what(problem: str) -> str:
-    """The problem without the file and the place in it."""
+    """Return the problem without the file and the place in it."""
     _, separator, what = problem.partition(": ")
     return _PLACE.sub("", what, count=1) if separator and what else problem
 

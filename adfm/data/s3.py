@@ -1,9 +1,4 @@
-"""Access to the data in S3: the client, and what DVC's remotes are given.
-
-`ADFM_S3_ACCESS_KEY_ID`, `_SECRET_ACCESS_KEY`, `_SESSION_TOKEN`, `_ENDPOINT_URL` and `_REGION` are for the data alone.
-They are handed over and never exported as `AWS_*`, which others would take for theirs: KFP's launcher, or MLflow. Where
-they are not set, boto3's usual chain holds.
-"""
+"""Access to data in S3, by `ADFM_S3_*` or boto3's usual chain: a client, and credentials for DVC's remotes."""
 
 from __future__ import annotations
 
@@ -14,7 +9,8 @@ from typing import Any
 from adfm.errors import AdfmError
 from adfm.process.environment import variable
 
-# Names that boto3 and DVC's remotes (dvc/config_schema.py) have for each variable `ADFM_S3_…`.
+# Names that boto3 and DVC's remotes (dvc/config_schema.py) have for each variable `ADFM_S3_…`. They are passed on, not
+# exported as `AWS_*`: KFP's launcher and MLflow would take those for theirs.
 _NAMES = {
     "ACCESS_KEY_ID": ("aws_access_key_id", "access_key_id"),
     "SECRET_ACCESS_KEY": ("aws_secret_access_key", "secret_access_key"),
@@ -27,34 +23,34 @@ _OWN_LOGIN = ("access_key_id", "profile", "credentialpath", "configpath", "allow
 
 
 def settings() -> dict[str, str]:
-    """What is set of `ADFM_S3_*`, by the rest of the name.
+    """Return the variables `ADFM_S3_*` that are set, by the rest of their names.
 
     Raises:
         AdfmError: One key is set without the other, or a session token without keys.
     """
-    given = {name: value for name in _NAMES if (value := variable(f"ADFM_S3_{name}"))}
-    missing = [name for name in _KEYS if name not in given]
-    if missing and given.keys() & {*_KEYS, "SESSION_TOKEN"}:
-        present = " and ".join(f"ADFM_S3_{name}" for name in given if name in (*_KEYS, "SESSION_TOKEN"))
+    variables = {name: value for name in _NAMES if (value := variable(f"ADFM_S3_{name}"))}
+    missing = [f"ADFM_S3_{name}" for name in _KEYS if name not in variables]
+    present = [f"ADFM_S3_{name}" for name in variables if name in (*_KEYS, "SESSION_TOKEN")]
+    if missing and present:
         raise AdfmError(
-            f"{present} is set without {' and '.join(f'ADFM_S3_{name}' for name in missing)}; set both keys or neither "
-            "(on a cluster, access-key and secret-key of the secret adfm-s3)."
+            f"{' and '.join(present)} is set without {' and '.join(missing)}; set both keys or neither (on a cluster,"
+            " access-key and secret-key of the secret adfm-s3)."
         )
-    return given
+    return variables
 
 
 def prefix() -> str:
-    """How the variables begin that hold access to the data here, for messages: `ADFM_S3_` or `AWS_`."""
+    """Return the prefix of the variables that are in use, for messages: `ADFM_S3_` or `AWS_`."""
     return "ADFM_S3_" if settings() else "AWS_"
 
 
 def keys_prefix() -> str:
-    """How the variables begin that hold the keys, which may be `AWS_*` where only an endpoint is ours."""
+    """Return the prefix of the variables of the keys, which may be `AWS_` where only `ADFM_S3_ENDPOINT_URL` is set."""
     return "ADFM_S3_" if "ACCESS_KEY_ID" in settings() else "AWS_"
 
 
 def endpoint() -> str:
-    """The address of the data's server, for messages."""
+    """Return the address of the data's server, for messages."""
     given = settings()
     if "ENDPOINT_URL" in given or "ACCESS_KEY_ID" in given:
         return given.get("ENDPOINT_URL", "Amazon S3")
@@ -66,7 +62,7 @@ def _others_endpoint() -> str:
 
 
 def client(connections: int = 10) -> Any:
-    """boto3's client for the data.
+    """Return boto3's client for the data.
 
     Args:
         connections: How many requests may run at a time.
@@ -85,14 +81,14 @@ def client(connections: int = 10) -> Any:
         read_timeout=60,
         retries={"mode": "standard"},
         max_pool_connections=connections,
-        # Keys of ours without an endpoint are Amazon's: AWS_ENDPOINT_URL may be that of other keys.
+        # ADFM_S3_* keys without an endpoint are Amazon's: AWS_ENDPOINT_URL may be that of other keys.
         ignore_configured_endpoint_urls="ACCESS_KEY_ID" in given or None,
     )
     return boto3.client("s3", config=config, **{_NAMES[name][0]: value for name, value in given.items()})
 
 
 def has_credentials() -> bool:
-    """Whether there are keys for the data: ours, or some of boto3's chain (variables, profile, service account).
+    """Return whether there are keys for the data: `ADFM_S3_*`, or some of boto3's chain.
 
     Raises:
         AdfmError: As `settings`.
@@ -109,7 +105,7 @@ def has_credentials() -> bool:
 
 
 def configure_remotes(remotes: dict[str, dict[str, Any]]) -> None:
-    """Give DVC's S3 remotes what is set of `ADFM_S3_*`, unless they have a login of their own.
+    """Pass `ADFM_S3_*` to DVC's S3 remotes, unless they have a login of their own.
 
     Args:
         remotes: The section `remote` of a repository's configuration; changed in memory only.
@@ -119,7 +115,7 @@ def configure_remotes(remotes: dict[str, dict[str, Any]]) -> None:
     """
     given = {_NAMES[name][1]: value for name, value in settings().items()}
     if "access_key_id" in given and "endpointurl" not in given and _others_endpoint():
-        # DVC's remotes, which cannot be told to ignore it, would send our keys there.
+        # DVC's remotes cannot ignore AWS_ENDPOINT_URL, and would send the keys there.
         with contextlib.closing(client()) as amazon:
             given["endpointurl"] = amazon.meta.endpoint_url
     for remote in remotes.values():

@@ -1,4 +1,4 @@
-"""The samples of a raw data set as the settings ask for them: their category, and which of them show one part."""
+"""Samples of a raw data set with the category that `convert.category` says and the part that `split.group` says."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ROBOFLOW = re.compile(r"(.+)\.rf\.[0-9A-Za-z_-]+\.\w+")
 
 
 def read(raw: Path, layout: str, settings: Convert) -> Iterator[Sample]:
-    """Yields the samples of a data set.
+    """Yield the samples of a data set.
 
     With `convert.category: folder` the category of an image is the first folder of its path that is not named after a
     split, a kind of content (`images`), a label or the image's defect. A folder that holds all others counts last. The
@@ -58,19 +58,17 @@ def _folder(sample: Sample, depth: int) -> str:
 
 
 def photograph(source: str) -> str | None:
-    """What Roboflow's augmented copies of one photograph share; `None` for other images.
-
-    It is the path without the hash, and without folders of splits: copies lie in Roboflow's `train` and `valid`.
-    """
+    """Return an identity that Roboflow's augmented copies of one photograph share; `None` for other images."""
     if ".rf." not in source:
         return None
     *folders, name = source.split("/")
     match = _ROBOFLOW.fullmatch(name)
+    # Without folders of splits: copies lie in Roboflow's `train` and `valid`.
     return "/".join([*(one for one in folders if not _STRUCTURE.fullmatch(one)), match[1]]) if match else None
 
 
 class Grouping(NamedTuple):
-    """The setting `split.group`: how to find the part that an image shows.
+    """The setting `split.group`: which part an image shows.
 
     Args:
         column: A column of the data set's table.
@@ -81,7 +79,7 @@ class Grouping(NamedTuple):
     pattern: re.Pattern[str] | None = None
 
     def part(self, sample: Sample) -> str | None:
-        """The column's value, or the first group of the pattern, or all that it matches; `None` if there is none."""
+        """Return the column's value, or the pattern's first group, or else its match; `None` without any."""
         if self.column is not None:
             return sample.columns.get(self.column) or None
         match = self.pattern.search(sample.source) if self.pattern else None
@@ -90,7 +88,7 @@ class Grouping(NamedTuple):
 
 @dataclass
 class Survey:
-    """What a first pass over the samples tells.
+    """Statistics of a first pass over the samples.
 
     Args:
         setting: `split.group`.
@@ -105,7 +103,7 @@ class Survey:
     unreadable: str = ""  # why the setting is not a regular expression
 
     def __post_init__(self) -> None:
-        """Compiles the setting, which may be a column's name instead."""
+        """Compile the setting, which may be a column's name instead."""
         if self.setting is not None:
             self.parts = {Grouping(column=self.setting): Counter()}
             try:
@@ -114,7 +112,7 @@ class Survey:
                 self.unreadable = str(error)
 
     def add(self, sample: Sample) -> None:
-        """Counts a sample."""
+        """Count a sample."""
         self.images += 1
         self.categories.add(sample.category)
         self.columns.update(sample.columns)
@@ -125,7 +123,7 @@ class Survey:
                 parts[part] += 1
 
     def grouping(self) -> Grouping:
-        """How to find the part of each sample.
+        """Return how to determine the part of each sample.
 
         Raises:
             AdfmError: `split.group` is neither a column nor a regular expression that any path matches, or all images

@@ -1,7 +1,7 @@
 """Shards: the converted data set as Parquet files `{train,validation,test}-NNNNN.parquet`.
 
 `datasets.load_dataset("parquet", data_dir=...)` reads them without help: `image` and `mask` are its `Image` features
-with embedded bytes. Nothing after conversion reads images from anywhere else.
+with embedded bytes. After conversion, images are read from here alone.
 """
 
 from __future__ import annotations
@@ -9,62 +9,121 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from adfm.errors import AdfmError
+from adfm.files import replacing
 from adfm.records import SPLITS, Box, Record
 
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-_TEXT = {"dtype": "string", "_type": "Value"}
-_INTEGER = {"dtype": "int32", "_type": "Value"}
-_FEATURES = {
-    "id": _TEXT,
-    "image": {"_type": "Image"},
-    "mask": {"_type": "Image"},
-    "width": _INTEGER,
-    "height": _INTEGER,
-    "dataset": _TEXT,
-    "category": _TEXT,
-    "defect": _TEXT,
-    "label": _TEXT,
-    "boxes": {
-        # `datasets` 3 and older know no `List`; 4 and later read a `Sequence` as one.
-        "_type": "Sequence",
-        "feature": {"_type": "Sequence", "length": 4, "feature": {"dtype": "float64", "_type": "Value"}},
-    },
-    "split": _TEXT,
-    "source": _TEXT,
-    "sha256": _TEXT,
-    "group": _TEXT,
-}
-_TYPES = {
-    "image": _IMAGE,
-    "mask": _IMAGE,
-    "width": pa.int32(),
-    "height": pa.int32(),
-    "boxes": pa.list_(pa.list_(pa.float64(), 4)),
-}
-SCHEMA = pa.schema(
-    [pa.field(name, _TYPES.get(name, pa.string())) for name in _FEATURES],
-    metadata={"huggingface": json.dumps({"info": {"features": _FEATURES}})},
-)
-SMALL = [name for name in SCHEMA.names if name not in ("image", "mask")]
 
-# A row group is what a reader holds in memory at a time.
+
+class _Type(NamedTuple):
+    """How values of a Python type are stored."""
+
+    arrow: pa.DataType
+    feature: dict[str, Any]  # their type for `datasets`
+    store: Callable[[Any], Any] = lambda value: value
+    load: Callable[[Any], Any] = lambda stored: stored
+
+
+_TYPES = {
+    str: _Type(pa.string(), {"dtype": "string", "_type": "Value"}),
+    int: _Type(pa.int32(), {"dtype": "int32", "_type": "Value"}),
+    float: _Type(pa.float64(), {"dtype": "float64", "_type": "Value"}),
+    bytes: _Type(
+        _IMAGE,
+        {"_type": "Image"},
+        lambda content: None if content is None else {"bytes": content, "path": None},
+        lambda stored: stored["bytes"] if stored else None,
+    ),
+    tuple[Box, ...]: _Type(
+        pa.list_(pa.list_(pa.float64(), 4)),
+        {
+            # `datasets` 3 and older know no `List`; 4 and later read a `Sequence` as one.
+            "_type": "Sequence",
+            "feature": {"_type": "Sequence", "length": 4, "feature": {"dtype": "float64", "_type": "Value"}},
+        },
+        lambda boxes: [list(box) for box in boxes],
+        lambda stored: tuple(Box(*box) for box in stored),
+    ),
+}
+
+
+class Columns:
+    """The columns of shards: the fields of a record, in their order.
+
+    To add a column, add a field to `Record` (and set it in `adfm.data.conversion`): schema, writer, reader and the
+    expectations of validation follow from here.
+
+    Args:
+        record: The dataclass of a row. A field of type `X | None` may be null.
+
+    Attributes:
+        schema: The Arrow schema of a shard, with the features that `datasets` reads.
+        small: Names of all columns but images and masks.
+        required: Names of the columns of text and numbers that are never null.
+    """
+
+    def __init__(self, record: type[Record]) -> None:
+        self._record = record
+        self._types: dict[str, _Type] = {}
+        self.small: list[str] = []
+        self.required: list[str] = []
+        hints = get_type_hints(record)
+        for field in fields(record):
+            hint = hints[field.name]
+            optional = NoneType in get_args(hint)
+            if optional:
+                [hint] = set(get_args(hint)) - {NoneType}
+            python = str if get_origin(hint) is Literal else hint
+            self._types[field.name] = _TYPES[python]
+            if python is not bytes:
+                self.small.append(field.name)
+            if python in (str, int, float) and not optional:
+                self.required.append(field.name)
+        features = {name: kind.feature for name, kind in self._types.items()}
+        self.schema = pa.schema(
+            [pa.field(name, kind.arrow) for name, kind in self._types.items()],
+            metadata={"huggingface": json.dumps({"info": {"features": features}})},
+        )
+
+    def table(self, records: Sequence[Record]) -> pa.Table:
+        """Return records as a table."""
+        columns: dict[str, Any] = {
+            name: [kind.store(getattr(record, name)) for record in records]
+            for name, kind in self._types.items()
+            if name != "image"
+        }
+        # A chunk an image: Arrow writes it from where it lies. Copied into one column first, large images take four
+        # times as long to write, nearly all of it for the memory of the copies.
+        columns["image"] = pa.chunked_array([_image(record) for record in records])
+        return pa.table([columns[name] for name in self.schema.names], schema=self.schema)
+
+    def record(self, row: dict[str, Any]) -> Record:
+        """Return the record of a row, as `pa.Table.to_pylist` gives it."""
+        return self._record(**{name: kind.load(row[name]) for name, kind in self._types.items()})
+
+
+COLUMNS = Columns(Record)
+
+# A reader holds a row group in memory at a time.
 _GROUP_ROWS = 100
 _GROUP_BYTES = 16 * 2**20
 
 
 class _Pieces(io.RawIOBase):
-    """A file that is written a megabyte at a time: Linux 6.18 takes up to four times as long for nine at once."""
+    """A file that is written a megabyte at a time."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb", buffering=0)
@@ -74,7 +133,7 @@ class _Pieces(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         content = memoryview(data)
-        while content:
+        while content:  # Linux 6.18 takes up to four times as long for nine megabytes at once
             content = content[self._file.write(content[: 2**20]) :]
         return len(data)
 
@@ -84,13 +143,17 @@ class _Pieces(io.RawIOBase):
 
 
 class _Shard:
-    """A file that records are added to; a group is written while the next one is collected."""
+    """A shard to add records to; a row group is written while the next one is collected."""
 
     def __init__(self, path: Path) -> None:
         self._file = _Pieces(path)
         # Images are compressed already; statistics and dictionaries of them would only cost.
         self._parquet = pq.ParquetWriter(
-            self._file, SCHEMA, compression="none", use_dictionary=["dataset", "category"], write_statistics=SMALL
+            self._file,
+            COLUMNS.schema,
+            compression="none",
+            use_dictionary=["dataset", "category"],  # the same text in many rows
+            write_statistics=COLUMNS.small,
         )
         self.images = 0
         self._records: list[Record] = []
@@ -108,7 +171,7 @@ class _Shard:
     def _flush(self) -> None:
         self._wait()
         if self._records:
-            self._writing = self._writer.submit(self._parquet.write_table, _table(self._records))
+            self._writing = self._writer.submit(self._parquet.write_table, COLUMNS.table(self._records))
         self._records, self._bytes = [], 0
 
     def _wait(self) -> None:
@@ -126,12 +189,12 @@ class _Shard:
 
 
 def name(split: str, number: int) -> str:
-    """The file name of a shard."""
+    """Return the file name of a shard."""
     return f"{split}-{number:05d}.parquet"
 
 
 def write(records: Iterable[Record], folder: Path, shard_images: int) -> None:
-    """Writes `records`, in their order, into the shards of their splits; the same records give the same bytes.
+    """Write records, in their order, into the shards of their splits; the same records give the same bytes.
 
     Memory holds two row groups (each at most 100 images or about 16 MiB) a split, however many records there are.
 
@@ -153,41 +216,35 @@ def write(records: Iterable[Record], folder: Path, shard_images: int) -> None:
 
 
 def write_one(records: Iterable[Record], path: Path) -> None:
-    """Writes one shard: beside its place, and there when it is whole."""
-    unfinished = path.with_name(path.name + ".partial")
-    with ExitStack() as stack:
-        shard = _Shard(unfinished)
-        stack.callback(shard.close)
+    """Write one shard atomically."""
+    with replacing(path) as unfinished, closing(_Shard(unfinished)) as shard:
         for record in records:
             shard.add(record)
-    unfinished.rename(path)
 
 
 def read(folder: Path, split: str | None = None) -> Iterator[Record]:
-    """Yields the records of a split (or of all), in the order in which they were written, a row group at a time.
+    """Yield the records of a split (or of all), in the order in which they were written, a row group at a time.
 
     Raises:
         AdfmError: There are no such shards, or one cannot be read.
     """
-    for rows in batches(folder, split, SCHEMA.names):
-        for row in rows.to_pylist():
-            mask = row["mask"]["bytes"] if row["mask"] else None
-            boxes = tuple(Box(*box) for box in row["boxes"])
-            yield Record(**{**row, "image": row["image"]["bytes"], "mask": mask, "boxes": boxes})
+    for rows in batches(folder, split, COLUMNS.schema.names):
+        yield from map(COLUMNS.record, rows.to_pylist())
 
 
 def table(folder: Path, split: str | None = None) -> pa.Table:
-    """All columns but `image` and `mask`, without reading those from disk; `.to_pandas()` and `.to_pylist()` work."""
-    return pa.Table.from_batches(batches(folder, split, SMALL), schema=pa.schema([SCHEMA.field(n) for n in SMALL]))
+    """Read all columns but `image` and `mask`."""
+    schema = pa.schema([COLUMNS.schema.field(name) for name in COLUMNS.small])
+    return pa.Table.from_batches(batches(folder, split, COLUMNS.small), schema=schema)
 
 
 def ids(folder: Path, split: str | None = None) -> list[str]:
-    """The ids of a split (or of all), in the order of the shards."""
+    """Read the ids of a split (or of all), in the order of the shards."""
     return [id_ for rows in batches(folder, split, ["id"]) for id_ in rows["id"].to_pylist()]
 
 
 def fingerprint(folder: Path, split: str | None = None) -> str:
-    """SHA-256, hex, of what the rows say (images, masks, labels, boxes), whatever their order and files.
+    """Return the SHA-256, hex, of images, masks, labels and boxes, whatever their order and files.
 
     Equal fingerprints mean that two models evaluated on the two folders were evaluated on the same data.
     """
@@ -202,7 +259,7 @@ def fingerprint(folder: Path, split: str | None = None) -> str:
 
 
 def grey_range(folder: Path) -> tuple[int, int] | None:
-    """Values that became black and white when the grey images of more than 8 bits were converted; `None` without such.
+    """Read which values became black and white when grey images of more than 8 bits were converted, if there were any.
 
     Raises:
         AdfmError: The folder's `conversion.json` cannot be read.
@@ -216,13 +273,13 @@ def grey_range(folder: Path) -> tuple[int, int] | None:
 
 
 def batches(folder: Path, split: str | None, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """The rows of a split (or of all) as Arrow batches of the columns asked for; what is not asked for is not read.
+    """Yield the rows of a split (or of all) as Arrow batches of some columns; other columns are not read.
 
     Raises:
         AdfmError: There are no such shards, or one cannot be read.
     """
     if split is not None and split not in SPLITS:
-        raise AdfmError(f"there is no split {split!r}; choose one of {', '.join(SPLITS)}.")
+        raise AdfmError(f"no split is called {split!r}; choose one of {', '.join(SPLITS)}.")
     paths = [path for name in SPLITS if split in (None, name) for path in sorted(folder.glob(f"{name}-*.parquet"))]
     if not paths:
         raise AdfmError(
@@ -231,21 +288,11 @@ def batches(folder: Path, split: str | None, columns: list[str]) -> Iterator[pa.
     for path in paths:
         try:
             with pq.ParquetFile(path) as file:
-                if not file.schema_arrow.equals(SCHEMA):
-                    raise AdfmError(f"{path}: its columns are not those of a shard; make it anew with `adfm convert`.")
+                if not file.schema_arrow.equals(COLUMNS.schema):
+                    raise AdfmError(f"{path}: its columns are not those of a shard; make it again with `adfm convert`.")
                 yield from file.iter_batches(_GROUP_ROWS, columns=columns)
         except (pa.ArrowInvalid, OSError) as error:
-            raise AdfmError(f"{path} cannot be read ({error}); make it anew with `adfm convert`.") from error
-
-
-def _table(records: Sequence[Record]) -> pa.Table:
-    columns: dict[str, Any] = {name: [getattr(record, name) for record in records] for name in SMALL}
-    columns["boxes"] = [[list(box) for box in record.boxes] for record in records]
-    columns["mask"] = [None if record.mask is None else {"bytes": record.mask, "path": None} for record in records]
-    # A chunk an image: Arrow writes it from where it lies. Copied into one column first, large images take four times
-    # as long to write, nearly all of it for the memory of the copies.
-    columns["image"] = pa.chunked_array([_image(record) for record in records])
-    return pa.table([columns[name] for name in SCHEMA.names], schema=SCHEMA)
+            raise AdfmError(f"{path} cannot be read ({error}); make it again with `adfm convert`.") from error
 
 
 def _image(record: Record) -> pa.StructArray:

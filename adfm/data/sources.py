@@ -1,4 +1,4 @@
-"""From anywhere to a folder: `adfm fetch URI DIR`.
+"""Fetch a raw data set from anywhere into a folder: `adfm fetch URI DIR`.
 
     path/to/folder  file:///path/to/folder      copied
     data.zip  data.tar[.gz|.xz|.zst]            unpacked
@@ -15,7 +15,6 @@ import contextlib
 import difflib
 import functools
 import hashlib
-import os
 import posixpath
 import random
 import re
@@ -29,26 +28,26 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from adfm.data import archives, s3
 from adfm.data.manifest import STATE, Ledger
+from adfm.data.problems import ProblemList
 from adfm.data.readers.files import special_files
 from adfm.errors import AdfmError, Unreachable
-from adfm.files import atomic_folder, file_digest
+from adfm.files import atomic_folder, file_digest, walk
 from adfm.process import retries
 from adfm.process.environment import ca_remedy, without_login
 from adfm.process.progress import bar
 
-SCHEMES = ("file", "s3", "dvc", "synthetic")
 _CONNECTIONS = 16
 
 T = TypeVar("T")
 
 
 def fetch(uri: str, out: Path) -> tuple[int, int]:
-    """Brings a raw data set into a folder, with `manifest.json` {source, files: [{path, size, sha256}]}.
+    """Fetch a raw data set into a folder, with `manifest.json` {source, files: [{path, size, sha256}]}.
 
-    An interrupted download from S3 or DVC goes on where it stopped. Memory does not grow with the number of files.
+    An interrupted download from S3 or DVC resumes where it stopped. Memory does not grow with the number of files.
 
     Args:
-        uri: Where it is; see the module's docstring.
+        uri: See the module's docstring.
         out: Folder to make. An earlier result there stays until the new one is whole.
 
     Returns:
@@ -58,38 +57,30 @@ def fetch(uri: str, out: Path) -> tuple[int, int]:
         AdfmError: The source cannot be understood, found, reached (`Unreachable`) or trusted, or holds no file, or two
             files that would become one; the disk is full.
     """
+    scheme, separator, _ = uri.partition("://")
+    fetch_from = _SOURCES.get(scheme if separator else "file")
+    if fetch_from is None:
+        near = difflib.get_close_matches(scheme, _SOURCES, n=1, cutoff=0)[0]
+        raise AdfmError(
+            f"{without_login(uri)}: adfm fetches nothing from {scheme}://; did you mean {near}://? Known: a folder, an"
+            f" archive, {', '.join(f'{known}://' for known in _SOURCES)}. Download other data sets yourself and give"
+            " their folder or archive."
+        )
     try:
-        return _fetch(uri, out)
+        return fetch_from(uri, out)
     except AdfmError as error:
         error.args = (without_login(str(error)),)  # the address of a Git repository may hold a token
         raise
 
 
-def _fetch(uri: str, out: Path) -> tuple[int, int]:
-    scheme, separator, _ = uri.partition("://")
-    if not separator or scheme == "file":
-        return _fetch_local(uri, out)
-    if scheme == "s3":
-        return _fetch_s3(uri, out)
-    if scheme == "dvc":
-        return _fetch_dvc(uri, out)
-    if scheme == "synthetic":
-        return _fetch_synthetic(uri, out)
-    near = difflib.get_close_matches(scheme, SCHEMES, n=1, cutoff=0)[0]
-    raise AdfmError(
-        f"{uri}: adfm fetches nothing from {scheme}://; did you mean {near}://? Known: a folder, an archive, "
-        + ", ".join(f"{known}://" for known in SCHEMES)
-        + ". Download other data sets yourself and give their folder or archive."
-    )
-
-
 def _parallel(work: Callable[[T], None], items: Iterable[T], what: str, stopped: threading.Event) -> None:
-    """Works on items in threads, with few in hand at a time, and sets `stopped` as soon as one has failed."""
+    """Work on items in threads, a few submitted at a time, and set `stopped` as soon as one has failed."""
     running: set[Future[None]] = set()
     with ThreadPoolExecutor(_CONNECTIONS) as pool, bar(desc=what, unit="file") as progress:
         try:
             for item in items:
                 running.add(pool.submit(work, item))
+                # Not all at once: memory does not grow with the number of items.
                 if len(running) >= 4 * _CONNECTIONS:
                     done, running = wait(running, return_when=FIRST_COMPLETED)
                     progress.update(sum(job.result() is None for job in done))
@@ -108,12 +99,12 @@ def _fetch_local(uri: str, out: Path) -> tuple[int, int]:
     if uri.startswith("file://"):
         parts = urlsplit(uri)
         if parts.netloc not in ("", "localhost"):
-            raise AdfmError(f"{uri}: names the host {parts.netloc!r}; write file:///absolute/path, with three slashes.")
+            raise AdfmError(f"{uri}: has the host {parts.netloc!r}; write file:///absolute/path, with three slashes.")
         path = Path(unquote(parts.path))
     else:
         path = Path(uri).expanduser()
     if not path.exists():
-        near = difflib.get_close_matches(uri.partition(":")[0], SCHEMES, n=1)
+        near = difflib.get_close_matches(uri.partition(":")[0], _SOURCES, n=1)
         hint = f" Did you mean {near[0]}://?" if near else ""
         raise AdfmError(
             f"{uri}: no such folder or archive; give one that is there, or s3://, dvc:// or synthetic://.{hint}"
@@ -124,7 +115,7 @@ def _fetch_local(uri: str, out: Path) -> tuple[int, int]:
             raise AdfmError(f"{out}: the source {path} lies in it, or it in the source; choose another folder.")
     elif not archives.is_archive(path.name):
         known = ", ".join(archives.ENDINGS)
-        raise AdfmError(f"{uri}: is a file, but no archive that adfm unpacks ({known}); give its folder.")
+        raise AdfmError(f"{uri}: is a file, but not an archive that adfm unpacks ({known}); give its folder.")
     elif not path.is_file():
         raise AdfmError(f"{uri}: is a pipe or a device; give an ordinary file or a folder.")
     with atomic_folder(out) as folder, contextlib.closing(Ledger(folder, uri)) as ledger:
@@ -136,7 +127,7 @@ def _fetch_local(uri: str, out: Path) -> tuple[int, int]:
 
 
 def _copy(source: Path, ledger: Ledger) -> None:
-    problems = archives.Problems(str(source))
+    problems = ProblemList(str(source))
     for problem in special_files(source):
         problems.add(problem)
     problems.finish()  # before anything is opened: a pipe would be waited for
@@ -147,9 +138,8 @@ def _copy(source: Path, ledger: Ledger) -> None:
             archives.store(ledger, name, content, problems)
 
     def jobs() -> Iterator[tuple[Path, str]]:
-        for folder, folders, files in os.walk(source, followlinks=True, onerror=_raise):
-            folders.sort()
-            for path in (Path(folder, file) for file in sorted(files)):
+        for folder, files in walk(source):
+            for path in (folder / file for file in files):
                 name = archives.utf8(path.relative_to(source).as_posix())
                 if admitted := archives.admit(ledger, name, problems):
                     yield path, admitted
@@ -158,15 +148,11 @@ def _copy(source: Path, ledger: Ledger) -> None:
     problems.finish()
 
 
-def _raise(error: OSError) -> None:
-    raise error
-
-
 # ------------------------------------------------------------------------------------------------------------ downloads
 
 
 class _Content(NamedTuple):
-    """What a source sends of a file: its bytes in pieces, the MD5 of the whole file if it is known, and its version."""
+    """The bytes of a file in pieces, the MD5 of the whole file if it is known, and its version."""
 
     pieces: Iterable[bytes]
     md5: str = ""
@@ -174,7 +160,7 @@ class _Content(NamedTuple):
 
 
 class _Item(NamedTuple):
-    """A file of a source: its path in the data set, what tells it from other contents, how to read from a byte on."""
+    """A file of a source: its path in the data set, a tag of its content, and a function to read from a byte on."""
 
     path: str
     tag: str
@@ -182,17 +168,17 @@ class _Item(NamedTuple):
 
 
 class _Damaged(Exception):
-    """What arrived is not what the source holds."""
+    """A downloaded file differs from that of the source."""
 
 
 def _download(items: Iterable[_Item], ledger: Ledger, again: tuple[type[Exception], ...] = (), tries: int = 1) -> None:
-    """Downloads what no earlier attempt has left whole. Every file grows beside its place and is renamed when whole.
+    """Download the files that no earlier attempt has finished; each is renamed to its place when it is whole.
 
     Args:
-        items: What there is; whatever else the folder holds is removed.
-        ledger: Of what is whole.
-        again: Errors after which a file goes on where it stopped.
-        tries: How many of them in a row may happen to a file without a byte arriving.
+        items: All files; any other in the folder is removed.
+        ledger: Of the files that are whole.
+        again: Errors after which a file is resumed where it stopped.
+        tries: How many of them in a row a file may have without a byte arriving.
     """
     parts = ledger.folder / STATE / "parts"
     parts.mkdir(exist_ok=True)
@@ -209,9 +195,9 @@ def _download(items: Iterable[_Item], ledger: Ledger, again: tuple[type[Exceptio
                 damages += 1
                 if damages > 2:
                     raise AdfmError(
-                        f"{item.path}: arrives damaged ({error}); look at the network, and at what is stored there."
+                        f"{item.path}: arrives damaged ({error}); check the network, and what is stored there."
                     ) from None
-            except again:
+            except again:  # after the client's own tries; a try that brought a byte does not count
                 before, arrived = arrived, part.stat().st_size
                 failures = 0 if arrived > before else failures + 1
                 if failures >= tries:
@@ -222,7 +208,7 @@ def _download(items: Iterable[_Item], ledger: Ledger, again: tuple[type[Exceptio
     def receive(item: _Item, part: Path) -> None:
         sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
         with part.open("a+b") as file:
-            file.seek(0)
+            file.seek(0)  # the hashes are of the whole file, also of what an earlier try left
             while chunk := file.read(2**20):
                 sha256.update(chunk)
                 md5.update(chunk)
@@ -248,7 +234,7 @@ def _download(items: Iterable[_Item], ledger: Ledger, again: tuple[type[Exceptio
 
 
 def _clear(folder: Path, path: str) -> None:
-    """Removes what an earlier attempt left where a file's folder is to be, or a folder where the file is to be."""
+    """Remove a file in the place of the new file's folders, or a folder in its own place, that an earlier try left."""
     above = folder
     for part in path.split("/")[:-1]:
         above /= part
@@ -277,7 +263,8 @@ def _fetch_s3(uri: str, out: Path) -> tuple[int, int]:
         if not client.list_objects_v2(Bucket=bucket, Prefix=_start(prefix), MaxKeys=1).get("Contents"):
             raise AdfmError(f"{uri}: the bucket is there, but nothing under that prefix; check its spelling.")
         with atomic_folder(out, keep_partial=True) as folder, contextlib.closing(Ledger(folder, uri)) as ledger:
-            problems = archives.Problems(uri)
+            # Objects are listed while others are downloaded, so their problems are complete at the end only.
+            problems = ProblemList(uri)
             _download(_objects(client, bucket, prefix, ledger, problems), ledger, (BotoCoreError,), tries)
             problems.finish()
             return _finish(uri, prefix, ledger, {"source": uri}, "etag")
@@ -292,15 +279,15 @@ def _start(prefix: str) -> str:
 
 
 def _finish(uri: str, path: str, ledger: Ledger, source: dict[str, str], tag: str) -> tuple[int, int]:
-    """Unpacks what was downloaded if it is an archive, and writes the manifest."""
+    """Unpack what was downloaded if it is an archive, and write the manifest."""
     archive = ledger.folder / STATE / posixpath.basename(path)
     if archive.is_file():
         archives.unpack(archive, ledger.folder, ledger, uri)
     return ledger.finish(source, tag)
 
 
-def _objects(client: Any, bucket: str, prefix: str, ledger: Ledger, problems: archives.Problems) -> Iterator[_Item]:
-    """All objects below the prefix, as they are listed; of an archive that object alone."""
+def _objects(client: Any, bucket: str, prefix: str, ledger: Ledger, problems: ProblemList) -> Iterator[_Item]:
+    """Yield all objects below the prefix, as they are listed; of an archive that object alone."""
     from botocore.exceptions import ClientError, FlexibleChecksumError
 
     def read(key: str, etag: str, size: int, offset: int) -> _Content:
@@ -316,7 +303,7 @@ def _objects(client: Any, bucket: str, prefix: str, ledger: Ledger, problems: ar
                 raise _Damaged("it is shorter there") from error
             raise _s3_error(f"s3://{bucket}/{key}", error) from error
         if offset and not whole and "ContentRange" not in response:
-            raise _Damaged("the server does not go on where it stopped")
+            raise _Damaged("the server does not resume where it stopped")
 
         def pieces() -> Iterator[bytes]:
             with contextlib.closing(response["Body"]) as body:
@@ -348,10 +335,9 @@ def _objects(client: Any, bucket: str, prefix: str, ledger: Ledger, problems: ar
 
 
 def _s3_error(where: str, error: Exception) -> AdfmError:
-    """What boto3 raised as an error of ours, after its own tries: 3 of a request, unless `AWS_MAX_ATTEMPTS` is set.
+    """Translate an error of boto3.
 
-    Those are botocore's standard mode (botocore/retries/standard.py). `_download` reads a file that stopped again, from
-    where it stopped, until as many tries in a row brought no byte.
+    By then boto3 has tried a request 3 times (botocore/retries/standard.py), unless `AWS_MAX_ATTEMPTS` says otherwise.
     """
     from botocore.exceptions import (
         ClientError,
@@ -376,7 +362,7 @@ def _remedy(error: Exception) -> str:
         keys = f"{prefix}ACCESS_KEY_ID and {prefix}SECRET_ACCESS_KEY"
         return f"no credentials; set {keys}, or AWS_PROFILE (on a cluster: the secret adfm-s3)"
     if isinstance(error, ParamValidationError):
-        return "that is no name of a bucket; write s3://bucket/prefix"
+        return "that is not a name of a bucket; write s3://bucket/prefix"
     if not isinstance(error, ClientError):
         return (
             f"{s3.endpoint()} cannot be reached; check {prefix}ENDPOINT_URL and the network, and fetch again: "
@@ -386,7 +372,7 @@ def _remedy(error: Exception) -> str:
     if error.operation_name.startswith("AssumeRole"):  # of AWS's service for roles, not of the bucket
         return "the role cannot be assumed; check the service account's annotation and whom the role trusts"
     if code in ("NoSuchBucket", "InvalidBucketName"):
-        return f"there is no such bucket; check its name and {prefix}ENDPOINT_URL"
+        return f"the bucket does not exist; check its name and {prefix}ENDPOINT_URL"
     if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken"):
         keys = s3.keys_prefix()
         return f"the server does not accept the credentials; check {keys}ACCESS_KEY_ID and {keys}SECRET_ACCESS_KEY"
@@ -417,13 +403,13 @@ def _fetch_dvc(uri: str, out: Path) -> tuple[int, int]:
     if not re.match(r"[\w.+-]+(@|://)", repo):
         repo = str(Path(repo).expanduser())
         if not Path(repo).is_dir():
-            raise AdfmError(f"{uri}: there is no folder {repo!r}; give that of a Git repository, or its URL.")
+            raise AdfmError(f"{uri}: the folder {repo!r} does not exist; give that of a Git repository, or its URL.")
     try:
-        with _explained(f"{uri}: the repository cannot be opened at {rev!r}; check both, and that Git may read it"):
+        with _translated(f"{uri}: the repository cannot be opened at {rev!r}; check both, and that Git may read it"):
             files = DVCFileSystem(repo, rev=rev)
             s3.configure_remotes(files.repo.config["remote"])
             commit = files.repo.get_rev()
-        with _explained(f"{uri}: {path!r} cannot be listed; is it there at {rev!r}, and was it pushed (`dvc push`)?"):
+        with _translated(f"{uri}: {path!r} cannot be listed; is it there at {rev!r}, and was it pushed (`dvc push`)?"):
             items = list(_tracked(uri, files, path))
         with (
             atomic_folder(out, keep_partial=True) as folder,
@@ -432,16 +418,16 @@ def _fetch_dvc(uri: str, out: Path) -> tuple[int, int]:
             _download(_admitted(items, uri, ledger), ledger)
             return _finish(uri, path, ledger, {"source": uri, "commit": commit}, "md5")
     finally:
-        clean_repos()
+        clean_repos()  # DVC keeps its clones otherwise
 
 
 def _tracked(uri: str, files: Any, path: str) -> Iterator[_Item]:
-    """The files below a path of a DVC repository; of an archive that file alone."""
+    """Yield the files below a path of a DVC repository; of an archive that file alone."""
 
     def read(name: str, md5: str, offset: int) -> _Content:
         def pieces() -> Iterator[bytes]:
             with (
-                _explained(f"{uri}: {name} is not to be had; it may never have been pushed (`dvc push` where it is)"),
+                _translated(f"{uri}: {name} cannot be read; it may never have been pushed (`dvc push` where it is)"),
                 files.open(name) as content,
             ):
                 content.seek(offset)
@@ -453,7 +439,7 @@ def _tracked(uri: str, files: Any, path: str) -> Iterator[_Item]:
     if files.info(path)["type"] == "file":
         if not archives.is_archive(path):
             known = ", ".join(archives.ENDINGS)
-            raise AdfmError(f"{uri}: is a file, but no archive that adfm unpacks ({known}); give its folder.")
+            raise AdfmError(f"{uri}: is a file, but not an archive that adfm unpacks ({known}); give its folder.")
         md5 = files.info(path).get("md5", "")
         yield _Item(f"{STATE}/{posixpath.basename(path)}", md5, functools.partial(read, path, md5))
         return
@@ -464,7 +450,7 @@ def _tracked(uri: str, files: Any, path: str) -> Iterator[_Item]:
 
 
 def _admitted(items: Sequence[_Item], uri: str, ledger: Ledger) -> list[_Item]:
-    problems = archives.Problems(uri)
+    problems = ProblemList(uri)
     if [item.path.startswith(f"{STATE}/") for item in items] == [True]:  # an archive
         return list(items)
     paths = [archives.admit(ledger, item.path, problems) for item in items]
@@ -473,8 +459,8 @@ def _admitted(items: Sequence[_Item], uri: str, ledger: Ledger) -> list[_Item]:
 
 
 @contextlib.contextmanager
-def _explained(message: str) -> Iterator[None]:
-    """Whatever DVC raises (its remotes have dozens of exceptions of their own) as an error of ours.
+def _translated(message: str) -> Iterator[None]:
+    """Translate errors of DVC, whose remotes have dozens of exceptions of their own.
 
     DVC's remotes try again by themselves: S3 five times a request (aiobotocore, s3fs), HTTP for some seconds
     (aiohttp-retry). Git does not.
@@ -525,3 +511,6 @@ def _fetch_synthetic(uri: str, out: Path) -> tuple[int, int]:
         for path in folder.rglob("*.png"):
             ledger.add(path.relative_to(folder).as_posix(), path.stat().st_size, file_digest(path))
         return ledger.finish({"source": uri})
+
+
+_SOURCES = {"file": _fetch_local, "s3": _fetch_s3, "dvc": _fetch_dvc, "synthetic": _fetch_synthetic}

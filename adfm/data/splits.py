@@ -1,4 +1,4 @@
-"""Train, validation and test: which image goes where, such that none is in two."""
+"""Divide images into train, validation and test, so that no part and no copy is in two of them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from adfm.data.duplicates import components
 from adfm.params import Params, Split
 from adfm.records import SPLITS
-from adfm.records import Split as SplitName
 
+# Of a `Sample`; `part` is from `split.group`, and augmented copies of one photograph share `photograph`.
 COLUMNS = ("dataset", "category", "label", "defect", "split", "group", "part", "photograph", "sha256")
 _TRAIN, _VALIDATION, _TEST = map(SPLITS.index, ("train", "validation", "test"))
 
 
 def assign(images: pa.Table, duplicates: NDArray[np.int64], params: Params) -> NDArray[np.int8]:
-    """Gives every image its split.
+    """Assign every image to a split.
 
     **Together**: byte-identical images, `duplicates`, images of one category with the same `group`, and images with the
     same `part` or `photograph` go to one split: the most held-out one to which the data set, or
@@ -35,8 +35,8 @@ def assign(images: pa.Table, duplicates: NDArray[np.int64], params: Params) -> N
     `params.split`. If all of it is test, as in MMAD, it stays so. If its train part has normal images alone, as in
     MVTec AD and its kin, they stay in train, and all the rest is divided by the shares: there must be defects to learn
     from. So the held-out images are always held-out images of the official split. If nothing is fixed, all is divided.
-    With `split.redivide` nothing counts as fixed, so that a share of MMAD can be trained on; figures then do not
-    compare with those of others, who test on all of it.
+    With `split.redivide` nothing counts as fixed, so that a share of MMAD can be trained on; the metrics then do not
+    compare with published ones, which are measured on all of it.
 
     **The division** keeps the shares in every category, and as nearly as whole groups allow in every label and defect
     of it. A label with three groups or more is in every split, and so is a kind of defect; one with two is in train and
@@ -46,10 +46,9 @@ def assign(images: pa.Table, duplicates: NDArray[np.int64], params: Params) -> N
     Groups are drawn by a hash of the seed and their content, so neither the order nor the names of files matter.
 
     Args:
-        images: One row an image, with `COLUMNS` as in a `Sample`; `split` is what the data set fixes, or null, `part`
-            what `split.group` says, `photograph` what augmented copies share.
+        images: One row an image, with `COLUMNS`.
         duplicates: [pairs, 2]: further indices of images that go to one split.
-        params: Its `seed` and `split` are used.
+        params: Reads `seed` and `split`.
 
     Returns:
         [images]: indices into `SPLITS`.
@@ -57,20 +56,22 @@ def assign(images: pa.Table, duplicates: NDArray[np.int64], params: Params) -> N
     column = _columns(images)
     fixed = _fixed(column["split"], params.split)
     keeps = _keeps(fixed, _where(column["label"], "anomalous"))
-    lacking = [name for number, name in enumerate(SPLITS) if not (fixed == number).any()] if keeps else list(SPLITS)
-    shares = _fractions(params.split, lacking)
-    fractions = [shares[name] for name in SPLITS]
+    fractions = [0.0, params.split.validation, params.split.test]  # of `SPLITS`
+    if keeps:  # a split that the data set has gets no more
+        fractions = [0.0 if (fixed == number).any() else share for number, share in enumerate(fractions)]
+    fractions[_TRAIN] = 1 - sum(fractions)
     for name in params.split.holdout_categories:
         fixed[_where(column["category"], name)] = _TEST
 
     together = _together([*_ties(column).values(), duplicates], len(images))
     count = int(together.max(initial=-1)) + 1
     latest = np.full(count, -1, np.int8)
-    np.maximum.at(latest, together, fixed)
+    np.maximum.at(latest, together, fixed)  # `SPLITS` are in order, the most held-out one last
     all_train = np.ones(count, bool)
     all_train[together[fixed != _TRAIN]] = False
     held = np.zeros(count, bool)
     held[together[np.isin(np.asarray(column["category"]), params.split.holdout_categories)]] = True
+    # A training part of normal images alone stays, but the rest is divided: training needs defects.
     decided = held | (latest > _TRAIN if keeps else all_train)
 
     of_group = np.where(decided, latest, np.int8(-1))
@@ -83,7 +84,7 @@ def assign(images: pa.Table, duplicates: NDArray[np.int64], params: Params) -> N
 def folds(
     images: pa.Table, duplicates: NDArray[np.int64], count: int, validation: float, seed: int
 ) -> NDArray[np.int8]:
-    """Divides images for cross-validation: each is in the test split of one fold.
+    """Divide images for cross-validation: each is in the test split of one fold.
 
     Images that `assign` keeps together are in one part. Every part has its share of each category, label and defect as
     nearly as whole groups allow; a kind of defect with fewer groups than parts is in as many parts as it has groups, so
@@ -95,7 +96,7 @@ def folds(
         duplicates: As of `assign`.
         count: Number of folds, at least 2.
         validation: Share of validation in what is not test.
-        seed: Draws the parts.
+        seed: Seed of the draw.
 
     Returns:
         [folds, images]: indices into `SPLITS`.
@@ -104,7 +105,7 @@ def folds(
     part = np.full(int(together.max(initial=-1)) + 1, -1)
 
     def pool(decided: NDArray[np.bool_]) -> list[_Group]:
-        """All categories at once, which keeps the sizes to an image and each label in every part."""
+        """Return all categories at once, which keeps the sizes to an image and each label in every part."""
         return [
             group._replace(
                 defect=f"{number:09} {group.defect}", kinds=frozenset(f"{number} {kind}" for kind in group.kinds)
@@ -118,6 +119,8 @@ def folds(
     fractions = [1 - validation, validation, 0.0]
     of_fold = np.full((count, len(part)), _TEST, np.int8)
     for fold in range(count):
+        # Kinds first: with few defects left, the rule that validation has every label would take the only one of a kind
+        # away from training.
         divided = _divide(pool(part == fold), fractions, _first_splits(fractions), kinds_first=True)
         for group, split in divided.items():
             of_fold[fold, group] = split
@@ -125,14 +128,14 @@ def folds(
 
 
 def groups(images: pa.Table, duplicates: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[images]: the number of the group of images that go to one split, as of `assign`."""
+    """Return [images], the number of the group of images that `assign` keeps together."""
     return _together([*_ties(_columns(images)).values(), duplicates], len(images))
 
 
-def official_kept(images: pa.Table, params: Params) -> bool:
-    """Whether the data set's own splits are kept, as of `assign`, and not only a training part of normal images."""
+def official_kept(images: pa.Table, settings: Split) -> bool:
+    """Return whether `assign` keeps the data set's own splits, and not only a training part of normal images."""
     column = _columns(images)
-    return _keeps(_fixed(column["split"], params.split), _where(column["label"], "anomalous"))
+    return _keeps(_fixed(column["split"], settings), _where(column["label"], "anomalous"))
 
 
 def _columns(images: pa.Table) -> dict[str, pa.Array]:
@@ -145,14 +148,8 @@ def _columns(images: pa.Table) -> dict[str, pa.Array]:
 
 
 def _where(column: pa.Array, value: str) -> NDArray[np.bool_]:
-    found: NDArray[np.bool_] = pc.equal(column, value).fill_null(False).to_numpy(zero_copy_only=False)
-    return found
-
-
-def _fractions(split: Split, lacking: list[SplitName]) -> dict[SplitName, float]:
-    shares: dict[SplitName, float] = {"train": 0, "validation": split.validation, "test": split.test}
-    shares = {name: share if name in lacking else 0 for name, share in shares.items()}
-    return shares | {"train": 1 - sum(shares.values())}
+    rows: NDArray[np.bool_] = pc.equal(column, value).fill_null(False).to_numpy(zero_copy_only=False)
+    return rows
 
 
 def _fixed(split: pa.Array, settings: Split) -> NDArray[np.int8]:
@@ -164,7 +161,7 @@ def _fixed(split: pa.Array, settings: Split) -> NDArray[np.int8]:
 
 
 def _keeps(fixed: NDArray[np.int8], anomalous: NDArray[np.bool_]) -> bool:
-    """Whether all of the data set's own splits are kept, not only its train part."""
+    """Return whether all of the data set's own splits are kept, not only its train part."""
     return bool((anomalous & (fixed == _TRAIN)).any() or (fixed == _TEST).all())
 
 
@@ -182,22 +179,22 @@ def _together(ties: list[NDArray[np.int64]], images: int) -> NDArray[np.int64]:
 
 
 def moved(
-    images: pa.Table, near_duplicates: NDArray[np.int64], assigned: NDArray[np.int8], params: Params
+    images: pa.Table, near_duplicates: NDArray[np.int64], assigned: NDArray[np.int8], settings: Split
 ) -> list[dict[str, Any]]:
-    """Counts the images that are not in the split that the data set fixes for them, because of others.
+    """Count the images that `assign` did not leave in the split that the data set fixes for them, because of others.
 
     Args:
         images: As of `assign`.
         near_duplicates: Its `duplicates`.
         assigned: What it returned.
-        params: As of `assign`.
+        settings: The section `split`.
 
     Returns:
         Rows of `because` (`copies`, `part` or `near-duplicates`: the first that explains it), `from`, `to`, `images`.
     """
     column = _columns(images)
-    fixed = _fixed(column["split"], params.split)
-    held = np.isin(np.asarray(column["category"]), params.split.holdout_categories)
+    fixed = _fixed(column["split"], settings)
+    held = np.isin(np.asarray(column["category"]), settings.holdout_categories)
     left = (fixed != assigned) & (fixed >= 0) & ~held
     if not _keeps(fixed, _where(column["label"], "anomalous")):
         left &= fixed == _TRAIN  # the rest is divided anyhow
@@ -221,7 +218,8 @@ def moved(
 
 
 def repeated(values: pa.Array) -> NDArray[np.int64]:
-    """[pairs, 2]: every row that repeats a value, and the first row that has it; nulls are equal to nothing."""
+    """Return [pairs, 2]: every row that repeats a value, and the first row that has it; nulls are equal to nothing."""
+    # Sorting takes less memory than a dictionary of all values.
     order = np.asarray(pc.sort_indices(values))[: len(values) - values.null_count]  # nulls come last
     if not len(order):
         return np.empty((0, 2), np.int64)
@@ -232,29 +230,20 @@ def repeated(values: pa.Array) -> NDArray[np.int64]:
 
 
 class _Group(NamedTuple):
-    """A group of images to divide; groups of a pool are sorted in this order.
+    """A group of images to divide; groups of a pool are sorted in this order."""
 
-    Args:
-        label: Label of the image that it counts as.
-        defect: Defect of that image, or an empty text.
-        draw: A number by chance.
-        number: Number of the group.
-        images: How many images it has.
-        kinds: Kinds of defect on its images; an anomalous image without a name has the kind "".
-    """
-
-    label: str
-    defect: str
-    draw: int
+    label: str  # of the image that it counts as
+    defect: str  # of that image, or an empty text
+    draw: int  # at random
     number: int
-    images: int
-    kinds: frozenset[str]
+    images: int  # how many it has
+    kinds: frozenset[str]  # of defect on its images; an anomalous image without a name has the kind ""
 
 
 def _pools(
     column: dict[str, pa.Array], together: NDArray[np.int64], decided: NDArray[np.bool_], seed: int
 ) -> Iterator[list[_Group]]:
-    """The groups to divide, category by category.
+    """Yield the groups to divide, category by category.
 
     A group counts as its anomalous image, if it has one, and of those as the one whose SHA-256 is the smallest.
     """
@@ -263,15 +252,18 @@ def _pools(
     rank["sha256"] = np.asarray(pc.rank(column["sha256"], tiebreaker="min"), np.int64)
     normal = ~_where(column["label"], "anomalous")
     smallest = _first_of_each(together, np.lexsort((rank["sha256"], together)))
-    shown = _first_of_each(together, np.lexsort((rank["defect"], rank["category"], rank["sha256"], normal, together)))
+    counts_as = _first_of_each(
+        together, np.lexsort((rank["defect"], rank["category"], rank["sha256"], normal, together))
+    )
     open_ = np.flatnonzero(~decided)
     category = rank["dataset"] * (len(normal) + 1) + rank["category"]
-    kinds = _kinds(column["defect"], together, np.flatnonzero(~normal & (category == category[shown][together])))
-    strata = category[shown[open_]]
+    kinds = _kinds(column["defect"], together, np.flatnonzero(~normal & (category == category[counts_as][together])))
+    strata = category[counts_as[open_]]
     for stratum in np.unique(strata):
         pool = []
         for group in open_[strata == stratum].tolist():
-            label, defect = (column[name][int(shown[group])].as_py() for name in ("label", "defect"))
+            label, defect = (column[name][int(counts_as[group])].as_py() for name in ("label", "defect"))
+            # Drawn by content, so that neither order nor names of files matter.
             content = f"{seed} {column['sha256'][int(smallest[group])].as_py()}"
             draw = int.from_bytes(hashlib.sha256(content.encode()).digest()[:8])
             pool.append(_Group(label, defect or "", draw, group, int(sizes[group]), frozenset(kinds[group])))
@@ -279,7 +271,7 @@ def _pools(
 
 
 def _kinds(defect: pa.Array, together: NDArray[np.int64], anomalous: NDArray[np.int64]) -> dict[int, set[str]]:
-    """The kinds of defect of every group: the names in the `defect` of its `anomalous` images (row numbers)."""
+    """Return the kinds of defect of every group: the names in the `defect` of its `anomalous` images (row numbers)."""
     codes = np.asarray(defect.indices.fill_null(-1), np.int64)[anomalous]
     names = [*defect.dictionary.to_pylist(), ""]  # the last one, at -1, of images whose defect has no name
     kinds: dict[int, set[str]] = defaultdict(set)
@@ -289,57 +281,48 @@ def _kinds(defect: pa.Array, together: NDArray[np.int64], anomalous: NDArray[np.
 
 
 def kinds_of(defect: str | None) -> list[str]:
-    """The kinds of defect that an anomalous image shows: `dent+scratch` has two; `[""]` where it has no name."""
+    """Return the kinds of defect that an anomalous image shows: `dent+scratch` has two; `[""]` where it has no name."""
     return (defect or "").split("+")
 
 
 def _ranks(column: pa.Array) -> NDArray[np.int64]:
-    """[images]: the place of every value among those of the column, in alphabetical order; 0 for null."""
+    """Return [images], the place of every value in alphabetical order; 0 for null."""
     ranks = np.append(np.asarray(pc.rank(column.dictionary)), 0)
     return np.asarray(ranks[column.indices.fill_null(-1)], np.int64)
 
 
 def _first_of_each(together: NDArray[np.int64], order: NDArray[Any]) -> NDArray[Any]:
-    """[groups]: of every group, the image that comes first in `order`, which has the groups one after another."""
+    """Return [groups], the first image of every group in `order`, which has the groups one after another."""
     _, first = np.unique(together[order], return_index=True)
     return order[first]
 
 
+# Rule that returns the splits in which a kind belongs, from the number of its groups in each split.
 _Places = Callable[[Counter[int]], Sequence[int]]
-"""The splits in which a kind belongs, from the number of its groups in each split."""
 
 
 def _first_splits(fractions: Sequence[float]) -> _Places:
-    """Each group of a rare kind has a split of its own: train before test before validation, then anywhere."""
+    """Return the rule of `assign`: the groups of a rare kind go to train, then test, then validation, one each."""
     order = [split for split in (_TRAIN, _TEST, _VALIDATION) if fractions[split] > _NOTHING]
     return lambda here: order[: here.total()]
 
 
 def _any_parts(count: int) -> _Places:
-    """A rare kind is in as many of `count` parts as it has groups: in those where it is, and in the first others."""
+    """Return the rule of `folds`: a rare kind is in as many parts as it has groups, where it is or the first others."""
     return lambda here: sorted(range(count), key=lambda part: not here[part])[: here.total()]
 
 
-_NOTHING = 1e-9  # a share that is smaller is none
+_NOTHING = 1e-9  # a smaller share is a rounding error
 
 
 def _divide(
     pool: list[_Group], fractions: Sequence[float], places: _Places, kinds_first: bool = False
 ) -> dict[int, int]:
-    """Divides one category's groups.
+    """Return the split of each of one category's groups, by its number.
 
     Each next group, label by label and defect by defect, goes to the split that is furthest behind its fraction, so
     fractions hold at the end of every stratum to about one group. Then labels and kinds of defect that a split lacks
-    are moved there.
-
-    Args:
-        pool: The groups.
-        fractions: Of every split; they sum to 1.
-        places: Where a kind belongs.
-        kinds_first: Whether a kind goes where it belongs even if a label then lacks in another split.
-
-    Returns:
-        The split of each group, by its number.
+    are moved there; with `kinds_first`, a kind goes where it belongs even if a label is then missing elsewhere.
     """
     splits: dict[int, int] = {}
     counts: Counter[int] = Counter()
@@ -365,12 +348,10 @@ def _divide(
 def _spread(
     pool: list[_Group], splits: dict[int, int], fractions: Sequence[float], places: _Places, kinds_first: bool
 ) -> None:
-    """Moves groups such that kinds of defect are where they belong, as far as that takes no other kind or label away.
+    """Move groups so that kinds of defect are where they belong, as far as that takes no other kind or label away.
 
-    With `kinds_first` it may take a label away.
-
-    A group changes places with one of the same label, or moves alone if that brings the sizes closer to `fractions`.
-    Kinds with many groups come first: once they are in every split, so is their label, and the rare ones are free.
+    With `kinds_first` it may take a label away. A group changes places with one of the same label, or moves alone if
+    that brings the sizes closer to `fractions`.
     """
     here: dict[str, Counter[int]] = defaultdict(Counter)  # kind -> split -> groups
     labels: dict[str, Counter[int]] = defaultdict(Counter)
@@ -382,7 +363,7 @@ def _spread(
             here[kind][splits[group.number]] += 1
 
     def spared(group: _Group) -> bool:
-        """Whether the split that a group is in has what it shows without it."""
+        """Return whether the split of a group keeps its kinds without it."""
         split = splits[group.number]
         return all(here[kind][split] > 1 or split not in places(here[kind]) for kind in group.kinds)
 
@@ -398,6 +379,7 @@ def _spread(
         images[split] += group.images
         splits[group.number] = split
 
+    # Kinds with many groups first: once they are in every split, so is their label, and the rare ones are free.
     for kind in sorted(here, key=lambda kind: (-here[kind].total(), kind)):
         members = sorted((group for group in pool if kind in group.kinds), key=lambda group: group.draw)
         for split in places(here[kind]):

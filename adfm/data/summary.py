@@ -1,12 +1,12 @@
-"""What a conversion reports: `conversion.json`, and the table on the terminal."""
+"""Report of a conversion: `conversion.json`, and the table on the terminal."""
 
 from __future__ import annotations
 
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,39 +17,27 @@ from adfm.data import duplicates, inventory, splits
 from adfm.data.contradictions import near_duplicates_with_two_labels
 from adfm.data.inventory import Inventory
 from adfm.data.problems import EXAMPLES
-from adfm.params import Params
+from adfm.params import Split
 from adfm.records import SPLITS
-from adfm.text import printable
+from adfm.text import printable, shortened
 
-# Near-duplicates that are more than these, in images and as a share of their category, are worth a warning.
+# A cluster of near-duplicates above both, in images and as a share of its category, gets a warning.
 _FEW, _LARGE_SHARE = 10, 0.25
 
 # Of the table: defects by name, lines of a list, characters of a name and of a line.
 _DEFECTS, _LINES, _NAME, _WIDTH = 10, 3, 30, 118
-_MISSING = 3  # names of a split
-
-
-class Left(NamedTuple):
-    """What is not converted.
-
-    Args:
-        inventory: The files of the data set, by what became of them.
-        missing: The problems of annotations whose image is missing, which `convert.missing: skip` skips.
-    """
-
-    inventory: Inventory
-    missing: list[str]
+_SOME = 3  # names of a longer list
 
 
 class Notes:
-    """Counts the notes on images by text, with the first few images of each."""
+    """Numbers of images by note, with the first few images of each."""
 
     def __init__(self) -> None:
         self._images: Counter[str] = Counter()
         self._examples: dict[str, list[str]] = defaultdict(list)
 
     def add(self, sources: Sequence[str], notes: Iterable[Sequence[str] | None]) -> None:
-        """Adds the notes on some images."""
+        """Add the notes on some images."""
         for source, its in zip(sources, notes, strict=True):
             for note in dict.fromkeys(its or ()):
                 self._images[note] += 1
@@ -57,7 +45,7 @@ class Notes:
                     self._examples[note].append(source)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The `note`, the number of `images`, and `examples`; the most frequent note first."""
+        """Return the `note`, the number of `images`, and `examples`; the most frequent note first."""
         return [
             {"note": note, "images": count, "examples": self._examples[note]}
             for note, count in self._images.most_common()
@@ -68,27 +56,29 @@ def report(
     images: pa.Table,
     pairs: NDArray[np.int64],
     assigned: NDArray[np.int8],
-    params: Params,
+    settings: Split,
     notes: Notes,
     marks: dict[str, Any],
-    left: Left,
+    files: Inventory,
+    missing: list[str],
 ) -> dict[str, Any]:
-    """What `conversion.json` says of the images and files.
+    """Return the part of `conversion.json` about images and files.
 
     Args:
         images: The columns of `splits.COLUMNS`, and `boxes`, `fragments`, `unmarked` and `source`.
         pairs: Near-duplicates.
         assigned: The split of each image.
-        params: As of the conversion.
+        settings: The section `split`.
         notes: Those on all images.
         marks: As `contradictions.marked_differently` returns it.
-        left: What is not converted.
+        files: The files of the data set.
+        missing: The problems of annotations whose image is missing, which `convert.missing: skip` skips.
     """
     clusters = duplicates.clusters(pairs)
-    together = pairs[: len(pairs) if params.split.near_duplicates else 0]
+    together = pairs[: len(pairs) if settings.near_duplicates else 0]
     two_labels = near_duplicates_with_two_labels(images, pairs)
     labels = {name: pc.sum(pc.equal(images["label"], name)).as_py() for name in ("normal", "anomalous")}
-    files = left.inventory
+    counts = _counts(images, assigned)
     return {
         "dataset": images["dataset"][0].as_py(),
         "images": len(images),
@@ -111,8 +101,8 @@ def report(
         },
         "parts": {name: _parts(images[column]) for name, column in (("split.group", "part"), ("layout", "group"))}
         | {"roboflow": _parts(images["photograph"])},
-        "moved": splits.moved(images, together, assigned, params),
-        "counts": _counts(images, assigned),
+        "moved": splits.moved(images, together, assigned, settings),
+        "counts": counts,
         "notes": notes.rows(),
         "files": {
             "total": files.files,
@@ -121,15 +111,12 @@ def report(
             "left_out": sum(row["files"] for row in files.left_out),
         },
         "left_out": files.left_out,
-        "official_splits_kept": splits.official_kept(images, params),
-        "kinds_missing": _kinds_missing(_counts(images, assigned), params.split.holdout_categories),
-        "missing": {"annotations": len(left.missing), "examples": left.missing[:EXAMPLES]},
-        "warnings": [
-            *_nothing_to_train_on(assigned),
-            *_lost(files),
-            *_different(marks, two_labels),
-            *(_lookalikes(images, clusters) if params.split.near_duplicates else ()),
-        ],
+        "official_splits_kept": splits.official_kept(images, settings),
+        "kinds_missing": _kinds_missing(counts, settings.holdout_categories),
+        "missing": {"annotations": len(missing), "examples": missing[:EXAMPLES]},
+        "warnings": list(
+            _warnings(images, assigned, files, marks, two_labels, clusters if settings.near_duplicates else ())
+        ),
     }
 
 
@@ -151,7 +138,7 @@ def _counts(images: pa.Table, assigned: NDArray[np.int8]) -> list[dict[str, Any]
 
 
 def _kinds_missing(counts: list[dict[str, Any]], held_out: Sequence[str]) -> dict[str, list[str]]:
-    """The kinds of defect of which a split has no image, by split, for splits that have any anomalous image.
+    """Return the kinds of defect of which a split has no image, by split, for splits that have any anomalous image.
 
     Held-out categories are in test alone, on purpose. With several categories a kind is `category/kind`.
     """
@@ -165,58 +152,45 @@ def _kinds_missing(counts: list[dict[str, Any]], held_out: Sequence[str]) -> dic
     return {split: sorted(every - its) for split, its in kinds.items() if its and every - its}
 
 
-def _nothing_to_train_on(assigned: NDArray[np.int8]) -> list[str]:
-    if (assigned == SPLITS.index("train")).any():
-        return []
-    return ["no image is for training: the data set fixes none for it; split.redivide=true divides all of it"]
-
-
-def _lost(files: Inventory) -> list[str]:
-    """A warning for every kind of file that may hold images which the user expects to be converted."""
-    return [
-        f"{row['files']} {row['kind']} left out: {row['reason']}; e.g. {row['examples'][0]}"
-        for row in files.left_out
-        if row["reason"] in inventory.LOST
-    ]
-
-
-def _different(marks: dict[str, Any], two_labels: dict[str, Any]) -> list[str]:
-    """Warnings of copies that are marked differently, and of near-duplicates with two labels."""
-    warnings = []
+def _warnings(
+    images: pa.Table,
+    assigned: NDArray[np.int8],
+    files: Inventory,
+    marks: dict[str, Any],
+    two_labels: dict[str, Any],
+    clusters: Sequence[NDArray[np.int64]],
+) -> Iterator[str]:
+    if not (assigned == SPLITS.index("train")).any():
+        yield "no image is for training: the data set fixes none for it; split.redivide=true divides all of it"
+    for row in files.left_out:
+        if row["reason"] in inventory.LOST:  # they may hold images which the user expects to be converted
+            yield f"{row['files']} {row['kind']} left out: {row['reason']}; e.g. {row['examples'][0]}"
     if marks["pictures"]:
-        warnings.append(
+        yield (
             f"copies of {_plural(marks['pictures'], 'picture', 'pictures')} have different boxes or defects, e.g."
             f" {' and '.join(marks['examples'][0])}"
         )
     if two_labels["pairs"]:
-        warnings.append(
+        yield (
             f"{_plural(two_labels['pairs'], 'pair', 'pairs')} of pictures that look like copies: one is normal and one"
-            " anomalous, e.g."
-            f" {' and '.join(two_labels['examples'][0])}"
+            f" anomalous, e.g. {' and '.join(two_labels['examples'][0])}"
         )
-    return warnings
-
-
-def _lookalikes(images: pa.Table, clusters: list[NDArray[np.int64]]) -> list[str]:
-    """A warning for every cluster that binds a good part of a category to one split."""
     of_category = {row["values"]: row["counts"] for row in pc.value_counts(images["category"]).to_pylist()}
-    warnings = []
     for cluster in clusters:
         for row in pc.value_counts(images["category"].take(cluster)).to_pylist() if len(cluster) > _FEW else ():
             category, total = row["values"], of_category[row["values"]]
             if row["counts"] > max(_FEW, _LARGE_SHARE * total):
-                warnings.append(
+                yield (
                     f"{row['counts']} of the {total} images of {category} look like copies of one picture, so they are"
                     " all in one split; if they show different parts, set split.near_duplicates to false"
                 )
-    return warnings
 
 
 # ------------------------------------------------------------------------------------------------------- the terminal
 
 
 def table(report: dict[str, Any], out: Path, seconds: float) -> str:
-    """What the terminal shows at the end: at most 25 lines of plain text, whatever the names in the data set.
+    """Return the table for the terminal: at most 25 lines of plain text, whatever the names in the data set.
 
     Args:
         report: As `report` and `convert` make it.
@@ -257,33 +231,29 @@ def table(report: dict[str, Any], out: Path, seconds: float) -> str:
         rows.append(
             ("skipped", f"{missing['annotations']:,}", f"annotations without image, e.g. {missing['examples'][0]}")
         )
-    rows += _more([("note", f"{row['images']:,}", f"{_noun(row['images'])}: {row['note']}") for row in report["notes"]])
+    rows += _more([("note", f"{row['images']:,}", f"{_noun(row)}: {row['note']}") for row in report["notes"]])
     rows += _more([("moved", f"{row['images']:,}", _moved(row)) for row in report["moved"]])
     rows.append(("seconds", f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.1f}", ""))
     head = f"{out}: {_short(report['dataset'])}, layout {report['layout']['name']}"
-    body = [_cut(f"  {name:<12}{count:>9}  {text}") for name, count, text in rows]
+    body = [shortened(printable(f"  {name:<12}{count:>9}  {text}").rstrip(), _WIDTH) for name, count, text in rows]
     return "\n".join([printable(head), *body])
 
 
 def part(images: int, total: int, number: int, of: int, out: Path, seconds: float) -> str:
-    """What the terminal shows after a part: see `inspect_part`."""
+    """Return the line for the terminal after a part; see `conversion.inspect_part`."""
     return f"{out}: part {number} of {of}, {images:,} of {total:,} images inspected in {seconds:.1f} s"
 
 
 def _not_in_every_split(missing: dict[str, list[str]]) -> list[tuple[str, str, str]]:
-    """One line on the kinds of defect that a split lacks: those that cannot be judged first."""
+    """Return one line on the kinds of defect that a split lacks: those that cannot be judged first."""
     kinds = set().union(*missing.values())
-    splits_ = [split for split in ("test", "train", "validation") if split in missing]
     words = {"test": "not in test, so not judged", "train": "not in train", "validation": "not in validation"}
-    parts = []
-    for split in splits_:
-        names = [_short(name) for name in missing[split][:_MISSING]]
-        parts.append(f"{words[split]}: {', '.join(names)}" + (", …" if len(missing[split]) > _MISSING else ""))
+    parts = [f"{words[split]}: {_some(missing[split])}" for split in words if split in missing]
     return [("rare", f"{len(kinds):,}", "; ".join(parts))] if kinds else []
 
 
 def _by_reason(left_out: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of `left_out` with one reason as one row."""
+    """Return rows of `left_out` with one reason as one row."""
     rows: dict[str, dict[str, Any]] = {}
     for row in left_out:
         same = rows.setdefault(
@@ -295,8 +265,7 @@ def _by_reason(left_out: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _left_out(row: dict[str, Any]) -> str:
-    kinds = ", ".join(map(_short, row["kinds"][:3])) + (", …" if len(row["kinds"]) > 3 else "")
-    return f"{kinds} (e.g. {_short(row['example'])}): {row['reason']}"
+    return f"{_some(row['kinds'])} (e.g. {_short(row['example'])}): {row['reason']}"
 
 
 def _moved(row: dict[str, Any]) -> str:
@@ -305,18 +274,23 @@ def _moved(row: dict[str, Any]) -> str:
         "part": "the same part or photograph is there",
         "near-duplicates": "a near-duplicate is there",
     }
-    return f"{_noun(row['images'])} from {row['from']} to {row['to']}: {why[row['because']]}"
+    return f"{_noun(row)} from {row['from']} to {row['to']}: {why[row['because']]}"
 
 
 def _more(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
-    """The first few of a list, and how many more there are."""
+    """Return the first few of a list of rows, and how many more there are."""
     if len(rows) <= _LINES:
         return rows
     return [*rows[: _LINES - 1], (rows[0][0], "", f"and {len(rows) - _LINES + 1} more kinds, see conversion.json")]
 
 
-def _noun(images: int) -> str:
-    return "image" if images == 1 else "images"
+def _some(names: Sequence[str]) -> str:
+    """Return the first few of a list of names."""
+    return ", ".join(map(_short, names[:_SOME])) + (", …" if len(names) > _SOME else "")
+
+
+def _noun(row: dict[str, Any]) -> str:
+    return "image" if row["images"] == 1 else "images"
 
 
 def _plural(count: int, one: str, several: str) -> str:
@@ -326,8 +300,3 @@ def _plural(count: int, one: str, several: str) -> str:
 def _short(name: str) -> str:
     name = printable(name)
     return name if len(name) <= _NAME else f"…{name[-_NAME + 1 :]}"
-
-
-def _cut(line: str) -> str:
-    line = printable(line).rstrip()
-    return line if len(line) <= _WIDTH else f"{line[: _WIDTH - 1]}…"

@@ -1,4 +1,4 @@
-"""The embedded data set: pictures of products with defects, drawn from a seed, in the MVTec AD layout with masks.
+"""Synthetic data set: pictures of products with defects, drawn from a seed, in the MVTec AD layout with masks.
 
     synthetic://?seed=0&images=360
 
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,7 +96,7 @@ def _rotated(x: Array, y: Array, centre: tuple[float, float], angle: float) -> t
 
 
 def _texture(image: Array, under: Array) -> Part:
-    return Part(image, np.ones(image.shape[:2], np.float32), _plain(under, image.shape[0]))
+    return Part(np.asarray(image, np.float32), np.ones(image.shape[:2], np.float32), _plain(under, image.shape[0]))
 
 
 def _placed(rng: np.random.Generator, size: int) -> tuple[Array, Array, float]:
@@ -108,7 +108,7 @@ def _placed(rng: np.random.Generator, size: int) -> tuple[Array, Array, float]:
 
 
 def _on_table(rng: np.random.Generator, body: Array, region: Array, table: tuple[float, float, float]) -> Part:
-    size = body.shape[0]
+    size, body, region = body.shape[0], np.asarray(body, np.float32), np.asarray(region, np.float32)
     x, y = _grid(size)
     colour = _colour(rng, table, 0.03)
     under = (
@@ -131,7 +131,7 @@ def _weave(rng: np.random.Generator, size: int) -> Part:
     height = np.where(over, np.abs(warp), np.abs(weft))
     colour = _colour(rng, (0.42, 0.47, 0.58))
     tone = np.where(over, 1.06, 0.9) * (0.72 + 0.38 * height) + 0.03 * _noise(rng, size, 40)
-    return _texture(np.asarray(colour * tone[..., None], np.float32), colour * 0.35)
+    return _texture(colour * tone[..., None], colour * 0.35)
 
 
 def _leather(rng: np.random.Generator, size: int) -> Part:
@@ -139,7 +139,7 @@ def _leather(rng: np.random.Generator, size: int) -> Part:
     creases = np.exp(-(_noise(rng, size, 14) ** 2) / 0.02)
     colour = _colour(rng, (0.5, 0.31, 0.2))
     tone = 1 + _shade(height, 0.28) - 0.1 * creases
-    return _texture(np.asarray(colour * tone[..., None], np.float32), _colour(rng, (0.72, 0.6, 0.45), 0.03))
+    return _texture(colour * tone[..., None], _colour(rng, (0.72, 0.6, 0.45), 0.03))
 
 
 def _terrazzo(rng: np.random.Generator, size: int) -> Part:
@@ -174,7 +174,7 @@ def _gear(rng: np.random.Generator, size: int) -> Part:
         hole = 2 * np.pi * k / 5
         distance = np.hypot(u - 0.45 * radius * np.cos(hole), v - 0.45 * radius * np.sin(hole)) - 0.075 * radius
         body = _mix(body, _plain(colour * 0.3, size), _edge(distance))
-    return _on_table(rng, np.asarray(body, np.float32), np.asarray(region, np.float32), (0.22, 0.27, 0.3))
+    return _on_table(rng, body, region, (0.22, 0.27, 0.3))
 
 
 def _tablet(rng: np.random.Generator, size: int) -> Part:
@@ -190,7 +190,7 @@ def _tablet(rng: np.random.Generator, size: int) -> Part:
         colour
         * (0.72 + 0.36 * dome + _shade(dome, 2.0) + speckle + line * (np.abs(v) < 0.8 * radius * flat))[..., None]
     )
-    return _on_table(rng, np.asarray(body, np.float32), np.asarray(region, np.float32), (0.32, 0.42, 0.4))
+    return _on_table(rng, body, region, (0.32, 0.42, 0.4))
 
 
 def _circuit(rng: np.random.Generator, size: int) -> Part:
@@ -212,7 +212,7 @@ def _circuit(rng: np.random.Generator, size: int) -> Part:
     image = _mix(image, black, _edge(np.hypot(du, dv) - 1.3) * via)
     image = _mix(image, metal, _edge(np.maximum(np.abs(du) - 6.2, np.abs(dv) - 2.8)) * chip)
     image = _mix(image, black, _edge(np.maximum(np.abs(du) - 4.2, np.abs(dv) - 3.2)) * chip)
-    return _texture(np.asarray(image, np.float32), _colour(rng, (0.5, 0.45, 0.3), 0.02))
+    return _texture(image, _colour(rng, (0.5, 0.45, 0.3), 0.02))
 
 
 # ------------------------------------------------------------------------------------------------ source categories
@@ -224,7 +224,7 @@ def _stripes(rng: np.random.Generator, size: int) -> Part:
     wave = np.sin(2 * np.pi * u / rng.uniform(9, 20) + rng.uniform(0, 6))
     colour = _colour(rng, tuple(rng.uniform(0.3, 0.7, 3)))
     tone = 1 + rng.uniform(0.08, 0.2) * np.clip(wave * rng.uniform(1, 4), -1, 1) + 0.02 * _noise(rng, size, 50)
-    return _texture(np.asarray(colour * tone[..., None], np.float32), colour * rng.uniform(0.3, 0.6))
+    return _texture(colour * tone[..., None], colour * rng.uniform(0.3, 0.6))
 
 
 def _dots(rng: np.random.Generator, size: int) -> Part:
@@ -243,7 +243,7 @@ def _wood(rng: np.random.Generator, size: int) -> Part:
     rings = np.sin(0.35 * u + 2.2 * _noise(rng, size, 3) + 0.03 * v)
     colour = _colour(rng, (0.62, 0.45, 0.28))
     tone = 1 + 0.12 * rings + 0.04 * _noise(rng, size, 60)
-    return _texture(np.asarray(colour * tone[..., None], np.float32), colour * 0.4)
+    return _texture(colour * tone[..., None], colour * 0.4)
 
 
 def _brushed(rng: np.random.Generator, size: int) -> Part:
@@ -251,7 +251,7 @@ def _brushed(rng: np.random.Generator, size: int) -> Part:
     streaks = streaks if rng.random() < 0.5 else streaks.T
     colour = _colour(rng, (0.6, 0.6, 0.62))
     tone = 1 + 0.045 * streaks + 0.06 * _noise(rng, size, 2) + 0.02 * _noise(rng, size, 60)
-    return _texture(np.asarray(colour * tone[..., None], np.float32), colour * 0.35)
+    return _texture(colour * tone[..., None], colour * 0.35)
 
 
 def _mesh(rng: np.random.Generator, size: int) -> Part:
@@ -261,7 +261,7 @@ def _mesh(rng: np.random.Generator, size: int) -> Part:
     wire = np.minimum(np.abs((u % period) - period / 2), np.abs((v % period) - period / 2)) - rng.uniform(1.2, 2.2)
     back = _plain(_colour(rng, (0.2, 0.2, 0.22), 0.04), size)
     front = _plain(_colour(rng, (0.6, 0.58, 0.52)), size) * (1 + 0.05 * _noise(rng, size, 40))[..., None]
-    return _texture(np.asarray(_mix(back, front, _edge(wire)), np.float32), back[0, 0])
+    return _texture(_mix(back, front, _edge(wire)), back[0, 0])
 
 
 def _washer(rng: np.random.Generator, size: int) -> Part:
@@ -270,9 +270,7 @@ def _washer(rng: np.random.Generator, size: int) -> Part:
     region = _edge(r - radius) * (1 - _edge(r - rng.uniform(0.35, 0.5) * radius))
     sheen = 0.12 * np.cos(2 * (angle - rng.uniform(0, 3))) + 0.03 * _noise(rng, size, 40)
     body = _colour(rng, tuple(rng.uniform(0.45, 0.75, 3))) * (1 + sheen)[..., None]
-    return _on_table(
-        rng, np.asarray(body, np.float32), np.asarray(region, np.float32), tuple(rng.uniform(0.15, 0.4, 3))
-    )
+    return _on_table(rng, body, region, tuple(rng.uniform(0.15, 0.4, 3)))
 
 
 def _button(rng: np.random.Generator, size: int) -> Part:
@@ -283,9 +281,7 @@ def _button(rng: np.random.Generator, size: int) -> Part:
         region = region * (1 - _edge(np.hypot(u - 0.22 * hx * radius, v - 0.22 * hy * radius) - 0.1 * radius))
     rim = 0.12 * np.exp(-(((r - 0.82 * radius) / 3.0) ** 2))
     body = _colour(rng, tuple(rng.uniform(0.3, 0.8, 3))) * (1 + rim + 0.03 * _noise(rng, size, 12))[..., None]
-    return _on_table(
-        rng, np.asarray(body, np.float32), np.asarray(region, np.float32), tuple(rng.uniform(0.15, 0.5, 3))
-    )
+    return _on_table(rng, body, region, tuple(rng.uniform(0.15, 0.5, 3)))
 
 
 def _hexnut(rng: np.random.Generator, size: int) -> Part:
@@ -295,9 +291,7 @@ def _hexnut(rng: np.random.Generator, size: int) -> Part:
     region = _edge(r * np.cos(sector) - 0.88 * radius) * (1 - _edge(r - 0.45 * radius))
     thread = 0.15 * np.sin(1.6 * r) * (r < 0.56 * radius)
     body = _colour(rng, (0.6, 0.56, 0.48)) * (1 + thread + 0.04 * _noise(rng, size, 20))[..., None]
-    return _on_table(
-        rng, np.asarray(body, np.float32), np.asarray(region, np.float32), tuple(rng.uniform(0.15, 0.4, 3))
-    )
+    return _on_table(rng, body, region, tuple(rng.uniform(0.15, 0.4, 3)))
 
 
 TARGET_CATEGORIES: dict[str, Callable[[np.random.Generator, int], Part]] = {
@@ -321,15 +315,22 @@ SOURCE_CATEGORIES: dict[str, Callable[[np.random.Generator, int], Part]] = {
 
 
 # ---------------------------------------------------------------------------------------------------------- defects
-# Each takes the image so far, the part, a centre, a radius (half of the defect's extent) and a contrast in about
-# 0.15 to 0.5, and returns the image with the defect and the defect's coverage in [0, 1].
-
-Defect = Callable[[np.random.Generator, Array, Part, tuple[float, float], float, float], tuple[Array, Array]]
+# Each takes the image so far and returns it with the defect, and the defect's coverage in [0, 1].
 
 
-def _scratch(
-    rng: np.random.Generator, image: Array, part: Part, centre: tuple[float, float], radius: float, contrast: float
-) -> tuple[Array, Array]:
+class _Place(NamedTuple):
+    """Where and how clearly to draw a defect."""
+
+    centre: tuple[float, float]
+    radius: float  # half of the defect's extent
+    contrast: float  # about 0.15 to 0.5
+
+
+Defect = Callable[[np.random.Generator, Array, Part, _Place], tuple[Array, Array]]
+
+
+def _scratch(rng: np.random.Generator, image: Array, part: Part, place: _Place) -> tuple[Array, Array]:
+    centre, radius, contrast = place
     x, y = _grid(image.shape[0])
     u, v = _rotated(x, y, centre, rng.uniform(0, np.pi))
     bend = rng.uniform(-0.3, 0.3) * radius * np.cos(u / radius * rng.uniform(0.5, 1.8))
@@ -347,17 +348,15 @@ def _blob(rng: np.random.Generator, size: int, centre: tuple[float, float], radi
     return np.hypot(u, v / rng.uniform(0.65, 1.0)) - radius * outline * 0.9
 
 
-def _spot(
-    rng: np.random.Generator, image: Array, part: Part, centre: tuple[float, float], radius: float, contrast: float
-) -> tuple[Array, Array]:
+def _spot(rng: np.random.Generator, image: Array, part: Part, place: _Place) -> tuple[Array, Array]:
+    centre, radius, contrast = place
     alpha = _edge(_blob(rng, image.shape[0], centre, radius * 0.8), 2.0)
     tint = rng.choice([-1.0, 1.0]) * contrast * np.array([1.0, rng.uniform(0.75, 1), rng.uniform(0.5, 1)])
     return image + alpha[..., None] * tint * 0.9, alpha
 
 
-def _dent(
-    rng: np.random.Generator, image: Array, part: Part, centre: tuple[float, float], radius: float, contrast: float
-) -> tuple[Array, Array]:
+def _dent(rng: np.random.Generator, image: Array, part: Part, place: _Place) -> tuple[Array, Array]:
+    centre, radius, contrast = place
     x, y = _grid(image.shape[0])
     dx, dy = (x - centre[0]) / radius, (y - centre[1]) / radius
     inside = np.clip(1 - np.hypot(dx, dy), 0, 1)
@@ -366,9 +365,8 @@ def _dent(
     return image + (3.0 * contrast * slope)[..., None], np.asarray(inside > 0.06, np.float32)
 
 
-def _contamination(
-    rng: np.random.Generator, image: Array, part: Part, centre: tuple[float, float], radius: float, contrast: float
-) -> tuple[Array, Array]:
+def _contamination(rng: np.random.Generator, image: Array, part: Part, place: _Place) -> tuple[Array, Array]:
+    centre, radius, contrast = place
     size = image.shape[0]
     x, y = _grid(size)
     alpha = np.zeros((size, size), np.float32)
@@ -379,9 +377,8 @@ def _contamination(
     return image + alpha[..., None] * (hue / np.abs(hue).max()) * contrast * 1.3, alpha
 
 
-def _missing(
-    rng: np.random.Generator, image: Array, part: Part, centre: tuple[float, float], radius: float, contrast: float
-) -> tuple[Array, Array]:
+def _missing(rng: np.random.Generator, image: Array, part: Part, place: _Place) -> tuple[Array, Array]:
+    centre, radius, contrast = place
     alpha = _edge(_blob(rng, image.shape[0], centre, radius * 0.85), 1.2)
     strength = min(1.0, 0.45 + 1.3 * contrast)
     return _mix(image, part.under, alpha * strength), alpha
@@ -397,7 +394,7 @@ DEFECTS: dict[str, Defect] = {
 
 
 def _normal_variation(rng: np.random.Generator, image: Array, part: Part) -> Array:
-    """What a good part may show too: uneven light, a soft stain, a faint grain line, dust, a reflection."""
+    """Return what a good part may show too: uneven light, a soft stain, a faint grain line, dust, a reflection."""
     size = image.shape[0]
     x, y = _grid(size)
     image = image * (1 + 0.05 * _noise(rng, size, 1))[..., None]
@@ -454,7 +451,7 @@ def _add_defect(
         if defect == "scratch":
             radius *= 1.5
         contrast = float(rng.uniform(0.16, 0.45))
-        drawn, alpha = DEFECTS[defect](rng, image, part, (float(cx), float(cy)), radius, contrast)
+        drawn, alpha = DEFECTS[defect](rng, image, part, _Place((float(cx), float(cy)), radius, contrast))
         alpha = alpha * part.region
         changed = np.abs(drawn - image).mean(-1) * part.region
         new = (alpha > 0.5) & (changed > 0.02)
@@ -506,6 +503,7 @@ def on_all_cores(draw: Callable[..., T], *columns: Sequence[Any], chunksize: int
     """
     with ProcessPoolExecutor(cpus.count()) as pool:
         try:
+            # The workers never see an interrupt: ended by it, they would leave a traceback of the pool's thread.
             with signals_blocked():
                 drawn = pool.map(draw, *columns, chunksize=chunksize)
             yield from bar(drawn, total=len(columns[0]), desc="draw images", unit="image")

@@ -1,11 +1,8 @@
-"""Tiling: cut large images into overlapping tiles at full resolution, and join what a model answers to them.
+"""Tiling: cut large images into overlapping tiles at full resolution, and merge a model's boxes on them.
 
 A model sees an image at a fixed number of pixels, so a defect of 20 pixels in a photograph of 4,000 disappears. In
-tiles it keeps its size. Here are the geometry and the rules; pixels are cut where images are decoded
-(`adfm.training.examples`, `adfm.models.predictor`).
-
-A tile is a `Box` of whole pixels of the image. Boxes are half-open, in pixels of the image, or of the tile where a
-docstring says so.
+tiles it keeps its size. A tile is a `Box` of whole pixels of the image. Boxes are half-open, in pixels of the image, or
+of the tile where a docstring says so.
 """
 
 from __future__ import annotations
@@ -34,11 +31,10 @@ LEAST_SIDE = 16
 
 
 def grid(width: int, height: int, size: int, overlap: float) -> list[Box]:
-    """The tiles of an image, row by row.
+    """Return the tiles of an image, row by row.
 
     All have the same size: `size`, or in a direction in which the image is smaller, the image's own. They cover the
-    image exactly. As many are taken as neighbours need to share `overlap` of the side, and they are spread evenly, so
-    that they share that or more.
+    image exactly, spread evenly, as few as share `overlap` of their side with their neighbours or more.
 
     Args:
         width: Width of the image in pixels.
@@ -52,7 +48,7 @@ def grid(width: int, height: int, size: int, overlap: float) -> list[Box]:
 
 
 def shared(size: int, overlap: float) -> int:
-    """The pixels that neighbours share at least: a box with no longer side lies wholly in at least one tile."""
+    """Return the pixels that neighbours share at least; a box with no longer side lies wholly in at least one tile."""
     return min(size - 1, max(1, round(size * overlap)))
 
 
@@ -65,7 +61,7 @@ def _starts(length: int, size: int, overlap: float) -> list[int]:
 
 
 def truth(label: Label, boxes: Sequence[Box], tile: Box) -> tuple[Label, list[Box]] | None:
-    """The label and the boxes of a tile, for training.
+    """Return the label and the boxes of a tile, for training.
 
     A defect counts in a tile that holds at least `COUNTS` of it, or of the largest part of it that fits into a tile,
     by area; its box is cut at the tile's border. A tile that a smaller rest of a defect reaches into, and no defect
@@ -86,6 +82,7 @@ def truth(label: Label, boxes: Sequence[Box], tile: Box) -> tuple[Label, list[Bo
     parts = [(box, part) for box, part in parts if part.area > 0]
     if not parts:
         return "normal", []
+    # Less by rounding: a defect of exactly that share counts.
     counting = [part for box, part in parts if part.area >= COUNTS * _fitting(box, tile) * (1 - 1e-9)]
     return ("anomalous", [to_tile(part, tile) for part in counting]) if counting else None
 
@@ -100,26 +97,26 @@ def _fitting(box: Box, tile: Box) -> float:
 
 
 def to_tile(box: Box, tile: Box) -> Box:
-    """A box in pixels of the image, in pixels of the tile."""
+    """Return a box in pixels of the tile, from one in pixels of the image."""
     return Box(box.x1 - tile.x1, box.y1 - tile.y1, box.x2 - tile.x1, box.y2 - tile.y1)
 
 
 def to_image(box: Box, tile: Box) -> Box:
-    """A box in pixels of a tile, in pixels of the image; of whole numbers if the box is."""
+    """Return a box in pixels of the image, from one in pixels of a tile; of whole numbers if the box is."""
     return Box(box.x1 + tile.x1, box.y1 + tile.y1, box.x2 + tile.x1, box.y2 + tile.y1)
 
 
 def merged(boxes: Sequence[Sequence[Box]], tiles: Sequence[Box]) -> list[Box]:
-    """The defects of an image, of the boxes that are drawn on its tiles.
+    """Merge boxes on the tiles of an image into boxes on the image.
 
-    Two boxes of different tiles are one defect if they agree where both tiles look: cut to the zone that the tiles
-    share, their IoU is at least `SAME`. That joins the parts of a defect that a seam cuts, however large it is, and the
-    doubles of one that lies in the zone; boxes that do not overlap there stay apart, and so do all boxes of one tile
-    unless a box of another tile joins them. What is connected in this way becomes the smallest box around it.
+    Two boxes of different tiles are one defect if they agree where the tiles overlap: cut to that zone, their IoU is at
+    least `SAME`. That joins the parts of a defect that a seam cuts, however large it is, and the doubles of one that
+    lies in the zone; all boxes of one tile stay apart unless a box of another tile joins them. Connected boxes become
+    the smallest box around them.
 
     Args:
-        boxes: For each tile its boxes, in pixels of the tile. They are cut at its border first; what lies outside is
-            left out, for the model has not seen it.
+        boxes: For each tile its boxes, in pixels of the tile. What lies outside of it is left out, for the model has
+            not seen it.
         tiles: As of `grid`.
 
     Returns:
@@ -163,7 +160,7 @@ class Defect(NamedTuple):
 
 
 def defects_of(folder: Path) -> list[Defect]:
-    """The sizes of all boxes in a folder of shards that have an area."""
+    """Return the sizes of all boxes in a folder of shards that have an area."""
     rows = shards.table(folder).select(["boxes", "width", "height"]).to_pylist()
     return [
         Defect(x2 - x1, y2 - y1, row["width"], row["height"])
@@ -174,12 +171,12 @@ def defects_of(folder: Path) -> list[Defect]:
 
 
 def seen(defects: Sequence[Defect], pixels: int, size: int | None) -> float:
-    """The smaller side of the defects, in pixels of what the model sees: a quarter of them have a smaller one.
+    """Return the lower quartile of the smaller sides of the defects, in pixels of what the model sees.
 
     Args:
         defects: At least one.
-        pixels: What the model sees of an image or tile: larger ones are reduced to so many pixels in their shape.
-        size: Side of a tile; `None`: the image is looked at as a whole.
+        pixels: Pixels to which the model reduces larger images or tiles, in their shape.
+        size: Side of a tile; `None`: the image is seen as a whole.
     """
     sides = []
     for width, height, image_width, image_height in defects:
@@ -189,32 +186,25 @@ def seen(defects: Sequence[Defect], pixels: int, size: int | None) -> float:
 
 
 class Proposal(NamedTuple):
-    """A tile size.
+    """A tile size."""
 
-    Args:
-        size: Side of a tile in pixels.
-        tiles: Of an image of middling size.
-        now: The smaller side of the defects as of `seen`, with the tile size in use.
-        then: The same with `size`.
-    """
-
-    size: int
-    tiles: int
-    now: float
-    then: float
+    size: int  # side of a tile in pixels
+    tiles: int  # of an image of middling size
+    now: float  # as of `seen`, with the tile size in use
+    then: float  # the same with `size`
 
 
 def propose(defects: Sequence[Defect], pixels: int, size: int | None, overlap: float) -> Proposal | None:
-    """A tile size that makes small defects visible.
+    """Propose a tile size that makes small defects visible.
 
     It is the largest with which three quarters of the defects have `LEAST_SIDE` pixels and more in what the model sees.
-    It is not smaller than what the model sees without reduction, as more is not gained by cutting, nor than the longer
+    It is not smaller than what the model sees without reduction, as smaller tiles gain nothing, nor than the longer
     side of nine defects in ten, which would be cut to pieces.
 
     Args:
-        defects: Of the data; none: nothing is known of their sizes.
+        defects: Of the data; may be empty.
         pixels: As of `seen`; 0 if unknown.
-        size: The tile size in use; `None`: none.
+        size: The tile size in use, if any.
         overlap: Share of a tile's side that neighbours share.
 
     Returns:

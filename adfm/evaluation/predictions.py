@@ -31,6 +31,7 @@ from PIL import Image
 import adfm
 from adfm.data import shards as shards_
 from adfm.evaluation import metrics
+from adfm.files import replacing
 from adfm.method import kinds, prompt
 from adfm.models import families, loading
 from adfm.models.predictor import Prediction, Predictor, batched, grid_of, tile_of, uses_vllm
@@ -41,10 +42,10 @@ from adfm.records import Record
 if TYPE_CHECKING:
     import pandas as pd
 
-_TEXT = ("id", "source", "dataset", "category", "defect", "group", "label", "predicted")
+_OF_RECORD = ("id", "source", "dataset", "category", "defect", "group", "label")
 _BOXES = pa.list_(pa.list_(pa.float64()))
 PREDICTIONS = pa.schema(
-    [(name, pa.string()) for name in _TEXT]
+    [(name, pa.string()) for name in (*_OF_RECORD, "predicted")]
     + [(name, pa.float64()) for name in ("score", "iou", "mask_iou", "matched_iou")]
     + [(name, pa.int64()) for name in ("true_positives", "false_positives", "false_negatives")]
     + [("area_share", pa.float64()), ("boxes", _BOXES), ("predicted_boxes", _BOXES), ("completion", pa.string())]
@@ -102,16 +103,11 @@ def predict_splits(
                 schema = pa.schema([*PREDICTIONS, *KINDS]) if inspector.kinds else PREDICTIONS
                 parts.append(pa.Table.from_pylist(_rows(inspector, window, progress.update), schema=schema))
                 if file:
-                    _write_whole(parts[-1], file)
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    with replacing(file) as unfinished:
+                        pq.write_table(parts[-1], unfinished)
         tables[split] = pa.concat_tables(parts).to_pandas()
     return tables
-
-
-def _write_whole(table: pa.Table, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    pq.write_table(table, partial)
-    partial.rename(file)
 
 
 def _key(model: str | Path, shards: Path, split: str, params: Params, vllm: bool) -> str:
@@ -164,13 +160,7 @@ def _row(record: Record, answer: Prediction) -> dict[str, Any]:
         of_regions = metrics.localize(record.boxes, answer.regions, record.width, record.height, mask)
         overlap |= {f"region_{name}": of_regions[name] for name in metrics.COMPARED}
     return {
-        "id": record.id,
-        "source": record.source,
-        "dataset": record.dataset,
-        "category": record.category,
-        "defect": record.defect,
-        "group": record.group,
-        "label": record.label,
+        **{name: getattr(record, name) for name in _OF_RECORD},
         "predicted": answer.predicted,
         "score": answer.score,
         **overlap,

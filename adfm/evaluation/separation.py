@@ -193,7 +193,7 @@ def _by_the_rule(sides: list[NDArray[Any]], shards: Path) -> tuple[NDArray[np.in
         copies = [np.empty(0, bool)]
         for start in range(0, len(here), 1000):
             one, other = index[:, here[start : start + 1000]]
-            looks = np.memmap(file, np.float16, "r").reshape(-1, duplicates.SIDE, duplicates.SIDE)
+            looks = duplicates.mapped(file)
             of = np.array(contrasts)
             copies.append(duplicates.are_copies(looks[one], of[one], looks[other], of[other]))
     return here, np.concatenate(copies)

@@ -16,6 +16,7 @@ from PIL import Image
 from adfm.data import shards as shards_
 from adfm.data import tiles
 from adfm.errors import AdfmError
+from adfm.files import replacing
 from adfm.method import kinds as kinds_
 from adfm.models import families
 from adfm.models.loading import Loaded
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 # Of a file with the images of tiles.
 _TILE = pa.schema(
-    [shards_.SCHEMA.field("image")],
+    [shards_.COLUMNS.schema.field("image")],
     metadata={"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})},
 )
 
@@ -183,15 +184,13 @@ def _cut(table: list[dict[str, Any]], shards: Path, split: Split, cache: Path) -
         of_image: dict[int, list[Box]] = defaultdict(list)
         for row in table:
             of_image[row["number"]].append(row["tile"])
-        partial = file.with_suffix(".partial")
-        with pa.ipc.new_stream(str(partial), _TILE) as stream:
+        with replacing(file) as partial, pa.ipc.new_stream(str(partial), _TILE) as stream:
             for number, record in enumerate(shards_.read(shards, split)):
                 if number in of_image:
                     image = Image.open(io.BytesIO(record.image))
                     plain = image if image.mode in ("L", "RGB") else image.convert("RGB")
                     cut = [{"bytes": _png(plain.crop(place)), "path": None} for place in of_image[number]]
                     stream.write_batch(pa.record_batch([pa.array(cut, _TILE.field("image").type)], schema=_TILE))
-        partial.rename(file)
     return datasets.Dataset.from_file(str(file))
 
 

@@ -160,12 +160,12 @@ def test_all_members_that_are_not_to_be_trusted_are_named_at_once(tmp_path: Path
         _info("evil/" + "x" * 256): "is longer than the 255 bytes",
         _info(
             "absolute", tarfile.SYMTYPE, "/etc/passwd"
-        ): "is a link to '/etc/passwd', which is no file of the archive",
-        _info("a/up", tarfile.SYMTYPE, "../../outside"): "is a link to '../outside', which is no file",
-        _info("hard", tarfile.LNKTYPE, "../outside"): "is a link to '../outside', which is no file",
-        _info("folder", tarfile.SYMTYPE, "a"): "is a link to 'a', which is no file",
-        _info("missing", tarfile.SYMTYPE, "nowhere"): "is a link to 'nowhere', which is no file",
-        _info("circle", tarfile.SYMTYPE, "circle"): "is a link to 'circle', which is no file",
+        ): "is a link to '/etc/passwd', which is not a file of the archive",
+        _info("a/up", tarfile.SYMTYPE, "../../outside"): "is a link to '../outside', which is not a file",
+        _info("hard", tarfile.LNKTYPE, "../outside"): "is a link to '../outside', which is not a file",
+        _info("folder", tarfile.SYMTYPE, "a"): "is a link to 'a', which is not a file",
+        _info("missing", tarfile.SYMTYPE, "nowhere"): "is a link to 'nowhere', which is not a file",
+        _info("circle", tarfile.SYMTYPE, "circle"): "is a link to 'circle', which is not a file",
         _info("z.txt"): "is there twice",
         _info("z.txt/inside"): "is both a file and a folder",
         _info("character", tarfile.CHRTYPE): "is a device or a pipe",

@@ -257,7 +257,7 @@ def test_a_file_that_changes_while_it_is_converted(mvtec_folder: Path, monkeypat
         return real(*arguments)
 
     monkeypatch.setattr(splits, "assign", assign)
-    with pytest.raises(AdfmError, match="bolt/test/good/001.png has changed since it was looked at; convert again"):
+    with pytest.raises(AdfmError, match="bolt/test/good/001.png has changed since it was inspected; convert again"):
         _converted(mvtec_folder)
     monkeypatch.setattr(splits, "assign", lambda *arguments: (changed.unlink(missing_ok=True), real(*arguments))[1])
     with pytest.raises(AdfmError, match="bolt/test/good/001.png cannot be read any more"):
@@ -447,7 +447,7 @@ def test_parts_that_make_no_whole(mvtec_folder: Path, tmp_path: Path, monkeypatc
 
     conversion.inspect_part(mvtec_folder, one, Params(), 1, 2)
     assert "part 2 of 2 is missing" in refused(one)
-    assert f"{two}: is no part of a conversion" in refused(one, two)
+    assert f"{two}: is not a part of a conversion" in refused(one, two)
     conversion.inspect_part(mvtec_folder, two, Params(), 1, 2)
     assert f"{two}: is part 1 of 2, and so is {one}" in refused(one, two)
     other = Params.model_validate({"convert": {"dilation": 0.1, "min_area": 9}})

@@ -1,5 +1,5 @@
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -13,9 +13,12 @@ PHOTOGRAPHS = [Image.fromarray(pixels) for pixels in load_sample_images().images
 
 def _pairs(images: list[Image.Image]) -> set[tuple[int, int]]:
     thumbnails, contrasts = zip(*map(duplicates.thumbnail, images), strict=True)
-    return {
-        (one, other) for one, other in duplicates.near_duplicates(np.stack(thumbnails), np.array(contrasts)).tolist()
-    }
+    return {(one, other) for one, other in duplicates.near_duplicates(_looks(thumbnails, contrasts)).tolist()}
+
+
+def _looks(thumbnails: Sequence[np.ndarray], contrasts: Sequence[float]) -> duplicates.Looks:
+    stacked = np.stack(thumbnails)
+    return duplicates.Looks(stacked, np.array(contrasts), duplicates.coarse(stacked))
 
 
 def _jpeg(image: Image.Image, quality: int) -> Image.Image:
@@ -91,7 +94,7 @@ def test_blank_pictures_are_none() -> None:
 
 def test_few_are_compared_however_many_are_alike() -> None:
     thumbnail, contrast = duplicates.thumbnail(PHOTOGRAPHS[0])
-    pairs = duplicates.near_duplicates(np.stack([thumbnail] * 200), np.full(200, contrast))
+    pairs = duplicates.near_duplicates(_looks([thumbnail] * 200, [contrast] * 200))
     assert 100 <= len(pairs) <= 200 * 9
     assert [len(cluster) for cluster in duplicates.clusters(pairs)] == [200]
 

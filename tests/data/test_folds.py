@@ -73,11 +73,10 @@ def test_a_small_set_is_offered_cross_validation(records: list[Record], tmp_path
     counted = {split: [record for record in records if record.split == split] for split in SPLITS}
     defects = sum(record.label == "anomalous" for record in counted["test"])
     folder = _write(records, tmp_path / "shards")
-    text = folds.offer(folder, _params(0))
+    text = folds.offer(folder)
     assert text is not None
     assert f"the test split has {len(counted['test'])} images, and its {defects} defective ones" in text
     assert "set evaluate.folds=5" in text and "5 times the training" in text
-    assert folds.offer(folder, _params(5)) is None
-    assert folds.offer(_write(records, tmp_path / "fixed", kept=True), _params(0)) is None
+    assert folds.offer(_write(records, tmp_path / "fixed", kept=True)) is None
     many = [replace(record, id=f"{record.id} {n}") for record in records for n in np.arange(1 + 200 // len(records))]
-    assert folds.offer(_write(many, tmp_path / "many"), _params(0)) is None
+    assert folds.offer(_write(many, tmp_path / "many")) is None

@@ -86,14 +86,14 @@ def test_all_that_is_wrong_with_an_image_is_listed(picture: Path, tmp_path: Path
     )
     assert len(row["problems"]) == 9
     for part in (
-        "text.png cannot be read (it is no image)",
+        "text.png cannot be read (it is not an image)",
         "small.png is 3x3",
         "missing.png cannot be read ([Errno 2]",
         "its box (3, 3, 3, 9) is empty or inverted",
-        "its box (0, 0, nan, 9) has a side that is no number",
+        "its box (0, 0, nan, 9) has a side that is not a number",
         "its box (0, 0, 99, 9) reaches out of the image of 40x30",
         "its box (50, 50, 60, 60) reaches out",
-        "an outline has a corner that is no number",
+        "an outline has a corner that is not a number",
         "is 40x30, but a mask in its annotation is 3x3",
     ):
         assert any(part in problem for problem in row["problems"]), part

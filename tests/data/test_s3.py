@@ -214,9 +214,9 @@ def test_any_keys_are_all_there_or_named(s3: Any, tmp_path: Path) -> None:
 
 
 def test_a_bucket_or_prefix_that_is_not_there(tiny: Any, tmp_path: Path) -> None:
-    with pytest.raises(AdfmError, match="s3://nowhere/x: there is no such bucket"):
+    with pytest.raises(AdfmError, match="s3://nowhere/x: the bucket does not exist"):
         sources.fetch("s3://nowhere/x", tmp_path / "out")
-    with pytest.raises(AdfmError, match="s3://Not a bucket!/x: that is no name of a bucket"):
+    with pytest.raises(AdfmError, match="s3://Not a bucket!/x: that is not a name of a bucket"):
         sources.fetch("s3://Not a bucket!/x", tmp_path / "out")
     for uri in ("s3://data/sets/tin", "s3://data/sets/missing.zip"):
         with pytest.raises(AdfmError, match=f"{uri}: the bucket is there, but nothing under that prefix"):
@@ -430,7 +430,7 @@ def test_what_arrives_damaged_is_not_taken(s3: Any, network: Network, tmp_path: 
         assert b"RIGHT" in _tree(tmp_path / "out")["x.png"]
         assert network.asked == ["set/x.png"] * 2
     else:
-        with pytest.raises(AdfmError, match=r"x.png: arrives damaged \(its MD5 is .*\); look at the network"):
+        with pytest.raises(AdfmError, match=r"x.png: arrives damaged \(its MD5 is .*\); check the network"):
             sources.fetch("s3://data/set", tmp_path / "out")
         assert not _tree(tmp_path)
 

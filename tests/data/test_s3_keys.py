@@ -129,7 +129,7 @@ def test_a_role_that_is_refused_is_not_taken_for_a_right_of_the_bucket() -> None
 def test_a_remote_without_credentials_says_what_to_set() -> None:
     with (
         pytest.raises(AdfmError, match=r"no credentials; set AWS_ACCESS_KEY_ID .* the secret adfm-s3"),
-        sources._explained("listing"),
+        sources._translated("listing"),
     ):
         raise OSError("listing failed") from NoCredentialsError()
 
@@ -138,7 +138,7 @@ def test_the_token_in_the_address_of_a_repository_is_not_shown(tmp_path: Path) -
     with pytest.raises(Unreachable, match="dvc://https://127.0.0.1:9/x.git@v1:line: the repository") as error:
         sources.fetch("dvc://https://someone:hidden@127.0.0.1:9/x.git@v1:line", tmp_path / "out")
     assert "hidden" not in str(error.value)
-    with pytest.raises(AdfmError, match=r"dvc://no-folder@v1:line: there is no folder"):
+    with pytest.raises(AdfmError, match=r"dvc://no-folder@v1:line: the folder"):
         sources.fetch("dvc://no-folder@v1:line", tmp_path / "out")
 
 

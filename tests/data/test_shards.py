@@ -1,4 +1,5 @@
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -50,7 +51,7 @@ def test_what_is_written_is_read(
         assert shards.ids(folder, split) == [row.id for row in of_split]
         assert len(list(folder.glob(f"{split}-*.parquet"))) == -(-len(of_split) // shard_images)
         small = shards.table(folder, split)
-        assert small.column_names == shards.SMALL
+        assert small.column_names == shards.COLUMNS.small
         assert small["boxes"].to_pylist() == [[list(box) for box in row.boxes] for row in of_split]
 
 
@@ -81,6 +82,28 @@ def test_a_fingerprint_is_of_content_not_of_order_or_files(
         assert shards.fingerprint(other) != shards.fingerprint(one), name
 
 
+@dataclass(frozen=True)
+class RecordWithCamera(Record):
+    camera: str = "top"
+    shift: float | None = None
+
+
+def test_a_new_field_of_a_record_is_a_column_of_schema_writer_and_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    former = shards.COLUMNS
+    monkeypatch.setattr(shards, "COLUMNS", shards.Columns(RecordWithCamera))
+    assert shards.COLUMNS.schema.names == [*former.schema.names, "camera", "shift"]
+    assert shards.COLUMNS.small == [*former.small, "camera", "shift"]
+    assert shards.COLUMNS.required == [*former.required, "camera"]
+    rows = [RecordWithCamera(**vars(_record(index, 10)), camera=f"camera {index}", shift=0.1) for index in range(2)]
+    rows.append(RecordWithCamera(**vars(_record(2, 10))))
+    shards.write(rows, tmp_path, 1000)
+    assert list(shards.read(tmp_path)) == rows
+    assert shards.table(tmp_path)["camera"].to_pylist() == ["camera 0", "camera 1", "top"]
+    assert datasets.Features.from_arrow_schema(shards.COLUMNS.schema)["camera"] == datasets.Value("string")
+
+
 def test_the_same_records_give_the_same_bytes(tmp_path: Path, mvtec_folder: Path) -> None:
     conversion.convert(mvtec_folder, tmp_path / "shards", Params())
     (tmp_path / "again").mkdir()
@@ -105,7 +128,7 @@ def test_the_datasets_library_reads_them_without_help(tmp_path: Path, mvtec_fold
     ]
     # The schema states what the library itself would state of these features, but for the name that version 3 reads.
     metadata = json.loads(loaded["test"].features.arrow_schema.metadata[b"huggingface"])
-    own = shards.SCHEMA.metadata[b"huggingface"].decode()
+    own = shards.COLUMNS.schema.metadata[b"huggingface"].decode()
     assert metadata == json.loads(own.replace('"Sequence"', '"List"'))
 
 
@@ -135,7 +158,7 @@ def test_a_full_disk_is_an_error_that_speaks(tmp_path: Path) -> None:
 def test_no_shards_a_wrong_split_a_damaged_or_foreign_file(tmp_path: Path, mvtec_folder: Path) -> None:
     with pytest.raises(AdfmError, match="no train, validation or test shards here"):
         shards.ids(tmp_path)
-    with pytest.raises(AdfmError, match="no split 'testing'; choose one of train, validation, test"):
+    with pytest.raises(AdfmError, match="no split is called 'testing'; choose one of train, validation, test"):
         shards.ids(tmp_path, "testing")
     conversion.convert(mvtec_folder, tmp_path / "shards", Params())
     path = tmp_path / "shards" / "test-00000.parquet"

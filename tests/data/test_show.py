@@ -248,7 +248,7 @@ def test_bad_images_have_places_that_say_why(
     found = {}
     for name in ("good/000", "good/001", "hole/000", "hole/001", "hole/002"):
         [found[name]] = [f for f in re.findall(r"<figure.*?</figure>", page.text) if f"bolt/test/{name}.png<" in f]
-    assert "cannot be read (it is no image)" in found["good/000"]
+    assert "cannot be read (it is not an image)" in found["good/000"]
     assert "truncated" in found["good/001"]
     assert "is 9x9" in found["hole/000"]
     assert "shows no defect" in found["hole/001"]

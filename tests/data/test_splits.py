@@ -298,7 +298,7 @@ def test_images_that_are_moved_are_counted_once(
     params = Params.model_validate({"split": {"holdout_categories": held}})
     near = np.array(pairs, np.int64).reshape(-1, 2)
     assigned = splits.assign(table, near, params)
-    rows = splits.moved(table, near, assigned, params)
+    rows = splits.moved(table, near, assigned, params.split)
     expected = Counter(
         (sample.split, SPLITS[code])
         for sample, code in zip(samples, assigned, strict=True)
@@ -311,7 +311,7 @@ def test_images_that_are_moved_are_counted_once(
     for row in rows:
         counts[row["from"], row["to"]] += row["images"]
     assert counts == expected
-    without = splits.moved(table, near[:0], splits.assign(table, near[:0], params), params)
+    without = splits.moved(table, near[:0], splits.assign(table, near[:0], params), params.split)
     assert {row["because"] for row in without} <= {"copies", "part"}
 
 
@@ -324,7 +324,7 @@ def test_images_are_moved_because_of_the_first_reason_that_explains_it() -> None
     table = _table(samples, digests, part=parts)
     near = np.array([(2, 12), (3, 5)], np.int64)
     assigned = splits.assign(table, near, _params())
-    assert splits.moved(table, near, assigned, _params()) == [
+    assert splits.moved(table, near, assigned, _params().split) == [
         {"because": "copies", "from": "train", "to": "test", "images": 1},
         {"because": "part", "from": "train", "to": "test", "images": 1},
         {"because": "near-duplicates", "from": "train", "to": "validation", "images": 1},
@@ -483,6 +483,6 @@ def test_official_splits_with_defects_to_learn_from_are_kept() -> None:
     of_normals = _samples(("a", None, "train", 2), ("a", "dent", "test", 2))
     for samples, kept in ((with_defects, True), (of_normals, False)):
         table = _table(samples, _digests(samples))
-        assert splits.official_kept(table, _params()) is kept
+        assert splits.official_kept(table, _params().split) is kept
         redivided = Params.model_validate({"split": {"redivide": True}})
-        assert not splits.official_kept(table, redivided)
+        assert not splits.official_kept(table, redivided.split)

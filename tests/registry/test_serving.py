@@ -130,7 +130,7 @@ def test_every_image_that_cannot_be_read_is_told(served: Any, photographs: list[
     for part in (
         "Image 2: it is neither base64 nor a URI.",
         "Image 3: it is empty.",
-        "Image 4: it is no image.",
+        "Image 4: it is not an image.",
         "Image 5: this server may not read there; ADFM_SERVE_URIS names the places that it may read.",
     ):
         assert part in told
@@ -359,7 +359,7 @@ def test_files_that_the_shadow_cannot_read_are_refused_by_it(version: Path, phot
     model = scoring._load_pyfunc(str(version))
     rows = model.answers([b"no image", photographs[0].read_bytes()])
     assert [row["label"] == "cannot judge" for row in rows] == [True, False]
-    assert rows[0]["reason"] == "it is no image"
+    assert rows[0]["reason"] == "it is not an image"
 
 
 def test_a_calibration_of_another_model_is_not_served(version: Path, tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def test_all_that_cannot_be_read_is_listed_and_the_rest_answered(
         "a\\x1b[2J.png", "empty.png", "large.png", "narrow.png", "pages.tif", "text.jpg",
         "truncated.png",
     }  # fmt: skip
-    assert said["text.jpg"] == "it is no image"
+    assert said["text.jpg"] == "it is not an image"
     assert said["empty.png"] == "it is empty"
     assert "400x400 pixels, and 5000 are the most" in said["large.png"]
     assert "too narrow" in said["narrow.png"]

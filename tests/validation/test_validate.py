@@ -8,7 +8,7 @@ import math
 import shutil
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from adfm.data import shards
 from adfm.errors import AdfmError
 from adfm.params import Params
 from adfm.records import SPLITS, Box, Record
-from adfm.validation import validate
+from adfm.validation import drift, suite, validate
+from adfm.validation import page as page_
 
 # Great Expectations imports modules that Python has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_:DeprecationWarning")
@@ -366,7 +367,7 @@ def test_the_page_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     shards_ = written(records, tmp_path / "shards")
     what = "the image has the stated width and height"
     for most, figures in ((1_000_000, 4), (5_000, 0)):
-        monkeypatch.setattr(validate, "_PICTURES_LENGTH", most)
+        monkeypatch.setattr(page_, "_PICTURES_LENGTH", most)
         run(shards_, tmp_path / "report")
         page = (tmp_path / "report" / "index.html").read_text()
         assert f"{what}: 8 failing" in page
@@ -385,6 +386,21 @@ def test_held_out_categories_are_in_test_alone_and_need_nothing_in_train(tmp_pat
     passed, report = run(shards_, tmp_path / "b", Params.model_validate(settings))
     astray = sorted(name for name in records if "gear" in name and not name.startswith("test"))
     assert not passed and sorted(failed(report)["held-out categories are in test alone"]) == astray
+
+
+@dataclass(frozen=True)
+class RecordWithCamera(Record):
+    camera: str = "top"
+    shift: float | None = None
+
+
+def test_a_new_column_is_expected_in_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "COLUMNS", shards.Columns(RecordWithCamera))
+    records = {name: RecordWithCamera(**vars(each)) for name, each in faultless().items()}
+    spoilt = next(iter(records))
+    records[spoilt] = replace(records[spoilt], camera=None)  # type: ignore[arg-type]
+    _, report = run(written(records, tmp_path / "shards"), tmp_path / "report")  # type: ignore[arg-type]
+    assert failed(report) == {"every image has its camera": [spoilt]}
 
 
 def test_lookalikes_may_be_allowed(tmp_path: Path) -> None:
@@ -502,7 +518,7 @@ def test_a_strip_may_be_narrow_if_its_tiles_are_not(tmp_path: Path) -> None:
 
 
 def test_ids_are_listed_up_to_a_limit_and_counted_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validate, "MAX_IDS", 12)
+    monkeypatch.setattr(suite, "MAX_IDS", 12)
     names = [f"train/gear/normal/damaged {number}" for number in range(15)]
     records = {name: record(name, image=name.encode()) for name in names}
     _, report = run(written(records | faultless(), tmp_path / "shards"), tmp_path / "report")
@@ -524,7 +540,7 @@ def _not_parquet(folder: Path) -> None:
 
 
 def _no_rows(folder: Path) -> None:
-    pq.write_table(shards.SCHEMA.empty_table(), folder / "train-00000.parquet")
+    pq.write_table(shards.COLUMNS.schema.empty_table(), folder / "train-00000.parquet")
 
 
 def _cut_short(folder: Path) -> None:
@@ -558,20 +574,20 @@ counts = st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 1000), min_si
 @given(counts, counts)
 def test_the_distance_is_that_of_jensen_and_shannon(p: dict[str, int], q: dict[str, int]) -> None:
     both = [[these.get(name, 0) for name in "abcdef"] for these in (p, q)]
-    assert validate.distance(p, q) == pytest.approx(jensenshannon(*both, base=2), abs=1e-7)
-    assert validate.distance(p, q) == pytest.approx(validate.distance(q, p))
-    assert 0 <= validate.distance(p, q) <= 1 + 1e-12
+    assert drift.distance(p, q) == pytest.approx(jensenshannon(*both, base=2), abs=1e-7)
+    assert drift.distance(p, q) == pytest.approx(drift.distance(q, p))
+    assert 0 <= drift.distance(p, q) <= 1 + 1e-12
 
 
 def test_distances_of_known_shares() -> None:
-    assert validate.distance({"a": 3, "b": 1}, {"a": 300, "b": 100}) == 0
-    assert validate.distance({"a": 1}, {"b": 1}) == 1
-    assert validate.distance({}, {}) == 0
-    assert validate.distance({"a": 1}, {}) == 1
+    assert drift.distance({"a": 3, "b": 1}, {"a": 300, "b": 100}) == 0
+    assert drift.distance({"a": 1}, {"b": 1}) == 1
+    assert drift.distance({}, {}) == 0
+    assert drift.distance({"a": 1}, {}) == 1
     # a small change, by its population stability index
     p, q = {"a": 500, "b": 500}, {"a": 520, "b": 480}
     index = sum((p[name] - q[name]) / 1000 * math.log(p[name] / q[name]) for name in "ab")
-    assert validate.distance(p, q) == pytest.approx(math.sqrt(index / (8 * math.log(2))), rel=0.01)
+    assert drift.distance(p, q) == pytest.approx(math.sqrt(index / (8 * math.log(2))), rel=0.01)
 
 
 def drifted(name: str) -> Record:
