@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
 from adfm.errors import AdfmError
+from adfm.method.terms import Terms
 from adfm.text import did_you_mean
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -159,12 +160,14 @@ class Detector(Section):
     steps: PositiveInt = 400
 
 
-class RewardWeights(Section):
+# A weight for every term, so that one that is added to the reward cannot go without.
+_fields: dict[str, Any] = dict.fromkeys(Terms._fields, (NonNegativeFloat, 1.0))
+_TermWeights: Any = create_model("_TermWeights", __base__=Section, **_fields)
+
+
+class RewardWeights(_TermWeights):  # type: ignore[misc]
     """Weight of each term in the total reward."""
 
-    format: NonNegativeFloat = 1.0
-    classification: NonNegativeFloat = 1.0
-    localization: NonNegativeFloat = 1.0
     kind: NonNegativeFloat = 0.5
 
 

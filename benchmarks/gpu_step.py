@@ -33,7 +33,7 @@ from PIL import Image
 from adfm import params as params_
 from adfm import tracking
 from adfm.method import prompt
-from adfm.models import adapters, families, hardware, liger, loading
+from adfm.models import adapters, families, hardware, liger, loading, requirements
 from adfm.params import Params
 from adfm.process import environment
 from adfm.training import grpo
@@ -71,7 +71,7 @@ def main() -> None:
         os.chdir(folder)
         for name in args.only:
             params = params_.load(file, [*COMMON, *([] if gpu else TOY), *VARIANTS[name], *args.set])
-            missing = hardware.lacking(params)
+            missing = hardware.missing_requirements(params)
             if params.train.liger is True and not missing:
                 missing = liger.problems(ARCHITECTURES[args.model][0])
             if missing:
@@ -216,7 +216,7 @@ def built(name: str, params: Params) -> loading.Loaded:
         with torch.device("cuda"):
             dtype = getattr(torch, params.model.dtype)
             network = AutoModelForImageTextToText.from_config(
-                config, dtype=dtype, attn_implementation=loading.attention(params.model)
+                config, dtype=dtype, attn_implementation=requirements.attention(params.model)
             )
     else:
         network = tiny_model.model(processor.tokenizer, seed=0)

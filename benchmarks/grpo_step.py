@@ -22,7 +22,7 @@ from adfm import params as params_
 from adfm import tracking
 from adfm.data import synthetic
 from adfm.data.conversion import convert
-from adfm.models import liger, loading
+from adfm.models import liger, loading, model_folder
 from adfm.params import Params
 from adfm.process import environment
 from adfm.training import examples, grpo
@@ -61,7 +61,7 @@ def adfm(out: Path, params: Params) -> list[float]:
     """Seconds of the steps of a training, from one entry in MLflow to the next."""
     grpo.train(Path("shards"), Path("sft"), out, params)
     store = tracking.client()
-    run_id = str((loading.describe(out) or {})["mlflow_run_id"])
+    run_id = str((model_folder.describe(out) or {})["mlflow_run_id"])
     times = [point.timestamp / 1000 for point in store.get_metric_history(run_id, "Overview/reward")]
     return [after - before for before, after in itertools.pairwise(times)]
 

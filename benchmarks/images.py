@@ -139,7 +139,7 @@ def measured(loaded: loading.Loaded, data: Any, params: Params, adfm: bool) -> t
     else:
         trainer = bare_trainer(loaded, data, work, params)
     digests: dict[str, str] = {}
-    written = loaded.processor.tokenizer(prompt.answer("normal", []) + "<|im_end|>")["input_ids"]
+    written = loaded.processor.tokenizer(prompt.target_completion("normal", []) + "<|im_end|>")["input_ids"]
 
     def keep(values: dict[str, Any]) -> None:
         start = time.process_time()

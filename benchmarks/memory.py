@@ -67,7 +67,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     rows = []
     for name, architecture in SETTINGS.items():
-        network = hardware.empty(configuration(architecture))
+        network = hardware.meta_model(configuration(architecture))
         params = params_.load(folder / f"{name}.yaml")
         parts = hardware.memory(network, params, available=80 * GIB)
         ours = sum(parts[part] for part in ("adapter", "gradients", "optimizer"))

@@ -164,7 +164,7 @@ def _completion(rng: random.Random, truth: list[list[float]]) -> str:
         guesses.append(_box(rng))
     regions = [] if kind == "no box" else [Box(*box) for box in guesses]
     verdict = "anomalous" if rng.random() < 0.5 else "normal"
-    text = prompt.answer(verdict, regions, "scratch")  # type: ignore[arg-type]
+    text = prompt.target_completion(verdict, regions, "scratch")  # type: ignore[arg-type]
     text = text.replace("<think>", "<think>" + "".join(rng.sample(PROSE, 2)))
     text = text.replace("<rethink>", "<rethink>" + rng.choice(PROSE))
     if kind == "cut":

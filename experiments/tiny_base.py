@@ -1,18 +1,14 @@
-"""The recipe of the embedded base model: `python -m experiments tiny-base OUT`.
+"""Train the embedded base model: `python -m experiments tiny-base OUT`.
 
-A base model that has seen inspection images, but none of the products it will be asked about: it is trained on the
-source categories of the synthetic generator only. The features of the tower are pretrained and stay as they are; three
-stages train the rest:
+It sees inspection images, but only of the source categories of the synthetic generator: none of the products that it
+will be asked about. The pretrained features of its tower stay as they are; three stages train the rest:
 
-1. *places*: the neck of the tower learns where defects are (`adfm.tiny.tower.loss`). Through the language model alone
-   it does not learn that in minutes.
+1. *places*: the neck of the tower learns where defects are (`adfm.tiny.tower.loss`).
 2. *copying*: the language model learns to write the boxes that the tower gives it, and the name that the prompt lists
-   at the number of the kind, on regions and kinds at random and without pictures, which takes a third of the time that
-   it takes on pictures.
-3. *responses*: the whole model learns to answer in the form of the prompt. The loss of the first stage stays, at a
-   lower weight.
+   at the number of the kind, on random regions and kinds, without pictures.
+3. *responses*: the whole model learns to answer in the form of the prompt.
 
-Seeded; a killed run resumes at its last checkpoint (`OUT.checkpoint/`).
+Seeded; a killed run resumes from its last checkpoint (`OUT.checkpoint/`).
 """
 
 from __future__ import annotations
@@ -45,7 +41,7 @@ KINDS = list(synthetic.DEFECTS)
 SYLLABLES = ("ba", "cor", "den", "fi", "gul", "ho", "in", "kra", "lo", "mer", "nu", "ost", "pit", "ra", "sco", "ux")
 BATCH = 32
 PLACES_WEIGHT = 0.3
-_WITH_KINDS = 0.3  # of the prompts ask for a kind of defect
+_WITH_KINDS = 0.3  # share of the prompts that ask for a kind of defect
 CHECKPOINT_EVERY = 100
 _FEATURES = 12 << 30  # bytes: the maps of all pictures, which are computed once
 
@@ -86,20 +82,20 @@ def _draw(seed: int, index: int) -> Picture:
 
 
 def annotate(picture: Picture, rng: np.random.Generator, kinds: Sequence[str] = ()) -> str:
-    """The correct answer; on some normal pictures a region is examined and rejected.
+    """Return the correct answer; on some normal pictures it examines a region and rejects it.
 
-    Where the prompt asks for one of some `kinds`, they are other names of `KINDS`, in the same order.
+    `kinds`, if the prompt lists some, are other names of `KINDS`, in the same order.
     """
     if picture.defect is None:
         regions = [_somewhere(rng)] if rng.random() < 0.1 else []
-        return prompt.answer("normal", [_on_frame(box) for box in regions])
+        return prompt.target_completion("normal", [_on_frame(box) for box in regions])
     ordered = sorted(picture.boxes, key=lambda box: (box[1], box[0]))
     defect = kinds[KINDS.index(picture.defect)] if kinds else picture.defect
-    return prompt.answer("anomalous", [_on_frame(box) for box in ordered], defect, kinds=kinds)
+    return prompt.target_completion("anomalous", [_on_frame(box) for box in ordered], defect, kinds=kinds)
 
 
 def made_up_kinds(rng: np.random.Generator, count: int) -> tuple[str, ...]:
-    """Names of kinds of defects that no tokenizer has met, in alphabetical order."""
+    """Draw names of kinds of defects that no tokenizer has seen, in alphabetical order."""
     names: set[str] = set()
     while len(names) < count:
         names.add("".join(rng.choice(SYLLABLES, rng.integers(2, 5))) + rng.choice(["", "", "_a", "-x"]))
@@ -117,14 +113,13 @@ def _on_frame(box: NDArray[Any]) -> Box:
 
 
 def corpus() -> list[str]:
-    """What the tokenizer is trained on: the prompts and answers of every kind."""
+    """Return the texts that the tokenizer is trained on: the prompts and answers of every kind."""
     texts = [prompt.SYSTEM, *(prompt.QUESTION.format(units=u) for u in families.UNITS.values())]
     texts += [*prompt.KINDS.split("{kinds}"), prompt.PLAIN_QUESTION]
     texts += ["system\n", "user\n", "assistant\n"]
-    box = Box(10, 10, 20, 20)
-    for defect in KINDS:
-        texts += [prompt.answer("anomalous", [box, box], defect)]
-    texts += [prompt.answer("anomalous", []), prompt.answer("normal", []), prompt.answer("normal", [box])]
+    box, answer = Box(10, 10, 20, 20), prompt.target_completion
+    texts += [answer("anomalous", [box, box], defect) for defect in KINDS]
+    texts += [answer("anomalous", []), answer("normal", []), answer("normal", [box])]
     for tag in tiny_model.TAGS:
         texts = [part for text in texts for part in text.split(tag)]
     return [text for text in texts if text] * 20
@@ -174,7 +169,7 @@ class _Checkpoint:
         self.folder, self.identity = folder, identity
 
     def load(self, stage: str, modules: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        """The step to go on from."""
+        """Return the step to resume from."""
         import torch
 
         file = self.folder / f"{stage}.pt"
@@ -244,16 +239,7 @@ def _train(
     state: _Checkpoint,
     loss_of: Callable[[int], tuple[torch.Tensor, dict[str, str]]],
 ) -> None:
-    """Takes the steps of one stage that are left.
-
-    Args:
-        stage: Its name.
-        modules: What is trained and saved.
-        optimizer: With the highest learning rate of each group.
-        steps: Of the whole stage.
-        state: Where it begins, and is saved.
-        loss_of: Returns a step's loss, by the step's number, and figures for the progress bar.
-    """
+    """Take the remaining steps of a stage; `loss_of` returns a step's loss, and metrics for the progress bar."""
     import torch
 
     rates = [group["lr"] for group in optimizer.param_groups]  # those of a checkpoint have fallen
@@ -261,12 +247,12 @@ def _train(
     for step in progress:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * _rate(step, steps)
-        loss, figures = loss_of(step)
+        loss, metrics = loss_of(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         optimizer.step()
-        progress.set_postfix(figures, refresh=False)
+        progress.set_postfix(metrics, refresh=False)
         if (step + 1) % CHECKPOINT_EVERY == 0:
             state.save(stage, step + 1, modules, optimizer)
 
@@ -274,6 +260,7 @@ def _train(
 def _places(
     model: PreTrainedModel, processor: Any, data: list[Picture], steps: int, seed: int, state: _Checkpoint
 ) -> None:
+    # Through the language model alone, the tower does not learn in minutes where defects are.
     import torch
 
     tower = model.model.visual
@@ -291,6 +278,7 @@ def _places(
 
 
 def _copying(model: Any, processor: Any, steps: int, seed: int, state: _Checkpoint) -> None:
+    # Without pictures it takes a third of the time.
     import torch
 
     from adfm.tiny.tower import pooled
@@ -331,7 +319,7 @@ def _copying(model: Any, processor: Any, steps: int, seed: int, state: _Checkpoi
 
 
 def _regions(rng: np.random.Generator, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and boxes of cells as a neck gives them, with one to four regions a picture."""
+    """Draw logits and boxes of cells as a neck gives them, with one to four regions a picture."""
     import torch
 
     defect = np.minimum(rng.normal(-3, 1, (BATCH, rows, columns)), 0)
@@ -345,7 +333,7 @@ def _regions(rng: np.random.Generator, rows: int, columns: int) -> tuple[torch.T
 
 
 def _draw_kind(rng: np.random.Generator) -> tuple[tuple[str, ...], str, NDArray[Any]]:
-    """The kinds that a prompt lists, or none; the kind to name; a neck's probabilities, the highest at its number."""
+    """Draw the kinds that a prompt lists, or none; the kind to name; a neck's probabilities, highest at its number."""
     listed = made_up_kinds(rng, int(rng.integers(2, 9))) if rng.random() < 0.5 else ()
     number = int(rng.integers(len(listed or KINDS)))
     probabilities = rng.dirichlet([0.1] * kinds_.MOST) * rng.uniform(0, 0.5)
@@ -354,15 +342,14 @@ def _draw_kind(rng: np.random.Generator) -> tuple[tuple[str, ...], str, NDArray[
 
 
 def _answer_of_regions(logits: torch.Tensor, boxes: torch.Tensor, kind: str, kinds: Sequence[str]) -> str:
-    """The answer that writes the regions of a picture, and the kind."""
     from adfm.tiny import tower
 
     regions = [_on_frame(np.clip(box, 0, 1)) for box in tower.regions(logits, boxes)]
-    return prompt.answer("anomalous", regions, kind, kinds=kinds)
+    return prompt.target_completion("anomalous", regions, kind, kinds=kinds)
 
 
 def _answered(processor: Any, inputs: Any) -> torch.Tensor:
-    """Which tokens are of the response: those from the second after the last `<|im_start|>` to its end."""
+    """Mask the tokens of the response: those from the second after the last `<|im_start|>` to its end."""
     import torch
 
     numbers = inputs["input_ids"]

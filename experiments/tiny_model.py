@@ -1,9 +1,7 @@
-"""The embedded model: Qwen3-VL's own classes with a pretrained vision tower, its tokenizer and its processor.
+"""The embedded model's architecture, tokenizer and processor.
 
-The image is reduced or enlarged to about 320 x 320 pixels, its shape kept, and becomes about 100 visual tokens (see
-`adfm.tiny.tower`); coordinates are Qwen3-VL's, 0 to 1000, of which the vocabulary holds the multiples of 10 as whole
-tokens. The tokenizer is a byte-level BPE whose merges may cross spaces, so that a frequent sentence, such as one of the
-prompt, is a single token and a whole response about thirty; any other text still tokenizes, down to bytes.
+Qwen3-VL's own classes with a pretrained vision tower (`adfm.tiny.tower`). An image is resized to about 320 x 320
+pixels, its aspect ratio kept, and becomes about 100 visual tokens; coordinates are Qwen3-VL's, 0 to 1000.
 """
 
 from __future__ import annotations
@@ -39,11 +37,13 @@ TAGS = ["<think>", "</think>", "<rethink>", "</rethink>", "<answer>", "</answer>
 
 
 def tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Train the tokenizer on `corpus`; every coordinate is one token."""
+    """Train a byte-level BPE tokenizer on `corpus`; every coordinate that is a multiple of 10 is one token."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
+    # Merges may cross spaces, so that a frequent sentence, such as one of the prompt, is a single token and a whole
+    # response about thirty. Any other text still tokenizes, down to bytes.
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"\d+"), "isolated"),
@@ -74,7 +74,7 @@ def tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def processor(tokens: PreTrainedTokenizerFast, side: int = SIDE) -> Any:
-    """Qwen3-VL's processor for images of `side` x `side` pixels or as many in another shape, with its chat template."""
+    """Return Qwen3-VL's processor for images of `side` x `side` pixels or as many in another shape."""
     from transformers import Qwen2VLImageProcessorPil
 
     images = Qwen2VLImageProcessorPil(
@@ -90,7 +90,7 @@ def processor(tokens: PreTrainedTokenizerFast, side: int = SIDE) -> Any:
 
 
 def model(tokens: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
-    """A randomly initialised model for `tokens`."""
+    """Return a randomly initialised model for `tokens`."""
     import torch
     from torch.nn import functional as F  # noqa: N812
 

@@ -83,7 +83,7 @@ def test_an_overlay_is_fit_to_train_with(file: Path) -> None:
     assert f"PARAMS=params/{file.name}" in file.read_text()
     assert params.evaluate.max_new_tokens >= params.train.max_completion_length
     for processes in (1, 2):
-        hardware.shares(params.train, processes)
+        hardware.batch_split(params.train, processes)
 
 
 @pytest.mark.parametrize("file", OVERLAYS, ids=lambda file: file.stem)
@@ -113,7 +113,7 @@ def network() -> Any:
     text |= {"num_attention_heads": 28, "num_key_value_heads": 4}
     config.text_config.update(text)
     config.vision_config.update({"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584})
-    return hardware.empty(config)
+    return hardware.meta_model(config)
 
 
 def test_the_published_adapter_leaves_vision_tower_and_merger_alone(network: Any) -> None:

@@ -25,7 +25,10 @@ FUNCTIONS = {
 AROUND = {
     *(
         f"adfm/{name}.py"
-        for name in ("__init__", "descriptions", "errors", "files", "params", "tracking", "training/outbox")
+        for name in (
+            *("__init__", "descriptions", "errors", "files", "method/terms", "params", "tracking"),
+            "training/outbox",
+        )
     ),
     *(f"adfm/process/{name}.py" for name in ("cpus", "environment", "pod", "progress", "retries", "stopping")),
 }

@@ -50,7 +50,7 @@ from adfm.evaluation import report as page
 from adfm.evaluation.calibration import DECIDED, Calibration
 from adfm.evaluation.predictions import KINDS
 from adfm.files import atomic_folder, digest, replace_text, write_json
-from adfm.models import loading
+from adfm.models import loading, model_folder, versions
 from adfm.params import Params
 from adfm.text import markdown
 
@@ -109,10 +109,10 @@ def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Par
         local, shown = {}, {}
         for name, model in models.items():
             (Path(downloads) / name).mkdir()
-            local[name], shown[name] = loading.fetch(model, Path(downloads) / name)
-            if not loading.is_detector(local[name]):
+            local[name], shown[name] = versions.fetch(model, Path(downloads) / name)
+            if not model_folder.is_detector(local[name]):
                 loading.base_of(local[name], params.model)  # before anything is done
-        detectors = [name for name in models if name != candidate and loading.is_detector(local[name])]
+        detectors = [name for name in models if name != candidate and model_folder.is_detector(local[name])]
         reference = references.Reference(detectors[0], shown[detectors[0]]) if detectors else None
         digests = {name: digest(Path(model)) if Path(model).is_dir() else None for name, model in local.items()}
         about = {

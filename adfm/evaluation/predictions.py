@@ -83,7 +83,7 @@ def predict_splits(
         AdfmError: The model or the shards cannot be loaded, or the backend asked for is not there.
     """
     vllm = uses_vllm(params)
-    tile = tile_of(model, params)
+    tile = tile_of(model, params.tile)
     inspector: Predictor | None = None
     tables: dict[str, pd.DataFrame] = {}
     for split in splits:
@@ -119,7 +119,7 @@ def _key(model: str | Path, shards: Path, split: str, params: Params, vllm: bool
         "prompt": [prompt.messages(units) for units in families.UNITS.values()],
         "model": loading.identity(model, params.model),
         "how": [params.model.dtype, params.model.max_pixels, settings.batch_size, settings.max_new_tokens, vllm],
-        "tile": tile_of(model, params).model_dump(),
+        "tile": tile_of(model, params.tile).model_dump(),
         "score": [settings.score, settings.samples, params.seed if settings.samples else None],
         "data": [split, shards_.fingerprint(shards, split)],
     }

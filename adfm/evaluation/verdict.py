@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from adfm import statistics
 from adfm.data.tiles import Proposal
 from adfm.evaluation import metrics, references
-from adfm.models import families, loading
+from adfm.models import families, loading, model_folder
 from adfm.params import Model
 from adfm.text import printable
 
@@ -162,21 +162,21 @@ def kind_of(
     """
     from adfm.tiny import tower
 
-    description = loading.describe(Path(model))
+    description = model_folder.describe(Path(model))
     same = description is not None and fingerprint is not None and description.get("data_fingerprint") == fingerprint
     images = train if same else None
-    if loading.is_detector(model):
+    if model_folder.is_detector(model):
         return Kind("", images=images)
     base, folder = loading.base_of(model, settings)
-    family = loading.family_of(folder)
+    family = model_folder.family_of(folder)
     processor = loading.load_processor(model, settings)
     features = family == tower.FAMILY
     return Kind(
         base.name,
         embedded=features or base.name in loading.EMBEDDED,
         features=features,
-        weights=loading.parameters(folder),
-        pixels=families.get(family).images.most(processor.image_processor),
+        weights=model_folder.parameters(folder),
+        pixels=families.get(family).images.max_pixels(processor.image_processor.to_dict()),
         trained=description is not None,
         images=images,
         cut=(description or {}).get("cut_short"),

@@ -50,7 +50,7 @@ def check(train: Train, *, run: str, nodes: int, gpus: int, gpu_type: str) -> No
     """
     from kubernetes.client.exceptions import ApiException
 
-    hardware.shares(train, nodes * max(gpus, 1))
+    hardware.batch_split(train, nodes * max(gpus, 1))
     trainjobs = TrainJobs()
     claim, name = resources.WORKSPACE_CLAIM, job_name(run)
     work = Path(resources.WORKSPACE) / name
@@ -111,7 +111,7 @@ def on_nodes(
 
     if not workspace.is_dir():
         raise AdfmError(f"{workspace} is not a folder; mount the volume {claim} there (deploy/runs/workspace.yaml).")
-    hardware.shares(params.train, nodes * max(gpus, 1))
+    hardware.batch_split(params.train, nodes * max(gpus, 1))
     trainjobs = TrainJobs()
     name = job_name(run)
     work = workspace / name

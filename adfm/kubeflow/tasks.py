@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from adfm import tracking
 from adfm.errors import AdfmError
 from adfm.kubeflow import termination
+from adfm.method.terms import MEANS
 from adfm.params import Evaluate, Params, loads
 from adfm.process import environment, pod, stopping
 from adfm.text import printable_output
@@ -35,7 +36,7 @@ GPUS = ("nvidia.com/gpu", "amd.com/gpu", "gpu.intel.com/i915", "gpu.intel.com/xe
 CANDIDATE = "trained"
 """Name of the model in an evaluation that the run has trained."""
 
-TRAINING_FIRST = ("reward", "rewards/classification/mean", "rewards/localization/mean", "utilisation", "kl", "step")
+TRAINING_FIRST = ("reward", *MEANS, "utilisation", "kl", "step")
 SFT_FIRST = ("loss", "mean_token_accuracy", "step")
 """Metrics that head the tables of a run's page."""
 

@@ -1,4 +1,4 @@
-"""The frame in which a model writes its boxes; `adfm.models.families` knows that of each family."""
+"""The frame in which a model writes its boxes; `adfm.models.families` has that of each family."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class Frame(NamedTuple):
     height: float
 
     def to_pixels(self, box: Box, width: int, height: int) -> Box:
-        """A box of this frame, in pixels of the original image of `width` by `height`. Not clipped."""
+        """Convert a box of this frame to pixels of the original image of `width` by `height`. Not clipped."""
         x, y = width / self.width, height / self.height
         return Box(box.x1 * x, box.y1 * y, box.x2 * x, box.y2 * y)
 
     def from_pixels(self, box: Box, width: int, height: int) -> Box:
-        """A box in pixels of the original image of `width` by `height`, in this frame. Not clipped."""
+        """Convert a box in pixels of the original image of `width` by `height` to this frame. Not clipped."""
         x, y = self.width / width, self.height / height
         return Box(box.x1 * x, box.y1 * y, box.x2 * x, box.y2 * y)
 

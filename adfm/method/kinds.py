@@ -1,8 +1,6 @@
-"""The kinds of defects that a model names (`sft.kinds`): their names, how they are written, read and rewarded.
+"""Kinds of defects that a model names (`sft.kinds`): how they are listed, parsed and rewarded.
 
-The prompt lists the kinds in double quotes. A response names one of them at the end of `<rethink>`, after the words
-"A real defect:", which begin the stage of every supervised answer to a defective image. All that stands after them has
-to be the name: "scratch" is not read in "scratch deep", nor is either in "scratch, scratch deep".
+The prompt lists the kinds in double quotes. A completion names one of them at the end of `<rethink>`, after `PREFIX`.
 """
 
 from __future__ import annotations
@@ -11,39 +9,39 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 from adfm.errors import AdfmError
-from adfm.method.response import Response
+from adfm.method.response import ParsedCompletion
 from adfm.records import Label
 
 FEWEST, MOST = 2, 30
-"""Kinds of one model: fewer leave nothing to tell apart, and more make the prompt longer than the image."""
+"""Number of kinds of one model: fewer leave nothing to tell apart, more make the prompt longer than the image."""
 
 LONGEST = 60
-"""Characters of a name: it has to fit into a response with boxes."""
+"""Most characters of a name: it has to fit into a completion with boxes."""
 
 PREFIX = "A real defect:"
-"""What stands before the name, in the response."""
+"""Comes before the name in a completion; it begins `<rethink>` of every target completion to a defective image."""
 
-# Markup would end a stage or the response, and a quote the name in the prompt.
+# Markup would end a stage or the completion, and a quote the name in the prompt.
 _REPLACED = str.maketrans({"<": "(", ">": ")", '"': "'"})
 
 
 def written(name: str | None) -> str | None:
-    """The name of a kind as the prompt lists it and a response has it; `None` where no kind is known.
+    """Return the name of a kind as prompts and completions write it; `None` where no kind is known.
 
-    Composed (Unicode NFC, as tokenizers compose it), in one line, without markup and double quotes. Names that differ
-    in nothing else are one kind.
+    It is on one line, without markup and double quotes. Names that differ in nothing else are one kind.
     """
+    # Tokenizers compose a text in the same way (Unicode NFC).
     text = unicodedata.normalize("NFC", name or "").translate(_REPLACED)
     text = "".join(char if char.isprintable() else " " for char in text)
     return " ".join(text.split()) or None
 
 
 def of(defect: str | None, kinds: Sequence[str]) -> str | None:
-    """The kind of an image's defect, as it is written; `None` where none is known, or several of `kinds` are there.
+    """Return the kind of an image's defect, as `written`; `None` where none is known, or it has several of `kinds`.
 
     Args:
         defect: As the shards have it; of several kinds a name joined by plus signs ("dent+scratch").
-        kinds: The kinds that a model names; a kind beyond them, as a test split may have, is a kind all the same.
+        kinds: The kinds that a model names; a test split may have others, which are returned too.
     """
     kind = written(defect)
     return None if kind not in kinds and _is_joined(kind, kinds) else kind
@@ -55,7 +53,7 @@ def _is_joined(kind: str | None, kinds: Iterable[str]) -> bool:
 
 
 def single(names: Iterable[str | None]) -> list[str]:
-    """The kinds among some defects, as they are written, in alphabetical order.
+    """Return the kinds among some defects, as `written`, in alphabetical order.
 
     A name that joins several of them by plus signs is not a kind itself.
     """
@@ -64,7 +62,7 @@ def single(names: Iterable[str | None]) -> list[str]:
 
 
 def listed(names: Iterable[str | None]) -> tuple[str, ...]:
-    """The kinds among the defects of a training split, as of `single`, for a model to name.
+    """Return the kinds among the defects of a training split, for a model to name.
 
     Raises:
         AdfmError: There are fewer than `FEWEST` or more than `MOST`, or one is longer than `LONGEST`.
@@ -84,32 +82,33 @@ def listed(names: Iterable[str | None]) -> tuple[str, ...]:
 
 
 def read(rethink: str | None, kinds: Sequence[str]) -> str | None:
-    """The kind that an examination stage names; `None` where it names none of `kinds`, or several.
+    """Return the kind that an examination stage names; `None` where it names none of `kinds`, or several.
 
     Args:
         rethink: Text of the stage, of any length and content; `None` without such a stage.
         kinds: As `listed` gives them.
     """
+    # All that follows the prefix has to be the name: "scratch deep" does not name "scratch".
     _, prefix, rest = (rethink or "").partition(PREFIX)
     kind = rest.strip().removesuffix(".").strip('"') if prefix else ""
     return kind if kind in kinds else None
 
 
-def reward(response: Response, label: Label, defect: str | None, kinds: Sequence[str]) -> float:
-    """The term `kind` of the reward: 1 for the right kind, else 0.
+def reward(response: ParsedCompletion, label: Label, defect: str | None, kinds: Sequence[str]) -> float:
+    """Return the term `kind` of the reward: 1 for the right kind, else 0.
 
     A defective image pays for the letter A with its own kind. One of no known kind, or of several, pays 0 whatever is
-    named, so that it never contributes to the advantage. A normal image pays for the letter B without a kind. The kind
-    counts only beside the right letter, so that no answer without a look at the image earns on both labels: always
-    the same kind earns that kind's share of the defective images, and always B nothing there.
+    named, so that it never contributes to the advantage. A normal image pays for the letter B without a kind.
 
     Args:
-        response: The completion.
+        response: The parsed completion.
         label: The image's label.
         defect: The image's defect, as the shards have it.
         kinds: As `listed` gives them.
     """
     kind = read(response.rethink, kinds)
+    # The kind counts only beside the right letter, so that no blind answer earns on both labels: always the same kind
+    # earns that kind's share of the defective images, and always B nothing there.
     if label == "normal":
         return float(response.answer == "B" and kind is None)
     return float(response.answer == "A" and kind is not None and kind == of(defect, kinds))

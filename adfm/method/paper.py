@@ -1,15 +1,15 @@
-"""The reward as published with AD-FM (arXiv 2508.04175, Eq. 5 and 6), with all that the published code pays.
+"""The reward as published with AD-FM (arXiv 2508.04175, Eq. 5 and 6), numbers included.
 
-The numbers are the authors'; what is wrong with them, and the project's own reward, is in `rewards.py`.
+`adfm.method.rewards` says what is wrong with it.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 from adfm.method.coordinates import PUBLISHED, Frame
+from adfm.method.terms import Terms
 from adfm.records import Box, Label
 
 _NUMBER = r"\s*+(\d++(?:\.\d++)?+)\s*+"
@@ -21,21 +21,8 @@ _TAGS = {
 }
 
 
-class Terms(NamedTuple):
-    """What a completion earns, term by term, before any weight."""
-
-    format: float
-    classification: float
-    localization: float
-
-    @property
-    def total(self) -> float:
-        """The sum of the terms."""
-        return self.format + self.classification + self.localization
-
-
 def paper(completion: str, label: Label, boxes: Sequence[Box], frame: Frame = PUBLISHED) -> Terms:
-    """The published reward of one completion.
+    """Return the published reward of one completion.
 
     Args:
         completion: The model's text.
@@ -68,10 +55,7 @@ def paper(completion: str, label: Label, boxes: Sequence[Box], frame: Frame = PU
 
 
 def _stage(completion: str, name: str) -> str | None:
-    """Text from the first opening tag to the next closing one, in any case.
-
-    Two searches, where one lazy expression would try every opening tag again.
-    """
+    # Two searches, where one lazy expression would try every opening tag again.
     begin, end = _TAGS[name]
     opening = begin.search(completion)
     closing = opening and end.search(completion, opening.end())
@@ -126,7 +110,7 @@ def _giou(box: Box, true: Box) -> float:
 
 
 def best_matching(gains: Sequence[Sequence[float]]) -> Iterable[tuple[int, int]]:
-    """The one-to-one matching of as many rows and columns as can be whose `gains` sum to the most (Hungarian)."""
+    """Return the one-to-one matching of rows and columns with the largest sum of `gains` (Hungarian)."""
     if len(gains) == 1:
         return [(0, max(range(len(gains[0])), key=lambda j: gains[0][j]))]
     if len(gains[0]) == 1:

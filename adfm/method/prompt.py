@@ -1,9 +1,4 @@
-"""The multi-stage prompt, the plain one to compare it with, and the supervised answer in the form of either.
-
-The three stages are those of AD-FM (arXiv 2508.04175): region identification in `<think>`, focused examination in
-`<rethink>`, decision in `<answer>`. The authors' wording was not published; this one states everything that the
-rewards pay for. The plain prompt asks for the decision alone, as GRPO without AD-FM does.
-"""
+"""The multi-stage prompt of AD-FM (arXiv 2508.04175), a plain prompt to compare it with, and target completions."""
 
 from __future__ import annotations
 
@@ -15,6 +10,8 @@ from adfm.records import Box, Label
 
 SYSTEM = "You inspect photographs of products for defects."
 
+# The three stages are the paper's: region identification, focused examination, decision. The authors' wording was not
+# published; this one states everything that the rewards pay for.
 QUESTION = """\
 Inspect this product in three stages, in this order, each once, none empty.
 First <think>say what you see and box every suspicious region tightly, one box a region, never the whole image: \
@@ -22,16 +19,15 @@ First <think>say what you see and box every suspicious region tightly, one box a
 then <rethink>look at each region again: is it a real defect or normal variation?</rethink>
 then <answer>one letter alone, A if the product has a defect or B if it is normal</answer>"""
 
+# As GRPO without AD-FM asks.
 PLAIN_QUESTION = """\
 Inspect this product.
 <answer>one letter alone, A if the product has a defect or B if it is normal</answer>"""
 
+# Before the image, since the embedded model has seen no other question: its loss on correct answers stays at 1.33 with
+# these words here, and rises to 1.41 with them before the question; words like them after it made it 2.4.
 KINDS = f" End <rethink> of a defective product with {kinds_.PREFIX} and its kind, one of: {{kinds}}."
-"""What the system's message has as well where the model names kinds.
-
-Before the image, since the embedded model has seen no other question: its loss on correct answers stays at 1.33 with
-these words here, and rises to 1.41 with them before the question; words like them after it made it 2.4.
-"""
+"""Added to the system message where the model names kinds."""
 
 LETTERS: dict[str, Label] = {"A": "anomalous", "B": "normal"}
 
@@ -42,17 +38,17 @@ OPENINGS: dict[str, dict[Label, tuple[str, ...]]] = {
         "normal": ("Normal variation, no defect.", "There is no region to examine."),
     },
 }
-"""How each stage of a supervised answer begins: in `rethink` with regions to examine, and without."""
+"""How each stage of a target completion begins: `rethink` with regions to examine, and without."""
 
 _NO_REGION = "no single region."  # after "Suspicious:", where the place of a defect is not known
 
 
 def messages(units: str, stages: bool = True, kinds: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The prompt as chat messages, without the image.
+    """Return the prompt as chat messages, without the image.
 
     Args:
-        units: The words that say in which units boxes are asked for, as `adfm.models.families` has them.
-        stages: Whether the decision is asked for in three stages, or alone.
+        units: The words for the units of boxes, as `adfm.models.families` has them.
+        stages: Whether to ask for three stages, or for the decision alone.
         kinds: Kinds of defects to name one of, as `adfm.method.kinds.listed` gives them; only with stages.
     """
     return [
@@ -62,14 +58,14 @@ def messages(units: str, stages: bool = True, kinds: Sequence[str] = ()) -> list
 
 
 def asking_for(kinds: Sequence[str]) -> str:
-    """The sentence of the system's message that lists the kinds to name one of; empty without kinds."""
+    """Return the sentence of the system message that lists the kinds to name one of; empty without kinds."""
     return KINDS.format(kinds=", ".join(f'"{kind}"' for kind in kinds)) if kinds else ""
 
 
 _NO_MARKUP = str.maketrans("<>", "()")
 
 
-def answer(
+def target_completion(
     label: Label,
     regions: Sequence[Box],
     defect: str | None = None,
@@ -77,7 +73,7 @@ def answer(
     stages: bool = True,
     kinds: Sequence[str] = (),
 ) -> str:
-    """A complete response in the form that the prompt asks for.
+    """Return a correct completion in the form that the prompt asks for, to train on.
 
     Args:
         label: The decision.

@@ -1,7 +1,4 @@
-"""A completion, read: the regions it names, its examination, its decision.
-
-Rewards and evaluation read with the same eyes.
-"""
+"""Parse a completion into its think / rethink / answer stages and boxes. Rewards and evaluation share this parser."""
 
 from __future__ import annotations
 
@@ -11,11 +8,11 @@ from typing import Literal, NamedTuple
 from adfm.records import Box, Label
 
 STAGES = ("<think>", "</think>", "<rethink>", "</rethink>", "<answer>", "</answer>")
-"""The tags of a completion that keeps to the form."""
+"""The tags of a well-formed completion, in order."""
 
 _TAG = re.compile(r"(</?(?:think|rethink|answer)>)", re.IGNORECASE | re.ASCII)
-# Where a list of coordinates begins, and its fields if there are four. They hold no bracket and no comma, so that no
-# character is looked at more than twice: no string makes this slow.
+# Where a list of coordinates begins, and its fields if there are four. They hold no bracket and no comma, so that the
+# pattern reads no character more than twice: no string makes it slow.
 _COORDINATES = re.compile(
     r"\[(?=\s*+[+-]?(?:\.?\d|nan|inf)[^\[\],]*+,)"
     r"(?:([^\[\],]*+),([^\[\],]*+),([^\[\],]*+),([^\[\],]*+)\])?",
@@ -24,8 +21,8 @@ _COORDINATES = re.compile(
 _FARTHEST = 1e6  # beyond any image; areas of such boxes are still exact enough to compare
 
 
-class Response(NamedTuple):
-    """A completion of three stages, `<think>`, `<rethink>`, `<answer>`, as far as it keeps to them.
+class ParsedCompletion(NamedTuple):
+    """A completion in its three stages, as far as they are there.
 
     Args:
         think: Text of the region identification stage; `None` if there is no such stage.
@@ -33,8 +30,8 @@ class Response(NamedTuple):
         answer: `A` (anomalous) or `B` (normal); `None` unless the one answer stage holds that letter and nothing else.
         boxes: Every box in `think` that has an area, `[x1, y1, x2, y2]` in the model's frame, in the order written.
             On an image answered `B` they are regions that were examined and rejected.
-        invalid: How many lists of coordinates begin in `think` (a bracket, a number, a comma) and are no box: of more
-            or fewer than four numbers, not closed, inverted, empty, not finite.
+        invalid: How many lists of coordinates begin in `think` (a bracket, a number, a comma) and are not a box: of
+            more or fewer than four numbers, not closed, inverted, empty, not finite.
         tags: The tags of all stages in the order written, lower case.
     """
 
@@ -51,16 +48,16 @@ class Response(NamedTuple):
         return None if self.answer is None else "anomalous" if self.answer == "A" else "normal"
 
 
-def parse(completion: str) -> Response:
-    """Read a completion. Any string at all is read, in time linear in its length, without an exception.
+def parse(completion: str) -> ParsedCompletion:
+    """Parse a completion: any string, in time linear in its length, without an exception.
 
-    The case of tags and letter and white space around the letter do not matter. A stage reaches from its first opening
-    tag to the next closing one.
+    The case of tags and letter, and white space around the letter, do not matter. A stage reaches from its first
+    opening tag to the next closing one.
     """
     parts = _TAG.split(completion)  # text, tag, text, tag, …, text
     tags = tuple(map(str.lower, parts[1::2]))
     think, rethink, last = (
-        parts[2:11:4]  # what the other gives as well, but most completions keep to the form, and this is quicker
+        parts[2:11:4]  # the same result, faster, for the form that most completions have
         if tags == STAGES
         else [_stage(parts, tags, *pair) for pair in zip(STAGES[::2], STAGES[1::2], strict=True)]
     )
@@ -69,7 +66,7 @@ def parse(completion: str) -> Response:
     if tags.count("<answer>") == tags.count("</answer>") == 1:  # of two answers neither is the decision
         answer = "A" if letter == "a" else "B" if letter == "b" else None
     boxes, invalid = _boxes(think or "")
-    return Response(think, rethink, answer, boxes, invalid, tags)
+    return ParsedCompletion(think, rethink, answer, boxes, invalid, tags)
 
 
 def _stage(parts: list[str], tags: tuple[str, ...], opening: str, closing: str) -> str | None:
@@ -79,7 +76,6 @@ def _stage(parts: list[str], tags: tuple[str, ...], opening: str, closing: str) 
 
 
 def _boxes(text: str) -> tuple[tuple[Box, ...], int]:
-    """The boxes in `text`, and how many lists of coordinates are no box."""
     boxes = []
     invalid = 0
     for fields in _COORDINATES.findall(text):

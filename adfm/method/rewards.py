@@ -1,8 +1,8 @@
 """The project's own reward, `calibrated`, and the choice between it and the published one.
 
-It keeps the idea of AD-FM (a graded reward of several terms, in which localisation tells insight from luck) and mends
-what the published numbers reward by mistake: boxes round everything, neighbouring boxes, missed defects, answers that
-merely contain the letter, answers that do not depend on the image (`benchmarks/blind.py`). Every term lies in [0, 1].
+It keeps the idea of AD-FM, a graded reward of several terms, and fixes what the published numbers reward by mistake:
+boxes round everything, neighbouring boxes, missed defects, answers that merely contain the letter, answers that do not
+depend on the image (`benchmarks/blind.py`). Every term lies in [0, 1].
 """
 
 from __future__ import annotations
@@ -14,41 +14,43 @@ from math import hypot
 from typing import Final
 
 from adfm.method.coordinates import PUBLISHED, Frame
-from adfm.method.paper import Terms, best_matching, paper
-from adfm.method.response import STAGES, Response, parse
+from adfm.method.paper import best_matching, paper
+from adfm.method.response import STAGES, ParsedCompletion, parse
+from adfm.method.terms import Terms
 from adfm.records import Box, Label
 
 __all__ = ["PROFILES", "Terms", "calibrated", "in_training"]
 
-# What an anomalous image pays of `localization` when nothing is boxed. Boxes that touch no defect earn less, and the
-# farther the less: no place is better than a wrong place, and a near place than a far one.
-_NOTHING_FOUND = 0.05
+# `localization` of an anomalous image when nothing is boxed. Boxes that touch no defect earn less, and the farther the
+# less: no place is better than a wrong place, and a near place than a far one.
+_NO_BOX = 0.05
 # Of the rest, the share paid for overlap that a box round the whole image has as well; so that box earns under 0.15.
 _BY_CHANCE = 0.1
-# What a box in vain takes off the summed IoU: too little to outweigh any overlap worth the name, enough to be felt.
-_IN_VAIN = 1e-3
-# The share of `localization` that an anomalous image pays with the wrong letter. Its boxes are then regions that were
-# examined and rejected, and in use they are not shown. Not 0, so that a model that still answers B learns where to
-# look; at most a half, so that the right letter alone beats all the right boxes with the wrong one.
+# Penalty per unmatched box: small against any real IoU, non-zero so that extra boxes are never free.
+_UNMATCHED = 1e-3
+# The share of `localization` that an anomalous image pays with the wrong letter: its boxes are then regions that were
+# examined and rejected, which are not shown in use. Not 0, so that a model that still answers B learns where to look;
+# at most a half, so that the right letter alone beats all the right boxes with the wrong one.
 _REJECTED = 0.5
-# A completion of more boxes points at nothing: none of them is looked at, and all are in vain.
-_MOST_BOXES = 1000
+# A completion of more boxes points at nothing: all of them count as unmatched.
+_MAX_BOXES = 1000
 
 
 def calibrated(
     completion: str, label: Label, boxes: Sequence[Box], frame: Frame = PUBLISHED, located: bool = True
 ) -> Terms:
-    """The project's reward of one completion.
+    """Return the project's reward of one completion.
 
     `format`: a quarter for each stage that is there once and not empty (the answer: a clean letter), the last quarter
     for all three in their order, in which an answer `A` has a box in `<think>`. `classification`: 1 for the right
     letter and nothing but the letter. `localization` judges the boxes in `<think>`; without that stage it is 0:
 
-    - An anomalous image pays 1 for the letter `A` and exactly the true boxes (see `_found`), half as much for the same
-      boxes without that letter. Where its boxes are not known it pays 0 whatever is boxed, so that it never contributes
-      to the advantage; and no box is asked for there, so that the model does not learn to make places up.
-    - A normal image pays only for the letter `B`: 1 for at most one box, since to examine one region and reject it is
-      what the method asks for, and less for each further box.
+    - An anomalous image pays 1 for the letter `A` and exactly the true boxes (see `_soft_f1`), half as much for the
+      same boxes without that letter. Where its boxes are not known it pays 0 whatever is boxed, so that it never
+      contributes to the advantage; and `format` requires no box there, so that the model does not learn to make places
+      up.
+    - A normal image pays only for the letter `B`: 1 for at most one box, since the method asks to examine a region and
+      reject it, and less for each further box.
 
     Args:
         completion: The model's text.
@@ -67,7 +69,7 @@ def calibrated(
     )
 
 
-def _format(response: Response, box_required: bool) -> float:
+def _format(response: ParsedCompletion, box_required: bool) -> float:
     tags, texts = response.tags, (response.think, response.rethink, response.answer)
     there = 0
     in_form = tags == STAGES
@@ -81,11 +83,11 @@ def _format(response: Response, box_required: bool) -> float:
     return (there + (there == 3 and in_form and not unplaced)) / 4
 
 
-def _localization(response: Response, label: Label, truth: Sequence[Box], frame: Frame) -> float:
+def _localization(response: ParsedCompletion, label: Label, truth: Sequence[Box], frame: Frame) -> float:
     if not (response.think or "").strip():
         return 0.0
     if label == "anomalous":
-        paid = _found(response.boxes, response.invalid, truth, frame) if truth else 0.0
+        paid = _soft_f1(response.boxes, response.invalid, truth, frame) if truth else 0.0
         return paid if response.answer == "A" else _REJECTED * paid
     # Paid for A as well, an image without a box would give "nothing stands out, A" this term on every normal image: the
     # best answer for a model that does not see (2.03 of 3 where 55 % of the images are anomalous).
@@ -94,55 +96,54 @@ def _localization(response: Response, label: Label, truth: Sequence[Box], frame:
     return 4 / (4 + max(0, len(response.boxes) + response.invalid - 1))
 
 
-def _found(boxes: Sequence[Box], invalid: int, truth: Sequence[Box], frame: Frame) -> float:
-    """How well predicted boxes show the true ones: a soft F1 of the best matching, corrected for chance.
+def _soft_f1(boxes: Sequence[Box], invalid: int, truth: Sequence[Box], frame: Frame) -> float:
+    """Return a soft F1 of predicted and true boxes under the best matching, corrected for chance.
 
     With R = the largest sum, over one-to-one matchings of the m predicted and the n true boxes, of IoU, less
-    `_IN_VAIN` times the distance (0 to 1) of each matched pair that does not touch, and times 1 + the distance to the
+    `_UNMATCHED` times the distance (0 to 1) of each matched pair that does not touch, and times 1 + the distance to the
     nearest true box for each predicted box left over:
 
     - S = 2R / (m + n) is 1 for exactly the true boxes and nothing else. It rises with the IoU of every matched pair,
       falls with every missed and every spurious box.
-    - S0 is what boxes round the whole image get, repeated as often as it pays (their IoU with a defect is the
-      defect's share of the image). Overlap up to S0 shows nothing; so what is paid grows slowly with S up to S0
-      and fast from there to 1.
-    - R < 0 (nothing is touched) pays the less, the more and the farther boxes are in vain.
+    - S0 is the score of boxes round the whole image, repeated as often as it pays (their IoU with a defect is the
+      defect's share of the image). Overlap up to S0 shows nothing; so the reward grows slowly with S up to S0 and fast
+      from there to 1.
+    - R < 0 (no box touches a defect) pays the less, the more boxes there are and the farther they lie.
 
     The matching maximises the very sum that is paid for, so that no change of matching can break the order.
     """
     n, m = len(truth), len(boxes) + invalid
-    if m > _MOST_BOXES:
+    if m > _MAX_BOXES:
         boxes, invalid = (), m
     # Sorted, so that not even a last bit depends on the order of boxes.
     true, predicted = tuple(sorted(map(Box._make, truth))), sorted(boxes)
     pairs = [[_overlap_and_distance(box, defect, frame) for defect in true] for box in predicted]
-    in_vain = [1 + min([far for _, far in row]) for row in pairs]
-    gains = [[iou + _IN_VAIN * (cost - far) for iou, far in row] for row, cost in zip(pairs, in_vain, strict=True)]
+    unmatched = [1 + min([far for _, far in row]) for row in pairs]
+    gains = [[iou + _UNMATCHED * (cost - far) for iou, far in row] for row, cost in zip(pairs, unmatched, strict=True)]
     total = 0.0
     for i, j in best_matching(gains) if gains else ():
-        iou, in_vain[i] = pairs[i][j]
+        iou, unmatched[i] = pairs[i][j]
         total += iou
-    reward = total - _IN_VAIN * (sum(in_vain) + 2 * invalid)
+    reward = total - _UNMATCHED * (sum(unmatched) + 2 * invalid)
     if reward < 0:
-        return _NOTHING_FOUND / (1 - reward / _IN_VAIN)
+        return _NO_BOX / (1 - reward / _UNMATCHED)
     f1 = 2 * reward / (m + n)
     chance = _chance(true, frame)
     insight = max(0.0, (f1 - chance) / (1 - chance)) if chance < 1 else f1
-    return _NOTHING_FOUND + (1 - _NOTHING_FOUND) * (_BY_CHANCE * f1 + (1 - _BY_CHANCE) * insight)
+    return _NO_BOX + (1 - _NO_BOX) * (_BY_CHANCE * f1 + (1 - _BY_CHANCE) * insight)
 
 
 @lru_cache  # the completions of a group have the same truth
 def _chance(true: tuple[Box, ...], frame: Frame) -> float:
-    """What boxes round the whole image get, repeated as often as it pays: S0 of `_found`."""
+    """Return the score of boxes round the whole image, repeated as often as it pays: S0 of `_soft_f1`."""
     shares = sorted((defect.area / (frame.width * frame.height) for defect in true), reverse=True)
     return max(2 * share / (len(true) + k) for k, share in enumerate(accumulate(shares), 1))
 
 
 def _overlap_and_distance(box: Box, defect: Box, frame: Frame) -> tuple[float, float]:
-    """IoU of two boxes, and how far apart they are: 0 where they overlap, else in (0, 1).
+    """Return the IoU of two boxes, and their distance: 0 where they overlap, else in (0, 1).
 
-    Measured between edges: 0.5 at an eighth of the frame's width and height together. A thousandth of the distance
-    between centres is added, so that a box which slides along a defect without coming closer still gets nearer.
+    The distance is measured between edges: 0.5 at an eighth of the frame's width and height together.
     """
     # Written out, and not by the methods of Box: this is most of what scoring costs.
     x1, y1, x2, y2 = box
@@ -154,6 +155,8 @@ def _overlap_and_distance(box: Box, defect: Box, frame: Frame) -> tuple[float, f
         union = max(0.0, x2 - x1) * max(0.0, y2 - y1) + max(0.0, u2 - u1) * max(0.0, v2 - v1) - shared
         return (shared / union if union > 0 else 0.0), 0.0
     centres = hypot(x1 + x2 - u1 - u2, y1 + y2 - v1 - v2) / 2
+    # A thousandth of the distance between centres is added, so that a box which slides along a defect without coming
+    # closer still gets nearer.
     distance = hypot(min(width, 0.0), min(height, 0.0)) + centres / 1000
     return 0.0, distance / (distance + (frame.width + frame.height) / 8)
 
@@ -161,7 +164,7 @@ def _overlap_and_distance(box: Box, defect: Box, frame: Frame) -> tuple[float, f
 def in_training(
     profile: str, completion: str, label: Label, boxes: Sequence[Box], frame: Frame, located: bool = True
 ) -> Terms:
-    """What a completion earns in training: the terms of a profile.
+    """Return the terms of a completion in training.
 
     Where an anomalous image has no boxes, its place is not known: `localization` is 0 for every completion, so that it
     never contributes to the advantage. The published reward pays there for one box, wherever it is.
@@ -180,7 +183,4 @@ def in_training(
     return terms if boxes or label == "normal" else terms._replace(localization=0.0)
 
 
-PROFILES: Final[dict[str, Callable[..., Terms]]] = {
-    "calibrated": calibrated,
-    "paper": paper,
-}
+PROFILES: Final[dict[str, Callable[..., Terms]]] = {"calibrated": calibrated, "paper": paper}

@@ -1,4 +1,4 @@
-"""What completions earn: a file of them in, their reward terms out."""
+"""Score a file of completions with the reward."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def score_file(path: str | Path, profile: str, out: TextIO) -> None:
             `[x1, y1, x2, y2]` in a frame of 504 x 504, that of the published runs); further keys are ignored, empty
             lines skipped.
         profile: A key of `adfm.method.rewards.PROFILES`.
-        out: Where to print.
+        out: The stream to print to.
 
     Raises:
         AdfmError: The profile is unknown, the file cannot be read, or lines of it cannot: every one is listed.
@@ -44,7 +44,7 @@ def score_file(path: str | Path, profile: str, out: TextIO) -> None:
                 bad.append(f"  line {number}: {error}")
     if bad:
         raise AdfmError(
-            f"{path}: {len(bad)} of {len(bad) + len(cases)} lines cannot be scored; mend or remove them:\n"
+            f"{path}: {len(bad)} of {len(bad) + len(cases)} lines cannot be scored; fix or remove them:\n"
             + "\n".join(bad)
         )
     if not cases:
@@ -55,11 +55,6 @@ def score_file(path: str | Path, profile: str, out: TextIO) -> None:
 
 
 def _case(line: str) -> tuple[str, Label, list[Box]]:
-    """Completion, label and boxes of a line.
-
-    Raises:
-        AdfmError: The line is not such a case; the message says why.
-    """
     try:
         case = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -1,6 +1,6 @@
-"""LoRA adapters: the modules that `lora.target_modules` names, asked of PEFT itself.
+"""LoRA adapters, and checks of `lora.target_modules`.
 
-`adfm check` asks on a network without weights and training on the real one, so that both accept and refuse the same.
+`adfm check` runs them on a network without weights and training on the real one, so that both refuse the same.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ ALL_LINEAR = "all-linear"
 
 
 def config(network: Any, settings: Lora) -> LoraConfig:
-    """The settings in PEFT's form, for `network`."""
+    """Return the settings as PEFT's, for `network`."""
     from peft import LoraConfig
 
     family = families.get(network.config.model_type)
-    whole = [module for module in family.whole if settings.vision or module not in family.vision]
+    whole = [module for module in family.modules_to_save if settings.vision or module not in family.vision]
     return LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
-        exclude_modules=family.vision_pattern if family.whole or not settings.vision else None,
+        exclude_modules=family.vision_pattern if family.modules_to_save or not settings.vision else None,
         modules_to_save=whole or None,
         task_type="CAUSAL_LM",
     )
 
 
 def attach(network: Any, settings: Lora) -> Any:
-    """A new adapter on `network`.
+    """Put a new adapter on `network`.
 
     Returns:
         The network as PEFT's `PeftModel`; its only trainable weights are the adapter's.
 
     Raises:
-        AdfmError: As `problems`; all of them are listed.
+        AdfmError: Lists all `problems`.
     """
     from peft import get_peft_model
 
-    if found := problems(network, settings):
-        raise AdfmError("\n  ".join(found))
+    if refused := problems(network, settings):
+        raise AdfmError("\n  ".join(refused))
     return get_peft_model(network, config(network, settings))
 
 
 def problems(network: Any, settings: Lora) -> list[str]:
-    """Why `attach` refuses `lora.target_modules`: a sentence for every entry at fault.
+    """Return why `attach` refuses `lora.target_modules`: a sentence for every wrong entry.
 
     Args:
         network: The model without an adapter; its weights may be on PyTorch's device `meta`.
@@ -63,19 +63,19 @@ def problems(network: Any, settings: Lora) -> list[str]:
     if not targets:
         return [f"lora.target_modules is empty; name modules, or set it to {ALL_LINEAR}"]
     modules = dict(network.named_modules())
-    found = []
+    refused = []
     for entry in [targets] if isinstance(targets, str) else dict.fromkeys(targets):
         try:
             problem = _problem(network, modules, settings, entry)
         except re.error as error:
             problem = f"is not a regular expression ({error}); name modules in a list, or set it to {ALL_LINEAR}"
         if problem:
-            found.append(f"lora.target_modules: {entry!r} {problem}")
-    return found
+            refused.append(f"lora.target_modules: {entry!r} {problem}")
+    return refused
 
 
 def weights(network: Any, settings: Lora) -> int:
-    """How many numbers the adapter has that `attach` makes; the network, which `problems` accepts, stays as it is."""
+    """Return how many numbers the adapter of `attach` has, without attaching it to the network."""
     modules = dict(network.named_modules())
     sizes: dict[Any, int] = {}  # by kind and shape: PEFT's layers are made once for each, not hundreds of times
     whole = config(network, settings).modules_to_save or []
@@ -90,7 +90,7 @@ def weights(network: Any, settings: Lora) -> int:
 
 
 def _problem(network: Any, modules: dict[str, Any], settings: Lora, entry: str) -> str | None:
-    """What is wrong with one entry of a list, or with a regular expression; `None`: nothing."""
+    """Return what is wrong with one entry of a list, or with a regular expression; `None` if it can be used."""
     text = isinstance(settings.target_modules, str)
     one = settings.model_copy(update={"target_modules": entry if text else [entry]})
     matched = _matched(network, modules, one)
@@ -120,8 +120,8 @@ def _problem(network: Any, modules: dict[str, Any], settings: Lora, entry: str) 
 
 
 def _matched(network: Any, modules: dict[str, Any], settings: Lora) -> list[str]:
-    """The names of the modules that PEFT would put an adapter on."""
-    # PEFT's own functions, so that no second idea of its rules can differ from them.
+    """Return the names of the modules that PEFT would put an adapter on."""
+    # PEFT's own functions decide, since rules of our own could differ from them.
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 
     peft = _maybe_include_all_linear_layers(config(network, settings), network)
@@ -129,7 +129,7 @@ def _matched(network: Any, modules: dict[str, Any], settings: Lora) -> list[str]
 
 
 def _layer(network: Any, module: Any, settings: Lora) -> Any:
-    """PEFT's layer around one module, without memory for its weights; `None` if PEFT has none for the module's kind."""
+    """Return PEFT's layer around one module, on the device `meta`; `None` if PEFT has none for the module's class."""
     import torch
     from peft.tuners.lora.layer import dispatch_default
 
@@ -139,7 +139,7 @@ def _layer(network: Any, module: Any, settings: Lora) -> Any:
 
 
 def _hint(modules: dict[str, Any], entry: str, text: bool) -> str:
-    """What may have been meant by a name that matches nothing."""
+    """Suggest what may have been meant by a name that matches nothing."""
     import torch
 
     linear = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]

@@ -1,9 +1,6 @@
 """Generation settings, the end of a completion, and the probability of its decision.
 
-A tokenizer may write the letter of `<answer>A</answer>` as `A`, ` A`, `a` or, as Qwen's does, as `>A`. So the
-probability is read by text: at the token that decides, all tokens that continue *what is already written* to one answer
-are compared with all tokens that continue it to the other. `Scorer` does this for both backends, transformers and vLLM,
-in evaluation, training, `adfm predict` and serving.
+`Scorer` reads the probability for both backends, transformers and vLLM.
 """
 
 from __future__ import annotations
@@ -24,27 +21,23 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
     Logits = Callable[[int], NDArray[np.floating]]
-    """Logits, or log-probabilities, of `Scorer.tokens` at a position of a completion."""
+    """Returns logits, or log-probabilities, of `Scorer.tokens` at a position of a completion."""
 
 Completions = tuple[list[str], list[float | None]]
-"""Completions, and for each the probability of a defect; `None` where it has no clean letter."""
+"""Completions, and for each the probability of a defect: `None` where it has no clean letter."""
 
 STOP = "</answer>"
 """A completion ends here."""
 
 
 def until_stop(completion: str) -> str:
-    """A completion without what follows its end: a last token may reach beyond it."""
+    """Cut off what follows the end of a completion: a last token may reach beyond it."""
     before, stop, _ = completion.partition(STOP)
     return before + stop
 
 
 def generation_config(model_config: GenerationConfig, suppressed: Sequence[int]) -> GenerationConfig:
-    """The generation settings of every model, whatever its folder says.
-
-    Folders of the hub bring settings for chat, such as Qwen2.5-VL's repetition penalty of 1.05, and `generate` takes
-    over each of them that its caller leaves out (`GenerationMixin._prepare_generation_config`). Only the tokens that
-    begin, end and pad a text are kept.
+    """Return the generation settings of every model: of those in its folder, only the tokens that frame a text.
 
     Args:
         model_config: The settings that came with the model.
@@ -52,6 +45,8 @@ def generation_config(model_config: GenerationConfig, suppressed: Sequence[int])
     """
     from transformers import GenerationConfig
 
+    # Folders of the hub bring settings for chat, such as Qwen2.5-VL's repetition penalty of 1.05, and `generate` takes
+    # over each of them that its caller leaves out (`GenerationMixin._prepare_generation_config`).
     return GenerationConfig(
         bos_token_id=model_config.bos_token_id,
         eos_token_id=model_config.eos_token_id,
@@ -65,19 +60,19 @@ class Fork(NamedTuple):
 
     Args:
         tag: The text right before it.
-        openings: What follows the tag, by label, without white space, which does not matter.
+        openings: The texts that may follow the tag, by label, without white space, which does not matter.
     """
 
     tag: str
     openings: dict[Label, tuple[str, ...]]
 
     def after(self, text: str) -> int | None:
-        """Where the tag ends in `text`; `None` if it is not there."""
+        """Return where the tag ends in `text`; `None` if it is missing."""
         tag = re.search(self.tag, text, re.IGNORECASE | re.ASCII)
         return tag.end() if tag else None
 
     def side(self, text: str) -> Label | None:
-        """The answer that `text` becomes; `None` if it has not come to the fork, or follows neither side."""
+        """Return the answer that `text` becomes; `None` if it does not reach the fork, or follows neither side."""
         after = self.after(text)
         written = "" if after is None else _bare(text[after:])
         labels: list[Label] = [
@@ -88,14 +83,14 @@ class Fork(NamedTuple):
         return labels[0] if len(labels) == 1 else None
 
     def begun(self, text: str) -> str:
-        """The end of `text` that belongs to the fork: the tag and what follows it, or the beginning of a tag."""
+        """Return the end of `text` from the tag on, or the part of a tag that it ends with."""
         if (after := self.after(text)) is not None:
             return text[after - len(self.tag) :]
         lengths = range(min(len(self.tag), len(text)), 0, -1)
         return next((text[-n:] for n in lengths if text[-n:].lower() == self.tag[:n]), "")
 
     def beginnings(self) -> Iterator[str]:
-        """What can be written when a token is about to decide: nothing, a part of the tag, all of it."""
+        """Yield what may come before a deciding token: nothing, a part of the tag, all of it."""
         return (self.tag[:n] for n in range(len(self.tag) + 1))
 
 
@@ -109,11 +104,11 @@ def _fork(stage: str, openings: dict[Label, tuple[str, ...]]) -> Fork:
 
 LETTER = _fork("answer", {label: (f"{letter}<", f"{letter.lower()}<") for letter, label in prompt.LETTERS.items()})
 BRANCHES = tuple(_fork(stage, openings) for stage, openings in prompt.OPENINGS.items())
-"""Where the answers of the supervised stage part before the letter, in the order of the text."""
+"""Where target completions of the two labels differ before the letter, in the order of the text."""
 
 
 class Scorer:
-    """Probability that an answer is `anomalous`, from the logits of the tokens that decide.
+    """Computes the probability that an answer is `anomalous` from the logits of the tokens that decide.
 
     Args:
         tokenizer: The model's tokenizer. All its tokens are read once, about a second for 150,000.
@@ -125,6 +120,9 @@ class Scorer:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._sides: dict[tuple[str, str], dict[Label, NDArray[np.intp]]] = {}
+        # A tokenizer may write the letter of `<answer>A</answer>` as `A`, ` A`, `a` or, as Qwen's does, as `>A`. So
+        # tokens are compared by text: those that continue what is already written to one answer with those that
+        # continue it to the other.
         # Decoded behind another token, since some decoders drop the white space that begins a text.
         anchor = tokenizer("<", add_special_tokens=False)["input_ids"][-1:]
         start = len(tokenizer.decode(anchor))
@@ -146,17 +144,17 @@ class Scorer:
             )
 
     def score(self, settings: Evaluate, tokens: Sequence[int], completion: str, logits: Logits) -> float | None:
-        """`branch` or `letter`, as `evaluate.score` says; that of the letter where `evaluate.samples` are asked for."""
+        """Return `branch` or `letter`, as `evaluate.score` says; with `evaluate.samples`, always `letter`."""
         read = self.branch if settings.score == "branch" and not settings.samples else self.letter
         return read(tokens, completion, logits)
 
     def letter(self, tokens: Sequence[int], completion: str, logits: Logits) -> float | None:
-        """Probability of `A` against `B` where the letter is written; `None` if there is no clean letter.
+        """Return the probability of `A` against `B` at the letter; `None` if there is no clean letter.
 
         Args:
             tokens: The tokens of the completion, and perhaps some after it.
             completion: Their text, as `until_stop` gives it.
-            logits: Of `self.tokens`, at a position in `tokens`.
+            logits: Those of `self.tokens`, at a position in `tokens`.
         """
         if response.parse(completion).predicted_label is None:
             return None
@@ -164,11 +162,11 @@ class Scorer:
         return None if odds is None else _probability(odds)
 
     def branch(self, tokens: Sequence[int], completion: str, logits: Logits) -> float | None:
-        """Probability of an anomalous answer where answers part, before the letter.
+        """Return the probability of an anomalous answer from where answers differ first, before the letter.
 
-        Once a model has written its reasoning the letter is a formality; the doubt lies where it chose what to reason.
-        The result has the geometric mean of the odds at those of `BRANCHES` where this completion took one of the two
-        sides. In words other than those of the supervised stage it takes none: the result is then that of `letter`.
+        Once a model has written its reasoning the letter is a formality; it is unsure where it chose what to reason.
+        The odds are the geometric mean of those at `BRANCHES` where this completion took one of the two sides. In words
+        other than those of target completions it takes none: the result is then that of `letter`.
 
         Args:
             tokens: As in `letter`.
@@ -184,18 +182,18 @@ class Scorer:
         return letter if letter is None or not taken else _probability(float(np.mean(taken)))
 
     def _log_odds(self, tokens: Sequence[int], text: str, fork: Fork, logits: Logits) -> float | None:
-        """Logarithm of the odds of the anomalous side of a fork; `None` if the text takes neither, or none is known."""
+        """Return the log odds of the anomalous side of a fork; `None` if the text takes neither side."""
         at = self._position(tokens, text, fork)
         if at is None:
             return None
         values, sides = np.asarray(logits(at), np.float64), self._split(tokens[:at], fork)
         anomalous, normal = (np.logaddexp.reduce(values[sides[label]]) for label in ("anomalous", "normal"))
-        if not np.isfinite(max(anomalous, normal)):  # a token that writes more than the fork, or was not allowed
+        if not np.isfinite(max(anomalous, normal)):  # a token that writes more than the fork, or was suppressed
             return None
         return float(np.clip(anomalous - normal, -700, 700))
 
     def _position(self, tokens: Sequence[int], text: str, fork: Fork) -> int | None:
-        """The token that decides at a fork, which writes the first character after the tag; `None` as in `_odds`."""
+        """Return the position of the token that writes the first character after the tag; `None` as in `_log_odds`."""
         after = fork.after(text)
         if after is None or fork.side(text) is None:
             return None
@@ -210,7 +208,7 @@ class Scorer:
         return low
 
     def _split(self, before: Sequence[int], fork: Fork) -> dict[Label, NDArray[np.intp]]:
-        """For each label the indices in `self.tokens` of those that continue the tokens `before` to its answer."""
+        """Return, by label, the indices in `self.tokens` of those that continue the tokens `before` to its answer."""
         written = fork.begun(self._tokenizer.decode(before, skip_special_tokens=True))
         key = fork.tag, written
         if key not in self._sides:
@@ -227,10 +225,10 @@ def _probability(log_odds: float) -> float:
 
 
 def mean_of_samples(letters: Sequence[float | None], samples: Sequence[Sequence[float | None]]) -> list[float | None]:
-    """The mean probability of `A` over sampled answers, an image each.
+    """Return the mean probability of `A` over sampled answers, an image each.
 
     Args:
-        letters: Of the greedy answer; where it has no clean letter, the image has no probability.
+        letters: That of the greedy answer; without one, the image has no probability.
         samples: The same of each sample; samples without a clean letter do not count.
     """
     means = []

@@ -1,14 +1,12 @@
-"""Reference detector: a small convolutional head on frozen image features, which gives a verdict and boxes.
-
-It is what a language model has to beat, and what to use where it does not. `adfm.training.detector` trains it.
+"""Reference detector: a small convolutional head on frozen image features, the baseline for a language model.
 
 The features are those of EfficientNet-Lite0 (`adfm.tiny.efficientnet`) at strides 4 (pooled to 8), 8, 16 and 32. The
 head joins them at stride 8 and has three outputs: a map of defects, the image's logit, and the kind of the defect. It
 runs on the CPU, in float32, so that a folder gives the same answers on any machine: about 50 ms an image on one core.
 
-A folder of a detector holds `detector.safetensors` (weights, and mean and spread of the features) and `adfm.json`,
-whose `stage` is `detector`. Where it was trained on tiles of large images (`params.tile` in `adfm.json`), an image is
-answered tile by tile: `adfm.models.predictor.Predictor` cuts and joins, and an image here is a tile.
+A folder of a detector holds `detector.safetensors` (weights, and mean and spread of the features) and `adfm.json`.
+Where it was trained on tiles (`params.tile` there), an image here is a tile: `adfm.models.predictor.Predictor` cuts
+images and joins the answers. `adfm.training.detector` trains it.
 """
 
 from __future__ import annotations
@@ -27,11 +25,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from adfm.errors import AdfmError
-from adfm.models import loading
+from adfm.models import model_folder
 from adfm.records import Box
 from adfm.tiny import efficientnet
 
-STAGE = loading.DETECTOR
+STAGE = model_folder.DETECTOR
 """The `stage` in `adfm.json` of a detector's folder."""
 
 WEIGHTS = "detector.safetensors"
@@ -48,12 +46,12 @@ _REFINE = 2  # the map is interpolated to this many times as many cells before r
 
 
 class Rule(NamedTuple):
-    """How boxes are made from the map of defects.
+    """How boxes are cut out of the map of defects.
 
     Args:
-        least: Probability from which on a cell belongs to a region.
-        share: Or this share of the map's highest, if it is more.
-        most: Regions that are kept, those with the highest probability first.
+        least: Least probability of a cell of a region.
+        share: Or this share of the map's highest probability, if that is more.
+        most: Number of regions to keep, those with the highest probability first.
     """
 
     least: float
@@ -66,8 +64,8 @@ class Detection(NamedTuple):
 
     Args:
         score: Probability of a defect.
-        regions: Boxes in pixels of the image, half-open, within it, the most suspicious first; whatever the score. None
-            of a detector that was trained without boxes.
+        regions: Boxes in pixels of the image, half-open, within it, the most suspicious first, whatever the score;
+            empty for a detector that was trained without boxes.
         kind: The most probable kind of defect; `None` if the detector knows fewer than two.
     """
 
@@ -77,7 +75,7 @@ class Detection(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What the head computes for n pictures of one size.
+    """The head's outputs for n pictures of one size.
 
     Args:
         cells: Logits of a defect, [n, rows, columns].
@@ -120,7 +118,7 @@ class Head(nn.Module):
         nn.init.constant_(self.cells.bias, -3.0)  # type: ignore[arg-type]  # most cells show no defect
 
     def forward(self, maps: dict[int, Tensor]) -> Outputs:
-        """The outputs for pictures of one size.
+        """Compute the outputs for pictures of one size.
 
         Args:
             maps: By stride, [n, channels, rows, columns], as `features` gives them.
@@ -152,8 +150,8 @@ class Detector:
         threshold: The score from which on an image is called anomalous.
         rule: How boxes are made; `None` if it was trained without boxes.
         kinds: The kinds of defect, in the order of the head's output.
-        by_image: Whether the score is the image's logit; otherwise the highest of the map, as no normal image was
-            trained on.
+        by_image: Whether the score is the image's logit; otherwise it is the map's highest, since training had no
+            normal images.
         chosen_on: Images that threshold and rule were chosen on.
     """
 
@@ -165,10 +163,10 @@ class Detector:
     chosen_on: int = 0
 
     def detect(self, pictures: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Detection]:
-        """The answers to some images.
+        """Return the answers to some images.
 
         Args:
-            pictures: Of each image its `picture`.
+            pictures: The `picture` of each image.
             sizes: Width and height of each image in pixels.
         """
         compute = efficientnet.Features(tuple(efficientnet.CHANNELS), keep=0)
@@ -180,18 +178,18 @@ class Detector:
         cells = outputs.cells[0].sigmoid()
         kind = self.kinds[int(outputs.kinds[0].argmax())] if len(self.kinds) > 1 else None
         return Detection(
-            score_of(outputs, self.by_image)[0], regions(cells, size, self.rule) if self.rule else [], kind
+            score_of(outputs, self.by_image)[0], regions(refined(cells), size, self.rule) if self.rule else [], kind
         )
 
 
 def score_of(outputs: Outputs, by_image: bool) -> list[float]:
-    """Of each picture the probability of a defect, as `Detector.by_image` says."""
+    """Return the probability of a defect for each picture, as `Detector.by_image` says."""
     logits = outputs.image if by_image else outputs.cells.flatten(1).amax(1)
     return [float(score) for score in logits.double().sigmoid()]
 
 
 def picture_size(width: int, height: int) -> tuple[int, int]:
-    """Width and height that an image of `width` x `height` pixels is resized to.
+    """Return width and height that an image of `width` x `height` pixels is resized to.
 
     About `SIDE` x `SIDE` pixels in all, with the aspect ratio kept as far as sides are multiples of 32 and at least 64.
     """
@@ -201,38 +199,33 @@ def picture_size(width: int, height: int) -> tuple[int, int]:
 
 
 def picture(image: Image.Image) -> Tensor:
-    """An image as the backbone takes it: RGB from -1 to 1, [3, height, width], of `picture_size`."""
+    """Return an image as the backbone's input: RGB from -1 to 1, [3, height, width], of `picture_size`."""
     resized = image.convert("RGB").resize(picture_size(*image.size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def features(compute: efficientnet.Features, pictures: Sequence[Tensor]) -> list[dict[int, Tensor]]:
-    """The maps of some pictures that the head takes: those of `compute`, the one of stride 4 pooled to stride 8."""
+    """Return the head's inputs for some pictures: the maps of `compute`, that of stride 4 pooled to stride 8."""
     return [maps | {4: F.avg_pool2d(maps[4], 2).half().float()} for maps in compute(pictures)]
 
 
-def regions(cells: Tensor, size: tuple[int, int], rule: Rule) -> list[Box]:
-    """Boxes around the connected regions of a map of defects.
+def refined(cells: Tensor) -> NDArray[np.float32]:
+    """Interpolate a map to `_REFINE` times as many rows and columns, bilinear between the middles of cells."""
+    fine = F.interpolate(cells[None, None].float(), scale_factor=_REFINE, mode="bilinear", align_corners=False)
+    return np.asarray(fine[0, 0].numpy())
+
+
+def regions(fine: NDArray[np.float32], size: tuple[int, int], rule: Rule) -> list[Box]:
+    """Return boxes around the connected regions of a `refined` map of defects.
 
     Args:
-        cells: Probabilities, [rows, columns]; the map covers the whole image.
+        fine: Probabilities, [rows, columns]; the map covers the whole image.
         size: Width and height of the image in pixels.
         rule: What belongs to a region, and how many are kept.
 
     Returns:
         The boxes in pixels of the image, half-open, the highest peak first; at least one.
     """
-    return bounded(refined(cells), size, rule)
-
-
-def refined(cells: Tensor) -> NDArray[np.float32]:
-    """The map with `_REFINE` times as many rows and columns, bilinear between the middles of cells."""
-    fine = F.interpolate(cells[None, None].float(), scale_factor=_REFINE, mode="bilinear", align_corners=False)
-    return np.asarray(fine[0, 0].numpy())
-
-
-def bounded(fine: NDArray[np.float32], size: tuple[int, int], rule: Rule) -> list[Box]:
-    """As `regions`, of a map that is `refined` already."""
     from scipy import ndimage
 
     peak = float(fine.max())
@@ -253,7 +246,7 @@ def bounded(fine: NDArray[np.float32], size: tuple[int, int], rule: Rule) -> lis
 
 
 def load(folder: Path) -> Detector:
-    """Reads a detector's folder.
+    """Load a detector from its folder.
 
     Raises:
         AdfmError: It does not hold a whole detector.
@@ -261,18 +254,18 @@ def load(folder: Path) -> Detector:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    about: Any = loading.describe(folder) or {}
+    description: Any = model_folder.describe(folder) or {}
     try:
-        kinds, rule = [str(kind) for kind in about["kinds"]], about["rule"]
+        kinds, rule = [str(kind) for kind in description["kinds"]], description["rule"]
         head = Head(len(kinds))
         head.load_state_dict(load_file(folder / WEIGHTS))
         return Detector(
             head.eval().requires_grad_(False),
-            float(about["threshold"]),
+            float(description["threshold"]),
             Rule(float(rule["least"]), float(rule["share"]), int(rule["most"])) if rule else None,
             kinds,
-            bool(about["score"] == "image"),
-            int(about["chosen_on"]),
+            bool(description["score"] == "image"),
+            int(description["chosen_on"]),
         )
     except (OSError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise AdfmError(

@@ -1,7 +1,4 @@
-"""What settings ask of the machine that trains: packages, a GPU, its kind and its memory.
-
-What is missing is said before the first step. The memory is computed, from the sizes of the tensors; see `memory`.
-"""
+"""Hardware checks before a training: packages, GPU, and GPU memory, which is estimated from the sizes of tensors."""
 
 from __future__ import annotations
 
@@ -10,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from adfm.errors import AdfmError
-from adfm.models import adapters, families, liger, loading, vllm_engine
+from adfm.models import adapters, families, liger, loading, model_folder, requirements, vllm_engine
 from adfm.params import Params, Train
 
 PROMPT = 200
 """Tokens of the prompt without the image, about, with the tokenizers of the real models."""
 
-_TILE = 2**30  # bytes that TRL's loss holds at a time instead of the logits, at most
-_CONTEXT = 3 * 2**29  # bytes of CUDA's own and of what its allocator cannot use
+_LOGITS_TILE = 2**30  # the most bytes of logits that TRL's loss holds at a time
+_CONTEXT = 3 * 2**29  # bytes of CUDA's context, and of what its allocator cannot use
 
 
-def shares(settings: Train, processes: int) -> tuple[int, int]:
-    """Completions of a step in each of several processes, and those of a backward pass.
+def batch_split(settings: Train, processes: int) -> tuple[int, int]:
+    """Return the completions of a step in each of several processes, and those of a backward pass.
 
     Raises:
         AdfmError: They do not divide.
@@ -42,36 +39,36 @@ def shares(settings: Train, processes: int) -> tuple[int, int]:
 
 
 def batch_problems(settings: Train, processes: int) -> list[str]:
-    """What `shares` refuses, if anything."""
+    """Return what `batch_split` refuses, if anything."""
     try:
-        shares(settings, processes)
+        batch_split(settings, processes)
     except AdfmError as error:
         return [str(error)]
     return []
 
 
 def require(params: Params, processes: int = 1) -> None:
-    """Refuses settings that the machine cannot train with.
+    """Refuse settings that the machine cannot train with.
 
     Args:
         params: Reads `model`, `lora` and `train`.
-        processes: In which the completions of a step are divided, a GPU each.
+        processes: Among which the completions of a step are divided, a GPU each.
 
     Raises:
-        AdfmError: They ask for what is not there; everything is listed.
+        AdfmError: Lists everything that is missing.
     """
     if missing := problems(params, processes):
         raise AdfmError("\n  ".join(missing))
 
 
 def problems(params: Params, processes: int = 1) -> list[str]:
-    """What `require` refuses, a sentence each; none: the machine is fit."""
+    """Return what `require` refuses, a sentence each."""
     import torch
 
-    missing = lacking(params) + batch_problems(params.train, processes)
+    missing = missing_requirements(params) + batch_problems(params.train, processes)
     if params.train.liger is True and not missing:
         _, folder = loading.base_of(params.model.name, params.model)
-        missing += liger.problems(loading.family_of(folder))
+        missing += liger.problems(model_folder.family_of(folder))
     if torch.cuda.is_available() and params.train.vllm and not missing:
         available = torch.cuda.get_device_properties(0).total_memory
         missing += vllm_problems(params, processes, available, loading.weights_are_divided())
@@ -81,7 +78,7 @@ def problems(params: Params, processes: int = 1) -> list[str]:
 
 
 def memory_warnings(params: Params, processes: int = 1) -> list[str]:
-    """A sentence if this machine's GPU may be too small, with how sure that is; none without a GPU.
+    """Return a sentence if this machine's GPU may be too small, with how certain that is; nothing without a GPU.
 
     Args:
         params: What `problems` and `adapters.problems` accept.
@@ -91,23 +88,22 @@ def memory_warnings(params: Params, processes: int = 1) -> list[str]:
 
     if loading.weights_are_divided() or not torch.cuda.is_available():
         return []
-    return beyond(params, processes, torch.cuda.get_device_properties(0).total_memory)
+    return memory_problems(params, processes, torch.cuda.get_device_properties(0).total_memory)
 
 
-def lacking(params: Params) -> list[str]:
-    """What this machine lacks for a training, a sentence each: a GPU of the right kind, a package."""
+def missing_requirements(params: Params) -> list[str]:
+    """Return the packages and the GPU that this machine lacks for a training, a sentence each."""
     train = params.train
-    missing = loading.lacking(params.model)
+    missing = requirements.missing(params.model)
     if train.optimizer != "adamw_torch_fused":
-        missing += loading.lacking_package(f"train.optimizer={train.optimizer}", "bitsandbytes")
+        missing += requirements.missing_package(f"train.optimizer={train.optimizer}", "bitsandbytes")
     if train.liger is True:
-        missing += loading.lacking_package("train.liger=true", "liger-kernel")
-    missing += _vllm_lacking(params)
-    return missing
+        missing += requirements.missing_package("train.liger=true", "liger-kernel")
+    return missing + _missing_for_vllm(params)
 
 
-def _vllm_lacking(params: Params) -> list[str]:
-    """What keeps vLLM from generating, for a training or an evaluation, a sentence each: setting, package, version."""
+def _missing_for_vllm(params: Params) -> list[str]:
+    """Return what keeps vLLM from generating in a training or an evaluation: setting, package or version."""
     import torch
 
     train, backend = params.train, params.evaluate.backend
@@ -115,21 +111,21 @@ def _vllm_lacking(params: Params) -> list[str]:
         evaluates = backend == "vllm" or (backend == "auto" and torch.cuda.is_available())
         return [f"{text}, or set evaluate.backend=transformers" for text in vllm_engine.wrong_version() if evaluates]
     setting = f"train.vllm={train.vllm}" if train.vllm else f"train.vllm_server={train.vllm_server}"
-    missing = loading.lacking_package(setting, "vllm") or vllm_engine.wrong_version()
+    missing = requirements.missing_package(setting, "vllm") or vllm_engine.wrong_version()
     if train.vllm and train.vllm_server:
         missing.append("train.vllm shares this GPU and train.vllm_server has another; set one of them to null")
     if params.model.quantization:
         missing.append(f"{setting} cannot take the weights of model.quantization; set one of them to null")
     _, folder = loading.base_of(params.model.name, params.model)
-    if not families.get(loading.family_of(folder)).vllm:
-        missing.append(f"{setting}: vLLM does not have the architecture of {params.model.name}; set it to null")
+    if not families.get(model_folder.family_of(folder)).vllm:
+        missing.append(f"{setting}: adfm does not support vLLM for {params.model.name}; set it to null")
     return missing
 
 
-def beyond(params: Params, processes: int, available: int) -> list[str]:
-    """A sentence that says which setting to lower, and to what, if more memory is needed than is `available`."""
+def memory_problems(params: Params, processes: int, available: int) -> list[str]:
+    """Return which setting to lower, and to what, if a training needs more than `available` bytes of GPU memory."""
     base, folder = loading.base_of(params.model.name, params.model)
-    network = empty(folder)
+    network = meta_model(folder)
 
     def needed(settings: Train) -> dict[str, int]:
         return memory(network, params.model_copy(update={"model": base, "train": settings}), processes, available)
@@ -137,7 +133,7 @@ def beyond(params: Params, processes: int, available: int) -> list[str]:
     parts = needed(params.train)
     if total(parts) <= available:
         return []
-    _, micro_batch = shares(params.train, processes)
+    _, micro_batch = batch_split(params.train, processes)
     name = "micro_batch" if parts["training"] >= parts["generation"] else "prompts_per_step"
     value = micro_batch if name == "micro_batch" else params.train.prompts_per_step
     smaller = [params.train.model_copy(update={name: less}) for less in range(value - 1, 0, -1)]
@@ -161,26 +157,26 @@ def beyond(params: Params, processes: int, available: int) -> list[str]:
 
 
 def server_problems(params: Params) -> list[str]:
-    """What keeps the server of `train.vllm_server` from generating, and the command that starts one that can."""
+    """Return what keeps the server of `train.vllm_server` from generating, and the command that starts one that can."""
     url = str(params.train.vllm_server)
     base, folder = loading.base_of(params.model.name, params.model)
     processor = loading.load_processor(params.model.name, params.model)
-    length = _request(params, processor, folder)
+    length = _request_length(params, processor, folder)
     problems = vllm_engine.server_problems(url, length)
     command = vllm_engine.server_command(folder, processor, base.dtype, length, url)
     return [f"{'; '.join(problems)}. Start it with:\n    {command}"] if problems else []
 
 
-def _request(params: Params, processor: Any, folder: Path) -> int:
-    """Tokens of the longest request of a training."""
-    messages = loading.prompt_of(params.model.name, loading.family_of(folder))
+def _request_length(params: Params, processor: Any, folder: Path) -> int:
+    """Return the tokens of the longest request of a training."""
+    messages = loading.prompt_of(params.model.name, model_folder.family_of(folder))
     return vllm_engine.model_length(processor, messages, params.train.max_completion_length)
 
 
 def vllm_problems(params: Params, processes: int, available: int, divided: bool = False) -> list[str]:
-    """Why vLLM cannot start in its share of the GPU, or training beside it, and the share to set.
+    """Return why vLLM cannot start in its share of the GPU, or training beside it, and the share to set.
 
-    Only what is certain is counted, so that whatever is refused cannot work; the share that is named has room to spare.
+    Only certain needs count, so that whatever is refused cannot work; the share that is proposed has room to spare.
 
     Args:
         params: Reads `model`, `lora` and `train`.
@@ -190,14 +186,14 @@ def vllm_problems(params: Params, processes: int, available: int, divided: bool 
     """
     base, folder = loading.base_of(params.model.name, params.model)
     params = params.model_copy(update={"model": base})
-    network, processor = empty(folder), loading.load_processor(params.model.name, params.model)
-    length, share = _request(params, processor, folder), params.train.vllm or 0
+    network, processor = meta_model(folder), loading.load_processor(params.model.name, params.model)
+    length, share = _request_length(params, processor, folder), params.train.vllm or 0
     longest = network.config.text_config.max_position_embeddings
     if length > longest:
         return [
             f"prompt and completion have up to {length} tokens, and the model takes {longest}; lower model.max_pixels"
         ]
-    completions, _ = shares(params.train, processes)
+    completions, _ = batch_split(params.train, processes)
     needs = vllm_memory(network, params.model.dtype, length, completions, vllm_engine.image_tokens(processor))
     trained = memory(network, params, processes, available)
     kept = trained["weights"] // (processes if divided else 1) + trained["adapter"]
@@ -223,23 +219,22 @@ def vllm_problems(params: Params, processes: int, available: int, divided: bool 
 
 
 def vllm_memory(network: Any, dtype: str, length: int, requests: int, image: int) -> dict[str, int]:
-    """The least GPU memory in bytes with which vLLM 0.30 starts, by what it is for; computed, read, not measured.
-
-    vLLM runs the model on `BATCHED_TOKENS` tokens and as many of images, and what is then left of its share must hold
-    the keys and values of one request. Counted of that run are the largest tensors that live at one time: of a layer of
-    width h and inner width i, 2 h + 3 i numbers a token (residual, input, gate, up and their product; of a vision layer
-    2 h + 2 i a patch), and at its end the logits of each request in the model's type and in float32.
+    """Return the least GPU memory in bytes with which vLLM 0.30 starts; computed from its source, not measured.
 
     Args:
-        network: As `empty` makes it.
+        network: As `meta_model` makes it.
         dtype: Of weights and cache.
         length: Tokens of one request.
         requests: Completions that are generated at a time.
-        image: Most tokens of one image.
+        image: The most tokens of one image.
 
     Returns:
         `weights`, `cache` and `activations`.
     """
+    # vLLM runs the model on `BATCHED_TOKENS` tokens and as many of images, and what is then left of its share must hold
+    # the keys and values of one request. Of that run the largest tensors that live at one time count: of a layer of
+    # width h and inner width i, 2 h + 3 i numbers a token (residual, input, gate, up and their product; of a vision
+    # layer 2 h + 2 i a patch), and at its end the logits of each request in the model's type and in float32.
     text, vision = network.config.text_config, network.config.vision_config
     number = {"float32": 4}.get(dtype, 2)
     patches = max(vllm_engine.BATCHED_TOKENS // image, 1) * image * vision.spatial_merge_size**2
@@ -253,31 +248,26 @@ def vllm_memory(network: Any, dtype: str, length: int, requests: int, image: int
     }
 
 
-def empty(model: Path | Any) -> Any:
-    """A network of a model's folder, or of a configuration, without memory for its weights."""
+def meta_model(model: Path | Any) -> Any:
+    """Return the network of a model's folder, or of a configuration, on PyTorch's device `meta`."""
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
 
-    config = AutoConfig.from_pretrained(model) if isinstance(model, Path) else model
+    config = loading.auto_class("AutoConfig").from_pretrained(model) if isinstance(model, Path) else model
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config)
+        return loading.auto_class("AutoModelForImageTextToText").from_config(config)
 
 
 def total(parts: dict[str, int]) -> int:
-    """The largest sum that is needed at one time, in bytes: training and generation take turns."""
+    """Return the most bytes that are needed at one time: training and generation take turns."""
     lasting = sum(size for name, size in parts.items() if name not in ("training", "generation", "cache"))
     return lasting + max(parts["training"], parts["generation"])
 
 
 def memory(network: Any, params: Params, processes: int = 1, available: int = 0) -> dict[str, int]:
-    """GPU memory in bytes by what it is for, computed from the sizes of tensors: an estimate, not a measurement.
-
-    A layer of width h whose inner layer has width i keeps about 8 h + 4 i numbers a token for its backward pass: the
-    inputs of its linear layers and norms, queries, keys, values. With gradient checkpointing each layer keeps h numbers
-    a token, and one layer at a time the rest. The logits are not kept: TRL computes its loss from tiles of them.
+    """Estimate GPU memory in bytes from the sizes of tensors, by what it is for.
 
     Args:
-        network: As `empty` makes it.
+        network: As `meta_model` makes it.
         params: Reads `model`, `lora` and `train`.
         processes: As in `require`; each holds the whole model.
         available: Memory of the GPU, of which `train.vllm` is a share.
@@ -287,7 +277,7 @@ def memory(network: Any, params: Params, processes: int = 1, available: int = 0)
         of a backward pass), `generation` (`cache`, keys and values, and the prompt's activations), `other`.
     """
     settings = params.train
-    completions, micro_batch = shares(settings, processes)
+    completions, micro_batch = batch_split(settings, processes)
     text, vision = network.config.text_config, network.config.vision_config
     number = {"float32": 4}.get(params.model.dtype, 2)
     weights = sum(weight.numel() for weight in network.parameters())
@@ -301,15 +291,16 @@ def memory(network: Any, params: Params, processes: int = 1, available: int = 0)
     prompt = PROMPT + image_tokens
     tokens = prompt + settings.max_completion_length
 
-    def layer(config: Any) -> int:
-        return int(8 * config.hidden_size + 4 * config.intermediate_size)
-
     def kept(config: Any, layers: int, length: int) -> int:
-        return length * (layers * config.hidden_size + layer(config) if checkpointed else layers * layer(config))
+        # A layer of width h whose inner layer has width i keeps about 8 h + 4 i numbers a token for its backward pass:
+        # the inputs of its linear layers and norms, queries, keys, values. With gradient checkpointing each layer keeps
+        # h numbers a token, and one layer at a time the rest.
+        layer = int(8 * config.hidden_size + 4 * config.intermediate_size)
+        return length * (layers * config.hidden_size + layer if settings.gradient_checkpointing else layers * layer)
 
-    checkpointed = settings.gradient_checkpointing
     training = micro_batch * number * (kept(text, text.num_hidden_layers, tokens) + kept(vision, depth, patches))
-    training += min(_TILE, 8 * text.vocab_size * micro_batch * settings.max_completion_length)
+    # The logits are not kept: TRL computes its loss from tiles of them.
+    training += min(_LOGITS_TILE, 8 * text.vocab_size * micro_batch * settings.max_completion_length)
     cache = _cached(text) * tokens
     # The tokens of all prompts are computed together, and nothing is kept for a backward pass.
     first = max(
@@ -330,7 +321,7 @@ def memory(network: Any, params: Params, processes: int = 1, available: int = 0)
 
 
 def _cached(text: Any) -> int:
-    """Numbers that a language model of the configuration `text` keeps of a token: keys and values of its layers."""
+    """Return how many numbers a language model caches of a token: keys and values of its layers."""
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     # Layers of linear attention, of which Qwen3.5 has three in four, keep a state that does not grow.
     constant = sum("linear" in kind for kind in getattr(text, "layer_types", None) or [])
@@ -338,5 +329,5 @@ def _cached(text: Any) -> int:
 
 
 def _quantized(name: str, weight: Any) -> bool:
-    """Whether bitsandbytes stores a weight in 4 bits: that of a linear layer, but not the head."""
+    """Whether bitsandbytes stores a weight in 4 bits: that of a linear layer other than the head."""
     return weight.dim() == 2 and "embed" not in name and "lm_head" not in name

@@ -1,8 +1,4 @@
-"""Liger's Triton kernels in the layers of a model: RMSNorm, rotary embedding, and SwiGLU where Liger has it.
-
-Its loss is left out: TRL's own never holds all logits. They are applied here and not by TRL, which will drop its
-setting `use_liger_kernel`.
-"""
+"""Liger's Triton kernels in the layers of a model: RMSNorm, rotary embedding, and SwiGLU where Liger has it."""
 
 from __future__ import annotations
 
@@ -11,12 +7,12 @@ import importlib.metadata
 import importlib.util
 from typing import Any
 
-from adfm.models import loading
+from adfm.models import requirements
 from adfm.params import Train
 
 
 def enabled(settings: Train, family: str) -> bool:
-    """Whether a training uses the kernels: as `train.liger` says, or with `auto` where they can be had on a GPU."""
+    """Whether a training uses the kernels: as `train.liger` says, or with `auto` on a GPU where they are installed."""
     import torch
 
     if settings.liger == "auto":
@@ -25,8 +21,8 @@ def enabled(settings: Train, family: str) -> bool:
 
 
 def problems(family: str) -> list[str]:
-    """Why the kernels cannot be applied to models of a family on this machine, a sentence each."""
-    if missing := loading.lacking_package("train.liger=true", "liger-kernel"):
+    """Return why the kernels cannot be applied to models of a family on this machine, a sentence each."""
+    if missing := requirements.missing_package("train.liger=true", "liger-kernel"):
         return missing
     try:
         _prepare()
@@ -49,15 +45,15 @@ def apply(model: Any) -> None:
     from transformers.integrations.liger import apply_liger_kernel
 
     _prepare()
+    # Here and not by TRL, which will drop its setting `use_liger_kernel`; without Liger's loss, since TRL's own never
+    # holds all logits.
     apply_liger_kernel(model, {"fused_linear_cross_entropy": False})
 
 
 def _prepare() -> None:
-    """Let Liger import its losses, which it does for layers too.
-
-    liger-kernel 0.8.5 derives their outputs from classes that transformers 5.23 no longer has, such as
-    Qwen3VLCausalLMOutputWithPast, leaves out what it cannot derive, and then fails to import it.
-    """
+    """Let Liger import its losses, which it does for layers too."""
+    # liger-kernel 0.8.5 derives their outputs from classes that transformers 5.23 no longer has, such as
+    # Qwen3VLCausalLMOutputWithPast, leaves out what it cannot derive, and then fails to import it.
     from liger_kernel.transformers.model import output_classes
     from transformers.modeling_outputs import CausalLMOutputWithPast
 

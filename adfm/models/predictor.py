@@ -1,13 +1,9 @@
-"""Greedy decoding of images in batches, with transformers, vLLM or the reference detector.
-
-Images are answered in order of their size, so that a batch is padded little or not at all, and the next batch is
-decoded and resized in a thread while the model generates. With `tile.size`, a large image is answered tile by tile, and
-the answers are joined (`joined`); batches then count tiles.
-"""
+"""Inspect images with a model, in batches and in tiles: transformers, vLLM or the reference detector."""
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,41 +16,39 @@ from PIL import Image
 from adfm.data import tiles
 from adfm.errors import AdfmError
 from adfm.method import kinds, response
-from adfm.models import decoding, families, loading
+from adfm.models import families, loading, model_folder, transformers_backend
 from adfm.models.decoding import Completions
-from adfm.params import Evaluate, Params, Tile
+from adfm.params import Params, Tile
 from adfm.records import Box, Label
 
 if TYPE_CHECKING:
-    import torch
-
     from adfm.models.detector import Detection, Detector
 
-_MOST_NOTES = 8  # suspicious tiles of an image whose words are kept
+_MAX_NOTES = 8  # suspicious tiles of an image whose words are kept
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model answers to one image, read.
+    """A model's parsed answer to one image.
 
     Args:
         predicted: The decision; `None` where the completion has no clean answer.
         score: The probability of `anomalous`, before calibration; `None` where there is no decision.
         boxes: The defects, in pixels of the image, half-open, not clipped; none unless it is `anomalous`: a region that
-            was examined and rejected is no defect.
-        read: The completion in its parts.
+            was examined and rejected is not a defect.
+        read: The parsed completion.
         completion: The model's own words.
         regions: All boxes of the first stage, in pixels like `boxes`, whatever the letter: the defects of an image that
             is flagged by its probability.
-        notes: Of an image that was cut into tiles: which tile the words are of, and a line for each further tile that
-            is suspicious, with its words.
+        notes: Of an image that was cut into tiles: the tile that the words describe, and a line for each further
+            suspicious tile, with its words.
         kind: The kind of defect that the second stage names, whatever the letter; `None` where it names none.
     """
 
     predicted: Label | None
     score: float | None
     boxes: list[Box]
-    read: response.Response
+    read: response.ParsedCompletion
     completion: str
     regions: list[Box] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -62,10 +56,10 @@ class Prediction:
 
 
 def uses_vllm(params: Params) -> bool:
-    """Whether vLLM does the work: where it is asked for, or with `auto` where it is installed and there is a GPU.
+    """Whether vLLM generates: as `evaluate.backend` says, or with `auto` where it is installed and there is a GPU.
 
     Raises:
-        AdfmError: `evaluate.backend` is `vllm`, which is not installed or does not have the model's architecture.
+        AdfmError: `evaluate.backend` is `vllm`, which is not installed or not supported for the model.
     """
     backend = params.evaluate.backend
     if backend == "transformers":
@@ -79,47 +73,50 @@ def uses_vllm(params: Params) -> bool:
 
     if backend == "auto" and not torch.cuda.is_available():
         return False
-    known = families.get(loading.family_of(loading.base_of(params.model.name, params.model)[1])).vllm
-    if backend == "vllm" and not known:
-        raise AdfmError(f"evaluate.backend is vllm, which does not have {params.model.name}: set the backend to auto.")
-    return known
+    _, folder = loading.base_of(params.model.name, params.model)
+    supported = families.get(model_folder.family_of(folder)).vllm
+    if backend == "vllm" and not supported:
+        raise AdfmError(
+            f"evaluate.backend is vllm, which adfm does not support for {params.model.name}: set the backend to auto."
+        )
+    return supported
 
 
-def tile_of(model: str | Path, params: Params) -> Tile:
-    """Into which tiles images are cut for a model: those it was trained with; the settings' for a base model."""
-    description = loading.describe(Path(model))
+def tile_of(model: str | Path, default: Tile) -> Tile:
+    """Return the tiles that images are cut into: those that a model was trained with; `default` for a base."""
+    description = model_folder.describe(model)
     if description is None:
-        return params.tile
+        return default
     return Tile.model_validate((description.get("params") or {}).get("tile") or {})  # an older model saw whole images
 
 
 def grid_of(size: tuple[int, int], tile: Tile) -> list[Box]:
-    """The tiles of an image; the image itself where it is not cut."""
+    """Return the tiles of an image; the image itself where it is not cut."""
     return tiles.grid(*size, tile.size or max(size), tile.overlap)
 
 
 class Predictor:
     """A loaded model, or a reference detector, that inspects images.
 
-    `kinds` are the kinds of defects that its prompt asks to name one of; empty if it asks for none.
-
     Args:
-        model: A base model's name, or a folder that cold start, training or the detector's training wrote.
-        params: Reads the sections `model` and `evaluate`, and `tile` for a base model.
+        model: A base model's name, or a folder that adfm trained.
+        params: Reads the sections `model` and `evaluate`, `seed`, and `tile` for a base model.
+
+    Attributes:
+        kinds: The kinds of defects that the prompt asks to name one of; empty if it asks for none.
 
     Raises:
-        AdfmError: The model cannot be loaded, or the backend asked for is not there.
+        AdfmError: The model cannot be loaded, or the backend is missing.
     """
 
     def __init__(self, model: str | Path, params: Params) -> None:
-        settings = params.evaluate
-        self._batch_size = settings.batch_size
-        self._tile = tile_of(model, params)
-        self.kinds = loading.kinds_of(model)
+        self._batch_size = params.evaluate.batch_size
+        self._tile = tile_of(model, params.tile)
+        self.kinds = model_folder.kinds_of(model)
         self._prepare: Callable[[list[Image.Image]], Any]
         self._generate: Callable[[Any], Completions]
         self._detector: Detector | None = None
-        if loading.is_detector(model):
+        if model_folder.is_detector(model):
             from adfm.models import detector
 
             self._detector = detector.load(Path(model))
@@ -130,13 +127,8 @@ class Predictor:
             self._processor, self._family, self._generate = vllm_backend.load(model, params)
             self._prepare = lambda images: images
         else:
-            loaded = loading.load(model, params.model)
-            loaded.model.eval()
-            self._processor, self._family = loaded.processor, loaded.family
-            text = loading.chat_text(loaded.processor, loaded.prompt)
-            self._prepare = lambda images: _inputs(loaded.processor, text, images)
-            scorer = decoding.Scorer(loaded.processor.tokenizer)
-            self._generate = lambda inputs: _generate(loaded, scorer, inputs, settings, params.seed)
+            loaded = transformers_backend.load(model, params)
+            self._processor, self._family, self._prepare, self._generate = loaded
 
     def answers(
         self,
@@ -144,7 +136,7 @@ class Predictor:
         image: Callable[[int], Image.Image],
         done: Callable[[int], object] = lambda count: None,
     ) -> list[Prediction]:
-        """Inspects images, one answer an image, greedily; large ones in tiles, if the model was trained so.
+        """Inspect images by greedy decoding; large ones in tiles, if the model was trained so.
 
         Args:
             sizes: Width and height of each image in pixels.
@@ -154,7 +146,7 @@ class Predictor:
                 that it finished.
 
         Returns:
-            The answers, in the order of `sizes`.
+            One answer an image, in the order of `sizes`.
         """
         grids = [grid_of(size, self._tile) for size in sizes]
         places = [(i, tile) for i, grid in enumerate(grids) for tile in grid]
@@ -183,28 +175,27 @@ class Predictor:
         image: Callable[[int], Image.Image],
         done: Callable[[int], object],
     ) -> list[Prediction]:
-        """Inspects images as they are, in batches of like size; as `answers`."""
+        """As `answers`, without tiles."""
         order = self._order(sizes)
-        found: dict[int, Prediction] = {}
+        predictions: dict[int, Prediction] = {}
 
         def prepared(batch: list[int]) -> Any:
             return self._prepare([image(i) for i in batch])
 
         batches = list(batched(order, self._batch_size))
         for batch, inputs in zip(batches, _ahead(prepared, batches), strict=True):
-            found.update(zip(batch, self._answer(inputs, [sizes[i] for i in batch]), strict=True))
+            predictions.update(zip(batch, self._answer(inputs, [sizes[i] for i in batch]), strict=True))
             done(len(batch))
-        return [found[i] for i in range(len(sizes))]
+        return [predictions[i] for i in range(len(sizes))]
 
     def _order(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
-        """Images of like size one after the other, so that a batch is padded little; a detector pads nothing."""
         if self._detector:
             return [*range(len(sizes))]
+        # Images of like size one after the other, so that a batch is padded little.
         resized, images = families.get(self._family).images.resized, self._processor.image_processor
         return sorted(range(len(sizes)), key=lambda i: math.prod(resized(images, *sizes[i])))
 
     def _answer(self, inputs: Any, sizes: list[tuple[int, int]]) -> list[Prediction]:
-        """The answers to a batch, as `_prepare` gives it."""
         if self._detector:
             detections = self._detector.detect(inputs, sizes)
             return [_detected(detection, self._detector.threshold) for detection in detections]
@@ -228,7 +219,7 @@ def _size(tile: Box) -> tuple[int, int]:
 
 
 def joined(answers: Sequence[Prediction], grid: Sequence[Box]) -> Prediction:
-    """The answer to an image, of those to its tiles.
+    """Join the answers to the tiles of an image to its answer.
 
     The image is anomalous if a tile is; unparsed if none is and the answer to some tile is; else normal. Its score is
     the largest of its tiles. The words are those of the most suspicious tile among those that answer as the image does.
@@ -251,9 +242,9 @@ def joined(answers: Sequence[Prediction], grid: Sequence[Box]) -> Prediction:
     suspicious = [i for i in order if labels[i] == "anomalous"]
     first = next(i for i in order if labels[i] == predicted)
     notes = [f"These are the words on {_place(first, grid)}{', the most suspicious' * (predicted is not None)}."]
-    notes += [f"On {_place(i, grid)}: {_words(answers[i])}" for i in suspicious if i != first][:_MOST_NOTES]
-    if len(suspicious) - 1 > _MOST_NOTES:
-        notes.append(f"{len(suspicious) - 1 - _MOST_NOTES} more tiles are suspicious.")
+    notes += [f"On {_place(i, grid)}: {_words(answers[i])}" for i in suspicious if i != first][:_MAX_NOTES]
+    if len(suspicious) - 1 > _MAX_NOTES:
+        notes.append(f"{len(suspicious) - 1 - _MAX_NOTES} more tiles are suspicious.")
     best, flagged = answers[first], set(suspicious)
     return Prediction(
         predicted,
@@ -272,16 +263,13 @@ def _place(number: int, grid: Sequence[Box]) -> str:
 
 
 def _words(answer: Prediction) -> str:
-    """What a model wrote of a tile on one line, without an answer: the image's words would have two.
-
-    A detector's words are in no form and have no answer.
-    """
+    # Without the letter, of which the image's words would otherwise have two. A detector's words have none.
     parts = [answer.read.think, answer.read.rethink] if answer.read.answer else [answer.completion]
     return " ".join(part for part in parts if part).strip().replace("\n", " ")
 
 
 def _detected(detection: Detection, threshold: float) -> Prediction:
-    """A detector's answer in the form of a language model's; its few words are for people, in no form."""
+    """Return a detector's answer in the form of a language model's; its few words are for people."""
     flagged = detection.score >= threshold
     count = len(detection.regions)
     words = "no defect" if not flagged else detection.kind or "a defect"
@@ -300,7 +288,7 @@ def _detected(detection: Detection, threshold: float) -> Prediction:
 
 
 def _ahead(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """`work` of each item, the next one already under way in a thread while one is used."""
+    """Yield `work` of each item while a thread already works on the next one."""
     with ThreadPoolExecutor(1) as pool:
         pending = pool.submit(work, items[0])
         for item in items[1:]:
@@ -309,80 +297,8 @@ def _ahead(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
         yield pending.result()
 
 
-def generate(loaded: loading.Loaded, images: list[Image.Image], settings: Evaluate) -> Completions:
-    """Greedy completions for `images`, and the probability of a defect for each."""
-    scorer = decoding.Scorer(loaded.processor.tokenizer)
-    text = loading.chat_text(loaded.processor, loaded.prompt)
-    return _generate(loaded, scorer, _inputs(loaded.processor, text, images), settings)
-
-
-def _inputs(processor: Any, text: str, images: list[Image.Image]) -> Any:
-    return processor(text=[text] * len(images), images=images, padding=True, return_tensors="pt")
-
-
-def _generate(
-    loaded: loading.Loaded, scorer: decoding.Scorer, inputs: Any, settings: Evaluate, seed: int = 0
-) -> Completions:
-    import torch
-
-    inputs = inputs.to(loaded.model.device)
-    completions, scores = _complete(loaded, scorer, inputs, settings)
-    if settings.samples:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)  # the same batch gets the same samples
-            samples = [_complete(loaded, scorer, inputs, settings, sample=True)[1] for _ in range(settings.samples)]
-        scores = decoding.mean_of_samples(scores, samples)
-    return completions, scores
-
-
-def _complete(
-    loaded: loading.Loaded, scorer: decoding.Scorer, inputs: Any, settings: Evaluate, sample: bool = False
-) -> Completions:
-    import torch
-    from transformers import LogitsProcessorList
-
-    tokenizer = loaded.processor.tokenizer
-    logits = _DecidingLogits(scorer.tokens)
-    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
-    generate: Any = loaded.model.generate
-    with torch.inference_mode():
-        output = generate(
-            **inputs,
-            **sampling,
-            max_new_tokens=settings.max_new_tokens,
-            stop_strings=[decoding.STOP],
-            tokenizer=tokenizer,
-            logits_processor=LogitsProcessorList([logits]),
-        )
-    tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
-    steps = torch.stack(logits.steps, 1).cpu().numpy()  # [images, tokens, deciding tokens]
-    completions = [decoding.until_stop(text) for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-    scores = [
-        scorer.score(settings, row, text, at.__getitem__)
-        for row, text, at in zip(tokens, completions, steps, strict=True)
-    ]
-    return completions, scores
-
-
-class _DecidingLogits:
-    """Called by `generate` at every step: keeps the logits of a few tokens, not of the whole vocabulary."""
-
-    def __init__(self, tokens: list[int]) -> None:
-        self._tokens = tokens
-        self.steps: list[torch.Tensor] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.steps.append(scores[:, self._tokens].float())
-        return scores
-
-
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """The items in lists of `size`, the last one shorter; `itertools.batched` is of Python 3.12."""
-    batch: list[Any] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
+    """Yield the items in lists of `size`, the last one shorter; `itertools.batched` needs Python 3.12."""
+    rest = iter(items)
+    while batch := list(itertools.islice(rest, size)):
         yield batch

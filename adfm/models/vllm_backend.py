@@ -1,10 +1,6 @@
-"""Greedy decoding by vLLM: the same prompts, the same end, the same scores as with transformers, and many times faster.
+"""Decoding with vLLM, as with transformers and many times faster.
 
-Written from the source of vLLM 0.30 and tested with a stand-in for it: this file has not been run with vLLM itself.
-There `logprob_token_ids` takes at most 128 tokens and gives their log-probabilities at every position, before
-`logit_bias` and temperature; `enable_tower_connector_lora`, which vLLM calls experimental, adds an adapter to the
-vision tower and the layers after it, in both families; sampling parameters that are not given are neutral, whatever
-the model's folder says.
+Written from the source of vLLM 0.30 and tested with a stand-in for it, not with vLLM itself.
 """
 
 from __future__ import annotations
@@ -17,23 +13,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adfm.errors import AdfmError
-from adfm.models import decoding, families, loading, vllm_engine
+from adfm.models import decoding, families, loading, model_folder, vllm_engine
 from adfm.models.decoding import Completions
 from adfm.params import Params
 
 if TYPE_CHECKING:
     from PIL import Image
 
-_LOGPROBS = 128  # most tokens whose probabilities a request may ask for (vllm/sampling_params.py)
+_LOGPROBS = 128  # the most tokens in `logprob_token_ids` of a request (vllm/sampling_params.py)
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # for which vLLM has kernels
 _SHARE = 0.9
 
 
 def load(model: str | Path, params: Params) -> tuple[Any, str, Callable[[list[Image.Image]], Completions]]:
-    """Loads a model into vLLM.
+    """Load a model into vLLM.
 
     Args:
-        model: A base model's name, or a folder that cold start or training wrote.
+        model: A base model's name, or a folder that adfm trained.
         params: Reads the sections `model` and `evaluate`, and `seed`.
 
     Returns:
@@ -48,10 +44,10 @@ def load(model: str | Path, params: Params) -> tuple[Any, str, Callable[[list[Im
 
     settings = params.evaluate
     base, folder = loading.base_of(model, params.model)
-    processor, family = loading.load_processor(model, params.model), loading.family_of(folder)
+    processor, family = loading.load_processor(model, params.model), model_folder.family_of(folder)
     options: dict[str, Any] = {}
     adapter = None
-    if loading.describe(Path(model)):
+    if model_folder.describe(Path(model)):
         rank = json.loads((Path(model) / "adapter_config.json").read_text(encoding="utf-8"))["r"]
         if rank > _RANKS[-1]:
             raise AdfmError(
@@ -61,7 +57,7 @@ def load(model: str | Path, params: Params) -> tuple[Any, str, Callable[[list[Im
         options = {
             "enable_lora": True,
             "max_lora_rank": next(known for known in _RANKS if known >= rank),
-            "enable_tower_connector_lora": True,  # the adapter is on the vision tower too
+            "enable_tower_connector_lora": True,  # the adapter is on the vision tower too; experimental in vLLM
         }
     if problems := vllm_engine.wrong_version():
         raise AdfmError("; ".join(problems))
@@ -81,6 +77,8 @@ def load(model: str | Path, params: Params) -> tuple[Any, str, Callable[[list[Im
         )
 
     def sampling(**how: Any) -> Any:
+        # Sampling parameters that are not given are neutral, whatever the model's folder says. `logprob_token_ids`
+        # gives log-probabilities at every position, before `logit_bias` and temperature.
         return vllm.SamplingParams(
             max_tokens=settings.max_new_tokens,
             stop=[decoding.STOP],
@@ -91,7 +89,6 @@ def load(model: str | Path, params: Params) -> tuple[Any, str, Callable[[list[Im
         )
 
     def complete(prompts: list[Any], how: Any) -> tuple[list[list[str]], list[list[float | None]]]:
-        """Completions of each prompt, and their scores."""
         outputs = [request.outputs for request in engine.generate(prompts, how, lora_request=adapter, use_tqdm=False)]
         texts = [[decoding.until_stop(output.text) for output in of_prompt] for of_prompt in outputs]
         scores = [
@@ -118,12 +115,11 @@ def load(model: str | Path, params: Params) -> tuple[Any, str, Callable[[list[Im
 
 
 def _logits(output: Any, tokens: list[int]) -> Any:
-    """The log-probabilities of `tokens` by position, as `Scorer` reads them."""
     return lambda at: np.array([output.logprobs[at][token].logprob for token in tokens])
 
 
 def _free_share() -> float:
-    """Share of the GPU's memory that vLLM may take: it refuses to start with less free than it asks for."""
+    # vLLM refuses to start with less memory free than the share that it is given.
     import torch
 
     if not torch.cuda.is_available():

@@ -28,7 +28,7 @@ _PATIENCE = 5  # seconds for a server to reply
 
 
 def wrong_version() -> list[str]:
-    """A sentence if the vLLM that is installed does not fit TRL and adfm; none if it does, or there is none."""
+    """Return a sentence if the installed vLLM does not fit TRL and adfm; nothing if it does, or none is installed."""
     try:
         installed = importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
@@ -42,7 +42,7 @@ def wrong_version() -> list[str]:
 
 
 def options(processor: Any, dtype: str) -> dict[str, Any]:
-    """The arguments of `vllm.LLM` that make it read images as `processor` does, and measure its memory with them."""
+    """Return the arguments of `vllm.LLM` that make it read images as `processor` does."""
     size = processor.image_processor.size
     return {
         "dtype": dtype,
@@ -55,14 +55,10 @@ def options(processor: Any, dtype: str) -> dict[str, Any]:
 
 
 def image_tokens(processor: Any) -> int:
-    """The most tokens that an image of any size and shape becomes.
-
-    `smart_resize` of Qwen's image processors (transformers 5.23) brings an image of at most 200 : 1 between
-    `shortest_edge` and `longest_edge` pixels, in units of a merged patch. A larger image is rounded down, but no side
-    below one unit; a smaller one is rounded up.
+    """Return the most tokens that an image of any size and shape becomes.
 
     Raises:
-        AdfmError: The images of this family are cut otherwise.
+        AdfmError: The family does not cut images into patches.
     """
     images = processor.image_processor
     if not hasattr(images, "merge_size"):
@@ -70,6 +66,9 @@ def image_tokens(processor: Any) -> int:
             f"vLLM is not supported with {type(processor).__name__}; set train.vllm=null and "
             "evaluate.backend=transformers"
         )
+    # `smart_resize` of Qwen's image processors (transformers 5.23) brings an image of at most 200 : 1 between
+    # `shortest_edge` and `longest_edge` pixels, in units of a merged patch. A larger image is rounded down, but no side
+    # below one unit; a smaller one is rounded up.
     unit = images.patch_size * images.merge_size
     low, high = images.size["shortest_edge"], images.size["longest_edge"]
     reduced = max(high, unit * math.sqrt(high * _NARROWEST))
@@ -77,27 +76,21 @@ def image_tokens(processor: Any) -> int:
     return int(max(reduced, enlarged if low > unit**2 else 0) // unit**2)
 
 
-def prompt_tokens(processor: Any, messages: list[dict[str, Any]]) -> int:
-    """The most tokens that a prompt becomes by the model's own chat template, its one image included.
+def model_length(processor: Any, messages: list[dict[str, Any]], completion: int) -> int:
+    """Return the tokens of vLLM's longest request: the prompt with its one image, and `completion` tokens after it.
 
     Args:
         processor: The model's.
         messages: The prompt without the image, the user's message last.
+        completion: The most tokens of a completion.
     """
     written = processor.tokenizer(loading.chat_text(processor, messages))["input_ids"]
-    return int(len(written) - written.count(processor.image_token_id)) + image_tokens(processor)
-
-
-def model_length(processor: Any, messages: list[dict[str, Any]], completion: int) -> int:
-    """Tokens that vLLM must hold of one request: the longest prompt, and `completion` tokens after it."""
-    return prompt_tokens(processor, messages) + completion
+    return int(len(written) - written.count(processor.image_token_id)) + image_tokens(processor) + completion
 
 
 def server_command(folder: Path, processor: Any, dtype: str, length: int, url: str = "http://localhost:8000") -> str:
-    """The command that starts the server of `train.vllm_server` on the first GPU; the GPUs after it train.
-
-    The flags are those that TRL's deprecated `trl vllm-serve` adds (TRL 1.16), and the arguments of `options`.
-    """
+    """Return the command that starts the server of `train.vllm_server` on the first GPU; the GPUs after it train."""
+    # The flags are those that TRL's deprecated `trl vllm-serve` adds (TRL 1.16), and the arguments of `options`.
     arguments = options(processor, dtype)
     command = ["vllm", "serve", str(folder), "--port", str(urlsplit(url).port or 8000), "--max-model-len", str(length)]
     for name, value in arguments.items():
@@ -108,10 +101,10 @@ def server_command(folder: Path, processor: Any, dtype: str, length: int, url: s
 
 
 def server_problems(url: str, length: int) -> list[str]:
-    """What keeps a vLLM server from generating for a training, a sentence each.
+    """Return what keeps a vLLM server from generating for a training, a sentence each.
 
     Args:
-        url: The server's, as `http://host:8000`.
+        url: The server's URL, as `http://host:8000`.
         length: Tokens of one request.
     """
     if not url.startswith(("http://", "https://")):

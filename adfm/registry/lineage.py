@@ -13,7 +13,7 @@ from adfm import tracking
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.files import digest
-from adfm.models import loading
+from adfm.models import model_folder
 from adfm.params import Params
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def lineage(model: Path, shards: Path, params: Params, run: Run | None) -> dict[
         on, if they are still those in `shards`); `git_commit`, `git_dirty`; `libraries`; `trained_with`, `judged_with`
         (settings); `training_run`. What is not known is `None`.
     """
-    description = loading.describe(model) or {}
+    description = model_folder.describe(model) or {}
     trained_on, judged_on = description.get("data_fingerprint"), shards_.fingerprint(shards)
     recorded = run.data.tags if run else tracking.code_version() | tracking.libraries()
     return {

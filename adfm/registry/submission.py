@@ -39,7 +39,7 @@ from adfm.evaluation import metrics
 from adfm.evaluation.calibration import Calibration
 from adfm.files import digest, write_json
 from adfm.method import prompt
-from adfm.models import families, loading
+from adfm.models import families, model_folder
 from adfm.params import Params
 from adfm.registry import policy, pyfunc, reconcile, tables
 from adfm.registry.history import History
@@ -221,7 +221,7 @@ def submit(
             f"{HELD_OUT!r} alone. Evaluate with --set evaluate.split={HELD_OUT}, then register."
         )
     family = check_model(model)
-    trained_by = tracking.find_run((loading.describe(model) or {}).get("mlflow_run_id"))
+    trained_by = tracking.find_run((model_folder.describe(model) or {}).get("mlflow_run_id"))
     origin = lineage(model, shards, params, trained_by) | {
         "protocol": _protocol(family, params),
         "registered_model": registry.name,
@@ -235,7 +235,7 @@ def submit(
         return waiting
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / "version"
-        pyfunc.write(folder, bool(loading.kinds_of(model)))
+        pyfunc.write(folder, bool(model_folder.kinds_of(model)))
         shutil.copytree(model, folder / "model")
         shutil.copytree(evaluation, folder / "evaluation")
         (folder / "params.yaml").write_text(tracking.settings(params), encoding="utf-8")
@@ -258,8 +258,8 @@ def own_policy(history: History) -> Policy:
 
 def check_model(model: Path) -> str:
     """The model's family; raises when the folder is not one to register."""
-    description = loading.describe(model)
-    if loading.is_detector(model):
+    description = model_folder.describe(model)
+    if model_folder.is_detector(model):
         raise Unfit(
             f"{model} is a reference detector, and only language models are registered and served: register the model "
             f"that it was compared with, or use it from its folder: adfm predict --model {model} IMAGES."
@@ -453,7 +453,7 @@ def _predict(
             return pd.read_parquet(rival.predictions), about | {"predictions": AS_REGISTERED}
         model = rival.folder / "model"
         # It is judged as the model that it is: with its own precision and image size.
-        own = ((loading.describe(model) or {}).get("params") or {}).get("model", {})
+        own = ((model_folder.describe(model) or {}).get("params") or {}).get("model", {})
         kept = {key: own[key] for key in ("dtype", "max_pixels") if key in own}
         settings = params.model_copy(update={"model": params.model.model_copy(update=kept)})
         calibration = rival.calibration

@@ -26,7 +26,7 @@ from adfm.evaluation import guard as guard_
 from adfm.evaluation.calibration import Calibration
 from adfm.evaluation.guard import Guard
 from adfm.files import digest
-from adfm.models import loading
+from adfm.models import model_folder
 from adfm.models import predictor as predictor_
 from adfm.models.predictor import Prediction
 from adfm.params import Params
@@ -149,13 +149,13 @@ def load(
         local = folder / "model"
         own, calibration, guard = read_version(folder)
     else:
-        about = loading.describe(Path(local)) or {}
+        about = model_folder.describe(Path(local)) or {}
         own = about.get("params")
         calibration, guard = Calibration(note="only a registered version has a threshold"), None
-        if loading.is_detector(local):  # its score is a probability, and its threshold in its folder
+        if model_folder.is_detector(local):  # its score is a probability, and its threshold in its folder
             calibration = Calibration(threshold=about["threshold"], images=about["chosen_on"])
     predictor = predictor_.Predictor(local, with_own(params, own))
-    return predictor, name, calibration, guard, loading.grey_range(Path(local))
+    return predictor, name, calibration, guard, model_folder.grey_range(Path(local))
 
 
 def read_version(folder: Path) -> tuple[Any, Calibration, Guard | None]:

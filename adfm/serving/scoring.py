@@ -32,7 +32,7 @@ from PIL import Image
 
 from adfm.data.images import GreyRange
 from adfm.errors import AdfmError
-from adfm.models import loading
+from adfm.models import model_folder
 from adfm.models.predictor import Predictor
 from adfm.params import Params
 from adfm.serving import predict, servelog, shadow
@@ -65,7 +65,7 @@ class Served:
         if self._guard is None:
             print(f"{self.version}: {predict.UNGUARDED}", file=sys.stderr)
         self._predictor = Predictor(folder / "model", params)
-        self._grey_range = loading.grey_range(folder / "model")
+        self._grey_range = model_folder.grey_range(folder / "model")
         self._turns = shadow.Turns()  # MLflow's server has many threads
         self.shadow: shadow.Shadow | None = None
 

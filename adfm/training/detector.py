@@ -39,7 +39,7 @@ from adfm.errors import AdfmError
 from adfm.evaluation import metrics
 from adfm.files import atomic_folder, refuse_to_replace, write_json
 from adfm.method import kinds as kinds_
-from adfm.models import detector, loading
+from adfm.models import detector, model_folder
 from adfm.params import Params, Tile
 from adfm.process.progress import bar
 from adfm.records import Box, Record, Split
@@ -489,7 +489,7 @@ def _best_rule(located: list[_Located], threshold: float) -> detector.Rule | Non
     def mean_iou(rule: detector.Rule) -> float:
         overlaps = []
         for record, drawn in images:
-            boxes = [detector.bounded(fine, (int(x2 - x1), int(y2 - y1)), rule) for (x1, y1, x2, y2), fine in drawn]
+            boxes = [detector.regions(fine, (int(x2 - x1), int(y2 - y1)), rule) for (x1, y1, x2, y2), fine in drawn]
             joined = tiles.merged(boxes, [tile for tile, _ in drawn])
             overlap = metrics.localize(record.boxes, joined, record.width, record.height)
             overlaps.append(overlap["iou"] or 0.0)
@@ -514,5 +514,5 @@ def _save(folder: Path, trained: detector.Detector, shards: Path, params: Params
         "grey_range": shards_.grey_range(shards),
         "params": params.model_dump(mode="json", by_alias=True),
     }
-    write_json(description, folder / loading.DESCRIPTION)
+    write_json(description, folder / model_folder.DESCRIPTION)
     hashes.write(hashes.collect(shards, hashes.SEEN), folder / hashes.FILE)

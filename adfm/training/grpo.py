@@ -24,8 +24,9 @@ from adfm.errors import AdfmError
 from adfm.files import atomic_folder, digest, refuse_to_replace, replace_json
 from adfm.method import kinds as kinds_
 from adfm.method import response, rewards
+from adfm.method import terms as terms_
 from adfm.method.coordinates import Frame
-from adfm.models import families, hardware, liger, loading
+from adfm.models import families, hardware, liger, loading, model_folder
 from adfm.params import Params
 from adfm.process import stopping
 from adfm.records import Label
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
     from adfm.training.guard import Guard
 
-TERMS = ("format", "classification", "localization")
+TERMS = rewards.Terms._fields
 KIND = "kind"
 """A further term, only of a model whose prompt asks for the defect's kind."""
 IDENTITY = "identity.json"
@@ -70,7 +71,7 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
     refuse_to_replace(out, force)
     settings = params.train
     hardware.require(params, int(os.environ.get("WORLD_SIZE", "1")))
-    if loading.describe(model) is None:
+    if model_folder.describe(model) is None:
         raise AdfmError(f"{model} is not a folder that `adfm sft` wrote; run that first (sft.steps may be 0)")
     import torch
     from accelerate import PartialState
@@ -268,7 +269,7 @@ def trl_settings(params: Params, processes: int = 1) -> dict[str, Any]:
     import torch
 
     settings = params.train
-    completions, micro_batch = hardware.shares(settings, processes)
+    completions, micro_batch = hardware.batch_split(settings, processes)
     return {
         "max_steps": settings.steps,
         "per_device_train_batch_size": micro_batch,
@@ -331,7 +332,7 @@ def _trainer(
     settings = params.train
     group = settings.num_generations
     terms_of = reward_functions(settings.profile, any(data["regions"]), loaded.kinds)
-    completions, _ = hardware.shares(settings, processes)
+    completions, _ = hardware.batch_split(settings, processes)
     unwanted = families.placeholders(loaded.processor)
     generation: dict[str, Any] = {"generation_kwargs": {"suppress_tokens": unwanted}}
     engine: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -448,13 +449,7 @@ def _trainer(
         callbacks=[
             Watch(
                 "grpo",
-                [
-                    "reward",
-                    "rewards/classification/mean",
-                    "rewards/localization/mean",
-                    "utilisation",
-                    "answers/anomalous_share",
-                ],
+                ["reward", *terms_.MEANS, "utilisation", "answers/anomalous_share"],
                 outbox,
             ),
             guard,

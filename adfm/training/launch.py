@@ -57,7 +57,7 @@ def on_gpus(shards: Path, model: Path, out: Path, params: Params, gpus: int) -> 
     Raises:
         AdfmError: As `adfm.training.grpo.train`; processes died too often; or (`Stopped`) they were told to stop.
     """
-    hardware.shares(params.train, max(gpus, 1))
+    hardware.batch_split(params.train, max(gpus, 1))
     _supervise(gpus, lambda settings: command(shards, model, out, settings), out, params)
 
 

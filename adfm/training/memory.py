@@ -48,7 +48,7 @@ def advice(params: Params, processes: int = 1, generating: bool = False) -> list
         generating: Whether it was in generation, which has all completions of a step at once, or in the passes.
     """
     train, group = params.train, params.train.num_generations
-    share, now = hardware.shares(train, processes)
+    share, now = hardware.batch_split(train, processes)
     tries = []
     if generating:
         fewer = [n for n in range(1, train.prompts_per_step) if n * group % processes == 0]

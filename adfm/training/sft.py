@@ -23,7 +23,7 @@ from adfm.data import shards as shards_
 from adfm.files import atomic_folder, refuse_to_replace, write_json
 from adfm.method import kinds as kinds_
 from adfm.method import prompt
-from adfm.models import adapters, decoding, families, loading
+from adfm.models import adapters, decoding, families, loading, model_folder
 from adfm.params import Params, Sft
 from adfm.records import Box
 from adfm.training import examples
@@ -221,7 +221,7 @@ class Answers:
         ordered = sorted(largest, key=lambda box: (box.y1, box.x1))
         step, stages = self._settings.coordinate_step, self._settings.stages
         listed = self._kinds if self._settings.kinds else ()
-        text = prompt.answer(row["label"], ordered, row["defect"], step, stages, listed)
+        text = prompt.target_completion(row["label"], ordered, row["defect"], step, stages, listed)
         defective, kind = row["label"] == "anomalous", kinds_.of(row["defect"], self._kinds)
         return {
             "prompt": row["prompt"],
@@ -294,7 +294,7 @@ def save(
     import shutil
 
     if start is not None:
-        cut = (loading.describe(start) or {}).get("cut_short")
+        cut = (model_folder.describe(start) or {}).get("cut_short")
     shutil.rmtree(folder / "cache", ignore_errors=True)
     # The embeddings are the base's; PEFT would add them to an adapter on `lm_head` or `embed_tokens`.
     model.save_pretrained(folder, selected_adapters=["default"], state_dict=weights, save_embedding_layers=False)
@@ -312,7 +312,7 @@ def save(
         "grey_range": shards_.grey_range(shards),
         "params": params.model_dump(mode="json", by_alias=True),
     }
-    write_json(description, folder / loading.DESCRIPTION)
+    write_json(description, folder / model_folder.DESCRIPTION)
     seen = trained_on(shards, start)
     if seen is not None:
         hashes.write(seen, folder / hashes.FILE)
@@ -334,6 +334,6 @@ def trained_on(shards: Path, start: Path | None = None) -> pa.Table | None:
     if start is None:
         return hashes.collect(shards, hashes.SEEN)
     before = hashes.of_model(start)
-    if before is None or (loading.describe(start) or {}).get("data_fingerprint") == shards_.fingerprint(shards):
+    if before is None or (model_folder.describe(start) or {}).get("data_fingerprint") == shards_.fingerprint(shards):
         return before
     return hashes.unite([before, hashes.collect(shards, hashes.SEEN)])

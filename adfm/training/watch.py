@@ -75,9 +75,8 @@ class Watch(TrainerCallback):
             return
         if logs and "loss" in logs:
             self._outbox.add(mlflow_metrics(logs), state.global_step)
-            self._bar.set_postfix(
-                {k.rsplit("/", 1)[-1]: f"{logs[k]:.3f}" for k in self._shown if k in logs}, refresh=False
-            )
+            labels = {k: k.removesuffix("/mean").rsplit("/", 1)[-1] for k in self._shown if k in logs}
+            self._bar.set_postfix({label: f"{logs[k]:.3f}" for k, label in labels.items()}, refresh=False)
             self._bar.update(state.global_step - self._bar.n)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -17,7 +17,7 @@ from adfm.data import folds, tiles
 from adfm.data.tiles import Defect
 from adfm.evaluation import metrics, references, verdict
 from adfm.evaluation.verdict import Facts, Kind, Part
-from adfm.models import loading
+from adfm.models import loading, model_folder
 from adfm.params import Model, Tile, load
 
 EMBEDDED = Kind("embedded://tiny-base", True, True, 900_000, 320 * 320, True, (132, 12))
@@ -230,7 +230,7 @@ def test_what_kind_of_model_it_is() -> None:
     )
     base = loading.EMBEDDED["embedded://tiny-base"]
     kind = verdict.kind_of("embedded://tiny-base", Model())
-    assert kind.embedded and not kind.trained and kind.weights == loading.parameters(base) > 500_000
+    assert kind.embedded and not kind.trained and kind.weights == model_folder.parameters(base) > 500_000
     assert kind.pixels == verdict.kind_of(base, Model()).pixels > 0
     assert verdict.kind_of("embedded://tiny-base", Model(max_pixels=64 * 64)).pixels == 64 * 64
 

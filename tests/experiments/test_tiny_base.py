@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from adfm.data import synthetic
 from adfm.method import kinds as kinds_
 from adfm.method import response
-from adfm.models import loading
+from adfm.models import loading, model_folder
 from adfm.tiny import tower
 from experiments import tiny_base, tiny_model
 
@@ -111,5 +111,5 @@ def test_interrupted_build_gives_the_same_weights(tmp_path: Path, monkeypatch: p
 
     one, other = (load_file(tmp_path / n / "model.safetensors") for n in ("undisturbed", "interrupted"))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    assert loading.family_of(loading.resolve(str(tmp_path / "interrupted"), None)) == "adfm_embedded"
+    assert model_folder.family_of(loading.resolve(str(tmp_path / "interrupted"), None)) == "adfm_embedded"
     assert not (tmp_path / "interrupted.checkpoint").exists()

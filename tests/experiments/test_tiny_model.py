@@ -32,7 +32,7 @@ def test_any_text_survives_the_tokenizer(embedded: loading.Loaded, text: str) ->
 def test_prompt_and_answers_are_short(embedded: loading.Loaded) -> None:
     tokenizer: Any = embedded.processor.tokenizer
     box = Box(120, 30, 450, 1000)
-    assert len(tokenizer(prompt.answer("anomalous", [box], "scratch"))["input_ids"]) <= 24
+    assert len(tokenizer(prompt.target_completion("anomalous", [box], "scratch"))["input_ids"]) <= 24
     assert len(tokenizer(prompt.QUESTION.format(units=families.UNITS["thousandths"]))["input_ids"]) <= 60
 
 
@@ -43,7 +43,7 @@ def test_every_coordinate_is_one_token(embedded: loading.Loaded) -> None:
 
 def test_stage_tags_are_not_special_tokens(embedded: loading.Loaded) -> None:
     tokenizer: Any = embedded.processor.tokenizer
-    text = prompt.answer("normal", [])
+    text = prompt.target_completion("normal", [])
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
 
 

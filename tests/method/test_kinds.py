@@ -69,21 +69,21 @@ def test_what_is_asked_and_written_is_what_is_read(names: list[str]) -> None:
     assert user == prompt.messages("units")[1]
     for name in [*names, None]:
         for regions in ([BOX], []):
-            text = prompt.answer("anomalous", regions, name, kinds=known)
+            text = prompt.target_completion("anomalous", regions, name, kinds=known)
             read = response.parse(text)
             assert (read.tags, read.answer, read.boxes) == (response.STAGES, "A", tuple(regions))
             assert kinds.read(read.rethink, known) == kinds.of(name, known)
     for regions in ([BOX], []):
-        text = prompt.answer("normal", regions, kinds=known)
+        text = prompt.target_completion("normal", regions, kinds=known)
         assert kinds.read(response.parse(text).rethink, known) is None
-        assert text == prompt.answer("normal", regions)
+        assert text == prompt.target_completion("normal", regions)
 
 
 def test_the_tokens_of_a_name_are_read_as_the_name() -> None:
     tokenizer = loading.load_processor("embedded://tiny-base", Model()).tokenizer
     known = kinds.listed(NASTY)
     for kind in known:
-        text = prompt.answer("anomalous", [BOX], kind, kinds=known)
+        text = prompt.target_completion("anomalous", [BOX], kind, kinds=known)
         again = tokenizer.batch_decode([tokenizer(text)["input_ids"]], skip_special_tokens=True)[0]
         assert kinds.read(response.parse(again).rethink, known) == kind
 
@@ -97,7 +97,7 @@ def test_a_written_name_stays_as_it_is(name: str) -> None:
 
 def test_without_kinds_prompt_and_answers_are_those_of_models_already_trained() -> None:
     texts = [prompt.messages("units"), prompt.messages("units", stages=False)]
-    texts += [prompt.answer("anomalous", [BOX], name) for name in (None, "dent")]
+    texts += [prompt.target_completion("anomalous", [BOX], name) for name in (None, "dent")]
     digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     assert digest == "8d0d4f4b8f645ec83c1ede24a8395fa1c66cf1ba4b0cddd3d51d0c4fff4067df"
 
@@ -137,7 +137,9 @@ def test_several_kinds_on_one_image_are_none_of_them() -> None:
     assert kinds.of("scratch+dent", known) is None
     assert [kinds.of(name, known) for name in ("a+b", "crack", " dent\n", None)] == ["a+b", "crack", "dent", None]
     for name in ("dent+scratch", "crack", "dent", None):
-        assert prompt.answer("anomalous", [BOX], name, kinds=known) == prompt.answer("anomalous", [BOX], name)
+        assert prompt.target_completion("anomalous", [BOX], name, kinds=known) == prompt.target_completion(
+            "anomalous", [BOX], name
+        )
 
 
 def test_lists_that_no_prompt_can_hold_are_refused() -> None:
@@ -151,7 +153,7 @@ def test_lists_that_no_prompt_can_hold_are_refused() -> None:
         kinds.listed(["dent", "x" * 200])
 
 
-def said(letter: str, kind: str | None) -> response.Response:
+def said(letter: str, kind: str | None) -> response.ParsedCompletion:
     return response.parse(f"<think>x</think><rethink>{kinds.PREFIX} {kind}.</rethink><answer>{letter}</answer>")
 
 

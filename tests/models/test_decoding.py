@@ -17,7 +17,8 @@ from PIL import Image
 
 from adfm.errors import AdfmError
 from adfm.method import prompt
-from adfm.models import decoding, loading, predictor
+from adfm.models import decoding, loading
+from adfm.models.transformers_backend import generate
 from adfm.params import Evaluate, Model
 from adfm.records import Box, Label
 from tests import qwen
@@ -110,7 +111,7 @@ def test_the_real_tokenizers_never_write_the_letter_as_a_token_of_its_own(family
 @pytest.mark.parametrize("label", ["anomalous", "normal"])
 @pytest.mark.parametrize("regions", [[Box(10, 20, 30, 40)], []])
 def test_every_supervised_answer_parts_where_the_branches_are(name: str, label: Label, regions: list[Box]) -> None:
-    text = prompt.answer(label, regions, "scratch")
+    text = prompt.target_completion(label, regions, "scratch")
     tokens = tokens_of(name, text)
     for fork in decoding.BRANCHES:
         at = scorer(name)._position(tokens, text, fork)
@@ -129,7 +130,7 @@ def test_every_supervised_answer_parts_where_the_branches_are(name: str, label: 
 def test_the_score_of_the_branches_has_the_geometric_mean_of_their_odds(
     name: str, label: Label, think: float, rethink: float, letter: float
 ) -> None:
-    text = prompt.answer(label, [Box(10, 20, 30, 40)] if label == "anomalous" else [], "dent")
+    text = prompt.target_completion(label, [Box(10, 20, 30, 40)] if label == "anomalous" else [], "dent")
     tokens = tokens_of(name, text)
     known = {}
     for fork, odds in zip((*decoding.BRANCHES, decoding.LETTER), (think, rethink, letter), strict=True):
@@ -263,7 +264,7 @@ def test_a_model_with_the_real_tokenizer_gets_the_odds_that_it_has(
     [a], [b] = (kind(text, add_special_tokens=False)["input_ids"][-1:] for text in ("<answer>A", "<answer>B"))
     hook = follow(loaded, tokens, tokens.index(a if written == "A" else b), {a: odds, b: 1 - odds})
     try:
-        [completion], [score] = predictor.generate(loaded, [Image.new("RGB", (56, 56))], Evaluate(max_new_tokens=60))
+        [completion], [score] = generate(loaded, [Image.new("RGB", (56, 56))], Evaluate(max_new_tokens=60))
     finally:
         hook.remove()
     assert completion == text and score == pytest.approx(odds, abs=1e-4)
@@ -289,13 +290,13 @@ def test_a_folder_s_settings_for_chat_are_not_taken_over(tmp_path: Path, embedde
     chatty = loading.load(folder, Model())
     for setting in chat:
         assert not getattr(chatty.model.generation_config, setting)
-    assert predictor.generate(chatty, [image], how) == predictor.generate(embedded, [image], how)
+    assert generate(chatty, [image], how) == generate(embedded, [image], how)
 
 
 def test_sampled_scores_are_the_same_each_time_and_leave_the_answer_alone(embedded: loading.Loaded) -> None:
     images = [Image.new("RGB", (128, 128), color) for color in ("gray", "white")]
-    greedy = predictor.generate(embedded, images, Evaluate(max_new_tokens=40, score="letter"))
+    greedy = generate(embedded, images, Evaluate(max_new_tokens=40, score="letter"))
     state = torch.get_rng_state()
-    first, second = (predictor.generate(embedded, images, Evaluate(max_new_tokens=40, samples=3)) for _ in range(2))
+    first, second = (generate(embedded, images, Evaluate(max_new_tokens=40, samples=3)) for _ in range(2))
     assert first == second and first[0] == greedy[0] and first[1] != greedy[1]
     assert torch.equal(torch.get_rng_state(), state)

@@ -36,7 +36,7 @@ def test_a_box_is_exactly_its_cells_in_pixels_of_the_image(data: st.DataObject) 
     top, bottom = sorted(data.draw(st.lists(st.integers(0, rows), min_size=2, max_size=2, unique=True)))
     cells = torch.zeros(rows, columns)
     cells[top:bottom, left:right] = 1
-    [box] = detector.regions(cells, (width, height), HALF)
+    [box] = detector.regions(detector.refined(cells), (width, height), HALF)
     cell = width / columns, height / rows
     assert box == pytest.approx((left * cell[0], top * cell[1], right * cell[0], bottom * cell[1]))
 
@@ -49,7 +49,7 @@ def test_boxes_lie_in_the_image_and_there_is_always_one(data: st.DataObject) -> 
     cells = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) ** 4
     width, height = data.draw(SIDES), data.draw(SIDES)
     rule = detector.Rule(data.draw(st.floats(0, 1)), data.draw(st.floats(0, 1)), data.draw(st.integers(1, 5)))
-    boxes = detector.regions(cells, (width, height), rule)
+    boxes = detector.regions(detector.refined(cells), (width, height), rule)
     assert 1 <= len(boxes) <= rule.most
     for box in boxes:
         assert 0 <= box.x1 < box.x2 <= width and 0 <= box.y1 < box.y2 <= height
@@ -60,10 +60,10 @@ def test_regions_come_with_the_highest_first_and_no_more_than_the_rule_keeps() -
     cells[1, 1], cells[1, 10], cells[7, 15] = 0.6, 0.9, 0.8
     size = 200, 100
     high = [Box(100, 10, 110, 20), Box(150, 70, 160, 80), Box(10, 10, 20, 20)]
-    three = detector.regions(cells, size, detector.Rule(0.3, 0.0, 10))
+    three = detector.regions(detector.refined(cells), size, detector.Rule(0.3, 0.0, 10))
     assert three == high
-    assert detector.regions(cells, size, detector.Rule(0.3, 0.0, 2)) == high[:2]
-    assert detector.regions(cells, size, detector.Rule(0.0, 0.95, 10)) == high[:1]
+    assert detector.regions(detector.refined(cells), size, detector.Rule(0.3, 0.0, 2)) == high[:2]
+    assert detector.regions(detector.refined(cells), size, detector.Rule(0.0, 0.95, 10)) == high[:1]
 
 
 def test_the_head_answers_a_picture_alone_as_in_a_batch() -> None:

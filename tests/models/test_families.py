@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import adfm.method
 from adfm.errors import AdfmError
 from adfm.method.coordinates import Frame
-from adfm.models import families
+from adfm.models import adapters, families, hardware, loading
+from adfm.models.families import qwen3_vl, tiles
+from adfm.params import Params
 from tests.models import random_models
 
 
@@ -27,8 +32,44 @@ def test_the_method_knows_no_family() -> None:
     assert "adfm.models" not in "".join(line for line in text.splitlines() if "import" in line)
 
 
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A model of a family that is added to the table: Qwen3-VL's classes under another `model_type`."""
+    from transformers import AutoConfig, AutoModelForImageTextToText, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    class MadeUpConfig(Qwen3VLConfig):
+        model_type = "made_up"
+
+    class MadeUp(Qwen3VLForConditionalGeneration):
+        config_class = MadeUpConfig
+
+    AutoConfig.register("made_up", MadeUpConfig, exist_ok=True)
+    AutoModelForImageTextToText.register(MadeUpConfig, MadeUp, exist_ok=True)
+    family = qwen3_vl.FAMILY._replace(coordinates="pixels", modules_to_save=("lm_head",), vllm=False)
+    monkeypatch.setitem(families.FAMILIES, "made_up", family)
+    random_models.write("qwen3_vl", tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_type": "made_up"}))
+    return tmp_path
+
+
+def test_a_family_is_a_line_in_the_table(made_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = Params.model_validate({"model": {"name": str(made_up)}, "lora": {"vision": False}, "train": {"vllm": 0.5}})
+    loaded = loading.load(made_up, params.model)
+    assert loaded.family == "made_up" and loaded.model.config.model_type == "made_up"
+    assert "in pixels of the image" in loaded.prompt[1]["content"]
+    assert families.get("made_up").frame(loaded.processor, 192, 96).width != 1000
+    adapted = adapters.attach(loaded.model, params.lora)
+    trained = [name for name, weight in adapted.named_parameters() if weight.requires_grad]
+    assert any("lm_head" in name for name in trained) and not any("visual" in name for name in trained)
+    assert hardware.memory(hardware.meta_model(made_up), params)["adapter"] > 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    assert "adfm does not support vLLM for" in hardware.missing_requirements(params)[0]
+
+
 def test_an_unknown_family_is_refused_with_those_that_are_known() -> None:
-    with pytest.raises(AdfmError, match=r"'llava'.*qwen3_vl \(Qwen3-VL\).*adfm/models/families.py"):
+    with pytest.raises(AdfmError, match=r"'llava'.*qwen3_vl \(Qwen3-VL\).*adfm/models/families/__init__.py"):
         families.get("llava")
 
 
@@ -58,18 +99,19 @@ def test_tiles_are_those_that_the_processor_makes(width: int, height: int, limit
     from transformers import GotOcr2ImageProcessorPil
 
     images = GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, crop_to_patches=True)
-    families.Tiles.limit(images, limit * 32 * 32)
-    assert families.Tiles.limits(images) == {"min_patches": 1, "max_patches": limit}
+    tiles.set_max_pixels(images, limit * 32 * 32)
+    assert (images.min_patches, images.max_patches) == (1, limit)
+    assert tiles.max_pixels(images.to_dict()) == limit * 32 * 32
     made = images(np.zeros((height, width, 3), np.uint8), return_tensors="np", input_data_format="channels_last")
-    columns, rows = (side // 32 for side in families.Tiles.resized(images, width, height))
-    tiles = columns * rows
-    assert tiles <= limit and made["num_patches"][0] == tiles + (tiles > 1)
+    columns, rows = (side // 32 for side in tiles.resized(images, width, height))
+    count = columns * rows
+    assert count <= limit and made["num_patches"][0] == count + (count > 1)
 
 
 def test_less_than_a_tile_is_refused() -> None:
     images = SimpleNamespace(size={"height": 448, "width": 448}, min_patches=1, max_patches=12)
     with pytest.raises(AdfmError, match=r"model\.max_pixels: .* set 200704 or more"):
-        families.Tiles.limit(images, 447 * 448)
+        tiles.set_max_pixels(images, 447 * 448)
 
 
 @given(st.integers(20, 300), st.integers(20, 300), st.sampled_from([(14, 2), (16, 2), (8, 1)]), st.integers(1, 6))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 
 from adfm.errors import AdfmError
-from adfm.models import hardware, loading
+from adfm.models import hardware, loading, model_folder, requirements
 from adfm.params import Params, Train, load
 
 GIB = 2**30
@@ -18,7 +20,13 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GP
 
 @pytest.fixture(scope="module")
 def network() -> Any:
-    return hardware.empty(loading.EMBEDDED["embedded://tiny-base"])
+    return hardware.meta_model(loading.EMBEDDED["embedded://tiny-base"])
+
+
+def test_the_embedded_model_is_measured_in_a_process_that_has_loaded_no_model() -> None:
+    """As the check of memory at the start of `adfm train`: transformers then does not know the embedded classes yet."""
+    measure = "from adfm.models import hardware, loading; hardware.meta_model(loading.resolve(*{name!r}))"
+    subprocess.run([sys.executable, "-c", measure.format(name=("embedded://tiny-base", None))], check=True)
 
 
 @without_gpu
@@ -46,10 +54,10 @@ def test_what_needs_a_gpu_says_so(setting: str) -> None:
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert loading.lacking_package("train.x=1", "no-such-package") == [
-        f"train.x=1 needs the package no-such-package, which is not installed; {loading.GPU_SETUP}"
+    assert requirements.missing_package("train.x=1", "no-such-package") == [
+        f"train.x=1 needs the package no-such-package, which is not installed; {requirements.GPU_SETUP}"
     ]
-    assert loading.lacking_package("train.x=1", "numpy") == []
+    assert requirements.missing_package("train.x=1", "numpy") == []
 
 
 @pytest.fixture
@@ -60,7 +68,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(loading, "lacking_package", lambda setting, package: [])
+    monkeypatch.setattr(requirements, "missing_package", lambda setting, package: [])
     monkeypatch.setattr(import_utils, "is_flash_attn_2_available", lambda: True)
     return monkeypatch
 
@@ -70,18 +78,18 @@ def test_flash_attention_is_taken_where_it_runs_and_only_there(gpu: Any) -> None
 
     auto = Params().model.model_copy(update={"dtype": "bfloat16"})
     assert auto.attention == "auto"
-    assert loading.attention(auto) == "flash_attention_2"
-    assert loading.attention(auto.model_copy(update={"dtype": "float32"})) == "sdpa"
-    assert loading.attention(auto.model_copy(update={"attention": "eager"})) == "eager"
+    assert requirements.attention(auto) == "flash_attention_2"
+    assert requirements.attention(auto.model_copy(update={"dtype": "float32"})) == "sdpa"
+    assert requirements.attention(auto.model_copy(update={"attention": "eager"})) == "eager"
     gpu.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert loading.attention(auto) == "sdpa"
+    assert requirements.attention(auto) == "sdpa"
     asked = auto.model_copy(update={"attention": "flash_attention_2"})
-    (problem,) = loading.lacking_flash(asked)
+    (problem,) = requirements.missing_flash_attention(asked)
     assert "needs an NVIDIA A100 or newer, and here is a GPU; set sdpa" in problem
     gpu.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     gpu.setattr(import_utils, "is_flash_attn_2_available", lambda: False)
-    assert loading.attention(auto) == "sdpa"
-    (problem,) = loading.lacking_flash(asked)
+    assert requirements.attention(auto) == "sdpa"
+    (problem,) = requirements.missing_flash_attention(asked)
     assert "needs flash-attn 2.3.3 or newer" in problem
 
 
@@ -89,23 +97,25 @@ def test_flash_attention_is_taken_where_it_runs_and_only_there(gpu: Any) -> None
 def test_without_a_gpu_auto_is_sdpa_and_no_kernels() -> None:
     from adfm.models import liger
 
-    assert loading.attention(Params().model.model_copy(update={"dtype": "bfloat16"})) == "sdpa"
+    assert requirements.attention(Params().model.model_copy(update={"dtype": "bfloat16"})) == "sdpa"
     assert not liger.enabled(Params().train, "qwen3_vl")
     assert liger.enabled(Train(liger=True), "qwen3_vl") and not liger.enabled(Train(liger=False), "qwen3_vl")
-    assert liger.problems("qwen3_vl") == ["train.liger=true needs a GPU, and there is none; leave it at its default"]
+    assert liger.problems("qwen3_vl") == [
+        "train.liger=true needs a GPU, and this machine has none; leave it at its default"
+    ]
 
 
 def test_bfloat16_on_a_gpu_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "an old GPU")
-    (problem,) = loading.lacking(Params().model.model_copy(update={"dtype": "bfloat16"}))
+    (problem,) = requirements.missing(Params().model.model_copy(update={"dtype": "bfloat16"}))
     assert problem.startswith("model.dtype=bfloat16: an old GPU does not compute in it")
 
 
 @pytest.mark.parametrize(("processes", "micro_batch", "share"), [(1, None, (48, 48)), (3, 4, (16, 4)), (16, 3, (3, 3))])
 def test_a_step_is_divided(processes: int, micro_batch: int | None, share: tuple[int, int]) -> None:
-    assert hardware.shares(Train(micro_batch=micro_batch), processes) == share
+    assert hardware.batch_split(Train(micro_batch=micro_batch), processes) == share
 
 
 @pytest.mark.parametrize(("processes", "micro_batch"), [(5, None), (2, 5), (4, 24)])
@@ -138,12 +148,12 @@ def test_memory_shrinks_with_the_settings_that_save_it(network: Any) -> None:
 
 def test_more_than_fits_says_what_to_lower_and_to_what() -> None:
     params = load(None, ["train.micro_batch=48"])
-    needed = hardware.memory(hardware.empty(loading.EMBEDDED["embedded://tiny-base"]), params)
-    assert hardware.beyond(params, 1, hardware.total(needed)) == []
-    (problem,) = hardware.beyond(params, 1, hardware.total(needed) - needed["training"] // 2)
+    needed = hardware.memory(hardware.meta_model(loading.EMBEDDED["embedded://tiny-base"]), params)
+    assert hardware.memory_problems(params, 1, hardware.total(needed)) == []
+    (problem,) = hardware.memory_problems(params, 1, hardware.total(needed) - needed["training"] // 2)
     assert "train.micro_batch=48 needs about" in problem
     assert "Set train.gradient_checkpointing=true, or set train.micro_batch=" in problem
-    (problem,) = hardware.beyond(params, 1, 1)
+    (problem,) = hardware.memory_problems(params, 1, 1)
     assert "take a larger GPU" in problem
     assert "this is certain: the weights alone are" in problem
 
@@ -197,25 +207,25 @@ def test_more_tokens_than_the_model_takes_are_refused() -> None:
 
 def test_nonsense_about_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: True)
-    (problem,) = hardware.lacking(load(None, ["train.vllm=0.3"]))
-    assert problem.endswith("vLLM does not have the architecture of embedded://tiny-base; set it to null")
-    monkeypatch.setattr(loading, "family_of", lambda _: "qwen3_vl")
+    monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda name: True)
+    (problem,) = hardware.missing_requirements(load(None, ["train.vllm=0.3"]))
+    assert problem.endswith("adfm does not support vLLM for embedded://tiny-base; set it to null")
+    monkeypatch.setattr(model_folder, "family_of", lambda _: "qwen3_vl")
     both = ["train.vllm=0.3", "train.vllm_server=http://gpu0:8000"]
-    (problem,) = hardware.lacking(load(None, both))
+    (problem,) = hardware.missing_requirements(load(None, both))
     assert "set one of them to null" in problem
-    (problem,) = hardware.lacking(load(None, ["train.vllm=0.3", "model.quantization=nf4"]))
+    (problem,) = hardware.missing_requirements(load(None, ["train.vllm=0.3", "model.quantization=nf4"]))
     assert "cannot take the weights of model.quantization" in problem
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setattr(loading, "family_of", lambda _: "qwen3_vl")
+    monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(model_folder, "family_of", lambda _: "qwen3_vl")
     monkeypatch.setattr(hardware.vllm_engine.importlib.metadata, "version", lambda name: "0.33.0")
-    (problem,) = hardware.lacking(load(None, ["train.vllm=0.3"]))
+    (problem,) = hardware.missing_requirements(load(None, ["train.vllm=0.3"]))
     assert "vllm==0.30.0" in problem
-    (problem,) = hardware.lacking(Params())
+    (problem,) = hardware.missing_requirements(Params())
     assert "vllm==0.30.0, or set evaluate.backend=transformers" in problem
-    assert hardware.lacking(load(None, ["evaluate.backend=transformers"])) == []
+    assert hardware.missing_requirements(load(None, ["evaluate.backend=transformers"])) == []
 
 
 def test_a_server_that_is_not_there_is_refused_with_the_command_that_starts_it() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adfm.models import hardware, liger, loading
+from adfm.models import hardware, liger, loading, model_folder
 from adfm.params import Params, Train
 
 MODULES = {
@@ -47,7 +47,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_class_that_transformers_has_renamed_does_not_keep_the_layers_from_their_kernels() -> None:
     assert liger.problems("qwen3_vl") == []
     assert liger.enabled(Train(), "qwen3_vl")
-    model = hardware.empty(loading.EMBEDDED["embedded://tiny-base"])
+    model = hardware.meta_model(loading.EMBEDDED["embedded://tiny-base"])
     liger.apply(model)
     assert model.applied == {"fused_linear_cross_entropy": False}
 
@@ -67,9 +67,9 @@ def test_what_cannot_be_used_is_refused_with_the_reason() -> None:
 @pytest.mark.usefixtures("installed")
 def test_a_training_with_kernels_that_its_model_has_not_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("GPU", (), {"total_memory": 2**40}))
-    monkeypatch.setattr(loading, "family_of", lambda _: "qwen3_vl")
+    monkeypatch.setattr(model_folder, "family_of", lambda _: "qwen3_vl")
     assert hardware.problems(Params(train=Train(liger=True))) == []
-    monkeypatch.setattr(loading, "family_of", lambda _: "internvl")
+    monkeypatch.setattr(model_folder, "family_of", lambda _: "internvl")
     monkeypatch.setattr(loading, "base_of", lambda name, settings: (settings, Path()))
     (problem,) = hardware.problems(Params(train=Train(liger=True)))
     assert "it has no kernels for internvl models" in problem

@@ -12,13 +12,13 @@ from transformers import Qwen3VLForConditionalGeneration
 from adfm import signing, tracking
 from adfm.errors import AdfmError
 from adfm.files import digest
-from adfm.models import loading
+from adfm.models import loading, model_folder, versions
 from adfm.params import Model
 
 
 def test_embedded_model_is_small_and_of_the_real_architecture() -> None:
     folder = loading.resolve("embedded://tiny-base", None)
-    assert loading.family_of(folder) == "adfm_embedded"
+    assert model_folder.family_of(folder) == "adfm_embedded"
     assert issubclass(type(loading.outline(folder)), Qwen3VLForConditionalGeneration)
     assert sum(f.stat().st_size for f in folder.glob("*.safetensors")) <= 5e6  # without the pretrained features
     assert not list(folder.glob("*.py")) and not list(folder.glob("*.bin"))
@@ -78,10 +78,13 @@ def test_what_a_model_sees_of_an_image_is_known_without_loading_it(tmp_path: Pat
     assert loading.pixels(Model(max_pixels=1000)) == 1000
     assert loading.pixels(Model(name="owner/name")) is None
     folder = Model(name=str(tmp_path))
-    for content, expected in (
-        ({"size": {"longest_edge": 2000}}, 2000),
-        ({"size": {"height": 448, "width": 448}}, None),
+    for family, content, expected in (
+        ("qwen3_vl", {"size": {"longest_edge": 2000}}, 2000),
+        ("qwen3_vl", {"size": {"height": 448, "width": 448}}, None),
+        ("internvl", {"size": {"height": 448, "width": 448}, "max_patches": 12}, 12 * 448 * 448),
+        ("another", {"size": {"longest_edge": 2000}}, None),
     ):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
         assert loading.pixels(folder) == expected
 
@@ -133,10 +136,10 @@ def here(registered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("uri", ["models:/parts/1", "models:/parts@production"])
 def test_a_registered_version_is_downloaded(uri: str, here: None, tmp_path: Path) -> None:
-    folder, name = loading.fetch(uri, tmp_path)
+    folder, name = versions.fetch(uri, tmp_path)
     assert name == "models:/parts/1"
     assert Path(folder).is_relative_to(tmp_path)
-    assert loading.describe(Path(folder)) == {"version": 1}
+    assert model_folder.describe(Path(folder)) == {"version": 1}
     assert stat.S_IMODE(Path(folder).parent.stat().st_mode) == 0o700
 
 
@@ -158,15 +161,15 @@ def test_a_registered_version_is_downloaded(uri: str, here: None, tmp_path: Path
 )
 def test_a_version_that_is_not_there_or_not_whole_is_refused(uri: str, says: str, here: None, tmp_path: Path) -> None:
     with pytest.raises(AdfmError, match=says):
-        loading.fetch(uri, tmp_path)
+        versions.fetch(uri, tmp_path)
 
 
 def test_without_a_server_the_error_names_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     with pytest.raises(AdfmError, match=r"127\.0\.0\.1:9"):
-        loading.fetch("models:/parts/1", tmp_path)
+        versions.fetch("models:/parts/1", tmp_path)
 
 
 @pytest.mark.parametrize("model", ["embedded://tiny-base", "owner/name", "/some/folder"])
 def test_other_models_are_local_already(model: str, tmp_path: Path) -> None:
-    assert loading.fetch(model, tmp_path) == (model, model)
+    assert versions.fetch(model, tmp_path) == (model, model)

@@ -20,7 +20,8 @@ from adfm.data import shards, tiles
 from adfm.errors import AdfmError
 from adfm.evaluation import predictions
 from adfm.method import prompt, response
-from adfm.models import families, loading, predictor, vllm_engine
+from adfm.models import families, loading, model_folder, predictor, transformers_backend, vllm_engine
+from adfm.models.transformers_backend import generate
 from adfm.params import Evaluate, Model, Params
 from adfm.records import Box
 from tests.models import random_models
@@ -47,8 +48,8 @@ def test_every_image_of_the_split_gets_one_row(small_shards: Path) -> None:
 def test_answers_do_not_depend_on_the_batch(small_shards: Path, embedded: loading.Loaded) -> None:
     images = [Image.open(io.BytesIO(r.image)).convert("RGB") for r in list(shards.read(small_shards, "test"))[:6]]
     images[1] = images[1].resize((160, 64))
-    together, scores = predictor.generate(embedded, images, Evaluate(max_new_tokens=40))
-    alone = [predictor.generate(embedded, [image], Evaluate(max_new_tokens=40)) for image in images]
+    together, scores = generate(embedded, images, Evaluate(max_new_tokens=40))
+    alone = [generate(embedded, [image], Evaluate(max_new_tokens=40)) for image in images]
     assert together == [completions[0] for completions, _ in alone]
     for score, (_, single) in zip(scores, alone, strict=True):
         assert (score is None and single[0] is None) or math.isclose(score or 0, single[0] or 0, abs_tol=1e-4)
@@ -56,7 +57,7 @@ def test_answers_do_not_depend_on_the_batch(small_shards: Path, embedded: loadin
 
 def test_score_is_the_probability_of_the_letter_that_is_written(embedded: loading.Loaded) -> None:
     image = Image.new("RGB", (128, 128), "gray")
-    [completion], [score] = predictor.generate(embedded, [image], Evaluate(max_new_tokens=40, score="letter"))
+    [completion], [score] = generate(embedded, [image], Evaluate(max_new_tokens=40, score="letter"))
     answer = response.parse(completion).answer
     assert score is not None and (score > 0.5) == (answer == "A")
 
@@ -72,11 +73,11 @@ def test_score_is_the_probability_of_the_letter_that_is_written(embedded: loadin
 
 def test_a_completion_ends_at_its_answer_also_where_the_model_would_go_on(embedded: loading.Loaded) -> None:
     image = Image.new("RGB", (128, 128), "gray")
-    expected = predictor.generate(embedded, [image], Evaluate(max_new_tokens=40))
+    expected = generate(embedded, [image], Evaluate(max_new_tokens=40))
     settings = embedded.model.generation_config
     end, settings.eos_token_id = settings.eos_token_id, None
     try:
-        assert predictor.generate(embedded, [image], Evaluate(max_new_tokens=60)) == expected
+        assert generate(embedded, [image], Evaluate(max_new_tokens=60)) == expected
     finally:
         settings.eos_token_id = end
 
@@ -103,13 +104,13 @@ def test_images_of_one_size_are_answered_together_and_rows_keep_their_order(
     mixed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    original = predictor._inputs
+    original = transformers_backend._inputs
 
     def spied(processor: Any, text: str, images: list[Image.Image]) -> Any:
         seen.append([image.size for image in images])
         return original(processor, text, images)
 
-    monkeypatch.setattr(predictor, "_inputs", spied)
+    monkeypatch.setattr(transformers_backend, "_inputs", spied)
     params = Params.model_validate({"evaluate": {"batch_size": 4, "max_new_tokens": 40}})
     table = predictions.predict(BASE, mixed, params, "base")
     assert len(seen) == 3 and all(len(set(batch)) == 1 for batch in seen)
@@ -117,7 +118,7 @@ def test_images_of_one_size_are_answered_together_and_rows_keep_their_order(
     loaded = loading.load(BASE, Model())
     images = [Image.open(io.BytesIO(record.image)).convert("RGB") for record in shards.read(mixed, "test")]
     assert table["completion"].tolist() == [
-        predictor.generate(loaded, [image], Evaluate(max_new_tokens=40))[0][0] for image in images
+        generate(loaded, [image], Evaluate(max_new_tokens=40))[0][0] for image in images
     ]
 
 
@@ -138,7 +139,7 @@ SMALL = Params.model_validate({"evaluate": {"batch_size": 3, "max_new_tokens": 8
 def batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many images each call of the model was given; where 99 stands first, the sixth call is interrupted."""
     calls: list[int] = []
-    original = predictor._generate
+    original = transformers_backend._generate
 
     def counted(
         loaded: loading.Loaded, scorer: Any, inputs: Any, settings: Evaluate, seed: int
@@ -148,7 +149,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         calls.append(len(inputs["input_ids"]))
         return original(loaded, scorer, inputs, settings, seed)
 
-    monkeypatch.setattr(predictor, "_generate", counted)
+    monkeypatch.setattr(transformers_backend, "_generate", counted)
     yield calls
 
 
@@ -253,15 +254,15 @@ def test_kept_answers_are_those_of_the_same_tiles(small_shards: Path) -> None:
 
 def test_a_model_keeps_the_tiles_that_it_was_trained_with(tmp_path: Path) -> None:
     params = Params.model_validate({"tile": {"size": 256}})
-    assert predictor.tile_of(BASE, params) == params.tile
+    assert predictor.tile_of(BASE, params.tile) == params.tile
     for own, expected in (
         ({"tile": {"size": 400, "overlap": 0.1}}, (400, 0.1)),
         ({}, (None, 0.2)),
         (None, (None, 0.2)),
     ):
-        for stage in ("sft", loading.DETECTOR):
+        for stage in ("sft", model_folder.DETECTOR):
             (tmp_path / "adfm.json").write_text(json.dumps({"stage": stage, "params": own}))
-            tile = predictor.tile_of(tmp_path, params)
+            tile = predictor.tile_of(tmp_path, params.tile)
             assert (tile.size, tile.overlap) == expected
 
 

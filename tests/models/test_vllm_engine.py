@@ -20,7 +20,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from trl.data_utils import prepare_multimodal_messages
 
 from adfm.errors import AdfmError
-from adfm.models import loading, vllm_engine
+from adfm.models import families, loading, vllm_engine
+from adfm.models.families import patches
 from adfm.params import Model
 
 BASE = "embedded://tiny-base"
@@ -50,7 +51,7 @@ def test_the_length_holds_what_trl_makes_of_a_prompt_and_not_much_more() -> None
     messages = loading.prompt_of(BASE, "qwen3_vl")
     for pixels in (None, 4608):
         own = processor(pixels)
-        text = vllm_engine.prompt_tokens(own, messages) - vllm_engine.image_tokens(own)
+        text = vllm_engine.model_length(own, messages, 0) - vllm_engine.image_tokens(own)
         longest = vllm_engine.model_length(own, messages, 100)
         for size in ((96, 96), (300, 40), (20, 20)):
             chat = prepare_multimodal_messages(messages, images=[Image.new("RGB", size)])
@@ -72,6 +73,10 @@ def test_a_family_whose_images_are_cut_otherwise_is_refused() -> None:
     other: Any = type("OtherProcessor", (), {"image_processor": object()})()
     with pytest.raises(AdfmError, match="not supported with OtherProcessor"):
         vllm_engine.image_tokens(other)
+
+
+def test_only_families_that_cut_images_into_patches_are_supported() -> None:
+    assert [name for name, family in families.FAMILIES.items() if family.vllm and family.images is not patches] == []
 
 
 @pytest.mark.parametrize(

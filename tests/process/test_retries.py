@@ -24,7 +24,7 @@ import pytest
 from adfm import preflight, tracking
 from adfm.data import sources
 from adfm.errors import AdfmError, Unreachable
-from adfm.models import loading
+from adfm.models import loading, versions
 from adfm.params import Model, Params
 from adfm.process import retries
 
@@ -218,7 +218,7 @@ def test_a_version_that_cannot_be_downloaded_now_is_not_called_changed(
 
     monkeypatch.setattr(mlflow.artifacts, "download_artifacts", away)
     version: Any = SimpleNamespace(name="adfm", version="1", tags={})
-    assert kinds(lambda: loading.check_unchanged(version, tmp_path)) is Unreachable
+    assert kinds(lambda: versions.download(version, tmp_path)) is Unreachable
     assert not list(tmp_path.iterdir())
 
 

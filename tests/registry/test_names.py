@@ -11,7 +11,7 @@ from mlflow.store.artifact.utils.models import _parse_model_uri
 from mlflow.utils.validation import _validate_experiment_name, _validate_model_name, _validate_webhook_name
 
 from adfm import tracking
-from adfm.models import loading
+from adfm.models import versions
 from adfm.params import Mlflow, Params
 from adfm.registry.promotion import history, promote
 
@@ -25,7 +25,7 @@ def test_a_name_that_is_accepted_is_registered_promoted_and_found(store, add, tm
     promote("1", params.mlflow.registered_model, "Ada")
     for uri in (f"models:/{name}/1", f"models:/{name}@production"):
         (tmp_path / "fetched").mkdir(exist_ok=True)
-        folder, version = loading.fetch(uri, tmp_path / "fetched")
+        folder, version = versions.fetch(uri, tmp_path / "fetched")
         assert version == f"models:/{name}/1"
         assert (Path(folder) / "adapter_model.safetensors").is_file()
     assert [step.version for step in history(params.mlflow.registered_model).counting if step.action == "promote"] == [
@@ -79,7 +79,7 @@ def test_what_is_accepted_mlflow_accepts_and_reads_back(name: str) -> None:
         uri = f"models:/{name}/{version}" if version else f"models:/{name}@{alias}"
         parsed = _parse_model_uri(uri)
         assert (parsed.name, parsed.version, parsed.alias) == (name, version, alias)
-        assert loading._REGISTERED.fullmatch(uri)["name"] == name
+        assert versions._URI.fullmatch(uri)["name"] == name
 
 
 @pytest.mark.parametrize("name", ["adfm", "a/b", "/Users/ada/lines", "Prüfung 3", "100 %", 'it\'s "here"', "x" * 256])

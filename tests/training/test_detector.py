@@ -20,7 +20,7 @@ from adfm.data import hashes, shards, tiles
 from adfm.errors import AdfmError
 from adfm.evaluation import metrics, predictions
 from adfm.files import digest
-from adfm.models import detector, loading, predictor
+from adfm.models import detector, loading, model_folder, predictor
 from adfm.params import Params, Tile
 from adfm.records import Box, Record, Split
 from adfm.tiny import efficientnet
@@ -114,7 +114,7 @@ def test_its_folder_says_what_it_is(toy: Path, trained: Path) -> None:
         "trained_on.parquet",
     ]
     assert hashes.of_model(trained).num_rows == 60
-    assert loading.is_detector(trained) and not loading.is_detector("embedded://tiny-base")
+    assert model_folder.is_detector(trained) and not model_folder.is_detector("embedded://tiny-base")
 
 
 def test_the_same_seed_gives_the_same_detector(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_it_learns_from_tiles_and_answers_large_images_by_its_tiles(
     defects = [row for row in examples_.rows(folder, "train", TILED.tile) if row["label"] == "anomalous"]
     assert f"{len(defects)} of {len(defects)} tiles with a defect" in capsys.readouterr().out
     trained = tmp_path / "detector"
-    assert predictor.tile_of(trained, Params()) == TILED.tile
+    assert predictor.tile_of(trained, Params().tile) == TILED.tile
     table = predictions.predict(trained, folder, Params(), "detector")  # whatever the settings say later
     assert (table["predicted"] == table["label"]).mean() >= 0.9
     assert table["iou"].mean() > 0.35

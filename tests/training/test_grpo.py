@@ -68,7 +68,7 @@ def test_utilisation_does_not_depend_on_order(rows: list[list[float]]) -> None:
 
 def test_reward_functions_pay_what_the_profile_pays() -> None:
     box = Box(100, 100, 300, 300)
-    texts = [prompt.answer("anomalous", [box], "spot"), prompt.answer("normal", []), "nonsense"]
+    texts = [prompt.target_completion("anomalous", [box], "spot"), prompt.target_completion("normal", []), "nonsense"]
     columns: dict[str, Any] = {
         "completions": [[{"role": "assistant", "content": text}] for text in texts],
         "label": ["anomalous", "normal", "anomalous"],
@@ -86,7 +86,7 @@ def test_reward_functions_pay_what_the_profile_pays() -> None:
 
 def test_the_kind_is_a_term_where_kinds_are_asked_for() -> None:
     known = ("dent", "scratch")
-    texts = [prompt.answer("anomalous", [], "dent", kinds=known), prompt.answer("normal", [])]
+    texts = [prompt.target_completion("anomalous", [], "dent", kinds=known), prompt.target_completion("normal", [])]
     columns: dict[str, Any] = {
         "completions": [[{"role": "assistant", "content": text}] for text in (*texts, *texts)],
         "label": ["anomalous", "anomalous", "normal", "normal"],
@@ -106,7 +106,9 @@ def test_the_kind_is_a_term_where_kinds_are_asked_for() -> None:
 def test_where_only_the_label_is_known_places_tip_no_group() -> None:
     boxes = [[], [Box(100, 100, 300, 300)], [Box(1, 1, 9, 9), Box(500, 500, 600, 600)]]
     columns: dict[str, Any] = {
-        "completions": [[{"role": "assistant", "content": prompt.answer("anomalous", some)}] for some in boxes],
+        "completions": [
+            [{"role": "assistant", "content": prompt.target_completion("anomalous", some)}] for some in boxes
+        ],
         "label": ["anomalous"] * 3,
         "regions": [[]] * 3,
         "frame": [[1000, 1000]] * 3,
@@ -118,7 +120,7 @@ def test_where_only_the_label_is_known_places_tip_no_group() -> None:
 
 def test_in_a_set_without_boxes_an_anomalous_answer_needs_no_region() -> None:
     columns: dict[str, Any] = {
-        "completions": [[{"role": "assistant", "content": prompt.answer("anomalous", [])}]] * 2,
+        "completions": [[{"role": "assistant", "content": prompt.target_completion("anomalous", [])}]] * 2,
         "label": ["anomalous", "normal"],
         "regions": [[], []],
         "frame": [[1000, 1000]] * 2,

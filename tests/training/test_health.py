@@ -166,11 +166,11 @@ def diagnosed(images: Images, policy: Policy, group: int = 2) -> str | None:
 
 
 def constant(letter: Label, *boxes: Box) -> Policy:
-    return lambda label, truth: prompt.answer(letter, boxes)
+    return lambda label, truth: prompt.target_completion(letter, boxes)
 
 
 def right(label: Label, boxes: list[Box]) -> str:
-    return prompt.answer(label, boxes)
+    return prompt.target_completion(label, boxes)
 
 
 @pytest.mark.parametrize("images", [BOTH, TWO, NO_BOXES])
@@ -179,21 +179,23 @@ def test_one_letter_on_images_of_both_labels_is_diagnosed(images: Images) -> Non
         for boxes in ((), REGIONS[:1]):
             text = diagnosed(images, constant(letter, *boxes))
             assert text is not None and f"{change} train.anomalous_share" in text
-        plain = diagnosed(images, lambda label, boxes, letter=letter: prompt.answer(letter, [], stages=False))
+        plain = diagnosed(
+            images, lambda label, boxes, letter=letter: prompt.target_completion(letter, [], stages=False)
+        )
         assert plain == diagnosed(images, constant(letter))
 
 
 @pytest.mark.parametrize("boxes", [[REGIONS[0]], [Box(0, 0, 504, 504)], REGIONS[:3]])
 @pytest.mark.parametrize("images", [BOTH, NO_NORMAL])
 def test_the_same_boxes_on_images_with_different_defects_are_diagnosed(images: Images, boxes: list[Box]) -> None:
-    text = diagnosed(images, lambda label, truth: prompt.answer(label, boxes))
+    text = diagnosed(images, lambda label, truth: prompt.target_completion(label, boxes))
     assert text is not None and "places do not depend on the image" in text
 
 
 @pytest.mark.parametrize("images", [BOTH, TWO, NO_NORMAL, NO_BOXES, [("anomalous", REGIONS[:1])] * 4])
 @pytest.mark.parametrize("stages", [True, False])
 def test_right_answers_are_not_diagnosed(images: Images, stages: bool) -> None:
-    assert diagnosed(images, lambda label, boxes: prompt.answer(label, boxes, stages=stages)) is None
+    assert diagnosed(images, lambda label, boxes: prompt.target_completion(label, boxes, stages=stages)) is None
     assert diagnosed(images[::-1], right, group=1) is None
 
 
@@ -206,12 +208,12 @@ def test_answers_without_a_letter_are_left_to_the_other_checks() -> None:
 def test_figures_of_constructed_answers() -> None:
     half, frames = Box(0, 0, 50, 100), ([100, 100], [200, 400])
     completed = [
-        Completed("anomalous", [[0, 0, 50, 100]], frames[0], prompt.answer("anomalous", [])),
-        Completed("anomalous", [[0, 0, 50, 100]], frames[0], prompt.answer("anomalous", [half])),
-        Completed("anomalous", [[0, 0, 200, 400]], frames[1], prompt.answer("normal", [Box(0, 0, 50, 400)])),
+        Completed("anomalous", [[0, 0, 50, 100]], frames[0], prompt.target_completion("anomalous", [])),
+        Completed("anomalous", [[0, 0, 50, 100]], frames[0], prompt.target_completion("anomalous", [half])),
+        Completed("anomalous", [[0, 0, 200, 400]], frames[1], prompt.target_completion("normal", [Box(0, 0, 50, 400)])),
         Completed("anomalous", [[0, 0, 200, 400]], frames[1], "cut"),
-        Completed("normal", [], frames[0], prompt.answer("normal", [half])),
-        Completed("normal", [], frames[0], prompt.answer("normal", [])),
+        Completed("normal", [], frames[0], prompt.target_completion("normal", [half])),
+        Completed("normal", [], frames[0], prompt.target_completion("normal", [])),
     ]
     assert answer_figures(completed, 2) == pytest.approx(
         {
@@ -235,7 +237,8 @@ def test_figures_of_constructed_answers() -> None:
             st.lists(st.sampled_from([list(box) for box in REGIONS]), max_size=3),
             st.just([504, 504]),
             st.one_of(
-                st.text(), st.lists(st.sampled_from(REGIONS)).map(lambda boxes: prompt.answer("anomalous", boxes))
+                st.text(),
+                st.lists(st.sampled_from(REGIONS)).map(lambda boxes: prompt.target_completion("anomalous", boxes)),
             ),
         ),
         min_size=1,

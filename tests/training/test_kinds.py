@@ -14,7 +14,7 @@ from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.evaluation import calibration, evaluate, metrics, predictions, verdict
 from adfm.method import kinds as kinds_
-from adfm.models import loading, predictor
+from adfm.models import model_folder, predictor
 from adfm.params import Params
 from adfm.training import grpo, sft
 
@@ -40,7 +40,7 @@ def test_defects_alone_are_told_apart(defects: Path, tmp_path: Path, params: Par
     grpo.train(defects, tmp_path / "sft", tmp_path / "trained", params)
     known = kinds_.listed(shards_.table(defects, "train")["defect"].to_pylist())
     for model in ("sft", "trained"):
-        assert loading.kinds_of(tmp_path / model) == known
+        assert model_folder.kinds_of(tmp_path / model) == known
         text = json.loads((tmp_path / model / "adfm.json").read_text())["prompt"][0]["content"]
         assert tuple(text.split('"')[1::2]) == known
         assert verdict.kind_of(tmp_path / model, params.model).cut == params.sft.steps  # less than one pass
@@ -82,4 +82,4 @@ def test_a_model_without_kinds_has_no_column_of_them(small_shards: Path) -> None
 @pytest.mark.parametrize(("trained_on", "named"), [([], ()), (["dent"], ()), (["dent", "spot"], ("dent", "spot"))])
 def test_a_model_of_one_kind_names_none(trained_on: list[str], named: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "adfm.json").write_text(json.dumps({"stage": "detector", "kinds": trained_on}))
-    assert loading.kinds_of(tmp_path) == named
+    assert model_folder.kinds_of(tmp_path) == named

@@ -13,7 +13,7 @@ from adfm.errors import AdfmError
 from adfm.evaluation import verdict
 from adfm.files import write_json
 from adfm.method import response
-from adfm.models import loading
+from adfm.models import loading, model_folder
 from adfm.params import Evaluate, Params, Tile
 from adfm.training import examples
 from adfm.training import sft as sft_module
@@ -23,7 +23,7 @@ from adfm.training.sft import Answers, sft, trained_on
 def test_no_steps_change_nothing(small_shards: Path, tmp_path: Path) -> None:
     from PIL import Image
 
-    from adfm.models.predictor import generate
+    from adfm.models.transformers_backend import generate
 
     sft(small_shards, tmp_path / "sft", Params.model_validate({"sft": {"steps": 0}}))
     params = Params()
@@ -227,7 +227,7 @@ def test_a_training_on_other_shards_has_seen_both(small_shards: Path, tmp_path: 
         folder.mkdir()
     shards.write(records[:5], one, 100)
     shards.write(records[5:9], two, 100)
-    write_json({"data_fingerprint": shards.fingerprint(one)}, start / loading.DESCRIPTION)
+    write_json({"data_fingerprint": shards.fingerprint(one)}, start / model_folder.DESCRIPTION)
     assert trained_on(one, start) is None  # an earlier adfm left no table
 
     first, second = trained_on(one), trained_on(two)

@@ -81,7 +81,7 @@ def test_mlflow_has_the_first_charts_in_a_section_of_their_own_and_nothing_twice
 SAMPLE: dict[str, Any] = {
     "image": Image.new("RGB", (64, 32), "black"),
     "label": "anomalous",
-    "completion": prompt.answer("anomalous", [Box(500, 500, 750, 1000)], "spot"),
+    "completion": prompt.target_completion("anomalous", [Box(500, 500, 750, 1000)], "spot"),
     "regions": [[0, 0, 250, 500]],
     "frame": [1000, 1000],
     "reward": 2.25,

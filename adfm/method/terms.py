@@ -1,0 +1,27 @@
+"""The reward's terms by name. Settings, training, curves and pipelines read the names here."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Terms(NamedTuple):
+    """What a completion earns, term by term, before any weight.
+
+    To add a term, name it here with a default of 0, which the published reward keeps, compute it in
+    `adfm.method.rewards.calibrated`, and give its weight a line in `params.yaml`. Its weight in `train.weights`, its
+    metrics `rewards/<term>/mean` and `utilisation/<term>`, the curves and the report follow.
+    """
+
+    format: float
+    classification: float
+    localization: float
+
+    @property
+    def total(self) -> float:
+        """The sum of the terms."""
+        return sum(self)
+
+
+MEANS = tuple(f"rewards/{term}/mean" for term in Terms._fields)
+"""The metrics under which TRL logs the mean of each term over a step."""

@@ -1,0 +1,109 @@
+"""Decoding with transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adfm.models import decoding, loading
+from adfm.models.decoding import Completions
+from adfm.params import Evaluate, Params
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    Prepare = Callable[[list[Image.Image]], Any]
+
+
+def load(model: str | Path, params: Params) -> tuple[Any, str, Prepare, Callable[[Any], Completions]]:
+    """Load a model.
+
+    Args:
+        model: A base model's name, or a folder that adfm trained.
+        params: Reads the sections `model` and `evaluate`, and `seed`.
+
+    Returns:
+        The model's processor and family, the function that prepares a list of images, and the one that answers them.
+
+    Raises:
+        AdfmError: As `adfm.models.loading.load`.
+    """
+    loaded = loading.load(model, params.model)
+    loaded.model.eval()
+    text = loading.chat_text(loaded.processor, loaded.prompt)
+    scorer = decoding.Scorer(loaded.processor.tokenizer)
+    return (
+        loaded.processor,
+        loaded.family,
+        lambda images: _inputs(loaded.processor, text, images),
+        lambda inputs: _generate(loaded, scorer, inputs, params.evaluate, params.seed),
+    )
+
+
+def generate(loaded: loading.Loaded, images: list[Image.Image], settings: Evaluate) -> Completions:
+    """Return greedy completions for `images`, and the probability of a defect for each."""
+    scorer = decoding.Scorer(loaded.processor.tokenizer)
+    text = loading.chat_text(loaded.processor, loaded.prompt)
+    return _generate(loaded, scorer, _inputs(loaded.processor, text, images), settings)
+
+
+def _inputs(processor: Any, text: str, images: list[Image.Image]) -> Any:
+    return processor(text=[text] * len(images), images=images, padding=True, return_tensors="pt")
+
+
+def _generate(
+    loaded: loading.Loaded, scorer: decoding.Scorer, inputs: Any, settings: Evaluate, seed: int = 0
+) -> Completions:
+    import torch
+
+    inputs = inputs.to(loaded.model.device)
+    completions, scores = _complete(loaded, scorer, inputs, settings)
+    if settings.samples:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)  # the same batch gets the same samples
+            samples = [_complete(loaded, scorer, inputs, settings, sample=True)[1] for _ in range(settings.samples)]
+        scores = decoding.mean_of_samples(scores, samples)
+    return completions, scores
+
+
+def _complete(
+    loaded: loading.Loaded, scorer: decoding.Scorer, inputs: Any, settings: Evaluate, sample: bool = False
+) -> Completions:
+    import torch
+    from transformers import LogitsProcessorList
+
+    tokenizer = loaded.processor.tokenizer
+    logits = _DecidingLogits(scorer.tokens)
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
+    generate: Any = loaded.model.generate
+    with torch.inference_mode():
+        output = generate(
+            **inputs,
+            **sampling,
+            max_new_tokens=settings.max_new_tokens,
+            stop_strings=[decoding.STOP],
+            tokenizer=tokenizer,
+            logits_processor=LogitsProcessorList([logits]),
+        )
+    tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
+    steps = torch.stack(logits.steps, 1).cpu().numpy()  # [images, tokens, deciding tokens]
+    completions = [decoding.until_stop(text) for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    scores = [
+        scorer.score(settings, row, text, at.__getitem__)
+        for row, text, at in zip(tokens, completions, steps, strict=True)
+    ]
+    return completions, scores
+
+
+class _DecidingLogits:
+    """Called by `generate` at every step: keeps the logits of a few tokens, not of the whole vocabulary."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self._tokens = tokens
+        self.steps: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.steps.append(scores[:, self._tokens].float())
+        return scores
