@@ -1,10 +1,10 @@
-# make setup | repro | test | lint | coverage | mlflow | kfp-run | compile | submit | image | clean        Nothing outside this folder is touched.
+# make setup | repro | test | lint | coverage | docs | mlflow | kfp-run | compile | submit | image | clean        Nothing outside this folder is touched.
 
 SHELL := /bin/sh
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 INSTALLED := .venv/.installed
 
-.PHONY: help setup repro test lint unit coverage mlflow kfp-run compile submit image clean
+.PHONY: help setup repro test lint unit coverage docs mlflow kfp-run compile submit image clean
 
 help:
 	@echo 'make setup    make .venv and install what requirements.txt pins: 2.5 GB, with an NVIDIA GPU 6.3 GB (TORCH=cpu or cuda'
@@ -14,6 +14,7 @@ help:
 	@echo 'make test     lint, check types, run the tests'
 	@echo 'make lint     lint and check types'
 	@echo 'make coverage run the tests and measure what they cover; fails under the floor in pyproject.toml'
+	@echo 'make docs     build the documentation as a site, site/index.html'
 	@echo 'make mlflow   show runs and versions at http://127.0.0.1:5000'
 	@echo 'make kfp-run  run the same stages as the pipeline that a cluster runs, here'
 	@echo 'make compile  write the pipelines for a cluster to pipelines/compiled/'
@@ -70,6 +71,10 @@ coverage: $(INSTALLED)
 	if python -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then export COVERAGE_CORE=sysmon; fi; \
 	OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 	  --hypothesis-profile=ci --cov --cov-report=term --cov-report=xml
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
+	@echo site/index.html
 
 mlflow: $(INSTALLED)
 	@echo 'experiments: http://127.0.0.1:5000/#/experiments?workflowType=machine_learning'

@@ -348,7 +348,7 @@ def limits(runs: int, seed: int) -> int:
         ("IoU loss 0.05, from 10 % of 400 images", 0.05, smaller_boxes, t_limit),
         ("rate 0.05, 300 parts of 1, 2 or 10 like images", 0.05, parts, ours | {"Korn-Graubard": korn_graubard}),
     ]
-    print("| truth, data: limit | short at level 0.05 | at level 0.0139 |\n|---|---|---|")
+    print("| true value, data: limit | missed at level 0.05 | at level 0.0139 |\n|---|---|---|")
     for title, truth, draw, of in cases:
         samples = [draw() for _ in range(runs)]
         for name, limit in of.items():

@@ -307,9 +307,11 @@ def describe(evidence: dict[str, dict[int, dict[str, Any]]], params: Params, pla
     shared = "".join(f" --set {key}={value}" for key, value in flat(params).items() if value != usual[key])
     verdicts = "\n".join(f"- **{'Found' if holds else 'Not found'}**: {words}." for words, holds in claims(evidence))
     return f"""\
-# What the stages and the reward are good for
+# Ablation: stages and reward
 
-    python -m experiments ablation data/shards ablation docs{shared}
+```sh
+python -m experiments ablation data/shards ablation docs{shared}
+```
 
 wrote this page; {finished} of {planned} runs are in it. Each arm starts from the same base model
 (`{params.model.name}`), sees the same data in the same order of the same seed, and takes {params.train.steps} steps of

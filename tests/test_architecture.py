@@ -6,6 +6,7 @@ floor above the highest of those that it imports, late imports included.
 
 import ast
 from collections import defaultdict
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -18,6 +19,7 @@ MODULES = {
 }
 
 
+@cache
 def imports(module: str) -> set[str]:
     """The modules of the project that a module imports; the package's face, `adfm/__init__.py`, does not count."""
     if module == "adfm":
@@ -45,6 +47,14 @@ def rooms() -> dict[str, set[str]]:
     return below
 
 
+def floors() -> dict[str, int]:
+    """The floor of each room; 1 is the ground."""
+    below, floor = rooms(), dict[str, int]()
+    for name in TopologicalSorter(below).static_order():
+        floor[name] = 1 + max((floor[each] for each in below[name]), default=0)
+    return floor
+
+
 def test_no_module_imports_one_that_imports_it() -> None:
     TopologicalSorter({module: imports(module) for module in MODULES}).prepare()
 
@@ -54,10 +64,7 @@ def test_rooms_stand_on_one_another_without_a_circle() -> None:
 
 
 def test_the_house_has_few_floors() -> None:
-    below, floor = rooms(), dict[str, int]()
-    for name in TopologicalSorter(below).static_order():
-        floor[name] = 1 + max((floor[each] for each in below[name]), default=0)
-    assert max(floor.values()) <= FLOORS, sorted(floor.items(), key=lambda item: -item[1])
+    assert max(floors().values()) <= FLOORS, sorted(floors().items(), key=lambda item: -item[1])
 
 
 def test_nothing_imports_upward() -> None:

@@ -203,7 +203,7 @@ def expected(kind: Kind, memory: int) -> list[str]:
         )
     needs = f"about {memory / 2**30:.1f} GiB to train it on a GPU, computed from tensor sizes, not measured"
     if kind.embedded:
-        needs += "; README.md has what `make repro` took on two cores"
+        needs += "; docs/index.md has what `make repro` took on two cores"
     lines = [f"kind      {_what(kind)}", f"expect    {expect}", f"memory    {needs}"]
     if larger := _larger(kind):
         lines.append(f"larger    {larger}")
