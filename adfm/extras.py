@@ -8,7 +8,7 @@ from importlib.util import find_spec
 # imports in adfm/ and with pyproject.toml.
 EXTRAS = {
     "data": {"aiohttp", "asyncssh", "boto3", "botocore", "dvc", "great_expectations"},
-    "pipelines": {"docker", "kfp", "kubeflow_trainer_api", "kubernetes", "urllib3"},
+    "pipelines": {"docker", "kfp", "kubernetes", "urllib3"},
     "registry": {"mlflow", "model_signing", "requests", "uvicorn"},
     "train": {
         "accelerate",
