@@ -149,8 +149,8 @@ class DataSet:
     def checked(self, parts: Iterable[tuple[Path | None, Iterable[Sample]]], remedy: str = "") -> Iterator[Sample]:
         """Yield all samples, and then raise one error about everything that was wrong.
 
-        What is wrong: an image or mask that does not exist, an anomalous image without a mask, an image that comes
-        twice, no image at all, and the problems collected so far. Memory is that of the largest part.
+        What is wrong: an image or mask that does not exist, an anomalous image without a mask or a shape, an
+        image that comes twice, no image at all, and the problems collected so far. Memory is that of the largest part.
 
         Args:
             parts: The samples, folder by folder. Every image in a folder has to be the image or the mask of a sample,
@@ -168,7 +168,7 @@ class DataSet:
                     self.add(sample.source, "is listed twice")
                 if not _exists(sample.image):
                     self.add(sample.source, "does not exist")
-                if sample.label == "anomalous" and not sample.masks:
+                if sample.label == "anomalous" and not (sample.masks or sample.boxes):
                     self.add(sample.source, "has no mask")
                 missing = (mask for mask in sample.masks if not _exists(mask))
                 self.problems += [f"{sample.source}: has no mask {self.relative(mask)}{remedy}" for mask in missing]

@@ -12,6 +12,7 @@ from adfm.data.problems import BadData, MissingImage
 from adfm.data.readers import files
 from adfm.data.readers.files import DataSet
 from adfm.errors import AdfmError
+from adfm.records import Box
 
 
 def test_images_and_folders_are_listed_by_name_without_hidden_ones(tmp_path: Path) -> None:
@@ -233,3 +234,15 @@ def test_only_bad_data_in_a_block_become_problems(tmp_path: Path) -> None:
         raise KeyError("a bug")
     assert data.problems == ["a.json: is empty", "a.json: there is no image"]
     assert [isinstance(problem, MissingImage) for problem in data.problems] == [False, True]
+
+
+def test_an_anomalous_image_needs_a_mask_or_a_shape(tmp_path: Path) -> None:
+    data = DataSet(tmp_path, "table")
+    for name in ("a.png", "b.png", "c.png"):
+        (tmp_path / name).touch()
+    drawn = data.sample("x", tmp_path / "a.png", "scratch", boxes=(Box(0, 0, 1, 1),))
+    masked = data.sample("x", tmp_path / "b.png", "scratch", [tmp_path / "c.png"])
+    assert list(data.checked([(tmp_path, [drawn, masked])])) == [drawn, masked]
+    with pytest.raises(BadData) as error:
+        list(data.checked([(None, [data.sample("x", tmp_path / "a.png", "scratch")])]))
+    assert error.value.problems == ["a.png: has no mask"]
