@@ -102,6 +102,21 @@ def bitmap(name: str, part: NDArray[np.bool_], left: int, top: int, size: tuple[
     return Shape(name, round_it, rle=Rle(height, width, tuple(counts.tolist())))
 
 
+def patches(name: str, mask: NDArray[np.bool_], size: tuple[int, int]) -> list[Shape]:
+    """A bitmap for every patch of a mask [height, width] of an image of `size` (width, height).
+
+    Pixels that touch at a side or a corner are of one patch.
+    """
+    from scipy import ndimage
+
+    labels, _ = ndimage.label(mask, np.ones((3, 3)))
+    places = enumerate(ndimage.find_objects(labels), start=1)
+    return [
+        bitmap(name, labels[down, across] == number, across.start, down.start, size)
+        for number, (down, across) in places
+    ]
+
+
 def pixels(rle: Rle) -> NDArray[np.bool_]:
     """The mask as an array [height, width]."""
     runs = np.resize(np.array([False, True]), len(rle.counts))

@@ -15,7 +15,7 @@ from PIL import Image
 from adfm.data import contents
 from adfm.data.readers.annotations import Shape, nfc
 from adfm.data.readers.files import DataSet, NoImage, folder_names, images, images_within, walk
-from adfm.data.readers.shapes import bitmap, check_mask_size
+from adfm.data.readers.shapes import bitmap, check_mask_size, patches
 from adfm.data.readers.textfiles import text
 from adfm.data.readers.verdicts import class_name
 
@@ -91,8 +91,6 @@ class Classes:
         Raises:
             ValueError: A mask cannot be read, is of another size than the other, or has a colour without a class.
         """
-        from scipy import ndimage
-
         by_color = self._of(masks.base) is not None and (masks.base / _LABELMAP).is_file()
         classes, objects = (_colors(path, by_color) if path else None for path in (masks.classes, masks.objects))
         if classes is not None and objects is not None and classes.shape != objects.shape:
@@ -100,21 +98,14 @@ class Classes:
         either = objects if objects is not None else classes
         assert either is not None
         size = (either.shape[1], either.shape[0])
-        shapes = []
+        shapes: list[Shape] = []
         for color in _drawn(either):
             pixels = either == color
             if objects is None:
-                patches, _ = ndimage.label(pixels, np.ones((3, 3)))
-                places = ndimage.find_objects(patches)
-                parts = [
-                    (patches[down, across] == number, across.start, down.start)
-                    for number, (down, across) in enumerate(places, start=1)
-                ]
-                name = self._name(masks, color)
+                shapes += patches(self._name(masks, color), pixels, size)
             else:
-                parts = [(pixels, 0, 0)]
                 name = "defect" if classes is None else self._name(masks, _most(classes[pixels]))
-            shapes += [bitmap(name, part, left, top, size) for part, left, top in parts]
+                shapes.append(bitmap(name, pixels, 0, 0, size))
         return shapes
 
     def _name(self, masks: Masks, color: int) -> str:

@@ -193,6 +193,26 @@ def kolektor(root: Path) -> Truths:
     return truths
 
 
+def severstal(root: Path) -> Truths:
+    """Masks as run lengths, and images without labels."""
+    table(
+        root / "train.csv",
+        [
+            ["ImageId", "ClassId", "EncodedPixels"],
+            ["0002cc93b.jpg", "1", "29102 12 29346 24"],
+            ["0007a71bf.JPG", "3", "18661 28 18863 82"],
+            ["0007a71bf.JPG", "4", "1 4 257 4"],
+        ],
+    )
+    size = (1600, 256)
+    image(root, "test_images/0000f269f.jpg", size)
+    return {
+        image(root, "train_images/0002cc93b.jpg", size): Truth("steel", "class 1"),
+        image(root, "train_images/0007a71bf.JPG", size): Truth("steel", "class 3+class 4"),
+        image(root, "train_images/00031f466.jpg", size): Truth("steel"),
+    }
+
+
 def mmad(root: Path) -> Truths:
     truths = {}
     listed: dict[str, dict[str, object]] = {}
@@ -398,6 +418,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path], Truths]]] = {
     "btad": ("btad", btad),
     "dagm": ("dagm", dagm),
     "kolektor": ("kolektor", kolektor),
+    "severstal": ("severstal", severstal),
     "mmad": ("mmad", mmad),
     "ok-ng": ("folders", ok_ng),
     "mvtec-without-masks": ("folders", mvtec_without_masks),
