@@ -20,7 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
 from adfm.errors import AdfmError
-from adfm.method.terms import Terms
+from adfm.method.terms import WEIGHTS
 from adfm.text import did_you_mean
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -161,7 +161,7 @@ class Detector(Section):
 
 
 # A weight for every term, so that one that is added to the reward cannot go without.
-_fields: dict[str, Any] = dict.fromkeys(Terms._fields, (NonNegativeFloat, 1.0))
+_fields: dict[str, Any] = {term: (NonNegativeFloat, weight) for term, weight in WEIGHTS._asdict().items()}
 _TermWeights: Any = create_model("_TermWeights", __base__=Section, **_fields)
 
 

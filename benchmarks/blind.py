@@ -2,6 +2,7 @@
 
 python benchmarks/blind.py                      # the tables of docs/experiments.md
 python benchmarks/blind.py --profile paper
+python benchmarks/blind.py --weight localization=2    # a term by another weight than in the default run
 
 A blind policy writes completions without regard to the image. What it earns is an average over the completions that it
 writes, so no mixture of completions earns more than the best of them: the search is for one completion. It goes through
@@ -30,6 +31,7 @@ from typing import NamedTuple
 
 from adfm.method.coordinates import PUBLISHED
 from adfm.method.rewards import PROFILES
+from adfm.method.terms import WEIGHTS
 from adfm.records import Box, Label
 
 SIDE = PUBLISHED.width
@@ -213,13 +215,16 @@ def described(text: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", choices=sorted(PROFILES), default="calibrated")
+    parser.add_argument("--weight", action="append", default=[], metavar="TERM=WEIGHT", help="of the reward's terms")
     parser.add_argument("--images", type=int, default=300, help="anomalous images to draw")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     reward = PROFILES[args.profile]
+    given = dict(setting.split("=") for setting in args.weight)
+    weights = WEIGHTS._replace(**{term: float(weight) for term, weight in given.items()})
 
     def score(text: str, label: Label, boxes: Sequence[Box]) -> float:
-        return reward(text, label, boxes).total
+        return reward(text, label, boxes).weighted(weights)
 
     for place in ("scattered", "central", "one place"):
         truth = draw(place, args.images, args.seed)

@@ -35,7 +35,7 @@ from adfm.drawing import WIDTH, drawn, panels, smoothed
 from adfm.errors import AdfmError
 from adfm.evaluation.plots import TITLES
 from adfm.files import replace_json, replace_text, write_json
-from adfm.method.terms import Terms
+from adfm.method.terms import WEIGHTS
 from adfm.models import loading
 from adfm.params import Params, flat, loads
 from adfm.process import cpus
@@ -58,7 +58,9 @@ class Arm:
     settings: tuple[str, ...]
 
 
-_LETTER_ALONE = tuple(f"train.weights.{term}=0" for term in Terms._fields if term != "classification")
+_LETTER_ALONE = tuple(
+    f"train.weights.{term}=0" for term, weight in WEIGHTS._asdict().items() if weight and term != "classification"
+)
 ARMS = {
     "answer": Arm("no stages, answer-only reward", ("sft.stages=false", *_LETTER_ALONE)),
     "stages": Arm("stages, answer-only reward", _LETTER_ALONE),

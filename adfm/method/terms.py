@@ -9,8 +9,9 @@ class Terms(NamedTuple):
     """What a completion earns, term by term, before any weight.
 
     To add a term, name it here with a default of 0, which the published reward keeps, compute it in
-    `adfm.method.rewards.calibrated`, and give its weight a line in `params.yaml`. Its weight in `train.weights`, its
-    metrics `rewards/<term>/mean` and `utilisation/<term>`, the curves and the report follow.
+    `adfm.method.rewards.calibrated`, and give its weight a line in `params.yaml`, and here in `WEIGHTS` if the default
+    run pays it. Its weight in `train.weights`, its metrics `rewards/<term>/mean` and `utilisation/<term>`, the curves
+    and the report follow.
     """
 
     format: float
@@ -19,9 +20,16 @@ class Terms(NamedTuple):
 
     @property
     def total(self) -> float:
-        """The sum of the terms."""
-        return sum(self)
+        """The sum of the terms, each by its default weight."""
+        return self.weighted(WEIGHTS)
 
+    def weighted(self, weights: Terms) -> float:
+        """The sum of the terms, each by a weight."""
+        return sum(weight * term for weight, term in zip(weights, self, strict=True))
+
+
+WEIGHTS = Terms(format=1.0, classification=1.0, localization=1.0)
+"""The default weights in `train.weights`; a term that is not named here has 0: it changes nothing until asked for."""
 
 MEANS = tuple(f"rewards/{term}/mean" for term in Terms._fields)
 """The metrics under which TRL logs the mean of each term over a step."""

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from adfm.method.terms import MEANS
+from adfm.method.terms import MEANS, WEIGHTS, Terms
+from adfm.params import Params
 
 ROOT = Path(__file__).parents[2]
 TRAIN = """
@@ -70,3 +71,10 @@ def test_dvc_plots_every_term() -> None:
     curves = [next(iter(plot.values())) for plot in plots if isinstance(plot, dict)]
     columns = [curve["y"].get("models/trained/reward_curves.csv") for curve in curves if "smoothed" in str(curve)]
     assert {"reward", *MEANS} <= set(columns)
+
+
+def test_a_term_counts_by_its_default_weight() -> None:
+    terms = Terms(0.5, 0.25, 0.125)
+    assert terms.total == 0.875 and terms.weighted(Terms(2, 0, 4)) == 1.5
+    weights = Params().train.weights.model_dump()
+    assert {term: weights[term] for term in Terms._fields} == WEIGHTS._asdict()
