@@ -52,6 +52,9 @@ def calibrated(
     - A normal image pays only for the letter `B`: 1 for at most one box, since the method asks to examine a region and
       reject it, and less for each further box.
 
+    `regions` pays for the number of boxes in `<think>`, wherever they are, of answers with the right letter (see
+    `_regions`).
+
     Args:
         completion: The model's text.
         label: The image's label.
@@ -66,6 +69,7 @@ def calibrated(
         _format(response, box_required),
         float(response.predicted_label == label),
         _localization(response, label, boxes, frame) if located else 0.0,
+        _regions(response, label, boxes) if located else 0.0,
     )
 
 
@@ -94,6 +98,25 @@ def _localization(response: ParsedCompletion, label: Label, truth: Sequence[Box]
     if response.answer != "B":
         return 0.0
     return 4 / (4 + max(0, len(response.boxes) + response.invalid - 1))
+
+
+def _regions(response: ParsedCompletion, label: Label, truth: Sequence[Box]) -> float:
+    """Return how near the number of regions in `<think>` is to that of the true boxes: the smaller over the larger.
+
+    0 with the wrong letter, for none on an anomalous image, and for all numbers where its boxes are not known. On a
+    normal image, one region to examine and reject is none. A region that is written again, or is not a box, makes the
+    number larger, but is not one of those asked for.
+    """
+    # A number alone is earned without looking: "one region, B" has the right one on normal images, and on those of one
+    # defect, most of the others. With the letter asked for, it never pays more than the letter does, which no constant
+    # answer has on both.
+    if response.predicted_label != label or not (response.think or "").strip():
+        return 0.0
+    written = len(response.boxes) + response.invalid
+    if label == "normal":
+        return 1 / max(1, written)
+    true = len({*map(Box._make, truth)})
+    return min(len({*response.boxes}), true) / max(written, true) if truth else 0.0
 
 
 def _soft_f1(boxes: Sequence[Box], invalid: int, truth: Sequence[Box], frame: Frame) -> float:

@@ -17,6 +17,7 @@ class Terms(NamedTuple):
     format: float
     classification: float
     localization: float
+    regions: float = 0.0
 
     @property
     def total(self) -> float:

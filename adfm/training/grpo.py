@@ -246,9 +246,9 @@ def utilisation(terms: torch.Tensor, weights: torch.Tensor, group: int) -> dict[
     """Shares of the groups of one step, in [0, 1].
 
     Args:
-        terms: Rewards `[completions, 3]` in the order of `TERMS`, or `[completions, 4]` with `KIND` after them; a
-            group's completions stand together.
-        weights: Weight of each term, `[3]` or `[4]`.
+        terms: Rewards `[completions, terms]` in the order of `TERMS`, with or without `KIND` after them; a group's
+            completions stand together.
+        weights: Weight of each term, `[terms]`.
         group: Completions a group.
 
     Returns:

@@ -75,6 +75,17 @@ def test_in_a_set_without_boxes_the_best_blind_completion_earns_the_commoner_let
         assert blind.perfect(score, [[]]).at(share) == pytest.approx(2)
 
 
+def test_the_number_of_regions_alone_earns_no_more_than_the_commoner_letter(blind: ModuleType) -> None:
+    def score(text: str, label: Label, boxes: Sequence[Box]) -> float:
+        return PROFILES["calibrated"](text, label, boxes).regions
+
+    truth = blind.draw("scattered", IMAGES, seed=0)
+    tried = {text: blind.earnings(score, text, truth) for text in blind.families()}
+    for share in blind.SHARES:
+        assert blind.best_blind(tried, share)[1] <= max(share, 1 - share)
+        assert blind.perfect(score, truth).at(share) == pytest.approx(1)
+
+
 def test_the_search_finds_what_a_reward_pays_by_mistake(blind: ModuleType) -> None:
     """Where normal images pay for one box of any answer, the best blind completion beats the perfect one."""
     truth = blind.draw("scattered", IMAGES, seed=0)

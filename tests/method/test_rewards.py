@@ -87,14 +87,14 @@ def misses(predicted, truth):
 def test_1_every_term_lies_between_0_and_1(completion, label, truth, frame):
     terms = calibrated(completion, label, truth, frame)
     assert all(0 <= term <= 1 for term in terms)
-    assert terms.total == sum(terms)
+    assert terms.total == sum(terms[:3])
     assert all(map(math.isfinite, PROFILES["paper"](completion, label, truth, frame)))
 
 
 @given(TRUTH, st.data())
 @settings(deadline=None)
 def test_1_exactly_the_true_boxes_are_the_only_maximum(truth, data):
-    assert calibrated(answer(truth), "anomalous", truth) == (1, 1, 1)
+    assert calibrated(answer(truth), "anomalous", truth)[:3] == (1, 1, 1)
     changes = st.one_of(
         st.lists(box(), max_size=8),
         st.lists(st.sampled_from(truth), max_size=9),
@@ -112,7 +112,7 @@ def test_1_exactly_the_true_boxes_are_the_only_maximum(truth, data):
 @given(WILD, st.lists(box(), max_size=8))
 @settings(deadline=None)
 def test_1_the_clean_answer_without_a_box_is_a_maximum_on_a_normal_image(completion, boxes):
-    assert calibrated(answer(letter="B"), "normal", []) == (1, 1, 1)
+    assert calibrated(answer(letter="B"), "normal", []) == (1, 1, 1, 1)
     assert calibrated("<think>Even.</think><rethink>None.</rethink><answer>b</answer>", "normal", []).total == 3
     assert calibrated(completion, "normal", []).total <= 3
     assert calibrated(answer(boxes, "A"), "normal", []).total <= 1
@@ -264,6 +264,41 @@ def test_5_localization_on_a_normal_image_needs_the_right_letter(wild, boxes, le
         assert calibrated(wild, "normal", []).localization == 0
 
 
+# The number of regions.
+
+
+@pytest.mark.parametrize(
+    ("written", "true", "paid"),
+    [(0, 1, 0), (1, 1, 1), (2, 1, 1 / 2), (0, 3, 0), (1, 3, 1 / 3), (2, 3, 2 / 3), (3, 3, 1), (4, 3, 3 / 4)],
+)
+def test_the_number_of_regions_pays_by_how_near_it_is(written, true, paid):
+    regions, truth = ([Box(x, y, x + 9, y + 9) for x in range(0, 10 * n, 10)] for n, y in ((written, 0), (true, 99)))
+    assert calibrated(answer(regions), "anomalous", truth).regions == pytest.approx(paid)
+    assert calibrated(answer(regions, "B"), "anomalous", truth).regions == 0
+    assert calibrated(answer(regions, "B"), "normal", []).regions == pytest.approx(1 / max(1, written))
+    assert calibrated(answer(regions), "normal", []).regions == 0
+    assert calibrated(answer(regions), "anomalous", list(map(list, truth))).regions == pytest.approx(paid)
+
+
+def test_a_region_written_again_or_not_a_box_is_not_one_more():
+    truth = [Box(0, 0, 9, 9), Box(20, 0, 29, 9)]
+    assert calibrated(answer(truth[:1] * 2), "anomalous", truth).regions == 0.5
+    assert calibrated(answer(truth[:1]).replace("see", "see [1,2,3]"), "anomalous", truth).regions == 0.5
+    assert calibrated(answer(truth).replace("see", "see [1,2,3]"), "anomalous", truth).regions == pytest.approx(2 / 3)
+
+
+@given(st.one_of(WILD, st.builds(answer, st.lists(box(), max_size=4), st.sampled_from(["A", "B", "x"]))), LABELS, TRUTH)
+@settings(deadline=None)
+def test_the_number_of_regions_never_pays_more_than_the_letter(completion, label, truth):
+    terms = calibrated(completion, label, truth if label == "anomalous" else [])
+    assert 0 <= terms.regions <= terms.classification
+
+
+@pytest.mark.parametrize("completion", ["B", "<answer>B</answer>", "<think> </think><answer>B</answer>"])
+def test_doing_nothing_is_not_a_number_of_regions(completion):
+    assert calibrated(completion, "normal", []).regions == 0
+
+
 # 6. Only a clean letter.
 
 
@@ -356,7 +391,7 @@ def test_in_a_set_without_boxes_only_form_and_letter_are_paid(label, completion)
 def test_in_a_set_without_boxes_no_place_is_asked_for(label, boxes):
     for letter in LETTER.values():
         right = letter == LETTER[label]
-        assert in_training("calibrated", answer(boxes, letter), label, [], FRAME, located=False) == (1, right, 0)
+        assert in_training("calibrated", answer(boxes, letter), label, [], FRAME, located=False) == (1, right, 0, 0)
 
 
 @given(TRUTH)
@@ -368,7 +403,7 @@ def test_the_right_letter_alone_beats_the_right_boxes_with_the_wrong_letter(trut
 
 @given(st.lists(box(), max_size=4))
 def test_where_no_true_box_is_known_all_boxes_pay_the_same(boxes):
-    assert calibrated(answer(boxes), "anomalous", []) == (1, 1, 0)
+    assert calibrated(answer(boxes), "anomalous", []) == (1, 1, 0, 0)
 
 
 @given(TRUTH, st.lists(box(), max_size=4), st.sampled_from([0.5, 2.0, 4.0]))

@@ -32,7 +32,7 @@ def test_every_line_is_scored_in_order(profile):
     for case, line in zip(cases, lines, strict=True):
         terms = PROFILES[profile](case["completion"], case["label"], [Box(*box) for box in case["boxes"]])
         assert line == {**terms._asdict(), "total": terms.total}
-        assert list(line) == ["format", "classification", "localization", "total"]
+        assert list(line) == ["format", "classification", "localization", "regions", "total"]
         assert all(map(math.isfinite, line.values()))
 
 

@@ -97,10 +97,12 @@ def test_the_kind_is_a_term_where_kinds_are_asked_for() -> None:
     functions = grpo.reward_functions("calibrated", kinds=known)
     assert [function.__name__ for function in functions] == [*grpo.TERMS, "kind"]
     terms = torch.tensor([function(**columns) for function in functions]).T
-    assert terms[:, 3].tolist() == [1, 0, 0, 1]
-    assert terms[:, :3].T.tolist() == [function(**columns) for function in grpo.reward_functions("calibrated")]
-    shares = grpo.utilisation(terms, torch.ones(4), group=2)
-    assert shares["utilisation/kind"] == 1 and "utilisation/kind" not in grpo.utilisation(terms[:, :3], WEIGHTS, 2)
+    assert terms[:, -1].tolist() == [1, 0, 0, 1]
+    without = terms[:, :-1]
+    assert without.T.tolist() == [function(**columns) for function in grpo.reward_functions("calibrated")]
+    shares = grpo.utilisation(terms, torch.ones(terms.shape[1]), group=2)
+    assert shares["utilisation/kind"] == 1
+    assert "utilisation/kind" not in grpo.utilisation(without, torch.ones(without.shape[1]), 2)
 
 
 def test_where_only_the_label_is_known_places_tip_no_group() -> None:
@@ -127,7 +129,7 @@ def test_in_a_set_without_boxes_an_anomalous_answer_needs_no_region() -> None:
     }
     for located, form in ((True, [1, 0.75]), (False, [1, 1])):
         terms = [function(**columns) for function in grpo.reward_functions("calibrated", located)]
-        assert terms == [form, [1, 0], [0, 0]]
+        assert terms == [form, [1, 0], [0, 0], [0, 0]]
 
 
 def test_batch_that_does_not_divide_is_refused(small_shards: Path, started: Path, tmp_path: Path) -> None:
