@@ -81,7 +81,7 @@ def judge(registry: Registry, version: ModelVersion, to: Path) -> Judgement:
     history, number = registry.history, str(version.version)
     submission = fetch(version, to, registry.keys)
     own = check(submission, registry.name)
-    registered = policy.loads(history.policy or "", "the registered policy")
+    registered = policy.registered(history.policy or "")
     rivals = {rival: _rival(registry, rival, to) for rival in {history.production, history.anchor} - {NOBODY, number}}
     against = {"production": history.production, "anchor": history.anchor}
     if history.anchor == history.production:
@@ -138,7 +138,7 @@ def stands(history: History, version: str) -> Step | None:
     step = history.last("judge", version=version)
     if step is None or history.policy is None:
         return None
-    registered = policy.digest(policy.loads(history.policy, "the registered policy"))
+    registered = policy.digest(policy.registered(history.policy))
     now = (history.production, history.anchor, registered)
     return step if (step.production, step.anchor, step.policy) == now else None
 
@@ -216,7 +216,7 @@ def present(registry: Registry, version: ModelVersion, judgement: Judgement, ste
 
 def policy_difference(submission: Submission, history: History) -> list[str]:
     """What the submitter's policy says otherwise than the registered one."""
-    registered = policy.loads(history.policy or "", "the registered policy")
+    registered = policy.registered(history.policy or "")
     try:
         own = policy.loads((submission.folder / policy.FILE).read_text(encoding="utf-8"), policy.FILE)
     except (OSError, UnicodeDecodeError, policy.PolicyError):

@@ -96,6 +96,25 @@ def loads(text: str, place: str = FILE) -> Policy:
         raise PolicyError(str(error)) from error
 
 
+def registered(text: str) -> Policy:
+    """The policy of a text that `dumps` wrote, as the history has it; the default where there is none yet.
+
+    It asks only for the metrics that it names: one that was added to `METRICS` since is not asked for.
+
+    Raises:
+        PolicyError: As `load`.
+    """
+    policy = loads(text, "the registered policy")
+    written = yaml.safe_load(text) or {}
+    return policy.model_copy(
+        update={
+            part: {name: bound for name, bound in bounds.items() if name in written[part]}
+            for part, bounds in (("whole", policy.whole), ("parts", policy.parts))
+            if part in written
+        }
+    )
+
+
 def dumps(policy: Policy) -> str:
     """A policy as YAML with every key, which stays the same policy when defaults change."""
     return yaml.safe_dump(policy.model_dump(), sort_keys=False, allow_unicode=True)

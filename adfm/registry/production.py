@@ -50,7 +50,7 @@ def judging_policy(name: str) -> str:
     if not tracking.store_is_missing():
         with reconcile.client() as store:
             registered = reconcile.look(store, name).history.policy
-    return policy.digest(policy.load() if registered is None else policy.loads(registered, "the registered policy"))
+    return policy.digest(policy.load() if registered is None else policy.registered(registered))
 
 
 def write(out: Path, name: str, policy: Path | None = None) -> None:

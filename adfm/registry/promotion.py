@@ -426,7 +426,7 @@ def _same_person(one: str, other: str) -> bool:
 
 
 def _policy(history: History) -> Policy:
-    return policy.loads(history.policy or "", "the registered policy")
+    return policy.registered(history.policy or "")
 
 
 def _used(number: str, history: History) -> bool:

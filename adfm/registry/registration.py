@@ -184,7 +184,11 @@ def adopt_policy(registry: Registry, first: Policy | None = None) -> Registry:
         except policy.PolicyError as error:
             _answer(store, name, tags, str(error))
             return registry
-        if proposed is None or policy.dumps(proposed) == registry.history.policy:
+        # The tag stays where it is: that a metric was added to adfm since is nobody's change of the policy.
+        if proposed is None or registry.history.policy in (
+            policy.dumps(proposed),
+            policy.dumps(policy.registered(text)),
+        ):
             _answer(store, name, tags, "")
             return registry
         lines = _changes(registry.history.policy, proposed)
@@ -427,7 +431,7 @@ def _headline(version: ModelVersion, step: Step) -> str:
 def _changes(registered: str | None, proposed: Policy) -> str:
     if registered is None:
         return "the first policy"
-    return "; ".join(policy.difference(policy.loads(registered, "the registered policy"), proposed))
+    return "; ".join(policy.difference(policy.registered(registered), proposed))
 
 
 def _answer(store: MlflowClient, name: str, tags: Mapping[str, str], problem: str) -> None:

@@ -252,7 +252,7 @@ def submit(
 def own_policy(history: History) -> Policy:
     """The submitter's policy: `gate.yaml` of the current folder, else the registered one, else the default."""
     if history.policy and not Path(policy.FILE).is_file():
-        return policy.loads(history.policy, "the registered policy")
+        return policy.registered(history.policy)
     return policy.load()
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from adfm.evaluation.gate_metrics import METRICS
-from adfm.registry.policy import Policy, PolicyError, difference, digest, dumps, load, loads
+from adfm.registry.policy import Policy, PolicyError, difference, digest, dumps, load, loads, registered
 
 SHIPPED = Path(__file__).parents[2] / "gate.yaml"
 
@@ -26,6 +26,14 @@ def test_without_a_file_the_default_judges(tmp_path: Path, monkeypatch: pytest.M
 def test_a_policy_survives_its_text_and_keeps_its_digest() -> None:
     policy = loads("level: 0.1\nwhole: {iou: {limit: null, margin: null}}\napprovers: [Ünal]")
     assert loads(dumps(policy)) == policy and digest(loads(dumps(policy))) == digest(policy) != digest(Policy())
+
+
+def test_a_registered_policy_does_not_ask_for_a_metric_that_is_added_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, text = Policy(), dumps(Policy())
+    monkeypatch.setitem(METRICS, "more", METRICS["escape_rate"])
+    assert registered(text) == before != Policy() == registered("")
+    assert digest(registered(text)) == digest(before)
+    assert loads(text).whole["more"] == METRICS["escape_rate"].whole
 
 
 def test_what_a_policy_says_otherwise_is_listed_by_key() -> None:

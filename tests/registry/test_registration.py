@@ -17,6 +17,7 @@ from adfm.cli import main
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.evaluation import calibration
+from adfm.evaluation.gate_metrics import METRICS
 from adfm.kubeflow import notification
 from adfm.params import Params
 from adfm.registry import decisions, policy, registration
@@ -698,6 +699,15 @@ def test_a_reviewer_sets_the_policy_with_a_tag(apart, one, capsys):
     assert history("adfm").last("policy").why == "looks: 7 instead of 20"
     accept_all()
     assert sum(step.action == "policy" for step in history("adfm").counting) == 2
+
+
+def test_a_metric_that_is_added_to_adfm_changes_neither_policy_nor_decisions(one, monkeypatch):
+    register(*one, PARAMS)
+    set_policy(Path("gate.yaml"), PARAMS)
+    before = history("adfm").policy
+    monkeypatch.setitem(METRICS, "more", METRICS["escape_rate"])
+    accept_all()
+    assert history("adfm").policy == before and decisions.stands(history("adfm"), "1")
 
 
 def test_a_policy_that_changes_after_an_approval_is_applied_before_promotion(one):
