@@ -130,7 +130,8 @@ def difference(registered: Policy, own: Policy) -> list[str]:
     ours, theirs = flat(registered), flat(own)
 
     def written(values: dict[str, Any], key: str) -> str:
-        return "null" if values[key] is None else str(values[key])
+        return "not asked" if key not in values else "null" if values[key] is None else str(values[key])
 
-    keys = [key for key in ours if ours[key] != theirs[key]]
-    return [f"{key}: {written(theirs, key)} instead of {written(ours, key)}" for key in keys]
+    keys = [*ours, *(key for key in theirs if key not in ours)]
+    words = {key: (written(theirs, key), written(ours, key)) for key in keys}
+    return [f"{key}: {their} instead of {our}" for key, (their, our) in words.items() if their != our]

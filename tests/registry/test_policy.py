@@ -44,6 +44,9 @@ def test_what_a_policy_says_otherwise_is_listed_by_key() -> None:
         "approvers: ['anna'] instead of []",
     ]
     assert difference(own, own) == []
+    fewer = registered("whole: {iou: {limit: 0.1, margin: 0.05}}\nparts: {}")
+    assert "whole.overkill.limit: not asked instead of 0.4" in difference(Policy(), fewer)
+    assert "whole.overkill.limit: 0.4 instead of not asked" in difference(fewer, Policy())
 
 
 @pytest.mark.parametrize(
