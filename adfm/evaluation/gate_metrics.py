@@ -1,7 +1,8 @@
 """The metrics that the gate judges: one entry of `METRICS` each.
 
 Each is a mean over images of a value between 0 and 1. An entry has its name, its direction, over which images it is
-taken, and what a policy asks of it by default; gate, plan, report, policy file and MLflow's tables follow from it.
+taken, and what a policy asks of it by default; gate, plan, report, policy file and MLflow's tables follow from it. A
+metric of which nothing is asked by default is judged where a policy names it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Metric:
         over: The images that count, in words: `images`, `normal images`, `anomalous images`.
         values: For a prediction table of decisions, each image's value in [0, 1]; NaN where an image does not count.
         binary: Whether each value is 0 or 1.
-        gain: Whether a better value is a reason to promote.
+        gain: Whether a better value is a reason to promote, by a policy that names the metric.
         whole: What the default policy asks of it over all images.
         parts: The same over a category, or a kind of defect.
     """
@@ -57,6 +58,11 @@ class Metric:
     gain: bool
     whole: Bound
     parts: Bound
+
+    @property
+    def asked(self) -> bool:
+        """Whether the default policy has the metric; otherwise it would weaken the gain of the others (Holm)."""
+        return self.whole != Bound() or self.parts != Bound()
 
 
 def _right(table: pd.DataFrame) -> Floats:
@@ -72,8 +78,13 @@ def _wrong_of(label: str) -> Callable[[pd.DataFrame], Floats]:
     return values
 
 
-def _iou(table: pd.DataFrame) -> Floats:
-    return table["iou"].to_numpy(dtype=float, na_value=np.nan)
+def _column(name: str) -> Callable[[pd.DataFrame], Floats]:
+    """The values of a column; of a table without it no image counts."""
+
+    def values(table: pd.DataFrame) -> Floats:
+        return table.reindex(columns=[name])[name].to_numpy(dtype=float, na_value=np.nan)
+
+    return values
 
 
 METRICS: dict[str, Metric] = {
@@ -91,7 +102,7 @@ METRICS: dict[str, Metric] = {
         title="IoU",
         higher=True,
         over="anomalous images with boxes",
-        values=_iou,
+        values=_column("iou"),
         binary=False,
         gain=True,
         whole=Bound(limit=0.1, margin=0.05),
@@ -116,6 +127,16 @@ METRICS: dict[str, Metric] = {
         gain=False,
         whole=Bound(limit=0.4, margin=0.05),
         parts=Bound(margin=0.2),
+    ),
+    "mask_iou": Metric(
+        title="mask IoU",
+        higher=True,
+        over="anomalous images with masks",
+        values=_column("mask_iou"),
+        binary=False,
+        gain=True,
+        whole=Bound(),
+        parts=Bound(),
     ),
 }
 """The metrics that the gate judges, by name, in the order of a policy."""

@@ -202,8 +202,8 @@ def _compared(table: pd.DataFrame, before: pd.DataFrame | None) -> list[dict[str
     group = metrics.groups(table)
     rows = []
     # Escapes among defects alone say nothing: to flag everything would be right.
-    judged = {"iou": METRICS["iou"]} if metrics.without_normal(table) else METRICS
-    for entry in sorted(judged.values(), key=lambda entry: entry.higher):
+    judged = [entry for entry in METRICS.values() if not (entry.binary and metrics.without_normal(table))]
+    for entry in sorted(judged, key=lambda entry: entry.higher):
         both = [entry.values(each) for each in (table, before) if each is not None]
         counting = ~np.isnan(both).any(axis=0)
         if not counting.any():

@@ -10,8 +10,8 @@ questions, each with `passed`, `failed` or `cannot tell`:
 - `production`: the confidence limit of its loss against production, on the same images, is below the margin;
 - `anchor`: the same against the anchor, the best version that was ever in production, so that small losses cannot
   add up;
-- `gain`, of all images alone: it is better than in production. Accuracy or IoU has to be (Holm's correction over both),
-  unless the policy asks for non-inferiority alone.
+- `gain`, of all images alone: it is better than in production. Accuracy or IoU has to be, or another gain that the
+  policy names (Holm's correction over them), unless it asks for non-inferiority alone.
 
 A value beyond its limit, or a measured loss beyond its margin, fails if chance is excluded. What is neither shown to be
 good nor shown to be bad is `cannot tell`, with the number of images that would tell. The version passes if every answer
@@ -278,8 +278,9 @@ def _whole(
     ]
     if "production" not in values:
         return rows
-    gains = [row for row in rows if METRICS[row.metric].gain and row.images]
-    parts = {row.metric: _paired(values, row.metric, "production", group, everything) for row in gains}
+    paired = {name: _paired(values, name, "production", group, everything) for name in policy.whole}
+    parts = {name: pair for name, pair in paired.items() if METRICS[name].gain and len(pair[0])}
+    gains = [row for row in rows if row.metric in parts]
     p = [statistics.gain_p(-loss, of, METRICS[name].binary) for name, (loss, of) in parts.items()]
     for row, chance, holds in zip(gains, p, statistics.holm(p, level) if p else [], strict=True):
         loss = parts[row.metric][0]
@@ -358,7 +359,8 @@ def _row(
 
 
 def _mean(values: Floats) -> float | None:
-    return round(float(values.mean()), _MOST_DECIMALS) if len(values) else None
+    known = values[~np.isnan(values)]  # a rival's table may lack the column
+    return round(float(known.mean()), _MOST_DECIMALS) if len(known) else None
 
 
 def _paired(

@@ -69,15 +69,18 @@ def plan(policy: Policy, images: pd.DataFrame, look: int = 1) -> list[Need]:
 
     Args:
         policy: What is asked.
-        images: One row an image: `category`, `label`; `defect`, `boxes` and `dataset` if there are any. The table of
-            shards or a prediction table.
+        images: One row an image: `category`, `label`; `defect`, `boxes` and `dataset` if there are any; `mask_iou`,
+            null where an image has no mask. The table of shards or a prediction table.
         look: The number of the candidate among those that the images judge.
     """
     level = statistics.level_of_look(min(look, policy.looks), policy.looks, policy.level)
     anomalous = images["label"].isin(["anomalous"])
     located = anomalous & (images["boxes"].map(len).gt(0) if "boxes" in images else True)
     # A table of right answers, so that every metric tells which images it counts.
-    answers = images.assign(predicted=images["label"], iou=np.where(located, 1.0, np.nan))
+    masked = images.reindex(columns=["mask_iou"])["mask_iou"].notna()
+    answers = images.assign(
+        predicted=images["label"], iou=np.where(located, 1.0, np.nan), mask_iou=np.where(masked, 1.0, np.nan)
+    )
     counting = {name: ~np.isnan(METRICS[name].values(answers)) for name in policy.whole}
     everything = np.ones(len(images), dtype=bool)
     needs = [
@@ -122,9 +125,16 @@ def of_shards(shards: Path, policy: Policy, look: int = 1) -> str:
     Raises:
         AdfmError: The shards cannot be read, or have no test split.
     """
-    from adfm.data.shards import table
+    import pyarrow.compute as pc
+
+    from adfm.data.shards import batches, table
 
     images = table(shards, "test").to_pandas()
+    if "mask_iou" in policy.whole:  # the table is without masks
+        masked = [
+            pc.is_valid(rows["mask"]).to_numpy(zero_copy_only=False) for rows in batches(shards, "test", ["mask"])
+        ]
+        images["mask_iou"] = np.where(np.concatenate(masked), 1.0, np.nan)
     words = text(plan(policy, images, look), policy, look)
     parts = len(np.unique(samples(images)))
     if parts < len(images):

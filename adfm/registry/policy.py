@@ -2,7 +2,8 @@
 
 The policy that judges is the one registered on the model, which a reviewer sets; the file in a submitter's folder is
 shown where it differs. Each metric is a mean over images of a value between 0 and 1, and one entry of `METRICS`: its
-name, its direction, over which images, and what a policy asks of it unless it says otherwise.
+name, its direction, over which images, and what a policy asks of it unless it says otherwise. A metric of which nothing
+is asked by default is in a policy that names it.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ class PolicyError(AdfmError):
     exit_code = 2
 
 
+def _default(part: Literal["whole", "parts"]) -> dict[str, Bound]:
+    return {name: getattr(metric, part) for name, metric in METRICS.items() if metric.asked}
+
+
 class Policy(Section):
     """What a version has to fulfil to be promoted.
 
@@ -39,7 +44,8 @@ class Policy(Section):
         level: The risk that any of the candidates judged on one test set passes wrongly.
         looks: How many candidates one test set may judge; the level is spent over them.
         power: The chance of an answer that the numbers of images in "cannot tell" are reckoned for.
-        rule: `gain`: accuracy or IoU has to be better than in production; `noninferior`: nothing may be worse.
+        rule: `gain`: accuracy or IoU (or another gain in `whole`) has to be better than in production; `noninferior`:
+            nothing may be worse.
         defect_rate: The share of defective parts on the line, for the operating point.
         whole: By metric, what is asked over all images.
         parts: By metric, what is asked over each category, and each kind of defect.
@@ -53,8 +59,8 @@ class Policy(Section):
     power: Annotated[float, Field(gt=0.5, lt=1)] = 0.8
     rule: Literal["gain", "noninferior"] = "gain"
     defect_rate: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    whole: dict[str, Bound] = Field(default_factory=lambda: {name: metric.whole for name, metric in METRICS.items()})
-    parts: dict[str, Bound] = Field(default_factory=lambda: {name: metric.parts for name, metric in METRICS.items()})
+    whole: dict[str, Bound] = Field(default_factory=lambda: _default("whole"))
+    parts: dict[str, Bound] = Field(default_factory=lambda: _default("parts"))
     enough: PositiveInt = 100
     approvers: list[str] = Field(default_factory=list)
     team_of_one: bool = True

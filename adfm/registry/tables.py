@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from adfm.errors import AdfmError
-from adfm.evaluation.metrics import as_decided, listed, same_images
+from adfm.evaluation.metrics import COMPARED, as_decided, listed, same_images
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _COLUMNS = ("id", "category", "label", "predicted", "iou")
+_FURTHER = ("dataset", "defect", "group", "boxes", *(name for name in COMPARED if name not in _COLUMNS))
 
 
 class Incomparable(AdfmError):
@@ -61,9 +64,10 @@ def checked(table: pd.DataFrame, name: str) -> pd.DataFrame:
         table = as_decided(table)
     except AdfmError as error:
         raise Incomparable(f"The {name} table cannot be judged: {error}") from error
-    table = table[[column for column in (*_COLUMNS, "dataset", "defect", "group", "boxes") if column in table]]
+    table = table[[column for column in (*_COLUMNS, *_FURTHER) if column in table]]
     rows = table["id"].astype(object)
     iou = pd.to_numeric(table["iou"], errors="coerce").astype(float)
+    of_mask = table["mask_iou"] if "mask_iou" in table else pd.Series(np.nan, table.index)
     anomalous = table["label"].isin(["anomalous"])
     # Only the label is known where there is nothing to overlap with.
     located = table["boxes"].map(len).gt(0) if "boxes" in table else anomalous
@@ -77,6 +81,9 @@ def checked(table: pd.DataFrame, name: str) -> pd.DataFrame:
         "no IoU in [0, 1] on an anomalous image": anomalous & located & ~iou.between(0, 1),
         "an IoU on an image without boxes": anomalous & ~located & table["iou"].notna(),
         "an IoU on a normal image": ~anomalous & table["iou"].notna(),
+        "an IoU with a mask that is not in [0, 1]": of_mask.notna()
+        & ~pd.to_numeric(of_mask, errors="coerce").astype(float).between(0, 1),
+        "an IoU with a mask on a normal image": ~anomalous & of_mask.notna(),
     }
     wrong = [
         f"{fault}: {listed([f'row {row} ({key})' for row, key in zip(where.nonzero()[0], rows[where], strict=True)])}"

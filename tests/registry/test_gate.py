@@ -62,7 +62,7 @@ def policy(**changes: Any) -> Policy:
     for key, value in changes.items():
         part, _, metric = key.partition("_")
         if part in ("whole", "parts") and metric:
-            values[part][metric] |= value
+            values[part][metric] = values[part].get(metric, {}) | value
         else:
             values[key] = value
     return Policy.model_validate(values)
@@ -285,6 +285,50 @@ def test_a_further_metric_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decide(predictions(), None, None, loads("whole: {scratches: {limit: 0.3}}")).passed
 
 
+def masked(table: pd.DataFrame, iou: float) -> pd.DataFrame:
+    """The table with an IoU of every second anomalous image with its mask."""
+    return table.assign(mask_iou=np.where(np.arange(len(table)) % 4 == 0, iou, np.nan))
+
+
+def test_the_iou_with_masks_is_judged_where_a_policy_names_it() -> None:
+    better, production = masked(predictions(), 0.6), masked(predictions(), 0.4)
+    asked = policy(whole_mask_iou={"limit": 0.3, "margin": 0.05})
+    decision = decide(better, production, None, asked)
+    assert decision.passed and decision.headline.startswith("Better than production: mask IoU 60.0% against 40.0%")
+    (row,) = [row for row in decision.rows if row.metric == "mask_iou"]
+    assert row.images == 150 and {answer.question for answer in row.answers} == {"limit", "production", "gain"}
+    assert decide(production, better, None, asked).verdict == "failed"
+    assert decide(masked(predictions(), 0.1), None, None, asked).reasons[0].startswith("Mask IoU: 10.0% over 150")
+    # Named without a limit, it is a gain all the same.
+    assert decide(better, production, None, policy(whole_mask_iou={})).passed
+
+
+def test_the_iou_with_masks_changes_nothing_where_no_policy_names_it() -> None:
+    candidate, production = predictions(wrong=54), predictions()
+    before = decide(candidate, production, None, ONE)
+    assert decide(masked(candidate, 0.1), masked(production, 0.4), None, ONE) == before
+    assert "mask_iou" not in {row.metric for row in before.rows}
+
+
+def test_without_masks_an_iou_with_them_cannot_be_told() -> None:
+    asked = policy(whole_mask_iou={"margin": 0.05})
+    for candidate, production in (
+        (predictions(wrong=30), predictions()),
+        (masked(predictions(wrong=30), 0.5), predictions()),
+        (predictions(wrong=30), masked(predictions(), 0.5)),
+    ):
+        decision = decide(candidate, production, None, asked)
+        assert decision.verdict == "cannot tell" and decision.reasons[0].startswith("Mask IoU: cannot be told")
+        json.dumps(dataclasses.asdict(decision), allow_nan=False)
+
+
+def test_of_decisions_the_regions_are_compared_with_the_mask() -> None:
+    table = decided(predictions(wrong=300), overkill=0, iou=0.4)
+    table.loc[0, "decision"] = "normal"
+    decision = decide(table, None, None, policy(whole_mask_iou={"limit": 0.1}))
+    assert measured(decision, "mask_iou")[0] == pytest.approx(0.4 * 299 / 300)
+
+
 def test_the_table_begins_with_escapes_and_shows_parts_that_are_open() -> None:
     decision = decide(predictions(wrong=30), predictions(), None, Policy())
     header, *rows = gate.table(dataclasses.asdict(decision))
@@ -338,6 +382,8 @@ def changed(rows: int | slice, column: str, value: Any) -> pd.DataFrame:
         (changed(4, "iou", -0.1), r"no IoU in \[0, 1\].*row 4 \(0004\)"),
         (changed(4, "iou", "high"), r"no IoU in \[0, 1\].*row 4 \(0004\)"),
         (changed(3, "iou", 0.3), r"IoU on a normal image: row 3 \(0003\)"),
+        (changed(3, "mask_iou", 0.3), r"IoU with a mask on a normal image: row 3 \(0003\)"),
+        (changed(4, "mask_iou", 1.1), r"IoU with a mask that is not in \[0, 1\].*row 4 \(0004\)"),
     ],
 )
 def test_a_broken_table_is_refused_on_either_side(table: pd.DataFrame, message: str) -> None:

@@ -42,6 +42,15 @@ def test_each_metric_counts_its_own_images() -> None:
     assert all(need.of == "whole" and need.name == "" and need.judged for need in needs)
 
 
+def test_only_images_with_masks_count_for_the_iou_with_them() -> None:
+    policy = Policy(whole={"mask_iou": Bound(limit=0.1)}, parts={})
+    table = images(40, 30, 20)
+    for masked in (0, 10):
+        (need,) = plan.plan(policy, table.assign(mask_iou=[np.nan] * (70 - masked) + [1.0] * masked))
+        assert need.images == masked
+    assert plan.plan(policy, table)[0].images == 0
+
+
 def test_numbers_are_those_of_the_gate_at_the_look() -> None:
     policy = Policy()
     for look in (1, 7, 20, 25):
@@ -107,7 +116,10 @@ def test_the_text_says_what_is_missing() -> None:
 def test_the_test_split_of_shards_is_planned(small_shards: Path) -> None:
     text = plan.of_shards(small_shards, Policy())
     assert "too few" in text and "look 1 of 20" in text
-    assert np.all([METRICS[name].title in text for name in METRICS])
+    assert np.all([METRICS[name].title in text for name in Policy().whole])
+    asked = Policy(whole={"mask_iou": Bound(limit=0.1)}, parts={})
+    assert "mask IoU  ≥ 10.0%" in plan.of_shards(small_shards, asked)
+    assert "24 anomalous images with masks" in plan.of_shards(small_shards, asked)
 
 
 def test_images_of_one_part_are_pointed_out(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

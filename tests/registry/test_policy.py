@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from adfm.evaluation.gate_metrics import METRICS
+from adfm.evaluation.gate_metrics import METRICS, Bound
 from adfm.registry.policy import Policy, PolicyError, difference, digest, dumps, load, loads, registered
 
 SHIPPED = Path(__file__).parents[2] / "gate.yaml"
@@ -12,8 +12,17 @@ SHIPPED = Path(__file__).parents[2] / "gate.yaml"
 
 def test_the_shipped_policy_is_the_default() -> None:
     assert load(SHIPPED) == loads("") == Policy()
-    assert [*Policy().whole] == [*Policy().parts] == [*METRICS]
+    assert [*Policy().whole] == [*Policy().parts] == [name for name, metric in METRICS.items() if metric.asked]
     assert [*METRICS][:2] == ["accuracy", "iou"]
+
+
+def test_a_metric_of_which_nothing_is_asked_is_in_a_policy_that_names_it() -> None:
+    assert METRICS["mask_iou"].whole == METRICS["mask_iou"].parts == Bound()
+    assert [*Policy().whole] == [*Policy().parts] == ["accuracy", "iou", "escape_rate", "overkill"]
+    named = loads("whole: {mask_iou: {margin: 0.1}}")
+    assert named.whole == Policy().whole | {"mask_iou": Bound(margin=0.1)} and named.parts == Policy().parts
+    assert registered(dumps(named)) == named
+    assert "mask_iou" in loads("whole: {mask_iou: {}}").whole
 
 
 def test_without_a_file_the_default_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
