@@ -6,9 +6,8 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 from adfm.errors import AdfmError
-from adfm.kubeflow.cluster import GROUP, PLURAL, RUNTIME, VERSION
+from adfm.kubeflow.cluster import GROUP, PLURAL, RUNTIME, VERSION, claim_problem
 from adfm.kubeflow.resources import MACHINE, RESOURCES, WORKSPACE_CLAIM
-from adfm.kubeflow.volume import claim_problem
 from pipelines import checks
 
 _SECRET, _KEY = "adfm-mlflow", "uri"

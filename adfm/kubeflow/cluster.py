@@ -26,6 +26,9 @@ GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 RUNTIME = "torch-distributed"
 """Kubeflow Trainer's runtime for a TrainJob."""
 
+CONTAINER = "node"
+"""Name of the replicated job, and of its container, in Kubeflow Trainer's Torch runtime."""
+
 _TIMEOUT = (10, 60)  # seconds for the connection and for the answer; the client has no default
 _PAUSE = 10.0  # seconds
 
@@ -117,3 +120,31 @@ def message(error: ApiException) -> str:
         status = None
     text = status.get("message") if isinstance(status, dict) else None
     return str(text or error.reason)
+
+
+def claim_problem(claim: Any, name: str, namespace: str) -> str:
+    """Why several machines cannot train on a volume claim, and what to do; "" if they can, as far as it says.
+
+    Args:
+        claim: As the Kubernetes API has it; None if it does not exist.
+        name: Of the claim.
+        namespace: Of the claim.
+    """
+    if claim is None:
+        return (
+            f"the namespace {namespace} has no volume claim {name}, on which several machines train; "
+            f"kubectl -n {namespace} apply -f deploy/runs/workspace.yaml, with a storage class of ReadWriteMany."
+        )
+    modes = (claim.spec and claim.spec.access_modes) or []
+    if "ReadWriteMany" not in modes:
+        return (
+            f"the volume claim {name} in the namespace {namespace} is {', '.join(modes) or 'without access mode'}, and "
+            "several machines write to it; make it again with ReadWriteMany and a storage class that has it "
+            "(deploy/runs/workspace.yaml)."
+        )
+    if claim.status and claim.status.phase == "Lost":
+        return (
+            f"the volume of the claim {name} in the namespace {namespace} is lost (phase Lost); make the claim again "
+            "(deploy/runs/workspace.yaml)."
+        )
+    return ""  # one that is not bound may be of a storage class that makes the volume for its first pod

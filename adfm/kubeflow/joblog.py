@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from adfm.errors import Unreachable
 from adfm.kubeflow import cluster
-from adfm.kubeflow.trainjob import CONTAINER
+from adfm.kubeflow.cluster import CONTAINER
 
 if TYPE_CHECKING:
     from kubernetes.client import CoreV1Api

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from adfm.errors import AdfmError
 from adfm.kubeflow import cluster
-from adfm.kubeflow.cluster import GROUP, PLURAL, RUNTIME, VERSION
+from adfm.kubeflow.cluster import CONTAINER, GROUP, PLURAL, RUNTIME, VERSION
 from adfm.kubeflow.joblog import JobLog
-from adfm.kubeflow.trainjob import CONTAINER
 
 if TYPE_CHECKING:
     from kubernetes.client.exceptions import ApiException

@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from adfm.kubeflow import resources
-from adfm.kubeflow.cluster import GROUP, RUNTIME, VERSION
+from adfm.kubeflow.cluster import CONTAINER, GROUP, RUNTIME, VERSION
 from adfm.process import environment
 from adfm.training.launch import command
-
-CONTAINER = "node"
-"""Name of the replicated job, and of its container, in Kubeflow Trainer's Torch runtime."""
 
 
 def train_job(

@@ -15,34 +15,6 @@ from adfm.kubeflow.trainjob import volume_job
 _PROBE = 600.0  # seconds in which the volume has to be there; the task `check` has half an hour
 
 
-def claim_problem(claim: Any, name: str, namespace: str) -> str:
-    """Why several machines cannot train on a volume claim, and what to do; "" if they can, as far as it says.
-
-    Args:
-        claim: As the Kubernetes API has it; None if it does not exist.
-        name: Of the claim.
-        namespace: Of the claim.
-    """
-    if claim is None:
-        return (
-            f"the namespace {namespace} has no volume claim {name}, on which several machines train; "
-            f"kubectl -n {namespace} apply -f deploy/runs/workspace.yaml, with a storage class of ReadWriteMany."
-        )
-    modes = (claim.spec and claim.spec.access_modes) or []
-    if "ReadWriteMany" not in modes:
-        return (
-            f"the volume claim {name} in the namespace {namespace} is {', '.join(modes) or 'without access mode'}, and "
-            "several machines write to it; make it again with ReadWriteMany and a storage class that has it "
-            "(deploy/runs/workspace.yaml)."
-        )
-    if claim.status and claim.status.phase == "Lost":
-        return (
-            f"the volume of the claim {name} in the namespace {namespace} is lost (phase Lost); make the claim again "
-            "(deploy/runs/workspace.yaml)."
-        )
-    return ""  # one that is not bound may be of a storage class that makes the volume for its first pod
-
-
 def prepare(work: str) -> None:
     """Make the folder of a run on the volume, and print `free BYTES`, or `refused` and why, in `volume_job`'s pod."""
     folder = Path(work)
@@ -105,7 +77,7 @@ def _check_claim(jobs: TrainJobs, name: str) -> None:
             return
         if error.status != 404:
             raise
-    if problem := claim_problem(claim, name, jobs.namespace):
+    if problem := cluster.claim_problem(claim, name, jobs.namespace):
         raise AdfmError(problem)
 
 
