@@ -164,9 +164,9 @@ run_pipeline() {
   ADFM_CPU_IMAGE=$image ADFM_GPU_IMAGE=$image python - submit --host "$api" "${settings[@]/#/--set=}" <<'END'
 import runpy
 
-from adfm.kubeflow.resources import NEEDS
+from adfm.kubeflow.resources import RESOURCES
 
-NEEDS.update({task: needs._replace(cpu="500m", memory="3Gi") for task, needs in NEEDS.items()})
+RESOURCES.update({task: entry._replace(cpu="500m", memory="3Gi") for task, entry in RESOURCES.items()})
 runpy.run_module("pipelines.training", run_name="__main__")
 END
   python - "$api" <<'END'
