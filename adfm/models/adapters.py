@@ -30,6 +30,7 @@ def config(network: Any, settings: Lora) -> LoraConfig:
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
+        # A family with modules that are saved whole has its tower among them, which then takes no LoRA layers.
         exclude_modules=family.vision_pattern if family.modules_to_save or not settings.vision else None,
         modules_to_save=whole or None,
         task_type="CAUSAL_LM",
@@ -37,10 +38,7 @@ def config(network: Any, settings: Lora) -> LoraConfig:
 
 
 def attach(network: Any, settings: Lora) -> Any:
-    """Put a new adapter on `network`.
-
-    Returns:
-        The network as PEFT's `PeftModel`; its only trainable weights are the adapter's.
+    """Put a new adapter on `network`: PEFT's `PeftModel`, in which only the adapter's weights are trainable.
 
     Raises:
         AdfmError: Lists all `problems`.
@@ -53,7 +51,7 @@ def attach(network: Any, settings: Lora) -> Any:
 
 
 def problems(network: Any, settings: Lora) -> list[str]:
-    """Return why `attach` refuses `lora.target_modules`: a sentence for every wrong entry.
+    """Return a sentence for every entry of `lora.target_modules` that `attach` refuses.
 
     Args:
         network: The model without an adapter; its weights may be on PyTorch's device `meta`.
@@ -62,11 +60,10 @@ def problems(network: Any, settings: Lora) -> list[str]:
     targets = settings.target_modules
     if not targets:
         return [f"lora.target_modules is empty; name modules, or set it to {ALL_LINEAR}"]
-    modules = dict(network.named_modules())
     refused = []
     for entry in [targets] if isinstance(targets, str) else dict.fromkeys(targets):
         try:
-            problem = _problem(network, modules, settings, entry)
+            problem = _problem(network, settings, entry)
         except re.error as error:
             problem = f"is not a regular expression ({error}); name modules in a list, or set it to {ALL_LINEAR}"
         if problem:
@@ -76,42 +73,43 @@ def problems(network: Any, settings: Lora) -> list[str]:
 
 def weights(network: Any, settings: Lora) -> int:
     """Return how many numbers the adapter of `attach` has, without attaching it to the network."""
-    modules = dict(network.named_modules())
-    sizes: dict[Any, int] = {}  # by kind and shape: PEFT's layers are made once for each, not hundreds of times
-    whole = config(network, settings).modules_to_save or []
-    total: int = sum(p.numel() for name, p in network.named_parameters() if not set(whole).isdisjoint(name.split(".")))
-    for name in _matched(network, modules, settings):
-        kind = type(modules[name]), tuple(modules[name].weight.shape)
+    whole = {*(config(network, settings).modules_to_save or ())}
+    total: int = sum(p.numel() for name, p in network.named_parameters() if not whole.isdisjoint(name.split(".")))
+    # By kind and shape, since PEFT needs long to make the layers of hundreds of modules, which are nearly all alike.
+    sizes: dict[Any, int] = {}
+    for module in _matched(network, settings).values():
+        kind = type(module), tuple(module.weight.shape)
         if kind not in sizes:
-            layer = _layer(network, modules[name], settings)
+            layer = _layer(network, module, settings)
             sizes[kind] = sum(weight.numel() for key, weight in layer.named_parameters() if "lora_" in key)
         total += sizes[kind]
     return total
 
 
-def _problem(network: Any, modules: dict[str, Any], settings: Lora, entry: str) -> str | None:
-    """Return what is wrong with one entry of a list, or with a regular expression; `None` if it can be used."""
+def _problem(network: Any, settings: Lora, entry: str) -> str | None:
+    """Return what is wrong with one entry of a list, or with a regular expression."""
     text = isinstance(settings.target_modules, str)
     one = settings.model_copy(update={"target_modules": entry if text else [entry]})
-    matched = _matched(network, modules, one)
-    if not matched and not _matched(network, modules, one.model_copy(update={"vision": True})):
-        return f"matches no module of the model; {_hint(modules, entry, text)}"
+    matched = _matched(network, one)
+    if not matched and not _matched(network, one.model_copy(update={"vision": True})):
+        return f"matches no module of the model; {_hint(network, entry, text)}"
     if not matched:
         return "matches modules of the vision tower only, and lora.vision is false; remove it, or set lora.vision=true"
-    kinds = {type(modules[name]): name for name in reversed(matched)}
-    unfit = next((name for name in kinds.values() if _layer(network, modules[name], one) is None), None)
+    # The first module of each class, since PEFT decides by the class.
+    kinds = {type(module): name for name, module in reversed(matched.items())}
+    unfit = next((name for name in kinds.values() if _layer(network, matched[name], one) is None), None)
     if unfit:
         return (
-            f"matches {unfit} ({type(modules[unfit]).__name__}), which cannot carry a LoRA adapter; "
+            f"matches {unfit} ({type(matched[unfit]).__name__}), which cannot carry a LoRA adapter; "
             f"name linear layers, or set lora.target_modules={ALL_LINEAR}"
         )
     embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
-    for name in matched:
-        if modules[name] is head:
+    for name, module in matched.items():
+        if module is head:
             return (
                 f"matches the output head {name}, where TRL's loss would bypass an adapter and not train it; remove it"
             )
-        if modules[name] is embedding and head is not None and embedding.weight is head.weight:
+        if module is embedding and head is not None and embedding.weight is head.weight:
             return (
                 f"matches {name}, whose weights are the output head's too in this model: once merged, as for vLLM, an "
                 "adapter would change both; remove it"
@@ -119,13 +117,13 @@ def _problem(network: Any, modules: dict[str, Any], settings: Lora, entry: str) 
     return None
 
 
-def _matched(network: Any, modules: dict[str, Any], settings: Lora) -> list[str]:
-    """Return the names of the modules that PEFT would put an adapter on."""
+def _matched(network: Any, settings: Lora) -> dict[str, Any]:
+    """Return the modules, by name, that PEFT would put an adapter on."""
     # PEFT's own functions decide, since rules of our own could differ from them.
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 
     peft = _maybe_include_all_linear_layers(config(network, settings), network)
-    return [name for name in modules if name and check_target_module_exists(peft, name)]
+    return {name: module for name, module in network.named_modules() if name and check_target_module_exists(peft, name)}
 
 
 def _layer(network: Any, module: Any, settings: Lora) -> Any:
@@ -138,11 +136,11 @@ def _layer(network: Any, module: Any, settings: Lora) -> Any:
         return dispatch_default(module, "default", config=peft, r=settings.r, lora_alpha=settings.alpha)
 
 
-def _hint(modules: dict[str, Any], entry: str, text: bool) -> str:
-    """Suggest what may have been meant by a name that matches nothing."""
+def _hint(network: Any, entry: str, text: bool) -> str:
+    """Suggest names for an entry that matches no module."""
     import torch
 
-    linear = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
+    linear = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)]
     if text:
         return (
             f"a text other than {ALL_LINEAR} is a regular expression for whole names, such as {linear[0]} or "
@@ -150,8 +148,8 @@ def _hint(modules: dict[str, Any], entry: str, text: bool) -> str:
         )
     if entry.strip().lower() == ALL_LINEAR:
         return f"{ALL_LINEAR} is not for a list; set lora.target_modules={ALL_LINEAR}"
-    parts = entry.count(".") + 1
-    names = list(dict.fromkeys(".".join(name.split(".")[-parts:]) for name in linear))
-    near = difflib.get_close_matches(entry, names, n=3)
-    last = list(dict.fromkeys(name.split(".")[-1] for name in linear))
-    return f"near are {', '.join(near)}" if near else f"its linear layers are {', '.join(last)}"
+    # As many of the last parts of each name as the entry has.
+    names = [".".join(name.split(".")[-entry.count(".") - 1 :]) for name in linear]
+    if near := difflib.get_close_matches(entry, dict.fromkeys(names), n=3):
+        return f"near are {', '.join(near)}"
+    return f"its linear layers are {', '.join(dict.fromkeys(name.split('.')[-1] for name in linear))}"

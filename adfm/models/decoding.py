@@ -1,12 +1,10 @@
-"""Generation settings, the end of a completion, and the probability of its decision.
-
-`Scorer` reads the probability for both backends, transformers and vLLM.
-"""
+"""Generation settings, the end of a completion, and the probability of its decision, for transformers and vLLM."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -37,12 +35,7 @@ def until_stop(completion: str) -> str:
 
 
 def generation_config(model_config: GenerationConfig, suppressed: Sequence[int]) -> GenerationConfig:
-    """Return the generation settings of every model: of those in its folder, only the tokens that frame a text.
-
-    Args:
-        model_config: The settings that came with the model.
-        suppressed: Tokens that are never generated, such as the placeholder of an image.
-    """
+    """Return generation settings with only the tokens of `model_config` that frame a text, and without `suppressed`."""
     from transformers import GenerationConfig
 
     # Folders of the hub bring settings for chat, such as Qwen2.5-VL's repetition penalty of 1.05, and `generate` takes
@@ -56,15 +49,10 @@ def generation_config(model_config: GenerationConfig, suppressed: Sequence[int])
 
 
 class Fork(NamedTuple):
-    """A place at which a completion becomes one of two answers.
+    """A place at which a completion becomes one of two answers."""
 
-    Args:
-        tag: The text right before it.
-        openings: The texts that may follow the tag, by label, without white space, which does not matter.
-    """
-
-    tag: str
-    openings: dict[Label, tuple[str, ...]]
+    tag: str  # right before it
+    openings: dict[Label, tuple[str, ...]]  # what may follow the tag, without white space, which does not matter
 
     def after(self, text: str) -> int | None:
         """Return where the tag ends in `text`; `None` if it is missing."""
@@ -89,21 +77,16 @@ class Fork(NamedTuple):
         lengths = range(min(len(self.tag), len(text)), 0, -1)
         return next((text[-n:] for n in lengths if text[-n:].lower() == self.tag[:n]), "")
 
-    def beginnings(self) -> Iterator[str]:
-        """Yield what may come before a deciding token: nothing, a part of the tag, all of it."""
-        return (self.tag[:n] for n in range(len(self.tag) + 1))
-
 
 def _bare(text: str) -> str:
     return "".join(text.split())
 
 
-def _fork(stage: str, openings: dict[Label, tuple[str, ...]]) -> Fork:
-    return Fork(f"<{stage}>", {label: tuple(map(_bare, texts)) for label, texts in openings.items()})
-
-
-LETTER = _fork("answer", {label: (f"{letter}<", f"{letter.lower()}<") for letter, label in prompt.LETTERS.items()})
-BRANCHES = tuple(_fork(stage, openings) for stage, openings in prompt.OPENINGS.items())
+LETTER = Fork("<answer>", {label: (f"{letter}<", f"{letter.lower()}<") for letter, label in prompt.LETTERS.items()})
+BRANCHES = tuple(
+    Fork(f"<{stage}>", {label: tuple(map(_bare, texts)) for label, texts in openings.items()})
+    for stage, openings in prompt.OPENINGS.items()
+)
 """Where target completions of the two labels differ before the letter, in the order of the text."""
 
 
@@ -131,17 +114,15 @@ class Scorer:
         self.tokens = list(self._texts)
         """The tokens that can decide, whose logits `letter` and `branch` read."""
         for letter, label in prompt.LETTERS.items():
-            self._require(f"<answer>{letter}</answer>", label)
-
-    def _require(self, answer: str, label: Label) -> None:
-        tokens = self._tokenizer(answer, add_special_tokens=False)["input_ids"]
-        text = self._tokenizer.decode(tokens, skip_special_tokens=True)
-        at = self._position(tokens, text, LETTER)
-        if at is None or tokens[at] not in [self.tokens[i] for i in self._split(tokens[:at], LETTER)[label]]:
-            raise AdfmError(
-                f"model.name: the tokenizer writes {answer} as {text!r}, so that the letters A and B cannot be told "
-                "apart; take all files of a model from one place"
-            )
+            answer = f"<answer>{letter}</answer>"
+            tokens = tokenizer(answer, add_special_tokens=False)["input_ids"]
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            at = self._position(tokens, text, LETTER)
+            if at is None or tokens[at] not in [self.tokens[i] for i in self._split(tokens[:at], LETTER)[label]]:
+                raise AdfmError(
+                    f"model.name: the tokenizer writes {answer} as {text!r}, so that the letters A and B cannot be "
+                    "told apart; take all files of a model from one place"
+                )
 
     def score(self, settings: Evaluate, tokens: Sequence[int], completion: str, logits: Logits) -> float | None:
         """Return `branch` or `letter`, as `evaluate.score` says; with `evaluate.samples`, always `letter`."""
@@ -162,20 +143,12 @@ class Scorer:
         return None if odds is None else _probability(odds)
 
     def branch(self, tokens: Sequence[int], completion: str, logits: Logits) -> float | None:
-        """Return the probability of an anomalous answer from where answers differ first, before the letter.
+        """As `letter`, but from where answers differ first, before the letter.
 
-        Once a model has written its reasoning the letter is a formality; it is unsure where it chose what to reason.
         The odds are the geometric mean of those at `BRANCHES` where this completion took one of the two sides. In words
         other than those of target completions it takes none: the result is then that of `letter`.
-
-        Args:
-            tokens: As in `letter`.
-            completion: As in `letter`.
-            logits: As in `letter`.
-
-        Returns:
-            As `letter`, `None` included.
         """
+        # Once a model has written its reasoning the letter is a formality; it is unsure where it chose what to reason.
         letter = self.letter(tokens, completion, logits)
         odds = [self._log_odds(tokens, completion, fork, logits) for fork in BRANCHES]
         taken = [value for value in odds if value is not None]
@@ -198,14 +171,12 @@ class Scorer:
         if after is None or fork.side(text) is None:
             return None
         character = len(text) - len(text[after:].lstrip())
-        low, high = 0, len(tokens)
-        while low < high:  # the shortest run of tokens that reaches beyond the character
-            middle = (low + high) // 2
-            if len(self._tokenizer.decode(tokens[: middle + 1], skip_special_tokens=True)) > character:
-                high = middle
-            else:
-                low = middle + 1
-        return low
+
+        def written(position: int) -> int:
+            return len(self._tokenizer.decode(tokens[: position + 1], skip_special_tokens=True))
+
+        # The first token with which the text reaches beyond the character.
+        return bisect_right(range(len(tokens)), character, key=written)
 
     def _split(self, before: Sequence[int], fork: Fork) -> dict[Label, NDArray[np.intp]]:
         """Return, by label, the indices in `self.tokens` of those that continue the tokens `before` to its answer."""
@@ -213,8 +184,7 @@ class Scorer:
         key = fork.tag, written
         if key not in self._sides:
             sides = [fork.side(written + text) for text in self._texts.values()]
-            labels: tuple[Label, ...] = ("anomalous", "normal")
-            self._sides[key] = {label: np.flatnonzero([side == label for side in sides]) for label in labels}
+            self._sides[key] = {label: np.flatnonzero([side == label for side in sides]) for label in fork.openings}
         return self._sides[key]
 
 
@@ -225,11 +195,9 @@ def _probability(log_odds: float) -> float:
 
 
 def mean_of_samples(letters: Sequence[float | None], samples: Sequence[Sequence[float | None]]) -> list[float | None]:
-    """Return the mean probability of `A` over sampled answers, an image each.
+    """Return the mean probability of `A` over the samples of each image, from those of greedy and sampled answers.
 
-    Args:
-        letters: That of the greedy answer; without one, the image has no probability.
-        samples: The same of each sample; samples without a clean letter do not count.
+    An image whose greedy answer has none has no probability; samples without a clean letter do not count.
     """
     means = []
     for letter, *sampled in zip(letters, *samples, strict=True):
@@ -244,7 +212,8 @@ def _decides(text: str) -> bool:
     if bare not in _BEGUN and not bare.startswith(_WHOLE):  # nearly every token: what follows is slow
         return False
     forks = (*BRANCHES, LETTER)
-    return any(fork.side(begun + text) is not None for fork in forks for begun in fork.beginnings())
+    # Before a deciding token comes nothing, a part of the tag, or all of it.
+    return any(fork.side(fork.tag[:n] + text) is not None for fork in forks for n in range(len(fork.tag) + 1))
 
 
 _WHOLE = tuple(

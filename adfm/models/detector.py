@@ -1,12 +1,9 @@
 """Reference detector: a small convolutional head on frozen image features, the baseline for a language model.
 
 The features are those of EfficientNet-Lite0 (`adfm.tiny.efficientnet`) at strides 4 (pooled to 8), 8, 16 and 32. The
-head joins them at stride 8 and has three outputs: a map of defects, the image's logit, and the kind of the defect. It
-runs on the CPU, in float32, so that a folder gives the same answers on any machine: about 50 ms an image on one core.
-
-A folder of a detector holds `detector.safetensors` (weights, and mean and spread of the features) and `adfm.json`.
-Where it was trained on tiles (`params.tile` there), an image here is a tile: `adfm.models.predictor.Predictor` cuts
-images and joins the answers. `adfm.training.detector` trains it.
+head joins them at stride 8 and has three outputs: a map of defects, the image's logit, and the kind of the defect.
+`adfm.training.detector` trains it. Where it was trained on tiles, `adfm.models.predictor` cuts images and joins the
+answers; an image here is then a tile.
 """
 
 from __future__ import annotations
@@ -46,56 +43,32 @@ _REFINE = 2  # the map is interpolated to this many times as many cells before r
 
 
 class Rule(NamedTuple):
-    """How boxes are cut out of the map of defects.
+    """How boxes are cut out of the map of defects."""
 
-    Args:
-        least: Least probability of a cell of a region.
-        share: Or this share of the map's highest probability, if that is more.
-        most: Number of regions to keep, those with the highest probability first.
-    """
-
-    least: float
-    share: float
-    most: int
+    least: float  # probability of a cell of a region
+    share: float  # or this share of the map's highest probability, if that is more
+    most: int  # regions to keep, those with the highest probability first
 
 
 class Detection(NamedTuple):
-    """The answer to one image.
+    """The answer to one image."""
 
-    Args:
-        score: Probability of a defect.
-        regions: Boxes in pixels of the image, half-open, within it, the most suspicious first, whatever the score;
-            empty for a detector that was trained without boxes.
-        kind: The most probable kind of defect; `None` if the detector knows fewer than two.
-    """
-
-    score: float
-    regions: list[Box]
-    kind: str | None
+    score: float  # probability of a defect
+    regions: list[Box]  # as of `regions`, whatever the score; empty for a detector that was trained without boxes
+    kind: str | None  # the most probable kind of defect; `None` if the detector knows fewer than two
 
 
 class Outputs(NamedTuple):
-    """The head's outputs for n pictures of one size.
+    """The head's outputs for n pictures of one size: logits."""
 
-    Args:
-        cells: Logits of a defect, [n, rows, columns].
-        top: Mean of the highest hundredth of `cells`, [n].
-        image: Logits of a defective image, [n].
-        kinds: Logits of the kinds, [n, kinds].
-    """
-
-    cells: Tensor
-    top: Tensor
-    image: Tensor
-    kinds: Tensor
+    cells: Tensor  # of a defect, [n, rows, columns]
+    top: Tensor  # mean of the highest hundredth of `cells`, [n]
+    image: Tensor  # of a defective image, [n]
+    kinds: Tensor  # [n, kinds]
 
 
 class Head(nn.Module):
-    """The trained part, about 66,000 weights.
-
-    Args:
-        kinds: How many kinds of defect it tells apart.
-    """
+    """The trained part, about 66,000 weights, for a number of kinds of defects."""
 
     mean: Tensor
     spread: Tensor
@@ -118,11 +91,7 @@ class Head(nn.Module):
         nn.init.constant_(self.cells.bias, -3.0)  # type: ignore[arg-type]  # most cells show no defect
 
     def forward(self, maps: dict[int, Tensor]) -> Outputs:
-        """Compute the outputs for pictures of one size.
-
-        Args:
-            maps: By stride, [n, channels, rows, columns], as `features` gives them.
-        """
+        """Compute the outputs from `features`, stacked: by stride, [n, channels, rows, columns]."""
         grid, x, first = maps[STRIDE].shape[-2:], torch.zeros(()), 0
         for stride, channels in efficientnet.CHANNELS.items():
             mean, spread = (values[first : first + channels, None, None] for values in (self.mean, self.spread))
@@ -143,43 +112,27 @@ class Head(nn.Module):
 
 @dataclass(frozen=True)
 class Detector:
-    """A trained detector in memory.
+    """A trained detector in memory."""
 
-    Args:
-        head: The trained part, in evaluation mode.
-        threshold: The score from which on an image is called anomalous.
-        rule: How boxes are made; `None` if it was trained without boxes.
-        kinds: The kinds of defect, in the order of the head's output.
-        by_image: Whether the score is the image's logit; otherwise it is the map's highest, since training had no
-            normal images.
-        chosen_on: Images that threshold and rule were chosen on.
-    """
-
-    head: Head
-    threshold: float
-    rule: Rule | None
-    kinds: list[str]
-    by_image: bool
-    chosen_on: int = 0
+    head: Head  # in evaluation mode
+    threshold: float  # the score from which on an image is called anomalous
+    rule: Rule | None  # `None` if it was trained without boxes
+    kinds: list[str]  # in the order of the head's output
+    by_image: bool  # the score is the image's logit; else the map's highest, since training had no normal images
+    chosen_on: int = 0  # images that threshold and rule were chosen on
 
     def detect(self, pictures: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Detection]:
-        """Return the answers to some images.
-
-        Args:
-            pictures: The `picture` of each image.
-            sizes: Width and height of each image in pixels.
-        """
+        """Return the answers to images, from the `picture` of each and its width and height in pixels."""
         compute = efficientnet.Features(tuple(efficientnet.CHANNELS), keep=0)
         return [self._detect(maps, size) for maps, size in zip(features(compute, pictures), sizes, strict=True)]
 
     def _detect(self, maps: dict[int, Tensor], size: tuple[int, int]) -> Detection:
+        # One image at a time, on the CPU in float32: a folder gives the same answers on any machine, 50 ms each.
         with torch.inference_mode():
             outputs = self.head({stride: one[None] for stride, one in maps.items()})
-        cells = outputs.cells[0].sigmoid()
+        boxes = regions(refined(outputs.cells[0].sigmoid()), size, self.rule) if self.rule else []
         kind = self.kinds[int(outputs.kinds[0].argmax())] if len(self.kinds) > 1 else None
-        return Detection(
-            score_of(outputs, self.by_image)[0], regions(refined(cells), size, self.rule) if self.rule else [], kind
-        )
+        return Detection(score_of(outputs, self.by_image)[0], boxes, kind)
 
 
 def score_of(outputs: Outputs, by_image: bool) -> list[float]:
@@ -189,10 +142,7 @@ def score_of(outputs: Outputs, by_image: bool) -> list[float]:
 
 
 def picture_size(width: int, height: int) -> tuple[int, int]:
-    """Return width and height that an image of `width` x `height` pixels is resized to.
-
-    About `SIDE` x `SIDE` pixels in all, with the aspect ratio kept as far as sides are multiples of 32 and at least 64.
-    """
+    """Return width and height that an image is resized to: about `SIDE`² pixels, its aspect ratio nearly kept."""
     scale = SIDE / math.sqrt(width * height)
     across, down = (max(_LEAST, round(side * scale / _COARSEST) * _COARSEST) for side in (width, height))
     return across, down
@@ -216,12 +166,7 @@ def refined(cells: Tensor) -> NDArray[np.float32]:
 
 
 def regions(fine: NDArray[np.float32], size: tuple[int, int], rule: Rule) -> list[Box]:
-    """Return boxes around the connected regions of a `refined` map of defects.
-
-    Args:
-        fine: Probabilities, [rows, columns]; the map covers the whole image.
-        size: Width and height of the image in pixels.
-        rule: What belongs to a region, and how many are kept.
+    """Return boxes around the connected regions of a `refined` map of defects, which covers an image of `size`.
 
     Returns:
         The boxes in pixels of the image, half-open, the highest peak first; at least one.
@@ -229,20 +174,14 @@ def regions(fine: NDArray[np.float32], size: tuple[int, int], rule: Rule) -> lis
     from scipy import ndimage
 
     peak = float(fine.max())
-    labels, _ = ndimage.label(fine >= min(max(rule.least, rule.share * peak), peak))
+    labels, count = ndimage.label(fine >= min(max(rule.least, rule.share * peak), peak))
+    peaks = ndimage.maximum(fine, labels, range(1, count + 1))
     (rows, columns), (width, height) = fine.shape, size
-    boxes = []
-    for number, (down, across) in enumerate(ndimage.find_objects(labels), 1):
-        inside = fine[down, across][labels[down, across] == number]
-        box = Box(
-            across.start * width / columns,
-            down.start * height / rows,
-            across.stop * width / columns,
-            down.stop * height / rows,
-        )
-        boxes.append((float(inside.max()), box))
-    boxes.sort(key=lambda each: -each[0])
-    return [box for _, box in boxes[: rule.most]]
+    boxes = [
+        Box(x.start * width / columns, y.start * height / rows, x.stop * width / columns, y.stop * height / rows)
+        for y, x in ndimage.find_objects(labels)
+    ]
+    return [boxes[i] for i in sorted(range(count), key=lambda i: -peaks[i])[: rule.most]]
 
 
 def load(folder: Path) -> Detector:
