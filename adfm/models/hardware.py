@@ -8,17 +8,15 @@ from typing import Any
 
 from adfm.errors import AdfmError
 from adfm.models import adapters, families, liger, loading, model_folder, requirements, vllm_engine
-from adfm.params import Params, Train
+from adfm.params import Model, Params, Train
 
-PROMPT = 200
-"""Tokens of the prompt without the image, about, with the tokenizers of the real models."""
-
+PROMPT = 200  # tokens without the image, about, with the tokenizers of the real models
 _LOGITS_TILE = 2**30  # the most bytes of logits that TRL's loss holds at a time
 _CONTEXT = 3 * 2**29  # bytes of CUDA's context, and of what its allocator cannot use
 
 
 def batch_split(settings: Train, processes: int) -> tuple[int, int]:
-    """Return the completions of a step in each of several processes, and those of a backward pass.
+    """Return the completions of a step in each process, and those of a backward pass.
 
     Raises:
         AdfmError: They do not divide.
@@ -48,21 +46,18 @@ def batch_problems(settings: Train, processes: int) -> list[str]:
 
 
 def require(params: Params, processes: int = 1) -> None:
-    """Refuse settings that the machine cannot train with.
+    """Raise an `AdfmError` that lists the `problems`, if any.
 
     Args:
         params: Reads `model`, `lora` and `train`.
         processes: Among which the completions of a step are divided, a GPU each.
-
-    Raises:
-        AdfmError: Lists everything that is missing.
     """
     if missing := problems(params, processes):
         raise AdfmError("\n  ".join(missing))
 
 
 def problems(params: Params, processes: int = 1) -> list[str]:
-    """Return what `require` refuses, a sentence each."""
+    """Return why the machine cannot train with the settings, a sentence each."""
     import torch
 
     missing = missing_requirements(params) + batch_problems(params.train, processes)
@@ -78,12 +73,7 @@ def problems(params: Params, processes: int = 1) -> list[str]:
 
 
 def memory_warnings(params: Params, processes: int = 1) -> list[str]:
-    """Return a sentence if this machine's GPU may be too small, with how certain that is; nothing without a GPU.
-
-    Args:
-        params: What `problems` and `adapters.problems` accept.
-        processes: As in `require`.
-    """
+    """Return a sentence if this machine's GPU may be too small, with how certain that is; nothing without a GPU."""
     import torch
 
     if loading.weights_are_divided() or not torch.cuda.is_available():
@@ -133,16 +123,16 @@ def memory_problems(params: Params, processes: int, available: int) -> list[str]
     parts = needed(params.train)
     if total(parts) <= available:
         return []
-    _, micro_batch = batch_split(params.train, processes)
-    name = "micro_batch" if parts["training"] >= parts["generation"] else "prompts_per_step"
-    value = micro_batch if name == "micro_batch" else params.train.prompts_per_step
-    smaller = [params.train.model_copy(update={name: less}) for less in range(value - 1, 0, -1)]
-    fitting = [
-        getattr(settings, name)
-        for settings in smaller
-        if not batch_problems(settings, processes) and total(needed(settings)) <= available
-    ]
-    remedy = f"set train.{name}={fitting[0]}" if fitting else "take a larger GPU, or set model.quantization=nf4"
+    # The phase that needs more decides what to lower.
+    name, value = "prompts_per_step", params.train.prompts_per_step
+    if parts["training"] >= parts["generation"]:
+        name, value = "micro_batch", batch_split(params.train, processes)[1]
+    remedy = "take a larger GPU, or set model.quantization=nf4"
+    for less in range(value - 1, 0, -1):
+        settings = params.train.model_copy(update={name: less})
+        if not batch_problems(settings, processes) and total(needed(settings)) <= available:
+            remedy = f"set train.{name}={less}"
+            break
     if params.train.vllm and name == "prompts_per_step":
         remedy = "lower train.vllm"
     if not params.train.gradient_checkpointing:
@@ -159,24 +149,22 @@ def memory_problems(params: Params, processes: int, available: int) -> list[str]
 def server_problems(params: Params) -> list[str]:
     """Return what keeps the server of `train.vllm_server` from generating, and the command that starts one that can."""
     url = str(params.train.vllm_server)
-    base, folder = loading.base_of(params.model.name, params.model)
-    processor = loading.load_processor(params.model.name, params.model)
-    length = _request_length(params, processor, folder)
+    base, folder, processor, length = _request(params)
     problems = vllm_engine.server_problems(url, length)
     command = vllm_engine.server_command(folder, processor, base.dtype, length, url)
     return [f"{'; '.join(problems)}. Start it with:\n    {command}"] if problems else []
 
 
-def _request_length(params: Params, processor: Any, folder: Path) -> int:
-    """Return the tokens of the longest request of a training."""
+def _request(params: Params) -> tuple[Model, Path, Any, int]:
+    """Return the base model, its folder and processor, and the tokens of the longest request of a training."""
+    base, folder = loading.base_of(params.model.name, params.model)
+    processor = loading.load_processor(params.model.name, params.model)
     messages = loading.prompt_of(params.model.name, model_folder.family_of(folder))
-    return vllm_engine.model_length(processor, messages, params.train.max_completion_length)
+    return base, folder, processor, vllm_engine.model_length(processor, messages, params.train.max_completion_length)
 
 
 def vllm_problems(params: Params, processes: int, available: int, divided: bool = False) -> list[str]:
     """Return why vLLM cannot start in its share of the GPU, or training beside it, and the share to set.
-
-    Only certain needs count, so that whatever is refused cannot work; the share that is proposed has room to spare.
 
     Args:
         params: Reads `model`, `lora` and `train`.
@@ -184,10 +172,9 @@ def vllm_problems(params: Params, processes: int, available: int, divided: bool 
         available: Memory of the GPU in bytes.
         divided: Whether the weights that are trained are divided among the processes; those of vLLM never are.
     """
-    base, folder = loading.base_of(params.model.name, params.model)
+    base, folder, processor, length = _request(params)
     params = params.model_copy(update={"model": base})
-    network, processor = meta_model(folder), loading.load_processor(params.model.name, params.model)
-    length, share = _request_length(params, processor, folder), params.train.vllm or 0
+    network, share = meta_model(folder), params.train.vllm or 0
     longest = network.config.text_config.max_position_embeddings
     if length > longest:
         return [
@@ -199,12 +186,11 @@ def vllm_problems(params: Params, processes: int, available: int, divided: bool 
     kept = trained["weights"] // (processes if divided else 1) + trained["adapter"]
     least = math.ceil(100 * (1.1 * sum(needs.values()) + _CONTEXT) / available) / 100
     most = math.floor(100 * (available - kept - _CONTEXT) / available) / 100
-    remedy = (
-        f"set train.vllm={max(least, min(share, most)):.2f}"
-        if least <= most
-        else ("take a larger GPU, set train.vllm=null, or give vLLM a GPU of its own (train.vllm_server)")
-    )
+    remedy = "take a larger GPU, set train.vllm=null, or give vLLM a GPU of its own (train.vllm_server)"
+    if least <= most:
+        remedy = f"set train.vllm={max(least, min(share, most)):.2f}"
     listed = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in needs.items())
+    # Only certain needs count, so that whatever is refused cannot work; the proposed share has room to spare.
     if share * available < sum(needs.values()):
         return [
             f"train.vllm={share} is {share * available / 2**30:.1f} GiB of the GPU's {available / 2**30:.0f}, and vLLM "
@@ -227,9 +213,6 @@ def vllm_memory(network: Any, dtype: str, length: int, requests: int, image: int
         length: Tokens of one request.
         requests: Completions that are generated at a time.
         image: The most tokens of one image.
-
-    Returns:
-        `weights`, `cache` and `activations`.
     """
     # vLLM runs the model on `BATCHED_TOKENS` tokens and as many of images, and what is then left of its share must hold
     # the keys and values of one request. Of that run the largest tensors that live at one time count: of a layer of
@@ -258,9 +241,9 @@ def meta_model(model: Path | Any) -> Any:
 
 
 def total(parts: dict[str, int]) -> int:
-    """Return the most bytes that are needed at one time: training and generation take turns."""
+    """Return the most bytes of `memory` that are needed at one time."""
     lasting = sum(size for name, size in parts.items() if name not in ("training", "generation", "cache"))
-    return lasting + max(parts["training"], parts["generation"])
+    return lasting + max(parts["training"], parts["generation"])  # which take turns
 
 
 def memory(network: Any, params: Params, processes: int = 1, available: int = 0) -> dict[str, int]:
@@ -271,20 +254,21 @@ def memory(network: Any, params: Params, processes: int = 1, available: int = 0)
         params: Reads `model`, `lora` and `train`.
         processes: As in `require`; each holds the whole model.
         available: Memory of the GPU, of which `train.vllm` is a share.
-
-    Returns:
-        `weights`, `adapter` (with the copy that a KL penalty needs), `gradients`, `optimizer`, `training` (activations
-        of a backward pass), `generation` (`cache`, keys and values, and the prompt's activations), `other`.
     """
     settings = params.train
     completions, micro_batch = batch_split(settings, processes)
     text, vision = network.config.text_config, network.config.vision_config
     number = {"float32": 4}.get(params.model.dtype, 2)
     weights = sum(weight.numel() for weight in network.parameters())
-    linear = sum(weight.numel() for name, weight in network.named_parameters() if _quantized(name, weight))
     stored = weights * number
     if params.model.quantization:
-        stored = (weights - linear) * number + round(linear * 0.516)  # 4 bits, and 0.127 for the scales of its blocks
+        # bitsandbytes stores linear layers other than the head in 4 bits, and 0.127 for the scales of their blocks.
+        linear = sum(
+            weight.numel()
+            for name, weight in network.named_parameters()
+            if weight.dim() == 2 and "embed" not in name and "lm_head" not in name
+        )
+        stored = (weights - linear) * number + round(linear * 0.516)
     adapter = adapters.weights(network, params.lora)
     family = families.get(network.config.model_type)
     patches, image_tokens, depth = family.images.cost(network.config, params.model.max_pixels or 512 * 512)
@@ -301,21 +285,24 @@ def memory(network: Any, params: Params, processes: int = 1, available: int = 0)
     training = micro_batch * number * (kept(text, text.num_hidden_layers, tokens) + kept(vision, depth, patches))
     # The logits are not kept: TRL computes its loss from tiles of them.
     training += min(_LOGITS_TILE, 8 * text.vocab_size * micro_batch * settings.max_completion_length)
-    cache = _cached(text) * tokens
-    # The tokens of all prompts are computed together, and nothing is kept for a backward pass.
-    first = max(
-        length * (4 * config.hidden_size + 3 * config.intermediate_size)
-        for config, length in ((text, prompt), (vision, patches))
-    )
-    generation = completions * number * (cache + first)
+    cache = completions * number * _cached(text) * tokens
+    if settings.vllm or settings.vllm_server:
+        generation = round((settings.vllm or 0) * available)
+    else:
+        # The tokens of all prompts are computed together, and nothing is kept for a backward pass.
+        first = max(
+            length * (4 * config.hidden_size + 3 * config.intermediate_size)
+            for config, length in ((text, prompt), (vision, patches))
+        )
+        generation = cache + completions * number * first
     return {
         "weights": stored,
-        "adapter": adapter * 4 * (2 if settings.beta else 1),
+        "adapter": adapter * 4 * (2 if settings.beta else 1),  # a KL penalty needs a copy
         "gradients": adapter * 4,
         "optimizer": adapter * (8 if settings.optimizer == "adamw_torch_fused" else 2),
-        "training": training,
-        "generation": round(settings.vllm * available) if settings.vllm else 0 if settings.vllm_server else generation,
-        "cache": completions * number * cache,
+        "training": training,  # activations of a backward pass
+        "generation": generation,  # the cache, and the prompt's activations
+        "cache": cache,  # keys and values
         "other": _CONTEXT,
     }
 
@@ -326,8 +313,3 @@ def _cached(text: Any) -> int:
     # Layers of linear attention, of which Qwen3.5 has three in four, keep a state that does not grow.
     constant = sum("linear" in kind for kind in getattr(text, "layer_types", None) or [])
     return int(2 * (text.num_hidden_layers - constant) * text.num_key_value_heads * head)
-
-
-def _quantized(name: str, weight: Any) -> bool:
-    """Whether bitsandbytes stores a weight in 4 bits: that of a linear layer other than the head."""
-    return weight.dim() == 2 and "embed" not in name and "lm_head" not in name

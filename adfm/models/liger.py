@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 from typing import Any
 
 from adfm.models import requirements
@@ -24,6 +23,7 @@ def problems(family: str) -> list[str]:
     """Return why the kernels cannot be applied to models of a family on this machine, a sentence each."""
     if missing := requirements.missing_package("train.liger=true", "liger-kernel"):
         return missing
+    reason: object = f"it has no kernels for {family} models"
     try:
         _prepare()
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
@@ -31,9 +31,8 @@ def problems(family: str) -> list[str]:
         if family in MODEL_TYPE_TO_APPLY_LIGER_FN:
             importlib.import_module(f"liger_kernel.transformers.model.{family}")
             return []
-        reason = f"it has no kernels for {family} models"
     except ImportError as error:
-        reason = str(error)
+        reason = error
     return [
         f"train.liger=true: liger-kernel {importlib.metadata.version('liger-kernel')} cannot be used ({reason}); "
         "set train.liger=false"
@@ -41,7 +40,7 @@ def problems(family: str) -> list[str]:
 
 
 def apply(model: Any) -> None:
-    """Put the kernels into a model, an adapter on it included; it must be on a GPU when it is run."""
+    """Put the kernels into a model, its adapter included; it must be on a GPU when it is run."""
     from transformers.integrations.liger import apply_liger_kernel
 
     _prepare()

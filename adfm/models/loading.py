@@ -1,11 +1,8 @@
 """Find and load a vision-language model, with or without an adapter.
 
-A *model* is one of:
-- `embedded://tiny-base`, the tiny base model that ships with the package,
-- a local folder of a model of a family in `adfm.models.families`,
-- a hub id, with a pinned revision,
-- a folder that adfm trained: a LoRA adapter, its processor, and `adfm.json`, which names its base,
-- a registered version, which `adfm.models.versions.fetch` makes such a folder of.
+A *model* is `embedded://tiny-base`, a local folder or a hub id of a family in `adfm.models.families`, or a folder that
+adfm trained: a LoRA adapter, its processor, and `adfm.json`, which names its base. `adfm.models.versions.fetch` makes
+such a folder of a registered version.
 """
 
 from __future__ import annotations
@@ -34,23 +31,14 @@ EMBEDDED = {"embedded://tiny-base": Path(__file__).parents[1] / "tiny" / "base"}
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in memory.
+    """A model in memory."""
 
-    Args:
-        model: The network, with its adapter if it has one.
-        processor: Its processor; pads on the left.
-        family: Its key in `adfm.models.families.FAMILIES`.
-        base: Name and revision of the base model.
-        prompt: Its prompt as chat messages, without the image.
-        kinds: The kinds of defects that the prompt asks to name one of; empty if it asks for none.
-    """
-
-    model: PreTrainedModel
-    processor: ProcessorMixin
-    family: str
-    base: Model
-    prompt: list[dict[str, Any]]
-    kinds: tuple[str, ...] = ()
+    model: PreTrainedModel  # with its adapter if it has one
+    processor: ProcessorMixin  # pads on the left
+    family: str  # a key of `adfm.models.families.FAMILIES`
+    base: Model  # the settings, with name and revision of the base model
+    prompt: list[dict[str, Any]]  # chat messages, without the image
+    kinds: tuple[str, ...] = ()  # of defects, of which the prompt asks to name one; empty if it asks for none
 
 
 def resolve(name: str, revision: str | None) -> Path:
@@ -61,13 +49,10 @@ def resolve(name: str, revision: str | None) -> Path:
             hold safetensors of a model of a known family, vision tower included.
         Unreachable: The hub did not answer. What was downloaded is kept.
     """
-    if name in EMBEDDED:
-        folder = EMBEDDED[name]
-    elif name.startswith("embedded://"):
-        raise AdfmError(f"model.name: there is no {name}; the embedded model is {', '.join(EMBEDDED)}")
-    elif Path(name).is_dir():
-        folder = Path(name)
-    else:
+    if name.startswith("embedded://") and name not in EMBEDDED:
+        raise AdfmError(f"model.name: {name} does not exist; the embedded model is {', '.join(EMBEDDED)}")
+    folder = EMBEDDED.get(name, Path(name))
+    if not folder.is_dir():
         folder = _download(name, revision)
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise AdfmError(
@@ -88,9 +73,7 @@ def resolve(name: str, revision: str | None) -> Path:
 def pixels(settings: Model) -> int | None:
     """Return the most pixels that a model sees of an image, without loading or downloading anything.
 
-    Returns:
-        `model.max_pixels`, else the limit of the processor in the model's folder; `None` for a hub model, or where the
-        folder does not say.
+    It is `model.max_pixels`, else the limit of the processor in the model's folder; `None` where neither is known.
     """
     if settings.max_pixels:
         return settings.max_pixels
@@ -115,9 +98,6 @@ def auto_class(name: str) -> Any:
 
 def outline(folder: Path) -> Any:
     """Return the network of a base model's folder on PyTorch's device `meta`; verify that no weight is missing.
-
-    Args:
-        folder: As `resolve` returns it.
 
     Raises:
         AdfmError: Weights are missing or have another shape, or files are missing, damaged, or of another model.
@@ -146,15 +126,16 @@ def outline(folder: Path) -> Any:
         logging.set_verbosity(verbosity)
         if bar:
             logging.enable_progress_bar()
-    for what, names in (
-        ("are missing", sorted(loaded["missing_keys"])),
-        ("have another shape than config.json says", sorted(name for name, *_ in loaded["mismatched_keys"])),
-    ):
-        if names:
-            raise AdfmError(
-                f"model.name: in {folder}, weights {what}: {', '.join(names[:2])}"
-                f"{f' and {len(names) - 2} more' * (len(names) > 2)}; get all files of the model again, from one place"
-            )
+    what, names = "are missing", sorted(loaded["missing_keys"])
+    if not names:
+        what = "have another shape than config.json says"
+        names = sorted(name for name, *_ in loaded["mismatched_keys"])
+    if names:
+        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        raise AdfmError(
+            f"model.name: in {folder}, weights {what}: {', '.join(names[:2])}{more}; get all files of the model again, "
+            "from one place"
+        )
     return network
 
 
@@ -179,8 +160,8 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     failures = (HfHubHTTPError, LocalEntryNotFoundError, httpx2.TransportError, OSError, ValueError, RuntimeError)
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # no code, and no pickled weights
     try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except failures as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -210,12 +191,7 @@ def identity(model: str | Path, settings: Model) -> str:
 
 
 def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
-    """Load a base model, or an adapter on its base.
-
-    Args:
-        model: A base model's name, or a folder that adfm trained.
-        settings: `revision` of a base model, and for every model the other settings.
-        trainable: Whether the adapter's weights require gradients.
+    """Load a base model, or an adapter on its base; with `trainable`, the adapter's weights require gradients.
 
     Raises:
         AdfmError: As `load_processor`; the adapter does not fit its base; or the machine lacks what settings require.
@@ -229,28 +205,25 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
         raise AdfmError("\n  ".join(problems))
     outline(folder)
     processor = load_processor(model, settings)
-    dtype = getattr(torch, base.dtype)
     # Weights that are divided among processes are not put on a GPU here. With FSDP2 the first process reads them into
     # its memory and the others none of them, and accelerate divides them later; with ZeRO-3 DeepSpeed divides each
     # weight as it is read.
     divided = trainable and weights_are_divided()
     zero3 = _zero3() if divided else None  # transformers reads it through a weak reference: it lives until the end
-    placed: dict[str, Any] = {}
     # Otherwise transformers 5.23 reads all weights in every process, and accelerate then takes those of the first.
     without_weights = divided and is_fsdp_enabled() and os.environ.get("LOCAL_RANK") != "0"
-    if without_weights:
-        placed["device_map"] = "meta"
+    placed: dict[str, Any] = {"device_map": "meta"} if without_weights else {}
     if base.quantization:
+        placed["device_map"] = {"": torch.cuda.current_device()}
         placed["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=base.quantization,
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_compute_dtype=getattr(torch, base.dtype),
         )
-        placed["device_map"] = {"": torch.cuda.current_device()}
     network = auto_class("AutoModelForImageTextToText").from_pretrained(
         folder,
-        dtype=dtype,
+        dtype=getattr(torch, base.dtype),
         attn_implementation=requirements.attention(base),
         use_safetensors=True,
         local_files_only=True,
@@ -259,18 +232,8 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
     placeholders = families.placeholders(processor)
     network.generation_config = decoding.generation_config(network.generation_config, placeholders)
     if describe(model):
-        from peft import PeftConfig, PeftModel
-
         try:
-            if without_weights:  # an adapter of the right sizes; its weights come from the first process too
-                config = PeftConfig.from_pretrained(str(model))
-                config.inference_mode = False
-                network = PeftModel(network, config)
-                for name, module in network.named_modules():
-                    if "lora_" in name and not list(module.children()):  # TRL copies an adapter, which meta has none of
-                        module.to_empty(device="cpu")
-            else:
-                network = PeftModel.from_pretrained(network, str(model), is_trainable=trainable)
+            network = _with_adapter(network, str(model), trainable, without_weights)
         except (RuntimeError, ValueError) as error:
             raise AdfmError(f"{model}: its adapter does not fit {base.name} ({error}); train it again") from error
     del zero3
@@ -280,18 +243,33 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
     return Loaded(network, processor, family, base, prompt_of(model, family), model_folder.kinds_of(model))
 
 
+def _with_adapter(network: Any, model: str, trainable: bool, without_weights: bool) -> Any:
+    from peft import PeftConfig, PeftModel
+
+    if not without_weights:
+        return PeftModel.from_pretrained(network, model, is_trainable=trainable)
+    # An adapter of the right sizes; its weights come from the first process too.
+    config = PeftConfig.from_pretrained(model)
+    config.inference_mode = False
+    adapted = PeftModel(network, config)
+    for name, module in adapted.named_modules():
+        if "lora_" in name and not list(module.children()):  # TRL copies an adapter, which meta has none of
+            module.to_empty(device="cpu")
+    return adapted
+
+
 def weights_are_divided() -> bool:
     """Whether accelerate's launcher enabled FSDP or DeepSpeed's ZeRO-3."""
-    return os.environ.get("ACCELERATE_USE_FSDP") == "true" or _stage() == "3"
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true" or _is_zero3()
 
 
-def _stage() -> str | None:
+def _is_zero3() -> bool:
     used = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    return os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") if used else None
+    return used and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
 
 
 def _zero3() -> Any:
-    if _stage() != "3":
+    if not _is_zero3():
         return None
     from accelerate.utils import DeepSpeedPlugin
 
@@ -332,10 +310,9 @@ def load_processor(model: str | Path, settings: Model) -> Any:
     """
     base, folder = base_of(model, settings)
     source = Path(model) if describe(model) else folder
-    name = family_of(folder)
-    family = families.get(name)
+    family = families.get(family_of(folder))
     try:
-        processor = families.processor_class(name).from_pretrained(source, local_files_only=True)
+        processor = families.processor_class(family_of(folder)).from_pretrained(source, local_files_only=True)
     except Exception as error:  # what is wrong with files that others made raises anything
         raise AdfmError(
             f"model.name: {source} holds no whole processor ({_reason(error)}); get preprocessor_config.json, the chat "
@@ -354,25 +331,21 @@ def load_processor(model: str | Path, settings: Model) -> Any:
 
 
 def _of_another_model(processor: Any, family: families.Family, config: Any) -> str | None:
-    """Say why a processor is not that of the model of `config`; `None` if it is."""
-    pairs, tokens, size = family.images.pairs(processor, config), len(processor.tokenizer), config.get_text_config()
+    """Return why a processor does not fit the model of `config`."""
+    pairs = family.images.pairs(processor, config)
     wrong = [f"{what} {its}, the model's {own}" for what, (its, own) in pairs.items() if its != own]
     if wrong:
         return f"has the processor of another model ({'; '.join(wrong)})"
     if not processor.chat_template:
         return "has no chat template (chat_template.jinja or chat_template.json)"
-    if tokens > size.vocab_size:
-        return f"has a tokenizer of {tokens} tokens, and the model has {size.vocab_size}"
-    return None
+    tokens, size = len(processor.tokenizer), config.get_text_config().vocab_size
+    return f"has a tokenizer of {tokens} tokens, and the model has {size}" if tokens > size else None
 
 
 def chat_text(processor: Any, messages: list[dict[str, Any]], answer: str | None = None) -> str:
-    """Write a prompt by the model's own chat template, one image before the user's words.
+    """Write a prompt of a system's and a user's message by the chat template, one image before the user's words.
 
-    Args:
-        processor: The model's.
-        messages: The prompt without the image: the system's message and the user's.
-        answer: The completion, after which the text ends; `None`: the text ends where the completion begins.
+    The text ends after `answer`, or without one where the completion begins.
     """
     chat = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
     chat[-1]["content"].insert(0, {"type": "image"})

@@ -40,11 +40,7 @@ def kinds_of(model: str | Path) -> tuple[str, ...]:
 
 
 def config(folder: Path) -> dict[str, Any]:
-    """Read a base model's `config.json`.
-
-    Raises:
-        AdfmError: It cannot be read.
-    """
+    """Read a base model's `config.json`; raise `AdfmError` if it cannot be read."""
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -69,16 +65,12 @@ def family_of(folder: Path) -> str:
 
 
 def weight_shapes(folder: Path) -> dict[str, list[int]]:
-    """Return the shape of each weight in a base model's folder, from the heads of its files.
-
-    Raises:
-        AdfmError: A file is damaged.
-    """
+    """Read the shape of each weight in a base model's folder; raise `AdfmError` for a damaged file."""
     from safetensors import SafetensorError, safe_open
 
     shapes: dict[str, list[int]] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        try:
+        try:  # reads the heads of the files alone
             with safe_open(file, framework="np") as opened:
                 shapes |= {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
         except SafetensorError as error:
