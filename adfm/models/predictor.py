@@ -29,30 +29,18 @@ _MAX_NOTES = 8  # suspicious tiles of an image whose words are kept
 
 @dataclass(frozen=True)
 class Prediction:
-    """A model's parsed answer to one image.
+    """A model's parsed answer to one image. Boxes are in pixels of the image, half-open, not clipped."""
 
-    Args:
-        predicted: The decision; `None` where the completion has no clean answer.
-        score: The probability of `anomalous`, before calibration; `None` where there is no decision.
-        boxes: The defects, in pixels of the image, half-open, not clipped; none unless it is `anomalous`: a region that
-            was examined and rejected is not a defect.
-        read: The parsed completion.
-        completion: The model's own words.
-        regions: All boxes of the first stage, in pixels like `boxes`, whatever the letter: the defects of an image that
-            is flagged by its probability.
-        notes: Of an image that was cut into tiles: the tile that the words describe, and a line for each further
-            suspicious tile, with its words.
-        kind: The kind of defect that the second stage names, whatever the letter; `None` where it names none.
-    """
-
-    predicted: Label | None
-    score: float | None
-    boxes: list[Box]
+    predicted: Label | None  # the decision; `None` where the completion has no clean answer
+    score: float | None  # the probability of `anomalous`, before calibration; `None` where there is no decision
+    boxes: list[Box]  # the defects; none unless it is `anomalous`, since a region that was rejected is not a defect
     read: response.ParsedCompletion
     completion: str
+    # All boxes of the first stage, whatever the letter: the defects of an image that is flagged by its probability.
     regions: list[Box] = field(default_factory=list)
+    # Of an image in tiles: which one the words describe, and a line with its words for each further suspicious one.
     notes: list[str] = field(default_factory=list)
-    kind: str | None = None
+    kind: str | None = None  # that the second stage names, whatever the letter
 
 
 def uses_vllm(params: Params) -> bool:
@@ -62,13 +50,11 @@ def uses_vllm(params: Params) -> bool:
         AdfmError: `evaluate.backend` is `vllm`, which is not installed or not supported for the model.
     """
     backend = params.evaluate.backend
-    if backend == "transformers":
-        return False
     installed = importlib.util.find_spec("vllm") is not None
-    if backend == "vllm" and not installed:
-        raise AdfmError("evaluate.backend is vllm, which is not installed: install it, or set the backend to auto.")
-    if not installed:
+    if backend == "transformers" or (backend == "auto" and not installed):
         return False
+    if not installed:
+        raise AdfmError("evaluate.backend is vllm, which is not installed: install it, or set the backend to auto.")
     import torch
 
     if backend == "auto" and not torch.cuda.is_available():
@@ -102,9 +88,6 @@ class Predictor:
         model: A base model's name, or a folder that adfm trained.
         params: Reads the sections `model` and `evaluate`, `seed`, and `tile` for a base model.
 
-    Attributes:
-        kinds: The kinds of defects that the prompt asks to name one of; empty if it asks for none.
-
     Raises:
         AdfmError: The model cannot be loaded, or the backend is missing.
     """
@@ -112,7 +95,7 @@ class Predictor:
     def __init__(self, model: str | Path, params: Params) -> None:
         self._batch_size = params.evaluate.batch_size
         self._tile = tile_of(model, params.tile)
-        self.kinds = model_folder.kinds_of(model)
+        self.kinds = model_folder.kinds_of(model)  # of defects, of which the prompt asks to name one
         self._prepare: Callable[[list[Image.Image]], Any]
         self._generate: Callable[[Any], Completions]
         self._detector: Detector | None = None
@@ -127,8 +110,7 @@ class Predictor:
             self._processor, self._family, self._generate = vllm_backend.load(model, params)
             self._prepare = lambda images: images
         else:
-            loaded = transformers_backend.load(model, params)
-            self._processor, self._family, self._prepare, self._generate = loaded
+            self._processor, self._family, self._prepare, self._generate = transformers_backend.load(model, params)
 
     def answers(
         self,
@@ -166,7 +148,8 @@ class Predictor:
             before, answered = answered, answered + count
             done(answered * len(sizes) // len(places) - before * len(sizes) // len(places))
 
-        of_tiles = iter(self._answers([_size(tile) for _, tile in places], cut, progressed))
+        tile_sizes = [(int(tile.x2 - tile.x1), int(tile.y2 - tile.y1)) for _, tile in places]
+        of_tiles = iter(self._answers(tile_sizes, cut, progressed))
         return [joined([next(of_tiles) for _ in grid], grid) for grid in grids]
 
     def _answers(
@@ -176,7 +159,11 @@ class Predictor:
         done: Callable[[int], object],
     ) -> list[Prediction]:
         """As `answers`, without tiles."""
-        order = self._order(sizes)
+        order = list(range(len(sizes)))
+        if not self._detector:
+            # Images of like size one after the other, so that a batch is padded little.
+            resized, images = families.get(self._family).images.resized, self._processor.image_processor
+            order.sort(key=lambda i: math.prod(resized(images, *sizes[i])))
         predictions: dict[int, Prediction] = {}
 
         def prepared(batch: list[int]) -> Any:
@@ -187,13 +174,6 @@ class Predictor:
             predictions.update(zip(batch, self._answer(inputs, [sizes[i] for i in batch]), strict=True))
             done(len(batch))
         return [predictions[i] for i in range(len(sizes))]
-
-    def _order(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
-        if self._detector:
-            return [*range(len(sizes))]
-        # Images of like size one after the other, so that a batch is padded little.
-        resized, images = families.get(self._family).images.resized, self._processor.image_processor
-        return sorted(range(len(sizes)), key=lambda i: math.prod(resized(images, *sizes[i])))
 
     def _answer(self, inputs: Any, sizes: list[tuple[int, int]]) -> list[Prediction]:
         if self._detector:
@@ -214,24 +194,13 @@ class Predictor:
         return Prediction(predicted, score if predicted else None, boxes, parsed, completion, regions, kind=kind)
 
 
-def _size(tile: Box) -> tuple[int, int]:
-    return int(tile.x2 - tile.x1), int(tile.y2 - tile.y1)
-
-
 def joined(answers: Sequence[Prediction], grid: Sequence[Box]) -> Prediction:
-    """Join the answers to the tiles of an image to its answer.
+    """Join the answers to the tiles of an image, boxes in pixels of the tile, to its answer.
 
     The image is anomalous if a tile is; unparsed if none is and the answer to some tile is; else normal. Its score is
     the largest of its tiles. The words are those of the most suspicious tile among those that answer as the image does.
-    Boxes of tiles are joined across seams (`adfm.data.tiles.merged`).
-
-    Args:
-        answers: One a tile, boxes in pixels of the tile.
-        grid: The tiles, as of `adfm.data.tiles.grid`.
-
-    Returns:
-        The answer; its `boxes` are those of the tiles that are anomalous, its `regions` also those of the tile that
-        the score is of.
+    Its `boxes` are those of anomalous tiles, its `regions` also those of the tile with the largest score, joined across
+    seams (`adfm.data.tiles.merged`).
     """
     if len(answers) == 1:
         return answers[0]
@@ -271,9 +240,8 @@ def _words(answer: Prediction) -> str:
 def _detected(detection: Detection, threshold: float) -> Prediction:
     """Return a detector's answer in the form of a language model's; its few words are for people."""
     flagged = detection.score >= threshold
-    count = len(detection.regions)
-    words = "no defect" if not flagged else detection.kind or "a defect"
-    if flagged and count:
+    words = (detection.kind or "a defect") if flagged else "no defect"
+    if flagged and (count := len(detection.regions)):
         words += f", in {count} {'place' if count == 1 else 'places'}"
     completion = f"{words[0].upper()}{words[1:]}."
     return Prediction(

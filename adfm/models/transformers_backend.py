@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from adfm.models import decoding, loading
 from adfm.models.decoding import Completions
+from adfm.models.loading import Loaded
 from adfm.params import Evaluate, Params
 
 if TYPE_CHECKING:
@@ -18,14 +19,7 @@ if TYPE_CHECKING:
 
 
 def load(model: str | Path, params: Params) -> tuple[Any, str, Prepare, Callable[[Any], Completions]]:
-    """Load a model.
-
-    Args:
-        model: A base model's name, or a folder that adfm trained.
-        params: Reads the sections `model` and `evaluate`, and `seed`.
-
-    Returns:
-        The model's processor and family, the function that prepares a list of images, and the one that answers them.
+    """Load a model: its processor and family, the function that prepares a list of images, and the one that answers.
 
     Raises:
         AdfmError: As `adfm.models.loading.load`.
@@ -42,20 +36,11 @@ def load(model: str | Path, params: Params) -> tuple[Any, str, Prepare, Callable
     )
 
 
-def generate(loaded: loading.Loaded, images: list[Image.Image], settings: Evaluate) -> Completions:
-    """Return greedy completions for `images`, and the probability of a defect for each."""
-    scorer = decoding.Scorer(loaded.processor.tokenizer)
-    text = loading.chat_text(loaded.processor, loaded.prompt)
-    return _generate(loaded, scorer, _inputs(loaded.processor, text, images), settings)
-
-
 def _inputs(processor: Any, text: str, images: list[Image.Image]) -> Any:
     return processor(text=[text] * len(images), images=images, padding=True, return_tensors="pt")
 
 
-def _generate(
-    loaded: loading.Loaded, scorer: decoding.Scorer, inputs: Any, settings: Evaluate, seed: int = 0
-) -> Completions:
+def _generate(loaded: Loaded, scorer: decoding.Scorer, inputs: Any, settings: Evaluate, seed: int) -> Completions:
     import torch
 
     inputs = inputs.to(loaded.model.device)
@@ -69,41 +54,33 @@ def _generate(
 
 
 def _complete(
-    loaded: loading.Loaded, scorer: decoding.Scorer, inputs: Any, settings: Evaluate, sample: bool = False
+    loaded: Loaded, scorer: decoding.Scorer, inputs: Any, settings: Evaluate, sample: bool = False
 ) -> Completions:
     import torch
     from transformers import LogitsProcessorList
 
-    tokenizer = loaded.processor.tokenizer
-    logits = _DecidingLogits(scorer.tokens)
+    tokenizer, steps = loaded.processor.tokenizer, []
+
+    def keep(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        # At every step, the logits of a few tokens: those of the whole vocabulary would fill the memory.
+        steps.append(scores[:, scorer.tokens].float())
+        return scores
+
     sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
-    generate: Any = loaded.model.generate
     with torch.inference_mode():
-        output = generate(
+        output: Any = loaded.model.generate(  # type: ignore[operator]
             **inputs,
             **sampling,
             max_new_tokens=settings.max_new_tokens,
             stop_strings=[decoding.STOP],
             tokenizer=tokenizer,
-            logits_processor=LogitsProcessorList([logits]),
+            logits_processor=LogitsProcessorList([keep]),
         )
     tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
-    steps = torch.stack(logits.steps, 1).cpu().numpy()  # [images, tokens, deciding tokens]
+    logits = torch.stack(steps, 1).cpu().numpy()  # [images, tokens, deciding tokens]
     completions = [decoding.until_stop(text) for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
     scores = [
         scorer.score(settings, row, text, at.__getitem__)
-        for row, text, at in zip(tokens, completions, steps, strict=True)
+        for row, text, at in zip(tokens, completions, logits, strict=True)
     ]
     return completions, scores
-
-
-class _DecidingLogits:
-    """Called by `generate` at every step: keeps the logits of a few tokens, not of the whole vocabulary."""
-
-    def __init__(self, tokens: list[int]) -> None:
-        self._tokens = tokens
-        self.steps: list[torch.Tensor] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.steps.append(scores[:, self._tokens].float())
-        return scores

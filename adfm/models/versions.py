@@ -1,4 +1,4 @@
-"""Registered versions, `models:/<name>/<version>` or `models:/<name>@<alias>`: found, downloaded and verified."""
+"""Find, download and verify registered versions, `models:/<name>/<version>` or `models:/<name>@<alias>`."""
 
 from __future__ import annotations
 
@@ -28,9 +28,8 @@ def fetch(model: str | Path, to: Path) -> tuple[str | Path, str]:
         to: An existing folder for the download, which nobody else can write to.
 
     Returns:
-        What `adfm.models.loading.load` takes, and the model's name: that of a version has its number also where an
-        alias was given. The model of a version lies in the verified folder of the whole version, beside `params.yaml`
-        and `evaluation/`.
+        What `adfm.models.loading.load` takes, which for a version lies in the verified folder of the whole version; and
+        the model's name, with the version's number also where an alias was given.
 
     Raises:
         AdfmError: MLflow cannot be reached, has no such version or alias, or the version's files cannot be verified.
@@ -43,11 +42,7 @@ def fetch(model: str | Path, to: Path) -> tuple[str | Path, str]:
 
 
 def find(uri: str) -> ModelVersion:
-    """Return the version that `models:/<name>/<version>` or `models:/<name>@<alias>` names.
-
-    Raises:
-        AdfmError: It names none, or MLflow has no such version or alias.
-    """
+    """Return the version that a URI names; raise `AdfmError` where MLflow has no such version or alias."""
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -79,10 +74,10 @@ def download(version: ModelVersion, to: Path) -> Path:
 
     Args:
         version: The version.
-        to: An existing folder, which nobody else can write to; the version becomes a new folder in it.
+        to: An existing folder, which nobody else can write to.
 
     Returns:
-        The folder of its model, in the folder of the version.
+        The folder of its model, in the folder of the version, which is a new one in `to`.
 
     Raises:
         Unverified: The files are not what a submitter whose key counts has signed, they are those of another version,

@@ -1,7 +1,4 @@
-"""Decoding with vLLM, as with transformers and many times faster.
-
-Written from the source of vLLM 0.30 and tested with a stand-in for it, not with vLLM itself.
-"""
+"""Decoding with vLLM, as with transformers and many times faster."""
 
 from __future__ import annotations
 
@@ -26,19 +23,13 @@ _SHARE = 0.9
 
 
 def load(model: str | Path, params: Params) -> tuple[Any, str, Callable[[list[Image.Image]], Completions]]:
-    """Load a model into vLLM.
-
-    Args:
-        model: A base model's name, or a folder that adfm trained.
-        params: Reads the sections `model` and `evaluate`, and `seed`.
-
-    Returns:
-        The model's processor and family, and the function that answers a list of images.
+    """Load a model into vLLM: its processor and family, and the function that answers a list of images.
 
     Raises:
         AdfmError: As `adfm.models.loading.resolve`; the adapter's rank, or the number of tokens that decide, is beyond
             what vLLM takes; or the vLLM that is installed does not fit.
     """
+    # Written from the source of vLLM 0.30 and tested with a stand-in for it, not with vLLM itself.
     import vllm
     from vllm.lora.request import LoRARequest
 
@@ -76,10 +67,18 @@ def load(model: str | Path, params: Params) -> tuple[Any, str, Callable[[list[Im
             f"{_LOGPROBS}; set evaluate.backend=transformers."
         )
 
-    def sampling(**how: Any) -> Any:
+    def read(output: Any) -> tuple[str, float | None]:
+        text = decoding.until_stop(output.text)
+
+        def logits(at: int) -> Any:
+            return np.array([output.logprobs[at][token].logprob for token in scorer.tokens])
+
+        return text, scorer.score(settings, output.token_ids, text, logits)
+
+    def complete(prompts: list[Any], **how: Any) -> list[list[tuple[str, float | None]]]:
         # Sampling parameters that are not given are neutral, whatever the model's folder says. `logprob_token_ids`
         # gives log-probabilities at every position, before `logit_bias` and temperature.
-        return vllm.SamplingParams(
+        sampling = vllm.SamplingParams(
             max_tokens=settings.max_new_tokens,
             stop=[decoding.STOP],
             include_stop_str_in_output=True,
@@ -87,35 +86,21 @@ def load(model: str | Path, params: Params) -> tuple[Any, str, Callable[[list[Im
             logprob_token_ids=scorer.tokens,
             **how,
         )
-
-    def complete(prompts: list[Any], how: Any) -> tuple[list[list[str]], list[list[float | None]]]:
-        outputs = [request.outputs for request in engine.generate(prompts, how, lora_request=adapter, use_tqdm=False)]
-        texts = [[decoding.until_stop(output.text) for output in of_prompt] for of_prompt in outputs]
-        scores = [
-            [
-                scorer.score(settings, output.token_ids, text, _logits(output, scorer.tokens))
-                for output, text in zip(*pair, strict=True)
-            ]
-            for pair in zip(outputs, texts, strict=True)
-        ]
-        return texts, scores
+        requests = engine.generate(prompts, sampling, lora_request=adapter, use_tqdm=False)
+        return [[read(output) for output in request.outputs] for request in requests]
 
     text = loading.chat_text(processor, messages)
 
     def answer(images: list[Image.Image]) -> Completions:
         prompts = [{"prompt": text, "multi_modal_data": {"image": image}} for image in images]
-        texts, letters = complete(prompts, sampling(temperature=0.0))
-        completions, scores = [text for [text] in texts], [score for [score] in letters]
+        completions, scores = map(list, zip(*(only for [only] in complete(prompts, temperature=0.0)), strict=True))
         if settings.samples:
-            _, samples = complete(prompts, sampling(temperature=1.0, n=settings.samples, seed=params.seed))
-            scores = decoding.mean_of_samples(scores, list(zip(*samples, strict=True)))
+            sampled = complete(prompts, temperature=1.0, n=settings.samples, seed=params.seed)
+            samples = [[score for _, score in each] for each in zip(*sampled, strict=True)]
+            scores = decoding.mean_of_samples(scores, samples)
         return completions, scores
 
     return processor, family, answer
-
-
-def _logits(output: Any, tokens: list[int]) -> Any:
-    return lambda at: np.array([output.logprobs[at][token].logprob for token in tokens])
 
 
 def _free_share() -> float:

@@ -1,7 +1,4 @@
-"""Settings of a vLLM engine for training and evaluation: model length, image sizes, and the supported version.
-
-Written from the source of vLLM 0.30 and TRL 1.16; not run with vLLM, which needs a GPU.
-"""
+"""Settings of a vLLM engine for training and evaluation: model length, image sizes, and the supported version."""
 
 from __future__ import annotations
 
@@ -17,6 +14,7 @@ from urllib.parse import urlsplit
 from adfm.errors import AdfmError
 from adfm.models import loading
 
+# Written from the source of vLLM 0.30 and TRL 1.16; not run with vLLM, which needs a GPU.
 VERSION = "0.30.0"
 """The vLLM that fits torch 2.13, transformers 5.23 and TRL 1.16 (which takes 0.22 to 0.31)."""
 
@@ -55,11 +53,7 @@ def options(processor: Any, dtype: str) -> dict[str, Any]:
 
 
 def image_tokens(processor: Any) -> int:
-    """Return the most tokens that an image of any size and shape becomes.
-
-    Raises:
-        AdfmError: The family does not cut images into patches.
-    """
+    """Return the most tokens that an image becomes; raise `AdfmError` for a family that does not cut into patches."""
     images = processor.image_processor
     if not hasattr(images, "merge_size"):
         raise AdfmError(
@@ -77,13 +71,7 @@ def image_tokens(processor: Any) -> int:
 
 
 def model_length(processor: Any, messages: list[dict[str, Any]], completion: int) -> int:
-    """Return the tokens of vLLM's longest request: the prompt with its one image, and `completion` tokens after it.
-
-    Args:
-        processor: The model's.
-        messages: The prompt without the image, the user's message last.
-        completion: The most tokens of a completion.
-    """
+    """Return the tokens of vLLM's longest request: the prompt with its one image, and `completion` tokens after it."""
     written = processor.tokenizer(loading.chat_text(processor, messages))["input_ids"]
     return int(len(written) - written.count(processor.image_token_id)) + image_tokens(processor) + completion
 
@@ -91,9 +79,8 @@ def model_length(processor: Any, messages: list[dict[str, Any]], completion: int
 def server_command(folder: Path, processor: Any, dtype: str, length: int, url: str = "http://localhost:8000") -> str:
     """Return the command that starts the server of `train.vllm_server` on the first GPU; the GPUs after it train."""
     # The flags are those that TRL's deprecated `trl vllm-serve` adds (TRL 1.16), and the arguments of `options`.
-    arguments = options(processor, dtype)
     command = ["vllm", "serve", str(folder), "--port", str(urlsplit(url).port or 8000), "--max-model-len", str(length)]
-    for name, value in arguments.items():
+    for name, value in options(processor, dtype).items():
         command += ["--" + name.replace("_", "-"), value if isinstance(value, str) else json.dumps(value)]
     command += ["--logprobs-mode", "processed_logprobs", "--enable-scale-out"]
     command += ["--weight-transfer-config", json.dumps({"backend": "nccl"})]
@@ -101,12 +88,7 @@ def server_command(folder: Path, processor: Any, dtype: str, length: int, url: s
 
 
 def server_problems(url: str, length: int) -> list[str]:
-    """Return what keeps a vLLM server from generating for a training, a sentence each.
-
-    Args:
-        url: The server's URL, as `http://host:8000`.
-        length: Tokens of one request.
-    """
+    """Return what keeps a vLLM server from answering requests of `length` tokens for a training, a sentence each."""
     if not url.startswith(("http://", "https://")):
         return [f"train.vllm_server={url}: write it as http://host:8000"]
     try:

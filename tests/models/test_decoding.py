@@ -18,10 +18,10 @@ from PIL import Image
 from adfm.errors import AdfmError
 from adfm.method import prompt
 from adfm.models import decoding, loading
-from adfm.models.transformers_backend import generate
 from adfm.params import Evaluate, Model
 from adfm.records import Box, Label
 from tests import qwen
+from tests.models.generation import generate
 
 BASE = "embedded://tiny-base"
 TOKENIZERS = ["embedded", *qwen.FAMILIES]

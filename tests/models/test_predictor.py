@@ -21,10 +21,10 @@ from adfm.errors import AdfmError
 from adfm.evaluation import predictions
 from adfm.method import prompt, response
 from adfm.models import families, loading, model_folder, predictor, transformers_backend, vllm_engine
-from adfm.models.transformers_backend import generate
 from adfm.params import Evaluate, Model, Params
 from adfm.records import Box
 from tests.models import random_models
+from tests.models.generation import generate
 
 BASE = "embedded://tiny-base"
 

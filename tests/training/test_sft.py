@@ -23,7 +23,7 @@ from adfm.training.sft import Answers, sft, trained_on
 def test_no_steps_change_nothing(small_shards: Path, tmp_path: Path) -> None:
     from PIL import Image
 
-    from adfm.models.transformers_backend import generate
+    from tests.models.generation import generate
 
     sft(small_shards, tmp_path / "sft", Params.model_validate({"sft": {"steps": 0}}))
     params = Params()

@@ -26,14 +26,7 @@ FAMILIES = {
 
 
 def get(model_type: Any) -> Family:
-    """Return the family of a model.
-
-    Args:
-        model_type: `model_type` of its configuration.
-
-    Raises:
-        AdfmError: `FAMILIES` has no entry for it.
-    """
+    """Return the family of a model by `model_type` of its configuration; raise `AdfmError` for an unknown one."""
     if model_type not in FAMILIES:
         known = "; ".join(f"{name} ({family.models})" for name, family in FAMILIES.items())
         raise AdfmError(
@@ -44,15 +37,13 @@ def get(model_type: Any) -> Family:
 
 
 def processor_class(model_type: str) -> Any:
-    """Return a family's processor class without its video half, which alone needs torchvision.
-
-    It keeps the original's name, so that what it saves loads in any transformers.
-    """
+    """Return a family's processor class without its video half, which alone needs torchvision."""
     import transformers
 
     original: Any = getattr(transformers, get(model_type).processor)
     # ProcessorMixin loads, keeps and saves the parts that get_attributes names, and ignores a further one.
     attributes = [part for part in original.get_attributes() if part != "video_processor"]
+    # Under the original's name, so that what it saves loads in any transformers.
     return type(original.__name__, (original,), {"get_attributes": classmethod(lambda cls: list(attributes))})
 
 

@@ -31,21 +31,13 @@ class Images(Protocol):
     """
 
     def set_max_pixels(self, images: Any, max_pixels: int) -> None:
-        """Limit the pixels of an image after resizing.
-
-        Raises:
-            AdfmError: The family cannot make images so small.
-        """
+        """Limit the pixels of an image after resizing; raise `AdfmError` where images cannot be so small."""
 
     def max_pixels(self, settings: Mapping[str, Any]) -> int:
         """The most pixels of an image after resizing, from the image processor's settings as saved with it."""
 
     def resized(self, images: Any, width: int, height: int) -> tuple[int, int]:
-        """Width and height in pixels to which an image is resized before it is cut.
-
-        Raises:
-            AdfmError: The image is too narrow.
-        """
+        """Width and height to which an image is resized before it is cut; raise `AdfmError` if it is too narrow."""
 
     def cost(self, config: Any, pixels: int) -> Vision:
         """The cost of an image of that many pixels after resizing, for a model of that configuration."""
@@ -55,29 +47,18 @@ class Images(Protocol):
 
 
 class Family(NamedTuple):
-    """One model family.
+    """One model family."""
 
-    Args:
-        models: The family's models, in words for people.
-        processor: Name of its processor's class in transformers.
-        coordinates: The units of its boxes: pixels of the image as its processor resizes it, or thousandths of the
-            image's width and height.
-        vision: Names of the modules of the vision tower and of the projector to the language model. A module or a
-            weight belongs to them if one of these is a part of its dotted name, in transformers as on the hub.
-        images: How it resizes and cuts images.
-        chat_template: Replaces the chat template of its folders; `None` keeps that.
-        modules_to_save: Names of the modules that an adapter holds with all their weights.
-        vllm: Whether `adfm.models.vllm_engine` supports it.
-    """
-
-    models: str
-    processor: str
-    coordinates: Coordinates
+    models: str  # in words for people
+    processor: str  # class in transformers
+    coordinates: Coordinates  # pixels of the image as its processor resizes it, or thousandths of its width and height
+    # Modules of the vision tower and of the projector to the language model. A module or a weight belongs to them if
+    # one of these is a part of its dotted name, in transformers as on the hub.
     vision: tuple[str, ...]
     images: Images
-    chat_template: str | None = None
-    modules_to_save: tuple[str, ...] = ()
-    vllm: bool = True
+    chat_template: str | None = None  # replaces the chat template of its folders
+    modules_to_save: tuple[str, ...] = ()  # that an adapter holds with all their weights
+    vllm: bool = True  # whether `adfm.models.vllm_engine` supports it
 
     @property
     def units(self) -> str:
@@ -95,11 +76,6 @@ class Family(NamedTuple):
 
     def frame(self, processor: Any, width: int, height: int) -> Frame:
         """The frame in which its models write boxes on an image of `width` by `height` original pixels.
-
-        Args:
-            processor: The model's processor; only its `image_processor` is read.
-            width: Width of the original image in pixels.
-            height: Height of the original image in pixels.
 
         Raises:
             AdfmError: The image is too narrow for the processor.
