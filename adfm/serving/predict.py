@@ -1,6 +1,6 @@
 """Inference on unlabelled images: files on the command line, bytes in a served model.
 
-It is the path of evaluation: the same prompt, the same batches, the same reading of the answer.
+It is the path of evaluation: the same prompt, the same batches, the same parser.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from PIL import Image
@@ -35,21 +36,16 @@ from adfm.records import Box
 from adfm.text import printable
 
 ENDING = ".answer.png"
-"""Of the names of the pictures that `predict` writes; it takes none of them for a photograph."""
+"""Of the pictures that `predict` writes, and does not take for photographs."""
 
 CANNOT_JUDGE = "cannot judge"
 """The label of an image that the guard refuses, and of one to which the model gives no clear answer."""
-
-NO_ANSWER = "no answer"
-"""Kind of reason: the model gave no clear answer."""
 
 KEYS = ["label", "probability", "threshold", "boxes", "reasoning", "reason"]
 """Of `readable` and `refused`, in the order of the served model's columns."""
 
 KIND = "kind"
 """A further key, after `KEYS`, of a model whose prompt asks for the defect's kind."""
-
-UNGUARDED = f"No image is refused: there is no {guard_.FILE}, so a black one is answered as any other."
 
 _MOST_PIXELS = 80_000_000  # of an image: 240 MB when decoded
 _MOST_ASPECT = 200  # beyond it the families' processors refuse an image
@@ -59,7 +55,50 @@ _MOST_LINES = 60  # under it
 # What a model was registered, or trained, with decides its answers; how many images a batch has does not.
 _OWN = {"model": ("dtype", "max_pixels"), "evaluate": ("max_new_tokens", "score", "samples")}
 
-T = TypeVar("T")
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory, with what its answers are decided by."""
+
+    name: str  # that of a version has its number also where an alias was given
+    predictor: predictor_.Predictor
+    batch_size: int
+    calibration: Calibration
+    guard: Guard | None  # refuses images that the model cannot judge
+    grey_range: images_.GreyRange | None  # of its training images of more than 8 bits
+
+    def report(self, threshold: bool) -> None:
+        """Report on stderr a missing guard and a missing threshold; with `threshold`, one that is there too."""
+        lines = [self.calibration.summary] if threshold or self.calibration.threshold is None else []
+        if self.guard is None:
+            lines.append(f"No image is refused: there is no {guard_.FILE}, so a black one is answered as any other.")
+        for line in lines:
+            print(f"{self.name}: {line}", file=sys.stderr)
+
+    def judge(self, images: Sequence[Image.Image]) -> list[tuple[dict[str, Any], str | None]]:
+        """Answer upright RGB images; the model sees those that the guard accepts.
+
+        Returns:
+            For each image its row, as `readable` or `refused` gives it, with `kind` if the model's prompt asks for it;
+            and the kind of reason where it cannot be judged, for counting: one of the guard's, or `no answer`.
+        """
+        refusals = [self.guard.judge(image) if self.guard else None for image in images]
+        accepted = [image for image, refusal in zip(images, refusals, strict=True) if not refusal]
+        sizes = [image.size for image in accepted]
+        answers = iter(self.predictor.answers(sizes, accepted.__getitem__) if accepted else [])
+        rows: list[tuple[dict[str, Any], str | None]] = []
+        for image, refusal in zip(images, refusals, strict=True):
+            kind, why = None, str(refusal.kind) if refusal else None
+            if refusal:
+                row = refused(refusal.reason, self.calibration)
+            else:
+                answer = next(answers)
+                row, kind = readable(answer, image.size, self.calibration), answer.kind
+                why = "no answer" if row["label"] == CANNOT_JUDGE else None
+            if self.predictor.kinds:
+                row[KIND] = kind if row["label"] == "anomalous" else None
+            rows.append((row, why))
+        return rows
 
 
 def predict(images: Sequence[Path], model: str, params: Params, out: Path | None = None, as_json: bool = False) -> None:
@@ -68,8 +107,7 @@ def predict(images: Sequence[Path], model: str, params: Params, out: Path | None
     Args:
         images: Files, and folders, of which every image is taken, also in folders inside.
         model: A base model's name, a model folder, or a registered version (`models:/adfm@production`).
-        params: Reads `model` and `evaluate`; of a registered or trained model its own precision, image size and length
-            of an answer count.
+        params: Reads `model` and `evaluate`, as far as a registered or trained model has not its own.
         out: Folder for a picture of each answer, `<image>.answer.png`, with boxes and reasoning; none without it.
         as_json: Print a line of JSON for each image: `image`, what `readable` or `refused` gives, `model`, `picture`.
 
@@ -83,13 +121,7 @@ def predict(images: Sequence[Path], model: str, params: Params, out: Path | None
 
 
 def answers(images: Sequence[Path], model: str, params: Params, out: Path | None = None) -> Iterator[dict[str, Any]]:
-    """Run a model on unlabelled images, a batch at a time.
-
-    Args:
-        images: As in `predict`.
-        model: As in `predict`.
-        params: As in `predict`.
-        out: As in `predict`.
+    """As `predict`, a batch at a time.
 
     Yields:
         For each image, in order, `image`, what `readable` or `refused` gives, `model`, and `picture`, the path of the
@@ -102,19 +134,16 @@ def answers(images: Sequence[Path], model: str, params: Params, out: Path | None
     above = Path(os.path.commonpath([path if path.is_dir() else path.parent for path in map(_absolute, images)]))
     unreadable: list[str] = []
     with TemporaryDirectory() as folder:
-        predictor, name, calibration, guard, bounds = load(model, params, Path(folder))
-        if calibration.threshold is None:
-            print(f"{name}: {calibration.summary}", file=sys.stderr)
-        if guard is None:
-            print(f"{name}: {UNGUARDED}", file=sys.stderr)
+        loaded = load(model, params, Path(folder))
+        loaded.report(threshold=False)
         with bar(total=len(files), desc="predict", unit="image", leave=False) as progress:
-            for batch in batches(_read(files, unreadable, bounds), params.evaluate.batch_size):
-                rows = judge(predictor, calibration, guard, batch)
+            for batch in batches(_read(files, unreadable, loaded.grey_range), loaded.batch_size):
+                rows = loaded.judge([image for _, image in batch])
                 for (file, image), (row, _) in zip(batch, rows, strict=True):
                     picture = None
                     if out:
                         picture = str(_save(draw(image, row), out / f"{_absolute(file).relative_to(above)}{ENDING}"))
-                    yield {"image": str(file), **row, "model": name, "picture": picture}
+                    yield {"image": str(file), **row, "model": loaded.name, "picture": picture}
                     progress.update()
     if unreadable:
         raise AdfmError(
@@ -123,64 +152,42 @@ def answers(images: Sequence[Path], model: str, params: Params, out: Path | None
         )
 
 
-def load(
-    model: str, params: Params, to: Path
-) -> tuple[predictor_.Predictor, str, Calibration, Guard | None, images_.GreyRange | None]:
-    """Load a model with the settings that it was evaluated with.
-
-    Args:
-        model: As in `predict`.
-        params: As in `predict`.
-        to: An existing folder for what is downloaded.
-
-    Returns:
-        The model; its name: that of a version has its number also where an alias was given; what it decides by; what
-        images it can judge, `None` where that is not known; and the range of its grey images of more than 8 bits.
-
-    Raises:
-        AdfmError: It cannot be found or loaded.
-    """
-    local: str | Path = model
-    name = model
+def load(model: str, params: Params, to: Path) -> LoadedModel:
+    """Load a model as in `predict`, with the settings that it was evaluated with; `to` is a folder for downloads."""
     if model.startswith("models:"):
         from adfm.serving import verified
 
         folder, name = verified.fetch(model, to)
-        local = folder / "model"
-        own, calibration, guard = read_version(folder)
-    else:
-        about = model_folder.describe(Path(local)) or {}
-        own = about.get("params")
-        calibration, guard = Calibration(note="only a registered version has a threshold"), None
-        if model_folder.is_detector(local):  # its score is a probability, and its threshold in its folder
-            calibration = Calibration(threshold=about["threshold"], images=about["chosen_on"])
-    predictor = predictor_.Predictor(local, with_own(params, own))
-    return predictor, name, calibration, guard, model_folder.grey_range(Path(local))
+        return of_version(folder, name, params)
+    about = model_folder.describe(model) or {}
+    calibration = Calibration(note="only a registered version has a threshold")
+    if model_folder.is_detector(model):  # its score is a probability, and its threshold in its folder
+        calibration = Calibration(threshold=about["threshold"], images=about["chosen_on"])
+    return _loaded(model, model, with_own(params, about.get("params")), calibration, None)
 
 
-def read_version(folder: Path) -> tuple[Any, Calibration, Guard | None]:
-    """What the files of a version say of how its model answers.
-
-    Args:
-        folder: The version's files.
-
-    Returns:
-        Its settings; what it decides by; and what images it can judge, `None` where it was registered without a guard.
-
-    Raises:
-        AdfmError: A file cannot be read, or belongs to another model.
-    """
+def of_version(folder: Path, name: str, params: Params | None = None) -> LoadedModel:
+    """Load a registered version from its files, by default with the batch size that it was registered with."""
     file = folder / "params.yaml"
     try:
         own = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise AdfmError(f"{file} cannot be read ({error}); register the version again.") from error
     calibration = calibration_.of_version(folder, digest(folder / "model"))
-    return own, calibration, guard_.read(folder / "evaluation" / guard_.FILE)
+    guard = guard_.read(folder / "evaluation" / guard_.FILE)
+    if params is None:
+        params = Params.model_validate({"evaluate": {"batch_size": int(own["evaluate"]["batch_size"])}})
+    return _loaded(name, folder / "model", with_own(params, own), calibration, guard)
+
+
+def _loaded(name: str, model: str | Path, params: Params, calibration: Calibration, guard: Guard | None) -> LoadedModel:
+    predictor = predictor_.Predictor(model, params)
+    grey_range = model_folder.grey_range(model)
+    return LoadedModel(name, predictor, params.evaluate.batch_size, calibration, guard, grey_range)
 
 
 def with_own(params: Params, own: Any) -> Params:
-    """`params` with what of a model's own settings, as far as they are known, decides its answers."""
+    """Return `params` with those of a model's own settings, if known, that decide its answers."""
     values = params.model_dump(by_alias=True)
     for section, keys in _OWN.items():
         theirs = own.get(section) if isinstance(own, dict) else None
@@ -189,11 +196,7 @@ def with_own(params: Params, own: Any) -> Params:
 
 
 def decode(content: bytes, bounds: images_.GreyRange | None = None) -> Image.Image:
-    """A photograph as a model sees it: upright, RGB.
-
-    Args:
-        content: A file in any format that conversion reads.
-        bounds: The model's, for grey values of more than 8 bits; without, a file of such values is an error.
+    """Decode a photograph as a model sees it: upright, RGB; with `bounds`, also grey values of more than 8 bits.
 
     Raises:
         AdfmError: It cannot be decoded, or a model cannot take it in; the message is the reason alone.
@@ -211,83 +214,30 @@ def decode(content: bytes, bounds: images_.GreyRange | None = None) -> Image.Ima
         raise AdfmError(images_.reason(error)) from error
 
 
-def batches(images: Iterable[tuple[T, Image.Image]], batch_size: int) -> Iterator[list[tuple[T, Image.Image]]]:
-    """Images in the order in which they come, as many together as fit into a batch and into memory."""
-    batch: list[tuple[T, Image.Image]] = []
-    pixels = 0
+def batches(images: Iterable[tuple[Any, Image.Image]], batch_size: int) -> Iterator[list[tuple[Any, Image.Image]]]:
+    """Yield the images in their order, as many together as fit into a batch and into memory."""
+    batch: list[tuple[Any, Image.Image]] = []
     for what, image in images:
-        size = image.width * image.height
-        if batch and (len(batch) == batch_size or pixels + size > _TOGETHER):
+        pixels = sum(each.width * each.height for _, each in [*batch, (what, image)])
+        if batch and (len(batch) == batch_size or pixels > _TOGETHER):
             yield batch
-            batch, pixels = [], 0
+            batch = []
         batch.append((what, image))
-        pixels += size
     if batch:
         yield batch
 
 
-def judge(
-    predictor: predictor_.Predictor,
-    calibration: Calibration,
-    guard: Guard | None,
-    batch: Sequence[tuple[Any, Image.Image]],
-) -> list[tuple[dict[str, Any], str | None]]:
-    """Answers a batch of images; the model is asked for those that the guard lets through.
-
-    Args:
-        predictor: The model.
-        calibration: What it decides by.
-        guard: What images it can judge; `None`: any.
-        batch: The images, each upright RGB, with whatever tells them apart.
-
-    Returns:
-        For each image, in order, its row, as `readable` or `refused` gives it, with `kind` if the model's prompt asks
-        for it: the kind of defect that the model names on an image that is `anomalous`, else `None`; and where it
-        cannot be judged the kind of reason, for counting: one of the guard's, or `no answer`.
-    """
-    refusals = [guard.judge(image) if guard else None for _, image in batch]
-    images = [image for (_, image), refusal in zip(batch, refusals, strict=True) if not refusal]
-    answers = iter(predictor.answers([image.size for image in images], images.__getitem__) if images else [])
-    rows: list[tuple[dict[str, Any], str | None]] = []
-    for (_, image), refusal in zip(batch, refusals, strict=True):
-        if refusal:
-            row = refused(refusal.reason, calibration)
-            rows.append((row | {KIND: None} if predictor.kinds else row, refusal.kind))
-        else:
-            answer = next(answers)
-            row = readable(answer, image.size, calibration)
-            if predictor.kinds:
-                row[KIND] = answer.kind if row["label"] == "anomalous" else None
-            rows.append((row, NO_ANSWER if row["label"] == CANNOT_JUDGE else None))
-    return rows
-
-
 def readable(answer: Prediction, size: tuple[int, int], calibration: Calibration) -> dict[str, Any]:
-    """An answer for people and programs.
-
-    Args:
-        answer: The model's answer.
-        size: Width and height of the upright image in pixels.
-        calibration: What the model decides by.
-
-    Returns:
-        `label`: the decision, `anomalous` from the threshold on, else `normal`; without a threshold the model's letter;
-        `cannot judge` where there is neither a score nor a clear letter. `reason`: why not; `None` for other labels.
-        `probability` of a defect, calibrated, or `None` without a score. `threshold`, or `None`. `boxes`: of an image
-        that is `anomalous` all regions that the model names, `[x1, y1, x2, y2]` in pixels of the upright image,
-        half-open, within it.
-        `reasoning`: what the model saw, and on the next line what it made of it, in its own words and, for coordinates,
-        units; all that it wrote where it did not keep to that form. Of an image in tiles, lines follow that say which
-        tile it is, and what it wrote of further suspicious tiles.
-    """
+    """Return an answer to an upright image of `size` for people and programs, by `KEYS`; see docs/serving.md."""
     width, height = size
     probability, label = calibration.judge(answer.predicted, answer.score)
+    # All regions that the model names, whatever its letter: the calibrated probability may flag an image against it.
     inside = (
         Box(max(0.0, box.x1), max(0.0, box.y1), min(float(width), box.x2), min(float(height), box.y2))
         for box in (answer.regions if label == "anomalous" else [])
     )
     stages = [answer.read.think, answer.read.rethink]
-    if answer.predicted is None or None in stages:
+    if answer.predicted is None or None in stages:  # the whole completion, where it is not well-formed
         stages = [answer.completion.removesuffix("\n".join(answer.notes))]
     return {
         "label": label or CANNOT_JUDGE,
@@ -300,39 +250,22 @@ def readable(answer: Prediction, size: tuple[int, int], calibration: Calibration
 
 
 def refused(reason: str, calibration: Calibration) -> dict[str, Any]:
-    """The answer to an image that was not put to the model, with the keys of `readable`.
-
-    Args:
-        reason: Why not, for people.
-        calibration: What the model decides by.
-    """
-    return {
-        "label": CANNOT_JUDGE,
-        "probability": None,
-        "threshold": calibration.threshold,
-        "boxes": [],
-        "reasoning": "",
-        "reason": reason,
-    }
+    """Return the answer to an image that was not put to the model, with the keys of `readable`."""
+    return dict(zip(KEYS, [CANNOT_JUDGE, None, calibration.threshold, [], "", reason], strict=True))
 
 
-def draw(image: Image.Image, said: dict[str, Any]) -> Image.Image:
-    """A photograph with the boxes of an answer on it, and verdict and reasoning under it.
-
-    Args:
-        image: Upright, RGB.
-        said: As `readable` or `refused` gives it.
-    """
+def draw(image: Image.Image, row: dict[str, Any]) -> Image.Image:
+    """Draw the boxes of a row of `readable` or `refused` on its image, and verdict and reasoning under it."""
     side = min(max(*image.size, _SIDES[0]), _SIDES[1])
-    shown = pictures.drawn(pictures.marked(image, image.size, None, said["boxes"]), side)
-    width, font = max(shown.width, _SIDES[0]), drawing.font(side // 40)
-    margin = side // 40
-    text = "\n".join(map(printable, [_verdict(said), *said["reasoning"].split("\n")]))
+    photograph = pictures.drawn(pictures.marked(image, image.size, None, row["boxes"]), side)
+    width, margin = max(photograph.width, _SIDES[0]), side // 40
+    font = drawing.font(margin)
+    text = "\n".join(map(printable, [_verdict(row), *row["reasoning"].split("\n")]))
     lines = drawing.wrapped(text, font, width - 2 * margin, _MOST_LINES)
-    height = shown.height + len(lines) * drawing.line_height(font) + 2 * margin
+    height = photograph.height + len(lines) * drawing.line_height(font) + 2 * margin
     sheet = Image.new("RGB", (width, height), "white")
-    sheet.paste(shown, ((width - shown.width) // 2, 0))
-    drawing.write(sheet, (margin, shown.height + margin), lines, font)
+    sheet.paste(photograph, ((width - photograph.width) // 2, 0))
+    drawing.write(sheet, (margin, photograph.height + margin), lines, font)
     return sheet
 
 
@@ -340,31 +273,29 @@ def _files(images: Sequence[Path]) -> list[Path]:
     missing = [str(path) for path in images if not path.exists()]
     if missing:
         raise AdfmError("no such file or folder:\n  " + "\n  ".join(missing))
-    found = [
+    files = [
         file
         for path in images
         for file in (sorted(readers.images_within(path)) if path.is_dir() else [path])
-        if file == path or not file.name.endswith(ENDING)
+        if file == path or not file.name.endswith(ENDING)  # a picture that the caller names is a photograph
     ]
-    if not found:
+    if not files:
         kinds = ", ".join(sorted(readers.IMAGES))
         raise AdfmError(f"no image in {', '.join(map(str, images)) or 'nothing'}; images are named {kinds}.")
-    return found
+    return files
 
 
 def _read(
-    found: Iterable[Path], unreadable: list[str], bounds: images_.GreyRange | None
+    files: Iterable[Path], unreadable: list[str], bounds: images_.GreyRange | None
 ) -> Iterator[tuple[Path, Image.Image]]:
-    for file in found:
-        if file.exists() and not file.is_file():  # a pipe would be waited for
-            unreadable.append(f"{printable(str(file))}: it is a pipe, a socket or a device, not an ordinary file")
-            continue
+    for file in files:
         try:
+            if file.exists() and not file.is_file():  # a pipe would be waited for
+                raise AdfmError("it is a pipe, a socket or a device, not an ordinary file")
             yield file, decode(file.read_bytes(), bounds)
-        except AdfmError as error:
-            unreadable.append(f"{printable(str(file))}: {error}")
-        except OSError as error:
-            unreadable.append(f"{printable(str(file))}: {error.strerror}")
+        except (AdfmError, OSError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            unreadable.append(f"{printable(str(file))}: {reason}")
 
 
 def _save(picture: Image.Image, file: Path) -> Path:
@@ -383,14 +314,14 @@ def _text(row: dict[str, Any]) -> str:
     return "\n".join(map(printable, lines))
 
 
-def _verdict(said: dict[str, Any]) -> str:
-    if said["label"] == CANNOT_JUDGE:
-        return f"{CANNOT_JUDGE}: {said['reason']}"
-    at = "" if said["threshold"] is None else f", flagged from {said['threshold']:.2f} on"
-    sure = "" if said["probability"] is None else f" (probability of a defect {said['probability']:.2f}{at})"
-    kind = f", {said[KIND]}" if said.get(KIND) else ""
-    return f"{said['label']}{kind}{sure}" + "".join(f" {[round(side) for side in box]}" for box in said["boxes"])
+def _verdict(row: dict[str, Any]) -> str:
+    if row["label"] == CANNOT_JUDGE:
+        return f"{CANNOT_JUDGE}: {row['reason']}"
+    at = "" if row["threshold"] is None else f", flagged from {row['threshold']:.2f} on"
+    sure = "" if row["probability"] is None else f" (probability of a defect {row['probability']:.2f}{at})"
+    kind = f", {row[KIND]}" if row.get(KIND) else ""
+    return f"{row['label']}{kind}{sure}" + "".join(f" {[round(side) for side in box]}" for box in row["boxes"])
 
 
 def _absolute(path: Path) -> Path:
-    return Path(os.path.abspath(path))
+    return Path(os.path.abspath(path))  # without `..`, by which a picture would leave its folder

@@ -1,8 +1,7 @@
 """The log of a served version: JSON lines that count answers, refusals, and differences to a shadow.
 
-`ADFM_SERVE_LOG` names the file; processes and servers may share it, and it may be moved away at any time. Without it,
-everything but the counts of answered requests is written to stderr. `adfm served FILE` prints a table of it. A line has
-`event`, `time` (UTC) and `version`, and by `event`:
+`ADFM_SERVE_LOG` names the file. Without it, everything but the counts of answered requests is written to stderr. A line
+has `event`, `time` (UTC) and `version`, and by `event`:
 
 - `answered`: a request; `labels` counts its images by label.
 - `cannot judge`: one image; `image` is the SHA-256 of its file, `kind` is for counting (`adfm.evaluation.guard`, or
@@ -20,7 +19,6 @@ import os
 import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from adfm.text import printable
 FILE = "ADFM_SERVE_LOG"
 
 _ROUTINE = ("answered", "compared")  # too many for stderr
+_LATEST = 20  # images with a difference that are listed
 
 
 class BadLog(AdfmError):
@@ -40,11 +39,7 @@ class BadLog(AdfmError):
 
 
 def check() -> None:
-    """Refuse a log that cannot be written, when a version is loaded.
-
-    Raises:
-        BadLog: The file named by `ADFM_SERVE_LOG` cannot be opened.
-    """
+    """Raise `BadLog` if the file named by `ADFM_SERVE_LOG` cannot be written; called when a version is loaded."""
     file = os.environ.get(FILE)
     if not file:
         return
@@ -57,12 +52,7 @@ def check() -> None:
 
 
 def write(events: Iterable[tuple[str, dict[str, Any]]], version: str) -> None:
-    """Appends events, each a name and its values; never fails, because an answer depends on it.
-
-    Args:
-        events: Names as above, and the values beside `time` and `version`.
-        version: The version in production, `adfm/7`.
-    """
+    """Append events, each a name and its values, about a version (`adfm/7`); never fail, as an answer depends on it."""
     time = datetime.now(UTC).isoformat(timespec="milliseconds")
     lines = [
         (event, json.dumps({"event": event, "time": time, "version": version, **values})) for event, values in events
@@ -70,6 +60,7 @@ def write(events: Iterable[tuple[str, dict[str, Any]]], version: str) -> None:
     file = os.environ.get(FILE)
     if file:
         try:
+            # Opened for each request and written at once: processes may share it, and it may be moved away.
             with Path(file).open("a", encoding="utf-8") as log:
                 log.write("".join(f"{line}\n" for _, line in lines))
             return
@@ -81,7 +72,7 @@ def write(events: Iterable[tuple[str, dict[str, Any]]], version: str) -> None:
 
 
 def read(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """The lines of logs, in their order.
+    """Yield the lines of logs, in their order.
 
     Raises:
         BadLog: A file cannot be read, or a line is not one of a log; a last line that was cut off is left out.
@@ -90,74 +81,53 @@ def read(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
         try:
             with file.open(encoding="utf-8") as log:
                 for number, line in enumerate(log, 1):
-                    yield from _parse(line, file, number)
+                    try:
+                        entry = json.loads(line)
+                        if not (isinstance(entry, dict) and isinstance(entry["event"], str)):
+                            raise ValueError
+                    except (ValueError, LookupError) as error:
+                        if line.endswith("\n"):
+                            message = f"{file}, line {number}: it is not a line of a log that {FILE} names."
+                            raise BadLog(message) from error
+                    else:
+                        yield entry
         except (OSError, UnicodeDecodeError) as error:
             raise BadLog(f"{file} cannot be read ({error}).") from error
 
 
-def _parse(line: str, file: Path, number: int) -> Iterator[dict[str, Any]]:
-    try:
-        entry = json.loads(line)
-        if not (isinstance(entry, dict) and isinstance(entry["event"], str)):
-            raise ValueError
-        yield entry
-    except (ValueError, LookupError) as error:
-        if line.endswith("\n"):
-            raise BadLog(f"{file}, line {number}: it is not a line of a log that {FILE} names.") from error
-
-
-def summary(entries: Iterable[dict[str, Any]], most: int = 20) -> str:
-    """Counts for people: answers, refusals by kind, differences between production and shadow, and where they are.
-
-    Args:
-        entries: Lines of a log.
-        most: Images that differ to list, the latest ones.
+def summary(entries: Iterable[dict[str, Any]]) -> str:
+    """Count answers, refusals by kind, and differences between production and shadow, and list the latest of these.
 
     Raises:
         BadLog: A line lacks what its event has.
     """
-    total = _Total(deque(maxlen=most))
+    latest: deque[str] = deque(maxlen=_LATEST)
+    labels, kinds, shadow, changes = (Counter[str]() for _ in range(4))
     for entry in entries:
         try:
-            total.add(entry)
+            event = entry["event"]
+            if event == "answered":
+                labels.update({str(label): int(count) for label, count in entry["labels"].items()})
+            elif event == "cannot judge":
+                kinds[str(entry["kind"])] += 1
+            elif event == "differs":
+                own, other = (str(entry[side]["label"]) for side in ("production", "shadow"))
+                changes[f"{own}, shadow {other}" if own != other else f"both {own}, boxes apart"] += 1
+                latest.append(f"  {entry['time']}  {entry['image']}  {own}, shadow {other}")
+            elif event in ("compared", "dropped", "failed"):
+                shadow[event] += int(entry["images"])
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise BadLog(f"{json.dumps(entry)[:300]} is not a line of a log that {FILE} names.") from error
-    return "\n".join(map(printable, total.lines()))
-
-
-@dataclass
-class _Total:
-    latest: deque[str]
-    labels: Counter[str] = field(default_factory=Counter)
-    kinds: Counter[str] = field(default_factory=Counter)
-    shadow: Counter[str] = field(default_factory=Counter)
-    changes: Counter[str] = field(default_factory=Counter)
-
-    def add(self, entry: dict[str, Any]) -> None:
-        event = entry["event"]
-        if event == "answered":
-            self.labels.update({str(label): int(count) for label, count in entry["labels"].items()})
-        elif event == "cannot judge":
-            self.kinds[str(entry["kind"])] += 1
-        elif event == "differs":
-            own, other = (str(entry[side]["label"]) for side in ("production", "shadow"))
-            self.changes[f"{own}, shadow {other}" if own != other else f"both {own}, boxes apart"] += 1
-            self.latest.append(f"  {entry['time']}  {entry['image']}  {own}, shadow {other}")
-        elif event in ("compared", "dropped", "failed"):
-            self.shadow[event] += int(entry["images"])
-            self.shadow["differ"] += int(entry.get("differ", 0))
-
-    def lines(self) -> list[str]:
-        answered, compared = self.labels.total(), self.shadow["compared"]
-        lines = [_line("images answered", answered), *_counts(self.labels, answered)]
-        if self.kinds:
-            lines += ["why they cannot be judged", *_counts(self.kinds, answered)]
-        if self.shadow:
-            lines += [_line("images of the shadow", compared), *_counts(self.changes, compared)]
-            lines += [_line(f"  {event}", self.shadow[event]) for event in ("dropped", "failed") if self.shadow[event]]
-        if self.latest:
-            lines += ["latest differences (time, SHA-256 of the image's file)", *self.latest]
-        return lines
+    answered, compared = labels.total(), shadow["compared"]
+    lines = [_line("images answered", answered), *_counts(labels, answered)]
+    if kinds:
+        lines += ["why they cannot be judged", *_counts(kinds, answered)]
+    if shadow:
+        lines += [_line("images of the shadow", compared), *_counts(changes, compared)]
+        lines += [_line(f"  {event}", shadow[event]) for event in ("dropped", "failed") if shadow[event]]
+    if latest:
+        lines += ["latest differences (time, SHA-256 of the image's file)", *latest]
+    return "\n".join(map(printable, lines))
 
 
 def _counts(counts: Counter[str], total: int) -> list[str]:

@@ -1,8 +1,4 @@
-"""`adfm serve`: MLflow's scoring server on a registered version, started once the version is verified.
-
-`mlflow models serve` reads `MLmodel` and runs the loader and the code that it names before anything of adfm could
-check them. So the version is downloaded and verified here first, and MLflow is given the verified folder.
-"""
+"""`adfm serve`: MLflow's scoring server on a registered version, started once the version is verified."""
 
 from __future__ import annotations
 
@@ -21,15 +17,14 @@ from adfm.serving import shadow, verified
 
 
 def serve(model: str, host: str, port: int, workers: int, candidate: str | None = None) -> None:
-    """Serves a registered version, as `mlflow models serve` does, until stopped (SIGTERM, SIGINT).
+    """Serve a registered version, as `mlflow models serve` does, until stopped (SIGTERM, SIGINT).
 
     Args:
-        model: `models:/<name>/<version>`, or `models:/<name>@<alias>`. With the alias `production`, the history must
-            say that this version is in production.
+        model: As of `adfm.serving.verified.fetch`.
         host: Address to listen on.
         port: Port; 0: a free one, which is printed.
         workers: Processes, each with a model of its own.
-        candidate: A version that answers the same images in the shadow of `model`, named and verified as it is.
+        candidate: A version that answers the same images in the shadow of `model`, verified as it is.
 
     Raises:
         Unverified: The version's files are not those that were signed; nothing of them was run.
@@ -39,6 +34,7 @@ def serve(model: str, host: str, port: int, workers: int, candidate: str | None 
     if workers < 1:
         raise AdfmError(f"--workers {workers}: there must be at least one.")
     with _bind(host, port) as listener, TemporaryDirectory(prefix="adfm-serve-") as private:  # mode 0700
+        # First of all: MLflow runs the loader and the code that the version's `MLmodel` names.
         folder, name = verified.fetch(model, Path(private))
         about = f"{name} is verified"
         os.environ.pop(shadow.FOLDER, None)  # a folder that nobody has verified
@@ -52,11 +48,12 @@ def serve(model: str, host: str, port: int, workers: int, candidate: str | None 
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """A socket with the address, on which nothing listens before the model is loaded."""
+    """Return a socket with the address, on which nothing listens before the model is loaded."""
     if not 0 <= port < 65536:
         raise AdfmError(f"--port {port}: a port is a number from 0 to 65535.")
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
+        # A server that is started again need not wait until the last one's connections are forgotten.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
     except OSError as error:
@@ -91,7 +88,7 @@ def _run(folder: Path, listener: socket.socket, workers: int) -> None:
 
 
 def application() -> Any:
-    """MLflow's scoring server with the model of `_run`; for uvicorn."""
+    """Return MLflow's scoring server with the model of `_run`; for uvicorn."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow's, of its own type hints
         from mlflow.pyfunc.scoring_server.app import app
@@ -99,11 +96,11 @@ def application() -> Any:
 
 
 def worker() -> Any:
-    """The same in one of several processes. One that cannot load the model ends all; uvicorn would try for ever."""
+    """Return the same in one of several processes."""
     from uvicorn.config import STARTUP_FAILURE
 
     try:
         return application()
-    except Exception:
+    except Exception:  # a worker that cannot load the model ends all; uvicorn would try for ever
         traceback.print_exc()
         sys.exit(STARTUP_FAILURE)

@@ -1,25 +1,24 @@
 """Shadow mode: a candidate answers the images that production answers, and where they differ is logged.
 
-`ADFM_SHADOW` names the folder of the candidate's version. Production's answers are returned as ever; the candidate
-answers afterwards, in a thread, whenever no request is waiting. It may fall behind: at most `_MOST_IMAGES` images wait
-for it, and the others are dropped and counted. Whatever goes wrong with it is logged and changes no answer.
+The candidate answers after production, in a thread, whenever no request is waiting. Where it falls behind, images are
+dropped and counted. Whatever goes wrong with it is logged and changes no answer.
 """
 
 from __future__ import annotations
 
 import hashlib
 import queue
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 from adfm.evaluation import metrics
 from adfm.records import Box
 from adfm.serving import servelog
 
 FOLDER = "ADFM_SHADOW"
+"""Names the folder of the candidate's version."""
 
 _MOST_IMAGES = 64  # that wait for the shadow
 _MOST_BYTES = 256_000_000  # of their files
@@ -30,7 +29,7 @@ Row = dict[str, Any]
 
 
 class Turns:
-    """Lets one model compute at a time: memory is there for one. Production goes before its shadow."""
+    """Let one model compute at a time, as memory is there for one; production goes before its shadow."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -39,7 +38,7 @@ class Turns:
 
     @contextmanager
     def production(self) -> Iterator[None]:
-        """Waits until nobody computes."""
+        """Wait until nobody computes."""
         with self._changed:
             self._requests += 1
             self._changed.wait_for(lambda: not self._busy)
@@ -49,7 +48,7 @@ class Turns:
 
     @contextmanager
     def shadow(self) -> Iterator[None]:
-        """Waits until nobody computes and no request waits."""
+        """Wait until nobody computes and no request waits."""
         with self._changed:
             self._changed.wait_for(lambda: not self._busy and not self._requests)
             self._busy = True
@@ -64,16 +63,11 @@ class Turns:
                 self._changed.notify_all()
 
 
-class _Item(NamedTuple):
-    content: bytes
-    row: Row
-
-
 class Shadow:
     """A candidate that answers what production has answered.
 
     Args:
-        answer: Gives the candidate's rows for image files, in their order.
+        answer: Returns the candidate's rows for image files, in their order.
         turns: Those of production.
         version: Production's, for the log.
         name: The candidate's, for the log.
@@ -81,35 +75,27 @@ class Shadow:
 
     def __init__(self, answer: Callable[[list[bytes]], list[Row]], turns: Turns, version: str, name: str) -> None:
         self._answer, self._turns, self._version, self._name = answer, turns, version, name
-        self._waiting: queue.Queue[_Item] = queue.Queue(_MOST_IMAGES)
+        self._waiting: queue.Queue[tuple[bytes, Row]] = queue.Queue(_MOST_IMAGES)  # files, production's answers
         self._bytes = 0
         self._lock = threading.Lock()
         threading.Thread(target=self._run, name="adfm shadow", daemon=True).start()
 
     def offer(self, contents: Sequence[bytes], rows: Sequence[Row]) -> None:
-        """Has images compared when there is time; returns at once.
-
-        Args:
-            contents: The image files.
-            rows: Production's answers to them.
-        """
-        dropped = sum(not self._put(_Item(*pair)) for pair in zip(contents, rows, strict=True))
+        """Queue image files, with production's answers, to be compared when there is time; return at once."""
+        dropped = sum(not self._put(*pair) for pair in zip(contents, rows, strict=True))
         if dropped:
             self._log(("dropped", {"images": dropped}))
 
     def wait(self) -> None:
-        """Waits until all images that were not dropped are compared."""
+        """Wait until all images that were not dropped are compared."""
         self._waiting.join()
 
-    def _put(self, item: _Item) -> bool:
+    def _put(self, content: bytes, row: Row) -> bool:
         with self._lock:
-            if self._bytes + len(item.content) > _MOST_BYTES:
+            if self._bytes + len(content) > _MOST_BYTES or self._waiting.full():
                 return False
-            try:
-                self._waiting.put_nowait(item)
-            except queue.Full:
-                return False
-            self._bytes += len(item.content)
+            self._waiting.put_nowait((content, row))
+            self._bytes += len(content)
             return True
 
     def _run(self) -> None:
@@ -119,46 +105,32 @@ class Shadow:
                 batch.append(self._waiting.get())
             try:
                 with self._turns.shadow():
-                    rows = self._answer([item.content for item in batch])
+                    rows = self._answer([content for content, _ in batch])
                 self._compare(batch, rows)
             except Exception as error:  # production's answers do not depend on it
                 reason = f"{type(error).__name__}: {error}"
                 self._log(("failed", {"images": len(batch), "reason": reason[:1000]}))
             with self._lock:
-                self._bytes -= sum(len(item.content) for item in batch)
+                self._bytes -= sum(len(content) for content, _ in batch)
             for _ in batch:
                 self._waiting.task_done()
 
-    def _compare(self, batch: list[_Item], rows: list[Row]) -> None:
-        pairs = zip(batch, rows, strict=True)
-        differing = [(item, row, where) for item, row in pairs if (where := difference(item.row, row))]
-        self._log(
-            ("compared", {"images": len(batch), "differ": len(differing)}),
-            *(
-                (
-                    "differs",
-                    {
-                        "image": hashlib.sha256(item.content).hexdigest(),
-                        "in": where,
-                        "production": {key: item.row[key] for key in _LOGGED},
-                        "shadow": {key: row[key] for key in _LOGGED},
-                    },
-                )
-                for item, row, where in differing
-            ),
-        )
+    def _compare(self, batch: list[tuple[bytes, Row]], rows: list[Row]) -> None:
+        differing = []
+        for (content, production), row in zip(batch, rows, strict=True):
+            if where := difference(production, row):
+                image = hashlib.sha256(content).hexdigest()
+                sides = {"production": production, "shadow": row}
+                answers = {side: {key: answer[key] for key in _LOGGED} for side, answer in sides.items()}
+                differing.append(("differs", {"image": image, "in": where, **answers}))
+        self._log(("compared", {"images": len(batch), "differ": len(differing)}), *differing)
 
     def _log(self, *events: tuple[str, dict[str, Any]]) -> None:
         servelog.write(((event, {"candidate": self._name, **values}) for event, values in events), self._version)
 
 
 def difference(production: Row, shadow: Row) -> str | None:
-    """In what two answers to an image differ.
-
-    Returns:
-        `label`; `boxes` where both call it anomalous and the unions of their boxes have an IoU below
-        `adfm.evaluation.metrics.LOCATED`; `None`: they do not differ.
-    """
+    """Return in what two answers to an image differ, if they do: `label`, else `boxes`."""
     if production["label"] != shadow["label"]:
         return "label"
     boxes, others = ([Box(*box) for box in row["boxes"]] for row in (production, shadow))
@@ -167,8 +139,3 @@ def difference(production: Row, shadow: Row) -> str | None:
     width, height = (int(max(box[side] for box in [*boxes, *others])) + 1 for side in (2, 3))
     overlap = metrics.localize(boxes, others, width, height)["iou"]
     return "boxes" if overlap is not None and overlap < metrics.LOCATED else None
-
-
-def warn(reason: object) -> None:
-    """Says on stderr that there is no shadow, and why."""
-    print(f"adfm: {FOLDER}: there is no shadow, only production answers: {reason}", file=sys.stderr)

@@ -1,13 +1,8 @@
-"""A registered version to answer images with: downloaded, and checked against its signature and the signed history.
-
-A signature says that somebody whose key counts has signed these files. The history says more: which files the gate has
-decided on, and which version is in production.
-"""
+"""Download a registered version to answer images with, and check it against its signature and the signed history."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from adfm import signing, tracking
 from adfm.errors import AdfmError
@@ -15,22 +10,19 @@ from adfm.models import versions
 from adfm.registry import history
 from adfm.registry.reconcile import PRODUCTION
 
-if TYPE_CHECKING:
-    from adfm.registry.history import History
-
 
 class NotInProduction(AdfmError):
-    """The alias `production` is not where the history says that it is."""
+    """The alias `production` points at another version than the one that the history has in production."""
 
     exit_code = 2
 
 
 def fetch(model: str, to: Path) -> tuple[Path, str]:
-    """Downloads and verifies a version.
+    """Download and verify a version.
 
     Args:
         model: `models:/<name>/<version>`, or `models:/<name>@<alias>`. With the alias `production`, the history must
-            say that this version is in production.
+            have this version in production.
         to: An existing folder, which nobody else can write to.
 
     Returns:
@@ -48,25 +40,22 @@ def fetch(model: str, to: Path) -> tuple[Path, str]:
         version = versions.find(model)
         folder = versions.download(version, to).parent
         name, number = version.name, str(version.version)
-        seen = history.read(MlflowClient(), name, signing.keys())
-    judged, since = seen.last("judge", version=number), "the gate decided on them"
+        steps = history.read(MlflowClient(), name, signing.keys())
+    # A signature says that a key that counts has signed these files; the history, which files the gate decided on.
+    judged, since = steps.last("judge", version=number), "the gate decided on them"
     if model.endswith(f"@{PRODUCTION}"):
-        _check_production(seen, name, number)
-        judged, since = seen.last("promote", "rollback", "restore", version=number), "it came into production"
+        # The history decides what is in production; an alias can be moved by anybody who may edit the model.
+        if steps.production != number:
+            recorded = "none" if steps.production == history.NOBODY else f"version {steps.production}"
+            raise NotInProduction(
+                f"The alias {PRODUCTION} of {name} points at version {number}, and its history has {recorded} in "
+                f"production: somebody has moved the alias by hand, or is moving it now. Try again; `adfm promote` "
+                f"puts it back. models:/{name}/{number} is this version all the same."
+            )
+        judged, since = steps.last("promote", "rollback", "restore", version=number), "it came into production"
     if judged is not None and judged.manifest != signing.manifest(folder):
         raise signing.Unverified(
             f"models:/{name}/{number}: its files were changed, and signed again, since {since}. Find out who did it "
             "(`adfm audit`), and register the model again with `adfm register`."
         )
     return folder, f"models:/{name}/{number}"
-
-
-def _check_production(seen: History, name: str, number: str) -> None:
-    """The history decides what is in production; an alias can be moved by anybody who may edit the model."""
-    if seen.production != number:
-        recorded = "none" if seen.production == history.NOBODY else f"version {seen.production}"
-        raise NotInProduction(
-            f"The alias {PRODUCTION} of {name} points at version {number}, and its history has {recorded} in "
-            f"production: somebody has moved the alias by hand, or is moving it now. Try again; `adfm promote` puts it "
-            f"back. models:/{name}/{number} is this version all the same."
-        )

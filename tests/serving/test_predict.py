@@ -52,15 +52,15 @@ class Stub:
 
     def answers(self, sizes: list[tuple[int, int]], image: Any) -> list[Prediction]:
         self.batches.append([image(i) for i in range(len(sizes))])
-        said = "<think>It has\n a scratch.</think><rethink>A real one.</rethink><answer>A</answer>"
-        return [answer(said, Box(0, 0, width / 2, height)) for width, height in sizes]
+        completion = "<think>It has\n a scratch.</think><rethink>A real one.</rethink><answer>A</answer>"
+        return [answer(completion, Box(0, 0, width / 2, height)) for width, height in sizes]
 
 
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
-    found = Stub()
-    monkeypatch.setattr(predictor, "Predictor", lambda *arguments: found)
-    return found
+    model = Stub()
+    monkeypatch.setattr(predictor, "Predictor", lambda *arguments: model)
+    return model
 
 
 def test_a_photograph_gets_the_answer_that_evaluation_gives_it(
@@ -75,11 +75,11 @@ def test_a_photograph_gets_the_answer_that_evaluation_gives_it(
         (here / f"{number}.png").write_bytes(record.image)
     capsys.readouterr()
     assert main(["predict", "0.png", "1.png", "2.png", "--model", BASE, "--json"]) == 0
-    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["image"] for line in told] == ["0.png", "1.png", "2.png"]
-    assert [line["label"] for line in told] == table["predicted"].tolist()
-    assert [line["probability"] for line in told] == pytest.approx(table["score"].tolist(), abs=1e-4)
-    for line, record, (_, row) in zip(told, records, table.iterrows(), strict=True):
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["image"] for line in printed] == ["0.png", "1.png", "2.png"]
+    assert [line["label"] for line in printed] == table["predicted"].tolist()
+    assert [line["probability"] for line in printed] == pytest.approx(table["score"].tolist(), abs=1e-4)
+    for line, record, (_, row) in zip(printed, records, table.iterrows(), strict=True):
         limits = np.array([record.width, record.height] * 2)
         inside = np.array([np.clip(box, 0, limits) for box in row["predicted_boxes"]])
         assert np.allclose(line["boxes"], inside, atol=0.01)
@@ -92,12 +92,12 @@ def test_the_threshold_decides_and_the_regions_of_a_flagged_image_are_its_boxes(
     calibration = Calibration(threshold=0.6, limit={"overkill": 0.1}, images=100)
     box = Box(1, 2, 30, 60)
     for letter, score, label in (("B", 0.75, "anomalous"), ("A", 0.25, "normal"), ("A", None, "anomalous")):
-        said = answer(f"<think>Here.</think><rethink>So.</rethink><answer>{letter}</answer>", box, score=score)
-        found = predict_.readable(said, (20, 50), calibration)
-        assert (found["label"], found["probability"], found["threshold"]) == (label, score, 0.6)
-        assert found["boxes"] == ([[1, 2, 20, 50]] if label == "anomalous" else [])
-        letters = predict_.readable(said, (20, 50), Calibration())
-        assert letters["label"] == said.predicted and letters["threshold"] is None
+        prediction = answer(f"<think>Here.</think><rethink>So.</rethink><answer>{letter}</answer>", box, score=score)
+        row = predict_.readable(prediction, (20, 50), calibration)
+        assert (row["label"], row["probability"], row["threshold"]) == (label, score, 0.6)
+        assert row["boxes"] == ([[1, 2, 20, 50]] if label == "anomalous" else [])
+        letters = predict_.readable(prediction, (20, 50), Calibration())
+        assert letters["label"] == prediction.predicted and letters["threshold"] is None
 
 
 def test_the_words_of_an_image_in_tiles_end_with_the_tiles_that_they_are_of() -> None:
@@ -121,10 +121,10 @@ def test_pictures_lie_as_the_photographs_do_and_are_none_themselves(
     for out in ("predictions", "line"):  # the second among the photographs themselves
         for _ in range(2):
             assert main(["predict", "line/a/1.png", "line/b", "--model", BASE, "--out", out]) == 0
-            told = capsys.readouterr().out.splitlines()
+            printed = capsys.readouterr().out.splitlines()
             pictures = sorted(path.relative_to(out).as_posix() for path in Path(out).rglob("*.answer.png"))
             assert pictures == ["a/1.png.answer.png", "b/1.jpg.answer.png", "b/1.png.answer.png"]
-    assert told == [
+    assert printed == [
         line
         for name in ("a/1.png", "b/1.jpg", "b/1.png")
         for line in (
@@ -155,11 +155,10 @@ def test_images_that_cannot_be_judged_are_not_put_to_the_model() -> None:
     guard = guard_.Guard(side=guard_.Range(low=50, high=60))
     calibration = Calibration(threshold=0.6, limit={"overkill": 0.1}, images=100)
     good = [Image.effect_noise((50, 50), 50).convert("RGB") for _ in range(2)]
-    portion = list(
-        enumerate([good[0], Image.new("RGB", (50, 50)), good[1], Image.effect_noise((200, 90), 50).convert("RGB")])
-    )
+    images = [good[0], Image.new("RGB", (50, 50)), good[1], Image.effect_noise((200, 90), 50).convert("RGB")]
     for stub, label, kind in ((Stub(), "anomalous", None), (Unclear(), "cannot judge", "no answer")):
-        judged = predict_.judge(stub, calibration, guard, portion)  # type: ignore[arg-type]
+        loaded = predict_.LoadedModel("adfm", stub, 4, calibration, guard, None)  # type: ignore[arg-type]
+        judged = loaded.judge(images)
         assert stub.batches == [good]
         assert [row["label"] for row, _ in judged] == [label, "cannot judge", label, "cannot judge"]
         assert [kind for _, kind in judged] == [kind, "uniform", kind, "size"]
@@ -172,10 +171,10 @@ def test_images_that_cannot_be_judged_are_not_put_to_the_model() -> None:
             "reasoning": "",
             "reason": "it is black, the same everywhere",
         }
-        without = predict_.judge(stub, calibration, None, portion)  # type: ignore[arg-type]
+        without = replace(loaded, guard=None).judge(images)
         assert [row["label"] for row, _ in without] == [label] * 4
     stub = Stub()
-    judged = predict_.judge(stub, calibration, guard, portion[1:2])  # type: ignore[arg-type]
+    judged = replace(loaded, predictor=stub).judge(images[1:2])  # type: ignore[arg-type]
     assert [kind for _, kind in judged] == ["uniform"] and not stub.batches
 
 
@@ -183,7 +182,7 @@ def test_an_image_that_cannot_be_judged_is_reported_with_the_reason(
     stub: Stub, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(*arguments: Any) -> Any:
-        return stub, "models:/adfm/1", Calibration(), guard_.Guard(), None
+        return predict_.LoadedModel("models:/adfm/1", stub, 8, Calibration(), guard_.Guard(), None)  # type: ignore[arg-type]
 
     monkeypatch.setattr(predict_, "load", load)
     Image.effect_noise((50, 50), 50).save("1.png")
@@ -226,22 +225,22 @@ def test_all_that_cannot_be_read_is_listed_and_the_rest_answered(
     good.save("pages.tif", save_all=True, append_images=[good])
     (here / "a\x1b[2J.png").write_text("no image")
     assert main(["predict", ".", "--model", BASE, "--json"]) == 1
-    told = capsys.readouterr()
-    assert [json.loads(line)["image"] for line in told.out.splitlines()] == ["good.png"]
-    first, second, *lines = told.err.splitlines()
+    printed = capsys.readouterr()
+    assert [json.loads(line)["image"] for line in printed.out.splitlines()] == ["good.png"]
+    first, second, *lines = printed.err.splitlines()
     assert first == f"{BASE}: The letter decides: only a registered version has a threshold."
     assert second == f"{BASE}: No image is refused: there is no guard.json, so a black one is answered as any other."
     assert lines[0] == "adfm: error: 7 of 8 images cannot be read; replace them, or leave them out:"
-    said = dict(line.strip().split(": ", 1) for line in lines[1:])
-    assert said.keys() == {
+    reasons = dict(line.strip().split(": ", 1) for line in lines[1:])
+    assert reasons.keys() == {
         "a\\x1b[2J.png", "empty.png", "large.png", "narrow.png", "pages.tif", "text.jpg",
         "truncated.png",
     }  # fmt: skip
-    assert said["text.jpg"] == "it is not an image"
-    assert said["empty.png"] == "it is empty"
-    assert "400x400 pixels, and 5000 are the most" in said["large.png"]
-    assert "too narrow" in said["narrow.png"]
-    assert "2 frames or pages" in said["pages.tif"]
+    assert reasons["text.jpg"] == "it is not an image"
+    assert reasons["empty.png"] == "it is empty"
+    assert "400x400 pixels, and 5000 are the most" in reasons["large.png"]
+    assert "too narrow" in reasons["narrow.png"]
+    assert "2 frames or pages" in reasons["pages.tif"]
 
 
 def test_what_is_no_file_is_not_waited_for(stub: Stub, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,11 +249,11 @@ def test_what_is_no_file_is_not_waited_for(stub: Stub, here: Path, capsys: pytes
     (here / "zero.png").symlink_to("/dev/zero")
     (here / "round.png").symlink_to("round.png")
     assert main(["predict", ".", "--model", BASE, "--json"]) == 1
-    told = capsys.readouterr()
-    assert [json.loads(line)["image"] for line in told.out.splitlines()] == ["good.png"]
-    assert "3 of 4 images cannot be read" in told.err
-    assert told.err.count("it is a pipe, a socket or a device, not an ordinary file") == 2
-    assert "round.png: Too many levels of symbolic links" in told.err
+    printed = capsys.readouterr()
+    assert [json.loads(line)["image"] for line in printed.out.splitlines()] == ["good.png"]
+    assert "3 of 4 images cannot be read" in printed.err
+    assert printed.err.count("it is a pipe, a socket or a device, not an ordinary file") == 2
+    assert "round.png: Too many levels of symbolic links" in printed.err
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -282,7 +281,7 @@ def test_without_an_image_no_model_is_loaded(images: list[str], says: str, capsy
     ("model", "says"),
     [
         ([], "MLflow has no version for production of a model adfm"),
-        (["--model", "nowhere"], "there is no folder nowhere"),
+        (["--model", "nowhere"], "nowhere is not a folder"),
         (["--model", "models:/adfm"], "names no version"),
     ],
 )
@@ -320,8 +319,8 @@ def test_a_model_answers_with_what_it_was_judged_with() -> None:
 
 
 def test_an_answer_that_is_none_is_told_as_it_is() -> None:
-    said = predict_.readable(answer("I  cannot\nsay."), (10, 10), Calibration())
-    assert said == {
+    row = predict_.readable(answer("I  cannot\nsay."), (10, 10), Calibration())
+    assert row == {
         "label": "cannot judge",
         "probability": None,
         "threshold": None,
@@ -329,8 +328,8 @@ def test_an_answer_that_is_none_is_told_as_it_is() -> None:
         "reasoning": "I cannot say.",
         "reason": "the model gave no clear answer",
     }
-    assert list(said) == predict_.KEYS == list(predict_.refused("it is black", Calibration()))
-    assert predict_._verdict(said) == "cannot judge: the model gave no clear answer"
+    assert list(row) == predict_.KEYS == list(predict_.refused("it is black", Calibration()))
+    assert predict_._verdict(row) == "cannot judge: the model gave no clear answer"
     odd = predict_.readable(answer("<answer>B</answer>"), (10, 10), Calibration())
     assert (odd["label"], odd["reasoning"]) == ("normal", "<answer>B</answer>")
 
@@ -341,10 +340,10 @@ sides = st.floats(-1e6, 1e6)
 @given(st.lists(st.tuples(sides, sides, sides, sides), max_size=4), st.integers(1, 3000), st.integers(1, 3000))
 def test_boxes_lie_within_the_photograph(corners: list[tuple[float, ...]], width: int, height: int) -> None:
     boxes = [Box(min(a, c), min(b, d), max(a, c), max(b, d)) for a, b, c, d in corners]
-    said = predict_.readable(answer("<think>x</think><answer>A</answer>", *boxes), (width, height), Calibration())
-    for x1, y1, x2, y2 in said["boxes"]:
+    row = predict_.readable(answer("<think>x</think><answer>A</answer>", *boxes), (width, height), Calibration())
+    for x1, y1, x2, y2 in row["boxes"]:
         assert 0 <= x1 <= x2 <= width and 0 <= y1 <= y2 <= height
-    json.dumps(said, allow_nan=False)
+    json.dumps(row, allow_nan=False)
 
 
 @given(st.binary(max_size=200))

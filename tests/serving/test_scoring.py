@@ -111,12 +111,12 @@ def test_answers_are_those_of_the_command_line(
     served: Any, adapter: Path, photographs: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["predict", *map(str, photographs), "--model", str(adapter), "--json"]) == 0
-    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     rows = served.predict(pd.DataFrame({"image": [b64(file) for file in photographs]})).to_dict("records")
     assert [[row[key] for key in ("label", "boxes", "reasoning")] for row in rows] == [
-        [line[key] for key in ("label", "boxes", "reasoning")] for line in told
+        [line[key] for key in ("label", "boxes", "reasoning")] for line in printed
     ]
-    assert [row["probability"] for row in rows] == pytest.approx([line["probability"] for line in told], abs=1e-4)
+    assert [row["probability"] for row in rows] == pytest.approx([line["probability"] for line in printed], abs=1e-4)
     assert rows[-1]["boxes"] == rows[0]["boxes"]  # turned upright, it is the first one
 
 
@@ -125,15 +125,15 @@ def test_every_image_that_cannot_be_read_is_told(served: Any, photographs: list[
     with pytest.raises(MlflowException) as error:
         served.predict(pd.DataFrame({"image": images}))
     assert error.value.get_http_status_code() == 400
-    told = str(error.value)
-    assert told.startswith("4 of 5 images cannot be read, and none was answered.")
+    message = str(error.value)
+    assert message.startswith("4 of 5 images cannot be read, and none was answered.")
     for part in (
         "Image 2: it is neither base64 nor a URI.",
         "Image 3: it is empty.",
         "Image 4: it is not an image.",
         "Image 5: this server may not read there; ADFM_SERVE_URIS names the places that it may read.",
     ):
-        assert part in told
+        assert part in message
 
 
 def test_an_unclear_answer_cannot_pass_as_normal(
@@ -144,7 +144,7 @@ def test_an_unclear_answer_cannot_pass_as_normal(
     model = scoring._load_pyfunc(str(version))
     words = "<think>I do not know"
     unclear = Prediction(None, None, [], response.parse(words), words)
-    monkeypatch.setattr(model._predictor, "answers", lambda sizes, image: [unclear for _ in sizes])
+    monkeypatch.setattr(model._model.predictor, "answers", lambda sizes, image: [unclear for _ in sizes])
     answered = model.predict(pd.DataFrame({"image": [b64(photographs[0])]}))
     row = {
         "label": "cannot judge",
@@ -200,13 +200,13 @@ def test_predict_serving_and_the_gate_decide_alike(
     files = [tmp_path / f"{key}.png" for key in rows["id"]]
     capsys.readouterr()
     assert main(["predict", *map(str, files), "--model", "models:/adfm/1", "--json"]) == 0
-    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     answers = mlflow.pyfunc.load_model("models:/adfm/1").predict(pd.DataFrame({"image": [b64(file) for file in files]}))
-    for found in (told, answers.to_dict("records")):
-        assert [row["label"] for row in found] == rows["predicted"].tolist()
-        assert [row["probability"] for row in found] == pytest.approx(rows["probability"].tolist(), abs=1e-4)
-        assert {row["threshold"] for row in found} == {fitted.threshold}
-        assert [len(row["boxes"]) for row in found] == [len(boxes) for boxes in rows["predicted_boxes"]]
+    for answered_rows in (printed, answers.to_dict("records")):
+        assert [row["label"] for row in answered_rows] == rows["predicted"].tolist()
+        assert [row["probability"] for row in answered_rows] == pytest.approx(rows["probability"].tolist(), abs=1e-4)
+        assert {row["threshold"] for row in answered_rows} == {fitted.threshold}
+        assert [len(row["boxes"]) for row in answered_rows] == [len(boxes) for boxes in rows["predicted_boxes"]]
 
     for artifact in (store / "mlartifacts").rglob("evaluation/calibration.json"):
         artifact.write_text(fitted.model_copy(update={"threshold": 0.0}).model_dump_json())
@@ -233,9 +233,9 @@ def test_images_that_cannot_be_judged_are_refused_counted_and_not_put_to_the_mod
     model = scoring._load_pyfunc(str(guarded))
     assert "No image is refused" not in capsys.readouterr().err
     batches = []
-    answers = model._predictor.answers
+    answers = model._model.predictor.answers
     monkeypatch.setattr(
-        model._predictor, "answers", lambda sizes, image: batches.append(len(sizes)) or answers(sizes, image)
+        model._model.predictor, "answers", lambda sizes, image: batches.append(len(sizes)) or answers(sizes, image)
     )
     black, large = guarded.parent / "black.png", guarded.parent / "large.png"
     Image.new("RGB", (128, 128)).save(black)
@@ -350,7 +350,7 @@ def test_a_shadow_that_cannot_be_loaded_stops_nothing(
     monkeypatch.setenv("ADFM_SHADOW", str(tmp_path / "nowhere"))
     model = scoring._load_pyfunc(str(version))
     assert model.shadow is None
-    assert "ADFM_SHADOW: there is no shadow, only production answers: " in capsys.readouterr().err
+    assert "ADFM_SHADOW: the shadow cannot be loaded, only production answers: " in capsys.readouterr().err
     assert json.loads((tmp_path / "log").read_text())["event"] == "failed"
     assert model.predict(pd.DataFrame({"image": [b64(photographs[0])]}))["label"][0] in ("normal", "anomalous")
 
@@ -536,8 +536,8 @@ def test_mlflow_serves_the_version_in_production(
 ) -> None:
     capsys.readouterr()
     assert main(["predict", *map(str, photographs), "--json"]) == 0
-    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert {line["model"] for line in told} == {"models:/adfm/1"}
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {line["model"] for line in printed} == {"models:/adfm/1"}
 
     images = [b64(file) for file in photographs]
     spoilt = [images[0], "no base64!"]
@@ -547,8 +547,8 @@ def test_mlflow_serves_the_version_in_production(
     assert status == 200 and refused == 400
     assert why["error_code"] == "INVALID_PARAMETER_VALUE"
     assert "1 of 2 images cannot be read" in why["message"] and "Image 2" in why["message"]
-    answered = [(whole["predictions"], told)]
-    answered += [(body["predictions"], [line]) for (_, body), line in zip(single, told, strict=False)]
+    answered = [(whole["predictions"], printed)]
+    answered += [(body["predictions"], [line]) for (_, body), line in zip(single, printed, strict=False)]
     for rows, lines in answered:
         assert [[row[key] for key in ("label", "boxes", "reasoning")] for row in rows] == [
             [line[key] for key in ("label", "boxes", "reasoning")] for line in lines
