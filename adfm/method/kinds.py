@@ -26,10 +26,7 @@ _REPLACED = str.maketrans({"<": "(", ">": ")", '"': "'"})
 
 
 def written(name: str | None) -> str | None:
-    """Return the name of a kind as prompts and completions write it; `None` where no kind is known.
-
-    It is on one line, without markup and double quotes. Names that differ in nothing else are one kind.
-    """
+    """Return the name of a kind as prompts and completions write it, on one line, without markup and double quotes."""
     # Tokenizers compose a text in the same way (Unicode NFC).
     text = unicodedata.normalize("NFC", name or "").translate(_REPLACED)
     text = "".join(char if char.isprintable() else " " for char in text)
@@ -39,24 +36,20 @@ def written(name: str | None) -> str | None:
 def of(defect: str | None, kinds: Sequence[str]) -> str | None:
     """Return the kind of an image's defect, as `written`; `None` where none is known, or it has several of `kinds`.
 
-    Args:
-        defect: As the shards have it; of several kinds a name joined by plus signs ("dent+scratch").
-        kinds: The kinds that a model names; a test split may have others, which are returned too.
+    A kind that is not in `kinds`, as a test split may have, is returned too.
     """
     kind = written(defect)
     return None if kind not in kinds and _is_joined(kind, kinds) else kind
 
 
 def _is_joined(kind: str | None, kinds: Iterable[str]) -> bool:
+    # The shards join the kinds of one image by plus signs: "dent+scratch".
     parts = {written(part) for part in (kind or "").split("+")}
     return len(parts) > 1 and parts <= {*kinds}
 
 
 def single(names: Iterable[str | None]) -> list[str]:
-    """Return the kinds among some defects, as `written`, in alphabetical order.
-
-    A name that joins several of them by plus signs is not a kind itself.
-    """
+    """Return the kinds among some defects, as `written`, in alphabetical order."""
     every = {kind for name in names if (kind := written(name))}
     return sorted(kind for kind in every if not _is_joined(kind, every))
 
@@ -82,12 +75,7 @@ def listed(names: Iterable[str | None]) -> tuple[str, ...]:
 
 
 def read(rethink: str | None, kinds: Sequence[str]) -> str | None:
-    """Return the kind that an examination stage names; `None` where it names none of `kinds`, or several.
-
-    Args:
-        rethink: Text of the stage, of any length and content; `None` without such a stage.
-        kinds: As `listed` gives them.
-    """
+    """Return the kind that an examination stage names; `None` where it names none of `kinds`, or several."""
     # All that follows the prefix has to be the name: "scratch deep" does not name "scratch".
     _, prefix, rest = (rethink or "").partition(PREFIX)
     kind = rest.strip().removesuffix(".").strip('"') if prefix else ""
@@ -95,20 +83,11 @@ def read(rethink: str | None, kinds: Sequence[str]) -> str | None:
 
 
 def reward(response: ParsedCompletion, label: Label, defect: str | None, kinds: Sequence[str]) -> float:
-    """Return the term `kind` of the reward: 1 for the right kind, else 0.
-
-    A defective image pays for the letter A with its own kind. One of no known kind, or of several, pays 0 whatever is
-    named, so that it never contributes to the advantage. A normal image pays for the letter B without a kind.
-
-    Args:
-        response: The parsed completion.
-        label: The image's label.
-        defect: The image's defect, as the shards have it.
-        kinds: As `listed` gives them.
-    """
+    """Return the term `kind` of the reward: 1 for the right kind with the letter A, or B without a kind, else 0."""
     kind = read(response.rethink, kinds)
     # The kind counts only beside the right letter, so that no blind answer earns on both labels: always the same kind
     # earns that kind's share of the defective images, and always B nothing there.
     if label == "normal":
         return float(response.answer == "B" and kind is None)
+    # An image of no known kind, or of several, pays 0 whatever is named: it never contributes to the advantage.
     return float(response.answer == "A" and kind is not None and kind == of(defect, kinds))

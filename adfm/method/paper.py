@@ -22,33 +22,21 @@ _TAGS = {
 
 
 def paper(completion: str, label: Label, boxes: Sequence[Box], frame: Frame = PUBLISHED) -> Terms:
-    """Return the published reward of one completion.
-
-    Args:
-        completion: The model's text.
-        label: The image's label.
-        boxes: Ground-truth boxes, in `frame`.
-        frame: The units of all boxes: the image as the model sees it. `format` pays for coordinates inside it. The
-            published code compares them with 505, one more than the side of its square images; here that is one more
-            than the frame's width for x and than its height for y, so that images that are not square, and the frame of
-            0 to 1000 of Qwen3-VL, are paid alike. GIoU does not depend on the frame.
+    """Return the published reward of one completion; the ground-truth boxes are in `frame`.
 
     Returns:
         `format` in [0, 1.2], `classification` in {0, 0.8, 1}, `localization` in [-0.1, 1].
     """
-    think = _stage(completion, "think") or ""
+    think, rethink = _stage(completion, "think") or "", _stage(completion, "rethink") or ""
     answer = _stage(completion, "answer")
     predicted = [Box(*(min(float(number), _LARGEST) for number in box)) for box in _BOX.findall(think)]
     truth = [Box(*box) for box in boxes] if label == "anomalous" else []
+    # The published code compares coordinates with 505, one more than the side of its square images; here that is one
+    # more than the frame's width for x and than its height for y, so that images that are not square, and a frame of 0
+    # to 1000, are paid alike. GIoU does not depend on the frame.
     inside = all(max(x1, x2) < frame.width + 1 and max(y1, y2) < frame.height + 1 for x1, y1, x2, y2 in predicted)
     return Terms(
-        _format(
-            think.strip(),
-            (_stage(completion, "rethink") or "").strip(),
-            (answer or "").strip().lower(),
-            bool(predicted),
-            inside,
-        ),
+        _format(think.strip(), rethink.strip(), (answer or "").strip().lower(), bool(predicted), inside),
         _classification((completion if answer is None else answer).strip().lower(), label),
         _localization(predicted, truth),
     )

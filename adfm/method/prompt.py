@@ -49,7 +49,7 @@ def messages(units: str, stages: bool = True, kinds: Sequence[str] = ()) -> list
     Args:
         units: The words for the units of boxes, as `adfm.models.families` has them.
         stages: Whether to ask for three stages, or for the decision alone.
-        kinds: Kinds of defects to name one of, as `adfm.method.kinds.listed` gives them; only with stages.
+        kinds: Kinds of defects to name one of; only with stages.
     """
     return [
         {"role": "system", "content": SYSTEM + asking_for(kinds)},
@@ -62,7 +62,7 @@ def asking_for(kinds: Sequence[str]) -> str:
     return KINDS.format(kinds=", ".join(f'"{kind}"' for kind in kinds)) if kinds else ""
 
 
-_NO_MARKUP = str.maketrans("<>", "()")
+_NO_MARKUP = str.maketrans("<>", "()")  # would end the stage or the response, as in "dent</rethink>" or "<|im_end|>"
 
 
 def target_completion(
@@ -87,7 +87,7 @@ def target_completion(
     decision = f"<answer>{letter}</answer>"
     if not stages:
         return decision
-    boxes = ", ".join("[" + ", ".join(str(round(v / step) * step) for v in box) + "]" for box in regions)
+    boxes = ", ".join(str([round(v / step) * step for v in box]) for box in regions)
     (suspicious,), (nothing,) = OPENINGS["think"].values()
     think = f"{suspicious} {boxes or _NO_REGION}" if regions or label == "anomalous" else nothing
     examined, unexamined = OPENINGS["rethink"][label]
@@ -95,7 +95,6 @@ def target_completion(
     if label == "anomalous" and (kind := kinds_.of(defect, kinds)) in kinds:
         rethink += f" {kind}." if regions else f" {kinds_.PREFIX} {kind}."
     elif label == "anomalous" and regions:
-        # A name with markup, as in "dent</rethink>" or "<|im_end|>", would end the stage or the response.
         name = defect or ("" if "damage" in kinds else "damage")  # no kind is named where none is known
         rethink += f" {name.translate(_NO_MARKUP)}."
     return f"<think>{think}</think><rethink>{rethink}</rethink>{decision}"

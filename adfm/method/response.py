@@ -22,25 +22,18 @@ _FARTHEST = 1e6  # beyond any image; areas of such boxes are still exact enough 
 
 
 class ParsedCompletion(NamedTuple):
-    """A completion in its three stages, as far as they are there.
+    """A completion in its three stages; `None` for one that is missing."""
 
-    Args:
-        think: Text of the region identification stage; `None` if there is no such stage.
-        rethink: Text of the examination stage; `None` if there is no such stage.
-        answer: `A` (anomalous) or `B` (normal); `None` unless the one answer stage holds that letter and nothing else.
-        boxes: Every box in `think` that has an area, `[x1, y1, x2, y2]` in the model's frame, in the order written.
-            On an image answered `B` they are regions that were examined and rejected.
-        invalid: How many lists of coordinates begin in `think` (a bracket, a number, a comma) and are not a box: of
-            more or fewer than four numbers, not closed, inverted, empty, not finite.
-        tags: The tags of all stages in the order written, lower case.
-    """
-
-    think: str | None
-    rethink: str | None
-    answer: Literal["A", "B"] | None
+    think: str | None  # region identification
+    rethink: str | None  # examination
+    answer: Literal["A", "B"] | None  # anomalous or normal; `None` unless the one answer stage is that letter alone
+    # Every box in `think` that has an area, in the model's frame, in the order written. On an image answered `B` they
+    # are regions that were examined and rejected.
     boxes: tuple[Box, ...]
+    # Lists of coordinates that begin in `think` (a bracket, a number, a comma) and are not a box: of more or fewer than
+    # four numbers, not closed, inverted, empty, not finite.
     invalid: int
-    tags: tuple[str, ...]
+    tags: tuple[str, ...]  # of all stages in the order written, lower case
 
     @property
     def predicted_label(self) -> Label | None:
@@ -76,17 +69,13 @@ def _stage(parts: list[str], tags: tuple[str, ...], opening: str, closing: str) 
 
 
 def _boxes(text: str) -> tuple[tuple[Box, ...], int]:
-    boxes = []
-    invalid = 0
-    for fields in _COORDINATES.findall(text):
+    boxes, lists = [], _COORDINATES.findall(text)
+    for fields in lists:
         try:
             x1, y1, x2, y2 = map(float, fields)
         except ValueError:
-            invalid += 1
             continue
         # Written so that nan fails it.
         if -_FARTHEST <= x1 < x2 <= _FARTHEST and -_FARTHEST <= y1 < y2 <= _FARTHEST:
             boxes.append(Box(x1, y1, x2, y2))
-        else:
-            invalid += 1
-    return tuple(boxes), invalid
+    return tuple(boxes), len(lists) - len(boxes)

@@ -29,7 +29,7 @@ _BY_CHANCE = 0.1
 # Penalty per unmatched box: small against any real IoU, non-zero so that extra boxes are never free.
 _UNMATCHED = 1e-3
 # The share of `localization` that an anomalous image pays with the wrong letter: its boxes are then regions that were
-# examined and rejected, which are not shown in use. Not 0, so that a model that still answers B learns where to look;
+# examined and rejected, which nobody sees in use. Not 0, so that a model that still answers B learns where to look;
 # at most a half, so that the right letter alone beats all the right boxes with the wrong one.
 _REJECTED = 0.5
 # A completion of more boxes points at nothing: all of them count as unmatched.
@@ -112,11 +112,11 @@ def _regions(response: ParsedCompletion, label: Label, truth: Sequence[Box]) -> 
     # answer has on both.
     if response.predicted_label != label or not (response.think or "").strip():
         return 0.0
-    written = len(response.boxes) + response.invalid
+    regions = len(response.boxes) + response.invalid
     if label == "normal":
-        return 1 / max(1, written)
-    true = len({*map(Box._make, truth)})
-    return min(len({*response.boxes}), true) / max(written, true) if truth else 0.0
+        return 1 / max(1, regions)
+    defects = len({*map(Box._make, truth)})
+    return min(len({*response.boxes}), defects) / max(regions, defects) if truth else 0.0
 
 
 def _soft_f1(boxes: Sequence[Box], invalid: int, truth: Sequence[Box], frame: Frame) -> float:
@@ -187,22 +187,12 @@ def _overlap_and_distance(box: Box, defect: Box, frame: Frame) -> tuple[float, f
 def in_training(
     profile: str, completion: str, label: Label, boxes: Sequence[Box], frame: Frame, located: bool = True
 ) -> Terms:
-    """Return the terms of a completion in training.
-
-    Where an anomalous image has no boxes, its place is not known: `localization` is 0 for every completion, so that it
-    never contributes to the advantage. The published reward pays there for one box, wherever it is.
-
-    Args:
-        profile: A key of `PROFILES`.
-        completion: The model's text.
-        label: The image's label.
-        boxes: Ground-truth boxes, in `frame`; empty on a normal image, and where only the label is known.
-        frame: The units of all boxes.
-        located: Whether any training image has boxes: see `calibrated`. The published reward does not depend on it.
-    """
+    """Return the terms of a completion in training, by a key of `PROFILES`; the rest as for `calibrated`."""
     if profile == "calibrated":
         return calibrated(completion, label, boxes, frame, located)
     terms = PROFILES[profile](completion, label, boxes, frame)
+    # The published reward pays an anomalous image without boxes for one box, wherever it is. Its place is not known, so
+    # `localization` is 0 for every completion, which never contributes to the advantage.
     return terms if boxes or label == "normal" else terms._replace(localization=0.0)
 
 

@@ -13,7 +13,7 @@ from adfm.records import Box, Label
 
 
 def score_file(path: str | Path, profile: str, out: TextIO) -> None:
-    """Score a file of JSON lines and print one JSON object a line: `format`, `classification`, `localization`, `total`.
+    """Score a file of JSON lines and print one JSON object a line: each of `Terms`, and `total`.
 
     Nothing is printed unless every line can be scored.
 

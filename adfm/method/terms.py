@@ -30,7 +30,7 @@ class Terms(NamedTuple):
 
 
 WEIGHTS = Terms(format=1.0, classification=1.0, localization=1.0)
-"""The default weights in `train.weights`; a term that is not named here has 0: it changes nothing until asked for."""
+"""The default weights in `train.weights`; a further term has 0, and changes nothing until a run sets its weight."""
 
 MEANS = tuple(f"rewards/{term}/mean" for term in Terms._fields)
 """The metrics under which TRL logs the mean of each term over a step."""

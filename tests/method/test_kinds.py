@@ -153,7 +153,7 @@ def test_lists_that_no_prompt_can_hold_are_refused() -> None:
         kinds.listed(["dent", "x" * 200])
 
 
-def said(letter: str, kind: str | None) -> response.ParsedCompletion:
+def parsed(letter: str, kind: str | None) -> response.ParsedCompletion:
     return response.parse(f"<think>x</think><rethink>{kinds.PREFIX} {kind}.</rethink><answer>{letter}</answer>")
 
 
@@ -161,7 +161,7 @@ def test_the_right_kind_beside_the_right_letter_is_paid() -> None:
     known = ("dent", "scratch")
 
     def paid(letter: str, kind: str | None, label: str, defect: str | None) -> float:
-        return kinds.reward(said(letter, kind), label, defect, known)  # type: ignore[arg-type]
+        return kinds.reward(parsed(letter, kind), label, defect, known)  # type: ignore[arg-type]
 
     assert paid("A", "dent", "anomalous", "dent") == 1
     assert paid("B", None, "normal", None) == 1
@@ -180,8 +180,8 @@ def test_no_answer_without_a_look_is_worth_one_with_it(number: int, share: float
     """The best blind completion, over all letters and kinds, where every kind is drawn as often as any other."""
     known = tuple(f"kind {i}" for i in range(number))
     earned = {
-        (letter, kind): share * np.mean([kinds.reward(said(letter, kind), "anomalous", its, known) for its in known])
-        + (1 - share) * kinds.reward(said(letter, kind), "normal", None, known)
+        (letter, kind): share * np.mean([kinds.reward(parsed(letter, kind), "anomalous", its, known) for its in known])
+        + (1 - share) * kinds.reward(parsed(letter, kind), "normal", None, known)
         for letter in "ABC"
         for kind in (*known, None)
     }

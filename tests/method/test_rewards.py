@@ -43,7 +43,7 @@ LABELS = st.sampled_from(["anomalous", "normal"])
 
 
 def calibrated(completion, label, boxes, frame=FRAME):
-    """The reward, on images of 512 x 512 unless said."""
+    """The reward, on images of 512 x 512 by default."""
     return rewards.calibrated(completion, label, boxes, frame)
 
 
@@ -184,7 +184,7 @@ def test_2_sliding_along_a_defect_is_not_flat(near, far):
 @settings(deadline=None)
 def test_3_every_further_miss_costs(truth, random):
     random.shuffle(truth)
-    pays = [localization(truth[:found], truth) for found in range(len(truth) + 1)]
+    pays = [localization(truth[:count], truth) for count in range(len(truth) + 1)]
     assert all(fewer < more for fewer, more in pairwise(pays))
 
 
@@ -201,8 +201,8 @@ def test_3_a_box_that_touches_nothing_always_costs(truth, predicted, spurious, d
 @settings(deadline=None)
 def test_3_a_box_said_twice_costs(defects_and_cells, data):
     truth, _ = defects_and_cells
-    found = data.draw(st.lists(st.sampled_from(truth), min_size=1, unique=True))
-    assert localization([*found, data.draw(st.sampled_from(found))], truth) < localization(found, truth)
+    boxes = data.draw(st.lists(st.sampled_from(truth), min_size=1, unique=True))
+    assert localization([*boxes, data.draw(st.sampled_from(boxes))], truth) < localization(boxes, truth)
 
 
 @given(
