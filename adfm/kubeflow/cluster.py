@@ -34,7 +34,7 @@ _PAUSE = 10.0  # seconds
 
 
 def api() -> ApiClient:
-    """A client of the cluster's API as the pod's service account; it reads the token again as Kubernetes renews it.
+    """Return a client of the cluster's API as the pod's service account.
 
     Raises:
         AdfmError: This is not a pod, or its service account's token is not mounted.
@@ -43,18 +43,14 @@ def api() -> ApiClient:
 
     configuration = client.Configuration()
     try:
-        config.load_incluster_config(configuration)
+        config.load_incluster_config(configuration)  # reads the token again as Kubernetes renews it
     except config.ConfigException as error:
         raise AdfmError(f"the Kubernetes API can only be used from a pod with a service account: {error}") from error
     return client.ApiClient(configuration)
 
 
 def namespace() -> str:
-    """The pod's namespace.
-
-    Raises:
-        AdfmError: As `api`.
-    """
+    """Return the pod's namespace; raise `AdfmError` as `api`."""
     try:
         return (SERVICE_ACCOUNT / "namespace").read_text(encoding="utf-8").strip()
     except OSError as error:
@@ -65,7 +61,8 @@ def namespace() -> str:
 
 
 def pod_name() -> str:
-    """The pod's name, which KFP sets; a host's name, which is cut off at 63 characters, where it does not."""
+    """Return the pod's name."""
+    # KFP sets it; the host's name is cut off at 63 characters.
     return os.environ.get("KFP_POD_NAME") or socket.gethostname()
 
 
@@ -77,9 +74,6 @@ def call(function: Callable[..., Any], *args: Any, patience: float = 0.0, **kwar
         *args: Its arguments.
         patience: Seconds for which a transient error is retried.
         **kwargs: Its keyword arguments.
-
-    Returns:
-        What the method returns.
 
     Raises:
         ApiException: The server's error; a transient one after `patience` seconds.
@@ -105,31 +99,21 @@ def call(function: Callable[..., Any], *args: Any, patience: float = 0.0, **kwar
 
 
 def is_transient(error: ApiException) -> bool:
-    """Whether the same call may work in a minute.
-
-    Besides `retries.is_transient`: no connection (0), and a token that was renewed meanwhile (401).
-    """
+    """Whether the same call may work in a minute."""
+    # Besides those of `retries.is_transient`: no connection (0), and a token that was renewed meanwhile (401).
     return error.status in (0, 401) or retries.is_transient(error.status)
 
 
 def message(error: ApiException) -> str:
-    """The message of an API's error, e.g. of an admission webhook; its HTTP reason where it has none."""
+    """Return the message of an API's error, e.g. of an admission webhook; its HTTP reason where it has none."""
     try:
-        status = json.loads(error.body)
-    except (TypeError, ValueError):  # no body, or text that is not of the API: a proxy, an unknown path
-        status = None
-    text = status.get("message") if isinstance(status, dict) else None
-    return str(text or error.reason)
+        return str(json.loads(error.body)["message"] or error.reason)
+    except (TypeError, ValueError, KeyError):  # no body, or text that is not of the API: a proxy, an unknown path
+        return str(error.reason)
 
 
 def claim_problem(claim: Any, name: str, namespace: str) -> str:
-    """Why several machines cannot train on a volume claim, and what to do; "" if they can, as far as it says.
-
-    Args:
-        claim: As the Kubernetes API has it; None if it does not exist.
-        name: Of the claim.
-        namespace: Of the claim.
-    """
+    """Return why several machines cannot train on a claim of the Kubernetes API, and what to do; "" if they can."""
     if claim is None:
         return (
             f"the namespace {namespace} has no volume claim {name}, on which several machines train; "

@@ -17,34 +17,23 @@ from adfm.kubeflow.cluster import CONTAINER
 if TYPE_CHECKING:
     from kubernetes.client import CoreV1Api
 
-_PATIENCE = 60.0  # seconds for which a log is asked for again; a machine that was lost has none
+_PATIENCE = 60.0  # seconds for which a log is requested again; a machine that was lost has none
 _TAIL = 20  # lines of a machine that failed
 _ERROR = "adfm: error: "  # before what the command line prints of an AdfmError
 
 
 @dataclass
 class JobLog:
-    """What is printed of a TrainJob's log.
-
-    Args:
-        core: The cluster's API.
-        namespace: Of the job.
-        name: Of the job.
-        quiet: Whether lines are kept and not printed.
-        tail: The last lines.
-        error: The last error that `adfm train` printed.
-        last_end: The last failure of a container, with machine, exit code and reason.
-        unread: Why the log of a pod could not be read the last time.
-    """
+    """The log of a TrainJob, as far as it was printed."""
 
     core: CoreV1Api
     namespace: str
     name: str
-    quiet: bool = False
-    tail: deque[str] = field(default_factory=lambda: deque(maxlen=_TAIL))
-    error: str = ""
-    last_end: str = ""
-    unread: dict[str, str] = field(default_factory=dict)
+    quiet: bool = False  # lines are kept and not printed
+    tail: deque[str] = field(default_factory=lambda: deque(maxlen=_TAIL))  # the last lines
+    error: str = ""  # the last one that `adfm train` printed
+    last_end: str = ""  # the last failure of a container, with machine, exit code and reason
+    unread: dict[str, str] = field(default_factory=dict)  # why the log of a pod could not be read the last time
     _last: dict[str, tuple[datetime, str]] = field(default_factory=dict)  # time of a pod's last line
     _read_at: dict[str, float] = field(default_factory=dict)  # when a pod's log was read last, on this machine's clock
     _ended: set[tuple[str, int]] = field(default_factory=set)  # pods and restarts whose failure was printed

@@ -27,15 +27,7 @@ _DELETION = 600.0  # seconds for which a job of the same name may be on its way 
 
 
 class TrainJobs:
-    """The TrainJobs of this pod's namespace.
-
-    Attributes:
-        core: The cluster's core API.
-        namespace: This pod's.
-
-    Raises:
-        AdfmError: This is not a pod with a service account.
-    """
+    """The TrainJobs of this pod's namespace; raises `AdfmError` outside a pod with a service account."""
 
     def __init__(self) -> None:
         from kubernetes import client
@@ -69,7 +61,7 @@ class TrainJobs:
                 self._jobs.delete_namespaced_custom_object,
                 *self._place,
                 name,
-                # A next job of the same name must not find the JobSet of this one: Trainer would take it for its own.
+                # A next job of the same name must not meet the JobSet of this one: Trainer would take it for its own.
                 propagation_policy="Foreground",
                 patience=60.0,
             )
@@ -80,11 +72,7 @@ class TrainJobs:
         return True
 
     def await_deletion(self, name: str) -> bool:
-        """Wait for a job that is being deleted, whose pods may still write; return whether no job has the name now.
-
-        Raises:
-            AdfmError: The deletion takes longer than ten minutes.
-        """
+        """Wait up to ten minutes for the deletion of a job, whose pods may still write; return whether none is left."""
         end = time.monotonic() + _DELETION
         while (job := self._get(name)) and job["metadata"].get("deletionTimestamp"):
             if time.monotonic() > end:
@@ -144,13 +132,13 @@ class TrainJobs:
         return next(iter(jobs["items"]), None)
 
     def _pods(self, name: str) -> list[Any]:
-        """The pods of a job, oldest first."""
+        """Return the pods of a job, oldest first."""
         selector = f"jobset.sigs.k8s.io/jobset-name={name}"
         pods = cluster.call(self.core.list_namespaced_pod, self.namespace, label_selector=selector, patience=OUTAGE)
         return sorted(pods.items, key=lambda pod: pod.metadata.creation_timestamp)
 
     def _waiting(self, job: dict[str, Any], pods: list[Any]) -> tuple[str, bool]:
-        """Why not all pods of a job run, "" if they do; whether waiting does not help."""
+        """Return why not all pods of a job run, "" if they do; and whether waiting does not help."""
         if job["spec"].get("suspend"):
             return "it is suspended; a queue such as Kueue has not admitted it", False
         name = job["metadata"]["name"]
@@ -171,7 +159,7 @@ class TrainJobs:
         return "", False
 
     def _warning(self, name: str) -> str:
-        """The last warning about an object; "" if there is none or events may not be read."""
+        """Return the last warning about an object; "" without one, or where events may not be read."""
         from kubernetes.client.exceptions import ApiException
 
         selector = f"involvedObject.name={name},type=Warning"
@@ -184,7 +172,7 @@ class TrainJobs:
 
 
 def refusal(error: ApiException, name: str) -> AdfmError:
-    """The API's error about a TrainJob in words, with what to do."""
+    """Return the API's error about a TrainJob in words, with what to do."""
     message = cluster.message(error)
     install = f"install Kubeflow Trainer 2.2 or newer, with its runtimes: {DOCS}"
     if error.status == 404 and not message.startswith("pods "):

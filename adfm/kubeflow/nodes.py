@@ -28,21 +28,12 @@ class _Own(NamedTuple):
 
 
 def job_name(run: str) -> str:
-    """Name of the TrainJob of a pipeline's run."""
+    """Return the name of the TrainJob of a pipeline's run."""
     return f"adfm-{re.sub('[^a-z0-9]+', '-', run.lower())[:18].strip('-')}"
 
 
 def check(train: Train, *, run: str, nodes: int, gpus: int, gpu_type: str) -> None:
     """Check that the cluster can train on several machines, and make the run's folder on the volume.
-
-    The TrainJob is sent as a dry run, which its schema, Trainer's webhooks and the account's rights have to pass.
-
-    Args:
-        train: Its settings.
-        run: Id of the pipeline's run.
-        nodes: Machines.
-        gpus: GPUs of each.
-        gpu_type: Resource that stands for a GPU.
 
     Raises:
         AdfmError: The batch does not divide; there is no Kubeflow Trainer, an older one or no runtime; the account may
@@ -60,6 +51,7 @@ def check(train: Train, *, run: str, nodes: int, gpus: int, gpu_type: str) -> No
         job = train_job(
             name, work, claim, own.image, nodes=nodes, gpus=gpus, owner=own.owner, variables=own.mlflow, **where
         )
+        # A dry run has to pass the schema, Trainer's webhooks and the account's rights.
         trainjobs.create(job, dry_run="All", patience=60.0)
         free = volume.check(trainjobs, _volume_job(run), work, claim, own.image, own.owner)
     except ApiException as error:
@@ -84,9 +76,6 @@ def on_nodes(
     tolerations: list[dict[str, Any]],
 ) -> None:
     """Train on several machines by a TrainJob: start it or find it, follow its log, and copy its adapter.
-
-    A task that is started again follows the job that is under way. A job that failed is removed, so that the next try
-    resumes from its last checkpoint on the volume.
 
     Args:
         shards: Folder of shards.
@@ -117,7 +106,7 @@ def on_nodes(
     work = workspace / name
     log = JobLog(trainjobs.core, trainjobs.namespace, name)
     try:
-        if trainjobs.await_deletion(name):
+        if trainjobs.await_deletion(name):  # a task that is started again follows the job that is under way
             _copy_inputs(shards, model, work, params, claim)
             own = _own(trainjobs)
             job = train_job(
@@ -137,7 +126,7 @@ def on_nodes(
         ended, why = trainjobs.follow(log)
         has_model = ended == "Complete" and (work / "trained").is_dir()
         if not has_model:
-            trainjobs.delete(name)
+            trainjobs.delete(name)  # so that the next try resumes from its last checkpoint on the volume
     except ApiException as error:
         raise refusal(error, name) from error
     if not ended:
@@ -155,10 +144,7 @@ def on_nodes(
 
 
 def end(run: str) -> None:
-    """Delete the TrainJobs of a run that has ended, so that they do not hold GPUs; a terminated run leaves them behind.
-
-    Quiet where there is no cluster, no Kubeflow Trainer or no such job. Never raises.
-    """
+    """Delete the TrainJobs of a run that has ended, so that they do not hold GPUs; never raise."""
     from kubernetes.client.exceptions import ApiException
 
     if not inside():

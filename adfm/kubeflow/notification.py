@@ -29,7 +29,7 @@ from adfm.tracking import VERSION_TAG
 PROMOTION = "adfm-promotion"
 """The pipeline that sends no message when it had nothing to do."""
 
-_PAUSES = (2.0, 10.0)  # seconds before the Kubernetes API is asked again
+_PAUSES = (2.0, 10.0)  # seconds between requests to the Kubernetes API
 _MOST = 5  # failed tasks that are listed
 _LONGEST = 400  # characters of an error
 _CLOCKS = timedelta(seconds=30)  # by which those of a cluster's machines may differ
@@ -44,26 +44,17 @@ _STATES: dict[str, State] = {"SUCCEEDED": "succeeded", "FAILED": "failed", "CANC
 
 
 class Status(NamedTuple):
-    """The final status of a run as Kubeflow Pipelines gives it to the exit task: `dsl.PipelineTaskFinalStatus`.
+    """The final status of a run as Kubeflow Pipelines gives it to the exit task: `dsl.PipelineTaskFinalStatus`."""
 
-    Args:
-        state: MLMD's state of the exit handler. Only the local runner's can be trusted.
-        error_message: Empty in KFP 2.17.
-        pipeline_job_resource_name: Name of Argo's Workflow: `RunName`, `{{workflow.name}}`, in
-            backend/src/v2/driver/resolve.go.
-        pipeline_task_name: Name of the exit handler, which is the display name of its node.
-    """
-
-    state: str
-    error_message: str = ""
+    state: str  # MLMD's of the exit handler; only the local runner's can be trusted
+    error_message: str = ""  # empty in KFP 2.17
+    # Argo's Workflow: `RunName`, `{{workflow.name}}`, in backend/src/v2/driver/resolve.go.
     pipeline_job_resource_name: str = ""
-    pipeline_task_name: str = ""
+    pipeline_task_name: str = ""  # of the exit handler, which is the display name of its node
 
 
 def notify(name: str, status: Status, run: str, settings: str, ui: str) -> str:
-    """Report how a run ended, in the log and to the chat channel; never fail.
-
-    A promotion that promoted nothing and did not fail is only logged: a scheduled one would send 144 messages a day.
+    """Report how a run of the pipeline `name` ended, in the log and to the chat channel; return the text; never fail.
 
     Args:
         name: Name of the pipeline.
@@ -71,9 +62,6 @@ def notify(name: str, status: Status, run: str, settings: str, ui: str) -> str:
         run: Id of the run.
         settings: All settings, as they were given.
         ui: Public address of the pipelines' pages; without one there is no link.
-
-    Returns:
-        The text.
     """
     outcome = _outcome(status, run)
     versions = _versions(name, settings, run, outcome)
@@ -82,6 +70,7 @@ def notify(name: str, status: Status, run: str, settings: str, ui: str) -> str:
     link = _link(ui, run) if pod.is_task() else f"run {run}"
     text = "\n".join([_headline(name, outcome), *_failure_lines(outcome.failures), *versions, link])
     print(text)
+    # A scheduled promotion that has nothing to do would otherwise send 144 messages a day.
     if name == PROMOTION and not versions and _is_quiet(outcome, status):
         print("no message is sent: nothing was promoted, and nothing is known to have failed")
     else:
@@ -116,7 +105,7 @@ def _outcome(status: Status, run: str) -> Outcome:
 
 
 def _local(status: Status) -> Outcome:
-    """The outcome of a local run, whose state is right."""
+    # The state of a local run is right.
     state = _STATES.get(status.state)
     reason = printable(status.error_message.strip())
     failures = (Failure("", reason),) if reason else ()
@@ -125,7 +114,7 @@ def _local(status: Status) -> Outcome:
 
 
 def _unknown(status: Status, why: str, pods: list[dict[str, Any]]) -> Outcome:
-    """What is known without the Workflow: the pods that failed, and when the first one started."""
+    """Return what is known without the Workflow: the pods that failed, and when the first one started."""
     failures = workflows.failures_of_pods(pods)
     if status.state == "FAILED" and not failures:  # RUNNING and COMPLETE prove nothing
         text = status.error_message.strip() or "Kubeflow Pipelines has it as FAILED, which a later try may have mended"
@@ -206,7 +195,7 @@ def _read(function: Callable[..., Any], *args: Any, what: str, right: str, **opt
 
 
 def _versions(name: str, settings: str, run: str, outcome: Outcome) -> list[str]:
-    """What the run did to the registered model, a line each; or why that is not known."""
+    """Return what the run did to the registered model, a line each; or why that is not known."""
     try:
         loaded = params.loads(settings)
         with tracking.impatient(timeout=30, retries=2):
@@ -231,10 +220,8 @@ def _registered(place: Mlflow, run: str) -> list[str]:
 
 
 def _submitted_again(place: Mlflow, run: str) -> list[Any]:
-    """Versions that an earlier run registered from the same model, and whose tag names that run.
-
-    The run of `register` in MLflow names them.
-    """
+    """Return versions that an earlier run registered from the same model, and whose tag names that run."""
+    # The run of `register` in MLflow names them.
     store, ids = tracking.client(), []
     if experiment := tracking.find_experiment(place.experiment):
         ids.append(experiment.experiment_id)

@@ -11,30 +11,19 @@ from adfm.process.environment import CA, CA_FOLDER
 
 
 class Resources(NamedTuple):
-    """What a task gets.
+    """What a task gets."""
 
-    Args:
-        cpu: Cores, requested and as a limit.
-        memory: Of the pod, requested and as a limit, as Kubernetes writes it.
-        hours: After which a try is stopped.
-        tries: How often the cluster starts it again.
-        cached: Whether the result of the same inputs is used again.
-        gpu: Whether it runs in the image for GPUs and gets those that the run asks for, with shared memory.
-        signs: Whether the private key of `SIGNING` is mounted.
-        workspace: Whether the volume of `WORKSPACE` is mounted.
-    """
-
-    cpu: str
-    memory: str
-    hours: float
-    # A stock Kubeflow Pipelines 2.17 starts a task again whose pod was lost, and not one that failed (its Argo has
-    # `templateDefaults.retryStrategy` with `OnError`); without that setting it is the other way round. Stages retry
-    # what may work in a minute themselves.
+    cpu: str  # cores, requested and as a limit
+    memory: str  # of the pod, requested and as a limit, as Kubernetes writes it
+    hours: float  # after which a try is stopped
+    # How often the cluster starts it again. A stock Kubeflow Pipelines 2.17 starts a task again whose pod was lost, and
+    # not one that failed (its Argo has `templateDefaults.retryStrategy` with `OnError`); without that setting it is the
+    # other way round. Stages retry what may work in a minute themselves.
     tries: int = 0
-    cached: bool = False
-    gpu: bool = False
-    signs: bool = False
-    workspace: bool = False
+    cached: bool = False  # the result of the same inputs is used again
+    gpu: bool = False  # it runs in the image for GPUs and gets those of the run, with shared memory
+    signs: bool = False  # the private key of `SIGNING` is mounted
+    workspace: bool = False  # the volume of `WORKSPACE` is mounted
 
 
 RESOURCES = {
@@ -101,6 +90,6 @@ WORKSPACE, WORKSPACE_CLAIM = "/workspace", "adfm-workspace"
 
 
 def image(task: str) -> str:
-    """The image of a task: that for GPUs or that for CPUs, as `ADFM_GPU_IMAGE` and `ADFM_CPU_IMAGE` name them."""
+    """Return the image of a task, for GPUs or for CPUs: that of `ADFM_GPU_IMAGE` or `ADFM_CPU_IMAGE`."""
     kind = "gpu" if RESOURCES[task].gpu else "cpu"
     return os.environ.get(f"ADFM_{kind.upper()}_IMAGE", f"localhost/adfm:{kind}")

@@ -28,7 +28,7 @@ RUN_TAG = "kfp_run_id"
 """Tag of a version, and of the run of `register` in MLflow: the run of the pipeline that registered it."""
 
 REVISION_TAG = "data_revision"
-"""Tag of a version: the revision of the data that the run was asked for."""
+"""Tag of a version: the revision of the data of its run."""
 
 GPUS = ("nvidia.com/gpu", "amd.com/gpu", "gpu.intel.com/i915", "gpu.intel.com/xe", "habana.ai/gaudi")
 """Resources by which the device plugins of Kubernetes announce GPUs; besides them, parts of one: `nvidia.com/mig-…`."""
@@ -54,8 +54,7 @@ def stage(tolerant: bool = False) -> Iterator[None]:
     message (`adfm.kubeflow.termination`), so that the notification has the stage's own reason.
 
     Args:
-        tolerant: Whether the body runs even if the environment cannot be set up, as the notification, which reports
-            that the other stages could not.
+        tolerant: Run the body even if the environment cannot be set up.
 
     Raises:
         SystemExit: After an `AdfmError`, a full disk or SIGTERM. The status is 75 for a training that can be resumed.
@@ -65,7 +64,7 @@ def stage(tolerant: bool = False) -> Iterator[None]:
             try:
                 environment.set_environment()
             except AdfmError as error:
-                if not tolerant:
+                if not tolerant:  # as the notification is, which reports that the other stages could not
                     raise
                 print(f"adfm: {error}", file=sys.stderr)
             with stopping.terminable():
@@ -141,7 +140,7 @@ def check(
 
 
 def unused_settings(evaluate: Evaluate) -> list[str]:
-    """Settings that a pipeline of Kubeflow does not use, a line each."""
+    """Return the settings that a pipeline of Kubeflow does not use, a line each."""
     if not evaluate.folds:
         return []
     return [
@@ -151,12 +150,12 @@ def unused_settings(evaluate: Evaluate) -> list[str]:
 
 
 def _conversion(params: Params) -> str:
-    """What conversion and validation read; without kinds it is the same whatever the section `sft` says."""
+    # Without kinds it is the same whatever the section `sft` says, so that the task's result is used again.
     return tracking.settings(params, *_CONVERSION) + "sft:\n  kinds: true\n" * params.sft.kinds
 
 
 def _inspection(params: Params) -> str:
-    """What the inspection of a part reads; other settings of these sections are left at their defaults."""
+    # Settings that the inspection of a part does not read are left at their defaults.
     convert = params.convert.model_dump(exclude={"shard_images"})
     split = params.split.model_dump(include={"group", "holdout_categories"})
     return tracking.settings(Params.model_validate({"convert": convert, "split": split}), "convert", "split")
@@ -174,11 +173,7 @@ def _require_s3_keys(source: str) -> None:
 
 
 def check_gpus(gpu_type: str, num_gpus: int) -> None:
-    """Check that a device plugin announces GPUs of this type, and that their number is not negative.
-
-    Raises:
-        AdfmError: One of them is wrong.
-    """
+    """Raise `AdfmError` for a type of GPU that no device plugin announces, or a negative number of them."""
     if gpu_type not in GPUS and not re.fullmatch(r"nvidia\.com/mig-\d+g\.\d+gb(\.me)?", gpu_type):
         near = difflib.get_close_matches(gpu_type, GPUS, n=1, cutoff=0)[0]
         raise AdfmError(
@@ -189,20 +184,14 @@ def check_gpus(gpu_type: str, num_gpus: int) -> None:
 
 
 def fixed_revision(source: str) -> str:
-    """The revision of a source whose content cannot change; "" for one that may have other content tomorrow."""
+    """Return the revision of a source whose content cannot change; "" for one that may have other content tomorrow."""
     fixed = source.startswith("synthetic://") or re.match(r"dvc://.+@[0-9a-f]{40}:", source)
     return source if fixed else ""
 
 
 @contextmanager
 def raw_data(archive: Path) -> Iterator[Path]:
-    """The folder of a packed data set, as `adfm.data.packed.opened` makes it.
-
-    Errors in the data have the name of the data set, not that of the temporary folder.
-
-    Raises:
-        BadData: The block raised one.
-    """
+    """Yield the folder of a packed data set; errors in the data have its name, not that of the temporary folder."""
     from adfm.data import packed
     from adfm.data.problems import BadData
 
@@ -258,7 +247,7 @@ def wait_for_servers(params: Params) -> None:
 
 
 def models_to_compare(params: Params, detector: Path, sft: Path, candidate: Path) -> dict[str, str | Path]:
-    """The models that a candidate is evaluated beside: detector, base, warmed-up one, production and anchor, if any."""
+    """Return the models to evaluate a candidate beside: detector, base, cold start, production and anchor, if any."""
     from adfm.evaluation import evaluate
     from adfm.registry.production import in_production
 
@@ -267,7 +256,7 @@ def models_to_compare(params: Params, detector: Path, sft: Path, candidate: Path
 
 
 def last_metrics(curves: Path) -> dict[str, float]:
-    """The last row of a curves file that training wrote; empty metrics are left out."""
+    """Return the last row of a curves file that training wrote; empty metrics are left out."""
     import pandas as pd
 
     rows = pd.read_csv(curves)
@@ -275,11 +264,9 @@ def last_metrics(curves: Path) -> dict[str, float]:
 
 
 def evaluation_metrics(evaluation: Path) -> tuple[dict[str, float], list[str]]:
-    """`<model>/<metric>` of the headline of each model in an evaluation, and of what the gate judges in the candidate.
+    """Return `<model>/<metric>` of an evaluation's headlines, and the names of those that the gate judges.
 
-    Returns:
-        Values by name; the names of balanced accuracy, escapes (`miss_rate`), overkill and IoU of the candidate: of its
-            decisions at the threshold where it has one, as the gate takes them.
+    These are of the candidate's decisions at the threshold where it has one, as the gate takes them.
     """
     metrics = {}
     for file in sorted((evaluation / "metrics").glob("*.json")):
@@ -321,21 +308,18 @@ def name_artifacts(titles: Mapping[str, Any]) -> None:
 
 
 def confusion(evaluation: Path) -> tuple[list[str], list[list[int]]]:
-    """Labels, and how many images of each (row) the candidate of an evaluation decided to be each (column)."""
+    """Return labels, and how many images of each (row) the candidate of an evaluation decided to be each (column)."""
     return _crosstab(evaluation / "plots" / "confusion.csv", "decision", _ANSWERS)
 
 
 def kinds(evaluation: Path) -> tuple[list[str], list[list[int]]] | None:
-    """Kinds of defects, and how many images of each (row) the candidate of an evaluation gave each (column).
-
-    `None` if the candidate's prompt does not ask for the kind.
-    """
+    """Return as `confusion`, for kinds of defects; `None` if the candidate's prompt does not ask for the kind."""
     names, counts = _crosstab(evaluation / "plots" / "kinds.csv", "predicted")
     return (names, counts) if names else None
 
 
 def _crosstab(file: Path, column: str, labels: Sequence[str] = ()) -> tuple[list[str], list[list[int]]]:
-    """Labels, and the counts of `actual` (rows) against a column; by default the labels of both, sorted."""
+    """Return labels, by default those of both, and the counts of `actual` (rows) against a column."""
     import pandas as pd
 
     rows = pd.read_csv(file, dtype=str, keep_default_na=False)  # a kind may be called NA
@@ -345,11 +329,9 @@ def _crosstab(file: Path, column: str, labels: Sequence[str] = ()) -> tuple[list
 
 
 def roc(evaluation: Path) -> tuple[list[float], list[float], list[float]]:
-    """The ROC curve of the candidate of an evaluation, for a page: 200 points of it at most, its ends among them.
+    """Return the ROC curve of the candidate of an evaluation: false and true positive rates, and thresholds.
 
-    Returns:
-        False positive rates, true positive rates, and the scores from which an image is called anomalous, at most 2.
-        All are empty if only one class was there.
+    It has 200 points at most, its ends among them, and none if only one class was there.
     """
     import numpy as np
     import pandas as pd
@@ -415,9 +397,9 @@ def _row(cells: Sequence[str], tag: str) -> str:
 
 
 def version_link(model: str, version: str) -> str:
-    """A version in MLflow, as HTML: its name, and its address where MLflow has pages."""
+    """Return a version in MLflow as HTML: its name, and its address where MLflow has pages."""
     # The address is the text of the link, to be copied: KFP's frame for a page opens no other window (`sandbox` in
-    # frontend/src/components/viewers/HTMLViewer.tsx), and MLflow refuses to be shown in a frame.
+    # frontend/src/components/viewers/HTMLViewer.tsx), and MLflow refuses to be in a frame.
     name, address = html.escape(f"models:/{model}/{version}"), html.escape(environment.version_page(model, version))
     return f'{name}: <a href="{address}">{address}</a>' if address else name
 

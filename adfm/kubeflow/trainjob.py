@@ -26,7 +26,7 @@ def train_job(
     owner: dict[str, Any] | None = None,
     variables: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """The TrainJob that trains on the data in the folder `work` of a shared volume.
+    """Return the TrainJob that trains on the data in the folder `work` of a shared volume.
 
     A machine gets what `adfm.kubeflow.resources` has for the task `train`, and is stopped after its hours.
 
@@ -70,7 +70,7 @@ def train_job(
 
 
 def volume_job(name: str, work: Path, claim: str, image: str, owner: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The TrainJob of one small pod that makes the folder `work` on the volume, by `adfm.kubeflow.volume.prepare`."""
+    """Return the TrainJob of a small pod in which `adfm.kubeflow.volume.prepare` makes the folder `work`."""
     code = "import sys; from adfm.kubeflow import volume; volume.prepare(sys.argv[1])"
     prepare = ["python", "-c", code, str(work)]
     job, _ = _job(name, resources.VOLUME_CHECK, claim, work.parent, image, prepare, owner)
@@ -86,7 +86,7 @@ def _job(
     command: list[str],
     owner: dict[str, Any] | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A TrainJob of one machine with the volume, as Pod Security `restricted` admits it; and its pod's spec."""
+    """Return a TrainJob of one machine with the volume, as Pod Security `restricted` admits it; and its pod's spec."""
     amounts = {"cpu": entry.cpu, "memory": entry.memory}
     container = {
         "name": CONTAINER,

@@ -28,18 +28,7 @@ def prepare(work: str) -> None:
 
 
 def check(jobs: TrainJobs, name: str, work: Path, claim: str, image: str, owner: dict[str, Any] | None) -> int:
-    """Check that a run can use the volume, and make its folder there.
-
-    Args:
-        jobs: The TrainJobs of the namespace.
-        name: Of the TrainJob that tries the volume.
-        work: The run's folder.
-        claim: Name of the volume's claim.
-        image: Of the pod.
-        owner: Reference to the object with which the TrainJob is deleted.
-
-    Returns:
-        Free bytes.
+    """Check by a TrainJob of that name that a run can use the volume, make its folder there, and return its free bytes.
 
     Raises:
         AdfmError: The claim is missing, cannot be shared or is not bound, or the volume cannot be written.
@@ -57,7 +46,7 @@ def check(jobs: TrainJobs, name: str, work: Path, claim: str, image: str, owner:
 
 
 def not_writable(claim: str, why: object) -> AdfmError:
-    """The error of a volume that cannot be written."""
+    """Return the error of a volume that cannot be written."""
     return AdfmError(
         f"user and group {resources.USER} cannot write to the volume {claim}: {why}; its driver does not apply "
         f"fsGroup, so that its root folder has to be made writable for them once: {DOCS}."
@@ -82,7 +71,7 @@ def _check_claim(jobs: TrainJobs, name: str) -> None:
 
 
 def _answer(jobs: TrainJobs, name: str, claim: str) -> str:
-    """The line that `prepare` printed in its pod; the job is deleted."""
+    """Return the line that `prepare` printed in its pod; the job is deleted."""
     log = JobLog(jobs.core, jobs.namespace, name, quiet=True)
     try:
         ended, why = jobs.follow(log, within=_PROBE)

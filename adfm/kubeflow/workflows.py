@@ -51,17 +51,11 @@ _LONGEST = 400  # characters of a reason; five of them and the link fit into a m
 
 @dataclass(frozen=True)
 class Failure:
-    """A task that failed.
+    """A task that failed."""
 
-    Args:
-        task: Its name in the pipeline; "" if no task is to blame.
-        reason: Why, in one line.
-        stopped: Whether it failed because the whole run was terminated.
-    """
-
-    task: str
-    reason: str
-    stopped: bool = False
+    task: str  # its name in the pipeline; "" if no task is to blame
+    reason: str  # in one line
+    stopped: bool = False  # it failed because the whole run was terminated
 
     def __str__(self) -> str:
         """The failure as a line of a message."""
@@ -72,25 +66,17 @@ class Failure:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended.
+    """How a run ended."""
 
-    Args:
-        state: `None` if it is not known.
-        failures: The tasks that failed, the first one first.
-        started: When the run started, if it is known.
-        ended: When its tasks had ended, if it is known.
-        unknown: Why the state is not known and what to do about it; "" if it is.
-    """
-
-    state: State | None
-    failures: tuple[Failure, ...] = ()
-    started: datetime | None = None
-    ended: datetime | None = None
-    unknown: str = ""
+    state: State | None  # `None` if it is not known
+    failures: tuple[Failure, ...] = ()  # in the order in which they ended
+    started: datetime | None = None  # the run
+    ended: datetime | None = None  # its tasks
+    unknown: str = ""  # why the state is not known, and what to do about it
 
 
 def outcome(workflow: Mapping[str, Any], task: str) -> Outcome:
-    """The outcome of a run, for the task that runs after all others.
+    """Return the outcome of a run, for the task that runs after all others.
 
     Args:
         workflow: The Workflow, as the Kubernetes API has it.
@@ -121,11 +107,7 @@ def outcome(workflow: Mapping[str, Any], task: str) -> Outcome:
 
 
 def nodes(status: Mapping[str, Any]) -> dict[str, Node]:
-    """The nodes in the status of a Workflow, by id.
-
-    Raises:
-        AdfmError: They are in Argo's database, or cannot be unpacked.
-    """
+    """Return the nodes in the status of a Workflow, by id; raise `AdfmError` if they cannot be read there."""
     if status.get("nodes"):
         return dict(status["nodes"])
     if status.get("compressedNodes"):  # of a large Workflow
@@ -193,13 +175,13 @@ def _number(node: Node) -> int:
 
 
 def task_of(name: str) -> str:
-    """The task in the name of a node: `train` of `adfm-training-x7k2p.root.exit-handler-1.train(0).executor(0)`."""
+    """Return the task in a node's name: `train` of `adfm-training-x7k2p.root.exit-handler-1.train(0).executor(0)`."""
     parts = [part.removesuffix(_DRIVER) for part in _INDICES.sub("", name).split(".")]
     return next((part for part in reversed(parts) if part not in _OF_KFP), parts[-1])
 
 
 def reason(node: Node) -> str:
-    """Why a node failed, in one line: the stage's own message if it left one, else Argo's or Kubernetes' explained."""
+    """Return why a node failed: the stage's own message if it left one, else Argo's or Kubernetes' explained."""
     text = _explain((node.get("message") or "").strip(), task_of(node["name"]))
     text = shortened(printable(" ".join(text.split())), _LONGEST)
     is_driver = _INDICES.sub("", node["name"]).endswith(_DRIVER)
@@ -243,20 +225,15 @@ def _container(match: re.Match[str], task: str) -> str:
 
 
 def _own_line(message: str) -> str:
-    """The line that the stage left; where Kubernetes took the end of the log instead, its error or its last line."""
+    # Where the stage left no line, Kubernetes takes the end of the log, whose error or last line counts.
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     errors = [line.partition("adfm: error: ")[2] for line in lines if "adfm: error: " in line]
     return (errors or lines or [""])[-1]
 
 
 def failures_of_pods(pods: Iterable[Mapping[str, Any]]) -> tuple[Failure, ...]:
-    """The tasks of a run whose last pod failed, for where the Workflow cannot be read.
-
-    Pods that were deleted or refused are missing, and whether the run was terminated.
-
-    Args:
-        pods: The pods of the run, as the Kubernetes API has them.
-    """
+    """Return the tasks of a run whose last pod failed, for where the Workflow cannot be read."""
+    # Tasks whose pods were deleted or refused are missing, and so is whether the run was terminated.
     last: dict[str, tuple[str, Mapping[str, Any]]] = {}
     for pod in sorted(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp"))):
         name = (pod["metadata"].get("annotations") or {}).get(NODE_NAME, "")
@@ -283,7 +260,7 @@ def _message(status: Mapping[str, Any]) -> str:
 
 
 def moment(text: Any) -> datetime | None:
-    """A time as Kubernetes and MLflow's history write it; `None` if it is none."""
+    """Return a time as Kubernetes and MLflow's history write it; `None` for any other text."""
     try:
         value = datetime.fromisoformat(str(text))
     except ValueError:

@@ -530,7 +530,7 @@ def test_a_job_that_waits_for_a_machine_says_so_and_waits(
     api.at_get = Steps(
         lambda job: None,  # suspended
         lambda job: job["spec"].pop("suspend"),
-        lambda job: None,  # the same is not said twice
+        lambda job: None,  # the same reason is not printed twice
         pull,
         lambda job: finish(job, "Complete"),
     )
