@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -220,7 +221,6 @@ _WHOLE = tuple(
     fork.tag[at:] + opening
     for fork in (*BRANCHES, LETTER)
     for at in range(len(fork.tag) + 1)
-    for openings in fork.openings.values()
-    for opening in openings
+    for opening in chain(*fork.openings.values())
 )
 _BEGUN = {text[:end] for text in _WHOLE for end in range(1, len(text))}

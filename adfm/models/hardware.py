@@ -16,11 +16,7 @@ _CONTEXT = 3 * 2**29  # bytes of CUDA's context, and of what its allocator canno
 
 
 def batch_split(settings: Train, processes: int) -> tuple[int, int]:
-    """Return the completions of a step in each process, and those of a backward pass.
-
-    Raises:
-        AdfmError: They do not divide.
-    """
+    """Return the completions of a step in each process, and of a backward pass; raise `AdfmError` for a remainder."""
     completions = settings.prompts_per_step * settings.num_generations
     if completions % ((settings.micro_batch or 1) * processes):
         share = f"{settings.micro_batch or 1}" + f" in each of {processes} processes" * (processes > 1)

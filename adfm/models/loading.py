@@ -126,11 +126,9 @@ def outline(folder: Path) -> Any:
         logging.set_verbosity(verbosity)
         if bar:
             logging.enable_progress_bar()
-    what, names = "are missing", sorted(loaded["missing_keys"])
-    if not names:
-        what = "have another shape than config.json says"
-        names = sorted(name for name, *_ in loaded["mismatched_keys"])
-    if names:
+    missing, mismatched = loaded["missing_keys"], [name for name, *_ in loaded["mismatched_keys"]]
+    if names := sorted(missing or mismatched):
+        what = "are missing" if missing else "have another shape than config.json says"
         more = f" and {len(names) - 2} more" if len(names) > 2 else ""
         raise AdfmError(
             f"model.name: in {folder}, weights {what}: {', '.join(names[:2])}{more}; get all files of the model again, "
@@ -151,7 +149,7 @@ _OF_XET = re.compile(r"HTTP status server error|\(429 |error sending request|res
 def _download(name: str, revision: str | None) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise AdfmError(
-            f"model.name: there is no folder {name}; give a local folder, a hub id (owner/name), or embedded://tiny-base"
+            f"model.name: {name} is not a folder; give a local folder, a hub id (owner/name), or embedded://tiny-base"
         )
     if revision is None:
         raise AdfmError(f"model.revision: pin the commit of hub model {name} (a branch moves; a commit does not)")
@@ -179,14 +177,8 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 def identity(model: str | Path, settings: Model) -> str:
-    """Return what identifies a local or hub model: the digest of its folder, or its name and pinned commit.
-
-    Raises:
-        AdfmError: As `resolve`.
-    """
-    if describe(model):
-        return digest(Path(model))
-    folder = resolve(str(model), settings.revision)
+    """Return what identifies a local or hub model: the digest of its folder, or its name and pinned commit."""
+    folder = Path(model) if describe(model) else resolve(str(model), settings.revision)
     return digest(folder) if str(model) in EMBEDDED or Path(model).is_dir() else f"{model}@{settings.revision}"
 
 
@@ -298,7 +290,7 @@ def base_of(model: str | Path, settings: Model) -> tuple[Model, Path]:
             f"{model} is a reference detector, not a language model: evaluate it, or use it with `adfm predict --model "
             f"{model} IMAGES`; it cannot be trained further, registered or served"
         )
-    base = Model(**{**settings.model_dump(), **(description["base"] if description else {"name": str(model)})})
+    base = Model(**settings.model_dump() | (description["base"] if description else {"name": str(model)}))
     return base, resolve(base.name, base.revision)
 
 

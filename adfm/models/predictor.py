@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,24 +125,17 @@ class Predictor:
             sizes: Width and height of each image in pixels.
             image: Returns the image of that number, RGB. Called in a thread shortly before the image is needed, and
                 more than once if its tiles are not answered one after the other.
-            done: Called after each batch with the number of images in it; for tiled images, with the average number
-                that it finished.
-
-        Returns:
-            One answer an image, in the order of `sizes`.
+            done: Called after each batch with the number of images in it, or the average number that its tiles finish.
         """
         grids = [grid_of(size, self._tile) for size in sizes]
         places = [(i, tile) for i, grid in enumerate(grids) for tile in grid]
         if len(places) == len(sizes):
             return self._answers(sizes, image, done)
-        last: list[tuple[int, Image.Image]] = []  # of the images that are cut, one is held at a time
-        answered = 0
+        held, answered = lru_cache(1)(image), 0  # of the images that are cut, one is held at a time
 
         def cut(number: int) -> Image.Image:
             i, tile = places[number]
-            if not last or last[0][0] != i:
-                last[:] = [(i, image(i))]
-            return last[0][1].crop(tile)
+            return held(i).crop(tile)
 
         def progressed(count: int) -> None:
             nonlocal answered
@@ -153,10 +147,7 @@ class Predictor:
         return [joined([next(of_tiles) for _ in grid], grid) for grid in grids]
 
     def _answers(
-        self,
-        sizes: Sequence[tuple[int, int]],
-        image: Callable[[int], Image.Image],
-        done: Callable[[int], object],
+        self, sizes: Sequence[tuple[int, int]], image: Callable[[int], Image.Image], done: Callable[[int], object]
     ) -> list[Prediction]:
         """As `answers`, without tiles."""
         order = list(range(len(sizes)))
@@ -165,30 +156,24 @@ class Predictor:
             resized, images = families.get(self._family).images.resized, self._processor.image_processor
             order.sort(key=lambda i: math.prod(resized(images, *sizes[i])))
         predictions: dict[int, Prediction] = {}
-
-        def prepared(batch: list[int]) -> Any:
-            return self._prepare([image(i) for i in batch])
-
         batches = list(batched(order, self._batch_size))
-        for batch, inputs in zip(batches, _ahead(prepared, batches), strict=True):
+        prepared = _ahead(lambda batch: self._prepare([image(i) for i in batch]), batches)
+        for batch, inputs in zip(batches, prepared, strict=True):
             predictions.update(zip(batch, self._answer(inputs, [sizes[i] for i in batch]), strict=True))
             done(len(batch))
         return [predictions[i] for i in range(len(sizes))]
 
     def _answer(self, inputs: Any, sizes: list[tuple[int, int]]) -> list[Prediction]:
         if self._detector:
-            detections = self._detector.detect(inputs, sizes)
-            return [_detected(detection, self._detector.threshold) for detection in detections]
-        return [
-            self._read(completion, score, *size)
-            for completion, score, size in zip(*self._generate(inputs), sizes, strict=True)
-        ]
+            threshold = self._detector.threshold
+            return [_detected(detection, threshold) for detection in self._detector.detect(inputs, sizes)]
+        return [self._read(*answer) for answer in zip(*self._generate(inputs), sizes, strict=True)]
 
-    def _read(self, completion: str, score: float | None, width: int, height: int) -> Prediction:
+    def _read(self, completion: str, score: float | None, size: tuple[int, int]) -> Prediction:
         parsed = response.parse(completion)
-        frame = families.get(self._family).frame(self._processor, width, height)
+        frame = families.get(self._family).frame(self._processor, *size)
         predicted = parsed.predicted_label
-        regions = [frame.to_pixels(box, width, height) for box in parsed.boxes]
+        regions = [frame.to_pixels(box, *size) for box in parsed.boxes]
         boxes = regions if predicted == "anomalous" else []
         kind = kinds.read(parsed.rethink, self.kinds)
         return Prediction(predicted, score if predicted else None, boxes, parsed, completion, regions, kind=kind)

@@ -21,11 +21,7 @@ _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@
 
 
 def fetch(model: str | Path, to: Path) -> tuple[str | Path, str]:
-    """Make a model local: download and verify a registered version, and leave any other model as it is.
-
-    Args:
-        model: Any model that `adfm.models.loading` describes.
-        to: An existing folder for the download, which nobody else can write to.
+    """Download and verify a registered version into a folder of the caller's own; return any other model as it is.
 
     Returns:
         What `adfm.models.loading.load` takes, which for a version lies in the verified folder of the whole version; and
@@ -70,14 +66,10 @@ def find(uri: str) -> ModelVersion:
 
 
 def download(version: ModelVersion, to: Path) -> Path:
-    """Download a version, and verify that its files are those that were signed and registered.
-
-    Args:
-        version: The version.
-        to: An existing folder, which nobody else can write to.
+    """Download a version into a new folder in `to`; verify that its files are those that were signed and registered.
 
     Returns:
-        The folder of its model, in the folder of the version, which is a new one in `to`.
+        The folder of its model, in the folder of the version.
 
     Raises:
         Unverified: The files are not what a submitter whose key counts has signed, they are those of another version,

@@ -52,7 +52,7 @@ def tokens_of(name: str, text: str) -> list[int]:
 
 @functools.cache
 def completing(name: str, before: tuple[int, ...]) -> tuple[list[int], list[int]]:
-    """The tokens of the whole vocabulary that write `A`, and `B`, behind some tokens: found by writing each of them."""
+    """The tokens of the whole vocabulary that write `A`, and `B`, behind some tokens, by writing each of them."""
     kind = tokenizer(name)
     written = kind.batch_decode([[*before, token] for token in range(len(kind))], skip_special_tokens=True)
     sides: dict[str, list[int]] = {"a": [], "b": []}
@@ -89,8 +89,8 @@ def test_known_odds_of_the_letter_come_out_as_they_went_in(name: str, odds: floa
     # Every token that completes the decision has a part of the probability, the first the most.
     shares = {token: odds * share for token, share in zip(a, parts(len(a)), strict=True)}
     shares |= {token: (1 - odds) * share for token, share in zip(b, parts(len(b)), strict=True)}
-    found = scorer(name).letter(tokens, text, scripted(name, {position: shares}))
-    assert found == pytest.approx(odds, abs=1e-4)
+    score = scorer(name).letter(tokens, text, scripted(name, {position: shares}))
+    assert score == pytest.approx(odds, abs=1e-4)
 
 
 def parts(count: int) -> list[float]:
@@ -141,9 +141,9 @@ def test_the_score_of_the_branches_has_the_geometric_mean_of_their_odds(
             scorer(name).tokens[split["anomalous"][0]]: odds,
             scorer(name).tokens[split["normal"][0]]: 1 - odds,
         }
-    found = scorer(name).branch(tokens, text, scripted(name, known))
+    score = scorer(name).branch(tokens, text, scripted(name, known))
     odds = math.sqrt(think / (1 - think) * rethink / (1 - rethink))
-    assert found == pytest.approx(odds / (1 + odds), abs=1e-4)
+    assert score == pytest.approx(odds / (1 + odds), abs=1e-4)
 
 
 def test_words_of_its_own_have_the_score_of_the_letter() -> None:
@@ -271,7 +271,7 @@ def test_a_model_with_the_real_tokenizer_gets_the_odds_that_it_has(
 
 
 def test_a_folder_s_settings_for_chat_are_not_taken_over(tmp_path: Path, embedded: loading.Loaded) -> None:
-    """Qwen2.5-VL's folders have a repetition penalty, which `generate` takes over unless it is told otherwise."""
+    """Qwen2.5-VL's folders have a repetition penalty, which `generate` takes over by default."""
     import shutil
 
     folder = tmp_path / "chatty"

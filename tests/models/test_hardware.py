@@ -1,4 +1,4 @@
-"""What settings ask of a machine: said before the first step. This one has no GPU."""
+"""Requirements of settings, checked before the first step. This machine has no GPU."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ def test_embedded_model_is_small_and_of_the_real_architecture() -> None:
     ("name", "revision", "says"),
     [
         ("embedded://huge", None, "embedded://tiny-base"),
-        ("no/such/folder", None, "no folder no/such/folder"),
-        ("./nowhere", None, "no folder ./nowhere"),
+        ("no/such/folder", None, "no/such/folder is not a folder"),
+        ("./nowhere", None, "./nowhere is not a folder"),
         ("Qwen/Qwen2.5-VL-7B-Instruct", None, "model.revision"),
     ],
 )

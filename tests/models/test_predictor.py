@@ -269,7 +269,7 @@ def test_a_model_keeps_the_tiles_that_it_was_trained_with(tmp_path: Path) -> Non
 GRID = tiles.grid(300, 100, 100, 0.2)
 
 
-def said(letter: str, score: float | None = None, *boxes: Box, words: str = "Here") -> predictor.Prediction:
+def reply(letter: str, score: float | None = None, *boxes: Box, words: str = "Here") -> predictor.Prediction:
     completion = f"<think>{words}: {len(boxes)}</think><rethink>So.</rethink><answer>{letter}</answer>"
     read = response.parse(completion)
     defects = list(boxes) if letter == "A" else []
@@ -278,7 +278,7 @@ def said(letter: str, score: float | None = None, *boxes: Box, words: str = "Her
 
 def test_the_most_suspicious_tile_decides() -> None:
     seam = Box(90, 10, 100, 20), Box(23, 10, 40, 20)  # one defect, on the first tile and on the second
-    image = predictor.joined([said("A", 0.6, seam[0]), said("A", 0.9, seam[1]), *[said("B", 0.1)] * 2], GRID)
+    image = predictor.joined([reply("A", 0.6, seam[0]), reply("A", 0.9, seam[1]), *[reply("B", 0.1)] * 2], GRID)
     assert (image.predicted, image.score, image.boxes) == ("anomalous", 0.9, [Box(89, 10, 106, 20)])
     assert image.regions == image.boxes
     assert image.completion.startswith("<think>Here: 1</think>") and response.parse(image.completion).answer == "A"
@@ -290,17 +290,17 @@ def test_the_most_suspicious_tile_decides() -> None:
 
 def test_an_image_is_normal_if_all_its_tiles_are_and_keeps_the_region_of_the_most_suspicious() -> None:
     rejected = Box(10, 10, 20, 20)
-    image = predictor.joined([said("B", 0.1, rejected), said("B", 0.4, rejected), *[said("B", 0.2)] * 2], GRID)
+    image = predictor.joined([reply("B", 0.1, rejected), reply("B", 0.4, rejected), *[reply("B", 0.2)] * 2], GRID)
     assert (image.predicted, image.score, image.boxes) == ("normal", 0.4, [])
     assert image.regions == [Box(76, 10, 86, 20)]  # what an image is flagged for if its score is above the threshold
 
 
 def test_an_unreadable_tile_leaves_the_image_open_unless_another_is_anomalous() -> None:
-    unclear = said("neither", words="<answer>A</answer>")
-    image = predictor.joined([said("B", 0.3), unclear, said("B", 0.2), said("B", 0.2)], GRID)
+    unclear = reply("neither", words="<answer>A</answer>")
+    image = predictor.joined([reply("B", 0.3), unclear, reply("B", 0.2), reply("B", 0.2)], GRID)
     assert (image.predicted, image.score, image.boxes) == (None, None, [])
     assert image.completion.startswith(unclear.completion) and response.parse(image.completion).answer is None
-    image = predictor.joined([said("B", 0.8), unclear, said("A", 0.6), said("A", None)], GRID)
+    image = predictor.joined([reply("B", 0.8), unclear, reply("A", 0.6), reply("A", None)], GRID)
     assert (image.predicted, image.score) == ("anomalous", 0.8)
     assert response.parse(image.completion).answer == "A" and len(image.notes) == 2
 
@@ -320,7 +320,7 @@ def test_each_suspicious_tile_of_a_detector_is_noted_with_its_words() -> None:
 
 def test_the_words_of_many_suspicious_tiles_are_cut_short() -> None:
     grid = tiles.grid(2000, 100, 100, 0.2)
-    notes = predictor.joined([said("A", 0.5)] * len(grid), grid).notes
+    notes = predictor.joined([reply("A", 0.5)] * len(grid), grid).notes
     assert len(notes) == 10 and notes[-1] == f"{len(grid) - 9} more tiles are suspicious."
 
 

@@ -155,6 +155,6 @@ def test_the_command_of_a_server_says_what_the_engine_in_the_process_is_told() -
     assert words[:5] == ["vllm", "serve", "/models/a b", "--port", "8001"]
     given_ = dict(itertools.pairwise(words))
     for name, value in vllm_engine.options(processor(), "bfloat16").items():
-        told = given_["--" + name.replace("_", "-")]
-        assert told == value or json.loads(told) == value
+        argument = given_["--" + name.replace("_", "-")]
+        assert argument == value or json.loads(argument) == value
     assert given_["--max-model-len"] == "900" and "--enable-scale-out" in words

@@ -1,4 +1,4 @@
-"""Qwen3.5, asked without thinking."""
+"""Qwen3.5, without thinking."""
 
 from adfm.models.families import patches
 from adfm.models.families.family import Family
