@@ -38,11 +38,7 @@ def config(network: Any, settings: Lora) -> LoraConfig:
 
 
 def attach(network: Any, settings: Lora) -> Any:
-    """Put a new adapter on `network`: PEFT's `PeftModel`, in which only the adapter's weights are trainable.
-
-    Raises:
-        AdfmError: Lists all `problems`.
-    """
+    """Put a new adapter, whose weights alone are trainable, on `network`; raise `AdfmError` with all `problems`."""
     from peft import get_peft_model
 
     if refused := problems(network, settings):

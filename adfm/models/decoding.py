@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 Completions = tuple[list[str], list[float | None]]
 """Completions, and for each the probability of a defect: `None` where it has no clean letter."""
 
-STOP = "</answer>"
-"""A completion ends here."""
+STOP = "</answer>"  # where a completion ends
 
 
 def until_stop(completion: str) -> str:

@@ -26,17 +26,10 @@ from adfm.models import model_folder
 from adfm.records import Box
 from adfm.tiny import efficientnet
 
-STAGE = model_folder.DETECTOR
-"""The `stage` in `adfm.json` of a detector's folder."""
-
+STAGE = model_folder.DETECTOR  # in `adfm.json`
 WEIGHTS = "detector.safetensors"
-
-SIDE = 320
-"""Pixels of a square picture's side; a picture of another shape has the same area."""
-
-STRIDE = 8
-"""Pixels of the picture to one cell of the map of defects."""
-
+SIDE = 320  # pixels of a square picture's side; a picture of another shape has the same area
+STRIDE = 8  # pixels of the picture to one cell of the map of defects
 _COARSEST, _LEAST = 32, 64  # pixels: sides are multiples of the one, and at least the other
 _CHANNELS = 48
 _REFINE = 2  # the map is interpolated to this many times as many cells before regions are cut out of it
@@ -185,11 +178,7 @@ def regions(fine: NDArray[np.float32], size: tuple[int, int], rule: Rule) -> lis
 
 
 def load(folder: Path) -> Detector:
-    """Load a detector from its folder.
-
-    Raises:
-        AdfmError: It does not hold a whole detector.
-    """
+    """Load a detector from its folder; raise `AdfmError` if that does not hold a whole one."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -51,11 +51,7 @@ def config(folder: Path) -> dict[str, Any]:
 
 
 def family_of(folder: Path) -> str:
-    """Return the family of a base model, a key of `families.FAMILIES`, from its `config.json`.
-
-    Raises:
-        AdfmError: The file cannot be read, or the family is unknown.
-    """
+    """Return the family of a base model, a key of `families.FAMILIES`; raise `AdfmError` for an unknown one."""
     family = config(folder).get("model_type")
     try:
         families.get(family)

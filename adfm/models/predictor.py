@@ -45,11 +45,7 @@ class Prediction:
 
 
 def uses_vllm(params: Params) -> bool:
-    """Whether vLLM generates: as `evaluate.backend` says, or with `auto` where it is installed and there is a GPU.
-
-    Raises:
-        AdfmError: `evaluate.backend` is `vllm`, which is not installed or not supported for the model.
-    """
+    """Whether vLLM generates: as `evaluate.backend` says, or with `auto` where it is installed and there is a GPU."""
     backend = params.evaluate.backend
     installed = importlib.util.find_spec("vllm") is not None
     if backend == "transformers" or (backend == "auto" and not installed):

@@ -6,8 +6,7 @@ import importlib.util
 
 from adfm.params import Model
 
-GPU_SETUP = "make setup REQUIREMENTS=requirements-gpu.txt"
-"""Installs the packages that only a GPU needs, in the versions that fit."""
+GPU_SETUP = "make setup REQUIREMENTS=requirements-gpu.txt"  # the packages that only a GPU needs
 
 
 def missing(model: Model) -> list[str]:
@@ -17,11 +16,8 @@ def missing(model: Model) -> list[str]:
     problems = missing_flash_attention(model) if model.attention == "flash_attention_2" else []
     if model.quantization:
         problems += missing_package(f"model.quantization={model.quantization}", "bitsandbytes")
-    if (
-        model.dtype == "bfloat16"
-        and torch.cuda.is_available()
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
+    bfloat16 = model.dtype == "bfloat16" and torch.cuda.is_available()
+    if bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         problems.append(
             f"model.dtype=bfloat16: {torch.cuda.get_device_name()} does not compute in it (NVIDIA's do from the A100 "
             "on); set model.dtype=float32"

@@ -19,11 +19,7 @@ if TYPE_CHECKING:
 
 
 def load(model: str | Path, params: Params) -> tuple[Any, str, Prepare, Callable[[Any], Completions]]:
-    """Load a model: its processor and family, the function that prepares a list of images, and the one that answers.
-
-    Raises:
-        AdfmError: As `adfm.models.loading.load`.
-    """
+    """Load a model: its processor and family, the function that prepares a list of images, and the one that answers."""
     loaded = loading.load(model, params.model)
     loaded.model.eval()
     text = loading.chat_text(loaded.processor, loaded.prompt)

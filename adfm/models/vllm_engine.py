@@ -15,11 +15,8 @@ from adfm.errors import AdfmError
 from adfm.models import loading
 
 # Written from the source of vLLM 0.30 and TRL 1.16; not run with vLLM, which needs a GPU.
-VERSION = "0.30.0"
-"""The vLLM that fits torch 2.13, transformers 5.23 and TRL 1.16 (which takes 0.22 to 0.31)."""
-
-BATCHED_TOKENS = 4096
-"""Tokens that vLLM computes at a time where TRL starts it; it measures its memory with as many."""
+VERSION = "0.30.0"  # fits torch 2.13, transformers 5.23 and TRL 1.16 (which takes 0.22 to 0.31)
+BATCHED_TOKENS = 4096  # that vLLM computes at a time where TRL starts it; it measures its memory with as many
 
 _NARROWEST = 200  # width / height beyond which the processors of Qwen's models refuse an image
 _PATIENCE = 5  # seconds for a server to reply

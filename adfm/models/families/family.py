@@ -75,11 +75,7 @@ class Family(NamedTuple):
         return not set(self.vision).isdisjoint(name.split("."))
 
     def frame(self, processor: Any, width: int, height: int) -> Frame:
-        """The frame in which its models write boxes on an image of `width` by `height` original pixels.
-
-        Raises:
-            AdfmError: The image is too narrow for the processor.
-        """
+        """The frame in which its models write boxes on an image of that size; raise `AdfmError` as `Images.resized`."""
         if self.coordinates == "thousandths":
             return Frame(1000, 1000)
         return Frame(*self.images.resized(processor.image_processor, width, height))
