@@ -13,7 +13,7 @@ from adfm.errors import AdfmError
 from adfm.kubeflow import cluster, jobs, resources, volume
 from adfm.kubeflow.joblog import JobLog
 from adfm.kubeflow.jobs import TrainJobs, refusal
-from adfm.kubeflow.trainjob import train_job
+from adfm.kubeflow.trainjob import Machines, train_job
 from adfm.models import hardware
 from adfm.params import Params, Train
 from adfm.process.pod import inside
@@ -47,10 +47,8 @@ def check(train: Train, *, run: str, nodes: int, gpus: int, gpu_type: str) -> No
     work = Path(resources.WORKSPACE) / name
     try:
         own = _own(trainjobs)
-        where: dict[str, Any] = {"gpu_type": gpu_type, "node_selector": {}, "tolerations": []}
-        job = train_job(
-            name, work, claim, own.image, nodes=nodes, gpus=gpus, owner=own.owner, variables=own.mlflow, **where
-        )
+        machines = Machines(nodes, gpus, gpu_type, {}, [])
+        job = train_job(name, work, claim, own.image, machines, own.owner, own.mlflow)
         # A dry run has to pass the schema, Trainer's webhooks and the account's rights.
         trainjobs.create(job, dry_run="All", patience=60.0)
         free = volume.check(trainjobs, _volume_job(run), work, claim, own.image, own.owner)
@@ -109,19 +107,8 @@ def on_nodes(
         if trainjobs.await_deletion(name):  # a task that is started again follows the job that is under way
             _copy_inputs(shards, model, work, params, claim)
             own = _own(trainjobs)
-            job = train_job(
-                name,
-                work,
-                claim,
-                image,
-                nodes=nodes,
-                gpus=gpus,
-                gpu_type=gpu_type,
-                node_selector=node_selector,
-                tolerations=tolerations,
-                owner=own.owner,
-                variables=own.mlflow,
-            )
+            machines = Machines(nodes, gpus, gpu_type, node_selector, tolerations)
+            job = train_job(name, work, claim, image, machines, own.owner, own.mlflow)
             trainjobs.create(job, patience=jobs.OUTAGE)
         ended, why = trainjobs.follow(log)
         has_model = ended == "Complete" and (work / "trained").is_dir()

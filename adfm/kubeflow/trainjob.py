@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from adfm.kubeflow import resources
 from adfm.kubeflow.cluster import CONTAINER, GROUP, RUNTIME, VERSION
@@ -12,19 +12,24 @@ from adfm.process import environment
 from adfm.training.launch import command
 
 
+class Machines(NamedTuple):
+    """The machines of a TrainJob."""
+
+    nodes: int
+    gpus: int  # of each; 0: one process on its CPUs
+    gpu_type: str  # resource that stands for a GPU
+    node_selector: dict[str, str]  # labels of the machines
+    tolerations: list[dict[str, Any]]  # of their taints
+
+
 def train_job(
     name: str,
     work: Path,
     claim: str,
     image: str,
-    *,
-    nodes: int,
-    gpus: int,
-    gpu_type: str,
-    node_selector: dict[str, str],
-    tolerations: list[dict[str, Any]],
-    owner: dict[str, Any] | None = None,
-    variables: Sequence[dict[str, Any]] = (),
+    machines: Machines,
+    owner: dict[str, Any] | None,
+    variables: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     """Return the TrainJob that trains on the data in the folder `work` of a shared volume.
 
@@ -35,11 +40,7 @@ def train_job(
         work: Folder with `shards`, `sft` and `params.yaml`; `trained` is written beside them.
         claim: The volume's claim, mounted at the folder above `work`.
         image: Of the containers.
-        nodes: Machines.
-        gpus: GPUs of each; 0: one process on its CPUs.
-        gpu_type: Resource that stands for a GPU.
-        node_selector: Labels of the machines.
-        tolerations: Of their taints.
+        machines: On which it trains.
         owner: Reference to the object with which the job is deleted.
         variables: Environment variables besides those of the secrets, as a pod has them.
     """
@@ -48,16 +49,16 @@ def train_job(
     entry = resources.RESOURCES[resources.MACHINE]
     job, pod = _job(name, entry, claim, work.parent, image, ["torchrun", "-m", *train], owner)
     trainer = job["spec"]["trainer"]
-    trainer |= {"numNodes": nodes, "numProcPerNode": max(gpus, 1)}
+    trainer |= {"numNodes": machines.nodes, "numProcPerNode": max(machines.gpus, 1)}
     trainer["env"] = [
         {"name": variable, "valueFrom": {"secretKeyRef": {"name": secret, "key": key, "optional": True}}}
         for secret, keys in resources.SECRETS.items()
         for key, variable in keys.items()
     ] + list(variables)
-    if gpus:
+    if machines.gpus:
         for amounts in trainer["resourcesPerNode"].values():
-            amounts[gpu_type] = str(gpus)
-    pod |= {"nodeSelector": node_selector, "tolerations": tolerations}
+            amounts[machines.gpu_type] = str(machines.gpus)
+    pod |= {"nodeSelector": machines.node_selector, "tolerations": machines.tolerations}
     pod["volumes"] += [
         {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": resources.SHARED_MEMORY}},
         {"name": "ca", "configMap": {"name": environment.CA, "optional": True}},
