@@ -20,7 +20,7 @@ from adfm.kubeflow import cluster, workflows
 from adfm.kubeflow.resources import RESOURCES
 from adfm.kubeflow.tasks import RUN_TAG
 from adfm.kubeflow.workflows import Failure, Outcome, State
-from adfm.params import Mlflow, Params
+from adfm.params import Mlflow
 from adfm.process import environment, pod
 from adfm.registry.alerts import alert
 from adfm.text import one_line, printable, shortened
@@ -200,7 +200,7 @@ def _versions(name: str, settings: str, run: str, outcome: Outcome) -> list[str]
         loaded = params.loads(settings)
         with tracking.impatient(timeout=30, retries=2):
             if name == PROMOTION:
-                return _promoted(loaded, outcome.started)
+                return _promoted(loaded.mlflow.registered_model, outcome.started)
             return _registered(loaded.mlflow, run)
     except Exception as error:  # nothing of MLflow may keep the end of a run from people
         return [
@@ -239,15 +239,15 @@ def _version_link(model: str, version: str) -> str:
     return "" if "." not in host or ".svc" in host else f", see {page}"
 
 
-def _promoted(loaded: Params, started: datetime | None) -> list[str]:
+def _promoted(name: str, started: datetime | None) -> list[str]:
     from adfm.registry import promotion
 
     since = started or datetime.now(UTC) - timedelta(hours=RESOURCES["promote"].hours)
     if pod.STARTED not in os.environ:
         since -= _CLOCKS
     return [
-        f"version {step.version} of {loaded.mlflow.registered_model} was promoted to production by {printable(step.by)}"
-        for step in promotion.history(loaded.mlflow.registered_model).counting
+        f"version {step.version} of {name} was promoted to production by {printable(step.by)}"
+        for step in promotion.history(name).counting
         if step.action == "promote" and (at := workflows.moment(step.at)) and at >= since
     ]
 
