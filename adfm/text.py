@@ -47,6 +47,12 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table whose columns are padded to one width."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 def printable_lines(text: str) -> str:
     """Escape as `printable`, but keep newlines, carriage returns and tabs."""
     return "".join(char if char.isprintable() or char in _LAYOUT else repr(char)[1:-1] for char in text)

@@ -1,31 +1,24 @@
-"""The promotion gate: may the candidate take production's place? A pure function of prediction tables and a policy.
+"""The promotion gate: whether a candidate may replace the version in production.
 
-It judges what a model does in production: decisions at the threshold (the column `decision`, and the regions of flagged
-images), or the letters of a table that has none.
+A pure function of prediction tables and a policy. It judges what a model does in production: decisions at the threshold
+(the column `decision`, and the regions of flagged images), or the letters of a table without one.
 
-For all images, for each category and for each kind of defect, every metric of `policy.METRICS` answers up to four
-questions, each with `passed`, `failed` or `cannot tell`:
+Over all images, each category and each kind of defect, every metric of `gate_metrics.METRICS` answers up to four
+questions:
 
-- `limit`: the confidence limit of its value is on the good side of the policy's limit;
-- `production`: the confidence limit of its loss against production, on the same images, is below the margin;
-- `anchor`: the same against the anchor, the best version that was ever in production, so that small losses cannot
-  add up;
-- `gain`, of all images alone: it is better than in production. Accuracy or IoU has to be, or another gain that the
-  policy names (Holm's correction over them), unless it asks for non-inferiority alone.
+- `limit`: the confidence limit of its value is on the good side of the policy's limit.
+- `production`: the confidence limit of its loss against production, on the same images, is below the margin.
+- `anchor`: the same against the anchor, the best version that was ever in production.
+- `gain`, over all images only: it is better than in production.
 
-A value beyond its limit, or a measured loss beyond its margin, fails if chance is excluded. What is neither shown to be
-good nor shown to be bad is `cannot tell`, with the number of images that would tell. The version passes if every answer
-does; a part with too few images is not judged, unless its fall is certain among all parts (Bonferroni).
-
-The level of every answer is what `policy.level` leaves for this look: how many candidates the same test images have
-judged before. docs/gate.md has the formulas, their sources and the measured error rates.
+A version passes if every answer is `passed`. docs/gate.md has the formulas, their sources and the measured error rates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
@@ -42,7 +35,7 @@ if TYPE_CHECKING:
 
 Verdict = Literal["passed", "failed", "cannot tell", "not judged"]
 
-_MOST_DECIMALS = 9  # 0.9 - 0.89 is to be 0.01
+_DECIMALS = 9  # without rounding, 0.9 - 0.89 is not 0.01
 
 
 @dataclass(frozen=True)
@@ -51,11 +44,11 @@ class Answer:
 
     Args:
         question: `limit`, `production`, `anchor` or `gain`.
-        verdict: `passed`, `failed`, `cannot tell`; `not judged` where there are too few images.
-        bound: The confidence limit of the value, or of the loss; of `gain` the p-value. `None` without images.
-        limit: What it is compared with: the policy's limit or margin; of `gain` the level.
+        verdict: `not judged` where there are too few images.
+        bound: The confidence limit of the value or of the loss; for `gain` the p-value. `None` without images.
+        limit: The policy's limit or margin; for `gain` the level.
         needed: Number of images that would tell, if the measured value is true; `None` if no more are needed, or
-            no number would do.
+            if no number would do.
         kind: Which images these are.
     """
 
@@ -73,12 +66,12 @@ class Row:
 
     Args:
         of: `whole`, `category` or `defect`.
-        name: Name of the category or of the kind of defect; empty for the whole.
+        name: Name of the category or kind of defect; empty for the whole.
         metric: Its name in `METRICS`.
         images: How many images count.
-        candidate: Value of the candidate; `None` where no image counts.
-        production: Value of production; `None` if there is none.
-        anchor: Value of the anchor; `None` if there is none.
+        candidate: The candidate's value; `None` where no image counts.
+        production: Production's value; `None` if nothing is in production.
+        anchor: The anchor's value; `None` without an anchor.
         answers: One for each question.
     """
 
@@ -94,21 +87,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Decision:
-    """What the gate decided, and why; `dataclasses.asdict` gives JSON values.
+    """The gate's decision with its reasons; `dataclasses.asdict` gives JSON values.
 
     Args:
-        verdict: `passed`; `failed`; `cannot tell`, if nothing failed and something could not be told.
+        verdict: `passed`; `failed`; `cannot tell`, if nothing failed and an answer is open.
         headline: Whether accuracy or IoU is better than in production, in words.
-        reasons: The decision in words: first what failed, then what cannot be told, then what else to know.
+        reasons: What failed, then what cannot be told, then notes.
         rows: Every metric, of the whole first.
         changed: Images that candidate and production decide differently: `id`, `category`, `label`, and both answers.
         images: Number of `normal` and `anomalous` images.
         level: Level of each answer at this look.
-        look: The number of this candidate among those that the test images have judged.
-        looks: The policy's budget.
+        look: How many candidates the test images have judged, this one included.
+        looks: The policy's budget of looks.
         operating_point: `defect_rate`; at it `precision`, and per 10,000 parts `escapes` and `false_calls`, each a list
             of value, lower and upper limit; missing where a rate cannot be measured.
-        separation: The proof that no test image was trained on, as `adfm.evaluation.separation.compare` gives it.
+        separation: The proof that no test image was trained on, from `adfm.evaluation.separation.compare`.
     """
 
     verdict: Verdict
@@ -125,7 +118,7 @@ class Decision:
 
     @property
     def passed(self) -> bool:
-        """Whether the candidate may go on to approval."""
+        """Whether the candidate may be approved."""
         return self.verdict == "passed"
 
 
@@ -137,21 +130,21 @@ def decide(
     look: int = 1,
     separation: dict[str, Any] | None = None,
 ) -> Decision:
-    """Judges a candidate's predictions by a policy, against those of production and of the anchor on the same images.
+    """Judge a candidate's predictions by a policy, against those of production and anchor on the same images.
 
     Args:
         candidate: Prediction table: `id`, `category`, `label`, `predicted`, `iou`; `defect`; `dataset` if there is more
             than one, `group` where images show one part. With `decision` and `region_*`, these are judged. `attrs`,
             where two tables have them, say how they were made; `threshold` may differ.
-        production: Prediction table of the version in production, or `None` if there is none yet.
+        production: Prediction table of the version in production, or `None` if nothing is in production.
         anchor: Prediction table of the anchor, or `None` if there is none or it is in production.
-        policy: What is asked.
-        look: The number of this candidate among those that the test images have judged.
-        separation: What `adfm.evaluation.separation.compare` gives; `None` if it was not compared.
+        policy: Limits, margins, level and budget.
+        look: How many candidates the test images have judged, this one included.
+        separation: From `adfm.evaluation.separation.compare`; `None` if it was not compared.
 
     Raises:
-        Incomparable: A table is broken (all that is wrong with it is listed), or two are not of the same images or were
-            not made in the same way.
+        Incomparable: A table is broken (every fault is listed), or two are not of the same images or were not made in
+            the same way.
     """
     notes = [tables.what_decides("The candidate", candidate)]
     judged = {"candidate": tables.checked(candidate, "candidate")}
@@ -163,14 +156,13 @@ def decide(
     order = judged["candidate"].sort_values("id")["id"]
     judged = {name: table.set_index("id").loc[order].reset_index() for name, table in judged.items()}
     first = judged["candidate"]
-    values = {
-        name: {metric: METRICS[metric].values(table) for metric in policy.whole} for name, table in judged.items()
-    }
-    level = statistics.level_of_look(min(look, policy.looks), policy.looks, policy.level)
-    group = samples(first) if "group" in first and first["group"].notna().any() else None
-
-    rows = _whole(values, group, policy, level)
-    rows += _parts(first, values, group, policy, level)
+    judge = _Judge(
+        {name: {metric: METRICS[metric].values(table) for metric in policy.whole} for name, table in judged.items()},
+        samples(first) if "group" in first and first["group"].notna().any() else None,
+        policy,
+        policy.level_at(look),
+    )
+    rows = [*judge.whole(), *judge.parts(first)]
     answers = [(row, answer) for row in rows for answer in row.answers if answer.question != "gain"]
     failed = [_sentence(row, answer) for row, answer in answers if answer.verdict == "failed"]
     unclear = [_sentence(row, answer) for row, answer in answers if answer.verdict == "cannot tell"]
@@ -183,7 +175,19 @@ def decide(
             f"The budget of this test set is used up: it has judged {look - 1} candidates, and {policy.looks} were "
             "planned. New test images are due; then evaluate production and candidate on them.",
         )
-    _separate(separation, failed, unclear, notes)
+    if separation is None:
+        notes.append("That no test image was trained on is not proved here; `adfm register` proves it.")
+    else:
+        for problem in separation["problems"]:
+            failed.insert(
+                0,
+                f"{len(problem['ids'])} test images were in the training or validation data of the {problem['of']} "
+                f"({problem['kind']}): {listed(problem['ids'])}. Divide the data again, train, and register.",
+            )
+        if not separation["proved"] and not separation["problems"]:
+            unclear.insert(
+                0, "It is not known which images the models were trained on, so that no test image was is not proved."
+            )
     if without := without_boxes(first):
         notes.append(
             f"{without} of {int((first['label'] == 'anomalous').sum())} anomalous images have no boxes; they are left "
@@ -199,27 +203,42 @@ def decide(
         headline=headline,
         reasons=failed + unclear + notes,
         rows=rows,
-        changed=_changed(first, judged.get("production")),
+        changed=_changed(first, judged["production"]) if production is not None else [],
         images={label: int((first["label"] == label).sum()) for label in ("normal", "anomalous")},
-        level=level,
+        level=judge.level,
         look=look,
         looks=policy.looks,
-        operating_point=_operating_point(values["candidate"], group, policy, level),
+        operating_point=judge.operating_point(),
         separation=separation,
     )
 
 
-def table(decided: dict[str, Any]) -> list[list[str]]:
-    """A decision as a table for people: header and rows of plain text.
+def parts(table: pd.DataFrame, policy: Policy) -> Iterator[tuple[str, str, str, NDArray[np.bool_]]]:
+    """Yield what a policy asks of each category and kind of defect, where there is more than one.
 
-    Escapes and overkill come first: they are what a plant pays for. Of the parts only those are shown that failed or
-    cannot be told.
-
-    Args:
-        decided: A decision as JSON values.
+    Yields:
+        `category` or `defect`, its name, the name of a metric, and which images belong to the part.
     """
-    rows = [row for row in decided["rows"] if row["of"] == "whole" or _open(row)]
-    # Sorting keeps the order of the rest: the whole before its parts, escapes and overkill before accuracy and IoU.
+    columns = {"category": category_names(table).astype(str)}
+    if "defect" in table:
+        columns["defect"] = table["defect"].where(table["label"].isin(["anomalous"]))
+    for of, column in columns.items():
+        names = sorted(column.dropna().unique())
+        for name in names if len(names) > 1 else []:
+            where = (column == name).to_numpy(dtype=bool, na_value=False)
+            for metric in policy.parts:
+                # A kind of defect has no normal images, and accuracy over it is 1 - its escape rate.
+                if metric in policy.whole and (of == "category" or METRICS[metric].over.startswith("anomalous")):
+                    yield of, str(name), metric, where
+
+
+def table(decided: dict[str, Any]) -> list[list[str]]:
+    """Return a decision, given as JSON values, as a table of plain text whose first row is the header.
+
+    Of the categories and kinds of defect, only those that failed or cannot be told are included.
+    """
+    rows = [row for row in decided["rows"] if row["of"] == "whole" or _row_verdict(row) in ("failed", "cannot tell")]
+    # Escapes and overkill first: they are what a plant pays for. Sorting keeps the order of the rest.
     rows.sort(key=lambda row: (row["of"] != "whole", METRICS[row["metric"]].higher))
     header = ["verdict", "metric", "candidate", "limit", "production", "difference", "margin", "anchor", "images"]
     return [header, *([*_cells(row)] for row in rows)]
@@ -233,25 +252,22 @@ def _cells(row: dict[str, Any]) -> Iterator[str]:
     def share(value: float | None) -> str:
         return "-" if value is None else f"{value:.1%}"
 
-    def bound(question: str, text: str) -> str:
-        answer = answers.get(question)
-        return text if answer is None or answer["bound"] is None else f"{text} ({share(answer['bound'])})"
-
-    def loss(rival: str) -> str:
-        """Candidate minus rival, and the largest loss that cannot be excluded."""
-        if row[rival] is None or row["candidate"] is None:
+    def loss(baseline: str) -> str:
+        """Candidate minus baseline, and the largest loss that cannot be excluded."""
+        if row[baseline] is None or row["candidate"] is None:
             return "-"
-        text = f"{row['candidate'] - row[rival]:+.1%}"
-        answer = answers.get(rival)
+        text = f"{row['candidate'] - row[baseline]:+.1%}"
+        answer = answers.get(baseline)
         return text if answer is None else f"{text} (at worst {towards_worse * answer['bound']:+.1%})"
 
+    limit = answers.get("limit")
+    margin = answers.get("production", answers.get("anchor"))
     yield _row_verdict(row)
     yield f"{title}, {row['of']} {row['name']}" if row["name"] else title
-    yield bound("limit", share(row["candidate"]))
-    yield f"{sign} {share(answers['limit']['limit'])}" if "limit" in answers else "-"
+    yield share(row["candidate"]) + (f" ({share(limit['bound'])})" if limit and limit["bound"] is not None else "")
+    yield f"{sign} {share(limit['limit'])}" if limit else "-"
     yield share(row["production"])
     yield loss("production")
-    margin = answers.get("production", answers.get("anchor"))
     yield share(margin["limit"]) if margin else "-"
     yield loss("anchor")
     yield str(row["images"])
@@ -264,186 +280,155 @@ def _row_verdict(row: dict[str, Any]) -> str:
     return "better" if worst == "passed" and better else worst
 
 
-def _open(row: dict[str, Any]) -> bool:
-    return _row_verdict(row) in ("failed", "cannot tell")
+@dataclass(frozen=True)
+class _Judge:
+    """The values of each image, and how a policy judges them."""
 
+    values: dict[str, dict[str, Floats]]  # by model and metric; NaN where an image does not count
+    group: NDArray[np.int64] | None  # which part each image shows; None if each shows another one
+    policy: Policy
+    level: float  # of every answer: the share of the policy's level that is spent on this look
 
-def _whole(
-    values: dict[str, dict[str, Floats]], group: NDArray[np.int64] | None, policy: Policy, level: float
-) -> list[Row]:
-    everything = np.ones(len(next(iter(values["candidate"].values()))), dtype=bool)
-    rows = [
-        _row("whole", "", name, values, group, everything, policy.whole[name], policy, level, level)
-        for name in policy.whole
-    ]
-    if "production" not in values:
+    def whole(self) -> list[Row]:
+        everything = np.ones(len(next(iter(self.values["candidate"].values()))), dtype=bool)
+        rows = [self.row("whole", "", name, everything, bound, self.level) for name, bound in self.policy.whole.items()]
+        if "production" not in self.values:
+            return rows
+        gains = {}
+        for row in rows:
+            loss, group = self.loss(row.metric, "production", everything)
+            if METRICS[row.metric].gain and len(loss):
+                p = statistics.gain_p(-loss, group, METRICS[row.metric].binary)
+                gains[row.metric] = row, loss, p
+        # Any of the gains is enough for a promotion; Holm keeps the error over all of them at the level.
+        holds = statistics.holm([p for *_, p in gains.values()], self.level)
+        for (row, loss, p), better in zip(gains.values(), holds, strict=True):
+            gain = -float(loss.mean())
+            verdict: Verdict = "passed" if better else "failed" if gain <= 0 else "cannot tell"
+            needed = None
+            if verdict == "cannot tell":
+                needed = self.images_for_loss(loss, gain, self.level / len(gains))
+            row.answers.append(Answer("gain", verdict, p, self.level, needed, METRICS[row.metric].over))
         return rows
-    paired = {name: _paired(values, name, "production", group, everything) for name in policy.whole}
-    parts = {name: pair for name, pair in paired.items() if METRICS[name].gain and len(pair[0])}
-    gains = [row for row in rows if row.metric in parts]
-    p = [statistics.gain_p(-loss, of, METRICS[name].binary) for name, (loss, of) in parts.items()]
-    for row, chance, holds in zip(gains, p, statistics.holm(p, level) if p else [], strict=True):
-        loss = parts[row.metric][0]
-        gain = -float(loss.mean())
-        verdict: Verdict = "passed" if holds else "failed" if gain <= 0 else "cannot tell"
-        needed = None
+
+    def parts(self, table: pd.DataFrame) -> list[Row]:
+        judged = [
+            (of, name, metric, where)
+            for of, name, metric, where in parts(table, self.policy)
+            if not np.isnan(self.values["candidate"][metric][where]).all()
+        ]
+        # A part fails only if its fall is certain among all parts (Bonferroni).
+        certain = self.level / max(1, len(judged))
+        return [
+            self.row(of, name, metric, where, self.policy.parts[metric], certain) for of, name, metric, where in judged
+        ]
+
+    def row(self, of: str, name: str, metric: str, where: NDArray[np.bool_], bound: Bound, certain: float) -> Row:
+        """Judge a metric over the images `where`; `certain` is the level at which a failure counts."""
+        entry = METRICS[metric]
+        counting = where & ~np.isnan(self.values["candidate"][metric])
+        images = int(counting.sum())
+        means = {model: _mean(values[metric][counting]) for model, values in self.values.items()}
+        answers = []
+        if bound.limit is not None:
+            values, group = self.values["candidate"][metric][counting], self.groups(counting)
+            answers.append(self.limit_answer(entry, values, group, bound.limit, certain))
+        # The anchor as well: small losses against each production in turn would add up.
+        for baseline in ("production", "anchor"):
+            if baseline in self.values and bound.margin is not None:
+                loss, group = self.loss(metric, baseline, counting)
+                answers.append(self.loss_answer(entry, baseline, loss, group, bound.margin, certain))
+        enough = self.policy.enough
+        if of != "whole" and images < enough:
+            answers = [
+                answer
+                if answer.verdict == "failed"
+                else Answer(answer.question, "not judged", answer.bound, answer.limit, enough, answer.kind)
+                for answer in answers
+            ]
+        return Row(of, name, metric, images, means["candidate"], means.get("production"), means.get("anchor"), answers)
+
+    def groups(self, where: NDArray[np.bool_]) -> NDArray[np.int64] | None:
+        return None if self.group is None else self.group[where]
+
+    def loss(self, metric: str, baseline: str, where: NDArray[np.bool_]) -> tuple[Floats, NDArray[np.int64] | None]:
+        """Return the loss on each image that counts, positive where the candidate is worse, and the images' parts."""
+        loss = self.values["candidate"][metric] - self.values[baseline][metric]
+        counting = where & ~np.isnan(loss)
+        return (-loss if METRICS[metric].higher else loss)[counting], self.groups(counting)
+
+    def images_for_loss(self, loss: Floats, margin: float, level: float) -> int:
+        # More than there are: these did not tell.
+        spread = float(loss.std())
+        return max(len(loss) + 1, statistics.images_for_loss(spread, margin, level, self.policy.power))
+
+    def limit_answer(
+        self, entry: Metric, values: Floats, group: NDArray[np.int64] | None, limit: float, certain: float
+    ) -> Answer:
+        """Whether the value is on the good side of its limit."""
+        # As a cost, which is to be small, both directions take the same formulas.
+        cost, most = (1 - values, 1 - limit) if entry.higher else (values, limit)
+        at_most = statistics.rate_at_most if entry.binary else statistics.mean_at_most
+        power = self.policy.power
+        if not len(cost):
+            needed = statistics.images_for_rate(0.0, most, self.level, power)
+            return Answer("limit", "cannot tell", None, limit, needed, entry.over)
+        upper, lower = at_most(cost, self.level, group), 1 - at_most(1 - cost, certain, group)
+        measured, needed = float(cost.mean()), None
+        verdict: Verdict = "passed" if upper < most or most >= 1 else "failed" if lower > most else "cannot tell"
+        if verdict == "cannot tell" and entry.binary:
+            if measured < most:
+                needed = statistics.images_for_rate(measured, most, self.level, power)
+            else:
+                needed = statistics.images_for_rate(1 - measured, 1 - most, certain, power)
+            needed = None if needed is None else max(needed, len(cost) + 1)
+        elif verdict == "cannot tell" and measured != most:
+            needed = self.images_for_loss(cost, abs(most - measured), self.level)
+        return Answer("limit", verdict, 1 - upper if entry.higher else upper, limit, needed, entry.over)
+
+    def loss_answer(
+        self,
+        entry: Metric,
+        baseline: str,
+        loss: Floats,
+        group: NDArray[np.int64] | None,
+        margin: float,
+        certain: float,
+    ) -> Answer:
+        """Whether the candidate is worse than a baseline by less than the margin."""
+        if not len(loss):
+            return Answer(baseline, "cannot tell", None, margin, None, entry.over)
+        upper = statistics.loss_at_most(loss, self.level, group, entry.binary)
+        lower = -statistics.loss_at_most(-loss, certain, group, entry.binary)
+        measured, needed = float(loss.mean()), None
+        # A measured loss beyond the margin fails only if chance is excluded: the candidate is worse at all.
+        worse = measured >= margin and lower > 0
+        verdict: Verdict = "passed" if upper < margin else "failed" if worse else "cannot tell"
         if verdict == "cannot tell":
-            needed = _more(len(loss), statistics.images_for_loss(_spread(loss), gain, level / len(gains), policy.power))
-        row.answers.append(Answer("gain", verdict, chance, level, needed, METRICS[row.metric].over))
-    return rows
+            gap = margin - max(0.0, measured) if measured < margin else measured
+            needed = self.images_for_loss(loss, gap, self.level)
+        return Answer(baseline, verdict, round(upper, _DECIMALS), margin, needed, entry.over)
 
-
-def _parts(
-    first: pd.DataFrame,
-    values: dict[str, dict[str, Floats]],
-    group: NDArray[np.int64] | None,
-    policy: Policy,
-    level: float,
-) -> list[Row]:
-    """Rows of the categories and of the kinds of defect, where there is more than one."""
-    parts = [("category", category_names(first).astype(str))]
-    if "defect" in first:
-        kinds = first["defect"].where(first["label"].isin(["anomalous"]) & first["defect"].notna())
-        parts.append(("defect", kinds))
-    places = [
-        (of, str(name), (column == name).to_numpy(dtype=bool, na_value=False), metric)
-        for of, column in parts
-        for name in (sorted(column.dropna().unique()) if column.nunique() > 1 else [])
-        for metric, bound in policy.parts.items()
-        # A kind of defect has no normal images, and accuracy over it is 1 - its escape rate.
-        if metric in policy.whole and (of == "category" or METRICS[metric].over.startswith("anomalous"))
-    ]
-    counted = [(of, name, where, metric) for of, name, where, metric in places if _counts(values, metric, where)]
-    # A fall has to be certain among all of them.
-    certain = level / max(1, len(counted))
-    return [
-        _row(of, name, metric, values, group, where, policy.parts[metric], policy, level, certain)
-        for of, name, where, metric in counted
-    ]
-
-
-def _counts(values: dict[str, dict[str, Floats]], metric: str, where: NDArray[np.bool_]) -> int:
-    return int((~np.isnan(values["candidate"][metric][where])).sum())
-
-
-def _row(
-    of: str,
-    name: str,
-    metric: str,
-    values: dict[str, dict[str, Floats]],
-    group: NDArray[np.int64] | None,
-    where: NDArray[np.bool_],
-    bound: Bound,
-    policy: Policy,
-    level: float,
-    certain: float,
-) -> Row:
-    """A metric over the images `where`; `certain` is the level at which a failure counts."""
-    entry = METRICS[metric]
-    counting = where & ~np.isnan(values["candidate"][metric])
-    images = int(counting.sum())
-    means = {rival: _mean(of_rival[metric][counting]) for rival, of_rival in values.items()}
-    answers = []
-    if bound.limit is not None:
-        of_images = None if group is None else group[counting]
-        answers.append(
-            _limit(entry, values["candidate"][metric][counting], of_images, bound.limit, level, certain, policy)
-        )
-    for rival in ("production", "anchor"):
-        if rival in values and bound.margin is not None:
-            loss, of_images = _paired(values, metric, rival, group, counting)
-            answers.append(_loss(entry, rival, loss, of_images, bound.margin, level, certain, policy))
-    if of != "whole" and images < policy.enough:
-        answers = [_too_few(answer, policy.enough) for answer in answers]
-    return Row(of, name, metric, images, means["candidate"], means.get("production"), means.get("anchor"), answers)
+    def operating_point(self) -> dict[str, Any]:
+        """Convert the measured rates to the plant's share of defects, which is not the test set's."""
+        point: dict[str, Any] = {"defect_rate": self.policy.defect_rate}
+        rates = []
+        for name in ("escape_rate", "overkill"):
+            each = self.values["candidate"].get(name, np.array([]))
+            counting = ~np.isnan(each)
+            if not counting.any():
+                return point
+            events, group = each[counting], self.groups(counting)
+            # Half the level each, since the limits of the precision need those of both rates.
+            low = 1 - statistics.rate_at_most(1 - events, self.level / 2, group)
+            rates.append((float(events.mean()), low, statistics.rate_at_most(events, self.level / 2, group)))
+        at = statistics.at_prevalence(rates[0], rates[1], self.policy.defect_rate)
+        return point | {name: list(limits) for name, limits in at.items()}
 
 
 def _mean(values: Floats) -> float | None:
-    known = values[~np.isnan(values)]  # a rival's table may lack the column
-    return round(float(known.mean()), _MOST_DECIMALS) if len(known) else None
-
-
-def _paired(
-    values: dict[str, dict[str, Floats]],
-    metric: str,
-    rival: str,
-    group: NDArray[np.int64] | None,
-    where: NDArray[np.bool_],
-) -> tuple[Floats, NDArray[np.int64] | None]:
-    """Loss of the candidate against a rival on each image that counts, positive where it is worse; their groups."""
-    loss = values["candidate"][metric] - values[rival][metric]
-    counting = where & ~np.isnan(loss)
-    loss = -loss[counting] if METRICS[metric].higher else loss[counting]
-    return loss, None if group is None else group[counting]
-
-
-def _limit(
-    entry: Metric,
-    values: Floats,
-    group: NDArray[np.int64] | None,
-    limit: float,
-    level: float,
-    certain: float,
-    policy: Policy,
-) -> Answer:
-    """Whether the value is on the good side of its limit; reckoned as a cost, which is to be small."""
-    cost, most = (1 - values, 1 - limit) if entry.higher else (values, limit)
-    at_most = statistics.rate_at_most if entry.binary else statistics.mean_at_most
-    if not len(cost):
-        needed = statistics.images_for_rate(0.0, most, level, policy.power)
-        return Answer("limit", "cannot tell", None, limit, needed, entry.over)
-    upper, lower = at_most(cost, level, group), 1 - at_most(1 - cost, certain, group)
-    measured, needed = float(cost.mean()), None
-    verdict: Verdict = "passed" if upper < most or most >= 1 else "failed" if lower > most else "cannot tell"
-    if verdict == "cannot tell":
-        if entry.binary:
-            needed = (
-                statistics.images_for_rate(measured, most, level, policy.power)
-                if measured < most
-                else statistics.images_for_rate(1 - measured, 1 - most, certain, policy.power)
-            )
-        elif measured != most:
-            needed = statistics.images_for_loss(_spread(cost), abs(most - measured), level, policy.power)
-        needed = _more(len(cost), needed)
-    return Answer("limit", verdict, 1 - upper if entry.higher else upper, limit, needed, entry.over)
-
-
-def _loss(
-    entry: Metric,
-    rival: str,
-    loss: Floats,
-    group: NDArray[np.int64] | None,
-    margin: float,
-    level: float,
-    certain: float,
-    policy: Policy,
-) -> Answer:
-    """Whether the candidate is worse than a rival by less than the margin."""
-    if not len(loss):
-        return Answer(rival, "cannot tell", None, margin, None, entry.over)
-    upper = statistics.loss_at_most(loss, level, group, entry.binary)
-    lower = -statistics.loss_at_most(-loss, certain, group, entry.binary)
-    measured, needed = float(loss.mean()), None
-    verdict: Verdict = "passed" if upper < margin else "failed" if measured >= margin and lower > 0 else "cannot tell"
-    if verdict == "cannot tell":
-        gap = margin - max(0.0, measured) if measured < margin else measured
-        needed = _more(len(loss), statistics.images_for_loss(_spread(loss), gap, level, policy.power))
-    return Answer(rival, verdict, round(upper, _MOST_DECIMALS), margin, needed, entry.over)
-
-
-def _too_few(answer: Answer, enough: int) -> Answer:
-    if answer.verdict == "failed":
-        return answer
-    return Answer(answer.question, "not judged", answer.bound, answer.limit, enough, answer.kind)
-
-
-def _spread(loss: Floats) -> float:
-    return float(loss.std())
-
-
-def _more(images: int, needed: int | None) -> int | None:
-    """A number of images that would tell is larger than the number that did not."""
-    return None if needed is None else max(needed, images + 1)
+    known = values[~np.isnan(values)]  # the baseline's table may lack the column
+    return round(float(known.mean()), _DECIMALS) if len(known) else None
 
 
 def _gain(rows: list[Row], compared: bool) -> tuple[str, Verdict]:
@@ -488,10 +473,10 @@ def _sentence(row: Row, answer: Answer) -> str:
         least = "as low" if entry.higher else "as high"
         words += f"; it may be {least} as {answer.bound:.1%}, and the limit is {answer.limit:.1%}"
     else:
-        rival = row.production if answer.question == "production" else row.anchor
-        worse = (rival or 0) - row.candidate if entry.higher else row.candidate - (rival or 0)
+        baseline = row.production if answer.question == "production" else row.anchor
+        worse = (baseline or 0) - row.candidate if entry.higher else row.candidate - (baseline or 0)
         against = "in production" if answer.question == "production" else "of the anchor"
-        words = f"{name}: {row.candidate:.1%} against {rival:.1%} {against}"
+        words = f"{name}: {row.candidate:.1%} against {baseline:.1%} {against}"
         if answer.verdict == "failed":
             return f"{words}: worse by {_points(worse)}, and {_points(answer.limit)} are allowed."
         words += f"; it may be worse by {_points(answer.bound)}, and {_points(answer.limit)} are allowed"
@@ -504,60 +489,8 @@ def _points(share: float) -> str:
     return f"{100 * share:.1f} points"
 
 
-def _separate(separation: dict[str, Any] | None, failed: list[str], unclear: list[str], notes: list[str]) -> None:
-    """Puts the proof that no test image was trained on where it belongs."""
-    if separation is None:
-        notes.append("That no test image was trained on is not proved here; `adfm register` proves it.")
-        return
-    for problem in separation["problems"]:
-        failed.insert(
-            0,
-            f"{len(problem['ids'])} test images were in the training or validation data of the {problem['of']} "
-            f"({problem['kind']}): {listed(problem['ids'])}. Divide the data again, train, and register.",
-        )
-    if not separation["proved"] and not separation["problems"]:
-        unclear.insert(
-            0, "It is not known which images the models were trained on, so that no test image was is not proved."
-        )
-
-
-def _changed(candidate: pd.DataFrame, production: pd.DataFrame | None) -> list[dict[str, Any]]:
-    if production is None:
-        return []
-
-    def answers(table: pd.DataFrame) -> list[str]:
-        return [answer if isinstance(answer, str) else "unparseable" for answer in table["predicted"].astype(object)]
-
-    rows = zip(
-        candidate["id"],
-        category_names(candidate),
-        candidate["label"],
-        answers(candidate),
-        answers(production),
-        strict=True,
-    )
-    return [
-        {"id": str(key), "category": str(category), "label": str(label), "candidate": after, "production": before}
-        for key, category, label, after, before in rows
-        if after != before
-    ]
-
-
-def _operating_point(
-    values: dict[str, Floats], group: NDArray[np.int64] | None, policy: Policy, level: float
-) -> dict[str, Any]:
-    """What the measured rates mean on the line, where the share of defects is the plant's and not the test set's."""
-    point: dict[str, Any] = {"defect_rate": policy.defect_rate}
-    rates = []
-    for name in ("escape_rate", "overkill"):
-        each = values.get(name, np.array([]))
-        counting = ~np.isnan(each)
-        if not counting.any():
-            return point
-        of_images = None if group is None else group[counting]
-        # Half the level each, since the limits of the precision need those of both rates.
-        low = 1 - statistics.rate_at_most(1 - each[counting], level / 2, of_images)
-        high = statistics.rate_at_most(each[counting], level / 2, of_images)
-        rates.append((float(each[counting].mean()), low, high))
-    at = statistics.at_prevalence(rates[0], rates[1], policy.defect_rate)
-    return point | {name: list(limits) for name, limits in at.items()}
+def _changed(candidate: pd.DataFrame, production: pd.DataFrame) -> list[dict[str, Any]]:
+    rows = candidate.assign(category=category_names(candidate))[["id", "category", "label"]].astype(str)
+    for name, table in (("candidate", candidate), ("production", production)):
+        rows[name] = table["predicted"].astype(object).where(table["predicted"].notna(), "unparseable")
+    return cast("list[dict[str, Any]]", rows[rows["candidate"] != rows["production"]].to_dict("records"))

@@ -1,9 +1,7 @@
-"""The policy of the gate, `gate.yaml`: what a version has to fulfil to be promoted.
+"""The gate's policy, `gate.yaml`: limits, margins, level and approvers.
 
-The policy that judges is the one registered on the model, which a reviewer sets; the file in a submitter's folder is
-shown where it differs. Each metric is a mean over images of a value between 0 and 1, and one entry of `METRICS`: its
-name, its direction, over which images, and what a policy asks of it unless it says otherwise. A metric of which nothing
-is asked by default is in a policy that names it.
+The policy that judges is the one registered on the model, which a reviewer sets. The file in a submitter's folder is
+only compared with it.
 """
 
 from __future__ import annotations
@@ -11,17 +9,15 @@ from __future__ import annotations
 import difflib
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, field_validator
 
+from adfm import statistics
 from adfm.errors import AdfmError
 from adfm.evaluation.gate_metrics import METRICS, Bound
 from adfm.params import PositiveInt, Section, flat, validated
-
-if TYPE_CHECKING:
-    pass
 
 FILE = "gate.yaml"
 """The policy of a folder, beside its `params.yaml`."""
@@ -38,32 +34,23 @@ def _default(part: Literal["whole", "parts"]) -> dict[str, Bound]:
 
 
 class Policy(Section):
-    """What a version has to fulfil to be promoted.
+    """What a version has to fulfil to be promoted."""
 
-    Args:
-        level: The risk that any of the candidates judged on one test set passes wrongly.
-        looks: How many candidates one test set may judge; the level is spent over them.
-        power: The chance of an answer that the numbers of images in "cannot tell" are reckoned for.
-        rule: `gain`: accuracy or IoU (or another gain in `whole`) has to be better than in production; `noninferior`:
-            nothing may be worse.
-        defect_rate: The share of defective parts on the line, for the operating point.
-        whole: By metric, what is asked over all images.
-        parts: By metric, what is asked over each category, and each kind of defect.
-        enough: Images without which a part is not judged, but for a fall that is certain.
-        approvers: Who may approve; empty: whoever may edit the registered model.
-        team_of_one: Whether the one who submits a version may approve it.
-    """
-
-    level: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
-    looks: PositiveInt = 20
-    power: Annotated[float, Field(gt=0.5, lt=1)] = 0.8
+    level: Annotated[float, Field(gt=0, lt=0.5)] = 0.05  # risk that any candidate judged on one test set passes wrongly
+    looks: PositiveInt = 20  # candidates that one test set may judge; the level is spent over them
+    power: Annotated[float, Field(gt=0.5, lt=1)] = 0.8  # of an answer, for the numbers of images in "cannot tell"
+    # gain: accuracy, IoU or another gain in `whole` has to be better than in production; noninferior: none worse
     rule: Literal["gain", "noninferior"] = "gain"
-    defect_rate: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    whole: dict[str, Bound] = Field(default_factory=lambda: _default("whole"))
-    parts: dict[str, Bound] = Field(default_factory=lambda: _default("parts"))
-    enough: PositiveInt = 100
-    approvers: list[str] = Field(default_factory=list)
-    team_of_one: bool = True
+    defect_rate: Annotated[float, Field(gt=0, lt=1)] = 0.02  # share of defective parts, for the operating point
+    whole: dict[str, Bound] = Field(default_factory=lambda: _default("whole"))  # by metric, over all images
+    parts: dict[str, Bound] = Field(default_factory=lambda: _default("parts"))  # over each category, kind of defect
+    enough: PositiveInt = 100  # images without which a part is not judged, unless its fall is certain
+    approvers: list[str] = Field(default_factory=list)  # empty: whoever may edit the registered model
+    team_of_one: bool = True  # whether the submitter of a version may approve it
+
+    def level_at(self, look: int) -> float:
+        """Level of each answer for the look-th candidate; beyond the budget, that of the last look."""
+        return statistics.level_of_look(min(look, self.looks), self.looks, self.level)
 
     @field_validator("whole", "parts")
     @classmethod
@@ -76,7 +63,7 @@ class Policy(Section):
 
 
 def load(file: Path | None = None) -> Policy:
-    """The policy of a file; without one that of `gate.yaml` in this folder, or the default where that is missing.
+    """Read the policy of a file; by default that of `gate.yaml` in this folder, or the default policy without one.
 
     Raises:
         PolicyError: The file cannot be read, is not YAML, or has unknown keys, metrics or values; all are listed.
@@ -91,7 +78,7 @@ def load(file: Path | None = None) -> Policy:
 
 
 def loads(text: str, place: str = FILE) -> Policy:
-    """The policy of a YAML text; `place` names it in errors. Keys that it lacks have the default.
+    """Parse a policy from YAML; missing keys have the default. `place` names the text in errors.
 
     Raises:
         PolicyError: As `load`.
@@ -102,16 +89,15 @@ def loads(text: str, place: str = FILE) -> Policy:
         raise PolicyError(str(error)) from error
 
 
-def registered(text: str) -> Policy:
-    """The policy of a text that `dumps` wrote, as the history has it; the default where there is none yet.
-
-    It asks only for the metrics that it names: one that was added to `METRICS` since is not asked for.
+def registered(text: str | None) -> Policy:
+    """Parse a policy that `dumps` wrote into the history; `None` gives the default.
 
     Raises:
         PolicyError: As `load`.
     """
-    policy = loads(text, "the registered policy")
-    written = yaml.safe_load(text) or {}
+    policy = loads(text or "", "the registered policy")
+    written = yaml.safe_load(text or "") or {}
+    # A metric that was added to METRICS since is not one that this policy asks for.
     return policy.model_copy(
         update={
             part: {name: bound for name, bound in bounds.items() if name in written[part]}
@@ -122,22 +108,22 @@ def registered(text: str) -> Policy:
 
 
 def dumps(policy: Policy) -> str:
-    """A policy as YAML with every key, which stays the same policy when defaults change."""
+    """Write a policy as YAML with every key, so that it stays the same policy when defaults change."""
     return yaml.safe_dump(policy.model_dump(), sort_keys=False, allow_unicode=True)
 
 
 def digest(policy: Policy) -> str:
-    """SHA-256 of a policy's text, in hex."""
+    """Return the SHA-256 of a policy's text, in hex."""
     return hashlib.sha256(dumps(policy).encode()).hexdigest()
 
 
 def difference(registered: Policy, own: Policy) -> list[str]:
-    """What a submitter's policy says otherwise than the registered one, one line a key."""
+    """List the keys in which a submitter's policy differs from the registered one, one line per key."""
     ours, theirs = flat(registered), flat(own)
 
     def written(values: dict[str, Any], key: str) -> str:
         return "not asked" if key not in values else "null" if values[key] is None else str(values[key])
 
-    keys = [*ours, *(key for key in theirs if key not in ours)]
+    keys = dict.fromkeys([*ours, *theirs])
     words = {key: (written(theirs, key), written(ours, key)) for key in keys}
     return [f"{key}: {their} instead of {our}" for key, (their, our) in words.items() if their != our]
