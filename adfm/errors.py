@@ -13,3 +13,9 @@ class AdfmError(Exception):
 
 class Unreachable(AdfmError):
     """A server or the network did not answer, or answered that it cannot now: the same may work in a minute."""
+
+
+class Unusable(AdfmError):
+    """Input, a signature or a permission that cannot be used as it is; the exit code is that of wrong usage."""
+
+    exit_code = 2

@@ -1,4 +1,4 @@
-"""Keys and signatures: who made a version and the steps of its history, and that nothing was changed since.
+"""Keys and signatures of versions and of the steps of their history.
 
 A version's folder is signed by OpenSSF model signing (`model-signing`, key method): `model.sig` in the folder lists
 every file with its SHA-256 and signs the list. Texts, such as the steps of the history, are signed by ECDSA directly.
@@ -33,7 +33,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from adfm.errors import AdfmError
+from adfm.errors import AdfmError, Unusable
 from adfm.process import environment
 from adfm.text import printable
 
@@ -55,48 +55,36 @@ _CURVE = ec.SECP256R1()
 _ECDSA = ec.ECDSA(hashes.SHA256())
 
 
-class BadKey(AdfmError):
+class BadKey(Unusable):
     """A key is missing, or cannot be used."""
 
-    exit_code = 2
 
-
-class Unverified(AdfmError):
+class Unverified(Unusable):
     """A version's files are not those that somebody whose key counts has signed."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys in a folder; those of others are files, by their ids.
-
-    Args:
-        folder: Where they lie.
-        id: Id of the own key: the first 16 hex digits of the SHA-256 of its public key (DER); empty without one.
-        submitters: Public keys whose versions count.
-        service: Public keys whose texts count.
-        retired: Public keys whose texts counted once.
-    """
+    """The keys in a folder."""
 
     folder: Path
-    id: str
-    submitters: dict[str, Path]
-    service: dict[str, Path]
-    retired: dict[str, Path]
+    id: str  # of the own key: first 16 hex digits of the SHA-256 of its public key (DER); empty without one
+    submitters: dict[str, Path]  # public keys whose versions count, by id
+    service: dict[str, Path]  # public keys whose texts count
+    retired: dict[str, Path]  # public keys whose texts counted once
 
 
 def key_folder() -> Path:
-    """Folder of the keys of this process; it need not be there yet."""
+    """Return the folder of the keys of this process; it need not exist yet."""
     given = environment.variable(VARIABLE)
     return Path(given).absolute() if given else environment.home() / FOLDER
 
 
 def keys() -> Keys:
-    """The keys of this process. Without `ADFM_KEYS`, a key for all roles is made at first use.
+    """Read the keys of this process. Without `ADFM_KEYS`, make a key for all roles at first use.
 
     Raises:
-        BadKey: There is no folder of keys, a key cannot be used, or nobody would believe the own one.
+        BadKey: The folder of keys is missing, a key cannot be used, or nobody would believe the own one.
     """
     given, folder = environment.variable(VARIABLE), key_folder()
     try:
@@ -113,14 +101,10 @@ def keys() -> Keys:
 
 
 def sign(folder: Path, keys: Keys) -> None:
-    """Signs every file in a version's folder; writes `model.sig` there.
-
-    Args:
-        folder: The folder. `gate.json` and what MLflow's client adds are left out of the signature.
-        keys: The own key must be one of `submitters`.
+    """Sign every file in a version's folder, except `gate.json` and what MLflow adds; write `model.sig` there.
 
     Raises:
-        BadKey: There is no private key, or it is not one whose versions count.
+        BadKey: The private key is missing, or is not one of `submitters`.
         AdfmError: The folder holds something other than files and folders.
     """
     from model_signing import signing
@@ -136,19 +120,19 @@ def sign(folder: Path, keys: Keys) -> None:
 
 
 def verify(folder: Path, keys: Keys, name: str | None = None) -> str:
-    """Checks that a version's folder holds exactly the files that were signed by a submitter whose key counts.
+    """Check that a version's folder holds exactly the files that were signed by a key of `submitters`.
 
     Args:
         folder: The folder, which nobody else can write to: what is read later must be what was verified.
-        keys: Those of `submitters` count.
+        keys: The keys that count.
         name: What messages call it; the folder's path by default.
 
     Returns:
         The id of the key that signed.
 
     Raises:
-        Unverified: There is no signature, it is damaged or of a key that does not count, or files are changed, missing
-            or too many; the message names them.
+        Unverified: The signature is missing, damaged or of a key that does not count, or files are changed, missing or
+            too many; the message names them.
     """
     from model_signing import verifying
 
@@ -168,9 +152,9 @@ def verify(folder: Path, keys: Keys, name: str | None = None) -> str:
 
 
 def manifest(folder: Path) -> str:
-    """SHA-256, hex, of the names and digests of the files that a folder's signature lists.
+    """Return the SHA-256, hex, of the names and digests of the files that a folder's signature lists.
 
-    It binds a decision to the files; call `verify` first. Who signed, and when, does not change it.
+    It binds a decision to the files, whoever signed them; call `verify` first.
 
     Raises:
         Unverified: The folder has no signature, or a damaged one.
@@ -179,25 +163,17 @@ def manifest(folder: Path) -> str:
 
 
 def sign_text(text: str, keys: Keys) -> str:
-    """The own signature of a text: ECDSA with SHA-256, base64.
+    """Sign a text with the own key: ECDSA with SHA-256, base64.
 
     Raises:
-        BadKey: There is no private key, or it is not one whose texts count.
+        BadKey: The private key is missing, or is not one of `service`.
     """
     _require(keys, keys.service, "service", "decisions and steps")
     return base64.b64encode(_private(keys.folder / PRIVATE).sign(text.encode(), _ECDSA)).decode()
 
 
 def check_text(text: str, signature: str, key_id: str, keys: Keys, retired: bool = False) -> bool:
-    """Whether a text was signed by a key of the service.
-
-    Args:
-        text: The text, exactly as it was signed.
-        signature: As `sign_text` gives it.
-        key_id: Id of the key that is said to have signed.
-        keys: Those of `service` count.
-        retired: Whether those of `retired` count as well.
-    """
+    """Whether a text was signed by the key `key_id`, and that is one of `service`, or of `retired` if these count."""
     file = keys.service.get(key_id) or (keys.retired.get(key_id) if retired else None)
     if file is None:
         return False
@@ -209,7 +185,7 @@ def check_text(text: str, signature: str, key_id: str, keys: Keys, retired: bool
 
 
 def _make(folder: Path) -> None:
-    """Makes a key for all roles, unless the folder holds something; of several processes, one makes it."""
+    """Make a key for all roles, unless the folder holds something; of several processes, one makes it."""
     if folder.is_dir() and any(folder.iterdir()):
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -238,7 +214,7 @@ def _make(folder: Path) -> None:
 
 
 def _new(file: Path, content: bytes) -> None:
-    """Writes a file that only this user can read, and waits until the disk has it."""
+    """Write a file that only this user can read, and wait until the disk has it."""
     with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened:
         opened.write(content)
         opened.flush()
@@ -272,7 +248,7 @@ def _read(folder: Path) -> Keys:
 
 
 def _public_keys(folder: Path) -> dict[str, Path]:
-    """The files of a folder's public keys, by the keys' ids; none if there is no such folder."""
+    """Return the files of a folder's public keys by the keys' ids; none if the folder is missing."""
     return {_id(_public(file)): file for file in sorted(folder.glob("*.pem"))}
 
 
@@ -321,7 +297,7 @@ def _reason(error: Exception) -> str:
 
 @functools.cache
 def _warn(message: str) -> None:
-    """Prints a warning, once a process: the approvals service reads its keys every few seconds."""
+    # Once a process: the approvals service reads its keys every few seconds.
     print(f"adfm: warning: {message}", file=sys.stderr)
 
 
@@ -353,16 +329,14 @@ def _hashing() -> hashing.Config:
 
 
 def _signed(folder: Path, name: str) -> tuple[str, dict[str, Any]]:
-    """What `model.sig` says, not yet verified: the fingerprint of the key, and the payload.
-
-    Nothing but what adfm writes is accepted. The library would read further spellings of the same keys, and would
-    leave out of its comparison whatever paths the payload names.
-    """
+    """Read `model.sig`, not yet verified: the fingerprint of the key, and the payload."""
     try:
         bundle = json.loads((folder / SIGNATURE).read_bytes())
         material, envelope = bundle["verificationMaterial"], bundle["dsseEnvelope"]
         payload = json.loads(base64.b64decode(envelope["payload"], validate=True))
         serialization_ = payload["predicate"]["serialization"]
+        # Nothing but what adfm writes is accepted. The library would read further spellings of the same keys, and would
+        # leave out of its comparison whatever paths the payload names.
         as_written = (
             bundle.keys() == {"mediaType", "verificationMaterial", "dsseEnvelope"}
             and envelope.keys() == {"payload", "payloadType", "signatures"}
@@ -386,7 +360,7 @@ def _signed(folder: Path, name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _signer(hint: str, keys: Keys, name: str) -> tuple[str, Path]:
-    """The key among `submitters` that a signature names by the SHA-256 of its PEM."""
+    """Find the key among `submitters` that a signature names by the SHA-256 of its PEM."""
     for key, file in keys.submitters.items():
         if hashlib.sha256(_pem(_public(file))).hexdigest() == hint:
             return key, file
@@ -397,12 +371,12 @@ def _signer(hint: str, keys: Keys, name: str) -> tuple[str, Path]:
 
 
 def _files(payload: dict[str, Any]) -> dict[str, str]:
-    """The digests of the files that a payload lists."""
+    """Return the digests of the files that a payload lists."""
     return {str(file["name"]): str(file["digest"]) for file in payload["predicate"]["resources"]}
 
 
 def _irregular(folder: Path) -> list[str]:
-    """What is neither a file nor a folder, such as a symbolic link; and a folder in the place of a file left out."""
+    """List what is neither a file nor a folder, such as a link, or is a folder in the place of a file left out."""
     irregular = [name for name in (SIGNATURE, *_IGNORED) if (folder / name).is_dir()]
 
     def refuse(error: OSError) -> None:
@@ -419,7 +393,7 @@ def _irregular(folder: Path) -> list[str]:
 
 
 def _differences(folder: Path, payload: dict[str, Any]) -> str:
-    """Which files are not as the payload lists them, for a message; empty if all are."""
+    """Say which files are not as the payload lists them; empty if all are."""
     signed = _files(payload)
     present = {file.identifier: file.digest.digest_hex for file in _hashing().hash(folder).resource_descriptors()}
     kinds = {
