@@ -24,11 +24,14 @@ _PAUSE = 2  # seconds before the second and last try
 _LONGEST = 3000  # characters; Slack refuses longer texts
 
 
-def alert(text: str) -> None:
-    """Post `{"text": text}` to `ADFM_ALERT_WEBHOOK`; a failure is reported on stderr and changes nothing else.
+def announce(text: str) -> None:
+    """Print a message, and send it as an alert."""
+    print(text)
+    alert(text)
 
-    An address that cannot be reached, or answers 429 or 5xx, is tried once more.
-    """
+
+def alert(text: str) -> None:
+    """Post `{"text": text}` to `ADFM_ALERT_WEBHOOK`; a failure is reported on stderr and changes nothing else."""
     address = os.environ.get("ADFM_ALERT_WEBHOOK", "").strip()
     if not address:
         return
@@ -41,6 +44,7 @@ def alert(text: str) -> None:
         try:
             _post(address, body)
         except OSError as error:
+            # Only an address that cannot be reached, or answers 429 or 5xx, may answer a second time.
             if isinstance(error, HTTPError) and error.code != 429 and error.code < 500:
                 raise
             time.sleep(_PAUSE)

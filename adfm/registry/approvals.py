@@ -1,8 +1,7 @@
-"""The approvals service: every few seconds it does what submitters and reviewers have asked for in MLflow.
+"""The approvals service: polls MLflow every few seconds, and does what submitters and reviewers have requested.
 
-It makes versions of submissions, registers a policy that a reviewer has set, promotes what is approved, and writes down
-what is rejected. It only asks MLflow and listens on no port. After each look that went well it touches a file, by whose
-age `adfm approvals health` tells whether it is well.
+It makes versions of submissions, registers a policy that a reviewer has set, promotes what is approved, and records
+what is rejected. It listens on no port.
 """
 
 from __future__ import annotations
@@ -25,44 +24,34 @@ from adfm.registry.reconcile import Refused
 from adfm.registry.registration import NoPolicy, accept
 from adfm.text import printable
 
-POLL = 5.0
-"""Seconds between two looks at MLflow."""
-
-HEARTBEAT = Path("approvals.heartbeat")
-"""The file that is touched, in the working folder."""
-
-_LATE = 300  # seconds without a look that went well, besides the polls: files may be large
+POLL = 5.0  # seconds between two polls
+HEARTBEAT = Path("approvals.heartbeat")  # every successful poll touches it: its age is the service's health
+_LATE = 300  # seconds without a successful poll, besides the pauses: files may be large
 
 
 def serve(params: Params, poll: float = POLL) -> None:
-    """Looks at MLflow every `poll` seconds, until SIGTERM or SIGINT; what it is doing then is finished first.
-
-    What is cut off all the same is completed by the next promotion, rollback or service.
+    """Poll MLflow until SIGTERM or SIGINT, and finish what has begun then.
 
     Args:
-        params: Reads `register`.
-        poll: Seconds.
+        params: Reads `mlflow`.
+        poll: Seconds between two polls.
 
     Raises:
         AdfmError: `poll` is not more than 0.
     """
     if not 0 < poll < float("inf"):
-        raise AdfmError(f"--poll {poll:g}: more than 0 seconds should lie between two looks at MLflow.")
+        raise AdfmError(f"--poll {poll:g}: more than 0 seconds should lie between two polls of MLflow.")
     over = threading.Event()
-
-    def end(*_: object) -> None:
-        over.set()
-
-    before = [(each, signal.signal(each, end)) for each in (signal.SIGTERM, signal.SIGINT)]
+    before = [(each, signal.signal(each, lambda *_: over.set())) for each in (signal.SIGTERM, signal.SIGINT)]
     try:
-        _say(f"approvals of {params.mlflow.registered_model}: looking at MLflow every {poll:g} s")
-        problem = "it has not looked at MLflow yet"
+        _log(f"approvals of {params.mlflow.registered_model}: polling MLflow every {poll:g} s")
+        problem = "it has not polled MLflow yet"
         while not over.is_set():
-            now = look(params)
+            now = run_once(params)
             if now and now != problem:
-                _say(now)
+                _log(now)
             if problem and not now:
-                _say("MLflow answers")
+                _log("MLflow answers")
             problem = now
             if not problem:
                 HEARTBEAT.touch()
@@ -73,8 +62,8 @@ def serve(params: Params, poll: float = POLL) -> None:
             signal.signal(each, handler)
 
 
-def look(params: Params) -> str:
-    """Does once what there is to do.
+def run_once(params: Params) -> str:
+    """Do once what submitters and reviewers have requested.
 
     Returns:
         What is wrong; empty when all is well. That an approval was refused, or a policy is missing, is not wrong.
@@ -89,12 +78,12 @@ def look(params: Params) -> str:
         try:
             act()
         except NoPolicy as error:
-            _say_once(str(error))
+            _log_once(str(error))
         except Refused as error:
-            _say(str(error))
+            _log(str(error))
         except AdfmError as error:
             problems.append(str(error))
-        except ModuleNotFoundError:  # no later look would have it
+        except ModuleNotFoundError:  # no later poll would have it
             raise
         except Exception:  # the service continues; its health tells
             problems.append(traceback.format_exc())
@@ -103,25 +92,21 @@ def look(params: Params) -> str:
 
 
 def health(poll: float = POLL) -> None:
-    """Checks that a service in this working folder has looked at MLflow lately, for a probe.
-
-    Raises:
-        AdfmError: It has not.
-    """
+    """Check that a service in this working folder has polled MLflow lately, for a probe; raise AdfmError if not."""
     most = 3 * poll + _LATE
     try:
         age = time.time() - HEARTBEAT.stat().st_mtime
     except OSError as error:
-        raise AdfmError(f"{HEARTBEAT}: {error.strerror}; no look at MLflow has gone well yet.") from error
+        raise AdfmError(f"{HEARTBEAT}: {error.strerror}; no poll of MLflow has succeeded yet.") from error
     if age > most:
-        raise AdfmError(f"the last look at MLflow that went well was {age:.0f} s ago; its output says what is wrong.")
-    print(f"the last look at MLflow that went well was {age:.0f} s ago")
+        raise AdfmError(f"the last successful poll of MLflow was {age:.0f} s ago; its output says what is wrong.")
+    print(f"the last successful poll of MLflow was {age:.0f} s ago")
 
 
 @functools.cache
-def _say_once(text: str) -> None:
-    _say(text)
+def _log_once(text: str) -> None:
+    _log(text)
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(tracking.now(), printable(text), flush=True)

@@ -1,26 +1,24 @@
-"""Audit: verify the whole history, the files of the versions that matter, and the aliases against it."""
+"""Audit: verify the whole history, the files of the versions in use, and the aliases against it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from adfm.errors import AdfmError
+from adfm.errors import AdfmError, Unusable
 from adfm.registry import reconcile
-from adfm.registry.history import NOBODY, BrokenHistory, Forbidden, History
-from adfm.registry.reconcile import ANCHOR, PREVIOUS, PRODUCTION, Registry, client, look
+from adfm.registry.history import BrokenHistory, Forbidden, registered_model
+from adfm.registry.reconcile import ANCHOR, PREVIOUS, PRODUCTION, Registry
 from adfm.registry.submission import fetch
 from adfm.text import printable
 
 
-class AuditFailed(AdfmError):
+class AuditFailed(Unusable):
     """Something is not as the signed history says."""
-
-    exit_code = 2
 
 
 def audit(name: str) -> str:
-    """Verify history, signatures and aliases of the registered model; changes nothing.
+    """Verify history, signatures and aliases of a registered model; changes nothing.
 
     Returns:
         What was checked, on one screen.
@@ -29,26 +27,30 @@ def audit(name: str) -> str:
         AuditFailed: Something is wrong; all of it is listed.
         AdfmError: MLflow cannot be reached.
     """
-    with client() as store:
+    with reconcile.client() as store:
         try:
-            registry = look(store, name)
+            registry = reconcile.read(store, name)
         except (BrokenHistory, Forbidden) as error:
             raise AuditFailed(f"The audit of {name} failed:\n  - {error}") from error
-        history, lines, problems = registry.history, [], []
-        lines.append(f"history: {len(history.counting)} signed steps, each naming the one before")
-        void = len(history.steps) - len(history.counting)
-        if void:
+        history = registry.history
+        lines = [f"history: {len(history.counting)} signed steps, each naming the one before"]
+        if void := len(history.steps) - len(history.counting):
             lines.append(f"history: {void} void steps, which came second to another")
-        problems += [
+        problems = [
             f"{name}-history, version {number}: {printable(reason)}; it counts for nothing"
             for number, reason in history.ignored.items()
         ]
-        due = _due(history)
+        due = reconcile.due_aliases(history)
         for alias, number in due.items():
             checked, wrong = _check_version(registry, alias, number)
             lines += checked
             problems += wrong
-        problems += _check_aliases(registry, due)
+        here = reconcile.aliases(registered_model(store, name))
+        problems += [
+            f"the alias {alias} is on {here.get(alias, 'no version')}, and the history says {due.get(alias, 'none')}"
+            for alias in (PRODUCTION, PREVIOUS, ANCHOR)
+            if here.get(alias) != due.get(alias) and due.get(alias) in (None, *registry.versions)
+        ]
         if unfinished := [s for s in history.counting if s.action in ("promote", "rollback") and not s.finished]:
             problems.append(
                 f"step {unfinished[-1].number} is unfinished: the next promotion, or the service, completes it"
@@ -59,15 +61,8 @@ def audit(name: str) -> str:
     return "\n".join([f"{name}: everything is as the signed history says", *(f"  - {line}" for line in lines)])
 
 
-def _due(history: History) -> dict[str, str]:
-    """The versions that the aliases should name."""
-    previous = history.move.previous if history.move else NOBODY
-    due = {PRODUCTION: history.production, PREVIOUS: previous, ANCHOR: history.anchor}
-    return {alias: number for alias, number in due.items() if number != NOBODY}
-
-
 def _check_version(registry: Registry, alias: str, number: str) -> tuple[list[str], list[str]]:
-    """What was verified of a version's files, and what is wrong with them."""
+    """Return what was verified of a version's files, and what is wrong with them."""
     if number not in registry.versions:
         gone = f"{alias}: version {number} was deleted"
         return ([gone], []) if alias == PREVIOUS else ([], [gone])
@@ -76,18 +71,8 @@ def _check_version(registry: Registry, alias: str, number: str) -> tuple[list[st
     with TemporaryDirectory() as folder:
         try:
             files = fetch(registry.versions[number], Path(folder), registry.keys)
-        except (AdfmError, OSError) as error:
+        except AdfmError as error:
             return [], [f"{alias}: version {number}: {printable(str(error))}"]
         if step is None or files.manifest != step.manifest:
             return [], [f"{alias}: version {number}: its files are not those with which it came into production"]
         return [f"{alias}: version {number}, every file as {files.signer} signed it and as of step {step.number}"], []
-
-
-def _check_aliases(registry: Registry, due: dict[str, str]) -> list[str]:
-    model = reconcile.registered_model(registry.store, registry.name)
-    here = {alias: str(number) for alias, number in model.aliases.items()} if model else {}
-    return [
-        f"the alias {alias} is on {here.get(alias, 'no version')}, and the history says {due.get(alias, 'none')}"
-        for alias in (PRODUCTION, PREVIOUS, ANCHOR)
-        if here.get(alias) != due.get(alias) and due.get(alias) in (None, *registry.versions)
-    ]

@@ -1,7 +1,7 @@
-"""Decisions on a version: made from its signed files with the registered policy, written into the history, shown.
+"""Decisions on versions: made from a version's signed files with the registered policy, recorded and published.
 
-The same files, rivals, policy and look give the same decision, whoever makes it. So the history keeps its digest, and
-what people read (gate.json, tags, description) can be written again from the files at any time.
+The same files, models to compare, policy and look give the same decision, whoever makes it. So the history keeps its
+digest, and what people read (gate.json, tags, description) can be written again from the files at any time.
 """
 
 from __future__ import annotations
@@ -42,68 +42,54 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from mlflow.entities.model_registry import ModelVersion
 
+# The separation of a version without hashes of its images: nothing is proved.
 _UNKNOWN = {"images": 0, "against": {}, "unknown": ["candidate"], "problems": [], "alike": [], "proved": False}
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """A decision with what it is based on.
+    """A decision with what it is based on."""
 
-    Args:
-        decided: The decision as JSON values, without its time.
-        submission: The version's verified files, as long as they are there.
-        fields: What a step of the history says of it.
-    """
-
-    decided: dict[str, Any]
-    submission: Submission
-    fields: dict[str, str]
-
-    @property
-    def verdict(self) -> str:
-        """`passed`, `failed` or `cannot tell`."""
-        return str(self.decided["verdict"])
+    decided: dict[str, Any]  # the decision as JSON values, without its time
+    submission: Submission  # the version's verified files, as long as they exist
+    fields: dict[str, str]  # of a step `judge` of the history
 
 
 def judge(registry: Registry, version: ModelVersion, to: Path) -> Judgement:
     """Decide on a version against production and anchor of the history, with the registered policy.
 
-    Args:
-        registry: As the version is to be judged; a policy is registered.
-        version: The version.
-        to: Folder for its files and those of its rivals.
+    A policy is registered. The files of all versions are downloaded to the folder `to`.
 
     Raises:
-        Unverified: Its files, or those of a rival, are not what was signed.
-        AdfmError: Its parts do not fit together, or tables cannot be compared.
-        OSError: Files cannot be read.
+        Unverified: Its files, or those of a version that it is compared with, are not what was signed.
+        AdfmError: Its parts do not fit together, tables cannot be compared, or files cannot be read.
     """
     history, number = registry.history, str(version.version)
     submission = fetch(version, to, registry.keys)
     own = check(submission, registry.name)
-    registered = policy.registered(history.policy or "")
-    rivals = {rival: _rival(registry, rival, to) for rival in {history.production, history.anchor} - {NOBODY, number}}
+    registered = policy.registered(history.policy)
     against = {"production": history.production, "anchor": history.anchor}
+    others = {other: _fetch_other(registry, other, to) for other in {*against.values()} - {NOBODY, number}}
     if history.anchor == history.production:
         del against["anchor"]
     predicted: dict[str, pd.DataFrame] = {}
     sources: dict[str, str] = {}
     missing = []
-    for role, rival in against.items():
-        if rival not in rivals:
+    for role, other in against.items():
+        if other not in others:
             continue  # nothing is in production, or the anchor itself is judged
-        predictions = _predictions(submission, role, rivals[rival])
+        predictions = _predictions(submission, role, others[other])
         if predictions is None:
             missing.append(
-                f"There are no predictions of version {rival} ({role}) on these test images; `adfm register` makes "
+                f"There are no predictions of version {other} ({role}) on these test images; `adfm register` makes "
                 "them."
             )
         else:
             predicted[role], sources[role] = predictions
     fingerprint = str(submission.origin["data"]["test"])
-    position = look(history, fingerprint, number)
-    separation = compare(submission, rivals.get(history.production))
-    decision = gate.decide(own, predicted.get("production"), predicted.get("anchor"), registered, position, separation)
+    look = look_number(history, fingerprint, number)
+    separation = check_separation(submission, others.get(history.production))
+    decision = gate.decide(own, predicted.get("production"), predicted.get("anchor"), registered, look, separation)
     decided = dataclasses.asdict(decision) | {
         "split": submission.about["split"],
         "fingerprint": fingerprint,
@@ -127,14 +113,14 @@ def judge(registry: Registry, version: ModelVersion, to: Path) -> Judgement:
         "signer": submission.signer,
         "contents": submission.contents,
         "fingerprint": fingerprint,
-        "look": str(position),
+        "look": str(look),
         "policy": policy.digest(registered),
     }
     return Judgement(decided, submission, fields)
 
 
 def stands(history: History, version: str) -> Step | None:
-    """The decision on a version that counts, unless production, anchor or policy have changed since."""
+    """Return the last decision on a version, unless production, anchor or policy have changed since."""
     step = history.last("judge", version=version)
     if step is None or history.policy is None:
         return None
@@ -143,60 +129,46 @@ def stands(history: History, version: str) -> Step | None:
     return step if (step.production, step.anchor, step.policy) == now else None
 
 
-def look(history: History, fingerprint: str, version: str) -> int:
-    """How many distinct versions a test set had judged when it first judged this one, this one included."""
+def look_number(history: History, fingerprint: str, version: str) -> int:
+    """Return how many versions a test set had judged when it first judged this one, this one included."""
     judged = [step.version for step in history.counting if step.action == "judge" and step.fingerprint == fingerprint]
     return list(dict.fromkeys([*judged, version])).index(version) + 1
 
 
 def digest(decided: dict[str, Any]) -> str:
-    """SHA-256 of a decision as canonical JSON, without its time."""
+    """Return the SHA-256 of a decision as canonical JSON, without its time."""
     timeless = {key: value for key, value in decided.items() if key != "decided_at"}
     text = json.dumps(timeless, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def parse(decided: dict[str, Any]) -> gate.Decision:
-    """A decision from its JSON values."""
+    """Return a decision from its JSON values."""
     rows = [gate.Row(**row | {"answers": [gate.Answer(**each) for each in row["answers"]]}) for row in decided["rows"]]
     kept = {field.name: decided[field.name] for field in dataclasses.fields(gate.Decision)}
     return gate.Decision(**kept | {"rows": rows})
 
 
-def summary(fields: dict[str, str], decided: dict[str, Any]) -> str:
-    """A decision in one line, for the history."""
-    return (
-        f"gate {fields['verdict']} against version {fields['production']}, anchor {fields['anchor']}; look "
-        f"{fields['look']} of {decided['looks']}"
-    )
-
-
 def present(registry: Registry, version: ModelVersion, judgement: Judgement, step: Step, why: str = "") -> None:
-    """Put a decision on its version for people to read: gate.json, tags, description. An approval was of the old one.
+    """Write a decision on its version for people: gate.json, tags, description. An earlier approval is void.
 
-    Done twice, or by two processes, it does the same. The tag `approval` is `pending` first and last: one that arrives
-    in between is of a page that showed another decision.
-
-    Args:
-        registry: The registered model.
-        version: The version.
-        judgement: The decision.
-        step: The step that says so.
-        why: Why it was decided again, for the description.
+    Done twice, or by two processes, it does the same. `step` is the decision's in the history; the description says
+    `why` it was decided again.
     """
     store, number = registry.store, str(version.version)
-    history_.note_rejection(store, version, registry.history, registry.keys)
+    history_.record_rejection(store, version, registry.history, registry.keys)
+    # `pending` first and last: an approval that arrives in between is of a page with another decision.
     history_.tag(store, version, approval="pending", approval_by=NOBODY)
     decided = judgement.decided | {"decided_at": step.at}
     with TemporaryDirectory() as folder:
         file = Path(folder) / "gate.json"
         write_json(decided, file)
-        with history_.allowed("the experiment of the submissions", "write"):
+        with history_.permission_errors("the experiment of the submissions", "write"):
             store.log_model_artifact(str(version.source).removeprefix("models:/"), str(file))
     for key in ("approval_reason", "approval_refused"):
         if key in version.tags:
             store.delete_model_version_tag(version.name, number, key)
-    history_.tag(store, version, **_tags(judgement), **shown(step))
+    history_.tag(store, version, **_tags(judgement), **decision_tags(step))
     submission = judgement.submission
     text = page.text(
         decided | {"reasons": [why, *decided["reasons"]]} if why else decided,
@@ -215,8 +187,8 @@ def present(registry: Registry, version: ModelVersion, judgement: Judgement, ste
 
 
 def policy_difference(submission: Submission, history: History) -> list[str]:
-    """What the submitter's policy says otherwise than the registered one."""
-    registered = policy.registered(history.policy or "")
+    """List the differences of the submitter's policy from the registered one."""
+    registered = policy.registered(history.policy)
     try:
         own = policy.loads((submission.folder / policy.FILE).read_text(encoding="utf-8"), policy.FILE)
     except (OSError, UnicodeDecodeError, policy.PolicyError):
@@ -224,8 +196,8 @@ def policy_difference(submission: Submission, history: History) -> list[str]:
     return policy.difference(registered, own)
 
 
-def shown(step: Step) -> dict[str, str]:
-    """The tags that repeat a decision."""
+def decision_tags(step: Step) -> dict[str, str]:
+    """Return the tags that repeat a decision."""
     return {
         "gate": step.verdict,
         "gate_decided_at": step.at,
@@ -241,7 +213,7 @@ def shown(step: Step) -> dict[str, str]:
 
 def is_shown(version: ModelVersion, step: Step) -> bool:
     """Whether the version's gate.json and tags are those of a decision."""
-    if any(version.tags.get(key) != text for key, text in shown(step).items()):
+    if any(version.tags.get(key) != text for key, text in decision_tags(step).items()):
         return False
     try:
         return digest(json.loads(read_artifact(version, "gate.json"))) == step.decision
@@ -249,11 +221,8 @@ def is_shown(version: ModelVersion, step: Step) -> bool:
         return False
 
 
-def compare(submission: Submission, production: Submission | None) -> dict[str, Any]:
-    """The proof that no test image was in the training data of the candidate or of production.
-
-    A submission without hashes of its images proves nothing.
-    """
+def check_separation(submission: Submission, production: Submission | None) -> dict[str, Any]:
+    """Check by their hashes that no test image was in the training data of the candidate or of production."""
     import pyarrow.parquet as pq
 
     from adfm.evaluation import separation
@@ -279,7 +248,7 @@ def _hashes(file: Path) -> pa.Table | None:
         raise Unfit(str(error)) from error
 
 
-def _rival(registry: Registry, number: str, to: Path) -> Submission:
+def _fetch_other(registry: Registry, number: str, to: Path) -> Submission:
     try:
         return fetch(registry.version(number), to, registry.keys)
     except signing.Unverified as error:
@@ -290,13 +259,13 @@ def _rival(registry: Registry, number: str, to: Path) -> Submission:
         ) from error
 
 
-def _predictions(submission: Submission, role: str, rival: Submission) -> tuple[pd.DataFrame, str] | None:
-    """A rival's predictions on the candidate's test images: its own, else those that came with the candidate."""
-    if rival.protocol() == submission.protocol():
-        return tables.read(rival.predictions), AS_REGISTERED
+def _predictions(submission: Submission, role: str, other: Submission) -> tuple[pd.DataFrame, str] | None:
+    """Another version's predictions on the candidate's test images: its own, or those that came with the candidate."""
+    if other.protocol() == submission.protocol():
+        return tables.read(other.predictions), AS_REGISTERED
     try:
         about = json.loads((submission.folder / "rivals" / "rivals.json").read_text(encoding="utf-8"))[role]
-        if about["manifest"] != rival.manifest:
+        if about["manifest"] != other.manifest:
             return None
         return tables.read(submission.folder / "rivals" / f"{role}.parquet"), str(about["predictions"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -304,19 +273,16 @@ def _predictions(submission: Submission, role: str, rival: Submission) -> tuple[
 
 
 def _tags(judgement: Judgement) -> dict[str, str]:
-    """The tags that say what a version is."""
+    """The tags that describe a version."""
     submission = judgement.submission
     origin, measured, calibration = submission.origin, submission.measured, submission.calibration
     data, base = origin["data"], origin.get("base") or {}
     tags = {
-        "artifact_digest": origin["artifact_digest"],
+        **{key: origin.get(key) for key in ("artifact_digest", "protocol", "git_commit", "git_dirty")},
         "evaluation_digest": file_digest(submission.predictions),
         "test_fingerprint": data["test"],
-        "protocol": origin.get("protocol"),
         "data_fingerprint": data.get("trained_on"),
         "dvc_md5": data.get("dvc_md5"),
-        "git_commit": origin.get("git_commit"),
-        "git_dirty": origin.get("git_dirty"),
         "base_model": base.get("name"),
         "base_revision": base.get("revision"),
         **{name: f"{measured[name]:.4f}" for name in metrics.HEADLINE if measured.get(name) is not None},
@@ -327,6 +293,6 @@ def _tags(judgement: Judgement) -> dict[str, str]:
         limit = "".join(f"{kind} <= {share:g}" for kind, share in calibration.limit.items())
         tags |= {"threshold_limit": limit or "none", "calibration": calibration.method}
         tags |= {calibration_.DIGEST_TAG: file_digest(file)}
-    # What a submitter names a tag must not pass for one of adfm's.
+    # A submitter's tag must not pass for one of adfm's.
     tags |= {key: value for key, value in origin.get("tags", {}).items() if key.startswith(FREE)}
     return {key: str(value) for key, value in tags.items() if value is not None}

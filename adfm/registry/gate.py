@@ -17,13 +17,13 @@ A version passes if every answer is `passed`. docs/gate.md has the formulas, the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
 from adfm import statistics
-from adfm.evaluation.gate_metrics import METRICS, Bound, Floats, Metric
+from adfm.evaluation.gate_metrics import METRICS, Bound, Floats
 from adfm.evaluation.metrics import category_names, listed, samples, without_boxes
 from adfm.registry import tables
 from adfm.registry.policy import Policy
@@ -40,81 +40,47 @@ _DECIMALS = 9  # without rounding, 0.9 - 0.89 is not 0.01
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to one question about one metric.
+    """The answer to one question about one metric."""
 
-    Args:
-        question: `limit`, `production`, `anchor` or `gain`.
-        verdict: `not judged` where there are too few images.
-        bound: The confidence limit of the value or of the loss; for `gain` the p-value. `None` without images.
-        limit: The policy's limit or margin; for `gain` the level.
-        needed: Number of images that would tell, if the measured value is true; `None` if no more are needed, or
-            if no number would do.
-        kind: Which images these are.
-    """
-
-    question: str
-    verdict: Verdict
-    bound: float | None
-    limit: float | None
-    needed: int | None
-    kind: str
+    question: str  # limit, production, anchor or gain
+    verdict: Verdict  # `not judged` where there are too few images
+    bound: float | None  # confidence limit of the value or of the loss; of a gain the p-value; None without images
+    limit: float | None  # the policy's limit or margin; of a gain the level
+    needed: int | None  # images that would tell, if the measured value is true; None if none or no number would
+    kind: str  # which images these are
 
 
 @dataclass(frozen=True)
 class Row:
-    """One metric, over all images or a part of them.
+    """One metric, over all images or a part of them."""
 
-    Args:
-        of: `whole`, `category` or `defect`.
-        name: Name of the category or kind of defect; empty for the whole.
-        metric: Its name in `METRICS`.
-        images: How many images count.
-        candidate: The candidate's value; `None` where no image counts.
-        production: Production's value; `None` if nothing is in production.
-        anchor: The anchor's value; `None` without an anchor.
-        answers: One for each question.
-    """
-
-    of: str
-    name: str
-    metric: str
-    images: int
-    candidate: float | None
-    production: float | None
-    anchor: float | None
+    of: str  # whole, category or defect
+    name: str  # of the category or kind of defect; empty for the whole
+    metric: str  # its name in METRICS
+    images: int  # how many count
+    candidate: float | None  # None where no image counts
+    production: float | None  # None if nothing is in production
+    anchor: float | None  # None without an anchor
     answers: list[Answer]
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The gate's decision with its reasons; `dataclasses.asdict` gives JSON values.
+    """The gate's decision with its reasons; `dataclasses.asdict` gives JSON values."""
 
-    Args:
-        verdict: `passed`; `failed`; `cannot tell`, if nothing failed and an answer is open.
-        headline: Whether accuracy or IoU is better than in production, in words.
-        reasons: What failed, then what cannot be told, then notes.
-        rows: Every metric, of the whole first.
-        changed: Images that candidate and production decide differently: `id`, `category`, `label`, and both answers.
-        images: Number of `normal` and `anomalous` images.
-        level: Level of each answer at this look.
-        look: How many candidates the test images have judged, this one included.
-        looks: The policy's budget of looks.
-        operating_point: `defect_rate`; at it `precision`, and per 10,000 parts `escapes` and `false_calls`, each a list
-            of value, lower and upper limit; missing where a rate cannot be measured.
-        separation: The proof that no test image was trained on, from `adfm.evaluation.separation.compare`.
-    """
-
-    verdict: Verdict
-    headline: str
-    reasons: list[str]
-    rows: list[Row]
-    changed: list[dict[str, Any]]
-    images: dict[str, int]
-    level: float
-    look: int
-    looks: int
+    verdict: str  # passed; failed; `cannot tell`, if nothing failed and an answer is open
+    headline: str  # whether accuracy or IoU is better than in production
+    reasons: list[str]  # what failed, then what cannot be told, then notes
+    rows: list[Row]  # of the whole first
+    changed: list[dict[str, Any]]  # images that candidate and production decide differently, with both answers
+    images: dict[str, int]  # number of `normal` and `anomalous` images
+    level: float  # of each answer at this look
+    look: int  # how many candidates the test images have judged, this one included
+    looks: int  # the policy's budget
+    # `defect_rate`; at it `precision`, and per 10,000 parts `escapes` and `false_calls`, each a list of value, lower
+    # and upper limit; missing where a rate cannot be measured
     operating_point: dict[str, Any]
-    separation: dict[str, Any] | None
+    separation: dict[str, Any] | None  # proof that no test image was trained on (`adfm.evaluation.separation`)
 
     @property
     def passed(self) -> bool:
@@ -177,17 +143,16 @@ def decide(
         )
     if separation is None:
         notes.append("That no test image was trained on is not proved here; `adfm register` proves it.")
-    else:
-        for problem in separation["problems"]:
-            failed.insert(
-                0,
-                f"{len(problem['ids'])} test images were in the training or validation data of the {problem['of']} "
-                f"({problem['kind']}): {listed(problem['ids'])}. Divide the data again, train, and register.",
-            )
-        if not separation["proved"] and not separation["problems"]:
-            unclear.insert(
-                0, "It is not known which images the models were trained on, so that no test image was is not proved."
-            )
+    elif not separation["proved"] and not separation["problems"]:
+        unclear.insert(
+            0, "It is not known which images the models were trained on, so that no test image was is not proved."
+        )
+    for problem in separation["problems"] if separation else []:
+        failed.insert(
+            0,
+            f"{len(problem['ids'])} test images were in the training or validation data of the {problem['of']} "
+            f"({problem['kind']}): {listed(problem['ids'])}. Divide the data again, train, and register.",
+        )
     if without := without_boxes(first):
         notes.append(
             f"{without} of {int((first['label'] == 'anomalous').sum())} anomalous images have no boxes; they are left "
@@ -325,26 +290,20 @@ class _Judge:
 
     def row(self, of: str, name: str, metric: str, where: NDArray[np.bool_], bound: Bound, certain: float) -> Row:
         """Judge a metric over the images `where`; `certain` is the level at which a failure counts."""
-        entry = METRICS[metric]
         counting = where & ~np.isnan(self.values["candidate"][metric])
-        images = int(counting.sum())
+        images, enough = int(counting.sum()), self.policy.enough
         means = {model: _mean(values[metric][counting]) for model, values in self.values.items()}
         answers = []
         if bound.limit is not None:
-            values, group = self.values["candidate"][metric][counting], self.groups(counting)
-            answers.append(self.limit_answer(entry, values, group, bound.limit, certain))
+            answers.append(self.limit_answer(metric, counting, bound.limit, certain))
         # The anchor as well: small losses against each production in turn would add up.
         for baseline in ("production", "anchor"):
             if baseline in self.values and bound.margin is not None:
-                loss, group = self.loss(metric, baseline, counting)
-                answers.append(self.loss_answer(entry, baseline, loss, group, bound.margin, certain))
-        enough = self.policy.enough
+                answers.append(self.loss_answer(metric, baseline, counting, bound.margin, certain))
         if of != "whole" and images < enough:
             answers = [
-                answer
-                if answer.verdict == "failed"
-                else Answer(answer.question, "not judged", answer.bound, answer.limit, enough, answer.kind)
-                for answer in answers
+                each if each.verdict == "failed" else replace(each, verdict="not judged", needed=enough)
+                for each in answers
             ]
         return Row(of, name, metric, images, means["candidate"], means.get("production"), means.get("anchor"), answers)
 
@@ -362,14 +321,13 @@ class _Judge:
         spread = float(loss.std())
         return max(len(loss) + 1, statistics.images_for_loss(spread, margin, level, self.policy.power))
 
-    def limit_answer(
-        self, entry: Metric, values: Floats, group: NDArray[np.int64] | None, limit: float, certain: float
-    ) -> Answer:
+    def limit_answer(self, metric: str, where: NDArray[np.bool_], limit: float, certain: float) -> Answer:
         """Whether the value is on the good side of its limit."""
+        entry, group, power = METRICS[metric], self.groups(where), self.policy.power
+        values = self.values["candidate"][metric][where]
         # As a cost, which is to be small, both directions take the same formulas.
         cost, most = (1 - values, 1 - limit) if entry.higher else (values, limit)
         at_most = statistics.rate_at_most if entry.binary else statistics.mean_at_most
-        power = self.policy.power
         if not len(cost):
             needed = statistics.images_for_rate(0.0, most, self.level, power)
             return Answer("limit", "cannot tell", None, limit, needed, entry.over)
@@ -387,15 +345,10 @@ class _Judge:
         return Answer("limit", verdict, 1 - upper if entry.higher else upper, limit, needed, entry.over)
 
     def loss_answer(
-        self,
-        entry: Metric,
-        baseline: str,
-        loss: Floats,
-        group: NDArray[np.int64] | None,
-        margin: float,
-        certain: float,
+        self, metric: str, baseline: str, where: NDArray[np.bool_], margin: float, certain: float
     ) -> Answer:
         """Whether the candidate is worse than a baseline by less than the margin."""
+        entry, (loss, group) = METRICS[metric], self.loss(metric, baseline, where)
         if not len(loss):
             return Answer(baseline, "cannot tell", None, margin, None, entry.over)
         upper = statistics.loss_at_most(loss, self.level, group, entry.binary)

@@ -1,13 +1,8 @@
 """The signed history of a model: every decision, move of production and change of policy, by whom and why.
 
-Each step is a version of the registered model `<model>-history`, its fields in tags. MLflow gives every version the
-next number once, whoever asks, writes its tags with it, and does not use a number again: steps have one order, which is
-the same for all readers. The times are the server's.
-
-A step is signed by the service's key and names, in `before`, the digest of the step that it follows. Of two that follow
-the same one, the first counts and the other is void, for every reader alike: MLflow cannot compare and swap an alias,
-so production is what the history says, and the aliases follow it. No lock is held while files are checked, and a
-process that dies leaves none behind. Readers pass over steps without a valid signature; `adfm audit` lists them.
+Each step is a version of the registered model `<model>-history`, its fields in tags. It is signed by the service's key
+and names, in `before`, the digest of the step that it follows. Production is what the history says, and the aliases
+follow it. Readers pass over steps without a valid signature; `adfm audit` lists them.
 """
 
 from __future__ import annotations
@@ -25,27 +20,20 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from adfm import signing
-from adfm.errors import AdfmError
+from adfm.errors import AdfmError, Unusable
 from adfm.registry.alerts import alert
-from adfm.text import printable
+from adfm.text import aligned, printable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
     from adfm.signing import Keys
 
-NOBODY = "none"
-"""Stands for a version where there is none."""
-
-MOVES = ("promote", "rollback", "restore", "lost")
-"""Actions that say which version is in production."""
-
-NOTES = ("refuse", "reject")
-"""Actions on which nothing else depends."""
-
-LONGEST = 2000
-"""Characters of a reason that are kept."""
+NOBODY = "none"  # in the place of a version, where there is none
+MOVES = ("promote", "rollback", "restore", "lost")  # actions that say which version is in production
+NOTES = ("refuse", "reject")  # actions on which nothing else depends
+LONGEST = 2000  # characters of a reason that are kept
 
 _ABOUT = (
     "Who was in production, when and why: one version a step, which `adfm registry log` prints and `adfm audit` "
@@ -54,81 +42,51 @@ _ABOUT = (
 _SOURCE = "adfm:/history"  # there are no files; MLflow wants an address
 # What MLflow answers when others were faster: after its own three tries, or in the words of SQLite, PostgreSQL, MySQL.
 _TAKEN = ("Giving up after", "IntegrityError", "UniqueViolation", "Duplicate entry", "database is locked")
-_PATIENCE = 60  # seconds to go on, when many write at once
+_PATIENCE = 60  # seconds of retries, when many write at once
 
 
-class BrokenHistory(AdfmError):
-    """Steps of the history are missing or unconfirmed: nothing may move until a person has looked."""
-
-    exit_code = 2
+class BrokenHistory(Unusable):
+    """Steps of the history are missing or unconfirmed: nothing may move until a person has checked it."""
 
 
-class Forbidden(AdfmError):
+class Forbidden(Unusable):
     """MLflow denies the account what adfm needs."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True)
 class Step:
     """One step of the history. All but the last four fields are signed.
 
-    Args:
-        action: `judge`: the gate decided; `policy`: a policy was registered; `promote`; `rollback`; `reject`: a
-            reviewer turned the version down; `refuse`: adfm did; `anchor`: a reviewer moved the anchor; `keys`: the
-            service's key was replaced; `restore`: an alias had been moved by hand and was put back; `lost`: the version
-            in production was deleted.
-        version: The version that the step is about; `none` if there is none.
-        production: After a move the version in production; of a judgement, the one that it compared with.
-        previous: The version to which a rollback returns after a move; `none` if there is none.
-        replaced: The version that was in production before a move; `none` if there was none.
-        anchor: The anchor from this step on; of a judgement, the one that it compared with.
-        by: Who, or what, took the step.
-        why: The reason.
-        approval_by: Who approved, as the version's tag `approval_by` has it.
-        decision: Digest of the gate's decision.
-        verdict: Its verdict.
-        manifest: Digest of the signed list of the version's files.
-        submission: Id of the logged model that was submitted.
-        submitted_by: Who submitted it.
-        signer: Id of the key that signed the version.
-        contents: Digests of model, judged predictions and test images: tells one candidate from another.
-        fingerprint: Fingerprint of the test set.
-        look: How many versions the test set had judged, this one included.
-        policy: Digest of the policy; of a step `policy`, the policy's text.
-        before: Digest of the step that it follows; empty for the first.
-        mark: Tells the step from another with the same content.
-        number: Its place.
-        at: When it was written, by the tracking server's clock: UTC, ISO 8601.
-        finished: Whether aliases and tags were seen to agree with it.
-        void: Whether another step came first, so that this one does not count.
+    Actions: `judge`: the gate decided. `policy`: a policy was registered. `promote`, `rollback`. `reject`: a reviewer
+    turned the version down; `refuse`: adfm did. `anchor`: a reviewer moved the anchor. `keys`: the service's key was
+    replaced. `restore`: an alias was moved by hand and was put back. `lost`: the version in production was deleted.
     """
 
     action: str
-    version: str
-    production: str = ""
-    previous: str = ""
-    replaced: str = ""
-    anchor: str = ""
+    version: str  # what the step is about; `none` if it is not about a version
+    production: str = ""  # in production after a move; of a judgement, what it compared with
+    previous: str = ""  # what a rollback after this move returns to
+    replaced: str = ""  # in production before a move
+    anchor: str = ""  # from this step on; of a judgement, what it compared with
     by: str = ""
     why: str = ""
-    approval_by: str = ""
-    decision: str = ""
+    approval_by: str = ""  # the version's tag of this name
+    decision: str = ""  # digest of the gate's decision
     verdict: str = ""
-    manifest: str = ""
-    submission: str = ""
+    manifest: str = ""  # digest of the signed list of the version's files
+    submission: str = ""  # id of the logged model that was submitted
     submitted_by: str = ""
-    signer: str = ""
-    contents: str = ""
-    fingerprint: str = ""
-    look: str = ""
-    policy: str = ""
-    before: str = ""
-    mark: str = ""
-    number: int = 0
-    at: str = ""
-    finished: bool = False
-    void: bool = False
+    signer: str = ""  # id of the key that signed the version
+    contents: str = ""  # digests of model, judged predictions and test images: tell one candidate from another
+    fingerprint: str = ""  # of the test set
+    look: str = ""  # how many versions the test set had judged, this one included
+    policy: str = ""  # digest of the policy; of a step `policy`, its text
+    before: str = ""  # digest of the step that it follows; empty for the first
+    mark: str = ""  # tells the step from another with the same content
+    number: int = 0  # its place
+    at: str = ""  # by the tracking server's clock: UTC, ISO 8601
+    finished: bool = False  # whether aliases and tags were seen to agree with it
+    void: bool = False  # whether another step came first, so that this one does not count
 
 
 _SIGNED = [field.name for field in fields(Step) if field.name not in ("number", "at", "finished", "void")]
@@ -136,17 +94,11 @@ _SIGNED = [field.name for field in fields(Step) if field.name not in ("number", 
 
 @dataclass(frozen=True)
 class History:
-    """The history as one reader sees it.
+    """The history as one reader sees it."""
 
-    Args:
-        steps: Those that count and those that are void, oldest first.
-        head: Digest of the last one that counts; empty if there is none.
-        ignored: Numbers of versions that are no steps, and why.
-    """
-
-    steps: list[Step]
-    head: str
-    ignored: dict[int, str]
+    steps: list[Step]  # also those that are void, oldest first
+    head: str  # digest of the last one that counts; empty without any
+    ignored: dict[int, str]  # numbers of versions that are not steps, and why
 
     @cached_property
     def counting(self) -> list[Step]:
@@ -155,7 +107,7 @@ class History:
 
     @property
     def move(self) -> Step | None:
-        """The move that says who is in production."""
+        """The last move, which says who is in production."""
         return self.last(*MOVES)
 
     @property
@@ -176,16 +128,9 @@ class History:
 
     def last(self, *actions: str, version: str | None = None) -> Step | None:
         """The last step with one of these actions, about this version if one is given."""
-        return next(
-            (s for s in reversed(self.counting) if s.action in actions and version in (None, s.version)),
-            None,
-        )
+        return next((s for s in reversed(self.counting) if s.action in actions and version in (None, s.version)), None)
 
-    def was_in_production(self, version: str) -> bool:
-        """Whether a version was ever in production."""
-        return self.was_brought_by(version) is not None
-
-    def was_brought_by(self, version: str) -> Step | None:
+    def move_to(self, version: str) -> Step | None:
         """The last move that brought a version into production, or put it back."""
         return next((s for s in reversed(self.counting) if s.action in MOVES and s.production == version), None)
 
@@ -195,35 +140,38 @@ class History:
 
 
 def read(store: MlflowClient, name: str, keys: Keys) -> History:
-    """The history of model `name`.
+    """Read and verify the history of model `name`.
 
-    Args:
-        store: MLflow's client.
-        name: Name of the model.
-        keys: Keys of the service count. Steps by a retired one count where a step by another follows them.
+    Steps by a key of the service count, and steps by a retired one where a step by another follows them.
 
     Raises:
         BrokenHistory: Steps are missing, or the last ones are by a retired key and none by another follows.
         Forbidden: The account may not read it.
     """
-    head = _head(store, name)  # first: a step that is written meanwhile is not missing then
-    if head is None:
+    # First the head: a step that is written meanwhile is not missing then.
+    model = registered_model(store, _name(name))
+    if model is None:
         return History([], "", {})
-    read_ = _Chain(name, keys)
-    for version in sorted(versions(store, _name(name)), key=lambda version: int(version.version)):
-        read_.add(version)
-    return read_.whole(head)
+    chain = _Chain(name, keys)
+    for version in sorted(versions(_name(name)), key=lambda version: int(version.version)):
+        chain.add(version)
+    return chain.whole(str(model.tags.get("head", "")))
 
 
 class _Chain:
-    """Puts the steps together as they come, oldest first."""
+    """Put the steps together as they come, oldest first.
+
+    Of two that follow the same one, the first counts and the other is void, for every reader alike: MLflow gives every
+    version the next number once, writes its tags with it, and does not use a number again.
+    """
 
     def __init__(self, name: str, keys: Keys) -> None:
         self._name, self._keys = name, keys
         self._steps: list[Step] = []
         self._ignored: dict[int, str] = {}
         self._digests: list[str] = [""]  # of the steps that count
-        # Steps by retired keys since the last one that counts: (step, digest). They count once another follows them.
+        # Steps by retired keys since the last one that counts: (step, digest). They count once one by another key
+        # follows them, so that what a retired key signs from then on moves nothing.
         self._tail: list[tuple[Step, str]] = []
         self._confirmed = False  # whether a step by a key that is not retired is there
         self._strangers = False  # whether a key that is not known has signed a step
@@ -302,22 +250,14 @@ class _Chain:
 def append(
     store: MlflowClient, name: str, keys: Keys, seen: History, action: str, version: str, **content: str
 ) -> Step:
-    """Signs and writes a step.
-
-    Args:
-        store: MLflow's client.
-        name: Name of the model.
-        keys: The own key must be one of the service.
-        seen: The history that the step was decided on.
-        action: See `Step`.
-        version: The version that it is about.
-        content: Further fields of `Step`.
+    """Sign and write a step, with further fields of `Step`, that was decided on the history `seen`.
 
     Returns:
-        The step as the history now has it. It is `void` if a step that matters to it came first; look again then. One
-        that came after mere `NOTES`, or is one, is written again instead.
+        The step as the history now has it. It is `void` if a step that matters to it came first; read the history again
+        then. One that came after `NOTES` only, or is one, is written again instead.
 
     Raises:
+        BadKey: The own key is not one of the service.
         Forbidden: The account may not write it.
     """
     texts = {"action": action, "version": version[:100] or NOBODY}
@@ -329,12 +269,17 @@ def append(
     while True:
         texts |= {"before": seen.head, "mark": uuid.uuid4().hex}
         signature = {"key": keys.id, "signature": signing.sign_text(_text(name, texts), keys)}
-        _write(store, name, {key: text for key, text in texts.items() if text} | signature, words)
-        # An answer that was lost on its way is asked for again by MLflow's client: the first of the two counts.
+        tags = {key: text for key, text in texts.items() if text} | signature
+        with permission_errors(_name(name), "write"):
+            make_model(store, _name(name), _ABOUT)
+            # MLflow cannot compare and swap an alias. A new version takes no lock that a process could die with.
+            retry_on_conflict(partial(store.create_model_version, _name(name), _SOURCE, tags=tags, description=words))
+        # MLflow's client repeats a request whose reply was lost: the first of the two versions counts.
         now = read(store, name, keys)
         step = next(step for step in now.steps if step.mark == texts["mark"])
         if not step.void:
-            insist(partial(store.set_registered_model_tag, _name(name), "head", f"{step.number} {_digest(name, step)}"))
+            head = f"{step.number} {_digest(name, step)}"
+            retry_on_conflict(partial(store.set_registered_model_tag, _name(name), "head", head))
             return step
         if action not in NOTES and any(each.action not in NOTES for each in now.since(seen)):
             return step
@@ -343,23 +288,7 @@ def append(
         seen = now
 
 
-def _write(store: MlflowClient, name: str, tags: dict[str, str], words: str) -> None:
-    from mlflow.exceptions import MlflowException
-
-    def write() -> None:
-        store.create_model_version(_name(name), _SOURCE, tags=tags, description=words)
-
-    with allowed(_name(name), "write"):
-        try:
-            insist(write)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            create_model(store, _name(name), _ABOUT)
-            insist(write)
-
-
-def insist(write: Callable[[], object]) -> None:
+def retry_on_conflict(write: Callable[[], object]) -> None:
     """Retry a write on conflict with others, with random pauses, for up to 60 s."""
     from mlflow.exceptions import MlflowException
 
@@ -375,16 +304,14 @@ def insist(write: Callable[[], object]) -> None:
 
 
 @contextmanager
-def allowed(what: str, do: str = "read") -> Iterator[None]:
-    """Turn MLflow's refusal of the account into an error that says what to do.
-
-    MLflow's basic-auth refuses accounts other than an administrator's where a registered model is missing, too.
-    """
+def permission_errors(what: str, do: str = "read") -> Iterator[None]:
+    """Turn MLflow's refusal of the account in the block into an error that says what to do."""
     from mlflow.exceptions import MlflowException
 
     try:
         yield
     except MlflowException as error:
+        # MLflow's basic-auth also denies accounts other than an administrator's what does not exist.
         if error.error_code != "PERMISSION_DENIED":
             raise
         raise Forbidden(
@@ -395,19 +322,15 @@ def allowed(what: str, do: str = "read") -> Iterator[None]:
 
 
 def tag(store: MlflowClient, version: ModelVersion, **tags: str) -> None:
-    """Sets tags of a version."""
+    """Set tags of a version."""
     for key, value in tags.items():
-        insist(partial(store.set_model_version_tag, version.name, str(version.version), key, value))
+        retry_on_conflict(partial(store.set_model_version_tag, version.name, str(version.version), key, value))
 
 
-def note_rejection(store: MlflowClient, version: ModelVersion, history: History, keys: Keys) -> None:
-    """Writes down that the version's tag `approval` is `rejected`, if it is and the history does not have it.
+def record_rejection(store: MlflowClient, version: ModelVersion, history: History, keys: Keys) -> None:
+    """Write down that the version's tag `approval` is `rejected`, if it is and the history does not have it.
 
-    Args:
-        store: MLflow's client.
-        version: A version with its tags; `approval_reason` and `approval_by` are kept with the rejection.
-        history: The history of its model.
-        keys: The own key is one of the service.
+    The tags `approval_reason` and `approval_by` are kept with the rejection.
     """
     if version.tags.get("approval") != "rejected":
         return
@@ -426,12 +349,12 @@ def note_rejection(store: MlflowClient, version: ModelVersion, history: History,
 
 
 def finish(store: MlflowClient, name: str, step: Step) -> None:
-    """Notes that aliases and tags agree with a step."""
-    insist(lambda: store.set_model_version_tag(_name(name), str(step.number), "finished", "true"))
+    """Mark a step as finished: aliases and tags agree with it."""
+    retry_on_conflict(partial(store.set_model_version_tag, _name(name), str(step.number), "finished", "true"))
 
 
 def table(history: History) -> str:
-    """The history as text: a line a step, with those that were deleted or do not count."""
+    """Format the history as text: one line per step, with those that were deleted or do not count."""
     rows = [("step", "at (UTC)", "what", "version", "in place of", "by", "why")]
     steps = {step.number: step for step in history.steps}
     for number in range(1, max((*steps, *history.ignored), default=0) + 1):
@@ -444,28 +367,43 @@ def table(history: History) -> str:
             at = step.at.removesuffix("+00:00").replace("T", " ")
             replaced = step.replaced if step.action in MOVES else ""
             rows.append((str(number), at, step.action + state, step.version, replaced, step.by, why))
-        elif number in history.ignored:
-            rows.append((str(number), "", "ignored", "", "", "", history.ignored[number]))
         else:
-            rows.append((str(number), "", "deleted", "", "", "", ""))
-    cells = [[" ".join(printable(cell).split()) for cell in row] for row in rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(6)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[6]]).rstrip()
-        for row in cells
-    )
+            what = "ignored" if number in history.ignored else "deleted"
+            rows.append((str(number), "", what, "", "", "", history.ignored.get(number, "")))
+    return "\n".join(aligned([[" ".join(printable(cell).split()) for cell in row] for row in rows]))
 
 
-def versions(store: MlflowClient, registered: str) -> list[ModelVersion]:
-    """All versions of a registered model, in no order; none if there is no such model."""
-    result: list[ModelVersion] = []
-    token = None
-    while True:
-        page = store.search_model_versions(f"name = '{registered}'", max_results=1000, page_token=token)
-        result += page
-        token = page.token
-        if not token:
-            return result
+def versions(registered: str) -> list[ModelVersion]:
+    """Return all versions of a registered model, in no order; none if it does not exist."""
+    import mlflow
+
+    return list(mlflow.search_model_versions(filter_string=f"name = '{registered}'"))
+
+
+def registered_model(store: MlflowClient, name: str) -> RegisteredModel | None:
+    """Return a registered model; `None` if it does not exist."""
+    with permission_errors(name), suppress_error("RESOURCE_DOES_NOT_EXIST"):
+        return store.get_registered_model(name)
+    return None
+
+
+def make_model(store: MlflowClient, name: str, description: str | None = None) -> None:
+    """Create a registered model unless it exists."""
+    if registered_model(store, name) is None:
+        with suppress_error("RESOURCE_ALREADY_EXISTS"):  # another process has made it meanwhile
+            store.create_registered_model(name, description=description)
+
+
+@contextmanager
+def suppress_error(code: str) -> Iterator[None]:
+    """Suppress MLflow's errors of one code in the block."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != code:
+            raise
 
 
 def _text(name: str, texts: dict[str, str]) -> str:
@@ -480,27 +418,3 @@ def _digest(name: str, step: Step) -> str:
 
 def _name(name: str) -> str:
     return f"{name}-history"
-
-
-def _head(store: MlflowClient, name: str) -> str | None:
-    """Number and digest of the last step, as its writer noted them; `None` if there is no history."""
-    from mlflow.exceptions import MlflowException
-
-    with allowed(_name(name)):
-        try:
-            return str(store.get_registered_model(_name(name)).tags.get("head", ""))
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return None
-
-
-def create_model(store: MlflowClient, name: str, description: str | None = None) -> None:
-    """Make a registered model, unless somebody else has made it meanwhile."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        store.create_registered_model(name, description=description)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise

@@ -1,4 +1,4 @@
-"""What ties data, run and version together: everything that is needed to make a version again, or to tell it apart."""
+"""Lineage: the data, code, libraries and settings that a version was made from."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from adfm.params import Params
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-_CONFLICT = re.compile(r"^(<{7}|\|{7}|={7}|>{7})( |$)", re.MULTILINE)
+_CONFLICT = re.compile(r"^(<{7}|\|{7}|={7}|>{7})( |$)", re.MULTILINE)  # Git's conflict markers
 
 
 def lineage(model: Path, shards: Path, params: Params, run: Run | None) -> dict[str, Any]:
-    """The lineage of a trained model, as JSON values.
+    """Return the lineage of a trained model, as JSON values.
 
     Args:
         model: Folder that training wrote.
@@ -33,9 +33,9 @@ def lineage(model: Path, shards: Path, params: Params, run: Run | None) -> dict[
 
     Returns:
         `artifact_digest`; `base` (`name`, `revision`); `data` with `trained_on` and `judged_on` (fingerprints of all
-        shards), `test` (fingerprint of the split that the evaluation looked at) and `dvc_md5` (of the shards trained
-        on, if they are still those in `shards`); `git_commit`, `git_dirty`; `libraries`; `trained_with`, `judged_with`
-        (settings); `training_run`. What is not known is `None`.
+        shards), `test` (fingerprint of the evaluated split) and `dvc_md5` (of the shards trained on, if they are still
+        those in `shards`); `git_commit`, `git_dirty`; `libraries`; `trained_with`, `judged_with` (settings);
+        `training_run`. What is not known is `None`.
     """
     description = model_folder.describe(model) or {}
     trained_on, judged_on = description.get("data_fingerprint"), shards_.fingerprint(shards)
@@ -61,13 +61,12 @@ def lineage(model: Path, shards: Path, params: Params, run: Run | None) -> dict[
 
 
 def dvc_md5(folder: Path) -> str | None:
-    """The hash under which DVC keeps `folder`, from the `dvc.lock` that lists it; `None` if no such file does.
+    """Return the hash under which DVC keeps a folder, from the `dvc.lock` that lists it; `None` if there is none.
 
-    An entry whose size or number of files are not the folder's is of an earlier state, and counts for nothing. So does
-    one without a hash. Where there is a file and no entry that counts, that is printed.
+    Where a `dvc.lock` does not list the folder as it is, that is printed.
 
     Raises:
-        AdfmError: The file is not what DVC writes: it was cut off, or holds a conflict that nobody has resolved.
+        AdfmError: The file is not what DVC writes: it was cut off, or has a conflict that nobody has resolved.
     """
     folder = folder.resolve()
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -75,6 +74,7 @@ def dvc_md5(folder: Path) -> str | None:
     locks = [lock for parent in folder.parents if (lock := parent / "dvc.lock").is_file()]
     for lock in locks:
         for out in _outs(lock):
+            # An entry with another size or number of files is of an earlier state of the folder.
             if (lock.parent / out["path"]).resolve() == folder and (out.get("nfiles"), out.get("size")) == now:
                 return str(out["md5"])
     if locks:
@@ -86,14 +86,12 @@ def dvc_md5(folder: Path) -> str | None:
 
 
 def _outs(lock: Path) -> Iterator[dict[str, Any]]:
-    """The outputs in a `dvc.lock` that have a path and a hash.
-
-    DVC commits a stage when it has ended: of one that was interrupted there is no entry, or one without a hash.
-    """
+    """Yield the outputs in a `dvc.lock` that have a path and a hash."""
     stages = _read(lock).get("stages")
     for stage in stages.values() if isinstance(stages, dict) else ():
         outs = stage.get("outs") if isinstance(stage, dict) else None
         for out in outs if isinstance(outs, list) else ():
+            # DVC commits a stage when it has ended: an interrupted one has no entry, or one without a hash.
             if isinstance(out, dict) and isinstance(out.get("path"), str) and out.get("md5"):
                 yield out
 

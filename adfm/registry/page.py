@@ -1,4 +1,4 @@
-"""The gate's decision for people: a version's description in MLflow (Markdown), and one screen of a terminal."""
+"""Format the gate's decision: a version's description in MLflow (Markdown), and one screen of a terminal."""
 
 from __future__ import annotations
 
@@ -14,19 +14,14 @@ from adfm.evaluation import references
 from adfm.evaluation.calibration import Calibration
 from adfm.evaluation.plots import TITLES
 from adfm.registry import gate
-from adfm.text import markdown, printable
+from adfm.text import aligned, markdown, printable
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-LONGEST = 5000
-"""Characters of a description: the width of its column in MLflow's SQL schema."""
-
-LINES, WIDTH = 24, 100
-"""The screen that `screen` fits."""
-
-REPORT = "evaluation/report/report.html"
-"""Artifact of the run `evaluate`."""
+LONGEST = 5000  # characters of a description: the width of its column in MLflow's SQL schema
+LINES, WIDTH = 24, 100  # of a terminal
+REPORT = "evaluation/report/report.html"  # artifact of the run `evaluate`
 
 _MOST_REASONS = 6
 _MOST_PARTS = 6
@@ -48,25 +43,15 @@ _CHANGES = {
 
 @dataclass
 class _Block:
-    """A part of the description. The blocks that matter least lose their last lines first, if all are too long.
+    """A part of the description. If all are too long, those that matter least lose their last lines first."""
 
-    Args:
-        name: What its lines are, for the note on what was left out; empty: they always stay.
-        matters: Its rank: the lowest is shortened first.
-        lines: Sentences, rows of a table or items of a list, each whole.
-        head: Stands before the first line: a sentence, or a table's header.
-        most: Lines that are shown even where there is room for more.
-        separator: Between the lines.
-        caption: Stands below a table, which MLflow draws without a space after it.
-    """
-
-    name: str
-    matters: int
-    lines: list[str]
-    head: str = ""
-    most: int | None = None
+    name: str  # of its lines, for the note on what was left out; empty: they always stay
+    matters: int  # rank: the lowest is shortened first
+    lines: list[str]  # sentences, rows of a table or items of a list, each whole
+    head: str = ""  # before the first line: a sentence, or a table's header
+    most: int | None = None  # lines that are included even where there is room for more
     separator: str = "\n"
-    caption: str = ""
+    caption: str = ""  # below a table, which MLflow draws without a space after it
     left_out: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -88,7 +73,7 @@ def text(
     trained_by: Run | None = None,
     compared: Mapping[str, Any] | None = None,
 ) -> str:
-    """The description of a version, in Markdown: the decision, what it rests on, and how to approve.
+    """Return the description of a version in Markdown: the decision, its reasons, and how to approve.
 
     What does not fit is left out by whole sentences and rows, the least important first; the text says so.
 
@@ -99,7 +84,7 @@ def text(
         calibration: The version's calibration.
         version: Its number.
         evaluated_by: The run that evaluated it; `None` if MLflow does not have it.
-        policy_difference: What the submitter's policy says otherwise than the registered one.
+        policy_difference: Differences of the submitter's policy from the registered one.
         trained_by: The run that trained it; `None` if MLflow does not have it.
         compared: The evaluation's `references.json`; the gate does not judge by it.
 
@@ -111,6 +96,7 @@ def text(
     reasons = _Block("reasons", 7, [f"- {markdown(reason)}" for reason in _reasons(decided)], most=_MOST_REASONS)
     passed = decided["verdict"] == "passed"
     facts = [*_facts(decided), markdown(calibration.summary)]
+    differences = [f"- {markdown(line)}" for line in policy_difference]
     blocks = [
         # The list of versions shows the beginning, as plain text.
         _Block("", 99, [f"Gate: {decided['verdict']}."]),
@@ -129,7 +115,7 @@ def text(
             _heading("What the decision rests on"),
         ),
         *_changed(decided),
-        _Block("differences of the policy", 5, [f"- {markdown(line)}" for line in policy_difference], _POLICY),
+        _Block("differences of the policy", 5, differences, _POLICY),
         *_references(compared or {"rows": {}, "sentence": ""}),
         _Block("sentence on the origin", 2, [_origin(origin)], _heading("Origin")),
         _Block("further metrics", 1, _besides(measured, compared)),
@@ -138,19 +124,19 @@ def text(
 
 
 def screen(decided: dict[str, Any], version: str = "", verdict: Sequence[tuple[int, str]] = ()) -> str:
-    """The decision on one screen: verdict, headline, the table of the whole, what is open, and the next commands.
+    """Return the decision on one screen: verdict, headline, table, what is open, and the next commands.
 
     Args:
         decided: The decision as JSON values.
         version: Number of the version; empty for predictions that are not registered.
-        verdict: The evaluation's verdict, as `references.brief` gives it; those of a high rank are left out first.
+        verdict: Ranked sentences from `references.brief`; those of a high rank are left out first.
 
     Returns:
         At most `LINES - 1` lines of at most `WIDTH` characters, so that a prompt fits below.
     """
     title = f"version {version}: gate {decided['verdict']}" if version else f"gate {decided['verdict']}"
     above = [title, *_wrapped(decided["headline"]), *_wrapped(_circumstances(decided)), ""]
-    above += [*_aligned(decided), ""]
+    above += [*_whole(decided), ""]
     below = ["", *(line for sentence in _commands(decided, version) for line in _wrapped(sentence))]
     room = LINES - 1 - len(above) - len(below)
     lines: list[str] = []
@@ -169,7 +155,7 @@ def screen(decided: dict[str, Any], version: str = "", verdict: Sequence[tuple[i
 
 
 def _chosen(verdict: Sequence[tuple[int, str]], room: int) -> list[str]:
-    """The sentences of the lowest rank that fit into so many lines of the screen, in their order."""
+    """Choose the sentences of the lowest rank that fit into so many lines, and keep their order."""
     lines = [_wrapped(sentence, "  ") for _, sentence in verdict]
     chosen = set()
     for place in sorted(range(len(lines)), key=lambda place: verdict[place][0]):
@@ -184,14 +170,14 @@ def _reasons(decided: dict[str, Any]) -> list[str]:
 
 
 def _circumstances(decided: dict[str, Any]) -> str:
-    """What was judged, against what, and what would tell where that is open."""
+    """Say on which images, and against which versions, the gate judged, and what would tell where that is open."""
     kinds = " and ".join(f"{count:,} {label}" for label, count in decided["images"].items())
-    rivals = [
-        f"version {decided[f'{rival}_version']} {words}"
-        for rival, words in (("production", "in production"), ("anchor", "(the anchor)"))
-        if decided.get(f"{rival}_version")
+    compared = [
+        f"version {decided[f'{role}_version']} {words}"
+        for role, words in (("production", "in production"), ("anchor", "(the anchor)"))
+        if decided.get(f"{role}_version")
     ]
-    against = f", against {' and '.join(rivals)}" if rivals else ""
+    against = f", against {' and '.join(compared)}" if compared else ""
     split = f" of the {decided['split']} split" if decided.get("split") else ""
     return " ".join([f"Judged on {kinds} images{split}{against}.", *_needed(decided)])
 
@@ -218,49 +204,34 @@ def _needed(decided: dict[str, Any]) -> list[str]:
 
 def _facts(decided: dict[str, Any]) -> list[str]:
     """Operating point, looks and separation, a sentence each."""
-    return [*_operating_point(decided["operating_point"]), _looks(decided), _separation(decided["separation"])]
-
-
-def _operating_point(point: dict[str, Any]) -> list[str]:
-    """Escapes, false calls and precision at the plant's share of defects, each as value, lower and upper limit."""
-    if not {"escapes", "false_calls", "precision"} <= point.keys():
-        return []
-    (escapes, *_, most_escapes), (calls, *_, most_calls) = point["escapes"], point["false_calls"]
-    precision, least, _ = point["precision"]
-    return [
-        f"**On the line**, where {point['defect_rate']:.2%} of the parts are defective, {escapes:,.0f} of 10,000 parts "
-        f"are escapes (at most {most_escapes:,.0f}) and {calls:,.0f} are false calls (at most {most_calls:,.0f}); "
-        f"{precision:.0%} of the flagged parts are defective (at least {least:.0%})."
-    ]
-
-
-def _looks(decided: dict[str, Any]) -> str:
-    return (
+    facts, point, separation = [], decided["operating_point"], decided["separation"]
+    if {"escapes", "false_calls", "precision"} <= point.keys():
+        (escapes, *_, most_escapes), (calls, *_, most_calls) = point["escapes"], point["false_calls"]
+        precision, least, _ = point["precision"]
+        facts.append(
+            f"**On the line**, where {point['defect_rate']:.2%} of the parts are defective, {escapes:,.0f} of 10,000 "
+            f"parts are escapes (at most {most_escapes:,.0f}) and {calls:,.0f} are false calls (at most "
+            f"{most_calls:,.0f}); {precision:.0%} of the flagged parts are defective (at least {least:.0%})."
+        )
+    facts.append(
         f"**Looks**: this is candidate {decided['look']} of the {decided['looks']} that this test set may judge; the "
         f"level of this look is {decided['level']:.2g}."
     )
-
-
-def _separation(separation: dict[str, Any] | None) -> str:
-    if separation is None:
-        return "**Separation** of test and training images is not proved."
+    if separation and separation["problems"]:
+        images = len({key for problem in separation["problems"] for key in problem["ids"]})
+        return [*facts, f"**Separation failed**: {images:,} test images were in the training or validation data."]
+    if separation is None or not separation["proved"]:
+        return [*facts, "**Separation** of test and training images is not proved."]
     against = " and ".join(
         f"{images:,} of {'the ' * (name == 'candidate')}{markdown(name)}"
         for name, images in separation["against"].items()
     )
-    if separation["problems"]:
-        images = len({key for problem in separation["problems"] for key in problem["ids"]})
-        return f"**Separation failed**: {images:,} test images were in the training or validation data."
-    if not separation["proved"]:
-        return "**Separation** of test and training images is not proved."
-    return (
-        f"**Separation**: none of {separation['images']:,} test images is among the training and validation images "
-        f"({against})."
-    )
+    proof = f"none of {separation['images']:,} test images is among the training and validation images ({against})."
+    return [*facts, f"**Separation**: {proof}"]
 
 
 def _changed(decided: dict[str, Any]) -> list[_Block]:
-    """The images that candidate and production decide differently: how many, and the first few, new escapes first."""
+    """Count the images that candidate and production decide differently, and list a few, new escapes first."""
     order = [*_CHANGES]
     changes = sorted(decided["changed"], key=lambda change: order.index(_kind(change)))
     if not changes:
@@ -293,7 +264,7 @@ _POLICY = "**The submitter's policy differs** from the registered one, which jud
 
 def _next_step(decided: dict[str, Any], version: str) -> str:
     if decided["verdict"] != "passed":
-        return f"**It cannot be promoted.** {_remedy(decided)}"
+        return f"**It cannot be promoted.** {_remedy(decided['verdict'])}"
     policy = decided.get("policy") or {}
     approvers = [markdown(_clipped(name)) for name in policy.get("approvers", [])]
     who = ""
@@ -310,22 +281,22 @@ def _next_step(decided: dict[str, Any], version: str) -> str:
     )
 
 
-def _remedy(decided: dict[str, Any]) -> str:
-    if decided["verdict"] == "failed":
+def _remedy(verdict: str) -> str:
+    if verdict == "failed":
         return "Fix what the reasons name, train, and register again."
     return "Add the images that would tell, evaluate candidate and production on them, and register again."
 
 
 def _commands(decided: dict[str, Any], version: str) -> list[str]:
     if decided["verdict"] != "passed":
-        return [f"It cannot be promoted. {_remedy(decided)}"]
+        return [f"It cannot be promoted. {_remedy(decided['verdict'])}"]
     if not version:
         return []
     return [f"To promote it, look at it in MLflow first; then `adfm approve {version}` and `adfm promote`"]
 
 
 def _links(evaluated_by: Run | None, trained_by: Run | None) -> list[str]:
-    """Where MLflow's own pages show report and curves; nothing for a run of another store."""
+    """Link MLflow's pages with report and curves; a run of another store has none."""
     links = []
     if evaluated_by:
         place = tracking.run_page(evaluated_by, f"artifacts/{REPORT}")
@@ -377,20 +348,20 @@ def _references(compared: Mapping[str, Any]) -> list[_Block]:
 
 
 def _with_commands(line: str) -> str:
-    """The line as `markdown` makes it, but with commands between backticks as code."""
+    """Escape a line, but keep commands between backticks as code."""
     plain = re.compile(r"&#96;((?:[A-Za-z0-9 /=-]|&#46;|&#95;|&#58;)+)&#96;")
     return plain.sub(lambda match: f"`{html.unescape(match[1])}`", markdown(line))
 
 
 def _besides(measured: dict[str, Any], compared: Mapping[str, Any] | None) -> list[str]:
-    shown = references.METRICS if compared and compared["rows"] else {}
-    values = [(TITLES.get(name, name), measured.get(name)) for name in _BESIDES if name not in shown]
+    in_table = references.METRICS if compared and compared["rows"] else {}
+    values = [(TITLES.get(name, name), measured.get(name)) for name in _BESIDES if name not in in_table]
     parts = [f"{title} {value:.3f}" for title, value in values if value is not None]
     return [f"Besides: {', '.join(parts)}."] if parts else []
 
 
 def _fitted(blocks: list[_Block]) -> str:
-    """The blocks as one text, shortened until it fits."""
+    """Join the blocks, and shorten them until they fit."""
     for block in sorted(blocks, key=lambda block: block.matters):
         while block.name and block.lines and len(_joined(blocks)) > LONGEST:
             block.lines.pop()
@@ -410,7 +381,7 @@ def _heading(text: str) -> str:
 
 
 def _table(name: str, matters: int, rows: Sequence[Sequence[str]], caption: str, most: int | None = None) -> _Block:
-    """A table, whose first row is the header, without the columns that are empty."""
+    """Format a table, whose first row is the header, without the columns that are empty."""
     kept = [column for column in zip(*rows, strict=True) if any(cell != "-" for cell in column[1:])]
     header, *lines = [_row(row) for row in zip(*kept, strict=True)] or [""]
     rule = f"|{' --- |' * len(kept)}"
@@ -423,23 +394,22 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _clipped(text: str) -> str:
-    """A name that is too long for a table, shortened to its ends."""
+    """Shorten a name that is too long for a table to its ends."""
     text = printable(text)
     return text if len(text) <= _NAME else f"{text[: _NAME // 2]}…{text[-_NAME // 2 + 1 :]}"
 
 
-def _aligned(decided: dict[str, Any]) -> list[str]:
-    """The table of the whole, aligned, without the columns that are empty or do not fit."""
+def _whole(decided: dict[str, Any]) -> list[str]:
+    """Format the table of the whole, without the columns that are empty or do not fit."""
     whole = sum(row["of"] == "whole" for row in decided["rows"])
     rows = gate.table(decided)[: whole + 1]
     columns = {name: column for name, *column in zip(*rows, strict=True) if any(cell != "-" for cell in column)}
     for name in ("", "anchor", "images", "margin", "limit"):  # which the reasons and gate.json have
         columns.pop(name, None)
-        widths = [max(map(len, (name, *column))) for name, column in columns.items()]
-        if sum(widths) + 2 * len(widths) - 2 <= WIDTH:
+        lines = aligned([*zip(*([name, *column] for name, column in columns.items()), strict=True)])
+        if max(map(len, lines)) <= WIDTH:
             break
-    lines = zip(*([name, *column] for name, column in columns.items()), strict=True)
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return lines
 
 
 def _wrapped(sentence: str, indent: str = "") -> list[str]:

@@ -26,10 +26,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 POWERS = (0.8, 0.9)
-ERROR = 0.5
-"""Error of a good candidate, as a share of the error that the limit allows."""
-DIFFERENT = 0.12
-"""Share of the images on which two models that are equally good differ."""
+ERROR = 0.5  # error of a good candidate, as a share of the error that the limit allows
+DIFFERENT = 0.12  # share of the images on which two models that are equally good differ
 
 
 @dataclass(frozen=True)

@@ -15,18 +15,15 @@ import yaml
 from pydantic import Field, field_validator
 
 from adfm import statistics
-from adfm.errors import AdfmError
+from adfm.errors import AdfmError, Unusable
 from adfm.evaluation.gate_metrics import METRICS, Bound
 from adfm.params import PositiveInt, Section, flat, validated
 
-FILE = "gate.yaml"
-"""The policy of a folder, beside its `params.yaml`."""
+FILE = "gate.yaml"  # beside the `params.yaml` of a folder
 
 
-class PolicyError(AdfmError):
+class PolicyError(Unusable):
     """A policy that cannot be read or used."""
-
-    exit_code = 2
 
 
 def _default(part: Literal["whole", "parts"]) -> dict[str, Bound]:
@@ -58,7 +55,7 @@ class Policy(Section):
         for name in bounds:
             if name not in METRICS:
                 near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0)[0]
-                raise ValueError(f"there is no metric {name!r}; the nearest is {near}. Known: {', '.join(METRICS)}")
+                raise ValueError(f"unknown metric {name!r}; the nearest is {near}. Known: {', '.join(METRICS)}")
         return bounds
 
 

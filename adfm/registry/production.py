@@ -1,4 +1,4 @@
-"""Which versions a candidate has to compare with, as a file that changes when they do: `adfm production FILE`.
+"""The versions that a candidate has to compare with, as a file that changes when they do: `adfm production FILE`.
 
 The stages that judge depend on the file, so that a promotion makes them stale, and nothing else does.
 """
@@ -12,15 +12,13 @@ from adfm import tracking
 from adfm.files import replace_json
 
 if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
+    from mlflow import MlflowClient
 
 ALIASES = ("production", "anchor")
 
 
 def in_production(name: str) -> dict[str, Any]:
-    """The versions that a candidate is judged against.
-
-    Where there is no store yet, none is made.
+    """Return the versions that a candidate is judged against; makes no store where there is none.
 
     Args:
         name: The registered model.
@@ -32,14 +30,19 @@ def in_production(name: str) -> dict[str, Any]:
     Raises:
         AdfmError: MLflow cannot be reached.
     """
-    versions = dict.fromkeys(ALIASES) if tracking.store_is_missing() else _versions(name)
+    from adfm.registry import reconcile
+
+    versions: dict[str, Any] = dict.fromkeys(ALIASES)
+    if not tracking.store_is_missing():
+        with reconcile.client() as store:
+            versions = {alias: _version_by_alias(store, name, alias) for alias in ALIASES}
     if versions["anchor"] == versions["production"]:
         versions["anchor"] = None
     return {"model": name, **versions}
 
 
 def judging_policy(name: str) -> str:
-    """Digest of the policy that judges: the registered one; where none is, `gate.yaml`, which would be registered.
+    """Return the digest of the policy that judges: the registered one, or else `gate.yaml`, which would be registered.
 
     Raises:
         AdfmError: MLflow cannot be reached, the history is broken, or the policy cannot be read.
@@ -49,17 +52,17 @@ def judging_policy(name: str) -> str:
     registered = None
     if not tracking.store_is_missing():
         with reconcile.client() as store:
-            registered = reconcile.look(store, name).history.policy
+            registered = reconcile.read(store, name).history.policy
     return policy.digest(policy.load() if registered is None else policy.registered(registered))
 
 
 def write(out: Path, name: str, policy: Path | None = None) -> None:
-    """Writes what `in_production` gives as JSON, and prints it; the same versions give the same bytes.
+    """Write the result of `in_production` as JSON, and print it; the same versions give the same bytes.
 
     Args:
         out: The file.
         name: The registered model.
-        policy: File to write `judging_policy` to, for those stages alone that decide.
+        policy: File to write `judging_policy` to, on which only the stages that decide depend.
 
     Raises:
         AdfmError: As of `in_production` and `judging_policy`.
@@ -73,16 +76,11 @@ def write(out: Path, name: str, policy: Path | None = None) -> None:
     print("\n".join(lines) or f"no version of {about['model']} is in production")
 
 
-def _versions(name: str) -> dict[str, Any]:
-    from adfm.registry.registration import holder
+def _version_by_alias(store: MlflowClient, name: str, alias: str) -> dict[str, str | None] | None:
+    from adfm.registry.history import suppress_error
 
-    with tracking.impatient(timeout=20, retries=2):
-        store = tracking.client()
-        with tracking.store_errors(tracking.configure()):
-            return {alias: _described(holder(store, name, alias)) for alias in ALIASES}
-
-
-def _described(version: ModelVersion | None) -> dict[str, str | None] | None:
-    if version is None:
-        return None
-    return {"version": str(version.version), "artifact_digest": version.tags.get("artifact_digest")}
+    with suppress_error("RESOURCE_DOES_NOT_EXIST"):
+        if number := store.get_registered_model(name).aliases.get(alias):
+            version = store.get_model_version(name, str(number))
+            return {"version": str(version.version), "artifact_digest": version.tags.get("artifact_digest")}
+    return None

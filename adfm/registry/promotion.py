@@ -1,9 +1,8 @@
 """Promotion and rollback: the only code that decides which version is in production.
 
-A promotion verifies the version's signature, decides again from its prediction tables with the registered policy, and
-checks the approval. Then it writes its step into the signed history, which the aliases follow:
-`adfm.registry.history` says why two at once cannot both win, `adfm.registry.reconcile` how an interrupted one is
-completed. Tags and gate.json are for people to read; nothing is promoted because of them, but for the approval.
+A promotion verifies the version's signature, runs the gate again on its prediction tables with the registered policy,
+and checks the approval. Then it writes its step into the signed history, which the aliases follow. Tags and gate.json
+are for people to read: nothing is promoted because of them, except for the approval.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from adfm import signing
 from adfm.errors import AdfmError
@@ -19,8 +18,7 @@ from adfm.registry import decisions, policy
 from adfm.registry import history as history_
 from adfm.registry.alerts import alert
 from adfm.registry.history import NOBODY, History, Step
-from adfm.registry.policy import Policy
-from adfm.registry.reconcile import Refused, Registry, client, find, settle, user
+from adfm.registry.reconcile import Refused, Registry, client, find, reconcile, user, versions
 from adfm.registry.registration import adopt_policy, rejudge
 from adfm.registry.submission import Unfit, fetch
 from adfm.registry.tables import Incomparable
@@ -29,47 +27,35 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-_UNDECIDED = ("pending", "withdrawn")
+_UNDECIDED = ("pending", "withdrawn")  # values of the tag `approval` that are not a reviewer's answer
 _WAITS = "its tag approval_by is missing: the reviewer writes the own name there, beside approval; then it is promoted"
 
 
 class _Changed(Exception):
-    """History or tags have changed while files were checked: look again."""
+    """History or tags have changed while files were checked: start again."""
 
 
 def promote(version: str, name: str, by: str | None = None) -> None:
-    """Puts a version into production, if its files are those that were signed, its gate passes, and it is approved.
+    """Put a version into production, if its files are those that were signed, its gate passes, and it is approved.
 
     A refusal is written into the history. An approval that cannot be followed is set back to `pending`, and the tag
     `approval_refused` says why. If production, anchor or policy are not those of the decision, the gate decides again,
-    and the reviewer is asked again.
-
-    Args:
-        version: Number of the version.
-        name: The registered model.
-        by: Who promotes; the user of the process if not given.
+    and the reviewer has to approve again. `by` is by default the user of the process.
 
     Raises:
         AdfmError: The gate does not pass, the approval is missing, used up or not of somebody who may approve, or the
             files are not what was signed. Production is untouched.
     """
     with client() as store:
-        adopt_policy(settle(store, name))
+        adopt_policy(reconcile(store, name))
         _promote(store, name, version, by or user())
 
 
 def promote_approved(name: str, by: str | None = None) -> bool:
-    """Does what the reviewers have decided since the last time: promotes what is approved, notes what is rejected.
-
-    The newest approved version comes first. Older ones are then refused, because their gate did not see it. One whose
-    tag `approval_by` is still missing waits.
-
-    Args:
-        name: The registered model.
-        by: Who promotes; the user of the process if not given.
+    """Promote what reviewers have approved since the last time, and record what they have rejected.
 
     Returns:
-        Whether any version was newly approved.
+        Whether any version was newly approved. One whose tag `approval_by` is still missing waits.
 
     Raises:
         Refused: An approval could not be followed; others were.
@@ -77,13 +63,14 @@ def promote_approved(name: str, by: str | None = None) -> bool:
     """
     errors: list[AdfmError] = []
     with client() as store:
-        registry = adopt_policy(settle(store, name))
+        registry = adopt_policy(reconcile(store, name))
         approved = []
+        # The newest first: older ones are then refused, because their gate did not compare them with it.
         for number in sorted(registry.versions, key=int, reverse=True):
             version, history = registry.versions[number], registry.history
             approval = version.tags.get("approval", "pending")
             if approval == "rejected":
-                history_.note_rejection(store, version, history, registry.keys)
+                history_.record_rejection(store, version, history, registry.keys)
             elif approval in _UNDECIDED or history.production == number or _used(number, history):
                 continue
             elif approval == "approved" and _approver(version) is None:
@@ -102,9 +89,7 @@ def promote_approved(name: str, by: str | None = None) -> bool:
 
 
 def rollback(name: str, by: str | None = None, to: str | None = None, why: str = "") -> None:
-    """Puts an earlier version back into production; the one that leaves needs a new approval to return.
-
-    Afterwards `previous` is the version that the restored one had once replaced, so that one can go back further.
+    """Put an earlier version back into production; the one that leaves needs a new approval to return.
 
     Args:
         name: The registered model.
@@ -117,12 +102,12 @@ def rollback(name: str, by: str | None = None, to: str | None = None, why: str =
             Production is untouched.
     """
     with client() as store:
-        registry = settle(store, name)
-        history, versions, move = registry.history, registry.versions, registry.history.move
+        registry = reconcile(store, name)
+        history, move = registry.history, registry.history.move
         if move is None or move.production == move.previous == NOBODY:
             raise AdfmError(f"No version of {name} is in production, so there is nothing to roll back.")
         leaving = move.production
-        if to is None and move.previous not in versions:
+        if to is None and move.previous not in registry.versions:
             raise AdfmError(
                 f"Version {leaving} of {name} replaced no version that is still there, so there is nothing to "
                 "roll back to; name a version that was in production with --to."
@@ -131,16 +116,17 @@ def rollback(name: str, by: str | None = None, to: str | None = None, why: str =
         number = str(target.version)
         if number == leaving:
             raise AdfmError(f"Version {number} of {name} is in production already; name another with --to.")
-        if not history.was_in_production(number):
+        if not history.move_to(number):
             raise AdfmError(f"Version {number} of {name} was never in production; use `adfm promote`.")
         came = next(s for s in reversed(history.counting) if s.action == "promote" and s.version == number)
         with TemporaryDirectory() as folder:
             _check_as_promoted(registry, target, came, Path(folder))
-        previous = came.replaced if came.replaced in versions else NOBODY
+        # The version that this one had once replaced, so that one can roll back further.
+        previous = came.replaced if came.replaced in registry.versions else NOBODY
         state = {"production": number, "previous": previous, "replaced": leaving}
         kept = {"decision": came.decision, "manifest": came.manifest}
         step = registry.append("rollback", number, by=by or user(), why=why, **state, **kept)
-        registry = settle(store, name)
+        registry = reconcile(store, name)
         if step.void:
             raise AdfmError(f"Somebody else moved production of {name} meanwhile; see `adfm registry log`.")
         registry.version(number)  # else it was deleted meanwhile
@@ -149,7 +135,7 @@ def rollback(name: str, by: str | None = None, to: str | None = None, why: str =
 
 
 def history(name: str) -> History:
-    """The history of production.
+    """Read and verify the history of a registered model.
 
     Raises:
         AdfmError: MLflow cannot be reached, or the history is broken.
@@ -159,31 +145,30 @@ def history(name: str) -> History:
 
 
 def approve(version: str, name: str, value: str = "approved", reason: str = "") -> None:
-    """Sets the tags of an approval or a rejection, with the own login at MLflow; nothing moves by that.
+    """Set the tags of an approval or a rejection, with the own login at MLflow; nothing moves by that.
 
     Args:
         version: Number of the version.
         name: The registered model.
         value: `approved` or `rejected`.
-        reason: Kept in the history.
+        reason: For the history.
 
     Raises:
         AdfmError: There is no such version, its gate did not pass, or the login may not edit it.
     """
     with client() as store:
-        versions = {str(each.version): each for each in history_.versions(store, name)}
-        target = find(versions, name, version)
+        target = find(versions(name), name, version)
         if value == "approved" and target.tags.get("gate") != "passed":
             verdict = target.tags.get("gate", "missing")
             raise Refused(f"Version {version} of {name} cannot be approved: its gate's verdict is {verdict!r}.")
         tags = {"approval_by": user()} | ({"approval_reason": reason} if reason else {})
-        with history_.allowed(f"version {version} of {name}", "edit"):
+        with history_.permission_errors(f"version {version} of {name}", "edit"):
             history_.tag(store, target, **tags, approval=value)
     print(f"version {version} of {name}: {value} by {user()}")
 
 
 def confirm_keys(name: str, by: str | None = None) -> None:
-    """Confirms, with the service's key of today, the steps that retired keys have signed.
+    """Confirm, with the service's present key, the steps that retired keys have signed.
 
     Raises:
         AdfmError: The own key is not one of the service, or the history is broken.
@@ -202,7 +187,7 @@ def confirm_keys(name: str, by: str | None = None) -> None:
 
 def _promote(store: MlflowClient, name: str, number: str, by: str) -> None:
     while True:
-        registry = settle(store, name)
+        registry = reconcile(store, name)
         try:
             candidate = registry.version(number)
         except AdfmError as error:
@@ -213,7 +198,7 @@ def _promote(store: MlflowClient, name: str, number: str, by: str) -> None:
             step = _try(registry, candidate, by)
         except _Changed:
             continue
-        after = settle(store, name)
+        after = reconcile(store, name)
         if step.void:
             continue
         if number not in after.versions:
@@ -224,17 +209,12 @@ def _promote(store: MlflowClient, name: str, number: str, by: str) -> None:
 
 
 def _try(registry: Registry, candidate: ModelVersion, by: str) -> Step:
-    """Check everything, then write the move.
-
-    Raises:
-        Refused: It may not be promoted.
-        _Changed: History or tags have changed meanwhile.
-    """
+    """Check everything, then write the move; raise Refused or _Changed if it may not be."""
     number = str(candidate.version)
     if refusals := _refusals(registry, candidate):
         _refuse(registry, candidate, refusals, by)
-    judged = _decide_again(registry, candidate, by)
-    # To check the files may have taken minutes.
+    judged = _rerun_gate(registry, candidate, by)
+    # The gate may have taken minutes, and no lock was held: check again on what is there now.
     now = registry.read()
     if any(step.action not in history_.NOTES for step in now.history.since(registry.history)):
         raise _Changed
@@ -258,7 +238,7 @@ def _try(registry: Registry, candidate: ModelVersion, by: str) -> Step:
 
 
 def _refusals(registry: Registry, candidate: ModelVersion) -> list[str]:
-    """What the history, the approval and the policy have against a promotion."""
+    """List the reasons against a promotion in the history, the approval and the policy."""
     history, tags, number = registry.history, candidate.tags, str(candidate.version)
     if history.production == number:
         return ["it is in production already"]
@@ -275,7 +255,7 @@ def _refusals(registry: Registry, candidate: ModelVersion) -> list[str]:
             "'rejected'"
         )
     else:
-        refusals += _approver_refusals(_approver(candidate), judged, _policy(history))
+        refusals += _approver_refusals(_approver(candidate), judged, history)
     if _used(number, history):
         refusals.append(
             "its approval was used: it has been in production since the gate decided, and was replaced; bring it back "
@@ -288,10 +268,10 @@ def _refusals(registry: Registry, candidate: ModelVersion) -> list[str]:
     return refusals
 
 
-def _approver_refusals(approver: str | None, judged: Step, registered: Policy) -> list[str]:
+def _approver_refusals(approver: str | None, judged: Step, history: History) -> list[str]:
     if approver is None:
         return [_WAITS]
-    refusals = []
+    registered, refusals = policy.registered(history.policy), []
     if registered.approvers and approver not in registered.approvers:
         refusals.append(f"{_quoted(approver)} (tag approval_by) is not one of the policy's approvers")
     if not registered.team_of_one and _same_person(approver, judged.submitted_by):
@@ -299,89 +279,74 @@ def _approver_refusals(approver: str | None, judged: Step, registered: Policy) -
     return refusals
 
 
-def _decide_again(registry: Registry, candidate: ModelVersion, by: str) -> Step:
-    """Verify the files and decide on them again; the decision, if it is the one that was approved.
-
-    Raises:
-        Refused: The files are not those that were decided on, or the decision is another one now.
-    """
+def _rerun_gate(registry: Registry, candidate: ModelVersion, by: str) -> Step:
+    """Verify the files and decide on them again; return the decision if it is the approved one, or raise Refused."""
     judged = registry.history.last("judge", version=str(candidate.version))
-    assert judged is not None
+    assert judged is not None  # _refusals checks it
     with TemporaryDirectory() as folder:
         try:
             judgement = decisions.judge(registry, candidate, Path(folder))
         except (signing.Unverified, Unfit, Incomparable) as error:
-            _refuse_if_same(registry, candidate, [str(error)], by)
-            raise
-        except OSError as error:
-            raise AdfmError(
-                f"Files of version {candidate.version} of {candidate.name} cannot be read: {error}"
-            ) from error
+            _refuse(_unless_changed(registry, candidate), candidate, [str(error)], by)
     if judgement.fields["manifest"] != judged.manifest:
-        _refuse_if_same(
-            registry, candidate, ["its files were changed, and signed again, after the gate decided on them"], by
-        )
-    if judgement.fields["decision"] == judged.decision:
-        if judged.finished and decisions.is_shown(candidate, judged):
-            return judged
+        refusal = "its files were changed, and signed again, after the gate decided on them"
+        _refuse(_unless_changed(registry, candidate), candidate, [refusal], by)
+    if judgement.fields["decision"] != judged.decision:
+        _request_approval(registry, candidate, _outdated(registry, judged))
+    if not (judged.finished and decisions.is_shown(candidate, judged)):
         reason = "what its page showed was not the decision that stands, and was written again"
-    else:
-        reason = _outdated(registry, judged)
-    _ask_again(registry, candidate, reason, by)
-    raise AssertionError("unreachable")
+        _request_approval(registry, candidate, reason)
+    return judged
 
 
-def _ask_again(registry: Registry, candidate: ModelVersion, reason: str, by: str) -> None:
-    """Put the decision of today on a version, and ask its reviewer again.
-
-    Raises:
-        Refused: It was done.
-        _Changed: Somebody else was faster.
-    """
-    store, name, number = registry.store, registry.name, str(candidate.version)
+def _unless_changed(registry: Registry, candidate: ModelVersion) -> Registry:
+    """Read the registry again; raise _Changed if somebody else has changed the approval meanwhile."""
     now = registry.read()
-    if now.version(number).tags.get("approval") != candidate.tags.get("approval"):
-        raise _Changed  # somebody else asks again
+    # What was wrong may then be the half-done work of that other process.
+    if now.version(str(candidate.version)).tags.get("approval") != candidate.tags.get("approval"):
+        raise _Changed
+    return now
+
+
+def _request_approval(registry: Registry, candidate: ModelVersion, reason: str) -> NoReturn:
+    """Put the present decision on a version, request another approval, and raise Refused."""
+    number = str(candidate.version)
+    _unless_changed(registry, candidate)
     step, _ = rejudge(registry, candidate, reason)
     passed = step.verdict == "passed"
     text = f"{reason}; decided against version {step.production}: gate {step.verdict}; "
     text += "approve again" if passed else "it cannot be promoted"
-    history_.tag(store, candidate, approval_refused=text[:1000])
-    alert(f"{name}: version {number} was approved and cannot be promoted: {text}")
-    raise Refused(f"Version {number} of {name} cannot be promoted: {text}.\nIts tag approval is 'pending' again.")
+    history_.tag(registry.store, candidate, approval_refused=text[:1000])
+    alert(f"{registry.name}: version {number} was approved and cannot be promoted: {text}")
+    raise Refused(
+        f"Version {number} of {registry.name} cannot be promoted: {text}.\nIts tag approval is 'pending' again."
+    )
 
 
 def _outdated(registry: Registry, judged: Step) -> str:
-    """What has changed since a decision."""
-    history, changed = registry.history, []
-    for role, then, now in (
-        ("production", judged.production, history.production),
-        ("the anchor", judged.anchor, history.anchor),
-    ):
-        if then != now:
-            changed.append(f"its gate compared it with version {then} ({role}), which is {now} now")
-    if judged.policy != policy.digest(_policy(history)):
+    """Say what has changed since a decision."""
+    history, compared = registry.history, "its gate compared it with version"
+    changed = []
+    if judged.production != history.production:
+        changed.append(f"{compared} {judged.production} (production), which is {history.production} now")
+    if judged.anchor != history.anchor:
+        changed.append(f"{compared} {judged.anchor} (the anchor), which is {history.anchor} now")
+    if judged.policy != policy.digest(policy.registered(history.policy)):
         changed.append("the policy has changed since its gate decided")
     return "; ".join(changed) or "the gate decides otherwise than before on the same files (another version of adfm?)"
 
 
-def _refuse_if_same(registry: Registry, candidate: ModelVersion, refusals: list[str], by: str) -> None:
-    """Refuse, unless somebody else has changed the version meanwhile, whose half-done work was seen then."""
-    now = registry.read()
-    if now.version(str(candidate.version)).tags.get("approval") != candidate.tags.get("approval"):
-        raise _Changed
-    _refuse(registry, candidate, refusals, by)
-
-
-def _refuse(registry: Registry, candidate: ModelVersion, refusals: list[str], by: str) -> None:
-    """Writes a refusal down, asks for another approval where one was given, and raises it."""
+def _refuse(registry: Registry, candidate: ModelVersion, refusals: list[str], by: str) -> NoReturn:
+    """Record a refusal, set an approval back to `pending`, and raise Refused."""
     name, number = candidate.name, str(candidate.version)
     message = "\n  - ".join([f"Version {number} of {name} cannot be promoted:", *refusals])
     why = "; ".join(refusals)
     judged = registry.history.last("judge", version=number)
     registry.append("refuse", number, by=by, why=why, decision=judged.decision if judged else "")
-    if judged and judged.finished:  # somebody may have changed what people read
-        changed = {key: text for key, text in decisions.shown(judged).items() if candidate.tags.get(key) != text}
+    if judged and judged.finished:  # somebody may have changed the tags, which people read
+        changed = {
+            key: text for key, text in decisions.decision_tags(judged).items() if candidate.tags.get(key) != text
+        }
         history_.tag(registry.store, candidate, **changed)
     approval = candidate.tags.get("approval", "pending")
     if refusals == [_WAITS]:
@@ -396,16 +361,14 @@ def _refuse(registry: Registry, candidate: ModelVersion, refusals: list[str], by
 
 def _check_as_promoted(registry: Registry, version: ModelVersion, came: Step, folder: Path) -> None:
     """Check that a version's files are those with which it came into production."""
+    title = f"{version.version} of {version.name}"
     try:
         files = fetch(version, folder, registry.keys)
     except signing.Unverified as error:
-        raise Refused(f"Version {version.version} of {version.name} cannot return: {error}") from error
-    except OSError as error:
-        raise AdfmError(f"Files of version {version.version} of {version.name} cannot be read: {error}") from error
+        raise Refused(f"Version {title} cannot return: {error}") from error
     if files.manifest != came.manifest:
         raise Refused(
-            f"Version {version.version} of {version.name} cannot return: its files were changed, and signed again, "
-            "since it was in production."
+            f"Version {title} cannot return: its files were changed, and signed again, since it was in production."
         )
 
 
@@ -425,21 +388,15 @@ def _same_person(one: str, other: str) -> bool:
     return one.strip().casefold() == other.strip().casefold()
 
 
-def _policy(history: History) -> Policy:
-    return policy.registered(history.policy or "")
-
-
 def _used(number: str, history: History) -> bool:
-    """Whether the approval of the version's present decision has brought it into production before.
-
-    A rollback withdraws the approval of the version that leaves; one that is given after it is new.
-    """
+    """Whether the approval of the version's present decision has brought it into production before."""
     judged = history.last("judge", version=number)
     for step in reversed(history.counting):
         if step.action not in history_.MOVES:
             continue
         if step.production == number:
             return judged is not None and step.decision == judged.decision
+        # A rollback withdraws the approval of the version that leaves: one that is given after it is new.
         if step.action == "rollback" and step.replaced == number:
             return False
     return False

@@ -1,4 +1,4 @@
-"""What makes an MLflow pyfunc of a registered version; `adfm.serving.scoring` is what MLflow then loads."""
+"""Write a registered version as an MLflow pyfunc, which MLflow loads with `adfm.serving.scoring`."""
 
 from __future__ import annotations
 
@@ -25,30 +25,24 @@ _REQUIREMENTS = """\
 
 
 def write(folder: Path, kinds: bool = False) -> None:
-    """Writes what makes an MLflow pyfunc of a version: `MLmodel`, input example, and lists of requirements.
+    """Write the parts of an MLflow pyfunc: `MLmodel`, input example, and lists of requirements.
 
     Args:
-        folder: To make; it is to lie beside `model/`, `evaluation/` and `params.yaml` in the version.
+        folder: To make; the version has it beside `model/`, `evaluation/` and `params.yaml`.
         kinds: Whether the model names the kinds of defects.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow's, of its own type hints and its own use of pandas
-        _write(folder, kinds)
+        import mlflow.pyfunc
+        import pandas as pd
+        from mlflow.models import ModelSignature
+        from mlflow.types import ColSpec, DataType, Schema
+        from mlflow.types.schema import Array
 
-
-def _write(folder: Path, kinds: bool) -> None:
-    import mlflow.pyfunc
-    import pandas as pd
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, Schema
-    from mlflow.types.schema import Array
-
-    buffer = io.BytesIO()
-    Image.new("RGB", (64, 64), "gray").save(buffer, "PNG")
-    example = pd.DataFrame({"image": [base64.b64encode(buffer.getvalue()).decode()]})
-    signature = ModelSignature(
-        inputs=Schema([ColSpec("string", "image")]),
-        outputs=Schema(
+        buffer = io.BytesIO()
+        Image.new("RGB", (64, 64), "gray").save(buffer, "PNG")
+        example = pd.DataFrame({"image": [base64.b64encode(buffer.getvalue()).decode()]})
+        outputs = Schema(
             [
                 ColSpec("string", "label", required=False),
                 ColSpec("double", "probability", required=False),
@@ -58,13 +52,13 @@ def _write(folder: Path, kinds: bool) -> None:
                 ColSpec("string", "reason", required=False),
                 *([ColSpec("string", "kind", required=False)] if kinds else []),
             ]
-        ),
-    )
-    found = tracking.libraries()
-    pins = [f"{name}=={found[f'library.{name}']}" for name in _NEEDED if f"library.{name}" in found]
-    mlflow.pyfunc.save_model(
-        folder, loader_module=_LOADER, signature=signature, input_example=example, pip_requirements=pins
-    )
+        )
+        signature = ModelSignature(inputs=Schema([ColSpec("string", "image")]), outputs=outputs)
+        installed = tracking.libraries()
+        pins = [f"{name}=={installed[f'library.{name}']}" for name in _NEEDED if f"library.{name}" in installed]
+        mlflow.pyfunc.save_model(
+            folder, loader_module=_LOADER, signature=signature, input_example=example, pip_requirements=pins
+        )
     file = folder / "requirements.txt"
     about = _REQUIREMENTS.format(version=adfm.__version__)
     file.write_text(about + file.read_text(encoding="utf-8"), encoding="utf-8")

@@ -1,8 +1,8 @@
 """Reconcile aliases and history: the aliases `production`, `previous` and `anchor` follow the signed history.
 
 An interrupted move is completed by the next caller, an alias that was moved by hand is put back, and a version in
-production that was deleted is written down as lost. A reviewer moves the anchor, which is the version from which losses
-are measured over many promotions: to any version that has been in production.
+production that was deleted is written down as lost. Reviewers may move the anchor, the version from which losses are
+measured over many promotions, to any version that has been in production.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from adfm import signing, tracking
 from adfm.errors import AdfmError
 from adfm.registry import history as history_
-from adfm.registry.alerts import alert
-from adfm.registry.history import NOBODY, BrokenHistory, History, Step
+from adfm.registry.alerts import announce
+from adfm.registry.history import NOBODY, BrokenHistory, History, Step, registered_model, suppress_error
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -32,33 +32,25 @@ PREVIOUS = "previous"
 ANCHOR = "anchor"
 
 _BEGUN = "history"  # tag of the registered model, once its history has begun
-_MOST_MOVES = 20
+_MOST_MOVES = 20  # changes in one call, after which somebody else must be moving the aliases
 
 
 class Refused(AdfmError):
-    """What was asked for may not be done; production is untouched."""
+    """A change that may not be made; production is untouched."""
 
 
 @dataclass(frozen=True)
 class Registry:
-    """A registered model as one caller sees it.
-
-    Args:
-        store: MLflow's client.
-        name: Name of the registered model.
-        keys: Keys that count, and the own one.
-        history: The signed history.
-        versions: The versions by number.
-    """
+    """A registered model as one caller sees it."""
 
     store: MlflowClient
     name: str
     keys: Keys
     history: History
-    versions: dict[str, ModelVersion]
+    versions: dict[str, ModelVersion]  # by number
 
     def version(self, number: str) -> ModelVersion:
-        """A version; raises AdfmError if there is none of this number."""
+        """Return the version of this number; raise AdfmError if there is none."""
         return find(self.versions, self.name, number)
 
     def append(self, action: str, version: str, **content: str) -> Step:
@@ -66,15 +58,14 @@ class Registry:
         return history_.append(self.store, self.name, self.keys, self.history, action, version, **content)
 
     def read(self) -> Registry:
-        """The same, as it is now."""
+        """Read the registered model and its history again."""
         history = history_.read(self.store, self.name, self.keys)
-        versions = {str(each.version): each for each in history_.versions(self.store, self.name)}
-        return replace(self, history=history, versions=versions)
+        return replace(self, history=history, versions=versions(self.name))
 
 
 @contextmanager
 def client() -> Iterator[MlflowClient]:
-    """MLflow's client, which does not wait long: what is not done now is done the next time."""
+    """Yield MLflow's client with short timeouts: what fails now is done by the next caller."""
     from mlflow import MlflowClient
 
     with tracking.impatient(timeout=20, retries=2):
@@ -83,7 +74,7 @@ def client() -> Iterator[MlflowClient]:
             yield MlflowClient()
 
 
-def look(store: MlflowClient, name: str) -> Registry:
+def read(store: MlflowClient, name: str) -> Registry:
     """Read a registered model and its history; changes nothing.
 
     Raises:
@@ -92,49 +83,49 @@ def look(store: MlflowClient, name: str) -> Registry:
     return Registry(store, name, signing.keys(), History([], "", {}), {}).read()
 
 
-def settle(store: MlflowClient, name: str) -> Registry:
-    """Make the aliases agree with the history, and the history with what is there.
+def reconcile(store: MlflowClient, name: str) -> Registry:
+    """Make the aliases agree with the history, and the history with the versions that exist.
 
     Raises:
         AdfmError: The history is broken or may not be written, or somebody else keeps moving the aliases.
     """
-    from mlflow.exceptions import MlflowException
-
     for _ in range(_MOST_MOVES):
-        registry, model = look(store, name), registered_model(store, name)
+        registry, model = read(store, name), registered_model(store, name)
         _check_begun(registry, model)
-        try:
+        # A version may be deleted meanwhile: then everything is read again.
+        with suppress_error("RESOURCE_DOES_NOT_EXIST"):
             if not _step(registry, model):
                 return registry
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise  # else a version was deleted meanwhile: look again
     raise AdfmError(f"The aliases of {name} keep changing; another process or user moves them: `adfm registry log`.")
 
 
+def versions(name: str) -> dict[str, ModelVersion]:
+    """Return the versions of a registered model by number."""
+    return {str(each.version): each for each in history_.versions(name)}
+
+
 def find(versions: dict[str, ModelVersion], name: str, number: str) -> ModelVersion:
-    """The version of model `name` with a number; raises AdfmError if there is none."""
+    """Return the version of model `name` with a number; raise AdfmError if there is none."""
     if number not in versions:
         there = ", ".join(sorted(versions, key=int)) or "none yet; `adfm register` makes one"
         raise AdfmError(f"{name} has no version {number}; its versions: {there}.")
     return versions[number]
 
 
-def registered_model(store: MlflowClient, name: str) -> RegisteredModel | None:
-    """The registered model; `None` if there is none."""
-    from mlflow.exceptions import MlflowException
+def aliases(model: RegisteredModel | None) -> dict[str, str]:
+    """Return the numbers of the versions that the aliases of a registered model point at."""
+    return {alias: str(number) for alias, number in model.aliases.items()} if model else {}
 
-    with history_.allowed(name):
-        try:
-            return store.get_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return None
+
+def due_aliases(history: History) -> dict[str, str]:
+    """Return the numbers of the versions that the aliases should point at, also of versions that were deleted."""
+    previous = history.move.previous if history.move else NOBODY
+    due = {PRODUCTION: history.production, PREVIOUS: previous, ANCHOR: history.anchor}
+    return {alias: number for alias, number in due.items() if number != NOBODY}
 
 
 def user() -> str:
-    """Who runs this process: the login at MLflow, or else the name at the machine."""
+    """Return who runs this process: the login at MLflow, or else the name at the machine."""
     if login := os.environ.get("MLFLOW_TRACKING_USERNAME", "").strip():
         return login
     try:
@@ -144,12 +135,9 @@ def user() -> str:
 
 
 def _check_begun(registry: Registry, model: RegisteredModel | None) -> None:
-    """Notice that model and history are not of one another: one of them was deleted, renamed or made again.
-
-    A history that was deleted whole would otherwise look like one that has not begun, and a model that a reviewer
-    renamed like one whose versions were all deleted. The first step comes before the first move, so that the tag is
-    there when something moves.
-    """
+    """Check that model and history belong together: neither was deleted, renamed or made again."""
+    # The first step comes before the first move, so that the tag is there when something moves. Without it, a model
+    # that was renamed would look like one whose versions were all deleted.
     if registry.history.move and (model is None or _BEGUN not in model.tags):
         state = "is missing" if model is None else f"is not the one that its history is of: its tag {_BEGUN} is missing"
         raise BrokenHistory(
@@ -161,6 +149,7 @@ def _check_begun(registry: Registry, model: RegisteredModel | None) -> None:
         return
     if registry.history.counting and _BEGUN not in model.tags:
         registry.store.set_registered_model_tag(registry.name, _BEGUN, "begun")
+    # A history that was deleted whole would otherwise look like one that has not begun.
     if _BEGUN in model.tags and not registry.history.counting:
         raise BrokenHistory(
             f"The history of {registry.name} is gone: its tag {_BEGUN} says that there was one. Nothing moves. Bring "
@@ -170,7 +159,7 @@ def _check_begun(registry: Registry, model: RegisteredModel | None) -> None:
 
 
 def _step(registry: Registry, model: RegisteredModel | None) -> bool:
-    """One change towards agreement; whether one was needed."""
+    """Make one change towards agreement; return whether one was needed."""
     history, versions = registry.history, registry.versions
     move = history.move
     if move and move.production != NOBODY and move.production not in versions:
@@ -179,9 +168,8 @@ def _step(registry: Registry, model: RegisteredModel | None) -> bool:
     if move and not move.finished:
         _apply(registry, move)
         return True
-    here = {alias: str(number) for alias, number in model.aliases.items()} if model else {}
-    here = {alias: number for alias, number in here.items() if number in versions}
-    due = _aliases(history, versions)
+    here = {alias: number for alias, number in aliases(model).items() if number in versions}
+    due = _due(registry)
     if any(here.get(alias) != due.get(alias) for alias in (PRODUCTION, PREVIOUS)):
         _restore(registry, here, due)
         return True
@@ -189,7 +177,7 @@ def _step(registry: Registry, model: RegisteredModel | None) -> bool:
         heir = "the next one in production" if history.production == NOBODY else f"version {history.production}"
         why = f"the anchor, version {history.anchor}, was deleted; {heir} takes its place"
         registry.append("anchor", history.production, anchor=history.production, by="adfm", why=why)
-        _tell(registry, why)
+        announce(f"{registry.name}: {why}")
         return True
     if history.anchor == NOBODY and history.production != NOBODY:  # after a rollback from a deleted anchor
         why = "there was no anchor; the version in production is it"
@@ -201,29 +189,25 @@ def _step(registry: Registry, model: RegisteredModel | None) -> bool:
     return False
 
 
-def _aliases(history: History, versions: dict[str, ModelVersion]) -> dict[str, str]:
-    """The aliases as the history has them."""
-    move = history.move
-    numbers = {ANCHOR: history.anchor}
-    if move:
-        numbers |= {PRODUCTION: move.production, PREVIOUS: move.previous}
-    return {alias: number for alias, number in numbers.items() if number in versions}
+def _due(registry: Registry) -> dict[str, str]:
+    return {alias: number for alias, number in due_aliases(registry.history).items() if number in registry.versions}
 
 
 def _lose(registry: Registry, move: Step) -> None:
-    """Write down that the version in production was deleted; before its aliases moved, the one before it stays."""
-    before = registry.history.was_brought_by(move.replaced)
+    """Write down that the version in production was deleted."""
+    before = registry.history.move_to(move.replaced)
+    # Until the aliases have moved, the version before is still in production: it stays.
     if not move.finished and before and move.replaced in registry.versions:
         why = f"version {move.production} was deleted before it was in production; version {move.replaced} stays"
         state = {"production": move.replaced, "previous": before.previous, "replaced": move.production}
         kept = {"decision": before.decision, "manifest": before.manifest}
         registry.append("restore", move.replaced, why=why, **state, **kept)
-        _tell(registry, why)
+        announce(f"{registry.name}: {why}")
         return
     why = f"version {move.production}, which was in production, was deleted"
     state = {"production": NOBODY, "previous": move.previous, "replaced": move.production}
     registry.append("lost", move.production, why=why, **state)
-    _tell(registry, f"{why}. Nothing is in production; `adfm rollback` brings back version {move.previous}.")
+    announce(f"{registry.name}: {why}. Nothing is in production; `adfm rollback` brings back version {move.previous}.")
 
 
 def _restore(registry: Registry, here: dict[str, str], due: dict[str, str]) -> None:
@@ -237,23 +221,23 @@ def _restore(registry: Registry, here: dict[str, str], due: dict[str, str]) -> N
     state = {"production": back[PRODUCTION], "previous": move.previous if move else NOBODY}
     kept = {"decision": move.decision, "manifest": move.manifest} if move else {}
     registry.append("restore", back[PRODUCTION], replaced=was[PRODUCTION], why=why, **state, **kept)
-    _tell(registry, why)
+    announce(f"{registry.name}: {why}")
 
 
 def _move_anchor(registry: Registry, here: str | None, due: str | None) -> None:
     """Follow a reviewer who moved the anchor to a version that was in production; put anything else back."""
-    if here and registry.history.was_in_production(here):
+    if here and registry.history.move_to(here):
         step = registry.append("anchor", here, anchor=here, why=f"moved from version {due} in MLflow")
         if not step.void:
-            _tell(registry, f"version {here} is the anchor now, instead of {due}")
+            announce(f"{registry.name}: version {here} is the anchor now, instead of {due}")
         return
     _set_alias(registry, ANCHOR, due)
-    _tell(registry, f"by hand, the anchor had been set to {here or NOBODY}; put back to {due or NOBODY}")
+    announce(f"{registry.name}: by hand, the anchor had been set to {here or NOBODY}; put back to {due or NOBODY}")
 
 
 def _apply(registry: Registry, move: Step) -> None:
-    """Aliases and tags as a move has them. Done twice, or by two processes, it does the same."""
-    store, versions, due = registry.store, registry.versions, _aliases(registry.history, registry.versions)
+    """Set aliases and tags as a move has them. Done twice, or by two processes, it does the same."""
+    store, versions, due = registry.store, registry.versions, _due(registry)
     for alias in (PREVIOUS, PRODUCTION, *([ANCHOR] if move.anchor else [])):
         _set_alias(registry, alias, due.get(alias))
     version, replaced = versions.get(move.version), versions.get(move.replaced)
@@ -271,15 +255,9 @@ def _apply(registry: Registry, move: Step) -> None:
 
 
 def _set_alias(registry: Registry, alias: str, number: str | None) -> None:
-    model = registered_model(registry.store, registry.name)
-    now = str(model.aliases[alias]) if model and alias in model.aliases else None
-    with history_.allowed(registry.name, "write"):
+    now = aliases(registered_model(registry.store, registry.name)).get(alias)
+    with history_.permission_errors(registry.name, "write"):
         if number and now != number:
-            history_.insist(partial(registry.store.set_registered_model_alias, registry.name, alias, number))
+            history_.retry_on_conflict(partial(registry.store.set_registered_model_alias, registry.name, alias, number))
         elif not number and now:
             registry.store.delete_registered_model_alias(registry.name, alias)
-
-
-def _tell(registry: Registry, text: str) -> None:
-    print(f"{registry.name}: {text}")
-    alert(f"{registry.name}: {text}")

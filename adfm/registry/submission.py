@@ -1,7 +1,7 @@
-"""A submission: a trained model with everything by which it is judged, signed, as a logged model of MLflow.
+"""Submissions: a trained model with everything by which it is judged, signed, as a logged model of MLflow.
 
-Whoever submits may write to the experiment, not to the registered model. The service makes a version of it
-(`adfm.registry.registration`). Its files, as `models:/<name>/<version>` has them later:
+A submitter needs write access to the experiment, not to the registered model: the service makes a version of it
+(`adfm.registry.registration`). Its files, which are those of `models:/<name>/<version>` later:
 
     model/          the folder that training wrote: adapter, processor, chat template, prompt (in adfm.json)
     evaluation/     the folder that evaluation wrote: predictions.parquet, metrics.json, calibration.json, plots
@@ -21,7 +21,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,14 +33,14 @@ import yaml
 from adfm import signing, tracking
 from adfm.data import hashes
 from adfm.data import shards as shards_
-from adfm.errors import AdfmError
+from adfm.errors import AdfmError, Unusable
 from adfm.evaluation import calibration as calibration_
 from adfm.evaluation import metrics
 from adfm.evaluation.calibration import Calibration
 from adfm.files import digest, write_json
 from adfm.method import prompt
 from adfm.models import families, model_folder
-from adfm.params import Params
+from adfm.params import Evaluate, Params
 from adfm.registry import policy, pyfunc, reconcile, tables
 from adfm.registry.history import History
 from adfm.registry.lineage import lineage
@@ -55,46 +55,30 @@ if TYPE_CHECKING:
 
     from adfm.signing import Keys
 
-SUBMITTED_FOR = "adfm_submitted_for"
-"""Tag of a logged model: the registered model that it was submitted for."""
+SUBMITTED_FOR = "adfm_submitted_for"  # tag of a logged model: the registered model that it was submitted for
+CONTENTS = "adfm_contents"  # tag of a logged model: digests of its contents, which identify a repeated submission
 
-CONTENTS = "adfm_contents"
-"""Tag of a logged model: digests of its contents, by which a repeated submission is recognised."""
+TEST_IMAGES = Path("separation", "test.parquet")  # hashes of the images that a version is judged on
+TRAINED_ON = Path("separation", "trained_on.parquet")  # hashes of the images that it has seen
+CHECKED = Path("separation", "checked.parquet")  # pairs that may be near-duplicates, decided by the submitter
 
-TEST_IMAGES, TRAINED_ON = Path("separation", "test.parquet"), Path("separation", "trained_on.parquet")
-"""Hashes of the images that a version is judged on, and of those that it has seen."""
+HELD_OUT = "test"  # the split that the gate judges on
+FREE = ("kfp_", "data_")  # prefixes of the tags that a submitter may choose
+AS_REGISTERED, AGAIN = "as registered", "evaluated again"  # origin of the predictions of production or anchor
 
-CHECKED = Path("separation", "checked.parquet")
-"""Pairs of them that may be near-duplicates, decided by the submitter, who has the images."""
-
-HELD_OUT = "test"
-"""The split that the gate judges on."""
-
-FREE = ("kfp_", "data_")
-"""Beginnings of the names of those tags that a submitter may choose."""
-
-AS_REGISTERED, AGAIN = "as registered", "evaluated again"  # where a rival's predictions are from
-
-_PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
+_PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}  # loading one can run code
 
 
-class Unfit(AdfmError):
+class Unfit(Unusable):
     """A submission cannot be judged as it is."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True)
 class Submission:
-    """The files of a submission or version, whose signature was verified.
-
-    Args:
-        folder: Where they lie.
-        signer: Id of the key that signed them.
-    """
+    """The files of a submission or version, whose signature was verified."""
 
     folder: Path
-    signer: str
+    signer: str  # id of the key that signed them
 
     @cached_property
     def manifest(self) -> str:
@@ -103,12 +87,12 @@ class Submission:
 
     @cached_property
     def origin(self) -> dict[str, Any]:
-        """What lineage.json says."""
+        """The content of lineage.json."""
         return _json(self.folder / "lineage.json")
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What params.yaml says."""
+        """The content of params.yaml."""
         try:
             return dict(yaml.safe_load((self.folder / "params.yaml").read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
@@ -116,7 +100,7 @@ class Submission:
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        """What evaluation.json says."""
+        """The content of evaluation.json."""
         return _json(self.folder / "evaluation" / "evaluation.json")
 
     @cached_property
@@ -130,7 +114,7 @@ class Submission:
 
     @property
     def predictions(self) -> Path:
-        """The table of predictions."""
+        """The file of the prediction table."""
         return self.folder / "evaluation" / "predictions.parquet"
 
     @property
@@ -149,20 +133,12 @@ class Submission:
 
 
 def read(folder: Path, keys: Keys, name: str = "") -> Submission:
-    """Verify the signature of a folder, which a message calls `name`.
-
-    Raises:
-        Unverified: The folder is not what a submitter whose key counts has signed.
-    """
+    """Verify the signature of a folder, which messages call `name`; raise Unverified if it does not hold."""
     return Submission(folder, signing.verify(folder, keys, name))
 
 
 def check(submission: Submission, name: str) -> pd.DataFrame:
-    """Check that a submission is whole and fits together.
-
-    Args:
-        submission: The files.
-        name: The registered model that it is to be a version of.
+    """Check that a submission is whole, fits together, and is for the registered model `name`.
 
     Returns:
         The candidate's predictions.
@@ -195,9 +171,9 @@ def submit(
     run: Run,
     tags: Mapping[str, str],
 ) -> str:
-    """Sign a trained model with its evaluation, and give it to MLflow as a submission.
+    """Sign a trained model with its evaluation, and log it to MLflow as a submission.
 
-    One with the same model and the same predictions that waits already is used again.
+    A submission of the same model with the same predictions that was accepted, or waits, is used again.
 
     Args:
         registry: The registered model, read only.
@@ -205,15 +181,14 @@ def submit(
         shards: Folder of shards.
         evaluation: Folder that evaluation wrote from these shards, with `model` as the candidate.
         params: Settings.
-        run: The run that submits, where that of the training is not in this store.
+        run: The run that submits, if the training's run is not in this store.
         tags: Further tags of the version.
 
     Returns:
         Id of the logged model.
 
     Raises:
-        AdfmError: A folder lacks something, or the evaluation is of other data or settings, or not of the held-out
-            split.
+        AdfmError: A folder lacks something, or the evaluation is of other data, settings or split.
     """
     if params.evaluate.split != HELD_OUT:
         raise Unfit(
@@ -223,7 +198,7 @@ def submit(
     family = check_model(model)
     trained_by = tracking.find_run((model_folder.describe(model) or {}).get("mlflow_run_id"))
     origin = lineage(model, shards, params, trained_by) | {
-        "protocol": _protocol(family, params),
+        "protocol": _protocol(family, params.evaluate),
         "registered_model": registry.name,
         "submitted_by": reconcile.user(),
         "tags": dict(tags),
@@ -231,8 +206,8 @@ def submit(
     settings = params.evaluate.model_dump(mode="json")
     ids = shards_.ids(shards, params.evaluate.split)
     _check_evaluation(evaluation, str(evaluation), origin, settings, ids)
-    if waiting := _same(registry, params, _contents(evaluation, origin)):
-        return waiting
+    if same := _same(registry, params.mlflow.experiment, _contents(evaluation, origin)):
+        return same
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / "version"
         pyfunc.write(folder, bool(model_folder.kinds_of(model)))
@@ -242,22 +217,22 @@ def submit(
         (folder / policy.FILE).write_text(policy.dumps(own_policy(registry.history)), encoding="utf-8")
         write_json(origin, folder / "lineage.json")
         _write_separation(folder, model, shards)
-        _write_rivals(folder, registry, origin, shards, params)
+        _write_models_to_compare(folder, registry, origin, shards, params)
         signing.sign(folder, registry.keys)
-        # Where the service looks; the run may be in another one, that of KFP's MLflow plug-in.
+        # The service searches this experiment; the run may be in another one, that of KFP's MLflow plug-in.
         experiment = tracking.experiment(params.mlflow.experiment)
         return _log(registry.store, folder, registry.name, trained_by or run, origin, experiment)
 
 
 def own_policy(history: History) -> Policy:
-    """The submitter's policy: `gate.yaml` of the current folder, else the registered one, else the default."""
+    """Return the submitter's policy: `gate.yaml` of the current folder, else the registered one, else the default."""
     if history.policy and not Path(policy.FILE).is_file():
         return policy.registered(history.policy)
     return policy.load()
 
 
 def check_model(model: Path) -> str:
-    """The model's family; raises when the folder is not one to register."""
+    """Return the family of a model; raise Unfit if the folder cannot be registered."""
     description = model_folder.describe(model)
     if model_folder.is_detector(model):
         raise Unfit(
@@ -272,7 +247,7 @@ def check_model(model: Path) -> str:
 
 
 def download(version: ModelVersion, path: str, to: Path) -> Path:
-    """A copy of a version's artifact, a file or a folder, below the folder `to`."""
+    """Download an artifact of a version, a file or a folder, below the folder `to`."""
     import mlflow
 
     return Path(
@@ -281,13 +256,11 @@ def download(version: ModelVersion, path: str, to: Path) -> Path:
 
 
 def read_artifact(version: ModelVersion, path: str) -> str:
-    """The text of a version's artifact.
-
-    Retried if the transfer breaks: MLflow's server overwrites files in place, which cuts off a concurrent download.
-    """
+    """Read the text of a version's artifact."""
     from mlflow.exceptions import MlflowException
 
     with TemporaryDirectory() as folder:
+        # MLflow's server overwrites files in place, which cuts off a concurrent download.
         for pause in (0.2, 1.0):  # seconds
             try:
                 return download(version, path, Path(folder)).read_text(encoding="utf-8")
@@ -299,15 +272,13 @@ def read_artifact(version: ModelVersion, path: str) -> str:
 
 
 def fetch(version: ModelVersion, to: Path, keys: Keys) -> Submission:
-    """Download a version whole and verify its signature.
-
-    Raises:
-        Unverified: Its files are not what a submitter whose key counts has signed.
-        OSError: They cannot be read.
-    """
+    """Download a version whole and verify its signature; raise Unverified if it does not hold."""
     folder = to / str(version.version)
     folder.mkdir(parents=True)
-    return read(download(version, "", folder), keys, f"models:/{version.name}/{version.version}")
+    try:
+        return read(download(version, "", folder), keys, f"models:/{version.name}/{version.version}")
+    except OSError as error:
+        raise AdfmError(f"Files of version {version.version} of {version.name} cannot be read: {error}") from error
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -321,11 +292,9 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _contents(evaluation: Path, origin: dict[str, Any]) -> str:
-    """Digests of model, judged predictions and test images, shortened for a tag.
-
-    Of the predictions only what the gate judges counts: scores differ in their last digits from machine to machine.
-    """
+    """Digests of model, judged predictions and test images, shortened for a tag."""
     predictions = tables.read(evaluation / "predictions.parquet").sort_values("id")
+    # What the gate judges only: scores differ in their last digits from machine to machine.
     judged = [name for name in ("id", "predicted", "decision", "iou", "region_iou") if name in predictions]
     text = predictions[judged].to_csv(index=False, float_format="%.4f")
     parts = (str(origin["artifact_digest"]), hashlib.sha256(text.encode()).hexdigest(), str(origin["data"]["test"]))
@@ -333,7 +302,7 @@ def _contents(evaluation: Path, origin: dict[str, Any]) -> str:
 
 
 def _calibration(evaluation: Path) -> Calibration:
-    """An evaluation of before there were thresholds has none: the letter decides then, and that is said."""
+    # An evaluation of before there were thresholds has none: the letter decides then.
     file = evaluation / calibration_.FILE
     return calibration_.read(file) if file.is_file() else Calibration(note=f"it was evaluated without a {file.name}")
 
@@ -341,73 +310,55 @@ def _calibration(evaluation: Path) -> Calibration:
 def _check_evaluation(
     evaluation: Path, place: str, origin: dict[str, Any], settings: dict[str, Any], ids: list[str] | None
 ) -> pd.DataFrame:
-    """The candidate's predictions, after proof that they are of these data, this model and these settings.
+    """Return the candidate's predictions, after proof that they are of these data, this model and these settings.
 
-    Args:
-        evaluation: Folder of the evaluation.
-        place: What a message calls it.
-        origin: The lineage.
-        settings: Section `evaluate` of the settings.
-        ids: Ids of the test images, where the shards are at hand.
+    Messages call the folder `place`; `ids` are those of the test images, where the shards are at hand.
     """
     table = tables.read(evaluation / "predictions.parquet")
     try:
         about = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8"))
         json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))[about["candidate"]]
-        done = {
-            "split": about["split"],
-            "max_new_tokens": about["settings"]["max_new_tokens"],
-            "fingerprint of the shards": about["fingerprint"],
-            "digest of the model": about.get("candidate_digest", origin["artifact_digest"]),
-        }
-        due = {
-            "split": HELD_OUT,
-            "max_new_tokens": settings["max_new_tokens"],
-            "fingerprint of the shards": origin["data"]["test"],
-            "digest of the model": origin["artifact_digest"],
+        model = origin["artifact_digest"]
+        pairs = {  # what the evaluation has, and what it should have
+            "split": (about["split"], HELD_OUT),
+            "max_new_tokens": (about["settings"]["max_new_tokens"], settings["max_new_tokens"]),
+            "fingerprint of the shards": (about["fingerprint"], origin["data"]["test"]),
+            "digest of the model": (about.get("candidate_digest", model), model),
         }
         if ids is not None:
-            done["images"], due["images"] = sorted(table["id"]), sorted(ids)
+            pairs["images"] = sorted(table["id"]), sorted(ids)
         calibration = _calibration(evaluation)
-        if there := (evaluation / calibration_.FILE).is_file():
-            key = "digest of the calibrated model"
-            done[key], due[key] = calibration.model, origin["artifact_digest"]
+        if calibrated := (evaluation / calibration_.FILE).is_file():
+            pairs["digest of the calibrated model"] = calibration.model, model
             for key in ("calibration", "overkill_limit", "escape_limit", "score", "samples"):
-                done[key], due[key] = about["settings"].get(key), settings[key]
+                pairs[key] = about["settings"].get(key), settings[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Unfit(f"{place} is not a whole evaluation ({error!r}); make it with `adfm evaluate`.") from error
-    if differing := [key for key in due if due[key] != done[key]]:
+    if differing := [key for key, (present, due) in pairs.items() if present != due]:
         raise Unfit(
             f"{place} is not an evaluation of this model on these shards with these settings: {', '.join(differing)} "
             "differ. Evaluate again with `adfm evaluate`, then register."
         )
-    if "decision" in table and not (there and _decided_by(calibration, table)):
-        raise Unfit(
-            f"{place}: the decisions in predictions.parquet are not those of its {calibration_.FILE}. Evaluate again "
-            "with `adfm evaluate`, then register."
-        )
+    if "decision" in table:
+        # The decisions must be those that a version with this calibration would make.
+        decisions = calibration.apply(table)["decision"].fillna("").tolist() if calibrated else None
+        if decisions != table["decision"].fillna("").tolist():
+            raise Unfit(
+                f"{place}: the decisions in predictions.parquet are not those of its {calibration_.FILE}. Evaluate "
+                "again with `adfm evaluate`, then register."
+            )
     return table
 
 
-def _decided_by(calibration: Calibration, predictions: pd.DataFrame) -> bool:
-    """Whether the table's decisions are those that a version with this calibration would make."""
-    decisions = calibration.apply(predictions)["decision"]
-    return bool(decisions.fillna("").tolist() == predictions["decision"].fillna("").tolist())
-
-
-def _protocol(family: str, params: Params) -> str:
+def _protocol(family: str, evaluate: Evaluate) -> str:
     """What must be equal, besides the data, for two models' predictions to be comparable, as JSON."""
     messages = hashlib.sha256(json.dumps(prompt.messages(families.get(family).units)).encode()).hexdigest()
-    settings = {"split": params.evaluate.split, "max_new_tokens": params.evaluate.max_new_tokens}
+    settings = {"split": evaluate.split, "max_new_tokens": evaluate.max_new_tokens}
     return json.dumps({"family": family, **settings, "prompt": messages[:16]})
 
 
 def _write_separation(folder: Path, model: Path, shards: Path) -> None:
-    """Write the hashes of the images that the model is judged on and of those that it has seen.
-
-    Its threshold is chosen on the validation split of these shards, so that counts as seen. The images are at hand
-    here, so pairs that may be near-duplicates are decided by the rule itself; the service has the hashes alone.
-    """
+    """Write the hashes of the images that the model is judged on and of those that it has seen."""
     import pyarrow.parquet as pq
 
     from adfm.evaluation import separation
@@ -416,106 +367,100 @@ def _write_separation(folder: Path, model: Path, shards: Path) -> None:
     test, seen = hashes.collect(shards, [HELD_OUT]), hashes.of_model(model)
     hashes.write(test, folder / TEST_IMAGES)
     if seen is not None:
+        # The threshold is chosen on the validation split of these shards, so that counts as seen.
         seen = hashes.unite([seen, hashes.collect(shards, ["validation"])])
         hashes.write(seen, folder / TRAINED_ON)
+        # Pairs that may be near-duplicates are decided here, by the rule itself: the service has the hashes alone.
         pq.write_table(separation.check(test, seen, shards), folder / CHECKED)
 
 
-def _write_rivals(folder: Path, registry: Registry, origin: dict[str, Any], shards: Path, params: Params) -> None:
+def _write_models_to_compare(
+    folder: Path, registry: Registry, origin: dict[str, Any], shards: Path, params: Params
+) -> None:
     """Write the predictions of production and anchor on these shards, made again where theirs are of other images."""
-    history, rivals = registry.history, {}
+    history, about = registry.history, {}
     (folder / "rivals").mkdir()
-    tables: dict[str, tuple[pd.DataFrame, dict[str, str]]] = {}
+    predictions: dict[str, tuple[pd.DataFrame, dict[str, str]]] = {}
     for role, number in (("production", history.production), ("anchor", history.anchor)):
         version = registry.versions.get(number)
         if version is None:
             continue
-        if number not in tables:
-            tables[number] = _predict(version, registry.keys, origin, shards, params)
-        table, rivals[role] = tables[number]
+        if number not in predictions:
+            predictions[number] = _predict(version, registry.keys, origin, shards, params)
+        table, about[role] = predictions[number]
         table.to_parquet(folder / "rivals" / f"{role}.parquet")
-    write_json(rivals, folder / "rivals" / "rivals.json")
+    write_json(about, folder / "rivals" / "rivals.json")
 
 
 def _predict(
     version: ModelVersion, keys: Keys, origin: dict[str, Any], shards: Path, params: Params
 ) -> tuple[pd.DataFrame, dict[str, str]]:
-    """A version's predictions on these shards: its own if they are of the same data and protocol, else new ones."""
+    """Return a version's predictions on these shards: its own if of the same data and protocol, else new ones."""
     import pandas as pd
 
     from adfm.evaluation import predictions
 
     with TemporaryDirectory() as temporary:
-        rival = fetch(version, Path(temporary), keys)
-        about = {"version": str(version.version), "manifest": rival.manifest}
-        protocols = [_protocol(family, params) for family in families.FAMILIES]
-        if rival.origin["data"]["test"] == origin["data"]["test"] and rival.origin.get("protocol") in protocols:
-            return pd.read_parquet(rival.predictions), about | {"predictions": AS_REGISTERED}
-        model = rival.folder / "model"
+        other = fetch(version, Path(temporary), keys)
+        about = {"version": str(version.version), "manifest": other.manifest}
+        protocols = [_protocol(family, params.evaluate) for family in families.FAMILIES]
+        if other.origin["data"]["test"] == origin["data"]["test"] and other.origin.get("protocol") in protocols:
+            return pd.read_parquet(other.predictions), about | {"predictions": AS_REGISTERED}
+        model = other.folder / "model"
         # It is judged as the model that it is: with its own precision and image size.
         own = ((model_folder.describe(model) or {}).get("params") or {}).get("model", {})
         kept = {key: own[key] for key in ("dtype", "max_pixels") if key in own}
         settings = params.model_copy(update={"model": params.model.model_copy(update=kept)})
-        calibration = rival.calibration
+        calibration = other.calibration
         table = calibration.apply(predictions.predict(model, shards, settings, f"version {version.version}"))
         table.attrs["threshold"] = calibration.threshold
         return table, about | {"predictions": AGAIN}
 
 
-def _same(registry: Registry, params: Params, contents: str) -> str | None:
-    """A submission with the same contents: one that was accepted, else one that waits and that the own key signed."""
+def _same(registry: Registry, experiment: str, contents: str) -> str | None:
+    """Return a submission with the same contents: one that was accepted, else one that waits, of the own key."""
+    keys = registry.keys
     judged = (step for step in reversed(registry.history.counting) if step.action == "judge")
     step = next((step for step in judged if step.contents == contents), None)
-    if step and step.version in registry.versions and _is_whole(registry.versions[step.version], registry.keys):
+    uri = f"models:/{registry.name}/{step.version}" if step and step.version in registry.versions else None
+    if step and uri and _has_contents(uri, keys, contents, [*keys.submitters]):
         return step.submission
-    for waiting in waiting_submissions(registry, params, contents):
-        if _is_own(registry, waiting, contents):
+    for waiting in waiting_submissions(registry, experiment, contents):
+        if _has_contents(f"models:/{waiting.model_id}", keys, contents, [keys.id]):
             return str(waiting.model_id)
     return None
 
 
-def _is_whole(version: ModelVersion, keys: Keys) -> bool:
+def _has_contents(uri: str, keys: Keys, contents: str, signers: Sequence[str]) -> bool:
+    """Whether the files are what one of the keys has signed, and have these contents."""
+    import mlflow
+
     with TemporaryDirectory() as folder:
         try:
-            fetch(version, Path(folder), keys)
+            submission = read(Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder)), keys)
+            return submission.signer in signers and submission.contents == contents
         except (AdfmError, OSError):
             return False
-        return True
 
 
-def waiting_submissions(registry: Registry, params: Params, contents: str | None = None) -> list[LoggedModel]:
-    """The whole submissions on which the history has no step, oldest first."""
-    experiment = tracking.find_experiment(params.mlflow.experiment)
-    if experiment is None:
+def waiting_submissions(registry: Registry, experiment: str, contents: str | None = None) -> list[LoggedModel]:
+    """Return the whole submissions in an experiment on which the history has no step, oldest first."""
+    import mlflow
+
+    place = tracking.find_experiment(experiment)
+    if place is None:
         return []
     query = f"tags.`{SUBMITTED_FOR}` = '{registry.name}'"
     if contents:
         query += f" and tags.`{CONTENTS}` = '{contents}'"
     done = {step.submission for step in registry.history.counting}
-    result: list[LoggedModel] = []
-    token = None
-    while True:
-        page = registry.store.search_logged_models([experiment.experiment_id], query, page_token=token)
-        result += [each for each in page if str(each.status) == "READY" and each.model_id not in done]
-        token = page.token
-        if not token:
-            return sorted(result, key=lambda each: (each.creation_timestamp, each.model_id))
-
-
-def _is_own(registry: Registry, logged: LoggedModel, contents: str) -> bool:
-    import mlflow
-
-    with TemporaryDirectory() as folder:
-        try:
-            path = mlflow.artifacts.download_artifacts(f"models:/{logged.model_id}", dst_path=folder)
-            submission = read(Path(path), registry.keys)
-            return submission.signer == registry.keys.id and submission.contents == contents
-        except (AdfmError, OSError):
-            return False
+    logged = mlflow.search_logged_models([place.experiment_id], query, output_format="list")
+    waiting = [each for each in logged if str(each.status) == "READY" and each.model_id not in done]
+    return sorted(waiting, key=lambda each: (each.creation_timestamp, each.model_id))
 
 
 def _log(store: MlflowClient, folder: Path, name: str, run: Run, origin: dict[str, Any], experiment: str) -> str:
-    """A new logged model, which is READY with all its files or not at all."""
+    """Log a new model, which is READY with all its files or not at all."""
     import mlflow
 
     submission = Submission(folder, "")

@@ -1,4 +1,4 @@
-"""Prediction tables as the gate takes them: read, and refused with all that is wrong with them."""
+"""Read and check the prediction tables that the gate judges."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adfm.errors import AdfmError
+from adfm.errors import AdfmError, Unusable
 from adfm.evaluation.metrics import COMPARED, as_decided, listed, same_images
 
 if TYPE_CHECKING:
@@ -17,14 +17,12 @@ _COLUMNS = ("id", "category", "label", "predicted", "iou")
 _FURTHER = ("dataset", "defect", "group", "boxes", *(name for name in COMPARED if name not in _COLUMNS))
 
 
-class Incomparable(AdfmError):
+class Incomparable(Unusable):
     """The tables cannot be judged: they are broken, or not of the same images."""
-
-    exit_code = 2
 
 
 def read(file: Path) -> pd.DataFrame:
-    """A prediction table from a Parquet file, as evaluation writes them.
+    """Read a prediction table, a Parquet file that evaluation wrote.
 
     Raises:
         Incomparable: It cannot be read.
@@ -40,7 +38,7 @@ def read(file: Path) -> pd.DataFrame:
 
 
 def what_decides(name: str, table: pd.DataFrame) -> str:
-    """Whether letters or decisions are judged, in words."""
+    """Say whether letters or decisions are judged."""
     if "decision" not in table or table.attrs.get("threshold", 0) is None:
         return f"{name} has no threshold: its letters are judged."
     at = f" from a probability of {table.attrs['threshold']:.6g} on" if "threshold" in table.attrs else ""
@@ -48,10 +46,10 @@ def what_decides(name: str, table: pd.DataFrame) -> str:
 
 
 def checked(table: pd.DataFrame, name: str) -> pd.DataFrame:
-    """The columns that the gate looks at, of decisions where the table has them.
+    """Check a table, and return the columns that the gate uses, of decisions where it has them.
 
     Raises:
-        Incomparable: The table is broken; everything that is wrong with it is listed, under its `name`.
+        Incomparable: The table, called `name`, is broken; every fault is listed.
     """
     import pandas as pd
 
@@ -87,7 +85,7 @@ def checked(table: pd.DataFrame, name: str) -> pd.DataFrame:
     }
     wrong = [
         f"{fault}: {listed([f'row {row} ({key})' for row, key in zip(where.nonzero()[0], rows[where], strict=True)])}"
-        for fault, where in ((fault, found.to_numpy(dtype=bool)) for fault, found in faults.items())
+        for fault, where in ((fault, rows_.to_numpy(dtype=bool)) for fault, rows_ in faults.items())
         if where.any()
     ]
     if wrong:
@@ -96,7 +94,7 @@ def checked(table: pd.DataFrame, name: str) -> pd.DataFrame:
 
 
 def check_pair(candidate: pd.DataFrame, production: pd.DataFrame, name: str) -> None:
-    """Sees that the table `name` is of the same images as the candidate's, labelled alike and made in the same way.
+    """Check that the table `name` is of the same images as the candidate's, labelled alike and made in the same way.
 
     Raises:
         Incomparable: It is not.

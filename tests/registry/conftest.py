@@ -162,7 +162,7 @@ def service() -> Iterator[Callable[..., None]]:
             )
         started.append((process, log_file))
         deadline = time.monotonic() + 120
-        while "looking at MLflow every" not in log_file.read_text():
+        while "polling MLflow every" not in log_file.read_text():
             assert process.poll() is None and time.monotonic() < deadline, log_file.read_text()
             time.sleep(0.05)
 
@@ -250,21 +250,21 @@ def make_evaluation() -> Callable[..., Path]:
         rows: list[dict[str, Any]] = []
         for number, row in enumerate(shards_.table(shards, "test").to_pylist()):
             predicted = row["label"] if number < right else other[row["label"]]
-            found = row["label"] == predicted == "anomalous"
+            located = row["label"] == predicted == "anomalous"
             anomalous = row["label"] == "anomalous"
             answer = "A" if predicted == "anomalous" else "B"
             rows.append(
                 {key: row[key] for key in ("id", "source", "dataset", "category", "defect", "label", "boxes")}
                 | {"predicted": predicted, "score": 0.9 if answer == "A" else 0.1}
-                | {"predicted_boxes": [[5, 5, 15, 5 + 10 * iou]] if found else []}
+                | {"predicted_boxes": [[5, 5, 15, 5 + 10 * iou]] if located else []}
                 | {"regions": [[5, 5, 15, 5 + 10 * iou]] if anomalous else []}
                 | {"completion": f"<think>it</think><rethink>so</rethink><answer>{answer}</answer>"}
             )
             if anomalous:
-                hit = found and iou >= 0.5
-                rows[-1] |= {"iou": iou * found, "matched_iou": iou if found else None, "area_share": 0.25}
+                hit = located and iou >= 0.5
+                rows[-1] |= {"iou": iou * located, "matched_iou": iou if located else None, "area_share": 0.25}
                 rows[-1] |= {"true_positives": int(hit), "false_negatives": int(not hit)}
-                rows[-1] |= {"false_positives": int(found and not hit)}
+                rows[-1] |= {"false_positives": int(located and not hit)}
                 regions = metrics.localize([Box(5, 5, 15, 15)], [Box(5, 5, 15, 5 + 10 * iou)], 20, 20)
                 rows[-1] |= {f"region_{name}": regions[name] for name in metrics.COMPARED}
         table, schema = pd.DataFrame(rows).reindex(columns=PREDICTIONS.names), PREDICTIONS

@@ -59,8 +59,8 @@ def tag(model: str, version: str, key: str) -> str | None:
 
 
 def production(model: str) -> str | None:
-    found = MlflowClient().get_registered_model(model).aliases.get("production")
-    return None if found is None else str(found)
+    version = MlflowClient().get_registered_model(model).aliases.get("production")
+    return None if version is None else str(version)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

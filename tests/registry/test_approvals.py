@@ -20,7 +20,7 @@ from adfm.cli import main
 from adfm.errors import AdfmError
 from adfm.params import Params
 from adfm.registry import approvals, decisions
-from adfm.registry.approvals import HEARTBEAT, health, look, serve
+from adfm.registry.approvals import HEARTBEAT, health, run_once, serve
 from adfm.registry.promotion import history, promote, promote_approved, rollback
 from adfm.registry.submission import read_artifact
 
@@ -35,14 +35,14 @@ def test_an_approval_without_a_name_waits_for_it(store, add, capsys):
     """In MLflow's pages a reviewer sets one tag after the other, and the service may look in between."""
     add(26, approve=False)
     tag("1", "approval", "approved")
-    assert look(PARAMS) == "" and look(PARAMS) == ""
+    assert run_once(PARAMS) == "" and run_once(PARAMS) == ""
     version = tracking.client().get_model_version("adfm", "1")
     assert version.tags["approval"] == "approved" and "approval_by is missing" in version.tags["approval_refused"]
     assert capsys.readouterr().out.count("is approved and waits") == 1
     assert history("adfm").production == "none"
     assert [step.action for step in history("adfm").counting] == ["policy", "judge"]
     tag("1", "approval_by", "Rita")
-    assert look(PARAMS) == ""
+    assert run_once(PARAMS) == ""
     assert history("adfm").production == "1" and history("adfm").move.approval_by == "Rita"
 
 
@@ -53,16 +53,16 @@ def test_a_look_that_fails_is_reported_and_the_rest_is_done(store, add, monkeypa
     add(26)
     with monkeypatch.context() as patch:
         patch.setattr(approvals, "accept", fail)
-        assert "a bug" in look(PARAMS)
+        assert "a bug" in run_once(PARAMS)
     assert history("adfm").production == "1"
     add(30)
     monkeypatch.setattr(decisions, "judge", fail)
-    assert "a bug" in look(PARAMS)
+    assert "a bug" in run_once(PARAMS)
 
 
 def test_health(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(AdfmError, match="no look at MLflow has gone well yet"):
+    with pytest.raises(AdfmError, match="no poll of MLflow has succeeded yet"):
         health()
     HEARTBEAT.touch()
     health()
@@ -85,7 +85,7 @@ def test_the_service_touches_its_heartbeat_only_when_all_is_well(tmp_path, monke
             os.kill(os.getpid(), 15)
         return problem or ""
 
-    monkeypatch.setattr(approvals, "look", one)
+    monkeypatch.setattr(approvals, "run_once", one)
     serve(PARAMS, 0.01)
     assert beats == [False, False, False, True, True]
     assert not HEARTBEAT.exists()
@@ -99,11 +99,11 @@ def test_the_service_wants_a_pause(poll):
 
 
 class Channel(BaseHTTPRequestHandler):
-    said: ClassVar[list[str]] = []
+    messages: ClassVar[list[str]] = []
     status = 200
 
     def do_POST(self) -> None:
-        self.said.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
+        self.messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
         self.send_response(self.status)
         self.send_header("Location", "/login")
         self.end_headers()
@@ -119,7 +119,7 @@ class Channel(BaseHTTPRequestHandler):
 @pytest.fixture
 def channel(monkeypatch) -> Iterator[type[Channel]]:
     """A chat channel that is alerted."""
-    Channel.said, Channel.status = [], 200
+    Channel.messages, Channel.status = [], 200
     with HTTPServer(("127.0.0.1", 0), Channel) as http:
         thread = threading.Thread(target=http.serve_forever)
         thread.start()
@@ -140,7 +140,7 @@ def test_alerts_of_a_whole_life(store, add, channel):
     with pytest.raises(AdfmError):
         promote_approved("adfm")
     rollback("adfm", "Grace", why="false alarms")
-    heads = [text.splitlines()[0] for text in channel.said]
+    heads = [text.splitlines()[0] for text in channel.messages]
     begins = [
         "adfm: policy changed by ",
         "version 1 of adfm: gate failed",
@@ -165,9 +165,9 @@ def test_an_alert_that_fails_is_told_without_its_address(monkeypatch, capsys, ad
     monkeypatch.setattr("adfm.registry.alerts._PAUSE", 0)
     monkeypatch.setenv("ADFM_ALERT_WEBHOOK", address)
     alert("version 1 is in production")
-    told = capsys.readouterr().err
-    assert told.startswith("adfm: no alert was sent: ADFM_ALERT_WEBHOOK ")
-    assert "s3" not in told
+    error = capsys.readouterr().err
+    assert error.startswith("adfm: no alert was sent: ADFM_ALERT_WEBHOOK ")
+    assert "s3" not in error
 
 
 def test_an_alert_that_is_refused_fails_nothing(channel, capsys):
@@ -176,7 +176,7 @@ def test_an_alert_that_is_refused_fails_nothing(channel, capsys):
     channel.status = 404
     alert("x" * 10_000)
     assert "404" in capsys.readouterr().err
-    assert [len(text) for text in channel.said] == [3000]
+    assert [len(text) for text in channel.messages] == [3000]
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -186,7 +186,7 @@ def test_an_alert_that_is_redirected_is_not_taken_for_sent(channel, capsys, stat
 
     channel.status = status
     alert("version 1 is in production")
-    assert channel.said == ["version 1 is in production"]
+    assert channel.messages == ["version 1 is in production"]
     assert "should be the address that this one redirects to" in capsys.readouterr().err
 
 
@@ -197,9 +197,9 @@ def test_an_alert_is_tried_once_more_where_that_may_help(channel, capsys, monkey
     from adfm.registry.alerts import alert
 
     monkeypatch.setattr("adfm.registry.alerts._PAUSE", 0)
-    monkeypatch.setattr(Channel, "status", property(lambda _: statuses[len(Channel.said) - 1]))
+    monkeypatch.setattr(Channel, "status", property(lambda _: statuses[len(Channel.messages) - 1]))
     alert("version 1 is in production")
-    assert channel.said == ["version 1 is in production"] * tries
+    assert channel.messages == ["version 1 is in production"] * tries
     assert ("no alert was sent" in capsys.readouterr().err) == (statuses[tries - 1] != 200)
 
 

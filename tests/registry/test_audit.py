@@ -13,7 +13,7 @@ from adfm.params import Params
 from adfm.registry.audit import AuditFailed, audit
 from adfm.registry.history import BrokenHistory
 from adfm.registry.promotion import confirm_keys, history, promote
-from adfm.registry.reconcile import settle
+from adfm.registry.reconcile import reconcile
 
 PARAMS = Params()
 
@@ -95,12 +95,12 @@ def test_a_new_key_of_the_service_takes_over(plant, tmp_path, monkeypatch, capsy
     shutil.copy(old.folder / "service" / "own.pem", new.folder / "service" / "retired" / "old.pem")
     shutil.copy(old.folder / "submitters" / "own.pem", new.folder / "submitters" / "old.pem")
     with pytest.raises(BrokenHistory, match="confirm them with `adfm keys rotate`"):
-        settle(tracking.client(), "adfm")
+        reconcile(tracking.client(), "adfm")
     assert main(["keys", "rotate", "--by", "Ada"]) == 0
     step = history("adfm").counting[-1]
     assert (step.action, step.by) == ("keys", "Ada")
     assert step.why == f"key {new.id} of the service confirms the steps up to 5"
-    assert settle(tracking.client(), "adfm").history.production == "2"
+    assert reconcile(tracking.client(), "adfm").history.production == "2"
     assert "everything is as the signed history says" in audit("adfm")
     # The old key is not one to confirm with.
     monkeypatch.setattr(signing, "FOLDER", old.folder)

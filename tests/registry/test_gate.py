@@ -292,13 +292,13 @@ def masked(table: pd.DataFrame, iou: float) -> pd.DataFrame:
 
 def test_the_iou_with_masks_is_judged_where_a_policy_names_it() -> None:
     better, production = masked(predictions(), 0.6), masked(predictions(), 0.4)
-    asked = policy(whole_mask_iou={"limit": 0.3, "margin": 0.05})
-    decision = decide(better, production, None, asked)
+    judging = policy(whole_mask_iou={"limit": 0.3, "margin": 0.05})
+    decision = decide(better, production, None, judging)
     assert decision.passed and decision.headline.startswith("Better than production: mask IoU 60.0% against 40.0%")
     (row,) = [row for row in decision.rows if row.metric == "mask_iou"]
     assert row.images == 150 and {answer.question for answer in row.answers} == {"limit", "production", "gain"}
-    assert decide(production, better, None, asked).verdict == "failed"
-    assert decide(masked(predictions(), 0.1), None, None, asked).reasons[0].startswith("Mask IoU: 10.0% over 150")
+    assert decide(production, better, None, judging).verdict == "failed"
+    assert decide(masked(predictions(), 0.1), None, None, judging).reasons[0].startswith("Mask IoU: 10.0% over 150")
     # Named without a limit, it is a gain all the same.
     assert decide(better, production, None, policy(whole_mask_iou={})).passed
 
@@ -311,13 +311,13 @@ def test_the_iou_with_masks_changes_nothing_where_no_policy_names_it() -> None:
 
 
 def test_without_masks_an_iou_with_them_cannot_be_told() -> None:
-    asked = policy(whole_mask_iou={"margin": 0.05})
+    judging = policy(whole_mask_iou={"margin": 0.05})
     for candidate, production in (
         (predictions(wrong=30), predictions()),
         (masked(predictions(wrong=30), 0.5), predictions()),
         (predictions(wrong=30), masked(predictions(), 0.5)),
     ):
-        decision = decide(candidate, production, None, asked)
+        decision = decide(candidate, production, None, judging)
         assert decision.verdict == "cannot tell" and decision.reasons[0].startswith("Mask IoU: cannot be told")
         json.dumps(dataclasses.asdict(decision), allow_nan=False)
 
@@ -464,13 +464,13 @@ LOOSE = policy(looks=1, level=0.4, parts={}, enough=1)
 @settings(deadline=None, max_examples=12)
 @given(pairs(), st.floats(0, 1), st.floats(0, 1))
 def test_nothing_passes_beyond_a_limit(pair: Any, escapes: float, overkill: float) -> None:
-    asked = policy(looks=1, level=0.4, whole_escape_rate={"limit": escapes}, whole_overkill={"limit": overkill})
+    judging = policy(looks=1, level=0.4, whole_escape_rate={"limit": escapes}, whole_overkill={"limit": overkill})
     candidate, production = pair
     wrong = candidate["predicted"] != candidate["label"]
     rates = wrong.groupby(candidate["label"]).mean()
     kept = rates["anomalous"] <= escapes and rates["normal"] <= overkill
-    assert kept or not decide(candidate, production, None, asked).passed
-    assert kept or not decide(candidate, None, None, asked).passed
+    assert kept or not decide(candidate, production, None, judging).passed
+    assert kept or not decide(candidate, None, None, judging).passed
 
 
 @settings(deadline=None, max_examples=12)
@@ -578,11 +578,11 @@ def test_images_without_boxes_are_left_out_of_iou_and_counted() -> None:
 
 def test_an_iou_that_no_image_has_cannot_be_told_unless_the_policy_does_not_ask() -> None:
     candidate, production = without_boxes(predictions(wrong=20), 1), without_boxes(predictions(), 1)
-    for rival in (None, production):
-        decision = decide(candidate, rival, None, Policy())
+    for baseline in (None, production):
+        decision = decide(candidate, baseline, None, Policy())
         assert decision.verdict == "cannot tell"
         assert decision.reasons[0].startswith("IoU: cannot be told, there are no anomalous images with boxes")
-        decision = decide(candidate, rival, None, policy(whole_iou={"limit": None, "margin": None}))
+        decision = decide(candidate, baseline, None, policy(whole_iou={"limit": None, "margin": None}))
         assert decision.passed and measured(decision, "iou")[0] is None
         assert "300 of 300 anomalous images have no boxes; they are left out of IoU." in decision.reasons
         json.dumps(dataclasses.asdict(decision), allow_nan=False)

@@ -85,7 +85,7 @@ def test_steps_are_signed_and_chained(client, keys, write):
     assert history.steps == [first, second] and not history.ignored
     assert (first.before, second.before) == ("", history_._digest("adfm", first))
     assert history.head == history_._digest("adfm", second)
-    assert history.production == "2" and history.was_in_production("1") and not history.was_in_production("3")
+    assert history.production == "2" and history.move_to("1") == first and history.move_to("3") is None
     tags = client.get_model_version(MODEL, "1").tags
     assert tags["key"] == keys.id and tags["action"] == "promote" and tags["by"] == "Ada"
     assert client.get_registered_model(MODEL).tags["head"] == f"2 {history.head}"

@@ -133,17 +133,17 @@ def test_lineage_of_a_training(store, make_shards, make_model, tmp_path) -> None
     with tracking.start_run("train", Params(), {"git_commit": "c0ffee", "library.torch": "1.2.3"}) as run:
         pass
     model = make_model(tmp_path / "model", 1.0, shards, run.info.run_id)
-    found = lineage.lineage(model, shards, Params(seed=9), tracking.find_run(run.info.run_id))
-    assert found["artifact_digest"] == files.digest(model)
-    assert found["base"] == {"name": "embedded://tiny-base", "revision": None}
-    assert found["data"]["trained_on"] == found["data"]["judged_on"] == shards_.fingerprint(shards)
-    assert found["data"]["test"] == shards_.fingerprint(shards, "test")
-    assert found["data"]["dvc_md5"] is None
+    origin = lineage.lineage(model, shards, Params(seed=9), tracking.find_run(run.info.run_id))
+    assert origin["artifact_digest"] == files.digest(model)
+    assert origin["base"] == {"name": "embedded://tiny-base", "revision": None}
+    assert origin["data"]["trained_on"] == origin["data"]["judged_on"] == shards_.fingerprint(shards)
+    assert origin["data"]["test"] == shards_.fingerprint(shards, "test")
+    assert origin["data"]["dvc_md5"] is None
     # The training's code and libraries, not those of the moment of registration.
-    assert found["git_commit"] == "c0ffee"
-    assert found["libraries"]["torch"] == "1.2.3"
-    assert (found["trained_with"]["seed"], found["judged_with"]["seed"]) == (5, 9)
-    assert found["training_run"] == run.info.run_id
+    assert origin["git_commit"] == "c0ffee"
+    assert origin["libraries"]["torch"] == "1.2.3"
+    assert (origin["trained_with"]["seed"], origin["judged_with"]["seed"]) == (5, 9)
+    assert origin["training_run"] == run.info.run_id
 
 
 def test_lineage_judged_on_other_data(make_shards, make_model, tmp_path) -> None:
@@ -154,7 +154,7 @@ def test_lineage_judged_on_other_data(make_shards, make_model, tmp_path) -> None
     out = {"path": "judged", "md5": "d41d.dir", "size": size, "nfiles": len(files)}
     (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"stages": {"convert": {"outs": [out]}}}))
     assert lineage.dvc_md5(judged_on) == "d41d.dir"
-    found = lineage.lineage(model, judged_on, Params(), None)
-    assert found["data"]["trained_on"] != found["data"]["judged_on"]
-    assert found["data"]["dvc_md5"] is None
-    assert found["libraries"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    origin = lineage.lineage(model, judged_on, Params(), None)
+    assert origin["data"]["trained_on"] != origin["data"]["judged_on"]
+    assert origin["data"]["dvc_md5"] is None
+    assert origin["libraries"]["python"] == ".".join(map(str, sys.version_info[:3]))

@@ -82,9 +82,9 @@ def text(decision: dict[str, Any], **more: Any) -> str:
     return page.text(decision, **values | more)
 
 
-def plain(shown: str) -> str:
+def plain(description: str) -> str:
     """The description without the spaces that keep columns apart."""
-    return shown.replace("\u00a0", "")
+    return description.replace("\u00a0", "")
 
 
 BETTER = decided(predictions(1600, 60), predictions(1600, 160))
@@ -107,8 +107,8 @@ def with_names(decision: dict[str, Any], name: str, parts: int = 3) -> dict[str,
 
 
 def test_the_gain_is_said_first_and_the_rest_in_order() -> None:
-    shown = plain(text(BETTER, policy_difference=["level: 0.1 instead of 0.05"]))
-    assert shown.startswith("Gate: passed.\n\n**Better than production: accuracy 96.2% against 90.0%")
+    description = plain(text(BETTER, policy_difference=["level: 0.1 instead of 0.05"]))
+    assert description.startswith("Gate: passed.\n\n**Better than production: accuracy 96.2% against 90.0%")
     order = [
         "Judged on 800 normal and 800 anomalous images of the test split, against version 3 in",
         "| passed | escape rate | 3.8%",
@@ -125,7 +125,7 @@ def test_the_gain_is_said_first_and_the_rest_in_order() -> None:
         "level: 0.1 instead of 0.05",
         "Left out here: 95 images that are decided otherwise; `gate.json`",
     ]
-    places = [shown.index(part) for part in order]
+    places = [description.index(part) for part in order]
     assert places == sorted(places)
 
 
@@ -133,10 +133,10 @@ def test_blind_answers_and_the_reference_detector_are_shown_beside_the_candidate
     row = {metric: [0.75, 0.7, 0.8] for metric in references.METRICS}
     words = "The reference detector is better on this data: balanced accuracy 0.966 (detector)."
     compared = {"rows": {"trained": row, "detector": row, "always_A": row}, "lines": [words], "verdict": "detector"}
-    shown = plain(text(BETTER, compared=compared))
-    assert markdown(words) in shown and "the same by score" in shown
-    assert "| detector | 0.750 |" in shown and "| always A | 0.750 |" in shown
-    assert shown.index("| passed | escape rate |") < shown.index(markdown(words))
+    description = plain(text(BETTER, compared=compared))
+    assert markdown(words) in description and "the same by score" in description
+    assert "| detector | 0.750 |" in description and "| always A | 0.750 |" in description
+    assert description.index("| passed | escape rate |") < description.index(markdown(words))
     assert words not in text(BETTER)
     hostile = compared | {"rows": {HOSTILE: row}, "lines": [HOSTILE * 30] * 5}
     rendered = parser.render(text(BETTER, compared=hostile))
@@ -152,22 +152,24 @@ def test_commands_are_code_and_the_step_that_is_done_is_left_out() -> None:
     lines = [f"Next: {step['text']}" for step in steps]
     row = {metric: [0.75, 0.7, 0.8] for metric in references.METRICS}
     compared = {"rows": {"trained": row}, "lines": lines, "summary": {"steps": steps}}
-    shown = text(BETTER, compared=compared)
-    codes = [child.content for token in parser.parse(shown) for child in token.children or [] if "code" in child.type]
+    description = text(BETTER, compared=compared)
+    codes = [
+        child.content for token in parser.parse(description) for child in token.children or [] if "code" in child.type
+    ]
     assert "make repro PARAMS=params/own_set.yaml" in codes and "<b>" not in codes
-    assert "&#60;b&#62;" in shown and "Register it" not in shown
+    assert "&#60;b&#62;" in description and "Register it" not in description
 
 
 def test_a_failure_says_why_before_the_table() -> None:
-    shown = plain(text(WORSE))
+    description = plain(text(WORSE))
     assert (
-        shown.startswith("Gate: failed.")
-        and "To approve" not in shown
-        and "**It cannot be promoted.** Fix" in shown
-        and "To approve" not in shown
+        description.startswith("Gate: failed.")
+        and "To approve" not in description
+        and "**It cannot be promoted.** Fix" in description
+        and "To approve" not in description
     )
-    assert shown.index("- Escape rate: ") < shown.index("| verdict |")
-    assert "100 new escapes, 100 good parts newly flagged" in shown
+    assert description.index("- Escape rate: ") < description.index("| verdict |")
+    assert "100 new escapes, 100 good parts newly flagged" in description
 
 
 def test_cannot_tell_names_the_images_that_would_tell() -> None:
@@ -178,22 +180,24 @@ def test_cannot_tell_names_the_images_that_would_tell() -> None:
         for answer in row["answers"]
         if (row["metric"], answer["question"], row["of"]) == ("escape_rate", "production", "whole")
     )
-    for shown in (text(UNCLEAR), page.screen(UNCLEAR, "4")):
-        assert f"{needed:,} anomalous images (now 60)" in " ".join(shown.split())
+    for description in (text(UNCLEAR), page.screen(UNCLEAR, "4")):
+        assert f"{needed:,} anomalous images (now 60)" in " ".join(description.split())
 
 
 def test_the_first_version_has_nothing_to_be_compared_with() -> None:
-    shown = text(decided(predictions()))
-    assert shown.startswith("Gate: passed.\n\n**There is no model in production yet: the limits alone decide.**")
-    assert "decided otherwise" not in shown and "against version" not in shown
+    description = text(decided(predictions()))
+    assert description.startswith("Gate: passed.\n\n**There is no model in production yet: the limits alone decide.**")
+    assert "decided otherwise" not in description and "against version" not in description
     # Columns of comparisons would be empty.
-    assert "\n| verdict | metric | candidate | limit | images |\n| --- | --- | --- | --- | --- |\n" in plain(shown)
+    assert "\n| verdict | metric | candidate | limit | images |\n| --- | --- | --- | --- | --- |\n" in plain(
+        description
+    )
 
 
 def test_who_may_approve() -> None:
     policy = Policy(approvers=["Ada", "*B*"], team_of_one=False)
-    shown = text(decided(predictions(), policy=policy))
-    assert "May approve: Ada, &#42;B&#42;. Not the one who submitted it." in shown
+    description = text(decided(predictions(), policy=policy))
+    assert "May approve: Ada, &#42;B&#42;. Not the one who submitted it." in description
 
 
 @pytest.mark.parametrize(
@@ -218,17 +222,17 @@ def test_separation(separation: dict[str, Any] | None, words: str) -> None:
 @given(st.sampled_from(DECISIONS), st.integers(0, 80), st.integers(0, 1500), st.integers(1, 6000))
 def test_it_fits_and_is_cut_nowhere(decision: dict[str, Any], parts: int, lines: int, length: int) -> None:
     decision = with_names(decision, "n" * length, parts)
-    shown = text(decision, policy_difference=["x" * lines] * 5)
-    assert len(shown) <= page.LONGEST
-    shown = plain(shown)
-    for line in shown.splitlines():
+    description = text(decision, policy_difference=["x" * lines] * 5)
+    assert len(description) <= page.LONGEST
+    description = plain(description)
+    for line in description.splitlines():
         assert not line.startswith("|") or line.endswith(" |")
         assert not line.startswith("- ") or line.endswith((".", "x", "- "))
-    for part in shown.split("\n\n"):  # a table has as many cells in every row
+    for part in description.split("\n\n"):  # a table has as many cells in every row
         assert not part.startswith("|") or len({len(row.split(" | ")) for row in part.splitlines()}) == 1
-    assert ("To approve it" if decision["verdict"] == "passed" else "It cannot be promoted") in shown
-    left_out = re.search(r"([\d,]+) images that are decided otherwise;? ?", shown)
-    rows = sum(line.startswith(("| anomalous |", "| normal |")) for line in shown.splitlines())
+    assert ("To approve it" if decision["verdict"] == "passed" else "It cannot be promoted") in description
+    left_out = re.search(r"([\d,]+) images that are decided otherwise;? ?", description)
+    rows = sum(line.startswith(("| anomalous |", "| normal |")) for line in description.splitlines())
     assert (int(left_out[1].replace(",", "")) if left_out else 0) + rows == len(decision["changed"])
 
 
@@ -270,8 +274,8 @@ def test_the_screen_has_model_comparison_and_the_first_step_above_the_next_comma
 # ------------------------------------------------------------------------------------------------ what is markup
 
 
-def structure(shown: str) -> list[tuple[str, str, Any]]:
-    tokens = [each for token in parser.parse(shown) for each in [token, *(token.children or [])]]
+def structure(description: str) -> list[tuple[str, str, Any]]:
+    tokens = [each for token in parser.parse(description) for each in [token, *(token.children or [])]]
     return [
         (token.type, token.tag, token.attrs.get("href"))
         for token in tokens
@@ -289,8 +293,8 @@ def test_no_element_comes_from_data(decision_: dict[str, Any], name: str) -> Non
         more = {"production_version": name, "policy": {"approvers": [name]}}
         decision = with_names(decision_, name) | more
         origin = ORIGIN | {"base": {"name": name, "revision": name}, "git_commit": name}
-        shown = text(decision, origin=origin, policy_difference=[f"x{name}"], calibration=Calibration(note=name))
-        return shown.partition("Left out here")[0]
+        description = text(decision, origin=origin, policy_difference=[f"x{name}"], calibration=Calibration(note=name))
+        return description.partition("Left out here")[0]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "LONGEST", 1_000_000)
@@ -298,8 +302,8 @@ def test_no_element_comes_from_data(decision_: dict[str, Any], name: str) -> Non
 
 
 def test_names_are_shown_as_they_are_but_for_what_cannot_be_printed() -> None:
-    shown = text(decided(predictions(1600, 300, name="<i>|*x*"), predictions(1600, 100, name="<i>|*x*")))
-    words = "".join(child.content for token in parser.parse(shown) for child in token.children or [])
+    description = text(decided(predictions(1600, 300, name="<i>|*x*"), predictions(1600, 100, name="<i>|*x*")))
+    words = "".join(child.content for token in parser.parse(description) for child in token.children or [])
     assert "000<i>|*x*" in words
 
 
@@ -323,10 +327,10 @@ def test_mlflow_shows_no_markup_of_data_and_the_links_open_report_and_curves(ser
             mlflow.log_metric("reward", step, step=step)
         mlflow.log_text("<title>a report</title>", page.REPORT)
     candidate, production = predictions(1600, 100, name=HOSTILE), predictions(1600, 300, name=HOSTILE)
-    shown = text(decided(candidate, production), evaluated_by=run, trained_by=run)
+    description = text(decided(candidate, production), evaluated_by=run, trained_by=run)
     store.create_registered_model("page")
     store.create_model_version("page", f"runs:/{run.info.run_id}/evaluation", run.info.run_id, {"approval": "pending"})
-    store.update_model_version("page", "1", shown)
+    store.update_model_version("page", "1", description)
     requests: list[str] = []
     window.on("request", lambda request: requests.append(request.url))
     window.on("dialog", lambda dialog: pytest.fail(dialog.message))

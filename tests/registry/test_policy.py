@@ -61,7 +61,7 @@ def test_what_a_policy_says_otherwise_is_listed_by_key() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("whole: {recal: {limit: 1}}", "gate.yaml line 1: whole: there is no metric 'recal'"),
+        ("whole: {recal: {limit: 1}}", "gate.yaml line 1: whole: unknown metric 'recal'"),
         ("whole: {iou: {limt: 1}}", "unknown setting `whole.iou.limt`; did you mean `whole.iou.limit`?"),
         ("whole: {iou: {foo: 1}}", "unknown setting `whole.iou.foo`; gate.yaml lists all settings"),
         ("looks: 0", "looks should be greater than 0, not 0"),

@@ -502,12 +502,12 @@ def test_a_submitter_waits_for_the_service(apart, one):
     apart("service")
     set_policy(Path("gate.yaml"), PARAMS)
     apart("submitter")
-    original = registration.reconcile.look
-    looks = []
+    original = registration.reconcile.read
+    reads = []
 
-    def look(*arguments):
-        looks.append(1)
-        if len(looks) == 3:
+    def read(*arguments):
+        reads.append(1)
+        if len(reads) == 3:
             apart("service")
             accept_all()
             apart("submitter")
@@ -515,7 +515,7 @@ def test_a_submitter_waits_for_the_service(apart, one):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registration, "_POLL", 0.01)
-        patch.setattr(registration.reconcile, "look", look)
+        patch.setattr(registration.reconcile, "read", read)
         assert register(*one, PARAMS, wait=30).passed
 
 

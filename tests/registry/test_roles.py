@@ -31,7 +31,7 @@ from mlflow.exceptions import MlflowException
 from adfm import signing, tracking
 from adfm.params import Params
 from adfm.registry import history as history_
-from adfm.registry.approvals import look
+from adfm.registry.approvals import run_once
 from adfm.registry.audit import AuditFailed, audit
 from adfm.registry.history import NOBODY, Forbidden
 from adfm.registry.promotion import approve, history, rollback
@@ -475,10 +475,10 @@ class Plant:
         with pytest.raises(NotAccepted, match="is there, and the service has not made a version"):
             register(folder, self.shards, evaluation, self.home / "registration", self.params, wait=0)
 
-    def look(self) -> str:
+    def poll(self) -> str:
         """What the approvals service does every few seconds; what is wrong."""
         self.log_in(SERVICE)
-        return look(self.params)
+        return run_once(self.params)
 
     def approve(self, version: str) -> None:
         self.log_in(REVIEWER)
@@ -487,9 +487,9 @@ class Plant:
     def in_production(self, right: int, version: str) -> None:
         """Submits, judges, approves and promotes."""
         self.submit(right)
-        assert self.look() == ""
+        assert self.poll() == ""
         self.approve(version)
-        assert self.look() == ""
+        assert self.poll() == ""
         assert self.production() == (version, version)
 
     def production(self) -> tuple[str | None, str | None]:
@@ -556,7 +556,7 @@ def register_policy(plant: Plant) -> None:
     (plant.home / "policy.yaml").write_text(POLICY)
     plant.log_in(REVIEWER)
     set_policy(plant.home / "policy.yaml", plant.params)
-    assert plant.look() == ""
+    assert plant.poll() == ""
 
 
 def test_a_service_that_is_not_an_administrator_promotes_and_rolls_back(plant) -> None:
@@ -636,7 +636,7 @@ def test_a_history_that_a_reader_has_signed_stops_everything(bare_plant, set_up)
     make_history_first(plant, signed=True)
     done = set_up("--model", plant.model, *[part for role, user in ROLES.items() for part in (f"--{role}", user)])
     assert done.status == 0, done.err
-    assert f"if somebody else has begun {plant.model}-history, an administrator deletes it" in plant.look()
+    assert f"if somebody else has begun {plant.model}-history, an administrator deletes it" in plant.poll()
     plant.log_in(READER)
     assert tracking.client().get_registered_model(plant.model).aliases == {}
     plant.server.ok("admin", "DELETE", f"{API}/registered-models/delete", json={"name": f"{plant.model}-history"})
@@ -648,7 +648,7 @@ def test_a_history_that_a_reader_has_signed_stops_everything(bare_plant, set_up)
 def test_only_the_service_writes_the_history(plant) -> None:
     plant.in_production(26, "1")
     plant.submit(36)
-    plant.look()
+    plant.poll()
     for user in (READER, SUBMITTER, REVIEWER):
         plant.log_in(user)
         with pytest.raises(MlflowException, match="Permission denied"):
@@ -657,7 +657,7 @@ def test_only_the_service_writes_the_history(plant) -> None:
             )
     # The service's password alone does not do: a step needs its key.
     write_step(plant, SERVICE, forged_step(plant.model, "2"))
-    assert plant.look() == ""
+    assert plant.poll() == ""
     assert plant.production() == ("1", "1")
 
 
@@ -669,7 +669,7 @@ def test_a_forged_version_is_not_promoted(plant) -> None:
     good = client.get_model_version(plant.model, "1").tags
     forged = client.create_model_version(plant.model, "elsewhere:/forged", tags=good | {"approval": "approved"})
     client.set_registered_model_alias(plant.model, "production", forged.version)
-    assert plant.look() == ""
+    assert plant.poll() == ""
     assert plant.production() == ("1", "1")
     assert "no decision of the gate on it is in the history" in plant.tag("2", "approval_refused")
     assert [step.action for step in history(plant.params.mlflow.registered_model).counting[-2:]] == [
@@ -682,7 +682,7 @@ def test_a_forged_verdict_is_not_believed(plant) -> None:
     """Reviewer and submitter together change tags and gate.json of a version whose gate failed."""
     plant.in_production(36, "1")
     plant.submit(10)
-    plant.look()
+    plant.poll()
     assert plant.tag("2", "gate") == "failed"
     passed = {"name": plant.model, "version": "1"}
     good = plant.server.ok(READER, "GET", f"{API}/model-versions/get", params=passed)["model_version"]["tags"]
@@ -693,7 +693,7 @@ def test_a_forged_verdict_is_not_believed(plant) -> None:
     for tag in good:
         if tag["key"].startswith(("gate", "approval")):
             tracking.client().set_model_version_tag(plant.model, "2", tag["key"], tag["value"])
-    assert plant.look() == ""
+    assert plant.poll() == ""
     assert plant.production() == ("1", "1")
     assert "its gate's verdict is 'failed', not 'passed'" in plant.tag("2", "approval_refused")
     with pytest.raises(Refused, match="its gate's verdict is 'failed'"):
@@ -705,12 +705,12 @@ def test_an_exchanged_file_is_neither_promoted_nor_served(plant, file, tmp_path)
     """The submitter may write any file of the experiment, also of the version in production."""
     plant.in_production(26, "1")
     plant.submit(36)
-    plant.look()
+    plant.poll()
     plant.approve("2")
     for version in ("1", "2"):
         where = f"{plant.files(version)}/{file}"
         assert plant.server.call(SUBMITTER, "PUT", where, data=b"python_model: evil").status_code == 200
-    plant.look()
+    plant.poll()
     assert plant.production() == ("1", "1")
     assert plant.tag("2", "approval") in ("pending", "approved")
     assert plant.tag("2", "promoted_at") is None
@@ -752,33 +752,33 @@ def test_one_who_is_killed_between_gate_json_and_its_tags_is_finished_by_the_nex
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "log_model_artifact", killed)
         with pytest.raises(KeyboardInterrupt):
-            plant.look()
+            plant.poll()
     assert plant.tag("1", "gate") is None
-    assert plant.look() == ""
+    assert plant.poll() == ""
     assert plant.tag("1", "gate") == "passed"
     plant.approve("1")
-    assert plant.look() == ""
+    assert plant.poll() == ""
     assert plant.production() == ("1", "1")
 
 
 def test_a_submitter_cannot_approve(plant) -> None:
     plant.submit(26)
-    plant.look()
+    plant.poll()
     plant.log_in(SUBMITTER)
     with pytest.raises(Forbidden, match="MLflow does not let this account edit version 1"):
         approve("1", plant.params.mlflow.registered_model)
-    assert plant.look() == ""
+    assert plant.poll() == ""
     assert plant.production() == (None, None)
 
 
 def test_who_submitted_does_not_approve(plant) -> None:
     """Also with the reviewer's rights: the name of the submitter is signed with the version."""
     plant.submit(26)
-    plant.look()
+    plant.poll()
     plant.log_in(REVIEWER)
     for key, value in (("approval_by", SUBMITTER), ("approval", "approved")):
         tracking.client().set_model_version_tag(plant.model, "1", key, value)
-    assert plant.look() == ""
+    assert plant.poll() == ""
     assert plant.production() == (None, None)
     assert "submitted it: another person has to approve" in plant.tag("1", "approval_refused")
 
@@ -786,7 +786,7 @@ def test_who_submitted_does_not_approve(plant) -> None:
 def test_a_version_that_is_deleted_between_approval_and_move_is_never_in_production(plant, monkeypatch, capsys) -> None:
     plant.in_production(26, "1")
     plant.submit(36)
-    plant.look()
+    plant.poll()
     plant.approve("2")
     append = history_.append
 
@@ -799,10 +799,10 @@ def test_a_version_that_is_deleted_between_approval_and_move_is_never_in_product
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(history_, "append", deleted_first)
-        problem = plant.look()
+        problem = plant.poll()
     assert "was deleted while it was promoted; it is not in production" in problem
     assert "version 2 of" not in capsys.readouterr().out.replace(f"version 2 of {plant.model} was deleted", "")
-    assert plant.look() == ""
+    assert plant.poll() == ""
     assert plant.production() == ("1", "1")
 
 
@@ -815,7 +815,7 @@ def test_only_a_reviewer_sets_the_policy_and_the_history_keeps_it(plant) -> None
             set_policy(lax, plant.params)
     plant.log_in(REVIEWER)
     set_policy(lax, plant.params)
-    assert plant.look() == ""
+    assert plant.poll() == ""
     step = history(plant.params.mlflow.registered_model).last("policy")
     assert (step.by, "0.01" in step.policy) == (REVIEWER, True)
 
@@ -842,12 +842,12 @@ def test_a_reviewer_can_hinder_but_move_nothing(plant) -> None:
     plant.in_production(26, "1")
     prompt = {"name": plant.model, "key": "mlflow.prompt.is_prompt", "value": "true"}
     plant.server.ok(REVIEWER, "POST", f"{API}/registered-models/set-tag", json=prompt)
-    assert plant.look() != ""
+    assert plant.poll() != ""
     plant.server.ok("admin", "DELETE", f"{API}/registered-models/delete-tag", json=prompt)
     away = {"name": plant.model, "new_name": f"{plant.model}-away"}
     plant.server.ok(REVIEWER, "POST", f"{API}/registered-models/rename", json=away)
-    assert plant.look() != ""
+    assert plant.poll() != ""
     back = {"name": f"{plant.model}-away", "new_name": plant.model}
     plant.server.ok("admin", "POST", f"{API}/registered-models/rename", json=back)
-    assert plant.look() == ""
+    assert plant.poll() == ""
     assert plant.production() == ("1", "1")
