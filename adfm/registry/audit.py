@@ -9,7 +9,7 @@ from adfm.errors import AdfmError, Unusable
 from adfm.registry import reconcile
 from adfm.registry.history import BrokenHistory, Forbidden, registered_model
 from adfm.registry.reconcile import ANCHOR, PREVIOUS, PRODUCTION, Registry
-from adfm.registry.submission import fetch
+from adfm.registry.submission import fetch, version_uri
 from adfm.text import printable
 
 
@@ -70,7 +70,7 @@ def _check_version(registry: Registry, alias: str, number: str) -> tuple[list[st
     step = next((s for s in steps if s.action in ("promote", "rollback", "restore")), None)
     with TemporaryDirectory() as folder:
         try:
-            files = fetch(registry.versions[number], Path(folder), registry.keys)
+            files = fetch(version_uri(registry.versions[number]), registry.keys, Path(folder))
         except AdfmError as error:
             return [], [f"{alias}: version {number}: {printable(str(error))}"]
         if step is None or files.manifest != step.manifest:

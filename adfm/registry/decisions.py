@@ -35,6 +35,7 @@ from adfm.registry.submission import (
     check,
     fetch,
     read_artifact,
+    version_uri,
 )
 
 if TYPE_CHECKING:
@@ -58,45 +59,42 @@ class Judgement:
 def judge(registry: Registry, version: ModelVersion, to: Path) -> Judgement:
     """Decide on a version against production and anchor of the history, with the registered policy.
 
-    A policy is registered. The files of all versions are downloaded to the folder `to`.
+    It requires a registered policy, and downloads the files of all versions to the folder `to`.
 
     Raises:
         Unverified: Its files, or those of a version that it is compared with, are not what was signed.
         AdfmError: Its parts do not fit together, tables cannot be compared, or files cannot be read.
     """
     history, number = registry.history, str(version.version)
-    submission = fetch(version, to, registry.keys)
+    submission = fetch(version_uri(version), registry.keys, to)
     own = check(submission, registry.name)
     registered = policy.registered(history.policy)
     against = {"production": history.production, "anchor": history.anchor}
     others = {other: _fetch_other(registry, other, to) for other in {*against.values()} - {NOBODY, number}}
     if history.anchor == history.production:
         del against["anchor"]
-    predicted: dict[str, pd.DataFrame] = {}
-    sources: dict[str, str] = {}
-    missing = []
-    for role, other in against.items():
-        if other not in others:
-            continue  # nothing is in production, or the anchor itself is judged
-        predictions = _predictions(submission, role, others[other])
-        if predictions is None:
-            missing.append(
-                f"There are no predictions of version {other} ({role}) on these test images; `adfm register` makes "
-                "them."
-            )
-        else:
-            predicted[role], sources[role] = predictions
+    # Without those of a role where nothing is in production, or the anchor itself is judged.
+    predictions = {
+        role: _predictions(submission, role, others[other]) for role, other in against.items() if other in others
+    }
+    missing = [
+        f"Predictions of version {against[role]} ({role}) on these test images are missing; `adfm register` makes them."
+        for role, tables_ in predictions.items()
+        if tables_ is None
+    ]
+    production, origin = predictions.get("production") or (None, None)
+    anchor, _ = predictions.get("anchor") or (None, None)
     fingerprint = str(submission.origin["data"]["test"])
     look = look_number(history, fingerprint, number)
     separation = check_separation(submission, others.get(history.production))
-    decision = gate.decide(own, predicted.get("production"), predicted.get("anchor"), registered, look, separation)
+    decision = gate.decide(own, production, anchor, registered, look, separation)
     decided = dataclasses.asdict(decision) | {
         "split": submission.about["split"],
         "fingerprint": fingerprint,
         "policy": registered.model_dump(mode="json"),
         "production_version": None if history.production == NOBODY else history.production,
         "anchor_version": None if history.anchor == NOBODY else history.anchor,
-        "production_predictions": sources.get("production"),
+        "production_predictions": origin,
     }
     if missing:
         verdict = "failed" if decision.verdict == "failed" else "cannot tell"
@@ -149,7 +147,7 @@ def parse(decided: dict[str, Any]) -> gate.Decision:
     return gate.Decision(**kept | {"rows": rows})
 
 
-def present(registry: Registry, version: ModelVersion, judgement: Judgement, step: Step, why: str = "") -> None:
+def publish(registry: Registry, version: ModelVersion, judgement: Judgement, step: Step, why: str = "") -> None:
     """Write a decision on its version for people: gate.json, tags, description. An earlier approval is void.
 
     Done twice, or by two processes, it does the same. `step` is the decision's in the history; the description says
@@ -211,7 +209,7 @@ def decision_tags(step: Step) -> dict[str, str]:
     }
 
 
-def is_shown(version: ModelVersion, step: Step) -> bool:
+def is_published(version: ModelVersion, step: Step) -> bool:
     """Whether the version's gate.json and tags are those of a decision."""
     if any(version.tags.get(key) != text for key, text in decision_tags(step).items()):
         return False
@@ -250,7 +248,7 @@ def _hashes(file: Path) -> pa.Table | None:
 
 def _fetch_other(registry: Registry, number: str, to: Path) -> Submission:
     try:
-        return fetch(registry.version(number), to, registry.keys)
+        return fetch(version_uri(registry.version(number)), registry.keys, to)
     except signing.Unverified as error:
         raise AdfmError(
             f"Version {number} of {registry.name}, which new versions are compared with, is not what was signed: "

@@ -20,7 +20,7 @@ from adfm.registry.alerts import alert
 from adfm.registry.history import NOBODY, History, Step
 from adfm.registry.reconcile import Refused, Registry, client, find, reconcile, user, versions
 from adfm.registry.registration import adopt_policy, rejudge
-from adfm.registry.submission import Unfit, fetch
+from adfm.registry.submission import Unfit, fetch, version_uri
 from adfm.registry.tables import Incomparable
 
 if TYPE_CHECKING:
@@ -293,7 +293,7 @@ def _rerun_gate(registry: Registry, candidate: ModelVersion, by: str) -> Step:
         _refuse(_unless_changed(registry, candidate), candidate, [refusal], by)
     if judgement.fields["decision"] != judged.decision:
         _request_approval(registry, candidate, _outdated(registry, judged))
-    if not (judged.finished and decisions.is_shown(candidate, judged)):
+    if not (judged.finished and decisions.is_published(candidate, judged)):
         reason = "what its page showed was not the decision that stands, and was written again"
         _request_approval(registry, candidate, reason)
     return judged
@@ -363,7 +363,7 @@ def _check_as_promoted(registry: Registry, version: ModelVersion, came: Step, fo
     """Check that a version's files are those with which it came into production."""
     title = f"{version.version} of {version.name}"
     try:
-        files = fetch(version, folder, registry.keys)
+        files = fetch(version_uri(version), registry.keys, folder)
     except signing.Unverified as error:
         raise Refused(f"Version {title} cannot return: {error}") from error
     if files.manifest != came.manifest:

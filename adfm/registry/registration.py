@@ -28,7 +28,7 @@ from adfm.registry.alerts import alert, announce
 from adfm.registry.history import NOBODY, Step, make_model, registered_model, suppress_error
 from adfm.registry.policy import Policy
 from adfm.registry.reconcile import Registry
-from adfm.registry.submission import Unfit, check, own_policy, read, read_artifact, submit, waiting_submissions
+from adfm.registry.submission import Unfit, check, fetch, own_policy, read_artifact, submit, waiting_submissions
 from adfm.signing import Unverified
 
 if TYPE_CHECKING:
@@ -145,9 +145,13 @@ def accept(
                 decided.append(number)
         except AdfmError as error:
             errors.append(error)
-        except OSError as error:
-            errors.append(AdfmError(f"Files of submission {submission} cannot be read: {error}"))
-        except (LookupError, TypeError, ValueError, AttributeError):  # one that is odd must not stop the others
+        except (
+            OSError,
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+        ):  # one that is odd must not stop the others
             errors.append(AdfmError(f"Submission {submission} cannot be judged:\n{traceback.format_exc()}"))
     if errors:
         raise errors[0] if len(errors) == 1 else AdfmError("\n".join(map(str, errors)))
@@ -233,7 +237,7 @@ def rejudge(registry: Registry, version: ModelVersion, why: str = "") -> tuple[S
     number, name, store = str(version.version), registry.name, registry.store
     while True:
         step = decisions.stands(registry.history, number)
-        if step and step.finished and decisions.is_shown(version, step):
+        if step and step.finished and decisions.is_published(version, step):
             return step, False
         with TemporaryDirectory() as folder:
             judgement = decisions.judge(registry, version, Path(folder))
@@ -251,8 +255,8 @@ def rejudge(registry: Registry, version: ModelVersion, why: str = "") -> tuple[S
             # Somebody else may have written the page meanwhile, and a reviewer have answered.
             now = next(each for each in registry.history.steps if each.number == step.number)
             version = registry.version(number)
-            if not (now.finished and decisions.is_shown(version, now)):
-                decisions.present(registry, version, judgement, step, f"Version {number}: {why}." if why else "")
+            if not (now.finished and decisions.is_published(version, now)):
+                decisions.publish(registry, version, judgement, step, f"Version {number}: {why}." if why else "")
             if fresh:
                 headline = f"version {version.version} of {version.name}: gate {step.verdict}"
                 alert("\n- ".join([headline, *judgement.decided["reasons"]]))
@@ -296,8 +300,6 @@ def _unfinished(registry: Registry) -> list[str]:
 
 def _create(registry: Registry, submission: str) -> ModelVersion | None:
     """Make a version of a submission; of two that are made at once, the one with the smaller number stays."""
-    import mlflow
-
     store, name = registry.store, registry.name
     if any(step.submission == submission for step in registry.history.counting):
         return None  # it was refused, or its version was deleted
@@ -305,8 +307,7 @@ def _create(registry: Registry, submission: str) -> ModelVersion | None:
     if str(logged.status) != "READY":
         return None
     with TemporaryDirectory() as folder:
-        files = Path(mlflow.artifacts.download_artifacts(f"models:/{submission}", dst_path=folder))
-        check(read(files, registry.keys, f"models:/{submission}"), name)
+        check(fetch(f"models:/{submission}", registry.keys, Path(folder)), name)
     make_model(store, name)
     run = tracking.find_run(logged.source_run_id)
     run_id = run.info.run_id if run else None

@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -132,11 +133,6 @@ class Submission:
         return self.origin.get("data", {}).get("test"), self.origin.get("protocol")
 
 
-def read(folder: Path, keys: Keys, name: str = "") -> Submission:
-    """Verify the signature of a folder, which messages call `name`; raise Unverified if it does not hold."""
-    return Submission(folder, signing.verify(folder, keys, name))
-
-
 def check(submission: Submission, name: str) -> pd.DataFrame:
     """Check that a submission is whole, fits together, and is for the registered model `name`.
 
@@ -246,39 +242,46 @@ def check_model(model: Path) -> str:
     return str(description["family"])
 
 
-def download(version: ModelVersion, path: str, to: Path) -> Path:
-    """Download an artifact of a version, a file or a folder, below the folder `to`."""
-    import mlflow
-
-    return Path(
-        mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}/{path}", dst_path=str(to))
-    )
-
-
 def read_artifact(version: ModelVersion, path: str) -> str:
     """Read the text of a version's artifact."""
+    import mlflow
     from mlflow.exceptions import MlflowException
 
-    with TemporaryDirectory() as folder:
-        # MLflow's server overwrites files in place, which cuts off a concurrent download.
-        for pause in (0.2, 1.0):  # seconds
-            try:
-                return download(version, path, Path(folder)).read_text(encoding="utf-8")
-            except MlflowException as error:
-                if "IncompleteRead" not in str(error):
-                    raise
-            time.sleep(pause)
-        return download(version, path, Path(folder)).read_text(encoding="utf-8")
+    def read() -> str:
+        with TemporaryDirectory() as folder:
+            file = mlflow.artifacts.download_artifacts(f"{version_uri(version)}/{path}", dst_path=folder)
+            return Path(file).read_text(encoding="utf-8")
+
+    # MLflow's server overwrites files in place, which cuts off a concurrent download.
+    for pause in (0.2, 1.0):  # seconds
+        try:
+            return read()
+        except MlflowException as error:
+            if "IncompleteRead" not in str(error):
+                raise
+        time.sleep(pause)
+    return read()
 
 
-def fetch(version: ModelVersion, to: Path, keys: Keys) -> Submission:
-    """Download a version whole and verify its signature; raise Unverified if it does not hold."""
-    folder = to / str(version.version)
-    folder.mkdir(parents=True)
+def fetch(uri: str, keys: Keys, to: Path) -> Submission:
+    """Download a submission or version, `models:/…`, into a new folder below `to`, and verify its signature.
+
+    Raises:
+        Unverified: It is not what a submitter whose key counts has signed.
+        AdfmError: Files cannot be read.
+    """
+    import mlflow
+
     try:
-        return read(download(version, "", folder), keys, f"models:/{version.name}/{version.version}")
+        folder = mlflow.artifacts.download_artifacts(uri, dst_path=tempfile.mkdtemp(dir=to))
+        return Submission(Path(folder), signing.verify(Path(folder), keys, uri))
     except OSError as error:
-        raise AdfmError(f"Files of version {version.version} of {version.name} cannot be read: {error}") from error
+        raise AdfmError(f"Files of {uri} cannot be read: {error}") from error
+
+
+def version_uri(version: ModelVersion) -> str:
+    """Return `models:/<name>/<version>`."""
+    return f"models:/{version.name}/{version.version}"
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -401,7 +404,7 @@ def _predict(
     from adfm.evaluation import predictions
 
     with TemporaryDirectory() as temporary:
-        other = fetch(version, Path(temporary), keys)
+        other = fetch(version_uri(version), keys, Path(temporary))
         about = {"version": str(version.version), "manifest": other.manifest}
         protocols = [_protocol(family, params.evaluate) for family in families.FAMILIES]
         if other.origin["data"]["test"] == origin["data"]["test"] and other.origin.get("protocol") in protocols:
@@ -433,13 +436,11 @@ def _same(registry: Registry, experiment: str, contents: str) -> str | None:
 
 def _has_contents(uri: str, keys: Keys, contents: str, signers: Sequence[str]) -> bool:
     """Whether the files are what one of the keys has signed, and have these contents."""
-    import mlflow
-
     with TemporaryDirectory() as folder:
         try:
-            submission = read(Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder)), keys)
+            submission = fetch(uri, keys, Path(folder))
             return submission.signer in signers and submission.contents == contents
-        except (AdfmError, OSError):
+        except AdfmError:
             return False
 
 

@@ -22,7 +22,7 @@ from adfm.registry.audit import audit
 from adfm.registry.history import Step
 from adfm.registry.promotion import Refused, history, promote, promote_approved, rollback
 from adfm.registry.registration import register
-from adfm.registry.submission import download
+from adfm.registry.submission import read_artifact
 
 PARAMS = Params()
 
@@ -116,8 +116,7 @@ def test_a_failed_gate_is_not_promoted_and_all_refusals_are_told(store, add):
 def gate_of(version: str) -> dict[str, object]:
     """The decision that the version carries, which its tags must repeat."""
     found = tracking.client().get_model_version("adfm", version)
-    with TemporaryDirectory() as folder:
-        decided = json.loads(download(found, "gate.json", Path(folder)).read_text())
+    decided = json.loads(read_artifact(found, "gate.json"))
     assert decisions.digest(decided) == found.tags["gate_digest"]
     assert found.tags["gate"] == decided["verdict"]
     assert found.tags["gate_production_version"] == (decided["production_version"] or "none")
@@ -250,7 +249,7 @@ def test_without_a_common_test_set_the_gate_cannot_tell(store, add, make_shards,
     with pytest.raises(Refused, match="decided against version 2: gate cannot tell; it cannot be promoted"):
         promote("1", "adfm")
     decided = gate_of("1")
-    assert decided["reasons"][0].startswith("There are no predictions of version 2 (production) on these test images")
+    assert decided["reasons"][0].startswith("Predictions of version 2 (production) on these test images are missing")
 
 
 def test_the_gate_decides_again_once_also_if_two_ask(store, add, monkeypatch):

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
 
 from adfm import files, signing, tracking
 from adfm.cli import main
@@ -23,10 +24,14 @@ from adfm.params import Params
 from adfm.registry import decisions, policy, registration
 from adfm.registry.promotion import history, promote
 from adfm.registry.registration import NotAccepted, accept, register, set_policy
-from adfm.registry.submission import download, read_artifact
+from adfm.registry.submission import read_artifact, version_uri
 from tests.registry.conftest import POLICY
 
 PARAMS = Params()
+
+
+def download(version: Any, path: str, to: Path) -> Path:
+    return Path(download_artifacts(f"{version_uri(version)}/{path}", dst_path=str(to)))
 
 
 def versions(name: str = "adfm") -> list[Any]:
@@ -591,7 +596,7 @@ def test_killed_anywhere_one_submission_makes_one_version(one, monkeypatch, dies
     [version] = versions()
     assert version.tags["gate"] == "passed" and version.description
     assert sum(step.action == "judge" for step in history("adfm").counting) == 1
-    assert decisions.is_shown(version, history("adfm").last("judge"))
+    assert decisions.is_published(version, history("adfm").last("judge"))
 
 
 def test_two_services_that_accept_at_once_make_one_version(apart, one, monkeypatch):
