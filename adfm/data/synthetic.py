@@ -2,20 +2,19 @@
 
     synthetic://?seed=0&images=360
 
-Six categories (three textures, three objects), five kinds of defect in all sizes, positions and contrasts, one to
-three of them on a part; and normal variation that is easily taken for a defect (stains, grain, dust, reflections).
-`SOURCE_CATEGORIES` are eight further products with the same kinds of defect, on which the embedded base model is
-trained and which never appear in the data set.
+Six categories (three textures, three objects), each with five kinds of defect, and with normal variation that is easily
+taken for a defect. The embedded base model is trained on `SOURCE_CATEGORIES`, which never appear in the data set.
 
-A category is a function that draws one part: `(rng, size) -> Part`. All colours are RGB floats in [0, 1]; all arrays
-are `[size, size]` or `[size, size, 3]`; coordinates are pixels with the origin at the top left.
+All colours are RGB floats in [0, 1]; all arrays are `[size, size]` or `[size, size, 3]`; coordinates are pixels with
+the origin at the top left. The order of draws from `rng` is part of the data set: the same seed gives the same bytes.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -34,20 +33,16 @@ SIZE = 128
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Part:
-    """One drawn part.
-
-    Args:
-        image: RGB in [0, 1].
-        region: Where the part is, in [0, 1] (1 everywhere for a texture).
-        under: RGB of what shows where a piece of the part is missing.
-    """
+class Part(NamedTuple):
+    """One drawn part."""
 
     image: Array
-    region: Array
-    under: Array
+    region: Array  # where the part is, from 0 to 1; 1 everywhere for a texture
+    under: Array  # what shows where a piece of the part is missing
 
+
+Category = Callable[[np.random.Generator, int], Part]
+"""Function that draws one part of a size."""
 
 # ---------------------------------------------------------------------------------------------------- drawing tools
 
@@ -58,14 +53,14 @@ def _grid(size: int) -> tuple[Array, Array]:
 
 
 def _noise(rng: np.random.Generator, size: int, cells: int) -> Array:
-    """Smooth noise with about `cells` bumps a side, zero mean, unit spread."""
+    """Return smooth noise with about `cells` bumps a side, zero mean, unit spread."""
     coarse = rng.normal(size=(cells + 2, cells + 2)).astype(np.float32)
     smooth = np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC))
     return np.asarray((smooth - smooth.mean()) / (smooth.std() + 1e-6), np.float32)
 
 
 def _edge(distance: Array, width: float = 1.0) -> Array:
-    """Antialiased inside of a signed distance: 1 where `distance` is below 0."""
+    """Return the antialiased inside of a signed distance: 1 where `distance` is below 0."""
     return np.clip(0.5 - distance / width, 0.0, 1.0)
 
 
@@ -84,13 +79,13 @@ def _plain(colour: Array, size: int) -> Array:
 
 
 def _shade(height: Array, strength: float) -> Array:
-    """Light from the upper left on a height map."""
+    """Return light from the upper left on a height map."""
     dy, dx = np.gradient(height)
     return np.asarray(-(dx + dy) * strength, np.float32)
 
 
-def _rotated(x: Array, y: Array, centre: tuple[float, float], angle: float) -> tuple[Array, Array]:
-    dx, dy = x - centre[0], y - centre[1]
+def _rotated(grid: tuple[Array, Array], centre: tuple[float, float], angle: float) -> tuple[Array, Array]:
+    dx, dy = grid[0] - centre[0], grid[1] - centre[1]
     cos, sin = np.cos(angle), np.sin(angle)
     return np.asarray(dx * cos + dy * sin, np.float32), np.asarray(dy * cos - dx * sin, np.float32)
 
@@ -100,10 +95,9 @@ def _texture(image: Array, under: Array) -> Part:
 
 
 def _placed(rng: np.random.Generator, size: int) -> tuple[Array, Array, float]:
-    """Centred coordinates of an object lying on the table, turned and shifted a little, and its radius."""
-    x, y = _grid(size)
+    """Return centred coordinates of an object on the table, turned and shifted a little, and its radius."""
     centre = (size / 2 + rng.uniform(-0.05, 0.05) * size, size / 2 + rng.uniform(-0.05, 0.05) * size)
-    u, v = _rotated(x, y, centre, rng.uniform(0, 2 * np.pi))
+    u, v = _rotated(_grid(size), centre, rng.uniform(0, 2 * np.pi))
     return u, v, float(rng.uniform(0.36, 0.42) * size)
 
 
@@ -123,8 +117,7 @@ def _on_table(rng: np.random.Generator, body: Array, region: Array, table: tuple
 
 
 def _weave(rng: np.random.Generator, size: int) -> Part:
-    x, y = _grid(size)
-    u, v = _rotated(x, y, (0, 0), rng.uniform(-0.15, 0.15))
+    u, v = _rotated(_grid(size), (0, 0), rng.uniform(-0.15, 0.15))
     period = rng.uniform(7, 10)
     warp, weft = np.sin(2 * np.pi * u / period), np.sin(2 * np.pi * v / period)
     over = np.sin(np.pi * u / period) * np.sin(np.pi * v / period) > 0
@@ -149,7 +142,7 @@ def _terrazzo(rng: np.random.Generator, size: int) -> Part:
     for _ in range(int(rng.integers(45, 60))):
         cx, cy = rng.uniform(0, size, 2)
         near = np.s_[max(0, int(cy) - 12) : int(cy) + 12, max(0, int(cx) - 12) : int(cx) + 12]
-        u, v = _rotated(x[near], y[near], (cx, cy), rng.uniform(0, np.pi))
+        u, v = _rotated((x[near], y[near]), (cx, cy), rng.uniform(0, np.pi))
         a, b = rng.uniform(2.0, 6.5), rng.uniform(1.5, 4.0)
         wobble = 1 + 0.25 * np.sin(3 * np.arctan2(v, u) + rng.uniform(0, 6))
         chip = _colour(rng, chips[rng.integers(4)], 0.03)
@@ -194,8 +187,7 @@ def _tablet(rng: np.random.Generator, size: int) -> Part:
 
 
 def _circuit(rng: np.random.Generator, size: int) -> Part:
-    x, y = _grid(size)
-    u, v = _rotated(x, y, (0, 0), rng.uniform(-0.06, 0.06))
+    u, v = _rotated(_grid(size), (0, 0), rng.uniform(-0.06, 0.06))
     board = _colour(rng, (0.1, 0.36, 0.24), 0.03)
     image = _plain(board, size) * (1 + 0.04 * _noise(rng, size, 30))[..., None]
     copper = _plain(_colour(rng, (0.2, 0.5, 0.33), 0.02), size)
@@ -219,8 +211,7 @@ def _circuit(rng: np.random.Generator, size: int) -> Part:
 
 
 def _stripes(rng: np.random.Generator, size: int) -> Part:
-    x, y = _grid(size)
-    u, _ = _rotated(x, y, (0, 0), rng.uniform(0, np.pi))
+    u, _ = _rotated(_grid(size), (0, 0), rng.uniform(0, np.pi))
     wave = np.sin(2 * np.pi * u / rng.uniform(9, 20) + rng.uniform(0, 6))
     colour = _colour(rng, tuple(rng.uniform(0.3, 0.7, 3)))
     tone = 1 + rng.uniform(0.08, 0.2) * np.clip(wave * rng.uniform(1, 4), -1, 1) + 0.02 * _noise(rng, size, 50)
@@ -228,8 +219,7 @@ def _stripes(rng: np.random.Generator, size: int) -> Part:
 
 
 def _dots(rng: np.random.Generator, size: int) -> Part:
-    x, y = _grid(size)
-    u, v = _rotated(x, y, (0, 0), rng.uniform(0, np.pi))
+    u, v = _rotated(_grid(size), (0, 0), rng.uniform(0, np.pi))
     period = rng.uniform(12, 22)
     d = np.hypot((u % period) - period / 2, (v % period) - period / 2) - period * rng.uniform(0.15, 0.3)
     colour = _colour(rng, tuple(rng.uniform(0.3, 0.7, 3)))
@@ -238,8 +228,7 @@ def _dots(rng: np.random.Generator, size: int) -> Part:
 
 
 def _wood(rng: np.random.Generator, size: int) -> Part:
-    x, y = _grid(size)
-    u, v = _rotated(x, y, (size / 2, size / 2), rng.uniform(0, np.pi))
+    u, v = _rotated(_grid(size), (size / 2, size / 2), rng.uniform(0, np.pi))
     rings = np.sin(0.35 * u + 2.2 * _noise(rng, size, 3) + 0.03 * v)
     colour = _colour(rng, (0.62, 0.45, 0.28))
     tone = 1 + 0.12 * rings + 0.04 * _noise(rng, size, 60)
@@ -255,8 +244,7 @@ def _brushed(rng: np.random.Generator, size: int) -> Part:
 
 
 def _mesh(rng: np.random.Generator, size: int) -> Part:
-    x, y = _grid(size)
-    u, v = _rotated(x, y, (0, 0), rng.uniform(0.5, 1.1))
+    u, v = _rotated(_grid(size), (0, 0), rng.uniform(0.5, 1.1))
     period = rng.uniform(10, 16)
     wire = np.minimum(np.abs((u % period) - period / 2), np.abs((v % period) - period / 2)) - rng.uniform(1.2, 2.2)
     back = _plain(_colour(rng, (0.2, 0.2, 0.22), 0.04), size)
@@ -294,7 +282,7 @@ def _hexnut(rng: np.random.Generator, size: int) -> Part:
     return _on_table(rng, body, region, tuple(rng.uniform(0.15, 0.4, 3)))
 
 
-TARGET_CATEGORIES: dict[str, Callable[[np.random.Generator, int], Part]] = {
+TARGET_CATEGORIES: dict[str, Category] = {
     "circuit": _circuit,
     "gear": _gear,
     "leather": _leather,
@@ -302,7 +290,7 @@ TARGET_CATEGORIES: dict[str, Callable[[np.random.Generator, int], Part]] = {
     "terrazzo": _terrazzo,
     "weave": _weave,
 }
-SOURCE_CATEGORIES: dict[str, Callable[[np.random.Generator, int], Part]] = {
+SOURCE_CATEGORIES: dict[str, Category] = {
     "brushed": _brushed,
     "button": _button,
     "dots": _dots,
@@ -331,8 +319,7 @@ Defect = Callable[[np.random.Generator, Array, Part, _Place], tuple[Array, Array
 
 def _scratch(rng: np.random.Generator, image: Array, part: Part, place: _Place) -> tuple[Array, Array]:
     centre, radius, contrast = place
-    x, y = _grid(image.shape[0])
-    u, v = _rotated(x, y, centre, rng.uniform(0, np.pi))
+    u, v = _rotated(_grid(image.shape[0]), centre, rng.uniform(0, np.pi))
     bend = rng.uniform(-0.3, 0.3) * radius * np.cos(u / radius * rng.uniform(0.5, 1.8))
     width = rng.uniform(0.9, 1.8) * np.sqrt(np.clip(1 - (u / radius) ** 2, 0, 1))
     alpha = _edge(np.abs(v - bend) - width) * (np.abs(u) < radius)
@@ -340,9 +327,8 @@ def _scratch(rng: np.random.Generator, image: Array, part: Part, place: _Place) 
 
 
 def _blob(rng: np.random.Generator, size: int, centre: tuple[float, float], radius: float) -> Array:
-    """Signed distance to an irregular round outline."""
-    x, y = _grid(size)
-    u, v = _rotated(x, y, centre, rng.uniform(0, np.pi))
+    """Return the signed distance to an irregular round outline."""
+    u, v = _rotated(_grid(size), centre, rng.uniform(0, np.pi))
     angle = np.arctan2(v, u)
     outline = 1 + sum(rng.uniform(-0.14, 0.14) * np.sin(k * angle + rng.uniform(0, 6)) for k in (2, 3, 5))
     return np.hypot(u, v / rng.uniform(0.65, 1.0)) - radius * outline * 0.9
@@ -405,24 +391,21 @@ def _normal_variation(rng: np.random.Generator, image: Array, part: Part) -> Arr
             soft = np.exp(-(((x - cx) ** 2 + (y - cy) ** 2) / (2 * (rng.uniform(0.05, 0.14) * size) ** 2)))
             change = rng.uniform(-0.07, 0.07) * soft
         elif kind == 1:
-            u, v = _rotated(x, y, (cx, cy), rng.uniform(0, np.pi))
+            u, v = _rotated((x, y), (cx, cy), rng.uniform(0, np.pi))
             change = rng.choice([-0.05, 0.05]) * _edge(np.abs(v) - 0.4) * (np.abs(u) < rng.uniform(0.1, 0.3) * size)
         elif kind == 2:
             change = np.zeros_like(x)
             for px, py in rng.uniform(0, size, (int(rng.integers(2, 6)), 2)):
                 change += rng.choice([-0.16, 0.16]) * _edge(np.hypot(x - px, y - py) - 0.7)
         else:
-            u, v = _rotated(x, y, (cx, cy), rng.uniform(0, np.pi))
+            u, v = _rotated((x, y), (cx, cy), rng.uniform(0, np.pi))
             change = 0.08 * np.exp(-((v / (0.05 * size)) ** 2) - (u / (0.25 * size)) ** 2)
         image = image + (change * part.region)[..., None]
     return np.asarray(image, np.float32)
 
 
 def draw(
-    rng: np.random.Generator,
-    category: Callable[[np.random.Generator, int], Part],
-    defect: str | None = None,
-    size: int = SIZE,
+    rng: np.random.Generator, category: Category, defect: str | None = None, size: int = SIZE
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Draw one part, good (`defect=None`) or with one to three defects of a kind.
 
@@ -461,12 +444,12 @@ def _add_defect(
 
 
 def _grown(mask: NDArray[np.bool_], pixels: int) -> NDArray[np.bool_]:
-    """`mask` and all within `pixels` of it (a square neighbourhood)."""
+    """Return the rectangle around `mask`, `pixels` larger on each side."""
     ys, xs = np.nonzero(mask)
-    out = mask.copy()
+    grown = np.zeros_like(mask)
     if len(ys):
-        out[max(0, ys.min() - pixels) : ys.max() + pixels + 1, max(0, xs.min() - pixels) : xs.max() + pixels + 1] = True
-    return out
+        grown[max(0, ys.min() - pixels) : ys.max() + pixels + 1, max(0, xs.min() - pixels) : xs.max() + pixels + 1] = 1
+    return grown
 
 
 # --------------------------------------------------------------------------------------------------------- data set
@@ -475,11 +458,8 @@ def _grown(mask: NDArray[np.bool_], pixels: int) -> NDArray[np.bool_]:
 def generate(out: Path, seed: int = 0, images: int = 360) -> None:
     """Write the data set to `out`, the same bytes for the same arguments.
 
-    Args:
-        out: Folder to write to; made if missing.
-        seed: Any non-negative integer.
-        images: Images a category, at least 20. One part in nine is `train/good`; of the rest, which is `test`, one half
-            is good and one half shared out evenly among the five kinds of defect.
+    A category has `images` images. One part in nine is `train/good`; of the rest, which is `test`, one half is good and
+    one half shared out evenly among the five kinds of defect.
 
     Raises:
         AdfmError: `images` is below 20, or `seed` is negative.
@@ -492,14 +472,9 @@ def generate(out: Path, seed: int = 0, images: int = 360) -> None:
 
 
 def on_all_cores(draw: Callable[..., T], *columns: Sequence[Any], chunksize: int) -> Iterator[T]:
-    """Map `draw` over rows in a process pool, one process per core, and yield the results in order.
+    """Map `draw` over equally long columns, one process per core, `chunksize` rows at a time; yield results in order.
 
     An interrupt cancels the waiting chunks and waits for the running ones, so that nothing is written afterwards.
-
-    Args:
-        draw: Called with a value of each column.
-        columns: Equally long.
-        chunksize: Rows that a process gets at a time.
     """
     with ProcessPoolExecutor(cpus.count()) as pool:
         try:
@@ -512,8 +487,7 @@ def on_all_cores(draw: Callable[..., T], *columns: Sequence[Any], chunksize: int
             raise
 
 
-@dataclass(frozen=True)
-class _Job:
+class _Job(NamedTuple):
     category: str
     defect: str | None
     folder: str
@@ -521,30 +495,23 @@ class _Job:
     seed: tuple[int, int, int]
 
 
-def _plan(category: str, seed: int, images: int) -> list[_Job]:
+def _plan(category: str, seed: int, images: int) -> Iterator[_Job]:
     train = images // 9
     good = (images - train) // 2
-    names = list(DEFECTS)
-    defects = sorted(names[i % len(names)] for i in range(images - train - good))
-    kinds: list[tuple[str, str | None]] = [
-        *[("train/good", None)] * train,
-        *[("test/good", None)] * good,
-        *[(f"test/{defect}", defect) for defect in defects],
-    ]
-    numbers: dict[str, int] = {}
-    jobs = []
+    defects = sorted(islice(cycle(DEFECTS), images - train - good))
+    kinds = [("train/good", None)] * train + [("test/good", None)] * good + [(f"test/{kind}", kind) for kind in defects]
+    numbers: Counter[str] = Counter()
     for i, (folder, defect) in enumerate(kinds):
-        number = numbers[folder] = numbers.get(folder, -1) + 1
-        jobs.append(_Job(category, defect, folder, number, (seed, list(TARGET_CATEGORIES).index(category), i)))
-    return jobs
+        yield _Job(category, defect, folder, numbers[folder], (seed, list(TARGET_CATEGORIES).index(category), i))
+        numbers[folder] += 1
 
 
 def _write(job: _Job, out: Path) -> None:
     image, mask = draw(np.random.default_rng(job.seed), TARGET_CATEGORIES[job.category], job.defect)
-    folder = out / job.category / job.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(folder / f"{job.number:03d}.png")
+    files = {f"{job.folder}/{job.number:03d}.png": image}
     if job.defect:
-        folder = out / job.category / "ground_truth" / job.defect
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(mask).save(folder / f"{job.number:03d}_mask.png")
+        files[f"ground_truth/{job.defect}/{job.number:03d}_mask.png"] = mask
+    for name, pixels in files.items():
+        path = out / job.category / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
