@@ -5,15 +5,15 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from adfm import drawing
 from adfm.data import images
@@ -25,40 +25,27 @@ _MASK_OPACITY = 90  # of 255
 
 @dataclass(frozen=True)
 class Picture:
-    """A thumbnail, upright, and its marks.
+    """A thumbnail, RGB and upright, with its marks."""
 
-    Args:
-        image: RGB; `None` if it cannot be shown.
-        size: Width and height of the image itself, in pixels; (0, 0) if unknown.
-        mask: [height, width] of the thumbnail; whether a pixel is marked. `None` without a mask.
-        boxes: In pixels of the thumbnail, half-open.
-        problem: What is wrong with the image or its marks; empty if nothing is.
-    """
-
-    image: Image.Image | None
-    size: tuple[int, int] = (0, 0)
-    mask: NDArray[np.bool_] | None = None
-    boxes: tuple[Box, ...] = ()
-    problem: str = ""
+    image: Image.Image | None  # `None` if it cannot be decoded
+    size: tuple[int, int] = (0, 0)  # width and height of the image itself; (0, 0) if unknown
+    mask: NDArray[np.bool_] | None = None  # [height, width] of the thumbnail: whether a pixel is marked
+    boxes: tuple[Box, ...] = ()  # in pixels of the thumbnail
+    problem: str = ""  # with the image or its marks
 
 
-def thumbnail(file: Path | bytes, side: int) -> tuple[Image.Image, tuple[int, int], int]:
-    """Decodes an image, no larger than it has to be.
-
-    Args:
-        file: A file or its content, in any format that Pillow reads; of an animation the first frame.
-        side: Length of the longer side, in pixels; smaller images are not enlarged.
+def thumbnail(content: bytes, side: int) -> tuple[Image.Image, tuple[int, int]]:
+    """Decode an image to an upright RGB thumbnail of at most `side` pixels a side; it is never enlarged.
 
     Returns:
-        The thumbnail, RGB and upright; width and height of the image itself, upright; its EXIF orientation.
+        The thumbnail; width and height of the image itself, upright.
 
     Raises:
         Exception: It cannot be decoded: Pillow raises nearly anything.
     """
-    content = file if isinstance(file, bytes) else file.read_bytes()
     with Image.open(io.BytesIO(content)) as opened:
-        orientation = int(opened.getexif().get(ExifTags.Base.Orientation, 1))
         width, height = opened.size
+        turned = images.orientation(opened) >= 5
         opened.draft("RGB", (side, side))
         opened.load()
         image: Image.Image = opened
@@ -71,24 +58,15 @@ def thumbnail(file: Path | bytes, side: int) -> tuple[Image.Image, tuple[int, in
             image = image.convert("RGB")
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
         image = ImageOps.exif_transpose(image).convert("RGB")
-    return image, (height, width) if 5 <= orientation <= 8 else (width, height), orientation
+    return image, (height, width) if turned else (width, height)
 
 
 def marked(
-    image: Image.Image,
-    size: tuple[int, int],
-    mask: NDArray[Any] | None,
-    boxes: Iterable[Sequence[float]],
-    problem: str = "",
+    image: Image.Image, size: tuple[int, int], mask: NDArray[Any] | None, boxes: Iterable[Sequence[float]]
 ) -> Picture:
-    """A thumbnail with the marks of its image.
+    """Mark a thumbnail of an image of `size`, width and height, which is the frame of mask and boxes.
 
-    Args:
-        image: The thumbnail.
-        size: Width and height of the image itself.
-        mask: [height, width] of the image itself; a defect is what is not 0.
-        boxes: In pixels of the image itself; those that are not finite are left out.
-        problem: What is wrong with the marks.
+    A defect in the mask is what is not 0. Boxes that are not finite are left out.
     """
     width, height = image.size
     if mask is not None:
@@ -98,15 +76,17 @@ def marked(
             mask = np.logical_or.reduceat(mask, np.arange(side) * mask.shape[axis] // side, axis=axis)
     across, down = width / max(1, size[0]), height / max(1, size[1])
     scaled = (Box(x1 * across, y1 * down, x2 * across, y2 * down) for x1, y1, x2, y2 in boxes)
-    return Picture(image, size, mask, tuple(box for box in scaled if np.isfinite(box).all()), problem)
+    return Picture(image, size, mask, tuple(box for box in scaled if np.isfinite(box).all()))
 
 
 def of_row(row: dict[str, Any], side: int) -> Picture:
-    """The picture of a row of the shards, of which `image`, `mask` and `boxes` are needed."""
+    """Return the picture of a row of the shards, from `image`, `mask`, `boxes`, `width` and `height`."""
     try:
-        image, size, _ = thumbnail(row["image"]["bytes"], side)
+        image, size = thumbnail(row["image"]["bytes"], side)
     except Exception as error:
-        return Picture(None, (row["width"] or 0, row["height"] or 0), problem=f"does not decode: {reason(error)}")
+        return Picture(
+            None, (row["width"] or 0, row["height"] or 0), problem=f"does not decode: {images.reason(error)}"
+        )
     mask, problem = None, ""
     if row["mask"]:
         try:
@@ -115,33 +95,23 @@ def of_row(row: dict[str, Any], side: int) -> Picture:
             if mask.shape != (size[1], size[0]):
                 mask, problem = None, f"its mask is {file.size[0]}x{file.size[1]}"
         except Exception as error:
-            problem = f"its mask does not decode: {reason(error)}"
-    return marked(image, size, mask, row["boxes"] or [], problem)
-
-
-def reason(error: Exception) -> str:
-    """Why an image cannot be read, without the path of the file."""
-    if isinstance(error, UnidentifiedImageError):
-        return "this is no image"
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+            problem = f"its mask does not decode: {images.reason(error)}"
+    return replace(marked(image, size, mask, row["boxes"] or []), problem=problem)
 
 
 def rows(folder: Path, numbers: Iterable[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of shards for `of_row` and their numbers, counted from 0 in the order of `shards.batches`, in that order.
-
-    Of the shards, only the row groups that hold them are read, one at a time.
-    """
-    wanted = sorted(set(numbers))
+    """Yield rows of shards for `of_row`, with their numbers, which count from 0 in the order of `shards.batches`."""
+    numbers = sorted(set(numbers))
     columns = ["image", "mask", "width", "height", "boxes"]
     first = 0
     for path in (path for split in SPLITS for path in sorted(folder.glob(f"{split}-*.parquet"))):
         with pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
                 last = first + file.metadata.row_group(group).num_rows
-                inside = [number for number in wanted if first <= number < last]
-                if inside:
-                    found = file.read_row_group(group, columns=columns).take([number - first for number in inside])
-                    yield from zip(inside, found.to_pylist(), strict=True)
+                inside = [number for number in numbers if first <= number < last]
+                if inside:  # other row groups are not read: a few images of a large set take no time
+                    table = file.read_row_group(group, columns=columns).take([number - first for number in inside])
+                    yield from zip(inside, table.to_pylist(), strict=True)
                 first = last
 
 
@@ -168,15 +138,9 @@ figcaption span {{ display: block; overflow-wrap: anywhere }}
 
 
 def figure(picture: Picture, *lines: str, kind: str = "") -> str:
-    """A picture and lines of text under it as an HTML figure of the class `kind` that needs `STYLE` and nothing else.
-
-    The text is escaped.
-    """
-    texts = [*lines, *([picture.problem] if picture.image and picture.problem else [])]
+    """Return a picture with lines of text under it, which are escaped, as an HTML figure of the class `kind`."""
     # The path of a file may break after each folder.
-    spans = [f"<span>{html.escape(text).replace('/', '/<wbr>')}</span>" for text in texts]
-    if picture.image and picture.problem:
-        spans[-1] = spans[-1].replace("<span", '<span class="problem"', 1)
+    spans = [f"<span>{html.escape(text).replace('/', '/<wbr>')}</span>" for text in lines]
     plate = f'<div class="missing">{html.escape(picture.problem)}</div>'
     if picture.image:
         width, height = picture.image.size
@@ -185,8 +149,12 @@ def figure(picture: Picture, *lines: str, kind: str = "") -> str:
         room = f"width: min(100cqw, 100cqh * {width / height:.6f}); aspect-ratio: {width} / {height}"
         plate = (
             f'<div class="picture{tiny}" style="{room}"><img loading="lazy" alt="" '
-            f'width="{width}" height="{height}" src="{_jpeg(picture.image)}">{_marks(picture, width, height)}</div>'
+            f'width="{width}" height="{height}" src="{_uri(picture.image, "jpeg", quality=80)}">'
+            f"{_marks(picture, width, height)}</div>"
         )
+        if picture.problem:
+            problem = html.escape(picture.problem).replace("/", "/<wbr>")
+            spans.append(f'<span class="problem">{problem}</span>')
     return f'<figure class="{kind}"><div class="plate">{plate}</div><figcaption>{"".join(spans)}</figcaption></figure>'
 
 
@@ -202,32 +170,28 @@ def _marks(picture: Picture, width: int, height: int) -> str:
     return f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none">{shapes}</svg>' if shapes else ""
 
 
-def _jpeg(image: Image.Image) -> str:
-    return _uri("image/jpeg", lambda buffer: image.save(buffer, "JPEG", quality=80))
-
-
 def _tint(mask: NDArray[np.bool_]) -> str:
     layer = Image.fromarray(mask.astype(np.uint8), "P")
     layer.putpalette([0, 0, 0, *bytes.fromhex(MARK[1:])])
-    transparency = bytes((0, _MASK_OPACITY))
-    return _uri("image/png", lambda buffer: layer.save(buffer, "PNG", bits=1, transparency=transparency))
+    return _uri(layer, "png", bits=1, transparency=bytes((0, _MASK_OPACITY)))
 
 
-def _uri(kind: str, save: Callable[[io.BytesIO], None]) -> str:
+def _uri(image: Image.Image, kind: str, **options: Any) -> str:
     buffer = io.BytesIO()
-    save(buffer)
-    return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    image.save(buffer, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 # ------------------------------------------------------------------------------------------------------------ as pixels
 
 
 def drawn(picture: Picture, side: int) -> Image.Image:
-    """The picture with its marks drawn on it, scaled such that its longer side is `side` pixels."""
+    """Draw the marks on a picture, scaled such that its longer side is `side` pixels."""
     if picture.image is None:
         raise ValueError("there is no image to draw on")
     times = side / max(picture.image.size)
     width, height = (max(1, round(length * times)) for length in picture.image.size)
+    # Enlarged that much, single pixels are what there is to see.
     smooth = Image.Resampling.BICUBIC if times < 4 else Image.Resampling.NEAREST
     pixels = np.asarray(picture.image.resize((width, height), smooth)).astype(np.float32)
     colour = np.array([*bytes.fromhex(MARK[1:])], np.float32)

@@ -1,11 +1,10 @@
-"""A contact sheet of a data set, raw or converted: `adfm show DIR`. What anyone does first with new data."""
+"""Draw a contact sheet of a data set, raw or converted: `adfm show DIR`."""
 
 from __future__ import annotations
 
 import hashlib
 import heapq
 import html
-import io
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -20,10 +19,12 @@ from PIL import Image, ImageDraw
 
 from adfm import drawing
 from adfm.data import inspection, pictures, samples, shards
+from adfm.data.images import png
 from adfm.data.pictures import Picture
 from adfm.data.readers import files, resolve
 from adfm.drawing import FAINT, INK, MARK, TRUTH
 from adfm.errors import AdfmError
+from adfm.files import replacing
 from adfm.params import Convert, Params
 from adfm.process import cpus
 from adfm.records import SPLITS, Sample
@@ -38,34 +39,30 @@ _T = TypeVar("_T")
 
 
 class _Entry(NamedTuple):
-    """An image that may be shown; `content` is its sample, or the number of its row in the shards."""
+    """An image that may be drawn."""
 
     category: str
     label: str
     defect: str
     split: str
     name: str
-    content: Sample | int
+    content: Sample | int  # or the number of its row in the shards
 
 
 def show(folder: Path, out: Path | None, params: Params, split: str | None = None, images: int = 48) -> Path:
-    """Draws a sheet of some of a data set's images with what is marked on them.
+    """Draw some of a data set's images, with what is marked on them, on one sheet, and return its file.
 
     Categories have equal parts of the sheet, and so have the labels in a category and the defects in a label, as far as
-    there are images; the seed draws which. An image that cannot be shown has a place that says why. Boxes of shards are
-    shown as they are; on raw images, those that a person drew, or that conversion would make of masks with these
-    settings; problems are those that conversion would have. Memory does not grow with the number of images.
+    there are images; the seed draws which. An image that cannot be drawn has a place that says why. Boxes and problems
+    of raw images are those that conversion would have with these settings.
 
     Args:
         folder: A raw data set in any layout that has a reader, or shards.
         out: File to write: a page (.html), which needs no network, or an image (.png). By default a page in the current
             folder, named after `folder`.
         params: Reads `seed` and `convert`.
-        split: The only split to show.
-        images: How many to show at most.
-
-    Returns:
-        The file.
+        split: The only split to draw; all of them without one.
+        images: How many to draw at most.
 
     Raises:
         AdfmError: There is no such data set, it has no image to show, or the file cannot be written.
@@ -107,7 +104,13 @@ def show(folder: Path, out: Path | None, params: Params, split: str | None = Non
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         tiles = [*_tiles(folder, chosen, side, params.convert)]
     sheet = _page if out.suffix.lower() == ".html" else _image
-    _write(out, sheet(folder.resolve().name, tiles, counts, problem, side))
+    content = sheet(folder.resolve().name, tiles, counts, problem, side)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(out) as unfinished:
+            unfinished.write_bytes(content)
+    except OSError as error:
+        raise AdfmError(f"{out} cannot be written ({error.strerror}); choose another file with --out.") from error
     print(f"{out}: {len(tiles)} of {counts.total()} images of {folder}" + (f"\n{problem}" if problem else ""))
     return out
 
@@ -131,12 +134,13 @@ def _entry(content: Sample | int, *texts: str | None) -> _Entry:
 
 
 def _choose(entries: Iterable[_Entry], number: int, seed: int) -> list[_Entry]:
-    """Draws entries, in one pass: of every category, label and defect in turn, until there are enough."""
+    """Draw entries at random, in one pass: of every category, label and defect in turn, until there are enough."""
     kept: dict[str, dict[str, dict[str, list[tuple[int, int, _Entry]]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
     )
     for count, entry in enumerate(entries):
         drawn = kept[entry.category][entry.label][entry.defect]
+        # Only the entries that may be chosen are kept: memory does not grow with the number of images.
         heapq.heappush(drawn, (-_draw(seed, entry.name), count, entry))
         if len(drawn) > number:
             heapq.heappop(drawn)
@@ -163,32 +167,22 @@ def _in_turn(lists: Iterable[list[_T]]) -> Iterator[_T]:
 
 def _tiles(folder: Path, chosen: list[_Entry], side: int, settings: Convert) -> Iterator[tuple[_Entry, Picture]]:
     numbers = [entry.content for entry in chosen if isinstance(entry.content, int)]
-    found = {number: pictures.of_row(row, side) for number, row in pictures.rows(folder, numbers)}
+    of_row = {number: pictures.of_row(row, side) for number, row in pictures.rows(folder, numbers)}
     with ThreadPoolExecutor(cpus.count()) as pool:
-        yield from pool.map(partial(_tile, found, side, settings), chosen)
+        yield from pool.map(partial(_tile, of_row, side, settings), chosen)
 
 
-def _tile(found: dict[int, Picture], side: int, settings: Convert, entry: _Entry) -> tuple[_Entry, Picture]:
+def _tile(of_row: dict[int, Picture], side: int, settings: Convert, entry: _Entry) -> tuple[_Entry, Picture]:
     if isinstance(entry.content, int):
-        return entry, found[entry.content]
+        return entry, of_row[entry.content]
     row = inspection.inspect(entry.content, settings)
     content = files.content(entry.content.image) if entry.content.image.is_file() else b""
     mask = {"bytes": row["mask"]} if row["mask"] else None
     picture = pictures.of_row(row | {"image": {"bytes": content}, "mask": mask}, side)
-    problem = "; ".join(said.removeprefix(f"{entry.content.source}: ") for said in row["problems"])
+    problem = "; ".join(line.removeprefix(f"{entry.content.source}: ") for line in row["problems"])
     if row["label"] == "normal":  # as some images are that are not marked
         entry = entry._replace(label="normal", defect="")
     return entry, replace(picture, problem=printable(problem or picture.problem))
-
-
-def _write(out: Path, content: bytes) -> None:
-    unfinished = out.with_name(out.name + ".partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(content)
-        unfinished.replace(out)
-    except OSError as error:
-        raise AdfmError(f"{out} cannot be written ({error.strerror}); choose another file with --out.") from error
 
 
 _Tiles = list[tuple[_Entry, Picture]]
@@ -201,7 +195,7 @@ def _lines(entry: _Entry, picture: Picture) -> list[str]:
     return [entry.category, label, " · ".join(part for part in (entry.split, size) if part)]
 
 
-def _summary(counts: Counter[_Entry], shown: int) -> str:
+def _summary(counts: Counter[_Entry], tiles: int) -> str:
     labels, splits = Counter[str](), Counter[str]()
     for entry, count in counts.items():
         labels[entry.label] += count
@@ -209,7 +203,7 @@ def _summary(counts: Counter[_Entry], shown: int) -> str:
     categories = len({entry.category for entry in counts})
     return " · ".join(
         [
-            f"{counts.total():,} images, {shown:,} shown",
+            f"{counts.total():,} images, {tiles:,} shown",
             f"{categories:,} {'category' if categories == 1 else 'categories'}",
             ", ".join(f"{count:,} {label or 'without label'}" for label, count in sorted(labels.items())),
             ", ".join(f"{count:,} {split}" for split, count in splits.most_common()),
@@ -246,21 +240,18 @@ _CONTROLS = """<nav><label><input type="checkbox" id="marks" checked> marks</lab
 
 def _page(title: str, tiles: _Tiles, counts: Counter[_Entry], problem: str, side: int) -> bytes:
     title, summary = html.escape(printable(title)), html.escape(_summary(counts, len(tiles)))
-    problems = (
-        f"<details open><summary>problems</summary><pre>{html.escape(problem)}</pre></details>" if problem else ""
-    )
-    figures = "\n".join(
-        pictures.figure(tile, *_lines(entry, tile), entry.name, kind=_kind(entry)) for entry, tile in tiles
-    )
+    problems = f"<details open><summary>problems</summary><pre>{html.escape(problem)}</pre></details>"
+    figures = [pictures.figure(tile, *_lines(entry, tile), entry.name, kind=_kind(entry)) for entry, tile in tiles]
+    newline = "\n"
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{pictures.POLICY}">
 <title>{title}</title><style>{pictures.STYLE}{_STYLE}</style></head>
 <body><header><h1>{title}</h1><p>{summary}</p></header>
-{problems}<details><summary>what there is</summary>{_table(counts)}</details>
+{problems if problem else ""}<details><summary>what there is</summary>{_table(counts)}</details>
 {_CONTROLS}
 <main class="pictures">
-{figures}
+{newline.join(figures)}
 </main></body></html>
 """
     return page.encode()
@@ -314,10 +305,9 @@ def _image(title: str, tiles: _Tiles, counts: Counter[_Entry], problem: str, sid
             drawn = pictures.drawn(picture, side)
             sheet.paste(drawn, (x + (side - drawn.width) // 2, y + (side - drawn.height) // 2))
         if picture.problem:
-            lines = drawing.wrapped(picture.problem, plain, side - 16, side // line - 1)
-            place = (x + 8, y + side - 8) if picture.image else (x + side / 2, y + side / 2)
-            anchor = "ld" if picture.image else "mm"
-            pen.multiline_text(place, "\n".join(lines), "#b3261e", plain, anchor=anchor, align="center")
+            lines = "\n".join(drawing.wrapped(picture.problem, plain, side - 16, side // line - 1))
+            x_, y_, anchor = (x + 8, y + side - 8, "ld") if picture.image else (x + side / 2, y + side / 2, "mm")
+            pen.multiline_text((x_, y_), lines, "#b3261e", plain, anchor=anchor, align="center")
         for row, text in enumerate((*_lines(entry, picture), entry.name)):
             at = y + side + 6 + row * line
             dot = size if row == 1 else 0
@@ -325,12 +315,10 @@ def _image(title: str, tiles: _Tiles, counts: Counter[_Entry], problem: str, sid
                 pen.ellipse((x, at + size * 0.3, x + size * 0.6, at + size * 0.9), _DOTS[_kind(entry)])
             font = plain if row else bold
             pen.text((x + dot, at), drawing.fitted(text, font, side - dot), INK if row < 2 else FAINT, font)
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    return buffer.getvalue()
+    return png(sheet)
 
 
 def _columns(tiles: int) -> int:
-    """As many columns as make a sheet that is a little wider than high, with few empty places."""
+    """Return as many columns as make a sheet that is a little wider than high, with few empty places."""
     wide = max(4, round((1.6 * tiles) ** 0.5))
     return min(tiles, min(range(wide * 3 // 4, wide * 5 // 4 + 1), key=lambda n: (-tiles % n, abs(n - wide))))

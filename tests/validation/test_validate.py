@@ -358,7 +358,7 @@ def test_the_page_shows_what_failed(faulty: Path) -> None:
     encoded = figures.split('src="data:image/jpeg;base64,', 1)[1].split('"', 1)[0]
     with Image.open(io.BytesIO(base64.b64decode(encoded))) as shown:
         assert shown.size == (32, 32)
-    assert "does not decode: this is no image" in under(page, "the image decodes")
+    assert "does not decode: it is not an image" in under(page, "the image decodes")
 
 
 def test_the_page_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
