@@ -1,9 +1,7 @@
 """Safe extraction of untrusted archives: `.zip`, `.tar`, `.tar.gz`, `.tar.xz`, `.tar.zst`.
 
-Nothing is written outside the folder, no link is made, and no archive fills the disk or the memory. Refused are names
-that lead out of the folder, come twice or suit no disk; devices, pipes, encrypted members, and links to anything but a
-file of the archive, which become copies; damage; and archives that expand too far. A plain tar has no checksum of its
-contents, so that damage there is not noticed.
+Nothing is written outside the folder, no link is made, and no archive fills the disk or the memory. Links to a file of
+the archive become copies. A plain tar has no checksum of its contents, so damage there is not noticed.
 """
 
 from __future__ import annotations
@@ -50,23 +48,19 @@ def is_archive(name: str) -> bool:
 
 
 def unpack(archive: Path, folder: Path, ledger: Ledger, who: str) -> None:
-    """Unpack an archive and enter its files in the ledger.
-
-    Args:
-        archive: The file; its ending says what it is.
-        folder: The folder of the ledger.
-        ledger: Of the files that are whole.
-        who: What errors call the archive.
+    """Unpack an archive, which errors call `who`, and enter its files in the ledger of the folder.
 
     Raises:
-        AdfmError: It is damaged, encrypted, too large, or not to be trusted; see the module's docstring.
+        AdfmError: It is damaged, encrypted or expands too far; or holds names that lead out of the folder, come twice
+            or suit no disk, devices, pipes, or links to anything but a file of the archive.
     """
     problems = ProblemList(who)
     links: dict[str, str] = {}
     grows = _growth(archive, folder, who)
     try:
-        members = bar(_members(archive, who, grows), desc="unpack", unit="file")
-        for member in members:
+        is_zip = archive.name.lower().endswith(".zip")
+        members = _zip_members(archive, who, grows) if is_zip else _tar_members(archive, grows)
+        for member in bar(members, desc="unpack", unit="file"):
             name = utf8(member.name)
             if member.complaint:
                 problems.add(f"{name!r} {member.complaint}")
@@ -103,16 +97,8 @@ def unpack(archive: Path, folder: Path, ledger: Ledger, who: str) -> None:
 
 
 _DAMAGED = (
-    zipfile.BadZipFile,
-    tarfile.TarError,
-    zlib.error,
-    lzma.LZMAError,
-    EOFError,
-    struct.error,
-    ValueError,
-    OverflowError,
-    RuntimeError,
-    MemoryError,
+    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error),
+    *(EOFError, ValueError, OverflowError, RuntimeError, MemoryError),
 )
 
 
@@ -144,16 +130,9 @@ def refusal(name: str) -> str | None:
 
 
 def admit(ledger: Ledger, name: str, problems: ProblemList, origin: str | None = None) -> str | None:
-    """Claim the path of a file in the folder: its name without `//` and `./`.
+    """Claim the path of a file in the folder, its name without `//` and `./`, and return it.
 
-    Args:
-        ledger: Of the folder.
-        name: What the source calls the file, with `/`.
-        problems: Gets a problem if no file of that name can be stored, or another one has that place.
-        origin: What to call the file in problems.
-
-    Returns:
-        The path; `None` if there is a problem.
+    If it cannot be stored, or another file has that place, return `None`, and add a problem of the file `origin`.
     """
     path, origin = posixpath.normpath(name), origin or name
     if complaint := refusal(name) or ledger.claim(path, origin):
@@ -202,9 +181,7 @@ class _Member(NamedTuple):
     complaint: str | None = None
 
 
-def _members(archive: Path, who: str, grows: Callable[[int], None]) -> Iterator[_Member]:
-    if not archive.name.lower().endswith(".zip"):
-        return _tar_members(archive, grows)
+def _zip_members(archive: Path, who: str, grows: Callable[[int], None]) -> Iterator[_Member]:
     with archive.open("rb") as raw:
         end = zipfile._EndRecData(raw)  # type: ignore[attr-defined]
         if end and end[5] > _TABLE:
@@ -212,15 +189,10 @@ def _members(archive: Path, who: str, grows: Callable[[int], None]) -> Iterator[
                 f"{who}: holds too many files for a zip (its table of contents has {end[5] / 2**20:.0f} MiB, and is "
                 f"read into memory up to {_TABLE // 2**20}); make a .tar of them, or give the folder."
             )
-    return _zip_members(archive, who, grows)
-
-
-def _zip_members(archive: Path, who: str, grows: Callable[[int], None]) -> Iterator[_Member]:
-    with archive.open("rb") as raw, zipfile.ZipFile(raw) as file:
+        file = zipfile.ZipFile(raw)
         members = file.infolist()
-        raw.seek(0)
         # `zipfile` ends early where the length of an entry is damaged. Old programs count modulo 65,536.
-        if (len(members) - zipfile._EndRecData(raw)[4]) % 2**16:  # type: ignore[attr-defined]
+        if (len(members) - end[4]) % 2**16:
             raise zipfile.BadZipFile("its table of contents has another number of files than it says")
         grows(sum(info.file_size for info in members))
         for info, name in zip(members, _zip_names(raw, members, who), strict=True):
@@ -240,11 +212,7 @@ def _zip_members(archive: Path, who: str, grows: Callable[[int], None]) -> Itera
 
 
 def _zip_names(raw: IO[bytes], members: Sequence[zipfile.ZipInfo], who: str) -> Iterator[str]:
-    """Yield the names of a zip's members, with `/`.
-
-    Raises:
-        AdfmError: Their encoding is not stated, and cannot be guessed.
-    """
+    """Yield the names of a zip's members, with `/`; refuse those whose encoding cannot be guessed."""
     names = [_zip_name(raw, info) for info in members]
     ambiguous = [name for name in names if isinstance(name, bytes) and not name.isascii()]
     encoding = "utf-8"
@@ -268,11 +236,7 @@ def _zip_names(raw: IO[bytes], members: Sequence[zipfile.ZipInfo], who: str) -> 
 
 
 def _zip_name(raw: IO[bytes], info: zipfile.ZipInfo) -> str | bytes:
-    """Return the name of a member if its encoding is known, otherwise its bytes.
-
-    Raises:
-        BadZipFile: The header before its content names another file.
-    """
+    """Return the name of a member if its encoding is known, otherwise its bytes."""
     if info.flag_bits & _UTF8:
         return info.orig_filename
     own = info.orig_filename.encode("cp437")  # by which `zipfile` has decoded them
@@ -334,7 +298,7 @@ class StrictTarInfo(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, file: tarfile.TarFile) -> Self:
-        """Read a header; a damaged one, or a missing end mark, is an error."""
+        """Read a header; refuse a damaged one, and a missing end mark."""
         try:
             return super().fromtarfile(file)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
@@ -344,19 +308,17 @@ class StrictTarInfo(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        """Read a header; `TarInfo` would read names and attributes into memory, however long they claim to be."""
+        """Read a header; refuse a long name or long attributes."""
         info = super().frombuf(buf, encoding, errors)
+        # `TarInfo` would read them into memory, however long they claim to be.
         if info.type in _ATTRIBUTES and info.size > 2**20:
             raise tarfile.ReadError("a name or its attributes are longer than 1 MiB")
         return info
 
 
 _ATTRIBUTES = (
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
 )
 
 

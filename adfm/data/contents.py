@@ -1,8 +1,4 @@
-"""Read image files of a raw data set, which may lie in an archive; image files are opened nowhere else.
-
-`adfm.data.packed.opened` makes a folder in which images have their name and size alone, and registers here where in the
-archive their bytes are.
-"""
+"""Read image files of a raw data set, which may lie in an archive; image files are opened nowhere else."""
 
 from __future__ import annotations
 
@@ -11,15 +7,10 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
-
-class _Archive(NamedTuple):
-    descriptor: int
-    offsets: Mapping[str, int]
-
-
-_archives: list[_Archive] = []
+# Of each open archive the descriptor, and where the bytes of its images begin, by path: in the folder that
+# `adfm.data.packed.opened` makes, images have their name and size alone.
+_archives: list[tuple[int, Mapping[str, int]]] = []
 
 
 def read(path: Path) -> bytes:
@@ -28,10 +19,10 @@ def read(path: Path) -> bytes:
     Raises:
         OSError: It is not there or cannot be read.
     """
-    for archive in _archives:
-        offset = archive.offsets.get(os.path.normpath(path))
+    for descriptor, offsets in _archives:
+        offset = offsets.get(os.path.normpath(path))
         if offset is not None:
-            return _read(archive.descriptor, offset, path.stat().st_size, path)
+            return _read(descriptor, offset, path.stat().st_size, path)
     return path.read_bytes()
 
 
@@ -48,13 +39,11 @@ def _read(descriptor: int, offset: int, size: int, path: Path) -> bytes:
 
 @contextmanager
 def lying_in(descriptor: int, offsets: Mapping[str, int]) -> Iterator[None]:
-    """Let `read` take files from an archive in the block.
+    """Let `read` take files from an archive in the block; `offsets` have absolute, normalised paths.
 
-    Args:
-        descriptor: Of the open archive.
-        offsets: Where the bytes of a file begin, by its absolute, normalised path. A file of that size must be there.
+    At each of these paths there must be a file of the size.
     """
-    archive = _Archive(descriptor, offsets)
+    archive = descriptor, offsets
     _archives.append(archive)
     try:
         yield

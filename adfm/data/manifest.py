@@ -1,4 +1,4 @@
-"""The files of a fetched data set: a ledger while they arrive, and `manifest.json`, which is written from it."""
+"""List the files of a data set while it is fetched, and write `manifest.json`."""
 
 from __future__ import annotations
 
@@ -17,20 +17,18 @@ from typing import IO
 from adfm.errors import AdfmError
 
 MANIFEST = "manifest.json"
-STATE = ".fetch"  # folder of the ledger and of unfinished downloads; removed at the end
+STATE = ".fetch"
+"""Folder of the ledger and of unfinished downloads; removed at the end."""
 
 
 class Ledger:
-    """The files of a folder that are whole, on disk, so that a fetch that was killed can be resumed.
+    """The finished files of a folder, listed on disk, so that a fetch that was killed can be resumed.
 
-    It is an SQLite file: memory does not grow with the number of files. Threads may share it.
-
-    Args:
-        folder: The folder to fetch into.
-        source: What is fetched. The files of another source are removed.
+    Threads may share it. The files of another `source` are removed.
     """
 
     def __init__(self, folder: Path, source: str) -> None:
+        # SQLite: memory does not grow with the number of files.
         self.folder = folder
         self._lock = threading.Lock()
         self._claimed_folder = ""
@@ -52,20 +50,20 @@ class Ledger:
     def _connect(self, name: str, journal: str, one_thread: bool) -> sqlite3.Connection:
         # Network file systems often have no locks; one process alone works in this folder.
         uri = f"{(self.folder / STATE / name).resolve().as_uri()}?nolock=1"
-        database = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=one_thread)
-        try:
+        with contextlib.ExitStack() as stack:
+            database = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=one_thread)
+            stack.callback(database.close)
             # No waiting for the disk: if the machine goes down and damages the file, the fetch starts over.
             database.execute("PRAGMA synchronous = OFF")
             database.execute(f"PRAGMA journal_mode = {journal}")
-        except BaseException:
-            database.close()
-            raise
+            stack.pop_all()
         return database
 
     def _open(self, source: str) -> sqlite3.Connection:
         (self.folder / STATE).mkdir(exist_ok=True)
-        database = self._connect("ledger.sqlite", "TRUNCATE", one_thread=False)
-        try:
+        with contextlib.ExitStack() as stack:
+            database = self._connect("ledger.sqlite", "TRUNCATE", one_thread=False)
+            stack.callback(database.close)
             database.execute("CREATE TABLE IF NOT EXISTS source (name PRIMARY KEY)")
             database.execute(
                 "CREATE TABLE IF NOT EXISTS files (path PRIMARY KEY, size, sha256, tag, version, current) WITHOUT ROWID"
@@ -74,9 +72,7 @@ class Ledger:
             if database.execute("SELECT count(*) FROM source").fetchone() != (1,):
                 raise sqlite3.DatabaseError(f"not of {source}")
             database.execute("UPDATE files SET current = 0")
-        except BaseException:
-            database.close()
-            raise
+            stack.pop_all()
         return database
 
     def close(self) -> None:
@@ -96,9 +92,6 @@ class Ledger:
 
     def claim(self, path: str, origin: str) -> str | None:
         """Reserve a path for a file of the source, so that no two files become one. Call it from one thread only.
-
-        Two paths are the same if they differ only in their Unicode normalisation, as on disks that people copy data
-        sets to, or in case, if this disk ignores it.
 
         Args:
             path: Relative to the folder, with `/`, normalised.
@@ -120,6 +113,7 @@ class Ledger:
     def _taken(self, path: str, origin: str, folder: bool) -> str | None:
         if not path:
             return None
+        # Disks that people copy data sets to have one name for both normalisations, if this one has two.
         key = unicodedata.normalize("NFC", path)
         if self._ignores_case:
             key = unicodedata.normalize("NFC", unicodedata.normalize("NFD", path).casefold())
@@ -147,7 +141,7 @@ class Ledger:
         return f"differs from {other!r} only in case, and the disk of {self.folder} ignores case; rename one"
 
     def holds(self, path: str, tag: str) -> bool:
-        """Return whether an earlier attempt has left that file whole; if so, it counts as one of this attempt."""
+        """Return whether an earlier attempt has left that file whole; if so, enter it for this attempt."""
         row = self._execute("SELECT size FROM files WHERE (path, tag) = (?, ?)", path, tag).fetchone()
         if row and (file := self.folder / path).is_file() and file.stat().st_size == row[0]:
             self._execute("UPDATE files SET current = 1 WHERE path = ?", path)
@@ -157,12 +151,7 @@ class Ledger:
     def add(self, path: str, size: int, sha256: str, tag: str = "", version: str = "") -> None:
         """Enter a file that is whole and in its place, instead of an earlier entry.
 
-        Args:
-            path: Relative to the folder, with `/`.
-            size: Bytes.
-            sha256: Of its content, hex.
-            tag: What the source calls this content: an ETag or an MD5.
-            version: What the source calls this version of the file.
+        The source names its content by `tag`, an ETag or an MD5, and this version of the file by `version`.
         """
         self._execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, 1)", path, size, sha256, tag, version)
 
@@ -197,11 +186,7 @@ class Ledger:
         self._execute("DELETE FROM files WHERE NOT current")
 
     def finish(self, source: dict[str, str], tag: str = "etag") -> tuple[int, int]:
-        """Write `manifest.json`: facts about the source, and path, size and SHA-256 of every file.
-
-        Args:
-            source: The facts; `source` is its URI.
-            tag: What the tags of the files are called in the manifest.
+        """Write `manifest.json`: facts about the source, and path, size, SHA-256 and, as `tag`, the tag of each file.
 
         Returns:
             The number of files, and of their bytes.
@@ -212,17 +197,15 @@ class Ledger:
         self._execute("DELETE FROM files WHERE path LIKE ?", f"{STATE}/%")
         own = self.folder / MANIFEST
         if own.exists():
-            with own.open(encoding="utf-8", errors="replace") as file:
-                if not file.read(100).startswith('{\n "source": '):
+            with own.open("rb") as file:
+                if file.read(13) != b'{\n "source": ':
                     raise AdfmError(f"{source['source']}: holds a {MANIFEST}, which adfm writes itself; rename it.")
             self._execute("DELETE FROM files WHERE path = ?", MANIFEST)
         rows = self._execute("SELECT path, size, sha256, tag, version FROM files ORDER BY path")
         # Row by row: memory does not grow with the number of files.
         with own.open("w", encoding="utf-8") as file:
-            file.write("{\n")
-            for key, value in source.items():
-                file.write(f" {json.dumps(key)}: {json.dumps(value)},\n")
-            file.write(' "files": [')
+            facts = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in source.items())
+            file.write(f'{{\n{facts} "files": [')
             separator = "\n"
             for path, size, sha256, its_tag, version in rows:
                 entry = {"path": path, "size": size, "sha256": sha256, tag: its_tag, "version": version}

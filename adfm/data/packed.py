@@ -1,7 +1,6 @@
-"""Pack a raw data set into an uncompressed tar, and read it from there without unpacking its images.
+"""Pack a raw data set into an uncompressed tar, and read it from there without unpacking its images."""
 
-Kubeflow moves an artifact file by file, one after another; an archive is one file, and above `LARGEST` a few.
-"""
+# Kubeflow moves an artifact file by file, one after another; an archive is one file, and above `LARGEST` a few.
 
 from __future__ import annotations
 
@@ -36,12 +35,12 @@ def pack(folder: Path, archive: Path) -> None:
     """Write the files of a folder into an archive; the same names and contents give the same bytes.
 
     Folders are kept, also empty ones; links become what they lead to, as in `fetch`. Names are kept byte by byte, in
-    UTF-8 or not; times, owners and permissions are not. Memory holds one file's entry at a time.
+    UTF-8 or not; times, owners and permissions are not. An earlier archive stays until the new one is whole.
 
     Args:
         folder: The data set.
-        archive: The file to make, `<name of the data set>.tar`; above `LARGEST` `<name>.1-of-2.tar` and so on instead,
-            each a tar of its own. An earlier one stays until the new one is whole.
+        archive: `<name of the data set>.tar`; above `LARGEST`, `<name>.1-of-2.tar` and so on are made instead, each a
+            tar of its own.
 
     Raises:
         AdfmError: There is a pipe, a device, or a link to nowhere or round; the archive cannot be written.
@@ -92,8 +91,7 @@ def _entries(folder: Path) -> Iterator[_Entry]:
 
 
 def _add(tar: tarfile.TarFile, entry: _Entry) -> None:
-    """Add a file, or a folder, without what differs between machines: `TarInfo` has 0 as time and owner."""
-    info = tarfile.TarInfo(entry.name)
+    info = tarfile.TarInfo(entry.name)  # time and owner, which differ between machines, are 0
     if entry.is_file:
         with entry.path.open("rb") as content:
             info.size = os.fstat(content.fileno()).st_size
@@ -105,7 +103,7 @@ def _add(tar: tarfile.TarFile, entry: _Entry) -> None:
 
 
 def _volumes(archive: Path) -> list[Path]:
-    """Return the files that an archive consists of, also one that is missing."""
+    # A missing one is listed too, so that opening it is an error.
     for first in _matching(archive, "1-of-[0-9]*"):
         return _volume_names(archive, int(first.stem.rpartition("-")[2]))
     return [archive]
@@ -127,10 +125,7 @@ def opened(archive: Path) -> Iterator[Path]:
 
     Folders and all files but images are unpacked into a temporary folder. An image has a file of its size there that
     takes no space, so that listing and `stat` are true; `adfm.data.contents.read` reads its bytes from the archive.
-    Memory holds some 200 bytes an image.
-
-    Args:
-        archive: As `pack` writes it; its name without `.tar` is that of the folder, and so of the data set.
+    The folder has the name of the archive, without `.tar`.
 
     Raises:
         AdfmError: It is not there, damaged, or not such an archive.
@@ -148,7 +143,7 @@ def opened(archive: Path) -> Iterator[Path]:
 
 
 def _unpack(archive: Path, file: IO[bytes], raw: Path) -> dict[str, int]:
-    """Make the folder of `opened`, and return where in the archive its images are, by their paths."""
+    """Unpack all files but images, and return where in the archive the images are, by their paths."""
     offsets: dict[str, int] = {}
     # All files get the time of the archive: a conversion that is resumed with another archive begins again.
     time = os.fstat(file.fileno()).st_mtime_ns
@@ -156,7 +151,8 @@ def _unpack(archive: Path, file: IO[bytes], raw: Path) -> dict[str, int]:
         with tarfile.open(fileobj=file, mode="r:", tarinfo=StrictTarInfo, encoding="utf-8") as tar:
             while member := tar.next():
                 tar.members = []  # type: ignore[attr-defined]  # it would keep them all
-                if not _is_plain(member):
+                is_plain = member.isdir() or member.type == tarfile.REGTYPE
+                if not is_plain or {"", ".."} & set(member.name.split("/")):
                     raise AdfmError(f"{archive}: holds {member.name!r}, which adfm does not pack; fetch it instead.")
                 path = raw / member.name
                 if member.isdir():
@@ -181,11 +177,6 @@ def _unpack(archive: Path, file: IO[bytes], raw: Path) -> dict[str, int]:
             f"{archive}: cannot be opened in {raw.parent} ({error}); free some space there, or set TMPDIR."
         ) from error
     return offsets
-
-
-def _is_plain(member: tarfile.TarInfo) -> bool:
-    """Return whether a member is a file or a folder that lies within the data set."""
-    return (member.isdir() or member.type == tarfile.REGTYPE) and not {"", ".."} & set(member.name.split("/"))
 
 
 def _stand_in(path: Path, size: int) -> None:

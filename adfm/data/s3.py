@@ -62,10 +62,7 @@ def _others_endpoint() -> str:
 
 
 def client(connections: int = 10) -> Any:
-    """Return boto3's client for the data.
-
-    Args:
-        connections: How many requests may run at a time.
+    """Return boto3's client for the data, for some requests at a time.
 
     Raises:
         AdfmError: As `settings`.
@@ -88,11 +85,7 @@ def client(connections: int = 10) -> Any:
 
 
 def has_credentials() -> bool:
-    """Return whether there are keys for the data: `ADFM_S3_*`, or some of boto3's chain.
-
-    Raises:
-        AdfmError: As `settings`.
-    """
+    """Return whether there are keys for the data: `ADFM_S3_*`, or some of boto3's chain."""
     import boto3
     from botocore.exceptions import BotoCoreError
 
@@ -105,13 +98,10 @@ def has_credentials() -> bool:
 
 
 def configure_remotes(remotes: dict[str, dict[str, Any]]) -> None:
-    """Pass `ADFM_S3_*` to DVC's S3 remotes, unless they have a login of their own.
+    """Pass `ADFM_S3_*` to DVC's S3 remotes that have no login of their own, in memory only.
 
     Args:
-        remotes: The section `remote` of a repository's configuration; changed in memory only.
-
-    Raises:
-        AdfmError: As `settings`.
+        remotes: The section `remote` of a repository's configuration.
     """
     given = {_NAMES[name][1]: value for name, value in settings().items()}
     if "access_key_id" in given and "endpointurl" not in given and _others_endpoint():

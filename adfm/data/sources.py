@@ -44,11 +44,7 @@ T = TypeVar("T")
 def fetch(uri: str, out: Path) -> tuple[int, int]:
     """Fetch a raw data set into a folder, with `manifest.json` {source, files: [{path, size, sha256}]}.
 
-    An interrupted download from S3 or DVC resumes where it stopped. Memory does not grow with the number of files.
-
-    Args:
-        uri: See the module's docstring.
-        out: Folder to make. An earlier result there stays until the new one is whole.
+    An earlier result at `out` stays until the new one is whole. An interrupted download from S3 or DVC is resumed.
 
     Returns:
         The number of files, and of their bytes.
@@ -113,17 +109,22 @@ def _fetch_local(uri: str, out: Path) -> tuple[int, int]:
         source, target = path.resolve(), out.resolve()
         if source == target or source in target.parents or target in source.parents:
             raise AdfmError(f"{out}: the source {path} lies in it, or it in the source; choose another folder.")
-    elif not archives.is_archive(path.name):
-        known = ", ".join(archives.ENDINGS)
-        raise AdfmError(f"{uri}: is a file, but not an archive that adfm unpacks ({known}); give its folder.")
-    elif not path.is_file():
-        raise AdfmError(f"{uri}: is a pipe or a device; give an ordinary file or a folder.")
+    else:
+        _refuse_unknown_archive(uri, path.name)
+        if not path.is_file():
+            raise AdfmError(f"{uri}: is a pipe or a device; give an ordinary file or a folder.")
     with atomic_folder(out) as folder, contextlib.closing(Ledger(folder, uri)) as ledger:
         if path.is_dir():
             _copy(path, ledger)
         else:
             archives.unpack(path, folder, ledger, uri)
         return ledger.finish({"source": uri})
+
+
+def _refuse_unknown_archive(uri: str, name: str) -> None:
+    if not archives.is_archive(name):
+        known = ", ".join(archives.ENDINGS)
+        raise AdfmError(f"{uri}: is a file, but not an archive that adfm unpacks ({known}); give its folder.")
 
 
 def _copy(source: Path, ledger: Ledger) -> None:
@@ -152,19 +153,17 @@ def _copy(source: Path, ledger: Ledger) -> None:
 
 
 class _Content(NamedTuple):
-    """The bytes of a file in pieces, the MD5 of the whole file if it is known, and its version."""
-
     pieces: Iterable[bytes]
-    md5: str = ""
+    md5: str = ""  # of the whole file, if it is known
     version: str = ""
 
 
 class _Item(NamedTuple):
-    """A file of a source: its path in the data set, a tag of its content, and a function to read from a byte on."""
+    """A file of a source."""
 
-    path: str
-    tag: str
-    read: Callable[[int], _Content]
+    path: str  # in the data set
+    tag: str  # of its content
+    read: Callable[[int], _Content]  # from a byte on
 
 
 class _Damaged(Exception):
@@ -172,13 +171,9 @@ class _Damaged(Exception):
 
 
 def _download(items: Iterable[_Item], ledger: Ledger, again: tuple[type[Exception], ...] = (), tries: int = 1) -> None:
-    """Download the files that no earlier attempt has finished; each is renamed to its place when it is whole.
+    """Download the files that no earlier attempt has finished, and remove those that the source no longer has.
 
-    Args:
-        items: All files; any other in the folder is removed.
-        ledger: Of the files that are whole.
-        again: Errors after which a file is resumed where it stopped.
-        tries: How many of them in a row a file may have without a byte arriving.
+    After an error of the types `again`, a file is resumed, until `tries` of them in a row have brought no byte.
     """
     parts = ledger.folder / STATE / "parts"
     parts.mkdir(exist_ok=True)
@@ -223,7 +218,12 @@ def _download(items: Iterable[_Item], ledger: Ledger, again: tuple[type[Exceptio
         if content.md5 and content.md5 != md5.hexdigest():
             raise _Damaged(f"its MD5 is {md5.hexdigest()}, and should be {content.md5}")
         target = ledger.folder / item.path
-        _clear(ledger.folder, item.path)
+        # An earlier try may have left a file in the place of a folder, or a folder in the place of this file.
+        for above in target.parents[: item.path.count("/")]:
+            if above.is_file():
+                above.unlink(missing_ok=True)
+        if target.is_dir():
+            shutil.rmtree(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         part.replace(target)
         ledger.add(item.path, size, sha256.hexdigest(), item.tag, content.version)
@@ -231,17 +231,6 @@ def _download(items: Iterable[_Item], ledger: Ledger, again: tuple[type[Exceptio
     missing = (item for item in items if not ledger.holds(item.path, item.tag))
     _parallel(download, missing, "download", stopped)
     ledger.sweep()
-
-
-def _clear(folder: Path, path: str) -> None:
-    """Remove a file in the place of the new file's folders, or a folder in its own place, that an earlier try left."""
-    above = folder
-    for part in path.split("/")[:-1]:
-        above /= part
-        if above.is_file():
-            above.unlink(missing_ok=True)
-    if (folder / path).is_dir():
-        shutil.rmtree(folder / path)
 
 
 # ------------------------------------------------------------------------------------------------------------------- S3
@@ -252,6 +241,7 @@ def _fetch_s3(uri: str, out: Path) -> tuple[int, int]:
 
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     prefix = prefix.strip("/")
+    start = f"{prefix}/" if prefix and not archives.is_archive(prefix) else prefix
     if not bucket:
         raise AdfmError(f"{uri}: names no bucket; write s3://bucket/prefix.")
     try:
@@ -260,22 +250,18 @@ def _fetch_s3(uri: str, out: Path) -> tuple[int, int]:
         raise AdfmError(f"{uri}: {error}; check {s3.prefix()}ENDPOINT_URL and AWS_PROFILE.") from error
     try:
         tries = client.meta.config.retries.get("total_max_attempts", 3)  # AWS_MAX_ATTEMPTS
-        if not client.list_objects_v2(Bucket=bucket, Prefix=_start(prefix), MaxKeys=1).get("Contents"):
+        if not client.list_objects_v2(Bucket=bucket, Prefix=start, MaxKeys=1).get("Contents"):
             raise AdfmError(f"{uri}: the bucket is there, but nothing under that prefix; check its spelling.")
         with atomic_folder(out, keep_partial=True) as folder, contextlib.closing(Ledger(folder, uri)) as ledger:
             # Objects are listed while others are downloaded, so their problems are complete at the end only.
             problems = ProblemList(uri)
-            _download(_objects(client, bucket, prefix, ledger, problems), ledger, (BotoCoreError,), tries)
+            _download(_objects(client, bucket, start, ledger, problems), ledger, (BotoCoreError,), tries)
             problems.finish()
             return _finish(uri, prefix, ledger, {"source": uri}, "etag")
     except (BotoCoreError, ClientError) as error:
         raise _s3_error(uri, error) from error
     finally:
         client.close()
-
-
-def _start(prefix: str) -> str:
-    return f"{prefix}/" if prefix and not archives.is_archive(prefix) else prefix
 
 
 def _finish(uri: str, path: str, ledger: Ledger, source: dict[str, str], tag: str) -> tuple[int, int]:
@@ -286,8 +272,8 @@ def _finish(uri: str, path: str, ledger: Ledger, source: dict[str, str], tag: st
     return ledger.finish(source, tag)
 
 
-def _objects(client: Any, bucket: str, prefix: str, ledger: Ledger, problems: ProblemList) -> Iterator[_Item]:
-    """Yield all objects below the prefix, as they are listed; of an archive that object alone."""
+def _objects(client: Any, bucket: str, start: str, ledger: Ledger, problems: ProblemList) -> Iterator[_Item]:
+    """Yield all objects whose keys begin so, as they are listed; of an archive that object alone."""
     from botocore.exceptions import ClientError, FlexibleChecksumError
 
     def read(key: str, etag: str, size: int, offset: int) -> _Content:
@@ -318,13 +304,12 @@ def _objects(client: Any, bucket: str, prefix: str, ledger: Ledger, problems: Pr
         version = response.get("VersionId", "")
         return _Content(() if whole else pieces(), md5, "" if version == "null" else version)
 
-    start = _start(prefix)
     for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=start):
         for item in page.get("Contents", []):
             key, etag = item["Key"], item["ETag"]
             content = functools.partial(read, key, etag, item["Size"])
-            if archives.is_archive(prefix):
-                if key == prefix:
+            if archives.is_archive(start):
+                if key == start:
                     yield _Item(f"{STATE}/{posixpath.basename(key)}", etag, content)
                 return
             if key.endswith("/"):
@@ -335,21 +320,12 @@ def _objects(client: Any, bucket: str, prefix: str, ledger: Ledger, problems: Pr
 
 
 def _s3_error(where: str, error: Exception) -> AdfmError:
-    """Translate an error of boto3.
+    from botocore import exceptions as boto
 
-    By then boto3 has tried a request 3 times (botocore/retries/standard.py), unless `AWS_MAX_ATTEMPTS` says otherwise.
-    """
-    from botocore.exceptions import (
-        ClientError,
-        ConnectTimeoutError,
-        IncompleteReadError,
-        ReadTimeoutError,
-        ResponseStreamingError,
-    )
-
-    code = error.response.get("Error", {}).get("Code", "") if isinstance(error, ClientError) else ""
+    # By then boto3 has tried 3 times (botocore/retries/standard.py), unless `AWS_MAX_ATTEMPTS` says otherwise.
+    code = error.response.get("Error", {}).get("Code", "") if isinstance(error, boto.ClientError) else ""
     passes = code in ("RequestTimeout", "SlowDown") or retries.may_pass(  # the first has the status 400
-        error, ConnectTimeoutError, ReadTimeoutError, IncompleteReadError, ResponseStreamingError
+        error, boto.ConnectTimeoutError, boto.ReadTimeoutError, boto.IncompleteReadError, boto.ResponseStreamingError
     )
     return (Unreachable if passes else AdfmError)(f"{where}: {_remedy(error)} ({error})")
 
@@ -369,7 +345,7 @@ def _remedy(error: Exception) -> str:
             f"what has arrived is kept.{ca_remedy(error)}"
         )
     code = error.response.get("Error", {}).get("Code", "")
-    if error.operation_name.startswith("AssumeRole"):  # of AWS's service for roles, not of the bucket
+    if error.operation_name.startswith("AssumeRole"):  # an error of AWS's service for roles, not of the bucket
         return "the role cannot be assumed; check the service account's annotation and whom the role trusts"
     if code in ("NoSuchBucket", "InvalidBucketName"):
         return f"the bucket does not exist; check its name and {prefix}ENDPOINT_URL"
@@ -436,11 +412,9 @@ def _tracked(uri: str, files: Any, path: str) -> Iterator[_Item]:
 
         return _Content(pieces(), md5)
 
-    if files.info(path)["type"] == "file":
-        if not archives.is_archive(path):
-            known = ", ".join(archives.ENDINGS)
-            raise AdfmError(f"{uri}: is a file, but not an archive that adfm unpacks ({known}); give its folder.")
-        md5 = files.info(path).get("md5", "")
+    if (about := files.info(path))["type"] == "file":
+        _refuse_unknown_archive(uri, path)
+        md5 = about.get("md5", "")
         yield _Item(f"{STATE}/{posixpath.basename(path)}", md5, functools.partial(read, path, md5))
         return
     for root, _, inside in files.walk(path, detail=True):
@@ -460,11 +434,8 @@ def _admitted(items: Sequence[_Item], uri: str, ledger: Ledger) -> list[_Item]:
 
 @contextlib.contextmanager
 def _translated(message: str) -> Iterator[None]:
-    """Translate errors of DVC, whose remotes have dozens of exceptions of their own.
-
-    DVC's remotes try again by themselves: S3 five times a request (aiobotocore, s3fs), HTTP for some seconds
-    (aiohttp-retry). Git does not.
-    """
+    # DVC's remotes have dozens of exceptions of their own. They try again by themselves: S3 five times a request
+    # (aiobotocore, s3fs), HTTP for some seconds (aiohttp-retry). Git does not.
     try:
         yield
     except AdfmError:
@@ -482,11 +453,9 @@ def _translated(message: str) -> Iterator[None]:
         reason = f"{why}: {str(first) or type(first).__name__}" if first not in (why, error) else str(why)
         if passes:
             raise Unreachable(f"{message} ({reason}).") from error
-        remedy = next(
-            (f" There are {_remedy(each)}." for each in retries.causes(error) if isinstance(each, NoCredentialsError)),
-            "",
-        )
-        raise AdfmError(f"{message} ({reason}).{remedy or ca_remedy(error)}") from error
+        no_keys = [each for each in retries.causes(error) if isinstance(each, NoCredentialsError)]
+        remedy = f" There are {_remedy(no_keys[0])}." if no_keys else ca_remedy(error)
+        raise AdfmError(f"{message} ({reason}).{remedy}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------ synthetic
