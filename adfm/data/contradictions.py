@@ -32,8 +32,6 @@ def under_two_labels(
 ) -> list[str]:
     """Return a problem for every image that is normal and, as the same bytes or the same pixels, anomalous too.
 
-    Only images whose thumbnails are alike are decoded and compared.
-
     Args:
         raw: The data set.
         images: `label`, `sha256`, `source`, `width`, `height`, `embedded`, and `look`: equal where thumbnails are.
@@ -42,7 +40,8 @@ def under_two_labels(
         decode: Decodes the content of a file.
     """
     copies = repeated(images["sha256"].combine_chunks())
-    same = np.concatenate([copies, _same_pixels(raw, images, copies, near_duplicates, rows, decode)])
+    alike = [copies, repeated(images["look"].combine_chunks()), _decoded_differently(images, near_duplicates)]
+    same = np.concatenate([copies, _same_pixels(raw, images, np.concatenate(alike), rows, decode)])
     problems = []
     for cluster in _mixed(images, same):
         sources: dict[str, list[str]] = {"normal": [], "anomalous": []}
@@ -64,17 +63,11 @@ def _mixed(images: pa.Table, pairs: NDArray[np.int64]) -> list[NDArray[np.int64]
 
 
 def _same_pixels(
-    raw: Path,
-    images: pa.Table,
-    copies: NDArray[np.int64],
-    near_duplicates: NDArray[np.int64],
-    rows: Rows,
-    decode: Decode,
+    raw: Path, images: pa.Table, alike: NDArray[np.int64], rows: Rows, decode: Decode
 ) -> NDArray[np.int64]:
-    """[pairs, 2] of images with the same pixels in different files, where their labels may differ."""
+    """Return [pairs, 2] of images with the same pixels in different files, where their labels may differ."""
     # Decoding is slow: only images that look alike, in clusters with both labels.
-    alike = [repeated(images["look"].combine_chunks()), _decoded_differently(images, near_duplicates)]
-    mixed = _mixed(images, np.concatenate([copies, *alike]))
+    mixed = _mixed(images, alike)
     if not mixed:
         return np.empty((0, 2), np.int64)
     some = np.sort(np.concatenate(mixed))
@@ -110,15 +103,7 @@ def _pixels(decode: Decode, path: Path) -> str | None:
 
 
 def marked_differently(images: pa.Table, rows: Rows) -> dict[str, Any]:
-    """Count the images with copies of the same label, but other boxes or defects.
-
-    Args:
-        images: `label` and `sha256`.
-        rows: As of `under_two_labels`.
-
-    Returns:
-        The number of `pictures`, and the `source` of two copies each of some of them, as `examples`.
-    """
+    """Count the `pictures` with copies of the same label, but other boxes or defects; `examples` name two copies."""
     copies = np.unique(repeated(images["sha256"].combine_chunks()))
     anomalous = pc.equal(images["label"], "anomalous").to_numpy()
     first: dict[str, tuple[str, int]] = {}

@@ -6,7 +6,7 @@
     adfm convert RAW OUT --parts PART1 PART2
 
 Images are inspected in runs of `RUN`, each of which becomes a file of the work folder; then every image gets its split;
-then the shards are written. A conversion that was killed is resumed: what is finished is not done again.
+then the shards are written. A conversion that was killed is resumed.
 """
 
 from __future__ import annotations
@@ -62,18 +62,13 @@ R = TypeVar("R")
 def convert(raw: Path, out: Path, params: Params, parts: Sequence[Path] = ()) -> None:
     """Write the shards of a raw data set and `conversion.json`, which says what was converted and how.
 
-    Prints a table of what became of all images and files, and warnings of what may have gone wrong.
+    Prints a table of what became of all images and files, and warnings of what may have gone wrong. The same raw data
+    and parameters give the same bytes, in parts or at once, resumed or not.
 
-    Every image is decoded, as proof that it can be. PNG and JPEG files in RGB or grey are embedded byte for byte. All
-    others become RGB PNGs: other formats; palette, CMYK; transparency is dropped; grey of more than 8 bits is scaled
-    from the range of values that all such images of the data set have together (`grey_range`) to 0 to 255; images with
-    an EXIF orientation are turned upright, and their masks with them. Masks become PNGs of 0 and 255.
-    Boxes come from the masks; boxes that a person drew are kept as they are, but for what a rounding error lets reach
-    out of the image. Files of several frames or pages are refused, as are images of more pixels than Pillow's guard
-    against decompression bombs lets pass.
-
-    The same raw data and parameters give the same bytes, in parts or at once, resumed or not. Memory
-    holds some hundred bytes an image, and those thumbnails of likely copies that the system keeps of a mapped file.
+    PNG and JPEG files in RGB or grey are embedded byte for byte. All others become RGB PNGs: transparency is dropped;
+    grey of more than 8 bits is scaled from the range of values that all such images of the data set have together
+    (`grey_range`) to 0 to 255; images with an EXIF orientation are turned upright, and their masks with them. Boxes
+    come from the masks; boxes that a person drew are kept, but for what a rounding error lets reach out of the image.
 
     Args:
         raw: A folder in a layout that has a reader.
@@ -83,10 +78,8 @@ def convert(raw: Path, out: Path, params: Params, parts: Sequence[Path] = ()) ->
         parts: The folders that `inspect_part` wrote, all of them; without any, the images are inspected here.
 
     Raises:
-        AdfmError: No such folder, layout or category, or bad data: unreadable images and masks, masks of another size
-            than their image, masks that show nothing, boxes outside; all of them in one error. One picture under two
-            labels. Parts that are missing, or come from other parameters or data. A `split.group` that fits nothing.
-            An earlier result at `out` is left as it is.
+        AdfmError: No such folder, layout or category; bad data, all of them in one error; one picture under two labels;
+            parts that are missing, or come from other parameters or data; a `split.group` that fits nothing.
     """
     begin = time.monotonic()
     with _listing(out):
@@ -106,8 +99,7 @@ def _converted(data: _Raw, runs: list[Path], out: Path, params: Params) -> dict[
         if problems := inspection.frame_problems(runs) + inspection.mask_problems(runs):
             raise BadData(data.folder, data.layout, problems)
         grey_range = inspection.grey_range(runs)
-        notes = summary.Notes()
-        images, looks = _gathered(runs, work / "thumbnails", notes)
+        images, looks = _gathered(runs, work / "thumbnails")
         pairs = duplicates.near_duplicates(looks)
         rows, decode = partial(_rows, runs), partial(upright, bounds=grey_range)
         if problems := contradictions.under_two_labels(data.folder, images, pairs, rows, decode):
@@ -116,12 +108,10 @@ def _converted(data: _Raw, runs: list[Path], out: Path, params: Params) -> dict[
         marks = contradictions.marked_differently(images, rows)
         report = {
             "layout": {"name": data.layout, "detected": data.seen is not None, "seen": data.seen},
-            "params": {
-                "seed": params.seed,
-                "convert": params.convert.model_dump(),
-                "split": params.split.model_dump(),
-            },
-            **summary.report(images, pairs, assigned, params.split, notes, marks, data.files, data.missing),
+            "params": params.model_dump(include={"seed", "convert", "split"}),
+            **summary.report(
+                images, pairs, assigned, params.split, summary.notes(runs), marks, data.files, data.missing
+            ),
         }
         _write(data.folder, runs, assigned, folder, params.convert.shard_images, grey_range)
         shutil.rmtree(work)
@@ -131,14 +121,9 @@ def _converted(data: _Raw, runs: list[Path], out: Path, params: Params) -> dict[
 
 
 def inspect_part(raw: Path, out: Path, params: Params, part: int, of: int) -> None:
-    """Inspect a part of the images: every `of`th run of `RUN`, from the `part`th on.
+    """Inspect a part of the images, for `convert(..., parts=...)`: every `of`th run of `RUN`, from the `part`th on.
 
-    Args:
-        raw: A folder in a layout that has a reader; the same one for all parts.
-        out: Folder of the part, for `convert(..., parts=...)`. A part that was killed is resumed.
-        params: The section `convert`; the same for all parts.
-        part: From 1 to `of`.
-        of: How many parts there are.
+    Data set and parameters are the same for all parts. A part that was killed is resumed.
 
     Raises:
         AdfmError: As of `convert`, for the images of this part.
@@ -151,7 +136,8 @@ def inspect_part(raw: Path, out: Path, params: Params, part: int, of: int) -> No
             description = {"part": part, "of": of, "settings": _settings(data.layout, params)}
             write_json(description, folder / PART)
             images = sum(pq.read_metadata(run).num_rows for run in runs)
-    print(summary.part(images, data.images, part, of, out, time.monotonic() - begin))
+    seconds = time.monotonic() - begin
+    print(f"{out}: part {part} of {of}, {images:,} of {data.images:,} images inspected in {seconds:.1f} s")
 
 
 class _Raw(NamedTuple):
@@ -198,7 +184,7 @@ def _scan(raw: Path, params: Params) -> _Raw:
 
 @contextmanager
 def _resumable(out: Path, raw: _Raw) -> Iterator[Path]:
-    """A folder that is kept if the block fails, unless the images are too few for that to save time."""
+    """Yield a folder that is kept if the block fails, unless the images are too few for that to save time."""
     with atomic_folder(out, keep_partial=raw.images > RUN) as folder, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow's guard; a problem of that image
         yield folder
@@ -290,10 +276,10 @@ def _settings(layout: str, params: Params) -> dict[str, Any]:
 
 
 class _Key(NamedTuple):
-    """Identity of the files of a run: `content` wherever they lie, `times` in this folder alone."""
+    """Identity of the files of a run."""
 
     content: str
-    times: str
+    times: str  # of use in this folder alone: a copy of the data set has others
 
 
 def _key(pool: ThreadPoolExecutor, raw: Path, samples: Sequence[Sample], settings: dict[str, Any]) -> _Key:
@@ -309,11 +295,10 @@ def _identity(raw: Path, sample: Sample) -> tuple[str, str]:
     for path in (sample.image, *sample.masks):
         try:
             status = path.stat()
-        except OSError:
-            sizes.append(-1)
-        else:
             sizes.append(status.st_size)
             times.append(status.st_mtime_ns)
+        except OSError:
+            sizes.append(-1)
     fields = {name: getattr(sample, name) for name in Sample.__slots__ if name not in ("image", "masks")}
     return repr((fields, [os.path.relpath(path, raw) for path in sample.masks], sizes)), repr(times)
 
@@ -334,7 +319,8 @@ def _save(rows: list[dict[str, Any]], path: Path, key: _Key) -> None:
 
 
 def map_in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`map` in threads, a few items ahead of the consumer; Pillow, SciPy and hashing free the interpreter lock."""
+    """Map a function over items in threads, only a few items ahead of the consumer."""
+    # Threads are enough: Pillow, SciPy and hashing free the interpreter lock.
     ahead: deque[Future[R]] = deque()
     limit = 2 * cpus.count()
     try:
@@ -353,7 +339,7 @@ def map_in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: It
 
 
 def _joined(parts: Sequence[Path], raw: _Raw, params: Params) -> list[Path]:
-    """Check that the parts are all of this data set, and return the files of all runs, in order."""
+    """Check that all parts are of this data set, and return the files of all runs, in order."""
     settings = _settings(raw.layout, params)
     folders = _folders_of_parts(parts, settings)
     runs: list[Path] = []
@@ -376,7 +362,7 @@ def _joined(parts: Sequence[Path], raw: _Raw, params: Params) -> list[Path]:
 
 
 def _folders_of_parts(parts: Sequence[Path], settings: dict[str, Any]) -> list[Path]:
-    """Return the folders of all parts, in order; refuses parts that are missing, doubled or of other settings."""
+    """Return the folders of all parts, in order; refuse parts that are missing, doubled or of other settings."""
     problems: list[str] = []
     folders: dict[int, Path] = {}
     counts = set()
@@ -409,7 +395,7 @@ def _folders_of_parts(parts: Sequence[Path], settings: dict[str, Any]) -> list[P
 # ---------------------------------------------------------------------------------------------------------- all images
 
 
-def _gathered(runs: Sequence[Path], path: Path, notes: summary.Notes) -> tuple[pa.Table, duplicates.Looks]:
+def _gathered(runs: Sequence[Path], path: Path) -> tuple[pa.Table, duplicates.Looks]:
     """Return what splits and report depend on, of all images; the thumbnails are mapped from the file `path`."""
     # Of these, many images share a value, so that a dictionary saves memory.
     encoded = [name for name in splits.COLUMNS if name not in ("sha256", "photograph")]
@@ -417,22 +403,19 @@ def _gathered(runs: Sequence[Path], path: Path, notes: summary.Notes) -> tuple[p
     tables, coarse = [], []
     with path.open("wb") as file:
         for run in runs:
-            table = pq.read_table(run, columns=[*encoded, *plain, "boxes", "notes", "thumbnail"])
-            sources, looks = table["source"].to_pylist(), table["thumbnail"].to_pylist()
-            notes.add(sources, table["notes"].to_pylist())
+            table = pq.read_table(run, columns=[*encoded, *plain, "boxes", "thumbnail"])
+            looks = table["thumbnail"].to_pylist()
             thumbnails = np.frombuffer(b"".join(looks), np.float16)
             coarse.append(duplicates.coarse(thumbnails.reshape(-1, duplicates.SIDE, duplicates.SIDE)))
             file.write(thumbnails.tobytes())
-            columns = {name: table[name].dictionary_encode() for name in encoded} | {
-                name: table[name] for name in plain
-            }
             sizes = zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True)
-            more = {
+            columns = {name: table[name].dictionary_encode() for name in encoded} | {
+                **{name: table[name] for name in plain},
                 "boxes": pc.list_value_length(table["boxes"]),
-                "photograph": pa.array(map(samples.photograph, sources), pa.string()),
+                "photograph": pa.array(map(samples.photograph, table["source"].to_pylist()), pa.string()),
                 "look": pa.array(map(hash, zip(looks, sizes, strict=True)), pa.int64()),
             }
-            tables.append(pa.table(columns | more))
+            tables.append(pa.table(columns))
     images = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
     tables.clear()  # memory peaks below
     contrasts = images["contrast"].to_numpy().copy()
@@ -443,7 +426,7 @@ def _gathered(runs: Sequence[Path], path: Path, notes: summary.Notes) -> tuple[p
 def _assigned(
     images: pa.Table, looks: duplicates.Looks, pairs: NDArray[np.int64], params: Params
 ) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
-    """Return all pairs of near-duplicates, `pairs` and those that a split would divide, and the split of each image."""
+    """Return the pairs of near-duplicates, with those that a split would divide added, and the split of each image."""
     if not params.split.near_duplicates:
         return pairs, splits.assign(images, pairs[:0], params)
     while True:  # keeping the copies of one pair together may divide those of another
@@ -458,15 +441,10 @@ def _assigned(
 
 
 def _write(
-    raw: Path,
-    runs: Sequence[Path],
-    assigned: NDArray[np.int8],
-    folder: Path,
-    shard_images: int,
-    grey_range: GreyRange | None,
+    raw: Path, runs: Sequence[Path], assigned: NDArray[np.int8], folder: Path, size: int, grey_range: GreyRange | None
 ) -> None:
-    """Write the shards that are missing."""
-    plan = hashlib.sha256(b"%d" % shard_images + assigned.tobytes())
+    """Write the shards that are missing, of `size` images each."""
+    plan = hashlib.sha256(b"%d" % size + assigned.tobytes())
     for run in runs:
         plan.update(repr(_read_key(run)).encode())
     written = folder / _WORK / "plan"
@@ -479,8 +457,8 @@ def _write(
         for code, split in enumerate(SPLITS):
             # In the order in which they were read: the order of rows decides which images a training step draws.
             images = np.flatnonzero(assigned == code)
-            for number, first in enumerate(range(0, len(images), shard_images)):
-                path, some = folder / shards.name(split, number), images[first : first + shard_images]
+            for number, first in enumerate(range(0, len(images), size)):
+                path, some = folder / shards.name(split, number), images[first : first + size]
                 if path.is_file():
                     progress.update(len(some))
                     continue
@@ -490,9 +468,8 @@ def _write(
 
 def _rows(runs: Sequence[Path], images: NDArray[np.int64], columns: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """Yield what inspection wrote of some images, in ascending order."""
-    columns = columns or [
-        name for name in inspection.SCHEMA.names if name not in ("thumbnail", "contrast", "problems", "notes")
-    ]
+    left_out = ("thumbnail", "contrast", "problems", "notes")
+    columns = columns or [name for name in inspection.SCHEMA.names if name not in left_out]
     for number in np.unique(images // RUN):
         table = pq.read_table(runs[number], columns=columns)
         yield from table.take(images[images // RUN == number] % RUN).to_pylist()

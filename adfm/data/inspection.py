@@ -23,7 +23,7 @@ from adfm.params import Convert
 from adfm.records import Box, Polygon, Rle, Sample
 
 _OF_SAMPLE = ("source", "dataset", "category", "label", "defect", "split", "group")
-# The columns of an inspected image. Of one with problems, only `source` and `problems` mean anything.
+# Of an image with problems, only `source` and `problems` mean anything.
 SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in _OF_SAMPLE),
@@ -64,10 +64,6 @@ STRETCHED = SCALED + ", by another factor across than down, which is wrong if th
 def inspect(sample: Sample, settings: Convert) -> dict[str, Any]:
     """Decode an image and check it and its annotation.
 
-    Args:
-        sample: As its reader yields it.
-        settings: How boxes are made from masks.
-
     Returns:
         A row of `SCHEMA`; whatever is wrong with the image or its annotation is among its `problems`.
     """
@@ -90,7 +86,7 @@ def inspect(sample: Sample, settings: Convert) -> dict[str, Any]:
     notes = list(sample.notes)
     upright = (row["width"], row["height"])
     shapes = _shapes(sample, upright, orientation, settings.rescale, problems, notes)
-    mask, file = _mask(sample, upright, orientation, settings, problems, notes)
+    mask, file = _mask(sample, upright, orientation, settings.mask_threshold, problems, notes)
     if mask is None and not problems and (shapes.polygons or shapes.rles):
         mask = masks.painted(*upright, shapes.boxes, shapes.polygons, shapes.rles)
     boxes = shapes.boxes
@@ -125,11 +121,7 @@ def _lines(sample: Sample, problems: list[str]) -> list[str]:
 
 
 def grey_range(runs: Sequence[Path]) -> GreyRange | None:
-    """Return the range of the grey images of more than 8 bits of a data set; `None` if it has none.
-
-    Args:
-        runs: Files of rows of `SCHEMA`.
-    """
+    """Return the range of the grey images of more than 8 bits in some files of `SCHEMA`; `None` without any."""
     table = pq.read_table([*runs], columns=["darkest", "brightest"])
     low, high = pc.min(table["darkest"]).as_py(), pc.max(table["brightest"]).as_py()
     return None if low is None else (low, high)
@@ -215,7 +207,7 @@ def _decoded(content: bytes) -> dict[str, Any]:
 
 
 class _Shapes(NamedTuple):
-    """Shapes that a person drew, in pixels of the upright image."""
+    """Shapes that a person drew, in pixels of the upright image, and the frame in which they were drawn."""
 
     boxes: list[Box]
     polygons: list[Polygon]
@@ -262,11 +254,10 @@ def _shapes(
 def _drawn_on(
     sample: Sample, upright: tuple[int, int], orientation: int, rescale: bool, problems: list[str], notes: list[str]
 ) -> tuple[str | None, tuple[int, int] | None]:
-    """On which image an annotation was drawn: as it is stored or upright, and of which width and height.
+    """Return on which image an annotation was drawn, and its width and height.
 
-    Returns:
-        `STORED`, `UPRIGHT` or `EITHER`, `None` of an image that is stored upright; and the size in that frame, `None`
-        if it is not that of the image, which is a problem then.
+    The frame is `STORED`, `UPRIGHT` or `EITHER`, or `None` if the image is stored upright; the size is `None` if it is
+    not that of the image, which is a problem then.
     """
     stored = upright_size(upright, orientation)
     size = sample.size if sample.size and min(sample.size) > 0 else None
@@ -306,7 +297,7 @@ def upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
 
 
 def turned_polygon(polygon: Iterable[tuple[float, float]], size: tuple[int, int], orientation: int) -> Polygon:
-    """Turn points of a stored image of `size` as an EXIF orientation turns it upright."""
+    """Turn points of a stored image of `size` upright, as its EXIF orientation says."""
     width, height = size
     # Orientations 2 to 4 mirror sides, 5 to 8 exchange them as well.
     across = orientation in (2, 3, 7, 8)
@@ -316,12 +307,10 @@ def turned_polygon(polygon: Iterable[tuple[float, float]], size: tuple[int, int]
 
 
 def turned_box(box: Box, size: tuple[int, int], orientation: int) -> Box:
-    """Turn a box of a stored image of `size` as an EXIF orientation turns it upright."""
+    """Turn a box of a stored image of `size` upright; an inverted box stays one, as it is a problem."""
     (x1, y1), (x2, y2) = turned_polygon([(box.x1, box.y1), (box.x2, box.y2)], size, orientation)
-    if (box.x1 <= box.x2) != (x1 <= x2):
-        x1, x2 = x2, x1
-    if (box.y1 <= box.y2) != (y1 <= y2):
-        y1, y2 = y2, y1
+    x1, x2 = sorted((x1, x2), reverse=box.x1 > box.x2)
+    y1, y2 = sorted((y1, y2), reverse=box.y1 > box.y2)
     return Box(x1, y1, x2, y2)
 
 
@@ -349,12 +338,7 @@ def _clipped(box: Box, width: int, height: int, cut: bool, problems: list[str], 
 
 
 def _mask(
-    sample: Sample,
-    upright: tuple[int, int],
-    orientation: int,
-    settings: Convert,
-    problems: list[str],
-    notes: list[str],
+    sample: Sample, upright: tuple[int, int], orientation: int, threshold: float, problems: list[str], notes: list[str]
 ) -> tuple[masks.Mask | None, bytes | None]:
     """Return the union of the mask files, upright, `None` without any; and the file, if it is one PNG of just that."""
     width, height = upright
@@ -364,9 +348,9 @@ def _mask(
         try:
             content = contents.read(path)
             # A mask without an orientation of its own is stored as its image is, or else was drawn on the upright one.
-            part, plain = masks.decode(content, orientation, settings.mask_threshold, notes)
+            part, plain = masks.decode(content, orientation, threshold, notes)
             if orientation != 1 and part.shape != (height, width):
-                part, _ = masks.decode(content, 1, settings.mask_threshold, notes)
+                part, _ = masks.decode(content, 1, threshold, notes)
         except Exception as error:  # a damaged file makes Pillow raise nearly anything
             problems.append(f"its mask {_place(sample, path)} cannot be read ({reason(error)})")
             continue

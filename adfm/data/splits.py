@@ -33,17 +33,13 @@ def assign(images: pa.Table, duplicates: NDArray[np.int64], params: Params) -> N
     **What the data set fixes**: if its train part has defects, every image that has a split keeps it. Validation and
     test, where the data set has no such part, are drawn from train (and from what has no split), by their shares in
     `params.split`. If all of it is test, as in MMAD, it stays so. If its train part has normal images alone, as in
-    MVTec AD and its kin, they stay in train, and all the rest is divided by the shares: there must be defects to learn
-    from. So the held-out images are always held-out images of the official split. If nothing is fixed, all is divided.
-    With `split.redivide` nothing counts as fixed, so that a share of MMAD can be trained on; the metrics then do not
-    compare with published ones, which are measured on all of it.
+    MVTec AD and its kin, they stay in train, and all the rest is divided by the shares. With `split.redivide` nothing
+    counts as fixed.
 
     **The division** keeps the shares in every category, and as nearly as whole groups allow in every label and defect
     of it. A label with three groups or more is in every split, and so is a kind of defect; one with two is in train and
     test, one with a single group in train, where it cannot be judged. Kinds that are shared by few images
-    (`dent+scratch` is both a dent and a scratch) may not allow that. A group that is moved for it changes places with
-    one of the same label, so that the sizes of the splits stay; where a split has no room for every kind, it grows.
-    Groups are drawn by a hash of the seed and their content, so neither the order nor the names of files matter.
+    (`dent+scratch` is both a dent and a scratch) may not allow that.
 
     Args:
         images: One row an image, with `COLUMNS`.
@@ -89,14 +85,7 @@ def folds(
     Images that `assign` keeps together are in one part. Every part has its share of each category, label and defect as
     nearly as whole groups allow; a kind of defect with fewer groups than parts is in as many parts as it has groups, so
     that one with two groups is always trained on before it is judged. The other parts of a fold are divided into train
-    and validation as `assign` divides.
-
-    Args:
-        images: As of `assign`; its column `split` is not used.
-        duplicates: As of `assign`.
-        count: Number of folds, at least 2.
-        validation: Share of validation in what is not test.
-        seed: Seed of the draw.
+    and `validation`, its share of them, as `assign` divides.
 
     Returns:
         [folds, images]: indices into `SPLITS`.
@@ -105,7 +94,7 @@ def folds(
     part = np.full(int(together.max(initial=-1)) + 1, -1)
 
     def pool(decided: NDArray[np.bool_]) -> list[_Group]:
-        """Return all categories at once, which keeps the sizes to an image and each label in every part."""
+        # All categories at once, which keeps the sizes to an image and each label in every part.
         return [
             group._replace(
                 defect=f"{number:09} {group.defect}", kinds=frozenset(f"{number} {kind}" for kind in group.kinds)
@@ -139,12 +128,10 @@ def official_kept(images: pa.Table, settings: Split) -> bool:
 
 
 def _columns(images: pa.Table) -> dict[str, pa.Array]:
-    """`COLUMNS`, dictionary-encoded but for the two that have about as many values as images."""
+    """Return `COLUMNS`, dictionary-encoded but for the two that have about as many values as images."""
     column = {name: images[name].combine_chunks() for name in COLUMNS}
-    return {
-        name: values if name in ("sha256", "photograph") else values.dictionary_encode()
-        for name, values in column.items()
-    }
+    encoded = [name for name in COLUMNS if name not in ("sha256", "photograph")]
+    return column | {name: column[name].dictionary_encode() for name in encoded}
 
 
 def _where(column: pa.Array, value: str) -> NDArray[np.bool_]:
@@ -153,7 +140,7 @@ def _where(column: pa.Array, value: str) -> NDArray[np.bool_]:
 
 
 def _fixed(split: pa.Array, settings: Split) -> NDArray[np.int8]:
-    """[images]: the split that the data set fixes, an index into `SPLITS`; -1 where it fixes none, or none counts."""
+    """Return [images], the split that the data set fixes, an index into `SPLITS`; -1 where it fixes none."""
     fixed = np.full(len(split), -1, np.int8)
     for number, name in enumerate(() if settings.redivide else SPLITS):
         fixed[_where(split, name)] = number
@@ -166,7 +153,7 @@ def _keeps(fixed: NDArray[np.int8], anomalous: NDArray[np.bool_]) -> bool:
 
 
 def _ties(column: dict[str, pa.Array]) -> dict[str, NDArray[np.int64]]:
-    """[pairs, 2] of images that go to one split, by the reason."""
+    """Return [pairs, 2] of images that go to one split, by the reason."""
     category, group = column["category"], column["group"]
     groups = pc.add(pc.multiply(category.indices.cast("int64"), len(group.dictionary)), group.indices)
     parts = [repeated(groups), repeated(column["part"]), repeated(column["photograph"])]
@@ -174,7 +161,7 @@ def _ties(column: dict[str, pa.Array]) -> dict[str, NDArray[np.int64]]:
 
 
 def _together(ties: list[NDArray[np.int64]], images: int) -> NDArray[np.int64]:
-    """[images]: the number of the group of images that go to one split."""
+    """Return [images], the number of the group of images that go to one split."""
     return components(np.concatenate(ties), images)
 
 
@@ -182,12 +169,6 @@ def moved(
     images: pa.Table, near_duplicates: NDArray[np.int64], assigned: NDArray[np.int8], settings: Split
 ) -> list[dict[str, Any]]:
     """Count the images that `assign` did not leave in the split that the data set fixes for them, because of others.
-
-    Args:
-        images: As of `assign`.
-        near_duplicates: Its `duplicates`.
-        assigned: What it returned.
-        settings: The section `split`.
 
     Returns:
         Rows of `because` (`copies`, `part` or `near-duplicates`: the first that explains it), `from`, `to`, `images`.
@@ -396,14 +377,10 @@ def _spread(
             if kinds_first or label[origin] > 1 or origin not in places(label):
                 partners.append(None)
 
-            def moved_excess(
-                partner: _Group | None, donor: _Group = donor, split: int = split, origin: int = origin
-            ) -> float:
-                more = donor.images - (partner.images if partner else 0)
-                return excess(split, more) + excess(origin, -more)
-
             if partners:
-                partner = min(partners, key=moved_excess)
+                more = [donor.images - (partner.images if partner else 0) for partner in partners]
+                excesses = [excess(split, images_) + excess(origin, -images_) for images_ in more]
+                partner = partners[excesses.index(min(excesses))]
                 move(donor, split)
                 if partner:
                     move(partner, origin)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from adfm.data import duplicates, inventory, splits
@@ -29,27 +30,16 @@ _DEFECTS, _LINES, _NAME, _WIDTH = 10, 3, 30, 118
 _SOME = 3  # names of a longer list
 
 
-class Notes:
-    """Numbers of images by note, with the first few images of each."""
-
-    def __init__(self) -> None:
-        self._images: Counter[str] = Counter()
-        self._examples: dict[str, list[str]] = defaultdict(list)
-
-    def add(self, sources: Sequence[str], notes: Iterable[Sequence[str] | None]) -> None:
-        """Add the notes on some images."""
-        for source, its in zip(sources, notes, strict=True):
-            for note in dict.fromkeys(its or ()):
-                self._images[note] += 1
-                if len(self._examples[note]) < EXAMPLES:
-                    self._examples[note].append(source)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return the `note`, the number of `images`, and `examples`; the most frequent note first."""
-        return [
-            {"note": note, "images": count, "examples": self._examples[note]}
-            for note, count in self._images.most_common()
-        ]
+def notes(runs: Sequence[Path]) -> list[dict[str, Any]]:
+    """Count the images by `note`, the most frequent first, with the first few of each as `examples`."""
+    images: Counter[str] = Counter()
+    examples: dict[str, list[str]] = defaultdict(list)
+    for run in runs:
+        for row in pq.read_table(run, columns=["source", "notes"]).to_pylist():
+            for note in row["notes"]:
+                images[note] += 1
+                examples[note] = [*examples[note], row["source"]][:EXAMPLES]
+    return [{"note": note, "images": count, "examples": examples[note]} for note, count in images.most_common()]
 
 
 def report(
@@ -57,7 +47,7 @@ def report(
     pairs: NDArray[np.int64],
     assigned: NDArray[np.int8],
     settings: Split,
-    notes: Notes,
+    notes: list[dict[str, Any]],
     marks: dict[str, Any],
     files: Inventory,
     missing: list[str],
@@ -69,7 +59,7 @@ def report(
         pairs: Near-duplicates.
         assigned: The split of each image.
         settings: The section `split`.
-        notes: Those on all images.
+        notes: As `notes` returns them.
         marks: As `contradictions.marked_differently` returns it.
         files: The files of the data set.
         missing: The problems of annotations whose image is missing, which `convert.missing: skip` skips.
@@ -103,7 +93,7 @@ def report(
         | {"roboflow": _parts(images["photograph"])},
         "moved": splits.moved(images, together, assigned, settings),
         "counts": counts,
-        "notes": notes.rows(),
+        "notes": notes,
         "files": {
             "total": files.files,
             "images": files.images,
@@ -130,10 +120,8 @@ def _parts(column: pa.ChunkedArray) -> dict[str, int]:
 def _counts(images: pa.Table, assigned: NDArray[np.int8]) -> list[dict[str, Any]]:
     columns = ["split", "category", "label", "defect"]
     table = images.select(columns[1:]).add_column(0, "split", pa.array(assigned))
-    groups = table.group_by(columns).aggregate([([], "count_all")]).to_pylist()
-    rows = [{name: row[name] for name in columns} | {"images": row["count_all"]} for row in groups]
-    for row in rows:
-        row["split"] = SPLITS[row["split"]]
+    groups = table.group_by(columns).aggregate([([], "count_all")]).select([*columns, "count_all"])
+    rows = [row | {"split": SPLITS[row["split"]]} for row in groups.rename_columns([*columns, "images"]).to_pylist()]
     return sorted(rows, key=lambda row: [row[name] or "" for name in columns])
 
 
@@ -190,13 +178,7 @@ def _warnings(
 
 
 def table(report: dict[str, Any], out: Path, seconds: float) -> str:
-    """Return the table for the terminal: at most 25 lines of plain text, whatever the names in the data set.
-
-    Args:
-        report: As `report` and `convert` make it.
-        out: The folder of the shards.
-        seconds: How long it took.
-    """
+    """Return the table for the terminal: at most 25 lines of plain text, whatever the names in the data set."""
     splits_, defects, categories = Counter[str](), Counter[str](), set()
     for row in report["counts"]:
         splits_[row["split"]] += row["images"]
@@ -209,6 +191,7 @@ def table(report: dict[str, Any], out: Path, seconds: float) -> str:
     lines = textwrap.wrap(", ".join(listed), _WIDTH - 25, break_on_hyphens=False, max_lines=3, placeholder=" …")
     level, boxes = report["image_level_labels"], report["boxes"]["after_dilation"]
     files, missing, parts = report["files"], report["missing"], report["parts"]["split.group"]
+    by_group = ("parts", f"{parts['parts']:,}", f"on {parts['images']:,} images, by split.group")
     rows = [
         ("images", f"{report['images']:,}", _plural(len(categories), "category", "categories")),
         ("normal", f"{report['normal']:,}", ""),
@@ -218,14 +201,15 @@ def table(report: dict[str, Any], out: Path, seconds: float) -> str:
         *(("", "", line) for line in lines[1:]),
         ("splits", "", ", ".join(f"{name} {splits_[name]:,}" for name in SPLITS)),
         *_not_in_every_split(report["kinds_missing"]),
-        *(
-            [("parts", f"{parts['parts']:,}", f"on {parts['images']:,} images, by split.group")]
-            if parts["parts"]
-            else []
-        ),
+        *([by_group] if parts["parts"] else []),
         ("annotations", f"{files['annotations_and_masks']:,}", "files, masks included"),
         ("left out", f"{files['left_out']:,}", "files" if files["left_out"] else ""),
-        *_more([("", f"{row['files']:,}", _left_out(row)) for row in _by_reason(report["left_out"])]),
+        *_more(
+            [
+                ("", f"{row['files']:,}", f"{_some(row['kinds'])} (e.g. {_short(row['example'])}): {row['reason']}")
+                for row in _by_reason(report["left_out"])
+            ]
+        ),
     ]
     if missing["annotations"]:
         rows.append(
@@ -237,11 +221,6 @@ def table(report: dict[str, Any], out: Path, seconds: float) -> str:
     head = f"{out}: {_short(report['dataset'])}, layout {report['layout']['name']}"
     body = [shortened(printable(f"  {name:<12}{count:>9}  {text}").rstrip(), _WIDTH) for name, count, text in rows]
     return "\n".join([printable(head), *body])
-
-
-def part(images: int, total: int, number: int, of: int, out: Path, seconds: float) -> str:
-    """Return the line for the terminal after a part; see `conversion.inspect_part`."""
-    return f"{out}: part {number} of {of}, {images:,} of {total:,} images inspected in {seconds:.1f} s"
 
 
 def _not_in_every_split(missing: dict[str, list[str]]) -> list[tuple[str, str, str]]:
@@ -256,16 +235,11 @@ def _by_reason(left_out: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return rows of `left_out` with one reason as one row."""
     rows: dict[str, dict[str, Any]] = {}
     for row in left_out:
-        same = rows.setdefault(
-            row["reason"], {"reason": row["reason"], "files": 0, "kinds": [], "example": row["examples"][0]}
-        )
+        first = {"reason": row["reason"], "files": 0, "kinds": [], "example": row["examples"][0]}
+        same = rows.setdefault(row["reason"], first)
         same["files"] += row["files"]
         same["kinds"].append(row["kind"])
     return list(rows.values())
-
-
-def _left_out(row: dict[str, Any]) -> str:
-    return f"{_some(row['kinds'])} (e.g. {_short(row['example'])}): {row['reason']}"
 
 
 def _moved(row: dict[str, Any]) -> str:

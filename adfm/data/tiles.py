@@ -1,13 +1,13 @@
-"""Tiling: cut large images into overlapping tiles at full resolution, and merge a model's boxes on them.
+"""Cut large images into overlapping tiles at full resolution, and merge a model's boxes on them.
 
 A model sees an image at a fixed number of pixels, so a defect of 20 pixels in a photograph of 4,000 disappears. In
-tiles it keeps its size. A tile is a `Box` of whole pixels of the image. Boxes are half-open, in pixels of the image, or
-of the tile where a docstring says so.
+tiles it keeps its size. A tile is a `Box` of whole pixels of the image.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import combinations, product
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from adfm.data import shards
+from adfm.data.duplicates import components
 from adfm.records import Box, Label
 
 COUNTS = 0.25
@@ -34,13 +35,7 @@ def grid(width: int, height: int, size: int, overlap: float) -> list[Box]:
     """Return the tiles of an image, row by row.
 
     All have the same size: `size`, or in a direction in which the image is smaller, the image's own. They cover the
-    image exactly, spread evenly, as few as share `overlap` of their side with their neighbours or more.
-
-    Args:
-        width: Width of the image in pixels.
-        height: Height of the image in pixels.
-        size: Side of a tile in pixels.
-        overlap: Share of a tile's side that neighbours share, above 0, at most 0.5.
+    image exactly, spread evenly, as few as share `overlap` (above 0, at most 0.5) of their side or more.
     """
     columns, rows = (_starts(length, size, overlap) for length in (width, height))
     across, down = min(size, width), min(size, height)
@@ -67,11 +62,6 @@ def truth(label: Label, boxes: Sequence[Box], tile: Box) -> tuple[Label, list[Bo
     by area; its box is cut at the tile's border. A tile that a smaller rest of a defect reaches into, and no defect
     that counts, is neither normal nor anomalous: such a rest may show nothing, or all that there is to see.
 
-    Args:
-        label: Of the image.
-        boxes: Its defects, pixels of the image.
-        tile: One of `grid`.
-
     Returns:
         The label, and the boxes in pixels of the tile; `None` for a tile that is neither. A tile of an anomalous image
         that no box reaches into is normal, so an anomalous image needs boxes.
@@ -92,7 +82,7 @@ def _overlap(box: Box, tile: Box) -> Box:
 
 
 def _fitting(box: Box, tile: Box) -> float:
-    """Area of the largest part of a box that fits into a tile."""
+    """Return the area of the largest part of a box that fits into a tile."""
     return min(box.x2 - box.x1, tile.x2 - tile.x1) * min(box.y2 - box.y1, tile.y2 - tile.y1)
 
 
@@ -112,42 +102,26 @@ def merged(boxes: Sequence[Sequence[Box]], tiles: Sequence[Box]) -> list[Box]:
     Two boxes of different tiles are one defect if they agree where the tiles overlap: cut to that zone, their IoU is at
     least `SAME`. That joins the parts of a defect that a seam cuts, however large it is, and the doubles of one that
     lies in the zone; all boxes of one tile stay apart unless a box of another tile joins them. Connected boxes become
-    the smallest box around them.
-
-    Args:
-        boxes: For each tile its boxes, in pixels of the tile. What lies outside of it is left out, for the model has
-            not seen it.
-        tiles: As of `grid`.
-
-    Returns:
-        The boxes in pixels of the image, sorted.
+    the smallest box around them. `boxes` has those of each tile, in pixels of the tile; those that are returned are in
+    pixels of the image, and sorted.
     """
     parts: list[Box] = []
-    of_tile: list[range] = []
+    of_tile: list[tuple[Box, range]] = []
     for its, tile in zip(boxes, tiles, strict=True):
-        cut = [_overlap(to_image(box, tile), tile) for box in its]
+        cut = [_overlap(to_image(box, tile), tile) for box in its]  # the model has not seen what lies outside
         parts += [part for part in cut if part.area]
-        of_tile.append(range(of_tile[-1].stop if of_tile else 0, len(parts)))
-    group = list(range(len(parts)))
-
-    def root(i: int) -> int:
-        while group[i] != i:
-            i = group[i]
-        return i
-
-    with_boxes = [(tile, its) for tile, its in zip(tiles, of_tile, strict=True) if its]
-    for (one, first), (other, second) in combinations(with_boxes, 2):
+        of_tile.append((tile, range(of_tile[-1][1].stop if of_tile else 0, len(parts))))
+    pairs = [np.empty((0, 2), np.int64)]
+    for (one, first), (other, second) in combinations([(tile, its) for tile, its in of_tile if its], 2):
         zone = _overlap(one, other)
         for i, j in product(first, second) if zone.area else ():
             if _overlap(parts[i], zone).iou(_overlap(parts[j], zone)) >= SAME:
-                group[root(i)] = root(j)
-    around: dict[int, Box] = {}
-    for i, part in enumerate(parts):
-        whole = around.setdefault(root(i), part)
-        around[root(i)] = Box(
-            min(whole.x1, part.x1), min(whole.y1, part.y1), max(whole.x2, part.x2), max(whole.y2, part.y2)
-        )
-    return sorted(around.values())
+                pairs.append(np.array([[i, j]]))
+    around: dict[int, list[Box]] = defaultdict(list)
+    for number, part in zip(components(np.concatenate(pairs), len(parts)).tolist(), parts, strict=True):
+        around[number].append(part)
+    sides = (zip(*each, strict=True) for each in around.values())
+    return sorted(Box(min(x1), min(y1), max(x2), max(y2)) for x1, y1, x2, y2 in sides)
 
 
 class Defect(NamedTuple):
@@ -173,10 +147,8 @@ def defects_of(folder: Path) -> list[Defect]:
 def seen(defects: Sequence[Defect], pixels: int, size: int | None) -> float:
     """Return the lower quartile of the smaller sides of the defects, in pixels of what the model sees.
 
-    Args:
-        defects: At least one.
-        pixels: Pixels to which the model reduces larger images or tiles, in their shape.
-        size: Side of a tile; `None`: the image is seen as a whole.
+    The model reduces larger images or tiles to `pixels` pixels, in their shape. `size` is the side of a tile, `None` if
+    the image is seen as a whole.
     """
     sides = []
     for width, height, image_width, image_height in defects:
@@ -200,12 +172,6 @@ def propose(defects: Sequence[Defect], pixels: int, size: int | None, overlap: f
     It is the largest with which three quarters of the defects have `LEAST_SIDE` pixels and more in what the model sees.
     It is not smaller than what the model sees without reduction, as smaller tiles gain nothing, nor than the longer
     side of nine defects in ten, which would be cut to pieces.
-
-    Args:
-        defects: Of the data; may be empty.
-        pixels: As of `seen`; 0 if unknown.
-        size: The tile size in use, if any.
-        overlap: Share of a tile's side that neighbours share.
 
     Returns:
         `None` where the defects are large enough, cutting would gain less than a quarter, or sizes are not known.

@@ -1,9 +1,10 @@
 """The report of a conversion as a short table of plain text."""
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -125,20 +126,14 @@ def test_kinds_that_a_split_lacks() -> None:
     assert summary._kinds_missing(counts[:1], []) == {}
 
 
-def test_a_part() -> None:
-    text = summary.part(500, 1234, 1, 2, Path("part"), 3.21)
-    assert text.splitlines()[0] == "part: part 1 of 2, 500 of 1,234 images inspected in 3.2 s"
-
-
-def test_notes_are_counted_by_text_with_ten_examples() -> None:
-    notes = summary.Notes()
-    for run in range(3):
-        sources = [f"{run}/{number}.png" for number in range(8)]
-        notes.add(sources, [("turned", "turned"), ("cut", "turned"), None, *[()] * 5])
-    assert notes.rows() == [
-        {"note": "turned", "images": 6, "examples": [f"{run}/{number}.png" for run in range(3) for number in (0, 1)]},
-        {"note": "cut", "images": 3, "examples": ["0/1.png", "1/1.png", "2/1.png"]},
-    ]
-    many = summary.Notes()
-    many.add([f"{number}" for number in range(99)], [("cut",)] * 99)
-    assert Counter(len(row["examples"]) for row in many.rows()) == {10: 1}
+def test_notes_are_counted_by_text_with_ten_examples(tmp_path: Path) -> None:
+    runs = [tmp_path / f"{run}.parquet" for run in range(2)]
+    for run, path in enumerate(runs):
+        notes = [["turned"], ["cut", "turned"], *[[]] * 5, *[["many"]] * 9]
+        sources = [f"{run}/{number}.png" for number in range(len(notes))]
+        pq.write_table(pa.table({"source": sources, "notes": pa.array(notes, pa.list_(pa.string()))}), path)
+    many, turned, cut = summary.notes(runs)
+    assert (many["note"], many["images"], len(many["examples"])) == ("many", 18, 10)
+    examples = ["0/0.png", "0/1.png", "1/0.png", "1/1.png"]
+    assert turned == {"note": "turned", "images": 4, "examples": examples}
+    assert cut == {"note": "cut", "images": 2, "examples": examples[1::2]}
