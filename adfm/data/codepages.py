@@ -30,13 +30,7 @@ _CHINESE = frozenset(
 
 
 def decoder(names: Iterable[bytes]) -> tuple[str, str]:
-    """Guess the encoding of names, and return it with one of them as an example.
-
-    Args:
-        names: Names of one archive that are not ASCII.
-
-    Returns:
-        The name of a codec, in which all of them are valid, and an example.
+    """Guess the encoding of the names of one archive that are not ASCII; return the codec and an example of a name.
 
     Raises:
         ValueError: No encoding is plausible, or several are; the message has a name as they read it.
@@ -79,9 +73,10 @@ def _double(weigh: Callable[[str], float]) -> Callable[[str], float]:
     return likelihood
 
 
-def _is_wide_mark(char: str) -> bool:
-    """Return whether it is a digit or a punctuation mark of the width of a Chinese character."""
-    return unicodedata.east_asian_width(char) in "FW" and unicodedata.category(char)[0] in "PN"
+def _wide_mark(char: str) -> float:
+    """Return the log-likelihood of a digit or a punctuation mark of the width of a Chinese character."""
+    is_mark = unicodedata.east_asian_width(char) in "FW" and unicodedata.category(char)[0] in "PN"
+    return math.log(0.04 / 40) if is_mark else _RARE - 2
 
 
 def _gbk(char: str) -> float:
@@ -93,8 +88,7 @@ def _gbk(char: str) -> float:
             return math.log(0.25 / 3755)
         if 0xD8 <= code[0] <= 0xF7:
             return math.log(0.01 / 3008)
-        if _is_wide_mark(char):
-            return math.log(0.04 / 40)
+        return _wide_mark(char)
     return _RARE - 2
 
 
@@ -102,9 +96,7 @@ def _big5(char: str) -> float:
     code = char.encode("cp950")
     if len(code) == 2 and b"\xa4\x40" <= code <= b"\xc6\x7e":
         return math.log(0.9 / 5401)
-    if _is_wide_mark(char):
-        return math.log(0.04 / 40)
-    return _RARE - 2
+    return _wide_mark(char)
 
 
 def _japanese(char: str) -> float:
@@ -113,9 +105,7 @@ def _japanese(char: str) -> float:
     code = char.encode("cp932")
     if len(code) == 2 and b"\x88\x9f" <= code <= b"\x98\x72":
         return math.log(0.45 / 2965)
-    if _is_wide_mark(char):
-        return math.log(0.04 / 40)
-    return _RARE - 2
+    return _wide_mark(char)
 
 
 # How often the parts of a Korean syllable occur, in thousandths, in the order of Unicode.
@@ -173,11 +163,9 @@ def _utf8(text: str) -> float:
 
 
 class _Page(NamedTuple):
-    """A code page: its codec, the share of archives that are in it, the log-likelihood of a name."""
-
     codec: str
-    share: float
-    likelihood: Callable[[str], float]
+    share: float  # of archives that are in it
+    likelihood: Callable[[str], float]  # of a name
 
 
 _PAGES = (

@@ -1,8 +1,4 @@
-"""Near-duplicates: one picture saved twice, in another format, size or brightness.
-
-Thumbnails are compared, not perceptual hashes of a few bits: photographs of two parts on one rig look alike, are not
-duplicates, and have the same hash. docs/experiments.md says what that finds and what it does not.
-"""
+"""Find near-duplicates: one picture saved twice, in another format, size or brightness."""
 
 from __future__ import annotations
 
@@ -15,6 +11,8 @@ from PIL import Image
 
 from adfm.process import cpus
 
+# Thumbnails are compared, not perceptual hashes of a few bits: photographs of two parts on one rig look alike, are not
+# duplicates, and have the same hash (docs/experiments.md).
 # A thumbnail of 64 x 64 tells a moved part from a copy 1.6 times as sharply, and takes four times the space.
 SIDE = 32
 # Thumbnails of 256 x 256 take 0.3 ms more of a JPEG, and find the same copies.
@@ -38,18 +36,12 @@ UNLIKELY = 1.5
 
 
 class Looks(NamedTuple):
-    """Appearance of images, as near-duplicates are searched by it.
+    """Appearance of images, as near-duplicates are searched by it."""
 
-    Args:
-        thumbnails: [images, `SIDE`, `SIDE`], as `thumbnail` makes them; only those of likely duplicates are read, so
-            that they may be mapped from a file.
-        contrasts: [images], in grey levels; an image without contrast has no duplicates.
-        vectors: [images, few], as `coarse` makes them.
-    """
-
+    # [images, SIDE, SIDE], as `thumbnail` makes them. Only those of likely duplicates are read: they may be mapped.
     thumbnails: NDArray[np.float16]
-    contrasts: NDArray[Any]
-    vectors: NDArray[np.float32]
+    contrasts: NDArray[Any]  # [images], in grey levels; an image without contrast has no duplicates
+    vectors: NDArray[np.float32]  # [images, few], as `coarse` makes them
 
 
 def mapped(file: Path | IO[bytes]) -> NDArray[np.float16]:
@@ -58,10 +50,7 @@ def mapped(file: Path | IO[bytes]) -> NDArray[np.float16]:
 
 
 def thumbnail(image: Image.Image) -> tuple[NDArray[np.float16], float]:
-    """Return a small grey picture of an image, without its brightness and contrast.
-
-    Args:
-        image: Upright, of any size and any mode that converts to grey.
+    """Return a small grey picture of an upright image, without its brightness and contrast.
 
     Returns:
         [`SIDE`, `SIDE`] of mean 0 and variance 1; the contrast that it had, a standard deviation in grey levels.
@@ -87,10 +76,11 @@ def coarse(thumbnails: NDArray[np.float16]) -> NDArray[np.float32]:
 def sketch(thumbnails: NDArray[np.float16]) -> NDArray[np.float16]:
     """Reduce [images, `SIDE`, `SIDE`] to [images, 48], small enough to keep, and about as far apart as the thumbnails.
 
-    The first numbers are those of `coarse`. The others are random projections of what `coarse` leaves, whose distances
-    estimate those of all the pixels (Johnson and Lindenstrauss, 1984; with signs alone: Achlioptas, "Database-friendly
-    random projections", 2003). The distance of two sketches estimates that of the thumbnails to about a tenth.
+    The distance of two sketches estimates that of the thumbnails to about a tenth.
     """
+    # The first numbers are those of `coarse`. The others are random projections of what it leaves, whose distances
+    # estimate those of all the pixels (Johnson and Lindenstrauss, 1984; with signs alone: Achlioptas,
+    # "Database-friendly random projections", 2003).
     rest = thumbnails.astype(np.float32)
     cell = SIDE // _COARSE
     rest -= _reduced(rest, _COARSE).repeat(cell, axis=-2).repeat(cell, axis=-1)
@@ -107,12 +97,6 @@ def likely_copies(
     other_contrasts: NDArray[Any],
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return the pairs of an image and one of other images that may be near-duplicates, judged by sketches.
-
-    Args:
-        sketches: [images, 48], as `sketch` makes them.
-        contrasts: [images], in grey levels.
-        others: [others, 48]
-        other_contrasts: [others]
 
     Returns:
         [pairs, 2]: index of the image, index of the other. [pairs]: their estimated distance, as a share of the largest
@@ -139,26 +123,16 @@ def are_copies(
 
 
 def near_duplicates(looks: Looks) -> NDArray[np.int64]:
-    """Return the pairs of images that are one picture, saved twice, as [pairs, 2] of indices.
-
-    Every image is compared with the few that are nearest to it, so that time and memory grow with the number of
-    images, however alike they are.
-    """
+    """Return the pairs of images that are one picture, saved twice, as [pairs, 2] of indices."""
+    # Each is compared with the few nearest to it: time and memory grow with the number of images, however alike.
     pairs = np.sort(_within_reach(looks.vectors, looks.contrasts, looks.vectors, looks.contrasts), axis=1)
     return _confirmed(np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0), looks)
 
 
 def near_duplicates_across(looks: Looks, splits: NDArray[np.int8]) -> NDArray[np.int64]:
-    """Return the pairs of images in different splits that are one picture, saved twice, as [pairs, 2] of indices.
-
-    Where many images are copies, the few nearest to each may all be in its own split, so that `near_duplicates` misses
-    those in others.
-
-    Args:
-        looks: Of all images.
-        splits: [images], indices into `SPLITS`. Every image is compared with the few nearest in the splits before its
-            own, as `adfm.evaluation.separation` does.
-    """
+    """Return the pairs of images in different `splits` that are one picture, saved twice, as [pairs, 2] of indices."""
+    # Where many images are copies, the few nearest to each may all be in its own split, and `near_duplicates` misses
+    # those in others. Here each is compared with the few nearest in the splits before, as `separation` does.
     _, contrasts, vectors = looks
     pairs = [np.empty((0, 2), np.int64)]
     for split in np.unique(splits)[1:]:
@@ -188,7 +162,7 @@ def _bound(contrasts: NDArray[Any], others: NDArray[Any]) -> NDArray[Any]:
 def _within_reach(
     vectors: NDArray[np.float32], contrasts: NDArray[Any], others: NDArray[np.float32], other_contrasts: NDArray[Any]
 ) -> NDArray[np.int64]:
-    """[pairs, 2]: the index of an image, and of one of the few `others` nearest to it, within the bound."""
+    """Return [pairs, 2]: the index of an image, and of one of the few `others` nearest to it, within the bound."""
     from scipy.spatial import KDTree
 
     reached = [np.empty((0, 2), np.int64)]

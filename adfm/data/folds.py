@@ -20,13 +20,13 @@ FEW = 200
 
 
 def assign(folder: Path, params: Params) -> NDArray[np.int8]:
-    """Assign each image to a split in each fold.
+    """Assign each image of shards to a split in each fold.
 
-    Images of one part, copies and, with `split.near_duplicates`, near-duplicates are in one part of the division.
-    Train and validation have the proportion that the section `split` gives them.
+    Train, validation and test are pooled. Images of one part, copies and, with `split.near_duplicates`, near-duplicates
+    are together. Train and validation have the proportion that the section `split` gives them.
 
     Args:
-        folder: The shards; train, validation and test are pooled.
+        folder: The shards.
         params: Reads `evaluate.folds`, `seed` and `split`.
 
     Returns:

@@ -1,8 +1,4 @@
-"""Hashes of the training images, kept with a model as `trained_on.parquet`.
-
-`adfm.evaluation.separation` checks with them that no test image was trained on. They hold the ids of the shards, and no
-names or paths.
-"""
+"""Hash the training images, without names or paths; kept with a model to check that no test image was trained on."""
 
 from __future__ import annotations
 
@@ -43,16 +39,14 @@ _FEW = 20  # rows
 SCHEMA = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
-        pa.field("bytes", HASH, nullable=False),
+        pa.field("bytes", HASH, nullable=False),  # of the raw file
         pa.field("pixels", HASH, nullable=False),
-        pa.field("sketch", pa.binary(2 * _SKETCH), nullable=False),
-        pa.field("contrast", pa.float32(), nullable=False),
-        pa.field("part", HASH),
+        pa.field("sketch", pa.binary(2 * _SKETCH), nullable=False),  # `duplicates.sketch`, as float16
+        pa.field("contrast", pa.float32(), nullable=False),  # in grey levels
+        pa.field("part", HASH),  # of category and part; null where the part is not known
     ],
     metadata={"adfm": "hashes of images, 1"},
 )
-"""Of an image: id; halves of SHA-256 of raw file and of pixels; `duplicates.sketch` as float16; its contrast in grey
-levels; half of the SHA-256 of category and part, null where the part is not known."""
 
 
 class BadTable(AdfmError):
@@ -62,13 +56,7 @@ class BadTable(AdfmError):
 
 
 def collect(shards: Path, splits: Sequence[str]) -> pa.Table:
-    """Return the hashes of the images of some splits, a row an image, as `unite` orders them.
-
-    Memory holds 400 bytes an image, and the images of a row group.
-
-    Args:
-        shards: Folder of shards.
-        splits: Those without shards are left out.
+    """Return the hashes of the images of some splits, as rows of `SCHEMA`; splits without shards are left out.
 
     Raises:
         AdfmError: The shards or an image cannot be read.
@@ -84,6 +72,7 @@ def collect(shards: Path, splits: Sequence[str]) -> pa.Table:
                 # A few at a time, so that images are not in memory twice.
                 for start in range(0, rows.num_rows, _FEW):
                     some = rows.slice(start, _FEW).to_pylist()
+                    # As Arrow: 400 bytes an image.
                     batches.append(pa.RecordBatch.from_pylist(list(pool.map(_hashes, some)), schema=SCHEMA))
                     progress.update(len(some))
     return unite([pa.Table.from_batches(batches, schema=SCHEMA)])

@@ -13,13 +13,9 @@ from numpy.typing import NDArray
 from PIL import AvifImagePlugin, ExifTags, Image, ImageOps, UnidentifiedImageError
 
 GreyRange = tuple[int, int]
-"""The values of grey files of more than 8 bits that become 0 and 255; those between are scaled linearly.
+"""The values of grey files of more than 8 bits that become 0 and 255; those between are scaled linearly."""
 
-Cameras of 10 and 12 bits write files of 16 bits whose upper byte is nearly black. Conversion takes the range of all
-such images of a data set, and a model keeps that of its training data.
-"""
-
-# Conversion has a thread for each core already.
+# No threads of their own: conversion has a thread for each core already.
 pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # else one for each core of the machine, whatever the pod's limit
 
@@ -72,11 +68,7 @@ def is_deep_colour(file: Image.Image) -> bool:
 
 
 def grey(file: Image.Image, content: bytes) -> NDArray[np.int64] | None:
-    """Return the upright grey values of a file that has more than 8 bits of them; `None` for any other.
-
-    Raises:
-        Exception: It cannot be decoded.
-    """
+    """Return the upright grey values of a file that has more than 8 bits of them; `None` for any other."""
     if not file.mode.startswith("I"):
         return None
     if header := _PGM.match(content):  # Pillow would take minutes, and stretch the values to 16 bits
@@ -102,7 +94,8 @@ def extent(values: NDArray[np.int64]) -> GreyRange:
 
 
 def scaled(values: NDArray[np.int64], bounds: GreyRange) -> Image.Image:
-    """Return grey values as an image of 8 bits; values out of `bounds` become black or white."""
+    """Scale grey values to an image of 8 bits; values out of `bounds` become black or white."""
+    # Cameras of 10 and 12 bits write files of 16 bits whose upper byte is nearly black.
     low, high = bounds
     if low == high:  # all values of the set are the same
         low, high = 0, max(1, high)
@@ -111,11 +104,7 @@ def scaled(values: NDArray[np.int64], bounds: GreyRange) -> Image.Image:
 
 
 def size(content: bytes) -> tuple[int, int]:
-    """Return width and height of the image as it is stored, from its header alone.
-
-    Raises:
-        Exception: As of `open_image`.
-    """
+    """Return width and height of the image as it is stored, from its header alone."""
     with open_image(content) as file:
         return file.size
 
@@ -123,12 +112,8 @@ def size(content: bytes) -> tuple[int, int]:
 def upright(content: bytes, bounds: GreyRange | None = None) -> Image.Image:
     """Decode an image as a model sees it: upright, RGB.
 
-    Args:
-        content: The file.
-        bounds: For grey values of more than 8 bits.
-
     Raises:
-        ValueError: It has such values, and there are no `bounds`.
+        ValueError: It has grey values of more than 8 bits, and `bounds` for them are missing.
         Exception: As of `open_image`.
     """
     with open_image(content) as file:
@@ -144,11 +129,7 @@ def upright(content: bytes, bounds: GreyRange | None = None) -> Image.Image:
 
 
 def reduced(content: bytes) -> tuple[Image.Image, tuple[int, int]]:
-    """Decode an image of a shard, a JPEG to grey and at a smaller scale, and return it and its own size.
-
-    Raises:
-        Exception: It cannot be decoded: Pillow raises nearly anything.
-    """
+    """Decode an image of a shard, a JPEG to grey and at a smaller scale, and return it and its own size."""
     image = Image.open(io.BytesIO(content))
     size = image.size
     image.draft("L", (256, 256))

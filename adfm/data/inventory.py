@@ -51,28 +51,18 @@ _ORDER = (*LOST, UNUSED, OTHER, HIDDEN)
 
 
 class Inventory(NamedTuple):
-    """Numbers of files of a data set.
-
-    Args:
-        files: All of them.
-        images: Those that are converted.
-        annotations: Masks that are used, and files of annotations.
-        left_out: All others, by kind (the suffix, mostly) and reason: `kind`, `reason`, `files` and some `examples`.
-    """
+    """Numbers of files of a data set."""
 
     files: int
-    images: int
-    annotations: int
-    left_out: list[dict[str, Any]]
+    images: int  # converted
+    annotations: int  # files of annotations, and masks that are used
+    left_out: list[dict[str, Any]]  # all others, by kind (mostly the suffix): `kind`, `reason`, `files`, `examples`
 
 
 def take(raw: Path, images: Container[str], masks: Container[str]) -> Inventory:
     """Count the files of a data set by their use; `manifest.json` of `adfm fetch` does not count.
 
-    Args:
-        raw: The data set.
-        images: The converted images, relative to it, with `/`.
-        masks: The masks that are used.
+    `images` are the converted images, `masks` the masks that are used, both relative to the data set, with `/`.
     """
     converted = annotations = 0
     left_out: dict[tuple[str, str], dict[str, Any]] = {}
@@ -101,10 +91,7 @@ def take(raw: Path, images: Container[str], masks: Container[str]) -> Inventory:
 
 
 def _walk(raw: Path) -> Iterator[tuple[str, bool]]:
-    """Yield the path of every file below `raw`, and whether it is a file, not a link to nowhere.
-
-    A folder that a link within itself leads to is not entered again.
-    """
+    """Yield the path of every file below `raw`, and whether it is a file, not a link to nowhere."""
     pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while pending:
         folder, above = pending.pop()
@@ -113,7 +100,7 @@ def _walk(raw: Path) -> Iterator[tuple[str, bool]]:
         try:
             status = (raw / folder).stat()
             identity = (status.st_dev, status.st_ino)
-            if identity in above:
+            if identity in above:  # by a link within itself
                 continue
             with os.scandir(raw / folder) as entries:
                 for entry in entries:  # an entry takes three times the memory of its name
@@ -137,12 +124,10 @@ def _reason(raw: Path, path: str, suffix: str, is_file: bool) -> str | None:
     for suffixes, reason in ((IMAGES, UNUSED), (_UNREAD, UNREAD), (_ARCHIVES, ARCHIVE)):
         if suffix in suffixes:
             return reason
-    if _PAPERS.match(path.rpartition("/")[2]):
+    if suffix in _NOT_SNIFFED or _PAPERS.match(path.rpartition("/")[2]):
         return OTHER
     if suffix in _ANNOTATIONS:
         return None
-    if suffix in _NOT_SNIFFED:
-        return OTHER
     try:
         with (raw / path).open("rb", buffering=0) as file:
             return MISNAMED if _is_image(file.read(16)) else OTHER

@@ -1,4 +1,4 @@
-"""Pixel masks: read them from any file or drawn shape, and make boxes of them."""
+"""Read pixel masks from any file or drawn shape, and make boxes of them."""
 
 from __future__ import annotations
 
@@ -38,9 +38,7 @@ def load_mask(path: Path, orientation: int = 1, threshold: float = 0.5, notes: l
 
 
 def decode(content: bytes, orientation: int, threshold: float, notes: list[str] | None = None) -> tuple[Mask, bool]:
-    """Decode a mask of any mode: index, palette, RGB, 1, 16 or 32 bits, floating point.
-
-    Transparency weakens a value in proportion. `defects` decides which values are defects.
+    """Decode a mask of any mode: index, palette, RGB, 1, 16 or 32 bits, floating point; see `defects`.
 
     Args:
         content: The file.
@@ -69,6 +67,7 @@ def decode(content: bytes, orientation: int, threshold: float, notes: list[str] 
         image = image.convert("RGB")
     values: NDArray[Any] = np.asarray(image)
     if image.mode in ("RGBA", "LA"):
+        # Transparency weakens a value in proportion.
         colour, opacity = values[..., :-1].max(axis=2).astype(np.uint16), values[..., -1]
         values = (colour * opacity + 254) // 255
     coloured = values.ndim == 3 and not lossy and bool((values != values[0, 0]).any())
@@ -91,18 +90,12 @@ def defects(values: NDArray[Any], threshold: float, notes: list[str] | None = No
 
     Many masks are not black and white. Some number their defects: each has one value throughout, be it 1 of 255. Others
     were drawn with antialiasing, resized, or compressed as JPEG, which puts values in between round every edge, and
-    faint ones beside it. So:
-
-    - Values are numbers, and every value but 0 is a defect, where none is above 32, where every connected area has one
-      value (and none is a ripple of JPEG: thin, and below a tenth of a thick one within 8 pixels), or where a quarter
-      of the pixels between a tenth and `threshold` of the maximum have neighbours of just their value.
-    - Otherwise edges are soft. What is below a tenth of the maximum is noise. A defect is what has at least `threshold`
-      of the maximum of its own connected area, and of the maximum within 8 pixels. (A thin scratch that was blurred is
-      faint as a whole, so the maximum of all of the mask would lose it.)
+    faint ones beside it. `_is_numbered` tells the two apart.
 
     Args:
         values: [height, width].
-        threshold: As a share of the maximum; 0: every value above 0 is a defect.
+        threshold: Share of the maximum of its connected area, and of the maximum within 8 pixels, that a defect has at
+            least; 0: every value above 0 is a defect.
         notes: Gets `FAINT` where values that are left out lie further from a defect than soft edges reach.
 
     Returns:
@@ -131,6 +124,7 @@ def defects(values: NDArray[Any], threshold: float, notes: list[str] | None = No
 
 
 def _is_numbered(values: NDArray[Any], threshold: float, top: float) -> bool:
+    """Return whether values are numbers of defects: all are low, or every area has one, or many lie in plain areas."""
     if top <= _NUMBERS and (values.dtype.kind != "f" or not (values % 1).any()):
         return True
     from scipy import ndimage
@@ -141,7 +135,8 @@ def _is_numbered(values: NDArray[Any], threshold: float, top: float) -> bool:
     plain = ndimage.maximum_filter(values, 3, mode="constant") == ndimage.minimum_filter(values, 3, mode="constant")
     highest = ndimage.maximum(values, areas, numbers)
     if np.array_equal(ndimage.minimum(values, areas, numbers), highest):
-        # Where edges fall on JPEG's blocks, every area has one value, and the ripple beside a defect has one too.
+        # Where edges fall on JPEG's blocks, every area has one value, and the ripple beside a defect has one too: thin,
+        # and faint against a thick area nearby.
         thick = np.concatenate([[False], ndimage.maximum(plain, areas, numbers)])
         nearby = ndimage.maximum_filter(np.where(thick[areas], values, 0), 2 * _BLOCK + 1)
         faint = highest < min(_NOISE, threshold) * ndimage.maximum(nearby, areas, numbers)
@@ -164,16 +159,7 @@ def _without_soft_edges(values: NDArray[Any], threshold: float, top: float) -> N
 def painted(
     width: int, height: int, boxes: Iterable[Box], polygons: Iterable[Polygon], rles: Iterable[Rle]
 ) -> Mask | None:
-    """Paint shapes that a person drew into a mask.
-
-    A polygon is filled with its outline, and cut off at the boxes.
-
-    Args:
-        width: Of the mask, in pixels.
-        height: Of the mask, in pixels.
-        boxes: In pixels, half-open, within the mask.
-        polygons: In pixels.
-        rles: Of the mask's size.
+    """Paint shapes that a person drew into a mask, cut off at their boxes, which lie within the mask.
 
     Returns:
         [height, width], 0 or 255; `None` if a box has no shape in it: a mask must mark all defects.
@@ -223,8 +209,8 @@ def to_boxes(mask: NDArray[Any], dilation: float, connectivity: int, min_area: i
 def boxes_and_fragments(mask: NDArray[Any], dilation: float, connectivity: int, min_area: int) -> tuple[list[Box], int]:
     """Enclose every defect of a mask in a box; fragments that lie close together are one defect.
 
-    The mask is dilated by a disk, and fragments that then touch are merged. Every box encloses the mask's own pixels
-    (not the dilated ones) of one merged defect as tightly as can be. The method is AD-FM's (arXiv 2508.04175).
+    The mask is dilated by a disk, and fragments that then touch are merged, as in AD-FM (arXiv 2508.04175). Every box
+    encloses the mask's own pixels, not the dilated ones, as tightly as can be.
 
     Args:
         mask: [height, width]; a defect is what is not 0.
@@ -267,7 +253,7 @@ def boxes_and_fragments(mask: NDArray[Any], dilation: float, connectivity: int, 
 
 def _near(fragments: list[tuple[slice, slice]], reach: float) -> bool:
     """Return whether any two fragments can be within reach of each other, judged by their extents."""
-    if len(fragments) > 1000:
+    if len(fragments) > 1000:  # the matrix below would be large
         return True
     near = np.ones((len(fragments), len(fragments)), bool)
     for axis in (0, 1):

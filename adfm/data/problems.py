@@ -1,4 +1,4 @@
-"""Errors about many files: grouped by cause, so that 10,000 files with one fault are one line and some examples."""
+"""Report errors about many files, grouped by cause: 10,000 files with one fault are one line and some examples."""
 
 from __future__ import annotations
 
@@ -32,15 +32,11 @@ class Unlisted(str):
 
 
 class ProblemList:
-    """The problems of a source that is fetched, raised all at once; memory does not grow with their number.
-
-    Args:
-        who: What the error calls the source.
-    """
+    """The problems of a source that is fetched, raised all at once; the error calls the source `who`."""
 
     def __init__(self, who: str) -> None:
         self._who = who
-        self._first: list[str] = []
+        self._first: list[str] = []  # not all: memory does not grow with their number
         self._count = 0
 
     def add(self, problem: str) -> None:
@@ -58,13 +54,10 @@ class ProblemList:
 
 
 class BadData(AdfmError):
-    """A data set cannot be converted as it is.
+    """A data set of a layout cannot be converted as it is.
 
-    Args:
-        raw: The data set.
-        layout: Name of its layout.
-        problems: One line each, `file: what is wrong`; the same line twice counts once.
-        listing: A file that lists all of them, for the message, or where else they are.
+    `problems` are lines `file: what is wrong`; the same line twice counts once. The message has some of them, and says
+    that `listing` has all.
     """
 
     def __init__(self, raw: Path, layout: str, problems: Iterable[str], listing: Path | str | None = None) -> None:

@@ -1,11 +1,11 @@
-"""Samples of a raw data set with the category that `convert.category` says and the part that `split.group` says."""
+"""Read the samples of a raw data set, with the category of `convert.category` and the part of `split.group`."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,8 +31,7 @@ def read(raw: Path, layout: str, settings: Convert) -> Iterator[Sample]:
     """Yield the samples of a data set.
 
     With `convert.category: folder` the category of an image is the first folder of its path that is not named after a
-    split, a kind of content (`images`), a label or the image's defect. A folder that holds all others counts last. The
-    category stays where the layout or a table gives one, i.e. where it is not the name of the data set.
+    split, a kind of content (`images`), a label or the image's defect. A folder that holds all others counts last.
 
     Raises:
         BadData: As the reader of the layout.
@@ -42,6 +41,7 @@ def read(raw: Path, layout: str, settings: Convert) -> Iterator[Sample]:
         return samples
     top = files.root(raw, lambda folder: len(files.folders(folder)) != 1) or raw
     depth = len(top.relative_to(raw).parts)
+    # The category stays where the layout or a table gives one, and not the name of the data set.
     return (
         replace(sample, category=_folder(sample, depth)) if sample.category == sample.dataset else sample
         for sample in samples
@@ -68,12 +68,7 @@ def photograph(source: str) -> str | None:
 
 
 class Grouping(NamedTuple):
-    """The setting `split.group`: which part an image shows.
-
-    Args:
-        column: A column of the data set's table.
-        pattern: A regular expression to search in the path, instead.
-    """
+    """The setting `split.group`: which part an image shows, by a column or by a pattern in its path."""
 
     column: str | None = None
     pattern: re.Pattern[str] | None = None
@@ -86,39 +81,33 @@ class Grouping(NamedTuple):
         return (match[1] if match.re.groups else match[0]) or None if match else None
 
 
-@dataclass
 class Survey:
-    """Statistics of a first pass over the samples.
+    """Statistics of a first pass over the samples, with `split.group` as `setting`."""
 
-    Args:
-        setting: `split.group`.
-    """
-
-    setting: str | None
-    images: int = 0
-    categories: set[str] = field(default_factory=set)
-    columns: set[str] = field(default_factory=set)
-    sources: list[str] = field(default_factory=list)  # a few
-    parts: dict[Grouping, Counter[str]] = field(default_factory=dict)
-    unreadable: str = ""  # why the setting is not a regular expression
-
-    def __post_init__(self) -> None:
-        """Compile the setting, which may be a column's name instead."""
-        if self.setting is not None:
-            self.parts = {Grouping(column=self.setting): Counter()}
+    def __init__(self, setting: str | None) -> None:
+        self.setting = setting
+        self.images = 0
+        self.categories: set[str] = set()
+        self._columns: set[str] = set()
+        self._sources: list[str] = []  # a few, for messages
+        self._parts: dict[Grouping, Counter[str]] = {}
+        self._unreadable = ""  # why the setting is not a regular expression
+        if setting is not None:
+            # Which of the two it is depends on the columns of all samples.
+            self._parts[Grouping(column=setting)] = Counter()
             try:
-                self.parts[Grouping(pattern=re.compile(self.setting))] = Counter()
+                self._parts[Grouping(pattern=re.compile(setting))] = Counter()
             except (re.error, OverflowError, RecursionError) as error:
-                self.unreadable = str(error)
+                self._unreadable = str(error)
 
     def add(self, sample: Sample) -> None:
         """Count a sample."""
         self.images += 1
         self.categories.add(sample.category)
-        self.columns.update(sample.columns)
-        if len(self.sources) < 3:
-            self.sources.append(sample.source)
-        for grouping, parts in self.parts.items():
+        self._columns.update(sample.columns)
+        if len(self._sources) < 3:
+            self._sources.append(sample.source)
+        for grouping, parts in self._parts.items():
             if (part := grouping.part(sample)) is not None:
                 parts[part] += 1
 
@@ -131,19 +120,19 @@ class Survey:
         """
         if self.setting is None:
             return Grouping()
-        columns = f"the columns are {', '.join(map(repr, sorted(self.columns)))}" if self.columns else "no column"
-        if self.setting in self.columns:
+        columns = f"the columns are {', '.join(map(repr, sorted(self._columns)))}" if self._columns else "no column"
+        if self.setting in self._columns:
             grouping, empty = Grouping(column=self.setting), f"the column {self.setting!r} is empty in every row"
-        elif self.unreadable:
+        elif self._unreadable:
             raise AdfmError(
                 f"split.group: {self.setting!r} is neither a column ({columns}) nor a regular expression"
-                f" ({self.unreadable}); put a \\ before a character that means itself."
+                f" ({self._unreadable}); put a \\ before a character that means itself."
             )
         else:
             grouping = Grouping(pattern=re.compile(self.setting))
             empty = f"{self.setting!r} is neither a column ({columns}) nor in the path of any image"
-        paths = ", ".join(map(printable, self.sources))
-        parts = self.parts[grouping]
+        paths = ", ".join(map(printable, self._sources))
+        parts = self._parts[grouping]
         if not parts:
             raise AdfmError(f"split.group: {empty}; paths are {paths}.")
         if len(parts) == 1 < parts.total() == self.images:

@@ -61,13 +61,10 @@ _TYPES = {
 
 
 class Columns:
-    """The columns of shards: the fields of a record, in their order.
+    """The columns of shards: the fields of a dataclass, in their order; those of type `X | None` may be null.
 
     To add a column, add a field to `Record` (and set it in `adfm.data.conversion`): schema, writer, reader and the
     expectations of validation follow from here.
-
-    Args:
-        record: The dataclass of a row. A field of type `X | None` may be null.
 
     Attributes:
         schema: The Arrow schema of a shard, with the features that `datasets` reads.
@@ -99,7 +96,7 @@ class Columns:
         )
 
     def table(self, records: Sequence[Record]) -> pa.Table:
-        """Return records as a table."""
+        """Return records as a table of `schema`."""
         columns: dict[str, Any] = {
             name: [kind.store(getattr(record, name)) for record in records]
             for name, kind in self._types.items()
@@ -194,14 +191,9 @@ def name(split: str, number: int) -> str:
 
 
 def write(records: Iterable[Record], folder: Path, shard_images: int) -> None:
-    """Write records, in their order, into the shards of their splits; the same records give the same bytes.
+    """Write records, in their order, into shards of `shard_images` images; the same records give the same bytes.
 
-    Memory holds two row groups (each at most 100 images or about 16 MiB) a split, however many records there are.
-
-    Args:
-        records: Any iterable; it is walked once.
-        folder: An existing folder.
-        shard_images: Images a file.
+    Memory holds two row groups of each split, however many records there are.
     """
     with ExitStack() as stack:
         opened: dict[str, list[_Shard]] = {split: [] for split in SPLITS}
@@ -259,11 +251,7 @@ def fingerprint(folder: Path, split: str | None = None) -> str:
 
 
 def grey_range(folder: Path) -> tuple[int, int] | None:
-    """Read which values became black and white when grey images of more than 8 bits were converted, if there were any.
-
-    Raises:
-        AdfmError: The folder's `conversion.json` cannot be read.
-    """
+    """Read which values became black and white when grey images of more than 8 bits were converted, if any were."""
     file = folder / "conversion.json"
     try:
         bounds = json.loads(file.read_bytes()).get("grey_range") if file.is_file() else None
