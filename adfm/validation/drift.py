@@ -1,4 +1,4 @@
-"""Drift of the training images from those of an earlier report, such as that of the version in production."""
+"""Measure drift of the training images from those of an earlier report, such as that of the version in production."""
 
 from __future__ import annotations
 
@@ -23,13 +23,9 @@ if TYPE_CHECKING:
 
 
 def profile(table: pd.DataFrame) -> dict[str, Any]:
-    """Return the statistics that drift is measured by.
+    """Return the statistics of training images that drift is measured by.
 
-    Args:
-        table: Facts of the images of the training split.
-
-    Returns:
-        The number of images by category and by defect; `mean` and standard `deviation` of each of `FIGURES`.
+    These are the number of images by category and by defect; `mean` and standard `deviation` of each of `FIGURES`.
     """
     defects = table["defect"].fillna(table["label"])
     profile: dict[str, Any] = {}
@@ -37,28 +33,17 @@ def profile(table: pd.DataFrame) -> dict[str, Any]:
         profile[name] = {str(value): int(count) for value, count in values.value_counts().sort_index().items()}
     for name in FIGURES:
         figures: Array = table[name].dropna().to_numpy(float)
-        profile[name] = {
-            "mean": float(figures.mean()) if figures.size else None,
-            "deviation": float(figures.std()) if figures.size else None,
-        }
+        mean, deviation = (float(figures.mean()), float(figures.std())) if figures.size else (None, None)
+        profile[name] = {"mean": mean, "deviation": deviation}
     return profile
 
 
 def expectations(
     table: pd.DataFrame, train: Mapping[str, Any], before: Mapping[str, Any], limits: Validation
 ) -> list[Expectation]:
-    """Return the expectations that the training split has not drifted.
+    """Return the expectations that `train`, the `profile` of the training split, has not drifted from the one `before`.
 
-    Shares of categories and of defects are compared by `distance`. Of each figure of the images, the mean must lie
-    within `validation.max_shift` standard deviations of the earlier mean: Glass's delta, the difference of the means
-    over the standard deviation of the reference group (Glass, "Primary, Secondary, and Meta-Analysis of Research",
-    1976), of which 0.2 is called small, 0.5 medium and 0.8 large (Cohen, "Statistical Power Analysis", 1988).
-
-    Args:
-        table: Facts of all images; gets the columns that the expectations are about.
-        train: `profile` of its training split.
-        before: That of the reference.
-        limits: The section `validate`.
+    The table of facts gets the columns that the expectations are about.
     """
     remedy = "see `statistics` in both reports; if the line has changed, train and evaluate on new images of it"
     suite = []
@@ -70,6 +55,9 @@ def expectations(
         mean, deviation = before[name]["mean"], before[name]["deviation"]
         if mean is not None:
             what = f"mean {name} in train is that of the reference, to {limits.max_shift:g} standard deviations"
+            # Glass's delta, the difference of the means over the standard deviation of the reference group (Glass,
+            # "Primary, Secondary, and Meta-Analysis of Research", 1976), of which 0.2 is called small, 0.5 medium and
+            # 0.8 large (Cohen, "Statistical Power Analysis", 1988).
             room = max(limits.max_shift * deviation, 1e-6)
             bounds = {"min_value": mean - room, "max_value": mean + room}
             suite.append(warn(MEAN, name, what, remedy, **bounds, where={"split": "train"}))
@@ -77,35 +65,24 @@ def expectations(
 
 
 def distance(counts: Mapping[str, int], before: Mapping[str, int]) -> float:
-    """Return the Jensen-Shannon distance of two distributions p and q, given as counts.
+    """Return the Jensen-Shannon distance of two distributions given as counts: 0 if equal, 1 if they share nothing."""
+    from scipy.special import rel_entr
 
-    sqrt(1/2 sum p log2(2 p / (p + q)) + 1/2 sum q log2(2 q / (p + q))): the root of the divergence of Lin ("Divergence
-    measures based on the Shannon entropy", IEEE Transactions on Information Theory 37, 1991), which, unlike the
-    population stability index (PSI), is finite when a category is new. For small changes it is sqrt(PSI / (8 ln 2)):
-    0.13 is a PSI of 0.1, commonly read as some change, and 0.21 one of 0.25, a large one.
-
-    Returns:
-        0 if they are equal, 1 if they share nothing.
-    """
+    # The root of the divergence of Lin ("Divergence measures based on the Shannon entropy", IEEE Transactions on
+    # Information Theory 37, 1991), which, unlike the population stability index (PSI), is finite when a category is
+    # new. For small changes it is sqrt(PSI / (8 ln 2)): 0.13 is a PSI of 0.1, commonly read as some change, and 0.21
+    # one of 0.25, a large one.
     if not counts or not before:
         return float(bool(counts) != bool(before))
     names = sorted({*counts, *before})
     p, q = (np.array([these.get(name, 0) for name in names], float) for these in (counts, before))
     p, q = p / p.sum(), q / q.sum()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        parts = [np.where(r > 0, r * np.log2(2 * r / (p + q)), 0).sum() for r in (p, q)]
-    return float(np.sqrt(max(0.0, sum(parts) / 2)))
+    divergence = (rel_entr(p, (p + q) / 2) + rel_entr(q, (p + q) / 2)).sum() / 2 / np.log(2)
+    return float(np.sqrt(max(0.0, divergence)))  # rounding may leave it below 0
 
 
 def of_file(path: Path) -> dict[str, Any]:
-    """Read the statistics of a report.
-
-    Args:
-        path: Its folder, or its `validation.json`.
-
-    Raises:
-        AdfmError: That is not a report.
-    """
+    """Read the statistics of a report from its folder or its `validation.json`; `AdfmError` if it is not a report."""
     file = path / "validation.json" if path.is_dir() else path
     try:
         return _statistics(file)
@@ -117,11 +94,7 @@ def of_file(path: Path) -> dict[str, Any]:
 
 
 def of_production(model: str) -> dict[str, Any] | None:
-    """Read the statistics of the shards that the version in production was trained on; `None` if there are none.
-
-    Args:
-        model: Name of the registered model.
-    """
+    """Read the statistics of the shards that a model's version in production was trained on; `None` without any."""
     import mlflow
     from mlflow.exceptions import MlflowException
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -37,12 +36,6 @@ FIGURES = ("brightness", "contrast", "width", "height")
 def measure(folder: Path, settings: Convert) -> pd.DataFrame:
     """Measure all images of shards.
 
-    Memory holds about two kilobytes an image, and the images of a row group.
-
-    Args:
-        folder: The shards.
-        settings: How boxes were made from masks.
-
     Returns:
         One row an image: the columns of the shards but image, mask and boxes, the facts of `_facts`, and what the image
         shares with others.
@@ -55,9 +48,10 @@ def measure(folder: Path, settings: Convert) -> pd.DataFrame:
     columns = shards.table(folder).drop_columns(["boxes"]).to_pandas()
     if columns.empty:
         raise AdfmError(f"{folder}: the shards hold no images; make them again with `adfm convert`.")
-    facts: dict[str, list[Any]] = defaultdict(list)
+    facts: list[dict[str, Any]] = []
     vectors = []
     progress = bar(total=len(columns), desc="validate images", unit="image")
+    # Thumbnails take two kilobytes an image: they lie in a file, which is mapped.
     with TemporaryFile() as file, progress, ThreadPoolExecutor(cpus.count()) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, on damaged and on huge images: the facts say what matters of them
         for split in SPLITS:  # file by file: whether a row is in that of its split is a fact too
@@ -66,20 +60,17 @@ def measure(folder: Path, settings: Convert) -> pd.DataFrame:
             for batch in shards.batches(folder, split, shards.COLUMNS.schema.names):
                 rows = list(pool.map(partial(_facts, split=split, settings=settings), batch.to_pylist()))
                 thumbnails = np.stack([row.pop("thumbnail") for row in rows])
-                for row in rows:
-                    for name, value in row.items():
-                        facts[name].append(value)
+                facts += rows
                 file.write(thumbnails.tobytes())
                 vectors.append(duplicates.coarse(thumbnails))
                 progress.update(len(rows))
         file.flush()
+        table: pd.DataFrame = pd.concat([columns, pd.DataFrame(facts)], axis=1)
         # Copies have an expectation of their own: without contrast, they are not near-duplicates as well.
-        copies = pd.Series(facts["pixels"], dtype=object).duplicated()
-        contrasts = np.where(copies, 0, np.nan_to_num(facts["contrast"]))
+        contrasts = np.where(table["pixels"].duplicated(), 0, np.nan_to_num(table["contrast"]))
         looks = duplicates.Looks(duplicates.mapped(file), contrasts, np.concatenate(vectors))
         split = columns["split"].map({name: number for number, name in enumerate(SPLITS)}).fillna(0).to_numpy(np.int8)
         pairs = np.concatenate([duplicates.near_duplicates(looks), duplicates.near_duplicates_across(looks, split)])
-    table: pd.DataFrame = pd.concat([columns, pd.DataFrame(facts)], axis=1)
     table["product"] = table["dataset"] + "/" + table["category"]
     table["is_anomalous"] = (table["label"] == "anomalous").astype(float)
     same_pixels = table.groupby("pixels")
@@ -93,7 +84,7 @@ def measure(folder: Path, settings: Convert) -> pd.DataFrame:
 
 
 def _twins(table: pd.DataFrame, pairs: Array, column: str) -> pd.Series[Any]:
-    """For each image, the id of a near-duplicate that has another value in the column; `None` without one."""
+    """Return for each image the id of a near-duplicate that has another value in the column; `None` without one."""
     import pandas as pd
 
     twins: list[str | None] = [None] * len(table)
@@ -146,7 +137,7 @@ def _facts(row: dict[str, Any], split: str, settings: Convert) -> dict[str, Any]
 
 
 def _exposure(grey: Array) -> str:
-    """`black` or `white` where at least 99 % of the cells of a thumbnail are within 5 % of that end, else `fair`."""
+    """Return `black` or `white` where 99 % of the cells of a thumbnail are within 5 % of that end, else `fair`."""
     if (grey < 13).mean() >= 0.99:
         return "black"
     return "white" if (grey > 242).mean() >= 0.99 else "fair"
@@ -173,9 +164,8 @@ def _is_file_name(name: str | None, row: dict[str, Any]) -> bool:
 
 def _mask_facts(row: dict[str, Any], size: tuple[int, int], boxes: Array, settings: Convert) -> dict[str, bool | None]:
     """Measure the mask of a row against its image, label and boxes."""
-    facts: dict[str, bool | None] = dict.fromkeys(
-        ("mask_fits_image", "mask_agrees_with_label", "boxes_hold_mask", "boxes_cover_mask")
-    )
+    names = ("mask_fits_image", "mask_agrees_with_label", "boxes_hold_mask", "boxes_cover_mask")
+    facts: dict[str, bool | None] = dict.fromkeys(names)
     if not row["mask"]:
         return facts
     mask, _ = _decode(row["mask"]["bytes"])

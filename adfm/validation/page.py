@@ -44,11 +44,7 @@ th, td { border-bottom: 1px solid #8884; padding: .35em .6em; text-align: left; 
 
 
 def failed(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the entries of failed expectations, the critical ones first.
-
-    Args:
-        entries: As `suite.entries` returns them.
-    """
+    """Return the entries, of `suite.entries`, of failed expectations, the critical ones first."""
     failed = [entry for entry in entries if not entry["success"]]
     return sorted(failed, key=lambda entry: bool(entry["severity"] == "warning"))
 
@@ -67,15 +63,9 @@ def line(entry: dict[str, Any]) -> str:
 
 
 def figures(folder: Path, table: pd.DataFrame, failing: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """Draw the first images that fail each expectation, as many as a page can hold.
+    """Draw the first images that fail each expectation, as many as a page can hold; return HTML by expectation.
 
-    Args:
-        folder: The shards.
-        table: Facts of all images.
-        failing: Row numbers by expectation.
-
-    Returns:
-        HTML by expectation.
+    `failing` has the numbers of rows of `table`, the facts of all images.
     """
     figures = {}
     with warnings.catch_warnings():
@@ -93,15 +83,7 @@ def figures(folder: Path, table: pd.DataFrame, failing: Mapping[str, Sequence[in
 
 
 def page(result: ExpectationSuiteValidationResult, entries: list[dict[str, Any]], figures: Mapping[str, str]) -> str:
-    """Return the HTML page: what failed, with pictures, above Great Expectations' Data Docs.
-
-    It needs no network: scripts and style sheets from the web are left out.
-
-    Args:
-        result: As `suite.run` returns it.
-        entries: The same as `suite.entries` returns it.
-        figures: As `figures` returns them.
-    """
+    """Return the HTML page: what failed, with pictures, above Great Expectations' Data Docs."""
     from great_expectations.render.renderer import ValidationResultsPageRenderer
     from great_expectations.render.view import DefaultJinjaPageView
 
@@ -110,6 +92,7 @@ def page(result: ExpectationSuiteValidationResult, entries: list[dict[str, Any]]
         each.result = json.loads(html.escape(json.dumps(each.result), quote=False))
     view: Any = DefaultJinjaPageView()  # untyped
     page: str = view.render(ValidationResultsPageRenderer().render(result))
+    # The page needs no network.
     page = re.sub(r"(?s)<(script|style|footer)\b.*?</\1>|<(link|img)\b[^>]*>", "", page)
     page = re.sub(r'(?s)<a href="\.\./[^>]*>(.*?)</a>', r"\1", page)  # to pages of a site that is not there
     top = "".join(

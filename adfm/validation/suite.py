@@ -1,4 +1,4 @@
-"""Data validation suite: the expectations (Great Expectations) of shards, and running them."""
+"""Data validation suite (Great Expectations): define the expectations of shards, and run them."""
 
 from __future__ import annotations
 
@@ -67,10 +67,7 @@ def warn(*args: Any, **arguments: Any) -> Expectation:
 def expectations(table: pd.DataFrame, defects: Sequence[tiles.Defect], params: Params) -> list[Expectation]:
     """Return the expectations of a table of facts, in the order of the report.
 
-    Args:
-        table: As `facts.measure` returns it; gets further columns, which some expectations are about.
-        defects: The sizes of all boxes.
-        params: As of `validate.judge`.
+    The table, which `facts.measure` returns, gets further columns, which some expectations are about.
     """
     limits, kinds, held_out = params.validation, params.sft.kinds, params.split.holdout_categories
     low, high, aspect = limits.min_side, limits.max_side, limits.max_aspect

@@ -28,12 +28,10 @@ if TYPE_CHECKING:
 def validate(folder: Path, out: Path, params: Params) -> bool:
     """Validate shards, write the report, and log it as a run in MLflow, whether they pass or not.
 
-    While MLflow cannot be reached, which is reported and not an error, no drift from production is measured.
-
     Args:
         folder: The shards.
         out: Folder of the report, as `judge` writes it; the artifact `validation` of the run.
-        params: Reads `validate`, `convert`, `split`, `register` and `sft.kinds`.
+        params: As of `judge`, and `mlflow`.
 
     Returns:
         Whether every critical expectation holds.
@@ -45,7 +43,7 @@ def validate(folder: Path, out: Path, params: Params) -> bool:
     reference, reachable = params.validation.reference, True
     try:
         retries.again(tracking.configure, "MLflow")
-    except AdfmError as error:
+    except AdfmError as error:  # a warning alone: shards are validated without MLflow too
         reachable = False
         print(f"adfm: warning: the validation is not logged, nor compared with production: {error}", file=sys.stderr)
     before = None
@@ -88,9 +86,9 @@ def judge(folder: Path, out: Path, params: Params, before: Mapping[str, Any] | N
     Args:
         folder: The shards.
         out: Folder of the report.
-        params: The section `validate`; `convert` and `split` say what is expected of boxes and of which splits, `model`
-            and `tile` at which size defects are seen, and `sft.kinds` of the kinds of defects: with it, all images
-            may be defective.
+        params: The section `validation`; `convert` and `split` say what is expected of boxes and of which splits,
+            `model` and `tile` at which size defects are seen, and `sft.kinds` of the kinds of defects: with it, all
+            images may be defective.
         before: The `statistics` of the report that drift is measured from; `None`: it is not.
 
     Returns:
