@@ -137,7 +137,7 @@ def _paired(data: DataSet, folder: Path) -> Iterator[tuple[Path, Path | None]]:
     stems = {nfc(image.stem) for place in theirs for image in images(place)}
     in_labels = any(name.lower() in _LABELS for name in folder_names(data.raw, folder / "file"))
     for file in texts:
-        if nfc(file.stem) not in stems and not file.name.endswith(_LISTS) and (in_labels or _is_labels(file)):
+        if nfc(file.stem) not in stems and not file.name.lower().endswith(_LISTS) and (in_labels or _is_labels(file)):
             data.add(file, NoImage(f"there is no image {file.stem}.* for it"))
 
 
@@ -153,7 +153,7 @@ def _settings(data: DataSet) -> _Settings:
                     _add_splits(data, file, content, settings)
             except (yaml.YAMLError, RecursionError, ValueError) as error:
                 data.add(file, " ".join(str(error).split()))
-        for file in (file for file in listing(folder, *_LISTS) if file.name.endswith(_LISTS)):
+        for file in listing(folder, *_LISTS):
             with data.at(file):
                 sources[file] = {n: name.strip() for n, name in enumerate(text(file).strip().splitlines())}
     for names in sources.values():

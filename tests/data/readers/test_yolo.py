@@ -89,6 +89,9 @@ def test_images_in_folders_of_a_split_are_seen(tmp_path: Path) -> None:
         ("obj.names", "a\nb\n\n"),
         ("data/voc.names", "a\nb\n"),
         ("labels/_darknet.labels", "a\nb\n"),
+        ("Classes.txt", "a\nb\n"),
+        ("labels/CLASSES.TXT", "a\nb\n"),
+        ("OBJ.Names", "a\nb\n"),
     ],
 )
 def test_where_the_names_of_the_classes_may_be(tmp_path: Path, file: str, content: str) -> None:
