@@ -105,9 +105,15 @@ def _image(raw: Path, folder: Path, name: str, subset: str) -> Path:
         for inner in (f"{base}/{subset}", base) if subset else (base,):
             for written in dict.fromkeys((name, slashed)):  # a backslash may be part of a name on Linux
                 known = Path(written).suffix.lower() in IMAGES
-                for suffix in ("",) if known else ("", *IMAGES, *map(str.upper, IMAGES)):
-                    if image := within(raw, folder, f"{inner}/{written}{suffix}"):
-                        return image
+                suffixes = ("",) if known else ("", *sorted(IMAGES), *map(str.upper, sorted(IMAGES)))
+                there = (within(raw, folder, f"{inner}/{written}{suffix}") for suffix in suffixes)
+                # By the name in lower case: where a disk does not tell cases apart, .png and .PNG are one file.
+                paths = list({path.name.lower(): path for path in there if path}.values())
+                if len(paths) > 1:
+                    several = ", ".join(path.relative_to(raw).as_posix() for path in paths)
+                    raise ValueError(f"may be any of the images {several}; keep one, or give the others other names")
+                if paths:
+                    return paths[0]
     raise NoImage("there is no such image in images/ beside the file; export with the images")
 
 

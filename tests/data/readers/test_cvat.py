@@ -89,6 +89,15 @@ def test_where_the_images_are(tmp_path: Path, image: str, name: str, subset: str
     assert (samples[image].boxes, samples[image].split) == (((1, 2, 3, 4),), split)
 
 
+def test_a_frame_of_several_image_files_is_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "images/frame_1.png", "images/frame_1.jpg", "images/frame_1.PGM", "images/frame_2.png")
+    _export(tmp_path / "annotations.xml", _image("frame_1"), _image("frame_2"))
+    assert problems(cvat.read, tmp_path)[0] == (
+        "annotations.xml: image 'frame_1': may be any of the images images/frame_1.jpg, images/frame_1.png,"
+        " images/frame_1.PGM; keep one, or give the others other names"
+    )
+
+
 def test_several_tasks_beside_each_other(tmp_path: Path) -> None:
     touch(tmp_path, "one/images/1.jpg", "two/images/1.jpg")
     _export(tmp_path / "one/annotations.xml", _image("1.jpg", _box(1, 2, 3, 4)))
