@@ -44,7 +44,8 @@ class Layout(NamedTuple):
 
     Args:
         read: Yields the samples of a raw data set, whose folder gives the data set its name. Raises `BadData` after the
-            last of them, with everything that is wrong; so it does if there is no image.
+            last sample, with everything that is wrong: bad annotation files, images or masks that are missing, images
+            that no annotation lists or that have no place in the layout, or that there is no image.
         matches: Whether a raw data set has this layout; `None` where another entry stands for it.
         form: What the layout looks like, for messages.
     """
@@ -81,9 +82,7 @@ LAYOUTS = {
 
 
 def resolve(raw: Path, layout: str) -> tuple[str, str | None]:
-    """The layout to read a raw data set in: the one of a name, or the detected one for `auto`; call it before reading.
-
-    With the name of the layout comes what was seen in the data set where it was detected.
+    """Return the layout to read a raw data set in, and, for `auto`, what was seen there; call it before reading.
 
     Raises:
         AdfmError: `layout` is unknown, or `detect` or `files.refuse_special` refuses the data set.
@@ -101,10 +100,10 @@ def resolve(raw: Path, layout: str) -> tuple[str, str | None]:
 
 
 def detect(raw: Path) -> tuple[str, str]:
-    """The layout that a raw data set is in, and some of the folders and files there, as one line.
+    """Detect the layout of a raw data set; with it come some of the folders and files there, as one line.
 
     Raises:
-        AdfmError: It is in none that is known, or may be in several; says what was seen.
+        AdfmError: It is in no layout that is known, or may be in several; says what was seen.
     """
     seen = printable(_seen(raw))
     layouts = [name for name, layout in LAYOUTS.items() if layout.matches and layout.matches(raw)]
@@ -133,7 +132,7 @@ def detect(raw: Path) -> tuple[str, str]:
 
 
 def _seen(raw: Path) -> str:
-    """Some folders that hold no folders, and the files at the top."""
+    """Describe some folders that hold no folders, and the files at the top."""
     top = files.root(raw, lambda folder: len(files.folders(folder)) != 1) or raw
     inside = files.folders(top)
     deepest = [folder for first in inside[:2] for folder in _deepest(first, depth=3)] if inside or top == raw else [top]
@@ -144,7 +143,7 @@ def _seen(raw: Path) -> str:
 
 
 def _deepest(folder: Path, depth: int) -> list[Path]:
-    """The first folder without folders within each of the first few that `folder` holds."""
+    """List the first folder without folders within each of the first few that `folder` holds."""
     inside = files.folders(folder)[: 4 if depth > 1 else 1]
     return [deepest for path in inside for deepest in _deepest(path, depth - 1)] if inside and depth else [folder]
 

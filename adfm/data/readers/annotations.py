@@ -1,4 +1,4 @@
-"""What the readers of annotation tools share: shapes, their samples, and file names; errors as in `textfiles`."""
+"""Shapes, their samples, and file names, for the readers of annotation tools; errors as in `textfiles`."""
 
 from __future__ import annotations
 
@@ -19,21 +19,13 @@ from adfm.records import Box, Polygon, Rle, Sample, Split
 
 @dataclass(frozen=True)
 class Shape:
-    """One defect that a person drew.
+    """One defect that a person drew."""
 
-    Args:
-        name: Its class.
-        box: Round it.
-        polygons: Its outlines, if it was drawn with any.
-        rle: Its mask, if it was drawn with a brush.
-        cut: Whether the box is cut off at the edge of the image, however far it reaches out; see `Sample`.
-    """
-
-    name: str
+    name: str  # its class
     box: Box
     polygons: tuple[Polygon, ...] = ()
-    rle: Rle | None = None
-    cut: bool = False
+    rle: Rle | None = None  # of a brush or bitmap
+    cut: bool = False  # whether the box is cut off at the edge of the image; see `Sample`
 
 
 def sample(
@@ -46,13 +38,10 @@ def sample(
     label: str | None = None,
     **more: Any,
 ) -> Sample:
-    """An image with shapes, points or a label is anomalous, another is normal; its category is the data set's name.
+    """Return the sample of an image: anomalous if it has shapes, points or a label, else normal.
 
-    The defect is the class of the shapes; of several classes, their names by the alphabet, joined by `+`. A shape of
-    the same class and box as an earlier one counts once, with a note.
-
-    With `points`, classes of defects that are marked with a point, nothing says where the defects are. `label`, the
-    defect according to a label of the whole image, counts where nothing is drawn. `more` are other fields of `Sample`.
+    `points` are the classes of defects that are marked with a point: then nothing says where the defects are. `label`,
+    the defect that a label of the whole image names, counts where nothing is drawn. `more` are further fields.
     """
     names = {*points, *(shape.name for shape in shapes)}
     if points:
@@ -61,6 +50,7 @@ def sample(
         more["located"] = False
         names = names or {str(label)}
     else:
+        # In reverse, so that of equal shapes the first one stays.
         keys = {(shape.name, *(round(side, 6) for side in shape.box)): shape for shape in reversed(shapes)}
         if len(keys) < len(shapes):
             notes = (*notes, "the same box of the same class is drawn more than once; it counts once")
@@ -76,11 +66,7 @@ def sample(
 
 
 def box(x1: float, y1: float, x2: float, y2: float, side: float = math.inf) -> Box:
-    """A half-open box that has an area and touches the image; `side`: 1 if it is in fractions of the image.
-
-    Raises:
-        ValueError: It is inverted, empty, not finite, or lies outside the image.
-    """
+    """Return a half-open box; refuse one without area or outside the image. `side` is 1 for fractions of the image."""
     text = f"the box {bracketed((x1, y1, x2, y2))}"
     if not all(math.isfinite(value) for value in (x1, y1, x2, y2)):
         raise ValueError(f"{text} is not finite")
@@ -92,31 +78,31 @@ def box(x1: float, y1: float, x2: float, y2: float, side: float = math.inf) -> B
 
 
 def bracketed(numbers: Iterable[float]) -> str:
-    """Numbers in a list, for messages."""
+    """Format numbers as a list, for messages."""
     return f"[{', '.join(f'{value:g}' for value in numbers)}]"
 
 
 def enclosing(points: Iterable[tuple[float, float]], side: float = math.inf) -> Box:
-    """The box round some points; see `box`."""
+    """Return the box round some points; see `box`."""
     xs, ys = zip(*points, strict=True)
     return box(min(xs), min(ys), max(xs), max(ys), side)
 
 
 def outlined(name: str, points: Sequence[tuple[float, float]], cut: bool = False, side: float = math.inf) -> Shape:
-    """A shape with an outline: the box round it, and the outline; see `box` and `polygon`."""
+    """Return a shape with an outline: the box round it, and the outline; see `box` and `polygon`."""
     outline = polygon(points)
     return Shape(name, enclosing(outline, side), (outline,), cut=cut)
 
 
 def polygon(points: Sequence[tuple[float, float]]) -> Polygon:
-    """A closed outline; one of fewer than three corners is refused."""
+    """Return a closed outline; refuse one of fewer than three corners."""
     if len(points) < 3:
         raise ValueError(f"a polygon needs 3 corners, and has {len(points)}")
     return tuple(points)
 
 
 def nfc(name: str) -> str:
-    """A name in Unicode's composed form."""
+    """Return a name in Unicode's composed form."""
     # macOS writes `é` as two characters, other systems as one.
     return unicodedata.normalize("NFC", name)
 
@@ -124,10 +110,7 @@ def nfc(name: str) -> str:
 def shapes_of_lines(
     data: DataSet, file: Path, shape: Callable[[list[str]], Shape], blanks: str = ""
 ) -> Iterator[Shape]:
-    """Yield the shapes of a text file that has one in each line; `blanks` separate words as a blank does.
-
-    `shape` raises `ValueError` if the words of a line are not one: that is a problem of the data set.
-    """
+    """Yield the shapes of a text file that has one a line; `blanks` separate words as a blank does."""
     where, to_blank = data.relative(file), str.maketrans(blanks, " " * len(blanks))
     with data.at(where):
         for place, line in enumerate(lines(file), start=1):
@@ -137,15 +120,15 @@ def shapes_of_lines(
 
 
 def by_stem(paths: Iterable[Path]) -> dict[str, tuple[str, ...]]:
-    """Paths by their stem in Unicode's composed form; as text: a `Path` takes several times the memory."""
+    """Group paths by their stem in Unicode's composed form."""
     groups: dict[str, tuple[str, ...]] = defaultdict(tuple)
     for path in paths:
-        groups[nfc(path.stem)] += (str(path),)
+        groups[nfc(path.stem)] += (str(path),)  # as text: a `Path` takes several times the memory
     return groups
 
 
 def partners(raw: Path, folder: Path, own: Container[str], other: Container[str]) -> list[Path]:
-    """Folders where the annotations of a folder of images may be, or the other way round.
+    """List the folders where the annotations of a folder of images may be, or the other way round.
 
     For `a/images/b` and annotations in `labels`: itself, `a/b`, `a/labels/b`; for `a` also `a/labels`. `own` and
     `other` are names, in lower case, of folders of its kind and of the other.
@@ -158,7 +141,7 @@ def partners(raw: Path, folder: Path, own: Container[str], other: Container[str]
 
 
 def within(raw: Path, folder: Path, name: str, there: Callable[[Path], bool] = Path.is_file) -> Path | None:
-    """What a relative path, seen from a folder, leads to; `None` if that is not there or not in the data set."""
+    """Resolve a path relative to a folder; `None` if it is not `there`, or leads out of the data set."""
     path = Path(os.path.normpath(folder.relative_to(raw) / name))
     if path.is_absolute() or path.parts[:1] == ("..",):
         return None
@@ -169,7 +152,7 @@ def within(raw: Path, folder: Path, name: str, there: Callable[[Path], bool] = P
 
 
 def unlisted(data: DataSet) -> Iterator[str]:
-    """One problem for every folder with images that no annotation file lists, or with images of the same name."""
+    """Yield a problem for every folder with images that no annotation file lists, or with images of one name."""
     for folder in walk(data.raw):
         there = images(folder)
         yield from same_names(data.raw, there)
@@ -178,7 +161,7 @@ def unlisted(data: DataSet) -> Iterator[str]:
 
 
 def same_names(raw: Path, paths: Iterable[Path]) -> Iterator[str]:
-    """One problem for every two images of a folder whose names differ in Unicode normalisation only."""
+    """Yield a problem for every two images of a folder whose names differ in Unicode normalisation only."""
     names: dict[str, str] = {}
     for path in paths:
         other = names.setdefault(nfc(path.name), path.name)

@@ -18,18 +18,15 @@ FORM = "<category>/train/ok/*.png, <category>/test/<ok or ko>/*.png, <category>/
 
 
 def matches(raw: Path) -> bool:
-    """Whether there is a category in this layout, and one with masks: without any the labels are all there is."""
+    """Whether there is a category in this layout, and one with masks."""
+    # Without masks the labels are all there is: then it is the layout `folders`.
     return files.has_category(raw, _is_category, "ground_truth")
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yield the samples, category by category, by name. `split` is the official one, `train` or `test`.
+    """Yield the samples, category by category, by name; see `mvtec.read`. `split` is the official one.
 
-    BTAD names no kinds of defect: `defect` is the name of the folder, `ko`. Folders are entered, and files ignored,
-    as for MVTec AD.
-
-    Raises:
-        BadData: An anomalous image has no mask, or images and masks have no place in the layout.
+    BTAD names no kinds of defect: `defect` is the name of the folder, `ko`.
     """
     return files.DataSet(raw, "btad").by_category(_is_category, _category, files.ADD_MASK)
 

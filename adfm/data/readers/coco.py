@@ -49,13 +49,10 @@ def read(raw: Path) -> Iterator[Sample]:
 
     An annotation is a defect: its `bbox` the box, its `segmentation` (polygons, or run lengths, compressed or not) the
     mask. The box of one that CVAT turned is that round the turned one. A box that has another meaning than COCO's, by
-    its outline or its area, is refused. `split` is what the file's name, its folders or the image's folders say: train,
-    val, valid, validation, test. Other JSON files, such as captions and panoptic segmentations, are ignored.
+    its outline or its area, is refused. `split` is what the file's name, its folders or the image's folders say. Other
+    JSON files, such as captions and panoptic segmentations, are ignored.
 
     A JSON file is in memory whole while its images are yielded; so are the paths of all images.
-
-    Raises:
-        BadData: Anything is wrong in the JSON files, or images are missing, or in none of the files.
     """
     data = DataSet(raw, "coco")
     pictures = Images(raw)
@@ -73,7 +70,7 @@ def read(raw: Path) -> Iterator[Sample]:
             seen = True
             yield from _samples(data, file, content, pictures)
     data.problems += unlisted(data) if seen else panoptic
-    data.finish(seen, "no JSON file with the lists images, annotations and categories")
+    data.finish("no JSON file with the lists images, annotations and categories", seen)
 
 
 def _samples(data: DataSet, file: Path, content: dict[str, Any], pictures: Images) -> Iterator[Sample]:
@@ -100,7 +97,7 @@ def _samples(data: DataSet, file: Path, content: dict[str, Any], pictures: Image
 def _drawn(
     data: DataSet, where: str, drawings: list[Any], entries: _Entries, classes: _Entries
 ) -> tuple[dict[_Id, list[Shape]], dict[_Id, list[str]]]:
-    """The shapes of each image, and what there is to note about them."""
+    """Return the shapes of each image, and notes about them."""
     drawn: dict[_Id, list[Shape]] = defaultdict(list)
     notes: dict[_Id, list[str]] = defaultdict(list)
     ids: set[_Id] = set()
@@ -124,18 +121,15 @@ def _drawn(
                 notes[image].append("an annotation that is marked to be ignored is left out")
                 continue
             if areas_are_of_corners and _area_fits(annotation) == "corners":
-                raise ValueError(
-                    f"'bbox' {bracketed(annotation['bbox'])} is [x, y, width, height] in COCO, but its area of"
-                    f" {annotation['area']:g} says that it is [x1, y1, x2, y2]; write all boxes as [x, y, width,"
-                    " height]"
-                )
+                evidence = f"its area of {annotation['area']:g}"
+                raise _wrong_reading(annotation["bbox"], evidence, "[x1, y1, x2, y2]")
             kind = class_name(classes[category].get("name"))
             drawn[image].append(_shape(kind, annotation, sizes[image], notes[image]))
     return drawn, notes
 
 
 def _is_stored_size(path: Path, size: tuple[int, int] | None) -> bool:
-    """Whether a photograph lies on its side, and a size is that of the picture as it is stored, not of the upright."""
+    """Whether a photograph lies on its side, and a size is that of the picture as stored, not upright."""
     try:
         with Image.open(io.BytesIO(contents.read(path))) as file:
             turned = file.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
@@ -156,8 +150,7 @@ def _by_id(data: DataSet, where: str, kind: str, entries: list[Any]) -> _Entries
 
 
 def _id(entry: object, key: str) -> _Id:
-    """An id; whole numbers are the same as text and as number."""
-    # Tools write either, and one file may have both.
+    # Whole numbers are the same as text and as number: tools write either, and one file may have both.
     value: object = member(entry, key, object)
     if isinstance(value, float) and value.is_integer():
         return int(value)
@@ -169,21 +162,19 @@ def _id(entry: object, key: str) -> _Id:
 
 
 def _size(entry: dict[str, Any]) -> tuple[int, int] | None:
-    """The width and height that the file states; `None` where it states none, or nonsense."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError):  # a size that is nonsense says no more than none
         return pixel_size(entry.get("width"), entry.get("height"), as_text=True)
     return None
 
 
 def _shape(name: str, annotation: dict[str, Any], size: tuple[int, int] | None, notes: list[str]) -> Shape:
-    """The shape of an annotation, unless its box and its outline contradict each other."""
     drawn = annotation.get("segmentation") or []
     rle = _rle(drawn) if isinstance(drawn, dict) else None
     polygons = () if rle else _polygons(drawn, bool(annotation.get("bbox")), notes)
     extent = _extent(rle) if rle else None
     if polygons:
         xs, ys = zip(*(corner for part in polygons for corner in part), strict=True)
-        extent = min(xs), min(ys), max(xs), max(ys)
+        extent = min(xs), min(ys), max(xs), max(ys)  # which may lie outside the image, unlike a `Box`
     rotation = _rotation(annotation)
     if extent and (rotation or not annotation.get("bbox")):  # CVAT's box is that before the turn
         return Shape(name, box(*extent), polygons, rle, cut=size is not None)
@@ -192,10 +183,8 @@ def _shape(name: str, annotation: dict[str, Any], size: tuple[int, int] | None, 
         raise ValueError(f"'bbox' is [x, y, width, height], and has {len(sides)} numbers")
     x, y, width, height = sides
     if size and min(size) > 1 and all(0 <= side <= 1 for side in sides) and 0 < max(width, height) < 1:
-        raise ValueError(
-            f"'bbox' {bracketed(sides)} would be smaller than a pixel; COCO's boxes are [x, y, width, height] in"
-            " pixels, not in fractions of the image"
-        )
+        size_is = "would be smaller than a pixel; write [x, y, width, height] in pixels, not in fractions of the image"
+        raise ValueError(f"'bbox' {bracketed(sides)} {size_is}")
     if extent:
         _check_outline(sides, extent)
         same = _distance(extent, _READINGS["[x, y, width, height]"](*sides)) <= _SLACK
@@ -207,7 +196,7 @@ def _shape(name: str, annotation: dict[str, Any], size: tuple[int, int] | None, 
 
 
 def _rotation(annotation: dict[str, Any]) -> float:
-    """The turn that CVAT puts into `attributes`, in degrees."""
+    """Return the turn that CVAT puts into `attributes`, in degrees."""
     try:
         degrees = float((optional(annotation, "attributes", dict) or {}).get("rotation") or 0)
     except (TypeError, ValueError):  # someone's own attribute of that name
@@ -232,29 +221,31 @@ def _distance(extent: tuple[float, ...], other: tuple[float, ...]) -> float:
 
 
 def _check_outline(sides: list[float], extent: tuple[float, float, float, float]) -> None:
-    """Refuse a box that is the outline's only if its numbers are taken for something else than COCO's."""
+    """Refuse a box that fits the outline only if its numbers are read otherwise than COCO does."""
     # An outline may be smaller than its box (an occluded part, a group of shapes): that alone is not a contradiction.
     x1, y1, x2, y2 = _READINGS["[x, y, width, height]"](*sides)
     apart = _distance(extent, (x1, y1, x2, y2))
     if apart <= _SLACK:
         return
-    text, outline = bracketed(sides), bracketed(extent)
+    outline = f"its outline, which spans {bracketed(extent)}"
     for meaning, reading in _READINGS.items():
         other = _distance(extent, reading(*sides))
         if other <= _SLACK and other < apart - _SLACK / 2:
-            raise ValueError(
-                f"'bbox' {text} is [x, y, width, height] in COCO, but its outline, which spans {outline}, says that it"
-                f" is {meaning}; write all boxes as [x, y, width, height]"
-            )
+            raise _wrong_reading(sides, f"{outline},", meaning)
     if max(x1 - extent[2], y1 - extent[3], extent[0] - x2, extent[1] - y2) > _SLACK:
-        raise ValueError(
-            f"'bbox' {text}, which is [x, y, width, height], has nothing in common with its outline, which spans"
-            f" {outline}; correct one of them"
-        )
+        text = f"'bbox' {bracketed(sides)}, which is [x, y, width, height]"
+        raise ValueError(f"{text}, has nothing in common with {outline}; correct one of them")
+
+
+def _wrong_reading(sides: list[float], evidence: str, meaning: str) -> ValueError:
+    return ValueError(
+        f"'bbox' {bracketed(sides)} is [x, y, width, height] in COCO, but {evidence} says that it is {meaning}; write"
+        " all boxes as [x, y, width, height]"
+    )
 
 
 def _areas_are_of_corners(annotations: list[Any]) -> bool:
-    """Whether areas say of any box without an outline that it is given as corners."""
+    """Whether areas say that boxes without an outline are given as corners."""
     # Areas of masks may be anything up to the box's, and so hit that of the corners by chance: then most hit neither.
     fits = Counter(_area_fits(annotation) for annotation in annotations)
     return fits["corners"] > fits["neither"] and (
@@ -263,10 +254,7 @@ def _areas_are_of_corners(annotations: list[Any]) -> bool:
 
 
 def _area_fits(annotation: Any, exactly: bool = False) -> str | None:
-    """Whether the area is that of `size` or of `corners` or of `neither`; `None` where it cannot tell them apart.
-
-    `exactly`: the corners' area counts only if it is off by rounding of the area, not of the sides.
-    """
+    """Whether the area is that of `size`, of `corners` or of `neither`; `None` where it cannot tell them apart."""
     if not isinstance(annotation, dict) or annotation.get("segmentation"):
         return None
     try:
@@ -280,7 +268,7 @@ def _area_fits(annotation: Any, exactly: bool = False) -> str | None:
     size, corners = _is_area(area, width, height), _is_area(area, across, down)
     if size and corners:
         return None
-    if corners and exactly:
+    if corners and exactly:  # off by rounding of the area at most, not of the sides
         exact = (across * down, (across + 1) * (down + 1))
         corners = any(abs(area - product) <= 1 + product / 200 for product in exact)
     return "size" if size else "corners" if corners else "neither"
@@ -301,16 +289,16 @@ def _polygons(drawn: object, has_box: bool, notes: list[str]) -> tuple[Polygon, 
         if not isinstance(part, list) or len(part) % 2:
             raise ValueError("'segmentation' is not a list of polygons [x, y, x, y, …]")
         numbers = [number(value) for value in part]
-        if has_box and len(numbers) < 6:
-            if numbers:
-                notes.append("an outline of fewer than three corners is left out; its box counts")
-            continue
-        polygons.append(polygon(list(zip(numbers[::2], numbers[1::2], strict=True))))
+        if not has_box or len(numbers) >= 6:
+            polygons.append(polygon(list(zip(numbers[::2], numbers[1::2], strict=True))))
+        elif numbers:
+            notes.append("an outline of fewer than three corners is left out; its box counts")
     return tuple(polygons)
 
 
 def _extent(rle: Rle) -> tuple[float, float, float, float] | None:
-    """The box round a mask; `None` if it shows nothing."""
+    """Return the sides of the box round a mask; `None` if it shows nothing."""
+    # By the runs alone: an image may have hundreds of masks, and a damaged file state a size that fills the memory.
     ends = np.cumsum(np.array(rle.counts, np.int64))
     starts, ends = ends[:-1:2], ends[1::2]
     runs = starts < ends
@@ -337,11 +325,8 @@ def _rle(drawn: dict[str, Any]) -> Rle:
 
 
 def _unpacked(packed: str) -> list[int]:
-    """Run lengths from COCO's compressed string (rleFrString of its maskApi.c).
-
-    A character is six bits from `0` on: five of the number, the lowest first, and one that says that more follow; the
-    number is signed. From the fourth on it is the difference from the run before the last.
-    """
+    """Return the run lengths of COCO's compressed string (rleFrString of its maskApi.c)."""
+    # A character is six bits from `0` on: five of the number, the lowest first, and one that says that more follow.
     counts: list[int] = []
     value = shift = 0
     for char in packed:
@@ -351,7 +336,8 @@ def _unpacked(packed: str) -> list[int]:
         value |= (bits & 31) << shift
         shift += 5
         if not bits & 32:
-            value -= (bits & 16) << (shift - 4)
+            value -= (bits & 16) << (shift - 4)  # the number is signed
+            # From the fourth on it is the difference from the run before the last.
             counts.append(value + (counts[-2] if len(counts) > 2 else 0))
             value = shift = 0
     if shift:

@@ -6,7 +6,6 @@ annotations.xml    and    images/000.jpg, images/<subset>/000.jpg or both beside
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 
 from adfm.data.readers.annotations import Shape, box, outlined, sample, unlisted, within
 from adfm.data.readers.files import IMAGES, DataSet, NoImage, holds, listing, walk
-from adfm.data.readers.shapes import bitmap, check_mask_size, ellipse, group, line, turned_box
+from adfm.data.readers.shapes import bitmap, check_mask_size, ellipse, group, line, turned_box, unpacked
 from adfm.data.readers.textfiles import decimal, pixel_size
 from adfm.data.readers.verdicts import class_name, defect_type
 from adfm.data.readers.xmlfiles import outermost
@@ -41,25 +40,19 @@ def read(raw: Path) -> Iterator[Sample]:
     Boxes are in pixels from 0 on. A turned box or an ellipse is the box round it, cut off at the edge of the image,
     and an outline; polygons and masks are masks as well; a polyline is the box round it, at least one pixel wide.
     Shapes of the same group and class are one defect. An image that has tags alone is anomalous as a whole, with the
-    tags as its defects, or normal if the tag says so; one with points is anomalous, without boxes. Cuboids and
-    skeletons are refused.
+    tags as its defects, or normal if the tag says so; one with points is anomalous, without boxes.
 
-    Images are in images/ beside the XML file, there in a folder of the name of their subset, or beside the XML file.
-    `split` is that of the subset, else of the folders' names (train, val, valid, validation, test).
-
-    The paths of all images are in memory.
-
-    Raises:
-        BadData: Anything is wrong in the XML files, or images are missing, or in none of the files.
+    `split` is that of the subset, else of the folders' names. The paths of all images are in memory.
     """
     data = DataSet(raw, "cvat")
     for folder in walk(raw):
         for file in listing(folder, ".xml"):
             if _is_export(file):
                 yield from _samples(data, file)
-    nothing = [] if data.listed or data.problems else ["no annotations.xml of CVAT lists an image"]
-    data.problems += [*nothing, *unlisted(data)]
-    data.finish(True, "")
+    if not (data.listed or data.problems):
+        data.problems.append("no annotations.xml of CVAT lists an image")
+    data.problems += unlisted(data)
+    data.finish()
 
 
 def _is_export(file: Path) -> bool:
@@ -83,7 +76,6 @@ def _samples(data: DataSet, file: Path) -> Iterator[Sample]:
 
 
 def _images(file: Path) -> Iterator[ElementTree.Element]:
-    """The elements of images, one in memory at a time."""
     with file.open("rb") as content:
         events = ElementTree.iterparse(content, ("start", "end"))
         _, root = next(events)
@@ -95,15 +87,15 @@ def _images(file: Path) -> Iterator[ElementTree.Element]:
                     raise ValueError("has tracks: it is 'CVAT for video'; export the task as 'CVAT for images 1.1'")
                 if element.tag == "image":
                     yield element
-                root.clear()
+                root.clear()  # so that one image is in memory at a time
 
 
 def _image(raw: Path, folder: Path, name: str, subset: str) -> Path:
-    """The image of a name, which has no suffix if it is a frame of a video."""
     slashed = name.replace("\\", "/")
     for base in ("images", "."):
         for inner in (f"{base}/{subset}", base) if subset else (base,):
             for written in dict.fromkeys((name, slashed)):  # a backslash may be part of a name on Linux
+                # The name of a frame of a video has no suffix.
                 known = Path(written).suffix.lower() in IMAGES
                 suffixes = ("",) if known else ("", *sorted(IMAGES), *map(str.upper, sorted(IMAGES)))
                 there = (within(raw, folder, f"{inner}/{written}{suffix}") for suffix in suffixes)
@@ -119,7 +111,7 @@ def _image(raw: Path, folder: Path, name: str, subset: str) -> Path:
 
 def _sample(data: DataSet, image: Path, element: ElementTree.Element, here: str) -> Sample:
     size = None
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError):  # a size that is nonsense says no more than none
         size = pixel_size(element.get("width"), element.get("height"), as_text=True)
     split = data.split(image, element.get("subset", ""))
     drawn: list[tuple[str | None, Shape]] = []
@@ -135,11 +127,9 @@ def _sample(data: DataSet, image: Path, element: ElementTree.Element, here: str)
     shapes = group(drawn)
     if len(shapes) < len(drawn):
         notes.append("shapes of one group and class are one defect")
-    tags = None
-    with data.at(here):
-        tags = defect_type(tag.get("label", "") for tag in element.findall("tag"))
-        if tags == "" and (shapes or points):
-            raise ValueError("a tag says that it is normal, but shapes are drawn on it; remove one of them")
+    tags = defect_type(tag.get("label", "") for tag in element.findall("tag"))
+    if tags == "" and (shapes or points):
+        raise ValueError("a tag says that it is normal, but shapes are drawn on it; remove one of them")
     notes += [_TAGS] if tags and shapes and not points else []
     return sample(data, image, shapes, split, notes, points, tags, size=size)
 
@@ -150,6 +140,7 @@ def _shape(part: ElementTree.Element, size: tuple[int, int] | None) -> Shape:
         raise ValueError("is not an area; draw a rectangle, polygon, ellipse or mask in its place")
     if part.tag == "box":
         x1, y1, x2, y2 = (_number(part, side) for side in ("xtl", "ytl", "xbr", "ybr"))
+        # CVAT turns it about its centre, clockwise.
         before, degrees = box(x1, y1, x2, y2), _rotation(part)
         return turned_box(name, before, degrees) if degrees else Shape(name, before)
     if part.tag == "ellipse":
@@ -167,7 +158,7 @@ def _shape(part: ElementTree.Element, size: tuple[int, int] | None) -> Shape:
 
 
 def _pixels(rle: str, width: int, height: int) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
-    """A mask of runs row by row, background first, [height, width]."""
+    """Return the mask [height, width] of lengths of runs, row by row, background first."""
     check_mask_size(width, height)
     try:
         counts = [int(word) for word in rle.split(",")]
@@ -175,29 +166,21 @@ def _pixels(rle: str, width: int, height: int) -> np.ndarray[tuple[int, ...], np
         raise ValueError("its rle has something else than whole numbers") from error
     if min(counts) < 0 or sum(counts) != width * height:
         raise ValueError(f"its rle does not have {width * height} pixels, as its width and height do")
-    return np.repeat(np.resize(np.array([False, True]), len(counts)), counts).reshape(height, width)
+    return unpacked(counts).reshape(height, width)
 
 
 def _points(text: str) -> list[tuple[float, float]]:
     points = []
     for pair in filter(None, text.split(";")):
-        words = pair.split(",")
-        try:
-            x, y = (float(word) for word in words)
-        except ValueError as error:
-            raise ValueError(f"{pair[:40]!r} is not a point") from error
-        if not (math.isfinite(x) and math.isfinite(y)):
-            raise ValueError(f"{pair[:40]!r} is not finite")
-        points.append((x, y))
+        x, comma, y = pair.partition(",")
+        if not comma:
+            raise ValueError(f"{pair[:40]!r} is not a point")
+        points.append((decimal(x, "x"), decimal(y, "y")))
     return points
 
 
 def _rotation(part: ElementTree.Element) -> float:
-    """Degrees, clockwise about the centre."""
-    angle = _number(part, "rotation") if part.get("rotation") else 0.0
-    if not math.isfinite(angle):
-        raise ValueError(f"its rotation {part.get('rotation')!r} is not finite")
-    return angle % 360
+    return _number(part, "rotation") % 360 if part.get("rotation") else 0.0
 
 
 def _number(part: ElementTree.Element, name: str) -> float:
@@ -206,6 +189,6 @@ def _number(part: ElementTree.Element, name: str) -> float:
 
 def _whole(part: ElementTree.Element, name: str) -> int:
     number = _number(part, name)
-    if not abs(number) < 1e9 or number != int(number):
+    if abs(number) >= 1e9 or number != int(number):
         raise ValueError(f"{name} is not a whole number: {part.get(name)!r}")
     return int(number)

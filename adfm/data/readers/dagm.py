@@ -23,13 +23,9 @@ def matches(raw: Path) -> bool:
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yield the samples, class by class, by name. `split` is the official one; `train` has defects too.
+    """Yield the samples, class by class, by name; see `mvtec.read`. `train` has defects too.
 
-    An image without a label file is normal. Every class has one kind of defect, which has no name: `defect` is
-    `defect`. Labels are coarse ellipses round the defects. Folders are entered, and files ignored, as for MVTec AD.
-
-    Raises:
-        BadData: A label has no image, or images have no place in the layout.
+    An image without a label file is normal; labels are coarse ellipses round the defects.
     """
     return files.DataSet(raw, "dagm").by_category(_is_category, _category)
 
@@ -39,9 +35,9 @@ def _category(data: files.DataSet, folder: Path) -> Iterator[Sample]:
         labels = {label.stem: label for label in files.images(folder / part / "Label")}
         for image in files.images(folder / part):
             label = labels.get(f"{image.stem}_label")
-            yield data.sample(
-                folder.resolve().name, image, "defect" if label else None, [label] if label else [], split
-            )
+            # Every class has one kind of defect, which has no name.
+            defect, masks = ("defect", [label]) if label else (None, [])
+            yield data.sample(folder.resolve().name, image, defect, masks, split)
 
 
 def _is_category(folder: Path) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from adfm.data.readers.annotations import Shape, box, sample, shapes_of_lines
-from adfm.data.readers.files import NO_IMAGE, DataSet, NoImage, folders, holds, images, listing, walk
+from adfm.data.readers.files import DataSet, NoImage, folders, holds, images, listing, walk
 from adfm.data.readers.textfiles import lines
 from adfm.records import Sample, Split
 
@@ -30,24 +30,18 @@ def read(raw: Path) -> Iterator[Sample]:
     """Yield the images, folder by folder: templates are normal, tested images have the defects of their text file.
 
     Both images of a part are one `group`. `split` is train for those in trainval.txt, and test for those in test.txt.
-
-    Raises:
-        BadData: Anything is wrong in the text files, an image has none or the reverse, or has another name.
     """
     data = DataSet(raw, "deeppcb")
     splits: dict[Path, Split] = {}
-    empty = True
     for folder in walk(raw):
         _add_lists(data, folder, splits)
         for part in _parts(folder):
-            for one in _samples(data, part, splits):
-                empty = False
-                yield one
-    data.finish(not empty, NO_IMAGE)
+            yield from _samples(data, part, splits)
+    data.finish()
 
 
 def _parts(folder: Path) -> list[Path]:
-    """The folders of images in a folder, which have one of text files beside them."""
+    """List the folders of images in a folder, which have one of text files beside them."""
     inside = {path.name: path for path in folders(folder)}
     return [
         inside[name.removesuffix(_NOTES)]
@@ -63,9 +57,10 @@ def _add_lists(data: DataSet, folder: Path, splits: dict[Path, Split]) -> None:
         with data.at(where):
             for number, line in enumerate(lines(folder / name) if (folder / name).is_file() else (), start=1):
                 words = line.replace("\\", "/").split()
+                # Other data sets have lists of these names too.
                 if len(words) != 2 or not words[1].endswith(".txt") or ".." in words[0].split("/"):
-                    continue  # not a list of DeepPCB
-                part = folder / Path(words[0].lstrip("/")).with_suffix("")
+                    continue
+                part = folder / Path(words[0].lstrip("/")).with_suffix("")  # the file has `_test` before the suffix
                 with data.at(f"{where}: line {number}"):
                     if not any((part.parent / f"{part.name}_test{suffix}").is_file() for suffix in (".jpg", ".png")):
                         raise NoImage(f"there is no image {words[0]!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import codecs
+import contextlib
 import json
 import os
 import re
@@ -11,8 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -24,7 +24,6 @@ from adfm.records import Sample, Split
 IMAGES = frozenset(
     (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".heic", ".heif", ".avif", ".pgm", ".ppm")
 )
-
 _ENDINGS = tuple(IMAGES)
 ADD_MASK = "; add it, or, where no image has one, convert the labels alone with --layout folders"
 SPLIT_NAMES: dict[str, Split] = {
@@ -36,8 +35,8 @@ SPLIT_NAMES: dict[str, Split] = {
     "test": "test",
     "testing": "test",
 }
-NO_IMAGE = "no image in any place of the layout"  # what several layouts say of an empty data set
-_DEPTH = 100
+NO_IMAGE = "no image in any place of the layout"
+_DEPTH = 100  # `walk` goes no deeper
 
 T = TypeVar("T")
 
@@ -46,24 +45,13 @@ class NoImage(ValueError):
     """The image of an annotation is not in the data set; `DataSet` makes a `MissingImage` of it."""
 
 
-class _Collector(NamedTuple):
-    data: DataSet
-    where: Path | str
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
-        if isinstance(error, ValueError):
-            self.data.add(self.where, error)
-        return isinstance(error, ValueError)
-
-
 class DataSet:
     """A raw data set while a reader reads it: its problems, and the images that its annotation files list."""
 
     def __init__(self, raw: Path, layout: str) -> None:
         self.raw, self.layout, self.name = raw, layout, dataset_name(raw)
         self.problems: list[str] = []
+        self.empty = True  # until the first sample
         # By the path of the image, as text: a `Path` takes several times the memory.
         self.listed: dict[str, str] = {}
 
@@ -84,16 +72,16 @@ class DataSet:
         line = f"{self.relative(where) if isinstance(where, Path) else where}: {problem}"
         self.problems.append(MissingImage(line) if isinstance(problem, NoImage) else line)
 
-    def at(self, where: Path | str) -> _Collector:
-        """In the block, collect a `ValueError` as a problem, and leave the block."""
-        return _Collector(self, where)
+    @contextlib.contextmanager
+    def at(self, where: Path | str) -> Iterator[None]:
+        """Collect a `ValueError` in the block as a problem."""
+        try:
+            yield
+        except ValueError as error:
+            self.add(where, error)
 
     def claim(self, image: Path, where: str, remedy: str = "keep one") -> None:
-        """Note where an image is listed.
-
-        Raises:
-            ValueError: It is listed before.
-        """
+        """Record where an image is listed; raise `ValueError` if another place lists it too."""
         if before := self.listed.get(str(image)):
             raise ValueError(f"{self.relative(image)} is listed before, in {before}; {remedy}")
         self.listed[str(image)] = where
@@ -108,10 +96,8 @@ class DataSet:
         dataset: str | None = None,
         **more: Any,
     ) -> Sample:
-        """An image of the data set, anomalous if it has a defect; masks of a normal image are dropped.
-
-        The name of the data set is that of the folder, unless it is given; `more` are other fields of `Sample`.
-        """
+        """An image of the data set, anomalous if it has a defect; masks of a normal image are dropped."""
+        self.empty = False
         return Sample(
             image=image,
             source=self.relative(image),
@@ -143,26 +129,19 @@ class DataSet:
         samples: Callable[[DataSet, Path], Iterable[Sample]],
         remedy: str = "",
     ) -> Iterator[Sample]:
-        """Yield the samples category by category, as `checked` does; see `categories`."""
+        """Yield the samples of each of the `categories`; see `checked`."""
         return self.checked(((folder, samples(self, folder)) for folder in categories(self.raw, is_category)), remedy)
 
     def checked(self, parts: Iterable[tuple[Path | None, Iterable[Sample]]], remedy: str = "") -> Iterator[Sample]:
-        """Yield all samples, and then raise one error about everything that was wrong.
-
-        What is wrong: an image or mask that does not exist, an anomalous image without a mask or a shape, an
-        image that comes twice, no image at all, and the problems collected so far. Memory is that of the largest part.
+        """Yield all samples, then raise one `BadData` with every problem.
 
         Args:
-            parts: The samples, folder by folder. Every image in a folder has to be the image or the mask of a sample,
-                unless the folder is `None`.
+            parts: The samples by folder. Every image in a folder has to be the image or the mask of a sample, unless
+                the folder is `None`.
             remedy: What to do about a mask that does not exist, for the message.
-
-        Raises:
-            BadData: There are problems.
         """
-        empty = True
         for folder, samples in parts:
-            used: set[str] = set()
+            used: set[str] = set()  # of this folder alone, so that memory is that of the largest part
             for sample in samples:
                 if str(sample.image) in used:
                     self.add(sample.source, "is listed twice")
@@ -174,17 +153,13 @@ class DataSet:
                 self.problems += [f"{sample.source}: has no mask {self.relative(mask)}{remedy}" for mask in missing]
                 used.update(map(str, (sample.image, *sample.masks)))
                 yield sample
-            empty = empty and not used
             if folder:
                 self.problems += _strays(self.raw, folder, used)
-        self.finish(not empty, NO_IMAGE)
+        self.finish()
 
-    def finish(self, read: bool, nothing: str) -> None:
-        """Check the problems, after everything has been read.
-
-        Raises:
-            BadData: There are problems, or nothing was read: then the problem is `nothing`.
-        """
+    def finish(self, nothing: str = NO_IMAGE, read: bool | None = None) -> None:
+        """Raise `BadData` if there are problems, or, as the problem `nothing`, if nothing was read: no sample."""
+        read = not self.empty if read is None else read
         if problems := self.problems or ([] if read else [nothing]):
             raise BadData(self.raw, self.layout, problems)
 
@@ -205,7 +180,7 @@ class Paths:
 
 
 def folders(folder: Path) -> list[Path]:
-    """The folders in a folder, by name, without hidden ones; a missing one has none, an unreadable one is refused."""
+    """List the folders in a folder, by name, without hidden ones; a missing one has none, an unreadable is refused."""
     if not _is_readable(folder):
         return []
     with os.scandir(folder) as entries:
@@ -213,22 +188,22 @@ def folders(folder: Path) -> list[Path]:
 
 
 def listing(folder: Path, *endings: str) -> Paths:
-    """The files in a folder, as in `folders`, whose names have an ending (in lower case; theirs may be in upper)."""
+    """List the files in a folder, as `folders` does, whose names in lower case have one of some endings."""
     if not _is_readable(folder):
         return Paths(folder)
-    # scandir knows what is a folder; asking the disk for each file of a large one takes seconds.
+    # scandir knows what is a folder; a stat of each file of a large one takes seconds.
     with os.scandir(folder) as entries:
         files = (entry for entry in entries if entry.name.lower().endswith(endings) and not is_hidden(entry.name))
         return Paths(folder, sorted(entry.name for entry in files if not holds_true(entry.is_dir)))
 
 
 def images(folder: Path) -> Paths:
-    """The images in a folder, as in `listing`."""
+    """List the images in a folder; see `listing`."""
     return listing(folder, *_ENDINGS)
 
 
 def images_within(folder: Path) -> Iterator[Path]:
-    """Yield the images in a folder, as in `folders`, and in those below it, in no order, but not behind a link."""
+    """Yield the images in a folder and below it, in no order; not those behind a link."""
     if _is_readable(folder):
         for path in folder.glob("**/*"):
             is_image = path.name.lower().endswith(_ENDINGS) and not path.is_dir()
@@ -237,12 +212,9 @@ def images_within(folder: Path) -> Iterator[Path]:
 
 
 def walk(folder: Path, depth: int = 99, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """Yield a folder and those in it, `depth` levels down, by name; none of them twice in one another by a link.
-
-    `above` are the folders that it is in, resolved.
-    """
+    """Yield a folder and those in it, `depth` levels down, by name."""
     real = folder.resolve()
-    if real in above:
+    if real in above:  # a link leads round
         return
     yield folder
     for inside in folders(folder) if depth else []:
@@ -250,7 +222,7 @@ def walk(folder: Path, depth: int = 99, above: frozenset[Path] = frozenset()) ->
 
 
 def split_of(*names: str) -> Split | None:
-    """The split in the first name that has just one: `instances_train2017`, `valid`, `Test` and the like."""
+    """Return the split in the first name that has just one: `instances_train2017`, `valid`, `Test` and the like."""
     for name in names:
         splits = {SPLIT_NAMES[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLIT_NAMES}
         if len(splits) == 1:
@@ -259,16 +231,12 @@ def split_of(*names: str) -> Split | None:
 
 
 def folder_names(raw: Path, path: Path) -> list[str]:
-    """The names of the folders between a file and the data set, the nearest first."""
+    """List the names of the folders between a file and the data set, the nearest first."""
     return list(path.relative_to(raw).parts[-2::-1])
 
 
 def refuse_special(raw: Path) -> None:
-    """Refuse a raw data set with a pipe, socket, device or link to nowhere or round in it; call it before reading.
-
-    Raises:
-        AdfmError: There is one; all of them are listed, up to 50.
-    """
+    """Raise `AdfmError` if a raw data set has a pipe, socket, device or link to nowhere or round in it."""
     # A reader would wait for a pipe that is called `a.png`, and never leave a link that leads round.
     problems = list(islice(special_files(raw), 51))
     if problems:
@@ -279,12 +247,9 @@ def refuse_special(raw: Path) -> None:
 def special_files(raw: Path) -> Iterator[str]:
     """Yield a problem for everything in a folder that is neither a file, nor a folder, nor a link to one outside of it.
 
-    Goes through each folder once, whatever links lead there, and opens nothing.
-
-    Raises:
-        AdfmError: A folder cannot be read.
+    It opens nothing; a folder that cannot be listed raises `AdfmError`.
     """
-    done: set[Path] = set()
+    done: set[Path] = set()  # several links may lead to one folder
 
     def visit(folder: Path, name: str, above: frozenset[Path]) -> Iterator[str]:
         inside = []
@@ -317,25 +282,25 @@ def special_files(raw: Path) -> Iterator[str]:
 
 
 def root(raw: Path, holds: Callable[[Path], bool]) -> Path | None:
-    """The folder of the data set: `raw`, or the one reached by going, three times at most, into the only folder."""
+    """Return the folder that holds the data set: `raw`, or one reached by entering the only folder, at most 3 times."""
     folder = raw
-    for _ in range(3):
+    for _ in range(4):  # archives nest a data set in folders of its name
         if holds(folder):
             return folder
         inside = folders(folder)
         if len(inside) != 1:
-            return None
+            break
         folder = inside[0]
-    return folder if holds(folder) else None
+    return None
 
 
 def holds(raw: Path, sign: Callable[[Path], bool]) -> bool:
-    """Whether a data set, or a folder not more than two down in it, shows a sign of a layout."""
+    """Whether a data set, or a folder at most two levels down, shows a sign of a layout."""
     return root(raw, lambda folder: any(map(sign, walk(folder, 2)))) is not None
 
 
 def categories(raw: Path, is_category: Callable[[Path], bool]) -> list[Path]:
-    """The folders that should be categories: those beside any that is one, in the `root`, or the data set itself."""
+    """List the folders that should be categories: all beside one that is, in the `root`, or the data set itself."""
     if is_category(raw):
         return [raw]
     top = root(raw, lambda folder: any(is_category(inside) for inside in folders(folder)))
@@ -348,28 +313,25 @@ def has_category(raw: Path, is_category: Callable[[Path], bool], part: str = "")
 
 
 def relative(raw: Path, path: Path) -> str:
-    """A path in a data set, relative to it, with `/`."""
+    """Return a path relative to its data set, with `/`."""
     return path.relative_to(raw).as_posix()
 
 
 def dataset_name(raw: Path) -> str:
-    """The name of the folder of a data set; that of the folder that it leads to, if it is a link."""
+    """Return the name of the folder of a data set; of a link, that of the folder that it leads to."""
     return raw.resolve().name if raw.name in ("", "..") or raw.is_symlink() else raw.name
 
 
 def listed_path(bases: Sequence[Path], name: str) -> Path | None:
-    """The path that a data set's own file gives, under the first of some folders where it exists, else the first.
-
-    `None` where the path, written with `/`, would lead out of the data set, or nowhere.
-    """
+    """Return the path that a data set's own file gives, under the first folder where it exists, else the first."""
     if name.startswith("/") or ".." in name.split("/") or not name.strip("./") or "\0" in name:
-        return None
+        return None  # it leads out of the data set, or nowhere
     paths = (base / name for base in bases)
     return next((path for path in paths if _exists(path)), bases[0] / name)
 
 
 def _strays(raw: Path, folder: Path, used: Container[str]) -> list[str]:
-    """One problem for every folder below `folder` that has images other than the `used` ones."""
+    """Return a problem for every folder below `folder` that has images other than the `used` ones."""
     names: dict[Path, list[str]] = defaultdict(list)
     for stray in sorted(path for path in images_within(folder) if str(path) not in used):
         # Masks of normal images do no harm.
@@ -382,21 +344,12 @@ def _strays(raw: Path, folder: Path, used: Container[str]) -> list[str]:
 
 
 def content(image: Path) -> bytes:
-    """The bytes of an image file, or of the image that a JSON file of LabelMe holds in its `imageData`.
-
-    Raises:
-        OSError: The file cannot be read.
-        ValueError: The JSON file holds no image.
-    """
+    """Return the bytes of an image file, or of the image in the `imageData` of a JSON file of LabelMe."""
     read = contents.read(image)
-    if image.suffix.lower() != ".json":
-        return read
-    encoded = json.loads(read).get("imageData")
-    return base64.b64decode(encoded or "")
+    return base64.b64decode(json.loads(read).get("imageData") or "") if image.suffix.lower() == ".json" else read
 
 
 def _is_readable(folder: Path) -> bool:
-    """Whether a folder exists; an `AdfmError` if it cannot be read."""
     if not folder.is_dir():
         return False
     if not os.access(folder, os.R_OK | os.X_OK):
@@ -412,13 +365,13 @@ def _exists(path: Path) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is one of a system or tool, not of the data set."""
+    """Whether a name is that of a file or folder of a system or tool, not of the data set."""
     return name.startswith((".", "__MACOSX"))  # the latter: of archives that macOS packs
 
 
 def holds_true(kind: Callable[[], bool]) -> bool:
-    """What a directory entry's `is_dir` or `is_file` says; false for a link to itself, for which they raise."""
+    """Call a directory entry's `is_dir` or `is_file`."""
     try:
         return kind()
-    except OSError:
+    except OSError:  # a link to itself
         return False

@@ -23,7 +23,7 @@ from adfm.data import contents
 from adfm.data.manifest import MANIFEST
 from adfm.data.readers import btad, dagm, files, kolektor, loco, mvtec, verdicts, visa
 from adfm.data.readers.annotations import nfc
-from adfm.data.readers.files import NO_IMAGE, SPLIT_NAMES, DataSet, walk
+from adfm.data.readers.files import SPLIT_NAMES, DataSet, walk
 from adfm.data.readers.verdicts import class_name, core
 from adfm.records import Sample, Split
 
@@ -51,7 +51,7 @@ _Names = tuple[str, ...]
 
 
 class _Place(NamedTuple):
-    """A folder that holds images, and what the folders that lead to it say."""
+    """A folder that holds images, and what the folders on the way to it say."""
 
     folder: Path
     names: _Names  # without folders that stand for a split, for images or for masks
@@ -60,10 +60,10 @@ class _Place(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """What the folders of a place say of its images: `defect` is `None` where they are normal."""
+    """What the folders of a place say of its images."""
 
     category: str
-    defect: str | None
+    defect: str | None  # `None`: they are normal
 
 
 def matches(raw: Path) -> bool:
@@ -72,7 +72,7 @@ def matches(raw: Path) -> bool:
 
 
 def hindrance(raw: Path) -> Path | None:
-    """An annotation file without which a data set, of no known layout with it, would be in this one."""
+    """Return the annotation file that alone keeps a data set from this layout."""
     file = _annotation(raw)
     return file if file and _says_enough(raw) else None
 
@@ -105,11 +105,7 @@ def read(raw: Path) -> Iterator[Sample]:
     masks, ground_truth or gt (`mask/crack`, `crack/mask`, `ground_truth` for all defects), or beside the image, where
     it is a PNG if the image is a JPEG of the same name. Where a kind of defect has no masks at all, the label is all
     that is known of its images. Images with a mask that lie in no folder of a kind are normal if it shows nothing.
-
-    Images above the folders of the kinds, such as a figure of the whole data set, are left out.
-
-    Raises:
-        BadData: It is not clear whether images are normal, or a mask is missing or has no image.
+    Images above the folders of the kinds are left out.
     """
     data = DataSet(raw, "folders")
     places = _places(raw)
@@ -118,23 +114,20 @@ def read(raw: Path) -> Iterator[Sample]:
     for place in places:
         if not levels.is_above(place):
             groups[levels.of(place.names), place.masks].append(place)
-    empty = True
     for names in dict.fromkeys(names for names, _ in groups):
         masks = _Masks(data, groups[names, True])
-        for sample in _samples(data, groups[names, False], masks, levels):
-            yield sample
-            empty = False
+        yield from _samples(data, groups[names, False], masks, levels)
         data.problems += masks.unused()
-    data.finish(not empty, NO_IMAGE)
+    data.finish()
 
 
 def _samples(data: DataSet, places: list[_Place], masks: _Masks, levels: _Levels) -> Iterator[Sample]:
-    """The images of one level of kinds, those of defects first: their masks may lie in one folder for all kinds."""
     kinds: dict[tuple[_Kind | None, _Names, Split | None], list[_Place]] = defaultdict(list)
     for place in places:
         with data.at(place.folder):
             kind = levels.kind(data, place)
             kinds[kind, () if kind and not levels.are_plain else place.names, place.split].append(place)
+    # Defects first: a folder may have the masks of all kinds, and a normal image gets those that no defect has.
     last = sorted(kinds, key=lambda key: bool(key[0] and not key[0].defect))
     paired: Iterable[tuple[Any, list[tuple[Path, Path | None]]]]
     paired = ((key, [pair for place in kinds[key] for pair in masks.pairs(place, key[0])]) for key in last)
@@ -146,27 +139,19 @@ def _samples(data: DataSet, places: list[_Place], masks: _Masks, levels: _Levels
         kind = None if by_mask else of_folder
         masked = any(mask for _, mask in pairs)
         if kind is None and not masked:
-            data.problems += [
-                f"{data.relative(place.folder)}: no folder says whether its images are normal, and they have no masks;"
-                " put normal images into a folder called good, and the others beside it into one with the name of"
-                " their defect"
-                for place in kinds[of_folder, names, split]
-            ]
+            what = "no folder says whether its images are normal, and they have no masks"
+            remedy = "put normal images into a folder called good, the others beside it into one called as the defect"
+            for place in kinds[of_folder, names, split]:
+                data.add(place.folder, f"{what}; {remedy}")
             continue
         category = kind.category if kind else "/".join(levels.inner(names)) or data.name
         for image, mask in pairs:
             if not mask and kind is None:
-                data.add(
-                    image,
-                    "has no mask, and no folder that says whether it is normal; add the mask,"
-                    " or put normal images into a folder called good",
-                )
+                what = "has no mask, and no folder that says whether it is normal"
+                data.add(image, f"{what}; add the mask, or put normal images into a folder called good")
             elif not mask and kind and kind.defect and masked:
-                data.add(
-                    image,
-                    "has no mask, but other images of this kind have one; add it, or remove"
-                    " all of them to train on the labels alone",
-                )
+                what = "has no mask, but other images of this kind have one"
+                data.add(image, f"{what}; add it, or remove all of them to train on the labels alone")
             one = data.sample(
                 category,
                 image,
@@ -195,29 +180,28 @@ class _Levels:
         self.normal = {names for names, its in cores.items() if its & _NORMAL}
         self._anomalous = {names for names, its in cores.items() if its & _ANOMALOUS}
         self.are_plain = not self.normal and not self._anomalous  # each folder is the name of a defect
-        self._top = min(
-            (len(names) for names, its in inside.items() if len(its) > 1 or names in self.normal), default=0
-        )
+        forks = (names for names, its in inside.items() if len(its) > 1 or names in self.normal)
+        self._top = min(map(len, forks), default=0)
 
     def of(self, names: _Names) -> _Names:
-        """The folders above the kinds on the way to a place; all of them where there are no kinds."""
+        """Return the folders above the kinds on the way to a place; all of them where there are no kinds."""
         for levels in (self.normal, self._anomalous):
             for depth in range(len(names) + 1):
                 if names[:depth] in levels:
                     return names[:depth]
-        if self.are_plain:
-            while len(names) > 1 and _NUMBER.fullmatch(names[-1]):
-                names = names[:-1]
-            return names[:-1]
-        return names
+        if not self.are_plain:
+            return names
+        while len(names) > 1 and _NUMBER.fullmatch(names[-1]):
+            names = names[:-1]
+        return names[:-1]
 
     def is_above(self, place: _Place) -> bool:
-        """Whether images lie above the folders of the kinds, such as a figure of the data set, and have no masks."""
+        """Whether images lie above the folders of the kinds and have no masks: a figure of the whole data set."""
         above = any(level[: len(place.names)] == place.names for level in self.normal | self._anomalous)
         return above and not place.masks and place.names not in self._masked
 
     def kind(self, data: DataSet, place: _Place) -> _Kind | None:
-        """What the folders of a place say of it; `None` where they say nothing."""
+        """Return what the folders of a place say of it; `None` where they say nothing."""
         level = self.of(place.names)
         if len(level) == len(place.names):
             return None
@@ -227,7 +211,7 @@ class _Levels:
         for inner in rest:
             if core(inner) in (_ANOMALOUS if normal else _NORMAL):
                 raise ValueError(f"lies in {name}, but is called {inner}; rename one of the two")
-        if rest and self._is_in_all(level, rest[0]):
+        if rest and self._is_in_all(level, rest[0]):  # good/gear, crack/gear: a category, not a defect
             category, rest = (*category, rest[0]), rest[1:]
         if core(name) in _ANOMALOUS and rest and not _NUMBER.fullmatch(rest[0]):
             name = rest[0]
@@ -235,11 +219,11 @@ class _Levels:
         return _Kind("/".join(category) or data.name, None if normal else class_name(name))
 
     def inner(self, names: _Names) -> _Names:
-        """The folders without those that all images lie in, but for the last."""
+        """Return the folders without those that all images lie in, but for the last."""
         return names[min(self._top, len(names) - 1) :] if names else ()
 
     def _is_in_all(self, level: _Names, name: str) -> bool:
-        """Whether a folder is in normal ones and in others of a level: a category, not a defect."""
+        """Whether a folder is in normal ones and in others of a level."""
         kinds = [kind for kind in self._inside[level] if name in self._inside.get((*level, kind), ())]
         normal = {core(self._short[level][kind]) in _NORMAL for kind in kinds}
         return len(normal) == 2 and not _NUMBER.fullmatch(name)
@@ -261,65 +245,51 @@ class _Masks:
     def pairs(self, place: _Place, kind: _Kind | None) -> Iterator[tuple[Path, Path | None]]:
         """Yield the images of a folder, each with its mask."""
         beside, images = self._beside(place.folder)
-        folders = list(self._near(place))
+        folders = self._near(place)
         for image in images:
             stem = _stem(image)
             masks = [mask for folder in folders for mask in folder.get(stem, ())]
-            if kind and not kind.defect:
+            if kind and not kind.defect:  # images of a defect may have the same names
                 masks = [mask for mask in masks if mask not in self._used]
             masks += beside.get(stem, [])
             if len(masks) > 1:
-                several = ", ".join(self._data.relative(mask) for mask in masks)
-                self._data.add(image, f"has several masks, keep one: {several}")
+                self._data.add(image, f"has several masks, keep one: {', '.join(map(self._data.relative, masks))}")
             mask = masks[0] if masks else None
             if mask and mask in self._used:
-                self._data.add(
-                    mask,
-                    f"may be the mask of {self._data.relative(image)}, and of another"
-                    " image; put masks into a folder for each folder of images",
-                )
+                what = f"may be the mask of {self._data.relative(image)}, and of another image"
+                self._data.add(mask, f"{what}; put masks into a folder for each folder of images")
             self._used.update(masks)
             yield image, mask
 
     def unused(self) -> Iterator[str]:
-        """A problem for each folder with masks that are not those of an image."""
-        for folders in self._folders.values():
-            for folder in folders:
-                names = sorted(mask for masks in folder.values() for mask in masks if mask not in self._used)
-                if names:
-                    yield (
-                        f"{self._data.relative(names[0].parent)}: no image for the mask:"
-                        f" {', '.join(mask.name for mask in names)}; add the images, or rename the folder if these are"
-                        " photographs"
-                    )
+        """Yield a problem for each folder with masks that are not those of an image."""
+        for folder in (folder for folders in self._folders.values() for folder in folders):
+            if unused := sorted(mask for masks in folder.values() for mask in masks if mask not in self._used):
+                names = ", ".join(mask.name for mask in unused)
+                remedy = "add the images, or rename the folder if these are photographs"
+                yield f"{self._data.relative(unused[0].parent)}: no image for the mask: {names}; {remedy}"
 
-    def _near(self, place: _Place) -> Iterator[dict[str, list[Path]]]:
-        """The masks in the folder with the names of the place, or in the nearest above."""
-        for depth in range(len(place.names), -1, -1):
-            splits = dict.fromkeys((place.split, None))
-            folders = [self._folders[key] for split in splits if (key := (place.names[:depth], split)) in self._folders]
-            if folders:
-                yield from folders[0]
-                return
+    def _near(self, place: _Place) -> list[dict[str, list[Path]]]:
+        """Return the masks in the folder with the names of the place, or in the nearest above."""
+        levels = (place.names[:depth] for depth in range(len(place.names), -1, -1))
+        keys = ((names, split) for names in levels for split in (place.split, None))
+        return next((self._folders[key] for key in keys if key in self._folders), [])
 
     def _beside(self, folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
-        """The masks of a folder that also holds the images, by the names of these; and the images."""
+        """Return the masks of a folder that also holds the images, by the names of these, and the images."""
         files_of: dict[str, list[Path]] = defaultdict(list)
         for path in files.images(folder):
             files_of[_stem(path)].append(path)
         masks: dict[str, list[Path]] = defaultdict(list)
         images = []
-        tried = False
+        tried = False  # whether one pair of the folder was opened: the others are alike
         for stem, paths in files_of.items():
             base = _MASK_ENDING.sub("", stem)
             if base != stem:
                 masks[base] += paths if base in files_of else []
-                self._data.problems += [
-                    f"{self._data.relative(path)}: is a mask by its name, but there is no image {base}.* beside it; add"
-                    " the image, or give it another name"
-                    for path in paths
-                    if base not in files_of
-                ]
+                for path in paths if base not in files_of else ():
+                    what = f"is a mask by its name, but there is no image {base}.* beside it"
+                    self._data.add(path, f"{what}; add the image, or give it another name")
                 continue
             mask = _twin(paths) if len(paths) == 2 else None
             if len(paths) > 1 and (not mask or not (tried or _is_mask(mask))):
@@ -352,7 +322,7 @@ def _place(raw: Path, folder: Path) -> _Place:
 
 
 def _annotation(raw: Path) -> Path | None:
-    """A file that may say more of the images; that of `adfm fetch` does not."""
+    """Return a file that may say more of the images; that of `adfm fetch` does not."""
     paths = (path for folder in walk(raw) for path in files.listing(folder, *_ANNOTATIONS))
     return next((path for path in paths if path != raw / MANIFEST), None)
 
@@ -362,14 +332,12 @@ def _refuse_unclear(name: str) -> None:
     if plain in _NORMAL or plain in _ANOMALOUS:
         return
     if plain in _UNCLEAR or words[0] in _NEGATIONS or _UNCLEAR_WORDS.intersection(words):
-        raise ValueError(
-            f"it is not clear whether {name!r} is normal; rename the folder to good, or to the name of the defect, or"
-            " to masks if they are"
-        )
+        remedy = "rename the folder to good, or to the name of the defect, or to masks if they are"
+        raise ValueError(f"it is not clear whether {name!r} is normal; {remedy}")
 
 
 def _without_shared_words(names: Iterable[str]) -> dict[str, str]:
-    """Folders that stand beside each other, without the words that all of them begin or end with."""
+    """Return the names of folders beside each other, without the words that all of them begin or end with."""
     parts = {name: re.split(r"([-_. ]+)", name) for name in names}
     lists = [[part.lower() for part in its] for its in parts.values()]
     least = min(map(len, lists))
@@ -383,7 +351,7 @@ def _without_shared_words(names: Iterable[str]) -> dict[str, str]:
 
 
 def _twin(paths: list[Path]) -> Path | None:
-    """Of two files of one name the one that may be the mask of the other: the PNG, or what else is not a JPEG."""
+    """Return the one of two files of one name that may be the mask of the other: the PNG, or what is not a JPEG."""
     for photograph, mask in ((0, 1), (1, 0)):
         suffixes = paths[photograph].suffix.lower(), paths[mask].suffix.lower()
         jpeg = suffixes[0] in (".jpg", ".jpeg", ".jfif")

@@ -1,4 +1,4 @@
-"""Exports that no reader takes, known by what is in their files, and what to export instead."""
+"""Exports that no reader takes, recognised by words in their files, and what to export instead."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from adfm.data.readers.files import images, listing, relative, walk
 from adfm.data.readers.textfiles import mentions
 
-_FILES = 50  # of a kind that are looked into; the exports have one file, or many that are alike
+_FILES = 50  # of a kind that are searched; the exports have one file, or many that are alike
 _COCO = "export as COCO"
-# The words that are in a JSON file, the first that fit count; what it is, and what to do.
+# Words in a JSON file, of which the first entry that fits counts; what it is; what to do.
 _JSON: tuple[tuple[tuple[bytes, ...], str, str], ...] = (
     ((b'"assets"', b'"regions"', b'"tags"'), "is VoTT's own JSON", "export as CSV or as Pascal VOC"),
     ((b'"asset"', b'"regions"', b'"boundingBox"'), "is VoTT's own JSON", "export as CSV or as Pascal VOC"),
@@ -40,7 +40,7 @@ _SUFFIXES = {
 
 
 def hint(raw: Path) -> str:
-    """What a data set in no known layout seems to be, and what to do; "" if nothing is known of it."""
+    """Say what a data set in no known layout seems to be, and what to do; "" if nothing is known of it."""
     for file in _files(raw, ".json"):
         for words, what, remedy in _JSON:
             if mentions(file, *words):

@@ -33,8 +33,7 @@ _BOXES = ("bbox", "bboxes")
 _CATEGORIES = ("categories", "category", "labels", "label")
 _KNOWN = frozenset(("file_name", "objects", "label", "mask_file_name", "split", "width", "height"))
 
-_Names = dict[str, dict[int, str]]
-"""The names of classes by their number, for each column of numbers."""
+_Names = dict[str, dict[int, str]]  # of classes, by their number, for each column
 
 
 def matches(raw: Path) -> bool:
@@ -50,18 +49,13 @@ def read(raw: Path) -> Iterator[Sample]:
     is: normal, a word that means the same, or the kind of the defect, whose place is not known; or `mask_file_name`
     names a mask. Classes may be numbers, whose names are in `dataset_info` in README.md. `split` is that of the
     folders' names.
-
-    Raises:
-        BadData: Anything is wrong in the metadata files, or images are missing, or in none of the files.
     """
     data = DataSet(raw, "imagefolder")
     for folder in walk(raw):
         for file in _metadata(folder):
             yield from _samples(data, file)
     data.problems += unlisted(data) if data.listed else []
-    data.finish(
-        bool(data.listed), "no metadata.jsonl, metadata.csv or metadata.parquet that lists an image in `file_name`"
-    )
+    data.finish("no metadata.jsonl, metadata.csv or metadata.parquet that lists an image in `file_name`")
 
 
 def _metadata(folder: Path) -> list[Path]:
@@ -88,11 +82,7 @@ def _samples(data: DataSet, file: Path) -> Iterator[Sample]:
 
 
 def _rows(file: Path) -> Iterator[tuple[int, Callable[[], dict[str, Any]]]]:
-    """The rows of a metadata file, with their lines; a row that cannot be read raises `ValueError` when it is called.
-
-    Raises:
-        ValueError: The file cannot be read.
-    """
+    """Yield the rows of a metadata file, with their lines; one that cannot be read raises `ValueError` when called."""
     if file.suffix == ".parquet":
         start = 1
         for batch in pq.ParquetFile(file).iter_batches():
@@ -102,9 +92,8 @@ def _rows(file: Path) -> Iterator[tuple[int, Callable[[], dict[str, Any]]]]:
         reader = csv.DictReader(io.StringIO(text(file), newline=""), strict=True)
         drawn = sorted(name for name in reader.fieldnames or () if name.lower() in table.MAY_BE_BOXES | table.SIDES)
         if drawn:
-            raise ValueError(
-                f"the columns {', '.join(drawn)} are not of this layout; rename the file, and it is read as layout csv"
-            )
+            columns = ", ".join(drawn)
+            raise ValueError(f"the columns {columns} are not of this layout; rename the file to read it as layout csv")
         yield from ((reader.line_num, partial(_of_csv, row)) for row in reader)
     else:
         lines = enumerate(text(file).split("\n"), start=1)
@@ -134,7 +123,7 @@ def _parsed(line: str) -> dict[str, Any]:
 
 
 def _names(data: DataSet, file: Path) -> _Names:
-    """The names of classes in the README.md nearest above a file, as the `datasets` library writes them there."""
+    """Return the names of classes in the README.md nearest above a file, as the `datasets` library writes them."""
     for above in data.above(file):
         if (readme := above / "README.md").is_file() and readme.read_bytes().strip():
             front = re.match(r"---\s*\n(.*?)\n---", text(readme), re.DOTALL)
@@ -148,6 +137,7 @@ def _names(data: DataSet, file: Path) -> _Names:
 
 
 def _add_names(part: Any, column: str, names: _Names) -> None:
+    # The parts are nested as deep as the features of the data set are.
     if isinstance(part, list):
         for inside in part:
             _add_names(inside, column, names)
@@ -177,7 +167,7 @@ def _sample(data: DataSet, folder: Path, here: str, row: dict[str, Any], names: 
         mask = _path(data.raw, folder, row["mask_file_name"])
         if not mask:
             raise ValueError(f"there is no mask {row['mask_file_name']!r}")
-        data.listed[str(mask)] = here
+        data.listed[str(mask)] = here  # else it would be an image that no row lists
     word = row.get("text")
     is_label = isinstance(word, str) and (table.is_normal(word.strip()) or table.is_anomalous(word.strip()))
     label = row.get("label", word if is_label else None)
@@ -223,7 +213,7 @@ def _path(raw: Path, folder: Path, name: Any) -> Path | None:
 
 
 def _defect(label: Any, names: dict[int, str]) -> str | None:
-    """The kind of the defect that the label of an image says; `None`: it is normal."""
+    """Return the defect that the label of an image names; `None` if that is normal."""
     name = _class(label, names)
     if name is None:
         raise ValueError(f"the label {label!r} is a number without a name; write names, or dataset_info in README.md")
@@ -233,7 +223,7 @@ def _defect(label: Any, names: dict[int, str]) -> str | None:
 
 
 def _class(value: Any, names: dict[int, str]) -> str | None:
-    """The name of a class; `None` for a number where no names are known."""
+    """Return the name of a class; `None` for a number where no names are known."""
     if isinstance(value, str) and value.strip():
         return value.strip()
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1e9:
@@ -244,7 +234,7 @@ def _class(value: Any, names: dict[int, str]) -> str | None:
 
 
 def _shapes(objects: Any, names: _Names) -> list[Shape]:
-    if isinstance(objects, list) and all(isinstance(one, dict) for one in objects):
+    if isinstance(objects, list) and all(isinstance(one, dict) for one in objects):  # some write an object a box
         keys = objects[0] if objects else ("bbox",)
         objects = {key: [one.get(key) for one in objects] for key in keys}
     if not isinstance(objects, dict):

@@ -26,11 +26,7 @@ def read(raw: Path) -> Iterator[Sample]:
     """Yield the samples, folder by folder, by name. The data set fixes no split.
 
     An image is normal where its label file, which is opened for that, shows nothing. There is one category,
-    `kolektor`; kinds of defects are not told apart, so `defect` is `defect`. A folder has the surfaces of one
-    commutator, so it is the `group`. Folders are entered, and files ignored, as for MVTec AD.
-
-    Raises:
-        BadData: An image has no label file, or a label file has no image or cannot be read.
+    `kolektor`, and one kind of defect, `defect`; see `mvtec.read` for the folders.
     """
     return files.DataSet(raw, "kolektor").by_category(_is_item, _item)
 
@@ -49,6 +45,7 @@ def _item(data: files.DataSet, folder: Path) -> Iterator[Sample]:
             pass  # `checked` reports it
         except Exception as error:  # a damaged file makes Pillow raise nearly anything
             data.add(label, f"cannot be read ({error})")
+        # A folder has the surfaces of one commutator.
         one = data.sample("kolektor", image, None if normal else "defect", [label], group=data.relative(folder))
         yield replace(one, masks=(label,))  # of a normal image too: `checked` has to know it
 

@@ -36,17 +36,14 @@ _STORAGES = (
     (re.compile(r"/storage-data/uploaded/?\?filepath="), "/data/"),
 )
 
-
+_Size = tuple[int, int] | None
 _Task = tuple[Path, str, dict[str, Any]]  # of a file, with its name in messages
 
 
 class _Region(NamedTuple):
-    """One region of an annotation: its number among the results, from 1, its geometry, and its labels."""
-
-    place: int
-    value: dict[str, Any]
-    names: list[str]
-    size: tuple[int, int] | None  # of the image; `None` if the region does not state it
+    place: int  # among the results, from 1
+    result: dict[str, Any]
+    names: list[str]  # its labels
 
 
 class _Verdict(NamedTuple):
@@ -54,13 +51,13 @@ class _Verdict(NamedTuple):
 
     shapes: list[Shape]
     defect: str | None  # chosen for the whole image; "" if it is normal, `None` if nothing was chosen
-    size: tuple[int, int] | None  # of the image; `None` if it is not stated: then shapes are fractions
+    size: _Size  # of the image; `None` if it is not stated: then shapes are fractions
     notes: tuple[str, ...]
     undecided: bool  # whether there are choices about the whole image whose meaning is not known
 
     @property
     def key(self) -> object:
-        """The same for annotations that say the same."""
+        """Equal for annotations that say the same."""
         drawn = [(shape.name, *(round(side, 3) for side in shape.box)) for shape in self.shapes]
         return sorted(set(drawn)), self.defect
 
@@ -79,9 +76,6 @@ def read(raw: Path) -> Iterator[Sample]:
     read. The image is the file in the data set that the end of the task's path or URL names.
 
     A JSON file is in memory whole while its images are yielded; so are the paths of all images.
-
-    Raises:
-        BadData: A JSON file is bad, a task has no annotation or several that differ, or an image or a task is missing.
     """
     data = DataSet(raw, "label-studio")
     pictures = Images(raw)
@@ -96,7 +90,7 @@ def read(raw: Path) -> Iterator[Sample]:
                         tasks.append((file, f"task {task.get('id', f'no. {place}')}", task))
         yield from _samples(data, folder, tasks, pictures)
     data.problems += unlisted(data) if seen else []
-    data.finish(seen, "no JSON file of Label Studio: no list of tasks with data and annotations")
+    data.finish("no JSON file of Label Studio: no list of tasks with data and annotations", seen)
 
 
 def _is_export(file: Path) -> bool:
@@ -113,7 +107,7 @@ def _is_export(file: Path) -> bool:
 
 
 def _tasks(content: Any) -> list[dict[str, Any]] | None:
-    """The tasks in a file, all in the form of the JSON export; `None` if it holds none."""
+    """Return the tasks in a file, all in the form of the JSON export; `None` if it holds none."""
     if isinstance(content, dict):
         if isinstance(content.get("result"), list) and isinstance(content.get("task"), dict):  # of a target storage
             return [content["task"] | {"annotations": [content]}]
@@ -132,7 +126,7 @@ def _is_task(entry: dict[str, Any]) -> bool:
 
 
 def _from_min(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Tasks from JSON-MIN, which has an entry an annotation, and the results by the name of their control."""
+    """Return the tasks of JSON-MIN, which has an entry an annotation, and the results by the name of their control."""
     tasks: dict[str, dict[str, Any]] = {}
     # A single choice is a text, as are the data of the task; it is known by a word such as OK or NG.
     choices = {name for entry in entries for name, answer in entry.items() if is_verdict(answer)}
@@ -154,7 +148,6 @@ def _from_min(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _samples(data: DataSet, folder: Path, tasks: list[_Task], pictures: Images) -> Iterator[Sample]:
-    """The samples of the tasks in the files of one folder."""
     written = [optional(each, "result", list) or () for _, _, task in tasks for each in _annotations(task)]
     results = [result for its in written for result in its if isinstance(result, dict)]
     # The names of the choices that are labels: a word such as OK or NG is chosen there at least once.
@@ -170,8 +163,8 @@ def _samples(data: DataSet, folder: Path, tasks: list[_Task], pictures: Images) 
             verdict = _verdict(data.relative(image), task, labels)
             if not draws and verdict.undecided:
                 raise ValueError(
-                    "no region is drawn in any task, and it is not known which choice means a defect; call the choice"
-                    " of a normal image OK, good or normal"
+                    "no region is drawn in any task, and which choice means a defect is not known; call that of a"
+                    " normal image OK, good or normal"
                 )
             shapes, defect, size, notes, _ = verdict
             fractions = bool(shapes) and size is None
@@ -214,7 +207,7 @@ def _image(data: DataSet, task: dict[str, Any], pictures: Images, folder: Path) 
 
 
 def _uploaded(data: DataSet, path: str, pictures: Images, folder: Path) -> Path | None:
-    """The image that was uploaded: under the name that Label Studio gave it, or the one that it had before."""
+    """Find an uploaded image: under the name that Label Studio gave it, or the one that it had before."""
     # Label Studio puts a hash before the name, and replaces spaces and other signs (Django's `get_valid_filename`).
     name = path.rsplit("/", 1)[1]
     before = _HASH.sub("", name)
@@ -236,7 +229,6 @@ def _is_image_name(value: str) -> bool:
 
 
 def _verdict(image: str, task: dict[str, Any], labels: frozenset[str]) -> _Verdict:
-    """What the annotations of a task say of its image."""
     annotations = _annotations(task)
     valid = [one for one in annotations if not (one.get("was_cancelled") or one.get("skipped"))]
     if not valid:
@@ -263,14 +255,15 @@ def _verdict(image: str, task: dict[str, Any], labels: frozenset[str]) -> _Verdi
 
 def _of_annotation(annotation: dict[str, Any], labels: frozenset[str]) -> _Verdict:
     results = member(annotation, "result", list)
-    regions = _regions(results)
-    shapes = []
-    for region in regions:
+    shapes: list[Shape] = []
+    sizes: set[_Size] = set()
+    for place, result, names in _regions(results):
         try:
-            shapes.append(_shape(region))
+            size = pixel_size(result.get("original_width"), result.get("original_height"))
+            shapes.append(_shape(result, names, size))
         except ValueError as error:
-            raise ValueError(f"result {region.place}: {error}") from error
-    sizes = {region.size for region in regions}
+            raise ValueError(f"result {place}: {error}") from error
+        sizes.add(size)
     if len(sizes) > 1:
         raise ValueError("its results state different sizes of the image")
     defect, notes = _choice(results, labels, {str(result.get("id")) for result in results if _is_region(result)})
@@ -284,7 +277,8 @@ def _is_region(result: object) -> bool:
 
 
 def _regions(results: list[Any]) -> list[_Region]:
-    """The regions, each once: its geometry, its labels and what was answered about it are results of one id."""
+    """List the regions, each once."""
+    # The geometry of a region, its labels and what was answered about it are results of one id.
     regions: dict[str, _Region] = {}
     for place, result in enumerate(results, start=1):
         if not _is_region(result):
@@ -292,27 +286,15 @@ def _regions(results: list[Any]) -> list[_Region]:
         value = result["value"]
         geometry = {key: value[key] for key in _GEOMETRY if key in value}
         key = str(result["id"]) if result.get("id") is not None else json.dumps(geometry, sort_keys=True)
-        if result.get("image_rotation"):
-            raise ValueError(
-                f"result {place}: the image was turned by {result['image_rotation']} degrees in Label Studio; turn the"
-                " file itself, and annotate that"
-            )
-        region = regions.setdefault(key, _Region(place, geometry, [], _size(place, result)))
+        region = regions.setdefault(key, _Region(place, result, []))
         for kind, names in value.items():
             if kind.endswith("labels") and isinstance(names, list):
                 region.names.extend(str(name) for name in names if name not in region.names)
     return list(regions.values())
 
 
-def _size(place: int, result: dict[str, Any]) -> tuple[int, int] | None:
-    try:
-        return pixel_size(result.get("original_width"), result.get("original_height"))
-    except ValueError as error:
-        raise ValueError(f"result {place}: {error}") from error
-
-
 def _choice(results: list[Any], labels: frozenset[str], regions: set[str]) -> tuple[str | None, tuple[str, ...]]:
-    """The label of the whole image, as in `_Verdict`, and a note about choices that are not labels."""
+    """Return the label of the whole image, as in `_Verdict`, and notes about its choices."""
     chosen: list[str] = []
     notes: list[str] = []
     for result in results:
@@ -328,28 +310,28 @@ def _choice(results: list[Any], labels: frozenset[str], regions: set[str]) -> tu
     return defect_type(chosen), tuple(notes)
 
 
-def _shape(region: _Region) -> Shape:
-    if not region.names:
+def _shape(result: dict[str, Any], names: list[str], size: _Size) -> Shape:
+    if turned := result.get("image_rotation"):
+        raise ValueError(f"the image was turned by {turned} degrees in Label Studio; turn the file, and annotate that")
+    if not names:
         raise ValueError("the region has no label; choose one, or delete it")
-    name = "+".join(sorted(class_name(one) for one in region.names))
-    value, (width, height) = region.value, region.size or (1, 1)
-    scale = (width / 100, height / 100)
+    name = "+".join(sorted(map(class_name, names)))
+    value, (width, height) = result["value"], size or (1, 1)
+    scale = (width / 100, height / 100)  # positions are percentages
     rotation = number(value.get("rotation") or 0) % 360
     if "rle" in value:
-        if not region.size:
+        if not size:
             raise ValueError("a brush mask without original_width and original_height cannot be read")
         check_mask_size(width, height)
         opacity = _unpacked(value["rle"], width * height * 4).reshape(height, width, 4)[..., 3]
         # A pixel belongs to the mask where its opacity is more than half of the largest.
-        return bitmap(name, opacity > opacity.max() / 2, 0, 0, region.size)
-    if rotation and not region.size:
+        return bitmap(name, opacity > opacity.max() / 2, 0, 0, size)
+    if rotation and not size:
         raise ValueError("a turned region without original_width and original_height cannot be read")
     if "points" in value:
         return outlined(name, [_point(one, scale) for one in member(value, "points", list)], cut=True)
     if "vertices" in value or "imageDataURL" in value:
-        raise ValueError(
-            "a region of this kind is not read; draw a rectangle, polygon, ellipse or brush mask in its place"
-        )
+        raise ValueError("a region of this kind is not read; draw a rectangle, polygon, ellipse or brush mask instead")
     x, y = _point([value.get("x"), value.get("y")], scale)
     if "radiusX" in value:
         return ellipse(name, (x, y), _point([value["radiusX"], value.get("radiusY")], scale), rotation)
@@ -358,6 +340,7 @@ def _shape(region: _Region) -> Shape:
     across, down = _point([value["width"], value["height"]], scale)
     if not rotation:
         return Shape(name, box(x, y, x + across, y + down))
+    # Label Studio turns a box about its upper left corner.
     return turned_box(name, Box(x, y, x + across, y + down), rotation, pivot=(x, y))
 
 
@@ -367,12 +350,7 @@ def _point(value: object, scale: Point) -> Point:
 
 
 def _unpacked(packed: object, length: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The bytes of an image (red, green, blue, opacity) from Label Studio's run lengths.
-
-    A header of 32 bits for the number of bytes, 5 for the size of a word (less 1), 4 times 4 for the sizes of a run
-    length (less 1); then runs: a bit that says whether one word is repeated, two for the size of the length, the
-    length (less 1), the word or words.
-    """
+    """Return the bytes of an image (red, green, blue, opacity) from Label Studio's run lengths."""
     damaged = ValueError("its mask is damaged; paint it again")
     if not isinstance(packed, list) or not all(type(value) is int and 0 <= value < 256 for value in packed):
         raise ValueError("'rle' is not a list of bytes")
@@ -387,6 +365,7 @@ def _unpacked(packed: object, length: int) -> np.ndarray[Any, np.dtype[np.uint8]
         at += count
         return int(text[at - count : at], 2)
 
+    # The header: 32 bits for the number of bytes, 5 for the size of a word, 4 times 4 for the sizes of a run length.
     values, word = take(32), take(5) + 1
     sizes = [take(4) + 1 for _ in range(4)]
     if values != length:
@@ -396,6 +375,7 @@ def _unpacked(packed: object, length: int) -> np.ndarray[Any, np.dtype[np.uint8]
     unpacked = np.zeros(length, np.uint8)
     filled = 0
     while filled < length:
+        # A run: whether one word is repeated, which of the four sizes the length has, the length, the word or words.
         repeated = take(1)
         count = take(sizes[take(2)]) + 1
         if filled + count > length:

@@ -15,13 +15,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from PIL import Image, UnidentifiedImageError
 
 from adfm.data.manifest import MANIFEST
 from adfm.data.readers.annotations import Shape, enclosing, nfc, outlined, same_names, sample
-from adfm.data.readers.files import IMAGES, DataSet, NoImage, folder_names, holds, images, listing, split_of, walk
+from adfm.data.readers.files import IMAGES, DataSet, NoImage, holds, images, listing, walk
 from adfm.data.readers.lookup import Images
 from adfm.data.readers.shapes import Point, bitmap, check_mask_size, corners, ellipse, join, line, png
 from adfm.data.readers.textfiles import member, mentions, optional, parsed, pixel_size, point
@@ -30,6 +30,7 @@ from adfm.records import Sample
 
 FORM = "*.jpg, *.json with shapes and imagePath"
 _NO_DEFECT = ("__ignore__", "_background_")  # of LabelMe's own examples
+# People set flags of these names to note that an image was checked, not what is on it.
 _PROGRESS = frozenset(("checked", "verified", "reviewed", "approved", "confirmed", "done", "finished", "completed"))
 # The types of shapes, with their smallest and largest number of points; rotation and quadrilateral are X-AnyLabeling's.
 _OUTLINES = ("polygon", "quadrilateral", "oriented_rectangle", "rotation", None)  # early versions have no other type
@@ -41,12 +42,7 @@ _LEAST: dict[str | None, int] = {
 _MOST: dict[str | None, int] = {"quadrilateral": 4, "oriented_rectangle": 4, "rotation": 4, "circle": 2, "mask": 2}
 _KINDS = ("rectangle", "oriented_rectangle", "polygon", "circle", "line", "linestrip", "point", "mask")
 
-
-class _Drawn(NamedTuple):
-    """A shape of a JSON file, or several that are one defect."""
-
-    shape: Shape
-    extent: Literal["area", "line", "point"]
+_Drawn = tuple[Shape, Literal["area", "line", "point"]]
 
 
 def matches(raw: Path) -> bool:
@@ -60,45 +56,38 @@ def read(raw: Path) -> Iterator[Sample]:
 
     Rectangles are boxes; polygons, oriented rectangles, circles and masks are masks as well. The box of a line is at
     least one pixel wide and high. Shapes of one label and one `group_id` are one defect. What reaches out of the image
-    is cut off. A point has no extent: an image with a point outside any group is anomalous, without boxes. Shapes
-    labelled `__ignore__` or `_background_` are left out. The flags of an image without shapes are its label if they
-    know one for normal or defective images, and refused if it is not known what they say. A JSON file with neither
-    shapes nor an image of its name is not LabelMe's and left alone.
+    is cut off. An image with a point outside any group is anomalous, without boxes. Shapes labelled `__ignore__` or
+    `_background_` are left out. The flags of an image without shapes are its label if they know one for normal or
+    defective images, and refused if it is not known what they say.
 
     The image of a JSON file is the one of its own name beside it, else the one that `imagePath` leads to (see
-    `lookup.Images`), else the one in its `imageData`. `split` is what the names of the image's folders say: train, val,
-    valid, validation, test.
+    `lookup.Images`), else the one in its `imageData`. `split` is what the names of the image's folders say.
 
     The paths of all annotated images are in memory.
-
-    Raises:
-        BadData: Anything is wrong in the JSON files, an image is missing, or there is no JSON file.
     """
     data = DataSet(raw, "labelme")
     pictures = Images(raw)
     for folder in walk(raw):
         jsons = listing(folder, ".json")
         stems = {nfc(file.stem) for file in jsons}
-        for file in jsons:
-            if file != raw / MANIFEST:
-                with data.at(file):
-                    if one := _sample(data, file, pictures, stems):
-                        yield one
+        for file in (file for file in jsons if file != raw / MANIFEST):
+            with data.at(file):
+                if one := _sample(data, file, pictures, stems):
+                    yield one
     for folder in walk(raw):
         there = images(folder)
         data.problems += same_names(raw, there)
         for image in there:
             if data.relative(image) not in data.listed:
-                yield sample(data, image, [], split_of(*folder_names(raw, image)))
-    data.finish(bool(data.listed), "no LabelMe file: no JSON file with shapes")
+                yield sample(data, image, [], data.split(image))
+    data.finish("no LabelMe file: no JSON file with shapes", bool(data.listed))
 
 
 def _sample(data: DataSet, file: Path, pictures: Images, stems: set[str]) -> Sample | None:
-    """The sample of a JSON file; `None` if it cannot be LabelMe's, such as a list of classes or a tool's settings."""
     where, content = data.relative(file), parsed(file)
     is_own = isinstance(content, dict) and content.keys() & {"shapes", "imagePath", "imageData"}
     if not is_own and not pictures.of_stem(file.stem, file.parent):
-        return None
+        return None  # not LabelMe's: a list of classes or the settings of a tool
     shapes = member(content, "shapes", list)
     size = pixel_size(content.get("imageWidth"), content.get("imageHeight"))
     image, source, notes = _image(data, file, content, pictures, stems)
@@ -106,19 +95,17 @@ def _sample(data: DataSet, file: Path, pictures: Images, stems: set[str]) -> Sam
         raise ValueError(f"its image {source} belongs to {other} as well; keep one of the two files")
     data.listed[source] = where
     drawn = _drawn(data, where, shapes, size, notes)
-    split = data.split(image)
-    flag = None
-    with data.at(where):
-        flag = _flagged(content, bool(drawn))
-    points = [each.shape.name for each in drawn if each.extent == "point"]
-    defects = [each.shape for each in drawn if each.extent != "point"]
+    flag = _flagged(content, bool(drawn))
+    points = [shape.name for shape, extent in drawn if extent == "point"]
+    defects = [shape for shape, extent in drawn if extent != "point"]
     if flag:
         notes.append("nothing is drawn on the image: its flag is taken for its label")
-    return replace(sample(data, image, defects, split, notes, points, flag, size=size), source=source)
+    # The name of an image in a JSON file is not that of the file.
+    return replace(sample(data, image, defects, data.split(image), notes, points, flag, size=size), source=source)
 
 
 def _flagged(content: dict[str, Any], drawn: bool) -> str | None:
-    """The defect that the flags of an image without shapes name; "" or `None` if they name none."""
+    """Return the defect that the flags of an image without shapes name; "" or `None` if they name none."""
     # LabelMe's flags are for classes of whole images, but people note there as well that an image was checked.
     flags = optional(content, "flags", dict) or {}
     given = [flag for flag, value in flags.items() if value is True and flag.strip() not in _NO_DEFECT]
@@ -139,10 +126,7 @@ def _flagged(content: dict[str, Any], drawn: bool) -> str | None:
 def _image(
     data: DataSet, file: Path, content: dict[str, Any], pictures: Images, stems: set[str]
 ) -> tuple[Path, str, list[str]]:
-    """The image of a JSON file, its `source`, and notes.
-
-    `stems` are the names of the JSON files in its folder.
-    """
+    """Return the image of a JSON file, its `source`, and notes; `stems` are those of the JSON files in its folder."""
     # LabelMe names a JSON file after its image, and finds it by that name; `imagePath` is not changed when both are
     # renamed. So the file's own name counts first, and an image that another JSON file is named after is that one's.
     name = member(content, "imagePath", str)
@@ -180,15 +164,13 @@ def _image(
     path_stem = PurePosixPath(name.replace("\\", "/")).stem
     if image in own and nfc(path_stem) != nfc(image.stem):
         if _is_garbled(image.stem, path_stem):
-            raise ValueError(
-                f"imagePath is {name!r}, and the file's own name is that, garbled; unpack the archive again"
-            )
+            raise ValueError(f"the file's own name is its imagePath {name!r}, garbled; unpack the archive again")
         notes.append("imagePath names an image that is not the one with the file's own name; the latter counts")
     return image, data.relative(image), notes
 
 
 def _is_garbled(name: str, intended: str) -> bool:
-    """Whether a name is another one whose bytes were read in the wrong encoding, as some tools do that unpack zips."""
+    # Some tools that unpack zips read the bytes of names in the wrong encoding.
     for wrong, right in itertools.product(("cp437", "cp1252"), ("utf-8", "gb18030", "cp932", "cp949", "big5")):
         with contextlib.suppress(UnicodeError):
             if nfc(name.encode(wrong).decode(right)) == nfc(intended):
@@ -197,7 +179,6 @@ def _is_garbled(name: str, intended: str) -> bool:
 
 
 def _check_image(encoded: object) -> None:
-    """Raise `ValueError` if `imageData` is not an image."""
     try:
         if not isinstance(encoded, str):
             raise ValueError("it is not a text")
@@ -210,7 +191,7 @@ def _check_image(encoded: object) -> None:
 def _drawn(
     data: DataSet, where: str, shapes: Sequence[object], size: tuple[int, int] | None, notes: list[str]
 ) -> list[_Drawn]:
-    """The defects that are drawn: the shapes of one label and group are one."""
+    """Return the defects that are drawn: the shapes of one label and group are one."""
     defects: dict[object, list[_Drawn]] = defaultdict(list)
     for place, shape in enumerate(shapes, start=1):
         with data.at(f"{where}: shape {place}"):
@@ -227,18 +208,17 @@ def _drawn(
 
 
 def _joined(pieces: Sequence[_Drawn]) -> _Drawn:
-    """A defect in several pieces; it has outlines if each piece has an area."""
+    """Join the pieces of a defect; it has outlines if each piece has an area."""
     if len(pieces) == 1:
         return pieces[0]
-    shapes = [piece.shape for piece in pieces]
-    extents = {piece.extent for piece in pieces}
-    if extents != {"area"}:
+    shapes, extents = zip(*pieces, strict=True)
+    if set(extents) != {"area"}:
         plain = [Shape(shape.name, shape.box, cut=True) for shape in shapes]
-        return _Drawn(join(plain), "point" if extents == {"point"} else "line")
+        return join(plain), "point" if set(extents) == {"point"} else "line"
     outlined = [
         shape if shape.rle else replace(shape, polygons=shape.polygons or (corners(shape.box),)) for shape in shapes
     ]
-    return _Drawn(join(outlined), "area")
+    return join(outlined), "area"
 
 
 def _shape(name: str, drawn: object, size: tuple[int, int] | None) -> _Drawn:
@@ -246,29 +226,26 @@ def _shape(name: str, drawn: object, size: tuple[int, int] | None) -> _Drawn:
     points = [point(value) for value in member(drawn, "points", list)]
     count = len(points)
     if not isinstance(kind, str | None) or kind not in _LEAST:
-        raise ValueError(
-            f"the type of the shape, {str(kind)[:40]!r}, is unknown; draw one of {', '.join(_KINDS)} instead"
-        )
+        raise ValueError(f"the type of the shape, {str(kind)[:40]!r}, is unknown; draw a {', '.join(_KINDS)} instead")
     if count < _LEAST[kind] or count > _MOST.get(kind, count):
         raise ValueError(f"a shape of the type {kind or 'polygon'} does not have {count} point{'s' * (count != 1)}")
     if kind in ("point", "points") or count == 1:
-        return _Drawn(line(name, points, size), "point")
-    if kind in ("line", "linestrip") or (count == 2 and kind in _OUTLINES):
-        return _Drawn(line(name, points, size), "line")
+        return line(name, points, size), "point"
+    flat = any(min(side) == max(side) for side in zip(*points, strict=True))
+    if kind in ("line", "linestrip") or (kind in _OUTLINES and (count == 2 or flat)):
+        return line(name, points, size), "line"
     if kind == "rectangle":
-        return _Drawn(Shape(name, enclosing(points), cut=True), "area")
+        return Shape(name, enclosing(points), cut=True), "area"
     if kind == "mask":
-        return _Drawn(_mask(name, points, member(drawn, "mask", str), size), "area")
+        return _mask(name, points, member(drawn, "mask", str), size), "area"
     if kind == "circle":
         radius = math.dist(*points)
-        return _Drawn(ellipse(name, points[0], (radius, radius)), "area")
-    if any(min(side) == max(side) for side in zip(*points, strict=True)):  # a polygon without area
-        return _Drawn(line(name, points, size), "line")
-    return _Drawn(outlined(name, points, cut=True), "area")
+        return ellipse(name, points[0], (radius, radius)), "area"
+    return outlined(name, points, cut=True), "area"
 
 
 def _mask(name: str, points: list[Point], encoded: str, size: tuple[int, int] | None) -> Shape:
-    """A mask is a PNG of the part of the image between two corners, both of which belong to it."""
+    """Return a mask, which is a PNG of the part of the image between two corners, both of which belong to it."""
     if not size:
         raise ValueError("a mask needs the imageWidth and imageHeight of the file")
     width, height = size

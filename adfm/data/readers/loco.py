@@ -22,18 +22,15 @@ FORM = (
 
 
 def matches(raw: Path) -> bool:
-    """Whether there is a category in this layout, and one with masks: without any the labels are all there is."""
+    """Whether there is a category in this layout, and one with masks."""
+    # Without masks the labels are all there is: then it is the layout `folders`.
     return files.has_category(raw, _is_category, "ground_truth")
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yield the samples, category by category, by name. `split` is the folder's; `defect` is the kind of anomaly.
+    """Yield the samples, category by category, by name; see `mvtec.read`. `defect` is the kind of anomaly.
 
-    A defect is what any of an image's masks marks, with whatever value: values number the defects. Folders are
-    entered, and files ignored, as for MVTec AD.
-
-    Raises:
-        BadData: An anomalous image has no mask, or images and masks have no place in the layout.
+    A defect is what any of an image's masks marks, with whatever value: values number the defects.
     """
     return files.DataSet(raw, "loco").by_category(_is_category, _category, files.ADD_MASK)
 
@@ -44,7 +41,7 @@ def _category(data: files.DataSet, folder: Path) -> Iterator[Sample]:
             defect = None if kind.name == "good" else kind.name
             for image in files.images(kind):
                 truth = folder / "ground_truth" / kind.name / image.stem
-                masks = files.images(truth) or [truth / "000.png"]
+                masks = files.images(truth) or [truth / "000.png"]  # `checked` reports what does not exist
                 yield data.sample(folder.resolve().name, image, defect, masks, split)
 
 

@@ -1,4 +1,4 @@
-"""Finds the images of a data set by the names that annotation files give them."""
+"""Lookup of images by the names that annotation files give them."""
 
 from __future__ import annotations
 
@@ -29,20 +29,18 @@ _UPLOAD = re.compile(r"(?:^|/)upload/(?:\d+/)?[^/]+$")
 
 
 class Images:
-    """Finds the images of a data set by the names that annotation files give them.
+    """Lookup of the images of a data set by the names that annotation files give them.
 
     A name with a folder leads there: from the annotation file, from a folder above it, or from a folder of images that
-    belongs to it. Of a path of the machine that wrote it, the longest tail that exists counts. A bare name is looked
-    for beside the annotation file and in its own folders of images alone: an image that was deleted is missing, even
-    where another split or product has one of the same name. Names that differ in Unicode normalisation, or in upper
-    and lower case of the extension, are the same, unless one is exactly right.
-
-    The names of the files in folders that were looked into are in memory.
+    belongs to it. Of a path of the machine that wrote it, the longest tail that exists counts. A bare name is searched
+    beside the annotation file and in its own folders of images alone: an image that was deleted is missing, even where
+    another split or product has one of the same name. Names that differ in Unicode normalisation, or in the case of the
+    extension, are the same, unless one is exactly right. The names of files in searched folders are in memory.
     """
 
     def __init__(self, raw: Path) -> None:
         self._raw = raw
-        # Data sets have many annotation files a folder: what they ask of a folder is looked up once.
+        # Data sets have many annotation files a folder: each folder is listed once for all of them.
         self._inside = functools.cache(folders)
         self._above = functools.cache(self._folders_above)
         self._folder = functools.cache(self._find_folder)
@@ -52,25 +50,20 @@ class Images:
         self._own = functools.cache(self._own_folders)
 
     def locate(self, name: str, folder: Path, stem: str = "") -> Path:
-        """The image that an annotation file in a folder means by a name: a path of any system, or a URL.
+        """Return the image that an annotation file in a folder means by a name: a path of any system, or a URL.
 
         `stem` is the name of the file without its extension, where that says which images it is of: `instances_train`.
-
-        Raises:
-            NoImage: The data set does not have this image.
-            ValueError: It may be any of several.
+        `NoImage` is raised where no image fits, `ValueError` where several do.
         """
         groups = self._own(folder, stem)
         for reading in _readings(name):
             if path := self._by_path(reading, name, folder, groups):
                 return path
-        raise NoImage(
-            f"there is no image {name!r}, neither where its path leads nor beside this file nor in a folder of images"
-            " that belongs to it"
-        )
+        where = "neither where its path leads nor beside this file nor in its image folders"
+        raise NoImage(f"there is no image {name!r}, {where}")
 
     def of_stem(self, stem: str, folder: Path) -> list[Path]:
-        """The images with the name of an annotation file: those beside it, else those in its own folders of images."""
+        """List the images with the name of an annotation file: those beside it, else those in its image folders."""
         for group in self._own(folder, ""):
             if paths := [each / name for each in group for name in self._by_stem(each).get(nfc(stem), ())]:
                 return paths
@@ -79,7 +72,7 @@ class Images:
     def _by_path(self, path: str, name: str, folder: Path, groups: Sequence[Sequence[Path]]) -> Path | None:
         path = _DRIVE.sub("/", path)
         foreign, above = path.startswith("/"), self._above(folder)  # foreign: of the machine that wrote the file
-        if not foreign and ".." in path.split("/"):
+        if not foreign and ".." in path.split("/"):  # then it leads to one folder only
             path = os.path.normpath("/".join((*folder.relative_to(self._raw).parts, path)))
             foreign, above = path.startswith("../"), above[-1:]
         parts = [part for part in os.path.normpath(path).split("/") if part.strip(".")]
@@ -93,6 +86,7 @@ class Images:
                     return image
             if any(map(self._by_stem, places)):
                 return None  # it is missing from the very folder that the path names
+        # A folder such as a product's would say which of several images of one name it is.
         if len(parts) > 1 and not foreign and not all(map(self._is_general, parts[:-1])):
             return None
         groups = groups if len(parts) == 1 or _UPLOAD.search(path) else groups[:-1]
@@ -110,14 +104,11 @@ class Images:
         return None
 
     def _in(self, folder: Path, last: str, name: str) -> Path | None:
-        """The file of a name in a folder."""
         if last in self._files(folder):
             return folder / last
         alike = self._alike(folder).get(_alike(last), [])
         if len(alike) > 1:
-            raise ValueError(
-                f"the image {name!r} may be any of {', '.join(sorted(alike))}; write it as its file is named"
-            )
+            raise ValueError(f"the image {name!r} may be any of {', '.join(sorted(alike))}; write its file's name")
         return folder / alike[0] if alike else None
 
     def _images_by_stem(self, folder: Path) -> dict[str, list[str]]:
@@ -126,16 +117,15 @@ class Images:
         return _grouped(images, lambda name: nfc(PurePosixPath(name).stem))
 
     def _find_folder(self, base: Path, parts: tuple[str, ...]) -> Path | None:
-        """The folder that a path leads to from another."""
         folder = base.joinpath(*parts)
         if not parts or os.path.isdir(folder):  # noqa: PTH112 - unlike is_dir, false for a name that no folder can have
             return folder
         above = self._folder(base, parts[:-1])
+        # The path may be in another normalisation than the disk's, at any depth.
         alike = [each for each in self._inside(above) if nfc(each.name) == nfc(parts[-1])] if above else []
         return alike[0] if len(alike) == 1 else None
 
     def _folders_above(self, folder: Path) -> list[Path]:
-        """A folder and those that it is in, up to the data set."""
         return [each for each in (folder, *folder.parents) if each.is_relative_to(self._raw)]
 
     def _is_general(self, part: str) -> bool:
@@ -143,15 +133,10 @@ class Images:
         return part.lower() in _IMAGES or part.lower() in SPLIT_NAMES or part == files.dataset_name(self._raw)
 
     def _contradicts(self, folder: Path, split: Split | None) -> bool:
-        """Whether a folder is that of another split."""
         return split is not None and split_of(*folder_names(self._raw, folder / "image")) not in (None, split)
 
     def _own_folders(self, folder: Path, stem: str) -> list[list[Path]]:
-        """The folders that the images of an annotation file may be in, the nearest group first.
-
-        These are: the one that it is in; then those of its name, else of its split, else those for images and the only
-        one that has any. The last group does not count for a name with a folder.
-        """
+        """List the folders that the images of an annotation file may be in, the nearest group first."""
         raw = self._raw
         split = split_of(stem, *folder_names(raw, folder / "image"))
         annotations = [place for place in self._above(folder)[:-1] if place.name.lower() in _ANNOTATIONS][:1]
@@ -160,10 +145,12 @@ class Images:
             bases.insert(1, folder.parent)
         general = [inside for base in bases for inside in self._inside(base) if inside.name.lower() in _IMAGES]
         inside = [each for base in (*bases, *general) for each in self._inside(base)]
+        # Its own folders are those of its name, else of its split.
         own = self._with_images(each for each in inside if _mentions(f"{stem} {folder.name}", each.name))
         own = own or self._with_images(each for each in inside if split and split_of(each.name) == split)
         if annotations:
             general += [place for place in partners(raw, folder, _ANNOTATIONS, _IMAGES) if place.is_dir()]
+        # Without any they are those for images, and the only one that has images: it does not count for a path.
         near, last = (own, []) if own else (general, self._only)
         near, last = (
             [place for place in dict.fromkeys(group) if place != folder and not self._contradicts(place, split)]
@@ -172,7 +159,7 @@ class Images:
         return [[folder], near, last]
 
     def _with_images(self, places: Iterable[Path]) -> list[Path]:
-        """Those of some folders that have images somewhere in them, each with its folders for images."""
+        """List those of some folders that have images somewhere in them, each with its folders for images."""
         both: dict[Path, None] = {}
         for place in places:
             both |= dict.fromkeys((place, *(each for each in self._inside(place) if each.name.lower() in _IMAGES)))
@@ -180,7 +167,7 @@ class Images:
 
     @functools.cached_property
     def _only(self) -> list[Path]:
-        """The folder that has all images of the data set, if one has."""
+        """List the folder that has all images of the data set, if one has."""
         some = list(itertools.islice((folder for folder in walk(self._raw) if self._by_stem(folder)), 2))
         return some if len(some) == 1 else []
 
@@ -191,7 +178,7 @@ def _file_names(folder: Path) -> frozenset[str]:
 
 
 def _readings(name: str) -> list[str]:
-    """The paths that a name may stand for: as it is, with backslashes, as a URL."""
+    """List the paths that a name may stand for: as it is, with backslashes, as a URL."""
     slashed = name.replace("\\", "/")
     path = _URL.sub("/", slashed, count=1)
     queried = [path.partition(mark)[0] for mark in "?&#"] if path != slashed else []
@@ -200,7 +187,7 @@ def _readings(name: str) -> list[str]:
 
 
 def _alike(name: str) -> str:
-    """What names of one image have in common."""
+    """Normalise a name: all names of one image have the result in common."""
     path = PurePosixPath(name)
     return nfc(path.stem + path.suffix.lower()) if path.name else name
 
@@ -213,5 +200,5 @@ def _grouped(names: Iterable[str], key: Callable[[str], str]) -> dict[str, list[
 
 
 def _mentions(text: str, name: str) -> bool:
-    """Whether a text has a name as a word of its own."""
+    """Whether a text has a name as a word."""
     return re.search(rf"(?<![^\W_]){re.escape(name)}(?![^\W_])", text, re.IGNORECASE) is not None

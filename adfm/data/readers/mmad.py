@@ -40,15 +40,10 @@ def read(raw: Path) -> Iterator[Sample]:
     `split.redivide: true` divides it all the same: the published run of AD-FM trained on a fifth, not published which.
     Copies of one picture stay in one split while `split.near_duplicates` is true.
 
-    A path says it all: `dataset` is its first folder, `category` its second, and the folder of the image is `good` or
-    the `defect`. A mask's
-    path begins at the category, or at any other folder of its image's path. A mask in a folder of its image's name, as
-    LOCO has them, stands for all that lie there. Other images, such as templates, are left out.
+    `dataset` is the first folder of a path, `category` its second, and the folder of the image is `good` or the
+    `defect`. Other images, such as templates, are left out.
 
     The images are those of the data sets above, so do not evaluate on MMAD what was trained on the tests of those.
-
-    Raises:
-        BadData: `mmad.json` is missing or bad, names what does not exist, or gives an anomalous image no mask.
     """
     data = DataSet(raw, "mmad")
     root = _root(raw)
@@ -65,10 +60,12 @@ def _samples(data: DataSet, root: Path) -> Iterator[Sample]:
             defect = None if image.parent.name == "good" else image.parent.name
             masks: Iterable[Path] = ()
             if defect and entry.mask_path:
+                # The path of a mask begins at the category, or at any other folder of its image's path.
                 above = [folder for folder in image.parents if folder.is_relative_to(root)]
                 mask = files.listed_path([root / parts[0] / parts[1], *above], entry.mask_path)
                 if mask is None:
                     raise ValueError(f"{entry.mask_path!r}, the mask of {path}, is not a path in the data set")
+                # One in a folder of its image's name, as LOCO has them, stands for all that lie there.
                 masks = files.images(mask.parent) if mask.parent.name == image.stem else (mask,)
             # MMAD itself has 22 metal nuts in a folder of pills; here they are what their path says.
             yield data.sample(parts[1], image, defect, masks, "test", dataset=parts[0])

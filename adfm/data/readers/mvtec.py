@@ -22,19 +22,16 @@ _OTHERS = ("train/ok", "test/ok", "validation/good", "test/logical_anomalies", "
 
 
 def matches(raw: Path) -> bool:
-    """Whether there is a category in this layout, and one with masks: without any the labels are all there is."""
+    """Whether there is a category in this layout, and one with masks."""
+    # Without masks the labels are all there is: then it is the layout `folders`.
     return files.has_category(raw, _is_category, "ground_truth")
 
 
 def read(raw: Path) -> Iterator[Sample]:
     """Yield the samples, category by category, by name. `split` is the official one, `train` or `test`.
 
-    A mask has its image's name, with or without `_mask`, and an extension of its own. A folder that holds one folder
-    alone is entered until there are categories; a data set may also be one category itself. Files and folders whose
-    names start with a dot are ignored, as are files that are not images, and masks of good images.
-
-    Raises:
-        BadData: An anomalous image has no mask, or images and masks have no place in the layout.
+    A folder that holds one folder alone is entered until there are categories; a data set may also be one category
+    itself. Hidden files and folders are ignored, as are files that are not images, and masks of good images.
     """
     return files.DataSet(raw, "mvtec").by_category(_is_category, _category, files.ADD_MASK)
 
@@ -46,6 +43,7 @@ def _category(data: files.DataSet, folder: Path) -> Iterator[Sample]:
         truth = folder / "ground_truth" / kind.name
         masks = {mask.stem: mask for mask in files.images(truth)} if defect else {}
         for image in files.images(kind):
+            # VisA's 1cls form has no `_mask`; extensions differ from the image's. `checked` reports a missing mask.
             mask = masks.get(f"{image.stem}_mask") or masks.get(image.stem) or truth / f"{image.stem}_mask.png"
             yield data.sample(folder.resolve().name, image, defect, [mask], split)
 

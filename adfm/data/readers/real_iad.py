@@ -53,21 +53,15 @@ def read(raw: Path) -> Iterator[Sample]:
     """Yield the samples, category by category, in the order of its JSON file. `split` is the list that has the image.
 
     The JSON file is the authority: images that it does not name are left out (that of a single view names a fifth of
-    them). `defect` is its `anomaly_class`. A view of a defective part that has no mask does not show the defect: it is
-    normal, as is one whose mask turns out to be empty. The folder of a part's five views is the `group`.
+    them). `defect` is its `anomaly_class`. A view of a defective part without a mask, or with an empty one, is normal.
 
-    The categories may lie in a folder of their own (`realiad_1024`) beside those of the JSON files. Of several JSON
-    files for a category the one in the fewest folders counts, and then the one in a folder called `realiad_jsons`.
-
-    Raises:
-        BadData: A category has no JSON file or several that differ, or one is bad or names what is not there.
+    Of several JSON files for a category the one in the fewest folders counts, and then the one in `realiad_jsons`.
     """
     data = DataSet(raw, "real-iad")
     top = files.root(raw, lambda folder: bool(_places(folder))) or raw
     places = _places(top)
     if len(places) > 1:
-        names = ", ".join(map(data.relative, places))
-        data.problems.append(f"the images are there more than once, keep one: {names}")
+        data.add("the images are there more than once, keep one", ", ".join(map(data.relative, places)))
     return data.checked((None, _category(data, top, folder)) for place in places[:1] for folder in _folders(place))
 
 
@@ -83,6 +77,7 @@ def _category(data: DataSet, top: Path, folder: Path) -> Iterator[Sample]:
     content = data.parse(jsons[0], _FORM)
     if content is None:
         return
+    # Paths begin at the category, or name it: `meta.prefix` is shared by two categories, so that it says nothing.
     bases = (folder, folder.parent)
     for split, entries in (("train", content.train), ("test", content.test)):
         for entry in entries:
@@ -94,12 +89,12 @@ def _category(data: DataSet, top: Path, folder: Path) -> Iterator[Sample]:
                 continue
             # A view without a mask does not show the defect of its part.
             defect = entry.anomaly_class if mask and entry.anomaly_class != content.meta.normal_class else None
-            masks, part = [mask] if mask else [], data.relative(image.parent)
+            masks, part = [mask] if mask else [], data.relative(image.parent)  # the folder of a part's five views
             yield data.sample(folder.name, image, defect, masks, split, unmarked_is_normal=True, group=part)
 
 
 def _places(folder: Path) -> list[Path]:
-    """The folders that hold categories: this one, or some in it."""
+    # The categories may lie in a folder of their own, `realiad_1024`, beside that of the JSON files.
     return [place for place in (folder, *files.folders(folder)) if _folders(place)]
 
 
@@ -108,7 +103,7 @@ def _folders(place: Path) -> list[Path]:
 
 
 def _jsons(top: Path, folder: Path) -> list[Path]:
-    """The JSON files of a category that lie in the fewest folders."""
+    """List the JSON files of a category that lie in the fewest folders."""
     name = glob.escape(f"{folder.name}.json")
     patterns = (name, f"*/{name}", f"*/*/{name}")
     return next((jsons for pattern in patterns if (jsons := sorted(top.glob(pattern)))), [])

@@ -41,12 +41,7 @@ def read(raw: Path) -> Iterator[Sample]:
     """Yield the images in `train_images`, by name. The data set fixes no split: those in `test_images` have no labels.
 
     An image in no row is normal. A row is the mask of one class, `class 1` to `class 4`; each patch of it, connected by
-    sides or corners, is a defect with a box and a mask. There is one category, `steel`.
-
-    The table is in memory.
-
-    Raises:
-        BadData: Anything is wrong in the table, or an image that it lists is missing.
+    sides or corners, is a defect with a box and a mask. There is one category, `steel`. The table is in memory.
     """
     data = DataSet(raw, "severstal")
     folder = root(raw, _is_data_set)
@@ -66,7 +61,7 @@ def _samples(data: DataSet, folder: Path) -> Iterator[Sample]:
 
 
 def _rows(data: DataSet, table: Path, names: set[str]) -> dict[str, list[tuple[int, str, str]]]:
-    """Line, class and run lengths of the rows of each image."""
+    """Return line, class and run lengths of the rows of each image."""
     rows: dict[str, list[tuple[int, str, str]]] = defaultdict(list)
     listed: dict[tuple[str, str], int] = {}
     where = data.relative(table)
@@ -94,7 +89,7 @@ def _rows(data: DataSet, table: Path, names: set[str]) -> dict[str, list[tuple[i
 
 
 def _decoded(encoded: str) -> NDArray[np.bool_]:
-    """The mask [height, width] of pairs of start, from 1, and length, which count pixels column by column."""
+    """Return the mask [height, width] of pairs of start, from 1, and length, which count pixels column by column."""
     words = encoded.split()
     if not words or len(words) % 2 or not all(word.isascii() and word.isdecimal() for word in words):
         raise ValueError(f"EncodedPixels is not pairs of start and length: {encoded[:40]!r}")
@@ -103,10 +98,8 @@ def _decoded(encoded: str) -> NDArray[np.bool_]:
     end = 0
     for start, length in zip(map(int, words[::2]), map(int, words[1::2]), strict=True):
         if start <= end or length < 1 or start - 1 + length > pixels.size:
-            raise ValueError(
-                f"EncodedPixels has the pair `{start} {length}`, which is empty, not behind the pair before it or not"
-                f" within the {pixels.size} pixels of an image of {width}x{height}"
-            )
+            pair, all_pixels = f"the pair `{start} {length}` of EncodedPixels", f"the {pixels.size} of {width}x{height}"
+            raise ValueError(f"{pair} is empty, begins within the pair before it or leaves the pixels, {all_pixels}")
         end = start - 1 + length
         pixels[start - 1 : end] = True
     return pixels.reshape(width, height).T

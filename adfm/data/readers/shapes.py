@@ -1,6 +1,6 @@
 """Shapes that annotation tools draw besides boxes and polygons: turned boxes, ellipses, lines, bitmaps, groups.
 
-Angles are in degrees, clockwise as an image is seen.
+Angles are in degrees, clockwise as an image is seen. Bad data raise `ValueError` with what is wrong.
 """
 
 from __future__ import annotations
@@ -24,13 +24,7 @@ _CORNERS = 64  # of the polygon that stands for an ellipse
 
 
 def turned_box(name: str, before: Box, degrees: float, pivot: Point | None = None) -> Shape:
-    """A turned box: the box round it, cut off at the edge of the image, and its outline.
-
-    It is turned about its center, unless another pivot is given.
-
-    Raises:
-        ValueError: It has no area, or a number is not finite.
-    """
+    """Turn a box about its centre or a pivot: the box round it, cut off at the edge of the image, and its outline."""
     if not all(map(math.isfinite, (*before, degrees))):
         raise ValueError("a number of the turned box is not finite")
     x1, y1, x2, y2 = before
@@ -41,11 +35,7 @@ def turned_box(name: str, before: Box, degrees: float, pivot: Point | None = Non
 
 
 def ellipse(name: str, center: Point, radii: Point, degrees: float = 0) -> Shape:
-    """An ellipse: the box round it, cut off at the edge of the image, and its outline.
-
-    Raises:
-        ValueError: It has no area, or a number is not finite.
-    """
+    """Return an ellipse: the box round it, cut off at the edge of the image, and its outline."""
     (x, y), (across, down) = center, radii
     if not all(map(math.isfinite, (x, y, across, down, degrees))) or across <= 0 or down <= 0:
         raise ValueError(f"the ellipse with the radii {across:g} and {down:g} has no area")
@@ -57,15 +47,13 @@ def ellipse(name: str, center: Point, radii: Point, degrees: float = 0) -> Shape
 
 
 def line(name: str, points: Sequence[Point], size: tuple[int, int] | None = None) -> Shape:
-    """A line or a point: the box round it, at least one pixel wide and high, cut off at the edge of the image.
-
-    Where the width and height of the image are known, that pixel lies within it.
-    """
+    """Return a line or a point: the box round it, at least one pixel wide and high, cut off at the image's edge."""
     sides = []
     for values, length in zip(zip(*points, strict=True), size or (math.inf, math.inf), strict=True):
         low, high = min(values), max(values)
         if high - low < 1:
             middle = (low + high) / 2
+            # The pixel lies within the image, where its size is known.
             low = min(max(middle - 0.5, 0), length - 1) if 0 <= middle <= length else middle - 0.5
             high = low + 1
         sides.append((low, high))
@@ -74,12 +62,9 @@ def line(name: str, points: Sequence[Point], size: tuple[int, int] | None = None
 
 
 def bitmap(name: str, part: NDArray[np.bool_], left: int, top: int, size: tuple[int, int] | None) -> Shape:
-    """A bitmap that covers a part of the image: the box round its pixels, and its mask.
+    """Return a bitmap that covers a part of the image: the box round its pixels, and its mask.
 
     `part` is [height, width], and begins at the column `left` and the row `top` of an image of `size` (width, height).
-
-    Raises:
-        ValueError: It shows nothing, reaches out of the image, or the size of the image is not stated.
     """
     if size is None:
         raise ValueError("has a mask, but the file does not state the size of the image")
@@ -103,13 +88,10 @@ def bitmap(name: str, part: NDArray[np.bool_], left: int, top: int, size: tuple[
 
 
 def patches(name: str, mask: NDArray[np.bool_], size: tuple[int, int]) -> list[Shape]:
-    """A bitmap for every patch of a mask [height, width] of an image of `size` (width, height).
-
-    Pixels that touch at a side or a corner are of one patch.
-    """
+    """Return a bitmap for every patch of a mask [height, width] of an image of `size` (width, height)."""
     from scipy import ndimage
 
-    labels, _ = ndimage.label(mask, np.ones((3, 3)))
+    labels, _ = ndimage.label(mask, np.ones((3, 3)))  # pixels that touch at a side or a corner are of one patch
     places = enumerate(ndimage.find_objects(labels), start=1)
     return [
         bitmap(name, labels[down, across] == number, across.start, down.start, size)
@@ -118,23 +100,22 @@ def patches(name: str, mask: NDArray[np.bool_], size: tuple[int, int]) -> list[S
 
 
 def pixels(rle: Rle) -> NDArray[np.bool_]:
-    """The mask as an array [height, width]."""
-    runs = np.resize(np.array([False, True]), len(rle.counts))
-    return np.repeat(runs, rle.counts).reshape(rle.width, rle.height).T
+    """Return a mask as an array [height, width]."""
+    return unpacked(rle.counts).reshape(rle.width, rle.height).T
+
+
+def unpacked(counts: Sequence[int]) -> NDArray[np.bool_]:
+    """Expand lengths of runs, of background and defect by turns, to pixels."""
+    return np.repeat(np.resize(np.array([False, True]), len(counts)), counts)
 
 
 def png(encoded: str, unpack: Callable[[bytes], bytes] = bytes) -> NDArray[np.bool_]:
-    """The pixels of a PNG in base64 that are not background, [height, width]: transparent if any is, else 0.
-
-    `unpack` makes a PNG of the bytes.
-
-    Raises:
-        ValueError: It cannot be read.
-    """
+    """Return the pixels [height, width] of a PNG in base64 that are not background; `unpack` makes a PNG of bytes."""
     try:
         content = unpack(base64.b64decode(encoded, validate=True))
         with Image.open(io.BytesIO(content), formats=["PNG"]) as file:
             check_mask_size(*file.size)
+            # Background is transparent if any pixel can be, else 0.
             transparent = "transparency" in file.info or file.mode in ("LA", "RGBA")
             values = np.asarray(file.convert("RGBA"))[..., 3] if transparent else np.asarray(file)
     except binascii.Error as error:
@@ -145,11 +126,7 @@ def png(encoded: str, unpack: Callable[[bytes], bytes] = bytes) -> NDArray[np.bo
 
 
 def check_mask_size(width: int, height: int) -> None:
-    """Refuse a mask of more pixels than Pillow takes for an image.
-
-    Raises:
-        ValueError: It is too large, or has no pixel.
-    """
+    """Refuse a mask of more pixels than Pillow takes for an image, or of none."""
     if width < 1 or height < 1 or width * height > (Image.MAX_IMAGE_PIXELS or 0):
         raise ValueError(f"a mask of {width}x{height} pixels is too large, or empty")
 
@@ -180,12 +157,11 @@ def join(pieces: Sequence[Shape]) -> Shape:
 
 
 def corners(area: Box) -> Polygon:
-    """The outline of a box."""
+    """Return the outline of a box."""
     x1, y1, x2, y2 = area
     return ((x1, y1), (x2, y1), (x2, y2), (x1, y2))
 
 
 def _turned(center: Point, points: Iterable[Point], degrees: float) -> Polygon:
-    """Points relative to a center, turned about it."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     return tuple((center[0] + x * cos - y * sin, center[1] + x * sin + y * cos) for x, y in points)

@@ -21,7 +21,7 @@ from adfm.data.readers.verdicts import class_name, defect_type, is_verdict
 from adfm.records import Polygon, Sample, Split
 
 FORM = "<project>/meta.json, <project>/<data set>/img/*, <project>/<data set>/ann/*.json"
-_ANN, _IMG, _META = "ann", "img", "meta.json"  # names that Supervisely fixes
+_ANN, _IMG, _META = "ann", "img", "meta.json"  # names that Supervisely sets
 _LINES = ("line", "polyline")
 _LINE = "a line is the box round it"
 _PICTURES = "masks_"  # masks_human, masks_machine, masks_instances: drawn from the annotations
@@ -31,7 +31,7 @@ _Size = tuple[int, int] | None
 
 
 class _Meta(NamedTuple):
-    """What meta.json says of a project: the geometry of every class, and whether its tags are labels of images."""
+    """The geometry of every class of a project, and whether its tags are labels of images."""
 
     geometries: dict[str, str]
     tags_are_labels: bool
@@ -45,28 +45,21 @@ def matches(raw: Path) -> bool:
 def read(raw: Path) -> Iterator[Sample]:
     """Yield the images of all data sets of a project. One whose file has no object is normal.
 
-    Corners are numbers of pixels, the last one included. A rectangle is a box; a polygon and a bitmap are masks as
-    well; a line is the box round it; an image with points is anomalous, without boxes. Keypoints and cuboids are
-    refused. Image tags called train, val or test are splits. The others are the labels of images without an object if
-    one of the project's tags is OK, NG or the like, or the project has no class of objects; otherwise they are left
-    out. `split` is that of a tag, else of the folders' names (train, val, valid, validation, test).
-
-    Raises:
-        BadData: A JSON file is bad or has no image, an image has none, or images are outside img/.
+    A rectangle is a box; a polygon and a bitmap are masks as well; a line is the box round it; an image with points is
+    anomalous, without boxes. Keypoints and cuboids are refused. Image tags called train, val or test are splits; the
+    others label images without an object if one of the project's tags is OK, NG or the like, or it has no class of
+    objects. `split` is that of a tag, else of the folders' names.
     """
     data = DataSet(raw, "supervisely")
-    empty = True
     for folder in walk(raw):
         if folder.name == _ANN or folder.name.startswith(_PICTURES):
             continue
         if (folder / _ANN).is_dir():
-            for image in _dataset(data, folder):
-                empty = False
-                yield image
+            yield from _dataset(data, folder)
         elif folder.name != _IMG and (stray := images(folder)):
             names = ", ".join(image.name for image in stray)
             data.add(folder, f"images outside {_IMG}/, move them there: {names}")
-    data.finish(not empty, f"no image in a folder {_IMG}/ beside {_ANN}/")
+    data.finish(f"no image in a folder {_IMG}/ beside {_ANN}/")
 
 
 def _is_dataset(folder: Path) -> bool:
@@ -96,17 +89,14 @@ def _dataset(data: DataSet, folder: Path) -> Iterator[Sample]:
 
 
 def _meta(data: DataSet, folder: Path) -> _Meta:
-    """The meta.json of the project that a data set is in."""
     files = (above / _META for above in data.above(folder))
     if file := next((file for file in files if file.is_file()), None):
-        try:
+        with data.at(file):
             content = parsed(file)
             classes = member(content, "classes", list)
-            geometries = {one["title"]: one["shape"] for one in classes}
+            geometries = {member(one, "title", str): member(one, "shape", str) for one in classes}
             tags = optional(content, "tags", list) or []
             return _Meta(geometries, not classes or any(is_verdict(optional(tag, "name", str)) for tag in tags))
-        except (KeyError, TypeError, ValueError) as error:
-            data.add(file, str(error))
     return _Meta({}, False)
 
 
@@ -121,6 +111,7 @@ def _sample(data: DataSet, image: Path, file: Path, meta: _Meta) -> Sample:
     points: list[str] = []
     if label == "" and objects:
         data.add(where, "a tag says that it is normal, but objects are drawn on it; remove one of them")
+    # Tags may say anything; without a word such as OK among them they are no labels.
     notes = ["tags of an image are left out"] if tags and (objects or not meta.tags_are_labels) else []
     for place, drawn in enumerate(objects, start=1):
         with data.at(f"{where}: object {place}"):
@@ -141,7 +132,7 @@ def _size(content: object) -> _Size:
 
 
 def _tags(content: object) -> tuple[Split | None, list[str]]:
-    """The split that the tags of an image name, and the other tags."""
+    """Return the split that the tags of an image name, and the other tags."""
     tags = optional(content, "tags", list) or []
     names = [tag.get("name") if isinstance(tag, dict) else tag for tag in tags]
     splits = {name: split_of(name) if name.isalpha() else None for name in names if isinstance(name, str)}
@@ -151,11 +142,10 @@ def _tags(content: object) -> tuple[Split | None, list[str]]:
 
 
 def _geometry(drawn: object, meta: _Meta) -> object:
-    """The geometry of an object; early versions wrote it for the class only."""
     title = member(drawn, "classTitle", str)
-    if not isinstance(drawn, dict) or isinstance(drawn.get("geometryType"), str):
-        return member(drawn, "geometryType", str)
-    return "bitmap" if drawn.get("bitmap") else meta.geometries.get(title)
+    # Early versions wrote the geometry for the class only.
+    by_class = "bitmap" if optional(drawn, "bitmap", object) else meta.geometries.get(title)
+    return optional(drawn, "geometryType", str) or by_class
 
 
 def _shape(drawn: object, geometry: object, size: _Size) -> Shape:
@@ -168,9 +158,7 @@ def _shape(drawn: object, geometry: object, size: _Size) -> Shape:
     if geometry == "multipolygon":
         return _polygons(name, [_rings(part) for part in member(drawn, "parts", list)], size)
     if geometry not in ("rectangle", "polygon", *_LINES):
-        raise ValueError(
-            f"a shape of the type {geometry!r} is not a rectangle, polygon, line or bitmap; draw one in its place"
-        )
+        raise ValueError(f"a shape of the type {geometry!r} is not read; draw a rectangle, polygon, line or bitmap")
     outer, holes = _rings(member(drawn, "points", dict))
     if geometry == "polygon":
         return _polygons(name, [(polygon(outer), holes)], size)
@@ -182,13 +170,13 @@ def _shape(drawn: object, geometry: object, size: _Size) -> Shape:
 
 
 def _polygons(name: str, parts: list[tuple[Polygon, list[Polygon]]], size: _Size) -> Shape:
-    """Polygons of one object; a hole in one makes a mask of them."""
     if not parts:
         raise ValueError("has no polygon")
     outlines = tuple(polygon(outer) for outer, _ in parts)
     round_it = enclosing(_last_included([corner for outline in outlines for corner in outline]))
     if not any(holes for _, holes in parts):
         return Shape(name, round_it, outlines)
+    # An outline has no hole: a mask has to take its place.
     left, top = int(max(round_it.x1, 0)), int(max(round_it.y1, 0))
     if size is None:
         raise ValueError("has a hole, but the file does not state the size of the image")
@@ -206,7 +194,7 @@ def _polygons(name: str, parts: list[tuple[Polygon, list[Polygon]]], size: _Size
 
 
 def _rings(part: object) -> tuple[Polygon, list[Polygon]]:
-    """The outline and the holes of a polygon."""
+    """Return the outline and the holes of a polygon."""
     outer = tuple(map(point, member(part, "exterior", list)))
     holes = optional(part, "interior", list) or []
     if not all(isinstance(hole, list) for hole in holes):
@@ -215,6 +203,6 @@ def _rings(part: object) -> tuple[Polygon, list[Polygon]]:
 
 
 def _last_included(points: Sequence[Point]) -> list[Point]:
-    """The corners, and the far ends of the pixels in whole numbers that they name."""
+    # Corners in whole numbers name pixels, the last one included: so the box reaches to their far ends.
     ends = [(x + 1 if x == int(x) else x, y + 1 if y == int(y) else y) for x, y in points]
     return [*points, *ends]

@@ -58,21 +58,18 @@ _NOTHING = ("", "-", "none")
 _YES_OR_NO = {"true": "1", "yes": "1", "y": "1", "false": "0", "no": "0", "n": "0"}  # to `is_anomaly` and alike
 # Tables of other layouts: of VisA, and of Hugging Face's imagefolder.
 _OTHERS = frozenset(("image_anno.csv", "1cls.csv", "2cls_fewshot.csv", "2cls_highshot.csv", "metadata.csv"))
-
 _UNCERTAIN = "its label is uncertain: the probability of a defect is neither 0 nor 1, and counts from 0.5"
 
 
 @dataclass(frozen=True, slots=True)
 class _Header:
-    """The first line of a table."""
-
-    names: tuple[str, ...]  # of its columns, in lower case
+    names: tuple[str, ...]  # of the columns, in lower case
     columns: dict[str, int]  # the place of each column that is known, by its name in `_NAMES`
     further: dict[str, int]  # the places of those that are not, by their names
     line: int  # 0: the table has none
 
     def name(self, column: str) -> str:
-        """What the table calls a column."""
+        """Return what the table calls a column."""
         return self.names[self.columns[column]]
 
 
@@ -110,12 +107,8 @@ def read(raw: Path) -> Iterator[Sample]:
     or a word that means the same (see `verdicts`). An image with several defects has several rows.
     Instead of `label` there may be the name of the defect alone, or normal, in `class`; or a `probability` of a
     defect, which is normal below 0.5. In a table without columns for boxes or masks the label is all that is known.
-    Further columns are for `split.group`. Columns are separated by comma, semicolon, tab, `|` or blanks.
-
-    The tables are in memory.
-
-    Raises:
-        BadData: Anything is wrong in the tables, or images are missing, or in no row.
+    Further columns are for `split.group`. Columns are separated by comma, semicolon, tab, `|` or blanks. The tables are
+    in memory.
     """
     data = DataSet(raw, "csv")
     base = root(raw, lambda folder: any(map(_tables, walk(folder, 2))))
@@ -128,7 +121,7 @@ def read(raw: Path) -> Iterator[Sample]:
     for image, rows in rows_of.items():
         if rows:
             yield _sample(data, image, rows)
-    data.finish(bool(tables), "a CSV file is needed with at least the columns image and label; there is none")
+    data.finish("a CSV file is needed with at least the columns image and label; there is none")
 
 
 def _sample(data: DataSet, image: Path, rows: list[_Row]) -> Sample:
@@ -157,7 +150,7 @@ def _sample(data: DataSet, image: Path, rows: list[_Row]) -> Sample:
 
 
 def _unlisted(data: DataSet, known: Container[Path], tables: dict[Path, str]) -> Iterator[str]:
-    """One problem for each image that is in no row, which names the nearest table above it, else the first."""
+    """Yield a problem for each image that is in no row, which names the nearest table above it, else the first."""
     for folder in walk(data.raw) if tables else []:
         above = [table for table in tables if folder.is_relative_to(table.parent)]
         table = max(above, key=lambda table: len(table.parts), default=next(iter(tables)))
@@ -171,7 +164,7 @@ def _unlisted(data: DataSet, known: Container[Path], tables: dict[Path, str]) ->
 
 
 def _tables(folder: Path) -> list[Path]:
-    """The CSV files whose first line has an image and what is known of it."""
+    """List the CSV files whose first line has an image and what is known of it."""
     return [file for file in listing(folder, ".csv") if file.name not in _OTHERS and _is_table(file)]
 
 
@@ -186,7 +179,7 @@ def _is_table(file: Path) -> bool:
 
 
 def _rows(content: str) -> Iterator[tuple[int, list[str]]]:
-    """The rows of a table that are not empty, each with the number of its last line."""
+    """Yield the rows of a table that are not empty, each with the number of its last line."""
     lines = content[:20_000].lstrip().splitlines()
     first = lines[0] if lines else ""
     declared = re.fullmatch(r"sep=(.)", first.strip())  # a line that Excel reads and writes
@@ -203,11 +196,11 @@ def _rows(content: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _header(line: int, cells: list[str], strict: bool = True) -> _Header:
-    """What the columns are, by the first row; `strict`: what is missing is an error."""
+    """Read what the columns are, by the first row; `strict`: what is missing is an error."""
     names = _nameless(cells)
     line = 0 if names else line
     names = names or [cell.lower() for cell in cells]
-    while names and not names[-1]:
+    while names and not names[-1]:  # a spreadsheet adds empty cells at the end
         names.pop()
     known = {column: next((name for name in others if name in names), "") for column, others in _NAMES.items()}
     columns = {column: names.index(name) for column, name in known.items() if name}
@@ -216,6 +209,7 @@ def _header(line: int, cells: list[str], strict: bool = True) -> _Header:
     further = {
         name: place
         for place, name in enumerate(names)
+        # pandas calls the column of its index `Unnamed: 0`.
         if name and not name.startswith("unnamed:") and names.index(name) == place and place not in columns.values()
     }
     if strict and (wrong := _wrong(names, columns, further)):
@@ -224,17 +218,13 @@ def _header(line: int, cells: list[str], strict: bool = True) -> _Header:
 
 
 def _nameless(cells: list[str]) -> list[str] | None:
-    """The names of the columns of a table that has none, of a kind that is known."""
+    """Return the names of the columns of a table whose first row has an image already; `None` for other tables."""
     if PurePosixPath(cells[0] if cells else "").suffix.lower() not in IMAGES:
         return None
-    rest = cells[1:]
-    if len(rest) == 1:
-        return ["image", "label"]
-    if len(rest) == 2 and re.fullmatch(r"[01](\.\d+)?", rest[0]):
-        return ["image", "probability", "type"]
-    if len(rest) == 5:
-        return ["image", *_SIDES, "class"]
-    return None
+    names = {2: ["image", "label"], 3: ["image", "probability", "type"], 6: ["image", *_SIDES, "class"]}
+    if len(cells) == 3 and not re.fullmatch(r"[01](\.\d+)?", cells[1]):
+        return None
+    return names.get(len(cells))
 
 
 def _wrong(names: list[str], columns: dict[str, int], further: dict[str, int]) -> list[str]:
@@ -254,10 +244,7 @@ def _wrong(names: list[str], columns: dict[str, int], further: dict[str, int]) -
 
 
 def _add_rows(data: DataSet, table: Path, rows_of: dict[Path, list[_Row]]) -> str:
-    """Add the rows of a table to those of each image; return what it calls the column of the images.
-
-    That is "" where the table cannot be read to its end.
-    """
+    """Add the rows of a table to those of each image; return what it calls the column of the images, "" on an error."""
     where = data.relative(table)
     line, read, header = 0, False, None
     bases = _bases(data.raw, table)
@@ -303,9 +290,8 @@ def _row(data: DataSet, table: Path, line: int, header: _Header, cells: list[str
     if label == "anomalous" and can_be_marked and has_box == has_mask:
         column = next(column for column in ("label", "defect", "probability") if column in values)
         word = values[column].lower() if column == "label" else values[column]
-        raise ValueError(
-            f"the {header.name(column)} is {word}, so that either x1, y1, x2 and y2 or a mask is needed, not both"
-        )
+        needed = "either x1, y1, x2 and y2 or a mask is needed, not both"
+        raise ValueError(f"the {header.name(column)} is {word}, so that {needed}")
     path = _file(data, [[table.parent]], mask) if mask else None
     if mask and not path:
         raise ValueError(f"there is no file {mask!r} in {table.parent.resolve().name}")
@@ -339,7 +325,7 @@ def _row(data: DataSet, table: Path, line: int, header: _Header, cells: list[str
 
 
 def _judgement(header: _Header, values: dict[str, str], marked: bool) -> tuple[Label, str, tuple[str, ...]]:
-    """Whether a row says normal or anomalous, the name of the defect, and what to note of it."""
+    """Return whether a row says normal or anomalous, the name of the defect, and notes."""
     defect = values.get("defect", "")
     if "label" in values:
         word = values["label"].lower()
@@ -367,7 +353,7 @@ def _judgement(header: _Header, values: dict[str, str], marked: bool) -> tuple[L
 
 
 def _of_class(column: str, name: str, marked: bool) -> tuple[Label, str]:
-    """What a table says that has no column `label`."""
+    """Return what a row says in a table without a column `label`."""
     if marked:
         return "anomalous", f"class {name}" if name.isdecimal() else name
     word = name.lower()
@@ -383,12 +369,12 @@ def _of_class(column: str, name: str, marked: bool) -> tuple[Label, str]:
 
 
 def is_normal(label: str) -> bool:
-    """Whether a label says normal; as a number that is 0."""
+    """Whether a label says normal, as a word or as the number 0."""
     return label == "0" or verdicts.is_normal(label)
 
 
 def is_anomalous(label: str) -> bool:
-    """Whether a label says anomalous; as a number that is 1."""
+    """Whether a label says anomalous, as a word or as the number 1."""
     return label == "1" or verdicts.is_anomalous(label)
 
 
@@ -407,7 +393,7 @@ def _number(name: str, written: str) -> float:
 
 
 def _bases(raw: Path, table: Path) -> list[list[Path]]:
-    """Where the images of a table may be: in its folder, images/ or a folder of its name there; or beside."""
+    """List the folders of a table's images, in groups: its own, images/ or one of its name there; or those beside."""
     # The scripts that make `images/train_labels.csv` for TensorFlow have the images in `images/train`, and those that
     # make `data/train_labels.csv` in `images`.
     name = re.sub(r"[-_ ]?(labels?|annotations?)$", "", table.stem, flags=re.IGNORECASE)
@@ -417,7 +403,7 @@ def _bases(raw: Path, table: Path) -> list[list[Path]]:
 
 
 def _file(data: DataSet, groups: list[list[Path]], name: str) -> Path | None:
-    """The file that a table names, in the first group of folders that has it."""
+    """Return the file that a table names, in the first group of folders that has it."""
     slashed = name.replace("\\", "/")
     for written in dict.fromkeys((name, slashed, *(unicodedata.normalize(form, slashed) for form in ("NFC", "NFD")))):
         for group in groups if written else []:

@@ -1,7 +1,6 @@
-"""Text and JSON files of annotation tools, and what is in them.
+"""Text and JSON files of annotation tools: decode, parse, and take typed members.
 
-A function that meets bad data raises `ValueError` with what is wrong; `DataSet.at` adds where, and the reader
-continues.
+Bad data raise `ValueError` with what is wrong; `DataSet.at` adds where, and the reader continues.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "a text"}
 
 
 def contents(path: Path) -> bytes:
-    """The bytes of a file; one that cannot be read is refused."""
+    """Read a file as bytes."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -28,11 +27,7 @@ def contents(path: Path) -> bytes:
 
 
 def text(path: Path) -> str:
-    """A text file in UTF-8, with or without byte order mark, or in UTF-16 with one.
-
-    Raises:
-        ValueError: It cannot be read, is empty, or in another encoding.
-    """
+    """Read a text file in UTF-8, with or without byte order mark, or in UTF-16 with one; refuse an empty one."""
     content = contents(path)
     if not content.strip():
         raise ValueError("is empty")
@@ -40,12 +35,12 @@ def text(path: Path) -> str:
 
 
 def lines(path: Path) -> list[str]:
-    """The lines of a text file, as in `text`; an empty file has none."""
+    """Read the lines of a text file, as `text` does; an empty file has none."""
     return _decoded(contents(path)).splitlines()
 
 
 def encoding_of(content: bytes) -> str:
-    """The encoding of a text file, by its byte order mark or the lack of one."""
+    """Return the encoding of a text file, by its byte order mark or the lack of one."""
     return "utf-16" if content.startswith(tuple(_UTF_16)) else "utf-8-sig"
 
 
@@ -62,11 +57,7 @@ def _decoded(content: bytes) -> str:
 
 
 def parsed(path: Path) -> Any:
-    """A JSON file.
-
-    Raises:
-        ValueError: It cannot be read, or is not JSON; says the line and the column.
-    """
+    """Parse a JSON file."""
     content = text(path)
     try:
         return json.loads(content)
@@ -90,11 +81,7 @@ def mentions(path: Path, *words: bytes) -> bool:
 
 
 def member(value: object, key: str, kind: type[_T]) -> _T:
-    """What a JSON object has under a key.
-
-    Raises:
-        ValueError: It is not an object, has no such key, or something of another kind there.
-    """
+    """Return what a JSON object has under a key; refuse a value of another kind, or none."""
     if not isinstance(value, dict):
         raise ValueError(f"is not a JSON object, so that it has no {key!r}")
     if key not in value:
@@ -105,13 +92,13 @@ def member(value: object, key: str, kind: type[_T]) -> _T:
 
 
 def optional(value: object, key: str, kind: type[_T]) -> _T | None:
-    """What a JSON object has under a key; `None` if it is not an object, or has nothing of that kind there."""
+    """Return what a JSON object has under a key; `None` if it is not an object, or has nothing of that kind there."""
     inside = value.get(key) if isinstance(value, dict) else None
     return inside if isinstance(inside, kind) else None
 
 
 def number(value: object) -> float:
-    """A finite number of JSON; anything else is refused."""
+    """Check that a value of JSON is a finite number."""
     if isinstance(value, str):
         raise ValueError(f"{value[:40]!r} is text, and a number is needed; write it without quotation marks")
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e15:  # nan is not below
@@ -120,22 +107,21 @@ def number(value: object) -> float:
 
 
 def decimal(text: str | None, name: str) -> float:
-    """A number in a text file, called `name` there; anything else is refused."""
+    """Parse a finite number of a text file; `name` is what the file calls it."""
     try:
-        return float(text or "")
-    except ValueError as error:
-        raise ValueError(f"{name} is {text!r}, which is not a number") from error
+        value = float(text or "")
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {text!r}, which is not a finite number")
+    return value
 
 
 def pixel_size(width: object, height: object, as_text: bool = False) -> tuple[int, int] | None:
-    """Width and height of an image; `None` where one is not stated: tools write nothing, 0 or -1 then.
-
-    Raises:
-        ValueError: One is not a whole number of pixels, or is text and not expected to be.
-    """
+    """Return width and height of an image; `None` where one is not stated. Text is refused unless `as_text`."""
     sides = []
     for side in (width, height):
-        if side in (None, "", 0, -1, "0", "-1"):
+        if side in (None, "", 0, -1, "0", "-1"):  # what tools write for an unknown size
             return None
         try:
             sides.append(math.nan if isinstance(side, str) and not as_text else float(side))  # type: ignore[arg-type]
@@ -147,7 +133,7 @@ def pixel_size(width: object, height: object, as_text: bool = False) -> tuple[in
 
 
 def point(value: object) -> tuple[float, float]:
-    """A point `[x, y]` of JSON; anything else is refused."""
+    """Check that a value of JSON is a point `[x, y]`."""
     if not isinstance(value, list) or len(value) != 2:
         raise ValueError(f"{str(value)[:40]!r} is not a point [x, y]")
     return number(value[0]), number(value[1])

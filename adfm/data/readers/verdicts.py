@@ -1,4 +1,4 @@
-"""What people call images and defects: OK, NG, good, scratch."""
+"""Words for images and defects: normal (OK, good), anomalous (NG, bad), or the name of a defect (scratch)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SEPARATORS = str.maketrans("", "", "-_. ")
 
 
 def core(word: str) -> str:
-    """A word as in `NORMAL` and `ANOMALOUS`: `No defect` and `no_defect` are `nodefect`."""
+    """Normalise a word as in `NORMAL` and `ANOMALOUS`: `No defect` and `no_defect` are `nodefect`."""
     return word.strip().lower().translate(_SEPARATORS)
 
 
@@ -28,16 +28,12 @@ def is_anomalous(word: str) -> bool:
 
 
 def is_verdict(answer: object) -> bool:
-    """Whether an answer says that an image is normal or is not, as opposed to anything else about it."""
+    """Whether an answer says that an image is normal or that it is not."""
     return isinstance(answer, str) and (is_normal(answer) or is_anomalous(answer))
 
 
 def class_name(value: object) -> str:
-    """The name of a defect's class.
-
-    Raises:
-        ValueError: It is not a name, or one that says that nothing is wrong.
-    """
+    """Check the name of a defect's class: refuse what is not a name, or says that nothing is wrong."""
     name = value.strip() if isinstance(value, str) else ""
     if not name or not name.isprintable():
         raise ValueError(f"the class {value!r} is not a name")
@@ -50,12 +46,9 @@ def class_name(value: object) -> str:
 
 
 def defect_type(answers: Iterable[str]) -> str | None:
-    """The defect that the answers about an image name; "" if they say that it is normal, `None` without any.
+    """Return the defect that the answers about an image name; "" if they say that it is normal, `None` without any.
 
-    Of several, the names by the alphabet, joined by `+`; "defect" where no type is named.
-
-    Raises:
-        ValueError: They say both that it is normal and that it is not, or one is not a name.
+    Several names are in alphabetical order, joined by `+`; it is "defect" where no type is named.
     """
     given = {answer.strip() for answer in answers if answer.strip()}
     defects = sorted(answer for answer in given if not is_normal(answer))

@@ -59,9 +59,6 @@ def read(raw: Path) -> Iterator[Sample]:
     called defect. An attribute of the file is the image's label if it is ever OK, good, NG, bad or the like.
 
     A JSON or CSV file is in memory whole while its images are yielded; so are the paths of all images.
-
-    Raises:
-        BadData: Anything is wrong in the files, or images are missing, or in none of the files.
     """
     data = DataSet(raw, "via")
     pictures = Images(raw)
@@ -75,7 +72,7 @@ def read(raw: Path) -> Iterator[Sample]:
                 seen = True
                 yield from _samples(data, file, images, pictures)
     data.problems += unlisted(data) if seen else []
-    data.finish(seen, "no JSON or CSV file of VIA: none with regions and file_attributes")
+    data.finish("no JSON or CSV file of VIA: none with regions and file_attributes", seen)
 
 
 def _is_export(file: Path) -> bool:
@@ -104,10 +101,8 @@ def _samples(data: DataSet, file: Path, images: list[_Image], pictures: Images) 
                     with data.at(f"{where}: {image.name}: region {place}"):
                         shapes.append(_shape(region, kind, is_same))
                 if defect == "" and image.regions:
-                    raise ValueError(
-                        f"{image.name} is labelled normal, and {len(image.regions)} regions are drawn on it; correct"
-                        " either"
-                    )
+                    drawn = f"{len(image.regions)} regions are drawn on it"
+                    raise ValueError(f"{image.name} is labelled normal, and {drawn}; correct either")
                 its_notes = list(notes) if image.regions else []
                 if defect is not None:
                     its_notes += [f"the attribute {name!r} is taken for the label of the image" for name in labels]
@@ -117,7 +112,7 @@ def _samples(data: DataSet, file: Path, images: list[_Image], pictures: Images) 
 
 
 def _images(data: DataSet, file: Path) -> list[_Image] | None:
-    """The images that a file lists; `None` if it is not one of VIA."""
+    """Return the images that a file lists; `None` if it is not one of VIA."""
     if file.suffix.lower() == ".csv":
         return _from_csv(data, file) if _is_export(file) else None
     content = parsed(file)
@@ -128,18 +123,17 @@ def _images(data: DataSet, file: Path) -> list[_Image] | None:
     is_project = "_via_img_metadata" in content
     entries = content.get("_via_img_metadata", content)
     values = list(entries.values()) if isinstance(entries, dict) else [entries]
-    if not all(isinstance(optional(entry, "filename", str), str) and "regions" in entry for entry in values):
-        if is_project:
-            raise ValueError("_via_img_metadata is not an object of images with filename and regions")
-        return None
-    if not values and not is_project:
+    are_images = all(isinstance(optional(entry, "filename", str), str) and "regions" in entry for entry in values)
+    if is_project and not are_images:
+        raise ValueError("_via_img_metadata is not an object of images with filename and regions")
+    if not is_project and not (values and are_images):
         return None
     declared = content.get("_via_attributes")
     return [_from_entry(entry, declared) for entry in values]
 
 
 def _from_entry(entry: dict[str, Any], declared: object) -> _Image:
-    """An image of version 1 or 2; `declared` are the project's attributes, with the options to choose from."""
+    """Return an image of version 1 or 2; `declared` are the project's attributes, with the options to choose from."""
     regions = entry["regions"] or []
     if isinstance(regions, dict):  # version 1
         regions = list(regions.values())
@@ -155,7 +149,7 @@ def _from_entry(entry: dict[str, Any], declared: object) -> _Image:
 
 
 def _attributes(given: object, declared: object, kind: str) -> Attributes:
-    """Attributes with their values as text; a value of several options is their names, joined by `+`."""
+    """Return attributes with their values as text; several options are their names, joined by `+`."""
     attributes = {}
     for name, value in given.items() if isinstance(given, dict) else ():
         options = optional(optional(optional(declared, kind, dict), name, dict), "options", dict)
@@ -165,13 +159,13 @@ def _attributes(given: object, declared: object, kind: str) -> Attributes:
 
 
 def _joined(chosen: Iterable[object], options: object) -> str:
-    """The names of options, joined by `+`; their ids may be mere numbers."""
+    # The ids of options may be mere numbers: their names say what they are.
     descriptions = ((option, optional(options, str(option), str) or "") for option in chosen)
     return "+".join(sorted(name if name.strip() else str(option) for option, name in descriptions)).strip()
 
 
 def _from_csv(data: DataSet, file: Path) -> list[_Image]:
-    """The images of a CSV export, which has a row a region, or a row with `{}` for an image without."""
+    """Return the images of a CSV export, which has a row a region, or a row with `{}` for an image without."""
     images: dict[tuple[str, str], _Image] = {}
     try:
         for row in csv.DictReader(io.StringIO(text(file).lstrip("#")), strict=True):
@@ -220,7 +214,7 @@ def _from_version_3(content: dict[str, Any]) -> list[_Image]:
 
 
 def _shape_of_version_3(points: list[Any]) -> dict[str, Any]:
-    """A shape in the form of version 2: a number for its kind, then its coordinates."""
+    # A number for the kind of the shape, then its coordinates.
     name = _SHAPES.get(points[0]) if isinstance(points[0], int) else None
     keys = {"rect": ("x", "y", "width", "height"), "circle": ("cx", "cy", "r"), "ellipse": ("cx", "cy", "rx", "ry")}
     if name in keys:
@@ -229,23 +223,21 @@ def _shape_of_version_3(points: list[Any]) -> dict[str, Any]:
 
 
 def _class_attribute(regions: Iterable[_Region]) -> tuple[str | None, tuple[str, ...]]:
-    """The attribute that names the class of a region, `None` if no region has any; and notes about the regions."""
+    """Return the attribute that names the class of a region, `None` if no region has any, and notes."""
     names = dict.fromkeys(name for region in regions for name, value in region.attributes.items() if value)
     if not names:
         return None, (f"no region has a class; all are called {_UNNAMED}",)  # only images with regions get notes
     likely = [name for name in names if name.strip().lower() in _CLASS_ATTRIBUTES]
     if len(names) > 1 and len(likely) != 1:
-        raise ValueError(
-            f"the regions have the attributes {', '.join(map(repr, names))}; call the one that is the class 'class',"
-            " and rename the others"
-        )
+        several = ", ".join(map(repr, names))
+        raise ValueError(f"the regions have the attributes {several}; call the class 'class', and rename the others")
     kind = likely[0] if len(names) > 1 else next(iter(names))
     others = [name for name in names if name != kind]
     return kind, tuple(f"the attribute {name!r} of regions is left out" for name in others)
 
 
 def _label_attributes(images: list[_Image]) -> list[str]:
-    """The attributes of files that say whether an image is normal."""
+    """List the attributes of files that say whether an image is normal."""
     values: dict[str, set[str]] = defaultdict(set)
     for image in images:
         for name, value in image.attributes.items():
@@ -254,15 +246,13 @@ def _label_attributes(images: list[_Image]) -> list[str]:
     for name in labels:
         others = sorted(value for value in values[name] if value and not is_verdict(value))
         if others and name.strip().lower() not in _CLASS_ATTRIBUTES:
-            raise ValueError(
-                f"the attribute {name!r} of files is the label of some images, and {others[0]!r} for others; call it"
-                " label if that is a defect"
-            )
+            what = f"is the label of some images, and {others[0]!r} for others"
+            raise ValueError(f"the attribute {name!r} of files {what}; call it label if that is a defect")
     return labels
 
 
 def _shape(region: _Region, kind: str | None, is_same: bool) -> Shape:
-    """A region's shape; what reaches out of the image is cut off if the image is the one that was annotated."""
+    """Return a region's shape; what reaches out is cut off if the image is the one that was annotated."""
     if kind is not None and not region.attributes.get(kind):
         raise ValueError(f"it has no {kind!r}; choose one, or delete the region")
     name = _UNNAMED if kind is None else class_name(region.attributes[kind])
@@ -276,9 +266,7 @@ def _shape(region: _Region, kind: str | None, is_same: bool) -> Shape:
         turn = number(shape.get("theta") or 0)  # radians, clockwise; early versions had none
         return replace(ellipse(name, (x, y), (across, down), math.degrees(turn)), cut=is_same)
     if form not in ("polygon", "polyline", "box"):
-        raise ValueError(
-            f"a shape of the kind {form!r} has no area; draw a rectangle, circle, ellipse or polygon instead"
-        )
+        raise ValueError(f"a shape of the kind {form!r} has no area; draw a rectangle, circle, ellipse or polygon")
     xs, ys = ([number(side) for side in member(shape, f"all_points_{axis}", list)] for axis in "xy")
     if len(xs) != len(ys) or len(xs) < 2:
         raise ValueError(f"its points are {len(xs)} x and {len(ys)} y, not two or more of each")

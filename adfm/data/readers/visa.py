@@ -34,15 +34,11 @@ def matches(raw: Path) -> bool:
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yield the samples, category by category.
+    """Yield the samples, category by category; see `mvtec.read` for the folders.
 
     With `split_csv/1cls.csv` the images, their labels, masks and `split` are what it lists, in its order; it may list
     categories that are not there. Without it they are what is in the folders, by name, and no split is fixed. `defect`
     is the label in `image_anno.csv`, such as `melt` or `bubble,scratch`, and `anomaly` where that does not say.
-    Folders are entered, and files ignored, as for MVTec AD.
-
-    Raises:
-        BadData: A row cannot be understood, an image has no mask, or an image or mask is missing or not named.
     """
     return DataSet(raw, "visa").by_category(_is_category, _category)
 
@@ -50,7 +46,6 @@ def read(raw: Path) -> Iterator[Sample]:
 def _category(data: DataSet, folder: Path) -> Iterator[Sample]:
     table = folder.parent / "split_csv" / "1cls.csv"
     images = _from_table(data, table, folder) if folder != data.raw and table.is_file() else _from_folders(folder)
-    # The kinds of defects by the name of the image file.
     kinds = folder / "image_anno.csv"
     rows = _rows(data, kinds, ("image", "label")) if kinds.is_file() else ()
     defects = {PurePosixPath(row["image"]).name: row["label"] for _, row in rows if row["label"] not in ("", "normal")}
@@ -87,7 +82,7 @@ def _from_table(data: DataSet, table: Path, folder: Path) -> Iterator[_Image]:
 
 
 def _rows(data: DataSet, table: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """The rows of a CSV, each with its place; a cell that is missing is empty."""
+    """Yield the rows of a CSV, each with its place; a cell that is missing is empty."""
     where = data.relative(table)
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:

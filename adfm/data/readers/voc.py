@@ -27,8 +27,7 @@ from adfm.records import Box, Sample
 FORM = "JPEGImages/*, Annotations/*.xml or SegmentationClass/*.png"
 _IMAGES = frozenset(("images", "jpegimages", "image", "imgs", "img", "data"))
 _XML = frozenset(("annotations", "annotation", "labels", "label", "lable", "xml", "xmls"))
-# A box and an outline of one object that overlap less than this are not of one object.
-_OVERLAP = 0.5
+_OVERLAP = 0.5  # a box and an outline that overlap less (IoU) are not of one object
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 _TURNED = ("cx", "cy", "w", "h", "angle")  # of roLabelImg
 _CORNERS = ("left_top", "right_top", "right_bottom", "left_bottom")  # of DIOR-R
@@ -38,11 +37,11 @@ _Size = tuple[int, int] | None
 
 
 class _Drawn(NamedTuple):
-    """What an XML file says; `segmented`: that the image has a mask, and no object."""
+    """What an XML file says."""
 
     shapes: list[Shape]
     size: _Size
-    segmented: bool
+    segmented: bool  # whether the image has a mask, and no object
     notes: list[str]
 
 
@@ -57,24 +56,16 @@ def matches(raw: Path) -> bool:
 def read(raw: Path) -> Iterator[Sample]:
     """Yield the images, folder by folder. One without an XML file, or with one that has no `object`, is normal.
 
-    An image and its XML file have the same name; the image's name and folder in the file do not count. Sides of a
-    `bndbox` are numbers of pixels from 1 on, the last one included, as the VOC development kit has them; the 0 of tools
-    that count from 0 is taken for 1, and numbers with a decimal point are positions from 0 on, as CVAT has them. A
-    `bndbox` that CVAT's attribute `rotation` turns about its centre, clockwise by degrees, and the `robndbox` of
-    roLabelImg, in radians, are the boxes round the turned ones. `polygon` is an outline; `difficult` and `truncated`
-    objects count as others do.
+    An image and its XML file have the same name; the image's name and folder in the file do not count. A `bndbox` that
+    CVAT's attribute `rotation` turns, and the `robndbox` of roLabelImg, are the boxes round the turned ones. `polygon`
+    is an outline; `difficult` and `truncated` objects count as others do.
 
     Masks in SegmentationObject and SegmentationClass are defects where no `object` says so; background is black, and
     the border of VOC (value 255) belongs to no defect. Their classes have the names of labelmap.txt (CVAT) or
     class_names.txt (LabelMe), and without these `class 1` and so on.
 
-    `split` is that of ImageSets, else of the folders' names (train, val, valid, validation, test). An image in several
-    lists is in the most held-out one, with a note.
-
-    In memory are the paths of the XML files, and the names in ImageSets.
-
-    Raises:
-        BadData: An XML file is bad or has no image, ImageSets names an image that is missing, or nothing is annotated.
+    `split` is that of ImageSets, else of the folders' names. An image in several lists is in the most held-out one,
+    with a note. In memory are the paths of the XML files, and the names in ImageSets.
     """
     data = DataSet(raw, "voc")
     owners: dict[str, str] = {}  # of an XML file, the folder of its image
@@ -115,7 +106,7 @@ def read(raw: Path) -> Iterator[Sample]:
                 data.add(file, NoImage(f"there is no image {file.stem}.* for it"))
     classes.add_orphans()
     lists.add_missing()
-    data.finish(annotated, "no image has an XML file, beside it or in Annotations/ instead of JPEGImages/, or a mask")
+    data.finish("no image has an XML file, beside it or in Annotations/ instead of JPEGImages/, or a mask", annotated)
 
 
 def _is_annotation(file: Path) -> bool:
@@ -123,20 +114,19 @@ def _is_annotation(file: Path) -> bool:
 
 
 def _has_annotations(folder: Path) -> bool:
-    """Whether an XML file of a folder is an annotation; those in folders of a folder of annotations count too."""
+    # Folders of annotations may have folders of their own.
     inside = walk(folder) if folder.name.lower() in _XML else [folder]
     return any(_is_annotation(file) for place in inside for file in listing(place, ".xml"))
 
 
 def _files(folders: Iterable[Path]) -> dict[str, tuple[str, ...]]:
-    """The XML files of some folders by their stems."""
     return by_stem(file for folder in folders for file in listing(folder, ".xml"))
 
 
 def _places(data: DataSet, folder: Path) -> tuple[list[Path], list[Path]]:
-    """Folders where the annotations of a folder of images may be: its own, and those for several folders.
+    """List the folders where annotations of a folder of images may be: its own, and those for several, nearest first.
 
-    For `a/images/b`: itself, `a/b`, `a/annotations/b` and `a/images/b/annotations`; and `a/annotations`, nearest first.
+    For `a/images/b`: itself, `a/b`, `a/annotations/b` and `a/images/b/annotations`; and `a/annotations`.
     """
     own = [folder, *_annotation_folders(folder)]
     shared: list[Path] = []
@@ -162,10 +152,7 @@ def _annotation_folders(folder: Path) -> list[Path]:
 def _annotation(
     data: DataSet, image: Path, files: Iterable[dict[str, tuple[str, ...]]], owners: dict[str, str]
 ) -> Path | None:
-    """The XML file of an image, in the first of some groups, by their stems, that has one.
-
-    `owners` has, by XML file, the folder of the image that it belongs to, and gets this one.
-    """
+    """Return the XML file of an image, in the first group that has one, and record its owner."""
     folder = data.relative(image.parent)
     same = next((group[nfc(image.stem)] for group in files if nfc(image.stem) in group), ())
     names = [data.relative(Path(file)) for file in same]
@@ -174,11 +161,8 @@ def _annotation(
     for file, name in zip(same, names, strict=True):
         other = owners.setdefault(file, folder)
         if other != folder:
-            data.add(
-                name,
-                f"may belong to an image in {other} or to one in {folder}; put it beside the image that it is"
-                " for, or into a folder of the same name",
-            )
+            remedy = "put it beside the image that it is for, or into a folder of the same name"
+            data.add(name, f"may belong to an image in {other} or to one in {folder}; {remedy}")
     return Path(same[0]) if same else None
 
 
@@ -209,21 +193,15 @@ def _text(part: ElementTree.Element, name: str) -> str:
 
 
 def _size(content: ElementTree.Element) -> _Size:
-    """Width and height, if they are stated: several tools write 0."""
-    for width, height in (("size/width", "size/height"), ("imagesize/ncols", "imagesize/nrows")):
-        texts = [_text(content, name) for name in (width, height)]
-        if all(texts):
-            try:
-                sides = [float(text) for text in texts]
-            except ValueError as error:
-                raise ValueError(f"the size {' x '.join(texts)!r} is not a width and a height") from error
-            if all(1 <= side < 1e9 for side in sides):
-                return int(sides[0]), int(sides[1])
+    for names in (("size/width", "size/height"), ("imagesize/ncols", "imagesize/nrows")):  # the latter: LabelMe's
+        if all(_text(content, name) for name in names):
+            width, height = (decimal(_text(content, name), name) for name in names)
+            if min(width, height) >= 1 and max(width, height) < 1e9:  # several tools write 0
+                return int(width), int(height)
     return None
 
 
 def _shapes(drawn: ElementTree.Element) -> list[Shape]:
-    """The shapes of an object, which all have its class."""
     name = class_name(drawn.findtext("name"))
     rotation = _rotation(drawn)
     boxes = [_box(bndbox, rotation) for bndbox in drawn.findall("bndbox")]
@@ -236,7 +214,7 @@ def _shapes(drawn: ElementTree.Element) -> list[Shape]:
     if rotation:
         shapes = [turned_box(name, one, rotation) for one in boxes]
     elif len(boxes) == 1 and outlines:
-        round_it = enclosing([corner for outline in outlines for corner in outline])
+        round_it = enclosing(corner for outline in outlines for corner in outline)
         if round_it.iou(boxes[0]) < _OVERLAP:
             sides, spans = bracketed(boxes[0]), bracketed(round_it)
             raise ValueError(f"its bndbox is {sides}, but its polygon spans {spans}; correct one of them")
@@ -250,12 +228,14 @@ def _shapes(drawn: ElementTree.Element) -> list[Shape]:
 
 
 def _box(bndbox: ElementTree.Element, rotation: float) -> Box:
-    """The box, before it is turned."""
+    """Return the box, before it is turned."""
     if bndbox.find("rotation") is not None:
         raise ValueError("its bndbox has a rotation, and tools differ in what that means; export boxes without it")
     x1, y1, x2, y2 = (_number(bndbox, side) for side in _SIDES)
+    # As the VOC development kit has them, sides are numbers of pixels from 1 on, the last one included; the 0 of tools
+    # that count from 0 is taken for 1. Numbers with a decimal point are positions from 0 on, as CVAT has them.
     if not rotation and not all("." in (bndbox.findtext(side) or "") for side in _SIDES):
-        x1, y1 = (side - 1 if side >= 1 else min(side, 0.0) for side in (x1, y1))  # from 1 on, or 0
+        x1, y1 = (side - 1 if side >= 1 else min(side, 0.0) for side in (x1, y1))
     within = box(x1, y1, x2, y2)
     if not rotation and min(x1, y1) < -1:
         raise ValueError(f"the box {bracketed(within)} begins before the image")
@@ -263,24 +243,18 @@ def _box(bndbox: ElementTree.Element, rotation: float) -> Box:
 
 
 def _rotation(drawn: ElementTree.Element) -> float:
-    """Degrees, clockwise about the centre, of CVAT's Pascal VOC (attributes) and LabelMe (text) exports."""
+    """Return the degrees, clockwise about the centre, of CVAT's Pascal VOC (attributes) and LabelMe (text) exports."""
     values = [
         attribute.findtext("value")
         for attribute in drawn.findall("attributes/attribute")
         if _text(attribute, "name") == "rotation"
     ]
     values += _ROTATION.findall(drawn.findtext("attributes") or "")
-    try:
-        angle = float(values[0] or "") if values else 0.0
-    except ValueError:
-        angle = math.nan
-    if not math.isfinite(angle):
-        raise ValueError(f"its attribute rotation is not a number: {values[0]!r}")
-    return angle % 360
+    return decimal(values[0], "its attribute rotation") % 360 if values else 0.0
 
 
 def _rolabelimg(name: str, robndbox: ElementTree.Element) -> Shape:
-    """A turned box, by its centre and an angle in radians or, in DIOR-R, by its corners."""
+    """Return a turned box, by its centre and an angle in radians or, in DIOR-R, by its corners."""
     if robndbox.find("cx") is None and robndbox.find("x_left_top") is not None:
         corners = [(_number(robndbox, f"x_{at}"), _number(robndbox, f"y_{at}")) for at in _CORNERS]
         return outlined(name, corners, cut=True)
@@ -290,11 +264,10 @@ def _rolabelimg(name: str, robndbox: ElementTree.Element) -> Shape:
 
 
 def _corners(outline: ElementTree.Element) -> list[tuple[float, float]]:
-    """The corners of a polygon: `pt` with x and y (LabelMe), `point`, or x1, y1, x2 and so on (Roboflow)."""
-    points = outline.findall("pt") or outline.findall("point")
+    points = outline.findall("pt") or outline.findall("point")  # the former: LabelMe's
     if points:
         return [(_number(point, "x"), _number(point, "y")) for point in points]
-    count = sum(1 for part in outline if re.fullmatch(r"x\d+", part.tag))
+    count = sum(1 for part in outline if re.fullmatch(r"x\d+", part.tag))  # x1, y1, x2 and so on: Roboflow's
     return [(_number(outline, f"x{place}"), _number(outline, f"y{place}")) for place in range(1, count + 1)]
 
 

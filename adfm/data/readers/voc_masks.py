@@ -1,4 +1,4 @@
-"""Pascal VOC's masks: SegmentationObject and SegmentationClass, of VOC itself, CVAT and LabelMe."""
+"""Pascal VOC's masks: SegmentationObject and SegmentationClass, as VOC itself, CVAT and LabelMe write them."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _VOID = (224, 224, 192)  # the border round objects, of index 255
 # Folders of pictures that are not of the data set: masks, and what LabelMe draws of them.
 _PICTURES = (_CLASS[0], _OBJECT[0], "AnnotationsVisualization")
 _BACKGROUND = frozenset(("background", "_background_"))
-_COVERED = 0.5  # of a mask's box, from which on it is taken for the mask of an object with a box
+_COVERED = 0.5  # the part of a mask's box within an object's box, from which on it is the object's mask
 
 _Color = tuple[int, int, int]
 
 
 class Masks(NamedTuple):
-    """The masks of an image; one of them is there."""
+    """The masks of an image, of which one at least is there."""
 
     classes: Path | None
     objects: Path | None
@@ -61,7 +61,7 @@ class Classes:
         self._names: dict[Path, dict[_Color, str] | None] = {}
 
     def find(self, image: Path) -> Masks | None:
-        """The masks of an image, which have its name and, in their folder, its path."""
+        """Return the masks of an image, which have its name and, in their folder, its path."""
         if image.parent not in self._bases:
             self._bases[image.parent] = next(filter(beside, self._data.above(image)), None)
         base = self._bases[image.parent]
@@ -86,11 +86,7 @@ class Classes:
                     self._data.add(where, NoImage(f"there is no image {mask.stem}.* for it"))
 
     def shapes(self, masks: Masks) -> list[Shape]:
-        """One shape for every object, or for every patch of a class where only classes are drawn.
-
-        Raises:
-            ValueError: A mask cannot be read, is of another size than the other, or has a colour without a class.
-        """
+        """Return a shape for every object, or for every patch of a class where only classes are drawn."""
         by_color = self._of(masks.base) is not None and (masks.base / _LABELMAP).is_file()
         classes, objects = (_colors(path, by_color) if path else None for path in (masks.classes, masks.objects))
         if classes is not None and objects is not None and classes.shape != objects.shape:
@@ -117,10 +113,8 @@ class Classes:
             return names[rgb]
         index = _palette().get(rgb)
         if index is None:
-            raise ValueError(
-                f"has the colour {rgb}, and no list says which class that is; add labelmap.txt with a line"
-                f" `name:{rgb[0]},{rgb[1]},{rgb[2]}::` a class"
-            )
+            remedy = f"add labelmap.txt with a line `name:{rgb[0]},{rgb[1]},{rgb[2]}::` a class"
+            raise ValueError(f"has the colour {rgb}, and no list says which class that is; {remedy}")
         return f"class {index}"
 
     def _of(self, base: Path) -> dict[_Color, str] | None:
@@ -134,7 +128,7 @@ class Classes:
 
 
 def added(boxed: list[Shape], masked: list[Shape]) -> tuple[list[Shape], list[str]]:
-    """The shapes, and notes, of an image with boxes and masks: the objects of the XML file, and masks beside them."""
+    """Return the shapes of an image, and notes: the objects of its XML file, and the masks that are of none of them."""
     if not boxed:
         return masked, []
     boxes = [one.box for one in boxed]
@@ -144,20 +138,17 @@ def added(boxed: list[Shape], masked: list[Shape]) -> tuple[list[Shape], list[st
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """The masks of a folder by their stems."""
     return {nfc(mask.stem): mask for mask in images(folder)}
 
 
 def _colors(path: Path, by_color: bool) -> NDArray[np.uint32]:
-    """[height, width] of the colours of a mask, as 0xBBGGRR.
-
-    `by_color`: the colours in a palette tell the classes; otherwise the numbers in it, which become the colours that
-    VOC gives them.
-    """
+    """Return the colours of a mask, [height, width], as 0xBBGGRR."""
     try:
         with Image.open(io.BytesIO(contents.read(path))) as file:
             check_mask_size(*file.size)
             gray = file.mode in ("1", "L")
+            # Without a list of colours the numbers in a palette tell the classes; they become the colours that VOC
+            # gives them.
             if gray or (file.mode == "P" and not by_color):
                 values = np.asarray(file).astype(np.uint8)
                 if gray and np.count_nonzero(np.bincount(values.ravel())[1:]) == 1:
@@ -170,7 +161,7 @@ def _colors(path: Path, by_color: bool) -> NDArray[np.uint32]:
 
 
 def _drawn(colors: NDArray[np.uint32]) -> list[int]:
-    """The colours of defects: neither background nor border."""
+    """List the colours of defects: neither background nor border."""
     row = np.ascontiguousarray(colors).ravel()
     # Neighbours are mostly of one colour; only the first of each run is sorted.
     runs = np.unique(row[np.flatnonzero(np.diff(row, prepend=row[:1] ^ 1))])
@@ -178,7 +169,7 @@ def _drawn(colors: NDArray[np.uint32]) -> list[int]:
 
 
 def _most(colors: NDArray[np.uint32]) -> int:
-    """The class that most pixels of an object have."""
+    """Return the class that most pixels of an object have."""
     values, counts = np.unique(colors, return_counts=True)
     counts[(values == 0) | (values == _code(_VOID))] = 0
     if not counts.any():
@@ -191,7 +182,7 @@ def _code(rgb: _Color) -> int:
 
 
 def _labelmap(content: str) -> dict[_Color, str]:
-    """CVAT's list: `name:r,g,b:parts:actions`."""
+    """Parse CVAT's list: `name:r,g,b:parts:actions`."""
     names = {}
     for number, line in enumerate(content.splitlines(), start=1):
         if not line.strip() or line.startswith("#"):
@@ -208,7 +199,7 @@ def _labelmap(content: str) -> dict[_Color, str]:
 
 
 def _class_names(content: str) -> dict[_Color, str]:
-    """LabelMe's list: a name a line, the background first."""
+    """Parse LabelMe's list: a name a line, the background first."""
     names = [line.strip() for line in content.splitlines() if line.strip() and line.strip() != "__ignore__"]
     first = 0 if names and names[0].lower() in _BACKGROUND else 1
     colors = list(_palette())
@@ -217,7 +208,8 @@ def _class_names(content: str) -> dict[_Color, str]:
 
 @cache
 def _palette() -> dict[_Color, int]:
-    """VOC's colours and their numbers: the bits of a number, by threes, are the highest of red, green and blue."""
+    """Return VOC's colours and their numbers."""
+    # The bits of a number, by threes, are the highest of red, green and blue.
     channels = [
         [sum((number >> 3 * place + channel & 1) << 7 - place for place in range(8)) for channel in range(3)]
         for number in range(256)

@@ -20,15 +20,13 @@ _MANY = 10
 
 
 class _List(NamedTuple):
-    """A list: which part of the images it is, `None` for train and validation together, and their names."""
-
     file: Path
-    split: Split | None
-    names: frozenset[str]
+    split: Split | None  # `None`: train and validation together
+    names: frozenset[str]  # of images
 
 
 class Lists:
-    """The lists of a data set, read when an image needs them; they leave out `own`, names of folders of images."""
+    """The lists of a data set, read when an image needs them; names may leave out the folder, one of `own`."""
 
     def __init__(self, data: DataSet, own: Container[str]) -> None:
         self._data, self._own = data, own
@@ -36,7 +34,7 @@ class Lists:
         self._seen: dict[Path, set[str]] = {}
 
     def split(self, image: Path) -> tuple[Split | None, list[str]]:
-        """The split of an image, and notes about it; by the names of its folders where there are no lists."""
+        """Return the split of an image, and notes; by the names of its folders where there are no lists."""
         for base in self._data.above(image):
             if places := self._of(base):
                 return self._listed(image, base, places)
@@ -70,13 +68,10 @@ class Lists:
         return None, []
 
     def _of(self, base: Path) -> list[list[_List]]:
-        """The lists beside a folder of images, by place."""
         if base not in self._lists:
             places = [self._place(base, folder) for folder in _FOLDERS]
-            if not any(places):
-                places = self._further(base)
-            self._lists[base] = places if any(places) else []
-            self._seen[base] = set()
+            places = places if any(places) else self._further(base)
+            self._lists[base], self._seen[base] = places if any(places) else [], set()
         return self._lists[base]
 
     def _place(self, base: Path, folder: str) -> list[_List]:
@@ -88,19 +83,13 @@ class Lists:
         return [one for one in lists if one and (folder != "." or any("/" in name for name in one.names))]
 
     def _further(self, base: Path) -> list[list[_List]]:
-        """The lists in a folder of ImageSets that VOC does not have, such as ImageSets/fold1; one of them at most."""
-        inside = [
-            folder
-            for folder in walk(base / "ImageSets")
-            if any(_is_plain(file.stem) for file in listing(folder, ".txt"))
-        ]
+        """Read the lists in a folder of ImageSets that VOC does not have, such as ImageSets/fold1; one at most."""
+        folders = walk(base / "ImageSets")
+        inside = [each for each in folders if any(_is_plain(file.stem) for file in listing(each, ".txt"))]
         if len(inside) > 1:
             names = ", ".join(folder.name for folder in inside[:_MANY])
-            self._data.add(
-                inside[0],
-                f"one of {len(inside)} folders of lists ({names}), which"
-                " may divide the images differently; keep one of them, or move its lists to ImageSets/Main",
-            )
+            what = f"one of {len(inside)} folders of lists ({names}), which may divide the images differently"
+            self._data.add(inside[0], f"{what}; keep one of them, or move its lists to ImageSets/Main")
         return [self._place(base, folder.relative_to(base).as_posix()) for folder in inside[:1]]
 
     def _read(self, file: Path, folder: str, plain: bool) -> _List | None:
@@ -121,7 +110,7 @@ def _last(stem: str) -> str:
 
 
 def _name(line: str) -> str:
-    """The name in a line, without quotes, a leading `./`, the suffix of images, and the XML file after it."""
+    """Return the name in a line, without quotes, a leading `./`, the suffix of images, and the XML file after it."""
     name = nfc(line.strip().strip('"').replace("\\", "/"))
     image, blank, annotation = name.rpartition(" ")
     if blank and annotation.endswith(".xml"):

@@ -1,4 +1,4 @@
-"""XML files of annotation tools: which encoding they are in, and what is in them."""
+"""XML files of annotation tools, in the encoding that they are in."""
 
 from __future__ import annotations
 
@@ -26,25 +26,22 @@ _HEAD = 4096  # bytes that are read to learn what a file is
 
 
 def outermost(path: Path) -> str | None:
-    """The name of the element that an XML file consists of, as far as its beginning tells."""
+    """Return the name of the root element of an XML file, as far as its beginning tells."""
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD)
     except OSError:
         return None
-    encoding = _marked(head) or "latin-1"
+    encoding = _marked(head) or "latin-1"  # which decodes any bytes; `_ELEMENT` is ASCII
     first = _ELEMENT.search(_NO_ELEMENT.sub("", head.decode(encoding, errors="ignore")))
     return first[1] if first else None
 
 
 def document(path: Path) -> ElementTree.Element:
-    """An XML file in the encoding that it declares, of those that Python knows; the parser alone knows few.
-
-    Raises:
-        ValueError: It cannot be read, is not XML, or is in another encoding than it declares.
-    """
+    """Parse an XML file in the encoding that it declares; raise `ValueError` with what is wrong."""
     try:
-        # The parser takes no blank line before the first.
+        # Decoded here, as the parser knows few encodings, and without the blank lines before the first, which it
+        # refuses.
         return ElementTree.fromstring(_decoded(contents(path)).lstrip())
     except ElementTree.ParseError as error:
         raise ValueError(f"is not XML ({error})") from error
@@ -75,7 +72,6 @@ def _decoded(content: bytes) -> str:
 
 
 def _is_utf_8(content: bytes, encoding: str) -> bool:
-    """Whether text is UTF-8 in spite of what it declares."""
     try:
         text = content.decode()
     except UnicodeDecodeError:

@@ -16,26 +16,16 @@ from typing import Any, cast
 
 import yaml
 
-from adfm.data.readers.annotations import (
-    Shape,
-    box,
-    bracketed,
-    by_stem,
-    nfc,
-    outlined,
-    partners,
-    sample,
-    shapes_of_lines,
-    within,
-)
+from adfm.data.readers import annotations
+from adfm.data.readers.annotations import Shape, box, bracketed, by_stem, nfc, outlined, partners, sample
 from adfm.data.readers.files import DataSet, NoImage, folder_names, holds, images, listing, split_of, walk
-from adfm.data.readers.textfiles import lines, mentions, text
+from adfm.data.readers.textfiles import decimal, lines, mentions, text
 from adfm.data.readers.verdicts import class_name
 from adfm.records import Box, Sample, Split
 
 FORM = "images/*, labels/*.txt, data.yaml"
-_IMAGES = frozenset(("images",))
-_LABELS = frozenset(("labels",))  # Ultralytics finds labels by /labels/ in the place of the last /images/
+# Ultralytics finds labels by /labels/ in the place of the last /images/.
+_IMAGES, _LABELS = frozenset(("images",)), frozenset(("labels",))
 # Ends of the names of lists of classes, one a line: of LabelImg and Label Studio, of Darknet and CVAT, of Roboflow.
 _LISTS = ("classes.txt", ".names", "_darknet.labels")
 _SLACK = 0.01  # rounding of the tools that write the files; Ultralytics allows as much
@@ -44,7 +34,7 @@ _ELSEWHERE = "the YAML file names folders or lists of a split that are not here;
 
 
 class _TextLoader(yaml.BaseLoader):
-    """Leaves all as text, where other loaders make booleans of classes called `no` or `off`; refuses repeated keys."""
+    """YAML as text alone: other loaders make booleans of classes called `no` or `off`. Repeated keys are refused."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = Counter(key.value for key, _ in node.value if isinstance(key.value, str))
@@ -63,10 +53,7 @@ class _Settings:
 
 
 def matches(raw: Path) -> bool:
-    """Whether there are images, and a data.yaml with names or a text file of such lines, near the top.
-
-    Below a folder of labels they may lie at any depth: labels/train/<product>/<camera>.
-    """
+    """Whether there are images, and a data.yaml with names or a text file of such lines, near the top."""
     return holds(raw, _is_part) and any(images(folder) for folder in walk(raw))
 
 
@@ -77,11 +64,8 @@ def read(raw: Path) -> Iterator[Sample]:
     are cut off at the edge of the image where rounding, or a turned box, reaches out of it. Classes have the names in
     the YAML file of the data set, or in a list of names; without any they are called `class 0` and so on. `split` is
     that of train, val and test in the YAML file, where those are folders or lists in the data set, else that of the
-    folders' names (train, val, valid, validation, test). Images that are both validation and test count as test;
-    images that are training and something else have no split.
-
-    Raises:
-        BadData: Anything is wrong in the text files, a text file has no image, or there is no text file.
+    folders' names. Images that are both validation and test count as test; images that are training and something else
+    have no split.
     """
     data = DataSet(raw, "yolo")
     settings = _settings(data)
@@ -89,14 +73,16 @@ def read(raw: Path) -> Iterator[Sample]:
     defects = False
     for folder in walk(raw):
         for image, file in _paired(data, folder):
-            shapes = list(shapes_of_lines(data, file, shape)) if file else []
+            shapes = list(annotations.shapes_of_lines(data, file, shape)) if file else []
             defects = defects or bool(shapes)
             split, notes = _split(raw, image, settings)
             yield sample(data, image, shapes, split, notes, normalized=True)
-    data.finish(defects, "no image has a text file with a defect, beside it or in labels/ instead of images/")
+    # Without labels all images would be taken for normal.
+    data.finish("no image has a text file with a defect, beside it or in labels/ instead of images/", defects)
 
 
 def _is_part(folder: Path) -> bool:
+    # Below a folder of labels they may lie at any depth: labels/train/<product>/<camera>.
     for place in walk(folder) if folder.name.lower() in _LABELS else (folder,):
         # The text files of DeepPCB have folders of this name; their numbers are pixels.
         texts = listing(place, ".txt") if not place.name.endswith("_not") else ()
@@ -119,7 +105,7 @@ def _is_labels(file: Path) -> bool:
 
 
 def _paired(data: DataSet, folder: Path) -> Iterator[tuple[Path, Path | None]]:
-    """Yield the images of a folder, each with the text file of its name, which may be in a partner folder."""
+    """Yield the images of a folder, each with its text file; add the text files without an image to the problems."""
     pictures = by_stem(images(folder))
     places = partners(data.raw, folder, _IMAGES, _LABELS) if pictures else []
     files = by_stem(file for place in places for file in listing(place, ".txt"))
@@ -169,8 +155,7 @@ def _names(content: dict[Any, Any]) -> dict[int, str]:
     names = content["names"]
     if "kpt_shape" in content:
         raise ValueError("kpt_shape says that the labels are points of a pose; export boxes or polygons")
-    if isinstance(names, list):
-        names = dict(enumerate(names))
+    names = dict(enumerate(names)) if isinstance(names, list) else names
     numbered = isinstance(names, dict) and names and all(str(number).isdecimal() for number in names)
     if not numbered or not all(isinstance(name, str) for name in names.values()):
         raise ValueError("'names' is neither a list of names nor names under their numbers")
@@ -184,7 +169,7 @@ def _add_splits(data: DataSet, file: Path, content: dict[Any, Any], settings: _S
     """Add train, val and test of a YAML file where they lead to something in the data set."""
     # The files of several tools lead out of the data set (`../train/images`, or to the machine that wrote them).
     roots = [file.parent, data.raw]
-    if base := within(data.raw, file.parent, str(content.get("path", "")), Path.is_dir):
+    if base := annotations.within(data.raw, file.parent, str(content.get("path", "")), Path.is_dir):
         roots.insert(0, base)
     for key in ("train", "val", "test"):
         places = content.get(key)
@@ -201,7 +186,6 @@ def _add_splits(data: DataSet, file: Path, content: dict[Any, Any], settings: _S
 
 
 def _add_list(data: DataSet, file: Path, split: Split, roots: list[Path], settings: _Settings) -> None:
-    """Add the images that a text file lists, a path a line."""
     where = data.relative(file)
     bases = list(dict.fromkeys([file.parent, *roots]))
     folders: dict[str, Path] = {}  # as the list writes them; a list has a hundred thousand lines
@@ -221,7 +205,7 @@ def _add_list(data: DataSet, file: Path, split: Split, roots: list[Path], settin
 
 
 def _resolved(raw: Path, bases: list[Path], name: str) -> Path | None:
-    """What a path leads to that may have been written elsewhere: the longest of its ends that is in the data set."""
+    """Resolve a path that may have been written elsewhere: its longest end that is in the data set counts."""
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     split = split_of(*reversed(parts))
     for first in range(len(parts)):
@@ -230,7 +214,7 @@ def _resolved(raw: Path, bases: list[Path], name: str) -> Path | None:
         if ".." in end or split_of(*reversed(end)) != split:
             continue
         for base in bases:
-            path = within(raw, base, "/".join(end), Path.exists)
+            path = annotations.within(raw, base, "/".join(end), Path.exists)
             # A file's name alone leads to it only from the folder that the path names before it.
             bare = len(end) == 1 and first and parts[first - 1] not in ("..", base.resolve().name)
             if path and not (bare and path.is_file()):
@@ -239,7 +223,7 @@ def _resolved(raw: Path, bases: list[Path], name: str) -> Path | None:
 
 
 def _split(raw: Path, image: Path, settings: _Settings) -> tuple[Split | None, list[str]]:
-    """The split that a data set fixes for an image, and what to say of it."""
+    """Return the split that a data set fixes for an image, and notes."""
     paths = (image, *image.parents) if settings.splits else ()
     given = [splits for path in paths if (splits := settings.splits.get(path))]
     if not given:
@@ -277,10 +261,8 @@ def _drawn(name: str, words: list[str]) -> Shape:
     cx, cy = (_fraction(word, _SLACK) for word in words[:2])
     for word in words[2:]:
         if _fraction(word, math.inf) < 0:
-            raise ValueError(
-                f"its width or height is {word}: the box was drawn upwards or to the left, and where it is depends on"
-                " the tool; draw it again"
-            )
+            cause = "the box was drawn upwards or to the left, and where it is depends on the tool"
+            raise ValueError(f"its width or height is {word}: {cause}; draw it again")
     width, height = (_fraction(word, _SLACK) for word in words[2:])
     drawn = box(cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2, side=1)
     if _reaches_out(drawn, _SLACK):
@@ -293,21 +275,14 @@ def _reaches_out(drawn: Box, slack: float) -> bool:
 
 
 def _class(word: str) -> int:
-    """The number of a class; np.savetxt writes 1 as 1.000000e+00."""
-    try:
-        number = float(word)
-    except ValueError:
-        number = math.nan
+    number = decimal(word, "the class")  # np.savetxt writes 1 as 1.000000e+00
     if not (0 <= number < 1e6 and number.is_integer()):
         raise ValueError(f"the class {word!r} is not a whole number from 0")
     return int(number)
 
 
 def _fraction(word: str, slack: float) -> float:
-    try:
-        value = float(word)
-    except ValueError as error:
-        raise ValueError(f"{word!r} is not a number") from error
+    value = decimal(word, "a position or size")
     if not -slack <= value <= 1 + slack:
         raise ValueError(f"{word} is not a fraction of the image; write positions and sizes from 0 to 1, not pixels")
     return value

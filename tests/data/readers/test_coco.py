@@ -171,7 +171,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     (tmp_path / "latin.json").write_bytes('{"images": []\n, "é": 1}'.encode("latin-1"))
     (tmp_path / "utf16.json").write_bytes('{"images": []}'.encode("utf-16"))  # read, and not an annotation file
     outside = "is inverted or has no area"
-    nowhere = "neither where its path leads nor beside this file nor in a folder of images that belongs to it"
+    nowhere = "neither where its path leads nor beside this file nor in its image folders"
     problem_lines = problems(coco.read, tmp_path)
     (comma,) = (line for line in problem_lines if line.startswith("comma.json: line 2, column 2"))
     assert "comma " in comma  # the rest is Python's, and differs from version to version

@@ -228,11 +228,11 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     problem_lines = problems(cvat.read, tmp_path)
     assert problem_lines == [
         "annotations.xml: image '1.jpg': shape 1: box: the box [5, 5, 4, 9] is inverted or has no area",
-        "annotations.xml: image '1.jpg': shape 2: box: the box [nan, 5, 7, 9] is not finite",
-        "annotations.xml: image '1.jpg': shape 3: box: xtl is '', which is not a number",
+        "annotations.xml: image '1.jpg': shape 2: box: xtl is 'nan', which is not a finite number",
+        "annotations.xml: image '1.jpg': shape 3: box: xtl is '', which is not a finite number",
         "annotations.xml: image '1.jpg': shape 4: box: its class is 'OK', but every shape is taken for a defect; delete"
         " the shapes of this class, an image without any is normal",
-        "annotations.xml: image '1.jpg': shape 5: box: its rotation 'inf' is not finite",
+        "annotations.xml: image '1.jpg': shape 5: box: rotation is 'inf', which is not a finite number",
         "annotations.xml: image '1.jpg': shape 6: polygon: a polygon needs 3 corners, and has 2",
         "annotations.xml: image '1.jpg': shape 7: polygon: '3' is not a point",
         "annotations.xml: image '1.jpg': shape 8: mask: its rle does not have 4 pixels, as its width and height do",

@@ -211,10 +211,10 @@ def test_json_with_a_byte_order_mark_or_nested_without_end(tmp_path: Path) -> No
 
 def test_problems_are_one_line_each_and_listed_once(tmp_path: Path) -> None:
     data = DataSet(tmp_path, "mvtec")
-    data.finish(True, "nothing")
+    data.finish("nothing", read=True)
     data.problems += ["螺丝.png: a", "b\n\x1b[31m.png: b", "螺丝.png: a"]
     with pytest.raises(BadData) as error:
-        data.finish(False, "nothing")
+        data.finish("nothing")
     assert str(error.value).splitlines()[2:3] == ["    螺丝.png: a"]
     assert r"b\n\x1b[31m.png: b" in str(error.value)
     assert len(error.value.problems) == 2
@@ -222,7 +222,7 @@ def test_problems_are_one_line_each_and_listed_once(tmp_path: Path) -> None:
 
 def test_where_nothing_was_read_that_is_the_problem(tmp_path: Path) -> None:
     with pytest.raises(BadData, match="no image at all"):
-        DataSet(tmp_path, "mvtec").finish(False, "no image at all")
+        DataSet(tmp_path, "mvtec").finish("no image at all")
 
 
 def test_only_bad_data_in_a_block_become_problems(tmp_path: Path) -> None:

@@ -201,8 +201,8 @@ def test_a_table_of_boxes_by_that_name_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, "1.png")
     (tmp_path / "metadata.csv").write_text("file_name,label,xmin,ymin,xmax,ymax\n1.png,ng,1,2,3,4\n")
     assert problems(imagefolder.read, tmp_path) == [
-        "metadata.csv: the columns xmax, xmin, ymax, ymin are not of this layout; rename the file, and it is read as"
-        " layout csv"
+        "metadata.csv: the columns xmax, xmin, ymax, ymin are not of this layout; rename the file to read it as layout"
+        " csv"
     ]
 
 

@@ -290,7 +290,7 @@ def test_choices_about_the_image_are_labels(tmp_path: Path) -> None:
 def test_choices_of_which_nobody_knows_what_they_say_are_refused(tmp_path: Path) -> None:
     touch(tmp_path, "a.png")
     dump(tmp_path / "export.json", [_task(1, "a.png", _annotation(_choice("left", "side")))])
-    assert "it is not known which choice means a defect" in problems(label_studio.read, tmp_path)[0]
+    assert "which choice means a defect is not known" in problems(label_studio.read, tmp_path)[0]
 
 
 def test_what_is_not_a_label_is_refused(tmp_path: Path) -> None:
@@ -326,11 +326,11 @@ def test_what_is_not_a_label_is_refused(tmp_path: Path) -> None:
         "export.json: task 8: annotation 1: result 1: a point has no area; draw a rectangle, polygon, ellipse or mask"
         " in its place",
         "export.json: task 9: annotation 1: result 1: the image was turned by 90 degrees in Label Studio; turn the"
-        " file itself, and annotate that",
+        " file, and annotate that",
         "export.json: task 10: annotation 1: its results state different sizes of the image",
         "export.json: task 11: annotation 1: result 1: the region has no label; choose one, or delete it",
         "export.json: task 12: there is no image 'gone.png', neither where its path leads nor beside this file nor in"
-        " a folder of images that belongs to it",
+        " its image folders",
         "export.json: task 13: its data should have the path of one image; the keys that have one: none",
     ]
     assert [isinstance(problem, MissingImage) for problem in problem_lines].count(True) == 3

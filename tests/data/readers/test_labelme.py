@@ -295,9 +295,7 @@ def test_names_that_were_garbled_when_the_archive_was_unpacked(tmp_path: Path, r
     touch(tmp_path, f"{garbled}.png")
     dump(tmp_path / f"{garbled}.json", _file("検査1.png"))
     (problem,) = problems(labelme.read, tmp_path)
-    assert problem.endswith(
-        "imagePath is '検査1.png', and the file's own name is that, garbled; unpack the archive again"
-    )
+    assert problem.endswith("the file's own name is its imagePath '検査1.png', garbled; unpack the archive again")
 
 
 def test_an_image_in_the_file_is_read_if_there_is_no_other(tmp_path: Path) -> None:
@@ -368,10 +366,8 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     dump(tmp_path / "x.json", _file("x.jpg"))
     listed = problems(labelme.read, tmp_path)
     (comma,) = (line for line in listed if line.startswith("b.json: line "))
-    unknown = (
-        "is unknown; draw one of rectangle, oriented_rectangle, polygon, circle, line, linestrip, point, mask instead"
-    )
-    nowhere = "neither where its path leads nor beside this file nor in a folder of images that belongs to it"
+    unknown = "is unknown; draw a rectangle, oriented_rectangle, polygon, circle, line, linestrip, point, mask instead"
+    nowhere = "neither where its path leads nor beside this file nor in its image folders"
     assert [line for line in listed if line != comma] == [
         "a.json: shape 1: the box [5, 5, 5, 9] is inverted or has no area",
         "a.json: shape 2: 'nan' is not a finite number",

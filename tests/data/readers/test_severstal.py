@@ -74,8 +74,8 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "train.csv: line 5: EncodedPixels is not pairs of start and length: ''",
         "train.csv: line 6: EncodedPixels is not pairs of start and length: '1 2 3'",
         *(
-            f"train.csv: line {line}: EncodedPixels has the pair `{pair}`, which is empty, not behind the pair before"
-            " it or not within the 409600 pixels of an image of 1600x256"
+            f"train.csv: line {line}: the pair `{pair}` of EncodedPixels is empty, begins within the pair before it or"
+            " leaves the pixels, the 409600 of 1600x256"
             for line, pair in ((7, "0 2"), (8, "409600 2"), (9, "6 1"))
         ),
         "train_images/more: no place in the layout, or no image for the mask: x.jpg",

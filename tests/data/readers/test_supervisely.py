@@ -191,7 +191,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         f"4: {unread} (it is not base64 text)",
         *[listed[4].partition(": object ")[2]],
         "6: its mask of 3x3 at 126, 0 reaches out of the image of 128x96",
-        "7: a shape of the type 'graph' is not a rectangle, polygon, line or bitmap; draw one in its place",
+        "7: a shape of the type 'graph' is not read; draw a rectangle, polygon, line or bitmap",
         "8: its class is 'good', but every shape is taken for a defect; delete the shapes of this class, an image"
         " without any is normal",
         "9: has no polygon",

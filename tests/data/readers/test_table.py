@@ -106,11 +106,11 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     none = "the label is ok, but there is a defect, a box or a mask"
     assert problems(table.read, tmp_path) == [
         "parts.csv: line 2: x1 is '1,5'; write it with a decimal point: 1.5",
-        "parts.csv: line 3: x1 is 'one', which is not a number",
-        "parts.csv: line 4: the box [nan, 2, 3, 4] is not finite",
+        "parts.csv: line 3: x1 is 'one', which is not a finite number",
+        "parts.csv: line 4: x1 is 'nan', which is not a finite number",
         "parts.csv: line 5: the box [5, 2, 3, 4] is inverted or has no area",
         "parts.csv: line 6: the box [-5, 2, -3, 4] lies outside the image",
-        "parts.csv: line 7: y1 is '', which is not a number",
+        "parts.csv: line 7: y1 is '', which is not a finite number",
         f"parts.csv: line 8: {either}",
         f"parts.csv: line 9: {either}",
         "parts.csv: line 10: its class is 'ok', but every shape is taken for a defect; delete the shapes of this class,"

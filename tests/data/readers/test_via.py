@@ -185,8 +185,7 @@ def test_the_attribute_that_is_the_class(tmp_path: Path) -> None:
     assert drawn(_region(_RECT, type="1"), type=options) == ("dent", ())
     dump(tmp_path / "a.json", _export({"a.png": [_region(_RECT, colour="red", depth="2")]}))
     assert problems(via.read, tmp_path)[0] == (
-        "a.json: the regions have the attributes 'colour', 'depth'; call the one that is the class 'class', and rename"
-        " the others"
+        "a.json: the regions have the attributes 'colour', 'depth'; call the class 'class', and rename the others"
     )
 
 
@@ -246,7 +245,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     problem_lines = problems(via.read, tmp_path)
     assert problem_lines == [
         "a.json: a.png: region 0: a shape of the kind 'point' has no area; draw a rectangle, circle, ellipse or"
-        " polygon instead",
+        " polygon",
         "a.json: a.png: region 1: the box [20, 30, 20, 50] is inverted or has no area",
         "a.json: a.png: region 2: '20' is text, and a number is needed; write it without quotation marks",
         "a.json: a.png: region 3: it has no 'type'; choose one, or delete the region",
@@ -254,8 +253,8 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         " this class, an image without any is normal",
         "a.json: a.png: region 5: its points are 1 x and 2 y, not two or more of each",
         "a.json: a.png: region 6: the ellipse with the radii -1 and -1 has no area",
-        "a.json: there is no image 'gone.png', neither where its path leads nor beside this file nor in a folder of"
-        " images that belongs to it",
+        "a.json: there is no image 'gone.png', neither where its path leads nor beside this file nor in its image"
+        " folders",
         "a.json: a.png is listed before, in a.json; keep one",
         ".: images that are not in the annotations: b.png, not listed.png",
     ]

@@ -90,10 +90,10 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     empty = "is inverted or has no area"
     assert problems(voc.read, tmp_path) == [
         f"annotations/a.xml: object 1: the box [4, 4, 4, 9] {empty}",
-        "annotations/a.xml: object 2: the box [nan, 4, 7, 9] is not finite",
+        "annotations/a.xml: object 2: xmin of bndbox is 'nan', which is not a finite number",
         "annotations/a.xml: object 3: the box [-9, 4, -2, 9] lies outside the image",
-        "annotations/a.xml: object 4: xmin of bndbox is '', which is not a number",
-        "annotations/a.xml: object 5: xmin of bndbox is '1,5', which is not a number",
+        "annotations/a.xml: object 4: xmin of bndbox is '', which is not a finite number",
+        "annotations/a.xml: object 5: xmin of bndbox is '1,5', which is not a finite number",
         "annotations/a.xml: object 6: the class '' is not a name",
         "annotations/a.xml: object 7: its class is 'OK', but every shape is taken for a defect; delete the shapes of"
         " this class, an image without any is normal",
@@ -284,11 +284,11 @@ def test_objects_that_are_refused(tmp_path: Path) -> None:
     assert problems(voc.read, tmp_path) == [
         "1.xml: object 1: its bndbox is [0, 0, 5, 5], but its polygon spans [50, 50, 60, 60]; correct one of them",
         "1.xml: object 2: its bndbox has a rotation, and tools differ in what that means; export boxes without it",
-        "1.xml: object 3: its attribute rotation is not a number: 'much'",
-        "1.xml: object 4: its attribute rotation is not a number: 'nan'",
+        "1.xml: object 3: its attribute rotation is 'much', which is not a finite number",
+        "1.xml: object 4: its attribute rotation is 'nan', which is not a finite number",
         "1.xml: object 5: the turned box of 0x5 has no area",
-        "1.xml: object 6: a number of the turned box is not finite",
-        "1.xml: object 7: cy of robndbox is None, which is not a number",
+        "1.xml: object 6: w of robndbox is '1e999', which is not a finite number",
+        "1.xml: object 7: cy of robndbox is None, which is not a finite number",
         "1.xml: object 8: a polygon needs 3 corners, and has 1",
         "1.xml: object 9: the attribute rotation turns a polygon, which LabelMe does not know; export another format",
         "1.xml: object 10: has neither a bndbox nor a robndbox nor a polygon",

@@ -266,7 +266,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "labels/a.txt: line 3: is neither class, cx, cy, width, height nor class and points: has 8 numbers",
         f"labels/a.txt: line 4: {confidence}",
         "labels/a.txt: line 5: 312 is not a fraction of the image; write positions and sizes from 0 to 1, not pixels",
-        "labels/a.txt: line 6: nan is not a fraction of the image; write positions and sizes from 0 to 1, not pixels",
+        "labels/a.txt: line 6: a position or size is 'nan', which is not a finite number",
         "labels/a.txt: line 7: its width or height is -0.1: the box was drawn upwards or to the left, and where it is"
         " depends on the tool; draw it again",
         "labels/a.txt: line 8: the box [0.5, 0.45, 0.5, 0.55] is inverted or has no area",
@@ -275,7 +275,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "labels/a.txt: line 11: the class '1.5' is not a whole number from 0",
         "labels/a.txt: line 12: its class is 'ok', but every shape is taken for a defect; delete the shapes of this"
         " class, an image without any is normal",
-        "labels/a.txt: line 13: 'half' is not a number",
+        "labels/a.txt: line 13: a position or size is 'half', which is not a finite number",
         "labels/b.txt: line 1: is not UTF-8 text; save the file with the encoding UTF-8"
         " (`iconv -t UTF-8 -f` with the encoding of the system that it comes from, such as GB18030, CP1252, CP932)",
         "images/same.jpg: has the same name as images/same.png",
