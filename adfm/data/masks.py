@@ -141,6 +141,7 @@ def _is_numbered(values: NDArray[Any], threshold: float, top: float) -> bool:
         nearby = ndimage.maximum_filter(np.where(thick[areas], values, 0), 2 * _BLOCK + 1)
         faint = highest < min(_NOISE, threshold) * ndimage.maximum(nearby, areas, numbers)
         return not (faint & ~thick[1:]).any()
+    # Those between noise and defects lie in areas of one value, as no soft edge does.
     between = (values >= min(_NOISE, threshold) * top) & (values < threshold * top)
     return bool(plain[between].sum() >= _PLAIN_SHARE * max(1, between.sum()))
 

@@ -67,7 +67,7 @@ def assign(images: pa.Table, duplicates: NDArray[np.int64], params: Params) -> N
     all_train[together[fixed != _TRAIN]] = False
     held = np.zeros(count, bool)
     held[together[np.isin(np.asarray(column["category"]), params.split.holdout_categories)]] = True
-    # A training part of normal images alone stays, but the rest is divided: training needs defects.
+    # A training part of normal images alone, as in MVTec AD, stays, but the rest is divided: training needs defects.
     decided = held | (latest > _TRAIN if keeps else all_train)
 
     of_group = np.where(decided, latest, np.int8(-1))
@@ -142,6 +142,7 @@ def _where(column: pa.Array, value: str) -> NDArray[np.bool_]:
 def _fixed(split: pa.Array, settings: Split) -> NDArray[np.int8]:
     """Return [images], the split that the data set fixes, an index into `SPLITS`; -1 where it fixes none."""
     fixed = np.full(len(split), -1, np.int8)
+    # With `split.redivide` a share of MMAD can be trained on; its metrics do not compare with published ones then.
     for number, name in enumerate(() if settings.redivide else SPLITS):
         fixed[_where(split, name)] = number
     return fixed
@@ -369,6 +370,7 @@ def _spread(
                 continue
             donor = max(donors, key=lambda group: here[kind][splits[group.number]])
             origin, label = splits[donor.number], labels[donor.label]
+            # Places are exchanged, so that the sizes of the splits stay.
             partners: list[_Group | None] = [
                 group
                 for group in sorted(pool, key=lambda group: group.draw)

@@ -27,7 +27,7 @@ def profile(table: pd.DataFrame) -> dict[str, Any]:
 
     These are the number of images by category and by defect; `mean` and standard `deviation` of each of `FIGURES`.
     """
-    defects = table["defect"].fillna(table["label"])
+    defects = table["defect"].fillna(table["label"])  # normal images are a kind of their own here
     profile: dict[str, Any] = {}
     for name, values in (("categories", table["product"]), ("defects", defects)):
         profile[name] = {str(value): int(count) for value, count in values.value_counts().sort_index().items()}
@@ -58,7 +58,7 @@ def expectations(
             # Glass's delta, the difference of the means over the standard deviation of the reference group (Glass,
             # "Primary, Secondary, and Meta-Analysis of Research", 1976), of which 0.2 is called small, 0.5 medium and
             # 0.8 large (Cohen, "Statistical Power Analysis", 1988).
-            room = max(limits.max_shift * deviation, 1e-6)
+            room = max(limits.max_shift * deviation, 1e-6)  # images of one size have no deviation
             bounds = {"min_value": mean - room, "max_value": mean + room}
             suite.append(warn(MEAN, name, what, remedy, **bounds, where={"split": "train"}))
     return suite
@@ -115,9 +115,9 @@ def of_production(model: str) -> dict[str, Any] | None:
 
 
 def _statistics(file: Path) -> dict[str, Any]:
-    """Read the statistics of a report; `LookupError` or `TypeError` if drift cannot be measured by them."""
     statistics = json.loads(file.read_text(encoding="utf-8"))["statistics"]
     train = statistics["train"]
+    # A `LookupError` or a `TypeError` where drift cannot be measured by them.
     for name in ("categories", "defects"):
         sum(train[name].values())
     for name in FIGURES:

@@ -24,6 +24,7 @@ _IDS = 10
 _PICTURE_SIDE = 200
 _PICTURES_LENGTH = 3_000_000
 
+# Great Expectations' pages take their styles from the web, which `page` leaves out.
 _HEAD = f"""<meta http-equiv="Content-Security-Policy" content="{pictures.POLICY}">
 <style>{pictures.STYLE}</style>"""
 _HEAD += """<style>

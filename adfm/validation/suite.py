@@ -26,6 +26,7 @@ EXAMPLES = 4
 # Share of the image above which a box is taken for one round everything.
 _WHOLE = 0.95
 
+# Classes of great_expectations.expectations.
 _BETWEEN, _IN_SET = "ExpectColumnValuesToBeBetween", "ExpectColumnValuesToBeInSet"
 _NULL, _NOT_NULL = "ExpectColumnValuesToBeNull", "ExpectColumnValuesToNotBeNull"
 _CONTAIN, _ROWS = "ExpectColumnDistinctValuesToContainSet", "ExpectTableRowCountToBeBetween"
@@ -144,6 +145,7 @@ def _of_splits(table: pd.DataFrame, labels: Sequence[str], defects_alone: bool, 
     """Return the expectations that splits have enough images of each label."""
     limits, suite = params.validation, []
     given = {"train": 1.0, "validation": params.split.validation, "test": params.split.test}
+    # A split without a share is not expected, unless the data set has it.
     splits = [split for split in SPLITS if given[split] > 0 or (table["split"] == split).any()]
     if "test" in splits and (least := limits.min_category_images):
         in_test = table[table["split"] == "test"].groupby("product")["label"]
