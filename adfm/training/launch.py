@@ -29,7 +29,6 @@ from typing import IO, NamedTuple
 from adfm import tracking
 from adfm.errors import AdfmError, Unreachable
 from adfm.files import MODEL, refuse_to_replace, replace_json
-from adfm.models import hardware
 from adfm.params import Params
 from adfm.process import cpus, retries, stopping
 from adfm.process.stopping import Stopped
@@ -57,6 +56,8 @@ def on_gpus(shards: Path, model: Path, out: Path, params: Params, gpus: int) -> 
     Raises:
         AdfmError: As `adfm.training.grpo.train`; processes died too often; or (`Stopped`) they were told to stop.
     """
+    from adfm.models import hardware  # here: pipelines are compiled where NumPy is not installed
+
     hardware.batch_split(params.train, max(gpus, 1))
     _supervise(gpus, lambda settings: command(shards, model, out, settings), out, params)
 
