@@ -1,7 +1,7 @@
-"""`params.yaml` as typed, documented, validated settings: one class a section, one section a stage.
+"""Typed settings of `params.yaml`: one class a section, one section a stage.
 
-The defaults are those of the embedded run, so that `Params()` equals the shipped `params.yaml`. A further file is an
-overlay: it names only the settings that it changes.
+The defaults are those of the embedded run, so that `Params()` equals the shipped `params.yaml`. Further files are
+overlays, which have only the settings that they change.
 
     params = load([Path("params.yaml"), Path("params/qwen2.5-vl-7b.yaml")], ["train.steps=50"])
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,9 +31,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 M = TypeVar("M", bound=BaseModel)
 
-_NEAR = 0.7
-"""Similarity (difflib's ratio) from which on a setting is suggested for an unknown one: `seed` for `sede`."""
-
+_NEAR = 0.7  # difflib's ratio from which on a setting is suggested for an unknown one: `seed` for `sede`
 
 RENAMED = {
     "register": "mlflow",
@@ -42,7 +41,7 @@ RENAMED = {
     "validate": "validation",
     "warmup": "sft",
 }
-"""Settings of version 0.1 by their dotted keys, and the name that the last part has now; both are read until 0.3."""
+"""Dotted keys before 0.1.0, and the name that the last part has now; both are read until 0.3."""
 
 
 class Section(BaseModel):
@@ -55,7 +54,7 @@ class Fetch(Section):
     """Where the raw data set comes from."""
 
     source: str = "synthetic://?images=200"
-    # Files are named by it, with endings; a disk takes 255 bytes.
+    # Part of file names, with endings; file systems take 255 bytes.
     name: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "synthetic"
 
 
@@ -91,7 +90,7 @@ class Split(Section):
 
 
 class Validation(Section):
-    """What the shards must satisfy before anything is trained on them."""
+    """Data validation before training."""
 
     min_side: PositiveInt = 16
     max_side: PositiveInt = 8192
@@ -150,7 +149,7 @@ class Sft(Section):
     @model_validator(mode="after")
     def _kinds_have_a_stage(self) -> Self:
         if self.kinds and not self.stages:
-            raise ValueError("kinds are named in a stage of the answer: set stages to true, or kinds to false")
+            raise ValueError("kinds are part of a stage of the answer: set stages to true, or kinds to false")
         return self
 
 
@@ -160,7 +159,7 @@ class Detector(Section):
     steps: PositiveInt = 400
 
 
-# A weight for every term, so that one that is added to the reward cannot go without.
+# From the terms of the reward, so that a new term has a weight without a change here.
 _fields: dict[str, Any] = {term: (NonNegativeFloat, weight) for term, weight in WEIGHTS._asdict().items()}
 _TermWeights: Any = create_model("_TermWeights", __base__=Section, **_fields)
 
@@ -172,7 +171,7 @@ class RewardWeights(_TermWeights):  # type: ignore[misc]
 
 
 class Health(Section):
-    """When a training has gone wrong and is stopped."""
+    """Health checks: when a training is stopped as diverged or as one that learns nothing."""
 
     patience: NonNegativeInt = 25
     min_utilisation: Fraction = 0.01
@@ -245,13 +244,9 @@ class Evaluate(Section):
         return folds
 
     @model_validator(mode="after")
-    def _one_limit(self) -> Self:
+    def _consistent(self) -> Self:
         if (self.overkill_limit is None) == (self.escape_limit is None):
             raise ValueError("set exactly one of overkill_limit and escape_limit, and the other to null")
-        return self
-
-    @model_validator(mode="after")
-    def _small_is_smaller(self) -> Self:
         if self.small > self.large:
             raise ValueError("small should be at most large")
         return self
@@ -303,11 +298,11 @@ class Params(Section):
 
 
 def load(files: Path | Sequence[Path] | None = None, overrides: Sequence[str] = ()) -> Params:
-    """Read settings files, later ones over earlier ones, and `key=value` overrides over all of them.
+    """Read settings files, later ones over earlier ones, and overrides over all of them.
 
     Args:
-        files: One or several YAML files; a later one wins key by key. Keys that none of them has keep their defaults.
-            None of them: `params.yaml` of the current folder if there is one.
+        files: YAML files; settings that none of them has keep their defaults. Without any, `params.yaml` of the current
+            folder, if there is one.
         overrides: `key=value` with a dotted key and a YAML value, as in `train.steps=50`; later ones win.
 
     Raises:
@@ -318,23 +313,23 @@ def load(files: Path | Sequence[Path] | None = None, overrides: Sequence[str] = 
 
 
 def merged(files: Path | Sequence[Path] | None = None, overrides: Sequence[str] = ()) -> str:
-    """The text of the first settings file with the values that `load` makes of all of them.
+    """Return the text of the first settings file with the values that `load` reads from all of them.
 
-    All else in that text stays as it is, comments included; a setting that it lacks is added to its section.
+    Comments and layout stay; a setting that the file lacks is added to its section.
 
     Args:
         files: As of `load`.
         overrides: As of `load`.
 
     Raises:
-        AdfmError: As `load`; or the first file is written in a way that is not understood here.
+        AdfmError: As `load`; or the first file is written in a way that cannot be edited line by line.
     """
     paths = _files(files)
     if not paths:
         raise AdfmError("no params.yaml in this folder to apply the settings to; give a file with --params.")
     first = str(paths[0])
     text = _with_new_names(_text(paths[0]), first)
-    params = _params([(_text(file), str(file)) for file in paths], overrides)
+    params = load(paths, overrides)
     before = flat(_params([(text, first)], ()))
     for key, value in flat(params).items():
         if value != before[key]:
@@ -342,6 +337,15 @@ def merged(files: Path | Sequence[Path] | None = None, overrides: Sequence[str] 
     if loads(text) != params:
         raise AdfmError(f"{first}: write it in plain YAML, a line a setting, as params.yaml is when adfm ships it.")
     return text
+
+
+def loads(text: str, overrides: Sequence[str] = ()) -> Params:
+    """Read the settings of a YAML text, as `load` does of a file; an empty text gives the defaults.
+
+    Raises:
+        AdfmError: It is not YAML, or keys or values are wrong: all of them are listed.
+    """
+    return _params([(text, "params")], overrides)
 
 
 def _files(files: Path | Sequence[Path] | None) -> Sequence[Path]:
@@ -357,36 +361,19 @@ def _text(file: Path) -> str:
         raise AdfmError(f"the settings file {file} cannot be read: {error}.") from error
 
 
-def loads(text: str, overrides: Sequence[str] = ()) -> Params:
-    """The settings of a YAML text, as `load` reads them from a file; an empty text gives the defaults.
-
-    Raises:
-        AdfmError: It is not YAML, or keys or values are wrong: all of them are listed.
-    """
-    return _params([(text, "params")], overrides)
-
-
 def _params(texts: Sequence[tuple[str, str]], overrides: Sequence[str]) -> Params:
-    """The settings of texts, each with its name for messages, and of overrides."""
     texts = [(_with_new_names(text, place), place) for text, place in texts]
     return validated(Params, texts, [_with_new_name(override) for override in overrides])
 
 
 def _with_new_names(text: str, place: str) -> str:
-    """A YAML text in which the keys of `RENAMED` have their new names; all else is untouched, to the byte."""
-    keys: list[tuple[str, Any]] = []
-
-    def walk(node: yaml.Node | None, prefix: str) -> None:
-        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-            if (name := f"{prefix}{key.value}") in RENAMED:
-                keys.append((name, key))
-            walk(value, f"{name}.")
-
+    """A YAML text in which the keys of `RENAMED` have their new names; all else stays, to the byte."""
     try:
-        walk(yaml.compose(text, _Loader), "")
+        nodes = _nodes(yaml.compose(text, _Loader))
+        keys = [(name, key) for name, key, _ in nodes if name in RENAMED]
     except yaml.YAMLError:
         return text  # reported where it is read
-    for name, key in reversed(keys):
+    for name, key in reversed(keys):  # from the end, so that the earlier places stay right
         text = text[: key.start_mark.index] + RENAMED[name] + text[key.end_mark.index :]
     if keys:
         note_renamed(place, tuple(name for name, _ in keys))
@@ -396,14 +383,9 @@ def _with_new_names(text: str, place: str) -> str:
 def _with_new_name(override: str) -> str:
     """A `key=value` with the new names of `RENAMED` in its key."""
     key, equals, value = override.partition("=")
-    parts = key.split(".")
-    old = [name for name in (".".join(parts[: depth + 1]) for depth in range(len(parts))) if name in RENAMED]
-    if not old:
-        return override
-    note_renamed(f"--set {override}", tuple(old))
-    for name in old:
-        parts[name.count(".")] = RENAMED[name]
-    return ".".join(parts) + equals + value
+    if old := tuple(name for name in _prefixes(key) if name in RENAMED):
+        note_renamed(f"--set {override}", old)
+    return new_name(key) + equals + value
 
 
 @functools.cache
@@ -414,18 +396,22 @@ def note_renamed(place: str, names: tuple[str, ...]) -> None:
 
 
 def new_name(old: str) -> str:
-    """The dotted key that a renamed setting or section has now."""
-    parts = old.split(".")
-    return ".".join(RENAMED.get(".".join(parts[: depth + 1]), part) for depth, part in enumerate(parts))
+    """Return the dotted key that a setting or section has now."""
+    return ".".join(RENAMED.get(prefix, prefix.rpartition(".")[2]) for prefix in _prefixes(old))
+
+
+def _prefixes(key: str) -> list[str]:
+    """The sections of a dotted key, the outermost first, and the key: `a`, `a.b`, `a.b.c`."""
+    return list(itertools.accumulate(key.split("."), "{}.{}".format))
 
 
 def validated(
     model: type[M], texts: Sequence[tuple[str, str]], overrides: Sequence[str] = (), listed: str = "params.yaml"
 ) -> M:
-    """Settings of any kind: later texts over earlier ones, overrides over all, defaults for what none of them has.
+    """Validate settings of any kind: later texts over earlier ones, overrides over all, defaults for the rest.
 
     Args:
-        model: What they are validated as; it has a default for every setting.
+        model: Their type; it has a default for every setting.
         texts: YAML texts, each with its name for messages.
         overrides: `key=value`.
         listed: Name of the file that lists all settings, for messages about unknown ones.
@@ -434,29 +420,42 @@ def validated(
         AdfmError: A text is not YAML, or keys or values are wrong: all of them are listed.
     """
     defaults = model()
-    keys = tuple(flat(defaults))
-    sections = tuple({key[: dot.start()] for key in keys for dot in re.finditer(r"\.", key)})
+    keys = list(flat(defaults))
+    sections = _sections(keys)
     values: dict[str, Any] = {}
     where: dict[str, str] = {}  # dotted key -> the place that sets it, for messages
     problems = []
     for text, place in texts:
-        read, lines, repeated = _read(text, place, sections)
-        values = _merge(values, read)
+        tree, lines, wrong = _read(text, place, sections)
+        values = _merge(values, tree)
         where |= lines
-        problems += repeated
+        problems += wrong
     for override in overrides:
-        problems += _override(override, values, where, keys, listed)
+        key, equals, text = override.partition("=")
+        place = f"--set {override}"
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError:
+            problems.append(f"{place}: the value is not YAML; put it in quotes of its own")
+            continue
+        if not equals:
+            problems.append(f"{place}: key=value is expected, as in train.steps=50")
+        elif key not in keys:
+            problems.append(f"{place}: {_unknown(key, keys, listed)}")
+        else:
+            values = _merge(values, _nested(key.split("."), value))
+            where |= dict.fromkeys(_prefixes(key), place)
     try:
         settings = model.model_validate(_merge(defaults.model_dump(by_alias=True), values))
     except ValidationError as error:
-        problems += _problems(error, where, keys + sections, listed)
+        problems += _problems(error, where, [*keys, *sections], listed)
     if problems:
         raise AdfmError("\n  ".join(["these settings are wrong:", *problems]))
     return settings
 
 
 def flat(params: BaseModel) -> dict[str, object]:
-    """Dotted key -> value for every setting, with the keys of the file."""
+    """Return every setting by its dotted key, with the keys of the file."""
 
     def leaves(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, object]]:
         for key, value in tree.items():
@@ -482,50 +481,43 @@ for _side in (_Loader, _Dumper):
     )
 
 
+def _nodes(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
+    """Yield the dotted key of every setting and section of a YAML text, the node of its key and that of its value."""
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        yield f"{prefix}{key.value}", key, value
+        yield from _nodes(value, f"{prefix}{key.value}.")
+
+
 def _read(text: str, place: str, sections: Sequence[str]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """A text's settings; the place of each by dotted key; a problem for every key that is set twice."""
+    """The settings of a text, the place of each by dotted key, and problems of its form."""
     try:
         loader = _Loader(text)
         root = loader.get_single_node()
-        read = loader.construct_document(root) if root else {}
+        settings = loader.construct_document(root) if root else {}
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise AdfmError(f"{place}{line} is not YAML: {error.problem}.") from error
     except yaml.YAMLError as error:
         raise AdfmError(f"the settings {place} cannot be read: {error}.") from error
-    if not isinstance(read, dict):
+    if not isinstance(settings, dict):
         raise AdfmError(f"{place}: sections with keys are expected, as in `train: {{steps: 50}}`.")
     where: dict[str, str] = {}
     problems = []
-
-    def walk(node: yaml.Node | None, prefix: str) -> None:
-        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-            name, line = f"{prefix}{key.value}", f"{place} line {key.start_mark.line + 1}"
-            if name in where:
-                problems.append(f"{line}: {name} is set already in line {where[name].split()[-1]}; keep one of them")
-            where[name] = line
-            walk(value, f"{name}.")
-
-    walk(root, "")
-    # Reported here, because a later file, or an override, may have the section.
-    for name, value in _misplaced(read, sections):
-        problems.append(f"{where[name]}: {name} should be a section with keys, not {value!r}")
-    return read, where, problems
-
-
-def _misplaced(tree: dict[str, Any], sections: Sequence[str], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Takes what stands where a section belongs out of a tree of settings; its dotted key and value."""
-    for key, value in list(tree.items()):
-        name = f"{prefix}{key}"
-        if name in sections and isinstance(value, dict):
-            yield from _misplaced(value, sections, f"{name}.")
-        elif name in sections:
-            del tree[key]
-            yield name, value
+    for name, key, node in _nodes(root):
+        line = f"{place} line {key.start_mark.line + 1}"
+        if name in where:
+            problems.append(f"{line}: {name} is set already in line {where[name].split()[-1]}; keep one of them")
+        where[name] = line
+        if name in sections and not isinstance(node, yaml.MappingNode):
+            # Reported and removed here: a later file, or an override, may have the section, and would hide it.
+            *outer, last = name.split(".")
+            value = functools.reduce(dict.__getitem__, outer, settings).pop(last)
+            problems.append(f"{line}: {name} should be a section with keys, not {value!r}")
+    return settings, where, problems
 
 
 def _replaced(text: str, key: Sequence[str], value: object) -> str:
-    """A YAML text with another value of one setting; what else it holds is not touched, to the byte."""
+    """A YAML text with another value of one setting; all else stays, to the byte."""
     node: Any = yaml.compose(text, _Loader)
     for depth, name in enumerate(key):
         members = node.value if isinstance(node, yaml.MappingNode) else []
@@ -534,11 +526,12 @@ def _replaced(text: str, key: Sequence[str], value: object) -> str:
             return _added(text, node, f"{name}: {_written(_nested(key[depth + 1 :], value))}")
         node = inner
     start, end = node.start_mark.index, _end(node)
+    # The node of an empty value begins at the colon.
     return text[:start] + " " * (text[start - 1] == ":") + _written(value) + text[end:]
 
 
 def _added(text: str, section: Any, line: str) -> str:
-    """A YAML text with one more `key: value` at the end of a section; `None` is a text that has nothing yet."""
+    """A YAML text with one more `key: value` at the end of a section, or of an empty text, whose section is `None`."""
     if section is None:
         return f"{text}\n{line}\n".lstrip("\n")
     if section.flow_style:
@@ -550,27 +543,27 @@ def _added(text: str, section: Any, line: str) -> str:
 
 
 def _end(node: Any) -> int:
-    """Where the last character of a node is; the mark of a block is behind the comments that follow it."""
+    """Index after the last character of a node."""
     if isinstance(node, yaml.ScalarNode) or node.flow_style or not node.value:
         return int(node.end_mark.index)
-    last = node.value[-1]
+    last = node.value[-1]  # the end mark of a block comes after the comments that follow it
     return _end(last[1] if isinstance(node, yaml.MappingNode) else last)
 
 
-def _nested(keys: Sequence[str], value: object) -> object:
+def _nested(keys: Sequence[str], value: object) -> Any:
     return {keys[0]: _nested(keys[1:], value)} if keys else value
 
 
 def _written(value: object) -> str:
-    """A value in YAML on one line, fit to stand in brackets too; numbers as Python writes them."""
+    """A value in YAML on one line, valid in brackets too."""
     if type(value) in (int, float):
-        return repr(value)
+        return repr(value)  # PyYAML writes 1e-05 as 1.0e-05
     text: str = yaml.dump([value], Dumper=_Dumper, default_flow_style=True, width=10**6, allow_unicode=True)
     return text.strip()[1:-1]
 
 
 def _merge(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
-    """`later` over `earlier`, key by key: a section that is named in part keeps its other defaults."""
+    """`later` over `earlier`, key by key: a section keeps the settings that `later` does not have."""
     both = dict(earlier)
     for key, value in later.items():
         before = earlier.get(key)
@@ -578,31 +571,8 @@ def _merge(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
-def _override(
-    override: str, values: dict[str, Any], where: dict[str, str], keys: Sequence[str], listed: str
-) -> list[str]:
-    """Lays one `key=value` over `values`; returns what is wrong with it, if anything."""
-    key, equals, text = override.partition("=")
-    place = f"--set {override}"
-    if not equals:
-        return [f"{place}: key=value is expected, as in train.steps=50"]
-    if key not in keys:
-        return [f"{place}: {_unknown(key, keys, listed)}"]
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        return [f"{place}: the value is not YAML; put it in quotes of its own"]
-    *sections, name = key.split(".")
-    for depth, section in enumerate(sections, start=1):
-        values = values.setdefault(section, {})
-        where[".".join(sections[:depth])] = place
-    values[name] = value
-    where[key] = place
-    return []
-
-
 def _problems(error: ValidationError, where: dict[str, str], names: Sequence[str], listed: str) -> list[str]:
-    """One line a key: where, which, what is expected, what is there."""
+    """One line a key: where it is, what is expected, and what is there."""
     lines: dict[str, str] = {}
     for detail in error.errors(include_url=False):
         key = ".".join(str(part) for part in detail["loc"])
@@ -624,11 +594,11 @@ def _problems(error: ValidationError, where: dict[str, str], names: Sequence[str
 
 
 def _unknown(key: str, names: Sequence[str], listed: str) -> str:
-    sections = {name[: dot.start()] for name in names for dot in re.finditer(r"\.", name)}
+    sections = _sections(names)
     if key in sections:
         return f"{key} is a section; set one of its keys, as in {next(n for n in names if n.startswith(f'{key}.'))}"
     section, _, leaf = key.rpartition(".")
-    # Its own section is no answer; an undotted name is none to a dotted key either.
+    # Its own section is not an answer; an undotted name is none to a dotted key either.
     candidates = [name for name in names if ("." in name or not section) and not (name == section and name in sections)]
     near = [name for name in candidates if not section and name.rpartition(".")[2] == key]  # `steps`, for `train.steps`
 
@@ -640,3 +610,7 @@ def _unknown(key: str, names: Sequence[str], listed: str) -> str:
     if not near and likeness(best := max(candidates, key=likeness)) >= _NEAR:
         near = [best]
     return f"unknown setting `{key}`; " + (did_you_mean(near) or f"{listed} lists all settings")
+
+
+def _sections(keys: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(section for key in keys for section in _prefixes(key)[:-1]))
