@@ -1,4 +1,4 @@
-"""The command line: `adfm <verb>`, one verb a stage, and the everyday ones. Each calls one function.
+"""The command line, `adfm <verb>`: each verb calls one function of the package.
 
 adfm fetch synthetic:// data/raw/synthetic
 adfm convert data/raw/synthetic data/shards
@@ -19,26 +19,19 @@ import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adfm import __version__, extras, outcome
-from adfm.completion import SHELLS
 from adfm.errors import AdfmError
 from adfm.process.environment import set_environment
 from adfm.process.stopping import Stopped, Terminated, terminable
 from adfm.text import did_you_mean, printable_output
 from adfm.verbs import GROUPS, VERBS, epilog
 
-if TYPE_CHECKING:
-    from adfm.params import Params
-
-Run = Callable[..., int | None]
-
-_DESCRIPTION = "Adapt a vision-language model to finding defects: data, training, evaluation, registration."
-
+# Names before 0.1.0, until 0.3: another verb of adfm, or an experiment of `python -m experiments`.
 _RENAMED = {"warmup": "sft"}
 _MOVED = {"ablate": "ablation", "tiny-base": "tiny-base"}
-"""Verbs of version 0.1 that have another name, and that `experiments` has, until 0.3."""
+
 # First words of the verbs of two words.
 _PREFIXES = {
     "policy": "the registered policy of the gate",
@@ -47,7 +40,14 @@ _PREFIXES = {
     "registry": "the registered versions",
 }
 
-_EXAMPLE = """\
+_HELP = """\
+usage: adfm <verb> ...
+
+Adapt a vision-language model to finding defects: data, training, evaluation, registration.
+`adfm <verb> --help` describes a verb, with examples and exit codes.
+
+{verbs}
+
 from a data set to production (`make repro` does all up to `register`, and runs only what changed):
   adfm check
   adfm fetch synthetic:// data/raw/synthetic
@@ -64,7 +64,7 @@ from a data set to production (`make repro` does all up to `register`, and runs 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb.
+    """Run one verb.
 
     Args:
         argv: The arguments; those of the process by default.
@@ -79,34 +79,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"adfm: `adfm {argv[0]}` is now `adfm {_RENAMED[argv[0]]}`; the old name goes with 0.3", file=sys.stderr)
         argv = [_RENAMED[argv[0]], *argv[1:]]
     if argv and argv[0] in _MOVED:
-        return _run_moved(argv[0], argv[1:])
+        experiment = ["-m", "experiments", _MOVED[argv[0]]]
+        print(f"adfm: `adfm {argv[0]}` is now `python {' '.join(experiment)}`, in a checkout of adfm", file=sys.stderr)
+        return subprocess.call([sys.executable, *experiment, *argv[1:]])
     with printable_output():  # names in messages are whatever files and annotations hold
         return run(_parse(argv), ["adfm", *argv])
 
 
 def run(args: argparse.Namespace, command: Sequence[str]) -> int:
-    """Call `args.run` with the settings that `args.params` and `args.set` name, and turn errors into an exit status.
+    """Call `args.run` and turn errors into an exit status.
 
     Args:
-        args: What a parser has read: `run`, `name`, and the settings of `add_settings`.
+        args: What a parser has read: `run`, which takes these arguments, and `name`. If the parser has `add_settings`,
+            the settings are loaded into `settings`, and the registered model's name into `registered_model`.
         command: The whole command as it was typed.
 
     Returns:
         The exit status, as of `main`.
     """
     begin = time.monotonic()
-    settings: dict[str, Params] = {}
     try:
         if "params" in args:
-            set_environment()
+            set_environment()  # before the imports of libraries that read these variables
             from adfm.params import load
 
-            settings["params"] = load(args.params, args.set)
+            args.settings = load(args.params, args.set)
+            args.registered_model = args.settings.mlflow.registered_model
         with terminable():
-            status = args.run(args, **settings) or 0
-            if not status and (block := outcome.finished(args, settings.get("params"), time.monotonic() - begin)):
+            status = args.run(args) or 0
+            if not status and (block := outcome.finished(args, time.monotonic() - begin)):
                 print(block)
-        sys.stdout.flush()
+        sys.stdout.flush()  # a full disk or a closed pipe shows itself here, not in the flush at exit
         return int(status)
     except Stopped as stopped:
         print(f"adfm: {stopped}", file=sys.stderr)
@@ -132,14 +135,8 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> int:
         return _fail(f"{error.filename or 'output'}: no space is left on the disk; free some and start again.", 1)
 
 
-def _run_moved(verb: str, argv: Sequence[str]) -> int:
-    """Run an experiment under the name that it had in version 0.1."""
-    print(f"adfm: `adfm {verb}` is now `python -m experiments {_MOVED[verb]}`, in a checkout of adfm", file=sys.stderr)
-    return subprocess.call([sys.executable, "-m", "experiments", _MOVED[verb], *argv])
-
-
 def _drop_output() -> None:
-    """What stdout did not take is given up; the flush at exit would fail once more, with a traceback."""
+    # What stdout still buffers cannot be written; the flush at exit would fail again, with a traceback.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -148,20 +145,12 @@ def _fail(message: object, status: int) -> int:
     return status
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose help may be that of another one: argparse does not divide verbs into groups."""
-
-    overview: argparse.ArgumentParser | None = None
-
-    def format_help(self) -> str:
-        return self.overview.format_help() if self.overview else super().format_help()
-
-
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser, names = _parser()
+    parser, _ = _parser()
     first, *_ = argv = argv or ["--help"]
     if first.startswith("-") and first not in ("-h", "--help", "--version"):
         parser.error(f"the verb comes first: adfm <verb> {first} ...")
+    names = {name.partition(" ")[0] for name in VERBS}
     if not first.startswith("-") and first not in names:
         near = did_you_mean(difflib.get_close_matches(first, names, n=1)) or "`adfm --help` lists all verbs"
         parser.error(f"unknown verb `{first}`; {near}")
@@ -175,52 +164,48 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _parser() -> tuple[_Parser, list[str]]:
-    """The parser of the command line, and the words that may come first."""
-    parser = _Parser("adfm", formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> tuple[argparse.ArgumentParser, list[argparse.ArgumentParser]]:
+    """The parser of the command line, and those of its verbs."""
+    parser = argparse.ArgumentParser("adfm", add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # argparse lists all verbs in one group, so the help is a text of its own.
+    parser.add_argument("-h", "--help", action="version", version=_help(), help="show this help message and exit")
     parser.add_argument("--version", action="version", version=f"adfm {__version__}")
-    parser.overview = _overview()
-    verbs = parser.add_subparsers(dest="verb", metavar="<verb>", required=True, title="verbs", parser_class=_Parser)
+    verbs = parser.add_subparsers(dest="verb", metavar="<verb>", required=True)
     groups: dict[str, Any] = {}
     leaves: list[argparse.ArgumentParser] = []
 
-    def verb(name: str, run: Run) -> argparse.ArgumentParser:
+    def verb(name: str, run: Callable[..., int | None], /, **paths: str) -> argparse.ArgumentParser:
+        """Add a verb whose first arguments are `paths`, each with its help."""
         first, _, second = name.partition(" ")
         if second and first not in groups:
-            several = verbs.add_parser(first, help=_PREFIXES[first], description=_PREFIXES[first])
-            groups[first] = several.add_subparsers(metavar="<verb>", required=True, title="verbs", parser_class=_Parser)
-        added: argparse.ArgumentParser = (groups[first] if second else verbs).add_parser(
+            prefix = verbs.add_parser(first, help=_PREFIXES[first], description=_PREFIXES[first])
+            groups[first] = prefix.add_subparsers(metavar="<verb>", required=True, title="verbs")
+        leaf: argparse.ArgumentParser = (groups[first] if second else verbs).add_parser(
             second or first,
             help=VERBS[name].summary,
             description=textwrap.fill(VERBS[name].about, min(shutil.get_terminal_size().columns - 2, 100)),
             epilog=epilog(name),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        added.set_defaults(run=run, name=name, parser=added)
-        leaves.append(added)
-        return added
+        leaf.set_defaults(run=run, name=name, parser=leaf)
+        leaves.append(leaf)
+        for each, about in paths.items():
+            path(leaf, each, about)
+        return leaf
 
-    def path(add: argparse.ArgumentParser, name: str, about: str, **options: Any) -> None:
+    def path(leaf: argparse.ArgumentParser, name: str, about: str, **options: Any) -> None:
         options = {"metavar": name.removeprefix("--").upper()} | options
-        add.add_argument(name, type=Path, help=about, **options)
+        leaf.add_argument(name, type=Path, help=about, **options)
 
-    def force(add: argparse.ArgumentParser) -> None:
-        add.add_argument("--force", action="store_true", help="replace a finished model at OUT")
-
-    add = verb("check", _check)
-    path(add, "out", "file to write if everything is in order", nargs="?")
+    path(verb("check", _check), "out", "file to write if everything is in order", nargs="?")
 
     add = verb("fetch", _fetch)
     add.add_argument(
-        "uri",
-        metavar="URI",
-        help="folder, .zip or .tar archive, s3://bucket/prefix, dvc://REPO@REV:PATH or synthetic://",
+        "uri", metavar="URI", help="folder, .zip or .tar archive, s3://bucket/prefix, dvc://REPO@REV:PATH, synthetic://"
     )
     path(add, "out", "folder to write", metavar="DIR")
 
-    add = verb("convert", _convert)
-    path(add, "raw", "folder of the raw data set")
-    path(add, "out", "folder to write the shards to")
+    add = verb("convert", _convert, raw="folder of the raw data set", out="folder to write the shards to")
     add.add_argument(
         "--layout",
         metavar="L",
@@ -234,8 +219,8 @@ def _parser() -> tuple[_Parser, list[str]]:
     several.add_argument("--part", metavar="I/N", type=_part, help="inspect the I-th of N parts alone, for --parts")
     several.add_argument("--parts", metavar="PART", type=Path, nargs="+", default=[], help="folders of all N parts")
 
-    add = verb("validate", _validate)
-    path(add, "shards", "folder of shards")
+    shards = "folder of shards"
+    add = verb("validate", _validate, shards=shards)
     path(add, "out", "report folder; reports/validation by default", nargs="?", default=Path("reports/validation"))
 
     add = verb("show", _show)
@@ -244,24 +229,12 @@ def _parser() -> tuple[_Parser, list[str]]:
     add.add_argument("--split", choices=("train", "validation", "test"), help="this split alone")
     add.add_argument("-n", dest="images", metavar="N", type=int, default=48, help="how many images; 48 by default")
 
-    add = verb("sft", _sft)
-    path(add, "shards", "folder of shards")
-    path(add, "out", "folder to write the adapter to")
-    force(add)
-
-    add = verb("detector", _detector)
-    path(add, "shards", "folder of shards")
-    path(add, "out", "folder to write the detector to")
-    force(add)
-
-    add = verb("train", _train)
-    path(add, "shards", "folder of shards")
-    path(add, "model", "folder that sft or train wrote")
-    path(add, "out", "folder to write the adapter to")
-    force(add)
-
-    add = verb("resend", _resend)
-    path(add, "folder", "folder that sft or train left: <OUT>.unsent", metavar="UNSENT")
+    sft = verb("sft", _sft, shards=shards, out="folder to write the adapter to")
+    detector = verb("detector", _detector, shards=shards, out="folder to write the detector to")
+    train = verb("train", _train, shards=shards, model="folder that sft or train wrote", out="folder of the adapter")
+    for add in (sft, detector, train):
+        add.add_argument("--force", action="store_true", help="replace a finished model at OUT")
+    path(verb("resend", _resend), "folder", "folder that sft or train left: <OUT>.unsent", metavar="UNSENT")
 
     add = verb("evaluate", _evaluate)
     add.add_argument(
@@ -270,17 +243,15 @@ def _parser() -> tuple[_Parser, list[str]]:
         help="the candidate: a folder that sft or train wrote, a registered version (models:/adfm@production, "
         "models:/adfm/3), or a base model's name",
     )
-    path(add, "shards", "folder of shards")
+    path(add, "shards", shards)
     path(add, "out", "folder to write")
     add.add_argument(
-        "--compare", metavar="NAME=MODEL", type=_named, action="append", default=[], help="a further model; repeatable"
+        "--compare", metavar="NAME=MODEL", type=_pair, action="append", default=[], help="a further model; repeatable"
     )
     path(add, "--production", "compare with the versions in FILE, which `adfm production` wrote", metavar="FILE")
     path(add, "--folds", "show the cross-validation in DIR, which `adfm folds` wrote", metavar="DIR")
 
-    add = verb("folds", _folds)
-    path(add, "shards", "folder of shards")
-    path(add, "out", "folder to write")
+    verb("folds", _folds, shards=shards, out="folder to write")
 
     add = verb("production", _production)
     path(add, "out", "JSON file to write", metavar="FILE")
@@ -293,132 +264,83 @@ def _parser() -> tuple[_Parser, list[str]]:
     add.add_argument("--json", action="store_true", help="print a line of JSON for each image")
 
     add = verb("serve", _serve)
-    add.add_argument(
-        "model",
-        metavar="MODEL",
-        nargs="?",
-        help="models:/adfm/3 or models:/adfm@alias; the version in production by default",
-    )
+    versions = "models:/adfm/3 or models:/adfm@alias; the version in production by default"
+    add.add_argument("model", metavar="MODEL", nargs="?", help=versions)
     add.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="to listen on; 127.0.0.1 by default")
     add.add_argument("--port", metavar="PORT", type=int, default=5000, help="to listen on; 5000 by default")
     add.add_argument("--workers", metavar="N", type=int, default=1, help="processes, each with a model; 1 by default")
-    add.add_argument(
-        "--shadow",
-        metavar="MODEL",
-        help="another version, which answers the same images for the log alone (ADFM_SERVE_LOG, `adfm served`)",
-    )
+    shadow = "another version, which answers the same images for the log alone (ADFM_SERVE_LOG, `adfm served`)"
+    add.add_argument("--shadow", metavar="MODEL", help=shadow)
 
-    add = verb("served", _served)
-    path(add, "logs", "file that ADFM_SERVE_LOG named", metavar="LOG", nargs="+")
+    path(verb("served", _served), "logs", "file that ADFM_SERVE_LOG named", metavar="LOG", nargs="+")
 
-    add = verb("report", _report)
-    path(add, "evaluation", "folder that evaluate wrote")
-    path(add, "shards", "folder of the shards that were evaluated")
-    path(add, "out", "folder to write: report.html and images/")
+    evaluated = {"evaluation": "folder that evaluate wrote", "shards": "folder of the shards that were evaluated"}
+    verb("report", _report, **evaluated, out="folder to write: report.html and images/")
 
-    add = verb("register", _register)
-    path(add, "model", "folder that train wrote")
-    path(add, "shards", "folder of shards")
+    add = verb("register", _register, model="folder that train wrote", shards=shards)
     path(add, "evaluation", "folder that evaluate wrote")
     path(add, "out", "folder to write")
-    add.add_argument(
-        "--wait",
-        metavar="SECONDS",
-        type=float,
-        default=900,
-        help="how long to wait for the approvals service where your key is not one of its own; 900 by default",
-    )
+    wait = "how long to wait for the approvals service where your key is not one of its own; 900 by default"
+    add.add_argument("--wait", metavar="SECONDS", type=float, default=900, help=wait)
 
     add = verb("gate", _gate)
     path(add, "candidate", "predictions.parquet that evaluate wrote", nargs="?")
     path(add, "production", "predictions for the same images by the version in production", nargs="?")
     path(add, "--anchor", "predictions for the same images by the anchor")
     path(add, "--policy", "the policy; gate.yaml in this folder by default", metavar="FILE")
-    add.add_argument(
-        "--look",
-        metavar="N",
-        type=int,
-        default=1,
-        help="candidates that these test images have judged, this one included; 1 by default",
-    )
+    look = "candidates that these test images have judged, this one included; 1 by default"
+    add.add_argument("--look", metavar="N", type=int, default=1, help=look)
     add.add_argument("--json", action="store_true", help="print the whole decision as JSON")
-    path(
-        add,
-        "--plan",
-        "print how many images of which kind the policy needs, and how many of them these shards have",
-        metavar="SHARDS",
-    )
+    plan = "print how many images of which kind the policy needs, and how many of them these shards have"
+    path(add, "--plan", plan, metavar="SHARDS")
 
-    add = verb("promote", _promote)
-    add.add_argument(
-        "version",
-        metavar="VERSION",
-        nargs="?",
-        help="number of the version; the newest approved one, if any, by default",
-    )
-    add.add_argument("--by", metavar="NAME", help="who promotes; the user of this process by default")
+    promote = verb("promote", _promote)
+    version = "number of the version; the newest approved one, if any, by default"
+    promote.add_argument("version", metavar="VERSION", nargs="?", help=version)
+    rollback = verb("rollback", _rollback)
+    rollback.add_argument("--to", metavar="VERSION", help="an earlier version; the one before by default")
+    rollback.add_argument("--why", metavar="TEXT", default="", help="the reason, for the history")
+    for add in (promote, rollback, verb("keys rotate", _rotate_keys)):
+        add.add_argument("--by", metavar="NAME", help="who does it; the user of this process by default")
 
-    add = verb("rollback", _rollback)
-    add.add_argument("--to", metavar="VERSION", help="an earlier version; the one before by default")
-    add.add_argument("--by", metavar="NAME", help="who rolls back; the user of this process by default")
-    add.add_argument("--why", metavar="TEXT", default="", help="the reason, for the history")
-
-    for name, run in (("approve", _approve), ("reject", _reject)):
-        add = verb(name, run)
+    for name in ("approve", "reject"):
+        add = verb(name, _approve)
         add.add_argument("version", metavar="VERSION", help="number of the version")
         add.add_argument("--reason", metavar="TEXT", default="", help="why, for the history")
 
     verb("audit", _audit)
+    path(verb("policy set", _set_policy), "file", "gate.yaml by default", nargs="?", default=Path("gate.yaml"))
+    verb("policy show", _show_policy)
 
-    add = verb("policy set", _policy_set)
-    path(add, "file", "gate.yaml by default", nargs="?", default=Path("gate.yaml"))
-    verb("policy show", _policy_show)
+    for add in (verb("approvals serve", _serve_approvals), verb("approvals health", _check_approvals)):
+        pause = "pause between two polls of MLflow; 5 by default"
+        add.add_argument("--poll", metavar="SECONDS", type=float, default=5, help=pause)
 
-    add = verb("keys rotate", _keys_rotate)
-    add.add_argument("--by", metavar="NAME", help="who confirms; the user of this process by default")
+    verb("registry log", _log).add_argument("--json", action="store_true", help="as a list in JSON")
 
-    for name, run in (("approvals serve", _serve_approvals), ("approvals health", _approvals_health)):
-        add = verb(name, run)
-        add.add_argument(
-            "--poll", metavar="SECONDS", type=float, default=5, help="pause between two polls of MLflow; 5 by default"
-        )
-
-    add = verb("registry log", _registry_log)
-    add.add_argument("--json", action="store_true", help="as a list in JSON")
-
-    add = verb("score", _score)
-    path(add, "file", "JSON lines with completion, label, boxes (504x504 frame)")
+    add = verb("score", _score, file="JSON lines with completion, label, boxes (504x504 frame)")
     add.add_argument("--profile", choices=("calibrated", "paper"), help="reward profile; train.profile by default")
 
-    add = verb("params", _params)
-    path(add, "out", "file to write them to instead of stdout, e.g. params.yaml", nargs="?")
+    path(verb("params", _params), "out", "file to write to instead of stdout, e.g. params.yaml", nargs="?")
 
     for leaf in leaves:
-        add_settings(leaf)
+        add_settings(leaf)  # but not to the two that follow
 
-    add = verb("env", _env)
-    add.add_argument("--json", action="store_true", help="as JSON")
-
-    add = verb("completion", _completion)
-    add.add_argument("shell", choices=SHELLS, help="the shell to write the script for")
-    return parser, list(verbs.choices)
+    verb("env", _env).add_argument("--json", action="store_true", help="as JSON")
+    shells = ("bash", "zsh", "tcsh", "fish")
+    verb("completion", _completion).add_argument("shell", choices=shells, help="the shell to write the script for")
+    return parser, leaves
 
 
-def _overview() -> argparse.ArgumentParser:
-    """The parser that writes the help of `adfm` itself: its arguments are the verbs, group by group."""
-    overview = argparse.ArgumentParser(
-        "adfm",
-        usage="adfm <verb> ...",
-        description=f"{_DESCRIPTION}\n`adfm <verb> --help` describes a verb, with examples and exit codes.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    overview.add_argument("--version", action="store_true", help="print the version and exit")
-    for title, verbs in GROUPS.items():
-        group = overview.add_argument_group(title)
-        for name, verb in verbs.items():
-            group.add_argument(name, help=verb.summary)
-    return overview
+def _help() -> str:
+    """The help of `adfm` itself: its verbs, group by group."""
+    groups = {"options": {"-h, --help": "show this help message and exit", "--version": "print the version and exit"}}
+    groups |= {title: {name: verb.summary for name, verb in verbs.items()} for title, verbs in GROUPS.items()}
+    lists = [
+        "\n".join([f"{title}:", *(f"  {name:<18}{about}" for name, about in group.items())])
+        for title, group in groups.items()
+    ]
+    return _HELP.format(verbs="\n\n".join(lists))
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -439,7 +361,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _named(text: str) -> tuple[str, str]:
+def _pair(text: str) -> tuple[str, str]:
     name, equals, model = text.partition("=")
     if not (name and equals and model):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=MODEL")
@@ -453,7 +375,12 @@ def _part(text: str) -> tuple[int, int]:
     return int(part), int(of)
 
 
-def _params(args: argparse.Namespace, params: Params) -> None:
+# --------------------------------------------------------------------------------------------------------------- verbs
+
+# Each imports what it calls: most verbs need a part of the libraries only, and torch alone takes seconds to import.
+
+
+def _params(args: argparse.Namespace) -> None:
     from adfm.files import replace_text
     from adfm.params import merged
 
@@ -464,121 +391,121 @@ def _params(args: argparse.Namespace, params: Params) -> None:
         replace_text(text, args.out)
 
 
-def _check(args: argparse.Namespace, params: Params) -> None:
+def _check(args: argparse.Namespace) -> None:
     from adfm.preflight import check
 
-    check(params, args.out)
+    check(args.settings, args.out)
 
 
-def _fetch(args: argparse.Namespace, params: Params) -> None:
+def _fetch(args: argparse.Namespace) -> None:
     from adfm.data.sources import fetch
 
-    fetch(args.uri, args.out)
+    args.files, args.bytes = fetch(args.uri, args.out)
 
 
-def _convert(args: argparse.Namespace, params: Params) -> None:
+def _convert(args: argparse.Namespace) -> None:
     from adfm.data.conversion import convert, inspect_part
 
     if args.part:
-        inspect_part(args.raw, args.out, params, *args.part)
+        inspect_part(args.raw, args.out, args.settings, *args.part)
     else:
-        convert(args.raw, args.out, params, args.parts)
+        convert(args.raw, args.out, args.settings, args.parts)
 
 
-def _validate(args: argparse.Namespace, params: Params) -> None:
+def _validate(args: argparse.Namespace) -> None:
     from adfm.validation.validate import require
 
-    require(args.shards, args.out, params)
+    require(args.shards, args.out, args.settings)
 
 
-def _show(args: argparse.Namespace, params: Params) -> None:
+def _show(args: argparse.Namespace) -> None:
     from adfm.data.show import show
 
-    show(args.folder, args.out, params, args.split, args.images)
+    show(args.folder, args.out, args.settings, args.split, args.images)
 
 
-def _sft(args: argparse.Namespace, params: Params) -> None:
+def _sft(args: argparse.Namespace) -> None:
     from adfm.training.launch import reported
     from adfm.training.sft import sft
 
     with reported():
-        sft(args.shards, args.out, params, args.force)
+        sft(args.shards, args.out, args.settings, args.force)
 
 
-def _detector(args: argparse.Namespace, params: Params) -> None:
+def _detector(args: argparse.Namespace) -> None:
     from adfm.training.detector import train
 
-    train(args.shards, args.out, params, args.force)
+    train(args.shards, args.out, args.settings, args.force)
 
 
-def _train(args: argparse.Namespace, params: Params) -> None:
+def _train(args: argparse.Namespace) -> None:
     from adfm.training.grpo import train
     from adfm.training.launch import reported
 
     with reported():
-        train(args.shards, args.model, args.out, params, force=args.force)
+        train(args.shards, args.model, args.out, args.settings, force=args.force)
 
 
-def _resend(args: argparse.Namespace, params: Params) -> None:
+def _resend(args: argparse.Namespace) -> None:
     from adfm.training.outbox import resend
 
     resend(args.folder)
 
 
-def _evaluate(args: argparse.Namespace, params: Params) -> None:
+def _evaluate(args: argparse.Namespace) -> None:
     from adfm.evaluation.evaluate import evaluate, models_to_compare, read_production
 
     others = dict(args.compare)
     if args.production:
         others |= models_to_compare(read_production(args.production), args.model)
-    evaluate({**others, "trained": args.model}, args.shards, args.out, params, args.folds)
+    evaluate({**others, "trained": args.model}, args.shards, args.out, args.settings, args.folds)
 
 
-def _folds(args: argparse.Namespace, params: Params) -> None:
+def _folds(args: argparse.Namespace) -> None:
     from adfm.training.folds import cross_validate
 
-    cross_validate(args.shards, args.out, params)
+    cross_validate(args.shards, args.out, args.settings)
 
 
-def _production(args: argparse.Namespace, params: Params) -> None:
+def _production(args: argparse.Namespace) -> None:
     from adfm.registry.production import write
 
-    write(args.out, params.mlflow.registered_model, args.policy)
+    write(args.out, args.registered_model, args.policy)
 
 
-def _predict(args: argparse.Namespace, params: Params) -> None:
+def _predict(args: argparse.Namespace) -> None:
     from adfm.serving.predict import predict
 
-    model = args.model or f"models:/{params.mlflow.registered_model}@production"
-    predict(args.images, model, params, args.out or (None if args.json else Path("predictions")), args.json)
+    model = args.model or f"models:/{args.registered_model}@production"
+    predict(args.images, model, args.settings, args.out or (None if args.json else Path("predictions")), args.json)
 
 
-def _serve(args: argparse.Namespace, params: Params) -> None:
+def _serve(args: argparse.Namespace) -> None:
     from adfm.serving.server import serve
 
-    model = args.model or f"models:/{params.mlflow.registered_model}@production"
+    model = args.model or f"models:/{args.registered_model}@production"
     serve(model, args.host, args.port, args.workers, args.shadow)
 
 
-def _served(args: argparse.Namespace, params: Params) -> None:
+def _served(args: argparse.Namespace) -> None:
     from adfm.serving import servelog
 
     print(servelog.summary(servelog.read(args.logs)))
 
 
-def _report(args: argparse.Namespace, params: Params) -> None:
+def _report(args: argparse.Namespace) -> None:
     from adfm.evaluation.report import write
 
     write(args.evaluation, args.shards, args.out)
 
 
-def _register(args: argparse.Namespace, params: Params) -> None:
+def _register(args: argparse.Namespace) -> None:
     from adfm.registry.registration import register
 
-    register(args.model, args.shards, args.evaluation, args.out, params, wait=args.wait)
+    register(args.model, args.shards, args.evaluation, args.out, args.settings, wait=args.wait)
 
 
-def _gate(args: argparse.Namespace, params: Params) -> int:
+def _gate(args: argparse.Namespace) -> int:
     from adfm.registry import gate, page, plan, policy, tables
 
     judged_by = policy.load(args.policy)
@@ -594,85 +521,80 @@ def _gate(args: argparse.Namespace, params: Params) -> int:
     return {"passed": 0, "failed": 3}.get(decision.verdict, 4)
 
 
-def _promote(args: argparse.Namespace, params: Params) -> None:
+def _promote(args: argparse.Namespace) -> None:
     from adfm.registry.promotion import promote, promote_approved
 
     if args.version is not None:
-        promote(args.version, params.mlflow.registered_model, args.by)
-    elif not promote_approved(params.mlflow.registered_model, args.by):
-        print(f"no version of {params.mlflow.registered_model} is newly approved; nothing to do")
+        promote(args.version, args.registered_model, args.by)
+    elif not promote_approved(args.registered_model, args.by):
+        print(f"no version of {args.registered_model} is newly approved; nothing to do")
 
 
-def _rollback(args: argparse.Namespace, params: Params) -> None:
+def _rollback(args: argparse.Namespace) -> None:
     from adfm.registry.promotion import rollback
 
-    rollback(params.mlflow.registered_model, args.by, args.to, args.why)
+    rollback(args.registered_model, args.by, args.to, args.why)
 
 
-def _approve(args: argparse.Namespace, params: Params) -> None:
+def _approve(args: argparse.Namespace) -> None:
     from adfm.registry.promotion import approve
 
-    approve(args.version, params.mlflow.registered_model, "approved", args.reason)
+    decision = {"approve": "approved", "reject": "rejected"}[args.name]
+    approve(args.version, args.registered_model, decision, args.reason)
 
 
-def _reject(args: argparse.Namespace, params: Params) -> None:
-    from adfm.registry.promotion import approve
-
-    approve(args.version, params.mlflow.registered_model, "rejected", args.reason)
-
-
-def _audit(args: argparse.Namespace, params: Params) -> None:
+def _audit(args: argparse.Namespace) -> None:
     from adfm.registry.audit import audit
 
-    print(audit(params.mlflow.registered_model))
+    print(audit(args.registered_model))
 
 
-def _policy_set(args: argparse.Namespace, params: Params) -> None:
+def _set_policy(args: argparse.Namespace) -> None:
     from adfm.registry.registration import set_policy
 
-    set_policy(args.file, params)
+    set_policy(args.file, args.settings)
 
 
-def _policy_show(args: argparse.Namespace, params: Params) -> None:
+def _show_policy(args: argparse.Namespace) -> None:
     from adfm.registry.promotion import history
 
-    text = history(params.mlflow.registered_model).policy
-    print(text or f"no policy is registered for {params.mlflow.registered_model}", end="" if text else "\n")
+    text = history(args.registered_model).policy
+    print(text or f"no policy is registered for {args.registered_model}", end="" if text else "\n")
 
 
-def _keys_rotate(args: argparse.Namespace, params: Params) -> None:
+def _rotate_keys(args: argparse.Namespace) -> None:
     from adfm.registry.promotion import confirm_keys
 
-    confirm_keys(params.mlflow.registered_model, args.by)
+    confirm_keys(args.registered_model, args.by)
 
 
-def _serve_approvals(args: argparse.Namespace, params: Params) -> None:
+def _serve_approvals(args: argparse.Namespace) -> None:
     from adfm.registry.approvals import serve
 
-    serve(params, args.poll)
+    serve(args.settings, args.poll)
 
 
-def _approvals_health(args: argparse.Namespace, params: Params) -> None:
+def _check_approvals(args: argparse.Namespace) -> None:
     from adfm.registry.approvals import health
 
     health(args.poll)
 
 
-def _registry_log(args: argparse.Namespace, params: Params) -> None:
+def _log(args: argparse.Namespace) -> None:
     from adfm.registry.history import table
     from adfm.registry.promotion import history
 
-    read = history(params.mlflow.registered_model)
+    events = history(args.registered_model)
     if args.json:
-        print(json.dumps([dataclasses.asdict(step) for step in read.steps], indent=2))
+        print(json.dumps([dataclasses.asdict(step) for step in events.steps], indent=2))
     else:
-        print(table(read))
+        print(table(events))
 
 
-def _score(args: argparse.Namespace, params: Params) -> None:
+def _score(args: argparse.Namespace) -> None:
     from adfm.method.score import score_file
 
-    score_file(args.file, args.profile or params.train.profile, sys.stdout)
+    score_file(args.file, args.profile or args.settings.train.profile, sys.stdout)
 
 
 def _env(args: argparse.Namespace) -> None:
@@ -683,6 +605,10 @@ def _env(args: argparse.Namespace) -> None:
 
 
 def _completion(args: argparse.Namespace) -> None:
-    from adfm.completion import script
+    import shtab
 
-    print(script(_parser()[0], args.shell))
+    parser, leaves = _parser()
+    for action in (action for leaf in leaves for action in leaf._actions):
+        if action.type is Path or action.dest in ("uri", "model"):  # these two may be a file, and may be something else
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
+    print(shtab.complete(parser, args.shell))

@@ -8,20 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adfm.cli import add_settings, run
-from adfm.params import Params
 from adfm.text import printable_output
 
 
-def _ablation(args: argparse.Namespace, params: Params) -> None:
+def _ablation(args: argparse.Namespace) -> None:
     from experiments.ablation import ARMS, ablate
 
-    ablate(args.shards, args.runs, args.out, params, args.arms or list(ARMS), args.seeds, args.jobs)
+    ablate(args.shards, args.runs, args.out, args.settings, args.arms or list(ARMS), args.seeds, args.jobs)
 
 
-def _tiny_base(args: argparse.Namespace, params: Params) -> None:
+def _tiny_base(args: argparse.Namespace) -> None:
     from experiments.tiny_base import build
 
-    build(args.out, params.seed)
+    build(args.out, args.settings.seed)
 
 
 def _parser() -> argparse.ArgumentParser:

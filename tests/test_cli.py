@@ -1,10 +1,12 @@
 """The command line: its verbs, its errors and exit codes, and what happens around the functions that it calls."""
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +24,8 @@ from adfm.verbs import VERBS
 
 HEAVY = "datasets great_expectations matplotlib mlflow numpy pandas peft pydantic scipy sklearn torch transformers trl"
 WITHOUT_SETTINGS = {"completion", "env"}
+FIRST_WORDS = {name.partition(" ")[0] for name in VERBS}
+SHELLS = ("bash", "zsh", "tcsh", "fish")
 LINE = json.dumps({"completion": "<answer>B</answer>", "label": "normal", "boxes": []}) + "\n"
 
 
@@ -44,10 +48,10 @@ def test_help_lists_every_verb_and_imports_nothing_heavy() -> None:
         "try: adfm.cli.main(['--help'])\n"
         f"finally: sys.stderr.write(' '.join(set({HEAVY.split()}) & set(sys.modules)))"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stderr == ""
-    assert all(f"\n  {verb} " in found.stdout for verb in VERBS)
-    assert "adfm evaluate models/trained data/shards evaluation" in found.stdout
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert all(f"\n  {verb} " in done.stdout for verb in VERBS)
+    assert "adfm evaluate models/trained data/shards evaluation" in done.stdout
 
 
 @pytest.mark.parametrize("verb", sorted(VERBS.keys() - WITHOUT_SETTINGS))
@@ -55,9 +59,9 @@ def test_every_verb_takes_settings(verb: str, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as stop:
         main([*verb.split(), "--help"])
     assert stop.value.code == 0
-    shown = capsys.readouterr().out
-    assert "--params FILE" in shown
-    assert "--set KEY=VALUE" in shown
+    printed = capsys.readouterr().out
+    assert "--params FILE" in printed
+    assert "--set KEY=VALUE" in printed
 
 
 @pytest.mark.parametrize(
@@ -80,7 +84,7 @@ def test_a_suggestion_is_made_only_if_one_is_near(
     assert capsys.readouterr().err.endswith(message)
 
 
-def test_without_a_verb_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_verb_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([])
     assert stop.value.code == 0
@@ -104,7 +108,7 @@ def test_the_help_describes_every_verb_that_the_parser_knows(monkeypatch: pytest
     monkeypatch.setenv("COLUMNS", "80")
     names = [leaf.prog.removeprefix("adfm ") for leaf in leaves(cli._parser()[0])]
     assert sorted(names) == sorted(VERBS)
-    for line in cli._overview().format_help().partition("\nfrom a data set to production")[0].splitlines()[3:]:
+    for line in cli._help().partition("\nfrom a data set to production")[0].splitlines()[3:]:
         assert len(line) <= 80 and not line.startswith(" " * 20), line  # a line a verb, on any terminal
 
 
@@ -112,14 +116,14 @@ def test_the_help_describes_every_verb_that_the_parser_knows(monkeypatch: pytest
 def test_the_help_of_a_verb_has_examples_that_parse(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([*name.split(), "--help"])
-    shown = capsys.readouterr().out
-    assert VERBS[name].about[:40] in shown
-    examples = shown.partition("\nexamples:\n")[2].partition("\n\nexit codes:\n")[0].splitlines()
+    printed = capsys.readouterr().out
+    assert VERBS[name].about[:40] in printed
+    examples = printed.partition("\nexamples:\n")[2].partition("\n\nexit codes:\n")[0].splitlines()
     assert 1 <= len(examples) <= 3
     for example in examples:
         program, *arguments = shlex.split(example)
         assert program == "adfm" and cli._parse(arguments).name == name
-    assert re.search(r"exit codes:\n  0 +\w", shown)
+    assert re.search(r"exit codes:\n  0 +\w", printed)
 
 
 def test_the_profiles_of_score_are_those_of_the_settings(lines: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,11 +162,11 @@ def test_params_writes_settings_files_laid_over_one_another(tmp_path: Path, caps
 
 def test_wrong_settings_stop_every_verb_before_it_starts(lines: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["score", str(lines), "--set", "train.stepz=1", "--set", "seed=x"]) == 1
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert shown.err.startswith("adfm: error: these settings are wrong:\n")
-    assert "train.steps" in shown.err
-    assert "seed should be" in shown.err
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("adfm: error: these settings are wrong:\n")
+    assert "train.steps" in printed.err
+    assert "seed should be" in printed.err
 
 
 def test_an_error_is_one_message_and_a_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,7 +205,8 @@ def test_raw_data_becomes_shards_and_every_reason_against_them_is_listed(
 
     assert main(["fetch", "synthetic://?images=24", "raw"]) == 0
     files = json.loads(Path("raw/manifest.json").read_text())["files"]
-    assert block() == [f"wrote raw: {len(files)} files, {size('raw')}", "next: adfm convert raw data/shards"]
+    megabytes = f"{sum(file['size'] for file in files) / 1e6:.1f}"
+    assert block() == [f"wrote raw: {len(files)} files, {megabytes}", "next: adfm convert raw data/shards"]
     assert main(["convert", "raw", "shards", "--layout", "mvtec"]) == 0
     images = json.loads(Path("shards/conversion.json").read_text())["images"]
     following = "next: adfm validate shards --set convert.layout=mvtec"
@@ -263,10 +268,10 @@ def test_a_full_disk_is_one_message(lines: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "status", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+    ("sent", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
 def test_an_interrupt_leaves_nothing_that_looks_finished(
-    sent: signal.Signals, status: int, said: str, tmp_path: Path
+    sent: signal.Signals, status: int, word: str, tmp_path: Path
 ) -> None:
     process = adfm("fetch", "synthetic://?images=1000", tmp_path / "raw", start_new_session=True)
     try:
@@ -278,6 +283,48 @@ def test_an_interrupt_leaves_nothing_that_looks_finished(
     finally:
         process.kill()
     assert process.returncode == status
-    assert f"adfm: {said}; nothing of it is kept; to start over, run the same command:\n  adfm fetch " in error
+    assert f"adfm: {word}; nothing of it is kept; to start over, run the same command:\n  adfm fetch " in error
     assert "Traceback" not in error
     assert not (tmp_path / "raw").exists()
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("completion") / "adfm.bash"
+    with file.open("w") as out, contextlib.redirect_stdout(out):
+        assert main(["completion", "bash"]) == 0
+    return file
+
+
+def completed(script: Path, *words: str) -> set[str]:
+    """What bash offers for the last word of a command line."""
+    code = (
+        'source "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); '
+        '$(complete -p adfm | sed "s/.*-F \\([^ ]*\\) .*/\\1/"); printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    command = ["bash", "--norc", "-c", code, "bash", str(script), "adfm", *words]
+    return set(subprocess.run(command, capture_output=True, text=True, check=True, cwd=script.parent).stdout.split())
+
+
+def test_bash_completes_verbs_options_choices_and_files(script: Path) -> None:
+    subprocess.run(["bash", "-n", script], check=True)
+    assert completed(script, "") >= FIRST_WORDS
+    assert completed(script, "tra") == {"train"}
+    assert completed(script, "policy", "") >= {"set", "show"}
+    assert completed(script, "train", "--f") == {"--force"}
+    assert completed(script, "train", "adfm.b") == {"adfm.bash"}
+    assert completed(script, "evaluate", "adfm.b") == {"adfm.bash"}
+    assert completed(script, "show", "--split", "v") == {"validation"}
+    assert completed(script, "completion", "") >= set(SHELLS)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_every_shell_gets_a_script_with_all_verbs(
+    shell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(word in script for word in FIRST_WORDS)
+    if program := shutil.which(shell):
+        (tmp_path / "script").write_text(script)
+        subprocess.run([program, "-n", tmp_path / "script"], check=True)

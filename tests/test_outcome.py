@@ -31,7 +31,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def finished(command: str, seconds: float = 1.0) -> list[str]:
     """The lines at the end of a command."""
-    return outcome.finished(cli._parse(shlex.split(command)[1:]), Params(), seconds).splitlines()
+    args = cli._parse(shlex.split(command)[1:])
+    args.settings = Params()
+    if args.name == "fetch":
+        args.files, args.bytes = 12345, 6_700_000
+    return outcome.finished(args, seconds).splitlines()
 
 
 def next_command(command: str) -> str:
@@ -58,8 +62,10 @@ def models() -> list[str]:
 
 def test_the_first_commands_of_the_path_follow_one_another() -> None:
     assert next_command("adfm check") == "adfm fetch 'synthetic://?images=200' data/raw/synthetic"
-    write("data/raw/my line/manifest.json", {})
-    assert next_command("adfm fetch x.zip 'data/raw/my line'") == "adfm convert 'data/raw/my line' data/shards"
+    assert finished("adfm fetch x.zip 'data/raw/my line'") == [
+        "wrote data/raw/my line: 12,345 files, 6.7 MB, in 1.0 s",
+        "next: adfm convert 'data/raw/my line' data/shards",
+    ]
     assert next_command("adfm convert data/raw/line data/shards") == "adfm validate data/shards"
     assert next_command("adfm validate data/shards") == "adfm sft data/shards models/sft"
 
@@ -112,7 +118,7 @@ def test_parts_are_joined_when_all_are_there() -> None:
     assert next_command("adfm convert raw parts/2 --part 2/2") == "adfm convert raw data/shards --parts parts/1 parts/2"
 
 
-def test_dvc_says_itself_what_is_next_and_programs_are_told_nothing(
+def test_dvc_prints_its_next_stage_itself_and_programs_get_no_output(
     models: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert len(finished(TRAIN)) == 2
