@@ -15,7 +15,6 @@ a goal is missed by more than the Monte Carlo error.
 from __future__ import annotations
 
 import argparse
-import gc
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -283,8 +282,6 @@ def scenarios() -> list[Scenario]:
 
 def share(number: int, trials: int, seed: int) -> int:
     """How many trials of a scenario pass."""
-    # statsmodels' multipletests collects garbage at every call: without the libraries' objects that takes no time.
-    gc.freeze()
     random = np.random.default_rng([seed, number])
     return sum(scenarios()[number].trial(random) for _ in range(trials))
 

@@ -177,6 +177,7 @@ def test_two_metrics_share_the_level() -> None:
     assert statistics.holm([0.04, 0.04], 0.05) == [False, False]
     assert statistics.holm([0.02, 0.04], 0.05) == [True, True]
     assert statistics.holm([0.03, 0.01], 0.05) == [True, True]
+    assert statistics.holm([0.03, 0.01, 0.04], 0.05) == [False, True, False]  # 0.04 alone would do after 0.03
     assert statistics.holm([], 0.05) == []
 
 
