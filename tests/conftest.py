@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import socket
@@ -16,6 +17,20 @@ from PIL import Image
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Databases and checkpoints wait for the disk at every commit, in memory they do not. A container may have 64 MB there.
+    memory = Path("/dev/shm")
+    if memory.is_dir() and shutil.disk_usage(memory).free > 4e9:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_is_loaded_is_no_garbage() -> None:
+    """Leave the libraries out of garbage collection: each `Trainer.train` collects, for seconds once all are loaded."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
