@@ -1,11 +1,10 @@
-"""The CPUs that this process may use: in a pod its limit, not the cores of the node.
+"""Number of CPUs and threads that this process may use: in a pod its limit, not the cores of the node."""
 
-`os.cpu_count()` and PyTorch's own default ignore a cgroup's limit. On a node of 64 cores, a pod limited to 4 would
-decode 64 images at a time, hold all of them in memory, and be throttled for most of each period.
-"""
-
-# Not joblib.cpu_count(), which follows nearly the same rules: importing joblib imports NumPy, whose threads are made at
-# that moment, and `limit_threads` has to come before.
+# `os.cpu_count()` and PyTorch's own default ignore a cgroup's limit. On a node of 64 cores, a pod limited to 4 would
+# decode 64 images at a time, hold all of them in memory, and be throttled for most of each period.
+#
+# joblib.cpu_count() follows nearly the same rules, but importing joblib imports NumPy, which starts its threads at that
+# moment, and `limit_threads` has to come before.
 
 from __future__ import annotations
 
@@ -21,43 +20,36 @@ _OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def count() -> int:
-    """CPUs that this process may use, at least 1: the least of the machine's, its affinity and its cgroups' limits.
-
-    Kubernetes sets a cgroup's limit where a container has a CPU limit; a request alone sets none.
-    """
+    """Return the CPUs that this process may use, at least 1: by machine, affinity and limits of its cgroups."""
+    # Kubernetes sets a cgroup's limit where a container has a CPU limit; a request alone sets none.
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     cpus = len(affinity(0)) if affinity else of_machine()
     return max(1, min([of_machine(), cpus, *map(math.ceil, _limits())]))  # of 2.5 CPUs, 3 threads are busy
 
 
 def share(processes: int) -> int:
-    """CPUs for each of `processes` processes that run at the same time, at least 1."""
+    """Return the CPUs for each of `processes` processes that run at the same time, at least 1."""
     return max(1, count() // processes)
 
 
 def threads(processes: int) -> int:
-    """Threads for each of `processes` processes that run at the same time: its share of the CPUs.
-
-    Fewer if `OMP_NUM_THREADS` is lower. By default each process would take as many threads as there are CPUs.
-    """
+    """Return the threads for each of `processes` processes that run at the same time, at most `OMP_NUM_THREADS`."""
     given = re.match(r"[1-9]\d*", os.environ.get("OMP_NUM_THREADS", ""))  # of "4,2" the first, as OpenMP does
     return min(int(given[0]) if given else count(), share(processes))
 
 
 def limit_threads() -> None:
-    """Limit the threads of numerical libraries to `count()`, unless `OMP_NUM_THREADS` is set; call it before imports.
-
-    PyTorch, MKL, OpenBLAS (NumPy, SciPy) and Arrow all read this variable when they are loaded, and child processes
-    inherit it. Where a process may use the whole machine it is not set: PyTorch's default is the physical cores, which
-    is faster than one thread for each hyper-thread.
-    """
+    """Limit the threads of numerical libraries to `count()`, unless `OMP_NUM_THREADS` is set; call before imports."""
+    # PyTorch, MKL, OpenBLAS (NumPy, SciPy) and Arrow read the variable when they are loaded, and child processes
+    # inherit it. For a whole machine it is not set: PyTorch's default, the physical cores, is faster than one thread
+    # for each hyper-thread.
     if count() < of_machine():
         os.environ.setdefault("OMP_NUM_THREADS", str(count()))
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let PyTorch's operations use one thread in the body."""
+    """Limit PyTorch's operations to one thread in the body."""
     import torch  # here: this module is imported before the libraries whose threads it limits
 
     threads = torch.get_num_threads()
@@ -69,12 +61,12 @@ def one_thread() -> Iterator[None]:
 
 
 def of_machine() -> int:
-    """Return the CPUs of the machine, whatever this process may use of them."""
+    """Return the CPUs of the machine."""
     return os.cpu_count() or 1
 
 
 def _limits() -> Iterator[float]:
-    """The CPU limits of this process's cgroups and of those above them, version 1 and 2."""
+    """The limits of this process's cgroups and of those above them, version 1 and 2, in CPUs."""
     # https://docs.kernel.org/admin-guide/cgroup-v2.html, https://docs.kernel.org/scheduler/sched-bwc.html
     for folder in _cgroups():
         try:
@@ -89,7 +81,7 @@ def _limits() -> Iterator[float]:
 
 
 def _cgroups() -> Iterator[Path]:
-    """Folders of the cgroups of this process, up to the root, which in a container often is the container's own."""
+    """Folders of this process's cgroups, up to the root, which in a container often is the container's own."""
     try:
         lines = _OWN_CGROUPS.read_text().splitlines()
     except OSError:  # not Linux

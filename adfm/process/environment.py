@@ -1,7 +1,4 @@
-"""Environment variables of a stage: quiet libraries, MLflow's address and login, and a private certificate authority.
-
-Child processes inherit them. A variable that the user or the platform has set is kept.
-"""
+"""Environment variables of a stage: quiet libraries, MLflow's address and login, a private certificate authority."""
 
 from __future__ import annotations
 
@@ -12,14 +9,13 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 from adfm.errors import AdfmError
 from adfm.process import cpus, retries
 
-# No library sends telemetry.
 _QUIET = {
     "DO_NOT_TRACK": "1",
     "GX_ANALYTICS_ENABLED": "false",
@@ -36,18 +32,15 @@ _MLFLOW_LOGIN = (
     "MLFLOW_TRACKING_AUTH",
 )
 
-CA, CA_FILE = "adfm-ca", "ca.crt"
-"""The ConfigMap of a private certificate authority, and its key; both are optional."""
+CA, CA_FILE = "adfm-ca", "ca.crt"  # optional ConfigMap of a private certificate authority, and its key
+CA_FOLDER = "/etc/adfm/ca"  # where every task mounts it
 
-CA_FOLDER = "/etc/adfm/ca"
-"""Where that ConfigMap is mounted, for every task."""
-
+# Variables that name the file of trusted authorities, and who reads each of them.
 _CA_VARIABLES = {
     "SSL_CERT_FILE": "urllib, the Hugging Face Hub and Git",  # OpenSSL; httpx2 (httpcore2/_ssl.py); dulwich and pygit2
     "REQUESTS_CA_BUNDLE": "MLflow",  # requests/sessions.py
     "AWS_CA_BUNDLE": "S3",  # botocore/configprovider.py; boto3 and, by aiobotocore, DVC's S3 remotes
 }
-"""Variables that name the file of trusted authorities, and who reads each of them."""
 
 # Where Linux distributions keep the system's authorities in one file: Debian, Fedora, SUSE.
 _SYSTEM_CAS = (
@@ -60,7 +53,8 @@ _SYSTEM_CAS = (
 def set_environment() -> None:
     """Set variables that disable telemetry and noise, and those by which MLflow and private servers are reached.
 
-    Call it before heavy imports. It may be called again, and child processes may call it too.
+    Call it before heavy imports; it may be called again. Child processes inherit the variables. Those that the user or
+    the platform has set stay.
 
     Raises:
         AdfmError: The private certificate authority cannot be used.
@@ -69,40 +63,34 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
     cpus.limit_threads()
     os.environ.pop("HF_MLFLOW_LOG_ARTIFACTS", None)  # transformers would upload every checkpoint
-    # Of checkpoints with an adapter on the input embedding: intended, and in them alone.
+    # peft warns of every checkpoint with an adapter on the input embedding; it is intended.
     warnings.filterwarnings("ignore", "Setting `save_embedding_layers`", UserWarning)
-    # Raised by peft's and TRL's own calls.
+    # By peft's and TRL's own calls.
     warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)
     _set_mlflow()
     _trust_private_ca()
 
 
 def variable(name: str) -> str:
-    """The value of an environment variable, without line ends: `echo` puts one into many a secret. "" if not set."""
+    """Return the value of an environment variable; "" if it is not set."""
+    # Secrets that were made with `echo` end with a line end, which no address, name or password has.
     return os.environ.get(name, "").strip("\r\n")
 
 
 def home() -> Path:
-    """Folder of the embedded store, the keys and what else has to outlive a stage: the current one, absolute.
-
-    `dvc exp run --temp` and `--queue` run stages in a copy of the workspace below `.dvc/tmp`, which is removed at the
-    end, and name the workspace in `DVC_ROOT` (dvc/repo/experiments/queue/base.py): there it is the workspace.
-    """
+    """Return the folder of the embedded store and the keys: the current one, or DVC's workspace."""
+    # `dvc exp run --temp` and `--queue` run stages in a copy of the workspace below `.dvc/tmp`, which is removed at the
+    # end, and name the workspace in `DVC_ROOT` (dvc/repo/experiments/queue/base.py).
     here, root = Path.cwd(), os.environ.get("DVC_ROOT")
     workspace = Path(root).resolve() if root else here
     return workspace if here.is_relative_to(workspace / ".dvc" / "tmp") else here
 
 
-# --------------------------------------------------------------------------------------------------------------- MLflow
-
-
 def _set_mlflow() -> None:
-    """Take MLflow's address and login from `ADFM_MLFLOW_TRACKING_*` where `MLFLOW_TRACKING_URI` is not set.
-
-    A login without an address is never sent to our server, and ours never to another one.
-    """
-    # KFP's MLflow plug-in puts the login of its server into every pod, and the address only with `injectUserEnvVars`
-    # (backend/src/apiserver/plugins/mlflow/handler.go, backend/src/v2/common/plugins/mlflow/handler.go).
+    """Take MLflow's address and login from `ADFM_MLFLOW_TRACKING_*` where `MLFLOW_TRACKING_URI` is not set."""
+    # No login goes to another server than that of its address. KFP's MLflow plug-in puts the login of its server into
+    # every pod, and the address only with `injectUserEnvVars` (backend/src/apiserver/plugins/mlflow/handler.go,
+    # backend/src/v2/common/plugins/mlflow/handler.go).
     ours, given = variable("ADFM_MLFLOW_TRACKING_URI"), os.environ.get("MLFLOW_TRACKING_URI", "")
     if not ours:
         return
@@ -118,28 +106,23 @@ def _set_mlflow() -> None:
 
 
 def mlflow_ui() -> str:
-    """The public address of MLflow's pages, for links; "" if there are none.
-
-    `ADFM_MLFLOW_UI`, unless runs go to another server than `ADFM_MLFLOW_TRACKING_URI`; else the tracking server's own
-    address.
-    """
+    """Return the public address of MLflow's pages, for links; "" without a server."""
+    # ADFM_MLFLOW_UI belongs to ADFM_MLFLOW_TRACKING_URI; runs may go to another server.
     ui, ours = variable("ADFM_MLFLOW_UI"), variable("ADFM_MLFLOW_TRACKING_URI")
     server = os.environ.get("MLFLOW_TRACKING_URI", "")
     if ui.startswith(("http://", "https://")) and (not ours or not server or same_server(server, ours)):
         return ui.rstrip("/")
-    if not server.startswith(("http://", "https://")):
-        return ""
-    return without_login(server).rstrip("/")
+    return without_login(server).rstrip("/") if server.startswith(("http://", "https://")) else ""
 
 
 def version_page(model: str, version: str) -> str:
-    """The public address of a registered version's page in MLflow; "" if there is none."""
+    """Return the public address of a registered version's page in MLflow; "" without a server."""
     ui = mlflow_ui()
     return ui and f"{ui}/#/models/{quote(model)}/versions/{version}"
 
 
 def without_login(text: str) -> str:
-    """The text, without the names and passwords of its addresses, and without headers that a client refused to send."""
+    """Remove the logins of addresses from a text, and headers that a client refused to send."""
     # A password may hold an `@`; the one in `dvc://REPO@REV:PATH` ends no login.
     text = re.sub(r"(?<!dvc)://[^/?#\s]*@", "://", text)
     # http.client and requests quote a header that they refuse, with the token that it holds.
@@ -147,7 +130,7 @@ def without_login(text: str) -> str:
 
 
 def same_server(one: str, other: str) -> bool:
-    """Whether two addresses have the same scheme, host, port and path."""
+    """Return whether two addresses have the same scheme, host, port and path."""
     return _place(one) == _place(other) is not None
 
 
@@ -160,25 +143,21 @@ def _place(address: str) -> tuple[str, str, int | None, str] | None:
     return (parts.scheme, parts.hostname, port, parts.path.rstrip("/")) if parts.hostname else None
 
 
-# ------------------------------------------------------------------------------------------------ certificate authority
-
-
 def ca_bundle() -> str | None:
-    """The file of trusted authorities for clients that read no variable, as KFP's; `None`: their own default."""
+    """Return the file of trusted authorities for clients that read no variable, as KFP's; `None`: their default."""
     file = os.environ.get("SSL_CERT_FILE", "")
     return file if Path(file).is_file() else None
 
 
 def ca_remedy(error: BaseException) -> str:
-    """What to do where a server's certificate was signed by an unknown authority; "" for any other error."""
+    """Return the remedy where a server's certificate was signed by an unknown authority; "" for any other error."""
     # Git's and DVC's errors have the reason in the error that they were raised from.
     reasons = " ".join(map(str, retries.causes(error)))
-    unknown = re.search(r"self[- ]signed certificate|unable to get (local )?issuer certificate", reasons)
+    if not re.search(r"self[- ]signed certificate|unable to get (local )?issuer certificate", reasons):
+        return ""
     return (
         " Its certificate is signed by an authority that is unknown here: name the authority's certificate (PEM) in "
         f"ADFM_CA_BUNDLE, on a cluster in the ConfigMap {CA}, key {CA_FILE}."
-        if unknown
-        else ""
     )
 
 
@@ -192,10 +171,9 @@ def _trust_private_ca() -> None:
     private = _certificates(file)
     missing = [name for name in _CA_VARIABLES if not os.environ.get(name)]
     if missing:
-        bundle = _write_bundle(private)
-        os.environ.update(dict.fromkeys(missing, bundle))
+        os.environ |= dict.fromkeys(missing, _write_bundle(private))
     for name in _CA_VARIABLES.keys() - missing:
-        if not set(private) <= set(_blocks(Path(os.environ[name]))):
+        if not set(private) <= set(_pem_blocks(_content(os.environ[name]))):
             _print_once(
                 f"adfm: {name} is set already, to {os.environ[name]}, which does not hold the authority of {file}: "
                 f"{_CA_VARIABLES[name]} will not trust it. Unset {name}, or add the authority to that file."
@@ -218,11 +196,11 @@ def _private_ca() -> Path | None:
 
 
 def _certificates(file: Path) -> list[bytes]:
-    """The certificates of a PEM file; a private key in it, for instance, is left out."""
+    """The certificates of a PEM file, and nothing else of it, such as a private key."""
     import ssl
 
     try:
-        certificates = list(dict.fromkeys(_blocks(file, must_be_there=True)))
+        certificates = list(dict.fromkeys(_pem_blocks(file.read_bytes())))
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         for certificate in certificates:
             context.load_verify_locations(cadata=certificate.decode("ascii"))
@@ -243,25 +221,26 @@ def _certificates(file: Path) -> list[bytes]:
     return certificates
 
 
-def _blocks(file: Path, must_be_there: bool = False) -> Iterable[bytes]:
-    """The certificates of a PEM file as they stand there, with line ends of Unix and lines of 64 characters."""
-    try:
-        content = file.read_bytes()
-    except OSError:
-        if must_be_there:
-            raise
-        return
+def _pem_blocks(content: bytes) -> Iterator[bytes]:
+    """The certificates of a PEM text, unchecked, with line ends of Unix and lines of 64 characters."""
     for block in re.findall(rb"-----BEGIN CERTIFICATE-----([A-Za-z0-9+/=\s]+)-----END CERTIFICATE-----", content):
         base64 = b"".join(block.split())
         lines = [base64[start : start + 64] for start in range(0, len(base64), 64)]
         yield b"\n".join([b"-----BEGIN CERTIFICATE-----", *lines, b"-----END CERTIFICATE-----", b""])
 
 
+def _content(file: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError:  # a distribution has one of `_SYSTEM_CAS`
+        return b""
+
+
 def _write_bundle(private: list[bytes]) -> str:
     """Write the public authorities of certifi and of the system, and the private ones, to a file until exit."""
     import certifi
 
-    public = [certificate for file in (certifi.where(), *_SYSTEM_CAS) for certificate in _blocks(Path(file))]
+    public = [certificate for file in (certifi.where(), *_SYSTEM_CAS) for certificate in _pem_blocks(_content(file))]
     try:
         # New and readable by this user alone, so that nobody else can have put it there.
         handle, name = tempfile.mkstemp(prefix="adfm-ca-", suffix=".pem")
@@ -277,7 +256,7 @@ def _write_bundle(private: list[bytes]) -> str:
 
 
 def _remove(file: str, process: int) -> None:
-    if os.getpid() == process:  # and not a fork of it
+    if os.getpid() == process:  # a fork inherits the handlers of atexit
         Path(file).unlink(missing_ok=True)
 
 

@@ -1,19 +1,17 @@
-"""Whether this process runs in a pod, and whether as a task of a pipeline on a cluster."""
+"""Detect a pod, and a task of a pipeline on a cluster."""
 
 import os
 
-STARTED = "ADFM_RUN_STARTED"
-"""Environment variable with the start time of a local run, set by `pipelines.local`."""
+STARTED = "ADFM_RUN_STARTED"  # start time of a local run, set by `pipelines.local`
 
 
 def inside() -> bool:
-    """Whether this process runs in a pod: Kubernetes sets the address of its API in each."""
+    """Return whether this process runs in a pod."""
+    # Kubernetes sets the address of its API in each.
     return "KUBERNETES_SERVICE_HOST" in os.environ
 
 
 def is_task() -> bool:
-    """Whether this process is a task on a cluster, whose files are lost with its pod, and not of a local run.
-
-    A local run may be in a pod as well: that of a notebook.
-    """
+    """Return whether this process is a task on a cluster, whose files are lost with its pod."""
+    # A local run may be in a pod as well: that of a notebook.
     return inside() and STARTED not in os.environ

@@ -1,4 +1,4 @@
-"""Progress bars: what is done, how much of it, and when it will be finished."""
+"""Progress bars with a label, a unit and an estimate; in logs, a line a minute."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _LINES_EVERY = 60.0  # seconds, where the output is a file or a pod's log
 
 
 def bar(iterable: Iterable[Any] | None = None, *, desc: str, unit: str, **options: Any) -> Any:
-    """A `tqdm` bar on stderr. Where that is not a terminal, a line a minute, and none for what takes less.
+    """Return a `tqdm` bar on stderr. Where that is not a terminal, it prints a line a minute, and none before.
 
     Args:
-        iterable: What to count the items of; without it, call `update`.
-        desc: What is being done: `cold start`, `write shards`.
-        unit: What is counted, in the singular.
-        options: As of `tqdm`. Without `total` (or an iterable with a length) there is no estimate of the end.
+        iterable: Counted by its items; without it, call `update`.
+        desc: Label, such as `cold start`, `write shards`.
+        unit: Name of one item.
+        options: As of `tqdm`; the end is estimated from `total` or the iterable's length.
     """
     if not sys.stderr.isatty():
         options |= {"file": _Lines(sys.stderr), "delay": _LINES_EVERY}
@@ -27,8 +27,9 @@ def bar(iterable: Iterable[Any] | None = None, *, desc: str, unit: str, **option
 
 
 class _Lines:
-    """A stream on which every state of a bar is a line of its own: a log has no carriage returns to overwrite one."""
+    """A stream on which every state of a bar is a line of its own."""
 
+    # A log does not interpret the carriage return by which a bar overwrites itself.
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 

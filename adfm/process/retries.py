@@ -1,8 +1,4 @@
-"""Retries inside a pod: which network errors may pass by themselves, and how work is retried after them.
-
-Kubeflow Pipelines does not retry a failed task (docs/training.md), so the tasks of the pipelines do it here. The
-command line does not: a wrong address is to be reported at once.
-"""
+"""Retries inside a pod, with backoff, of work that failed by a transient network error."""
 
 from __future__ import annotations
 
@@ -23,12 +19,10 @@ _ERRNOS = {errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREAC
 
 
 def again(work: Callable[[], T], what: str, tries: int = 5, pause: float = 10.0) -> T:
-    """Retry work while a server cannot be reached, with growing pauses: 10, 20, 40 and 80 s by default.
-
-    Outside a pod it is done once: who runs a pipeline in a terminal is to hear of a wrong address at once.
+    """In a pod, retry work on `Unreachable`, with pauses of 10, 20, 40 and 80 s by default; elsewhere run it once.
 
     Args:
-        work: What to do; it continues where it stopped, or can be done twice.
+        work: A function that resumes, or can be called twice.
         what: Its name in the log, which gets a line for every try that failed.
         tries: How often to try, the first time included.
         pause: Seconds before the second try; each later pause is twice the one before.
@@ -36,6 +30,8 @@ def again(work: Callable[[], T], what: str, tries: int = 5, pause: float = 10.0)
     Raises:
         Unreachable: The last try's. Every other exception is raised at once.
     """
+    # In a pod, because Kubeflow Pipelines does not retry a failed task (docs/training.md). In a terminal a wrong
+    # address is reported at once.
     for number in range(1, tries if pod.inside() else 1):
         try:
             return work()
@@ -48,17 +44,16 @@ def again(work: Callable[[], T], what: str, tries: int = 5, pause: float = 10.0)
 
 
 def may_pass(error: BaseException, *types: type[BaseException]) -> bool:
-    """Whether an error of a client may be gone in a minute, with nothing changed.
+    """Return whether an error of a client is transient: the same call may succeed in a minute.
 
-    It may if a connection was refused, reset or timed out, a name was not resolved, or a server replied with a
-    transient status (`is_transient`). Wrong keys, names, addresses and certificates stay. boto3, requests, httpx,
-    aiohttp and dulwich wrap the socket's error, which is therefore searched for in `__cause__`, `__context__` and the
-    arguments.
+    It is if a connection was refused, reset or timed out, a name was not resolved, or a server replied with a transient
+    status (`is_transient`). Wrong keys, names, addresses and certificates are not.
 
     Args:
         error: What the client raised.
-        types: Further errors of the client that may pass and do not come from one of a socket.
+        types: Further transient errors of the client, which do not come from one of a socket.
     """
+    # boto3, requests, httpx, aiohttp and dulwich wrap the socket's error.
     for each in causes(error):
         status = _status(each)
         if status is not None:  # a server replied: what went wrong before does not count
@@ -69,7 +64,7 @@ def may_pass(error: BaseException, *types: type[BaseException]) -> bool:
 
 
 def is_transient(status: int) -> bool:
-    """Whether an HTTP status may be gone in a minute: timeout (408), too many requests (429), 5xx but not 501."""
+    """Return whether an HTTP status is transient: timeout (408), too many requests (429), 5xx but 501."""
     return status in (408, 429) or (500 <= status < 600 and status != 501)
 
 

@@ -14,13 +14,13 @@ from adfm.errors import AdfmError
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM has come. Whatever cleans up after a keyboard interrupt cleans up after this."""
+    """SIGTERM was received. What cleans up after a keyboard interrupt cleans up after this."""
 
 
 class Stopped(AdfmError):
-    """Work was told to stop and kept what it had: the same command goes on. The exit status is EX_TEMPFAIL."""
+    """Work stopped on SIGTERM and kept its progress: the same command resumes it."""
 
-    exit_code = 75
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def terminable() -> Iterator[None]:
 
     def terminate(*_: object) -> None:
         if os.getpid() != here:
-            os._exit(143)
+            os._exit(143)  # 128 + SIGTERM, as shells report it
         raise Terminated
 
     with _handler(terminate), _redelivered():
@@ -49,8 +49,9 @@ def signals_blocked() -> Iterator[None]:
 
 @contextmanager
 def _redelivered() -> Iterator[None]:
-    """Send an interrupt again if Python dropped it: one raised in a finalizer, or a callback of an import or a fork."""
+    """Send an interrupt again if Python dropped it."""
 
+    # Python reports an exception of a finalizer, or of a callback of an import or a fork, to this hook and continues.
     def hook(dropped: sys.UnraisableHookArgs) -> None:
         if not issubclass(dropped.exc_type, KeyboardInterrupt):
             before(dropped)
@@ -70,24 +71,24 @@ def _redelivered() -> Iterator[None]:
 
 @contextmanager
 def noticed(what: str, then: Callable[[], object] | None = None) -> Iterator[threading.Event]:
-    """The first SIGTERM in the body sets the event and says `what` happens now; a second does what it did before.
+    """Yield an event that the first SIGTERM in the body sets; a second SIGTERM is handled as before the body.
 
     Args:
-        what: To say.
-        then: What else to do.
+        what: What happens on the first one, for its message.
+        then: Called on the first one.
     """
-    asked = threading.Event()
+    received = threading.Event()
 
     def notice(*_: object) -> None:
         signal.signal(signal.SIGTERM, before)
-        asked.set()
+        received.set()
         if then:
             then()
         print(f"\nSIGTERM: {what}; a second one ends it at once", file=sys.stderr, flush=True)
 
     before = signal.getsignal(signal.SIGTERM)
     with _handler(notice):
-        yield asked
+        yield received
 
 
 @contextmanager

@@ -399,7 +399,7 @@ def test_git_trusts_it_for_dvc(authority: Authority, monkeypatch: pytest.MonkeyP
 
 
 def _certificates(file: str | Path) -> set[bytes]:
-    return set(environment._blocks(Path(file)))
+    return set(environment._pem_blocks(Path(file).read_bytes()))
 
 
 def test_public_authorities_stay_trusted_and_private_keys_stay_out(
