@@ -1,7 +1,6 @@
 """adfm: adapt a vision-language model to finding defects in photographs of products.
 
-The names in `__all__` are the public Python API (`adfm.api`); everything else may change without notice. They are
-imported when they are first used: the readers and metrics alone need neither torch nor MLflow.
+The names in `__all__` are the public Python API (`adfm.api`); everything else may change without notice.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -48,6 +47,7 @@ __all__ = [
 ]
 
 
+# Imported at first use: the readers and metrics alone need neither torch nor MLflow.
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,10 +1,9 @@
 """The public Python API: one function for each step from a data set to a model in production.
 
-Everything that is not in `adfm.__all__` may change without notice. Paths may be `str` or `Path`; `params` are the
-settings of `params.yaml` (`load_params`), by default those of the embedded run. Boxes are `[x1, y1, x2, y2]` in pixels
-of the original image, half-open.
+Paths may be `str` or `Path`. `params` are settings as of `load_params`, by default those of the embedded run. Boxes are
+`[x1, y1, x2, y2]` in pixels of the original image, half-open.
 
-The examples run one after another: each uses what the one before has written.
+The examples run one after another: each uses the output of the one before.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ def load_params(files: File | Sequence[File] = (), overrides: Sequence[str] = ()
     """Read settings files, later ones over earlier ones, and overrides over all of them.
 
     Args:
-        files: YAML files; keys that none of them has keep their defaults. None: `params.yaml` of the working folder, if
-            there is one.
+        files: YAML files; keys that none of them has keep their defaults. Without any, `params.yaml` of the working
+            folder, if there is one.
         overrides: `key=value`, as `train.steps=50`.
 
     Returns:
-        The settings, typed, one attribute a section.
+        The settings, one attribute a section.
 
     Raises:
         AdfmError: A file is missing or not YAML, or keys or values are wrong: all of them are listed.
@@ -51,7 +50,7 @@ def load_params(files: File | Sequence[File] = (), overrides: Sequence[str] = ()
 
 
 def fetch(source: str, out: File) -> tuple[int, int]:
-    """Bring a raw data set into a folder, with `manifest.json` (size and SHA-256 of each file). Resumes.
+    """Copy or download a raw data set into a folder, with `manifest.json` (size and SHA-256 of each file). Resumes.
 
     Args:
         source: A folder, an archive, `s3://bucket/prefix`, `dvc://REPO@REV:PATH`, or `synthetic://`, the embedded set.
@@ -61,7 +60,7 @@ def fetch(source: str, out: File) -> tuple[int, int]:
         Number of files, and their bytes.
 
     Raises:
-        AdfmError: The source cannot be read, or holds what no folder may hold.
+        AdfmError: The source cannot be read, or has unsafe or clashing file names.
 
     Example:
         >>> files, size = adfm.fetch("synthetic://?images=20", "raw")
@@ -97,7 +96,7 @@ def validate(shards: File, out: File, params: Params | None = None) -> bool:
 
     Args:
         shards: Folder of shards.
-        out: Folder to write: `validation.json`, and `index.html` with pictures of what failed.
+        out: Folder to write: `validation.json`, and `index.html` with the images that failed.
         params: Reads `validation`, `convert`, `split`, `model`, `tile`, `mlflow` and `sft.kinds`.
 
     Returns:
@@ -125,7 +124,7 @@ def sft(shards: File, out: File, params: Params | None = None, *, force: bool = 
         force: Whether a finished model in `out` is replaced.
 
     Raises:
-        AdfmError: `out` holds a finished model, the shards have nothing to learn from, or the model cannot be loaded.
+        AdfmError: `out` holds a finished model, no image can be learnt from, or the model cannot be loaded.
 
     Example:
         >>> adfm.sft("shards", "models/sft", params)
@@ -136,7 +135,7 @@ def sft(shards: File, out: File, params: Params | None = None, *, force: bool = 
 
 
 def train_detector(shards: File, out: File, params: Params | None = None, *, force: bool = False) -> None:
-    """Train the reference detector, a small head on frozen image features, that a language model has to beat.
+    """Train the reference detector, a small head on frozen image features, which a language model has to beat.
 
     Args:
         shards: Folder of shards.
@@ -145,7 +144,7 @@ def train_detector(shards: File, out: File, params: Params | None = None, *, for
         force: Whether a finished model in `out` is replaced.
 
     Raises:
-        AdfmError: `out` holds a finished model, or the shards have nothing to learn from.
+        AdfmError: `out` holds a finished model, or no image can be learnt from.
 
     Example:
         >>> adfm.train_detector("shards", "models/detector", params)
@@ -166,7 +165,7 @@ def train(shards: File, model: File, out: File, params: Params | None = None, *,
         force: Whether a finished model in `out` is replaced.
 
     Raises:
-        AdfmError: `out` holds a finished model, or the training diverged (`train.health`): the message says how.
+        AdfmError: `out` holds a finished model, or a health check (`train.health`) stopped the training.
 
     Example:
         >>> adfm.train("shards", "models/sft", "models/trained", params)
@@ -219,8 +218,8 @@ def predict(images: Sequence[File], model: str, params: Params | None = None) ->
         (calibrated; `None` without a score), `threshold`, `boxes`, `reasoning`, `reason` and `model`.
 
     Raises:
-        AdfmError: No image is there, the model cannot be loaded, or images cannot be read: raised at the end, with
-            all of them.
+        AdfmError: There are no images, the model cannot be loaded, or images cannot be read. The last is raised after
+            all other images, and lists them.
 
     Example:
         >>> for row in adfm.predict(["raw/gear/test/good"], "models/trained", params):
@@ -238,12 +237,12 @@ def gate(
 
     Args:
         candidate: `predictions.parquet` of an evaluation.
-        production: The same of the version in production; `None` where nothing is.
-        anchor: The same of the best version there was.
-        policy: A policy file; `gate.yaml` of the working folder, or the default policy, without.
+        production: That of the version in production, if any.
+        anchor: That of the best version so far, if any.
+        policy: A policy file; by default `gate.yaml` of the working folder, or without one the default policy.
 
     Returns:
-        The decision: `verdict` is `passed`, `failed` or `cannot tell`, and `rows` has each question with its limits.
+        The decision: `verdict` is `passed`, `failed` or `cannot tell`; `rows` has each check with its limits.
 
     Raises:
         AdfmError: A table or the policy cannot be read, or tables are of other images.
@@ -257,14 +256,13 @@ def gate(
     from adfm.registry import policy as policy_
     from adfm.registry import tables
 
-    other = None if production is None else tables.read(Path(production))
-    best = None if anchor is None else tables.read(Path(anchor))
+    other, best = (None if file is None else tables.read(Path(file)) for file in (production, anchor))
     by = policy_.load(None if policy is None else Path(policy))
     return gate_.decide(tables.read(Path(candidate)), other, best, by)
 
 
 def register(model: File, shards: File, evaluation: File, out: File, params: Params | None = None) -> Decision:
-    """Register a trained model as a signed version in MLflow, with the gate's decision. Moves nothing to production.
+    """Register a trained model as a signed version in MLflow, with the gate's decision. Production does not change.
 
     Args:
         model: Folder that `train` wrote.
@@ -277,7 +275,7 @@ def register(model: File, shards: File, evaluation: File, out: File, params: Par
         The decision, as of `gate`. The version is registered either way.
 
     Raises:
-        AdfmError: A folder lacks something, the evaluation is of other data, or MLflow cannot be reached.
+        AdfmError: A folder is incomplete, the evaluation is of other data, or MLflow cannot be reached.
 
     Example:
         >>> decision = adfm.register("models/trained", "shards", "evaluation", "registration", params)
@@ -288,7 +286,7 @@ def register(model: File, shards: File, evaluation: File, out: File, params: Par
 
 
 def approve(version: str, model: str = "adfm", *, reason: str = "") -> None:
-    """Approve a registered version as the current user of MLflow; nothing moves by that.
+    """Approve a registered version as the current user of MLflow. `promote` moves it to production.
 
     Args:
         version: Its number.
@@ -312,14 +310,14 @@ def approve(version: str, model: str = "adfm", *, reason: str = "") -> None:
 
 
 def promote(version: str, model: str = "adfm") -> None:
-    """Move the alias `production` to a version, if its signature, its gate and its approval are in order.
+    """Move the alias `production` to a version whose signature, gate decision and approval are valid.
 
     Args:
         version: Its number.
         model: The registered model.
 
     Raises:
-        AdfmError: It may not be promoted: every reason is listed.
+        AdfmError: It cannot be promoted: every reason is listed.
 
     Example:
         >>> adfm.promote("2")
@@ -333,11 +331,11 @@ def promote(version: str, model: str = "adfm") -> None:
 
 
 def rollback(model: str = "adfm", *, to: str | None = None, why: str = "") -> None:
-    """Move the alias `production` back to an earlier version; the one that leaves needs a new approval to return.
+    """Move the alias `production` back to an earlier version; the one that it leaves needs a new approval to return.
 
     Args:
         model: The registered model.
-        to: Number of the version; the one before, without.
+        to: Number of the version; by default the one before.
         why: The reason, for the history.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a bug report needs to know about this installation: `adfm env`. Contacts no server, prints no secret."""
+"""Facts about this installation for a bug report (`adfm env`). Contacts no server, prints no secret."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from adfm.process import cpus, environment
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "vllm", "mlflow", "kfp", "dvc")
 
-# Addresses are shown without login; all others may hold a password, a token, or an address that is one (a webhook).
+# Variables whose value is printed. Addresses are printed without login; any other may hold a password, a token, or an
+# address that is one (a webhook).
 _NOT_SECRET = (
     *("ADFM_CA_BUNDLE", "ADFM_CPU_IMAGE", "ADFM_GIT_COMMIT", "ADFM_GPU_IMAGE", "ADFM_KEYS"),
     *("ADFM_SERVE_LOG", "ADFM_SHADOW"),
@@ -25,7 +26,7 @@ _NOT_SECRET = (
 
 
 def collect() -> dict[str, dict[str, Any]]:
-    """Versions, machine, paths and environment variables, without secrets."""
+    """Collect versions, machine, paths and environment variables, without secrets."""
     variables = {name: _masked(name, value) for name, value in sorted(os.environ.items()) if name.startswith("ADFM_")}
     try:
         environment.set_environment()  # MLflow's address may come from ADFM_MLFLOW_TRACKING_URI
@@ -53,7 +54,7 @@ def collect() -> dict[str, dict[str, Any]]:
 
 
 def text(report: dict[str, dict[str, Any]]) -> str:
-    """The report as lines for people."""
+    """Format a report as lines for people."""
     width = max(len(name) for section in report.values() for name in section)
     lines = []
     for title, section in report.items():
@@ -87,18 +88,15 @@ def _system() -> str:
 
 def _memory() -> str:
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    limits = []
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            limits.append(int(Path(file).read_text()) / 2**30)
-        except (OSError, ValueError):  # the other version of cgroups, or "max"
-            continue
-    limit = min(limits, default=size)
+    # Version 2 and version 1 of cgroups; in a container the root is the container's own.
+    files = map(Path, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+    texts = [file.read_text().strip() for file in files if file.is_file()]
+    limit = min((int(text) / 2**30 for text in texts if text != "max"), default=size)
     return f"{size:.1f} GiB" + (f", {limit:.1f} GiB for this container" if limit < size else "")
 
 
 def _gpus() -> dict[str, str]:
-    """Names of the GPUs, as torch sees them; torch takes seconds to import, and is not where no driver is."""
+    # torch takes seconds to import, so it is asked only where a driver is installed.
     if not (Path("/proc/driver/nvidia/version").exists() or Path("/dev/kfd").exists() or shutil.which("nvidia-smi")):
         return {"GPUs": "none: no driver of NVIDIA or AMD"}
     try:
@@ -118,7 +116,7 @@ def _keys() -> str:
 
 
 def _address(uri: str) -> str:
-    """An address without login, and without a query, which may hold one too."""
+    # A query may hold a login too.
     address = re.sub(r"(://[^?#]*)[?#].*", r"\1", environment.without_login(uri))
     return "(set)" if "@" in address else address  # a login in what is not a proper address
 

@@ -1,18 +1,14 @@
-"""The one exception that people are meant to read."""
+"""Exceptions whose messages are for users."""
 
 
 class AdfmError(Exception):
-    """Something the user can mend.
+    """An error that the user can fix: the message says what is wrong, where (file, record, key), and what to do."""
 
-    The message says what is wrong, where (file, record, key), and what to do. The command line prints it without a
-    traceback and exits with `exit_code`.
-    """
-
-    exit_code = 1
+    exit_code = 1  # of the command line, which prints the message without a traceback
 
 
 class Unreachable(AdfmError):
-    """A server or the network did not answer, or answered that it cannot now: the same may work in a minute."""
+    """A server or the network did not answer, or is temporarily unavailable: the same may work in a minute."""
 
 
 class Unusable(AdfmError):

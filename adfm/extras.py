@@ -1,11 +1,11 @@
-"""Which extra of the package a module belongs to, for the message where it is not installed."""
+"""Extras of the package: which one to install where a module is missing."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
-# Modules that adfm imports and the core of the package does not bring. tests/test_extras.py compares these with the
-# imports in adfm/ and with pyproject.toml.
+# Modules that adfm imports and the core does not bring. tests/test_extras.py compares them with the imports in adfm/
+# and with pyproject.toml.
 EXTRAS = {
     "data": {"aiohttp", "asyncssh", "boto3", "botocore", "dvc", "great_expectations"},
     "pipelines": {"docker", "kfp", "kubernetes", "urllib3"},
@@ -25,14 +25,9 @@ EXTRAS = {
 
 
 def missing(error: ModuleNotFoundError) -> str | None:
-    """The message for a module of an extra that is not installed.
+    """Return the message that names the extra to install, or `None` where that would not help.
 
-    Args:
-        error: What the import raised.
-
-    Returns:
-        One line that names the extra to install, or None where the error has another cause: a module that no extra
-        brings, or a part of a package that is installed.
+    It would not for a module that no extra brings, or a part of a package that is installed.
     """
     module = (error.name or "").partition(".")[0]
     extra = next((name for name, modules in EXTRAS.items() if module in modules), None)

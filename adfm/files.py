@@ -14,10 +14,9 @@ from typing import Any
 
 from adfm.errors import AdfmError
 
-MODEL = "adfm.json"
-"""Name of the file in the folder of every model that cold start or training has finished."""
+MODEL = "adfm.json"  # in the folder of every finished model
 
-# Every folder that a stage finishes has one of these; a folder without any is somebody else's and never replaced.
+# Every folder that a stage finishes has one of these; a folder without any is not adfm's and never replaced.
 FINISHED = (
     "manifest.json",
     "conversion.json",
@@ -113,7 +112,7 @@ def _refuse_foreign(out: Path) -> None:
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Yield every folder below and its files, by name, through links too.
+    """Yield every folder below and its files, sorted by name; links are followed.
 
     Raises:
         OSError: A folder cannot be read.
@@ -128,7 +127,7 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
 
 
 def digest(folder: Path) -> str:
-    """Return the SHA-256, hex, of the files of a folder: their relative paths, sorted, and their contents."""
+    """Return the SHA-256, in hex, of the relative paths and contents of all files of a folder."""
     total = hashlib.sha256()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         total.update(json.dumps([file.relative_to(folder).as_posix(), file_digest(file)]).encode())
@@ -136,7 +135,7 @@ def digest(folder: Path) -> str:
 
 
 def file_digest(file: Path) -> str:
-    """Return the SHA-256 of a file, hex."""
+    """Return the SHA-256 of a file, in hex."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
@@ -162,5 +161,6 @@ def replace_json(content: dict[str, Any], file: Path) -> None:
 
 
 def write_json(content: dict[str, Any], file: Path) -> None:
-    """Write JSON for people and programs: indented, and without `NaN`, which not every program can read."""
+    """Write indented JSON."""
+    # NaN is not JSON: jq and browsers refuse the whole file.
     file.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a run needs and can be known before it starts: the model, MLflow, room on the disk, a machine to train on."""
+"""Checks before a run: base model and adapter, MLflow, disk space, and the machine that trains."""
 
 from __future__ import annotations
 
@@ -14,28 +14,26 @@ from adfm.models import adapters, decoding, hardware, loading
 from adfm.params import Params
 from adfm.process import environment
 
-# The embedded run writes about a quarter of it, DVC's cache included; a full disk shows itself late and everywhere.
+# The embedded run writes about a quarter of it, DVC's cache included.
 FREE_BYTES = 2**30
 
 
 def check(params: Params, out: Path | None = None, gpus: int = 0) -> None:
-    """Check that the base model is whole and takes the adapter, that MLflow answers and the disk has room; print it.
+    """Check that the base model is complete and takes the adapter, that MLflow answers and the disk has room.
 
-    Also printed: what kind of model it is, what to expect of it, and the next larger one.
-
-    What is refused here, training refuses as well, by the same functions. Estimates only warn.
+    Prints the results, what kind of model it is, what to expect of it, and the next larger one. Training refuses what
+    is refused here, by the same functions. Estimates only warn.
 
     Args:
-        params: Reads `model`, `lora` and `train`.
-        out: JSON file to write when all is well. It says the same whatever the settings, so that a stage that depends
-            on it waits for the check and does not run again because of it.
-        gpus: GPUs of the machines that train, if they are others than this one; what they have is not looked at.
+        params: Reads `model`, `lora`, `train`, `evaluate` and `mlflow`.
+        out: JSON file to write if all is well.
+        gpus: GPUs of the machines that train, if those are not this one; their hardware is not checked.
 
     Raises:
-        AdfmError: Something is missing; everything that is missing is listed. It is `Unreachable` if nothing is missing
-            but a server's answer.
+        AdfmError: Something is missing; all of it is listed. It is `Unreachable` if only servers did not answer.
     """
-    problems, found, warnings, unreachable = [], [], [], 0
+    problems: list[AdfmError | str] = []
+    lines, warnings = [], []
     try:
         folder = loading.resolve(params.model.name, params.model.revision)
         network = loading.outline(folder)
@@ -43,31 +41,33 @@ def check(params: Params, out: Path | None = None, gpus: int = 0) -> None:
         problems += adapters.problems(network, params.lora)
         problems += hardware.batch_problems(params.train, gpus) if gpus else hardware.problems(params)
         warnings += [] if gpus or problems else hardware.memory_warnings(params)
-        found.append(f"model     {folder}")
+        lines.append(f"model     {folder}")
         if not problems:
             memory = hardware.total(hardware.memory(network, params, gpus or 1))
-            found += verdict.expected(verdict.kind_of(params.model.name, params.model), memory)
+            lines += verdict.expected(verdict.kind_of(params.model.name, params.model), memory)
     except AdfmError as error:
-        problems.append(str(error))
-        unreachable += isinstance(error, Unreachable)
+        problems.append(error)
     try:
         uri = tracking.configure()
         with tracking.store_errors(uri):
             tracking.find_experiment(params.mlflow.experiment)
             tracking.given_run(uri)
-        found.append(f"tracking  {environment.without_login(uri)}")
+        lines.append(f"tracking  {environment.without_login(uri)}")
     except AdfmError as error:
-        problems.append(str(error))
-        unreachable += isinstance(error, Unreachable)
+        problems.append(error)
     free = shutil.disk_usage(Path.cwd()).free
-    found.append(f"disk      {free / 2**30:.1f} GiB free")
+    lines.append(f"disk      {free / 2**30:.1f} GiB free")
     if free < FREE_BYTES:
         problems.append(
             f"{Path.cwd()} has {free / 2**30:.1f} GiB left on its disk; have {FREE_BYTES / 2**30:.0f} GiB at least."
         )
     if problems:
-        raise (Unreachable if unreachable == len(problems) else AdfmError)("\n  ".join(problems))
-    print("\n".join(found + [f"warning   {warning}" for warning in warnings]))
+        # The pipeline's task retries what is unreachable, and nothing else.
+        kind = Unreachable if all(isinstance(problem, Unreachable) for problem in problems) else AdfmError
+        raise kind("\n  ".join(map(str, problems)))
+    print("\n".join(lines + [f"warning   {warning}" for warning in warnings]))
     if out:
+        # The same text whatever the settings: a stage of DVC that depends on it waits for the check, and does not run
+        # again because of it.
         out.parent.mkdir(parents=True, exist_ok=True)
         replace_text(json.dumps({"ready": True}) + "\n", out)

@@ -31,7 +31,7 @@ class Box(NamedTuple):
         return max(0.0, self.x2 - self.x1) * max(0.0, self.y2 - self.y1)
 
     def intersection(self, other: Box) -> float:
-        """Return the area shared with `other`."""
+        """Return the area of the overlap with `other`."""
         width = min(self.x2, other.x2) - max(self.x1, other.x1)
         height = min(self.y2, other.y2) - max(self.y1, other.y1)
         return max(0.0, width) * max(0.0, height)
@@ -59,54 +59,36 @@ class Rle(NamedTuple):
 class Sample:
     """One image of a raw data set, as its reader yields it.
 
-    Defects are marked either by pixel masks, of which conversion makes boxes, or by shapes that a person drew: each is
-    one box, and its polygon, where it has one, is the mask too.
-
-    Args:
-        image: Path of the image file, or of a JSON file of LabelMe that holds the image in its `imageData`.
-        source: The path of the image relative to the data set's root, with `/`.
-        dataset: Name of the data set.
-        category: Product category.
-        label: `normal` or `anomalous`.
-        defect: Defect type; `None` on a normal image.
-        masks: Paths of pixel masks; a defect is what any of them marks.
-        boxes: Boxes drawn by a person, in pixels of the upright image; fractions of its size if `normalized`.
-        cut: For each of `boxes`, whether it is cut off at the edge of the image, however far it reaches out: the tool
-            lets people draw there. Empty: none is. A box that is not cut and reaches out is an error.
-        polygons: The outlines of some or all of `boxes`, in the same frame.
-        rles: The masks of some or all of `boxes`, on the upright image; they are painted as polygons are.
-        normalized: Whether `boxes` and `polygons` are fractions of the image's width and height.
-        unmarked_is_normal: Whether an image whose masks show nothing is normal, whatever its `label`; otherwise that
-            is an error.
-        located: Whether masks or boxes say where the defects are. If they need not, the label of an anomalous image
-            without any, or whose masks show nothing, is all that is known, and its record has neither boxes nor a mask.
-        size: Width and height of the image that the annotation was drawn on, as the annotation states them; `None`
-            where it does not. An image of another size is an error, unless `convert.rescale` is set.
-        split: The split that the data set itself fixes, or `None`.
-        group: Images of one physical part share it and never straddle a split; `None` where that is not known.
-        columns: Further columns of a table, by name; for `split.group`.
-        notes: Changes of the annotation that its author may not expect, such as dropping a shape that was drawn twice.
-            Images are counted by note in `conversion.json`, so a note names no file.
+    Defects are marked either by pixel masks, from which conversion derives boxes, or by shapes that a person drew: each
+    is one box, and its polygon, where it has one, is the mask too.
     """
 
-    image: Path
-    source: str
+    image: Path  # or LabelMe's JSON file, which may hold the image in its `imageData`
+    source: str  # path of the image relative to the data set's root, with `/`
     dataset: str
-    category: str
+    category: str  # of the product
     label: Label
-    defect: str | None = None
-    masks: tuple[Path, ...] = ()
-    boxes: tuple[Box, ...] = ()
+    defect: str | None = None  # its type; `None` on a normal image
+    masks: tuple[Path, ...] = ()  # a defect is what any of them marks
+    boxes: tuple[Box, ...] = ()  # drawn by a person, in pixels of the upright image, or as `normalized` says
+    # For each box, whether to clip it to the image: some tools let people draw beyond the edge. Empty: none is clipped,
+    # and a box that reaches out is an error.
     cut: tuple[bool, ...] = ()
-    polygons: tuple[Polygon, ...] = ()
-    rles: tuple[Rle, ...] = ()
-    normalized: bool = False
-    unmarked_is_normal: bool = False
+    polygons: tuple[Polygon, ...] = ()  # outlines of some or all of `boxes`, in the same frame
+    rles: tuple[Rle, ...] = ()  # masks of some or all of `boxes`, on the upright image; painted as polygons are
+    normalized: bool = False  # whether `boxes` and `polygons` are fractions of the image's width and height
+    unmarked_is_normal: bool = False  # whether empty masks make an image normal, whatever its label, or are an error
+    # Whether every anomalous image has to have masks or boxes. If not, the label of one without, or with empty masks,
+    # is all that is known, and its record has neither boxes nor a mask.
     located: bool = True
+    # Width and height of the image that was annotated, as the annotation states them. An image of another size is an
+    # error, unless `convert.rescale` is set.
     size: tuple[int, int] | None = None
-    split: str | None = None
-    group: str | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
+    split: str | None = None  # as the data set itself fixes it
+    group: str | None = None  # of the physical part: its images are never divided between splits
+    columns: Mapping[str, str] = field(default_factory=dict)  # further columns of a table, for `split.group`
+    # Changes of the annotation that its author may not expect, such as dropping a shape that was drawn twice. Images
+    # are counted by note in `conversion.json`, so a note names no file.
     notes: tuple[str, ...] = ()
 
     @property
@@ -117,37 +99,19 @@ class Sample:
 
 @dataclass(frozen=True)
 class Record:
-    """One row of the shards, whose columns are these fields (see `adfm.data.shards.Columns`).
+    """One row of the shards, whose columns are these fields (see `adfm.data.shards.Columns`)."""
 
-    Args:
-        id: Stable identifier, from content and path.
-        image: The encoded image (PNG or JPEG bytes).
-        mask: The encoded mask (PNG, one channel, 0 or 255, the image's size), or `None`.
-        width: Image width in pixels.
-        height: Image height in pixels.
-        dataset: Name of the data set.
-        category: Product category.
-        defect: Defect type; `None` on a normal image.
-        label: `normal` or `anomalous`.
-        boxes: Ground-truth boxes, original pixels, half-open; empty on a normal image, and on an anomalous one of
-            which nothing but the label is known (it has no mask then either).
-        split: `train`, `validation` or `test`.
-        source: Path within the raw data set.
-        sha256: SHA-256 of the raw image file, hex.
-        group: Images of one physical part share it; `None` where that is not known.
-    """
-
-    id: str
-    image: bytes
-    mask: bytes | None
+    id: str  # from content and path, so that it stays the same when a data set is converted again
+    image: bytes  # PNG or JPEG
+    mask: bytes | None  # PNG of the image's size, one channel, 0 or 255
     width: int
     height: int
     dataset: str
     category: str
     defect: str | None
     label: Label
-    boxes: tuple[Box, ...]
+    boxes: tuple[Box, ...]  # empty on a normal image, and, as `mask`, where nothing but the label is known
     split: Split
-    source: str
-    sha256: str
+    source: str  # path within the raw data set
+    sha256: str  # of the raw image file, hex
     group: str | None = None

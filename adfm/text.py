@@ -1,6 +1,6 @@
-"""Escape untrusted text, such as the names of files, for a terminal or a Markdown page.
+"""Escape untrusted text, such as names of files, for a terminal or a Markdown page.
 
-Control characters could move the cursor or forge a line, direction marks turn words round, and markup run or mislead.
+Control characters can move the cursor or forge a line, direction marks reorder words, and markup can run or mislead.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def one_line(text: str) -> str:
 
 
 def did_you_mean(names: Sequence[str]) -> str:
-    """A question that suggests one or more names; "" without any."""
+    """Return a question that suggests one or more names; "" without any."""
     *others, last = [f"`{name}`" for name in names] or [""]
     return f"did you mean {', '.join(others)}{' or ' * bool(others)}{last}?" if last else ""
 
 
 def shortened(text: str, most: int) -> str:
-    """Return the text in at most `most` characters."""
+    """Return the text, cut to at most `most` characters."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

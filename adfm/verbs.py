@@ -7,30 +7,21 @@ from typing import NamedTuple
 
 
 class Verb(NamedTuple):
-    """What the help says about a verb.
+    """Help of one verb."""
 
-    Args:
-        summary: One line, for the list of all verbs.
-        about: A paragraph.
-        examples: Commands that the parser accepts.
-        exits: Meaning of exit codes that only this verb has.
-    """
-
-    summary: str
+    summary: str  # one line, for the list of all verbs
     about: str
     examples: tuple[str, ...]
-    exits: Mapping[int, str] = {}
+    exits: Mapping[int, str] = {}  # exit codes beside `_EXITS`, or with another meaning
 
 
-EXITS = {
+_EXITS = {
     0: "success",
     1: "an error, explained on stderr",
     2: "wrong usage",
     130: "interrupted (Ctrl-C); stderr says what is kept",
     143: "terminated (SIGTERM)",
 }
-"""Exit codes of every verb."""
-
 _STOPPED = {75: "stopped by SIGTERM after a checkpoint; the same command continues"}
 _SIGNED = {2: "wrong usage, or a signature, the history or a file of a version is not as it should be"}
 
@@ -267,7 +258,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
         "completion": Verb(
             "print a script by which a shell completes verbs",
             "Prints a completion script for verbs, options and file names. `source <(adfm completion bash)` loads it "
-            "into this shell; saved as ~/.local/share/bash-completion/completions/adfm it is loaded in every new one.",
+            "into this shell; saved as ~/.local/share/bash-completion/completions/adfm, it serves every new one.",
             ("adfm completion bash", "adfm completion zsh"),
         ),
         "resend": Verb(
@@ -279,12 +270,11 @@ GROUPS: dict[str, dict[str, Verb]] = {
 }
 
 VERBS = {name: verb for group in GROUPS.values() for name, verb in group.items()}
-"""Every verb; those of a group of verbs with both words, as in `policy set`."""
 
 
 def epilog(name: str) -> str:
-    """A verb's examples and exit codes, as its `--help` shows them."""
+    """Format a verb's examples and exit codes for its `--help`."""
     verb = VERBS[name]
-    exits = sorted((EXITS | dict(verb.exits)).items())
+    exits = sorted((_EXITS | dict(verb.exits)).items())
     lines = ["examples:", *(f"  {example}" for example in verb.examples)]
     return "\n".join([*lines, "", "exit codes:", *(f"  {code:<5}{meaning}" for code, meaning in exits)])
