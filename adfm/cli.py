@@ -213,7 +213,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[argparse.ArgumentParser]]:
         type="convert.layout={}".format,
         action="append",
         default=[],
-        help="layout of RAW; the same as --set convert.layout=L",
+        help="layout of RAW, by default detected; the same as --set convert.layout=L",
     )
     several = add.add_mutually_exclusive_group()
     several.add_argument("--part", metavar="I/N", type=_part, help="inspect the I-th of N parts alone, for --parts")

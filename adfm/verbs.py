@@ -29,23 +29,21 @@ GROUPS: dict[str, dict[str, Verb]] = {
     "from images to production, in this order": {
         "check": Verb(
             "check settings, model, MLflow and disk before a run",
-            "Checks what a run needs before it starts: that the settings are valid, the base model is complete and "
-            "fits this machine, MLflow answers, and the disk has room. Everything that is missing is listed at once. "
-            "Also prints what to expect of the model and which larger one to try.",
+            "Checks that the settings are valid, the base model is complete and fits this machine, MLflow answers, and "
+            "the disk has space, and lists every problem. Prints what to expect of the model and the next larger one.",
             ("adfm check", "adfm check --params params.yaml --params params/qwen2.5-vl-7b.yaml"),
         ),
         "fetch": Verb(
             "copy a raw data set here and list its files in a manifest",
-            "Copies or downloads a data set and writes manifest.json with the size and SHA-256 of each file. Archives"
-            " are unpacked safely. An interrupted download from S3 or DVC continues where it stopped.",
+            "Copies or downloads a data set, unpacks archives safely, and writes manifest.json with size and SHA-256 "
+            "of each file. An interrupted download from S3 or DVC resumes.",
             ("adfm fetch synthetic:// data/raw/synthetic", "adfm fetch s3://bucket/my-line data/raw/my-line"),
         ),
         "convert": Verb(
             "convert a raw data set to Parquet shards, with splits",
-            "Reads the annotations (the layout is detected, or given by --layout), derives boxes from masks, divides "
-            "the images into train, validation and test so that copies stay together, and writes Parquet shards. Bad "
-            "data stop it with a list of every offending file. Large data sets can be inspected in parts, on several "
-            "machines (--part), and joined (--parts).",
+            "Reads the annotations, derives boxes from masks, divides the images into splits so that copies stay "
+            "together, and writes Parquet shards. Bad data are an error that lists every offending file. Large data "
+            "sets can be inspected in parts, on several machines (--part), and joined (--parts).",
             (
                 "adfm convert data/raw/synthetic data/shards",
                 "adfm convert data/raw/my-line data/shards --layout coco",
@@ -73,9 +71,8 @@ GROUPS: dict[str, dict[str, Verb]] = {
         ),
         "train": Verb(
             "train by GRPO; resumes from the last checkpoint",
-            "Trains the adapter of the cold start by GRPO with the reward of train.profile. Checkpoints are written "
-            "every train.checkpoint_every steps beside OUT; the same command resumes from the last of them. Metrics "
-            "of every step go to MLflow.",
+            "Trains the adapter of the cold start by GRPO with the reward of train.profile. The same command resumes "
+            "from the last checkpoint, written every train.checkpoint_every steps. Metrics go to MLflow.",
             (
                 "adfm train data/shards models/sft models/trained",
                 "adfm train data/shards models/sft models/trained --set train.steps=300",
@@ -84,9 +81,8 @@ GROUPS: dict[str, dict[str, Verb]] = {
         ),
         "evaluate": Verb(
             "evaluate and compare models on the test split; resumes",
-            "Generates the candidate's answers to the test split, and those of every model of --compare, and writes "
-            "metrics with 95 % intervals, predictions, calibration, plots and a report page. The same command resumes"
-            " an interrupted evaluation.",
+            "Generates the answers of the candidate and of the models of --compare on the test split, and writes "
+            "metrics with 95 % intervals, predictions, calibration, plots and a report page.",
             (
                 "adfm evaluate models/trained data/shards evaluation --compare detector=models/detector "
                 "--compare sft=models/sft",
@@ -102,15 +98,13 @@ GROUPS: dict[str, dict[str, Verb]] = {
         ),
         "approve": Verb(
             "approve a version that has passed the gate",
-            "Sets the approval tags of the version with your login at MLflow. `adfm promote`, or the approvals "
-            "service, then moves it to production.",
+            "Sets the approval tags with your login at MLflow, for `adfm promote` or the approvals service.",
             ("adfm approve 3", "adfm approve 3 --reason 'escapes checked on line 2'"),
             _SIGNED,
         ),
         "promote": Verb(
             "move the alias production to an approved version",
-            "Verifies signature, gate and approval of the version, and moves the alias `production` to it. Without "
-            "VERSION it takes the newest approved one, if there is any.",
+            "Verifies signature, gate and approval of the version, and moves the alias `production` to it.",
             ("adfm promote", "adfm promote 3 --by anna"),
             _SIGNED,
         ),
@@ -144,8 +138,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
         ),
         "rollback": Verb(
             "move the alias production back to an earlier version",
-            "Verifies the earlier version again and moves the alias `production` to it. By default it is the version "
-            "that was in production before.",
+            "Verifies the earlier version again and moves the alias `production` to it.",
             ("adfm rollback", "adfm rollback --to 2 --why 'too many false alarms'"),
             _SIGNED,
         ),
@@ -191,17 +184,15 @@ GROUPS: dict[str, dict[str, Verb]] = {
         ),
         "approvals health": Verb(
             "probe: did the approvals service reach MLflow lately?",
-            "Reads the age of approvals.heartbeat in this folder, which the service touches after each poll that "
-            "succeeded.",
+            "Reads the age of approvals.heartbeat in this folder, which the service touches after a successful poll.",
             ("adfm approvals health",),
-            {1: "the last poll that succeeded is too long ago, or another error"},
+            {1: "the last successful poll is too long ago, or another error"},
         ),
     },
     "data and evaluation": {
         "show": Verb(
             "draw a contact sheet of raw data or shards, with boxes",
-            "Draws images with what their annotations mark, as one page (HTML) or picture (PNG). Images that cannot "
-            "be read are listed with the reason.",
+            "Draws images with their annotations as a page (HTML) or an image (PNG), and lists unreadable ones.",
             ("adfm show data/raw/my-line", "adfm show data/shards --split test -n 100 --out test.png"),
         ),
         "gate": Verb(
@@ -241,8 +232,8 @@ GROUPS: dict[str, dict[str, Verb]] = {
     "other": {
         "params": Verb(
             "merge settings files and --set into the first file's text",
-            "Prints the first settings file with the values of the others and of --set; its comments stay. OUT may be"
-            " the first file itself.",
+            "Prints the first settings file with the values of the others and of --set; its comments stay. OUT may be "
+            "the first file itself.",
             (
                 "adfm params --params params.yaml --params params/photographs.yaml",
                 "adfm params params.yaml --params params.yaml --set train.steps=300",
@@ -250,9 +241,8 @@ GROUPS: dict[str, dict[str, Verb]] = {
         ),
         "env": Verb(
             "print versions, machine and paths, for a bug report",
-            "Prints the versions of adfm and of the libraries that it builds on, the machine (CPUs and memory that "
-            "this process may use, GPUs), the paths in use, and the variables ADFM_* that are set. Values that may be "
-            "secret are masked, and no server is contacted.",
+            "Prints versions of adfm and its libraries, CPUs, memory, GPUs, paths, and the variables ADFM_* that are "
+            "set. Values that may be secret are masked, and no server is contacted.",
             ("adfm env", "adfm env --json"),
         ),
         "completion": Verb(
