@@ -118,7 +118,7 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> int:
         return _fail(error, error.exit_code)
     except ModuleNotFoundError as error:
         message = extras.missing(error)
-        if message is None:
+        if message is None:  # a bug, which needs its traceback
             raise
         return _fail(message, 1)
     except KeyboardInterrupt as interrupt:
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> int:
         return status
     except BrokenPipeError:
         _drop_output()
-        return 141
+        return 141  # 128 + SIGPIPE, as shells report it
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -154,6 +154,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if not first.startswith("-") and first not in names:
         near = did_you_mean(difflib.get_close_matches(first, names, n=1)) or "`adfm --help` lists all verbs"
         parser.error(f"unknown verb `{first}`; {near}")
+    # parse_args would report unknown options without the verb's usage and without a suggestion.
     args, extra = parser.parse_known_args(argv)
     if extra:
         option = extra[0].partition("=")[0]
@@ -518,7 +519,7 @@ def _gate(args: argparse.Namespace) -> int:
     decision = gate.decide(tables.read(args.candidate), production, anchor, judged_by, args.look)
     decided = dataclasses.asdict(decision)
     print(json.dumps(decided, indent=2, allow_nan=False) if args.json else page.screen(decided))
-    return {"passed": 0, "failed": 3}.get(decision.verdict, 4)
+    return {"passed": 0, "failed": 3}.get(decision.verdict, 4)  # 1 and 2 are errors
 
 
 def _promote(args: argparse.Namespace) -> None:

@@ -31,6 +31,6 @@ def missing(error: ModuleNotFoundError) -> str | None:
     """
     module = (error.name or "").partition(".")[0]
     extra = next((name for name, modules in EXTRAS.items() if module in modules), None)
-    if extra is None or find_spec(module) is not None:
+    if extra is None or find_spec(module) is not None:  # the second: a part of an installed package is missing
         return None
     return f'this needs {module}, which is not installed: pip install "adfm[{extra}]", or "adfm[all]" for every verb.'

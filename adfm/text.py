@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TextIO
 
@@ -70,21 +70,25 @@ def _entity(char: str) -> str:
     return f"&#{ord(char)};"
 
 
-class _Printable:
-    """A text stream that escapes control characters."""
+class EditedStream:
+    """A text stream that passes what is written to it through a function."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, edit: Callable[[str], str]) -> None:
         self._stream = stream
+        self._edit = edit
 
     def write(self, text: str) -> int:
-        self._stream.write(printable_lines(text))
+        """Write the edited text, and return the length of the original."""
+        self._stream.write(self._edit(text))
         return len(text)
 
-    def writelines(self, lines: Any) -> None:
-        for line in lines:
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write the edited lines."""
+        for line in lines:  # the stream's own method would write them as they are
             self.write(line)
 
     def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the stream below."""
         return getattr(self._stream, name)
 
 
@@ -92,6 +96,6 @@ class _Printable:
 def printable_output() -> Iterator[None]:
     """Escape control characters of all that is printed to stdout and stderr in the block."""
     with ExitStack() as stack:
-        stack.enter_context(redirect_stdout(_Printable(sys.stdout)))
-        stack.enter_context(redirect_stderr(_Printable(sys.stderr)))
+        stack.enter_context(redirect_stdout(EditedStream(sys.stdout, printable_lines)))
+        stack.enter_context(redirect_stderr(EditedStream(sys.stderr, printable_lines)))
         yield
