@@ -96,8 +96,7 @@ def _memory() -> str:
 
 
 def _gpus() -> dict[str, str]:
-    # torch takes seconds to import, so it is asked only where a driver is installed.
-    # /dev/kfd is that of AMD's ROCm.
+    # torch takes seconds to import, so it is used only where a driver is installed; /dev/kfd is that of AMD's ROCm.
     if not (Path("/proc/driver/nvidia/version").exists() or Path("/dev/kfd").exists() or shutil.which("nvidia-smi")):
         return {"GPUs": "none: no driver of NVIDIA or AMD"}
     try:

@@ -216,10 +216,10 @@ def test_a_wrong_override_is_named_with_what_is_expected(override: str, words: s
 
 def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
     file = written(tmp_path, "train: {steps: 0, beta: low}\nsft: 3\nsede: 1")
-    found = problems(file, "evaluate.small=2", "sft.steps=1", "nonsense")
-    assert len(found) == 6
+    listed = problems(file, "evaluate.small=2", "sft.steps=1", "nonsense")
+    assert len(listed) == 6
     for key in ("train.steps", "train.beta", "sft", "sede", "evaluate.small", "nonsense"):
-        assert any(key in problem for problem in found)
+        assert any(key in problem for problem in listed)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What is checked before a run: everything that is missing is said at once."""
+"""Checks before a run list everything that is missing."""
 
 from __future__ import annotations
 
@@ -28,11 +28,14 @@ def test_what_is_written_does_not_depend_on_the_settings(tmp_path: Path, capsys:
     first = (tmp_path / "reports" / "check.json").read_bytes()
     preflight.check(Params(seed=1), tmp_path / "reports" / "check.json")
     assert (tmp_path / "reports" / "check.json").read_bytes() == first
-    shown = capsys.readouterr().out
-    assert "tiny" in shown
-    assert shown.count("\nkind      the embedded model (") == 2 and "\nlarger    Qwen/Qwen2.5-VL-3B-Instruct (" in shown
-    assert "GiB to train it on a GPU, computed from tensor sizes, not measured" in shown
-    assert str(tmp_path / "mlflow.db") in shown
+    printed = capsys.readouterr().out
+    assert "tiny" in printed
+    assert (
+        printed.count("\nkind      the embedded model (") == 2
+        and "\nlarger    Qwen/Qwen2.5-VL-3B-Instruct (" in printed
+    )
+    assert "GiB to train it on a GPU, computed from tensor sizes, not measured" in printed
+    assert str(tmp_path / "mlflow.db") in printed
 
 
 def test_everything_that_is_missing_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

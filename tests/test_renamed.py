@@ -1,4 +1,4 @@
-"""Settings and verbs under the names that they had in version 0.1."""
+"""Settings and verbs under their names before 0.1.0."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def _nothing_is_noted_yet() -> None:
 
 
 def old_text() -> str:
-    """The shipped settings with the names of version 0.1."""
+    """The shipped settings with the names before 0.1.0."""
     text = SHIPPED
     for old in sorted(RENAMED, reverse=True):  # a section after its keys
         *section, name = old.split(".")
@@ -29,7 +29,7 @@ def old_text() -> str:
     return text
 
 
-def test_a_file_of_the_version_before_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_with_old_names_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old = tmp_path / "params.yaml"
     old.write_text(old_text().replace("model: adfm #", "model: line-3 #"), encoding="utf-8")
     assert {"warmup", "validate", "register"} <= yaml.safe_load(old.read_text()).keys()
@@ -41,13 +41,13 @@ def test_a_file_of_the_version_before_is_read(tmp_path: Path, capsys: pytest.Cap
     assert "`register.model` is now `mlflow.registered_model`" in err
 
 
-def test_a_file_of_the_version_before_is_written_with_the_new_names(tmp_path: Path) -> None:
+def test_a_file_with_old_names_is_written_with_the_new_names(tmp_path: Path) -> None:
     old = tmp_path / "params.yaml"
     old.write_text(old_text(), encoding="utf-8")
     assert merged(old) == SHIPPED
 
 
-def test_overrides_of_the_version_before_are_read(capsys: pytest.CaptureFixture[str]) -> None:
+def test_overrides_with_old_names_are_read(capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["warmup.steps=3", "register.model=line", "train.resample=2", "seed=1"]
     params = loads("", overrides)
     assert (params.sft.steps, params.mlflow.registered_model, params.train.dynamic_sampling) == (3, "line", 2)
@@ -64,7 +64,7 @@ def test_new_names_are_noted_nowhere(capsys: pytest.CaptureFixture[str]) -> None
     assert not capsys.readouterr().err
 
 
-def test_a_verb_of_the_version_before_runs_under_its_new_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_old_verb_runs_under_its_new_name(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["warmup", "--help"])
     out, err = capsys.readouterr()

@@ -64,9 +64,9 @@ def test_plain_sentences_stay_as_they_are() -> None:
 
 @given(hostile)
 def test_one_line_that_a_terminal_can_print(name: str) -> None:
-    shown = text.printable(name)
-    assert shown.isprintable() and len(shown.splitlines()) <= 1
-    assert shown == name or not name.isprintable()
+    escaped = text.printable(name)
+    assert escaped.isprintable() and len(escaped.splitlines()) <= 1
+    assert escaped == name or not name.isprintable()
 
 
 @given(hostile)
