@@ -162,7 +162,7 @@ def content(image: str) -> bytes:
 
 
 def _contents(images: Iterable[object], problems: dict[int, str]) -> Iterator[tuple[int, bytes]]:
-    total = 0
+    total = 0  # bytes of the request, whose images are in memory together
     for number, image in enumerate(images, 1):
         try:
             read = content(image) if isinstance(image, str) else b""

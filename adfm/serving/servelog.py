@@ -86,7 +86,7 @@ def read(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
                         if not (isinstance(entry, dict) and isinstance(entry["event"], str)):
                             raise ValueError
                     except (ValueError, LookupError) as error:
-                        if line.endswith("\n"):
+                        if line.endswith("\n"):  # else it is being written
                             message = f"{file}, line {number}: it is not a line of a log that {FILE} names."
                             raise BadLog(message) from error
                     else:
