@@ -15,6 +15,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from platform import python_version
@@ -49,6 +50,9 @@ _QUIET = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it links to the start page for GenAI
     "GIT_PYTHON_REFRESH": "quiet",
 }
+
+
+_version = cache(metadata.version)  # it reads a file of the installation
 
 
 # What requests, urllib3 and botocore say of a server that is away or busy.
@@ -369,7 +373,7 @@ def libraries() -> dict[str, str]:
     versions = {"library.python": python_version()}
     for name in LIBRARIES:
         with suppress(metadata.PackageNotFoundError):
-            versions[f"library.{name}"] = metadata.version(name)
+            versions[f"library.{name}"] = _version(name)
     return versions
 
 

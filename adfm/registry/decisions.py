@@ -166,8 +166,8 @@ def publish(registry: Registry, version: ModelVersion, judgement: Judgement, ste
     for key in ("approval_reason", "approval_refused"):
         if key in version.tags:
             store.delete_model_version_tag(version.name, number, key)
-    history_.tag(store, version, **_tags(judgement), **decision_tags(step))
     submission = judgement.submission
+    history_.tag(store, version, **_missing(version, tags(submission) | decision_tags(step)))
     text = page.text(
         decided | {"reasons": [why, *decided["reasons"]]} if why else decided,
         submission.origin,
@@ -182,6 +182,12 @@ def publish(registry: Registry, version: ModelVersion, judgement: Judgement, ste
     store.update_model_version(version.name, number, text)
     history_.tag(store, version, approval="pending", approval_by=NOBODY)
     history_.finish(store, registry.name, step)
+
+
+def _missing(version: ModelVersion, due: dict[str, str]) -> dict[str, str]:
+    """Return the tags that a version does not have yet."""
+    # Each costs two requests: MLflow's client asks first whether the model is a prompt.
+    return {key: text for key, text in due.items() if version.tags.get(key) != text}
 
 
 def policy_difference(submission: Submission, history: History) -> list[str]:
@@ -270,12 +276,11 @@ def _predictions(submission: Submission, role: str, other: Submission) -> tuple[
         return None
 
 
-def _tags(judgement: Judgement) -> dict[str, str]:
-    """The tags that describe a version."""
-    submission = judgement.submission
+def tags(submission: Submission) -> dict[str, str]:
+    """Return the tags that describe a version."""
     origin, measured, calibration = submission.origin, submission.measured, submission.calibration
     data, base = origin["data"], origin.get("base") or {}
-    tags = {
+    texts = {
         **{key: origin.get(key) for key in ("artifact_digest", "protocol", "git_commit", "git_dirty")},
         "evaluation_digest": file_digest(submission.predictions),
         "test_fingerprint": data["test"],
@@ -289,8 +294,8 @@ def _tags(judgement: Judgement) -> dict[str, str]:
     file = submission.folder / "evaluation" / calibration_.FILE
     if file.is_file():
         limit = "".join(f"{kind} <= {share:g}" for kind, share in calibration.limit.items())
-        tags |= {"threshold_limit": limit or "none", "calibration": calibration.method}
-        tags |= {calibration_.DIGEST_TAG: file_digest(file)}
+        texts |= {"threshold_limit": limit or "none", "calibration": calibration.method}
+        texts |= {calibration_.DIGEST_TAG: file_digest(file)}
     # A submitter's tag must not pass for one of adfm's.
-    tags |= {key: value for key, value in origin.get("tags", {}).items() if key.startswith(FREE)}
-    return {key: str(value) for key, value in tags.items() if value is not None}
+    texts |= {key: value for key, value in origin.get("tags", {}).items() if key.startswith(FREE)}
+    return {key: str(value) for key, value in texts.items() if value is not None}

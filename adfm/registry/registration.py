@@ -307,14 +307,14 @@ def _create(registry: Registry, submission: str) -> ModelVersion | None:
     if str(logged.status) != "READY":
         return None
     with TemporaryDirectory() as folder:
-        check(fetch(f"models:/{submission}", registry.keys, Path(folder)), name)
+        checked = fetch(f"models:/{submission}", registry.keys, Path(folder))
+        check(checked, name)
+        tags = decisions.tags(checked) | {"approval": "pending", "approval_by": NOBODY}
     make_model(store, name)
     run = tracking.find_run(logged.source_run_id)
     run_id = run.info.run_id if run else None
     with history_.permission_errors(name, "write"):
-        store.create_model_version(
-            name, f"models:/{submission}", run_id=run_id, tags={"approval": "pending"}, model_id=submission
-        )
+        store.create_model_version(name, f"models:/{submission}", run_id=run_id, tags=tags, model_id=submission)
     return _version_of(registry.read(), submission)
 
 
