@@ -647,8 +647,6 @@ def test_a_history_that_a_reader_has_signed_stops_everything(bare_plant, set_up)
 
 def test_only_the_service_writes_the_history(plant) -> None:
     plant.in_production(26, "1")
-    plant.submit(36)
-    plant.poll()
     for user in (READER, SUBMITTER, REVIEWER):
         plant.log_in(user)
         with pytest.raises(MlflowException, match="Permission denied"):
@@ -700,25 +698,31 @@ def test_a_forged_verdict_is_not_believed(plant) -> None:
         plant.approve("2")
 
 
-@pytest.mark.parametrize("file", ["MLmodel", "model/adapter_model.safetensors", "evaluation/predictions.parquet"])
-def test_an_exchanged_file_is_neither_promoted_nor_served(plant, file, tmp_path) -> None:
+def test_an_exchanged_file_is_neither_promoted_nor_served(plant, tmp_path) -> None:
     """The submitter may write any file of the experiment, also of the version in production."""
     plant.in_production(26, "1")
     plant.submit(36)
     plant.poll()
+    for file in ("MLmodel", "model/adapter_model.safetensors", "evaluation/predictions.parquet"):
+        plant.approve("2")
+        places = [f"{plant.files(version)}/{file}" for version in ("1", "2")]
+        contents = [plant.server.call(SUBMITTER, "GET", place).content for place in places]
+        for place in places:
+            assert plant.server.call(SUBMITTER, "PUT", place, data=b"python_model: evil").status_code == 200
+        plant.poll()
+        assert plant.production() == ("1", "1")
+        assert plant.tag("2", "approval") in ("pending", "approved")
+        assert plant.tag("2", "promoted_at") is None
+        plant.log_in(READER)
+        with pytest.raises(signing.Unverified, match=file):
+            fetch(f"models:/{plant.model}@production", Path(mkdtemp(dir=tmp_path)))
+        with pytest.raises(AuditFailed, match=file):
+            audit(plant.params.mlflow.registered_model)
+        for place, content in zip(places, contents, strict=True):
+            assert plant.server.call(SUBMITTER, "PUT", place, data=content).status_code == 200
     plant.approve("2")
-    for version in ("1", "2"):
-        where = f"{plant.files(version)}/{file}"
-        assert plant.server.call(SUBMITTER, "PUT", where, data=b"python_model: evil").status_code == 200
-    plant.poll()
-    assert plant.production() == ("1", "1")
-    assert plant.tag("2", "approval") in ("pending", "approved")
-    assert plant.tag("2", "promoted_at") is None
-    plant.log_in(READER)
-    with pytest.raises(signing.Unverified, match=file):
-        fetch(f"models:/{plant.model}@production", Path(mkdtemp(dir=tmp_path)))
-    with pytest.raises(AuditFailed, match=file):
-        audit(plant.params.mlflow.registered_model)
+    assert plant.poll() == ""
+    assert plant.production() == ("2", "2")
 
 
 def test_files_that_the_submitter_signs_again_are_not_served(plant, tmp_path) -> None:
@@ -761,7 +765,8 @@ def test_one_who_is_killed_between_gate_json_and_its_tags_is_finished_by_the_nex
     assert plant.production() == ("1", "1")
 
 
-def test_a_submitter_cannot_approve(plant) -> None:
+def test_who_submitted_does_not_approve(plant) -> None:
+    """Neither with the own rights nor with the reviewer's: the name of the submitter is signed with the version."""
     plant.submit(26)
     plant.poll()
     plant.log_in(SUBMITTER)
@@ -769,12 +774,6 @@ def test_a_submitter_cannot_approve(plant) -> None:
         approve("1", plant.params.mlflow.registered_model)
     assert plant.poll() == ""
     assert plant.production() == (None, None)
-
-
-def test_who_submitted_does_not_approve(plant) -> None:
-    """Also with the reviewer's rights: the name of the submitter is signed with the version."""
-    plant.submit(26)
-    plant.poll()
     plant.log_in(REVIEWER)
     for key, value in (("approval_by", SUBMITTER), ("approval", "approved")):
         tracking.client().set_model_version_tag(plant.model, "1", key, value)

@@ -284,10 +284,9 @@ def test_predict_refuses_what_serve_refuses(version: Path, tmp_path: Path, capsy
 # --------------------------------------------------------------------------------------------------- what is served
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_the_verified_copy_is_served_until_stopped(workers: str, version: Path, serve: Any, tmp_path: Path) -> None:
+def test_the_verified_copy_is_served_until_stopped(version: Path, serve: Any, tmp_path: Path) -> None:
     move("1", version)
-    process, address = serve("--workers", workers)
+    process, address = serve("--workers", "2")
     log = (tmp_path / "serve-0.log").read_text()
     assert f"models:/adfm/1 is verified; loading it to serve on {address}" in log
     path, params, _ = post(address, "")
@@ -306,11 +305,14 @@ def test_the_shadow_is_verified_too(version: Path, serve: Any, tmp_path: Path, c
     write(candidate, salt=" of a candidate")
     signing.sign(candidate, signing.keys())
     add(tracking.client(), candidate)
-    _, address = serve("models:/adfm/1", "--shadow", "models:/adfm/2")
+    process, address = serve("models:/adfm/1", "--shadow", "models:/adfm/2")
     path, params, beside = post(address, "")
     assert params == "content: params.yaml\n"
     assert (Path(beside) / "params.yaml").read_text() == "content: params.yaml of a candidate\n"
     assert Path(beside) != Path(path) and Path(beside).is_relative_to(tmp_path / "private")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert not list((tmp_path / "private").glob("adfm-serve-*"))
     (candidate / "params.yaml").write_text("")
     assert main(["serve", "models:/adfm/1", "--port", "0", "--shadow", "models:/adfm/2"]) == 2
     assert "models:/adfm/2 is not what was signed: changed: params.yaml." in capsys.readouterr().err
