@@ -7,12 +7,13 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -33,6 +35,7 @@ from adfm.evaluation.predictions import PREDICTIONS
 from adfm.files import digest
 from adfm.params import Params
 from adfm.records import Box, Record
+from adfm.registry.promotion import promote
 from adfm.registry.registration import register
 from adfm.training.sft import trained_on
 
@@ -113,33 +116,96 @@ parts: {}
 """
 
 
+@pytest.fixture(scope="session")
+def add_in(
+    make_shards: Callable[..., Path], make_model: Callable[..., Path], make_evaluation: Callable[..., Path]
+) -> Callable[[Path], Callable[..., str]]:
+    """What `add` does, with shards, models and evaluations in a folder."""
+
+    def add_in(folder: Path) -> Callable[..., str]:
+        shards = make_shards(folder / "shards")
+
+        def add(right: int, approve: bool = True, model: str = "adfm") -> str:
+            params = Params.model_validate({"mlflow": {"registered_model": model}})
+            Path("gate.yaml").write_text(POLICY)  # here, where the test is in a folder of its own
+            trained = make_model(folder / f"model-{right}", float(right), shards)
+            evaluation = make_evaluation(folder / f"evaluation-{right}", shards, right, iou=0.3 + right / 100)
+            register(trained, shards, evaluation, folder / "registration", params)
+            client = tracking.client()
+            number = str(max(int(version.version) for version in client.search_model_versions(f"name = '{model}'")))
+            if approve:
+                client.set_model_version_tag(model, number, "approval_by", "Rita")
+                client.set_model_version_tag(model, number, "approval", "approved")
+            return number
+
+        return add
+
+    return add_in
+
+
 @pytest.fixture
 def add(
-    make_shards: Callable[..., Path],
-    make_model: Callable[..., Path],
-    make_evaluation: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    add_in: Callable[[Path], Callable[..., str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., str]:
     """Registers and, if wanted, approves the next model, which judges `right` of 40 images rightly; its version."""
-    shards = make_shards(tmp_path / "shards")
     monkeypatch.chdir(tmp_path)
     Path("gate.yaml").write_text(POLICY)
+    return add_in(tmp_path)
 
-    def add(right: int, approve: bool = True, model: str = "adfm") -> str:
-        params = Params.model_validate({"mlflow": {"registered_model": model}})
-        Path("gate.yaml").write_text(POLICY)  # here, where the test is in a folder of its own
-        folder = make_model(tmp_path / f"model-{right}", float(right), shards)
-        evaluation = make_evaluation(tmp_path / f"evaluation-{right}", shards, right, iou=0.3 + right / 100)
-        register(folder, shards, evaluation, tmp_path / "registration", params)
-        client = tracking.client()
-        number = str(max(int(version.version) for version in client.search_model_versions(f"name = '{model}'")))
-        if approve:
-            client.set_model_version_tag(model, number, "approval_by", "Rita")
-            client.set_model_version_tag(model, number, "approval", "approved")
-        return number
 
-    return add
+@pytest.fixture(scope="session")
+def with_a_candidate(
+    empty_database: Path, add_in: Callable[[Path], Callable[..., str]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A folder with an embedded store, made once: version 1 is in production, version 2 is better and approved."""
+    folder = tmp_path_factory.mktemp("with-a-candidate")
+    shutil.copy(empty_database, folder / "mlflow.db")
+    with _working_in(folder):
+        add = add_in(folder)
+        promote(add(26), "adfm")
+        add(36)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def with_two_promotions(with_a_candidate: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same after version 2 was promoted."""
+    folder = tmp_path_factory.mktemp("with-two-promotions")
+    _copy_store(with_a_candidate, folder)
+    with _working_in(folder):
+        promote("2", "adfm")
+    return folder
+
+
+@pytest.fixture
+def candidate(store: Path, add: Callable[..., str], with_a_candidate: Path) -> None:
+    """The store has version 1, of 26 right, in production, and version 2, of 36, approved."""
+    _copy_store(with_a_candidate, store)
+
+
+@pytest.fixture
+def two_promotions(store: Path, add: Callable[..., str], with_two_promotions: Path) -> None:
+    """The store has version 2, of 36 right, in production, which replaced version 1, of 26."""
+    _copy_store(with_two_promotions, store)
+
+
+@contextmanager
+def _working_in(folder: Path) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "ADFM_KEYS"):
+            patch.delenv(name, raising=False)
+        yield
+
+
+def _copy_store(folder: Path, to: Path) -> None:
+    """Copies an embedded store with its files and keys; the database has the places of files."""
+    shutil.copytree(folder, to, dirs_exist_ok=True)
+    places = ("experiments.artifact_location", "runs.artifact_uri", "logged_models.artifact_location")
+    with closing(sqlite3.connect(to / "mlflow.db")) as database, database:
+        for table, column in (place.split(".") for place in (*places, "model_versions.storage_location")):
+            database.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(folder), str(to)))
+    _artifact_repos_cache.clear()  # MLflow finds a model's folder by its id, which is the same in the other store
 
 
 @pytest.fixture
@@ -195,7 +261,7 @@ def _record(number: int, shade: int) -> Record:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_shards() -> Callable[[Path, int], Path]:
     """Shards of 40 test images in two categories, half of them anomalous; another shade is another data set."""
 
@@ -207,7 +273,7 @@ def make_shards() -> Callable[[Path, int], Path]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model() -> Callable[..., Path]:
     """A folder like those that training writes; the weight makes it one model or another."""
 
@@ -232,7 +298,7 @@ def make_model() -> Callable[..., Path]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_evaluation() -> Callable[..., Path]:
     """A folder like those that evaluation writes, of a model that judges `right` of the 40 test images rightly.
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from adfm.cli import main
 from adfm.params import Params
 from adfm.registry.audit import AuditFailed, audit
 from adfm.registry.history import BrokenHistory
-from adfm.registry.promotion import confirm_keys, history, promote
+from adfm.registry.promotion import confirm_keys, history
 from adfm.registry.reconcile import reconcile
 
 PARAMS = Params()
@@ -24,10 +23,8 @@ def files_of(store: Path, number: str) -> Path:
 
 
 @pytest.fixture
-def plant(store: Path, add: Callable[..., str]) -> Path:
+def plant(store: Path, two_promotions: None) -> Path:
     """Version 2 in production, version 1 previous and anchor."""
-    promote(add(26), "adfm")
-    promote(add(36), "adfm")
     return store
 
 

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
+import sqlite3
 import threading
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import Mock
@@ -25,6 +28,7 @@ from adfm.registry.registration import register
 from adfm.registry.submission import read_artifact
 
 PARAMS = Params()
+REGISTERED = ("model-36", "shards", "evaluation-36", "registration")  # what `add(36)` has registered, and where
 
 
 def aliases(*, anchor: bool = False) -> dict[str, str]:
@@ -88,19 +92,25 @@ def test_approved_version_goes_into_production(store, add, capsys):
     assert first.finished and second.finished
 
 
-@pytest.mark.parametrize("approval", [None, "pending", "rejected", "Approved", " approved "])
-def test_without_approval_nothing_moves(store, add, approval):
+def test_without_approval_nothing_moves(store, add):
     add(28, approve=False)
-    if approval is None:
-        tracking.client().delete_model_version_tag("adfm", "1", "approval")
-    else:
-        tag("1", "approval", approval)
-    with pytest.raises(AdfmError, match=rf"approval is {approval!r}: a reviewer sets it to exactly 'approved'"):
-        promote("1", "adfm")
+    approvals = ("pending", "rejected", "Approved", " approved ", "x" * 5000, None)
+    for approval in approvals:
+        if approval is None:
+            tracking.client().delete_model_version_tag("adfm", "1", "approval")
+        else:
+            tag("1", "approval", approval)
+        text = repr(approval)[:50]
+        with pytest.raises(
+            AdfmError, match=f"approval is {text}.*: a reviewer sets it to exactly 'approved'"
+        ) as refused:
+            promote("1", "adfm")
+        assert len(str(refused.value)) < 400
+        assert text in last().why
+        assert tags("1").get("approval") == (approval if approval in ("rejected", None) else "pending")
     assert aliases() == {}
     assert "promoted_at" not in tags("1")
-    assert log() == [("refuse", "1", "")]
-    assert repr(approval) in last().why
+    assert log() == [("refuse", "1", "")] * len(approvals)
 
 
 def test_a_failed_gate_is_not_promoted_and_all_refusals_are_told(store, add):
@@ -170,9 +180,7 @@ def test_when_production_has_changed_the_gate_decides_again_and_the_reviewer_is_
     assert aliases() == {"production": "2", "previous": "1"}
 
 
-def test_without_production_the_limits_decide_again(store, add):
-    promote(add(26), "adfm")
-    add(36)
+def test_without_production_the_limits_decide_again(store, candidate):
     tracking.client().delete_model_version("adfm", "1")
     with pytest.raises(Refused, match="decided against version none: gate passed"):
         promote("2", "adfm")
@@ -182,17 +190,17 @@ def test_without_production_the_limits_decide_again(store, add):
     assert aliases() == {"production": "2"}
 
 
-@pytest.mark.parametrize("approval", ["pending", "rejected"])
-def test_what_nobody_has_approved_is_not_decided_again(store, add, approval):
+def test_what_nobody_has_approved_is_not_decided_again(store, add):
     add(36)
     add(26)
     promote("2", "adfm")
-    tag("1", "approval", approval)
     before = gate_of("1")
-    with pytest.raises(Refused, match=r"which is 2 now.*: the gate decides again when it is approved"):
-        promote("1", "adfm")
-    assert gate_of("1") == before
-    assert tags("1")["approval"] == approval
+    for approval in ("pending", "rejected"):
+        tag("1", "approval", approval)
+        with pytest.raises(Refused, match=r"which is 2 now.*: the gate decides again when it is approved"):
+            promote("1", "adfm")
+        assert gate_of("1") == before
+        assert tags("1")["approval"] == approval
 
 
 def _files(store: Path, number: str) -> Path:
@@ -210,11 +218,8 @@ def sign_again(store: Path, number: str) -> None:
         shutil.copy(copy / "model.sig", _files(store, number) / "model.sig")
 
 
-@pytest.mark.parametrize("path", ["evaluation/predictions.parquet", "MLmodel", "model.sig"])
-def test_a_changed_file_of_a_version_or_of_its_rival_is_not_judged(store, add, path):
-    promote(add(26), "adfm")
-    add(36)
-    for number in ("2", "1"):
+def test_a_changed_file_of_a_version_or_of_its_rival_is_not_judged(store, candidate):
+    for path, number in itertools.product(("evaluation/predictions.parquet", "MLmodel", "model.sig"), ("2", "1")):
         file = _files(store, number) / path
         content = file.read_bytes()
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -312,13 +317,15 @@ def test_production_that_changes_while_files_are_checked(store, add, monkeypatch
     assert aliases() == {"production": "1"}
 
 
-@pytest.mark.parametrize("version", ["7", "latest", ""])
-def test_no_such_version(store, add, version):
-    with pytest.raises(AdfmError, match="its versions: none yet; `adfm register` makes one"):
-        promote(version, "adfm")
+def test_no_such_version(store, add):
+    names = ("7", "latest", "")
+    for version in names:
+        with pytest.raises(AdfmError, match="its versions: none yet; `adfm register` makes one"):
+            promote(version, "adfm")
     add(28)
-    with pytest.raises(AdfmError, match=rf"adfm has no version {version}; its versions: 1\."):
-        promote(version, "adfm")
+    for version in names:
+        with pytest.raises(AdfmError, match=rf"adfm has no version {version}; its versions: 1\."):
+            promote(version, "adfm")
 
 
 def test_what_is_in_production_is_not_promoted_again(store, add):
@@ -380,11 +387,7 @@ def test_nothing_to_roll_back(store, add):
         rollback("adfm")
 
 
-def test_rollback_to_changed_or_deleted_files(store, add):
-    add(26)
-    promote("1", "adfm")
-    add(36)
-    promote("2", "adfm")
+def test_rollback_to_changed_or_deleted_files(store, two_promotions):
     file = _files(store, "1") / "MLmodel"
     file.write_text(file.read_text() + "# changed")
     with pytest.raises(AdfmError, match="Version 1 of adfm cannot return: .*MLmodel"):
@@ -465,28 +468,17 @@ def test_a_rejection_is_kept_when_the_gate_decides_again(store, add, tmp_path):
     assert ("reject", "misses scratches") in steps[-2:]
 
 
-@pytest.mark.parametrize(("key", "value"), [("approval", "x" * 5000), ("approval", " Approved ")])
-def test_an_approval_that_is_none_is_asked_for_again(store, add, key, value):
-    add(26, approve=False)
-    tag("1", key, value)
-    with pytest.raises(Refused) as refused:
-        promote_approved("adfm")
-    assert len(str(refused.value)) < 400
-    assert tags("1")["approval"] == "pending"
-    assert aliases() == {}
-
-
-@pytest.mark.parametrize("text", ["[]", "nonsense", None])
-def test_a_gate_file_edited_by_hand_is_written_again_and_the_reviewer_asked_again(store, add, text):
+def test_a_gate_file_edited_by_hand_is_written_again_and_the_reviewer_asked_again(store, add):
     add(26)
     decided = gate_of("1")
     file = _files(store, "1") / "gate.json"
-    file.write_text(json.dumps(decided | {"reasons": ["Everything is fine."]}) if text is None else text)
-    with pytest.raises(Refused, match="what its page showed was not the decision that stands, and was written again"):
-        promote("1", "adfm")
-    assert gate_of("1") == decided
-    assert aliases() == {} and tags("1")["approval"] == "pending"
-    approve("1")
+    for text in ("[]", "nonsense", json.dumps(decided | {"reasons": ["Everything is fine."]})):
+        file.write_text(text)
+        with pytest.raises(Refused, match="its page showed was not the decision that stands, and was written again"):
+            promote("1", "adfm")
+        assert gate_of("1") == decided
+        assert aliases() == {} and tags("1")["approval"] == "pending"
+        approve("1")
     promote("1", "adfm")
 
 
@@ -553,9 +545,6 @@ def test_production_that_was_deleted(store, add):
 
 def test_an_alias_on_a_deleted_version(store, add):
     """MLflow removes the aliases of a version that it deletes; this one was lost by other means."""
-    import sqlite3
-    from contextlib import closing
-
     promote(add(26), "adfm")
     with closing(sqlite3.connect(store / "mlflow.db")) as database:
         database.execute("UPDATE model_versions SET current_stage = 'Deleted_Internal' WHERE name = 'adfm'")
@@ -568,9 +557,7 @@ def test_an_alias_on_a_deleted_version(store, add):
     assert log() == [("promote", "1", "none"), ("lost", "1", "1"), ("anchor", "none", ""), ("promote", "2", "none")]
 
 
-def test_an_alias_that_was_moved_by_hand_is_put_back(store, add, capsys):
-    promote(add(26), "adfm")
-    promote(add(36), "adfm")
+def test_an_alias_that_was_moved_by_hand_is_put_back(store, add, two_promotions, capsys):
     add(30, approve=False)
     tracking.client().set_registered_model_alias("adfm", "production", "3")
     assert not promote_approved("adfm")
@@ -591,9 +578,7 @@ def test_an_alias_that_was_set_before_the_history_began_is_taken_away(store, add
     assert "by hand, production had been set to 1" in capsys.readouterr().out
 
 
-def test_a_reviewer_moves_the_anchor_to_what_was_in_production_and_nowhere_else(store, add, capsys):
-    promote(add(26), "adfm")
-    promote(add(36), "adfm")
+def test_a_reviewer_moves_the_anchor_to_what_was_in_production_and_nowhere_else(store, add, two_promotions, capsys):
     add(38, approve=False)
     client = tracking.client()
     assert aliases(anchor=True) == {"production": "2", "previous": "1", "anchor": "1"}
@@ -650,14 +635,11 @@ def test_a_version_that_is_deleted_between_step_and_alias_is_lost(store, add, mo
     assert log()[-2:] == [("lost", "1", "1"), ("anchor", "none", "")]
 
 
-@pytest.mark.parametrize("dies_at", [1, 2, 4, 6])
-def test_what_mlflow_did_not_take_is_finished_by_the_next_that_comes(store, add, monkeypatch, dies_at):
+def test_what_mlflow_did_not_take_is_finished_by_the_next_that_comes(store, candidate, monkeypatch):
     """MLflow goes away at the n-th write after the step is in the history, which shows it until it is mended."""
-    promote(add(26), "adfm")
-    add(36)
-    done = []
+    done: list[object] = []
 
-    def dying(original):
+    def dying(original, dies_at):
         def write(self, *arguments):
             done.append(arguments)
             if len(done) == dies_at:
@@ -666,23 +648,26 @@ def test_what_mlflow_did_not_take_is_finished_by_the_next_that_comes(store, add,
 
         return write
 
-    with monkeypatch.context() as patch:
-        for name in ("set_registered_model_alias", "set_model_version_tag"):
-            patch.setattr(MlflowClient, name, dying(getattr(MlflowClient, name)))
-        with pytest.raises(AdfmError, match="connection refused"):
-            promote("2", "adfm")
-    assert not moves()[-1].finished
-    assert "promote (unfinished)" in history_.table(history("adfm"))
-    assert not promote_approved("adfm")
-    assert aliases() == {"production": "2", "previous": "1"}
-    assert tags("2")["replaced_version"] == "1"
-    assert log() == [("promote", "1", "none"), ("promote", "2", "1")]
-    assert all(step.finished for step in moves())
+    for dies_at in (1, 2, 4, 6):
+        done.clear()
+        with monkeypatch.context() as patch:
+            for name in ("set_registered_model_alias", "set_model_version_tag"):
+                patch.setattr(MlflowClient, name, dying(getattr(MlflowClient, name), dies_at))
+            with pytest.raises(AdfmError, match="connection refused"):
+                promote("2", "adfm")
+        assert not moves()[-1].finished
+        assert "promote (unfinished)" in history_.table(history("adfm"))
+        assert not promote_approved("adfm")
+        assert aliases() == {"production": "2", "previous": "1"}
+        assert tags("2")["replaced_version"] == "1"
+        assert log()[-1] == ("promote", "2", "1")
+        assert all(step.finished for step in moves())
+        rollback("adfm")
+        approve("2")
+    assert log() == [("promote", "1", "none"), *[("promote", "2", "1"), ("rollback", "1", "2")] * 4]
 
 
-def test_when_mlflow_goes_away_before_the_step_is_written_nothing_has_moved(store, add, monkeypatch):
-    promote(add(26), "adfm")
-    add(36)
+def test_when_mlflow_goes_away_before_the_step_is_written_nothing_has_moved(store, candidate, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "create_model_version", Mock(side_effect=MlflowException("connection refused")))
         with pytest.raises(AdfmError, match="connection refused"):
@@ -707,9 +692,7 @@ def test_an_approval_that_is_taken_back_while_files_are_checked(store, add, monk
     assert aliases() == {}
 
 
-def test_the_history_outlives_versions(store, add):
-    promote(add(26), "adfm")
-    promote(add(36), "adfm")
+def test_the_history_outlives_versions(store, two_promotions):
     rollback("adfm", "Grace", why="too many\nfalse alarms")
     before = log()
     tracking.client().delete_registered_model("adfm")
@@ -717,35 +700,33 @@ def test_the_history_outlives_versions(store, add):
     assert history_.table(history("adfm")).splitlines()[-1].endswith(r"Grace  too many\nfalse alarms")
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda client: client.delete_model_version("adfm-history", "3"),
-        lambda client: client.delete_model_version("adfm-history", "5"),
-        lambda client: client.set_model_version_tag("adfm-history", "2", "verdict", "failed"),
-        lambda client: client.delete_registered_model("adfm-history"),
-    ],
-)
-def test_with_a_gap_in_the_history_nothing_moves(store, add, spoil):
-    promote(add(26), "adfm")
-    promote(add(36), "adfm")
-    spoil(tracking.client())
-    before = aliases(anchor=True)
-    for act in (
-        lambda: promote("1", "adfm"),
-        lambda: promote_approved("adfm"),
-        lambda: rollback("adfm"),
-        lambda: add(38),
-    ):
-        with pytest.raises(AdfmError, match="Nothing moves") as broken:
-            act()
-        assert broken.value.exit_code == 2
-    assert aliases(anchor=True) == before
+def test_with_a_gap_in_the_history_nothing_moves(store, two_promotions):
+    before, client = aliases(anchor=True), tracking.client()
+    with closing(sqlite3.connect(store / "mlflow.db")) as database, closing(sqlite3.connect(":memory:")) as whole:
+        database.backup(whole)
+        for spoil in (
+            lambda: client.delete_model_version("adfm-history", "3"),
+            lambda: client.delete_model_version("adfm-history", "5"),
+            lambda: client.set_model_version_tag("adfm-history", "2", "verdict", "failed"),
+            lambda: client.delete_registered_model("adfm-history"),
+        ):
+            spoil()
+            for act in (
+                lambda: promote("1", "adfm"),
+                lambda: promote_approved("adfm"),
+                lambda: rollback("adfm"),
+                lambda: register(*(Path(name) for name in REGISTERED), PARAMS),
+            ):
+                with pytest.raises(AdfmError, match="Nothing moves") as broken:
+                    act()
+                assert broken.value.exit_code == 2
+            assert aliases(anchor=True) == before
+            whole.backup(database)
+    assert not promote_approved("adfm")
 
 
-def test_a_forged_step_moves_nothing(store, add):
-    promote(add(26), "adfm")
-    add(36, approve=False)
+def test_a_forged_step_moves_nothing(store, candidate):
+    tag("2", "approval", "pending")
     tags = {"action": "promote", "version": "2", "production": "2", "previous": "1", "before": history("adfm").head}
     tracking.client().create_model_version("adfm-history", "s3://x/y", tags=tags)
     assert not promote_approved("adfm")
