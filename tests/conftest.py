@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Databases and checkpoints wait for the disk at every commit, in memory they do not. A container may have 64 MB there.
+    # Databases and checkpoints wait for the disk at every commit, in memory they do not. A container may have 64 MB.
     memory = Path("/dev/shm")
     if memory.is_dir() and shutil.disk_usage(memory).free > 4e9:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
