@@ -63,45 +63,30 @@ class _Block:
 
 
 def text(
-    decided: dict[str, Any],
-    origin: dict[str, Any],
-    measured: dict[str, Any],
+    decided: dict[str, Any],  # the decision as JSON values, with what registration adds to it
+    origin: dict[str, Any],  # the lineage
+    measured: dict[str, Any],  # the candidate's metrics
     calibration: Calibration,
     version: str,
-    evaluated_by: Run | None,
+    evaluated_by: Run | None,  # None where MLflow does not have the run
     policy_difference: Sequence[str] = (),
     trained_by: Run | None = None,
-    compared: Mapping[str, Any] | None = None,
+    compared: Mapping[str, Any] | None = None,  # the evaluation's references.json, by which the gate does not judge
 ) -> str:
     """Return the description of a version in Markdown: the decision, its reasons, and how to approve.
 
-    What does not fit is left out by whole sentences and rows, the least important first; the text says so.
-
-    Args:
-        decided: The decision as JSON values, with what registration adds to it.
-        origin: The lineage.
-        measured: The candidate's metrics.
-        calibration: The version's calibration.
-        version: Its number.
-        evaluated_by: The run that evaluated it; `None` if MLflow does not have it.
-        policy_difference: Differences of the submitter's policy from the registered one.
-        trained_by: The run that trained it; `None` if MLflow does not have it.
-        compared: The evaluation's `references.json`; the gate does not judge by it.
-
-    Returns:
-        At most `LONGEST` characters. Nothing in it that comes from data or from people is markup.
+    What does not fit in `LONGEST` characters is left out by whole sentences and rows, the least important first; the
+    text says so. Nothing in it that comes from data or from people is markup.
     """
     table = gate.table(decided)
     whole = 1 + sum(row["of"] == "whole" for row in decided["rows"])
     reasons = _Block("reasons", 7, [f"- {markdown(reason)}" for reason in _reasons(decided)], most=_MOST_REASONS)
-    passed = decided["verdict"] == "passed"
+    headline, passed = f"**{markdown(decided['headline'])}**", decided["verdict"] == "passed"
     facts = [*_facts(decided), markdown(calibration.summary)]
     differences = [f"- {markdown(line)}" for line in policy_difference]
     blocks = [
-        # The list of versions shows the beginning, as plain text.
-        _Block("", 99, [f"Gate: {decided['verdict']}."]),
-        _Block("", 99, [f"**{markdown(decided['headline'])}**"]),
-        _Block("", 98, [markdown(_circumstances(decided))]),
+        # The list of versions has the beginning, as plain text.
+        _Block("", 99, [f"Gate: {decided['verdict']}.", headline, markdown(_circumstances(decided))], separator="\n\n"),
         _Block("links", 8, _links(evaluated_by, trained_by), separator=" "),
         *([] if passed else [reasons]),
         _table("", 97, table[:whole], "In brackets the confidence limit, by which the gate judges."),
@@ -126,19 +111,18 @@ def text(
 def screen(decided: dict[str, Any], version: str = "", verdict: Sequence[tuple[int, str]] = ()) -> str:
     """Return the decision on one screen: verdict, headline, table, what is open, and the next commands.
 
-    Args:
-        decided: The decision as JSON values.
-        version: Number of the version; empty for predictions that are not registered.
-        verdict: Ranked sentences from `references.brief`; those of a high rank are left out first.
-
-    Returns:
-        At most `LINES - 1` lines of at most `WIDTH` characters, so that a prompt fits below.
+    Predictions that are not registered have no `version`. Of the sentences of `verdict`, which `references.brief`
+    ranks, those of a high rank are left out first.
     """
     title = f"version {version}: gate {decided['verdict']}" if version else f"gate {decided['verdict']}"
     above = [title, *_wrapped(decided["headline"]), *_wrapped(_circumstances(decided)), ""]
     above += [*_whole(decided), ""]
-    below = ["", *(line for sentence in _commands(decided, version) for line in _wrapped(sentence))]
-    room = LINES - 1 - len(above) - len(below)
+    below = [""]
+    if decided["verdict"] != "passed":
+        below += _wrapped(f"It cannot be promoted. {_remedy(decided['verdict'])}")
+    elif version:
+        below += _wrapped(f"To promote it, check it in MLflow first; then `adfm approve {version}` and `adfm promote`")
+    room = LINES - 1 - len(above) - len(below)  # a prompt fits below
     lines: list[str] = []
     reasons = _reasons(decided)
     least = sum(len(_wrapped(f"- {reason}", "  ")) for reason in reasons[:1]) + (len(reasons) > 1)
@@ -285,14 +269,6 @@ def _remedy(verdict: str) -> str:
     if verdict == "failed":
         return "Fix what the reasons name, train, and register again."
     return "Add the images that would tell, evaluate candidate and production on them, and register again."
-
-
-def _commands(decided: dict[str, Any], version: str) -> list[str]:
-    if decided["verdict"] != "passed":
-        return [f"It cannot be promoted. {_remedy(decided['verdict'])}"]
-    if not version:
-        return []
-    return [f"To promote it, look at it in MLflow first; then `adfm approve {version}` and `adfm promote`"]
 
 
 def _links(evaluated_by: Run | None, trained_by: Run | None) -> list[str]:
