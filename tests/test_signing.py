@@ -371,9 +371,9 @@ def test_a_key_is_made_once_for_this_user_alone(tmp_path: Path, monkeypatch: Any
     monkeypatch.delenv("ADFM_KEYS", raising=False)
     monkeypatch.chdir(tmp_path)
     first = signing.keys()
-    out, told = capsys.readouterr()
-    assert out == "" and told.count("\n") == 1
-    assert f"made a key in {tmp_path / '.adfm' / 'keys'}: it signs your versions and decisions" in told
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert f"made a key in {tmp_path / '.adfm' / 'keys'}: it signs your versions and decisions" in err
     assert signing.keys() == first
     assert capsys.readouterr() == ("", "")
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (first.folder, first.folder / "private.pem")}

@@ -30,15 +30,7 @@ _LATE = 300  # seconds without a successful poll, besides the pauses: files may 
 
 
 def serve(params: Params, poll: float = POLL) -> None:
-    """Poll MLflow until SIGTERM or SIGINT, and finish what has begun then.
-
-    Args:
-        params: Reads `mlflow`.
-        poll: Seconds between two polls.
-
-    Raises:
-        AdfmError: `poll` is not more than 0.
-    """
+    """Poll MLflow until SIGTERM or SIGINT, and finish what has begun then; `poll` is in seconds, and more than 0."""
     if not 0 < poll < float("inf"):
         raise AdfmError(f"--poll {poll:g}: more than 0 seconds should lie between two polls of MLflow.")
     over = threading.Event()

@@ -42,9 +42,8 @@ def audit(name: str) -> str:
         ]
         due = reconcile.due_aliases(history)
         for alias, number in due.items():
-            checked, wrong = _check_version(registry, alias, number)
-            lines += checked
-            problems += wrong
+            fine, line = _check_version(registry, alias, number)
+            (lines if fine else problems).append(line)
         here = reconcile.aliases(registered_model(store, name))
         problems += [
             f"the alias {alias} is on {here.get(alias, 'no version')}, and the history says {due.get(alias, 'none')}"
@@ -61,18 +60,18 @@ def audit(name: str) -> str:
     return "\n".join([f"{name}: everything is as the signed history says", *(f"  - {line}" for line in lines)])
 
 
-def _check_version(registry: Registry, alias: str, number: str) -> tuple[list[str], list[str]]:
-    """Return what was verified of a version's files, and what is wrong with them."""
+def _check_version(registry: Registry, alias: str, number: str) -> tuple[bool, str]:
+    """Return whether a version's files are in order, and what was verified, or is wrong."""
+    place = f"{alias}: version {number}"
     if number not in registry.versions:
-        gone = f"{alias}: version {number} was deleted"
-        return ([gone], []) if alias == PREVIOUS else ([], [gone])
+        return alias == PREVIOUS, f"{place} was deleted"
     steps = (s for s in reversed(registry.history.counting) if s.manifest and s.version == number)
     step = next((s for s in steps if s.action in ("promote", "rollback", "restore")), None)
     with TemporaryDirectory() as folder:
         try:
             files = fetch(version_uri(registry.versions[number]), registry.keys, Path(folder))
         except AdfmError as error:
-            return [], [f"{alias}: version {number}: {printable(str(error))}"]
+            return False, f"{place}: {printable(str(error))}"
         if step is None or files.manifest != step.manifest:
-            return [], [f"{alias}: version {number}: its files are not those with which it came into production"]
-        return [f"{alias}: version {number}, every file as {files.signer} signed it and as of step {step.number}"], []
+            return False, f"{place}: its files are not those with which it came into production"
+        return True, f"{place}, every file as {files.signer} signed it and as of step {step.number}"

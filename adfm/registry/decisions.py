@@ -23,7 +23,7 @@ from adfm.files import file_digest, write_json
 from adfm.registry import gate, page, policy, tables
 from adfm.registry import history as history_
 from adfm.registry.history import NOBODY, History, Step
-from adfm.registry.reconcile import Registry
+from adfm.registry.reconcile import Registry, record_rejection
 from adfm.registry.submission import (
     AS_REGISTERED,
     CHECKED,
@@ -154,7 +154,7 @@ def publish(registry: Registry, version: ModelVersion, judgement: Judgement, ste
     `why` it was decided again.
     """
     store, number = registry.store, str(version.version)
-    history_.record_rejection(store, version, registry.history, registry.keys)
+    record_rejection(registry, version)
     # `pending` first and last: an approval that arrives in between is of a page with another decision.
     history_.tag(store, version, approval="pending", approval_by=NOBODY)
     decided = judgement.decided | {"decided_at": step.at}

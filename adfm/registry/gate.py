@@ -90,23 +90,17 @@ class Decision:
 
 def decide(
     candidate: pd.DataFrame,
-    production: pd.DataFrame | None,
-    anchor: pd.DataFrame | None,
+    production: pd.DataFrame | None,  # None if nothing is in production
+    anchor: pd.DataFrame | None,  # None if there is none, or it is in production
     policy: Policy,
-    look: int = 1,
-    separation: dict[str, Any] | None = None,
+    look: int = 1,  # how many candidates the test images have judged, this one included
+    separation: dict[str, Any] | None = None,  # of adfm.evaluation.separation.compare; None if not compared
 ) -> Decision:
     """Judge a candidate's predictions by a policy, against those of production and anchor on the same images.
 
-    Args:
-        candidate: Prediction table: `id`, `category`, `label`, `predicted`, `iou`; `defect`; `dataset` if there is more
-            than one, `group` where images show one part. With `decision` and `region_*`, these are judged. `attrs`,
-            where two tables have them, say how they were made; `threshold` may differ.
-        production: Prediction table of the version in production, or `None` if nothing is in production.
-        anchor: Prediction table of the anchor, or `None` if there is none or it is in production.
-        policy: Limits, margins, level and budget.
-        look: How many candidates the test images have judged, this one included.
-        separation: From `adfm.evaluation.separation.compare`; `None` if it was not compared.
+    A prediction table has `id`, `category`, `label`, `predicted`, `iou`; `defect`; `dataset` if there is more than one,
+    `group` where images show one part. With `decision` and `region_*`, these are judged. `attrs`, where two tables have
+    them, say how they were made; `threshold` may differ.
 
     Raises:
         Incomparable: A table is broken (every fault is listed), or two are not of the same images or were not made in

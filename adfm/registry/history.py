@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from adfm import signing
 from adfm.errors import AdfmError, Unusable
-from adfm.registry.alerts import alert
 from adfm.text import aligned, printable
 
 if TYPE_CHECKING:
@@ -325,27 +324,6 @@ def tag(store: MlflowClient, version: ModelVersion, **tags: str) -> None:
     """Set tags of a version."""
     for key, value in tags.items():
         retry_on_conflict(partial(store.set_model_version_tag, version.name, str(version.version), key, value))
-
-
-def record_rejection(store: MlflowClient, version: ModelVersion, history: History, keys: Keys) -> None:
-    """Write down that the version's tag `approval` is `rejected`, if it is and the history does not have it.
-
-    The tags `approval_reason` and `approval_by` are kept with the rejection.
-    """
-    if version.tags.get("approval") != "rejected":
-        return
-    name, number = version.name, str(version.version)
-    why, by = version.tags.get("approval_reason", "")[:LONGEST], version.tags.get("approval_by", "")[:LONGEST]
-    by = "" if by == NOBODY else by
-    judged = history.last("judge", version=number)
-    decision = judged.decision if judged else ""
-    known = history.last("reject", version=number)
-    if known and (known.why, known.by, known.decision) == (why, by, decision):
-        return
-    append(store, name, keys, history, "reject", number, why=why, by=by, decision=decision)
-    words = f"{name}: version {number} was rejected" + f" by {by}" * bool(by) + f": {why}" * bool(why)
-    print(printable(words))
-    alert(words)
 
 
 def finish(store: MlflowClient, name: str, step: Step) -> None:

@@ -23,13 +23,10 @@ _CONFLICT = re.compile(r"^(<{7}|\|{7}|={7}|>{7})( |$)", re.MULTILINE)  # Git's c
 
 
 def lineage(model: Path, shards: Path, params: Params, run: Run | None) -> dict[str, Any]:
-    """Return the lineage of a trained model, as JSON values.
+    """Return the lineage of a model that is judged on these shards, as JSON values.
 
-    Args:
-        model: Folder that training wrote.
-        shards: Folder of the shards that it is judged on.
-        params: Settings of the registration; those of the training come from the model folder.
-        run: The training's run, whose commit and library versions count; without it, those of the moment do.
+    The training's settings are those of the model folder; `params` are those of the registration. Commit and library
+    versions are those of the training's run; without it, those of this process.
 
     Returns:
         `artifact_digest`; `base` (`name`, `revision`); `data` with `trained_on` and `judged_on` (fingerprints of all

@@ -20,11 +20,8 @@ ALIASES = ("production", "anchor")
 def in_production(name: str) -> dict[str, Any]:
     """Return the versions that a candidate is judged against; makes no store where there is none.
 
-    Args:
-        name: The registered model.
-
     Returns:
-        `model`: its name; `production`, `anchor`: `version` and `artifact_digest` of the version that the alias points
+        `model`: the name; `production`, `anchor`: `version` and `artifact_digest` of the version that the alias points
         at, `None` if it points at none, or both at the same.
 
     Raises:
@@ -59,10 +56,7 @@ def judging_policy(name: str) -> str:
 def write(out: Path, name: str, policy: Path | None = None) -> None:
     """Write the result of `in_production` as JSON, and print it; the same versions give the same bytes.
 
-    Args:
-        out: The file.
-        name: The registered model.
-        policy: File to write `judging_policy` to, on which only the stages that decide depend.
+    The stages that decide depend on a further file, `policy`, with the result of `judging_policy`.
 
     Raises:
         AdfmError: As of `in_production` and `judging_policy`.

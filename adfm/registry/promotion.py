@@ -18,7 +18,7 @@ from adfm.registry import decisions, policy
 from adfm.registry import history as history_
 from adfm.registry.alerts import alert
 from adfm.registry.history import NOBODY, History, Step
-from adfm.registry.reconcile import Refused, Registry, client, find, reconcile, user, versions
+from adfm.registry.reconcile import Refused, Registry, client, find, reconcile, record_rejection, user, versions
 from adfm.registry.registration import adopt_policy, rejudge
 from adfm.registry.submission import Unfit, fetch, version_uri
 from adfm.registry.tables import Incomparable
@@ -70,7 +70,7 @@ def promote_approved(name: str, by: str | None = None) -> bool:
             version, history = registry.versions[number], registry.history
             approval = version.tags.get("approval", "pending")
             if approval == "rejected":
-                history_.record_rejection(store, version, history, registry.keys)
+                record_rejection(registry, version)
             elif approval in _UNDECIDED or history.production == number or _used(number, history):
                 continue
             elif approval == "approved" and _approver(version) is None:
@@ -91,11 +91,7 @@ def promote_approved(name: str, by: str | None = None) -> bool:
 def rollback(name: str, by: str | None = None, to: str | None = None, why: str = "") -> None:
     """Put an earlier version back into production; the one that leaves needs a new approval to return.
 
-    Args:
-        name: The registered model.
-        by: Who rolls back; the user of the process if not given.
-        to: Number of a version that was in production; without it, the version under `previous`.
-        why: The reason, for the history.
+    By default it is the version under `previous`; any other that was in production can be named by `to`.
 
     Raises:
         AdfmError: There is nothing to roll back to, `to` never was in production, or its files are not what was signed.
@@ -145,13 +141,7 @@ def history(name: str) -> History:
 
 
 def approve(version: str, name: str, value: str = "approved", reason: str = "") -> None:
-    """Set the tags of an approval or a rejection, with the own login at MLflow; nothing moves by that.
-
-    Args:
-        version: Number of the version.
-        name: The registered model.
-        value: `approved` or `rejected`.
-        reason: For the history.
+    """Set the tags of an approval (`approved`) or a rejection (`rejected`), with the own login; nothing moves by that.
 
     Raises:
         AdfmError: There is no such version, its gate did not pass, or the login may not edit it.

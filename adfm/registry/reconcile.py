@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 from adfm import signing, tracking
 from adfm.errors import AdfmError
 from adfm.registry import history as history_
-from adfm.registry.alerts import announce
+from adfm.registry.alerts import alert, announce
 from adfm.registry.history import NOBODY, BrokenHistory, History, Step, registered_model, suppress_error
+from adfm.text import printable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -122,6 +123,24 @@ def due_aliases(history: History) -> dict[str, str]:
     previous = history.move.previous if history.move else NOBODY
     due = {PRODUCTION: history.production, PREVIOUS: previous, ANCHOR: history.anchor}
     return {alias: number for alias, number in due.items() if number != NOBODY}
+
+
+def record_rejection(registry: Registry, version: ModelVersion) -> None:
+    """Write down that the version's tag `approval` is `rejected`, if it is and the history does not have it."""
+    if version.tags.get("approval") != "rejected":
+        return
+    number, longest = str(version.version), history_.LONGEST
+    why, by = version.tags.get("approval_reason", "")[:longest], version.tags.get("approval_by", "")[:longest]
+    by = "" if by == NOBODY else by
+    judged = registry.history.last("judge", version=number)
+    decision = judged.decision if judged else ""
+    known = registry.history.last("reject", version=number)
+    if known and (known.why, known.by, known.decision) == (why, by, decision):
+        return
+    registry.append("reject", number, why=why, by=by, decision=decision)
+    words = f"{registry.name}: version {number} was rejected" + f" by {by}" * bool(by) + f": {why}" * bool(why)
+    print(printable(words))
+    alert(words)
 
 
 def user() -> str:

@@ -52,25 +52,16 @@ class NotAccepted(Unusable):
 def register(
     model: Path,
     shards: Path,
-    evaluation: Path,
-    out: Path,
+    evaluation: Path,  # of these shards, with `model` as the candidate
+    out: Path,  # gets `gate.json` and `registration.json`
     params: Params,
-    tags: Mapping[str, str] | None = None,
-    wait: float = WAIT,
+    tags: Mapping[str, str] | None = None,  # of the version and of MLflow's run, such as the run of the pipeline
+    wait: float = WAIT,  # seconds, where the own key is not one of the service
 ) -> gate.Decision:
     """Submit a trained model, and wait until it is a version with the gate's decision; print the verdict.
 
     A version of the same model with the same predictions is used again, so that a repeated stage does not make a second
     one. Its approval stands unless the decision is another one now.
-
-    Args:
-        model: Folder that training wrote.
-        shards: Folder of shards.
-        evaluation: Folder that evaluation wrote from these shards, with `model` as the candidate.
-        out: Folder to write: `gate.json` and `registration.json`.
-        params: Reads `mlflow`, `evaluate` and `model`.
-        tags: Further tags of the version and of MLflow's run, such as the run of the pipeline that made it.
-        wait: Seconds to wait for the service, where the own key is not one of the service.
 
     Returns:
         The decision. The version is registered either way.
@@ -110,17 +101,14 @@ def register(
 
 
 def accept(
-    store: MlflowClient, params: Params, submissions: list[str] | None = None, first_policy: Policy | None = None
+    store: MlflowClient,
+    params: Params,
+    submissions: list[str] | None = None,  # ids of logged models; by default all that wait or are unfinished
+    first_policy: Policy | None = None,  # to register where there is none yet
 ) -> list[str]:
     """Make versions of submissions and decide on them; what a killed process has begun is finished.
 
     A submission that is not what was signed, or cannot be judged, is refused, and the history records it.
-
-    Args:
-        store: MLflow's client.
-        params: Reads `mlflow`.
-        submissions: Ids of logged models; all that wait or are unfinished, if not given.
-        first_policy: The policy to register where there is none yet.
 
     Returns:
         Numbers of the versions that were decided on.

@@ -164,21 +164,12 @@ def submit(
     shards: Path,
     evaluation: Path,
     params: Params,
-    run: Run,
+    run: Run,  # counts where the run of the training is not in this store
     tags: Mapping[str, str],
 ) -> str:
     """Sign a trained model with its evaluation, and log it to MLflow as a submission.
 
     A submission of the same model with the same predictions that was accepted, or waits, is used again.
-
-    Args:
-        registry: The registered model, read only.
-        model: Folder that training wrote.
-        shards: Folder of shards.
-        evaluation: Folder that evaluation wrote from these shards, with `model` as the candidate.
-        params: Settings.
-        run: The run that submits, if the training's run is not in this store.
-        tags: Further tags of the version.
 
     Returns:
         Id of the logged model.

@@ -117,9 +117,9 @@ def test_the_test_split_of_shards_is_planned(small_shards: Path) -> None:
     text = plan.of_shards(small_shards, Policy())
     assert "too few" in text and "look 1 of 20" in text
     assert np.all([METRICS[name].title in text for name in Policy().whole])
-    asked = Policy(whole={"mask_iou": Bound(limit=0.1)}, parts={})
-    assert "mask IoU  ≥ 10.0%" in plan.of_shards(small_shards, asked)
-    assert "24 anomalous images with masks" in plan.of_shards(small_shards, asked)
+    policy = Policy(whole={"mask_iou": Bound(limit=0.1)}, parts={})
+    assert "mask IoU  ≥ 10.0%" in plan.of_shards(small_shards, policy)
+    assert "24 anomalous images with masks" in plan.of_shards(small_shards, policy)
 
 
 def test_images_of_one_part_are_pointed_out(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

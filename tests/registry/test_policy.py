@@ -19,9 +19,9 @@ def test_the_shipped_policy_is_the_default() -> None:
 def test_a_metric_of_which_nothing_is_asked_is_in_a_policy_that_names_it() -> None:
     assert METRICS["mask_iou"].whole == METRICS["mask_iou"].parts == Bound()
     assert [*Policy().whole] == [*Policy().parts] == ["accuracy", "iou", "escape_rate", "overkill"]
-    named = loads("whole: {mask_iou: {margin: 0.1}}")
-    assert named.whole == Policy().whole | {"mask_iou": Bound(margin=0.1)} and named.parts == Policy().parts
-    assert registered(dumps(named)) == named
+    masks = loads("whole: {mask_iou: {margin: 0.1}}")
+    assert masks.whole == Policy().whole | {"mask_iou": Bound(margin=0.1)} and masks.parts == Policy().parts
+    assert registered(dumps(masks)) == masks
     assert "mask_iou" in loads("whole: {mask_iou: {}}").whole
 
 

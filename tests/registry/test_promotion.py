@@ -125,12 +125,12 @@ def test_a_failed_gate_is_not_promoted_and_all_refusals_are_told(store, add):
 
 def gate_of(version: str) -> dict[str, object]:
     """The decision that the version carries, which its tags must repeat."""
-    found = tracking.client().get_model_version("adfm", version)
-    decided = json.loads(read_artifact(found, "gate.json"))
-    assert decisions.digest(decided) == found.tags["gate_digest"]
-    assert found.tags["gate"] == decided["verdict"]
-    assert found.tags["gate_production_version"] == (decided["production_version"] or "none")
-    assert found.tags["gate_decided_at"] == decided["decided_at"]
+    stored = tracking.client().get_model_version("adfm", version)
+    decided = json.loads(read_artifact(stored, "gate.json"))
+    assert decisions.digest(decided) == stored.tags["gate_digest"]
+    assert stored.tags["gate"] == decided["verdict"]
+    assert stored.tags["gate_production_version"] == (decided["production_version"] or "none")
+    assert stored.tags["gate_decided_at"] == decided["decided_at"]
     return decided
 
 
@@ -230,7 +230,7 @@ def test_a_changed_file_of_a_version_or_of_its_rival_is_not_judged(store, candid
             assert tags("2")["approval"] == "pending" and last().action == "refuse"
             approve("2")
     assert aliases() == {"production": "1"}
-    promote("2", "adfm")  # an approval is not lost for a rival's fault
+    promote("2", "adfm")  # an approval outlives a fault of the version in production
     assert aliases() == {"production": "2", "previous": "1"}
 
 
@@ -782,7 +782,7 @@ def test_an_approval_that_comes_while_the_gate_decides_again_is_void(store, add,
 
 
 def test_promotions_that_race(store, add):
-    """Each was decided on with nothing in production, so only one may win, and the other is told why."""
+    """Each was decided on with nothing in production, so only one may win, and the other gets the reason."""
     add(30)
     add(38)
     outcomes = {}

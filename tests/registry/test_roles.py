@@ -358,7 +358,7 @@ def test_the_names_of_the_model_and_its_history_are_taken(server, user) -> None:
 
 
 def test_a_missing_model_looks_forbidden_to_all_but_administrators(server) -> None:
-    """What the code must expect: 403 where a version is asked for, "does not exist" where the model is."""
+    """What the code must expect: 403 where a version is requested, "does not exist" where the model is."""
     version = f"{API}/model-versions/get", {"params": {"name": "nothing", "version": "1"}}
     model = f"{API}/registered-models/get", {"params": {"name": "nothing"}}
     search = f"{API}/model-versions/search", {"params": {"filter": "name = 'nothing'"}}
@@ -496,8 +496,8 @@ class Plant:
         """The version that the alias names and the one that the history says, as a reader sees them."""
         self.log_in(READER)
         aliases = tracking.client().get_registered_model(self.model).aliases
-        said = history(self.params.mlflow.registered_model).production
-        return str(aliases["production"]) if "production" in aliases else None, None if said == NOBODY else said
+        recorded = history(self.params.mlflow.registered_model).production
+        return str(aliases["production"]) if "production" in aliases else None, None if recorded == NOBODY else recorded
 
     def tag(self, version: str, key: str) -> str | None:
         self.log_in(READER)
