@@ -61,6 +61,7 @@ def sample(
             "rles": tuple(shape.rle for shape in shapes if shape.rle),
             "cut": tuple(shape.cut for shape in shapes),
         }
+    # Sorted, so that classes that occur together are one defect in whatever order they were drawn.
     defect = "+".join(sorted(names)) or None
     return data.sample(data.name, image, defect, split=split, notes=tuple(dict.fromkeys(notes)), **more)
 
@@ -140,15 +141,13 @@ def partners(raw: Path, folder: Path, own: Container[str], other: Container[str]
     return list(dict.fromkeys([folder, *(inside.joinpath(*rest) for inside in beside)]))
 
 
-def within(raw: Path, folder: Path, name: str, there: Callable[[Path], bool] = Path.is_file) -> Path | None:
+def within(raw: Path, folder: Path, name: str, there: Callable[[Path], bool] = os.path.isfile) -> Path | None:
     """Resolve a path relative to a folder; `None` if it is not `there`, or leads out of the data set."""
     path = Path(os.path.normpath(folder.relative_to(raw) / name))
     if path.is_absolute() or path.parts[:1] == ("..",):
         return None
-    try:
-        return raw / path if there(raw / path) else None
-    except (OSError, ValueError):  # a name that no file can have
-        return None
+    # Functions of `os.path` are false for a name that no file can have, for which those of `Path` raise.
+    return raw / path if there(raw / path) else None
 
 
 def unlisted(data: DataSet) -> Iterator[str]:

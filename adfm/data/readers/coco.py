@@ -50,9 +50,8 @@ def read(raw: Path) -> Iterator[Sample]:
     An annotation is a defect: its `bbox` the box, its `segmentation` (polygons, or run lengths, compressed or not) the
     mask. The box of one that CVAT turned is that round the turned one. A box that has another meaning than COCO's, by
     its outline or its area, is refused. `split` is what the file's name, its folders or the image's folders say. Other
-    JSON files, such as captions and panoptic segmentations, are ignored.
-
-    A JSON file is in memory whole while its images are yielded; so are the paths of all images.
+    JSON files, such as captions and panoptic segmentations, are ignored. A JSON file is in memory whole while its
+    images are yielded; so are the paths of all images.
     """
     data = DataSet(raw, "coco")
     pictures = Images(raw)
@@ -121,7 +120,7 @@ def _drawn(
                 notes[image].append("an annotation that is marked to be ignored is left out")
                 continue
             if areas_are_of_corners and _area_fits(annotation) == "corners":
-                evidence = f"its area of {annotation['area']:g}"
+                evidence = f", but its area of {annotation['area']:g}"
                 raise _wrong_reading(annotation["bbox"], evidence, "[x1, y1, x2, y2]")
             kind = class_name(classes[category].get("name"))
             drawn[image].append(_shape(kind, annotation, sizes[image], notes[image]))
@@ -196,7 +195,7 @@ def _shape(name: str, annotation: dict[str, Any], size: tuple[int, int] | None, 
 
 
 def _rotation(annotation: dict[str, Any]) -> float:
-    """Return the turn that CVAT puts into `attributes`, in degrees."""
+    # CVAT puts the turn into `attributes`, in degrees.
     try:
         degrees = float((optional(annotation, "attributes", dict) or {}).get("rotation") or 0)
     except (TypeError, ValueError):  # someone's own attribute of that name
@@ -231,7 +230,7 @@ def _check_outline(sides: list[float], extent: tuple[float, float, float, float]
     for meaning, reading in _READINGS.items():
         other = _distance(extent, reading(*sides))
         if other <= _SLACK and other < apart - _SLACK / 2:
-            raise _wrong_reading(sides, f"{outline},", meaning)
+            raise _wrong_reading(sides, f", but {outline},", meaning)
     if max(x1 - extent[2], y1 - extent[3], extent[0] - x2, extent[1] - y2) > _SLACK:
         text = f"'bbox' {bracketed(sides)}, which is [x, y, width, height]"
         raise ValueError(f"{text}, has nothing in common with {outline}; correct one of them")
@@ -239,7 +238,7 @@ def _check_outline(sides: list[float], extent: tuple[float, float, float, float]
 
 def _wrong_reading(sides: list[float], evidence: str, meaning: str) -> ValueError:
     return ValueError(
-        f"'bbox' {bracketed(sides)} is [x, y, width, height] in COCO, but {evidence} says that it is {meaning}; write"
+        f"'bbox' {bracketed(sides)} is [x, y, width, height] in COCO{evidence} says that it is {meaning}; write"
         " all boxes as [x, y, width, height]"
     )
 
@@ -325,7 +324,7 @@ def _rle(drawn: dict[str, Any]) -> Rle:
 
 
 def _unpacked(packed: str) -> list[int]:
-    """Return the run lengths of COCO's compressed string (rleFrString of its maskApi.c)."""
+    # rleFrString of COCO's maskApi.c.
     # A character is six bits from `0` on: five of the number, the lowest first, and one that says that more follow.
     counts: list[int] = []
     value = shift = 0

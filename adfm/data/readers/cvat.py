@@ -23,10 +23,7 @@ from adfm.records import Sample
 
 FORM = "annotations.xml of 'CVAT for images 1.1', images/*"
 _SHAPES = frozenset(("box", "polygon", "polyline", "ellipse", "mask", "points", "cuboid", "skeleton"))
-_NO_AREA = frozenset(("cuboid", "skeleton"))
 _FEW = 100  # a folder with more XML files than these has one an image, and opening all of them would take long
-_LINE = "a polyline is the box round it"
-_TAGS = "tags beside shapes are left out"
 
 
 def matches(raw: Path) -> bool:
@@ -92,6 +89,7 @@ def _images(file: Path) -> Iterator[ElementTree.Element]:
 
 def _image(raw: Path, folder: Path, name: str, subset: str) -> Path:
     slashed = name.replace("\\", "/")
+    # Images are in images/ beside the file, there in a folder of the name of their subset, or beside the file.
     for base in ("images", "."):
         for inner in (f"{base}/{subset}", base) if subset else (base,):
             for written in dict.fromkeys((name, slashed)):  # a backslash may be part of a name on Linux
@@ -123,20 +121,20 @@ def _sample(data: DataSet, image: Path, element: ElementTree.Element, here: str)
                 points.append(class_name(part.get("label")))
             else:
                 drawn.append((part.get("group_id"), _shape(part, size)))
-            notes += [_LINE] if part.tag == "polyline" else []
+            notes += ["a polyline is the box round it"] if part.tag == "polyline" else []
     shapes = group(drawn)
     if len(shapes) < len(drawn):
         notes.append("shapes of one group and class are one defect")
     tags = defect_type(tag.get("label", "") for tag in element.findall("tag"))
     if tags == "" and (shapes or points):
         raise ValueError("a tag says that it is normal, but shapes are drawn on it; remove one of them")
-    notes += [_TAGS] if tags and shapes and not points else []
+    notes += ["tags beside shapes are left out"] if tags and shapes and not points else []
     return sample(data, image, shapes, split, notes, points, tags, size=size)
 
 
 def _shape(part: ElementTree.Element, size: tuple[int, int] | None) -> Shape:
     name = class_name(part.get("label"))
-    if part.tag in _NO_AREA:
+    if part.tag in ("cuboid", "skeleton"):
         raise ValueError("is not an area; draw a rectangle, polygon, ellipse or mask in its place")
     if part.tag == "box":
         x1, y1, x2, y2 = (_number(part, side) for side in ("xtl", "ytl", "xbr", "ybr"))
@@ -158,7 +156,7 @@ def _shape(part: ElementTree.Element, size: tuple[int, int] | None) -> Shape:
 
 
 def _pixels(rle: str, width: int, height: int) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
-    """Return the mask [height, width] of lengths of runs, row by row, background first."""
+    # Lengths of runs, row by row, background first.
     check_mask_size(width, height)
     try:
         counts = [int(word) for word in rle.split(",")]

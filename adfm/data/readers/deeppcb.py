@@ -41,17 +41,12 @@ def read(raw: Path) -> Iterator[Sample]:
 
 
 def _parts(folder: Path) -> list[Path]:
-    """List the folders of images in a folder, which have one of text files beside them."""
-    inside = {path.name: path for path in folders(folder)}
-    return [
-        inside[name.removesuffix(_NOTES)]
-        for name, path in inside.items()
-        if name.endswith(_NOTES) and name.removesuffix(_NOTES) in inside and listing(path, ".txt")
-    ]
+    # A folder of images has one of text files beside it.
+    return [path for path in folders(folder) if listing(path.with_name(path.name + _NOTES), ".txt")]
 
 
 def _add_lists(data: DataSet, folder: Path, splits: dict[Path, Split]) -> None:
-    """Add the splits of the parts, which are the names of their images up to `_temp` or `_test`."""
+    # A part is the name of its images up to `_temp` or `_test`.
     for name, split in _LISTS.items():
         where = data.relative(folder / name)
         with data.at(where):

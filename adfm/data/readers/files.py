@@ -26,19 +26,13 @@ IMAGES = frozenset(
 )
 _ENDINGS = tuple(IMAGES)
 ADD_MASK = "; add it, or, where no image has one, convert the labels alone with --layout folders"
-SPLIT_NAMES: dict[str, Split] = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
-    "testing": "test",
-}
+_SPLITS: dict[Split, str] = {"train": "train training", "validation": "val valid validation", "test": "test testing"}
+SPLIT_NAMES = {name: split for split, names in _SPLITS.items() for name in names.split()}
 NO_IMAGE = "no image in any place of the layout"
 _DEPTH = 100  # `walk` goes no deeper
 
 T = TypeVar("T")
+_exists = os.path.exists  # unlike that of `Path`, false for a name that no file can have
 
 
 class NoImage(ValueError):
@@ -303,12 +297,13 @@ def categories(raw: Path, is_category: Callable[[Path], bool]) -> list[Path]:
     """List the folders that should be categories: all beside one that is, in the `root`, or the data set itself."""
     if is_category(raw):
         return [raw]
+    # A folder beside a category should be one: else `checked` reports its images.
     top = root(raw, lambda folder: any(is_category(inside) for inside in folders(folder)))
     return folders(top) if top else []
 
 
 def has_category(raw: Path, is_category: Callable[[Path], bool], part: str = "") -> bool:
-    """Whether there is a category of a layout, and one that has a certain folder."""
+    """Whether there is a category of a layout, and one that has a folder `part`."""
     return any(is_category(folder) and (folder / part).is_dir() for folder in categories(raw, is_category))
 
 
@@ -337,10 +332,8 @@ def _strays(raw: Path, folder: Path, used: Container[str]) -> list[str]:
         # Masks of normal images do no harm.
         if stray.relative_to(folder).parts[:2] not in (("ground_truth", "good"), ("ground_truth", "ok")):
             names[stray.parent].append(stray.name)
-    return [
-        f"{relative(raw, parent)}: no place in the layout, or no image for the mask: {', '.join(stray)}"
-        for parent, stray in names.items()
-    ]
+    what = "no place in the layout, or no image for the mask"
+    return [f"{relative(raw, parent)}: {what}: {', '.join(stray)}" for parent, stray in names.items()]
 
 
 def content(image: Path) -> bytes:
@@ -355,13 +348,6 @@ def _is_readable(folder: Path) -> bool:
     if not os.access(folder, os.R_OK | os.X_OK):
         raise AdfmError(f"{folder}: cannot be read; change its permissions.")
     return True
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # its name is too long, for one
-        return False
 
 
 def is_hidden(name: str) -> bool:

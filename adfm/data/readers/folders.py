@@ -60,8 +60,6 @@ class _Place(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """What the folders of a place say of its images."""
-
     category: str
     defect: str | None  # `None`: they are normal
 
@@ -152,17 +150,10 @@ def _samples(data: DataSet, places: list[_Place], masks: _Masks, levels: _Levels
             elif not mask and kind and kind.defect and masked:
                 what = "has no mask, but other images of this kind have one"
                 data.add(image, f"{what}; add it, or remove all of them to train on the labels alone")
-            one = data.sample(
-                category,
-                image,
-                kind.defect if kind else "defect",
-                split=split,
-                unmarked_is_normal=kind is None,
-                # What the folder says holds for an image whose mask shows nothing, too.
-                located=kind is None,
-                notes=() if levels.normal or kind is None else (_NO_NORMAL,),
-            )
-            yield replace(one, masks=(mask,)) if mask else one
+            defect, notes = (kind.defect, () if levels.normal else (_NO_NORMAL,)) if kind else ("defect", ())
+            one = data.sample(category, image, defect, split=split, notes=notes, unmarked_is_normal=kind is None)
+            # What the folder says holds for an image whose mask shows nothing, too.
+            yield replace(one, masks=(mask,) if mask else (), located=kind is None)
 
 
 class _Levels:
@@ -351,7 +342,7 @@ def _without_shared_words(names: Iterable[str]) -> dict[str, str]:
 
 
 def _twin(paths: list[Path]) -> Path | None:
-    """Return the one of two files of one name that may be the mask of the other: the PNG, or what is not a JPEG."""
+    # Of two files of one name, the PNG, or what is not a JPEG, may be the mask of the other.
     for photograph, mask in ((0, 1), (1, 0)):
         suffixes = paths[photograph].suffix.lower(), paths[mask].suffix.lower()
         jpeg = suffixes[0] in (".jpg", ".jpeg", ".jfif")
@@ -361,7 +352,7 @@ def _twin(paths: list[Path]) -> Path | None:
 
 
 def _is_mask(path: Path) -> bool:
-    """Whether two grey values make up most of a file, as in a mask; True for one that cannot be read."""
+    # Two grey values make up most of a mask.
     if not path.is_file():  # a pipe would be waited for
         return True
     try:

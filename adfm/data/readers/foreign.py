@@ -10,7 +10,7 @@ from adfm.data.readers.files import images, listing, relative, walk
 from adfm.data.readers.textfiles import mentions
 
 _FILES = 50  # of a kind that are searched; the exports have one file, or many that are alike
-_COCO = "export as COCO"
+_COCO, _TREE = "export as COCO", "export with fo.types.ImageClassificationDirectoryTree"
 # Words in a JSON file, of which the first entry that fits counts; what it is; what to do.
 _JSON: tuple[tuple[tuple[bytes, ...], str, str], ...] = (
     ((b'"assets"', b'"regions"', b'"tags"'), "is VoTT's own JSON", "export as CSV or as Pascal VOC"),
@@ -19,11 +19,7 @@ _JSON: tuple[tuple[tuple[bytes, ...], str, str], ...] = (
     ((b'"items"', b'"categories"', b'"label_id"'), "is Datumaro's JSON", "export as 'CVAT for images 1.1' or COCO"),
     ((b'"bounding_box"', b'"label"'), "is FiftyOne's own JSON", "export with fo.types.COCODetectionDataset"),
     ((b'"_cls"', b'"filepath"'), "is FiftyOne's own JSON", "export with fo.types.COCODetectionDataset"),
-    (
-        (b'"classes"', b'"labels"'),
-        "seems to be FiftyOne's JSON of labels of whole images",
-        "export with fo.types.ImageClassificationDirectoryTree",
-    ),
+    ((b'"classes"', b'"labels"'), "seems to be FiftyOne's JSON of labels of whole images", _TREE),
     ((b'"image_id"', b'"score"'), "holds results of a detector", "export the annotations"),
     ((b'"images"', b'"file_name"'), "is COCO without annotations or categories", "export these as well"),
     ((b'"data_row"', b'"projects"'), "is Labelbox's own JSON", "convert it to COCO"),

@@ -168,7 +168,7 @@ def _sample(data: DataSet, folder: Path, here: str, row: dict[str, Any], names: 
         if not mask:
             raise ValueError(f"there is no mask {row['mask_file_name']!r}")
         data.listed[str(mask)] = here  # else it would be an image that no row lists
-    word = row.get("text")
+    word = row.get("text")  # a caption, or in some data sets the label
     is_label = isinstance(word, str) and (table.is_normal(word.strip()) or table.is_anomalous(word.strip()))
     label = row.get("label", word if is_label else None)
     defect = None if label is None else _defect(label, names.get("label", {}))
@@ -185,30 +185,20 @@ def _sample(data: DataSet, folder: Path, here: str, row: dict[str, Any], names: 
         for name, value in row.items()
         if name not in _KNOWN and isinstance(value, str | int | float) and str(value).isprintable()
     }
-    one = sample(
-        data,
-        image,
-        shapes,
-        data.split(image, str(row.get("split") or "")),
-        [f"columns that only split.group reads: {', '.join(columns)}"] if columns else [],
-        size=pixel_size(row.get("width"), row.get("height")),
-        columns=columns,
-    )
-    if shapes or (not defect and not mask):
+    notes = [f"columns that only split.group reads: {', '.join(columns)}"] if columns else []
+    split, size = data.split(image, str(row.get("split") or "")), pixel_size(row.get("width"), row.get("height"))
+    kind = defect or ("defect" if mask else None)
+    one = sample(data, image, shapes, split, notes, label=kind, size=size, columns=columns)
+    if shapes or not mask:
         return one
-    return replace(
-        one,
-        label="anomalous",
-        defect=defect or "defect",
-        masks=(mask,) if mask else (),
-        unmarked_is_normal=bool(mask and not defect),
-        located=bool(mask),
-    )
+    # Where the mask alone says what the image is, an empty one says normal.
+    return replace(one, masks=(mask,), unmarked_is_normal=not defect, located=True)
 
 
 def _path(raw: Path, folder: Path, name: Any) -> Path | None:
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f"{name!r} is not the name of a file; write one in 'file_name'")
+    # A backslash may be part of a name on Linux.
     return within(raw, folder, name) or within(raw, folder, name.replace("\\", "/"))
 
 

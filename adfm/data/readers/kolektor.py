@@ -34,15 +34,11 @@ def read(raw: Path) -> Iterator[Sample]:
 def _item(data: files.DataSet, folder: Path) -> Iterator[Sample]:
     images = files.images(folder)
     labels = {label.stem: label for label in images if label.stem.endswith("_label")}
-    for image in images:
-        if image.stem.endswith("_label"):
-            continue
+    for image in (image for image in images if not image.stem.endswith("_label")):
         label = labels.get(f"{image.stem}_label", folder / f"{image.stem}_label.bmp")
         normal = False
         try:
-            normal = not load_mask(label).any()
-        except FileNotFoundError:
-            pass  # `checked` reports it
+            normal = label.exists() and not load_mask(label).any()  # `checked` reports one that does not exist
         except Exception as error:  # a damaged file makes Pillow raise nearly anything
             data.add(label, f"cannot be read ({error})")
         # A folder has the surfaces of one commutator.

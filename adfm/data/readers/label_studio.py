@@ -38,12 +38,7 @@ _STORAGES = (
 
 _Size = tuple[int, int] | None
 _Task = tuple[Path, str, dict[str, Any]]  # of a file, with its name in messages
-
-
-class _Region(NamedTuple):
-    place: int  # among the results, from 1
-    result: dict[str, Any]
-    names: list[str]  # its labels
+_Region = tuple[int, dict[str, Any], list[str]]  # the place of its first result, from 1, that result, all its labels
 
 
 class _Verdict(NamedTuple):
@@ -73,9 +68,8 @@ def read(raw: Path) -> Iterator[Sample]:
     Regions are defects: rectangles and ellipses (turned or not), polygons and brush masks. A submitted annotation
     without regions is a normal image. A choice about the whole image is its label if the choices of that name are
     ever OK, good, NG, bad or the like; an image with such a label alone has no boxes. Predictions and drafts are not
-    read. The image is the file in the data set that the end of the task's path or URL names.
-
-    A JSON file is in memory whole while its images are yielded; so are the paths of all images.
+    read. The image is the file in the data set that the end of the task's path or URL names. A JSON file is in memory
+    whole while its images are yielded; so are the paths of all images.
     """
     data = DataSet(raw, "label-studio")
     pictures = Images(raw)
@@ -126,7 +120,7 @@ def _is_task(entry: dict[str, Any]) -> bool:
 
 
 def _from_min(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the tasks of JSON-MIN, which has an entry an annotation, and the results by the name of their control."""
+    # JSON-MIN has an entry an annotation, and the results by the name of their control.
     tasks: dict[str, dict[str, Any]] = {}
     # A single choice is a text, as are the data of the task; it is known by a word such as OK or NG.
     choices = {name for entry in entries for name, answer in entry.items() if is_verdict(answer)}
@@ -161,6 +155,7 @@ def _samples(data: DataSet, folder: Path, tasks: list[_Task], pictures: Images) 
             image = _image(data, task, pictures, folder)
             data.claim(image, f"{name} of {where}")
             verdict = _verdict(data.relative(image), task, labels)
+            # Beside regions, choices may say anything else.
             if not draws and verdict.undecided:
                 raise ValueError(
                     "no region is drawn in any task, and which choice means a defect is not known; call that of a"
@@ -187,8 +182,7 @@ def _choices(result: object) -> list[Any] | None:
 def _image(data: DataSet, task: dict[str, Any], pictures: Images, folder: Path) -> Path:
     fields = member(task, "data", dict)
     names = {key: value for key, value in fields.items() if isinstance(value, str) and _is_image_name(value)}
-    if "image" in names:
-        names = {"image": names["image"]}
+    names = {"image": names["image"]} if "image" in names else names
     if len(names) != 1:
         keys = ", ".join(map(repr, names)) or "none"
         raise ValueError(f"its data should have the path of one image; the keys that have one: {keys}")
@@ -207,7 +201,7 @@ def _image(data: DataSet, task: dict[str, Any], pictures: Images, folder: Path) 
 
 
 def _uploaded(data: DataSet, path: str, pictures: Images, folder: Path) -> Path | None:
-    """Find an uploaded image: under the name that Label Studio gave it, or the one that it had before."""
+    # The file may have the name that Label Studio gave it, or the one that it had before.
     # Label Studio puts a hash before the name, and replaces spaces and other signs (Django's `get_valid_filename`).
     name = path.rsplit("/", 1)[1]
     before = _HASH.sub("", name)
@@ -277,7 +271,6 @@ def _is_region(result: object) -> bool:
 
 
 def _regions(results: list[Any]) -> list[_Region]:
-    """List the regions, each once."""
     # The geometry of a region, its labels and what was answered about it are results of one id.
     regions: dict[str, _Region] = {}
     for place, result in enumerate(results, start=1):
@@ -286,10 +279,10 @@ def _regions(results: list[Any]) -> list[_Region]:
         value = result["value"]
         geometry = {key: value[key] for key in _GEOMETRY if key in value}
         key = str(result["id"]) if result.get("id") is not None else json.dumps(geometry, sort_keys=True)
-        region = regions.setdefault(key, _Region(place, result, []))
+        *_, labels = regions.setdefault(key, (place, result, []))
         for kind, names in value.items():
             if kind.endswith("labels") and isinstance(names, list):
-                region.names.extend(str(name) for name in names if name not in region.names)
+                labels.extend(str(name) for name in names if name not in labels)
     return list(regions.values())
 
 
@@ -315,7 +308,7 @@ def _shape(result: dict[str, Any], names: list[str], size: _Size) -> Shape:
         raise ValueError(f"the image was turned by {turned} degrees in Label Studio; turn the file, and annotate that")
     if not names:
         raise ValueError("the region has no label; choose one, or delete it")
-    name = "+".join(sorted(map(class_name, names)))
+    name = "+".join(sorted(map(class_name, names)))  # a region may have several labels
     value, (width, height) = result["value"], size or (1, 1)
     scale = (width / 100, height / 100)  # positions are percentages
     rotation = number(value.get("rotation") or 0) % 360

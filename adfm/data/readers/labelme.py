@@ -23,7 +23,7 @@ from adfm.data.manifest import MANIFEST
 from adfm.data.readers.annotations import Shape, enclosing, nfc, outlined, same_names, sample
 from adfm.data.readers.files import IMAGES, DataSet, NoImage, holds, images, listing, walk
 from adfm.data.readers.lookup import Images
-from adfm.data.readers.shapes import Point, bitmap, check_mask_size, corners, ellipse, join, line, png
+from adfm.data.readers.shapes import Point, bitmap, check_mask_size, ellipse, join, line, png
 from adfm.data.readers.textfiles import member, mentions, optional, parsed, pixel_size, point
 from adfm.data.readers.verdicts import class_name, defect_type, is_verdict
 from adfm.records import Sample
@@ -61,9 +61,8 @@ def read(raw: Path) -> Iterator[Sample]:
     defective images, and refused if it is not known what they say.
 
     The image of a JSON file is the one of its own name beside it, else the one that `imagePath` leads to (see
-    `lookup.Images`), else the one in its `imageData`. `split` is what the names of the image's folders say.
-
-    The paths of all annotated images are in memory.
+    `lookup.Images`), else the one in its `imageData`. `split` is what the names of the image's folders say. The paths
+    of all annotated images are in memory.
     """
     data = DataSet(raw, "labelme")
     pictures = Images(raw)
@@ -157,6 +156,7 @@ def _image(
         suffix = PurePosixPath(name).suffix
         source = file.with_name(file.stem + (suffix if suffix.lower() in IMAGES else ".png"))
         return file, data.relative(source), []
+    # a.json may be that of a.jpg and of a.png.
     twins = [each.name for each in own if each.parent == image.parent]
     if image in own and len(twins) > 1:
         raise ValueError(f"may be the file of any of {', '.join(twins)}; remove all but one, or give them other names")
@@ -208,17 +208,14 @@ def _drawn(
 
 
 def _joined(pieces: Sequence[_Drawn]) -> _Drawn:
-    """Join the pieces of a defect; it has outlines if each piece has an area."""
+    # A defect in several pieces has outlines if each of them has an area.
     if len(pieces) == 1:
         return pieces[0]
     shapes, extents = zip(*pieces, strict=True)
     if set(extents) != {"area"}:
         plain = [Shape(shape.name, shape.box, cut=True) for shape in shapes]
         return join(plain), "point" if set(extents) == {"point"} else "line"
-    outlined = [
-        shape if shape.rle else replace(shape, polygons=shape.polygons or (corners(shape.box),)) for shape in shapes
-    ]
-    return join(outlined), "area"
+    return join(shapes, as_outlines=True), "area"
 
 
 def _shape(name: str, drawn: object, size: tuple[int, int] | None) -> _Drawn:
@@ -245,7 +242,7 @@ def _shape(name: str, drawn: object, size: tuple[int, int] | None) -> _Drawn:
 
 
 def _mask(name: str, points: list[Point], encoded: str, size: tuple[int, int] | None) -> Shape:
-    """Return a mask, which is a PNG of the part of the image between two corners, both of which belong to it."""
+    # A mask is a PNG of the part of the image between two corners, both of which belong to it.
     if not size:
         raise ValueError("a mask needs the imageWidth and imageHeight of the file")
     width, height = size

@@ -42,7 +42,7 @@ class Images:
         self._raw = raw
         # Data sets have many annotation files a folder: each folder is listed once for all of them.
         self._inside = functools.cache(folders)
-        self._above = functools.cache(self._folders_above)
+        self._above = functools.cache(lambda folder: [at for at in (folder, *folder.parents) if at.is_relative_to(raw)])
         self._folder = functools.cache(self._find_folder)
         self._files = functools.cache(_file_names)
         self._alike = functools.cache(lambda folder: _grouped(self._files(folder), _alike))
@@ -59,8 +59,8 @@ class Images:
         for reading in _readings(name):
             if path := self._by_path(reading, name, folder, groups):
                 return path
-        where = "neither where its path leads nor beside this file nor in its image folders"
-        raise NoImage(f"there is no image {name!r}, {where}")
+        where = ", neither where its path leads nor beside this file nor in its image folders"
+        raise NoImage(f"there is no image {name!r}{where}")
 
     def of_stem(self, stem: str, folder: Path) -> list[Path]:
         """List the images with the name of an annotation file: those beside it, else those in its image folders."""
@@ -124,9 +124,6 @@ class Images:
         # The path may be in another normalisation than the disk's, at any depth.
         alike = [each for each in self._inside(above) if nfc(each.name) == nfc(parts[-1])] if above else []
         return alike[0] if len(alike) == 1 else None
-
-    def _folders_above(self, folder: Path) -> list[Path]:
-        return [each for each in (folder, *folder.parents) if each.is_relative_to(self._raw)]
 
     def _is_general(self, part: str) -> bool:
         """Whether the name of a folder does not say which images are in it, other than of which split they are."""

@@ -38,12 +38,11 @@ def read(raw: Path) -> Iterator[Sample]:
     """Yield the samples that `mmad.json` names, by path. `split` is `test` throughout: MMAD is there to evaluate.
 
     `split.redivide: true` divides it all the same: the published run of AD-FM trained on a fifth, not published which.
-    Copies of one picture stay in one split while `split.near_duplicates` is true.
+    Copies of one picture stay in one split while `split.near_duplicates` is true. The images are those of the data sets
+    above, so do not evaluate on MMAD what was trained on the tests of those.
 
     `dataset` is the first folder of a path, `category` its second, and the folder of the image is `good` or the
     `defect`. Other images, such as templates, are left out.
-
-    The images are those of the data sets above, so do not evaluate on MMAD what was trained on the tests of those.
     """
     data = DataSet(raw, "mmad")
     root = _root(raw)

@@ -61,8 +61,7 @@ def _samples(data: DataSet, folder: Path) -> Iterator[Sample]:
 
 
 def _rows(data: DataSet, table: Path, names: set[str]) -> dict[str, list[tuple[int, str, str]]]:
-    """Return line, class and run lengths of the rows of each image."""
-    rows: dict[str, list[tuple[int, str, str]]] = defaultdict(list)
+    rows: dict[str, list[tuple[int, str, str]]] = defaultdict(list)  # line, class and run lengths, by image
     listed: dict[tuple[str, str], int] = {}
     where = data.relative(table)
     with data.at(where):
@@ -89,7 +88,7 @@ def _rows(data: DataSet, table: Path, names: set[str]) -> dict[str, list[tuple[i
 
 
 def _decoded(encoded: str) -> NDArray[np.bool_]:
-    """Return the mask [height, width] of pairs of start, from 1, and length, which count pixels column by column."""
+    # Pairs of start, from 1, and length, which count pixels column by column.
     words = encoded.split()
     if not words or len(words) % 2 or not all(word.isascii() and word.isdecimal() for word in words):
         raise ValueError(f"EncodedPixels is not pairs of start and length: {encoded[:40]!r}")

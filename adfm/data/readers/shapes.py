@@ -93,10 +93,7 @@ def patches(name: str, mask: NDArray[np.bool_], size: tuple[int, int]) -> list[S
 
     labels, _ = ndimage.label(mask, np.ones((3, 3)))  # pixels that touch at a side or a corner are of one patch
     places = enumerate(ndimage.find_objects(labels), start=1)
-    return [
-        bitmap(name, labels[down, across] == number, across.start, down.start, size)
-        for number, (down, across) in places
-    ]
+    return [bitmap(name, labels[at] == number, at[1].start, at[0].start, size) for number, at in places]
 
 
 def pixels(rle: Rle) -> NDArray[np.bool_]:
@@ -139,13 +136,13 @@ def group(shapes: Iterable[tuple[str | None, Shape]]) -> list[Shape]:
     return [join(pieces) for pieces in groups.values()]
 
 
-def join(pieces: Sequence[Shape]) -> Shape:
-    """Join shapes of one class. If any has an outline or a mask, the boxes of those without become outlines."""
+def join(pieces: Sequence[Shape], as_outlines: bool = False) -> Shape:
+    """Join shapes of one class; boxes become outlines if any shape has an outline or a mask, or if that is set."""
     if len(pieces) == 1:
         return pieces[0]
     name, boxes, cut = pieces[0].name, [piece.box for piece in pieces], any(piece.cut for piece in pieces)
     around = enclosing(corner for one in boxes for corner in corners(one))
-    if not any(piece.polygons or piece.rle for piece in pieces):
+    if not as_outlines and not any(piece.polygons or piece.rle for piece in pieces):
         return Shape(name, around, cut=cut)
     outlines = [
         outline for piece in pieces for outline in piece.polygons or (() if piece.rle else (corners(piece.box),))

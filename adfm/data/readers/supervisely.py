@@ -16,14 +16,13 @@ from PIL import Image, ImageDraw
 from adfm.data.readers.annotations import Shape, enclosing, polygon, sample
 from adfm.data.readers.files import DataSet, NoImage, folders, holds, images, listing, split_of, walk
 from adfm.data.readers.shapes import Point, bitmap, check_mask_size, line, png
-from adfm.data.readers.textfiles import member, mentions, number, optional, parsed, point
+from adfm.data.readers.textfiles import member, mentions, optional, parsed, pixel_size, point
 from adfm.data.readers.verdicts import class_name, defect_type, is_verdict
 from adfm.records import Polygon, Sample, Split
 
 FORM = "<project>/meta.json, <project>/<data set>/img/*, <project>/<data set>/ann/*.json"
 _ANN, _IMG, _META = "ann", "img", "meta.json"  # names that Supervisely sets
 _LINES = ("line", "polyline")
-_LINE = "a line is the box round it"
 _PICTURES = "masks_"  # masks_human, masks_machine, masks_instances: drawn from the annotations
 _LARGEST = 1 << 28  # bytes of an unpacked bitmap
 
@@ -31,10 +30,8 @@ _Size = tuple[int, int] | None
 
 
 class _Meta(NamedTuple):
-    """The geometry of every class of a project, and whether its tags are labels of images."""
-
-    geometries: dict[str, str]
-    tags_are_labels: bool
+    geometries: dict[str, str]  # of the classes
+    tags_are_labels: bool  # of images
 
 
 def matches(raw: Path) -> bool:
@@ -103,7 +100,8 @@ def _meta(data: DataSet, folder: Path) -> _Meta:
 def _sample(data: DataSet, image: Path, file: Path, meta: _Meta) -> Sample:
     where = data.relative(file)
     content = parsed(file)
-    size = _size(content)
+    stated = member(content, "size", dict)
+    size = pixel_size(stated.get("width"), stated.get("height"))
     objects = member(content, "objects", list)
     split, tags = _tags(content)
     label = defect_type(tags) if meta.tags_are_labels else None
@@ -120,19 +118,14 @@ def _sample(data: DataSet, image: Path, file: Path, meta: _Meta) -> Sample:
                 points.append(class_name(member(drawn, "classTitle", str)))
             else:
                 shapes.append(_shape(drawn, geometry, size))
-            notes += [_LINE] if geometry in _LINES else []
+            notes += ["a line is the box round it"] if geometry in _LINES else []
     split = split or data.split(image)
     return sample(data, image, shapes, split, notes, points, label, size=size)
 
 
-def _size(content: object) -> _Size:
-    size = member(content, "size", dict)
-    width, height = (int(number(size.get(side))) for side in ("width", "height"))
-    return (width, height) if width > 0 and height > 0 else None
-
-
 def _tags(content: object) -> tuple[Split | None, list[str]]:
     """Return the split that the tags of an image name, and the other tags."""
+    # A tag is an object with a name, or the name alone.
     tags = optional(content, "tags", list) or []
     names = [tag.get("name") if isinstance(tag, dict) else tag for tag in tags]
     splits = {name: split_of(name) if name.isalpha() else None for name in names if isinstance(name, str)}
@@ -194,7 +187,6 @@ def _polygons(name: str, parts: list[tuple[Polygon, list[Polygon]]], size: _Size
 
 
 def _rings(part: object) -> tuple[Polygon, list[Polygon]]:
-    """Return the outline and the holes of a polygon."""
     outer = tuple(map(point, member(part, "exterior", list)))
     holes = optional(part, "interior", list) or []
     if not all(isinstance(hole, list) for hole in holes):

@@ -130,23 +130,15 @@ def _sample(data: DataSet, image: Path, rows: list[_Row]) -> Sample:
     unique = list({(row.defect, row.box, row.mask): row for row in reversed(rows)}.values())[::-1]
     if len(unique) < len(rows):
         notes.append("a row of the table is repeated; it counts once")
-    read = sample(
-        data,
-        image,
-        [Shape(row.defect, row.box) for row in unique if row.box],
-        first.split or split_of(*folder_names(data.raw, image), first.table.stem),
-        notes,
-        size=first.size,
-        located=first.label == "normal" or bool(first.marking),
-        columns={name: cell for name, cell in first.columns.items() if all(row.columns[name] == cell for row in rows)},
-    )
-    return replace(
-        read,
-        category=first.category or read.category,
-        label=first.label,
-        defect="+".join(sorted({row.defect for row in rows})) or None,
-        masks=tuple(row.mask for row in unique if row.mask),
-    )
+    shapes = [Shape(row.defect, row.box) for row in unique if row.box]
+    split = first.split or split_of(*folder_names(data.raw, image), first.table.stem)
+    located = first.label == "normal" or bool(first.marking)
+    # A column on which the rows of an image differ says nothing of the image.
+    columns = {name: cell for name, cell in first.columns.items() if all(row.columns[name] == cell for row in rows)}
+    one = sample(data, image, shapes, split, notes, size=first.size, located=located, columns=columns)
+    category, defect = first.category or one.category, "+".join(sorted({row.defect for row in rows})) or None
+    masks = tuple(row.mask for row in unique if row.mask)
+    return replace(one, category=category, label=first.label, defect=defect, masks=masks)
 
 
 def _unlisted(data: DataSet, known: Container[Path], tables: dict[Path, str]) -> Iterator[str]:
@@ -164,7 +156,6 @@ def _unlisted(data: DataSet, known: Container[Path], tables: dict[Path, str]) ->
 
 
 def _tables(folder: Path) -> list[Path]:
-    """List the CSV files whose first line has an image and what is known of it."""
     return [file for file in listing(folder, ".csv") if file.name not in _OTHERS and _is_table(file)]
 
 
@@ -180,12 +171,13 @@ def _is_table(file: Path) -> bool:
 
 def _rows(content: str) -> Iterator[tuple[int, list[str]]]:
     """Yield the rows of a table that are not empty, each with the number of its last line."""
+    # The first line says what separates the columns: what it has most of.
     lines = content[:20_000].lstrip().splitlines()
     first = lines[0] if lines else ""
     declared = re.fullmatch(r"sep=(.)", first.strip())  # a line that Excel reads and writes
     delimiter = declared[1] if declared else max(",;\t|", key=first.count)
     file: Iterable[str] = io.StringIO(content, newline="")
-    if delimiter not in first:
+    if delimiter not in first:  # blanks, as ELPV has them
         delimiter = " "
         file = (line.strip() + "\n" for line in file)
     reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
@@ -308,20 +300,11 @@ def _row(data: DataSet, table: Path, line: int, header: _Header, cells: list[str
             size = pixel_size(cells[header.further["width"]], cells[header.further["height"]], as_text=True)
     if further:
         notes = (*notes, f"columns that only split.group reads: {', '.join(further)}")
-    return _Row(
-        table,
-        line,
-        label,
-        values.get("category", ""),
-        split,
-        class_name(defect) if label == "anomalous" else "",
-        drawn,
-        path,
-        size,
-        {name: cells[header.further[name]] for name in further}
-        | {name: values[name] for name in ("probability",) if name in values},
-        notes,
-    )
+    columns = {name: cells[header.further[name]] for name in further}
+    if "probability" in values:
+        columns["probability"] = values["probability"]
+    category, defect = values.get("category", ""), class_name(defect) if label == "anomalous" else ""
+    return _Row(table, line, label, category, split, defect, drawn, path, size, columns, notes)
 
 
 def _judgement(header: _Header, values: dict[str, str], marked: bool) -> tuple[Label, str, tuple[str, ...]]:
@@ -419,7 +402,7 @@ def _file(data: DataSet, groups: list[list[Path]], name: str) -> Path | None:
 
 def _agree(data: DataSet, name: str, rows: list[_Row], row: _Row) -> None:
     """Raise `ValueError` if a row contradicts the earlier rows of its image."""
-    for other in rows[:1]:
+    for other in rows[:1]:  # with which all the earlier ones agree
         if other.table != row.table:
             raise ValueError(f"{name!r} is in {data.relative(other.table)} too; keep one of them")
         for field in ("label", "category", "split", "size", "marking"):

@@ -38,8 +38,6 @@ class _Region(NamedTuple):
 
 
 class _Image(NamedTuple):
-    """What a file says of one image."""
-
     name: str  # a path or URL
     size: int  # in bytes; -1 if unknown
     regions: list[_Region]
@@ -56,9 +54,8 @@ def read(raw: Path) -> Iterator[Sample]:
 
     A rectangle, circle, ellipse and polygon is a defect, a polyline too (its box alone). Its class is the region's only
     attribute, or the one that is called class, label, name, type, category or defect; where no region has any, all are
-    called defect. An attribute of the file is the image's label if it is ever OK, good, NG, bad or the like.
-
-    A JSON or CSV file is in memory whole while its images are yielded; so are the paths of all images.
+    called defect. An attribute of the file is the image's label if it is ever OK, good, NG, bad or the like. A file
+    is in memory whole while its images are yielded; so are the paths of all images.
     """
     data = DataSet(raw, "via")
     pictures = Images(raw)
@@ -165,7 +162,7 @@ def _joined(chosen: Iterable[object], options: object) -> str:
 
 
 def _from_csv(data: DataSet, file: Path) -> list[_Image]:
-    """Return the images of a CSV export, which has a row a region, or a row with `{}` for an image without."""
+    # A row a region, or a row with `{}` for an image without.
     images: dict[tuple[str, str], _Image] = {}
     try:
         for row in csv.DictReader(io.StringIO(text(file).lstrip("#")), strict=True):
@@ -252,7 +249,7 @@ def _label_attributes(images: list[_Image]) -> list[str]:
 
 
 def _shape(region: _Region, kind: str | None, is_same: bool) -> Shape:
-    """Return a region's shape; what reaches out is cut off if the image is the one that was annotated."""
+    # What reaches out is cut off if the image is the one that was annotated; of another it is an error.
     if kind is not None and not region.attributes.get(kind):
         raise ValueError(f"it has no {kind!r}; choose one, or delete the region")
     name = _UNNAMED if kind is None else class_name(region.attributes[kind])

@@ -82,11 +82,10 @@ def _from_table(data: DataSet, table: Path, folder: Path) -> Iterator[_Image]:
 
 
 def _rows(data: DataSet, table: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield the rows of a CSV, each with its place; a cell that is missing is empty."""
     where = data.relative(table)
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restval="")
+            reader = csv.DictReader(file, restval="")  # a cell that is missing is empty
             missing = [column for column in columns if column not in (reader.fieldnames or ())]
             if missing:
                 data.add(where, f"has no column {', '.join(missing)}")

@@ -19,7 +19,7 @@ from adfm.data.readers import voc_masks, voc_sets
 from adfm.data.readers.annotations import Shape, box, bracketed, by_stem, enclosing, nfc, outlined, polygon, sample
 from adfm.data.readers.files import DataSet, NoImage, folders, holds, images, listing, walk
 from adfm.data.readers.shapes import turned_box
-from adfm.data.readers.textfiles import decimal
+from adfm.data.readers.textfiles import decimal, pixel_size
 from adfm.data.readers.verdicts import class_name
 from adfm.data.readers.xmlfiles import document, outermost
 from adfm.records import Box, Sample
@@ -37,8 +37,6 @@ _Size = tuple[int, int] | None
 
 
 class _Drawn(NamedTuple):
-    """What an XML file says."""
-
     shapes: list[Shape]
     size: _Size
     segmented: bool  # whether the image has a mask, and no object
@@ -74,7 +72,7 @@ def read(raw: Path) -> Iterator[Sample]:
     shared_files = lru_cache(maxsize=4)(_files)  # class folders share them
     annotated = False
     for folder in walk(raw):
-        if voc_masks.pictures(raw, folder):
+        if voc_masks.pictures(raw, folder):  # masks are images too, by their names
             continue
         same: dict[str, str] = {}
         there = images(folder)
@@ -134,11 +132,8 @@ def _places(data: DataSet, folder: Path) -> tuple[list[Path], list[Path]]:
         first, *rest = folder.relative_to(above).parts
         inner = rest if first.lower() in _IMAGES else [first, *rest]
         own += [place.joinpath(*inner) for place in (above, *_annotation_folders(above))]
-        shared += [
-            place.joinpath(*inner[:depth])
-            for place in _annotation_folders(above)
-            for depth in range(len(inner) - 1, -1, -1)
-        ]
+        ends = [inner[:depth] for depth in range(len(inner) - 1, -1, -1)]
+        shared += [place.joinpath(*end) for place in _annotation_folders(above) for end in ends]
         if first.lower() in _IMAGES:  # what lies above belongs to other images
             break
     own = list(dict.fromkeys(own))
@@ -193,11 +188,9 @@ def _text(part: ElementTree.Element, name: str) -> str:
 
 
 def _size(content: ElementTree.Element) -> _Size:
-    for names in (("size/width", "size/height"), ("imagesize/ncols", "imagesize/nrows")):  # the latter: LabelMe's
-        if all(_text(content, name) for name in names):
-            width, height = (decimal(_text(content, name), name) for name in names)
-            if min(width, height) >= 1 and max(width, height) < 1e9:  # several tools write 0
-                return int(width), int(height)
+    for width, height in (("size/width", "size/height"), ("imagesize/ncols", "imagesize/nrows")):  # the latter: LabelMe
+        if size := pixel_size(_text(content, width), _text(content, height), as_text=True):
+            return size
     return None
 
 
@@ -228,9 +221,9 @@ def _shapes(drawn: ElementTree.Element) -> list[Shape]:
 
 
 def _box(bndbox: ElementTree.Element, rotation: float) -> Box:
-    """Return the box, before it is turned."""
     if bndbox.find("rotation") is not None:
         raise ValueError("its bndbox has a rotation, and tools differ in what that means; export boxes without it")
+    # Of one that is turned, the box before the turn.
     x1, y1, x2, y2 = (_number(bndbox, side) for side in _SIDES)
     # As the VOC development kit has them, sides are numbers of pixels from 1 on, the last one included; the 0 of tools
     # that count from 0 is taken for 1. Numbers with a decimal point are positions from 0 on, as CVAT has them.
@@ -243,24 +236,21 @@ def _box(bndbox: ElementTree.Element, rotation: float) -> Box:
 
 
 def _rotation(drawn: ElementTree.Element) -> float:
-    """Return the degrees, clockwise about the centre, of CVAT's Pascal VOC (attributes) and LabelMe (text) exports."""
-    values = [
-        attribute.findtext("value")
-        for attribute in drawn.findall("attributes/attribute")
-        if _text(attribute, "name") == "rotation"
-    ]
+    # Degrees, clockwise about the centre: in attributes of CVAT's Pascal VOC export, in the text of its LabelMe export.
+    attributes = drawn.findall("attributes/attribute")
+    values = [each.findtext("value") for each in attributes if _text(each, "name") == "rotation"]
     values += _ROTATION.findall(drawn.findtext("attributes") or "")
     return decimal(values[0], "its attribute rotation") % 360 if values else 0.0
 
 
 def _rolabelimg(name: str, robndbox: ElementTree.Element) -> Shape:
-    """Return a turned box, by its centre and an angle in radians or, in DIOR-R, by its corners."""
     if robndbox.find("cx") is None and robndbox.find("x_left_top") is not None:
+        # DIOR-R has the corners instead of a centre and an angle.
         corners = [(_number(robndbox, f"x_{at}"), _number(robndbox, f"y_{at}")) for at in _CORNERS]
         return outlined(name, corners, cut=True)
     cx, cy, width, height, angle = (_number(robndbox, part) for part in _TURNED)
     before = Box(cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2)
-    return turned_box(name, before, math.degrees(angle))
+    return turned_box(name, before, math.degrees(angle))  # roLabelImg writes radians
 
 
 def _corners(outline: ElementTree.Element) -> list[tuple[float, float]]:

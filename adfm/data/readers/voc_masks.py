@@ -55,7 +55,7 @@ class Classes:
 
     def __init__(self, data: DataSet, own: Container[str]) -> None:
         self._data, self._own = data, own
-        self._files = lru_cache(maxsize=4)(_files)
+        self._files = lru_cache(maxsize=4)(lambda folder: {nfc(mask.stem): mask for mask in images(folder)})
         self._used: set[str] = set()
         self._bases: dict[Path, Path | None] = {}
         self._names: dict[Path, dict[_Color, str] | None] = {}
@@ -137,10 +137,6 @@ def added(boxed: list[Shape], masked: list[Shape]) -> tuple[list[Shape], list[st
     return [*boxed, *alone], notes
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    return {nfc(mask.stem): mask for mask in images(folder)}
-
-
 def _colors(path: Path, by_color: bool) -> NDArray[np.uint32]:
     """Return the colours of a mask, [height, width], as 0xBBGGRR."""
     try:
@@ -161,15 +157,14 @@ def _colors(path: Path, by_color: bool) -> NDArray[np.uint32]:
 
 
 def _drawn(colors: NDArray[np.uint32]) -> list[int]:
-    """List the colours of defects: neither background nor border."""
     row = np.ascontiguousarray(colors).ravel()
     # Neighbours are mostly of one colour; only the first of each run is sorted.
     runs = np.unique(row[np.flatnonzero(np.diff(row, prepend=row[:1] ^ 1))])
-    return [int(color) for color in runs if color not in (0, _code(_VOID))]
+    return [int(color) for color in runs if color not in (0, _code(_VOID))]  # neither background nor border
 
 
 def _most(colors: NDArray[np.uint32]) -> int:
-    """Return the class that most pixels of an object have."""
+    # The class of an object is the one that most of its pixels have.
     values, counts = np.unique(colors, return_counts=True)
     counts[(values == 0) | (values == _code(_VOID))] = 0
     if not counts.any():
@@ -182,7 +177,7 @@ def _code(rgb: _Color) -> int:
 
 
 def _labelmap(content: str) -> dict[_Color, str]:
-    """Parse CVAT's list: `name:r,g,b:parts:actions`."""
+    # CVAT's list has lines `name:r,g,b:parts:actions`.
     names = {}
     for number, line in enumerate(content.splitlines(), start=1):
         if not line.strip() or line.startswith("#"):
@@ -199,7 +194,7 @@ def _labelmap(content: str) -> dict[_Color, str]:
 
 
 def _class_names(content: str) -> dict[_Color, str]:
-    """Parse LabelMe's list: a name a line, the background first."""
+    # LabelMe's list has a name a line, the background first.
     names = [line.strip() for line in content.splitlines() if line.strip() and line.strip() != "__ignore__"]
     first = 0 if names and names[0].lower() in _BACKGROUND else 1
     colors = list(_palette())
@@ -208,7 +203,6 @@ def _class_names(content: str) -> dict[_Color, str]:
 
 @cache
 def _palette() -> dict[_Color, int]:
-    """Return VOC's colours and their numbers."""
     # The bits of a number, by threes, are the highest of red, green and blue.
     channels = [
         [sum((number >> 3 * place + channel & 1) << 7 - place for place in range(8)) for channel in range(3)]

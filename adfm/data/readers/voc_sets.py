@@ -83,7 +83,7 @@ class Lists:
         return [one for one in lists if one and (folder != "." or any("/" in name for name in one.names))]
 
     def _further(self, base: Path) -> list[list[_List]]:
-        """Read the lists in a folder of ImageSets that VOC does not have, such as ImageSets/fold1; one at most."""
+        # Folders of ImageSets that VOC does not have, such as ImageSets/fold1.
         folders = walk(base / "ImageSets")
         inside = [each for each in folders if any(_is_plain(file.stem) for file in listing(each, ".txt"))]
         if len(inside) > 1:

@@ -7,6 +7,7 @@ or both in one folder; and data.yaml, classes.txt, obj.names or _darknet.labels 
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -45,8 +46,6 @@ class _TextLoader(yaml.BaseLoader):
 
 @dataclass
 class _Settings:
-    """What the YAML files and lists of a data set say."""
-
     names: dict[int, str] = field(default_factory=dict)  # of the classes
     splits: dict[Path, set[Split]] = field(default_factory=lambda: defaultdict(set))  # of a folder or an image
     lost: bool = False  # whether a place that a YAML file gives to a split is not in the data set
@@ -119,6 +118,7 @@ def _paired(data: DataSet, folder: Path) -> Iterator[tuple[Path, Path | None]]:
 
     texts = listing(folder, ".txt")
     places = partners(data.raw, folder, _LABELS, _IMAGES) if texts else []
+    # Of these, the folders whose images look for their text files here.
     theirs = [place for place in places if folder in partners(data.raw, place, _IMAGES, _LABELS)]
     stems = {nfc(image.stem) for place in theirs for image in images(place)}
     in_labels = any(name.lower() in _LABELS for name in folder_names(data.raw, folder / "file"))
@@ -169,7 +169,7 @@ def _add_splits(data: DataSet, file: Path, content: dict[Any, Any], settings: _S
     """Add train, val and test of a YAML file where they lead to something in the data set."""
     # The files of several tools lead out of the data set (`../train/images`, or to the machine that wrote them).
     roots = [file.parent, data.raw]
-    if base := annotations.within(data.raw, file.parent, str(content.get("path", "")), Path.is_dir):
+    if base := annotations.within(data.raw, file.parent, str(content.get("path", "")), os.path.isdir):
         roots.insert(0, base)
     for key in ("train", "val", "test"):
         places = content.get(key)
@@ -205,7 +205,7 @@ def _add_list(data: DataSet, file: Path, split: Split, roots: list[Path], settin
 
 
 def _resolved(raw: Path, bases: list[Path], name: str) -> Path | None:
-    """Resolve a path that may have been written elsewhere: its longest end that is in the data set counts."""
+    # The path may have been written elsewhere: its longest end that is in the data set counts.
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     split = split_of(*reversed(parts))
     for first in range(len(parts)):
@@ -214,7 +214,7 @@ def _resolved(raw: Path, bases: list[Path], name: str) -> Path | None:
         if ".." in end or split_of(*reversed(end)) != split:
             continue
         for base in bases:
-            path = annotations.within(raw, base, "/".join(end), Path.exists)
+            path = annotations.within(raw, base, "/".join(end), os.path.exists)
             # A file's name alone leads to it only from the folder that the path names before it.
             bare = len(end) == 1 and first and parts[first - 1] not in ("..", base.resolve().name)
             if path and not (bare and path.is_file()):
@@ -223,7 +223,6 @@ def _resolved(raw: Path, bases: list[Path], name: str) -> Path | None:
 
 
 def _split(raw: Path, image: Path, settings: _Settings) -> tuple[Split | None, list[str]]:
-    """Return the split that a data set fixes for an image, and notes."""
     paths = (image, *image.parents) if settings.splits else ()
     given = [splits for path in paths if (splits := settings.splits.get(path))]
     if not given:
