@@ -17,8 +17,18 @@ from typing import Any, cast
 
 import yaml
 
-from adfm.data.readers import annotations
-from adfm.data.readers.annotations import Shape, box, bracketed, by_stem, nfc, outlined, partners, sample
+from adfm.data.readers.annotations import (
+    Shape,
+    box,
+    bracketed,
+    by_stem,
+    nfc,
+    outlined,
+    partners,
+    sample,
+    shapes_of_lines,
+    within,
+)
 from adfm.data.readers.files import DataSet, NoImage, folder_names, holds, images, listing, split_of, walk
 from adfm.data.readers.textfiles import decimal, lines, mentions, text
 from adfm.data.readers.verdicts import class_name
@@ -72,7 +82,7 @@ def read(raw: Path) -> Iterator[Sample]:
     defects = False
     for folder in walk(raw):
         for image, file in _paired(data, folder):
-            shapes = list(annotations.shapes_of_lines(data, file, shape)) if file else []
+            shapes = list(shapes_of_lines(data, file, shape)) if file else []
             defects = defects or bool(shapes)
             split, notes = _split(raw, image, settings)
             yield sample(data, image, shapes, split, notes, normalized=True)
@@ -169,7 +179,7 @@ def _add_splits(data: DataSet, file: Path, content: dict[Any, Any], settings: _S
     """Add train, val and test of a YAML file where they lead to something in the data set."""
     # The files of several tools lead out of the data set (`../train/images`, or to the machine that wrote them).
     roots = [file.parent, data.raw]
-    if base := annotations.within(data.raw, file.parent, str(content.get("path", "")), os.path.isdir):
+    if base := within(data.raw, file.parent, str(content.get("path", "")), os.path.isdir):
         roots.insert(0, base)
     for key in ("train", "val", "test"):
         places = content.get(key)
@@ -214,7 +224,7 @@ def _resolved(raw: Path, bases: list[Path], name: str) -> Path | None:
         if ".." in end or split_of(*reversed(end)) != split:
             continue
         for base in bases:
-            path = annotations.within(raw, base, "/".join(end), os.path.exists)
+            path = within(raw, base, "/".join(end), os.path.exists)
             # A file's name alone leads to it only from the folder that the path names before it.
             bare = len(end) == 1 and first and parts[first - 1] not in ("..", base.resolve().name)
             if path and not (bare and path.is_file()):
