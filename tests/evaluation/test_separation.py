@@ -183,22 +183,22 @@ def _pair(apart: float) -> tuple[bytes, bytes]:
         return distance / max(0.02, 0.5 / contrast), _encoded(one), _encoded(other)
 
     amounts = np.linspace(0.005, 0.04, 300)
-    _, one, other = min((shares(amount) for amount in amounts), key=lambda found: abs(found[0] - apart))
+    _, one, other = min((shares(amount) for amount in amounts), key=lambda trial: abs(trial[0] - apart))
     return one, other
 
 
-def test_the_validation_split_that_a_threshold_is_chosen_on_counts_as_seen(
-    parts: list[Image.Image], tmp_path: Path
-) -> None:
+def test_a_near_duplicate_of_a_validation_image_is_a_problem(parts: list[Image.Image], tmp_path: Path) -> None:
     before = _folder(tmp_path, _record("a", _encoded(parts[0]), "train"))
     table = hashes.collect(before, hashes.SEEN)
     png, jpeg = _encoded(parts[1]), _encoded(parts[1], "JPEG", quality=90)
     folder = _folder(tmp_path, _record("b", png, "test"), _record("c", jpeg, "validation"))
-    result = separation.prove(folder, {"candidate": table, "production": table})
+    test, seen = hashes.collect(folder, ["test"]), hashes.unite([table, hashes.collect(folder, ["validation"])])
+    checked = separation.check(test, seen, folder)
+    result = separation.compare(test, {"candidate": seen, "production": table}, checked)
     assert result["against"] == {"candidate": 2, "production": 1}
     assert result["problems"] == [{"kind": "near-duplicate", "of": "candidate", "ids": ["b"], "like": ["c"]}]
-    assert separation.prove(folder, {"candidate": table}, near_duplicates=False)["proved"] is True
-    assert separation.prove(folder, {"candidate": None, "production": table})["proved"] is False
+    assert separation.compare(test, {"candidate": seen}, checked, near_duplicates=False)["proved"] is True
+    assert separation.compare(test, {"candidate": None, "production": table}, checked)["proved"] is False
 
 
 def test_an_image_that_is_a_copy_of_another_of_its_part_counts_as_its_part(
