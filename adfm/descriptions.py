@@ -1,7 +1,7 @@
 """Descriptions of the experiment and of the registered model in MLflow: which page shows what.
 
-A description is written where there is none, and replaced only as long as nobody has edited it: it ends with an HTML
-comment, which MLflow's pages hide, that holds its digest. Whoever wants adfm's text back empties the description.
+A description is written where it is empty, and replaced only as long as nobody has edited it. To get adfm's text back,
+empty the description.
 """
 
 from __future__ import annotations
@@ -12,18 +12,16 @@ from urllib.parse import quote
 
 from adfm.text import markdown
 
-NOTE = "mlflow.note.content"
-"""Tag that MLflow shows as the description of an experiment."""
+NOTE = "mlflow.note.content"  # tag that MLflow shows as the description of an experiment
 
+# An HTML comment, which MLflow's pages hide, with the digest of the text above it.
 _MARK = "\n\n<!-- adfm updates this description until somebody edits it: {} -->"
 _MARKED = re.compile(r"\s*<!-- adfm updates [^>]*: ([0-9a-f]{16}) -->\s*\Z")
 
 
 def of_experiment(model: str) -> str:
-    """The description of the experiment whose models are registered as `model`.
-
-    The runs' page shows its first line, and the rest once it is expanded.
-    """
+    """Return the description of the experiment whose models are registered as `model`."""
+    # The runs' page shows the first line, and the rest once it is expanded.
     return f"""\
 Start with the runs evaluate (report) and train (curves) and the model [{markdown(model)}]({model_page(model)}).
 
@@ -39,12 +37,7 @@ the supervised start."""
 
 
 def of_model(name: str, experiment_id: str) -> str:
-    """The description of the registered model `name`.
-
-    Args:
-        name: Its name.
-        experiment_id: The experiment of the runs.
-    """
+    """Return the description of the registered model `name`, whose runs are in an experiment."""
     return f"""\
 A version is a trained adapter with its evaluation and the gate's decision. The alias `production` marks the one in use.
 
@@ -58,12 +51,12 @@ completions."""
 
 
 def model_page(name: str) -> str:
-    """The address of a registered model in MLflow's pages, below the server's own."""
+    """Return the address of a registered model in MLflow's pages, below the server's own."""
     return f"#/models/{quote(name, safe='')}?workflowType=machine_learning"
 
 
 def to_write(current: str | None, text: str) -> str | None:
-    """What to write in place of the description `current`; `None` if it is up to date, or somebody has edited it."""
+    """Return the replacement of the description `current`; `None` if it is up to date, or somebody has edited it."""
     if current and current.strip():
         mark = _MARKED.search(current)
         if mark is None or mark[1] != _digest(current[: mark.start()]):

@@ -1,7 +1,4 @@
-"""Drawing: charts, boxes on images, and letters on sheets of images.
-
-Charts use bare figures instead of pyplot, so that no window, backend or global state is involved.
-"""
+"""Drawing: charts, boxes on images, and letters on sheets of images."""
 
 from __future__ import annotations
 
@@ -29,8 +26,7 @@ INK, FAINT, GRID = "#1f2933", "#6b7785", "#e3e8ee"
 TRUTH, PREDICTED, MARK = "#2ea043", "#da3633", "#ff2d55"
 # Of models or other series; the first is that of the candidate. report.css has the same order.
 PALETTE = ("#1f5fae", "#d9822b", "#8a94a0", "#8e5bbf", "#2a9d8f", "#c2477f", "#7a5c3e")
-WIDTH = 7.5
-"""Width of a chart in inches: about that of a page, where its letters of 8 points can be read."""
+WIDTH = 7.5  # of a chart in inches: about that of a page, where its letters of 8 points can be read
 
 
 # ----------------------------------------------------------------------------------------------------------- charts
@@ -38,7 +34,7 @@ WIDTH = 7.5
 
 @contextmanager
 def drawn(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """An empty figure of a size in inches, written to `path` when the block ends."""
+    """Yield an empty figure of a size in inches, and write it to `path` when the block ends."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -47,6 +43,7 @@ def drawn(path: Path, width: float, height: float) -> Iterator[Figure]:
     with rc_context(look), warnings.catch_warnings():
         # A completion may hold any script; a glyph that the font lacks is drawn as a box.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        # A bare figure instead of pyplot: no window, backend or global state.
         figure = Figure(figsize=(width, height), layout="constrained")
         # Room at the edge: on a dark page the figure is a white card.
         figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # type: ignore[union-attr, call-arg]
@@ -63,24 +60,19 @@ def drawn(path: Path, width: float, height: float) -> Iterator[Figure]:
 
 
 def panels(figure: Figure, count: int, columns: int) -> list[Axes]:
-    """`count` axes in rows of `columns`, without frames and ticks, on a grid."""
+    """Add `count` axes in rows of `columns`, without frames and ticks, on a grid."""
     rows = -(-count // columns)
     made = [figure.add_subplot(rows, columns, place + 1) for place in range(count)]
     for axes in made:
         axes.grid(color=GRID)
-        bare(axes)
+        axes.set_axisbelow(True)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
     return made
 
 
-def bare(axes: Axes) -> None:
-    """Remove frame and ticks."""
-    axes.set_axisbelow(True)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
-
-
 def smoothed(values: NDArray[Any]) -> NDArray[np.float64]:
-    """A curve without its noise: means weighted by a Gaussian, 6 % of the curve wide, and two steps at least."""
+    """Smooth a curve: means weighted by a Gaussian, 6 % of the curve wide, and two steps at least."""
     width = max(2.0, 0.06 * len(values))
     reach = int(4 * width)
     kernel = np.exp(-((np.arange(-reach, reach + 1) / width) ** 2) / 2)
@@ -92,14 +84,9 @@ def smoothed(values: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def frame(pixels: NDArray[Any], boxes: Iterable[Box], colour: str) -> None:
-    """Frame boxes on an image, in place: two pixels in the colour, and a white one around them.
+    """Frame boxes, in pixels and half-open, on an image, [height, width, 3], in place: the colour, and white around it.
 
     A box is framed from outside, so that nothing in it is covered, as far as the image has room for the frame.
-
-    Args:
-        pixels: [height, width, 3], 0 to 255.
-        boxes: In pixels, half-open.
-        colour: As `#rrggbb`.
     """
     height, width = pixels.shape[:2]
     boxes = [*boxes]
@@ -115,15 +102,15 @@ def frame(pixels: NDArray[Any], boxes: Iterable[Box], colour: str) -> None:
 
 @cache
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which is free and comes with matplotlib."""
-    import matplotlib
+    """Load DejaVu Sans."""
+    import matplotlib  # brings the font, which is free
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", name), size)
 
 
 def line_height(font: ImageFont.FreeTypeFont) -> int:
-    """Pixels from one line to the next."""
+    """Return the pixels from one line to the next."""
     return round(1.4 * font.size)
 
 
@@ -135,7 +122,7 @@ def write(sheet: Image.Image, place: tuple[int, int], lines: Iterable[str], font
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: float, most: int) -> list[str]:
-    """A text in lines that are at most `width` pixels wide; an ellipsis ends the last of `most` lines if more are left.
+    """Wrap a text to lines of at most `width` pixels; an ellipsis ends the last of `most` lines if more are left.
 
     Lines break at spaces and hyphens, and within a word only where it alone is too wide.
     """
@@ -150,13 +137,13 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont, width: float, most: int) ->
 
 
 def stages(completion: str) -> str:
-    """A completion for `wrapped` or `textwrap`: each stage begins a line, and no line breaks within a box."""
+    """Prepare a completion for `wrapped` or `textwrap`: each stage begins a line, and no line breaks within a box."""
     parted = re.sub(r">\s*(?=<(?:rethink|answer)>)", ">\n", completion.strip())
     return re.sub(r",\s(?=[^\[\]]*\])", ",\u00a0", parted)
 
 
 def fitted(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """A text at most `width` pixels wide; of a longer one, the middle is left out: a file's name ends in its number."""
+    """Shorten a text to `width` pixels by leaving out its middle: a file's name ends in its number."""
     short = text
     for kept in range(len(text) - 1, 0, -1):
         if font.getlength(short) <= width:

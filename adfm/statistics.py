@@ -8,6 +8,7 @@ images are alike and do not count as independent; `None`: each image shows anoth
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -17,25 +18,16 @@ from numpy.typing import NDArray
 from scipy import optimize, special, stats
 
 Floats = NDArray[np.float64]
-Limits = tuple[float, float, float]
-"""A measured value, its lower and its upper limit."""
+Limits = tuple[float, float, float]  # a measured value, its lower and its upper limit
 
 _ROUNDING = 1e-9  # differences of this size are of floating point, not of models
 
 
-# --------------------------------------------------------------------------------------------------- upper limits
-
-
 def rate_at_most(events: Floats, alpha: float, group: NDArray[Any] | None = None) -> float:
-    """Return the upper confidence limit of a rate.
+    """Return the upper confidence limit of a rate of `events`, 0 or 1.
 
     Clopper and Pearson (1934, Biometrika 26:404); with groups `mean_at_most`. With n images and no event it is
     `1 - alpha ** (1 / n)`, about 3 / n, never 0.
-
-    Args:
-        events: Array (images,) of 0 and 1.
-        alpha: One-sided level.
-        group: Parts of the images.
     """
     if group is not None:
         return mean_at_most(events, alpha, group)
@@ -48,21 +40,17 @@ def rate_at_most(events: Floats, alpha: float, group: NDArray[Any] | None = None
 def mean_at_most(values: Floats, alpha: float, group: NDArray[Any] | None = None) -> float:
     """Return the upper confidence limit of a mean of values up to 1; for a lower one, pass minus or 1 minus the values.
 
-    One part whose images are all 1, the worst there can be, is added, and the limit is the quantile of the mean when
-    the parts get random weights, exponential and independent (Gaffke 2005, Metrika 61:1; a Bayesian bootstrap with the
+    One part whose images are all 1, the worst possible, is added, and the limit is the quantile of the mean when the
+    parts get random weights, exponential and independent (Gaffke 2005, Metrika 61:1; a Bayesian bootstrap with the
     worst added). For 0 and 1 without groups this is Clopper and Pearson's limit; without an event in n parts of one
-    size, `1 - alpha ** (1 / n)`. A t limit would be 0 there, and for sparse losses falls short of the truth up to three
-    times as often as it may; so does the effective sample size of Korn and Graubard (1998) for parts of unequal size
-    (`benchmarks/gate_errors.py --limits`). The quantile is by saddlepoint (Barndorff-Nielsen 1986, Biometrika 73:307),
-    which errs by less than 0.6 % of the limit.
-
-    Args:
-        values: Array (images,) of values up to 1.
-        alpha: One-sided level below 0.5.
-        group: Parts of the images.
+    size, `1 - alpha ** (1 / n)`. The quantile is by saddlepoint (Barndorff-Nielsen 1986, Biometrika 73:307), which errs
+    by less than 0.6 % of the limit.
     """
     if not len(values) or alpha <= 0:
         return 1.0
+    # A t limit would be 0 without an event, and for sparse losses falls short of the truth up to three times as often
+    # as it may; so does the effective sample size of Korn and Graubard (1998) for parts of unequal size
+    # (`benchmarks/gate_errors.py --limits`).
     sums, sizes = _by_group(values, group)
     added = float(np.sum(sizes**2) / np.sum(sizes))  # size of the part that an image drawn at random belongs to
     sums, sizes = np.append(sums, added), np.append(sizes, added)
@@ -80,7 +68,7 @@ def mean_at_most(values: Floats, alpha: float, group: NDArray[Any] | None = None
 
 
 def _saddlepoint(deviations: Floats) -> float:
-    """Normal quantile of the probability that random weights lift a sum of `deviations`, below 0, to above 0."""
+    """Return the normal quantile of the probability that random weights lift a sum of `deviations` to above 0."""
     highest = float(np.max(deviations))
 
     def slope(tilt: float) -> float:
@@ -94,7 +82,7 @@ def _saddlepoint(deviations: Floats) -> float:
 
 
 def _by_group(values: Floats, group: NDArray[Any] | None) -> tuple[Floats, Floats]:
-    """Sum of the values and number of images of each part."""
+    """Return the sum of the values and the number of images of each part."""
     if group is None:
         return np.asarray(values, dtype=float), np.ones(len(values))
     _, places = np.unique(group, return_inverse=True)
@@ -104,15 +92,9 @@ def _by_group(values: Floats, group: NDArray[Any] | None) -> tuple[Floats, Float
 def loss_at_most(loss: Floats, alpha: float, group: NDArray[Any] | None = None, binary: bool = True) -> float:
     """Return the upper confidence limit of the mean loss of a candidate against another model on the same images.
 
-    For single images with a loss of -1, 0 or 1: the score limit of Tango (1998, Statistics in Medicine 17:891), since
-    neither scipy nor statsmodels has one. Else `mean_at_most`. Neither is 0 for models that answer alike on all images:
-    a few images do not prove two models equal.
-
-    Args:
-        loss: Array (images,) in [-1, 1], positive where the candidate is worse.
-        alpha: One-sided level.
-        group: Parts of the images.
-        binary: Whether every loss is -1, 0 or 1.
+    For single images with a loss of -1, 0 or 1: the score limit of Tango (1998, Statistics in Medicine 17:891). Else
+    `mean_at_most`. Neither is 0 for models that answer alike on all images.
+    A loss in [-1, 1] is positive where the candidate is worse, and -1, 0 or 1 if `binary`.
     """
     if not len(loss) or alpha <= 0:
         return 1.0
@@ -122,7 +104,8 @@ def loss_at_most(loss: Floats, alpha: float, group: NDArray[Any] | None = None, 
 
 
 def _tango(losses: int, gains: int, n: int, alpha: float) -> float:
-    """Tango's upper limit of `(losses - gains) / n`: the difference from which on the score test rejects."""
+    """Return Tango's upper limit of `(losses - gains) / n`: the difference from which on the score test rejects."""
+    # Neither scipy nor statsmodels has it.
     if losses == n:
         return 1.0
     critical = float(stats.norm.isf(alpha))
@@ -136,31 +119,21 @@ def _tango(losses: int, gains: int, n: int, alpha: float) -> float:
 
 
 def _spread_at(difference: float, losses: float, gains: float) -> float:
-    """Standard deviation of a loss of -1, 0 or 1 at its maximum likelihood, if losses exceed gains by `difference`.
+    """Return the maximum likelihood standard deviation of a loss of -1, 0 or 1, if losses exceed gains by `difference`.
 
-    Args:
-        difference: Of the probabilities of a loss and of a gain.
-        losses: Measured share of images with a loss.
-        gains: Measured share of images with a gain.
+    `losses` and `gains` are measured shares of the images, `difference` is that of their probabilities.
     """
     linear = (2 - losses + gains) * difference - losses - gains
     gain = (math.sqrt(linear**2 + 8 * gains * difference * (1 - difference)) - linear) / 4
     return math.sqrt(max(2 * gain + difference * (1 - difference), 0.0))
 
 
-# ------------------------------------------------------------------------------------------------------------ gains
-
-
 def gain_p(gain: Floats, group: NDArray[Any] | None = None, binary: bool = True) -> float:
     """Return the one-sided p value of the hypothesis that a candidate is not better than another model.
 
     For single images with a gain of -1, 0 or 1: McNemar's exact test. Else a paired t test over the parts; its p is
-    never below `2 ** -k` with k parts that differ, the least that a sign-flip test can give.
-
-    Args:
-        gain: Array (images,) in [-1, 1], positive where the candidate is better.
-        group: Parts of the images.
-        binary: Whether every gain is -1, 0 or 1.
+    never below `2 ** -k` with k parts that differ, the least that a sign-flip test can give. A gain in [-1, 1] is
+    positive where the candidate is better, and -1, 0 or 1 if `binary`.
     """
     if binary and group is None:
         better, worse = int(np.sum(gain > 0)), int(np.sum(gain < 0))
@@ -184,17 +157,14 @@ def holm(p: Sequence[float], alpha: float) -> list[bool]:
 
 
 def level_of_look(look: int, looks: int, alpha: float) -> float:
-    """Level of the look-th candidate that a test set judges: `alpha` spent over all looks, proportional to 1 / look.
+    """Return the level of the look-th candidate that a test set judges: a share of `alpha` proportional to 1 / look.
 
     The levels of looks 1 to `looks` sum to `alpha`, so that whatever the dependence between candidates, some unfit one
-    passes in at most that share of test sets (Bonferroni with weights). 0 once the budget is used up: nothing passes.
+    passes in at most that share of test sets (Bonferroni with weights).
     """
     if look > looks:
-        return 0.0
+        return 0.0  # the budget is used up: nothing passes
     return alpha / (look * math.fsum(1 / number for number in range(1, looks + 1)))
-
-
-# ----------------------------------------------------------------------------------------------- images that are needed
 
 
 @lru_cache(maxsize=4096)
@@ -203,9 +173,8 @@ def images_for_rate(rate: float, limit: float, alpha: float, power: float) -> in
 
     Exact: the fewest n with P(`rate_at_most` < limit) >= power, the number of events being binomial.
 
-    Returns:
-        `None` if no number of images would do: the rate is not below the limit, or by so little that more than ten
-        million images would be needed.
+    `None` if no number of images would do: the rate is not below the limit, or by so little that more than ten million
+    images would be needed.
     """
     if rate >= limit or alpha <= 0:
         return None
@@ -225,14 +194,8 @@ def images_for_loss(spread: float, margin: float, alpha: float, power: float) ->
     """Return the number of images on which an equal candidate is shown not to be worse by the margin, with this power.
 
     Nam (1997, Biometrics 53:1422), for Tango's limit; close for continuous losses. At least as many as are needed to
-    show that a loss which never occurred is below the margin.
-
-    Args:
-        spread: Standard deviation of the loss between the models; for equal binary ones, the square root of the share
-            of images on which they differ.
-        margin: Greatest loss that counts as none, above 0, at most 1.
-        alpha: One-sided level.
-        power: Probability, at least 0.5, that an equal candidate passes.
+    show that a loss which never occurred is below the margin. `spread` is the standard deviation of the loss between
+    the models; for equal binary ones, the square root of the share of images on which they differ.
     """
     at_margin = _spread_at(margin, spread**2 / 2, spread**2 / 2)
     z_alpha, z_power = float(stats.norm.isf(alpha)), float(stats.norm.ppf(power))
@@ -241,13 +204,7 @@ def images_for_loss(spread: float, margin: float, alpha: float, power: float) ->
 
 
 def half_width(rate: float, images: float, alpha: float = 0.025) -> float:
-    """Return half of the width of Clopper and Pearson's interval of a rate measured on so many images.
-
-    Args:
-        rate: The measured rate; `rate * images` need not be whole.
-        images: Number of images, above 0.
-        alpha: Level of each limit.
-    """
+    """Return half of the width of Clopper and Pearson's interval of a rate; `rate * images` need not be whole."""
     events = rate * images
     low = special.betaincinv(events, images - events + 1, alpha) if events > 0 else 0.0
     high = special.betaincinv(events + 1, images - events, 1 - alpha) if events < images else 1.0
@@ -257,35 +214,20 @@ def half_width(rate: float, images: float, alpha: float = 0.025) -> float:
 def images_for_half_width(rate: float, width: float, alpha: float = 0.025) -> int:
     """Return the fewest images from which on the interval of this rate is at most `width` to either side, on average.
 
-    Args:
-        rate: The rate to measure.
-        width: Largest half of the interval's width, in (0, 0.5).
-        alpha: Level of each limit.
+    `width` is in (0, 0.5).
     """
     enough = 1
     while half_width(rate, enough, alpha) > width:
         enough *= 2
-    low = enough // 2  # not enough, or 0; the width falls with the number of images
-    while enough - low > 1:
-        middle = (low + enough) // 2
-        low, enough = (low, middle) if half_width(rate, middle, alpha) <= width else (middle, enough)
-    return enough
-
-
-# ------------------------------------------------------------------------------------------------- in the plant
+    # The width falls with the number of images.
+    return bisect_left(range(enough), -width, lo=enough // 2, key=lambda images: -half_width(rate, images, alpha))
 
 
 def at_prevalence(escape: Limits, overkill: Limits, prevalence: float) -> dict[str, Limits]:
-    """Convert rates that were measured on a test set to the plant's share of defects.
+    """Convert rates of a test set, each with its limits, to the plant's share of defective parts, `prevalence`.
 
-    Args:
-        escape: Share of defects that pass: value, lower and upper limit.
-        overkill: The same of good parts that are rejected.
-        prevalence: Share of defective parts in the plant.
-
-    Returns:
-        `precision` (share of rejected parts that are defective), and `escapes` and `false_calls` per 10,000 parts; each
-        with limits that hold where those of both rates hold.
+    Returns `precision` (share of rejected parts that are defective), and `escapes` and `false_calls` per 10,000 parts;
+    each with limits that hold where those of both rates hold.
     """
 
     def precision(escape: float, overkill: float) -> float:
@@ -296,12 +238,9 @@ def at_prevalence(escape: Limits, overkill: Limits, prevalence: float) -> dict[s
         value, low, high = (10_000 * share * number for number in rate)
         return value, low, high
 
+    (escapes, least, most), (false_calls, fewest, highest) = escape, overkill
     return {
-        "precision": (
-            precision(escape[0], overkill[0]),
-            precision(escape[2], overkill[2]),
-            precision(escape[1], overkill[1]),
-        ),
+        "precision": (precision(escapes, false_calls), precision(most, highest), precision(least, fewest)),
         "escapes": scaled(prevalence, escape),
         "false_calls": scaled(1 - prevalence, overkill),
     }
