@@ -118,7 +118,7 @@ def main(folders: list[Path]) -> int:
     guards = {}
     for folder in folders:
         start = time.perf_counter()
-        guards[folder.name] = guard_.fit(folder, Params())
+        guards[folder.name] = guard_.fit(folder, "test")
         print(f"{folder.name}: {guards[folder.name].summary} Fitted in {time.perf_counter() - start:.1f} s.")
     width = max(len(name) for name in (*ALWAYS, *OFTEN))
     print(f"{'refused, %':{width}}", *(f"{name:>14}" for name in tests))

@@ -2,23 +2,12 @@
 
 A model's raw `score` ranks images but need not be a probability: "0.99" may be right in 80 of 100 cases. A calibration
 is fitted on the validation split and maps scores to probabilities; the threshold is chosen on the same images for a
-stated limit, of overkill (`evaluate.overkill_limit`) or of escapes (`evaluate.escape_limit`). An image is flagged if
-its probability is at least the threshold. Evaluation, the gate, `adfm predict` and a served version all decide by it.
+limit of overkill or of escapes. An image is flagged if its probability is at least the threshold. Evaluation, the gate,
+`adfm predict` and a served version all decide by it. Without a validation split, or where no threshold keeps the limit,
+the threshold is `None` and the letter decides.
 
-Methods (`evaluate.calibration`):
-
-- `temperature`: p = sigmoid(logit(score) / temperature + bias), by logistic regression on the logit (temperature
-  scaling, Guo et al., arXiv 1706.04599, with the bias of Platt, "Probabilistic outputs for support vector machines",
-  1999, because a score of 0.5 need not be even odds). Two numbers, so that a hundred images suffice. Keeps the order of
-  the images.
-- `isotonic`: the best non-decreasing step-like function. It follows any shape, wants about 1,000 images, and makes
-  ties: images that had an order may get the same probability, AUROC may change, and a limit is used up less exactly.
-- `none`: the score as it is.
-
-A probability is stated for the share of defects that the validation split has. A line with fewer defects sees a lower
-one behind the same number; the threshold's overkill and escapes do not depend on that share.
-
-Without a validation split, or where no threshold keeps the limit, the threshold is `None` and the letter decides.
+A probability holds for the share of defects that the validation split has. On a line with fewer defects the same number
+stands for fewer of them; the threshold's overkill and escapes do not depend on that share.
 """
 
 from __future__ import annotations
@@ -33,6 +22,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adfm.errors import AdfmError
+from adfm.evaluation.metrics import Floats, decide, is_defective, numbers
 from adfm.evaluation.predictions import PREDICTIONS
 from adfm.params import Evaluate
 from adfm.records import Label
@@ -40,16 +30,14 @@ from adfm.records import Label
 if TYPE_CHECKING:
     import pandas as pd
 
-Floats = NDArray[np.float64]
+Method = Literal["temperature", "isotonic", "none"]
+Limit = Literal["overkill", "escapes"]
 
-FILE = "calibration.json"
-"""In an evaluation's folder, and so in a version: `evaluation/calibration.json`."""
+FILE = "calibration.json"  # in an evaluation's folder, and so in a version: `evaluation/calibration.json`
+DIGEST_TAG = "calibration_digest"  # of a version: the digest of that file
 
-DIGEST_TAG = "calibration_digest"
-"""Of a version: the digest of that file."""
-
+# A prediction table with decisions: `probability` is calibrated, `decision` the label at the threshold.
 DECIDED = pa.schema([*PREDICTIONS, pa.field("probability", pa.float64()), pa.field("decision", pa.string())])
-"""A prediction table with decisions: `probability` is calibrated, `decision` the label at the threshold."""
 
 # Scores of 0 and 1 have no logit. Scores come within 1e-6 of 1 and still have an order, so the bound is beyond that.
 _EPSILON = 1e-9
@@ -58,30 +46,20 @@ _UNKEPT = "no threshold keeps the limit on the validation split: answers without
 
 
 class Calibration(BaseModel):
-    """What makes probabilities and decisions of a model's scores.
-
-    Args:
-        method: How scores become probabilities.
-        parameters: Of `temperature`: `temperature` and `bias`; of `isotonic`: `scores` and `probabilities`, the corners
-            of the function, linear between them; of `none`: nothing.
-        threshold: The probability from which on an image is flagged; `None`: the letter decides.
-        limit: What the threshold was chosen for, as `{"overkill": 0.05}`; empty: a detector's own threshold.
-        images: Images of the validation split that it comes from.
-        model: Digest of the model's folder; `None` for a base model.
-        data: Fingerprint of the validation split.
-        note: Reason for a missing threshold, or for a method other than the configured one; empty otherwise.
-    """
+    """The probability of a model's score, and the decision by it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: Literal["temperature", "isotonic", "none"] = "none"
+    method: Method = "none"
+    # Of `temperature`: `temperature` and `bias`; of `isotonic`: `scores` and `probabilities`, the corners of the
+    # function, linear between them; of `none`: nothing.
     parameters: dict[str, Any] = {}
-    threshold: float | None = Field(default=None, ge=0, le=1)
-    limit: dict[Literal["overkill", "escapes"], float] = {}
-    images: int = Field(default=0, ge=0)
-    model: str | None = None
-    data: str | None = None
-    note: str = ""
+    threshold: float | None = Field(default=None, ge=0, le=1)  # `None`: the letter decides
+    limit: dict[Limit, float] = {}  # that the threshold keeps; a detector's own keeps none
+    images: int = Field(default=0, ge=0)  # of the validation split that it comes from
+    model: str | None = None  # digest of the model's folder; `None` for a base model
+    data: str | None = None  # fingerprint of the validation split
+    note: str = ""  # why there is no threshold, or another method than the configured one
 
     def probability(self, scores: Sequence[float | None] | Floats) -> Floats:
         """Calibrated probabilities of a defect, shape (n,); NaN for images without a score."""
@@ -89,36 +67,28 @@ class Calibration(BaseModel):
         if self.method == "temperature":
             from scipy.special import expit
 
+            # Temperature scaling (Guo et al., arXiv 1706.04599), with a bias, because a score of 0.5 need not be even
+            # odds. Two numbers, so that a hundred images suffice, and the images keep their order.
             return np.asarray(expit(_logit(score) / self.parameters["temperature"] + self.parameters["bias"]))
         if self.method == "isotonic":
             return np.asarray(np.interp(score, self.parameters["scores"], self.parameters["probabilities"]))
         return score
 
     def judge(self, predicted: Label | None, score: float | None) -> tuple[float | None, Label | None]:
-        """Probability and decision for one answer.
+        """Return probability and decision for one answer.
 
-        Args:
-            predicted: Label of the model's letter; `None` if the completion has no valid letter.
-            score: The raw score; `None` where there is none.
-
-        Returns:
-            The calibrated probability, `None` without a score; and the decision, `None` where there is neither a
-            threshold with a score nor a clean letter.
+        `predicted` is the label of the model's letter, `None` if the completion has no valid one. The probability is
+        `None` without a score; the decision, where there is neither a threshold with a score nor a clean letter.
         """
         probability = None if score is None else float(self.probability([score])[0])
-        return probability, _decision(predicted, probability, self.threshold)
+        if probability is None or self.threshold is None:
+            return probability, predicted
+        return probability, "anomalous" if probability >= self.threshold else "normal"
 
     def apply(self, table: pd.DataFrame) -> pd.DataFrame:
         """The prediction table with the columns `probability` and `decision`."""
-        probability = self.probability(_scores(table))
-        letters = table["predicted"].astype(object).where(table["predicted"].notna(), None)
-        decisions = [
-            _decision(letter, None if np.isnan(value) else value, self.threshold)
-            for letter, value in zip(letters, probability, strict=True)
-        ]
-        decided = table.assign(probability=probability)
-        decided["decision"] = np.array(decisions, dtype=object)
-        return decided
+        probability = self.probability(numbers(table, "score"))
+        return table.assign(probability=probability, decision=decide(table, probability, self.threshold))
 
     @property
     def summary(self) -> str:
@@ -136,45 +106,38 @@ class Calibration(BaseModel):
 
 
 def fit(table: pd.DataFrame, settings: Evaluate, model: str | None = None, data: str | None = None) -> Calibration:
-    """Fits probabilities and chooses the threshold on the validation split.
+    """Fit probabilities and choose the threshold on the validation split, whose prediction table is `table`.
 
-    Args:
-        table: Prediction table of the validation split: `label`, `predicted`, `score`.
-        settings: Reads `calibration`, `overkill_limit` and `escape_limit`.
-        model: As in `Calibration`.
-        data: As in `Calibration`.
+    `model` and `data` are those of `Calibration`.
     """
     method, parameters, note = _fit(table, settings.calibration)
+    limits: dict[Limit, float | None] = {"overkill": settings.overkill_limit, "escapes": settings.escape_limit}
     calibration = Calibration(
-        method=method, parameters=parameters, limit=limit_of(settings), images=len(table), model=model, data=data
+        method=method,
+        parameters=parameters,
+        limit={kind: limit for kind, limit in limits.items() if limit is not None},  # the settings have exactly one
+        images=len(table),
+        model=model,
+        data=data,
     )
-    threshold, why = choose_threshold(table, calibration.probability(_scores(table)), calibration.limit)
+    threshold, why = choose_threshold(table, calibration.probability(numbers(table, "score")), calibration.limit)
     note = "; ".join(part for part in (note, why) if part)
     return calibration.model_copy(update={"threshold": threshold, "note": note})
 
 
-def limit_of(settings: Evaluate) -> dict[Literal["overkill", "escapes"], float]:
-    """The one limit that is set, as `Calibration.limit` has it."""
-    if settings.overkill_limit is not None:
-        return {"overkill": settings.overkill_limit}
-    assert settings.escape_limit is not None  # the settings see to it
-    return {"escapes": settings.escape_limit}
-
-
 def read(file: Path, model: str | None = None) -> Calibration:
-    """Reads a `calibration.json`.
-
-    Args:
-        file: The file.
-        model: Digest of the model's folder that it has to belong to; `None`: of any.
+    """Read a `calibration.json`, of the model with this digest, or of any.
 
     Raises:
         AdfmError: It cannot be read, or belongs to another model.
     """
     try:
-        calibration = _parse(file.read_text(encoding="utf-8"), str(file))
+        calibration = Calibration.model_validate_json(file.read_text(encoding="utf-8"))
+        calibration.probability([0.5])  # fails without the parameters of its method
     except (OSError, UnicodeDecodeError) as error:
         raise AdfmError(f"{file} cannot be read ({error}); `adfm evaluate` writes it.") from error
+    except (ValidationError, LookupError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise AdfmError(f"{file} is not a calibration ({error}); evaluate and register the model again.") from error
     if model is not None and calibration.model != model:
         raise AdfmError(
             f"{file} was made for another model (digest {calibration.model}, not {model}); "
@@ -183,24 +146,13 @@ def read(file: Path, model: str | None = None) -> Calibration:
     return calibration
 
 
-def _parse(text: str, place: str) -> Calibration:
-    try:
-        calibration = Calibration.model_validate_json(text)
-        calibration.probability([0.5])  # has the parameters of its method
-    except (ValidationError, LookupError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise AdfmError(f"{place} is not a calibration ({error}); evaluate and register the model again.") from error
-    return calibration
-
-
 def of_version(folder: Path, model: str) -> Calibration:
-    """The calibration in the folder of a version; one without a threshold, which says so, where there is none.
+    """Read the calibration of a version's folder, whose signature is verified, for the model with this digest.
 
-    Args:
-        folder: The version's files, whose signature is verified.
-        model: Digest of its model.
+    A version without one has a calibration without a threshold, whose note says so.
 
     Raises:
-        AdfmError: The file cannot be read, or was made for another model.
+        AdfmError: As of `read`.
     """
     file = folder / "evaluation" / FILE
     if not file.is_file():
@@ -208,67 +160,61 @@ def of_version(folder: Path, model: str) -> Calibration:
     return read(file, model)
 
 
-def choose_threshold(
-    table: pd.DataFrame, probability: Floats, limit: dict[Literal["overkill", "escapes"], float]
-) -> tuple[float | None, str]:
-    """The threshold that keeps a limit, and no more careful than that.
+def choose_threshold(table: pd.DataFrame, probability: Floats, limit: dict[Limit, float]) -> tuple[float | None, str]:
+    """Choose the threshold that keeps a limit, and no more careful than that; or return `None`, and why there is none.
 
     For overkill it is the lowest that flags at most that share of the normal images; for escapes the highest that
-    misses at most that share of the defective ones. Of all thresholds that decide the validation images in that way it
-    is the one in the middle, so that the last digits of a probability, which depend on the batch, flip nothing. Images
-    with the same probability are flagged together. An image without a score is decided by its letter at any threshold,
-    and wrongly without one.
-
-    Args:
-        table: Prediction table: `label`, `predicted`.
-        probability: Of each image, (n,); NaN where there is none.
-        limit: The kind of limit and its share, in [0, 1).
-
-    Returns:
-        The threshold, in [0, 1], and an empty text; or `None`, and why there is none.
+    misses at most that share of the defective ones. Images with the same probability are flagged together. An image
+    without a score (NaN in `probability`) is decided by its letter at any threshold, and wrongly without one.
     """
     ((kind, share),) = limit.items()
-    anomalous = (table["label"] == "anomalous").to_numpy(dtype=bool)
+    anomalous = is_defective(table)
     # Without normal images any threshold at all keeps a limit of escapes, 0 included, which flags everything.
-    lacking = "normal" if anomalous.all() else "anomalous" if kind == "escapes" and not anomalous.any() else ""
-    if lacking:
-        return None, f"the validation split has no {lacking} image to choose a threshold on"
-    rank = _ranks(table, probability, anomalous)
+    missing = "normal" if anomalous.all() else "anomalous" if kind == "escapes" and not anomalous.any() else ""
+    if missing:
+        return None, f"the validation split has no {missing} image to choose a threshold on"
+    letter = table["predicted"].astype(object)
+    flagged = np.where(letter.isna(), ~anomalous, letter == "anomalous")
+    rank = np.where(np.isnan(probability), np.where(flagged, 2.0, -1.0), probability)
     known = rank[(rank >= 0) & (rank <= 1)]
+    images = np.sort(rank[anomalous] if kind == "escapes" else rank[~anomalous])
+    spent = int(np.floor(share * len(images) + 1e-9))
     if kind == "overkill":
-        normal = np.sort(rank[~anomalous])[::-1]
-        passed = normal[int(np.floor(share * len(normal) + 1e-9))]  # the highest that has to be passed
-        if passed >= 1:
+        low = images[len(images) - 1 - spent]  # the highest that has to be passed
+        if low >= 1:
             return None, _UNKEPT
-        low, high = passed, np.min(known[known > passed], initial=1.0)
-        if passed < 0:
+        if low < 0:
             return 0.0, ""
-        middle = (low + high) / 2
-        return float(middle if middle > low else high), ""
-    defects = np.sort(rank[anomalous])
-    flagged = defects[int(np.floor(share * len(defects) + 1e-9))]  # the lowest that has to be flagged
-    if flagged < 0:
-        return None, _UNKEPT
-    if flagged > 1:
-        return 1.0, ""
-    low = np.max(known[known < flagged], initial=0.0)
-    middle = (low + flagged) / 2
-    return float(middle if middle > low else flagged), ""
+        high = np.min(known[known > low], initial=1.0)
+    else:
+        high = images[spent]  # the lowest that has to be flagged
+        if high < 0:
+            return None, _UNKEPT
+        if high > 1:
+            return 1.0, ""
+        low = np.max(known[known < high], initial=0.0)
+    # All thresholds above `low` up to `high` decide alike here. The middle one is safest: the last digits of a
+    # probability, which depend on the batch, flip nothing.
+    middle = (low + high) / 2
+    return float(middle if middle > low else high), ""
 
 
-def _fit(
-    table: pd.DataFrame, method: Literal["temperature", "isotonic", "none"]
-) -> tuple[Literal["temperature", "isotonic", "none"], dict[str, Any], str]:
-    """The method that can be fitted, its parameters, and why it is not the one asked for."""
+def _fit(table: pd.DataFrame, method: Method) -> tuple[Method, dict[str, Any], str]:
+    """Return the method that can be fitted, its parameters, and why it is not the configured one."""
     if method == "none":
         return "none", {}, ""
-    score = _scores(table)
+    score = numbers(table, "score")
     scored = ~np.isnan(score)
-    score, defective = score[scored], (table["label"] == "anomalous").to_numpy(dtype=bool)[scored]
+    score, defective = score[scored], is_defective(table)[scored]
     if not defective.any() or defective.all():
         return "none", {}, "scores are not calibrated: the validation split does not have scored images of both labels"
     if method == "isotonic":
-        corners, steps = _isotonic(score, defective)
+        from sklearn.isotonic import IsotonicRegression
+
+        # It follows any shape, but needs about 1,000 images, and makes ties: images that had an order may get the same
+        # probability, AUROC may change, and a limit is used up less exactly.
+        fitted = IsotonicRegression(y_min=0, y_max=1).fit(score, defective.astype(float))
+        corners, steps = fitted.X_thresholds_.tolist(), fitted.y_thresholds_.tolist()
         if steps[0] < steps[-1]:
             return method, {"scores": corners, "probabilities": steps}, ""
     else:
@@ -279,15 +225,13 @@ def _fit(
 
 
 def _platt(logit: Floats, defective: NDArray[np.bool_]) -> tuple[float, float]:
-    """Slope and bias of the logistic regression of the label on the logit; slope 0 where the logits are all alike.
-
-    Labels are softened as Platt has it, (n + 1) / (n + 2) for 1 and 1 / (n + 2) for 0, with n images of that label:
-    where scores separate the labels, which they do on small splits, the slope would be infinite otherwise.
-    """
+    """Fit a logistic regression of the label on the logit; return slope and bias."""
     from sklearn.linear_model import LogisticRegression
 
     if np.ptp(logit) < 1e-9:
         return 0.0, 0.0
+    # Labels are softened (Platt, "Probabilistic outputs for support vector machines", 1999): where scores separate the
+    # labels, which they do on small splits, the slope would be infinite otherwise.
     positive, negative = int(defective.sum()), int((~defective).sum())
     soft = np.where(defective, (positive + 1) / (positive + 2), 1 / (negative + 2))
     inputs, labels = np.concatenate([logit, logit])[:, None], np.repeat([1, 0], len(logit))
@@ -295,31 +239,6 @@ def _platt(logit: Floats, defective: NDArray[np.bool_]) -> tuple[float, float]:
     # It takes no soft labels: each image counts as both, with the weight of each.
     regression.fit(inputs, labels, sample_weight=np.concatenate([soft, 1 - soft]))
     return float(regression.coef_[0, 0]), float(regression.intercept_[0])
-
-
-def _isotonic(score: Floats, defective: NDArray[np.bool_]) -> tuple[list[float], list[float]]:
-    """Corners of the best non-decreasing function of the score."""
-    from sklearn.isotonic import IsotonicRegression
-
-    regression = IsotonicRegression(y_min=0, y_max=1).fit(score, defective.astype(float))
-    return regression.X_thresholds_.tolist(), regression.y_thresholds_.tolist()
-
-
-def _decision(predicted: Label | None, probability: float | None, threshold: float | None) -> Label | None:
-    if probability is None or threshold is None:
-        return predicted
-    return "anomalous" if probability >= threshold else "normal"
-
-
-def _ranks(table: pd.DataFrame, probability: Floats, anomalous: NDArray[np.bool_]) -> Floats:
-    """Probabilities; without one 2 (always flagged) or -1 (never), by the letter, and wrong without a letter."""
-    letter = table["predicted"].astype(object)
-    flagged = np.where(letter.isna(), ~anomalous, letter == "anomalous")
-    return np.where(np.isnan(probability), np.where(flagged, 2.0, -1.0), probability)
-
-
-def _scores(table: pd.DataFrame) -> Floats:
-    return np.asarray(table["score"].to_numpy(dtype=float, na_value=np.nan))
 
 
 def _logit(score: Floats) -> Floats:

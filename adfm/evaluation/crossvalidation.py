@@ -1,17 +1,13 @@
-"""The figures of a cross-validation: every image judged once, by a model that was not trained on it.
+"""Metrics of a cross-validation: every image is judged once, by a model that was not trained on it.
 
-They say how good the recipe (data, settings, training) is on this data, not how good one model is. Two things make them
-uncertain: the images are few, and another training set would have given another model. The predictions of all folds
-together are not independent of each other: those of one fold are by one model, and any two models share most of their
-training images, so that no unbiased estimate of the variance exists (Bengio and Grandvalet 2004, "No unbiased estimator
-of the variance of K-fold cross-validation", JMLR 5:1089). `interval` is the wider of two, on each side.
+They show how good the recipe (data, settings, training) is on this data, not how good one model is. Two things make
+them uncertain: the images are few, and another training set would have given another model.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +24,7 @@ if TYPE_CHECKING:
 FILE = "cross-validation.json"
 PREDICTIONS = "cross-validation.parquet"
 
+# Metrics of the letters as written, and of the decisions at the threshold.
 _WRITTEN = ("miss_rate", "overkill", "balanced_accuracy", "auroc", "iou", "box_f1", "parse_rate")
 _DECIDED = ("miss_rate", "overkill", "balanced_accuracy", "iou")
 
@@ -35,20 +32,16 @@ _DECIDED = ("miss_rate", "overkill", "balanced_accuracy", "iou")
 def interval(
     value: float, low: float, high: float, of_folds: Sequence[float], test_share: float
 ) -> tuple[float, float]:
-    """95 % interval of a metric over all folds, the wider of two on each side.
+    """Return the 95 % interval of a metric over all folds, the wider of two on each side.
 
     - `low` and `high`, the limits of the pooled predictions: what so few images leave open if all folds had one model.
     - Student's t of the folds' values, with the variance of their mean corrected for the training images that they
       share: `variance * (1 / k + test_share)` (Nadeau and Bengio 2003, "Inference for the generalization error",
-      Machine Learning 52:239). It has the spread between the folds' models, and few degrees of freedom.
-
-    Args:
-        value: Of all predictions together.
-        low: Its lower limit.
-        high: Its upper limit.
-        of_folds: The metric in each fold that has it.
-        test_share: Images that a fold judges, divided by those that its model is trained on.
+      Machine Learning 52:239). It has the spread between the folds' models, and few degrees of freedom. `test_share`
+      is the images that a fold judges, divided by those that its model is trained on.
     """
+    # No unbiased estimate of the variance exists: the predictions of a fold are by one model, and any two models share
+    # most of their training images (Bengio and Grandvalet 2004, JMLR 5:1089).
     from scipy.stats import t
 
     k = len(of_folds)
@@ -59,29 +52,20 @@ def interval(
 
 
 def summarize(tables: Sequence[pd.DataFrame], trained_on: Sequence[int], resamples: int, seed: int) -> dict[str, Any]:
-    """The metrics of a cross-validation.
+    """Measure a cross-validation by the prediction tables of its folds, with decisions, and their training images.
 
-    Rates, means over images and box F1 are those of all predictions together. AUROC is the mean of the folds', since
-    scores of two models are on two scales (Forman and Scholz 2010, "Apples-to-apples in cross-validation studies",
-    SIGKDD Explorations 12:49). Limits are exact for rates; by a bootstrap of whole parts within each fold for AUROC and
-    box F1; all are then widened as `interval` says.
+    Rates, means over images and box F1 are those of all predictions together; AUROC is the mean of the folds'. Limits
+    are exact for rates; by a bootstrap of whole parts within each fold for AUROC and box F1; all are then widened as
+    `interval` says.
 
-    Args:
-        tables: The prediction table of each fold, with decisions.
-        trained_on: Training images of each fold.
-        resamples: Bootstrap resamples.
-        seed: Seed of the resampling.
-
-    Returns:
-        For each metric `value`, `low`, `high` and the values of `folds`; `None` where it is not defined.
-        `<metric>_at_threshold` counts decisions, each at the threshold of its fold, the rest letters.
+    Returns for each metric `value`, `low`, `high` and the values of `folds`; `None` where it is not defined.
+    `<metric>_at_threshold` counts decisions, each at the threshold of its fold, the rest letters.
     """
     share = float(np.mean([len(table) / images for table, images in zip(tables, trained_on, strict=True)]))
-    result = {name: _metric(name, tables, share, resamples, seed) for name in _WRITTEN}
     decided = [metrics.as_decided(table) for table in tables]
     return {
         **{f"{name}_at_threshold": _metric(name, decided, share, resamples, seed) for name in _DECIDED},
-        **result,
+        **{name: _metric(name, tables, share, resamples, seed) for name in _WRITTEN},
     }
 
 
@@ -91,7 +75,11 @@ def _metric(name: str, tables: Sequence[pd.DataFrame], share: float, resamples: 
     of_folds = [metrics.values(table)[name] for table in tables]
     known = [value for value in of_folds if value is not None]
     pooled = pd.concat(tables, ignore_index=True)
-    value = (float(np.mean(known)) if known else None) if name == "auroc" else metrics.values(pooled)[name]
+    value = metrics.values(pooled)[name]
+    if name == "auroc":
+        # Scores of two models are on two scales (Forman and Scholz 2010, "Apples-to-apples in cross-validation
+        # studies", SIGKDD Explorations 12:49).
+        value = float(np.mean(known)) if known else None
     if value is None:
         return {"value": None, "low": None, "high": None, "folds": of_folds}
     limits = metrics.limits_of_means(pooled.sort_values("id"), [name])
@@ -105,7 +93,7 @@ def _metric(name: str, tables: Sequence[pd.DataFrame], share: float, resamples: 
 
 
 def _resampled(name: str, tables: Sequence[pd.DataFrame], resamples: int, seed: int) -> metrics.Floats:
-    """A metric in bootstrap resamples that draw the parts of each fold among themselves, (resamples,)."""
+    """Return a metric in bootstrap resamples that draw the parts of each fold among themselves, (resamples,)."""
     import pandas as pd
 
     weights = [
@@ -121,7 +109,7 @@ def _resampled(name: str, tables: Sequence[pd.DataFrame], resamples: int, seed: 
 
 
 def read(folder: Path, shards: Path) -> dict[str, Any] | None:
-    """The figures of a cross-validation of these shards; `None` if it had no folds.
+    """Read a cross-validation of these shards; return `None` if it had no folds.
 
     Raises:
         AdfmError: They cannot be read, or are of other data.
@@ -138,25 +126,8 @@ def read(folder: Path, shards: Path) -> dict[str, Any] | None:
     return results
 
 
-def add(results: dict[str, Any], folds: Path, evaluation: Path) -> str:
-    """Copies a cross-validation into an evaluation; returns the section for its comparison."""
-    for name in (FILE, PREDICTIONS):
-        shutil.copy2(folds / name, evaluation)
-    return section(results)
-
-
-def title(metric: str) -> str:
-    """The name of a metric of `summarize` for people."""
-    name = metric.removesuffix("_at_threshold")
-    return plots.TITLES[name] + " at threshold" * (metric != name)
-
-
 def note(results: dict[str, Any]) -> str:
-    """What the figures are, in words.
-
-    Args:
-        results: What `adfm.training.folds.cross_validate` wrote, with folds.
-    """
+    """Explain the figures that `adfm.training.folds.cross_validate` wrote, with folds, in words."""
     first = results["folds"][0]
     return (
         f"Cross-validation: {results['images']} images, {results['anomalous']} of them defective, each judged once by"
@@ -170,18 +141,18 @@ def note(results: dict[str, Any]) -> str:
 
 
 def section(results: dict[str, Any]) -> str:
-    """The section of the comparison, in Markdown."""
+    """Write the section of the comparison, in Markdown."""
     lines = ["## Cross-validation", "", "| | all folds | lowest and highest fold |", "|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in rows(results)]
     return "\n".join([*lines, "", note(results)])
 
 
 def rows(results: dict[str, Any]) -> list[list[str]]:
-    """Title, value with its interval, and the range over the folds of each metric that is defined."""
+    """Return title, value with its interval, and the range over the folds of each metric that is defined."""
     return [
         [
-            title(name),
-            f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]",
+            plots.TITLES[name],
+            metrics.written(metric["value"], metric["low"], metric["high"]),
             " to ".join(f"{end([v for v in metric['folds'] if v is not None]):.3f}" for end in (min, max)),
         ]
         for name, metric in results["metrics"].items()

@@ -14,30 +14,22 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, special, stats
 
-Floats = NDArray[np.float64]
+from adfm.evaluation.metrics import Floats
 
-LEAST = 60
-"""Defects that hit/miss data need (MIL-HDBK-1823A, 4.5.2.2)."""
-LEAST_OF_EACH = 10
-"""Hits, and misses, without which the slope is little more than chance."""
+LEAST = 60  # defects that hit/miss data need (MIL-HDBK-1823A, 4.5.2.2)
+LEAST_OF_EACH = 10  # hits, and misses, without which the slope is little more than chance
 CONFIDENCE = 0.95
 POINTS = np.array([0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98])
 
 
 def curve(size: Floats, detected: Floats) -> dict[str, Any]:
-    """Probability of detection as a function of defect size.
+    """Fit the probability of detection as a function of defect size, above 0, in any unit of length or area.
 
-    Args:
-        size: Array (defects,), above 0, in any unit of length or area; a50 and a90 are in the same.
-        detected: Array (defects,) of 0 and 1.
-
-    Returns:
-        JSON values: `defects`, `hits`, `smallest` and `largest` size; `a50`, `a90`, `a90_95`; `intercept` and `slope`
-        of the logit in the natural logarithm of the size; `points`: `detection`, the `size` that reaches it, and the
-        limits of that size `low` and `high`, each one-sided at 95 % (the upper and lower bound of the curve, read
-        across). `reason`: why there is no curve, in words, else `None`; without a curve all of these are `None`, and
-        `points` is empty. `note`: that a90/95 lies outside the measured sizes, else `None`. With 60 to 200 defects
-        a90/95 falls short of a90 in about 7 of 100 data sets, not 5: the likelihood ratio is exact for many only.
+    `detected` is 0 or 1 for each defect. Returns JSON values: `defects`, `hits`, `smallest` and `largest` size; `a50`,
+    `a90`, `a90_95`; `intercept` and `slope` of the logit in the natural logarithm of the size; `points`: `detection`,
+    the `size` that reaches it, and the limits of that size `low` and `high`, each one-sided at 95 % (the upper and
+    lower bound of the curve, read across). `reason`: why no curve was fitted, in words, else `None`; without a curve
+    all of these are `None`, and `points` is empty. `note`: that a90/95 lies outside the measured sizes, else `None`.
     """
     size, detected = np.asarray(size, dtype=float), np.asarray(detected, dtype=float)
     defects, hits = len(size), int(np.sum(detected))
@@ -46,19 +38,21 @@ def curve(size: Floats, detected: Floats) -> dict[str, Any]:
         "hits": hits,
         "smallest": float(size.min()) if defects else None,
         "largest": float(size.max()) if defects else None,
-        "reason": _too_few(defects, hits),
+        "reason": _no_curve(size, detected == 1),
         "note": None,
         **dict.fromkeys(("a50", "a90", "a90_95", "intercept", "slope")),
         "points": [],
     }
     if result["reason"] is not None:
         return result
+    # With 60 to 200 defects a90/95 falls short of a90 in about 7 of 100 data sets, not 5: the likelihood ratio is exact
+    # for many only.
     center = float(np.mean(np.log(size)))  # the two parameters are nearly independent there
     log_size = np.log(size) - center
-    result["reason"] = _separated(log_size, detected == 1)
-    if result["reason"] is not None:
-        return result
-    intercept, slope = _fit(log_size, detected)
+    import statsmodels.api as sm  # type: ignore[import-untyped]
+
+    model = sm.GLM(detected, sm.add_constant(log_size, has_constant="add"), family=sm.families.Binomial())
+    intercept, slope = map(float, model.fit().params)
     fitted = _log_likelihood(intercept + slope * log_size, detected)
     level = float(special.logit(np.mean(detected)))
     critical = float(stats.chi2.ppf(2 * CONFIDENCE - 1, 1)) / 2
@@ -67,7 +61,7 @@ def curve(size: Floats, detected: Floats) -> dict[str, Any]:
         return result
 
     def limit(detection: float, side: int) -> float:
-        """The size, in units of `log_size`, beyond which that probability of detection is excluded on this side."""
+        """Return the size, in units of `log_size`, beyond which that probability is excluded on this side."""
         logit = float(special.logit(detection))
         best = (logit - intercept) / slope
 
@@ -109,28 +103,17 @@ def curve(size: Floats, detected: Floats) -> dict[str, Any]:
     return result
 
 
-def _too_few(defects: int, hits: int) -> str | None:
+def _no_curve(size: Floats, hit: NDArray[np.bool_]) -> str | None:
+    defects, hits = len(size), int(hit.sum())
     if defects < LEAST:
         return f"{defects} defects with a size; a curve needs {LEAST} (MIL-HDBK-1823A)."
     if min(hits, defects - hits) < LEAST_OF_EACH:
         least = f"{LEAST_OF_EACH} hits and {LEAST_OF_EACH} misses"
         return f"{hits} of {defects} defects are detected; a curve needs {least}."
-    return None
-
-
-def _separated(log_size: Floats, hit: NDArray[np.bool_]) -> str | None:
-    """The likelihood has no maximum when one size divides hits from misses."""
-    if log_size[hit].min() >= log_size[~hit].max() or log_size[~hit].min() >= log_size[hit].max():
+    # The likelihood has no maximum when one size divides hits from misses.
+    if size[hit].min() >= size[~hit].max() or size[~hit].min() >= size[hit].max():
         return "One size divides detected from missed defects: no curve can be fitted. Add defects of about that size."
     return None
-
-
-def _fit(log_size: Floats, detected: Floats) -> tuple[float, float]:
-    import statsmodels.api as sm  # type: ignore[import-untyped]
-
-    model = sm.GLM(detected, sm.add_constant(log_size, has_constant="add"), family=sm.families.Binomial())
-    intercept, slope = model.fit().params
-    return float(intercept), float(slope)
 
 
 def _log_likelihood(logit: Floats, detected: Floats) -> float:
@@ -138,7 +121,7 @@ def _log_likelihood(logit: Floats, detected: Floats) -> float:
 
 
 def _constrained(distance: Floats, detected: Floats, logit: float) -> float:
-    """Greatest log likelihood of all slopes of a curve that passes `logit` at distance 0 (profile likelihood)."""
+    """Return the greatest log likelihood of a curve that passes `logit` at distance 0 (profile likelihood)."""
     sign = 2 * detected - 1
 
     def gradient(slope: float) -> float:

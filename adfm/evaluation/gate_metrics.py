@@ -1,8 +1,7 @@
 """The metrics that the gate judges: one entry of `METRICS` each.
 
-Each is a mean over images of a value between 0 and 1. An entry has its name, its direction, over which images it is
-taken, and what a policy asks of it by default; gate, plan, report, policy file and MLflow's tables follow from it. A
-metric of which nothing is asked by default is judged where a policy names it.
+Each is a mean over images of a value between 0 and 1. Gate, plan, report, policy file and MLflow's tables follow from
+the entry.
 """
 
 from __future__ import annotations
@@ -11,90 +10,58 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
+from adfm.evaluation import metrics
+from adfm.evaluation.metrics import of_images
 from adfm.params import Fraction, Section
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Floats = NDArray[np.float64]
+
+Floats = metrics.Floats
 
 
 class Bound(Section):
-    """What is asked of one metric.
+    """What a policy demands of one metric; `None` of either: nothing."""
 
-    Args:
-        limit: The worst value that is acceptable, whatever production does; `None`: not asked.
-        margin: By how much the candidate may be worse than production or the anchor; `None`: not asked.
-    """
-
-    limit: Fraction | None = None
+    limit: Fraction | None = None  # the worst value that is acceptable, whatever production does
+    # By how much the candidate may be worse than production or the anchor.
     margin: Annotated[float, Field(gt=0, le=1)] | None = None
+
+
+_NOTHING = Bound()
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric that the gate judges.
-
-    Args:
-        title: For people.
-        higher: Whether more is better.
-        over: The images that count, in words: `images`, `normal images`, `anomalous images`.
-        values: For a prediction table of decisions, each image's value in [0, 1]; NaN where an image does not count.
-        binary: Whether each value is 0 or 1.
-        gain: Whether a better value is a reason to promote, by a policy that names the metric.
-        whole: What the default policy asks of it over all images.
-        parts: The same over a category, or a kind of defect.
-    """
+    """One metric that the gate judges."""
 
     title: str
-    higher: bool
-    over: str
+    higher: bool  # whether more is better
+    over: str  # the images that count, in words
+    # For a prediction table of decisions, each image's value in [0, 1]; NaN where an image does not count.
     values: Callable[[pd.DataFrame], Floats]
-    binary: bool
-    gain: bool
-    whole: Bound
-    parts: Bound
+    binary: bool = True  # whether each value is 0 or 1
+    gain: bool = True  # whether a better value is a reason to promote, by a policy that names the metric
+    whole: Bound = _NOTHING  # of the default policy over all images
+    parts: Bound = _NOTHING  # the same over a category, or a kind of defect
 
     @property
     def asked(self) -> bool:
-        """Whether the default policy has the metric; otherwise it would weaken the gain of the others (Holm)."""
-        return self.whole != Bound() or self.parts != Bound()
+        """Whether the default policy has the metric; otherwise it is judged where a policy names it."""
+        # In every policy, a further metric would weaken the gain of the others (Holm).
+        return self.whole != _NOTHING or self.parts != _NOTHING
 
 
-def _right(table: pd.DataFrame) -> Floats:
-    """1 where the decision is the label; an answer that cannot be parsed is wrong."""
-    right = table["predicted"].notna() & (table["predicted"].astype(object) == table["label"].astype(object))
-    return np.asarray(right, dtype=np.float64)
-
-
-def _wrong_of(label: str) -> Callable[[pd.DataFrame], Floats]:
-    def values(table: pd.DataFrame) -> Floats:
-        return np.asarray(np.where(table["label"].isin([label]), 1 - _right(table), np.nan), dtype=float)
-
-    return values
-
-
-def _column(name: str) -> Callable[[pd.DataFrame], Floats]:
-    """The values of a column; of a table without it no image counts."""
-
-    def values(table: pd.DataFrame) -> Floats:
-        return table.reindex(columns=[name])[name].to_numpy(dtype=float, na_value=np.nan)
-
-    return values
-
-
+# By name, in the order of a policy.
 METRICS: dict[str, Metric] = {
     "accuracy": Metric(
         title="accuracy",
         higher=True,
         over="images",
-        values=_right,
-        binary=True,
-        gain=True,
+        values=lambda table: of_images(table)["accuracy"],
         whole=Bound(limit=0.6, margin=0.05),
         parts=Bound(margin=0.2),
     ),
@@ -102,9 +69,8 @@ METRICS: dict[str, Metric] = {
         title="IoU",
         higher=True,
         over="anomalous images with boxes",
-        values=_column("iou"),
+        values=lambda table: of_images(table)["iou"],
         binary=False,
-        gain=True,
         whole=Bound(limit=0.1, margin=0.05),
         parts=Bound(margin=0.2),
     ),
@@ -112,8 +78,7 @@ METRICS: dict[str, Metric] = {
         title="escape rate",
         higher=False,
         over="anomalous images",
-        values=_wrong_of("anomalous"),
-        binary=True,
+        values=lambda table: of_images(table)["miss_rate"],
         gain=False,
         whole=Bound(limit=0.35, margin=0.05),
         parts=Bound(limit=0.7, margin=0.2),
@@ -122,8 +87,7 @@ METRICS: dict[str, Metric] = {
         title="overkill",
         higher=False,
         over="normal images",
-        values=_wrong_of("normal"),
-        binary=True,
+        values=lambda table: of_images(table)["overkill"],
         gain=False,
         whole=Bound(limit=0.4, margin=0.05),
         parts=Bound(margin=0.2),
@@ -132,11 +96,7 @@ METRICS: dict[str, Metric] = {
         title="mask IoU",
         higher=True,
         over="anomalous images with masks",
-        values=_column("mask_iou"),
+        values=lambda table: of_images(table)["mask_iou"],
         binary=False,
-        gain=True,
-        whole=Bound(),
-        parts=Bound(),
     ),
 }
-"""The metrics that the gate judges, by name, in the order of a policy."""

@@ -1,21 +1,8 @@
-"""Input guard: recognise images that the model cannot judge, because they are unlike those that it was trained on.
+"""Input guard: refuse images that the model cannot judge, because they are unlike its training images.
 
 A model answers a black frame, or a photograph of another product, as readily as a good part, and often `normal`. The
 guard is fitted with every evaluation, written to `guard.json` beside `calibration.json`, and so signed with the version
-and served with it. An image is refused, with a reason in words, if one of these holds:
-
-- `uniform`: all pixels of the reduced image are the same; always refused.
-- `black`, `white`: more of it is black or white than of any training image, by a margin. Dark-field photographs, most
-  of which is black, therefore pass where the training images are such.
-- `size`, `shape`: its longer side, or width over height, is out of the range of the training images, by a margin.
-- `far`: its distance to the most similar training image is above a limit.
-
-The distance is Euclidean between `STATISTICS` of the images (brightness, contrast, colour, edges at several scales,
-sharpness), whitened by their covariance within a category (Ledoit and Wolf, "A well-conditioned estimator for
-large-dimensional covariance matrices", 2004). Nearest neighbours need no assumption about how many kinds of image there
-are. The limit is `_MARGIN` times the distance that all but 1 in 1,000 validation images keep (with fewer than 1,000 of
-them: all), or that 99 of 100 training images keep to the other ones, whichever is larger: a few validation images alone
-do not show how far good ones lie.
+and served with it. docs/serving.md lists the kinds of images that it refuses.
 """
 
 from __future__ import annotations
@@ -35,35 +22,23 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
-from adfm.params import Params
+from adfm.evaluation.metrics import Floats
 from adfm.process import cpus
 
-Floats = NDArray[np.float64]
 Kind = Literal["uniform", "black", "white", "size", "shape", "far"]
 
-FILE = "guard.json"
-"""In an evaluation's folder, and so in a version: `evaluation/guard.json`."""
+FILE = "guard.json"  # in an evaluation's folder, and so in a version: `evaluation/guard.json`
 
-_LEVEL, _LOG = 0.01, 0.05  # least spread of a statistic in [0, 1], and of a logarithm: less is noise of the encoding
-_SCALES = {
-    "brightness": _LEVEL,
-    "contrast": _LOG,
-    "dark end": _LEVEL,
-    "middle grey": _LEVEL,
-    "bright end": _LEVEL,
-    "red against green": _LEVEL,
-    "yellow against blue": _LEVEL,
-    "colourfulness": _LOG,
-    "edges of 1 pixel": _LOG,
-    "edges of 2 pixels": _LOG,
-    "edges of 4 pixels": _LOG,
-    "edges of 8 pixels": _LOG,
-    "direction of fine edges": _LOG,
-    "direction of coarse edges": _LOG,
-    "sharpness": _LOG,
-}
-STATISTICS = tuple(_SCALES)
-"""What is measured on the reduced copy of an image, in this order."""
+# What is measured on the reduced copy of an image: brightness, colour, edges at several scales, sharpness.
+STATISTICS = (
+    *("brightness", "contrast", "dark end", "middle grey", "bright end"),
+    *("red against green", "yellow against blue", "colourfulness"),
+    *("edges of 1 pixel", "edges of 2 pixels", "edges of 4 pixels", "edges of 8 pixels"),
+    *("direction of fine edges", "direction of coarse edges", "sharpness"),
+)
+_LEVELS = ("brightness", "dark end", "middle grey", "bright end", "red against green", "yellow against blue")
+# Least spread of a statistic in [0, 1], and of a logarithm: less is noise of the encoding.
+_LEAST_SPREAD = [0.01 if name in _LEVELS else 0.05 for name in STATISTICS]
 
 _SIDE = 256  # pixels of the longer side of the reduced copy; smaller images keep their size
 _LEAST_SIDE = 16  # of its shorter side, so that there are edges of 8 pixels
@@ -71,7 +46,7 @@ _BLACK, _WHITE = 10, 245  # grey values up to which, and from which on, a pixel 
 _SAME = 2  # grey values that the pixels of a uniform image may differ by, after JPEG
 _SIZE_MARGIN, _SHAPE_MARGIN = 1.5, 1.25  # factors beyond the range of the training images
 _MARGIN = 1.25  # factor of the limit of the distance
-_SHARE = 0.001  # of the validation images that may lie beyond the limit before the margin
+_SHARE = 0.001  # of the validation images that may lie beyond the limit before the margin; of fewer than 1,000: none
 _TRAINING_SHARE = 0.01  # of the training images; more, because mislabelled and odd images are among them
 _RIDGE = 0.05  # added to the covariance: directions in which a category hardly varies are not everything
 _IMAGES = 2000  # of a split that are measured at most
@@ -85,19 +60,14 @@ class BadGuard(AdfmError):
 
 
 class Refusal(NamedTuple):
-    """Why an image cannot be judged.
+    """Why an image cannot be judged."""
 
-    Args:
-        kind: For counting.
-        reason: A phrase for people, without the image's name: "it is black".
-    """
-
-    kind: Kind
-    reason: str
+    kind: Kind  # for counting
+    reason: str  # a phrase for people, without the image's name: "it is black"
 
 
 class Range(BaseModel):
-    """The values of the training and validation images, least and greatest."""
+    """Least and greatest value of the training and validation images."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -110,43 +80,25 @@ class Range(BaseModel):
 
 
 class Guard(BaseModel):
-    """What an image must be like to be judged.
-
-    Args:
-        side: Longer sides in pixels; `None`: any.
-        shape: Width over height; `None`: any.
-        black: The largest share of black pixels, in [0, 1].
-        white: The largest share of white pixels, in [0, 1].
-        statistics: Names of the statistics, `STATISTICS` of the program that fitted it.
-        mean: Mean of each statistic over the training images.
-        spread: Standard deviation of each within a category.
-        covariance: Covariance of the standardised statistics within a category.
-        references: Standardised statistics of the training images, (n, statistics); empty: no distance is judged.
-        limit: Of the whitened distance to the nearest of them.
-        images: How many images of each split it comes from.
-        split: The split that was evaluated.
-        tested: Images of it that were tried.
-        refused: How many of those are refused, by kind.
-        note: Why no distance is judged; empty otherwise.
-    """
+    """The limits that an image must keep to be judged."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    side: Range | None = None
-    shape: Range | None = None
-    black: Annotated[float, Field(ge=0, le=1)] = 0.0
+    side: Range | None = None  # longer sides in pixels; `None`: any
+    shape: Range | None = None  # width over height; `None`: any
+    black: Annotated[float, Field(ge=0, le=1)] = 0.0  # the largest share of black pixels
     white: Annotated[float, Field(ge=0, le=1)] = 0.0
-    statistics: tuple[str, ...] = STATISTICS
-    mean: list[float] = []
-    spread: list[Annotated[float, Field(gt=0)]] = []
-    covariance: list[list[float]] = []
-    references: list[list[float]] = []
-    limit: Annotated[float, Field(ge=0)] = 0.0
-    images: dict[str, int] = {}
-    split: str = "test"
-    tested: Annotated[int, Field(ge=0)] = 0
-    refused: dict[Kind, int] = {}
-    note: str = ""
+    statistics: tuple[str, ...] = STATISTICS  # of the program that fitted it
+    mean: list[float] = []  # of each statistic over the training images
+    spread: list[Annotated[float, Field(gt=0)]] = []  # standard deviation of each within a category
+    covariance: list[list[float]] = []  # of the standardised statistics within a category
+    references: list[list[float]] = []  # standardised statistics of the training images; empty: no distance is judged
+    limit: Annotated[float, Field(ge=0)] = 0.0  # of the whitened distance to the nearest of them
+    images: dict[str, int] = {}  # of each split that it comes from
+    split: str = "test"  # that was evaluated
+    tested: Annotated[int, Field(ge=0)] = 0  # images of it that were tried
+    refused: dict[Kind, int] = {}  # how many of those, by kind
+    note: str = ""  # why no distance is judged
 
     @model_validator(mode="after")
     def _fits(self) -> Guard:
@@ -170,19 +122,8 @@ class Guard(BaseModel):
         return np.asarray(np.asarray(self.references) @ self._whitening)
 
     def judge(self, image: Image.Image) -> Refusal | None:
-        """Whether the model can judge an image.
-
-        Args:
-            image: Upright RGB, at its own size, as the model gets it (`adfm.serving.predict.decode`).
-
-        Returns:
-            Why not; `None` if it can.
-        """
-        return self._judge(image.size, measure(image))
-
-    def distance(self, measured: Measured) -> float:
-        """The whitened distance of an image to the nearest training image."""
-        return self._nearest(self._standardised(measured))[0]
+        """Return why the model cannot judge an image, upright RGB at its own size; `None` if it can."""
+        return self._judge(measure(image))
 
     @property
     def summary(self) -> str:
@@ -191,44 +132,33 @@ class Guard(BaseModel):
         counted = f"Of {self.tested} {self.split} images {sum(self.refused.values())} cannot be judged"
         return f"{counted}{f' ({kinds})' if kinds else ''}." + (f" {self.note}" if self.note else "")
 
-    def _judge(self, size: tuple[int, int], measured: Measured) -> Refusal | None:
-        kinds = (self._blank(measured), self._size(size), self._far(measured))
-        return next((refusal for refusal in kinds if refusal), None)
-
-    def _blank(self, measured: Measured) -> Refusal | None:
-        if measured.uniform:
-            colour = "black" if measured.black == 1 else "white" if measured.white == 1 else "of one colour"
+    def _judge(self, image: Measured) -> Refusal | None:
+        width, height = image.size
+        if image.uniform:
+            colour = "black" if image.black == 1 else "white" if image.white == 1 else "of one colour"
             return Refusal("uniform", f"it is {colour}, the same everywhere")
-        if measured.black > _blank_from(self.black):
-            return Refusal("black", f"it is black: {measured.black:.1%} of its pixels")
-        if measured.white > _blank_from(self.white):
-            return Refusal("white", f"it is white: {measured.white:.1%} of its pixels")
-        return None
-
-    def _size(self, size: tuple[int, int]) -> Refusal | None:
-        width, height = size
-        if self.side and not self.side.holds(max(size), _SIZE_MARGIN):
+        # Dark-field photographs, most of which is black, pass where the training images are such.
+        if image.black > _blank_from(self.black):
+            return Refusal("black", f"it is black: {image.black:.1%} of its pixels")
+        if image.white > _blank_from(self.white):
+            return Refusal("white", f"it is white: {image.white:.1%} of its pixels")
+        if self.side and not self.side.holds(max(image.size), _SIZE_MARGIN):
             own = _span(self.side, "{:.0f}")
             return Refusal(
                 "size", f"its size of {width} x {height} is not like the training images (longer side {own})"
             )
         if self.shape and not self.shape.holds(width / height, _SHAPE_MARGIN):
-            own = _span(self.shape, "{:.2f}")
             return Refusal(
                 "shape",
                 f"its shape of {width} x {height}, width over height {width / height:.2f}, is not like the training"
-                f" images ({own})",
+                f" images ({_span(self.shape, '{:.2f}')})",
             )
-        return None
+        return self._far(image) if self.references else None
 
-    def _far(self, measured: Measured) -> Refusal | None:
-        if not self.references:
-            return None
-        standard = self._standardised(measured)
-        distance, nearest = self._nearest(standard)
+    def _far(self, image: Measured) -> Refusal | None:
+        distance, away = self._nearest(image)
         if distance <= self.limit:
             return None
-        away = standard - np.asarray(self.references[nearest])
         # The squared distance is the sum of these, so the largest is the statistic that makes most of it.
         parts = away * (self._whitening @ (self._whitening.T @ away))
         most = int(np.argmax(parts))
@@ -239,38 +169,31 @@ class Guard(BaseModel):
             f" {self.limit:.1f})",
         )
 
-    def _standardised(self, measured: Measured) -> Floats:
-        return np.asarray((measured.statistics - np.asarray(self.mean)) / np.asarray(self.spread))
-
-    def _nearest(self, standard: Floats) -> tuple[float, int]:
+    def _nearest(self, image: Measured) -> tuple[float, Floats]:
+        """Return the whitened distance to the most similar training image, and by how much each statistic differs."""
+        # Euclidean between the statistics, whitened by their covariance within a category. Nearest neighbours need no
+        # assumption about how many kinds of image there are.
+        standard = np.asarray((image.statistics - np.asarray(self.mean)) / np.asarray(self.spread))
         squared = ((self._whitened - standard @ self._whitening) ** 2).sum(axis=1)
         nearest = int(np.argmin(squared))
-        return float(np.sqrt(squared[nearest])), nearest
+        return float(np.sqrt(squared[nearest])), standard - np.asarray(self.references[nearest])
 
 
 class Measured(NamedTuple):
-    """What the guard reads off an image.
+    """An image's size, and what the guard measures on its reduced copy."""
 
-    Args:
-        statistics: The values of `STATISTICS`, (n,).
-        black: Share of black pixels.
-        white: Share of white pixels.
-        uniform: Whether all pixels are the same.
-    """
-
-    statistics: Floats
-    black: float
+    size: tuple[int, int]
+    statistics: Floats  # the values of `STATISTICS`, (n,)
+    black: float  # share of its pixels
     white: float
     uniform: bool
 
 
 def measure(image: Image.Image) -> Measured:
-    """Measures an image on a copy of at most 256 pixels a side.
-
-    Args:
-        image: Upright RGB, at its own size.
-    """
-    small = _reduced(image)
+    """Measure an image, upright and RGB, on a copy of at most 256 pixels a side."""
+    factor = min(1.0, _SIDE / max(image.size))
+    width, height = (max(_LEAST_SIDE, round(side * factor)) for side in image.size)
+    small = image.resize((width, height), Image.Resampling.BOX, reducing_gap=2.0)
     grey = small.convert("L")
     cumulated = np.cumsum(grey.histogram()) / (grey.width * grey.height)
     dark, middle, bright = (float(np.searchsorted(cumulated, share)) / 255 for share in (0.02, 0.5, 0.98))
@@ -285,18 +208,9 @@ def measure(image: Image.Image) -> Measured:
         *edges,
         *(directions[0], directions[2], np.log(bends.std() + 0.5 / 255)),
     ]
-    levels = small.getextrema()
-    uniform = all(high - low <= _SAME for low, high in levels)  # type: ignore[misc]
-    below = cumulated[_WHITE - 1]
-    return Measured(np.asarray(statistics, float), float(cumulated[_BLACK]), float(1 - below), uniform)
-
-
-def _reduced(image: Image.Image) -> Image.Image:
-    factor = min(1.0, _SIDE / max(image.size))
-    width, height = (max(_LEAST_SIDE, round(side * factor)) for side in image.size)
-    if (width, height) == image.size:
-        return image
-    return image.resize((width, height), Image.Resampling.BOX, reducing_gap=2.0)
+    uniform = all(high - low <= _SAME for low, high in small.getextrema())  # type: ignore[misc]
+    black, white = float(cumulated[_BLACK]), float(1 - cumulated[_WHITE - 1])
+    return Measured(image.size, np.asarray(statistics, float), black, white, uniform)
 
 
 def _edges(luma: NDArray[Any]) -> tuple[list[float], list[float]]:
@@ -311,67 +225,65 @@ def _edges(luma: NDArray[Any]) -> tuple[list[float], list[float]]:
     return energies, directions
 
 
-def fit(shards: Path, params: Params) -> Guard:
-    """Fits a guard on the training images, with its limit from the validation images.
+def fit(shards: Path, split: str) -> Guard:
+    """Fit a guard on the training images, with its limit from the validation images, and try it on `split`.
 
     At most 2,000 images of a split are measured, as many of each category as there are or as fit, evenly spaced, so
     that the same shards give the same guard.
 
-    Args:
-        shards: Folder of shards.
-        params: Reads `evaluate.split`, whose images are tried.
-
     Raises:
         AdfmError: The shards cannot be read.
     """
-    splits = {split: _measured(shards, split) for split in ("train", "validation") if _has(shards, split)}
-    kept = [one for images in splits.values() for _, _, one in images]
-    sizes = [size for split in splits for size in _sizes(shards, split)]
+    splits = [each for each in ("train", "validation") if any(shards.glob(f"{each}-*.parquet"))]
+    sampled = {each: _measured(shards, each) for each in splits}
+    varied = [one for images in sampled.values() for _, one in images if not one.uniform]
+    tables = [shards_.table(shards, each).select(["width", "height"]).to_pydict() for each in splits]
+    sizes = [size for table in tables for size in zip(table["width"], table["height"], strict=True)]
     guard = Guard(
         side=_range([max(size) for size in sizes]),
         shape=_range([width / height for width, height in sizes]),
-        black=max((one.black for one in kept if not one.uniform), default=0.0),
-        white=max((one.white for one in kept if not one.uniform), default=0.0),
-        images={split: len(images) for split, images in splits.items()},
-        split=params.evaluate.split,
+        black=max((one.black for one in varied), default=0.0),
+        white=max((one.white for one in varied), default=0.0),
+        images={each: len(images) for each, images in sampled.items()},
+        split=split,
+        **_fit_distance(sampled.get("train", []), sampled.get("validation", [])),
     )
-    guard = guard.model_copy(update=_fit_distance(splits.get("train", []), splits.get("validation", [])))
-    tried = _measured(shards, guard.split)
-    refusals = (guard._judge(size, one) for _, size, one in tried)
-    refused = Counter(refusal.kind for refusal in refusals if refusal)
+    tried = _measured(shards, split)
+    refused = Counter(refusal.kind for _, one in tried if (refusal := guard._judge(one)))
     return guard.model_copy(update={"tested": len(tried), "refused": dict(sorted(refused.items()))})
 
 
-Sampled = list[tuple[str, tuple[int, int], Measured]]
-"""Category, width and height, and what was measured, of each image."""
+Sampled = list[tuple[str, Measured]]  # category and measurements of each image
 
 
-def _fit_distance(training: Sampled, validation: Sampled) -> dict[str, object]:
-    """The fields of a guard that the distance needs."""
+def _fit_distance(training: Sampled, validation: Sampled) -> dict[str, Any]:
+    """Return the fields of a guard that the distance needs."""
     if len(training) < _LEAST:
         few = f"{len(training)} training images are too few to tell how far another one is from them"
         return {"note": f"{few}; {_LEAST} would do."}
     from sklearn.covariance import LedoitWolf
 
-    values = np.array([one.statistics for _, _, one in training])
-    categories = np.array([category for category, _, _ in training])
+    values = np.array([one.statistics for _, one in training])
+    categories = np.array([category for category, _ in training])
     means = {name: values[categories == name].mean(axis=0) for name in set(categories)}
+    # Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", 2004.
     residuals = values - np.array([means[name] for name in categories])
-    spread = np.sqrt(residuals.var(axis=0) + np.array(list(_SCALES.values())) ** 2)
+    spread = np.sqrt(residuals.var(axis=0) + np.array(_LEAST_SPREAD) ** 2)
     covariance = LedoitWolf(assume_centered=True).fit(residuals / spread).covariance_ + _RIDGE * np.eye(len(STATISTICS))
     mean = values.mean(axis=0)
-    guard = Guard(
-        mean=_rounded(mean, 6),
-        spread=_rounded(spread, 6),
-        covariance=_rounded(covariance, 6),
-        references=_rounded((values - mean) / spread, 3),
-    )
+    fields = {
+        "mean": np.round(mean, 6).tolist(),
+        "spread": np.round(spread, 6).tolist(),
+        "covariance": np.round(covariance, 6).tolist(),
+        "references": np.round((values - mean) / spread, 3).tolist(),
+    }
+    guard = Guard(**fields)
+    # The larger of two: a few validation images alone do not show how far good ones lie.
     limit = max(
         _quantile(_to_others(guard._whitened), _TRAINING_SHARE),
-        _quantile(np.array([guard.distance(one) for _, _, one in validation]), _SHARE),
+        _quantile(np.array([guard._nearest(one)[0] for _, one in validation]), _SHARE),
     )
-    fields = ("mean", "spread", "covariance", "references")
-    return {name: getattr(guard, name) for name in fields} | {"limit": round(_MARGIN * limit, 4)}
+    return fields | {"limit": round(_MARGIN * limit, 4)}
 
 
 def _quantile(distances: Floats, beyond: float) -> float:
@@ -390,30 +302,26 @@ def _to_others(whitened: Floats) -> Floats:
 
 
 def _measured(shards: Path, split: str) -> Sampled:
-    def one(row: tuple[str, bytes]) -> tuple[str, tuple[int, int], Measured]:
-        with Image.open(io.BytesIO(row[1])) as file:
-            image = file.convert("RGB")
-        return row[0], image.size, measure(image)
+    def one(row: dict[str, Any]) -> tuple[str, Measured]:
+        with Image.open(io.BytesIO(row["image"]["bytes"])) as file:
+            return row["category"], measure(file.convert("RGB"))
 
     with ThreadPoolExecutor(cpus.count()) as pool:
         return [measured for rows in _sample(shards, split) for measured in pool.map(one, rows)]
 
 
-def _sample(shards: Path, split: str) -> Iterator[list[tuple[str, bytes]]]:
-    """Category and image of the sampled rows, a batch of the shards at a time."""
-    categories = [
-        name for rows in shards_.batches(shards, split, ["category"]) for name in rows["category"].to_pylist()
-    ]
-    chosen = set(choose(categories, _IMAGES))
+def _sample(shards: Path, split: str) -> Iterator[list[dict[str, Any]]]:
+    """Yield category and image of the sampled rows, a batch of the shards at a time."""
+    chosen = set(choose(shards_.table(shards, split)["category"].to_pylist(), _IMAGES))
     first = 0
     for rows in shards_.batches(shards, split, ["category", "image"]):
         own = [number for number in range(rows.num_rows) if first + number in chosen]
         first += rows.num_rows
-        yield [(row["category"], row["image"]["bytes"]) for row in rows.take(own).to_pylist()]
+        yield rows.take(own).to_pylist()
 
 
 def choose(categories: Sequence[str], most: int) -> list[int]:
-    """Numbers of at most so many images, as many of each category as there are or as fit, evenly spaced."""
+    """Choose the numbers of at most so many images, as many of each category as there are or as fit, evenly spaced."""
     by_category: dict[str, list[int]] = defaultdict(list)
     for number, name in enumerate(categories):
         by_category[name].append(number)
@@ -423,15 +331,6 @@ def choose(categories: Sequence[str], most: int) -> list[int]:
         count = min(share, len(numbers))
         chosen += [numbers[i * len(numbers) // count] for i in range(count)]
     return sorted(chosen)
-
-
-def _has(shards: Path, split: str) -> bool:
-    return any(shards.glob(f"{split}-*.parquet"))
-
-
-def _sizes(shards: Path, split: str) -> Iterator[tuple[int, int]]:
-    for rows in shards_.batches(shards, split, ["width", "height"]):
-        yield from zip(rows["width"].to_pylist(), rows["height"].to_pylist(), strict=True)
 
 
 def _range(values: Sequence[float]) -> Range | None:
@@ -448,12 +347,8 @@ def _blank_from(largest: float) -> float:
     return max(0.95, 1 - (1 - largest) / 4)
 
 
-def _rounded(values: Floats, digits: int) -> Any:
-    return np.round(values, digits).tolist()
-
-
 def read(file: Path) -> Guard | None:
-    """Reads a `guard.json`; `None` if there is none, as in a version that was registered before there were guards.
+    """Read a `guard.json`; return `None` without one, as in a version that was registered before there were guards.
 
     Raises:
         BadGuard: It cannot be read, or other statistics were measured for it.

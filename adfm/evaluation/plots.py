@@ -1,10 +1,10 @@
-"""The pictures of an evaluation: confusion, reliability, IoU by size of the defect, models side by side, examples."""
+"""Figures of an evaluation: confusion, reliability, IoU by size of the defect, models side by side, examples."""
 
 from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ from adfm.text import printable
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TITLES = {
     "accuracy": "accuracy",
@@ -33,6 +35,7 @@ TITLES = {
     "ece": "calibration error",
     "kind_right": "kind right",
 }
+TITLES |= {f"{metric}_at_threshold": f"{TITLES[metric]} at threshold" for metric in metrics.AT_THRESHOLD}
 # Of each outcome: places on the sheet of examples, colour, and words; escapes and overkill first.
 _OUTCOMES = {
     "missed": (2, PREDICTED, "✗ escape: defect missed"),
@@ -48,70 +51,60 @@ ESCAPES_FIRST = ("miss_rate", "overkill", *HEADLINE)
 _COLUMNS = 3  # panels a row
 
 
+def _panel_each(figure: Figure, tables: Mapping[str, pd.DataFrame]) -> Iterator[tuple[Axes, pd.DataFrame, bool]]:
+    """Yield a panel with its title for each model, its table, and whether it begins a row."""
+    made = panels(figure, len(tables), min(len(tables), _COLUMNS))
+    for number, (axes, (name, table)) in enumerate(zip(made, tables.items(), strict=True)):
+        axes.set_title(name, loc="left", fontweight="bold")
+        yield axes, table, number % _COLUMNS == 0
+
+
 def confusion(tables: Mapping[str, pd.DataFrame], path: Path) -> None:
-    """Draws one confusion matrix a model: counts of its decisions, shaded by the share of the actual class."""
+    """Draw one confusion matrix a model: counts of its decisions, shaded by the share of the actual class."""
     answers = ("normal", "anomalous", "unparseable")
-    rows = -(-len(tables) // _COLUMNS)
-    with drawn(path, WIDTH, 2.1 * rows) as figure:
-        made = panels(figure, len(tables), min(len(tables), _COLUMNS))
-        for i, (axes, (name, table)) in enumerate(zip(made, tables.items(), strict=True)):
-            given = metrics.as_decided(table)["predicted"].astype(object)
-            given = given.where(given.notna(), "unparseable")
-            counts = np.array(
-                [[((table["label"] == label) & (given == a)).sum() for a in answers] for label in answers[:2]]
-            )
+    with drawn(path, WIDTH, 2.1 * -(-len(tables) // _COLUMNS)) as figure:
+        for axes, table, first in _panel_each(figure, tables):
+            counts = metrics.confusion(metrics.as_decided(table))
             shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
             axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
             for (row, column), count in np.ndenumerate(counts):
                 dark = shares[row, column] > 0.55
                 words = f"{count}\n{shares[row, column]:.0%}"
                 axes.text(column, row, words, ha="center", va="center", fontsize=9, color="white" if dark else INK)
-            first = i % _COLUMNS == 0
             axes.set_xticks(range(3), answers, fontsize=7)
             axes.set_yticks(range(2), answers[:2] if first else ("", ""), rotation=90, va="center", fontsize=7)
-            axes.set_title(name, loc="left", fontweight="bold")
             axes.set(xlabel="decision", ylabel="actual" if first else "")
             axes.grid(visible=False)
 
 
 def reliability(tables: Mapping[str, pd.DataFrame], path: Path) -> None:
-    """Draws a reliability diagram a model: share of defects against mean probability, before and after calibration."""
-    rows = -(-len(tables) // _COLUMNS)
-    with drawn(path, WIDTH, 2.7 * rows + 0.3) as figure:
-        made = panels(figure, len(tables), min(len(tables), _COLUMNS))
-        for i, (axes, (name, table)) in enumerate(zip(made, tables.items(), strict=True)):
-            anomalous = (table["label"] == "anomalous").to_numpy(dtype=bool)
+    """Draw a reliability diagram a model: share of defects against mean probability, before and after calibration."""
+    series = (("score", PALETTE[1], "raw score"), ("probability", PALETTE[0], "calibrated probability"))
+    with drawn(path, WIDTH, 2.7 * -(-len(tables) // _COLUMNS) + 0.3) as figure:
+        for axes, table, first in _panel_each(figure, tables):
             axes.plot([0, 1], [0, 1], color=FAINT, lw=1, ls=":", label="perfect")
-            for column, colour, label in (
-                ("score", PALETTE[1], "raw score"),
-                ("probability", PALETTE[0], "calibrated probability"),
-            ):
-                probability = table[column].to_numpy(dtype=float, na_value=np.nan)
-                points = np.array(metrics.reliability(probability, anomalous)).reshape(-1, 3)
-                axes.plot(points[:, 0], points[:, 1], color=colour, lw=1.2, marker="o", ms=3.5, label=label)
+            for column, colour, label in series:
+                points = metrics.reliability(metrics.numbers(table, column), metrics.is_defective(table))
+                mean, share, _ = np.reshape(points, (-1, 3)).T
+                axes.plot(mean, share, color=colour, lw=1.2, marker="o", ms=3.5, label=label)
             axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal", xlabel="mean probability of a defect")
-            axes.set_title(name, loc="left", fontweight="bold")
-            if i % _COLUMNS == 0:
-                axes.set_ylabel("share of defective images")
+            axes.set_ylabel("share of defective images" if first else "")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
 
 
 def iou_by_size(sizes: Mapping[str, Mapping[str, Any]], small: float, large: float, path: Path) -> None:
-    """Draws mean IoU for small, medium and large defects as bars, a model each, with 95 % intervals.
+    """Draw mean IoU for small, medium and large defects as bars, a model each, with 95 % intervals.
 
-    Args:
-        sizes: For each model the `sizes` of `metrics.summarize`.
-        small: Share of the image below which a defect is small.
-        large: Share from which it is large.
-        path: The PNG file.
+    `sizes` has for each model the `sizes` of `metrics.summarize`; defects are small below, large from a share of the
+    image on.
     """
     with drawn(path, WIDTH, 3.4) as figure:
         [axes] = panels(figure, 1, 1)
-        there = [size for size in SIZES if size in sizes[[*sizes][-1]]]
+        measured = [size for size in SIZES if size in sizes[[*sizes][-1]]]
         width = 0.8 / len(sizes)
         for i, (name, of) in enumerate(sizes.items()):
-            at = np.arange(len(there)) + (i - (len(sizes) - 1) / 2) * width
-            values, errors = _errors([of[size] for size in there], "iou")
+            at = np.arange(len(measured)) + (i - (len(sizes) - 1) / 2) * width
+            values, errors = _errors([metrics.with_limits(of[size], "iou") for size in measured])
             axes.bar(at, values, width * 0.92, color=_colour(name, sizes), label=name)
             axes.errorbar(at, values, errors, fmt="none", ecolor=INK, elinewidth=1, capsize=2)
         ranges = {
@@ -120,8 +113,8 @@ def iou_by_size(sizes: Mapping[str, Mapping[str, Any]], small: float, large: flo
             "large": f"from {100 * large:g} %",
         }
         counts = next(iter(sizes.values()))
-        labels = [f"{size}\n{ranges[size]} of the image\n{counts[size]['images']} images" for size in there]
-        axes.set_xticks(range(len(there)), labels)
+        labels = [f"{size}\n{ranges[size]} of the image\n{counts[size]['images']} images" for size in measured]
+        axes.set_xticks(range(len(measured)), labels)
         axes.set_ylabel("mean IoU on anomalous images")
         axes.set_ylim(bottom=0)
         axes.grid(visible=False, axis="x")
@@ -132,7 +125,7 @@ def iou_by_size(sizes: Mapping[str, Mapping[str, Any]], small: float, large: flo
 def comparison(
     overall: Mapping[str, Mapping[str, Any]], differences: Mapping[str, Mapping[str, Any]], path: Path
 ) -> None:
-    """Draws escapes, overkill and the headline metrics of all models, and paired differences, with 95 % intervals."""
+    """Draw escapes, overkill and the headline metrics of all models, and paired differences, with 95 % intervals."""
     rows = np.arange(len(ESCAPES_FIRST))[::-1]
     *_, candidate = overall
     with drawn(path, WIDTH, 0.7 + len(rows) * (0.25 + 0.09 * len(overall))) as figure:
@@ -141,7 +134,7 @@ def comparison(
         for axes, title in zip(panels(figure, len(titles), len(titles)), titles, strict=True):
             absolute = title == titles[0]
             for name, values in (overall if absolute else others).items():
-                points, errors = _errors([_one(values, metric) for metric in ESCAPES_FIRST], "value")
+                points, errors = _errors([metrics.with_limits(values, metric) for metric in ESCAPES_FIRST])
                 # A model has the same place in both panels.
                 at = rows + 0.8 * ((len(overall) - 1) / 2 - [*overall].index(name)) / max(3, len(overall))
                 colour, label = _colour(name, overall), name if absolute else None
@@ -159,7 +152,7 @@ def comparison(
 
 
 def choose(table: pd.DataFrame, most: int = 12) -> pd.DataFrame:
-    """Picks rows of a prediction table for `examples`, by its decisions: some of each outcome, escapes first.
+    """Choose rows of a prediction table for `examples`, by its decisions: some of each outcome, escapes first.
 
     Those the model was surest of come first, and located defects by IoU, the best first. Each kind comes from as many
     categories as it can; where one has too few rows, others fill its places. The result has a further column `outcome`.
@@ -173,21 +166,15 @@ def choose(table: pd.DataFrame, most: int = 12) -> pd.DataFrame:
     ranked["turn"] = ranked.groupby(["kind", "category"]).cumcount()
     ranked = ranked.sort_values(["kind", "turn", "order", "id"])
     ranked["rank"] = ranked.groupby("kind").cumcount()
-    ranked["extra"] = ranked["rank"] >= ranked["outcome"].map(
-        {name: places for name, (places, *_) in _OUTCOMES.items()}
-    )
+    ranked["extra"] = ranked["rank"] >= [_OUTCOMES[name][0] for name in ranked["outcome"]]
     chosen = ranked.sort_values(["extra", "rank", "kind"]).head(most)
     return chosen.sort_values(["kind", "rank"])
 
 
 def examples(rows: pd.DataFrame, images: Mapping[str, bytes], path: Path, columns: int = _COLUMNS) -> None:
-    """Draws a sheet of images with true and predicted boxes, the verdict above and the completion below.
+    """Draw a sheet of images with true and predicted boxes, the verdict above and the completion below.
 
-    Args:
-        rows: Rows that `choose` picked.
-        images: Encoded images by id.
-        path: The PNG file.
-        columns: Images a row.
+    `rows` are those of `choose`, `images` the encoded images by id.
     """
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
@@ -230,17 +217,12 @@ def _wrapped(completion: str, width: int = 42, most: int = 7) -> str:
     return "\n".join(lines[:most] + (["…"] if len(lines) > most else []))
 
 
-def _one(values: Mapping[str, Any], metric: str) -> dict[str, Any]:
-    return {"value": values[metric], "value_low": values[f"{metric}_low"], "value_high": values[f"{metric}_high"]}
-
-
-def _errors(parts: Iterable[Mapping[str, Any]], metric: str) -> tuple[Any, Any]:
-    """Values (n,) and their distances to the interval's ends (2, n); NaN, which is not drawn, where there is none."""
-    keys = (metric, f"{metric}_low", f"{metric}_high")
-    value, low, high = np.array([[part[key] for key in keys] for part in parts], dtype=float).reshape(-1, 3).T
+def _errors(intervals: Sequence[Sequence[float | None]]) -> tuple[Any, Any]:
+    """Return values (n,) and their distances to the interval's ends (2, n); NaN, which is not drawn, without."""
+    value, low, high = np.array(intervals, dtype=float).reshape(-1, 3).T
     return value, np.maximum([value - low, high - value], 0)
 
 
 def _colour(name: str, names: Iterable[str]) -> str:
-    """The colour of a model: the candidate, which comes last, has the first of the palette."""
+    """Return the colour of a model: the candidate, which comes last, has the first of the palette."""
     return PALETTE[[*names][::-1].index(name) % len(PALETTE)]

@@ -1,18 +1,4 @@
-"""Prediction tables: a model's answers to a split, one row an image, resumable.
-
-Columns: `id source dataset category defect group label predicted score iou mask_iou matched_iou true_positives
-false_positives false_negatives area_share boxes predicted_boxes completion regions region_*`. Boxes are original
-pixels, half-open. `regions` are all boxes that the completion names, whatever its letter; `region_iou` and so on
-compare them as `iou` and so on compare `predicted_boxes`: they are what an image gets that is flagged by its
-probability. `predicted` is null where the completion has no clean answer, and such an image counts as wrong everywhere;
-`score` is the uncalibrated probability of a defect, computed as `evaluate.score` says, and null where there is no valid
-answer; `group` is null where it is not known which images show the same part. A model whose prompt asks for the
-defect's kind has two further columns: `kind`, that of a defective image, null where it has several or none is known;
-and `predicted_kind`, the one that the model names, whatever its letter, null where it names none or several.
-
-A few batches are read at a time. A finished window is kept in a file, so that an interrupted evaluation continues with
-the next one.
-"""
+"""Prediction tables: a model's answers to a split, one row an image, resumable."""
 
 from __future__ import annotations
 
@@ -44,6 +30,10 @@ if TYPE_CHECKING:
 
 _OF_RECORD = ("id", "source", "dataset", "category", "defect", "group", "label")
 _BOXES = pa.list_(pa.list_(pa.float64()))
+# `predicted` is null where the completion has no clean answer, `score` (uncalibrated, by `evaluate.score`) where there
+# is no valid one, `group` where it is not known which images show the same part. Boxes are original pixels, half-open.
+# `regions` are all boxes that the completion names, whatever its letter: what an image gets that is flagged by its
+# probability. `region_iou` and so on compare them as `iou` and so on compare `predicted_boxes`.
 PREDICTIONS = pa.schema(
     [(name, pa.string()) for name in (*_OF_RECORD, "predicted")]
     + [(name, pa.float64()) for name in ("score", "iou", "mask_iou", "matched_iou")]
@@ -52,13 +42,14 @@ PREDICTIONS = pa.schema(
     + [("regions", _BOXES), *((f"region_{name}", pa.float64()) for name in metrics.COMPARED)]
 )
 
+# Further columns where the model's prompt asks for the defect's kind: the true one, null where an image has several or
+# none is known; and the one that `<rethink>` names, whatever the letter, null where it names none or several.
 KINDS = tuple(pa.field(name, pa.string()) for name in ("kind", "predicted_kind"))
-"""Further columns where the model's prompt asks for the defect's kind: the true one, and the one `<rethink>` names."""
 _WINDOW = 4  # batches that are read, sorted and kept at a time
 
 
 def predict(model: str | Path, shards: Path, params: Params, describe: str) -> pd.DataFrame:
-    """Let `model` answer every image of the split `params.evaluate.split`; as `predict_splits`."""
+    """Predict every image of the split `params.evaluate.split`; as `predict_splits`."""
     split = params.evaluate.split
     return predict_splits(model, shards, params, describe, [split])[split]
 
@@ -66,25 +57,22 @@ def predict(model: str | Path, shards: Path, params: Params, describe: str) -> p
 def predict_splits(
     model: str | Path, shards: Path, params: Params, describe: str, splits: Sequence[str], keep: Path | None = None
 ) -> dict[str, pd.DataFrame]:
-    """Let `model` answer every image of some splits, greedily, one answer an image.
+    """Predict every image of some splits, greedily, one answer an image; return the prediction table of each split.
 
     Args:
         model: A base model's name, or a folder that cold start or training wrote.
         shards: Folder of shards.
-        params: Reads the sections `model`, `tile` and `evaluate`.
-        describe: What the progress bar says.
+        params: Reads the sections `model`, `tile` and `evaluate`, and `seed`.
+        describe: The progress bar's text.
         splits: The splits.
-        keep: Folder for what is finished; what it holds of the same model, data and settings is not done again.
-
-    Returns:
-        The prediction table of each split.
+        keep: Folder for what is finished; what it has of the same model, data and settings is not done again.
 
     Raises:
-        AdfmError: The model or the shards cannot be loaded, or the backend asked for is not there.
+        AdfmError: The model or the shards cannot be loaded, or the configured backend is missing.
     """
     vllm = uses_vllm(params)
     tile = tile_of(model, params.tile)
-    inspector: Predictor | None = None
+    predictor: Predictor | None = None
     tables: dict[str, pd.DataFrame] = {}
     for split in splits:
         kept = keep / _key(model, shards, split, params, vllm) if keep else None
@@ -98,10 +86,10 @@ def predict_splits(
                     parts.append(pq.read_table(file))
                     progress.update(len(window))
                     continue
-                if inspector is None:  # not before: everything may be finished
-                    inspector = Predictor(model, params)
-                schema = pa.schema([*PREDICTIONS, *KINDS]) if inspector.kinds else PREDICTIONS
-                parts.append(pa.Table.from_pylist(_rows(inspector, window, progress.update), schema=schema))
+                if predictor is None:  # not before: everything may be finished
+                    predictor = Predictor(model, params)
+                schema = pa.schema([*PREDICTIONS, *KINDS]) if predictor.kinds else PREDICTIONS
+                parts.append(pa.Table.from_pylist(_rows(predictor, window, progress.update), schema=schema))
                 if file:
                     file.parent.mkdir(parents=True, exist_ok=True)
                     with replacing(file) as unfinished:
@@ -111,7 +99,7 @@ def predict_splits(
 
 
 def _key(model: str | Path, shards: Path, split: str, params: Params, vllm: bool) -> str:
-    """What decides the predictions, as a name for their folder."""
+    """Return a name for the folder of predictions: a digest of all that they depend on."""
     settings = params.evaluate
     decides = {
         "code": adfm.__version__,
@@ -127,28 +115,23 @@ def _key(model: str | Path, shards: Path, split: str, params: Params, vllm: bool
 
 
 def _most_tiles(shards: Path, split: str, tile: Tile) -> int:
-    """Tiles of the image of a split that has most of them."""
+    """Return the tiles of the image of a split that has most of them."""
     if not tile.size:
         return 1
-    sizes = {
-        (row["width"], row["height"])
-        for rows in shards_.batches(shards, split, ["width", "height"])
-        for row in rows.to_pylist()
-    }
+    images = shards_.table(shards, split)
+    sizes = set(zip(images["width"].to_pylist(), images["height"].to_pylist(), strict=True))
     return max(len(grid_of(size, tile)) for size in sizes)
 
 
-def _image(record: Record) -> Image.Image:
-    return Image.open(io.BytesIO(record.image)).convert("RGB")
+def _rows(predictor: Predictor, window: Sequence[Record], done: Callable[[int], object]) -> list[dict[str, Any]]:
+    def image(number: int) -> Image.Image:
+        return Image.open(io.BytesIO(window[number].image)).convert("RGB")
 
-
-def _rows(inspector: Predictor, window: Sequence[Record], done: Callable[[int], object]) -> list[dict[str, Any]]:
-    sizes = [(record.width, record.height) for record in window]
-    answers = inspector.answers(sizes, lambda i: _image(window[i]), done)
+    answers = predictor.answers([(record.width, record.height) for record in window], image, done)
     rows = list(map(_row, window, answers))
-    if inspector.kinds:
+    if predictor.kinds:
         for row, answer in zip(rows, answers, strict=True):
-            row |= {"kind": kinds.of(row["defect"], inspector.kinds), "predicted_kind": answer.kind}
+            row |= {"kind": kinds.of(row["defect"], predictor.kinds), "predicted_kind": answer.kind}
     return rows
 
 

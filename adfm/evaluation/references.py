@@ -1,14 +1,8 @@
-"""References in every report: the blind answers, and the reference detector where one was evaluated.
+"""Blind answers, and the reference detector where one was evaluated, as references of the candidate.
 
 A blind answer is the same for every image, `always A` (anomalous) or `always B` (normal), and names no box; where
 kinds are asked for, A comes with the commonest. A model that does not beat both has learnt nothing from the images. The
-reference detector (`adfm.models.detector`) learns from the same images without language; where it is better than the
-language model, the report says so first.
-
-Language model and detector are compared by their scores: each is decided at a threshold fitted on the validation split
-for the best balanced accuracy, so that neither gains by a limit or by letters that lean to one side. Where there is
-no validation split of both labels, the answers as written are compared; where the evaluated images have one label
-alone, their boxes.
+reference detector (`adfm.models.detector`) learns from the same images without language.
 
 `references.json` has `rows` (by model, then by blind answer, `[value, low, high]` of `METRICS`), and for the comparison
 `sentence`, `verdict` (`detector`, `candidate`, `open`; `null` without a detector), `metric`, `rule`, `values` and
@@ -26,18 +20,16 @@ import numpy as np
 
 from adfm.errors import AdfmError
 from adfm.evaluation import metrics
+from adfm.evaluation.metrics import numbers, with_limits, written
 
 if TYPE_CHECKING:
     import pandas as pd
 
-FILE = "references.json"
-"""In an evaluation's folder, and so in a version: `evaluation/references.json`."""
-
-BLIND = {"always_A": "anomalous", "always_B": "normal"}
-"""The blind answers: names, which no model may have, and labels."""
-
+FILE = "references.json"  # in an evaluation's folder, and so in a version: `evaluation/references.json`
+BLIND = {"always_A": "anomalous", "always_B": "normal"}  # labels by name, which no model may have
 BY_SCORE = "balanced_accuracy_by_score"
 
+# Titles of the metrics of the rows; all but `BY_SCORE` and AUROC count the answers as written.
 METRICS = {
     "balanced_accuracy": "balanced accuracy",
     BY_SCORE: "the same by score",
@@ -47,22 +39,12 @@ METRICS = {
     "iou": "IoU",
     metrics.KIND: "kind right",
 }
-"""The metrics of the rows and their titles; all but `BY_SCORE` and AUROC count the answers as written."""
-
-_RULES = {
-    True: "each decided by its score, at a threshold fitted on the validation split",
-    False: "by the answers as written",
-}
-_BY = {True: "balanced accuracy by score", False: "balanced accuracy as written"}
+_BY_SCORE = "each decided by its score, at a threshold fitted on the validation split"
+_AS_WRITTEN = "by the answers as written"
 
 
 class Reference(NamedTuple):
-    """The reference detector of an evaluation.
-
-    Args:
-        name: As of the evaluated models.
-        folder: Where it lies, for the command that uses it.
-    """
+    """The reference detector of an evaluation: its name among the models, and its folder."""
 
     name: str
     folder: str
@@ -70,44 +52,33 @@ class Reference(NamedTuple):
 
 def blind_tables(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Prediction tables of the blind answers on the images of `table`, by the names of `BLIND`."""
-    without_boxes = metrics.as_decided(table.assign(decision="normal", **_regions(table)))
-    without_boxes = without_boxes.drop(columns=["probability", "decision"], errors="ignore")
+    regions = [f"region_{name}" for name in metrics.COMPARED]
+    # A table without regions has the boxes in their place.
+    boxes = {name: table[name if name in table else name.removeprefix("region_")] for name in regions}
+    blind = metrics.as_decided(table.assign(decision="normal", **boxes))
+    blind = blind.drop(columns=["probability", "decision"], errors="ignore")
     if "predicted_kind" in table:
         commonest = table["kind"][table["label"] == "anomalous"].mode()
-        without_boxes = without_boxes.assign(predicted_kind=None if commonest.empty else commonest.iloc[0])
-    return {name: without_boxes.assign(predicted=label, score=0.5) for name, label in BLIND.items()}
-
-
-def _regions(table: pd.DataFrame) -> dict[str, Any]:
-    """The localisation columns of the regions; those of the boxes where a table has none."""
-    return {
-        f"region_{name}": table[f"region_{name}" if f"region_{name}" in table else name] for name in metrics.COMPARED
-    }
+        blind = blind.assign(predicted_kind=None if commonest.empty else commonest.iloc[0])
+    return {name: blind.assign(predicted=label, score=0.5) for name, label in BLIND.items()}
 
 
 def by_score(table: pd.DataFrame, validation: pd.DataFrame | None) -> pd.DataFrame | None:
     """A prediction table whose answers are those of the score, at a threshold fitted on the validation split.
 
-    An image without a score keeps its answer.
-
-    Args:
-        table: Prediction table.
-        validation: That of the same model on the validation split.
-
-    Returns:
-        The table; `None` without a validation split, or where it does not have scored images of both labels.
+    An image without a score keeps its answer. `None` without `validation`, the prediction table of the same model on
+    the validation split, or where that does not have scored images of both labels.
     """
     if validation is None:
         return None
-    score = validation["score"].to_numpy(dtype=float, na_value=np.nan)
+    score = numbers(validation, "score")
     known = ~np.isnan(score)
-    anomalous = (validation["label"] == "anomalous").to_numpy(dtype=bool)[known]
+    anomalous = metrics.is_defective(validation)[known]
     if not anomalous.any() or anomalous.all():
         return None
+    # Of the best balanced accuracy, so that neither model gains by a limit or by letters that lean to one side.
     threshold = metrics.best_threshold(anomalous, score[known])
-    scores = table["score"].to_numpy(dtype=float, na_value=np.nan)
-    decided = np.where(scores >= threshold, "anomalous", "normal").astype(object)
-    return table.assign(predicted=np.where(np.isnan(scores), table["predicted"].astype(object), decided))
+    return table.assign(predicted=metrics.decide(table, numbers(table, "score"), threshold))
 
 
 def compare(
@@ -118,87 +89,62 @@ def compare(
     resamples: int,
     seed: int,
 ) -> dict[str, Any]:
-    """The contents of `references.json`.
+    """Return the contents of `references.json`.
 
-    Args:
-        tables: Prediction tables by model; the last is the candidate.
-        overall: Metrics of these models and of the blind answers, as `metrics.overall` gives them.
-        validation: Prediction tables of the validation split by model, where there is one.
-        reference: The detector among the models, if there is one.
-        resamples: Bootstrap resamples behind the interval of the difference.
-        seed: Their seed.
+    `tables` are prediction tables by model, the last of which is the candidate, `validation` those of the validation
+    split; `overall` are metrics of these models and of the blind answers. The models are compared by their scores;
+    without validation images of both labels by their answers as written; on images of one label by their boxes.
     """
     *_, candidate = tables
     decided = {name: by_score(table, validation.get(name)) for name, table in tables.items()}
-    rows = {name: {metric: _interval(values, metric) for metric in METRICS} for name, values in overall.items()}
+    rows = {name: {metric: with_limits(values, metric) for metric in METRICS} for name, values in overall.items()}
     for name, table in decided.items():
         if table is not None:
             measured = metrics.overall(table, 1, seed, ["balanced_accuracy"])  # its limits are not the bootstrap's
-            rows[name][BY_SCORE] = _interval(measured, "balanced_accuracy")
+            rows[name][BY_SCORE] = with_limits(measured, "balanced_accuracy")
     result: dict[str, Any] = {"rows": rows, "candidate": candidate, "detector": None, "verdict": None, "sentence": ""}
     if reference is None or reference.name == candidate:
         return result
-    return result | _compared(tables, decided, candidate, reference, resamples, seed)
-
-
-def _compared(
-    tables: Mapping[str, pd.DataFrame],
-    decided: Mapping[str, pd.DataFrame | None],
-    candidate: str,
-    reference: Reference,
-    resamples: int,
-    seed: int,
-) -> dict[str, Any]:
+    written_tables = tables[reference.name], tables[candidate]
     left, right = decided[reference.name], decided[candidate]
-    scored = left is not None and right is not None
+    rule, metric, measure = _BY_SCORE, "balanced_accuracy", "balanced accuracy by score"
     if left is None or right is None:
-        left, right = tables[reference.name], tables[candidate]
+        left, right = written_tables
+        rule, measure = _AS_WRITTEN, "balanced accuracy as written"
     change = metrics.difference(left, right, resamples, seed)
-    metric = "balanced_accuracy"
     if change[metric] is None:
-        metric, scored = "iou", False
-        left, right = tables[reference.name], tables[candidate]
+        left, right = written_tables
+        rule, metric, measure = _AS_WRITTEN, "iou", "IoU"
         change = metrics.difference(left, right, resamples, seed)
-    result: dict[str, Any] = {"detector": reference.name, "metric": metric, "rule": _RULES[scored]}
-    if change[metric] is None:
-        words = (
+    result |= {"detector": reference.name, "metric": metric, "rule": rule}
+    difference = with_limits(change, metric)
+    value, low, high = difference
+    if value is None:
+        sentence = (
             f"{candidate} and the reference detector cannot be compared on these images, which have one label and no "
             "boxes; evaluate both on images of both labels."
         )
-        return result | {"verdict": "open", "sentence": words}
-    difference = _interval(change, metric)
-    _, low, high = difference
+        return result | {"verdict": "open", "sentence": sentence}
     verdict = "open"
     if low is not None and high is not None:
         verdict = "detector" if low > 0 else "candidate" if high < 0 else "open"
     both = {name: metrics.values(table)[metric] for name, table in ((reference.name, left), (candidate, right))}
-    result |= {"verdict": verdict, "values": both, "difference": difference}
-    return result | {"sentence": _sentence(result, candidate, reference)}
-
-
-def _sentence(compared: dict[str, Any], candidate: str, reference: Reference) -> str:
-    """Which of the two is better on these images, and by how much."""
-    of_detector, of_candidate = compared["values"][reference.name], compared["values"][candidate]
-    metric = _BY[compared["rule"] == _RULES[True]] if compared["metric"] == "balanced_accuracy" else "IoU"
-    value, low, high = compared["difference"]
-    figures = f"{metric} {of_detector:.3f} (detector) and {of_candidate:.3f} ({candidate})"
+    words = {
+        "detector": "The reference detector is better on this data",
+        "candidate": f"{candidate} is better than the reference detector on this data",
+        "open": f"{candidate} and the reference detector cannot be told apart on this data",
+    }[verdict]
+    figures = f"{measure} {written(both[reference.name])} (detector) and {written(both[candidate])} ({candidate})"
     if low is not None:
-        figures += f", difference {value:+.3f} [{low:+.3f}, {high:+.3f}]"
-    return {
-        "detector": f"The reference detector is better on this data: {figures}.",
-        "candidate": f"{candidate} is better than the reference detector on this data: {figures}.",
-        "open": f"{candidate} and the reference detector cannot be told apart on this data: {figures}.",
-    }[compared["verdict"]]
-
-
-def _interval(values: Mapping[str, Any], metric: str) -> list[float | None]:
-    return [values.get(metric + end) for end in ("", "_low", "_high")]
+        figures += f", difference {written(value, low, high, '+')}"
+    sentence = f"{words}: {figures}."
+    return result | {"verdict": verdict, "values": both, "difference": difference, "sentence": sentence}
 
 
 def read(evaluation: Path) -> dict[str, Any]:
-    """`references.json` of an evaluation; without rows, sentence and lines for one of before there were references.
+    """Read `references.json` of an evaluation; an evaluation of before there were references has no rows.
 
-    Its `summary` is given as text for people, `lines`; one of before there were summaries has the sentence alone.
+    Its `summary` is added as text for people, `lines`; one of before there were summaries has the sentence alone.
 
     Raises:
         AdfmError: It is broken.
@@ -219,6 +165,11 @@ def read(evaluation: Path) -> dict[str, Any]:
         raise AdfmError(f"{file} cannot be read ({error!r}); make it with `adfm evaluate`.") from error
 
 
+def _numbers(values: Any) -> list[float | None]:
+    value, low, high = values or (None, None, None)
+    return [None if number is None else float(number) for number in (value, low, high)]
+
+
 def lines(summary: Mapping[str, Any]) -> list[str]:
     """A summary of `adfm.evaluation.verdict` as sentences: model, comparison, next steps."""
     steps = [f"Next: {step['text']}" for step in summary["steps"]]
@@ -226,13 +177,10 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def brief(references: Mapping[str, Any]) -> list[tuple[int, str]]:
-    """The summary for a screen that shows the gate's decision too, in sentences with a rank.
+    """The summary of `read` for a screen that shows the gate's decision too, in sentences with a rank.
 
     They are the first sentence on the model, on each of its two references, and on the next step, unless that is the
     gate. The lower the rank, the more a sentence matters.
-
-    Args:
-        references: As `read` gives them.
     """
     if not (summary := references.get("summary")):
         return []
@@ -242,36 +190,22 @@ def brief(references: Mapping[str, Any]) -> list[tuple[int, str]]:
     return [(rank, line.partition(". ")[0].rstrip(".") + ".") for rank, line in ranked]
 
 
-def _numbers(values: Any) -> list[float | None]:
-    value, low, high = values or (None, None, None)
-    return [None if number is None else float(number) for number in (value, low, high)]
-
-
 def table(references: Mapping[str, Any]) -> list[list[str]]:
-    """The rows as text: a header, then a row for each model and blind answer, without columns that are empty.
-
-    Kinds are shown where the candidate was asked for them, and so a blind answer has one.
-    """
+    """The rows as text: a header, then a row for each model and blind answer, without columns that are empty."""
     rows = references["rows"]
 
     def filled(metric: str) -> bool:
+        # A blind answer has a kind only where the candidate's prompt asks for one.
         those = [row for name, row in rows.items() if metric != metrics.KIND or name in BLIND]
         return any(row[metric][0] is not None for row in those)
 
     columns = [*filter(filled, METRICS)]
     return [
         ["", *(METRICS[metric] for metric in columns)],
-        *([title(name), *(_cell(values[metric]) for metric in columns)] for name, values in rows.items()),
+        *([title(name), *(written(*values[metric]) for metric in columns)] for name, values in rows.items()),
     ]
 
 
 def title(name: str) -> str:
     """A row's name for people."""
     return name.replace("_", " ") if name in BLIND else name
-
-
-def _cell(values: list[float | None]) -> str:
-    value, low, high = values
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"

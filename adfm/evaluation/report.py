@@ -1,9 +1,8 @@
-"""The page that a person looks at: `report.html`, and the pictures of the test images beside it.
+"""Evaluation report: the page `report.html`, and the pictures of the test images beside it.
 
-`report.html` works alone, as an attachment or an artifact in MLflow or Kubeflow: it holds all figures, and of each
+`report.html` works alone, as an attachment or an artifact in MLflow or Kubeflow: it has all figures, and of each
 gallery the first few images with pictures and words. Those of all other images are in `images/NNN.js`, which the page
-asks for as they come into view. They are scripts because a page opened from a disk may load these but not other data,
-and hold a megabyte each because an artifact store takes its time over every single file.
+loads as they come into view.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import base64
 import html
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from itertools import zip_longest
@@ -29,6 +28,7 @@ from adfm.errors import AdfmError
 from adfm.evaluation import calibration, crossvalidation, detection, metrics, plots, references
 from adfm.evaluation.calibration import FILE
 from adfm.evaluation.gate_metrics import METRICS
+from adfm.evaluation.metrics import is_defective, numbers, with_limits
 from adfm.files import atomic_folder
 from adfm.method import response
 from adfm.process import cpus
@@ -36,50 +36,38 @@ from adfm.process import cpus
 if TYPE_CHECKING:
     import pandas as pd
 
-SIDE = 512
-"""Pictures are made smaller until neither side is longer, in pixels."""
+SIDE = 512  # most pixels of either side of a picture
 
-_LEADING = ("miss_rate_at_threshold", "overkill_at_threshold", "miss_rate", "overkill")
+_LEADING = ("miss_rate_at_threshold", "overkill_at_threshold", "miss_rate", "overkill")  # escapes and overkill first
 _AT_THRESHOLD = ("threshold", *(f"{metric}_at_threshold" for metric in metrics.AT_THRESHOLD), "ece_of_score", "ece")
-_TITLES = {
-    "iou_at_threshold": "IoU at threshold",
-    "miss_rate_at_threshold": "escape rate at threshold",
-    "ece_of_score": "error of the score",
-}
 PAGE_METRICS = tuple(dict.fromkeys((*_LEADING, *metrics.HEADLINE, metrics.KIND, "precision", *_AT_THRESHOLD)))
-"""The metrics of the page, escapes and overkill first."""
 
 _FIRST = 12  # of each gallery, in the page itself
 _EMBEDDED_BYTES = 2_000_000
-_FILE_BYTES = 1_000_000
+_FILE_BYTES = 1_000_000  # an artifact store takes its time over every single file
 _MOST_POINTS = 300
-_ANSWERS = ("normal", "anomalous", "unparseable")
 
 
 def write(evaluation: Path, shards: Path, out: Path) -> None:
-    """Writes the page for an evaluation.
-
-    Args:
-        evaluation: Folder with the `evaluation.json`, `metrics.json`, `details.json` and prediction tables that
-            evaluation wrote.
-        shards: The shards that were evaluated, for the pictures.
-        out: Folder to write: `report.html` and `images/`.
+    """Write the page, `report.html` and `images/`, for an evaluation of `shards` to the folder `out`.
 
     Raises:
         AdfmError: The evaluation is not whole, or an image of it is not in the shards.
     """
     figures, tables = _read(evaluation)
     candidate, *others = figures["models"]
+    # The page shows, counts and marks what a model does in production; of the answers as written it has the letters.
     written, tables = tables, {name: metrics.as_decided(table) for name, table in tables.items()}
-    # Of every image its letter: what is shown, counted and marked is what a model does in production.
     letters = written[candidate].set_index("id")["predicted"].map({"anomalous": "A", "normal": "B"})
     table = tables[candidate].assign(category=metrics.category_names(tables[candidate])).sort_values("id")
     table = table.assign(outcome=metrics.outcomes(table)).set_index("id", drop=False).rename_axis(None)
+    outcomes = {name: metrics.outcomes(tables[name]).set_axis(tables[name]["id"]) for name in others}
     detector = figures["about"].get("detector")
     language = [name for name in others if name != detector]
     rival = "production" if "production" in others else next(iter(language or others), None)
     before = tables[rival].set_index("id").loc[table.index] if rival else None
-    changed = _changed(table, before)
+    now, then = (each["predicted"].fillna("unparseable") for each in (table, table if before is None else before))
+    changed = now != then
     order, first = _order(table, changed)
     with atomic_folder(out) as partial, TemporaryFile(dir=partial) as spool:
         (partial / "images").mkdir()
@@ -91,14 +79,12 @@ def write(evaluation: Path, shards: Path, out: Path) -> None:
 
         embedded, starts = _write_pictures(order, first, content, partial / "images")
         page = figures | {
-            "confusion": {name: _confusion(each) for name, each in tables.items()},
-            "written": {name: _confusion(each) for name, each in written.items()},
+            "confusion": {name: metrics.confusion(each).tolist() for name, each in tables.items()},
+            "written": {name: metrics.confusion(each).tolist() for name, each in written.items()},
             "reliability": {name: _reliability(each) for name, each in tables.items()},
             "curves": {name: _curves(each) for name, each in tables.items()},
             "images": _columns(table.loc[order], sizes) | {"letter": letters[order].fillna("-").tolist()},
-            "others": {
-                name: _letters(metrics.outcomes(tables[name]).set_axis(tables[name]["id"])[order]) for name in others
-            },
+            "others": {name: "".join(outcomes[name][order].map(metrics.OUTCOMES)) for name in others},
             "rival": rival,
             "compared": _compared(table, before),
             "changed": "".join("1" if each else "0" for each in changed[order]),
@@ -107,7 +93,7 @@ def write(evaluation: Path, shards: Path, out: Path) -> None:
             "detection": {name: _detection(each.set_index("id"), sizes) for name, each in tables.items()},
             "without_boxes": metrics.without_boxes(table),
             "no_normal": metrics.NO_NORMAL_IMAGE if metrics.without_normal(table) else "",
-            "kinds": {name: _kinds(each) for name, each in written.items() if "predicted_kind" in each},
+            "kinds": {name: metrics.kinds_confusion(of) for name, of in written.items() if "predicted_kind" in of},
             "embedded": embedded,
             "starts": starts,
         }
@@ -115,15 +101,16 @@ def write(evaluation: Path, shards: Path, out: Path) -> None:
 
 
 def _read(evaluation: Path) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
-    """What the page says of the models as a whole, candidate first, and the prediction table of each."""
+    """Read what the page says of the models as a whole, candidate first, and the prediction table of each."""
     import pandas as pd
 
     try:
-        about, found, details = (
+        compared = references.read(evaluation)
+        about, measured, details = (
             json.loads((evaluation / f"{name}.json").read_text(encoding="utf-8"), parse_constant=lambda _: None)
             for name in ("evaluation", "metrics", "details")
         )
-        if not all(isinstance(content, dict) for content in (about, found, details)):
+        if not all(isinstance(content, dict) for content in (about, measured, details)):
             raise TypeError("what should be an object is not one")
         candidate = about["candidate"]
         models = [candidate, *(name for name in reversed(about["models"]) if name != candidate)]
@@ -136,19 +123,16 @@ def _read(evaluation: Path) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
         figures = {
             "about": about,
             "models": models,
-            "titles": plots.TITLES | _TITLES,
+            "titles": plots.TITLES | {"ece_of_score": "error of the score"},
             "metrics": {
-                name: {
-                    metric: [values.get(metric + end) for end in ("", "_low", "_high")]
-                    for metric in PAGE_METRICS
-                    if metric in found[candidate]
-                }
-                for name, values in found.items()
+                name: {metric: with_limits(values, metric) for metric in PAGE_METRICS if metric in measured[candidate]}
+                for name, values in measured.items()
                 if name not in references.BLIND
             },
-            "more_images": metrics.more_images(found[candidate]),
+            "more_images": metrics.more_images(measured[candidate]),
             "crossed": _crossed(evaluation / crossvalidation.FILE),
-            "references": _references(evaluation),
+            "references": {key: compared[key] for key in ("lines", "sentence", "verdict")}
+            | {"table": references.table(compared) if compared["rows"] else []},
             "sizes": {name: details[name]["sizes"] for name in models},
             "categories": details[candidate]["categories"],
             "defects": details[candidate]["defects"],
@@ -165,64 +149,41 @@ def _read(evaluation: Path) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
     return figures, tables
 
 
-def _references(evaluation: Path) -> dict[str, Any]:
-    """What the candidate is compared with, in sentences and as a table of text."""
-    compared = references.read(evaluation)
-    rows = references.table(compared) if compared["rows"] else []
-    return {"lines": compared["lines"], "sentence": compared["sentence"], "verdict": compared["verdict"], "table": rows}
-
-
 def _calibration(file: Path) -> dict[str, Any]:
-    """The threshold, and what decides in words; an evaluation of before there were thresholds has letters alone."""
+    # An evaluation of before there were thresholds has letters alone.
     fitted = calibration.read(file) if file.is_file() else calibration.Calibration()
     return {"threshold": fitted.threshold, "summary": fitted.summary}
 
 
 def _crossed(file: Path) -> dict[str, Any] | None:
-    """The table of a cross-validation and what it is, in words; `None` if there was none."""
     if not file.is_file():
         return None
     results = json.loads(file.read_text(encoding="utf-8"))
     return {"rows": crossvalidation.rows(results), "note": crossvalidation.note(results)}
 
 
-def _changed(table: pd.DataFrame, before: pd.DataFrame | None) -> pd.Series[Any]:
-    """Which images the candidate and its rival decide differently; none without a rival."""
-    now, then = (each["predicted"].fillna("unparseable") for each in (table, table if before is None else before))
-    return now != then
-
-
 def _compared(table: pd.DataFrame, before: pd.DataFrame | None) -> list[dict[str, Any]]:
-    """What the gate judges, escapes and overkill first: values of both models and their difference, with 95 % limits.
+    """Compare what the gate judges, escapes first: values of both models and their difference, with limits.
 
-    Args:
-        table: The candidate's decisions.
-        before: Those of its rival, on the same images in the same order; `None` if there is none.
+    `table` has the candidate's decisions, `before` those of its rival on the same images in the same order.
     """
     group = metrics.groups(table)
     rows = []
     # Escapes among defects alone say nothing: to flag everything would be right.
     judged = [entry for entry in METRICS.values() if not (entry.binary and metrics.without_normal(table))]
     for entry in sorted(judged, key=lambda entry: entry.higher):
-        both = [entry.values(each) for each in (table, before) if each is not None]
-        counting = ~np.isnan(both).any(axis=0)
-        if not counting.any():
+        both = np.array([entry.values(each) for each in (table, before) if each is not None])
+        both[:, np.isnan(both).any(axis=0)] = np.nan
+        images = int((~np.isnan(both[0])).sum())
+        if not images:
             continue
-        of_images = None if group is None else group[counting]
-        values = [each[counting] for each in both]
-        cells = [[each.mean(), *metrics.confidence_limits(each, of_images, entry.binary)] for each in values]
+        cells = [[np.nanmean(each), *metrics.confidence_limits(each, group, entry.binary)] for each in both]
         if before is not None:
-            change = values[0] - values[1]
-            cells.append([change.mean(), *metrics.difference_limits(change, of_images, entry.binary)])
-        rows.append(
-            {
-                "title": entry.title,
-                "higher": entry.higher,
-                "over": entry.over,
-                "images": int(counting.sum()),
-                "cells": [[float(number) for number in cell] for cell in cells],
-            }
-        )
+            change = both[0] - both[1]
+            cells.append([np.nanmean(change), *metrics.difference_limits(change, group, entry.binary)])
+        figures = [[float(number) for number in cell] for cell in cells]
+        row = {"title": entry.title, "higher": entry.higher, "over": entry.over, "images": images, "cells": figures}
+        rows.append(row)
     return rows
 
 
@@ -232,36 +193,26 @@ def _located(table: pd.DataFrame) -> list[Any] | None:
     if not len(with_boxes):
         return None
     hits = np.asarray(with_boxes["outcome"] == "located", dtype=np.float64)
-    return [
-        int(hits.sum()),
-        float(hits.mean()),
-        *metrics.confidence_limits(hits, metrics.groups(with_boxes)),
-        len(hits),
-    ]
+    limits = metrics.confidence_limits(hits, metrics.groups(with_boxes))
+    return [int(hits.sum()), float(hits.mean()), *limits, len(hits)]
 
 
 def _detection(table: pd.DataFrame, sizes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-    """The probability that a defect is flagged, against its size as a share of the image.
+    """Fit the probability that a defect is flagged, against its size as a share of the image.
 
     `side`: a50, a90 and a90/95 also as the side of a square of that area, in pixels.
     """
-    if "area_share" not in table:
-        return detection.curve(np.array([]), np.array([])) | {"side": {}}
-    share = table["area_share"].to_numpy(dtype=float, na_value=np.nan)
-    measured = (table["label"] == "anomalous").to_numpy(dtype=bool) & (share > 0)
+    share = numbers(table, "area_share")
+    measured = is_defective(table) & (share > 0)
     flagged = np.asarray(table["predicted"][measured] == "anomalous", dtype=np.float64)
     pixels = np.array([sizes[key][0] * sizes[key][1] for key in table.index[measured]], dtype=float)
     in_pixels = detection.curve(np.sqrt(share[measured] * pixels), flagged)
-    names = ("a50", "a90", "a90_95")
-    return detection.curve(share[measured], flagged) | {"side": {name: in_pixels[name] for name in names}}
-
-
-def _letters(outcomes: pd.Series[Any]) -> str:
-    return "".join(metrics.OUTCOMES[word] for word in outcomes)
+    side = {name: in_pixels[name] for name in ("a50", "a90", "a90_95")}
+    return detection.curve(share[measured], flagged) | {"side": side if "area_share" in table else {}}
 
 
 def _order(table: pd.DataFrame, changed: pd.Series[Any]) -> tuple[list[str], int]:
-    """All ids in the order in which their pictures are kept, and how many of them begin a gallery.
+    """Return all ids in the order in which their pictures are kept, and how many of them begin a gallery.
 
     The first of each gallery come first, in turns; then the rest by outcome, those first that are looked at first: the
     surest of the wrong answers, and flagged defects from the worst place to the best.
@@ -284,11 +235,7 @@ def _order(table: pd.DataFrame, changed: pd.Series[Any]) -> tuple[list[str], int
 def _thumbnails(
     shards: Path, split: str, ids: set[str], spool: BinaryIO
 ) -> tuple[Callable[[str], bytes], dict[str, tuple[int, int]]]:
-    """Small JPEGs of the images `ids`, which wait in the file `spool`; and the images' own widths and heights.
-
-    Returns:
-        A function that gives the JPEG of an id, and sizes by id.
-    """
+    """Write small JPEGs of images to the file `spool`; return a function that reads that of an id, and sizes by id."""
     places: dict[str, tuple[int, int]] = {}
     sizes: dict[str, tuple[int, int]] = {}
     with ThreadPoolExecutor(cpus.count()) as pool:
@@ -322,116 +269,80 @@ def _smaller(content: bytes) -> bytes:
 def _write_pictures(
     order: Sequence[str], first: int, content: Callable[[str], list[str | None]], folder: Path
 ) -> tuple[list[list[str | None]], list[int]]:
-    """Writes pictures and words into files of about a megabyte.
+    """Write pictures and words into files of about a megabyte.
 
-    Returns:
-        Those that the page itself holds, and the position in `order` at which each file begins.
+    Returns those that the page itself holds, and the position in `order` at which each file begins.
     """
     embedded: list[list[str | None]] = []
-    left = _EMBEDDED_BYTES
-    for key in order[:first]:
-        row = content(key)
-        left -= sum(len(part or "") for part in row)
-        if left < 0:
-            break
-        embedded.append(row)
+    rows: list[list[str | None]] = []
     starts: list[int] = []
-    for start, rows in _files(order, len(embedded), content):
-        text = f"pictures({len(starts)}, {_json(rows)});\n"
-        (folder / f"{len(starts):03d}.js").write_text(text, encoding="utf-8")
-        starts.append(start)
+    left, size = _EMBEDDED_BYTES, 0
+    for position, key in enumerate(order):
+        row = content(key)
+        length = sum(len(part or "") for part in row)
+        left -= length
+        if len(embedded) == position < first and left >= 0:
+            embedded.append(row)
+            continue
+        rows.append(row)
+        size += length
+        if size >= _FILE_BYTES or position == len(order) - 1:
+            # Scripts, because a page opened from a disk may load these but not other data.
+            text = f"pictures({len(starts)}, {_json(rows)});\n"
+            (folder / f"{len(starts):03d}.js").write_text(text, encoding="utf-8")
+            starts.append(position + 1 - len(rows))
+            rows, size = [], 0
     return embedded, starts
 
 
-def _files(
-    order: Sequence[str], begin: int, content: Callable[[str], list[str | None]]
-) -> Iterator[tuple[int, list[list[str | None]]]]:
-    """The contents of each file, and the position in `order` at which it begins."""
-    rows: list[list[str | None]] = []
-    size = 0
-    for position in range(begin, len(order)):
-        rows.append(content(order[position]))
-        size += sum(len(part or "") for part in rows[-1])
-        if size >= _FILE_BYTES or position == len(order) - 1:
-            yield position + 1 - len(rows), rows
-            rows, size = [], 0
-
-
 def _stages(completion: str) -> list[str | None]:
-    """What the model wrote in `<think>` and in `<rethink>`; and all of it where it does not keep to the form.
-
-    Of an image in tiles, what the third holds where it does are the notes on the tiles, which follow the answer.
-    """
+    """Return what the model wrote in `<think>` and in `<rethink>`; and all of it where it does not keep to the form."""
     parsed = response.parse(completion)
     whole = parsed.think is not None and parsed.rethink is not None and parsed.answer is not None
+    # Of an image in tiles, notes on the tiles follow the answer.
     notes = completion.partition(response.STAGES[-1])[2].strip() or None
     return [parsed.think, parsed.rethink, notes if whole else completion]
 
 
 def _columns(table: pd.DataFrame, sizes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-    """What the page knows of each image without its picture; short, because there are many."""
+    """Return what the page knows of each image without its picture; short, because there are many."""
 
-    def codes(column: str) -> tuple[list[str], list[int]]:
-        values, names = table[column].astype("category").cat.codes, table[column].astype("category").cat.categories
-        return names.tolist(), values.tolist()
-
-    def numbers(column: str) -> list[float | None]:
-        return [None if np.isnan(value) else round(value, 3) for value in table[column].astype(float)]
+    def rounded(column: str, form: str) -> list[float | None]:
+        return [None if np.isnan(value) else float(format(value, form)) for value in numbers(table, column)]
 
     def boxes(column: str) -> list[list[float]]:
         return [
             [round(float(edge), 1) for box in row if np.isfinite(box).all() for edge in box] for row in table[column]
         ]
 
-    categories, category = codes("category")
-    defects, defect = codes("defect")
+    category, defect = (table[column].astype("category").cat for column in ("category", "defect"))
     return {
         "id": table["id"].tolist(),
         "source": table["source"].tolist(),
-        "categories": categories,
-        "category": category,
-        "defects": defects,
-        "defect": defect,
-        "anomalous": (table["label"] == "anomalous").astype(int).tolist(),
-        "outcome": _letters(table["outcome"]),
+        "categories": category.categories.tolist(),
+        "category": category.codes.tolist(),
+        "defects": defect.categories.tolist(),
+        "defect": defect.codes.tolist(),
+        "anomalous": is_defective(table).astype(int).tolist(),
+        "outcome": "".join(table["outcome"].map(metrics.OUTCOMES)),
         # Calibrated, where it is; to more digits than are shown, because thresholds lie close to 0 and 1 as well.
-        "score": [
-            None if np.isnan(value) else float(f"{value:.6g}")
-            for value in table["probability" if "probability" in table else "score"].astype(float)
-        ],
-        "iou": numbers("iou"),
+        "score": rounded("probability" if "probability" in table else "score", ".6g"),
+        "iou": rounded("iou", ".3f"),
         "size": [sizes[key] for key in table["id"]],
         "boxes": boxes("boxes"),
         "predicted": boxes("predicted_boxes"),
     }
 
 
-def _confusion(table: pd.DataFrame) -> list[list[int]]:
-    """How many of the normal, and of the anomalous, images were answered normal, anomalous, unparseably."""
-    said = table["predicted"].astype(object).where(table["predicted"].isin(_ANSWERS[:2]), _ANSWERS[2])
-    return [
-        [int(((table["label"] == label) & (said == answer)).sum()) for answer in _ANSWERS] for label in _ANSWERS[:2]
-    ]
-
-
-def _kinds(table: pd.DataFrame) -> dict[str, Any]:
-    """The confusion table of kinds, letters as written."""
-    rows, columns, counts = metrics.kinds_confusion(table)
-    return {"rows": rows, "columns": columns, "counts": counts}
-
-
 def _reliability(table: pd.DataFrame) -> dict[str, list[list[float]]]:
     """Points of the reliability diagram (mean probability, share of defective images), raw and calibrated."""
-    anomalous = (table["label"] == "anomalous").to_numpy(dtype=bool)
-    columns = [column for column in ("score", "probability") if column in table]
     return {
         column: [
             [round(probability, 4), round(share, 4)]
-            for probability, share, _ in metrics.reliability(
-                table[column].to_numpy(dtype=float, na_value=np.nan), anomalous
-            )
+            for probability, share, _ in metrics.reliability(numbers(table, column), is_defective(table))
         ]
-        for column in columns
+        for column in ("score", "probability")
+        if column in table
     }
 
 
@@ -457,7 +368,7 @@ def _thinned(points: Any) -> list[list[float]]:
 
 
 def _rewards(file: Path) -> dict[str, dict[str, list[list[float]]]]:
-    """For each reward that training logged its points (step, mean reward), raw and smoothed; none without training."""
+    """Read the points (step, mean reward) of each reward that training logged, raw and smoothed; none without it."""
     import pandas as pd
 
     if not file.is_file():

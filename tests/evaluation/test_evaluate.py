@@ -51,17 +51,17 @@ def test_predictions_are_typed_and_complete(evaluated: Path, small_shards: Path)
 
 
 def test_metrics_are_those_of_the_predictions(evaluated: Path) -> None:
-    found = read(evaluated / "metrics.json")
-    assert list(found) == ["base", "again", "always_A", "always_B", "again_minus_base"]
-    assert [found[f"always_{letter}"]["recall"] for letter in "AB"] == [1, 0]
+    measured = read(evaluated / "metrics.json")
+    assert list(measured) == ["base", "again", "always_A", "always_B", "again_minus_base"]
+    assert [measured[f"always_{letter}"]["recall"] for letter in "AB"] == [1, 0]
     table = pd.read_parquet(evaluated / "predictions.parquet")
     expected = metrics.values(table)
-    assert {name: found["again"][name] for name in expected} == pytest.approx(expected)
-    change = found["again_minus_base"]
+    assert {name: measured["again"][name] for name in expected} == pytest.approx(expected)
+    change = measured["again_minus_base"]
     assert {value for name, value in change.items() if not name.endswith(("_low", "_high"))} <= {0.0, None}
     assert change["accuracy_low"] == -change["accuracy_high"] < 0
-    assert found["again"].items() >= metrics.operating_point(table, found["again"]["threshold"], 50, 0).items()
-    assert read(evaluated / "metrics" / "again.json") == {name: found["again"][name] for name in metrics.HEADLINE}
+    assert measured["again"].items() >= metrics.operating_point(table, measured["again"]["threshold"], 50, 0).items()
+    assert read(evaluated / "metrics" / "again.json") == {name: measured["again"][name] for name in metrics.HEADLINE}
     details = read(evaluated / "details.json")["base"]
     assert set(details) == {"datasets", "categories", "defects", "sizes"} and len(details["categories"]) == 6
 
@@ -83,23 +83,23 @@ def test_the_verdict_in_words_is_written_once_and_comes_first(evaluated: Path) -
 def test_the_threshold_is_chosen_on_validation(evaluated: Path, small_shards: Path) -> None:
     table = pd.read_parquet(evaluated / "validation" / "again.parquet")
     assert table["id"].tolist() == shards.ids(small_shards, "validation")
-    found = calibration.read(evaluated / "calibration.json")
-    assert found == calibration.fit(table, PARAMS.evaluate, data=shards.fingerprint(small_shards, "validation"))
-    assert calibration.read(evaluated / "calibration" / "base.json") == found
-    assert found.threshold is not None and read(evaluated / "metrics.json")["again"]["threshold"] == found.threshold
+    fitted = calibration.read(evaluated / "calibration.json")
+    assert fitted == calibration.fit(table, PARAMS.evaluate, data=shards.fingerprint(small_shards, "validation"))
+    assert calibration.read(evaluated / "calibration" / "base.json") == fitted
+    assert fitted.threshold is not None and read(evaluated / "metrics.json")["again"]["threshold"] == fitted.threshold
     text = (evaluated / "comparison.md").read_text()
-    assert "| overkill at threshold" in text and f"again: {found.summary}" in text
+    assert "| overkill at threshold" in text and f"again: {fitted.summary}" in text
     for file in ("predictions.parquet", "base.parquet", "validation/again.parquet"):
         table = pd.read_parquet(evaluated / file)
-        pd.testing.assert_frame_equal(found.apply(table), table)
+        pd.testing.assert_frame_equal(fitted.apply(table), table)
 
 
 def test_regions_are_named_whatever_the_letter(evaluated: Path) -> None:
     table = pd.read_parquet(evaluated / "predictions.parquet")
-    named = [len(response.parse(words).boxes) for words in table["completion"]]
-    assert [len(regions) for regions in table["regions"]] == named and sum(named) > 0
+    counts = [len(response.parse(words).boxes) for words in table["completion"]]
+    assert [len(regions) for regions in table["regions"]] == counts and sum(counts) > 0
     marked = table["predicted"] == "anomalous"
-    assert [len(boxes) for boxes in table["predicted_boxes"]] == (marked * named).tolist()
+    assert [len(boxes) for boxes in table["predicted_boxes"]] == (marked * counts).tolist()
     both = marked & (table["label"] == "anomalous")
     assert table["region_iou"][both].tolist() == table["iou"][both].tolist()
 
@@ -134,7 +134,8 @@ def test_plots_hold_the_data_of_the_candidate(evaluated: Path) -> None:
     sizes = pd.read_csv(evaluated / "plots" / "iou_by_size.csv", index_col="size")
     assert list(sizes) == ["base", "again"]
     assert sizes["again"].to_dict() == {
-        size: pytest.approx(found["iou"]) for size, found in read(evaluated / "details.json")["again"]["sizes"].items()
+        size: pytest.approx(measured["iou"])
+        for size, measured in read(evaluated / "details.json")["again"]["sizes"].items()
     }
     for name in ("confusion", "reliability", "iou_by_size", "comparison", "examples"):
         with Image.open(evaluated / "plots" / f"{name}.png") as image:
@@ -209,8 +210,8 @@ def test_validation_itself_is_not_judged_by_a_threshold_chosen_on_it(
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     params = Params.model_validate({"evaluate": {"split": "validation", "max_new_tokens": 4, "bootstrap": 10}})
     evaluate.evaluate({"base": BASE}, small_shards, evaluated.with_name("validated"), params)
-    found = read(evaluated.with_name("validated") / "metrics.json")["base"]
-    assert "threshold" not in found and found["images"] == len(shards.ids(small_shards, "validation"))
+    measured = read(evaluated.with_name("validated") / "metrics.json")["base"]
+    assert "threshold" not in measured and measured["images"] == len(shards.ids(small_shards, "validation"))
     table = pd.read_parquet(evaluated.with_name("validated") / "predictions.parquet")
     assert table["decision"].equals(table["predicted"]) and table.attrs["threshold"] is None
     assert (
@@ -223,7 +224,7 @@ def test_validation_itself_is_not_judged_by_a_threshold_chosen_on_it(
 def test_names_that_cannot_be_files_are_refused(name: str, small_shards: Path, tmp_path: Path) -> None:
     with pytest.raises(AdfmError, match="cannot name a model"):
         evaluate.evaluate({name: BASE}, small_shards, tmp_path / "out", PARAMS)
-    with pytest.raises(AdfmError, match="no model to evaluate"):
+    with pytest.raises(AdfmError, match="No model to evaluate"):
         evaluate.evaluate({}, small_shards, tmp_path / "out", PARAMS)
     assert not (tmp_path / "out").exists()
 
@@ -238,16 +239,16 @@ def constructed(folder: Path, right: float, seed: int) -> pd.DataFrame:
     anomalous = (table["label"] == "anomalous").to_numpy()
     flagged = (rng.random(len(table)) < right) == anomalous
     rows = []
-    for row, said in zip(table.itertuples(), flagged, strict=True):
+    for row, flag in zip(table.itertuples(), flagged, strict=True):
         truth = [Box(*box) for box in row.boxes]
-        boxes = truth if said else []
-        found = metrics.localize(truth, boxes, row.width, row.height) if row.label == "anomalous" else {}
-        found |= {f"region_{name}": found[name] for name in metrics.COMPARED} if found else {}
-        found["regions"] = boxes
-        rows.append({"boxes": truth, "predicted_boxes": boxes, "completion": "…", **found})
+        boxes = truth if flag else []
+        measured = metrics.localize(truth, boxes, row.width, row.height) if row.label == "anomalous" else {}
+        measured |= {f"region_{name}": measured[name] for name in metrics.COMPARED} if measured else {}
+        measured["regions"] = boxes
+        rows.append({"boxes": truth, "predicted_boxes": boxes, "completion": "…", **measured})
     known = table[["id", "source", "dataset", "category", "defect", "label"]]
-    said = np.where(flagged, "anomalous", "normal")
-    return pd.concat([known.assign(predicted=said, score=flagged * 0.8 + 0.1), pd.DataFrame(rows)], axis=1)
+    letters = np.where(flagged, "anomalous", "normal")
+    return pd.concat([known.assign(predicted=letters, score=flagged * 0.8 + 0.1), pd.DataFrame(rows)], axis=1)
 
 
 def cells(table: str) -> dict[str, list[str]]:
@@ -291,13 +292,13 @@ def test_the_comparison_shows_each_model_at_its_threshold(small_shards: Path, tm
     tables = {name: fitted[name].apply(table) for name, table in tables.items()}
     comparison = evaluate.report(tables, small_shards, tmp_path, PARAMS, fitted)
     values, first, second = map(cells, comparison.written[:3])
-    found = read(tmp_path / "metrics.json")
+    measured = read(tmp_path / "metrics.json")
     thresholds = [f"{fitted[name].threshold:.3f}" for name in ("base", "trained")]
     assert values["threshold"] == ["-", *thresholds, "-", "-"] and first["threshold"] == [thresholds[1], "-"]
     assert any(note.startswith("mute: The letter decides: ") for note in comparison.written)
     assert values["escape rate at threshold"][0] == "-" and first["escape rate at threshold"][1].startswith("-0.")
     assert "escape rate at threshold" not in second  # of a model without a threshold
-    expected = found["trained"]["overkill_at_threshold"]
+    expected = measured["trained"]["overkill_at_threshold"]
     assert first["overkill at threshold"][0].startswith(f"{expected:.3f} [")
     rows = pd.read_csv(tmp_path / "comparison.csv").set_index(["metric", "model"])
     assert rows.loc[("overkill_at_threshold", "trained"), "high"] <= 1
@@ -343,9 +344,9 @@ def test_labels_alone_are_evaluated_without_iou(
     label_shards: Path, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluate.evaluate({"base": BASE}, label_shards, store / "out", PARAMS)
-    found = read(store / "out" / "metrics.json")["base"]
-    assert found["iou"] is None and found["box_f1"] is None and found["accuracy"] is not None
-    assert found["without_boxes"] == found["anomalous"] > 0
-    words = f"{found['anomalous']} anomalous images have no boxes; they are left out of IoU and box F1."
+    measured = read(store / "out" / "metrics.json")["base"]
+    assert measured["iou"] is None and measured["box_f1"] is None and measured["accuracy"] is not None
+    assert measured["without_boxes"] == measured["anomalous"] > 0
+    words = f"{measured['anomalous']} anomalous images have no boxes; they are left out of IoU and box F1."
     assert words in capsys.readouterr().out and words in (store / "out" / "comparison.md").read_text()
-    assert re.search(rf'"without_boxes": ?{found["anomalous"]}\b', (store / "out/report/report.html").read_text())
+    assert re.search(rf'"without_boxes": ?{measured["anomalous"]}\b', (store / "out/report/report.html").read_text())

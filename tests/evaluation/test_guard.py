@@ -14,7 +14,6 @@ from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.evaluation import guard as guard_
 from adfm.evaluation.guard import Guard, Range
-from adfm.params import Params
 from adfm.records import Record
 
 
@@ -57,7 +56,7 @@ def write(folder: Path, **splits: list[Image.Image] | list[tuple[str, Image.Imag
 
 @pytest.fixture(scope="module")
 def embedded(small_shards: Path) -> Guard:
-    return guard_.fit(small_shards, Params())
+    return guard_.fit(small_shards, "test")
 
 
 def images(shards: Path, split: str) -> list[Image.Image]:
@@ -116,7 +115,7 @@ def test_blurred_images_are_refused_for_their_edges(embedded: Guard, small_shard
 
 
 def test_the_same_shards_give_the_same_guard(embedded: Guard, small_shards: Path) -> None:
-    assert guard_.fit(small_shards, Params()).model_dump_json() == embedded.model_dump_json()
+    assert guard_.fit(small_shards, "test").model_dump_json() == embedded.model_dump_json()
 
 
 def test_a_guard_is_read_as_it_was_written(embedded: Guard, small_shards: Path, tmp_path: Path) -> None:
@@ -143,7 +142,7 @@ def test_a_dark_field_plant_is_not_refused_for_being_dark(tmp_path: Path) -> Non
         return pixels(values)
 
     train, validation, test = ([dark(int(rng.integers(60, 140))) for _ in range(count)] for count in (60, 30, 40))
-    guard = guard_.fit(write(tmp_path / "shards", train=train, validation=validation, test=test), Params())
+    guard = guard_.fit(write(tmp_path / "shards", train=train, validation=validation, test=test), "test")
     assert 0.98 < guard.black < 1
     assert guard.tested == 40 and not guard.refused
     lens_cap = guard.judge(pixels(np.clip(rng.normal(2, 1, (96, 96)), 0, 9)))
@@ -157,7 +156,7 @@ def test_each_category_is_like_itself(tmp_path: Path) -> None:
     dark, bright = (textures(60, mean, seed=int(mean)) for mean in (50, 200))
     train = [("dark", image) for image in dark[:40]] + [("bright", image) for image in bright[:40]]
     rest = [("dark", image) for image in dark[40:]] + [("bright", image) for image in bright[40:]]
-    guard = guard_.fit(write(tmp_path / "shards", train=train, validation=rest[::2], test=rest[1::2]), Params())
+    guard = guard_.fit(write(tmp_path / "shards", train=train, validation=rest[::2], test=rest[1::2]), "test")
     assert not guard.refused
     [between] = textures(1, 125)
     refusal = guard.judge(between)
@@ -166,7 +165,7 @@ def test_each_category_is_like_itself(tmp_path: Path) -> None:
 
 
 def test_the_statistic_that_is_farthest_is_named(tmp_path: Path) -> None:
-    guard = guard_.fit(write(tmp_path / "shards", train=textures(60, 120), test=textures(5, 120, seed=1)), Params())
+    guard = guard_.fit(write(tmp_path / "shards", train=textures(60, 120), test=textures(5, 120, seed=1)), "test")
     [image] = textures(1, 120, seed=2)
     assert guard.judge(image) is None
     red = guard.judge(pixels(np.asarray(image, float) + np.array([30, -15, 0])))
@@ -177,7 +176,7 @@ def test_the_statistic_that_is_farthest_is_named(tmp_path: Path) -> None:
 
 
 def test_without_validation_images_the_training_images_give_the_limit(tmp_path: Path) -> None:
-    guard = guard_.fit(write(tmp_path / "shards", train=textures(60, 120), test=textures(40, 120, seed=1)), Params())
+    guard = guard_.fit(write(tmp_path / "shards", train=textures(60, 120), test=textures(40, 120, seed=1)), "test")
     assert guard.images == {"train": 60} and guard.limit > 0
     assert sum(guard.refused.values()) <= 2
 
@@ -185,14 +184,14 @@ def test_without_validation_images_the_training_images_give_the_limit(tmp_path: 
 def test_a_far_validation_image_widens_the_limit(tmp_path: Path) -> None:
     train, test = textures(60, 120), textures(5, 120, seed=1)
     odd = textures(1, 170, seed=2)
-    guard = guard_.fit(write(tmp_path / "shards", train=train, validation=odd, test=test), Params())
-    narrow = guard_.fit(write(tmp_path / "others", train=train, validation=test, test=test), Params())
+    guard = guard_.fit(write(tmp_path / "shards", train=train, validation=odd, test=test), "test")
+    narrow = guard_.fit(write(tmp_path / "others", train=train, validation=test, test=test), "test")
     assert guard.judge(odd[0]) is None
     assert narrow.judge(odd[0]) is not None and narrow.limit < guard.limit
 
 
 def test_few_training_images_allow_no_distance(tmp_path: Path) -> None:
-    guard = guard_.fit(write(tmp_path / "shards", train=textures(19, 120), test=textures(5, 120)), Params())
+    guard = guard_.fit(write(tmp_path / "shards", train=textures(19, 120), test=textures(5, 120)), "test")
     assert guard.note == "19 training images are too few to tell how far another one is from them; 20 would do."
     assert guard.summary == f"Of 5 test images 0 cannot be judged. {guard.note}"
     assert guard.judge(pixels(BLANK["noise"][2]).resize((64, 48))) is None
@@ -201,7 +200,7 @@ def test_few_training_images_allow_no_distance(tmp_path: Path) -> None:
 
 
 def test_without_training_images_only_uniform_and_blank_ones_are_refused(tmp_path: Path) -> None:
-    guard = guard_.fit(write(tmp_path / "shards", test=textures(5, 120)), Params())
+    guard = guard_.fit(write(tmp_path / "shards", test=textures(5, 120)), "test")
     assert guard.side is None and guard.images == {}
     assert guard.judge(textures(1, 120, size=(300, 40))[0]) is None
     for level, kind in ((0, "uniform"), (255, "uniform")):
@@ -213,16 +212,16 @@ def test_refusals_of_the_test_split_are_counted(tmp_path: Path) -> None:
     train, validation, test = textures(60, 120), textures(30, 120, seed=1), textures(20, 120, seed=2)
     test[3], test[7] = Image.new("RGB", (64, 48)), textures(1, 120, size=(200, 150))[0]
     shards = write(tmp_path / "shards", train=train, validation=validation, test=test)
-    guard = guard_.fit(shards, Params())
+    guard = guard_.fit(shards, "test")
     assert (guard.tested, guard.refused) == (20, {"size": 1, "uniform": 1})
     assert guard.summary == "Of 20 test images 2 cannot be judged (size 1, uniform 1)."
-    other = guard_.fit(shards, Params.model_validate({"evaluate": {"split": "validation"}}))
+    other = guard_.fit(shards, "validation")
     assert (other.split, other.tested, other.refused) == ("validation", 30, {})
 
 
 def test_uniform_training_images_hide_no_black_ones(tmp_path: Path) -> None:
     train = [*textures(60, 120), Image.new("RGB", (64, 48))]
-    guard = guard_.fit(write(tmp_path / "shards", train=train, test=textures(5, 120)), Params())
+    guard = guard_.fit(write(tmp_path / "shards", train=train, test=textures(5, 120)), "test")
     assert guard.black < 0.9
     refusal = guard.judge(pixels(np.random.default_rng(0).normal(3, 1, (48, 64))))
     assert refusal is not None and refusal.kind == "black"
@@ -308,4 +307,4 @@ def test_a_range_reaches_beyond_what_was_seen_by_its_margin() -> None:
 
 def test_shards_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(AdfmError, match="no test shards here"):
-        guard_.fit(tmp_path, Params())
+        guard_.fit(tmp_path, "test")

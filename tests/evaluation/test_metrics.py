@@ -57,34 +57,34 @@ def predictions(
 
 
 def test_half_shifted_box_has_a_third_of_the_union() -> None:
-    found = metrics.localize([Box(0, 0, 4, 4)], [Box(2, 0, 6, 4)], 10, 10)
-    assert found["iou"] == pytest.approx(1 / 3)
-    assert found["matched_iou"] == pytest.approx(1 / 3)
-    assert (found["true_positives"], found["false_positives"], found["false_negatives"]) == (0, 1, 1)
-    assert found["area_share"] == pytest.approx(0.16)
-    assert found["mask_iou"] is None
+    measured = metrics.localize([Box(0, 0, 4, 4)], [Box(2, 0, 6, 4)], 10, 10)
+    assert measured["iou"] == pytest.approx(1 / 3)
+    assert measured["matched_iou"] == pytest.approx(1 / 3)
+    assert (measured["true_positives"], measured["false_positives"], measured["false_negatives"]) == (0, 1, 1)
+    assert measured["area_share"] == pytest.approx(0.16)
+    assert measured["mask_iou"] is None
 
 
 def test_iou_is_of_unions_and_does_not_depend_on_counts() -> None:
     halves = [Box(0, 0, 2, 4), Box(2, 0, 4, 4), Box(1, 1, 3, 3)]
-    found = metrics.localize([Box(0, 0, 4, 4)], halves, 10, 10)
-    assert found["iou"] == 1.0
-    assert (found["true_positives"], found["false_positives"], found["false_negatives"]) == (1, 2, 0)
+    measured = metrics.localize([Box(0, 0, 4, 4)], halves, 10, 10)
+    assert measured["iou"] == 1.0
+    assert (measured["true_positives"], measured["false_positives"], measured["false_negatives"]) == (1, 2, 0)
 
 
 def test_nothing_predicted_on_a_defect_is_zero_and_not_undefined() -> None:
     mask = np.zeros((10, 10), np.uint8)
     mask[0:4, 0:4] = 255
-    found = metrics.localize([Box(0, 0, 4, 4), Box(6, 6, 8, 8)], [], 10, 10, mask)
-    assert found["iou"] == 0.0 and found["mask_iou"] == 0.0
-    assert found["matched_iou"] is None
-    assert (found["true_positives"], found["false_positives"], found["false_negatives"]) == (0, 0, 2)
+    measured = metrics.localize([Box(0, 0, 4, 4), Box(6, 6, 8, 8)], [], 10, 10, mask)
+    assert measured["iou"] == 0.0 and measured["mask_iou"] == 0.0
+    assert measured["matched_iou"] is None
+    assert (measured["true_positives"], measured["false_positives"], measured["false_negatives"]) == (0, 0, 2)
 
 
 def test_a_normal_image_has_nothing_to_locate() -> None:
-    found = metrics.localize([], [Box(0, 0, 4, 4)], 10, 10, np.zeros((10, 10), np.uint8))
-    assert set(found) == set(metrics.LOCALIZATION)
-    assert all(value is None for value in found.values())
+    measured = metrics.localize([], [Box(0, 0, 4, 4)], 10, 10, np.zeros((10, 10), np.uint8))
+    assert set(measured) == set(metrics.LOCALIZATION)
+    assert all(value is None for value in measured.values())
 
 
 @pytest.mark.parametrize(
@@ -100,14 +100,14 @@ def test_a_normal_image_has_nothing_to_locate() -> None:
     ],
 )
 def test_a_box_without_a_pixel_covers_nothing_and_counts_as_false(box: Box) -> None:
-    found = metrics.localize([Box(0, 0, 4, 4)], [Box(0, 0, 4, 4), box], 10, 10)
-    assert found["iou"] == 1.0 and found["matched_iou"] == 1.0
-    assert (found["true_positives"], found["false_positives"], found["false_negatives"]) == (1, 1, 0)
+    measured = metrics.localize([Box(0, 0, 4, 4)], [Box(0, 0, 4, 4), box], 10, 10)
+    assert measured["iou"] == 1.0 and measured["matched_iou"] == 1.0
+    assert (measured["true_positives"], measured["false_positives"], measured["false_negatives"]) == (1, 1, 0)
 
 
 def test_predicted_boxes_end_at_the_image() -> None:
-    found = metrics.localize([Box(6, 6, 10, 10)], [Box(6, 6, math.inf, 1e300)], 10, 10)
-    assert found["iou"] == 1.0 and found["true_positives"] == 1
+    measured = metrics.localize([Box(6, 6, 10, 10)], [Box(6, 6, math.inf, 1e300)], 10, 10)
+    assert measured["iou"] == 1.0 and measured["true_positives"] == 1
 
 
 def test_an_edge_on_a_half_rounds_down() -> None:
@@ -118,9 +118,9 @@ def test_an_edge_on_a_half_rounds_down() -> None:
 def test_mask_iou_counts_mask_pixels() -> None:
     mask = np.zeros((10, 10), bool)
     mask[0, 0:4] = mask[0:4, 0] = True
-    found = metrics.localize([Box(0, 0, 4, 4)], [Box(0, 0, 4, 4)], 10, 10, mask)
-    assert found["iou"] == 1.0
-    assert found["mask_iou"] == pytest.approx(7 / 16)
+    measured = metrics.localize([Box(0, 0, 4, 4)], [Box(0, 0, 4, 4)], 10, 10, mask)
+    assert measured["iou"] == 1.0
+    assert measured["mask_iou"] == pytest.approx(7 / 16)
 
 
 def test_a_mask_of_another_size_is_refused() -> None:
@@ -156,14 +156,14 @@ def test_localisation_equals_counting_pixels(truth: list[Box], predicted: list[B
     nothing = np.zeros_like(mask)
     true, guess = ([drawn for box in side if (drawn := pixels(box)).any()] for side in (truth, predicted))
     covered, guessed = (np.logical_or.reduce([nothing, *side]) for side in (true, guess))
-    found = metrics.localize(truth, predicted, WIDTH, HEIGHT, mask)
+    measured = metrics.localize(truth, predicted, WIDTH, HEIGHT, mask)
     if not true:
-        assert set(found.values()) == {None}
+        assert set(measured.values()) == {None}
         return
 
-    assert found["iou"] == pytest.approx(share(covered, guessed))
-    assert found["area_share"] == pytest.approx(covered.mean())
-    assert found["mask_iou"] == pytest.approx(share(mask, guessed))
+    assert measured["iou"] == pytest.approx(share(covered, guessed))
+    assert measured["area_share"] == pytest.approx(covered.mean())
+    assert measured["mask_iou"] == pytest.approx(share(mask, guessed))
 
     few, many = sorted([true, guess], key=len)
     table = [[share(a, b) for b in many] for a in few]
@@ -171,11 +171,11 @@ def test_localisation_equals_counting_pixels(truth: list[Box], predicted: list[B
         sum(row[at] for row, at in zip(table, chosen, strict=True))
         for chosen in itertools.permutations(range(len(many)), len(few))
     ]
-    assert found["matched_iou"] == (pytest.approx(max(totals) / len(few)) if few else None)
-    hits = found["true_positives"]
+    assert measured["matched_iou"] == (pytest.approx(max(totals) / len(few)) if few else None)
+    hits = measured["true_positives"]
     assert hits is not None and 0 <= hits <= len(few)
-    assert hits + (found["false_positives"] or 0) == len(predicted)
-    assert hits + (found["false_negatives"] or 0) == len(true)
+    assert hits + (measured["false_positives"] or 0) == len(predicted)
+    assert hits + (measured["false_negatives"] or 0) == len(true)
 
 
 @settings(deadline=None)
@@ -191,9 +191,9 @@ def test_the_order_of_boxes_does_not_matter(truth: list[Box], predicted: list[Bo
 @settings(deadline=None)
 @given(boxes)
 def test_the_truth_itself_is_perfect(truth: list[Box]) -> None:
-    found = metrics.localize(truth, truth, WIDTH, HEIGHT)
-    assume(found["iou"] is not None)
-    assert found["iou"] == 1.0 and found["matched_iou"] == 1.0 and found["false_negatives"] == 0
+    measured = metrics.localize(truth, truth, WIDTH, HEIGHT)
+    assume(measured["iou"] is not None)
+    assert measured["iou"] == 1.0 and measured["matched_iou"] == 1.0 and measured["false_negatives"] == 0
 
 
 # ------------------------------------------------------------------------------------------------- a table
@@ -205,23 +205,23 @@ def test_detection_agrees_with_scikit_learn(images: int, seed: int, skill: float
     table = predictions(images, seed, skill, parsed)
     truth = (table["label"] == "anomalous").to_numpy()
     missing = table["predicted"].isna().to_numpy()
-    said = np.where(missing, ~truth, table["predicted"] == "anomalous")  # an unreadable answer is the wrong one
+    answered = np.where(missing, ~truth, table["predicted"] == "anomalous")  # an unreadable answer is the wrong one
     score = np.where(missing, np.where(truth, -1, 2), table["score"])
-    found = metrics.values(table)
+    measured = metrics.values(table)
     expected = {
-        "accuracy": sklearn.metrics.accuracy_score(truth, said),
-        "balanced_accuracy": sklearn.metrics.balanced_accuracy_score(truth, said),
-        "precision": sklearn.metrics.precision_score(truth, said, zero_division=np.nan),
-        "recall": sklearn.metrics.recall_score(truth, said),
-        "specificity": sklearn.metrics.recall_score(truth, said, pos_label=False),
-        "f1": sklearn.metrics.f1_score(truth, said),
+        "accuracy": sklearn.metrics.accuracy_score(truth, answered),
+        "balanced_accuracy": sklearn.metrics.balanced_accuracy_score(truth, answered),
+        "precision": sklearn.metrics.precision_score(truth, answered, zero_division=np.nan),
+        "recall": sklearn.metrics.recall_score(truth, answered),
+        "specificity": sklearn.metrics.recall_score(truth, answered, pos_label=False),
+        "f1": sklearn.metrics.f1_score(truth, answered),
         "auroc": sklearn.metrics.roc_auc_score(truth, score),
         "parse_rate": 1 - missing.mean(),
     }
     for name, value in expected.items():
-        assert found[name] == (None if np.isnan(value) else pytest.approx(value)), name
-    assert found["overkill"] == pytest.approx(1 - expected["specificity"])
-    assert found["miss_rate"] == pytest.approx(1 - expected["recall"])
+        assert measured[name] == (None if np.isnan(value) else pytest.approx(value)), name
+    assert measured["overkill"] == pytest.approx(1 - expected["specificity"])
+    assert measured["miss_rate"] == pytest.approx(1 - expected["recall"])
 
 
 def test_localisation_of_a_table_is_over_its_anomalous_images() -> None:
@@ -238,22 +238,22 @@ def test_localisation_of_a_table_is_over_its_anomalous_images() -> None:
             "false_negatives": [0, 1, 1, 1, None],
         }
     )
-    found = metrics.values(table)
-    assert found["iou"] == pytest.approx(0.2)
-    assert found["mask_iou"] == pytest.approx(0.4 / 3)
-    assert found["matched_iou"] == pytest.approx(0.5)
-    assert [found[f"iou_{p}"] for p in (10, 30, 50)] == [0.5, 0.5, 0.25]
-    assert found["box_f1"] == pytest.approx(4 / 9)
-    assert found["auroc"] is None
+    measured = metrics.values(table)
+    assert measured["iou"] == pytest.approx(0.2)
+    assert measured["mask_iou"] == pytest.approx(0.4 / 3)
+    assert measured["matched_iou"] == pytest.approx(0.5)
+    assert [measured[f"iou_{p}"] for p in (10, 30, 50)] == [0.5, 0.5, 0.25]
+    assert measured["box_f1"] == pytest.approx(4 / 9)
+    assert measured["auroc"] is None
 
 
 def test_a_model_that_is_never_understood_is_wrong_everywhere() -> None:
     table = predictions(40, parsed=0.0)
-    found = metrics.summarize(table, 50, 0, 0.01, 0.05)["overall"]
+    measured = metrics.summarize(table, 50, 0, 0.01, 0.05)["overall"]
     for name in ("accuracy", "balanced_accuracy", "recall", "specificity", "precision", "f1", "auroc", "parse_rate"):
-        assert found[name] == 0.0, name
-    assert found["overkill"] == found["miss_rate"] == 1.0
-    assert found["unparseable"] == found["images"] == 40
+        assert measured[name] == 0.0, name
+    assert measured["overkill"] == measured["miss_rate"] == 1.0
+    assert measured["unparseable"] == measured["images"] == 40
 
 
 @settings(deadline=None, max_examples=40)
@@ -275,24 +275,24 @@ def test_summary_does_not_depend_on_the_order_of_rows() -> None:
 
 def test_intervals_hold_the_value_and_have_the_width_of_theory() -> None:
     table = predictions(1000, parsed=1.0)
-    found = metrics.summarize(table, 2000, 0, 0.01, 0.05)["overall"]
+    measured = metrics.summarize(table, 2000, 0, 0.01, 0.05)["overall"]
     for name in metrics.HEADLINE:
-        assert found[f"{name}_low"] <= found[name] <= found[f"{name}_high"], name
-    half = 1.96 * math.sqrt(found["accuracy"] * (1 - found["accuracy"]) / 1000)
-    assert found["accuracy_high"] - found["accuracy"] == pytest.approx(half, rel=0.1)
-    assert found["accuracy"] - found["accuracy_low"] == pytest.approx(half, rel=0.1)
+        assert measured[f"{name}_low"] <= measured[name] <= measured[f"{name}_high"], name
+    half = 1.96 * math.sqrt(measured["accuracy"] * (1 - measured["accuracy"]) / 1000)
+    assert measured["accuracy_high"] - measured["accuracy"] == pytest.approx(half, rel=0.1)
+    assert measured["accuracy"] - measured["accuracy_low"] == pytest.approx(half, rel=0.1)
 
 
 def test_no_miss_among_64_defects_is_not_a_miss_rate_of_zero() -> None:
     table = predictions(128, parsed=1.0)
     table["label"] = np.where(np.arange(128) % 2 == 0, "anomalous", "normal")
     table["predicted"] = table["label"]
-    found = metrics.summarize(table, 20, 0, 0.01, 0.05)["overall"]
+    measured = metrics.summarize(table, 20, 0, 0.01, 0.05)["overall"]
     most = 1 - 0.025 ** (1 / 64)
     for name, ends in (("miss_rate", (0, most)), ("overkill", (0, most)), ("recall", (1 - most, 1))):
-        assert (found[f"{name}_low"], found[f"{name}_high"]) == pytest.approx(ends, abs=1e-9)
-    assert found["accuracy_low"] == pytest.approx(0.025 ** (1 / 128))
-    assert found["balanced_accuracy_low"] == pytest.approx(1 - most / math.sqrt(2))
+        assert (measured[f"{name}_low"], measured[f"{name}_high"]) == pytest.approx(ends, abs=1e-9)
+    assert measured["accuracy_low"] == pytest.approx(0.025 ** (1 / 128))
+    assert measured["balanced_accuracy_low"] == pytest.approx(1 - most / math.sqrt(2))
 
 
 @given(st.integers(1, 60), st.integers(0, 60), st.integers(0, 1000))
@@ -326,36 +326,36 @@ def test_what_becomes_of_an_image() -> None:
 
 def test_summary_by_group() -> None:
     table = predictions(300)
-    found = metrics.summarize(table, 20, 0, 0.01, 0.05)
-    assert set(found["categories"]) == {"part-0", "part-1", "part-2"}
-    for category, values in found["categories"].items():
+    measured = metrics.summarize(table, 20, 0, 0.01, 0.05)
+    assert set(measured["categories"]) == {"part-0", "part-1", "part-2"}
+    for category, values in measured["categories"].items():
         assert values["accuracy"] == metrics.values(table[table["category"] == category])["accuracy"]
-    assert set(found["defects"]) == {"dent", "scratch"}
+    assert set(measured["defects"]) == {"dent", "scratch"}
     dents = table[table["defect"] == "dent"]
-    assert found["defects"]["dent"]["recall"] == pytest.approx((dents["predicted"] == "anomalous").mean())
-    assert found["defects"]["dent"]["iou"] == pytest.approx(dents["iou"].mean())
-    assert "specificity" not in found["sizes"]["small"]
+    assert measured["defects"]["dent"]["recall"] == pytest.approx((dents["predicted"] == "anomalous").mean())
+    assert measured["defects"]["dent"]["iou"] == pytest.approx(dents["iou"].mean())
+    assert "specificity" not in measured["sizes"]["small"]
     small, large = table["area_share"] < 0.01, table["area_share"] >= 0.05
-    assert [*found["sizes"]] == ["small", "medium", "large"]
-    assert found["sizes"]["small"]["images"] == small.sum() and found["sizes"]["large"]["images"] == large.sum()
-    assert found["sizes"]["large"]["iou"] == pytest.approx(table[large]["iou"].mean())
-    assert sum(size["images"] for size in found["sizes"].values()) == found["overall"]["anomalous"]
-    json.dumps(found, allow_nan=False)
+    assert [*measured["sizes"]] == ["small", "medium", "large"]
+    assert measured["sizes"]["small"]["images"] == small.sum() and measured["sizes"]["large"]["images"] == large.sum()
+    assert measured["sizes"]["large"]["iou"] == pytest.approx(table[large]["iou"].mean())
+    assert sum(size["images"] for size in measured["sizes"].values()) == measured["overall"]["anomalous"]
+    json.dumps(measured, allow_nan=False)
 
 
 def test_a_defect_is_judged_against_the_normal_images_of_the_categories_that_have_it() -> None:
     table = predictions(300)
     table.loc[(table["category"] == "part-0") & (table["defect"] == "dent"), "defect"] = "scratch"
-    found = metrics.summarize(table, 20, 0, 0.01, 0.05)["defects"]["dent"]
+    measured = metrics.summarize(table, 20, 0, 0.01, 0.05)["defects"]["dent"]
     elsewhere = table["category"] != "part-0"
     part = table[elsewhere & ((table["label"] == "normal") | (table["defect"] == "dent"))]
     truth, missing = part["label"] == "anomalous", part["predicted"].isna()
-    said = np.where(missing, ~truth, part["predicted"] == "anomalous")
+    answered = np.where(missing, ~truth, part["predicted"] == "anomalous")
     score = np.where(missing, np.where(truth, -1, 2), part["score"])
-    assert found["images"] == len(part) and found["anomalous"] == truth.sum()
-    assert found["balanced_accuracy"] == pytest.approx(sklearn.metrics.balanced_accuracy_score(truth, said))
-    assert found["precision"] == pytest.approx(sklearn.metrics.precision_score(truth, said))
-    assert found["auroc"] == pytest.approx(sklearn.metrics.roc_auc_score(truth, score))
+    assert measured["images"] == len(part) and measured["anomalous"] == truth.sum()
+    assert measured["balanced_accuracy"] == pytest.approx(sklearn.metrics.balanced_accuracy_score(truth, answered))
+    assert measured["precision"] == pytest.approx(sklearn.metrics.precision_score(truth, answered))
+    assert measured["auroc"] == pytest.approx(sklearn.metrics.roc_auc_score(truth, score))
 
 
 def test_sizes_begin_at_their_thresholds() -> None:
@@ -381,12 +381,12 @@ def test_anomalous_images_without_boxes_are_left_out_of_localisation_and_counted
 
 def test_what_is_not_defined_is_none() -> None:
     normal = predictions(40)[lambda t: t["label"] == "normal"]
-    found = metrics.summarize(normal, 20, 0, 0.01, 0.05)
-    assert found["overall"]["recall"] is None and found["overall"]["recall_low"] is None
-    assert found["overall"]["balanced_accuracy"] is None and found["overall"]["auroc"] is None
-    assert found["overall"]["iou"] is None and found["overall"]["box_f1"] is None
-    assert found["overall"]["specificity"] is not None
-    assert found["sizes"] == {} and found["defects"] == {}
+    measured = metrics.summarize(normal, 20, 0, 0.01, 0.05)
+    assert measured["overall"]["recall"] is None and measured["overall"]["recall_low"] is None
+    assert measured["overall"]["balanced_accuracy"] is None and measured["overall"]["auroc"] is None
+    assert measured["overall"]["iou"] is None and measured["overall"]["box_f1"] is None
+    assert measured["overall"]["specificity"] is not None
+    assert measured["sizes"] == {} and measured["defects"] == {}
 
 
 def test_categories_are_told_apart_by_data_set_only_where_there_are_several() -> None:
@@ -427,8 +427,8 @@ def test_pictures_of_the_same_part_say_no_more_than_one_of_them() -> None:
     once, fourfold = (metrics.summarize(t, 2000, 0, 0.01, 0.05)["overall"] for t in (table, copies))
     naive = metrics.summarize(copies.drop(columns="group"), 2000, 0, 0.01, 0.05)["overall"]
 
-    def width(found: dict[str, Any]) -> float:
-        return float(found["accuracy_high"] - found["accuracy_low"])
+    def width(measured: dict[str, Any]) -> float:
+        return float(measured["accuracy_high"] - measured["accuracy_low"])
 
     assert width(fourfold) == pytest.approx(width(once), rel=0.1)
     assert width(naive) == pytest.approx(width(once) / 2, rel=0.15)
@@ -493,8 +493,8 @@ def test_without_a_threshold_decisions_are_what_was_written() -> None:
     for at in (None, 0.5):
         table = decided(200, 0, at)
         expected = {name: value for name, value in metrics.values(table).items() if "ece" not in name}
-        found = metrics.values(metrics.as_decided(table))
-        assert ({name: found[name] for name in expected} == expected) is (at is None)
+        measured = metrics.values(metrics.as_decided(table))
+        assert ({name: measured[name] for name in expected} == expected) is (at is None)
     assert metrics.as_decided(predictions(20)).equals(predictions(20))
 
 
@@ -526,25 +526,25 @@ def test_decisions_without_the_regions_are_refused() -> None:
 
 def test_the_operating_point_is_what_the_decisions_do() -> None:
     table = decided(500, 2, 0.7)
-    found = metrics.operating_point(table, 0.7, 500, 0)
+    measured = metrics.operating_point(table, 0.7, 500, 0)
     defects, normal = (table[table["label"] == label] for label in ("anomalous", "normal"))
     # An image without score and letter is wrong.
-    assert found["overkill_at_threshold"] == pytest.approx(1 - (normal["score"] < 0.7).mean())
-    assert found["miss_rate_at_threshold"] == pytest.approx(1 - (defects["score"] >= 0.7).mean())
+    assert measured["overkill_at_threshold"] == pytest.approx(1 - (normal["score"] < 0.7).mean())
+    assert measured["miss_rate_at_threshold"] == pytest.approx(1 - (defects["score"] >= 0.7).mean())
     for name in metrics.AT_THRESHOLD:
-        value, low, high = (found[f"{name}_at_threshold{end}"] for end in ("", "_low", "_high"))
+        value, low, high = (measured[f"{name}_at_threshold{end}"] for end in ("", "_low", "_high"))
         assert value is not None and low is not None and high is not None and low < value < high
     nothing = metrics.operating_point(table, None, 20, 0)
-    assert set(nothing.values()) == {None} and nothing.keys() == found.keys()
+    assert set(nothing.values()) == {None} and nothing.keys() == measured.keys()
 
 
 def test_two_operating_points_are_compared_each_at_its_own_threshold() -> None:
     left, right = decided(500, 1, 0.4, skill=0.9), decided(500, 2, 0.8, skill=0.6)
-    found = metrics.operating_difference(left, 0.4, right, 0.8, 200, 0)
+    measured = metrics.operating_difference(left, 0.4, right, 0.8, 200, 0)
     one, other = metrics.operating_point(left, 0.4, 20, 0), metrics.operating_point(right, 0.8, 20, 0)
     for name in metrics.AT_THRESHOLD:
         name = f"{name}_at_threshold"
-        assert found[name] == pytest.approx((one[name] or 0) - (other[name] or 0))
+        assert measured[name] == pytest.approx((one[name] or 0) - (other[name] or 0))
     same = metrics.operating_difference(left, 0.4, left, 0.4, 20, 0)
     assert {same[f"{name}_at_threshold"] for name in metrics.AT_THRESHOLD} == {0.0}
     assert set(metrics.operating_difference(left, 0.5, right, None, 20, 0).values()) == {None}
@@ -554,7 +554,7 @@ def test_two_operating_points_are_compared_each_at_its_own_threshold() -> None:
 
 
 def probabilities(images: int, seed: int, shift: float = 0.0) -> pd.DataFrame:
-    """Images that are anomalous with the probability that is said, or with one that is `shift` lower."""
+    """Images that are anomalous with the predicted probability, or with one that is `shift` lower."""
     rng = np.random.default_rng(seed)
     probability = rng.uniform(shift, 1, images)
     label = np.where(rng.random(images) < probability - shift, "anomalous", "normal")
@@ -572,9 +572,9 @@ def test_the_calibration_error_is_by_how_much_probabilities_are_off() -> None:
 def test_a_known_calibration_error() -> None:
     labels = ["anomalous"] * 6 + ["normal"] * 4
     table = pd.DataFrame({"label": labels, "predicted": "normal", "score": 0.9, "probability": [0.8] * 5 + [0.4] * 5})
-    found = metrics.values(table)
-    assert found["ece_of_score"] == pytest.approx(0.3)  # one bin: 0.9 said, 0.6 there
-    assert found["ece"] == pytest.approx(0.5 * (1 - 0.8) + 0.5 * (0.4 - 0.2))
+    measured = metrics.values(table)
+    assert measured["ece_of_score"] == pytest.approx(0.3)  # one bin: 0.9 predicted, 0.6 true
+    assert measured["ece"] == pytest.approx(0.5 * (1 - 0.8) + 0.5 * (0.4 - 0.2))
     points = metrics.reliability(table["probability"].to_numpy(), (table["label"] == "anomalous").to_numpy())
     assert np.array(points) == pytest.approx(np.array([[0.4, 0.2, 5], [0.8, 1.0, 5]]))
 
@@ -592,11 +592,11 @@ def test_no_order_of_the_images_matters_to_the_diagram(images: list[tuple[float,
     def points(images: list[tuple[float, bool]]) -> Any:
         return np.array(metrics.reliability(np.array([p for p, _ in images]), np.array([y for _, y in images])))
 
-    found = points(images)
-    assert found[:, 2].sum() == len(images) and len(found) <= metrics.BINS
-    assert (np.diff(found[:, 0]) > 0).all()
+    measured = points(images)
+    assert measured[:, 2].sum() == len(images) and len(measured) <= metrics.BINS
+    assert (np.diff(measured[:, 0]) > 0).all()
     random.shuffle(images)
-    assert points(images) == pytest.approx(found)
+    assert points(images) == pytest.approx(measured)
 
 
 # ------------------------------------------------------------------------------------------------- two tables
@@ -604,25 +604,25 @@ def test_no_order_of_the_images_matters_to_the_diagram(images: list[tuple[float,
 
 def test_a_model_differs_from_itself_by_nothing() -> None:
     table = predictions(80).assign(probability=lambda table: table["score"])
-    found = metrics.difference(table, table.sample(frac=1, random_state=0), 200, 0)
-    assert {value for name, value in found.items() if not name.endswith(("_low", "_high"))} == {0.0}
+    measured = metrics.difference(table, table.sample(frac=1, random_state=0), 200, 0)
+    assert {value for name, value in measured.items() if not name.endswith(("_low", "_high"))} == {0.0}
     # That 80 images do not tell them apart does not prove them equal.
-    assert found["accuracy_low"] == -(found["accuracy_high"] or 0) < -0.03
-    assert found["miss_rate_low"] == -(found["miss_rate_high"] or 0) < found["accuracy_low"]
+    assert measured["accuracy_low"] == -(measured["accuracy_high"] or 0) < -0.03
+    assert measured["miss_rate_low"] == -(measured["miss_rate_high"] or 0) < measured["accuracy_low"]
 
 
 def test_difference_is_candidate_minus_reference() -> None:
     worse, better = predictions(600, 1, skill=0.7), predictions(600, 2, skill=0.9)
-    found = metrics.difference(better, worse, 500, 0)
+    measured = metrics.difference(better, worse, 500, 0)
     for name in ("accuracy", "balanced_accuracy", "recall", "specificity", "iou"):
-        change, low, high = (found[name + end] for end in ("", "_low", "_high"))
+        change, low, high = (measured[name + end] for end in ("", "_low", "_high"))
         after, before = metrics.values(better)[name], metrics.values(worse)[name]
         assert change is not None and low is not None and high is not None and after is not None and before is not None
         assert change == pytest.approx(after - before)
         assert 0 < low < change < high
     swapped = metrics.difference(worse, better, 500, 0)
-    assert swapped["iou"] == -(found["iou"] or 0)
-    assert swapped["iou_low"] == pytest.approx(-(found["iou_high"] or 0))
+    assert swapped["iou"] == -(measured["iou"] or 0)
+    assert swapped["iou_low"] == pytest.approx(-(measured["iou_high"] or 0))
 
 
 def test_pairing_makes_the_interval_narrow() -> None:
@@ -653,8 +653,8 @@ def test_other_images_are_refused_and_named() -> None:
 
 def with_kinds(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
-    named = pd.Series(rng.choice(["scratch", "dent", "none"], len(table)), dtype=object)
-    return table.assign(kind=table["defect"], predicted_kind=named.where(named != "none", None))
+    with_kind = pd.Series(rng.choice(["scratch", "dent", "none"], len(table)), dtype=object)
+    return table.assign(kind=table["defect"], predicted_kind=with_kind.where(with_kind != "none", None))
 
 
 def test_the_kind_is_right_where_letter_and_kind_are() -> None:
@@ -662,29 +662,29 @@ def test_the_kind_is_right_where_letter_and_kind_are() -> None:
     table.loc[table.index[table["label"] == "anomalous"][:7], "kind"] = None  # several on one image, or none known
     known = table[(table["label"] == "anomalous") & table["kind"].notna()]
     right = (known["predicted"] == "anomalous") & (known["predicted_kind"] == known["kind"])
-    found = metrics.summarize(table, 20, 0, 0.01, 0.05)
-    assert found["overall"]["kind_right"] == pytest.approx(right.mean())
+    measured = metrics.summarize(table, 20, 0, 0.01, 0.05)
+    assert measured["overall"]["kind_right"] == pytest.approx(right.mean())
     exact = scipy.stats.binomtest(int(right.sum()), len(right)).proportion_ci(method="exact")
-    assert found["overall"]["kind_right_low"] == pytest.approx(exact.low, abs=1e-6)
-    assert found["overall"]["kind_right_high"] == pytest.approx(exact.high, abs=1e-6)
+    assert measured["overall"]["kind_right_low"] == pytest.approx(exact.low, abs=1e-6)
+    assert measured["overall"]["kind_right_high"] == pytest.approx(exact.high, abs=1e-6)
     for kind in ("scratch", "dent"):
-        assert found["defects"][kind]["kind_right"] == pytest.approx(right[known["kind"] == kind].mean())
+        assert measured["defects"][kind]["kind_right"] == pytest.approx(right[known["kind"] == kind].mean())
 
 
 def test_kinds_change_no_other_metric_and_a_reference_without_them_none() -> None:
     plain, other = predictions(60), predictions(60, seed=1)
-    named = with_kinds(plain)
-    both = metrics.values(named)
+    with_kind = with_kinds(plain)
+    both = metrics.values(with_kind)
     assert both.pop("kind_right") is not None
     assert both == metrics.values(plain)
-    assert metrics.difference(named, other, 10, 0) == metrics.difference(plain, other, 10, 0)
-    assert "kind_right" in metrics.difference(named, with_kinds(other, 1), 10, 0)
+    assert metrics.difference(with_kind, other, 10, 0) == metrics.difference(plain, other, 10, 0)
+    assert "kind_right" in metrics.difference(with_kind, with_kinds(other, 1), 10, 0)
 
 
 def test_the_table_of_kinds_counts_every_image_whose_kind_is_known() -> None:
     table = with_kinds(predictions(200))
     table.loc[table.index[table["label"] == "anomalous"][:7], "kind"] = None
-    rows, columns, counts = metrics.kinds_confusion(table)
+    rows, columns, counts = metrics.kinds_confusion(table).values()
     assert rows == ["dent", "scratch", "(normal)"] and columns == ["dent", "scratch", "(no kind)", "(normal)"]
     assert np.sum(counts) == 193
     normal = table[table["label"] == "normal"]
@@ -698,11 +698,11 @@ def test_the_table_of_kinds_counts_every_image_whose_kind_is_known() -> None:
 def test_among_defects_alone_the_decision_is_not_measured() -> None:
     table = with_kinds(predictions(80))
     defects, other = (each[each["label"] == "anomalous"] for each in (table, predictions(80, seed=1)))
-    found = metrics.summarize(defects, 10, 0, 0.01, 0.05)
+    measured = metrics.summarize(defects, 10, 0, 0.01, 0.05)
     change = metrics.difference(defects, other, 10, 0)
-    for of in (found["overall"], change, *found["defects"].values(), *found["categories"].values()):
+    for of in (measured["overall"], change, *measured["defects"].values(), *measured["categories"].values()):
         for name in metrics.BOTH_LABELS:
             assert of[name] is None and of[f"{name}_low"] is None and of[f"{name}_high"] is None
         assert of["iou"] is not None and of["parse_rate"] is not None
-    assert found["overall"]["kind_right"] is not None
-    json.dumps([found, change], allow_nan=False)
+    assert measured["overall"]["kind_right"] is not None
+    json.dumps([measured, change], allow_nan=False)

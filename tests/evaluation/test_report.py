@@ -112,11 +112,11 @@ def evaluated(folder: Path, tables: dict[str, pd.DataFrame], model: str = "none"
         file.write_text(fitted.model_dump_json())
     tables = {name: fitted.apply(table) for name, table in tables.items()}
     details = {name: metrics.summarize(table, 20, 0, 0.01, 0.05) for name, table in tables.items()}
-    found = {name: values.pop("overall") for name, values in details.items()}
+    measured = {name: values.pop("overall") for name, values in details.items()}
     for name, each in tables.items():
-        found[name] |= metrics.operating_point(each, at, 20, 0)
+        measured[name] |= metrics.operating_point(each, at, 20, 0)
     for other in reversed(others):
-        found[f"{candidate}_minus_{other}"] = metrics.difference(tables[candidate], tables[other], 20, 0)
+        measured[f"{candidate}_minus_{other}"] = metrics.difference(tables[candidate], tables[other], 20, 0)
     about = {
         "candidate": candidate,
         "models": dict.fromkeys(tables, model),
@@ -124,7 +124,7 @@ def evaluated(folder: Path, tables: dict[str, pd.DataFrame], model: str = "none"
         "fingerprint": "f00d",
         "settings": {"small": 0.01, "large": 0.05, "overkill_limit": 0.2},
     }
-    for name, content in (("evaluation", about), ("metrics", found), ("details", details)):
+    for name, content in (("evaluation", about), ("metrics", measured), ("details", details)):
         (folder / f"{name}.json").write_text(json.dumps(content))
     for name, table in tables.items():
         table.to_parquet(folder / f"{'predictions' if name == candidate else name}.parquet")
@@ -248,7 +248,7 @@ def positions(page: Page) -> list[str]:
 
 
 def outcomes(table: pd.DataFrame) -> pd.Series:
-    """The galleries' names, found another way than in the report."""
+    """The galleries' names, derived another way than in the report."""
 
     def gallery(row: Any) -> str:
         if row.label == "normal":
@@ -266,25 +266,25 @@ def counts(page: Page) -> dict[str, int]:
 
 
 def expected_counts(table: pd.DataFrame) -> dict[str, int]:
-    found = outcomes(table).value_counts()
+    measured = outcomes(table).value_counts()
     names = ("escapes", "overkill", "elsewhere", "located", "passed")
     unparseable = int(table["predicted"].isna().sum())
-    return {**{name: int(found.get(name, 0)) for name in names}, "unparseable": unparseable, "all": len(table)}
+    return {**{name: int(measured.get(name, 0)) for name in names}, "unparseable": unparseable, "all": len(table)}
 
 
 # ------------------------------------------------------------------------------------------------- figures
 
 
 def test_figures_are_those_of_the_metrics(opened: Opened, folder: Path) -> None:
-    found = json.loads((folder / "evaluation" / "metrics.json").read_text())
+    measured = json.loads((folder / "evaluation" / "metrics.json").read_text())
     page = opened.page
     header = page.locator("#headline thead th").all_inner_texts()
     assert header == ["Metric", "new", "production", "base", f"new {MINUS} production", f"new {MINUS} base"]
     rows = {re.split(r"[\n\t]", row)[0]: row for row in page.locator("#headline tbody tr").all_inner_texts()}
-    new = found["new"]
+    new = measured["new"]
     assert f"{new['iou']:.3f}" in rows["IoU"] and f"[{new['iou_low']:.3f}, {new['iou_high']:.3f}]" in rows["IoU"]
     assert f"{100 * new['recall']:.1f}" in rows["recall, %"]
-    change = found["new_minus_production"]
+    change = measured["new_minus_production"]
     assert f"{change['accuracy']:+.1%}".rstrip("%").replace("-", MINUS) in rows["accuracy, %"]
     assert ("better" in rows["accuracy, %"].split("\t")[4]) == (change["accuracy_low"] > 0)
     first = [text.split("\n")[0] for text in page.locator("#headline tbody th").all_inner_texts()[:4]]
@@ -292,7 +292,7 @@ def test_figures_are_those_of_the_metrics(opened: Opened, folder: Path) -> None:
     assert f"{100 * new['miss_rate_at_threshold']:.1f} %" in page.inner_text("#tiles")
 
 
-def test_the_operating_point_is_shown(opened: Opened, folder: Path) -> None:
+def test_the_page_has_the_operating_point(opened: Opened, folder: Path) -> None:
     new = json.loads((folder / "evaluation" / "metrics.json").read_text())["new"]
     rows = opened.page.locator("#headline tbody tr")
     row = rows.filter(has_text="from which on an image is flagged").first.inner_text()
@@ -367,7 +367,7 @@ def test_what_the_gate_judges_comes_first_with_exact_limits(opened: Opened, tabl
     before = pd.read_parquet(folder / "evaluation" / "production.parquet").set_index("id")["predicted"][table["id"]]
     change = ((table["predicted"] == table["label"]).mean()) - (before.to_numpy() == table["label"]).mean()
     assert f"{100 * change:+.1f}" in rows[2][6]
-    # The note says what counts as found.
+    # The note says what counts as located.
     assert "overlap the true ones with an IoU of at least 0.5" in page.inner_text("main")
     hits, with_boxes = (outcomes(table) == "located").sum(), defects["iou"].notna().sum()
     assert f"{hits} of {with_boxes} defective parts with boxes are flagged" in page.inner_text("#tiles")
@@ -405,8 +405,8 @@ def test_the_curve_of_detection_names_a90_with_its_limit_or_why_not(tmp_path: Pa
     report.write(
         evaluated(tmp_path / "evaluation", {"blind": blind, "new": table}), tmp_path / "shards", tmp_path / "r"
     )
-    found = data_of(tmp_path / "r" / "report.html")["detection"]
-    new = found["new"]
+    measured = data_of(tmp_path / "r" / "report.html")["detection"]
+    new = measured["new"]
     assert new["side"]["a50"] == pytest.approx(40, rel=0.15)
     assert new["side"]["a90"] == pytest.approx(40 * 9**0.25, rel=0.2)
     for name, pixels in new["side"].items():
@@ -444,18 +444,18 @@ def test_kinds_of_defects_are_a_table_with_their_names_as_text(browser: Browser,
     table = predictions(records, 0.9, 1)
     table = table.assign(kind=table["defect"], predicted_kind=["dent"] * len(table))
     folder = evaluated(tmp_path / "evaluation", {"old": predictions(records, 0.8, 2), "new": table}, at=None)
-    found = json.loads((folder / "metrics.json").read_text())
+    measured = json.loads((folder / "metrics.json").read_text())
     (tmp_path / "shards").mkdir()
     shards.write(records, tmp_path / "shards", 100)
     report.write(folder, tmp_path / "shards", folder / "report")
     opened = Opened(browser, (folder / "report" / "report.html").as_uri())
     cells = opened.page.locator('[data-model="new"][data-kind="kinds"] td').all_inner_texts()
-    _, columns, counts = metrics.kinds_confusion(table)
+    _, columns, counts = metrics.kinds_confusion(table).values()
     assert [int(cell.split()[0]) for cell in cells] == np.ravel(counts).tolist() and len(columns) == 4
     assert opened.page.locator('[data-model="old"][data-kind="kinds"]').count() == 0
     assert metrics.NO_NORMAL_IMAGE in opened.page.inner_text("#about")
     assert "kind right" in opened.page.inner_text("#tiles") and "escapes" not in opened.page.inner_text("#tiles")
-    assert found["new"]["kind_right"] is not None and opened.complaints == []
+    assert measured["new"]["kind_right"] is not None and opened.complaints == []
     opened.page.close()
 
 
@@ -668,7 +668,7 @@ def test_pictures_are_loaded_when_they_come_into_view(opened: Opened, folder: Pa
     assert asked() == len(files)
 
 
-def test_files_that_were_dropped_are_asked_for_again(
+def test_files_that_were_dropped_are_loaded_again(
     browser: Browser, folder: Path, table: pd.DataFrame, tmp_path: Path
 ) -> None:
     shutil.copytree(folder / "report", tmp_path / "report")
@@ -803,7 +803,7 @@ def test_ten_thousand_images(browser: Browser, tmp_path: Path) -> None:
     page.close()
 
 
-def test_what_is_not_there_is_not_shown(browser: Browser, folder: Path, table: pd.DataFrame, tmp_path: Path) -> None:
+def test_what_is_missing_is_hidden(browser: Browser, folder: Path, table: pd.DataFrame, tmp_path: Path) -> None:
     """One model alone, on good parts only, without scores."""
     normal = table[table["label"] == "normal"].assign(score=np.nan, predicted=None, completion="")
     evaluation = evaluated(tmp_path / "evaluation", {"new": normal})

@@ -220,7 +220,7 @@ def guarded(version: Path, small_shards: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "guarded"
     shutil.copytree(version, folder)
     (folder / "evaluation").mkdir()
-    write_json(guard_.fit(small_shards, Params()).model_dump(), folder / "evaluation" / guard_.FILE)
+    write_json(guard_.fit(small_shards, "test").model_dump(), folder / "evaluation" / guard_.FILE)
     (folder / "registered_model_meta").write_text("model_name: adfm\nmodel_version: '7'\n")
     return folder
 
