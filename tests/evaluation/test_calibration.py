@@ -55,8 +55,8 @@ def test_probabilities_lie_in_0_to_1_and_never_fall_with_the_score(
     images: list[tuple[float, bool]], method: Any, scores: list[float]
 ) -> None:
     fitted = fit(table(*zip(*images, strict=True)), Evaluate(calibration=method))
-    found = fitted.probability(sorted(scores))
-    assert ((found >= 0) & (found <= 1)).all() and (np.diff(found) >= 0).all()
+    probability = fitted.probability(sorted(scores))
+    assert ((probability >= 0) & (probability <= 1)).all() and (np.diff(probability) >= 0).all()
 
 
 @settings(deadline=None, max_examples=40)
@@ -70,7 +70,7 @@ def test_temperature_keeps_the_order_of_scores_strictly(seed: int, images: int) 
 
 
 @pytest.mark.parametrize(("temperature", "bias"), [(1, 0), (4, 0), (0.5, -1), (10, 2)])
-def test_temperature_and_bias_are_found(temperature: float, bias: float) -> None:
+def test_temperature_and_bias_are_fitted(temperature: float, bias: float) -> None:
     fitted = fit(drawn(100_000, temperature, bias), Evaluate())
     assert fitted.method == "temperature" and fitted.note == ""
     assert 1 / fitted.parameters["temperature"] == pytest.approx(1 / temperature, abs=0.03)
@@ -80,9 +80,9 @@ def test_temperature_and_bias_are_found(temperature: float, bias: float) -> None
 @pytest.mark.parametrize("method", ["temperature", "isotonic"])
 def test_calibration_lowers_the_error_on_other_images(method: Any) -> None:
     fitted = fit(drawn(500, temperature=6, bias=1), Evaluate(calibration=method))
-    found = metrics.values(fitted.apply(drawn(5000, temperature=6, bias=1, seed=1)))
-    assert found["ece_of_score"] is not None and found["ece"] is not None
-    assert found["ece_of_score"] > 0.2 > 0.1 > found["ece"]
+    measured = metrics.values(fitted.apply(drawn(5000, temperature=6, bias=1, seed=1)))
+    assert measured["ece_of_score"] is not None and measured["ece"] is not None
+    assert measured["ece_of_score"] > 0.2 > 0.1 > measured["ece"]
 
 
 @pytest.mark.parametrize("method", ["temperature", "isotonic", "none"])
@@ -241,13 +241,13 @@ def test_the_limit_that_is_set_is_kept() -> None:
     images = drawn(400, temperature=3)
     assert shares(images, 0.5)[0] > 0.1
     careful = fit(images, Evaluate(overkill_limit=0.05))
-    found = metrics.values(
+    measured = metrics.values(
         careful.apply(images).assign(predicted=lambda judged: judged["decision"]),
     )
-    assert found["overkill"] == pytest.approx(0.05, abs=0.006) and careful.limit == {"overkill": 0.05}
+    assert measured["overkill"] == pytest.approx(0.05, abs=0.006) and careful.limit == {"overkill": 0.05}
     eager = fit(images, Evaluate(overkill_limit=None, escape_limit=0.05))
-    found = metrics.values(eager.apply(images).assign(predicted=lambda judged: judged["decision"]))
-    assert found["miss_rate"] == pytest.approx(0.05, abs=0.006) and eager.limit == {"escapes": 0.05}
+    measured = metrics.values(eager.apply(images).assign(predicted=lambda judged: judged["decision"]))
+    assert measured["miss_rate"] == pytest.approx(0.05, abs=0.006) and eager.limit == {"escapes": 0.05}
 
 
 @pytest.mark.parametrize(("overkill", "escapes"), [(None, None), (0.1, 0.1)])
@@ -286,6 +286,6 @@ def test_a_file_that_is_not_a_calibration_is_refused(tmp_path: Path, text: str) 
 @pytest.mark.parametrize("limit", [{"overkill_limit": 0.1}, {"overkill_limit": None, "escape_limit": 0.1}])
 def test_on_defects_alone_there_is_neither_calibration_nor_threshold(limit: dict[str, float | None]) -> None:
     table = pd.DataFrame({"label": ["anomalous"] * 3, "predicted": ["anomalous"] * 3, "score": [0.2, 0.7, 0.9]})
-    found = calibration.fit(table, Evaluate(**limit))
-    assert (found.method, found.threshold) == ("none", None)
-    assert "no normal image to choose a threshold on" in found.summary
+    fitted = calibration.fit(table, Evaluate(**limit))
+    assert (fitted.method, fitted.threshold) == ("none", None)
+    assert "no normal image to choose a threshold on" in fitted.summary

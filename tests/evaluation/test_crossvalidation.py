@@ -51,9 +51,9 @@ def test_the_interval_is_never_narrower_than_the_limits_of_all_predictions(
 
 
 def test_folds_without_an_error_have_the_exact_limits_of_all_images() -> None:
-    found = crossvalidation.summarize([predictions(fold, 20, right=1.0) for fold in range(5)], [80] * 5, 50, 0)
+    measured = crossvalidation.summarize([predictions(fold, 20, right=1.0) for fold in range(5)], [80] * 5, 50, 0)
     upper = stats.binomtest(0, 50).proportion_ci(0.95, "exact").high
-    assert found["miss_rate"] == {"value": 0.0, "low": 0.0, "high": pytest.approx(upper), "folds": [0.0] * 5}
+    assert measured["miss_rate"] == {"value": 0.0, "low": 0.0, "high": pytest.approx(upper), "folds": [0.0] * 5}
 
 
 def test_folds_that_agree_do_not_hide_that_the_models_may_differ() -> None:
@@ -75,18 +75,18 @@ def test_folds_that_agree_do_not_hide_that_the_models_may_differ() -> None:
 
 def test_auroc_is_the_mean_of_the_folds_since_their_scores_are_on_other_scales() -> None:
     tables = [predictions(fold, 40, shift=0.1 * fold) for fold in range(4)]
-    found = crossvalidation.summarize(tables, [120] * 4, 200, 0)["auroc"]
+    measured = crossvalidation.summarize(tables, [120] * 4, 200, 0)["auroc"]
     of_folds = [metrics.values(table)["auroc"] for table in tables]
-    assert found["folds"] == of_folds and found["value"] == pytest.approx(np.mean(of_folds))
-    assert metrics.values(pd.concat(tables))["auroc"] < found["value"] - 0.02
-    assert found["low"] < found["value"] < found["high"]
+    assert measured["folds"] == of_folds and measured["value"] == pytest.approx(np.mean(of_folds))
+    assert metrics.values(pd.concat(tables))["auroc"] < measured["value"] - 0.02
+    assert measured["low"] < measured["value"] < measured["high"]
 
 
 def test_what_a_fold_lacks_is_left_out_and_what_all_lack_is_none() -> None:
     whole, normal = predictions(0, 40), predictions(1, 40)
     normal = normal[normal["label"] == "normal"]
-    found = crossvalidation.summarize([whole, normal], [40, 60], 50, 0)
-    assert found["auroc"]["folds"][1] is None and found["auroc"]["value"] == found["auroc"]["folds"][0]
+    measured = crossvalidation.summarize([whole, normal], [40, 60], 50, 0)
+    assert measured["auroc"]["folds"][1] is None and measured["auroc"]["value"] == measured["auroc"]["folds"][0]
     nothing = crossvalidation.summarize([normal, normal.assign(id=normal["id"] + "b")], [40, 60], 50, 0)
     assert nothing["miss_rate"]["value"] is None and nothing["overkill"]["value"] is not None
 
@@ -94,8 +94,8 @@ def test_what_a_fold_lacks_is_left_out_and_what_all_lack_is_none() -> None:
 def test_the_section_has_a_row_for_every_metric_and_says_what_it_is() -> None:
     tables = [predictions(fold, 20) for fold in range(2)]
     fold = {"train": 16, "validation": 4, "test": 20, "anomalous": 10}
-    found = {"images": 40, "anomalous": 20, "folds": [fold, fold]}
-    found["metrics"] = crossvalidation.summarize(tables, [16, 16], 50, 0)
-    text = crossvalidation.section(found)
+    measured = {"images": 40, "anomalous": 20, "folds": [fold, fold]}
+    measured["metrics"] = crossvalidation.summarize(tables, [16, 16], 50, 0)
+    text = crossvalidation.section(measured)
     assert "| escape rate at threshold | 0." in text and "| AUROC | 0." in text
     assert "40 images, 20 of them defective, each judged once by one of 2 models" in text

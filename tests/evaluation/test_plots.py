@@ -52,9 +52,9 @@ def test_the_sheet_shows_right_and_wrong(table: pd.DataFrame) -> None:
     counts = chosen["outcome"].value_counts().to_dict()
     assert counts == {"missed": 2, "overkill": 2, "elsewhere": 1, "located": 5, "passed": 2}
     assert chosen["outcome"].tolist()[:2] == ["missed", "missed"]
-    found = chosen[chosen["outcome"] == "located"]
-    assert set(found["category"]) == {"part-0", "part-1", "part-2"}
-    assert found["iou"].max() == table["iou"].max()
+    located = chosen[chosen["outcome"] == "located"]
+    assert set(located["category"]) == {"part-0", "part-1", "part-2"}
+    assert located["iou"].max() == table["iou"].max()
     assert chosen["id"].is_unique
 
 
@@ -108,7 +108,7 @@ def test_boxes_stand_where_they_should(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "completion", ["", "$x_{", "<think>" + "long " * 400, "缺陷 ☃ \x07 \ufffd", "[1,2]\n\n<answer>A", "\\frac{"]
 )
-def test_any_completion_can_be_shown(completion: str, tmp_path: Path) -> None:
+def test_any_completion_can_be_drawn(completion: str, tmp_path: Path) -> None:
     rows = pd.DataFrame([row(0, "anomalous", None, completion=completion, category="$a_", defect="日本")])
     plots.examples(plots.choose(rows), {"000": png()}, tmp_path / "one.png")
     assert pixels_of(tmp_path / "one.png").shape[0] < 1500
@@ -118,18 +118,18 @@ def test_figures_are_drawn_also_where_nothing_is_defined(table: pd.DataFrame, tm
     normal = table[table["label"] == "normal"]
     for name, part in (("whole", table), ("normal", normal)):
         tables = {"base": part, "trained": part}
-        found = {key: metrics.summarize(value, 20, 0, 0.01, 0.05) for key, value in tables.items()}
-        overall = {key: value["overall"] for key, value in found.items()}
+        measured = {key: metrics.summarize(value, 20, 0, 0.01, 0.05) for key, value in tables.items()}
+        overall = {key: value["overall"] for key, value in measured.items()}
         change = {"trained_minus_base": metrics.difference(part, part, 20, 0)}
         plots.confusion(tables, tmp_path / f"{name}-confusion.png")
-        plots.iou_by_size({key: f["sizes"] for key, f in found.items()}, 0.01, 0.05, tmp_path / f"{name}-sizes.png")
+        plots.iou_by_size({key: f["sizes"] for key, f in measured.items()}, 0.01, 0.05, tmp_path / f"{name}-sizes.png")
         plots.comparison(overall, change, tmp_path / f"{name}-comparison.png")
         plots.comparison(dict([*overall.items()][:1]), {}, tmp_path / f"{name}-alone.png")
     for path in tmp_path.glob("*.png"):
         assert pixels_of(path).shape[1] > 300 and path.stat().st_size < 200_000
 
 
-def test_where_only_the_label_is_known_a_defect_is_found_by_the_answer_alone(
+def test_where_only_the_label_is_known_a_defect_is_judged_by_the_answer_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from matplotlib.axes import Axes
