@@ -1,4 +1,4 @@
-"""Runs in MLflow: where they go, what every run carries, and what is said when the server is not there.
+"""MLflow runs: the tracking URI, what every run records, and error messages for a failing store.
 
 `MLFLOW_TRACKING_URI` names a server; `adfm.process.environment` sets it on a cluster. Without it, runs and versions go
 to `mlflow.db` and files to `mlartifacts/`, both in the current folder (of DVC's experiments, in the workspace: see
@@ -41,7 +41,7 @@ LIBRARIES = (
 )
 
 VERSION_TAG = "registered_version"
-"""Tag of the run of `register`: the version that it registered, or that was there already."""
+"""Tag of the run of `register`: the version that it registered or found."""
 
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -54,8 +54,7 @@ _QUIET = {
 
 _version = cache(metadata.version)  # it reads a file of the installation
 
-
-# What requests, urllib3 and botocore say of a server that is away or busy.
+# What requests, urllib3 and botocore report of a server that is away or busy.
 _OF_FILES = re.compile(
     r"too many \d+ error responses|connection (aborted|broken|refused|reset|was closed)|timed out|timeout on endpoint|"
     r"failed to resolve|could not connect|while reading from response|total bytes expected|"
@@ -65,33 +64,32 @@ _OF_FILES = re.compile(
 
 
 def configure() -> str:
-    """Points MLflow at its store and makes sure that the store answers.
+    """Set MLflow's tracking URI, and check that the store answers; call it before work starts.
 
-    Call it before work starts, so that hours of training do not end at a server that was never there. What the user
-    has set in MLflow's own environment variables is kept.
+    What is set in MLflow's own environment variables is kept.
 
     Returns:
         The tracking URI: `MLFLOW_TRACKING_URI`, else the SQLite file `mlflow.db` in the current folder.
 
     Raises:
-        AdfmError: If the store cannot be reached (`Unreachable`) or refuses, within about ten seconds.
+        AdfmError: The store cannot be reached (`Unreachable`) or refuses, within about ten seconds.
     """
-    asked, uri = os.environ.get("MLFLOW_TRACKING_URI"), address()
+    given, uri = os.environ.get("MLFLOW_TRACKING_URI"), address()
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
     import mlflow
 
     logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])
     mlflow.set_tracking_uri(uri)
-    if not asked:
-        # MLflow exports what it was given; the next call must look at its own current folder again.
+    if not given:
+        # MLflow exports the URI; the next call must use its own current folder.
         os.environ.pop("MLFLOW_TRACKING_URI", None)
     _probe(uri)
     return uri
 
 
 def address() -> str:
-    """The tracking URI; no server is contacted."""
+    """Return the tracking URI; no server is contacted."""
     # Absolute, because MLflow keeps one connection per URI: a relative one would outlive a change of folder.
     given = os.environ.get("MLFLOW_TRACKING_URI")
     if not given:
@@ -102,13 +100,13 @@ def address() -> str:
 
 
 def store_is_missing() -> bool:
-    """Whether runs would go to a database file that is not there; `configure` would make it."""
+    """Whether runs would go to a database file that does not exist; `configure` would make it."""
     file = sqlite_file(address())
     return file is not None and not file.exists()
 
 
 def client() -> MlflowClient:
-    """MLflow's client, after `configure`."""
+    """Return MLflow's client, after `configure`."""
     configure()
     from mlflow import MlflowClient
 
@@ -123,26 +121,21 @@ def start_run(
     run_id: str | None = None,
     must_end: bool = True,
 ) -> Iterator[ActiveRun]:
-    """Runs the body as one MLflow run of the experiment `mlflow.experiment`.
+    """Run the body as one MLflow run of the experiment `mlflow.experiment`.
 
     The run carries all of `params` (flattened, and whole as `params.yaml`), the Git commit and the versions of the
-    libraries. It ends FINISHED, FAILED on an exception, or KILLED when it was interrupted or
-    told to stop.
+    libraries. It ends FINISHED, FAILED on an exception, or KILLED on Ctrl-C or SIGTERM.
 
     Args:
         name: Name of the run, e.g. `train`.
         params: Settings to record.
         tags: Further tags.
-        run_id: A run to resume, e.g. that of an interrupted training, if the store has it. Else the run that the
-            platform names in `MLFLOW_RUN_ID` is resumed, if any, in its own experiment; else a new one begins.
-            A resumed run keeps the parameters that it has (MLflow cannot change them); its `params.yaml` is replaced.
-        must_end: Whether it is an error if the store does not answer any more when the body has ended well.
-
-    Yields:
-        The active run.
+        run_id: A run to resume if the store has it; else that of `MLFLOW_RUN_ID`, if any; else a new one begins. A
+            resumed run keeps the parameters that it has (MLflow cannot change them); its `params.yaml` is replaced.
+        must_end: Whether it is an error if the store does not answer when the body has ended well.
 
     Raises:
-        AdfmError: If the store cannot be reached, does not have the run of `MLFLOW_RUN_ID`, or fails in the body.
+        AdfmError: The store cannot be reached, does not have the run of `MLFLOW_RUN_ID`, or fails in the body.
     """
     uri = configure()
     import mlflow
@@ -160,22 +153,22 @@ def start_run(
             mlflow.log_text(settings(params), "params.yaml")
             mlflow.set_tags({"stage": name, **code_version(), **libraries(), **(tags or {})})
             yield run
-            with nullcontext() if must_end else _given_up():
+            with nullcontext() if must_end else _errors_suppressed():
                 mlflow.end_run()
             if pages := environment.mlflow_ui():
                 print(f"{name}: {pages}/{run_page(run)}")
         except BaseException as error:
-            # When the store is what failed, the error that is on its way says more than a second one.
-            with _given_up():
+            # When the store is what failed, the first error says more than a second one.
+            with _errors_suppressed():
                 mlflow.end_run("KILLED" if isinstance(error, KeyboardInterrupt | Stopped) else "FAILED")
             raise
         finally:
-            if given:  # MLflow forgets it when a run ends; the next stage of this process needs it
+            if given:  # MLflow unsets it when a run ends; the next stage of this process needs it
                 os.environ["MLFLOW_RUN_ID"] = given
 
 
 def given_run(uri: str) -> Run | None:
-    """The run that the platform names in `MLFLOW_RUN_ID`; `None` where it names none.
+    """Return the run that the platform names in `MLFLOW_RUN_ID`, if any.
 
     Raises:
         AdfmError: The store at `uri` does not have it.
@@ -194,8 +187,8 @@ def given_run(uri: str) -> Run | None:
 
 
 @contextmanager
-def _given_up() -> Iterator[None]:
-    """What the store does not take soon in the body is given up."""
+def _errors_suppressed() -> Iterator[None]:
+    """Suppress MLflow errors in the body and use short timeouts."""
     from mlflow.exceptions import MlflowException
 
     with impatient(), suppress(MlflowException):
@@ -203,7 +196,7 @@ def _given_up() -> Iterator[None]:
 
 
 def settings(params: Params, *sections: str) -> str:
-    """`params`, or some of its sections, as the text of a `params.yaml`."""
+    """Return `params`, or some of its sections, as the text of a `params.yaml`."""
     every = params.model_dump(mode="json", by_alias=True)
     return yaml.safe_dump({key: every[key] for key in sections or every}, sort_keys=False)
 
@@ -212,8 +205,7 @@ def settings(params: Params, *sections: str) -> str:
 def store_errors(uri: str) -> Iterator[None]:
     """Turn MLflow's exceptions in the body into an `AdfmError` that names the store and the remedy.
 
-    It is `Unreachable` if a server did not answer or replied 429 or 5xx. Errors of a database are not, since MLflow
-    itself tries to open one ten times, for 100 s (mlflow/store/db/utils.py).
+    It is `Unreachable` if a server did not answer or replied 429 or 5xx.
     """
     from mlflow.exceptions import MlflowException
     from requests.exceptions import RequestException  # type: ignore[import-untyped]
@@ -221,26 +213,27 @@ def store_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        shown = without_login(uri)
+        place = without_login(uri)
         if uri.startswith("http"):
             remedy = (
                 "See that the server runs and that MLFLOW_TRACKING_URI is its address (unset it to use mlflow.db in "
-                "the current folder); if it wants a login, set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. "
+                "the current folder); if it needs a login, set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. "
                 f"On a cluster, all three come from the secret adfm-mlflow.{environment.ca_remedy(error)}"
             )
         else:
             remedy = (
                 "See that MLFLOW_TRACKING_URI names a server or a database (unset it to use mlflow.db in the current "
-                f"folder); a database that another version of MLflow made needs `mlflow db upgrade {shown}`. On a "
+                f"folder); a database that another version of MLflow made needs `mlflow db upgrade {place}`. On a "
                 "cluster it comes from the secret adfm-mlflow, key uri: http://… or https://…"
             )
-        cause = reason(error)[:300]
-        passes = uri.startswith("http") and may_pass(error)
-        raise (Unreachable if passes else AdfmError)(f"MLflow at {shown} failed: {cause}\n{remedy}") from error
+        # Not errors of a database: MLflow itself tries to open one ten times, for 100 s (mlflow/store/db/utils.py).
+        unreachable = uri.startswith("http") and may_pass(error)
+        text = f"MLflow at {place} failed: {reason(error)[:300]}\n{remedy}"
+        raise (Unreachable if unreachable else AdfmError)(text) from error
     except RequestException as error:  # of files, which MLflow's client does not turn into its own exception
         cause = without_login(" ".join(str(error).split()))[:300]
         raise (Unreachable if may_pass(error) else AdfmError)(
-            f"MLflow at {without_login(uri)} did not take or give a file: {cause}. After 413, raise the limit for a "
+            f"MLflow at {without_login(uri)} failed to store or load a file: {cause}. After 413, raise the limit for a "
             "request's size in the proxy before MLflow (nginx: client_max_body_size); after 401 or 403, see that the "
             "account may edit the experiment; after 404, that the server has --serve-artifacts."
         ) from error
@@ -256,74 +249,70 @@ def store_errors(uri: str) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """The root cause of an error of MLflow's client, on one line, without logins and what its retries reported."""
+    """Return the root cause of an error of MLflow's client, on one line, without logins and its retries."""
     return without_login(" ".join(str(error).rpartition("Caused by ")[2].split()))
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether an error of MLflow's client may be gone in a minute, as `adfm.process.retries.may_pass`.
-
-    It raises requests' RetryError for 408, 429, 500, 502, 503 and 504, after its own retries. What it raises after a
-    download has the errors of the single files in its text alone (`download_artifacts` in
-    mlflow/store/artifact/artifact_repo.py).
-    """
+    """Whether an error of MLflow's client may be gone in a minute, as `adfm.process.retries.may_pass`."""
+    # The client raises requests' RetryError for 408, 429, 500, 502, 503 and 504, after its own retries. What it raises
+    # after a download has the errors of the files in its text alone (mlflow/store/artifact/artifact_repo.py).
     from requests.exceptions import RetryError
 
     return retries.may_pass(error, RetryError) or bool(_OF_FILES.search(str(error)))
 
 
 def experiment(name: str, model: str | None = None) -> str:
-    """The id of the experiment `name`, which is made when it is not there.
+    """Return the id of the experiment `name`; create it if it does not exist.
 
     Args:
         name: Its name.
-        model: The registered model that its description is to link to (`adfm.descriptions`); `None` leaves the
-            description as it is.
+        model: The registered model that its description links to (`adfm.descriptions`); `None` keeps the description.
 
     Raises:
-        AdfmError: If an experiment of that name was deleted.
+        AdfmError: An experiment of that name was deleted.
     """
     import mlflow
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
     store = MlflowClient()
-    found = find_experiment(name)
-    if found is None:
+    existing = find_experiment(name)
+    if existing is None:
         database = sqlite_file(mlflow.get_tracking_uri())
         artifacts = database.with_name("mlartifacts").as_uri() if database else None
         try:
-            found = store.get_experiment(store.create_experiment(name, artifact_location=artifacts))
+            existing = store.get_experiment(store.create_experiment(name, artifact_location=artifacts))
         except MlflowException as error:
-            found = find_experiment(name)
-            if found is None or error.error_code != "RESOURCE_ALREADY_EXISTS":
+            existing = find_experiment(name)
+            if existing is None or error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
     if model:
-        note = descriptions.to_write(found.tags.get(descriptions.NOTE), descriptions.of_experiment(model))
+        note = descriptions.to_write(existing.tags.get(descriptions.NOTE), descriptions.of_experiment(model))
         if note:
-            store.set_experiment_tag(found.experiment_id, descriptions.NOTE, note)
-    return str(found.experiment_id)
+            store.set_experiment_tag(existing.experiment_id, descriptions.NOTE, note)
+    return str(existing.experiment_id)
 
 
 def find_experiment(name: str) -> Experiment | None:
-    """The experiment `name`; `None` if there is none. Nothing is made.
+    """Return the experiment `name`, if it exists.
 
     Raises:
         AdfmError: An experiment of that name was deleted.
     """
     from mlflow import MlflowClient
 
-    found: Experiment | None = MlflowClient().get_experiment_by_name(name)
-    if found is not None and found.lifecycle_stage == "deleted":
+    existing: Experiment | None = MlflowClient().get_experiment_by_name(name)
+    if existing is not None and existing.lifecycle_stage == "deleted":
         raise AdfmError(
-            f"MLflow's experiment {name!r} was deleted; bring it back with "
-            f"`mlflow experiments restore --experiment-id {found.experiment_id}`, or set mlflow.experiment."
+            f"MLflow's experiment {name!r} was deleted; restore it with "
+            f"`mlflow experiments restore --experiment-id {existing.experiment_id}`, or set mlflow.experiment."
         )
-    return found
+    return existing
 
 
 def find_run(run_id: str | None) -> Run | None:
-    """The run, or `None` when the store does not have it (any more), as after a move to another server."""
+    """Return a run; `None` if the store does not have it, as after a move to another server."""
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -339,24 +328,20 @@ def find_run(run_id: str | None) -> Run | None:
 
 
 def run_page(run: Run, tab: str = "model-metrics") -> str:
-    """The address of a run in MLflow's pages, below the server's own; its curves by default.
-
-    An address without a tab and the kind of work opens MLflow's start page for GenAI, which shows neither runs nor
-    curves.
+    """Return the address of a run in MLflow's pages, below the server's own.
 
     Args:
         run: The run.
-        tab: `model-metrics`, or `artifacts/<path>`.
+        tab: `model-metrics`, the curves, or `artifacts/<path>`.
     """
+    # Without a tab and the kind of work, MLflow opens its start page for GenAI, which shows neither runs nor curves.
     return f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}/{tab}?workflowType=machine_learning"
 
 
 def code_version() -> dict[str, str]:
-    """`git_commit` of the current folder, and `git_dirty`: whether code or settings differ from it.
+    """Return `git_commit` of the current folder, and `git_dirty`: whether code or settings differ from it.
 
     Without Git it is the commit that the image was built from (`ADFM_GIT_COMMIT`), and {} without an image.
-
-    Only `*.py` and `*.yaml` count: the stages themselves change `dvc.lock` and metrics that are kept in Git.
     """
     commit = _git("rev-parse", "HEAD")
     built_from = os.environ.get("ADFM_GIT_COMMIT", "")
@@ -364,12 +349,13 @@ def code_version() -> dict[str, str]:
         return {"git_commit": built_from, "git_dirty": "false", "mlflow.source.git.commit": built_from}
     if commit is None:
         return {}
+    # No other files: the stages themselves change `dvc.lock` and metrics that are kept in Git.
     dirty = str(bool(_git("status", "--porcelain", "--", ":/*.py", ":/*.yaml"))).lower()
     return {"git_commit": commit, "git_dirty": dirty, "mlflow.source.git.commit": commit}
 
 
 def libraries() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide a result, as `library.<name>`."""
+    """Return the versions of Python and of the libraries that decide a result, as `library.<name>`."""
     versions = {"library.python": python_version()}
     for name in LIBRARIES:
         with suppress(metadata.PackageNotFoundError):
@@ -378,23 +364,22 @@ def libraries() -> dict[str, str]:
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """The database file of a `sqlite:///` URI; `None` for any other."""
+    """Return the database file of a `sqlite:///` URI; `None` for any other."""
     parts = urlsplit(uri)
     return Path(parts.path[1:]).resolve() if parts.scheme == "sqlite" and parts.path[1:] else None
 
 
 @contextmanager
 def impatient(timeout: int = 8, retries: int = 0) -> Iterator[None]:
-    """Lets MLflow's client give up soon in the body, unless its environment variables are set.
-
-    Work in progress keeps MLflow's own patience (minutes of retries): hours of training outlive a server's restart.
+    """Use short timeouts for MLflow's client in the body, unless its environment variables are set.
 
     Args:
         timeout: Seconds to wait for an answer.
-        retries: How often to ask again.
+        retries: How often to try again.
     """
-    wanted = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries)}
-    added = {key: value for key, value in wanted.items() if key not in os.environ}
+    # Elsewhere MLflow's own minutes of retries hold: hours of work outlive a server's restart.
+    values = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries)}
+    added = {key: value for key, value in values.items() if key not in os.environ}
     os.environ.update(added)
     try:
         yield
@@ -408,7 +393,7 @@ def _probe(uri: str) -> None:
 
     path = sqlite_file(uri)
     if path:
-        # Asked first, because MLflow tries an unusable file for minutes.
+        # First, because MLflow tries an unusable file for minutes.
         try:
             with closing(sqlite3.connect(path, timeout=8)) as database:
                 database.execute("BEGIN IMMEDIATE")
@@ -430,5 +415,5 @@ def _git(*arguments: str) -> str | None:
 
 
 def now() -> str:
-    """The time, UTC, to the second, as ISO 8601."""
+    """Return the time, UTC, to the second, as ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -76,7 +76,7 @@ def test_a_batch_that_does_not_divide_among_the_gpus_and_an_adapter_on_nothing_a
 def test_a_deleted_experiment_is_refused_before_a_run_begins(store: Path) -> None:
     client = tracking.client()
     client.delete_experiment(client.create_experiment("lines"))
-    with pytest.raises(AdfmError, match="experiment 'lines' was deleted; bring it back"):
+    with pytest.raises(AdfmError, match="experiment 'lines' was deleted; restore it"):
         preflight.check(load(None, ["mlflow.experiment=lines"]))
     preflight.check(load(None, ["mlflow.experiment=others"]))
     assert client.get_experiment_by_name("others") is None  # a check makes nothing

@@ -127,7 +127,7 @@ def test_the_experiment_says_where_to_look_until_somebody_edits_that(here):
     assert note() == edited
 
 
-def test_goes_on_with_a_run(here):
+def test_a_run_is_resumed(here):
     import mlflow
 
     with tracking.start_run("train", Params(seed=1)) as first:
@@ -152,7 +152,7 @@ def test_attaches_to_the_run_of_the_platform(here, monkeypatch):
     assert run.data.params["sft.steps"] == str(Params().sft.steps)
 
 
-def test_a_run_that_is_not_there(here, monkeypatch):
+def test_a_missing_run(here, monkeypatch):
     assert tracking.find_run(None) is None
     assert tracking.find_run("0" * 32) is None
     with tracking.start_run("train", Params()) as run:
@@ -231,7 +231,7 @@ def test_each_folder_has_its_own_store(here, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("login", ["", "someone:hidden@", "someone:an@hidden@"])
-def test_server_that_is_not_there(tmp_path, monkeypatch, login):
+def test_a_missing_server(tmp_path, monkeypatch, login):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
@@ -285,7 +285,7 @@ def test_server_that_refuses(monkeypatch, status, body, says):
             tracking.configure()
 
 
-def test_database_that_is_damaged(tmp_path, monkeypatch):
+def test_a_damaged_database(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "mlflow.db").write_text("not a database, " * 100)
