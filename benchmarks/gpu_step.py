@@ -36,8 +36,7 @@ from adfm.method import prompt
 from adfm.models import adapters, families, hardware, liger, loading, requirements
 from adfm.params import Params
 from adfm.process import environment
-from adfm.training import grpo
-from adfm.training.guard import Guard
+from adfm.training.health import StopCallback
 from adfm.training.outbox import Outbox
 from experiments import tiny_base, tiny_model
 
@@ -116,8 +115,10 @@ def measured(name: str, params: Params, adfm: bool) -> tuple[dict[str, tuple[flo
         if adfm:
             run = opened.enter_context(tracking.start_run("train", params))
             outbox = opened.enter_context(Outbox(work.with_suffix(".unsent"), run.info.run_id))
-            guard = Guard(settings.health, threading.Event())
-            trainer: Any = grpo._trainer(loaded, data, None, work, params, 1, False, outbox, guard)
+            stop = StopCallback(settings.health, threading.Event())
+            from adfm.training.trainer import GrpoTrainer
+
+            trainer: Any = GrpoTrainer(loaded, data, None, work, params, 1, False, outbox, stop)
         else:
             trainer = bare_trainer(loaded, data, work, params)
         trainer.add_callback(Clock())

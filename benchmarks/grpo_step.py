@@ -94,15 +94,17 @@ def bare_trainer(loaded: loading.Loaded, data: Any, out: Path, params: Params) -
     """TRL's trainer with the settings of adfm's, and nothing else."""
     from trl import GRPOConfig, GRPOTrainer
 
+    from adfm.training.trainer import reward_functions, trl_settings
+
     settings = params.train
     return GRPOTrainer(
         model=loaded.model,
-        reward_funcs=grpo.reward_functions(settings.profile),
+        reward_funcs=reward_functions(settings.profile),
         train_dataset=data,
         processing_class=loaded.processor,
         args=GRPOConfig(
             output_dir=str(out),
-            **grpo.trl_settings(params),
+            **trl_settings(params),
             use_vllm=settings.vllm is not None,
             vllm_gpu_memory_utilization=settings.vllm or 0.3,
             vllm_enable_sleep_mode=settings.vllm is not None,

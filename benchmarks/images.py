@@ -35,8 +35,7 @@ from adfm.method import prompt
 from adfm.models import adapters, families, loading
 from adfm.params import Params
 from adfm.process import environment
-from adfm.training import grpo
-from adfm.training.guard import Guard
+from adfm.training.health import StopCallback
 from experiments import tiny_base, tiny_model
 
 MAX_PIXELS = 512 * 512
@@ -131,11 +130,13 @@ def measured(loaded: loading.Loaded, data: Any, params: Params, adfm: bool) -> t
     import datasets
     from transformers import ProcessorMixin
 
+    from adfm.training.trainer import GrpoTrainer
+
     gc.collect()  # the trainer before this one refers to itself and holds a step
     work = Path(f"work-{time.monotonic_ns()}")
     if adfm:
-        guard = Guard(params.train.health, threading.Event())
-        trainer: Any = grpo._trainer(loaded, data, None, work, params, 1, False, None, guard)
+        stop = StopCallback(params.train.health, threading.Event())
+        trainer: Any = GrpoTrainer(loaded, data, None, work, params, 1, False, None, stop)
     else:
         trainer = bare_trainer(loaded, data, work, params)
     digests: dict[str, str] = {}

@@ -23,7 +23,7 @@ from scipy.optimize import linear_sum_assignment
 
 from adfm.method import prompt
 from adfm.records import Box
-from adfm.training import grpo
+from adfm.training import trainer
 
 LEAST = 3.0
 STEP, GROUP, SIDE = 300, 6, 504  # the frame for which the published code compares coordinates with 505
@@ -199,7 +199,7 @@ def main() -> int:
     mix = ", ".join(f"{kind} {share:.0%}" for kind, share in KINDS.items())
     print(f"{count} completions of {sum(map(len, texts)) / count:.0f} characters: {mix};")
     print(f"steps of {STEP}, groups of {GROUP}, {AGAIN:.0%} repeat another of their group, {len(set(texts))} differ")
-    scorers = {"plain": plain_functions()} | {name: grpo.reward_functions(name) for name in ("paper", "calibrated")}
+    scorers = {"plain": plain_functions()} | {name: trainer.reward_functions(name) for name in ("paper", "calibrated")}
     timed(scorers, draw(STEP))
     rewards, rates = timed(scorers, columns)
     for name, rate in rates.items():

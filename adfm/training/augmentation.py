@@ -1,8 +1,4 @@
-"""Further views of a training image: mirrored, a little brighter or darker, of a little more or less contrast.
-
-None of them makes a defect of what is none or hides one: nothing is turned, cut, scaled, blurred or painted over. An
-image has `VIEWS` views and no more, so that what a frozen tower sees in them is computed once.
-"""
+"""Augmentation of training images: mirroring, brightness and contrast, none of which makes or hides a defect."""
 
 from __future__ import annotations
 
@@ -13,18 +9,12 @@ from PIL import Image
 
 from adfm.records import Box
 
+# As it is, mirrored left to right, top to bottom, and both. No more: a frozen tower's features of each are cached.
 VIEWS = 4
-"""Views of an image: as it is, mirrored left to right, top to bottom, and both."""
 
 
 def view(image: Image.Image, number: int, seed: Sequence[int]) -> Image.Image:
-    """One view of an image.
-
-    Args:
-        image: RGB.
-        number: 0 to `VIEWS` - 1; 0 is the image as it is.
-        seed: Decides the brightness and contrast of the other views.
-    """
+    """Return a view, 0 to `VIEWS` - 1, of an RGB image; `seed` decides its brightness and contrast, 0 is unchanged."""
     if number == 0:
         return image
     if number & 1:
@@ -39,14 +29,7 @@ def view(image: Image.Image, number: int, seed: Sequence[int]) -> Image.Image:
 
 
 def view_of_box(box: Box, number: int, width: float, height: float) -> Box:
-    """Where a box of the image lies in one of its views.
-
-    Args:
-        box: In any frame.
-        number: As in `view`.
-        width: Width of that frame.
-        height: Height of that frame.
-    """
+    """Return a box of the image, in any frame of this width and height, as it lies in a view."""
     x1, y1, x2, y2 = box
     if number & 1:
         x1, x2 = width - x2, width - x1

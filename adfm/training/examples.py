@@ -1,4 +1,4 @@
-"""Shards to the rows that TRL trains on."""
+"""Training examples: turn shards into the rows that TRL trains on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +22,13 @@ from adfm.method import kinds as kinds_
 from adfm.models import families
 from adfm.models.loading import Loaded
 from adfm.params import Tile
-from adfm.records import Box, Split
+from adfm.records import Box, Record, Split
 
 if TYPE_CHECKING:
     import datasets
     from numpy.typing import NDArray
 
-# Of a file with the images of tiles.
+# Of a file of tiles; datasets reads the type of a column of images from the metadata.
 _TILE = pa.schema(
     [shards_.COLUMNS.schema.field("image")],
     metadata={"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})},
@@ -46,25 +47,22 @@ def draw(
     tile: Tile | None = None,
     split: Split = "train",
 ) -> datasets.Dataset:
-    """`count` images of a split, or tiles of them, in an order fixed by `seed`.
+    """Draw images of a split, or tiles of them (`rows`), in an order fixed by `seed`; images stay on disk until used.
 
-    Every image of a label is drawn once before any is drawn again, unless there are weights. Images stay on disk until
-    they are used. With `tile.size`, a row is a tile, labelled by what it shows (`tiles.truth`): most tiles of a
-    defective image are normal ones. Of an anomalous image without boxes nobody knows which tile is; it is left out.
+    Every image of a label is drawn once before any is drawn again, unless there are weights.
 
     Args:
         shards: Folder of shards.
-        loaded: Says what is asked, and in which frame boxes are written.
+        loaded: The model, whose prompt and coordinate frame are used.
         count: Rows to draw.
-        anomalous_share: Share of anomalous images, evenly spread. A model that names kinds can be trained on anomalous
-            images alone; where there is no normal one, it is 1.
+        anomalous_share: Share of anomalous images, evenly spread.
         seed: Seeds the order.
         cache: Folder for the memory-mapped copy of the split.
         weights: By id, how often an image is drawn in proportion to others of its label; at least a twentieth of the
             largest.
-        located: Whether to leave out anomalous images without boxes, of which only the label is known.
-        tile: Into which tiles images are cut; `None`: they are not.
-        split: The split that is read.
+        located: Whether to leave out anomalous images without boxes.
+        tile: `None`: whole images.
+        split: The split to draw from.
 
     Returns:
         Columns `prompt` (messages), `image`, `label`, `defect`, `regions` (ground-truth boxes in the model's frame) and
@@ -80,9 +78,9 @@ def draw(
     if loaded.kinds:
         evenly = _evenly([kinds_.of(row["defect"], loaded.kinds) for row in table])
         weight = evenly if weight is None else evenly * weight
-        if all(row["label"] == "anomalous" for row in table):
+        if all(row["label"] == "anomalous" for row in table):  # a model that names kinds can learn from defects alone
             anomalous_share = 1.0
-    labels = ["" if located and _has_label_alone(row) else row["label"] for row in table]
+    labels = ["" if located and _lacks_boxes(row) else row["label"] for row in table]  # "": is not drawn
     order = _order(labels, count, anomalous_share, seed, f"{shards}: the {split} split", weight)
     if tile and tile.size:
         drawn = sorted(set(order))
@@ -93,123 +91,116 @@ def draw(
             [str(file) for file in sorted(shards.glob(f"{split}-*.parquet"))], cache_dir=str(cache), columns=["image"]
         )
     family = families.get(loaded.family)
-    regions, frames = [], []
+    columns = defaultdict[str, list[Any]](list)
     for row in table:
         frame = family.frame(loaded.processor, row["width"], row["height"])
         boxes = [frame.from_pixels(Box(*box), row["width"], row["height"]) for box in row["boxes"]]
-        regions.append([list(box) for box in boxes])
-        frames.append([frame.width, frame.height])
-    columns: dict[str, list[Any]] = {
-        "prompt": [loaded.prompt] * len(table),
-        "label": [row["label"] for row in table],
-        "defect": [row["defect"] for row in table],
-        "regions": regions,
-        "frame": frames,
-    }
+        columns["prompt"].append(loaded.prompt)
+        columns["label"].append(row["label"])
+        columns["defect"].append(row["defect"])
+        columns["regions"].append([list(box) for box in boxes])
+        columns["frame"].append([frame.width, frame.height])
     for name, values in columns.items():
         data = data.add_column(name, values)
     return data.select(order)
 
 
 def _evenly(kinds: list[str | None]) -> NDArray[np.float64]:
-    """Weights by which every kind is drawn as often as any other, so that always naming the commonest does not pay.
-
-    An image without one counts as one of the commonest kind.
-    """
+    """Return weights by which every kind is drawn as often as any other; no kind counts as the commonest."""
+    # Otherwise a model that always names the commonest kind would earn the most.
     counts = Counter(kind for kind in kinds if kind)
     most = max(counts.values(), default=1)
     return np.array([1 / (counts[kind] if kind else most) for kind in kinds])
 
 
 def boxes_known(shards: Path) -> tuple[int, int]:
-    """How many anomalous images of the train split have boxes, and how many have none."""
-    anomalous = without = 0
-    for batch in shards_.batches(shards, "train", ["label", "boxes"]):
-        for row in batch.to_pylist():
-            anomalous += row["label"] == "anomalous"
-            without += _has_label_alone(row)
-    return anomalous - without, without
+    """Return how many anomalous images of the train split have boxes, and how many have none."""
+    batches = shards_.batches(shards, "train", ["label", "boxes"])
+    boxes = [len(row["boxes"]) for batch in batches for row in batch.to_pylist() if row["label"] == "anomalous"]
+    return len(boxes) - boxes.count(0), boxes.count(0)
 
 
 def rows(shards: Path, split: Split, tile: Tile) -> list[dict[str, Any]]:
-    """A row for every image of a split; with `tile.size` for every tile that can be labelled (`adfm.data.tiles.truth`).
+    """Return a row for every image of a split; with `tile.size` for every tile that can be labelled (`tiles.truth`).
 
-    Args:
-        shards: Folder of shards.
-        split: The split.
-        tile: Into which tiles images are cut.
+    Most tiles of a defective image are normal. An anomalous image without boxes is left out where there are tiles.
 
     Returns:
         The columns of the shards but images and masks, in their order; `number`, the image's in the split; and `tile`,
         the tile's place in the image, or the whole image. Label, boxes, defect, width and height are those of the tile.
 
     Raises:
-        AdfmError: There are to be tiles, and no anomalous image has boxes.
+        AdfmError: `tile.size` is set, and no anomalous image has boxes.
     """
     table = shards_.table(shards, split).to_pylist()
     if not tile.size:
-        whole = ({"number": i, "tile": Box(0, 0, row["width"], row["height"])} for i, row in enumerate(table))
-        return [row | its for row, its in zip(table, whole, strict=True)]
+        return [row | {"number": i, "tile": Box(0, 0, row["width"], row["height"])} for i, row in enumerate(table)]
     if any(row["label"] == "anomalous" for row in table) and not any(row["boxes"] for row in table):
         raise AdfmError(
-            f"{shards}: no anomalous image of the {split} split has boxes, so that nobody knows which of its tiles are "
-            "anomalous; mark the defects, or set tile.size=null to train on whole images"
+            f"{shards}: no anomalous image of the {split} split has boxes, so that it is not known which of its tiles "
+            "are anomalous; mark the defects, or set tile.size=null to train on whole images"
         )
     cut = []
     for number, row in enumerate(table):
         boxes = [Box(*box) for box in row["boxes"]]
-        known = not _has_label_alone(row)
-        for place in tiles.grid(row["width"], row["height"], tile.size, tile.overlap) if known else ():
+        if _lacks_boxes(row):  # which of its tiles shows the defect?
+            continue
+        for place in tiles.grid(row["width"], row["height"], tile.size, tile.overlap):
             if truth := tiles.truth(row["label"], boxes, place):
                 label, inside = truth
                 width, height = int(place.x2 - place.x1), int(place.y2 - place.y1)
                 defect = row["defect"] if label == "anomalous" else None
-                its = {"label": label, "boxes": inside, "defect": defect, "width": width, "height": height}
-                cut.append(row | its | {"number": number, "tile": place})
+                of_tile = {"label": label, "boxes": inside, "defect": defect, "width": width, "height": height}
+                cut.append(row | of_tile | {"number": number, "tile": place})
     return cut
 
 
-def _cut(table: list[dict[str, Any]], shards: Path, split: Split, cache: Path) -> datasets.Dataset:
-    """The images of tiles, which are some of `rows`, in their order: on disk and memory-mapped, as whole images are.
+def images(
+    shards: Path, split: Split, table: list[dict[str, Any]]
+) -> Iterator[tuple[Record, Image.Image, list[dict[str, Any]]]]:
+    """Yield the images of some of `rows`, in the order of the shards, each with its record and its rows."""
+    of_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for row in table:
+        of_image[row["number"]].append(row)
+    for number, record in enumerate(shards_.read(shards, split)):
+        if number in of_image:
+            yield record, Image.open(io.BytesIO(record.image)), of_image[number]
 
-    They are cut once, an image of the shards after the other. A tile that is cut when its row is read would cost the
-    decoding of the whole photograph every time: 0.2 s for one of 16 million pixels.
-    """
+
+def _cut(table: list[dict[str, Any]], shards: Path, split: Split, cache: Path) -> datasets.Dataset:
+    """Cut tiles, some of `rows`, to a memory-mapped file, in their order."""
+    # Once for all: to cut a tile when its row is read would decode the whole photograph every time, 0.2 s for one of
+    # 16 million pixels.
     import datasets
 
     key = json.dumps([shards_.fingerprint(shards, split), [[row["number"], *row["tile"]] for row in table]])
     file = cache / f"tiles-{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow"
     if not file.is_file():
         cache.mkdir(parents=True, exist_ok=True)
-        of_image: dict[int, list[Box]] = defaultdict(list)
-        for row in table:
-            of_image[row["number"]].append(row["tile"])
         with replacing(file) as partial, pa.ipc.new_stream(str(partial), _TILE) as stream:
-            for number, record in enumerate(shards_.read(shards, split)):
-                if number in of_image:
-                    image = Image.open(io.BytesIO(record.image))
-                    plain = image if image.mode in ("L", "RGB") else image.convert("RGB")
-                    cut = [{"bytes": _png(plain.crop(place)), "path": None} for place in of_image[number]]
-                    stream.write_batch(pa.record_batch([pa.array(cut, _TILE.field("image").type)], schema=_TILE))
+            for _, image, of_image in images(shards, split, table):
+                plain = image if image.mode in ("L", "RGB") else image.convert("RGB")
+                cut = [{"bytes": _png(plain.crop(row["tile"])), "path": None} for row in of_image]
+                stream.write_batch(pa.record_batch([pa.array(cut, _TILE.field("image").type)], schema=_TILE))
     return datasets.Dataset.from_file(str(file))
 
 
 def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
+    image.save(buffer, "PNG", compress_level=1)  # fast: the file is temporary
     return buffer.getvalue()
 
 
-def _has_label_alone(row: dict[str, Any]) -> bool:
+def _lacks_boxes(row: dict[str, Any]) -> bool:
     return row["label"] == "anomalous" and not row["boxes"]
 
 
 def as_seen(data: datasets.Dataset, loaded: Loaded) -> datasets.Dataset:
-    """The same rows with each image as the processor resizes it, for an engine that has a processor of its own."""
-    images, cut = loaded.processor.image_processor, families.get(loaded.family).images
+    """Return the rows with images as the processor resizes them, for an engine that has a processor of its own."""
+    processor, family = loaded.processor.image_processor, families.get(loaded.family)
 
     def resized(image: Image.Image) -> Image.Image:
-        size = cut.resized(images, image.width, image.height)
+        size = family.images.resized(processor, image.width, image.height)
         return image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
 
     return data.with_transform(lambda rows: {**rows, "image": [resized(image) for image in rows["image"]]})
@@ -218,11 +209,12 @@ def as_seen(data: datasets.Dataset, loaded: Loaded) -> datasets.Dataset:
 def _order(
     labels: list[str], count: int, share: float, seed: int, where: str, weight: NDArray[np.float64] | None = None
 ) -> list[int]:
-    """Indices of `count` images, of which any run holds anomalous ones in the given share.
+    """Return the indices of `count` images, of which any run holds anomalous ones in the given share.
 
-    Each label's own are shuffled anew for each pass over them, or drawn by their weights.
+    The images of a label are shuffled again for each pass over them, or drawn by their weights.
     """
     rng = np.random.default_rng(seed)
+    # 1e-9: a product such as 10 * 0.3 may be a hair below the whole number that it stands for.
     anomalous = np.diff(np.floor(np.arange(count + 1) * share + 1e-9)).astype(bool)
     order = np.empty(count, int)
     for label, places in (("anomalous", anomalous), ("normal", ~anomalous)):

@@ -1,12 +1,9 @@
 """Cross-validation of the recipe on a small data set: `adfm folds SHARDS OUT` with `evaluate.folds`.
 
-For each fold a model is trained on the other parts, by SFT and GRPO as the settings say, and answers its own part.
-`adfm evaluate --folds OUT` shows the figures beside those of the model that is registered. OUT holds:
+OUT contains:
 
-    cross-validation.json      the figures with their intervals, and what each fold was trained on and judged
+    cross-validation.json      the metrics with their intervals, and what each fold was trained and evaluated on
     cross-validation.parquet   the predictions, with the number of the fold; each image once
-
-Trainings of an interrupted cross-validation are kept in `<OUT>.partial/` and used when it is started again.
 """
 
 from __future__ import annotations
@@ -37,14 +34,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _WORK = "work"
-_UNUSED = ("fetch.", "convert.", "validation.", "mlflow.")  # sections that change no figure
+_UNUSED = ("fetch.", "convert.", "validation.", "mlflow.")  # sections that change no metric
 
 
 def cross_validate(shards: Path, out: Path, params: Params) -> None:
-    """Trains and judges a model for each fold, and writes the figures of all.
+    """Train and evaluate a model for each fold, and write the metrics of all.
 
-    Without `evaluate.folds` it writes that there are none, in a moment. The trainings are runs of the experiment
-    `<mlflow.experiment>-folds` in MLflow, apart from those of models that may be registered.
+    For each fold a model is trained on the other parts, by SFT and GRPO, and evaluated on its own part; without
+    `evaluate.folds` an empty result is written. The trainings are runs of the experiment `<mlflow.experiment>-folds` in
+    MLflow. Those of an interrupted cross-validation are kept in `<OUT>.partial/` and used when it is started again.
 
     Args:
         shards: Folder of shards; train, validation and test are pooled.
@@ -64,12 +62,16 @@ def cross_validate(shards: Path, out: Path, params: Params) -> None:
     codes = division.assign(shards, params)
     with atomic_folder(out, keep_partial=True) as partial:
         work = _work(partial / _WORK, shards, params)
-        own = params.model_copy(update={"mlflow": params.mlflow.model_copy(update={"experiment": _experiment(params)})})
+        # Apart from the runs of models that may be registered.
+        experiment = {"experiment": f"{params.mlflow.experiment[:250]}-folds"}
+        own = params.model_copy(update={"mlflow": params.mlflow.model_copy(update=experiment)})
         parts = [work / f"{fold + 1}" for fold in range(count)]
         for fold, part in enumerate(parts):
-            print(f"cross-validation, fold {fold + 1} of {count}: {_images(codes[fold])}", flush=True)
+            train, validation, test = np.bincount(codes[fold], minlength=len(SPLITS)).tolist()
+            images = f"{train} images train, {validation} validate, {test} are evaluated"
+            print(f"cross-validation, fold {fold + 1} of {count}: {images}", flush=True)
             _train(shards, part, codes[fold], own)
-        # All trainings first: a model that has answered here would hold memory of the GPU that the next one needs.
+        # All trainings first: a model that predicts in this process would hold GPU memory that the next one needs.
         tables = [_predictions(part, params, f"fold {fold + 1} of {count}") for fold, part in enumerate(parts)]
         results = _figures(tables, codes, shards, params)
         write_json(results, partial / FILE)
@@ -84,12 +86,8 @@ def cross_validate(shards: Path, out: Path, params: Params) -> None:
     print(crossvalidation.section(results))
 
 
-def _experiment(params: Params) -> str:
-    return f"{params.mlflow.experiment[:250]}-folds"
-
-
 def _work(work: Path, shards: Path, params: Params) -> Path:
-    """The folder of the trainings, emptied if those in it are of other data, models or settings."""
+    """Return the folder of the trainings, emptied if those in it are of other data, models or settings."""
     settings = {key: value for key, value in flat(params).items() if not key.startswith(_UNUSED)}
     base = loading.identity(params.model.name, params.model)
     identity = json.loads(json.dumps({"data": shards_.fingerprint(shards), "base": base, "settings": settings}))
@@ -102,26 +100,19 @@ def _work(work: Path, shards: Path, params: Params) -> Path:
     return work
 
 
-def _images(codes: NDArray[np.int8]) -> str:
-    train, validation, test = np.bincount(codes, minlength=len(SPLITS)).tolist()
-    return f"{train} images train, {validation} validate, {test} are judged"
-
-
 def _train(shards: Path, part: Path, codes: NDArray[np.int8], params: Params) -> None:
-    """Writes the shards of a fold and trains its model, as far as that was not done before."""
+    """Write the shards of a fold and train its model, as far as that was not done before."""
     own = part / "shards"
     if not own.exists():
         unfinished = part / "shards.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        records = (
-            replace(record, split=SPLITS[code])
-            for record, code in zip(shards_.read(shards), codes.tolist(), strict=True)
-        )
+        pooled = zip(shards_.read(shards), codes.tolist(), strict=True)
+        records = (replace(record, split=SPLITS[code]) for record, code in pooled)
         shards_.write(records, unfinished, params.convert.shard_images)
         shutil.copy2(shards / "conversion.json", unfinished)
-        unfinished.rename(own)
-    # Each in a process of its own, which leaves no memory behind.
+        unfinished.rename(own)  # when complete: an interrupted run continues with it
+    # Each in a process of its own, which leaves no GPU memory behind.
     if not (part / "sft").exists():
         launch.cold_start(own, part / "sft", params)
     if not (part / "trained").exists():
@@ -129,7 +120,7 @@ def _train(shards: Path, part: Path, codes: NDArray[np.int8], params: Params) ->
 
 
 def _predictions(part: Path, params: Params, describe: str) -> pd.DataFrame:
-    """What the model of a fold answers and decides on its part; the threshold is chosen on its validation split."""
+    """Return the predictions of a fold's model on its part; the threshold is chosen on its validation split."""
     shards, model = part / "shards", part / "trained"
     splits = [split for split in ("validation", "test") if any(shards.glob(f"{split}-*.parquet"))]
     tables = predictions.predict_splits(model, shards, params, describe, splits, part / "answers")

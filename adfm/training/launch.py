@@ -1,11 +1,7 @@
-"""Run a training of one machine in processes of its own, and start it again from its checkpoint if one of them dies.
+"""Supervise a training: run it in processes of its own, and restart it from its checkpoint if one of them dies.
 
 One process, or one for each GPU through `accelerate launch`; several machines: `adfm.kubeflow.nodes`. The pipelines
-start trainings here; `adfm train` runs in its own process and is not started again.
-
-The launcher of several processes exits with 1 whatever they exit with (torch/distributed/elastic/multiprocessing), so
-each process leaves the error that it ends with in a file (`reported`). An error that a person has to fix ends the
-training. A process that leaves none was killed or crashed; that, and errors of PyTorch or the network, is tried again.
+start trainings here; `adfm train` runs in its own process and is not restarted.
 """
 
 from __future__ import annotations
@@ -24,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
-from typing import IO, NamedTuple
+from typing import IO
 
 from adfm import tracking
 from adfm.errors import AdfmError, Unreachable
@@ -34,14 +30,14 @@ from adfm.process import cpus, retries, stopping
 from adfm.process.stopping import Stopped
 from adfm.training import checkpoints
 
+# Starts from the same checkpoint. A later checkpoint gives as many again: a fault that comes every few hours, such as
+# a memory leak or a faulty machine, must not end a training that advances. A fault that comes before the next
+# checkpoint would come every time.
 TRIES = 3
-"""Starts from the same checkpoint. A later checkpoint gives as many again: a fault that comes every few hours, such as
-a memory leak or a faulty machine, must not end a training that advances, and a training has only so many checkpoints
-(`train.steps` / `train.checkpoint_every`). A fault that comes before the next checkpoint would come every time."""
 
 _PAUSE = 30.0  # seconds before the second start; twice as many before each later one
-_LEAVE = 35.0  # seconds; torchrun and accelerate give their processes 30
-_STOPPED = "training was told to stop; the same command resumes it from its last checkpoint"
+_GRACE = 35.0  # seconds; torchrun and accelerate give their processes 30
+_STOPPED = "training was stopped; the same command resumes it from its last checkpoint"
 _INTERRUPTED = (130, 143)  # of `adfm`, by SIGINT and SIGTERM
 _REPORTS = "ADFM_REPORTS"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -51,10 +47,10 @@ def on_gpus(shards: Path, model: Path, out: Path, params: Params, gpus: int) -> 
     """Train as `adfm.training.grpo.train` does, in as many processes as there are GPUs, or in one.
 
     If a process dies (killed, e.g. for memory, crashed, hung in NCCL, or without MLflow at its start), all are started
-    again from the last checkpoint, `TRIES` times from each, after 30 and 60 s, with a line in the log.
+    again from the last checkpoint, three times from each, after 30 and 60 s, with a line in the log.
 
     Raises:
-        AdfmError: As `adfm.training.grpo.train`; processes died too often; or (`Stopped`) they were told to stop.
+        AdfmError: As `adfm.training.grpo.train`; processes died too often; or (`Stopped`) SIGTERM has come.
     """
     from adfm.models import hardware  # here: pipelines are compiled where NumPy is not installed
 
@@ -68,25 +64,24 @@ def cold_start(shards: Path, out: Path, params: Params) -> None:
     If it dies, it is started again from its beginning: it has no checkpoints.
 
     Raises:
-        AdfmError: As `adfm.training.sft.sft`; the process died too often; or (`Stopped`) it was told to stop.
+        AdfmError: As `adfm.training.sft.sft`; the process died too often; or (`Stopped`) SIGTERM has come.
     """
-    verb = ["adfm", "sft", str(shards), str(out)]
-    _supervise(1, lambda settings: [*verb, "--params", str(settings)], out, params)
+    _supervise(1, lambda settings: ["adfm", "sft", str(shards), str(out), "--params", str(settings)], out, params)
 
 
 def command(shards: Path, model: Path, out: Path, settings: Path) -> list[str]:
-    """The module that each process runs, and its arguments."""
+    """Return the module that each process runs, and its arguments."""
     return ["adfm", "train", str(shards), str(model), str(out), "--params", str(settings)]
 
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Leave the exception that ends the body to the process that started this one here, if one did.
-
-    This process also ends with that one: two trainings would write the same checkpoints.
-    """
+    """Report the exception that ends the body to the process that started this one here, if one did."""
+    # By a file: the launcher of several processes exits with 1 whatever they exit with
+    # (torch/distributed/elastic/multiprocessing).
     folder = os.environ.get(_REPORTS)
     if folder and sys.platform == "linux":
+        # This process ends with that one: after a restart two trainings would write the same checkpoints.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         yield
@@ -97,27 +92,15 @@ def reported() -> Iterator[None]:
         raise
 
 
-class _End(NamedTuple):
-    """Why processes ended.
-
-    Args:
-        kind: `stays`: a person has to fix it; `stopped`: they were told to; `passes`: the same may work again.
-        text: The error of a process, or how it died.
-    """
-
-    kind: str
-    text: str
-
-
-_KINDS = ("stays", "stopped", "passes")
-"""Of several processes, which one's error is the reason: those that lost another process end with one that passes."""
-
+# What a process reports: `permanent`: a person has to fix it; `transient`: the same may work again. Of several
+# processes, the first of these kinds is the reason: processes that lost another one end with a transient error.
+_KINDS: dict[str, type[AdfmError]] = {"permanent": AdfmError, "stopped": Stopped, "transient": Unreachable}
 
 # PyTorch's errors of a device, and of a process that lost another one, are RuntimeErrors like those of its mathematics,
 # which would come again (`probability tensor contains either inf, nan`): their text tells them apart.
 _LOST = re.compile(r"CUDA|NCCL|RCCL|HIP error|gloo|connection|broken pipe|socket|time[d ]*out", re.IGNORECASE)
 # Device errors that a restart does not cure: such mathematics on a GPU, the wrong wheel or driver, too little memory.
-_STAYS = re.compile(
+_PERMANENT = re.compile(
     r"device-side assert|no kernel image|driver version|NVIDIA driver|invalid device|out of memory", re.IGNORECASE
 )
 
@@ -125,19 +108,19 @@ _STAYS = re.compile(
 def _kind(error: Exception) -> str:
     if isinstance(error, Stopped):
         return "stopped"
+    if isinstance(error, AdfmError):
+        return "transient" if isinstance(error, Unreachable) else "permanent"
     text = str(error)
-    device = isinstance(error, RuntimeError) and bool(_LOST.search(text)) and not _STAYS.search(text)
-    lost = retries.may_pass(error) or device
-    passes = isinstance(error, Unreachable) or (not isinstance(error, AdfmError) and lost)
-    return "passes" if passes else "stays"
+    device = isinstance(error, RuntimeError) and _LOST.search(text) and not _PERMANENT.search(text)
+    return "transient" if device or retries.may_pass(error) else "permanent"
 
 
 def _launcher(gpus: int) -> list[str]:
     if gpus < 2:
         return [sys.executable, "-m"]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
-    launcher += ["--num_processes", str(gpus), "--num_cpu_threads_per_process", str(cpus.threads(gpus))]
-    return [*launcher, "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", str(gpus)]
+    threads = ["--num_cpu_threads_per_process", str(cpus.threads(gpus))]
+    return [sys.executable, *launcher, *threads, "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
 
 
 def _supervise(gpus: int, verb: Callable[[Path], list[str]], out: Path, params: Params) -> None:
@@ -150,56 +133,52 @@ def _supervise(gpus: int, verb: Callable[[Path], list[str]], out: Path, params: 
         for process in running:
             process.terminate()  # nothing for one that has ended
 
-    with TemporaryDirectory() as folder, stopping.noticed("it is passed on to the training", terminate) as told:
+    with TemporaryDirectory() as folder, stopping.noticed("it is passed on to the training", terminate) as terminated:
         settings = Path(folder) / "params.yaml"
         settings.write_text(tracking.settings(params), encoding="utf-8")
         tries, pause = 1, _PAUSE
         while True:
             before = _newest(work)
-            end = _run([*_launcher(gpus), *verb(settings)], gpus > 1, Path(mkdtemp(dir=folder)), running, told)
+            end = _run([*_launcher(gpus), *verb(settings)], gpus > 1, Path(mkdtemp(dir=folder)), running, terminated)
             if end is None:
                 return
             if (out / MODEL).is_file():  # a folder gets its name when all of it is written and MLflow's run has ended
-                print(f"training ended ({end.text}) after it had written {out}, which is whole", flush=True)
+                print(f"training ended ({end}) after it had written {out}, which is complete", flush=True)
                 return
-            if end.kind == "stopped":
-                raise Stopped(end.text)
-            if end.kind == "stays":
-                raise AdfmError(end.text)
+            if not isinstance(end, Unreachable):
+                raise end
             newest = _newest(work)
             start = work / f"checkpoint-{newest}" if newest else "its beginning"
             if newest > before:
                 tries, pause = 1, _PAUSE
             if tries == TRIES:
                 raise AdfmError(
-                    f"training died {TRIES} times from {start} on without a later checkpoint: {end.text}. If it was "
+                    f"training died {TRIES} times from {start} on without a later checkpoint: {end}. If it was "
                     "killed for memory, give the task more (adfm/kubeflow/resources.py) or lower "
                     "train.prompts_per_step or train.micro_batch; else look for the fault in the log above."
                 )
             tries += 1
-            print(f"training died: {end.text}; try {tries} of {TRIES} in {pause:g} s, from {start}", flush=True)
-            _sleep(pause, told)
-            if told.is_set():
+            print(f"training died: {end}; try {tries} of {TRIES} in {pause:g} s, from {start}", flush=True)
+            deadline = time.monotonic() + pause
+            while time.monotonic() < deadline and not terminated.is_set():
+                time.sleep(0.1)  # `Event.wait` could block the signal's handler, which sets the event
+            if terminated.is_set():
                 raise Stopped(_STOPPED)
             pause *= 2
 
 
 def _run(
-    command: list[str], several: bool, reports: Path, running: list[subprocess.Popen[bytes]], told: threading.Event
-) -> _End | None:
-    """Run a process to its end; `None` if it ended well.
-
-    Args:
-        command: What to start.
-        several: Whether it starts several processes, by PyTorch's launcher.
-        reports: Folder for the errors that processes end with.
-        running: Gets the process.
-        told: Set when it has to stop.
-    """
+    command: list[str],
+    several: bool,
+    reports: Path,
+    running: list[subprocess.Popen[bytes]],
+    terminated: threading.Event,
+) -> AdfmError | None:
+    """Run a process, or PyTorch's launcher of several, add it to `running`, and return the error that it ended with."""
     environment = os.environ | {_REPORTS: str(reports)}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE if several else None)
     running.append(process)
-    if told.is_set():  # while there was no process to pass it on to
+    if terminated.is_set():  # while there was no process to pass SIGTERM on to
         process.terminate()
     tail: deque[bytes] = deque(maxlen=100)
     copier = threading.Thread(target=_copy, args=(process.stderr, tail), daemon=True)
@@ -210,7 +189,8 @@ def _run(
         _stop(process)
         raise
     copier.join(5)  # a process that is left over may hold the pipe
-    return _end(status, several, b"".join(tail).decode(errors="replace"), reports, told.is_set()) if status else None
+    log = b"".join(tail).decode(errors="replace")
+    return _end(status, several, log, reports, terminated.is_set()) if status else None
 
 
 def _copy(stream: IO[bytes] | None, tail: deque[bytes]) -> None:
@@ -223,50 +203,40 @@ def _copy(stream: IO[bytes] | None, tail: deque[bytes]) -> None:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    try:
-        process.wait(5)
-    except subprocess.TimeoutExpired:
-        process.terminate()
+    for seconds, force in ((5, process.terminate), (_GRACE, process.kill)):
         try:
-            process.wait(_LEAVE)
+            process.wait(seconds)
         except subprocess.TimeoutExpired:
-            process.kill()
+            force()
 
 
-def _end(status: int, several: bool, log: str, reports: Path, told: bool) -> _End:
-    """Why a process ended with a status other than 0.
+def _end(status: int, several: bool, log: str, reports: Path, terminated: bool) -> AdfmError:
+    """Return why a process ended with a status other than 0, which `subprocess` gives as minus the signal's number.
 
     Args:
-        status: As `subprocess` gives it: minus the signal's number for one that was killed.
+        status: The status.
         several: Whether it is PyTorch's launcher of several.
         log: The end of what the launcher wrote, which says which process died first, and of what.
         reports: Folder with the errors that processes ended with.
-        told: Whether the training was told to stop.
+        terminated: Whether SIGTERM has come.
     """
-    ends = [_End(**json.loads(file.read_text(encoding="utf-8"))) for file in sorted(reports.glob("*.json"))]
-    end = min(ends, key=lambda each: _KINDS.index(each.kind), default=None)
-    if end and end.kind != "passes":
-        return end
-    if told or (not several and status in (-signal.SIGINT, -signal.SIGTERM, *_INTERRUPTED)):
-        return _End("stopped", _STOPPED)
-    if not several and status > 0 and end is None:
-        return _End("stays", f"training exited with status {status}; the reason is above.")
+    errors = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(reports.glob("*.json"))]
+    error = min(errors, key=lambda each: [*_KINDS].index(each["kind"]), default=None)
+    if error and error["kind"] != "transient":
+        return _KINDS[error["kind"]](error["text"])
+    if terminated or (not several and status in (-signal.SIGINT, -signal.SIGTERM, *_INTERRUPTED)):
+        return Stopped(_STOPPED)
+    if not several and status > 0 and error is None:
+        return AdfmError(f"training exited with status {status}; the reason is above.")
     first = re.search(r"Root Cause.*?rank +: (\d+).*?exitcode +: (-?\d+)", log, re.DOTALL)
     if first:
         who, status = f"process {first[1]} of several", int(first[2])
     else:
         who = "one process of several" if several else "its process"
     how = f"{who} was killed by {signal.Signals(-status).name}" if status < 0 else f"{who} exited with {status}"
-    return _End("passes", f"{how} ({end.text.splitlines()[0]})" if end else how)
+    return Unreachable(f"{how} ({error['text'].splitlines()[0]})" if error else how)
 
 
 def _newest(work: Path) -> int:
-    """The step of the newest checkpoint; 0 if there is none."""
+    """Return the step of the newest checkpoint, or 0."""
     return max(checkpoints.every(work), default=0)
-
-
-def _sleep(seconds: float, told: threading.Event) -> None:
-    """Wait until the time is over or the event is set. `Event.wait` could block a signal's handler that sets it."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and not told.is_set():
-        time.sleep(0.1)

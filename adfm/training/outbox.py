@@ -1,8 +1,8 @@
-"""What a training has to say to MLflow: written to disk first, sent by a thread, kept while MLflow is away.
+"""Buffered MLflow logging: a local journal first, sent by a thread, so that a server outage does not stop training.
 
-Training never waits for the server, and never fails because of it. The folder holds, for each MLflow run,
+The folder contains, for each MLflow run,
 
-    <run>.jsonl      a line each: figures of a step, a picture, how the run ended
+    <run>.jsonl      a line each: metrics of a step, a picture, how the run ended
     <run>.sent       how many bytes of it MLflow has
     <run>/…          the pictures that it does not have yet
 """
@@ -28,20 +28,19 @@ from adfm.process.environment import without_login
 if TYPE_CHECKING:
     from PIL import Image
 
-_LINES = 10  # a request; MLflow takes 1,000 figures in one, and a step has fewer than 100
+_LINES = 10  # a request; MLflow takes 1,000 metrics in one, and a step has fewer than 100
 _LONGEST_PAUSE = 60.0  # seconds between two attempts
-_LEAVE = 60.0  # seconds
+_LAST_TRY = 60.0  # seconds to send the rest when training ends
 
 
 class Outbox:
-    """Takes figures and pictures of one run at once, and sends them in order when MLflow takes them.
+    """Store metrics and pictures of a run, and send them in order once MLflow accepts them.
 
-    A step that was taken before is not taken again: a training that was killed repeats the steps after its last
-    checkpoint. As a context manager, it ends by sending what it can; if that was not all after a body that ended well,
-    it says where the rest lies and how to send it.
+    As a context manager, it ends by sending what it can; after a body that ended well, it prints where the rest is and
+    how to send it.
 
     Args:
-        folder: Where it is kept; what lies there of other runs is sent, unless they were deleted.
+        folder: Folder of the journals; those of other runs are sent first, unless the runs were deleted.
         run_id: The run.
     """
 
@@ -50,12 +49,11 @@ class Outbox:
         for other in set(folder.glob("*.jsonl")) - {self._journal}:
             try:
                 _finish(other)
-            except AdfmError as error:
-                print(f"{other}: still not sent: {error}")
             except Exception as error:  # whatever the store's client raises
-                print(f"{other}: still not sent: {_reason(error)}")
+                print(f"{other}: still not sent: {error if isinstance(error, AdfmError) else _reason(error)}")
         folder.mkdir(parents=True, exist_ok=True)
-        entries = _whole(self._journal)
+        # A training that was killed repeats the steps after its last checkpoint: they are not stored again.
+        entries = _repaired(self._journal)
         self._step = max((entry.get("step", 0) for entry in entries), default=0)
         self._pictures = {entry.get("picture") for entry in entries}
         self._news, self._closing = threading.Event(), threading.Event()
@@ -63,14 +61,14 @@ class Outbox:
         self._news.set()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def add(self, figures: dict[str, float], step: int) -> None:
-        """Take the figures of a step."""
+    def add(self, metrics: dict[str, float], step: int) -> None:
+        """Store the metrics of a step."""
         if step > self._step:
             self._step = step
-            self._write({"step": step, "figures": figures})
+            self._write({"step": step, "figures": metrics})
 
     def add_picture(self, picture: Image.Image, name: str) -> None:
-        """Take a picture, for the artifact `name` of the run."""
+        """Store a picture as the artifact `name` of the run."""
         if name not in self._pictures:
             self._pictures.add(name)
             file = self._journal.with_suffix("") / name
@@ -87,17 +85,16 @@ class Outbox:
             self._write({"end": "FINISHED"})
         self._closing.set()
         self._news.set()
-        self._thread.join(_LEAVE)
-        if _is_sent(self._journal):
+        self._thread.join(_LAST_TRY)
+        if not _is_sent(self._journal):
+            folder = _to_workspace(self._journal)
             if kind is None:
-                _remove(self._journal)
-            return
-        folder = _to_workspace(self._journal)
-        if kind is None:
-            _say(
-                "MLflow is still away. The model is written all the same; the figures and pictures that MLflow lacks "
-                f"are in {folder}. When it is back, send them: adfm resend {folder}"
-            )
+                tqdm.write(
+                    "MLflow is still away. The model is written all the same; the metrics and pictures that MLflow "
+                    f"lacks are in {folder}. When it is back, send them: adfm resend {folder}"
+                )
+        elif kind is None:
+            _remove(self._journal)
 
     def _write(self, entry: dict[str, Any]) -> None:
         line = json.dumps({**entry, "time": round(time.time() * 1000)}, allow_nan=False)
@@ -112,10 +109,15 @@ class Outbox:
             self._news.clear()
             try:
                 _send(self._journal)
-                self._back()
+                self._report_recovery()
                 pause = 1.0
-            except Exception as error:  # whatever the store's client raises: training is worth more than its figures
-                self._away(error)
+            except Exception as error:  # whatever the store's client raises: it must not end the training
+                if self._away_since is None:
+                    self._away_since = self._step
+                    tqdm.write(
+                        f"MLflow does not answer ({_reason(error)}); training continues, and its metrics from step "
+                        f"{self._step} on are kept in {self._folder}"
+                    )
                 if self._closing.is_set():
                     return
                 self._closing.wait(pause)
@@ -124,32 +126,24 @@ class Outbox:
             if self._closing.is_set() and not self._news.is_set():
                 return
 
-    def _away(self, error: Exception) -> None:
-        if self._away_since is None:
-            self._away_since = self._step
-            _say(
-                f"MLflow does not answer ({_reason(error)}); training goes on, and its figures from step {self._step} "
-                f"on wait in {self._folder}"
-            )
-
-    def _back(self) -> None:
+    def _report_recovery(self) -> None:
         if self._away_since is not None:
             steps = f"steps {self._away_since} to {self._step}"
             _tag(self._journal.stem, steps)
             self._away_since = None
-            _say(f"MLflow is back and has the figures of {steps}")
+            tqdm.write(f"MLflow is back and has the metrics of {steps}")
 
 
 def resend(folder: Path) -> None:
     """Send what a training could not, with the times at which it happened, and remove what was sent.
 
     Raises:
-        AdfmError: There is nothing of the kind in `folder`, MLflow does not take it, runs were deleted there, or lines
-            are damaged: what waits for the others is sent first.
+        AdfmError: `folder` contains no journal, MLflow fails, runs were deleted there, or lines are damaged; whatever
+            else there is, is sent first.
     """
     journals = sorted(folder.glob("*.jsonl"))
     if not journals:
-        raise AdfmError(f"{folder} holds no figures that wait; training makes such a folder, <OUT>.unsent.")
+        raise AdfmError(f"{folder} contains no unsent metrics; training keeps them in a folder <OUT>.unsent.")
     uri = tracking.configure()
     problems = []
     with tracking.store_errors(uri):
@@ -164,13 +158,9 @@ def resend(folder: Path) -> None:
 
 
 def _finish(journal: Path) -> None:
-    """Sends the rest of a journal and removes it.
-
-    Raises:
-        AdfmError: MLflow does not have the run, or lines are damaged; the journal stays as it is.
-    """
+    """Send the rest of a journal and remove it; refuse it if MLflow does not have the run, or lines are damaged."""
     _require_run(journal)  # before anything is done to a file that may be somebody else's
-    _whole(journal)
+    _repaired(journal)
     if not _is_sent(journal):
         _tag(journal.stem, "the last ones")
         _send(journal)
@@ -190,7 +180,7 @@ def _require_run(journal: Path) -> None:
     from mlflow.exceptions import MlflowException
 
     run, place = journal.stem, without_login(mlflow.get_tracking_uri())
-    remove = f"If its figures are not wanted, remove {journal}"
+    keep = f"Nothing is lost: all of it is still there. If its metrics are not needed, remove {journal}"
     try:
         if mlflow.MlflowClient().get_run(run).info.lifecycle_stage == "active":
             return
@@ -199,16 +189,16 @@ def _require_run(journal: Path) -> None:
             raise
         raise AdfmError(
             f"run {run}: MLflow at {place} does not have it; was it deleted for good, or did the training use another "
-            f"server? Then set MLFLOW_TRACKING_URI and send again. Nothing is lost: all of it is still there. {remove}"
+            f"server? Then set MLFLOW_TRACKING_URI and send again. {keep}"
         ) from None
     raise AdfmError(
-        f"run {run}: was deleted in MLflow at {place}. Bring it back (`mlflow runs restore --run-id {run}`) and send "
-        f"again. Nothing is lost: all of it is still there. {remove}"
+        f"run {run}: was deleted in MLflow at {place}. Restore it (`mlflow runs restore --run-id {run}`) and send "
+        f"again. {keep}"
     )
 
 
 def _to_workspace(journal: Path) -> Path:
-    """Move a journal out of the copy of the workspace that DVC removes, if it is in one; returns its folder."""
+    """Move a journal out of the copy of the workspace that DVC removes, if it is in one; return its folder."""
     if environment.home() == Path.cwd():
         return journal.parent
     folder = environment.home() / os.path.relpath(journal.parent)
@@ -220,7 +210,7 @@ def _to_workspace(journal: Path) -> Path:
 
 
 def _send(journal: Path) -> None:
-    """Sends the lines that MLflow lacks; what was sent twice, because a process died in between, it keeps once."""
+    """Send the lines that MLflow lacks."""
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
@@ -236,7 +226,7 @@ def _send(journal: Path) -> None:
                 for entry in entries
                 for name, value in entry.get("figures", {}).items()
             ]
-            if metrics:
+            if metrics:  # MLflow stores those once that are sent twice, because a process died in between
                 store.log_batch(run, metrics)
             for entry in entries:
                 picture = journal.with_suffix("") / entry.get("picture", "")
@@ -248,8 +238,8 @@ def _send(journal: Path) -> None:
             journal.with_suffix(".sent").write_text(str(_sent(journal) + sum(map(len, lines))))
 
 
-def _whole(journal: Path) -> list[dict[str, Any]]:
-    """The entries of a journal, after a line that a killed process had half written is cut off."""
+def _repaired(journal: Path) -> list[dict[str, Any]]:
+    """Return the entries of a journal; cut off a line that a killed process had half written."""
     if not journal.is_file():
         return []
     text = journal.read_bytes()
@@ -260,7 +250,7 @@ def _whole(journal: Path) -> list[dict[str, Any]]:
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:
-    """The entry of a line; None if the line is damaged."""
+    """Return the entry of a line; `None` if the line is damaged."""
     try:
         entry = json.loads(line)
     except ValueError:
@@ -270,7 +260,7 @@ def _entry(line: bytes) -> dict[str, Any] | None:
 
 
 def _sent(journal: Path) -> int:
-    """How many bytes of a journal MLflow has; 0, so that all is sent again, if it is not the end of a line."""
+    """Return how many bytes of a journal MLflow has; 0, so that all is sent again, if no line ends there."""
     try:
         sent = int(journal.with_suffix(".sent").read_text())
         with journal.open("rb") as stream:
@@ -281,9 +271,7 @@ def _sent(journal: Path) -> int:
 
 
 def _is_sent(journal: Path) -> bool:
-    if not journal.is_file():  # training failed before its first figure
-        return True
-    return _sent(journal) == journal.stat().st_size
+    return not journal.is_file() or _sent(journal) == journal.stat().st_size  # no file: failed before the first step
 
 
 def _remove(journal: Path) -> None:
@@ -304,7 +292,3 @@ def _tag(run: str, what: str) -> None:
 
 def _reason(error: Exception) -> str:
     return tracking.reason(error)[:120]
-
-
-def _say(text: str) -> None:
-    tqdm.write(text)

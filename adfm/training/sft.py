@@ -1,14 +1,8 @@
-"""Supervised stage: an adapter that has learned to answer, in the form of the prompt, on the images of the line.
-
-Batches hold normal and anomalous images in a fixed share, in several views (`adfm.training.augmentation`). After each
-epoch the loss on the validation split decides whether to stop, and the best epoch is what is kept. Where the tower
-looks for defects itself, as the embedded model's does, the boxes also teach it directly, by a second loss.
-
-`sft.steps: 0` writes an adapter that changes nothing, and GRPO starts from the base: the paper's setting.
-"""
+"""Supervised fine-tuning (cold start): an adapter learns the form of the completions, and to name defects."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -33,15 +27,15 @@ from adfm.training.outbox import Outbox
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_MOST_BOXES = 8  # an answer of more would be cut at evaluate.max_new_tokens, and then have no letter
-_JUDGED = 400  # images of the validation split at most after an epoch
+_MOST_BOXES = 8  # a completion of more would be cut at evaluate.max_new_tokens, and then have no letter
+_MOST_VALIDATION = 400  # images that the loss after an epoch is computed on
 
 
 def sft(shards: Path, out: Path, params: Params, force: bool = False) -> None:
-    """Train a new adapter on correct answers, and write it with its processor to `out`.
+    """Train a new adapter on target completions, and write it with its processor to `out`.
 
-    The correct answer in stages names the defects' boxes. Where some anomalous images have boxes, those without are
-    left out, as they would teach to name no place; where none has, the answer says that no place is known.
+    A target completion in stages names the defects' boxes. Where some anomalous images have boxes, those without are
+    left out; where none has, the completion names no place.
 
     Args:
         shards: Folder of shards; the train split is used, and the validation split to stop early.
@@ -56,7 +50,7 @@ def sft(shards: Path, out: Path, params: Params, force: bool = False) -> None:
     refuse_to_replace(out, force)
     from transformers import set_seed
 
-    from adfm.training.watch import write_curves
+    from adfm.training.figures import write_curves
 
     set_seed(params.seed)
     settings = params.sft
@@ -73,7 +67,7 @@ def sft(shards: Path, out: Path, params: Params, force: bool = False) -> None:
     ):
         history: list[dict[str, Any]] = []
         cut = None
-        if settings.steps:
+        if settings.steps:  # 0: an adapter that changes nothing, from which the paper starts GRPO
             history, cut = _trained(model, loaded, shards, folder / "cache", params, outbox)
         save(folder, model, loaded, shards, params, "sft", run.info.run_id, cut=cut)
         write_curves(history, folder / "sft_curves.csv")
@@ -82,7 +76,7 @@ def sft(shards: Path, out: Path, params: Params, force: bool = False) -> None:
 def _trained(
     model: Any, loaded: loading.Loaded, shards: Path, work: Path, params: Params, outbox: Outbox
 ) -> tuple[list[dict[str, Any]], int | None]:
-    """Trains `model`.
+    """Train `model`.
 
     Returns:
         What was logged; and the steps, if `sft.steps` ended it within the first pass over the images, or while the
@@ -90,22 +84,25 @@ def _trained(
     """
     import torch
     from transformers import EarlyStoppingCallback
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+    from transformers.trainer_callback import PrinterCallback
     from trl import SFTConfig
 
-    from adfm.training.watch import Watch
+    from adfm.training.callbacks import MetricsCallback
 
     settings = params.sft
     epoch = -(-len(examples.rows(shards, "train", params.tile)) // settings.batch_size)
     steps = min(settings.steps, epoch * settings.epochs)
-    located = settings.stages and _located(shards)
+    # Without boxes, an anomalous image beside others with boxes would teach to name no place.
+    located = settings.stages and _some_have_boxes(shards)
     draw = partial(examples.draw, shards, loaded, cache=work, located=located, tile=params.tile)
     share = settings.anomalous_share
     data = draw(steps * settings.batch_size, share, params.seed)
-    judged = _judged(shards, settings, set(data["label"])) if steps > epoch else 0
-    stops: dict[str, Any] = {}
-    if judged:
-        stops = {
+    count = _validation_images(shards, settings, set(data["label"])) if steps > epoch else 0
+    kinds = loaded.kinds or kinds_.single(shards_.table(shards, "train")["defect"].to_pylist())[: kinds_.MOST]
+    validation, stops = None, dict[str, Any](save_strategy="no")
+    if count:
+        validation = draw(count, share, params.seed, split="validation")
+        stops = {  # the checkpoints serve to load the best epoch at the end
             "eval_strategy": "steps",
             "eval_steps": epoch,
             "per_device_eval_batch_size": settings.batch_size,
@@ -116,7 +113,6 @@ def _trained(
             "load_best_model_at_end": True,
             "metric_for_best_model": "eval_loss",
         }
-    validation = draw(judged, share, params.seed, split="validation") if judged else None
     trainer = _trainer_class()(
         model=model,
         args=SFTConfig(
@@ -128,11 +124,12 @@ def _trained(
             warmup_steps=min(10, steps // 4),
             train_sampling_strategy="sequential",  # the draw has spread the labels evenly over the batches
             remove_unused_columns=False,  # those of the loss on places
-            max_length=None,
+            max_length=None,  # TRL's default would cut image tokens off
             completion_only_loss=True,
             logging_steps=1,
-            **({"save_strategy": "no"} | stops),
-            report_to="none",
+            **stops,
+            report_to="none",  # MetricsCallback reports, and has a bar
+            disable_tqdm=True,
             seed=params.seed,
             bf16=params.model.dtype == "bfloat16",
             use_cpu=not torch.cuda.is_available(),
@@ -142,45 +139,43 @@ def _trained(
         train_dataset=data,
         eval_dataset=validation,
         processing_class=loaded.processor,
-        callbacks=[Watch("cold start", ["loss", "mean_token_accuracy"], outbox)],
+        callbacks=[MetricsCallback("cold start", ["loss", "mean_token_accuracy"], outbox)],
     )
     trainer.places_weight = settings.places_weight
-    kinds = loaded.kinds or kinds_.single(shards_.table(shards, "train")["defect"].to_pylist())[: kinds_.MOST]
-    trainer.train_dataset = Answers(data, settings, params.seed, settings.augment, kinds)
-    if judged:
-        trainer.eval_dataset = Answers(validation, settings, params.seed, False, kinds)
+    trainer.train_dataset = Targets(data, settings, params.seed, settings.augment, kinds)  # TRL takes a Dataset only
+    if count:
+        trainer.eval_dataset = Targets(validation, settings, params.seed, False, kinds)
         trainer.add_callback(EarlyStoppingCallback(settings.patience))
     trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
     trainer.train()
     limit = "sft.steps" if steps == settings.steps else "sft.epochs"
-    early = ""
     if steps <= epoch:
         early = "it has made no more than one pass over the images"
-    elif judged and trainer.state.best_global_step == steps:
+    elif count and trainer.state.best_global_step == steps:
         early = "its loss on validation was still falling"
-    if early:
-        print(
-            f"cold start: after {steps} steps, which {limit} allows, {early}; "
-            f"raise {limit} where the model is not good enough"
-        )
-    return list(trainer.state.log_history), steps if early and limit == "sft.steps" else None
+    else:
+        return list(trainer.state.log_history), None
+    print(
+        f"cold start: after {steps} steps, which {limit} allows, {early}; "
+        f"raise {limit} where the model is not good enough"
+    )
+    return list(trainer.state.log_history), steps if limit == "sft.steps" else None
 
 
-def _judged(shards: Path, settings: Sft, needed: set[str]) -> int:
-    """How many images of the validation split judge an epoch; 0: it cannot stop early, and says why."""
+def _validation_images(shards: Path, settings: Sft, needed: set[str]) -> int:
+    """Return how many images of the validation split are scored after an epoch; 0: training cannot stop early."""
     if not settings.patience:
         return 0
-    there = any(shards.glob("validation-*.parquet"))
-    labels = shards_.table(shards, "validation")["label"].to_pylist() if there else []
+    exists = any(shards.glob("validation-*.parquet"))
+    labels = shards_.table(shards, "validation")["label"].to_pylist() if exists else []
     if missing := " and no ".join(sorted(needed - {*labels})):
         print(f"cold start: the validation split has no {missing} image, so that it takes all its steps")
         return 0
-    return min(len(labels), _JUDGED)
+    return min(len(labels), _MOST_VALIDATION)
 
 
-def _located(shards: Path) -> bool:
-    """Whether anomalous images have boxes; says which are left out."""
+def _some_have_boxes(shards: Path) -> bool:
+    """Whether anomalous images have boxes; prints how many have none."""
     with_boxes, without = examples.boxes_known(shards)
     if without and with_boxes:
         print(f"cold start: {without} anomalous training images have no boxes and are left out")
@@ -189,39 +184,38 @@ def _located(shards: Path) -> bool:
     return bool(with_boxes)
 
 
-class Answers:
-    """Images with the answers that they should get, as the trainer reads them: `prompt`, `completion`, `image`.
+class Targets:
+    """Images with their target completions, as TRL reads them: `prompt`, `completion`, `image`.
 
-    With them come what the loss on places needs: `boxes`, as fractions of width and height, `None` where the place is
-    not known; `defective`; and `kind`, the number of its kind among those of the training images, `None` where it has
-    none of them, or several.
+    For the loss on places there are also `boxes`, as fractions of width and height, `None` where the place is not
+    known; `defective`; and `kind`, the number of its kind in `kinds`, `None` where it has none of them, or several.
 
     Args:
-        data: As `examples.draw` gives it.
-        settings: How answers are written.
+        data: As `examples.draw` returns it.
+        settings: Decides the form of the completions.
         seed: Decides which view of an image a row shows.
-        augment: Whether there are views other than the image as it is.
-        kinds: Those of the training images; the prompt asks for one where the settings say so.
+        augment: Whether there are views other than the image as it is (`adfm.training.augmentation`).
+        kinds: Those of the training images.
     """
 
     def __init__(self, data: Any, settings: Sft, seed: int, augment: bool = True, kinds: Sequence[str] = ()) -> None:
         self._data, self._settings, self._seed, self._augment, self._kinds = data, settings, seed, augment, kinds
 
     def __len__(self) -> int:
-        """How many rows there are."""
+        """Return the number of rows."""
         return len(self._data)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One row."""
+        """Return a row."""
         row = self._data[index]
         number = int(np.random.default_rng([self._seed, index]).integers(VIEWS)) if self._augment else 0
         width, height = row["frame"]
         regions = [view_of_box(Box(*box), number, width, height) for box in row["regions"]]
         largest = sorted(regions, key=lambda box: -box.area)[:_MOST_BOXES]
         ordered = sorted(largest, key=lambda box: (box.y1, box.x1))
-        step, stages = self._settings.coordinate_step, self._settings.stages
-        listed = self._kinds if self._settings.kinds else ()
-        text = prompt.target_completion(row["label"], ordered, row["defect"], step, stages, listed)
+        form = self._settings
+        kinds = self._kinds if form.kinds else ()
+        text = prompt.target_completion(row["label"], ordered, row["defect"], form.coordinate_step, form.stages, kinds)
         defective, kind = row["label"] == "anomalous", kinds_.of(row["defect"], self._kinds)
         return {
             "prompt": row["prompt"],
@@ -241,7 +235,7 @@ def _trainer_class() -> type[Any]:
     from adfm.tiny import tower
 
     class Trainer(SFTTrainer):
-        """TRL's trainer with the loss on the places that the embedded model's tower looks for."""
+        """TRL's trainer with a second loss, on the places that the embedded model's tower predicts."""
 
         places_weight = 0.0
 
@@ -266,7 +260,7 @@ def _trainer_class() -> type[Any]:
             compute_loss: Any = super().compute_loss  # untyped in TRL
             loss = compute_loss(model, inputs, *args, **kwargs)
             if self._places and self.places_weight:
-                places = tower.loss(self._places[-1], *truth)
+                places = tower.loss(self._places[-1], *truth)  # of the forward pass above
                 self._metrics["train" if model.training else "eval"]["places_loss"].append(places.item())
                 loss = loss + self.places_weight * places
             return loss
@@ -288,18 +282,26 @@ def save(
 ) -> None:
     """Write adapter, processor, `adfm.json` and `trained_on.parquet`, and remove what else the training left there.
 
-    `weights` are those of a model of which each process holds a part, `start` is the folder that it was trained from,
-    and `cut` the steps of a cold start that `sft.steps` ended too early, which later stages hand on.
+    Args:
+        folder: Where to write.
+        model: The trained model.
+        loaded: Its base, processor and prompt.
+        shards: What it was trained on.
+        params: Are recorded.
+        stage: `sft` or `train`.
+        run_id: Of MLflow.
+        weights: Those of a model of which each process holds a part.
+        start: The folder that it was trained from.
+        cut: The steps of a cold start that `sft.steps` ended too early; without it that of `start`.
     """
-    import shutil
-
     if start is not None:
         cut = (model_folder.describe(start) or {}).get("cut_short")
     shutil.rmtree(folder / "cache", ignore_errors=True)
-    # The embeddings are the base's; PEFT would add them to an adapter on `lm_head` or `embed_tokens`.
+    # Without the adapter `ref`, which TRL adds for the KL, and without embeddings: they are the base's, and PEFT would
+    # add them to an adapter on `lm_head` or `embed_tokens`.
     model.save_pretrained(folder, selected_adapters=["default"], state_dict=weights, save_embedding_layers=False)
     loaded.processor.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card
     description = {
         "stage": stage,
         "base": {"name": loaded.base.name, "revision": loaded.base.revision},
@@ -313,25 +315,20 @@ def save(
         "params": params.model_dump(mode="json", by_alias=True),
     }
     write_json(description, folder / model_folder.DESCRIPTION)
-    seen = trained_on(shards, start)
-    if seen is not None:
-        hashes.write(seen, folder / hashes.FILE)
+    if (images := trained_on(shards, start)) is not None:
+        hashes.write(images, folder / hashes.FILE)
 
 
 def trained_on(shards: Path, start: Path | None = None) -> pa.Table | None:
-    """Hashes of all images that a model has seen.
-
-    Args:
-        shards: Folder of the shards that it is trained on.
-        start: The model's folder that the training starts from; `None` for a base model, whose data nobody knows.
+    """Return the hashes of all images that a model trained on `shards` has seen, from `start` or a base model.
 
     Returns:
-        As `hashes.collect` gives them; `None` if `start`, by an earlier adfm, does not say what it was trained on.
+        As `hashes.collect`; `None` if `start`, by an earlier adfm, does not say what it was trained on.
 
     Raises:
         AdfmError: Shards or the table of `start` cannot be read.
     """
-    if start is None:
+    if start is None:  # what a base model has seen is not known
         return hashes.collect(shards, hashes.SEEN)
     before = hashes.of_model(start)
     if before is None or (model_folder.describe(start) or {}).get("data_fingerprint") == shards_.fingerprint(shards):

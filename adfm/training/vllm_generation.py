@@ -1,13 +1,5 @@
 """vLLM inside TRL's GRPO trainer: corrections to TRL 1.16 for a LoRA on a vision-language model.
 
-- Weight sync: TRL merges the adapter into the base weights, sends them, and unmerges. In bfloat16 each such round trip
-  rounds twice, so that the base drifts with every step. `Generation` never writes to the base: each weight is sent as
-  base + adapter, summed in float32 and rounded once.
-- Prompts: TRL hands the engine in the same process prompts whose image token is already repeated once for each visual
-  token. vLLM repeats it itself, so each run is collapsed to one.
-- Engine: TRL has no argument for the sizes that images are resized to, for the number of images a prompt, or for the
-  data type, and vLLM would measure its memory with videos of the longest kind.
-
 Written from the source of TRL 1.16 and vLLM 0.30, and tested without vLLM, which needs a GPU: not run with it.
 """
 
@@ -24,7 +16,7 @@ from trl.trainer import grpo_trainer
 
 from adfm.errors import AdfmError
 from adfm.models import vllm_engine
-from adfm.params import Params
+from adfm.params import Train
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,19 +27,17 @@ TRL = "1.16.0"
 """Version of TRL that this file corrects; a test fails with a newer one, which may need less or other corrections."""
 
 
-def trl_settings(params: Params, loaded: Loaded, unwanted: list[int]) -> dict[str, Any]:
-    """The arguments of TRL's `GRPOConfig` that let vLLM generate: in this process, or on a server.
+def trl_settings(settings: Train, loaded: Loaded, unwanted: list[int]) -> dict[str, Any]:
+    """Return the arguments of TRL's `GRPOConfig` that let vLLM generate: in this process, or on a server.
 
     Args:
-        params: Reads `train`.
+        settings: `train`.
         loaded: The model that is trained.
-        unwanted: Tokens that must not be generated; vLLM knows no `suppress_tokens`, so their logits are lowered.
+        unwanted: Tokens that must not be generated.
     """
-    settings = params.train
-    shared: dict[str, Any] = {
-        "generation_kwargs": {"logit_bias": dict.fromkeys(unwanted, -100.0)},
-        "use_vllm": True,
-    }
+    # vLLM knows no `suppress_tokens`, so their logits are lowered.
+    bias = dict.fromkeys(unwanted, -100.0)
+    shared: dict[str, Any] = {"generation_kwargs": {"logit_bias": bias}, "use_vllm": True}
     if settings.vllm_server:  # whose memory and model length are set where it is started
         return {**shared, "vllm_mode": "server", "vllm_server_base_url": settings.vllm_server}
     return {
@@ -63,8 +53,8 @@ def trl_settings(params: Params, loaded: Loaded, unwanted: list[int]) -> dict[st
 
 @contextmanager
 def installed(loaded: Loaded) -> Iterator[None]:
-    """Makes the trainer that is built in the body generate by `Generation`: TRL takes no class as an argument."""
-    trainer: Any = grpo_trainer  # a module whose names are replaced
+    """Let the trainer that is built in the body generate by `Generation`."""
+    trainer: Any = grpo_trainer  # TRL takes no class as an argument: the name in its module is replaced
     original = trainer.VLLMGeneration
     refuse_other_layers(loaded.model)
     options = vllm_engine.options(loaded.processor, loaded.base.dtype)
@@ -76,11 +66,11 @@ def installed(loaded: Loaded) -> Iterator[None]:
 
 
 class Generation(trl_generation.VLLMGeneration):
-    """TRL's generation by vLLM, which leaves the trained model's base weights as they are.
+    """TRL's generation by vLLM, with weight sync that leaves the trained model's base weights unchanged.
 
     Args:
         engine_options: Further arguments of `vllm.LLM`, where the engine is in this process.
-        args, kwargs: As TRL gives them.
+        args, kwargs: As of TRL's class.
     """
 
     def __init__(self, *args: Any, engine_options: dict[str, Any], **kwargs: Any) -> None:
@@ -90,7 +80,8 @@ class Generation(trl_generation.VLLMGeneration):
             raise AdfmError("train.vllm: FSDP1 is not supported; use configs/accelerate/fsdp2.yaml")
 
     def _init_vllm(self) -> None:
-        """Starts the engine as TRL does, with `engine_options` too."""
+        # TRL has no argument for the sizes that images are resized to, for the number of images a prompt, or for the
+        # data type, and vLLM would measure its memory with videos of the longest kind.
         start: Any = super()._init_vllm  # untyped in TRL
         names: Any = trl_generation
         original = getattr(names, "LLM", None)  # absent without vLLM, where TRL refuses
@@ -104,7 +95,9 @@ class Generation(trl_generation.VLLMGeneration):
             names.LLM = original
 
     def generate(self, prompts: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        """As TRL's. A server gets images and their places separately, and there the repeated tokens are right."""
+        """Generate as TRL does."""
+        # TRL hands the engine in this process prompts whose image token is already repeated once for each visual token,
+        # which vLLM does itself. A server gets images and their places separately: there the repetition is right.
         if self.mode == "colocate":
             processor: Any = self.processing_class
             prompts = [collapsed(ids, processor.image_token_id) for ids in prompts]
@@ -112,7 +105,9 @@ class Generation(trl_generation.VLLMGeneration):
 
     @torch.no_grad()
     def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight under vLLM's name, one at a time, with the adapter added. It gathers: all processes iterate."""
+        """Yield every weight under vLLM's name, with the adapter added. It gathers: all processes iterate."""
+        # TRL merges the adapter into the base weights, sends them, and unmerges. In bfloat16 each such round trip
+        # rounds twice, so that the base drifts with every step.
         for name, weight in self.model.named_parameters():
             if getattr(self.model, "prefix", "lora_") in name or "original_module" in name:
                 continue
@@ -122,12 +117,12 @@ class Generation(trl_generation.VLLMGeneration):
                 yield self._name_for_vllm(name), merged(self._whole(weight), layer, self._whole)
 
     def _name_for_vllm(self, name: str) -> str:
-        """As TRL names them: the base model's names, of which vLLM knows how they map to its own."""
+        """Return a weight's name in the base model, as TRL does; vLLM maps it to its own."""
         name = name.removeprefix("base_model.model.").replace(".base_layer", "")
         return str(self._fix_param_name_to_vllm(name, extra_prefixes=["modules_to_save.default."]))
 
     def _whole(self, weight: Any) -> Tensor:
-        """A weight that FSDP2 divides among processes, gathered, or any other as it is."""
+        """Return a whole weight; gather one that FSDP2 divides among processes."""
         if not hasattr(weight, "full_tensor"):
             return cast("Tensor", weight.data)
         if weight.is_cpu and self.accelerator.device.type != "cpu":  # offloaded: the GPUs gather faster
@@ -136,21 +131,21 @@ class Generation(trl_generation.VLLMGeneration):
 
 
 def collapsed(ids: list[int], image_token: int) -> list[int]:
-    """A prompt in which each run of image tokens is one token, as vLLM expects; a collapsed prompt stays the same."""
+    """Collapse each run of image tokens of a prompt to one token, as vLLM expects."""
     return [token for i, token in enumerate(ids) if token != image_token or i == 0 or ids[i - 1] != image_token]
 
 
 def adapted_layer(model: Any, name: str) -> Any:
-    """PEFT's layer around the base weight of this name; `None` if no adapter changes the weight."""
+    """Return PEFT's layer around the base weight of this name; `None` if no adapter changes the weight."""
     place = name.removesuffix(".base_layer.weight")
     return model.get_submodule(place) if place != name else None
 
 
 def merged(weight: Tensor, layer: Any, whole: Any = lambda factor: factor) -> Tensor:
-    """Base weight plus adapter, `[out, in]`, summed in float32 and rounded once to the type of the base.
+    """Return base weight plus adapter, `[out, in]`, summed in float32 and rounded once to the type of the base.
 
     Args:
-        weight: The whole base weight; it is read only.
+        weight: The whole base weight, which stays as it is.
         layer: PEFT's layer around it; `None`: the weight is returned as it is.
         whole: Gathers a factor of the adapter that is divided among processes.
     """
@@ -163,7 +158,7 @@ def merged(weight: Tensor, layer: Any, whole: Any = lambda factor: factor) -> Te
 
 
 def _factors(layer: Any) -> list[tuple[Any, Any, float]]:
-    """The factors A `[r, in]` and B `[out, r]` of each active adapter on a layer, and what scales their product."""
+    """Return the factors A `[r, in]` and B `[out, r]` of each active adapter on a layer, and their product's scale."""
     return [
         (layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
         for name in layer.active_adapters
@@ -172,11 +167,7 @@ def _factors(layer: Any) -> list[tuple[Any, Any, float]]:
 
 
 def refuse_other_layers(model: Any) -> None:
-    """Refuses an adapter that `merged` cannot add: on a layer that is not linear, or on a weight that two layers share.
-
-    Raises:
-        AdfmError: It names the layer, and the setting.
-    """
+    """Refuse an adapter that `merged` cannot add: on a layer that is not linear, or on a weight of two layers."""
     from peft.tuners.lora import Linear, LoraLayer
 
     weights = {name for name, _ in model.named_parameters()}

@@ -21,7 +21,7 @@ from PIL import Image
 from adfm import tracking
 from adfm.errors import AdfmError
 from adfm.params import Params
-from adfm.training import grpo
+from adfm.training import grpo, trainer
 from adfm.training.outbox import Outbox, resend
 from adfm.training.sft import sft
 
@@ -65,16 +65,16 @@ def steps(run: str, figure: str = "reward") -> list[int]:
     return [point.step for point in MlflowClient().get_metric_history(run, figure)]
 
 
-def wait_for(said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def wait_for(message: str, capsys: pytest.CaptureFixture[str]) -> None:
     seen = ""
     deadline = time.monotonic() + 200
-    while said not in seen:
+    while message not in seen:
         assert time.monotonic() < deadline, seen
         time.sleep(0.05)
         seen += capsys.readouterr().out
 
 
-def test_figures_wait_while_the_server_is_away_and_come_in_order(
+def test_metrics_are_kept_while_the_server_is_away_and_sent_in_order(
     away: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, folder = begin(), tmp_path / "trained.unsent"
@@ -93,9 +93,9 @@ def test_figures_wait_while_the_server_is_away_and_come_in_order(
         outbox.add({"reward": 9.9}, 4)  # as after a kill: a step that was taken is not taken again
     assert [point.value for point in MlflowClient().get_metric_history(run, "reward")] == [0.1, 0.2, 0.3, 0.4]
     assert [file.path for file in MlflowClient().list_artifacts(run, "completions")] == ["completions/step-00002.png"]
-    found = MlflowClient().get_run(run)
-    assert found.info.status == "FINISHED"
-    assert found.data.tags["mlflow_away"] == "steps 2 to 3"
+    finished = MlflowClient().get_run(run)
+    assert finished.info.status == "FINISHED"
+    assert finished.data.tags["mlflow_away"] == "steps 2 to 3"
     assert not folder.exists()
 
 
@@ -110,7 +110,7 @@ def test_a_server_that_never_comes_back_costs_no_training(
     small = {"steps": 3, "prompts_per_step": 2, "num_generations": 2, "max_completion_length": 16, "pictures_every": 1}
     params = Params.model_validate({"sft": {"steps": 0}, "train": small})
     sft(small_shards, tmp_path / "sft", params)
-    score, seen = grpo.utilisation, []
+    score, seen = trainer.utilisation, []
 
     def stop_the_server(*given: Any) -> dict[str, float]:
         seen.append(1)
@@ -118,11 +118,11 @@ def test_a_server_that_never_comes_back_costs_no_training(
             away.stop()
         return score(*given)
 
-    monkeypatch.setattr(grpo, "utilisation", stop_the_server)
+    monkeypatch.setattr(trainer, "utilisation", stop_the_server)
     grpo.train(small_shards, tmp_path / "sft", Path("trained"), params)
-    said = capsys.readouterr().out
-    assert said.count("MLflow does not answer") == 1
-    assert "The model is written all the same" in said and "adfm resend trained.unsent" in said
+    message = capsys.readouterr().out
+    assert message.count("MLflow does not answer") == 1
+    assert "The model is written all the same" in message and "adfm resend trained.unsent" in message
     run = json.loads((tmp_path / "trained" / "adfm.json").read_text())["mlflow_run_id"]
     with pytest.raises(AdfmError, match="MLflow at"):
         resend(Path("trained.unsent"))
@@ -140,7 +140,7 @@ def test_what_a_killed_process_left_is_sent_once(store: Path) -> None:
     folder.mkdir()
     lines = [f'{{"step": {step}, "figures": {{"reward": {step}.0}}, "time": {step}}}\n' for step in (1, 2)]
     (folder / f"{run}.jsonl").write_text("".join(lines) + '{"step": 3, "fig')
-    (folder / f"{run}.sent").write_text("")  # it had sent the first, and not said so
+    (folder / f"{run}.sent").write_text("")  # it had sent the first, and not recorded it
     MlflowClient().log_metric(run, "reward", 1.0, timestamp=1, step=1)
     with Outbox(folder, run) as outbox:
         outbox.add({"reward": 3.0}, 3)
@@ -148,7 +148,7 @@ def test_what_a_killed_process_left_is_sent_once(store: Path) -> None:
     assert not folder.exists()
 
 
-def test_what_waits_of_an_earlier_run_is_sent_by_the_next(store: Path, capsys: Any) -> None:
+def test_unsent_metrics_of_an_earlier_run_are_sent_by_the_next(store: Path, capsys: Any) -> None:
     folder, (earlier, deleted, run) = store / "trained.unsent", [begin() for _ in range(3)]
     folder.mkdir()
     for each in (earlier, deleted):
@@ -160,7 +160,7 @@ def test_what_waits_of_an_earlier_run_is_sent_by_the_next(store: Path, capsys: A
     assert f"mlflow runs restore --run-id {deleted}" in capsys.readouterr().out
 
 
-def test_what_waits_of_a_deleted_run_stays_until_the_run_is_back(store: Path, capsys: Any) -> None:
+def test_unsent_metrics_of_a_deleted_run_are_kept_until_it_is_restored(store: Path, capsys: Any) -> None:
     folder, (deleted, gone, kept) = store / "trained.unsent", sorted(begin() for _ in range(3))
     folder.mkdir()
     line = '{"step": 7, "figures": {"reward": 0.5}, "time": 1}\n'
@@ -207,7 +207,7 @@ def test_a_count_that_is_not_of_the_journal_loses_nothing(sent: str, store: Path
     assert not folder.exists()
 
 
-def test_damaged_lines_are_said_and_all_others_sent(store: Path) -> None:
+def test_damaged_lines_are_reported_and_all_others_sent(store: Path) -> None:
     folder, (damaged, run) = store / "trained.unsent", sorted(begin() for _ in range(2))
     folder.mkdir()
     line = '{"step": 7, "figures": {"reward": 0.5}, "time": 1}\n'
@@ -231,7 +231,7 @@ def test_a_file_that_is_not_of_a_run_is_left_as_it_is(store: Path) -> None:
     assert file.read_text().endswith('line"}')
 
 
-def test_what_waits_outlives_the_copy_in_which_dvc_runs_an_experiment(
+def test_unsent_metrics_outlive_the_copy_in_which_dvc_runs_an_experiment(
     store: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setenv("DVC_ROOT", str(store))
@@ -252,11 +252,11 @@ def test_what_waits_outlives_the_copy_in_which_dvc_runs_an_experiment(
     assert not Path("models/trained.unsent").exists()
 
 
-def test_a_training_that_fails_before_its_first_figure_ends_with_its_own_error(store: Path, tmp_path: Path) -> None:
+def test_a_training_that_fails_before_its_first_step_ends_with_its_own_error(store: Path, tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), Outbox(tmp_path / "trained.unsent", "0" * 32):
         raise ZeroDivisionError
 
 
-def test_a_folder_without_figures_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AdfmError, match=r"holds no figures that wait.*<OUT>\.unsent"):
+def test_a_folder_without_a_journal_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdfmError, match=r"contains no unsent metrics.*<OUT>\.unsent"):
         resend(tmp_path)

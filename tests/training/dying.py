@@ -13,13 +13,13 @@ from typing import Any
 
 from adfm.cli import main
 from adfm.training import checkpoints
-from adfm.training.watch import Watch
+from adfm.training.callbacks import MetricsCallback
 
 step, rank, work = os.environ["ADFM_TEST_DEATH"].split(":")
-original = Watch.on_log
+original = MetricsCallback.on_log
 
 
-def on_log(self: Watch, args: Any, state: Any, control: Any, **given: Any) -> None:
+def on_log(self: MetricsCallback, args: Any, state: Any, control: Any, **given: Any) -> None:
     mark = Path(f"{work}.died")
     if state.global_step == int(step) and os.environ.get("RANK", "0") == rank and not mark.exists():
         mark.touch()
@@ -30,5 +30,5 @@ def on_log(self: Watch, args: Any, state: Any, control: Any, **given: Any) -> No
     original(self, args, state, control, **given)
 
 
-Watch.on_log = on_log  # type: ignore[method-assign,assignment]
+MetricsCallback.on_log = on_log  # type: ignore[method-assign,assignment]
 sys.exit(main(sys.argv[2:]))

@@ -20,7 +20,9 @@ def publish(work: Path, window: int | None, *steps: int) -> list[int]:
     return checkpoints.every(work)
 
 
-def test_an_unfinished_checkpoint_is_not_gone_on_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_does_not_resume_from_an_unfinished_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert checkpoints.last(tmp_path) is None
     publish(tmp_path, 0, 9, 10)
     write(tmp_path, 11)

@@ -24,10 +24,10 @@ def test_only_the_first_process_reads_a_model_and_vllm_is_sent_all_of_it(
     base = random_models.write("qwen3_vl", tmp_path / "base")
     params = params.model_copy(update={"model": params.model.model_copy(update={"name": str(base)})})
     sft(small_shards, tmp_path / "sft", params)
-    asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    variables = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(Path(__file__).with_name("divided.py")), str(tmp_path / "sft"), str(tmp_path / "result")]
-    subprocess.run(command, check=True, env=os.environ | asked | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path)
+    subprocess.run(command, check=True, env=os.environ | variables | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path)
     first, second = (torch.load(tmp_path / f"result.{number}", weights_only=True) for number in (0, 1))
     assert (first["devices"], second["devices"]) == ({"cpu"}, {"meta"})
     assert 0.4 < first["share"] < 0.6 and first["share"] + second["share"] == pytest.approx(1)

@@ -45,7 +45,7 @@ def test_without_folds_nothing_is_done(few_shards: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.timeout(600)
-def test_every_image_is_judged_once_and_the_evaluation_shows_it(
+def test_every_image_is_evaluated_once_and_the_evaluation_shows_it(
     few_shards: Path, small_shards: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = load(None, ONE_STEP)
@@ -66,10 +66,10 @@ def test_every_image_is_judged_once_and_the_evaluation_shows_it(
     table = pq.read_table(store / "folds" / crossvalidation.PREDICTIONS)
     assert sorted(table["id"].to_pylist()) == sorted(shards_.ids(few_shards))
     assert set(table["fold"].to_pylist()) == {1, 2} and set(DECIDED.names) < set(table.column_names)
-    found = json.loads((store / "folds" / crossvalidation.FILE).read_text())
-    assert [fold["test"] for fold in found["folds"]] == [10, 10] and found["images"] == 20
+    results = json.loads((store / "folds" / crossvalidation.FILE).read_text())
+    assert [fold["test"] for fold in results["folds"]] == [10, 10] and results["images"] == 20
     assert not (store / "folds.partial").exists() and not (store / "folds" / "work").exists()
-    errors = found["metrics"]["miss_rate"]
+    errors = results["metrics"]["miss_rate"]
     assert errors["low"] <= errors["value"] <= errors["high"]
 
     evaluate.evaluate({"trained": "embedded://tiny-base"}, few_shards, store / "evaluation", params, store / "folds")

@@ -12,20 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from adfm import tracking
 from adfm.errors import AdfmError
-from adfm.method import prompt, rewards
-from adfm.method.coordinates import Frame
 from adfm.models import loading
 from adfm.params import Health, Params
-from adfm.records import Box
 from adfm.training import checkpoints, grpo
 from adfm.training.sft import sft
-
-WEIGHTS = torch.ones(3)
 
 
 @pytest.fixture(scope="module")
@@ -37,99 +30,6 @@ def started(small_shards: Path, empty_database: Path, tmp_path_factory: pytest.T
         patch.chdir(folder)
         sft(small_shards, folder / "sft", Params.model_validate({"sft": {"steps": 0}}))
     return folder / "sft"
-
-
-def test_utilisation_of_constructed_groups() -> None:
-    same, right, wrong = [1.0, 1.0, 0.5], [1.0, 1.0, 0.2], [1.0, 0.0, 0.2]
-    terms = torch.tensor([same, same, same, right, right, wrong, wrong, wrong])
-    shares = grpo.utilisation(terms, WEIGHTS, group=2)
-    assert shares == {
-        "utilisation": 0.5,
-        "utilisation/format": 0.0,
-        "utilisation/classification": 0.25,
-        "utilisation/localization": 0.25,
-        "groups/all_right": 0.5,
-        "groups/all_wrong": 0.25,
-    }
-
-
-def test_terms_that_cancel_out_teach_nothing() -> None:
-    shares = grpo.utilisation(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), WEIGHTS, group=2)
-    assert shares["utilisation"] == 0.0 and shares["utilisation/format"] == 1.0
-
-
-@settings(deadline=None)
-@given(st.lists(st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=3, max_size=3), min_size=8, max_size=8))
-def test_utilisation_does_not_depend_on_order(rows: list[list[float]]) -> None:
-    terms = torch.tensor(rows)
-    turned = torch.cat([terms[4:].flip(0), terms[:4].flip(0)])
-    assert grpo.utilisation(terms, WEIGHTS, 4) == grpo.utilisation(turned, WEIGHTS, 4)
-
-
-def test_reward_functions_pay_what_the_profile_pays() -> None:
-    box = Box(100, 100, 300, 300)
-    texts = [prompt.target_completion("anomalous", [box], "spot"), prompt.target_completion("normal", []), "nonsense"]
-    columns: dict[str, Any] = {
-        "completions": [[{"role": "assistant", "content": text}] for text in texts],
-        "label": ["anomalous", "normal", "anomalous"],
-        "regions": [[list(box)], [], [list(box)]],
-        "frame": [[1000, 1000]] * 3,
-    }
-    for profile, score in rewards.PROFILES.items():
-        for function in grpo.reward_functions(profile):
-            expected = [
-                getattr(score(text, label, [Box(*b) for b in regions], Frame(1000, 1000)), function.__name__)
-                for text, label, regions in zip(texts, columns["label"], columns["regions"], strict=True)
-            ]
-            assert function(**columns, prompts=[], completion_ids=[]) == expected
-
-
-def test_the_kind_is_a_term_where_kinds_are_asked_for() -> None:
-    known = ("dent", "scratch")
-    texts = [prompt.target_completion("anomalous", [], "dent", kinds=known), prompt.target_completion("normal", [])]
-    columns: dict[str, Any] = {
-        "completions": [[{"role": "assistant", "content": text}] for text in (*texts, *texts)],
-        "label": ["anomalous", "anomalous", "normal", "normal"],
-        "defect": ["dent", "dent", None, None],
-        "regions": [[]] * 4,
-        "frame": [[1000, 1000]] * 4,
-    }
-    functions = grpo.reward_functions("calibrated", kinds=known)
-    assert [function.__name__ for function in functions] == [*grpo.TERMS, "kind"]
-    terms = torch.tensor([function(**columns) for function in functions]).T
-    assert terms[:, -1].tolist() == [1, 0, 0, 1]
-    without = terms[:, :-1]
-    assert without.T.tolist() == [function(**columns) for function in grpo.reward_functions("calibrated")]
-    shares = grpo.utilisation(terms, torch.ones(terms.shape[1]), group=2)
-    assert shares["utilisation/kind"] == 1
-    assert "utilisation/kind" not in grpo.utilisation(without, torch.ones(without.shape[1]), 2)
-
-
-def test_where_only_the_label_is_known_places_tip_no_group() -> None:
-    boxes = [[], [Box(100, 100, 300, 300)], [Box(1, 1, 9, 9), Box(500, 500, 600, 600)]]
-    columns: dict[str, Any] = {
-        "completions": [
-            [{"role": "assistant", "content": prompt.target_completion("anomalous", some)}] for some in boxes
-        ],
-        "label": ["anomalous"] * 3,
-        "regions": [[]] * 3,
-        "frame": [[1000, 1000]] * 3,
-    }
-    for profile in rewards.PROFILES:
-        terms = dict(zip(grpo.TERMS, (of(**columns) for of in grpo.reward_functions(profile)), strict=True))
-        assert (terms["localization"], terms["classification"]) == ([0, 0, 0], [1, 1, 1])
-
-
-def test_in_a_set_without_boxes_an_anomalous_answer_needs_no_region() -> None:
-    columns: dict[str, Any] = {
-        "completions": [[{"role": "assistant", "content": prompt.target_completion("anomalous", [])}]] * 2,
-        "label": ["anomalous", "normal"],
-        "regions": [[], []],
-        "frame": [[1000, 1000]] * 2,
-    }
-    for located, form in ((True, [1, 0.75]), (False, [1, 1])):
-        terms = [function(**columns) for function in grpo.reward_functions("calibrated", located)]
-        assert terms == [form, [1, 0], [0, 0], [0, 0]]
 
 
 def test_batch_that_does_not_divide_is_refused(small_shards: Path, started: Path, tmp_path: Path) -> None:
@@ -188,7 +88,7 @@ def test_training_is_watched_and_changes_the_adapter(
     assert (trained / "trained_on.parquet").read_bytes() == (started / "trained_on.parquet").read_bytes()
 
 
-def test_groups_that_teach_nothing_are_drawn_anew(
+def test_groups_without_variance_are_replaced(
     small_shards: Path, started: Path, tmp_path: Path, params: Params
 ) -> None:
     sampled = params.train.model_copy(
@@ -252,20 +152,7 @@ def test_sampling_and_optimizer_are_those_of_the_settings_and_nothing_of_the_mod
     assert betas == [{(0.9, 0.999)}, {(0.9, 0.95)}]
 
 
-@pytest.mark.parametrize(
-    ("changed", "corrected"),
-    [({}, True), ({"top_p": 0.9}, False), ({"top_k": 50}, False), ({"temperature": 0.9}, True)],
-)
-def test_vllm_is_corrected_for_unless_rare_tokens_are_cut_off(changed: dict[str, Any], corrected: bool) -> None:
-    from trl import GRPOConfig
-
-    params = Params.model_validate({"train": changed})
-    config = GRPOConfig(**grpo.trl_settings(params))
-    assert config.vllm_importance_sampling_correction is corrected
-    assert (config.top_p, config.top_k, config.min_p) == (params.train.top_p, params.train.top_k, 0.0)
-
-
-def test_groups_that_processes_would_share_are_not_drawn_anew(
+def test_dynamic_sampling_refuses_groups_divided_among_processes(
     small_shards: Path, started: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -277,7 +164,7 @@ def test_groups_that_processes_would_share_are_not_drawn_anew(
 ENDS = """
 import os, signal, sys
 from adfm.cli import main
-from adfm.training import checkpoints, grpo
+from adfm.training import checkpoints, trainer
 signal_, place = sys.argv[1].split()
 
 def then(count, function):
@@ -298,13 +185,13 @@ elif place == "removing":  # an older checkpoint, half gone
         end if os.path.exists(path) and "removed-" in str(path) else rmtree
     )(path, *given, **named)
 else:
-    grpo.utilisation = then(1, grpo.utilisation)
+    trainer.utilisation = then(1, trainer.utilisation)
 sys.exit(main(sys.argv[2:]))
 """
 
 
 @pytest.mark.timeout(900)
-def test_a_training_that_is_ended_at_any_moment_goes_on_as_if_nothing_had_been(
+def test_a_training_that_is_killed_at_any_moment_resumes_bitwise(
     small_shards: Path, started: Path, trained: Path, tmp_path: Path, params: Params
 ) -> None:
     (tmp_path / "params.yaml").write_text(tracking.settings(params))
@@ -326,7 +213,7 @@ def test_a_training_that_is_ended_at_any_moment_goes_on_as_if_nothing_had_been(
     done = ended("SIGTERM scoring")
     assert done.returncode == 75, done.stderr
     assert "an unfinished checkpoint is removed" in done.stdout
-    assert "after step 2 of 4; the same command goes on from trained.checkpoint/checkpoint-2" in done.stderr
+    assert "after step 2 of 4; the same command resumes from trained.checkpoint/checkpoint-2" in done.stderr
     assert checkpoints.every(work) == [1, 2]
     assert tracking.client().get_run(run_id).info.status == "KILLED"
 
@@ -351,7 +238,7 @@ def _but_for_time(file: Path) -> Any:
     return [{k: v for k, v in row.items() if not k.startswith("seconds") and k != "step_time"} for row in rows]
 
 
-def test_a_training_that_has_gone_wrong_is_stopped_and_not_tried_again(
+def test_a_diverged_training_is_stopped_and_not_resumed(
     small_shards: Path, started: Path, tmp_path: Path, params: Params
 ) -> None:
     strict = params.train.model_copy(update={"health": Health(patience=2, min_utilisation=1.0)})
@@ -377,5 +264,7 @@ def test_checkpoints_of_other_settings_are_not_used(
     other = params.model_copy(update={"seed": 7})
     assert grpo._resume(work, small_shards, started, other) is None
     assert not work.exists() and (tmp_path / "trained.old.checkpoint" / "identity.json").is_file()
-    said = capsys.readouterr().out
-    assert "of other data, model or settings: seed (0, now 7); they are set aside" in said and "starting anew" in said
+    output = capsys.readouterr().out
+    assert (
+        "of other data, model or settings: seed (0, now 7); they are set aside" in output and "starting over" in output
+    )

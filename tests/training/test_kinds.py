@@ -14,6 +14,7 @@ from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.evaluation import calibration, evaluate, metrics, predictions, verdict
 from adfm.method import kinds as kinds_
+from adfm.method.terms import Terms
 from adfm.models import model_folder, predictor
 from adfm.params import Params
 from adfm.training import grpo, sft
@@ -47,15 +48,15 @@ def test_defects_alone_are_told_apart(defects: Path, tmp_path: Path, params: Par
     [curves] = csv.DictReader((tmp_path / "trained" / "reward_curves.csv").read_text().splitlines())
     assert {"rewards/kind/mean", "utilisation/kind"} <= curves.keys()
     weights = params.train.weights
-    total = sum(getattr(weights, name) * float(curves[f"rewards/{name}/mean"]) for name in (*grpo.TERMS, "kind"))
+    total = sum(getattr(weights, name) * float(curves[f"rewards/{name}/mean"]) for name in (*Terms._fields, "kind"))
     assert float(curves["reward"]) == pytest.approx(total, abs=1e-4)
 
     out = tmp_path / "evaluation"
     evaluate.evaluate({"base": BASE, "trained": tmp_path / "trained"}, defects, out, params)
-    found = json.loads((out / "metrics.json").read_text(), parse_constant=pytest.fail)
-    for of in found.values():
+    results = json.loads((out / "metrics.json").read_text(), parse_constant=pytest.fail)
+    for of in results.values():
         assert {of[name] for name in metrics.BOTH_LABELS} == {None}
-    assert found["trained"]["kind_right"] is not None and "kind_right" not in found["base"]
+    assert results["trained"]["kind_right"] is not None and "kind_right" not in results["base"]
     table = pd.read_parquet(out / "predictions.parquet")
     assert table["kind"].tolist() == table["defect"].tolist()
     assert pq.read_schema(out / "base.parquet").names == calibration.DECIDED.names
@@ -79,7 +80,7 @@ def test_a_model_without_kinds_has_no_column_of_them(small_shards: Path) -> None
     assert {field.name for field in predictions.KINDS}.isdisjoint(predictions.PREDICTIONS.names)
 
 
-@pytest.mark.parametrize(("trained_on", "named"), [([], ()), (["dent"], ()), (["dent", "spot"], ("dent", "spot"))])
-def test_a_model_of_one_kind_names_none(trained_on: list[str], named: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("trained_on", "expected"), [([], ()), (["dent"], ()), (["dent", "spot"], ("dent", "spot"))])
+def test_a_model_of_one_kind_names_none(trained_on: list[str], expected: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "adfm.json").write_text(json.dumps({"stage": "detector", "kinds": trained_on}))
-    assert model_folder.kinds_of(tmp_path) == named
+    assert model_folder.kinds_of(tmp_path) == expected

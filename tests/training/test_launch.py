@@ -18,11 +18,13 @@ import pytest
 import yaml
 
 from adfm.errors import AdfmError
+from adfm.method.terms import Terms
 from adfm.params import Params
 from adfm.process import cpus
 from adfm.process.stopping import Stopped
 from adfm.tracking import settings
 from adfm.training import checkpoints, grpo, launch
+from adfm.training.callbacks import MetricsCallback
 from adfm.training.sft import sft
 
 # `accelerate launch --cpu --num_processes 2` starts one process.
@@ -136,7 +138,7 @@ os.kill(os.getpid(), signal.SIGSEGV)
         ("os.abort()", "killed by SIGABRT", 3),
     ],
 )
-def test_only_what_may_pass_is_tried_again(
+def test_only_transient_errors_are_retried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, expected: str, starts: int
 ) -> None:
     run_code(
@@ -161,7 +163,9 @@ with launch.reported():
         "sys.exit(130)",
     ],
 )
-def test_what_was_told_to_stop_is_not_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+def test_a_training_stopped_by_a_signal_is_not_restarted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
     run_code(monkeypatch, f"(out.parent / 'start').mkdir()\n{code}")
     with pytest.raises(Stopped, match="after step 3|resumes"):
         train(tmp_path)
@@ -191,7 +195,7 @@ def test_a_sigterm_is_passed_on_and_stops_a_pause(tmp_path: Path, monkeypatch: p
     assert time.monotonic() - begun < 30
 
 
-def test_a_model_that_is_whole_counts_though_its_process_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_complete_model_counts_though_its_process_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_code(monkeypatch, "out.mkdir(); (out / 'adfm.json').write_text('{}'); os.kill(os.getpid(), signal.SIGKILL)")
     train(tmp_path)
     with pytest.raises(AdfmError, match="holds a finished model"):
@@ -289,9 +293,7 @@ def test_a_batch_that_does_not_divide_starts_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_two_processes_that_are_told_to_stop_stop_together_with_a_checkpoint(
-    small_shards: Path, tmp_path: Path
-) -> None:
+def test_sigterm_stops_two_processes_together_with_a_checkpoint(small_shards: Path, tmp_path: Path) -> None:
     small = {"steps": 500, "prompts_per_step": 2, "num_generations": 2, "max_completion_length": 16}
     params = Params.model_validate({"sft": {"steps": 0}, "train": small | {"checkpoint_every": 1}})
     sft(small_shards, tmp_path / "sft", params)
@@ -303,11 +305,11 @@ def test_two_processes_that_are_told_to_stop_stop_together_with_a_checkpoint(
         assert processes.poll() is None
         time.sleep(0.05)
     processes.terminate()
-    said = processes.communicate()[1]
-    assert processes.returncode and "adfm: stopped with the first process" in said, said
+    output = processes.communicate()[1]
+    assert processes.returncode and "adfm: stopped with the first process" in output, output
     newest = checkpoints.last(tmp_path / "trained.checkpoint")
     assert newest and (newest / "rng_state_1.pth").is_file()
-    assert f"the same command goes on from {newest}" in said
+    assert f"the same command resumes from {newest}" in output
 
     from adfm import tracking
 
@@ -316,7 +318,7 @@ def test_two_processes_that_are_told_to_stop_stop_together_with_a_checkpoint(
 
 
 @pytest.mark.timeout(600)
-def test_two_processes_go_on_from_a_checkpoint_of_one_and_do_what_one_would(
+def test_two_processes_resume_a_checkpoint_of_one_with_the_same_result(
     small_shards: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = COLD
@@ -338,7 +340,7 @@ def test_two_processes_go_on_from_a_checkpoint_of_one_and_do_what_one_would(
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_process_that_was_killed_is_started_again_from_its_checkpoint(
+def test_a_killed_process_is_restarted_from_its_checkpoint(
     small_shards: Path,
     undisturbed: Path,
     tmp_path: Path,
@@ -362,7 +364,7 @@ def test_a_process_that_was_killed_is_started_again_from_its_checkpoint(
 
 def finished_with_the_curves_of(undisturbed: Path, folder: Path) -> str:
     """Compares the training in a folder with the undisturbed one; the id of its one run."""
-    for figure in ("step", *(f"rewards/{term}/mean" for term in grpo.TERMS), "completions/mean_length"):
+    for figure in ("step", *(f"rewards/{term}/mean" for term in Terms._fields), "completions/mean_length"):
         values, expected = (curve(each / "trained" / "reward_curves.csv", figure) for each in (folder, undisturbed))
         assert len(expected) == 3 and values == pytest.approx(expected, abs=1e-6), figure
 
@@ -375,16 +377,14 @@ def finished_with_the_curves_of(undisturbed: Path, folder: Path) -> str:
 
 def stop_at_step(step: int, patch: pytest.MonkeyPatch) -> None:
     """Interrupts the next training at this step, once its checkpoint before it is written."""
-    from adfm.training.watch import Watch
+    original = MetricsCallback.on_log
 
-    original = Watch.on_log
-
-    def on_log(self: Watch, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_log(self: MetricsCallback, args: Any, state: Any, control: Any, **given: Any) -> None:
         if state.global_step == step:
             raise KeyboardInterrupt
         original(self, args, state, control, **given)
 
-    patch.setattr(Watch, "on_log", on_log)
+    patch.setattr(MetricsCallback, "on_log", on_log)
 
 
 def curve(file: Path, figure: str) -> list[float]:

@@ -38,19 +38,19 @@ def test_generation_has_all_completions_at_once_and_other_settings() -> None:
     ]
 
 
-def test_an_allocation_that_fails_is_explained() -> None:
-    said = r"(?s)memory ran out in the forward and backward.*1\. train\.micro_batch=24"
-    with pytest.raises(AdfmError, match=said), memory.explained(Params(), 1):
+def test_out_of_memory_errors_list_settings_to_lower() -> None:
+    message = r"(?s)memory ran out in the forward and backward.*1\. train\.micro_batch=24"
+    with pytest.raises(AdfmError, match=message), memory.translate_errors(Params(), 1):
         torch.empty(1 << 60, dtype=torch.uint8)
 
     def _generate() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    said = r"(?s)ran out in generating completions: CUDA.*1\. train\.prompts_per_step=6"
-    with pytest.raises(AdfmError, match=said), memory.explained(Params(), 1):
+    message = r"(?s)ran out in generating completions: CUDA.*1\. train\.prompts_per_step=6"
+    with pytest.raises(AdfmError, match=message), memory.translate_errors(Params(), 1):
         _generate()
 
 
-def test_other_errors_are_left_as_they_are() -> None:
-    with pytest.raises(RuntimeError, match="shapes"), memory.explained(Params(), 1):
+def test_other_errors_are_not_translated() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), memory.translate_errors(Params(), 1):
         raise RuntimeError("shapes do not match")

@@ -17,7 +17,7 @@ from adfm.models import loading, model_folder
 from adfm.params import Evaluate, Params, Tile
 from adfm.training import examples
 from adfm.training import sft as sft_module
-from adfm.training.sft import Answers, sft, trained_on
+from adfm.training.sft import Targets, sft, trained_on
 
 
 def test_no_steps_change_nothing(small_shards: Path, tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_no_place_is_made_up_where_only_the_label_is_known(
     assert len((tmp_path / "stages" / "sft_curves.csv").read_text().splitlines()) == 3
     loaded = loading.load(params.model.name, params.model)
     data = examples.draw(label_shards, loaded, 12, anomalous_share=0.5, seed=0, cache=tmp_path)
-    rows = Answers(data, params.sft, seed=0, augment=True)
+    rows = Targets(data, params.sft, seed=0, augment=True)
     for row in (rows[i] for i in range(12)):
         read = response.parse(row["completion"][0]["content"])
         assert (read.predicted_label == "anomalous") == row["defective"] and not read.boxes
@@ -103,7 +103,7 @@ def test_rows_show_views_with_the_boxes_that_the_answer_names(
 ) -> None:
     loaded = loading.load(params.model.name, params.model)
     data = examples.draw(small_shards, loaded, 24, anomalous_share=1.0, seed=0, cache=tmp_path)
-    rows, plain = Answers(data, params.sft, 0, augment=True), Answers(data, params.sft, 0, augment=False)
+    rows, plain = Targets(data, params.sft, 0, augment=True), Targets(data, params.sft, 0, augment=False)
     same = 0
     for i in range(24):
         row, as_it_is = rows[i], plain[i]
@@ -125,7 +125,7 @@ def test_rows_have_the_number_of_their_kind_whether_or_not_the_prompt_asks_for_i
     data = examples.draw(small_shards, loaded, 24, anomalous_share=0.5, seed=0, cache=tmp_path)
     defects = sorted({row["defect"] for row in data if row["label"] == "anomalous"})
     known = [*defects[:-1], "a kind of other images"]
-    rows = Answers(data, params.sft.model_copy(update={"kinds": listed}), 0, kinds=known)
+    rows = Targets(data, params.sft.model_copy(update={"kinds": listed}), 0, kinds=known)
     for i in range(24):
         defect = data[i]["defect"] if data[i]["label"] == "anomalous" else None
         assert rows[i]["kind"] == (known.index(defect) if defect in known else None)

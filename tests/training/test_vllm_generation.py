@@ -296,7 +296,7 @@ def test_a_training_hands_the_engine_prompts_sizes_and_merged_weights(
 def test_a_server_is_given_to_trl_by_its_address() -> None:
     loaded: Any = types.SimpleNamespace()
     params = Params.model_validate({"train": {"vllm_server": "http://gpu0:8000"}})
-    given = vllm_generation.trl_settings(params, loaded, [5])
+    given = vllm_generation.trl_settings(params.train, loaded, [5])
     assert given == {
         "generation_kwargs": {"logit_bias": {5: -100.0}},
         "use_vllm": True,

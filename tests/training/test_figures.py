@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,16 @@ from PIL import Image
 from adfm import drawing
 from adfm.method import prompt
 from adfm.records import Box
-from adfm.training import watch
+from adfm.training import figures
 
 
-def test_curves_have_a_row_a_step_and_every_figure_once(tmp_path: Path) -> None:
+def test_curves_have_a_row_a_step_and_every_metric_once(tmp_path: Path) -> None:
     history = [
         {"step": 1, "epoch": 0.1, "loss": 0.5, "reward": 1.0},
         {"step": 2, "epoch": 0.2, "loss": 0.4, "reward": 1.5, "kl": 0.01},
         {"step": 2, "train_runtime": 12.0},
     ]
-    watch.write_curves(history, tmp_path / "curves.csv")
+    figures.write_curves(history, tmp_path / "curves.csv")
     with (tmp_path / "curves.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert rows == [
@@ -30,16 +29,18 @@ def test_curves_have_a_row_a_step_and_every_figure_once(tmp_path: Path) -> None:
 
 
 def test_curves_of_no_steps_are_empty(tmp_path: Path) -> None:
-    watch.write_curves([], tmp_path / "curves.csv")
+    figures.write_curves([], tmp_path / "curves.csv")
     assert (tmp_path / "curves.csv").read_text().splitlines() == ["step"]
 
 
 def test_a_chart_has_a_panel_for_each_reward_and_its_smoothed_curve(tmp_path: Path) -> None:
     names = ("reward", "rewards/format/mean", "rewards/localization/mean", "utilisation", "kl")
-    history = [{"step": i, "loss": 0.1, **dict.fromkeys(names, i % 2 * 0.5 + i / 50)} for i in range(1, 31)]
+    history: list[dict[str, Any]] = [
+        {"step": i, "loss": 0.1, **dict.fromkeys(names, i % 2 * 0.5 + i / 50)} for i in range(1, 31)
+    ]
+    history[7]["kl"] = None  # as TRL logs what was not a number
     for count, rows in (("many", history), ("one", history[:1]), ("none", [])):
-        watch.write_curves(rows, tmp_path / f"{count}.csv")
-        watch.draw_curves(tmp_path / f"{count}.csv", tmp_path / f"{count}.png")
+        figures.draw_curves(rows, tmp_path / f"{count}.png")
     with Image.open(tmp_path / "many.png") as image:
         pixels = np.asarray(image.convert("RGB")).astype(int)
     assert pixels.shape[1] == 130 * drawing.WIDTH
@@ -49,33 +50,6 @@ def test_a_chart_has_a_panel_for_each_reward_and_its_smoothed_curve(tmp_path: Pa
     for count in ("one", "none"):
         with Image.open(tmp_path / f"{count}.png") as image:
             assert image.width == 130 * drawing.WIDTH
-
-
-def test_mlflow_has_the_first_charts_in_a_section_of_their_own_and_nothing_twice() -> None:
-    logs = {
-        "balanced_accuracy": 0.75,
-        "clip_ratio/low_mean": 0.0,
-        "epoch": 0.5,
-        "frac_reward_zero_std": 0.25,
-        "kl": math.nan,
-        "loss": 0.5,
-        "reward": 2,
-        "rewards/format/mean": 1.0,
-        "utilisation": 0.75,
-        "utilisation/format": 0.25,
-    }
-    metrics = watch.mlflow_metrics(logs)
-    assert metrics == {
-        "Overview/balanced_accuracy": 0.75,
-        "Overview/reward": 2.0,
-        "Overview/utilisation": 0.75,
-        "loss": 0.5,
-        "rewards/format/mean": 1.0,
-        "utilisation/format": 0.25,
-    }
-    # The order in which MLflow draws them; those without a prefix come last.
-    first = ["Overview/balanced_accuracy", "Overview/reward", "Overview/utilisation"]
-    assert sorted(name for name in metrics if "/" in name)[:3] == first
 
 
 SAMPLE: dict[str, Any] = {
@@ -90,7 +64,7 @@ SAMPLE: dict[str, Any] = {
 
 
 def test_boxes_stand_where_they_should_in_the_picture() -> None:
-    pixels = np.asarray(watch.picture([SAMPLE]))
+    pixels = np.asarray(figures.completion_sheet([SAMPLE]))
     for colour, left, top, right, bottom in ((drawing.TRUTH, 0, 0, 48, 48), (drawing.PREDICTED, 96, 48, 144, 96)):
         ys, xs = np.nonzero((pixels == tuple(bytes.fromhex(colour[1:]))).all(-1))
         # Framed from outside, two pixels wide, as far as the image has room, in a sheet with a margin of eight.
@@ -99,7 +73,7 @@ def test_boxes_stand_where_they_should_in_the_picture() -> None:
 
 
 def test_reward_terms_and_text_stand_beside_the_image() -> None:
-    reward, terms, label, empty, *text = watch.words(SAMPLE)
+    reward, terms, label, empty, *text = figures.text_lines(SAMPLE)
     assert (reward, label, empty) == ("reward 2.25", "label: anomalous", "")
     assert terms == "format 1.00, classification 1.00, localization 0.25"
     assert [line.split(">")[0] for line in text] == ["<think", "<rethink", "<answer"]  # a line for each stage
@@ -112,7 +86,7 @@ def test_the_longest_line_fits_and_a_completion_without_form_is_drawn_too() -> N
         "completion": "<think>[9, 9, 1, 1] [0, 0, 1e9, nan]\n\n" + "suspicious texture " * 500,
         "reward": 0.0,
     }
-    sheet = watch.picture([sample] * 5)
-    assert sheet.width == 736 and sheet.height == 5 * watch.picture([sample]).height
+    sheet = figures.completion_sheet([sample] * 5)
+    assert sheet.width == 736 and sheet.height == 5 * figures.completion_sheet([sample]).height
     edge = np.asarray(sheet)[:, -4:]
     assert (edge == edge[:, :1]).all()  # no letter reaches it
