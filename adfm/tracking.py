@@ -328,12 +328,7 @@ def find_run(run_id: str | None) -> Run | None:
 
 
 def run_page(run: Run, tab: str = "model-metrics") -> str:
-    """Return the address of a run in MLflow's pages, below the server's own.
-
-    Args:
-        run: The run.
-        tab: `model-metrics`, the curves, or `artifacts/<path>`.
-    """
+    """Return the address of a run's `tab` (curves, or `artifacts/<path>`) in MLflow's pages, below the server's own."""
     # Without a tab and the kind of work, MLflow opens its start page for GenAI, which shows neither runs nor curves.
     return f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}/{tab}?workflowType=machine_learning"
 
@@ -371,12 +366,7 @@ def sqlite_file(uri: str) -> Path | None:
 
 @contextmanager
 def impatient(timeout: int = 8, retries: int = 0) -> Iterator[None]:
-    """Use short timeouts for MLflow's client in the body, unless its environment variables are set.
-
-    Args:
-        timeout: Seconds to wait for an answer.
-        retries: How often to try again.
-    """
+    """Use short timeouts (seconds) for MLflow's client in the body, unless its environment variables are set."""
     # Elsewhere MLflow's own minutes of retries hold: hours of work outlive a server's restart.
     values = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries)}
     added = {key: value for key, value in values.items() if key not in os.environ}

@@ -32,13 +32,7 @@ def mlflow_metrics(logs: Mapping[str, Any]) -> dict[str, float]:
 
 
 class MetricsCallback(TrainerCallback):
-    """Show a progress bar, and send the metrics of every step to MLflow.
-
-    Args:
-        description: Of the bar.
-        metrics: Names of the metrics that the bar shows.
-        outbox: Takes the metrics; `None` in all processes but the first.
-    """
+    """Show a progress bar with some `metrics`, and send all to MLflow; only the first process has an `outbox`."""
 
     def __init__(self, description: str, metrics: Sequence[str], outbox: Outbox | None) -> None:
         self._description, self._metrics, self._outbox = description, metrics, outbox

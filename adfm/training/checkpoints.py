@@ -19,9 +19,7 @@ def partial(work: Path) -> Path:
 def publish(work: Path, window: int | None) -> None:
     """Move checkpoints from `partial(work)` to `work`, and remove those that are no longer needed.
 
-    Args:
-        work: Folder of the checkpoints.
-        window: Steps for which a problem lasts before a health check reports it; `None`: all checkpoints are kept.
+    `window` are the steps for which a problem lasts before a health check reports it; `None` keeps all checkpoints.
     """
     for written in partial(work).glob(f"{_PREFIX}*"):
         for file in [path for path in written.rglob("*") if path.is_file()] + [written]:

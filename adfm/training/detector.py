@@ -242,10 +242,7 @@ def flipped(picture: Tensor, variant: int) -> Tensor:
 def target(boxes: Sequence[Box], size: tuple[int, int], grid: tuple[int, int]) -> NDArray[np.float32]:
     """Return a map of shape `grid`, 1 for cells that a box covers by `_COVERED` or that hold its middle, else 0.
 
-    Args:
-        boxes: In pixels of the image.
-        size: Width and height of the image in pixels.
-        grid: Rows and columns.
+    Boxes and `size`, width and height of the image, are in pixels.
     """
     (width, height), (rows, columns) = size, grid
     cells = np.zeros(grid, np.float32)

@@ -62,7 +62,7 @@ def draw(
             largest.
         located: Whether to leave out anomalous images without boxes.
         tile: `None`: whole images.
-        split: The split to draw from.
+        split: The split.
 
     Returns:
         Columns `prompt` (messages), `image`, `label`, `defect`, `regions` (ground-truth boxes in the model's frame) and

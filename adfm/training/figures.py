@@ -34,12 +34,7 @@ def write_curves(history: Sequence[Mapping[str, Any]], file: Path) -> None:
 
 
 def draw_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw reward, its terms, utilisation and KL against steps: every step faint, smoothed bold, each on its own scale.
-
-    Args:
-        history: What a trainer logged.
-        path: The PNG file.
-    """
+    """Draw reward, its terms, utilisation and KL against steps: every step faint, smoothed bold, with a scale each."""
     rows = [row for row in history if "loss" in row]
     terms = [name for row in rows for name in row if name.startswith("rewards/") and name.endswith("/mean")]
     titles = {name: name.removeprefix("rewards/").removesuffix("/mean") for name in terms}

@@ -225,12 +225,7 @@ def _mean(window: Sequence[Metrics], name: str, missing: float = 0.0) -> float:
 
 
 class StopCallback(TrainerCallback):
-    """Stop all processes at the same step: on SIGTERM with a checkpoint, on a failed health check without one.
-
-    Args:
-        settings: `train.health`.
-        terminated: Is set by SIGTERM.
-    """
+    """Stop all processes at the same step: on SIGTERM with a checkpoint, on a failed health check without one."""
 
     def __init__(self, settings: Health, terminated: threading.Event) -> None:
         self._settings, self._terminated = settings, terminated
@@ -253,13 +248,9 @@ class StopCallback(TrainerCallback):
             control.should_save = not failed
 
     def error(self, work: Path, step: int, steps: int, first: bool) -> AdfmError:
-        """Return why training stopped and how to resume it; remove the checkpoints that a failed check rules out.
+        """Return why training stopped after `step` of `steps` and how to resume it.
 
-        Args:
-            work: Folder of the checkpoints.
-            step: The last step.
-            steps: `train.steps`.
-            first: Whether this is the first process, which alone changes the checkpoints.
+        The first process removes the checkpoints in `work` that a failed check rules out.
         """
         if not first:
             return Stopped("stopped with the first process, which says why")

@@ -211,23 +211,17 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _end(status: int, several: bool, log: str, reports: Path, terminated: bool) -> AdfmError:
-    """Return why a process ended with a status other than 0, which `subprocess` gives as minus the signal's number.
-
-    Args:
-        status: The status.
-        several: Whether it is PyTorch's launcher of several.
-        log: The end of what the launcher wrote, which says which process died first, and of what.
-        reports: Folder with the errors that processes ended with.
-        terminated: Whether SIGTERM has come.
-    """
+    """Return why a process, or PyTorch's launcher of several, ended with a status other than 0."""
     errors = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(reports.glob("*.json"))]
     error = min(errors, key=lambda each: [*_KINDS].index(each["kind"]), default=None)
     if error and error["kind"] != "transient":
         return _KINDS[error["kind"]](error["text"])
+    # `subprocess` gives minus the signal's number for a process that was killed.
     if terminated or (not several and status in (-signal.SIGINT, -signal.SIGTERM, *_INTERRUPTED)):
         return Stopped(_STOPPED)
     if not several and status > 0 and error is None:
         return AdfmError(f"training exited with status {status}; the reason is above.")
+    # The launcher's log says which process died first, and of what.
     first = re.search(r"Root Cause.*?rank +: (\d+).*?exitcode +: (-?\d+)", log, re.DOTALL)
     if first:
         who, status = f"process {first[1]} of several", int(first[2])

@@ -31,13 +31,7 @@ def translate_errors(params: Params, processes: int) -> Iterator[None]:
 
 
 def advice(params: Params, processes: int = 1, generating: bool = False) -> list[str]:
-    """Return which settings to change to what, the cheapest first.
-
-    Args:
-        params: Reads `model` and `train`.
-        processes: Among which the completions of a step are divided.
-        generating: Whether memory ran out in generation.
-    """
+    """Return which settings to change to what, the cheapest first, when memory ran out in generation or after it."""
     train, group = params.train, params.train.num_generations
     share, now = hardware.batch_split(train, processes)
     tries = []

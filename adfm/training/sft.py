@@ -193,8 +193,8 @@ class Targets:
     Args:
         data: As `examples.draw` returns it.
         settings: Decides the form of the completions.
-        seed: Decides which view of an image a row shows.
-        augment: Whether there are views other than the image as it is (`adfm.training.augmentation`).
+        seed: Decides which view of an image (`adfm.training.augmentation`) a row shows.
+        augment: `False`: the image as it is.
         kinds: Those of the training images.
     """
 
@@ -282,17 +282,8 @@ def save(
 ) -> None:
     """Write adapter, processor, `adfm.json` and `trained_on.parquet`, and remove what else the training left there.
 
-    Args:
-        folder: Where to write.
-        model: The trained model.
-        loaded: Its base, processor and prompt.
-        shards: What it was trained on.
-        params: Are recorded.
-        stage: `sft` or `train`.
-        run_id: Of MLflow.
-        weights: Those of a model of which each process holds a part.
-        start: The folder that it was trained from.
-        cut: The steps of a cold start that `sft.steps` ended too early; without it that of `start`.
+    `weights` are those of a model of which each process holds a part, `start` is the folder that it was trained from,
+    and `cut` the steps of a cold start that `sft.steps` ended too early, by default those of `start`.
     """
     if start is not None:
         cut = (model_folder.describe(start) or {}).get("cut_short")

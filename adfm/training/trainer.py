@@ -140,7 +140,7 @@ class GrpoTrainer(GRPOTrainer):
         params: Reads `model`, `train` and `seed`.
         processes: Among which the completions of a step are divided.
         keep_all: Whether to keep every checkpoint.
-        outbox: Takes metrics and pictures; `None` in all processes but the first.
+        outbox: For metrics and pictures; `None` in all processes but the first.
         stop: Ends training early.
     """
 

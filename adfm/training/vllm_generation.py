@@ -28,13 +28,7 @@ TRL = "1.16.0"
 
 
 def trl_settings(settings: Train, loaded: Loaded, unwanted: list[int]) -> dict[str, Any]:
-    """Return the arguments of TRL's `GRPOConfig` that let vLLM generate: in this process, or on a server.
-
-    Args:
-        settings: `train`.
-        loaded: The model that is trained.
-        unwanted: Tokens that must not be generated.
-    """
+    """Return the arguments of TRL's `GRPOConfig` that let vLLM generate, without the tokens `unwanted`."""
     # vLLM knows no `suppress_tokens`, so their logits are lowered.
     bias = dict.fromkeys(unwanted, -100.0)
     shared: dict[str, Any] = {"generation_kwargs": {"logit_bias": bias}, "use_vllm": True}
