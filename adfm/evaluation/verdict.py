@@ -257,8 +257,8 @@ def _boxes(facts: Facts) -> str:
     verdict = "the two cannot be told apart"
     if low is not None and high is not None and (low > 0 or high < 0):
         verdict = f"{name if low > 0 else 'the detector'} is better"
-    limits = (None, None) if low is None or high is None else (-high, -low)
-    change = written(-value, *limits, "+")  # detector minus candidate
+    lowest, highest = (None, None) if low is None or high is None else (-high, -low)
+    change = written(-value, lowest, highest, "+")  # detector minus candidate
     return f"By IoU {verdict}: {theirs:.3f} (detector) and {ours:.3f} ({name}), difference {change}."
 
 
