@@ -278,6 +278,25 @@ def database(postgres: Postgres, request: pytest.FixtureRequest) -> Iterator[str
     postgres.run("dropdb", "--if-exists", "--force", name)
 
 
+@pytest.fixture(scope="module")
+def first_upgrade(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Cluster:
+    """A cluster whose Job upgrade has made the tables, as a template for databases of others."""
+    postgres.run("createdb", "first_upgrade")
+    server = cluster(postgres, "first_upgrade", tmp_path_factory.mktemp("first-upgrade"))
+    done = server.upgrade()
+    assert done.returncode == 0, done.stderr
+    return server
+
+
+@pytest.fixture
+def upgraded(first_upgrade: Cluster, postgres: Postgres, database: str, tmp_path: Path) -> Cluster:
+    """A cluster as it is after its first upgrade: the tables, and the dump of before."""
+    postgres.run("dropdb", database)
+    postgres.run("createdb", "--template", "first_upgrade", database)
+    shutil.copytree(first_upgrade.home / "backup", tmp_path / "home" / "backup")
+    return cluster(postgres, database, tmp_path / "home")
+
+
 def log_in(monkeypatch: pytest.MonkeyPatch, uri: str, user: str) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", user)
@@ -290,10 +309,9 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_whole_path_and_a_restored_backup(postgres, database, own_folder, add, tmp_path, monkeypatch) -> None:
+def test_the_whole_path_and_a_restored_backup(postgres, upgraded, database, own_folder, add, tmp_path, monkeypatch):
     """Register, approve, promote, roll back, back up, lose all, restore: history, production, files and users."""
-    server = cluster(postgres, database, tmp_path / "home")
-    assert server.upgrade().returncode == 0
+    server = upgraded
     with server.mlflow() as uri:
         log_in(monkeypatch, uri, "admin")
         monkeypatch.setenv("ADFM_PASSWORD_SERVICE", PASSWORDS["service"])
@@ -332,11 +350,9 @@ def test_the_whole_path_and_a_restored_backup(postgres, database, own_folder, ad
         assert client.get_registered_model("adfm").name == "adfm"
 
 
-def test_by_hand_a_dump_is_restored_as_the_documentation_says(postgres, database, tmp_path) -> None:
+def test_by_hand_a_dump_is_restored_as_the_documentation_says(postgres, upgraded, database, tmp_path) -> None:
     """The commands of docs/server.md for a copy outside the cluster, without `kubectl exec` around them."""
     text = (ROOT / "docs/server.md").read_text()
-    server = cluster(postgres, database, tmp_path)
-    server.upgrade()
     postgres.sql(database, "INSERT INTO registered_models (name, creation_time, last_updated_time) VALUES ('a', 1, 1)")
     tables = postgres.sql(database, "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'")
     lines = re.findall(
@@ -397,6 +413,7 @@ def test_postgres_and_the_public_address_are_those_of_the_secret(postgres, datab
         assert postgres.sql(database, f"SELECT bool_and(ssl), min(usename) {connections} AND usename != 'mlflow'") == (
             "t|plant"
         )
+        assert_that_only_known_addresses_are_let_in(uri)
     for _ in range(2):  # a restored database can be backed up and restored again
         done = server.back_up()
         assert done.returncode == 0, done.stderr
@@ -407,8 +424,6 @@ def test_postgres_and_the_public_address_are_those_of_the_secret(postgres, datab
         assert postgres.sql(database, "SELECT name FROM registered_models") == "adfm"
         assert postgres.sql(database, "SELECT to_regclass('of_a_newer_release')") == ""
         assert postgres.sql(database, "SELECT to_regclass('provider.hidden')") == "provider.hidden"
-    with server.mlflow() as uri:
-        assert_that_only_known_addresses_are_let_in(uri)
     make_certificate(tmp_path)  # of somebody else
     shutil.copy(tmp_path / "ca.crt", server.home / "etc/adfm/ca/ca.crt")
     done = server.back_up()
@@ -455,18 +470,17 @@ def test_a_server_waits_for_the_upgrade(postgres, database, tmp_path) -> None:
     assert "run the Job upgrade" not in str(raised.value)
 
 
-def test_a_backup_that_fails_removes_nothing_and_leaves_no_dump(postgres, database, tmp_path) -> None:
-    server = cluster(postgres, database, tmp_path)
-    assert server.upgrade().returncode == 0
+def test_a_backup_that_fails_removes_nothing_and_leaves_no_dump(postgres, upgraded) -> None:
+    server, backups = upgraded, upgraded.home / "backup"
     (first,) = server.dumps()
-    old = tmp_path / "backup" / "mlflow-2020-01-01T00-00-00Z.dump"
-    for file in (old, tmp_path / "backup" / "mlflow-2020-01-02T00-00-00Z.dump.part"):
+    old = backups / "mlflow-2020-01-01T00-00-00Z.dump"
+    for file in (old, backups / "mlflow-2020-01-02T00-00-00Z.dump.part"):
         file.touch()
         os.utime(file, (0, 0))
-    kept = tmp_path / "backup" / "keep" / old.name  # put aside by somebody
+    kept = backups / "keep" / old.name  # put aside by somebody
     kept.parent.mkdir()
     shutil.copy2(old, kept)
-    assert cluster(postgres, "nothing", tmp_path).back_up().returncode != 0
+    assert cluster(postgres, "nothing", server.home).back_up().returncode != 0
     assert old.exists() and first in server.dumps()
     assert not [each for each in server.dumps() if each.endswith(".dump") and each not in (first, old.name)]
     time.sleep(1)
@@ -476,17 +490,16 @@ def test_a_backup_that_fails_removes_nothing_and_leaves_no_dump(postgres, databa
     assert first in server.dumps() and len([each for each in server.dumps() if each.endswith(".dump")]) == 2
 
 
-def test_a_restore_that_fails_changes_nothing(postgres, database, tmp_path) -> None:
-    server = cluster(postgres, database, tmp_path)
-    assert server.upgrade().returncode == 0
+def test_a_restore_that_fails_changes_nothing(postgres, upgraded, database) -> None:
+    server, backups = upgraded, upgraded.home / "backup"
     (name,) = server.dumps()
     tables = postgres.sql(database, "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'")
     assert int(tables) > 50
     time.sleep(1)
     assert server.back_up().returncode == 0
     whole = server.dumps()[-1]
-    content = (tmp_path / "backup" / whole).read_bytes()
-    (tmp_path / "backup" / "mlflow-cut.dump").write_bytes(content[: len(content) // 2])
+    content = (backups / whole).read_bytes()
+    (backups / "mlflow-cut.dump").write_bytes(content[: len(content) // 2])
     for dump in ("mlflow-cut.dump", "mlflow-none.dump"):
         assert server.restore(DUMP=dump).returncode != 0
         assert postgres.sql(database, "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'") == tables
@@ -542,9 +555,8 @@ def test_a_database_of_an_older_release_is_migrated_by_the_job_alone(postgres, d
     assert postgres.sql(database, version) == "6953534de441"
 
 
-def test_a_database_of_a_newer_release_is_refused_and_left_alone(postgres, database, tmp_path) -> None:
-    server = cluster(postgres, database, tmp_path)
-    assert server.upgrade().returncode == 0
+def test_a_database_of_a_newer_release_is_refused_and_left_alone(postgres, upgraded, database) -> None:
+    server = upgraded
     postgres.sql(database, "UPDATE alembic_version SET version_num = 'fffffffffff1'")
     with pytest.raises(AssertionError, match="or name the image that was there before"), server.mlflow():
         pytest.fail("the server was started")
