@@ -62,7 +62,7 @@ lint: $(INSTALLED)
 
 test: lint unit
 
-# Files come in their order: sorted by their number of tests, those with few and long ones would come last, one core idle.
+# Files come in the order of tests/conftest.py: xdist's, by their number of tests, has those with few and long ones last.
 unit: $(INSTALLED)
 	OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 

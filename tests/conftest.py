@@ -20,14 +20,23 @@ if TYPE_CHECKING:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Databases and checkpoints wait for the disk at every commit, in memory they do not. A container may have 64 MB.
+    # On a disk, databases and checkpoints wait for it at every commit. In a container /dev/shm may have 64 MB only.
     memory = Path("/dev/shm")
     if memory.is_dir() and shutil.disk_usage(memory).free > 4e9:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Files with long tests first: a worker that began one of them last would run alone at the end.
+    longest: dict[Path, float] = {}
+    for item in items:
+        limit = item.get_closest_marker("timeout")
+        longest[item.path] = max(longest.get(item.path, 0), limit.args[0] if limit else 0)
+    items.sort(key=lambda item: -longest[item.path])
+
+
 @pytest.fixture(scope="module", autouse=True)
-def what_is_loaded_is_no_garbage() -> None:
+def exclude_libraries_from_gc() -> None:
     """Leave the libraries out of garbage collection: each `Trainer.train` collects, for seconds once all are loaded."""
     gc.collect()
     gc.freeze()

@@ -125,10 +125,10 @@ def test_the_name_after_the_words_is_read(rethink: str | None, kind: str | None)
 
 def test_no_string_makes_reading_slow() -> None:
     known = tuple(f"kind {number}" for number in range(30))
-    begun = time.perf_counter()
+    begun = time.process_time()
     for text in ('"' * 10**6, kinds.PREFIX * 10**5, f"{kinds.PREFIX} kind 1." * 10**5, kinds.PREFIX + " ." * 10**6):
         kinds.read(text, known)
-    assert time.perf_counter() - begun < 5
+    assert time.process_time() - begun < 5
 
 
 def test_several_kinds_on_one_image_are_none_of_them() -> None:
