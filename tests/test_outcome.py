@@ -14,6 +14,7 @@ import pytest
 from adfm import cli, outcome
 from adfm.params import Params
 from adfm.training import checkpoints
+from adfm.training.sft import sft
 
 TRAIN = "adfm train data/shards models/sft models/trained"
 EVALUATE = (
@@ -155,12 +156,12 @@ def test_an_interrupt_says_what_is_kept_and_the_command(command: str, folder: st
 
 
 @pytest.mark.timeout(900)
-def test_ctrl_c_in_a_training_says_which_checkpoint_is_kept(small_shards: Path, here: Path) -> None:
+def test_ctrl_c_in_a_training_says_which_checkpoint_is_kept(small_shards: Path, store: Path, here: Path) -> None:
     small = ["steps=500", "prompts_per_step=2", "num_generations=2", "max_completion_length=16", "checkpoint_every=1"]
     settings = [word for each in small for word in ("--set", f"train.{each}")]
     adfm = [sys.executable, "-m", "adfm"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*adfm, "sft", small_shards, "start", "--set", "sft.steps=0"], env=environment, check=True)
+    sft(small_shards, here / "start", Params.model_validate({"sft": {"steps": 0}}))
     command = ["train", str(small_shards), "start", "trained", *settings]
     # A shell that starts a job in the background has it ignore SIGINT; pytest may have been started so.
     process = subprocess.Popen(

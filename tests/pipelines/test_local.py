@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from adfm.data.conversion import convert
+from adfm.data.sources import fetch
 from adfm.files import digest
-from adfm.params import Params
+from adfm.params import Params, load
 from pipelines import promotion, training
 from pipelines.command import main
+from tests.small import SMALL
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -20,10 +23,11 @@ def run(*argv: str) -> int:
     return main(training.PIPELINES, training.options, training.arguments, ["run", *argv])
 
 
-def test_data_that_are_not_fit_and_a_training_that_fails_end_the_run_and_are_reported(
+def test_data_that_are_not_fit_end_the_run_and_are_reported(
     here: Path, small: list[str], channel: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("--root", "out", *small, "--set", "validation.min_images_per_split=1000") == 1
+    unfit = ("--set", "validation.min_images_per_split=1000")
+    assert run("--root", "out", "--parts", "2", *small, *unfit) == 1
     captured = capfd.readouterr()
     assert "is not fit to train on" in captured.out
     assert "Traceback" not in captured.out
@@ -32,19 +36,13 @@ def test_data_that_are_not_fit_and_a_training_that_fails_end_the_run_and_are_rep
     assert list((here / "mlartifacts").rglob("validation/index.html"))  # the report of the failure is in MLflow
     assert len(channel) == 1
     assert "failed" in channel[0]
-
-    unhealthy = ("--set", "train.health.patience=1", "--set", "train.health.max_kl=1e-9")
-    assert run("--root", "parts", "--parts", "2", *small, *unhealthy) == 1
-    assert "adfm: error: training was stopped" in capfd.readouterr().out
-    assert list((here / "parts").glob("*/train/sft"))
-    assert not list((here / "parts").glob("*/evaluate"))
-    assert len(channel) == 2
-    assert "failed" in channel[1]
-    (whole,) = (here / "out").rglob("convert/shards")
-    (joined,) = (here / "parts").rglob("convert-parts/shards")
-    assert len(list((here / "parts").rglob("inspect-part/inspected"))) == 2
-    assert digest(joined) == digest(whole)
     assert builtins.print.__module__ == "builtins"  # KFP's indents, and parts side by side would leave it there
+
+    assert len(list((here / "out").rglob("inspect-part/inspected"))) == 2
+    (joined,) = (here / "out").rglob("convert-parts/shards")
+    fetch("synthetic://?images=20", here / "synthetic")
+    convert(here / "synthetic", here / "whole", load(None, SMALL))
+    assert digest(joined) == digest(here / "whole")
 
 
 def test_a_promotion_without_an_approval_moves_nothing(here: Path) -> None:

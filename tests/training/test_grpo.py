@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from adfm import tracking
+from adfm.cli import main
 from adfm.errors import AdfmError
 from adfm.models import loading
 from adfm.params import Health, Params
@@ -220,7 +221,7 @@ def test_a_training_that_is_killed_at_any_moment_resumes_bitwise(
     assert ended("SIGKILL removing").returncode == -signal.SIGKILL
     assert checkpoints.every(work) == [2, 3]
 
-    subprocess.run([sys.executable, "-m", "adfm", *verb], cwd=tmp_path, check=True, env=environment)
+    assert main(verb) == 0
     for file in ("adapter_model.safetensors", "reward_curves.csv"):
         ours, other = (_but_for_time(folder / file) for folder in (tmp_path / "trained", trained))
         assert ours == other, file
