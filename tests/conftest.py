@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.servers import free_port
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -122,9 +123,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
     script = Path(__file__).parents[1] / "scripts" / "s3-server.sh"
     folder = tmp_path_factory.mktemp("s3") / "server"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     subprocess.run([script, "start", folder, str(port)], check=True, timeout=240)
     yield f"http://127.0.0.1:{port}"
     subprocess.run([script, "stop", folder], check=True)

@@ -6,12 +6,10 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
@@ -38,6 +36,7 @@ from adfm.records import Box, Record
 from adfm.registry.promotion import promote
 from adfm.registry.registration import register
 from adfm.training.sft import trained_on
+from tests.servers import free_port, running
 
 
 @contextmanager
@@ -49,38 +48,14 @@ def mlflow(home: Path, database: Path, *options: str, port: int = 0, **environme
     home.mkdir(exist_ok=True)
     if not (home / "mlflow.db").exists():
         shutil.copy(database, home / "mlflow.db")
-    with socket.socket() as free:
-        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        free.bind(("127.0.0.1", port))
-        port = free.getsockname()[1]
+    port = port or free_port()
     uri = f"http://127.0.0.1:{port}"
     where = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     stores = ["--backend-store-uri", "sqlite:///mlflow.db", "--artifacts-destination", str(home / "files")]
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", "NO_PROXY": "127.0.0.1"}
-    with (home / "log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", *where, *stores, *options],
-            cwd=home,
-            env=os.environ | quiet | environment,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + 240
-        while time.monotonic() < deadline:
-            try:
-                urllib.request.urlopen(f"{uri}/health", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None, (home / "log").read_text()
-                time.sleep(0.1)
-        else:
-            pytest.fail((home / "log").read_text())
+    command = [sys.executable, "-m", "mlflow", "server", *where, *stores, *options]
+    with running(command, f"{uri}/health", home / "log", os.environ | quiet | environment):
         yield uri
-    finally:
-        os.killpg(process.pid, 15)
-        process.wait(30)
 
 
 @pytest.fixture(scope="session")

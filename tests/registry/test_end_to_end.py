@@ -6,7 +6,6 @@ import base64
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import yaml
 from adfm.params import Params
 from adfm.registry.registration import register
 from tests.pipelines.kfp_api import Server, served
+from tests.servers import free_port
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts/end-to-end.sh"
@@ -122,9 +122,7 @@ def start(
     cluster: Cluster, kfp: tuple[Server, int], tmp_path: Path
 ) -> Iterator[Callable[..., tuple[subprocess.Popen[bytes], int]]]:
     """Starts the script; its process and the port where it expects MLflow."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     dropped = ("ADFM_", "MLFLOW_", "KF")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     environment |= {

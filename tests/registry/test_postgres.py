@@ -13,7 +13,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from adfm import tracking
 from adfm.registry.audit import audit
 from adfm.registry.history import MOVES
 from adfm.registry.promotion import history, promote, rollback
+from tests.servers import free_port, running
 
 pytestmark = pytest.mark.timeout(900)  # each container imports MLflow
 
@@ -101,9 +101,7 @@ def postgres() -> Iterator[Postgres]:
         quiet: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": "/"}
         done = subprocess.run([*command, *options], **quiet, **account, check=False)
         assert done.returncode == 0, done.stdout
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         command = [programs / "postgres", "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", folder]
         tls = ["-c", "ssl=on", "-c", f"ssl_cert_file={folder}/ca.crt", "-c", f"ssl_key_file={folder}/key.pem"]
         with (folder / "log").open("w") as log:
@@ -245,28 +243,12 @@ def cluster(postgres: Postgres, database: str, home: Path, **secret: str) -> Clu
 
 @contextmanager
 def serve(command: list[str], environment: dict[str, str], home: Path) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     command = [{"0.0.0.0": "127.0.0.1", "5000": port}.get(part, part) for part in command]
     host = f"127.0.0.1:{port}"
     environment["MLFLOW_SERVER_ALLOWED_HOSTS"] += f",{host}"
-    with (home / "log").open("w") as log:
-        server = subprocess.Popen(command, cwd=home, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 240
-        while True:
-            try:
-                urllib.request.urlopen(f"http://{host}/health", timeout=5).close()
-                break
-            except OSError:
-                assert server.poll() is None and time.monotonic() < deadline, (home / "log").read_text()
-                time.sleep(0.1)
+    with running(command, f"http://{host}/health", home / "log", environment):
         yield f"http://{host}"
-    finally:
-        if server.poll() is None:
-            os.killpg(server.pid, signal.SIGTERM)
-            server.wait(60)
 
 
 @pytest.fixture

@@ -7,11 +7,8 @@ import json
 import os
 import re
 import shutil
-import socket
-import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -40,6 +37,7 @@ from adfm.params import Params
 from adfm.registry import history, pyfunc
 from adfm.registry.registration import register
 from adfm.serving import scoring
+from tests.servers import free_port, running
 
 BASE = "embedded://tiny-base"
 COLUMNS = ["label", "probability", "threshold", "boxes", "reasoning", "reason"]
@@ -500,35 +498,16 @@ def address(store: Path, make_shards: Any, make_evaluation: Any, adapter: Path, 
     moved = {"production": "1", "previous": "none", "replaced": "none", "manifest": seen.last("judge").manifest}
     history.append(client, "adfm", keys, seen, "promote", "1", **moved)
     client.set_registered_model_alias("adfm", "production", "1")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     environment = os.environ | {
         "MLFLOW_TRACKING_URI": f"sqlite:///{store}/mlflow.db",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(Path(adfm.__file__).parents[1]),
     }
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/adfm@production"]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            [*command, "--env-manager", "local", "--port", port],
-            env=environment, stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
-    try:
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        for _ in range(1200):
-            try:
-                opener.open(f"http://127.0.0.1:{port}/ping", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None, (tmp_path / "log").read_text()
-                time.sleep(0.2)
-        else:
-            pytest.fail((tmp_path / "log").read_text())
+    command += ["--env-manager", "local", "--port", str(port)]
+    with running(command, f"http://127.0.0.1:{port}/ping", tmp_path / "log", environment):
         yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, 15)
-        process.wait(60)
 
 
 def test_mlflow_serves_the_version_in_production(

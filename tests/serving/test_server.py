@@ -31,6 +31,7 @@ FILES = ("MLmodel", "params.yaml", "model/adfm.json", "evaluation/metrics.json")
 MLMODEL = "flavors:\n  python_function:\n    loader_module: {}\n"
 LOADER = """\
 import os, pathlib
+from tests.servers import free_port
 class Model:
     def __init__(self, path):
         self.answer = [path, (pathlib.Path(path) / "params.yaml").read_text(), os.environ.get("ADFM_SHADOW", "")]
@@ -85,12 +86,6 @@ def move(number: str, folder: Path, name: str = "adfm") -> None:
     moved = {"production": number, "previous": "none", "replaced": "none", "manifest": signing.manifest(folder)}
     history.append(client, name, keys, seen, "promote", number, **moved)
     client.set_registered_model_alias(name, "production", number)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 @pytest.fixture
