@@ -65,3 +65,15 @@ def test_a_task_without_an_entry_is_refused() -> None:
         @dsl.pipeline(name="line")
         def line():
             configure(unknown())
+
+
+def test_a_pipeline_used_as_a_task_has_no_resources_of_its_own(probe: Any) -> None:
+    @dsl.pipeline(name="inner")
+    def inner():
+        probe()
+
+    with pytest.raises(ValueError, match="inner is not a task of a single container"):
+
+        @dsl.pipeline(name="line")
+        def line():
+            inner().set_cpu_limit("1")

@@ -31,7 +31,6 @@ FILES = ("MLmodel", "params.yaml", "model/adfm.json", "evaluation/metrics.json")
 MLMODEL = "flavors:\n  python_function:\n    loader_module: {}\n"
 LOADER = """\
 import os, pathlib
-from tests.servers import free_port
 class Model:
     def __init__(self, path):
         self.answer = [path, (pathlib.Path(path) / "params.yaml").read_text(), os.environ.get("ADFM_SHADOW", "")]
