@@ -4,8 +4,6 @@ adfm fetch synthetic:// data/raw/synthetic
 adfm convert data/raw/synthetic data/shards
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import difflib

@@ -4,8 +4,6 @@ A description is written where it is empty, and replaced only as long as nobody 
 empty the description.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from urllib.parse import quote

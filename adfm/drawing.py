@@ -1,7 +1,5 @@
 """Drawing: charts, boxes on images, and letters on sheets of images."""
 
-from __future__ import annotations
-
 import io
 import re
 import textwrap
@@ -33,7 +31,7 @@ WIDTH = 7.5  # of a chart in inches: about that of a page, where its letters of 
 
 
 @contextmanager
-def drawn(path: Path, width: float, height: float) -> Iterator[Figure]:
+def drawn(path: Path, width: float, height: float) -> Iterator["Figure"]:
     """Yield an empty figure of a size in inches, and write it to `path` when the block ends."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -59,7 +57,7 @@ def drawn(path: Path, width: float, height: float) -> Iterator[Figure]:
     white.save(path, optimize=True)
 
 
-def panels(figure: Figure, count: int, columns: int) -> list[Axes]:
+def panels(figure: "Figure", count: int, columns: int) -> list["Axes"]:
     """Add `count` axes in rows of `columns`, without frames and ticks, on a grid."""
     rows = -(-count // columns)
     made = [figure.add_subplot(rows, columns, place + 1) for place in range(count)]

@@ -1,7 +1,5 @@
 """Facts about this installation for a bug report (`adfm env`). Contacts no server, prints no secret."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re

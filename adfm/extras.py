@@ -1,7 +1,5 @@
 """Extras of the package: which one to install where a module is missing."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 
 # Modules that adfm imports and the core does not bring. tests/test_extras.py compares them with the imports in adfm/

@@ -1,7 +1,5 @@
 """Atomic output: folders and files are written beside their place and renamed when whole."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

@@ -1,7 +1,5 @@
 """The last lines of a command: what it wrote and the next command; after an interrupt, what is kept of it."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

@@ -6,8 +6,6 @@ overlays, which have only the settings that they change.
     params = load([Path("params.yaml"), Path("params/qwen2.5-vl-7b.yaml")], ["train.steps=50"])
 """
 
-from __future__ import annotations
-
 import difflib
 import functools
 import itertools

@@ -1,7 +1,5 @@
 """Checks before a run: base model and adapter, MLflow, disk space, and the machine that trains."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -5,8 +5,6 @@ Boxes are `[x1, y1, x2, y2]` in pixels of the original image unless a docstring 
 `x2` and `y2` are one past the last pixel, so `x2 - x1` is the width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,13 +28,13 @@ class Box(NamedTuple):
         """The area in square units of the box's frame; 0 for an inverted box."""
         return max(0.0, self.x2 - self.x1) * max(0.0, self.y2 - self.y1)
 
-    def intersection(self, other: Box) -> float:
+    def intersection(self, other: "Box") -> float:
         """Return the area of the overlap with `other`."""
         width = min(self.x2, other.x2) - max(self.x1, other.x1)
         height = min(self.y2, other.y2) - max(self.y1, other.y1)
         return max(0.0, width) * max(0.0, height)
 
-    def iou(self, other: Box) -> float:
+    def iou(self, other: "Box") -> float:
         """Return the intersection over union with `other`, in [0, 1]; 0 when both are empty."""
         shared = self.intersection(other)
         union = self.area + other.area - shared

@@ -14,8 +14,6 @@ made at first use:
 docs/signatures.md says who signs and verifies what, and how keys are made, replaced and withdrawn.
 """
 
-from __future__ import annotations
-
 import base64
 import errno
 import functools
@@ -322,7 +320,7 @@ def _require(keys: Keys, believed: dict[str, Path], role: str, what: str) -> Non
         )
 
 
-def _hashing() -> hashing.Config:
+def _hashing() -> "hashing.Config":
     from model_signing import hashing
 
     return hashing.Config().set_ignored_paths(paths=[SIGNATURE, *_IGNORED], ignore_git_paths=False)

@@ -5,8 +5,6 @@ most a share `alpha` of test sets; at `alpha` 0 a limit is 1. `group`, an array 
 images are alike and do not count as independent; `None`: each image shows another part.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left
 from collections.abc import Sequence

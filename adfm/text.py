@@ -3,8 +3,6 @@
 Control characters can move the cursor or forge a line, direction marks reorder words, and markup can run or mislead.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """The help texts of the command line: each verb's summary, description, examples and exit codes, grouped by purpose."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Access to the Kubernetes API from inside a pod, with the rights of the pod's service account."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket
@@ -33,7 +31,7 @@ _TIMEOUT = (10, 60)  # seconds for the connection and for the answer; the client
 _PAUSE = 10.0  # seconds
 
 
-def api() -> ApiClient:
+def api() -> "ApiClient":
     """Return a client of the cluster's API as the pod's service account.
 
     Raises:
@@ -98,13 +96,13 @@ def call(function: Callable[..., Any], *args: Any, patience: float = 0.0, **kwar
         time.sleep(min(_PAUSE, max(end - time.monotonic(), 0.0)))
 
 
-def is_transient(error: ApiException) -> bool:
+def is_transient(error: "ApiException") -> bool:
     """Whether the same call may work in a minute."""
     # Besides those of `retries.is_transient`: no connection (0), and a token that was renewed meanwhile (401).
     return error.status in (0, 401) or retries.is_transient(error.status)
 
 
-def message(error: ApiException) -> str:
+def message(error: "ApiException") -> str:
     """Return the message of an API's error, e.g. of an admission webhook; its HTTP reason where it has none."""
     try:
         return str(json.loads(error.body)["message"] or error.reason)

@@ -1,7 +1,5 @@
 """The log of a TrainJob: of its first machine as it grows, and the ends of the others that fail."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections import deque
@@ -26,7 +24,7 @@ _ERROR = "adfm: error: "  # before what the command line prints of an AdfmError
 class JobLog:
     """The log of a TrainJob, as far as it was printed."""
 
-    core: CoreV1Api
+    core: "CoreV1Api"
     namespace: str
     name: str
     quiet: bool = False  # lines are kept and not printed

@@ -1,7 +1,5 @@
 """Access to the TrainJobs of a namespace: create, find, follow and delete them."""
 
-from __future__ import annotations
-
 import math
 import time
 from typing import TYPE_CHECKING, Any
@@ -171,7 +169,7 @@ class TrainJobs:
         return f"{events[-1].reason}: {events[-1].message}" if events else ""
 
 
-def refusal(error: ApiException, name: str) -> AdfmError:
+def refusal(error: "ApiException", name: str) -> AdfmError:
     """Return the API's error about a TrainJob in words, with what to do."""
     message = cluster.message(error)
     install = f"install Kubeflow Trainer 2.2 or newer, with its runtimes: {DOCS}"

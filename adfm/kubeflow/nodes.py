@@ -1,7 +1,5 @@
 """Training on several machines: a TrainJob of Kubeflow Trainer, whose Torch runtime starts `adfm train` on each."""
 
-from __future__ import annotations
-
 import errno
 import re
 import shutil

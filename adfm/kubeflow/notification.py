@@ -4,8 +4,6 @@ The state is that of Argo's Workflow (`adfm.kubeflow.workflows`). Without the ri
 the state out, and has what is known and the right to grant.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import time

@@ -1,7 +1,5 @@
 """Helpers shared by the KFP components: stages and their exit status, metrics and pages on a run's page."""
 
-from __future__ import annotations
-
 import difflib
 import errno
 import html

@@ -5,8 +5,6 @@ it behind the exit code: `main: Error (exit code 1): <line>` (`inferFailedReason
 Argo 4.0), where `adfm.kubeflow.workflows` reads it.
 """
 
-from __future__ import annotations
-
 import os
 from contextlib import suppress
 from pathlib import Path

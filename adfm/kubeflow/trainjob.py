@@ -1,7 +1,5 @@
 """Manifests of Kubeflow Trainer's TrainJobs: one trains on several machines, a small one tries their volume."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

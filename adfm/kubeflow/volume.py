@@ -1,7 +1,5 @@
 """The volume that the machines of a TrainJob share: its claim, and whether it can be written."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

@@ -8,8 +8,6 @@ of KFP 2.17 (backend/src/v2/compiler/argocompiler/dag.go, container.go) and Argo
 DAG of one), its pod.
 """
 
-from __future__ import annotations
-
 import base64
 import gzip
 import json
