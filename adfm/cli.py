@@ -1,8 +1,4 @@
-"""The command line, `adfm <verb>`: each verb calls one function of the package.
-
-adfm fetch synthetic:// data/raw/synthetic
-adfm convert data/raw/synthetic data/shards
-"""
+"""The command line, `adfm <verb>`: each verb calls one function of the package."""
 
 import argparse
 import dataclasses
@@ -68,9 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; those of the process by default.
 
     Returns:
-        The exit status: 0, or 1 for an error that was explained on stderr, 75 for a training that was stopped after a
-        checkpoint and resumes when it is started again, 130 when interrupted, 141 when nobody reads the output any
-        more, 143 when terminated. Wrong usage exits with 2, as argparse does.
+        The exit status: 0; 1 for an error, explained on stderr; 2 for wrong usage, by argparse; 75 for a training that
+        was stopped after a checkpoint and can be resumed; 130 interrupted; 141 nobody reads the output; 143 terminated.
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in _RENAMED:
@@ -199,21 +194,14 @@ def _parser() -> tuple[argparse.ArgumentParser, list[argparse.ArgumentParser]]:
     path(verb("check", _check), "out", "file to write if everything is in order", nargs="?")
 
     add = verb("fetch", _fetch)
-    add.add_argument(
-        "uri", metavar="URI", help="folder, .zip or .tar archive, s3://bucket/prefix, dvc://REPO@REV:PATH, synthetic://"
-    )
+    source = "folder, .zip or .tar archive, s3://bucket/prefix, dvc://REPO@REV:PATH, synthetic://"
+    add.add_argument("uri", metavar="URI", help=source)
     path(add, "out", "folder to write", metavar="DIR")
 
     add = verb("convert", _convert, raw="folder of the raw data set", out="folder to write the shards to")
-    add.add_argument(
-        "--layout",
-        metavar="L",
-        dest="set",
-        type="convert.layout={}".format,
-        action="append",
-        default=[],
-        help="layout of RAW, by default detected; the same as --set convert.layout=L",
-    )
+    layout = "layout of RAW, by default detected; the same as --set convert.layout=L"
+    settings: dict[str, Any] = {"dest": "set", "type": "convert.layout={}".format, "action": "append", "default": []}
+    add.add_argument("--layout", metavar="L", help=layout, **settings)
     several = add.add_mutually_exclusive_group()
     several.add_argument("--part", metavar="I/N", type=_part, help="inspect the I-th of N parts alone, for --parts")
     several.add_argument("--parts", metavar="PART", type=Path, nargs="+", default=[], help="folders of all N parts")
@@ -236,17 +224,15 @@ def _parser() -> tuple[argparse.ArgumentParser, list[argparse.ArgumentParser]]:
     path(verb("resend", _resend), "folder", "folder that sft or train left: <OUT>.unsent", metavar="UNSENT")
 
     add = verb("evaluate", _evaluate)
-    add.add_argument(
-        "model",
-        metavar="MODEL",
-        help="the candidate: a folder that sft or train wrote, a registered version (models:/adfm@production, "
-        "models:/adfm/3), or a base model's name",
+    candidate = (
+        "the candidate: a folder that sft or train wrote, a registered version (models:/adfm@production, "
+        "models:/adfm/3), or a base model's name"
     )
+    add.add_argument("model", metavar="MODEL", help=candidate)
     path(add, "shards", shards)
     path(add, "out", "folder to write")
-    add.add_argument(
-        "--compare", metavar="NAME=MODEL", type=_pair, action="append", default=[], help="a further model; repeatable"
-    )
+    further = "a further model; repeatable"
+    add.add_argument("--compare", metavar="NAME=MODEL", type=_pair, action="append", default=[], help=further)
     path(add, "--production", "compare with the versions in FILE, which `adfm production` wrote", metavar="FILE")
     path(add, "--folds", "show the cross-validation in DIR, which `adfm folds` wrote", metavar="DIR")
 
@@ -344,20 +330,10 @@ def _help() -> str:
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Add `--params` and `--set`, by which every verb and pipeline takes its settings."""
-    parser.add_argument(
-        "--params",
-        metavar="FILE",
-        type=Path,
-        action="append",
-        help="settings; repeatable, later files win key by key; params.yaml, if there is one, by default",
-    )
-    parser.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="a setting, as in train.steps=50; repeatable",
-    )
+    files = "settings; repeatable, later files win key by key; params.yaml, if there is one, by default"
+    parser.add_argument("--params", metavar="FILE", type=Path, action="append", help=files)
+    setting = "a setting, as in train.steps=50; repeatable"
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=setting)
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -374,9 +350,7 @@ def _part(text: str) -> tuple[int, int]:
     return int(part), int(of)
 
 
-# --------------------------------------------------------------------------------------------------------------- verbs
-
-# Each imports what it calls: most verbs need a part of the libraries only, and torch alone takes seconds to import.
+# Each verb imports what it calls: most need a part of the libraries only, and torch alone takes seconds to import.
 
 
 def _params(args: argparse.Namespace) -> None:

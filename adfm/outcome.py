@@ -54,30 +54,23 @@ def interrupted(args: Namespace, command: Sequence[str]) -> str:
     if args.name not in _PARTIAL:
         return "nothing is left half written"
     folder = args.out.with_name(args.out.name + _PARTIAL[args.name])
-    kept = ""
+    kept = "nothing of it is kept; to start over"
     if args.name == "train":
         from adfm.training import checkpoints
 
         if steps := checkpoints.every(folder):
-            kept = f"checkpoints up to step {steps[-1]} are kept in {folder}"
+            kept = f"checkpoints up to step {steps[-1]} are kept in {folder}; to continue"
     elif _PARTIAL[args.name] and folder.is_dir():
-        kept = f"what was finished is kept in {folder}"
-    if kept:
-        return f"{kept}; to continue, run the same command:\n  {again}"
-    return f"nothing of it is kept; to start over, run the same command:\n  {again}"
+        kept = f"what was finished is kept in {folder}; to continue"
+    return f"{kept}, run the same command:\n  {again}"
 
 
 # Ending of the folder, beside its output, in which a stage keeps what is finished of it; "": it starts over.
 _PARTIAL = {
-    "fetch": ".partial",
-    "convert": ".partial",
-    "validate": "",
-    "sft": "",
-    "detector": "",
-    "train": ".checkpoint",
+    **dict.fromkeys(("fetch", "convert", "folds"), ".partial"),
+    **dict.fromkeys(("validate", "sft", "detector"), ""),
+    **dict.fromkeys(("train", "tiny-base"), ".checkpoint"),
     "evaluate": ".answers.partial",
-    "folds": ".partial",
-    "tiny-base": ".checkpoint",
 }
 
 
@@ -105,9 +98,7 @@ _WROTE: dict[str, Callable[[Namespace], str]] = {
     "fetch": lambda args: f"{args.files:,} files",
     "convert": lambda args: "" if args.part else f"{_images(args.out):,} images",
     "validate": lambda args: f"{_images(args.shards):,} images checked",
-    "sft": _trained,
-    "detector": _trained,
-    "train": _trained,
+    **dict.fromkeys(("sft", "detector", "train"), _trained),
     "evaluate": lambda args: f"{_json(args.out / 'evaluation.json')['images']:,} images",
     "register": lambda args: "version {model}/{version}".format(**_json(args.out / "registration.json")),
 }
@@ -169,9 +160,7 @@ _NEXT: dict[str, Callable[[Namespace], Command | None]] = {
     "fetch": lambda args: ["convert", args.out, _SHARDS],
     "convert": _after_convert,
     "validate": lambda args: ["sft", args.shards, _SFT],
-    "sft": _after_model,
-    "detector": _after_model,
-    "train": _after_model,
+    **dict.fromkeys(("sft", "detector", "train"), _after_model),
     "evaluate": _after_evaluate,
     "register": _after_register,
     "approve": lambda args: ["promote", args.version],

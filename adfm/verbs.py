@@ -197,10 +197,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
             "apply the gate's policy, or plan the test images",
             "Decides by gate.yaml whether the candidate's predictions pass, alone or against those of the version in "
             "production on the same images. With --plan it prints how many test images the policy needs.",
-            (
-                "adfm gate evaluation/predictions.parquet evaluation/production.parquet",
-                "adfm gate --plan data/shards",
-            ),
+            ("adfm gate evaluation/predictions.parquet evaluation/production.parquet", "adfm gate --plan data/shards"),
             {0: "passed", 2: "wrong usage or bad input", 3: "failed", 4: "cannot tell: too few images"},
         ),
         "folds": Verb(
