@@ -1,7 +1,6 @@
 """Descriptions of the experiment and of the registered model in MLflow: which page shows what.
 
-A description is written where it is empty, and replaced only as long as nobody has edited it. To get adfm's text back,
-empty the description.
+A description is replaced only as long as nobody has edited it. To get adfm's text back, empty the description.
 """
 
 import hashlib

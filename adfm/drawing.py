@@ -27,9 +27,6 @@ PALETTE = ("#1f5fae", "#d9822b", "#8a94a0", "#8e5bbf", "#2a9d8f", "#c2477f", "#7
 WIDTH = 7.5  # of a chart in inches: about that of a page, where its letters of 8 points can be read
 
 
-# ----------------------------------------------------------------------------------------------------------- charts
-
-
 @contextmanager
 def drawn(path: Path, width: float, height: float) -> Iterator["Figure"]:
     """Yield an empty figure of a size in inches, and write it to `path` when the block ends."""
@@ -78,16 +75,11 @@ def smoothed(values: NDArray[Any]) -> NDArray[np.float64]:
     return np.asarray(total / weight)
 
 
-# ------------------------------------------------------------------------------------------------- boxes and letters
-
-
 def frame(pixels: NDArray[Any], boxes: Iterable[Box], colour: str) -> None:
-    """Frame boxes, in pixels and half-open, on an image, [height, width, 3], in place: the colour, and white around it.
-
-    A box is framed from outside, so that nothing in it is covered, as far as the image has room for the frame.
-    """
+    """Frame boxes (pixels, half-open) on an image, [height, width, 3], in place: in the colour, white around it."""
     height, width = pixels.shape[:2]
     boxes = [*boxes]
+    # From outside, so that nothing in the box is covered, as far as the image has room for the frame.
     for inner, outer, paint in ((2, 3, (255, 255, 255)), (0, 2, (*bytes.fromhex(colour[1:]),))):
         for x1, y1, x2, y2 in (map(round, box) for box in boxes):
             left, top = min(max(outer, x1), width - outer - 1), min(max(outer, y1), height - outer - 1)
@@ -120,11 +112,8 @@ def write(sheet: Image.Image, place: tuple[int, int], lines: Iterable[str], font
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: float, most: int) -> list[str]:
-    """Wrap a text to lines of at most `width` pixels; an ellipsis ends the last of `most` lines if more are left.
-
-    Lines break at spaces and hyphens, and within a word only where it alone is too wide.
-    """
-    lines: list[str] = []
+    """Wrap a text to lines of at most `width` pixels; an ellipsis ends the last of `most` lines if more are left."""
+    lines: list[str] = []  # broken at spaces and hyphens, and within a word only where it alone is too wide
     for paragraph in text.splitlines():
         # Lines of the average width first, then fewer letters until each is narrow enough.
         letters = max(1, int(width / max(1.0, font.getlength(paragraph) / max(1, len(paragraph)))))
@@ -142,9 +131,8 @@ def stages(completion: str) -> str:
 
 def fitted(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     """Shorten a text to `width` pixels by leaving out its middle: a file's name ends in its number."""
-    short = text
-    for kept in range(len(text) - 1, 0, -1):
-        if font.getlength(short) <= width:
-            break
+    short, kept = text, len(text)
+    while font.getlength(short) > width and kept > 1:
+        kept -= 1
         short = f"{text[: kept // 3]}…{text[len(text) - (kept - kept // 3) :]}"
     return short

@@ -5,6 +5,7 @@ import platform
 import re
 import shutil
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,7 @@ from adfm.process import cpus, environment
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "vllm", "mlflow", "kfp", "dvc")
 
-# Variables whose value is printed. Addresses are printed without login; any other may hold a password, a token, or an
-# address that is one (a webhook).
+# Variables whose value is printed. Addresses are printed without login; any other may hold a secret, or be one.
 _NOT_SECRET = (
     *("ADFM_CA_BUNDLE", "ADFM_CPU_IMAGE", "ADFM_GIT_COMMIT", "ADFM_GPU_IMAGE", "ADFM_KEYS"),
     *("ADFM_SERVE_LOG", "ADFM_SHADOW"),
@@ -28,9 +28,8 @@ def collect() -> dict[str, dict[str, Any]]:
     variables = {name: _masked(name, value) for name, value in sorted(os.environ.items()) if name.startswith("ADFM_")}
     try:
         environment.set_environment()  # MLflow's address may come from ADFM_MLFLOW_TRACKING_URI
-        problem = {}
     except AdfmError as error:
-        problem = {"problem": str(error)}
+        variables["problem"] = str(error)
     return {
         "versions": {"adfm": __version__, "Python": platform.python_version(), **_libraries()},
         "machine": {
@@ -47,7 +46,7 @@ def collect() -> dict[str, dict[str, Any]]:
             "MLflow": _address(tracking.address()),
             "keys": _keys(),
         },
-        "environment variables": {**variables, **problem},
+        "environment variables": variables,
     }
 
 
@@ -67,12 +66,10 @@ def _folder() -> str:
 
 
 def _libraries() -> dict[str, str]:
-    versions = {}
+    versions = dict.fromkeys(LIBRARIES, "not installed")
     for name in LIBRARIES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
     return versions
 
 

@@ -16,16 +16,8 @@ MODEL = "adfm.json"  # in the folder of every finished model
 
 # Every folder that a stage finishes has one of these; a folder without any is not adfm's and never replaced.
 FINISHED = (
-    "manifest.json",
-    "conversion.json",
-    "inspection.json",
-    "validation.json",
-    MODEL,
-    "config.json",
-    "metrics.json",
-    "cross-validation.json",
-    "gate.json",
-    "report.html",
+    *("manifest.json", "conversion.json", "inspection.json", "validation.json", MODEL, "config.json"),
+    *("metrics.json", "cross-validation.json", "gate.json", "report.html"),
 )
 
 _REMEDIES = {
@@ -110,11 +102,7 @@ def _refuse_foreign(out: Path) -> None:
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Yield every folder below and its files, sorted by name; links are followed.
-
-    Raises:
-        OSError: A folder cannot be read.
-    """
+    """Yield every folder below and its files, sorted by name; follow links; raise `OSError` for one it cannot read."""
 
     def refuse(error: OSError) -> None:
         raise error

@@ -54,18 +54,16 @@ def check(params: Params, out: Path | None = None, gpus: int = 0) -> None:
     except AdfmError as error:
         problems.append(error)
     free = shutil.disk_usage(Path.cwd()).free
-    lines.append(f"disk      {free / 2**30:.1f} GiB free")
+    left = f"{free / 2**30:.1f} GiB"
+    lines.append(f"disk      {left} free")
     if free < FREE_BYTES:
-        problems.append(
-            f"{Path.cwd()} has {free / 2**30:.1f} GiB left on its disk; have {FREE_BYTES / 2**30:.0f} GiB at least."
-        )
+        problems.append(f"{Path.cwd()} has {left} left on its disk; have {FREE_BYTES / 2**30:.0f} GiB at least.")
     if problems:
         # The pipeline's task retries what is unreachable, and nothing else.
         kind = Unreachable if all(isinstance(problem, Unreachable) for problem in problems) else AdfmError
         raise kind("\n  ".join(map(str, problems)))
     print("\n".join(lines + [f"warning   {warning}" for warning in warnings]))
     if out:
-        # The same text whatever the settings: a stage of DVC that depends on it waits for the check, and does not run
-        # again because of it.
+        # The same text whatever the settings, so that a stage of DVC that depends on it does not run again for them.
         out.parent.mkdir(parents=True, exist_ok=True)
         replace_text(json.dumps({"ready": True}) + "\n", out)

@@ -41,8 +41,7 @@ class Box(NamedTuple):
         return shared / union if union > 0 else 0.0
 
 
-Polygon = tuple[tuple[float, float], ...]
-"""The corners `(x, y)` of a closed outline."""
+Polygon = tuple[tuple[float, float], ...]  # the corners `(x, y)` of a closed outline
 
 
 class Rle(NamedTuple):
@@ -69,8 +68,7 @@ class Sample:
     defect: str | None = None  # its type; `None` on a normal image
     masks: tuple[Path, ...] = ()  # a defect is what any of them marks
     boxes: tuple[Box, ...] = ()  # drawn by a person, in pixels of the upright image, or as `normalized` says
-    # For each box, whether to clip it to the image: some tools let people draw beyond the edge. Empty: none is clipped,
-    # and a box that reaches out is an error.
+    # For each box, whether to clip it to the image, as some tools let people draw beyond; empty: that is an error.
     cut: tuple[bool, ...] = ()
     polygons: tuple[Polygon, ...] = ()  # outlines of some or all of `boxes`, in the same frame
     rles: tuple[Rle, ...] = ()  # masks of some or all of `boxes`, on the upright image; painted as polygons are
@@ -79,8 +77,7 @@ class Sample:
     # Whether every anomalous image has to have masks or boxes. If not, the label of one without, or with empty masks,
     # is all that is known, and its record has neither boxes nor a mask.
     located: bool = True
-    # Width and height of the image that was annotated, as the annotation states them. An image of another size is an
-    # error, unless `convert.rescale` is set.
+    # Width and height in the annotation; an image of another size is an error, unless `convert.rescale` is set.
     size: tuple[int, int] | None = None
     split: str | None = None  # as the data set itself fixes it
     group: str | None = None  # of the physical part: its images are never divided between splits

@@ -1,14 +1,13 @@
-"""Escape untrusted text, such as names of files, for a terminal or a Markdown page.
-
-Control characters can move the cursor or forge a line, direction marks reorder words, and markup can run or mislead.
-"""
+"""Escape untrusted text, such as names of files, for a terminal or a Markdown page."""
 
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from typing import Any, TextIO
 
+# Control characters can move the cursor or forge a line, direction marks reorder words, and markup can run or mislead.
 _LAYOUT = "\n\r\t"  # of a text of several lines; a progress bar returns to the start of its line
 # What CommonMark, GitHub's tables and autolinks, and showdown (which draws MLflow's pages) read as more than itself. A
 # colon matters before a word alone (http://, :smile:), and a dot before a letter or after www.
@@ -17,9 +16,9 @@ _MARKUP = re.compile(r"[\\`*_{}\[\]<>#!~|&$@^\"¨]|:(?=\S)|\.(?=[^\W\d])|(?<=[Ww
 _START = re.compile(r"^(\d*)([-+=.)])(?=[-=\s]|$)")
 
 
-def printable(text: str) -> str:
-    """Return the text in one line, with newlines, ESC, C1 controls and direction marks escaped."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+def printable(text: str, keep: str = "") -> str:
+    """Return the text with newlines, ESC, C1 controls and direction marks escaped, except the characters of `keep`."""
+    return "".join(char if char.isprintable() or char in keep else repr(char)[1:-1] for char in text)
 
 
 def one_line(text: str) -> str:
@@ -51,15 +50,9 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def printable_lines(text: str) -> str:
-    """Escape as `printable`, but keep newlines, carriage returns and tabs."""
-    return "".join(char if char.isprintable() or char in _LAYOUT else repr(char)[1:-1] for char in text)
-
-
 def markdown(text: str) -> str:
     """Escape text for a paragraph, a list or a cell of a table in Markdown."""
-    # Numeric entities, unlike backslashes, are literal in CommonMark, GitHub's dialect and showdown alike, and hide the
-    # `|` of a table too.
+    # Unlike backslashes, numeric entities are literal in CommonMark, GitHub's dialect and showdown; they hide `|` too.
     line = _MARKUP.sub(lambda match: _entity(match[0]), printable(text).strip())
     return _START.sub(lambda match: match[1] + _entity(match[2]), line)
 
@@ -93,7 +86,7 @@ class EditedStream:
 @contextmanager
 def printable_output() -> Iterator[None]:
     """Escape control characters of all that is printed to stdout and stderr in the block."""
-    with ExitStack() as stack:
-        stack.enter_context(redirect_stdout(EditedStream(sys.stdout, printable_lines)))
-        stack.enter_context(redirect_stderr(EditedStream(sys.stderr, printable_lines)))
+    edit = partial(printable, keep=_LAYOUT)
+    out, err = (EditedStream(stream, edit) for stream in (sys.stdout, sys.stderr))
+    with redirect_stdout(out), redirect_stderr(err):
         yield
