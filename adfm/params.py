@@ -2,8 +2,6 @@
 
 The defaults are those of the embedded run, so that `Params()` equals the shipped `params.yaml`. Further files are
 overlays, which have only the settings that they change.
-
-    params = load([Path("params.yaml"), Path("params/qwen2.5-vl-7b.yaml")], ["train.steps=50"])
 """
 
 import difflib
@@ -28,8 +26,6 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 M = TypeVar("M", bound=BaseModel)
-
-_NEAR = 0.7  # difflib's ratio from which on a setting is suggested for an unknown one: `seed` for `sede`
 
 RENAMED = {
     "register": "mlflow",
@@ -299,13 +295,11 @@ def load(files: Path | Sequence[Path] | None = None, overrides: Sequence[str] = 
     """Read settings files, later ones over earlier ones, and overrides over all of them.
 
     Args:
-        files: YAML files; settings that none of them has keep their defaults. Without any, `params.yaml` of the current
-            folder, if there is one.
+        files: YAML files; settings that none of them has keep their defaults. Without any, `params.yaml` if it exists.
         overrides: `key=value` with a dotted key and a YAML value, as in `train.steps=50`; later ones win.
 
     Raises:
-        AdfmError: A file is missing or not YAML, or keys or values are wrong: all of them are listed, each with its
-            file and line.
+        AdfmError: A file is missing or not YAML, or keys or values are wrong: all are listed, with file and line.
     """
     return _params([(_text(file), str(file)) for file in _files(files)], overrides)
 
@@ -327,8 +321,7 @@ def merged(files: Path | Sequence[Path] | None = None, overrides: Sequence[str] 
         raise AdfmError("no params.yaml in this folder to apply the settings to; give a file with --params.")
     first = str(paths[0])
     text = _with_new_names(_text(paths[0]), first)
-    params = load(paths, overrides)
-    before = flat(_params([(text, first)], ()))
+    params, before = load(paths, overrides), flat(_params([(text, first)], ()))
     for key, value in flat(params).items():
         if value != before[key]:
             text = _replaced(text, key.split("."), value)
@@ -367,8 +360,7 @@ def _params(texts: Sequence[tuple[str, str]], overrides: Sequence[str]) -> Param
 def _with_new_names(text: str, place: str) -> str:
     """A YAML text in which the keys of `RENAMED` have their new names; all else stays, to the byte."""
     try:
-        nodes = _nodes(yaml.compose(text, _Loader))
-        keys = [(name, key) for name, key, _ in nodes if name in RENAMED]
+        keys = [(name, key) for name, key, _ in _nodes(yaml.compose(text, _Loader)) if name in RENAMED]
     except yaml.YAMLError:
         return text  # reported where it is read
     for name, key in reversed(keys):  # from the end, so that the earlier places stay right
@@ -379,7 +371,6 @@ def _with_new_names(text: str, place: str) -> str:
 
 
 def _with_new_name(override: str) -> str:
-    """A `key=value` with the new names of `RENAMED` in its key."""
     key, equals, value = override.partition("=")
     if old := tuple(name for name in _prefixes(key) if name in RENAMED):
         note_renamed(f"--set {override}", old)
@@ -399,8 +390,7 @@ def new_name(old: str) -> str:
 
 
 def _prefixes(key: str) -> list[str]:
-    """The sections of a dotted key, the outermost first, and the key: `a`, `a.b`, `a.b.c`."""
-    return list(itertools.accumulate(key.split("."), "{}.{}".format))
+    return list(itertools.accumulate(key.split("."), "{}.{}".format))  # of `a.b.c`: `a`, `a.b`, `a.b.c`
 
 
 def validated(
@@ -465,14 +455,13 @@ def flat(params: BaseModel) -> dict[str, object]:
     return dict(leaves(params.model_dump(by_alias=True), ""))
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML that reads `1e-3` as a number; YAML 1.1 has it as text."""
+class _Loader(yaml.SafeLoader): ...
 
 
-class _Dumper(yaml.SafeDumper):
-    """YAML that puts in quotes what `_Loader` would take for a number."""
+class _Dumper(yaml.SafeDumper): ...
 
 
+# `1e-3` is a number, which YAML 1.1 has as text; as a text it is written in quotes.
 for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
@@ -515,17 +504,16 @@ def _read(text: str, place: str, sections: Sequence[str]) -> tuple[dict[str, Any
 
 
 def _replaced(text: str, key: Sequence[str], value: object) -> str:
-    """A YAML text with another value of one setting; all else stays, to the byte."""
-    node: Any = yaml.compose(text, _Loader)
+    node: Any = yaml.compose(text, _Loader)  # only the value is replaced: all else stays, to the byte
     for depth, name in enumerate(key):
         members = node.value if isinstance(node, yaml.MappingNode) else []
         inner = next((inner for member, inner in members if member.value == name), None)
         if inner is None:
             return _added(text, node, f"{name}: {_written(_nested(key[depth + 1 :], value))}")
         node = inner
-    start, end = node.start_mark.index, _end(node)
+    start = node.start_mark.index
     # The node of an empty value begins at the colon.
-    return text[:start] + " " * (text[start - 1] == ":") + _written(value) + text[end:]
+    return text[:start] + " " * (text[start - 1] == ":") + _written(value) + text[_end(node) :]
 
 
 def _added(text: str, section: Any, line: str) -> str:
@@ -541,7 +529,6 @@ def _added(text: str, section: Any, line: str) -> str:
 
 
 def _end(node: Any) -> int:
-    """Index after the last character of a node."""
     if isinstance(node, yaml.ScalarNode) or node.flow_style or not node.value:
         return int(node.end_mark.index)
     last = node.value[-1]  # the end mark of a block comes after the comments that follow it
@@ -553,9 +540,9 @@ def _nested(keys: Sequence[str], value: object) -> Any:
 
 
 def _written(value: object) -> str:
-    """A value in YAML on one line, valid in brackets too."""
     if type(value) in (int, float):
         return repr(value)  # PyYAML writes 1e-05 as 1.0e-05
+    # On one line, and valid in brackets too.
     text: str = yaml.dump([value], Dumper=_Dumper, default_flow_style=True, width=10**6, allow_unicode=True)
     return text.strip()[1:-1]
 
@@ -573,7 +560,7 @@ def _problems(error: ValidationError, where: dict[str, str], names: Sequence[str
     """One line a key: where it is, what is expected, and what is there."""
     lines: dict[str, str] = {}
     for detail in error.errors(include_url=False):
-        key = ".".join(str(part) for part in detail["loc"])
+        key = ".".join(map(str, detail["loc"]))
         unknown = detail["type"] == "extra_forbidden"
         while not unknown and key and key not in where:  # pydantic appends the member of a union, the index in a list
             key = key.rpartition(".")[0]
@@ -605,8 +592,8 @@ def _unknown(key: str, names: Sequence[str], listed: str) -> str:
         same = leaf and name.rpartition(".")[0] == section
         return difflib.SequenceMatcher(None, *((leaf, name.rpartition(".")[2]) if same else (key, name))).ratio()
 
-    if not near and likeness(best := max(candidates, key=likeness)) >= _NEAR:
-        near = [best]
+    if not near and likeness(best := max(candidates, key=likeness)) >= 0.7:
+        near = [best]  # `seed`, for `sede`
     return f"unknown setting `{key}`; " + (did_you_mean(near) or f"{listed} lists all settings")
 
 

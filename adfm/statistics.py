@@ -22,10 +22,9 @@ _ROUNDING = 1e-9  # differences of this size are of floating point, not of model
 
 
 def rate_at_most(events: Floats, alpha: float, group: NDArray[Any] | None = None) -> float:
-    """Return the upper confidence limit of a rate of `events`, 0 or 1.
+    """Return the upper confidence limit of a rate of `events`, 0 or 1; with groups `mean_at_most`.
 
-    Clopper and Pearson (1934, Biometrika 26:404); with groups `mean_at_most`. With n images and no event it is
-    `1 - alpha ** (1 / n)`, about 3 / n, never 0.
+    Clopper and Pearson (1934, Biometrika 26:404). Without an event in n images: `1 - alpha ** (1 / n)`, about 3 / n.
     """
     if group is not None:
         return mean_at_most(events, alpha, group)
@@ -39,16 +38,14 @@ def mean_at_most(values: Floats, alpha: float, group: NDArray[Any] | None = None
     """Return the upper confidence limit of a mean of values up to 1; for a lower one, pass minus or 1 minus the values.
 
     One part whose images are all 1, the worst possible, is added, and the limit is the quantile of the mean when the
-    parts get random weights, exponential and independent (Gaffke 2005, Metrika 61:1; a Bayesian bootstrap with the
-    worst added). For 0 and 1 without groups this is Clopper and Pearson's limit; without an event in n parts of one
-    size, `1 - alpha ** (1 / n)`. The quantile is by saddlepoint (Barndorff-Nielsen 1986, Biometrika 73:307), which errs
-    by less than 0.6 % of the limit.
+    parts get random weights, exponential and independent (Gaffke 2005, Metrika 61:1). For 0 and 1 without groups this
+    is Clopper and Pearson's limit; without an event in n parts of one size, `1 - alpha ** (1 / n)`. The quantile is by
+    saddlepoint (Barndorff-Nielsen 1986, Biometrika 73:307), which errs by less than 0.6 % of the limit.
     """
     if not len(values) or alpha <= 0:
         return 1.0
-    # A t limit would be 0 without an event, and for sparse losses falls short of the truth up to three times as often
-    # as it may; so does the effective sample size of Korn and Graubard (1998) for parts of unequal size
-    # (`benchmarks/gate_errors.py --limits`).
+    # A t limit would be 0 without an event, and for sparse losses falls short up to three times as often as it may; so
+    # does Korn and Graubard's effective sample size (1998) for unequal parts (`benchmarks/gate_errors.py --limits`).
     sums, sizes = _by_group(values, group)
     added = float(np.sum(sizes**2) / np.sum(sizes))  # size of the part that an image drawn at random belongs to
     sums, sizes = np.append(sums, added), np.append(sizes, added)
@@ -79,8 +76,7 @@ def _saddlepoint(deviations: Floats) -> float:
     return root + math.log(scale / root) / root
 
 
-def _by_group(values: Floats, group: NDArray[Any] | None) -> tuple[Floats, Floats]:
-    """Return the sum of the values and the number of images of each part."""
+def _by_group(values: Floats, group: NDArray[Any] | None) -> tuple[Floats, Floats]:  # each part's sum, and its images
     if group is None:
         return np.asarray(values, dtype=float), np.ones(len(values))
     _, places = np.unique(group, return_inverse=True)
@@ -90,9 +86,9 @@ def _by_group(values: Floats, group: NDArray[Any] | None) -> tuple[Floats, Float
 def loss_at_most(loss: Floats, alpha: float, group: NDArray[Any] | None = None, binary: bool = True) -> float:
     """Return the upper confidence limit of the mean loss of a candidate against another model on the same images.
 
-    For single images with a loss of -1, 0 or 1: the score limit of Tango (1998, Statistics in Medicine 17:891). Else
-    `mean_at_most`. Neither is 0 for models that answer alike on all images.
-    A loss in [-1, 1] is positive where the candidate is worse, and -1, 0 or 1 if `binary`.
+    A loss in [-1, 1] is positive where the candidate is worse, and -1, 0 or 1 if `binary`. For binary ones of single
+    images: the score limit of Tango (1998, Statistics in Medicine 17:891). Else `mean_at_most`. Neither is 0 for models
+    that answer alike on all images.
     """
     if not len(loss) or alpha <= 0:
         return 1.0
@@ -102,8 +98,7 @@ def loss_at_most(loss: Floats, alpha: float, group: NDArray[Any] | None = None, 
 
 
 def _tango(losses: int, gains: int, n: int, alpha: float) -> float:
-    """Return Tango's upper limit of `(losses - gains) / n`: the difference from which on the score test rejects."""
-    # Neither scipy nor statsmodels has it.
+    # The upper limit of `(losses - gains) / n`, from which on the score test rejects; no library has it.
     if losses == n:
         return 1.0
     critical = float(stats.norm.isf(alpha))
@@ -117,10 +112,8 @@ def _tango(losses: int, gains: int, n: int, alpha: float) -> float:
 
 
 def _spread_at(difference: float, losses: float, gains: float) -> float:
-    """Return the maximum likelihood standard deviation of a loss of -1, 0 or 1, if losses exceed gains by `difference`.
-
-    `losses` and `gains` are measured shares of the images, `difference` is that of their probabilities.
-    """
+    """Return the maximum likelihood standard deviation of a loss of -1, 0 or 1 whose mean is `difference`."""
+    # Losses and gains are measured shares of the images, the difference is of their probabilities.
     linear = (2 - losses + gains) * difference - losses - gains
     gain = (math.sqrt(linear**2 + 8 * gains * difference * (1 - difference)) - linear) / 4
     return math.sqrt(max(2 * gain + difference * (1 - difference), 0.0))
@@ -129,15 +122,14 @@ def _spread_at(difference: float, losses: float, gains: float) -> float:
 def gain_p(gain: Floats, group: NDArray[Any] | None = None, binary: bool = True) -> float:
     """Return the one-sided p value of the hypothesis that a candidate is not better than another model.
 
-    For single images with a gain of -1, 0 or 1: McNemar's exact test. Else a paired t test over the parts; its p is
-    never below `2 ** -k` with k parts that differ, the least that a sign-flip test can give. A gain in [-1, 1] is
-    positive where the candidate is better, and -1, 0 or 1 if `binary`.
+    A gain in [-1, 1] is positive where the candidate is better, and -1, 0 or 1 if `binary`. For binary ones of single
+    images: McNemar's exact test. Else a paired t test over the parts, with the least p that a sign-flip test can give.
     """
     if binary and group is None:
         better, worse = int(np.sum(gain > 0)), int(np.sum(gain < 0))
         return float(stats.binomtest(better, better + worse, alternative="greater").pvalue) if better else 1.0
     sums, _ = _by_group(gain, group)
-    least = 2.0 ** -int(np.sum(np.abs(sums) > _ROUNDING))
+    least = 2.0 ** -int(np.sum(np.abs(sums) > _ROUNDING))  # of a sign-flip test, by the number of parts that differ
     if len(sums) < 2 or np.ptp(sums) < _ROUNDING:  # no variance to test against
         return least if np.sum(sums) > 0 else 1.0
     return max(least, float(stats.ttest_1samp(sums, 0.0, alternative="greater").pvalue))
@@ -155,13 +147,11 @@ def holm(p: Sequence[float], alpha: float) -> list[bool]:
 
 
 def level_of_look(look: int, looks: int, alpha: float) -> float:
-    """Return the level of the look-th candidate that a test set judges: a share of `alpha` proportional to 1 / look.
-
-    The levels of looks 1 to `looks` sum to `alpha`, so that whatever the dependence between candidates, some unfit one
-    passes in at most that share of test sets (Bonferroni with weights).
-    """
+    """Return the level of the look-th candidate that a test set judges: a share of `alpha` proportional to 1 / look."""
     if look > looks:
         return 0.0  # the budget is used up: nothing passes
+    # The levels of all looks sum to `alpha`, so that whatever the dependence between candidates, some unfit one passes
+    # in at most that share of test sets (Bonferroni with weights).
     return alpha / (look * math.fsum(1 / number for number in range(1, looks + 1)))
 
 
@@ -169,10 +159,8 @@ def level_of_look(look: int, looks: int, alpha: float) -> float:
 def images_for_rate(rate: float, limit: float, alpha: float, power: float) -> int | None:
     """Return the fewest images on which a model with this rate is shown to be below the limit with this power.
 
-    Exact: the fewest n with P(`rate_at_most` < limit) >= power, the number of events being binomial.
-
-    `None` if no number of images would do: the rate is not below the limit, or by so little that more than ten million
-    images would be needed.
+    Exact: the fewest n with P(`rate_at_most` < limit) >= power, the number of events being binomial. `None` if the rate
+    is not below the limit, or by so little that more than ten million images would be needed.
     """
     if rate >= limit or alpha <= 0:
         return None
@@ -210,10 +198,7 @@ def half_width(rate: float, images: float, alpha: float = 0.025) -> float:
 
 
 def images_for_half_width(rate: float, width: float, alpha: float = 0.025) -> int:
-    """Return the fewest images from which on the interval of this rate is at most `width` to either side, on average.
-
-    `width` is in (0, 0.5).
-    """
+    """Return the fewest images from which on a rate's interval is, on average, at most `width` (< 0.5) to each side."""
     enough = 1
     while half_width(rate, enough, alpha) > width:
         enough *= 2
