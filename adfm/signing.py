@@ -1,17 +1,12 @@
-"""Keys and signatures of versions and of the steps of their history.
+"""Keys and signatures of versions and of the steps of their history; docs/signatures.md has the roles.
 
-A version's folder is signed by OpenSSF model signing (`model-signing`, key method): `model.sig` in the folder lists
-every file with its SHA-256 and signs the list. Texts, such as the steps of the history, are signed by ECDSA directly.
-
-Keys lie in the folder that `ADFM_KEYS` names, or else in `.adfm/keys` in the working folder (`environment.home`),
-made at first use:
+A version's folder is signed by OpenSSF model signing (`model-signing`, key method), texts by ECDSA directly. Keys lie
+in the folder that `ADFM_KEYS` names, or else in `.adfm/keys` in the working folder, made at first use:
 
     private.pem           own key (EC P-256, not encrypted); only those who sign have it
     submitters/*.pem      public keys whose versions count
     service/*.pem         public keys whose steps and decisions count
     service/retired/*.pem public keys of the service that were replaced
-
-docs/signatures.md says who signs and verifies what, and how keys are made, replaced and withdrawn.
 """
 
 import base64
@@ -38,18 +33,14 @@ from adfm.text import printable
 if TYPE_CHECKING:
     from model_signing import hashing
 
-SIGNATURE = "model.sig"
-"""The signature's file in the folder of a version."""
-
+SIGNATURE = "model.sig"  # in the folder of a version: the SHA-256 of every file, and the signature of this list
 VARIABLE = "ADFM_KEYS"
 FOLDER = Path(".adfm", "keys")
 PRIVATE = "private.pem"
 
 # Not of the version: the first can be replaced by a later decision (the history binds it), MLflow adds the second.
 _IGNORED = ("gate.json", "registered_model_meta")
-_PREDICATE = "https://model_signing/signature/v1.0"
 _LISTED = 5  # files of a kind in a message
-_CURVE = ec.SECP256R1()
 _ECDSA = ec.ECDSA(hashes.SHA256())
 
 
@@ -84,12 +75,12 @@ def keys() -> Keys:
     Raises:
         BadKey: The folder of keys is missing, a key cannot be used, or nobody would believe the own one.
     """
-    given, folder = environment.variable(VARIABLE), key_folder()
+    folder = key_folder()
     try:
-        if given and not folder.is_dir():
-            raise BadKey(f"{VARIABLE}: there is no folder {folder}; name the folder that holds the keys")
-        if not given:
+        if not environment.variable(VARIABLE):
             _make(folder)
+        elif not folder.is_dir():
+            raise BadKey(f"{VARIABLE}: there is no folder {folder}; name the folder that holds the keys")
         return _read(folder)
     except OSError as error:
         raise BadKey(
@@ -129,8 +120,7 @@ def verify(folder: Path, keys: Keys, name: str | None = None) -> str:
         The id of the key that signed.
 
     Raises:
-        Unverified: The signature is missing, damaged or of a key that does not count, or files are changed, missing or
-            too many; the message names them.
+        Unverified: The signature is missing, damaged or of a key that does not count, or files differ: all are named.
     """
     from model_signing import verifying
 
@@ -161,11 +151,7 @@ def manifest(folder: Path) -> str:
 
 
 def sign_text(text: str, keys: Keys) -> str:
-    """Sign a text with the own key: ECDSA with SHA-256, base64.
-
-    Raises:
-        BadKey: The private key is missing, or is not one of `service`.
-    """
+    """Sign a text with the own key (ECDSA, SHA-256, base64); raise `BadKey` if it is missing or not in `service`."""
     _require(keys, keys.service, "service", "decisions and steps")
     return base64.b64encode(_private(keys.folder / PRIVATE).sign(text.encode(), _ECDSA)).decode()
 
@@ -183,13 +169,13 @@ def check_text(text: str, signature: str, key_id: str, keys: Keys, retired: bool
 
 
 def _make(folder: Path) -> None:
-    """Make a key for all roles, unless the folder holds something; of several processes, one makes it."""
+    # A key for all roles, unless the folder holds something; of several processes, one makes it.
     if folder.is_dir() and any(folder.iterdir()):
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))  # mode 0700
     try:
-        key = ec.generate_private_key(_CURVE)
+        key = ec.generate_private_key(ec.SECP256R1())
         encoding = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         _new(partial / PRIVATE, key.private_bytes(*encoding))
         for role in ("submitters", "service"):
@@ -212,11 +198,10 @@ def _make(folder: Path) -> None:
 
 
 def _new(file: Path, content: bytes) -> None:
-    """Write a file that only this user can read, and wait until the disk has it."""
     with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened:
         opened.write(content)
         opened.flush()
-        os.fsync(opened.fileno())
+        os.fsync(opened.fileno())  # wait until the disk has it
 
 
 def _read(folder: Path) -> Keys:
@@ -234,8 +219,7 @@ def _read(folder: Path) -> Keys:
         about = file.stat()
         if about.st_uid == os.getuid() and about.st_mode & 0o077:  # a secret that a cluster mounts is root's, and 0644
             _warn(f"{file} can be read by other users; chmod 600 {file}")
-        public = _private(file).public_key()
-        own = _id(public)
+        own = _id(_private(file).public_key())
         if own not in submitters.keys() | service.keys():
             raise BadKey(
                 f"{file}: its public key ({own}) is neither in {folder}/submitters nor in {folder}/service, so nobody "
@@ -246,8 +230,7 @@ def _read(folder: Path) -> Keys:
 
 
 def _public_keys(folder: Path) -> dict[str, Path]:
-    """Return the files of a folder's public keys by the keys' ids; none if the folder is missing."""
-    return {_id(_public(file)): file for file in sorted(folder.glob("*.pem"))}
+    return {_id(_public(file)): file for file in sorted(folder.glob("*.pem"))}  # none if the folder is missing
 
 
 def _public(file: Path) -> ec.EllipticCurvePublicKey:
@@ -293,9 +276,8 @@ def _reason(error: Exception) -> str:
     return text if text.startswith("it ") else "it is damaged, or not in PEM"
 
 
-@functools.cache
+@functools.cache  # once a process: the approvals service reads its keys every few seconds
 def _warn(message: str) -> None:
-    # Once a process: the approvals service reads its keys every few seconds.
     print(f"adfm: warning: {message}", file=sys.stderr)
 
 
@@ -332,19 +314,17 @@ def _signed(folder: Path, name: str) -> tuple[str, dict[str, Any]]:
         bundle = json.loads((folder / SIGNATURE).read_bytes())
         material, envelope = bundle["verificationMaterial"], bundle["dsseEnvelope"]
         payload = json.loads(base64.b64decode(envelope["payload"], validate=True))
-        serialization_ = payload["predicate"]["serialization"]
+        form = payload["predicate"]["serialization"]
         # Nothing but what adfm writes is accepted. The library would read further spellings of the same keys, and would
         # leave out of its comparison whatever paths the payload names.
-        as_written = (
+        if not (
             bundle.keys() == {"mediaType", "verificationMaterial", "dsseEnvelope"}
             and envelope.keys() == {"payload", "payloadType", "signatures"}
-            and payload["predicateType"] == _PREDICATE
-            and serialization_["method"] == "files"
-            and serialization_["hash_type"] == "sha256"
-            and serialization_["allow_symlinks"] is False
-            and sorted(serialization_["ignore_paths"]) == sorted([SIGNATURE, *_IGNORED])
-        )
-        if not as_written:
+            and payload["predicateType"] == "https://model_signing/signature/v1.0"
+            and (form["method"], form["hash_type"]) == ("files", "sha256")
+            and form["allow_symlinks"] is False
+            and sorted(form["ignore_paths"]) == sorted([SIGNATURE, *_IGNORED])
+        ):
             raise ValueError("it is not as adfm writes it")
         _files(payload)
         return str(material["publicKey"]["hint"]), payload
@@ -369,7 +349,6 @@ def _signer(hint: str, keys: Keys, name: str) -> tuple[str, Path]:
 
 
 def _files(payload: dict[str, Any]) -> dict[str, str]:
-    """Return the digests of the files that a payload lists."""
     return {str(file["name"]): str(file["digest"]) for file in payload["predicate"]["resources"]}
 
 
@@ -381,17 +360,13 @@ def _irregular(folder: Path) -> list[str]:
         raise error
 
     for place, folders, names in os.walk(folder, onerror=refuse):
-        paths = [Path(place, name) for name in (*folders, *names)]
-        irregular += [
-            path.relative_to(folder).as_posix()
-            for path in paths
-            if path.is_symlink() or not (path.is_file() or path.is_dir())
-        ]
+        for path in (Path(place, name) for name in (*folders, *names)):
+            if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                irregular.append(path.relative_to(folder).as_posix())
     return sorted(set(irregular))
 
 
 def _differences(folder: Path, payload: dict[str, Any]) -> str:
-    """Say which files are not as the payload lists them; empty if all are."""
     signed = _files(payload)
     present = {file.identifier: file.digest.digest_hex for file in _hashing().hash(folder).resource_descriptors()}
     kinds = {

@@ -1,8 +1,7 @@
 """MLflow runs: the tracking URI, what every run records, and error messages for a failing store.
 
-`MLFLOW_TRACKING_URI` names a server; `adfm.process.environment` sets it on a cluster. Without it, runs and versions go
-to `mlflow.db` and files to `mlartifacts/`, both in the current folder (of DVC's experiments, in the workspace: see
-`environment.home`), which `mlflow ui --backend-store-uri sqlite:///mlflow.db` shows.
+`MLFLOW_TRACKING_URI` names a server. Without it, runs and versions go to `mlflow.db` and files to `mlartifacts/`, both
+in `environment.home`, which `mlflow ui --backend-store-uri sqlite:///mlflow.db` shows.
 """
 
 from __future__ import annotations
@@ -40,8 +39,7 @@ LIBRARIES = (
     *("pillow-heif", "pyarrow", "safetensors", "scipy", "tokenizers", "torch", "transformers", "trl"),
 )
 
-VERSION_TAG = "registered_version"
-"""Tag of the run of `register`: the version that it registered or found."""
+VERSION_TAG = "registered_version"  # of the run of `register`: the version that it registered or found
 
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -50,7 +48,6 @@ _QUIET = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it links to the start page for GenAI
     "GIT_PYTHON_REFRESH": "quiet",
 }
-
 
 _version = cache(metadata.version)  # it reads a file of the installation
 
@@ -82,8 +79,7 @@ def configure() -> str:
     logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])
     mlflow.set_tracking_uri(uri)
     if not given:
-        # MLflow exports the URI; the next call must use its own current folder.
-        os.environ.pop("MLFLOW_TRACKING_URI", None)
+        os.environ.pop("MLFLOW_TRACKING_URI", None)  # MLflow exports it; the next call must use its own folder
     _probe(uri)
     return uri
 
@@ -115,11 +111,7 @@ def client() -> MlflowClient:
 
 @contextmanager
 def start_run(
-    name: str,
-    params: Params,
-    tags: Mapping[str, str] | None = None,
-    run_id: str | None = None,
-    must_end: bool = True,
+    name: str, params: Params, tags: Mapping[str, str] | None = None, run_id: str | None = None, must_end: bool = True
 ) -> Iterator[ActiveRun]:
     """Run the body as one MLflow run of the experiment `mlflow.experiment`.
 
@@ -142,8 +134,7 @@ def start_run(
 
     with store_errors(uri):
         given = os.environ.get("MLFLOW_RUN_ID")
-        resumed = find_run(run_id) or given_run(uri)
-        if resumed:
+        if resumed := find_run(run_id) or given_run(uri):
             run = mlflow.start_run(run_id=resumed.info.run_id)
         else:
             place = params.mlflow
@@ -168,11 +159,7 @@ def start_run(
 
 
 def given_run(uri: str) -> Run | None:
-    """Return the run that the platform names in `MLFLOW_RUN_ID`, if any.
-
-    Raises:
-        AdfmError: The store at `uri` does not have it.
-    """
+    """Return the run that the platform names in `MLFLOW_RUN_ID`, if any; raise `AdfmError` if the store lacks it."""
     run_id = os.environ.get("MLFLOW_RUN_ID")
     if not run_id:
         return None
@@ -188,7 +175,6 @@ def given_run(uri: str) -> Run | None:
 
 @contextmanager
 def _errors_suppressed() -> Iterator[None]:
-    """Suppress MLflow errors in the body and use short timeouts."""
     from mlflow.exceptions import MlflowException
 
     with impatient(), suppress(MlflowException):
@@ -203,10 +189,7 @@ def settings(params: Params, *sections: str) -> str:
 
 @contextmanager
 def store_errors(uri: str) -> Iterator[None]:
-    """Turn MLflow's exceptions in the body into an `AdfmError` that names the store and the remedy.
-
-    It is `Unreachable` if a server did not answer or replied 429 or 5xx.
-    """
+    """Turn MLflow's exceptions into an `AdfmError` with the remedy (`Unreachable` for no answer, 429 or 5xx)."""
     from mlflow.exceptions import MlflowException
     from requests.exceptions import RequestException  # type: ignore[import-untyped]
 
@@ -287,19 +270,14 @@ def experiment(name: str, model: str | None = None) -> str:
             existing = find_experiment(name)
             if existing is None or error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-    if model:
-        note = descriptions.to_write(existing.tags.get(descriptions.NOTE), descriptions.of_experiment(model))
-        if note:
-            store.set_experiment_tag(existing.experiment_id, descriptions.NOTE, note)
+    note = model and descriptions.to_write(existing.tags.get(descriptions.NOTE), descriptions.of_experiment(model))
+    if note:
+        store.set_experiment_tag(existing.experiment_id, descriptions.NOTE, note)
     return str(existing.experiment_id)
 
 
 def find_experiment(name: str) -> Experiment | None:
-    """Return the experiment `name`, if it exists.
-
-    Raises:
-        AdfmError: An experiment of that name was deleted.
-    """
+    """Return the experiment `name`, if it exists; raise `AdfmError` if it was deleted."""
     from mlflow import MlflowClient
 
     existing: Experiment | None = MlflowClient().get_experiment_by_name(name)
@@ -334,18 +312,15 @@ def run_page(run: Run, tab: str = "model-metrics") -> str:
 
 
 def code_version() -> dict[str, str]:
-    """Return `git_commit` of the current folder, and `git_dirty`: whether code or settings differ from it.
-
-    Without Git it is the commit that the image was built from (`ADFM_GIT_COMMIT`), and {} without an image.
-    """
-    commit = _git("rev-parse", "HEAD")
-    built_from = os.environ.get("ADFM_GIT_COMMIT", "")
-    if commit is None and re.fullmatch(r"[0-9a-f]{40}", built_from):
-        return {"git_commit": built_from, "git_dirty": "false", "mlflow.source.git.commit": built_from}
-    if commit is None:
-        return {}
+    """Return `git_commit` of the current folder or image, and `git_dirty`: whether code or settings differ; else {}."""
+    commit, dirty = _git("rev-parse", "HEAD"), "false"
+    if commit is None:  # an image has the commit that it was built from
+        commit = os.environ.get("ADFM_GIT_COMMIT", "")
+        if not re.fullmatch(r"[0-9a-f]{40}", commit):
+            return {}
     # No other files: the stages themselves change `dvc.lock` and metrics that are kept in Git.
-    dirty = str(bool(_git("status", "--porcelain", "--", ":/*.py", ":/*.yaml"))).lower()
+    elif _git("status", "--porcelain", "--", ":/*.py", ":/*.yaml"):
+        dirty = "true"
     return {"git_commit": commit, "git_dirty": dirty, "mlflow.source.git.commit": commit}
 
 
@@ -381,10 +356,8 @@ def impatient(timeout: int = 8, retries: int = 0) -> Iterator[None]:
 def _probe(uri: str) -> None:
     from mlflow import MlflowClient
 
-    path = sqlite_file(uri)
-    if path:
-        # First, because MLflow tries an unusable file for minutes.
-        try:
+    if path := sqlite_file(uri):
+        try:  # first, because MLflow tries an unusable file for minutes
             with closing(sqlite3.connect(path, timeout=8)) as database:
                 database.execute("BEGIN IMMEDIATE")
         except sqlite3.Error as error:
