@@ -4,25 +4,19 @@ import errno
 import re
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from kubernetes.client.exceptions import ApiException
 
 from adfm import tracking
 from adfm.errors import AdfmError
 from adfm.kubeflow import cluster, jobs, resources, volume
 from adfm.kubeflow.joblog import JobLog
 from adfm.kubeflow.jobs import TrainJobs, refusal
-from adfm.kubeflow.trainjob import Machines, train_job
+from adfm.kubeflow.trainjob import Json, Machines, train_job
 from adfm.models import hardware
 from adfm.params import Params, Train
 from adfm.process.pod import inside
-
-
-class _Own(NamedTuple):
-    """What a TrainJob takes over from the pod that creates it."""
-
-    owner: dict[str, Any] | None  # reference to the run's Workflow, with which the job is deleted
-    image: str
-    mlflow: list[dict[str, Any]]  # variables of KFP's MLflow plug-in: the machines use the task's server and run
 
 
 def job_name(run: str) -> str:
@@ -37,19 +31,17 @@ def check(train: Train, *, run: str, nodes: int, gpus: int, gpu_type: str) -> No
         AdfmError: The batch does not divide; there is no Kubeflow Trainer, an older one or no runtime; the account may
             not make TrainJobs; the claim is missing, cannot be shared or is not bound; the volume cannot be written.
     """
-    from kubernetes.client.exceptions import ApiException
-
     hardware.batch_split(train, nodes * max(gpus, 1))
     trainjobs = TrainJobs()
     claim, name = resources.WORKSPACE_CLAIM, job_name(run)
     work = Path(resources.WORKSPACE) / name
     try:
-        own = _own(trainjobs)
+        owner, image, variables = _own(trainjobs)
         machines = Machines(nodes, gpus, gpu_type, {}, [])
-        job = train_job(name, work, claim, own.image, machines, own.owner, own.mlflow)
+        job = train_job(name, work, claim, image, machines, owner, variables)
         # A dry run has to pass the schema, Trainer's webhooks and the account's rights.
         trainjobs.create(job, dry_run="All", patience=60.0)
-        free = volume.check(trainjobs, _volume_job(run), work, claim, own.image, own.owner)
+        free = volume.check(trainjobs, _volume_job(run), work, claim, image, owner)
     except ApiException as error:
         raise refusal(error, name) from error
     print(f"nodes     TrainJob accepted; volume {claim} is writable, {free / 2**30:.1f} GiB free")
@@ -60,16 +52,12 @@ def on_nodes(
     model: Path,
     out: Path,
     params: Params,
+    machines: Machines,
     *,
     run: str,
     workspace: Path,
     claim: str,
     image: str,
-    nodes: int,
-    gpus: int,
-    gpu_type: str,
-    node_selector: dict[str, str],
-    tolerations: list[dict[str, Any]],
 ) -> None:
     """Train on several machines by a TrainJob: start it or find it, follow its log, and copy its adapter.
 
@@ -78,35 +66,27 @@ def on_nodes(
         model: Folder that cold start wrote.
         out: Folder to write.
         params: All settings.
+        machines: On which it trains.
         run: Id of the pipeline's run; the job's name has its beginning.
         workspace: Where the shared volume is mounted, here and there.
         claim: The volume's claim.
         image: Of the containers.
-        nodes: Machines.
-        gpus: GPUs of each.
-        gpu_type: Resource that stands for a GPU.
-        node_selector: Labels of the machines.
-        tolerations: Of their taints.
 
     Raises:
         AdfmError: The batch does not divide, there is no cluster or no Kubeflow Trainer, the volume cannot be written,
             or the job failed or could not start.
     """
-    from kubernetes.client.exceptions import ApiException
-
     if not workspace.is_dir():
         raise AdfmError(f"{workspace} is not a folder; mount the volume {claim} there (deploy/runs/workspace.yaml).")
-    hardware.batch_split(params.train, nodes * max(gpus, 1))
-    trainjobs = TrainJobs()
-    name = job_name(run)
+    hardware.batch_split(params.train, machines.nodes * max(machines.gpus, 1))
+    trainjobs, name = TrainJobs(), job_name(run)
     work = workspace / name
     log = JobLog(trainjobs.core, trainjobs.namespace, name)
     try:
         if trainjobs.await_deletion(name):  # a task that is started again follows the job that is under way
             _copy_inputs(shards, model, work, params, claim)
-            own = _own(trainjobs)
-            machines = Machines(nodes, gpus, gpu_type, node_selector, tolerations)
-            job = train_job(name, work, claim, image, machines, own.owner, own.mlflow)
+            owner, _, variables = _own(trainjobs)
+            job = train_job(name, work, claim, image, machines, owner, variables)
             trainjobs.create(job, patience=jobs.OUTAGE)
         ended, why = trainjobs.follow(log)
         has_model = ended == "Complete" and (work / "trained").is_dir()
@@ -115,9 +95,8 @@ def on_nodes(
     except ApiException as error:
         raise refusal(error, name) from error
     if not ended:
-        raise AdfmError(
-            f"the TrainJob {name} cannot start, and is given up after {jobs.HOPELESS / 60:.0f} minutes: {why}."
-        )
+        minutes = f"{jobs.HOPELESS / 60:.0f} minutes"
+        raise AdfmError(f"the TrainJob {name} cannot start, and is given up after {minutes}: {why}.")
     if ended != "Complete":
         reasons = "; ".join(reason for reason in (log.error or why, log.last_end) if reason)
         raise AdfmError(f"the TrainJob {name} ended as {ended}: {reasons}; its log is above.")
@@ -130,8 +109,6 @@ def on_nodes(
 
 def end(run: str) -> None:
     """Delete the TrainJobs of a run that has ended, so that they do not hold GPUs; never raise."""
-    from kubernetes.client.exceptions import ApiException
-
     if not inside():
         return
     try:
@@ -158,18 +135,19 @@ def _copy_inputs(shards: Path, model: Path, work: Path, params: Params, claim: s
     except OSError as error:
         first: Any = error.args[0][0][2] if isinstance(error, shutil.Error) else error
         if isinstance(first, OSError) and first.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise AdfmError(
-                f"the volume {claim} is full: {first}; remove folders {work.parent}/adfm-* of runs that have ended."
-            ) from error
+            remedy = f"remove folders {work.parent}/adfm-* of runs that have ended"
+            raise AdfmError(f"the volume {claim} is full: {first}; {remedy}.") from error
         raise volume.not_writable(claim, first) from error
 
 
-def _own(trainjobs: TrainJobs) -> _Own:
+def _own(trainjobs: TrainJobs) -> tuple[Json | None, str, list[Json]]:
+    """Return what a TrainJob takes over from this pod: the run's Workflow as its owner, image, MLflow's variables."""
     pod = cluster.call(trainjobs.core.read_namespaced_pod, cluster.pod_name(), trainjobs.namespace, patience=60.0)
     main = next((each for each in pod.spec.containers if each.name == "main"), pod.spec.containers[0])
-    variables = [each for each in main.env or [] if each.name.startswith("MLFLOW_")]
+    # The job is deleted with the Workflow; by KFP's MLflow plug-in, the machines use the task's server and run.
     owner = next((each for each in pod.metadata.owner_references or [] if each.kind == "Workflow"), None)
-    return _Own(
+    variables = [each for each in main.env or [] if each.name.startswith("MLFLOW_")]
+    return (
         owner and {"apiVersion": owner.api_version, "kind": owner.kind, "name": owner.name, "uid": owner.uid},
         main.image,
         trainjobs.core.api_client.sanitize_for_serialization(variables),

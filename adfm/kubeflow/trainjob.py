@@ -6,8 +6,11 @@ from typing import Any, NamedTuple
 
 from adfm.kubeflow import resources
 from adfm.kubeflow.cluster import CONTAINER, GROUP, RUNTIME, VERSION
+from adfm.kubeflow.resources import Resources
 from adfm.process import environment
 from adfm.training.launch import command
+
+Json = dict[str, Any]
 
 
 class Machines(NamedTuple):
@@ -21,14 +24,8 @@ class Machines(NamedTuple):
 
 
 def train_job(
-    name: str,
-    work: Path,
-    claim: str,
-    image: str,
-    machines: Machines,
-    owner: dict[str, Any] | None,
-    variables: Sequence[dict[str, Any]],
-) -> dict[str, Any]:
+    name: str, work: Path, claim: str, image: str, machines: Machines, owner: Json | None, variables: Sequence[Json]
+) -> Json:
     """Return the TrainJob that trains on the data in the folder `work` of a shared volume.
 
     A machine gets what `adfm.kubeflow.resources` has for the task `train`, and is stopped after its hours.
@@ -68,23 +65,16 @@ def train_job(
     return job
 
 
-def volume_job(name: str, work: Path, claim: str, image: str, owner: dict[str, Any] | None = None) -> dict[str, Any]:
+def volume_job(name: str, work: Path, claim: str, image: str, owner: Json | None) -> Json:
     """Return the TrainJob of a small pod in which `adfm.kubeflow.volume.prepare` makes the folder `work`."""
     code = "import sys; from adfm.kubeflow import volume; volume.prepare(sys.argv[1])"
     prepare = ["python", "-c", code, str(work)]
-    job, _ = _job(name, resources.VOLUME_CHECK, claim, work.parent, image, prepare, owner)
-    return job
+    return _job(name, resources.VOLUME_CHECK, claim, work.parent, image, prepare, owner)[0]
 
 
 def _job(
-    name: str,
-    entry: resources.Resources,
-    claim: str,
-    mount: Path,
-    image: str,
-    command: list[str],
-    owner: dict[str, Any] | None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    name: str, entry: Resources, claim: str, mount: Path, image: str, command: list[str], owner: Json | None
+) -> tuple[Json, Json]:
     """Return a TrainJob of one machine with the volume, as Pod Security `restricted` admits it; and its pod's spec."""
     amounts = {"cpu": entry.cpu, "memory": entry.memory}
     container = {
@@ -92,7 +82,7 @@ def _job(
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
         "volumeMounts": [{"name": "workspace", "mountPath": str(mount)}],
     }
-    pod: dict[str, Any] = {
+    pod: Json = {
         "containers": [container],
         "imagePullSecrets": [{"name": resources.PULL_SECRET}],
         "securityContext": {
@@ -105,15 +95,13 @@ def _job(
     }
     # Istio's proxy, which a namespace of Kubeflow's profiles adds, would outlive the training and stand between nodes.
     template = {"metadata": {"labels": {"sidecar.istio.io/inject": "false"}}, "spec": pod}
-    patch = {"name": CONTAINER, "template": {"spec": {"template": template}}}
+    replicated = {"name": CONTAINER, "template": {"spec": {"template": template}}}
+    patch = {"template": {"spec": {"replicatedJobs": [replicated]}}}
+    metadata = {"name": name, "labels": {"app.kubernetes.io/part-of": "adfm"}}
     job = {
         "apiVersion": f"{GROUP}/{VERSION}",
         "kind": "TrainJob",
-        "metadata": {
-            "name": name,
-            "labels": {"app.kubernetes.io/part-of": "adfm"},
-            **({"ownerReferences": [owner]} if owner else {}),
-        },
+        "metadata": metadata | ({"ownerReferences": [owner]} if owner else {}),
         "spec": {
             "activeDeadlineSeconds": round(entry.hours * 3600),
             "runtimeRef": {"name": RUNTIME},
@@ -123,12 +111,7 @@ def _job(
                 "numNodes": 1,
                 "resourcesPerNode": {"limits": {**amounts}, "requests": {**amounts}},
             },
-            "runtimePatches": [
-                {
-                    "manager": "adfm.io/pipeline",
-                    "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [patch]}}},
-                }
-            ],
+            "runtimePatches": [{"manager": "adfm.io/pipeline", "trainingRuntimeSpec": patch}],
         },
     }
     return job, pod

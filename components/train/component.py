@@ -59,6 +59,7 @@ def train_on_nodes(
 
     with tasks.stage():
         from adfm.kubeflow.nodes import on_nodes
+        from adfm.kubeflow.trainjob import Machines
         from adfm.params import loads
 
         trained = Path(model.path)
@@ -67,15 +68,11 @@ def train_on_nodes(
             Path(sft.path),
             trained,
             loads(settings),
+            Machines(int(num_nodes), int(num_gpus), gpu_type, node_selector, tolerations),
             run=run,
             workspace=Path(workspace),
             claim=claim,
             image=image,
-            nodes=int(num_nodes),
-            gpus=int(num_gpus),
-            gpu_type=gpu_type,
-            node_selector=node_selector,
-            tolerations=tolerations,
         )
         tasks.name_artifacts({"Trained model": model})
         metrics = tasks.last_metrics(trained / "reward_curves.csv")

@@ -16,6 +16,7 @@ from kubernetes import client
 
 from adfm.errors import AdfmError
 from adfm.kubeflow import cluster, joblog, jobs, nodes, resources, volume
+from adfm.kubeflow.trainjob import Machines
 from adfm.params import Params
 from adfm.process import environment
 from tests.kubeflow.kubernetes_api import (
@@ -38,19 +39,10 @@ VOLUME_JOB = f"{JOB}-volume"
 OWNER = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "adfm-training-7xk2p", "uid": "0b1c"}
 
 
-def on_nodes(folder: Path, **changed: Any) -> None:
-    options: dict[str, Any] = {
-        "run": RUN,
-        "workspace": folder / "workspace",
-        "claim": "adfm-workspace",
-        "image": "localhost/adfm:gpu",
-        "nodes": 2,
-        "gpus": 4,
-        "gpu_type": GPU,
-        "node_selector": {"pool": "gpu"},
-        "tolerations": [{"key": "gpu", "operator": "Exists"}],
-    }
-    nodes.on_nodes(folder / "shards", folder / "sft", folder / "out", Params(), **options | changed)
+def on_nodes(folder: Path, image: str = "localhost/adfm:gpu", **changed: Any) -> None:
+    machines = Machines(2, 4, GPU, {"pool": "gpu"}, [{"key": "gpu", "operator": "Exists"}])._replace(**changed)
+    place: dict[str, Any] = {"workspace": folder / "workspace", "claim": "adfm-workspace", "image": image}
+    nodes.on_nodes(folder / "shards", folder / "sft", folder / "out", Params(), machines, run=RUN, **place)
 
 
 def check() -> None:
