@@ -7,38 +7,27 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from kubernetes import client, config
+from kubernetes.client.exceptions import ApiException
+from urllib3.exceptions import HTTPError
 
 from adfm.errors import AdfmError, Unreachable
 from adfm.process import retries
 
-if TYPE_CHECKING:
-    from kubernetes.client import ApiClient
-    from kubernetes.client.exceptions import ApiException
-
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
-GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
-"""Kubeflow Trainer's API."""
-
-RUNTIME = "torch-distributed"
-"""Kubeflow Trainer's runtime for a TrainJob."""
-
-CONTAINER = "node"
-"""Name of the replicated job, and of its container, in Kubeflow Trainer's Torch runtime."""
+GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"  # Kubeflow Trainer's API
+RUNTIME = "torch-distributed"  # Kubeflow Trainer's runtime for a TrainJob
+CONTAINER = "node"  # name of the replicated job, and of its container, in this runtime
 
 _TIMEOUT = (10, 60)  # seconds for the connection and for the answer; the client has no default
 _PAUSE = 10.0  # seconds
 
 
-def api() -> "ApiClient":
-    """Return a client of the cluster's API as the pod's service account.
-
-    Raises:
-        AdfmError: This is not a pod, or its service account's token is not mounted.
-    """
-    from kubernetes import client, config
-
+def api() -> client.ApiClient:
+    """Return a client of the API as the pod's service account; raise `AdfmError` where its token is not mounted."""
     configuration = client.Configuration()
     try:
         config.load_incluster_config(configuration)  # reads the token again as Kubernetes renews it
@@ -60,8 +49,7 @@ def namespace() -> str:
 
 def pod_name() -> str:
     """Return the pod's name."""
-    # KFP sets it; the host's name is cut off at 63 characters.
-    return os.environ.get("KFP_POD_NAME") or socket.gethostname()
+    return os.environ.get("KFP_POD_NAME") or socket.gethostname()  # KFP's first: the host's is cut at 63 characters
 
 
 def call(function: Callable[..., Any], *args: Any, patience: float = 0.0, **kwargs: Any) -> Any:
@@ -77,9 +65,6 @@ def call(function: Callable[..., Any], *args: Any, patience: float = 0.0, **kwar
         ApiException: The server's error; a transient one after `patience` seconds.
         Unreachable: There is no connection.
     """
-    from kubernetes.client.exceptions import ApiException
-    from urllib3.exceptions import HTTPError
-
     end = time.monotonic() + patience
     while True:
         try:
@@ -96,13 +81,13 @@ def call(function: Callable[..., Any], *args: Any, patience: float = 0.0, **kwar
         time.sleep(min(_PAUSE, max(end - time.monotonic(), 0.0)))
 
 
-def is_transient(error: "ApiException") -> bool:
+def is_transient(error: ApiException) -> bool:
     """Whether the same call may work in a minute."""
     # Besides those of `retries.is_transient`: no connection (0), and a token that was renewed meanwhile (401).
     return error.status in (0, 401) or retries.is_transient(error.status)
 
 
-def message(error: "ApiException") -> str:
+def message(error: ApiException) -> str:
     """Return the message of an API's error, e.g. of an admission webhook; its HTTP reason where it has none."""
     try:
         return str(json.loads(error.body)["message"] or error.reason)
@@ -112,6 +97,7 @@ def message(error: "ApiException") -> str:
 
 def claim_problem(claim: Any, name: str, namespace: str) -> str:
     """Return why several machines cannot train on a claim of the Kubernetes API, and what to do; "" if they can."""
+    place = f"{name} in the namespace {namespace}"
     if claim is None:
         return (
             f"the namespace {namespace} has no volume claim {name}, on which several machines train; "
@@ -120,13 +106,9 @@ def claim_problem(claim: Any, name: str, namespace: str) -> str:
     modes = (claim.spec and claim.spec.access_modes) or []
     if "ReadWriteMany" not in modes:
         return (
-            f"the volume claim {name} in the namespace {namespace} is {', '.join(modes) or 'without access mode'}, and "
-            "several machines write to it; make it again with ReadWriteMany and a storage class that has it "
-            "(deploy/runs/workspace.yaml)."
+            f"the volume claim {place} is {', '.join(modes) or 'without access mode'}, and several machines write to "
+            "it; make it again with ReadWriteMany and a storage class that has it (deploy/runs/workspace.yaml)."
         )
     if claim.status and claim.status.phase == "Lost":
-        return (
-            f"the volume of the claim {name} in the namespace {namespace} is lost (phase Lost); make the claim again "
-            "(deploy/runs/workspace.yaml)."
-        )
+        return f"the volume of the claim {place} is lost (phase Lost); make it again (deploy/runs/workspace.yaml)."
     return ""  # one that is not bound may be of a storage class that makes the volume for its first pod

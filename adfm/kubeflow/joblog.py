@@ -6,25 +6,24 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from kubernetes.client import CoreV1Api
+from kubernetes.client.exceptions import ApiException
 
 from adfm.errors import Unreachable
 from adfm.kubeflow import cluster
 from adfm.kubeflow.cluster import CONTAINER
 
-if TYPE_CHECKING:
-    from kubernetes.client import CoreV1Api
-
 _PATIENCE = 60.0  # seconds for which a log is requested again; a machine that was lost has none
 _TAIL = 20  # lines of a machine that failed
-_ERROR = "adfm: error: "  # before what the command line prints of an AdfmError
 
 
 @dataclass
 class JobLog:
     """The log of a TrainJob, as far as it was printed."""
 
-    core: "CoreV1Api"
+    core: CoreV1Api
     namespace: str
     name: str
     quiet: bool = False  # lines are kept and not printed
@@ -63,8 +62,6 @@ class JobLog:
         self._write(f"{self.last_end}, restart {restarts}" if restarts else self.last_end)
 
     def _print(self, pod: str, **options: Any) -> None:
-        from kubernetes.client.exceptions import ApiException
-
         now = time.monotonic()
         if pod in self._read_at:  # a minute more than has passed; lines that were printed are known by their time
             options["since_seconds"] = math.ceil(now - self._read_at[pod]) + 60
@@ -75,11 +72,9 @@ class JobLog:
                 return
             if error.status == 403:
                 raise
-            self._miss(pod, f"{error.status} {cluster.message(error)}")
-            return
+            return self._miss(pod, f"{error.status} {cluster.message(error)}")
         except Unreachable as error:
-            self._miss(pod, str(error))
-            return
+            return self._miss(pod, str(error))
         self.unread.pop(pod, None)
         self._read_at[pod] = now
         for line in lines:
@@ -93,15 +88,10 @@ class JobLog:
                 self._write(text)
 
     def _read(self, pod: str, **options: Any) -> list[str]:
-        response = self.core.read_namespaced_pod_log(
-            pod,
-            self.namespace,
-            container=CONTAINER,
-            timestamps=True,
-            _preload_content=False,  # the client decodes strictly, and takes a line of JSON for its answer
-            **options,
-        )
-        # Without `_preload_content` the connection may break here, and not in the call.
+        # With `_preload_content` the client would decode strictly, and take a line of JSON for its answer.
+        options |= {"container": CONTAINER, "timestamps": True, "_preload_content": False}
+        response = self.core.read_namespaced_pod_log(pod, self.namespace, **options)
+        # Without it the connection may break here, and not in the call.
         text: str = response.data.decode("utf-8", errors="replace")
         return text.split("\n")
 
@@ -113,6 +103,6 @@ class JobLog:
 
     def _write(self, text: str) -> None:
         self.tail.append(text)
-        self.error = text.partition(_ERROR)[2] or self.error
+        self.error = text.partition("adfm: error: ")[2] or self.error  # as the command line prints an AdfmError
         if not self.quiet:
             print(text, flush=True)

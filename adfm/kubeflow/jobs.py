@@ -2,23 +2,19 @@
 
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from kubernetes import client
+from kubernetes.client.exceptions import ApiException
 
 from adfm.errors import AdfmError
 from adfm.kubeflow import cluster
 from adfm.kubeflow.cluster import CONTAINER, GROUP, PLURAL, RUNTIME, VERSION
 from adfm.kubeflow.joblog import JobLog
 
-if TYPE_CHECKING:
-    from kubernetes.client.exceptions import ApiException
-
 DOCS = "docs/kubernetes.md (Several machines)"
-OUTAGE = 900.0
-"""Seconds for which the Kubernetes API may be away while a job is followed."""
-
-HOPELESS = 900.0
-"""Seconds after which a job is given up whose image or configuration cannot be used."""
-
+OUTAGE = 900.0  # seconds for which the Kubernetes API may be away while a job is followed
+HOPELESS = 900.0  # seconds after which a job is given up whose image or configuration cannot be used
 _POLL = 10.0  # seconds between two requests for the state of a job
 _QUIET = 180.0  # seconds after which a job that has not started is explained
 _DELETION = 600.0  # seconds for which a job of the same name may be on its way out
@@ -28,8 +24,6 @@ class TrainJobs:
     """The TrainJobs of this pod's namespace; raises `AdfmError` outside a pod with a service account."""
 
     def __init__(self) -> None:
-        from kubernetes import client
-
         try:
             api = cluster.api()
         except AdfmError as error:
@@ -41,8 +35,6 @@ class TrainJobs:
 
     def create(self, job: dict[str, Any], patience: float, **options: Any) -> None:
         """Create a job; one of its name that exists already is that of an earlier try."""
-        from kubernetes.client.exceptions import ApiException
-
         create = self._jobs.create_namespaced_custom_object
         try:
             cluster.call(create, *self._place, job, field_validation="Strict", patience=patience, **options)
@@ -52,17 +44,10 @@ class TrainJobs:
 
     def delete(self, name: str) -> bool:
         """Delete a job, its pods first; return whether it existed."""
-        from kubernetes.client.exceptions import ApiException
-
+        delete = self._jobs.delete_namespaced_custom_object
         try:
-            cluster.call(
-                self._jobs.delete_namespaced_custom_object,
-                *self._place,
-                name,
-                # A next job of the same name must not meet the JobSet of this one: Trainer would take it for its own.
-                propagation_policy="Foreground",
-                patience=60.0,
-            )
+            # A next job of the same name must not meet the JobSet of this one: Trainer would take it for its own.
+            cluster.call(delete, *self._place, name, propagation_policy="Foreground", patience=60.0)
         except ApiException as error:
             if error.status != 404:
                 raise
@@ -86,9 +71,8 @@ class TrainJobs:
 
         Args:
             log: Of the job.
-            within: Seconds after which it is given up, whatever it does. Without them, one that cannot start because
-                of its image, configuration or rights is given up after `HOPELESS` seconds; one that waits for a
-                machine or in a queue is not.
+            within: Seconds after which it is given up, whatever it does. Without them, only one that cannot start
+                because of its image, configuration or rights is given up, after `HOPELESS` seconds.
 
         Returns:
             `Complete` or `Failed`, "" for a job that was given up; and why.
@@ -102,9 +86,7 @@ class TrainJobs:
         while True:
             job = self._get(log.name)
             if job is None:
-                raise AdfmError(
-                    f"the TrainJob {log.name} was deleted while it was under way; the run has to be repeated."
-                )
+                raise AdfmError(f"the TrainJob {log.name} was deleted while it was under way; repeat the run.")
             pods = self._pods(log.name)
             log.show(pods)
             for condition in job.get("status", {}).get("conditions", []):
@@ -121,19 +103,15 @@ class TrainJobs:
             time.sleep(_POLL)
 
     def _get(self, name: str) -> dict[str, Any] | None:
-        jobs = cluster.call(
-            self._jobs.list_namespaced_custom_object,
-            *self._place,
-            field_selector=f"metadata.name={name}",
-            patience=OUTAGE,
-        )
+        selector = f"metadata.name={name}"
+        find = self._jobs.list_namespaced_custom_object
+        jobs = cluster.call(find, *self._place, field_selector=selector, patience=OUTAGE)
         return next(iter(jobs["items"]), None)
 
     def _pods(self, name: str) -> list[Any]:
-        """Return the pods of a job, oldest first."""
         selector = f"jobset.sigs.k8s.io/jobset-name={name}"
         pods = cluster.call(self.core.list_namespaced_pod, self.namespace, label_selector=selector, patience=OUTAGE)
-        return sorted(pods.items, key=lambda pod: pod.metadata.creation_timestamp)
+        return sorted(pods.items, key=lambda pod: pod.metadata.creation_timestamp)  # oldest first
 
     def _waiting(self, job: dict[str, Any], pods: list[Any]) -> tuple[str, bool]:
         """Return why not all pods of a job run, "" if they do; and whether waiting does not help."""
@@ -158,8 +136,6 @@ class TrainJobs:
 
     def _warning(self, name: str) -> str:
         """Return the last warning about an object; "" without one, or where events may not be read."""
-        from kubernetes.client.exceptions import ApiException
-
         selector = f"involvedObject.name={name},type=Warning"
         try:
             events = cluster.call(self.core.list_namespaced_event, self.namespace, field_selector=selector).items
@@ -169,7 +145,7 @@ class TrainJobs:
         return f"{events[-1].reason}: {events[-1].message}" if events else ""
 
 
-def refusal(error: "ApiException", name: str) -> AdfmError:
+def refusal(error: ApiException, name: str) -> AdfmError:
     """Return the API's error about a TrainJob in words, with what to do."""
     message = cluster.message(error)
     install = f"install Kubeflow Trainer 2.2 or newer, with its runtimes: {DOCS}"

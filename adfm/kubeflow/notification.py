@@ -1,16 +1,18 @@
 """Notification at the end of a run: how it ended, which stage failed and why, the version and its gate verdict, a link.
 
-The state is that of Argo's Workflow (`adfm.kubeflow.workflows`). Without the right to read it, the notification leaves
-the state out, and has what is known and the right to grant.
+The state is that of Argo's Workflow. Without the right to read it, the notification names the right to grant instead.
 """
 
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
+
+from kubernetes import client
+from kubernetes.client.exceptions import ApiException
 
 from adfm import params, tracking
 from adfm.errors import AdfmError, Unreachable
@@ -24,20 +26,13 @@ from adfm.registry.alerts import alert
 from adfm.text import one_line, printable, shortened
 from adfm.tracking import VERSION_TAG
 
-PROMOTION = "adfm-promotion"
-"""The pipeline that sends no message when it had nothing to do."""
-
+PROMOTION = "adfm-promotion"  # the pipeline that sends no message when it had nothing to do
 _PAUSES = (2.0, 10.0)  # seconds between requests to the Kubernetes API
 _MOST = 5  # failed tasks that are listed
 _LONGEST = 400  # characters of an error
 _CLOCKS = timedelta(seconds=30)  # by which those of a cluster's machines may differ
 _RUN_LABEL = "pipeline/runid"  # of KFP, on a Workflow and its pods: backend/src/common/util/consts.go
 _WORKFLOW_LABEL = "workflows.argoproj.io/workflow"  # of Argo, on a pod
-_WORDS: dict[State, tuple[str, str]] = {
-    "succeeded": ("succeeded", "in"),
-    "failed": ("failed", "after"),
-    "terminated": ("was terminated", "after"),
-}
 _STATES: dict[str, State] = {"SUCCEEDED": "succeeded", "FAILED": "failed", "CANCELLED": "terminated"}
 
 
@@ -66,7 +61,10 @@ def notify(name: str, status: Status, run: str, settings: str, ui: str) -> str:
     if not versions and name != PROMOTION:
         versions = ["no version was registered"]
     link = _link(ui, run) if pod.is_task() else f"run {run}"
-    text = "\n".join([_headline(name, outcome), *_failure_lines(outcome.failures), *versions, link])
+    failures = [str(failure) for failure in outcome.failures[:_MOST]]
+    if len(outcome.failures) > _MOST:
+        failures.append(f"and {len(outcome.failures) - _MOST} more")
+    text = "\n".join([_headline(name, outcome), *failures, *versions, link])
     print(text)
     # A scheduled promotion that has nothing to do would otherwise send 144 messages a day.
     if name == PROMOTION and not versions and _is_quiet(outcome, status):
@@ -84,9 +82,6 @@ def _is_quiet(outcome: Outcome, status: Status) -> bool:
     return outcome.state == "succeeded"
 
 
-# --------------------------------------------------------------------------------------------------------- the outcome
-
-
 def _outcome(status: Status, run: str) -> Outcome:
     if not pod.is_task():
         return _local(status)
@@ -99,20 +94,24 @@ def _outcome(status: Status, run: str) -> Outcome:
                 time.sleep(pause)
         return workflows.outcome(_workflow(status, run), status.pipeline_task_name)
     except Exception as error:  # people hear that the run has ended whatever the cluster answers
-        return _unknown(status, _error_line(error), _pods_if_allowed(run))
+        return _unknown(status, _error_line(error), run)
 
 
 def _local(status: Status) -> Outcome:
-    # The state of a local run is right.
-    state = _STATES.get(status.state)
+    state = _STATES.get(status.state)  # that of a local run is right
     reason = printable(status.error_message.strip())
     failures = (Failure("", reason),) if reason else ()
     started = workflows.moment(os.environ.get(pod.STARTED))
     return Outcome(state, failures, started, unknown="" if state else f"its state is {status.state!r}.")
 
 
-def _unknown(status: Status, why: str, pods: list[dict[str, Any]]) -> Outcome:
+def _unknown(status: Status, why: str, run: str) -> Outcome:
     """Return what is known without the Workflow: the pods that failed, and when the first one started."""
+    pods = []
+    try:
+        pods = _pods(run)
+    except Exception as error:  # as in `_outcome`
+        print(f"the pods of the run are not known either: {error}")
     failures = workflows.failures_of_pods(pods)
     if status.state == "FAILED" and not failures:  # RUNNING and COMPLETE prove nothing
         text = status.error_message.strip() or "Kubeflow Pipelines has it as FAILED, which a later try may have mended"
@@ -123,16 +122,10 @@ def _unknown(status: Status, why: str, pods: list[dict[str, Any]]) -> Outcome:
 
 
 def _workflow(status: Status, run: str) -> dict[str, Any]:
-    from kubernetes import client
-
     name = status.pipeline_job_resource_name or _workflow_of_pods(run)
-    workflow: dict[str, Any] = _read(
-        client.CustomObjectsApi(cluster.api()).get_namespaced_custom_object,
-        *("argoproj.io", "v1alpha1", cluster.namespace(), "workflows", name),
-        what=f"Argo's Workflow {name}",
-        right="`get` workflows of argoproj.io",
-    )
-    return workflow
+    get = client.CustomObjectsApi(cluster.api()).get_namespaced_custom_object
+    place = ("argoproj.io", "v1alpha1", cluster.namespace(), "workflows", name)
+    return dict(_read(get, *place, what=f"Argo's Workflow {name}", right="`get` workflows of argoproj.io"))
 
 
 def _workflow_of_pods(run: str) -> str:
@@ -143,36 +136,15 @@ def _workflow_of_pods(run: str) -> str:
 
 
 def _pods(run: str) -> list[dict[str, Any]]:
-    from kubernetes import client
-
     api = cluster.api()
-    pods = _read(
-        client.CoreV1Api(api).list_namespaced_pod,
-        cluster.namespace(),
-        label_selector=f"{_RUN_LABEL}={run}",
-        what=f"the pods of run {run}",
-        right="`list` pods",
-    )
+    find, selector = client.CoreV1Api(api).list_namespaced_pod, f"{_RUN_LABEL}={run}"
+    what = f"the pods of run {run}"
+    pods = _read(find, cluster.namespace(), label_selector=selector, what=what, right="`list` pods")
     return [api.sanitize_for_serialization(pod) for pod in pods.items]
 
 
-def _pods_if_allowed(run: str) -> list[dict[str, Any]]:
-    try:
-        return _pods(run)
-    except Exception as error:  # as in `_outcome`
-        print(f"the pods of the run are not known either: {error}")
-        return []
-
-
 def _read(function: Callable[..., Any], *args: Any, what: str, right: str, **options: Any) -> Any:
-    """Call a method of the Kubernetes API that reads `what`, for which the service account needs `right`.
-
-    Raises:
-        Unreachable: The API does not answer, or not now.
-        AdfmError: The account lacks the right, or the object does not exist.
-    """
-    from kubernetes.client.exceptions import ApiException
-
+    """Call a method of the Kubernetes API that reads `what`, for which the service account needs `right`."""
     try:
         return cluster.call(function, *args, **options)
     except ApiException as error:
@@ -189,9 +161,6 @@ def _read(function: Callable[..., Any], *args: Any, what: str, right: str, **opt
         ) from error
 
 
-# ------------------------------------------------------------------------------------------------ versions, production
-
-
 def _versions(name: str, settings: str, run: str, outcome: Outcome) -> list[str]:
     """Return what the run did to the registered model, a line each; or why that is not known."""
     try:
@@ -201,9 +170,8 @@ def _versions(name: str, settings: str, run: str, outcome: Outcome) -> list[str]
                 return _promoted(loaded.mlflow.registered_model, outcome.started)
             return _registered(loaded.mlflow, run)
     except Exception as error:  # nothing of MLflow may keep the end of a run from people
-        return [
-            f"{'what was promoted' if name == PROMOTION else 'the gate verdict'} is not known: {_error_line(error)}"
-        ]
+        what = "what was promoted" if name == PROMOTION else "the gate verdict"
+        return [f"{what} is not known: {_error_line(error)}"]
 
 
 def _registered(place: Mlflow, run: str) -> list[str]:
@@ -218,8 +186,7 @@ def _registered(place: Mlflow, run: str) -> list[str]:
 
 
 def _submitted_again(place: Mlflow, run: str) -> list[Any]:
-    """Return versions that an earlier run registered from the same model, and whose tag names that run."""
-    # The run of `register` in MLflow names them.
+    # Versions that an earlier run registered from the same model; the run of `register` in MLflow names them.
     store, ids = tracking.client(), []
     if experiment := tracking.find_experiment(place.experiment):
         ids.append(experiment.experiment_id)
@@ -250,22 +217,13 @@ def _promoted(name: str, started: datetime | None) -> list[str]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------ the text
-
-
 def _headline(name: str, outcome: Outcome) -> str:
     ended = outcome.ended or datetime.now(UTC)
-    duration = f"{(ended - outcome.started).total_seconds():.0f} s" if outcome.started else ""
+    after = "in" if outcome.state == "succeeded" else "after"
+    duration = f" {after} {(ended - outcome.started).total_seconds():.0f} s" if outcome.started else ""
     if outcome.state is None:
-        after = f" after {duration}" if duration else ""
-        return f"{name} has ended{after}. Whether it succeeded is not known: {outcome.unknown}"
-    words, preposition = _WORDS[outcome.state]
-    return f"{name} {words} {preposition} {duration}" if duration else f"{name} {words}"
-
-
-def _failure_lines(failures: Sequence[Failure]) -> list[str]:
-    more = len(failures) - _MOST
-    return [*map(str, failures[:_MOST]), *([f"and {more} more"] if more > 0 else [])]
+        return f"{name} has ended{duration}. Whether it succeeded is not known: {outcome.unknown}"
+    return f"{name} {'was terminated' if outcome.state == 'terminated' else outcome.state}{duration}"
 
 
 def _error_line(error: Exception) -> str:

@@ -1,7 +1,4 @@
-"""What each pod of a run gets on a cluster: image, CPU, memory, GPU, time, retries, caching, secrets, volumes.
-
-One table for the tasks of the pipelines and for the machines of a TrainJob.
-"""
+"""What a pod of a run or TrainJob gets: image, CPU, memory, GPU, time, retries, caching, secrets, volumes."""
 
 # Components import this module where they are defined, so it imports nothing but the standard library.
 import os
@@ -44,11 +41,8 @@ RESOURCES = {
 }
 """By the name of the task in a pipeline, which is that of its component's function with hyphens."""
 
-MACHINE = "train"
-"""The task whose resources each machine of a TrainJob gets."""
-
-VOLUME_CHECK = Resources("500m", "1Gi", 0.5)
-"""What the pod gets that checks the volume before a TrainJob."""
+MACHINE = "train"  # the task whose resources each machine of a TrainJob gets
+VOLUME_CHECK = Resources("500m", "1Gi", 0.5)  # of the pod that checks the volume before a TrainJob
 
 # MLflow's and the data's variables have names of our own: KFP's launcher runs in the task's container and would take
 # `AWS_*` for those of the pipeline root, and KFP's MLflow plug-in sets `MLFLOW_*` itself.
@@ -71,22 +65,14 @@ SECRETS = {
 }
 """Kubernetes secrets, and the environment variable that each of their keys becomes; all are optional."""
 
-KEYS = "/etc/adfm/keys"
-"""Folder of the keys: the public ones of every task, and the private one of the tasks that sign."""
-
-SIGNING = "adfm-signing"
-"""The secret with the private key."""
-
+KEYS = "/etc/adfm/keys"  # folder of the keys: the public ones of every task, the private one of those that sign
+SIGNING = "adfm-signing"  # the secret with the private key
+# ConfigMaps that every task has, and where they are mounted: public keys, the private authority; all are optional.
 CONFIG_MAPS = {"adfm-submitters": f"{KEYS}/submitters", "adfm-service": f"{KEYS}/service", CA: CA_FOLDER}
-"""ConfigMaps that every task has, and where they are mounted: public keys, the private authority; all are optional."""
-
 PULL_SECRET = "adfm-registry"
 SHARED_MEMORY = "8Gi"
-USER = 1000
-"""User and group of all containers, and of the files on the volume."""
-
-WORKSPACE, WORKSPACE_CLAIM = "/workspace", "adfm-workspace"
-"""Where the volume on which several machines train is mounted, and its claim."""
+USER = 1000  # user and group of all containers, and of the files on the volume
+WORKSPACE, WORKSPACE_CLAIM = "/workspace", "adfm-workspace"  # the volume on which several machines train: mount, claim
 
 
 def image(task: str) -> str:

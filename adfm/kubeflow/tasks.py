@@ -22,24 +22,15 @@ from adfm.params import Evaluate, Params, loads
 from adfm.process import environment, pod, stopping
 from adfm.text import printable_output
 
-RUN_TAG = "kfp_run_id"
-"""Tag of a version, and of the run of `register` in MLflow: the run of the pipeline that registered it."""
-
-REVISION_TAG = "data_revision"
-"""Tag of a version: the revision of the data of its run."""
-
+RUN_TAG = "kfp_run_id"  # of a version, and of the run of `register` in MLflow: the pipeline's run that registered it
+REVISION_TAG = "data_revision"  # of a version: the revision of the data of its run
+# Resources by which the device plugins of Kubernetes announce GPUs; besides them, parts of one: `nvidia.com/mig-…`.
 GPUS = ("nvidia.com/gpu", "amd.com/gpu", "gpu.intel.com/i915", "gpu.intel.com/xe", "habana.ai/gaudi")
-"""Resources by which the device plugins of Kubernetes announce GPUs; besides them, parts of one: `nvidia.com/mig-…`."""
-
-CANDIDATE = "trained"
-"""Name of the model in an evaluation that the run has trained."""
-
+CANDIDATE = "trained"  # name of the model in an evaluation that the run has trained
+# Metrics that head the tables of a run's page.
 TRAINING_FIRST = ("reward", *MEANS, "utilisation", "kl", "step")
 SFT_FIRST = ("loss", "mean_token_accuracy", "step")
-"""Metrics that head the tables of a run's page."""
-
 _EVALUATION_FIRST = ("balanced_accuracy", "miss_rate", "overkill", "iou")
-_ANSWERS = ("normal", "anomalous", "unparseable")
 _ROC_POINTS = 200
 _CONVERSION = ("seed", "convert", "split", "validation", "mlflow")
 
@@ -73,8 +64,7 @@ def stage(tolerant: bool = False) -> Iterator[None]:
             _end("terminated by SIGTERM: the run was terminated, or its pod deleted", 143)
         except Exception as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                where = error.filename or "a file"
-                _end(f"{where}: the disk is full; use nodes with more ephemeral storage.", 1)
+                _end(f"{error.filename or 'a file'}: the disk is full; use nodes with more ephemeral storage.", 1)
             termination.leave(f"{type(error).__name__}: {error}")
             raise
 
@@ -103,9 +93,8 @@ def check(
         what the inspection of a part reads; what conversion and validation read.
 
     Raises:
-        AdfmError: Settings or GPUs are wrong, model or MLflow cannot be used, or what only a secret of the cluster can
-            give is missing: MLflow's address, or keys for S3 that the service account does not stand for; or the
-            cluster lacks what a TrainJob needs.
+        AdfmError: Settings or GPUs are wrong, model or MLflow cannot be used, MLflow's address or credentials for S3
+            are missing, or the cluster lacks what a TrainJob needs.
     """
     from adfm import preflight
 
@@ -122,19 +111,26 @@ def check(
     preflight.check(params, gpus=num_nodes * max(num_gpus, 1) if num_nodes else num_gpus)
     source = params.fetch.source
     if pod.is_task() and source.startswith("s3://"):
-        _require_s3_keys(source)
+        from adfm.data import s3
+
+        if not s3.has_credentials():
+            raise AdfmError(
+                f"{source} cannot be read: neither the service account nor a secret gives credentials for S3; make the "
+                "secret adfm-s3 in the namespace of the runs, with the keys access-key and secret-key "
+                "(deploy/runs/secrets.example.yaml)."
+            )
     if num_nodes:
         from adfm.kubeflow import nodes
 
         nodes.check(params.train, run=run, nodes=num_nodes, gpus=num_gpus, gpu_type=gpu_type)
-    return (
-        tracking.settings(params),
-        source,
-        params.fetch.name,
-        revision or fixed_revision(source) or tracking.now(),
-        _inspection(params),
-        _conversion(params),
-    )
+    revision = revision or fixed_revision(source) or tracking.now()
+    # Settings that the inspection of a part does not read are left at their defaults.
+    convert = params.convert.model_dump(exclude={"shard_images"})
+    split = params.split.model_dump(include={"group", "holdout_categories"})
+    inspection = tracking.settings(Params.model_validate({"convert": convert, "split": split}), "convert", "split")
+    # Without kinds it is the same whatever the section `sft` says, so that the task's result is used again.
+    conversion = tracking.settings(params, *_CONVERSION) + "sft:\n  kinds: true\n" * params.sft.kinds
+    return tracking.settings(params), source, params.fetch.name, revision, inspection, conversion
 
 
 def unused_settings(evaluate: Evaluate) -> list[str]:
@@ -147,36 +143,12 @@ def unused_settings(evaluate: Evaluate) -> list[str]:
     ]
 
 
-def _conversion(params: Params) -> str:
-    # Without kinds it is the same whatever the section `sft` says, so that the task's result is used again.
-    return tracking.settings(params, *_CONVERSION) + "sft:\n  kinds: true\n" * params.sft.kinds
-
-
-def _inspection(params: Params) -> str:
-    # Settings that the inspection of a part does not read are left at their defaults.
-    convert = params.convert.model_dump(exclude={"shard_images"})
-    split = params.split.model_dump(include={"group", "holdout_categories"})
-    return tracking.settings(Params.model_validate({"convert": convert, "split": split}), "convert", "split")
-
-
-def _require_s3_keys(source: str) -> None:
-    from adfm.data import s3
-
-    if not s3.has_credentials():
-        raise AdfmError(
-            f"{source} cannot be read: neither the service account nor a secret gives credentials for S3; make the "
-            "secret adfm-s3 in the namespace of the runs, with the keys access-key and secret-key "
-            "(deploy/runs/secrets.example.yaml)."
-        )
-
-
 def check_gpus(gpu_type: str, num_gpus: int) -> None:
     """Raise `AdfmError` for a type of GPU that no device plugin announces, or a negative number of them."""
     if gpu_type not in GPUS and not re.fullmatch(r"nvidia\.com/mig-\d+g\.\d+gb(\.me)?", gpu_type):
         near = difflib.get_close_matches(gpu_type, GPUS, n=1, cutoff=0)[0]
-        raise AdfmError(
-            f"there is no GPU type {gpu_type!r}; the nearest is {near}. Known: {', '.join(GPUS)}, nvidia.com/mig-…"
-        )
+        known = ", ".join([*GPUS, "nvidia.com/mig-…"])
+        raise AdfmError(f"there is no GPU type {gpu_type!r}; the nearest is {near}. Known: {known}")
     if num_gpus < 0:
         raise AdfmError(f"num_gpus is {num_gpus}; it has to be 0 or more.")
 
@@ -211,7 +183,7 @@ def convert(raw: Path, shards: Path, validation: Path, params: Params, parts: Se
         raw: Archive of the data set, as `adfm.data.packed.pack` writes it.
         shards: Folder of shards to write.
         validation: Folder of the report to write.
-        params: Reads `seed`, `convert`, `split`, `validate`, `register` and `sft.kinds`.
+        params: Reads `seed`, `convert`, `split`, `validation`, `mlflow` and `sft.kinds`.
         parts: Folders of the inspected parts; without any, the images are inspected here.
 
     Returns:
@@ -262,16 +234,13 @@ def last_metrics(curves: Path) -> dict[str, float]:
 
 
 def evaluation_metrics(evaluation: Path) -> tuple[dict[str, float], list[str]]:
-    """Return `<model>/<metric>` of an evaluation's headlines, and the names of those that the gate judges.
-
-    These are of the candidate's decisions at the threshold where it has one, as the gate takes them.
-    """
+    """Return `<model>/<metric>` of an evaluation's headlines, and the names of those that the gate judges."""
     metrics = {}
     for file in sorted((evaluation / "metrics").glob("*.json")):
         for metric, value in json.loads(file.read_text(encoding="utf-8")).items():
             metrics[f"{file.stem}/{metric}"] = value
     candidate = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))[CANDIDATE]
-    suffix = "" if candidate.get("threshold") is None else "_at_threshold"
+    suffix = "" if candidate.get("threshold") is None else "_at_threshold"  # as the gate takes the decisions
     first = {f"{CANDIDATE}/{metric}{suffix}": candidate.get(metric + suffix) for metric in _EVALUATION_FIRST}
     return {name: float(value) for name, value in (metrics | first).items() if value is not None}, list(first)
 
@@ -299,15 +268,14 @@ def log_metrics(artifact: Any, title: str, metrics: Mapping[str, float], first: 
 
 def name_artifacts(titles: Mapping[str, Any]) -> None:
     """Give artifacts of KFP names for its pages."""
-    # Without `display_name`, KFP's launcher takes the name of the output (backend/src/v2/metadata/client.go,
-    # `RecordArtifact`).
+    # Without it, KFP's launcher takes the name of the output (`RecordArtifact` in backend/src/v2/metadata/client.go).
     for title, artifact in titles.items():
         artifact.metadata["display_name"] = title
 
 
 def confusion(evaluation: Path) -> tuple[list[str], list[list[int]]]:
     """Return labels, and how many images of each (row) the candidate of an evaluation decided to be each (column)."""
-    return _crosstab(evaluation / "plots" / "confusion.csv", "decision", _ANSWERS)
+    return _crosstab(evaluation / "plots" / "confusion.csv", "decision", ("normal", "anomalous", "unparseable"))
 
 
 def kinds(evaluation: Path) -> tuple[list[str], list[list[int]]] | None:
@@ -317,7 +285,6 @@ def kinds(evaluation: Path) -> tuple[list[str], list[list[int]]] | None:
 
 
 def _crosstab(file: Path, column: str, labels: Sequence[str] = ()) -> tuple[list[str], list[list[int]]]:
-    """Return labels, by default those of both, and the counts of `actual` (rows) against a column."""
     import pandas as pd
 
     rows = pd.read_csv(file, dtype=str, keep_default_na=False)  # a kind may be called NA
@@ -327,15 +294,12 @@ def _crosstab(file: Path, column: str, labels: Sequence[str] = ()) -> tuple[list
 
 
 def roc(evaluation: Path) -> tuple[list[float], list[float], list[float]]:
-    """Return the ROC curve of the candidate of an evaluation: false and true positive rates, and thresholds.
-
-    It has 200 points at most, its ends among them, and none if only one class was there.
-    """
+    """Return the candidate's ROC curve, 200 points at most: false and true positive rates, and thresholds."""
     import numpy as np
     import pandas as pd
 
-    points = pd.read_csv(evaluation / "plots" / "roc.csv", dtype=float)
-    if len(points) > _ROC_POINTS:
+    points = pd.read_csv(evaluation / "plots" / "roc.csv", dtype=float)  # empty if only one class was there
+    if len(points) > _ROC_POINTS:  # its ends stay
         points = points.iloc[np.linspace(0, len(points) - 1, _ROC_POINTS).astype(int)]
     # The first threshold is infinity, which JSON lacks; no probability reaches 2.
     return points["fpr"].tolist(), points["tpr"].tolist(), points["threshold"].clip(upper=2.0).tolist()
@@ -405,8 +369,7 @@ def version_link(model: str, version: str) -> str:
 def promote(version: str, settings: str, by: str, page: str) -> None:
     """Promote a version, and write the history as a page.
 
-    Without a version, do what the approvals service does at each poll: accept submissions, then promote what is newly
-    approved.
+    Without a version, accept submissions, then promote what is newly approved, as the approvals service does.
 
     Raises:
         AdfmError: As `adfm.registry.registration.accept` and `adfm.registry.promotion.promote`.

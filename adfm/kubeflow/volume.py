@@ -4,6 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from kubernetes.client.exceptions import ApiException
+
 from adfm.errors import AdfmError
 from adfm.kubeflow import cluster, resources
 from adfm.kubeflow.joblog import JobLog
@@ -52,8 +54,6 @@ def not_writable(claim: str, why: object) -> AdfmError:
 
 
 def _check_claim(jobs: TrainJobs, name: str) -> None:
-    from kubernetes.client.exceptions import ApiException
-
     claim: Any = None
     try:
         read = jobs.core.read_namespaced_persistent_volume_claim
@@ -86,8 +86,5 @@ def _answer(jobs: TrainJobs, name: str, claim: str) -> str:
         problem = f"it has not started in {_PROBE / 60:.0f} minutes"
     else:
         problem = f"its pod has been running for {_PROBE / 60:.0f} minutes; does its storage answer"
-    reason = log.last_end or why
-    raise AdfmError(
-        f"the volume {claim} could not be tried by the TrainJob {name}: {problem}{reason and f': {reason}'}; "
-        f"see {DOCS}."
-    )
+    cause = ": ".join(filter(None, (problem, log.last_end or why)))
+    raise AdfmError(f"the volume {claim} could not be tried by the TrainJob {name}: {cause}; see {DOCS}.")

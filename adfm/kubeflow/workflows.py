@@ -1,11 +1,9 @@
 """How a run of a pipeline ended, from the Workflow of Argo that Kubeflow Pipelines made of it.
 
-KFP's own final status says `COMPLETE`, `RUNNING` or `FAILED` without a reason, and stays `RUNNING` when a pod was
-killed, a driver failed or a loop's tasks came from the cache; the nodes of the Workflow are right. Their form is that
-of KFP 2.17 (backend/src/v2/compiler/argocompiler/dag.go, container.go) and Argo Workflows 4.0
-(workflow/controller/operator.go, exec_control.go, workflow/packer/packer.go). A node's name is its path, such as
-`adfm-training-x7k2p.root.exit-handler-1.train.executor`: the Workflow, KFP's root DAG, its exit handler, the task (a
-DAG of one), its pod.
+KFP's own final status has no reason, and stays `RUNNING` when a pod was killed, a driver failed or a loop's tasks came
+from the cache. The nodes' form is that of KFP 2.17 (backend/src/v2/compiler/argocompiler/dag.go, container.go) and Argo
+Workflows 4.0 (workflow/controller/operator.go, exec_control.go, workflow/packer/packer.go). A node's name is its path,
+`adfm-training-x7k2p.root.exit-handler-1.train.executor`: Workflow, KFP's root DAG, exit handler, task (a DAG), pod.
 """
 
 import base64
@@ -26,9 +24,7 @@ from adfm.text import printable, shortened
 State = Literal["succeeded", "failed", "terminated"]
 Node = Mapping[str, Any]
 
-NODE_NAME = "workflows.argoproj.io/node-name"
-"""Annotation of a pod: the name of its node."""
-
+NODE_NAME = "workflows.argoproj.io/node-name"  # annotation of a pod: the name of its node
 _FAILED = ("Failed", "Error")
 _EXIT = ".onExit"  # after the name of the exit handler: what runs after it
 _TRY = re.compile(r"\((\d+)\)$")  # after the name of a node of the type Retry
@@ -44,6 +40,7 @@ _CONTAINER = re.compile(r"(?s)(?P<name>[\w.-]+): (?P<reason>\w*) \(exit code (?P
 _REFUSED = re.compile(
     r'(?s)(?:pods "[^"]*" is forbidden|Pod "[^"]*" is invalid|admission webhook "[^"]*" denied the request): (.*)'
 )
+_RAISE_LIMIT = "raise the limit in adfm/kubeflow/resources.py and submit again"
 _LONGEST = 400  # characters of a reason; five of them and the link fit into a message
 
 
@@ -94,7 +91,9 @@ def outcome(workflow: Mapping[str, Any], task: str) -> Outcome:
         return Outcome("succeeded", (), started, ended)
     if phase not in _FAILED:
         raise Unreachable(f"{handler.get('displayName')} is {phase} in Argo's Workflow, and has not ended.")
-    is_terminated = _is_terminated(workflow.get("spec") or {})
+    spec = workflow.get("spec") or {}
+    # KFP terminates a run by a deadline of 0 seconds; Argo then fails what runs with `Step exceeded its deadline`.
+    is_terminated = spec.get("activeDeadlineSeconds") == 0 or spec.get("shutdown") in ("Terminate", "Stop")
     failures = []
     for leaf in sorted(tree.failed(handler), key=lambda leaf: (leaf.get("finishedAt") or "", leaf["name"])):
         name = task_of(leaf["name"]) if task_of(leaf["name"]) != task_of(handler["name"]) else ""
@@ -122,12 +121,10 @@ def nodes(status: Mapping[str, Any]) -> dict[str, Node]:
 
 
 class _Tree:
-    """The nodes of a Workflow by the DAG that they belong to, their `boundaryID`.
+    """The nodes of a Workflow by the DAG that they belong to, their `boundaryID`."""
 
-    A template with a retry strategy is a node of the type Retry, whose tries are nodes of the same DAG. With the
-    `templateDefaults` of a stock controller, every template has one.
-    """
-
+    # A template with a retry strategy is a node of the type Retry, whose tries are nodes of the same DAG. With the
+    # `templateDefaults` of a stock controller, every template has one.
     def __init__(self, nodes: Mapping[str, Node]) -> None:
         self._nodes = nodes
         self._by_name = {node["name"]: node for node in nodes.values()}
@@ -195,7 +192,7 @@ def _explain(message: str, task: str) -> str:
         return f"the cluster refused its pod: {refused[1]}"
     if "active on the node longer than the specified deadline" in message:  # kubelet, pkg/kubelet/active_deadline.go
         limit = f" of {RESOURCES[task].hours:g} h" if task in RESOURCES else ""
-        return f"it ran longer than its limit{limit}; raise the limit in adfm/kubeflow/resources.py and submit again"
+        return f"it ran longer than its limit{limit}; {_RAISE_LIMIT}"
     if message == "pod deleted":
         return "its pod was deleted: its node was drained or lost, or somebody removed it"
     if _STOPPED.search(message):
@@ -208,10 +205,7 @@ def _container(match: re.Match[str], task: str) -> str:
     line = _own_line(match["message"] or "")
     if match["reason"] == "OOMKilled":
         limit = f" of {RESOURCES[task].memory}" if task in RESOURCES and name == "main" else ""
-        text = (
-            f"out of memory: it needed more than its limit{limit}; raise the limit in adfm/kubeflow/resources.py and "
-            "submit again"
-        )
+        text = f"out of memory: it needed more than its limit{limit}; {_RAISE_LIMIT}"
         return f"{text} ({line})" if line else text
     if line:
         return line
@@ -266,11 +260,5 @@ def moment(text: Any) -> datetime | None:
     return value if value.tzinfo else value.replace(tzinfo=UTC)
 
 
-def _is_terminated(spec: Mapping[str, Any]) -> bool:
-    # KFP terminates a run by a deadline of 0 seconds; Argo then fails what runs with `Step exceeded its deadline`.
-    return spec.get("activeDeadlineSeconds") == 0 or spec.get("shutdown") in ("Terminate", "Stop")
-
-
 def _distinct(failures: Iterable[Failure]) -> tuple[Failure, ...]:
-    """One failure of each task and reason: the parts of a loop fail alike."""
-    return tuple(dict.fromkeys(failures))
+    return tuple(dict.fromkeys(failures))  # the parts of a loop fail alike
