@@ -544,7 +544,7 @@ def _rotate_keys(args: argparse.Namespace) -> None:
 def _serve_approvals(args: argparse.Namespace) -> None:
     from adfm.registry.approvals import serve
 
-    serve(args.settings, args.poll)
+    serve(args.settings.mlflow, args.poll)
 
 
 def _check_approvals(args: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from adfm import tracking
 from adfm.errors import AdfmError
-from adfm.params import Params
+from adfm.params import Mlflow
 from adfm.registry import reconcile
 from adfm.registry.promotion import promote_approved
 from adfm.registry.reconcile import Refused
@@ -29,17 +29,17 @@ HEARTBEAT = Path("approvals.heartbeat")  # every successful poll touches it: its
 _LATE = 300  # seconds without a successful poll, besides the pauses: files may be large
 
 
-def serve(params: Params, poll: float = POLL) -> None:
+def serve(place: Mlflow, poll: float = POLL) -> None:
     """Poll MLflow until SIGTERM or SIGINT, and finish what has begun then; `poll` is in seconds, and more than 0."""
     if not 0 < poll < float("inf"):
         raise AdfmError(f"--poll {poll:g}: more than 0 seconds should lie between two polls of MLflow.")
     over = threading.Event()
     before = [(each, signal.signal(each, lambda *_: over.set())) for each in (signal.SIGTERM, signal.SIGINT)]
     try:
-        _log(f"approvals of {params.mlflow.registered_model}: polling MLflow every {poll:g} s")
+        _log(f"approvals of {place.registered_model}: polling MLflow every {poll:g} s")
         problem = "it has not polled MLflow yet"
         while not over.is_set():
-            now = run_once(params)
+            now = run_once(place)
             if now and now != problem:
                 _log(now)
             if problem and not now:
@@ -54,7 +54,7 @@ def serve(params: Params, poll: float = POLL) -> None:
             signal.signal(each, handler)
 
 
-def run_once(params: Params) -> str:
+def run_once(place: Mlflow) -> str:
     """Do once what submitters and reviewers have requested.
 
     Returns:
@@ -64,9 +64,9 @@ def run_once(params: Params) -> str:
 
     def accept_all() -> None:
         with reconcile.client() as store:
-            accept(store, params)
+            accept(store, place)
 
-    for act in (accept_all, lambda: promote_approved(params.mlflow.registered_model, by)):
+    for act in (accept_all, lambda: promote_approved(place.registered_model, by)):
         try:
             act()
         except NoPolicy as error:

@@ -20,7 +20,7 @@ from adfm import descriptions, signing, tracking
 from adfm.errors import AdfmError, Unusable
 from adfm.evaluation import references
 from adfm.files import atomic_folder, write_json
-from adfm.params import Params
+from adfm.params import Mlflow, Params
 from adfm.process import environment
 from adfm.registry import decisions, gate, page, policy, reconcile, tables
 from adfm.registry import history as history_
@@ -79,7 +79,7 @@ def register(
         accepts = registry.keys.id in registry.keys.service
         submission = submit(registry, model, shards, evaluation, params, run, tags or {})
         if accepts:
-            accept(store, params, [submission], own_policy(registry.history))
+            accept(store, params.mlflow, [submission], own_policy(registry.history))
         version, step = _accepted(store, name, submission, 0 if accepts else wait)
         store.set_tag(run.info.run_id, tracking.VERSION_TAG, str(version.version))
         if tags and accepts:
@@ -102,7 +102,7 @@ def register(
 
 def accept(
     store: MlflowClient,
-    params: Params,
+    place: Mlflow,
     submissions: list[str] | None = None,  # ids of logged models; by default all that wait or are unfinished
     first_policy: Policy | None = None,  # to register where there is none yet
 ) -> list[str]:
@@ -116,10 +116,10 @@ def accept(
     Raises:
         AdfmError: Something could not be done; the rest was.
     """
-    name = params.mlflow.registered_model
+    name = place.registered_model
     registry = adopt_policy(reconcile.reconcile(store, name), first_policy)
     if submissions is None:
-        submissions = [str(each.model_id) for each in waiting_submissions(registry, params.mlflow.experiment)]
+        submissions = [str(each.model_id) for each in waiting_submissions(registry, place.experiment)]
         submissions += _unfinished(registry)
     decided, errors = [], []
     if submissions and registry.history.policy is None:

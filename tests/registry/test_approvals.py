@@ -35,14 +35,14 @@ def test_an_approval_without_a_name_waits_for_it(store, add, capsys):
     """In MLflow's pages a reviewer sets one tag after the other, and the service may look in between."""
     add(26, approve=False)
     tag("1", "approval", "approved")
-    assert run_once(PARAMS) == "" and run_once(PARAMS) == ""
+    assert run_once(PARAMS.mlflow) == "" and run_once(PARAMS.mlflow) == ""
     version = tracking.client().get_model_version("adfm", "1")
     assert version.tags["approval"] == "approved" and "approval_by is missing" in version.tags["approval_refused"]
     assert capsys.readouterr().out.count("is approved and waits") == 1
     assert history("adfm").production == "none"
     assert [step.action for step in history("adfm").counting] == ["policy", "judge"]
     tag("1", "approval_by", "Rita")
-    assert run_once(PARAMS) == ""
+    assert run_once(PARAMS.mlflow) == ""
     assert history("adfm").production == "1" and history("adfm").move.approval_by == "Rita"
 
 
@@ -53,11 +53,11 @@ def test_a_look_that_fails_is_reported_and_the_rest_is_done(store, add, monkeypa
     add(26)
     with monkeypatch.context() as patch:
         patch.setattr(approvals, "accept", fail)
-        assert "a bug" in run_once(PARAMS)
+        assert "a bug" in run_once(PARAMS.mlflow)
     assert history("adfm").production == "1"
     add(30)
     monkeypatch.setattr(decisions, "judge", fail)
-    assert "a bug" in run_once(PARAMS)
+    assert "a bug" in run_once(PARAMS.mlflow)
 
 
 def test_health(tmp_path, monkeypatch):
@@ -86,7 +86,7 @@ def test_the_service_touches_its_heartbeat_only_when_all_is_well(tmp_path, monke
         return problem or ""
 
     monkeypatch.setattr(approvals, "run_once", one)
-    serve(PARAMS, 0.01)
+    serve(PARAMS.mlflow, 0.01)
     assert beats == [False, False, False, True, True]
     assert not HEARTBEAT.exists()
     assert capsys.readouterr().out.count("MLflow is away") == 1
@@ -95,7 +95,7 @@ def test_the_service_touches_its_heartbeat_only_when_all_is_well(tmp_path, monke
 @pytest.mark.parametrize("poll", [0.0, -1.0, float("nan"), float("inf")])
 def test_the_service_wants_a_pause(poll):
     with pytest.raises(AdfmError, match="more than 0 seconds"):
-        serve(PARAMS, poll)
+        serve(PARAMS.mlflow, poll)
 
 
 class Channel(BaseHTTPRequestHandler):

@@ -450,7 +450,7 @@ def one(shards, make_model, make_evaluation, tmp_path) -> tuple[Path, Path, Path
 
 
 def accept_all() -> list[str]:
-    return accept(tracking.client(), PARAMS)
+    return accept(tracking.client(), PARAMS.mlflow)
 
 
 def submissions() -> list[Any]:

@@ -478,7 +478,7 @@ class Plant:
     def poll(self) -> str:
         """What the approvals service does every few seconds; what is wrong."""
         self.log_in(SERVICE)
-        return run_once(self.params)
+        return run_once(self.params.mlflow)
 
     def approve(self, version: str) -> None:
         self.log_in(REVIEWER)
