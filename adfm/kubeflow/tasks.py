@@ -18,7 +18,7 @@ from adfm import tracking
 from adfm.errors import AdfmError
 from adfm.kubeflow import termination
 from adfm.method.terms import MEANS
-from adfm.params import Evaluate, Params, loads
+from adfm.params import Evaluate, Model, Params, loads
 from adfm.process import environment, pod, stopping
 from adfm.text import printable_output
 
@@ -202,7 +202,7 @@ def convert(raw: Path, shards: Path, validation: Path, params: Params, parts: Se
     return {name: float(statistics[name]) for name in ("images", "expectations", "failed", "warnings")}
 
 
-def wait_for_servers(params: Params) -> None:
+def wait_for_servers(model: Model) -> None:
     """Wait until MLflow answers and the base model is there, for 2.5 minutes each at most (`retries.again`).
 
     Raises:
@@ -213,7 +213,7 @@ def wait_for_servers(params: Params) -> None:
     from adfm.process import retries
 
     retries.again(tracking.configure, "MLflow")
-    retries.again(lambda: loading.resolve(params.model.name, params.model.revision), f"model {params.model.name}")
+    retries.again(lambda: loading.resolve(model.name, model.revision), f"model {model.name}")
 
 
 def models_to_compare(params: Params, detector: Path, sft: Path, candidate: Path) -> dict[str, str | Path]:
@@ -382,7 +382,7 @@ def promote(version: str, settings: str, by: str, page: str) -> None:
             promotion.promote(version, params.mlflow.registered_model, by)
             return
         with reconcile.client() as store:
-            registration.accept(store, params)
+            registration.accept(store, params.mlflow)
         if not promotion.promote_approved(params.mlflow.registered_model, by):
             print(f"no version of {params.mlflow.registered_model} is newly approved; nothing to do")
     finally:

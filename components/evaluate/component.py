@@ -33,7 +33,7 @@ def evaluate(
         from adfm.training.detector import train
 
         params, folder, trained = loads(settings), Path(evaluation.path), Path(model.path)
-        tasks.wait_for_servers(params)
+        tasks.wait_for_servers(params.model)
         train(Path(shards.path), Path(detector.path), params, force=True)
 
         def work() -> None:  # predictions that it has made are kept in the pod until it ends well

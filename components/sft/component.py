@@ -22,7 +22,7 @@ def sft(
         from adfm.training.launch import cold_start
 
         params, folder = loads(settings), Path(sft.path)
-        tasks.wait_for_servers(params)
+        tasks.wait_for_servers(params.model)
         cold_start(Path(shards.path), folder, params)
         tasks.name_artifacts({"Model after the cold start": sft})
         metrics = tasks.last_metrics(folder / "sft_curves.csv")

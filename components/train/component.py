@@ -25,7 +25,7 @@ def train(
         from adfm.training.launch import cold_start, on_gpus
 
         params, start, trained = loads(settings), Path(sft.path), Path(model.path)
-        tasks.wait_for_servers(params)
+        tasks.wait_for_servers(params.model)
         cold_start(Path(shards.path), start, params)
         on_gpus(Path(shards.path), start, trained, params, int(num_gpus))
         tasks.name_artifacts({"Model after the cold start": sft, "Trained model": model})

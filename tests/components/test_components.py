@@ -153,7 +153,7 @@ def test_an_evaluation_is_tried_again_where_mlflow_was_away(tmp_path: Path, monk
         raise Unreachable("MLflow failed: 503") if len(tries) == 1 else AdfmError("a person has to fix this")
 
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
-    monkeypatch.setattr(tasks, "wait_for_servers", lambda params: None)
+    monkeypatch.setattr(tasks, "wait_for_servers", lambda model: None)
     monkeypatch.setattr(tasks, "models_to_compare", lambda *_: {})
     monkeypatch.setattr(evaluate, "evaluate", work)
     monkeypatch.setattr(detector, "train", lambda *_, **__: None)

@@ -118,11 +118,11 @@ def test_a_stage_waits_for_mlflow_and_the_hub(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(tracking, "configure", lambda: answer("MLflow"))
     monkeypatch.setattr(loading, "resolve", lambda *_: answer("model"))
-    tasks.wait_for_servers(Params())
+    tasks.wait_for_servers(Params().model)
     assert pauses == [10, 20, 10]
     monkeypatch.setattr(loading, "resolve", lambda *_: fail(AdfmError("no such model"))())
     with pytest.raises(AdfmError, match="no such model"):
-        tasks.wait_for_servers(Params())
+        tasks.wait_for_servers(Params().model)
     assert pauses == [10, 20, 10]
 
 
