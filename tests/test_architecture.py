@@ -10,6 +10,10 @@ from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
+from adfm.params import Params
+
 ROOT = Path(__file__).parents[1]
 FLOORS = 10
 MODULES = {
@@ -75,3 +79,39 @@ def test_nothing_imports_upward() -> None:
                 assert name.startswith("adfm"), f"{module} imports {name}"
             if module.startswith("adfm.method."):
                 assert name.startswith(("adfm.method.", "adfm.errors", "adfm.records")), f"{module} imports {name}"
+
+
+def one_key_of_params(code: str) -> list[str]:
+    """The functions that take all settings, `params`, and read one section alone, or one key that is in none."""
+    narrow = []
+    for function in (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.FunctionDef)):
+        arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        uses = {node for node in ast.walk(function) if isinstance(node, ast.Name) and node.id == "params"}
+        reads = [node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute) and node.value in uses]
+        takes_all = "params" in {argument.arg for argument in arguments}
+        passes_on = len(reads) < len(uses) or set(reads) - Params.model_fields.keys()  # as a whole, or to a method
+        if takes_all and not passes_on and len(set(reads)) == 1:
+            narrow.append(f"{function.name} reads params.{reads[0]} alone")
+    return narrow
+
+
+def test_no_function_takes_all_settings_to_read_one_section() -> None:
+    """Such a function takes that section, so that its signature says what it depends on."""
+    narrow = {module: one_key_of_params(file.read_text("utf-8")) for module, file in MODULES.items()}
+    assert {module: names for module, names in narrow.items() if module.startswith("adfm") and names} == {}
+
+
+@pytest.mark.parametrize(
+    ("body", "narrow"),
+    [
+        ("return params.model.name + params.model.revision", ["f reads params.model alone"]),
+        ("return params.seed", ["f reads params.seed alone"]),
+        ("def inner():\n        return params.mlflow\n    return inner", ["f reads params.mlflow alone"]),
+        ("return params.seed, params.model", []),
+        ("return params.model.name, g(params)", []),
+        ("return params.model_dump()", []),
+        ("return 0", []),
+    ],
+)
+def test_functions_that_read_one_section_are_noticed(body: str, narrow: list[str]) -> None:
+    assert one_key_of_params(f"def f(x, *, params):\n    {body}\n") == narrow
