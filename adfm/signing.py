@@ -80,7 +80,7 @@ def keys() -> Keys:
         if not environment.variable(VARIABLE):
             _make(folder)
         elif not folder.is_dir():
-            raise BadKey(f"{VARIABLE}: there is no folder {folder}; name the folder that holds the keys")
+            raise BadKey(f"{VARIABLE}: folder {folder} is missing; name the folder that holds the keys")
         return _read(folder)
     except OSError as error:
         raise BadKey(

@@ -417,7 +417,7 @@ def test_nothing_is_made_where_the_plant_keeps_its_keys(tmp_path: Path, monkeypa
     folder = tmp_path / "plant"
     monkeypatch.setenv("ADFM_KEYS", str(folder))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(BadKey, match=rf"^ADFM_KEYS: there is no folder {folder}") as error:
+    with pytest.raises(BadKey, match=rf"^ADFM_KEYS: folder {folder} is missing") as error:
         signing.keys()
     assert error.value.exit_code == 2
     folder.mkdir()

@@ -202,7 +202,7 @@ def test_a_version_without_a_signature_or_with_a_foreign_one_is_refused(
     assert "models:/adfm/1 was signed with a key whose versions do not count" in refused(capsys)
     (version / "model.sig").write_bytes(own)
     monkeypatch.setenv("ADFM_KEYS", str(tmp_path / "nowhere"))
-    assert "ADFM_KEYS: there is no folder" in refused(capsys)
+    assert f"ADFM_KEYS: folder {tmp_path / 'nowhere'} is missing" in refused(capsys)
 
 
 def test_another_signed_version_in_its_place_is_refused(version: Path, capsys: pytest.CaptureFixture[str]) -> None:
