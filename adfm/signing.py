@@ -321,7 +321,8 @@ def _signed(folder: Path, name: str) -> tuple[str, dict[str, Any]]:
             bundle.keys() == {"mediaType", "verificationMaterial", "dsseEnvelope"}
             and envelope.keys() == {"payload", "payloadType", "signatures"}
             and payload["predicateType"] == "https://model_signing/signature/v1.0"
-            and (form["method"], form["hash_type"]) == ("files", "sha256")
+            and form["method"] == "files"
+            and form["hash_type"] == "sha256"
             and form["allow_symlinks"] is False
             and sorted(form["ignore_paths"]) == sorted([SIGNATURE, *_IGNORED])
         ):

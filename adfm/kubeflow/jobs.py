@@ -103,9 +103,8 @@ class TrainJobs:
             time.sleep(_POLL)
 
     def _get(self, name: str) -> dict[str, Any] | None:
-        selector = f"metadata.name={name}"
         find = self._jobs.list_namespaced_custom_object
-        jobs = cluster.call(find, *self._place, field_selector=selector, patience=OUTAGE)
+        jobs = cluster.call(find, *self._place, field_selector=f"metadata.name={name}", patience=OUTAGE)
         return next(iter(jobs["items"]), None)
 
     def _pods(self, name: str) -> list[Any]:
