@@ -10,13 +10,12 @@ A probability holds for the share of defects that the validation split has. On a
 stands for fewer of them; the threshold's overkill and escapes do not depend on that share.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -26,9 +25,6 @@ from adfm.evaluation.metrics import Floats, decide, is_defective, numbers
 from adfm.evaluation.predictions import PREDICTIONS
 from adfm.params import Evaluate
 from adfm.records import Label
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Method = Literal["temperature", "isotonic", "none"]
 Limit = Literal["overkill", "escapes"]

@@ -4,22 +4,18 @@ They show how good the recipe (data, settings, training) is on this data, not ho
 them uncertain: the images are few, and another training set would have given another model.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
 from adfm.evaluation import metrics, plots
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 FILE = "cross-validation.json"
 PREDICTIONS = "cross-validation.parquet"
@@ -70,8 +66,6 @@ def summarize(tables: Sequence[pd.DataFrame], trained_on: Sequence[int], resampl
 
 
 def _metric(name: str, tables: Sequence[pd.DataFrame], share: float, resamples: int, seed: int) -> dict[str, Any]:
-    import pandas as pd
-
     of_folds = [metrics.values(table)[name] for table in tables]
     known = [value for value in of_folds if value is not None]
     pooled = pd.concat(tables, ignore_index=True)
@@ -94,8 +88,6 @@ def _metric(name: str, tables: Sequence[pd.DataFrame], share: float, resamples: 
 
 def _resampled(name: str, tables: Sequence[pd.DataFrame], resamples: int, seed: int) -> metrics.Floats:
     """Return a metric in bootstrap resamples that draw the parts of each fold among themselves, (resamples,)."""
-    import pandas as pd
-
     weights = [
         np.concatenate([*metrics.bootstrap_weights(metrics.samples(table), resamples, seed + fold)])
         for fold, table in enumerate(tables)

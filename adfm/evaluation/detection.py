@@ -5,8 +5,6 @@ probability of 50 and 90 %; a90/95, the figure that inspection engineers ask for
 likelihood ratio.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -6,8 +6,6 @@ and `decision`, the label at the threshold. A registered version is shown with t
 with; where validation itself is evaluated, or there is none, letters decide.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import re
@@ -16,8 +14,9 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -34,9 +33,6 @@ from adfm.files import atomic_folder, digest, replace_text, write_json
 from adfm.models import loading, model_folder, versions
 from adfm.params import Evaluate, Params
 from adfm.text import markdown
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _TERMINAL = 100  # columns
 _TITLES = {

@@ -4,21 +4,16 @@ Each is a mean over images of a value between 0 and 1. Gate, plan, report, polic
 the entry.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
+import pandas as pd
 from pydantic import Field
 
 from adfm.evaluation import metrics
 from adfm.evaluation.metrics import of_images
 from adfm.params import Fraction, Section
-
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 Floats = metrics.Floats
 

@@ -5,15 +5,13 @@ guard is fitted with every evaluation, written to `guard.json` beside `calibrati
 and served with it. docs/serving.md lists the kinds of images that it refuses.
 """
 
-from __future__ import annotations
-
 import io
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +57,16 @@ class BadGuard(AdfmError):
     exit_code = 2
 
 
+class Measured(NamedTuple):
+    """An image's size, and what the guard measures on its reduced copy."""
+
+    size: tuple[int, int]
+    statistics: Floats  # the values of `STATISTICS`, (n,)
+    black: float  # share of its pixels
+    white: float
+    uniform: bool
+
+
 class Refusal(NamedTuple):
     """Why an image cannot be judged."""
 
@@ -101,7 +109,7 @@ class Guard(BaseModel):
     note: str = ""  # why no distance is judged
 
     @model_validator(mode="after")
-    def _fits(self) -> Guard:
+    def _fits(self) -> Self:
         count = len(self.statistics)
         if self.references:
             rows = [self.mean, self.spread, *self.covariance, *self.references]
@@ -177,16 +185,6 @@ class Guard(BaseModel):
         squared = ((self._whitened - standard @ self._whitening) ** 2).sum(axis=1)
         nearest = int(np.argmin(squared))
         return float(np.sqrt(squared[nearest])), standard - np.asarray(self.references[nearest])
-
-
-class Measured(NamedTuple):
-    """An image's size, and what the guard measures on its reduced copy."""
-
-    size: tuple[int, int]
-    statistics: Floats  # the values of `STATISTICS`, (n,)
-    black: float  # share of its pixels
-    white: float
-    uniform: bool
 
 
 def measure(image: Image.Image) -> Measured:

@@ -7,23 +7,19 @@ A defective image is *flagged* if its decision is anomalous; otherwise it has es
 and its boxes overlap the true ones with an IoU of at least `LOCATED`.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from adfm import statistics
 from adfm.errors import AdfmError
 from adfm.records import Box
 from adfm.text import printable
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _ALPHA = 0.025  # of each limit of a 95 % interval
 _SURE = 1e-4  # scores nearer to 0 or 1 than this are clipped
@@ -163,7 +159,7 @@ def numbers(table: pd.DataFrame, column: str) -> Floats:
     return table.reindex(columns=[column])[column].to_numpy(dtype=float, na_value=np.nan)
 
 
-def category_names(table: pd.DataFrame) -> pd.Series[Any]:
+def category_names(table: pd.DataFrame) -> "pd.Series[Any]":
     """The category of each image; `dataset/category` where the table has more than one data set."""
     if "dataset" in table and table["dataset"].nunique() > 1:
         return table["dataset"].astype(str) + "/" + table["category"].astype(str)
@@ -188,8 +184,6 @@ def groups(table: pd.DataFrame) -> NDArray[np.int64] | None:
 
 def samples(table: pd.DataFrame) -> NDArray[np.int64]:
     """The number of each image's physical sample, counted from 0: its `group`; an image without one is its own."""
-    import pandas as pd
-
     if "group" not in table:
         return np.arange(len(table))
     keys = [f"image {i}" if pd.isna(group) else f"group {group}" for i, group in enumerate(table["group"])]
@@ -257,10 +251,8 @@ def as_decided(table: pd.DataFrame) -> pd.DataFrame:
     return judged
 
 
-def outcomes(table: pd.DataFrame) -> pd.Series[Any]:
+def outcomes(table: pd.DataFrame) -> "pd.Series[Any]":
     """For each image one of `OUTCOMES`; the IoU is that of the table's boxes."""
-    import pandas as pd
-
     anomalous, iou = is_defective(table), numbers(table, "iou")
     flagged, passed = ((table["predicted"] == word).to_numpy(dtype=bool) for word in ("anomalous", "normal"))
     cases = {

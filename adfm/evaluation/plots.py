@@ -1,7 +1,5 @@
 """Figures of an evaluation: confusion, reliability, IoU by size of the defect, models side by side, examples."""
 
-from __future__ import annotations
-
 import io
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
 from adfm.drawing import FAINT, INK, PALETTE, PREDICTED, TRUTH, WIDTH, drawn, panels, stages
@@ -17,7 +16,6 @@ from adfm.evaluation.metrics import HEADLINE, SIZES
 from adfm.text import printable
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -51,7 +49,7 @@ ESCAPES_FIRST = ("miss_rate", "overkill", *HEADLINE)
 _COLUMNS = 3  # panels a row
 
 
-def _panel_each(figure: Figure, tables: Mapping[str, pd.DataFrame]) -> Iterator[tuple[Axes, pd.DataFrame, bool]]:
+def _panel_each(figure: "Figure", tables: Mapping[str, pd.DataFrame]) -> Iterator[tuple["Axes", pd.DataFrame, bool]]:
     """Yield a panel with its title for each model, its table, and whether it begins a row."""
     made = panels(figure, len(tables), min(len(tables), _COLUMNS))
     for number, (axes, (name, table)) in enumerate(zip(made, tables.items(), strict=True)):

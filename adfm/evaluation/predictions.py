@@ -1,15 +1,14 @@
 """Prediction tables: a model's answers to a split, one row an image, resumable."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
@@ -24,9 +23,6 @@ from adfm.models.predictor import Prediction, Predictor, batched, grid_of, tile_
 from adfm.params import Params, Tile
 from adfm.process.progress import bar
 from adfm.records import Record
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _OF_RECORD = ("id", "source", "dataset", "category", "defect", "group", "label")
 _BOXES = pa.list_(pa.list_(pa.float64()))

@@ -9,21 +9,17 @@ reference detector (`adfm.models.detector`) learns from the same images without 
 `difference` (detector minus candidate, `[value, low, high]`). `summary` is that of `adfm.evaluation.verdict`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from adfm.errors import AdfmError
 from adfm.evaluation import metrics
 from adfm.evaluation.metrics import numbers, with_limits, written
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 FILE = "references.json"  # in an evaluation's folder, and so in a version: `evaluation/references.json`
 BLIND = {"always_A": "anomalous", "always_B": "normal"}  # labels by name, which no model may have

@@ -5,8 +5,6 @@ gallery the first few images with pictures and words. Those of all other images 
 loads as they come into view.
 """
 
-from __future__ import annotations
-
 import base64
 import html
 import io
@@ -17,9 +15,10 @@ from importlib import resources
 from itertools import zip_longest
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
 from adfm.data import shards as shards_
@@ -32,9 +31,6 @@ from adfm.evaluation.metrics import is_defective, numbers, with_limits
 from adfm.files import atomic_folder
 from adfm.method import response
 from adfm.process import cpus
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SIDE = 512  # most pixels of either side of a picture
 
@@ -102,8 +98,6 @@ def write(evaluation: Path, shards: Path, out: Path) -> None:
 
 def _read(evaluation: Path) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
     """Read what the page says of the models as a whole, candidate first, and the prediction table of each."""
-    import pandas as pd
-
     try:
         compared = references.read(evaluation)
         about, measured, details = (
@@ -211,7 +205,7 @@ def _detection(table: pd.DataFrame, sizes: Mapping[str, tuple[int, int]]) -> dic
     return detection.curve(share[measured], flagged) | {"side": side if "area_share" in table else {}}
 
 
-def _order(table: pd.DataFrame, changed: pd.Series[Any]) -> tuple[list[str], int]:
+def _order(table: pd.DataFrame, changed: "pd.Series[Any]") -> tuple[list[str], int]:
     """Return all ids in the order in which their pictures are kept, and how many of them begin a gallery.
 
     The first of each gallery come first, in turns; then the rest by outcome, those first that are looked at first: the
@@ -369,8 +363,6 @@ def _thinned(points: Any) -> list[list[float]]:
 
 def _rewards(file: Path) -> dict[str, dict[str, list[list[float]]]]:
     """Read the points (step, mean reward) of each reward that training logged, raw and smoothed; none without it."""
-    import pandas as pd
-
     if not file.is_file():
         return {}
     history = pd.read_csv(file)

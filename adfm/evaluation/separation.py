@@ -8,8 +8,6 @@ The base model's training data are not known, and not compared. Nor can the tabl
 is as good as whoever signs the version.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryFile

@@ -5,14 +5,14 @@ which is kept as `summary` in `references.json`: `model`, a sentence; `compariso
 next steps, each with the `rule` that chose it and a `text`.
 """
 
-from __future__ import annotations
-
 import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import pandas as pd
 
 from adfm.data.tiles import Proposal
 from adfm.evaluation import metrics, references
@@ -20,9 +20,6 @@ from adfm.evaluation.metrics import with_limits, written
 from adfm.models import families, loading, model_folder
 from adfm.params import Model
 from adfm.text import printable
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 FEW = 200  # images of a data set below which cross-validation is proposed; that of `adfm.data.folds`
 _WIDE = 0.1  # half of an interval from which on a rate is too uncertain to act on

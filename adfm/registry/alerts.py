@@ -4,8 +4,6 @@
 secret and appears in no message.
 """
 
-from __future__ import annotations
-
 import html
 import json
 import os

@@ -4,8 +4,6 @@ It makes versions of submissions, registers a policy that a reviewer has set, pr
 what is rejected. It listens on no port.
 """
 
-from __future__ import annotations
-
 import functools
 import signal
 import socket

@@ -1,7 +1,5 @@
 """Audit: verify the whole history, the files of the versions in use, and the aliases against it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from tempfile import TemporaryDirectory
 

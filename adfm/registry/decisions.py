@@ -14,6 +14,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+import pyarrow as pa
+
 from adfm import signing, tracking
 from adfm.data import hashes
 from adfm.errors import AdfmError
@@ -39,8 +42,6 @@ from adfm.registry.submission import (
 )
 
 if TYPE_CHECKING:
-    import pandas as pd
-    import pyarrow as pa
     from mlflow.entities.model_registry import ModelVersion
 
 # The separation of a version without hashes of its images: nothing is proved.

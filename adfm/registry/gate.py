@@ -14,13 +14,13 @@ questions:
 A version passes if every answer is `passed`. docs/gate.md has the formulas, their sources and the measured error rates.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
 
 from adfm import statistics
 from adfm.evaluation.gate_metrics import METRICS, Bound, Floats
@@ -28,10 +28,6 @@ from adfm.evaluation.metrics import category_names, listed, samples, without_box
 from adfm.registry import tables
 from adfm.registry.policy import Policy
 from adfm.text import printable
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from numpy.typing import NDArray
 
 Verdict = Literal["passed", "failed", "cannot tell", "not judged"]
 

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
-    from adfm.signing import Keys
-
 NOBODY = "none"  # in the place of a version, where there is none
 MOVES = ("promote", "rollback", "restore", "lost")  # actions that say which version is in production
 NOTES = ("refuse", "reject")  # actions on which nothing else depends
@@ -138,7 +136,7 @@ class History:
         return self.counting[len(earlier.counting) :]
 
 
-def read(store: MlflowClient, name: str, keys: Keys) -> History:
+def read(store: MlflowClient, name: str, keys: signing.Keys) -> History:
     """Read and verify the history of model `name`.
 
     Steps by a key of the service count, and steps by a retired one where a step by another follows them.
@@ -164,7 +162,7 @@ class _Chain:
     version the next number once, writes its tags with it, and does not use a number again.
     """
 
-    def __init__(self, name: str, keys: Keys) -> None:
+    def __init__(self, name: str, keys: signing.Keys) -> None:
         self._name, self._keys = name, keys
         self._steps: list[Step] = []
         self._ignored: dict[int, str] = {}
@@ -247,7 +245,7 @@ class _Chain:
 
 
 def append(
-    store: MlflowClient, name: str, keys: Keys, seen: History, action: str, version: str, **content: str
+    store: MlflowClient, name: str, keys: signing.Keys, seen: History, action: str, version: str, **content: str
 ) -> Step:
     """Sign and write a step, with further fields of `Step`, that was decided on the history `seen`.
 

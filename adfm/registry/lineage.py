@@ -1,7 +1,5 @@
 """Lineage: the data, code, libraries and settings that a version was made from."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
 _CONFLICT = re.compile(r"^(<{7}|\|{7}|={7}|>{7})( |$)", re.MULTILINE)  # Git's conflict markers
 
 
-def lineage(model: Path, shards: Path, params: Params, run: Run | None) -> dict[str, Any]:
+def lineage(model: Path, shards: Path, params: Params, run: "Run | None") -> dict[str, Any]:
     """Return the lineage of a model that is judged on these shards, as JSON values.
 
     The training's settings are those of the model folder; `params` are those of the registration. Commit and library

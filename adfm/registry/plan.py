@@ -5,14 +5,12 @@ allows, and it is as good as production, but differs from it on 12 % of the imag
 more images; the gate says how many when it cannot tell.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
 from adfm import statistics
@@ -21,9 +19,6 @@ from adfm.evaluation.metrics import samples
 from adfm.registry import gate
 from adfm.registry.policy import Policy
 from adfm.text import aligned, printable
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 POWERS = (0.8, 0.9)
 ERROR = 0.5  # error of a good candidate, as a share of the error that the limit allows

@@ -4,8 +4,6 @@ The policy that judges is the one registered on the model, which a reviewer sets
 only compared with it.
 """
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 from pathlib import Path

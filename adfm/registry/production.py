@@ -3,8 +3,6 @@
 The stages that judge depend on the file, so that a promotion makes them stale, and nothing else does.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +68,7 @@ def write(out: Path, name: str, policy: Path | None = None) -> None:
     print("\n".join(lines) or f"no version of {about['model']} is in production")
 
 
-def _version_by_alias(store: MlflowClient, name: str, alias: str) -> dict[str, str | None] | None:
+def _version_by_alias(store: "MlflowClient", name: str, alias: str) -> dict[str, str | None] | None:
     from adfm.registry.history import suppress_error
 
     with suppress_error("RESOURCE_DOES_NOT_EXIST"):

@@ -1,7 +1,5 @@
 """Write a registered version as an MLflow pyfunc, which MLflow loads with `adfm.serving.scoring`."""
 
-from __future__ import annotations
-
 import base64
 import io
 import warnings

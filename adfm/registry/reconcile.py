@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
-    from adfm.signing import Keys
-
 PRODUCTION = "production"
 PREVIOUS = "previous"
 ANCHOR = "anchor"
@@ -46,7 +44,7 @@ class Registry:
 
     store: MlflowClient
     name: str
-    keys: Keys
+    keys: signing.Keys
     history: History
     versions: dict[str, ModelVersion]  # by number
 

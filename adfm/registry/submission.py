@@ -29,6 +29,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import yaml
 
 from adfm import signing, tracking
@@ -49,12 +50,9 @@ from adfm.registry.policy import Policy
 from adfm.registry.reconcile import Registry
 
 if TYPE_CHECKING:
-    import pandas as pd
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel, Run
     from mlflow.entities.model_registry import ModelVersion
-
-    from adfm.signing import Keys
 
 SUBMITTED_FOR = "adfm_submitted_for"  # tag of a logged model: the registered model that it was submitted for
 CONTENTS = "adfm_contents"  # tag of a logged model: digests of its contents, which identify a repeated submission
@@ -254,7 +252,7 @@ def read_artifact(version: ModelVersion, path: str) -> str:
     return read()
 
 
-def fetch(uri: str, keys: Keys, to: Path) -> Submission:
+def fetch(uri: str, keys: signing.Keys, to: Path) -> Submission:
     """Download a submission or version, `models:/…`, into a new folder below `to`, and verify its signature.
 
     Raises:
@@ -387,11 +385,9 @@ def _write_models_to_compare(
 
 
 def _predict(
-    version: ModelVersion, keys: Keys, origin: dict[str, Any], shards: Path, params: Params
+    version: ModelVersion, keys: signing.Keys, origin: dict[str, Any], shards: Path, params: Params
 ) -> tuple[pd.DataFrame, dict[str, str]]:
     """Return a version's predictions on these shards: its own if of the same data and protocol, else new ones."""
-    import pandas as pd
-
     from adfm.evaluation import predictions
 
     with TemporaryDirectory() as temporary:
@@ -425,7 +421,7 @@ def _same(registry: Registry, experiment: str, contents: str) -> str | None:
     return None
 
 
-def _has_contents(uri: str, keys: Keys, contents: str, signers: Sequence[str]) -> bool:
+def _has_contents(uri: str, keys: signing.Keys, contents: str, signers: Sequence[str]) -> bool:
     """Whether the files are what one of the keys has signed, and have these contents."""
     with TemporaryDirectory() as folder:
         try:

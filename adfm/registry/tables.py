@@ -1,17 +1,12 @@
 """Read and check the prediction tables that the gate judges."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from adfm.errors import AdfmError, Unusable
 from adfm.evaluation.metrics import COMPARED, as_decided, listed, same_images
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _COLUMNS = ("id", "category", "label", "predicted", "iou")
 _FURTHER = ("dataset", "defect", "group", "boxes", *(name for name in COMPARED if name not in _COLUMNS))
@@ -27,8 +22,6 @@ def read(file: Path) -> pd.DataFrame:
     Raises:
         Incomparable: It cannot be read.
     """
-    import pandas as pd
-
     try:
         return pd.read_parquet(file)
     except (OSError, ValueError, KeyError) as error:
@@ -51,8 +44,6 @@ def checked(table: pd.DataFrame, name: str) -> pd.DataFrame:
     Raises:
         Incomparable: The table, called `name`, is broken; every fault is listed.
     """
-    import pandas as pd
-
     if missing := [column for column in _COLUMNS if column not in table]:
         there = ", ".join(map(str, table.columns)) or "none"
         raise Incomparable(f"The {name} table has no column {' and no column '.join(missing)}; it has {there}.")
