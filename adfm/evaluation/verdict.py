@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from adfm.data import folds
 from adfm.data.tiles import Proposal
 from adfm.evaluation import metrics, references
 from adfm.evaluation.metrics import with_limits, written
@@ -21,7 +22,6 @@ from adfm.models import families, loading, model_folder
 from adfm.params import Model
 from adfm.text import printable
 
-FEW = 200  # images of a data set below which cross-validation is proposed; that of `adfm.data.folds`
 _WIDE = 0.1  # half of an interval from which on a rate is too uncertain to act on
 _GAP = 0.1  # between recall and specificity, from which on the lower one is named
 _LONG = 600  # steps of cold start in params/photographs.yaml
@@ -409,6 +409,6 @@ def _more_images(facts: Facts) -> str:
     )
     if name == "recall" and (worst := _worst(facts, value)):
         text += f" First of {worst[1]}, {worst[0]}."
-    if not facts.crossed and facts.images < FEW:
+    if not facts.crossed and facts.images < folds.FEW:
         text += f" Or set evaluate.folds=5, which judges each of the {facts.images:,} images once."
     return text

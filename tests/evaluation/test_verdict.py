@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adfm.data import folds, tiles
+from adfm.data import tiles
 from adfm.data.tiles import Defect
 from adfm.evaluation import metrics, references, verdict
 from adfm.evaluation.verdict import Facts, Kind, Part
@@ -216,7 +216,6 @@ def test_a_cross_validation_is_named_and_not_proposed_again() -> None:
     nothing = {"value": None, "low": None, "high": None}
     crossed["metrics"] = {"balanced_accuracy_at_threshold": nothing, "balanced_accuracy": nothing}
     assert "Cross-validation" not in words(facts(crossed=crossed))
-    assert verdict.FEW == folds.FEW
 
 
 def test_what_kind_of_model_it_is() -> None:
