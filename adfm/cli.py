@@ -525,7 +525,7 @@ def _audit(args: argparse.Namespace) -> None:
 def _set_policy(args: argparse.Namespace) -> None:
     from adfm.registry.registration import set_policy
 
-    set_policy(args.file, args.settings)
+    set_policy(args.file, args.registered_model)
 
 
 def _show_policy(args: argparse.Namespace) -> None:

@@ -182,15 +182,15 @@ def adopt_policy(registry: Registry, first: Policy | None = None) -> Registry:
             alert(f"{name}: policy changed by {step.by}: {changes}")
 
 
-def set_policy(file: Path, params: Params) -> None:
-    """Set the policy that judges from now on, with the own login at MLflow; the service registers it.
+def set_policy(file: Path, name: str) -> None:
+    """Set the policy of model `name`, with the own login at MLflow; the service registers it.
 
     Where the own key is one of the service, as on a laptop, it is registered at once.
 
     Raises:
         AdfmError: The file is not a policy, or the login may not edit the registered model.
     """
-    proposed, name = policy.load(file), params.mlflow.registered_model
+    proposed = policy.load(file)
     with reconcile.client() as store:
         make_model(store, name)
         with history_.permission_errors(name, "edit"):

@@ -201,7 +201,7 @@ def test_repeated_registration_makes_no_second_version(registered, shards, tmp_p
 
     # A policy that is registered later judges it again, and the approval was of the old decision.
     Path("gate.yaml").write_text(POLICY.replace("limit: 0.5", "limit: 0.9"))
-    set_policy(Path("gate.yaml"), PARAMS)
+    set_policy(Path("gate.yaml"), PARAMS.mlflow.registered_model)
     assert register(model, shards, evaluation, tmp_path / "registration-first", PARAMS).verdict != "passed"
     [version] = versions()
     assert version.tags["gate"] != "passed" and version.tags["approval"] == "pending"
@@ -470,7 +470,7 @@ def test_a_submitter_submits_and_the_service_accepts(apart, one, capsys):
     with pytest.raises(AdfmError, match="1 submissions for adfm wait for a policy: a reviewer sets one"):
         accept_all()
     Path("gate.yaml").rename("policy.yaml")
-    set_policy(Path("policy.yaml"), PARAMS)
+    set_policy(Path("policy.yaml"), PARAMS.mlflow.registered_model)
     assert accept_all() == ["1"]
     assert accept_all() == []
 
@@ -499,14 +499,14 @@ def test_the_service_sees_what_is_submitted_from_a_run_in_another_experiment(apa
         refuses(*one, PARAMS, wait=0)
     assert [each.source_run_id for each in submissions()] == [given]
     apart("service")
-    set_policy(Path("gate.yaml"), PARAMS)
+    set_policy(Path("gate.yaml"), PARAMS.mlflow.registered_model)
     assert accept_all() == ["1"]
     assert versions()[0].run_id == given
 
 
 def test_a_submitter_waits_for_the_service(apart, one):
     apart("service")
-    set_policy(Path("gate.yaml"), PARAMS)
+    set_policy(Path("gate.yaml"), PARAMS.mlflow.registered_model)
     apart("submitter")
     original = registration.reconcile.read
     reads = []
@@ -527,7 +527,7 @@ def test_a_submitter_waits_for_the_service(apart, one):
 
 def test_what_is_submitted_unsigned_or_changed_is_refused_and_not_looked_at_again(apart, one, store, capsys):
     apart("service")
-    set_policy(Path("gate.yaml"), PARAMS)
+    set_policy(Path("gate.yaml"), PARAMS.mlflow.registered_model)
     apart("submitter")
     refuses(*one, PARAMS, wait=0)
     [file] = (store / "mlartifacts").rglob("MLmodel")
@@ -547,7 +547,7 @@ def test_what_is_submitted_unsigned_or_changed_is_refused_and_not_looked_at_agai
 
 def test_a_submission_by_an_unknown_key_or_for_another_model_is_refused(apart, one, store, tmp_path, monkeypatch):
     apart("service")
-    set_policy(Path("gate.yaml"), PARAMS)
+    set_policy(Path("gate.yaml"), PARAMS.mlflow.registered_model)
     apart("submitter")
     other = Params.model_validate({"mlflow": {"registered_model": "other"}})
     refuses(*one, other, wait=0)
@@ -602,7 +602,7 @@ def test_killed_anywhere_one_submission_makes_one_version(one, monkeypatch, dies
 
 def test_two_services_that_accept_at_once_make_one_version(apart, one, monkeypatch):
     apart("service")
-    set_policy(Path("gate.yaml"), PARAMS)
+    set_policy(Path("gate.yaml"), PARAMS.mlflow.registered_model)
     apart("submitter")
     refuses(*one, PARAMS, wait=0)
     apart("service")
@@ -709,7 +709,7 @@ def test_a_reviewer_sets_the_policy_with_a_tag(apart, one, capsys):
 
 def test_a_metric_that_is_added_to_adfm_changes_neither_policy_nor_decisions(one, monkeypatch):
     register(*one, PARAMS)
-    set_policy(Path("gate.yaml"), PARAMS)
+    set_policy(Path("gate.yaml"), PARAMS.mlflow.registered_model)
     before = history("adfm").policy
     monkeypatch.setitem(METRICS, "more", METRICS["escape_rate"])
     accept_all()

@@ -555,7 +555,7 @@ def plant(bare_plant, set_up) -> Plant:
 def register_policy(plant: Plant) -> None:
     (plant.home / "policy.yaml").write_text(POLICY)
     plant.log_in(REVIEWER)
-    set_policy(plant.home / "policy.yaml", plant.params)
+    set_policy(plant.home / "policy.yaml", plant.model)
     assert plant.poll() == ""
 
 
@@ -811,9 +811,9 @@ def test_only_a_reviewer_sets_the_policy_and_the_history_keeps_it(plant) -> None
     for user in (READER, SUBMITTER):
         plant.log_in(user)
         with pytest.raises(Forbidden, match=f"MLflow does not let this account edit {plant.model}"):
-            set_policy(lax, plant.params)
+            set_policy(lax, plant.model)
     plant.log_in(REVIEWER)
-    set_policy(lax, plant.params)
+    set_policy(lax, plant.model)
     assert plant.poll() == ""
     step = history(plant.params.mlflow.registered_model).last("policy")
     assert (step.by, "0.01" in step.policy) == (REVIEWER, True)
