@@ -4,7 +4,7 @@ Each is a mean over images of a value between 0 and 1. Gate, plan, report, polic
 the entry.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -12,10 +12,8 @@ import pandas as pd
 from pydantic import Field
 
 from adfm.evaluation import metrics
-from adfm.evaluation.metrics import of_images
+from adfm.evaluation.metrics import Floats
 from adfm.params import Fraction, Section
-
-Floats = metrics.Floats
 
 
 class Bound(Section):
@@ -36,8 +34,7 @@ class Metric:
     title: str
     higher: bool  # whether more is better
     over: str  # the images that count, in words
-    # For a prediction table of decisions, each image's value in [0, 1]; NaN where an image does not count.
-    values: Callable[[pd.DataFrame], Floats]
+    values: str | Callable[[pd.DataFrame], Floats]  # key of `metrics.of_images`, or a function as `values` below
     binary: bool = True  # whether each value is 0 or 1
     gain: bool = True  # whether a better value is a reason to promote, by a policy that names the metric
     whole: Bound = _NOTHING  # of the default policy over all images
@@ -56,7 +53,7 @@ METRICS: dict[str, Metric] = {
         title="accuracy",
         higher=True,
         over="images",
-        values=lambda table: of_images(table)["accuracy"],
+        values="accuracy",
         whole=Bound(limit=0.6, margin=0.05),
         parts=Bound(margin=0.2),
     ),
@@ -64,7 +61,7 @@ METRICS: dict[str, Metric] = {
         title="IoU",
         higher=True,
         over="anomalous images with boxes",
-        values=lambda table: of_images(table)["iou"],
+        values="iou",
         binary=False,
         whole=Bound(limit=0.1, margin=0.05),
         parts=Bound(margin=0.2),
@@ -73,7 +70,7 @@ METRICS: dict[str, Metric] = {
         title="escape rate",
         higher=False,
         over="anomalous images",
-        values=lambda table: of_images(table)["miss_rate"],
+        values="miss_rate",
         gain=False,
         whole=Bound(limit=0.35, margin=0.05),
         parts=Bound(limit=0.7, margin=0.2),
@@ -82,7 +79,7 @@ METRICS: dict[str, Metric] = {
         title="overkill",
         higher=False,
         over="normal images",
-        values=lambda table: of_images(table)["overkill"],
+        values="overkill",
         gain=False,
         whole=Bound(limit=0.4, margin=0.05),
         parts=Bound(margin=0.2),
@@ -91,7 +88,17 @@ METRICS: dict[str, Metric] = {
         title="mask IoU",
         higher=True,
         over="anomalous images with masks",
-        values=lambda table: of_images(table)["mask_iou"],
+        values="mask_iou",
         binary=False,
     ),
 }
+
+
+def values(table: pd.DataFrame, names: Iterable[str]) -> dict[str, Floats]:
+    """Return each image's value of some metrics, in [0, 1], (n,), by name; NaN where an image does not count.
+
+    `table` is a prediction table, of decisions where the model has a threshold (`metrics.as_decided`).
+    """
+    means = metrics.of_images(table)
+    sources = {name: METRICS[name].values for name in names}
+    return {name: means[source] if isinstance(source, str) else source(table) for name, source in sources.items()}

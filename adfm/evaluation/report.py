@@ -24,7 +24,7 @@ from PIL import Image
 from adfm.data import shards as shards_
 from adfm.drawing import smoothed
 from adfm.errors import AdfmError
-from adfm.evaluation import calibration, crossvalidation, detection, metrics, plots, references
+from adfm.evaluation import calibration, crossvalidation, detection, gate_metrics, metrics, plots, references
 from adfm.evaluation.calibration import FILE
 from adfm.evaluation.gate_metrics import METRICS
 from adfm.evaluation.metrics import is_defective, numbers, with_limits
@@ -164,9 +164,10 @@ def _compared(table: pd.DataFrame, before: pd.DataFrame | None) -> list[dict[str
     group = metrics.groups(table)
     rows = []
     # Escapes among defects alone say nothing: to flag everything would be right.
-    judged = [entry for entry in METRICS.values() if not (entry.binary and metrics.without_normal(table))]
-    for entry in sorted(judged, key=lambda entry: entry.higher):
-        both = np.array([entry.values(each) for each in (table, before) if each is not None])
+    judged = {name: entry for name, entry in METRICS.items() if not (entry.binary and metrics.without_normal(table))}
+    values = [gate_metrics.values(each, judged) for each in (table, before) if each is not None]
+    for name, entry in sorted(judged.items(), key=lambda item: item[1].higher):
+        both = np.array([each[name] for each in values])
         both[:, np.isnan(both).any(axis=0)] = np.nan
         images = int((~np.isnan(both[0])).sum())
         if not images:

@@ -23,8 +23,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from adfm import statistics
-from adfm.evaluation.gate_metrics import METRICS, Bound, Floats
-from adfm.evaluation.metrics import category_names, listed, samples, without_boxes
+from adfm.evaluation import gate_metrics
+from adfm.evaluation.gate_metrics import METRICS, Bound
+from adfm.evaluation.metrics import Floats, category_names, listed, samples, without_boxes
 from adfm.registry import tables
 from adfm.registry.policy import Policy
 from adfm.text import printable
@@ -113,7 +114,7 @@ def decide(
     judged = {name: table.set_index("id").loc[order].reset_index() for name, table in judged.items()}
     first = judged["candidate"]
     judge = _Judge(
-        {name: {metric: METRICS[metric].values(table) for metric in policy.whole} for name, table in judged.items()},
+        {name: gate_metrics.values(table, policy.whole) for name, table in judged.items()},
         samples(first) if "group" in first and first["group"].notna().any() else None,
         policy,
         policy.level_at(look),

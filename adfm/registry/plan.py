@@ -14,7 +14,7 @@ import pandas as pd
 from scipy import stats
 
 from adfm import statistics
-from adfm.evaluation.gate_metrics import METRICS, Bound, Metric
+from adfm.evaluation.gate_metrics import METRICS, Bound, Metric, values
 from adfm.evaluation.metrics import samples
 from adfm.registry import gate
 from adfm.registry.policy import Policy
@@ -61,7 +61,7 @@ def plan(policy: Policy, images: pd.DataFrame, look: int = 1) -> list[Need]:
     answers = images.assign(
         predicted=images["label"], iou=np.where(located, 1.0, np.nan), mask_iou=np.where(masked, 1.0, np.nan)
     )
-    counting = {name: ~np.isnan(METRICS[name].values(answers)) for name in policy.whole}
+    counting = {name: ~np.isnan(each) for name, each in values(answers, policy.whole).items()}
     needs = [
         need
         for name, bound in policy.whole.items()
