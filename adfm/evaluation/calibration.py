@@ -1,13 +1,9 @@
 """Calibrated probabilities, and the threshold from which on an image is flagged.
 
-A model's raw `score` ranks images but need not be a probability: "0.99" may be right in 80 of 100 cases. A calibration
-is fitted on the validation split and maps scores to probabilities; the threshold is chosen on the same images for a
-limit of overkill or of escapes. An image is flagged if its probability is at least the threshold. Evaluation, the gate,
-`adfm predict` and a served version all decide by it. Without a validation split, or where no threshold keeps the limit,
-the threshold is `None` and the letter decides.
-
-A probability holds for the share of defects that the validation split has. On a line with fewer defects the same number
-stands for fewer of them; the threshold's overkill and escapes do not depend on that share.
+A calibration maps a model's raw `score`, which ranks images, to a probability. It is fitted on the validation split,
+and the threshold is chosen on the same images for a limit of overkill or of escapes. Evaluation, the gate, `adfm
+predict` and a served version all decide by it; without a threshold the letter decides. A probability holds for the
+share of defects that the validation split has; the threshold's overkill and escapes do not depend on it.
 """
 
 from collections.abc import Sequence
@@ -91,14 +87,12 @@ class Calibration(BaseModel):
         """One sentence for people: what decides."""
         if self.threshold is None:
             return f"The letter decides: {self.note or 'there is no threshold'}."
-        chosen = (
-            f"An image is flagged from a probability of {self.threshold:.6g} on, chosen on {self.images} validation"
-        )
+        chosen = f"An image is flagged from a probability of {self.threshold:.6g} on, chosen on {self.images}"
         if not self.limit:
-            return f"{chosen} images for the best balanced accuracy."
+            return f"{chosen} validation images for the best balanced accuracy."
         ((kind, share),) = self.limit.items()
         words = {"overkill": "normal images are flagged", "escapes": "defective images are missed"}[kind]
-        return f"{chosen} images so that at most {share:.1%} of the {words}."
+        return f"{chosen} validation images so that at most {share:.1%} of the {words}."
 
 
 def fit(table: pd.DataFrame, settings: Evaluate, model: str | None = None, data: str | None = None) -> Calibration:
@@ -108,13 +102,9 @@ def fit(table: pd.DataFrame, settings: Evaluate, model: str | None = None, data:
     """
     method, parameters, note = _fit(table, settings.calibration)
     limits: dict[Limit, float | None] = {"overkill": settings.overkill_limit, "escapes": settings.escape_limit}
+    limit = {kind: share for kind, share in limits.items() if share is not None}  # the settings have exactly one
     calibration = Calibration(
-        method=method,
-        parameters=parameters,
-        limit={kind: limit for kind, limit in limits.items() if limit is not None},  # the settings have exactly one
-        images=len(table),
-        model=model,
-        data=data,
+        method=method, parameters=parameters, limit=limit, images=len(table), model=model, data=data
     )
     threshold, why = choose_threshold(table, calibration.probability(numbers(table, "score")), calibration.limit)
     note = "; ".join(part for part in (note, why) if part)

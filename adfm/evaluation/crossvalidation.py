@@ -81,7 +81,6 @@ def _metric(name: str, tables: Sequence[pd.DataFrame], share: float, resamples: 
         low, high = limits[f"{name}_low"], limits[f"{name}_high"]
     else:
         low, high = np.nanquantile(_resampled(name, tables, resamples, seed), [0.025, 0.975]).tolist()
-    assert low is not None and high is not None
     low, high = interval(value, low, high, known, share)
     return {"value": value, "low": low, "high": high, "folds": of_folds}
 

@@ -64,8 +64,7 @@ def curve(size: Floats, detected: Floats) -> dict[str, Any]:
         best = (logit - intercept) / slope
 
         def excess(distance: float) -> float:
-            constrained = _constrained(log_size - best - side * distance, detected, logit)
-            return fitted - constrained - critical
+            return fitted - _constrained(log_size - best - side * distance, detected, logit) - critical
 
         far = 1 / slope
         while excess(far) < 0:
@@ -86,14 +85,9 @@ def curve(size: Floats, detected: Floats) -> dict[str, Any]:
         }
         for detection in POINTS
     ]
-    by_detection = {point["detection"]: point for point in result["points"]}
-    result |= {
-        "a50": by_detection[0.5]["size"],
-        "a90": by_detection[0.9]["size"],
-        "a90_95": by_detection[0.9]["high"],
-        "intercept": intercept - slope * center,
-        "slope": slope,
-    }
+    half, most = (next(point for point in result["points"] if point["detection"] == at) for at in (0.5, 0.9))
+    result |= {"a50": half["size"], "a90": most["size"], "a90_95": most["high"]}
+    result |= {"intercept": intercept - slope * center, "slope": slope}
     if result["a90_95"] is None or result["a90_95"] > result["largest"]:
         result["note"] = "a90/95 is larger than any defect measured: add larger defects before it is relied on."
     elif result["a90_95"] < result["smallest"]:

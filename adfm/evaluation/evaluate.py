@@ -1,9 +1,7 @@
 """Evaluation: several models on the same held-out images, side by side.
 
-docs/evaluation.md lists the files of the folder that it writes; those of the candidate, the last model, are at its top.
-Every table has the model's letter (`predicted`) and its decision in production: `probability`, the calibrated score,
-and `decision`, the label at the threshold. A registered version is shown with the calibration that it was registered
-with; where validation itself is evaluated, or there is none, letters decide.
+docs/evaluation.md lists the files that it writes; those of the candidate, the last model, are at the top of the folder.
+A registered version has the calibration that it was registered with.
 """
 
 import csv
@@ -85,8 +83,9 @@ def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Par
         )
     *_, candidate = models
     kept = out.with_name(f"{out.name}.answers.partial")  # for an evaluation that is interrupted
-    split, tokens = params.evaluate.split, params.evaluate.max_new_tokens
+    split = params.evaluate.split
     fingerprint = shards_.fingerprint(shards, split)
+    made = {"split": split, "fingerprint": fingerprint, "max_new_tokens": params.evaluate.max_new_tokens}
     # Where validation itself is evaluated, a threshold chosen on it would flatter.
     with_validation = split != "validation" and any(shards.glob("validation-*.parquet"))
     splits = [split, "validation"] if with_validation else [split]
@@ -124,8 +123,7 @@ def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Par
             write_json(guard.fit(shards, split).model_dump(), partial / guard.FILE)
             for name, table in tables.items():
                 # Travels with the file, so that the gate can refuse to compare what was not made in the same way.
-                table.attrs = {"split": split, "fingerprint": fingerprint, "max_new_tokens": tokens}
-                table.attrs["threshold"] = calibrations[name].threshold
+                table.attrs = made | {"threshold": calibrations[name].threshold}
                 _write_table(table, partial / f"{'predictions' if name == candidate else name}.parquet")
                 file = partial / (calibration.FILE if name == candidate else f"calibration/{name}.json")
                 file.parent.mkdir(exist_ok=True)
@@ -326,7 +324,13 @@ def report(
     )
     all_models = _tables(_values(titles, overall, compared["rows"]))
     differing = _tables(_intervals(titles, {candidate: overall[candidate]}, differences))
-    notes, explanations = _notes(overall[candidate]), [_FIGURES.format(overall[candidate]["images"])]
+    own = overall[candidate]
+    notes = [metrics.more_images(own)] if metrics.rates(own) else []
+    if without := own["without_boxes"]:
+        notes.append(f"{without} anomalous images have no boxes; they are left out of IoU and box F1.")
+    if not own["normal"]:
+        notes.append(metrics.NO_NORMAL_IMAGE)
+    explanations = [_FIGURES.format(own["images"])]
     if kinds:
         explanations.append(_KIND_RIGHT)
     decided = [markdown(f"{name}: {fitted.summary}") for name, fitted in calibrations.items()]
@@ -370,7 +374,6 @@ def _values(titles: Mapping[str, str], overall: Mapping[str, Any], rows: Mapping
 def _intervals(
     titles: Mapping[str, str], candidate: Mapping[str, Any], differences: Mapping[str, Any]
 ) -> list[list[str]]:
-    """Return a table of the candidate and its differences to the other models, with intervals."""
     columns = {**candidate, **differences}
     signs = {name: "+" if name in differences else "" for name in columns}
     cells = [
@@ -380,21 +383,8 @@ def _intervals(
     return [["95 % intervals", *(name.replace("_minus_", " - ") for name in columns)], *cells]
 
 
-def _notes(candidate: Mapping[str, Any]) -> list[str]:
-    """Write what to know of these images, as paragraphs."""
-    notes = [metrics.more_images(candidate)]
-    if without := candidate["without_boxes"]:
-        notes.append(f"{without} anomalous images have no boxes; they are left out of IoU and box F1.")
-    if not candidate["normal"]:
-        notes.append(metrics.NO_NORMAL_IMAGE)
-    return [note for note in notes if note]
-
-
 def _tables(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Write Markdown tables that are also aligned as plain text, as many as it takes to fit a terminal.
-
-    Each has the first column, and rows in which another has a value. A column that is too wide has a table of its own.
-    """
+    """Write Markdown tables, aligned as plain text too, as many as it takes to fit a terminal; each has column one."""
     first, *columns = zip(*rows, strict=True)
     groups: list[list[Sequence[str]]] = [[]]
     for column in columns:

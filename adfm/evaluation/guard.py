@@ -1,8 +1,7 @@
 """Input guard: refuse images that the model cannot judge, because they are unlike its training images.
 
-A model answers a black frame, or a photograph of another product, as readily as a good part, and often `normal`. The
-guard is fitted with every evaluation, written to `guard.json` beside `calibration.json`, and so signed with the version
-and served with it. docs/serving.md lists the kinds of images that it refuses.
+The guard is fitted with every evaluation and written to `guard.json` beside `calibration.json`, so that it is signed
+and served with the version. docs/serving.md lists the kinds of images that it refuses.
 """
 
 import io
@@ -151,16 +150,11 @@ class Guard(BaseModel):
         if image.white > _blank_from(self.white):
             return Refusal("white", f"it is white: {image.white:.1%} of its pixels")
         if self.side and not self.side.holds(max(image.size), _SIZE_MARGIN):
-            own = _span(self.side, "{:.0f}")
-            return Refusal(
-                "size", f"its size of {width} x {height} is not like the training images (longer side {own})"
-            )
+            own = f"longer side {_span(self.side, '{:.0f}')}"
+            return Refusal("size", f"its size of {width} x {height} is not like the training images ({own})")
         if self.shape and not self.shape.holds(width / height, _SHAPE_MARGIN):
-            return Refusal(
-                "shape",
-                f"its shape of {width} x {height}, width over height {width / height:.2f}, is not like the training"
-                f" images ({_span(self.shape, '{:.2f}')})",
-            )
+            own = f"width over height {width / height:.2f}, is not like the training images"
+            return Refusal("shape", f"its shape of {width} x {height}, {own} ({_span(self.shape, '{:.2f}')})")
         return self._far(image) if self.references else None
 
     def _far(self, image: Measured) -> Refusal | None:
@@ -178,7 +172,7 @@ class Guard(BaseModel):
         )
 
     def _nearest(self, image: Measured) -> tuple[float, Floats]:
-        """Return the whitened distance to the most similar training image, and by how much each statistic differs."""
+        """The whitened distance to the most similar training image, and by how much each statistic differs."""
         # Euclidean between the statistics, whitened by their covariance within a category. Nearest neighbours need no
         # assumption about how many kinds of image there are.
         standard = np.asarray((image.statistics - np.asarray(self.mean)) / np.asarray(self.spread))
@@ -257,8 +251,10 @@ Sampled = list[tuple[str, Measured]]  # category and measurements of each image
 def _fit_distance(training: Sampled, validation: Sampled) -> dict[str, Any]:
     """Return the fields of a guard that the distance needs."""
     if len(training) < _LEAST:
-        few = f"{len(training)} training images are too few to tell how far another one is from them"
-        return {"note": f"{few}; {_LEAST} would do."}
+        few = (
+            f"{len(training)} training images are too few to tell how far another one is from them; {_LEAST} would do."
+        )
+        return {"note": few}
     from sklearn.covariance import LedoitWolf
 
     values = np.array([one.statistics for _, one in training])
@@ -286,9 +282,8 @@ def _fit_distance(training: Sampled, validation: Sampled) -> dict[str, Any]:
 
 def _quantile(distances: Floats, beyond: float) -> float:
     """The least distance beyond which at most that share of the distances lies; 0 without any."""
-    if not len(distances):
-        return 0.0
-    return float(np.sort(distances)[len(distances) - 1 - int(beyond * len(distances))])
+    count = len(distances)
+    return float(np.sort(distances)[count - 1 - int(beyond * count)]) if count else 0.0
 
 
 def _to_others(whitened: Floats) -> Floats:
@@ -325,8 +320,7 @@ def choose(categories: Sequence[str], most: int) -> list[int]:
         by_category[name].append(number)
     chosen: list[int] = []
     for position, numbers in enumerate(sorted(by_category.values(), key=len)):  # small ones leave more for the others
-        share = (most - len(chosen)) // (len(by_category) - position)
-        count = min(share, len(numbers))
+        count = min(len(numbers), (most - len(chosen)) // (len(by_category) - position))
         chosen += [numbers[i * len(numbers) // count] for i in range(count)]
     return sorted(chosen)
 
@@ -359,11 +353,8 @@ def read(file: Path) -> Guard | None:
         raise BadGuard(f"{file} cannot be read ({error}); evaluate and register the model again.") from error
     except ValidationError as error:
         problem = error.errors()[0]
-        place = ".".join(map(str, problem["loc"]))
-        raise BadGuard(
-            f"{file} is not a guard ({place}{': ' * bool(place)}{problem['msg']}); evaluate and register the model"
-            " again."
-        ) from error
+        what = ": ".join(filter(None, [".".join(map(str, problem["loc"])), problem["msg"]]))
+        raise BadGuard(f"{file} is not a guard ({what}); evaluate and register the model again.") from error
     if guard.statistics != STATISTICS:
         raise BadGuard(
             f"{file} was made by another release of adfm, which measured other statistics; serve the version with that"

@@ -1,10 +1,8 @@
 """Detection and localisation metrics of one image and of a prediction table, with 95 % intervals.
 
-A model gives one greedy answer an image. An answer that cannot be parsed counts as the wrong letter in every metric and
-is never dropped; an image answered `normal` has no predicted box. Localisation is measured on anomalous images only.
-
-A defective image is *flagged* if its decision is anomalous; otherwise it has escaped. It is *located* if it is flagged
-and its boxes overlap the true ones with an IoU of at least `LOCATED`.
+An answer that cannot be parsed counts as the wrong letter in every metric and is never dropped; an image answered
+`normal` has no predicted box. Localisation is measured on anomalous images only. A defective image is *flagged* if its
+decision is anomalous, else it has escaped; it is *located* if it is flagged with an IoU of at least `LOCATED`.
 """
 
 import math
@@ -461,12 +459,8 @@ def _auroc(anomalous: NDArray[np.bool_], scores: Floats) -> Callable[[Floats], F
 
 
 def _calibration_error(probability: Floats, anomalous: NDArray[np.bool_]) -> Callable[[Floats], Floats]:
-    """The expected calibration error, recomputed in every resample.
-
-    Images are put into `BINS` bins of equally many (equal-mass bins), and the distance between a bin's mean probability
-    and its share of defects is averaged over the images. Images without a probability are left out. It is never 0 by
-    chance alone: about 0.04 with 768 images and perfect probabilities, 0.10 with 100.
-    """
+    """The expected calibration error of `BINS` equal-mass bins, recomputed in every resample; NaN is left out."""
+    # It is never 0 by chance alone: about 0.04 with 768 images and perfect probabilities, 0.10 with 100.
     known = np.flatnonzero(~np.isnan(probability))
     known = known[np.argsort(probability[known], kind="stable")]
     distinct, starts = np.unique(probability[known], return_index=True)
@@ -624,7 +618,7 @@ def more_images(values: Mapping[str, Any], width: float = 0.05) -> str:
     )
 
 
-def limits_of_means(table: pd.DataFrame, names: Sequence[str] | None = None) -> dict[str, float | None]:
+def limits_of_means(table: pd.DataFrame, names: Sequence[str] | None = None) -> dict[str, float]:
     """Return the 95 % limits of rates and means, for a table ordered by id."""
     # A bootstrap of 64 defects without a miss would give a miss rate of [0, 0], and the truth may be 5 %.
     images, group = of_images(table), groups(table)

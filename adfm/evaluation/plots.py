@@ -66,9 +66,9 @@ def confusion(tables: Mapping[str, pd.DataFrame], path: Path) -> None:
             shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
             axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
             for (row, column), count in np.ndenumerate(counts):
-                dark = shares[row, column] > 0.55
-                words = f"{count}\n{shares[row, column]:.0%}"
-                axes.text(column, row, words, ha="center", va="center", fontsize=9, color="white" if dark else INK)
+                share = shares[row, column]
+                words, colour = f"{count}\n{share:.0%}", "white" if share > 0.55 else INK
+                axes.text(column, row, words, ha="center", va="center", fontsize=9, color=colour)
             axes.set_xticks(range(3), answers, fontsize=7)
             axes.set_yticks(range(2), answers[:2] if first else ("", ""), rotation=90, va="center", fontsize=7)
             axes.set(xlabel="decision", ylabel="actual" if first else "")
@@ -105,11 +105,8 @@ def iou_by_size(sizes: Mapping[str, Mapping[str, Any]], small: float, large: flo
             values, errors = _errors([metrics.with_limits(of[size], "iou") for size in measured])
             axes.bar(at, values, width * 0.92, color=_colour(name, sizes), label=name)
             axes.errorbar(at, values, errors, fmt="none", ecolor=INK, elinewidth=1, capsize=2)
-        ranges = {
-            "small": f"below {100 * small:g} %",
-            "medium": f"{100 * small:g} % to {100 * large:g} %",
-            "large": f"from {100 * large:g} %",
-        }
+        ranges = {"small": f"below {100 * small:g} %", "large": f"from {100 * large:g} %"}
+        ranges |= {"medium": f"{100 * small:g} % to {100 * large:g} %"}
         counts = next(iter(sizes.values()))
         labels = [f"{size}\n{ranges[size]} of the image\n{counts[size]['images']} images" for size in measured]
         axes.set_xticks(range(len(measured)), labels)
@@ -196,12 +193,9 @@ def examples(rows: pd.DataFrame, images: Mapping[str, bytes], path: Path, column
                 for box in boxes:
                     axes.add_patch(outline(box, colour, dashes, width, height))
             _, colour, verdict = _OUTCOMES[row["outcome"]]
-            axes.set_title(
-                verdict.format(iou=row["iou"], located=metrics.LOCATED), loc="left", color=colour, fontweight="bold"
-            )
-            product = " · ".join(
-                printable(str(row[key])) for key in ("category", "defect") if isinstance(row[key], str)
-            )
+            verdict = verdict.format(iou=row["iou"], located=metrics.LOCATED)
+            axes.set_title(verdict, loc="left", color=colour, fontweight="bold")
+            product = " · ".join(printable(row[key]) for key in ("category", "defect") if isinstance(row[key], str))
             words = f"{product}\n{_wrapped(row['completion'])}\n"
             axes.set_xlabel(words, loc="left", fontsize=7, color=FAINT)
             axes.set(xticks=[], yticks=[])

@@ -95,7 +95,7 @@ def predict_splits(
 
 
 def _key(model: str | Path, shards: Path, split: str, params: Params, vllm: bool) -> str:
-    """Return a name for the folder of predictions: a digest of all that they depend on."""
+    """Return a digest of all that predictions depend on: the name of their folder."""
     settings = params.evaluate
     decides = {
         "code": adfm.__version__,
@@ -111,12 +111,10 @@ def _key(model: str | Path, shards: Path, split: str, params: Params, vllm: bool
 
 
 def _most_tiles(shards: Path, split: str, tile: Tile) -> int:
-    """Return the tiles of the image of a split that has most of them."""
     if not tile.size:
         return 1
-    images = shards_.table(shards, split)
-    sizes = set(zip(images["width"].to_pylist(), images["height"].to_pylist(), strict=True))
-    return max(len(grid_of(size, tile)) for size in sizes)
+    images = shards_.table(shards, split).select(["width", "height"]).to_pydict()
+    return max(len(grid_of(size, tile)) for size in {*zip(*images.values(), strict=True)})
 
 
 def _rows(predictor: Predictor, window: Sequence[Record], done: Callable[[int], object]) -> list[dict[str, Any]]:

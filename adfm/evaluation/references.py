@@ -1,8 +1,7 @@
 """Blind answers, and the reference detector where one was evaluated, as references of the candidate.
 
 A blind answer is the same for every image, `always A` (anomalous) or `always B` (normal), and names no box; where
-kinds are asked for, A comes with the commonest. A model that does not beat both has learnt nothing from the images. The
-reference detector (`adfm.models.detector`) learns from the same images without language.
+kinds are asked for, A comes with the commonest. The reference detector is `adfm.models.detector`.
 
 `references.json` has `rows` (by model, then by blind answer, `[value, low, high]` of `METRICS`), and for the comparison
 `sentence`, `verdict` (`detector`, `candidate`, `open`; `null` without a detector), `metric`, `rule`, `values` and
@@ -121,9 +120,7 @@ def compare(
             "boxes; evaluate both on images of both labels."
         )
         return result | {"verdict": "open", "sentence": sentence}
-    verdict = "open"
-    if low is not None and high is not None:
-        verdict = "detector" if low > 0 else "candidate" if high < 0 else "open"
+    verdict = "detector" if low is not None and low > 0 else "candidate" if high is not None and high < 0 else "open"
     both = {name: metrics.values(table)[metric] for name, table in ((reference.name, left), (candidate, right))}
     words = {
         "detector": "The reference detector is better on this data",
@@ -150,10 +147,8 @@ def read(evaluation: Path) -> dict[str, Any]:
         return {"rows": {}, "verdict": None, "sentence": "", "lines": []}
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda _: None)
-        rows = {
-            str(name): {metric: _numbers(values.get(metric)) for metric in METRICS}
-            for name, values in content["rows"].items()
-        }
+        every = content["rows"].items()
+        rows = {str(name): {metric: _numbers(row.get(metric)) for metric in METRICS} for name, row in every}
         summary = content.get("summary")
         own = lines(summary) if summary else [str(content["sentence"])] * bool(content["sentence"])
         return content | {"rows": rows, "sentence": str(content["sentence"]), "lines": own}

@@ -1,8 +1,7 @@
 """Evaluation report: the page `report.html`, and the pictures of the test images beside it.
 
-`report.html` works alone, as an attachment or an artifact in MLflow or Kubeflow: it has all figures, and of each
-gallery the first few images with pictures and words. Those of all other images are in `images/NNN.js`, which the page
-loads as they come into view.
+`report.html` works alone: it has all figures, and the first few pictures of each gallery. Those of all other images are
+in `images/NNN.js`, which the page loads as they come into view.
 """
 
 import base64
@@ -97,7 +96,7 @@ def write(evaluation: Path, shards: Path, out: Path) -> None:
 
 
 def _read(evaluation: Path) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
-    """Read what the page says of the models as a whole, candidate first, and the prediction table of each."""
+    """Read what the page has of the models as a whole, candidate first, and the prediction table of each."""
     try:
         compared = references.read(evaluation)
         about, measured, details = (
@@ -157,12 +156,8 @@ def _crossed(file: Path) -> dict[str, Any] | None:
 
 
 def _compared(table: pd.DataFrame, before: pd.DataFrame | None) -> list[dict[str, Any]]:
-    """Compare what the gate judges, escapes first: values of both models and their difference, with limits.
-
-    `table` has the candidate's decisions, `before` those of its rival on the same images in the same order.
-    """
-    group = metrics.groups(table)
-    rows = []
+    """Compare what the gate judges, escapes first: values of both models and their difference, with limits."""
+    group, rows = metrics.groups(table), []
     # Escapes among defects alone say nothing: to flag everything would be right.
     judged = {name: entry for name, entry in METRICS.items() if not (entry.binary and metrics.without_normal(table))}
     values = [gate_metrics.values(each, judged) for each in (table, before) if each is not None]
@@ -176,9 +171,8 @@ def _compared(table: pd.DataFrame, before: pd.DataFrame | None) -> list[dict[str
         if before is not None:
             change = both[0] - both[1]
             cells.append([np.nanmean(change), *metrics.difference_limits(change, group, entry.binary)])
-        figures = [[float(number) for number in cell] for cell in cells]
-        row = {"title": entry.title, "higher": entry.higher, "over": entry.over, "images": images, "cells": figures}
-        rows.append(row)
+        row = {"title": entry.title, "higher": entry.higher, "over": entry.over, "images": images}
+        rows.append(row | {"cells": [[float(number) for number in cell] for cell in cells]})
     return rows
 
 
@@ -193,10 +187,7 @@ def _located(table: pd.DataFrame) -> list[Any] | None:
 
 
 def _detection(table: pd.DataFrame, sizes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-    """Fit the probability that a defect is flagged, against its size as a share of the image.
-
-    `side`: a50, a90 and a90/95 also as the side of a square of that area, in pixels.
-    """
+    """Fit the probability that a defect is flagged, against its share of the image; `side` has the sizes in pixels."""
     share = numbers(table, "area_share")
     measured = is_defective(table) & (share > 0)
     flagged = np.asarray(table["predicted"][measured] == "anomalous", dtype=np.float64)
@@ -207,11 +198,9 @@ def _detection(table: pd.DataFrame, sizes: Mapping[str, tuple[int, int]]) -> dic
 
 
 def _order(table: pd.DataFrame, changed: "pd.Series[Any]") -> tuple[list[str], int]:
-    """Return all ids in the order in which their pictures are kept, and how many of them begin a gallery.
-
-    The first of each gallery come first, in turns; then the rest by outcome, those first that are looked at first: the
-    surest of the wrong answers, and flagged defects from the worst place to the best.
-    """
+    """Return all ids in the order in which their pictures are kept, and how many of them begin a gallery."""
+    # The first of each gallery, in turns; then the rest by outcome: the surest of the wrong answers first, and flagged
+    # defects from the worst place to the best.
     outcomes = [*metrics.OUTCOMES]
     score = table["score"].astype(float).fillna(0.5)
     placed = table["outcome"].isin(["elsewhere", "located"])
@@ -230,7 +219,7 @@ def _order(table: pd.DataFrame, changed: "pd.Series[Any]") -> tuple[list[str], i
 def _thumbnails(
     shards: Path, split: str, ids: set[str], spool: BinaryIO
 ) -> tuple[Callable[[str], bytes], dict[str, tuple[int, int]]]:
-    """Write small JPEGs of images to the file `spool`; return a function that reads that of an id, and sizes by id."""
+    """Write small JPEGs to the file `spool`; return a function that reads that of an id, and image sizes by id."""
     places: dict[str, tuple[int, int]] = {}
     sizes: dict[str, tuple[int, int]] = {}
     with ThreadPoolExecutor(cpus.count()) as pool:
@@ -264,10 +253,7 @@ def _smaller(content: bytes) -> bytes:
 def _write_pictures(
     order: Sequence[str], first: int, content: Callable[[str], list[str | None]], folder: Path
 ) -> tuple[list[list[str | None]], list[int]]:
-    """Write pictures and words into files of about a megabyte.
-
-    Returns those that the page itself holds, and the position in `order` at which each file begins.
-    """
+    """Write files of pictures and words; return those of the page itself, and where in `order` each file begins."""
     embedded: list[list[str | None]] = []
     rows: list[list[str | None]] = []
     starts: list[int] = []
@@ -291,7 +277,7 @@ def _write_pictures(
 
 
 def _stages(completion: str) -> list[str | None]:
-    """Return what the model wrote in `<think>` and in `<rethink>`; and all of it where it does not keep to the form."""
+    """The model's words in `<think>` and in `<rethink>`; and all of them where it does not keep to the form."""
     parsed = response.parse(completion)
     whole = parsed.think is not None and parsed.rethink is not None and parsed.answer is not None
     # Of an image in tiles, notes on the tiles follow the answer.
@@ -300,15 +286,14 @@ def _stages(completion: str) -> list[str | None]:
 
 
 def _columns(table: pd.DataFrame, sizes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-    """Return what the page knows of each image without its picture; short, because there are many."""
+    """The page's data of each image without its picture; short, because there are many."""
 
     def rounded(column: str, form: str) -> list[float | None]:
         return [None if np.isnan(value) else float(format(value, form)) for value in numbers(table, column)]
 
     def boxes(column: str) -> list[list[float]]:
-        return [
-            [round(float(edge), 1) for box in row if np.isfinite(box).all() for edge in box] for row in table[column]
-        ]
+        finite = ([box for box in row if np.isfinite(box).all()] for row in table[column])
+        return [[round(float(edge), 1) for box in row for edge in box] for row in finite]
 
     category, defect = (table[column].astype("category").cat for column in ("category", "defect"))
     return {
@@ -331,14 +316,9 @@ def _columns(table: pd.DataFrame, sizes: Mapping[str, tuple[int, int]]) -> dict[
 
 def _reliability(table: pd.DataFrame) -> dict[str, list[list[float]]]:
     """Points of the reliability diagram (mean probability, share of defective images), raw and calibrated."""
-    return {
-        column: [
-            [round(probability, 4), round(share, 4)]
-            for probability, share, _ in metrics.reliability(numbers(table, column), is_defective(table))
-        ]
-        for column in ("score", "probability")
-        if column in table
-    }
+    columns = [column for column in ("score", "probability") if column in table]
+    points = {column: metrics.reliability(numbers(table, column), is_defective(table)) for column in columns}
+    return {column: [[round(mean, 4), round(share, 4)] for mean, share, _ in of] for column, of in points.items()}
 
 
 def _curves(table: pd.DataFrame) -> dict[str, list[list[float]]] | None:
@@ -392,6 +372,6 @@ def _html(title: str, page: dict[str, Any]) -> str:
 
 
 def _json(content: Any) -> str:
-    """JSON that cannot end the script element that it stands in."""
+    # It must not end the script element that it stands in.
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

@@ -2,10 +2,8 @@
 
 Training keeps a table of hashes of its images in the model's folder (`adfm.data.hashes`), so that every registered
 version carries it. The images of a test split are compared with that of the candidate and that of production, in four
-ways; a test image counts in the first that fits.
-
-The base model's training data are not known, and not compared. Nor can the table tell whether a training wrote it: it
-is as good as whoever signs the version.
+ways; a test image counts in the first that fits. The base model's training data are not known, and not compared. The
+table is as good as whoever signs the version.
 """
 
 from collections.abc import Mapping
@@ -85,8 +83,7 @@ def compare(
 
 def _overlaps(test: pa.Table, other: pa.Table, name: str, checked: pa.Table | None) -> list[dict[str, Any]]:
     """Find the images of `test` that are in `other`, kind by kind, each image once."""
-    overlaps = []
-    left = test
+    overlaps, left = [], test
     for kind in KINDS:
         if kind == NEAR_DUPLICATE:
             twin = _near(left, other, checked)
@@ -122,10 +119,7 @@ def _likely(test: pa.Table, other: pa.Table) -> tuple[NDArray[np.int64], list[ND
 
 
 def _by_the_rule(sides: list[NDArray[Any]], shards: Path) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Return the indices of those pairs whose images lie in `shards`, and whether they are near-duplicates.
-
-    `sides` has the `bytes` of the first, and of the second, image of each pair.
-    """
+    """Return the indices of those pairs whose images lie in `shards`, and whether they are near-duplicates."""
     needed = {key.hex(): key for side in sides for key in side.tolist()}
     digests = shards_.table(shards)["sha256"].to_pylist()
     numbers = {needed[digest[:32]]: number for number, digest in enumerate(digests) if digest[:32] in needed}
@@ -143,7 +137,6 @@ def _by_the_rule(sides: list[NDArray[Any]], shards: Path) -> tuple[NDArray[np.in
         copies = [np.empty(0, bool)]
         for start in range(0, len(here), 1000):
             one, other = index[:, here[start : start + 1000]]
-            looks = duplicates.mapped(file)
-            of = np.array(contrasts)
+            looks, of = duplicates.mapped(file), np.array(contrasts)
             copies.append(duplicates.are_copies(looks[one], of[one], looks[other], of[other]))
     return here, np.concatenate(copies)

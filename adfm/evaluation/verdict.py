@@ -1,8 +1,7 @@
 """Verdict in words: the kind of model, its comparison with the references, and the next steps.
 
 `adfm check` prints the kind of a model before anything is trained (`expected`). An evaluation ends with `summarize`,
-which is kept as `summary` in `references.json`: `model`, a sentence; `comparison`, sentences; `steps`, the one or two
-next steps, each with the `rule` that chose it and a `text`.
+which is kept as `summary` in `references.json`.
 """
 
 import math
@@ -98,10 +97,6 @@ class Facts:
     shards: str = "data/shards"  # for a command
 
 
-def _decision(threshold: bool) -> str:
-    return "at the threshold" if threshold else "as written"
-
-
 def kind_of(
     model: str | Path, settings: Model, fingerprint: str | None = None, train: tuple[int, int] | None = None
 ) -> Kind:
@@ -153,8 +148,7 @@ def expected(kind: Kind, memory: int) -> list[str]:
             "for a GPU; docs/training.md says what was checked of such a model, and that no real weights were trained. "
             "The report compares yours with a reference detector and the blind answers"
         )
-    larger = _larger(kind)
-    lines = {"kind": _what(kind), "expect": expect, "memory": needs, "larger": larger}
+    lines = {"kind": _what(kind), "expect": expect, "memory": needs, "larger": _larger(kind)}
     return [f"{name:10}{text}" for name, text in lines.items() if text]
 
 
@@ -167,7 +161,7 @@ def _what(kind: Kind) -> str:
 
 
 def _larger(kind: Kind) -> str:
-    """The next model that is clearly larger, with the memory and hours that are documented; empty if there is none."""
+    """The next model that is clearly larger, with its documented memory and hours; empty if there is none."""
     for larger in LARGER:
         if larger.weights * 2**30 / 2 > 1.5 * kind.weights:
             return (
@@ -188,7 +182,11 @@ def _model(facts: Facts) -> str:
 
 
 def summarize(facts: Facts) -> dict[str, Any]:
-    """Write the verdict on a candidate: `model`, `comparison` and `steps`."""
+    """Write the verdict on a candidate.
+
+    Returns `model`, a sentence; `comparison`, sentences; `steps`, the one or two next steps, each with the `rule` that
+    chose it and a `text`.
+    """
     blind, sentence = _blind(facts)
     comparison = [sentence, facts.compared["sentence"], _boxes(facts), _named_kinds(facts), _crossed(facts)]
     steps = [{"rule": rule, "text": text} for rule, text in _steps(facts, blind)]
@@ -196,11 +194,8 @@ def summarize(facts: Facts) -> dict[str, Any]:
 
 
 def _blind(facts: Facts) -> tuple[str, str]:
-    """Return whether the candidate is `better` or `worse` than the best blind answer, `open` or `none`; and a sentence.
-
-    Letters are compared as with the reference detector: by score where a threshold could be chosen on validation, else
-    as written.
-    """
+    """Whether the candidate is `better` or `worse` than the best blind answer, `open` or `none`; and a sentence."""
+    # As with the reference detector: by score where a threshold could be chosen on validation, else as written.
     rows, name = facts.compared["rows"], facts.compared["candidate"]
     row = rows[name]
     by_score = row[references.BY_SCORE][0] is not None
@@ -260,7 +255,6 @@ def _boxes(facts: Facts) -> str:
 
 
 def _named_kinds(facts: Facts) -> str:
-    """Write how often the candidate names the kind right, beside detector and blind answer; empty without kinds."""
     rows, name, detector = (facts.compared[key] for key in ("rows", "candidate", "detector"))
     value, low, high = rows[name][metrics.KIND]
     if value is None:
@@ -274,11 +268,11 @@ def _named_kinds(facts: Facts) -> str:
 def _crossed(facts: Facts) -> str:
     if not (crossed := facts.crossed):
         return ""
-    for end in ("_at_threshold", ""):
+    for at, end in (("at the threshold", "_at_threshold"), ("as written", "")):
         balanced = crossed["metrics"][f"balanced_accuracy{end}"]
         if balanced["value"] is not None:
             return (
-                f"Cross-validation of the same settings: balanced accuracy {_decision(bool(end))} "
+                f"Cross-validation of the same settings: balanced accuracy {at} "
                 f"{written(balanced['value'], balanced['low'], balanced['high'])} on all {crossed['images']:,} images."
             )
     return ""
@@ -305,9 +299,8 @@ def _steps(facts: Facts, blind: str) -> list[tuple[str, str]]:
         steps.append(("look", _look(facts)))
     if detector:
         command = f"adfm predict --model {shlex.quote(printable(facts.detector))} IMAGES"
-        larger = _larger(kind) if kind.base else ""
-        or_larger = f" Or try a larger model: {larger}." if larger else ""
-        steps.append(("detector", f"Use the reference detector now: `{command}`.{or_larger}"))
+        larger = f" Or try a larger model: {_larger(kind)}." if kind.base and _larger(kind) else ""
+        steps.append(("detector", f"Use the reference detector now: `{command}`.{larger}"))
     if tile := facts.tiles:
         text = (
             f"Cut the images: set tile.size={tile.size} and train again. A quarter of the defects are less than "
@@ -357,7 +350,7 @@ def _lower_rate(facts: Facts) -> str:
     lower, higher = sorted(rates, key=lambda name: rates[name])
     if rates[higher][0] - rates[lower][0] < _GAP or rates[lower][2] >= rates[higher][1]:
         return ""
-    at = _decision(facts.metrics.get("threshold") is not None)
+    at = "as written" if facts.metrics.get("threshold") is None else "at the threshold"
     figures = f"{lower.capitalize()} {at} is {written(*rates[lower])}, {higher} {written(*rates[higher])}"
     moved = ""
     if facts.limit:
@@ -365,10 +358,10 @@ def _lower_rate(facts: Facts) -> str:
         raises = (name == "evaluate.overkill_limit") == (lower == "recall")
         moved = f", or {'raise' if raises else 'lower'} {name} ({value:g} now), which sets the threshold"
     if lower == "recall":
-        worst = _worst(facts, rates["recall"][0])
+        if worst := _worst(facts, rates["recall"][0]):
+            return f"{figures}: add images of {worst[1]} to train on, {worst[0]}{moved}."
         images = f"defective images to train on ({facts.train[1]:,} now)"
-        kind = f"images of {worst[1]} to train on, " if worst else f"{images}, "
-        return f"{figures}: add {kind}{worst[0] if worst else 'and look at the escapes in the report'}{moved}."
+        return f"{figures}: add {images}, and look at the escapes in the report{moved}."
     return (
         f"{figures}: look at the good parts that are flagged (gallery overkill of the report) and add normal images "
         f"like them to train on ({facts.train[0]:,} now){moved}."
@@ -380,10 +373,8 @@ def _worst(facts: Facts, recall: float) -> tuple[str, str] | None:
     if len(facts.kinds) < 2:
         return None
     name, part = min(facts.kinds.items(), key=lambda each: (each[1].flagged / each[1].images, each[1].train, each[0]))
-    if part.flagged / part.images > recall - _KIND:
-        return None
     figures = f"of which {part.flagged:,} of {part.images:,} are flagged in test, with {part.train:,} in train"
-    return figures, printable(name)
+    return (figures, printable(name)) if part.flagged / part.images <= recall - _KIND else None
 
 
 def _more_images(facts: Facts) -> str:
@@ -402,7 +393,7 @@ def _more_images(facts: Facts) -> str:
     images = facts.metrics["anomalous" if name == "recall" else "normal"]
     value, half = rates[name][0], wide[name]
     _, needed = metrics.images_needed(value, half, images, half / 2)
-    at = _decision(facts.metrics.get("threshold") is not None)
+    at = "as written" if facts.metrics.get("threshold") is None else "at the threshold"
     text = (
         f"Add {label} test images: {name} {at}, {value:.3f}, is known to ± {half:.3f} with {images:,}; "
         f"about {needed:,} would halve that."
