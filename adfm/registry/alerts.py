@@ -1,8 +1,4 @@
-"""Alerts: a message to a chat channel when a run ends, the gate decides or production moves.
-
-`ADFM_ALERT_WEBHOOK` holds the address of a Slack-compatible webhook; without it nothing is sent. The address is a
-secret and appears in no message.
-"""
+"""Alerts to the Slack-compatible webhook `ADFM_ALERT_WEBHOOK`, whose address is a secret and appears in no message."""
 
 import html
 import json
@@ -55,8 +51,7 @@ def alert(text: str) -> None:
 
 
 class _NoRedirect(HTTPRedirectHandler):
-    """A redirect is an error: urllib would follow it with a GET, without the message, and take its 200 for success."""
-
+    # A redirect is an error: urllib would follow it with a GET, without the message, and take its 200 for success.
     def redirect_request(self, *_: Any) -> None:
         return None
 

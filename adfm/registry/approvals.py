@@ -1,7 +1,6 @@
 """The approvals service: polls MLflow every few seconds, and does what submitters and reviewers have requested.
 
-It makes versions of submissions, registers a policy that a reviewer has set, promotes what is approved, and records
-what is rejected. It listens on no port.
+It makes versions of submissions, registers the policy, promotes what is approved, and records what is rejected.
 """
 
 import functools

@@ -16,10 +16,7 @@ class AuditFailed(Unusable):
 
 
 def audit(name: str) -> str:
-    """Verify history, signatures and aliases of a registered model; changes nothing.
-
-    Returns:
-        What was checked, on one screen.
+    """Verify history, signatures and aliases of a registered model, changing nothing; return what was checked.
 
     Raises:
         AuditFailed: Something is wrong; all of it is listed.
@@ -48,10 +45,8 @@ def audit(name: str) -> str:
             for alias in (PRODUCTION, PREVIOUS, ANCHOR)
             if here.get(alias) != due.get(alias) and due.get(alias) in (None, *registry.versions)
         ]
-        if unfinished := [s for s in history.counting if s.action in ("promote", "rollback") and not s.finished]:
-            problems.append(
-                f"step {unfinished[-1].number} is unfinished: the next promotion, or the service, completes it"
-            )
+        if unfinished := [s.number for s in history.counting if s.action in ("promote", "rollback") and not s.finished]:
+            problems.append(f"step {unfinished[-1]} is unfinished: the next promotion, or the service, completes it")
     if problems:
         in_order = [f"in order: {line}" for line in lines]
         raise AuditFailed("\n  - ".join([f"The audit of {name} failed:", *problems, *in_order]))

@@ -1,7 +1,7 @@
 """Decisions on versions: made from a version's signed files with the registered policy, recorded and published.
 
-The same files, models to compare, policy and look give the same decision, whoever makes it. So the history keeps its
-digest, and what people read (gate.json, tags, description) can be written again from the files at any time.
+The same files, models to compare, policy and look give the same decision. So the history keeps its digest, and what
+people read (gate.json, tags, description) can be written again from the files at any time.
 """
 
 from __future__ import annotations
@@ -75,9 +75,8 @@ def judge(registry: Registry, version: ModelVersion, to: Path) -> Judgement:
     if history.anchor == history.production:
         del against["anchor"]
     # Without those of a role where nothing is in production, or the anchor itself is judged.
-    predictions = {
-        role: _predictions(submission, role, others[other]) for role, other in against.items() if other in others
-    }
+    there = {role: others[other] for role, other in against.items() if other in others}
+    predictions = {role: _predictions(submission, role, other) for role, other in there.items()}
     missing = [
         f"Predictions of version {against[role]} ({role}) on these test images are missing; `adfm register` makes them."
         for role, tables_ in predictions.items()
@@ -123,8 +122,7 @@ def stands(history: History, version: str) -> Step | None:
     step = history.last("judge", version=version)
     if step is None or history.policy is None:
         return None
-    registered = policy.digest(policy.registered(history.policy))
-    now = (history.production, history.anchor, registered)
+    now = (history.production, history.anchor, policy.digest(policy.registered(history.policy)))
     return step if (step.production, step.anchor, step.policy) == now else None
 
 
@@ -168,7 +166,9 @@ def publish(registry: Registry, version: ModelVersion, judgement: Judgement, ste
         if key in version.tags:
             store.delete_model_version_tag(version.name, number, key)
     submission = judgement.submission
-    history_.tag(store, version, **_missing(version, tags(submission) | decision_tags(step)))
+    due = tags(submission) | decision_tags(step)
+    # Each costs two requests: MLflow's client asks first whether the model is a prompt.
+    history_.tag(store, version, **{key: text for key, text in due.items() if version.tags.get(key) != text})
     text = page.text(
         decided | {"reasons": [why, *decided["reasons"]]} if why else decided,
         submission.origin,
@@ -183,12 +183,6 @@ def publish(registry: Registry, version: ModelVersion, judgement: Judgement, ste
     store.update_model_version(version.name, number, text)
     history_.tag(store, version, approval="pending", approval_by=NOBODY)
     history_.finish(store, registry.name, step)
-
-
-def _missing(version: ModelVersion, due: dict[str, str]) -> dict[str, str]:
-    """Return the tags that a version does not have yet."""
-    # Each costs two requests: MLflow's client asks first whether the model is a prompt.
-    return {key: text for key, text in due.items() if version.tags.get(key) != text}
 
 
 def policy_difference(submission: Submission, history: History) -> list[str]:
@@ -218,7 +212,7 @@ def decision_tags(step: Step) -> dict[str, str]:
 
 def is_published(version: ModelVersion, step: Step) -> bool:
     """Whether the version's gate.json and tags are those of a decision."""
-    if any(version.tags.get(key) != text for key, text in decision_tags(step).items()):
+    if not decision_tags(step).items() <= version.tags.items():
         return False
     try:
         return digest(json.loads(read_artifact(version, "gate.json"))) == step.decision
@@ -265,7 +259,7 @@ def _fetch_other(registry: Registry, number: str, to: Path) -> Submission:
 
 
 def _predictions(submission: Submission, role: str, other: Submission) -> tuple[pd.DataFrame, str] | None:
-    """Another version's predictions on the candidate's test images: its own, or those that came with the candidate."""
+    """Another version's predictions on the candidate's test images: its own, or those of the submission."""
     if other.protocol() == submission.protocol():
         return tables.read(other.predictions), AS_REGISTERED
     try:
@@ -296,7 +290,7 @@ def tags(submission: Submission) -> dict[str, str]:
     if file.is_file():
         limit = "".join(f"{kind} <= {share:g}" for kind, share in calibration.limit.items())
         texts |= {"threshold_limit": limit or "none", "calibration": calibration.method}
-        texts |= {calibration_.DIGEST_TAG: file_digest(file)}
+        texts[calibration_.DIGEST_TAG] = file_digest(file)
     # A submitter's tag must not pass for one of adfm's.
     texts |= {key: value for key, value in origin.get("tags", {}).items() if key.startswith(FREE)}
     return {key: str(value) for key, value in texts.items() if value is not None}

@@ -1,10 +1,8 @@
 """The promotion gate: whether a candidate may replace the version in production.
 
-A pure function of prediction tables and a policy. It judges what a model does in production: decisions at the threshold
-(the column `decision`, and the regions of flagged images), or the letters of a table without one.
-
-Over all images, each category and each kind of defect, every metric of `gate_metrics.METRICS` answers up to four
-questions:
+It judges what a model does in production: decisions at the threshold (the column `decision`, and the regions of flagged
+images), or the letters of a table without one. Over all images, each category and each kind of defect, every metric of
+`gate_metrics.METRICS` answers up to four questions:
 
 - `limit`: the confidence limit of its value is on the good side of the policy's limit.
 - `production`: the confidence limit of its loss against production, on the same images, is below the margin.
@@ -127,28 +125,21 @@ def decide(
     if policy.rule == "gain" and gain != "passed":
         (failed if gain == "failed" else unclear).insert(0, headline)
     if look > policy.looks:
-        unclear.insert(
-            0,
-            f"The budget of this test set is used up: it has judged {look - 1} candidates, and {policy.looks} were "
-            "planned. New test images are due; then evaluate production and candidate on them.",
-        )
+        used = f"The budget of this test set is used up: it has judged {look - 1} candidates, and {policy.looks} were "
+        used += "planned. New test images are due; then evaluate production and candidate on them."
+        unclear.insert(0, used)
     if separation is None:
         notes.append("That no test image was trained on is not proved here; `adfm register` proves it.")
     elif not separation["proved"] and not separation["problems"]:
-        unclear.insert(
-            0, "It is not known which images the models were trained on, so that no test image was is not proved."
-        )
+        unknown = "It is not known which images the models were trained on, so that no test image was is not proved."
+        unclear.insert(0, unknown)
     for problem in separation["problems"] if separation else []:
-        failed.insert(
-            0,
-            f"{len(problem['ids'])} test images were in the training or validation data of the {problem['of']} "
-            f"({problem['kind']}): {listed(problem['ids'])}. Divide the data again, train, and register.",
-        )
+        seen = f"{len(problem['ids'])} test images were in the training or validation data of the {problem['of']} "
+        seen += f"({problem['kind']}): {listed(problem['ids'])}. Divide the data again, train, and register."
+        failed.insert(0, seen)
+    images = {label: int((first["label"] == label).sum()) for label in ("normal", "anomalous")}
     if without := without_boxes(first):
-        notes.append(
-            f"{without} of {int((first['label'] == 'anomalous').sum())} anomalous images have no boxes; they are left "
-            "out of IoU."
-        )
+        notes.append(f"{without} of {images['anomalous']} anomalous images have no boxes; they are left out of IoU.")
     if small := {row.name for row in rows if row.answers and all(a.verdict == "not judged" for a in row.answers)}:
         notes.append(
             f"Too few images to judge alone (fewer than {policy.enough}): {listed(sorted(small))}; only a certain fall "
@@ -160,7 +151,7 @@ def decide(
         reasons=failed + unclear + notes,
         rows=rows,
         changed=_changed(first, judged["production"]) if production is not None else [],
-        images={label: int((first["label"] == label).sum()) for label in ("normal", "anomalous")},
+        images=images,
         level=judge.level,
         look=look,
         looks=policy.looks,
@@ -259,25 +250,23 @@ class _Judge:
         # Any of the gains is enough for a promotion; Holm keeps the error over all of them at the level.
         holds = statistics.holm([p for *_, p in gains.values()], self.level)
         for (row, loss, p), better in zip(gains.values(), holds, strict=True):
-            gain = -float(loss.mean())
+            gain, needed = -float(loss.mean()), None
             verdict: Verdict = "passed" if better else "failed" if gain <= 0 else "cannot tell"
-            needed = None
             if verdict == "cannot tell":
                 needed = self.images_for_loss(loss, gain, self.level / len(gains))
             row.answers.append(Answer("gain", verdict, p, self.level, needed, METRICS[row.metric].over))
         return rows
 
     def parts(self, table: pd.DataFrame) -> list[Row]:
+        values, bounds = self.values["candidate"], self.policy.parts
         judged = [
             (of, name, metric, where)
             for of, name, metric, where in parts(table, self.policy)
-            if not np.isnan(self.values["candidate"][metric][where]).all()
+            if not np.isnan(values[metric][where]).all()
         ]
         # A part fails only if its fall is certain among all parts (Bonferroni).
         certain = self.level / max(1, len(judged))
-        return [
-            self.row(of, name, metric, where, self.policy.parts[metric], certain) for of, name, metric, where in judged
-        ]
+        return [self.row(of, name, metric, where, bounds[metric], certain) for of, name, metric, where in judged]
 
     def row(self, of: str, name: str, metric: str, where: NDArray[np.bool_], bound: Bound, certain: float) -> Row:
         """Judge a metric over the images `where`; `certain` is the level at which a failure counts."""

@@ -156,11 +156,10 @@ def read(store: MlflowClient, name: str, keys: signing.Keys) -> History:
 
 
 class _Chain:
-    """Put the steps together as they come, oldest first.
+    """Puts the steps together as they come, oldest first."""
 
-    Of two that follow the same one, the first counts and the other is void, for every reader alike: MLflow gives every
-    version the next number once, writes its tags with it, and does not use a number again.
-    """
+    # Of two that follow the same one, the first counts and the other is void, for every reader alike: MLflow gives
+    # every version the next number once, writes its tags with it, and does not use a number again.
 
     def __init__(self, name: str, keys: signing.Keys) -> None:
         self._name, self._keys = name, keys
@@ -183,8 +182,8 @@ class _Chain:
         if not signing.check_text(text, signature, key, self._keys, retired=True):
             known = key in self._keys.service or key in self._keys.retired
             self._strangers |= not known
-            reason = "its fields are not what was signed" if known else f"its key {key[:40]!r} is not of the service"
-            self._ignored[number] = reason
+            stranger = f"its key {key[:40]!r} is not of the service"
+            self._ignored[number] = "its fields are not what was signed" if known else stranger
             return
         at = datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds")
         texts: dict[str, Any] = {field: tags.get(field, "") for field in _SIGNED}

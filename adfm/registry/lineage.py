@@ -108,7 +108,5 @@ def _read(lock: Path) -> dict[str, Any]:
             f" write it again (`dvc repro`). {remedy}"
         ) from error
     if not isinstance(content, dict):
-        raise AdfmError(
-            f"{lock}: does not list stages, as DVC writes it; get it back (`git checkout dvc.lock`). {remedy}"
-        )
+        raise AdfmError(f"{lock}: has no stages, as DVC writes them; get it back (`git checkout dvc.lock`). {remedy}")
     return content

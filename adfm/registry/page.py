@@ -43,7 +43,7 @@ _CHANGES = {
 
 @dataclass
 class _Block:
-    """A part of the description. If all are too long, those that matter least lose their last lines first."""
+    """A part of the description."""
 
     name: str  # of its lines, for the note on what was left out; empty: they always stay
     matters: int  # rank: the lowest is shortened first
@@ -82,7 +82,8 @@ def text(
     whole = 1 + sum(row["of"] == "whole" for row in decided["rows"])
     reasons = _Block("reasons", 7, [f"- {markdown(reason)}" for reason in _reasons(decided)], most=_MOST_REASONS)
     headline, passed = f"**{markdown(decided['headline'])}**", decided["verdict"] == "passed"
-    facts = [*_facts(decided), markdown(calibration.summary)]
+    facts = [f"- {fact}" for fact in (*_facts(decided), markdown(calibration.summary))]
+    rests_on = _heading("What the decision rests on")
     differences = [f"- {markdown(line)}" for line in policy_difference]
     blocks = [
         # The list of versions has the beginning, as plain text.
@@ -93,12 +94,7 @@ def text(
         _table("rows of the table", 4, [table[0], *table[whole:]], "The parts that failed or are open.", _MOST_PARTS),
         *([reasons] if passed else []),  # which are notes alone then
         _Block("", 96, [_next_step(decided, version)], _heading("Approval")),
-        _Block(
-            "sentences on operating point, looks, separation and threshold",
-            6,
-            [f"- {fact}" for fact in facts],
-            _heading("What the decision rests on"),
-        ),
+        _Block("sentences on operating point, looks, separation and threshold", 6, facts, rests_on),
         *_changed(decided),
         _Block("differences of the policy", 5, differences, _POLICY),
         *_references(compared or {"rows": {}, "sentence": ""}),
@@ -115,8 +111,7 @@ def screen(decided: dict[str, Any], version: str = "", verdict: Sequence[tuple[i
     ranks, those of a high rank are left out first.
     """
     title = f"version {version}: gate {decided['verdict']}" if version else f"gate {decided['verdict']}"
-    above = [title, *_wrapped(decided["headline"]), *_wrapped(_circumstances(decided)), ""]
-    above += [*_whole(decided), ""]
+    above = [title, *_wrapped(decided["headline"]), *_wrapped(_circumstances(decided)), "", *_whole(decided), ""]
     below = [""]
     if decided["verdict"] != "passed":
         below += _wrapped(f"It cannot be promoted. {_remedy(decided['verdict'])}")
@@ -154,7 +149,7 @@ def _reasons(decided: dict[str, Any]) -> list[str]:
 
 
 def _circumstances(decided: dict[str, Any]) -> str:
-    """Say on which images, and against which versions, the gate judged, and what would tell where that is open."""
+    """On which images, and against which versions, the gate judged, and what would tell where that is open."""
     kinds = " and ".join(f"{count:,} {label}" for label, count in decided["images"].items())
     compared = [
         f"version {decided[f'{role}_version']} {words}"
@@ -206,34 +201,26 @@ def _facts(decided: dict[str, Any]) -> list[str]:
         return [*facts, f"**Separation failed**: {images:,} test images were in the training or validation data."]
     if separation is None or not separation["proved"]:
         return [*facts, "**Separation** of test and training images is not proved."]
-    against = " and ".join(
-        f"{images:,} of {'the ' * (name == 'candidate')}{markdown(name)}"
-        for name, images in separation["against"].items()
-    )
+    counts = separation["against"].items()
+    against = " and ".join(f"{count:,} of {'the ' * (name == 'candidate')}{markdown(name)}" for name, count in counts)
     proof = f"none of {separation['images']:,} test images is among the training and validation images ({against})."
     return [*facts, f"**Separation**: {proof}"]
 
 
 def _changed(decided: dict[str, Any]) -> list[_Block]:
     """Count the images that candidate and production decide differently, and list a few, new escapes first."""
-    order = [*_CHANGES]
-    changes = sorted(decided["changed"], key=lambda change: order.index(_kind(change)))
+    changes = sorted(decided["changed"], key=lambda change: [*_CHANGES].index(_kind(change)))
     if not changes:
         return []
     kinds = [_kind(change) for change in changes]
     counts = ", ".join(f"{kinds.count(kind):,} {words}" for kind, words in _CHANGES.items() if kind in kinds)
     columns = ("label", "production", "candidate", "category", "id")
-    rows = [[change[column] for column in columns] for change in changes]
+    rows = [columns, *([change[column] for column in columns] for change in changes)]
     sentence = f"**{len(changes):,} images are decided otherwise than in production**: {counts}."
+    caption = "Label of each image, and what production and candidate decide."
     return [
         _Block("", 95, [sentence], _heading("Changes from production")),
-        _table(
-            "images that are decided otherwise",
-            5,
-            [columns, *rows],
-            "Label of each image, and what production and candidate decide.",
-            _MOST_CHANGED,
-        ),
+        _table("images that are decided otherwise", 5, rows, caption, _MOST_CHANGED),
     ]
 
 
@@ -251,9 +238,8 @@ def _next_step(decided: dict[str, Any], version: str) -> str:
         return f"**It cannot be promoted.** {_remedy(decided['verdict'])}"
     policy = decided.get("policy") or {}
     approvers = [markdown(_clipped(name)) for name in policy.get("approvers", [])]
-    who = ""
-    if approvers:
-        who = f" May approve: {', '.join(approvers[:8])}{' and others' * (len(approvers) > 8)}."
+    others = " and others" * (len(approvers) > 8)
+    who = f" May approve: {', '.join(approvers[:8])}{others}." if approvers else ""
     if policy.get("team_of_one") is False:
         who += " Not the one who submitted it."
     return (
@@ -300,26 +286,18 @@ def _references(compared: Mapping[str, Any]) -> list[_Block]:
     if not compared["rows"]:
         return []
     # Without the intervals, which would wrap in every cell.
-    values = {
-        name: {metric: [value[0], None, None] for metric, value in row.items()}
-        for name, row in compared["rows"].items()
-    }
+    rows = compared["rows"].items()
+    values = {name: {metric: [each[0], None, None] for metric, each in row.items()} for name, row in rows}
     steps = (compared.get("summary") or {}).get("steps", [])
     done = [f"Next: {step['text']}" for step in steps if step.get("rule") == "gate"]  # it is registered already
     lines = [" ".join(printable(line)[:_SENTENCE].split()) for line in compared["lines"] if line not in done]
+    lines = [f"- {_with_commands(line)}" for line in lines]
+    heading = _heading("Comparison with the reference models, by which the gate does not judge")
+    table = references.table({"rows": values})
+    caption = "The 95 % intervals are in `evaluation/comparison.md`, an artifact of the version."
     return [
-        _Block(
-            "sentences on model, references and next steps",
-            9,
-            [f"- {_with_commands(line)}" for line in lines],
-            _heading("Comparison with the reference models, by which the gate does not judge"),
-        ),
-        _table(
-            "rows of references, which the gate does not judge",
-            2,
-            references.table({"rows": values}),
-            "The 95 % intervals are in `evaluation/comparison.md`, an artifact of the version.",
-        ),
+        _Block("sentences on model, references and next steps", 9, lines, heading),
+        _table("rows of references, which the gate does not judge", 2, table, caption),
     ]
 
 

@@ -1,8 +1,7 @@
 """Sample sizes: how many test images of which kind a policy needs, and a data set has (`adfm gate --plan SHARDS`).
 
 Calculated for a good candidate: its true error (escape rate, overkill, 1 - accuracy, 1 - IoU) is half of what the limit
-allows, and it is as good as production, but differs from it on 12 % of the images. A candidate closer to a limit needs
-more images; the gate says how many when it cannot tell.
+allows, and it is as good as production, but differs from it on 12 % of the images.
 """
 
 import math
@@ -58,15 +57,12 @@ def plan(policy: Policy, images: pd.DataFrame, look: int = 1) -> list[Need]:
     located = images["label"].isin(["anomalous"]) & (images["boxes"].map(len).gt(0) if "boxes" in images else True)
     # A table of right answers, so that every metric tells which images it counts.
     masked = images.reindex(columns=["mask_iou"])["mask_iou"].notna()
-    answers = images.assign(
-        predicted=images["label"], iou=np.where(located, 1.0, np.nan), mask_iou=np.where(masked, 1.0, np.nan)
-    )
+    overlaps = {"iou": np.where(located, 1.0, np.nan), "mask_iou": np.where(masked, 1.0, np.nan)}
+    answers = images.assign(predicted=images["label"], **overlaps)
     counting = {name: ~np.isnan(each) for name, each in values(answers, policy.whole).items()}
-    needs = [
-        need
-        for name, bound in policy.whole.items()
-        for need in _needs("whole", "", name, bound, int(counting[name].sum()), level, policy)
-    ]
+    needs = []
+    for name, bound in policy.whole.items():
+        needs += _needs("whole", "", name, bound, int(counting[name].sum()), level, policy)
     for of, name, metric, where in gate.parts(images, policy):
         there = int((where & counting[metric]).sum())
         needs += _needs(of, name, metric, policy.parts[metric], there, level, policy)
@@ -77,19 +73,12 @@ def text(needs: list[Need], policy: Policy, look: int = 1) -> str:
     """Format a plan: the whole as a table, then the parts that lack images."""
     level = policy.level_at(look)
     head = ["metric", "asked", "images", *(f"for power {power:g}" for power in POWERS), ""]
-    rows = [
-        [
-            METRICS[need.metric].title,
-            f"{'≥' if METRICS[need.metric].higher else '≤'} {need.bound:.1%}"
-            if need.question == "limit"
-            else f"loss < {need.bound:.1%}",
-            f"{need.images} {need.kind}",
-            *("-" if number is None else str(number) for number in need.needed),
-            "too few" if need.lacks else "enough",
-        ]
-        for need in needs
-        if need.of == "whole"
-    ]
+    rows = []
+    for need in (need for need in needs if need.of == "whole"):
+        sign = ("≥" if METRICS[need.metric].higher else "≤") if need.question == "limit" else "loss <"
+        numbers = ("-" if number is None else str(number) for number in need.needed)
+        row = [METRICS[need.metric].title, f"{sign} {need.bound:.1%}", f"{need.images} {need.kind}", *numbers]
+        rows.append([*row, "too few" if need.lacks else "enough"])
     lines = [*aligned([head, *rows]), "", *_gains(needs, policy, level), *_part_lines(needs, policy)]
     lines.append(
         f"Level {level:.2g} (look {look} of {policy.looks}). Assumed: errors are half of what a limit allows; a"
@@ -110,9 +99,7 @@ def of_shards(shards: Path, policy: Policy, look: int = 1) -> str:
 
     images = table(shards, "test").to_pandas()
     if "mask_iou" in policy.whole:  # the table is without masks
-        masked = [
-            pc.is_valid(rows["mask"]).to_numpy(zero_copy_only=False) for rows in batches(shards, "test", ["mask"])
-        ]
+        masked = [pc.is_valid(rows["mask"]) for rows in batches(shards, "test", ["mask"])]
         images["mask_iou"] = np.where(np.concatenate(masked), 1.0, np.nan)
     words = text(plan(policy, images, look), policy, look)
     parts = len(np.unique(samples(images)))

@@ -1,7 +1,6 @@
 """The gate's policy, `gate.yaml`: limits, margins, level and approvers.
 
-The policy that judges is the one registered on the model, which a reviewer sets. The file in a submitter's folder is
-only compared with it.
+The policy that judges is the one registered on the model; the file in a submitter's folder is only compared with it.
 """
 
 import difflib

@@ -64,8 +64,8 @@ def write(out: Path, name: str, policy: Path | None = None) -> None:
     replace_json(about, out)
     if policy is not None:
         replace_json({"policy": judging_policy(name)}, policy)
-    lines = [f"{alias}: version {about[alias]['version']} of {about['model']}" for alias in ALIASES if about[alias]]
-    print("\n".join(lines) or f"no version of {about['model']} is in production")
+    lines = [f"{alias}: version {about[alias]['version']} of {name}" for alias in ALIASES if about[alias]]
+    print("\n".join(lines) or f"no version of {name} is in production")
 
 
 def _version_by_alias(store: "MlflowClient", name: str, alias: str) -> dict[str, str | None] | None:

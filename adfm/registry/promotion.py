@@ -1,8 +1,7 @@
 """Promotion and rollback: the only code that decides which version is in production.
 
-A promotion verifies the version's signature, runs the gate again on its prediction tables with the registered policy,
-and checks the approval. Then it writes its step into the signed history, which the aliases follow. Tags and gate.json
-are for people to read: nothing is promoted because of them, except for the approval.
+A promotion verifies the version's signature, runs the gate again with the registered policy, checks the approval, and
+writes its step into the signed history, which the aliases follow. Of the tags, only the approval counts.
 """
 
 from __future__ import annotations
@@ -228,7 +227,7 @@ def _try(registry: Registry, candidate: ModelVersion, by: str) -> Step:
 
 
 def _refusals(registry: Registry, candidate: ModelVersion) -> list[str]:
-    """List the reasons against a promotion in the history, the approval and the policy."""
+    """The reasons against a promotion in the history, the approval and the policy."""
     history, tags, number = registry.history, candidate.tags, str(candidate.version)
     if history.production == number:
         return ["it is in production already"]
@@ -240,10 +239,8 @@ def _refusals(registry: Registry, candidate: ModelVersion) -> list[str]:
     if judged.verdict != "passed" and not outdated:
         refusals.append(f"its gate's verdict is {judged.verdict!r}, not 'passed': its description says why")
     if tags.get("approval") != "approved":
-        refusals.append(
-            f"its tag approval is {_quoted(tags.get('approval'))}: a reviewer sets it to exactly 'approved' or "
-            "'rejected'"
-        )
+        value = _quoted(tags.get("approval"))
+        refusals.append(f"its tag approval is {value}: a reviewer sets it to exactly 'approved' or 'rejected'")
     else:
         refusals += _approver_refusals(_approver(candidate), judged, history)
     if _used(number, history):
@@ -252,9 +249,8 @@ def _refusals(registry: Registry, candidate: ModelVersion) -> list[str]:
             f"with `adfm rollback --to {number}`"
         )
     if outdated and refusals:
-        refusals.append(
-            f"{_outdated(registry, judged)}: the gate decides again when it is approved, or with `adfm register`"
-        )
+        changed = _outdated(registry, judged)
+        refusals.append(f"{changed}: the gate decides again when it is approved, or with `adfm register`")
     return refusals
 
 
@@ -303,18 +299,15 @@ def _request_approval(registry: Registry, candidate: ModelVersion, reason: str) 
     number = str(candidate.version)
     _unless_changed(registry, candidate)
     step, _ = rejudge(registry, candidate, reason)
-    passed = step.verdict == "passed"
     text = f"{reason}; decided against version {step.production}: gate {step.verdict}; "
-    text += "approve again" if passed else "it cannot be promoted"
+    text += "approve again" if step.verdict == "passed" else "it cannot be promoted"
     history_.tag(registry.store, candidate, approval_refused=text[:1000])
     alert(f"{registry.name}: version {number} was approved and cannot be promoted: {text}")
-    raise Refused(
-        f"Version {number} of {registry.name} cannot be promoted: {text}.\nIts tag approval is 'pending' again."
-    )
+    message = f"Version {number} of {registry.name} cannot be promoted: {text}."
+    raise Refused(f"{message}\nIts tag approval is 'pending' again.")
 
 
 def _outdated(registry: Registry, judged: Step) -> str:
-    """Say what has changed since a decision."""
     history, compared = registry.history, "its gate compared it with version"
     changed = []
     if judged.production != history.production:
@@ -334,9 +327,8 @@ def _refuse(registry: Registry, candidate: ModelVersion, refusals: list[str], by
     judged = registry.history.last("judge", version=number)
     registry.append("refuse", number, by=by, why=why, decision=judged.decision if judged else "")
     if judged and judged.finished:  # somebody may have changed the tags, which people read
-        changed = {
-            key: text for key, text in decisions.decision_tags(judged).items() if candidate.tags.get(key) != text
-        }
+        due = decisions.decision_tags(judged)
+        changed = {key: text for key, text in due.items() if candidate.tags.get(key) != text}
         history_.tag(registry.store, candidate, **changed)
     approval = candidate.tags.get("approval", "pending")
     if refusals == [_WAITS]:
@@ -357,9 +349,8 @@ def _check_as_promoted(registry: Registry, version: ModelVersion, came: Step, fo
     except signing.Unverified as error:
         raise Refused(f"Version {title} cannot return: {error}") from error
     if files.manifest != came.manifest:
-        raise Refused(
-            f"Version {title} cannot return: its files were changed, and signed again, since it was in production."
-        )
+        changed = "its files were changed, and signed again, since it was in production"
+        raise Refused(f"Version {title} cannot return: {changed}.")
 
 
 def _wait_for_name(store: MlflowClient, version: ModelVersion) -> None:
@@ -369,7 +360,6 @@ def _wait_for_name(store: MlflowClient, version: ModelVersion) -> None:
 
 
 def _approver(version: ModelVersion) -> str | None:
-    """The name in the tag `approval_by`, if there is one."""
     name = version.tags.get("approval_by", "").strip()
     return name if name and name != NOBODY else None
 

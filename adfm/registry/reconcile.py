@@ -1,8 +1,7 @@
 """Reconcile aliases and history: the aliases `production`, `previous` and `anchor` follow the signed history.
 
 An interrupted move is completed by the next caller, an alias that was moved by hand is put back, and a version in
-production that was deleted is written down as lost. Reviewers may move the anchor, the version from which losses are
-measured over many promotions, to any version that has been in production.
+production that was deleted is written down as lost. Reviewers may move the anchor to any that was in production.
 """
 
 from __future__ import annotations
@@ -127,8 +126,8 @@ def record_rejection(registry: Registry, version: ModelVersion) -> None:
     """Write down that the version's tag `approval` is `rejected`, if it is and the history does not have it."""
     if version.tags.get("approval") != "rejected":
         return
-    number, longest = str(version.version), history_.LONGEST
-    why, by = version.tags.get("approval_reason", "")[:longest], version.tags.get("approval_by", "")[:longest]
+    number = str(version.version)
+    why, by = (version.tags.get(key, "")[: history_.LONGEST] for key in ("approval_reason", "approval_by"))
     by = "" if by == NOBODY else by
     judged = registry.history.last("judge", version=number)
     decision = judged.decision if judged else ""
@@ -211,7 +210,6 @@ def _due(registry: Registry) -> dict[str, str]:
 
 
 def _lose(registry: Registry, move: Step) -> None:
-    """Write down that the version in production was deleted."""
     before = registry.history.move_to(move.replaced)
     # Until the aliases have moved, the version before is still in production: it stays.
     if not move.finished and before and move.replaced in registry.versions:
@@ -231,10 +229,8 @@ def _restore(registry: Registry, here: dict[str, str], due: dict[str, str]) -> N
     """Put aliases back that were moved by hand, or set before the history began."""
     was, move = {alias: here.get(alias, NOBODY) for alias in (PRODUCTION, PREVIOUS)}, registry.history.move
     back = {alias: due.get(alias, NOBODY) for alias in (PRODUCTION, PREVIOUS)}
-    why = (
-        f"by hand, production had been set to {was[PRODUCTION]} and previous to {was[PREVIOUS]}; put back to "
-        f"{back[PRODUCTION]} and {back[PREVIOUS]}"
-    )
+    why = f"by hand, production had been set to {was[PRODUCTION]} and previous to {was[PREVIOUS]}; put back to "
+    why += f"{back[PRODUCTION]} and {back[PREVIOUS]}"
     state = {"production": back[PRODUCTION], "previous": move.previous if move else NOBODY}
     kept = {"decision": move.decision, "manifest": move.manifest} if move else {}
     registry.append("restore", back[PRODUCTION], replaced=was[PRODUCTION], why=why, **state, **kept)

@@ -1,8 +1,7 @@
 """Registration: the service makes a version of a submission, and the gate decides on it. Production does not move.
 
-Whoever trains submits (`adfm.registry.submission`). The service, whose key signs the history, accepts: it verifies the
-signature, makes the version and decides with the registered policy. Where the own key is one of the service, as on a
-laptop, `adfm register` does both; elsewhere it submits, and waits for the service.
+Whoever trains submits (`adfm.registry.submission`). The service, whose key signs the history, makes the version. Where
+the own key is one of the service, as on a laptop, `adfm register` does both; elsewhere it waits for the service.
 """
 
 from __future__ import annotations
@@ -86,16 +85,10 @@ def register(
             history_.tag(store, version, **tags)
         decided = json.loads(read_artifact(version, "gate.json"))
         write_json(decided, partial / "gate.json")
-        registration = {
-            "model": name,
-            "version": str(version.version),
-            "uri": f"models:/{name}/{version.version}",
-            "logged_model": version.source,
-            "run_id": run.info.run_id,
-            "training_run": version.run_id,
-            "gate": step.verdict,
-        }
-        write_json(registration, partial / "registration.json")
+        number = str(version.version)
+        about = {"model": name, "version": number, "uri": f"models:/{name}/{number}", "logged_model": version.source}
+        about |= {"run_id": run.info.run_id, "training_run": version.run_id, "gate": step.verdict}
+        write_json(about, partial / "registration.json")
     print(page.screen(decided, str(version.version), references.brief(references.read(evaluation))))
     return decisions.parse(decided)
 
@@ -133,13 +126,7 @@ def accept(
                 decided.append(number)
         except AdfmError as error:
             errors.append(error)
-        except (
-            OSError,
-            LookupError,
-            TypeError,
-            ValueError,
-            AttributeError,
-        ):  # one that is odd must not stop the others
+        except (OSError, LookupError, TypeError, ValueError, AttributeError):  # an odd one must not stop the others
             errors.append(AdfmError(f"Submission {submission} cannot be judged:\n{traceback.format_exc()}"))
     if errors:
         raise errors[0] if len(errors) == 1 else AdfmError("\n".join(map(str, errors)))
@@ -278,12 +265,9 @@ def _accept(store: MlflowClient, name: str, submission: str) -> str | None:
 def _unfinished(registry: Registry) -> list[str]:
     """Submissions whose version does not have its decision on the page yet: the process that made it was killed."""
     last = {step.version: step for step in registry.history.counting if step.action in ("judge", "refuse")}
-    production = registry.history.production
-    return [
-        step.submission
-        for number, step in last.items()
-        if step.action == "judge" and not step.finished and number in registry.versions and number != production
-    ]
+    begun = [step for step in last.values() if step.action == "judge" and not step.finished]
+    waiting = registry.versions.keys() - {registry.history.production}
+    return [step.submission for step in begun if step.version in waiting]
 
 
 def _create(registry: Registry, submission: str) -> ModelVersion | None:
@@ -309,11 +293,8 @@ def _create(registry: Registry, submission: str) -> ModelVersion | None:
 def _version_of(registry: Registry, submission: str) -> ModelVersion | None:
     """Return the version of a submission; delete further ones, which nobody has decided on."""
     judged = {step.version for step in registry.history.counting if step.action == "judge"}
-    numbers = [
-        number
-        for number in sorted(registry.versions, key=int)
-        if str(registry.versions[number].source).rstrip("/") == f"models:/{submission}"
-    ]
+    uris = {number: str(version.source).rstrip("/") for number, version in registry.versions.items()}
+    numbers = sorted((number for number, uri in uris.items() if uri == f"models:/{submission}"), key=int)
     for number in numbers[1:]:
         if number not in judged:
             with suppress_error("RESOURCE_DOES_NOT_EXIST"):

@@ -302,10 +302,7 @@ def _calibration(evaluation: Path) -> Calibration:
 def _check_evaluation(
     evaluation: Path, place: str, origin: dict[str, Any], settings: dict[str, Any], ids: list[str] | None
 ) -> pd.DataFrame:
-    """Return the candidate's predictions, after proof that they are of these data, this model and these settings.
-
-    Messages call the folder `place`; `ids` are those of the test images, where the shards are at hand.
-    """
+    """Return the candidate's predictions, after proof that they are of these data, this model and these settings."""
     table = tables.read(evaluation / "predictions.parquet")
     try:
         about = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8"))
@@ -452,12 +449,8 @@ def _log(store: MlflowClient, folder: Path, name: str, run: Run, origin: dict[st
     import mlflow
 
     submission = Submission(folder, "")
-    tags = {
-        SUBMITTED_FOR: name,
-        CONTENTS: submission.contents,
-        "submitted_by": str(origin["submitted_by"]),
-        "artifact_digest": str(origin["artifact_digest"]),
-    }
+    tags = {SUBMITTED_FOR: name, CONTENTS: submission.contents}
+    tags |= {key: str(origin[key]) for key in ("submitted_by", "artifact_digest")}
     logged = mlflow.initialize_logged_model(
         name="adapter", tags=tags, source_run_id=run.info.run_id, experiment_id=experiment
     )

@@ -96,10 +96,9 @@ def check_pair(candidate: pd.DataFrame, production: pd.DataFrame, name: str) -> 
         raise Incomparable(f"Candidate (first) and {name} (second) cannot be compared. {error}") from error
     left, right = candidate.attrs, production.attrs
     if unlike := [key for key in left if key in right and key != "threshold" and left[key] != right[key]]:
-        raise Incomparable(
-            f"Candidate and {name} were not evaluated in the same way; evaluate both again with `adfm evaluate`:\n"
-            + "\n".join(f"- {key}: {left[key]} and {right[key]}" for key in unlike)
-        )
+        lines = [f"- {key}: {left[key]} and {right[key]}" for key in unlike]
+        message = f"Candidate and {name} were not evaluated in the same way; evaluate both again with `adfm evaluate`:"
+        raise Incomparable("\n".join([message, *lines]))
     both = candidate.merge(production, on="id", suffixes=("", "_production"))
     wrong = [
         f"- {column}: {listed(sorted(both['id'][differs], key=str))}"
@@ -107,7 +106,5 @@ def check_pair(candidate: pd.DataFrame, production: pd.DataFrame, name: str) -> 
         if f"{column}_production" in both and (differs := both[column] != both[f"{column}_production"]).any()
     ]
     if wrong:
-        raise Incomparable(
-            f"Candidate and {name} were evaluated on data that differ for the same ids; evaluate both on the same"
-            " shards:\n" + "\n".join(wrong)
-        )
+        unlike_data = f"Candidate and {name} were evaluated on data that differ for the same ids"
+        raise Incomparable("\n".join([f"{unlike_data}; evaluate both on the same shards:", *wrong]))
