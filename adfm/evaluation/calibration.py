@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from scipy import special
 
 from adfm.errors import AdfmError
 from adfm.evaluation.metrics import Floats, decide, is_defective, numbers
@@ -57,11 +58,9 @@ class Calibration(BaseModel):
         """Calibrated probabilities of a defect, shape (n,); NaN for images without a score."""
         score = np.asarray(scores, dtype=float)
         if self.method == "temperature":
-            from scipy.special import expit
-
             # Temperature scaling (Guo et al., arXiv 1706.04599), with a bias, because a score of 0.5 need not be even
             # odds. Two numbers, so that a hundred images suffice, and the images keep their order.
-            return np.asarray(expit(_logit(score) / self.parameters["temperature"] + self.parameters["bias"]))
+            return np.asarray(special.expit(_logit(score) / self.parameters["temperature"] + self.parameters["bias"]))
         if self.method == "isotonic":
             return np.asarray(np.interp(score, self.parameters["scores"], self.parameters["probabilities"]))
         return score
@@ -103,12 +102,9 @@ def fit(table: pd.DataFrame, settings: Evaluate, model: str | None = None, data:
     method, parameters, note = _fit(table, settings.calibration)
     limits: dict[Limit, float | None] = {"overkill": settings.overkill_limit, "escapes": settings.escape_limit}
     limit = {kind: share for kind, share in limits.items() if share is not None}  # the settings have exactly one
-    calibration = Calibration(
-        method=method, parameters=parameters, limit=limit, images=len(table), model=model, data=data
-    )
-    threshold, why = choose_threshold(table, calibration.probability(numbers(table, "score")), calibration.limit)
-    note = "; ".join(part for part in (note, why) if part)
-    return calibration.model_copy(update={"threshold": threshold, "note": note})
+    fitted = Calibration(method=method, parameters=parameters, limit=limit, images=len(table), model=model, data=data)
+    threshold, why = choose_threshold(table, fitted.probability(numbers(table, "score")), limit)
+    return fitted.model_copy(update={"threshold": threshold, "note": "; ".join(filter(None, (note, why)))})
 
 
 def read(file: Path, model: str | None = None) -> Calibration:
@@ -125,10 +121,8 @@ def read(file: Path, model: str | None = None) -> Calibration:
     except (ValidationError, LookupError, TypeError, ValueError, ZeroDivisionError) as error:
         raise AdfmError(f"{file} is not a calibration ({error}); evaluate and register the model again.") from error
     if model is not None and calibration.model != model:
-        raise AdfmError(
-            f"{file} was made for another model (digest {calibration.model}, not {model}); "
-            "evaluate and register the model again."
-        )
+        other = f"{file} was made for another model (digest {calibration.model}, not {model})"
+        raise AdfmError(f"{other}; evaluate and register the model again.")
     return calibration
 
 
@@ -150,8 +144,8 @@ def choose_threshold(table: pd.DataFrame, probability: Floats, limit: dict[Limit
     """Choose the threshold that keeps a limit, and no more careful than that; or return `None`, and why there is none.
 
     For overkill it is the lowest that flags at most that share of the normal images; for escapes the highest that
-    misses at most that share of the defective ones. Images with the same probability are flagged together. An image
-    without a score (NaN in `probability`) is decided by its letter at any threshold, and wrongly without one.
+    misses at most that share of the defective ones. An image without a score (NaN in `probability`) is decided by its
+    letter at any threshold, and wrongly without one.
     """
     ((kind, share),) = limit.items()
     anomalous = is_defective(table)
@@ -228,6 +222,4 @@ def _platt(logit: Floats, defective: NDArray[np.bool_]) -> tuple[float, float]:
 
 
 def _logit(score: Floats) -> Floats:
-    from scipy.special import logit
-
-    return np.asarray(logit(np.clip(score, _EPSILON, 1 - _EPSILON)))
+    return np.asarray(special.logit(np.clip(score, _EPSILON, 1 - _EPSILON)))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
@@ -25,9 +26,7 @@ _WRITTEN = ("miss_rate", "overkill", "balanced_accuracy", "auroc", "iou", "box_f
 _DECIDED = ("miss_rate", "overkill", "balanced_accuracy", "iou")
 
 
-def interval(
-    value: float, low: float, high: float, of_folds: Sequence[float], test_share: float
-) -> tuple[float, float]:
+def interval(value: float, low: float, high: float, folds: Sequence[float], test_share: float) -> tuple[float, float]:
     """Return the 95 % interval of a metric over all folds, the wider of two on each side.
 
     - `low` and `high`, the limits of the pooled predictions: what so few images leave open if all folds had one model.
@@ -38,12 +37,10 @@ def interval(
     """
     # No unbiased estimate of the variance exists: the predictions of a fold are by one model, and any two models share
     # most of their training images (Bengio and Grandvalet 2004, JMLR 5:1089).
-    from scipy.stats import t
-
-    k = len(of_folds)
+    k = len(folds)
     if k < 2:
         return low, high
-    half = float(t.ppf(0.975, k - 1)) * math.sqrt(float(np.var(of_folds, ddof=1)) * (1 / k + test_share))
+    half = float(stats.t.ppf(0.975, k - 1)) * math.sqrt(float(np.var(folds, ddof=1)) * (1 / k + test_share))
     return max(0.0, min(low, value - half)), min(1.0, max(high, value + half))
 
 
@@ -52,10 +49,8 @@ def summarize(tables: Sequence[pd.DataFrame], trained_on: Sequence[int], resampl
 
     Rates, means over images and box F1 are those of all predictions together; AUROC is the mean of the folds'. Limits
     are exact for rates; by a bootstrap of whole parts within each fold for AUROC and box F1; all are then widened as
-    `interval` says.
-
-    Returns for each metric `value`, `low`, `high` and the values of `folds`; `None` where it is not defined.
-    `<metric>_at_threshold` counts decisions, each at the threshold of its fold, the rest letters.
+    `interval` says. Returns for each metric `value`, `low`, `high` and the values of `folds`; `None` where it is not
+    defined. `<metric>_at_threshold` counts decisions, each at the threshold of its fold, the rest letters.
     """
     share = float(np.mean([len(table) / images for table, images in zip(tables, trained_on, strict=True)]))
     decided = [metrics.as_decided(table) for table in tables]

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from sklearn.metrics import roc_curve
 
 from adfm import tracking
 from adfm.data import shards as shards_
@@ -79,7 +80,7 @@ def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Par
     crossed = crossvalidation.read(folds, shards) if folds else None
     if params.evaluate.folds and folds is None:
         print(
-            f"evaluate.folds ({params.evaluate.folds}) is not used here: `adfm folds` cross-validates, --folds shows it"
+            f"evaluate.folds={params.evaluate.folds} is not used here: `adfm folds` cross-validates, --folds shows it"
         )
     *_, candidate = models
     kept = out.with_name(f"{out.name}.answers.partial")  # for an evaluation that is interrupted
@@ -270,9 +271,7 @@ def report(
     """
     *others, candidate = tables
     settings, repeat = params.evaluate, (params.evaluate.bootstrap, params.seed)
-    details = {
-        name: metrics.summarize(table, *repeat, settings.small, settings.large) for name, table in tables.items()
-    }
+    details = {name: metrics.summarize(each, *repeat, settings.small, settings.large) for name, each in tables.items()}
     overall = {name: parts.pop("overall") for name, parts in details.items()}
     differences = {
         f"{candidate}_minus_{other}": metrics.difference(tables[candidate], tables[other], *repeat)
@@ -340,8 +339,6 @@ def report(
 
 def _write_plot_data(candidate: pd.DataFrame, sizes: dict[str, dict[str, Any]], folder: Path) -> None:
     """Write what DVC's own templates draw: a row an answer, curves of the candidate, and IoU with a column a model."""
-    from sklearn.metrics import roc_curve
-
     labels = (candidate[column].fillna("unparseable") for column in ("predicted", "decision"))
     answers = zip(candidate["label"], *labels, strict=True)
     _write_csv(["actual", "predicted", "decision"], answers, folder / "confusion.csv")
@@ -371,10 +368,8 @@ def _values(titles: Mapping[str, str], overall: Mapping[str, Any], rows: Mapping
     return [["", *map(references.title, columns)], *(row for row in cells if {*row[1:]} != {"-"})]
 
 
-def _intervals(
-    titles: Mapping[str, str], candidate: Mapping[str, Any], differences: Mapping[str, Any]
-) -> list[list[str]]:
-    columns = {**candidate, **differences}
+def _intervals(titles: Mapping[str, str], candidate: dict[str, Any], differences: dict[str, Any]) -> list[list[str]]:
+    columns = candidate | differences
     signs = {name: "+" if name in differences else "" for name in columns}
     cells = [
         [title, *(written(*with_limits(values, metric), signs[name]) for name, values in columns.items())]

@@ -164,12 +164,9 @@ class Guard(BaseModel):
         # The squared distance is the sum of these, so the largest is the statistic that makes most of it.
         parts = away * (self._whitening @ (self._whitening.T @ away))
         most = int(np.argmax(parts))
-        return Refusal(
-            "far",
-            f"it is far from the training images: {self.statistics[most]} {abs(away[most]):.1f} times the spread"
-            f" {'above' if away[most] > 0 else 'below'} the most similar one (distance {distance:.1f}, limit"
-            f" {self.limit:.1f})",
-        )
+        side = f"{abs(away[most]):.1f} times the spread {'above' if away[most] > 0 else 'below'} the most similar one"
+        figures = f"(distance {distance:.1f}, limit {self.limit:.1f})"
+        return Refusal("far", f"it is far from the training images: {self.statistics[most]} {side} {figures}")
 
     def _nearest(self, image: Measured) -> tuple[float, Floats]:
         """The whitened distance to the most similar training image, and by how much each statistic differs."""
@@ -356,8 +353,6 @@ def read(file: Path) -> Guard | None:
         what = ": ".join(filter(None, [".".join(map(str, problem["loc"])), problem["msg"]]))
         raise BadGuard(f"{file} is not a guard ({what}); evaluate and register the model again.") from error
     if guard.statistics != STATISTICS:
-        raise BadGuard(
-            f"{file} was made by another release of adfm, which measured other statistics; serve the version with that"
-            " release, or evaluate and register the model again."
-        )
+        other = f"{file} was made by another release of adfm, which measured other statistics"
+        raise BadGuard(f"{other}; serve the version with that release, or evaluate and register the model again.")
     return guard

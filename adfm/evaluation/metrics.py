@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy import optimize, special, stats
 
 from adfm import statistics
 from adfm.errors import AdfmError
@@ -22,6 +23,7 @@ from adfm.text import printable
 _ALPHA = 0.025  # of each limit of a 95 % interval
 _SURE = 1e-4  # scores nearer to 0 or 1 than this are clipped
 Floats = NDArray[np.float64]
+Groups = NDArray[np.int64] | None  # for each image the number of its part; `None` where each shows another one
 # Each metric as a function of how often each image counts: the value (all weights 1) and its bootstrap resamples come
 # from the same lines of code.
 Measure = Callable[[Floats], dict[str, Floats]]
@@ -71,9 +73,8 @@ def localize(
     """Compare predicted boxes with the ground truth of one image; all boxes are original pixels, half-open.
 
     They are first put on the pixel grid: clipped to the image, then a pixel belongs to a box if its centre does (an
-    edge at 3.5 rounds to 3, one at 3.51 to 4). A box that holds no pixel after that, or has a coordinate that is not a
-    number, covers nothing; a predicted one still counts as a false positive. `mask`, (height, width), is not 0 on the
-    defect.
+    edge at 3.5 rounds to 3, one at 3.51 to 4). A box that then holds no pixel, or has a NaN, covers nothing; a
+    predicted one still counts as a false positive. `mask`, (height, width), is not 0 on the defect.
 
     Returns:
         `iou`, union of the predicted boxes against union of the true boxes, in pixels; `mask_iou`, union of the
@@ -85,8 +86,6 @@ def localize(
     Raises:
         AdfmError: The mask has another size than the image.
     """
-    from scipy.optimize import linear_sum_assignment
-
     targets, boxes = _on_grid(truth, width, height), _on_grid(predicted, width, height)
     if not len(targets):
         return dict.fromkeys(LOCALIZATION)
@@ -97,7 +96,7 @@ def localize(
     true, guess = _paint(targets, columns, rows), _paint(boxes, columns, rows)
 
     overlap = _pairwise_iou(targets, boxes)
-    matched = overlap[linear_sum_assignment(overlap, maximize=True)]
+    matched = overlap[optimize.linear_sum_assignment(overlap, maximize=True)]
     hits = int((matched >= LOCATED).sum())
     return {
         "iou": float(cells[true & guess].sum() / cells[true | guess].sum()),
@@ -121,9 +120,8 @@ def _on_grid(boxes: Sequence[Box], width: int, height: int) -> NDArray[np.int64]
 def _paint(boxes: NDArray[np.int64], columns: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Return the union of boxes on the grid between the given lines, (len(rows) - 1, len(columns) - 1)."""
     canvas = np.zeros((len(rows) - 1, len(columns) - 1), dtype=bool)
-    for (x1, x2), (y1, y2) in zip(
-        np.searchsorted(columns, boxes[:, [0, 2]]), np.searchsorted(rows, boxes[:, [1, 3]]), strict=True
-    ):
+    across, down = np.searchsorted(columns, boxes[:, [0, 2]]), np.searchsorted(rows, boxes[:, [1, 3]])
+    for (x1, x2), (y1, y2) in zip(across, down, strict=True):
         canvas[y1:y2, x1:x2] = True
     return canvas
 
@@ -174,7 +172,7 @@ def without_boxes(table: pd.DataFrame) -> int:
     return int(((table["label"] == "anomalous") & table["iou"].isna()).sum())
 
 
-def groups(table: pd.DataFrame) -> NDArray[np.int64] | None:
+def groups(table: pd.DataFrame) -> Groups:
     """`samples` of a prediction table, or `None` where each image is its own."""
     sample = samples(table)
     return sample if len(np.unique(sample)) < len(sample) else None
@@ -231,18 +229,16 @@ def as_decided(table: pd.DataFrame) -> pd.DataFrame:
     if "decision" not in table:
         return table
     if missing := [f"region_{name}" for name in COMPARED if f"region_{name}" not in table]:
-        raise AdfmError(
-            f"The prediction table has a column decision, but no {', '.join(missing)}; evaluate again, `adfm evaluate`."
-        )
+        columns = f"a column decision, but no {', '.join(missing)}"
+        raise AdfmError(f"The prediction table has {columns}; evaluate again, `adfm evaluate`.")
     flagged = (table["decision"] == "anomalous").to_numpy(dtype=bool)
     regions = {name: numbers(table, f"region_{name}") for name in COMPARED}
     # Without a box: an overlap of 0 where there is something to overlap, no matched pair, every defect missed.
     nothing = {name: np.where(np.isnan(values), np.nan, 0.0) for name, values in regions.items()}
     nothing["matched_iou"] = np.full(len(table), np.nan)
     nothing["false_negatives"] = regions["true_positives"] + regions["false_negatives"]
-    judged = table.assign(
-        predicted=table["decision"], **{name: np.where(flagged, regions[name], nothing[name]) for name in COMPARED}
-    )
+    compared = {name: np.where(flagged, regions[name], nothing[name]) for name in COMPARED}
+    judged = table.assign(predicted=table["decision"], **compared)
     if "regions" in table:
         boxes = [list(boxes) if flag else [] for boxes, flag in zip(table["regions"], flagged, strict=True)]
         judged["predicted_boxes"] = np.fromiter(boxes, dtype=object, count=len(boxes))
@@ -489,12 +485,10 @@ def reliability(probability: Floats, anomalous: NDArray[np.bool_]) -> list[tuple
     A point is mean probability, share of anomalous images, and the number of images of a bin; NaN is left out. Images
     with the same probability share a bin, so that there may be fewer bins, and unequal ones.
     """
-    from scipy.stats import rankdata
-
     known = ~np.isnan(probability)
     probability, anomalous = probability[known], anomalous[known]
     # Ties have one rank, so that the order of the images does not matter.
-    bins = np.floor((rankdata(probability) - 0.5) / max(1, len(probability)) * BINS)
+    bins = np.floor((stats.rankdata(probability) - 0.5) / max(1, len(probability)) * BINS)
     return [
         (float(probability[there].mean()), float(anomalous[there].mean()), int(there.sum()))
         for there in (bins == number for number in np.unique(bins))
@@ -543,7 +537,6 @@ def best_threshold(anomalous: NDArray[np.bool_], score: Floats) -> float:
     half (Platt, 1999, Probabilistic outputs for support vector machines). With defective images alone it is their
     lowest score, without any 1; one half if scores, in [0, 1], do not rise with defects.
     """
-    from scipy.special import expit, logit
     from sklearn.linear_model import LogisticRegression
 
     if anomalous.all():
@@ -554,10 +547,10 @@ def best_threshold(anomalous: NDArray[np.bool_], score: Floats) -> float:
         return float(most + least) / 2
     # The threshold that is best on the images themselves follows chance: with 60 to 80 of normally distributed log-odds
     # it costs 0.005 to 0.011 on others, this 0.002 to 0.003.
-    odds = logit(np.clip(score, _SURE, 1 - _SURE))
+    odds = special.logit(np.clip(score, _SURE, 1 - _SURE))
     fitted = LogisticRegression(class_weight="balanced").fit(odds[:, None], anomalous)
     slope, intercept = float(fitted.coef_[0, 0]), float(fitted.intercept_[0])
-    return float(expit(-intercept / slope)) if slope > 0 else 0.5
+    return float(special.expit(-intercept / slope)) if slope > 0 else 0.5
 
 
 def with_limits(values: Mapping[str, Any], name: str) -> tuple[float | None, float | None, float | None]:
@@ -573,10 +566,7 @@ def written(value: float | None, low: float | None = None, high: float | None = 
 
 
 def rates(values: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]:
-    """Return recall and specificity with their limits, where they are measured; at the threshold where there is one.
-
-    `values` are metrics of a model, as `summarize` and `operating_point` return them.
-    """
+    """Return recall and specificity of a model's `values` with limits, at the threshold where there is one."""
     at = "_at_threshold" if values.get("threshold") is not None else ""
     measured = {}
     for name, miss in (("recall", "miss_rate"), ("specificity", "overkill")):
@@ -596,12 +586,9 @@ def images_needed(rate: float, half: float, images: int, width: float) -> tuple[
     return parts, math.ceil(statistics.images_for_half_width(rate, width) * images / parts)
 
 
-def more_images(values: Mapping[str, Any], width: float = 0.05) -> str:
-    """Write how wide the intervals of recall and specificity are, and would be with more test images; empty without.
-
-    `values` are those of `rates`, `width` is half of the interval to plan for.
-    """
-    now, more, enough = [], [], []
+def more_images(values: Mapping[str, Any]) -> str:
+    """Write how wide the intervals of `rates` are, and would be with more test images; empty without."""
+    now, more, enough, width = [], [], [], 0.05  # half of the interval to plan for
     for title, (rate, low, high) in rates(values).items():
         label, key = ("defective", "anomalous") if title == "recall" else ("normal", "normal")
         images, half = values[key], (high - low) / 2
@@ -637,31 +624,27 @@ def limits_of_means(table: pd.DataFrame, names: Sequence[str] | None = None) -> 
     return {f"{name}{end}": limits[name][place] for name in chosen for place, end in enumerate(ENDS[1:])}
 
 
-def confidence_limits(
-    values: Floats, group: NDArray[np.int64] | None = None, binary: bool = True
-) -> tuple[float, float]:
+def confidence_limits(values: Floats, group: Groups = None, binary: bool = True) -> tuple[float, float]:
     """Return the lower and upper 95 % confidence limit of a mean of values in [0, 1]; exact for rates (`binary`).
 
-    `values` is NaN where an image does not count; `group` numbers the images that show one part, or is `None`.
+    `values` is NaN where an image does not count.
     """
     values, group = _counted(values, group)
     at_most = statistics.rate_at_most if binary else statistics.mean_at_most
     return 1 - at_most(1 - values, _ALPHA, group), at_most(values, _ALPHA, group)
 
 
-def difference_limits(
-    change: Floats, group: NDArray[np.int64] | None = None, binary: bool = True
-) -> tuple[float, float]:
+def difference_limits(change: Floats, group: Groups = None, binary: bool = True) -> tuple[float, float]:
     """Return the lower and upper 95 % confidence limit of a mean change, in [-1, 1], on the same images.
 
-    `change` is -1, 0 or 1 if `binary`; NaN, and `group`, as in `confidence_limits`.
+    `change` is -1, 0 or 1 if `binary`; NaN as in `confidence_limits`.
     """
     change, group = _counted(change, group)
     low, high = (statistics.loss_at_most(sign * change, _ALPHA, group, binary) for sign in (-1, 1))
     return -low, high
 
 
-def _counted(values: Floats, group: NDArray[np.int64] | None) -> tuple[Floats, NDArray[np.int64] | None]:
+def _counted(values: Floats, group: Groups) -> tuple[Floats, Groups]:
     counting = ~np.isnan(values)
     return values[counting], None if group is None else group[counting]
 
@@ -684,11 +667,9 @@ def _bootstrapped(
 
 
 def bootstrap_weights(sample: NDArray[np.int64], resamples: int, seed: int) -> Iterator[Floats]:
-    """How often each image is drawn in each bootstrap resample, (some resamples, images), a few megabytes at a time.
-
-    As many physical samples are drawn as there are, each with all its images.
-    """
-    # Images of one sample are alike; taken for independent they would make intervals too narrow.
+    """How often each image is drawn in each bootstrap resample, (some resamples, images), a few megabytes at a time."""
+    # As many physical samples are drawn as there are, each with all its images. They are alike; taken for independent
+    # they would make intervals too narrow.
     random = np.random.default_rng(seed)
     samples = int(sample.max()) + 1
     most = max(1, 200_000 // len(sample))
@@ -707,10 +688,7 @@ NO_KIND, NORMAL = "(no kind)", "(normal)"
 
 
 def kind_pairs(table: pd.DataFrame) -> list[tuple[str | None, str]]:
-    """For each image its kind, `None` if it is defective and not of one known kind, and the kind that it is given.
-
-    Either may be `NORMAL`, the latter `NO_KIND`.
-    """
+    """For each image its kind or `NORMAL`, `None` if it is not of one known kind; and the given one, or `NO_KIND`."""
     normal, given = ((table[name] == "normal").to_numpy(dtype=bool) for name in ("label", "predicted"))
     flagged = (table["predicted"] == "anomalous").to_numpy(dtype=bool) & table["predicted_kind"].notna().to_numpy()
     actual = np.where(normal, NORMAL, table["kind"].astype(object).where(table["kind"].notna(), None))
@@ -721,8 +699,7 @@ def kind_pairs(table: pd.DataFrame) -> list[tuple[str | None, str]]:
 def kinds_confusion(table: pd.DataFrame) -> dict[str, Any]:
     """Return the confusion table of kinds: names of its `rows` (actual) and `columns` (given), and the `counts`.
 
-    Defective images that are not of one known kind are left out. The row and column `NORMAL`, and the column `NO_KIND`,
-    come last; `NORMAL` has no row where no image is normal.
+    Defective images that are not of one known kind are left out. `NO_KIND` and `NORMAL` come last.
     """
     counts = Counter(pair for pair in kind_pairs(table) if pair[0] is not None)
     last = {NO_KIND: 1, NORMAL: 2}

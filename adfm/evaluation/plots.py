@@ -93,8 +93,7 @@ def reliability(tables: Mapping[str, pd.DataFrame], path: Path) -> None:
 def iou_by_size(sizes: Mapping[str, Mapping[str, Any]], small: float, large: float, path: Path) -> None:
     """Draw mean IoU for small, medium and large defects as bars, a model each, with 95 % intervals.
 
-    `sizes` has for each model the `sizes` of `metrics.summarize`; defects are small below, large from a share of the
-    image on.
+    `sizes` has for each model the `sizes` of `metrics.summarize`; `small` and `large` are shares of the image.
     """
     with drawn(path, WIDTH, 3.4) as figure:
         [axes] = panels(figure, 1, 1)
@@ -149,8 +148,8 @@ def comparison(
 def choose(table: pd.DataFrame, most: int = 12) -> pd.DataFrame:
     """Choose rows of a prediction table for `examples`, by its decisions: some of each outcome, escapes first.
 
-    Those the model was surest of come first, and located defects by IoU, the best first. Each kind comes from as many
-    categories as it can; where one has too few rows, others fill its places. The result has a further column `outcome`.
+    Those the model was surest of come first, and located defects by IoU, the best first. Each outcome comes from as
+    many categories as it can. The result has a further column `outcome`.
     """
     table = metrics.as_decided(table)
     outcome = metrics.outcomes(table).to_numpy(dtype=object)

@@ -61,8 +61,8 @@ def blind_tables(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
 def by_score(table: pd.DataFrame, validation: pd.DataFrame | None) -> pd.DataFrame | None:
     """A prediction table whose answers are those of the score, at a threshold fitted on the validation split.
 
-    An image without a score keeps its answer. `None` without `validation`, the prediction table of the same model on
-    the validation split, or where that does not have scored images of both labels.
+    An image without a score keeps its answer. `None` where `validation`, the model's prediction table of the
+    validation split, is missing or does not have scored images of both labels.
     """
     if validation is None:
         return None
@@ -115,10 +115,8 @@ def compare(
     difference = with_limits(change, metric)
     value, low, high = difference
     if value is None:
-        sentence = (
-            f"{candidate} and the reference detector cannot be compared on these images, which have one label and no "
-            "boxes; evaluate both on images of both labels."
-        )
+        sentence = f"{candidate} and the reference detector cannot be compared on these images, which have one label"
+        sentence += " and no boxes; evaluate both on images of both labels."
         return result | {"verdict": "open", "sentence": sentence}
     verdict = "detector" if low is not None and low > 0 else "candidate" if high is not None and high < 0 else "open"
     both = {name: metrics.values(table)[metric] for name, table in ((reference.name, left), (candidate, right))}

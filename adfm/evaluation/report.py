@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pandas as pd
 from PIL import Image
+from sklearn.metrics import precision_recall_curve, roc_curve
 
 from adfm.data import shards as shards_
 from adfm.drawing import smoothed
@@ -229,10 +230,8 @@ def _thumbnails(
                 places[row["id"]] = spool.tell(), spool.write(small)
                 sizes[row["id"]] = row["width"], row["height"]
     if missing := sorted(ids - places.keys()):
-        raise AdfmError(
-            f"{shards} does not hold {len(missing)} of the {len(ids)} evaluated images ({metrics.listed(missing)}); "
-            "name the shards that were evaluated."
-        )
+        lacks = f"{shards} does not hold {len(missing)} of the {len(ids)} evaluated images ({metrics.listed(missing)})"
+        raise AdfmError(f"{lacks}; name the shards that were evaluated.")
 
     def picture(key: str) -> bytes:
         start, length = places[key]
@@ -323,8 +322,6 @@ def _reliability(table: pd.DataFrame) -> dict[str, list[list[float]]]:
 
 def _curves(table: pd.DataFrame) -> dict[str, list[list[float]]] | None:
     """Points of the ROC curve (overkill, recall) and the precision-recall curve (recall, precision)."""
-    from sklearn.metrics import precision_recall_curve, roc_curve
-
     anomalous, score = metrics.ranked(table)
     if anomalous.all() or not anomalous.any():
         return None

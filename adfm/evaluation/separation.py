@@ -53,9 +53,8 @@ def compare(
     """Compare the images of a test split with those that models were trained on.
 
     Sketches estimate whether two images are near-duplicates, to about a tenth of the bound. Pairs whose images were at
-    hand were `checked` by the rule itself; so shards that conversion divided have none. `trained_on` has the tables of
-    `candidate`, and of `production` if there is one; `None` for what is not known. With `near_duplicates` (as
-    `split.near_duplicates`) they are a problem, else only counted, for data sets in which different parts look alike.
+    hand were `checked` by the rule itself. `trained_on` has the tables of `candidate`, and of `production` if there is
+    one; `None` for what is not known. Near-duplicates are a problem with `near_duplicates`, else only counted.
 
     Returns:
         `images`: test images that were compared; `against`: by model the images that they were compared with;

@@ -6,8 +6,9 @@ which is kept as `summary` in `references.json`.
 
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,12 +174,12 @@ def _larger(kind: Kind) -> str:
 
 def _model(facts: Facts) -> str:
     kind, candidate = facts.kind, facts.compared["candidate"]
-    trained = "on other data than these"
+    trained = "trained on other data than these"
     if kind.images is not None:
-        trained = f"on {sum(kind.images):,} images, {kind.images[1]:,} of them defective"
+        trained = f"trained on {sum(kind.images):,} images, {kind.images[1]:,} of them defective"
     if not kind.base:
-        return f"{candidate} is a reference detector, without language, trained {trained}."
-    return f"{candidate} is {_what(kind)}, {f'with an adapter trained {trained}' if kind.trained else 'not trained'}."
+        return f"{candidate} is a reference detector, without language, {trained}."
+    return f"{candidate} is {_what(kind)}, {f'with an adapter {trained}' if kind.trained else 'not trained'}."
 
 
 def summarize(facts: Facts) -> dict[str, Any]:
@@ -189,7 +190,7 @@ def summarize(facts: Facts) -> dict[str, Any]:
     """
     blind, sentence = _blind(facts)
     comparison = [sentence, facts.compared["sentence"], _boxes(facts), _named_kinds(facts), _crossed(facts)]
-    steps = [{"rule": rule, "text": text} for rule, text in _steps(facts, blind)]
+    steps = [{"rule": rule, "text": text} for rule, text in islice(_steps(facts, blind), 2)]
     return {"model": _model(facts), "comparison": [text for text in comparison if text], "steps": steps}
 
 
@@ -224,10 +225,8 @@ def _blind_of_one_label(facts: Facts) -> tuple[str, str]:
     name, measured = facts.compared["candidate"], facts.metrics
     value, low, high = facts.compared["rows"][name]["iou"]
     if not measured["anomalous"]:
-        return "none", (
-            f"No test image is defective, and always B is right on all {measured['normal']:,}: nothing tells {name} "
-            "from a blind answer."
-        )
+        start = f"No test image is defective, and always B is right on all {measured['normal']:,}"
+        return "none", f"{start}: nothing tells {name} from a blind answer."
     start = f"All {measured['anomalous']:,} test images are defective, and always A is right on all of them"
     if value is None:
         return "none", f"{start}; none has boxes: nothing tells {name} from a blind answer."
@@ -271,54 +270,44 @@ def _crossed(facts: Facts) -> str:
     for at, end in (("at the threshold", "_at_threshold"), ("as written", "")):
         balanced = crossed["metrics"][f"balanced_accuracy{end}"]
         if balanced["value"] is not None:
-            return (
-                f"Cross-validation of the same settings: balanced accuracy {at} "
-                f"{written(balanced['value'], balanced['low'], balanced['high'])} on all {crossed['images']:,} images."
-            )
+            figures = f"{at} {written(balanced['value'], balanced['low'], balanced['high'])}"
+            start = "Cross-validation of the same settings: balanced accuracy"
+            return f"{start} {figures} on all {crossed['images']:,} images."
     return ""
 
 
-def _steps(facts: Facts, blind: str) -> list[tuple[str, str]]:
-    """Return one or two next steps, the most urgent first."""
+def _steps(facts: Facts, blind: str) -> Iterator[tuple[str, str]]:
+    """Yield the rule and text of each step that is due, the most urgent first."""
     kind, measured = facts.kind, facts.metrics
     detector = facts.compared["verdict"] == "detector" or (blind == "better" and not kind.base)
     both = measured["normal"] > 0 and measured["anomalous"] > 0
-    steps = []
     if not both:
         missing, present = ("normal", "defective") if not measured["normal"] else ("defective", "normal")
-        text = (
-            f"Add {missing} images to the test split: all {measured['images']:,} are {present}, so that nothing shows "
-            "whether the letter depends on the image."
-        )
-        steps.append(("labels", text))
+        text = f"Add {missing} images to the test split: all {measured['images']:,} are {present}, so that nothing"
+        yield "labels", f"{text} shows whether the letter depends on the image."
     if kind.embedded and kind.cut:
         more = f", or `make repro PARAMS=params/photographs.yaml`, which allows {_LONG}" if kind.cut < _LONG else ""
-        text = f"Train longer: sft.steps={kind.cut} ended the cold start while it was still learning; raise it{more}."
-        steps.append(("longer", text))
+        text = f"Train longer: sft.steps={kind.cut} ended the cold start while it was still learning; raise it"
+        yield "longer", f"{text}{more}."
     if blind in ("open", "worse"):
-        steps.append(("look", _look(facts)))
+        yield "look", _look(facts)
     if detector:
         command = f"adfm predict --model {shlex.quote(printable(facts.detector))} IMAGES"
         larger = f" Or try a larger model: {_larger(kind)}." if kind.base and _larger(kind) else ""
-        steps.append(("detector", f"Use the reference detector now: `{command}`.{larger}"))
+        yield "detector", f"Use the reference detector now: `{command}`.{larger}"
     if tile := facts.tiles:
-        text = (
-            f"Cut the images: set tile.size={tile.size} and train again. A quarter of the defects are less than "
-            f"{tile.now:.1f} pixels wide or high in what the model sees; in tiles that is {tile.then:.1f}. "
-            f"{tile.tiles} tiles an image take about {tile.tiles} times the time in evaluation and use."
-        )
-        steps.append(("tiles", text))
+        text = f"Cut the images: set tile.size={tile.size} and train again. A quarter of the defects are less than "
+        text += f"{tile.now:.1f} pixels wide or high in what the model sees; in tiles that is {tile.then:.1f}."
+        cost = f"{tile.tiles} tiles an image take about {tile.tiles} times the time in evaluation and use."
+        yield "tiles", f"{text} {cost}"
     if both and (text := _lower_rate(facts)):
-        steps.append(("rate", text))
+        yield "rate", text
     if both and not detector and (text := _more_images(facts)):
-        steps.append(("images", text))
+        yield "images", text
     if blind == "better" and not detector:
-        text = (
-            "Register it (`make repro` does): the gate judges it by your policy, and a person approves it. `adfm gate "
-            f"--plan {shlex.quote(printable(facts.shards))}` says how many test images the policy needs."
-        )
-        steps.append(("gate", text))
-    return steps[:2]
+        plan = f"`adfm gate --plan {shlex.quote(printable(facts.shards))}` says how many test images the policy needs."
+        text = "Register it (`make repro` does): the gate judges it by your policy, and a person approves it."
+        yield "gate", f"{text} {plan}"
 
 
 def _look(facts: Facts) -> str:
@@ -326,10 +315,8 @@ def _look(facts: Facts) -> str:
     images = f"{normal:,} normal and {anomalous:,} defective images"
     if facts.kind.base and not facts.kind.trained:
         return f"Train it (`make repro`): it is a base model, and there are {images} to train on."
-    text = (
-        "Stop and look: check labels and boxes with `adfm show`, and the escapes in the report. There were "
-        f"{images} to train on."
-    )
+    text = "Stop and look: check labels and boxes with `adfm show`, and the escapes in the report. "
+    text += f"There were {images} to train on."
     row = facts.compared["rows"][facts.compared["candidate"]]
     value, low, _ = row[references.BY_SCORE] if row[references.BY_SCORE][0] is not None else row["balanced_accuracy"]
     best = 0.5  # the balanced accuracy of every blind answer
@@ -362,10 +349,8 @@ def _lower_rate(facts: Facts) -> str:
             return f"{figures}: add images of {worst[1]} to train on, {worst[0]}{moved}."
         images = f"defective images to train on ({facts.train[1]:,} now)"
         return f"{figures}: add {images}, and look at the escapes in the report{moved}."
-    return (
-        f"{figures}: look at the good parts that are flagged (gallery overkill of the report) and add normal images "
-        f"like them to train on ({facts.train[0]:,} now){moved}."
-    )
+    look = "look at the good parts that are flagged (gallery overkill of the report) and add normal images"
+    return f"{figures}: {look} like them to train on ({facts.train[0]:,} now){moved}."
 
 
 def _worst(facts: Facts, recall: float) -> tuple[str, str] | None:
@@ -394,10 +379,8 @@ def _more_images(facts: Facts) -> str:
     value, half = rates[name][0], wide[name]
     _, needed = metrics.images_needed(value, half, images, half / 2)
     at = "as written" if facts.metrics.get("threshold") is None else "at the threshold"
-    text = (
-        f"Add {label} test images: {name} {at}, {value:.3f}, is known to ± {half:.3f} with {images:,}; "
-        f"about {needed:,} would halve that."
-    )
+    known = f"{name} {at}, {value:.3f}, is known to ± {half:.3f} with {images:,}"
+    text = f"Add {label} test images: {known}; about {needed:,} would halve that."
     if name == "recall" and (worst := _worst(facts, value)):
         text += f" First of {worst[1]}, {worst[0]}."
     if not facts.crossed and facts.images < folds.FEW:
