@@ -52,10 +52,9 @@ def serve(place: Mlflow, poll: float = POLL) -> None:
 
 
 def run_once(place: Mlflow) -> str:
-    """Do once what submitters and reviewers have requested.
+    """Do once what submitters and reviewers have requested; return what is wrong, empty when all is well.
 
-    Returns:
-        What is wrong; empty when all is well. That an approval was refused, or a policy is missing, is not wrong.
+    That an approval was refused, or a policy is missing, is not wrong.
     """
     by, problems = f"adfm approvals on {socket.gethostname()}", []
 

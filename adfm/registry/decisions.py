@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from adfm import signing, tracking
 from adfm.data import hashes
 from adfm.errors import AdfmError
 from adfm.evaluation import calibration as calibration_
-from adfm.evaluation import metrics, references
+from adfm.evaluation import metrics, references, separation
 from adfm.files import file_digest, write_json
 from adfm.registry import gate, page, policy, tables
 from adfm.registry import history as history_
@@ -222,10 +223,6 @@ def is_published(version: ModelVersion, step: Step) -> bool:
 
 def check_separation(submission: Submission, production: Submission | None) -> dict[str, Any]:
     """Check by their hashes that no test image was in the training data of the candidate or of production."""
-    import pyarrow.parquet as pq
-
-    from adfm.evaluation import separation
-
     test = _hashes(submission.folder / TEST_IMAGES)
     if test is None:
         return dict(_UNKNOWN)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from adfm import statistics
 from adfm.evaluation import gate_metrics
 from adfm.evaluation.gate_metrics import METRICS, Bound
-from adfm.evaluation.metrics import Floats, category_names, listed, samples, without_boxes
+from adfm.evaluation.metrics import Floats, Groups, category_names, listed, samples, without_boxes
 from adfm.registry import tables
 from adfm.registry.policy import Policy
 from adfm.text import printable
@@ -141,10 +141,8 @@ def decide(
     if without := without_boxes(first):
         notes.append(f"{without} of {images['anomalous']} anomalous images have no boxes; they are left out of IoU.")
     if small := {row.name for row in rows if row.answers and all(a.verdict == "not judged" for a in row.answers)}:
-        notes.append(
-            f"Too few images to judge alone (fewer than {policy.enough}): {listed(sorted(small))}; only a certain fall "
-            "would count."
-        )
+        few = f"Too few images to judge alone (fewer than {policy.enough}): {listed(sorted(small))}"
+        notes.append(f"{few}; only a certain fall would count.")
     return Decision(
         verdict="failed" if failed else "cannot tell" if unclear else "passed",
         headline=headline,
@@ -161,7 +159,7 @@ def decide(
 
 
 def parts(table: pd.DataFrame, policy: Policy) -> Iterator[tuple[str, str, str, NDArray[np.bool_]]]:
-    """Yield what a policy asks of each category and kind of defect, where there is more than one.
+    """Yield what a policy judges of each category and kind of defect, where there is more than one.
 
     Yields:
         `category` or `defect`, its name, the name of a metric, and which images belong to the part.
@@ -232,7 +230,7 @@ class _Judge:
     """The values of each image, and how a policy judges them."""
 
     values: dict[str, dict[str, Floats]]  # by model and metric; NaN where an image does not count
-    group: NDArray[np.int64] | None  # which part each image shows; None if each shows another one
+    group: Groups
     policy: Policy
     level: float  # of every answer: the share of the policy's level that is spent on this look
 
@@ -287,10 +285,10 @@ class _Judge:
             ]
         return Row(of, name, metric, images, means["candidate"], means.get("production"), means.get("anchor"), answers)
 
-    def groups(self, where: NDArray[np.bool_]) -> NDArray[np.int64] | None:
+    def groups(self, where: NDArray[np.bool_]) -> Groups:
         return None if self.group is None else self.group[where]
 
-    def loss(self, metric: str, baseline: str, where: NDArray[np.bool_]) -> tuple[Floats, NDArray[np.int64] | None]:
+    def loss(self, metric: str, baseline: str, where: NDArray[np.bool_]) -> tuple[Floats, Groups]:
         """Return the loss on each image that counts, positive where the candidate is worse, and the images' parts."""
         loss = self.values["candidate"][metric] - self.values[baseline][metric]
         counting = where & ~np.isnan(loss)
@@ -302,7 +300,6 @@ class _Judge:
         return max(len(loss) + 1, statistics.images_for_loss(spread, margin, level, self.policy.power))
 
     def limit_answer(self, metric: str, where: NDArray[np.bool_], limit: float, certain: float) -> Answer:
-        """Whether the value is on the good side of its limit."""
         entry, group, power = METRICS[metric], self.groups(where), self.policy.power
         values = self.values["candidate"][metric][where]
         # As a cost, which is to be small, both directions take the same formulas.
@@ -327,7 +324,6 @@ class _Judge:
     def loss_answer(
         self, metric: str, baseline: str, where: NDArray[np.bool_], margin: float, certain: float
     ) -> Answer:
-        """Whether the candidate is worse than a baseline by less than the margin."""
         entry, (loss, group) = METRICS[metric], self.loss(metric, baseline, where)
         if not len(loss):
             return Answer(baseline, "cannot tell", None, margin, None, entry.over)
@@ -394,10 +390,8 @@ def _sentence(row: Row, answer: Answer) -> str:
     name = entry.title[0].upper() + entry.title[1:] + (f" of {row.of} {printable(row.name)}" if row.name else "")
     if row.candidate is None or answer.bound is None or answer.limit is None:
         would = f"; {answer.needed} would" if answer.needed else ""
-        return (
-            f"{name}: cannot be told, there are no {answer.kind}{would}. A policy that does not ask for it has limit "
-            "and margin null."
-        )
+        nothing = f"{name}: cannot be told, there are no {answer.kind}{would}"
+        return f"{nothing}. A policy that does not ask for it has limit and margin null."
     if answer.question == "limit":
         side = "below" if entry.higher else "above"
         words = f"{name}: {row.candidate:.1%} {'of' if entry.binary else 'over'} {row.images} {answer.kind}"

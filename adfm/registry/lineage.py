@@ -73,10 +73,8 @@ def dvc_md5(folder: Path) -> str | None:
             if (lock.parent / out["path"]).resolve() == folder and (out.get("nfiles"), out.get("size")) == now:
                 return str(out["md5"])
     if locks:
-        print(
-            f"note: {locks[0]} does not list {folder} as it is now, and the version lacks DVC's hash of its data; "
-            "`dvc repro` or `dvc commit` records it"
-        )
+        lacks = f"{locks[0]} does not list {folder} as it is now, and the version lacks DVC's hash of its data"
+        print(f"note: {lacks}; `dvc repro` or `dvc commit` records it")
     return None
 
 
@@ -103,10 +101,8 @@ def _read(lock: Path) -> dict[str, Any]:
             )
         content = yaml.safe_load(text) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise AdfmError(
-            f"{lock}: cannot be read ({' '.join(str(error).split())}). Get it back (`git checkout dvc.lock`) or let DVC"
-            f" write it again (`dvc repro`). {remedy}"
-        ) from error
+        again = "Get it back (`git checkout dvc.lock`) or let DVC write it again (`dvc repro`)."
+        raise AdfmError(f"{lock}: cannot be read ({' '.join(str(error).split())}). {again} {remedy}") from error
     if not isinstance(content, dict):
         raise AdfmError(f"{lock}: has no stages, as DVC writes them; get it back (`git checkout dvc.lock`). {remedy}")
     return content

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +88,7 @@ def text(
     blocks = [
         # The list of versions has the beginning, as plain text.
         _Block("", 99, [f"Gate: {decided['verdict']}.", headline, markdown(_circumstances(decided))], separator="\n\n"),
-        _Block("links", 8, _links(evaluated_by, trained_by), separator=" "),
+        _Block("links", 8, [*_links(evaluated_by, trained_by)], separator=" "),
         *([] if passed else [reasons]),
         _table("", 97, table[:whole], "In brackets the confidence limit, by which the gate judges."),
         _table("rows of the table", 4, [table[0], *table[whole:]], "The parts that failed or are open.", _MOST_PARTS),
@@ -181,30 +181,29 @@ def _needed(decided: dict[str, Any]) -> list[str]:
     return [f"About {', '.join(parts[:3])}{rest} would tell."]
 
 
-def _facts(decided: dict[str, Any]) -> list[str]:
+def _facts(decided: dict[str, Any]) -> Iterator[str]:
     """Operating point, looks and separation, a sentence each."""
-    facts, point, separation = [], decided["operating_point"], decided["separation"]
+    point, separation = decided["operating_point"], decided["separation"]
     if {"escapes", "false_calls", "precision"} <= point.keys():
         (escapes, *_, most_escapes), (calls, *_, most_calls) = point["escapes"], point["false_calls"]
         precision, least, _ = point["precision"]
-        facts.append(
+        yield (
             f"**On the line**, where {point['defect_rate']:.2%} of the parts are defective, {escapes:,.0f} of 10,000 "
             f"parts are escapes (at most {most_escapes:,.0f}) and {calls:,.0f} are false calls (at most "
             f"{most_calls:,.0f}); {precision:.0%} of the flagged parts are defective (at least {least:.0%})."
         )
-    facts.append(
-        f"**Looks**: this is candidate {decided['look']} of the {decided['looks']} that this test set may judge; the "
-        f"level of this look is {decided['level']:.2g}."
-    )
+    looks = f"this is candidate {decided['look']} of the {decided['looks']} that this test set may judge"
+    yield f"**Looks**: {looks}; the level of this look is {decided['level']:.2g}."
     if separation and separation["problems"]:
         images = len({key for problem in separation["problems"] for key in problem["ids"]})
-        return [*facts, f"**Separation failed**: {images:,} test images were in the training or validation data."]
-    if separation is None or not separation["proved"]:
-        return [*facts, "**Separation** of test and training images is not proved."]
-    counts = separation["against"].items()
-    against = " and ".join(f"{count:,} of {'the ' * (name == 'candidate')}{markdown(name)}" for name, count in counts)
-    proof = f"none of {separation['images']:,} test images is among the training and validation images ({against})."
-    return [*facts, f"**Separation**: {proof}"]
+        yield f"**Separation failed**: {images:,} test images were in the training or validation data."
+    elif separation is None or not separation["proved"]:
+        yield "**Separation** of test and training images is not proved."
+    else:
+        models = separation["against"].items()
+        seen = " and ".join(f"{count:,} of {'the ' * (name == 'candidate')}{markdown(name)}" for name, count in models)
+        proof = f"none of {separation['images']:,} test images is among the training and validation images ({seen})."
+        yield f"**Separation**: {proof}"
 
 
 def _changed(decided: dict[str, Any]) -> list[_Block]:
@@ -257,15 +256,13 @@ def _remedy(verdict: str) -> str:
     return "Add the images that would tell, evaluate candidate and production on them, and register again."
 
 
-def _links(evaluated_by: Run | None, trained_by: Run | None) -> list[str]:
+def _links(evaluated_by: Run | None, trained_by: Run | None) -> Iterator[str]:
     """Link MLflow's pages with report and curves; a run of another store has none."""
-    links = []
     if evaluated_by:
         place = tracking.run_page(evaluated_by, f"artifacts/{REPORT}")
-        links.append(f"[The report]({place}) shows images with true and predicted boxes beside the model's own words.")
+        yield f"[The report]({place}) shows images with true and predicted boxes beside the model's own words."
     if trained_by:
-        links.append(f"[The curves of the training]({tracking.run_page(trained_by)}) show how it learned.")
-    return links
+        yield f"[The curves of the training]({tracking.run_page(trained_by)}) show how it learned."
 
 
 def _origin(origin: dict[str, Any]) -> str:
@@ -348,7 +345,6 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _clipped(text: str) -> str:
-    """Shorten a name that is too long for a table to its ends."""
     text = printable(text)
     return text if len(text) <= _NAME else f"{text[: _NAME // 2]}…{text[-_NAME // 2 + 1 :]}"
 

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
 from scipy import stats
 
 from adfm import statistics
+from adfm.data import shards as shards_
 from adfm.evaluation.gate_metrics import METRICS, Bound, Metric, values
 from adfm.evaluation.metrics import samples
 from adfm.registry import gate
@@ -93,13 +95,9 @@ def of_shards(shards: Path, policy: Policy, look: int = 1) -> str:
     Raises:
         AdfmError: The shards cannot be read, or have no test split.
     """
-    import pyarrow.compute as pc
-
-    from adfm.data.shards import batches, table
-
-    images = table(shards, "test").to_pandas()
+    images = shards_.table(shards, "test").to_pandas()
     if "mask_iou" in policy.whole:  # the table is without masks
-        masked = [pc.is_valid(rows["mask"]) for rows in batches(shards, "test", ["mask"])]
+        masked = [pc.is_valid(rows["mask"]) for rows in shards_.batches(shards, "test", ["mask"])]
         images["mask_iou"] = np.where(np.concatenate(masked), 1.0, np.nan)
     words = text(plan(policy, images, look), policy, look)
     parts = len(np.unique(samples(images)))

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from adfm import tracking
 from adfm.files import replace_json
+from adfm.registry import reconcile
+from adfm.registry.history import suppress_error
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -25,8 +27,6 @@ def in_production(name: str) -> dict[str, Any]:
     Raises:
         AdfmError: MLflow cannot be reached.
     """
-    from adfm.registry import reconcile
-
     versions: dict[str, Any] = dict.fromkeys(ALIASES)
     if not tracking.store_is_missing():
         with reconcile.client() as store:
@@ -42,7 +42,7 @@ def judging_policy(name: str) -> str:
     Raises:
         AdfmError: MLflow cannot be reached, the history is broken, or the policy cannot be read.
     """
-    from adfm.registry import policy, reconcile
+    from adfm.registry import policy
 
     registered = None
     if not tracking.store_is_missing():
@@ -69,8 +69,6 @@ def write(out: Path, name: str, policy: Path | None = None) -> None:
 
 
 def _version_by_alias(store: "MlflowClient", name: str, alias: str) -> dict[str, str | None] | None:
-    from adfm.registry.history import suppress_error
-
     with suppress_error("RESOURCE_DOES_NOT_EXIST"):
         if number := store.get_registered_model(name).aliases.get(alias):
             version = store.get_model_version(name, str(number))

@@ -53,8 +53,7 @@ def promote(version: str, name: str, by: str | None = None) -> None:
 def promote_approved(name: str, by: str | None = None) -> bool:
     """Promote what reviewers have approved since the last time, and record what they have rejected.
 
-    Returns:
-        Whether any version was newly approved. One whose tag `approval_by` is still missing waits.
+    Returns whether any version was newly approved. One whose tag `approval_by` is still missing waits.
 
     Raises:
         Refused: An approval could not be followed; others were.
@@ -103,10 +102,8 @@ def rollback(name: str, by: str | None = None, to: str | None = None, why: str =
             raise AdfmError(f"No version of {name} is in production, so there is nothing to roll back.")
         leaving = move.production
         if to is None and move.previous not in registry.versions:
-            raise AdfmError(
-                f"Version {leaving} of {name} replaced no version that is still there, so there is nothing to "
-                "roll back to; name a version that was in production with --to."
-            )
+            gone = f"Version {leaving} of {name} replaced no version that is still there, so there is nothing to roll"
+            raise AdfmError(f"{gone} back to; name a version that was in production with --to.")
         target = registry.version(to or move.previous)
         number = str(target.version)
         if number == leaving:
@@ -244,10 +241,8 @@ def _refusals(registry: Registry, candidate: ModelVersion) -> list[str]:
     else:
         refusals += _approver_refusals(_approver(candidate), judged, history)
     if _used(number, history):
-        refusals.append(
-            "its approval was used: it has been in production since the gate decided, and was replaced; bring it back "
-            f"with `adfm rollback --to {number}`"
-        )
+        used = "its approval was used: it has been in production since the gate decided, and was replaced"
+        refusals.append(f"{used}; bring it back with `adfm rollback --to {number}`")
     if outdated and refusals:
         changed = _outdated(registry, judged)
         refusals.append(f"{changed}: the gate decides again when it is approved, or with `adfm register`")

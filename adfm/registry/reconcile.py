@@ -176,33 +176,28 @@ def _check_begun(registry: Registry, model: RegisteredModel | None) -> None:
 
 def _step(registry: Registry, model: RegisteredModel | None) -> bool:
     """Make one change towards agreement; return whether one was needed."""
-    history, versions = registry.history, registry.versions
-    move = history.move
-    if move and move.production != NOBODY and move.production not in versions:
-        _lose(registry, move)
-        return True
-    if move and not move.finished:
-        _apply(registry, move)
-        return True
+    history, versions, move = registry.history, registry.versions, registry.history.move
     here = {alias: number for alias, number in aliases(model).items() if number in versions}
     due = _due(registry)
-    if any(here.get(alias) != due.get(alias) for alias in (PRODUCTION, PREVIOUS)):
+    if move and move.production != NOBODY and move.production not in versions:
+        _lose(registry, move)
+    elif move and not move.finished:
+        _apply(registry, move)
+    elif any(here.get(alias) != due.get(alias) for alias in (PRODUCTION, PREVIOUS)):
         _restore(registry, here, due)
-        return True
-    if history.anchor != NOBODY and history.anchor not in versions:
+    elif history.anchor != NOBODY and history.anchor not in versions:
         heir = "the next one in production" if history.production == NOBODY else f"version {history.production}"
         why = f"the anchor, version {history.anchor}, was deleted; {heir} takes its place"
         registry.append("anchor", history.production, anchor=history.production, by="adfm", why=why)
         announce(f"{registry.name}: {why}")
-        return True
-    if history.anchor == NOBODY and history.production != NOBODY:  # after a rollback from a deleted anchor
+    elif history.anchor == NOBODY and history.production != NOBODY:  # after a rollback from a deleted anchor
         why = "there was no anchor; the version in production is it"
         registry.append("anchor", history.production, anchor=history.production, by="adfm", why=why)
-        return True
-    if here.get(ANCHOR) != due.get(ANCHOR):
+    elif here.get(ANCHOR) != due.get(ANCHOR):
         _move_anchor(registry, here.get(ANCHOR), due.get(ANCHOR))
-        return True
-    return False
+    else:
+        return False
+    return True
 
 
 def _due(registry: Registry) -> dict[str, str]:

@@ -59,11 +59,8 @@ def register(
 ) -> gate.Decision:
     """Submit a trained model, and wait until it is a version with the gate's decision; print the verdict.
 
-    A version of the same model with the same predictions is used again, so that a repeated stage does not make a second
-    one. Its approval stands unless the decision is another one now.
-
-    Returns:
-        The decision. The version is registered either way.
+    A version of the same model with the same predictions is used again. Its approval stands unless the decision is
+    another one now. Returns the decision; the version is registered either way.
 
     Raises:
         AdfmError: A folder lacks something, the evaluation is of other data or settings, the service refused or did not
@@ -101,10 +98,8 @@ def accept(
 ) -> list[str]:
     """Make versions of submissions and decide on them; what a killed process has begun is finished.
 
-    A submission that is not what was signed, or cannot be judged, is refused, and the history records it.
-
-    Returns:
-        Numbers of the versions that were decided on.
+    A submission that is not what was signed, or cannot be judged, is refused, and the history records it. Returns the
+    numbers of the versions that were decided on.
 
     Raises:
         AdfmError: Something could not be done; the rest was.
@@ -116,10 +111,8 @@ def accept(
         submissions += _unfinished(registry)
     decided, errors = [], []
     if submissions and registry.history.policy is None:
-        raise NoPolicy(
-            f"{len(submissions)} submissions for {name} wait for a policy: a reviewer sets one with `adfm policy set "
-            f"{policy.FILE}`."
-        )
+        waiting = f"{len(submissions)} submissions for {name} wait for a policy"
+        raise NoPolicy(f"{waiting}: a reviewer sets one with `adfm policy set {policy.FILE}`.")
     for submission in submissions:
         try:
             if number := _accept(store, name, submission):
@@ -205,9 +198,8 @@ def _is_service(store: MlflowClient, name: str) -> bool:
 def rejudge(registry: Registry, version: ModelVersion, why: str = "") -> tuple[Step, bool]:
     """Decide on a version unless its decision stands, and write its page unless it has the decision.
 
-    Returns:
-        The step of the decision, and whether anything was written, which voids an earlier approval. History and
-        description say `why`.
+    Returns the step of the decision, and whether anything was written, which voids an earlier approval. History and
+    description say `why`.
     """
     number, name, store = str(version.version), registry.name, registry.store
     while True:

@@ -30,6 +30,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 import yaml
 
 from adfm import signing, tracking
@@ -37,7 +38,7 @@ from adfm.data import hashes
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError, Unusable
 from adfm.evaluation import calibration as calibration_
-from adfm.evaluation import metrics
+from adfm.evaluation import metrics, separation
 from adfm.evaluation.calibration import Calibration
 from adfm.files import digest, write_json
 from adfm.method import prompt
@@ -132,10 +133,7 @@ class Submission:
 
 
 def check(submission: Submission, name: str) -> pd.DataFrame:
-    """Check that a submission is whole, fits together, and is for the registered model `name`.
-
-    Returns:
-        The candidate's predictions.
+    """Check that a submission is whole, fits together, and is for model `name`; return the candidate's predictions.
 
     Raises:
         AdfmError: It is for another model, its parts are not of one another, or it is not of the held-out split.
@@ -165,12 +163,9 @@ def submit(
     run: Run,  # counts where the run of the training is not in this store
     tags: Mapping[str, str],
 ) -> str:
-    """Sign a trained model with its evaluation, and log it to MLflow as a submission.
+    """Sign a trained model with its evaluation, and log it to MLflow as a submission; return the logged model's id.
 
     A submission of the same model with the same predictions that was accepted, or waits, is used again.
-
-    Returns:
-        Id of the logged model.
 
     Raises:
         AdfmError: A folder lacks something, or the evaluation is of other data, settings or split.
@@ -324,18 +319,15 @@ def _check_evaluation(
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Unfit(f"{place} is not a whole evaluation ({error!r}); make it with `adfm evaluate`.") from error
     if differing := [key for key, (present, due) in pairs.items() if present != due]:
-        raise Unfit(
-            f"{place} is not an evaluation of this model on these shards with these settings: {', '.join(differing)} "
-            "differ. Evaluate again with `adfm evaluate`, then register."
-        )
+        other = f"{place} is not an evaluation of this model on these shards with these settings"
+        remedy = "Evaluate again with `adfm evaluate`, then register."
+        raise Unfit(f"{other}: {', '.join(differing)} differ. {remedy}")
     if "decision" in table:
         # The decisions must be those that a version with this calibration would make.
         decisions = calibration.apply(table)["decision"].fillna("").tolist() if calibrated else None
         if decisions != table["decision"].fillna("").tolist():
-            raise Unfit(
-                f"{place}: the decisions in predictions.parquet are not those of its {calibration_.FILE}. Evaluate "
-                "again with `adfm evaluate`, then register."
-            )
+            other = f"{place}: the decisions in predictions.parquet are not those of its {calibration_.FILE}"
+            raise Unfit(f"{other}. Evaluate again with `adfm evaluate`, then register.")
     return table
 
 
@@ -348,10 +340,6 @@ def _protocol(family: str, evaluate: Evaluate) -> str:
 
 def _write_separation(folder: Path, model: Path, shards: Path) -> None:
     """Write the hashes of the images that the model is judged on and of those that it has seen."""
-    import pyarrow.parquet as pq
-
-    from adfm.evaluation import separation
-
     (folder / TEST_IMAGES).parent.mkdir()
     test, seen = hashes.collect(shards, [HELD_OUT]), hashes.of_model(model)
     hashes.write(test, folder / TEST_IMAGES)
@@ -419,7 +407,6 @@ def _same(registry: Registry, experiment: str, contents: str) -> str | None:
 
 
 def _has_contents(uri: str, keys: signing.Keys, contents: str, signers: Sequence[str]) -> bool:
-    """Whether the files are what one of the keys has signed, and have these contents."""
     with TemporaryDirectory() as folder:
         try:
             submission = fetch(uri, keys, Path(folder))
@@ -451,9 +438,7 @@ def _log(store: MlflowClient, folder: Path, name: str, run: Run, origin: dict[st
     submission = Submission(folder, "")
     tags = {SUBMITTED_FOR: name, CONTENTS: submission.contents}
     tags |= {key: str(origin[key]) for key in ("submitted_by", "artifact_digest")}
-    logged = mlflow.initialize_logged_model(
-        name="adapter", tags=tags, source_run_id=run.info.run_id, experiment_id=experiment
-    )
+    logged = mlflow.initialize_logged_model("adapter", run.info.run_id, tags, experiment_id=experiment)
     try:
         store.log_model_artifacts(logged.model_id, str(folder))
         values = {metric: submission.measured.get(metric) for metric in metrics.HEADLINE}
