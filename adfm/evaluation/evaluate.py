@@ -311,16 +311,13 @@ def report(
     kinds = any(metrics.KIND in values for values in overall.values())
     listed = {*plots.ESCAPES_FIRST, *overall[candidate]} | ({metrics.KIND} if kinds else set())
     titles = {metric: title for metric, title in _TITLES.items() if metric in listed}
-    _write_csv(
-        ["metric", "model", "value", "low", "high"],
-        (
-            [metric, name, *with_limits(values, metric)]
-            for metric in titles
-            for name, values in (overall | differences).items()
-            if metric in values
-        ),
-        out / "comparison.csv",
+    rows = (
+        [metric, name, *with_limits(values, metric)]
+        for metric in titles
+        for name, values in (overall | differences).items()
+        if metric in values
     )
+    _write_csv(["metric", "model", "value", "low", "high"], rows, out / "comparison.csv")
     all_models = _tables(_values(titles, overall, compared["rows"]))
     differing = _tables(_intervals(titles, {candidate: overall[candidate]}, differences))
     own = overall[candidate]

@@ -6,7 +6,7 @@ and served with the version. docs/serving.md lists the kinds of images that it r
 
 import io
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -246,7 +246,6 @@ Sampled = list[tuple[str, Measured]]  # category and measurements of each image
 
 
 def _fit_distance(training: Sampled, validation: Sampled) -> dict[str, Any]:
-    """Return the fields of a guard that the distance needs."""
     if len(training) < _LEAST:
         few = (
             f"{len(training)} training images are too few to tell how far another one is from them; {_LEAST} would do."
@@ -296,18 +295,15 @@ def _measured(shards: Path, split: str) -> Sampled:
         with Image.open(io.BytesIO(row["image"]["bytes"])) as file:
             return row["category"], measure(file.convert("RGB"))
 
-    with ThreadPoolExecutor(cpus.count()) as pool:
-        return [measured for rows in _sample(shards, split) for measured in pool.map(one, rows)]
-
-
-def _sample(shards: Path, split: str) -> Iterator[list[dict[str, Any]]]:
-    """Yield category and image of the sampled rows, a batch of the shards at a time."""
     chosen = set(choose(shards_.table(shards, split)["category"].to_pylist(), _IMAGES))
+    measured: Sampled = []
     first = 0
-    for rows in shards_.batches(shards, split, ["category", "image"]):
-        own = [number for number in range(rows.num_rows) if first + number in chosen]
-        first += rows.num_rows
-        yield rows.take(own).to_pylist()
+    with ThreadPoolExecutor(cpus.count()) as pool:
+        for rows in shards_.batches(shards, split, ["category", "image"]):
+            own = [number for number in range(rows.num_rows) if first + number in chosen]
+            first += rows.num_rows
+            measured += pool.map(one, rows.take(own).to_pylist())
+    return measured
 
 
 def choose(categories: Sequence[str], most: int) -> list[int]:

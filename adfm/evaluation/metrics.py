@@ -23,6 +23,7 @@ from adfm.text import printable
 _ALPHA = 0.025  # of each limit of a 95 % interval
 _SURE = 1e-4  # scores nearer to 0 or 1 than this are clipped
 Floats = NDArray[np.float64]
+Names = Sequence[str] | None  # of metrics; `None`: all
 Groups = NDArray[np.int64] | None  # for each image the number of its part; `None` where each shows another one
 # Each metric as a function of how often each image counts: the value (all weights 1) and its bootstrap resamples come
 # from the same lines of code.
@@ -287,7 +288,7 @@ def summarize(table: pd.DataFrame, resamples: int, seed: int, small: float, larg
     defects_alone = without_normal(table)
     located = ("recall", "miss_rate", "iou", "mask_iou", "matched_iou", "box_f1", "iou_10", "iou_30", "iou_50")
 
-    def described(part: pd.DataFrame, names: Sequence[str] | None = None) -> dict[str, Any]:
+    def described(part: pd.DataFrame, names: Names = None) -> dict[str, Any]:
         return overall(part, resamples, seed, names, defects_alone)
 
     categories, normal = category_names(table), table["label"] == "normal"
@@ -307,11 +308,7 @@ def summarize(table: pd.DataFrame, resamples: int, seed: int, small: float, larg
 
 
 def overall(
-    table: pd.DataFrame,
-    resamples: int,
-    seed: int,
-    names: Sequence[str] | None = None,
-    defects_alone: bool | None = None,
+    table: pd.DataFrame, resamples: int, seed: int, names: Names = None, defects_alone: bool | None = None
 ) -> dict[str, Any]:
     """Measure a prediction table as a whole, with 95 % intervals; all metrics, or some by `names`.
 
@@ -328,8 +325,7 @@ def overall(
         "unparseable": int(table["predicted"].isna().sum()),
         "without_boxes": without_boxes(table),
     }
-    if defects_alone is None:
-        defects_alone = without_normal(table)
+    defects_alone = without_normal(table) if defects_alone is None else defects_alone
     table = table.sort_values("id")
     intervals = _bootstrapped(measure(table), samples(table), resamples, seed, names) | limits_of_means(table, names)
     return counts | (_decision_left_out(intervals) if defects_alone else intervals)
@@ -512,17 +508,12 @@ def operating_point(table: pd.DataFrame, at: float | None, resamples: int, seed:
 
 
 def operating_difference(
-    candidate: pd.DataFrame,
-    at: float | None,
-    reference: pd.DataFrame,
-    reference_at: float | None,
-    resamples: int,
-    seed: int,
+    candidate: pd.DataFrame, at: float | None, other: pd.DataFrame, other_at: float | None, resamples: int, seed: int
 ) -> dict[str, float | None]:
-    """Candidate minus reference, each at its own threshold: as `operating_point`, paired as `difference` does."""
-    if at is None or reference_at is None:
+    """Candidate minus other, each at its own threshold: as `operating_point`, paired as `difference` does."""
+    if at is None or other_at is None:
         return _at_threshold(None)
-    return _at_threshold(difference(as_decided(candidate), as_decided(reference), resamples, seed))
+    return _at_threshold(difference(as_decided(candidate), as_decided(other), resamples, seed))
 
 
 def _at_threshold(intervals: dict[str, float | None] | None) -> dict[str, float | None]:
@@ -605,7 +596,7 @@ def more_images(values: Mapping[str, Any]) -> str:
     )
 
 
-def limits_of_means(table: pd.DataFrame, names: Sequence[str] | None = None) -> dict[str, float]:
+def limits_of_means(table: pd.DataFrame, names: Names = None) -> dict[str, float]:
     """Return the 95 % limits of rates and means, for a table ordered by id."""
     # A bootstrap of 64 defects without a miss would give a miss rate of [0, 0], and the truth may be 5 %.
     images, group = of_images(table), groups(table)
@@ -650,7 +641,7 @@ def _counted(values: Floats, group: Groups) -> tuple[Floats, Groups]:
 
 
 def _bootstrapped(
-    measured: Measure, sample: NDArray[np.int64], resamples: int, seed: int, names: Sequence[str] | None = None
+    measured: Measure, sample: NDArray[np.int64], resamples: int, seed: int, names: Names = None
 ) -> dict[str, float | None]:
     """Each metric with its percentile interval; resamples in which it is not defined are left out."""
     values = measured(np.ones((1, len(sample))))

@@ -195,17 +195,13 @@ def examples(rows: pd.DataFrame, images: Mapping[str, bytes], path: Path, column
             verdict = verdict.format(iou=row["iou"], located=metrics.LOCATED)
             axes.set_title(verdict, loc="left", color=colour, fontweight="bold")
             product = " · ".join(printable(row[key]) for key in ("category", "defect") if isinstance(row[key], str))
-            words = f"{product}\n{_wrapped(row['completion'])}\n"
-            axes.set_xlabel(words, loc="left", fontsize=7, color=FAINT)
+            text = [line for stage in stages(row["completion"]).splitlines() for line in textwrap.wrap(stage, 42)]
+            words = "\n".join(text[:7] + (["…"] if len(text) > 7 else []))
+            axes.set_xlabel(f"{product}\n{words}\n", loc="left", fontsize=7, color=FAINT)
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
         key = [outline((0, 0, 1, 1), colour, dashes, 1, 1) for colour, dashes in ((TRUTH, "-"), (PREDICTED, "--"))]
         figure.legend(key, ["ground truth", "predicted"], loc="outside upper right", ncols=2, frameon=False)
-
-
-def _wrapped(completion: str, width: int = 42, most: int = 7) -> str:
-    lines = [line for stage in stages(completion).splitlines() for line in textwrap.wrap(stage, width)]
-    return "\n".join(lines[:most] + (["…"] if len(lines) > most else []))
 
 
 def _errors(intervals: Sequence[Sequence[float | None]]) -> tuple[Any, Any]:
