@@ -2,11 +2,10 @@
 
 It judges what a model does in production: decisions at the threshold (the column `decision`, and the regions of flagged
 images), or the letters of a table without one. Over all images, each category and each kind of defect, every metric of
-`gate_metrics.METRICS` answers up to four questions:
+`gate_metrics.METRICS` answers up to four questions, by confidence limits:
 
-- `limit`: the confidence limit of its value is on the good side of the policy's limit.
-- `production`: the confidence limit of its loss against production, on the same images, is below the margin.
-- `anchor`: the same against the anchor, the best version that was ever in production.
+- `limit`: its value is on the good side of the policy's limit.
+- `production`, `anchor` (the best version ever in production): its loss on the same images is below the margin.
 - `gain`, over all images only: it is better than in production.
 
 A version passes if every answer is `passed`. docs/gate.md has the formulas, their sources and the measured error rates.

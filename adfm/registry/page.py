@@ -85,6 +85,7 @@ def text(
     facts = [f"- {fact}" for fact in (*_facts(decided), markdown(calibration.summary))]
     rests_on = _heading("What the decision rests on")
     differences = [f"- {markdown(line)}" for line in policy_difference]
+    differs = "**The submitter's policy differs** from the registered one, which judged:\n\n"
     blocks = [
         # The list of versions has the beginning, as plain text.
         _Block("", 99, [f"Gate: {decided['verdict']}.", headline, markdown(_circumstances(decided))], separator="\n\n"),
@@ -96,7 +97,7 @@ def text(
         _Block("", 96, [_next_step(decided, version)], _heading("Approval")),
         _Block("sentences on operating point, looks, separation and threshold", 6, facts, rests_on),
         *_changed(decided),
-        _Block("differences of the policy", 5, differences, _POLICY),
+        _Block("differences of the policy", 5, differences, differs),
         *_references(compared or {"rows": {}, "sentence": ""}),
         _Block("sentence on the origin", 2, [_origin(origin)], _heading("Origin")),
         _Block("further metrics", 1, _besides(measured, compared)),
@@ -182,7 +183,6 @@ def _needed(decided: dict[str, Any]) -> list[str]:
 
 
 def _facts(decided: dict[str, Any]) -> Iterator[str]:
-    """Operating point, looks and separation, a sentence each."""
     point, separation = decided["operating_point"], decided["separation"]
     if {"escapes", "false_calls", "precision"} <= point.keys():
         (escapes, *_, most_escapes), (calls, *_, most_calls) = point["escapes"], point["false_calls"]
@@ -227,9 +227,6 @@ def _kind(change: dict[str, Any]) -> tuple[str, bool, bool]:
     """Label of the image, and whether candidate and production are right."""
     label = change["label"]
     return label, change["candidate"] == label, change["production"] == label
-
-
-_POLICY = "**The submitter's policy differs** from the registered one, which judged:\n\n"
 
 
 def _next_step(decided: dict[str, Any], version: str) -> str:
@@ -334,14 +331,11 @@ def _heading(text: str) -> str:
 def _table(name: str, matters: int, rows: Sequence[Sequence[str]], caption: str, most: int | None = None) -> _Block:
     """Format a table, whose first row is the header, without the columns that are empty."""
     kept = [column for column in zip(*rows, strict=True) if any(cell != "-" for cell in column[1:])]
-    header, *lines = [_row(row) for row in zip(*kept, strict=True)] or [""]
+    # MLflow draws tables without padding or lines: spaces that do not break keep the columns apart.
+    cells = ([f" {markdown(_clipped(cell))}{_GAP} |" for cell in row] for row in zip(*kept, strict=True))
+    header, *lines = [f"|{''.join(row)}" for row in cells] or [""]
     rule = f"|{' --- |' * len(kept)}"
     return _Block(name, matters, lines, f"{header}\n{rule}\n", most, caption=caption)
-
-
-def _row(cells: Sequence[str]) -> str:
-    # MLflow draws tables without padding or lines: spaces that do not break keep the columns apart.
-    return f"|{''.join(f' {markdown(_clipped(cell))}{_GAP} |' for cell in cells)}"
 
 
 def _clipped(text: str) -> str:

@@ -4,15 +4,12 @@ The stages that judge depend on the file, so that a promotion makes them stale, 
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adfm import tracking
 from adfm.files import replace_json
 from adfm.registry import reconcile
 from adfm.registry.history import suppress_error
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
 
 ALIASES = ("production", "anchor")
 
@@ -30,7 +27,11 @@ def in_production(name: str) -> dict[str, Any]:
     versions: dict[str, Any] = dict.fromkeys(ALIASES)
     if not tracking.store_is_missing():
         with reconcile.client() as store:
-            versions = {alias: _version_by_alias(store, name, alias) for alias in ALIASES}
+            for alias in ALIASES:
+                with suppress_error("RESOURCE_DOES_NOT_EXIST"):
+                    if number := store.get_registered_model(name).aliases.get(alias):
+                        tags = store.get_model_version(name, str(number)).tags
+                        versions[alias] = {"version": str(number), "artifact_digest": tags.get("artifact_digest")}
     if versions["anchor"] == versions["production"]:
         versions["anchor"] = None
     return {"model": name, **versions}
@@ -66,11 +67,3 @@ def write(out: Path, name: str, policy: Path | None = None) -> None:
         replace_json({"policy": judging_policy(name)}, policy)
     lines = [f"{alias}: version {about[alias]['version']} of {name}" for alias in ALIASES if about[alias]]
     print("\n".join(lines) or f"no version of {name} is in production")
-
-
-def _version_by_alias(store: "MlflowClient", name: str, alias: str) -> dict[str, str | None] | None:
-    with suppress_error("RESOURCE_DOES_NOT_EXIST"):
-        if number := store.get_registered_model(name).aliases.get(alias):
-            version = store.get_model_version(name, str(number))
-            return {"version": str(version.version), "artifact_digest": version.tags.get("artifact_digest")}
-    return None

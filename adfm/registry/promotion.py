@@ -337,7 +337,6 @@ def _refuse(registry: Registry, candidate: ModelVersion, refusals: list[str], by
 
 
 def _check_as_promoted(registry: Registry, version: ModelVersion, came: Step, folder: Path) -> None:
-    """Check that a version's files are those with which it came into production."""
     title = f"{version.version} of {version.name}"
     try:
         files = fetch(version_uri(version), registry.keys, folder)
