@@ -282,9 +282,8 @@ def report(
         for name, table in tables.items():
             overall[name] |= metrics.operating_point(table, at[name], *repeat)
         for other in others:
-            differences[f"{candidate}_minus_{other}"] |= metrics.operating_difference(
-                tables[candidate], at[candidate], tables[other], at[other], *repeat
-            )
+            both = tables[candidate], at[candidate], tables[other], at[other]
+            differences[f"{candidate}_minus_{other}"] |= metrics.operating_difference(*both, *repeat)
     blind_tables = references.blind_tables(tables[candidate])
     everyone = overall | {name: metrics.overall(table, *repeat) for name, table in blind_tables.items()}
     write_json(everyone | differences, out / "metrics.json")
@@ -404,8 +403,7 @@ def _folded(text: str) -> str:
         whole = re.sub(r"`[^`]*`", lambda command: command[0].replace(" ", "\u00a0"), paragraph)
         return textwrap.fill(whole, _TERMINAL, break_long_words=False, break_on_hyphens=False).replace("\u00a0", " ")
 
-    paragraphs = text.split("\n\n")
-    return "\n\n".join(part if part.startswith(("|", "#")) else fold(part) for part in paragraphs)
+    return "\n\n".join(part if part.startswith(("|", "#")) else fold(part) for part in text.split("\n\n"))
 
 
 def _log(folder: Path, candidate: str) -> None:

@@ -114,8 +114,7 @@ def _on_grid(boxes: Sequence[Box], width: int, height: int) -> NDArray[np.int64]
     """Return boxes as whole pixels inside the image, (n, 4), without those that hold no pixel."""
     inside = np.clip(np.asarray(boxes, dtype=float).reshape(-1, 4), 0, [width, height, width, height])
     edges = np.ceil(inside - 0.5)
-    whole = (edges[:, 0] < edges[:, 2]) & (edges[:, 1] < edges[:, 3])
-    return np.asarray(edges[whole], dtype=np.int64)
+    return edges[(edges[:, 0] < edges[:, 2]) & (edges[:, 1] < edges[:, 3])].astype(np.int64)
 
 
 def _paint(boxes: NDArray[np.int64], columns: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -222,7 +221,7 @@ def as_decided(table: pd.DataFrame) -> pd.DataFrame:
     """A prediction table as it counts in production: decisions at the threshold in the place of the letters.
 
     An image that is flagged has all `regions` for `predicted_boxes`, whatever its letter; one that is not has none. A
-    table without a column `decision` (of an evaluation before there were thresholds) is returned as it is.
+    table without a column `decision` is returned as it is.
 
     Raises:
         AdfmError: It has decisions, but not the localisation of the regions.
@@ -313,9 +312,8 @@ def overall(
     """Measure a prediction table as a whole, with 95 % intervals; all metrics, or some by `names`.
 
     Returns the counts `images`, `anomalous`, `normal`, `unparseable`, `without_boxes` (anomalous, but only the label is
-    known: left out of IoU and all that compares boxes), and for each metric of `measure` its value and `<metric>_low`,
-    `<metric>_high`; `None` where it is not defined (no such image), and `BOTH_LABELS` with `defects_alone`, which is
-    whether no image is normal.
+    known), and for each metric of `measure` its value and `<metric>_low`, `<metric>_high`; `None` where it is not
+    defined, and `BOTH_LABELS` with `defects_alone` (no image is normal).
     """
     anomalous = int(is_defective(table).sum())
     counts = {

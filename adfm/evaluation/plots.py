@@ -161,8 +161,7 @@ def choose(table: pd.DataFrame, most: int = 12) -> pd.DataFrame:
     ranked = ranked.sort_values(["kind", "turn", "order", "id"])
     ranked["rank"] = ranked.groupby("kind").cumcount()
     ranked["extra"] = ranked["rank"] >= [_OUTCOMES[name][0] for name in ranked["outcome"]]
-    chosen = ranked.sort_values(["extra", "rank", "kind"]).head(most)
-    return chosen.sort_values(["kind", "rank"])
+    return ranked.sort_values(["extra", "rank", "kind"]).head(most).sort_values(["kind", "rank"])
 
 
 def examples(rows: pd.DataFrame, images: Mapping[str, bytes], path: Path, columns: int = _COLUMNS) -> None:

@@ -39,9 +39,8 @@ def check(test: pa.Table, other: pa.Table, shards: Path) -> pa.Table:
     """
     pairs, sides, _ = _likely(test, other)
     here, copies = _by_the_rule(sides, shards) if len(pairs) else (pairs[:, 0], pairs[:, 0])
-    columns = [sides[0][here], sides[1][here], copies]
-    arrays = [pa.array(column.tolist(), type_) for column, type_ in zip(columns, PAIRS.types, strict=True)]
-    return pa.Table.from_arrays(arrays, schema=PAIRS)
+    columns = {"test": sides[0][here], "other": sides[1][here], "copies": copies}
+    return pa.table({name: column.tolist() for name, column in columns.items()}, schema=PAIRS)
 
 
 def compare(
