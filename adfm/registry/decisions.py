@@ -4,8 +4,6 @@ The same files, models to compare, policy and look give the same decision. So th
 people read (gate.json, tags, description) can be written again from the files at any time.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
@@ -55,7 +53,7 @@ class Judgement:
     fields: dict[str, str]  # of a step `judge` of the history
 
 
-def judge(registry: Registry, version: ModelVersion, to: Path) -> Judgement:
+def judge(registry: Registry, version: "ModelVersion", to: Path) -> Judgement:
     """Decide on a version against production and anchor of the history, with the registered policy.
 
     It requires a registered policy, and downloads the files of all versions to the folder `to`.
@@ -144,7 +142,7 @@ def parse(decided: dict[str, Any]) -> gate.Decision:
     return gate.Decision(**kept | {"rows": rows})
 
 
-def publish(registry: Registry, version: ModelVersion, judgement: Judgement, step: Step, why: str = "") -> None:
+def publish(registry: Registry, version: "ModelVersion", judgement: Judgement, step: Step, why: str = "") -> None:
     """Write a decision on its version for people: gate.json, tags, description. An earlier approval is void.
 
     Done twice, or by two processes, it does the same. `step` is the decision's in the history; the description says
@@ -208,7 +206,7 @@ def decision_tags(step: Step) -> dict[str, str]:
     }
 
 
-def is_published(version: ModelVersion, step: Step) -> bool:
+def is_published(version: "ModelVersion", step: Step) -> bool:
     """Whether the version's gate.json and tags are those of a decision."""
     if not decision_tags(step).items() <= version.tags.items():
         return False

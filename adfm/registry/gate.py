@@ -97,8 +97,7 @@ def decide(
     them, say how they were made; `threshold` may differ.
 
     Raises:
-        Incomparable: A table is broken (every fault is listed), or two are not of the same images or were not made in
-            the same way.
+        Incomparable: A table is broken (every fault is listed), or two are not of the same images, made the same way.
     """
     notes = [tables.what_decides("The candidate", candidate)]
     judged = {"candidate": tables.checked(candidate, "candidate")}
@@ -295,8 +294,7 @@ class _Judge:
 
     def images_for_loss(self, loss: Floats, margin: float, level: float) -> int:
         # More than there are: these did not tell.
-        spread = float(loss.std())
-        return max(len(loss) + 1, statistics.images_for_loss(spread, margin, level, self.policy.power))
+        return max(len(loss) + 1, statistics.images_for_loss(float(loss.std()), margin, level, self.policy.power))
 
     def limit_answer(self, metric: str, where: NDArray[np.bool_], limit: float, certain: float) -> Answer:
         entry, group, power = METRICS[metric], self.groups(where), self.policy.power

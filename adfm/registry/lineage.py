@@ -79,7 +79,6 @@ def dvc_md5(folder: Path) -> str | None:
 
 
 def _outs(lock: Path) -> Iterator[dict[str, Any]]:
-    """Yield the outputs in a `dvc.lock` that have a path and a hash."""
     stages = _read(lock).get("stages")
     for stage in stages.values() if isinstance(stages, dict) else ():
         outs = stage.get("outs") if isinstance(stage, dict) else None

@@ -1,7 +1,5 @@
 """Format the gate's decision: a version's description in MLflow (Markdown), and one screen of a terminal."""
 
-from __future__ import annotations
-
 import html
 import re
 import textwrap
@@ -68,15 +66,15 @@ def text(
     measured: dict[str, Any],  # the candidate's metrics
     calibration: Calibration,
     version: str,
-    evaluated_by: Run | None,  # None where MLflow does not have the run
+    evaluated_by: "Run | None",  # None where MLflow does not have the run
     policy_difference: Sequence[str] = (),
-    trained_by: Run | None = None,
+    trained_by: "Run | None" = None,
     compared: Mapping[str, Any] | None = None,  # the evaluation's references.json, by which the gate does not judge
 ) -> str:
     """Return the description of a version in Markdown: the decision, its reasons, and how to approve.
 
-    What does not fit in `LONGEST` characters is left out by whole sentences and rows, the least important first; the
-    text says so. Nothing in it that comes from data or from people is markup.
+    Beyond `LONGEST` characters the least important sentences and rows are left out; the text says so. Nothing in it
+    that comes from data or from people is markup.
     """
     table = gate.table(decided)
     whole = 1 + sum(row["of"] == "whole" for row in decided["rows"])
@@ -253,7 +251,7 @@ def _remedy(verdict: str) -> str:
     return "Add the images that would tell, evaluate candidate and production on them, and register again."
 
 
-def _links(evaluated_by: Run | None, trained_by: Run | None) -> Iterator[str]:
+def _links(evaluated_by: "Run | None", trained_by: "Run | None") -> Iterator[str]:
     """Link MLflow's pages with report and curves; a run of another store has none."""
     if evaluated_by:
         place = tracking.run_page(evaluated_by, f"artifacts/{REPORT}")
@@ -334,8 +332,7 @@ def _table(name: str, matters: int, rows: Sequence[Sequence[str]], caption: str,
     # MLflow draws tables without padding or lines: spaces that do not break keep the columns apart.
     cells = ([f" {markdown(_clipped(cell))}{_GAP} |" for cell in row] for row in zip(*kept, strict=True))
     header, *lines = [f"|{''.join(row)}" for row in cells] or [""]
-    rule = f"|{' --- |' * len(kept)}"
-    return _Block(name, matters, lines, f"{header}\n{rule}\n", most, caption=caption)
+    return _Block(name, matters, lines, f"{header}\n|{' --- |' * len(kept)}\n", most, caption=caption)
 
 
 def _clipped(text: str) -> str:

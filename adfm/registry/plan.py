@@ -51,8 +51,8 @@ def plan(policy: Policy, images: pd.DataFrame, look: int = 1) -> list[Need]:
 
     Args:
         policy: Limits, margins, level and budget.
-        images: One row per image: `category`, `label`; `defect`, `boxes` and `dataset` if there are any; `mask_iou`,
-            null where an image has no mask. The table of shards or a prediction table.
+        images: Table of shards or of predictions: `category`, `label`; `defect`, `boxes`, `dataset` if there are any;
+            `mask_iou`, null where an image has no mask.
         look: How many candidates the images have judged, this one included.
     """
     level = policy.level_at(look)
@@ -66,8 +66,7 @@ def plan(policy: Policy, images: pd.DataFrame, look: int = 1) -> list[Need]:
     for name, bound in policy.whole.items():
         needs += _needs("whole", "", name, bound, int(counting[name].sum()), level, policy)
     for of, name, metric, where in gate.parts(images, policy):
-        there = int((where & counting[metric]).sum())
-        needs += _needs(of, name, metric, policy.parts[metric], there, level, policy)
+        needs += _needs(of, name, metric, policy.parts[metric], int((where & counting[metric]).sum()), level, policy)
     return needs
 
 

@@ -118,6 +118,5 @@ def difference(registered: Policy, own: Policy) -> list[str]:
     def written(values: dict[str, Any], key: str) -> str:
         return "not asked" if key not in values else "null" if values[key] is None else str(values[key])
 
-    keys = dict.fromkeys([*ours, *theirs])
-    words = {key: (written(theirs, key), written(ours, key)) for key in keys}
+    words = {key: (written(theirs, key), written(ours, key)) for key in dict.fromkeys([*ours, *theirs])}
     return [f"{key}: {their} instead of {our}" for key, (their, our) in words.items() if their != our]

@@ -42,7 +42,7 @@ def promote(version: str, name: str, by: str | None = None) -> None:
     and the reviewer has to approve again. `by` is by default the user of the process.
 
     Raises:
-        AdfmError: The gate does not pass, the approval is missing, used up or not of somebody who may approve, or the
+        AdfmError: The gate does not pass, the approval is missing, used up or of somebody who may not approve, or the
             files are not what was signed. Production is untouched.
     """
     with client() as store:
@@ -224,7 +224,6 @@ def _try(registry: Registry, candidate: ModelVersion, by: str) -> Step:
 
 
 def _refusals(registry: Registry, candidate: ModelVersion) -> list[str]:
-    """The reasons against a promotion in the history, the approval and the policy."""
     history, tags, number = registry.history, candidate.tags, str(candidate.version)
     if history.production == number:
         return ["it is in production already"]

@@ -57,8 +57,7 @@ class Registry:
 
     def read(self) -> Registry:
         """Read the registered model and its history again."""
-        history = history_.read(self.store, self.name, self.keys)
-        return replace(self, history=history, versions=versions(self.name))
+        return replace(self, history=history_.read(self.store, self.name, self.keys), versions=versions(self.name))
 
 
 @contextmanager
@@ -66,10 +65,8 @@ def client() -> Iterator[MlflowClient]:
     """Yield MLflow's client with short timeouts: what fails now is done by the next caller."""
     from mlflow import MlflowClient
 
-    with tracking.impatient(timeout=20, retries=2):
-        uri = tracking.configure()
-        with tracking.store_errors(uri):
-            yield MlflowClient()
+    with tracking.impatient(timeout=20, retries=2), tracking.store_errors(tracking.configure()):
+        yield MlflowClient()
 
 
 def read(store: MlflowClient, name: str) -> Registry:

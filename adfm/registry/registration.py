@@ -63,8 +63,7 @@ def register(
     another one now. Returns the decision; the version is registered either way.
 
     Raises:
-        AdfmError: A folder lacks something, the evaluation is of other data or settings, the service refused or did not
-            answer, or MLflow cannot be reached.
+        AdfmError: A folder lacks something, the evaluation is of other data, the service refused or did not answer.
     """
     # The run has the tags as well: a version that existed keeps those of the run that was first.
     with tracking.start_run("register", params, tags) as run, atomic_folder(out) as partial:

@@ -184,8 +184,7 @@ def submit(
         "tags": dict(tags),
     }
     settings = params.evaluate.model_dump(mode="json")
-    ids = shards_.ids(shards, params.evaluate.split)
-    _check_evaluation(evaluation, str(evaluation), origin, settings, ids)
+    _check_evaluation(evaluation, str(evaluation), origin, settings, shards_.ids(shards, params.evaluate.split))
     if same := _same(registry, params.mlflow.experiment, _contents(evaluation, origin)):
         return same
     with TemporaryDirectory() as temporary:
