@@ -1,10 +1,8 @@
 """Safe extraction of untrusted archives: `.zip`, `.tar`, `.tar.gz`, `.tar.xz`, `.tar.zst`.
 
 Nothing is written outside the folder, no link is made, and no archive fills the disk or the memory. Links to a file of
-the archive become copies. A plain tar has no checksum of its contents, so damage there is not noticed.
+the archive become copies.
 """
-
-from __future__ import annotations
 
 import errno
 import gzip
@@ -173,11 +171,9 @@ def _growth(archive: Path, folder: Path, who: str) -> Callable[[int], None]:
 
 
 class _Member(NamedTuple):
-    """One entry of an archive: a file with its content, a link with its target from the archive's root, or a folder."""
-
     name: str
-    content: IO[bytes] | None = None
-    target: str | None = None
+    content: IO[bytes] | None = None  # of a file
+    target: str | None = None  # of a link, from the archive's root; a folder has neither
     complaint: str | None = None
 
 
@@ -198,25 +194,23 @@ def _zip_members(archive: Path, who: str, grows: Callable[[int], None]) -> Itera
         for info, name in zip(members, _zip_names(raw, members, who), strict=True):
             if info.flag_bits & 1:
                 yield _Member(name, complaint="is encrypted; make an archive without a password")
-            elif stat.S_ISLNK(info.external_attr >> 16):
-                with file.open(info) as content:
+                continue
+            with file.open(info) as content:
+                if stat.S_ISLNK(info.external_attr >> 16):
                     target = content.read(_PATH).decode(errors="surrogateescape")
-                yield _Member(name, target=_joined(name, target))
-            elif name.endswith("/"):
-                with file.open(info) as content:
-                    has_content = content.read(1)
-                yield _Member(name, complaint="is a folder with content; rename it" if has_content else None)
-            else:
-                with file.open(info) as content:
+                    yield _Member(name, target=_joined(name, target))
+                elif name.endswith("/"):
+                    complaint = "is a folder with content; rename it" if content.read(1) else None
+                    yield _Member(name, complaint=complaint)
+                else:
                     yield _Member(name, content=content)
 
 
 def _zip_names(raw: IO[bytes], members: Sequence[zipfile.ZipInfo], who: str) -> Iterator[str]:
     """Yield the names of a zip's members, with `/`; refuse those whose encoding cannot be guessed."""
-    names = [_zip_name(raw, info) for info in members]
-    ambiguous = [name for name in names if isinstance(name, bytes) and not name.isascii()]
     encoding = "utf-8"
-    if ambiguous:
+    names = [_zip_name(raw, info) for info in members]
+    if ambiguous := [name for name in names if isinstance(name, bytes) and not name.isascii()]:
         try:
             encoding, example = codepages.decoder(ambiguous)
         except ValueError as error:
@@ -225,11 +219,8 @@ def _zip_names(raw: IO[bytes], members: Sequence[zipfile.ZipInfo], who: str) -> 
                 "the parameter cu=on), or unpack it by hand and give the folder."
             ) from None
         if encoding != "utf-8":
-            print(
-                f"adfm: {who}: its file names do not say their encoding; they are read in code page {encoding}, as in "
-                f"{example!r}",
-                file=sys.stderr,
-            )
+            note = f"its file names do not say their encoding; they are read in code page {encoding}, as in {example!r}"
+            print(f"adfm: {who}: {note}", file=sys.stderr)
     for name in names:
         text = name if isinstance(name, str) else name.decode(encoding)
         yield text.replace("\\", "/")  # as some programs of Windows separate folders
@@ -272,7 +263,7 @@ _DECOMPRESSED: dict[str, Callable[[IO[bytes]], Any]] = {
 
 
 def _tar_members(archive: Path, grows: Callable[[int], None]) -> Iterator[_Member]:
-    with archive.open("rb") as raw:
+    with archive.open("rb") as raw:  # damage to a file in a plain tar is not noticed: it has no checksum of contents
         ending = archive.name.lower().rpartition(".")[2]
         stream = cast("IO[bytes]", _DECOMPRESSED[ending](raw) if ending in _DECOMPRESSED else raw)
         with tarfile.open(fileobj=stream, mode="r|", tarinfo=StrictTarInfo, encoding="utf-8") as file:
@@ -310,16 +301,12 @@ class StrictTarInfo(tarfile.TarInfo):
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         """Read a header; refuse a long name or long attributes."""
         info = super().frombuf(buf, encoding, errors)
+        names = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+        attributes = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
         # `TarInfo` would read them into memory, however long they claim to be.
-        if info.type in _ATTRIBUTES and info.size > 2**20:
+        if info.type in names + attributes and info.size > 2**20:
             raise tarfile.ReadError("a name or its attributes are longer than 1 MiB")
         return info
-
-
-_ATTRIBUTES = (
-    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
-    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
-)
 
 
 def _joined(name: str, target: str) -> str:

@@ -1,17 +1,14 @@
 """Guess the code page of a zip's file names that do not say which one they are in.
 
-A zip without the UTF-8 flag holds names in whatever code page its writer's Windows had. All names of a zip are in the
-same one. Each candidate gets the probability of the text that it makes of the names, by a small model of how names in
-its language are spelt; the guess is taken only if it is plausible and clearly ahead of the others.
+Such a zip holds names in whatever code page its writer's Windows had, all in the same one. Each candidate gets the
+probability of the text that it makes of the names, by a small model of how names in its language are spelt.
 """
-
-from __future__ import annotations
 
 import math
 import unicodedata
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
 
 _SAMPLE = 2000  # distinct names whose probability is computed
 _CLEARLY = math.log(20)  # ahead of the second, as a likelihood ratio
@@ -38,51 +35,46 @@ def decoder(names: Iterable[bytes]) -> tuple[str, str]:
     distinct = sorted(set(names), key=lambda name: (len(name), name))
     example = distinct[0]
     readings: dict[str, tuple[float, str]] = {}  # by the text: code pages that read the same do not compete
-    for page in _PAGES:
+    for codec, share, likelihood_of in _PAGES:
         try:
-            texts = [name.decode(page.codec) for name in distinct]
+            texts = [name.decode(codec) for name in distinct]
         except UnicodeDecodeError:
             continue
         size = sum(byte > 127 for name in distinct[:_SAMPLE] for byte in name)
-        likelihood = sum(map(page.likelihood, texts[:_SAMPLE]))
-        text, total = "\n".join(texts), math.log(page.share) + likelihood
+        likelihood = sum(map(likelihood_of, texts[:_SAMPLE]))
+        text, total = "\n".join(texts), math.log(share) + likelihood
         if likelihood / size > _PLAUSIBLE and total > readings.get(text, (-math.inf, ""))[0]:
-            readings[text] = total, page.codec
+            readings[text] = total, codec
     ranked = sorted(readings.values(), reverse=True)
     if not ranked:
         raise ValueError(f"the name {example.decode('latin-1')!r} is in an encoding that adfm does not recognise")
     close = [codec for total, codec in ranked if ranked[0][0] - total < _CLEARLY]
     if len(close) > 1:
-        choices = " or ".join(f"{example.decode(codec)!r} in {codec}" for codec in close)
-        raise ValueError(f"a name is {choices}")
-    return ranked[0][1], example.decode(ranked[0][1])
+        raise ValueError("a name is " + " or ".join(f"{example.decode(codec)!r} in {codec}" for codec in close))
+    return close[0], example.decode(close[0])
 
 
-def _double(weigh: Callable[[str], float]) -> Callable[[str], float]:
+def _double(weigh: Callable[[str], float], text: str) -> float:
     """Return the log-likelihood of a text, from that of each of its characters that is not ASCII."""
-
-    def likelihood(text: str) -> float:
-        total = 0.0
-        for before, char in pairwise(f" {text}"):
-            total += weigh(char) if ord(char) > 127 else 0.0
-            # Such characters rarely stand within a Latin word.
-            if before.isascii() != char.isascii() and (before if before.isascii() else char).islower():
-                total -= math.log(20)
-        return total
-
-    return likelihood
+    total = 0.0
+    for before, char in pairwise(f" {text}"):
+        total += weigh(char) if ord(char) > 127 else 0.0
+        # Such characters rarely stand within a Latin word.
+        if before.isascii() != char.isascii() and (before if before.isascii() else char).islower():
+            total -= math.log(20)
+    return total
 
 
 def _wide_mark(char: str) -> float:
-    """Return the log-likelihood of a digit or a punctuation mark of the width of a Chinese character."""
+    # A digit or a punctuation mark of the width of a Chinese character.
     is_mark = unicodedata.east_asian_width(char) in "FW" and unicodedata.category(char)[0] in "PN"
     return math.log(0.04 / 40) if is_mark else _RARE - 2
 
 
 def _gbk(char: str) -> float:
-    code = char.encode("cp936")
     if char in _CHINESE:
         return math.log(0.7 / len(_CHINESE))
+    code = char.encode("cp936")
     if len(code) == 2 and code[1] >= 0xA1:
         if 0xB0 <= code[0] <= 0xD7:  # the 3,755 characters of everyday use
             return math.log(0.25 / 3755)
@@ -117,36 +109,32 @@ _FINAL = {0: 500, 1: 70, 4: 150, 8: 85, 16: 45, 17: 25, 19: 25, 20: 20, 21: 85}
 
 def _korean(char: str) -> float:
     syllable = ord(char) - 0xAC00
-    if 0 <= syllable < 11172:
-        parts = _INITIAL[syllable // 588], _VOWEL[syllable // 28 % 21], _FINAL.get(syllable % 28, 1)
-        common = math.log(0.3 / len(_KOREAN)) if char in _KOREAN else -math.inf
-        return max(common, sum(math.log(part / 1000) for part in parts))
-    return _RARE - 2
+    if not 0 <= syllable < 11172:
+        return _RARE - 2
+    parts = _INITIAL[syllable // 588], _VOWEL[syllable // 28 % 21], _FINAL.get(syllable % 28, 1)
+    common = math.log(0.3 / len(_KOREAN)) if char in _KOREAN else -math.inf
+    return max(common, sum(math.log(part / 1000) for part in parts))
 
 
-def _alphabet(letters: str) -> Callable[[str], float]:
+def _alphabet(letters: str, text: str) -> float:
     """Return the log-likelihood of a text in an alphabet beyond ASCII, by where its letters stand and their case."""
-
-    def likelihood(text: str) -> float:
-        total = 0.0
-        for before, char in pairwise(f" {unicodedata.normalize('NFC', text)}"):
-            if ord(char) < 128:
-                mixed = letters is _CYRILLIC and char.isalpha() and before in letters
-                total += _RARE if mixed else 0.0
-            elif char not in letters:
-                total += _RARE if char not in "º°ª²³µ№«»" else math.log(1e-4)
-            elif char.isupper() and before.islower():
-                total += math.log(1e-4)
-            elif letters is _CYRILLIC:
-                total += _RARE if before.isascii() and before.isalpha() else math.log(1 / 40)
-            else:  # accents stand between plain letters
-                usual = 1 / 400 if char in _UNUSUAL else 1 / 40
-                total += math.log(usual if before.isascii() else 1e-4)
-            if ord(before) > 127 and before.islower() and char.isascii() and char.isupper():
-                total += math.log(1e-4)
-        return total
-
-    return likelihood
+    total = 0.0
+    for before, char in pairwise(f" {unicodedata.normalize('NFC', text)}"):
+        if ord(char) < 128:
+            mixed = letters is _CYRILLIC and char.isalpha() and before in letters
+            total += _RARE if mixed else 0.0
+        elif char not in letters:
+            total += _RARE if char not in "º°ª²³µ№«»" else math.log(1e-4)
+        elif char.isupper() and before.islower():
+            total += math.log(1e-4)
+        elif letters is _CYRILLIC:
+            total += _RARE if before.isascii() and before.isalpha() else math.log(1 / 40)
+        else:  # accents stand between plain letters
+            usual = 1 / 400 if char in _UNUSUAL else 1 / 40
+            total += math.log(usual if before.isascii() else 1e-4)
+        if ord(before) > 127 and before.islower() and char.isascii() and char.isupper():
+            total += math.log(1e-4)
+    return total
 
 
 _CYRILLIC = "абвгдежзийклмнопрстуфхцчшщъыьэюяАБВГДЕЖЗИЙКЛМНОПРСТУФХЦЧШЩЪЫЬЭЮЯёЁ"
@@ -156,28 +144,23 @@ _CENTRAL = "ąćęłńóśźżĄĆĘŁŃÓŚŹŻáčďéěíňóřšťúůýžÁ
 
 
 def _utf8(text: str) -> float:
-    """Three bytes and more are hardly valid by chance; two may be, as those of one Chinese character are."""
+    # Three bytes and more are hardly valid by chance; two may be, as those of one Chinese character are.
     if any(ord(char) > 0x7FF for char in text):
         return 0.0
-    return max(_alphabet(letters)(text) for letters in (_CYRILLIC, _LATIN, _CENTRAL))
+    return max(_alphabet(letters, text) for letters in (_CYRILLIC, _LATIN, _CENTRAL))
 
 
-class _Page(NamedTuple):
-    codec: str
-    share: float  # of archives that are in it
-    likelihood: Callable[[str], float]  # of a name
-
-
-_PAGES = (
-    _Page("utf-8", 0.5, _utf8),
-    _Page("cp936", 0.2, _double(_gbk)),
-    _Page("cp437", 0.1, _alphabet(_LATIN)),
-    _Page("cp850", 0.05, _alphabet(_LATIN)),
-    _Page("cp852", 0.02, _alphabet(_CENTRAL)),
-    _Page("cp1252", 0.01, _alphabet(_LATIN)),
-    _Page("cp866", 0.05, _alphabet(_CYRILLIC)),
-    _Page("cp1251", 0.01, _alphabet(_CYRILLIC)),
-    _Page("cp932", 0.05, _double(_japanese)),
-    _Page("cp949", 0.05, _double(_korean)),
-    _Page("cp950", 0.02, _double(_big5)),
+# The codec, the share of archives that are in it, and the function of the log-likelihood of a name.
+_PAGES: tuple[tuple[str, float, Callable[[str], float]], ...] = (
+    ("utf-8", 0.5, _utf8),
+    ("cp936", 0.2, partial(_double, _gbk)),
+    ("cp437", 0.1, partial(_alphabet, _LATIN)),
+    ("cp850", 0.05, partial(_alphabet, _LATIN)),
+    ("cp852", 0.02, partial(_alphabet, _CENTRAL)),
+    ("cp1252", 0.01, partial(_alphabet, _LATIN)),
+    ("cp866", 0.05, partial(_alphabet, _CYRILLIC)),
+    ("cp1251", 0.01, partial(_alphabet, _CYRILLIC)),
+    ("cp932", 0.05, partial(_double, _japanese)),
+    ("cp949", 0.05, partial(_double, _korean)),
+    ("cp950", 0.02, partial(_double, _big5)),
 )

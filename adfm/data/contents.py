@@ -1,7 +1,5 @@
 """Read image files of a raw data set, which may lie in an archive; image files are opened nowhere else."""
 
-from __future__ import annotations
-
 import errno
 import os
 from collections.abc import Iterator, Mapping
@@ -20,8 +18,7 @@ def read(path: Path) -> bytes:
         OSError: It is not there or cannot be read.
     """
     for descriptor, offsets in _archives:
-        offset = offsets.get(os.path.normpath(path))
-        if offset is not None:
+        if (offset := offsets.get(os.path.normpath(path))) is not None:
             return _read(descriptor, offset, path.stat().st_size, path)
     return path.read_bytes()
 
@@ -39,10 +36,7 @@ def _read(descriptor: int, offset: int, size: int, path: Path) -> bytes:
 
 @contextmanager
 def lying_in(descriptor: int, offsets: Mapping[str, int]) -> Iterator[None]:
-    """Let `read` take files from an archive in the block; `offsets` have absolute, normalised paths.
-
-    At each of these paths there must be a file of the size.
-    """
+    """Let `read` take files from an archive in the block; at the absolute, normalised paths are files of their size."""
     archive = descriptor, offsets
     _archives.append(archive)
     try:
