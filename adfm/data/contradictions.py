@@ -1,7 +1,5 @@
 """Find copies of one image that a data set labels or marks differently."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +19,8 @@ from adfm.data.readers import files
 from adfm.data.splits import repeated
 from adfm.process import cpus
 
+# Yields columns of the rows of some images, in ascending order.
 Rows = Callable[[NDArray[np.int64], list[str]], Iterator[dict[str, Any]]]
-"""Function that yields columns of the rows of some images, in ascending order."""
-
 Decode = Callable[[bytes], Image.Image]
 
 
@@ -94,7 +91,6 @@ def _decoded_differently(images: pa.Table, pairs: NDArray[np.int64]) -> NDArray[
 
 
 def _pixels(decode: Decode, path: Path) -> str | None:
-    """Return the SHA-256 of the decoded image; `None` if it cannot be decoded."""
     try:
         image = decode(files.content(path))
     except Exception:  # changed since it was inspected, which is an error when it is written

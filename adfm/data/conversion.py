@@ -1,15 +1,12 @@
 """Convert a raw data set to shards: `adfm convert RAW OUT`.
 
-    adfm convert RAW OUT
     adfm convert RAW PART1 --part 1/2      on one machine,
     adfm convert RAW PART2 --part 2/2      on another, and then
     adfm convert RAW OUT --parts PART1 PART2
 
-Images are inspected in runs of `RUN`, each of which becomes a file of the work folder; then every image gets its split;
-then the shards are written. A conversion that was killed is resumed.
+Images are inspected in runs of `RUN`, each a file of the work folder, then divided into splits, then written as shards.
+A conversion that was killed is resumed.
 """
-
-from __future__ import annotations
 
 import difflib
 import hashlib
@@ -59,11 +56,20 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def convert(raw: Path, out: Path, params: Params, parts: Sequence[Path] = ()) -> None:
-    """Write the shards of a raw data set and `conversion.json`, which says what was converted and how.
+class _Raw(NamedTuple):
+    folder: Path
+    layout: str
+    seen: str | None  # where the layout was detected
+    images: int
+    grouping: samples.Grouping
+    files: inventory.Inventory
+    missing: list[str]  # problems that `convert.missing: skip` skips
 
-    Prints a table of what became of all images and files, and warnings of what may have gone wrong. The same raw data
-    and parameters give the same bytes, in parts or at once, resumed or not.
+
+def convert(raw: Path, out: Path, params: Params, parts: Sequence[Path] = ()) -> None:
+    """Write the shards of a raw data set and `conversion.json`; print a table of all images and files, and warnings.
+
+    The same raw data and parameters give the same bytes, in parts or at once, resumed or not.
 
     PNG and JPEG files in RGB or grey are embedded byte for byte. All others become RGB PNGs: transparency is dropped;
     grey of more than 8 bits is scaled from the range of values that all such images of the data set have together
@@ -72,8 +78,8 @@ def convert(raw: Path, out: Path, params: Params, parts: Sequence[Path] = ()) ->
 
     Args:
         raw: A folder in a layout that has a reader.
-        out: Folder of the shards. What is finished of a conversion that was killed or refused lies in `<out>.partial`,
-            and is used the next time, as far as neither files nor parameters have changed.
+        out: Folder of the shards. A conversion that was killed or refused leaves `<out>.partial`, of which the next one
+            uses what neither changed files nor changed parameters concern.
         params: The sections `convert` and `split`, and `seed`.
         parts: The folders that `inspect_part` wrote, all of them; without any, the images are inspected here.
 
@@ -109,10 +115,9 @@ def _converted(data: _Raw, runs: list[Path], out: Path, params: Params) -> dict[
         report = {
             "layout": {"name": data.layout, "detected": data.seen is not None, "seen": data.seen},
             "params": params.model_dump(include={"seed", "convert", "split"}),
-            **summary.report(
-                images, pairs, assigned, params.split, summary.notes(runs), marks, data.files, data.missing
-            ),
         }
+        notes = summary.notes(runs)
+        report |= summary.report(images, pairs, assigned, params.split, notes, marks, data.files, data.missing)
         _write(data.folder, runs, assigned, folder, params.convert.shard_images, grey_range)
         shutil.rmtree(work)
         report |= {"grey_range": grey_range, "fingerprint": shards.fingerprint(folder)}
@@ -133,30 +138,19 @@ def inspect_part(raw: Path, out: Path, params: Params, part: int, of: int) -> No
         data = _scan(raw, params)
         with _resumable(out, data) as folder:
             runs = _inspected(data, folder, params, part, of)
-            description = {"part": part, "of": of, "settings": _settings(data.layout, params)}
-            write_json(description, folder / PART)
+            write_json({"part": part, "of": of, "settings": _settings(data.layout, params)}, folder / PART)
             images = sum(pq.read_metadata(run).num_rows for run in runs)
     seconds = time.monotonic() - begin
     print(f"{out}: part {part} of {of}, {images:,} of {data.images:,} images inspected in {seconds:.1f} s")
 
 
-class _Raw(NamedTuple):
-    folder: Path
-    layout: str
-    seen: str | None  # where the layout was detected
-    images: int
-    grouping: samples.Grouping
-    files: inventory.Inventory
-    missing: list[str]  # problems that `convert.missing: skip` skips
-
-
 def _scan(raw: Path, params: Params) -> _Raw:
-    """Read all samples once, to know how many there are, and which files are not used."""
     if not raw.is_dir():
         raise AdfmError(f"{raw}: no such folder; get a data set there with `adfm fetch URI {raw}`.")
     layout, seen = resolve(raw, params.convert.layout)
     if seen is not None:
         print(f"layout {layout}; seen in {raw}: {seen}", file=sys.stderr)
+    # All samples once, to know how many there are, and which files are not used.
     survey = samples.Survey(params.split.group)
     converted, masks = set[str](), set[str]()
     missing: list[str] = []
@@ -170,8 +164,7 @@ def _scan(raw: Path, params: Params) -> _Raw:
             raise
         # The problems are raised again, together with those of the images themselves.
         missing = [one for one in error.problems if isinstance(one, MissingImage)]
-    unknown = [name for name in params.split.holdout_categories if name not in survey.categories]
-    if unknown:
+    if unknown := [name for name in params.split.holdout_categories if name not in survey.categories]:
         near = difflib.get_close_matches(unknown[0], sorted(survey.categories), n=1, cutoff=0)[0]
         raise AdfmError(
             f"split.holdout_categories: {raw} has no category {', '.join(map(repr, unknown))}; did you mean {near!r}?"
@@ -275,9 +268,7 @@ def _settings(layout: str, params: Params) -> dict[str, Any]:
     return {"layout": layout, **own, "group": params.split.group, **versions, "run": RUN, "columns": _COLUMNS}
 
 
-class _Key(NamedTuple):
-    """Identity of the files of a run."""
-
+class _Key(NamedTuple):  # of the files of a run
     content: str
     times: str  # of use in this folder alone: a copy of the data set has others
 
@@ -304,10 +295,9 @@ def _identity(raw: Path, sample: Sample) -> tuple[str, str]:
 
 
 def _read_key(path: Path) -> _Key | None:
-    """Return the key of a run's file; `None` if there is none, or it is damaged."""
     try:
         metadata = pq.read_schema(path).metadata or {}
-    except (OSError, pa.ArrowInvalid):
+    except (OSError, pa.ArrowInvalid):  # there is none, or it is damaged
         return None
     return _Key(metadata.get(b"content", b"").decode(), metadata.get(b"times", b"").decode())
 
@@ -339,7 +329,6 @@ def map_in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: It
 
 
 def _joined(parts: Sequence[Path], raw: _Raw, params: Params) -> list[Path]:
-    """Check that all parts are of this data set, and return the files of all runs, in order."""
     settings = _settings(raw.layout, params)
     folders = _folders_of_parts(parts, settings)
     runs: list[Path] = []
@@ -377,8 +366,7 @@ def _folders_of_parts(parts: Sequence[Path], settings: dict[str, Any]) -> list[P
         if part in folders:
             problems.append(f"{folder}: is part {part} of {of}, and so is {folders[part]}")
         folders[part] = folder
-        other = [f"{name} {its.get(name)!r}" for name in settings if its.get(name) != settings[name]]
-        if other:
+        if other := [f"{name} {its.get(name)!r}" for name in settings if its.get(name) != settings[name]]:
             problems.append(f"{folder}: was made with {', '.join(other)}")
     if len(counts) > 1:
         problems.append(f"some are parts of {' and others of '.join(map(str, sorted(counts)))}")
@@ -405,16 +393,15 @@ def _gathered(runs: Sequence[Path], path: Path) -> tuple[pa.Table, duplicates.Lo
         for run in runs:
             table = pq.read_table(run, columns=[*encoded, *plain, "boxes", "thumbnail"])
             looks = table["thumbnail"].to_pylist()
-            thumbnails = np.frombuffer(b"".join(looks), np.float16)
-            coarse.append(duplicates.coarse(thumbnails.reshape(-1, duplicates.SIDE, duplicates.SIDE)))
+            thumbnails = np.frombuffer(b"".join(looks), np.float16).reshape(-1, duplicates.SIDE, duplicates.SIDE)
+            coarse.append(duplicates.coarse(thumbnails))
             file.write(thumbnails.tobytes())
             sizes = zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True)
-            columns = {name: table[name].dictionary_encode() for name in encoded} | {
-                **{name: table[name] for name in plain},
-                "boxes": pc.list_value_length(table["boxes"]),
-                "photograph": pa.array(map(samples.photograph, table["source"].to_pylist()), pa.string()),
-                "look": pa.array(map(hash, zip(looks, sizes, strict=True)), pa.int64()),
-            }
+            columns = {name: table[name].dictionary_encode() for name in encoded}
+            columns |= {name: table[name] for name in plain}
+            columns["boxes"] = pc.list_value_length(table["boxes"])
+            columns["photograph"] = pa.array(map(samples.photograph, table["source"].to_pylist()), pa.string())
+            columns["look"] = pa.array(map(hash, zip(looks, sizes, strict=True)), pa.int64())
             tables.append(pa.table(columns))
     images = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
     tables.clear()  # memory peaks below
@@ -443,7 +430,6 @@ def _assigned(
 def _write(
     raw: Path, runs: Sequence[Path], assigned: NDArray[np.int8], folder: Path, size: int, grey_range: GreyRange | None
 ) -> None:
-    """Write the shards that are missing, of `size` images each."""
     plan = hashlib.sha256(b"%d" % size + assigned.tobytes())
     for run in runs:
         plan.update(repr(_read_key(run)).encode())
@@ -476,13 +462,13 @@ def _rows(runs: Sequence[Path], images: NDArray[np.int64], columns: Sequence[str
 
 
 def _record(raw: Path, split: Split, grey_range: GreyRange | None, row: dict[str, Any]) -> Record:
+    where = f"{raw}: {printable(row['source'])}"
     try:
         content = files.content(raw / row["file"])
     except OSError as error:
-        source = printable(row["source"])
-        raise AdfmError(f"{raw}: {source} cannot be read any more ({error}); convert again.") from error
+        raise AdfmError(f"{where} cannot be read any more ({error}); convert again.") from error
     if zlib.crc32(content) != row["crc32"]:  # boxes and splits are those of another image
-        raise AdfmError(f"{raw}: {printable(row['source'])} has changed since it was inspected; convert again.")
+        raise AdfmError(f"{where} has changed since it was inspected; convert again.")
     made: dict[str, Any] = {
         "id": hashlib.sha256(f"{row['source']}\n{row['sha256']}".encode()).hexdigest()[:16],
         "image": content if row["embedded"] else png(upright(content, grey_range)),

@@ -1,7 +1,5 @@
 """Find near-duplicates: one picture saved twice, in another format, size or brightness."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -28,11 +26,10 @@ _BLOCK = 10_000
 # by a pixel, is further away, and another part ten times as far (docs/experiments.md).
 _SHARE = 0.02
 _LEVELS = 0.5
-# Grey levels; an image of less contrast looks like any other blank surface.
-_FLAT = 2.5
+_FLAT = 2.5  # grey levels; an image of less contrast looks like any other blank surface
 
+# Near-duplicates are not as far apart by sketches, as a share of the bound: four standard errors of the estimate.
 UNLIKELY = 1.5
-"""Near-duplicates are not as far apart by sketches, as a share of the bound: four standard errors of the estimate."""
 
 
 class Looks(NamedTuple):
@@ -74,10 +71,7 @@ def coarse(thumbnails: NDArray[np.float16]) -> NDArray[np.float32]:
 
 
 def sketch(thumbnails: NDArray[np.float16]) -> NDArray[np.float16]:
-    """Reduce [images, `SIDE`, `SIDE`] to [images, 48], small enough to keep, and about as far apart as the thumbnails.
-
-    The distance of two sketches estimates that of the thumbnails to about a tenth.
-    """
+    """Reduce [images, `SIDE`, `SIDE`] to [images, 48], whose distances are those of the thumbnails to about a tenth."""
     # The first numbers are those of `coarse`. The others are random projections of what it leaves, whose distances
     # estimate those of all the pixels (Johnson and Lindenstrauss, 1984; with signs alone: Achlioptas,
     # "Database-friendly random projections", 2003).
@@ -91,10 +85,7 @@ def sketch(thumbnails: NDArray[np.float16]) -> NDArray[np.float16]:
 
 
 def likely_copies(
-    sketches: NDArray[np.float16],
-    contrasts: NDArray[Any],
-    others: NDArray[np.float16],
-    other_contrasts: NDArray[Any],
+    sketches: NDArray[np.float16], contrasts: NDArray[Any], others: NDArray[np.float16], other_contrasts: NDArray[Any]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return the pairs of an image and one of other images that may be near-duplicates, judged by sketches.
 
@@ -118,8 +109,7 @@ def are_copies(
 ) -> NDArray[np.bool_]:
     """Return for each pair of thumbnails, [pairs, `SIDE`, `SIDE`], whether they are of one picture, saved twice."""
     apart = np.sqrt(((thumbnails.astype(np.float32) - others.astype(np.float32)) ** 2).mean(axis=(1, 2)))
-    close: NDArray[np.bool_] = apart <= _bound(contrasts, other_contrasts)
-    return close
+    return np.asarray(apart <= _bound(contrasts, other_contrasts))
 
 
 def near_duplicates(looks: Looks) -> NDArray[np.int64]:
@@ -143,7 +133,6 @@ def near_duplicates_across(looks: Looks, splits: NDArray[np.int8]) -> NDArray[np
 
 
 def _confirmed(pairs: NDArray[np.int64], looks: Looks) -> NDArray[np.int64]:
-    """Return those of [pairs, 2] whose thumbnails are close."""
     kept = [pairs[:0]]
     for start in range(0, len(pairs), 1000):
         some = pairs[start : start + 1000]
@@ -154,9 +143,7 @@ def _confirmed(pairs: NDArray[np.int64], looks: Looks) -> NDArray[np.int64]:
 
 
 def _bound(contrasts: NDArray[Any], others: NDArray[Any]) -> NDArray[Any]:
-    """Return the largest root mean square difference of the thumbnails of near-duplicates."""
-    bound: NDArray[Any] = np.maximum(_SHARE, _LEVELS / np.minimum(contrasts, others))
-    return bound
+    return np.asarray(np.maximum(_SHARE, _LEVELS / np.minimum(contrasts, others)))
 
 
 def _within_reach(
@@ -175,12 +162,9 @@ def _within_reach(
             tree = KDTree(others[among])
             for start in range(0, len(some), _BLOCK):  # a query for all at once takes 400 bytes an image
                 these = some[start : start + _BLOCK]
-                _, near = tree.query(
-                    vectors[these],
-                    k=list(range(1, min(len(among), _NEIGHBOURS + 1) + 1)),
-                    distance_upper_bound=bound,
-                    workers=cpus.count(),  # -1 would be the cores of the machine, whatever the pod's limit
-                )
+                nearest = list(range(1, min(len(among), _NEIGHBOURS + 1) + 1))
+                workers = cpus.count()  # -1 would be the cores of the machine, whatever the pod's limit
+                _, near = tree.query(vectors[these], k=nearest, distance_upper_bound=bound, workers=workers)
                 first, second = np.repeat(these, near.shape[1]), near.ravel()
                 kept = second < len(among)
                 reached.append(np.stack([first[kept], among[second[kept]]], axis=1))
@@ -207,5 +191,4 @@ def components(pairs: NDArray[np.int64], images: int) -> NDArray[np.int64]:
 def _reduced(grey: NDArray[np.float32], side: int) -> NDArray[np.float32]:
     """Return the means of cells: [..., n, n] -> [..., side, side]."""
     cell = grey.shape[-1] // side
-    reduced: NDArray[np.float32] = grey.reshape(*grey.shape[:-2], side, cell, side, cell).mean(axis=(-3, -1))
-    return reduced
+    return np.asarray(grey.reshape(*grey.shape[:-2], side, cell, side, cell).mean(axis=(-3, -1)))

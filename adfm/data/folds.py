@@ -1,7 +1,5 @@
 """Divide a small data set for cross-validation, or offer that."""
 
-from __future__ import annotations
-
 import io
 import json
 from pathlib import Path
@@ -15,15 +13,13 @@ from adfm.data import duplicates, shards, splits
 from adfm.errors import AdfmError
 from adfm.params import Params
 
-FEW = 200
-"""Cross-validation is offered for a data set with fewer images."""
+FEW = 200  # images; for a smaller data set cross-validation is offered
 
 
 def assign(folder: Path, params: Params) -> NDArray[np.int8]:
-    """Assign each image of shards to a split in each fold.
+    """Assign each image of shards to a split in each fold; train, validation and test are pooled.
 
-    Train, validation and test are pooled. Images of one part, copies and, with `split.near_duplicates`, near-duplicates
-    are together. Train and validation have the proportion that the section `split` gives them.
+    Images of one part, copies and, with `split.near_duplicates`, near-duplicates are together.
 
     Args:
         folder: The shards.
@@ -56,13 +52,11 @@ def assign(folder: Path, params: Params) -> NDArray[np.int8]:
             f"evaluate.folds is {count}, but the {rarer} images of {folder} show only {parts[rarer]} parts (copies and"
             f" near-duplicates count as one), and every fold has to judge one: {fewer}add images, or set it to 0."
         )
-    # Validation keeps its proportion to train.
-    share = params.split.validation / (1 - params.split.test)
+    share = params.split.validation / (1 - params.split.test)  # validation keeps its proportion to train
     return splits.folds(images, pairs, count, share, params.seed)
 
 
 def _require_free_splits(folder: Path, count: int) -> None:
-    """Refuse shards whose splits the data set or `split.holdout_categories` fixes."""
     file = folder / "conversion.json"
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
@@ -85,14 +79,11 @@ def _require_free_splits(folder: Path, count: int) -> None:
 
 
 def _near_duplicates(folder: Path) -> NDArray[np.int64]:
-    looks = [
-        duplicates.thumbnail(Image.open(io.BytesIO(row["bytes"])))
-        for batch in shards.batches(folder, None, ["image"])
-        for row in batch["image"].to_pylist()
-    ]
-    thumbnails = np.stack([thumbnail for thumbnail, _ in looks])
-    contrasts = np.array([contrast for _, contrast in looks])
-    return duplicates.near_duplicates(duplicates.Looks(thumbnails, contrasts, duplicates.coarse(thumbnails)))
+    images = (row["bytes"] for batch in shards.batches(folder, None, ["image"]) for row in batch["image"].to_pylist())
+    looks = (duplicates.thumbnail(Image.open(io.BytesIO(image))) for image in images)
+    small, contrasts = zip(*looks, strict=True)
+    thumbnails = np.stack(small)
+    return duplicates.near_duplicates(duplicates.Looks(thumbnails, np.array(contrasts), duplicates.coarse(thumbnails)))
 
 
 def offer(folder: Path) -> str | None:

@@ -1,7 +1,5 @@
 """Hash the training images, without names or paths; kept with a model to check that no test image was trained on."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -24,15 +22,9 @@ from adfm.errors import AdfmError
 from adfm.process import cpus
 from adfm.process.progress import bar
 
-FILE = "trained_on.parquet"
-"""Name of the table in a model's folder: the training and validation images of its cold start and its training."""
-
-SEEN = ("train", "validation")
-"""The splits that a training may see: weights are fitted on the one, thresholds and limits on the other."""
-
-HASH = pa.binary(16)
-"""Half of a SHA-256: no two of 10^10 pairs are equal by chance."""
-
+FILE = "trained_on.parquet"  # in a model's folder: the training and validation images of cold start and training
+SEEN = ("train", "validation")  # splits of a training: weights are fitted on the one, thresholds on the other
+HASH = pa.binary(16)  # half of a SHA-256: no two of 10^10 pairs are equal by chance
 _SKETCH = 48
 _FEW = 20  # rows
 
@@ -63,8 +55,7 @@ def collect(shards: Path, splits: Sequence[str]) -> pa.Table:
     """
     present = [split for split in splits if any(shards.glob(f"{split}-*.parquet"))]
     batches = []
-    total = sum(len(shards_.ids(shards, split)) for split in present)
-    progress = bar(total=total, desc="hash images", unit="image")
+    progress = bar(total=sum(len(shards_.ids(shards, split)) for split in present), desc="hash images", unit="image")
     with progress, ThreadPoolExecutor(cpus.count()) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, on damaged and on huge images
         for split in present:
@@ -90,8 +81,7 @@ def of_model(folder: Path) -> pa.Table | None:
     Raises:
         AdfmError: It cannot be read.
     """
-    file = folder / FILE
-    return read(file) if file.is_file() else None
+    return read(folder / FILE) if (folder / FILE).is_file() else None
 
 
 def write(table: pa.Table, file: Path) -> None:
@@ -129,9 +119,8 @@ def _hashes(row: dict[str, Any]) -> dict[str, Any]:
         pixels = whole.convert("RGB").tobytes()
         thumbnail, contrast = duplicates.thumbnail(small)
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
-        raise AdfmError(
-            f"image {row['id']} cannot be read ({error}); make the shards again with `adfm convert`."
-        ) from error
+        where = f"image {row['id']}"
+        raise AdfmError(f"{where} cannot be read ({error}); make the shards again with `adfm convert`.") from error
     part = json.dumps([row["category"], row["group"]]) if row["group"] is not None else None
     return {
         "id": row["id"],

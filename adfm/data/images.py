@@ -1,7 +1,5 @@
 """Decode image files of any format to upright images of 8 bits."""
 
-from __future__ import annotations
-
 import io
 import re
 import zlib
@@ -12,8 +10,8 @@ import pillow_heif
 from numpy.typing import NDArray
 from PIL import AvifImagePlugin, ExifTags, Image, ImageOps, UnidentifiedImageError
 
+# The values of grey files of more than 8 bits that become 0 and 255; those between are scaled linearly.
 GreyRange = tuple[int, int]
-"""The values of grey files of more than 8 bits that become 0 and 255; those between are scaled linearly."""
 
 # No threads of their own: conversion has a thread for each core already.
 pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
@@ -58,8 +56,7 @@ def is_deep_colour(file: Image.Image) -> bool:
         return False
     if file.format == "TIFF":
         return bool(np.max(_tag(file, _BITS_PER_SAMPLE, 8)) > 8)
-    tiles = getattr(file, "tile", None)
-    if file.format in ("PNG", "PPM") and tiles:
+    if file.format in ("PNG", "PPM") and (tiles := getattr(file, "tile", None)):
         arguments = tiles[0][3]
         if isinstance(arguments, str):
             return ";16" in arguments
