@@ -1,7 +1,5 @@
 """Inspect a raw image and its annotation: decode and check both, and make boxes and mask."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import os

@@ -1,7 +1,5 @@
 """Inventory of a raw data set: which files are converted, used as annotations, or left out, and why."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Container, Iterator

@@ -1,7 +1,5 @@
 """List the files of a data set while it is fetched, and write `manifest.json`."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

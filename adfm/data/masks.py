@@ -1,7 +1,5 @@
 """Read pixel masks from any file or drawn shape, and make boxes of them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from pathlib import Path

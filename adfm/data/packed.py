@@ -2,8 +2,6 @@
 
 # Kubeflow moves an artifact file by file, one after another; an archive is one file, and above `LARGEST` a few.
 
-from __future__ import annotations
-
 import os
 import shutil
 import tarfile

@@ -1,7 +1,5 @@
 """An image and what is marked on it, small enough for a page: for `adfm show` and the report of `adfm validate`."""
 
-from __future__ import annotations
-
 import base64
 import html
 import io

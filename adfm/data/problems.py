@@ -1,7 +1,5 @@
 """Report errors about many files, grouped by cause: 10,000 files with one fault are one line and some examples."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -65,7 +63,7 @@ class BadData(AdfmError):
         self.problems = list(dict.fromkeys(problems))
         super().__init__(_message(raw, layout, self.problems, listing))
 
-    def written(self, listing: Path) -> BadData:
+    def written(self, listing: Path) -> "BadData":
         """Return the error; if it lists only some of the problems, write all to a file that its message names."""
         groups = grouped(self.problems)
         if all(len(its) <= EXAMPLES for its in groups.values()):

@@ -1,7 +1,5 @@
 """Access to data in S3, by `ADFM_S3_*` or boto3's usual chain: a client, and credentials for DVC's remotes."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from typing import Any

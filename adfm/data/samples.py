@@ -1,7 +1,5 @@
 """Read the samples of a raw data set, with the category of `convert.category` and the part of `split.group`."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterator

@@ -4,8 +4,6 @@
 with embedded bytes. After conversion, images are read from here alone.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

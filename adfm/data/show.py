@@ -1,7 +1,5 @@
 """Draw a contact sheet of a data set, raw or converted: `adfm show DIR`."""
 
-from __future__ import annotations
-
 import hashlib
 import heapq
 import html

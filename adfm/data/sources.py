@@ -9,8 +9,6 @@
 `manifest.json` in the folder says where the files came from and what they are.
 """
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import functools

@@ -1,7 +1,5 @@
 """Divide images into train, validation and test, so that no part and no copy is in two of them."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Report of a conversion: `conversion.json`, and the table on the terminal."""
 
-from __future__ import annotations
-
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence

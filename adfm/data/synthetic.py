@@ -9,8 +9,6 @@ All colours are RGB floats in [0, 1]; all arrays are `[size, size]` or `[size, s
 the origin at the top left. The order of draws from `rng` is part of the data set: the same seed gives the same bytes.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor

@@ -4,8 +4,6 @@ A model sees an image at a fixed number of pixels, so a defect of 20 pixels in a
 tiles it keeps its size. A tile is a `Box` of whole pixels of the image.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Sequence

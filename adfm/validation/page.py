@@ -1,7 +1,5 @@
 """Report failed expectations: one line each, and an HTML page with pictures."""
 
-from __future__ import annotations
-
 import copy
 import html
 import json
@@ -63,7 +61,7 @@ def line(entry: dict[str, Any]) -> str:
     return printable(f"{prefix}{entry['what']}: {facts}; {entry['remedy']}.")
 
 
-def figures(folder: Path, table: pd.DataFrame, failing: Mapping[str, Sequence[int]]) -> dict[str, str]:
+def figures(folder: Path, table: "pd.DataFrame", failing: Mapping[str, Sequence[int]]) -> dict[str, str]:
     """Draw the first images that fail each expectation, as many as a page can hold; return HTML by expectation.
 
     `failing` has the numbers of rows of `table`, the facts of all images.
@@ -83,7 +81,7 @@ def figures(folder: Path, table: pd.DataFrame, failing: Mapping[str, Sequence[in
     return by_expectation
 
 
-def page(result: ExpectationSuiteValidationResult, entries: list[dict[str, Any]], figures: Mapping[str, str]) -> str:
+def page(result: "ExpectationSuiteValidationResult", entries: list[dict[str, Any]], figures: Mapping[str, str]) -> str:
     """Return the HTML page: what failed, with pictures, above Great Expectations' Data Docs."""
     from great_expectations.render.renderer import ValidationResultsPageRenderer
     from great_expectations.render.view import DefaultJinjaPageView

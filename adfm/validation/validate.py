@@ -3,8 +3,6 @@
 A failed expectation of severity `critical` stops a run, one of severity `warning` does not.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys
@@ -135,7 +133,7 @@ def _log(folder: Path, out: Path, params: Params, passed: bool) -> None:
         print(f"adfm: warning: the validation is not logged: {error}", file=sys.stderr)
 
 
-def _statistics(table: pd.DataFrame, entries: list[dict[str, Any]]) -> dict[str, Any]:
+def _statistics(table: "pd.DataFrame", entries: list[dict[str, Any]]) -> dict[str, Any]:
     failed = [entry["severity"] for entry in entries if not entry["success"]]
     counts = table.groupby(["split", "label"]).size()
     return {
