@@ -46,7 +46,7 @@ SCHEMA = pa.schema(
     ]
 )
 
-# The picture as it is stored, turned upright, or either, where the size that the annotation states fits both.
+# The image as it is stored, turned upright, or either, where the size that the annotation states fits both.
 STORED, UPRIGHT, EITHER = "stored", "upright", "either"
 
 CUT = "boxes that reach out of the image are cut off at its edge"
@@ -60,11 +60,7 @@ STRETCHED = SCALED + ", by another factor across than down, which is wrong if th
 
 
 def inspect(sample: Sample, settings: Convert) -> dict[str, Any]:
-    """Decode an image and check it and its annotation.
-
-    Returns:
-        A row of `SCHEMA`; whatever is wrong with the image or its annotation is among its `problems`.
-    """
+    """Decode an image, check it and its annotation, and return a row of `SCHEMA` with all `problems` of both."""
     row: dict[str, Any] = dict.fromkeys(SCHEMA.names)
     try:
         sample.source.encode()
@@ -79,16 +75,14 @@ def inspect(sample: Sample, settings: Convert) -> dict[str, Any]:
         return row | {"problems": _lines(sample, [f"cannot be read ({reason(error)})"])}
     # The checksum, much faster than SHA-256, notices a file that changes before the shards are written.
     row |= {"sha256": hashlib.sha256(content).hexdigest(), "crc32": zlib.crc32(content)}
-    orientation = row.pop("orientation")
+    orientation, upright = row.pop("orientation"), (row["width"], row["height"])
     problems: list[str] = []
     notes = list(sample.notes)
-    upright = (row["width"], row["height"])
     shapes = _shapes(sample, upright, orientation, settings.rescale, problems, notes)
     mask, file = _mask(sample, upright, orientation, settings.mask_threshold, problems, notes)
     if mask is None and not problems and (shapes.polygons or shapes.rles):
         mask = masks.painted(*upright, shapes.boxes, shapes.polygons, shapes.rles)
-    boxes = shapes.boxes
-    fragments = len(boxes)
+    boxes, fragments = shapes.boxes, len(shapes.boxes)
     if mask is not None and mask.any() and not sample.boxes:
         boxes, fragments = masks.boxes_and_fragments(mask, settings.dilation, settings.connectivity, settings.min_area)
         if not boxes and sample.located:
@@ -143,11 +137,11 @@ def frame_problems(runs: Sequence[Path]) -> list[str]:
 def mask_problems(runs: Sequence[Path]) -> list[str]:
     """Return problems of masks that may be black on white, where most boxes of the set are all of the image."""
     # One mask alone cannot be judged: a defect may cover most of an image. It does not in most images of a set.
-    inverted: list[str] = []
-    marked = whole = 0
     notes = (pq.read_table(run, columns=["notes"])["notes"] for run in runs)
     if not any(masks.INVERTED in pc.unique(pc.list_flatten(its)).to_pylist() for its in notes):
         return []
+    inverted: list[str] = []
+    marked = whole = 0
     for run in runs:
         columns = ["source", "label", "width", "height", "boxes", "notes"]
         for row in pq.read_table(run, columns=columns).to_pylist():
@@ -168,12 +162,8 @@ def _decoded(content: bytes) -> dict[str, Any]:
     with images.open_image(content) as file:
         width, height = file.size
         orientation = images.orientation(file) if file.format != "PNG" else 1
-        embedded = (
-            orientation == 1
-            and file.format in ("PNG", "JPEG", "MPO")
-            and file.mode in ("RGB", "L")
-            and not images.is_deep_colour(file)
-        )
+        plain = file.format in ("PNG", "JPEG", "MPO") and file.mode in ("RGB", "L")
+        embedded = orientation == 1 and plain and not images.is_deep_colour(file)
         image: Image.Image = file
         if embedded:
             file.draft("L", (256, 256))
@@ -191,26 +181,18 @@ def _decoded(content: bytes) -> dict[str, Any]:
             orientation = images.orientation(file)
             width, height = image.size
         thumbnail, contrast = duplicates.thumbnail(image)
-    return row | {
-        "width": width,
-        "height": height,
-        "orientation": orientation,
-        "embedded": embedded,
-        "thumbnail": thumbnail.tobytes(),
-        "contrast": contrast,
-    }
+    row |= {"width": width, "height": height, "orientation": orientation, "embedded": embedded}
+    return row | {"thumbnail": thumbnail.tobytes(), "contrast": contrast}
 
 
 # ------------------------------------------------------------------------------------------------------------- shapes
 
 
-class _Shapes(NamedTuple):
-    """Shapes that a person drew, in pixels of the upright image, and the frame in which they were drawn."""
-
+class _Shapes(NamedTuple):  # that a person drew, in pixels of the upright image
     boxes: list[Box]
     polygons: list[Polygon]
     rles: list[Rle]
-    frame: str | None
+    frame: str | None  # in which they were drawn
 
 
 def _shapes(
@@ -242,21 +224,15 @@ def _shapes(
         if size != upright:
             boxes = [Box(x1 * across, y1 * down, x2 * across, y2 * down) for x1, y1, x2, y2 in boxes]
             polygons = [tuple((x * across, y * down) for x, y in polygon) for polygon in polygons]
-    cut = sample.cut or (False,) * len(boxes)
-    clipped = [
-        _clipped(box, *upright, may_reach_out, problems, notes) for box, may_reach_out in zip(boxes, cut, strict=True)
-    ]
+    cuts = zip(boxes, sample.cut or (False,) * len(boxes), strict=True)
+    clipped = [_clipped(box, *upright, may_reach_out, problems, notes) for box, may_reach_out in cuts]
     return _Shapes([box for box in clipped if box], polygons, rles, frame)
 
 
 def _drawn_on(
     sample: Sample, upright: tuple[int, int], orientation: int, rescale: bool, problems: list[str], notes: list[str]
 ) -> tuple[str | None, tuple[int, int] | None]:
-    """Return on which image an annotation was drawn, and its width and height.
-
-    The frame is `STORED`, `UPRIGHT` or `EITHER`, or `None` if the image is stored upright; the size is `None` if it is
-    not that of the image, which is a problem then.
-    """
+    """Return the frame of an annotation, `None` if the image is stored upright, and its size, `None` if it is wrong."""
     stored = upright_size(upright, orientation)
     size = sample.size if sample.size and min(sample.size) > 0 else None
     sizes = {(rle.width, rle.height) for rle in sample.rles}
@@ -285,7 +261,7 @@ def _drawn_on(
 
 
 def _same_aspect(size: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Return whether two sizes have one aspect ratio, but for rounding to whole pixels."""
+    # But for rounding to whole pixels.
     return abs(size[0] * other[1] - size[1] * other[0]) <= max(sum(size), sum(other))
 
 
@@ -298,8 +274,7 @@ def turned_polygon(polygon: Iterable[tuple[float, float]], size: tuple[int, int]
     """Turn points of a stored image of `size` upright, as its EXIF orientation says."""
     width, height = size
     # Orientations 2 to 4 mirror sides, 5 to 8 exchange them as well.
-    across = orientation in (2, 3, 7, 8)
-    down = orientation in (3, 4, 6, 7)
+    across, down = orientation in (2, 3, 7, 8), orientation in (3, 4, 6, 7)
     mirrored = (((width - x if across else x), (height - y if down else y)) for x, y in polygon)
     return tuple((y, x) if orientation >= 5 else (x, y) for x, y in mirrored)
 
@@ -353,8 +328,8 @@ def _mask(
             problems.append(f"its mask {_place(sample, path)} cannot be read ({reason(error)})")
             continue
         if part.shape != (height, width):
-            where = _place(sample, path)
-            problems.append(f"is {width}x{height}, but its mask {where} is {part.shape[1]}x{part.shape[0]}")
+            size = f"{part.shape[1]}x{part.shape[0]}"
+            problems.append(f"is {width}x{height}, but its mask {_place(sample, path)} is {size}")
         elif mask is None:
             mask, file = part, content if plain else None
         else:
@@ -373,5 +348,4 @@ def _contradictions(sample: Sample, mask: masks.Mask | None, boxes: list[Box]) -
 
 
 def _place(sample: Sample, mask: Path) -> str:
-    """Return the path of a mask, relative to the data set."""
     return os.path.relpath(mask, sample.image.parents[sample.file.count("/")])

@@ -11,9 +11,7 @@ from adfm.data.problems import EXAMPLES
 from adfm.data.readers.files import IMAGES, holds_true, is_hidden
 
 # Readers do not report which of these they have read.
-_ANNOTATIONS = frozenset(
-    (".json", ".jsonl", ".xml", ".txt", ".csv", ".tsv", ".yaml", ".yml", ".names", ".labels", ".data")
-)
+_ANNOTATIONS = (".json", ".jsonl", ".xml", ".txt", ".csv", ".tsv", ".yaml", ".yml", ".names", ".labels", ".data")
 _UNREAD = frozenset(
     (
         # images
@@ -27,10 +25,10 @@ _UNREAD = frozenset(
         *(".xls", ".xlsx", ".xlsm", ".ods"),
     )
 )
-_ARCHIVES = frozenset((".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"))
+_ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _PAPERS = re.compile(r"(readme|licen[cs]e|changelog|citation)\b.*", re.IGNORECASE)
 # Not opened to see whether they are images.
-_NOT_SNIFFED = frozenset((".md", ".rst", ".pdf", ".html", ".htm", ".db", ".py", ".ipynb", ".log", ".ini", ".sh"))
+_NOT_SNIFFED = (".md", ".rst", ".pdf", ".html", ".htm", ".db", ".py", ".ipynb", ".log", ".ini", ".sh")
 _SUFFIX = re.compile(r"\.(?=.*[a-z])[a-z0-9_+-]{1,10}")
 _MOST_KINDS = 100  # rows of `left_out`, whatever names a data set has
 
@@ -42,9 +40,7 @@ UNUSED = "an image that the layout does not use"
 BROKEN = "cannot be read, or a link to nowhere"
 OTHER = "neither an image nor an annotation"
 
-LOST = (UNREAD, ARCHIVE, MISNAMED, BROKEN)
-"""The reasons of files that may hold images which the user expects to be converted."""
-
+LOST = (UNREAD, ARCHIVE, MISNAMED, BROKEN)  # of files that may hold images which the user expects to be converted
 _ORDER = (*LOST, UNUSED, OTHER, HIDDEN)
 
 
@@ -93,8 +89,7 @@ def _walk(raw: Path) -> Iterator[tuple[str, bool]]:
     pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while pending:
         folder, above = pending.pop()
-        names: list[str] = []
-        folders, broken = set[str](), set[str]()
+        names, folders, broken = list[str](), set[str](), set[str]()
         try:
             status = (raw / folder).stat()
             identity = (status.st_dev, status.st_ino)
@@ -134,8 +129,8 @@ def _reason(raw: Path, path: str, suffix: str, is_file: bool) -> str | None:
 
 
 def _is_image(start: bytes) -> bool:
-    """Return whether a file begins as PNG, JPEG, GIF, BMP, TIFF, WebP, HEIF or JPEG 2000 does."""
     return (
+        # PNG, JPEG, GIF, TIFF, JPEG 2000, BMP, WebP, HEIF and AVIF.
         start.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  "))
         or (start[:2] == b"BM" and start[6:10] == bytes(4))
         or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")

@@ -9,14 +9,14 @@ import shutil
 import sqlite3
 import threading
 import unicodedata
+from itertools import accumulate
 from pathlib import Path
 from typing import IO
 
 from adfm.errors import AdfmError
 
 MANIFEST = "manifest.json"
-STATE = ".fetch"
-"""Folder of the ledger and of unfinished downloads; removed at the end."""
+STATE = ".fetch"  # folder of the ledger and of unfinished downloads; removed at the end
 
 
 class Ledger:
@@ -100,9 +100,7 @@ class Ledger:
         """
         # Files come folder by folder: the folders above one are claimed once.
         if (folder := posixpath.dirname(path)) != self._claimed_folder:
-            parts = folder.split("/")
-            for depth in range(1, len(parts) + 1):
-                above = "/".join(parts[:depth])
+            for above in accumulate(folder.split("/"), posixpath.join):
                 if taken := self._taken(above, origin, folder=True):
                     return taken
             self._claimed_folder = folder
@@ -132,9 +130,9 @@ class Ledger:
         if other_path == path:
             return f"becomes the same file as {other!r}; rename one"
         if unicodedata.normalize("NFC", other_path) == unicodedata.normalize("NFC", path):
+            names = f"{path!a} and {other_path!a}"
             return (
-                f"has the same name as {other!r} but for its Unicode normalisation ({path!a} and "
-                f"{other_path!a}), which is one name on many disks; rename one"
+                f"has the name of {other!r} but for Unicode normalisation ({names}), one name on many disks; rename one"
             )
         return f"differs from {other!r} only in case, and the disk of {self.folder} ignores case; rename one"
 
@@ -147,10 +145,7 @@ class Ledger:
         return False
 
     def add(self, path: str, size: int, sha256: str, tag: str = "", version: str = "") -> None:
-        """Enter a file that is whole and in its place, instead of an earlier entry.
-
-        The source names its content by `tag`, an ETag or an MD5, and this version of the file by `version`.
-        """
+        """Enter a file that is whole and in its place; `tag` is the source's ETag or MD5 of it."""
         self._execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, 1)", path, size, sha256, tag, version)
 
     def store(self, path: str, content: IO[bytes]) -> None:

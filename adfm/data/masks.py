@@ -15,11 +15,9 @@ from adfm.records import Box, Polygon, Rle
 
 Mask = NDArray[np.uint8]
 
+# Notes on an image: its mask has values far from any defect that are not taken for one, or may mark the background.
 FAINT = "its mask has faint areas, which are not taken for defects; convert.mask_threshold decides"
-"""Note on an image whose mask has values far from any defect that are not taken for one."""
-
 INVERTED = "its mask marks the corners and most of the image, but not alike: its background may be white, not black"
-"""Note on an image whose mask may mark the background instead of the defects."""
 
 _NUMBERS = 32  # no soft edge has a maximum as small
 _NOISE = 0.1  # of the maximum
@@ -86,9 +84,8 @@ def decode(content: bytes, orientation: int, threshold: float, notes: list[str] 
 def defects(values: NDArray[Any], threshold: float, notes: list[str] | None = None) -> NDArray[np.bool_]:
     """Separate the defects of a mask from its background and from soft edges.
 
-    Many masks are not black and white. Some number their defects: each has one value throughout, be it 1 of 255. Others
-    were drawn with antialiasing, resized, or compressed as JPEG, which puts values in between round every edge, and
-    faint ones beside it. `_is_numbered` tells the two apart.
+    Some masks number their defects: each has one value throughout, be it 1 of 255. Others were drawn with antialiasing,
+    resized, or compressed as JPEG, which puts values in between round every edge, and faint ones beside it.
 
     Args:
         values: [height, width].
@@ -164,9 +161,8 @@ def painted(
         [height, width], 0 or 255; `None` if a box has no shape in it: a mask must mark all defects.
     """
     image = Image.new("L", (width, height))
-    draw = ImageDraw.Draw(image)
     for polygon in polygons:
-        draw.polygon(polygon, fill=255)
+        ImageDraw.Draw(image).polygon(polygon, fill=255)
     shapes = np.asarray(image).copy()
     for rle in rles:
         shapes |= decoded(rle)
@@ -208,8 +204,8 @@ def to_boxes(mask: NDArray[Any], dilation: float, connectivity: int, min_area: i
 def boxes_and_fragments(mask: NDArray[Any], dilation: float, connectivity: int, min_area: int) -> tuple[list[Box], int]:
     """Enclose every defect of a mask in a box; fragments that lie close together are one defect.
 
-    The mask is dilated by a disk, and fragments that then touch are merged, as in AD-FM (arXiv 2508.04175). Every box
-    encloses the mask's own pixels, not the dilated ones, as tightly as can be.
+    The mask is dilated by a disk, and fragments that then touch are merged, as in AD-FM (arXiv 2508.04175). Each box
+    is the smallest round the mask's own pixels, not the dilated ones.
 
     Args:
         mask: [height, width]; a defect is what is not 0.
@@ -251,7 +247,7 @@ def boxes_and_fragments(mask: NDArray[Any], dilation: float, connectivity: int, 
 
 
 def _near(fragments: list[tuple[slice, slice]], reach: float) -> bool:
-    """Return whether any two fragments can be within reach of each other, judged by their extents."""
+    # Judged by their extents.
     if len(fragments) > 1000:  # the matrix below would be large
         return True
     near = np.ones((len(fragments), len(fragments)), bool)

@@ -18,13 +18,9 @@ from adfm.data.readers.files import IMAGES, refuse_special
 from adfm.errors import AdfmError
 from adfm.files import walk
 
+# Bytes of an archive; what does not fit goes into further ones. KFP's launcher cannot upload more than 48.8 GiB a file
+# to S3: it leaves the AWS SDK at 10,000 parts of 5 MiB (`uploadFile` in backend/src/v2/objectstore/object_store.go).
 LARGEST = 40 * 2**30
-"""Largest archive in bytes; what does not fit goes into further ones.
-
-KFP's launcher cannot upload a file of more than 48.8 GiB to S3: it leaves the AWS SDK at 10,000 parts of 5 MiB
-(`uploadFile` in backend/src/v2/objectstore/object_store.go).
-"""
-
 _ENDING = ".tar"
 _IMAGES = tuple(IMAGES)
 
@@ -60,10 +56,8 @@ def pack(folder: Path, archive: Path) -> None:
         for partial, volume in zip(partials, _volume_names(archive, len(partials)), strict=True):
             partial.replace(volume)
     except OSError as error:
-        raise AdfmError(
-            f"{folder} cannot be packed into {archive} ({error}); see that the files can be read and that there is as"
-            " much space as they take."
-        ) from error
+        remedy = "see that the files can be read and that there is as much space as they take"
+        raise AdfmError(f"{folder} cannot be packed into {archive} ({error}); {remedy}.") from error
     finally:
         for partial in partials:
             with suppress(OSError):
@@ -78,7 +72,6 @@ class _Entry(NamedTuple):
 
 
 def _entries(folder: Path) -> Iterator[_Entry]:
-    """Yield the folders and files of a data set, in the order of an archive."""
     for place, names in walk(folder):
         inside = place.relative_to(folder)
         if inside.parts:
@@ -171,14 +164,12 @@ def _unpack(archive: Path, file: IO[bytes], raw: Path) -> dict[str, int]:
     except (tarfile.TarError, EOFError, ValueError, FileExistsError, NotADirectoryError) as error:
         raise AdfmError(f"{archive}: is damaged, or not a tar ({error}); fetch the data set again.") from error
     except OSError as error:
-        raise AdfmError(
-            f"{archive}: cannot be opened in {raw.parent} ({error}); free some space there, or set TMPDIR."
-        ) from error
+        where = f"{archive}: cannot be opened in {raw.parent}"
+        raise AdfmError(f"{where} ({error}); free some space there, or set TMPDIR.") from error
     return offsets
 
 
 def _stand_in(path: Path, size: int) -> None:
-    """Make a file of a size without any content."""
     # Without permissions: to open it past `contents.read` is an error, unless one is root, and does not read zeros.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0)
     try:

@@ -33,10 +33,7 @@ class Picture:
 
 
 def thumbnail(content: bytes, side: int) -> tuple[Image.Image, tuple[int, int]]:
-    """Decode an image to an upright RGB thumbnail of at most `side` pixels a side; it is never enlarged.
-
-    Returns:
-        The thumbnail; width and height of the image itself, upright.
+    """Decode an image to an upright RGB thumbnail of at most `side` pixels a side, and its own width and height.
 
     Raises:
         Exception: It cannot be decoded: Pillow raises nearly anything.
@@ -82,9 +79,8 @@ def of_row(row: dict[str, Any], side: int) -> Picture:
     try:
         image, size = thumbnail(row["image"]["bytes"], side)
     except Exception as error:
-        return Picture(
-            None, (row["width"] or 0, row["height"] or 0), problem=f"does not decode: {images.reason(error)}"
-        )
+        stated = (row["width"] or 0, row["height"] or 0)
+        return Picture(None, stated, problem=f"does not decode: {images.reason(error)}")
     mask, problem = None, ""
     if row["mask"]:
         try:
@@ -106,8 +102,8 @@ def rows(folder: Path, numbers: Iterable[int]) -> Iterator[tuple[int, dict[str, 
         with pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
                 last = first + file.metadata.row_group(group).num_rows
-                inside = [number for number in numbers if first <= number < last]
-                if inside:  # other row groups are not read: a few images of a large set take no time
+                # Other row groups are not read: a few images of a large set take no time.
+                if inside := [number for number in numbers if first <= number < last]:
                     table = file.read_row_group(group, columns=columns).take([number - first for number in inside])
                     yield from zip(inside, table.to_pylist(), strict=True)
                 first = last

@@ -54,8 +54,7 @@ class ProblemList:
 class BadData(AdfmError):
     """A data set of a layout cannot be converted as it is.
 
-    `problems` are lines `file: what is wrong`; the same line twice counts once. The message has some of them, and says
-    that `listing` has all.
+    `problems` are lines `file: what is wrong`, each once. The message has some, and says that `listing` has all.
     """
 
     def __init__(self, raw: Path, layout: str, problems: Iterable[str], listing: Path | str | None = None) -> None:
@@ -79,8 +78,7 @@ class BadData(AdfmError):
 def grouped(problems: Iterable[str]) -> dict[str, list[str]]:
     """Group problems by their cause, the most frequent first, but images without an annotation last.
 
-    The cause is the text without the file and the place in it. Problems have one cause if they differ only in names,
-    numbers and paths; those that differ become `…`.
+    Problems have one cause if they differ only in files, names, numbers and paths; those that differ become `…`.
     """
     groups: dict[str, list[str]] = defaultdict(list)
     for problem in problems:
@@ -90,7 +88,6 @@ def grouped(problems: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _cause(problems: list[str]) -> str:
-    """Return what problems that differ in names, numbers and paths have in common."""
     variables = [_VARIABLE.findall(_what(problem)) for problem in problems]
     common = iter(["…" if len(set(its)) > 1 else its[0] for its in zip(*variables, strict=False)])
     return _VARIABLE.sub(lambda _: next(common, "…"), _what(problems[0]))
@@ -108,12 +105,9 @@ def _message(raw: Path, layout: str, problems: list[str], listing: Path | str | 
     count = f"{len(its)} of {len(problems)} problems, " if len(problems) > 1 else ""
     lines = [f"{raw}: {first} ({count}layout {layout})"]
     for cause, its in groups.items():
-        if len(groups) > 1:
-            lines.append(f"  {cause}: {len(its)}")
+        lines += [f"  {cause}: {len(its)}"] if len(groups) > 1 else []
         lines += [f"    {printable(problem)}" for problem in its[:EXAMPLES]]
-        if len(its) > EXAMPLES:
-            lines.append(f"    and {len(its) - EXAMPLES} more")
-    if listing:
-        lines.append(f"All of them are listed in {listing}.")
+        lines += [f"    and {len(its) - EXAMPLES} more"] if len(its) > EXAMPLES else []
+    lines += [f"All of them are listed in {listing}."] if listing else []
     lines.append("Add what is missing, fix or remove these files, and convert again.")
     return "\n".join(lines)

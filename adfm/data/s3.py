@@ -50,9 +50,8 @@ def keys_prefix() -> str:
 def endpoint() -> str:
     """Return the address of the data's server, for messages."""
     given = settings()
-    if "ENDPOINT_URL" in given or "ACCESS_KEY_ID" in given:
-        return given.get("ENDPOINT_URL", "Amazon S3")
-    return _others_endpoint() or "Amazon S3"
+    other = "" if "ACCESS_KEY_ID" in given else _others_endpoint()
+    return given.get("ENDPOINT_URL") or other or "Amazon S3"
 
 
 def _others_endpoint() -> str:
@@ -71,14 +70,9 @@ def client(connections: int = 10) -> Any:
     from botocore.config import Config
 
     given = settings()
-    config = Config(
-        connect_timeout=10,
-        read_timeout=60,
-        retries={"mode": "standard"},
-        max_pool_connections=connections,
-        # ADFM_S3_* keys without an endpoint are Amazon's: AWS_ENDPOINT_URL may be that of other keys.
-        ignore_configured_endpoint_urls="ACCESS_KEY_ID" in given or None,
-    )
+    # ADFM_S3_* keys without an endpoint are Amazon's: AWS_ENDPOINT_URL may be that of other keys.
+    own = {"ignore_configured_endpoint_urls": "ACCESS_KEY_ID" in given or None, "retries": {"mode": "standard"}}
+    config = Config(connect_timeout=10, read_timeout=60, max_pool_connections=connections, **own)
     return boto3.client("s3", config=config, **{_NAMES[name][0]: value for name, value in given.items()})
 
 
@@ -96,11 +90,7 @@ def has_credentials() -> bool:
 
 
 def configure_remotes(remotes: dict[str, dict[str, Any]]) -> None:
-    """Pass `ADFM_S3_*` to DVC's S3 remotes that have no login of their own, in memory only.
-
-    Args:
-        remotes: The section `remote` of a repository's configuration.
-    """
+    """Pass `ADFM_S3_*` to those of DVC's S3 `remotes` (by name) that have no login of their own, in memory only."""
     given = {_NAMES[name][1]: value for name, value in settings().items()}
     if "access_key_id" in given and "endpointurl" not in given and _others_endpoint():
         # DVC's remotes cannot ignore AWS_ENDPOINT_URL, and would send the keys there.

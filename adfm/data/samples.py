@@ -47,8 +47,7 @@ def read(raw: Path, layout: str, settings: Convert) -> Iterator[Sample]:
 
 
 def _folder(sample: Sample, depth: int) -> str:
-    folders = sample.source.split("/")[:-1]
-    defects = (sample.defect or "").lower().split("+")
+    folders, defects = sample.source.split("/")[:-1], (sample.defect or "").lower().split("+")
     for name in folders[depth:] + folders[:depth][::-1]:
         if not _STRUCTURE.fullmatch(name) and not is_verdict(name) and name.lower() not in defects:
             return name
@@ -90,8 +89,7 @@ class Survey:
         self._sources: list[str] = []  # a few, for messages
         self._parts: dict[Grouping, Counter[str]] = {}
         self._unreadable = ""  # why the setting is not a regular expression
-        if setting is not None:
-            # Which of the two it is depends on the columns of all samples.
+        if setting is not None:  # a column or an expression, which depends on the columns of all samples
             self._parts[Grouping(column=setting)] = Counter()
             try:
                 self._parts[Grouping(pattern=re.compile(setting))] = Counter()

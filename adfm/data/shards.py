@@ -1,7 +1,6 @@
 """Shards: the converted data set as Parquet files `{train,validation,test}-NNNNN.parquet`.
 
-`datasets.load_dataset("parquet", data_dir=...)` reads them without help: `image` and `mask` are its `Image` features
-with embedded bytes. After conversion, images are read from here alone.
+`datasets.load_dataset("parquet", data_dir=...)` reads them without help: `image` and `mask` are its `Image` features.
 """
 
 import hashlib
@@ -10,7 +9,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -75,18 +73,16 @@ class Columns:
         self._types: dict[str, _Type] = {}
         self.small: list[str] = []
         self.required: list[str] = []
-        hints = get_type_hints(record)
-        for field in fields(record):
-            hint = hints[field.name]
+        for name, hint in get_type_hints(record).items():  # in the order of the fields
             optional = NoneType in get_args(hint)
             if optional:
                 [hint] = set(get_args(hint)) - {NoneType}
             python = str if get_origin(hint) is Literal else hint
-            self._types[field.name] = _TYPES[python]
+            self._types[name] = _TYPES[python]
             if python is not bytes:
-                self.small.append(field.name)
+                self.small.append(name)
             if python in (str, int, float) and not optional:
-                self.required.append(field.name)
+                self.required.append(name)
         features = {name: kind.feature for name, kind in self._types.items()}
         self.schema = pa.schema(
             [pa.field(name, kind.arrow) for name, kind in self._types.items()],
@@ -118,8 +114,6 @@ _GROUP_BYTES = 16 * 2**20
 
 
 class _Pieces(io.RawIOBase):
-    """A file that is written a megabyte at a time."""
-
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb", buffering=0)
 
@@ -128,7 +122,8 @@ class _Pieces(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         content = memoryview(data)
-        while content:  # Linux 6.18 takes up to four times as long for nine megabytes at once
+        # A megabyte at a time: Linux 6.18 takes up to four times as long for nine megabytes at once.
+        while content:
             content = content[self._file.write(content[: 2**20]) :]
         return len(data)
 
@@ -143,13 +138,9 @@ class _Shard:
     def __init__(self, path: Path) -> None:
         self._file = _Pieces(path)
         # Images are compressed already; statistics and dictionaries of them would only cost.
-        self._parquet = pq.ParquetWriter(
-            self._file,
-            COLUMNS.schema,
-            compression="none",
-            use_dictionary=["dataset", "category"],  # the same text in many rows
-            write_statistics=COLUMNS.small,
-        )
+        options = {"compression": "none", "write_statistics": COLUMNS.small}
+        repeated = ["dataset", "category"]  # the same text in many rows
+        self._parquet = pq.ParquetWriter(self._file, COLUMNS.schema, use_dictionary=repeated, **options)
         self.images = 0
         self._records: list[Record] = []
         self._bytes = 0
@@ -189,10 +180,8 @@ def name(split: str, number: int) -> str:
 
 
 def write(records: Iterable[Record], folder: Path, shard_images: int) -> None:
-    """Write records, in their order, into shards of `shard_images` images; the same records give the same bytes.
-
-    Memory holds two row groups of each split, however many records there are.
-    """
+    """Write records, in their order, into shards of `shard_images` images; the same records give the same bytes."""
+    # Memory holds two row groups of each split, however many records there are.
     with ExitStack() as stack:
         opened: dict[str, list[_Shard]] = {split: [] for split in SPLITS}
         for record in records:
@@ -268,9 +257,8 @@ def batches(folder: Path, split: str | None, columns: list[str]) -> Iterator[pa.
         raise AdfmError(f"no split is called {split!r}; choose one of {', '.join(SPLITS)}.")
     paths = [path for name in SPLITS if split in (None, name) for path in sorted(folder.glob(f"{name}-*.parquet"))]
     if not paths:
-        raise AdfmError(
-            f"{folder}: no {split or 'train, validation or test'} shards here; make them with `adfm convert`."
-        )
+        kind = split or "train, validation or test"
+        raise AdfmError(f"{folder}: no {kind} shards here; make them with `adfm convert`.")
     for path in paths:
         try:
             with pq.ParquetFile(path) as file:
