@@ -32,13 +32,10 @@ MAX_IMAGES = 1000
 
 # Side of a picture in pixels when there are no more than 48, and when there are very few; more are smaller.
 _SIDES = {".html": (360, 640), ".png": (240, 480)}
-
 _T = TypeVar("_T")
 
 
-class _Entry(NamedTuple):
-    """An image that may be drawn."""
-
+class _Entry(NamedTuple):  # an image that may be drawn
     category: str
     label: str
     defect: str
@@ -51,8 +48,8 @@ def show(folder: Path, out: Path | None, params: Params, split: str | None = Non
     """Draw some of a data set's images, with what is marked on them, on one sheet, and return its file.
 
     Categories have equal parts of the sheet, and so have the labels in a category and the defects in a label, as far as
-    there are images; the seed draws which. An image that cannot be drawn has a place that says why. Boxes and problems
-    of raw images are those that conversion would have with these settings.
+    there are images. An image that cannot be drawn has a place that says why. Boxes and problems of raw images are
+    those of conversion.
 
     Args:
         folder: A raw data set in any layout that has a reader, or shards.
@@ -114,16 +111,14 @@ def show(folder: Path, out: Path | None, params: Params, split: str | None = Non
 
 
 def _entries(folder: Path, settings: Convert) -> Iterator[_Entry]:
+    columns = ["category", "label", "defect", "split", "source"]
     if any(path for split in SPLITS for path in folder.glob(f"{split}-*.parquet")):
-        number = 0
-        for batch in shards.batches(folder, None, ["category", "label", "defect", "split", "source"]):
-            for row in batch.to_pylist():
-                yield _entry(number, *row.values())
-                number += 1
+        rows = (row for batch in shards.batches(folder, None, columns) for row in batch.to_pylist())
+        yield from (_entry(number, *row.values()) for number, row in enumerate(rows))
         return
     layout, _ = resolve(folder, settings.layout)
     for sample in samples.read(folder, layout, settings):
-        yield _entry(sample, sample.category, sample.label, sample.defect, sample.split, sample.source)
+        yield _entry(sample, *(getattr(sample, name) for name in columns))
 
 
 def _entry(content: Sample | int, *texts: str | None) -> _Entry:
@@ -133,11 +128,9 @@ def _entry(content: Sample | int, *texts: str | None) -> _Entry:
 
 def _choose(entries: Iterable[_Entry], number: int, seed: int) -> list[_Entry]:
     """Draw entries at random, in one pass: of every category, label and defect in turn, until there are enough."""
-    kept: dict[str, dict[str, dict[str, list[tuple[int, int, _Entry]]]]] = defaultdict(
-        lambda: defaultdict(lambda: defaultdict(list))
-    )
+    kept: dict[str, dict[str, dict[str, list[tuple[int, int, _Entry]]]]] = {}
     for count, entry in enumerate(entries):
-        drawn = kept[entry.category][entry.label][entry.defect]
+        drawn = kept.setdefault(entry.category, {}).setdefault(entry.label, {}).setdefault(entry.defect, [])
         # Only the entries that may be chosen are kept: memory does not grow with the number of images.
         heapq.heappush(drawn, (-_draw(seed, entry.name), count, entry))
         if len(drawn) > number:
@@ -148,8 +141,8 @@ def _choose(entries: Iterable[_Entry], number: int, seed: int) -> list[_Entry]:
         labels = []
         for _, defects in sorted(kept[category].items()):
             labels.append([*_in_turn([[entry for *_, entry in sorted(drawn)[::-1]] for drawn in defects.values()])])
-        turned = labels[::-1] if turn % 2 else labels  # not the same label of every category, if that is all
-        categories.append([*_in_turn(turned)])
+        # Not the same label of every category first, if that is all.
+        categories.append([*_in_turn(labels[::-1] if turn % 2 else labels)])
     return sorted(islice(_in_turn(categories), number), key=lambda entry: entry[:5])
 
 
@@ -199,14 +192,10 @@ def _summary(counts: Counter[_Entry], tiles: int) -> str:
         labels[entry.label] += count
         splits[entry.split or "no split"] += count
     categories = len({entry.category for entry in counts})
-    return " · ".join(
-        [
-            f"{counts.total():,} images, {tiles:,} shown",
-            f"{categories:,} {'category' if categories == 1 else 'categories'}",
-            ", ".join(f"{count:,} {label or 'without label'}" for label, count in sorted(labels.items())),
-            ", ".join(f"{count:,} {split}" for split, count in splits.most_common()),
-        ]
-    )
+    noun = "category" if categories == 1 else "categories"
+    of_label = ", ".join(f"{count:,} {label or 'without label'}" for label, count in sorted(labels.items()))
+    of_split = ", ".join(f"{count:,} {split}" for split, count in splits.most_common())
+    return f"{counts.total():,} images, {tiles:,} shown · {categories:,} {noun} · {of_label} · {of_split}"
 
 
 # ------------------------------------------------------------------------------------------------------------ as HTML
@@ -277,7 +266,6 @@ def _table(counts: Counter[_Entry]) -> str:
 
 # ------------------------------------------------------------------------------------------------------------ as pixels
 
-_PLATE = "#eef1f4"
 _DOTS = {"normal": TRUTH, "anomalous": MARK, "": "#8a8f98"}
 
 
@@ -296,9 +284,8 @@ def _image(title: str, tiles: _Tiles, counts: Counter[_Entry], problem: str, sid
     pen.text((margin, margin - 6), drawing.fitted(printable(title), large, width - 2 * margin), INK, large)
     pen.text((margin, margin + 34), "\n".join(header), FAINT, plain, spacing=line - size)
     for number, (entry, picture) in enumerate(tiles):
-        x = margin + number % columns * (side + gap)
-        y = top + number // columns * height
-        pen.rounded_rectangle((x, y, x + side - 1, y + side - 1), 6, _PLATE)
+        x, y = margin + number % columns * (side + gap), top + number // columns * height
+        pen.rounded_rectangle((x, y, x + side - 1, y + side - 1), 6, "#eef1f4")
         if picture.image:
             drawn = pictures.drawn(picture, side)
             sheet.paste(drawn, (x + (side - drawn.width) // 2, y + (side - drawn.height) // 2))
@@ -308,8 +295,7 @@ def _image(title: str, tiles: _Tiles, counts: Counter[_Entry], problem: str, sid
             pen.multiline_text((x_, y_), lines, "#b3261e", plain, anchor=anchor, align="center")
         for row, text in enumerate((*_lines(entry, picture), entry.name)):
             at = y + side + 6 + row * line
-            dot = size if row == 1 else 0
-            if dot:
+            if dot := size if row == 1 else 0:
                 pen.ellipse((x, at + size * 0.3, x + size * 0.6, at + size * 0.9), _DOTS[_kind(entry)])
             font = plain if row else bold
             pen.text((x + dot, at), drawing.fitted(text, font, side - dot), INK if row < 2 else FAINT, font)
@@ -317,6 +303,5 @@ def _image(title: str, tiles: _Tiles, counts: Counter[_Entry], problem: str, sid
 
 
 def _columns(tiles: int) -> int:
-    """Return as many columns as make a sheet that is a little wider than high, with few empty places."""
-    wide = max(4, round((1.6 * tiles) ** 0.5))
+    wide = max(4, round((1.6 * tiles) ** 0.5))  # a sheet a little wider than high, with few empty places
     return min(tiles, min(range(wide * 3 // 4, wide * 5 // 4 + 1), key=lambda n: (-tiles % n, abs(n - wide))))

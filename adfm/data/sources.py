@@ -1,17 +1,14 @@
 """Fetch a raw data set from anywhere into a folder: `adfm fetch URI DIR`.
 
-    path/to/folder  file:///path/to/folder      copied
-    data.zip  data.tar[.gz|.xz|.zst]            unpacked
-    s3://bucket/prefix  s3://bucket/data.zip    downloaded; keys and endpoint as adfm/data/s3.py says
-    dvc://REPO@REV:PATH                         downloaded; a versioned data set: a Git URL or folder, a tag, a path
-    synthetic://?seed=0&images=360              drawn
-
-`manifest.json` in the folder says where the files came from and what they are.
+path/to/folder  file:///path/to/folder      copied
+data.zip  data.tar[.gz|.xz|.zst]            unpacked
+s3://bucket/prefix  s3://bucket/data.zip    downloaded; keys and endpoint as adfm/data/s3.py says
+dvc://REPO@REV:PATH                         downloaded; a versioned data set: a Git URL or folder, a tag, a path
+synthetic://?seed=0&images=360              drawn
 """
 
 import contextlib
 import difflib
-import functools
 import hashlib
 import posixpath
 import random
@@ -20,6 +17,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -156,9 +154,7 @@ class _Content(NamedTuple):
     version: str = ""
 
 
-class _Item(NamedTuple):
-    """A file of a source."""
-
+class _Item(NamedTuple):  # a file of a source
     path: str  # in the data set
     tag: str  # of its content
     read: Callable[[int], _Content]  # from a byte on
@@ -179,7 +175,7 @@ def _download(items: Iterable[_Item], ledger: Ledger, again: tuple[type[Exceptio
 
     def download(item: _Item) -> None:
         part = parts / hashlib.sha256(f"{item.path}\n{item.tag}".encode()).hexdigest()
-        arrived, failures, damages = 0, 0, 0
+        arrived = failures = damages = 0
         while not stopped.is_set():
             try:
                 return receive(item, part)
@@ -187,9 +183,8 @@ def _download(items: Iterable[_Item], ledger: Ledger, again: tuple[type[Exceptio
                 part.unlink()
                 damages += 1
                 if damages > 2:
-                    raise AdfmError(
-                        f"{item.path}: arrives damaged ({error}); check the network, and what is stored there."
-                    ) from None
+                    remedy = "check the network, and what is stored there"
+                    raise AdfmError(f"{item.path}: arrives damaged ({error}); {remedy}.") from None
             except again:  # after the client's own tries; a try that brought a byte does not count
                 before, arrived = arrived, part.stat().st_size
                 failures = 0 if arrived > before else failures + 1
@@ -277,11 +272,9 @@ def _objects(client: Any, bucket: str, start: str, ledger: Ledger, problems: Pro
     def read(key: str, etag: str, size: int, offset: int) -> _Content:
         rest = {"Range": f"bytes={offset}-"} if offset else {}
         whole = 0 < size == offset  # downloaded completely, but not yet moved into place when fetch was stopped
+        request = client.head_object if whole else partial(client.get_object, **rest)
         try:
-            if whole:
-                response = client.head_object(Bucket=bucket, Key=key, IfMatch=etag)
-            else:
-                response = client.get_object(Bucket=bucket, Key=key, IfMatch=etag, **rest)
+            response = request(Bucket=bucket, Key=key, IfMatch=etag)
         except ClientError as error:
             if error.response["Error"]["Code"] == "InvalidRange":
                 raise _Damaged("it is shorter there") from error
@@ -305,7 +298,7 @@ def _objects(client: Any, bucket: str, start: str, ledger: Ledger, problems: Pro
     for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=start):
         for item in page.get("Contents", []):
             key, etag = item["Key"], item["ETag"]
-            content = functools.partial(read, key, etag, item["Size"])
+            content = partial(read, key, etag, item["Size"])
             if archives.is_archive(start):
                 if key == start:
                     yield _Item(f"{STATE}/{posixpath.basename(key)}", etag, content)
@@ -338,10 +331,8 @@ def _remedy(error: Exception) -> str:
     if isinstance(error, ParamValidationError):
         return "that is not a name of a bucket; write s3://bucket/prefix"
     if not isinstance(error, ClientError):
-        return (
-            f"{s3.endpoint()} cannot be reached; check {prefix}ENDPOINT_URL and the network, and fetch again: "
-            f"what has arrived is kept.{ca_remedy(error)}"
-        )
+        check = f"check {prefix}ENDPOINT_URL and the network, and fetch again: what has arrived is kept"
+        return f"{s3.endpoint()} cannot be reached; {check}.{ca_remedy(error)}"
     code = error.response.get("Error", {}).get("Code", "")
     if error.operation_name.startswith("AssumeRole"):  # an error of AWS's service for roles, not of the bucket
         return "the role cannot be assumed; check the service account's annotation and whom the role trusts"
@@ -385,10 +376,8 @@ def _fetch_dvc(uri: str, out: Path) -> tuple[int, int]:
             commit = files.repo.get_rev()
         with _translated(f"{uri}: {path!r} cannot be listed; is it there at {rev!r}, and was it pushed (`dvc push`)?"):
             items = list(_tracked(uri, files, path))
-        with (
-            atomic_folder(out, keep_partial=True) as folder,
-            contextlib.closing(Ledger(folder, f"{uri} {commit}")) as ledger,
-        ):
+        source = f"{uri} {commit}"
+        with atomic_folder(out, keep_partial=True) as folder, contextlib.closing(Ledger(folder, source)) as ledger:
             _download(_admitted(items, uri, ledger), ledger)
             return _finish(uri, path, ledger, {"source": uri, "commit": commit}, "md5")
     finally:
@@ -400,10 +389,8 @@ def _tracked(uri: str, files: Any, path: str) -> Iterator[_Item]:
 
     def read(name: str, md5: str, offset: int) -> _Content:
         def pieces() -> Iterator[bytes]:
-            with (
-                _translated(f"{uri}: {name} cannot be read; it may never have been pushed (`dvc push` where it is)"),
-                files.open(name) as content,
-            ):
+            problem = f"{uri}: {name} cannot be read; it may never have been pushed (`dvc push` where it is)"
+            with _translated(problem), files.open(name) as content:
                 content.seek(offset)
                 while chunk := content.read(2**20):
                     yield chunk
@@ -413,18 +400,18 @@ def _tracked(uri: str, files: Any, path: str) -> Iterator[_Item]:
     if (about := files.info(path))["type"] == "file":
         _refuse_unknown_archive(uri, path)
         md5 = about.get("md5", "")
-        yield _Item(f"{STATE}/{posixpath.basename(path)}", md5, functools.partial(read, path, md5))
+        yield _Item(f"{STATE}/{posixpath.basename(path)}", md5, partial(read, path, md5))
         return
     for root, _, inside in files.walk(path, detail=True):
         for file, info in inside.items():
             name, md5 = f"{root}/{file}", info.get("md5", "")
-            yield _Item(name.removeprefix(path).lstrip("/"), md5, functools.partial(read, name, md5))
+            yield _Item(name.removeprefix(path).lstrip("/"), md5, partial(read, name, md5))
 
 
 def _admitted(items: Sequence[_Item], uri: str, ledger: Ledger) -> list[_Item]:
-    problems = ProblemList(uri)
     if [item.path.startswith(f"{STATE}/") for item in items] == [True]:  # an archive
         return list(items)
+    problems = ProblemList(uri)
     paths = [archives.admit(ledger, item.path, problems) for item in items]
     problems.finish()
     return [item._replace(path=path) for item, path in zip(items, paths, strict=True) if path]
@@ -444,12 +431,11 @@ def _translated(message: str) -> Iterator[None]:
         from botocore.exceptions import NoCredentialsError
 
         *_, first = retries.causes(error)
-        passes = re.search(r"unexpected http resp (429|5\d\d)", str(first)) or retries.may_pass(  # so says dulwich
-            error, aiohttp.ServerDisconnectedError, aiohttp.ClientPayloadError, asyncssh.ConnectionLost
-        )
+        lost = (aiohttp.ServerDisconnectedError, aiohttp.ClientPayloadError, asyncssh.ConnectionLost)
+        unavailable = re.search(r"unexpected http resp (429|5\d\d)", str(first))  # so says dulwich
         why = error.__cause__ or error
         reason = f"{why}: {str(first) or type(first).__name__}" if first not in (why, error) else str(why)
-        if passes:
+        if unavailable or retries.may_pass(error, *lost):
             raise Unreachable(f"{message} ({reason}).") from error
         no_keys = [each for each in retries.causes(error) if isinstance(each, NoCredentialsError)]
         remedy = f" There are {_remedy(no_keys[0])}." if no_keys else ca_remedy(error)
