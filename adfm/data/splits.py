@@ -24,9 +24,7 @@ def assign(images: pa.Table, duplicates: NDArray[np.int64], params: Params) -> N
 
     **Together**: byte-identical images, `duplicates`, images of one category with the same `group`, and images with the
     same `part` or `photograph` go to one split: the most held-out one to which the data set, or
-    `split.holdout_categories`, assigns any of them.
-
-    **Held-out categories** are wholly test.
+    `split.holdout_categories`, which are wholly test, assigns any of them.
 
     **What the data set fixes**: if its train part has defects, every image that has a split keeps it. Validation and
     test, where the data set has no such part, are drawn from train (and from what has no split), by their shares in
@@ -57,13 +55,12 @@ def assign(images: pa.Table, duplicates: NDArray[np.int64], params: Params) -> N
     for name in params.split.holdout_categories:
         fixed[_where(column["category"], name)] = _TEST
 
-    together = _together([*_ties(column).values(), duplicates], len(images))
+    together = _together(column, duplicates)
     count = int(together.max(initial=-1)) + 1
     latest = np.full(count, -1, np.int8)
     np.maximum.at(latest, together, fixed)  # `SPLITS` are in order, the most held-out one last
-    all_train = np.ones(count, bool)
+    all_train, held = np.ones(count, bool), np.zeros(count, bool)
     all_train[together[fixed != _TRAIN]] = False
-    held = np.zeros(count, bool)
     held[together[np.isin(np.asarray(column["category"]), params.split.holdout_categories)]] = True
     # A training part of normal images alone, as in MVTec AD, stays, but the rest is divided: training needs defects.
     decided = held | (latest > _TRAIN if keeps else all_train)
@@ -88,18 +85,18 @@ def folds(
     Returns:
         [folds, images]: indices into `SPLITS`.
     """
-    column, together = _columns(images), groups(images, duplicates)
+    column = _columns(images)
+    together = _together(column, duplicates)
     part = np.full(int(together.max(initial=-1)) + 1, -1)
 
     def pool(decided: NDArray[np.bool_]) -> list[_Group]:
         # All categories at once, which keeps the sizes to an image and each label in every part.
-        return [
-            group._replace(
-                defect=f"{number:09} {group.defect}", kinds=frozenset(f"{number} {kind}" for kind in group.kinds)
-            )
-            for number, of_category in enumerate(_pools(column, together, decided, seed))
-            for group in of_category
-        ]
+        groups = []
+        for number, of_category in enumerate(_pools(column, together, decided, seed)):
+            for group in of_category:
+                kinds = frozenset(f"{number} {kind}" for kind in group.kinds)
+                groups.append(group._replace(defect=f"{number:09} {group.defect}", kinds=kinds))
+        return groups
 
     for group, number in _divide(pool(part >= 0), [1 / count] * count, _any_parts(count)).items():
         part[group] = number
@@ -116,7 +113,7 @@ def folds(
 
 def groups(images: pa.Table, duplicates: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return [images], the number of the group of images that `assign` keeps together."""
-    return _together([*_ties(_columns(images)).values(), duplicates], len(images))
+    return _together(_columns(images), duplicates)
 
 
 def official_kept(images: pa.Table, settings: Split) -> bool:
@@ -133,8 +130,7 @@ def _columns(images: pa.Table) -> dict[str, pa.Array]:
 
 
 def _where(column: pa.Array, value: str) -> NDArray[np.bool_]:
-    rows: NDArray[np.bool_] = pc.equal(column, value).fill_null(False).to_numpy(zero_copy_only=False)
-    return rows
+    return np.asarray(pc.equal(column, value).fill_null(False), bool)
 
 
 def _fixed(split: pa.Array, settings: Split) -> NDArray[np.int8]:
@@ -159,9 +155,8 @@ def _ties(column: dict[str, pa.Array]) -> dict[str, NDArray[np.int64]]:
     return {"copies": repeated(column["sha256"]), "part": np.concatenate(parts)}
 
 
-def _together(ties: list[NDArray[np.int64]], images: int) -> NDArray[np.int64]:
-    """Return [images], the number of the group of images that go to one split."""
-    return components(np.concatenate(ties), images)
+def _together(column: dict[str, pa.Array], duplicates: NDArray[np.int64]) -> NDArray[np.int64]:
+    return components(np.concatenate([*_ties(column).values(), duplicates]), len(column["label"]))
 
 
 def moved(
@@ -179,11 +174,11 @@ def moved(
     if not _keeps(fixed, _where(column["label"], "anomalous")):
         left &= fixed == _TRAIN  # the rest is divided anyhow
     rows = []
-    ties: list[NDArray[np.int64]] = []
+    ties = near_duplicates[:0]
     of_split = np.where(held, np.int8(_TEST), fixed)
     for because, pairs in (_ties(column) | {"near-duplicates": near_duplicates}).items() if left.any() else ():
-        ties.append(pairs)
-        together = _together(ties, len(images))
+        ties = np.concatenate([ties, pairs])
+        together = components(ties, len(images))
         lowest, highest = (np.full(len(images), start, np.int8) for start in (len(SPLITS), -1))
         np.minimum.at(lowest, together, of_split)
         np.maximum.at(highest, together, of_split)
@@ -209,9 +204,7 @@ def repeated(values: pa.Array) -> NDArray[np.int64]:
     return np.asarray(np.stack([order, firsts], axis=1)[order != firsts], np.int64)
 
 
-class _Group(NamedTuple):
-    """A group of images to divide; groups of a pool are sorted in this order."""
-
+class _Group(NamedTuple):  # of images to divide; those of a pool are sorted in this order
     label: str  # of the image that it counts as
     defect: str  # of that image, or an empty text
     draw: int  # at random
@@ -223,18 +216,15 @@ class _Group(NamedTuple):
 def _pools(
     column: dict[str, pa.Array], together: NDArray[np.int64], decided: NDArray[np.bool_], seed: int
 ) -> Iterator[list[_Group]]:
-    """Yield the groups to divide, category by category.
-
-    A group counts as its anomalous image, if it has one, and of those as the one whose SHA-256 is the smallest.
-    """
+    """Yield the groups to divide, category by category."""
     sizes = np.bincount(together, minlength=len(decided))
     rank = {name: _ranks(column[name]) for name in ("dataset", "category", "defect")}
     rank["sha256"] = np.asarray(pc.rank(column["sha256"], tiebreaker="min"), np.int64)
     normal = ~_where(column["label"], "anomalous")
     smallest = _first_of_each(together, np.lexsort((rank["sha256"], together)))
-    counts_as = _first_of_each(
-        together, np.lexsort((rank["defect"], rank["category"], rank["sha256"], normal, together))
-    )
+    # As its anomalous image, if it has one, and of those as the one whose SHA-256 is the smallest.
+    order = np.lexsort((rank["defect"], rank["category"], rank["sha256"], normal, together))
+    counts_as = _first_of_each(together, order)
     open_ = np.flatnonzero(~decided)
     category = rank["dataset"] * (len(normal) + 1) + rank["category"]
     kinds = _kinds(column["defect"], together, np.flatnonzero(~normal & (category == category[counts_as][together])))
@@ -251,7 +241,6 @@ def _pools(
 
 
 def _kinds(defect: pa.Array, together: NDArray[np.int64], anomalous: NDArray[np.int64]) -> dict[int, set[str]]:
-    """Return the kinds of defect of every group: the names in the `defect` of its `anomalous` images (row numbers)."""
     codes = np.asarray(defect.indices.fill_null(-1), np.int64)[anomalous]
     names = [*defect.dictionary.to_pylist(), ""]  # the last one, at -1, of images whose defect has no name
     kinds: dict[int, set[str]] = defaultdict(set)
@@ -266,14 +255,12 @@ def kinds_of(defect: str | None) -> list[str]:
 
 
 def _ranks(column: pa.Array) -> NDArray[np.int64]:
-    """Return [images], the place of every value in alphabetical order; 0 for null."""
-    ranks = np.append(np.asarray(pc.rank(column.dictionary)), 0)
+    ranks = np.append(np.asarray(pc.rank(column.dictionary)), 0)  # 0 for null
     return np.asarray(ranks[column.indices.fill_null(-1)], np.int64)
 
 
 def _first_of_each(together: NDArray[np.int64], order: NDArray[Any]) -> NDArray[Any]:
-    """Return [groups], the first image of every group in `order`, which has the groups one after another."""
-    _, first = np.unique(together[order], return_index=True)
+    _, first = np.unique(together[order], return_index=True)  # `order` has the groups one after another
     return order[first]
 
 
@@ -298,22 +285,20 @@ _NOTHING = 1e-9  # a smaller share is a rounding error
 def _divide(
     pool: list[_Group], fractions: Sequence[float], places: _Places, kinds_first: bool = False
 ) -> dict[int, int]:
-    """Return the split of each of one category's groups, by its number.
-
-    Each next group, label by label and defect by defect, goes to the split that is furthest behind its fraction, so
-    fractions hold at the end of every stratum to about one group. Then labels and kinds of defect that a split lacks
-    are moved there; with `kinds_first`, a kind goes where it belongs even if a label is then missing elsewhere.
-    """
+    """Return the split of each of one category's groups, by its number."""
     splits: dict[int, int] = {}
     counts: Counter[int] = Counter()
     filled = [split for split, fraction in enumerate(fractions) if fraction > _NOTHING]
     seen = 0
+    # Label by label and defect by defect, each to the split that is furthest behind its fraction: at the end of
+    # every stratum fractions hold to about one group.
     for *_, group, size, _ in sorted(pool):
         seen += size
         split = max(filled, key=lambda code: fractions[code] * seen - counts[code])
         splits[group] = split
         counts[split] += size
 
+    # Then labels and kinds of defect that a split lacks are moved there.
     for label in {group.label for group in pool}:
         members = [group.number for group in sorted(pool, key=lambda group: group.draw) if group.label == label]
         for split in filled if len(members) >= len(filled) else ():
@@ -330,8 +315,7 @@ def _spread(
 ) -> None:
     """Move groups so that kinds of defect are where they belong, as far as that takes no other kind or label away.
 
-    With `kinds_first` it may take a label away. A group changes places with one of the same label, or moves alone if
-    that brings the sizes closer to `fractions`.
+    With `kinds_first` it may take a label away.
     """
     here: dict[str, Counter[int]] = defaultdict(Counter)  # kind -> split -> groups
     labels: dict[str, Counter[int]] = defaultdict(Counter)
@@ -343,7 +327,7 @@ def _spread(
             here[kind][splits[group.number]] += 1
 
     def spared(group: _Group) -> bool:
-        """Return whether the split of a group keeps its kinds without it."""
+        # Whether its split keeps its kinds without it.
         split = splits[group.number]
         return all(here[kind][split] > 1 or split not in places(here[kind]) for kind in group.kinds)
 
@@ -368,7 +352,7 @@ def _spread(
                 continue
             donor = max(donors, key=lambda group: here[kind][splits[group.number]])
             origin, label = splits[donor.number], labels[donor.label]
-            # Places are exchanged, so that the sizes of the splits stay.
+            # Places are exchanged with one of the same label, or it moves alone if that brings the sizes closer.
             partners: list[_Group | None] = [
                 group
                 for group in sorted(pool, key=lambda group: group.draw)
@@ -376,7 +360,6 @@ def _spread(
             ]
             if kinds_first or label[origin] > 1 or origin not in places(label):
                 partners.append(None)
-
             if partners:
                 more = [donor.images - (partner.images if partner else 0) for partner in partners]
                 excesses = [excess(split, images_) + excess(origin, -images_) for images_ in more]

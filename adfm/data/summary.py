@@ -22,7 +22,6 @@ from adfm.text import printable, shortened
 
 # A cluster of near-duplicates above both, in images and as a share of its category, gets a warning.
 _FEW, _LARGE_SHARE = 10, 0.25
-
 # Of the table: defects by name, lines of a list, characters of a name and of a line.
 _DEFECTS, _LINES, _NAME, _WIDTH = 10, 3, 30, 118
 _SOME = 3  # names of a longer list
@@ -63,22 +62,20 @@ def report(
         missing: The problems of annotations whose image is missing, which `convert.missing: skip` skips.
     """
     clusters = duplicates.clusters(pairs)
+    kept_together = clusters if settings.near_duplicates else []
     together = pairs[: len(pairs) if settings.near_duplicates else 0]
     two_labels = near_duplicates_with_two_labels(images, pairs)
-    labels = {name: pc.sum(pc.equal(images["label"], name)).as_py() for name in ("normal", "anomalous")}
     counts = _counts(images, assigned)
+    normal, anomalous = (pc.equal(images["label"], name) for name in ("normal", "anomalous"))
+    boxes, fragments = images["boxes"], images["fragments"]
     return {
         "dataset": images["dataset"][0].as_py(),
         "images": len(images),
-        **labels,
-        "image_level_labels": pc.sum(
-            pc.and_(pc.equal(images["label"], "anomalous"), pc.equal(images["boxes"], 0))
-        ).as_py(),
+        "normal": pc.sum(normal).as_py(),
+        "anomalous": pc.sum(anomalous).as_py(),
+        "image_level_labels": pc.sum(pc.and_(anomalous, pc.equal(boxes, 0))).as_py(),
         "unmarked_images": pc.sum(images["unmarked"]).as_py() or 0,
-        "boxes": {
-            "before_dilation": pc.sum(images["fragments"]).as_py(),
-            "after_dilation": pc.sum(images["boxes"]).as_py(),
-        },
+        "boxes": {"before_dilation": pc.sum(fragments).as_py(), "after_dilation": pc.sum(boxes).as_py()},
         "identical_images": len(splits.repeated(images["sha256"].combine_chunks())),
         "identical_images_marked_differently": marks,
         "near_duplicates": {
@@ -102,9 +99,7 @@ def report(
         "official_splits_kept": splits.official_kept(images, settings),
         "kinds_missing": _kinds_missing(counts, settings.holdout_categories),
         "missing": {"annotations": len(missing), "examples": missing[:EXAMPLES]},
-        "warnings": list(
-            _warnings(images, assigned, files, marks, two_labels, clusters if settings.near_duplicates else ())
-        ),
+        "warnings": [*_warnings(images, assigned, files, marks, two_labels, kept_together)],
     }
 
 
@@ -124,14 +119,11 @@ def _counts(images: pa.Table, assigned: NDArray[np.int8]) -> list[dict[str, Any]
 
 
 def _kinds_missing(counts: list[dict[str, Any]], held_out: Sequence[str]) -> dict[str, list[str]]:
-    """Return the kinds of defect of which a split has no image, by split, for splits that have any anomalous image.
-
-    Held-out categories are in test alone, on purpose. With several categories a kind is `category/kind`.
-    """
+    """Return the kinds of defect of which a split has no image, by split, for splits that have any anomalous image."""
     several = len({row["category"] for row in counts}) > 1
     kinds: dict[str, set[str]] = {split: set() for split in SPLITS}
     for row in counts:
-        if row["label"] == "anomalous" and row["category"] not in held_out:
+        if row["label"] == "anomalous" and row["category"] not in held_out:  # those are in test alone, on purpose
             names = (kind or "without a name" for kind in splits.kinds_of(row["defect"]))
             kinds[row["split"]].update(f"{row['category']}/{name}" if several else name for name in names)
     every = set().union(*kinds.values())
@@ -152,15 +144,11 @@ def _warnings(
         if row["reason"] in inventory.LOST:  # they may hold images which the user expects to be converted
             yield f"{row['files']} {row['kind']} left out: {row['reason']}; e.g. {row['examples'][0]}"
     if marks["pictures"]:
-        yield (
-            f"copies of {_plural(marks['pictures'], 'picture', 'pictures')} have different boxes or defects, e.g."
-            f" {' and '.join(marks['examples'][0])}"
-        )
+        number, copies = _plural(marks["pictures"], "picture", "pictures"), " and ".join(marks["examples"][0])
+        yield f"copies of {number} have different boxes or defects, e.g. {copies}"
     if two_labels["pairs"]:
-        yield (
-            f"{_plural(two_labels['pairs'], 'pair', 'pairs')} of pictures that look like copies: one is normal and one"
-            f" anomalous, e.g. {' and '.join(two_labels['examples'][0])}"
-        )
+        number, pair = _plural(two_labels["pairs"], "pair", "pairs"), " and ".join(two_labels["examples"][0])
+        yield f"{number} of pictures that look like copies: one is normal and one anomalous, e.g. {pair}"
     of_category = {row["values"]: row["counts"] for row in pc.value_counts(images["category"]).to_pylist()}
     for cluster in clusters:
         for row in pc.value_counts(images["category"].take(cluster)).to_pylist() if len(cluster) > _FEW else ():
@@ -202,17 +190,11 @@ def table(report: dict[str, Any], out: Path, seconds: float) -> str:
         *([by_group] if parts["parts"] else []),
         ("annotations", f"{files['annotations_and_masks']:,}", "files, masks included"),
         ("left out", f"{files['left_out']:,}", "files" if files["left_out"] else ""),
-        *_more(
-            [
-                ("", f"{row['files']:,}", f"{_some(row['kinds'])} (e.g. {_short(row['example'])}): {row['reason']}")
-                for row in _by_reason(report["left_out"])
-            ]
-        ),
+        *_more(_left_out(report["left_out"])),
     ]
     if missing["annotations"]:
-        rows.append(
-            ("skipped", f"{missing['annotations']:,}", f"annotations without image, e.g. {missing['examples'][0]}")
-        )
+        example = f"annotations without image, e.g. {missing['examples'][0]}"
+        rows.append(("skipped", f"{missing['annotations']:,}", example))
     rows += _more([("note", f"{row['images']:,}", f"{_noun(row)}: {row['note']}") for row in report["notes"]])
     rows += _more([("moved", f"{row['images']:,}", _moved(row)) for row in report["moved"]])
     rows.append(("seconds", f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.1f}", ""))
@@ -229,35 +211,30 @@ def _not_in_every_split(missing: dict[str, list[str]]) -> list[tuple[str, str, s
     return [("rare", f"{len(kinds):,}", "; ".join(parts))] if kinds else []
 
 
-def _by_reason(left_out: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return rows of `left_out` with one reason as one row."""
-    rows: dict[str, dict[str, Any]] = {}
+def _left_out(left_out: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """Return one line on the files that are left out for each reason."""
+    by_reason: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in left_out:
-        first = {"reason": row["reason"], "files": 0, "kinds": [], "example": row["examples"][0]}
-        same = rows.setdefault(row["reason"], first)
-        same["files"] += row["files"]
-        same["kinds"].append(row["kind"])
-    return list(rows.values())
+        by_reason[row["reason"]].append(row)
+    lines = []
+    for reason, rows in by_reason.items():
+        kinds, example = _some([row["kind"] for row in rows]), _short(rows[0]["examples"][0])
+        lines.append(("", f"{sum(row['files'] for row in rows):,}", f"{kinds} (e.g. {example}): {reason}"))
+    return lines
 
 
 def _moved(row: dict[str, Any]) -> str:
-    why = {
-        "copies": "a copy is there",
-        "part": "the same part or photograph is there",
-        "near-duplicates": "a near-duplicate is there",
-    }
-    return f"{_noun(row)} from {row['from']} to {row['to']}: {why[row['because']]}"
+    why = {"copies": "a copy", "part": "the same part or photograph", "near-duplicates": "a near-duplicate"}
+    return f"{_noun(row)} from {row['from']} to {row['to']}: {why[row['because']]} is there"
 
 
 def _more(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
-    """Return the first few of a list of rows, and how many more there are."""
     if len(rows) <= _LINES:
         return rows
     return [*rows[: _LINES - 1], (rows[0][0], "", f"and {len(rows) - _LINES + 1} more kinds, see conversion.json")]
 
 
 def _some(names: Sequence[str]) -> str:
-    """Return the first few of a list of names."""
     return ", ".join(map(_short, names[:_SOME])) + (", …" if len(names) > _SOME else "")
 
 
