@@ -2,12 +2,11 @@
 
     synthetic://?seed=0&images=360
 
-Six categories (three textures, three objects), each with five kinds of defect, and with normal variation that is easily
-taken for a defect. The embedded base model is trained on `SOURCE_CATEGORIES`, which never appear in the data set.
-
-All colours are RGB floats in [0, 1]; all arrays are `[size, size]` or `[size, size, 3]`; coordinates are pixels with
-the origin at the top left. The order of draws from `rng` is part of the data set: the same seed gives the same bytes.
+Colours are RGB floats in [0, 1]; arrays are `[size, size]` or `[size, size, 3]`; coordinates are pixels with the origin
+at the top left. The embedded base model is trained on `SOURCE_CATEGORIES`, which never appear in the data set.
 """
+
+# The order of draws from `rng` is part of the data set: the same seed gives the same bytes.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,8 @@ from adfm.process.progress import bar
 from adfm.process.stopping import signals_blocked
 
 Array = NDArray[Any]
+Pixels = NDArray[np.uint8]
+Rng = np.random.Generator
 SIZE = 128
 
 T = TypeVar("T")
@@ -39,8 +40,7 @@ class Part(NamedTuple):
     under: Array  # what shows where a piece of the part is missing
 
 
-Category = Callable[[np.random.Generator, int], Part]
-"""Function that draws one part of a size."""
+Category = Callable[[Rng, int], Part]  # draws one part of a size
 
 # ---------------------------------------------------------------------------------------------------- drawing tools
 
@@ -50,7 +50,7 @@ def _grid(size: int) -> tuple[Array, Array]:
     return x, y
 
 
-def _noise(rng: np.random.Generator, size: int, cells: int) -> Array:
+def _noise(rng: Rng, size: int, cells: int) -> Array:
     """Return smooth noise with about `cells` bumps a side, zero mean, unit spread."""
     coarse = rng.normal(size=(cells + 2, cells + 2)).astype(np.float32)
     smooth = np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC))
@@ -66,10 +66,9 @@ def _mix(below: Array, above: Array, alpha: Array) -> Array:
     return np.asarray(below + (above - below) * alpha[..., None])
 
 
-def _colour(rng: np.random.Generator, base: tuple[float, float, float], spread: float = 0.05) -> Array:
-    return np.asarray(np.array(base) + rng.normal(0, spread / 2, 3) + rng.normal(0, spread), np.float32).clip(
-        0.05, 0.95
-    )
+def _colour(rng: Rng, base: tuple[float, float, float], spread: float = 0.05) -> Array:
+    colour = np.array(base) + rng.normal(0, spread / 2, 3) + rng.normal(0, spread)
+    return np.asarray(colour, np.float32).clip(0.05, 0.95)
 
 
 def _plain(colour: Array, size: int) -> Array:
@@ -92,20 +91,18 @@ def _texture(image: Array, under: Array) -> Part:
     return Part(np.asarray(image, np.float32), np.ones(image.shape[:2], np.float32), _plain(under, image.shape[0]))
 
 
-def _placed(rng: np.random.Generator, size: int) -> tuple[Array, Array, float]:
+def _placed(rng: Rng, size: int) -> tuple[Array, Array, float]:
     """Return centred coordinates of an object on the table, turned and shifted a little, and its radius."""
     centre = (size / 2 + rng.uniform(-0.05, 0.05) * size, size / 2 + rng.uniform(-0.05, 0.05) * size)
     u, v = _rotated(_grid(size), centre, rng.uniform(0, 2 * np.pi))
     return u, v, float(rng.uniform(0.36, 0.42) * size)
 
 
-def _on_table(rng: np.random.Generator, body: Array, region: Array, table: tuple[float, float, float]) -> Part:
+def _on_table(rng: Rng, body: Array, region: Array, table: tuple[float, float, float]) -> Part:
     size, body, region = body.shape[0], np.asarray(body, np.float32), np.asarray(region, np.float32)
     x, y = _grid(size)
-    colour = _colour(rng, table, 0.03)
-    under = (
-        _plain(colour, size) * (1 + 0.08 * (x + y - size)[..., None] / size) + 0.008 * _noise(rng, size, 24)[..., None]
-    )
+    light = 1 + 0.08 * (x + y - size)[..., None] / size
+    under = _plain(_colour(rng, table, 0.03), size) * light + 0.008 * _noise(rng, size, 24)[..., None]
     shadow = np.roll(region, (size // 40, size // 40), (0, 1))
     below = under * (1 - 0.35 * shadow[..., None])
     return Part(_mix(below, body, region), region, np.asarray(under, np.float32))
@@ -114,7 +111,7 @@ def _on_table(rng: np.random.Generator, body: Array, region: Array, table: tuple
 # ------------------------------------------------------------------------------------------------ target categories
 
 
-def _weave(rng: np.random.Generator, size: int) -> Part:
+def _weave(rng: Rng, size: int) -> Part:
     u, v = _rotated(_grid(size), (0, 0), rng.uniform(-0.15, 0.15))
     period = rng.uniform(7, 10)
     warp, weft = np.sin(2 * np.pi * u / period), np.sin(2 * np.pi * v / period)
@@ -125,7 +122,7 @@ def _weave(rng: np.random.Generator, size: int) -> Part:
     return _texture(colour * tone[..., None], colour * 0.35)
 
 
-def _leather(rng: np.random.Generator, size: int) -> Part:
+def _leather(rng: Rng, size: int) -> Part:
     height = _noise(rng, size, 18) + 0.7 * _noise(rng, size, 34)
     creases = np.exp(-(_noise(rng, size, 14) ** 2) / 0.02)
     colour = _colour(rng, (0.5, 0.31, 0.2))
@@ -133,7 +130,7 @@ def _leather(rng: np.random.Generator, size: int) -> Part:
     return _texture(colour * tone[..., None], _colour(rng, (0.72, 0.6, 0.45), 0.03))
 
 
-def _terrazzo(rng: np.random.Generator, size: int) -> Part:
+def _terrazzo(rng: Rng, size: int) -> Part:
     x, y = _grid(size)
     image = _plain(_colour(rng, (0.74, 0.72, 0.68), 0.03), size) + 0.012 * _noise(rng, size, 50)[..., None]
     chips = [(0.55, 0.47, 0.4), (0.86, 0.84, 0.8), (0.6, 0.6, 0.6), (0.66, 0.52, 0.44)]
@@ -148,7 +145,7 @@ def _terrazzo(rng: np.random.Generator, size: int) -> Part:
     return _texture(image, _colour(rng, (0.3, 0.29, 0.28), 0.02))
 
 
-def _gear(rng: np.random.Generator, size: int) -> Part:
+def _gear(rng: Rng, size: int) -> Part:
     u, v, radius = _placed(rng, size)
     r, angle = np.hypot(u, v), np.arctan2(v, u)
     teeth = int(rng.integers(12, 17))
@@ -156,9 +153,8 @@ def _gear(rng: np.random.Generator, size: int) -> Part:
     region = _edge(r - outline) * (1 - _edge(r - 0.24 * radius))
     brushed = 0.035 * np.sin(r * 2.2 + 0.5 * _noise(rng, size, 8)) + 0.02 * _noise(rng, size, 50)
     sheen = 0.1 * np.cos(2 * (angle - rng.uniform(0, np.pi)))
-    groove = -0.12 * np.exp(-(((r - 0.66 * radius) / 2.0) ** 2)) + 0.1 * np.exp(
-        -(((r - 0.66 * radius - 2.5) / 2.0) ** 2)
-    )
+    ring = r - 0.66 * radius
+    groove = -0.12 * np.exp(-((ring / 2.0) ** 2)) + 0.1 * np.exp(-(((ring - 2.5) / 2.0) ** 2))
     colour = _colour(rng, (0.62, 0.63, 0.66))
     body = colour * (1 + brushed + sheen + groove)[..., None]
     for k in range(5):
@@ -168,7 +164,7 @@ def _gear(rng: np.random.Generator, size: int) -> Part:
     return _on_table(rng, body, region, (0.22, 0.27, 0.3))
 
 
-def _tablet(rng: np.random.Generator, size: int) -> Part:
+def _tablet(rng: Rng, size: int) -> Part:
     u, v, radius = _placed(rng, size)
     flat = rng.uniform(0.62, 0.8)
     d = np.hypot(u, v / flat)
@@ -177,14 +173,12 @@ def _tablet(rng: np.random.Generator, size: int) -> Part:
     colour = _colour(rng, (0.86, 0.72, 0.5))
     speckle = 0.03 * _noise(rng, size, 60)
     line = -0.22 * np.exp(-((u / 1.6) ** 2)) + 0.1 * np.exp(-(((u - 3) / 1.6) ** 2))
-    body = (
-        colour
-        * (0.72 + 0.36 * dome + _shade(dome, 2.0) + speckle + line * (np.abs(v) < 0.8 * radius * flat))[..., None]
-    )
+    light = 0.72 + 0.36 * dome + _shade(dome, 2.0) + speckle + line * (np.abs(v) < 0.8 * radius * flat)
+    body = colour * light[..., None]
     return _on_table(rng, body, region, (0.32, 0.42, 0.4))
 
 
-def _circuit(rng: np.random.Generator, size: int) -> Part:
+def _circuit(rng: Rng, size: int) -> Part:
     u, v = _rotated(_grid(size), (0, 0), rng.uniform(-0.06, 0.06))
     board = _colour(rng, (0.1, 0.36, 0.24), 0.03)
     image = _plain(board, size) * (1 + 0.04 * _noise(rng, size, 30))[..., None]
@@ -208,7 +202,7 @@ def _circuit(rng: np.random.Generator, size: int) -> Part:
 # ------------------------------------------------------------------------------------------------ source categories
 
 
-def _stripes(rng: np.random.Generator, size: int) -> Part:
+def _stripes(rng: Rng, size: int) -> Part:
     u, _ = _rotated(_grid(size), (0, 0), rng.uniform(0, np.pi))
     wave = np.sin(2 * np.pi * u / rng.uniform(9, 20) + rng.uniform(0, 6))
     colour = _colour(rng, tuple(rng.uniform(0.3, 0.7, 3)))
@@ -216,7 +210,7 @@ def _stripes(rng: np.random.Generator, size: int) -> Part:
     return _texture(colour * tone[..., None], colour * rng.uniform(0.3, 0.6))
 
 
-def _dots(rng: np.random.Generator, size: int) -> Part:
+def _dots(rng: Rng, size: int) -> Part:
     u, v = _rotated(_grid(size), (0, 0), rng.uniform(0, np.pi))
     period = rng.uniform(12, 22)
     d = np.hypot((u % period) - period / 2, (v % period) - period / 2) - period * rng.uniform(0.15, 0.3)
@@ -225,7 +219,7 @@ def _dots(rng: np.random.Generator, size: int) -> Part:
     return _texture(image + 0.015 * _noise(rng, size, 50)[..., None], colour * rng.uniform(0.3, 0.6))
 
 
-def _wood(rng: np.random.Generator, size: int) -> Part:
+def _wood(rng: Rng, size: int) -> Part:
     u, v = _rotated(_grid(size), (size / 2, size / 2), rng.uniform(0, np.pi))
     rings = np.sin(0.35 * u + 2.2 * _noise(rng, size, 3) + 0.03 * v)
     colour = _colour(rng, (0.62, 0.45, 0.28))
@@ -233,7 +227,7 @@ def _wood(rng: np.random.Generator, size: int) -> Part:
     return _texture(colour * tone[..., None], colour * 0.4)
 
 
-def _brushed(rng: np.random.Generator, size: int) -> Part:
+def _brushed(rng: Rng, size: int) -> Part:
     streaks = rng.normal(size=(size, 1)).astype(np.float32) * np.ones((1, size), np.float32)
     streaks = streaks if rng.random() < 0.5 else streaks.T
     colour = _colour(rng, (0.6, 0.6, 0.62))
@@ -241,7 +235,7 @@ def _brushed(rng: np.random.Generator, size: int) -> Part:
     return _texture(colour * tone[..., None], colour * 0.35)
 
 
-def _mesh(rng: np.random.Generator, size: int) -> Part:
+def _mesh(rng: Rng, size: int) -> Part:
     u, v = _rotated(_grid(size), (0, 0), rng.uniform(0.5, 1.1))
     period = rng.uniform(10, 16)
     wire = np.minimum(np.abs((u % period) - period / 2), np.abs((v % period) - period / 2)) - rng.uniform(1.2, 2.2)
@@ -250,7 +244,7 @@ def _mesh(rng: np.random.Generator, size: int) -> Part:
     return _texture(_mix(back, front, _edge(wire)), back[0, 0])
 
 
-def _washer(rng: np.random.Generator, size: int) -> Part:
+def _washer(rng: Rng, size: int) -> Part:
     u, v, radius = _placed(rng, size)
     r, angle = np.hypot(u, v), np.arctan2(v, u)
     region = _edge(r - radius) * (1 - _edge(r - rng.uniform(0.35, 0.5) * radius))
@@ -259,7 +253,7 @@ def _washer(rng: np.random.Generator, size: int) -> Part:
     return _on_table(rng, body, region, tuple(rng.uniform(0.15, 0.4, 3)))
 
 
-def _button(rng: np.random.Generator, size: int) -> Part:
+def _button(rng: Rng, size: int) -> Part:
     u, v, radius = _placed(rng, size)
     r = np.hypot(u, v)
     region = _edge(r - radius)
@@ -270,7 +264,7 @@ def _button(rng: np.random.Generator, size: int) -> Part:
     return _on_table(rng, body, region, tuple(rng.uniform(0.15, 0.5, 3)))
 
 
-def _hexnut(rng: np.random.Generator, size: int) -> Part:
+def _hexnut(rng: Rng, size: int) -> Part:
     u, v, radius = _placed(rng, size)
     r = np.hypot(u, v)
     sector = np.abs((np.arctan2(v, u) + np.pi) % (np.pi / 3) - np.pi / 6)
@@ -301,22 +295,15 @@ SOURCE_CATEGORIES: dict[str, Category] = {
 
 
 # ---------------------------------------------------------------------------------------------------------- defects
-# Each takes the image so far and returns it with the defect, and the defect's coverage in [0, 1].
+# Each takes the image so far, and a centre, a radius (half of the defect's extent) and a contrast (about 0.15 to 0.5);
+# it returns the image with the defect, and the defect's coverage in [0, 1].
+
+Point = tuple[float, float]
+Drawn = tuple[Array, Array]
+Defect = Callable[[Rng, Array, Part, Point, float, float], Drawn]
 
 
-class _Place(NamedTuple):
-    """Where and how clearly to draw a defect."""
-
-    centre: tuple[float, float]
-    radius: float  # half of the defect's extent
-    contrast: float  # about 0.15 to 0.5
-
-
-Defect = Callable[[np.random.Generator, Array, Part, _Place], tuple[Array, Array]]
-
-
-def _scratch(rng: np.random.Generator, image: Array, part: Part, place: _Place) -> tuple[Array, Array]:
-    centre, radius, contrast = place
+def _scratch(rng: Rng, image: Array, part: Part, centre: Point, radius: float, contrast: float) -> Drawn:
     u, v = _rotated(_grid(image.shape[0]), centre, rng.uniform(0, np.pi))
     bend = rng.uniform(-0.3, 0.3) * radius * np.cos(u / radius * rng.uniform(0.5, 1.8))
     width = rng.uniform(0.9, 1.8) * np.sqrt(np.clip(1 - (u / radius) ** 2, 0, 1))
@@ -324,7 +311,7 @@ def _scratch(rng: np.random.Generator, image: Array, part: Part, place: _Place) 
     return image + (rng.choice([-1.0, 1.0]) * contrast * alpha)[..., None], alpha
 
 
-def _blob(rng: np.random.Generator, size: int, centre: tuple[float, float], radius: float) -> Array:
+def _blob(rng: Rng, size: int, centre: tuple[float, float], radius: float) -> Array:
     """Return the signed distance to an irregular round outline."""
     u, v = _rotated(_grid(size), centre, rng.uniform(0, np.pi))
     angle = np.arctan2(v, u)
@@ -332,15 +319,13 @@ def _blob(rng: np.random.Generator, size: int, centre: tuple[float, float], radi
     return np.hypot(u, v / rng.uniform(0.65, 1.0)) - radius * outline * 0.9
 
 
-def _spot(rng: np.random.Generator, image: Array, part: Part, place: _Place) -> tuple[Array, Array]:
-    centre, radius, contrast = place
+def _spot(rng: Rng, image: Array, part: Part, centre: Point, radius: float, contrast: float) -> Drawn:
     alpha = _edge(_blob(rng, image.shape[0], centre, radius * 0.8), 2.0)
     tint = rng.choice([-1.0, 1.0]) * contrast * np.array([1.0, rng.uniform(0.75, 1), rng.uniform(0.5, 1)])
     return image + alpha[..., None] * tint * 0.9, alpha
 
 
-def _dent(rng: np.random.Generator, image: Array, part: Part, place: _Place) -> tuple[Array, Array]:
-    centre, radius, contrast = place
+def _dent(rng: Rng, image: Array, part: Part, centre: Point, radius: float, contrast: float) -> Drawn:
     x, y = _grid(image.shape[0])
     dx, dy = (x - centre[0]) / radius, (y - centre[1]) / radius
     inside = np.clip(1 - np.hypot(dx, dy), 0, 1)
@@ -349,8 +334,7 @@ def _dent(rng: np.random.Generator, image: Array, part: Part, place: _Place) -> 
     return image + (3.0 * contrast * slope)[..., None], np.asarray(inside > 0.06, np.float32)
 
 
-def _contamination(rng: np.random.Generator, image: Array, part: Part, place: _Place) -> tuple[Array, Array]:
-    centre, radius, contrast = place
+def _contamination(rng: Rng, image: Array, part: Part, centre: Point, radius: float, contrast: float) -> Drawn:
     size = image.shape[0]
     x, y = _grid(size)
     alpha = np.zeros((size, size), np.float32)
@@ -361,8 +345,7 @@ def _contamination(rng: np.random.Generator, image: Array, part: Part, place: _P
     return image + alpha[..., None] * (hue / np.abs(hue).max()) * contrast * 1.3, alpha
 
 
-def _missing(rng: np.random.Generator, image: Array, part: Part, place: _Place) -> tuple[Array, Array]:
-    centre, radius, contrast = place
+def _missing(rng: Rng, image: Array, part: Part, centre: Point, radius: float, contrast: float) -> Drawn:
     alpha = _edge(_blob(rng, image.shape[0], centre, radius * 0.85), 1.2)
     strength = min(1.0, 0.45 + 1.3 * contrast)
     return _mix(image, part.under, alpha * strength), alpha
@@ -377,7 +360,7 @@ DEFECTS: dict[str, Defect] = {
 }
 
 
-def _normal_variation(rng: np.random.Generator, image: Array, part: Part) -> Array:
+def _normal_variation(rng: Rng, image: Array, part: Part) -> Array:
     """Return what a good part may show too: uneven light, a soft stain, a faint grain line, dust, a reflection."""
     size = image.shape[0]
     x, y = _grid(size)
@@ -402,9 +385,7 @@ def _normal_variation(rng: np.random.Generator, image: Array, part: Part) -> Arr
     return np.asarray(image, np.float32)
 
 
-def draw(
-    rng: np.random.Generator, category: Category, defect: str | None = None, size: int = SIZE
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def draw(rng: Rng, category: Category, defect: str | None = None, size: int = SIZE) -> tuple[Pixels, Pixels]:
     """Draw one part, good (`defect=None`) or with one to three defects of a kind.
 
     Returns:
@@ -420,9 +401,7 @@ def draw(
     return (image.clip(0, 1) * 255).astype(np.uint8), mask.astype(np.uint8) * 255
 
 
-def _add_defect(
-    rng: np.random.Generator, image: Array, part: Part, defect: str, mask: NDArray[np.bool_]
-) -> tuple[Array, NDArray[np.bool_]]:
+def _add_defect(rng: Rng, image: Array, part: Part, defect: str, mask: Array) -> Drawn:
     """Try positions until the defect lies on the part, is visible, and does not touch an earlier one."""
     size = image.shape[0]
     where = np.argwhere(part.region > 0.9)
@@ -432,7 +411,7 @@ def _add_defect(
         if defect == "scratch":
             radius *= 1.5
         contrast = float(rng.uniform(0.16, 0.45))
-        drawn, alpha = DEFECTS[defect](rng, image, part, _Place((float(cx), float(cy)), radius, contrast))
+        drawn, alpha = DEFECTS[defect](rng, image, part, (float(cx), float(cy)), radius, contrast)
         alpha = alpha * part.region
         changed = np.abs(drawn - image).mean(-1) * part.region
         new = (alpha > 0.5) & (changed > 0.02)
@@ -465,8 +444,7 @@ def generate(out: Path, seed: int = 0, images: int = 360) -> None:
     if images < 20 or seed < 0:
         raise AdfmError(f"synthetic://?seed={seed}&images={images}: images must be at least 20 and seed at least 0")
     jobs = [job for name in TARGET_CATEGORIES for job in _plan(name, seed, images)]
-    for _ in on_all_cores(_write, jobs, [out] * len(jobs), chunksize=32):
-        pass
+    list(on_all_cores(_write, jobs, [out] * len(jobs), chunksize=32))
 
 
 def on_all_cores(draw: Callable[..., T], *columns: Sequence[Any], chunksize: int) -> Iterator[T]:

@@ -17,16 +17,13 @@ from adfm.data import shards
 from adfm.data.duplicates import components
 from adfm.records import Box, Label
 
+# Share of a defect that a tile must hold for the defect to count there; see `truth`. At a quarter, every defect counts
+# in at least one tile, also without overlap: the best tile holds half of it, or of itself, in each direction.
 COUNTS = 0.25
-"""Share of a defect that a tile must hold for the defect to count there; see `truth`. At a quarter, every defect counts
-in at least one tile, also without overlap: the best tile holds half of it, or of itself, in each direction."""
-
+# IoU from which two boxes of different tiles are one defect, within the zone that both tiles show; see `merged`. Two
+# equal boxes have it when they are shifted by half of their side.
 SAME = 0.3
-"""IoU from which two boxes of different tiles are one defect, within the zone that both tiles show; see `merged`. Two
-equal boxes have it when they are shifted by half of their side."""
-
-LEAST_SIDE = 16
-"""Pixels that the smaller side of a defect needs in what the model sees: half of a visual token of 32 pixels."""
+LEAST_SIDE = 16  # pixels that the smaller side of a defect needs in what the model sees: half of a token of 32 pixels
 
 
 def grid(width: int, height: int, size: int, overlap: float) -> list[Box]:
@@ -66,8 +63,7 @@ def truth(label: Label, boxes: Sequence[Box], tile: Box) -> tuple[Label, list[Bo
     """
     if label == "normal":
         return "normal", []
-    parts = [(box, _overlap(box, tile)) for box in boxes]
-    parts = [(box, part) for box, part in parts if part.area > 0]
+    parts = [(box, part) for box in boxes if (part := _overlap(box, tile)).area > 0]
     if not parts:
         return "normal", []
     # Less by rounding: a defect of exactly that share counts.
@@ -80,7 +76,7 @@ def _overlap(box: Box, tile: Box) -> Box:
 
 
 def _fitting(box: Box, tile: Box) -> float:
-    """Return the area of the largest part of a box that fits into a tile."""
+    # The area of the largest part of a box that fits into a tile.
     return min(box.x2 - box.x1, tile.x2 - tile.x1) * min(box.y2 - box.y1, tile.y2 - tile.y1)
 
 
@@ -133,10 +129,9 @@ class Defect(NamedTuple):
 
 def defects_of(folder: Path) -> list[Defect]:
     """Return the sizes of all boxes in a folder of shards that have an area."""
-    rows = shards.table(folder).select(["boxes", "width", "height"]).to_pylist()
     return [
         Defect(x2 - x1, y2 - y1, row["width"], row["height"])
-        for row in rows
+        for row in shards.table(folder).select(["boxes", "width", "height"]).to_pylist()
         for x1, y1, x2, y2 in row["boxes"] or ()
         if x1 < x2 and y1 < y2 and row["width"] and row["height"]
     ]
