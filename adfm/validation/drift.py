@@ -1,7 +1,5 @@
 """Measure drift of the training images from those of an earlier report, such as that of the version in production."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Mapping
@@ -22,11 +20,8 @@ if TYPE_CHECKING:
     from great_expectations.expectations.expectation import Expectation
 
 
-def profile(table: pd.DataFrame) -> dict[str, Any]:
-    """Return the statistics of training images that drift is measured by.
-
-    These are the number of images by category and by defect; `mean` and standard `deviation` of each of `FIGURES`.
-    """
+def profile(table: "pd.DataFrame") -> dict[str, Any]:
+    """Return the number of training images by category and by defect, and mean and deviation of each of `FIGURES`."""
     defects = table["defect"].fillna(table["label"])  # normal images are a kind of their own here
     profile: dict[str, Any] = {}
     for name, values in (("categories", table["product"]), ("defects", defects)):
@@ -39,8 +34,8 @@ def profile(table: pd.DataFrame) -> dict[str, Any]:
 
 
 def expectations(
-    table: pd.DataFrame, train: Mapping[str, Any], before: Mapping[str, Any], limits: Validation
-) -> list[Expectation]:
+    table: "pd.DataFrame", train: Mapping[str, Any], before: Mapping[str, Any], limits: Validation
+) -> list["Expectation"]:
     """Return the expectations that `train`, the `profile` of the training split, has not drifted from the one `before`.
 
     The table of facts gets the columns that the expectations are about.
@@ -87,10 +82,8 @@ def of_file(path: Path) -> dict[str, Any]:
     try:
         return _statistics(file)
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise AdfmError(
-            f"validation.reference: {file} is not the report of a validation ({error!r}); make one with "
-            "`adfm validate`, or say production, or null."
-        ) from error
+        what = f"validation.reference: {file} is not the report of a validation ({error!r})"
+        raise AdfmError(f"{what}; make one with `adfm validate`, or say production, or null.") from error
 
 
 def of_production(model: str) -> dict[str, Any] | None:

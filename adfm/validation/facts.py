@@ -1,7 +1,5 @@
 """Measure each image of the shards: decoding, exposure, boxes, mask, and what it shares with other images."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import warnings
@@ -29,16 +27,15 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
+# Facts of which drift is measured: mean and standard deviation of the grey values of a thumbnail, 0 to 255; pixels.
 FIGURES = ("brightness", "contrast", "width", "height")
-"""Facts of which drift is measured: mean and standard deviation of the grey values of a thumbnail, 0 to 255; pixels."""
 
 
-def measure(folder: Path, settings: Convert) -> pd.DataFrame:
+def measure(folder: Path, settings: Convert) -> "pd.DataFrame":
     """Measure all images of shards.
 
     Returns:
-        One row an image: the columns of the shards but image, mask and boxes, the facts of `_facts`, and what the image
-        shares with others.
+        One row an image: columns of the shards, the facts of `_facts`, and what the image shares with others.
 
     Raises:
         AdfmError: There are no shards, they have other columns, or one cannot be read; they hold no images.
@@ -83,7 +80,7 @@ def measure(folder: Path, settings: Convert) -> pd.DataFrame:
     return table
 
 
-def _twins(table: pd.DataFrame, pairs: Array, column: str) -> pd.Series[Any]:
+def _twins(table: "pd.DataFrame", pairs: Array, column: str) -> "pd.Series[Any]":
     """Return for each image the id of a near-duplicate that has another value in the column; `None` without one."""
     import pandas as pd
 
@@ -104,8 +101,7 @@ def _facts(row: dict[str, Any], split: str, settings: Convert) -> dict[str, Any]
     inside = bool((boxes >= 0).all() and (boxes <= [width, height, width, height]).all())
     solid = bool((boxes[:, :2] < boxes[:, 2:]).all())
     usable = boxes if inside and solid else boxes[:0]
-    brightness, contrast, exposure, pixels = math.nan, math.nan, None, content
-    covered = True
+    brightness, contrast, exposure, pixels, covered = math.nan, math.nan, None, content, True
     thumbnail: Array = np.zeros((duplicates.SIDE, duplicates.SIDE), np.float16)
     if image:
         plain = image if image.mode in ("L", "RGB") else image.convert("RGB")
@@ -163,7 +159,6 @@ def _is_file_name(name: str | None, row: dict[str, Any]) -> bool:
 
 
 def _mask_facts(row: dict[str, Any], size: tuple[int, int], boxes: Array, settings: Convert) -> dict[str, bool | None]:
-    """Measure the mask of a row against its image, label and boxes."""
     names = ("mask_fits_image", "mask_agrees_with_label", "boxes_hold_mask", "boxes_cover_mask")
     facts: dict[str, bool | None] = dict.fromkeys(names)
     if not row["mask"]:
@@ -195,7 +190,6 @@ def _is_covered(pixels: Array, boxes: Array, settings: Convert) -> bool:
 
 
 def _decode(content: bytes | None) -> tuple[Image.Image | None, tuple[int, int] | None]:
-    """Decode as `reduced`; return `None` twice where there is no image or it cannot be decoded."""
     try:
         return reduced(content or b"")
     except Exception:  # a damaged file makes Pillow raise nearly anything

@@ -16,11 +16,9 @@ if TYPE_CHECKING:
     import pandas as pd
     from great_expectations.core import ExpectationSuiteValidationResult
 
-# Ids that a line shows.
-_IDS = 10
-# Side of a picture of a failing image in pixels; characters for all pictures of a page.
-_PICTURE_SIDE = 200
-_PICTURES_LENGTH = 3_000_000
+_IDS = 10  # that a line shows
+_PICTURE_SIDE = 200  # pixels
+_PICTURES_LENGTH = 3_000_000  # characters for all pictures of a page
 
 # Great Expectations' pages take their styles from the web, which `page` leaves out.
 _HEAD = f"""<meta http-equiv="Content-Security-Policy" content="{pictures.POLICY}">
@@ -62,10 +60,7 @@ def line(entry: dict[str, Any]) -> str:
 
 
 def figures(folder: Path, table: "pd.DataFrame", failing: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """Draw the first images that fail each expectation, as many as a page can hold; return HTML by expectation.
-
-    `failing` has the numbers of rows of `table`, the facts of all images.
-    """
+    """Draw images that fail each expectation, by their rows in `table`, as a page can hold; return HTML for each."""
     figures = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, on damaged and on huge images
@@ -94,10 +89,8 @@ def page(result: "ExpectationSuiteValidationResult", entries: list[dict[str, Any
     # The page needs no network.
     page = re.sub(r"(?s)<(script|style|footer)\b.*?</\1>|<(link|img)\b[^>]*>", "", page)
     page = re.sub(r'(?s)<a href="\.\./[^>]*>(.*?)</a>', r"\1", page)  # to pages of a site that is not there
-    top = "".join(
-        f'<p>{html.escape(line(entry))}</p><div class="pictures">{figures[entry["what"]]}</div>'
-        for entry in failed(entries)
-    )
-    top = top or "<p>All expectations hold.</p>"
+    top = "" if failed(entries) else "<p>All expectations hold.</p>"
+    for entry in failed(entries):
+        top += f'<p>{html.escape(line(entry))}</p><div class="pictures">{figures[entry["what"]]}</div>'
     page = page.replace("</head>", _HEAD, 1).replace("<body>", f"<body><h2>Validation of the shards</h2>{top}", 1)
     return re.sub(r"\s*\n\s*", "\n", page)

@@ -19,12 +19,9 @@ if TYPE_CHECKING:
     from great_expectations.core import ExpectationSuiteValidationResult
     from great_expectations.expectations.expectation import Expectation
 
-# Ids of failing records that `validation.json` lists for an expectation; their number is always given.
-MAX_IDS = 1000
-# Images of an expectation that the page shows.
-EXAMPLES = 4
-# Share of the image above which a box is taken for one round everything.
-_WHOLE = 0.95
+MAX_IDS = 1000  # of failing records that `validation.json` lists for an expectation; their number is always given
+EXAMPLES = 4  # images of an expectation that the page shows
+_WHOLE = 0.95  # share of the image above which a box is taken for one round everything
 
 # Classes of great_expectations.expectations.
 _BETWEEN, _IN_SET = "ExpectColumnValuesToBeBetween", "ExpectColumnValuesToBeInSet"
@@ -228,10 +225,8 @@ def _of_tiling(table: pd.DataFrame, defects: Sequence[tiles.Defect], params: Par
     suite: list[Expectation] = []
     if size:
         table["longer_side"] = table[["width", "height"]].max(axis=1)
-        larger, boxes = (
-            f"an image is larger than tile.size, {size}",
-            "an image in train has boxes, which tile.size needs",
-        )
+        larger = f"an image is larger than tile.size, {size}"
+        boxes = "an image in train has boxes, which tile.size needs"
         lower = "lower tile.size, or set it to null: no image is cut, tiling does nothing"
         mark = "mark the defects, or set tile.size to null: without boxes nobody knows which tile is anomalous"
         suite += [

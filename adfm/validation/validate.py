@@ -77,9 +77,8 @@ def require(folder: Path, out: Path, params: Params) -> None:
 def judge(folder: Path, out: Path, params: Params, before: Mapping[str, Any] | None = None) -> bool:
     """Validate shards and write the report, whether they pass or not.
 
-    `out` holds `validation.json` (`passed`, `statistics`, and for each of the `expectations` its text, column,
-    severity, success, number and ids of failing images, what was observed, and the remedy), and the same as Great
-    Expectations' Data Docs with pictures of what failed in `index.html`, a page that needs no network.
+    `out` holds `validation.json`, with `passed`, `statistics` and the `expectations` as of `suite.entries`, and
+    `index.html`, Great Expectations' Data Docs with pictures of what failed, a page that needs no network.
 
     Args:
         folder: The shards.
