@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image
 
-from adfm.data.duplicates import clusters
+from adfm.data.duplicates import Pairs, clusters
 from adfm.data.problems import EXAMPLES
 from adfm.data.readers import files
 from adfm.data.splits import repeated
@@ -24,9 +24,7 @@ Rows = Callable[[NDArray[np.int64], list[str]], Iterator[dict[str, Any]]]
 Decode = Callable[[bytes], Image.Image]
 
 
-def under_two_labels(
-    raw: Path, images: pa.Table, near_duplicates: NDArray[np.int64], rows: Rows, decode: Decode
-) -> list[str]:
+def under_two_labels(raw: Path, images: pa.Table, near_duplicates: Pairs, rows: Rows, decode: Decode) -> list[str]:
     """Return a problem for every image that is normal and, as the same bytes or the same pixels, anomalous too.
 
     Args:
@@ -54,23 +52,20 @@ def under_two_labels(
     return problems
 
 
-def _mixed(images: pa.Table, pairs: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+def _mixed(images: pa.Table, pairs: Pairs) -> list[NDArray[np.int64]]:
     anomalous = pc.equal(images["label"], "anomalous").to_numpy()
     return [cluster for cluster in clusters(pairs) if 0 < anomalous[cluster].sum() < len(cluster)]
 
 
-def _same_pixels(
-    raw: Path, images: pa.Table, alike: NDArray[np.int64], rows: Rows, decode: Decode
-) -> NDArray[np.int64]:
+def _same_pixels(raw: Path, images: pa.Table, alike: Pairs, rows: Rows, decode: Decode) -> Pairs:
     """Return [pairs, 2] of images with the same pixels in different files, where their labels may differ."""
     # Decoding is slow: only images that look alike, in clusters with both labels.
     mixed = _mixed(images, alike)
     if not mixed:
         return np.empty((0, 2), np.int64)
     some = np.sort(np.concatenate(mixed))
-    _, first, which = np.unique(
-        images["sha256"].take(some).to_numpy(zero_copy_only=False), return_index=True, return_inverse=True
-    )
+    hashes = images["sha256"].take(some).to_numpy(zero_copy_only=False)
+    _, first, which = np.unique(hashes, return_index=True, return_inverse=True)
     order = np.argsort(first)  # each file once, in the order of the rows
     with ThreadPoolExecutor(cpus.count()) as pool:
         paths = [raw / row["file"] for row in rows(some[first[order]], ["file"])]
@@ -78,7 +73,7 @@ def _same_pixels(
     return some[repeated(pa.array(digests[np.argsort(order)][which], pa.string()))]
 
 
-def _decoded_differently(images: pa.Table, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
+def _decoded_differently(images: pa.Table, pairs: Pairs) -> Pairs:
     """Return pairs with two labels and one size that may have equal pixels though their thumbnails differ a little."""
     # A JPEG's thumbnail comes from a smaller scale of it; that of a PNG with the same pixels comes from all of them.
     for name in ("label", "width", "height"):
@@ -112,7 +107,7 @@ def marked_differently(images: pa.Table, rows: Rows) -> dict[str, Any]:
     return {"pictures": len(different), "examples": list(different.values())[:EXAMPLES]}
 
 
-def near_duplicates_with_two_labels(images: pa.Table, pairs: NDArray[np.int64]) -> dict[str, Any]:
+def near_duplicates_with_two_labels(images: pa.Table, pairs: Pairs) -> dict[str, Any]:
     """Count the pairs of near-duplicates of which one is normal and one anomalous, with some `examples`."""
     anomalous = pc.equal(images["label"], "anomalous").to_numpy()
     mixed = pairs[anomalous[pairs[:, 0]] != anomalous[pairs[:, 1]]]

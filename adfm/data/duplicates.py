@@ -28,6 +28,8 @@ _SHARE = 0.02
 _LEVELS = 0.5
 _FLAT = 2.5  # grey levels; an image of less contrast looks like any other blank surface
 
+Pairs = NDArray[np.int64]  # [pairs, 2]: the indices of two images
+
 # Near-duplicates are not as far apart by sketches, as a share of the bound: four standard errors of the estimate.
 UNLIKELY = 1.5
 
@@ -86,7 +88,7 @@ def sketch(thumbnails: NDArray[np.float16]) -> NDArray[np.float16]:
 
 def likely_copies(
     sketches: NDArray[np.float16], contrasts: NDArray[Any], others: NDArray[np.float16], other_contrasts: NDArray[Any]
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+) -> tuple[Pairs, NDArray[np.float64]]:
     """Return the pairs of an image and one of other images that may be near-duplicates, judged by sketches.
 
     Returns:
@@ -112,14 +114,14 @@ def are_copies(
     return np.asarray(apart <= _bound(contrasts, other_contrasts))
 
 
-def near_duplicates(looks: Looks) -> NDArray[np.int64]:
+def near_duplicates(looks: Looks) -> Pairs:
     """Return the pairs of images that are one picture, saved twice, as [pairs, 2] of indices."""
     # Each is compared with the few nearest to it: time and memory grow with the number of images, however alike.
     pairs = np.sort(_within_reach(looks.vectors, looks.contrasts, looks.vectors, looks.contrasts), axis=1)
     return _confirmed(np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0), looks)
 
 
-def near_duplicates_across(looks: Looks, splits: NDArray[np.int8]) -> NDArray[np.int64]:
+def near_duplicates_across(looks: Looks, splits: NDArray[np.int8]) -> Pairs:
     """Return the pairs of images in different `splits` that are one picture, saved twice, as [pairs, 2] of indices."""
     # Where many images are copies, the few nearest to each may all be in its own split, and `near_duplicates` misses
     # those in others. Here each is compared with the few nearest in the splits before, as `separation` does.
@@ -132,7 +134,7 @@ def near_duplicates_across(looks: Looks, splits: NDArray[np.int8]) -> NDArray[np
     return _confirmed(np.unique(np.concatenate(pairs), axis=0), looks)
 
 
-def _confirmed(pairs: NDArray[np.int64], looks: Looks) -> NDArray[np.int64]:
+def _confirmed(pairs: Pairs, looks: Looks) -> Pairs:
     kept = [pairs[:0]]
     for start in range(0, len(pairs), 1000):
         some = pairs[start : start + 1000]
@@ -148,7 +150,7 @@ def _bound(contrasts: NDArray[Any], others: NDArray[Any]) -> NDArray[Any]:
 
 def _within_reach(
     vectors: NDArray[np.float32], contrasts: NDArray[Any], others: NDArray[np.float32], other_contrasts: NDArray[Any]
-) -> NDArray[np.int64]:
+) -> Pairs:
     """Return [pairs, 2]: the index of an image, and of one of the few `others` nearest to it, within the bound."""
     from scipy.spatial import KDTree
 
@@ -171,7 +173,7 @@ def _within_reach(
     return np.concatenate(reached)
 
 
-def clusters(pairs: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+def clusters(pairs: Pairs) -> list[NDArray[np.int64]]:
     """Return the connected components of [pairs, 2]: the indices of the images of each."""
     images, ends = np.unique(pairs, return_inverse=True)
     numbers = components(ends.reshape(-1, 2), len(images))
@@ -179,7 +181,7 @@ def clusters(pairs: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     return np.split(images[order], np.cumsum(np.bincount(numbers))[:-1]) if len(images) else []
 
 
-def components(pairs: NDArray[np.int64], images: int) -> NDArray[np.int64]:
+def components(pairs: Pairs, images: int) -> NDArray[np.int64]:
     """Return [images], the number of each image's connected component in the graph of [pairs, 2]."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components

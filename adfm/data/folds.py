@@ -78,7 +78,7 @@ def _require_free_splits(folder: Path, count: int) -> None:
         )
 
 
-def _near_duplicates(folder: Path) -> NDArray[np.int64]:
+def _near_duplicates(folder: Path) -> duplicates.Pairs:
     images = (row["bytes"] for batch in shards.batches(folder, None, ["image"]) for row in batch["image"].to_pylist())
     looks = (duplicates.thumbnail(Image.open(io.BytesIO(image))) for image in images)
     small, contrasts = zip(*looks, strict=True)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from adfm.data.duplicates import components
+from adfm.data.duplicates import Pairs, components
 from adfm.params import Params, Split
 from adfm.records import SPLITS
 
@@ -19,7 +19,7 @@ COLUMNS = ("dataset", "category", "label", "defect", "split", "group", "part", "
 _TRAIN, _VALIDATION, _TEST = map(SPLITS.index, ("train", "validation", "test"))
 
 
-def assign(images: pa.Table, duplicates: NDArray[np.int64], params: Params) -> NDArray[np.int8]:
+def assign(images: pa.Table, duplicates: Pairs, params: Params) -> NDArray[np.int8]:
     """Assign every image to a split.
 
     **Together**: byte-identical images, `duplicates`, images of one category with the same `group`, and images with the
@@ -29,13 +29,11 @@ def assign(images: pa.Table, duplicates: NDArray[np.int64], params: Params) -> N
     **What the data set fixes**: if its train part has defects, every image that has a split keeps it. Validation and
     test, where the data set has no such part, are drawn from train (and from what has no split), by their shares in
     `params.split`. If all of it is test, as in MMAD, it stays so. If its train part has normal images alone, as in
-    MVTec AD and its kin, they stay in train, and all the rest is divided by the shares. With `split.redivide` nothing
-    counts as fixed.
+    MVTec AD, they stay in train, and all the rest is divided. With `split.redivide` nothing counts as fixed.
 
     **The division** keeps the shares in every category, and as nearly as whole groups allow in every label and defect
-    of it. A label with three groups or more is in every split, and so is a kind of defect; one with two is in train and
-    test, one with a single group in train, where it cannot be judged. Kinds that are shared by few images
-    (`dent+scratch` is both a dent and a scratch) may not allow that.
+    of it. A label with three groups or more is in every split, and so is a kind of defect, if images of several kinds
+    (`dent+scratch`) allow it; one with two is in train and test, one with a single group in train, and never judged.
 
     Args:
         images: One row an image, with `COLUMNS`.
@@ -46,8 +44,7 @@ def assign(images: pa.Table, duplicates: NDArray[np.int64], params: Params) -> N
         [images]: indices into `SPLITS`.
     """
     column = _columns(images)
-    fixed = _fixed(column["split"], params.split)
-    keeps = _keeps(fixed, _where(column["label"], "anomalous"))
+    fixed, keeps = _fixed(column, params.split)
     fractions = [0.0, params.split.validation, params.split.test]  # of `SPLITS`
     if keeps:  # a split that the data set has gets no more
         fractions = [0.0 if (fixed == number).any() else share for number, share in enumerate(fractions)]
@@ -72,15 +69,13 @@ def assign(images: pa.Table, duplicates: NDArray[np.int64], params: Params) -> N
     return of_group[together]
 
 
-def folds(
-    images: pa.Table, duplicates: NDArray[np.int64], count: int, validation: float, seed: int
-) -> NDArray[np.int8]:
+def folds(images: pa.Table, duplicates: Pairs, count: int, validation: float, seed: int) -> NDArray[np.int8]:
     """Divide images for cross-validation: each is in the test split of one fold.
 
     Images that `assign` keeps together are in one part. Every part has its share of each category, label and defect as
     nearly as whole groups allow; a kind of defect with fewer groups than parts is in as many parts as it has groups, so
-    that one with two groups is always trained on before it is judged. The other parts of a fold are divided into train
-    and `validation`, its share of them, as `assign` divides.
+    that one with two is always trained on before it is judged. The rest of a fold is divided as `assign` divides, with
+    `validation` as the share of validation.
 
     Returns:
         [folds, images]: indices into `SPLITS`.
@@ -111,15 +106,14 @@ def folds(
     return of_fold[:, together]
 
 
-def groups(images: pa.Table, duplicates: NDArray[np.int64]) -> NDArray[np.int64]:
+def groups(images: pa.Table, duplicates: Pairs) -> NDArray[np.int64]:
     """Return [images], the number of the group of images that `assign` keeps together."""
     return _together(_columns(images), duplicates)
 
 
 def official_kept(images: pa.Table, settings: Split) -> bool:
     """Return whether `assign` keeps the data set's own splits, and not only a training part of normal images."""
-    column = _columns(images)
-    return _keeps(_fixed(column["split"], settings), _where(column["label"], "anomalous"))
+    return _fixed(_columns(images), settings)[1]
 
 
 def _columns(images: pa.Table) -> dict[str, pa.Array]:
@@ -133,21 +127,17 @@ def _where(column: pa.Array, value: str) -> NDArray[np.bool_]:
     return np.asarray(pc.equal(column, value).fill_null(False), bool)
 
 
-def _fixed(split: pa.Array, settings: Split) -> NDArray[np.int8]:
-    """Return [images], the split that the data set fixes, an index into `SPLITS`; -1 where it fixes none."""
-    fixed = np.full(len(split), -1, np.int8)
+def _fixed(column: dict[str, pa.Array], settings: Split) -> tuple[NDArray[np.int8], bool]:
+    """Return the split that the data set fixes, -1 for none, by image; and whether all are kept, not only train."""
+    fixed = np.full(len(column["split"]), -1, np.int8)
     # With `split.redivide` a share of MMAD can be trained on; its metrics do not compare with published ones then.
     for number, name in enumerate(() if settings.redivide else SPLITS):
-        fixed[_where(split, name)] = number
-    return fixed
+        fixed[_where(column["split"], name)] = number
+    anomalous = _where(column["label"], "anomalous")
+    return fixed, bool((anomalous & (fixed == _TRAIN)).any() or (fixed == _TEST).all())
 
 
-def _keeps(fixed: NDArray[np.int8], anomalous: NDArray[np.bool_]) -> bool:
-    """Return whether all of the data set's own splits are kept, not only its train part."""
-    return bool((anomalous & (fixed == _TRAIN)).any() or (fixed == _TEST).all())
-
-
-def _ties(column: dict[str, pa.Array]) -> dict[str, NDArray[np.int64]]:
+def _ties(column: dict[str, pa.Array]) -> dict[str, Pairs]:
     """Return [pairs, 2] of images that go to one split, by the reason."""
     category, group = column["category"], column["group"]
     groups = pc.add(pc.multiply(category.indices.cast("int64"), len(group.dictionary)), group.indices)
@@ -155,28 +145,26 @@ def _ties(column: dict[str, pa.Array]) -> dict[str, NDArray[np.int64]]:
     return {"copies": repeated(column["sha256"]), "part": np.concatenate(parts)}
 
 
-def _together(column: dict[str, pa.Array], duplicates: NDArray[np.int64]) -> NDArray[np.int64]:
+def _together(column: dict[str, pa.Array], duplicates: Pairs) -> NDArray[np.int64]:
     return components(np.concatenate([*_ties(column).values(), duplicates]), len(column["label"]))
 
 
-def moved(
-    images: pa.Table, near_duplicates: NDArray[np.int64], assigned: NDArray[np.int8], settings: Split
-) -> list[dict[str, Any]]:
+def moved(images: pa.Table, duplicates: Pairs, assigned: NDArray[np.int8], settings: Split) -> list[dict[str, Any]]:
     """Count the images that `assign` did not leave in the split that the data set fixes for them, because of others.
 
     Returns:
         Rows of `because` (`copies`, `part` or `near-duplicates`: the first that explains it), `from`, `to`, `images`.
     """
     column = _columns(images)
-    fixed = _fixed(column["split"], settings)
+    fixed, keeps = _fixed(column, settings)
     held = np.isin(np.asarray(column["category"]), settings.holdout_categories)
     left = (fixed != assigned) & (fixed >= 0) & ~held
-    if not _keeps(fixed, _where(column["label"], "anomalous")):
+    if not keeps:
         left &= fixed == _TRAIN  # the rest is divided anyhow
     rows = []
-    ties = near_duplicates[:0]
+    ties = duplicates[:0]
     of_split = np.where(held, np.int8(_TEST), fixed)
-    for because, pairs in (_ties(column) | {"near-duplicates": near_duplicates}).items() if left.any() else ():
+    for because, pairs in (_ties(column) | {"near-duplicates": duplicates}).items() if left.any() else ():
         ties = np.concatenate([ties, pairs])
         together = components(ties, len(images))
         lowest, highest = (np.full(len(images), start, np.int8) for start in (len(SPLITS), -1))
@@ -192,7 +180,7 @@ def moved(
     return rows
 
 
-def repeated(values: pa.Array) -> NDArray[np.int64]:
+def repeated(values: pa.Array) -> Pairs:
     """Return [pairs, 2]: every row that repeats a value, and the first row that has it; nulls are equal to nothing."""
     # Sorting takes less memory than a dictionary of all values.
     order = np.asarray(pc.sort_indices(values))[: len(values) - values.null_count]  # nulls come last
@@ -264,17 +252,17 @@ def _first_of_each(together: NDArray[np.int64], order: NDArray[Any]) -> NDArray[
     return order[first]
 
 
-# Rule that returns the splits in which a kind belongs, from the number of its groups in each split.
-_Places = Callable[[Counter[int]], Sequence[int]]
+# Returns the splits in which a kind belongs, from the number of its groups in each split.
+_Rule = Callable[[Counter[int]], Sequence[int]]
 
 
-def _first_splits(fractions: Sequence[float]) -> _Places:
+def _first_splits(fractions: Sequence[float]) -> _Rule:
     """Return the rule of `assign`: the groups of a rare kind go to train, then test, then validation, one each."""
     order = [split for split in (_TRAIN, _TEST, _VALIDATION) if fractions[split] > _NOTHING]
     return lambda here: order[: here.total()]
 
 
-def _any_parts(count: int) -> _Places:
+def _any_parts(count: int) -> _Rule:
     """Return the rule of `folds`: a rare kind is in as many parts as it has groups, where it is or the first others."""
     return lambda here: sorted(range(count), key=lambda part: not here[part])[: here.total()]
 
@@ -282,9 +270,7 @@ def _any_parts(count: int) -> _Places:
 _NOTHING = 1e-9  # a smaller share is a rounding error
 
 
-def _divide(
-    pool: list[_Group], fractions: Sequence[float], places: _Places, kinds_first: bool = False
-) -> dict[int, int]:
+def _divide(pool: list[_Group], fractions: Sequence[float], places: _Rule, kinds_first: bool = False) -> dict[int, int]:
     """Return the split of each of one category's groups, by its number."""
     splits: dict[int, int] = {}
     counts: Counter[int] = Counter()
@@ -311,7 +297,7 @@ def _divide(
 
 
 def _spread(
-    pool: list[_Group], splits: dict[int, int], fractions: Sequence[float], places: _Places, kinds_first: bool
+    pool: list[_Group], splits: dict[int, int], fractions: Sequence[float], places: _Rule, kinds_first: bool
 ) -> None:
     """Move groups so that kinds of defect are where they belong, as far as that takes no other kind or label away.
 

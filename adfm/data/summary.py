@@ -41,7 +41,7 @@ def notes(runs: Sequence[Path]) -> list[dict[str, Any]]:
 
 def report(
     images: pa.Table,
-    pairs: NDArray[np.int64],
+    pairs: duplicates.Pairs,
     assigned: NDArray[np.int8],
     settings: Split,
     notes: list[dict[str, Any]],
@@ -104,10 +104,8 @@ def report(
 
 
 def _parts(column: pa.ChunkedArray) -> dict[str, int]:
-    return {
-        "parts": pc.count_distinct(column.drop_null().cast(pa.string())).as_py(),
-        "images": len(column) - column.null_count,
-    }
+    parts = pc.count_distinct(column.drop_null().cast(pa.string())).as_py()
+    return {"parts": parts, "images": len(column) - column.null_count}
 
 
 def _counts(images: pa.Table, assigned: NDArray[np.int8]) -> list[dict[str, Any]]:
@@ -158,9 +156,6 @@ def _warnings(
                     f"{row['counts']} of the {total} images of {category} look like copies of one picture, so they are"
                     " all in one split; if they show different parts, set split.near_duplicates to false"
                 )
-
-
-# ------------------------------------------------------------------------------------------------------- the terminal
 
 
 def table(report: dict[str, Any], out: Path, seconds: float) -> str:
