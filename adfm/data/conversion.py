@@ -35,6 +35,7 @@ from PIL import Image
 
 from adfm import __version__
 from adfm.data import contradictions, duplicates, inspection, inventory, samples, shards, splits, summary
+from adfm.data.duplicates import Looks, Pairs
 from adfm.data.images import GreyRange, png, upright
 from adfm.data.problems import BadData, MissingImage
 from adfm.data.readers import files, resolve
@@ -183,9 +184,6 @@ def _resumable(out: Path, raw: _Raw) -> Iterator[Path]:
         yield folder
 
 
-# ------------------------------------------------------------------------------------------------- inspecting images
-
-
 def _inspected(raw: _Raw, work: Path, params: Params, part: int = 1, of: int = 1) -> list[Path]:
     """Inspect the images of a part that are not inspected yet, and return the file of each run."""
     settings = _settings(raw.layout, params)
@@ -325,9 +323,6 @@ def map_in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: It
             future.cancel()
 
 
-# ------------------------------------------------------------------------------------------------------- other parts
-
-
 def _joined(parts: Sequence[Path], raw: _Raw, params: Params) -> list[Path]:
     settings = _settings(raw.layout, params)
     folders = _folders_of_parts(parts, settings)
@@ -380,10 +375,7 @@ def _folders_of_parts(parts: Sequence[Path], settings: dict[str, Any]) -> list[P
     return [folders[part] for part in numbers]
 
 
-# ---------------------------------------------------------------------------------------------------------- all images
-
-
-def _gathered(runs: Sequence[Path], path: Path) -> tuple[pa.Table, duplicates.Looks]:
+def _gathered(runs: Sequence[Path], path: Path) -> tuple[pa.Table, Looks]:
     """Return what splits and report depend on, of all images; the thumbnails are mapped from the file `path`."""
     # Of these, many images share a value, so that a dictionary saves memory.
     encoded = [name for name in splits.COLUMNS if name not in ("sha256", "photograph")]
@@ -407,12 +399,10 @@ def _gathered(runs: Sequence[Path], path: Path) -> tuple[pa.Table, duplicates.Lo
     tables.clear()  # memory peaks below
     contrasts = images["contrast"].to_numpy().copy()
     contrasts[splits.repeated(images["sha256"].combine_chunks())[:, 0]] = 0  # identical ones are together anyhow
-    return images, duplicates.Looks(duplicates.mapped(path), contrasts, np.concatenate(coarse))
+    return images, Looks(duplicates.mapped(path), contrasts, np.concatenate(coarse))
 
 
-def _assigned(
-    images: pa.Table, looks: duplicates.Looks, pairs: NDArray[np.int64], params: Params
-) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
+def _assigned(images: pa.Table, looks: Looks, pairs: Pairs, params: Params) -> tuple[Pairs, NDArray[np.int8]]:
     """Return the pairs of near-duplicates, with those that a split would divide added, and the split of each image."""
     if not params.split.near_duplicates:
         return pairs, splits.assign(images, pairs[:0], params)
@@ -422,9 +412,6 @@ def _assigned(
         if not len(divided):
             return pairs, assigned
         pairs = np.concatenate([pairs, divided])
-
-
-# --------------------------------------------------------------------------------------------------- writing the shards
 
 
 def _write(

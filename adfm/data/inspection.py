@@ -185,9 +185,6 @@ def _decoded(content: bytes) -> dict[str, Any]:
     return row | {"thumbnail": thumbnail.tobytes(), "contrast": contrast}
 
 
-# ------------------------------------------------------------------------------------------------------------- shapes
-
-
 class _Shapes(NamedTuple):  # that a person drew, in pixels of the upright image
     boxes: list[Box]
     polygons: list[Polygon]
@@ -305,9 +302,6 @@ def _clipped(box: Box, width: int, height: int, cut: bool, problems: list[str], 
             return inside
         problems.append(f"its box {corners} lies outside the image of {width}x{height}")
     return None
-
-
-# -------------------------------------------------------------------------------------------------------------- masks
 
 
 def _mask(

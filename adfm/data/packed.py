@@ -48,7 +48,7 @@ def pack(folder: Path, archive: Path) -> None:
         while entry or not partials:
             partials.append(archive.with_name(f"{archive.name}.{len(partials) + 1}.partial"))
             with tarfile.open(partials[-1], "w", format=tarfile.GNU_FORMAT, encoding="utf-8") as tar:
-                while entry and (not tar.offset or tar.offset + entry.size <= LARGEST):
+                while entry and (not tar.offset or tar.offset + (entry.size or 0) <= LARGEST):
                     _add(tar, entry)
                     entry = next(entries, None)
         for earlier in (archive, *_matching(archive, "[0-9]*-of-[0-9]*")):
@@ -67,29 +67,27 @@ def pack(folder: Path, archive: Path) -> None:
 class _Entry(NamedTuple):
     name: str  # in the archive
     path: Path
-    size: int
-    is_file: bool
+    size: int | None  # bytes; `None` for a folder
 
 
 def _entries(folder: Path) -> Iterator[_Entry]:
     for place, names in walk(folder):
         inside = place.relative_to(folder)
         if inside.parts:
-            yield _Entry(inside.as_posix(), place, 0, is_file=False)
+            yield _Entry(inside.as_posix(), place, None)
         for name in names:
-            path = place / name
-            yield _Entry((inside / name).as_posix(), path, path.stat().st_size, is_file=True)
+            yield _Entry((inside / name).as_posix(), place / name, (place / name).stat().st_size)
 
 
 def _add(tar: tarfile.TarFile, entry: _Entry) -> None:
     info = tarfile.TarInfo(entry.name)  # time and owner, which differ between machines, are 0
-    if entry.is_file:
+    if entry.size is None:
+        info.type, info.mode = tarfile.DIRTYPE, 0o755
+        tar.addfile(info)
+    else:
         with entry.path.open("rb") as content:
             info.size = os.fstat(content.fileno()).st_size
             tar.addfile(info, content)
-    else:
-        info.type, info.mode = tarfile.DIRTYPE, 0o755
-        tar.addfile(info)
     tar.members = []  # type: ignore[attr-defined]  # it would keep them all
 
 

@@ -109,8 +109,6 @@ def rows(folder: Path, numbers: Iterable[int]) -> Iterator[tuple[int, dict[str, 
                 first = last
 
 
-# ------------------------------------------------------------------------------------------------------------ as HTML
-
 # For pages that hold figures. Nothing is fetched and no script runs, whatever the images and their names are.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 STYLE = f"""
@@ -174,9 +172,6 @@ def _uri(image: Image.Image, kind: str, **options: Any) -> str:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-# ------------------------------------------------------------------------------------------------------------ as pixels
 
 
 def drawn(picture: Picture, side: int) -> Image.Image:

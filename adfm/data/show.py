@@ -198,8 +198,6 @@ def _summary(counts: Counter[_Entry], tiles: int) -> str:
     return f"{counts.total():,} images, {tiles:,} shown · {categories:,} {noun} · {of_label} · {of_split}"
 
 
-# ------------------------------------------------------------------------------------------------------------ as HTML
-
 _STYLE = """
 :root { color-scheme: light dark }
 body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; padding: 1.2em clamp(.8em, 3vw, 2.5em); max-width: 120em }
@@ -263,8 +261,6 @@ def _table(counts: Counter[_Entry]) -> str:
     head = "".join(f"<th>{name}</th>" for name in ("category", "normal", "anomalous", "defects"))
     return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
-
-# ------------------------------------------------------------------------------------------------------------ as pixels
 
 _DOTS = {"normal": TRUTH, "anomalous": MARK, "": "#8a8f98"}
 
