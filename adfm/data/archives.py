@@ -83,9 +83,7 @@ def unpack(archive: Path, folder: Path, ledger: Ledger, who: str) -> None:
             with source.open("rb") as content:
                 store(ledger, name, content, problems)
     except NotImplementedError as error:
-        raise AdfmError(
-            f"{who}: cannot be unpacked ({error}); unpack it by other means and give the folder."
-        ) from error
+        raise AdfmError(f"{who}: cannot be unpacked ({error}); unpack it by hand and give the folder.") from error
     except (*_DAMAGED, OSError) as error:
         # Without a number it is gzip's; with this one, a header points before the file's beginning.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):

@@ -63,9 +63,8 @@ class Ledger:
             database = self._connect("ledger.sqlite", "TRUNCATE", one_thread=False)
             stack.callback(database.close)
             database.execute("CREATE TABLE IF NOT EXISTS source (name PRIMARY KEY)")
-            database.execute(
-                "CREATE TABLE IF NOT EXISTS files (path PRIMARY KEY, size, sha256, tag, version, current) WITHOUT ROWID"
-            )
+            columns = "path PRIMARY KEY, size, sha256, tag, version, current"
+            database.execute(f"CREATE TABLE IF NOT EXISTS files ({columns}) WITHOUT ROWID")
             database.execute("INSERT OR IGNORE INTO source VALUES (?)", (source,))
             if database.execute("SELECT count(*) FROM source").fetchone() != (1,):
                 raise sqlite3.DatabaseError(f"not of {source}")
@@ -149,11 +148,7 @@ class Ledger:
         self._execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, 1)", path, size, sha256, tag, version)
 
     def store(self, path: str, content: IO[bytes]) -> None:
-        """Write a file and enter it.
-
-        Raises:
-            FileExistsError: There is one of that name.
-        """
+        """Write a file and enter it; `FileExistsError` if there is one of that name."""
         target = self.folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         sha256 = hashlib.sha256()

@@ -444,7 +444,7 @@ def generate(out: Path, seed: int = 0, images: int = 360) -> None:
     if images < 20 or seed < 0:
         raise AdfmError(f"synthetic://?seed={seed}&images={images}: images must be at least 20 and seed at least 0")
     jobs = [job for name in TARGET_CATEGORIES for job in _plan(name, seed, images)]
-    list(on_all_cores(_write, jobs, [out] * len(jobs), chunksize=32))
+    list(on_all_cores(_write, [out] * len(jobs), *zip(*jobs, strict=True), chunksize=32))
 
 
 def on_all_cores(draw: Callable[..., T], *columns: Sequence[Any], chunksize: int) -> Iterator[T]:
@@ -463,31 +463,24 @@ def on_all_cores(draw: Callable[..., T], *columns: Sequence[Any], chunksize: int
             raise
 
 
-class _Job(NamedTuple):
-    category: str
-    defect: str | None
-    folder: str
-    number: int
-    seed: tuple[int, int, int]
-
-
-def _plan(category: str, seed: int, images: int) -> Iterator[_Job]:
+def _plan(category: str, seed: int, images: int) -> Iterator[tuple[str, str | None, str, int, tuple[int, int, int]]]:
+    """Yield the arguments of `_write` for each image of a category, but for the folder of the data set."""
     train = images // 9
     good = (images - train) // 2
     defects = sorted(islice(cycle(DEFECTS), images - train - good))
     kinds = [("train/good", None)] * train + [("test/good", None)] * good + [(f"test/{kind}", kind) for kind in defects]
     numbers: Counter[str] = Counter()
     for i, (folder, defect) in enumerate(kinds):
-        yield _Job(category, defect, folder, numbers[folder], (seed, list(TARGET_CATEGORIES).index(category), i))
+        yield category, defect, folder, numbers[folder], (seed, list(TARGET_CATEGORIES).index(category), i)
         numbers[folder] += 1
 
 
-def _write(job: _Job, out: Path) -> None:
-    image, mask = draw(np.random.default_rng(job.seed), TARGET_CATEGORIES[job.category], job.defect)
-    files = {f"{job.folder}/{job.number:03d}.png": image}
-    if job.defect:
-        files[f"ground_truth/{job.defect}/{job.number:03d}_mask.png"] = mask
+def _write(out: Path, category: str, defect: str | None, folder: str, number: int, seed: tuple[int, int, int]) -> None:
+    image, mask = draw(np.random.default_rng(seed), TARGET_CATEGORIES[category], defect)
+    files = {f"{folder}/{number:03d}.png": image}
+    if defect:
+        files[f"ground_truth/{defect}/{number:03d}_mask.png"] = mask
     for name, pixels in files.items():
-        path = out / job.category / name
+        path = out / category / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
