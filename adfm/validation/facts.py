@@ -106,7 +106,9 @@ def _facts(row: dict[str, Any], split: str, settings: Convert) -> dict[str, Any]
     if image:
         plain = image if image.mode in ("L", "RGB") else image.convert("RGB")
         grey = np.asarray(plain.resize((32, 32), Image.Resampling.BOX).convert("L"))
-        brightness, exposure = float(grey.mean()), _exposure(grey)
+        # 99 % of the cells within 5 % of that end.
+        black, white = (grey < 13).mean() >= 0.99, (grey > 242).mean() >= 0.99
+        brightness, exposure = float(grey.mean()), "black" if black else "white" if white else "fair"
         thumbnail, contrast = duplicates.thumbnail(image)
         covered = all(_shows_something(plain, box, size) for box in usable)
         # Of a JPEG these are the pixels at a smaller scale: the same for the same data, whatever its EXIF entries.
@@ -130,13 +132,6 @@ def _facts(row: dict[str, Any], split: str, settings: Convert) -> dict[str, Any]
         "marked": bool(len(boxes)) if row["mask"] else None,
         **_mask_facts(row, size, usable, settings),
     }
-
-
-def _exposure(grey: Array) -> str:
-    """Return `black` or `white` where 99 % of the cells of a thumbnail are within 5 % of that end, else `fair`."""
-    if (grey < 13).mean() >= 0.99:
-        return "black"
-    return "white" if (grey > 242).mean() >= 0.99 else "fair"
 
 
 def _shows_something(image: Image.Image, box: Array, size: tuple[int, int]) -> bool:

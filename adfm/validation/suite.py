@@ -88,7 +88,7 @@ def expectations(table: pd.DataFrame, defects: Sequence[tiles.Defect], params: P
     crop = "crop or remove these, or change validation.max_aspect"
     apart = "put these images into one split, or remove all but one"
     parts = f"{apart}; if they show different parts, set split.near_duplicates to false"
-    same_label = f"correct the label of one, or remove both, and {again}"
+    one_label = f"correct the label of one, or remove both, and {again}"
     missing = "add images of the missing label, or change the section split"
     if not has["normal"]:
         missing = "add normal images, or set sft.kinds to true, and the model learns to tell the kinds of defects"
@@ -122,9 +122,7 @@ def expectations(table: pd.DataFrame, defects: Sequence[tiles.Defect], params: P
         holds("boxes_hold_mask", "there is something of the mask in every box", agree),
         holds("boxes_cover_mask", mask_boxes, agree),
         expect(_BETWEEN, "splits_with_pixels", "images with the same pixels are in one split", apart, max_value=1),
-        expect(
-            _BETWEEN, "labels_of_pixels", "images with the same pixels have the same label", same_label, max_value=1
-        ),
+        expect(_BETWEEN, "labels_of_pixels", "images with the same pixels have the same label", one_label, max_value=1),
         expect(_BETWEEN, "splits_with_part", "images of one part are in one split", again, max_value=1),
         expect(_CONTAIN, "label", f"train has {' and '.join(labels)} images", missing, value_set=labels, where=train),
         *(_of_kinds(table) if kinds else ()),
@@ -166,9 +164,8 @@ def _of_splits(table: pd.DataFrame, labels: Sequence[str], defects_alone: bool, 
 def _of_kinds(table: pd.DataFrame) -> list[Expectation]:
     """Return the expectations of the defect types of train where the model is to name them (`sft.kinds`)."""
     single = {*kinds_.single(table["defect"][table["split"] == "train"].dropna())}  # of "dent+scratch" its parts
-    table["kind"] = table["defect"].map(
-        lambda defect: kind if (kind := kinds_.written(defect)) in single else None, na_action="ignore"
-    )
+    kind = table["defect"].map(kinds_.written, na_action="ignore")
+    table["kind"] = kind.where(kind.isin(single), None)
     few, most, longest, train = kinds_.FEWEST, kinds_.MOST, kinds_.LONGEST, {"split": "train"}
     what = f"train has {few} to {most} kinds of defects for the model to name"
     join = "name the defects, join rare kinds, or set sft.kinds to false"
@@ -279,11 +276,7 @@ def run(table: pd.DataFrame, suite: list[Expectation]) -> tuple[ExpectationSuite
 
 
 def entries(suite: list[Expectation], result: ExpectationSuiteValidationResult) -> list[dict[str, Any]]:
-    """Return the results as plain dicts, in the order of the suite.
-
-    Raises:
-        RuntimeError: An expectation could not be evaluated, which is a bug here.
-    """
+    """Return the results as plain dicts, in the order of the suite; `RuntimeError` if one failed to run, a bug here."""
     results = {each.expectation_config.description: each for each in result.results if each.expectation_config}
     entries = []
     for expectation in suite:
