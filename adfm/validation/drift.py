@@ -36,14 +36,11 @@ def profile(table: "pd.DataFrame") -> dict[str, Any]:
 def expectations(
     table: "pd.DataFrame", train: Mapping[str, Any], before: Mapping[str, Any], limits: Validation
 ) -> list["Expectation"]:
-    """Return the expectations that `train`, the `profile` of the training split, has not drifted from the one `before`.
-
-    The table of facts gets the columns that the expectations are about.
-    """
+    """Return the expectations that the `profile` of the training split, `train`, has not drifted from `before`."""
     remedy = "see `statistics` in both reports; if the line has changed, train and evaluate on new images of it"
     suite = []
     for name in ("categories", "defects"):
-        table[f"drift_of_{name}"] = distance(train[name], before[name])
+        table[f"drift_of_{name}"] = distance(train[name], before[name])  # a column for the expectation
         what = f"the shares of {name} in train are those of the reference, to a distance of {limits.max_drift:g}"
         suite.append(warn(MAX, f"drift_of_{name}", what, remedy, max_value=limits.max_drift))
     for name in FIGURES:

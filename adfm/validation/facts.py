@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Array = NDArray[Any]
-
 # Facts of which drift is measured: mean and standard deviation of the grey values of a thumbnail, 0 to 255; pixels.
 FIGURES = ("brightness", "contrast", "width", "height")
 

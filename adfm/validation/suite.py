@@ -77,7 +77,6 @@ def expectations(table: pd.DataFrame, defects: Sequence[tiles.Defect], params: P
         table["aspect"] = sides.max(axis=1) / sides.min(axis=1).clip(lower=1)
 
     again = "convert the data set again"
-    replace = f"replace or remove it, and {again}"
     relabel = "correct the label or the annotation"
     mark = "mark the defects, or train and evaluate on the label alone: these images count in no IoU"
     name_it = "name it, or metrics by defect type leave them out"
@@ -95,7 +94,6 @@ def expectations(table: pd.DataFrame, defects: Sequence[tiles.Defect], params: P
     elif not has["anomalous"]:
         missing = "add images of defects: from normal ones alone there is nothing to learn here"
     normal, anomalous, train = {"label": "normal"}, {"label": "anomalous"}, {"split": "train"}
-    mask_boxes = f"defects of {params.convert.min_area} mask pixels and more lie in boxes"
 
     def holds(column: str, what: str, remedy: str, where: Mapping[str, Any] | None = None) -> Expectation:
         return expect(_IN_SET, column, what, remedy, value_set=[True], where=where)
@@ -105,7 +103,7 @@ def expectations(table: pd.DataFrame, defects: Sequence[tiles.Defect], params: P
         expect("ExpectColumnValuesToBeUnique", "id", "ids are unique", "remove the doubles"),
         expect(_IN_SET, "label", "the label is one that is known", relabel, value_set=list(get_args(Label))),
         holds("split_is_of_file", "the split is the one that the file is named after", again),
-        holds("image_decodes", "the image decodes", replace),
+        holds("image_decodes", "the image decodes", f"replace or remove it, and {again}"),
         holds("image_has_stated_size", "the image has the stated width and height", again),
         expect(_BETWEEN, "width", f"width is {low} to {high}", resize, min_value=low, max_value=high),
         expect(_BETWEEN, "height", f"height is {low} to {high}", resize, min_value=low, max_value=high),
@@ -120,7 +118,7 @@ def expectations(table: pd.DataFrame, defects: Sequence[tiles.Defect], params: P
         holds("mask_fits_image", "the mask decodes and has one channel and the image's size", again),
         holds("mask_agrees_with_label", "the mask shows a defect if and only if the label is anomalous", relabel),
         holds("boxes_hold_mask", "there is something of the mask in every box", agree),
-        holds("boxes_cover_mask", mask_boxes, agree),
+        holds("boxes_cover_mask", f"defects of {params.convert.min_area} mask pixels and more lie in boxes", agree),
         expect(_BETWEEN, "splits_with_pixels", "images with the same pixels are in one split", apart, max_value=1),
         expect(_BETWEEN, "labels_of_pixels", "images with the same pixels have the same label", one_label, max_value=1),
         expect(_BETWEEN, "splits_with_part", "images of one part are in one split", again, max_value=1),
@@ -183,21 +181,19 @@ def _warnings(table: pd.DataFrame, labels: Sequence[str], held_out: Sequence[str
     complete = {*in_train.index[in_train == len(labels)], *table["product"][table["category"].isin(held_out)]}
     both = "add images of the missing label, or expect less of these categories"
     compare = "compare the two, and correct the label of one if they show the same part"
-    copies = "remove the copies, which count several times"
     blank = "remove boxes over blank parts of the image, and those less than 2 pixels wide or high"
     whole = "mark the defect itself: a box round everything does not say where it is"
     exposure = "check the exposure, and how images of 16 bits were scaled"
     columns = "check the columns or folders that they come from"
     several = "add images of it, or it is trained on and never judged, or judged and never trained on"
-    fair = "the image is neither black nor white all over"
     own_name = "no category or defect type has the name of its file"
     suite = [
         warn(_IN_SET, "product", "every category has both labels in train", both, value_set=sorted(complete)),
         warn(_NULL, "twin_in_other_label", "near-identical images have the same label", compare),
-        warn(_NULL, "copy_of", "every image is there once", copies),
+        warn(_NULL, "copy_of", "every image is there once", "remove the copies, which count several times"),
         warn(_IN_SET, "boxes_cover_something", "every box covers something", blank, value_set=[True]),
         warn(_BETWEEN, "largest_box", "no box covers the whole image", whole, max_value=_WHOLE),
-        warn(_IN_SET, "exposure", fair, exposure, value_set=["fair"]),
+        warn(_IN_SET, "exposure", "the image is neither black nor white all over", exposure, value_set=["fair"]),
         warn(_IN_SET, "names_are_of_file", own_name, columns, value_set=[False]),
     ]
     if table["split"].nunique() > 1:

@@ -1,7 +1,4 @@
-"""Validate shards before anything is trained on them: `adfm validate SHARDS`.
-
-A failed expectation of severity `critical` stops a run, one of severity `warning` does not.
-"""
+"""Validate shards before anything is trained on them: `adfm validate SHARDS`."""
 
 import json
 import os
@@ -35,8 +32,7 @@ def validate(folder: Path, out: Path, params: Params) -> bool:
         Whether every critical expectation holds.
 
     Raises:
-        AdfmError: There are no shards, they have other columns, or one cannot be read; `validation.reference` is
-            neither `production` nor a report.
+        AdfmError: As of `judge`; `validation.reference` is neither `production` nor a report.
     """
     reference, reachable = params.validation.reference, True
     try:
@@ -59,8 +55,7 @@ def require(folder: Path, out: Path, params: Params) -> None:
     """Validate shards and print what failed; offer cross-validation to a small set.
 
     Raises:
-        AdfmError: As of `validate`; or the shards are not fit to train on: every failure is listed; or they cannot be
-            divided into `evaluate.folds`.
+        AdfmError: As of `validate`; the shards are not fit to train on, or cannot be divided into `evaluate.folds`.
     """
     fit = validate(folder, out, params)
     verdict = f"{folder} is {'fit' if fit else 'not fit'} to train on; the report is {out / 'index.html'}"
@@ -83,9 +78,8 @@ def judge(folder: Path, out: Path, params: Params, before: Mapping[str, Any] | N
     Args:
         folder: The shards.
         out: Folder of the report.
-        params: The section `validation`; `convert` and `split` say what is expected of boxes and of which splits,
-            `model` and `tile` at which size defects are seen, and `sft.kinds` of the kinds of defects: with it, all
-            images may be defective.
+        params: The section `validation`; `convert`, `split` and `sft.kinds` say what is expected of boxes, splits and
+            kinds of defects, `model` and `tile` at which size defects are seen.
         before: The `statistics` of the report that drift is measured from; `None`: it is not.
 
     Returns:
