@@ -54,10 +54,7 @@ class Inventory(NamedTuple):
 
 
 def take(raw: Path, images: Container[str], masks: Container[str]) -> Inventory:
-    """Count the files of a data set by their use; `manifest.json` of `adfm fetch` does not count.
-
-    `images` are the converted images, `masks` the masks that are used, both relative to the data set, with `/`.
-    """
+    """Count the files of a data set by their use: `images` converted, `masks` used, as relative paths with `/`."""
     converted = annotations = 0
     left_out: dict[tuple[str, str], dict[str, Any]] = {}
     for path, is_file in _walk(raw):
@@ -65,7 +62,7 @@ def take(raw: Path, images: Container[str], masks: Container[str]) -> Inventory:
             converted += 1
         elif path in masks:
             annotations += 1
-        elif path != MANIFEST:
+        elif path != MANIFEST:  # that of `adfm fetch` does not count
             name = path.rpartition("/")[2]
             suffix = PurePosixPath(name).suffix.lower()
             reason = _reason(raw, path, suffix, is_file)

@@ -20,10 +20,7 @@ STATE = ".fetch"  # folder of the ledger and of unfinished downloads; removed at
 
 
 class Ledger:
-    """The finished files of a folder, listed on disk, so that a fetch that was killed can be resumed.
-
-    Threads may share it. The files of another `source` are removed.
-    """
+    """The finished files of a folder, listed on disk, so that a killed fetch can be resumed. Threads may share it."""
 
     def __init__(self, folder: Path, source: str) -> None:
         # SQLite: memory does not grow with the number of files.

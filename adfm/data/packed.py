@@ -22,7 +22,6 @@ from adfm.files import walk
 # to S3: it leaves the AWS SDK at 10,000 parts of 5 MiB (`uploadFile` in backend/src/v2/objectstore/object_store.go).
 LARGEST = 40 * 2**30
 _ENDING = ".tar"
-_IMAGES = tuple(IMAGES)
 
 
 def pack(folder: Path, archive: Path) -> None:
@@ -91,13 +90,6 @@ def _add(tar: tarfile.TarFile, entry: _Entry) -> None:
     tar.members = []  # type: ignore[attr-defined]  # it would keep them all
 
 
-def _volumes(archive: Path) -> list[Path]:
-    # A missing one is listed too, so that opening it is an error.
-    for first in _matching(archive, "1-of-[0-9]*"):
-        return _volume_names(archive, int(first.stem.rpartition("-")[2]))
-    return [archive]
-
-
 def _volume_names(archive: Path, count: int) -> list[Path]:
     if count == 1:
         return [archive]
@@ -122,7 +114,9 @@ def opened(archive: Path) -> Iterator[Path]:
     with TemporaryDirectory(prefix="adfm-") as temporary, ExitStack() as stack:
         raw = Path(os.path.realpath(temporary), archive.name.removesuffix(_ENDING))
         raw.mkdir()
-        for volume in _volumes(archive):
+        several = _matching(archive, "1-of-[0-9]*")
+        count = int(several[0].stem.rpartition("-")[2]) if several else 1
+        for volume in _volume_names(archive, count):  # a missing one is an error
             try:
                 file = stack.enter_context(volume.open("rb"))
             except OSError as error:
@@ -148,8 +142,10 @@ def _unpack(archive: Path, file: IO[bytes], raw: Path) -> dict[str, int]:
                     path.mkdir(parents=True, exist_ok=True)
                     continue
                 path.parent.mkdir(parents=True, exist_ok=True)
-                if path.name.lower().endswith(_IMAGES):
-                    _stand_in(path, member.size)
+                if path.name.lower().endswith(tuple(IMAGES)):
+                    # Without permissions: to open it past `contents.read` is an error, unless one is root.
+                    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0), "wb") as stand_in:
+                        stand_in.truncate(member.size)
                     offsets[str(path)] = member.offset_data
                 else:
                     with cast("IO[bytes]", tar.extractfile(member)) as content, path.open("xb") as target:
@@ -165,12 +161,3 @@ def _unpack(archive: Path, file: IO[bytes], raw: Path) -> dict[str, int]:
         where = f"{archive}: cannot be opened in {raw.parent}"
         raise AdfmError(f"{where} ({error}); free some space there, or set TMPDIR.") from error
     return offsets
-
-
-def _stand_in(path: Path, size: int) -> None:
-    # Without permissions: to open it past `contents.read` is an error, unless one is root, and does not read zeros.
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0)
-    try:
-        os.truncate(descriptor, size)
-    finally:
-        os.close(descriptor)

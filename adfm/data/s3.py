@@ -21,11 +21,7 @@ _OWN_LOGIN = ("access_key_id", "profile", "credentialpath", "configpath", "allow
 
 
 def settings() -> dict[str, str]:
-    """Return the variables `ADFM_S3_*` that are set, by the rest of their names.
-
-    Raises:
-        AdfmError: One key is set without the other, or a session token without keys.
-    """
+    """Return the variables `ADFM_S3_*` that are set, by the rest of their names; `AdfmError` if a key is missing."""
     variables = {name: value for name in _NAMES if (value := variable(f"ADFM_S3_{name}"))}
     missing = [f"ADFM_S3_{name}" for name in _KEYS if name not in variables]
     present = [f"ADFM_S3_{name}" for name in variables if name in (*_KEYS, "SESSION_TOKEN")]

@@ -33,7 +33,6 @@ from adfm.process.environment import ca_remedy, without_login
 from adfm.process.progress import bar
 
 _CONNECTIONS = 16
-
 T = TypeVar("T")
 
 
@@ -84,9 +83,6 @@ def _parallel(work: Callable[[T], None], items: Iterable[T], what: str, stopped:
             raise
 
 
-# ------------------------------------------------------------------------------------------------ folder and archive
-
-
 def _fetch_local(uri: str, out: Path) -> tuple[int, int]:
     if uri.startswith("file://"):
         parts = urlsplit(uri)
@@ -98,9 +94,7 @@ def _fetch_local(uri: str, out: Path) -> tuple[int, int]:
     if not path.exists():
         near = difflib.get_close_matches(uri.partition(":")[0], _SOURCES, n=1)
         hint = f" Did you mean {near[0]}://?" if near else ""
-        raise AdfmError(
-            f"{uri}: no such folder or archive; give one that is there, or s3://, dvc:// or synthetic://.{hint}"
-        )
+        raise AdfmError(f"{uri}: no such folder or archive; give one that exists, s3://, dvc:// or synthetic://.{hint}")
     if path.is_dir():
         source, target = path.resolve(), out.resolve()
         if source == target or source in target.parents or target in source.parents:
@@ -145,9 +139,6 @@ def _copy(source: Path, ledger: Ledger) -> None:
     problems.finish()
 
 
-# ------------------------------------------------------------------------------------------------------------ downloads
-
-
 class _Content(NamedTuple):
     pieces: Iterable[bytes]
     md5: str = ""  # of the whole file, if it is known
@@ -165,10 +156,7 @@ class _Damaged(Exception):
 
 
 def _download(items: Iterable[_Item], ledger: Ledger, again: tuple[type[Exception], ...] = (), tries: int = 1) -> None:
-    """Download the files that no earlier attempt has finished, and remove those that the source no longer has.
-
-    After an error of the types `again`, a file is resumed, until `tries` of them in a row have brought no byte.
-    """
+    """Download the files that no earlier attempt has finished, and remove those that the source no longer has."""
     parts = ledger.folder / STATE / "parts"
     parts.mkdir(exist_ok=True)
     stopped = threading.Event()
@@ -185,7 +173,7 @@ def _download(items: Iterable[_Item], ledger: Ledger, again: tuple[type[Exceptio
                 if damages > 2:
                     remedy = "check the network, and what is stored there"
                     raise AdfmError(f"{item.path}: arrives damaged ({error}); {remedy}.") from None
-            except again:  # after the client's own tries; a try that brought a byte does not count
+            except again:  # after the client's own tries, until `tries` in a row have brought no byte
                 before, arrived = arrived, part.stat().st_size
                 failures = 0 if arrived > before else failures + 1
                 if failures >= tries:
@@ -224,9 +212,6 @@ def _download(items: Iterable[_Item], ledger: Ledger, again: tuple[type[Exceptio
     missing = (item for item in items if not ledger.holds(item.path, item.tag))
     _parallel(download, missing, "download", stopped)
     ledger.sweep()
-
-
-# ------------------------------------------------------------------------------------------------------------------- S3
 
 
 def _fetch_s3(uri: str, out: Path) -> tuple[int, int]:
@@ -350,9 +335,6 @@ def _remedy(error: Exception) -> str:
     return "the server refused; check the URI"
 
 
-# ------------------------------------------------------------------------------------------------------------------ DVC
-
-
 def _fetch_dvc(uri: str, out: Path) -> tuple[int, int]:
     place, _, path = uri.removeprefix("dvc://").rpartition(":")
     repo, _, rev = place.rpartition("@")
@@ -440,9 +422,6 @@ def _translated(message: str) -> Iterator[None]:
         no_keys = [each for each in retries.causes(error) if isinstance(each, NoCredentialsError)]
         remedy = f" There are {_remedy(no_keys[0])}." if no_keys else ca_remedy(error)
         raise AdfmError(f"{message} ({reason}).{remedy}") from error
-
-
-# ------------------------------------------------------------------------------------------------------------ synthetic
 
 
 def _fetch_synthetic(uri: str, out: Path) -> tuple[int, int]:
