@@ -12,6 +12,7 @@ from PIL import AvifImagePlugin, ExifTags, Image, ImageOps, UnidentifiedImageErr
 
 # The values of grey files of more than 8 bits that become 0 and 255; those between are scaled linearly.
 GreyRange = tuple[int, int]
+Size = tuple[int, int]  # width and height in pixels
 
 # No threads of their own: conversion has a thread for each core already.
 pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
@@ -100,7 +101,7 @@ def scaled(values: NDArray[np.int64], bounds: GreyRange) -> Image.Image:
     return Image.fromarray(np.rint(shares * 255).astype(np.uint8))
 
 
-def size(content: bytes) -> tuple[int, int]:
+def size(content: bytes) -> Size:
     """Return width and height of the image as it is stored, from its header alone."""
     with open_image(content) as file:
         return file.size
@@ -125,7 +126,7 @@ def upright(content: bytes, bounds: GreyRange | None = None) -> Image.Image:
     return scaled(values, bounds).convert("RGB")
 
 
-def reduced(content: bytes) -> tuple[Image.Image, tuple[int, int]]:
+def reduced(content: bytes) -> tuple[Image.Image, Size]:
     """Decode an image of a shard, a JPEG to grey and at a smaller scale, and return it and its own size."""
     image = Image.open(io.BytesIO(content))
     size = image.size
@@ -135,11 +136,7 @@ def reduced(content: bytes) -> tuple[Image.Image, tuple[int, int]]:
 
 
 def colour(file: Image.Image) -> Image.Image:
-    """Return the upright image of a file without grey values of more than 8 bits.
-
-    Raises:
-        ValueError: It has pixels that cannot be reduced to 8 bits.
-    """
+    """Return a file without deep grey values as an upright image; `ValueError` if it cannot be reduced to 8 bits."""
     if file.mode == "F":
         raise ValueError("its pixels are floating point; save it with 8 or 16 bits")
     deep = is_deep_colour(file)

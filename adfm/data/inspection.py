@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from adfm.data import contents, duplicates, images, masks
-from adfm.data.images import GreyRange, png, reason
+from adfm.data.images import GreyRange, Size, png, reason
 from adfm.data.readers import files
 from adfm.params import Convert
 from adfm.records import Box, Polygon, Rle, Sample
@@ -81,7 +81,7 @@ def inspect(sample: Sample, settings: Convert) -> dict[str, Any]:
     shapes = _shapes(sample, upright, orientation, settings.rescale, problems, notes)
     mask, file = _mask(sample, upright, orientation, settings.mask_threshold, problems, notes)
     if mask is None and not problems and (shapes.polygons or shapes.rles):
-        mask = masks.painted(*upright, shapes.boxes, shapes.polygons, shapes.rles)
+        mask = masks.painted(upright, shapes.boxes, shapes.polygons, shapes.rles)
     boxes, fragments = shapes.boxes, len(shapes.boxes)
     if mask is not None and mask.any() and not sample.boxes:
         boxes, fragments = masks.boxes_and_fragments(mask, settings.dilation, settings.connectivity, settings.min_area)
@@ -193,7 +193,7 @@ class _Shapes(NamedTuple):  # that a person drew, in pixels of the upright image
 
 
 def _shapes(
-    sample: Sample, upright: tuple[int, int], orientation: int, rescale: bool, problems: list[str], notes: list[str]
+    sample: Sample, upright: Size, orientation: int, rescale: bool, problems: list[str], notes: list[str]
 ) -> _Shapes:
     frame, size = _drawn_on(sample, upright, orientation, rescale, problems, notes)
     if not sample.boxes or size is None:
@@ -227,8 +227,8 @@ def _shapes(
 
 
 def _drawn_on(
-    sample: Sample, upright: tuple[int, int], orientation: int, rescale: bool, problems: list[str], notes: list[str]
-) -> tuple[str | None, tuple[int, int] | None]:
+    sample: Sample, upright: Size, orientation: int, rescale: bool, problems: list[str], notes: list[str]
+) -> tuple[str | None, Size | None]:
     """Return the frame of an annotation, `None` if the image is stored upright, and its size, `None` if it is wrong."""
     stored = upright_size(upright, orientation)
     size = sample.size if sample.size and min(sample.size) > 0 else None
@@ -257,17 +257,17 @@ def _drawn_on(
     return drawn[0], size
 
 
-def _same_aspect(size: tuple[int, int], other: tuple[int, int]) -> bool:
+def _same_aspect(size: Size, other: Size) -> bool:
     # But for rounding to whole pixels.
     return abs(size[0] * other[1] - size[1] * other[0]) <= max(sum(size), sum(other))
 
 
-def upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+def upright_size(size: Size, orientation: int) -> Size:
     """Return width and height of a stored image turned upright, and the other way round."""
     return (size[1], size[0]) if orientation >= 5 else size
 
 
-def turned_polygon(polygon: Iterable[tuple[float, float]], size: tuple[int, int], orientation: int) -> Polygon:
+def turned_polygon(polygon: Iterable[tuple[float, float]], size: Size, orientation: int) -> Polygon:
     """Turn points of a stored image of `size` upright, as its EXIF orientation says."""
     width, height = size
     # Orientations 2 to 4 mirror sides, 5 to 8 exchange them as well.
@@ -276,7 +276,7 @@ def turned_polygon(polygon: Iterable[tuple[float, float]], size: tuple[int, int]
     return tuple((y, x) if orientation >= 5 else (x, y) for x, y in mirrored)
 
 
-def turned_box(box: Box, size: tuple[int, int], orientation: int) -> Box:
+def turned_box(box: Box, size: Size, orientation: int) -> Box:
     """Turn a box of a stored image of `size` upright; an inverted box stays one, as it is a problem."""
     (x1, y1), (x2, y2) = turned_polygon([(box.x1, box.y1), (box.x2, box.y2)], size, orientation)
     x1, x2 = sorted((x1, x2), reverse=box.x1 > box.x2)
@@ -305,7 +305,7 @@ def _clipped(box: Box, width: int, height: int, cut: bool, problems: list[str], 
 
 
 def _mask(
-    sample: Sample, upright: tuple[int, int], orientation: int, threshold: float, problems: list[str], notes: list[str]
+    sample: Sample, upright: Size, orientation: int, threshold: float, problems: list[str], notes: list[str]
 ) -> tuple[masks.Mask | None, bytes | None]:
     """Return the union of the mask files, upright, `None` without any; and the file, if it is one PNG of just that."""
     width, height = upright

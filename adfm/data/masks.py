@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageDraw, ImageOps
 
 from adfm.data import contents
-from adfm.data.images import open_image
+from adfm.data.images import Size, open_image
 from adfm.records import Box, Polygon, Rle
 
 Mask = NDArray[np.uint8]
@@ -34,7 +34,7 @@ def load_mask(path: Path, orientation: int = 1, threshold: float = 0.5, notes: l
 
 
 def decode(content: bytes, orientation: int, threshold: float, notes: list[str] | None = None) -> tuple[Mask, bool]:
-    """Decode a mask of any mode: index, palette, RGB, 1, 16 or 32 bits, floating point; see `defects`.
+    """Decode a mask of any mode: index, palette, RGB, 1, 16 or 32 bits, floating point.
 
     Args:
         content: The file.
@@ -152,15 +152,9 @@ def _without_soft_edges(values: NDArray[Any], threshold: float, top: float) -> N
     return np.asarray(values >= threshold * highest[areas])
 
 
-def painted(
-    width: int, height: int, boxes: Iterable[Box], polygons: Iterable[Polygon], rles: Iterable[Rle]
-) -> Mask | None:
-    """Paint shapes that a person drew into a mask, cut off at their boxes, which lie within the mask.
-
-    Returns:
-        [height, width], 0 or 255; `None` if a box has no shape in it: a mask must mark all defects.
-    """
-    image = Image.new("L", (width, height))
+def painted(size: Size, boxes: Iterable[Box], polygons: Iterable[Polygon], rles: Iterable[Rle]) -> Mask | None:
+    """Paint drawn shapes into a mask, [height, width], 0 or 255, cut off at their boxes; `None` if one is empty."""
+    image = Image.new("L", size)
     for polygon in polygons:
         ImageDraw.Draw(image).polygon(polygon, fill=255)
     shapes = np.asarray(image).copy()
@@ -170,7 +164,7 @@ def painted(
     for x1, y1, x2, y2 in boxes:
         inside = np.s_[int(y1) : math.ceil(y2), int(x1) : math.ceil(x2)]
         if not shapes[inside].any():
-            return None
+            return None  # a mask must mark all defects
         mask[inside] = shapes[inside]
     return mask
 
@@ -189,7 +183,7 @@ def encoded(mask: Mask) -> Rle:
     return Rle(mask.shape[0], mask.shape[1], tuple(counts.tolist()))
 
 
-def placed(mask: Mask, orientation: int, size: tuple[int, int]) -> Mask:
+def placed(mask: Mask, orientation: int, size: Size) -> Mask:
     """Turn a mask as an EXIF orientation turns its image, and resize it to `size`, width and height."""
     image = Image.fromarray(mask)
     image.getexif()[ExifTags.Base.Orientation] = orientation

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 
 from adfm import drawing
 from adfm.data import images
+from adfm.data.images import Size
 from adfm.drawing import MARK
 from adfm.records import SPLITS, Box
 
@@ -26,13 +27,13 @@ class Picture:
     """A thumbnail, RGB and upright, with its marks."""
 
     image: Image.Image | None  # `None` if it cannot be decoded
-    size: tuple[int, int] = (0, 0)  # width and height of the image itself; (0, 0) if unknown
+    size: Size = (0, 0)  # of the image itself; (0, 0) if unknown
     mask: NDArray[np.bool_] | None = None  # [height, width] of the thumbnail: whether a pixel is marked
     boxes: tuple[Box, ...] = ()  # in pixels of the thumbnail
     problem: str = ""  # with the image or its marks
 
 
-def thumbnail(content: bytes, side: int) -> tuple[Image.Image, tuple[int, int]]:
+def thumbnail(content: bytes, side: int) -> tuple[Image.Image, Size]:
     """Decode an image to an upright RGB thumbnail of at most `side` pixels a side, and its own width and height.
 
     Raises:
@@ -56,13 +57,8 @@ def thumbnail(content: bytes, side: int) -> tuple[Image.Image, tuple[int, int]]:
     return image, (height, width) if turned else (width, height)
 
 
-def marked(
-    image: Image.Image, size: tuple[int, int], mask: NDArray[Any] | None, boxes: Iterable[Sequence[float]]
-) -> Picture:
-    """Mark a thumbnail of an image of `size`, width and height, which is the frame of mask and boxes.
-
-    A defect in the mask is what is not 0. Boxes that are not finite are left out.
-    """
+def marked(image: Image.Image, size: Size, mask: NDArray[Any] | None, boxes: Iterable[Sequence[float]]) -> Picture:
+    """Mark a thumbnail with a mask (a defect is not 0) and finite boxes, both in pixels of the image of `size`."""
     width, height = image.size
     if mask is not None:
         # Of the pixels that a pixel of the thumbnail stands for one is enough: a scratch must not fade away.
@@ -153,19 +149,16 @@ def figure(picture: Picture, *lines: str, kind: str = "") -> str:
 def _marks(picture: Picture, width: int, height: int) -> str:
     parts = []
     if picture.mask is not None and picture.mask.any():
-        parts.append(f'<image width="{width}" height="{height}" href="{_tint(picture.mask)}"/>')
+        layer = Image.fromarray(picture.mask.astype(np.uint8), "P")
+        layer.putpalette([0, 0, 0, *bytes.fromhex(MARK[1:])])
+        tint = _uri(layer, "png", bits=1, transparency=bytes((0, _MASK_OPACITY)))
+        parts.append(f'<image width="{width}" height="{height}" href="{tint}"/>')
     for kind in (' class="halo"', ""):
         for x1, y1, x2, y2 in picture.boxes:
             place = f'x="{x1:.2f}" y="{y1:.2f}" width="{max(0, x2 - x1):.2f}" height="{max(0, y2 - y1):.2f}"'
             parts.append(f"<rect{kind} {place}/>")
     shapes = "".join(parts)
     return f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none">{shapes}</svg>' if shapes else ""
-
-
-def _tint(mask: NDArray[np.bool_]) -> str:
-    layer = Image.fromarray(mask.astype(np.uint8), "P")
-    layer.putpalette([0, 0, 0, *bytes.fromhex(MARK[1:])])
-    return _uri(layer, "png", bits=1, transparency=bytes((0, _MASK_OPACITY)))
 
 
 def _uri(image: Image.Image, kind: str, **options: Any) -> str:
