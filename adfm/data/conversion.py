@@ -1,11 +1,8 @@
 """Convert a raw data set to shards: `adfm convert RAW OUT`.
 
-    adfm convert RAW PART1 --part 1/2      on one machine,
-    adfm convert RAW PART2 --part 2/2      on another, and then
-    adfm convert RAW OUT --parts PART1 PART2
-
-Images are inspected in runs of `RUN`, each a file of the work folder, then divided into splits, then written as shards.
-A conversion that was killed is resumed.
+adfm convert RAW PART1 --part 1/2      on one machine,
+adfm convert RAW PART2 --part 2/2      on another, and then
+adfm convert RAW OUT --parts PART1 PART2
 """
 
 import difflib
@@ -47,12 +44,11 @@ from adfm.process.progress import bar
 from adfm.records import SPLITS, Box, Record, Sample, Split
 from adfm.text import printable
 
-RUN = 500  # images
+RUN = 500  # images of a file in the work folder; a conversion that was killed is resumed with the next one
 PART = "inspection.json"
 _WORK = "inspected"
 # The work folder of an earlier version is not used where that recorded other columns.
 _COLUMNS = zlib.crc32(str(inspection.SCHEMA).encode())
-
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -72,15 +68,13 @@ def convert(raw: Path, out: Path, params: Params, parts: Sequence[Path] = ()) ->
 
     The same raw data and parameters give the same bytes, in parts or at once, resumed or not.
 
-    PNG and JPEG files in RGB or grey are embedded byte for byte. All others become RGB PNGs: transparency is dropped;
-    grey of more than 8 bits is scaled from the range of values that all such images of the data set have together
-    (`grey_range`) to 0 to 255; images with an EXIF orientation are turned upright, and their masks with them. Boxes
-    come from the masks; boxes that a person drew are kept, but for what a rounding error lets reach out of the image.
+    PNG and JPEG files in RGB or grey are embedded byte for byte. All others become upright RGB PNGs: transparency is
+    dropped; grey of more than 8 bits is scaled from the range of values of all such images together (`grey_range`) to 0
+    to 255. Boxes come from the masks; boxes that a person drew are kept, but for rounding errors at the edge.
 
     Args:
         raw: A folder in a layout that has a reader.
-        out: Folder of the shards. A conversion that was killed or refused leaves `<out>.partial`, of which the next one
-            uses what neither changed files nor changed parameters concern.
+        out: Folder of the shards. If conversion fails, `<out>.partial` keeps what is finished of it for the next one.
         params: The sections `convert` and `split`, and `seed`.
         parts: The folders that `inspect_part` wrote, all of them; without any, the images are inspected here.
 
@@ -113,7 +107,7 @@ def _converted(data: _Raw, runs: list[Path], out: Path, params: Params) -> dict[
             raise BadData(data.folder, data.layout, problems)
         pairs, assigned = _assigned(images, looks, pairs, params)
         marks = contradictions.marked_differently(images, rows)
-        report = {
+        report: dict[str, Any] = {
             "layout": {"name": data.layout, "detected": data.seen is not None, "seen": data.seen},
             "params": params.model_dump(include={"seed", "convert", "split"}),
         }

@@ -29,7 +29,6 @@ _LEVELS = 0.5
 _FLAT = 2.5  # grey levels; an image of less contrast looks like any other blank surface
 
 Pairs = NDArray[np.int64]  # [pairs, 2]: the indices of two images
-
 # Near-duplicates are not as far apart by sketches, as a share of the bound: four standard errors of the estimate.
 UNLIKELY = 1.5
 

@@ -43,9 +43,7 @@ def assign(folder: Path, params: Params) -> NDArray[np.int8]:
     parts = {"defective": len(with_defects), "normal": len(np.setdiff1d(group, with_defects))}
     rarer = min(parts, key=lambda label: parts[label])
     if not parts[rarer]:
-        raise AdfmError(
-            f"{folder}: no image is {rarer}, so that nothing can be told apart; add some, or set evaluate.folds to 0."
-        )
+        raise AdfmError(f"{folder}: no image is {rarer}, and folds need both; add some, or set evaluate.folds to 0.")
     if parts[rarer] < count:
         fewer = f"set evaluate.folds to {parts[rarer]}, " if parts[rarer] > 1 else ""
         raise AdfmError(

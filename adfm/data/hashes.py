@@ -27,7 +27,6 @@ SEEN = ("train", "validation")  # splits of a training: weights are fitted on th
 HASH = pa.binary(16)  # half of a SHA-256: no two of 10^10 pairs are equal by chance
 _SKETCH = 48
 _FEW = 20  # rows
-
 SCHEMA = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),

@@ -1,7 +1,4 @@
-"""Shards: the converted data set as Parquet files `{train,validation,test}-NNNNN.parquet`.
-
-`datasets.load_dataset("parquet", data_dir=...)` reads them without help: `image` and `mask` are its `Image` features.
-"""
+"""Shards: the converted data set as Parquet files `{train,validation,test}-NNNNN.parquet`."""
 
 import hashlib
 import io
@@ -33,10 +30,13 @@ class _Type(NamedTuple):
     load: Callable[[Any], Any] = lambda stored: stored
 
 
+_FLOAT = {"dtype": "float64", "_type": "Value"}
+# `datasets` 3 and older know no `List`; 4 and later read a `Sequence` as one.
+_BOXES = {"_type": "Sequence", "feature": {"_type": "Sequence", "length": 4, "feature": _FLOAT}}
 _TYPES = {
     str: _Type(pa.string(), {"dtype": "string", "_type": "Value"}),
     int: _Type(pa.int32(), {"dtype": "int32", "_type": "Value"}),
-    float: _Type(pa.float64(), {"dtype": "float64", "_type": "Value"}),
+    float: _Type(pa.float64(), _FLOAT),
     bytes: _Type(
         _IMAGE,
         {"_type": "Image"},
@@ -45,11 +45,7 @@ _TYPES = {
     ),
     tuple[Box, ...]: _Type(
         pa.list_(pa.list_(pa.float64(), 4)),
-        {
-            # `datasets` 3 and older know no `List`; 4 and later read a `Sequence` as one.
-            "_type": "Sequence",
-            "feature": {"_type": "Sequence", "length": 4, "feature": {"dtype": "float64", "_type": "Value"}},
-        },
+        _BOXES,
         lambda boxes: [list(box) for box in boxes],
         lambda stored: tuple(Box(*box) for box in stored),
     ),
@@ -83,6 +79,7 @@ class Columns:
                 self.small.append(name)
             if python in (str, int, float) and not optional:
                 self.required.append(name)
+        # `datasets.load_dataset("parquet", data_dir=...)` reads shards without help.
         features = {name: kind.feature for name, kind in self._types.items()}
         self.schema = pa.schema(
             [pa.field(name, kind.arrow) for name, kind in self._types.items()],

@@ -29,7 +29,6 @@ from adfm.records import SPLITS, Sample
 from adfm.text import printable
 
 MAX_IMAGES = 1000
-
 # Side of a picture in pixels when there are no more than 48, and when there are very few; more are smaller.
 _SIDES = {".html": (360, 640), ".png": (240, 480)}
 _T = TypeVar("_T")
@@ -44,12 +43,14 @@ class _Entry(NamedTuple):  # an image that may be drawn
     content: Sample | int  # or the number of its row in the shards
 
 
+_Tile = tuple[_Entry, Picture]
+
+
 def show(folder: Path, out: Path | None, params: Params, split: str | None = None, images: int = 48) -> Path:
     """Draw some of a data set's images, with what is marked on them, on one sheet, and return its file.
 
-    Categories have equal parts of the sheet, and so have the labels in a category and the defects in a label, as far as
-    there are images. An image that cannot be drawn has a place that says why. Boxes and problems of raw images are
-    those of conversion.
+    Categories have equal parts of the sheet, and so have the labels in a category and the defects in a label. An image
+    that cannot be drawn has a place that says why. Boxes and problems of raw images are those of conversion.
 
     Args:
         folder: A raw data set in any layout that has a reader, or shards.
@@ -71,7 +72,6 @@ def show(folder: Path, out: Path | None, params: Params, split: str | None = Non
         raise AdfmError(f"there is no split {split!r}; choose one of {', '.join(SPLITS)}.")
     if not folder.is_dir():
         raise AdfmError(f"{folder}: no such folder; get a data set there with `adfm fetch URI {folder}`.")
-
     counts: Counter[_Entry] = Counter()
     problem = ""
 
@@ -86,12 +86,9 @@ def show(folder: Path, out: Path | None, params: Params, split: str | None = Non
             problem = str(error)
 
     chosen = _choose(entries(), images, params.seed)
-    if not chosen and problem:
-        raise AdfmError(problem)
     if not chosen:
-        there = {entry.split or "no split" for entry in counts}
-        raise AdfmError(f"{folder}: no image is of the split {split}, but of {', '.join(sorted(there)) or 'none'}.")
-
+        there = ", ".join(sorted({entry.split or "no split" for entry in counts})) or "none"
+        raise AdfmError(problem or f"{folder}: no image is of the split {split}, but of {there}.")
     usual, most = _SIDES[out.suffix.lower()]
     side = min(most, int(usual * (48 / len(chosen)) ** 0.5))
     with warnings.catch_warnings():
@@ -135,7 +132,6 @@ def _choose(entries: Iterable[_Entry], number: int, seed: int) -> list[_Entry]:
         heapq.heappush(drawn, (-_draw(seed, entry.name), count, entry))
         if len(drawn) > number:
             heapq.heappop(drawn)
-
     categories = []
     for turn, category in enumerate(sorted(kept, key=partial(_draw, seed))):
         labels = []
@@ -156,14 +152,14 @@ def _in_turn(lists: Iterable[list[_T]]) -> Iterator[_T]:
         yield from (item for item in row if item is not nothing)  # type: ignore[misc]
 
 
-def _tiles(folder: Path, chosen: list[_Entry], side: int, settings: Convert) -> Iterator[tuple[_Entry, Picture]]:
+def _tiles(folder: Path, chosen: list[_Entry], side: int, settings: Convert) -> Iterator[_Tile]:
     numbers = [entry.content for entry in chosen if isinstance(entry.content, int)]
     of_row = {number: pictures.of_row(row, side) for number, row in pictures.rows(folder, numbers)}
     with ThreadPoolExecutor(cpus.count()) as pool:
         yield from pool.map(partial(_tile, of_row, side, settings), chosen)
 
 
-def _tile(of_row: dict[int, Picture], side: int, settings: Convert, entry: _Entry) -> tuple[_Entry, Picture]:
+def _tile(of_row: dict[int, Picture], side: int, settings: Convert, entry: _Entry) -> _Tile:
     if isinstance(entry.content, int):
         return entry, of_row[entry.content]
     row = inspection.inspect(entry.content, settings)
@@ -174,9 +170,6 @@ def _tile(of_row: dict[int, Picture], side: int, settings: Convert, entry: _Entr
     if row["label"] == "normal":  # as some images are that are not marked
         entry = entry._replace(label="normal", defect="")
     return entry, replace(picture, problem=printable(problem or picture.problem))
-
-
-_Tiles = list[tuple[_Entry, Picture]]
 
 
 def _lines(entry: _Entry, picture: Picture) -> list[str]:
@@ -223,7 +216,7 @@ _CONTROLS = """<nav><label><input type="checkbox" id="marks" checked> marks</lab
 <label><input type="radio" name="only" id="only-normal"> normal</label></nav>"""
 
 
-def _page(title: str, tiles: _Tiles, counts: Counter[_Entry], problem: str, side: int) -> bytes:
+def _page(title: str, tiles: list[_Tile], counts: Counter[_Entry], problem: str, side: int) -> bytes:
     title, summary = html.escape(printable(title)), html.escape(_summary(counts, len(tiles)))
     problems = f"<details open><summary>problems</summary><pre>{html.escape(problem)}</pre></details>"
     figures = [pictures.figure(tile, *_lines(entry, tile), entry.name, kind=_kind(entry)) for entry, tile in tiles]
@@ -265,7 +258,7 @@ def _table(counts: Counter[_Entry]) -> str:
 _DOTS = {"normal": TRUTH, "anomalous": MARK, "": "#8a8f98"}
 
 
-def _image(title: str, tiles: _Tiles, counts: Counter[_Entry], problem: str, side: int) -> bytes:
+def _image(title: str, tiles: list[_Tile], counts: Counter[_Entry], problem: str, side: int) -> bytes:
     size = max(10, min(14, side // 14))
     plain, bold, large = drawing.font(size), drawing.font(size, bold=True), drawing.font(26, bold=True)
     line, gap, margin = round(size * 1.45), side // 12, 28

@@ -51,7 +51,6 @@ def assign(images: pa.Table, duplicates: Pairs, params: Params) -> NDArray[np.in
     fractions[_TRAIN] = 1 - sum(fractions)
     for name in params.split.holdout_categories:
         fixed[_where(column["category"], name)] = _TEST
-
     together = _together(column, duplicates)
     count = int(together.max(initial=-1)) + 1
     latest = np.full(count, -1, np.int8)
@@ -61,7 +60,6 @@ def assign(images: pa.Table, duplicates: Pairs, params: Params) -> NDArray[np.in
     held[together[np.isin(np.asarray(column["category"]), params.split.holdout_categories)]] = True
     # A training part of normal images alone, as in MVTec AD, stays, but the rest is divided: training needs defects.
     decided = held | (latest > _TRAIN if keeps else all_train)
-
     of_group = np.where(decided, latest, np.int8(-1))
     for pool in _pools(column, together, decided, params.seed):
         for group, split in _divide(pool, fractions, _first_splits(fractions)).items():
@@ -283,7 +281,6 @@ def _divide(pool: list[_Group], fractions: Sequence[float], places: _Rule, kinds
         split = max(filled, key=lambda code: fractions[code] * seen - counts[code])
         splits[group] = split
         counts[split] += size
-
     # Then labels and kinds of defect that a split lacks are moved there.
     for label in {group.label for group in pool}:
         members = [group.number for group in sorted(pool, key=lambda group: group.draw) if group.label == label]
@@ -299,10 +296,7 @@ def _divide(pool: list[_Group], fractions: Sequence[float], places: _Rule, kinds
 def _spread(
     pool: list[_Group], splits: dict[int, int], fractions: Sequence[float], places: _Rule, kinds_first: bool
 ) -> None:
-    """Move groups so that kinds of defect are where they belong, as far as that takes no other kind or label away.
-
-    With `kinds_first` it may take a label away.
-    """
+    """Move groups so that kinds are where they belong; that takes no kind and, without `kinds_first`, no label away."""
     here: dict[str, Counter[int]] = defaultdict(Counter)  # kind -> split -> groups
     labels: dict[str, Counter[int]] = defaultdict(Counter)
     images: Counter[int] = Counter()

@@ -28,7 +28,6 @@ Array = NDArray[Any]
 Pixels = NDArray[np.uint8]
 Rng = np.random.Generator
 SIZE = 128
-
 T = TypeVar("T")
 
 
@@ -41,8 +40,6 @@ class Part(NamedTuple):
 
 
 Category = Callable[[Rng, int], Part]  # draws one part of a size
-
-# ---------------------------------------------------------------------------------------------------- drawing tools
 
 
 def _grid(size: int) -> tuple[Array, Array]:
@@ -106,9 +103,6 @@ def _on_table(rng: Rng, body: Array, region: Array, table: tuple[float, float, f
     shadow = np.roll(region, (size // 40, size // 40), (0, 1))
     below = under * (1 - 0.35 * shadow[..., None])
     return Part(_mix(below, body, region), region, np.asarray(under, np.float32))
-
-
-# ------------------------------------------------------------------------------------------------ target categories
 
 
 def _weave(rng: Rng, size: int) -> Part:
@@ -197,9 +191,6 @@ def _circuit(rng: Rng, size: int) -> Part:
     image = _mix(image, metal, _edge(np.maximum(np.abs(du) - 6.2, np.abs(dv) - 2.8)) * chip)
     image = _mix(image, black, _edge(np.maximum(np.abs(du) - 4.2, np.abs(dv) - 3.2)) * chip)
     return _texture(image, _colour(rng, (0.5, 0.45, 0.3), 0.02))
-
-
-# ------------------------------------------------------------------------------------------------ source categories
 
 
 def _stripes(rng: Rng, size: int) -> Part:
@@ -294,12 +285,9 @@ SOURCE_CATEGORIES: dict[str, Category] = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------- defects
-# Each takes the image so far, and a centre, a radius (half of the defect's extent) and a contrast (about 0.15 to 0.5);
-# it returns the image with the defect, and the defect's coverage in [0, 1].
-
 Point = tuple[float, float]
-Drawn = tuple[Array, Array]
+Drawn = tuple[Array, Array]  # the image with the defect, and the defect's coverage in [0, 1]
+# Takes the image so far, the defect's centre, its radius (half of its extent) and its contrast (about 0.15 to 0.5).
 Defect = Callable[[Rng, Array, Part, Point, float, float], Drawn]
 
 
@@ -386,11 +374,7 @@ def _normal_variation(rng: Rng, image: Array, part: Part) -> Array:
 
 
 def draw(rng: Rng, category: Category, defect: str | None = None, size: int = SIZE) -> tuple[Pixels, Pixels]:
-    """Draw one part, good (`defect=None`) or with one to three defects of a kind.
-
-    Returns:
-        The RGB image `[size, size, 3]` and the mask `[size, size]`, 255 where a defect is.
-    """
+    """Draw a part, good or with one to three defects of a kind: RGB [size, size, 3], mask [size, size] 0 or 255."""
     part = category(rng, size)
     image = _normal_variation(rng, part.image, part)
     mask = np.zeros((size, size), bool)
@@ -429,9 +413,6 @@ def _grown(mask: NDArray[np.bool_], pixels: int) -> NDArray[np.bool_]:
     return grown
 
 
-# --------------------------------------------------------------------------------------------------------- data set
-
-
 def generate(out: Path, seed: int = 0, images: int = 360) -> None:
     """Write the data set to `out`, the same bytes for the same arguments.
 
@@ -448,17 +429,14 @@ def generate(out: Path, seed: int = 0, images: int = 360) -> None:
 
 
 def on_all_cores(draw: Callable[..., T], *columns: Sequence[Any], chunksize: int) -> Iterator[T]:
-    """Map `draw` over equally long columns, one process per core, `chunksize` rows at a time; yield results in order.
-
-    An interrupt cancels the waiting chunks and waits for the running ones, so that nothing is written afterwards.
-    """
+    """Map `draw` over equally long columns, one process per core, `chunksize` rows at a time, and yield in order."""
     with ProcessPoolExecutor(cpus.count()) as pool:
         try:
             # The workers never see an interrupt: ended by it, they would leave a traceback of the pool's thread.
             with signals_blocked():
                 drawn = pool.map(draw, *columns, chunksize=chunksize)
             yield from bar(drawn, total=len(columns[0]), desc="draw images", unit="image")
-        except BaseException:  # including an interrupt: do not wait for the remaining images
+        except BaseException:  # an interrupt too; only running chunks end, so that nothing is written afterwards
             pool.shutdown(cancel_futures=True)
             raise
 

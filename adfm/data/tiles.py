@@ -66,18 +66,17 @@ def truth(label: Label, boxes: Sequence[Box], tile: Box) -> tuple[Label, list[Bo
     parts = [(box, part) for box in boxes if (part := _overlap(box, tile)).area > 0]
     if not parts:
         return "normal", []
-    # Less by rounding: a defect of exactly that share counts.
-    counting = [part for box, part in parts if part.area >= COUNTS * _fitting(box, tile) * (1 - 1e-9)]
-    return ("anomalous", [to_tile(part, tile) for part in counting]) if counting else None
+    width, height = tile.x2 - tile.x1, tile.y2 - tile.y1
+    counting = []
+    for box, part in parts:
+        fitting = min(box.x2 - box.x1, width) * min(box.y2 - box.y1, height)
+        if part.area >= COUNTS * fitting * (1 - 1e-9):  # less by rounding: a defect of exactly that share counts
+            counting.append(to_tile(part, tile))
+    return ("anomalous", counting) if counting else None
 
 
 def _overlap(box: Box, tile: Box) -> Box:
     return Box(max(box.x1, tile.x1), max(box.y1, tile.y1), min(box.x2, tile.x2), min(box.y2, tile.y2))
-
-
-def _fitting(box: Box, tile: Box) -> float:
-    # The area of the largest part of a box that fits into a tile.
-    return min(box.x2 - box.x1, tile.x2 - tile.x1) * min(box.y2 - box.y1, tile.y2 - tile.y1)
 
 
 def to_tile(box: Box, tile: Box) -> Box:
@@ -94,10 +93,9 @@ def merged(boxes: Sequence[Sequence[Box]], tiles: Sequence[Box]) -> list[Box]:
     """Merge boxes on the tiles of an image into boxes on the image.
 
     Two boxes of different tiles are one defect if they agree where the tiles overlap: cut to that zone, their IoU is at
-    least `SAME`. That joins the parts of a defect that a seam cuts, however large it is, and the doubles of one that
-    lies in the zone; all boxes of one tile stay apart unless a box of another tile joins them. Connected boxes become
-    the smallest box around them. `boxes` has those of each tile, in pixels of the tile; those that are returned are in
-    pixels of the image, and sorted.
+    least `SAME`. That joins the parts of a defect that a seam cuts, however large it is, and the doubles of one in the
+    zone. Connected boxes become the smallest box around them. `boxes` has those of each tile, in pixels of the tile;
+    those that are returned are in pixels of the image, and sorted.
     """
     parts: list[Box] = []
     of_tile: list[tuple[Box, range]] = []
@@ -140,8 +138,7 @@ def defects_of(folder: Path) -> list[Defect]:
 def seen(defects: Sequence[Defect], pixels: int, size: int | None) -> float:
     """Return the lower quartile of the smaller sides of the defects, in pixels of what the model sees.
 
-    The model reduces larger images or tiles to `pixels` pixels, in their shape. `size` is the side of a tile, `None` if
-    the image is seen as a whole.
+    It reduces larger images, or tiles of the side `size`, `None` without tiles, to `pixels` pixels, in their shape.
     """
     sides = []
     for width, height, image_width, image_height in defects:
@@ -160,9 +157,8 @@ class Proposal(NamedTuple):
 
 
 def propose(defects: Sequence[Defect], pixels: int, size: int | None, overlap: float) -> Proposal | None:
-    """Propose a tile size that makes small defects visible.
+    """Propose the largest tile size with which the model sees three quarters of the defects at `LEAST_SIDE` pixels.
 
-    It is the largest with which three quarters of the defects have `LEAST_SIDE` pixels and more in what the model sees.
     It is not smaller than what the model sees without reduction, as smaller tiles gain nothing, nor than the longer
     side of nine defects in ten, which would be cut to pieces.
 
