@@ -1,7 +1,6 @@
 """Safe extraction of untrusted archives: `.zip`, `.tar`, `.tar.gz`, `.tar.xz`, `.tar.zst`.
 
-Nothing is written outside the folder, no link is made, and no archive fills the disk or the memory. Links to a file of
-the archive become copies.
+Nothing is written outside the folder, links become copies, and no archive fills the disk or the memory.
 """
 
 import errno
@@ -126,7 +125,7 @@ def refusal(name: str) -> str | None:
 
 
 def admit(ledger: Ledger, name: str, problems: ProblemList, origin: str | None = None) -> str | None:
-    """Claim a file's path in the folder, its name without `//` and `./`; if it may not have it, add a problem of it."""
+    """Claim and return a file's path, its name without `//` and `./`; if it cannot have it, add a problem of it."""
     path, origin = posixpath.normpath(name), origin or name
     if complaint := refusal(name) or ledger.claim(path, origin):
         problems.add(f"{origin!r} {complaint}")

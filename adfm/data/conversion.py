@@ -1,8 +1,10 @@
-"""Convert a raw data set to shards: `adfm convert RAW OUT`.
+"""Convert a raw data set to shards: `adfm convert RAW OUT`, or in parts.
 
-adfm convert RAW PART1 --part 1/2      on one machine,
-adfm convert RAW PART2 --part 2/2      on another, and then
-adfm convert RAW OUT --parts PART1 PART2
+    adfm convert RAW PART1 --part 1/2      on one machine,
+    adfm convert RAW PART2 --part 2/2      on another, and then
+    adfm convert RAW OUT --parts PART1 PART2
+
+Images are inspected, divided into splits and written as shards. A conversion that was killed is resumed.
 """
 
 import difflib
@@ -44,7 +46,7 @@ from adfm.process.progress import bar
 from adfm.records import SPLITS, Box, Record, Sample, Split
 from adfm.text import printable
 
-RUN = 500  # images of a file in the work folder; a conversion that was killed is resumed with the next one
+RUN = 500  # images of a file in the work folder, the unit in which a conversion is resumed
 PART = "inspection.json"
 _WORK = "inspected"
 # The work folder of an earlier version is not used where that recorded other columns.

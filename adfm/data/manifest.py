@@ -126,9 +126,9 @@ class Ledger:
         if other_path == path:
             return f"becomes the same file as {other!r}; rename one"
         if unicodedata.normalize("NFC", other_path) == unicodedata.normalize("NFC", path):
-            names = f"{path!a} and {other_path!a}"
             return (
-                f"has the name of {other!r} but for Unicode normalisation ({names}), one name on many disks; rename one"
+                f"has the same name as {other!r} but for its Unicode normalisation ({path!a} and "
+                f"{other_path!a}), which is one name on many disks; rename one"
             )
         return f"differs from {other!r} only in case, and the disk of {self.folder} ignores case; rename one"
 

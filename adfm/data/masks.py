@@ -153,7 +153,7 @@ def _without_soft_edges(values: NDArray[Any], threshold: float, top: float) -> N
 
 
 def painted(size: Size, boxes: Iterable[Box], polygons: Iterable[Polygon], rles: Iterable[Rle]) -> Mask | None:
-    """Paint drawn shapes into a mask, [height, width], 0 or 255, cut off at their boxes; `None` if one is empty."""
+    """Paint drawn shapes into a mask, [height, width], 0 or 255, cut off at their boxes; `None` if a box is empty."""
     image = Image.new("L", size)
     for polygon in polygons:
         ImageDraw.Draw(image).polygon(polygon, fill=255)

@@ -1,10 +1,12 @@
 """Fetch a raw data set from anywhere into a folder: `adfm fetch URI DIR`.
 
-path/to/folder  file:///path/to/folder      copied
-data.zip  data.tar[.gz|.xz|.zst]            unpacked
-s3://bucket/prefix  s3://bucket/data.zip    downloaded; keys and endpoint as adfm/data/s3.py says
-dvc://REPO@REV:PATH                         downloaded; a versioned data set: a Git URL or folder, a tag, a path
-synthetic://?seed=0&images=360              drawn
+    path/to/folder  file:///path/to/folder      copied
+    data.zip  data.tar[.gz|.xz|.zst]            unpacked
+    s3://bucket/prefix  s3://bucket/data.zip    downloaded; keys and endpoint as adfm/data/s3.py says
+    dvc://REPO@REV:PATH                         downloaded; a versioned data set: a Git URL or folder, a tag, a path
+    synthetic://?seed=0&images=360              drawn
+
+`manifest.json` in the folder says where the files came from and what they are.
 """
 
 import contextlib

@@ -6,8 +6,6 @@ Colours are RGB floats in [0, 1]; arrays are `[size, size]` or `[size, size, 3]`
 at the top left. The embedded base model is trained on `SOURCE_CATEGORIES`, which never appear in the data set.
 """
 
-# The order of draws from `rng` is part of the data set: the same seed gives the same bytes.
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -26,7 +24,7 @@ from adfm.process.stopping import signals_blocked
 
 Array = NDArray[Any]
 Pixels = NDArray[np.uint8]
-Rng = np.random.Generator
+Rng = np.random.Generator  # the order of draws is part of the data set: the same seed gives the same bytes
 SIZE = 128
 T = TypeVar("T")
 
