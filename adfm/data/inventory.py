@@ -106,7 +106,6 @@ def _walk(raw: Path) -> Iterator[tuple[str, bool]]:
 
 
 def _reason(raw: Path, path: str, suffix: str, is_file: bool) -> str | None:
-    """Return why a file is left out; `None` for an annotation."""
     if any(map(is_hidden, path.split("/"))):
         return HIDDEN
     if not is_file:
@@ -117,7 +116,7 @@ def _reason(raw: Path, path: str, suffix: str, is_file: bool) -> str | None:
     if suffix in _NOT_SNIFFED or _PAPERS.match(path.rpartition("/")[2]):
         return OTHER
     if suffix in _ANNOTATIONS:
-        return None
+        return None  # it is not left out
     try:
         with (raw / path).open("rb", buffering=0) as file:
             return MISNAMED if _is_image(file.read(16)) else OTHER

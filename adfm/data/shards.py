@@ -21,9 +21,7 @@ from adfm.records import SPLITS, Box, Record
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
-class _Type(NamedTuple):
-    """How values of a Python type are stored."""
-
+class _Type(NamedTuple):  # how values of a Python type are stored
     arrow: pa.DataType
     feature: dict[str, Any]  # their type for `datasets`
     store: Callable[[Any], Any] = lambda value: value
@@ -152,15 +150,13 @@ class _Shard:
             self._flush()
 
     def _flush(self) -> None:
-        self._wait()
-        if self._records:
-            self._writing = self._writer.submit(self._parquet.write_table, COLUMNS.table(self._records))
-        self._records, self._bytes = [], 0
-
-    def _wait(self) -> None:
+        """Wait until the row group before is written, and begin to write the one that is collected."""
         if self._writing:
             self._writing.result()
         self._writing = None
+        if self._records:
+            self._writing = self._writer.submit(self._parquet.write_table, COLUMNS.table(self._records))
+        self._records, self._bytes = [], 0
 
     def close(self) -> None:
         with ExitStack() as stack:
@@ -168,7 +164,7 @@ class _Shard:
             stack.callback(self._parquet.close)
             stack.callback(self._writer.shutdown)
             self._flush()
-            self._wait()
+            self._flush()  # waits for the last one
 
 
 def name(split: str, number: int) -> str:

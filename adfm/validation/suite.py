@@ -135,7 +135,6 @@ def expectations(table: pd.DataFrame, defects: Sequence[tiles.Defect], params: P
 
 
 def _of_splits(table: pd.DataFrame, labels: Sequence[str], defects_alone: bool, params: Params) -> list[Expectation]:
-    """Return the expectations that splits have enough images of each label."""
     limits, suite = params.validation, []
     given = {"train": 1.0, "validation": params.split.validation, "test": params.split.test}
     # A split without a share is not expected, unless the data set has it.
