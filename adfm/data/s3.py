@@ -67,8 +67,8 @@ def client(connections: int = 10) -> Any:
 
     given = settings()
     # ADFM_S3_* keys without an endpoint are Amazon's: AWS_ENDPOINT_URL may be that of other keys.
-    own = {"ignore_configured_endpoint_urls": "ACCESS_KEY_ID" in given or None, "retries": {"mode": "standard"}}
-    config = Config(connect_timeout=10, read_timeout=60, max_pool_connections=connections, **own)
+    options = {"ignore_configured_endpoint_urls": "ACCESS_KEY_ID" in given or None, "retries": {"mode": "standard"}}
+    config = Config(connect_timeout=10, read_timeout=60, max_pool_connections=connections, **options)
     return boto3.client("s3", config=config, **{_NAMES[name][0]: value for name, value in given.items()})
 
 
