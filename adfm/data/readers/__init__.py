@@ -1,7 +1,5 @@
 """Readers: one file a layout. A reader walks a raw data set and yields its `Sample`s; it opens no image."""
 
-from __future__ import annotations
-
 import difflib
 import os
 from collections import Counter

@@ -1,7 +1,5 @@
 """Shapes, their samples, and file names, for the readers of annotation tools; errors as in `textfiles`."""
 
-from __future__ import annotations
-
 import math
 import os
 import unicodedata

@@ -6,8 +6,6 @@
 <category>/ground_truth/ko/0000.png    (or .bmp: masks are images of the same name)
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -4,8 +4,6 @@ annotations/instances_train2017.json    and    train2017/000.jpg, images/train20
 train/_annotations.coco.json            and    train/000.jpg
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import math

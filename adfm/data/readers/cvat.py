@@ -3,8 +3,6 @@
 annotations.xml    and    images/000.jpg, images/<subset>/000.jpg or both beside each other
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from itertools import islice

@@ -6,8 +6,6 @@ Class1/Test/0001.PNG
 Class1/Test/Label/0001_label.PNG
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -5,8 +5,6 @@ PCBData/group00041/00041_not/00041000.txt     x1 y1 x2 y2 class, a line a defect
 PCBData/trainval.txt and test.txt             group00041/00041/00041000.jpg group00041/00041_not/00041000.txt
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

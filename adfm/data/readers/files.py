@@ -1,7 +1,5 @@
 """What all readers share: the data set, what counts as an image, and folders in a fixed order."""
 
-from __future__ import annotations
-
 import base64
 import codecs
 import contextlib
@@ -120,7 +118,7 @@ class DataSet:
     def by_category(
         self,
         is_category: Callable[[Path], bool],
-        samples: Callable[[DataSet, Path], Iterable[Sample]],
+        samples: Callable[["DataSet", Path], Iterable[Sample]],
         remedy: str = "",
     ) -> Iterator[Sample]:
         """Yield the samples of each of the `categories`; see `checked`."""

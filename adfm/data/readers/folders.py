@@ -7,8 +7,6 @@ MT_Free/Imgs/*.jpg, MT_Crack/Imgs/*.jpg               and masks of the same name
 images/*.jpg, masks/*.png                             the mask alone says what is normal
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections import defaultdict
@@ -119,7 +117,7 @@ def read(raw: Path) -> Iterator[Sample]:
     data.finish()
 
 
-def _samples(data: DataSet, places: list[_Place], masks: _Masks, levels: _Levels) -> Iterator[Sample]:
+def _samples(data: DataSet, places: list[_Place], masks: "_Masks", levels: "_Levels") -> Iterator[Sample]:
     kinds: dict[tuple[_Kind | None, _Names, Split | None], list[_Place]] = defaultdict(list)
     for place in places:
         with data.at(place.folder):

@@ -1,7 +1,5 @@
 """Exports that no reader takes, recognised by words in their files, and what to export instead."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path

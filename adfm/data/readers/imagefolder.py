@@ -4,8 +4,6 @@ train/000.png    and    train/metadata.jsonl
 {"file_name": "000.png", "objects": {"bbox": [[302.0, 109.0, 73.0, 52.0]], "categories": [0]}}
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -4,8 +4,6 @@ kos01/Part0.jpg
 kos01/Part0_label.bmp    (of every image)
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path

@@ -3,8 +3,6 @@
 project-1-at-2024-05-02.json    and    images/000.jpg, <folder>/000.jpg or images/1a2b3c4d-000.jpg
 """
 
-from __future__ import annotations
-
 import codecs
 import contextlib
 import json

@@ -4,8 +4,6 @@
 000.json    with imageData    alone
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import io

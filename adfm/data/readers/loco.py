@@ -7,8 +7,6 @@
 <category>/ground_truth/<the same>/000/000.png, 001.png ...    (a folder an image, a mask a defect)
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Lookup of images by the names that annotation files give them."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import os

@@ -8,8 +8,6 @@ VisA/<category>/test/<good or bad>/000.JPG          (and likewise MVTec-AD, MVTe
     {"image_path": "image/broken_large/000.png", "mask_path": "mask/broken_large/000_mask.png", "conversation": [...]}}
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 

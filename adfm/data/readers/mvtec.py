@@ -6,8 +6,6 @@
 <category>/ground_truth/<defect>/000_mask.png    (or 000.png)
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

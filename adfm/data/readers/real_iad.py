@@ -9,8 +9,6 @@
  "test": [...]}
 """
 
-from __future__ import annotations
-
 import glob
 from collections.abc import Iterator
 from pathlib import Path

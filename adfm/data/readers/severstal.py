@@ -5,8 +5,6 @@ train_images/0002cc93b.jpg
 test_images/*.jpg           without labels, and not read
 """
 
-from __future__ import annotations
-
 import csv
 import io
 from collections import defaultdict

@@ -3,8 +3,6 @@
 Angles are in degrees, clockwise as an image is seen. Bad data raise `ValueError` with what is wrong.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import io

@@ -3,8 +3,6 @@
 <project>/meta.json, <project>/<data set>/img/000.jpg    and    <project>/<data set>/ann/000.jpg.json
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -7,8 +7,6 @@ tables of labels without boxes; and, without names of columns, RetinaNet's `000.
 `000.png 0.33 mono`, the probability of a defect.
 """
 
-from __future__ import annotations
-
 import csv
 import difflib
 import io

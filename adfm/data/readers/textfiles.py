@@ -3,8 +3,6 @@
 Bad data raise `ValueError` with what is wrong; `DataSet.at` adds where, and the reader continues.
 """
 
-from __future__ import annotations
-
 import codecs
 import json
 import math

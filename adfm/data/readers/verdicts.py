@@ -1,7 +1,5 @@
 """Words for images and defects: normal (OK, good), anomalous (NG, bad), or the name of a defect (scratch)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 # The words for a whole image, in lower case and without what separates words.

@@ -3,8 +3,6 @@
 via_project.json or via_export_json.json or via_export_csv.csv    and    000.jpg or images/000.jpg
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -7,8 +7,6 @@
 split_csv/1cls.csv           object,split,label,image,mask
 """
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath

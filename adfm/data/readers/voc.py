@@ -5,8 +5,6 @@ or images/ or data/ and annotations/ or labels/, or image and XML in one folder;
 and masks, SegmentationClass/000.png and SegmentationObject/000.png, with the names of the classes in labelmap.txt.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Iterator

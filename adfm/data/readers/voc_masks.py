@@ -1,7 +1,5 @@
 """Pascal VOC's masks: SegmentationObject and SegmentationClass, as VOC itself, CVAT and LabelMe write them."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Container
 from functools import cache, lru_cache

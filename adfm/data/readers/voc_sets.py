@@ -1,7 +1,5 @@
 """Pascal VOC's ImageSets: lists of the images of train, validation and test."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Container
 from pathlib import Path

@@ -1,7 +1,5 @@
 """XML files of annotation tools, in the encoding that they are in."""
 
-from __future__ import annotations
-
 import codecs
 import re
 from pathlib import Path

@@ -4,8 +4,6 @@ images/train/000.jpg    and    labels/train/000.txt    or    train/images/000.jp
 or both in one folder; and data.yaml, classes.txt, obj.names or _darknet.labels with the names of the classes.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections import Counter, defaultdict
