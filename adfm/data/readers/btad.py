@@ -22,10 +22,7 @@ def matches(raw: Path) -> bool:
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yield the samples, category by category, by name; see `mvtec.read`. `split` is the official one.
-
-    BTAD names no kinds of defect: `defect` is the name of the folder, `ko`.
-    """
+    """Yield the samples by category and name, as `mvtec.read` does. BTAD names no defects: each is `ko`, its folder."""
     return files.DataSet(raw, "btad").by_category(_is_category, _category, files.ADD_MASK)
 
 

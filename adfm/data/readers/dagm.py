@@ -21,10 +21,7 @@ def matches(raw: Path) -> bool:
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yield the samples, class by class, by name; see `mvtec.read`. `train` has defects too.
-
-    An image without a label file is normal; labels are coarse ellipses round the defects.
-    """
+    """Yield the samples by class and name, as `mvtec.read` does. `train` has defects too; no label file: normal."""
     return files.DataSet(raw, "dagm").by_category(_is_category, _category)
 
 
@@ -33,7 +30,7 @@ def _category(data: files.DataSet, folder: Path) -> Iterator[Sample]:
         labels = {label.stem: label for label in files.images(folder / part / "Label")}
         for image in files.images(folder / part):
             label = labels.get(f"{image.stem}_label")
-            # Every class has one kind of defect, which has no name.
+            # Every class has one kind of defect, which has no name; the label is a coarse ellipse round it.
             defect, masks = ("defect", [label]) if label else (None, [])
             yield data.sample(folder.resolve().name, image, defect, masks, split)
 

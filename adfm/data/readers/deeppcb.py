@@ -50,9 +50,8 @@ def _add_lists(data: DataSet, folder: Path, splits: dict[Path, Split]) -> None:
         with data.at(where):
             for number, line in enumerate(lines(folder / name) if (folder / name).is_file() else (), start=1):
                 words = line.replace("\\", "/").split()
-                # Other data sets have lists of these names too.
                 if len(words) != 2 or not words[1].endswith(".txt") or ".." in words[0].split("/"):
-                    continue
+                    continue  # other data sets have lists of these names too
                 part = folder / Path(words[0].lstrip("/")).with_suffix("")  # the file has `_test` before the suffix
                 with data.at(f"{where}: line {number}"):
                     if not any((part.parent / f"{part.name}_test{suffix}").is_file() for suffix in (".jpg", ".png")):
@@ -69,12 +68,10 @@ def _samples(data: DataSet, folder: Path, splits: dict[Path, Split]) -> Iterator
         with data.at(image):
             if kind not in ("temp", "test") or not part:
                 raise ValueError("is neither a template, …_temp, nor a tested image, …_test; remove it")
-            shapes: list[Shape] = []
-            if kind == "test":
-                if part not in files:
-                    raise ValueError(f"has no text file {notes.name}/{part}.txt")
-                shapes = list(shapes_of_lines(data, files.pop(part), _shape, blanks=","))
-            yield sample(data, image, shapes, splits.get(folder / part), group=part)
+            if kind == "test" and part not in files:
+                raise ValueError(f"has no text file {notes.name}/{part}.txt")
+            shapes = shapes_of_lines(data, files.pop(part), _shape, blanks=",") if kind == "test" else ()
+            yield sample(data, image, list(shapes), splits.get(folder / part), group=part)
     for stem, file in files.items():
         data.add(file, NoImage(f"there is no image {stem}_test.* for it"))
 

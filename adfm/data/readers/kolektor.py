@@ -21,10 +21,9 @@ def matches(raw: Path) -> bool:
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yield the samples, folder by folder, by name. The data set fixes no split.
+    """Yield the samples by folder and name; see `mvtec.read` for the folders. The data set fixes no split.
 
-    An image is normal where its label file, which is opened for that, shows nothing. There is one category,
-    `kolektor`, and one kind of defect, `defect`; see `mvtec.read` for the folders.
+    An image is normal where its label file, which is opened for that, shows nothing.
     """
     return files.DataSet(raw, "kolektor").by_category(_is_item, _item)
 

@@ -26,10 +26,8 @@ def matches(raw: Path) -> bool:
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yield the samples, category by category, by name; see `mvtec.read`. `defect` is the kind of anomaly.
-
-    A defect is what any of an image's masks marks, with whatever value: values number the defects.
-    """
+    """Yield the samples by category and name, as `mvtec.read` does; `defect` is the kind of anomaly."""
+    # In masks any value but 0 is a defect: values number the defects.
     return files.DataSet(raw, "loco").by_category(_is_category, _category, files.ADD_MASK)
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from pydantic import BaseModel, TypeAdapter
 
 from adfm.data.readers import files
-from adfm.data.readers.files import DataSet
 from adfm.records import Sample
 
 FORM = "mmad.json, <data set>/<category>/.../<good or defect>/*"
@@ -24,31 +23,26 @@ class _Image(BaseModel):
     mask_path: str | None = None
 
 
-_FORM = TypeAdapter(dict[str, _Image])
-
-
 def matches(raw: Path) -> bool:
     """Whether there is an `mmad.json`."""
     return _root(raw) is not None
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yield the samples that `mmad.json` names, by path. `split` is `test` throughout: MMAD is there to evaluate.
-
-    `split.redivide: true` divides it all the same: the published run of AD-FM trained on a fifth, not published which.
-    Copies of one picture stay in one split while `split.near_duplicates` is true. The images are those of the data sets
-    above, so do not evaluate on MMAD what was trained on the tests of those.
+    """Yield the samples that `mmad.json` names, by path; other images, such as templates, are left out.
 
     `dataset` is the first folder of a path, `category` its second, and the folder of the image is `good` or the
-    `defect`. Other images, such as templates, are left out.
+    `defect`. `split` is `test` throughout, as MMAD is there to evaluate: do not evaluate on it what was trained on the
+    tests of the data sets above. `split.redivide: true` divides it, as the published run of AD-FM did.
     """
-    data = DataSet(raw, "mmad")
+    data = files.DataSet(raw, "mmad")
     root = _root(raw)
     return data.checked([(None, _samples(data, root) if root else ())])
 
 
-def _samples(data: DataSet, root: Path) -> Iterator[Sample]:
-    for path, entry in sorted((data.parse(root / "mmad.json", _FORM) or {}).items()):
+def _samples(data: files.DataSet, root: Path) -> Iterator[Sample]:
+    entries = data.parse(root / "mmad.json", TypeAdapter(dict[str, _Image])) or {}
+    for path, entry in sorted(entries.items()):
         with data.at("mmad.json"):
             image = files.listed_path([root], path)
             parts = image.relative_to(root).parts if image else ()

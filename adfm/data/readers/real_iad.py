@@ -16,7 +16,6 @@ from pathlib import Path
 from pydantic import BaseModel, TypeAdapter
 
 from adfm.data.readers import files
-from adfm.data.readers.files import DataSet
 from adfm.records import Sample
 
 FORM = "<category>/OK/<part>/*.jpg, <category>/NG/<defect>/<part>/*.jpg, <category>.json"
@@ -38,9 +37,6 @@ class _Category(BaseModel):
     test: list[_Image]
 
 
-_FORM = TypeAdapter(_Category)
-
-
 def matches(raw: Path) -> bool:
     """Whether there is a category in this layout, with its JSON file."""
     top = files.root(raw, lambda folder: bool(_places(folder)))
@@ -48,14 +44,13 @@ def matches(raw: Path) -> bool:
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yield the samples, category by category, in the order of its JSON file. `split` is the list that has the image.
+    """Yield the samples by category, in the order of its JSON file. `split` is the list that has the image.
 
-    The JSON file is the authority: images that it does not name are left out (that of a single view names a fifth of
-    them). `defect` is its `anomaly_class`. A view of a defective part without a mask, or with an empty one, is normal.
-
-    Of several JSON files for a category the one in the fewest folders counts, and then the one in `realiad_jsons`.
+    Images that the JSON file does not name are left out (that of a single view names a fifth of them). A view of a
+    defective part without a mask, or with an empty one, is normal. Of several JSON files for a category the one in the
+    fewest folders counts, and then the one in `realiad_jsons`.
     """
-    data = DataSet(raw, "real-iad")
+    data = files.DataSet(raw, "real-iad")
     top = files.root(raw, lambda folder: bool(_places(folder))) or raw
     places = _places(top)
     if len(places) > 1:
@@ -63,16 +58,15 @@ def read(raw: Path) -> Iterator[Sample]:
     return data.checked((None, _category(data, top, folder)) for place in places[:1] for folder in _folders(place))
 
 
-def _category(data: DataSet, top: Path, folder: Path) -> Iterator[Sample]:
+def _category(data: files.DataSet, top: Path, folder: Path) -> Iterator[Sample]:
     jsons = _jsons(top, folder)
     if len({file.read_bytes() for file in jsons}) > 1:
         jsons = [file for file in jsons if file.parent.name == "realiad_jsons"] or jsons
     if len({file.read_bytes() for file in jsons}) != 1:
-        which = ", ".join(map(data.relative, jsons))
-        what = f"has several JSON files that differ, keep one: {which}" if jsons else f"has no {folder.name}.json"
-        data.add(folder, what)
+        several = f"has several JSON files that differ, keep one: {', '.join(map(data.relative, jsons))}"
+        data.add(folder, several if jsons else f"has no {folder.name}.json")
         return
-    content = data.parse(jsons[0], _FORM)
+    content = data.parse(jsons[0], TypeAdapter(_Category))
     if content is None:
         return
     # Paths begin at the category, or name it: `meta.prefix` is shared by two categories, so that it says nothing.

@@ -31,15 +31,20 @@ _SIZE = (1600, 256)  # width and height of every image; the table does not state
 
 def matches(raw: Path) -> bool:
     """Whether there is a folder `train_images`, and a `train.csv` of run lengths beside it."""
-    folder = root(raw, _is_data_set)
-    return folder is not None and _header(folder / _TABLE) == _COLUMNS
+    if not (folder := root(raw, _is_data_set)):
+        return False
+    try:
+        with (folder / _TABLE).open("rb") as file:
+            return file.readline(200).decode("utf-8-sig").strip().split(",") == _COLUMNS
+    except (OSError, ValueError):
+        return False
 
 
 def read(raw: Path) -> Iterator[Sample]:
     """Yield the images in `train_images`, by name. The data set fixes no split: those in `test_images` have no labels.
 
     An image in no row is normal. A row is the mask of one class, `class 1` to `class 4`; each patch of it, connected by
-    sides or corners, is a defect with a box and a mask. There is one category, `steel`. The table is in memory.
+    sides or corners, is a defect with a box and a mask. The table is in memory.
     """
     data = DataSet(raw, "severstal")
     folder = root(raw, _is_data_set)
@@ -51,16 +56,15 @@ def _samples(data: DataSet, folder: Path) -> Iterator[Sample]:
     rows = _rows(data, folder / _TABLE, {image.name for image in there})
     for image in there:
         shapes: list[Shape] = []
-        for line, kind, encoded in rows.get(image.name, ()):
+        for kind, (line, encoded) in rows[image.name].items():
             with data.at(f"{data.relative(folder / _TABLE)}: line {line}"):
-                shapes += patches(kind, _decoded(encoded), _SIZE)
+                shapes += patches(f"class {kind}", _decoded(encoded), _SIZE)
         # Without shapes nothing was drawn, on no size.
         yield replace(sample(data, image, shapes, size=_SIZE if shapes else None), category="steel")
 
 
-def _rows(data: DataSet, table: Path, names: set[str]) -> dict[str, list[tuple[int, str, str]]]:
-    rows: dict[str, list[tuple[int, str, str]]] = defaultdict(list)  # line, class and run lengths, by image
-    listed: dict[tuple[str, str], int] = {}
+def _rows(data: DataSet, table: Path, names: set[str]) -> dict[str, dict[str, tuple[int, str]]]:
+    rows: dict[str, dict[str, tuple[int, str]]] = defaultdict(dict)  # line and run lengths, by image and class
     where = data.relative(table)
     with data.at(where):
         try:
@@ -76,10 +80,10 @@ def _rows(data: DataSet, table: Path, names: set[str]) -> dict[str, list[tuple[i
                         raise NoImage(f"there is no image {name[:60]!r} in {_IMAGES}")
                     if kind not in _CLASSES:
                         raise ValueError(f"ClassId is {kind[:40]!r}, not one of {', '.join(_CLASSES)}")
-                    before = listed.setdefault((name, kind), reader.line_num)
-                    if before != reader.line_num:
-                        raise ValueError(f"{name!r} has the class {kind} in line {before} already; keep one of them")
-                    rows[name].append((reader.line_num, f"class {kind}", encoded))
+                    if kind in rows[name]:
+                        line, _ = rows[name][kind]
+                        raise ValueError(f"{name!r} has the class {kind} in line {line} already; keep one of them")
+                    rows[name][kind] = reader.line_num, encoded
         except csv.Error as error:
             raise ValueError(f"line {reader.line_num}: is not CSV ({error})") from error
     return rows
@@ -104,11 +108,3 @@ def _decoded(encoded: str) -> NDArray[np.bool_]:
 
 def _is_data_set(folder: Path) -> bool:
     return (folder / _TABLE).is_file() and (folder / _IMAGES).is_dir()
-
-
-def _header(table: Path) -> list[str]:
-    try:
-        with table.open("rb") as file:
-            return file.readline(200).decode("utf-8-sig").strip().split(",")
-    except (OSError, ValueError):
-        return []

@@ -13,7 +13,6 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from adfm.data.readers import files
-from adfm.data.readers.files import DataSet
 from adfm.records import Sample
 
 FORM = "<category>/Data/Images/<Normal or Anomaly>/*.JPG, <category>/Data/Masks/Anomaly/*.png, split_csv/1cls.csv"
@@ -32,16 +31,15 @@ def matches(raw: Path) -> bool:
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yield the samples, category by category; see `mvtec.read` for the folders.
+    """Yield the samples by category; see `mvtec.read` for the folders.
 
-    With `split_csv/1cls.csv` the images, their labels, masks and `split` are what it lists, in its order; it may list
-    categories that are not there. Without it they are what is in the folders, by name, and no split is fixed. `defect`
-    is the label in `image_anno.csv`, such as `melt` or `bubble,scratch`, and `anomaly` where that does not say.
+    Images, labels, masks and `split` are what `split_csv/1cls.csv` lists, in its order; without it, what the folders
+    hold, by name and without a split. `defect` is the label in `image_anno.csv`, such as `melt`, else `anomaly`.
     """
-    return DataSet(raw, "visa").by_category(_is_category, _category)
+    return files.DataSet(raw, "visa").by_category(_is_category, _category)
 
 
-def _category(data: DataSet, folder: Path) -> Iterator[Sample]:
+def _category(data: files.DataSet, folder: Path) -> Iterator[Sample]:
     table = folder.parent / "split_csv" / "1cls.csv"
     images = _from_table(data, table, folder) if folder != data.raw and table.is_file() else _from_folders(folder)
     kinds = folder / "image_anno.csv"
@@ -61,7 +59,7 @@ def _from_folders(folder: Path) -> Iterator[_Image]:
         yield _Image(image, True, None, None)
 
 
-def _from_table(data: DataSet, table: Path, folder: Path) -> Iterator[_Image]:
+def _from_table(data: files.DataSet, table: Path, folder: Path) -> Iterator[_Image]:
     for place, row in _rows(data, table, ("object", "split", "label", "image", "mask")):
         if row["object"] != folder.name:
             continue
@@ -79,13 +77,12 @@ def _from_table(data: DataSet, table: Path, folder: Path) -> Iterator[_Image]:
         data.problems += [f"{place}: {what}" for what in wrong]
 
 
-def _rows(data: DataSet, table: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+def _rows(data: files.DataSet, table: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
     where = data.relative(table)
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restval="")  # a cell that is missing is empty
-            missing = [column for column in columns if column not in (reader.fieldnames or ())]
-            if missing:
+            if missing := [column for column in columns if column not in (reader.fieldnames or ())]:
                 data.add(where, f"has no column {', '.join(missing)}")
                 return
             for row in reader:
