@@ -1,16 +1,15 @@
 """Shapes, their samples, and file names, for the readers of annotation tools; errors as in `textfiles`."""
 
 import math
-import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adfm.data.problems import Unlisted
-from adfm.data.readers.files import DataSet, folders, images, relative, walk
+from adfm.data.readers.files import DataSet, images, relative, walk
 from adfm.data.readers.textfiles import lines
 from adfm.records import Box, Polygon, Rle, Sample, Split
 
@@ -126,28 +125,6 @@ def by_stem(paths: Iterable[Path]) -> dict[str, tuple[str, ...]]:
     return groups
 
 
-def partners(raw: Path, folder: Path, own: Container[str], other: Container[str]) -> list[Path]:
-    """List the folders where the annotations of a folder of images may be, or the other way round.
-
-    For `a/images/b` and annotations in `labels`: itself, `a/b`, `a/labels/b`; for `a` also `a/labels`. `own` and
-    `other` are names, in lower case, of folders of its kind and of the other.
-    """
-    parts = folder.relative_to(raw).parts
-    at = max((place for place, part in enumerate(parts) if part.lower() in own), default=len(parts))
-    base, rest = raw.joinpath(*parts[:at]), parts[at + 1 :]
-    beside = [base, *(inside for inside in folders(base) if inside.name.lower() in other)]
-    return list(dict.fromkeys([folder, *(inside.joinpath(*rest) for inside in beside)]))
-
-
-def within(raw: Path, folder: Path, name: str, there: Callable[[Path], bool] = os.path.isfile) -> Path | None:
-    """Resolve a path relative to a folder; `None` if it is not `there`, or leads out of the data set."""
-    path = Path(os.path.normpath(folder.relative_to(raw) / name))
-    if path.is_absolute() or path.parts[:1] == ("..",):
-        return None
-    # Functions of `os.path` are false for a name that no file can have, for which those of `Path` raise.
-    return raw / path if there(raw / path) else None
-
-
 def unlisted(data: DataSet) -> Iterator[str]:
     """Yield a problem for every folder with images that no annotation file lists, or with images of one name."""
     for folder in walk(data.raw):
@@ -161,6 +138,5 @@ def same_names(raw: Path, paths: Iterable[Path]) -> Iterator[str]:
     """Yield a problem for every two images of a folder whose names differ in Unicode normalisation only."""
     names: dict[str, str] = {}
     for path in paths:
-        other = names.setdefault(nfc(path.name), path.name)
-        if other != path.name:
-            yield (f"{relative(raw, path)}: {path.name!a} and {other!a} are one name to people; rename or remove one")
+        if (other := names.setdefault(nfc(path.name), path.name)) != path.name:
+            yield f"{relative(raw, path)}: {path.name!a} and {other!a} are one name to people; rename or remove one"

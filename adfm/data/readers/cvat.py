@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from adfm.data.readers.annotations import Shape, box, outlined, sample, unlisted, within
-from adfm.data.readers.files import IMAGES, DataSet, NoImage, holds, listing, walk
+from adfm.data.readers.annotations import Shape, box, outlined, sample, unlisted
+from adfm.data.readers.files import IMAGES, DataSet, NoImage, holds, listing, walk, within
 from adfm.data.readers.shapes import bitmap, check_mask_size, ellipse, group, line, turned_box, unpacked
 from adfm.data.readers.textfiles import decimal, pixel_size
 from adfm.data.readers.verdicts import class_name, defect_type
@@ -26,23 +26,21 @@ _FEW = 100  # a folder with more XML files than these has one an image, and open
 
 def matches(raw: Path) -> bool:
     """Whether there is an XML file with `annotations` near the top."""
-    return holds(raw, lambda folder: any(map(_is_export, islice(listing(folder, ".xml"), _FEW))))
+    return holds(raw, lambda folder: "annotations" in map(outermost, islice(listing(folder, ".xml"), _FEW)))
 
 
 def read(raw: Path) -> Iterator[Sample]:
     """Yield the images of all XML files, in their order. One without a shape and a tag is normal.
 
     Boxes are in pixels from 0 on. A turned box or an ellipse is the box round it, cut off at the edge of the image,
-    and an outline; polygons and masks are masks as well; a polyline is the box round it, at least one pixel wide.
-    Shapes of the same group and class are one defect. An image that has tags alone is anomalous as a whole, with the
-    tags as its defects, or normal if the tag says so; one with points is anomalous, without boxes.
-
-    `split` is that of the subset, else of the folders' names. The paths of all images are in memory.
+    and an outline; a polyline is the box round it. Shapes of the same group and class are one defect. An image that has
+    tags alone is anomalous as a whole, with the tags as its defects, or normal if the tag says so; one with points is
+    anomalous, without boxes. `split` is that of the subset, else of the folders' names.
     """
     data = DataSet(raw, "cvat")
     for folder in walk(raw):
         for file in listing(folder, ".xml"):
-            if _is_export(file):
+            if outermost(file) == "annotations":
                 yield from _samples(data, file)
     if not (data.listed or data.problems):
         data.problems.append("no annotations.xml of CVAT lists an image")
@@ -50,17 +48,12 @@ def read(raw: Path) -> Iterator[Sample]:
     data.finish()
 
 
-def _is_export(file: Path) -> bool:
-    return outermost(file) == "annotations"
-
-
 def _samples(data: DataSet, file: Path) -> Iterator[Sample]:
     where = data.relative(file)
     try:
         for place, element in enumerate(_images(file), start=1):
             name = element.get("name", "")
-            here = f"{where}: image {name!r}"
-            with data.at(here):
+            with data.at(here := f"{where}: image {name!r}"):
                 image = _image(data.raw, file.parent, name, element.get("subset", ""))
                 data.claim(image, f"{where} as number {place}")
                 yield _sample(data, image, element, here)
@@ -135,9 +128,8 @@ def _shape(part: ElementTree.Element, size: tuple[int, int] | None) -> Shape:
     if part.tag in ("cuboid", "skeleton"):
         raise ValueError("is not an area; draw a rectangle, polygon, ellipse or mask in its place")
     if part.tag == "box":
-        x1, y1, x2, y2 = (_number(part, side) for side in ("xtl", "ytl", "xbr", "ybr"))
         # CVAT turns it about its centre, clockwise.
-        before, degrees = box(x1, y1, x2, y2), _rotation(part)
+        before, degrees = box(*(_number(part, side) for side in ("xtl", "ytl", "xbr", "ybr"))), _rotation(part)
         return turned_box(name, before, degrees) if degrees else Shape(name, before)
     if part.tag == "ellipse":
         cx, cy, rx, ry = (_number(part, side) for side in ("cx", "cy", "rx", "ry"))
@@ -145,12 +137,17 @@ def _shape(part: ElementTree.Element, size: tuple[int, int] | None) -> Shape:
     if part.tag == "mask":
         left, top, width, height = (_whole(part, side) for side in ("left", "top", "width", "height"))
         return bitmap(name, _pixels(part.get("rle", ""), width, height), left, top, size)
-    points = _points(part.get("points", ""))
-    if part.tag == "polyline":
-        if len(points) < 2:
-            raise ValueError(f"a line needs 2 points, and has {len(points)}")
-        return line(name, points, size)
-    return outlined(name, points)
+    points = []
+    for pair in filter(None, part.get("points", "").split(";")):
+        x, comma, y = pair.partition(",")
+        if not comma:
+            raise ValueError(f"{pair[:40]!r} is not a point")
+        points.append((decimal(x, "x"), decimal(y, "y")))
+    if part.tag == "polygon":
+        return outlined(name, points)
+    if len(points) < 2:
+        raise ValueError(f"a line needs 2 points, and has {len(points)}")
+    return line(name, points, size)
 
 
 def _pixels(rle: str, width: int, height: int) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
@@ -163,16 +160,6 @@ def _pixels(rle: str, width: int, height: int) -> np.ndarray[tuple[int, ...], np
     if min(counts) < 0 or sum(counts) != width * height:
         raise ValueError(f"its rle does not have {width * height} pixels, as its width and height do")
     return unpacked(counts).reshape(height, width)
-
-
-def _points(text: str) -> list[tuple[float, float]]:
-    points = []
-    for pair in filter(None, text.split(";")):
-        x, comma, y = pair.partition(",")
-        if not comma:
-            raise ValueError(f"{pair[:40]!r} is not a point")
-        points.append((decimal(x, "x"), decimal(y, "y")))
-    return points
 
 
 def _rotation(part: ElementTree.Element) -> float:

@@ -26,10 +26,10 @@ _ENDINGS = tuple(IMAGES)
 ADD_MASK = "; add it, or, where no image has one, convert the labels alone with --layout folders"
 _SPLITS: dict[Split, str] = {"train": "train training", "validation": "val valid validation", "test": "test testing"}
 SPLIT_NAMES = {name: split for split, names in _SPLITS.items() for name in names.split()}
-NO_IMAGE = "no image in any place of the layout"
 _DEPTH = 100  # `walk` goes no deeper
 
 T = TypeVar("T")
+_Sign = Callable[[Path], bool]  # of a folder: whether it has something
 _exists = os.path.exists  # unlike that of `Path`, false for a name that no file can have
 
 
@@ -116,10 +116,7 @@ class DataSet:
         return None
 
     def by_category(
-        self,
-        is_category: Callable[[Path], bool],
-        samples: Callable[["DataSet", Path], Iterable[Sample]],
-        remedy: str = "",
+        self, is_category: _Sign, samples: Callable[["DataSet", Path], Iterable[Sample]], remedy: str = ""
     ) -> Iterator[Sample]:
         """Yield the samples of each of the `categories`; see `checked`."""
         return self.checked(((folder, samples(self, folder)) for folder in categories(self.raw, is_category)), remedy)
@@ -149,7 +146,7 @@ class DataSet:
                 self.problems += _strays(self.raw, folder, used)
         self.finish()
 
-    def finish(self, nothing: str = NO_IMAGE, read: bool | None = None) -> None:
+    def finish(self, nothing: str = "no image in any place of the layout", read: bool | None = None) -> None:
         """Raise `BadData` if there are problems, or, as the problem `nothing`, if nothing was read: no sample."""
         read = not self.empty if read is None else read
         if problems := self.problems or ([] if read else [nothing]):
@@ -230,8 +227,7 @@ def folder_names(raw: Path, path: Path) -> list[str]:
 def refuse_special(raw: Path) -> None:
     """Raise `AdfmError` if a raw data set has a pipe, socket, device or link to nowhere or round in it."""
     # A reader would wait for a pipe that is called `a.png`, and never leave a link that leads round.
-    problems = list(islice(special_files(raw), 51))
-    if problems:
+    if problems := list(islice(special_files(raw), 51)):
         listed = "\n  ".join(problems[:50] + ["and more"] * (len(problems) > 50))
         raise AdfmError(f"{raw}: holds what is not a file or a folder; remove it:\n  {listed}")
 
@@ -273,7 +269,7 @@ def special_files(raw: Path) -> Iterator[str]:
     yield from visit(top, "", frozenset([top]))
 
 
-def root(raw: Path, holds: Callable[[Path], bool]) -> Path | None:
+def root(raw: Path, holds: _Sign) -> Path | None:
     """Return the folder that holds the data set: `raw`, or one reached by entering the only folder, at most 3 times."""
     folder = raw
     for _ in range(4):  # archives nest a data set in folders of its name
@@ -286,12 +282,12 @@ def root(raw: Path, holds: Callable[[Path], bool]) -> Path | None:
     return None
 
 
-def holds(raw: Path, sign: Callable[[Path], bool]) -> bool:
+def holds(raw: Path, sign: _Sign) -> bool:
     """Whether a data set, or a folder at most two levels down, shows a sign of a layout."""
     return root(raw, lambda folder: any(map(sign, walk(folder, 2)))) is not None
 
 
-def categories(raw: Path, is_category: Callable[[Path], bool]) -> list[Path]:
+def categories(raw: Path, is_category: _Sign) -> list[Path]:
     """List the folders that should be categories: all beside one that is, in the `root`, or the data set itself."""
     if is_category(raw):
         return [raw]
@@ -300,7 +296,7 @@ def categories(raw: Path, is_category: Callable[[Path], bool]) -> list[Path]:
     return folders(top) if top else []
 
 
-def has_category(raw: Path, is_category: Callable[[Path], bool], part: str = "") -> bool:
+def has_category(raw: Path, is_category: _Sign, part: str = "") -> bool:
     """Whether there is a category of a layout, and one that has a folder `part`."""
     return any(is_category(folder) and (folder / part).is_dir() for folder in categories(raw, is_category))
 
@@ -321,6 +317,28 @@ def listed_path(bases: Sequence[Path], name: str) -> Path | None:
         return None  # it leads out of the data set, or nowhere
     paths = (base / name for base in bases)
     return next((path for path in paths if _exists(path)), bases[0] / name)
+
+
+def partners(raw: Path, folder: Path, own: Container[str], other: Container[str]) -> list[Path]:
+    """List the folders where the annotations of a folder of images may be, or the other way round.
+
+    For `a/images/b` and annotations in `labels`: itself, `a/b`, `a/labels/b`; for `a` also `a/labels`. `own` and
+    `other` are names, in lower case, of folders of its kind and of the other.
+    """
+    parts = folder.relative_to(raw).parts
+    at = max((place for place, part in enumerate(parts) if part.lower() in own), default=len(parts))
+    base, rest = raw.joinpath(*parts[:at]), parts[at + 1 :]
+    beside = [base, *(inside for inside in folders(base) if inside.name.lower() in other)]
+    return list(dict.fromkeys([folder, *(inside.joinpath(*rest) for inside in beside)]))
+
+
+def within(raw: Path, folder: Path, name: str, there: _Sign = os.path.isfile) -> Path | None:
+    """Resolve a path relative to a folder; `None` if it is not `there`, or leads out of the data set."""
+    path = Path(os.path.normpath(folder.relative_to(raw) / name))
+    if path.is_absolute() or path.parts[:1] == ("..",):
+        return None
+    # Functions of `os.path` are false for a name that no file can have, for which those of `Path` raise.
+    return raw / path if there(raw / path) else None
 
 
 def _strays(raw: Path, folder: Path, used: Container[str]) -> list[str]:

@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 import yaml
 
 from adfm.data.readers import table
-from adfm.data.readers.annotations import Shape, box, sample, unlisted, within
-from adfm.data.readers.files import DataSet, NoImage, holds, split_of, walk
-from adfm.data.readers.textfiles import mentions, number, pixel_size, text
+from adfm.data.readers.annotations import Shape, box, sample, unlisted
+from adfm.data.readers.files import DataSet, NoImage, holds, split_of, walk, within
+from adfm.data.readers.textfiles import mentions, number, optional, pixel_size, text
 from adfm.data.readers.verdicts import class_name
 from adfm.records import Sample
 
@@ -44,14 +44,12 @@ def read(raw: Path) -> Iterator[Sample]:
 
     `file_name` is relative to the file. `objects` has the boxes, `bbox`, as `[x, y, width, height]` in pixels, and
     their classes, `categories` or `category`; without boxes the image is normal. Or else `label` says what the image
-    is: normal, a word that means the same, or the kind of the defect, whose place is not known; or `mask_file_name`
-    names a mask. Classes may be numbers, whose names are in `dataset_info` in README.md. `split` is that of the
-    folders' names.
+    is: normal, or the kind of the defect, whose place is not known; or `mask_file_name` names a mask. Classes may be
+    numbers, whose names are in `dataset_info` in README.md. `split` is that of the folders' names.
     """
     data = DataSet(raw, "imagefolder")
-    for folder in walk(raw):
-        for file in _metadata(folder):
-            yield from _samples(data, file)
+    for file in (file for folder in walk(raw) for file in _metadata(folder)):
+        yield from _samples(data, file)
     data.problems += unlisted(data) if data.listed else []
     data.finish("no metadata.jsonl, metadata.csv or metadata.parquet that lists an image in `file_name`")
 
@@ -70,8 +68,7 @@ def _samples(data: DataSet, file: Path) -> Iterator[Sample]:
     place = 0
     try:
         for place, row in _rows(file):
-            here = f"{where}: line {place}"
-            with data.at(here):
+            with data.at(here := f"{where}: line {place}"):
                 yield _sample(data, file.parent, here, row(), names)
     except csv.Error as error:
         data.add(where, f"line {place + 1}: is not CSV ({error})")
@@ -88,10 +85,10 @@ def _rows(file: Path) -> Iterator[tuple[int, Callable[[], dict[str, Any]]]]:
             start += len(batch)
     elif file.suffix == ".csv":
         reader = csv.DictReader(io.StringIO(text(file), newline=""), strict=True)
-        drawn = sorted(name for name in reader.fieldnames or () if name.lower() in table.MAY_BE_BOXES | table.SIDES)
-        if drawn:
-            columns = ", ".join(drawn)
-            raise ValueError(f"the columns {columns} are not of this layout; rename the file to read it as layout csv")
+        columns = sorted(name for name in reader.fieldnames or () if name.lower() in table.MAY_BE_BOXES | table.SIDES)
+        if columns:
+            remedy = "rename the file to read it as layout csv"
+            raise ValueError(f"the columns {', '.join(columns)} are not of this layout; {remedy}")
         yield from ((reader.line_num, partial(_of_csv, row)) for row in reader)
     else:
         lines = enumerate(text(file).split("\n"), start=1)
@@ -141,8 +138,7 @@ def _add_names(part: Any, column: str, names: _Names) -> None:
             _add_names(inside, column, names)
     elif isinstance(part, dict):
         column = part["name"] if isinstance(part.get("name"), str) else column
-        label = part.get("class_label")
-        listed = label.get("names") if isinstance(label, dict) else None
+        listed = optional(part.get("class_label"), "names", object)
         listed = dict(enumerate(listed)) if isinstance(listed, list) else listed
         if isinstance(listed, dict) and all(str(key).isdecimal() for key in listed):
             classes = {int(key): str(name) for key, name in listed.items()}
@@ -157,9 +153,9 @@ def _sample(data: DataSet, folder: Path, here: str, row: dict[str, Any], names: 
     if not image:
         raise NoImage(f"there is no image {row.get('file_name')!r}")
     data.claim(image, here, "keep one of the rows")
-    drawn = [name for name in (*table.MAY_BE_BOXES, *_BOXES, "annotations") if isinstance(row.get(name), list | dict)]
-    if drawn:
-        raise ValueError(f"{drawn[0]!r} may say where the defects are; write them in 'objects'")
+    for name in (*table.MAY_BE_BOXES, *_BOXES, "annotations"):
+        if isinstance(row.get(name), list | dict):
+            raise ValueError(f"{name!r} may say where the defects are; write them in 'objects'")
     mask = None
     if row.get("mask_file_name") is not None:
         mask = _path(data.raw, folder, row["mask_file_name"])
@@ -223,8 +219,7 @@ def _class(value: Any, names: dict[int, str]) -> str | None:
 
 def _shapes(objects: Any, names: _Names) -> list[Shape]:
     if isinstance(objects, list) and all(isinstance(one, dict) for one in objects):  # some write an object a box
-        keys = objects[0] if objects else ("bbox",)
-        objects = {key: [one.get(key) for one in objects] for key in keys}
+        objects = {key: [one.get(key) for one in objects] for key in (objects[0] if objects else ("bbox",))}
     if not isinstance(objects, dict):
         raise ValueError("'objects' is neither an object of lists nor a list of objects")
     boxes = next((objects[key] for key in _BOXES if key in objects), None)
@@ -234,12 +229,12 @@ def _shapes(objects: Any, names: _Names) -> list[Shape]:
     classes = objects[key] if key else ["defect"] * len(boxes)
     if not isinstance(classes, list) or len(classes) != len(boxes):
         raise ValueError(f"'objects' has {len(boxes)} boxes, but not as many {key or 'categories'}")
-    return [_shape(drawn, value, names.get(key, {})) for drawn, value in zip(boxes, classes, strict=True)]
-
-
-def _shape(drawn: Any, value: Any, names: dict[int, str]) -> Shape:
-    if not isinstance(drawn, list) or len(drawn) != 4:
-        raise ValueError(f"the box {str(drawn)[:60]} is not [x, y, width, height]")
-    x, y, width, height = map(number, drawn)
-    name = _class(value, names)
-    return Shape(class_name(f"class {value}" if name is None else name), box(x, y, x + width, y + height))
+    shapes = []
+    for drawn, value in zip(boxes, classes, strict=True):
+        if not isinstance(drawn, list) or len(drawn) != 4:
+            raise ValueError(f"the box {str(drawn)[:60]} is not [x, y, width, height]")
+        x, y, width, height = map(number, drawn)
+        name = _class(value, names.get(key, {}))
+        name = f"class {value}" if name is None else name
+        shapes.append(Shape(class_name(name), box(x, y, x + width, y + height)))
+    return shapes

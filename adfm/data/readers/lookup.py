@@ -10,13 +10,14 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 from adfm.data.readers import files
-from adfm.data.readers.annotations import nfc, partners
-from adfm.data.readers.files import SPLIT_NAMES, NoImage, folder_names, folders, split_of, walk
+from adfm.data.readers.annotations import nfc
+from adfm.data.readers.files import SPLIT_NAMES, NoImage, folder_names, folders, partners, split_of, walk
 from adfm.records import Split
 
 _IMAGES = frozenset(
     ("images", "image", "imgs", "img", "data", "jpegimages", "pictures", "picture", "pics", "pic", "photos", "photo")
 )
+_GENERAL = _IMAGES.union(SPLIT_NAMES)  # names of folders that do not say which images are in them, but for the split
 _ANNOTATIONS = frozenset(
     ("annotations", "annotation", "annots", "annot", "anns", "ann", "labels", "label", "jsons", "json", "labelme")
 )
@@ -85,7 +86,8 @@ class Images:
             if any(map(self._by_stem, places)):
                 return None  # it is missing from the very folder that the path names
         # A folder such as a product's would say which of several images of one name it is.
-        if len(parts) > 1 and not foreign and not all(map(self._is_general, parts[:-1])):
+        general = (part.lower() in _GENERAL or part == files.dataset_name(self._raw) for part in parts[:-1])
+        if len(parts) > 1 and not foreign and not all(general):
             return None
         groups = groups if len(parts) == 1 or _UPLOAD.search(path) else groups[:-1]
         return self._by_name(parts[-1], name, groups, split_of(*parts[-2::-1]))
@@ -122,10 +124,6 @@ class Images:
         # The path may be in another normalisation than the disk's, at any depth.
         alike = [each for each in self._inside(above) if nfc(each.name) == nfc(parts[-1])] if above else []
         return alike[0] if len(alike) == 1 else None
-
-    def _is_general(self, part: str) -> bool:
-        """Whether the name of a folder does not say which images are in it, other than of which split they are."""
-        return part.lower() in _IMAGES or part.lower() in SPLIT_NAMES or part == files.dataset_name(self._raw)
 
     def _contradicts(self, folder: Path, split: Split | None) -> bool:
         return split is not None and split_of(*folder_names(self._raw, folder / "image")) not in (None, split)
@@ -194,6 +192,5 @@ def _grouped(names: Iterable[str], key: Callable[[str], str]) -> dict[str, list[
     return dict(groups)
 
 
-def _mentions(text: str, name: str) -> bool:
-    """Whether a text has a name as a word."""
+def _mentions(text: str, name: str) -> bool:  # as a word
     return re.search(rf"(?<![^\W_]){re.escape(name)}(?![^\W_])", text, re.IGNORECASE) is not None

@@ -19,8 +19,8 @@ from pathlib import Path, PurePosixPath
 
 from adfm.data.problems import Unlisted
 from adfm.data.readers import verdicts
-from adfm.data.readers.annotations import Shape, box, bracketed, sample, within
-from adfm.data.readers.files import IMAGES, DataSet, NoImage, folder_names, holds, images, listing, root, split_of, walk
+from adfm.data.readers.annotations import Shape, box, bracketed, sample
+from adfm.data.readers.files import IMAGES, DataSet, NoImage, holds, images, listing, root, split_of, walk, within
 from adfm.data.readers.textfiles import decimal, encoding_of, pixel_size, text
 from adfm.data.readers.verdicts import class_name
 from adfm.records import Box, Label, Sample, Split
@@ -98,15 +98,12 @@ def matches(raw: Path) -> bool:
 def read(raw: Path) -> Iterator[Sample]:
     """Yield the images of the tables, in their order.
 
-    Columns, in any order: `image` (path, from the table's folder or from images/ in it or beside it) and `label`; for
-    defects `defect` (its name; "defect" if there is none), and either `x1`, `y1`, `x2`, `y2` (pixels, half-open) or
-    `mask` (path of a pixel mask). May be there: `category` (the data set's name otherwise) and `split` (train,
-    validation or test; otherwise what the folders or the table are called). A label is normal or 0, anomalous or 1,
-    or a word that means the same (see `verdicts`). An image with several defects has several rows.
-    Instead of `label` there may be the name of the defect alone, or normal, in `class`; or a `probability` of a
-    defect, which is normal below 0.5. In a table without columns for boxes or masks the label is all that is known.
-    Further columns are for `split.group`. Columns are separated by comma, semicolon, tab, `|` or blanks. The tables are
-    in memory.
+    Columns, in any order: `image` (path, from the table's folder or from images/ in it or beside it) and `label`
+    (normal or 0, anomalous or 1, or as in `verdicts`); for defects `defect` (its name), and either `x1`, `y1`, `x2`,
+    `y2` (pixels, half-open) or `mask` (path of a pixel mask). Instead of `label`: the defect or normal in `class`, or
+    the `probability` of a defect, which is normal below 0.5. Optional: `category` (else the data set's name) and
+    `split` (else what the folders or the table are called); further ones are for `split.group`. An image with several
+    defects has several rows. Without columns for boxes or masks the label is all that is known.
     """
     data = DataSet(raw, "csv")
     base = root(raw, lambda folder: any(map(_tables, walk(folder, 2))))
@@ -129,7 +126,7 @@ def _sample(data: DataSet, image: Path, rows: list[_Row]) -> Sample:
     if len(unique) < len(rows):
         notes.append("a row of the table is repeated; it counts once")
     shapes = [Shape(row.defect, row.box) for row in unique if row.box]
-    split = first.split or split_of(*folder_names(data.raw, image), first.table.stem)
+    split = first.split or data.split(image) or split_of(first.table.stem)
     located = first.label == "normal" or bool(first.marking)
     # A column on which the rows of an image differ says nothing of the image.
     columns = {name: cell for name, cell in first.columns.items() if all(row.columns[name] == cell for row in rows)}
@@ -144,13 +141,11 @@ def _unlisted(data: DataSet, known: Container[Path], tables: dict[Path, str]) ->
     for folder in walk(data.raw) if tables else []:
         above = [table for table in tables if folder.is_relative_to(table.parent)]
         table = max(above, key=lambda table: len(table.parts), default=next(iter(tables)))
-        where = data.relative(table)
+        where = f"{data.relative(table)}, in its column {tables[table]!r}"
+        remedy = "add a row (for a normal image its name and `normal`, the other cells empty), or remove the image"
         for image in images(folder):
             if image not in known:
-                yield Unlisted(
-                    f"{data.relative(image)}: is in no row of {where}, in its column {tables[table]!r};"
-                    " add a row (for a normal image its name and `normal`, the other cells empty), or remove the image"
-                )
+                yield Unlisted(f"{data.relative(image)}: is in no row of {where}; {remedy}")
 
 
 def _tables(folder: Path) -> list[Path]:
@@ -170,8 +165,7 @@ def _is_table(file: Path) -> bool:
 def _rows(content: str) -> Iterator[tuple[int, list[str]]]:
     """Yield the rows of a table that are not empty, each with the number of its last line."""
     # The first line says what separates the columns: what it has most of.
-    lines = content[:20_000].lstrip().splitlines()
-    first = lines[0] if lines else ""
+    first = next(iter(content[:20_000].lstrip().splitlines()), "")
     declared = re.fullmatch(r"sep=(.)", first.strip())  # a line that Excel reads and writes
     delimiter = declared[1] if declared else max(",;\t|", key=first.count)
     file: Iterable[str] = io.StringIO(content, newline="")
@@ -212,9 +206,8 @@ def _nameless(cells: list[str]) -> list[str] | None:
     if PurePosixPath(cells[0] if cells else "").suffix.lower() not in IMAGES:
         return None
     names = {2: ["image", "label"], 3: ["image", "probability", "type"], 6: ["image", *_SIDES, "class"]}
-    if len(cells) == 3 and not re.fullmatch(r"[01](\.\d+)?", cells[1]):
-        return None
-    return names.get(len(cells))
+    is_other = len(cells) == 3 and not re.fullmatch(r"[01](\.\d+)?", cells[1])
+    return None if is_other else names.get(len(cells))
 
 
 def _wrong(names: list[str], columns: dict[str, int], further: dict[str, int]) -> list[str]:
@@ -294,7 +287,7 @@ def _row(data: DataSet, table: Path, line: int, header: _Header, cells: list[str
     further, size = list(header.further), None
     if "x1" in header.columns:
         further = [name for name in further if name not in ("width", "height")]
-        if len(further) == len(header.further) - 2:
+        if header.further.keys() >= {"width", "height"}:
             size = pixel_size(cells[header.further["width"]], cells[header.further["height"]], as_text=True)
     if further:
         notes = (*notes, f"columns that only split.group reads: {', '.join(further)}")

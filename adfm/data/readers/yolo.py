@@ -11,23 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 
-from adfm.data.readers.annotations import (
-    Shape,
-    box,
-    bracketed,
-    by_stem,
-    nfc,
-    outlined,
-    partners,
-    sample,
-    shapes_of_lines,
-    within,
-)
-from adfm.data.readers.files import DataSet, NoImage, folder_names, holds, images, listing, split_of, walk
+from adfm.data.readers.annotations import Shape, box, bracketed, by_stem, nfc, outlined, sample, shapes_of_lines
+from adfm.data.readers.files import DataSet, NoImage, holds, images, listing, partners, split_of, walk, within
 from adfm.data.readers.textfiles import decimal, lines, mentions, text
 from adfm.data.readers.verdicts import class_name
 from adfm.records import Box, Sample, Split
@@ -37,6 +26,7 @@ FORM = "images/*, labels/*.txt, data.yaml"
 _IMAGES, _LABELS = frozenset(("images",)), frozenset(("labels",))
 # Ends of the names of lists of classes, one a line: of LabelImg and Label Studio, of Darknet and CVAT, of Roboflow.
 _LISTS = ("classes.txt", ".names", "_darknet.labels")
+_KEYS: dict[str, Split] = {"train": "train", "val": "validation", "test": "test"}  # of the YAML file
 _SLACK = 0.01  # rounding of the tools that write the files; Ultralytics allows as much
 _REACH = 1.0  # how far the corner of a turned box may lie outside, in widths and heights of the image
 _ELSEWHERE = "the YAML file names folders or lists of a split that are not here; the folders' names count instead"
@@ -67,12 +57,10 @@ def matches(raw: Path) -> bool:
 def read(raw: Path) -> Iterator[Sample]:
     """Yield the images, folder by folder. One without a text file, or with an empty one, is normal.
 
-    `class cx cy width height` is a box, `class x1 y1 x2 y2 x3 y3 …` a polygon or, of four corners, a turned box. Boxes
-    are cut off at the edge of the image where rounding, or a turned box, reaches out of it. Classes have the names in
-    the YAML file of the data set, or in a list of names; without any they are called `class 0` and so on. `split` is
-    that of train, val and test in the YAML file, where those are folders or lists in the data set, else that of the
-    folders' names. Images that are both validation and test count as test; images that are training and something else
-    have no split.
+    `class cx cy width height` is a box, `class x1 y1 x2 y2 x3 y3 …` a polygon or, of four corners, a turned box. The
+    names of classes are those in the YAML file or in a list of names, else `class 0` and so on. `split` is that of the
+    YAML file, where its train, val and test are in the data set, else that of the folders' names; images that are both
+    validation and test count as test, images that are training and something else have none.
     """
     data = DataSet(raw, "yolo")
     settings = _settings(data)
@@ -82,7 +70,7 @@ def read(raw: Path) -> Iterator[Sample]:
         for image, file in _paired(data, folder):
             shapes = list(shapes_of_lines(data, file, shape)) if file else []
             defects = defects or bool(shapes)
-            split, notes = _split(raw, image, settings)
+            split, notes = _split(data, image, settings)
             yield sample(data, image, shapes, split, notes, normalized=True)
     # Without labels all images would be taken for normal.
     data.finish("no image has a text file with a defect, beside it or in labels/ instead of images/", defects)
@@ -129,7 +117,7 @@ def _paired(data: DataSet, folder: Path) -> Iterator[tuple[Path, Path | None]]:
     # Of these, the folders whose images look for their text files here.
     theirs = [place for place in places if folder in partners(data.raw, place, _IMAGES, _LABELS)]
     stems = {nfc(image.stem) for place in theirs for image in images(place)}
-    in_labels = any(name.lower() in _LABELS for name in folder_names(data.raw, folder / "file"))
+    in_labels = any(name.lower() in _LABELS for name in folder.relative_to(data.raw).parts)
     for file in texts:
         if nfc(file.stem) not in stems and not file.name.lower().endswith(_LISTS) and (in_labels or _is_labels(file)):
             data.add(file, NoImage(f"there is no image {file.stem}.* for it"))
@@ -152,8 +140,7 @@ def _settings(data: DataSet) -> _Settings:
                 sources[file] = {n: name.strip() for n, name in enumerate(text(file).strip().splitlines())}
     for names in sources.values():
         if any(settings.names.get(number, name) != name for number, name in names.items()):
-            files = ", ".join(map(data.relative, sources))
-            data.problems.append(f"{files}: name the classes differently; keep one of them")
+            data.add(", ".join(map(data.relative, sources)), "name the classes differently; keep one of them")
             break
         settings.names |= names
     return settings
@@ -179,9 +166,8 @@ def _add_splits(data: DataSet, file: Path, content: dict[Any, Any], settings: _S
     roots = [file.parent, data.raw]
     if base := within(data.raw, file.parent, str(content.get("path", "")), os.path.isdir):
         roots.insert(0, base)
-    for key in ("train", "val", "test"):
+    for key, split in _KEYS.items():
         places = content.get(key)
-        split = cast(Split, split_of(key))
         for place in places if isinstance(places, list) else [places]:
             if not isinstance(place, str) or place.lower() in ("", "null", "~"):
                 continue
@@ -205,11 +191,11 @@ def _add_list(data: DataSet, file: Path, split: Split, roots: list[Path], settin
             image = folders[written] / name if written in folders else None
             if not image or not image.is_file():
                 image = _resolved(data.raw, bases, line)
-            with data.at(f"{where}: line {number}"):
-                if not image or not image.is_file():
-                    raise NoImage(f"there is no image {line[:200]!r}")
+            if image and image.is_file():
                 folders[written] = image.parent
                 settings.splits[image].add(split)
+            else:
+                data.add(f"{where}: line {number}", NoImage(f"there is no image {line[:200]!r}"))
 
 
 def _resolved(raw: Path, bases: list[Path], name: str) -> Path | None:
@@ -230,11 +216,11 @@ def _resolved(raw: Path, bases: list[Path], name: str) -> Path | None:
     return None
 
 
-def _split(raw: Path, image: Path, settings: _Settings) -> tuple[Split | None, list[str]]:
+def _split(data: DataSet, image: Path, settings: _Settings) -> tuple[Split | None, list[str]]:
     paths = (image, *image.parents) if settings.splits else ()
     given = [splits for path in paths if (splits := settings.splits.get(path))]
     if not given:
-        return split_of(*folder_names(raw, image)), [_ELSEWHERE] if settings.lost else []
+        return data.split(image), [_ELSEWHERE] if settings.lost else []
     nearest = given[0]
     if nearest == {"validation", "test"}:
         return "test", ["the YAML file has it for validation and for test; it counts as test"]
@@ -258,8 +244,7 @@ def _shape(words: list[str], names: dict[int, str]) -> Shape:
     name = class_name(names[number]) if names else f"class {number}"
     if len(words) == 5:
         return _drawn(name, words[1:])
-    turned = len(words) == 9
-    values = [_fraction(word, _REACH if turned else _SLACK) for word in words[1:]]
+    values = [_fraction(word, _REACH if len(words) == 9 else _SLACK) for word in words[1:]]  # 9: a turned box
     drawn = outlined(name, list(zip(values[::2], values[1::2], strict=True)), side=1)
     return replace(drawn, cut=_reaches_out(drawn.box, 0))
 
