@@ -31,9 +31,6 @@ FORM = "annotations/*.json with images, annotations and categories; images/*"
 _KEYS = ("images", "annotations", "categories")
 _SLACK = 2  # pixels between a box and its outline: tools round either, and some count the last pixel and some do not
 _MANY = 5  # annotations whose areas fit the same wrong reading within a pixel a side: no chance
-_LISTED_AGAIN = "list each image once, with all of its annotations"
-_LISTED_ELSEWHERE = "an image belongs to one file (and so to one split), remove it from the other"
-_APART = "if the file was put together from several, keep these as files of their own"
 
 
 def matches(raw: Path) -> bool:
@@ -46,13 +43,11 @@ def read(raw: Path) -> Iterator[Sample]:
     """Yield the images that the JSON files list, file by file.
 
     An annotation is a defect: its `bbox` the box, its `segmentation` (polygons, or run lengths, compressed or not) the
-    mask. The box of one that CVAT turned is that round the turned one. A box that has another meaning than COCO's, by
-    its outline or its area, is refused. `split` is what the file's name, its folders or the image's folders say. Other
-    JSON files, such as captions and panoptic segmentations, are ignored. A JSON file is in memory whole while its
-    images are yielded; so are the paths of all images.
+    mask. A box that has another meaning than COCO's, by its outline or its area, is refused. `split` is what the file's
+    name, its folders or the image's folders say. Other JSON files, such as captions and panoptic segmentations, are
+    ignored. In memory are one JSON file, and the paths of all images.
     """
-    data = DataSet(raw, "coco")
-    pictures = Images(raw)
+    data, pictures = DataSet(raw, "coco"), Images(raw)
     seen, panoptic = False, []
     for file in (file for folder in walk(raw) for file in listing(folder, ".json")):
         content = None
@@ -80,13 +75,13 @@ def _samples(data: DataSet, file: Path, content: dict[str, Any], pictures: Image
     for identifier, entry in entries.items():
         with data.at(f"{where}: image {identifier}"):
             path, size = pictures.locate(member(entry, "file_name", str), file.parent, file.stem), _size(entry)
-            same_file = data.listed.get(str(path)) == where
-            data.claim(path, where, _LISTED_AGAIN if same_file else _LISTED_ELSEWHERE)
+            remedy = "an image belongs to one file (and so to one split), remove it from the other"
+            if data.listed.get(str(path)) == where:
+                remedy = "list each image once, with all of its annotations"
+            data.claim(path, where, remedy)
             if contributor.startswith("Label Studio") and identifier in drawn and _is_stored_size(path, size):
-                raise ValueError(
-                    f"{data.relative(path)} has an EXIF orientation; Label Studio exports its boxes turned"
-                    " upright to COCO, and its size and polygons not; export JSON instead"
-                )
+                cause = "Label Studio exports its boxes turned upright to COCO, and its size and polygons not"
+                raise ValueError(f"{data.relative(path)} has an EXIF orientation; {cause}; export JSON instead")
             shapes = drawn.pop(identifier, [])
             yield sample(data, path, shapes, split or data.split(path), notes[identifier], size=size)
 
@@ -98,7 +93,6 @@ def _drawn(
     drawn: dict[_Id, list[Shape]] = defaultdict(list)
     notes: dict[_Id, list[str]] = defaultdict(list)
     ids: set[_Id] = set()
-    sizes = {identifier: _size(entry) for identifier, entry in entries.items()}
     areas_are_of_corners = _areas_are_of_corners(drawings)
     for place, annotation in enumerate(drawings, start=1):
         identifier = annotation.get("id") if isinstance(annotation, dict) else None
@@ -118,10 +112,9 @@ def _drawn(
                 notes[image].append("an annotation that is marked to be ignored is left out")
                 continue
             if areas_are_of_corners and _area_fits(annotation) == "corners":
-                evidence = f", but its area of {annotation['area']:g}"
-                raise _wrong_reading(annotation["bbox"], evidence, "[x1, y1, x2, y2]")
+                raise _wrong_reading(annotation["bbox"], f"its area of {annotation['area']:g}", "[x1, y1, x2, y2]")
             kind = class_name(classes[category].get("name"))
-            drawn[image].append(_shape(kind, annotation, sizes[image], notes[image]))
+            drawn[image].append(_shape(kind, annotation, _size(entries[image]), notes[image]))
     return drawn, notes
 
 
@@ -139,9 +132,9 @@ def _by_id(data: DataSet, where: str, kind: str, entries: list[Any]) -> _Entries
     by_id: _Entries = {}
     for place, entry in enumerate(entries, start=1):
         with data.at(f"{where}: {kind} no. {place}"):
-            identifier = _id(entry, "id")
-            if identifier in by_id:
-                data.add(where, f"{kind} {identifier}: another {kind} has the same id; {_APART}")
+            if (identifier := _id(entry, "id")) in by_id:
+                remedy = "if the file was put together from several, keep these as files of their own"
+                data.add(where, f"{kind} {identifier}: another {kind} has the same id; {remedy}")
             by_id[identifier] = entry
     return by_id
 
@@ -180,16 +173,14 @@ def _shape(name: str, annotation: dict[str, Any], size: tuple[int, int] | None, 
         raise ValueError(f"'bbox' is [x, y, width, height], and has {len(sides)} numbers")
     x, y, width, height = sides
     if size and min(size) > 1 and all(0 <= side <= 1 for side in sides) and 0 < max(width, height) < 1:
-        size_is = "would be smaller than a pixel; write [x, y, width, height] in pixels, not in fractions of the image"
-        raise ValueError(f"'bbox' {bracketed(sides)} {size_is}")
+        remedy = "write [x, y, width, height] in pixels, not in fractions of the image"
+        raise ValueError(f"'bbox' {bracketed(sides)} would be smaller than a pixel; {remedy}")
     if extent:
         _check_outline(sides, extent)
         same = _distance(extent, _READINGS["[x, y, width, height]"](*sides)) <= _SLACK
         return Shape(name, box(x, y, x + width, y + height), polygons, rle, cut=same and size is not None)
-    plain = box(x, y, x + width, y + height)
-    if rotation:  # clockwise about the center
-        return turned_box(name, plain, rotation)
-    return Shape(name, plain, polygons, rle)
+    plain = box(x, y, x + width, y + height)  # CVAT turns it clockwise about its center
+    return turned_box(name, plain, rotation) if rotation else Shape(name, plain, polygons, rle)
 
 
 def _rotation(annotation: dict[str, Any]) -> float:
@@ -221,24 +212,21 @@ def _check_outline(sides: list[float], extent: tuple[float, float, float, float]
     """Refuse a box that fits the outline only if its numbers are read otherwise than COCO does."""
     # An outline may be smaller than its box (an occluded part, a group of shapes): that alone is not a contradiction.
     x1, y1, x2, y2 = _READINGS["[x, y, width, height]"](*sides)
-    apart = _distance(extent, (x1, y1, x2, y2))
-    if apart <= _SLACK:
+    if (apart := _distance(extent, (x1, y1, x2, y2))) <= _SLACK:
         return
     outline = f"its outline, which spans {bracketed(extent)}"
     for meaning, reading in _READINGS.items():
         other = _distance(extent, reading(*sides))
         if other <= _SLACK and other < apart - _SLACK / 2:
-            raise _wrong_reading(sides, f", but {outline},", meaning)
+            raise _wrong_reading(sides, f"{outline},", meaning)
     if max(x1 - extent[2], y1 - extent[3], extent[0] - x2, extent[1] - y2) > _SLACK:
         text = f"'bbox' {bracketed(sides)}, which is [x, y, width, height]"
         raise ValueError(f"{text}, has nothing in common with {outline}; correct one of them")
 
 
 def _wrong_reading(sides: list[float], evidence: str, meaning: str) -> ValueError:
-    return ValueError(
-        f"'bbox' {bracketed(sides)} is [x, y, width, height] in COCO{evidence} says that it is {meaning}; write"
-        " all boxes as [x, y, width, height]"
-    )
+    coco, what = "[x, y, width, height]", f"but {evidence} says that it is {meaning}"
+    return ValueError(f"'bbox' {bracketed(sides)} is {coco} in COCO, {what}; write all boxes as {coco}")
 
 
 def _areas_are_of_corners(annotations: list[Any]) -> bool:
@@ -323,7 +311,7 @@ def _rle(drawn: dict[str, Any]) -> Rle:
 
 def _unpacked(packed: str) -> list[int]:
     # rleFrString of COCO's maskApi.c.
-    # A character is six bits from `0` on: five of the number, the lowest first, and one that says that more follow.
+    # Six bits a character, from `0` on: five of the number, the lowest first, and one that says that more follow.
     counts: list[int] = []
     value = shift = 0
     for char in packed:
