@@ -35,7 +35,7 @@ _STORAGES = (
 )
 
 _Size = tuple[int, int] | None
-_Task = tuple[Path, str, dict[str, Any]]  # of a file, with its name in messages
+_Task = tuple[str, str, dict[str, Any]]  # with the names of its file and its own in messages
 _Region = tuple[int, dict[str, Any], list[str]]  # the place of its first result, from 1, that result, all its labels
 
 
@@ -61,16 +61,13 @@ def matches(raw: Path) -> bool:
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yield the images of the tasks that have an annotation, file by file.
+    """Yield the images of the tasks, file by file. In memory are one file, and the paths of all images.
 
-    Regions are defects: rectangles and ellipses (turned or not), polygons and brush masks. A submitted annotation
-    without regions is a normal image. A choice about the whole image is its label if the choices of that name are
-    ever OK, good, NG, bad or the like; an image with such a label alone has no boxes. Predictions and drafts are not
-    read. The image is the file in the data set that the end of the task's path or URL names. A JSON file is in memory
-    whole while its images are yielded; so are the paths of all images.
+    Regions are defects; a submitted annotation without regions is a normal image; predictions and drafts are not read.
+    A choice about the whole image is its label if the choices of that name are ever OK, good, NG, bad or the like; an
+    image with such a label alone has no boxes. Its file is the one that the end of the task's path or URL names.
     """
-    data = DataSet(raw, "label-studio")
-    pictures = Images(raw)
+    data, pictures = DataSet(raw, "label-studio"), Images(raw)
     seen = False
     for folder in walk(raw):
         tasks: list[_Task] = []
@@ -79,7 +76,7 @@ def read(raw: Path) -> Iterator[Sample]:
                 if (content := _tasks(parsed(file))) is not None:  # else the file is not of Label Studio
                     seen = True
                     for place, task in enumerate(content, start=1):
-                        tasks.append((file, f"task {task.get('id', f'no. {place}')}", task))
+                        tasks.append((data.relative(file), f"task {task.get('id', f'no. {place}')}", task))
         yield from _samples(data, folder, tasks, pictures)
     data.problems += unlisted(data) if seen else []
     data.finish("no JSON file of Label Studio: no list of tasks with data and annotations", seen)
@@ -112,9 +109,8 @@ def _tasks(content: Any) -> list[dict[str, Any]] | None:
 
 
 def _is_task(entry: dict[str, Any]) -> bool:
-    return isinstance(entry.get("data"), dict) and any(
-        isinstance(entry.get(key), list) for key in ("annotations", "completions")
-    )
+    has_list = any(isinstance(entry.get(key), list) for key in ("annotations", "completions"))
+    return has_list and isinstance(entry.get("data"), dict)
 
 
 def _from_min(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -125,8 +121,6 @@ def _from_min(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for place, entry in enumerate(entries, start=1):
         identifier = entry.get("id", f"no. {place}")
         task = tasks.setdefault(str(identifier), {"id": identifier, "data": entry, "annotations": []})
-        if entry["annotation_id"] is None:
-            continue
         results = []
         for name, answer in entry.items():
             for value in answer if isinstance(answer, list) else [answer]:
@@ -135,7 +129,8 @@ def _from_min(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     results.append({"from_name": name, "value": value} | sizes)
                 elif isinstance(value, str) and name in choices:
                     results.append({"from_name": name, "value": {"choices": [value]}})
-        task["annotations"].append({"id": entry["annotation_id"], "result": results})
+        if entry["annotation_id"] is not None:
+            task["annotations"].append({"id": entry["annotation_id"], "result": results})
     return list(tasks.values())
 
 
@@ -143,29 +138,21 @@ def _samples(data: DataSet, folder: Path, tasks: list[_Task], pictures: Images) 
     written = [optional(each, "result", list) or () for _, _, task in tasks for each in _annotations(task)]
     results = [result for its in written for result in its if isinstance(result, dict)]
     # The names of the choices that are labels: a word such as OK or NG is chosen there at least once.
-    labels = frozenset(
-        str(result.get("from_name")) for result in results if any(map(is_verdict, _choices(result) or ()))
-    )
+    verdicts = (result for result in results if any(map(is_verdict, _choices(result) or ())))
+    labels = frozenset(str(result.get("from_name")) for result in verdicts)
     draws = any(map(_is_region, results))
-    for file, name, task in tasks:
-        where = data.relative(file)
+    for where, name, task in tasks:
         with data.at(f"{where}: {name}"):
             image = _image(data, task, pictures, folder)
             data.claim(image, f"{name} of {where}")
             verdict = _verdict(data.relative(image), task, labels)
             # Beside regions, choices may say anything else.
             if not draws and verdict.undecided:
-                raise ValueError(
-                    "no region is drawn in any task, and which choice means a defect is not known; call that of a"
-                    " normal image OK, good or normal"
-                )
+                what = "no region is drawn in any task, and which choice means a defect is not known"
+                raise ValueError(f"{what}; call that of a normal image OK, good or normal")
             shapes, defect, size, notes, _ = verdict
             fractions = bool(shapes) and size is None
             yield sample(data, image, shapes, data.split(image), notes, label=defect, size=size, normalized=fractions)
-
-
-class _NoAnnotation(NoImage):
-    """An image that nobody annotated; `convert.missing: skip` leaves it out as it does a missing image."""
 
 
 def _annotations(task: dict[str, Any]) -> list[dict[str, Any]]:
@@ -184,18 +171,16 @@ def _image(data: DataSet, task: dict[str, Any], pictures: Images, folder: Path) 
     if len(names) != 1:
         keys = ", ".join(map(repr, names)) or "none"
         raise ValueError(f"its data should have the path of one image; the keys that have one: {keys}")
-    (name,) = names.values()
-    name = _SERVER.sub("", name)
+    name = _SERVER.sub("", next(iter(names.values())))
     for storage, prefix in _STORAGES:
         name = storage.sub(prefix, name)
     try:
         return pictures.locate(name, folder)
     except NoImage:
         path = _UPLOAD.search(name)
-        uploaded = _uploaded(data, unquote(path[1].replace("\\", "/")), pictures, folder) if path else None
-        if not uploaded:
-            raise
-        return uploaded
+        if path and (uploaded := _uploaded(data, unquote(path[1].replace("\\", "/")), pictures, folder)):
+            return uploaded
+        raise
 
 
 def _uploaded(data: DataSet, path: str, pictures: Images, folder: Path) -> Path | None:
@@ -225,7 +210,8 @@ def _verdict(image: str, task: dict[str, Any], labels: frozenset[str]) -> _Verdi
     valid = [one for one in annotations if not (one.get("was_cancelled") or one.get("skipped"))]
     if not valid:
         what = "was skipped" if annotations else "has no submitted annotation (a prediction is not one)"
-        raise _NoAnnotation(f"{image} {what}; annotate it, or set convert.missing to skip to leave such images out")
+        # A `NoImage`: `convert.missing: skip` leaves it out as it does a missing image.
+        raise NoImage(f"{image} {what}; annotate it, or set convert.missing to skip to leave such images out")
     truths = [one for one in valid if one.get("ground_truth") is True]
     notes: tuple[str, ...] = ()
     if len(truths) == 1 and len(valid) > 1:
@@ -346,19 +332,21 @@ def _unpacked(packed: object, length: int) -> np.ndarray[Any, np.dtype[np.uint8]
     if not isinstance(packed, list) or not all(type(value) is int and 0 <= value < 256 for value in packed):
         raise ValueError("'rle' is not a list of bytes")
     bits = np.unpackbits(np.array(packed, np.uint8))
-    text = (bits + ord("0")).tobytes().decode()
     at = 0
 
-    def take(count: int) -> int:
+    def take(count: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         nonlocal at
-        if at + count > len(text):
-            raise damaged
         at += count
-        return int(text[at - count : at], 2)
+        if at > bits.size:
+            raise damaged
+        return bits[at - count : at]
+
+    def integer(size: int) -> int:
+        return int((take(size) + ord("0")).tobytes(), 2)
 
     # The header: 32 bits for the number of bytes, 5 for the size of a word, 4 times 4 for the sizes of a run length.
-    values, word = take(32), take(5) + 1
-    sizes = [take(4) + 1 for _ in range(4)]
+    values, word = integer(32), integer(5) + 1
+    sizes = [integer(4) + 1 for _ in range(4)]
     if values != length:
         raise ValueError(f"its mask has {values} values, and an image of the size that is stated has {length}")
     if word != 8:
@@ -367,16 +355,10 @@ def _unpacked(packed: object, length: int) -> np.ndarray[Any, np.dtype[np.uint8]
     filled = 0
     while filled < length:
         # A run: whether one word is repeated, which of the four sizes the length has, the length, the word or words.
-        repeated = take(1)
-        count = take(sizes[take(2)]) + 1
+        repeated = integer(1)
+        count = integer(sizes[integer(2)]) + 1
         if filled + count > length:
             raise damaged
-        if repeated:
-            unpacked[filled : filled + count] = take(8)
-        else:
-            if at + 8 * count > len(text):
-                raise damaged
-            unpacked[filled : filled + count] = np.packbits(bits[at : at + 8 * count])
-            at += 8 * count
+        unpacked[filled : filled + count] = np.packbits(take(8 if repeated else 8 * count))
         filled += count
     return unpacked
