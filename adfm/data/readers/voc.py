@@ -52,21 +52,15 @@ def matches(raw: Path) -> bool:
 def read(raw: Path) -> Iterator[Sample]:
     """Yield the images, folder by folder. One without an XML file, or with one that has no `object`, is normal.
 
-    An image and its XML file have the same name; the image's name and folder in the file do not count. A `bndbox` that
-    CVAT's attribute `rotation` turns, and the `robndbox` of roLabelImg, are the boxes round the turned ones. `polygon`
-    is an outline; `difficult` and `truncated` objects count as others do.
-
-    Masks in SegmentationObject and SegmentationClass are defects where no `object` says so; background is black, and
-    the border of VOC (value 255) belongs to no defect. Their classes have the names of labelmap.txt (CVAT) or
-    class_names.txt (LabelMe), and without these `class 1` and so on.
-
-    `split` is that of ImageSets, else of the folders' names. An image in several lists is in the most held-out one,
-    with a note. In memory are the paths of the XML files, and the names in ImageSets.
+    An image and its XML file have the same name; the image's name and folder in the file do not count; `difficult` and
+    `truncated` objects count as others do. Masks in SegmentationObject and SegmentationClass are defects where no
+    `object` says so; their classes have the names of labelmap.txt (CVAT) or class_names.txt (LabelMe), else `class 1`
+    and so on. `split` is that of ImageSets, else of the folders' names; an image in several lists is in the most
+    held-out one, with a note. In memory are the paths of the XML files, and the names in ImageSets.
     """
     data = DataSet(raw, "voc")
     owners: dict[str, str] = {}  # of an XML file, the folder of its image
-    lists = voc_sets.Lists(data, _IMAGES)
-    classes = voc_masks.Classes(data, _IMAGES)
+    lists, classes = voc_sets.Lists(data, _IMAGES), voc_masks.Classes(data, _IMAGES)
     shared_files = lru_cache(maxsize=4)(_files)  # class folders share them
     annotated = False
     for folder in walk(raw):
@@ -77,8 +71,7 @@ def read(raw: Path) -> Iterator[Sample]:
         own, shared = _places(data, folder) if there else ([], [])
         files = [_files(own), *([shared_files(tuple(shared))] if shared else [])]
         for image in there:
-            other = same.setdefault(nfc(image.stem), image.name)
-            if other != image.name:
+            if (other := same.setdefault(nfc(image.stem), image.name)) != image.name:
                 data.add(folder / other, f"has the same name as {data.relative(image)}")
             file = _annotation(data, image, files, owners)
             drawn = _read(data, file) if file else _NOTHING
@@ -90,29 +83,24 @@ def read(raw: Path) -> Iterator[Sample]:
                     shapes, mask_notes = voc_masks.added(drawn.shapes, classes.shapes(mask))
                     notes = [*notes, *mask_notes]
                 elif drawn.segmented:
-                    raise ValueError(
-                        f"'segmented' is 1, but there is neither an object nor a mask {image.stem}.png in"
-                        " SegmentationClass; add the mask, export boxes, or write 0 if nothing is wrong with the part"
-                    )
+                    what = f"there is neither an object nor a mask {image.stem}.png in SegmentationClass"
+                    remedy = "add the mask, export boxes, or write 0 if nothing is wrong with the part"
+                    raise ValueError(f"'segmented' is 1, but {what}; {remedy}")
             split, split_notes = lists.split(image)
             yield sample(data, image, shapes, split, [*notes, *split_notes], size=drawn.size)
     for folder in walk(raw):
         for file in listing(folder, ".xml"):
-            if str(file) not in owners and _is_annotation(file):
+            if str(file) not in owners and outermost(file) == "annotation":
                 data.add(file, NoImage(f"there is no image {file.stem}.* for it"))
     classes.add_orphans()
     lists.add_missing()
     data.finish("no image has an XML file, beside it or in Annotations/ instead of JPEGImages/, or a mask", annotated)
 
 
-def _is_annotation(file: Path) -> bool:
-    return outermost(file) == "annotation"
-
-
 def _has_annotations(folder: Path) -> bool:
     # Folders of annotations may have folders of their own.
     inside = walk(folder) if folder.name.lower() in _XML else [folder]
-    return any(_is_annotation(file) for place in inside for file in listing(place, ".xml"))
+    return any("annotation" in map(outermost, listing(place, ".xml")) for place in inside)
 
 
 def _files(folders: Iterable[Path]) -> dict[str, tuple[str, ...]]:
@@ -120,10 +108,8 @@ def _files(folders: Iterable[Path]) -> dict[str, tuple[str, ...]]:
 
 
 def _places(data: DataSet, folder: Path) -> tuple[list[Path], list[Path]]:
-    """List the folders where annotations of a folder of images may be: its own, and those for several, nearest first.
-
-    For `a/images/b`: itself, `a/b`, `a/annotations/b` and `a/images/b/annotations`; and `a/annotations`.
-    """
+    """List the folders where annotations of a folder may be: its own, and those for several, the nearest first."""
+    # For `a/images/b`: itself, `a/b`, `a/annotations/b` and `a/images/b/annotations`; and `a/annotations`.
     own = [folder, *_annotation_folders(folder)]
     shared: list[Path] = []
     for above in data.above(folder):
@@ -150,10 +136,9 @@ def _annotation(
     same = next((group[nfc(image.stem)] for group in files if nfc(image.stem) in group), ())
     names = [data.relative(Path(file)) for file in same]
     if len(names) > 1:
-        data.problems.append(f"{names[0]}: has the same name as {', '.join(names[1:])}")
+        data.add(names[0], f"has the same name as {', '.join(names[1:])}")
     for file, name in zip(same, names, strict=True):
-        other = owners.setdefault(file, folder)
-        if other != folder:
+        if (other := owners.setdefault(file, folder)) != folder:
             remedy = "put it beside the image that it is for, or into a folder of the same name"
             data.add(name, f"may belong to an image in {other} or to one in {folder}; {remedy}")
     return Path(same[0]) if same else None
@@ -165,7 +150,9 @@ def _read(data: DataSet, file: Path) -> _Drawn:
         content = document(file)
         if content.tag != "annotation":
             raise ValueError(f"is not a Pascal VOC file: it begins with <{content.tag}> instead of <annotation>")
-        size = _size(content)
+        size = pixel_size(_text(content, "size/width"), _text(content, "size/height"), as_text=True)
+        # LabelMe writes it elsewhere.
+        size = size or pixel_size(_text(content, "imagesize/ncols"), _text(content, "imagesize/nrows"), as_text=True)
         objects = content.findall("object")
         if not objects and content.find(".//object") is not None:
             raise ValueError("has objects, but not directly in <annotation>; export it as Pascal VOC again")
@@ -185,13 +172,6 @@ def _text(part: ElementTree.Element, name: str) -> str:
     return (part.findtext(name) or "").strip()
 
 
-def _size(content: ElementTree.Element) -> _Size:
-    for width, height in (("size/width", "size/height"), ("imagesize/ncols", "imagesize/nrows")):  # the latter: LabelMe
-        if size := pixel_size(_text(content, width), _text(content, height), as_text=True):
-            return size
-    return None
-
-
 def _shapes(drawn: ElementTree.Element) -> list[Shape]:
     name = class_name(drawn.findtext("name"))
     rotation = _rotation(drawn)
@@ -200,22 +180,19 @@ def _shapes(drawn: ElementTree.Element) -> list[Shape]:
     robndbox = drawn.find("robndbox")
     if robndbox is not None:
         return [_rolabelimg(name, robndbox)]
-    if rotation and outlines and not boxes:
+    if not boxes and not outlines:
+        raise ValueError("has neither a bndbox nor a robndbox nor a polygon")
+    if rotation and not boxes:
         raise ValueError("the attribute rotation turns a polygon, which LabelMe does not know; export another format")
     if rotation:
-        shapes = [turned_box(name, one, rotation) for one in boxes]
-    elif len(boxes) == 1 and outlines:
+        return [turned_box(name, one, rotation) for one in boxes]
+    if len(boxes) == 1 and outlines:
         round_it = enclosing(corner for outline in outlines for corner in outline)
         if round_it.iou(boxes[0]) < _OVERLAP:
             sides, spans = bracketed(boxes[0]), bracketed(round_it)
             raise ValueError(f"its bndbox is {sides}, but its polygon spans {spans}; correct one of them")
-        shapes = [Shape(name, boxes[0], tuple(outlines))]
-    else:
-        shapes = [Shape(name, one) for one in boxes]
-        shapes += [outlined(name, outline, cut=True) for outline in outlines]
-    if not shapes:
-        raise ValueError("has neither a bndbox nor a robndbox nor a polygon")
-    return shapes
+        return [Shape(name, boxes[0], tuple(outlines))]
+    return [*(Shape(name, one) for one in boxes), *(outlined(name, outline, cut=True) for outline in outlines)]
 
 
 def _box(bndbox: ElementTree.Element, rotation: float) -> Box:

@@ -103,17 +103,13 @@ class Classes:
         return shapes
 
     def _name(self, masks: Masks, color: int) -> str:
-        names = self._of(masks.base)
-        rgb = (color & 255, color >> 8 & 255, color >> 16)
-        if names is not None:
-            if rgb not in names:
-                raise ValueError(f"has the colour {rgb}, which no class in the list of classes has")
-            return names[rgb]
-        index = _palette().get(rgb)
-        if index is None:
+        names, rgb = self._of(masks.base), (color & 255, color >> 8 & 255, color >> 16)
+        if names is not None and rgb not in names:
+            raise ValueError(f"has the colour {rgb}, which no class in the list of classes has")
+        if names is None and rgb not in _palette():
             remedy = f"add labelmap.txt with a line `name:{rgb[0]},{rgb[1]},{rgb[2]}::` a class"
             raise ValueError(f"has the colour {rgb}, and no list says which class that is; {remedy}")
-        return f"class {index}"
+        return f"class {_palette()[rgb]}" if names is None else names[rgb]
 
     def _of(self, base: Path) -> dict[_Color, str] | None:
         if base not in self._names:
@@ -141,8 +137,7 @@ def _colors(path: Path, by_color: bool) -> NDArray[np.uint32]:
         with Image.open(io.BytesIO(contents.read(path))) as file:
             check_mask_size(*file.size)
             gray = file.mode in ("1", "L")
-            # Without a list of colours the numbers in a palette tell the classes; they become the colours that VOC
-            # gives them.
+            # Without a list of colours the numbers in a palette are the classes; they become VOC's colours.
             if gray or (file.mode == "P" and not by_color):
                 values = np.asarray(file).astype(np.uint8)
                 if gray and np.count_nonzero(np.bincount(values.ravel())[1:]) == 1:
@@ -181,9 +176,8 @@ def _labelmap(content: str) -> dict[_Color, str]:
         if not line.strip() or line.startswith("#"):
             continue
         name, _, rest = line.partition(":")
-        color = rest.partition(":")[0].split(",")
         try:
-            red, green, blue = map(int, color)
+            red, green, blue = map(int, rest.partition(":")[0].split(","))
         except ValueError as error:
             raise ValueError(f"line {number}: is not a class and its colour, `name:r,g,b::`") from error
         if (red, green, blue) != (0, 0, 0) and name.strip().lower() not in _BACKGROUND:

@@ -53,17 +53,14 @@ class Lists:
         lists = [[one for one in place if names & one.names] for place in places]
         if any(lists):
             self._seen[base] |= names
-        for place in lists:
-            splits = {one.split for one in place} - {None}
-            if len(splits) > 1:
-                held_out = next(split for split in _HELD_OUT if split in splits)
-                others = ", ".join(split for split in reversed(_HELD_OUT) if split in splits and split != held_out)
-                return held_out, [f"an image that ImageSets lists in {held_out} and in {others} is in {held_out}"]
-            if splits:
-                return splits.pop(), []
-            if place:
-                return "train", ["an image that ImageSets lists in trainval alone is in train"]
-        return None, []
+        splits = next(({one.split for one in place} for place in lists if place), set())
+        if not splits:
+            return None, []
+        if splits == {None}:
+            return "train", ["an image that ImageSets lists in trainval alone is in train"]
+        held_out, *others = (split for split in _HELD_OUT if split in splits)
+        note = f"an image that ImageSets lists in {held_out} and in {', '.join(reversed(others))} is in {held_out}"
+        return held_out, [note] if others else []
 
     def _of(self, base: Path) -> list[list[_List]]:
         if base not in self._lists:

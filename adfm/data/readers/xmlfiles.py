@@ -38,8 +38,7 @@ def outermost(path: Path) -> str | None:
 def document(path: Path) -> ElementTree.Element:
     """Parse an XML file in the encoding that it declares; raise `ValueError` with what is wrong."""
     try:
-        # Decoded here, as the parser knows few encodings, and without the blank lines before the first, which it
-        # refuses.
+        # Decoded here, as the parser knows few encodings, and without leading blank lines, which it refuses.
         return ElementTree.fromstring(_decoded(contents(path)).lstrip())
     except ElementTree.ParseError as error:
         raise ValueError(f"is not XML ({error})") from error
@@ -63,9 +62,8 @@ def _decoded(content: bytes) -> str:
         what = f"declares the encoding {name}, but is not {name} text" if declared else f"is not {name} text"
         raise ValueError(f"{what}; save the file with the encoding UTF-8, and declare that") from error
     if not encoding.startswith("utf") and not text.isascii() and _is_utf_8(content, encoding):
-        raise ValueError(
-            f"declares the encoding {name}, but is UTF-8 text; declare UTF-8 in its first line, or save it as {name}"
-        )
+        remedy = f"declare UTF-8 in its first line, or save it as {name}"
+        raise ValueError(f"declares the encoding {name}, but is UTF-8 text; {remedy}")
     return text
 
 
@@ -74,7 +72,6 @@ def _is_utf_8(content: bytes, encoding: str) -> bool:
         text = content.decode()
     except UnicodeDecodeError:
         return False
-    # Text in an encoding of two bytes a character is sometimes UTF-8 by chance, but hardly ever with characters that
-    # take three bytes in it.
+    # Text in an encoding of two bytes a character may be UTF-8 by chance, but hardly with characters of three bytes.
     one_byte = len("é".encode().decode(encoding, errors="replace")) == 2
     return one_byte or max(text) > "\u07ff"
