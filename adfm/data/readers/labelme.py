@@ -52,18 +52,14 @@ def matches(raw: Path) -> bool:
 def read(raw: Path) -> Iterator[Sample]:
     """Yield the images with a JSON file, then those without one, which are normal, as are those without a shape.
 
-    Rectangles are boxes; polygons, oriented rectangles, circles and masks are masks as well. The box of a line is at
-    least one pixel wide and high. Shapes of one label and one `group_id` are one defect. What reaches out of the image
-    is cut off. An image with a point outside any group is anomalous, without boxes. Shapes labelled `__ignore__` or
-    `_background_` are left out. The flags of an image without shapes are its label if they know one for normal or
-    defective images, and refused if it is not known what they say.
+    Shapes of one label and one `group_id` are one defect. The box of a line is at least one pixel wide and high. What
+    reaches out of the image is cut off. An image with a point outside any group is anomalous, without boxes. The flags
+    of an image without shapes are its label if they know one for normal or defective images.
 
     The image of a JSON file is the one of its own name beside it, else the one that `imagePath` leads to (see
-    `lookup.Images`), else the one in its `imageData`. `split` is what the names of the image's folders say. The paths
-    of all annotated images are in memory.
+    `lookup.Images`), else the one in its `imageData`. `split` is what the names of the image's folders say.
     """
-    data = DataSet(raw, "labelme")
-    pictures = Images(raw)
+    data, pictures = DataSet(raw, "labelme"), Images(raw)
     for folder in walk(raw):
         jsons = listing(folder, ".json")
         stems = {nfc(file.stem) for file in jsons}
@@ -110,10 +106,9 @@ def _flagged(content: dict[str, Any], drawn: bool) -> str | None:
     if not given or (drawn and not all(map(is_verdict, given))):
         return None
     if not any(map(is_verdict, flags)):
-        raise ValueError(
-            f"nothing is drawn on the image, but its flag {given[0]!r} is set; if that is a defect, draw it or give"
-            " all files a flag 'ok' (true or false) beside it; if it says something else, remove it"
-        )
+        remedy = "if that is a defect, draw it or give all files a flag 'ok' (true or false) beside it"
+        what = f"nothing is drawn on the image, but its flag {given[0]!r} is set"
+        raise ValueError(f"{what}; {remedy}; if it says something else, remove it")
     defect = defect_type(given)
     if drawn and defect == "":
         raise ValueError(f"its flag {given[0]!r} says that it is normal, but shapes are drawn on it; remove one")
@@ -128,21 +123,17 @@ def _image(
     # renamed. So the file's own name counts first, and an image that another JSON file is named after is that one's.
     name = member(content, "imagePath", str)
     own = pictures.of_stem(file.stem, file.parent)
-    image: Path | None = None
-    missing: ValueError = NoImage(f"there is no image {name!r}")
-    if own and own[0].parent == file.parent:
-        image = own[0]
-    else:
-        try:
-            image = pictures.locate(name, file.parent)
-        except NoImage as error:
-            image, missing = next(iter(own), None), error
+    missing = ValueError(f"image {name!r} is missing")
+    try:
+        is_beside = bool(own) and own[0].parent == file.parent
+        image: Path | None = own[0] if is_beside else pictures.locate(name, file.parent)
+    except NoImage as error:
+        image, missing = next(iter(own), None), error
     if image and image not in own:
         path = data.relative(image)
         if nfc(image.stem) in stems - {nfc(file.stem)}:
-            missing = ValueError(
-                f"imagePath leads to {path}, which {image.stem}.json is named after; correct imagePath"
-            )
+            what = f"imagePath leads to {path}, which {image.stem}.json is named after"
+            missing = ValueError(f"{what}; correct imagePath")
             image = next(iter(own), None)
         elif own:
             other = data.relative(own[0])
@@ -202,18 +193,15 @@ def _drawn(
                 raise ValueError(f"'group_id' is neither a whole number nor null: {str(group)[:40]!r}")
             drawn = _shape(class_name(label), shape, size)
             defects[place if group is None else (label, group)].append(drawn)
-    return [_joined(pieces) for pieces in defects.values()]
+    return [_joined(pieces) if len(pieces) > 1 else pieces[0] for pieces in defects.values()]
 
 
 def _joined(pieces: Sequence[_Drawn]) -> _Drawn:
-    # A defect in several pieces has outlines if each of them has an area.
-    if len(pieces) == 1:
-        return pieces[0]
     shapes, extents = zip(*pieces, strict=True)
-    if set(extents) != {"area"}:
-        plain = [Shape(shape.name, shape.box, cut=True) for shape in shapes]
-        return join(plain), "point" if set(extents) == {"point"} else "line"
-    return join(shapes, as_outlines=True), "area"
+    if set(extents) == {"area"}:  # only then the whole has outlines
+        return join(shapes, as_outlines=True), "area"
+    plain = [Shape(shape.name, shape.box, cut=True) for shape in shapes]
+    return join(plain), "point" if set(extents) == {"point"} else "line"
 
 
 def _shape(name: str, drawn: object, size: tuple[int, int] | None) -> _Drawn:

@@ -40,10 +40,9 @@ def matches(raw: Path) -> bool:
 def read(raw: Path) -> Iterator[Sample]:
     """Yield the images of all data sets of a project. One whose file has no object is normal.
 
-    A rectangle is a box; a polygon and a bitmap are masks as well; a line is the box round it; an image with points is
-    anomalous, without boxes. Keypoints and cuboids are refused. Image tags called train, val or test are splits; the
-    others label images without an object if one of the project's tags is OK, NG or the like, or it has no class of
-    objects. `split` is that of a tag, else of the folders' names.
+    A line is the box round it; an image with points is anomalous, without boxes; keypoints and cuboids are refused.
+    `split` is that of a tag called train, val or test, else of the folders' names. Other tags label images without an
+    object if one of the project's tags is OK, NG or the like, or it has no class of objects.
     """
     data = DataSet(raw, "supervisely")
     for folder in walk(raw):
@@ -96,8 +95,7 @@ def _meta(data: DataSet, folder: Path) -> _Meta:
 
 
 def _sample(data: DataSet, image: Path, file: Path, meta: _Meta) -> Sample:
-    where = data.relative(file)
-    content = parsed(file)
+    where, content = data.relative(file), parsed(file)
     stated = member(content, "size", dict)
     size = pixel_size(stated.get("width"), stated.get("height"))
     objects = member(content, "objects", list)
@@ -111,14 +109,16 @@ def _sample(data: DataSet, image: Path, file: Path, meta: _Meta) -> Sample:
     notes = ["tags of an image are left out"] if tags and (objects or not meta.tags_are_labels) else []
     for place, drawn in enumerate(objects, start=1):
         with data.at(f"{where}: object {place}"):
-            geometry = _geometry(drawn, meta)
+            title = member(drawn, "classTitle", str)
+            # Early versions wrote the geometry for the class only.
+            by_class = "bitmap" if optional(drawn, "bitmap", object) else meta.geometries.get(title)
+            geometry = optional(drawn, "geometryType", str) or by_class
             if geometry == "point":
-                points.append(class_name(member(drawn, "classTitle", str)))
+                points.append(class_name(title))
             else:
-                shapes.append(_shape(drawn, geometry, size))
+                shapes.append(_shape(class_name(title), drawn, geometry, size))
             notes += ["a line is the box round it"] if geometry in _LINES else []
-    split = split or data.split(image)
-    return sample(data, image, shapes, split, notes, points, label, size=size)
+    return sample(data, image, shapes, split or data.split(image), notes, points, label, size=size)
 
 
 def _tags(content: object) -> tuple[Split | None, list[str]]:
@@ -132,15 +132,7 @@ def _tags(content: object) -> tuple[Split | None, list[str]]:
     return next(filter(None, splits.values()), None), [name for name, split in splits.items() if not split]
 
 
-def _geometry(drawn: object, meta: _Meta) -> object:
-    title = member(drawn, "classTitle", str)
-    # Early versions wrote the geometry for the class only.
-    by_class = "bitmap" if optional(drawn, "bitmap", object) else meta.geometries.get(title)
-    return optional(drawn, "geometryType", str) or by_class
-
-
-def _shape(drawn: object, geometry: object, size: _Size) -> Shape:
-    name = class_name(member(drawn, "classTitle", str))
+def _shape(name: str, drawn: object, geometry: object, size: _Size) -> Shape:
     if geometry == "bitmap":
         drawing = member(drawn, "bitmap", dict)
         left, top = (int(side) for side in point(member(drawing, "origin", list)))
@@ -167,10 +159,10 @@ def _polygons(name: str, parts: list[tuple[Polygon, list[Polygon]]], size: _Size
     round_it = enclosing(_last_included([corner for outline in outlines for corner in outline]))
     if not any(holes for _, holes in parts):
         return Shape(name, round_it, outlines)
-    # An outline has no hole: a mask has to take its place.
-    left, top = int(max(round_it.x1, 0)), int(max(round_it.y1, 0))
     if size is None:
         raise ValueError("has a hole, but the file does not state the size of the image")
+    # An outline has no hole: a mask has to take its place.
+    left, top = int(max(round_it.x1, 0)), int(max(round_it.y1, 0))
     width, height = int(min(round_it.x2, size[0])) - left, int(min(round_it.y2, size[1])) - top
     check_mask_size(width, height)
     part = np.zeros((height, width), bool)
@@ -187,12 +179,10 @@ def _polygons(name: str, parts: list[tuple[Polygon, list[Polygon]]], size: _Size
 def _rings(part: object) -> tuple[Polygon, list[Polygon]]:
     outer = tuple(map(point, member(part, "exterior", list)))
     holes = optional(part, "interior", list) or []
-    if not all(isinstance(hole, list) for hole in holes):
-        holes = []
-    return outer, [tuple(map(point, hole)) for hole in holes]
+    are_lists = all(isinstance(hole, list) for hole in holes)
+    return outer, [tuple(map(point, hole)) for hole in holes] if are_lists else []
 
 
 def _last_included(points: Sequence[Point]) -> list[Point]:
     # Corners in whole numbers name pixels, the last one included: so the box reaches to their far ends.
-    ends = [(x + 1 if x == int(x) else x, y + 1 if y == int(y) else y) for x, y in points]
-    return [*points, *ends]
+    return [*points, *((x + 1 if x == int(x) else x, y + 1 if y == int(y) else y) for x, y in points)]

@@ -48,15 +48,13 @@ def matches(raw: Path) -> bool:
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yield the images that the files list, file by file.
+    """Yield the images that the files list, file by file. In memory are one file, and the paths of all images.
 
-    A rectangle, circle, ellipse and polygon is a defect, a polyline too (its box alone). Its class is the region's only
-    attribute, or the one that is called class, label, name, type, category or defect; where no region has any, all are
-    called defect. An attribute of the file is the image's label if it is ever OK, good, NG, bad or the like. A file
-    is in memory whole while its images are yielded; so are the paths of all images.
+    Regions are defects. The class of one is its only attribute, or the one that is called class, label, name, type,
+    category or defect; where no region has any, all are called defect. An attribute of the file is the image's label if
+    it is ever OK, good, NG, bad or the like.
     """
-    data = DataSet(raw, "via")
-    pictures = Images(raw)
+    data, pictures = DataSet(raw, "via"), Images(raw)
     seen = False
     for folder in walk(raw):
         for file in [*listing(folder, ".json"), *listing(folder, ".csv")]:
@@ -115,16 +113,14 @@ def _images(data: DataSet, file: Path) -> list[_Image] | None:
         return None
     if all(isinstance(content.get(key), dict) for key in ("file", "view", "metadata", "attribute")):
         return _from_version_3(content)
-    is_project = "_via_img_metadata" in content
     entries = content.get("_via_img_metadata", content)
     values = list(entries.values()) if isinstance(entries, dict) else [entries]
     are_images = all(isinstance(optional(entry, "filename", str), str) and "regions" in entry for entry in values)
-    if is_project and not are_images:
+    if "_via_img_metadata" in content and not are_images:
         raise ValueError("_via_img_metadata is not an object of images with filename and regions")
-    if not is_project and not (values and are_images):
+    if "_via_img_metadata" not in content and not (values and are_images):
         return None
-    declared = content.get("_via_attributes")
-    return [_from_entry(entry, declared) for entry in values]
+    return [_from_entry(entry, content.get("_via_attributes")) for entry in values]
 
 
 def _from_entry(entry: dict[str, Any], declared: object) -> _Image:
@@ -138,9 +134,8 @@ def _from_entry(entry: dict[str, Any], declared: object) -> _Image:
     for region in regions:
         shape = member(region, "shape_attributes", dict)
         drawn.append(_Region(shape, _attributes(region.get("region_attributes"), declared, "region")))
-    size = entry.get("size")
-    attributes = _attributes(entry.get("file_attributes"), declared, "file")
-    return _Image(entry["filename"], size if type(size) is int else -1, drawn, attributes)
+    size = entry["size"] if type(entry.get("size")) is int else -1
+    return _Image(entry["filename"], size, drawn, _attributes(entry.get("file_attributes"), declared, "file"))
 
 
 def _attributes(given: object, declared: object, kind: str) -> Attributes:
@@ -222,21 +217,19 @@ def _class_attribute(regions: Iterable[_Region]) -> tuple[str | None, tuple[str,
     names = dict.fromkeys(name for region in regions for name, value in region.attributes.items() if value)
     if not names:
         return None, (f"no region has a class; all are called {_UNNAMED}",)  # only images with regions get notes
-    likely = [name for name in names if name.strip().lower() in _CLASS_ATTRIBUTES]
-    if len(names) > 1 and len(likely) != 1:
+    likely = [name for name in names if name.strip().lower() in _CLASS_ATTRIBUTES] if len(names) > 1 else [*names]
+    if len(likely) != 1:
         several = ", ".join(map(repr, names))
         raise ValueError(f"the regions have the attributes {several}; call the class 'class', and rename the others")
-    kind = likely[0] if len(names) > 1 else next(iter(names))
-    others = [name for name in names if name != kind]
-    return kind, tuple(f"the attribute {name!r} of regions is left out" for name in others)
+    others = [name for name in names if name != likely[0]]
+    return likely[0], tuple(f"the attribute {name!r} of regions is left out" for name in others)
 
 
 def _label_attributes(images: list[_Image]) -> list[str]:
     """List the attributes of files that say whether an image is normal."""
     values: dict[str, set[str]] = defaultdict(set)
-    for image in images:
-        for name, value in image.attributes.items():
-            values[name].add(value)
+    for name, value in (pair for image in images for pair in image.attributes.items()):
+        values[name].add(value)
     labels = [name for name, its in values.items() if any(map(is_verdict, its))]
     for name in labels:
         others = sorted(value for value in values[name] if value and not is_verdict(value))
@@ -266,6 +259,5 @@ def _shape(region: _Region, kind: str | None, is_same: bool) -> Shape:
     if len(xs) != len(ys) or len(xs) < 2:
         raise ValueError(f"its points are {len(xs)} x and {len(ys)} y, not two or more of each")
     points = list(zip(xs, ys, strict=True))
-    if form == "polygon" and len(points) > 2:
-        return outlined(name, points, cut=is_same)
-    return replace(line(name, points), cut=is_same)
+    is_outline = form == "polygon" and len(points) > 2
+    return outlined(name, points, cut=is_same) if is_outline else replace(line(name, points), cut=is_same)
