@@ -20,7 +20,7 @@ from PIL import Image
 from adfm.data import contents
 from adfm.data.manifest import MANIFEST
 from adfm.data.readers import btad, dagm, files, kolektor, loco, mvtec, verdicts, visa
-from adfm.data.readers.annotations import nfc
+from adfm.data.readers.annotations import by_stem, nfc
 from adfm.data.readers.files import SPLIT_NAMES, DataSet, walk
 from adfm.data.readers.verdicts import class_name, core
 from adfm.records import Sample, Split
@@ -40,7 +40,6 @@ _UNCLEAR = frozenset(
 _UNCLEAR_WORDS = _NORMAL | _MASKS | {"truth"}
 _NEGATIONS = frozenset(("no", "non", "not", "without"))
 _IMAGES = frozenset(("images", "image", "imgs", "img"))
-_NO_NORMAL = "no folder is called good or alike, so that every image is anomalous"
 _ANNOTATIONS = (".json", ".jsonl", ".xml", ".csv", ".tsv")
 _MASK_ENDING = re.compile(r"[-_](?:mask|gt|label)$", re.IGNORECASE)
 _NUMBER = re.compile(r"[a-z]?\d+(?:[-_.]\d+)*", re.IGNORECASE)  # of a part, a day or a batch
@@ -76,12 +75,12 @@ def hindrance(raw: Path) -> Path | None:
 def _says_enough(raw: Path) -> bool:
     if any(layout.matches(raw) for layout in (btad, dagm, kolektor, loco, mvtec, visa)):
         return False
-    places = _places(raw)
+    places = [_place(raw, folder) for folder in walk(raw) if files.images(folder)]
     masks = {place.names for place in places if place.masks}
     if _Levels(places).normal:
         return True
     for place in (place for place in places if not place.masks):
-        stems = set(map(_stem, files.images(place.folder)))
+        stems = {nfc(image.stem) for image in files.images(place.folder)}
         beside = {_MASK_ENDING.sub("", stem) for stem in stems if _MASK_ENDING.search(stem)}
         if place.names in masks or beside & stems:
             return True
@@ -91,20 +90,18 @@ def _says_enough(raw: Path) -> bool:
 def read(raw: Path) -> Iterator[Sample]:
     """Yield the images, folder by folder.
 
-    A folder called good, ok, normal, pass, passed, free, defect_free, no_defect or non_defective holds normal images,
-    and any folder beside it those with a defect of its name; words that all of them share (MT_Free, MT_Crack) do not
-    count. Within ng, bad, defect and alike, folders name the defects. train, val, valid, validation and test, where a
-    folder has one of these names, are the split; folders above are the category. Without a normal folder anywhere every
-    image is anomalous, of a defect with the name of its folder.
+    A folder called good, ok, normal, free, no_defect or alike holds normal images, and any folder beside it those with
+    a defect of its name; words that all of them share (MT_Free, MT_Crack) do not count. Within ng, bad, defect and
+    alike, folders name the defects. A folder called train, val, test or alike is the split; folders above are the
+    category. Without a normal folder anywhere every image is anomalous, of a defect with the name of its folder.
 
     A mask has the name of its image, with or without `_mask`, `_gt` or `_label`. It lies in a folder called mask,
     masks, ground_truth or gt (`mask/crack`, `crack/mask`, `ground_truth` for all defects), or beside the image, where
-    it is a PNG if the image is a JPEG of the same name. Where a kind of defect has no masks at all, the label is all
-    that is known of its images. Images with a mask that lie in no folder of a kind are normal if it shows nothing.
-    Images above the folders of the kinds are left out.
+    it is a PNG if the image is a JPEG. Where a kind of defect has no masks, the label is all that is known. Images with
+    a mask in no folder of a kind are normal if it shows nothing. Images above the folders of the kinds are left out.
     """
     data = DataSet(raw, "folders")
-    places = _places(raw)
+    places = [_place(raw, folder) for folder in walk(raw) if files.images(folder)]
     levels = _Levels(places)
     groups: dict[tuple[_Names, bool], list[_Place]] = defaultdict(list)
     for place in places:
@@ -141,6 +138,8 @@ def _samples(data: DataSet, places: list[_Place], masks: "_Masks", levels: "_Lev
                 data.add(place.folder, f"{what}; {remedy}")
             continue
         category = kind.category if kind else "/".join(levels.inner(names)) or data.name
+        all_anomalous = kind is not None and not levels.normal
+        notes = ("no folder is called good or alike, so that every image is anomalous",) if all_anomalous else ()
         for image, mask in pairs:
             if not mask and kind is None:
                 what = "has no mask, and no folder that says whether it is normal"
@@ -148,7 +147,7 @@ def _samples(data: DataSet, places: list[_Place], masks: "_Masks", levels: "_Lev
             elif not mask and kind and kind.defect and masked:
                 what = "has no mask, but other images of this kind have one"
                 data.add(image, f"{what}; add it, or remove all of them to train on the labels alone")
-            defect, notes = (kind.defect, () if levels.normal else (_NO_NORMAL,)) if kind else ("defect", ())
+            defect = kind.defect if kind else "defect"
             one = data.sample(category, image, defect, split=split, notes=notes, unmarked_is_normal=kind is None)
             # What the folder says holds for an image whose mask shows nothing, too.
             yield replace(one, masks=(mask,) if mask else (), located=kind is None)
@@ -226,17 +225,17 @@ class _Masks:
         self._folders: dict[tuple[_Names, Split | None], list[dict[str, list[Path]]]] = defaultdict(list)
         self._used: set[Path] = set()
         for place in places:
-            by_stem: dict[str, list[Path]] = defaultdict(list)
+            masks: dict[str, list[Path]] = defaultdict(list)  # by the names of their images
             for mask in files.images(place.folder):
-                by_stem[_MASK_ENDING.sub("", _stem(mask))].append(mask)
-            self._folders[place.names, place.split].append(by_stem)
+                masks[_MASK_ENDING.sub("", nfc(mask.stem))].append(mask)
+            self._folders[place.names, place.split].append(masks)
 
     def pairs(self, place: _Place, kind: _Kind | None) -> Iterator[tuple[Path, Path | None]]:
         """Yield the images of a folder, each with its mask."""
         beside, images = self._beside(place.folder)
         folders = self._near(place)
         for image in images:
-            stem = _stem(image)
+            stem = nfc(image.stem)
             masks = [mask for folder in folders for mask in folder.get(stem, ())]
             if kind and not kind.defect:  # images of a defect may have the same names
                 masks = [mask for mask in masks if mask not in self._used]
@@ -266,9 +265,7 @@ class _Masks:
 
     def _beside(self, folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
         """Return the masks of a folder that also holds the images, by the names of these, and the images."""
-        files_of: dict[str, list[Path]] = defaultdict(list)
-        for path in files.images(folder):
-            files_of[_stem(path)].append(path)
+        files_of = {stem: [*map(Path, paths)] for stem, paths in by_stem(files.images(folder)).items()}
         masks: dict[str, list[Path]] = defaultdict(list)
         images = []
         tried = False  # whether one pair of the folder was opened: the others are alike
@@ -288,10 +285,6 @@ class _Masks:
             masks[stem] += [mask] if mask else []
             images.append(paths[0] if paths[0] != mask else paths[1])
         return masks, images
-
-
-def _places(raw: Path) -> list[_Place]:
-    return [_place(raw, folder) for folder in walk(raw) if files.images(folder)]
 
 
 def _place(raw: Path, folder: Path) -> _Place:
@@ -341,11 +334,11 @@ def _without_shared_words(names: Iterable[str]) -> dict[str, str]:
 
 def _twin(paths: list[Path]) -> Path | None:
     # Of two files of one name, the PNG, or what is not a JPEG, may be the mask of the other.
-    for photograph, mask in ((0, 1), (1, 0)):
-        suffixes = paths[photograph].suffix.lower(), paths[mask].suffix.lower()
-        jpeg = suffixes[0] in (".jpg", ".jpeg", ".jfif")
-        if suffixes[1] == ".png" or (jpeg and suffixes[1] in (".bmp", ".tif", ".tiff", ".pgm")):
-            return paths[mask]
+    for photograph, mask in (paths, paths[::-1]):
+        is_jpeg = photograph.suffix.lower() in (".jpg", ".jpeg", ".jfif")
+        endings = (".png", ".bmp", ".tif", ".tiff", ".pgm") if is_jpeg else (".png",)
+        if mask.suffix.lower() in endings:
+            return mask
     return None
 
 
@@ -363,7 +356,3 @@ def _is_mask(path: Path) -> bool:
 
 def _words(name: str) -> list[str]:
     return re.split(r"[-_. ]+", name.lower())
-
-
-def _stem(path: Path) -> str:
-    return nfc(path.stem)
