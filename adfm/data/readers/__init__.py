@@ -42,8 +42,8 @@ class Layout(NamedTuple):
 
     Args:
         read: Yields the samples of a raw data set, whose folder gives the data set its name. Raises `BadData` after the
-            last sample, with everything that is wrong: bad annotation files, images or masks that are missing, images
-            that no annotation lists or that have no place in the layout, or that there is no image.
+            last sample, with everything that is wrong: bad annotation files, missing images or masks, images that no
+            annotation lists or that have no place in the layout, or no image at all.
         matches: Whether a raw data set has this layout; `None` where another entry stands for it.
         form: What the layout looks like, for messages.
     """
@@ -90,9 +90,9 @@ def resolve(raw: Path, layout: str) -> tuple[str, str | None]:
         return detect(raw)
     if layout not in LAYOUTS:
         near = difflib.get_close_matches(layout, [*LAYOUTS, "auto"], n=1, cutoff=0)[0]
+        valid = ", ".join(LAYOUTS)
         raise AdfmError(
-            f"convert.layout: there is no layout {layout!r}; did you mean {near!r}?"
-            f" Valid layouts: auto, {', '.join(LAYOUTS)}."
+            f"convert.layout: there is no layout {layout!r}; did you mean {near!r}? Valid layouts: auto, {valid}."
         )
     return layout, None
 
@@ -110,18 +110,14 @@ def detect(raw: Path) -> tuple[str, str]:
     if len(layouts) > 1:
         layouts = [name for name in layouts if name != "folders"]  # annotations say more than the names of folders
     if len(layouts) > 1:
-        raise AdfmError(
-            f"{raw} may be in any of these layouts: {', '.join(layouts)}. Seen there: {seen}. Say which it is with"
-            f" --layout {' or '.join(layouts)}, or take apart what are two data sets."
-        )
+        remedy = f"Say which it is with --layout {' or '.join(layouts)}, or take apart what are two data sets."
+        raise AdfmError(f"{raw} may be in any of these layouts: {', '.join(layouts)}. Seen there: {seen}. {remedy}")
     if not layouts:
         if file := folders.hindrance(raw):
             name = printable(files.relative(raw, file))
-            raise AdfmError(
-                f"{raw}: {name} may say more of the images than their folders do,"
-                " and is in no form that adfm reads; take the labels from the folders alone with --layout folders, or"
-                f" remove the file. Seen there: {seen}."
-            )
+            what = f"{name} may say more of the images than their folders do, and is in no form that adfm reads"
+            remedy = "take the labels from the folders alone with --layout folders, or remove the file"
+            raise AdfmError(f"{raw}: {what}; {remedy}. Seen there: {seen}.")
         forms = "\n".join(f"  {name}: {layout.form}" for name, layout in LAYOUTS.items() if layout.matches)
         hint = printable(foreign.hint(raw))
         cause = f": {hint}" if hint else ""

@@ -41,10 +41,8 @@ def hint(raw: Path) -> str:
                 return f"{relative(raw, file)} {what}; {remedy}"
     for file in _files(raw, ".csv"):
         if file.name == "_classes.csv":
-            return (
-                f"{relative(raw, file)} is Roboflow's CSV of labels of whole images, a column a class; export as"
-                " 'Folder Structure', or write a CSV with the columns image and label"
-            )
+            remedy = "export as 'Folder Structure', or write a CSV with the columns image and label"
+            return f"{relative(raw, file)} is Roboflow's CSV of labels of whole images, a column a class; {remedy}"
     for file in _files(raw, ".txt"):
         if mentions(file, b"imagesource:"):
             return f"{relative(raw, file)} is DOTA's text; convert it to YOLO OBB, or export as COCO"

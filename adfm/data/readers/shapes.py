@@ -66,14 +66,12 @@ def bitmap(name: str, part: NDArray[np.bool_], left: int, top: int, size: tuple[
     """
     if size is None:
         raise ValueError("has a mask, but the file does not state the size of the image")
-    width, height = size
+    (width, height), (down, across) = size, part.shape
     rows, columns = np.flatnonzero(part.any(axis=1)), np.flatnonzero(part.any(axis=0))
     if not rows.size:
         raise ValueError("its mask shows nothing")
-    if left < 0 or top < 0 or left + part.shape[1] > width or top + part.shape[0] > height:
-        raise ValueError(
-            f"its mask of {part.shape[1]}x{part.shape[0]} at {left}, {top} reaches out of the image of {width}x{height}"
-        )
+    if left < 0 or top < 0 or left + across > width or top + down > height:
+        raise ValueError(f"its mask of {across}x{down} at {left}, {top} reaches out of the image of {width}x{height}")
     x1, y1, x2, y2 = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
     inner = part[y1:y2, x1:x2]
     # Runs go down one column after the other; a row of background below each column ends its last run.
@@ -142,9 +140,9 @@ def join(pieces: Sequence[Shape], as_outlines: bool = False) -> Shape:
     around = enclosing(corner for one in boxes for corner in corners(one))
     if not as_outlines and not any(piece.polygons or piece.rle for piece in pieces):
         return Shape(name, around, cut=cut)
-    outlines = [
-        outline for piece in pieces for outline in piece.polygons or (() if piece.rle else (corners(piece.box),))
-    ]
+    outlines: list[Polygon] = []
+    for piece in pieces:
+        outlines += piece.polygons or (() if piece.rle else (corners(piece.box),))
     rles = [piece.rle for piece in pieces if piece.rle]
     union = np.logical_or.reduce([pixels(rle) for rle in rles]) if rles else None
     mask = None if union is None else bitmap(name, union, 0, 0, (rles[0].width, rles[0].height)).rle

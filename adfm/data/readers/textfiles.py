@@ -1,7 +1,4 @@
-"""Text and JSON files of annotation tools: decode, parse, and take typed members.
-
-Bad data raise `ValueError` with what is wrong; `DataSet.at` adds where, and the reader continues.
-"""
+"""Text and JSON files of annotation tools; bad data raise `ValueError` with what is wrong, `DataSet.at` adds where."""
 
 import codecs
 import json

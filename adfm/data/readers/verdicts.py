@@ -36,10 +36,8 @@ def class_name(value: object) -> str:
     if not name or not name.isprintable():
         raise ValueError(f"the class {value!r} is not a name")
     if is_normal(name):
-        raise ValueError(
-            f"its class is {name!r}, but every shape is taken for a defect; delete the shapes of this class,"
-            " an image without any is normal"
-        )
+        remedy = "delete the shapes of this class, an image without any is normal"
+        raise ValueError(f"its class is {name!r}, but every shape is taken for a defect; {remedy}")
     return name
 
 
