@@ -602,7 +602,7 @@ def _report(raw: Path, **split: object) -> dict[str, Any]:
 def test_every_file_is_in_the_report_and_on_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _and_problems(monkeypatch, MissingImage("gone\n.json: there is no image 'gone.png'"))
+    _and_problems(monkeypatch, MissingImage("gone\n.json: image 'gone.png' is missing"))
     raw = tmp_path / "li\x1b[31mne"
     for number in range(12):
         _labelme(raw, f"{number:02}.png", *(["scratch"] * 2 if number % 2 else []))
@@ -617,7 +617,7 @@ def test_every_file_is_in_the_report_and_on_the_terminal(
         (".gif", 1, ["<b>\n.gif"]),
         (".md", 1, ["README.md"]),
     ]
-    assert report["missing"] == {"annotations": 1, "examples": ["gone\n.json: there is no image 'gone.png'"]}
+    assert report["missing"] == {"annotations": 1, "examples": ["gone\n.json: image 'gone.png' is missing"]}
     assert [(row["images"], row["examples"]) for row in report["notes"]] == [(1, ["03.png"])]
     output = capsys.readouterr()
     assert "warning: 1 .gif left out: adfm does not read this format" in output.err
@@ -650,7 +650,7 @@ def test_every_layout_accounts_for_its_files(name: str, tmp_path: Path) -> None:
 
 
 def test_other_problems_are_not_skipped_with_missing_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _and_problems(monkeypatch, MissingImage("gone.json: there is no image 'gone.png'"), "2.json: is not JSON")
+    _and_problems(monkeypatch, MissingImage("gone.json: image 'gone.png' is missing"), "2.json: is not JSON")
     _labelme(tmp_path / "line", "1.png", "scratch")
     with pytest.raises(AdfmError, match="2.json: is not JSON") as error:
         _report(tmp_path / "line")

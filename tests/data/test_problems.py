@@ -28,10 +28,10 @@ def test_a_cause_keeps_what_all_its_problems_say() -> None:
 
 
 def test_the_first_line_says_the_most_frequent_cause() -> None:
-    problems = ["x.txt: is empty", *(f"{n}.json: there is no image '{n}.png'" for n in range(30))]
+    problems = ["x.txt: is empty", *(f"{n}.json: image '{n}.png' is missing" for n in range(30))]
     first, *lines = str(BadData(Path("line"), "labelme", problems)).splitlines()
-    assert first == "line: there is no image … (30 of 31 problems, layout labelme)"
-    assert lines[0] == "  there is no image …: 30"
+    assert first == "line: image … is missing (30 of 31 problems, layout labelme)"
+    assert lines[0] == "  image … is missing: 30"
     assert lines[1 : EXAMPLES + 1] == [f"    {problem}" for problem in problems[1 : EXAMPLES + 1]]
     assert lines[EXAMPLES + 1 :][:3] == ["    and 20 more", "  is empty: 1", "    x.txt: is empty"]
 
@@ -63,5 +63,5 @@ def test_no_problem_is_lost_and_the_message_can_be_printed(problems: list[str]) 
 
 def test_images_without_an_annotation_come_after_what_they_follow_from() -> None:
     left = [Unlisted(f"{name}: images that are not in the annotations: a.png") for name in "pq"]
-    causes = list(grouped([*left, "via.json: there is no image 'a.png'"]))
-    assert causes == ["there is no image 'a.png'", "images that are not in the annotations: a.png"]
+    causes = list(grouped([*left, "via.json: image 'a.png' is missing"]))
+    assert causes == ["image 'a.png' is missing", "images that are not in the annotations: a.png"]

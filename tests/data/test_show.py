@@ -345,7 +345,7 @@ def test_a_folder_that_is_not_there_or_is_no_data_set_is_an_error(tmp_path: Path
         show(tmp_path / "none", tmp_path / "sheet.html", Params())
     with pytest.raises(AdfmError, match="no layout that adfm knows"):
         show(tmp_path, tmp_path / "sheet.html", Params())
-    with pytest.raises(AdfmError, match=r"convert\.layout: there is no layout 'mvtek'"):
+    with pytest.raises(AdfmError, match=r"convert\.layout: the layout 'mvtek' is unknown"):
         show(tmp_path, tmp_path / "sheet.html", Params.model_validate({"convert": {"layout": "mvtek"}}))
     assert list(tmp_path.iterdir()) == []
 

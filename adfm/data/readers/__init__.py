@@ -92,7 +92,7 @@ def resolve(raw: Path, layout: str) -> tuple[str, str | None]:
         near = difflib.get_close_matches(layout, [*LAYOUTS, "auto"], n=1, cutoff=0)[0]
         valid = ", ".join(LAYOUTS)
         raise AdfmError(
-            f"convert.layout: there is no layout {layout!r}; did you mean {near!r}? Valid layouts: auto, {valid}."
+            f"convert.layout: the layout {layout!r} is unknown; did you mean {near!r}? Valid layouts: auto, {valid}."
         )
     return layout, None
 

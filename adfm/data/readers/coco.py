@@ -105,9 +105,9 @@ def _drawn(
                     raise ValueError("another annotation has the same id")
                 ids.add(identifier)
             if image not in entries:
-                raise ValueError(f"there is no image with the id {annotation['image_id']!r}")
+                raise ValueError(f"the image with the id {annotation['image_id']!r} is missing")
             if category not in classes:
-                raise ValueError(f"there is no category with the id {annotation['category_id']!r}")
+                raise ValueError(f"the category with the id {annotation['category_id']!r} is missing")
             if annotation.get("ignore") in (1, "1"):  # not to be detected, as in CrowdHuman
                 notes[image].append("an annotation that is marked to be ignored is left out")
                 continue

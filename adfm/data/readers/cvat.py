@@ -95,7 +95,7 @@ def _image(raw: Path, folder: Path, name: str, subset: str) -> Path:
                     raise ValueError(f"may be any of the images {several}; keep one, or give the others other names")
                 if paths:
                     return paths[0]
-    raise NoImage("there is no such image in images/ beside the file; export with the images")
+    raise NoImage("the image is missing in images/ beside the file; export with the images")
 
 
 def _sample(data: DataSet, image: Path, element: ElementTree.Element, here: str) -> Sample:

@@ -55,7 +55,7 @@ def _add_lists(data: DataSet, folder: Path, splits: dict[Path, Split]) -> None:
                 part = folder / Path(words[0].lstrip("/")).with_suffix("")  # the file has `_test` before the suffix
                 with data.at(f"{where}: line {number}"):
                     if not any((part.parent / f"{part.name}_test{suffix}").is_file() for suffix in (".jpg", ".png")):
-                        raise NoImage(f"there is no image {words[0]!r}")
+                        raise NoImage(f"image {words[0]!r} is missing")
                     if splits.setdefault(part, split) != split:
                         raise ValueError(f"{words[0]!r} is in the other list too; keep it in one")
 
@@ -73,7 +73,7 @@ def _samples(data: DataSet, folder: Path, splits: dict[Path, Split]) -> Iterator
             shapes = shapes_of_lines(data, files.pop(part), _shape, blanks=",") if kind == "test" else ()
             yield sample(data, image, list(shapes), splits.get(folder / part), group=part)
     for stem, file in files.items():
-        data.add(file, NoImage(f"there is no image {stem}_test.* for it"))
+        data.add(file, NoImage(f"its image {stem}_test.* is missing"))
 
 
 def _shape(words: list[str]) -> Shape:

@@ -274,7 +274,7 @@ class _Masks:
             if base != stem:
                 masks[base] += paths if base in files_of else []
                 for path in paths if base not in files_of else ():
-                    what = f"is a mask by its name, but there is no image {base}.* beside it"
+                    what = f"is a mask by its name, but the image {base}.* beside it is missing"
                     self._data.add(path, f"{what}; add the image, or give it another name")
                 continue
             mask = _twin(paths) if len(paths) == 2 else None

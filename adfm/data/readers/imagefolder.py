@@ -151,7 +151,7 @@ def _add_names(part: Any, column: str, names: _Names) -> None:
 def _sample(data: DataSet, folder: Path, here: str, row: dict[str, Any], names: _Names) -> Sample:
     image = _path(data.raw, folder, row.get("file_name"))
     if not image:
-        raise NoImage(f"there is no image {row.get('file_name')!r}")
+        raise NoImage(f"image {row.get('file_name')!r} is missing")
     data.claim(image, here, "keep one of the rows")
     for name in (*table.MAY_BE_BOXES, *_BOXES, "annotations"):
         if isinstance(row.get(name), list | dict):
@@ -160,7 +160,7 @@ def _sample(data: DataSet, folder: Path, here: str, row: dict[str, Any], names: 
     if row.get("mask_file_name") is not None:
         mask = _path(data.raw, folder, row["mask_file_name"])
         if not mask:
-            raise ValueError(f"there is no mask {row['mask_file_name']!r}")
+            raise ValueError(f"mask {row['mask_file_name']!r} is missing")
         data.listed[str(mask)] = here  # else it would be an image that no row lists
     word = row.get("text")  # a caption, or in some data sets the label
     is_label = isinstance(word, str) and (table.is_normal(word.strip()) or table.is_anomalous(word.strip()))

@@ -58,8 +58,8 @@ class Images:
         for reading in _readings(name):
             if path := self._by_path(reading, name, folder, groups):
                 return path
-        where = ", neither where its path leads nor beside this file nor in its image folders"
-        raise NoImage(f"there is no image {name!r}{where}")
+        what = "is missing: it is neither where its path leads nor beside this file nor in its image folders"
+        raise NoImage(f"image {name!r} {what}")
 
     def of_stem(self, stem: str, folder: Path) -> list[Path]:
         """List the images with the name of an annotation file: those beside it, else those in its image folders."""

@@ -77,7 +77,7 @@ def _rows(data: DataSet, table: Path, names: set[str]) -> dict[str, dict[str, tu
                         raise ValueError(f"has {len(cells)} cells, and the first line has {len(_COLUMNS)}")
                     name, kind, encoded = cells
                     if name not in names:
-                        raise NoImage(f"there is no image {name[:60]!r} in {_IMAGES}")
+                        raise NoImage(f"image {name[:60]!r} is missing in {_IMAGES}")
                     if kind not in _CLASSES:
                         raise ValueError(f"ClassId is {kind[:40]!r}, not one of {', '.join(_CLASSES)}")
                     if kind in rows[name]:

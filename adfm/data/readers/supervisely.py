@@ -70,14 +70,14 @@ def _dataset(data: DataSet, folder: Path) -> Iterator[Sample]:
         key = image.name if image.name in files else image.stem  # early versions left the suffix out
         with data.at(image):
             if key not in files:
-                raise ValueError(f"there is no {_ANN}/{image.name}.json for it; export the annotations as well")
+                raise ValueError(f"its {_ANN}/{image.name}.json is missing; export the annotations as well")
             if (owner := owners.setdefault(key, image)) != image:
                 data.add(files[key], f"belongs to {owner.name} and {image.name}; rename one")
             with data.at(files[key]):
                 yield _sample(data, image, files[key], meta)
     for key, file in files.items():
         if key not in owners:
-            data.add(file, NoImage(f"there is no image {_IMG}/{key} for it"))
+            data.add(file, NoImage(f"its image {_IMG}/{key} is missing"))
     for inside in folders(folder / _IMG):
         data.add(inside, f"images in a folder of {_IMG}/; move them into {_IMG}/ itself")
 

@@ -116,7 +116,7 @@ def read(raw: Path) -> Iterator[Sample]:
     for image, rows in rows_of.items():
         if rows:
             yield _sample(data, image, rows)
-    data.finish("a CSV file is needed with at least the columns image and label; there is none")
+    data.finish("a CSV file with at least the columns image and label is missing")
 
 
 def _sample(data: DataSet, image: Path, rows: list[_Row]) -> Sample:
@@ -220,7 +220,7 @@ def _wrong(names: list[str], columns: dict[str, int], further: dict[str, int]) -
     for name in further:
         # What looks like a name that is known, mistyped, would be left out in silence.
         for near in difflib.get_close_matches(name, unused, n=1, cutoff=0 if needed else 0.77):
-            wrong.append(f"there is no column {name!r}; the nearest is {near!r}")
+            wrong.append(f"the column {name!r} is unknown; the nearest is {near!r}")
     if not sides and (drawn := sorted(MAY_BE_BOXES & further.keys())):
         wrong.append(f"{', '.join(map(repr, drawn))} may say where the defects are; write boxes as x1, y1, x2, y2")
     return wrong + [f"the column {column!r} is missing" for column in (*needed, *sides) if column not in columns]
@@ -248,7 +248,7 @@ def _add_rows(data: DataSet, table: Path, rows_of: dict[Path, list[_Row]]) -> st
                     name = cells[header.columns["image"]]
                     image = _file(data, bases, name)
                     if not image:
-                        raise NoImage(f"there is no file {name!r} in {table.parent.resolve().name}")
+                        raise NoImage(f"file {name!r} is missing in {table.parent.resolve().name}")
                     rows = rows_of.setdefault(image, [])
                     row = _row(data, table, line, header, cells)
                     _agree(data, name, rows, row)
@@ -277,7 +277,7 @@ def _row(data: DataSet, table: Path, line: int, header: _Header, cells: list[str
         raise ValueError(f"the {header.name(column)} is {word}, so that {needed}")
     path = _file(data, [[table.parent]], mask) if mask else None
     if mask and not path:
-        raise ValueError(f"there is no file {mask!r} in {table.parent.resolve().name}")
+        raise ValueError(f"file {mask!r} is missing in {table.parent.resolve().name}")
     drawn = None
     if has_box:
         drawn = box(*(_number(header.name(name), side) for name, side in zip(_SIDES, sides, strict=True)))

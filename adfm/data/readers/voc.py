@@ -91,7 +91,7 @@ def read(raw: Path) -> Iterator[Sample]:
     for folder in walk(raw):
         for file in listing(folder, ".xml"):
             if str(file) not in owners and outermost(file) == "annotation":
-                data.add(file, NoImage(f"there is no image {file.stem}.* for it"))
+                data.add(file, NoImage(f"its image {file.stem}.* is missing"))
     classes.add_orphans()
     lists.add_missing()
     data.finish("no image has an XML file, beside it or in Annotations/ instead of JPEGImages/, or a mask", annotated)

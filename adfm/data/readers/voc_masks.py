@@ -81,7 +81,7 @@ class Classes:
             for mask in sorted(images_within(folder)) if folder.name in (*_CLASS, *_OBJECT) else ():
                 where = self._data.relative(mask)
                 if where not in self._used:
-                    self._data.add(where, NoImage(f"there is no image {mask.stem}.* for it"))
+                    self._data.add(where, NoImage(f"its image {mask.stem}.* is missing"))
 
     def shapes(self, masks: Masks) -> list[Shape]:
         """Return a shape for every object, or for every patch of a class where only classes are drawn."""

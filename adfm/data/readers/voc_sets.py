@@ -44,7 +44,7 @@ class Lists:
             for one in (one for place in places for one in place):
                 if missing := sorted(one.names - self._seen[base]):
                     names = ", ".join(missing[:_MANY]) + f" and {len(missing) - _MANY} more" * (len(missing) > _MANY)
-                    self._data.add(one.file, NoImage(f"there are no images {names}"))
+                    self._data.add(one.file, NoImage(f"images {names} are missing"))
 
     def _listed(self, image: Path, base: Path, places: list[list[_List]]) -> tuple[Split | None, list[str]]:
         whole = nfc(image.relative_to(base).as_posix()[: -len(image.suffix)])

@@ -120,7 +120,7 @@ def _paired(data: DataSet, folder: Path) -> Iterator[tuple[Path, Path | None]]:
     in_labels = any(name.lower() in _LABELS for name in folder.relative_to(data.raw).parts)
     for file in texts:
         if nfc(file.stem) not in stems and not file.name.lower().endswith(_LISTS) and (in_labels or _is_labels(file)):
-            data.add(file, NoImage(f"there is no image {file.stem}.* for it"))
+            data.add(file, NoImage(f"its image {file.stem}.* is missing"))
 
 
 def _settings(data: DataSet) -> _Settings:
@@ -195,7 +195,7 @@ def _add_list(data: DataSet, file: Path, split: Split, roots: list[Path], settin
                 folders[written] = image.parent
                 settings.splits[image].add(split)
             else:
-                data.add(f"{where}: line {number}", NoImage(f"there is no image {line[:200]!r}"))
+                data.add(f"{where}: line {number}", NoImage(f"image {line[:200]!r} is missing"))
 
 
 def _resolved(raw: Path, bases: list[Path], name: str) -> Path | None:

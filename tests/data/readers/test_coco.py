@@ -171,7 +171,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     (tmp_path / "latin.json").write_bytes('{"images": []\n, "é": 1}'.encode("latin-1"))
     (tmp_path / "utf16.json").write_bytes('{"images": []}'.encode("utf-16"))  # read, and not an annotation file
     outside = "is inverted or has no area"
-    nowhere = "neither where its path leads nor beside this file nor in its image folders"
+    nowhere = "it is neither where its path leads nor beside this file nor in its image folders"
     problem_lines = problems(coco.read, tmp_path)
     (comma,) = (line for line in problem_lines if line.startswith("comma.json: line 2, column 2"))
     assert "comma " in comma  # the rest is Python's, and differs from version to version
@@ -184,8 +184,8 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "a.json: annotation 2: 'nan' is not a finite number",
         "a.json: annotation 3: the box [-9, 5, -5, 8] lies outside the image",
         "a.json: annotation 4: 'bbox' is [x, y, width, height], and has 3 numbers",
-        "a.json: annotation 5: there is no image with the id 9",
-        "a.json: annotation 6: there is no category with the id 9",
+        "a.json: annotation 5: the image with the id 9 is missing",
+        "a.json: annotation 6: the category with the id 9 is missing",
         "a.json: annotation 7: its class is 'Good', but every shape is taken for a defect; delete the shapes of this"
         " class, an image without any is normal",
         "a.json: annotation 8: '1' is text, and a number is needed; write it without quotation marks",
@@ -198,10 +198,10 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "a.json: annotation 0: another annotation has the same id",
         "a.json: annotation no. 18: has no 'category_id'",
         "a.json: annotation no. 19: is not a JSON object, so that it has no 'image_id'",
-        f"a.json: image 2: there is no image 'gone.jpg', {nowhere}",
+        f"a.json: image 2: image 'gone.jpg' is missing: {nowhere}",
         "a.json: image 3: a.jpg is listed before, in a.json; list each image once, with all of its annotations",
-        f"a.json: image 4: there is no image 'twice.jpg', {nowhere}",
-        f"a.json: image 5: there is no image '../out.jpg', {nowhere}",
+        f"a.json: image 4: image 'twice.jpg' is missing: {nowhere}",
+        f"a.json: image 5: image '../out.jpg' is missing: {nowhere}",
         "empty.json: is empty",
         "latin.json: line 2: is not UTF-8 text; save the file with the encoding UTF-8"
         " (`iconv -t UTF-8 -f` with the encoding of the system that it comes from, such as GB18030, CP1252, CP932)",
@@ -266,7 +266,7 @@ def test_ids_as_text_and_as_number_are_the_same(tmp_path: Path) -> None:
     dump(tmp_path / "a.json", content)
     assert problems(coco.read, tmp_path)[:2] == [
         f"a.json: category 1: another category has the same id; {_APART}",
-        "a.json: annotation 0: there is no category with the id '01'",
+        "a.json: annotation 0: the category with the id '01' is missing",
     ]
 
 
@@ -443,7 +443,7 @@ def test_an_image_that_was_deleted_is_not_one_of_another_split(tmp_path: Path) -
     touch(tmp_path, "images/train/1.jpg", "images/val/2.jpg")
     dump(tmp_path / "annotations" / "instances_train.json", _file(["1.jpg", "2.jpg"], [(1, 1, [1, 1, 9, 9])]))
     listed = problems(coco.read, tmp_path)
-    assert "annotations/instances_train.json: image 1: there is no image '2.jpg'" in listed[0]
+    assert "annotations/instances_train.json: image 1: image '2.jpg' is missing" in listed[0]
     assert [isinstance(problem, MissingImage) for problem in listed] == [True, False]
     assert listed[1] == "images/val: images that are not in the annotations: 2.jpg"
 

@@ -224,7 +224,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         _image("../../secret.jpg"),
     )
     area = "is not an area; draw a rectangle, polygon, ellipse or mask in its place"
-    gone = "there is no such image in images/ beside the file; export with the images"
+    gone = "the image is missing in images/ beside the file; export with the images"
     problem_lines = problems(cvat.read, tmp_path)
     assert problem_lines == [
         "annotations.xml: image '1.jpg': shape 1: box: the box [5, 5, 4, 9] is inverted or has no area",

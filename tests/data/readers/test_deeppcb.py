@@ -55,7 +55,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     notes = f"{group}_not/00041000.txt"
     listed = problems(deeppcb.read, tmp_path)
     assert listed == [
-        "PCBData/trainval.txt: line 2: there is no image 'group00041/00041/00041009.jpg'",
+        "PCBData/trainval.txt: line 2: image 'group00041/00041/00041009.jpg' is missing",
         "PCBData/test.txt: line 1: 'group00041/00041/00041000.jpg' is in the other list too; keep it in one",
         f"{notes}: line 1: is not x1, y1, x2, y2 in pixels and a class: '466 441 493 -470 3'",
         f"{notes}: line 2: is not x1, y1, x2, y2 in pixels and a class: '1 2 3 4'",
@@ -64,7 +64,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         f"{notes}: line 5: is not x1, y1, x2, y2 in pixels and a class: '0.1 0.2 0.3 0.4 1'",
         f"{group}/00041002_test.jpg: has no text file 00041_not/00041002.txt",
         f"{group}/other.jpg: is neither a template, …_temp, nor a tested image, …_test; remove it",
-        f"{group}_not/00041001.txt: there is no image 00041001_test.* for it",
+        f"{group}_not/00041001.txt: its image 00041001_test.* is missing",
     ]
     assert [isinstance(problem, MissingImage) for problem in listed] == [True] + [False] * 8 + [True]
 

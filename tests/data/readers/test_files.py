@@ -227,12 +227,12 @@ def test_where_nothing_was_read_that_is_the_problem(tmp_path: Path) -> None:
 
 def test_only_bad_data_in_a_block_become_problems(tmp_path: Path) -> None:
     data = DataSet(tmp_path, "coco")
-    for error in (ValueError("is empty"), files.NoImage("there is no image")):
+    for error in (ValueError("is empty"), files.NoImage("the image is missing")):
         with data.at("a.json"):
             raise error
     with pytest.raises(KeyError), data.at("b.json"):
         raise KeyError("a bug")
-    assert data.problems == ["a.json: is empty", "a.json: there is no image"]
+    assert data.problems == ["a.json: is empty", "a.json: the image is missing"]
     assert [isinstance(problem, MissingImage) for problem in data.problems] == [False, True]
 
 

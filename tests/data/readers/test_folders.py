@@ -211,7 +211,7 @@ def test_two_photographs_of_one_name_are_not_taken_for_a_photograph_and_its_mask
 def test_a_mask_by_its_name_without_an_image_is_not_taken_for_a_photograph(tmp_path: Path) -> None:
     touch(tmp_path, "good/0.jpg", "crack/0_mask.png", "crack/1.jpg")
     (problem,) = problems(tmp_path)
-    assert problem.startswith("crack/0_mask.png: is a mask by its name, but there is no image 0.* beside it")
+    assert problem.startswith("crack/0_mask.png: is a mask by its name, but the image 0.* beside it is missing")
 
 
 def test_a_normal_image_with_a_defect_in_its_mask_is_refused(tmp_path: Path) -> None:

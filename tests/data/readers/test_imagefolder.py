@@ -177,8 +177,8 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         file.write("{'file_name': 1}\n[]\n")
     listed = problems(imagefolder.read, tmp_path)
     assert [line.removeprefix("metadata.jsonl: line ") for line in listed] == [
-        "1: there is no image 'gone.png'",
-        "2: there is no image '../1.png'",
+        "1: image 'gone.png' is missing",
+        "2: image '../1.png' is missing",
         "3: None is not the name of a file; write one in 'file_name'",
         "4: has neither 'objects' nor a 'label'; a normal image has the label `normal`, or empty lists",
         "5: the label 0 is a number without a name; write names, or dataset_info in README.md",

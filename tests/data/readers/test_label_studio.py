@@ -118,7 +118,7 @@ def test_where_an_image_may_be(tmp_path: Path, url: str, file: str) -> None:
     normal = _annotation()
     dump(tmp_path / "export.json", [_task(1, url, normal), _task(2, "/data/local-files/?d=others/x.png", normal)])
     if file == "shots/cb0618f6-a.png":  # a folder that no path names counts only if it is the only one
-        assert "there is no image" in problems(label_studio.read, tmp_path)[0]
+        assert "is missing" in problems(label_studio.read, tmp_path)[0]
         (tmp_path / "others/x.png").unlink()
         dump(tmp_path / "export.json", [_task(1, url, normal)])
     assert file in by_source(label_studio.read, tmp_path)
@@ -128,7 +128,7 @@ def test_a_bare_name_is_not_looked_for_in_folders_that_the_path_does_not_name(tm
     touch(tmp_path, "line4/a.png", "line5/b.png")
     dump(tmp_path / "export.json", [_task(1, "/data/local-files/?d=line3/a.png", _annotation())])
     listed = problems(label_studio.read, tmp_path)
-    assert "export.json: task 1: there is no image '/data/local-files/?d=line3/a.png', neither" in listed[0]
+    assert "export.json: task 1: image '/data/local-files/?d=line3/a.png' is missing: it is neither" in listed[0]
     assert isinstance(listed[0], MissingImage)
 
 
@@ -329,8 +329,8 @@ def test_what_is_not_a_label_is_refused(tmp_path: Path) -> None:
         " file, and annotate that",
         "export.json: task 10: annotation 1: its results state different sizes of the image",
         "export.json: task 11: annotation 1: result 1: the region has no label; choose one, or delete it",
-        "export.json: task 12: there is no image 'gone.png', neither where its path leads nor beside this file nor in"
-        " its image folders",
+        "export.json: task 12: image 'gone.png' is missing: it is neither where its path leads nor beside this file"
+        " nor in its image folders",
         "export.json: task 13: its data should have the path of one image; the keys that have one: none",
     ]
     assert [isinstance(problem, MissingImage) for problem in problem_lines].count(True) == 3

@@ -367,7 +367,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     listed = problems(labelme.read, tmp_path)
     (comma,) = (line for line in listed if line.startswith("b.json: line "))
     unknown = "is unknown; draw a rectangle, oriented_rectangle, polygon, circle, line, linestrip, point, mask instead"
-    nowhere = "neither where its path leads nor beside this file nor in its image folders"
+    nowhere = "it is neither where its path leads nor beside this file nor in its image folders"
     assert [line for line in listed if line != comma] == [
         "a.json: shape 1: the box [5, 5, 5, 9] is inverted or has no area",
         "a.json: shape 2: 'nan' is not a finite number",
@@ -394,16 +394,16 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "copy of a.json: imagePath leads to a.jpg, which a.json is named after; correct imagePath",
         "e.json: imageData is not an image in base64 (it is in no format of images); put the image beside this file",
         "empty.json: is empty",
-        f"f.json: there is no image 'f.jpg', {nowhere}",
+        f"f.json: image 'f.jpg' is missing: {nowhere}",
         "g2.json: its image g.jpg belongs to again.json as well; keep one of the two files",
         "h.json: shape 1: a mask needs the imageWidth and imageHeight of the file",
         "i.json: may be the file of any of i.jpg, i.png; remove all but one, or give them other names",
         "k.json: '80' x 60 is not a size in pixels",
         "l.json: 1000000000000000000000000000000 x 60 is not a size in pixels",
-        f"x.json: there is no image 'x.jpg', {nowhere}",
+        f"x.json: image 'x.jpg' is missing: {nowhere}",
     ]
     assert [line for line in listed if isinstance(line, MissingImage)] == [
-        f"{name}.json: there is no image '{name}.jpg', {nowhere}" for name in "fx"
+        f"{name}.json: image '{name}.jpg' is missing: {nowhere}" for name in "fx"
     ]
 
 

@@ -95,7 +95,7 @@ def test_where_an_image_is(tmp_path: Path, file: str, name: str, images: str, im
 )
 def test_an_image_that_is_missing_is_not_replaced_by_another(tmp_path: Path, file: str, name: str, images: str) -> None:
     touch(tmp_path, *images.split())
-    with pytest.raises(NoImage, match="there is no image"):
+    with pytest.raises(NoImage, match="is missing"):
         _located(tmp_path, file, name)
 
 

@@ -70,7 +70,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "train.csv: line 3: 'a.jpg' has the class 1 in line 2 already; keep one of them",
         "train.csv: line 4: ClassId is '5', not one of 1, 2, 3, 4",
         "train.csv: line 10: has 2 cells, and the first line has 3",
-        "train.csv: line 11: there is no image 'z.jpg' in train_images",
+        "train.csv: line 11: image 'z.jpg' is missing in train_images",
         "train.csv: line 5: EncodedPixels is not pairs of start and length: ''",
         "train.csv: line 6: EncodedPixels is not pairs of start and length: '1 2 3'",
         *(

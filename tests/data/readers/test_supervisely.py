@@ -200,9 +200,9 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     assert listed[4].startswith(f"ds/ann/1.jpg.json: object 5: {unread} (")
     assert listed[10:] == [
         "ds/ann/2.jpg.json: line 1, column 2: is not JSON (Expecting property name enclosed in double quotes)",
-        "ds/img/3.jpg: there is no ann/3.jpg.json for it; export the annotations as well",
+        "ds/img/3.jpg: its ann/3.jpg.json is missing; export the annotations as well",
         "ds/ann/4.json: belongs to 4.jpg and 4.png; rename one",
-        "ds/ann/gone.jpg.json: there is no image img/gone.jpg for it",
+        "ds/ann/gone.jpg.json: its image img/gone.jpg is missing",
         "other: images outside img/, move them there: 5.jpg",
     ]
     assert isinstance(listed[-2], MissingImage)

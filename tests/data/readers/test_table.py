@@ -115,9 +115,9 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         f"parts.csv: line 9: {either}",
         "parts.csv: line 10: its class is 'ok', but every shape is taken for a defect; delete the shapes of this class,"
         " an image without any is normal",
-        f"parts.csv: line 11: there is no file 'gone.png' in {tmp_path.name}",
-        f"parts.csv: line 12: there is no file 'gone.jpg' in {tmp_path.name}",
-        f"parts.csv: line 13: there is no file '../../a.jpg' in {tmp_path.name}",
+        f"parts.csv: line 11: file 'gone.png' is missing in {tmp_path.name}",
+        f"parts.csv: line 12: file 'gone.jpg' is missing in {tmp_path.name}",
+        f"parts.csv: line 13: file '../../a.jpg' is missing in {tmp_path.name}",
         "parts.csv: line 14: the label 'perhaps' is unknown; write normal or anomalous, OK or NG, or 0 or 1",
         f"parts.csv: line 15: {none}",
         f"parts.csv: line 16: {none}",
@@ -141,7 +141,7 @@ def test_a_row_whose_image_is_not_there_may_be_skipped(tmp_path: Path) -> None:
     )
     listed = problems(table.read, tmp_path)
     assert listed == [
-        f"t.csv: line {line}: there is no file {name!r} in {tmp_path.name}"
+        f"t.csv: line {line}: file {name!r} is missing in {tmp_path.name}"
         for line, name in ((4, "b.jpg"), (5, "/etc/passwd"), (6, "../a.jpg"))
     ]
     assert all(isinstance(problem, MissingImage) for problem in listed)
@@ -281,9 +281,12 @@ def test_a_table_of_labels_alone(tmp_path: Path, content: str, labels: list[str]
         ("a.jpg 0.5 mono\n", "line 1: the probability 0.5 is not below or above 0.5, from 0 to 1"),
         ("a.jpg 1.7 mono\n", "line 1: the probability 1.7 is not below or above 0.5, from 0 to 1"),
         ("image,label,x,y,w,h\na.jpg,ng,1,2,3,4\n", "line 1: 'h', 'w', 'x', 'y' may say where the defects are; write"),
-        ("image,label,splits\na.jpg,ok,train\n", "line 1: there is no column 'splits'; the nearest is 'split' (known:"),
-        ("img,label\na.jpg,ok\n", "line 1: there is no column 'img'; the nearest is 'image'; the column 'image' is"),
-        ("a.jpg,1,2,3\n", "line 1: there is no column 'a.jpg'; the nearest is"),
+        (
+            "image,label,splits\na.jpg,ok,train\n",
+            "line 1: the column 'splits' is unknown; the nearest is 'split' (known:",
+        ),
+        ("img,label\na.jpg,ok\n", "line 1: the column 'img' is unknown; the nearest is 'image'; the column 'image' is"),
+        ("a.jpg,1,2,3\n", "line 1: the column 'a.jpg' is unknown; the nearest is"),
         ("image,label,xmin,ymin,xmax\na.jpg,2,3,4,5\n", "line 1: the column 'y2' is missing (known:"),
         ("image,label,xmin,ymin,xmax,ymax\na.jpg,2,3,4,5,6\n", "line 2: the label '2' is unknown; write"),
     ],
@@ -348,8 +351,8 @@ def test_a_name_is_the_same_in_both_forms_of_unicode(tmp_path: Path) -> None:
         (_HEADER.encode(), "t.csv: has no rows"),
         (
             b"Image,Label,defects,x1,y1,x2,y2\n",
-            "t.csv: line 1: there is no column 'defects'; the nearest is 'defect' (known: image, label, defect, x1, y1,"
-            " x2, y2, category, split, mask)",
+            "t.csv: line 1: the column 'defects' is unknown; the nearest is 'defect' (known: image, label, defect, x1,"
+            " y1, x2, y2, category, split, mask)",
         ),
         (
             b"image,image,x1,x2,y1\n",
@@ -369,9 +372,7 @@ def test_a_bad_table(tmp_path: Path, content: bytes, message: str) -> None:
 
 def test_several_tables(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg", "b.jpg")
-    assert problems(table.read, tmp_path) == [
-        "a CSV file is needed with at least the columns image and label; there is none"
-    ]
+    assert problems(table.read, tmp_path) == ["a CSV file with at least the columns image and label is missing"]
     (tmp_path / "a.csv").write_text(_HEADER + "a.jpg,ok,,,,,\n")
     (tmp_path / "b.csv").write_text(_HEADER + "b.jpg,ok,,,,,\na.jpg,ok,,,,,\n")
     (tmp_path / "other.csv").write_text("part,price\n1,2\n")

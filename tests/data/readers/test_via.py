@@ -253,7 +253,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         " this class, an image without any is normal",
         "a.json: a.png: region 5: its points are 1 x and 2 y, not two or more of each",
         "a.json: a.png: region 6: the ellipse with the radii -1 and -1 has no area",
-        "a.json: there is no image 'gone.png', neither where its path leads nor beside this file nor in its image"
+        "a.json: image 'gone.png' is missing: it is neither where its path leads nor beside this file nor in its image"
         " folders",
         "a.json: a.png is listed before, in a.json; keep one",
         ".: images that are not in the annotations: b.png, not listed.png",

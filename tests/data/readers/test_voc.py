@@ -103,7 +103,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         "annotations/d.xml: is not a Pascal VOC file: it begins with <html> instead of <annotation>",
         "annotations/e.xml: is not UTF-8 text; save the file with the encoding UTF-8, and declare that",
         "annotations/f.xml: object 1: the class None is not a name",
-        "annotations/gone.xml: there is no image gone.* for it",
+        "annotations/gone.xml: its image gone.* is missing",
     ]
 
 
@@ -324,7 +324,7 @@ def test_an_xml_file_belongs_to_one_image(tmp_path: Path) -> None:
     assert problems(voc.read, tmp_path) == [
         "train/annotations/1.xml: may belong to an image in train/images/crazing or to one in train/images/scratches;"
         " put it beside the image that it is for, or into a folder of the same name",
-        "train/annotations/2.xml: there is no image 2.* for it",
+        "train/annotations/2.xml: its image 2.* is missing",
     ]
 
 

@@ -144,7 +144,7 @@ def test_what_is_wrong_with_masks(tmp_path: Path) -> None:
         "SegmentationObject/c.png: is of another size than the mask in SegmentationClass",
         "SegmentationObject/d.png: has an object that the mask in SegmentationClass gives no class; paint it there as"
         " well",
-        "SegmentationClass/gone.png: there is no image gone.* for it",
+        "SegmentationClass/gone.png: its image gone.* is missing",
     ]
     assert isinstance(listed[-1], MissingImage)
     (tmp_path / "labelmap.txt").write_text("scratch:1,2::\n")

@@ -86,8 +86,8 @@ def test_names_without_an_image_are_refused(tmp_path: Path) -> None:
     )
     listed = problems(voc.read, raw)
     assert listed == [
-        "ImageSets/Main/train.txt: there are no images eight, seven",
-        "ImageSets/Main/val.txt: there are no images 10, 11, 12, 13, 14, 15, 16, 17, 18, 19 and 10 more",
+        "ImageSets/Main/train.txt: images eight, seven are missing",
+        "ImageSets/Main/val.txt: images 10, 11, 12, 13, 14, 15, 16, 17, 18, 19 and 10 more are missing",
     ]
     assert {type(problem) for problem in listed} == {MissingImage}
 

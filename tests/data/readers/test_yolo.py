@@ -166,9 +166,9 @@ def test_an_annotation_without_its_image_is_a_problem_that_may_be_skipped(tmp_pa
     )
     listed = problems(yolo.read, tmp_path)
     assert listed == [
-        "train.txt: line 3: there is no image 'images/3.jpg'",
-        "train.txt: line 4: there is no image '../../etc/passwd'",
-        "labels/2.txt: there is no image 2.* for it",
+        "train.txt: line 3: image 'images/3.jpg' is missing",
+        "train.txt: line 4: image '../../etc/passwd' is missing",
+        "labels/2.txt: its image 2.* is missing",
     ]
     assert all(isinstance(problem, MissingImage) for problem in listed)
 
@@ -260,7 +260,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
     (tmp_path / "labels/c.txt").write_text(" \n")
     confidence = "has 6 numbers: the last is a confidence, and predictions are not labels"
     assert problems(yolo.read, tmp_path) == [
-        "elsewhere/1.txt: there is no image 1.* for it",
+        "elsewhere/1.txt: its image 1.* is missing",
         f"labels/a.txt: line 1: {confidence}",
         "labels/a.txt: line 2: is neither class, cx, cy, width, height nor class and points: has 4 numbers",
         "labels/a.txt: line 3: is neither class, cx, cy, width, height nor class and points: has 8 numbers",
@@ -280,7 +280,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(tmp_path: Path) -> None
         " (`iconv -t UTF-8 -f` with the encoding of the system that it comes from, such as GB18030, CP1252, CP932)",
         "images/same.jpg: has the same name as images/same.png",
         "images/two.txt: has the same name as labels/two.txt",
-        "labels/gone.txt: there is no image gone.* for it",
+        "labels/gone.txt: its image gone.* is missing",
     ]
 
 
