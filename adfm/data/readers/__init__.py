@@ -90,10 +90,8 @@ def resolve(raw: Path, layout: str) -> tuple[str, str | None]:
         return detect(raw)
     if layout not in LAYOUTS:
         near = difflib.get_close_matches(layout, [*LAYOUTS, "auto"], n=1, cutoff=0)[0]
-        valid = ", ".join(LAYOUTS)
-        raise AdfmError(
-            f"convert.layout: the layout {layout!r} is unknown; did you mean {near!r}? Valid layouts: auto, {valid}."
-        )
+        what = f"the layout {layout!r} is unknown; did you mean {near!r}?"
+        raise AdfmError(f"convert.layout: {what} Valid layouts: auto, {', '.join(LAYOUTS)}.")
     return layout, None
 
 

@@ -246,8 +246,7 @@ def special_files(raw: Path) -> Iterator[str]:
                 for entry in entries:
                     if entry.is_file(follow_symlinks=False):  # what nearly all are; it asks the disk for nothing more
                         continue
-                    path = folder / entry.name
-                    target = Path(os.path.realpath(path)) if entry.is_symlink() else path
+                    target = Path(os.path.realpath(entry.path) if entry.is_symlink() else entry.path)
                     if target.is_dir():
                         inside.append((entry.name, target))
                     elif not target.exists():

@@ -39,8 +39,6 @@ _UNCLEAR = frozenset(
 ).union(("unsorted", "label", "labels", "annotation", "annotations", "seg", "segmentation", "segmentations"))
 _UNCLEAR_WORDS = _NORMAL | _MASKS | {"truth"}
 _NEGATIONS = frozenset(("no", "non", "not", "without"))
-_IMAGES = frozenset(("images", "image", "imgs", "img"))
-_ANNOTATIONS = (".json", ".jsonl", ".xml", ".csv", ".tsv")
 _MASK_ENDING = re.compile(r"[-_](?:mask|gt|label)$", re.IGNORECASE)
 _NUMBER = re.compile(r"[a-z]?\d+(?:[-_.]\d+)*", re.IGNORECASE)  # of a part, a day or a batch
 
@@ -298,14 +296,14 @@ def _place(raw: Path, folder: Path) -> _Place:
             names.append(re.sub(r"^(?:masks?|gt)[-_. ]+|[-_. ]+(?:masks?|gt)$", "", name, flags=re.IGNORECASE))
         elif plain in SPLIT_NAMES:
             split = SPLIT_NAMES[plain]
-        elif plain not in _IMAGES:
+        elif plain not in ("images", "image", "imgs", "img"):
             names.append(name)
     return _Place(folder, tuple(names), split, masks)
 
 
 def _annotation(raw: Path) -> Path | None:
     """Return a file that may say more of the images; that of `adfm fetch` does not."""
-    paths = (path for folder in walk(raw) for path in files.listing(folder, *_ANNOTATIONS))
+    paths = (path for folder in walk(raw) for path in files.listing(folder, ".json", ".jsonl", ".xml", ".csv", ".tsv"))
     return next((path for path in paths if path != raw / MANIFEST), None)
 
 

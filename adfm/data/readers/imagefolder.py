@@ -28,7 +28,6 @@ from adfm.records import Sample
 FORM = "<split>/*.png, <split>/metadata.jsonl with file_name and objects or label"
 _FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _BOXES = ("bbox", "bboxes")
-_CATEGORIES = ("categories", "category", "labels", "label")
 _KNOWN = frozenset(("file_name", "objects", "label", "mask_file_name", "split", "width", "height"))
 
 _Names = dict[str, dict[int, str]]  # of classes, by their number, for each column
@@ -174,11 +173,8 @@ def _sample(data: DataSet, folder: Path, here: str, row: dict[str, Any], names: 
         raise ValueError(f"the label is {label!r}, but defects are marked on the image")
     if row.get("split") and not split_of(str(row["split"])):
         raise ValueError(f"the split {row['split']!r} is not train, validation or test")
-    columns = {
-        str(name): str(value)
-        for name, value in row.items()
-        if name not in _KNOWN and isinstance(value, str | int | float) and str(value).isprintable()
-    }
+    values = {str(name): str(value) for name, value in row.items() if isinstance(value, str | int | float)}
+    columns = {name: value for name, value in values.items() if name not in _KNOWN and value.isprintable()}
     notes = [f"columns that only split.group reads: {', '.join(columns)}"] if columns else []
     split, size = data.split(image, str(row.get("split") or "")), pixel_size(row.get("width"), row.get("height"))
     kind = defect or ("defect" if mask else None)
@@ -225,7 +221,7 @@ def _shapes(objects: Any, names: _Names) -> list[Shape]:
     boxes = next((objects[key] for key in _BOXES if key in objects), None)
     if not isinstance(boxes, list):
         raise ValueError("'objects' has no list 'bbox'")
-    key = next((key for key in _CATEGORIES if key in objects), "")
+    key = next((key for key in ("categories", "category", "labels", "label") if key in objects), "")
     classes = objects[key] if key else ["defect"] * len(boxes)
     if not isinstance(classes, list) or len(classes) != len(boxes):
         raise ValueError(f"'objects' has {len(boxes)} boxes, but not as many {key or 'categories'}")

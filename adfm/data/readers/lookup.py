@@ -21,7 +21,6 @@ _GENERAL = _IMAGES.union(SPLIT_NAMES)  # names of folders that do not say which 
 _ANNOTATIONS = frozenset(
     ("annotations", "annotation", "annots", "annot", "anns", "ann", "labels", "label", "jsons", "json", "labelme")
 )
-_DRIVE = re.compile(r"[A-Za-z]:(?=[\\/])")
 # The second is Label Studio's, for files in a folder of its server; those that were uploaded have a name of their own.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^/]*|.*/data/local-files/\?(?:d|filepath)=")
 _UPLOAD = re.compile(r"(?:^|/)upload/(?:\d+/)?[^/]+$")
@@ -69,7 +68,7 @@ class Images:
         return []
 
     def _by_path(self, path: str, name: str, folder: Path, groups: Sequence[Sequence[Path]]) -> Path | None:
-        path = _DRIVE.sub("/", path)
+        path = re.sub(r"[A-Za-z]:(?=[\\/])", "/", path)  # a drive of Windows
         foreign, above = path.startswith("/"), self._above(folder)  # foreign: of the machine that wrote the file
         if not foreign and ".." in path.split("/"):  # then it leads to one folder only
             path = os.path.normpath("/".join((*folder.relative_to(self._raw).parts, path)))
@@ -144,12 +143,11 @@ class Images:
         if annotations:
             general += [place for place in partners(raw, folder, _ANNOTATIONS, _IMAGES) if place.is_dir()]
         # Without any they are those for images, and the only one that has images: it does not count for a path.
-        near, last = (own, []) if own else (general, self._only)
-        near, last = (
-            [place for place in dict.fromkeys(group) if place != folder and not self._contradicts(place, split)]
-            for group in (near, last)
-        )
-        return [[folder], near, last]
+        groups = [[folder]]
+        for group in (own, []) if own else (general, self._only):
+            others = (place for place in dict.fromkeys(group) if place != folder)
+            groups.append([place for place in others if not self._contradicts(place, split)])
+        return groups
 
     def _with_images(self, places: Iterable[Path]) -> list[Path]:
         """List those of some folders that have images somewhere in them, each with its folders for images."""

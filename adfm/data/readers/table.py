@@ -81,13 +81,10 @@ class _Row:
     defect: str
     box: Box | None
     mask: Path | None
+    marking: str  # "mask", "box" or ""
     size: tuple[int, int] | None
     columns: dict[str, str]
     notes: tuple[str, ...]
-
-    @property
-    def marking(self) -> str:
-        return "mask" if self.mask else "box" if self.box else ""
 
 
 def matches(raw: Path) -> bool:
@@ -190,12 +187,9 @@ def _header(line: int, cells: list[str], strict: bool = True) -> _Header:
     columns = {column: names.index(name) for column, name in known.items() if name}
     if columns.keys() & {"label", "defect"}:
         columns.pop("probability", None)
-    further = {
-        name: place
-        for place, name in enumerate(names)
-        # pandas calls the column of its index `Unnamed: 0`.
-        if name and not name.startswith("unnamed:") and names.index(name) == place and place not in columns.values()
-    }
+    unknown = {name: names.index(name) for name in names if name and names.index(name) not in columns.values()}
+    # pandas calls the column of its index `Unnamed: 0`.
+    further = {name: place for name, place in unknown.items() if not name.startswith("unnamed:")}
     if strict and (wrong := _wrong(names, columns, further)):
         raise ValueError(f"line {max(line, 1)}: {'; '.join(wrong)} (known: {', '.join(_COLUMNS)})")
     return _Header(tuple(names), columns, further, line)
@@ -295,7 +289,8 @@ def _row(data: DataSet, table: Path, line: int, header: _Header, cells: list[str
     if "probability" in values:
         columns["probability"] = values["probability"]
     category, defect = values.get("category", ""), class_name(defect) if label == "anomalous" else ""
-    return _Row(table, line, label, category, split, defect, drawn, path, size, columns, notes)
+    marking = "mask" if path else "box" if drawn else ""
+    return _Row(table, line, label, category, split, defect, drawn, path, marking, size, columns, notes)
 
 
 def _judgement(header: _Header, values: dict[str, str], marked: bool) -> tuple[Label, str, tuple[str, ...]]:

@@ -161,9 +161,8 @@ def _from_csv(data: DataSet, file: Path) -> list[_Image]:
         for row in csv.DictReader(io.StringIO(text(file).lstrip("#")), strict=True):
             name, size = row.get("filename") or row.get("#filename") or "", row.get("file_size") or ""
             try:
-                shape, attributes, whole = (
-                    json.loads(row.get(f"{column}_attributes") or "{}") for column in ("region_shape", "region", "file")
-                )
+                cells = (row.get(f"{column}_attributes") or "{}" for column in ("region_shape", "region", "file"))
+                shape, attributes, whole = map(json.loads, cells)
             except (ValueError, RecursionError):
                 data.add(file, f"{name}: its attributes are not JSON")
                 continue
