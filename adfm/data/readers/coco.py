@@ -20,7 +20,7 @@ from adfm.data.readers.annotations import Shape, box, bracketed, polygon, sample
 from adfm.data.readers.files import DataSet, holds, listing, walk
 from adfm.data.readers.lookup import Images
 from adfm.data.readers.shapes import turned_box
-from adfm.data.readers.textfiles import member, mentions, number, optional, parsed, pixel_size
+from adfm.data.readers.textfiles import Size, member, mentions, number, optional, parsed, pixel_size
 from adfm.data.readers.verdicts import class_name
 from adfm.records import Polygon, Rle, Sample
 
@@ -82,8 +82,7 @@ def _samples(data: DataSet, file: Path, content: dict[str, Any], pictures: Image
             if contributor.startswith("Label Studio") and identifier in drawn and _is_stored_size(path, size):
                 cause = "Label Studio exports its boxes turned upright to COCO, and its size and polygons not"
                 raise ValueError(f"{data.relative(path)} has an EXIF orientation; {cause}; export JSON instead")
-            shapes = drawn.pop(identifier, [])
-            yield sample(data, path, shapes, split or data.split(path), notes[identifier], size=size)
+            yield sample(data, path, drawn.pop(identifier, []), split or data.split(path), notes[identifier], size=size)
 
 
 def _drawn(
@@ -118,7 +117,7 @@ def _drawn(
     return drawn, notes
 
 
-def _is_stored_size(path: Path, size: tuple[int, int] | None) -> bool:
+def _is_stored_size(path: Path, size: Size) -> bool:
     """Whether a photograph lies on its side, and a size is that of the picture as stored, not upright."""
     try:
         with Image.open(io.BytesIO(contents.read(path))) as file:
@@ -151,13 +150,13 @@ def _id(entry: object, key: str) -> _Id:
     return value
 
 
-def _size(entry: dict[str, Any]) -> tuple[int, int] | None:
+def _size(entry: dict[str, Any]) -> Size:
     with contextlib.suppress(ValueError):  # a size that is nonsense says no more than none
         return pixel_size(entry.get("width"), entry.get("height"), as_text=True)
     return None
 
 
-def _shape(name: str, annotation: dict[str, Any], size: tuple[int, int] | None, notes: list[str]) -> Shape:
+def _shape(name: str, annotation: dict[str, Any], size: Size, notes: list[str]) -> Shape:
     drawn = annotation.get("segmentation") or []
     rle = _rle(drawn) if isinstance(drawn, dict) else None
     polygons = () if rle else _polygons(drawn, bool(annotation.get("bbox")), notes)

@@ -14,7 +14,7 @@ import numpy as np
 from adfm.data.readers.annotations import Shape, box, outlined, sample, unlisted
 from adfm.data.readers.files import IMAGES, DataSet, NoImage, holds, listing, walk, within
 from adfm.data.readers.shapes import bitmap, check_mask_size, ellipse, group, line, turned_box, unpacked
-from adfm.data.readers.textfiles import decimal, pixel_size
+from adfm.data.readers.textfiles import Size, decimal, pixel_size
 from adfm.data.readers.verdicts import class_name, defect_type
 from adfm.data.readers.xmlfiles import outermost
 from adfm.records import Sample
@@ -123,7 +123,7 @@ def _sample(data: DataSet, image: Path, element: ElementTree.Element, here: str)
     return sample(data, image, shapes, split, notes, points, tags, size=size)
 
 
-def _shape(part: ElementTree.Element, size: tuple[int, int] | None) -> Shape:
+def _shape(part: ElementTree.Element, size: Size) -> Shape:
     name = class_name(part.get("label"))
     if part.tag in ("cuboid", "skeleton"):
         raise ValueError("is not an area; draw a rectangle, polygon, ellipse or mask in its place")

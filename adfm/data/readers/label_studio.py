@@ -18,14 +18,13 @@ from adfm.data.readers.annotations import Shape, box, outlined, sample, unlisted
 from adfm.data.readers.files import IMAGES, DataSet, NoImage, folders, holds, images, listing, walk
 from adfm.data.readers.lookup import Images
 from adfm.data.readers.shapes import Point, bitmap, check_mask_size, ellipse, turned_box
-from adfm.data.readers.textfiles import member, mentions, number, optional, parsed, pixel_size, point
+from adfm.data.readers.textfiles import Size, member, mentions, number, optional, parsed, pixel_size, point
 from adfm.data.readers.verdicts import class_name, defect_type, is_verdict
 from adfm.records import Box, Sample
 
 FORM = "*.json of Label Studio's JSON or JSON-MIN export; images/*, or the folders that its paths name"
 # Keys of the `value` of a result that make it a region; results without any are answers about the image.
 _GEOMETRY = ("x", "y", "width", "height", "rotation", "points", "radiusX", "radiusY", "rle", "vertices", "imageDataURL")
-_HASH = re.compile("^[0-9a-f]{8}-")  # before the name of what was uploaded
 _UPLOAD = re.compile(r"(?:^|[/\\])(upload[/\\]\d+[/\\][^/\\]+)$")  # the number is the project's
 # Paths as Label Studio's server serves them, and what they mean on its disk: local files, uploads to a storage.
 _SERVER = re.compile(r"^https?://[^/]+(?=/(?:data|storage-data)/)")
@@ -34,7 +33,6 @@ _STORAGES = (
     (re.compile(r"/storage-data/uploaded/?\?filepath="), "/data/"),
 )
 
-_Size = tuple[int, int] | None
 _Task = tuple[str, str, dict[str, Any]]  # with the names of its file and its own in messages
 _Region = tuple[int, dict[str, Any], list[str]]  # the place of its first result, from 1, that result, all its labels
 
@@ -44,7 +42,7 @@ class _Verdict(NamedTuple):
 
     shapes: list[Shape]
     defect: str | None  # chosen for the whole image; "" if it is normal, `None` if nothing was chosen
-    size: _Size  # of the image; `None` if it is not stated: then shapes are fractions
+    size: Size  # of the image; `None` if it is not stated: then shapes are fractions
     notes: tuple[str, ...]
     undecided: bool  # whether there are choices about the whole image whose meaning is not known
 
@@ -187,7 +185,7 @@ def _uploaded(data: DataSet, path: str, pictures: Images, folder: Path) -> Path 
     # The file may have the name that Label Studio gave it, or the one that it had before.
     # Label Studio puts a hash before the name, and replaces spaces and other signs (Django's `get_valid_filename`).
     name = path.rsplit("/", 1)[1]
-    before = _HASH.sub("", name)
+    before = re.sub("^[0-9a-f]{8}-", "", name)
     for one in dict.fromkeys((f"media/{path}", name, before)):
         with contextlib.suppress(NoImage):
             return pictures.locate(one, folder)
@@ -234,7 +232,7 @@ def _verdict(image: str, task: dict[str, Any], labels: frozenset[str]) -> _Verdi
 def _of_annotation(annotation: dict[str, Any], labels: frozenset[str]) -> _Verdict:
     results = member(annotation, "result", list)
     shapes: list[Shape] = []
-    sizes: set[_Size] = set()
+    sizes: set[Size] = set()
     for place, result, names in _regions(results):
         try:
             size = pixel_size(result.get("original_width"), result.get("original_height"))
@@ -287,7 +285,7 @@ def _choice(results: list[Any], labels: frozenset[str], regions: set[str]) -> tu
     return defect_type(chosen), tuple(notes)
 
 
-def _shape(result: dict[str, Any], names: list[str], size: _Size) -> Shape:
+def _shape(result: dict[str, Any], names: list[str], size: Size) -> Shape:
     if turned := result.get("image_rotation"):
         raise ValueError(f"the image was turned by {turned} degrees in Label Studio; turn the file, and annotate that")
     if not names:

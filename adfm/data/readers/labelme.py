@@ -22,7 +22,7 @@ from adfm.data.readers.annotations import Shape, enclosing, nfc, outlined, same_
 from adfm.data.readers.files import IMAGES, DataSet, NoImage, holds, images, listing, walk
 from adfm.data.readers.lookup import Images
 from adfm.data.readers.shapes import Point, bitmap, check_mask_size, ellipse, join, line, png
-from adfm.data.readers.textfiles import member, mentions, optional, parsed, pixel_size, point
+from adfm.data.readers.textfiles import Size, member, mentions, optional, parsed, pixel_size, point
 from adfm.data.readers.verdicts import class_name, defect_type, is_verdict
 from adfm.records import Sample
 
@@ -177,9 +177,7 @@ def _check_image(encoded: object) -> None:
         raise ValueError(f"imageData is not an image in base64 ({reason}); put the image beside this file") from error
 
 
-def _drawn(
-    data: DataSet, where: str, shapes: Sequence[object], size: tuple[int, int] | None, notes: list[str]
-) -> list[_Drawn]:
+def _drawn(data: DataSet, where: str, shapes: Sequence[object], size: Size, notes: list[str]) -> list[_Drawn]:
     """Return the defects that are drawn: the shapes of one label and group are one."""
     defects: dict[object, list[_Drawn]] = defaultdict(list)
     for place, shape in enumerate(shapes, start=1):
@@ -204,7 +202,7 @@ def _joined(pieces: Sequence[_Drawn]) -> _Drawn:
     return join(plain), "point" if set(extents) == {"point"} else "line"
 
 
-def _shape(name: str, drawn: object, size: tuple[int, int] | None) -> _Drawn:
+def _shape(name: str, drawn: object, size: Size) -> _Drawn:
     kind = optional(drawn, "shape_type", object)
     points = [point(value) for value in member(drawn, "points", list)]
     count = len(points)
@@ -227,7 +225,7 @@ def _shape(name: str, drawn: object, size: tuple[int, int] | None) -> _Drawn:
     return outlined(name, points, cut=True), "area"
 
 
-def _mask(name: str, points: list[Point], encoded: str, size: tuple[int, int] | None) -> Shape:
+def _mask(name: str, points: list[Point], encoded: str, size: Size) -> Shape:
     # A mask is a PNG of the part of the image between two corners, both of which belong to it.
     if not size:
         raise ValueError("a mask needs the imageWidth and imageHeight of the file")

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from adfm.data.readers.annotations import Shape, enclosing, polygon, sample
 from adfm.data.readers.files import DataSet, NoImage, folders, holds, images, listing, split_of, walk
 from adfm.data.readers.shapes import Point, bitmap, check_mask_size, line, png
-from adfm.data.readers.textfiles import member, mentions, optional, parsed, pixel_size, point
+from adfm.data.readers.textfiles import Size, member, mentions, optional, parsed, pixel_size, point
 from adfm.data.readers.verdicts import class_name, defect_type, is_verdict
 from adfm.records import Polygon, Sample, Split
 
@@ -23,8 +23,6 @@ _ANN, _IMG, _META = "ann", "img", "meta.json"  # names that Supervisely sets
 _LINES = ("line", "polyline")
 _PICTURES = "masks_"  # masks_human, masks_machine, masks_instances: drawn from the annotations
 _LARGEST = 1 << 28  # bytes of an unpacked bitmap
-
-_Size = tuple[int, int] | None
 
 
 class _Meta(NamedTuple):
@@ -51,8 +49,7 @@ def read(raw: Path) -> Iterator[Sample]:
         if (folder / _ANN).is_dir():
             yield from _dataset(data, folder)
         elif folder.name != _IMG and (stray := images(folder)):
-            names = ", ".join(image.name for image in stray)
-            data.add(folder, f"images outside {_IMG}/, move them there: {names}")
+            data.add(folder, f"images outside {_IMG}/, move them there: {', '.join(image.name for image in stray)}")
     data.finish(f"no image in a folder {_IMG}/ beside {_ANN}/")
 
 
@@ -132,7 +129,7 @@ def _tags(content: object) -> tuple[Split | None, list[str]]:
     return next(filter(None, splits.values()), None), [name for name, split in splits.items() if not split]
 
 
-def _shape(name: str, drawn: object, geometry: object, size: _Size) -> Shape:
+def _shape(name: str, drawn: object, geometry: object, size: Size) -> Shape:
     if geometry == "bitmap":
         drawing = member(drawn, "bitmap", dict)
         left, top = (int(side) for side in point(member(drawing, "origin", list)))
@@ -147,12 +144,11 @@ def _shape(name: str, drawn: object, geometry: object, size: _Size) -> Shape:
         return _polygons(name, [(polygon(outer), holes)], size)
     if len(outer) < 2:
         raise ValueError(f"a {geometry} has 2 points or more, not {len(outer)}")
-    if geometry == "rectangle":
-        return Shape(name, enclosing(_last_included(outer)))
-    return line(name, _last_included(outer))
+    corners = _last_included(outer)
+    return Shape(name, enclosing(corners)) if geometry == "rectangle" else line(name, corners)
 
 
-def _polygons(name: str, parts: list[tuple[Polygon, list[Polygon]]], size: _Size) -> Shape:
+def _polygons(name: str, parts: list[tuple[Polygon, list[Polygon]]], size: Size) -> Shape:
     if not parts:
         raise ValueError("has no polygon")
     outlines = tuple(polygon(outer) for outer, _ in parts)

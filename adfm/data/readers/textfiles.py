@@ -7,6 +7,7 @@ import mmap
 from pathlib import Path
 from typing import Any, TypeVar
 
+Size = tuple[int, int] | None  # width and height of an image in pixels; `None` if a file does not state them
 _T = TypeVar("_T")
 
 _UTF_16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
@@ -112,7 +113,7 @@ def decimal(text: str | None, name: str) -> float:
     return value
 
 
-def pixel_size(width: object, height: object, as_text: bool = False) -> tuple[int, int] | None:
+def pixel_size(width: object, height: object, as_text: bool = False) -> Size:
     """Return width and height of an image; `None` where one is not stated. Text is refused unless `as_text`."""
     sides = []
     for side in (width, height):

@@ -17,7 +17,7 @@ from adfm.data.readers import voc_masks, voc_sets
 from adfm.data.readers.annotations import Shape, box, bracketed, by_stem, enclosing, nfc, outlined, polygon, sample
 from adfm.data.readers.files import DataSet, NoImage, folders, holds, images, listing, walk
 from adfm.data.readers.shapes import turned_box
-from adfm.data.readers.textfiles import decimal, pixel_size
+from adfm.data.readers.textfiles import Size, decimal, pixel_size
 from adfm.data.readers.verdicts import class_name
 from adfm.data.readers.xmlfiles import document, outermost
 from adfm.records import Box, Sample
@@ -27,16 +27,15 @@ _IMAGES = frozenset(("images", "jpegimages", "image", "imgs", "img", "data"))
 _XML = frozenset(("annotations", "annotation", "labels", "label", "lable", "xml", "xmls"))
 _OVERLAP = 0.5  # a box and an outline that overlap less (IoU) are not of one object
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
-_TURNED = ("cx", "cy", "w", "h", "angle")  # of roLabelImg
 _CORNERS = ("left_top", "right_top", "right_bottom", "left_bottom")  # of DIOR-R
 _ROTATION = re.compile(r"\brotation\s*=\s*([^,;]+)")  # in the attributes of LabelMe, which are one text
 
-_Size = tuple[int, int] | None
+_Files = dict[str, tuple[str, ...]]  # by their stem
 
 
 class _Drawn(NamedTuple):
     shapes: list[Shape]
-    size: _Size
+    size: Size
     segmented: bool  # whether the image has a mask, and no object
     notes: list[str]
 
@@ -103,7 +102,7 @@ def _has_annotations(folder: Path) -> bool:
     return any("annotation" in map(outermost, listing(place, ".xml")) for place in inside)
 
 
-def _files(folders: Iterable[Path]) -> dict[str, tuple[str, ...]]:
+def _files(folders: Iterable[Path]) -> _Files:
     return by_stem(file for folder in folders for file in listing(folder, ".xml"))
 
 
@@ -128,9 +127,7 @@ def _annotation_folders(folder: Path) -> list[Path]:
     return [inside for inside in folders(folder) if inside.name.lower() in _XML]
 
 
-def _annotation(
-    data: DataSet, image: Path, files: Iterable[dict[str, tuple[str, ...]]], owners: dict[str, str]
-) -> Path | None:
+def _annotation(data: DataSet, image: Path, files: Iterable[_Files], owners: dict[str, str]) -> Path | None:
     """Return the XML file of an image, in the first group that has one, and record its owner."""
     folder = data.relative(image.parent)
     same = next((group[nfc(image.stem)] for group in files if nfc(image.stem) in group), ())
@@ -223,7 +220,7 @@ def _rolabelimg(name: str, robndbox: ElementTree.Element) -> Shape:
         # DIOR-R has the corners instead of a centre and an angle.
         corners = [(_number(robndbox, f"x_{at}"), _number(robndbox, f"y_{at}")) for at in _CORNERS]
         return outlined(name, corners, cut=True)
-    cx, cy, width, height, angle = (_number(robndbox, part) for part in _TURNED)
+    cx, cy, width, height, angle = (_number(robndbox, part) for part in ("cx", "cy", "w", "h", "angle"))
     before = Box(cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2)
     return turned_box(name, before, math.degrees(angle))  # roLabelImg writes radians
 
