@@ -102,7 +102,11 @@ def _refuse_foreign(out: Path) -> None:
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Yield every folder below and its files, sorted by name; follow links; raise `OSError` for one it cannot read."""
+    """Yield every folder below and its files, sorted by name; links are followed.
+
+    Raises:
+        OSError: A folder cannot be read.
+    """
 
     def refuse(error: OSError) -> None:
         raise error

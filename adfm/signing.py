@@ -151,7 +151,11 @@ def manifest(folder: Path) -> str:
 
 
 def sign_text(text: str, keys: Keys) -> str:
-    """Sign a text with the own key (ECDSA, SHA-256, base64); raise `BadKey` if it is missing or not in `service`."""
+    """Sign a text with the own key: ECDSA with SHA-256, base64.
+
+    Raises:
+        BadKey: The private key is missing, or is not one of `service`.
+    """
     _require(keys, keys.service, "service", "decisions and steps")
     return base64.b64encode(_private(keys.folder / PRIVATE).sign(text.encode(), _ECDSA)).decode()
 

@@ -159,7 +159,11 @@ def start_run(
 
 
 def given_run(uri: str) -> Run | None:
-    """Return the run that the platform names in `MLFLOW_RUN_ID`, if any; raise `AdfmError` if the store lacks it."""
+    """Return the run that the platform names in `MLFLOW_RUN_ID`, if any.
+
+    Raises:
+        AdfmError: The store at `uri` does not have it.
+    """
     run_id = os.environ.get("MLFLOW_RUN_ID")
     if not run_id:
         return None
@@ -277,7 +281,11 @@ def experiment(name: str, model: str | None = None) -> str:
 
 
 def find_experiment(name: str) -> Experiment | None:
-    """Return the experiment `name`, if it exists; raise `AdfmError` if it was deleted."""
+    """Return the experiment `name`, if it exists.
+
+    Raises:
+        AdfmError: An experiment of that name was deleted.
+    """
     from mlflow import MlflowClient
 
     existing: Experiment | None = MlflowClient().get_experiment_by_name(name)

@@ -12,7 +12,11 @@ _archives: list[tuple[int, Mapping[str, int]]] = []
 
 
 def read(path: Path) -> bytes:
-    """Read an image or mask file from its folder or an open archive, in any thread; `OSError` if it cannot be read."""
+    """Read an image or mask file, from its folder or from an archive that is open; threads may share it.
+
+    Raises:
+        OSError: It is not there or cannot be read.
+    """
     for descriptor, offsets in _archives:
         if (offset := offsets.get(os.path.normpath(path))) is not None:
             return _read(descriptor, offset, path.stat().st_size, path)

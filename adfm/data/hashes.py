@@ -75,7 +75,11 @@ def unite(tables: Iterable[pa.Table]) -> pa.Table:
 
 
 def of_model(folder: Path) -> pa.Table | None:
-    """Read the table in a model's folder; `None` without one, as adfm before 0.9 left it, `BadTable` as `read`."""
+    """Read the table in a model's folder; `None` without one, as adfm before 0.9 left it.
+
+    Raises:
+        AdfmError: It cannot be read.
+    """
     return read(folder / FILE) if (folder / FILE).is_file() else None
 
 
@@ -87,7 +91,11 @@ def write(table: pa.Table, file: Path) -> None:
 
 
 def read(file: Path) -> pa.Table:
-    """Read a table that `write` wrote; `BadTable` if the file cannot be read, or is another table."""
+    """Read a table that `write` wrote.
+
+    Raises:
+        BadTable: The file cannot be read, or is another table.
+    """
     try:
         with pq.ParquetFile(file) as opened:
             if not opened.schema_arrow.equals(SCHEMA, check_metadata=True):

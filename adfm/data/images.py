@@ -136,7 +136,11 @@ def reduced(content: bytes) -> tuple[Image.Image, Size]:
 
 
 def colour(file: Image.Image) -> Image.Image:
-    """Return a file without deep grey values as an upright image; `ValueError` if it cannot be reduced to 8 bits."""
+    """Return the upright image of a file without grey values of more than 8 bits.
+
+    Raises:
+        ValueError: It has pixels that cannot be reduced to 8 bits.
+    """
     if file.mode == "F":
         raise ValueError("its pixels are floating point; save it with 8 or 16 bits")
     deep = is_deep_colour(file)

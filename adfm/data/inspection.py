@@ -60,7 +60,11 @@ STRETCHED = SCALED + ", by another factor across than down, which is wrong if th
 
 
 def inspect(sample: Sample, settings: Convert) -> dict[str, Any]:
-    """Decode an image, check it and its annotation, and return a row of `SCHEMA` with all `problems` of both."""
+    """Decode an image and check it and its annotation.
+
+    Returns:
+        A row of `SCHEMA`; whatever is wrong with the image or its annotation is among its `problems`.
+    """
     row: dict[str, Any] = dict.fromkeys(SCHEMA.names)
     try:
         sample.source.encode()

@@ -145,7 +145,11 @@ class Ledger:
         self._execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, 1)", path, size, sha256, tag, version)
 
     def store(self, path: str, content: IO[bytes]) -> None:
-        """Write a file and enter it; `FileExistsError` if there is one of that name."""
+        """Write a file and enter it.
+
+        Raises:
+            FileExistsError: There is one of that name.
+        """
         target = self.folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         sha256 = hashlib.sha256()

@@ -153,7 +153,11 @@ def _without_soft_edges(values: NDArray[Any], threshold: float, top: float) -> N
 
 
 def painted(size: Size, boxes: Iterable[Box], polygons: Iterable[Polygon], rles: Iterable[Rle]) -> Mask | None:
-    """Paint drawn shapes into a mask, [height, width], 0 or 255, cut off at their boxes; `None` if a box is empty."""
+    """Paint shapes that a person drew into a mask, cut off at their boxes, which lie within the mask.
+
+    Returns:
+        [height, width], 0 or 255; `None` if a box has no shape in it: a mask must mark all defects.
+    """
     image = Image.new("L", size)
     for polygon in polygons:
         ImageDraw.Draw(image).polygon(polygon, fill=255)

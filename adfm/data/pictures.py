@@ -34,7 +34,10 @@ class Picture:
 
 
 def thumbnail(content: bytes, side: int) -> tuple[Image.Image, Size]:
-    """Decode an image to an upright RGB thumbnail of at most `side` pixels a side, and its own width and height.
+    """Decode an image to an upright RGB thumbnail of at most `side` pixels a side; it is never enlarged.
+
+    Returns:
+        The thumbnail; width and height of the image itself, upright.
 
     Raises:
         Exception: It cannot be decoded: Pillow raises nearly anything.

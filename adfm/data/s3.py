@@ -21,7 +21,11 @@ _OWN_LOGIN = ("access_key_id", "profile", "credentialpath", "configpath", "allow
 
 
 def settings() -> dict[str, str]:
-    """Return the variables `ADFM_S3_*` that are set, by the rest of their names; `AdfmError` if a key is missing."""
+    """Return the variables `ADFM_S3_*` that are set, by the rest of their names.
+
+    Raises:
+        AdfmError: One key is set without the other, or a session token without keys.
+    """
     variables = {name: value for name in _NAMES if (value := variable(f"ADFM_S3_{name}"))}
     missing = [f"ADFM_S3_{name}" for name in _KEYS if name not in variables]
     present = [f"ADFM_S3_{name}" for name in variables if name in (*_KEYS, "SESSION_TOKEN")]
@@ -86,7 +90,11 @@ def has_credentials() -> bool:
 
 
 def configure_remotes(remotes: dict[str, dict[str, Any]]) -> None:
-    """Pass `ADFM_S3_*` to those of DVC's S3 `remotes` (by name) that have no login of their own, in memory only."""
+    """Pass `ADFM_S3_*` to DVC's S3 remotes that have no login of their own, in memory only.
+
+    Args:
+        remotes: The section `remote` of a repository's configuration.
+    """
     given = {_NAMES[name][1]: value for name, value in settings().items()}
     if "access_key_id" in given and "endpointurl" not in given and _others_endpoint():
         # DVC's remotes cannot ignore AWS_ENDPOINT_URL, and would send the keys there.

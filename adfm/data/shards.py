@@ -195,7 +195,11 @@ def write_one(records: Iterable[Record], path: Path) -> None:
 
 
 def read(folder: Path, split: str | None = None) -> Iterator[Record]:
-    """Yield the records of a split (or of all), in the order in which they were written; `AdfmError` as `batches`."""
+    """Yield the records of a split (or of all), in the order in which they were written, a row group at a time.
+
+    Raises:
+        AdfmError: There are no such shards, or one cannot be read.
+    """
     for rows in batches(folder, split, COLUMNS.schema.names):
         yield from map(COLUMNS.record, rows.to_pylist())
 

@@ -372,7 +372,11 @@ def _normal_variation(rng: Rng, image: Array, part: Part) -> Array:
 
 
 def draw(rng: Rng, category: Category, defect: str | None = None, size: int = SIZE) -> tuple[Pixels, Pixels]:
-    """Draw a part, good or with one to three defects of a kind: RGB [size, size, 3], mask [size, size] 0 or 255."""
+    """Draw one part, good (`defect=None`) or with one to three defects of a kind.
+
+    Returns:
+        The RGB image `[size, size, 3]` and the mask `[size, size]`, 255 where a defect is.
+    """
     part = category(rng, size)
     image = _normal_variation(rng, part.image, part)
     mask = np.zeros((size, size), bool)

@@ -27,7 +27,11 @@ _PAUSE = 10.0  # seconds
 
 
 def api() -> client.ApiClient:
-    """Return a client of the API as the pod's service account; raise `AdfmError` where its token is not mounted."""
+    """Return a client of the cluster's API as the pod's service account.
+
+    Raises:
+        AdfmError: This is not a pod, or its service account's token is not mounted.
+    """
     configuration = client.Configuration()
     try:
         config.load_incluster_config(configuration)  # reads the token again as Kubernetes renews it

@@ -52,9 +52,10 @@ def serve(place: Mlflow, poll: float = POLL) -> None:
 
 
 def run_once(place: Mlflow) -> str:
-    """Do once what submitters and reviewers have requested; return what is wrong, empty when all is well.
+    """Do once what submitters and reviewers have requested.
 
-    That an approval was refused, or a policy is missing, is not wrong.
+    Returns:
+        What is wrong; empty when all is well. That an approval was refused, or a policy is missing, is not wrong.
     """
     by, problems = f"adfm approvals on {socket.gethostname()}", []
 

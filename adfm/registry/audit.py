@@ -16,7 +16,10 @@ class AuditFailed(Unusable):
 
 
 def audit(name: str) -> str:
-    """Verify history, signatures and aliases of a registered model, changing nothing; return what was checked.
+    """Verify history, signatures and aliases of a registered model; changes nothing.
+
+    Returns:
+        What was checked, on one screen.
 
     Raises:
         AuditFailed: Something is wrong; all of it is listed.

@@ -53,7 +53,8 @@ def promote(version: str, name: str, by: str | None = None) -> None:
 def promote_approved(name: str, by: str | None = None) -> bool:
     """Promote what reviewers have approved since the last time, and record what they have rejected.
 
-    Returns whether any version was newly approved. One whose tag `approval_by` is still missing waits.
+    Returns:
+        Whether any version was newly approved. One whose tag `approval_by` is still missing waits.
 
     Raises:
         Refused: An approval could not be followed; others were.

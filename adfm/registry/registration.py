@@ -59,11 +59,15 @@ def register(
 ) -> gate.Decision:
     """Submit a trained model, and wait until it is a version with the gate's decision; print the verdict.
 
-    A version of the same model with the same predictions is used again. Its approval stands unless the decision is
-    another one now. Returns the decision; the version is registered either way.
+    A version of the same model with the same predictions is used again, so that a repeated stage does not make a second
+    one. Its approval stands unless the decision is another one now.
+
+    Returns:
+        The decision. The version is registered either way.
 
     Raises:
-        AdfmError: A folder lacks something, the evaluation is of other data, the service refused or did not answer.
+        AdfmError: A folder lacks something, the evaluation is of other data or settings, the service refused or did not
+            answer, or MLflow cannot be reached.
     """
     # The run has the tags as well: a version that existed keeps those of the run that was first.
     with tracking.start_run("register", params, tags) as run, atomic_folder(out) as partial:
@@ -97,8 +101,10 @@ def accept(
 ) -> list[str]:
     """Make versions of submissions and decide on them; what a killed process has begun is finished.
 
-    A submission that is not what was signed, or cannot be judged, is refused, and the history records it. Returns the
-    numbers of the versions that were decided on.
+    A submission that is not what was signed, or cannot be judged, is refused, and the history records it.
+
+    Returns:
+        Numbers of the versions that were decided on.
 
     Raises:
         AdfmError: Something could not be done; the rest was.
@@ -197,8 +203,9 @@ def _is_service(store: MlflowClient, name: str) -> bool:
 def rejudge(registry: Registry, version: ModelVersion, why: str = "") -> tuple[Step, bool]:
     """Decide on a version unless its decision stands, and write its page unless it has the decision.
 
-    Returns the step of the decision, and whether anything was written, which voids an earlier approval. History and
-    description say `why`.
+    Returns:
+        The step of the decision, and whether anything was written, which voids an earlier approval. History and
+        description say `why`.
     """
     number, name, store = str(version.version), registry.name, registry.store
     while True:

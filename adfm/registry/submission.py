@@ -133,7 +133,10 @@ class Submission:
 
 
 def check(submission: Submission, name: str) -> pd.DataFrame:
-    """Check that a submission is whole, fits together, and is for model `name`; return the candidate's predictions.
+    """Check that a submission is whole, fits together, and is for the registered model `name`.
+
+    Returns:
+        The candidate's predictions.
 
     Raises:
         AdfmError: It is for another model, its parts are not of one another, or it is not of the held-out split.
@@ -163,9 +166,12 @@ def submit(
     run: Run,  # counts where the run of the training is not in this store
     tags: Mapping[str, str],
 ) -> str:
-    """Sign a trained model with its evaluation, and log it to MLflow as a submission; return the logged model's id.
+    """Sign a trained model with its evaluation, and log it to MLflow as a submission.
 
     A submission of the same model with the same predictions that was accepted, or waits, is used again.
+
+    Returns:
+        Id of the logged model.
 
     Raises:
         AdfmError: A folder lacks something, or the evaluation is of other data, settings or split.

@@ -271,7 +271,11 @@ def run(table: pd.DataFrame, suite: list[Expectation]) -> tuple[ExpectationSuite
 
 
 def entries(suite: list[Expectation], result: ExpectationSuiteValidationResult) -> list[dict[str, Any]]:
-    """Return the results as plain dicts, in the order of the suite; `RuntimeError` if one failed to run, a bug here."""
+    """Return the results as plain dicts, in the order of the suite.
+
+    Raises:
+        RuntimeError: An expectation could not be evaluated, which is a bug here.
+    """
     results = {each.expectation_config.description: each for each in result.results if each.expectation_config}
     entries = []
     for expectation in suite:
