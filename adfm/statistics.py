@@ -147,7 +147,11 @@ def holm(p: Sequence[float], alpha: float) -> list[bool]:
 
 
 def level_of_look(look: int, looks: int, alpha: float) -> float:
-    """Return the level of the look-th candidate that a test set judges: a share of `alpha` proportional to 1 / look."""
+    """Return the level of the look-th candidate that a test set judges: a share of `alpha` proportional to 1 / look.
+
+    The levels of looks 1 to `looks` sum to `alpha`, so that whatever the dependence between candidates, some unfit one
+    passes in at most that share of test sets (Bonferroni with weights).
+    """
     if look > looks:
         return 0.0  # the budget is used up: nothing passes
     # The levels of all looks sum to `alpha`, so that whatever the dependence between candidates, some unfit one passes

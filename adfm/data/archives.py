@@ -125,7 +125,10 @@ def refusal(name: str) -> str | None:
 
 
 def admit(ledger: Ledger, name: str, problems: ProblemList, origin: str | None = None) -> str | None:
-    """Claim and return a file's path, its name without `//` and `./`; if it cannot have it, add a problem of it."""
+    """Claim the path of a file in the folder, its name without `//` and `./`, and return it.
+
+    If it cannot be stored, or another file has that place, return `None`, and add a problem of the file `origin`.
+    """
     path, origin = posixpath.normpath(name), origin or name
     if complaint := refusal(name) or ledger.claim(path, origin):
         problems.add(f"{origin!r} {complaint}")

@@ -20,7 +20,10 @@ STATE = ".fetch"  # folder of the ledger and of unfinished downloads; removed at
 
 
 class Ledger:
-    """The finished files of a folder, listed on disk, so that a killed fetch can be resumed. Threads may share it."""
+    """The finished files of a folder, listed on disk, so that a fetch that was killed can be resumed.
+
+    Threads may share it. The files of another `source` are removed.
+    """
 
     def __init__(self, folder: Path, source: str) -> None:
         # SQLite: memory does not grow with the number of files.
@@ -141,7 +144,10 @@ class Ledger:
         return False
 
     def add(self, path: str, size: int, sha256: str, tag: str = "", version: str = "") -> None:
-        """Enter a file that is whole and in its place; `tag` is the source's ETag or MD5 of it."""
+        """Enter a file that is whole and in its place, instead of an earlier entry.
+
+        The source names its content by `tag`, an ETag or an MD5, and this version of the file by `version`.
+        """
         self._execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, 1)", path, size, sha256, tag, version)
 
     def store(self, path: str, content: IO[bytes]) -> None:

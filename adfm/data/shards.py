@@ -173,7 +173,10 @@ def name(split: str, number: int) -> str:
 
 
 def write(records: Iterable[Record], folder: Path, shard_images: int) -> None:
-    """Write records, in their order, into shards of `shard_images` images; the same records give the same bytes."""
+    """Write records, in their order, into shards of `shard_images` images; the same records give the same bytes.
+
+    Memory holds two row groups of each split, however many records there are.
+    """
     # Memory holds two row groups of each split, however many records there are.
     with ExitStack() as stack:
         opened: dict[str, list[_Shard]] = {split: [] for split in SPLITS}

@@ -431,7 +431,10 @@ def generate(out: Path, seed: int = 0, images: int = 360) -> None:
 
 
 def on_all_cores(draw: Callable[..., T], *columns: Sequence[Any], chunksize: int) -> Iterator[T]:
-    """Map `draw` over equally long columns, one process per core, `chunksize` rows at a time, and yield in order."""
+    """Map `draw` over equally long columns, one process per core, `chunksize` rows at a time; yield results in order.
+
+    An interrupt cancels the waiting chunks and waits for the running ones, so that nothing is written afterwards.
+    """
     with ProcessPoolExecutor(cpus.count()) as pool:
         try:
             # The workers never see an interrupt: ended by it, they would leave a traceback of the pool's thread.

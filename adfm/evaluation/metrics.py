@@ -576,7 +576,10 @@ def images_needed(rate: float, half: float, images: int, width: float) -> tuple[
 
 
 def more_images(values: Mapping[str, Any]) -> str:
-    """Write how wide the intervals of `rates` are, and would be with more test images; empty without."""
+    """Write how wide the intervals of recall and specificity are, and would be with more test images; empty without.
+
+    `values` are those of `rates`, `width` is half of the interval to plan for.
+    """
     now, more, enough, width = [], [], [], 0.05  # half of the interval to plan for
     for title, (rate, low, high) in rates(values).items():
         label, key = ("defective", "anomalous") if title == "recall" else ("normal", "normal")
@@ -656,7 +659,10 @@ def _bootstrapped(
 
 
 def bootstrap_weights(sample: NDArray[np.int64], resamples: int, seed: int) -> Iterator[Floats]:
-    """How often each image is drawn in each bootstrap resample, (some resamples, images), a few megabytes at a time."""
+    """How often each image is drawn in each bootstrap resample, (some resamples, images), a few megabytes at a time.
+
+    As many physical samples are drawn as there are, each with all its images.
+    """
     # As many physical samples are drawn as there are, each with all its images. They are alike; taken for independent
     # they would make intervals too narrow.
     random = np.random.default_rng(seed)
@@ -677,7 +683,10 @@ NO_KIND, NORMAL = "(no kind)", "(normal)"
 
 
 def kind_pairs(table: pd.DataFrame) -> list[tuple[str | None, str]]:
-    """For each image its kind or `NORMAL`, `None` if it is not of one known kind; and the given one, or `NO_KIND`."""
+    """For each image its kind, `None` if it is defective and not of one known kind, and the kind that it is given.
+
+    Either may be `NORMAL`, the latter `NO_KIND`.
+    """
     normal, given = ((table[name] == "normal").to_numpy(dtype=bool) for name in ("label", "predicted"))
     flagged = (table["predicted"] == "anomalous").to_numpy(dtype=bool) & table["predicted_kind"].notna().to_numpy()
     actual = np.where(normal, NORMAL, table["kind"].astype(object).where(table["kind"].notna(), None))

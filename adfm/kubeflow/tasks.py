@@ -234,7 +234,10 @@ def last_metrics(curves: Path) -> dict[str, float]:
 
 
 def evaluation_metrics(evaluation: Path) -> tuple[dict[str, float], list[str]]:
-    """Return `<model>/<metric>` of an evaluation's headlines, and the names of those that the gate judges."""
+    """Return `<model>/<metric>` of an evaluation's headlines, and the names of those that the gate judges.
+
+    These are of the candidate's decisions at the threshold where it has one, as the gate takes them.
+    """
     metrics = {}
     for file in sorted((evaluation / "metrics").glob("*.json")):
         for metric, value in json.loads(file.read_text(encoding="utf-8")).items():

@@ -33,9 +33,11 @@ def read(raw: Path) -> Iterator[Sample]:
     """Yield the images of all XML files, in their order. One without a shape and a tag is normal.
 
     Boxes are in pixels from 0 on. A turned box or an ellipse is the box round it, cut off at the edge of the image,
-    and an outline; a polyline is the box round it. Shapes of the same group and class are one defect. An image that has
-    tags alone is anomalous as a whole, with the tags as its defects, or normal if the tag says so; one with points is
-    anomalous, without boxes. `split` is that of the subset, else of the folders' names.
+    and an outline; polygons and masks are masks as well; a polyline is the box round it, at least one pixel wide.
+    Shapes of the same group and class are one defect. An image that has tags alone is anomalous as a whole, with the
+    tags as its defects, or normal if the tag says so; one with points is anomalous, without boxes.
+
+    `split` is that of the subset, else of the folders' names. The paths of all images are in memory.
     """
     data = DataSet(raw, "cvat")
     for folder in walk(raw):

@@ -88,15 +88,17 @@ def _says_enough(raw: Path) -> bool:
 def read(raw: Path) -> Iterator[Sample]:
     """Yield the images, folder by folder.
 
-    A folder called good, ok, normal, free, no_defect or alike holds normal images, and any folder beside it those with
-    a defect of its name; words that all of them share (MT_Free, MT_Crack) do not count. Within ng, bad, defect and
-    alike, folders name the defects. A folder called train, val, test or alike is the split; folders above are the
-    category. Without a normal folder anywhere every image is anomalous, of a defect with the name of its folder.
+    A folder called good, ok, normal, pass, passed, free, defect_free, no_defect or non_defective holds normal images,
+    and any folder beside it those with a defect of its name; words that all of them share (MT_Free, MT_Crack) do not
+    count. Within ng, bad, defect and alike, folders name the defects. train, val, valid, validation and test, where a
+    folder has one of these names, are the split; folders above are the category. Without a normal folder anywhere every
+    image is anomalous, of a defect with the name of its folder.
 
     A mask has the name of its image, with or without `_mask`, `_gt` or `_label`. It lies in a folder called mask,
     masks, ground_truth or gt (`mask/crack`, `crack/mask`, `ground_truth` for all defects), or beside the image, where
-    it is a PNG if the image is a JPEG. Where a kind of defect has no masks, the label is all that is known. Images with
-    a mask in no folder of a kind are normal if it shows nothing. Images above the folders of the kinds are left out.
+    it is a PNG if the image is a JPEG of the same name. Where a kind of defect has no masks at all, the label is all
+    that is known of its images. Images with a mask that lie in no folder of a kind are normal if it shows nothing.
+    Images above the folders of the kinds are left out.
     """
     data = DataSet(raw, "folders")
     places = [_place(raw, folder) for folder in walk(raw) if files.images(folder)]

@@ -59,11 +59,13 @@ def matches(raw: Path) -> bool:
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yield the images of the tasks, file by file. In memory are one file, and the paths of all images.
+    """Yield the images of the tasks that have an annotation, file by file.
 
-    Regions are defects; a submitted annotation without regions is a normal image; predictions and drafts are not read.
-    A choice about the whole image is its label if the choices of that name are ever OK, good, NG, bad or the like; an
-    image with such a label alone has no boxes. Its file is the one that the end of the task's path or URL names.
+    Regions are defects: rectangles and ellipses (turned or not), polygons and brush masks. A submitted annotation
+    without regions is a normal image. A choice about the whole image is its label if the choices of that name are
+    ever OK, good, NG, bad or the like; an image with such a label alone has no boxes. Predictions and drafts are not
+    read. The image is the file in the data set that the end of the task's path or URL names. A JSON file is in memory
+    whole while its images are yielded; so are the paths of all images.
     """
     data, pictures = DataSet(raw, "label-studio"), Images(raw)
     seen = False

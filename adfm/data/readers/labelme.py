@@ -52,12 +52,15 @@ def matches(raw: Path) -> bool:
 def read(raw: Path) -> Iterator[Sample]:
     """Yield the images with a JSON file, then those without one, which are normal, as are those without a shape.
 
-    Shapes of one label and one `group_id` are one defect. The box of a line is at least one pixel wide and high. What
-    reaches out of the image is cut off. An image with a point outside any group is anomalous, without boxes. The flags
-    of an image without shapes are its label if they know one for normal or defective images.
+    Rectangles are boxes; polygons, oriented rectangles, circles and masks are masks as well. The box of a line is at
+    least one pixel wide and high. Shapes of one label and one `group_id` are one defect. What reaches out of the image
+    is cut off. An image with a point outside any group is anomalous, without boxes. Shapes labelled `__ignore__` or
+    `_background_` are left out. The flags of an image without shapes are its label if they know one for normal or
+    defective images, and refused if it is not known what they say.
 
     The image of a JSON file is the one of its own name beside it, else the one that `imagePath` leads to (see
-    `lookup.Images`), else the one in its `imageData`. `split` is what the names of the image's folders say.
+    `lookup.Images`), else the one in its `imageData`. `split` is what the names of the image's folders say. The paths
+    of all annotated images are in memory.
     """
     data, pictures = DataSet(raw, "labelme"), Images(raw)
     for folder in walk(raw):

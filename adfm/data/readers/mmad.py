@@ -29,11 +29,14 @@ def matches(raw: Path) -> bool:
 
 
 def read(raw: Path) -> Iterator[Sample]:
-    """Yield the samples that `mmad.json` names, by path; other images, such as templates, are left out.
+    """Yield the samples that `mmad.json` names, by path. `split` is `test` throughout: MMAD is there to evaluate.
+
+    `split.redivide: true` divides it all the same: the published run of AD-FM trained on a fifth, not published which.
+    Copies of one picture stay in one split while `split.near_duplicates` is true. The images are those of the data sets
+    above, so do not evaluate on MMAD what was trained on the tests of those.
 
     `dataset` is the first folder of a path, `category` its second, and the folder of the image is `good` or the
-    `defect`. `split` is `test` throughout, as MMAD is there to evaluate: do not evaluate on it what was trained on the
-    tests of the data sets above. `split.redivide: true` divides it, as the published run of AD-FM did.
+    `defect`. Other images, such as templates, are left out.
     """
     data = files.DataSet(raw, "mmad")
     root = _root(raw)

@@ -95,12 +95,15 @@ def matches(raw: Path) -> bool:
 def read(raw: Path) -> Iterator[Sample]:
     """Yield the images of the tables, in their order.
 
-    Columns, in any order: `image` (path, from the table's folder or from images/ in it or beside it) and `label`
-    (normal or 0, anomalous or 1, or as in `verdicts`); for defects `defect` (its name), and either `x1`, `y1`, `x2`,
-    `y2` (pixels, half-open) or `mask` (path of a pixel mask). Instead of `label`: the defect or normal in `class`, or
-    the `probability` of a defect, which is normal below 0.5. Optional: `category` (else the data set's name) and
-    `split` (else what the folders or the table are called); further ones are for `split.group`. An image with several
-    defects has several rows. Without columns for boxes or masks the label is all that is known.
+    Columns, in any order: `image` (path, from the table's folder or from images/ in it or beside it) and `label`; for
+    defects `defect` (its name; "defect" if there is none), and either `x1`, `y1`, `x2`, `y2` (pixels, half-open) or
+    `mask` (path of a pixel mask). May be there: `category` (the data set's name otherwise) and `split` (train,
+    validation or test; otherwise what the folders or the table are called). A label is normal or 0, anomalous or 1,
+    or a word that means the same (see `verdicts`). An image with several defects has several rows.
+    Instead of `label` there may be the name of the defect alone, or normal, in `class`; or a `probability` of a
+    defect, which is normal below 0.5. In a table without columns for boxes or masks the label is all that is known.
+    Further columns are for `split.group`. Columns are separated by comma, semicolon, tab, `|` or blanks. The tables are
+    in memory.
     """
     data = DataSet(raw, "csv")
     base = root(raw, lambda folder: any(map(_tables, walk(folder, 2))))

@@ -51,11 +51,16 @@ def matches(raw: Path) -> bool:
 def read(raw: Path) -> Iterator[Sample]:
     """Yield the images, folder by folder. One without an XML file, or with one that has no `object`, is normal.
 
-    An image and its XML file have the same name; the image's name and folder in the file do not count; `difficult` and
-    `truncated` objects count as others do. Masks in SegmentationObject and SegmentationClass are defects where no
-    `object` says so; their classes have the names of labelmap.txt (CVAT) or class_names.txt (LabelMe), else `class 1`
-    and so on. `split` is that of ImageSets, else of the folders' names; an image in several lists is in the most
-    held-out one, with a note. In memory are the paths of the XML files, and the names in ImageSets.
+    An image and its XML file have the same name; the image's name and folder in the file do not count. A `bndbox` that
+    CVAT's attribute `rotation` turns, and the `robndbox` of roLabelImg, are the boxes round the turned ones. `polygon`
+    is an outline; `difficult` and `truncated` objects count as others do.
+
+    Masks in SegmentationObject and SegmentationClass are defects where no `object` says so; background is black, and
+    the border of VOC (value 255) belongs to no defect. Their classes have the names of labelmap.txt (CVAT) or
+    class_names.txt (LabelMe), and without these `class 1` and so on.
+
+    `split` is that of ImageSets, else of the folders' names. An image in several lists is in the most held-out one,
+    with a note. In memory are the paths of the XML files, and the names in ImageSets.
     """
     data = DataSet(raw, "voc")
     owners: dict[str, str] = {}  # of an XML file, the folder of its image
