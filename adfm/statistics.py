@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, special, stats
+from scipy import optimize, special  # every verb of the registry would wait half a second for scipy.stats
 
 Floats = NDArray[np.float64]
 Limits = tuple[float, float, float]  # a measured value, its lower and its upper limit
@@ -51,7 +51,7 @@ def mean_at_most(values: Floats, alpha: float, group: NDArray[Any] | None = None
     sums, sizes = np.append(sums, added), np.append(sizes, added)
     mean = float(np.sum(sums) / np.sum(sizes))
     spread = math.sqrt(float(np.sum((sums - mean * sizes) ** 2))) / float(np.sum(sizes))
-    z = float(stats.norm.isf(alpha))
+    z = float(-special.ndtri(alpha))
 
     def excess(limit: float) -> float:
         return _saddlepoint(sums - limit * sizes) - z
@@ -101,7 +101,7 @@ def _tango(losses: int, gains: int, n: int, alpha: float) -> float:
     # The upper limit of `(losses - gains) / n`, from which on the score test rejects; no library has it.
     if losses == n:
         return 1.0
-    critical = float(stats.norm.isf(alpha))
+    critical = float(-special.ndtri(alpha))
 
     def excess(difference: float) -> float:
         spread = _spread_at(difference, losses / n, gains / n)
@@ -127,12 +127,13 @@ def gain_p(gain: Floats, group: NDArray[Any] | None = None, binary: bool = True)
     """
     if binary and group is None:
         better, worse = int(np.sum(gain > 0)), int(np.sum(gain < 0))
-        return float(stats.binomtest(better, better + worse, alternative="greater").pvalue) if better else 1.0
+        return float(special.bdtrc(better - 1, better + worse, 0.5)) if better else 1.0
     sums, _ = _by_group(gain, group)
     least = 2.0 ** -int(np.sum(np.abs(sums) > _ROUNDING))  # of a sign-flip test, by the number of parts that differ
     if len(sums) < 2 or np.ptp(sums) < _ROUNDING:  # no variance to test against
         return least if np.sum(sums) > 0 else 1.0
-    return max(least, float(stats.ttest_1samp(sums, 0.0, alternative="greater").pvalue))
+    t = np.mean(sums) / (np.std(sums, ddof=1) / math.sqrt(len(sums)))
+    return max(least, float(special.stdtr(len(sums) - 1, -t)))
 
 
 def holm(p: Sequence[float], alpha: float) -> list[bool]:
@@ -168,15 +169,15 @@ def images_for_rate(rate: float, limit: float, alpha: float, power: float) -> in
     """
     if rate >= limit or alpha <= 0:
         return None
-    z_alpha, z_power = stats.norm.isf(alpha), stats.norm.ppf(power)
+    z_alpha, z_power = -special.ndtri(alpha), special.ndtri(power)
     about = ((z_alpha * math.sqrt(limit * (1 - limit)) + z_power * math.sqrt(rate * (1 - rate))) / (limit - rate)) ** 2
     if about > 1e7:
         return None
     # For each number of events, the fewest images on which so many keep the limit.
     events = np.arange(math.ceil(2 * about * limit) + 20)
-    n = np.ceil(special.bdtrin(events, alpha, limit))
-    n += stats.binom.cdf(events, n, limit) > alpha
-    enough = np.flatnonzero(stats.binom.cdf(events, n, rate) >= power)
+    n = np.ceil(special.bdtrin(events, alpha, limit)).astype(int)
+    n += special.bdtr(events, n, limit) > alpha
+    enough = np.flatnonzero(special.bdtr(events, n, rate) >= power)
     return int(n[enough[0]]) if len(enough) else None
 
 
@@ -188,7 +189,7 @@ def images_for_loss(spread: float, margin: float, alpha: float, power: float) ->
     the models; for equal binary ones, the square root of the share of images on which they differ.
     """
     at_margin = _spread_at(margin, spread**2 / 2, spread**2 / 2)
-    z_alpha, z_power = float(stats.norm.isf(alpha)), float(stats.norm.ppf(power))
+    z_alpha, z_power = float(-special.ndtri(alpha)), float(special.ndtri(power))
     without_loss = math.log(alpha) / math.log1p(-margin) if margin < 1 else 1.0
     return math.ceil(max(((z_alpha * at_margin + z_power * spread) / margin) ** 2, without_loss))
 

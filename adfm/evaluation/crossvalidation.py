@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special
 
 from adfm.data import shards as shards_
 from adfm.errors import AdfmError
@@ -40,7 +40,7 @@ def interval(value: float, low: float, high: float, folds: Sequence[float], test
     k = len(folds)
     if k < 2:
         return low, high
-    half = float(stats.t.ppf(0.975, k - 1)) * math.sqrt(float(np.var(folds, ddof=1)) * (1 / k + test_share))
+    half = float(special.stdtrit(k - 1, 0.975)) * math.sqrt(float(np.var(folds, ddof=1)) * (1 / k + test_share))
     return max(0.0, min(low, value - half)), min(1.0, max(high, value + half))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, special, stats
+from scipy import optimize, special
 
 from adfm.evaluation.metrics import Floats
 
@@ -53,7 +53,7 @@ def curve(size: Floats, detected: Floats) -> dict[str, Any]:
     intercept, slope = map(float, model.fit().params)
     fitted = _log_likelihood(intercept + slope * log_size, detected)
     level = float(special.logit(np.mean(detected)))
-    critical = float(stats.chi2.ppf(2 * CONFIDENCE - 1, 1)) / 2
+    critical = float(special.chdtri(1, 2 - 2 * CONFIDENCE)) / 2
     if slope <= 0 or fitted - _log_likelihood(np.full(defects, level), detected) <= critical:
         result["reason"] = "Detection does not rise with the size of the defect, so no size can be named."
         return result

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import optimize, special, stats
+from scipy import optimize, special
 
 from adfm import statistics
 from adfm.errors import AdfmError
@@ -482,7 +482,7 @@ def reliability(probability: Floats, anomalous: NDArray[np.bool_]) -> list[tuple
     known = ~np.isnan(probability)
     probability, anomalous = probability[known], anomalous[known]
     # Ties have one rank, so that the order of the images does not matter.
-    bins = np.floor((stats.rankdata(probability) - 0.5) / max(1, len(probability)) * BINS)
+    bins = np.floor((pd.Series(probability).rank().to_numpy() - 0.5) / max(1, len(probability)) * BINS)
     return [
         (float(probability[there].mean()), float(anomalous[there].mean()), int(there.sum()))
         for there in (bins == number for number in np.unique(bins))

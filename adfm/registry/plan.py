@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
-from scipy import stats
+from scipy import special
 
 from adfm import statistics
 from adfm.data import shards as shards_
@@ -134,7 +134,7 @@ def _gains(needs: list[Need], policy: Policy, level: float) -> list[str]:
     judged = [name for name in images if METRICS[name].gain and images[name]]
     if policy.rule != "gain" or not judged:
         return []
-    z = float(stats.norm.isf(level / len(judged)) + stats.norm.ppf(POWERS[0]))
+    z = float(special.ndtri(POWERS[0]) - special.ndtri(level / len(judged)))
     least = [f"{METRICS[name].title} by {100 * z * math.sqrt(DIFFERENT / images[name]):.1f} points" for name in judged]
     return [f"The smallest gain that is shown with power {POWERS[0]:g}: {' or '.join(least)}.", ""]
 
