@@ -111,7 +111,8 @@ def _drawn(
                 notes[image].append("an annotation that is marked to be ignored is left out")
                 continue
             if areas_are_of_corners and _area_fits(annotation) == "corners":
-                raise _wrong_reading(annotation["bbox"], f"its area of {annotation['area']:g}", "[x1, y1, x2, y2]")
+                evidence = f", but its area of {annotation['area']:g}"
+                raise _wrong_reading(annotation["bbox"], evidence, "[x1, y1, x2, y2]")
             kind = class_name(classes[category].get("name"))
             drawn[image].append(_shape(kind, annotation, _size(entries[image]), notes[image]))
     return drawn, notes
@@ -217,15 +218,15 @@ def _check_outline(sides: list[float], extent: tuple[float, float, float, float]
     for meaning, reading in _READINGS.items():
         other = _distance(extent, reading(*sides))
         if other <= _SLACK and other < apart - _SLACK / 2:
-            raise _wrong_reading(sides, f"{outline},", meaning)
+            raise _wrong_reading(sides, f", but {outline},", meaning)
     if max(x1 - extent[2], y1 - extent[3], extent[0] - x2, extent[1] - y2) > _SLACK:
         text = f"'bbox' {bracketed(sides)}, which is [x, y, width, height]"
         raise ValueError(f"{text}, has nothing in common with {outline}; correct one of them")
 
 
 def _wrong_reading(sides: list[float], evidence: str, meaning: str) -> ValueError:
-    coco, what = "[x, y, width, height]", f"but {evidence} says that it is {meaning}"
-    return ValueError(f"'bbox' {bracketed(sides)} is {coco} in COCO, {what}; write all boxes as {coco}")
+    coco, what = "[x, y, width, height]", f"{evidence} says that it is {meaning}"
+    return ValueError(f"'bbox' {bracketed(sides)} is {coco} in COCO{what}; write all boxes as {coco}")
 
 
 def _areas_are_of_corners(annotations: list[Any]) -> bool:
