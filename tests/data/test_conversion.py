@@ -276,7 +276,7 @@ def test_identical_images_share_a_split_but_not_an_id(mvtec_folder: Path) -> Non
 def test_no_such_folder_or_layout(tmp_path: Path, mvtec_folder: Path) -> None:
     with pytest.raises(AdfmError, match="no such folder; get a data set there with `adfm fetch"):
         conversion.convert(tmp_path / "missing", tmp_path / "out", Params())
-    with pytest.raises(AdfmError, match="no layout 'mvtek'; did you mean 'mvtec'"):
+    with pytest.raises(AdfmError, match="the layout 'mvtek' is unknown; did you mean 'mvtec'"):
         _converted(mvtec_folder, layout="mvtek")
     (tmp_path / "empty").mkdir()
     with pytest.raises(AdfmError, match="Seen there: nothing"):
