@@ -95,10 +95,7 @@ class Calibration(BaseModel):
 
 
 def fit(table: pd.DataFrame, settings: Evaluate, model: str | None = None, data: str | None = None) -> Calibration:
-    """Fit probabilities and choose the threshold on the validation split, whose prediction table is `table`.
-
-    `model` and `data` are those of `Calibration`.
-    """
+    """Fit probabilities and choose the threshold on `table`, of the validation split; `model`, `data` as the fields."""
     method, parameters, note = _fit(table, settings.calibration)
     limits: dict[Limit, float | None] = {"overkill": settings.overkill_limit, "escapes": settings.escape_limit}
     limit = {kind: share for kind, share in limits.items() if share is not None}  # the settings have exactly one
@@ -127,9 +124,7 @@ def read(file: Path, model: str | None = None) -> Calibration:
 
 
 def of_version(folder: Path, model: str) -> Calibration:
-    """Read the calibration of a version's folder, whose signature is verified, for the model with this digest.
-
-    A version without one has a calibration without a threshold, whose note says so.
+    """Read the calibration of a verified version for the model with this digest; without a threshold if it has none.
 
     Raises:
         AdfmError: As of `read`.

@@ -617,20 +617,14 @@ def limits_of_means(table: pd.DataFrame, names: Names = None) -> dict[str, float
 
 
 def confidence_limits(values: Floats, group: Groups = None, binary: bool = True) -> tuple[float, float]:
-    """Return the lower and upper 95 % confidence limit of a mean of values in [0, 1]; exact for rates (`binary`).
-
-    `values` is NaN where an image does not count.
-    """
+    """Return the 95 % confidence limits of a mean of values in [0, 1], NaN left out; exact for rates (`binary`)."""
     values, group = _counted(values, group)
     at_most = statistics.rate_at_most if binary else statistics.mean_at_most
     return 1 - at_most(1 - values, _ALPHA, group), at_most(values, _ALPHA, group)
 
 
 def difference_limits(change: Floats, group: Groups = None, binary: bool = True) -> tuple[float, float]:
-    """Return the lower and upper 95 % confidence limit of a mean change, in [-1, 1], on the same images.
-
-    `change` is -1, 0 or 1 if `binary`; NaN as in `confidence_limits`.
-    """
+    """Return the 95 % confidence limits of a mean change in [-1, 1], -1, 0 or 1 if `binary`, NaN left out."""
     change, group = _counted(change, group)
     low, high = (statistics.loss_at_most(sign * change, _ALPHA, group, binary) for sign in (-1, 1))
     return -low, high
@@ -695,10 +689,8 @@ def kind_pairs(table: pd.DataFrame) -> list[tuple[str | None, str]]:
 
 
 def kinds_confusion(table: pd.DataFrame) -> dict[str, Any]:
-    """Return the confusion table of kinds: names of its `rows` (actual) and `columns` (given), and the `counts`.
-
-    Defective images that are not of one known kind are left out. `NO_KIND` and `NORMAL` come last.
-    """
+    """Return the names of `rows` (actual kinds) and `columns` (given), `NORMAL` last, and the `counts`."""
+    # Defective images that are not of one known kind are left out.
     counts = Counter(pair for pair in kind_pairs(table) if pair[0] is not None)
     last = {NO_KIND: 1, NORMAL: 2}
     rows = sorted({str(actual) for actual, _ in counts}, key=lambda name: (last.get(name, 0), name))

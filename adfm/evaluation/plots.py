@@ -165,10 +165,7 @@ def choose(table: pd.DataFrame, most: int = 12) -> pd.DataFrame:
 
 
 def examples(rows: pd.DataFrame, images: Mapping[str, bytes], path: Path, columns: int = _COLUMNS) -> None:
-    """Draw a sheet of images with true and predicted boxes, the verdict above and the completion below.
-
-    `rows` are those of `choose`, `images` the encoded images by id.
-    """
+    """Draw the `rows` of `choose`: encoded `images`, by id, with boxes, the verdict above, the completion below."""
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
 

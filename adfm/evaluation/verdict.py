@@ -132,10 +132,7 @@ def kind_of(
 
 
 def expected(kind: Kind, memory: int) -> list[str]:
-    """Describe a base model before it is trained: its kind, what to expect, its memory, the next larger one.
-
-    `memory` is the bytes of GPU memory that training needs, by `adfm.models.hardware`.
-    """
+    """Describe a base model before it is trained, and the next larger one; `memory` is that of training, in bytes."""
     needs = f"about {memory / 2**30:.1f} GiB to train it on a GPU, computed from tensor sizes, not measured"
     if kind.embedded:
         expect = (
