@@ -82,12 +82,11 @@ def run_once(place: Mlflow) -> str:
 
 def health(poll: float = POLL) -> None:
     """Check that a service in this working folder has polled MLflow lately, for a probe; raise AdfmError if not."""
-    most = 3 * poll + _LATE
     try:
         age = time.time() - HEARTBEAT.stat().st_mtime
     except OSError as error:
         raise AdfmError(f"{HEARTBEAT}: {error.strerror}; no poll of MLflow has succeeded yet.") from error
-    if age > most:
+    if age > 3 * poll + _LATE:
         raise AdfmError(f"the last successful poll of MLflow was {age:.0f} s ago; its output says what is wrong.")
     print(f"the last successful poll of MLflow was {age:.0f} s ago")
 

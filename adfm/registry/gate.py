@@ -176,10 +176,7 @@ def parts(table: pd.DataFrame, policy: Policy) -> Iterator[tuple[str, str, str, 
 
 
 def table(decided: dict[str, Any]) -> list[list[str]]:
-    """Return a decision, given as JSON values, as a table of plain text whose first row is the header.
-
-    Of the categories and kinds of defect, only those that failed or cannot be told are included.
-    """
+    """Return a decision (JSON values) as text, header first: the whole, and the parts that failed or cannot be told."""
     rows = [row for row in decided["rows"] if row["of"] == "whole" or _row_verdict(row) in ("failed", "cannot tell")]
     # Escapes and overkill first: they are what a plant pays for. Sorting keeps the order of the rest.
     rows.sort(key=lambda row: (row["of"] != "whole", METRICS[row["metric"]].higher))
@@ -362,16 +359,14 @@ def _gain(rows: list[Row], compared: bool) -> tuple[str, Verdict]:
     if not compared:
         return "There is no model in production yet: the limits alone decide.", "passed"
     gains = [(row, answer) for row in rows for answer in row.answers if answer.question == "gain"]
-    verdicts = [answer.verdict for _, answer in gains]
 
     def words(row: Row, answer: Answer) -> str:
         return f"{METRICS[row.metric].title} {row.candidate:.1%} against {row.production:.1%} (p = {answer.bound:.2g})"
 
-    better = [words(row, answer) for row, answer in gains if answer.verdict == "passed"]
-    if better:
+    if better := [words(row, answer) for row, answer in gains if answer.verdict == "passed"]:
         return f"Better than production: {' and '.join(better)}.", "passed"
     every = ", ".join(words(row, answer) for row, answer in gains)
-    if "cannot tell" in verdicts:
+    if any(answer.verdict == "cannot tell" for _, answer in gains):
         needed = [
             f"about {answer.needed} {answer.kind} would show the gain in {METRICS[row.metric].title}, if it is real"
             for row, answer in gains

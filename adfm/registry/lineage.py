@@ -56,9 +56,7 @@ def lineage(model: Path, shards: Path, params: Params, run: "Run | None") -> dic
 
 
 def dvc_md5(folder: Path) -> str | None:
-    """Return the hash under which DVC keeps a folder, from the `dvc.lock` that lists it; `None` if there is none.
-
-    Where a `dvc.lock` does not list the folder as it is, that is printed.
+    """Return DVC's hash of a folder, from the `dvc.lock` that lists it as it is; `None`, with a printed note, if none does.
 
     Raises:
         AdfmError: The file is not what DVC writes: it was cut off, or has a conflict that nobody has resolved.

@@ -53,9 +53,7 @@ def judging_policy(name: str) -> str:
 
 
 def write(out: Path, name: str, policy: Path | None = None) -> None:
-    """Write the result of `in_production` as JSON, and print it; the same versions give the same bytes.
-
-    The stages that decide depend on a further file, `policy`, with the result of `judging_policy`.
+    """Write `in_production` to the file `out`, and `judging_policy` to the file `policy`, as JSON; print the versions.
 
     Raises:
         AdfmError: As of `in_production` and `judging_policy`.

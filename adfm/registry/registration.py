@@ -168,9 +168,7 @@ def adopt_policy(registry: Registry, first: Policy | None = None) -> Registry:
 
 
 def set_policy(file: Path, name: str) -> None:
-    """Set the policy of model `name`, with the own login at MLflow; the service registers it.
-
-    Where the own key is one of the service, as on a laptop, it is registered at once.
+    """Set the policy of model `name`, with the own login; the service, or this process with its key, registers it.
 
     Raises:
         AdfmError: The file is not a policy, or the login may not edit the registered model.
