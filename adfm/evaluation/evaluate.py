@@ -194,7 +194,7 @@ def _summarize(
 
 
 def models_to_compare(about: Mapping[str, Any], candidate: str | Path) -> dict[str, str]:
-    """Production and anchor, of `in_production`, as `models:/<name>/<version>` by alias, without the candidate itself."""
+    """Production and anchor, of `in_production`, as `models:/<name>/<version>` by alias, without the candidate."""
     name, models = about["model"], {}
     is_folder = Path(candidate).is_dir()
     for alias in ("production", "anchor"):

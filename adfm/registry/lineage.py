@@ -56,7 +56,7 @@ def lineage(model: Path, shards: Path, params: Params, run: "Run | None") -> dic
 
 
 def dvc_md5(folder: Path) -> str | None:
-    """Return DVC's hash of a folder, from the `dvc.lock` that lists it as it is; `None`, with a printed note, if none does.
+    """Return DVC's hash of a folder, from the `dvc.lock` that lists it as it is; `None`, with a note, if none does.
 
     Raises:
         AdfmError: The file is not what DVC writes: it was cut off, or has a conflict that nobody has resolved.
