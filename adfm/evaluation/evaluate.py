@@ -84,9 +84,8 @@ def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Par
         )
     *_, candidate = models
     kept = out.with_name(f"{out.name}.answers.partial")  # for an evaluation that is interrupted
-    split = params.evaluate.split
+    split, tokens = params.evaluate.split, params.evaluate.max_new_tokens
     fingerprint = shards_.fingerprint(shards, split)
-    made = {"split": split, "fingerprint": fingerprint, "max_new_tokens": params.evaluate.max_new_tokens}
     # Where validation itself is evaluated, a threshold chosen on it would flatter.
     with_validation = split != "validation" and any(shards.glob("validation-*.parquet"))
     splits = [split, "validation"] if with_validation else [split]
@@ -124,7 +123,8 @@ def evaluate(models: dict[str, str | Path], shards: Path, out: Path, params: Par
             write_json(guard.fit(shards, split).model_dump(), partial / guard.FILE)
             for name, table in tables.items():
                 # Travels with the file, so that the gate can refuse to compare what was not made in the same way.
-                table.attrs = made | {"threshold": calibrations[name].threshold}
+                table.attrs = {"split": split, "fingerprint": fingerprint, "max_new_tokens": tokens}
+                table.attrs["threshold"] = calibrations[name].threshold
                 _write_table(table, partial / f"{'predictions' if name == candidate else name}.parquet")
                 file = partial / (calibration.FILE if name == candidate else f"calibration/{name}.json")
                 file.parent.mkdir(exist_ok=True)

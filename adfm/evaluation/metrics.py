@@ -114,7 +114,7 @@ def _on_grid(boxes: Sequence[Box], width: int, height: int) -> NDArray[np.int64]
     """Return boxes as whole pixels inside the image, (n, 4), without those that hold no pixel."""
     inside = np.clip(np.asarray(boxes, dtype=float).reshape(-1, 4), 0, [width, height, width, height])
     edges = np.ceil(inside - 0.5)
-    return edges[(edges[:, 0] < edges[:, 2]) & (edges[:, 1] < edges[:, 3])].astype(np.int64)
+    return np.asarray(edges[(edges[:, 0] < edges[:, 2]) & (edges[:, 1] < edges[:, 3])], dtype=np.int64)
 
 
 def _paint(boxes: NDArray[np.int64], columns: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.bool_]:

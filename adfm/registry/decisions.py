@@ -219,7 +219,7 @@ def is_published(version: "ModelVersion", step: Step) -> bool:
 def check_separation(submission: Submission, production: Submission | None) -> dict[str, Any]:
     """Check by their hashes that no test image was in the training data of the candidate or of production."""
     test = _hashes(submission.folder / TEST_IMAGES)
-    if test is None:  # an early version: nothing is proved
+    if test is None:  # a version without hashes of its images: nothing is proved
         return {"images": 0, "against": {}, "unknown": ["candidate"], "problems": [], "alike": [], "proved": False}
     models = {"candidate": submission} | ({"production": production} if production else {})
     seen = {name: _hashes(files.folder / TRAINED_ON) for name, files in models.items()}

@@ -40,16 +40,18 @@ def write(folder: Path, kinds: bool = False) -> None:
         buffer = io.BytesIO()
         Image.new("RGB", (64, 64), "gray").save(buffer, "PNG")
         example = pd.DataFrame({"image": [base64.b64encode(buffer.getvalue()).decode()]})
-        columns = [
-            ColSpec("string", "label", required=False),
-            ColSpec("double", "probability", required=False),
-            ColSpec("double", "threshold", required=False),
-            ColSpec(Array(Array(DataType.double)), "boxes"),
-            ColSpec("string", "reasoning"),
-            ColSpec("string", "reason", required=False),
-            *([ColSpec("string", "kind", required=False)] if kinds else []),
-        ]
-        signature = ModelSignature(inputs=Schema([ColSpec("string", "image")]), outputs=Schema(columns))
+        outputs = Schema(
+            [
+                ColSpec("string", "label", required=False),
+                ColSpec("double", "probability", required=False),
+                ColSpec("double", "threshold", required=False),
+                ColSpec(Array(Array(DataType.double)), "boxes"),
+                ColSpec("string", "reasoning"),
+                ColSpec("string", "reason", required=False),
+                *([ColSpec("string", "kind", required=False)] if kinds else []),
+            ]
+        )
+        signature = ModelSignature(inputs=Schema([ColSpec("string", "image")]), outputs=outputs)
         installed = tracking.libraries()
         pins = [f"{name}=={installed[f'library.{name}']}" for name in _NEEDED if f"library.{name}" in installed]
         mlflow.pyfunc.save_model(
