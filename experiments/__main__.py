@@ -1,7 +1,5 @@
 """Experiments on adfm, from a checkout: `python -m experiments ablation …`, `python -m experiments tiny-base OUT`."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -11,8 +11,6 @@ arm are all that differs, so that `dvc exp run -S train.profile=paper` repeats o
     <arm>-<seed>/log.txt             what was printed
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import multiprocessing
