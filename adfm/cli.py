@@ -18,7 +18,7 @@ from typing import Any
 from adfm import __version__, extras, outcome
 from adfm.errors import AdfmError
 from adfm.process.environment import set_environment
-from adfm.process.stopping import Stopped, Terminated, terminable
+from adfm.process.stopping import Stopped, Terminated, handle_sigterm
 from adfm.text import did_you_mean, printable_output
 from adfm.verbs import GROUPS, VERBS, epilog
 
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> int:
 
             args.settings = load(args.params, args.set)
             args.registered_model = args.settings.mlflow.registered_model
-        with terminable():
+        with handle_sigterm():
             status = args.run(args) or 0
             if not status and (block := outcome.finished(args, time.monotonic() - begin)):
                 print(block)

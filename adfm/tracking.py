@@ -181,7 +181,7 @@ def given_run(uri: str) -> Run | None:
 def _errors_suppressed() -> Iterator[None]:
     from mlflow.exceptions import MlflowException
 
-    with impatient(), suppress(MlflowException):
+    with short_timeouts(), suppress(MlflowException):
         yield
 
 
@@ -348,7 +348,7 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 @contextmanager
-def impatient(timeout: int = 8, retries: int = 0) -> Iterator[None]:
+def short_timeouts(timeout: int = 8, retries: int = 0) -> Iterator[None]:
     """Use short timeouts (seconds) for MLflow's client in the body, unless its environment variables are set."""
     # Elsewhere MLflow's own minutes of retries hold: hours of work outlive a server's restart.
     values = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries)}
@@ -373,7 +373,7 @@ def _probe(uri: str) -> None:
                 f"MLflow's database {path} cannot be used: {error}. Make its folder writable and see that there is "
                 "space, move a damaged file away, or name a server in MLFLOW_TRACKING_URI."
             ) from error
-    with store_errors(uri), impatient():
+    with store_errors(uri), short_timeouts():
         MlflowClient().search_experiments(max_results=1)
 
 

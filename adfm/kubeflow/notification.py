@@ -165,7 +165,7 @@ def _versions(name: str, settings: str, run: str, outcome: Outcome) -> list[str]
     """Return what the run did to the registered model, a line each; or why that is not known."""
     try:
         loaded = params.loads(settings)
-        with tracking.impatient(timeout=30, retries=2):
+        with tracking.short_timeouts(timeout=30, retries=2):
             if name == PROMOTION:
                 return _promoted(loaded.mlflow.registered_model, outcome.started)
             return _registered(loaded.mlflow, run)

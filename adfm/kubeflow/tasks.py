@@ -56,7 +56,7 @@ def stage(tolerant: bool = False) -> Iterator[None]:
                 if not tolerant:  # as the notification is, which reports that the other stages could not
                     raise
                 print(f"adfm: {error}", file=sys.stderr)
-            with stopping.terminable():
+            with stopping.handle_sigterm():
                 yield
         except AdfmError as error:
             _end(str(error), error.exit_code)

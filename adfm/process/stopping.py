@@ -24,7 +24,7 @@ class Stopped(AdfmError):
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
+def handle_sigterm() -> Iterator[None]:
     """Raise `Terminated` on SIGTERM in the body. A process forked from this one exits immediately."""
     here = os.getpid()
 
@@ -70,7 +70,7 @@ def _redelivered() -> Iterator[None]:
 
 
 @contextmanager
-def noticed(what: str, then: Callable[[], object] | None = None) -> Iterator[threading.Event]:
+def defer_sigterm(what: str, then: Callable[[], object] | None = None) -> Iterator[threading.Event]:
     """Yield an event that the first SIGTERM in the body sets; a second SIGTERM is handled as before the body.
 
     Args:

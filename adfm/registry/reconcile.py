@@ -65,7 +65,7 @@ def client() -> Iterator[MlflowClient]:
     """Yield MLflow's client with short timeouts: what fails now is done by the next caller."""
     from mlflow import MlflowClient
 
-    with tracking.impatient(timeout=20, retries=2), tracking.store_errors(tracking.configure()):
+    with tracking.short_timeouts(timeout=20, retries=2), tracking.store_errors(tracking.configure()):
         yield MlflowClient()
 
 

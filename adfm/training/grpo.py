@@ -73,7 +73,7 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
         liger.apply(loaded.model)
     outbox = None
     with contextlib.ExitStack() as stack:
-        terminated = stack.enter_context(stopping.noticed("training stops after this step, with a checkpoint"))
+        terminated = stack.enter_context(stopping.defer_sigterm("training stops after this step, with a checkpoint"))
         stop = StopCallback(settings.health, terminated)
         # The launcher of several processes ends all when one has ended: they wait until the first has reported.
         stack.callback(lambda: stop.stopped and state.wait_for_everyone())

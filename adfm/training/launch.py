@@ -26,8 +26,8 @@ from adfm import tracking
 from adfm.errors import AdfmError, Unreachable
 from adfm.files import MODEL, refuse_to_replace, replace_json
 from adfm.params import Params
-from adfm.process import cpus, retries, stopping
-from adfm.process.stopping import Stopped
+from adfm.process import cpus, retries
+from adfm.process.stopping import Stopped, defer_sigterm
 from adfm.training import checkpoints
 
 # Starts from the same checkpoint. A later checkpoint gives as many again: a fault that comes every few hours, such as
@@ -133,7 +133,7 @@ def _supervise(gpus: int, verb: Callable[[Path], list[str]], out: Path, params: 
         for process in running:
             process.terminate()  # nothing for one that has ended
 
-    with TemporaryDirectory() as folder, stopping.noticed("it is passed on to the training", terminate) as terminated:
+    with TemporaryDirectory() as folder, defer_sigterm("it is passed on to the training", terminate) as terminated:
         settings = Path(folder) / "params.yaml"
         settings.write_text(tracking.settings(params), encoding="utf-8")
         tries, pause = 1, _PAUSE

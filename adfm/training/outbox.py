@@ -217,7 +217,7 @@ def _send(journal: Path) -> None:
     if not journal.is_file():
         return
     store, run = MlflowClient(), journal.stem
-    with journal.open("rb") as stream, tracking.impatient():
+    with journal.open("rb") as stream, tracking.short_timeouts():
         stream.seek(_sent(journal))
         while lines := [line for line in islice(stream, _LINES) if line.endswith(b"\n")]:
             entries = [entry for line in lines if (entry := _entry(line))]
@@ -285,7 +285,7 @@ def _remove(journal: Path) -> None:
 def _tag(run: str, what: str) -> None:
     from mlflow import MlflowClient
 
-    with tracking.impatient():
+    with tracking.short_timeouts():
         before = MlflowClient().get_run(run).data.tags.get("mlflow_away")
         MlflowClient().set_tag(run, "mlflow_away", f"{before}; {what}" if before else what)
 

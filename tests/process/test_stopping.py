@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from adfm.process.stopping import Terminated, terminable
+from adfm.process.stopping import Terminated, handle_sigterm
 
 
 class Finalized:
@@ -24,7 +24,7 @@ def test_an_interrupt_that_comes_in_a_finalizer_is_not_lost(
 ) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has it ignored
     try:
-        with pytest.raises(KeyboardInterrupt) as caught, terminable():
+        with pytest.raises(KeyboardInterrupt) as caught, handle_sigterm():
             Finalized(number)
             time.sleep(60)
     finally:
@@ -39,6 +39,6 @@ def test_other_errors_of_finalizers_are_reported_as_always(monkeypatch: pytest.M
 
     reported: list[type[BaseException]] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda dropped: reported.append(dropped.exc_type))
-    with terminable():
+    with handle_sigterm():
         Broken()
     assert reported == [ValueError]
