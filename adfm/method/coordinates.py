@@ -1,7 +1,5 @@
 """The frame in which a model writes its boxes; `adfm.models.families` has that of each family."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from adfm.records import Box

@@ -3,8 +3,6 @@
 The prompt lists the kinds in double quotes. A completion names one of them at the end of `<rethink>`, after `PREFIX`.
 """
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Iterable, Sequence
 

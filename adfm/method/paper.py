@@ -3,8 +3,6 @@
 `adfm.method.rewards` says what is wrong with it.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 

@@ -1,7 +1,5 @@
 """The multi-stage prompt of AD-FM (arXiv 2508.04175), a plain prompt to compare it with, and target completions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Parse a completion into its think / rethink / answer stages and boxes. Rewards and evaluation share this parser."""
 
-from __future__ import annotations
-
 import re
 from typing import Literal, NamedTuple
 

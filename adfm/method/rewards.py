@@ -5,8 +5,6 @@ boxes round everything, neighbouring boxes, missed defects, answers that merely 
 depend on the image (`benchmarks/blind.py`). Every term lies in [0, 1].
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate

@@ -1,7 +1,5 @@
 """Score a file of completions with the reward."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import TextIO, cast

@@ -1,7 +1,5 @@
 """The reward's terms by name. Settings, training, curves and pipelines read the names here."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 
@@ -24,7 +22,7 @@ class Terms(NamedTuple):
         """The sum of the terms, each by its default weight."""
         return self.weighted(WEIGHTS)
 
-    def weighted(self, weights: Terms) -> float:
+    def weighted(self, weights: "Terms") -> float:
         """The sum of the terms, each by a weight."""
         return sum(weight * term for weight, term in zip(weights, self, strict=True))
 

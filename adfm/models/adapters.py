@@ -3,8 +3,6 @@
 `adfm check` runs them on a network without weights and training on the real one, so that both refuse the same.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from typing import TYPE_CHECKING, Any
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
 ALL_LINEAR = "all-linear"
 
 
-def config(network: Any, settings: Lora) -> LoraConfig:
+def config(network: Any, settings: Lora) -> "LoraConfig":
     """Return the settings as PEFT's, for `network`."""
     from peft import LoraConfig
 

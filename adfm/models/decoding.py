@@ -1,7 +1,5 @@
 """Generation settings, the end of a completion, and the probability of its decision, for transformers and vLLM."""
 
-from __future__ import annotations
-
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -9,6 +7,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from adfm.errors import AdfmError
 from adfm.method import prompt, response
@@ -16,11 +15,10 @@ from adfm.params import Evaluate
 from adfm.records import Label
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from transformers import GenerationConfig
 
-    Logits = Callable[[int], NDArray[np.floating]]
-    """Returns logits, or log-probabilities, of `Scorer.tokens` at a position of a completion."""
+Logits = Callable[[int], NDArray[np.floating]]
+"""Returns logits, or log-probabilities, of `Scorer.tokens` at a position of a completion."""
 
 Completions = tuple[list[str], list[float | None]]
 """Completions, and for each the probability of a defect: `None` where it has no clean letter."""
@@ -34,7 +32,7 @@ def until_stop(completion: str) -> str:
     return before + stop
 
 
-def generation_config(model_config: GenerationConfig, suppressed: Sequence[int]) -> GenerationConfig:
+def generation_config(model_config: "GenerationConfig", suppressed: Sequence[int]) -> "GenerationConfig":
     """Return generation settings with only the tokens of `model_config` that frame a text, and without `suppressed`."""
     from transformers import GenerationConfig
 

@@ -6,8 +6,6 @@ head joins them at stride 8 and has three outputs: a map of defects, the image's
 answers; an image here is then a tile.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

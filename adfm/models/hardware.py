@@ -1,7 +1,5 @@
 """Hardware checks before a training: packages, GPU, and GPU memory, which is estimated from the sizes of tensors."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

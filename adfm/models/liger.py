@@ -1,7 +1,5 @@
 """Liger's Triton kernels in the layers of a model: RMSNorm, rotary embedding, and SwiGLU where Liger has it."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
 from typing import Any

@@ -5,8 +5,6 @@ adfm trained: a LoRA adapter, its processor, and `adfm.json`, which names its ba
 such a folder of a registered version.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -33,8 +31,8 @@ EMBEDDED = {"embedded://tiny-base": Path(__file__).parents[1] / "tiny" / "base"}
 class Loaded:
     """A model in memory."""
 
-    model: PreTrainedModel  # with its adapter if it has one
-    processor: ProcessorMixin  # pads on the left
+    model: "PreTrainedModel"  # with its adapter if it has one
+    processor: "ProcessorMixin"  # pads on the left
     family: str  # a key of `adfm.models.families.FAMILIES`
     base: Model  # the settings, with name and revision of the base model
     prompt: list[dict[str, Any]]  # chat messages, without the image

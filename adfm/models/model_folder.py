@@ -1,7 +1,5 @@
 """Facts about a model from the files of its folder, without loading it."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

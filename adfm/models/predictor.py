@@ -1,7 +1,5 @@
 """Inspect images with a model, in batches and in tiles: transformers, vLLM or the reference detector."""
 
-from __future__ import annotations
-
 import importlib.util
 import itertools
 import math
@@ -218,7 +216,7 @@ def _words(answer: Prediction) -> str:
     return " ".join(part for part in parts if part).strip().replace("\n", " ")
 
 
-def _detected(detection: Detection, threshold: float) -> Prediction:
+def _detected(detection: "Detection", threshold: float) -> Prediction:
     """Return a detector's answer in the form of a language model's; its few words are for people."""
     flagged = detection.score >= threshold
     words = (detection.kind or "a defect") if flagged else "no defect"

@@ -1,7 +1,5 @@
 """GPU and packages that model settings require, each problem as a sentence that says what to install or set."""
 
-from __future__ import annotations
-
 import importlib.util
 
 from adfm.params import Model

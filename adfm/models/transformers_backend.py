@@ -1,21 +1,17 @@
 """Decoding with transformers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL import Image
 
 from adfm.models import decoding, loading
 from adfm.models.decoding import Completions
 from adfm.models.loading import Loaded
 from adfm.params import Evaluate, Params
 
-if TYPE_CHECKING:
-    import torch
-    from PIL import Image
-
-    Prepare = Callable[[list[Image.Image]], Any]
+Prepare = Callable[[list[Image.Image]], Any]
 
 
 def load(model: str | Path, params: Params) -> tuple[Any, str, Prepare, Callable[[Any], Completions]]:

@@ -1,7 +1,5 @@
 """Find, download and verify registered versions, `models:/<name>/<version>` or `models:/<name>@<alias>`."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import tempfile
@@ -37,7 +35,7 @@ def fetch(model: str | Path, to: Path) -> tuple[str | Path, str]:
         return download(version, to), f"models:/{version.name}/{version.version}"
 
 
-def find(uri: str) -> ModelVersion:
+def find(uri: str) -> "ModelVersion":
     """Return the version that a URI names; raise `AdfmError` where MLflow has no such version or alias."""
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -65,7 +63,7 @@ def find(uri: str) -> ModelVersion:
         ) from error
 
 
-def download(version: ModelVersion, to: Path) -> Path:
+def download(version: "ModelVersion", to: Path) -> Path:
     """Download a version into a new folder in `to`; verify that its files are those that were signed and registered.
 
     Returns:

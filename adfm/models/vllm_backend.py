@@ -1,21 +1,17 @@
 """Decoding with vLLM, as with transformers and many times faster."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from adfm.errors import AdfmError
 from adfm.models import decoding, families, loading, model_folder, vllm_engine
 from adfm.models.decoding import Completions
 from adfm.params import Params
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 _LOGPROBS = 128  # the most tokens in `logprob_token_ids` of a request (vllm/sampling_params.py)
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # for which vLLM has kernels

@@ -1,7 +1,5 @@
 """Settings of a vLLM engine for training and evaluation: model length, image sizes, and the supported version."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import math

@@ -6,8 +6,6 @@
 # joblib.cpu_count() follows nearly the same rules, but importing joblib imports NumPy, which starts its threads at that
 # moment, and `limit_threads` has to come before.
 
-from __future__ import annotations
-
 import math
 import os
 import re

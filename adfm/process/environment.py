@@ -1,7 +1,5 @@
 """Environment variables of a stage: quiet libraries, MLflow's address and login, a private certificate authority."""
 
-from __future__ import annotations
-
 import atexit
 import functools
 import os

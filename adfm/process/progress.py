@@ -1,7 +1,5 @@
 """Progress bars with a label, a unit and an estimate; in logs, a line a minute."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """Retries inside a pod, with backoff, of work that failed by a transient network error."""
 
-from __future__ import annotations
-
 import errno
 import socket
 import ssl

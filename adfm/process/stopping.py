@@ -1,7 +1,5 @@
 """SIGTERM handling (preemption): stages stop as on Ctrl-C; training finishes the current step and checkpoints."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys
@@ -52,7 +50,7 @@ def _redelivered() -> Iterator[None]:
     """Send an interrupt again if Python dropped it."""
 
     # Python reports an exception of a finalizer, or of a callback of an import or a fork, to this hook and continues.
-    def hook(dropped: sys.UnraisableHookArgs) -> None:
+    def hook(dropped: "sys.UnraisableHookArgs") -> None:
         if not issubclass(dropped.exc_type, KeyboardInterrupt):
             before(dropped)
             return

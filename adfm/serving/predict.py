@@ -3,8 +3,6 @@
 It is the path of evaluation: the same prompt, the same batches, the same parser.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -5,8 +5,6 @@ names the places that may be read, `ADFM_SERVE_LOG` a file for counts (`adfm.ser
 folder of a candidate that answers the same images for that log (`adfm.serving.shadow`).
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import hashlib
@@ -32,8 +30,8 @@ from adfm.serving import predict, servelog, shadow
 if TYPE_CHECKING:
     import pandas as pd
 
-    Judged = dict[int, tuple[dict[str, Any], str | None]]
-    """By the number of an image, its row and the kind of reason, as `adfm.serving.predict.LoadedModel.judge`."""
+Judged = dict[int, tuple[dict[str, Any], str | None]]
+"""By the number of an image, its row and the kind of reason, as `adfm.serving.predict.LoadedModel.judge`."""
 
 # Folders (`/data/line3`), `http(s)://host/path` and `s3://bucket/prefix`, separated by white space. A client could
 # otherwise use the server to read what only the server reaches; `data:` URIs are always read.
@@ -71,7 +69,7 @@ class Served:
             return
         self.shadow = shadow.Shadow(candidate.answers, self._turns, self.version, candidate.version)
 
-    def predict(self, data: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+    def predict(self, data: "pd.DataFrame", params: dict[str, Any] | None = None) -> "pd.DataFrame":
         """Return a row of `LoadedModel.judge` for each photograph, base64 or a URI in the column `image`.
 
         Raises:

@@ -12,8 +12,6 @@ has `event`, `time` (UTC) and `version`, and by `event`:
 - `failed`: `images` that the shadow failed at, and why (`reason`).
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

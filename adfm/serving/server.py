@@ -1,7 +1,5 @@
 """`adfm serve`: MLflow's scoring server on a registered version, started once the version is verified."""
 
-from __future__ import annotations
-
 import os
 import socket
 import sys

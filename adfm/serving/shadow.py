@@ -4,8 +4,6 @@ The candidate answers after production, in a thread, whenever no request is wait
 dropped and counted. Whatever goes wrong with it is logged and changes no answer.
 """
 
-from __future__ import annotations
-
 import hashlib
 import queue
 import threading

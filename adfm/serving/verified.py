@@ -1,7 +1,5 @@
 """Download a registered version to answer images with, and check it against its signature and the signed history."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from adfm import signing, tracking

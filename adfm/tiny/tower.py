@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub.dataclasses import strict
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import (
     AutoConfig,
@@ -32,9 +32,6 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 
 from adfm.method import kinds as kinds_
 from adfm.tiny.efficientnet import CHANNELS, Features
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 FAMILY = "adfm_embedded"
 STRIDES = (8, 16, 32)

@@ -1,7 +1,5 @@
 """Augmentation of training images: mirroring, brightness and contrast, none of which makes or hides a defect."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

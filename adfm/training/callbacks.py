@@ -1,18 +1,13 @@
 """Trainer callback: a progress bar, and the metrics of every step for MLflow."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from adfm.process.progress import bar
 from adfm.training.outbox import Outbox
-
-if TYPE_CHECKING:
-    from transformers import TrainerControl, TrainerState
 
 # MLflow sorts a run's charts by name, a section for each prefix before `/`, capital letters first; metrics without a
 # prefix come last.

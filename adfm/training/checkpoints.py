@@ -1,7 +1,5 @@
 """Atomic checkpoints: a folder `checkpoint-<step>` is complete, whenever the process or its machine dies."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Mapping

@@ -6,8 +6,6 @@ map's highest hundredth learns the label instead, so that the map still helps. W
 of the label. Kinds of defects are a further output where there are several.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Sequence

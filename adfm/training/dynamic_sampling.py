@@ -4,8 +4,6 @@ The advantage of a group whose rewards are all equal is zero. DAPO samples until
 rounds are bounded, and groups without variance fill what is still missing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import chain
 from typing import Any

@@ -1,7 +1,5 @@
 """Training examples: turn shards into the rows that TRL trains on."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from PIL import Image
 
 from adfm.data import shards as shards_
@@ -26,7 +25,6 @@ from adfm.records import Box, Record, Split
 
 if TYPE_CHECKING:
     import datasets
-    from numpy.typing import NDArray
 
 # Of a file of tiles; datasets reads the type of a column of images from the metadata.
 _TILE = pa.schema(
@@ -46,7 +44,7 @@ def draw(
     located: bool = False,
     tile: Tile | None = None,
     split: Split = "train",
-) -> datasets.Dataset:
+) -> "datasets.Dataset":
     """Draw images of a split, or tiles of them (`rows`), in an order fixed by `seed`; images stay on disk until used.
 
     Every image of a label is drawn once before any is drawn again, unless there are weights.
@@ -167,7 +165,7 @@ def images(
             yield record, Image.open(io.BytesIO(record.image)), of_image[number]
 
 
-def _cut(table: list[dict[str, Any]], shards: Path, split: Split, cache: Path) -> datasets.Dataset:
+def _cut(table: list[dict[str, Any]], shards: Path, split: Split, cache: Path) -> "datasets.Dataset":
     """Cut tiles, some of `rows`, to a memory-mapped file, in their order."""
     # Once for all: to cut a tile when its row is read would decode the whole photograph every time, 0.2 s for one of
     # 16 million pixels.
@@ -195,7 +193,7 @@ def _lacks_boxes(row: dict[str, Any]) -> bool:
     return row["label"] == "anomalous" and not row["boxes"]
 
 
-def as_seen(data: datasets.Dataset, loaded: Loaded) -> datasets.Dataset:
+def as_seen(data: "datasets.Dataset", loaded: Loaded) -> "datasets.Dataset":
     """Return the rows with images as the processor resizes them, for an engine that has a processor of its own."""
     processor, family = loaded.processor.image_processor, families.get(loaded.family)
 

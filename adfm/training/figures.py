@@ -1,7 +1,5 @@
 """Figures of a training: curves as CSV and PNG, and sheets of sampled completions."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path

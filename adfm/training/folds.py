@@ -6,8 +6,6 @@ OUT contains:
     cross-validation.parquet   the predictions, with the number of the fold; each image once
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import replace
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from adfm.data import folds as division
 from adfm.data import shards as shards_
@@ -31,7 +30,6 @@ from adfm.training import launch
 
 if TYPE_CHECKING:
     import pandas as pd
-    from numpy.typing import NDArray
 
 _WORK = "work"
 _UNUSED = ("fetch.", "convert.", "validation.", "mlflow.")  # sections that change no metric
@@ -119,7 +117,7 @@ def _train(shards: Path, part: Path, codes: NDArray[np.int8], params: Params) ->
         launch.on_gpus(own, part / "sft", part / "trained", params, gpus=1)
 
 
-def _predictions(part: Path, params: Params, describe: str) -> pd.DataFrame:
+def _predictions(part: Path, params: Params, describe: str) -> "pd.DataFrame":
     """Return the predictions of a fold's model on its part; the threshold is chosen on its validation split."""
     shards, model = part / "shards", part / "trained"
     splits = [split for split in ("validation", "test") if any(shards.glob(f"{split}-*.parquet"))]
@@ -131,7 +129,7 @@ def _predictions(part: Path, params: Params, describe: str) -> pd.DataFrame:
     return fitted.apply(tables["test"])
 
 
-def _figures(tables: list[pd.DataFrame], codes: NDArray[np.int8], shards: Path, params: Params) -> dict[str, Any]:
+def _figures(tables: "list[pd.DataFrame]", codes: NDArray[np.int8], shards: Path, params: Params) -> dict[str, Any]:
     counts = [np.bincount(each, minlength=len(SPLITS)).tolist() for each in codes]
     labels = [int((table["label"] == "anomalous").sum()) for table in tables]
     resamples = params.evaluate.bootstrap

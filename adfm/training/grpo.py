@@ -1,7 +1,5 @@
 """GRPO on TRL: train the adapter of a cold start, with checkpoints that an interrupted training resumes from."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

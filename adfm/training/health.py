@@ -1,16 +1,14 @@
 """Training health checks: find NaN loss, KL blow-up, blind answers, zero-variance groups, flat reward; name a fix."""
 
-from __future__ import annotations
-
 import json
 import math
 import threading
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from adfm.errors import AdfmError
 from adfm.files import write_json
@@ -20,9 +18,6 @@ from adfm.params import Health
 from adfm.process.stopping import Stopped
 from adfm.records import Box, Label
 from adfm.training import checkpoints
-
-if TYPE_CHECKING:
-    from transformers import TrainerControl, TrainerState
 
 Metrics = Mapping[str, Any]
 

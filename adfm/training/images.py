@@ -1,7 +1,5 @@
 """Read, decode and process an image once a step, however many completions and passes use it; bitwise as TRL does."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -90,7 +88,7 @@ class Rows:
     """The rows of a data set, of which those of the last load are cached: the same index gives the same objects."""
 
     # TRL 1.16 loads all rows of a step, a row a completion, for every backward pass of the step, and uses the first.
-    def __init__(self, data: datasets.Dataset) -> None:
+    def __init__(self, data: "datasets.Dataset") -> None:
         self._data = data
         self._cache: dict[int, dict[str, Any]] = {}
 

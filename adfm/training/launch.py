@@ -4,8 +4,6 @@ One process, or one for each GPU through `accelerate launch`; several machines: 
 start trainings here; `adfm train` runs in its own process and is not restarted.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import os

@@ -1,7 +1,5 @@
 """Out-of-memory errors of a training: which setting to lower, and to what."""
 
-from __future__ import annotations
-
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager

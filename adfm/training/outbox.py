@@ -7,8 +7,6 @@ The folder contains, for each MLflow run,
     <run>/…          the pictures that it does not have yet
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -67,7 +65,7 @@ class Outbox:
             self._step = step
             self._write({"step": step, "figures": metrics})
 
-    def add_picture(self, picture: Image.Image, name: str) -> None:
+    def add_picture(self, picture: "Image.Image", name: str) -> None:
         """Store a picture as the artifact `name` of the run."""
         if name not in self._pictures:
             self._pictures.add(name)

@@ -1,15 +1,14 @@
 """Supervised fine-tuning (cold start): an adapter learns the form of the completions, and to name defects."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from adfm import tracking
 from adfm.data import hashes
@@ -23,9 +22,6 @@ from adfm.records import Box
 from adfm.training import examples
 from adfm.training.augmentation import VIEWS, view, view_of_box
 from adfm.training.outbox import Outbox
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 _MOST_BOXES = 8  # a completion of more would be cut at evaluate.max_new_tokens, and then have no letter
 _MOST_VALIDATION = 400  # images that the loss after an epoch is computed on

@@ -1,7 +1,5 @@
 """The GRPO trainer: TRL's, with the reward's terms, dynamic sampling, and metrics that show what a group taught."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import time

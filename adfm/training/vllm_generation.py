@@ -3,25 +3,20 @@
 Written from the source of TRL 1.16 and vLLM 0.30, and tested without vLLM, which needs a GPU: not run with it.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 from trl.generation import vllm_generation as trl_generation
 from trl.trainer import grpo_trainer
 
 from adfm.errors import AdfmError
 from adfm.models import vllm_engine
+from adfm.models.loading import Loaded
 from adfm.params import Train
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from adfm.models.loading import Loaded
 
 TRL = "1.16.0"
 """Version of TRL that this file corrects; a test fails with a newer one, which may need less or other corrections."""

@@ -5,8 +5,6 @@ To add a family, write its file, add its line, and add a model of it with random
 neither into `patches` nor into `tiles`, write a third module with the functions of `Images`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from adfm.errors import AdfmError

@@ -1,7 +1,5 @@
 """What `Family` records about a model family."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 

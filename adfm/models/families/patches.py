@@ -1,7 +1,5 @@
 """Images as Qwen's families see them: the aspect ratio is kept, and squares of patches are merged into tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Images as InternVL sees them: stretched over a grid of square tiles, and once more as a single tile."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
