@@ -22,6 +22,5 @@ class Frame(NamedTuple):
         return Box(box.x1 * x, box.y1 * y, box.x2 * x, box.y2 * y)
 
 
-# A square image of the published runs as their model saw it: max_pixels 262144, which Qwen2.5-VL's processor rounds to
-# multiples of 28 pixels.
+# A square image of the published runs: max_pixels 262144, which Qwen2.5-VL's processor rounds to multiples of 28.
 PUBLISHED = Frame(504, 504)

@@ -1,7 +1,4 @@
-"""Kinds of defects that a model names (`sft.kinds`): how they are listed, parsed and rewarded.
-
-The prompt lists the kinds in double quotes. A completion names one of them at the end of `<rethink>`, after `PREFIX`.
-"""
+"""Kinds of defects that a model names (`sft.kinds`): how they are listed, parsed and rewarded."""
 
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -10,15 +7,11 @@ from adfm.errors import AdfmError
 from adfm.method.response import ParsedCompletion
 from adfm.records import Label
 
+# Number of kinds of one model: fewer leave nothing to tell apart, more make the prompt longer than the image.
 FEWEST, MOST = 2, 30
-"""Number of kinds of one model: fewer leave nothing to tell apart, more make the prompt longer than the image."""
-
-LONGEST = 60
-"""Most characters of a name: it has to fit into a completion with boxes."""
-
+LONGEST = 60  # most characters of a name: it has to fit into a completion with boxes
+# Comes before the name in a completion; it begins `<rethink>` of every target completion to a defective image.
 PREFIX = "A real defect:"
-"""Comes before the name in a completion; it begins `<rethink>` of every target completion to a defective image."""
-
 # Markup would end a stage or the completion, and a quote the name in the prompt.
 _REPLACED = str.maketrans({"<": "(", ">": ")", '"': "'"})
 
@@ -53,11 +46,7 @@ def single(names: Iterable[str | None]) -> list[str]:
 
 
 def listed(names: Iterable[str | None]) -> tuple[str, ...]:
-    """Return the kinds among the defects of a training split, for a model to name.
-
-    Raises:
-        AdfmError: There are fewer than `FEWEST` or more than `MOST`, or one is longer than `LONGEST`.
-    """
+    """Return the kinds of a training split's defects to name; raise `AdfmError` outside `FEWEST`, `MOST`, `LONGEST`."""
     kinds = single(names)
     if not FEWEST <= len(kinds) <= MOST:
         raise AdfmError(

@@ -1,7 +1,4 @@
-"""The reward as published with AD-FM (arXiv 2508.04175, Eq. 5 and 6), numbers included.
-
-`adfm.method.rewards` says what is wrong with it.
-"""
+"""The reward as published with AD-FM (arXiv 2508.04175, Eq. 5 and 6); `adfm.method.rewards` says what is wrong."""
 
 import re
 from collections.abc import Iterable, Sequence

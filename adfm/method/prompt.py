@@ -22,13 +22,13 @@ PLAIN_QUESTION = """\
 Inspect this product.
 <answer>one letter alone, A if the product has a defect or B if it is normal</answer>"""
 
-# Before the image, since the embedded model has seen no other question: its loss on correct answers stays at 1.33 with
-# these words here, and rises to 1.41 with them before the question; words like them after it made it 2.4.
+# Added to the system message, before the image, as the embedded model has seen no other question: its loss on correct
+# answers stays at 1.33, and rises to 1.41 with these words before the question; words like them after it made it 2.4.
 KINDS = f" End <rethink> of a defective product with {kinds_.PREFIX} and its kind, one of: {{kinds}}."
-"""Added to the system message where the model names kinds."""
 
 LETTERS: dict[str, Label] = {"A": "anomalous", "B": "normal"}
 
+# How each stage of a target completion begins: `rethink` with regions to examine, and without.
 OPENINGS: dict[str, dict[Label, tuple[str, ...]]] = {
     "think": {"anomalous": ("Suspicious:",), "normal": ("The surface is even, nothing stands out.",)},
     "rethink": {
@@ -36,9 +36,8 @@ OPENINGS: dict[str, dict[Label, tuple[str, ...]]] = {
         "normal": ("Normal variation, no defect.", "There is no region to examine."),
     },
 }
-"""How each stage of a target completion begins: `rethink` with regions to examine, and without."""
-
 _NO_REGION = "no single region."  # after "Suspicious:", where the place of a defect is not known
+_NO_MARKUP = str.maketrans("<>", "()")  # would end the stage or the response, as in "dent</rethink>" or "<|im_end|>"
 
 
 def messages(units: str, stages: bool = True, kinds: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -58,9 +57,6 @@ def messages(units: str, stages: bool = True, kinds: Sequence[str] = ()) -> list
 def asking_for(kinds: Sequence[str]) -> str:
     """Return the sentence of the system message that lists the kinds to name one of; empty without kinds."""
     return KINDS.format(kinds=", ".join(f'"{kind}"' for kind in kinds)) if kinds else ""
-
-
-_NO_MARKUP = str.maketrans("<>", "()")  # would end the stage or the response, as in "dent</rethink>" or "<|im_end|>"
 
 
 def target_completion(

@@ -5,9 +5,7 @@ from typing import Literal, NamedTuple
 
 from adfm.records import Box, Label
 
-STAGES = ("<think>", "</think>", "<rethink>", "</rethink>", "<answer>", "</answer>")
-"""The tags of a well-formed completion, in order."""
-
+STAGES = ("<think>", "</think>", "<rethink>", "</rethink>", "<answer>", "</answer>")  # well-formed, in order
 _TAG = re.compile(r"(</?(?:think|rethink|answer)>)", re.IGNORECASE | re.ASCII)
 # Where a list of coordinates begins, and its fields if there are four. They hold no bracket and no comma, so that the
 # pattern reads no character more than twice: no string makes it slow.
@@ -25,8 +23,7 @@ class ParsedCompletion(NamedTuple):
     think: str | None  # region identification
     rethink: str | None  # examination
     answer: Literal["A", "B"] | None  # anomalous or normal; `None` unless the one answer stage is that letter alone
-    # Every box in `think` that has an area, in the model's frame, in the order written. On an image answered `B` they
-    # are regions that were examined and rejected.
+    # Every box in `think` that has an area, in the model's frame, as written; with the answer `B` they were rejected.
     boxes: tuple[Box, ...]
     # Lists of coordinates that begin in `think` (a bracket, a number, a comma) and are not a box: of more or fewer than
     # four numbers, not closed, inverted, empty, not finite.

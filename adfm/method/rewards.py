@@ -1,8 +1,8 @@
 """The project's own reward, `calibrated`, and the choice between it and the published one.
 
-It keeps the idea of AD-FM, a graded reward of several terms, and fixes what the published numbers reward by mistake:
-boxes round everything, neighbouring boxes, missed defects, answers that merely contain the letter, answers that do not
-depend on the image (`benchmarks/blind.py`). Every term lies in [0, 1].
+It keeps AD-FM's graded reward of several terms, and fixes what the published numbers reward by mistake: boxes round
+everything, neighbouring boxes, missed defects, answers that merely contain the letter or do not depend on the image
+(`benchmarks/blind.py`). Every term lies in [0, 1].
 """
 
 from collections.abc import Callable, Sequence
@@ -45,13 +45,10 @@ def calibrated(
 
     - An anomalous image pays 1 for the letter `A` and exactly the true boxes (see `_soft_f1`), half as much for the
       same boxes without that letter. Where its boxes are not known it pays 0 whatever is boxed, so that it never
-      contributes to the advantage; and `format` requires no box there, so that the model does not learn to make places
-      up.
-    - A normal image pays only for the letter `B`: 1 for at most one box, since the method asks to examine a region and
-      reject it, and less for each further box.
+      contributes to the advantage; and `format` requires no box, so that the model does not learn to make places up.
+    - A normal image pays only for the letter `B`: 1 for at most one box, which is examined and rejected, less for more.
 
-    `regions` pays for the number of boxes in `<think>`, wherever they are, of answers with the right letter (see
-    `_regions`).
+    `regions` pays for the number of boxes in `<think>` of answers with the right letter (see `_regions`).
 
     Args:
         completion: The model's text.
@@ -176,8 +173,7 @@ def _overlap_and_distance(box: Box, defect: Box, frame: Frame) -> tuple[float, f
         union = max(0.0, x2 - x1) * max(0.0, y2 - y1) + max(0.0, u2 - u1) * max(0.0, v2 - v1) - shared
         return (shared / union if union > 0 else 0.0), 0.0
     centres = hypot(x1 + x2 - u1 - u2, y1 + y2 - v1 - v2) / 2
-    # A thousandth of the distance between centres is added, so that a box which slides along a defect without coming
-    # closer still gets nearer.
+    # With a thousandth of the distance between centres, a box that slides along a defect still gets nearer.
     distance = hypot(min(width, 0.0), min(height, 0.0)) + centres / 1000
     return 0.0, distance / (distance + (frame.width + frame.height) / 8)
 

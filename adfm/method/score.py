@@ -17,8 +17,7 @@ def score_file(path: str | Path, profile: str, out: TextIO) -> None:
 
     Args:
         path: JSON lines, each with `completion` (text), `label` (`normal` or `anomalous`) and `boxes` (ground truth,
-            `[x1, y1, x2, y2]` in a frame of 504 x 504, that of the published runs); further keys are ignored, empty
-            lines skipped.
+            `[x1, y1, x2, y2]` in a frame of 504 x 504, as `PUBLISHED`); other keys and empty lines are skipped.
         profile: A key of `adfm.method.rewards.PROFILES`.
         out: The stream to print to.
 

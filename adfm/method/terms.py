@@ -8,8 +8,7 @@ class Terms(NamedTuple):
 
     To add a term, name it here with a default of 0, which the published reward keeps, compute it in
     `adfm.method.rewards.calibrated`, and give its weight a line in `params.yaml`, and here in `WEIGHTS` if the default
-    run pays it. Its weight in `train.weights`, its metrics `rewards/<term>/mean` and `utilisation/<term>`, the curves
-    and the report follow.
+    run pays it. Its weight in `train.weights`, its metrics, curves and report follow.
     """
 
     format: float
@@ -27,8 +26,6 @@ class Terms(NamedTuple):
         return sum(weight * term for weight, term in zip(weights, self, strict=True))
 
 
+# The default weights in `train.weights`; a further term has 0, and changes nothing until a run sets its weight.
 WEIGHTS = Terms(format=1.0, classification=1.0, localization=1.0)
-"""The default weights in `train.weights`; a further term has 0, and changes nothing until a run sets its weight."""
-
-MEANS = tuple(f"rewards/{term}/mean" for term in Terms._fields)
-"""The metrics under which TRL logs the mean of each term over a step."""
+MEANS = tuple(f"rewards/{term}/mean" for term in Terms._fields)  # of each term over a step, as TRL logs it
