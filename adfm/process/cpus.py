@@ -1,10 +1,8 @@
 """Number of CPUs and threads that this process may use: in a pod its limit, not the cores of the node."""
 
-# `os.cpu_count()` and PyTorch's own default ignore a cgroup's limit. On a node of 64 cores, a pod limited to 4 would
-# decode 64 images at a time, hold all of them in memory, and be throttled for most of each period.
-#
-# joblib.cpu_count() follows nearly the same rules, but importing joblib imports NumPy, which starts its threads at that
-# moment, and `limit_threads` has to come before.
+# `os.cpu_count()` and PyTorch's own default ignore a cgroup's limit: on a node of 64 cores, a pod limited to 4 would
+# decode 64 images at a time and be throttled. joblib.cpu_count() follows nearly the same rules, but imports NumPy: that
+# starts its threads at that moment, and `limit_threads` has to come before.
 
 import math
 import os
@@ -38,9 +36,8 @@ def threads(processes: int) -> int:
 
 def limit_threads() -> None:
     """Limit the threads of numerical libraries to `count()`, unless `OMP_NUM_THREADS` is set; call before imports."""
-    # PyTorch, MKL, OpenBLAS (NumPy, SciPy) and Arrow read the variable when they are loaded, and child processes
-    # inherit it. For a whole machine it is not set: PyTorch's default, the physical cores, is faster than one thread
-    # for each hyper-thread.
+    # PyTorch, MKL, OpenBLAS (NumPy, SciPy) and Arrow read it when they are loaded; child processes inherit it. For a
+    # whole machine it is not set: PyTorch's default, the physical cores, beats a thread for each hyper-thread.
     if count() < of_machine():
         os.environ.setdefault("OMP_NUM_THREADS", str(count()))
 
@@ -64,8 +61,7 @@ def of_machine() -> int:
 
 
 def _limits() -> Iterator[float]:
-    """The limits of this process's cgroups and of those above them, version 1 and 2, in CPUs."""
-    # https://docs.kernel.org/admin-guide/cgroup-v2.html, https://docs.kernel.org/scheduler/sched-bwc.html
+    # In CPUs, version 1 and 2: https://docs.kernel.org/admin-guide/cgroup-v2.html, https://docs.kernel.org/scheduler/sched-bwc.html
     for folder in _cgroups():
         try:
             if (limit := folder / "cpu.max").is_file():
@@ -79,7 +75,7 @@ def _limits() -> Iterator[float]:
 
 
 def _cgroups() -> Iterator[Path]:
-    """Folders of this process's cgroups, up to the root, which in a container often is the container's own."""
+    # Up to the root, which in a container often is the container's own.
     try:
         lines = _OWN_CGROUPS.read_text().splitlines()
     except OSError:  # not Linux

@@ -22,13 +22,7 @@ _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "TOKENIZERS_PARALLELISM": "false",  # the tokenizer warns at every fork otherwise
 }
-
-_MLFLOW_LOGIN = (
-    "MLFLOW_TRACKING_USERNAME",
-    "MLFLOW_TRACKING_PASSWORD",
-    "MLFLOW_TRACKING_TOKEN",
-    "MLFLOW_TRACKING_AUTH",
-)
+_MLFLOW_LOGIN = [f"MLFLOW_TRACKING_{name}" for name in ("USERNAME", "PASSWORD", "TOKEN", "AUTH")]
 
 CA, CA_FILE = "adfm-ca", "ca.crt"  # optional ConfigMap of a private certificate authority, and its key
 CA_FOLDER = "/etc/adfm/ca"  # where every task mounts it
@@ -51,11 +45,8 @@ _SYSTEM_CAS = (
 def set_environment() -> None:
     """Set variables that disable telemetry and noise, and those by which MLflow and private servers are reached.
 
-    Call it before heavy imports; it may be called again. Child processes inherit the variables. Those that the user or
-    the platform has set stay.
-
-    Raises:
-        AdfmError: The private certificate authority cannot be used.
+    Call it before heavy imports, also repeatedly. Child processes inherit the variables; those that are set stay.
+    Raise `AdfmError` if the private certificate authority cannot be used.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -160,7 +151,6 @@ def ca_remedy(error: BaseException) -> str:
 
 
 def _trust_private_ca() -> None:
-    """Let all libraries trust a private authority beside the public ones."""
     # Each variable names one file, which replaces the library's own, so that the public authorities have to be in it:
     # the hub may be on the internet while MLflow and S3 are not.
     file = _private_ca()
@@ -203,9 +193,7 @@ def _certificates(file: Path) -> list[bytes]:
         for certificate in certificates:
             context.load_verify_locations(cadata=certificate.decode("ascii"))
     except ssl.SSLError as error:  # an OSError too
-        raise AdfmError(
-            f"{file}: a certificate in it is damaged ({error.reason}); take it from its source again."
-        ) from error
+        raise AdfmError(f"{file}: a certificate in it is damaged ({error.reason}); get it again.") from error
     except OSError as error:
         raise AdfmError(
             f"{file}: cannot be read ({error.strerror}). It should hold the private certificate authority: see "
@@ -220,7 +208,7 @@ def _certificates(file: Path) -> list[bytes]:
 
 
 def _pem_blocks(content: bytes) -> Iterator[bytes]:
-    """The certificates of a PEM text, unchecked, with line ends of Unix and lines of 64 characters."""
+    # Unchecked, with line ends of Unix and lines of 64 characters.
     for block in re.findall(rb"-----BEGIN CERTIFICATE-----([A-Za-z0-9+/=\s]+)-----END CERTIFICATE-----", content):
         base64 = b"".join(block.split())
         lines = [base64[start : start + 64] for start in range(0, len(base64), 64)]

@@ -6,12 +6,10 @@ STARTED = "ADFM_RUN_STARTED"  # start time of a local run, set by `pipelines.loc
 
 
 def inside() -> bool:
-    """Return whether this process runs in a pod."""
-    # Kubernetes sets the address of its API in each.
+    """Return whether this process runs in a pod, in each of which Kubernetes sets the address of its API."""
     return "KUBERNETES_SERVICE_HOST" in os.environ
 
 
 def is_task() -> bool:
     """Return whether this process is a task on a cluster, whose files are lost with its pod."""
-    # A local run may be in a pod as well: that of a notebook.
-    return inside() and STARTED not in os.environ
+    return inside() and STARTED not in os.environ  # a local run may be in a pod as well: that of a notebook

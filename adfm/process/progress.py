@@ -21,7 +21,7 @@ def bar(iterable: Iterable[Any] | None = None, *, desc: str, unit: str, **option
         options: As of `tqdm`; the end is estimated from `total` or the iterable's length.
     """
     if not sys.stderr.isatty():
-        # A log does not interpret the carriage return by which a bar overwrites itself, so each state is a line.
+        # A log does not interpret the carriage return by which a bar overwrites itself: each state is a line.
         lines = EditedStream(sys.stderr, lambda text: f"{text.strip()}\n" if text.strip() else "")
         options |= {"file": lines, "delay": _LINES_EVERY}
     interval = 1.0 if sys.stderr.isatty() else _LINES_EVERY

@@ -28,8 +28,7 @@ def again(work: Callable[[], T], what: str, tries: int = 5, pause: float = 10.0)
     Raises:
         Unreachable: The last try's. Every other exception is raised at once.
     """
-    # In a pod, because Kubeflow Pipelines does not retry a failed task (docs/training.md). In a terminal a wrong
-    # address is reported at once.
+    # Kubeflow Pipelines does not retry a failed task (docs/training.md). In a terminal a wrong address shows at once.
     for number in range(1, tries if pod.inside() else 1):
         try:
             return work()
@@ -44,8 +43,8 @@ def again(work: Callable[[], T], what: str, tries: int = 5, pause: float = 10.0)
 def may_pass(error: BaseException, *types: type[BaseException]) -> bool:
     """Return whether an error of a client is transient: the same call may succeed in a minute.
 
-    It is if a connection was refused, reset or timed out, a name was not resolved, or a server replied with a transient
-    status (`is_transient`). Wrong keys, names, addresses and certificates are not.
+    It is if a connection was refused, reset or timed out, a name was not resolved, or a server replied with a status
+    that `is_transient`. Wrong keys, names, addresses and certificates are not.
 
     Args:
         error: What the client raised.

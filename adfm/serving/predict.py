@@ -1,7 +1,4 @@
-"""Inference on unlabelled images: files on the command line, bytes in a served model.
-
-It is the path of evaluation: the same prompt, the same batches, the same parser.
-"""
+"""Inference on unlabelled images, files or bytes, by the prompt, the batches and the parser of evaluation."""
 
 import json
 import os
@@ -33,17 +30,11 @@ from adfm.process.progress import bar
 from adfm.records import Box
 from adfm.text import printable
 
-ENDING = ".answer.png"
-"""Of the pictures that `predict` writes, and does not take for photographs."""
-
-CANNOT_JUDGE = "cannot judge"
-"""The label of an image that the guard refuses, and of one to which the model gives no clear answer."""
-
+ENDING = ".answer.png"  # of the pictures that `predict` writes, and does not take for photographs
+CANNOT_JUDGE = "cannot judge"  # the label of an image that the guard refuses, or that has no clear answer
+# Of `readable` and `refused`, in the order of the served model's columns; and one more, of a model that names kinds.
 KEYS = ["label", "probability", "threshold", "boxes", "reasoning", "reason"]
-"""Of `readable` and `refused`, in the order of the served model's columns."""
-
 KIND = "kind"
-"""A further key, after `KEYS`, of a model whose prompt asks for the defect's kind."""
 
 _MOST_PIXELS = 80_000_000  # of an image: 240 MB when decoded
 _MOST_ASPECT = 200  # beyond it the families' processors refuse an image
@@ -67,11 +58,11 @@ class LoadedModel:
 
     def report(self, threshold: bool) -> None:
         """Report on stderr a missing guard and a missing threshold; with `threshold`, one that is there too."""
-        lines = [self.calibration.summary] if threshold or self.calibration.threshold is None else []
+        if threshold or self.calibration.threshold is None:
+            print(f"{self.name}: {self.calibration.summary}", file=sys.stderr)
         if self.guard is None:
-            lines.append(f"No image is refused: there is no {guard_.FILE}, so a black one is answered as any other.")
-        for line in lines:
-            print(f"{self.name}: {line}", file=sys.stderr)
+            message = f"No image is refused: there is no {guard_.FILE}, so a black one is answered as any other."
+            print(f"{self.name}: {message}", file=sys.stderr)
 
     def judge(self, images: Sequence[Image.Image]) -> list[tuple[dict[str, Any], str | None]]:
         """Answer upright RGB images; the model sees those that the guard accepts.
@@ -86,9 +77,8 @@ class LoadedModel:
         answers = iter(self.predictor.answers(sizes, accepted.__getitem__) if accepted else [])
         rows: list[tuple[dict[str, Any], str | None]] = []
         for image, refusal in zip(images, refusals, strict=True):
-            kind, why = None, str(refusal.kind) if refusal else None
             if refusal:
-                row = refused(refusal.reason, self.calibration)
+                row, kind, why = refused(refusal.reason, self.calibration), None, str(refusal.kind)
             else:
                 answer = next(answers)
                 row, kind = readable(answer, image.size, self.calibration), answer.kind
@@ -110,20 +100,17 @@ def predict(images: Sequence[Path], model: str, params: Params, out: Path | None
         as_json: Print a line of JSON for each image: `image`, what `readable` or `refused` gives, `model`, `picture`.
 
     Raises:
-        AdfmError: There is no image, the model cannot be loaded, or images cannot be read: all of them are listed, and
-            the others were answered.
+        AdfmError: There is no image, the model cannot be loaded, or some images, all listed, cannot be read.
     """
     for row in answers(images, model, params, out):
-        line = json.dumps(row) if as_json else _text(row)
-        print(line, flush=True)
+        print(json.dumps(row) if as_json else _text(row), flush=True)
 
 
 def answers(images: Sequence[Path], model: str, params: Params, out: Path | None = None) -> Iterator[dict[str, Any]]:
     """As `predict`, a batch at a time.
 
     Yields:
-        For each image, in order, `image`, what `readable` or `refused` gives, `model`, and `picture`, the path of the
-        drawn answer; `None` without `out`.
+        For each image, in order, `image`, what `readable` or `refused` gives, `model`, and `picture`, a path or `None`.
 
     Raises:
         AdfmError: As in `predict`; for images that cannot be read, after the last answer.

@@ -18,17 +18,16 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import yaml
+from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from adfm.data.images import GreyRange
 from adfm.errors import AdfmError
 from adfm.serving import predict, servelog, shadow
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Judged = dict[int, tuple[dict[str, Any], str | None]]
 """By the number of an image, its row and the kind of reason, as `adfm.serving.predict.LoadedModel.judge`."""
@@ -36,20 +35,12 @@ Judged = dict[int, tuple[dict[str, Any], str | None]]
 # Folders (`/data/line3`), `http(s)://host/path` and `s3://bucket/prefix`, separated by white space. A client could
 # otherwise use the server to read what only the server reaches; `data:` URIs are always read.
 URIS = "ADFM_SERVE_URIS"
-
 _MOST_BYTES = 256_000_000  # of all the images of a request
 _TIMEOUT = 10  # seconds to wait for a server that has an image
 
 
 class Served:
-    """A version that answers requests, one at a time.
-
-    Args:
-        folder: The version's files.
-
-    Raises:
-        AdfmError: It cannot be loaded.
-    """
+    """A version, from the folder of its files, that answers requests, one at a time."""
 
     def __init__(self, folder: Path) -> None:
         self.version = _version(folder)
@@ -69,15 +60,11 @@ class Served:
             return
         self.shadow = shadow.Shadow(candidate.answers, self._turns, self.version, candidate.version)
 
-    def predict(self, data: "pd.DataFrame", params: dict[str, Any] | None = None) -> "pd.DataFrame":
+    def predict(self, data: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Return a row of `LoadedModel.judge` for each photograph, base64 or a URI in the column `image`.
 
-        Raises:
-            MlflowException: Images cannot be read; all of them are listed, and none was answered.
+        Raise `MlflowException` if images cannot be read; all of them are listed, and none was answered.
         """
-        import pandas as pd
-        from mlflow.exceptions import MlflowException
-
         problems: dict[int, str] = {}
         contents = dict(_contents(data["image"], problems))
         with self._turns.production():
@@ -143,8 +130,7 @@ def _version(folder: Path) -> str:
 def content(image: str) -> bytes:
     """Return the file of an entry: base64, or a URI (`data:`, `file:` or an absolute path, `http(s):`, `s3:`).
 
-    Raises:
-        AdfmError: It is neither, may not be read, or cannot be read; the message is the reason alone.
+    Raise `AdfmError`, with the reason alone, if it is neither, or may not or cannot be read.
     """
     if re.match(r"data:", image, re.IGNORECASE):
         about, _, text = image.partition(",")
@@ -212,7 +198,6 @@ def _read(uri: str) -> bytes:
 
 
 def _is_within(uri: str, place: str) -> bool:
-    """Whether a URI lies in a place that may be read, however it is written."""
     if place.startswith("/"):
         place = Path(place).as_uri()
     try:
@@ -223,8 +208,7 @@ def _is_within(uri: str, place: str) -> bool:
             return _path(uri).resolve().is_relative_to(_path(place).resolve())
     except (OSError, RuntimeError, ValueError):
         return False
-    # The whole of `netloc`, so that neither a login nor another port passes; and no way up, also where a server takes a
-    # backslash for a slash.
+    # The whole of `netloc`: no login, no other port; and no way up, also where a server takes a backslash for a slash.
     path, above = (urllib.parse.unquote(each.path).rstrip("/") for each in (parts, allowed))
     if parts.netloc != allowed.netloc or not parts.netloc or {".", ".."} & {*re.split(r"[/\\]", path)}:
         return False

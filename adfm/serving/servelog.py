@@ -25,7 +25,6 @@ from adfm.errors import AdfmError
 from adfm.text import printable
 
 FILE = "ADFM_SERVE_LOG"
-
 _ROUTINE = ("answered", "compared")  # too many for stderr
 _LATEST = 20  # images with a difference that are listed
 
@@ -44,17 +43,13 @@ def check() -> None:
     try:
         Path(file).open("a").close()
     except OSError as error:
-        raise BadLog(
-            f"{FILE}: {file} cannot be written ({error.strerror}); name a file in a folder that can."
-        ) from error
+        raise BadLog(f"{FILE}: {file} cannot be written ({error.strerror}); name a file that can.") from error
 
 
 def write(events: Iterable[tuple[str, dict[str, Any]]], version: str) -> None:
     """Append events, each a name and its values, about a version (`adfm/7`); never fail, as an answer depends on it."""
-    time = datetime.now(UTC).isoformat(timespec="milliseconds")
-    lines = [
-        (event, json.dumps({"event": event, "time": time, "version": version, **values})) for event, values in events
-    ]
+    about = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "version": version}
+    lines = [(event, json.dumps({"event": event, **about, **values})) for event, values in events]
     file = os.environ.get(FILE)
     if file:
         try:
@@ -70,11 +65,7 @@ def write(events: Iterable[tuple[str, dict[str, Any]]], version: str) -> None:
 
 
 def read(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """Yield the lines of logs, in their order.
-
-    Raises:
-        BadLog: A file cannot be read, or a line is not one of a log; a last line that was cut off is left out.
-    """
+    """Yield the lines of logs, in order, without a last one that was cut off; raise `BadLog` for any other text."""
     for file in files:
         try:
             with file.open(encoding="utf-8") as log:
@@ -94,11 +85,7 @@ def read(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
 
 
 def summary(entries: Iterable[dict[str, Any]]) -> str:
-    """Count answers, refusals by kind, and differences between production and shadow, and list the latest of these.
-
-    Raises:
-        BadLog: A line lacks what its event has.
-    """
+    """Count answers, refusals by kind, and differences from the shadow, the latest listed; raise `BadLog` as `read`."""
     latest: deque[str] = deque(maxlen=_LATEST)
     labels, kinds, shadow, changes = (Counter[str]() for _ in range(4))
     for entry in entries:

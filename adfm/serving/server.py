@@ -56,9 +56,7 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise AdfmError(
-            f"{host}:{port} cannot be listened on: {error}. Choose others with --host and --port."
-        ) from error
+        raise AdfmError(f"{host}:{port} cannot be listened on: {error}. Set others with --host and --port.") from error
     return listener
 
 

@@ -1,7 +1,7 @@
 """Shadow mode: a candidate answers the images that production answers, and where they differ is logged.
 
-The candidate answers after production, in a thread, whenever no request is waiting. Where it falls behind, images are
-dropped and counted. Whatever goes wrong with it is logged and changes no answer.
+It answers in a thread whenever no request waits. Where it falls behind, images are dropped and counted; what goes wrong
+with it is logged and changes no answer.
 """
 
 import hashlib
@@ -15,9 +15,7 @@ from adfm.evaluation import metrics
 from adfm.records import Box
 from adfm.serving import servelog
 
-FOLDER = "ADFM_SHADOW"
-"""Names the folder of the candidate's version."""
-
+FOLDER = "ADFM_SHADOW"  # names the folder of the candidate's version
 _MOST_IMAGES = 64  # that wait for the shadow
 _MOST_BYTES = 256_000_000  # of their files
 _AT_ONCE = 8  # images: a request that comes in between waits for so many
@@ -64,11 +62,8 @@ class Turns:
 class Shadow:
     """A candidate that answers what production has answered.
 
-    Args:
-        answer: Returns the candidate's rows for image files, in their order.
-        turns: Those of production.
-        version: Production's, for the log.
-        name: The candidate's, for the log.
+    `answer` returns the candidate's rows for image files, in their order; `version` and `name` are production's and the
+    candidate's names for the log.
     """
 
     def __init__(self, answer: Callable[[list[bytes]], list[Row]], turns: Turns, version: str, name: str) -> None:

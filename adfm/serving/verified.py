@@ -19,16 +19,14 @@ def fetch(model: str, to: Path) -> tuple[Path, str]:
     """Download and verify a version.
 
     Args:
-        model: `models:/<name>/<version>`, or `models:/<name>@<alias>`. With the alias `production`, the history must
-            have this version in production.
+        model: `models:/<name>/<version>` or `models:/<name>@<alias>`; the history must agree on the alias `production`.
         to: An existing folder, which nobody else can write to.
 
     Returns:
         The folder of the version, and its name with its number: `models:/<name>/<version>`.
 
     Raises:
-        Unverified: The version's files are not those that were signed, or not those that the gate decided on, or not
-            those that came into production.
+        Unverified: The files are not those that were signed, that the gate decided on, or that came into production.
         NotInProduction: The alias was moved by hand.
         AdfmError: There is no such version, or MLflow cannot be reached.
     """
