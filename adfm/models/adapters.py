@@ -1,7 +1,4 @@
-"""LoRA adapters, and checks of `lora.target_modules`.
-
-`adfm check` runs them on a network without weights and training on the real one, so that both refuse the same.
-"""
+"""LoRA adapters, and checks of `lora.target_modules`, the same for `adfm check` and for training."""
 
 import difflib
 import re
@@ -47,9 +44,7 @@ def attach(network: Any, settings: Lora) -> Any:
 def problems(network: Any, settings: Lora) -> list[str]:
     """Return a sentence for every entry of `lora.target_modules` that `attach` refuses.
 
-    Args:
-        network: The model without an adapter; its weights may be on PyTorch's device `meta`.
-        settings: Reads `target_modules` and `vision`.
+    `network` has no adapter, and its weights may be on PyTorch's device `meta`.
     """
     targets = settings.target_modules
     if not targets:
@@ -81,7 +76,6 @@ def weights(network: Any, settings: Lora) -> int:
 
 
 def _problem(network: Any, settings: Lora, entry: str) -> str | None:
-    """Return what is wrong with one entry of a list, or with a regular expression."""
     text = isinstance(settings.target_modules, str)
     one = settings.model_copy(update={"target_modules": entry if text else [entry]})
     matched = _matched(network, one)
@@ -100,9 +94,7 @@ def _problem(network: Any, settings: Lora, entry: str) -> str | None:
     embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
     for name, module in matched.items():
         if module is head:
-            return (
-                f"matches the output head {name}, where TRL's loss would bypass an adapter and not train it; remove it"
-            )
+            return f"matches the output head {name}, where TRL's loss would bypass an adapter; remove it"
         if module is embedding and head is not None and embedding.weight is head.weight:
             return (
                 f"matches {name}, whose weights are the output head's too in this model: once merged, as for vLLM, an "
@@ -112,8 +104,7 @@ def _problem(network: Any, settings: Lora, entry: str) -> str | None:
 
 
 def _matched(network: Any, settings: Lora) -> dict[str, Any]:
-    """Return the modules, by name, that PEFT would put an adapter on."""
-    # PEFT's own functions decide, since rules of our own could differ from them.
+    # PEFT's own functions decide what an adapter is put on, since rules of our own could differ from them.
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 
     peft = _maybe_include_all_linear_layers(config(network, settings), network)
@@ -131,7 +122,6 @@ def _layer(network: Any, module: Any, settings: Lora) -> Any:
 
 
 def _hint(network: Any, entry: str, text: bool) -> str:
-    """Suggest names for an entry that matches no module."""
     import torch
 
     linear = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)]

@@ -17,11 +17,10 @@ from adfm.records import Label
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
+# Returns logits, or log-probabilities, of `Scorer.tokens` at a position of a completion.
 Logits = Callable[[int], NDArray[np.floating]]
-"""Returns logits, or log-probabilities, of `Scorer.tokens` at a position of a completion."""
-
+# Completions, and for each the probability of a defect: `None` where it has no clean letter.
 Completions = tuple[list[str], list[float | None]]
-"""Completions, and for each the probability of a defect: `None` where it has no clean letter."""
 
 STOP = "</answer>"  # where a completion ends
 
@@ -80,37 +79,31 @@ def _bare(text: str) -> str:
     return "".join(text.split())
 
 
+# The letter; and where target completions of the two labels differ before it, in the order of the text.
 LETTER = Fork("<answer>", {label: (f"{letter}<", f"{letter.lower()}<") for letter, label in prompt.LETTERS.items()})
 BRANCHES = tuple(
     Fork(f"<{stage}>", {label: tuple(map(_bare, texts)) for label, texts in openings.items()})
     for stage, openings in prompt.OPENINGS.items()
 )
-"""Where target completions of the two labels differ before the letter, in the order of the text."""
 
 
 class Scorer:
     """Computes the probability that an answer is `anomalous` from the logits of the tokens that decide.
 
-    Args:
-        tokenizer: The model's tokenizer. All its tokens are read once, about a second for 150,000.
-
-    Raises:
-        AdfmError: The tokenizer cannot write the two letters, or writes both alike.
+    All tokens of the tokenizer are read once, a second for 150,000. Raise `AdfmError` if it cannot write the letters.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._sides: dict[tuple[str, str], dict[Label, NDArray[np.intp]]] = {}
         # A tokenizer may write the letter of `<answer>A</answer>` as `A`, ` A`, `a` or, as Qwen's does, as `>A`. So
-        # tokens are compared by text: those that continue what is already written to one answer with those that
-        # continue it to the other.
-        # Decoded behind another token, since some decoders drop the white space that begins a text.
+        # tokens are compared by text: those that continue what is written to one answer with those that continue it to
+        # the other. Decoded behind another token, since some decoders drop the white space that begins a text.
         anchor = tokenizer("<", add_special_tokens=False)["input_ids"][-1:]
         start = len(tokenizer.decode(anchor))
         texts = tokenizer.batch_decode([[*anchor, token] for token in range(len(tokenizer))], skip_special_tokens=True)
         self._texts = {token: text[start:] for token, text in enumerate(texts) if _decides(text[start:])}
-        self.tokens = list(self._texts)
-        """The tokens that can decide, whose logits `letter` and `branch` read."""
+        self.tokens = list(self._texts)  # that can decide, whose logits `letter` and `branch` read
         for letter, label in prompt.LETTERS.items():
             answer = f"<answer>{letter}</answer>"
             tokens = tokenizer(answer, add_special_tokens=False)["input_ids"]
@@ -130,10 +123,7 @@ class Scorer:
     def letter(self, tokens: Sequence[int], completion: str, logits: Logits) -> float | None:
         """Return the probability of `A` against `B` at the letter; `None` if there is no clean letter.
 
-        Args:
-            tokens: The tokens of the completion, and perhaps some after it.
-            completion: Their text, as `until_stop` gives it.
-            logits: Those of `self.tokens`, at a position in `tokens`.
+        `tokens` are those of the completion, and perhaps some after it, `completion` their text up to `STOP`.
         """
         if response.parse(completion).predicted_label is None:
             return None
@@ -153,7 +143,7 @@ class Scorer:
         return letter if letter is None or not taken else _probability(float(np.mean(taken)))
 
     def _log_odds(self, tokens: Sequence[int], text: str, fork: Fork, logits: Logits) -> float | None:
-        """Return the log odds of the anomalous side of a fork; `None` if the text takes neither side."""
+        """The log odds of the anomalous side of a fork; `None` if the text takes neither side."""
         at = self._position(tokens, text, fork)
         if at is None:
             return None
@@ -205,7 +195,6 @@ def mean_of_samples(letters: Sequence[float | None], samples: Sequence[Sequence[
 
 
 def _decides(text: str) -> bool:
-    """Whether a token of this text can decide at a fork."""
     bare = _bare(text)
     if bare not in _BEGUN and not bare.startswith(_WHOLE):  # nearly every token: what follows is slow
         return False

@@ -1,9 +1,7 @@
 """Reference detector: a small convolutional head on frozen image features, the baseline for a language model.
 
-The features are those of EfficientNet-Lite0 (`adfm.tiny.efficientnet`) at strides 4 (pooled to 8), 8, 16 and 32. The
-head joins them at stride 8 and has three outputs: a map of defects, the image's logit, and the kind of the defect.
-`adfm.training.detector` trains it. Where it was trained on tiles, `adfm.models.predictor` cuts images and joins the
-answers; an image here is then a tile.
+The features are those of EfficientNet-Lite0 at strides 4 (pooled to 8), 8, 16 and 32, which the head joins at stride 8.
+Where it was trained on tiles, an image here is a tile: `adfm.models.predictor` cuts images and joins the answers.
 """
 
 import math
@@ -157,10 +155,9 @@ def refined(cells: Tensor) -> NDArray[np.float32]:
 
 
 def regions(fine: NDArray[np.float32], size: tuple[int, int], rule: Rule) -> list[Box]:
-    """Return boxes around the connected regions of a `refined` map of defects, which covers an image of `size`.
+    """Return boxes around the connected regions of a `refined` map, in pixels of an image of `size`, half-open.
 
-    Returns:
-        The boxes in pixels of the image, half-open, the highest peak first; at least one.
+    The highest peak first; at least one.
     """
     from scipy import ndimage
 

@@ -40,12 +40,7 @@ def batch_problems(settings: Train, processes: int) -> list[str]:
 
 
 def require(params: Params, processes: int = 1) -> None:
-    """Raise an `AdfmError` that lists the `problems`, if any.
-
-    Args:
-        params: Reads `model`, `lora` and `train`.
-        processes: Among which the completions of a step are divided, a GPU each.
-    """
+    """Raise an `AdfmError` that lists the `problems`; `processes` divide the completions of a step, a GPU each."""
     if missing := problems(params, processes):
         raise AdfmError("\n  ".join(missing))
 
@@ -150,7 +145,6 @@ def server_problems(params: Params) -> list[str]:
 
 
 def _request(params: Params) -> tuple[Model, Path, Any, int]:
-    """Return the base model, its folder and processor, and the tokens of the longest request of a training."""
     base, folder = loading.base_of(params.model.name, params.model)
     processor = loading.load_processor(params.model.name, params.model)
     messages = loading.prompt_of(params.model.name, model_folder.family_of(folder))
@@ -158,22 +152,16 @@ def _request(params: Params) -> tuple[Model, Path, Any, int]:
 
 
 def vllm_problems(params: Params, processes: int, available: int, divided: bool = False) -> list[str]:
-    """Return why vLLM cannot start in its share of the GPU, or training beside it, and the share to set.
+    """Return why vLLM cannot start in its share of the GPU's `available` bytes, or training beside it, and a remedy.
 
-    Args:
-        params: Reads `model`, `lora` and `train`.
-        processes: As in `require`.
-        available: Memory of the GPU in bytes.
-        divided: Whether the weights that are trained are divided among the processes; those of vLLM never are.
+    `divided` is whether the weights that are trained are divided among the processes; those of vLLM never are.
     """
     base, folder, processor, length = _request(params)
     params = params.model_copy(update={"model": base})
     network, share = meta_model(folder), params.train.vllm or 0
     longest = network.config.text_config.max_position_embeddings
     if length > longest:
-        return [
-            f"prompt and completion have up to {length} tokens, and the model takes {longest}; lower model.max_pixels"
-        ]
+        return [f"prompt and completion have up to {length} tokens, the model takes {longest}; lower model.max_pixels"]
     completions, _ = batch_split(params.train, processes)
     needs = vllm_memory(network, params.model.dtype, length, completions, vllm_engine.image_tokens(processor))
     trained = memory(network, params, processes, available)
@@ -201,17 +189,11 @@ def vllm_problems(params: Params, processes: int, available: int, divided: bool 
 def vllm_memory(network: Any, dtype: str, length: int, requests: int, image: int) -> dict[str, int]:
     """Return the least GPU memory in bytes with which vLLM 0.30 starts; computed from its source, not measured.
 
-    Args:
-        network: As `meta_model` makes it.
-        dtype: Of weights and cache.
-        length: Tokens of one request.
-        requests: Completions that are generated at a time.
-        image: The most tokens of one image.
+    For `requests` of `length` tokens at a time, each with an image of at most `image` tokens.
     """
-    # vLLM runs the model on `BATCHED_TOKENS` tokens and as many of images, and what is then left of its share must hold
-    # the keys and values of one request. Of that run the largest tensors that live at one time count: of a layer of
-    # width h and inner width i, 2 h + 3 i numbers a token (residual, input, gate, up and their product; of a vision
-    # layer 2 h + 2 i a patch), and at its end the logits of each request in the model's type and in float32.
+    # vLLM runs the model on `BATCHED_TOKENS` tokens and as many of images; the rest of its share must hold the keys and
+    # values of one request. The run's largest tensors at one time: of a layer of width h and inner width i, 2 h + 3 i
+    # numbers a token (residual, input, gate, up, product; of a vision layer 2 h + 2 i a patch), or the final logits.
     text, vision = network.config.text_config, network.config.vision_config
     number = {"float32": 4}.get(dtype, 2)
     patches = max(vllm_engine.BATCHED_TOKENS // image, 1) * image * vision.spatial_merge_size**2
@@ -270,9 +252,8 @@ def memory(network: Any, params: Params, processes: int = 1, available: int = 0)
     tokens = prompt + settings.max_completion_length
 
     def kept(config: Any, layers: int, length: int) -> int:
-        # A layer of width h whose inner layer has width i keeps about 8 h + 4 i numbers a token for its backward pass:
-        # the inputs of its linear layers and norms, queries, keys, values. With gradient checkpointing each layer keeps
-        # h numbers a token, and one layer at a time the rest.
+        # A layer of width h and inner width i keeps about 8 h + 4 i numbers a token for its backward pass: inputs of
+        # linear layers and norms, queries, keys, values; with gradient checkpointing h, and one layer the rest.
         layer = int(8 * config.hidden_size + 4 * config.intermediate_size)
         return length * (layers * config.hidden_size + layer if settings.gradient_checkpointing else layers * layer)
 
@@ -302,7 +283,7 @@ def memory(network: Any, params: Params, processes: int = 1, available: int = 0)
 
 
 def _cached(text: Any) -> int:
-    """Return how many numbers a language model caches of a token: keys and values of its layers."""
+    # Keys and values of each layer, for one token.
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     # Layers of linear attention, of which Qwen3.5 has three in four, keep a state that does not grow.
     constant = sum("linear" in kind for kind in getattr(text, "layer_types", None) or [])

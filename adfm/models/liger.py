@@ -42,15 +42,13 @@ def apply(model: Any) -> None:
     from transformers.integrations.liger import apply_liger_kernel
 
     _prepare()
-    # Here and not by TRL, which will drop its setting `use_liger_kernel`; without Liger's loss, since TRL's own never
-    # holds all logits.
+    # Not by TRL, which will drop `use_liger_kernel`; without Liger's loss, since TRL's own never holds all logits.
     apply_liger_kernel(model, {"fused_linear_cross_entropy": False})
 
 
 def _prepare() -> None:
-    """Let Liger import its losses, which it does for layers too."""
-    # liger-kernel 0.8.5 derives their outputs from classes that transformers 5.23 no longer has, such as
-    # Qwen3VLCausalLMOutputWithPast, leaves out what it cannot derive, and then fails to import it.
+    # Liger imports its losses for layers too. Version 0.8.5 derives their outputs from classes that transformers 5.23
+    # no longer has, such as Qwen3VLCausalLMOutputWithPast, leaves out what it cannot derive, and fails to import it.
     from liger_kernel.transformers.model import output_classes
     from transformers.modeling_outputs import CausalLMOutputWithPast
 

@@ -1,8 +1,7 @@
 """Find and load a vision-language model, with or without an adapter.
 
 A *model* is `embedded://tiny-base`, a local folder or a hub id of a family in `adfm.models.families`, or a folder that
-adfm trained: a LoRA adapter, its processor, and `adfm.json`, which names its base. `adfm.models.versions.fetch` makes
-such a folder of a registered version.
+adfm trained: a LoRA adapter, its processor, and `adfm.json`, which names its base.
 """
 
 import json
@@ -195,9 +194,8 @@ def load(model: str | Path, settings: Model, trainable: bool = False) -> Loaded:
         raise AdfmError("\n  ".join(problems))
     outline(folder)
     processor = load_processor(model, settings)
-    # Weights that are divided among processes are not put on a GPU here. With FSDP2 the first process reads them into
-    # its memory and the others none of them, and accelerate divides them later; with ZeRO-3 DeepSpeed divides each
-    # weight as it is read.
+    # Weights that are divided among processes are not put on a GPU here. With FSDP2 the first process alone reads them,
+    # and accelerate divides them later; with ZeRO-3 DeepSpeed divides each weight as it is read.
     divided = trainable and weights_are_divided()
     zero3 = _zero3() if divided else None  # transformers reads it through a weak reference: it lives until the end
     # Otherwise transformers 5.23 reads all weights in every process, and accelerate then takes those of the first.
@@ -321,7 +319,6 @@ def load_processor(model: str | Path, settings: Model) -> Any:
 
 
 def _of_another_model(processor: Any, family: families.Family, config: Any) -> str | None:
-    """Return why a processor does not fit the model of `config`."""
     pairs = family.images.pairs(processor, config)
     wrong = [f"{what} {its}, the model's {own}" for what, (its, own) in pairs.items() if its != own]
     if wrong:
@@ -345,7 +342,6 @@ def chat_text(processor: Any, messages: list[dict[str, Any]], answer: str | None
 
 
 def _check_chat(processor: Any, family: families.Family, source: Path) -> None:
-    """Refuse a chat template that leaves out the image, or changes a completion in adfm's form."""
     answer, messages = prompt.target_completion("normal", []), prompt.messages(family.units)
     try:
         prompt_text, full_text = chat_text(processor, messages), chat_text(processor, messages, answer)

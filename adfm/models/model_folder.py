@@ -10,8 +10,7 @@ from adfm.errors import AdfmError
 from adfm.models import families
 
 DESCRIPTION = files.MODEL
-DETECTOR = "detector"
-"""The `stage` in `adfm.json` of a reference detector (`adfm.models.detector`), which is not a language model."""
+DETECTOR = "detector"  # the `stage` in `adfm.json` of a reference detector (`adfm.models.detector`)
 
 
 def describe(model: str | Path) -> dict[str, Any] | None:

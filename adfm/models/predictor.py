@@ -57,9 +57,7 @@ def uses_vllm(params: Params) -> bool:
     _, folder = loading.base_of(params.model.name, params.model)
     supported = families.get(model_folder.family_of(folder)).vllm
     if backend == "vllm" and not supported:
-        raise AdfmError(
-            f"evaluate.backend is vllm, which adfm does not support for {params.model.name}: set the backend to auto."
-        )
+        raise AdfmError(f"evaluate.backend is vllm, not supported for {params.model.name}: set the backend to auto.")
     return supported
 
 
@@ -117,8 +115,7 @@ class Predictor:
 
         Args:
             sizes: Width and height of each image in pixels.
-            image: Returns the image of that number, RGB. Called in a thread shortly before the image is needed, and
-                more than once if its tiles are not answered one after the other.
+            image: Returns the image of that number, RGB, in a thread, and more than once if its tiles are apart.
             done: Called after each batch with the number of images in it, or the average number that its tiles finish.
         """
         grids = [grid_of(size, self._tile) for size in sizes]
@@ -143,7 +140,6 @@ class Predictor:
     def _answers(
         self, sizes: Sequence[tuple[int, int]], image: Callable[[int], Image.Image], done: Callable[[int], object]
     ) -> list[Prediction]:
-        """As `answers`, without tiles."""
         order = list(range(len(sizes)))
         if not self._detector:
             # Images of like size one after the other, so that a batch is padded little.
@@ -178,8 +174,7 @@ def joined(answers: Sequence[Prediction], grid: Sequence[Box]) -> Prediction:
 
     The image is anomalous if a tile is; unparsed if none is and the answer to some tile is; else normal. Its score is
     the largest of its tiles. The words are those of the most suspicious tile among those that answer as the image does.
-    Its `boxes` are those of anomalous tiles, its `regions` also those of the tile with the largest score, joined across
-    seams (`adfm.data.tiles.merged`).
+    `boxes` are those of anomalous tiles, `regions` also those of the one with the largest score, joined across seams.
     """
     if len(answers) == 1:
         return answers[0]
@@ -217,7 +212,6 @@ def _words(answer: Prediction) -> str:
 
 
 def _detected(detection: "Detection", threshold: float) -> Prediction:
-    """Return a detector's answer in the form of a language model's; its few words are for people."""
     flagged = detection.score >= threshold
     words = (detection.kind or "a defect") if flagged else "no defect"
     if flagged and (count := len(detection.regions)):

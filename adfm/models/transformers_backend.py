@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from adfm.models import decoding, loading
-from adfm.models.decoding import Completions
+from adfm.models.decoding import Completions, Scorer
 from adfm.models.loading import Loaded
 from adfm.params import Evaluate, Params
 
@@ -19,7 +19,7 @@ def load(model: str | Path, params: Params) -> tuple[Any, str, Prepare, Callable
     loaded = loading.load(model, params.model)
     loaded.model.eval()
     text = loading.chat_text(loaded.processor, loaded.prompt)
-    scorer = decoding.Scorer(loaded.processor.tokenizer)
+    scorer = Scorer(loaded.processor.tokenizer)
     return (
         loaded.processor,
         loaded.family,
@@ -32,7 +32,7 @@ def _inputs(processor: Any, text: str, images: list[Image.Image]) -> Any:
     return processor(text=[text] * len(images), images=images, padding=True, return_tensors="pt")
 
 
-def _generate(loaded: Loaded, scorer: decoding.Scorer, inputs: Any, settings: Evaluate, seed: int) -> Completions:
+def _generate(loaded: Loaded, scorer: Scorer, inputs: Any, settings: Evaluate, seed: int) -> Completions:
     import torch
 
     inputs = inputs.to(loaded.model.device)
@@ -45,9 +45,7 @@ def _generate(loaded: Loaded, scorer: decoding.Scorer, inputs: Any, settings: Ev
     return completions, scores
 
 
-def _complete(
-    loaded: Loaded, scorer: decoding.Scorer, inputs: Any, settings: Evaluate, sample: bool = False
-) -> Completions:
+def _complete(loaded: Loaded, scorer: Scorer, inputs: Any, settings: Evaluate, sample: bool = False) -> Completions:
     import torch
     from transformers import LogitsProcessorList
 

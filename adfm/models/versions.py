@@ -70,8 +70,7 @@ def download(version: "ModelVersion", to: Path) -> Path:
         The folder of its model, in the folder of the version.
 
     Raises:
-        Unverified: The files are not what a submitter whose key counts has signed, they are those of another version,
-            or they cannot be downloaded.
+        Unverified: The files are not what a trusted key has signed, are another version's, or cannot be downloaded.
         Unreachable: MLflow, or the store of its files, does not answer.
     """
     import mlflow
@@ -102,7 +101,7 @@ def download(version: "ModelVersion", to: Path) -> Path:
 
 
 def _remove(folder: Path) -> None:
-    # Threads of MLflow may still be downloading into it: they then fail for want of the folder, and end.
+    # Threads of MLflow may still be downloading into it; without the folder they fail.
     deadline = time.monotonic() + 10
     while folder.exists() and time.monotonic() < deadline:
         shutil.rmtree(folder, ignore_errors=True)

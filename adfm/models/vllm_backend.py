@@ -22,8 +22,7 @@ def load(model: str | Path, params: Params) -> tuple[Any, str, Callable[[list[Im
     """Load a model into vLLM: its processor and family, and the function that answers a list of images.
 
     Raises:
-        AdfmError: As `adfm.models.loading.resolve`; the adapter's rank, or the number of tokens that decide, is beyond
-            what vLLM takes; or the vLLM that is installed does not fit.
+        AdfmError: As `adfm.models.loading.resolve`; or vLLM does not fit, or takes no such rank or so many tokens.
     """
     # Written from the source of vLLM 0.30 and tested with a stand-in for it, not with vLLM itself.
     import vllm
@@ -37,9 +36,7 @@ def load(model: str | Path, params: Params) -> tuple[Any, str, Callable[[list[Im
     if model_folder.describe(Path(model)):
         rank = json.loads((Path(model) / "adapter_config.json").read_text(encoding="utf-8"))["r"]
         if rank > _RANKS[-1]:
-            raise AdfmError(
-                f"{model}: vLLM takes adapters of rank {_RANKS[-1]} at most; set evaluate.backend=transformers."
-            )
+            raise AdfmError(f"{model}: vLLM takes adapters up to rank {_RANKS[-1]}; set evaluate.backend=transformers.")
         adapter = LoRARequest("adapter", 1, str(model))
         options = {
             "enable_lora": True,

@@ -15,7 +15,6 @@ from adfm.models import loading
 # Written from the source of vLLM 0.30 and TRL 1.16; not run with vLLM, which needs a GPU.
 VERSION = "0.30.0"  # fits torch 2.13, transformers 5.23 and TRL 1.16 (which takes 0.22 to 0.31)
 BATCHED_TOKENS = 4096  # that vLLM computes at a time where TRL starts it; it measures its memory with as many
-
 _NARROWEST = 200  # width / height beyond which the processors of Qwen's models refuse an image
 _PATIENCE = 5  # seconds for a server to reply
 
@@ -51,13 +50,10 @@ def image_tokens(processor: Any) -> int:
     """Return the most tokens that an image becomes; raise `AdfmError` for a family that does not cut into patches."""
     images = processor.image_processor
     if not hasattr(images, "merge_size"):
-        raise AdfmError(
-            f"vLLM is not supported with {type(processor).__name__}; set train.vllm=null and "
-            "evaluate.backend=transformers"
-        )
-    # `smart_resize` of Qwen's image processors (transformers 5.23) brings an image of at most 200 : 1 between
-    # `shortest_edge` and `longest_edge` pixels, in units of a merged patch. A larger image is rounded down, but no side
-    # below one unit; a smaller one is rounded up.
+        name = type(processor).__name__
+        raise AdfmError(f"vLLM is not supported with {name}; set train.vllm=null and evaluate.backend=transformers")
+    # `smart_resize` of Qwen's processors (transformers 5.23) brings an image of at most 200 : 1 between `shortest_edge`
+    # and `longest_edge` pixels, in units of a merged patch: rounded down, but no side to 0, or up if it is smaller.
     unit = images.patch_size * images.merge_size
     low, high = images.size["shortest_edge"], images.size["longest_edge"]
     reduced = max(high, unit * math.sqrt(high * _NARROWEST))

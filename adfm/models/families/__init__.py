@@ -13,14 +13,13 @@ from adfm.models.families.family import UNITS, Family
 
 __all__ = ["FAMILIES", "UNITS", "Family", "get", "placeholders", "processor_class"]
 
-FAMILIES = {
+FAMILIES = {  # by `model_type` of the model's configuration
     "qwen2_5_vl": qwen2_5_vl.FAMILY,
     "qwen3_vl": qwen3_vl.FAMILY,
     "qwen3_5": qwen3_5.FAMILY,
     "adfm_embedded": adfm_embedded.FAMILY,
     "internvl": internvl.FAMILY,
 }
-"""By `model_type` of the model's configuration."""
 
 
 def get(model_type: Any) -> Family:

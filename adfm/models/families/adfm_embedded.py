@@ -9,8 +9,7 @@ FAMILY = Family(
     "thousandths",
     ("visual",),
     patches,
-    # Convolutions, which take no low-rank change, and the embeddings of a small vocabulary, in which the names of a
-    # user's defects are words not seen before.
+    # Convolutions, which take no low-rank change, and embeddings, to which the names of a user's defects are new.
     modules_to_save=("visual", "embed_tokens", "lm_head"),
     vllm=False,
 )

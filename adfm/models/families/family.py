@@ -7,11 +7,10 @@ from adfm.method.coordinates import Frame
 
 Coordinates = Literal["pixels", "thousandths"]
 
-UNITS: dict[Coordinates, str] = {
+UNITS: dict[Coordinates, str] = {  # how the prompt asks for boxes
     "pixels": "in pixels of the image",
     "thousandths": "from 0 to 1000 across and down the image",
 }
-"""How the prompt asks for boxes, by the coordinates of a family."""
 
 
 class Vision(NamedTuple):

@@ -32,9 +32,7 @@ def resized(images: Any, width: int, height: int) -> tuple[int, int]:
             max_pixels=images.size["longest_edge"],
         )
     except ValueError as error:
-        raise AdfmError(
-            f"an image of {width}x{height} pixels cannot be resized for the model: {error}; crop it"
-        ) from None
+        raise AdfmError(f"an image of {width}x{height} cannot be resized for the model: {error}; crop it") from None
     return resized_width, resized_height
 
 
