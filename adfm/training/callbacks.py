@@ -9,8 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from adfm.process.progress import bar
 from adfm.training.outbox import Outbox
 
-# MLflow sorts a run's charts by name, a section for each prefix before `/`, capital letters first; metrics without a
-# prefix come last.
+# MLflow sorts charts by name, a section for each prefix before `/`, capital letters first, those without prefix last.
 _FIRST = {name: f"Overview/{name}" for name in ("balanced_accuracy", "reward", "utilisation")}
 # `epoch` repeats the step, and `frac_reward_zero_std` is 1 - utilisation. Clip ratios are 0: the weights do not change
 # between the sampling of a batch and the one step on it.
@@ -34,8 +33,7 @@ class MetricsCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Open the bar at the step that training resumes from."""
-        hidden = not state.is_world_process_zero
-        total, done = state.max_steps, state.global_step
+        total, done, hidden = state.max_steps, state.global_step, not state.is_world_process_zero
         self._bar = bar(total=total, initial=done, desc=self._description, unit="step", disable=hidden)
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:

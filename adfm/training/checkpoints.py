@@ -29,8 +29,7 @@ def publish(work: Path, window: int | None) -> None:
     if window is None or not steps:
         return
     before = [step for step in steps if step < steps[-1] - window]
-    # Kept are the newest from before the window, to resume from when a check fails; the oldest within, which will be
-    # that one in time; and the newest two.
+    # Kept are the newest from before the window, to resume from when a check fails; its successor; the newest two.
     for step in set(steps) - {*before[-1:], *steps[len(before) :][:1], *steps[-2:]}:
         remove(work / f"{_PREFIX}{step}")
 

@@ -1,16 +1,10 @@
-"""Train the reference detector (`adfm.models.detector`): a head on frozen features, on the CPU.
-
-The loss is dense on the user's boxes (cross-entropy and Dice of the map of defects) where there are boxes and on normal
-images, and a cross-entropy of the image's logit on the label of every image. Where no image has boxes, the mean of the
-map's highest hundredth learns the label instead, so that the map still helps. Where no image is normal there is no loss
-of the label. Kinds of defects are a further output where there are several.
-"""
+"""Train the reference detector (`adfm.models.detector`): a head on frozen features, on the CPU."""
 
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,13 +27,9 @@ from adfm.records import Box, Record, Split
 from adfm.tiny import efficientnet
 from adfm.training import examples as examples_
 
-VARIANTS = 4
-"""Of a picture: as it is, and flipped across, down and both ways, each with other light and noise."""
-
-# Pictures, images or tiles, that the backbone computes for training, variants included: about two minutes on one core,
-# and 0.9 GB in a file.
+VARIANTS = 4  # of a picture: as it is, and flipped across, down and both ways, each with other light and noise
+# Images or tiles that the backbone computes for training, variants included: two minutes on one core, 0.9 GB in a file.
 MOST_PICTURES = 2400
-
 _MOST_VALIDATION = 1000  # images that threshold and boxes are chosen on
 _MOST_TILES = 2400  # of these images, where they are cut: about as many images as have so many tiles, but
 _FEWEST_VALIDATION = 40  # no fewer: a threshold on fewer images is chance
@@ -49,14 +39,8 @@ _BATCH = 16
 _LEARNING_RATE, _WEIGHT_DECAY, _WARMUP = 2e-3, 2e-2, 30
 _DEFECT_WEIGHT = 3.0  # of a cell with a defect in the cross-entropy: few cells have one
 _COVERED = 0.4  # share of a cell from which on boxes make it one with a defect
-_RULES = [
-    detector.Rule(least, share, most)
-    for least in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-    for share in (0.0, 0.5, 0.7)
-    for most in (1, 3, 10)
-]
-
-Maps = dict[int, Tensor]
+# Each with a `least`, a `share` and a `most`.
+_RULES = [detector.Rule(*each) for each in product((0.2, 0.3, 0.4, 0.5, 0.6, 0.7), (0.0, 0.5, 0.7), (1, 3, 10))]
 
 
 class _Example(NamedTuple):
@@ -83,8 +67,8 @@ def train(shards: Path, out: Path, params: Params, force: bool = False) -> None:
         force: Replace a finished model at `out`.
 
     Raises:
-        AdfmError: `out` holds a finished model or something else; the shards cannot be read; or there is nothing to
-            learn: no defective image, or neither boxes nor normal images nor several kinds; with `tile.size`, no boxes.
+        AdfmError: `out` cannot be replaced; the shards cannot be read; or nothing is to learn: no defective image, or
+            neither boxes nor normal images nor several kinds; with `tile.size`, no boxes.
     """
     refuse_to_replace(out, force)
     rng = np.random.default_rng(params.seed)
@@ -112,7 +96,6 @@ def train(shards: Path, out: Path, params: Params, force: bool = False) -> None:
 
 
 def _check(rows: list[dict[str, Any]], shards: Path) -> None:
-    """Refuse training images that nothing can be learnt from."""
     counts = Counter(row["label"] for row in rows)
     if not counts["anomalous"]:
         raise AdfmError(
@@ -128,7 +111,6 @@ def _check(rows: list[dict[str, Any]], shards: Path) -> None:
 
 
 def _chosen(rows: list[dict[str, Any]], rng: np.random.Generator, tile: Tile) -> tuple[list[dict[str, Any]], int]:
-    """Return the images or tiles to learn from, and in how many variants each."""
     if tile.size:
         # Few tiles have a defect: they get as many variants as leave room for as many normal ones, which fill the rest.
         anomalous = sum(row["label"] == "anomalous" for row in rows)
@@ -152,7 +134,6 @@ def _draw(rows: list[dict[str, Any]], rng: np.random.Generator, most: int) -> li
 def _summary(
     shards: Path, rows: list[dict[str, Any]], examples: list[_Example], kinds: list[str], variants: int, tile: Tile
 ) -> list[str]:
-    """Return what was drawn of the images or tiles `rows`, and what cannot be learned from it."""
     anomalous, boxes = sum(e.anomalous for e in examples), sum(e.boxes for e in examples)
     normal, total = len(examples) - anomalous, sum(row["label"] == "anomalous" for row in rows)
     if tile.size:
@@ -166,9 +147,7 @@ def _summary(
         drawn = f" of {len(rows):,}, drawn" if len(examples) < len(rows) else ""
         notes = [f"detector: {len(examples):,} training images{drawn}, {anomalous:,} defective, in {variants} variants"]
         if not boxes and not normal:
-            notes.append(
-                "no image has boxes or is normal, so that it learns the kinds alone, and its score says nothing"
-            )
+            notes.append("no image has boxes or is normal: it learns the kinds alone, and its score says nothing")
         elif not boxes:
             notes.append("no image has boxes, so that it learns the labels alone and draws no boxes")
         elif boxes < anomalous:
@@ -216,13 +195,7 @@ def _compute(
 
 
 def varied(picture: Tensor, variant: int, seed: Sequence[int]) -> Tensor:
-    """Return a variant of a picture.
-
-    Args:
-        picture: [3, height, width], from -1 to 1.
-        variant: 0: as it is; 1: flipped across, 2: flipped down, 3: both, with other brightness, contrast and noise.
-        seed: Decides brightness, contrast and noise.
-    """
+    """Return a picture [3, height, width], from -1 to 1, as one of `VARIANTS`; `seed` decides light and noise."""
     if not variant:
         return picture
     rng = np.random.default_rng(seed)
@@ -238,10 +211,7 @@ def flipped(picture: Tensor, variant: int) -> Tensor:
 
 
 def target(boxes: Sequence[Box], size: tuple[int, int], grid: tuple[int, int]) -> NDArray[np.float32]:
-    """Return a map of shape `grid`, 1 for cells that a box covers by `_COVERED` or that hold its middle, else 0.
-
-    Boxes and `size`, width and height of the image, are in pixels.
-    """
+    """Return a map of shape `grid`, 1 for cells that a box, in pixels, covers by `_COVERED` or that hold its middle."""
     (width, height), (rows, columns) = size, grid
     cells = np.zeros(grid, np.float32)
 
@@ -260,12 +230,10 @@ def target(boxes: Sequence[Box], size: tuple[int, int], grid: tuple[int, int]) -
 def _fit(
     examples: list[_Example], file: Path, kinds: int, by_image: bool, steps: int, rng: np.random.Generator
 ) -> detector.Head:
-    """Train a head; return it in evaluation mode."""
     values = np.memmap(file, np.float16, "r")
     seed = int(rng.integers(2**31))
-    anomalous, normal = (
-        np.array([i for i, e in enumerate(examples) if e.anomalous == label]) for label in (True, False)
-    )
+    anomalous = np.flatnonzero([example.anomalous for example in examples])
+    normal = np.flatnonzero([not example.anomalous for example in examples])
     located = any(example.boxes for example in examples)
     with torch.random.fork_rng(devices=[]):  # dropout and the first weights, whatever ran before
         torch.manual_seed(seed)
@@ -294,7 +262,6 @@ def _fit(
 def _standardise(
     head: detector.Head, values: NDArray[np.float16], examples: list[_Example], rng: np.random.Generator
 ) -> None:
-    """Set mean and spread of each channel over some plain pictures."""
     some = rng.choice(len(examples), min(len(examples), 200), replace=False)
     maps = [_read(values, examples[i], 0) for i in some]
     both = [torch.cat([one[stride].flatten(1) for one in maps], 1) for stride in efficientnet.CHANNELS]
@@ -302,8 +269,8 @@ def _standardise(
     head.spread.copy_(torch.cat([each.std(1) + 1e-3 for each in both]))
 
 
-def _read(values: NDArray[np.float16], example: _Example, variant: int) -> Maps:
-    """Return the features of a variant, by stride, [channels, rows, columns]."""
+def _read(values: NDArray[np.float16], example: _Example, variant: int) -> dict[int, Tensor]:
+    """The features of a variant, by stride, [channels, rows, columns]."""
     place, maps = example.places[variant], {}
     for stride, channels in efficientnet.CHANNELS.items():
         coarser = max(stride, detector.STRIDE) // detector.STRIDE
@@ -333,7 +300,7 @@ def _loss(
         outputs = head({stride: torch.stack([one[stride] for one in maps]) for stride in efficientnet.CHANNELS})
         label = torch.tensor([float(example.anomalous) for example in alike])
         boxes = torch.tensor([example.boxes for example in alike])
-        if located:
+        if located:  # cross-entropy and Dice of the map, where there are boxes and on normal images
             truth = flipped(torch.from_numpy(np.stack([example.target for example in alike])), variant)
             known = boxes | (label == 0)
             weight = torch.tensor(_DEFECT_WEIGHT)
@@ -342,9 +309,9 @@ def _loss(
             share = outputs.cells.sigmoid()
             both, each = (share * truth).sum((1, 2)), share.sum((1, 2)) + truth.sum((1, 2))
             terms["dice"].append((1 - (2 * both + 1) / (each + 1))[boxes])
-        else:
+        else:  # the mean of the map's highest hundredth learns the label, so that the map still helps
             terms["top"].append(F.binary_cross_entropy_with_logits(outputs.top, label, reduction="none"))
-        if by_image:
+        if by_image:  # some image is normal
             terms["image"].append(F.binary_cross_entropy_with_logits(outputs.image, label, reduction="none"))
         if kinds > 1:
             kind = torch.tensor([example.kind for example in alike])
@@ -376,12 +343,9 @@ def _choose(
         drawn = f"{len(chosen):,} of {len(rows):,} {split} images"
         print(f"detector: threshold and boxes are chosen on {drawn}, drawn", flush=True)
     compute = efficientnet.Features(tuple(efficientnet.CHANNELS), keep=0)
-    scores: list[float] = []
-    labels: list[bool] = []
-    located: list[_Scored] = []
-    images = iter(
-        bar(examples_.images(shards, split, chosen), total=len(chosen), desc="detector, threshold", unit="image")
-    )
+    scores, labels, located = [], [], []
+    images = examples_.images(shards, split, chosen)
+    images = iter(bar(images, total=len(chosen), desc="detector, threshold", unit="image"))
     at_once = 1 if tile.size else _AT_ONCE  # the tiles of one image are enough for all cores
     while some := list(islice(images, at_once)):
         pictures = [detector.picture(image.crop(place)) for _, image, [row] in some for place in grids[row["number"]]]
@@ -407,7 +371,6 @@ def _choose(
 
 
 def _best_rule(located: list[_Scored], threshold: float) -> detector.Rule | None:
-    """Return the rule with the highest mean IoU; `None` without an image with boxes."""
     images = []
     for record, grid, scores, cells in located:
         # On the tiles that are flagged, and on the most suspicious one, as `predictor.joined` does.

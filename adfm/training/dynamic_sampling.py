@@ -9,8 +9,8 @@ from itertools import chain
 from typing import Any
 
 Rows = list[dict[str, Any]]
+# What TRL's `_generate` returns for some rows: lists with an entry a row; other parts are the same for all.
 Generated = tuple[Any, ...]
-"""What TRL's `_generate` returns for some rows: lists with an entry a row; other parts are the same for all."""
 
 
 def fill_batch(

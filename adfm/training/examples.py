@@ -56,15 +56,13 @@ def draw(
         anomalous_share: Share of anomalous images, evenly spread.
         seed: Seeds the order.
         cache: Folder for the memory-mapped copy of the split.
-        weights: By id, how often an image is drawn in proportion to others of its label; at least a twentieth of the
-            largest.
+        weights: By id, how often an image of its label is drawn; at least a twentieth of the largest.
         located: Whether to leave out anomalous images without boxes.
         tile: `None`: whole images.
         split: The split.
 
     Returns:
-        Columns `prompt` (messages), `image`, `label`, `defect`, `regions` (ground-truth boxes in the model's frame) and
-        `frame` (width and height of that frame).
+        Columns `prompt`, `image`, `label`, `defect`, `regions` (true boxes in the model's frame), `frame` (its size).
 
     Raises:
         AdfmError: As `rows`; or the split lacks normal or anomalous images.
@@ -104,8 +102,7 @@ def draw(
 
 
 def _evenly(kinds: list[str | None]) -> NDArray[np.float64]:
-    """Return weights by which every kind is drawn as often as any other; no kind counts as the commonest."""
-    # Otherwise a model that always names the commonest kind would earn the most.
+    """Weights by which every kind is drawn equally often, no kind as the commonest: to name that always would pay."""
     counts = Counter(kind for kind in kinds if kind)
     most = max(counts.values(), default=1)
     return np.array([1 / (counts[kind] if kind else most) for kind in kinds])
@@ -121,11 +118,10 @@ def boxes_known(shards: Path) -> tuple[int, int]:
 def rows(shards: Path, split: Split, tile: Tile) -> list[dict[str, Any]]:
     """Return a row for every image of a split; with `tile.size` for every tile that can be labelled (`tiles.truth`).
 
-    Most tiles of a defective image are normal. An anomalous image without boxes is left out where there are tiles.
-
     Returns:
         The columns of the shards but images and masks, in their order; `number`, the image's in the split; and `tile`,
         the tile's place in the image, or the whole image. Label, boxes, defect, width and height are those of the tile.
+        An anomalous image without boxes is left out where there are tiles.
 
     Raises:
         AdfmError: `tile.size` is set, and no anomalous image has boxes.
@@ -166,9 +162,7 @@ def images(
 
 
 def _cut(table: list[dict[str, Any]], shards: Path, split: Split, cache: Path) -> "datasets.Dataset":
-    """Cut tiles, some of `rows`, to a memory-mapped file, in their order."""
-    # Once for all: to cut a tile when its row is read would decode the whole photograph every time, 0.2 s for one of
-    # 16 million pixels.
+    # To a memory-mapped file: to cut a tile when its row is read would decode the whole photograph, 0.2 s for 16 MP.
     import datasets
 
     key = json.dumps([shards_.fingerprint(shards, split), [[row["number"], *row["tile"]] for row in table]])
@@ -207,10 +201,7 @@ def as_seen(data: "datasets.Dataset", loaded: Loaded) -> "datasets.Dataset":
 def _order(
     labels: list[str], count: int, share: float, seed: int, where: str, weight: NDArray[np.float64] | None = None
 ) -> list[int]:
-    """Return the indices of `count` images, of which any run holds anomalous ones in the given share.
-
-    The images of a label are shuffled again for each pass over them, or drawn by their weights.
-    """
+    """Return the indices of `count` images, of which any run holds anomalous ones in the given share."""
     rng = np.random.default_rng(seed)
     # 1e-9: a product such as 10 * 0.3 may be a hair below the whole number that it stands for.
     anomalous = np.diff(np.floor(np.arange(count + 1) * share + 1e-9)).astype(bool)

@@ -15,7 +15,6 @@ from adfm.records import Box
 from adfm.text import printable
 
 _LEAST = 0.1  # height of a scale: of a curve that hardly moves, it shows that it does not
-
 _FONT_SIZE = 14  # pixels; the font is loaded when it is needed: matplotlib has it
 _IMAGE_SIDE, _TEXT_WIDTH, _MARGIN = 192, 520, 8  # pixels
 _MOST_LINES = 24  # of a completion
@@ -58,9 +57,7 @@ def draw_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def completion_sheet(samples: Sequence[Mapping[str, Any]]) -> Image.Image:
-    """Draw sampled completions one below the other: the image on the left, reward and text on the right.
-
-    True boxes are green, predicted boxes red.
+    """Draw sampled completions, the image on the left, reward and text on the right; true boxes green, predicted red.
 
     Args:
         samples: Dicts with `image` (PIL), `label`, `completion`, `regions` (ground truth, model's frame), `frame` (its

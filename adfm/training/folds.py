@@ -1,18 +1,13 @@
-"""Cross-validation of the recipe on a small data set: `adfm folds SHARDS OUT` with `evaluate.folds`.
-
-OUT contains:
-
-    cross-validation.json      the metrics with their intervals, and what each fold was trained and evaluated on
-    cross-validation.parquet   the predictions, with the number of the fold; each image once
-"""
+"""Cross-validation of the recipe on a small data set: `adfm folds SHARDS OUT` with `evaluate.folds`."""
 
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -28,9 +23,6 @@ from adfm.params import Params, flat
 from adfm.records import SPLITS
 from adfm.training import launch
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 _WORK = "work"
 _UNUSED = ("fetch.", "convert.", "validation.", "mlflow.")  # sections that change no metric
 
@@ -44,7 +36,8 @@ def cross_validate(shards: Path, out: Path, params: Params) -> None:
 
     Args:
         shards: Folder of shards; train, validation and test are pooled.
-        out: Folder to write.
+        out: Folder to write: `cross-validation.json`, the metrics with their intervals and what each fold was trained
+            and evaluated on; `cross-validation.parquet`, the predictions with the fold's number, each image once.
         params: All settings of training and evaluation.
 
     Raises:
@@ -99,7 +92,6 @@ def _work(work: Path, shards: Path, params: Params) -> Path:
 
 
 def _train(shards: Path, part: Path, codes: NDArray[np.int8], params: Params) -> None:
-    """Write the shards of a fold and train its model, as far as that was not done before."""
     own = part / "shards"
     if not own.exists():
         unfinished = part / "shards.unfinished"
@@ -117,7 +109,7 @@ def _train(shards: Path, part: Path, codes: NDArray[np.int8], params: Params) ->
         launch.on_gpus(own, part / "sft", part / "trained", params, gpus=1)
 
 
-def _predictions(part: Path, params: Params, describe: str) -> "pd.DataFrame":
+def _predictions(part: Path, params: Params, describe: str) -> pd.DataFrame:
     """Return the predictions of a fold's model on its part; the threshold is chosen on its validation split."""
     shards, model = part / "shards", part / "trained"
     splits = [split for split in ("validation", "test") if any(shards.glob(f"{split}-*.parquet"))]
@@ -129,7 +121,7 @@ def _predictions(part: Path, params: Params, describe: str) -> "pd.DataFrame":
     return fitted.apply(tables["test"])
 
 
-def _figures(tables: "list[pd.DataFrame]", codes: NDArray[np.int8], shards: Path, params: Params) -> dict[str, Any]:
+def _figures(tables: list[pd.DataFrame], codes: NDArray[np.int8], shards: Path, params: Params) -> dict[str, Any]:
     counts = [np.bincount(each, minlength=len(SPLITS)).tolist() for each in codes]
     labels = [int((table["label"] == "anomalous").sum()) for table in tables]
     resamples = params.evaluate.bootstrap

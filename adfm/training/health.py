@@ -46,8 +46,7 @@ def answer_metrics(completed: Sequence[Completed], group: int) -> dict[str, floa
         group: Completions an image.
 
     Returns:
-        - `answers/anomalous_share`, `answers/normal_share`: completions that answer `A`, and `B`; the rest has no clean
-          letter.
+        - `answers/anomalous_share`, `answers/normal_share`: completions that answer `A`, and `B`, with a clean letter.
         - `images/anomalous_share`: images that are anomalous.
         - `balanced_accuracy`: mean of the shares of right answers on anomalous and on normal images; 0.5 for answers
           that do not depend on the image. Left out where all images have the same label.
@@ -81,7 +80,7 @@ def answer_metrics(completed: Sequence[Completed], group: int) -> dict[str, floa
 
 
 def _overlap_with_next(images: Sequence[Sequence[Box]]) -> float:
-    """Mean, over neighbouring images, of the IoU of each box with the one of the other image that it overlaps most."""
+    # Of each box with the one of the neighbouring image that it overlaps most.
     overlaps = []
     for one, other in pairwise(images):
         best = [max(map(box.iou, boxes)) for some, boxes in ((one, other), (other, one)) for box in some]
@@ -100,11 +99,7 @@ def find_problem(history: Sequence[Metrics], settings: Health) -> Problem | None
     """Return what is wrong with a training, if anything.
 
     A loss or gradient that is not a number counts at once. Everything else must hold at each of the last
-    `settings.patience` steps; a patience of 0 switches these checks off.
-
-    Args:
-        history: The metrics of each step, in order, as TRL logs them; rows without `loss` are skipped.
-        settings: `train.health`.
+    `settings.patience` steps; a patience of 0 switches these checks off. Rows of TRL's log without `loss` are skipped.
     """
     rows = [row for row in history if "loss" in row]
     for name in ("loss", "grad_norm"):
@@ -190,9 +185,7 @@ def _no_variance(window: Sequence[Metrics], settings: Health) -> str | None:
     elif _mean(window, "groups/all_wrong") > 0.9:
         change = f"All answers were wrong: {_SEE_COMPLETIONS}; more sft.steps teach it."
     else:
-        change = (
-            "Raise train.num_generations or train.temperature, and see that all weights in train.weights are above 0."
-        )
+        change = "Raise train.num_generations or train.temperature, and see that all train.weights are above 0."
     return (
         f"at most {max(shares):.1%} of the groups of a step had completions that earned different rewards "
         f"(train.health.min_utilisation is {settings.min_utilisation:g}), and the others teach nothing. {change}"
@@ -211,8 +204,7 @@ def _flat_reward(window: Sequence[Metrics], settings: Health) -> str | None:
 
 
 def _all_right(window: Sequence[Metrics]) -> bool:
-    """Whether all answers are right: nothing is left to learn then, and nothing is wrong."""
-    return _mean(window, "groups/all_right") > 0.99
+    return _mean(window, "groups/all_right") > 0.99  # nothing is left to learn then, and nothing is wrong
 
 
 def _mean(window: Sequence[Metrics], name: str, missing: float = 0.0) -> float:
@@ -250,9 +242,8 @@ class StopCallback(TrainerCallback):
         if not first:
             return Stopped("stopped with the first process, which says why")
         if self._problem is None:
-            return Stopped(
-                f"stopped after step {step} of {steps}; the same command resumes from {checkpoints.last(work)}"
-            )
+            last = checkpoints.last(work)
+            return Stopped(f"stopped after step {step} of {steps}; the same command resumes from {last}")
         # The step that showed the problem started from the weights of the step before, which are suspect too.
         good = checkpoints.drop_after(work, self._problem.began - 2)
         kept = f"The last good checkpoint is {good}." if good else "There is no checkpoint from before it."
@@ -265,11 +256,7 @@ class StopCallback(TrainerCallback):
 
 
 def refuse_diverged(work: Path, settings: Health) -> None:
-    """Refuse to resume a training that a health check stopped, unless `train.health` changed.
-
-    Raises:
-        AdfmError: It did not change.
-    """
+    """Raise `AdfmError` for a training that a health check stopped, unless `train.health` has changed since."""
     file = work / _DIAGNOSIS
     if file.is_file():
         diagnosis = json.loads(file.read_text())

@@ -1,7 +1,6 @@
 """Supervise a training: run it in processes of its own, and restart it from its checkpoint if one of them dies.
 
-One process, or one for each GPU through `accelerate launch`; several machines: `adfm.kubeflow.nodes`. The pipelines
-start trainings here; `adfm train` runs in its own process and is not restarted.
+One process, or one for each GPU through `accelerate launch`; several machines: `adfm.kubeflow.nodes`.
 """
 
 import ctypes
@@ -29,10 +28,8 @@ from adfm.process.stopping import Stopped, defer_sigterm
 from adfm.training import checkpoints
 
 # Starts from the same checkpoint. A later checkpoint gives as many again: a fault that comes every few hours, such as
-# a memory leak or a faulty machine, must not end a training that advances. A fault that comes before the next
-# checkpoint would come every time.
+# a memory leak, must not end a training that advances. One that comes before the next checkpoint would come every time.
 TRIES = 3
-
 _PAUSE = 30.0  # seconds before the second start; twice as many before each later one
 _GRACE = 35.0  # seconds; torchrun and accelerate give their processes 30
 _STOPPED = "training was stopped; the same command resumes it from its last checkpoint"
@@ -57,9 +54,7 @@ def on_gpus(shards: Path, model: Path, out: Path, params: Params, gpus: int) -> 
 
 
 def cold_start(shards: Path, out: Path, params: Params) -> None:
-    """Run `adfm.training.sft.sft` in a process of its own, which leaves no memory of a GPU behind.
-
-    If it dies, it is started again from its beginning: it has no checkpoints.
+    """Run `adfm.training.sft.sft` in a process of its own, from its beginning again if it dies: it has no checkpoints.
 
     Raises:
         AdfmError: As `adfm.training.sft.sft`; the process died too often; or (`Stopped`) SIGTERM has come.
@@ -230,5 +225,4 @@ def _end(status: int, several: bool, log: str, reports: Path, terminated: bool) 
 
 
 def _newest(work: Path) -> int:
-    """Return the step of the newest checkpoint, or 0."""
     return max(checkpoints.every(work), default=0)

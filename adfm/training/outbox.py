@@ -14,17 +14,15 @@ import threading
 import time
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
+from PIL import Image
 from tqdm import tqdm
 
 from adfm import tracking
 from adfm.errors import AdfmError
 from adfm.process import environment
 from adfm.process.environment import without_login
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 _LINES = 10  # a request; MLflow takes 1,000 metrics in one, and a step has fewer than 100
 _LONGEST_PAUSE = 60.0  # seconds between two attempts
@@ -34,8 +32,7 @@ _LAST_TRY = 60.0  # seconds to send the rest when training ends
 class Outbox:
     """Store metrics and pictures of a run, and send them in order once MLflow accepts them.
 
-    As a context manager, it ends by sending what it can; after a body that ended well, it prints where the rest is and
-    how to send it.
+    As a context manager, it ends by sending what it can, and after a body that ended well prints how to send the rest.
 
     Args:
         folder: Folder of the journals; those of other runs are sent first, unless the runs were deleted.
@@ -65,7 +62,7 @@ class Outbox:
             self._step = step
             self._write({"step": step, "figures": metrics})
 
-    def add_picture(self, picture: "Image.Image", name: str) -> None:
+    def add_picture(self, picture: Image.Image, name: str) -> None:
         """Store a picture as the artifact `name` of the run."""
         if name not in self._pictures:
             self._pictures.add(name)
@@ -136,15 +133,13 @@ def resend(folder: Path) -> None:
     """Send what a training could not, with the times at which it happened, and remove what was sent.
 
     Raises:
-        AdfmError: `folder` contains no journal, MLflow fails, runs were deleted there, or lines are damaged; whatever
-            else there is, is sent first.
+        AdfmError: `folder` contains no journal, MLflow fails, runs were deleted, or lines damaged; the rest is sent.
     """
     journals = sorted(folder.glob("*.jsonl"))
     if not journals:
         raise AdfmError(f"{folder} contains no unsent metrics; training keeps them in a folder <OUT>.unsent.")
-    uri = tracking.configure()
     problems = []
-    with tracking.store_errors(uri):
+    with tracking.store_errors(tracking.configure()):
         for journal in journals:
             try:
                 _finish(journal)
@@ -173,7 +168,6 @@ def _finish(journal: Path) -> None:
 
 
 def _require_run(journal: Path) -> None:
-    """Refuse a journal whose run MLflow does not have (any more)."""
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -208,7 +202,6 @@ def _to_workspace(journal: Path) -> Path:
 
 
 def _send(journal: Path) -> None:
-    """Send the lines that MLflow lacks."""
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 

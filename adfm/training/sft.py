@@ -40,8 +40,7 @@ def sft(shards: Path, out: Path, params: Params, force: bool = False) -> None:
         force: Replace a finished model at `out`.
 
     Raises:
-        AdfmError: `out` holds a finished model or something else; model, shards or tracking store cannot be used, or
-            `lora.target_modules` does not fit the model.
+        AdfmError: `out` cannot be replaced; or model, shards, tracking store or `lora.target_modules` cannot be used.
     """
     refuse_to_replace(out, force)
     from transformers import set_seed
@@ -72,12 +71,7 @@ def sft(shards: Path, out: Path, params: Params, force: bool = False) -> None:
 def _trained(
     model: Any, loaded: loading.Loaded, shards: Path, work: Path, params: Params, outbox: Outbox
 ) -> tuple[list[dict[str, Any]], int | None]:
-    """Train `model`.
-
-    Returns:
-        What was logged; and the steps, if `sft.steps` ended it within the first pass over the images, or while the
-        loss on validation was still falling.
-    """
+    """Train `model`; return what was logged, and the steps if `sft.steps` ended it too early."""
     import torch
     from transformers import EarlyStoppingCallback
     from transformers.trainer_callback import PrinterCallback
@@ -151,10 +145,7 @@ def _trained(
         early = "its loss on validation was still falling"
     else:
         return list(trainer.state.log_history), None
-    print(
-        f"cold start: after {steps} steps, which {limit} allows, {early}; "
-        f"raise {limit} where the model is not good enough"
-    )
+    print(f"cold start: after {steps} steps, which {limit} allows, {early}; raise {limit} if the model is too weak")
     return list(trainer.state.log_history), steps if limit == "sft.steps" else None
 
 
@@ -185,13 +176,7 @@ class Targets:
 
     For the loss on places there are also `boxes`, as fractions of width and height, `None` where the place is not
     known; `defective`; and `kind`, the number of its kind in `kinds`, `None` where it has none of them, or several.
-
-    Args:
-        data: As `examples.draw` returns it.
-        settings: Decides the form of the completions.
-        seed: Decides which view of an image (`adfm.training.augmentation`) a row shows.
-        augment: `False`: the image as it is.
-        kinds: Those of the training images.
+    `seed` decides which view of an image (`adfm.training.augmentation`) a row shows; without `augment` it is the image.
     """
 
     def __init__(self, data: Any, settings: Sft, seed: int, augment: bool = True, kinds: Sequence[str] = ()) -> None:
@@ -307,13 +292,9 @@ def save(
 
 
 def trained_on(shards: Path, start: Path | None = None) -> pa.Table | None:
-    """Return the hashes of all images that a model trained on `shards` has seen, from `start` or a base model.
+    """Return the hashes (`hashes.collect`) of all images that a model trained on `shards`, from `start`, has seen.
 
-    Returns:
-        As `hashes.collect`; `None` if `start`, by an earlier adfm, does not say what it was trained on.
-
-    Raises:
-        AdfmError: Shards or the table of `start` cannot be read.
+    `None` if `start`, by an earlier adfm, does not say what it was trained on.
     """
     if start is None:  # what a base model has seen is not known
         return hashes.collect(shards, hashes.SEEN)

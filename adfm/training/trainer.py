@@ -29,8 +29,7 @@ from adfm.training.health import StopCallback
 from adfm.training.outbox import Outbox
 
 TERMS = rewards.Terms._fields
-KIND = "kind"
-"""A further term, only of a model whose prompt asks for the defect's kind."""
+KIND = "kind"  # a further term, only of a model whose prompt asks for the defect's kind
 
 # Settings in `train` that have the name and the meaning of those of TRL's `GRPOConfig`.
 _SAME_IN_TRL = {
@@ -74,17 +73,10 @@ def reward_functions(profile: str, located: bool = True, kinds: Sequence[str] = 
 
 
 def utilisation(terms: torch.Tensor, weights: torch.Tensor, group: int) -> dict[str, float]:
-    """Return shares of the groups of one step, in [0, 1].
+    """Return the share of groups whose total rewards are not all equal, `utilisation`, and the same for each term.
 
-    Args:
-        terms: Rewards `[completions, terms]` in the order of `TERMS`, with or without `KIND` after them; a group's
-            completions are adjacent.
-        weights: Weight of each term, `[terms]`.
-        group: Completions a group.
-
-    Returns:
-        `utilisation`, the share whose total rewards are not all equal; the same for each term; and the shares of groups
-        whose answers are all right and all wrong.
+    And the shares of groups whose answers are all right and all wrong. `terms` are rewards `[completions, terms]` in
+    the order of `TERMS` and `KIND`, a group's `group` completions adjacent; `weights` are `[terms]`.
     """
     grouped = terms.nan_to_num().view(-1, group, terms.shape[1])
     total = grouped @ weights
@@ -242,7 +234,7 @@ class GrpoTrainer(GRPOTrainer):
         return terms
 
     def _completion_sheet(self, inputs: Any, texts: list[str], terms: torch.Tensor, weights: torch.Tensor) -> Any:
-        """Draw the first four completions of each of the first three groups."""
+        # The first four completions of each of the first three groups.
         names = [
             f"{function.__name__} (x {weight:g})" if weight != 1 else function.__name__
             for function, weight in zip(self._terms_of, weights.tolist(), strict=True)

@@ -1,7 +1,4 @@
-"""vLLM inside TRL's GRPO trainer: corrections to TRL 1.16 for a LoRA on a vision-language model.
-
-Written from the source of TRL 1.16 and vLLM 0.30, and tested without vLLM, which needs a GPU: not run with it.
-"""
+"""vLLM inside TRL's GRPO trainer: corrections to TRL 1.16 for a LoRA on a vision-language model; not run with vLLM."""
 
 import functools
 from collections.abc import Iterator
@@ -18,8 +15,7 @@ from adfm.models import vllm_engine
 from adfm.models.loading import Loaded
 from adfm.params import Train
 
-TRL = "1.16.0"
-"""Version of TRL that this file corrects; a test fails with a newer one, which may need less or other corrections."""
+TRL = "1.16.0"  # that this file corrects; a test fails with a newer one, which may need less or other corrections
 
 
 def trl_settings(settings: Train, loaded: Loaded, unwanted: list[int]) -> dict[str, Any]:
@@ -29,13 +25,12 @@ def trl_settings(settings: Train, loaded: Loaded, unwanted: list[int]) -> dict[s
     shared: dict[str, Any] = {"generation_kwargs": {"logit_bias": bias}, "use_vllm": True}
     if settings.vllm_server:  # whose memory and model length are set where it is started
         return {**shared, "vllm_mode": "server", "vllm_server_base_url": settings.vllm_server}
+    length = vllm_engine.model_length(loaded.processor, loaded.prompt, settings.max_completion_length)
     return {
         **shared,
         "vllm_mode": "colocate",
         "vllm_gpu_memory_utilization": settings.vllm,
-        "vllm_max_model_length": vllm_engine.model_length(
-            loaded.processor, loaded.prompt, settings.max_completion_length
-        ),
+        "vllm_max_model_length": length,
         "vllm_enable_sleep_mode": True,
     }
 
@@ -57,9 +52,7 @@ def installed(loaded: Loaded) -> Iterator[None]:
 class Generation(trl_generation.VLLMGeneration):
     """TRL's generation by vLLM, with weight sync that leaves the trained model's base weights unchanged.
 
-    Args:
-        engine_options: Further arguments of `vllm.LLM`, where the engine is in this process.
-        args, kwargs: As of TRL's class.
+    `engine_options` are further arguments of `vllm.LLM`, where the engine is in this process.
     """
 
     def __init__(self, *args: Any, engine_options: dict[str, Any], **kwargs: Any) -> None:
@@ -133,10 +126,7 @@ def adapted_layer(model: Any, name: str) -> Any:
 def merged(weight: Tensor, layer: Any, whole: Any = lambda factor: factor) -> Tensor:
     """Return base weight plus adapter, `[out, in]`, summed in float32 and rounded once to the type of the base.
 
-    Args:
-        weight: The whole base weight, which stays as it is.
-        layer: PEFT's layer around it; `None`: the weight is returned as it is.
-        whole: Gathers a factor of the adapter that is divided among processes.
+    The base `weight` stays as it is. `whole` gathers a factor of the adapter that is divided among processes.
     """
     if layer is None:
         return weight
