@@ -77,8 +77,9 @@ class LoadedModel:
         answers = iter(self.predictor.answers(sizes, accepted.__getitem__) if accepted else [])
         rows: list[tuple[dict[str, Any], str | None]] = []
         for image, refusal in zip(images, refusals, strict=True):
+            kind, why = None, str(refusal.kind) if refusal else None
             if refusal:
-                row, kind, why = refused(refusal.reason, self.calibration), None, str(refusal.kind)
+                row = refused(refusal.reason, self.calibration)
             else:
                 answer = next(answers)
                 row, kind = readable(answer, image.size, self.calibration), answer.kind

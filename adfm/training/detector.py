@@ -343,7 +343,8 @@ def _choose(
         drawn = f"{len(chosen):,} of {len(rows):,} {split} images"
         print(f"detector: threshold and boxes are chosen on {drawn}, drawn", flush=True)
     compute = efficientnet.Features(tuple(efficientnet.CHANNELS), keep=0)
-    scores, labels, located = [], [], []
+    scores, labels = [], []
+    located: list[_Scored] = []
     images = examples_.images(shards, split, chosen)
     images = iter(bar(images, total=len(chosen), desc="detector, threshold", unit="image"))
     at_once = 1 if tile.size else _AT_ONCE  # the tiles of one image are enough for all cores
