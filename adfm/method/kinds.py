@@ -46,7 +46,11 @@ def single(names: Iterable[str | None]) -> list[str]:
 
 
 def listed(names: Iterable[str | None]) -> tuple[str, ...]:
-    """Return the kinds of a training split's defects to name; raise `AdfmError` outside `FEWEST`, `MOST`, `LONGEST`."""
+    """Return the kinds among the defects of a training split, for a model to name.
+
+    Raises:
+        AdfmError: There are fewer than `FEWEST` or more than `MOST`, or one is longer than `LONGEST`.
+    """
     kinds = single(names)
     if not FEWEST <= len(kinds) <= MOST:
         raise AdfmError(

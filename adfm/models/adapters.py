@@ -44,7 +44,9 @@ def attach(network: Any, settings: Lora) -> Any:
 def problems(network: Any, settings: Lora) -> list[str]:
     """Return a sentence for every entry of `lora.target_modules` that `attach` refuses.
 
-    `network` has no adapter, and its weights may be on PyTorch's device `meta`.
+    Args:
+        network: The model without an adapter; its weights may be on PyTorch's device `meta`.
+        settings: Reads `target_modules` and `vision`.
     """
     targets = settings.target_modules
     if not targets:

@@ -90,7 +90,11 @@ BRANCHES = tuple(
 class Scorer:
     """Computes the probability that an answer is `anomalous` from the logits of the tokens that decide.
 
-    All tokens of the tokenizer are read once, a second for 150,000. Raise `AdfmError` if it cannot write the letters.
+    Args:
+        tokenizer: The model's tokenizer. All its tokens are read once, about a second for 150,000.
+
+    Raises:
+        AdfmError: The tokenizer cannot write the two letters, or writes both alike.
     """
 
     def __init__(self, tokenizer: Any) -> None:

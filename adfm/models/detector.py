@@ -155,9 +155,10 @@ def refined(cells: Tensor) -> NDArray[np.float32]:
 
 
 def regions(fine: NDArray[np.float32], size: tuple[int, int], rule: Rule) -> list[Box]:
-    """Return boxes around the connected regions of a `refined` map, in pixels of an image of `size`, half-open.
+    """Return boxes around the connected regions of a `refined` map of defects, which covers an image of `size`.
 
-    The highest peak first; at least one.
+    Returns:
+        The boxes in pixels of the image, half-open, the highest peak first; at least one.
     """
     from scipy import ndimage
 

@@ -40,7 +40,12 @@ def batch_problems(settings: Train, processes: int) -> list[str]:
 
 
 def require(params: Params, processes: int = 1) -> None:
-    """Raise an `AdfmError` that lists the `problems`; `processes` divide the completions of a step, a GPU each."""
+    """Raise an `AdfmError` that lists the `problems`, if any.
+
+    Args:
+        params: Reads `model`, `lora` and `train`.
+        processes: Among which the completions of a step are divided, a GPU each.
+    """
     if missing := problems(params, processes):
         raise AdfmError("\n  ".join(missing))
 

@@ -46,7 +46,9 @@ def set_environment() -> None:
     """Set variables that disable telemetry and noise, and those by which MLflow and private servers are reached.
 
     Call it before heavy imports, also repeatedly. Child processes inherit the variables; those that are set stay.
-    Raise `AdfmError` if the private certificate authority cannot be used.
+
+    Raises:
+        AdfmError: The private certificate authority cannot be used.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)

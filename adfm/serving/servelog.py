@@ -65,7 +65,11 @@ def write(events: Iterable[tuple[str, dict[str, Any]]], version: str) -> None:
 
 
 def read(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """Yield the lines of logs, in order, without a last one that was cut off; raise `BadLog` for any other text."""
+    """Yield the lines of logs, in their order.
+
+    Raises:
+        BadLog: A file cannot be read, or a line is not one of a log; a last line that was cut off is left out.
+    """
     for file in files:
         try:
             with file.open(encoding="utf-8") as log:
@@ -85,7 +89,11 @@ def read(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
 
 
 def summary(entries: Iterable[dict[str, Any]]) -> str:
-    """Count answers, refusals by kind, and differences from the shadow, the latest listed; raise `BadLog` as `read`."""
+    """Count answers, refusals by kind, and differences between production and shadow, and list the latest of these.
+
+    Raises:
+        BadLog: A line lacks what its event has.
+    """
     latest: deque[str] = deque(maxlen=_LATEST)
     labels, kinds, shadow, changes = (Counter[str]() for _ in range(4))
     for entry in entries:

@@ -62,8 +62,11 @@ class Turns:
 class Shadow:
     """A candidate that answers what production has answered.
 
-    `answer` returns the candidate's rows for image files, in their order; `version` and `name` are production's and the
-    candidate's names for the log.
+    Args:
+        answer: Returns the candidate's rows for image files, in their order.
+        turns: Those of production.
+        version: Production's, for the log.
+        name: The candidate's, for the log.
     """
 
     def __init__(self, answer: Callable[[list[bytes]], list[Row]], turns: Turns, version: str, name: str) -> None:

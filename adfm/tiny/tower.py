@@ -213,7 +213,10 @@ def sinusoids(values: Tensor) -> Tensor:
 def regions(logits: Tensor, boxes: Tensor, most: int = REGIONS) -> list[tuple[float, float, float, float]]:
     """Return the `most` likeliest boxes around connected cells with a defect, also by a corner, in reading order.
 
-    `logits` and `boxes` are as in `Places`; the result has the unit of `boxes`.
+    Args:
+        logits: As `Places.defect`.
+        boxes: As `Places.boxes`, whose unit the result has.
+        most: How many at most.
     """
     from scipy import ndimage
 
