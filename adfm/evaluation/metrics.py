@@ -555,7 +555,10 @@ def written(value: float | None, low: float | None = None, high: float | None = 
 
 
 def rates(values: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]:
-    """Return recall and specificity of a model's `values` with limits, at the threshold where there is one."""
+    """Return recall and specificity with their limits, where they are measured; at the threshold where there is one.
+
+    `values` are metrics of a model, as `summarize` and `operating_point` return them.
+    """
     at = "_at_threshold" if values.get("threshold") is not None else ""
     measured = {}
     for name, miss in (("recall", "miss_rate"), ("specificity", "overkill")):
@@ -617,14 +620,20 @@ def limits_of_means(table: pd.DataFrame, names: Names = None) -> dict[str, float
 
 
 def confidence_limits(values: Floats, group: Groups = None, binary: bool = True) -> tuple[float, float]:
-    """Return the 95 % confidence limits of a mean of values in [0, 1], NaN left out; exact for rates (`binary`)."""
+    """Return the lower and upper 95 % confidence limit of a mean of values in [0, 1]; exact for rates (`binary`).
+
+    `values` is NaN where an image does not count; `group` numbers the images that show one part, or is `None`.
+    """
     values, group = _counted(values, group)
     at_most = statistics.rate_at_most if binary else statistics.mean_at_most
     return 1 - at_most(1 - values, _ALPHA, group), at_most(values, _ALPHA, group)
 
 
 def difference_limits(change: Floats, group: Groups = None, binary: bool = True) -> tuple[float, float]:
-    """Return the 95 % confidence limits of a mean change in [-1, 1], -1, 0 or 1 if `binary`, NaN left out."""
+    """Return the lower and upper 95 % confidence limit of a mean change, in [-1, 1], on the same images.
+
+    `change` is -1, 0 or 1 if `binary`; NaN, and `group`, as in `confidence_limits`.
+    """
     change, group = _counted(change, group)
     low, high = (statistics.loss_at_most(sign * change, _ALPHA, group, binary) for sign in (-1, 1))
     return -low, high
@@ -689,7 +698,11 @@ def kind_pairs(table: pd.DataFrame) -> list[tuple[str | None, str]]:
 
 
 def kinds_confusion(table: pd.DataFrame) -> dict[str, Any]:
-    """Return the names of `rows` (actual kinds) and `columns` (given), `NORMAL` last, and the `counts`."""
+    """Return the confusion table of kinds: names of its `rows` (actual) and `columns` (given), and the `counts`.
+
+    Defective images that are not of one known kind are left out. The row and column `NORMAL`, and the column `NO_KIND`,
+    come last; `NORMAL` has no row where no image is normal.
+    """
     # Defective images that are not of one known kind are left out.
     counts = Counter(pair for pair in kind_pairs(table) if pair[0] is not None)
     last = {NO_KIND: 1, NORMAL: 2}

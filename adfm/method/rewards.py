@@ -45,10 +45,13 @@ def calibrated(
 
     - An anomalous image pays 1 for the letter `A` and exactly the true boxes (see `_soft_f1`), half as much for the
       same boxes without that letter. Where its boxes are not known it pays 0 whatever is boxed, so that it never
-      contributes to the advantage; and `format` requires no box, so that the model does not learn to make places up.
-    - A normal image pays only for the letter `B`: 1 for at most one box, which is examined and rejected, less for more.
+      contributes to the advantage; and `format` requires no box there, so that the model does not learn to make places
+      up.
+    - A normal image pays only for the letter `B`: 1 for at most one box, since the method asks to examine a region and
+      reject it, and less for each further box.
 
-    `regions` pays for the number of boxes in `<think>` of answers with the right letter (see `_regions`).
+    `regions` pays for the number of boxes in `<think>`, wherever they are, of answers with the right letter (see
+    `_regions`).
 
     Args:
         completion: The model's text.

@@ -127,7 +127,10 @@ class Scorer:
     def letter(self, tokens: Sequence[int], completion: str, logits: Logits) -> float | None:
         """Return the probability of `A` against `B` at the letter; `None` if there is no clean letter.
 
-        `tokens` are those of the completion, and perhaps some after it, `completion` their text up to `STOP`.
+        Args:
+            tokens: The tokens of the completion, and perhaps some after it.
+            completion: Their text, as `until_stop` gives it.
+            logits: Those of `self.tokens`, at a position in `tokens`.
         """
         if response.parse(completion).predicted_label is None:
             return None

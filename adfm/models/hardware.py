@@ -157,9 +157,13 @@ def _request(params: Params) -> tuple[Model, Path, Any, int]:
 
 
 def vllm_problems(params: Params, processes: int, available: int, divided: bool = False) -> list[str]:
-    """Return why vLLM cannot start in its share of the GPU's `available` bytes, or training beside it, and a remedy.
+    """Return why vLLM cannot start in its share of the GPU, or training beside it, and the share to set.
 
-    `divided` is whether the weights that are trained are divided among the processes; those of vLLM never are.
+    Args:
+        params: Reads `model`, `lora` and `train`.
+        processes: As in `require`.
+        available: Memory of the GPU in bytes.
+        divided: Whether the weights that are trained are divided among the processes; those of vLLM never are.
     """
     base, folder, processor, length = _request(params)
     params = params.model_copy(update={"model": base})
@@ -194,7 +198,12 @@ def vllm_problems(params: Params, processes: int, available: int, divided: bool 
 def vllm_memory(network: Any, dtype: str, length: int, requests: int, image: int) -> dict[str, int]:
     """Return the least GPU memory in bytes with which vLLM 0.30 starts; computed from its source, not measured.
 
-    For `requests` of `length` tokens at a time, each with an image of at most `image` tokens.
+    Args:
+        network: As `meta_model` makes it.
+        dtype: Of weights and cache.
+        length: Tokens of one request.
+        requests: Completions that are generated at a time.
+        image: The most tokens of one image.
     """
     # vLLM runs the model on `BATCHED_TOKENS` tokens and as many of images; the rest of its share must hold the keys and
     # values of one request. The run's largest tensors at one time: of a layer of width h and inner width i, 2 h + 3 i

@@ -40,7 +40,14 @@ _TIMEOUT = 10  # seconds to wait for a server that has an image
 
 
 class Served:
-    """A version, from the folder of its files, that answers requests, one at a time."""
+    """A version that answers requests, one at a time.
+
+    Args:
+        folder: The version's files.
+
+    Raises:
+        AdfmError: It cannot be loaded.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.version = _version(folder)
@@ -63,7 +70,8 @@ class Served:
     def predict(self, data: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Return a row of `LoadedModel.judge` for each photograph, base64 or a URI in the column `image`.
 
-        Raise `MlflowException` if images cannot be read; all of them are listed, and none was answered.
+        Raises:
+            MlflowException: Images cannot be read; all of them are listed, and none was answered.
         """
         problems: dict[int, str] = {}
         contents = dict(_contents(data["image"], problems))
@@ -130,7 +138,8 @@ def _version(folder: Path) -> str:
 def content(image: str) -> bytes:
     """Return the file of an entry: base64, or a URI (`data:`, `file:` or an absolute path, `http(s):`, `s3:`).
 
-    Raise `AdfmError`, with the reason alone, if it is neither, or may not or cannot be read.
+    Raises:
+        AdfmError: It is neither, may not be read, or cannot be read; the message is the reason alone.
     """
     if re.match(r"data:", image, re.IGNORECASE):
         about, _, text = image.partition(",")

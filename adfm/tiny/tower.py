@@ -46,7 +46,11 @@ features = Features(STRIDES, keep=2 << 30)  # of the most recent pictures, share
 
 @strict
 class TowerConfig(PreTrainedConfig):
-    """Sizes of the tower; `patch_size` and `spatial_merge_size` are those of the processor."""
+    """Sizes of the tower.
+
+    `hidden_size` are the neck's channels, `intermediate_size` those of the features; `patch_size` and
+    `spatial_merge_size` are those of the processor.
+    """
 
     model_type = "adfm_tower"
     base_config_key = "vision_config"
@@ -248,7 +252,11 @@ def _boxes(offsets: Tensor) -> Tensor:
 def unpacked(patches: Tensor, rows: int, columns: int, config: Any) -> Tensor:
     """Unpack a picture from the patches of Qwen's image processor: `[channels, rows * patch, columns * patch]`.
 
-    `patches` are `[rows * columns, channels * frames * patch * patch]`; the frames of a still picture are the same.
+    Args:
+        patches: `[rows * columns, channels * frames * patch * patch]`; the frames of a still picture are the same.
+        rows: Patches down.
+        columns: Patches across.
+        config: A `TowerConfig`.
     """
     merge, side = config.spatial_merge_size, config.patch_size
     shape = (rows // merge, columns // merge, merge, merge, config.in_channels, config.temporal_patch_size, side, side)

@@ -195,7 +195,13 @@ def _compute(
 
 
 def varied(picture: Tensor, variant: int, seed: Sequence[int]) -> Tensor:
-    """Return a picture [3, height, width], from -1 to 1, as one of `VARIANTS`; `seed` decides light and noise."""
+    """Return a variant of a picture.
+
+    Args:
+        picture: [3, height, width], from -1 to 1.
+        variant: 0: as it is; 1: flipped across, 2: flipped down, 3: both, with other brightness, contrast and noise.
+        seed: Decides brightness, contrast and noise.
+    """
     if not variant:
         return picture
     rng = np.random.default_rng(seed)

@@ -30,7 +30,8 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
     Checkpoints are in `<out>.checkpoint/`. An interrupted training resumes from the last of them, if data, model and
     settings are the same; else it starts over. Metrics that MLflow does not have yet are in `<out>.unsent/`.
 
-    In several processes (`adfm.training.launch`), each has a part of a step's completions; the first alone writes.
+    Started in several processes (`adfm.training.launch`), it divides the completions of a step among them; the first
+    process alone writes and calls MLflow.
 
     Args:
         shards: Folder of shards; the train split is used.
@@ -41,8 +42,9 @@ def train(shards: Path, model: Path, out: Path, params: Params, keep: Path | Non
         force: Replace a finished model at `out`.
 
     Raises:
-        AdfmError: `out` cannot be replaced; model, shards or tracking store cannot be used, the batch does not divide,
-            the machine lacks what settings ask for, memory runs out, a health check fails, or (`Stopped`) on SIGTERM.
+        AdfmError: `out` holds a finished model or something else; model, shards or tracking store cannot be used, the
+            batch does not divide, the machine lacks what settings ask for, memory runs out, a health check fails, or
+            (`Stopped`) SIGTERM has come.
     """
     refuse_to_replace(out, force)
     settings = params.train

@@ -99,7 +99,11 @@ def find_problem(history: Sequence[Metrics], settings: Health) -> Problem | None
     """Return what is wrong with a training, if anything.
 
     A loss or gradient that is not a number counts at once. Everything else must hold at each of the last
-    `settings.patience` steps; a patience of 0 switches these checks off. Rows of TRL's log without `loss` are skipped.
+    `settings.patience` steps; a patience of 0 switches these checks off.
+
+    Args:
+        history: The metrics of each step, in order, as TRL logs them; rows without `loss` are skipped.
+        settings: `train.health`.
     """
     rows = [row for row in history if "loss" in row]
     for name in ("loss", "grad_norm"):
@@ -256,7 +260,11 @@ class StopCallback(TrainerCallback):
 
 
 def refuse_diverged(work: Path, settings: Health) -> None:
-    """Raise `AdfmError` for a training that a health check stopped, unless `train.health` has changed since."""
+    """Refuse to resume a training that a health check stopped, unless `train.health` changed.
+
+    Raises:
+        AdfmError: It did not change.
+    """
     file = work / _DIAGNOSIS
     if file.is_file():
         diagnosis = json.loads(file.read_text())

@@ -176,7 +176,13 @@ class Targets:
 
     For the loss on places there are also `boxes`, as fractions of width and height, `None` where the place is not
     known; `defective`; and `kind`, the number of its kind in `kinds`, `None` where it has none of them, or several.
-    `seed` decides which view of an image (`adfm.training.augmentation`) a row shows; without `augment` it is the image.
+
+    Args:
+        data: As `examples.draw` returns it.
+        settings: Decides the form of the completions.
+        seed: Decides which view of an image (`adfm.training.augmentation`) a row shows.
+        augment: `False`: the image as it is.
+        kinds: Those of the training images.
     """
 
     def __init__(self, data: Any, settings: Sft, seed: int, augment: bool = True, kinds: Sequence[str] = ()) -> None:
@@ -292,9 +298,13 @@ def save(
 
 
 def trained_on(shards: Path, start: Path | None = None) -> pa.Table | None:
-    """Return the hashes (`hashes.collect`) of all images that a model trained on `shards`, from `start`, has seen.
+    """Return the hashes of all images that a model trained on `shards` has seen, from `start` or a base model.
 
-    `None` if `start`, by an earlier adfm, does not say what it was trained on.
+    Returns:
+        As `hashes.collect`; `None` if `start`, by an earlier adfm, does not say what it was trained on.
+
+    Raises:
+        AdfmError: Shards or the table of `start` cannot be read.
     """
     if start is None:  # what a base model has seen is not known
         return hashes.collect(shards, hashes.SEEN)

@@ -73,10 +73,17 @@ def reward_functions(profile: str, located: bool = True, kinds: Sequence[str] = 
 
 
 def utilisation(terms: torch.Tensor, weights: torch.Tensor, group: int) -> dict[str, float]:
-    """Return the share of groups whose total rewards are not all equal, `utilisation`, and the same for each term.
+    """Return shares of the groups of one step, in [0, 1].
 
-    And the shares of groups whose answers are all right and all wrong. `terms` are rewards `[completions, terms]` in
-    the order of `TERMS` and `KIND`, a group's `group` completions adjacent; `weights` are `[terms]`.
+    Args:
+        terms: Rewards `[completions, terms]` in the order of `TERMS`, with or without `KIND` after them; a group's
+            completions are adjacent.
+        weights: Weight of each term, `[terms]`.
+        group: Completions a group.
+
+    Returns:
+        `utilisation`, the share whose total rewards are not all equal; the same for each term; and the shares of groups
+        whose answers are all right and all wrong.
     """
     grouped = terms.nan_to_num().view(-1, group, terms.shape[1])
     total = grouped @ weights

@@ -126,7 +126,10 @@ def adapted_layer(model: Any, name: str) -> Any:
 def merged(weight: Tensor, layer: Any, whole: Any = lambda factor: factor) -> Tensor:
     """Return base weight plus adapter, `[out, in]`, summed in float32 and rounded once to the type of the base.
 
-    The base `weight` stays as it is. `whole` gathers a factor of the adapter that is divided among processes.
+    Args:
+        weight: The whole base weight, which stays as it is.
+        layer: PEFT's layer around it; `None`: the weight is returned as it is.
+        whole: Gathers a factor of the adapter that is divided among processes.
     """
     if layer is None:
         return weight
