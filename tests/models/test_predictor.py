@@ -443,5 +443,5 @@ def test_an_adapter_is_a_lora_request_to_vllm(mixed: Path, vllm: type[Engine], q
     assert vllm.made[0]["model"] == str(loading.resolve(qwen, None))
     assert vllm.asked[0][2] == ("adapter", 1, str(adapter))
     (adapter / "adapter_config.json").write_text('{"r": 1024}')
-    with pytest.raises(AdfmError, match="rank 512 at most"):
+    with pytest.raises(AdfmError, match="adapters up to rank 512"):
         predictions.predict(adapter, mixed, params, "adapter")
