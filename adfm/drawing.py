@@ -1,6 +1,5 @@
 """Drawing: charts, boxes on images, and letters on sheets of images."""
 
-import io
 import re
 import textwrap
 import warnings
@@ -31,6 +30,7 @@ WIDTH = 7.5  # of a chart in inches: about that of a page, where its letters of 
 def drawn(path: Path, width: float, height: float) -> Iterator["Figure"]:
     """Yield an empty figure of a size in inches, and write it to `path` when the block ends."""
     from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # A dollar sign in the name of a category or a model begins no formula.
@@ -39,13 +39,13 @@ def drawn(path: Path, width: float, height: float) -> Iterator["Figure"]:
         # A completion may hold any script; a glyph that the font lacks is drawn as a box.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         # A bare figure instead of pyplot: no window, backend or global state.
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
         # Room at the edge: on a dark page the figure is a white card.
         figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # type: ignore[union-attr, call-arg]
         yield figure
-        written = io.BytesIO()
-        figure.savefig(written, dpi=130)
-    full = Image.open(written).convert("RGB")
+        canvas: Any = FigureCanvasAgg(figure)  # untyped
+        canvas.draw()
+    full = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     # 256 colours, dithered, are less than half the bytes and look the same; white is kept, which would come out grey.
     small = full.quantize(palette=full.quantize(255), dither=Image.Dither.FLOYDSTEINBERG)
     indices = np.where((np.asarray(full) == 255).all(-1), 255, np.asarray(small)).astype(np.uint8)

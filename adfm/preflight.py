@@ -13,7 +13,7 @@ from adfm.params import Params
 from adfm.process import environment
 
 # The embedded run writes about a quarter of it, DVC's cache included.
-FREE_BYTES = 2**30
+FREE = 1  # GiB
 
 
 def check(params: Params, out: Path | None = None, gpus: int = 0) -> None:
@@ -53,11 +53,10 @@ def check(params: Params, out: Path | None = None, gpus: int = 0) -> None:
         lines.append(f"tracking  {environment.without_login(uri)}")
     except AdfmError as error:
         problems.append(error)
-    free = shutil.disk_usage(Path.cwd()).free
-    left = f"{free / 2**30:.1f} GiB"
-    lines.append(f"disk      {left} free")
-    if free < FREE_BYTES:
-        problems.append(f"{Path.cwd()} has {left} left on its disk; have {FREE_BYTES / 2**30:.0f} GiB at least.")
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    lines.append(f"disk      {free:.1f} GiB free")
+    if free < FREE:
+        problems.append(f"{Path.cwd()} has {free:.1f} GiB left on its disk; have {FREE} GiB at least.")
     if problems:
         # The pipeline's task retries what is unreachable, and nothing else.
         kind = Unreachable if all(isinstance(problem, Unreachable) for problem in problems) else AdfmError

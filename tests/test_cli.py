@@ -273,7 +273,14 @@ def test_a_full_disk_is_one_message(lines: Path) -> None:
 def test_an_interrupt_leaves_nothing_that_looks_finished(
     sent: signal.Signals, status: int, word: str, tmp_path: Path
 ) -> None:
-    process = adfm("fetch", "synthetic://?images=1000", tmp_path / "raw", start_new_session=True)
+    process = adfm(
+        "fetch",
+        "synthetic://?images=1000",
+        tmp_path / "raw",
+        start_new_session=True,
+        # A shell that starts a job in the background has it ignore SIGINT; pytest may have been started so.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     try:
         while not list((tmp_path / "raw.partial").rglob("*.png")):  # the processes that draw are at work
             assert process.poll() is None

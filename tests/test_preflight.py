@@ -40,7 +40,7 @@ def test_what_is_written_does_not_depend_on_the_settings(tmp_path: Path, capsys:
 
 def test_everything_that_is_missing_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    monkeypatch.setattr(preflight, "FREE_BYTES", 2**62)
+    monkeypatch.setattr(preflight, "FREE", 2**32)
     with pytest.raises(AdfmError) as caught:
         preflight.check(Params(model=Model(name="/no/such/model")), tmp_path / "check.json")
     for what in ("/no/such/model", "http://127.0.0.1:9", "on its disk"):

@@ -12,8 +12,7 @@ from PIL import Image
 from adfm.data import duplicates, shards, splits
 from adfm.errors import AdfmError
 from adfm.params import Params
-
-FEW = 200  # images; for a smaller data set cross-validation is offered
+from adfm.statistics import FEW
 
 
 def assign(folder: Path, params: Params) -> NDArray[np.int8]:

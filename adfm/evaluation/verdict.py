@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from adfm.data import folds
 from adfm.data.tiles import Proposal
 from adfm.evaluation import metrics, references
 from adfm.evaluation.metrics import with_limits, written
 from adfm.models import families, loading, model_folder
 from adfm.params import Model
+from adfm.statistics import FEW
 from adfm.text import printable
 
 _WIDE = 0.1  # half of an interval from which on a rate is too uncertain to act on
@@ -380,6 +380,6 @@ def _more_images(facts: Facts) -> str:
     text = f"Add {label} test images: {known}; about {needed:,} would halve that."
     if name == "recall" and (worst := _worst(facts, value)):
         text += f" First of {worst[1]}, {worst[0]}."
-    if not facts.crossed and facts.images < folds.FEW:
+    if not facts.crossed and facts.images < FEW:
         text += f" Or set evaluate.folds=5, which judges each of the {facts.images:,} images once."
     return text

@@ -116,8 +116,8 @@ def accept(
         submissions += _unfinished(registry)
     decided, errors = [], []
     if submissions and registry.history.policy is None:
-        waiting = f"{len(submissions)} submissions for {name} wait for a policy"
-        raise NoPolicy(f"{waiting}: a reviewer sets one with `adfm policy set {policy.FILE}`.")
+        waiting = f"{len(submissions)} submissions for {name}"
+        raise NoPolicy(f"{waiting} wait for a policy: a reviewer sets one with `adfm policy set {policy.FILE}`.")
     for submission in submissions:
         try:
             if number := _accept(store, name, submission):

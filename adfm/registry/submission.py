@@ -324,9 +324,9 @@ def _check_evaluation(
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Unfit(f"{place} is not a whole evaluation ({error!r}); make it with `adfm evaluate`.") from error
     if differing := [key for key, (present, due) in pairs.items() if present != due]:
-        other = f"{place} is not an evaluation of this model on these shards with these settings"
-        remedy = "Evaluate again with `adfm evaluate`, then register."
-        raise Unfit(f"{other}: {', '.join(differing)} differ. {remedy}")
+        keys = ", ".join(differing)
+        other = f"{place} is not an evaluation of this model on these shards with these settings: {keys} differ"
+        raise Unfit(f"{other}. Evaluate again with `adfm evaluate`, then register.")
     if "decision" in table:
         # The decisions must be those that a version with this calibration would make.
         decisions = calibration.apply(table)["decision"].fillna("").tolist() if calibrated else None

@@ -257,6 +257,8 @@ def test_a_dead_one_of_two_processes_is_named(
 ) -> None:
     code = """
     if rank == "1" and start == 0:
+        while not (folder / "start-0-0").exists():
+            time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGKILL)
     if start == 0:
         time.sleep(60)
