@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 Label = Literal["normal", "anomalous"]
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+FEW = 200  # images; for a smaller data set cross-validation is offered
 
 
 class Box(NamedTuple):

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from scipy import optimize, special  # every verb of the registry would wait half a second for scipy.stats
 
 Floats = NDArray[np.float64]
-FEW = 200  # images; for a smaller data set cross-validation is offered
 Limits = tuple[float, float, float]  # a measured value, its lower and its upper limit
 
 _ROUNDING = 1e-9  # differences of this size are of floating point, not of models

@@ -12,7 +12,7 @@ from PIL import Image
 from adfm.data import duplicates, shards, splits
 from adfm.errors import AdfmError
 from adfm.params import Params
-from adfm.statistics import FEW
+from adfm.records import FEW
 
 
 def assign(folder: Path, params: Params) -> NDArray[np.int8]:

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from sklearn.metrics import roc_curve
 
 from adfm import tracking
 from adfm.data import shards as shards_
@@ -332,6 +331,8 @@ def report(
 
 def _write_plot_data(candidate: pd.DataFrame, sizes: dict[str, dict[str, Any]], folder: Path) -> None:
     """Write what DVC's own templates draw: a row an answer, curves of the candidate, and IoU with a column a model."""
+    from sklearn.metrics import roc_curve
+
     labels = (candidate[column].fillna("unparseable") for column in ("predicted", "decision"))
     answers = zip(candidate["label"], *labels, strict=True)
     _write_csv(["actual", "predicted", "decision"], answers, folder / "confusion.csv")

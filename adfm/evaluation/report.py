@@ -19,7 +19,6 @@ from typing import Any, BinaryIO
 import numpy as np
 import pandas as pd
 from PIL import Image
-from sklearn.metrics import precision_recall_curve, roc_curve
 
 from adfm.data import shards as shards_
 from adfm.drawing import smoothed
@@ -322,6 +321,8 @@ def _reliability(table: pd.DataFrame) -> dict[str, list[list[float]]]:
 
 def _curves(table: pd.DataFrame) -> dict[str, list[list[float]]] | None:
     """Points of the ROC curve (overkill, recall) and the precision-recall curve (recall, precision)."""
+    from sklearn.metrics import precision_recall_curve, roc_curve
+
     anomalous, score = metrics.ranked(table)
     if anomalous.all() or not anomalous.any():
         return None

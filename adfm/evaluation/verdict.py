@@ -19,7 +19,7 @@ from adfm.evaluation import metrics, references
 from adfm.evaluation.metrics import with_limits, written
 from adfm.models import families, loading, model_folder
 from adfm.params import Model
-from adfm.statistics import FEW
+from adfm.records import FEW
 from adfm.text import printable
 
 _WIDE = 0.1  # half of an interval from which on a rate is too uncertain to act on
