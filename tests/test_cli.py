@@ -21,6 +21,7 @@ from adfm import cli
 from adfm.cli import main
 from adfm.params import Train
 from adfm.verbs import VERBS
+from tests.interrupts import heed_sigint
 
 HEAVY = "datasets great_expectations matplotlib mlflow numpy pandas peft pydantic scipy sklearn torch transformers trl"
 WITHOUT_SETTINGS = {"completion", "env"}
@@ -273,14 +274,8 @@ def test_a_full_disk_is_one_message(lines: Path) -> None:
 def test_an_interrupt_leaves_nothing_that_looks_finished(
     sent: signal.Signals, status: int, word: str, tmp_path: Path
 ) -> None:
-    process = adfm(
-        "fetch",
-        "synthetic://?images=1000",
-        tmp_path / "raw",
-        start_new_session=True,
-        # A shell that starts a job in the background has it ignore SIGINT; pytest may have been started so.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    source, raw = "synthetic://?images=1000", tmp_path / "raw"
+    process = adfm("fetch", source, raw, start_new_session=True, preexec_fn=heed_sigint)
     try:
         while not list((tmp_path / "raw.partial").rglob("*.png")):  # the processes that draw are at work
             assert process.poll() is None

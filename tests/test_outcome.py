@@ -15,6 +15,7 @@ from adfm import cli, outcome
 from adfm.params import Params
 from adfm.training import checkpoints
 from adfm.training.sft import sft
+from tests.interrupts import heed_sigint
 
 TRAIN = "adfm train data/shards models/sft models/trained"
 EVALUATE = (
@@ -163,13 +164,12 @@ def test_ctrl_c_in_a_training_says_which_checkpoint_is_kept(small_shards: Path, 
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     sft(small_shards, here / "start", Params.model_validate({"sft": {"steps": 0}}))
     command = ["train", str(small_shards), "start", "trained", *settings]
-    # A shell that starts a job in the background has it ignore SIGINT; pytest may have been started so.
     process = subprocess.Popen(
         [*adfm, *command],
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=heed_sigint,
     )
     while not checkpoints.every(here / "trained.checkpoint"):
         assert process.poll() is None
