@@ -1,6 +1,6 @@
 """Descriptions of the experiment and of the registered model in MLflow: which page shows what.
 
-A description is replaced only as long as nobody has edited it. To get adfm's text back, empty the description.
+adfm updates a description until somebody edits it; empty the description to restore adfm's text.
 """
 
 import hashlib

@@ -148,7 +148,7 @@ def check_gpus(gpu_type: str, num_gpus: int) -> None:
     if gpu_type not in GPUS and not re.fullmatch(r"nvidia\.com/mig-\d+g\.\d+gb(\.me)?", gpu_type):
         near = difflib.get_close_matches(gpu_type, GPUS, n=1, cutoff=0)[0]
         known = ", ".join([*GPUS, "nvidia.com/mig-…"])
-        raise AdfmError(f"there is no GPU type {gpu_type!r}; the nearest is {near}. Known: {known}")
+        raise AdfmError(f"unknown GPU type {gpu_type!r}; the nearest is {near}. Known: {known}")
     if num_gpus < 0:
         raise AdfmError(f"num_gpus is {num_gpus}; it has to be 0 or more.")
 

@@ -101,7 +101,7 @@ def predict(images: Sequence[Path], model: str, params: Params, out: Path | None
         as_json: Print a line of JSON for each image: `image`, what `readable` or `refused` gives, `model`, `picture`.
 
     Raises:
-        AdfmError: There is no image, the model cannot be loaded, or some images, all listed, cannot be read.
+        AdfmError: No image was found, the model cannot be loaded, or some images cannot be read (all are listed).
     """
     for row in answers(images, model, params, out):
         print(json.dumps(row) if as_json else _text(row), flush=True)

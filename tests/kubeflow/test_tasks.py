@@ -200,7 +200,7 @@ def test_on_a_cluster_data_in_s3_want_a_secret_or_an_account_that_may(
 
 
 def test_gpus_that_no_machine_has_are_refused_also_where_a_run_is_started_by_hand() -> None:
-    with pytest.raises(AdfmError, match="no GPU type 'nvidia.com/gpus'; the nearest is nvidia.com/gpu"):
+    with pytest.raises(AdfmError, match="^unknown GPU type 'nvidia.com/gpus'; the nearest is nvidia.com/gpu"):
         tasks.check("", gpu_type="nvidia.com/gpus")
     with pytest.raises(AdfmError, match="num_gpus is -1"):
         tasks.check("", num_gpus=-1)

@@ -70,7 +70,7 @@ def test_a_trainjob_without_a_cluster_starts_nothing(here: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (["--gpu-type", "nvidia.com/gpus"], "there is no GPU type 'nvidia.com/gpus'; the nearest is nvidia.com/gpu"),
+        (["--gpu-type", "nvidia.com/gpus"], "unknown GPU type 'nvidia.com/gpus'; the nearest is nvidia.com/gpu"),
         (["--num-gpus", "-1"], "'-1' is not a whole number from 0 on"),
         (["--num-nodes", "0"], "'0' is not a whole number from 1 on"),
         (["--parts", "two"], "'two' is not a whole number from 0 on"),
